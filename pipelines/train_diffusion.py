@@ -13,19 +13,11 @@ from PIL import Image
 from torch import nn
 
 from dora_mm import formats
-from dora_mm.adapting import networks
+from dora_mm.adapting import networks, new_tokens
 from dora_mm.adapting.compiled import check_compiler, compile_blocks, compiled_line
 from dora_mm.adapting.files import about_image_adapter, save_image_adapter
 from dora_mm.adapting.initial import initial_identity, load_initial_file
 from dora_mm.adapting.networks import TrainedNetworks
-from dora_mm.adapting.new_tokens import (
-    add_tokens,
-    check_tokens,
-    load_initial_tokens,
-    stopping,
-    tokens_lines,
-    train_tokens,
-)
 from dora_mm.adapting.parts import check_names
 from dora_mm.adapting.sharding import division
 from dora_mm.config.images import TrainDiffusionConfig
@@ -34,7 +26,14 @@ from dora_mm.data.images.folder import CaptionedImage, digest_of, read_images
 from dora_mm.data.images.held_out import hold_out, part_of
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import about_prediction, identity_of, load_if_local, load_image_model
-from dora_mm.preview.images import describe_data, describe_encoded, remark_on_captions, remark_on_length, repeats_of
+from dora_mm.preview.images import (
+    describe_data,
+    describe_encoded,
+    describe_latents,
+    remark_on_captions,
+    remark_on_length,
+    repeats_of,
+)
 from dora_mm.preview.parts import parts_table
 from dora_mm.preview.training import describe_training, is_measured, optimizer_line, slow_hardware
 from dora_mm.sampling.before_after import add_pictures, before_after_sheet, drawing_command
@@ -88,9 +87,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         check_compiler(accelerator.device)
     model = load_image_model(config.model).to(accelerator.device, denoiser=not config.train.shard)
     check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is encoded
-    check_tokens(config.tokens, model, images, config.data.captions)
     task = DiffusionTask(model, config.loss)
-    add_tokens(config.tokens, model, config.seed)
+    new_tokens.start_tokens(config.tokens, model, images, config.data.captions, config.seed)
     remarks = slow_hardware(accelerator, [*model.encoders.values(), model.empty_denoiser()])
     remarks += remark_on_captions(model, images, config.data)
     for remark in remarks + remark_on_length(repeats_of(images), config.train, accelerator.num_processes):
@@ -152,7 +150,7 @@ def train(
         observe(0)  # so that what goes wrong in drawing does so before the training
     is_over = validate.is_over if validate else lambda: False
     hooks = {"observe": observe, "after_step": average.update if average else None, "is_over": is_over}
-    hooks["before_step"] = stopping(config.train, training["parameters"])
+    hooks["before_step"] = new_tokens.stopping(config.train, training["parameters"])
     state = {EMA: average} if average else {}
     done = fit(run=run, **training, batch_at=batches, **hooks, state=state, metadata=about)
     if validate:
@@ -280,26 +278,22 @@ def describe(
     accelerator: Accelerator,
 ) -> str:
     """The data, the modules, the memory and the time; of a hub model that is not on this machine, only the data."""
-    writes_nothing = {"latent_cache": None, "text_cache": None}
-    text_cache, config = (
-        config.data.text_cache,
-        config.model_copy(update={"data": config.data.model_copy(update=writes_nothing)}),
-    )
+    given, writes_nothing = config.data, {"latent_cache": None, "text_cache": None}
+    config = config.model_copy(update={"data": given.model_copy(update=writes_nothing)})
     model = load_if_local(config.model)
     data = describe_data(images, config, model, accelerator.num_processes, held, class_images)
     if model is None:
         return "\n\n".join([data, *slow_hardware(accelerator, None)])
     shard = config.train.shard
     model = model if shard else model.to(accelerator.device)
-    check_tokens(config.tokens, model, images, config.data.captions)
-    add_tokens(config.tokens, model, config.seed)
+    new_tokens.start_tokens(config.tokens, model, images, config.data.captions, config.seed)
     batches = batches_of(config, model, images, accelerator)
     source = preserving(batches, config, class_images)
     if not shard and is_measured(accelerator, [*model.encoders.values(), model.empty_denoiser()]):
         with torch.no_grad():
             source(0)  # the only batch that is measured
     num_batches = config.train.steps * config.train.gradient_accumulation_steps
-    data = "\n".join([data, *describe_encoded(source, num_batches, text_cache)])
+    data = "\n".join([data, *describe_latents(batches, given), *describe_encoded(source, num_batches, given)])
     if not batches.prompts.needs_encoders:
         model.components.release(model.text_encoders)
     trained = adapt(model, config)
@@ -313,7 +307,7 @@ def describe(
     how = optimizer_line(config.optimizer, config.schedule, config.train.steps, config.ema)
     if config.train.compile:
         how += f"\n{compiled_line(trained.networks, model.target_maps)}"
-    remarks = tokens_lines(config.tokens, model, config.train, config.optimizer.lr)
+    remarks = new_tokens.tokens_lines(config.tokens, model, config.train, config.optimizer.lr)
     remarks += [remark] if (remark := formats.about_format(trained.adapted, "diffusers")) else []
     table = "\n".join([table, *remarks])
     return f"{data}\n\n{about_prediction(config.model)}\n{trained.share}\n{table}\n\n{how}\n\n{cost}"
@@ -330,10 +324,10 @@ def adapt(model: ImageModel, config: TrainDiffusionConfig) -> TrainedNetworks:
     """Injects the adapters of the config, trains its new tokens, and loads `init_from`."""
     settings: dict[str, Any] = {"seed": config.seed, "backend": config.backend}
     trained = networks.adapt(model.adaptable, model.target_maps, config.adapter, **settings)
-    train_tokens(config.tokens, model, trained)
+    new_tokens.train_tokens(config.tokens, model, trained)
     if config.adapter.init_from:
         load_initial_file(trained, config.adapter, config.backend)
-        load_initial_tokens(config.tokens, model, config.adapter)
+        new_tokens.load_initial_tokens(config.tokens, model, config.adapter)
     return trained
 
 

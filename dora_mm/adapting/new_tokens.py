@@ -48,6 +48,18 @@ def check_tokens(
             raise ValueError(f"tokens: no caption has the word {word}, so it would never be trained: {texts[0]!r}")
 
 
+def start_tokens(
+    tokens: Configs,
+    model: ImageModel,
+    images: Sequence[CaptionedImage],
+    captions: CaptionConfig | None,
+    seed: int,
+) -> None:
+    """Checks and adds the new tokens of a config: see `check_tokens` and `add_tokens`."""
+    check_tokens(tokens, model, images, captions)
+    add_tokens(tokens, model, seed)
+
+
 def add_tokens(tokens: Configs, model: ImageModel, seed: int) -> None:
     """Gives a model the new tokens of a config, where they start.
 

@@ -289,13 +289,15 @@ class TrainDiffusionConfig(PipelineConfig):
     def _sections_agree(self) -> "TrainDiffusionConfig":
         problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype, self.ema)
         problems += check_adapter(self.adapter, self.optimizer)
-        problems += check_sharding(self.train, self.adapter.cache)
+        problems += check_sharding(self.train, self.adapter.cache, self.model.quantization)
         problems += check_validation(self.evaluate, self.data.holds_out, "data.valid is null")
         full = "full" in self.adapter.methods
         if full and self.data.mask and self.data.mask.outside == "base":
             problems.append("data.mask.outside base needs the base model, whose weights adapter.method full changes")
         problems += self._check_preserve(full=full)
         problems += self._check_text()
+        if full and self.model.quantization:
+            problems.append("adapter.method full trains the base weights, which model.quantization stores in 8 bits")
         if full and self.model.dtype != "float32":
             problems.append("adapter.method full trains the base weights, so model.dtype must be float32")
         if self.data.latent_cache is not None and self.data.crop == "random":

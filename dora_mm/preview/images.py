@@ -17,6 +17,7 @@ from dora_mm.tasks.preservation import PreservingBatches
 RECIPES = {"3d_icon": 1000 * 3 / 23, "lego": 1000 * 3 / 61}
 MOST_NAMES = 8  # of pictures in a line
 MOST_RENDERED = 3  # captions of a folder
+LARGE_CACHE = 2e9  # bytes of latents in main memory from which a folder for them is recommended
 FAR = 3  # a training that shows each picture this many times less or more often than the recipes is remarked upon
 
 
@@ -130,22 +131,38 @@ def describe_masks(images: Sequence[CaptionedImage], data: DataConfig) -> list[s
     return [f"masks     {count} of {len(images)} ({data.mask.source}), floor {data.mask.floor:g}{outside}"]
 
 
-def describe_encoded(batches: CaptionedBatches | PreservingBatches, num_batches: int, folder: str | None) -> list[str]:
+def describe_latents(batches: CaptionedBatches, data: DataConfig) -> list[str]:
+    """A line with the latents that are computed ahead of the steps, and where they are; none for random crops.
+
+    Args:
+        batches: The batches of the training, of which one may have been made to see how large latents are.
+        data: The `data` section.
+    """
+    if batches.config.crop == "random":
+        return []
+    folder = data.latent_cache
+    count, each = len(batches.images) * (2 if batches.config.flip else 1), batches.cache.bytes_each
+    size = each * count if each else 0
+    place = f"in {folder}" if folder else "in main memory"
+    place += "; data.latent_cache keeps them on the disk" if size > LARGE_CACHE and not folder else ""
+    return [f"latents   {count:,} ahead of the steps{f', {size / 1e6:,.1f} MB' if size else ''} {place}"]
+
+
+def describe_encoded(batches: CaptionedBatches | PreservingBatches, num_batches: int, data: DataConfig) -> list[str]:
     """A line with the captions that are encoded ahead of the steps, and where they are; none where all change.
 
     Args:
         batches: The batches of the training, of which one may have been made to see how large a caption is.
         num_batches: Their number.
-        folder: The key `data.text_cache`.
+        data: The `data` section.
     """
     texts = [text for text in batches.captions(num_batches) if not batches.prompts.changes(text)]
     if not texts:
         return []
     each = batches.prompts.bytes_per_caption
     size = f", {each * len(texts) / 1e6:,.1f} MB" if each else ""
-    return [
-        f"encoded   {len(texts):,} captions ahead of the steps{size} {f'in {folder}' if folder else 'in main memory'}"
-    ]
+    place = f"in {data.text_cache}" if data.text_cache else "in main memory"
+    return [f"encoded   {len(texts):,} captions ahead of the steps{size} {place}"]
 
 
 def describe_preserved(config: TrainDiffusionConfig, class_images: Sequence[CaptionedImage]) -> list[str]:

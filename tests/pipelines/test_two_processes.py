@@ -82,12 +82,12 @@ def vl_bart(folder, name: str, factor: int, accumulated: int = 1) -> str:
 
 
 def pictures(folder, name: str, model: Path, accumulated: int = 1) -> str:
-    """SDXL with new tokens, in text encoders, too, held at the base model by prompts and outside of masks."""
+    """SDXL in float8, with new tokens, in text encoders, too, held at the base model by prompts and outside of masks."""
     return write(
         folder,
         name,
         pipeline="train_diffusion",
-        model={"path": str(model)},
+        model={"path": str(model), "quantization": "float8"},
         adapter={"rank": 2, "parts": ["unet.cross", "text_encoders.attn"]},
         tokens={"TOK": {"lr": 0.02}},
         data={"folder": str(folder / "noise"), "resolution": 64, "mask": {"outside": "base"}, "caption_dropout": 0.2},

@@ -23,6 +23,7 @@ OPTIONS = {
     "average": {"ema": {"decay": 0.9}},
     "new tokens": {"tokens": {"TOK": {"count": 2, "lr": 0.05}}, "train.stop_tokens_after": 2},
     "flip": {"data.flip": True},
+    "float8": {"model.quantization": "float8"},
     "random crop": {"data.crop": "random"},
     "accumulation": {"train.gradient_accumulation_steps": 2},
     "folders": {
