@@ -82,7 +82,7 @@ def vl_bart(folder, name: str, factor: int, accumulated: int = 1) -> str:
 
 
 def pictures(folder, name: str, model: Path, accumulated: int = 1) -> str:
-    """SDXL in float8, with new tokens, in text encoders, too, held at the base model by prompts and outside of masks."""
+    """SDXL in float8, with new tokens and text encoders, held at the base model by prompts and outside of masks."""
     return write(
         folder,
         name,
