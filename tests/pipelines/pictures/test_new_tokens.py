@@ -173,7 +173,23 @@ def test_the_dry_run_shows_them(values, tmp_path, capsys):
     line = (
         "TOK: 3 new tokens x (16 of clip_l and 32 of clip_g), 576 bytes, lr 0.1, start at random, trained for 2 steps"
     )
-    assert line in capsys.readouterr().out
+    found = capsys.readouterr().out
+    assert line in found
+    assert "encoded" not in found  # all captions have it
+    assert "latents   5 ahead of the steps, 0.0 MB in main memory" in found
+
+
+def test_the_dry_run_counts_what_is_encoded_ahead(values, tmp_path, capsys):
+    train = {"steps": 4, "batch_size": 2}
+    captions = {**values["data"], "captions": {"shuffle": True, "prefix": "{a|b}, c, d", "alternatives": True}}
+    adapter = {"rank": 2, "parts": ["unet.attn"]}
+    for data in (values["data"], captions | {"text_cache": str(tmp_path / "text"), "flip": True}):
+        file = write(tmp_path, values, tokens={}, train=train, data=data, adapter=adapter, output=str(tmp_path / "new"))
+        assert main(["train", file, "--dry-run"]) == 0
+    found = capsys.readouterr().out
+    assert "encoded   5 captions ahead of the steps, 0.0 MB in main memory" in found
+    assert f"captions ahead of the steps, 0.0 MB in {tmp_path / 'text'}" in found
+    assert "latents   10 ahead of the steps, 0.0 MB in main memory" in found
 
 
 REFUSALS = {
