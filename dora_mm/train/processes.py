@@ -91,7 +91,7 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
 def with_shared_gradients(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """Wraps a module so that gradients are averaged over the processes, if there are several.
 
-    What `fully_shard` has divided is frozen, and left to it; weights in float8, which gloo cannot send, are frozen, too.
+    What `fully_shard` has divided is frozen, and left to it; weights in float8 are frozen, and gloo cannot send them.
     Nothing is sent at the start then: what is trained is drawn from the same seed, or read from the same file, in all
     processes.
     """

@@ -1,14 +1,18 @@
 """New tokens of SDXL against a few lines of plain torch, and against diffusers' own loader of embeddings."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
-from dora_mm.adapting.new_tokens import add_tokens
+from dora_mm.adapting.new_tokens import add_tokens, check_tokens
 from dora_mm.config.images import TokenConfig
 from dora_mm.formats.tokens import write_beside
+from dora_mm.models.new_tokens import check_rows
 from dora_mm.models.sdxl import encoding
+from dora_mm.models.z_image import ZImage
 
 PROMPT = "a TOK icon, in the style of TOK's TOKYO"
 WEIGHTED = ((("a TOK icon", 1.3), (" of TOK", 1.0)),)
@@ -125,6 +129,27 @@ def test_diffusers_loads_the_file_and_reads_the_same_prompts(tiny, tiny_folder, 
     ours = tiny.encode_for_drawing("a TOK icon, in the style of TOK", None)
     torch.testing.assert_close(ours["prompt_embeds"], theirs)
     torch.testing.assert_close(ours["pooled_prompt_embeds"], pooled)
+
+
+def test_a_family_without_tables_is_refused_by_its_name():
+    with pytest.raises(ValueError, match="tokens: Z-Image has no new tokens here: leave TOK a plain word"):
+        check_tokens({"TOK": TokenConfig()}, ZImage, [], None)
+
+
+def test_rows_of_another_model_or_of_two_adapters_are_refused(tiny):
+    rows = {table: torch.ones(2, width) for table, width in tiny.token_widths.items()}
+    check_rows({"TOK": rows}, tiny.token_widths, Path("file"))
+    for wrong, message in (
+        ({"clip_l": rows["clip_l"]}, "for clip_l; this model has clip_l, clip_g"),
+        (rows | {"clip_g": torch.ones(2, 99)}, r"are \(2, 99\) for clip_g, not \(2, 32\)"),
+        (rows | {"clip_g": torch.ones(1, 32)}, r"are \(1, 32\) for clip_g, not \(2, 32\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_rows({"TOK": wrong}, tiny.token_widths, Path("file"))
+    tiny.new_tokens.add("TOK", rows)
+    tiny.new_tokens.add("TOK", rows)  # the same file twice
+    with pytest.raises(ValueError, match="two adapters have the new token TOK"):
+        tiny.new_tokens.add("TOK", {table: 2 * values for table, values in rows.items()})
 
 
 @pytest.mark.parametrize(

@@ -62,10 +62,10 @@ def rows_of(folder):
     return {key: file.tensor(key) for key in file.embeddings}
 
 
-def drawn(tmp_path, tiny_folder, name, adapter, strengths=(1,)):
-    """The pictures of the prompt with an adapter at strengths."""
+def drawn(tmp_path, tiny_folder, name, adapter, strengths=(1,), prompts=(PROMPT,)):
+    """The pictures of prompts with an adapter at strengths."""
     file = tmp_path / f"{name}.yaml"
-    settings = {"prompts": [PROMPT], "seeds": [7], "steps": 3, "strengths": list(strengths)}
+    settings = {"prompts": list(prompts), "seeds": [7], "steps": 3, "strengths": list(strengths)}
     model = {"pipeline": "sample", "output": str(tmp_path / name), "model": {"path": str(tiny_folder)}}
     file.write_text(yaml.safe_dump({**model, "adapter": {"path": str(adapter)}, **settings}))
     assert main(["sample", str(file)]) == 0
@@ -137,6 +137,13 @@ def test_what_has_no_place_for_rows_says_so(run, tmp_path, tiny_folder, capsys):
     assert "embedding of a token: bundle_emb.TOK.clip_g 3 x 32" in capsys.readouterr().out
     assert main(["verify", str(run), "--tool", "diffusers", *base]) == 0
     assert "2 embeddings of new tokens" in capsys.readouterr().out
+
+
+def test_prompts_that_new_tokens_make_longer_share_no_batch(values, tmp_path, tiny_folder):
+    """As plain words, both fill one chunk of 38 tokens."""
+    changes = {"output": str(tmp_path / "long"), "train": {"steps": 1, "batch_size": 2}, "sample": {}}
+    assert main(["train", write(tmp_path, values, **changes, tokens={"TOK": {"count": 30}})]) == 0
+    assert len(drawn(tmp_path, tiny_folder, "ours", tmp_path / "long", (1,), ("TOK", "a TOK TOK"))) == 2
 
 
 @pytest.mark.parametrize("what", ["missing", "other"])
