@@ -195,7 +195,7 @@ def test_the_dry_run_counts_what_is_encoded_ahead(values, tmp_path, capsys):
         assert main(["train", file, "--dry-run"]) == 0
     found = capsys.readouterr().out
     assert "encoded   5 captions ahead of the steps, 0.0 MB in main memory" in found
-    assert f"captions ahead of the steps, 0.0 MB in {tmp_path / 'text'}" in found
+    assert f"encoded   10 captions ahead of the steps, 0.1 MB in {tmp_path / 'text'}" in found  # of two epochs
     assert "latents   10 ahead of the steps, 0.0 MB in main memory" in found
 
 
