@@ -2,50 +2,45 @@
 
 Every method at every rank gets its own learning rate: all candidates are trained once and scored on data for tuning;
 the best one is trained once per seed and scored on data that neither training nor tuning used. The training that won
-the tuning counts as the first of these, which may favour lucky ones. Every finished training and what it drew or
-answered are files in `output`, so an interrupted comparison resumes when it is started again.
+the tuning counts as the first of these, which may favour lucky ones. Every finished training is a row of a CSV file,
+and what it drew or answered are files in `output`, so an interrupted comparison resumes when it is started again.
 """
 
-from functools import partial
 from pathlib import Path
 
 from dora_mm.config.comparing import CompareConfig
-from dora_mm.train.campaigns.campaign import Campaign, Evaluation, compared
+from dora_mm.train.campaigns.campaign import Campaign, Evaluation
 from dora_mm.train.campaigns.pictures import PictureEvaluation
 from dora_mm.train.campaigns.questions import QuestionEvaluation
-from dora_mm.train.campaigns.trainings import candidate_rates
 from dora_mm.utils.lock import only_writer
 
 
-def main(config: CompareConfig, *, resume: Path | None = None) -> None:
+def main(config: CompareConfig, *, resume: Path | None = None, report: bool = False) -> None:
     """Runs what is missing of the comparison, and prints the table.
 
-    Writes to the folder `output`: table.md, results.csv and (pictures) sheet.png, the trainings in runs/, their output
-    in logs/, the values of all learning rates in rates/, and what was drawn or answered in pictures/ and scores/ or in
-    answers/.
+    Writes to the folder `output`: table.md, results.csv and (pictures) sheet.png, with `curves` curves.csv and figures,
+    the rows of all trainings in trainings.csv, or in `rows`; the trainings in runs/, their output in logs/, the values
+    of all learning rates in rates/, and what was drawn or answered in pictures/ and scores/ or in answers/.
 
     Args:
         config: The config.
         resume: Unused: the same command resumes an interrupted comparison.
+        report: Trains nothing: reports the rows that are there.
 
     Raises:
         ValueError: What the config names cannot be used, does not fit together, or cannot be scored fairly; or `output`
             was started with a different config or inputs. The folder is created only after these checks. Or a training
-            reported a user's mistake, or another process writes to the folder.
+            reported a user's mistake, or another process writes to the folder, or there is nothing to report.
         RuntimeError: A training failed in any other way.
     """
-    evaluation = build_evaluation(config)
-    campaign = Campaign(config, evaluation)
+    campaign = Campaign(config, build_evaluation(config))
     with only_writer(campaign.folder):
-        baselines = evaluation.baselines(campaign.folder)
-        chosen = campaign.trainings.choose_rates(
-            candidate_rates(config.learning_rates, compared(config)),
-            partial(evaluation.value, campaign.trainings),
-            seed=config.seeds[0],
-            extra_rates=config.extra_rates,
-        )
-        trained = campaign.trainings.train_chosen(chosen, config.seeds)
-        campaign.report(baselines, chosen, trained)
+        if report:
+            tried = campaign.tried()
+        else:
+            tried = campaign.search()
+            campaign.train_chosen(tried)
+        campaign.report(tried)
 
 
 def build_evaluation(config: CompareConfig) -> Evaluation:

@@ -30,7 +30,7 @@ def run(arguments: Namespace, recipes: Recipes | None = None) -> None:
         case "sample":
             take_job(arguments)
             _run_config(arguments, recipes or PIPELINES)
-        case "train" | "grid" | "eval" | "features":
+        case "train" | "grid" | "eval" | "compare" | "features":
             _run_config(arguments, recipes or PIPELINES)
         case "inspect":
             if find_path(arguments.path) is None:
@@ -144,7 +144,7 @@ def _run_config(arguments: Namespace, recipes: Recipes) -> None:
     if not (arguments.dry_run and config.dry_run_lists_missing):
         check_paths(config, new_run=arguments.resume is None)
     main = recipes.load(config.pipeline).main
-    asked = {name: True for name in ("dry_run", "decode") if getattr(arguments, name)}
+    asked = {name: True for name in ("dry_run", "decode", "report") if getattr(arguments, name)}
     if arguments.decode and not arguments.dry_run:
         raise ValueError("--decode belongs to a dry run: dora-mm train CONFIG --dry-run --decode")
     for name in asked:

@@ -28,7 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
         ("train", "train an adapter, or a small base model"),
         ("sample", "draw images for the prompts of a job"),
         ("grid", "draw a labelled grid of what two settings do"),
-        ("eval", "evaluate a model and its adapter, or compare methods"),
+        ("eval", "evaluate a model and its adapter"),
+        ("compare", "compare methods, each tuned, by many trainings"),
         ("features", "compute the features of a vision tower once, for later trainings"),
     ):
         _add_config_command(commands, name, what)
@@ -79,7 +80,11 @@ def _add_config_command(commands: Any, name: str, what: str) -> None:
         command.add_argument(
             "--decode", action="store_true", help="with --dry-run: decode all pictures, and name those that are broken"
         )
-    command.set_defaults(resume=None, dry_run=False, decode=False)
+    if name == "compare":
+        command.add_argument(
+            "--report", action="store_true", help="train nothing: report the trainings that have been finished"
+        )
+    command.set_defaults(resume=None, dry_run=False, decode=False, report=False)
 
 
 def _add_new(commands: Any) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from dora_mm.config.pictures import ConceptChoice, DrawConfig, JudgedStyle, RoleConfig, check_templates
 from dora_mm.config.schema import (
@@ -11,6 +11,7 @@ from dora_mm.config.schema import (
     Items,
     OutputFolder,
     PipelineConfig,
+    Positive,
     Section,
     Seed,
     Text,
@@ -19,6 +20,35 @@ from dora_mm.config.schema import (
 from dora_mm.config.training import LearningRates
 from dora_mm.config.vl import DecodeConfig, check_decoding
 from dora_mm.config.vl_data import VLDataConfig, missing_splits
+
+SET_FOR_EACH_TRAINING = ("seed", "output", "adapter.method", "adapter.rank", "optimizer.lr", "train.steps")
+
+
+class VariantConfig(Section):
+    """LoRA or DoRA at one rank with other settings; its difference from the plain one is reported."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]  # in tables, and in the names of files
+    method: Literal["lora", "dora"] = "dora"
+    rank: PositiveInt  # one of ranks
+    overrides: Items[Text] = ()  # of base, as --set takes them, such as optimizer.b_lr_ratio=4.0
+    magnitude_lr_ratio: Positive | None = None  # how many times the learning rate that of the magnitudes is; null: base
+
+    @field_validator("overrides")
+    @classmethod
+    def _what_is_compared_stays(cls, overrides: tuple[str, ...]) -> tuple[str, ...]:
+        for text in overrides:
+            if (key := text.partition("=")[0].strip()) in SET_FOR_EACH_TRAINING:
+                raise ValueError(f"{key} is set for each training: leave it out")
+        return overrides
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> "VariantConfig":
+        problems = []
+        if not self.overrides and self.magnitude_lr_ratio is None:
+            problems.append(f"{self.name} changes nothing: give overrides or magnitude_lr_ratio")
+        if self.magnitude_lr_ratio is not None and self.method == "lora":
+            problems.append(f"{self.name}: lora has no magnitudes, so leave magnitude_lr_ratio out")
+        return raise_problems(self, problems)
 
 
 class ComparePicturesConfig(Section):
@@ -61,16 +91,25 @@ class CompareQuestionsConfig(Section):
 class CompareConfig(PipelineConfig):
     """Compares the base model, full fine-tuning, LoRA, DoRA and DoRA at half rank, each at its best learning rate."""
 
-    command: ClassVar[str] = "eval"
+    command: ClassVar[str] = "compare"
     pipeline: Literal["compare"]
     output: OutputFolder  # the campaign's folder; one that exists is resumed
     base: InputPath  # the config that all trainings share: of train_diffusion for pictures, of train_vl for questions
     steps: PositiveInt  # optimizer steps of every training
     ranks: Annotated[Items[PositiveInt], Field(min_length=1)] = (8,)  # of LoRA and DoRA
     half_ranks: bool = True  # DoRA is also trained at half of each rank but 1
+    variants: Items[VariantConfig] = ()  # further ones, with other settings
     learning_rates: LearningRates
-    extra_rates: Count = 1  # more candidates to try, a factor apart, while the best one is the lowest or the highest
+    # More candidates to try, a factor apart, while the best one is the lowest or the highest; with curves while one of
+    # these is as good as the best
+    extra_rates: Count = 1
+    # How scores depend on the rate is reported: every training gets reported scores, and the neighbours of the best
+    # rate are trained with all seeds, too
+    curves: bool = False
     seeds: Annotated[Items[Seed], Field(min_length=2)] = (0, 1, 2)  # a training each; the first also for rates
+    # A CSV file with a row for each finished training, from which a comparison goes on without the rest of its folder,
+    # on any machine; null: trainings.csv in output
+    rows: Text | None = None
     workers: PositiveInt = 1  # trainings at a time; small models train faster two at a time than one with two threads
     pictures: ComparePicturesConfig | None = None  # what is compared: either these,
     questions: CompareQuestionsConfig | None = None  # or these
@@ -82,6 +121,13 @@ class CompareConfig(PipelineConfig):
         odd = [rank for rank in self.ranks if rank % 2 and rank > 1]
         if self.half_ranks and odd:
             problems.append(f"ranks: {odd[0]} has no half: take an even rank, or set half_ranks: false")
+        names = [variant.name for variant in self.variants]
+        problems += ["variants names a variant twice"] if len(set(names)) < len(names) else []
+        problems += [
+            f"variants: {variant.name} is of rank {variant.rank}, which ranks does not have"
+            for variant in self.variants
+            if variant.rank not in self.ranks
+        ]
         if (self.pictures is None) == (self.questions is None):
             problems.append("give either pictures or questions: what is compared")
         return raise_problems(self, problems)

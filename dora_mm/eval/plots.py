@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from dora_mm.eval.comparison import NAMES, Variant
+from dora_mm.eval.curves import RateCurve
 from dora_mm.eval.decomposition import ChangePattern, WeightPoint
+from dora_mm.eval.statistics import Interval, bootstrap
 
 SIDE = 3.2  # inches of a panel
 
@@ -52,7 +56,92 @@ def plot_patterns(
         panel.set_ylabel("dM, change of length")
     for panel in panels[len(points) :]:
         panel.set_axis_off()
-    files = [folder / f"changes.{ending}" for ending in ("svg", "png")]
+    return _saved(figure, folder / "changes")
+
+
+def plot_curves(
+    curves: Mapping[Variant, RateCurve], best: Mapping[Variant, float], title: str, folder: Path
+) -> list[Path]:
+    """Plots the score over the learning rate, a panel per rank, and the best score over the rank (Fig. 7 of the paper).
+
+    A line is the first seed, with the interval over things; dots with bars are rates with several trainings.
+
+    Args:
+        curves: By variant; full fine-tuning is in every panel.
+        best: The chosen rate of each.
+        title: What the scores are.
+        folder: Gets curves.svg, curves.png and, of several ranks, ranks.svg and ranks.png.
+
+    Returns:
+        The files.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    ranks = sorted({variant.rank for variant in curves if variant.rank}) or [None]
+    columns = min(3, len(ranks))
+    rows = -(-len(ranks) // columns)
+    figure = Figure(figsize=(0.6 + 1.3 * SIDE * columns, 0.6 + SIDE * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    for panel, rank in zip(panels, ranks, strict=False):
+        for variant, curve in curves.items():
+            if variant.rank in (rank, None):
+                _plot_curve(panel, curve, ", ".join(filter(None, [NAMES[variant.method], variant.setting])))
+        panel.set_xscale("log")
+        panel.set_title(f"rank {rank}" if rank else "", fontsize="medium")
+        panel.set_xlabel("learning rate")
+        panel.set_ylabel(title, fontsize="small")
+        panel.legend(fontsize="small", frameon=False)
+    for panel in panels[len(ranks) :]:
+        panel.set_axis_off()
+    files = _saved(figure, folder / "curves")
+    return files + (_plot_ranks(curves, best, title, folder) if len(ranks) > 1 else [])
+
+
+def _plot_curve(panel: Any, curve: RateCurve, label: str) -> None:
+    means = curve.first_KR.mean(axis=0)
+    intervals = [bootstrap(column[:, None]) for column in curve.first_KR.T]
+    (line,) = panel.plot(list(curve.points), means, label=label, linewidth=1.2)
+    ends = [interval.low for interval in intervals], [interval.high for interval in intervals]
+    panel.fill_between(list(curve.points), *ends, color=line.get_color(), alpha=0.12, linewidth=0)
+    repeated = {rate: point.interval for rate, point in curve.points.items() if len(point.seeds) > 1}
+    _plot_intervals(panel, repeated, line.get_color())
+
+
+def _plot_intervals(
+    panel: Any, intervals: Mapping[float, Interval], color: str, label: str = "", style: str = ""
+) -> None:
+    means = np.array([interval.mean for interval in intervals.values()])
+    ends = [(interval.mean - interval.low, interval.high - interval.mean) for interval in intervals.values()]
+    if intervals:
+        bars = np.array(ends).T
+        panel.errorbar(
+            list(intervals), means, yerr=bars, fmt=f"o{style}", color=color, markersize=3, capsize=2, label=label
+        )
+
+
+def _plot_ranks(
+    curves: Mapping[Variant, RateCurve], best: Mapping[Variant, float], title: str, folder: Path
+) -> list[Path]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(0.6 + 1.3 * SIDE, 0.6 + SIDE), layout="constrained")
+    panel = figure.subplots()
+    for number, method in enumerate(("lora", "dora")):
+        own = {v.rank: c.points[best[v]].interval for v, c in curves.items() if v.method == method and not v.setting}
+        by_rank = {float(rank): own[rank] for rank in sorted(rank for rank in own if rank)}
+        _plot_intervals(panel, by_rank, f"C{number}", NAMES[method], "-")
+    panel.set_xscale("log", base=2)
+    panel.set_xlabel("rank")
+    panel.set_ylabel(title, fontsize="small")
+    panel.legend(fontsize="small", frameon=False)
+    return _saved(figure, folder / "ranks")
+
+
+def _saved(figure: Any, stem: Path) -> list[Path]:
+    files = [stem.with_suffix(f".{ending}") for ending in ("svg", "png")]
     for file in files:
         figure.savefig(file, dpi=150)
     return files

@@ -92,7 +92,7 @@ def crossed_interval(values_KS: np.ndarray, *, bounds: tuple[float, float] = (-n
 
 
 def paired_difference(first_KS: np.ndarray, second_KS: np.ndarray) -> Interval:
-    """Returns `crossed_interval` of first - second.
+    """Returns the 95 % interval of first - second: `mean_interval` of the differences.
 
     Args:
         first_KS: One value per concept and run, (K, S).
@@ -103,7 +103,20 @@ def paired_difference(first_KS: np.ndarray, second_KS: np.ndarray) -> Interval:
     """
     if first_KS.shape != second_KS.shape:
         raise ValueError(f"paired scores need the same concepts and seeds, got {first_KS.shape} and {second_KS.shape}")
-    return crossed_interval(first_KS - second_KS)
+    return mean_interval(first_KS - second_KS)
+
+
+def mean_interval(values_KS: np.ndarray, *, bounds: tuple[float, float] = (-np.inf, np.inf)) -> Interval:
+    """Returns the 95 % interval of the mean over concepts and training runs, or over concepts alone of a single run.
+
+    Args:
+        values_KS: One value per concept and run, (K, S).
+        bounds: As in `crossed_interval`.
+    """
+    if values_KS.shape[1] > 1:
+        return crossed_interval(values_KS, bounds=bounds)
+    found = bootstrap(values_KS)
+    return Interval(found.mean, max(found.low, bounds[0]), min(found.high, bounds[1]))
 
 
 @dataclass(frozen=True)

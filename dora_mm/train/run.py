@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 PROCESSES = "the number of processes"  # an input like the data, since each takes a batch of its own
 CHANGES = "changes.jsonl"  # what a resumed run changed of its config, and after which step
 SUMMARY = "summary.json"  # the last file that a training writes, so it marks a finished one
+DIVERGED = "diverged.txt"  # what ended a training whose loss or weights were not finite
 
 
 class DivergedError(ValueError):
@@ -62,6 +63,7 @@ def training_run(
                 writing.enter_context(only_writer(run.path))
                 if resume is not None:
                     go_on(run, config, steps)
+                    (run.path / DIVERGED).unlink(missing_ok=True)
                 done, values = last_step(run.checkpoints), config.model_dump(mode="json")
                 run.trackers = writing.enter_context(started(names, run.path, values, done))
             except ValueError as error:
@@ -78,6 +80,8 @@ def training_run(
             kept = f"saved at step {done} of {steps}" if done else "nothing saved yet"
             how = f"{resuming(run)} --set {lower_rate(config)}" if isinstance(error, DivergedError) else resuming(run)
             say("\nRun %s has stopped, %s. To go on: %s", run.path, kept, how)
+            if isinstance(error, DivergedError) and accelerator.is_main_process:
+                write_text(run.path / DIVERGED, f"{error}\n")
             raise
         if (done := last_step(run.checkpoints)) < steps:
             longer, early = "evaluate.patience=null", f" early, at step {done} of {steps} (evaluate.patience)"

@@ -18,7 +18,7 @@ HIGHEST = {  # of a key, in whatever section it is
     "resolution": 64,
     "extra_rates": 0,
 }
-LOWEST_COUNT = 3  # of concepts
+LOWEST_COUNT = 3  # of concepts, and of learning rates
 SIDE = 64  # pixels of a picture
 
 
@@ -49,7 +49,11 @@ def _cut(
         return
     for key, value in values.items():
         name = prefix + key
-        if isinstance(value, Mapping):
+        if key == "variants":
+            yield name, []
+        elif prefix == "learning_rates." and value:
+            yield name, list(value[:LOWEST_COUNT])
+        elif isinstance(value, Mapping):
             yield from _cut(value, f"{name}.", is_ours, several=several)
         elif isinstance(value, tuple) and value and isinstance(value[0], Mapping):
             for position, item in enumerate(value):

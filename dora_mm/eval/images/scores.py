@@ -13,7 +13,7 @@ import numpy as np
 
 from dora_mm.eval.images.style import CLASSES, StyleSpace, log_odds
 from dora_mm.eval.statistics import Interval, bootstrap, crossed_interval, jackknife
-from dora_mm.utils.atomic import write_atomically
+from dora_mm.utils.atomic import write_atomically, write_text
 from dora_mm.utils.tables import markdown_table
 
 
@@ -68,21 +68,30 @@ class Scores:
             "style and thing": self.both(name),
         }
 
-    def save(self, path: Path) -> None:
-        """Writes a JSON file."""
+    def as_json(self) -> str:
+        """What `from_json` reads: all scores, rounded, on one line."""
         rows: dict[str, Any] = {
             "codes": list(self.codes),
             "seeds": list(self.seeds),
             "log_probabilities": np.round(self.log_probabilities, 4).tolist(),
-            "projected": np.round(self.projected, 4).tolist(),
+            "projected": np.round(self.projected, 2).tolist(),
             "ranks": self.ranks.tolist(),
         }
-        write_json(path, rows)
+        return json.dumps(rows, separators=(",", ":"))
+
+    def save(self, path: Path) -> None:
+        """Writes a JSON file."""
+        write_text(path, self.as_json() + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Scores":
         """Reads what `save` wrote."""
-        rows = json.loads(path.read_text())
+        return cls.from_json(path.read_text())
+
+    @classmethod
+    def from_json(cls, text: str) -> "Scores":
+        """Reads what `as_json` returned."""
+        rows = json.loads(text)
         return cls(
             tuple(rows["codes"]),
             tuple(rows["seeds"]),

@@ -11,7 +11,7 @@ import numpy as np
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.comparison import Result, Variant, contrasts_table
-from dora_mm.eval.statistics import Interval, bootstrap, crossed_interval
+from dora_mm.eval.statistics import Interval, mean_interval
 from dora_mm.eval.vl.metrics import scorer_of
 from dora_mm.utils.tables import csv_records, markdown_records
 
@@ -49,8 +49,12 @@ def answer_scores(task: str, answered: Sequence[Predictions]) -> AnswerScores | 
     columns = [scorer_of(task).values(predictions) for predictions in answered]
     if not all(column.size for column in columns):
         return None
-    groups = {example.id: group_of(task, example) for example, _ in answered[0]}  # once per id, as captions are scored
-    return AnswerScores(np.stack(columns, axis=1), tuple(groups.values()))
+    return AnswerScores(np.stack(columns, axis=1), groups_of(task, [row for row, _ in answered[0]]))
+
+
+def groups_of(task: str, examples: Iterable[Example]) -> tuple[str, ...]:
+    """Returns the group of each answer, (Q,): once per id, as captions are scored."""
+    return tuple({example.id: group_of(task, example) for example in examples}.values())
 
 
 def group_of(task: str, example: Example) -> str:
@@ -97,13 +101,8 @@ def intervals(scores: Mapping[str, AnswerScores], *, differences: bool = False) 
         bounded = key in scores and TASKS[key].kind != "captions"
         bounds = (-np.inf, np.inf) if differences else (0.0, 1.0 if bounded else np.inf)
         cells_GS = group_cells(tasks)
-        found[key] = crossed_interval(cells_GS, bounds=bounds) if cells_GS.shape[1] > 1 else _clipped(cells_GS, bounds)
+        found[key] = mean_interval(cells_GS, bounds=bounds)
     return found
-
-
-def _clipped(cells_G1: np.ndarray, bounds: tuple[float, float]) -> Interval:
-    found = bootstrap(cells_G1)
-    return Interval(found.mean, max(found.low, bounds[0]), min(found.high, bounds[1]))
 
 
 def vl_results_table(results: Sequence[Result]) -> str:

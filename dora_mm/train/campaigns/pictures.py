@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from dora_mm import backend as backends
@@ -25,7 +26,7 @@ from dora_mm.models.image_families import load_image_model
 from dora_mm.models.new_tokens import load_adapter
 from dora_mm.sampling.before_after import sample_merged
 from dora_mm.sampling.grids import sheet
-from dora_mm.train.campaigns.campaign import Report, check_trainings, common_overrides, load_base
+from dora_mm.train.campaigns.campaign import Report, check_trainings, common_overrides, load_base, num_trainings
 from dora_mm.train.campaigns.trainings import Training, Trainings
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import module_digest
@@ -45,6 +46,8 @@ class PictureEvaluation:
     Raises:
         ValueError: The base config, the judge, the model or the images cannot be used.
     """
+
+    score_title = "probability of the style / rank of the thing"
 
     def __init__(self, config: CompareConfig, settings: ComparePicturesConfig):
         self.config, self.settings = config, settings
@@ -100,16 +103,23 @@ class PictureEvaluation:
         found = self.judged(trainings.folder, training.name, self.settings.prompt, tune, tune.seeds, adapter)
         return float(found.soft_both(self.settings.style).mean())
 
-    def scores(self, trainings: Trainings, repeated: Sequence[Training]) -> Scores:
-        """The scores of the `report` things, which every training has drawn with its own seed."""
-        folder, prompt, report = trainings.folder, self.settings.prompt, self.settings.report
-        return concatenate_seeds(
-            [self.judged(folder, t.name, prompt, report, (t.seed,), trainings.adapter(t)) for t in repeated]
-        )
+    def scored(self, trainings: Trainings, training: Training) -> str:
+        """The scores of the `report` things, which every training draws with its own seed."""
+        prompt, report = self.settings.prompt, self.settings.report
+        adapter = trainings.adapter(training)
+        return self.judged(trainings.folder, training.name, prompt, report, (training.seed,), adapter).as_json()
+
+    def scores(self, texts: Sequence[str]) -> Scores:
+        """The scores of trainings that differ in nothing but the seed."""
+        return concatenate_seeds([Scores.from_json(text) for text in texts])
 
     def intervals(self, scores: Scores) -> dict[str, Interval]:
         """The intervals over things and trainings, by metric."""
-        return summarize(scores, self.settings.style, self.judge.style_space, over_seeds=True)
+        return summarize(scores, self.settings.style, self.judge.style_space, over_seeds=len(scores.seeds) > 1)
+
+    def cells(self, scores: Scores) -> np.ndarray:
+        """The probability of the style, divided by the rank of the thing, (K, S)."""
+        return scores.soft_both(self.settings.style)
 
     def judged(
         self,
@@ -157,7 +167,7 @@ class PictureEvaluation:
         """The table, the paired differences, how far the judge is right, and a sheet."""
         style, things = self.settings.style, len(self.concepts[self.settings.report.role])
         paragraphs = [
-            f"Style {style}, {things} things that no adapter has seen, {len(self.config.seeds)} trainings of "
+            f"Style {style}, {things} things that no adapter has seen, {num_trainings(trained)} trainings of "
             f"{self.config.steps} steps; 95 % intervals over things and trainings. Both: in the style and the right "
             "thing. Full fine-tuning trains all weights of the same layers.",
             results_table(results),
@@ -167,14 +177,18 @@ class PictureEvaluation:
         return Report(paragraphs, results_csv(results), self.sheet(folder, trained))
 
     def sheet(self, folder: Path, trained: Mapping[str, Sequence[Training]]) -> Image.Image:
-        """A row per row of the table, a column per thing (evenly spaced), with the first seed of each."""
+        """A row per row of the table, a column per thing (evenly spaced), with the first seed of each.
+
+        Of trainings whose rows come from elsewhere there are no pictures.
+        """
         concepts = self.concepts[self.settings.report.role]
         columns = spaced_concepts(concepts, min(self.settings.columns, len(concepts)))
         names = {BARE_FLAT: BARE_FLAT, BARE: BARE} | {row: found[0].name for row, found in trained.items()}
-        folders = [folder / "pictures" / file_stem(name, self.settings.report) for name in names.values()]
+        folders = {row: folder / "pictures" / file_stem(name, self.settings.report) for row, name in names.items()}
+        drawn = {row: pictures for row, pictures in folders.items() if pictures.is_dir()}
         seed = self.config.seeds[0]
-        rows = [[Image.open(each / f"{concept.code}-seed{seed}.png") for concept in columns] for each in folders]
-        return sheet(rows, list(names), [concept.name for concept in columns])
+        rows = [[Image.open(each / f"{concept.code}-seed{seed}.png") for concept in columns] for each in drawn.values()]
+        return sheet(rows, list(drawn), [concept.name for concept in columns])
 
 
 def file_stem(name: str, choice: RoleConfig) -> str:

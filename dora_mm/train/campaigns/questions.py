@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from dora_mm.adapting.files import load_trained
 from dora_mm.config.comparing import CompareConfig, CompareQuestionsConfig
 from dora_mm.config.loader import dump_config, resolve_path
@@ -23,7 +25,9 @@ from dora_mm.eval.vl.comparison import (
     caption_notes,
     describe_sizes,
     gain_over_question_only,
+    group_cells,
     group_of,
+    groups_of,
     intervals,
     vl_contrasts_table,
     vl_results_csv,
@@ -35,7 +39,7 @@ from dora_mm.models.families import load_family, structure_of
 from dora_mm.models.vl import VLModel
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks.vl import answerers
-from dora_mm.train.campaigns.campaign import Report, check_trainings, common_overrides, load_base
+from dora_mm.train.campaigns.campaign import Report, check_trainings, common_overrides, load_base, num_trainings
 from dora_mm.train.campaigns.trainings import Training, Trainings
 from dora_mm.train.validation import overall
 from dora_mm.utils.atomic import write_text
@@ -59,6 +63,8 @@ class QuestionEvaluation:
         ValueError: The base config, the model, the vision tower or the data cannot be used, or reported images are used
             for training or tuning.
     """
+
+    score_title = "mean score of the tasks"
 
     def __init__(self, config: CompareConfig, settings: CompareQuestionsConfig):
         self.config, self.settings = config, settings
@@ -104,7 +110,7 @@ class QuestionEvaluation:
 
     def baselines(self, folder: Path) -> list[Result]:
         """The rows of the bare model and of answers that are guessed without the image."""
-        results = [Result(BARE, intervals(self.scored([self.answered(folder, "bare", self.config.seeds[0])])))]
+        results = [Result(BARE, intervals(self.scored_answers([self.answered(folder, "bare", self.config.seeds[0])])))]
         if guessed := self.question_only:
             found = {task: interval for task, interval in intervals(guessed).items() if task in guessed}
             results.append(Result(QUESTION_ONLY, found))
@@ -118,14 +124,27 @@ class QuestionEvaluation:
             raise ValueError(f"{training.name}: no task can be scored on its valid split, so no rate can be chosen")
         return overall(values)
 
-    def scores(self, trainings: Trainings, repeated: Sequence[Training]) -> TaskScores:
-        """The scores of the reported splits by task."""
-        folder = trainings.folder
-        return self.scored([self.answered(folder, t.name, t.seed, trainings.adapter(t)) for t in repeated])
+    def scored(self, trainings: Trainings, training: Training) -> str:
+        """The scores of the reported splits: one number per answer, by task."""
+        adapter = trainings.adapter(training)
+        found = self.scored_answers([self.answered(trainings.folder, training.name, training.seed, adapter)])
+        return json.dumps({task: np.round(each.values_QS[:, 0], 4).tolist() for task, each in found.items()})
+
+    def scores(self, texts: Sequence[str]) -> dict[str, AnswerScores]:
+        """The scores of trainings that differ in nothing but the seed, by task."""
+        found = [json.loads(text) for text in texts]
+        return {
+            task: AnswerScores(np.array([values[task] for values in found]).T, groups_of(task, self.examples[task]))
+            for task in found[0]
+        }
 
     def intervals(self, scores: TaskScores) -> dict[str, Interval]:
         """The intervals over images and trainings, by task."""
         return intervals(scores)
+
+    def cells(self, scores: TaskScores) -> np.ndarray:
+        """One value per group of answers and training, (G, S), whose mean is the mean score of the tasks."""
+        return group_cells(list(scores.values()))
 
     def answered(self, folder: Path, name: str, seed: int, adapter: Path | None = None) -> dict[str, Predictions]:
         """The answers to the reported splits by task, which are computed unless the folder has them.
@@ -165,7 +184,7 @@ class QuestionEvaluation:
         return {name: scores for name, rows in found.items() if (scores := answer_scores(name, rows))}
 
     @staticmethod
-    def scored(answered: Sequence[Mapping[str, Predictions]]) -> dict[str, AnswerScores]:
+    def scored_answers(answered: Sequence[Mapping[str, Predictions]]) -> dict[str, AnswerScores]:
         """The scores of one method's trainings by task; captions are left out where they cannot be scored."""
         found = {task: answer_scores(task, [rows[task] for rows in answered]) for task in answered[0]}
         return {task: scores for task, scores in found.items() if scores}
@@ -179,21 +198,22 @@ class QuestionEvaluation:
     ) -> Report:
         """The table, notes on it, what images add to the questions, and the paired differences."""
         dora = [Variant("dora", rank) for rank in sorted(self.config.ranks)] if self.question_only else []
+        dora = [variant for variant in dora if variant in scores]
         paragraphs = [
             vl_results_table(results),
-            *self.notes(next(iter(scores.values()))),
+            *self.notes(next(iter(scores.values())), num_trainings(trained)),
             *(gain_over_question_only(str(variant), scores[variant], self.question_only) for variant in dora),
             vl_contrasts_table(self.config.ranks, scores),
         ]
         return Report(paragraphs, vl_results_csv(results))
 
-    def notes(self, scores: TaskScores) -> list[str]:
+    def notes(self, scores: TaskScores, trainings: int) -> list[str]:
         """Notes on the table: what was trained and reported, and what the intervals mean."""
         config = self.config
         groups = ["all questions about one of these count together"]
         groups += [found for task in scores if (found := scorer_of(task).grouping)]
         return [
-            f"{len(config.seeds)} trainings of {config.steps} steps each, {config.workers} at a time. "
+            f"{trainings} trainings of {config.steps} steps each, {config.workers} at a time. "
             f"Reported: {describe_sizes(scores)}.",
             f"In brackets: 95 % intervals over trainings and over images or videos; {', and '.join(groups)}.",
             "Full fine-tuning trains the language model itself. Learning rates: each method's best on the "

@@ -66,14 +66,18 @@ def check_process(training: TrainingProcess) -> None:
 
 
 def run_processes(
-    starts: Sequence[Callable[[], TrainingProcess]], workers: int, on_success: Callable[[TrainingProcess], None]
+    starts: Sequence[Callable[[], TrainingProcess]],
+    workers: int,
+    on_success: Callable[[TrainingProcess], None],
+    may_fail: Callable[[TrainingProcess], bool],
 ) -> None:
     """Runs processes, `workers` at a time. When one fails, or this process is interrupted, the others save their state.
 
     Args:
         starts: Functions that each start one training; called in this order.
         workers: How many processes run at a time.
-        on_success: Called with each training that has succeeded.
+        on_success: Called with each training that has succeeded, or failed as it may.
+        may_fail: Whether the failure of a training is a result like others.
 
     Raises:
         ValueError: A process reported a user's mistake.
@@ -88,7 +92,8 @@ def run_processes(
                 time.sleep(POLL_SECONDS)
                 for training in [training for training in running if training.process.poll() is not None]:
                     running.remove(training)
-                    check_process(training)
+                    if not may_fail(training):
+                        check_process(training)
                     on_success(training)
                     bar.update()
         finally:

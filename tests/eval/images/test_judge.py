@@ -124,7 +124,7 @@ def test_scores_survive_a_file(judge, gallery, learned, tmp_path):
     combined.save(tmp_path / "scores" / "a.json")
     loaded = Scores.load(tmp_path / "scores" / "a.json")
     assert (loaded.codes, loaded.seeds) == (combined.codes, (3, 4))
-    assert loaded.projected == pytest.approx(combined.projected, abs=1e-3)
+    assert loaded.projected == pytest.approx(combined.projected, abs=1e-2)
     assert (loaded.ranks == combined.ranks).all()
     found = summarize(loaded, "3d", judge.style_space, over_seeds=True)
     assert list(found) == list(METRICS)

@@ -281,7 +281,7 @@ def test_another_family_is_compared_by_the_same_recipe(comparison, base, judge, 
     rates = {method: [1e-3, 1e-2, 1e-1] for method in ("lora", "dora")}
     settings = {"extra_rates": 0, "half_ranks": False, "learning_rates": rates}
     config = comparison({"judge": str(own)}, base=write(tmp_path / "other.yaml", values), **settings)
-    assert main(["eval", config]) == 0
+    assert main(["compare", config]) == 0
     assert len(runs) == 2 * (3 + 1)
     rows = list(csv.DictReader((tmp_path / "campaign" / "results.csv").open()))
     assert [row["name"] for row in rows[2:]] == ["LoRA, rank 2", "DoRA, rank 2"]
@@ -290,7 +290,7 @@ def test_another_family_is_compared_by_the_same_recipe(comparison, base, judge, 
 @pytest.mark.slow
 def test_comparison_trains_scores_and_reports(comparison, tmp_path, commands, capsys):
     config = comparison(extra_rates=0)
-    assert main(["eval", config]) == 0
+    assert main(["compare", config]) == 0
     # full, LoRA 2, DoRA 1 and 2: three rates each, and one more run at the best rate for the second seed
     assert len(commands) == 4 * (3 + 1)
     folder = tmp_path / "campaign"
@@ -316,13 +316,13 @@ def test_comparison_trains_scores_and_reports(comparison, tmp_path, commands, ca
     before = table
     commands.clear()
     (folder / "table.md").unlink()
-    assert main(["eval", config]) == 0
+    assert main(["compare", config]) == 0
     assert commands == []
     assert (folder / "table.md").read_text() == before
 
     free = {"workers": 2, "pictures": {"columns": 1}}  # these do not change the results
-    assert main(["eval", comparison(extra_rates=0, **free)]) == 0
-    assert main(["eval", comparison(extra_rates=0, steps=2)]) == 2
+    assert main(["compare", comparison(extra_rates=0, **free)]) == 0
+    assert main(["compare", comparison(extra_rates=0, steps=2)]) == 2
     assert "different values of steps" in capsys.readouterr().err
 
 
@@ -348,19 +348,19 @@ def test_comparison_is_not_resumed_with_other_weights_or_another_judge(
 
 
 def test_comparison_reports_mistakes(comparison, base, capsys, tmp_path):
-    assert main(["eval", comparison(base="configs/sdxl/eval_tiny.yaml")]) == 2
+    assert main(["compare", comparison(base="configs/sdxl/eval_tiny.yaml")]) == 2
     assert "is a config of eval_diffusion" in capsys.readouterr().err
-    assert main(["eval", comparison(pictures={"tune": {"role": "report", "count": 3}})]) == 2
+    assert main(["compare", comparison(pictures={"tune": {"role": "report", "count": 3}})]) == 2
     assert "pictures: tune.role and report.role must differ" in capsys.readouterr().err
-    assert main(["eval", comparison(questions={"report": {"valid": {"format": "chat", "file": base}}})]) == 2
+    assert main(["compare", comparison(questions={"report": {"valid": {"format": "chat", "file": base}}})]) == 2
     assert "give either pictures or questions" in capsys.readouterr().err
     values = yaml.safe_load(Path(base).read_text())
     values["adapter"]["parts"] = {"unet.attn": {"rank": 1}}
-    assert main(["eval", comparison(base=write(tmp_path / "ranks.yaml", values))]) == 2
+    assert main(["compare", comparison(base=write(tmp_path / "ranks.yaml", values))]) == 2
     assert "gives adapter.parts: unet.attn settings of its own, which would hide" in capsys.readouterr().err
     (tmp_path / "campaign").mkdir()
     (tmp_path / "campaign" / "notes.txt").touch()
-    assert main(["eval", comparison()]) == 2
+    assert main(["compare", comparison()]) == 2
     assert "exists already and is not a run directory: choose another folder" in capsys.readouterr().err
 
 

@@ -1,0 +1,250 @@
+"""How the score of a method depends on its learning rate: best rates, bands of rates that are as good, differences.
+
+Shapes: K things (or other groups of answers), S seeds, R rates, N resamples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from dora_mm.eval.comparison import NAMES, Variant, contrasts
+from dora_mm.eval.statistics import LEVEL, NUM_RESAMPLES, Interval, mean_interval, paired_difference
+from dora_mm.utils.tables import csv_records, markdown_records
+
+EXPLAINED = """Score: {title}. As good: the rates around the highest score of the first seed's curve that lose less than
+{depth:.3f}, the half width of the interval of such a score, between rates interpolated along their logarithm; > and <:
+the band reaches the end of what was tried. Width: of that band in doublings of the rate. Around: the mean of the best
+rate and its two neighbours. In brackets: 95 % intervals over things or images and, where there are several, trainings;
+widths and best rates over things alone, since all rates have only the first seed in common."""
+
+
+class CurvePoint(NamedTuple):
+    """The scores at one learning rate."""
+
+    cells_KS: np.ndarray  # one score per thing and training
+    seeds: tuple[int, ...]  # the S seeds of the trainings
+
+    def of(self, seeds: Sequence[int]) -> np.ndarray:
+        """The scores of some of the seeds, (K, S)."""
+        return self.cells_KS[:, [self.seeds.index(seed) for seed in seeds]]
+
+    @property
+    def interval(self) -> Interval:
+        """The mean score with its interval."""
+        return mean_interval(self.cells_KS)
+
+
+@dataclass(frozen=True)
+class RateCurve:
+    """The scores of a method over its learning rates.
+
+    Attributes:
+        points: By rate, ascending. All have the same things, and the first seed in common.
+    """
+
+    points: Mapping[float, CurvePoint]
+
+    @property
+    def log2_rates(self) -> np.ndarray:
+        """The binary logarithms of the rates, (R,)."""
+        return np.log2(list(self.points))
+
+    @property
+    def first_KR(self) -> np.ndarray:
+        """The scores of the first seed."""
+        return np.stack([point.cells_KS[:, 0] for point in self.points.values()], axis=1)
+
+    @property
+    def half_width(self) -> float:
+        """Half the width of the interval of the highest score of the first seed."""
+        highest = self.first_KR[:, [int(self.first_KR.mean(axis=0).argmax())]]
+        found = mean_interval(highest)
+        return (found.high - found.low) / 2
+
+    def open_ends(self) -> list[float]:
+        """The lowest and the highest rate, as far as they are as good as the best: the band may go on beyond them."""
+        rates, means_R = list(self.points), self.first_KR.mean(axis=0)
+        low, high = band(self.log2_rates, means_R, self.half_width)
+        ends = ((rates[0], low <= self.log2_rates[0]), (rates[-1], high >= self.log2_rates[-1]))
+        return [rate for rate, is_open in ends if is_open]
+
+    def around(self, rate: float) -> CurvePoint:
+        """The mean of the scores at a rate and its neighbours, of the seeds that all of these have."""
+        rates = list(self.points)
+        place = rates.index(rate)
+        near = [self.points[each] for each in rates[max(place - 1, 0) : place + 2]]
+        seeds = common_seeds(near)
+        return CurvePoint(np.mean([point.of(seeds) for point in near], axis=0), seeds)
+
+
+def common_seeds(points: Sequence[CurvePoint]) -> tuple[int, ...]:
+    """The seeds that all points have, in the order of the first one's."""
+    return tuple(seed for seed in points[0].seeds if all(seed in point.seeds for point in points))
+
+
+def difference(first: CurvePoint, second: CurvePoint) -> Interval:
+    """The paired difference first - second over the seeds that both have."""
+    seeds = common_seeds([first, second])
+    return paired_difference(first.of(seeds), second.of(seeds))
+
+
+def band(log2_rates: np.ndarray, means_R: np.ndarray, depth: float) -> tuple[float, float]:
+    """The range around the highest score in which the score is at most `depth` below it.
+
+    Between two rates the score is interpolated along the logarithm of the rate.
+
+    Returns:
+        The binary logarithms of its ends; that of the first or the last rate where the range reaches it.
+    """
+    best, least = int(means_R.argmax()), float(means_R.max()) - depth
+
+    def end(step: int) -> float:
+        inside = best
+        while 0 <= inside + step < len(means_R) and means_R[inside + step] >= least:
+            inside += step
+        outside = inside + step
+        if not 0 <= outside < len(means_R):
+            return float(log2_rates[inside])
+        share = (means_R[inside] - least) / (means_R[inside] - means_R[outside])
+        return float(log2_rates[inside] + share * (log2_rates[outside] - log2_rates[inside]))
+
+    return end(-1), end(1)
+
+
+def resampled_means(cells_KR: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Bootstrap resamples of the mean over things, (N, R); equal things and seeds give paired resamples."""
+    num_things = len(cells_KR)
+    counts = np.random.default_rng(seed).multinomial(num_things, np.full(num_things, 1 / num_things), NUM_RESAMPLES)
+    return counts / num_things @ cells_KR
+
+
+def widths(curve: RateCurve, depth: float) -> tuple[float, np.ndarray]:
+    """The width of the band in doublings of the rate, and its resamples (N,)."""
+    rates = curve.log2_rates
+
+    def width(means_R: np.ndarray) -> float:
+        low, high = band(rates, means_R, depth)
+        return high - low
+
+    return width(curve.first_KR.mean(axis=0)), np.array([width(row) for row in resampled_means(curve.first_KR)])
+
+
+def percentiles(value: float, resamples: np.ndarray) -> Interval:
+    """A value with the percentile interval of its resamples."""
+    low, high = np.quantile(resamples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(value, float(low), float(high))
+
+
+def rate_per_doubling(curves: Mapping[int, RateCurve]) -> Interval:
+    """By how many doublings the rate of the highest score moves per doubling of the rank: the least-squares slope.
+
+    Args:
+        curves: By rank, two or more, of the same things.
+    """
+    ranks = np.log2(list(curves))
+    centered = (ranks - ranks.mean()) / ((ranks - ranks.mean()) ** 2).sum()
+    best = np.array([curve.log2_rates[curve.first_KR.mean(axis=0).argmax()] for curve in curves.values()])
+    resampled = np.stack([c.log2_rates[resampled_means(c.first_KR).argmax(axis=1)] for c in curves.values()])
+    return percentiles(float(centered @ best), centered @ resampled)
+
+
+def curves_csv(curves: Mapping[Variant, RateCurve]) -> str:
+    """The text of a CSV file with a row per variant and rate."""
+    return csv_records(
+        [
+            {
+                "name": str(variant),
+                "learning_rate": f"{rate:g}",
+                "trainings": str(len(point.seeds)),
+                "first_seed": f"{point.cells_KS[:, 0].mean():.4f}",
+                **{end: f"{value:.4f}" for end, value in point.interval.as_dict().items()},
+            }
+            for variant, curve in curves.items()
+            for rate, point in curve.points.items()
+        ]
+    )
+
+
+def curves_paragraphs(
+    curves: Mapping[Variant, RateCurve], best: Mapping[Variant, float], ranks: Sequence[int], title: str
+) -> list[str]:
+    """The paragraphs about curves: what they mean, each variant, paired differences, and how the best rate moves.
+
+    Args:
+        curves: By variant, of the same things.
+        best: The chosen rate of each.
+        ranks: The ranks that are compared.
+        title: What the scores are.
+    """
+    depth = float(np.mean([curve.half_width for curve in curves.values()]))
+    found = {variant: widths(curve, depth) for variant, curve in curves.items()}
+    rows = [_about(variant, curve, best[variant], depth, found[variant]) for variant, curve in curves.items()]
+    pairs = [
+        _compared(first, second, curves, best, found[first], found[second])
+        for first, second in contrasts(ranks, curves)
+    ]
+    moves = []
+    for method in ("lora", "dora"):
+        own = {v.rank: curve for v, curve in sorted(curves.items(), key=str) if v.method == method and not v.setting}
+        by_rank = {rank: own[rank] for rank in sorted(rank for rank in own if rank)}
+        if len(by_rank) > 1:
+            moves.append(f"{NAMES[method]} {shown(rate_per_doubling(by_rank), 2)}")
+    sentence = "Doublings of the rate with the highest score per doubling of the rank: " + "; ".join(moves) + "."
+    tables = [markdown_records(table) for table in (rows, pairs) if table]
+    return [EXPLAINED.format(title=title, depth=depth), *tables, *([sentence] if moves else [])]
+
+
+def _about(
+    variant: Variant, curve: RateCurve, rate: float, depth: float, width: tuple[float, np.ndarray]
+) -> dict[str, str]:
+    low, high = band(curve.log2_rates, curve.first_KR.mean(axis=0), depth)
+    below = "< " if low <= curve.log2_rates[0] else ""
+    above = " >" if high >= curve.log2_rates[-1] else ""
+    point = curve.points[rate]
+    return {
+        "": str(variant),
+        "best rate": f"{rate:g}",
+        "trainings": str(len(point.seeds)),
+        "score": shown(point.interval),
+        "around": shown(curve.around(rate).interval),
+        "as good": f"{below}{2**low:.2g} to {2**high:.2g}{above}",
+        "width": shown(percentiles(*width), 1),
+    }
+
+
+def _compared(
+    first: Variant,
+    second: Variant,
+    curves: Mapping[Variant, RateCurve],
+    best: Mapping[Variant, float],
+    first_width: tuple[float, np.ndarray],
+    second_width: tuple[float, np.ndarray],
+) -> dict[str, str]:
+    ours, theirs = curves[first], curves[second]
+
+    def at(our_rate: float, their_rate: float) -> str:
+        if our_rate not in ours.points or their_rate not in theirs.points:
+            return "-"
+        return marked(difference(ours.points[our_rate], theirs.points[their_rate]))
+
+    width = percentiles(first_width[0] - second_width[0], first_width[1] - second_width[1])
+    return {
+        "difference": f"{first} - {second}",
+        "each at its best rate": at(best[first], best[second]),
+        "around": marked(difference(ours.around(best[first]), theirs.around(best[second]))),
+        "both at the first one's": at(best[first], best[first]),
+        "both at the second one's": at(best[second], best[second]),
+        "width": marked(width, 1),
+    }
+
+
+def shown(interval: Interval, digits: int = 3) -> str:
+    """Returns "0.512 (0.401 to 0.623)"."""
+    return f"{interval.mean:.{digits}f} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
+
+
+def marked(interval: Interval, digits: int = 3) -> str:
+    """The interval, with a ! where it excludes 0."""
+    return shown(interval, digits) + (" !" if interval.low > 0 or interval.high < 0 else "")
