@@ -140,7 +140,7 @@ def check_rows(tokens: TokenRows, widths: Mapping[str, int], source: Path) -> No
             own = ", ".join(widths) or "none"
             raise ValueError(f"{source} has rows of the new token {word} for {', '.join(rows)}; this model has {own}")
         shapes = {table: tuple(values.shape) for table, values in rows.items()}
-        count = next(iter(shapes.values()))[0]
+        count = (*next(iter(shapes.values())), 0)[0]
         if misfit := [table for table, shape in shapes.items() if shape != (count, widths[table]) or not count]:
             raise ValueError(
                 f"{source} does not fit this model: the rows of its new token {word} are {shapes[misfit[0]]} for "

@@ -142,6 +142,7 @@ def test_rows_of_another_model_or_of_two_adapters_are_refused(tiny):
     for wrong, message in (
         ({"clip_l": rows["clip_l"]}, "for clip_l; this model has clip_l, clip_g"),
         (rows | {"clip_g": torch.ones(2, 99)}, r"are \(2, 99\) for clip_g, not \(2, 32\)"),
+        ({"clip_l": torch.ones(()), "clip_g": rows["clip_g"]}, r"are \(\) for clip_l, not \(0, 16\)"),
         (rows | {"clip_g": torch.ones(1, 32)}, r"are \(1, 32\) for clip_g, not \(2, 32\)"),
     ):
         with pytest.raises(ValueError, match=message):
