@@ -6,6 +6,7 @@ Public names are loaded on first use, so that `import dora_mm` costs next to not
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,6 +159,7 @@ def load_adapter(
 ) -> InjectReport:
     """Loads an adapter file into a model.
 
+    New tokens of a file belong to a pipeline with its tokenizers, not to a network: a warning says that they are left.
     Base modules are adapted as the file specifies. Modules that are adapted already must match the file, unless `name`
     is new: the adapter is then stacked on the existing ones, and their updates add up, each with its own strength.
     Extra trainable parameters in the file (biases, norms) replace those of the model: they have no strength other than
@@ -184,7 +186,11 @@ def load_adapter(
     from dora_mm import backend as backends
     from dora_mm import formats
 
-    return formats.load(model, Path(path), strength=strength, name=name, forward=backends.select(backend))
+    file = formats.AdapterFile(Path(path))
+    report = formats.load(model, file, strength=strength, name=name, forward=backends.select(backend))
+    if file.tokens:
+        logging.getLogger(__name__).warning("%s: its new tokens (%s) are not loaded", path, ", ".join(file.tokens))
+    return report
 
 
 def set_strength(model: nn.Module, strength: float | Mapping[str, float], *, name: str | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from PIL import Image
 
-import dora_mm
+from dora_mm import backend as backends
 from dora_mm.adapting.files import digest_of_adapter
 from dora_mm.config.loader import resolve_adapter, resolve_model, resolve_path
 from dora_mm.config.pictures import AdapterChoice, EvalDiffusionConfig, JudgedStyle
@@ -26,6 +26,7 @@ from dora_mm.eval.images.scores import format_interval, metrics_table, scores_pe
 from dora_mm.eval.statistics import Interval, bootstrap
 from dora_mm.formats.adapter_file import find_file
 from dora_mm.formats.files.tensor_file import read_metadata
+from dora_mm.models import new_tokens
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import identity_of, load_image_model
 from dora_mm.sampling.before_after import sample_merged
@@ -165,7 +166,8 @@ def pictures_of(
 
 def load_adapter(model: ImageModel, adapter: AdapterChoice) -> None:
     file = resolve_path(adapter.path, "adapter.path")
-    report = dora_mm.load_adapter(model.adaptable, file, strength=adapter.strength)
+    strength: Any = adapter.strength
+    report = new_tokens.load_adapter(model, file, strength=strength, forward=backends.select("auto"))
     log.info("%d adapted modules, %s parameters.", report.num_modules, f"{report.num_parameters:,}")
 
 

@@ -121,7 +121,7 @@ def describe_adapter(file: formats.AdapterFile, base: str | None = None) -> str:
     lines += [f"note: {half}"] if (half := other_half(found.settings)) else []
     lines += [f"not clear: {point}" for point in found.ambiguous]
     lines += [f"{len(found.biases)} differences of biases, such as {found.biases[0]}"] if found.biases else []
-    lines += [f"embedding of a token: {key}" for key in found.tokens]
+    lines += [f"embedding of a token: {key} {' x '.join(map(str, file.shape(key)))}" for key in found.tokens]
     lines += [f"beside adapters: {len(found.others)} tensors, such as {found.others[0]}"] if found.others else []
     notes = [f"  {shown(key)}: {shown(value)}" for key, value in found.settings.items()]
     return "\n".join([*lines, *(["metadata", *notes] if notes else [])])

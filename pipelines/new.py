@@ -13,7 +13,7 @@ from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.images.folder import CaptionedImage, read_captioned_images
 from dora_mm.models.opening import local_copy
 from dora_mm.preview.captions import PLACEHOLDER, example_prompts, shared_word
-from dora_mm.preview.images import describe_captions, describe_length, describe_pictures
+from dora_mm.preview.images import describe_captions, describe_length, describe_pictures, repeats_of
 from dora_mm.preview.machine import fitting, largest_card
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.yaml12 import MISSING, edited
@@ -152,6 +152,7 @@ def style_changes(draft: Draft, start: TrainDiffusionConfig, num_images: int, pr
     steps = steps_for(num_images, start.train.steps)
     changes: Changes = {("data", "folder"): draft.images, ("train", "steps"): steps}
     changes[("train", "checkpoint_every")] = steps // 4
+    changes |= {("tokens",): MISSING, ("train", "stop_tokens_after"): MISSING}  # the word may be one of the model's own
     if start.sample.prompts:
         changes[("sample", "prompts")] = list(prompts)
     if start.sample.every:
@@ -172,7 +173,7 @@ def describe_style(images: Sequence[CaptionedImage], config: TrainDiffusionConfi
             describe_pictures(images, config.data),
             describe_captions(images, config.data, None),
             f"trigger   {remark_on(word, num_captions)}",
-            describe_length(len(images), config.train),
+            describe_length(repeats_of(images), config.train),
         ]
     )
 

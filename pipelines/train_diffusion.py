@@ -1,7 +1,8 @@
 """Trains an adapter of an image model on a folder of captioned images, and draws images without and with it."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from dora_mm import formats
-from dora_mm.adapting import networks
+from dora_mm.adapting import networks, new_tokens
 from dora_mm.adapting.compiled import check_compiler, compile_blocks, compiled_line
 from dora_mm.adapting.files import about_image_adapter, save_image_adapter
 from dora_mm.adapting.initial import initial_identity, load_initial_file
@@ -25,7 +26,14 @@ from dora_mm.data.images.folder import CaptionedImage, digest_of, read_images
 from dora_mm.data.images.held_out import hold_out, part_of
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import about_prediction, identity_of, load_if_local, load_image_model
-from dora_mm.preview.images import describe_data, remark_on_captions, remark_on_length
+from dora_mm.preview.images import (
+    describe_data,
+    describe_encoded,
+    describe_latents,
+    remark_on_captions,
+    remark_on_length,
+    repeats_of,
+)
 from dora_mm.preview.parts import parts_table
 from dora_mm.preview.training import describe_training, is_measured, optimizer_line, slow_hardware
 from dora_mm.sampling.before_after import add_pictures, before_after_sheet, drawing_command
@@ -41,12 +49,13 @@ from dora_mm.train.optim import build_optimizer, check_device
 from dora_mm.train.processes import answering, check_can_shard, join_processes, takes_part
 from dora_mm.train.run import training_run, training_summary, write_summary
 from dora_mm.train.schedule import Schedule
-from dora_mm.train.validation import OVERALL, Validation
+from dora_mm.train.validation import Validation, held_out_loss
 from dora_mm.train.weights import EMA, WeightAverage, result_of
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
 log = logging.getLogger(__name__)
 Networks = dict[str, nn.Module]  # by component
+TOKENS = "new_tokens"  # where networks are by component
 
 
 def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: bool = False) -> None:
@@ -67,9 +76,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     """
     images, held = hold_out(read_images(config.data, "train"), config.data)
     class_images = read_images(config.data, "preserve")
-    trains_text = config.adapter.trains_text_encoders
-    # The last layer of a text encoder may be unused: its adapters get no gradients.
-    accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=trains_text)
+    # The last layer of a text encoder may be unused: its adapters get no gradients. So may new tokens be in a batch.
+    accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=config.trains_text)
     if dry_run:
         print(describe(config, images, held, class_images, accelerator))
         return
@@ -80,9 +88,10 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     model = load_image_model(config.model).to(accelerator.device, denoiser=not config.train.shard)
     check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is encoded
     task = DiffusionTask(model, config.loss)
+    new_tokens.start_tokens(config.tokens, model, images, config.data.captions, config.seed)
     remarks = slow_hardware(accelerator, [*model.encoders.values(), model.empty_denoiser()])
     remarks += remark_on_captions(model, images, config.data)
-    for remark in remarks + remark_on_length(len(images), config.train, accelerator.num_processes):
+    for remark in remarks + remark_on_length(repeats_of(images), config.train, accelerator.num_processes):
         log.warning("%s", remark)
     batches = batches_of(config, model, images, accelerator)
     source = preserving(batches, config, class_images)
@@ -121,10 +130,11 @@ def train(
     average = WeightAverage(training["parameters"], config.ema.decay) if config.ema else None
     draw = result(partial(draw_sheet, config, sampler, adapted, average, writes=writes))
     about = about_image_adapter(config, sampler.model)
-    write = result(partial(save_image_adapter, config, adapted, about))
+    write = result(partial(save_image_adapter, config, adapted, sampler.model.new_tokens, about))
     measure = result(partial(losses, list(adapted.values()))) if losses else None
     saves = write if joins else None
-    validate = held_out_loss(config, run, measure, adapted, saves, average, writes=writes) if measure else None
+    as_base = partial(bare, adapted, sampler.model)
+    validate = held_out_loss(run, config.evaluate, measure, as_base, saves, average, writes=writes) if measure else None
 
     def observe(step: int) -> None:
         if validate and validate.is_due(step, config.train.steps):
@@ -140,6 +150,7 @@ def train(
         observe(0)  # so that what goes wrong in drawing does so before the training
     is_over = validate.is_over if validate else lambda: False
     hooks = {"observe": observe, "after_step": average.update if average else None, "is_over": is_over}
+    hooks["before_step"] = new_tokens.stopping(config.train, training["parameters"])
     state = {EMA: average} if average else {}
     done = fit(run=run, **training, batch_at=batches, **hooks, state=state, metadata=about)
     if validate:
@@ -204,35 +215,6 @@ def fixed_losses(
     )
 
 
-def held_out_loss(
-    config: TrainDiffusionConfig,
-    run: RunDirectory,
-    measure: Callable[[], dict[str, float]],
-    adapted: Networks,
-    saves: Callable[[Path], None] | None,
-    average: WeightAverage | None,
-    *,
-    writes: bool,
-) -> Validation:
-    """Validates by the held-out loss; step 0 of its log has the losses of the base model."""
-
-    def beside_base() -> dict[str, float]:
-        base, found = validation.rows[0], measure()
-        return found | {f"{name}_minus_base": value - base[name] for name, value in found.items()}
-
-    done, values = last_step(run.checkpoints), average.measured(beside_base) if average else beside_base
-    validation = Validation(run, config.evaluate, values, by_held_out_loss, saves, done, writes=writes)
-    if not validation.rows:
-        with base_model(adapted.values()):  # of method full, nothing is trained yet
-            validation.note(0, measure())
-    return validation
-
-
-def by_held_out_loss(row: Mapping[str, float]) -> dict[str, float]:
-    """What the best adapter is chosen by; the base model is none."""
-    return {OVERALL: -row["held_out_loss"]} if row.get("step") != 0 else {}
-
-
 def log_losses(step: int, values: Mapping[str, float]) -> None:
     log.info("step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
@@ -257,7 +239,7 @@ def encode(
     for part in losses.parts.values() if losses else ():
         part.encode_all()
     sampler = PictureSampler(model)
-    if not batches.prompts.trained:
+    if not batches.prompts.needs_encoders:
         sampler.keep_prompts([(prompt, config.sample.negative_prompt) for prompt in config.sample.prompts])
         model.components.release(model.text_encoders)
     return sampler
@@ -280,7 +262,7 @@ def build(
         "accelerator": accelerator,
         "config": config.train,
         "seed": config.seed,
-        "networks": trained.networks,
+        "networks": {**trained.networks, **({TOKENS: model.new_tokens} if config.tokens else {})},
         "parameters": trained.parameters,
         "optimizer": accelerator.prepare(optimizer),
         "schedule": Schedule(optimizer, config.schedule, config.train.steps),
@@ -296,19 +278,23 @@ def describe(
     accelerator: Accelerator,
 ) -> str:
     """The data, the modules, the memory and the time; of a hub model that is not on this machine, only the data."""
-    writes_nothing = {"latent_cache": None, "text_cache": None}
-    config = config.model_copy(update={"data": config.data.model_copy(update=writes_nothing)})
+    given, writes_nothing = config.data, {"latent_cache": None, "text_cache": None}
+    config = config.model_copy(update={"data": given.model_copy(update=writes_nothing)})
     model = load_if_local(config.model)
     data = describe_data(images, config, model, accelerator.num_processes, held, class_images)
     if model is None:
         return "\n\n".join([data, *slow_hardware(accelerator, None)])
     shard = config.train.shard
-    batches = batches_of(config, model if shard else model.to(accelerator.device), images, accelerator)
+    model = model if shard else model.to(accelerator.device)
+    new_tokens.start_tokens(config.tokens, model, images, config.data.captions, config.seed)
+    batches = batches_of(config, model, images, accelerator)
     source = preserving(batches, config, class_images)
     if not shard and is_measured(accelerator, [*model.encoders.values(), model.empty_denoiser()]):
         with torch.no_grad():
             source(0)  # the only batch that is measured
-    if not batches.prompts.trained:
+    num_batches = config.train.steps * config.train.gradient_accumulation_steps
+    data = "\n".join([data, *describe_latents(batches, given), *describe_encoded(source, num_batches, given)])
+    if not batches.prompts.needs_encoders:
         model.components.release(model.text_encoders)
     trained = adapt(model, config)
     table = parts_table(trained, model.adaptable, model.target_maps, config.adapter, config.optimizer)
@@ -321,17 +307,27 @@ def describe(
     how = optimizer_line(config.optimizer, config.schedule, config.train.steps, config.ema)
     if config.train.compile:
         how += f"\n{compiled_line(trained.networks, model.target_maps)}"
-    if remark := formats.about_format(trained.adapted, "diffusers"):
-        table = f"{table}\n{remark}"
+    remarks = new_tokens.tokens_lines(config.tokens, model, config.train, config.optimizer.lr)
+    remarks += [remark] if (remark := formats.about_format(trained.adapted, "diffusers")) else []
+    table = "\n".join([table, *remarks])
     return f"{data}\n\n{about_prediction(config.model)}\n{trained.share}\n{table}\n\n{how}\n\n{cost}"
 
 
+@contextmanager
+def bare(adapted: Networks, model: ImageModel) -> Iterator[None]:
+    """A context in which a model is that without adapters and new tokens."""
+    with base_model(adapted.values()), model.new_tokens.off():
+        yield
+
+
 def adapt(model: ImageModel, config: TrainDiffusionConfig) -> TrainedNetworks:
-    """Injects the adapters of the config, and loads `init_from`."""
+    """Injects the adapters of the config, trains its new tokens, and loads `init_from`."""
     settings: dict[str, Any] = {"seed": config.seed, "backend": config.backend}
     trained = networks.adapt(model.adaptable, model.target_maps, config.adapter, **settings)
+    new_tokens.train_tokens(config.tokens, model, trained)
     if config.adapter.init_from:
         load_initial_file(trained, config.adapter, config.backend)
+        new_tokens.load_initial_tokens(config.tokens, model, config.adapter)
     return trained
 
 
@@ -365,10 +361,10 @@ def draw_sheet(
         return {}
     set_training(adapted, False)
     model = sampler.model.to(sampler.model.device)
-    trains_text = config.adapter.trains_text_encoders  # then prompts are encoded anew for each sheet
     settings: dict[str, Any] = {"strength": config.adapter.strength, "full": "full" in config.adapter.methods}
     settings["average"] = average and average.applied
-    sheet, pictures = before_after_sheet(model if trains_text else sampler, adapted, config.sample, **settings)
+    # where text changes, prompts are encoded anew for each sheet
+    sheet, pictures = before_after_sheet(model if config.trains_text else sampler, adapted, config.sample, **settings)
     if writes:
         save_atomically(path, sheet)
     move_vae(model, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 from torch import nn
@@ -20,6 +21,7 @@ from dora_mm.config.loader import dump_config, resolve_model
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.models.diffusion import ImageModel
+from dora_mm.models.new_tokens import NewTokens
 from dora_mm.models.opening import commit_of
 from dora_mm.models.vl import VLModel
 from dora_mm.utils import yaml12
@@ -74,11 +76,16 @@ def about_image_adapter(config: TrainDiffusionConfig, model: ImageModel) -> dict
 
 
 def save_image_adapter(
-    config: TrainDiffusionConfig, adapted: Mapping[str, nn.Module], about: Mapping[str, str], folder: Path
+    config: TrainDiffusionConfig,
+    adapted: Mapping[str, nn.Module],
+    new_tokens: NewTokens,
+    about: Mapping[str, str],
+    folder: Path,
 ) -> None:
     """Saves what was trained of an image model: as diffusers does where that can hold it, else in our own form."""
-    settings = {"metadata": about, "strength": config.adapter.strength}
-    dora_mm.save_adapter(adapted, folder, format=formats.format_for(adapted, preferred="diffusers"), **settings)
+    settings: dict[str, Any] = {"metadata": about, "strength": config.adapter.strength}
+    format = formats.format_for(adapted, preferred="diffusers")
+    formats.save(adapted, folder, format=format, tokens=new_tokens.by_word(), **settings)
 
 
 def remarks_on_files(trained: TrainedNetworks) -> list[str]:

@@ -230,6 +230,21 @@ class PreserveConfig(Section):
     every: PositiveInt = 1  # optimizer steps
 
 
+class TokenConfig(Section):
+    """A word of captions and prompts that is new tokens: rows of their own beside the tables of the text encoders."""
+
+    count: PositiveInt | None = None  # of tokens; null: as many as init has, or 2
+    # Words whose embeddings they start as; null: drawn at random, as long as the tables' rows are on average
+    init: Text | None = None
+    lr: Positive | None = None  # learning rate; null: optimizer.lr
+
+
+class ImageTrainConfig(TrainConfig):
+    # The step after which they stay as they are (the pivot of pivotal tuning); null: the last one
+    stop_tokens_after: PositiveInt | None = None  # the rows of new tokens
+    stop_text_encoders_after: PositiveInt | None = None  # the adapters of text encoders
+
+
 class TrainDiffusionConfig(PipelineConfig):
     command: ClassVar[str] = "train"
     changeable: ClassVar[tuple[str, ...]] = (
@@ -245,26 +260,44 @@ class TrainDiffusionConfig(PipelineConfig):
     backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
     model: ModelConfig
     adapter: ImageAdapterConfig
+    # New tokens by the word that captions have for them; empty: all words are plain ones
+    tokens: dict[str, TokenConfig] = Field(default_factory=dict)
     data: DataConfig
     loss: LossConfig = LossConfig()
     preserve: PreserveConfig | None = None  # what the adapter should leave as it is; null: nothing is held
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EMAConfig | None = None  # an average of the weights, saved in adapter-ema/; null: none
-    train: TrainConfig
+    train: ImageTrainConfig
     evaluate: ValidationConfig = ValidationConfig()
     sample: SampleConfig = SampleConfig()
+
+    @field_validator("tokens")
+    @classmethod
+    def _tokens_are_words(cls, tokens: dict[str, TokenConfig]) -> dict[str, TokenConfig]:
+        for word in tokens:
+            if not re.fullmatch(r"[\w-]*\w", word):  # a word of a text, and the name of a file
+                raise ValueError(f"a new token is a word of letters, digits, _ and -, got {word!r}")
+        return tokens
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether the embeddings of some prompts change during the training."""
+        return self.adapter.trains_text_encoders or bool(self.tokens)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "TrainDiffusionConfig":
         problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype, self.ema)
         problems += check_adapter(self.adapter, self.optimizer)
-        problems += check_sharding(self.train, self.adapter.cache)
+        problems += check_sharding(self.train, self.adapter.cache, self.model.quantization)
         problems += check_validation(self.evaluate, self.data.holds_out, "data.valid is null")
         full = "full" in self.adapter.methods
         if full and self.data.mask and self.data.mask.outside == "base":
             problems.append("data.mask.outside base needs the base model, whose weights adapter.method full changes")
         problems += self._check_preserve(full=full)
+        problems += self._check_text()
+        if full and self.model.quantization:
+            problems.append("adapter.method full trains the base weights, which model.quantization stores in 8 bits")
         if full and self.model.dtype != "float32":
             problems.append("adapter.method full trains the base weights, so model.dtype must be float32")
         if self.data.latent_cache is not None and self.data.crop == "random":
@@ -276,6 +309,24 @@ class TrainDiffusionConfig(PipelineConfig):
         if full and self.adapter.strength != 1.0:
             problems.append("adapter.strength must be 1 for adapter.method full: it keeps no base weights")
         return raise_problems(self, problems)
+
+    def _check_text(self) -> list[str]:
+        """What is wrong with new tokens, and with the last steps of what the text encoders train."""
+        rated = [word for word, token in self.tokens.items() if token.lr is not None]
+        problems = []
+        if rated and self.optimizer.name == "prodigy":
+            problems.append(f"tokens.{rated[0]}.lr has no effect: prodigy finds one rate for all")
+        trained = {
+            "stop_tokens_after": (bool(self.tokens), "there are no tokens"),
+            "stop_text_encoders_after": (self.adapter.trains_text_encoders, "no text encoder is adapted"),
+        }
+        for key, (is_trained, why) in trained.items():
+            last = getattr(self.train, key)
+            if last is not None and not is_trained:
+                problems.append(f"train.{key} has no effect: {why}")
+            elif last is not None and last >= self.train.steps:
+                problems.append(f"train.{key} ({last}) must be below train.steps ({self.train.steps})")
+        return problems
 
     def _check_preserve(self, *, full: bool) -> list[str]:
         if self.preserve is None:

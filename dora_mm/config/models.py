@@ -15,6 +15,7 @@ STARTS: Mapping[str, Mapping[int, str]] = MappingProxyType(
     {
         "sdxl": {
             0: "configs/sdxl/tiny_3d_icon.yaml",
+            8: "configs/sdxl/3d_icon_8gb.yaml",
             12: "configs/sdxl/3d_icon_12gb.yaml",
             16: "configs/sdxl/3d_icon_16gb.yaml",
             24: "configs/sdxl/3d_icon.yaml",
@@ -59,6 +60,8 @@ class ModelConfig(Section):
     revision: Text | None = None  # a commit, branch or tag of a hub model; null: its main branch
     vae: ModelPath | None = None  # a folder or hub name of another VAE; null: the model's own
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the frozen weights; adapters are float32
+    # float8: the Linear layers of all parts of the denoiser are stored in 8 bits, each row with a scale; null: in dtype
+    quantization: Literal["float8"] | None = None
     # What an SDXL model predicts; auto: what its files say, of a single checkpoint its tensors v_pred and ztsnr
     prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
     sdxl: SDXLConfig | None = None  # null: its defaults
@@ -66,7 +69,7 @@ class ModelConfig(Section):
 
     def settings_of_pictures(self) -> dict[str, Any]:
         """The settings beside the files on which pictures depend, and that are not the defaults, by section and key."""
-        own = self.model_dump(include={"prediction"}, exclude_defaults=True)
+        own = self.model_dump(include={"prediction", "quantization"}, exclude_defaults=True)
         found = {
             name: section.model_dump(exclude_defaults=True, exclude=set(section.only_training))
             for name, section in self

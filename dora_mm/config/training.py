@@ -80,6 +80,7 @@ CHANGEABLE = (
 # Quantised weights that torch does not divide: torch 2.13 with bitsandbytes 0.50 and torchao 0.18
 NOT_SHARDED: Mapping[str | None, str] = {
     "int8": "bitsandbytes' weight of 8 bits is gathered without its scales; use nf4 or fp4",
+    "float8": "a weight of it is gathered without its scales; leave it out",
     "torchao_int8": "torchao's weight cannot be split (aten.split); use nf4 or fp4",
 }
 

@@ -20,6 +20,7 @@ from dora_mm.formats.files.tensor_file import PICKLES, TensorFile, pickle_error
 from dora_mm.formats.naming.names import ModuleGroup, Name, canonical
 from dora_mm.formats.naming.spellings import Namer
 from dora_mm.formats.state import LayerState, with_settings
+from dora_mm.formats.tokens import EMBEDDINGS, keys_by_word, read_beside
 from dora_mm.formats.tools import FORMATS, TOOLS
 from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.methods import METHODS, other_method
@@ -27,7 +28,6 @@ from dora_mm.formats.tools.parts import NO_LOW_RANK, axes_that_fit
 from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME, config_beside
 from dora_mm.formats.tools.tool import Tool
 
-EMBEDDINGS = re.compile(r"bundle_emb\.|emb_params$|clip_[lg]$|.*string_to_param")  # of tokens that were trained
 OLD_LAYER = re.compile(r"(?P<module>.*_lora[12]?)\.(?P<ending>down|up)\.weight")  # of diffusers of 2023, and XLabs
 _NETWORK = re.compile(
     r"base_model\.model\.((down|up|(single_)?transformer|joint|double|single)_blocks|mid_block|blocks)\."
@@ -46,7 +46,7 @@ class AdapterFile:
         tool: The name of the tool that wrote it, or one that writes the same form: a key of `TOOLS`.
         modules: By the name of a module in the file: its keys by their ends, such as `lora_up.weight`.
         biases: By the name of a module: the key of the difference of its bias.
-        embeddings: The keys of the embeddings of trained tokens.
+        embeddings: The keys of the embeddings of trained tokens, also where these are in files beside it.
         others: The keys that belong to no module.
     """
 
@@ -70,6 +70,9 @@ class AdapterFile:
         self.others: list[str] = []
         for key in self._file.entries:
             self._sort_in(key)
+        with located(str(self.path)):
+            self._beside = read_beside(self.path, self.header)
+        self.embeddings += self._beside
 
     def _detect(self) -> str:
         keys = list(self._file.entries)
@@ -120,8 +123,13 @@ class AdapterFile:
 
     @property
     def unnamed(self) -> list[str]:
-        """The keys that belong to no module."""
-        return [*self.embeddings, *self.biases.values(), *self.others]
+        """The keys of the file itself that belong to no module."""
+        return [*(key for key in self.embeddings if key not in self._beside), *self.biases.values(), *self.others]
+
+    @property
+    def tokens(self) -> dict[str, dict[str, str]]:
+        """The keys of rows of new tokens, by word and then by table: see `tokens.py`."""
+        return keys_by_word(self.embeddings)
 
     def is_norm(self, module: str) -> bool:
         """Whether it is the difference of a norm."""
@@ -148,7 +156,12 @@ class AdapterFile:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor."""
-        return self._file.entries[key].shape
+        file, own = self._place(key)
+        return file.entries[own].shape
+
+    def _place(self, key: str) -> tuple[TensorFile, str]:
+        """The file that holds a tensor, and its key there."""
+        return self._beside.get(key, (self._file, key))
 
     def tensor(self, key: str, *, mapped: bool = False) -> Tensor:
         """Reads a tensor.
@@ -160,7 +173,8 @@ class AdapterFile:
         Raises:
             ValueError: Its dtype is none that adapters have, or the file has become shorter.
         """
-        return self._checked(key, self._file.map(key) if mapped else self._file.read(key))
+        file, own = self._place(key)
+        return self._checked(key, file.map(own) if mapped else file.read(own))
 
     def described(self, key: str) -> Tensor:
         """A tensor as the header describes it, without values; a single number has its value.
@@ -184,7 +198,8 @@ class AdapterFile:
 
     def not_finite(self) -> list[str]:
         """The keys of tensors with values that are NaN or infinite; reads the whole file, with a bar."""
-        return self._file.not_finite()
+        beside = ((key, self.tensor(key)) for key in self._beside)
+        return [*self._file.not_finite(), *(key for key, rows in beside if not rows.isfinite().all())]
 
     def parts(self, module: str, tool: Tool, read: Callable[[str], Tensor] | None = None) -> dict[str, Tensor]:
         """The tensors of a module by role, as a tool's form has them; empty where it does not know the module.

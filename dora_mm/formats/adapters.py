@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from dora_mm.formats.naming.names import Name
 from dora_mm.formats.reader import opened, read
 from dora_mm.formats.registry import TOOLS
 from dora_mm.formats.state import AdapterState, LayerState, joined
+from dora_mm.formats.tokens import TokenRows, bundled, write_beside
 from dora_mm.formats.tools import FORMATS
 from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.tool import Contents, Export
@@ -63,6 +65,7 @@ def save(
     metadata: Mapping[str, str],
     extra_parameters: Sequence[str] = (),
     strength: float = 1.0,
+    tokens: TokenRows | None = None,
 ) -> Path:
     """Saves the adapters of models, with a model card.
 
@@ -75,6 +78,8 @@ def save(
         metadata: Additional entries for the header of the file.
         extra_parameters: Names of parameters that were trained in addition to the adapters of a single model.
         strength: The strength of the adapters that becomes strength 1 in the file.
+        tokens: The rows of new tokens. They are inside the file or beside it, as the format has them, and as
+            `<word>.safetensors` for other programs in any case.
 
     Returns:
         The path of the weights file.
@@ -89,14 +94,18 @@ def save(
     export = FORMATS[format]
     components = components_to_save(model, export.components, format)
     state = _at_strength(from_models(components, extra_parameters), components, strength)
+    state = replace(state, tokens=tokens or {})
     if problem := why_not(format, components):
         raise ValueError(problem)
+    if state.tokens and not export.tokens:
+        raise ValueError(f"the {format} format has no place for the new token {next(iter(state.tokens))}: use native")
     if name := first_not_finite(state.tensors()):
         raise ValueError(f"{name} has values that are NaN or infinite, so the adapter was not saved")
     sharded = any(is_sharded(parameter) for m in components.values() for parameter in m.parameters())
     try:
         if not sharded or distributed.get_rank() == 0:
-            _write(state, components, folder, format, metadata)
+            beside = write_beside(folder, state.tokens)
+            _write(state, components, folder, format, {**metadata, **(beside if export.tokens == "beside" else {})})
             card.write_card(folder, format, state, metadata)
     finally:
         if sharded:
@@ -130,7 +139,7 @@ def _write(
             f"the {format} format holds adapters only, and {next(iter(extra)).path} was trained as well: save it as "
             "peft"
         )
-    tensors: dict[str, Tensor] = {}
+    tensors = bundled(state.tokens) if export.tokens == "inside" else {}
     for name, layer in layers.items():
         tensors |= _tensors(export, name, layer, components[name.component].get_submodule(name.path))
     if export.parameter is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from dora_mm.config.loader import find_path
 from dora_mm.formats.state import AdapterState
+from dora_mm.formats.tokens import TokenRows
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tables import markdown_table
 
@@ -127,7 +128,7 @@ def _text(
         parts.append(f"Write `{prompt}` in the prompt.")
     if pictures:
         parts.append("<Gallery />")
-    parts.append(f"## Use\n\n```python\n{_code(format, metadata)}\n```")
+    parts.append(f"## Use\n\n```python\n{_code(format, metadata, state.tokens)}\n```")
     if scores:
         rows = [[task, metric, f"{value:.2f}"] for task, (metric, value) in scores.items()]
         parts.append(f"## Scores\n\n{markdown_table(['task', 'metric', 'value'], rows)}")
@@ -135,6 +136,26 @@ def _text(
     if config := metadata.get("config"):
         parts.append(f"The config of the training, for `dora-mm train`:\n\n```yaml\n{config.strip()}\n```")
     return "\n\n".join(parts)
+
+
+def _in_diffusers(tokens: TokenRows) -> dict[str, list[str]]:
+    """What diffusers calls the new tokens of each word: it takes no word with a capital for several tokens."""
+    counts = {word: len(next(iter(rows.values()))) for word, rows in tokens.items()}
+    return {word: [f"<{word.lower()}-{number}>" for number in range(count)] for word, count in counts.items()}
+
+
+def _token_lines(tokens: TokenRows) -> list[str]:
+    """How diffusers loads new tokens; it pools at the highest id, which is then no longer that of the end of a text."""
+    if not tokens:
+        return []
+    lines = ["", "from safetensors.torch import load_file", ""]
+    for word, names in _in_diffusers(tokens).items():
+        lines.append(f'rows = load_file("{word}.safetensors")  # {"".join(names)} in prompts')
+        for table, number in (("clip_l", ""), ("clip_g", "_2")):
+            networks = f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number}"
+            lines.append(f'pipe.load_textual_inversion(rows["{table}"], token={names}, {networks})')
+    lines.append("pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id  # where it pools")
+    return lines
 
 
 def _settings(state: AdapterState) -> str:
@@ -151,16 +172,19 @@ def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _code(format: str, metadata: Mapping[str, str]) -> str:
+def _code(format: str, metadata: Mapping[str, str], tokens: TokenRows) -> str:
     base, prompt = metadata.get("base_model", "the base model"), metadata.get("instance_prompt") or "a prompt"
     given, here = f"# model: {base}, as it was before the training", "  # this folder, or its name on the Hub"
     auto = AUTO_CLASSES.get(_pipeline_tag(format, metadata) or "")
     if format == "diffusers":
+        for word, names in _in_diffusers(tokens).items():
+            prompt = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", "".join(names), prompt)
         lines = [
             "from diffusers import DiffusionPipeline",
             "",
             f"pipe = DiffusionPipeline.from_pretrained({base!r})",
             f'pipe.load_lora_weights("."){here}',
+            *_token_lines(tokens),
             f"image = pipe({prompt!r}).images[0]",
         ]
     elif format == "peft":

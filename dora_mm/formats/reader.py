@@ -173,7 +173,8 @@ def read(
     file.check_complete()
     namer = ModelNames(file, models or {})
     reader = LayerReader(file, namer.weights, namer=namer, whole=True)
-    state = AdapterState({})
+    rows = {word: {table: file.tensor(key) for table, key in keys.items()} for word, keys in file.tokens.items()}
+    state = AdapterState({}, tokens=rows)
     for name in reader.names():
         layer = reader.layer(name)
         has_no_form = "diff" in layer.tensors or layer.axis == "in"  # in our layer

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.files.checks import first_not_finite
+from dora_mm.formats.tokens import TokenRows, bundled
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,22 @@ class AdapterState:
         layers: By component, such as "unet", and then by module path: the adapter of the module.
         parameters: By component and then by name: the values of extra trainable parameters, such as biases and norms.
         untied: By component: the names of those that no longer share the weight which the base ties to them.
+        tokens: By word and then by table: the rows (N, D) of new tokens, which belong to no component.
     """
 
     layers: dict[str, dict[str, LayerState]]
     parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     untied: dict[str, set[str]] = field(default_factory=dict)
+    tokens: TokenRows = field(default_factory=dict)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors, by component, path and name."""
+        """All tensors, by component, path and name, and those of new tokens."""
         for component, layers in self.layers.items():
             for path, layer in layers.items():
                 yield from ((joined(component, path, name), tensor) for name, tensor in layer.tensors.items())
         for component, parameters in self.parameters.items():
             yield from ((joined(component, name), tensor) for name, tensor in parameters.items())
+        yield from bundled(self.tokens).items()
 
 
 def with_settings(layer: LayerState, said: Mapping[str, Any]) -> LayerState:

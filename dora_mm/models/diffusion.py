@@ -25,6 +25,7 @@ from dora_mm.data.images.buckets import Framing
 from dora_mm.data.images.latents import Latents
 from dora_mm.data.syntax import Wording
 from dora_mm.models.components import Components
+from dora_mm.models.new_tokens import NewTokens
 from dora_mm.models.noise import NoiseProcess
 from dora_mm.utils.digest import module_digest
 
@@ -53,6 +54,8 @@ class ImageModel(ABC):
     vae_name: ClassVar[str] = "AutoencoderKL"  # the class of diffusers
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")  # in which it computes what it should
     weighs_words: ClassVar[bool] = False  # whether `encode_for_drawing` takes prompts in pieces with weights
+    # What files call the tables of its text encoders, where words can be new tokens; empty: they cannot
+    token_tables: ClassVar[Mapping[str, str]] = {}
     predictions: ClassVar[tuple[str, ...]] = ()  # what `model.prediction` can be beside "auto"
     # Names of tensors begin with these in a single checkpoint; empty: the family has none
     single_file: ClassVar[tuple[str, ...]] = ()
@@ -61,6 +64,7 @@ class ImageModel(ABC):
     def __init__(self, components: Components, settings: Section | None = None):
         self.components = components
         self.settings: Any = settings or self.settings_class()
+        self.new_tokens = NewTokens()
 
     def __getattr__(self, name: str) -> Any:
         if name != "components" and name in self.components.names:
@@ -138,6 +142,15 @@ class ImageModel(ABC):
         """The names of the text encoders."""
         return [name for name in self.components.names if name.startswith("text_encoder")]
 
+    def token_table(self, table: str) -> nn.Embedding:
+        """The embedding of a text encoder, by what files call its table."""
+        return self.components[self.token_tables[table]].get_input_embeddings()
+
+    @property
+    def token_widths(self) -> dict[str, int]:
+        """The number of columns of each table, by what files call it."""
+        return {table: self.token_table(table).embedding_dim for table in self.token_tables}
+
     @property
     def device(self) -> torch.device:
         return self.components.device
@@ -145,6 +158,7 @@ class ImageModel(ABC):
     def to(self, device: torch.device | str, *, denoiser: bool = True) -> ImageModel:
         """Moves all networks to a device, or all but the denoiser; returns self."""
         self.components.to(device, () if denoiser else (self.denoiser,))
+        self.new_tokens.to(device)
         return self
 
     def freeze(self) -> ImageModel:

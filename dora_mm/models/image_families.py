@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dora_mm import targets
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import ModelConfig
 from dora_mm.models.components import (
@@ -23,6 +24,7 @@ from dora_mm.models.components import (
     tensor_names,
 )
 from dora_mm.models.diffusion import ImageModel
+from dora_mm.models.memory import store_in_float8
 from dora_mm.models.opening import check_revision, loaded_files, local_copy
 from dora_mm.models.schedulers import changes_for
 from dora_mm.models.sdxl.family import SDXL
@@ -100,6 +102,8 @@ def load_image_model(config: ModelConfig) -> ImageModel:
         if changes and "scheduler" in found:
             own = found["scheduler"]
             found["scheduler"] = type(own).from_config(own.config, **changes)
+        if config.quantization and family.denoiser in found:
+            store_in_float8(found[family.denoiser], targets.find(family.maps[family.denoiser]))
         return found
 
     configs = str(family.single_file_configs) if Path(path).is_file() else path

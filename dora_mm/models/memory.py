@@ -1,12 +1,30 @@
-"""Less memory for drawing, by one setting each."""
+"""Less memory, by one setting each."""
 
 from typing import Any
 
 import torch
+from torch import nn
 
 from dora_mm.config.pictures import MemoryConfig
+from dora_mm.core import TargetMap
+from dora_mm.core.targets import match_modules
+from dora_mm.core.wrappers.float8 import Float8Linear
 
 TILE = 512  # pixels; diffusers takes the VAE's own size, with which a picture of 1024 pixels is one tile
+
+
+def store_in_float8(network: nn.Module, targets: TargetMap) -> None:
+    """Stores the weights of all Linear layers that a target map knows in float8; other layers stay as they are.
+
+    Args:
+        network: The network, frozen and not adapted.
+        targets: Its target map.
+    """
+    for path in match_modules(network, targets.select(list(targets.parts))):
+        layer = network.get_submodule(path)
+        if type(layer) is nn.Linear:
+            parent, _, name = path.rpartition(".")
+            setattr(network.get_submodule(parent), name, Float8Linear.of(layer))
 
 
 def save_memory(pipe: Any, config: MemoryConfig, device: torch.device) -> None:

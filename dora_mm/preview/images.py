@@ -6,15 +6,18 @@ from collections.abc import Callable, Sequence
 from dora_mm.config.images import DataConfig, TrainDiffusionConfig
 from dora_mm.config.training import TrainConfig, ValidationConfig
 from dora_mm.data.images.folder import CaptionedImage, bucket_of, contains_word, resolution_of
-from dora_mm.data.images.wording import FIXED, rendered, unchanged
+from dora_mm.data.images.wording import FIXED, all_unchanged, rendered, unchanged
 from dora_mm.data.syntax import syntax_in
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.preview.training import when
+from dora_mm.tasks.image_batches import CaptionedBatches
+from dora_mm.tasks.preservation import PreservingBatches
 
 # Steps x batch / pictures of the DoRA paper's two styles (the configs 3d_icon.yaml and lego.yaml).
 RECIPES = {"3d_icon": 1000 * 3 / 23, "lego": 1000 * 3 / 61}
 MOST_NAMES = 8  # of pictures in a line
 MOST_RENDERED = 3  # captions of a folder
+LARGE_CACHE = 2e9  # bytes of latents in main memory from which a folder for them is recommended
 FAR = 3  # a training that shows each picture this many times less or more often than the recipes is remarked upon
 
 
@@ -45,8 +48,8 @@ def describe_data(
             *describe_masks(images, config.data),
             *describe_preserved(config, class_images),
             *([describe_held_out(held, config.evaluate)] if held else []),
-            describe_length(len(images), config.train, num_processes),
-            *remark_on_length(len(images), config.train, num_processes),
+            describe_length(repeats_of(images), config.train, num_processes),
+            *remark_on_length(repeats_of(images), config.train, num_processes),
             *remark_on_captions(model, images, config.data),
             *([] if model else [f"{config.model.path} is not on this machine: modules, memory and time are left out"]),
         ]
@@ -128,6 +131,40 @@ def describe_masks(images: Sequence[CaptionedImage], data: DataConfig) -> list[s
     return [f"masks     {count} of {len(images)} ({data.mask.source}), floor {data.mask.floor:g}{outside}"]
 
 
+def describe_latents(batches: CaptionedBatches, data: DataConfig) -> list[str]:
+    """A line with the latents that are computed ahead of the steps, and where they are; none for random crops.
+
+    Args:
+        batches: The batches of the training, of which one may have been made to see how large latents are.
+        data: The `data` section.
+    """
+    if batches.config.crop == "random":
+        return []
+    folder = data.latent_cache
+    count, each = len(batches.images) * (2 if batches.config.flip else 1), batches.cache.bytes_each
+    size = each * count if each else 0
+    place = f"in {folder}" if folder else "in main memory"
+    place += "; data.latent_cache keeps them on the disk" if size > LARGE_CACHE and not folder else ""
+    return [f"latents   {count:,} ahead of the steps{f', {size / 1e6:,.1f} MB' if size else ''} {place}"]
+
+
+def describe_encoded(batches: CaptionedBatches | PreservingBatches, num_batches: int, data: DataConfig) -> list[str]:
+    """A line with the captions that are encoded ahead of the steps, and where they are; none where all change.
+
+    Args:
+        batches: The batches of the training, of which one may have been made to see how large a caption is.
+        num_batches: Their number.
+        data: The `data` section.
+    """
+    texts = [text for text in batches.captions(num_batches) if not batches.prompts.changes(text)]
+    if not texts:
+        return []
+    each = batches.prompts.bytes_per_caption
+    size = f", {each * len(texts) / 1e6:,.1f} MB" if each else ""
+    place = f"in {data.text_cache}" if data.text_cache else "in main memory"
+    return [f"encoded   {len(texts):,} captions ahead of the steps{size} {place}"]
+
+
 def describe_preserved(config: TrainDiffusionConfig, class_images: Sequence[CaptionedImage]) -> list[str]:
     """A line with the prompts on which the model is held, and how often; none without the section `preserve`."""
     held = config.preserve
@@ -145,31 +182,47 @@ def describe_held_out(held: Sequence[CaptionedImage], evaluate: ValidationConfig
     return f"held out  {len(held)} ({names}), their loss {when(evaluate)}"
 
 
-def views_per_picture(num_images: int, train: TrainConfig, num_processes: int = 1) -> float:
-    """How often a training shows each picture, on average."""
-    return train.steps * train.batch_size * train.gradient_accumulation_steps * num_processes / num_images
+def repeats_of(images: Sequence[CaptionedImage]) -> list[float]:
+    """How often each image occurs in an epoch, where `data.repeats` is 1."""
+    return [image.repeats for image in images]
 
 
-def describe_length(num_images: int, train: TrainConfig, num_processes: int = 1) -> str:
-    """A line with the length of the training in steps, and what it means for a picture."""
-    views = views_per_picture(num_images, train, num_processes)
+def views_per_picture(repeats: Sequence[float], train: TrainConfig, num_processes: int = 1) -> tuple[float, float]:
+    """How often a training shows the picture that it shows least, and the one that it shows most."""
+    places = train.steps * train.batch_size * train.gradient_accumulation_steps * num_processes
+    return places * min(repeats) / sum(repeats), places * max(repeats) / sum(repeats)
+
+
+def describe_length(repeats: Sequence[float], train: TrainConfig, num_processes: int = 1) -> str:
+    """A line with the length of the training in steps, and what it means for a picture.
+
+    Args:
+        repeats: How often each picture occurs in an epoch.
+        train: The `train` section.
+        num_processes: The number of processes that train.
+    """
+    least, most = views_per_picture(repeats, train, num_processes)
+    views = f"{least:.0f}" if least == most else f"{least:.0f} to {most:.0f}"
+    shown = f"{len(repeats)} pictures"
+    shown = shown if least == most else f"{sum(repeats):g} places of {shown} in an epoch"
     factors = [f"{train.steps} steps", f"batch {train.batch_size}"]
     factors += [f"{train.gradient_accumulation_steps} accumulated"] if train.gradient_accumulation_steps > 1 else []
     factors += [f"{num_processes} processes"] if num_processes > 1 else []
-    return f"length    {' x '.join(factors)} / {num_images} pictures = each is seen {views:.0f} times ({_recipes()})"
+    return f"length    {' x '.join(factors)} / {shown} = each is seen {views} times ({_recipes()})"
 
 
-def remark_on_length(num_images: int, train: TrainConfig, num_processes: int = 1) -> list[str]:
-    """A warning, if each picture is seen far less or far more often than in the recipes; else nothing."""
-    views = views_per_picture(num_images, train, num_processes)
+def remark_on_length(repeats: Sequence[float], train: TrainConfig, num_processes: int = 1) -> list[str]:
+    """A warning, if every picture is seen far less or far more often than in the recipes; else nothing."""
+    least, most = views_per_picture(repeats, train, num_processes)
     low, high = min(RECIPES.values()) / FAR, max(RECIPES.values()) * FAR
-    if low <= views <= high:
+    if low <= most and least <= high:
         return []
+    views, often = (most, "at most ") if most < low else (least, "at least ")
     usual = sorted(max(1, round(each / views * train.steps)) for each in RECIPES.values())
-    change = "little" if views < low else "much"
+    change = "little" if most < low else "much"
     return [
-        f"Each picture is seen {views:.0f} times ({_recipes()}), which is {change} for a style: train.steps from "
-        f"{usual[0]} to {usual[1]} would be as in those."
+        f"Each picture is seen {often if least != most else ''}{views:.0f} times ({_recipes()}), which is {change} for "
+        f"a style: train.steps from {usual[0]} to {usual[1]} would be as in those."
     ]
 
 
@@ -181,7 +234,8 @@ def remark_on_captions(model: ImageModel | None, images: Sequence[CaptionedImage
         images: The images.
         data: The `data` section.
     """
-    cut = remark_on_cut(model, [unchanged(image, data.captions) for image in images]) if model else []
+    texts = (text for image in images for text in all_unchanged(image, data.captions))
+    cut = remark_on_cut(model, list(dict.fromkeys(texts))) if model else []
     return cut + remark_on_alternatives(images, data)
 
 

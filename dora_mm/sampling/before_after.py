@@ -61,7 +61,7 @@ def at_strength(
     Args:
         model: The model, or what draws with it, if its text encoders are not adapted.
         adapted: The adapted networks of the model, by name.
-        strength: The strength of every adapter; 0 is the base model.
+        strength: The strength of every adapter; 0 is the base model, which reads new tokens as plain words.
         prompts: The prompts.
         seeds: A seed for each prompt.
         **settings: Further arguments of `sample`.
@@ -71,7 +71,8 @@ def at_strength(
     """
     for network in adapted.values():
         set_strength(network, strength)
-    with merged_adapters(adapted.values()):
+    own = model.model if isinstance(model, PictureSampler) else model
+    with merged_adapters(adapted.values()), own.new_tokens.off() if strength == 0 else nullcontext():
         return sample(model, prompts, seeds, **settings)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils.memory import should_reduce_batch_size
-from torch import nn
 
 from dora_mm.backend import about_layers
 from dora_mm.config.loader import dump_config
@@ -21,6 +20,7 @@ from dora_mm.config.pictures import PicturesConfig
 from dora_mm.core import remove
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.inject import merged_adapters
+from dora_mm.models.diffusion import ImageModel
 from dora_mm.sampling.jobs.picture import Picture, batches, file_names
 from dora_mm.sampling.jobs.rows import Weights, adapters_text
 from dora_mm.sampling.manifest import (
@@ -167,7 +167,7 @@ class PictureJob:
 def plan(
     folder: Path,
     pictures: Sequence[Picture],
-    sampler: PictureSampler,
+    length: Callable[[Picture], int],
     *,
     batch_size: int,
     model: BaseModel,
@@ -180,14 +180,14 @@ def plan(
     Args:
         folder: The run directory.
         pictures: The pictures.
-        sampler: Draws them later; tells the length of their prompts.
+        length: Tells the length of a picture's prompts: pictures of a batch have the same.
         batch_size: The largest number of pictures in a batch.
         model: The base model.
         adapters: The two hashes of each adapter's file (see `png.UsedAdapter`), by the path that the pictures have.
         environment: See `png.Description`.
         software: See `png.Description`.
     """
-    groups = batches(pictures, batch_size, lambda p: sampler.length(p.prompts))
+    groups = batches(pictures, batch_size, length)
     descriptions = {
         index: Description(
             model,
@@ -244,7 +244,7 @@ def check_what_is_there(job: PictureJob) -> None:
         log.info("%d of %d pictures are there already.", len(job.done), len(job.pictures))
 
 
-def draw(job: PictureJob, sampler: PictureSampler, networks: Iterable[nn.Module], load: LoadAdapter) -> None:
+def draw(job: PictureJob, sampler: PictureSampler, load: LoadAdapter) -> None:
     """Draws the pictures that are missing, and writes the manifest.
 
     A batch with a missing picture is drawn as a whole, since rounding depends on the batch. Every picture is saved the
@@ -253,17 +253,15 @@ def draw(job: PictureJob, sampler: PictureSampler, networks: Iterable[nn.Module]
     Args:
         job: The job, after `check_what_is_there`.
         sampler: Draws the batches.
-        networks: The networks of the model that adapters may adapt.
-        load: Loads an adapter into them.
+        load: Loads an adapter into its model.
     """
-    networks = list(networks)
     open_batches = [batch for batch in job.batches if any(index not in job.done for index in batch)]
     write_manifest(job.folder, job.entries())
     next_manifest = time.monotonic() + SECONDS_BETWEEN_MANIFESTS
     try:
         with PictureProgress(sum(map(len, open_batches)), "pictures") as progress:
             for weights, same_weights in groupby(open_batches, key=lambda batch: job.pictures[batch[0]].weights):
-                with adapted(networks, weights, load):
+                with adapted(sampler.model, weights, load):
                     sampler.forget_prompts()
                     for batch in same_weights:
                         draw_batch(job, batch, sampler)
@@ -277,26 +275,27 @@ def draw(job: PictureJob, sampler: PictureSampler, networks: Iterable[nn.Module]
 
 
 @contextmanager
-def adapted(networks: Sequence[nn.Module], weights: Weights, load: LoadAdapter) -> Iterator[None]:
-    """A context in which networks have adapters, merged; afterwards they are as they were.
+def adapted(model: ImageModel, weights: Weights, load: LoadAdapter) -> Iterator[None]:
+    """A context in which a model has adapters, merged; afterwards it is as it was.
 
     Args:
-        networks: The networks, not adapted.
+        model: The model, not adapted.
         weights: The adapters by path, each with its strength.
-        load: Loads one into the networks.
+        load: Loads one into the model.
     """
     try:
         for number, (path, strength) in enumerate(weights):
             load(path, strength, f"adapter {number}")
-        with merged_adapters(networks):
+        with merged_adapters(model.adaptable.values()):
             yield
     finally:
-        remove_adapters(networks)
+        remove_adapters(model)
 
 
-def remove_adapters(networks: Iterable[nn.Module]) -> None:
-    """Removes the adapters of all networks that have some."""
-    for network in networks:
+def remove_adapters(model: ImageModel) -> None:
+    """Removes the adapters of all networks that have some, and new tokens."""
+    model.new_tokens.clear()
+    for network in model.adaptable.values():
         if any(isinstance(module, AdaptedLayer) for module in network.modules()):
             remove(network)
 

@@ -6,12 +6,13 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from dora_mm import backend, formats
 from dora_mm.config.loader import find_path, resolve_adapter, resolve_model
@@ -22,6 +23,7 @@ from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import load_image_model
 from dora_mm.models.memory import check_offload, save_memory
+from dora_mm.models.new_tokens import load_adapter, read_tokens
 from dora_mm.sampling.drawing import PictureJob, check_what_is_there, draw, plan, remove_adapters
 from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.sampling.pictures import PictureSampler
@@ -67,10 +69,9 @@ class LoadedModel:
         Raises:
             ValueError: It does not fit the model.
         """
-        networks = self.model.adaptable
         try:
             chosen: Any = to_load(strength)
-            formats.load(networks, self.adapters[path], strength=chosen, name=name, forward=self.forward)
+            load_adapter(self.model, self.adapters[path], strength=chosen, name=name, forward=self.forward)
         except ValueError as error:
             trained_on = read_metadata(self.adapters[path]).get("base_model")
             if trained_on in (None, self.base.path):
@@ -92,7 +93,7 @@ class LoadedModel:
                     try:
                         self.load_adapter(path, strength, "checked")
                     finally:
-                        remove_adapters(self.model.adaptable.values())
+                        remove_adapters(self.model)
             elif combinations != {((path, 1.0),)}:
                 raise ValueError(
                     f"{path} holds weights that replace those of the base (method full, biases or norms): it cannot be "
@@ -143,6 +144,25 @@ class LoadedModel:
             if problem := self.sampler.why_not(scheduler, steps):
                 raise ValueError(f"row {row}: {problem}")
 
+    def prompt_length(self, picture: Picture) -> int:
+        """The length of a picture's prompts, with the new tokens of its adapters.
+
+        Raises:
+            ValueError: Two of them have the same.
+        """
+        for path, _ in picture.weights:
+            for word, rows in self.new_tokens[path].items():
+                self.model.new_tokens.add(word, rows)
+        try:
+            return self.sampler.length(picture.prompts)
+        finally:
+            self.model.new_tokens.clear()
+
+    @cached_property
+    def new_tokens(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """The rows of new tokens by the path of their adapter, word and table."""
+        return {path: read_tokens(AdapterFile(file)) for path, file in self.adapters.items()}
+
     def adapter_hashes(self) -> dict[str, tuple[str, str]]:
         """The two hashes of each adapter's file (see `png.UsedAdapter`), by the path that jobs name."""
         return {path: adapter_hashes(file) for path, file in self.adapters.items()}
@@ -153,7 +173,7 @@ class LoadedModel:
         return plan(
             folder,
             sized,
-            self.sampler,
+            self.prompt_length,
             batch_size=batch_size,
             model=self.base,
             adapters=self.adapter_hashes(),
@@ -165,7 +185,7 @@ class LoadedModel:
         """Draws the pictures of a job that are not in its run directory yet; returns what became of all."""
         job = self.plan(folder, pictures, batch_size)
         check_what_is_there(job)
-        draw(job, self.sampler, self.model.adaptable.values(), self.load_adapter)
+        draw(job, self.sampler, self.load_adapter)
         return job
 
 

@@ -26,6 +26,9 @@ from dora_mm.utils.randomness import generator
 class PromptEncoder:
     """Encodes captions: once each if the text encoders are frozen, every time if they are trained.
 
+    What is encoded once is kept in main memory: it may be the captions of many epochs, which vary.
+    Those with new tokens are encoded every time in any case.
+
     Args:
         model: The model whose text encoders are used.
         trained: The text encoders are trained.
@@ -38,8 +41,18 @@ class PromptEncoder:
         self._cache: dict[str, Prompt] = {}
         self._files = TensorCache(folder) if folder is not None else None
 
+    @property
+    def needs_encoders(self) -> bool:
+        """Whether a training needs the text encoders after all captions were encoded ahead that can be."""
+        return self.trained or bool(self.model.new_tokens.counts)
+
+    def changes(self, caption: str) -> bool:
+        """Whether a caption is encoded to something else after a step."""
+        return self.trained or self.model.new_tokens.occur_in(caption)
+
     def keep(self, captions: Sequence[str], batch_size: int = 16) -> None:
-        """Encodes captions ahead of training, so that the text encoders can be released."""
+        """Encodes captions ahead of training, so that the text encoders can be released; none that changes."""
+        captions = [caption for caption in captions if not self.changes(caption)]
         if self._files is not None:
             missing = [each for each in dict.fromkeys(captions) if not self._files.has(self._key(each))]
             for caption in tqdm(missing, desc="captions", unit="text", delay=2, disable=None):
@@ -48,16 +61,28 @@ class PromptEncoder:
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._cache]
         for part in self._of_one_length(new, batch_size):
             with torch.no_grad():
-                self._cache.update(zip(part, self.model.encode_prompts(part), strict=True))
+                for caption, prompt in zip(part, self.model.encode_prompts(part), strict=True):
+                    self._cache[caption] = {name: tensor.cpu() for name, tensor in prompt.items()}
 
     def __call__(self, captions: Sequence[str]) -> list[Prompt]:
         """Encodes captions of any length; each conditions the denoiser as it does alone."""
-        if self.trained:
-            return self.model.encode_prompts(captions)
-        if self._files is not None:
-            return [self._read(caption) for caption in captions]
-        self.keep(captions)
-        return [self._cache[caption] for caption in captions]
+        rows = [index for index, caption in enumerate(captions) if self.changes(caption)]
+        changing = self.model.encode_prompts([captions[index] for index in rows]) if rows else []
+        anew = dict(zip(rows, changing, strict=True))
+        if self._files is None:
+            self.keep(captions)
+        return [anew[index] if index in anew else self._kept(caption) for index, caption in enumerate(captions)]
+
+    def _kept(self, caption: str) -> Prompt:
+        """A caption that was encoded ahead, on the model's device."""
+        found = self._cache[caption] if self._files is None else self._read(caption)
+        return {name: tensor.to(self.model.device) for name, tensor in found.items()}
+
+    @property
+    def bytes_per_caption(self) -> float | None:
+        """The main memory that an encoded caption takes, on average over those that there are; None: there is none."""
+        sizes = [sum(tensor.nbytes for tensor in prompt.values()) for prompt in self._cache.values()]
+        return sum(sizes) / len(sizes) if sizes else None
 
     @cached_property
     def _identity(self) -> str:
@@ -69,9 +94,7 @@ class PromptEncoder:
     def _read(self, caption: str) -> Prompt:
         assert self._files is not None
         found = self._files.read(self._key(caption), ("text",))
-        if found is None:
-            found = self._write(caption)
-        return {name: tensor.to(self.model.device) for name, tensor in found.items()}
+        return self._write(caption) if found is None else found
 
     @torch.no_grad()
     def _write(self, caption: str) -> Prompt:
@@ -259,8 +282,8 @@ class CaptionedBatches:
 
     @torch.no_grad()
     def encode_by_base(self, captions: Sequence[str], dropped: Sequence[bool]) -> list[Prompt]:
-        """As `encode`, by the text encoders without their adapters."""
-        with base_model(self.model.encoders.values()):
+        """As `encode`, by the text encoders without their adapters and new tokens."""
+        with base_model(self.model.encoders.values()), self.model.new_tokens.off():
             return self.encode(captions, dropped)
 
 

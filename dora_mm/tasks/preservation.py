@@ -8,7 +8,7 @@ from typing import Any
 from dora_mm.config.images import PreserveConfig, TrainDiffusionConfig
 from dora_mm.data.images.folder import CaptionedImage
 from dora_mm.tasks.diffusion import ConditionedLatents
-from dora_mm.tasks.image_batches import CaptionedBatches
+from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
 
 
 class PreservingBatches:
@@ -35,6 +35,16 @@ class PreservingBatches:
     ):
         self.batches, self.config, self.placeholder = batches, config, placeholder
         self.class_images, self.micro_batches = class_images, micro_batches
+
+    @property
+    def prompts(self) -> PromptEncoder:
+        return self.batches.prompts
+
+    def captions(self, num_batches: int) -> list[str]:
+        """All captions of a training of so many batches, and those that are held, each once."""
+        own = self.batches.captions(num_batches)
+        held = self.class_images.captions(num_batches) if self.class_images else map(self._prompt, own)
+        return list(dict.fromkeys([*own, *held]))
 
     def encode_all(self, num_batches: int) -> None:
         """Encodes ahead what stays the same, but for the batches of the training."""

@@ -47,6 +47,7 @@ def fit(
     batch_at: Callable[[int], Any],
     loss: Callable[[Any, torch.Generator], LossSum],
     state: Mapping[str, Stateful] | None = None,
+    before_step: Hook | None = None,
     after_step: Hook | None = None,
     observe: Hook | None = None,
     is_over: Callable[[], bool] = lambda: False,
@@ -72,6 +73,8 @@ def fit(
         loss: Maps (batch, generator) to the loss of a batch. An optimizer step minimises the sum of all of its batches,
             over accumulation and processes, divided by the sum of their counts.
         state: Further objects that a checkpoint must restore, such as an EMA, by name.
+        before_step: Called with the number of finished steps ahead of each step; for what depends on that number alone,
+            such as parameters that are trained up to some step.
         after_step: Called with the number of finished steps; for work that belongs to the step, such as an EMA update.
         observe: Called after `after_step` with the same number; for work that does not affect training, such as
             validation. A call that was interrupted is repeated by the resumed run.
@@ -98,6 +101,8 @@ def fit(
     progress.start(record.first)
 
     def take_step() -> None:
+        if before_step is not None:
+            before_step(record.step)
         rate = float(schedule.get_last_lr()[0])
         passes = fixed_parameters(trained.networks, num_passes=config.gradient_accumulation_steps)
         watch = None if record.gradients_file is None else GradientWatch(networks)

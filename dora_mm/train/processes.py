@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dora_mm.config.training import TrainConfig
+from dora_mm.core.wrappers.float8 import STORED
 from dora_mm.core.wrappers.sharded import is_sharded
 from dora_mm.utils.run_directory import RunDirectory
 
@@ -90,12 +91,13 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
 def with_shared_gradients(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """Wraps a module so that gradients are averaged over the processes, if there are several.
 
-    What `fully_shard` has divided is frozen, and left to it. Nothing is sent at the start then: what is trained is
-    drawn from the same seed, or read from the same file, in all processes.
+    What `fully_shard` has divided is frozen, and left to it; weights in float8 are frozen, and gloo cannot send them.
+    Nothing is sent at the start then: what is trained is drawn from the same seed, or read from the same file, in all
+    processes.
     """
     if accelerator.num_processes == 1:
         return module
-    if any(map(is_sharded, module.parameters())):
+    if any(is_sharded(parameter) or parameter.dtype == STORED for parameter in module.parameters()):
         options: Any = accelerator
         unused = options.ddp_handler is not None and options.ddp_handler.find_unused_parameters
         options.ddp_handler = GradientSharing(find_unused_parameters=unused, init_sync=False)

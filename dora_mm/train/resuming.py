@@ -20,6 +20,7 @@ REASONS = {  # why the other keys and sections may not change
     "model": "the checkpoints belong to the old model",
     "vision": "the checkpoints belong to the old vision tower",
     "adapter": "the checkpoints hold an adapter with the old settings",
+    "tokens": "the checkpoints hold rows of the old tokens",
     "data": "the finished steps were computed on the old data",
     "loss": "the finished steps minimized the old loss",
     "preserve": "the finished steps minimized the old loss",

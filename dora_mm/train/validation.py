@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dora_mm.config.training import ValidationConfig
+from dora_mm.train.checkpoint import last_step
 from dora_mm.train.metrics import MetricsLog, rows_until
+from dora_mm.train.weights import WeightAverage
 from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -195,3 +198,42 @@ def task_qualities(loss_decides: Mapping[str, bool], row: Mapping[str, Any]) -> 
         if value is not None:
             found[name] = value
     return {**found, OVERALL: overall(found)} if found else {}
+
+
+def held_out_loss(
+    run: RunDirectory,
+    config: ValidationConfig,
+    measure: Callable[[], dict[str, float]],
+    as_base: Callable[[], AbstractContextManager[None]],
+    saves: Callable[[Path], None] | None,
+    average: WeightAverage | None,
+    *,
+    writes: bool,
+) -> Validation:
+    """Validates by held-out losses; step 0 of the log has those of the base model, which others are given beside.
+
+    Args:
+        run: The run directory.
+        config: The `evaluate` section.
+        measure: Computes the losses, by name.
+        as_base: Opens a context in which the model is the base model; of method full, nothing is trained yet.
+        saves: As in `Validation`.
+        average: The moving average, which is measured, too; None: there is none.
+        writes: As in `Validation`.
+    """
+
+    def beside_base() -> dict[str, float]:
+        base, found = validation.rows[0], measure()
+        return found | {f"{name}_minus_base": value - base[name] for name, value in found.items()}
+
+    done, values = last_step(run.checkpoints), average.measured(beside_base) if average else beside_base
+    validation = Validation(run, config, values, by_held_out_loss, saves, done, writes=writes)
+    if not validation.rows:
+        with as_base():
+            validation.note(0, measure())
+    return validation
+
+
+def by_held_out_loss(row: Mapping[str, float]) -> dict[str, float]:
+    """What the best adapter is chosen by; the base model is none."""
+    return {OVERALL: -row["held_out_loss"]} if row.get("step") != 0 else {}

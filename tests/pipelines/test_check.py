@@ -21,12 +21,12 @@ def test_a_machine_without_a_card(capsys, monkeypatch):
     assert main(["check"]) == 0
     found = lines(capsys)
     assert found["gpu"].startswith("gpu       none")
-    assert found["recipe sdxl"].endswith("needs a card of 12 GB; on a processor configs/sdxl/tiny_3d_icon.yaml")
+    assert found["recipe sdxl"].endswith("needs a card of 8 GB; on a processor configs/sdxl/tiny_3d_icon.yaml")
     assert {"python", "machine", "torch", "packages", "recipe vlm"} <= set(found)
 
 
 @pytest.mark.parametrize(
-    ("memory", "recipe"), [(11.6, "12gb"), (15.7, "16gb"), (23.6, "3d_icon.yaml"), (7.6, "needs a card")]
+    ("memory", "recipe"), [(11.6, "12gb"), (15.7, "16gb"), (23.6, "3d_icon.yaml"), (7.6, "8gb"), (5.6, "needs a card")]
 )
 def test_the_recipe_that_fits_a_card(capsys, monkeypatch, memory, recipe):
     monkeypatch.setattr(machine, "cards", lambda: [CardInfo("a card", memory, "fp16")])

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from dora_mm.cli import main
 from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.metrics import read_metrics
+from tests.data.images.pictures import write_pictures as write_noise
 from tests.data.vl.files import vqa_annotation, vqa_question, vqa_v2, write_json
 from tests.models.vl_bart.small import DIM, TEXTS, small_bart, small_tokenizer
 from tests.models.vlm import tiny
@@ -79,12 +81,36 @@ def vl_bart(folder, name: str, factor: int, accumulated: int = 1) -> str:
     )
 
 
+def pictures(folder, name: str, model: Path, accumulated: int = 1) -> str:
+    """SDXL in float8, with new tokens and text encoders, held at the base model by prompts and outside of masks."""
+    return write(
+        folder,
+        name,
+        pipeline="train_diffusion",
+        model={"path": str(model), "quantization": "float8"},
+        adapter={"rank": 2, "parts": ["unet.cross", "text_encoders.attn"]},
+        tokens={"TOK": {"lr": 0.02}},
+        data={"folder": str(folder / "noise"), "resolution": 64, "mask": {"outside": "base"}, "caption_dropout": 0.2},
+        preserve={"prompt": "an icon"},
+        optimizer={"lr": 0.01, "eps": 1.0e-4},
+        train={
+            "batch_size": 1,
+            "gradient_accumulation_steps": accumulated,
+            "stop_tokens_after": 6,
+            "max_grad_norm": None,
+        },
+    )
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     for name in ("pictures", "features"):
         (folder / name).mkdir()
     write_pictures(folder / "pictures")
+    (folder / "noise").mkdir()
+    write_noise(folder / "noise")
+    Image.fromarray(np.tri(64, dtype=np.uint8) * 255).save(folder / "noise" / "0.mask.png")
     for number in range(42, 49):
         cells = np.random.default_rng(number).normal(size=(49, DIM)).astype(np.float32)
         np.savez(folder / "features" / f"COCO_val2014_{number:012d}.npz", features=cells)
@@ -110,6 +136,8 @@ def assert_equal_runs(one, other) -> None:
         torch.testing.assert_close(
             weight, theirs[name], rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
+    if not (one / "validation").exists():
+        return
     scores = [read_metrics(run / "validation" / "metrics.jsonl") for run in (one, other)]
     for row, others in zip(
         *scores, strict=True
@@ -118,9 +146,13 @@ def assert_equal_runs(one, other) -> None:
     assert scores[0] == scores[1]
 
 
-def test_two_processes_equal_one_with_the_whole_batch(folder, capsys):
-    """VL-BART runs to its end, and resumes from a copy without its later files; LLaVA is killed while it trains."""
-    for config in (chat(folder, "chat_one", 4), vl_bart(folder, "bart_one", 4)):
+def test_two_processes_equal_one_with_the_whole_batch(folder, tiny_folder, capsys):
+    """VL-BART runs to its end, and resumes from a copy without its later files; LLaVA is killed while it trains.
+
+    SDXL runs beside what is resumed.
+    """
+    one = (chat(folder, "chat_one", 4), vl_bart(folder, "bart_one", 4), pictures(folder, "sdxl_one", tiny_folder, 2))
+    for config in one:
         assert main(["train", config]) == 0
     scores = read_metrics(folder / "bart_one" / "validation" / "metrics.jsonl")
     assert [row["step"] for row in scores] == [4, 8]
@@ -144,12 +176,13 @@ def test_two_processes_equal_one_with_the_whole_batch(folder, capsys):
     (kept / "summary.json").unlink()
 
     resumed = (["train", "--resume", str(folder / name)] for name in ("chat_two", "bart_kept"))
-    with launched(*resumed, log=folder / "second.log") as process:
+    with launched(*resumed, ["train", pictures(folder, "sdxl_two", tiny_folder)], log=folder / "second.log") as process:
         assert process.wait(timeout=600) == 0, (folder / "second.log").read_text()
     assert_equal_runs(folder / "chat_two", folder / "chat_one")
     assert_equal_runs(folder / "bart_kept", folder / "bart_one")
+    assert_equal_runs(folder / "sdxl_two", folder / "sdxl_one")
     shown = (folder / "second.log").read_text()
-    assert shown.count("parameters (") == 2  # two runs: only the main process informs
+    assert shown.count("parameters (") == 3  # three runs: only the main process informs
     assert json.loads((folder / "chat_two" / "summary.json").read_text())["steps"] == STEPS
     assert main(["train", "--resume", str(folder / "chat_two"), "--set", f"train.steps={STEPS + 1}"]) == 2
     assert "cannot be resumed: the number of processes changed" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from dora_mm.preview.images import (
     describe_preserved,
     describe_rendered,
     remark_on_alternatives,
+    remark_on_captions,
     remark_on_length,
 )
 
@@ -88,9 +89,13 @@ def test_alternatives_that_stay_text_are_remarked_upon():
 
 def test_the_length_is_compared_with_the_recipes():
     train = TrainConfig(steps=400, batch_size=2, gradient_accumulation_steps=3)
-    assert describe_length(30, train, 2) == (
+    assert describe_length([1] * 30, train, 2) == (
         "length    400 steps x batch 2 x 3 accumulated x 2 processes / 30 pictures = each is seen 160 times "
         "(the paper's recipes: 3d_icon 130, lego 49)"
+    )
+    found = describe_length([2.5] * 10 + [0.5] * 10, TrainConfig(steps=30, batch_size=2))
+    assert found.startswith(
+        "length    30 steps x batch 2 / 30 places of 20 pictures in an epoch = each is seen 1 to 5 "
     )
 
 
@@ -104,11 +109,34 @@ def test_the_length_is_compared_with_the_recipes():
     ],
 )
 def test_a_training_far_from_the_recipes_is_remarked_upon(steps, pictures, words):
-    remarks = remark_on_length(pictures, TrainConfig(steps=steps, batch_size=3))
+    remarks = remark_on_length([1] * pictures, TrainConfig(steps=steps, batch_size=3))
     assert len(remarks) == (words is not None)
     assert all(words in remark for remark in remarks)
 
 
 def test_the_remark_says_how_many_steps_would_be_as_in_the_recipes():
-    (remark,) = remark_on_length(61, TrainConfig(steps=10, batch_size=3))
+    (remark,) = remark_on_length([1] * 61, TrainConfig(steps=10, batch_size=3))
     assert "little for a style: train.steps from 1000 to 2652 would be as in those" in remark
+
+
+@pytest.mark.parametrize(
+    ("repeats", "words"),
+    [
+        ([1, 100], None),  # one is seen often enough
+        ([1, 2], "Each picture is seen at most 8 times"),
+    ],
+)
+def test_pictures_that_are_repeated_count_as_often(repeats, words):
+    remarks = remark_on_length(
+        repeats, TrainConfig(steps=4, batch_size=3) if words else TrainConfig(steps=40, batch_size=3)
+    )
+    assert len(remarks) == (words is not None)
+    assert all(words in remark for remark in remarks)
+
+
+def test_every_caption_of_an_image_is_looked_at_for_its_length():
+    """Not only the first one."""
+    image = IMAGES[0]._replace(more=("short", "far too long"))
+    model = SimpleNamespace(cut=lambda texts: [text for text in texts if len(text) > 10], most_tokens=10)
+    (remark,) = remark_on_captions(model, [image], DATA.model_copy(update={"captions": CaptionConfig(prefix="p,")}))
+    assert remark == "2 captions have more than 10 tokens and lose their end, the first: p, a TOK cat"

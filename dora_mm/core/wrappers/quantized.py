@@ -1,4 +1,4 @@
-"""Linear layers whose weight is quantised (QDoRA): those of bitsandbytes in 4 and 8 bits, and those of torchao.
+"""Linear layers whose weight is quantised (QDoRA): of bitsandbytes in 4 and 8 bits, of torchao, and our `Float8Linear`.
 
 W0 is what the package's own dequantisation returns. It is computed again in each pass; neither W0 nor W' is kept.
 """
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.ops import LINEAR
+from dora_mm.core.wrappers.float8 import Float8Linear
 from dora_mm.core.wrappers.sharded import whole
 from dora_mm.core.wrappers.subclasses import subclass
 
@@ -55,6 +56,8 @@ class DoRAQuantized(AdaptedLayer):
 
 def dequantized(layer: nn.Module) -> Tensor:
     """Returns the dequantised weight (O, I) of a quantised layer, whose package is loaded already."""
+    if isinstance(layer, Float8Linear):
+        return layer.dense()
     weight: Any = layer.weight
     kind = type(weight).__name__
     if kind == "Params4bit":
@@ -86,6 +89,8 @@ def _int8_parts(layer: Any) -> tuple[Tensor | None, Tensor | None]:
 
 def is_quantized(layer: nn.Module) -> bool:
     """Whether this is a quantised Linear that can be adapted."""
+    if type(layer) is Float8Linear:
+        return True
     package = type(layer).__module__.partition(".")[0]
     if package == "bitsandbytes":
         return type(layer).__name__ in BITSANDBYTES

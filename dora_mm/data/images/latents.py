@@ -67,6 +67,12 @@ class LatentCache:
         self.files = TensorCache(folder) if folder is not None else None
         self.memory: dict[str, Latents] = {}
 
+    @property
+    def bytes_each(self) -> float | None:
+        """The main memory of the latents of an image, on average over those in it; None: there are none."""
+        sizes = [sum(tensor.nbytes for tensor in found.tensors.values()) for found in self.memory.values()]
+        return sum(sizes) / len(sizes) if sizes else None
+
     def has(self, key: str) -> bool:
         """Whether latents of this key are kept; those in a file may turn out to be damaged when they are read."""
         return key in self.memory if self.files is None else self.files.has(key)

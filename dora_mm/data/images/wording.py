@@ -37,6 +37,11 @@ def unchanged(image: CaptionedImage, config: CaptionConfig | None) -> str:
     return image.caption if config is None else _framed(_in_order, image.caption, config, 0, None)
 
 
+def all_unchanged(image: CaptionedImage, config: CaptionConfig | None) -> list[str]:
+    """As `unchanged`, of each caption of an image."""
+    return [unchanged(image._replace(caption=text), config) for text in (image.caption, *image.more)]
+
+
 def _framed(order, text: str, config: CaptionConfig, drawn: int, stream: torch.Generator | None) -> str:
     """A caption between prefix and suffix, which stay; `order` says what becomes of its tags."""
     parts = [config.prefix or "", text, config.suffix or ""]

@@ -1,4 +1,4 @@
-"""Norms and biases that LyCORIS trains beside adapters (`train_norm`, full differences): what has a place for them."""
+"""What is trained beside adapters, and what has a place for it: new tokens, and LyCORIS' norms and biases."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.reader import LayerReader
+from dora_mm.formats.tokens import EMBEDDINGS
 from dora_mm.formats.tools.tool import Export
 
 
@@ -18,7 +20,7 @@ def leave_out(layers: LayerReader, to: str, export: Export | None, *, allow_loss
     Args:
         layers: What is converted; norms without a place are taken out of it.
         to: The target.
-        export: Its form; None for a merged model, which has a place for norms and none for biases.
+        export: Its form; None for a merged model, which has a place for norms, and none for biases and new tokens.
         allow_lossy: Whether anything may be left out.
 
     Returns:
@@ -30,19 +32,30 @@ def leave_out(layers: LayerReader, to: str, export: Export | None, *, allow_loss
     file = layers.file
     norms = [module for module in file.modules if file.is_norm(module)] if export else []
     lost = () if export and export.beside else (*norms, *file.biases.values())
-    if lost and not allow_lossy:
-        ways = "use --to kohya or --to diff, or --allow-lossy, which leaves them out"
-        raise ValueError(f"{file.path} also holds {named(lost)}, for which --to {to} has no place: {ways}")
-    if allow_lossy and not lost and export is None:
+    tokens = tokens_without_place(file, export)
+    ways = "use --to kohya or --to diff, or --allow-lossy, which leaves them out"
+    if (without := (*lost, *tokens)) and not allow_lossy:
+        raise ValueError(f"{file.path} also holds {named(without)}, for which --to {to} has no place: {ways}")
+    if allow_lossy and not without and export is None:
         raise ValueError(f"--allow-lossy has no effect on --to {to}: leave it out")
     if lost and norms:
         layers.leave_out(norms)
-    return tuple(lost)
+    return without
+
+
+def tokens_without_place(file: AdapterFile, export: Export | None) -> tuple[str, ...]:
+    """The keys of embeddings of new tokens that a form cannot hold; None: a merged model, which holds none."""
+    if export is None or not export.tokens:
+        return tuple(file.embeddings)
+    bundled = {key for keys in file.tokens.values() for key in keys.values()}  # others have a place inside alone
+    return () if export.tokens == "inside" else tuple(key for key in file.embeddings if key not in bundled)
 
 
 def named(keys: tuple[str, ...]) -> str:
-    """How many norms and biases there are, and the first one."""
-    return f"{len(keys)} differences of norms and biases, such as {keys[0]}"
+    """How many norms, biases and embeddings of new tokens there are, and the first one of each."""
+    kinds = {"embeddings of new tokens": [key for key in keys if EMBEDDINGS.match(key)]}
+    kinds = {"differences of norms and biases": [key for key in keys if not EMBEDDINGS.match(key)], **kinds}
+    return " and ".join(f"{len(found)} {kind}, such as {found[0]}" for kind, found in kinds.items() if found)
 
 
 def bias_tensors(

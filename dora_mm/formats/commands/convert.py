@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.reader import LayerReader
 from dora_mm.formats.registry import TARGETS, no_entry
 from dora_mm.formats.state import LayerState
+from dora_mm.formats.tokens import file_beside, write_beside
 from dora_mm.formats.tools import EXPORTS, comfy
 from dora_mm.formats.tools.parts import NO_LOW_RANK
 from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
@@ -112,11 +113,12 @@ def convert(
     writer = _Writer(layers, exports, to, strength, dtype, lossy)
     if to == "comfy" and not layers.any_magnitude() and not _needs_fit(layers, exports[0]):
         raise ValueError(f"{layers.file.path} is plain LoRA, which needs no pair: use --to kohya")
-    files = _new_files(Path(target_path), exports)
+    words = layers.file.tokens if exports[0].tokens == "beside" else ()
+    files = _new_files(Path(target_path), exports, words)
     with _filled(files[0].parent) as folder:
         check = _check(exports[0], layers, to, allow_lossy=allow_lossy)
-        writer.write([folder / file.name for file in files], check)
-    usage = exports[0].usage([file.name for file in files], writer.axes)
+        writer.write([folder / file.name for file in files[: len(exports)]], check)
+    usage = exports[0].usage([file.name for file in files[: len(exports)]], writer.axes)
     return Conversion(tuple(files), len(layers.names()), check.result(), weights is not None, usage, left_out)
 
 
@@ -191,8 +193,8 @@ def _check(export: Export, layers: LayerReader, to: str, *, allow_lossy: bool) -
     return ExportCheck(export.read_by, len(layers.names()), strict=strict, advice=advice)
 
 
-def _new_files(target: Path, exports: tuple[Export, ...]) -> list[Path]:
-    """The files to write. Raises ValueError where one exists."""
+def _new_files(target: Path, exports: tuple[Export, ...], words: Iterable[str]) -> list[Path]:
+    """The files to write, those of new tokens behind the others. Raises ValueError where one exists."""
     if target.suffix in (*PICKLES, ".gguf"):
         raise ValueError(f"OUT {target} is not a .safetensors file, and nothing else is written")
     folder, stem = (target.parent, target.stem) if target.suffix == ".safetensors" else (target, target.name)
@@ -203,6 +205,7 @@ def _new_files(target: Path, exports: tuple[Export, ...]) -> list[Path]:
         files = [folder / f"{stem}-{number}.safetensors" for number in range(1, len(exports) + 1)]
     if exports[0].file_name == PEFT_FILE and files[0].name != PEFT_FILE:
         raise ValueError(f"OUT {target} is a file, and PEFT's adapters are folders: leave .safetensors out")
+    files += [file_beside(files[0].parent, word) for word in words]
     if existing := [file for file in files if file.exists()]:
         raise ValueError(f"OUT {existing[0]} exists already: name a new file or folder")
     above = next(path for path in (folder, *folder.parents) if path.exists())
@@ -224,8 +227,6 @@ def _filled(folder: Path) -> Iterator[Path]:
 def _merge(layers: LayerReader, target: Path, strength: float) -> Conversion:
     if not isinstance(layers.weights, BaseWeights):
         raise ValueError("target merged needs the base model as a folder, a file or a hub name: give it with --base")
-    if layers.file.embeddings:
-        raise ValueError(f"{layers.file.path} holds embeddings of new tokens, for which a merged model has no place")
     merged = _MergedWeights(layers, layers.weights, strength)
     write_merged(layers.weights, target, merged)
     return Conversion((target,), len(merged), (merged.errors(),))
@@ -295,16 +296,13 @@ class _Writer:
 
     def write(self, files: Sequence[Path], check: ExportCheck) -> None:
         """Writes the files."""
-        source = self.layers.file
-        if source.embeddings and self.exports[0].spelling in ("peft", "diffusers"):
-            raise ValueError(
-                f"{source.path} holds embeddings of new tokens, for which the files of {self.to} have no place: "
-                "use --to kohya"
-            )
-        more = [(key, source.tensor(key)) for key in source.embeddings]
+        source, place = self.layers.file, self.exports[0].tokens
+        more = [(key, source.tensor(key)) for key in source.embeddings] if place == "inside" else []
         if self.exports[0].beside:
             more += beside.bias_tensors(self.layers, self.exports[0].spelling, self.strength, self.dtype)
-        written = [Written(export, file, more) for export, file in zip(self.exports, files, strict=True)]
+        rows = {word: {t: source.tensor(key) for t, key in keys.items()} for word, keys in source.tokens.items()}
+        header = write_beside(files[0].parent, rows) if place == "beside" else {}
+        written = [Written(export, file, more, header) for export, file in zip(self.exports, files, strict=True)]
         write_files(written, self._modules(files[0].name, check), source.header, room=self.room())
 
     def _modules(

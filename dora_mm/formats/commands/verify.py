@@ -164,6 +164,9 @@ def _notes(adapter: AdapterFile, groups: Mapping[str, ModuleGroup]) -> Iterator[
         yield half
     if biases := tuple(adapter.biases.values()):
         yield f"{len(biases)} differences of biases, such as {biases[0]}, are not judged"
+    if tokens := adapter.embeddings:
+        where = "" if tokens[0] in adapter.unnamed else ", in files beside it,"
+        yield f"{len(tokens)} embeddings of new tokens, such as {tokens[0]}{where} are not judged"
     if adapter.others:
         yield f"{len(adapter.others)} tensors that belong to no adapter, such as {adapter.others[0]}, are not judged"
     counts = Counter(name for group in groups.values() for name in group.names)

@@ -155,6 +155,7 @@ EXPORT = Export(
     one_method=True,
     columns=False,
     diffs=False,
+    tokens="beside",  # its loader raises an error at a key without `lora`
     ending=ending,
     components=COMPONENTS,
     module=lambda name: joined(*canonical(*name)),

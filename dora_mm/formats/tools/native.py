@@ -5,6 +5,7 @@
     <component>.<path>.magnitude   (O,)
     <component>.<path>.weight      the whole weight, of method `full`
     <component>.<name>             an extra parameter, such as a bias or a norm
+    bundle_emb.<word>.<table>      the rows of a new token
 
 It holds adapters of any method on any layer, in the dtype they were trained in. The header has the settings of every
 layer and the names of the extra parameters.
@@ -28,6 +29,7 @@ from dora_mm.formats.files.tensor_file import FORMAT_KEY
 from dora_mm.formats.models import layers_of
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.state import LayerState, joined
+from dora_mm.formats.tokens import BUNDLE
 from dora_mm.formats.tools.formulas import Update
 from dora_mm.formats.tools.parts import Parts, neutral
 from dora_mm.formats.tools.tool import Contents, Export, Header, Tool
@@ -117,7 +119,8 @@ def header_of(components: Mapping[str, nn.Module], names: Iterable[str]) -> dict
     layers = {Name(c, path): layer for c, model in components.items() for path, layer in layers_of(model).items()}
     own = {joined(*name, tensor) for name, layer in layers.items() for tensor in layer.adapter_tensors()}
     specs = {name: layer.adaptation.spec for name, layer in layers.items()}
-    return header(Contents(specs, {}, [named(name) for name in names if name not in own]))
+    others = [named(name) for name in names if name not in own and not name.startswith(BUNDLE)]
+    return header(Contents(specs, {}, others))
 
 
 def header(contents: Contents) -> dict[str, str]:

@@ -195,6 +195,7 @@ EXPORT = Export(
     keeps_alpha=True,
     columns=False,
     diffs=False,
+    tokens="",
     module=lambda name: joined(PREFIX, name.path),
     parameter=parameter_key,
     why_not=why_not,

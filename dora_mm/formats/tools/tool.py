@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -174,6 +175,7 @@ class Export:
         components: The components that it has; empty where it takes any name.
         module: The name of a module of a model in the file.
         parameter: The key of an extra parameter, with the adapted modules; None where the form holds only adapters.
+        tokens: Where rows of new tokens are: `inside` the file, `beside` it in files of their own, or nowhere (empty).
         usage: What a person has to know who loads the files in the tool, from their names and the axes of their
             magnitudes; empty where there is nothing special.
         why_not: Why it cannot hold the adapters of models (by component), as a message with the way out, or None.
@@ -197,6 +199,7 @@ class Export:
     components: tuple[str, ...] = ()
     module: Callable[[Name], str] = str
     parameter: Callable[[Name, Collection[Name]], str] | None = None
+    tokens: Literal["inside", "beside", ""] = "inside"
     usage: Callable[[Sequence[str], Collection[str]], str] = lambda files, axes: ""
     why_not: Callable[[Mapping[str, nn.Module]], str | None] | None = None
 
@@ -212,11 +215,13 @@ class Written(NamedTuple):
         export: Its form.
         path: The file.
         more: Further tensors by key.
+        header: Further entries of the header.
     """
 
     export: Export
     path: Path
     more: Iterable[tuple[str, Tensor]] = ()
+    header: Header = MappingProxyType({})
 
 
 def write_files(
@@ -269,4 +274,4 @@ def _header(file: Written, contents: Contents) -> dict[str, str]:
         if name.endswith(".json"):  # before the weights: a form of two files never has these alone
             write_text(file.path.with_name(name), header[name])
     kept = {key: value for key, value in contents.source.items() if not key.startswith(_DROPPED)}
-    return {**kept, **{key: value for key, value in header.items() if not key.endswith(".json")}}
+    return {**kept, **file.header, **{key: value for key, value in header.items() if not key.endswith(".json")}}

@@ -10,12 +10,14 @@ A `model` here is anything with the parts of SDXL as attributes: an `SDXL`, or d
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 
 from dora_mm.data.syntax import Chunks, WeightedText, Wording
+from dora_mm.models.new_tokens import NewTokens
 
 Token = tuple[int, float]  # the id, and the weight
 COMMA_TOKENS = 20  # a chunk ends after a comma among its last 20 tokens, as in A1111; kohya cuts at the 75th token
@@ -23,7 +25,7 @@ COMMA_TOKENS = 20  # a chunk ends after a comma among its last 20 tokens, as in 
 
 def num_chunks(model: Any, prompt: Wording) -> int:
     """The number of chunks that a prompt takes; one for up to 75 tokens, and for the empty prompt."""
-    return max(len(_chunks(tokenizer, prompt)) for tokenizer in (model.tokenizer, model.tokenizer_2))
+    return max(len(_chunks(model, tokenizer, prompt)) for tokenizer in (model.tokenizer, model.tokenizer_2))
 
 
 def tokenize(
@@ -41,12 +43,13 @@ def tokenize(
 
     Returns:
         Token ids (B, N L) for text encoder 1 and for text encoder 2; L is the tokenizer's maximum length, 77 in SDXL.
+        Those of new tokens are negative (see `NewTokens`).
 
     Raises:
         ValueError: A prompt has more than `num_chunks` chunks.
     """
     tokenizers = (model.tokenizer, model.tokenizer_2)
-    chunks = [[_chunks(tokenizer, prompt) for prompt in prompts] for tokenizer in tokenizers]
+    chunks = [[_chunks(model, tokenizer, prompt) for prompt in prompts] for tokenizer in tokenizers]
     longest = max(len(each) for of_one in chunks for each in of_one)
     if num_chunks is not None and longest > num_chunks:
         raise ValueError(f"A prompt has {longest} chunks of tokens, and only {num_chunks} are asked for.")
@@ -58,21 +61,30 @@ def tokenize(
     return ids, ids_2
 
 
-def _chunks(tokenizer: Any, prompt: Wording) -> list[list[Token]]:
+def _chunks(model: Any, tokenizer: Any, prompt: Wording) -> list[list[Token]]:
     """The tokens of a prompt in chunks, without those before and after each; one empty chunk for no tokens."""
     parts: Chunks = (((prompt, 1.0),),) if isinstance(prompt, str) else prompt
-    return [chunk for pieces in parts for chunk in _chunks_of_part(tokenizer, pieces)]
+    new_tokens = getattr(model, "new_tokens", None)  # diffusers' pipeline has none
+    return [chunk for pieces in parts for chunk in _chunks_of_part(tokenizer, pieces, new_tokens)]
 
 
-def _chunks_of_part(tokenizer: Any, pieces: Sequence[WeightedText]) -> Iterator[list[Token]]:
+def _chunks_of_part(
+    tokenizer: Any, pieces: Sequence[WeightedText], new_tokens: NewTokens | None
+) -> Iterator[list[Token]]:
     """The chunks of what stands between two BREAKs."""
     ids, words, weights = [], [], []
-    for text, weight in pieces:
-        encoded = tokenizer(text, add_special_tokens=False, verbose=False)
+
+    def take(found: list[int], of_words: Sequence[int], weight: float) -> None:
         first = words[-1] + 1 if words else 0
-        ids += encoded.input_ids
-        words += [first + word for word in encoded.word_ids()]
-        weights += [weight] * len(encoded.input_ids)
+        ids.extend(found)
+        words.extend(first + word for word in of_words)
+        weights.extend([weight] * len(found))
+
+    for whole, weight in pieces:
+        for text, behind in new_tokens.pieces(whole) if new_tokens else [(whole, [])]:
+            encoded = tokenizer(text, add_special_tokens=False, verbose=False)
+            take(encoded.input_ids, encoded.word_ids(), weight)
+            take(behind, [0] * len(behind), weight)
     size, comma = tokenizer.model_max_length - 2, tokenizer.convert_tokens_to_ids(",</w>")
     while len(ids) > size:
         end = _end_of_chunk(ids, words, size, comma)
@@ -114,11 +126,18 @@ def encode_tokens(model: Any, ids: torch.Tensor, ids_2: torch.Tensor) -> tuple[t
     embeddings, pooled = [], []
     length = model.tokenizer.model_max_length
     for chunk, chunk_2 in zip(ids.split(length, dim=1), ids_2.split(length, dim=1), strict=True):
-        output = encoder(chunk.to(device), output_hidden_states=True)
-        output_2 = encoder_2(chunk_2.to(device_2), output_hidden_states=True)
+        with _beside(model, encoder, "clip_l", chunk) as known, _beside(model, encoder_2, "clip_g", chunk_2) as known_2:
+            output = encoder(known.to(device), output_hidden_states=True)
+            output_2 = encoder_2(known_2.to(device_2), output_hidden_states=True)
         embeddings.append(torch.cat([output.hidden_states[-2], output_2.hidden_states[-2]], dim=-1))
         pooled.append(output_2.text_embeds)
     return torch.cat(embeddings, dim=1), pooled[0]
+
+
+def _beside(model: Any, encoder: Any, table: str, ids: torch.Tensor) -> AbstractContextManager[torch.Tensor]:
+    """Where an encoder reads new tokens, too; its ids are then those of the others."""
+    new_tokens = getattr(model, "new_tokens", None)
+    return new_tokens.beside(encoder.get_input_embeddings(), table, ids) if new_tokens else nullcontext(ids)
 
 
 def encode_prompts(
@@ -139,7 +158,7 @@ def _weigh(model: Any, embeddings: torch.Tensor, prompt: Chunks, num_chunks: int
         (model.tokenizer, embeddings[..., :width]),
         (model.tokenizer_2, embeddings[..., width:]),
     ):
-        tokens = _padded(tokenizer, _chunks(tokenizer, prompt), num_chunks)
+        tokens = _padded(tokenizer, _chunks(model, tokenizer, prompt), num_chunks)
         weights = torch.tensor([weight for _, weight in tokens], device=columns.device)[None, :, None]
         chunks = zip(columns.float().split(length, dim=1), weights.split(length, dim=1), strict=True)
         weighed.append(torch.cat([_weighed(*chunk) for chunk in chunks], dim=1))

@@ -27,6 +27,7 @@ class SDXL(ImageModel):
     denoiser = "unet"
     maps: ClassVar = {"unet": "sdxl-unet", "text_encoder": "clip-text", "text_encoder_2": "clip-text"}
     cell, weighs_words = 8, True
+    token_tables: ClassVar = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
     predictions = ("epsilon", "v_prediction")
     single_file = ("model.diffusion_model.label_emb.", "conditioner.embedders.1.")
     single_file_configs = checkpoint.CONFIGS

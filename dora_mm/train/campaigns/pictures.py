@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import dora_mm
+from dora_mm import backend as backends
 from dora_mm.config.comparing import CompareConfig, ComparePicturesConfig
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.loader import dump_config, resolve_path
@@ -23,6 +23,7 @@ from dora_mm.eval.images.scores import Scores, concatenate_seeds, summarize
 from dora_mm.eval.statistics import Interval
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import load_image_model
+from dora_mm.models.new_tokens import load_adapter
 from dora_mm.sampling.before_after import sample_merged
 from dora_mm.sampling.grids import sheet
 from dora_mm.train.campaigns.campaign import Report, check_trainings, common_overrides, load_base, num_trainings
@@ -145,7 +146,7 @@ class PictureEvaluation:
             concepts = self.concepts[choice.role]
             model = self.load_model()
             if adapter is not None:
-                dora_mm.load_adapter(model.adaptable, adapter)
+                load_adapter(model, adapter, forward=backends.select("auto"))
             cells = [(concept, seed) for concept in concepts for seed in seeds]
             prompts = [fill(template, concept) for concept, _ in cells]
             images = sample_merged(model, prompts, [seed for _, seed in cells], self.settings.draw, stem)

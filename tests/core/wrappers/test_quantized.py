@@ -8,6 +8,7 @@ from torch import nn
 
 from dora_mm import load_adapter, save_adapter
 from dora_mm.core import DoRASpec, fixed_parameters, inject, merge, remove, set_strength
+from dora_mm.core.wrappers.float8 import Float8Linear
 from tests.core import reference
 
 SIZE = (48, 64)
@@ -35,7 +36,7 @@ def torchao_int8(base):
     return net[0]
 
 
-KINDS = {"nf4": nf4, "int8": int8, "torchao int8": torchao_int8}
+KINDS = {"nf4": nf4, "int8": int8, "torchao int8": torchao_int8, "float8": Float8Linear.of}
 
 
 @pytest.fixture(params=KINDS)
@@ -193,3 +194,29 @@ def test_a_4_bit_layer_that_was_evaluated_is_adapted_as_before():
             model(x)
             set_strength(model, 1.0)
         assert reference.relative_error(found(x), right(x).double()) < 0.01  # its scales were rounded to bf16
+
+
+def test_float8_is_as_close_as_its_mantissa_and_keeps_the_largest_of_each_row_and_rows_of_zeros():
+    torch.manual_seed(0)
+    base = nn.Linear(64, 48)
+    base.weight.data *= torch.logspace(-6, 6, 48)[:, None]
+    base.weight.data[3] = 0
+    layer = Float8Linear.of(base)
+    W, found = base.weight.detach(), layer.dense()
+    assert not found[3].any()
+    largest = W.abs().argmax(dim=1, keepdim=True)
+    torch.testing.assert_close(found.gather(1, largest), W.gather(1, largest), rtol=1e-6, atol=0)
+    large = W.abs() > W.abs().amax(dim=1, keepdim=True) / 2**14  # above the numbers without a leading one
+    assert ((found - W).abs() <= W.abs() / 16 * (1 + 1e-6))[large].all()
+    assert layer.weight.element_size() == 1
+
+
+def test_a_fresh_adapter_changes_float8_by_rounding_alone():
+    torch.manual_seed(0)
+    layer = Float8Linear.of(nn.Linear(64, 48))
+    x = torch.randn(5, 64)
+    before = layer(x)
+    net = adapted(layer)
+    torch.testing.assert_close(net(x), before, rtol=1e-6, atol=1e-6)
+    set_strength(net, 0)
+    assert net(x).equal(before)

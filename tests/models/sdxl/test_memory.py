@@ -5,10 +5,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import SlicedAttnProcessor
+from torch import nn
 
-from dora_mm import DoRASpec, inject
+from dora_mm import DoRASpec, inject, targets
 from dora_mm.config.pictures import MemoryConfig
-from dora_mm.models.memory import decode_in_tiles, offload, save_memory
+from dora_mm.core.wrappers.float8 import Float8Linear
+from dora_mm.models.memory import decode_in_tiles, offload, save_memory, store_in_float8
 from dora_mm.sampling.before_after import at_strength
 from dora_mm.sampling.pictures import PictureSampler, sample
 
@@ -88,3 +90,18 @@ def test_offloaded_networks_draw_the_same_and_merge(tiny, kind, dtype):
 def test_offloading_needs_a_gpu(tiny, kind):
     with pytest.raises(ValueError, match=f"memory.offload: {kind} needs a GPU"):
         save_memory(tiny.pipeline(), MemoryConfig(offload=kind), CPU)
+
+
+def test_float8_takes_the_linear_layers_of_all_parts_and_nothing_else(tiny):
+    before, whole = draw(tiny), sum(parameter.nbytes for parameter in tiny.unet.parameters())
+    store_in_float8(tiny.unet, targets.find("sdxl-unet"))
+    stored = {path for path, module in tiny.unet.named_modules() if isinstance(module, Float8Linear)}
+    dense = {path for path, module in tiny.unet.named_modules() if type(module) is nn.Linear}
+    assert {path.rpartition(".")[2] for path in stored} >= {"to_q", "to_k", "to_v", "0", "proj", "2"}
+    assert {"time_embedding.linear_1", "add_embedding.linear_1"} <= dense
+    assert not any("attentions" in path and "transformer_blocks" in path for path in dense)
+    saved = 3 * sum(tiny.unet.get_submodule(path).weight.numel() for path in stored)
+    assert sum(parameter.nbytes for parameter in tiny.unet.parameters()) == whole - saved
+    assert not any(parameter.requires_grad for parameter in tiny.unet.parameters())
+    difference = np.abs(draw(tiny) - before)
+    assert 0 < difference.mean() < 20

@@ -21,7 +21,9 @@ TEXT = "text_encoders.attn"
 OPTIONS = {
     "text encoders": {"adapter.parts": ["unet.attn", TEXT]},
     "average": {"ema": {"decay": 0.9}},
+    "new tokens": {"tokens": {"TOK": {"count": 2, "lr": 0.05}}, "train.stop_tokens_after": 2},
     "flip": {"data.flip": True},
+    "float8": {"model.quantization": "float8"},
     "random crop": {"data.crop": "random"},
     "accumulation": {"train.gradient_accumulation_steps": 2},
     "folders": {
@@ -84,7 +86,7 @@ def check_resumed(names, model, folders):
         assert main(["train", str(file), "--dry-run"]) == 0
         assert main(["train", str(file)]) == 0
         whole = {path.relative_to(run): load_file(path) for path in run.glob("adapter*/*.safetensors")}
-        assert len(whole) == 1 + ("average" in names)
+        assert len(whole) == (1 + ("average" in names)) * (1 + ("new tokens" in names))
         checkpoints = sorted((run / "checkpoints").iterdir())
         assert len(checkpoints) == 3
         for folder in (*checkpoints[1:], *run.glob("adapter*")):
