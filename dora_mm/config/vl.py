@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from dora_mm.config.adapter import VLAdapterConfig, check_adapter
+from dora_mm.config.adapter import BOTTLENECKS, VLAdapterConfig, check_adapter
 from dora_mm.config.models import VisionConfig, VLModelConfig
 from dora_mm.config.schema import (
     AdapterPath,
@@ -86,6 +86,8 @@ class TrainVLConfig(PipelineConfig):
         problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype, self.ema)
         problems += check_adapter(self.adapter, self.optimizer)
         problems += check_sharding(self.train, self.adapter.cache, self.model.quantization)
+        if self.train.shard and self.adapter.method in BOTTLENECKS:
+            problems.append(f"train.shard is not for adapter.method {self.adapter.method}")
         if self.train.shard and self.data.on_bad_data == "skip":
             problems.append("train.shard needs data.on_bad_data stop: a process without rows would not keep step")
         problems += check_visual_inputs(self.model, self.data, self.vision, ("train", "valid"))
