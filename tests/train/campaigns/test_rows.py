@@ -1,4 +1,4 @@
-"""The rows of a campaign: what is read is what was written, whoever else writes; files and rows of others are refused."""
+"""The rows of a campaign: what is read is what was written, whoever else writes; other files are refused."""
 
 import pytest
 
