@@ -96,7 +96,7 @@ def row_of(
         setting=variant.setting,
         rate=repr(training.rate),
         seed=str(training.seed),
-        value=f"{value:.6g}" if isinstance(value, float) else value or "",
+        value=value if isinstance(value, str) else "" if value is None else f"{value:.6g}",
         digest=digest,
         scores=scores,
         **{key: json.dumps(summary[key]) if key in summary else "" for key in KEPT},
