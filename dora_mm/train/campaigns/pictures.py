@@ -25,7 +25,7 @@ from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import load_image_model
 from dora_mm.sampling.before_after import sample_merged
 from dora_mm.sampling.grids import sheet
-from dora_mm.train.campaigns.campaign import Report, check_trainings, common_overrides, load_base, num_trainings
+from dora_mm.train.campaigns.evaluation import Report, check_trainings, common_overrides, load_base, num_trainings
 from dora_mm.train.campaigns.trainings import Training, Trainings
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import module_digest
