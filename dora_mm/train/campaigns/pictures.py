@@ -165,8 +165,10 @@ class PictureEvaluation:
     ) -> Report:
         """The table, the paired differences, how far the judge is right, and a sheet."""
         style, things = self.settings.style, len(self.concepts[self.settings.report.role])
+        number = num_trainings(trained)
+        of_each = f"{number} trainings" if number > 1 else "one training"
         paragraphs = [
-            f"Style {style}, {things} things that no adapter has seen, {num_trainings(trained)} trainings of "
+            f"Style {style}, {things} things that no adapter has seen, {of_each} of "
             f"{self.config.steps} steps; 95 % intervals over things and trainings. Both: in the style and the right "
             "thing. Full fine-tuning trains all weights of the same layers.",
             results_table(results),
