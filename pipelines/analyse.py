@@ -13,11 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from dora_mm.eval.analysis import find_sources, read_points
-from dora_mm.eval.decomposition import ChangePattern, WeightPoint, pattern, relation_to_score
+from dora_mm.config.comparing import CompareConfig
+from dora_mm.config.loader import load_config
+from dora_mm.eval.analysis import distinct_names, find_sources, read_points
+from dora_mm.eval.decomposition import (
+    ChangePattern,
+    WeightPoint,
+    over_matrices_and_runs,
+    pattern,
+    relation_to_score,
+)
 from dora_mm.eval.gradients import GradientShape, read_gradients
 from dora_mm.eval.plots import plot_patterns
-from dora_mm.eval.statistics import Interval, jackknife
+from dora_mm.eval.statistics import Interval
+from dora_mm.train.campaigns.rows import TrainingRows, rows_file
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.run_directory import new_folder
 from dora_mm.utils.tables import csv_records, markdown_records
@@ -29,11 +38,11 @@ checkpoints of a method; dM and dD are means at the last checkpoint. In brackets
 matrices and, where there are several, over trainings."""
 
 
-GRADIENTS = """Gradients with respect to W' and to V (Eq. 8), means over matrices with 95 % intervals of the jackknife.
-exact and detached: ||dL/dV|| / ||dL/dW'||, with the norm differentiated and as a constant. along: the share of dL/dW'
-along the rows of V, as a length, which the exact gradient loses. condition and rank: the common logarithm of the
-condition number, and the effective rank, of the second moments over rows, of dL/dW' and (projected) of the exact dL/dV.
-magnitude: |dL/dm|."""
+GRADIENTS = """Gradients with respect to W' and to V (Eq. 8), means over matrices with 95 % intervals of the jackknife
+over matrices and, where there are several, over trainings. exact and detached: ||dL/dV|| / ||dL/dW'||, with the norm
+differentiated and as a constant. along: the share of dL/dW' along the rows of V, as a length, which the exact gradient
+loses. condition and rank: the common logarithm of the condition number (12: at least that), and the effective rank, of
+the second moments over rows, of dL/dW' and (projected) of the exact dL/dV. magnitude: |dL/dm|."""
 
 
 def main(
@@ -54,11 +63,13 @@ def main(
         wanted = re.compile(modules) if modules else None
     except re.error as error:
         raise ValueError(f"--modules: {modules} is no regular expression: {error}") from None
-    sources = [source for run in runs for source in find_sources(run, base)]
+    found = [source for run in runs for source in find_sources(run, base, scores_of(run))]
+    sources = distinct_names(found)
     points = [point for source in sources for point in read_points(source, wanted)]
     by_method = grouped(points)
     patterns = {method: pattern(own) for method, own in by_method.items()}
-    gradients = [row for run in runs for row in gradient_rows(Path(run))]
+    folders = {new.run: Path(old.run) for old, new in zip(found, sources, strict=True)}
+    gradients = [row for name, run in folders.items() for row in gradient_rows(name, run)]
     folder = new_folder("analysis", output)
     page = "\n\n".join(paragraphs(patterns, points) + about_gradients(gradients))
     write_text(folder / "changes.csv", csv_records([row_of(point) for point in points]))
@@ -110,10 +121,20 @@ def paragraphs(patterns: Mapping[str, ChangePattern], points: Sequence[WeightPoi
     return page
 
 
-def gradient_rows(run: Path) -> list[dict[str, str]]:
+def scores_of(path: str) -> dict[str, float]:
+    """The scores by which rates were chosen, by the names of trainings, where the path is that of a comparison."""
+    config = Path(path) / "config.yaml"
+    campaign = load_config(config) if config.is_file() else None
+    if not isinstance(campaign, CompareConfig):
+        return {}
+    rows = TrainingRows(rows_file(campaign, Path(path)), lambda _: "").found
+    return {name: row.number for name, row in rows.items() if row.value}
+
+
+def gradient_rows(name: str, run: Path) -> list[dict[str, str]]:
     """The rows of a run that has measured gradients."""
     steps = read_gradients(run)
-    return [{"run": run.name, "step": str(step), **row} for step, rows in steps.items() for row in rows]
+    return [{"run": name, "step": str(step), **row} for step, rows in steps.items() for row in rows]
 
 
 def about_gradients(rows: Sequence[Mapping[str, str]]) -> list[str]:
@@ -125,20 +146,13 @@ def about_gradients(rows: Sequence[Mapping[str, str]]) -> list[str]:
         groups[row["method"], int(row["step"])].append(row)
     table = []
     for (method, step), own in sorted(groups.items()):
+        matrices, runs = (np.array([row[key] for row in own]) for key in ("matrix", "run"))
         values = {key: np.array([float(row[key]) for row in own]) for key in GradientShape._fields if key != "norm"}
         values |= {key: np.log10(values[key]) for key in ("condition", "condition_projected")}
-        means = {key: shown(mean_over_matrices(each)) for key, each in values.items()}
-        table.append({"method": method, "step": str(step), "matrices": str(len(own)), **means})
+        means = {key: shown(over_matrices_and_runs(np.mean, each, matrices, runs)) for key, each in values.items()}
+        counts = {"trainings": str(len(set(runs))), "matrices": str(len(set(matrices)))}
+        table.append({"method": method, "step": str(step), **counts, **means})
     return [GRADIENTS, markdown_records(table)]
-
-
-def mean_over_matrices(values: np.ndarray) -> Interval:
-    return jackknife([len(values)], lambda kept: float(values[kept].mean())) if len(values) > 1 else alone(values[0])
-
-
-def alone(value: float) -> Interval:
-    """What a single matrix says: it has no interval."""
-    return Interval(float(value), math.nan, math.nan)
 
 
 def shown(interval: Interval | None) -> str:

@@ -133,10 +133,9 @@ def load(config: TrainVLConfig, accelerator: Accelerator) -> VLModel:
 
 def prepare(config: TrainVLConfig, model: VLModel, accelerator: Accelerator) -> TrainedNetworks:
     """Adapts the model, loads `init_from`, and divides the model among the processes where the config wants that."""
-    identity = model.identity  # computed once, from the weights as they were loaded, of VL-BART a digest of them
     trained = adapt_networks(model, config)
     if config.adapter.init_from:
-        load_initial_folder(trained, config.adapter, identity)
+        load_initial_folder(trained, config.adapter, model.identity)
     if config.train.shard:
         division_of(config, model, trained).apply(accelerator.device)
     for name, injected in trained.reports.items():

@@ -184,6 +184,8 @@ def check_training(
         for key, is_on in (("compile", train.compile), ("shard", train.shard))
         if train.gradients_at and is_on
     ]
+    if train.steps is not None and (late := [step for step in train.gradients_at if step >= train.steps]):
+        problems.append(f"train.gradients_at: a training of {train.steps} steps has no step {late[0]}: they begin at 0")
     if optimizer.name == "prodigy":
         rates = {"magnitude_lr": optimizer.magnitude_lr is not None, "b_lr_ratio": optimizer.b_lr_ratio != 1}
         problems += [

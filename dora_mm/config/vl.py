@@ -88,6 +88,8 @@ class TrainVLConfig(PipelineConfig):
         problems += check_sharding(self.train, self.adapter.cache, self.model.quantization)
         if self.train.shard and self.adapter.method in BOTTLENECKS:
             problems.append(f"train.shard is not for adapter.method {self.adapter.method}")
+        if self.train.gradients_at and self.model.quantization:
+            problems.append("train.gradients_at is not for model.quantization, whose layers have no whole weights")
         if self.train.shard and self.data.on_bad_data == "skip":
             problems.append("train.shard needs data.on_bad_data stop: a process without rows would not keep step")
         problems += check_visual_inputs(self.model, self.data, self.vision, ("train", "valid"))

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from dora_mm.config.comparing import CompareConfig
 from dora_mm.config.loader import load_config, resolve_adapter, resolve_model
+from dora_mm.config.schema import PipelineConfig
 from dora_mm.eval.decomposition import WeightPoint, method_of, weight_change
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra.exact import fitted, new_weight
 from dora_mm.formats.commands.extract import changed_modules, check_same_architecture
 from dora_mm.formats.files.base_weights import BaseWeights
+from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.reader import LayerReader
 
-_TRAINING = re.compile(r"(?P<variant>.+)-lr(?P<rate>[^-]+(-\d+)?)-seed(?P<seed>\d+)")  # a run of a campaign
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # of transformers 5
+_TRANSPOSED = "layers of GPT-2's kind (Conv1D) keep their weights as (inputs, outputs)"
+log = logging.getLogger(__name__)
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -29,11 +32,12 @@ class TrainedSource:
     """One thing that was trained, at one time.
 
     Attributes:
-        run: The name of the run, or of the file.
+        run: The path of the run, or of the file.
         path: An adapter file, or a model.
         base: The model that it was trained from; None where nothing says it.
+        revision: The revision of `base` on the hub.
         step: The optimizer steps of the checkpoint; None where it is none.
-        score: The score of the run in its campaign.
+        score: The score of the run in its comparison.
         is_model: Whether it is a fine-tuned model.
     """
 
@@ -43,66 +47,88 @@ class TrainedSource:
     step: int | None = None
     score: float | None = None
     is_model: bool = False
+    revision: str | None = None
 
 
-def find_sources(path: str, base: str | None = None) -> list[TrainedSource]:
+def find_sources(path: str, base: str | None = None, scores: Mapping[str, float] | None = None) -> list[TrainedSource]:
     """What a path of the command line stands for.
 
     Args:
         path: A run directory, whose kept checkpoints are taken, and its adapter where it has kept none; the folder of
-            a campaign, whose runs are; an adapter file of any tool or its folder; or a fine-tuned model.
+            a comparison, whose finished runs are; an adapter file of any tool or its folder; or a fine-tuned model.
         base: The base model; None: that of the run's config.
+        scores: Of the runs of a comparison, by their names.
 
     Raises:
         ValueError: There is no such path, it holds nothing that was trained, or its base model is not known.
     """
     folder = Path(path)
-    if (folder / "rates").is_dir() and (folder / "runs").is_dir():
+    if (folder / "config.yaml").is_file() and (folder / "runs").is_dir():
         runs = sorted(run for run in (folder / "runs").iterdir() if (run / "config.yaml").is_file())
-        found = [source for run in runs for source in _of_run(run, base, _score(folder, run.name))]
-        if not found:
-            raise ValueError(f"{path} is a campaign without a finished training")
-        return found
+        finished = [run for run in runs if (run / "adapter").is_dir()]
+        if left_out := len(runs) - len(finished):
+            log.warning("%s: %d of %d trainings are not finished or have diverged: left out", path, left_out, len(runs))
+        if not finished:
+            raise ValueError(f"{path} is a comparison without a finished training that is still here")
+        return [source for run in finished for source in _of_run(run, base, (scores or {}).get(run.name))]
     if (folder / "config.yaml").is_file():
         return _of_run(folder, base)
     if base is None:
         raise ValueError(f"{path}: give its base model with --base")
     found = resolve_adapter(path, "RUN")
     try:
-        return [TrainedSource(folder.name, AdapterFile(found).path, base)]
+        return [TrainedSource(path, AdapterFile(found).path, base)]
     except ValueError as error:
         try:
             BaseWeights.open(found)
         except ValueError:
             raise error from None
-        return [TrainedSource(folder.name, found, base, is_model=True)]
+        return [TrainedSource(path, found, base, is_model=True)]
 
 
 def _of_run(run: Path, base: str | None, score: float | None = None) -> list[TrainedSource]:
     config = load_config(run / "config.yaml")
-    base = base or getattr(getattr(config, "model", None), "path", None)
-    kept = [(step, folder) for folder in (run / "checkpoints").glob("step-*") if (step := _step(folder.name))]
-    files = [(step, AdapterFile(folder).path) for step, folder in sorted(kept)]
+    model, revision = getattr(config, "model", None), None
+    if base is None:
+        base, revision = getattr(model, "path", None), getattr(model, "revision", None)
+    files = [(step, AdapterFile(folder).path) for step, folder in _kept(run, config)]
     if not files:
         adapter = run / "adapter"
         if not adapter.is_dir():
             raise ValueError(f"{run} has neither checkpoints nor an adapter")
         files = [(None, AdapterFile(adapter).path)]
-    return [TrainedSource(run.name, file, base, step, score) for step, file in files]
+    return [TrainedSource(str(run), file, base, step, score, revision=revision) for step, file in files]
+
+
+def _kept(run: Path, config: PipelineConfig) -> list[tuple[int, Path]]:
+    """The kept checkpoints by step; none of a schedule-free optimizer, whose result is not the point it trains at."""
+    if getattr(getattr(config, "optimizer", None), "name", None) == "schedule_free":
+        return []
+    return sorted((step, folder) for folder in (run / "checkpoints").glob("step-*") if (step := _step(folder.name)))
+
+
+def distinct_names(sources: Sequence[TrainedSource]) -> list[TrainedSource]:
+    """The sources with the shortest ends of their paths that tell all runs apart, in place of the paths.
+
+    Raises:
+        ValueError: A path was given twice.
+    """
+    places = [Path(source.path).resolve() for source in sources]
+    for place in places:
+        if places.count(place) > 1:
+            raise ValueError(f"{place} is given twice")
+    runs = list(dict.fromkeys(Path(source.run).resolve() for source in sources))
+    names = {run: run.as_posix() for run in runs}
+    for length in range(max(len(run.parts) for run in runs), 0, -1):
+        shorter = {run: "/".join(run.parts[-length:]) for run in runs}
+        if len(set(shorter.values())) == len(runs):
+            names = shorter
+    return [replace(source, run=names[Path(source.run).resolve()]) for source in sources]
 
 
 def _step(name: str) -> int | None:
     found = _STEP.fullmatch(name)
     return int(found[1]) if found else None
-
-
-def _score(campaign: Path, run: str) -> float | None:
-    """The score that a run was chosen by, or not; None for the further seeds, which were not used for choosing."""
-    config, found = load_config(campaign / "config.yaml"), _TRAINING.fullmatch(run)
-    if not isinstance(config, CompareConfig) or found is None or int(found["seed"]) != config.seeds[0]:
-        return None
-    values = campaign / "rates" / f"{found['variant']}.json"
-    return json.loads(values.read_text()).get(found["rate"]) if values.is_file() else None
 
 
 def read_points(source: TrainedSource, modules: re.Pattern[str] | None = None) -> list[WeightPoint]:
@@ -113,7 +139,7 @@ def read_points(source: TrainedSource, modules: re.Pattern[str] | None = None) -
     """
     if source.base is None:
         raise ValueError(f"{source.path} does not say its base model: give it with --base")
-    base = BaseWeights.open(resolve_model(source.base, "--base"))
+    base = BaseWeights.open(resolve_model(source.base, "--base (of a run: model.path)"), source.revision)
     points = list((_of_model if source.is_model else _of_adapter)(source, base, modules))
     if not points:
         problem = "no trained matrix has such a name" if modules else f"no matrix differs from {source.base}"
@@ -123,6 +149,8 @@ def read_points(source: TrainedSource, modules: re.Pattern[str] | None = None) -
 
 def _of_adapter(source: TrainedSource, base: BaseWeights, modules: re.Pattern[str] | None) -> Iterator[WeightPoint]:
     reader = LayerReader(source.path, base, whole=True)
+    if stores_transposed(base) and not all(reader.transposed(name) for name in reader.names()):
+        raise ValueError(f"{source.path}: {_TRANSPOSED}, which only folders of PEFT say: give RUN/adapter")
     names = [name for name in reader.names() if _is_wanted(name, modules)]
     for name in tqdm(names, source.run, unit="matrix", delay=2, disable=None):
         with located(f"{source.path}: {name}"):
@@ -136,10 +164,18 @@ def _of_adapter(source: TrainedSource, base: BaseWeights, modules: re.Pattern[st
 def _of_model(source: TrainedSource, base: BaseWeights, modules: re.Pattern[str] | None) -> Iterator[WeightPoint]:
     tuned = BaseWeights.open(source.path)
     check_same_architecture(tuned, base)
+    if stores_transposed(base):
+        raise ValueError(f"{source.path}: {_TRANSPOSED}, and fine-tuned models are not analysed")
     for name in changed_modules(tuned, base)[0]:
         if _is_wanted(name, modules):
             dM, dD = weight_change(tuned[name], base[name])
             yield WeightPoint("full", source.run, source.step, str(name), dM, dD, source.score)
+
+
+def stores_transposed(base: BaseWeights) -> bool:
+    """Whether a model of transformers keeps its layers as Conv1D, with weights (I, O)."""
+    file = base.source / "config.json"
+    return file.is_file() and parse_json(file.read_text(), str(file), dict).get("model_type") in _CONV1D_MODELS
 
 
 def _is_wanted(name: Name, modules: re.Pattern[str] | None) -> bool:

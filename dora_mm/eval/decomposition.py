@@ -7,7 +7,7 @@ rows. Shapes: P points, of M matrices and R runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,34 +107,53 @@ def pattern(points: Sequence[WeightPoint]) -> ChangePattern:
     The intervals are 95 % of the jackknife over matrices and, where there are several, over runs: the checkpoints of a
     run are not independent, and stay together. Of a single matrix they are NaN.
     """
-    matrices, runs = (sorted({getattr(point, name) for point in points}) for name in ("matrix", "run"))
-    places = np.array([(matrices.index(point.matrix), runs.index(point.run)) for point in points])
+    matrices, runs = (np.array([getattr(point, name) for point in points]) for name in ("matrix", "run"))
     values = np.array([(point.dD, point.dM) for point in points])
     final = last_steps(points)
     at_end = np.array([point.step == final[point.run] for point in points])
-    sizes = [len(matrices), len(runs)][: 2 if len(runs) > 1 else 1]
 
-    def interval(statistic, chosen: np.ndarray) -> Interval:
-        def of_some(*axes: np.ndarray) -> float:
-            kept = chosen.copy()
-            for axis, indices in enumerate(axes):
-                kept &= np.isin(places[:, axis], indices)
-            return statistic(values[kept])
+    def interval(statistic: Callable[[np.ndarray], float], chosen: np.ndarray) -> Interval:
+        return over_matrices_and_runs(statistic, values[chosen], matrices[chosen], runs[chosen])
 
-        return (
-            jackknife(sizes, of_some) if len(matrices) > 1 else Interval(statistic(values[chosen]), math.nan, math.nan)
-        )
-
-    related = has_line(values) and len(matrices) > 2
+    num_matrices = len(set(matrices))
+    related = has_line(values) and num_matrices > 2
     everything = np.ones(len(points), dtype=bool)
     return ChangePattern(
-        len(runs),
-        len(matrices),
+        len(set(runs)),
+        num_matrices,
         len(points),
         interval(slope, everything) if related else None,
         interval(correlation, everything) if related else None,
         *(interval(lambda some, column=column: float(some[:, column].mean()), at_end) for column in (1, 0)),
     )
+
+
+def over_matrices_and_runs(
+    statistic: Callable[[np.ndarray], float], values: np.ndarray, matrices: np.ndarray, runs: np.ndarray
+) -> Interval:
+    """A statistic with the interval of the jackknife over matrices and, where there are several, over runs.
+
+    Args:
+        statistic: A function of rows of `values`.
+        values: (P,) or (P, K).
+        matrices: The matrix of each point, (P,).
+        runs: The run of each point, (P,).
+
+    Returns:
+        The interval; without ends where there is a single matrix.
+    """
+    names = [np.unique(matrices), np.unique(runs)]
+    if len(names[0]) < 2:
+        return Interval(float(statistic(values)), math.nan, math.nan)
+    axes = list(zip((matrices, runs), names, strict=True))[: 2 if len(names[1]) > 1 else 1]
+
+    def of_some(*kept: np.ndarray) -> float:
+        chosen = np.ones(len(values), dtype=bool)
+        for (place, every), indices in zip(axes, kept, strict=True):
+            chosen &= np.isin(place, every[indices])
+        return float(statistic(values[chosen]))
+
+    return jackknife([len(every) for _, every in axes], of_some)
 
 
 def last_steps(points: Sequence[WeightPoint]) -> dict[str, int | None]:

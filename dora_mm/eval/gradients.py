@@ -12,6 +12,8 @@ G is never needed to train; it is the sum over tokens of dY x^T, which takes a p
 from __future__ import annotations
 
 import csv
+import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -27,9 +29,10 @@ from dora_mm.eval.decomposition import method_of
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tables import csv_records
 
+log = logging.getLogger(__name__)
 FOLDER = "gradients"  # of a run; one file for each step
 MOST = 64  # matrices that are watched, evenly spaced: G has the size of the weight, in fp32
-NEGLIGIBLE = 1e-6  # singular values below this share of the largest one are rounding
+NEGLIGIBLE = 1e-12  # eigenvalues below this share of the largest one are rounding
 
 
 class GradientShape(NamedTuple):
@@ -40,8 +43,8 @@ class GradientShape(NamedTuple):
         exact: ||dL/dV|| / ||dL/dW'||.
         detached: The same with n as a constant.
         along: The root of the share of ||dL/dW'||^2 that points along the rows of V, which the projection takes away.
-        condition: The largest eigenvalue of the second moments of dL/dW' over rows, over the smallest that is none of
-            rounding.
+        condition: The largest eigenvalue of the second moments of dL/dW' over rows, over the smallest. What is below
+            10^-12 of the largest is rounding, and counts as that much: 10^12 says "at least".
         condition_projected: The same for dL/dV, exact.
         rank: Their effective rank: exp of the entropy of the eigenvalues' shares (Roy and Vetterli, 2007).
         rank_projected: The same for dL/dV, exact.
@@ -68,11 +71,11 @@ def gradient_shape(G: Tensor, V: Tensor, m: Tensor | None) -> GradientShape | No
         m: The magnitude (O,); None: the norms of V, as without a magnitude, where W' is V.
 
     Returns:
-        The numbers; None where the gradient is 0.
+        The numbers; None where the gradient is 0, or not finite, as in fp16 before the scale has settled.
     """
     G, V = G.double(), V.double()
     norm = torch.linalg.vector_norm(G)
-    if not norm > 0:
+    if not 0 < norm < math.inf:
         return None
     n = torch.linalg.vector_norm(V, dim=1, keepdim=True)
     units = torch.where(n > 0, V / n, 0)
@@ -94,20 +97,21 @@ def gradient_shape(G: Tensor, V: Tensor, m: Tensor | None) -> GradientShape | No
 
 
 def spectrum(G: Tensor) -> tuple[float, float]:
-    """The condition number and the effective rank of G^T G, without what is rounding; NaN and 0 for zeros."""
-    values = torch.linalg.svdvals(G)
-    values = values[values > NEGLIGIBLE * values.max()].square()
-    if not len(values):
+    """The condition number and the effective rank of the second moments of a matrix; NaN and 0 for zeros."""
+    values = torch.linalg.eigvalsh(G.T @ G if G.shape[0] > G.shape[1] else G @ G.T)
+    largest = values.max()
+    if not largest > 0:
         return float("nan"), 0.0
-    shares = values / values.sum()
-    return float(values.max() / values.min()), float(torch.exp(-(shares * shares.log()).sum()))
+    shares = values.clamp_min(0) / values.clamp_min(0).sum()
+    smallest = values.min().clamp_min(NEGLIGIBLE * largest)
+    return float(largest / smallest), float(torch.exp(torch.special.entr(shares).sum()))
 
 
 class GradientWatch:
     """Sums dL/dW' of adapted linear layers over the passes of a step.
 
-    Hooks read what a pass computes anyway: no bit of a training changes. With dropout, and of rows that several
-    processes share, it is the gradient of this process's inputs as they come in.
+    Hooks read what a pass computes anyway: no bit of a training changes. With dropout it is the gradient as the inputs
+    come in; of several processes, that of this one's rows. The sums are in main memory.
 
     Args:
         networks: The networks, by name.
@@ -139,18 +143,19 @@ class GradientWatch:
             output.register_hook(partial(self._add, name, inputs[0].detach()))
 
     def _add(self, name: str, x: Tensor, dY: Tensor) -> None:
-        G = dY.detach().flatten(0, -2).float().t() @ x.flatten(0, -2).float()
+        G = (dY.detach().flatten(0, -2).float().t() @ x.flatten(0, -2).float()).cpu()
         self.sums[name] = G if name not in self.sums else self.sums[name].add_(G)
 
     @torch.no_grad()
     def rows(self, scale: float = 1.0) -> list[dict[str, str]]:
-        """A row for each matrix that a gradient has reached; `scale`: what losses were multiplied by."""
+        """A row for each matrix that a gradient has reached; `scale`: what their losses were multiplied by."""
         found = []
         for name, layer in self.layers.items():
             if name not in self.sums:
                 continue
             (adapter,) = layer.adapters()
-            shape = gradient_shape(self.sums[name] / scale, self._directions(layer, adapter), adapter.magnitude)
+            V, m = self._directions(layer, adapter).cpu(), adapter.magnitude
+            shape = gradient_shape(self.sums[name] / scale, V, None if m is None else m.cpu())
             if shape is not None:
                 about = {"method": method_of(layer.adaptation.spec)}
                 numbers = {key: f"{value:.6g}" for key, value in shape._asdict().items()}
@@ -161,27 +166,14 @@ class GradientWatch:
     def _directions(layer: DoRALinear, adapter: Adapter) -> Tensor:
         return directions(as_matrix(layer.weight), adapter)
 
-
-@contextmanager
-def watched(
-    networks: Mapping[str, nn.Module], file: Path | None, scaler: torch.amp.GradScaler | None = None
-) -> Iterator[None]:
-    """A context that writes what gradients look like; nothing where there is no file.
-
-    Args:
-        networks: The networks, by name.
-        file: The CSV file; None: no step to watch.
-        scaler: Scales the losses, in fp16.
-    """
-    if file is None:
-        yield
-        return
-    watch = GradientWatch(networks)
-    with watch.open():
-        yield
-    if rows := watch.rows(scaler.get_scale() if scaler else 1.0):
-        file.parent.mkdir(exist_ok=True)
-        write_text(file, csv_records(rows))
+    def write(self, file: Path, scale: float) -> None:
+        """Writes the rows into a CSV file, or says that there are none."""
+        if rows := self.rows(scale):
+            file.parent.mkdir(exist_ok=True)
+            write_text(file, csv_records(rows))
+        else:
+            what = "a gradient that is finite" if self.layers else "an adapted linear layer of plain weights"
+            log.warning("train.gradients_at measures nothing in this step: there is not %s.", what)
 
 
 def read_gradients(run: Path) -> dict[int, list[dict[str, str]]]:

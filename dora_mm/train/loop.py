@@ -13,7 +13,7 @@ from torch import nn
 
 from dora_mm.config.training import TrainConfig
 from dora_mm.core import fixed_parameters
-from dora_mm.eval.gradients import file_of, watched
+from dora_mm.eval.gradients import GradientWatch, file_of
 from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.tools import native
 from dora_mm.train.checkpoint import Stateful, checkpoints, last_step, load_checkpoint, save_checkpoint
@@ -100,8 +100,12 @@ def fit(
     def take_step() -> None:
         rate = float(schedule.get_last_lr()[0])
         passes = fixed_parameters(trained.networks, num_passes=config.gradient_accumulation_steps)
-        with passes, watched(networks, record.gradients_file, accelerator.scaler):
-            value = accumulate(accelerator, shared, config, seed, record.step, batch_at)
+        watch = None if record.gradients_file is None else GradientWatch(networks)
+        with passes, watch.open() if watch else contextlib.nullcontext():
+            value, correction = accumulate(accelerator, shared, config, seed, record.step, batch_at)
+        if watch and record.gradients_file:
+            scale = accelerator.num_processes * (accelerator.scaler.get_scale() if accelerator.scaler else 1)
+            watch.write(record.gradients_file, scale / correction)
         if record.step == record.first and accelerator.is_main_process:
             _warn_of_unreached(parameters)
         norm = update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
@@ -270,7 +274,7 @@ def accumulate(
     seed: int,
     step: int,
     batch_at: Callable[[int], Any],
-) -> float:
+) -> tuple[float, float]:
     """Computes the gradients of one optimizer step: of sum over count of its micro-batches, on all processes.
 
     The count of a whole step is known only behind its last micro-batch. Until then each is divided by the count that
@@ -285,7 +289,7 @@ def accumulate(
         batch_at: Maps the number of a micro-batch to this process's share of it.
 
     Returns:
-        The loss of the step.
+        The loss of the step, and what the gradients of its passes were multiplied by in the end.
     """
     micro_batches, expected = config.gradient_accumulation_steps, torch.zeros(())
     sums = torch.zeros(2, device=accelerator.device)
@@ -306,9 +310,9 @@ def accumulate(
             accelerator.backward(loss.total * accelerator.num_processes / expected / micro_batches)
         sums += torch.stack([loss.total.detach().float(), loss.count.float()])
     whole = LossSum(*_over_processes(accelerator, sums))
-    if micro_batches > 1:
-        _scale_gradients(trained, (micro_batches * expected / whole.divisor).item())
-    return whole.mean.item()
+    correction = (micro_batches * expected / whole.divisor).item() if micro_batches > 1 else 1.0
+    _scale_gradients(trained, correction)
+    return whole.mean.item(), correction
 
 
 def _over_processes(accelerator: Accelerator, values: torch.Tensor) -> Any:

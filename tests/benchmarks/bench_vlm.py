@@ -3,9 +3,10 @@
     python -m samples.build tiny-vlm
     python -m tests.benchmarks.bench_vlm build/tiny-vlm [results/<machine>]
 
-All linear layers of the language model are adapted at rank 8. A step is a batch of 8 questions of VQA on one picture
-each, with its forward and backward pass and AdamW; the contenders take turns in one process. PEFT's loop is the
-shortest one that trains this model: `model(**batch).loss.backward()`, which computes the logits of all tokens.
+All linear layers of the language model are adapted, at rank 8 with batches of 4 and at rank 16 with batches of 8. A
+step is a batch of questions of VQA on one picture each, with its forward and backward pass and AdamW; the contenders
+take turns in one process. PEFT's loop is the shortest one that trains this model: `model(**batch).loss.backward()`,
+which computes the logits of all tokens.
 """
 
 import copy
@@ -29,7 +30,8 @@ from dora_mm.models.vlm.encoding import IGNORED
 from dora_mm.models.vlm.family import VLM, VLMBatch
 from tests.benchmarks.results_table import time_row, write_times
 
-ROUNDS, BATCH, NEW_TOKENS = 9, 8, 16
+ROUNDS, NEW_TOKENS = 9, 16
+STEPS = ((8, 4), (16, 8))  # (rank, batch)
 LINEAR = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 VQA = SourceConfig(
     format="vqa_v2",
@@ -43,9 +45,10 @@ VQA = SourceConfig(
 class Ours:
     """Trains with the code of train_vl."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, rank: int, method: str):
         self.vlm = VLM(VLMModelConfig(path=folder))
-        config = VLAdapterConfig.model_validate({"rank": 8, "parts": ["text.attn", "text.mlp"]})
+        settings = {"rank": rank, "method": method, "parts": ["text.attn", "text.mlp"]}
+        config = VLAdapterConfig.model_validate(settings)
         self.parameters = list(
             adapt(self.vlm.networks, self.vlm.target_maps, config, seed=0, backend="torch").parameters.values()
         )
@@ -67,9 +70,9 @@ class Ours:
 class Theirs(Ours):
     """Trains PEFT's layers with the model's own loss."""
 
-    def __init__(self, folder: str, *, use_dora: bool):
+    def __init__(self, folder: str, rank: int, *, use_dora: bool):
         self.vlm = VLM(VLMModelConfig(path=folder))
-        config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=LINEAR, use_dora=use_dora)
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEAR, use_dora=use_dora)
         self.model = peft.get_peft_model(self.vlm.model, config).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
@@ -79,24 +82,28 @@ class Theirs(Ours):
         return self.model(**inputs, labels=labels).loss
 
 
-def time_steps(folder: str, examples: list[Example]) -> dict[str, list[float]]:
+def time_steps(folder: str, examples: list[Example], rank: int, size: int) -> dict[str, list[float]]:
     contenders = {
-        "PEFT LoRA": Theirs(folder, use_dora=False),
-        "PEFT DoRA": Theirs(folder, use_dora=True),
-        "our DoRA": Ours(folder),
+        "PEFT LoRA": Theirs(folder, rank, use_dora=False),
+        "PEFT DoRA": Theirs(folder, rank, use_dora=True),
+        "our LoRA": Ours(folder, rank, "lora"),
+        "our DoRA": Ours(folder, rank, "dora"),
     }
-    targets = [(example.answers[0], 1.0) for example in examples[:BATCH]]
-    batch = contenders["our DoRA"].vlm.batch("vqa", examples[:BATCH], VQA.images, targets)
+    targets = [(example.answers[0], 1.0) for example in examples[:size]]
+    batch = contenders["our DoRA"].vlm.batch("vqa", examples[:size], VQA.images, targets)
     ((inputs, labels, _),) = batch.groups
     shape = f"{tuple(inputs['input_ids'].shape)} tokens, {int((labels != IGNORED).sum())} with loss"
-    print(f"a step has {shape}")
+    print(f"a step at rank {rank} has {shape}")
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(ROUNDS + 2):
         for name in contenders if turn % 2 else reversed(contenders):
             seconds = contenders[name].step(copy.copy(batch))
             if turn >= 2:
                 times[name].append(seconds)
-    return times
+    for name in ("PEFT DoRA", "our LoRA", "our DoRA"):
+        ratios = [ours / theirs for ours, theirs in zip(times[name], times["PEFT LoRA"], strict=True)]
+        print(f"{name} / PEFT LoRA: {statistics.median(ratios):.3f} (by round {min(ratios):.3f} to {max(ratios):.3f})")
+    return {f"rank {rank}, batch {size}: {name}": found for name, found in times.items()}
 
 
 def time_answers(folder: str, examples: list[Example], max_new_tokens: int) -> dict[str, list[float]]:
@@ -117,15 +124,14 @@ def time_answers(folder: str, examples: list[Example], max_new_tokens: int) -> d
 
 def main(folder: str, results: Path | None) -> None:
     examples = list(open_table(VQA, Path("build/tables"), on_bad_data="stop"))
-    times = time_steps(folder, examples)
+    times: dict[str, list[float]] = {}
+    for rank, size in STEPS:
+        times |= time_steps(folder, examples, rank, size)
     for max_new_tokens in (2, 4, NEW_TOKENS):
         times |= time_answers(folder, examples, max_new_tokens)
     rows = [time_row(name, found) for name, found in times.items()]
     for row in rows:
-        print("{name:<28} {median_s:8.3f} s  ({min_s:.3f} to {max_s:.3f})".format(**row))
-    for peer in ("PEFT LoRA", "PEFT DoRA"):
-        ratios = [theirs / ours for theirs, ours in zip(times[peer], times["our DoRA"], strict=True)]
-        print(f"{peer} / our DoRA: {statistics.median(ratios):.3f} (by round {min(ratios):.3f} to {max(ratios):.3f})")
+        print("{name:<32} {median_s:8.3f} s  ({min_s:.3f} to {max_s:.3f})".format(**row))
     for tokens in (2, 4, NEW_TOKENS):
         batched, single = (
             statistics.median(times[f"{tokens} tokens, {how}"]) for how in ("batches of 8", "one by one")

@@ -7,9 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from dora_mm.core import DoRASpec, inject
-from dora_mm.eval.gradients import GradientWatch, gradient_shape, read_gradients, spectrum, watched
+from dora_mm.config.training import OptimizerConfig, ScheduleConfig
+from dora_mm.core import DoRASpec, adapter_parameters, inject
+from dora_mm.eval.gradients import GradientWatch, file_of, gradient_shape, read_gradients, spectrum
+from dora_mm.train.optim import build_optimizer
+from dora_mm.train.schedule import Schedule
 from tests.core import reference
+from tests.train.small import mean_of, new_run, small_training
 
 
 def weights(seed=0):
@@ -42,7 +46,7 @@ def test_cases_by_hand():
     across = gradient_shape(V[[1, 0]], V, torch.tensor([1.0, 2.0]))
     assert (across.along, across.magnitude) == (0, 0)
     assert across.exact == across.detached == pytest.approx((0.25 + 16) ** 0.5 / 5**0.5)
-    assert spectrum(torch.diag(torch.tensor([2.0, 2.0, 0.0]))) == pytest.approx((1, 2))
+    assert spectrum(torch.diag(torch.tensor([2.0, 2.0, 0.0])).double()) == pytest.approx((1e12, 2))
     assert gradient_shape(torch.zeros(2, 2), V, None) is None
     zeros = gradient_shape(torch.ones(2, 2), torch.zeros(2, 2), torch.zeros(2))
     assert (zeros.exact, zeros.along) == (1, 0)
@@ -79,14 +83,52 @@ def test_hooks_sum_the_gradient_over_passes_and_change_no_bit(method, tmp_path):
     assert not model[0]._forward_hooks
 
 
-def test_a_step_is_a_file_and_no_file_is_no_step(tmp_path):
+def test_a_file_is_that_of_a_step_and_has_finite_gradients(tmp_path, caplog):
     model = nn.Sequential(nn.Linear(4, 3))
     inject(model, ["0"], DoRASpec(rank=2))
-    for file in (None, tmp_path / "gradients" / "step-000007.csv"):
-        with watched({"model": model}, file):
-            model(torch.randn(5, 4)).square().sum().backward()
+    watch = GradientWatch({"model": model})
+    with watch.open():
+        model(torch.randn(5, 4)).square().sum().backward()
+    watch.write(file_of(tmp_path, 7), 1.0)
+    watch.write(file_of(tmp_path, 8), 2.0)
     found = read_gradients(tmp_path)
-    assert list(found) == [7]
-    assert found[7][0]["matrix"] == "model.0"
-    assert float(found[7][0]["exact"]) < float(found[7][0]["detached"])
+    assert list(found) == [7, 8]
+    (one,), (half,) = found.values()
+    assert one["matrix"] == "model.0"
+    assert float(one["exact"]) < float(one["detached"])
+    assert float(half["norm"]) == pytest.approx(float(one["norm"]) / 2, rel=1e-4)
+    watch.sums["model.0"][0, 0] = float("inf")  # as fp16 has it until its scale has settled
+    watch.write(file_of(tmp_path, 9), 1.0)
+    GradientWatch({"model": nn.Sequential(nn.Linear(4, 3))}).write(file_of(tmp_path, 9), 1.0)
+    assert [record.getMessage().rpartition("not ")[2] for record in caplog.records] == [
+        "a gradient that is finite.",
+        "an adapted linear layer of plain weights.",
+    ]
+    assert list(read_gradients(tmp_path)) == [7, 8]
     assert read_gradients(tmp_path / "nothing") == {}
+
+
+@pytest.mark.parametrize("decades", [4, 8, 14, 40])
+def test_a_worse_spectrum_has_no_smaller_condition_number(decades):
+    spread = torch.logspace(0, -decades / 2, 12, dtype=torch.float64)
+    Q, R = (torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64)).Q for _ in range(2))
+    assert np.log10(spectrum(Q @ torch.diag(spread) @ R)[0]) == pytest.approx(min(decades, 12), abs=0.01)
+
+
+def test_they_are_of_the_loss_of_a_whole_step(tmp_path):
+    found = []
+    for sizes in ((32,), (2, 30)):
+        run = new_run(tmp_path / str(len(sizes)))
+        training = small_training(run, steps=1, gradient_accumulation_steps=len(sizes), gradients_at=[0])
+        inject(training.network, ["0"], DoRASpec(rank=2))
+        trained = dict(adapter_parameters(training.network))
+        x = torch.randn(32, 6, generator=torch.Generator().manual_seed(5)).split(list(sizes))
+        optimizer = training.parts["accelerator"].prepare(build_optimizer(trained, OptimizerConfig(lr=0.05)))
+        schedule = Schedule(optimizer, ScheduleConfig(), 1)
+        training.parts |= {"parameters": trained, "optimizer": optimizer, "schedule": schedule}
+        training.parts["batch_at"] = x.__getitem__
+        training.parts["loss"] = lambda x, _, net=training.network: mean_of(net(x).square().mean(dim=1))
+        training.fit()
+        found.append(read_gradients(run.path)[0][0])
+    whole, parts = ({key: float(row[key]) for key in ("norm", "magnitude", "exact")} for row in found)
+    assert parts == pytest.approx(whole, rel=1e-3)

@@ -1,7 +1,6 @@
 """dora-mm analyse on runs, files of other tools, fine-tuned models and campaigns of a tiny SDXL."""
 
 import csv
-import json
 import shutil
 
 import pytest
@@ -13,8 +12,11 @@ from dora_mm import DoRASpec, inject, save_adapter
 from dora_mm.cli import main
 from dora_mm.config.models import ModelConfig
 from dora_mm.core import adapter_parameters
+from dora_mm.eval.comparison import Variant
 from dora_mm.eval.decomposition import weight_change
 from dora_mm.models.image_families import load_image_model
+from dora_mm.train.campaigns.rows import TrainingRows, row_of
+from dora_mm.train.campaigns.trainings import Training
 
 pytest.importorskip("matplotlib")
 
@@ -115,11 +117,14 @@ def test_a_run_shows_every_kept_checkpoint_and_its_gradients(run, tmp_path, monk
     assert all(float(row["dD"]) > 0 for row in rows if row["step"] == "2")
 
 
-def test_a_campaign_shows_its_trainings_with_their_scores(run, tmp_path, capsys):
+def test_a_campaign_shows_its_trainings_with_their_scores(run, tmp_path, capsys, caplog):
     campaign = tmp_path / "campaign"
     values = {"0.001": 0.2, "0.01": 0.5, "0.1": 0.4, "1e-05": 0.1}
-    (campaign / "rates").mkdir(parents=True)
-    (campaign / "rates" / "dora-r2.json").write_text(json.dumps(values))
+    campaign.mkdir()
+    trainings = [Training(Variant("dora", 2), float(rate), 0) for rate in values]
+    scored = dict(zip(trainings, values.values(), strict=True)) | {Training(Variant("dora", 2), 0.01, 1): None}
+    rows = [row_of(each, value=value, scores="", summary={}, digest="") for each, value in scored.items()]
+    TrainingRows(campaign / "trainings.csv", lambda _: "").add(rows)
     saved = {
         "pipeline": "compare",
         "output": str(campaign),
@@ -136,10 +141,30 @@ def test_a_campaign_shows_its_trainings_with_their_scores(run, tmp_path, capsys)
     for rate in (*values, "0.01-seed1"):
         name = f"dora-r2-lr{rate}" if "seed" in rate else f"dora-r2-lr{rate}-seed0"
         shutil.copytree(run, campaign / "runs" / name, ignore=shutil.ignore_patterns("checkpoints"))
+    unfinished = campaign / "runs" / "dora-r2-lr0.1-seed1"
+    unfinished.mkdir()
+    shutil.copy(run / "config.yaml", unfinished)
     assert main(["analyse", str(campaign), "--output", str(tmp_path / "new")]) == 0
     scores = {row["run"]: row["score"] for row in rows_of(tmp_path / "new")}
     assert scores == {**{f"dora-r2-lr{rate}-seed0": f"{v:g}" for rate, v in values.items()}, "dora-r2-lr0.01-seed1": ""}
-    assert "| dora, rank 2 | 5 |" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "| dora, rank 2 | 5 |" in shown.out
+    assert "1 of 6 trainings are not finished" in caplog.text
+    gradients = list(csv.DictReader((tmp_path / "new" / "gradients.csv").open()))
+    assert {row["run"] for row in gradients} == set(scores)
+    matrices = {row["matrix"] for row in gradients}
+    assert f"| dora, rank 2 | 0 | 5 | {len(matrices)} |" in shown.out
+
+
+def test_runs_of_one_name_are_two_and_one_run_is_not_given_twice(run, tmp_path, capsys):
+    for name in ("one/001", "two/001"):
+        shutil.copytree(run, tmp_path / name, ignore=shutil.ignore_patterns("checkpoints"))
+    paths = [str(tmp_path / name) for name in ("one/001", "two/001")]
+    assert main(["analyse", *paths, "--output", str(tmp_path / "new")]) == 0
+    assert {row["run"] for row in rows_of(tmp_path / "new")} == {"one/001", "two/001"}
+    assert "| dora, rank 2 | 2 |" in capsys.readouterr().out
+    assert main(["analyse", paths[0], paths[0]]) == 2
+    assert "is given twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,6 +68,8 @@ class VLBartTask:
         config: tuple[VLBartModelConfig, VisionConfig] | None = None,
     ):
         self.model, self.tokenizer, self.vision, self.config = model, tokenizer, vision, config
+        # of the weights as they were loaded: an adapter changes them
+        self._identity = {"base_digest": module_digest(model), "vision_digest": vision.identity}
         self.counts = RowCounts()  # all 0: texts have the lengths of their task, which count as no cut
 
     @classmethod
@@ -133,10 +134,6 @@ class VLBartTask:
     @property
     def identity(self) -> dict[str, str]:
         return self._identity
-
-    @cached_property
-    def _identity(self) -> dict[str, str]:
-        return {"base_digest": module_digest(self.model), "vision_digest": self.vision.identity}
 
     def check_rows(self, table: ExampleTable) -> ExampleTable:
         return self.vision.check_rows(table)

@@ -9,7 +9,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
-from pathlib import Path
 from statistics import median
 from typing import Any, Generic
 
@@ -22,7 +21,7 @@ from dora_mm.eval.curves import CurvePoint, RateCurve, curves_csv, curves_paragr
 from dora_mm.eval.plots import plot_curves
 from dora_mm.train.campaigns.evaluation import Evaluation, ScoresT, compared
 from dora_mm.train.campaigns.rates import RateChoice, best_rate, beyond, candidate_rates, choice_of, with_neighbours
-from dora_mm.train.campaigns.rows import FAILED, TrainingRow, TrainingRows, row_of
+from dora_mm.train.campaigns.rows import FAILED, TrainingRow, TrainingRows, row_of, rows_file
 from dora_mm.train.campaigns.trainings import Training, Trainings
 from dora_mm.train.run import open_run, reopen_run
 from dora_mm.utils.atomic import write_text
@@ -48,8 +47,7 @@ class Campaign(Generic[ScoresT]):
         run = reopen_run(config, self.inputs, FREE_KEYS) or open_run(config, self.inputs)
         self.folder = run.path
         self.trainings = Trainings(self.folder, config.base, config.workers, evaluation.overrides)
-        file = Path(config.rows).expanduser() if config.rows else self.folder / "trainings.csv"
-        self.rows = TrainingRows(file, cache(self.digest))
+        self.rows = TrainingRows(rows_file(config, self.folder), cache(self.digest))
 
     def digest(self, training: Training) -> str:
         """The digest of all that a row depends on: the training's config, its inputs, and how it is scored.

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dora_mm.config.comparing import CompareConfig
 from dora_mm.eval.comparison import Variant
 from dora_mm.train.campaigns.trainings import Training
 from dora_mm.utils.atomic import write_text
@@ -101,6 +102,11 @@ def row_of(
         scores=scores,
         **{key: json.dumps(summary[key]) if key in summary else "" for key in KEPT},
     )
+
+
+def rows_file(config: CompareConfig, folder: Path) -> Path:
+    """The file of rows of a campaign in this folder."""
+    return Path(config.rows).expanduser() if config.rows else folder / "trainings.csv"
 
 
 class TrainingRows:
