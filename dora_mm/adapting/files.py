@@ -14,8 +14,10 @@ from yaml import YAMLError
 import dora_mm
 from dora_mm import backend as backends
 from dora_mm import formats
+from dora_mm.adapting import bottlenecks
 from dora_mm.adapting.networks import TrainedNetworks, to_float32
 from dora_mm.adapting.parts import MODEL
+from dora_mm.config.adapter import BOTTLENECKS
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.loader import dump_config, resolve_model
 from dora_mm.config.vl import TrainVLConfig
@@ -44,6 +46,10 @@ def save_trained(trained: TrainedNetworks, config: TrainVLConfig, model: VLModel
     """
     about = {"base_model": config.model.path, "seed": str(config.seed), "config": dump_config(config)}
     about |= {**model.identity, "pipeline_tag": model.pipeline_tag}
+    if config.adapter.method in BOTTLENECKS:
+        parameters = {name.removeprefix(f"{MODEL}."): p for name, p in trained.parameters.items()}
+        bottlenecks.save(parameters, config.adapter.method, config.adapter.rank, about, folder)
+        return
     if config.model.revision:
         about["base_revision"] = config.model.revision
     for component, network in trained.networks.items():
@@ -141,10 +147,19 @@ def seed_of(folder: Path) -> int:
     Raises:
         ValueError: The header's seed is not a number.
     """
-    text = formats.read(folder)[1].get("seed", "0")
+    text = header_of(folder).get("seed", "0")
     if not text.isdecimal():
         raise ValueError(f"{formats.find_file(folder)} has a header key seed that is not a number: {text!r}")
     return int(text)
+
+
+def header_of(path: Path) -> dict[str, str]:
+    """The header of an adapter's file, of bottlenecks too.
+
+    Raises:
+        ValueError: There is no adapter.
+    """
+    return bottlenecks.header_in(path) or dict(formats.read(path)[1])
 
 
 def saved_config(path: Path) -> TrainVLConfig | None:
@@ -157,7 +172,7 @@ def saved_config(path: Path) -> TrainVLConfig | None:
         ValueError: There is no adapter.
     """
     try:
-        return TrainVLConfig.model_validate(yaml12.read(formats.read(path)[1]["config"]).value)
+        return TrainVLConfig.model_validate(yaml12.read(header_of(path)["config"]).value)
     except (KeyError, YAMLError, ValidationError):
         return None
 
@@ -174,6 +189,10 @@ def load_trained(model: VLModel, path: Path, *, backend: str) -> None:
         ValueError: The adapter belongs to another model, or adapts a network that this one does not have.
     """
     folder = formats.adapter_folder(path)
+    if header := bottlenecks.header_in(path):
+        check_identity(folder, header, model.identity)
+        bottlenecks.load(model.networks[MODEL], model.target_maps[MODEL], path)
+        return
     files = files_in(folder)
     check_identity(folder, formats.read(files[MODEL])[1], model.identity)
     if missing := sorted(set(files) - set(model.networks)):

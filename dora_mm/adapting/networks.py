@@ -12,8 +12,9 @@ from torch import nn
 
 import dora_mm
 from dora_mm import backend as backends
+from dora_mm.adapting import bottlenecks
 from dora_mm.adapting.parts import PartModules, Selection, select_modules
-from dora_mm.config.adapter import AdapterConfig, PartConfig, VLAdapterConfig
+from dora_mm.config.adapter import BOTTLENECKS, AdapterConfig, PartConfig, VLAdapterConfig
 from dora_mm.core import DoRASpec, InjectReport, TargetMap, adapted_layers
 from dora_mm.core.inject import inject_paths
 from dora_mm.core.targets import matches
@@ -98,8 +99,11 @@ def adapt(
     Raises:
         ValueError: The model has no such part; or a part cannot be adapted like this.
     """
-    selection = select_modules(config, networks, target_maps)
     main = next(iter(target_maps))
+    if config.method in BOTTLENECKS:
+        added = bottlenecks.attach(networks[main], target_maps[main], config.method, config.rank, seed)
+        return TrainedNetworks({main: networks[main]}, parameters={f"{main}.{name}": p for name, p in added.items()})
+    selection = select_modules(config, networks, target_maps)
     found = TrainedNetworks({name: networks[name] for name in target_maps if name == main or name in selection})
     _train_itself(found, main, list(parameters_by_name(networks[main], extra_names(config))), None)
     for component, selected in selection.items():

@@ -15,6 +15,7 @@ from torch import nn
 
 from dora_mm.config.adapter import (
     ALL_LINEAR,
+    BOTTLENECKS,
     EACH_TEXT_ENCODER,
     FROZEN,
     TEXT_ENCODERS,
@@ -69,10 +70,13 @@ def select_modules(
 
     Returns:
         What is trained, by component in the order of `target_maps`; parts in the order of the config, then patterns.
+        Nothing of methods that change no module.
 
     Raises:
         ValueError: The model has no such part or module, or two patterns take the same one.
     """
+    if config.method in BOTTLENECKS:
+        return {}
     main, targets = next(iter(target_maps.items()))
     names = config.all_parts([full_name(main, part) for part in targets.select().parts])
     patterns = {name: names.pop(name) for name in config.parts if config.is_pattern(name)}

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 DONE, USER_ERROR, INTERRUPTED, TERMINATED = 0, 2, 130, 143  # a bug leaves its traceback, and Python exits with 1
 
 SLOW_TO_START = (
-    *("train", "sample", "grid", "eval", "features", "new", "inspect", "merge", "convert", "verify", "extract"),
-    *("average", "ask", "caption"),
+    *("train", "sample", "grid", "eval", "compare", "features", "new", "inspect", "merge", "convert", "verify"),
+    *("extract", "average", "ask", "caption"),
 )  # the commands that import torch
 
 

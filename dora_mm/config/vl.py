@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from dora_mm.config.adapter import VLAdapterConfig, check_adapter
+from dora_mm.config.adapter import BOTTLENECKS, VLAdapterConfig, check_adapter
 from dora_mm.config.models import VisionConfig, VLModelConfig
 from dora_mm.config.schema import (
     AdapterPath,
@@ -86,6 +86,8 @@ class TrainVLConfig(PipelineConfig):
         problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype, self.ema)
         problems += check_adapter(self.adapter, self.optimizer)
         problems += check_sharding(self.train, self.adapter.cache, self.model.quantization)
+        if self.train.shard and self.adapter.method in BOTTLENECKS:
+            problems.append(f"train.shard is not for adapter.method {self.adapter.method}")
         if self.train.gradients_at and self.model.quantization:
             problems.append("train.gradients_at is not for model.quantization, whose layers have no whole weights")
         if self.train.shard and self.data.on_bad_data == "skip":

@@ -14,10 +14,10 @@ from dora_mm.eval.statistics import LEVEL, NUM_RESAMPLES, Interval, mean_interva
 from dora_mm.utils.tables import csv_records, markdown_records
 
 EXPLAINED = """Score: {title}. As good: the rates around the highest score of the first seed's curve that lose less than
-{depth:.3f}, the half width of the interval of such a score, between rates interpolated along their logarithm; > and <:
-the band reaches the end of what was tried. Width: of that band in doublings of the rate. Around: the mean of the best
-rate and its two neighbours. In brackets: 95 % intervals over things or images and, where there are several, trainings;
-widths and best rates over things alone, since all rates have only the first seed in common."""
+half the width of that score's interval, between rates interpolated along their logarithm; > and <: the band reaches the
+end of what was tried. Width: of that band in doublings of the rate. Around: the mean of the best rate and its two
+neighbours. In brackets: 95 % intervals over things or images and, where there are several, trainings; widths and best
+rates over things alone, since all rates have only the first seed in common."""
 
 
 class CurvePoint(NamedTuple):
@@ -120,9 +120,9 @@ def resampled_means(cells_KR: np.ndarray, seed: int = 0) -> np.ndarray:
     return counts / num_things @ cells_KR
 
 
-def widths(curve: RateCurve, depth: float) -> tuple[float, np.ndarray]:
-    """The width of the band in doublings of the rate, and its resamples (N,)."""
-    rates = curve.log2_rates
+def widths(curve: RateCurve) -> tuple[float, np.ndarray]:
+    """The width of the band in doublings of the rate, and its resamples (N,), all with the depth of the curve."""
+    rates, depth = curve.log2_rates, curve.half_width
 
     def width(means_R: np.ndarray) -> float:
         low, high = band(rates, means_R, depth)
@@ -178,9 +178,8 @@ def curves_paragraphs(
         ranks: The ranks that are compared.
         title: What the scores are.
     """
-    depth = float(np.mean([curve.half_width for curve in curves.values()]))
-    found = {variant: widths(curve, depth) for variant, curve in curves.items()}
-    rows = [_about(variant, curve, best[variant], depth, found[variant]) for variant, curve in curves.items()]
+    found = {variant: widths(curve) for variant, curve in curves.items()}
+    rows = [_about(variant, curve, best[variant], found[variant]) for variant, curve in curves.items()]
     pairs = [
         _compared(first, second, curves, best, found[first], found[second])
         for first, second in contrasts(ranks, curves)
@@ -193,13 +192,11 @@ def curves_paragraphs(
             moves.append(f"{NAMES[method]} {shown(rate_per_doubling(by_rank), 2)}")
     sentence = "Doublings of the rate with the highest score per doubling of the rank: " + "; ".join(moves) + "."
     tables = [markdown_records(table) for table in (rows, pairs) if table]
-    return [EXPLAINED.format(title=title, depth=depth), *tables, *([sentence] if moves else [])]
+    return [EXPLAINED.format(title=title), *tables, *([sentence] if moves else [])]
 
 
-def _about(
-    variant: Variant, curve: RateCurve, rate: float, depth: float, width: tuple[float, np.ndarray]
-) -> dict[str, str]:
-    low, high = band(curve.log2_rates, curve.first_KR.mean(axis=0), depth)
+def _about(variant: Variant, curve: RateCurve, rate: float, width: tuple[float, np.ndarray]) -> dict[str, str]:
+    low, high = band(curve.log2_rates, curve.first_KR.mean(axis=0), curve.half_width)
     below = "< " if low <= curve.log2_rates[0] else ""
     above = " >" if high >= curve.log2_rates[-1] else ""
     point = curve.points[rate]

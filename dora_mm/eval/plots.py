@@ -79,6 +79,7 @@ def plot_curves(
         ModuleNotFoundError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     ranks = sorted({variant.rank for variant in curves if variant.rank}) or [None]
     columns = min(3, len(ranks))
@@ -90,10 +91,14 @@ def plot_curves(
             if variant.rank in (rank, None):
                 _plot_curve(panel, curve, ", ".join(filter(None, [NAMES[variant.method], variant.setting])))
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_title(f"rank {rank}" if rank else "", fontsize="medium")
         panel.set_xlabel("learning rate")
-        panel.set_ylabel(title, fontsize="small")
         panel.legend(fontsize="small", frameon=False)
+    for panel in panels[::columns]:
+        panel.set_ylabel(title, fontsize="small")
     for panel in panels[len(ranks) :]:
         panel.set_axis_off()
     files = _saved(figure, folder / "curves")
@@ -133,7 +138,9 @@ def _plot_ranks(
         own = {v.rank: c.points[best[v]].interval for v, c in curves.items() if v.method == method and not v.setting}
         by_rank = {float(rank): own[rank] for rank in sorted(rank for rank in own if rank)}
         _plot_intervals(panel, by_rank, f"C{number}", NAMES[method], "-")
+    ranks = sorted({variant.rank for variant in curves if variant.rank})
     panel.set_xscale("log", base=2)
+    panel.set_xticks(ranks, labels=[str(rank) for rank in ranks])
     panel.set_xlabel("rank")
     panel.set_ylabel(title, fontsize="small")
     panel.legend(fontsize="small", frameon=False)

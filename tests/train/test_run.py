@@ -113,7 +113,9 @@ def test_results_are_kept_whenever_a_finished_run_goes_on_with_another_config(tr
     run = train()
     with pytest.raises(ValueError, match="loss is nan"):  # stopped before the first new checkpoint
         train("train.steps=14", resume=run.path, **STOPS["a loss that is not finite"][0])
+    assert (run.path / "diverged.txt").read_text().startswith("The loss is nan")
     train("train.steps=12", resume=run.path)
+    assert not (run.path / "diverged.txt").exists()
     train("train.steps=14", resume=run.path)
     kept = {folder.name: sorted(path.name for path in folder.iterdir()) for folder in run.path.glob("step-*")}
     assert kept == dict.fromkeys(("step-000012", "step-000012-2"), ["adapter", "summary.json"])

@@ -13,6 +13,7 @@ METHODS = {  # by the end of a key
     "vera_lambda_b": "VeRA",
     "delora_lambda": "DeLoRA",
     "hra_u": "HRA",
+    "bottleneck.down.weight": "series or parallel adapters, which dora-mm train, eval and ask read",
     "lora_mid_A.weight": "a Tucker decomposition of another tool",
 }
 _ENDINGS = tuple(METHODS)

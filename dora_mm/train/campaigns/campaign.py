@@ -7,24 +7,19 @@ stopped, and goes on from that file without its folder. The trainings are run di
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
-from pathlib import Path
 from statistics import median
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic
 
 import numpy as np
-from PIL import Image
 
-from dora_mm.config.adapter import PartConfig
 from dora_mm.config.comparing import CompareConfig
-from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.loader import load_config
-from dora_mm.config.vl import TrainVLConfig
-from dora_mm.eval.comparison import Result, Variant, table_rows, variants
+from dora_mm.eval.comparison import Result, Variant, table_rows
 from dora_mm.eval.curves import CurvePoint, RateCurve, curves_csv, curves_paragraphs
 from dora_mm.eval.plots import plot_curves
-from dora_mm.eval.statistics import Interval
+from dora_mm.train.campaigns.evaluation import Evaluation, ScoresT, compared
 from dora_mm.train.campaigns.rates import RateChoice, best_rate, beyond, candidate_rates, choice_of, with_neighbours
 from dora_mm.train.campaigns.rows import FAILED, TrainingRow, TrainingRows, row_of, rows_file
 from dora_mm.train.campaigns.trainings import Training, Trainings
@@ -34,81 +29,6 @@ from dora_mm.utils.atomic import write_text
 log = logging.getLogger(__name__)
 FREE_KEYS = ("workers", "name", "rows", "pictures.columns")  # config keys that change no result
 COSTS = ("seconds_per_step", "peak_memory_mb")  # entries of summaries whose median over the seeds is reported
-
-ScoresT = TypeVar("ScoresT")
-ConfigT = TypeVar("ConfigT", TrainDiffusionConfig, TrainVLConfig)
-
-
-class Report(NamedTuple):
-    """The report of a campaign: the paragraphs of table.md, the text of results.csv and, of pictures, sheet.png."""
-
-    paragraphs: Sequence[str]
-    csv: str
-    sheet: Image.Image | None = None
-
-
-class Evaluation(Protocol[ScoresT]):
-    """One kind of campaign: what its trainings have in common, and how they are scored.
-
-    Building it checks all that the config names, before the campaign has a folder. What it draws or answers is kept in
-    that folder, and read from there if the campaign is resumed.
-    """
-
-    score_title: str  # what `cells` are, for figures and tables
-
-    @property
-    def inputs(self) -> Mapping[str, str]:
-        """Digests of the data and models that the config refers to, by a description of each."""
-        ...
-
-    def overrides(self, training: Training) -> list[str]:
-        """The `key=value` overrides of the base config for one training."""
-        ...
-
-    def baselines(self, folder: Path) -> list[Result]:
-        """The rows of what is not trained, such as the bare model."""
-        ...
-
-    def value(self, trainings: Trainings, training: Training) -> float:
-        """Scores the learning rate of a finished training; higher is better.
-
-        Raises:
-            ValueError: The training has no score to choose by.
-        """
-        ...
-
-    def scored(self, trainings: Trainings, training: Training) -> str:
-        """The reported scores of a finished training as JSON on one line."""
-        ...
-
-    def scores(self, texts: Sequence[str]) -> ScoresT:
-        """The scores, as `scored` returned them, of trainings that differ in nothing but the seed."""
-        ...
-
-    def intervals(self, scores: ScoresT) -> Mapping[str, Interval]:
-        """The intervals of these scores, by metric."""
-        ...
-
-    def cells(self, scores: ScoresT) -> np.ndarray:
-        """One independent score per thing or image and training, (K, S), by which curves are drawn."""
-        ...
-
-    def report(
-        self,
-        folder: Path,
-        results: Sequence[Result],
-        scores: Mapping[Variant, ScoresT],
-        trained: Mapping[str, Sequence[Training]],
-    ) -> Report:
-        """Writes the report.
-
-        Args:
-            folder: The campaign's folder.
-            results: The rows of the table.
-            scores: The scores of each variant.
-            trained: The trainings of each variant, by its name in the table.
-        """
-        ...
 
 
 class Campaign(Generic[ScoresT]):
@@ -345,80 +265,3 @@ class Campaign(Generic[ScoresT]):
         except ModuleNotFoundError as error:
             log.warning("The figures are left out: they need %s (pip install 'dora_mm[eval]').", error.name)
         return curves_paragraphs(found, best, self.config.ranks, self.evaluation.score_title)
-
-
-def compared(config: CompareConfig) -> list[Variant]:
-    """What is trained: full fine-tuning only where it has learning rates."""
-    plain = variants(config.ranks, full=config.learning_rates.full is not None, half=config.half_ranks)
-    return [*plain, *(Variant(each.method, each.rank, each.name) for each in config.variants)]
-
-
-def num_trainings(trained: Mapping[str, Sequence[Training]]) -> int:
-    """How many trainings each row of the table has; all have the same number."""
-    return len(next(iter(trained.values())))
-
-
-def load_base(config: CompareConfig, schema: type[ConfigT], pipeline: str) -> ConfigT:
-    """Loads the config that all trainings share.
-
-    Args:
-        config: The config of the campaign.
-        schema: What it has to be.
-        pipeline: The name of its pipeline, for the message.
-
-    Raises:
-        ValueError: It is invalid, a config of another pipeline, or sets for a part what is compared.
-    """
-    base = load_config(config.base)
-    if not isinstance(base, schema):
-        raise ValueError(f"base: {config.base} is a config of {base.pipeline}, not of {pipeline}")
-    for name, part in base.adapter.parts.items():
-        if part.method not in ("full", "frozen") and part != PartConfig():
-            raise ValueError(
-                f"base: {config.base} gives adapter.parts: {name} settings of its own, which would hide the methods, "
-                "ranks and rates that are compared: leave them out"
-            )
-    return base
-
-
-def common_overrides(config: CompareConfig, training: Training, alpha: float) -> list[str]:
-    """The overrides of the base config that trainings of every kind have; `alpha`: of the adapter."""
-    variant = training.variant
-    return [
-        f"seed={training.seed}",
-        f"adapter.method={variant.method}",
-        f"adapter.rank={variant.rank or 1}",  # full fine-tuning ignores it
-        f"adapter.alpha={alpha!r}",
-        f"optimizer.lr={training.rate!r}",
-        "optimizer.magnitude_lr=null",
-        "optimizer.b_lr_ratio=1.0",
-        f"train.steps={config.steps}",
-        "train.checkpoint_every=0",
-        "evaluate.every=0",
-        "evaluate.patience=null",
-        *overrides_of_setting(config, training),
-    ]
-
-
-def overrides_of_setting(config: CompareConfig, training: Training) -> list[str]:
-    """The overrides of the settings by which a variant differs from the plain method."""
-    for variant in config.variants:
-        if variant.name == training.variant.setting:
-            ratio = variant.magnitude_lr_ratio
-            rate = [] if ratio is None else [f"optimizer.magnitude_lr={training.rate * ratio!r}"]
-            return [*variant.overrides, *rate]
-    return []
-
-
-def check_trainings(config: CompareConfig, overrides: Callable[[Training], list[str]]) -> None:
-    """Checks the configs of all trainings.
-
-    Args:
-        config: The config of the campaign.
-        overrides: Returns the overrides of its base for one training.
-
-    Raises:
-        ValueError: The config of a training is invalid.
-    """
-    for variant in compared(config):
-        load_config(config.base, overrides(Training(variant, 1e-3, 0)))

@@ -26,7 +26,7 @@ from dora_mm.models.image_families import load_image_model
 from dora_mm.models.new_tokens import load_adapter
 from dora_mm.sampling.before_after import sample_merged
 from dora_mm.sampling.grids import sheet
-from dora_mm.train.campaigns.campaign import Report, check_trainings, common_overrides, load_base, num_trainings
+from dora_mm.train.campaigns.evaluation import Report, check_trainings, common_overrides, load_base, num_trainings
 from dora_mm.train.campaigns.trainings import Training, Trainings
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import module_digest
@@ -166,8 +166,10 @@ class PictureEvaluation:
     ) -> Report:
         """The table, the paired differences, how far the judge is right, and a sheet."""
         style, things = self.settings.style, len(self.concepts[self.settings.report.role])
+        number = num_trainings(trained)
+        of_each = f"{number} trainings" if number > 1 else "one training"
         paragraphs = [
-            f"Style {style}, {things} things that no adapter has seen, {num_trainings(trained)} trainings of "
+            f"Style {style}, {things} things that no adapter has seen, {of_each} of "
             f"{self.config.steps} steps; 95 % intervals over things and trainings. Both: in the style and the right "
             "thing. Full fine-tuning trains all weights of the same layers.",
             results_table(results),

@@ -39,7 +39,7 @@ from dora_mm.models.families import load_family, structure_of
 from dora_mm.models.vl import VLModel
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks.vl import answerers
-from dora_mm.train.campaigns.campaign import Report, check_trainings, common_overrides, load_base, num_trainings
+from dora_mm.train.campaigns.evaluation import Report, check_trainings, common_overrides, load_base, num_trainings
 from dora_mm.train.campaigns.trainings import Training, Trainings
 from dora_mm.train.validation import overall
 from dora_mm.utils.atomic import write_text

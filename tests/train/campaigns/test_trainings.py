@@ -97,6 +97,24 @@ def test_a_failure_stops_the_other_trainings(trainings, monkeypatch):
     assert slow.started[0][0].returncode == -signal.SIGTERM
 
 
+def test_a_training_that_diverged_is_a_result(trainings, monkeypatch):
+    stub, finished = Stub(0.0, status=2), []
+
+    def start(name, *rest):
+        (trainings.folder / "runs" / name).mkdir(parents=True)
+        (trainings.folder / "runs" / name / "diverged.txt").write_text("The loss is nan\n")
+        return stub(name, *rest)
+
+    monkeypatch.setattr(module, "start_process", start)
+    trainings.train(SIX, finished.append)
+    assert sorted(training.seed for training in finished) == list(range(6))
+    assert trainings.has_diverged(SIX[0])
+    assert trainings.summary(SIX[0]) == {}
+    trainings.train(SIX, finished.append)  # they are not trained again
+    assert len(stub.started) == 6
+    assert len(finished) == 12
+
+
 def test_an_interruption_reaches_the_trainings(trainings, monkeypatch):
     stub = Stub(60.0)
     monkeypatch.setattr(module, "start_process", stub)

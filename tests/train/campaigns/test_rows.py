@@ -1,0 +1,47 @@
+"""The rows of a campaign: what is read is what was written, whoever else writes; other files are refused."""
+
+import pytest
+
+from dora_mm.eval.comparison import FULL, Variant
+from dora_mm.train.campaigns.rows import FAILED, TrainingRows, row_of
+from dora_mm.train.campaigns.trainings import Training
+
+ONE = Training(Variant("dora", 4, "b4"), 1.2345678e-3, 0)
+TWO, THREE = Training(FULL, 1e-3, 1), Training(Variant("lora", 16), 0.5, 0)
+SUMMARY = {"parameters": 12, "seconds": 1.5, "loss": 3.0}
+
+
+def rows(file, digest="abc"):
+    return TrainingRows(file, lambda training: digest)
+
+
+def test_rows_survive_their_file(tmp_path):
+    file = tmp_path / "folder" / "rows.csv"
+    mine, others = rows(file), rows(file)
+    mine.add([row_of(ONE, value=0.5, scores='{"a": [1, 2]}', summary=SUMMARY, digest="abc")])
+    others.add([row_of(TWO, value=None, scores="", summary={}, digest="abc")])
+    mine.add([row_of(THREE, value=FAILED, scores="", summary={}, digest="abc")])
+    found = rows(file)
+    one, two, three = (found.get(training) for training in (ONE, TWO, THREE))
+    assert one is not None
+    assert two is not None
+    assert three is not None
+    assert [row.training for row in (one, two, three)] == [ONE, TWO, THREE]
+    assert (one.number, one.scores, one.summary) == (0.5, '{"a": [1, 2]}', {"parameters": 12, "seconds": 1.5})
+    assert (two.value, two.has_diverged) == ("", False)
+    assert (three.number, three.has_diverged) == (0.0, True)
+    assert found.rates(ONE.variant) == [ONE.rate]
+    assert found.rates(ONE.variant.plain) == []
+    assert found.get(Training(FULL, 1e-3, 2)) is None
+
+
+def test_other_files_and_rows_are_refused(tmp_path):
+    file = tmp_path / "rows.csv"
+    rows(file).add([row_of(ONE, value=0.5, scores="", summary=SUMMARY, digest="abc")])
+    with pytest.raises(ValueError, match=r"dora-r4-b4-lr0.00123457-seed0 of another config, other data"):
+        rows(file, "other").get(ONE)
+    whole = file.read_text()
+    for text in (whole.replace("seed,", "sead,"), whole.replace("0.0012345678", "fast"), whole + '"open', "\0"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"rows.csv cannot be read as trainings of a comparison"):
+            rows(file)
