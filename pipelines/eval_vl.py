@@ -112,7 +112,7 @@ def write_report(config: EvalVLConfig, run: RunDirectory, scores: dict[str, VLSc
     overall = ", ".join(f"{name} {value:.2f}" for name, value in main_values(scores).items())
     texts = [
         f"# {config.name}\n\n{overall}",
-        *([f"## all tasks\n\n{task_table(scores)}"] if len(scores) > 1 else []),
+        *([f"## all tasks\n\n{overview}"] if len(scores) > 1 and (overview := task_table(scores)) else []),
         *(f"## {name}\n\n{report(name, found)}" for name, found in scores.items()),
     ]
     texts += [f"## {name}\n\nNo answers to compare with: predictions only." for name in unscored]

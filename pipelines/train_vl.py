@@ -98,6 +98,8 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         training = open_training(config.data, config.train.batch_size, model)
         rows = row_lines(model, training)
         splits = open_validation(config.data, config.evaluate, model, answered=True)
+    if config.train.shard:
+        check_in_step(model, training, splits)
     for remark in slow_hardware(accelerator, model.networks.values()):
         log.warning("%s", remark)
     answers = answerers(model, splits, config.evaluate)
@@ -129,6 +131,16 @@ def load(config: TrainVLConfig, accelerator: Accelerator) -> VLModel:
     if config.train.shard and (why := model.why_not_in_step):
         raise ValueError(f"train.shard: {why}, and the processes have to gather a block at the same time: leave it out")
     return model
+
+
+def check_in_step(model: VLModel, *sets: Mapping[str, TrainingSet | ValidationSet]) -> None:
+    """Checks that processes that divide the model keep step with the rows of all tasks.
+
+    Raises:
+        ValueError: They do not.
+    """
+    for name, found in (item for each in sets for item in each.items()):
+        model.check_in_step(name, found.table, found.images)
 
 
 def prepare(config: TrainVLConfig, model: VLModel, accelerator: Accelerator) -> TrainedNetworks:
@@ -229,7 +241,7 @@ def train(
     validate(done)
     details["validation_rows_left_out"] = num_answered(splits, config.evaluate.limit) - scoring.num_rows
     if main_process:
-        finish(config, run, trained, validate, scoring.scores, details)
+        finish(config, run, model, trained, validate, scoring.scores, details)
 
 
 def counted_rows(model: VLModel, accelerator: Accelerator) -> dict[str, int]:
@@ -289,6 +301,7 @@ def log_scores(step: int, values: Mapping[str, float]) -> None:
 def finish(
     config: TrainVLConfig,
     run: RunDirectory,
+    model: VLModel,
     trained: TrainedNetworks,
     validate: Validation,
     scores: Mapping[str, VLScores],
@@ -324,7 +337,8 @@ def finish(
     for name, found in scores.items():
         print(f"\n{report(name, found)}")
     print(f"\nadapter  {run.adapter}")
-    print(f"to ask   dora-mm ask {config.model.path} IMAGE QUESTION --adapter {run.path}")
+    asked = "IMAGE QUESTION" if model.reads_images else "QUESTION"
+    print(f"to ask   dora-mm ask {config.model.path} {asked} --adapter {run.path}")
 
 
 # --- dry run ---------------------------------------------------------------------------------------------------------
@@ -359,6 +373,8 @@ def describe(config: TrainVLConfig, *, decode: bool = False) -> Iterator[str]:
         model.check(task.task for task in config.data.all_tasks)
     data = preview_data(config, model, colour=sys.stdout.isatty(), decode=decode)
     yield from data.sections
+    if config.train.shard and model:
+        check_in_step(model, data.sets)
     num_tokens = data.largest.num_tokens if data.largest else 1
     why_not = None if is_measured(accelerator, trained.networks.values(), num_tokens) else TOO_SLOW
     why_not = SHARDED if config.train.shard else why_not

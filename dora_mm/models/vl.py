@@ -142,6 +142,19 @@ class VLModel(Protocol):
         """Why several processes may not run the same modules in the same order, each with a batch; None if they do."""
         ...
 
+    def check_in_step(self, task: str, table: ExampleTable, images: str | None) -> None:
+        """Checks that several processes, each with batches of these rows, run the same modules in the same order.
+
+        Args:
+            task: Name of the task.
+            table: Its rows.
+            images: The folder of their images.
+
+        Raises:
+            ValueError: They do not, of this model with videos among the rows; or a video cannot be read.
+        """
+        ...
+
     def fresh(self, seed: int) -> VLModel:
         """Loads the bare model again, as a training with this seed starts from; parts that it can share are shared."""
         ...

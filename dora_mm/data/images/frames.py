@@ -1,5 +1,6 @@
 """Video files to frames: a few pictures at even distances, decoded by PyAV."""
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from dora_mm.utils.messages import first_line
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp")
 FEWEST = 2  # frames of a video: some models read them in pairs
 USUAL_RATE = 24.0  # frames per second of a file that does not say it
+# Containers that state the duration of each stream. That of others is measured in what is there, or is the file's.
+STATE_DURATIONS = ("mov", "matroska", "avi")
+MISSING = (0.5, 0.05)  # seconds, and share of a video, by which its pictures may end early: sound often lasts longer
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ def load_video(path: str | Path, fps: float, max_frames: int) -> Video:
         max_frames: The most to take, of a long video at greater distances.
 
     Raises:
-        ValueError: PyAV is not installed, or the file is missing or broken; the message names the file.
+        ValueError: PyAV is not installed, or the file is missing, broken or incomplete as far as it was read; the
+            message names the file.
     """
     with _opened(Path(path)) as container:
         stream = container.streams.video[0]
@@ -66,6 +71,8 @@ def load_video(path: str | Path, fps: float, max_frames: int) -> Video:
             shown = time, frame
         if shown is None:
             raise ValueError("has no frames")
+        if len(found) < count:
+            _check_end(container, stream, shown[1])
         found += [(shown[0], _upright(shown[1]))] * (count - len(found))
         times = tuple(time for time, _ in found)
         rate = float(stream.average_rate or USUAL_RATE)
@@ -79,8 +86,10 @@ def check_video(path: str | Path) -> None:
         ValueError: As `load_video`.
     """
     with _opened(Path(path)) as container:
-        if not sum(1 for _ in container.decode(video=0)):
+        last = deque(_timed(container), maxlen=1)
+        if not last:
             raise ValueError("has no frames")
+        _check_end(container, container.streams.video[0], last[0][1])
 
 
 def stills(path: str | Path, count: int = 4) -> list[Image.Image]:
@@ -93,20 +102,72 @@ def stills(path: str | Path, count: int = 4) -> list[Image.Image]:
 
 
 def _timed(container: Any) -> Iterator[tuple[float, Any]]:
-    """The frames of a video with their times, in seconds from the first."""
-    start = None
+    """The frames of a video with their times, in seconds from the first.
+
+    Raises:
+        ValueError: A frame is damaged. A transport stream may begin in the middle of a group of pictures, whose first
+            frames then are, so there they pass.
+    """
+    start, strict = None, _states_durations(container)
     for frame in container.decode(video=0):
         time = frame.time or 0.0
         start = time if start is None else start
+        if strict and frame.is_corrupt:
+            raise ValueError(_incomplete(f"its frame at {time - start:.1f} seconds is damaged"))
         yield time - start, frame
+
+
+def _check_end(container: Any, stream: Any, last: Any) -> None:
+    """Checks that the last frame that could be decoded ends about where the file says that its pictures do.
+
+    Raises:
+        ValueError: It ends well before.
+    """
+    stated = _stated_duration(container, stream) if _states_durations(container) else None
+    if stated is None:
+        return
+    end = (last.time or 0.0) + float((last.duration or 0) * last.time_base) - _start(stream)
+    if stated - end > max(MISSING[0], MISSING[1] * stated):
+        raise ValueError(_incomplete(f"its pictures end at {end:.1f} of {stated:.1f} seconds"))
+
+
+def _incomplete(reason: str) -> str:
+    return f"is not a complete video ({reason}): replace or delete it"
+
+
+def _states_durations(container: Any) -> bool:
+    return container.format.name.split(",")[0] in STATE_DURATIONS
+
+
+def _start(stream: Any) -> float:
+    """When the first frame of a video is shown, in seconds of the file's clock."""
+    return float((stream.start_time or 0) * stream.time_base)
+
+
+def _stated_duration(container: Any, stream: Any) -> float | None:
+    """Seconds of the pictures as the file states them for their stream; None: it does not.
+
+    Matroska states none but in a tag: when the last frame ends, by the file's clock (FFmpeg's muxer), or how long the
+    frames last (mkvmerge's, which names itself beside).
+    """
+    if container.format.name == "avi" and stream.frames and stream.average_rate:
+        return float(stream.frames / stream.average_rate)  # the duration is that of the frames which are there
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    if not (tag := stream.metadata.get("DURATION")):
+        return None
+    hours, minutes, seconds = map(float, tag.split(":"))
+    end = 3600 * hours + 60 * minutes + seconds
+    return end if "_STATISTICS_WRITING_APP" in stream.metadata else end - _start(stream)
 
 
 def _duration(container: Any, stream: Any) -> float:
     """Seconds of a video: what its file says of its pictures, or of all, or when its last packet is shown."""
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
+    if stated := _stated_duration(container, stream):
+        return stated
     if container.duration:
-        return container.duration / 1e6
+        whole = (container.duration - (container.start_time or 0)) / 1e6  # Matroska counts from 0, not from the start
+        return whole if whole > 0 else container.duration / 1e6
     times = [packet.pts for packet in container.demux(video=0) if packet.pts is not None]
     container.seek(0)
     return float((max(times) - min(times)) * stream.time_base) if times else 0.0
@@ -136,6 +197,6 @@ def _opened(path: Path) -> Iterator[Any]:
             yield container
     except av.FFmpegError as error:  # some of which are ValueErrors, too
         reason = first_line(error).partition(": '")[0]  # without the name of the file
-        raise ValueError(f"{path} is not a complete video ({reason}): replace or delete it") from error
+        raise ValueError(f"{path} {_incomplete(reason)}") from error
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error

@@ -18,6 +18,10 @@ def joined(parts: Sequence[tuple[ExampleTable, str | None]]) -> ExampleTable:
 
     Args:
         parts: The tables, each with the folder of its images; None: its rows have absolute paths, or none are read.
+
+    Returns:
+        The table. Ids of a table that an earlier one has, too, are followed by the number of their table, "7 (file 2)":
+        rows with the same id are taken for one in scores and in files of predictions.
     """
     first = parts[0][0]
     if len(parts) == 1:
@@ -28,7 +32,7 @@ def joined(parts: Sequence[tuple[ExampleTable, str | None]]) -> ExampleTable:
     return ExampleTable(
         path=first.path.with_name(f"joined-{hashlib.blake2b(names.encode(), digest_size=16).hexdigest()}.arrow"),
         file=f"{first.file} and {len(parts) - 1} more",
-        batches=[batch for table, folder in parts for batch in _located(table, folder)],
+        batches=_told_apart([[*_located(table, folder)] for table, folder in parts]),
         rows=np.concatenate([table.rows + start for (table, _), start in zip(parts, starts, strict=True)]),
         on_bad_data=first.on_bad_data,
         skipped={
@@ -37,6 +41,19 @@ def joined(parts: Sequence[tuple[ExampleTable, str | None]]) -> ExampleTable:
         },
         origins=tuple((start, table.file) for (table, _), start in zip(parts, starts, strict=True)),
     )
+
+
+def _told_apart(parts: Sequence[Sequence[pa.RecordBatch]]) -> list[pa.RecordBatch]:
+    """The record batches of several tables, with ids that differ from those of the tables before."""
+    found, earlier = [], set[str]()
+    for number, batches in enumerate(parts, 1):
+        own: list[list[str]] = [batch["id"].to_pylist() for batch in batches]
+        for batch, names in zip(batches, own, strict=True):
+            ids = pa.array([f"{name} (file {number})" if name in earlier else name for name in names], pa.string())
+            columns = [ids if name == "id" else batch[name] for name in SCHEMA.names]
+            found.append(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
+        earlier.update(*own)
+    return found
 
 
 def _located(table: ExampleTable, folder: str | None) -> Iterator[pa.RecordBatch]:

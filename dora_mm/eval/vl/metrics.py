@@ -138,8 +138,18 @@ def report(task: str, scores: VLScores) -> str:
 
 
 def task_table(scores: Mapping[str, VLScores]) -> str:
-    """Returns the main metrics of several tasks and their mean as a Markdown table of one row, as papers print them."""
+    """Returns the main metrics of several tasks as a Markdown table of one row, as papers print them.
+
+    Args:
+        scores: By task.
+
+    Returns:
+        The table, with the mean of the tasks where all have the same metric (one of accuracies and CIDEr, which may be
+        above 100, is none of anything); empty where no task has a value.
+    """
     values = {TASKS[task].title: found.value for task, found in scores.items() if found.value is not None}
-    if values:
+    if not values:
+        return ""
+    if len({found.main for found in scores.values() if found.value is not None}) == 1:
         values["mean"] = sum(values.values()) / len(values)
     return markdown_table(list(values), [[f"{value:.1f}" for value in values.values()]])

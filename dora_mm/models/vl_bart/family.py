@@ -127,6 +127,9 @@ class VLBartTask:
     def target_maps(self) -> dict[str, TargetMap]:
         return vl_bart_maps(self.vision.tower)
 
+    def check_in_step(self, task: str, table: ExampleTable, images: str | None) -> None:
+        raise ValueError(f"train.shard: {self.why_not_in_step}: leave it out")
+
     @property
     def why_not_in_step(self) -> str:
         return "VL-BART, which fits on any card, runs its encoder and its decoder as networks of their own"

@@ -34,6 +34,7 @@ class TokenRow:
         num_images: The number of its images.
         is_image: Whether each token of `input_ids` stands for an image or a video (L,), bool.
         num_cut: How many tokens of text were cut.
+        loses_answer: Whether nothing of the answers is left of a text that was cut, though its prompts may have loss.
     """
 
     inputs: dict[str, Tensor]
@@ -41,16 +42,12 @@ class TokenRow:
     num_images: int
     is_image: Tensor
     num_cut: int = 0
+    loses_answer: bool = False
 
     @property
     def length(self) -> int:
         """L, the number of tokens."""
         return self.inputs["input_ids"].shape[1]
-
-    @property
-    def loses_answer(self) -> bool:
-        """Whether nothing of the answers is left of a text that was cut."""
-        return self.num_cut > 0 and bool((self.labels == IGNORED).all())
 
     @property
     def num_image_tokens(self) -> int:
@@ -211,9 +208,10 @@ class RowEncoder:
 
     def _row(self, inputs: dict[str, Tensor], learned: Tensor, expanded: Tensor, num_images: int) -> TokenRow:
         is_image = expanded | torch.isin(inputs["input_ids"][0], self.image_ids)
+        answer = learned & ~is_image
+        learned = answer
         if self.learns_prompts:  # but for the first token, which nothing predicts
-            learned = torch.arange(len(learned)) > 0
-        learned = learned & ~is_image
+            learned = (torch.arange(len(answer)) > 0) & ~is_image
         labels = inputs["input_ids"][0].masked_fill(~learned, IGNORED)
         num_tokens = int(is_image.sum())
         excess = len(labels) - self.max_length
@@ -228,7 +226,8 @@ class RowEncoder:
             )
         kept = torch.ones(len(labels), dtype=torch.bool)
         kept[torch.nonzero(~is_image)[-excess:]] = False
-        return TokenRow(_columns(inputs, kept), labels[kept], num_images, is_image[kept], excess)
+        lost = not bool(answer[kept].any())
+        return TokenRow(_columns(inputs, kept), labels[kept], num_images, is_image[kept], excess, lost)
 
 
 def token_ids(processor: Any, kind: str) -> list[int]:

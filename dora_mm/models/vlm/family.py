@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -136,6 +137,18 @@ class VLM:
         if self.rows.num_groups_differ:
             return f"{self.name} computes the rows of a batch in groups, as many as they differ"
         return None
+
+    def check_in_step(self, task: str, table: ExampleTable, images: str | None) -> None:
+        filmed = np.flatnonzero(table.have(is_video))
+        if not len(filmed):
+            return
+        example = table[int(filmed[0])]
+        if self.rows.videos_differ(self.rows.row(task, example, images, None)):
+            raise ValueError(
+                f"train.shard: {self.name} computes rows with videos in groups, as many as their lengths differ, and "
+                f"the processes have to gather a block at the same time: leave it out, or the rows with videos (one is "
+                f"{example.id} of {task})"
+            )
 
     @property
     def identity(self) -> dict[str, str]:

@@ -19,7 +19,8 @@ CHANGED = "the model's processor changes the text itself, so that answers cannot
 class ImageSpan(NamedTuple):
     """The place (start, end) of an image in a text: of its token, and of what the processor put in place of that.
 
-    What a processor writes in front of a text is one, too, in place of nothing.
+    Images side by side, between which a comparison finds no border, are one. What a processor writes in front of a text
+    is one, too, in place of nothing.
     """
 
     before: tuple[int, int]
@@ -66,13 +67,30 @@ def image_spans(text: str, expanded: str, tokens: Sequence[str], said: Sequence[
     )
     if told and (said or text == expanded):
         return spans
-    places = [found.span() for found in re.finditer("|".join(map(re.escape, tokens)) or r"(?!)", text)]
+    image = "|".join(map(re.escape, tokens)) or r"(?!)"
+    places = [found.span() for found in re.finditer(f"(?:{image})+", text)]
     ends = [0, *(end for _, end in places)]
     pieces = [text[start:stop] for start, stop in zip(ends, [*(start for start, _ in places), len(text)], strict=True)]
-    found = re.fullmatch("(.*?)" + "(.+?)".join(map(re.escape, pieces)), expanded, re.DOTALL)
-    if found is None:
-        return spans
-    return [ImageSpan(place, found.span(number)) for number, place in enumerate([(0, 0), *places], 1)]
+    found = _gaps(pieces, expanded)
+    return spans if found is None else [ImageSpan(*pair) for pair in zip([(0, 0), *places], found, strict=True)]
+
+
+def _gaps(pieces: Sequence[str], expanded: str) -> list[tuple[int, int]] | None:
+    """What is in front of each of the pieces of a text, of which the last ends it: (start, end); None: they differ.
+
+    Each is where it occurs first, with at least a character in front of all but the first piece. (If they fit at all,
+    they fit so: an earlier place leaves the next ones more.)
+    """
+    found, end = [], 0
+    for number, piece in enumerate(pieces):
+        first = end + (number > 0)
+        is_last = number == len(pieces) - 1
+        start = len(expanded) - len(piece) if is_last else expanded.find(piece, first)
+        if start < first or not expanded.startswith(piece, start):
+            return None
+        found.append((end, start))
+        end = start + len(piece)
+    return found
 
 
 def moved(position: int, spans: Sequence[ImageSpan]) -> int:

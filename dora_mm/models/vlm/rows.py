@@ -111,7 +111,7 @@ class ExampleEncoder:
         if self.form.continues:
             return self.encoder.question(text, pictures, answer=None if answer is None else plain.separator + answer)
         row = self.encoder.question(text, pictures, ends=True)
-        return replace(row, labels=self.encoder.decoder_target(answer or "", self.form.start))
+        return replace(row, labels=self.encoder.decoder_target(answer or "", self.form.start), loses_answer=False)
 
     def _text_row(self, asked: str, answer: str | None) -> TokenRow:
         """A text that is tokenized as a whole, as language models are trained, answer and end included."""
@@ -148,8 +148,12 @@ class ExampleEncoder:
 
     @property
     def num_groups_differ(self) -> bool:
-        """Whether `groups` may find several, and so more in one batch than in another."""
+        """Whether `groups` may find several of any rows, and so more in one batch than in another."""
         return self.model_type in {*SAME_IMAGES, *SAME_LENGTH, *ALONE}
+
+    def videos_differ(self, row: TokenRow) -> bool:
+        """Whether `groups` may find several in rows with videos: each length of their frames, or images apart."""
+        return "pixel_values_videos" in row.inputs and (self.model_type in EITHER or row.frames is not None)
 
     def groups(self, rows: Sequence[TokenRow]) -> list[list[int]]:
         """The rows, by index, that this class can compute in one batch."""

@@ -11,6 +11,9 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.images.frames import Video
 
 FPS, MAX_FRAMES = 1.0, 16  # where a config has none
+# In which frames are counted for processors, per second. They write when a frame is shown, its number divided by this,
+# and a video's own rate is a mean, which tells no such time where frames are at uneven distances.
+COUNTED = 1000
 
 
 def reads_videos(processor: Any) -> bool:
@@ -45,10 +48,10 @@ def video_inputs(processor: Any, videos: Sequence[Video]) -> dict[str, Any]:
 
 def _metadata(video: Video) -> VideoMetadata:
     return VideoMetadata(
-        total_num_frames=max(1, round(video.duration * video.rate)),
-        fps=video.rate,
+        total_num_frames=max(1, round(video.duration * COUNTED)),
+        fps=COUNTED,
         height=video.frames.shape[1],
         width=video.frames.shape[2],
         duration=video.duration,
-        frames_indices=[round(time * video.rate) for time in video.times],
+        frames_indices=[round(time * COUNTED) for time in video.times],
     )

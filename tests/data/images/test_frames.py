@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dora_mm.data.images.frames import check_video, is_video, load_video, stills
-from tests.data.images.videos import number_of, write_video
+from tests.data.images.videos import number_of, write_timed_video, write_video
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
@@ -41,6 +41,44 @@ def test_what_is_no_video_is_named(tmp_path):
         with pytest.raises(ValueError, match=r"none\.mp4 does not exist"):
             read(tmp_path / "none.mp4")
     check_video(tmp_path / "whole.mp4")
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_the_duration_is_that_of_the_pictures_from_the_first_one(tmp_path, suffix):
+    later = load_video(write_timed_video(tmp_path / f"a{suffix}", range(5000, 7000, 100)), 1, 16)
+    beside = load_video(write_video(tmp_path / f"b{suffix}", sound=5), 1, 16)
+    for video in (later, beside):
+        assert video.duration == pytest.approx(2, abs=0.1)
+        assert video.times == pytest.approx((0.45, 1.45), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("a.mkv", {}, r"its pictures end at \d\.\d of 10\.0 seconds"),
+        ("a.mp4", {"movflags": "faststart"}, r"its (frame at|pictures end at) \d\.\d .*"),
+        ("a.avi", {}, r".*"),
+    ],
+)
+def test_a_video_that_was_cut_is_named(tmp_path, name, options, reason):
+    path = write_video(tmp_path / name, frames=100, **options)
+    check_video(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    for read in (check_video, lambda path: load_video(path, 1, 16)):
+        with pytest.raises(ValueError, match=rf"{name} is not a complete video \({reason}\): replace or delete it"):
+            read(path)
+
+
+def test_a_damaged_frame_is_named(tmp_path):
+    path = write_video(tmp_path / "a.mp4", frames=100)
+    data = bytearray(path.read_bytes())
+    start = 2 * len(data) // 5
+    data[start : start + 200] = bytes(37 * number % 256 for number in range(200))
+    path.write_bytes(data)
+    for read in (check_video, lambda path: load_video(path, 1, 16)):
+        with pytest.raises(ValueError, match=r"its frame at \d\.\d seconds is damaged"):
+            read(path)
 
 
 def test_without_pyav_a_sentence_says_what_to_install(tmp_path, monkeypatch):

@@ -51,6 +51,16 @@ def test_a_share_is_held_out_of_all_sources(data):
     assert [len(rows) for rows in trained.by_source()] in ([0, 6], [4, 0])
 
 
+def test_ids_that_repeat_in_a_later_file_are_told_apart(data, tmp_path):
+    data["more"] = [data["more"][0], data["train"], data["more"][0]]
+    table = open_training(VLDataConfig.model_validate(data | {"train": data["train"]}), 2, AllRows())["chat"].table
+    ids = [row.id for row in table]
+    assert ids[:10] == [f"{n}-{m}" for n, size in enumerate((4, 6)) for m in range(size)]
+    assert ids[10:14] == [f"0-{n} (file 3)" for n in range(4)]
+    assert ids[14:] == [f"1-{n} (file 4)" for n in range(6)]
+    assert len(set(ids)) == len(ids)
+
+
 def test_the_identity_is_that_of_all_files(data, tmp_path):
     one, other = (
         open_training(VLDataConfig.model_validate(data | {"more": more}), 2, AllRows())["chat"].table.identity

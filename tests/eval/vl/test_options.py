@@ -38,3 +38,10 @@ def test_the_accuracy_is_that_of_the_official_pattern():
 def test_the_table_of_tasks_has_their_mean():
     scores = {"boolq": VLScores("accuracy", {"accuracy": 70.0}), "piqa": VLScores("accuracy", {"accuracy": 81.04})}
     assert task_table(scores).splitlines()[::2] == ["| BoolQ | PIQA | mean |", "| 70.0 | 81.0 | 75.5 |"]
+
+
+def test_no_mean_of_different_metrics_and_no_table_of_nothing():
+    scores = {"boolq": VLScores("accuracy", {"accuracy": 70.0}), "caption": VLScores("CIDEr", {"CIDEr": 210.0})}
+    assert "mean" not in task_table(scores)
+    assert "| 70.0 | 210.0 |" in task_table(scores)
+    assert task_table({"boolq": VLScores("accuracy", {}), "caption": VLScores("CIDEr", {})}) == ""

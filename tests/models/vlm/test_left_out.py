@@ -11,6 +11,7 @@ from dora_mm.adapting.networks import adapt
 from dora_mm.config.adapter import AdapterConfig
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl_data import SourceConfig
+from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.splits import TrainingSet
 from dora_mm.data.vl.tables import open_table
 from dora_mm.models.vl import RowCounts
@@ -120,6 +121,15 @@ def test_a_row_that_loses_its_whole_answer_is_left_out_and_counted(tiny_vlm, row
     asked = replace(example, turns=(), answers=("x",))
     batch = short.batch("vqa", [asked, replace(asked, images=())], found.images, [("x", 1.0)] * 2)
     assert short.loss(batch, torch.Generator()).count == 1
+
+
+def test_an_answer_is_lost_where_prompts_have_loss_too(tiny_vlm):
+    question = "What is the colour of the ball that lies on the table near the door?"
+    example = Example("q1", (), question, ("red",), (1.0,))
+    path = str(tiny_vlm("llava"))
+    for over, length, num_lost in (("answers", 12, 1), ("prompts and answers", 12, 1), ("prompts and answers", 999, 0)):
+        vlm = VLM(VLMModelConfig.model_validate({"path": path, "max_length": length, "loss_over": over}))
+        assert len(vlm.batch("chat", [example], None, [("red", 1.0)]).left_out) == num_lost
 
 
 def test_an_image_that_cannot_be_read_is_left_out_by_the_name_of_its_row(model, rows, tmp_path):

@@ -1,10 +1,14 @@
 """Videos are sampled frames where a class takes them, in training, in answers, beside images and text alone."""
 
+import re
+
 import numpy as np
 import pytest
 
+from dora_mm.data.images.frames import load_video
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.tables import open_table
+from tests.data.images.videos import write_timed_video
 from tests.data.vl.chats import as_lines, messages
 from tests.models.vlm.rows.video_rows import ROWS, losses, opened, reads_videos, row, write_visuals
 
@@ -84,3 +88,29 @@ def test_the_text_of_a_token_for_images_is_refused_with_its_row(tiny_vlm, folder
     assert reason in str(caught.value)
     with pytest.raises(ValueError, match=r"row 7 of vqa: the text has "):
         vlm.rows.row("vqa", Example("7", ("wide.png",), "Q", ("yes",), (1.0,)), str(folder), text)
+
+
+def test_times_are_those_of_the_frames_where_these_are_at_uneven_distances(tiny_vlm, tmp_path):
+    write_timed_video(tmp_path / "slides.mp4", (0, 4000, 4100, 4200, 19800))
+    encoder = opened(tiny_vlm("qwen3_vl"), fps=0.3).rows
+    encoded = encoder.row("chat", row("slides", "slides.mp4"), str(tmp_path), "a dog")
+    said = encoder.processor.tokenizer.decode(encoded.inputs["input_ids"][0])
+    found = [float(time) for time in re.findall(r"<([\d.]+) seconds>", said)]
+    times = load_video(tmp_path / "slides.mp4", 0.3, 16).times  # two frames at a time
+    assert found == pytest.approx([(a + b) / 2 for a, b in zip(times[::2], times[1::2], strict=True)], abs=0.06)
+
+
+@pytest.mark.parametrize(("name", "differ"), [("qwen2_vl", False), ("llava_onevision", True), ("glm4v", True)])
+def test_rows_with_videos_that_are_computed_in_groups_do_not_keep_step(tiny_vlm, folder, tmp_path, name, differ):
+    rows = [{"messages": messages("<image>Q", "A"), "images": ["wide.png"]}]
+    filmed = [{"messages": messages("<video>Q", "A"), "videos": ["short.mp4"]}]
+    vlm = opened(tiny_vlm(name))
+    for count, found in enumerate((rows, rows + filmed)):
+        (tmp_path / str(count)).mkdir()
+        source = as_lines(tmp_path / str(count), found, images=str(folder))
+        table = open_table(source, tmp_path / "tables", on_bad_data="stop")
+        if count and differ:
+            with pytest.raises(ValueError, match=r"train\.shard: \w+ computes rows with videos in groups"):
+                vlm.check_in_step("chat", table, str(folder))
+        else:
+            vlm.check_in_step("chat", table, str(folder))
