@@ -192,3 +192,25 @@ def test_the_package_is_lazy():
         except AttributeError as error:
             print(error)
     """).splitlines() == ["dora_mm", "module 'dora_mm' has no attribute 'nothing'"]
+
+
+def test_pictures_are_trained_and_drawn_without_extras():
+    """What `pip install dora_mm` alone installs is enough for them."""
+    assert (
+        run("""
+        import builtins
+        found = builtins.__import__
+        extras = {"scipy", "matplotlib", "timm", "pyarrow", "ijson", "h5py", "openpyxl", "av", "schedulefree"}
+
+        def import_(name, globals=None, locals=None, fromlist=(), level=0):
+            own = (globals or {}).get("__name__", "").startswith(("dora_mm", "pipelines"))
+            if own and level == 0 and name.partition(".")[0] in extras:
+                raise ModuleNotFoundError(f"{globals['__name__']} imports {name}")
+            return found(name, globals, locals, fromlist, level)
+
+        builtins.__import__ = import_
+        import pipelines.convert, pipelines.gallery, pipelines.grid, pipelines.inspect_model
+        import pipelines.new, pipelines.sample, pipelines.train_diffusion, pipelines.verify
+        """)
+        == ""
+    )

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from dora_mm.config.loader import load_config, resolve_adapter, resolve_model
 from dora_mm.config.schema import PipelineConfig
-from dora_mm.eval.decomposition import WeightPoint, method_of, weight_change
+from dora_mm.eval.decomposition import WeightPoint, weight_change
+from dora_mm.eval.gradients import method_of
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra.exact import fitted, new_weight
 from dora_mm.formats.commands.extract import changed_modules, check_same_architecture

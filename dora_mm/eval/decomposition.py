@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dora_mm.core.spec import DoRASpec
 from dora_mm.eval.statistics import Interval, jackknife
 
 _BLOCK = 1 << 22  # entries that are in float64 at a time
@@ -48,11 +47,6 @@ def weight_change(W: Tensor, W0: Tensor) -> tuple[float, float]:
     if not directed:
         raise ValueError("the weights have no row with a direction in both")
     return lengths / len(W), turns / directed
-
-
-def method_of(spec: DoRASpec) -> str:
-    """The method of a layer, with its rank where it has one: "dora, rank 4"."""
-    return f"{spec.method}, rank {spec.rank}" if spec.method in ("dora", "lora") else spec.method
 
 
 @dataclass(frozen=True)

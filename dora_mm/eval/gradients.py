@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dora_mm.core import DoRALinear
 from dora_mm.core.functional import Adapter, as_matrix, directions
-from dora_mm.eval.decomposition import method_of
+from dora_mm.core.spec import DoRASpec
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tables import csv_records
 
@@ -33,6 +33,11 @@ log = logging.getLogger(__name__)
 FOLDER = "gradients"  # of a run; one file for each step
 MOST = 64  # matrices that are watched, evenly spaced: G has the size of the weight, in fp32
 NEGLIGIBLE = 1e-12  # eigenvalues below this share of the largest one are rounding
+
+
+def method_of(spec: DoRASpec) -> str:
+    """The method of a layer, with its rank where it has one: "dora, rank 4"."""
+    return f"{spec.method}, rank {spec.rank}" if spec.method in ("dora", "lora") else spec.method
 
 
 class GradientShape(NamedTuple):

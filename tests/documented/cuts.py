@@ -62,7 +62,11 @@ def _cut(
             yield name, HIGHEST[key]
         elif key == "warmup_steps" and value >= STEPS:
             yield name, STEPS - 1
-        elif key == "count" and value != LOWEST_COUNT:
+        elif key == "gradients_at" and value:
+            yield name, list(range(STEPS))
+        elif key.startswith("stop_") and value:
+            yield name, STEPS - 1
+        elif key == "count" and prefix != "tokens." and value != LOWEST_COUNT:
             yield name, LOWEST_COUNT
         elif key == "seeds":
             yield name, list(value[: 2 if several else 1])
