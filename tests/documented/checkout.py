@@ -30,7 +30,7 @@ STYLE = [
     ["train", "configs/sdxl/tiny_3d_icon.yaml", "--set", "adapter.method=lora", "output=build/lora"],
     ["convert", "build/lora", "style.safetensors", "--to", "kohya", "--base", "samples/tiny-sdxl"],
 ]
-TUNED = ["convert", "runs/3d_icon/001", "build/tuned", "--to", "merged", "--base", stand_ins.SDXL]
+TUNED = ["convert", "runs/3d_icon/001", "build/tuned", "--to", "merged", "--allow-lossy", "--base", stand_ins.SDXL]
 
 
 class Checkout:
