@@ -20,8 +20,8 @@ def main(config: CompareConfig, *, resume: Path | None = None, report: bool = Fa
     """Runs what is missing of the comparison, and prints the table.
 
     Writes to the folder `output`: table.md, results.csv and (pictures) sheet.png, with `curves` curves.csv and figures,
-    the rows of all trainings in trainings.csv, or in `rows`; the trainings in runs/, their output in logs/, the values
-    of all learning rates in rates/, and what was drawn or answered in pictures/ and scores/ or in answers/.
+    the rows of all trainings in trainings.csv, or in `rows`; the trainings in runs/, their output in logs/,
+    and what was drawn or answered in pictures/ and scores/ or in answers/.
 
     Args:
         config: The config.

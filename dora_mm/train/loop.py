@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,9 @@ def fit(
             before_step(record.step)
         rate = float(schedule.get_last_lr()[0])
         passes = fixed_parameters(trained.networks, num_passes=config.gradient_accumulation_steps)
-        watch = None if record.gradients_file is None else GradientWatch(networks)
-        with passes, watch.open() if watch else contextlib.nullcontext():
-            value, correction = accumulate(accelerator, shared, config, seed, record.step, batch_at)
-        if watch and record.gradients_file:
-            scale = accelerator.num_processes * (accelerator.scaler.get_scale() if accelerator.scaler else 1)
-            watch.write(record.gradients_file, scale / correction)
+        compute = partial(accumulate, accelerator, shared, config, seed, record.step, batch_at)
+        with passes:
+            value = _measured(accelerator, networks, record.gradients_file, compute)
         if record.step == record.first and accelerator.is_main_process:
             _warn_of_unreached(parameters)
         norm = update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
@@ -318,6 +316,23 @@ def accumulate(
     correction = (micro_batches * expected / whole.divisor).item() if micro_batches > 1 else 1.0
     _scale_gradients(trained, correction)
     return whole.mean.item(), correction
+
+
+def _measured(
+    accelerator: Accelerator,
+    networks: Mapping[str, nn.Module],
+    file: Path | None,
+    compute: Callable[[], tuple[float, float]],
+) -> float:
+    """Computes the gradients of a step by `accumulate`, and writes what they look like into a file, if there is one."""
+    if file is None:
+        return compute()[0]
+    watch = GradientWatch(networks)
+    with watch.open():
+        value, correction = compute()
+    scale = accelerator.num_processes * (accelerator.scaler.get_scale() if accelerator.scaler else 1)
+    watch.write(file, scale / correction)
+    return value
 
 
 def _over_processes(accelerator: Accelerator, values: torch.Tensor) -> Any:

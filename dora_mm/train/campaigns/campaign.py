@@ -109,8 +109,6 @@ class Campaign(Generic[ScoresT]):
     def search(self) -> dict[Variant, dict[float, float]]:
         """Trains each variant at its candidate learning rates, and at further ones while the best may lie outside.
 
-        The values of all rates are saved in the folder's rates/.
-
         Returns:
             The value of each rate that was tried, by variant.
 
@@ -131,7 +129,6 @@ class Campaign(Generic[ScoresT]):
                 variant: [beyond(tried, end) for end in self.open_ends(variant, tried)] if remaining else []
                 for variant, tried in found.items()
             }
-        self.save_rates(found)
         return found
 
     def open_ends(self, variant: Variant, tried: Mapping[float, float]) -> list[float]:
@@ -173,12 +170,6 @@ class Campaign(Generic[ScoresT]):
             there = [each for each in trainings if self.is_there(each, reported=self.config.curves)]
             found[variant] = {each.rate: self.row(each).number for each in there}
         return found
-
-    def save_rates(self, tried: Mapping[Variant, Mapping[float, float]]) -> None:
-        """Writes the values of all rates into the folder's rates/, where `dora-mm analyse` finds them."""
-        for variant, own in tried.items():
-            values = {f"{rate:g}": own[rate] for rate in sorted(own)}
-            write_text(self.folder / "rates" / f"{variant.key}.json", json.dumps(values) + "\n")
 
     def report(self, tried: Mapping[Variant, Mapping[float, float]]) -> None:
         """Writes table.md, results.csv, sheet.png and the curves, of what there are rows of, and prints the table.
