@@ -1,11 +1,13 @@
 """The table of a campaign's finished trainings: a row each, which is all that the report needs of it."""
 
+import base64
 import csv
 import io
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ class TrainingRow:
         seconds_per_step: Of one optimizer step.
         peak_memory_mb: In 2^20 bytes.
         digest: Of the training's config and inputs, and of how it is scored.
-        scores: The reported scores as JSON.
+        scores: The reported scores as JSON; in the file, where they are most of it, `packed`.
     """
 
     method: str
@@ -104,6 +106,23 @@ def row_of(
     )
 
 
+def packed(text: str) -> str:
+    """A text, compressed by zlib, in base 85: half of JSON with many numbers. An empty one stays empty."""
+    return base64.b85encode(zlib.compress(text.encode(), 9)).decode() if text else ""
+
+
+def unpacked(cell: str) -> str:
+    """The text of `packed`.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    try:
+        return zlib.decompress(base64.b85decode(cell)).decode() if cell else ""
+    except zlib.error as error:
+        raise ValueError(f"scores: {error}") from None
+
+
 def rows_file(config: CompareConfig, folder: Path) -> Path:
     """The file of rows of a campaign in this folder."""
     return Path(config.rows).expanduser() if config.rows else folder / "trainings.csv"
@@ -132,7 +151,7 @@ class TrainingRows:
             reader = csv.DictReader(io.StringIO(self.file.read_text(encoding="utf-8"), newline=""), strict=True)
             if tuple(reader.fieldnames or ()) != COLUMNS:
                 raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
-            rows = [TrainingRow(**record) for record in reader]
+            rows = [TrainingRow(**{**record, "scores": unpacked(record["scores"])}) for record in reader]
             return {row.training.name: row for row in rows}
         except (OSError, ValueError, TypeError, csv.Error) as error:
             raise ValueError(f"rows: {self.file} cannot be read as trainings of a comparison: {error}") from None
@@ -161,7 +180,8 @@ class TrainingRows:
         added = {row.training.name: row for row in rows}
         self.found = {**self._read(), **added}  # what others have added since stays
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.file, csv_records([asdict(row) for row in sorted(self.found.values(), key=_order)]))
+        rows = [replace(row, scores=packed(row.scores)) for row in sorted(self.found.values(), key=_order)]
+        write_text(self.file, csv_records([asdict(row) for row in rows]))
 
 
 def _order(row: TrainingRow) -> tuple[str, int, str, float, int]:

@@ -1,5 +1,7 @@
 """The rows of a campaign: what is read is what was written, whoever else writes; other files are refused."""
 
+import json
+
 import pytest
 
 from dora_mm.eval.comparison import FULL, Variant
@@ -35,13 +37,24 @@ def test_rows_survive_their_file(tmp_path):
     assert found.get(Training(FULL, 1e-3, 2)) is None
 
 
+def test_scores_take_a_fraction_of_their_length(tmp_path):
+    file, scores = tmp_path / "rows.csv", json.dumps([{"question": i, "score": i / 7} for i in range(300)])
+    rows(file).add([row_of(ONE, value=0.5, scores=scores, summary=SUMMARY, digest="abc")])
+    assert len(file.read_text()) < len(scores) / 2
+    found = rows(file).get(ONE)
+    assert found is not None
+    assert found.scores == scores
+
+
 def test_other_files_and_rows_are_refused(tmp_path):
     file = tmp_path / "rows.csv"
     rows(file).add([row_of(ONE, value=0.5, scores="", summary=SUMMARY, digest="abc")])
     with pytest.raises(ValueError, match=r"dora-r4-b4-lr0.00123457-seed0 of another config, other data"):
         rows(file, "other").get(ONE)
     whole = file.read_text()
-    for text in (whole.replace("seed,", "sead,"), whole.replace("0.0012345678", "fast"), whole + '"open', "\0"):
+    unpacked = whole.replace("abc,", 'abc,"{""a"": 1}"')
+    wrong = (whole.replace("seed,", "sead,"), whole.replace("0.0012345678", "fast"), whole + '"open', "\0", unpacked)
+    for text in (*wrong, whole.replace("abc,", "abc,00000")):
         file.write_text(text)
         with pytest.raises(ValueError, match=r"rows.csv cannot be read as trainings of a comparison"):
             rows(file)
