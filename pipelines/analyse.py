@@ -1,7 +1,7 @@
 """dora-mm analyse: what training did to lengths and directions of the weights (the paper's Fig. 3), with intervals.
 
-Writes changes.csv (every matrix at every checkpoint), methods.csv, analysis.md and the figure; and of runs that have
-measured gradients (train.gradients_at), gradients.csv.
+Writes changes.csv (every matrix at every checkpoint), methods.csv, analysis.md and the figure; of the trainings of a
+comparison trainings.csv and scores.csv; and of runs that have measured gradients (train.gradients_at), gradients.csv.
 """
 
 import logging
@@ -22,6 +22,7 @@ from dora_mm.eval.decomposition import (
     over_matrices_and_runs,
     pattern,
     relation_to_score,
+    scored_trainings,
 )
 from dora_mm.eval.gradients import GradientShape, read_gradients
 from dora_mm.eval.plots import plot_patterns
@@ -70,9 +71,16 @@ def main(
     patterns = {method: pattern(own) for method, own in by_method.items()}
     folders = {new.run: Path(old.run) for old, new in zip(found, sources, strict=True)}
     gradients = [row for name, run in folders.items() for row in gradient_rows(name, run)]
+    scored = scored_trainings(points)
+    related = relation_to_score(scored)
     folder = new_folder("analysis", output)
-    page = "\n\n".join(paragraphs(patterns, points) + about_gradients(gradients))
+    page = "\n\n".join([*paragraphs(patterns), *about_scores(related, len(scored)), *about_gradients(gradients)])
     write_text(folder / "changes.csv", csv_records([row_of(point) for point in points]))
+    if scored:
+        write_text(folder / "trainings.csv", csv_records([cells_of(each._asdict()) for each in scored]))
+    if related:
+        found = [cells_of({"of_each_training": name, **each.as_dict()}) for name, each in related.items()]
+        write_text(folder / "scores.csv", csv_records(found))
     if gradients:
         write_text(folder / "gradients.csv", csv_records(gradients))
     write_text(folder / "methods.csv", csv_records([numbers(method, found) for method, found in patterns.items()]))
@@ -93,8 +101,8 @@ def grouped(points: Sequence[WeightPoint]) -> dict[str, list[WeightPoint]]:
     return dict(found)
 
 
-def paragraphs(patterns: Mapping[str, ChangePattern], points: Sequence[WeightPoint]) -> list[str]:
-    """The page: what the numbers are, the table of methods, and how they go with scores."""
+def paragraphs(patterns: Mapping[str, ChangePattern]) -> list[str]:
+    """The page: what the numbers are, and the table of methods."""
     rows = [
         {
             "method": method,
@@ -108,17 +116,16 @@ def paragraphs(patterns: Mapping[str, ChangePattern], points: Sequence[WeightPoi
         }
         for method, found in patterns.items()
     ]
-    page = [EXPLAINED, markdown_records(rows)]
-    scored = [point for point in points if point.score is not None]
-    if related := relation_to_score(scored):
-        num_runs = len({point.run for point in scored})
-        page += [
-            f"Correlation with the score by which rates were chosen, over {num_runs} trainings of all methods:",
-            markdown_records(
-                [{"of each training": name, "correlation": shown(found)} for name, found in related.items()]
-            ),
-        ]
-    return page
+    return [EXPLAINED, markdown_records(rows)]
+
+
+def about_scores(related: Mapping[str, Interval], num_trainings: int) -> list[str]:
+    """How what changed goes with the scores of trainings."""
+    if not related:
+        return []
+    table = [{"of each training": name, "correlation": shown(found)} for name, found in related.items()]
+    title = f"Correlation with the score by which rates were chosen, over {num_trainings} trainings of all methods:"
+    return [title, markdown_records(table)]
 
 
 def scores_of(path: str) -> dict[str, float]:
@@ -159,6 +166,10 @@ def shown(interval: Interval | None) -> str:
     if interval is None or math.isnan(interval.low):
         return "-" if interval is None else f"{interval.mean:.3g}"
     return f"{interval.mean:.3g} ({interval.low:.3g} to {interval.high:.3g})"
+
+
+def cells_of(values: Mapping[str, str | float]) -> dict[str, str]:
+    return {name: value if isinstance(value, str) else f"{value:.6g}" for name, value in values.items()}
 
 
 def row_of(point: WeightPoint) -> dict[str, str]:

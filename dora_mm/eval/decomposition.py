@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -181,22 +182,37 @@ def correlation(values_P2: np.ndarray) -> float:
     return float(x @ y / np.sqrt((x @ x) * (y @ y)))
 
 
-def relation_to_score(points: Sequence[WeightPoint]) -> dict[str, Interval]:
-    """The correlation of each run's slope, dM and dD at its last step with its score, by these names.
+class ScoredTraining(NamedTuple):
+    """What a training changed, and its score: the slope of dM over dD, the means of both at its last step."""
 
-    The intervals are 95 % of the jackknife over runs. Empty where fewer than four runs have different scores.
-    """
-    final = last_steps(points)
-    rows = []
+    method: str
+    run: str
+    slope: float  # NaN without a line
+    dM: float
+    dD: float
+    score: float
+
+
+def scored_trainings(points: Sequence[WeightPoint]) -> list[ScoredTraining]:
+    """The trainings that have a score, in the order of their names."""
+    final, found = last_steps(points), []
     for run in sorted({point.run for point in points if point.score is not None}):
         own = [point for point in points if point.run == run]
         values = np.array([(point.dD, point.dM) for point in own])
-        ends = np.array([(point.dD, point.dM) for point in own if point.step == final[run]])
-        rows.append((own[0].score, slope(values), ends[:, 1].mean(), ends[:, 0].mean()))
-    table = np.array(rows, dtype=float).reshape(-1, 4)
+        dD, dM = values[[point.step == final[run] for point in own]].mean(axis=0)
+        found.append(ScoredTraining(own[0].method, run, slope(values), float(dM), float(dD), float(own[0].score or 0)))
+    return found
+
+
+def relation_to_score(trainings: Sequence[ScoredTraining]) -> dict[str, Interval]:
+    """The correlation of slope, dM and dD of trainings with their scores, by these names.
+
+    The intervals are 95 % of the jackknife over trainings. Empty where fewer than four have different scores.
+    """
     found = {}
-    for column, name in enumerate(("slope", "dM", "dD"), start=1):
-        pairs = table[np.isfinite(table[:, column])][:, [column, 0]]
+    for name in ("slope", "dM", "dD"):
+        pairs = np.array([(getattr(each, name), each.score) for each in trainings]).reshape(-1, 2)
+        pairs = pairs[np.isfinite(pairs[:, 0])]
         if len(pairs) > 3 and has_line(pairs):
             found[name] = jackknife([len(pairs)], lambda kept, pairs=pairs: correlation(pairs[kept]))
     return found

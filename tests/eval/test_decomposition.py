@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_mm.eval.decomposition import WeightPoint, pattern, relation_to_score, weight_change
+from dora_mm.eval.decomposition import WeightPoint, pattern, relation_to_score, scored_trainings, weight_change
 
 
 def point(run="a", step=1, matrix="m0", dM=0.0, dD=0.0, score=None):
@@ -99,9 +99,11 @@ def test_scores_go_with_sizes_over_trainings():
         for run in range(6)
         for matrix in range(5)
     ]
-    found = relation_to_score(points)
+    trainings = scored_trainings(points)
+    assert [each.dM for each in trainings] == pytest.approx([0.2 * run for run in range(6)])
+    found = relation_to_score(trainings)
     assert set(found) == {"slope", "dM"}  # dD is the same in all trainings
     assert found["dM"].mean == pytest.approx(1)
     assert found["slope"].mean == pytest.approx(1)
-    assert relation_to_score([replace(p, score=None) for p in points]) == {}
-    assert relation_to_score([p for p in points if p.run in "012"]) == {}
+    assert scored_trainings([replace(p, score=None) for p in points]) == []
+    assert relation_to_score(trainings[:3]) == {}
