@@ -15,7 +15,6 @@ from dora_mm.config.adapter import AdapterConfig, PartConfig
 from dora_mm.config.loader import resolve_path
 from dora_mm.core import AdaptedLayer, InjectReport, adapted_layers
 from dora_mm.core.inject import inject_paths
-from dora_mm.core.spec import LOW_RANK
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.models import is_shared
 
@@ -140,5 +139,5 @@ def _alphas(adapted: Mapping[str, nn.Module]) -> dict[str, float]:
         f"{component}.{path}": layer.adaptation.spec.alpha or 0.0
         for component, network in adapted.items()
         for path, layer in adapted_layers(network).items()
-        if layer.adaptation.spec.method in LOW_RANK
+        if layer.adaptation.spec.method in ("dora", "lora")
     }

@@ -17,7 +17,6 @@ from dora_mm.adapting.parts import PartModules, Selection, select_modules
 from dora_mm.config.adapter import BOTTLENECKS, AdapterConfig, PartConfig, VLAdapterConfig
 from dora_mm.core import DoRASpec, InjectReport, TargetMap, adapted_layers
 from dora_mm.core.inject import inject_paths
-from dora_mm.core.spec import LOW_RANK
 from dora_mm.core.targets import matches
 from dora_mm.core.wrappers.quantized import is_quantized
 
@@ -176,8 +175,8 @@ def spec_of(config: AdapterConfig, part: PartConfig) -> DoRASpec:
     """The DoRASpec of a part with complete settings."""
     assert part.method is not None
     assert part.rank is not None
-    has_update = part.method in LOW_RANK
-    norm_grad = config.norm_grad if part.method in ("dora", "magnitude") else "detached"
+    has_update = part.method in ("dora", "lora")
+    norm_grad = config.norm_grad if part.method != "lora" else "detached"
     return DoRASpec(part.rank, part.alpha, config.dropout if has_update else 0.0, part.method, norm_grad, config.cache)
 
 

@@ -31,7 +31,7 @@ class PartConfig(Section):
     """The settings of one part of the model; those left out are the adapter's and the optimizer's."""
 
     # full: its weights themselves (of models for questions, its biases, too); frozen: nothing; null: adapter.method
-    method: Literal["dora", "lora", "magnitude", "full", "pre_diag", "frozen"] | None = None
+    method: Literal["dora", "lora", "magnitude", "full", "frozen"] | None = None
     rank: PositiveInt | None = None  # null: adapter.rank
     alpha: Positive | None = None  # null: the same alpha / rank as the adapter's
     lr: Positive | None = None  # learning rate; null: optimizer.lr
@@ -43,8 +43,7 @@ class AdapterConfig(Section):
     known_parts: ClassVar[tuple[str, ...]]
     full_trains_biases: ClassVar[bool]  # whether method full trains the biases of its layers, and not only weights
 
-    # magnitude: without A and B; full: the base weights; pre_diag: DoRA without its norm, diag(m) W0 + B A
-    method: Literal["dora", "lora", "magnitude", "full", "pre_diag"] = "dora"
+    method: Literal["dora", "lora", "magnitude", "full"] = "dora"  # magnitude: without A and B; full: the base weights
     rank: PositiveInt  # rank of A and B
     alpha: Positive = 0.0  # the update is scaled by alpha / rank; left out or null: alpha = rank, set below
     dropout: Share = 0.0  # probability, on the input of A
@@ -137,7 +136,7 @@ class VLAdapterConfig(AdapterConfig):
     full_trains_biases: ClassVar[bool] = True
 
     # series, parallel: bottlenecks of `rank` features behind the MLPs, or beside the layers that these begin with
-    method: Literal["dora", "lora", "magnitude", "full", "pre_diag", "series", "parallel"] = "dora"  # type: ignore[assignment]
+    method: Literal["dora", "lora", "magnitude", "full", "series", "parallel"] = "dora"  # type: ignore[assignment]
     # Trained in addition: biases, norms, embeddings, visual_embedding (vl_bart), or patterns of parameter names
     extra_trainable: Items[Text] = ()
 
@@ -172,7 +171,7 @@ def check_adapter(adapter: AdapterConfig, optimizer: OptimizerConfig) -> list[st
     """Finds settings that have no effect with the methods of an adapter; one message per problem, naming the keys."""
     problems, methods = [], adapter.methods
     where = f"adapter.method {adapter.method}" if methods == {adapter.method} else "adapter.parts"
-    magnitudes, updates = methods & {"dora", "magnitude", "pre_diag"}, methods & {"dora", "lora", "pre_diag"}
+    magnitudes, updates = methods & {"dora", "magnitude"}, methods & {"dora", "lora"}
     if not magnitudes and optimizer.magnitude_lr is not None:
         problems.append(f"optimizer.magnitude_lr has no effect: {where} has no magnitudes")
     if not updates and optimizer.b_lr_ratio != 1:

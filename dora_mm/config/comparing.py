@@ -21,7 +21,7 @@ from dora_mm.config.training import LearningRates
 from dora_mm.config.vl import DecodeConfig, check_decoding
 from dora_mm.config.vl_data import VLDataConfig, missing_splits
 
-SET_FOR_EACH_TRAINING = ("seed", "output", "adapter.rank", "optimizer.lr", "train.steps")
+SET_FOR_EACH_TRAINING = ("seed", "output", "adapter.method", "adapter.rank", "optimizer.lr", "train.steps")
 
 
 class VariantConfig(Section):

@@ -73,11 +73,11 @@ class AdaptedLayer(AdapterParameters):
             # getattr, since DataParallel's copies have tensors instead of parameters. FSDP may have cast them.
             own = [getattr(self, name, None) for name in ADAPTER_NAMES]
             A, B, m = (t if t is None or t.dtype == dtype else t.to(dtype) for t in own)
-            found = [_adapter(A, B, m, spec, state.strength)]
+            found = [Adapter(A, B, m, spec.scaling, state.strength, spec.norm_grad)]
         for other in state.stacked.values():
             if other.strength != 0:
                 (A, B, m), spec = map(other.tensors.get, ADAPTER_NAMES), other.spec
-                found.append(_adapter(A, B, m, spec, other.strength))
+                found.append(Adapter(A, B, m, spec.scaling, other.strength, spec.norm_grad))
         return tuple(found)
 
     def check_can_stack(self, name: str, spec: DoRASpec) -> None:
@@ -160,7 +160,7 @@ class AdaptedLayer(AdapterParameters):
         caches = self.adaptation.caches
         if caches is not None and not self.is_base():
             cache = self.pass_cache(caches)
-            if cache.n0 is None and self.magnitude is not None and self.adaptation.spec.method != "pre_diag":
+            if cache.n0 is None and self.magnitude is not None:
                 cache.n0 = row_norm(self.matrix.detach())
 
     def adapted_product(
@@ -281,11 +281,6 @@ class AdaptedLayer(AdapterParameters):
         spec = self.adaptation.spec
         rank = f", rank={spec.rank}, alpha={spec.alpha:g}" if self.lora_A is not None else ""
         return f"{super().extra_repr()}, method={spec.method}{rank}"
-
-
-def _adapter(A: Tensor | None, B: Tensor | None, m: Tensor | None, spec: DoRASpec, strength: float) -> Adapter:
-    normed = spec.method != "pre_diag"
-    return Adapter(A, B, m, spec.scaling, strength, spec.norm_grad, normed=normed)
 
 
 def has_plain_weight(layer: nn.Module) -> bool:

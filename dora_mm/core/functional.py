@@ -60,7 +60,6 @@ class Adapter(NamedTuple):
         strength: t.
         norm_grad: "detached" treats n as a constant in the backward pass, "exact" differentiates it.
         rows: n and g, where they are known; a pass sets them.
-        normed: False of method `pre_diag`: W' = diag(m) W0 + s B A, so n is 1 and g = m multiplies W0 alone.
     """
 
     A: Tensor | None
@@ -70,15 +69,14 @@ class Adapter(NamedTuple):
     strength: float = 1.0
     norm_grad: str = "detached"
     rows: RowGains | None = None
-    normed: bool = True
 
     def with_tensors(self, A: Tensor | None, B: Tensor | None, magnitude: Tensor | None) -> Adapter:
         """The adapter with these tensors instead of its own. torch 2.6 can compile neither `_replace` nor a slice."""
-        return Adapter(A, B, magnitude, self.scaling, self.strength, self.norm_grad, self.rows, self.normed)
+        return Adapter(A, B, magnitude, self.scaling, self.strength, self.norm_grad, self.rows)
 
     def of_pass(self, rows: RowGains | None) -> Adapter:
         """The adapter with n and g, without its tensors."""
-        return Adapter(None, None, None, self.scaling, self.strength, self.norm_grad, rows, self.normed)
+        return Adapter(None, None, None, self.scaling, self.strength, self.norm_grad, rows)
 
 
 def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -216,8 +214,6 @@ def row_gains(weight: Tensor, adapter: Adapter, n0: Tensor | None = None) -> Row
     """
     if adapter.magnitude is None:
         return None
-    if not adapter.normed:
-        return with_gain(adapter.magnitude, torch.ones_like(adapter.magnitude))
     norm = row_norm(weight.detach()) if n0 is None else n0
     if adapter.A is not None and adapter.B is not None:
         norm = updated_norm(weight.detach().flatten(1), adapter.A.flatten(1), adapter.B, adapter.scaling, norm)
@@ -260,11 +256,10 @@ def merge_adapters(
     merged = None
     found = []
     for index, adapter in enumerate(adapters):
-        own = row_gains(weight, adapter) if not adapter.normed else None
-        W = directions(W0 if own is None else W0 * own.gain[:, None], adapter)
-        found.append(own or (rows[index] if rows else row_gains_of(W, adapter)))
+        W = directions(W0, adapter)
+        found.append(rows[index] if rows else row_gains_of(W, adapter))
         own = found[-1]
-        if own is not None and adapter.normed:
+        if own is not None:
             W = W.mul_(own.gain[:, None]) if W is not W0 else W * own.gain[:, None]
         if adapter.strength != 1:
             W = torch.add(W0, W - W0, alpha=adapter.strength)

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from dora_mm.core.adaptation import ADAPTER_NAMES, Adaptation
 from dora_mm.core.functional import adapter_dtype, row_norm, seeded_generator
-from dora_mm.core.spec import LOW_RANK
 from dora_mm.core.wrappers.sharded import is_sharded, whole, write
 
 
@@ -61,7 +60,7 @@ class AdapterParameters(nn.Module):
         W0, state = whole(self.matrix), self.adaptation
         state.forget()
         dtype, fan_in = adapter_dtype(W0.dtype), W0[0].numel()
-        if state.spec.method in LOW_RANK:
+        if state.spec.method in ("dora", "lora"):
             # the same numbers for every dtype and device; kaiming_uniform_(a=sqrt(5)) is U(-1, 1) / sqrt(fan_in)
             A = torch.empty(state.spec.rank, *W0.shape[1:], dtype=torch.float32, device="cpu")
             A.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=seeded_generator(state.seed, state.path))
@@ -82,8 +81,6 @@ class AdapterParameters(nn.Module):
         state.made_for = self.weight.device, self.weight.dtype
         if state.spec.method in ("dora", "magnitude"):
             state.first_magnitude = row_norm(whole(self.matrix))
-        elif state.spec.method == "pre_diag":
-            state.first_magnitude = torch.ones_like(row_norm(whole(self.matrix)))
 
     def _set(self, name: str, value: Tensor) -> None:
         parameter = getattr(self, name)

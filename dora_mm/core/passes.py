@@ -157,7 +157,7 @@ def save(
     y = y.data  # not a view to autograd
     ctx.call, ctx.counter, alias = call, None, None
     wants_dm = is_product and len(own) == 3 and call.adapters[0].strength == 1 and ctx.needs_input_grad[FIRST_MAGNITUDE]
-    if wants_dm and call.keeps_output and call.adapters[0].normed:
+    if wants_dm and call.keeps_output:
         if torch.compiler.is_compiling():
             alias = y.clone()  # a compiled graph has no version counters
         else:

@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-METHODS = ("dora", "lora", "magnitude", "full", "pre_diag")
-LOW_RANK = ("dora", "lora", "pre_diag")  # those with A and B
+METHODS = ("dora", "lora", "magnitude", "full")
 NORM_GRADS = ("detached", "exact")
 CACHES = ("weights", "norms")
 MOST_ALPHA = 3e38  # layers compute in float32, which ends at 3.4e38
@@ -21,8 +20,7 @@ class DoRASpec:
         rank: The rank R of A (R, I) and B (O, R); at least 1.
         alpha: The update B A is scaled by alpha / rank; above 0. None sets alpha to rank.
         dropout: Probability of dropping entries of the input in the update only; at least 0 and below 1.
-        method: `dora`; `lora` (no magnitude); `magnitude` (no A and B); `full` (trains `weight`, adds nothing);
-            `pre_diag`: diag(m) W0 + s B A, without a norm and with m from 1.
+        method: `dora`; `lora` (no magnitude); `magnitude` (no A and B); `full` (trains `weight`, adds nothing).
         norm_grad: `detached` (the paper's default) treats the norm as a constant in the backward pass; `exact` does
             not.
         cache: `weights` keeps the W' that the forward pass of a layer builds until its backward pass, and inside

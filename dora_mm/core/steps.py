@@ -205,7 +205,7 @@ def branch(adapters: Sequence[Adapter]) -> tuple[Tensor | None, Tensor | None]:
 def scaled(t: Tensor, adapter: Adapter) -> Tensor:
     """Multiplies B or dB (O, R) by strength, gain and scaling of the adapter."""
     factor = adapter.scaling * adapter.strength
-    if adapter.rows is None or not adapter.normed:
+    if adapter.rows is None:
         return t if factor == 1 else t * factor
     gain = adapter.rows.gain
     return t * (gain if factor == 1 else gain * factor).unsqueeze(1)
@@ -242,7 +242,7 @@ def adapter_gradients(
     gradients: list[Tensor | None] = []
     first = 0
     for k, adapter in enumerate(adapters):
-        is_exact = adapter.norm_grad == "exact" and adapter.normed and adapter.rows is not None and dA is not None
+        is_exact = adapter.norm_grad == "exact" and adapter.rows is not None and dA is not None
         dm = magnitude_grad(call, saved, dY, adapter) if needs[3 * k + 2] or is_exact else None
         own_A = own_B = None
         if dA is not None and dB is not None and adapter.A is not None and adapter.B is not None:
@@ -309,7 +309,7 @@ def large_bias(dtype: torch.dtype) -> float:
 
 
 def inner_dots(op: Op, dY: Tensor, x: Tensor, weight: Tensor, adapter: Adapter, chosen: Tensor | None = None) -> Tensor:
-    """Returns the sums over tokens of dY (x V^T), (O,) in at least fp32; V = W0 + s B A, or W0 where nothing is normed.
+    """Returns the sums over tokens of dY (x V^T), (O,) in at least fp32, where V = W0 + s B A.
 
     Args:
         op: The operation of the layer.
@@ -319,8 +319,7 @@ def inner_dots(op: Op, dY: Tensor, x: Tensor, weight: Tensor, adapter: Adapter, 
         adapter: The adapter.
         chosen: A mask (O,) of the rows whose sums are wanted, or None for all; those of others may be 0.
     """
-    W0 = as_matrix(weight)
-    V = (directions(W0, adapter) if adapter.normed else W0).view(weight.shape).to(dY.dtype)
+    V = directions(as_matrix(weight), adapter).view(weight.shape).to(dY.dtype)
     if chosen is None or op.groups > 1:  # a selection of rows does not divide into groups
         return row_sums(op, dY, op(x, V, None), None)[0]
     rows = chosen.nonzero()[:, 0]

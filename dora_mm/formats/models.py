@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.forms import TORCH, Forward
-from dora_mm.core.functional import Adapter, as_matrix, directions, row_norm
 from dora_mm.core.inject import InjectReport, describe, inject_paths
 from dora_mm.core.kinds import adapted_class
 from dora_mm.core.layer import TransposedLayer
-from dora_mm.core.spec import LOW_RANK, DoRASpec
+from dora_mm.core.spec import DoRASpec
 from dora_mm.core.strength import Strength, strengths_of
 from dora_mm.core.wrappers.attention import PackedProjection, with_projections
 from dora_mm.core.wrappers.quantized import DoRAQuantized, is_quantized
@@ -60,20 +59,7 @@ def from_models(components: Mapping[str, nn.Module], extra_parameters: Sequence[
 
 def _state_of(layer: AdaptedLayer) -> LayerState:
     tensors = {name: whole(tensor) for name, tensor in layer.adapter_tensors().items()}
-    spec = layer.adaptation.spec
-    if spec.method == "pre_diag":
-        tensors, spec = _as_dora(tensors, layer.base_matrix(), spec), replace(spec, method="dora")
-    return LayerState(spec, tensors)
-
-
-def _as_dora(tensors: dict[str, Tensor], weight: Tensor, spec: DoRASpec) -> dict[str, Tensor]:
-    """A, B and m of the DoRA that computes diag(g) W0 + s B A: B / g and g ||W0 + s (B / g) A||."""
-    g = tensors["magnitude"].detach()
-    if not bool(g.all()):
-        raise ValueError("a gain of 0 has no file: its layer is no DoRA")
-    A, B = tensors["lora_A"].detach(), tensors["lora_B"].detach() / g[:, None]
-    V = directions(as_matrix(weight), Adapter(A, B, None, spec.scaling))
-    return {"lora_A": A, "lora_B": B, "magnitude": g * row_norm(V)}
+    return LayerState(layer.adaptation.spec, tensors)
 
 
 def into_models(
@@ -154,7 +140,7 @@ def _fill(layer: AdaptedLayer, state: LayerState, strength: float) -> None:
 
 def _has_rank(spec: DoRASpec) -> bool:
     """Whether rank and alpha have a meaning."""
-    return spec.method in LOW_RANK
+    return spec.method in ("dora", "lora")
 
 
 def layers_of(model: nn.Module) -> dict[str, AdaptedLayer]:

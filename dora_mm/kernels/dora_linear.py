@@ -55,8 +55,6 @@ class TritonSteps(Steps):
         A, B, m = adapter.A, adapter.B, adapter.magnitude
         if m is None:
             return None, None
-        if not adapter.normed:
-            raise ValueError("adapter.method pre_diag runs on the torch backend alone: set backend to torch")
         if cache.keeps_base and cache.n0 is None:
             cache.n0 = row_norm(weight.detach())
         if A is None or B is None or not has_float_output(weight):

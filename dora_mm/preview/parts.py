@@ -13,7 +13,6 @@ from dora_mm.adapting.parts import full_name, select_modules
 from dora_mm.config.adapter import BOTTLENECKS, AdapterConfig, PartConfig
 from dora_mm.config.training import OptimizerConfig
 from dora_mm.core import TargetMap
-from dora_mm.core.spec import LOW_RANK
 from dora_mm.core.targets import match_modules, parts_in
 from dora_mm.targets.derived import NAME, about_left_out
 from dora_mm.utils.tables import aligned_columns
@@ -109,7 +108,7 @@ def _counts(items: Iterable[object], parameters: Mapping[str, nn.Parameter]) -> 
 
 def _settings(part: PartConfig, optimizer: OptimizerConfig) -> tuple[str, str, str, str]:
     """Method, rank, alpha and learning rate of a part."""
-    has_update = part.method in LOW_RANK
+    has_update = part.method in ("dora", "lora")
     rank, alpha = (f"{part.rank}", f"{part.alpha:g}") if has_update else ("", "")
     return str(part.method), rank, alpha, _rate(part.lr or optimizer.lr)
 

@@ -88,8 +88,7 @@ def test_the_report_names_the_file_once(write):
         ("model.revision=1", "model.revision: must be text, got 1"),
         (
             "adapter.method=dorra",
-            "adapter.method: must be 'dora', 'lora', 'magnitude', 'full' or 'pre_diag', got 'dorra', did you mean "
-            "'dora'?",
+            "adapter.method: must be 'dora', 'lora', 'magnitude' or 'full', got 'dorra', did you mean 'dora'?",
         ),
         ("adapter.parts=attn", "adapter.parts: must be a list of parts, or parts with settings, got 'attn'"),
         ("adapter.parts=[unet.attn, unet.attn]", "adapter.parts: names a part twice"),

@@ -16,9 +16,7 @@ def merged_weight(weight, adapter: Adapter):
     if adapter.A is not None:
         V = W0 + adapter.scaling * adapter.B.double() @ adapter.A.double().flatten(1)
     W = V
-    if not adapter.normed:
-        W = V + (adapter.magnitude.double() - 1)[:, None] * W0
-    elif adapter.magnitude is not None:
+    if adapter.magnitude is not None:
         n = V.norm(dim=1)
         n = n if adapter.norm_grad == "exact" else n.detach()
         g = torch.where(n == 0, torch.ones_like(n), adapter.magnitude.double() / torch.where(n == 0, 1.0, n))
@@ -39,7 +37,6 @@ def variants(adapter):
     yield "dora", adapter
     yield "lora", adapter._replace(magnitude=None)
     yield "magnitude", adapter._replace(A=None, B=None)
-    yield "pre_diag", adapter._replace(normed=False)
 
 
 def randomize(layer, *, size: float = 0.05, seed: int = 0):
