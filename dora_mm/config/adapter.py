@@ -176,8 +176,6 @@ def check_adapter(adapter: AdapterConfig, optimizer: OptimizerConfig) -> list[st
         problems.append(f"optimizer.magnitude_lr has no effect: {where} has no magnitudes")
     if not updates and optimizer.b_lr_ratio != 1:
         problems.append(f"optimizer.b_lr_ratio has no effect: {where} has no A and B")
-    if not updates and optimizer.preconditioner is not None:
-        problems.append(f"optimizer.preconditioner has no effect: {where} has no A and B")
     if not updates and adapter.dropout:
         problems.append(f"adapter.dropout has no effect: {where} has no A and B")
     if not magnitudes and adapter.norm_grad != "detached":

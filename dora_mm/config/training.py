@@ -20,8 +20,6 @@ class OptimizerConfig(Section):
     decay_biases: bool = False  # weight decay of biases, too, where those are trained
     # Learning rate of all magnitudes (not for prodigy), also of parts that have an lr of their own; null: as A and B
     magnitude_lr: Positive | None = None
-    # riemannian: gradients of A and B are preconditioned by the other one (dora_mm/train/preconditioning.py)
-    preconditioner: Literal["riemannian"] | None = None
     # Further arguments of the optimizer's class, such as {d_coef: 0.5} of prodigy
     options: dict[str, bool | int | float | str | Items[float | None]] = Field(default_factory=dict)
 
@@ -189,8 +187,6 @@ def check_training(
     ]
     if train.steps is not None and (late := [step for step in train.gradients_at if step >= train.steps]):
         problems.append(f"train.gradients_at: a training of {train.steps} steps has no step {late[0]}: they begin at 0")
-    if train.shard and optimizer.preconditioner is not None:
-        problems.append("optimizer.preconditioner is not for train.shard, where no process has all of A and B")
     if optimizer.name == "prodigy":
         rates = {"magnitude_lr": optimizer.magnitude_lr is not None, "b_lr_ratio": optimizer.b_lr_ratio != 1}
         problems += [

@@ -10,7 +10,6 @@ from torch import nn
 
 from dora_mm.config.report import nearest
 from dora_mm.config.training import EpochTrainConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from dora_mm.train.preconditioning import preconditioner_of
 from dora_mm.utils.messages import first_line
 
 
@@ -70,8 +69,6 @@ def build_optimizer(
         raise ValueError(f"optimizer.name {config.name}: {error}") from None
     if config.name == "schedule_free":
         optimizer.train()  # for good: `averaged_point` computes what its `eval` would, which changes some bits
-    if config.preconditioner is not None:
-        optimizer.register_step_pre_hook(preconditioner_of(parameters))
     return optimizer
 
 
