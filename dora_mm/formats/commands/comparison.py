@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dora_mm.core.functional import adapter_dtype
 from dora_mm.formats.algebra.exact import gain_of, new_rows
 from dora_mm.formats.algebra.rows import row_blocks, rows_of
 from dora_mm.formats.state import LayerState
@@ -59,7 +60,7 @@ def compared(
 
     Args:
         loads: What each of them loads.
-        W0: The base weight in fp32.
+        W0: The base weight, in any dtype: it is compared in fp32, or float64 for float64.
         layer: The adapter that is meant.
         strength: The strength of it that is meant.
         change: What gets W(t) - W0, in the shape of W0 and any dtype, before the tools read it.
@@ -134,9 +135,11 @@ def _in_blocks(
     unlike = dict(zip(keys, loads, strict=True))
     own = None
     if "lora_A" in layer.tensors and (layer.spec.scaling, layer.norm, strength) == (1, "updated", 1):
-        own = _step(added, {"A": layer.tensors["lora_A"], "B": layer.tensors["lora_B"]})
+        step = _step(added, {"A": layer.tensors["lora_A"], "B": layer.tensors["lora_B"]})
+        own = step if any(step.update == other.update for steps, _ in loads for other in steps) else None
     for rows in blocks:
-        block = _Block(rows, W0[rows], layer if rows == _WHOLE else rows_of(layer, rows), strength, own)
+        base = W0[rows].to(adapter_dtype(W0.dtype))
+        block = _Block(rows, base, layer if rows == _WHOLE else rows_of(layer, rows), strength, own)
         D = block.change()
         if change is not None:
             change[rows] = D
@@ -155,7 +158,7 @@ class _Block:
         W0: Those of the base weight.
         layer: Those of the adapter that is meant.
         strength: Its strength.
-        own: Its low rank, where W' is a gain times W0 + B A.
+        own: Its low rank, where W' is a gain times W0 + B A, and tools read it, too.
     """
 
     def __init__(self, rows: slice, W0: Tensor, layer: LayerState, strength: float, own: _Step | None):

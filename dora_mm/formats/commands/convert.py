@@ -248,15 +248,17 @@ class _MergedWeights(Mapping[Name, Tensor]):
             old = W0[rows].float()
             W = exact.new_rows(part, old, self._strength)
             rounded[rows] = W
-            norms.append((float((rounded[rows].float() - W).norm()), float((W - old).norm())))
+            off, update = rounded[rows].float().sub_(W), torch.sub(W, old, out=old)
+            norms.append((float(off.norm()), float(update.norm())))
         off, size = zip(*norms, strict=True)
         self._norms[name] = math.hypot(*off), math.hypot(*size)
         return rounded.T if transposed else rounded
 
     def errors(self) -> ToolErrors:
         """What rounding the merged weights to the dtype of the base has changed."""
-        off, size = zip(*self._norms.values(), strict=True)
-        layers = {str(name): e / n if n else e for name, (e, n) in self._norms.items()}
+        norms = {name: self._norms[name] for name in self}
+        off, size = zip(*norms.values(), strict=True)
+        layers = {str(name): e / n if n else e for name, (e, n) in norms.items()}
         dtypes = sorted({str(self._weights.dtype(name)).removeprefix("torch.") for name in self._norms})
         title = f"rounding to {' and '.join(dtypes)}"
         return ToolErrors(title, layers, math.hypot(*off) / (math.hypot(*size) or 1.0), {})
@@ -321,7 +323,7 @@ class _Writer:
         """The tensors of a module in each of the files, by the end of their keys, and its settings."""
         if any(self.layers.transposed(name) for name in group.names):
             raise ValueError("its base stores the weight transposed, as embeddings do: only --to merged can hold it")
-        original, W0 = self.layers.fused(group)
+        original, W0 = self.layers.fused(group, as_stored=self.exports[0].difference)
         layer = self.prepared(original, W0)
         self.axes |= {layer.axis} if "magnitude" in layer.tensors else set()
         tensors = [export.tensors(module, layer, W0) for export in self.exports]

@@ -74,7 +74,7 @@ class ExportCheck:
             unrounded: For each file that the tools load one after the other, the tensors by the end of their keys; a
                 difference has no values yet.
             header: The header that a file of this module alone would have.
-            W0: The base weight in fp32.
+            W0: The base weight.
             meant: The adapter that is meant, and its strength.
 
         Returns:

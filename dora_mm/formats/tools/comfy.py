@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.algebra.exact import difference, gain, norms
+from dora_mm.formats.algebra.exact import gain, norms
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import formulas, products
 from dora_mm.formats.tools.parts import (

@@ -186,7 +186,8 @@ def shape(t: Tensor) -> tuple[int, ...]:
 def kohya_tensors(layer: LayerState, W0: Tensor | None = None) -> dict[str, Tensor]:
     """The tensors of a module as kohya's scripts name them, in fp32; the magnitude is (O, 1, ...) or (1, I, ...).
 
-    A difference stays in its dtype, and that of a norm has a key of its own. W0 is not needed: it is there so that this is an `Export.write`.
+    A difference stays in its dtype, and that of a norm has a key of its own. W0 is not needed: it is there so that this
+    is an `Export.write`.
     """
     tensors = {name: tensor.detach() for name, tensor in layer.tensors.items()}
     if "diff" in tensors:
