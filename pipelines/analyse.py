@@ -1,7 +1,7 @@
 """dora-mm analyse: what training did to lengths and directions of the weights (the paper's Fig. 3), with intervals.
 
-Writes changes.csv (every matrix at every checkpoint), methods.csv, analysis.md and the figure; of the trainings of a
-comparison trainings.csv and scores.csv; and of runs that have measured gradients (train.gradients_at), gradients.csv.
+Writes changes.csv (every matrix at every checkpoint), methods.csv, analysis.md and the figure; of comparisons
+scored_trainings.csv and scores.csv; and of runs that have measured gradients (train.gradients_at), gradients.csv.
 """
 
 import logging
@@ -77,7 +77,7 @@ def main(
     page = "\n\n".join([*paragraphs(patterns), *about_scores(related, len(scored)), *about_gradients(gradients)])
     write_text(folder / "changes.csv", csv_records([row_of(point) for point in points]))
     if scored:
-        write_text(folder / "trainings.csv", csv_records([cells_of(each._asdict()) for each in scored]))
+        write_text(folder / "scored_trainings.csv", csv_records([cells_of(each._asdict()) for each in scored]))
     if related:
         found = [cells_of({"of_each_training": name, **each.as_dict()}) for name, each in related.items()]
         write_text(folder / "scores.csv", csv_records(found))

@@ -147,7 +147,7 @@ def test_a_campaign_shows_its_trainings_with_their_scores(run, tmp_path, capsys,
     assert main(["analyse", str(campaign), "--output", str(tmp_path / "new")]) == 0
     scores = {row["run"]: row["score"] for row in rows_of(tmp_path / "new")}
     assert scores == {**{f"dora-r2-lr{rate}-seed0": f"{v:g}" for rate, v in values.items()}, "dora-r2-lr0.01-seed1": ""}
-    trainings = csv.DictReader((tmp_path / "new" / "trainings.csv").open())
+    trainings = csv.DictReader((tmp_path / "new" / "scored_trainings.csv").open())
     assert {row["run"]: float(row["score"]) for row in trainings} == {
         f"dora-r2-lr{rate}-seed0": value for rate, value in values.items()
     }
