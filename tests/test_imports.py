@@ -194,7 +194,7 @@ def test_the_package_is_lazy():
     """).splitlines() == ["dora_mm", "module 'dora_mm' has no attribute 'nothing'"]
 
 
-def test_configs_are_written_and_pictures_drawn_without_extras():
+def test_pictures_are_trained_and_drawn_without_extras():
     """What `pip install dora_mm` alone installs is enough for them, and for files of adapters."""
     assert (
         run("""
@@ -210,7 +210,7 @@ def test_configs_are_written_and_pictures_drawn_without_extras():
 
         builtins.__import__ = import_
         import pipelines.convert, pipelines.gallery, pipelines.grid, pipelines.inspect_model
-        import pipelines.new, pipelines.sample, pipelines.verify
+        import pipelines.new, pipelines.sample, pipelines.train_diffusion, pipelines.verify
         """)
         == ""
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from torch import nn
@@ -23,9 +23,11 @@ from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.new_tokens import NewTokens
 from dora_mm.models.opening import commit_of
-from dora_mm.models.vl import VLModel
 from dora_mm.utils import yaml12
 from dora_mm.utils.digest import files_digest
+
+if TYPE_CHECKING:
+    from dora_mm.models.vl import VLModel  # which needs the extra vl, and those who train pictures have none
 
 IDENTITIES = {  # keys of an adapter's header
     "base_digest": "model.path: another base model",

@@ -102,15 +102,23 @@ class LayerReader:
         """Whether the base stores the weight (I, O)."""
         return name in self._places and self.file.transposed(self._places[name][0])
 
-    def base(self, name: Name) -> Tensor:
-        """W0 in fp32, with O first; where no base model is known, a random weight whose rows fit the magnitude."""
+    def base(self, name: Name, *, as_stored: bool = False) -> Tensor:
+        """W0 in fp32, with O first; where no base model is known, a random weight whose rows fit the magnitude.
+
+        Args:
+            name: The module.
+            as_stored: Whether it keeps the dtype of the file: whoever computes with it converts some rows at a time.
+        """
         if self.weights is None:
             return stand_in(self.layer(name))
-        W0 = self.weights[name].float()
+        W0 = self.weights[name] if as_stored else self.weights[name].float()
         return W0.T if self.transposed(name) else W0
 
-    def fused(self, group: ModuleGroup) -> tuple[LayerState, Tensor]:
-        """The adapter and W0 of a module of a file that stacks the rows of several."""
+    def fused(self, group: ModuleGroup, *, as_stored: bool = False) -> tuple[LayerState, Tensor]:
+        """The adapter and W0 of a module of a file that stacks the rows of several, which then is fp32 in any case."""
+        if group.is_stored_so and as_stored:
+            W0 = self.base(group.names[0], as_stored=True)
+            return exact.fitted(self.layer(group.names[0]), W0), W0
         W0s = [self.base(name) if name in self._places else self._untouched(name) for name in group.names]
         if group.is_stored_so:
             return exact.fitted(self.layer(group.names[0]), W0s[0]), W0s[0]

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
 from math import fsum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,14 +17,16 @@ from tqdm import tqdm
 from dora_mm.config.vl import EvaluateConfig
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.core import fixed_parameters
-from dora_mm.data.vl.rows import OnBadData
-from dora_mm.data.vl.splits import TrainingSet, ValidationSet
-from dora_mm.data.vl.tables import ExampleTable
-from dora_mm.models.vl import VLModel, likeliest_answer
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches
 from dora_mm.utils.evaluating import evaluating, map_shared
 from dora_mm.utils.randomness import generator
+
+if TYPE_CHECKING:  # these need the extra vl, and those who train pictures have none
+    from dora_mm.data.vl.rows import OnBadData
+    from dora_mm.data.vl.splits import TrainingSet, ValidationSet
+    from dora_mm.data.vl.tables import ExampleTable
+    from dora_mm.models.vl import VLModel
 
 NUM_TIMES = 8  # of each picture; a loss depends more on the time than on the picture
 Precision = Callable[..., AbstractContextManager[Any]]  # opens the autocast of a training
@@ -128,6 +130,8 @@ class RowLosses:
         return fsum(total for total, _ in found) / max(1, fsum(count for _, count in found))
 
     def _sums(self, name: str, table: ExampleTable, images: str | None, rows: range) -> tuple[float, float]:
+        from dora_mm.models.vl import likeliest_answer
+
         examples = [table[row] for row in rows]
         targets = [(likeliest_answer(example), 1.0) for example in examples]
         batch = self.model.batch(name, examples, images, targets, on_bad_data=self.on_bad_data)

@@ -46,7 +46,7 @@ def fitted(layer: LayerState, W0: Tensor) -> LayerState:
 
 def _as_difference(layer: LayerState, W0: Tensor) -> LayerState:
     """W' - W0 of W' = g (W0 + W0 R + diff), with g = m / ||W0 + W0 R + diff||; of a linear layer or a convolution."""
-    tensors = layer.tensors
+    tensors, W0 = layer.tensors, W0.to(adapter_dtype(W0.dtype))
     try:
         V = W0 + tensors["diff"].to(W0.dtype).view_as(W0)
         if "right" in tensors:
@@ -161,7 +161,7 @@ def new_rows(layer: LayerState, W0: Tensor, strength: float = 1.0) -> Tensor:
             g = _gain(layer, W0, BA)
             W = g * W0 + BA * (s + g - 1)
         else:
-            V = torch.add(W0, BA, alpha=s)
+            V = torch.add(W0, BA, alpha=s, out=BA)  # the less memory a block takes, the more of it a core's cache holds
             W = V.mul_(_gain(layer, W0, BA, V))
     return W if strength == 1 else torch.lerp(W0, W, strength)
 

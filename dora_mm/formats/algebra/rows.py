@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -34,4 +33,5 @@ def in_rows(layer: LayerState, weight: Tensor) -> Iterator[tuple[slice, LayerSta
 def rows_of(layer: LayerState, rows: slice) -> LayerState:
     """The adapter of some rows of a weight, with magnitudes on the output axis."""
     assert layer.axis == "out"
-    return replace(layer, tensors={name: t[rows] if name in _ON_ROWS else t for name, t in layer.tensors.items()})
+    tensors = {name: t[rows] if name in _ON_ROWS else t for name, t in layer.tensors.items()}
+    return LayerState(layer.spec, tensors, layer.axis, layer.norm)

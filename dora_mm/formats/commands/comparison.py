@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dora_mm.core.functional import adapter_dtype
 from dora_mm.formats.algebra.exact import gain_of, new_rows
 from dora_mm.formats.algebra.rows import row_blocks, rows_of
 from dora_mm.formats.state import LayerState
@@ -52,14 +53,17 @@ class Comparison(NamedTuple):
         return relative + _ROUNDING * self.norm / (self.size or 1)
 
 
-def compared(loads: Sequence[ToolLoad], W0: Tensor, layer: LayerState, strength: float = 1.0) -> Comparison:
+def compared(
+    loads: Sequence[ToolLoad], W0: Tensor, layer: LayerState, strength: float = 1.0, change: Tensor | None = None
+) -> Comparison:
     """Computes what tools make of a module. What they have in common is computed once.
 
     Args:
         loads: What each of them loads.
-        W0: The base weight in fp32.
+        W0: The base weight, in any dtype: it is compared in fp32, or float64 for float64.
         layer: The adapter that is meant.
         strength: The strength of it that is meant.
+        change: What gets W(t) - W0, in the shape of W0 and any dtype, before the tools read it.
     """
     steps = [_steps(load) for load in loads]
     by_rows = [layer.axis == "out" and _is_by_rows(load, len(W0)) for load in loads]
@@ -68,7 +72,7 @@ def compared(loads: Sequence[ToolLoad], W0: Tensor, layer: LayerState, strength:
         chosen = [number for number, found in enumerate(by_rows) if found == split]
         if chosen or (not loads and split):
             some = [(steps[number], loads[number].strength) for number in chosen]
-            size, norm, found = _in_blocks(some, blocks, W0, layer, strength)
+            size, norm, found = _in_blocks(some, blocks, W0, layer, strength, change)
             for number, error in zip(chosen, found, strict=True):
                 errors[number] = error
     return Comparison(size, norm, errors)
@@ -122,20 +126,28 @@ def _in_blocks(
     W0: Tensor,
     layer: LayerState,
     strength: float,
+    change: Tensor | None,
 ) -> tuple[float, float, list[float]]:
     """||W' - W0||, ||W0|| and the errors of what is done at a strength."""
+    keys = [(tuple(step.key for step in steps), t) for steps, t in loads]
     sizes: list[tuple[float, float]] = []
-    errors: list[list[float]] = [[] for _ in loads]
+    errors: dict[Hashable, list[float]] = {key: [] for key in keys}
+    unlike = dict(zip(keys, loads, strict=True))
     own = None
     if "lora_A" in layer.tensors and (layer.spec.scaling, layer.norm, strength) == (1, "updated", 1):
-        own = _step(added, {"A": layer.tensors["lora_A"], "B": layer.tensors["lora_B"]})
+        step = _step(added, {"A": layer.tensors["lora_A"], "B": layer.tensors["lora_B"]})
+        own = step if any(step.update == other.update for steps, _ in loads for other in steps) else None
     for rows in blocks:
-        block = _Block(rows, W0[rows], layer if rows == _WHOLE else rows_of(layer, rows), strength, own)
-        sizes.append(block.sizes())
-        for (steps, t), found in zip(loads, errors, strict=True):
-            found.append(block.error(steps, t))
+        base = W0[rows].to(adapter_dtype(W0.dtype))
+        block = _Block(rows, base, layer if rows == _WHOLE else rows_of(layer, rows), strength, own)
+        D = block.change()
+        if change is not None:
+            change[rows] = D
+        sizes.append((_norm(D), _norm(block.W0)))
+        for key, (steps, t) in unlike.items():
+            errors[key].append(block.error(steps, t))
     size, norm = (math.hypot(*found) for found in zip(*sizes, strict=True))
-    return size, norm, [math.hypot(*found) for found in errors]
+    return size, norm, [math.hypot(*errors[key]) for key in keys]
 
 
 class _Block:
@@ -146,7 +158,7 @@ class _Block:
         W0: Those of the base weight.
         layer: Those of the adapter that is meant.
         strength: Its strength.
-        own: Its low rank, where W' is a gain times W0 + B A.
+        own: Its low rank, where W' is a gain times W0 + B A, and tools read it, too.
     """
 
     def __init__(self, rows: slice, W0: Tensor, layer: LayerState, strength: float, own: _Step | None):
@@ -160,9 +172,9 @@ class _Block:
             update = self._update(own, W0)
             self._W = update.scaled(gain_of(layer, update.V)) if "magnitude" in layer.tensors else update.V
 
-    def sizes(self) -> tuple[float, float]:
-        """||W' - W0|| and ||W0||."""
-        return _norm(self._W - self.W0), _norm(self.W0)
+    def change(self) -> Tensor:
+        """W(t) - W0."""
+        return self._W - self.W0
 
     def error(self, steps: Sequence[_Step], strength: float) -> float:
         """||W_tool(t) - W(t)||: infinite where the tool raises an error, NaN where its result is not finite."""

@@ -116,7 +116,7 @@ def convert(
     words = layers.file.tokens if exports[0].tokens == "beside" else ()
     files = _new_files(Path(target_path), exports, words)
     with _filled(files[0].parent) as folder:
-        check = _check(exports[0], layers, to, allow_lossy=allow_lossy)
+        check = _check(exports[0], layers, to, writer.dtype, allow_lossy=allow_lossy)
         writer.write([folder / file.name for file in files[: len(exports)]], check)
     usage = exports[0].usage([file.name for file in files[: len(exports)]], writer.axes)
     return Conversion(tuple(files), len(layers.names()), check.result(), weights is not None, usage, left_out)
@@ -187,10 +187,10 @@ def _needs_fit(layers: LayerReader, export: Export) -> bool:
     )
 
 
-def _check(export: Export, layers: LayerReader, to: str, *, allow_lossy: bool) -> ExportCheck:
+def _check(export: Export, layers: LayerReader, to: str, dtype: torch.dtype, *, allow_lossy: bool) -> ExportCheck:
     advice = "use --to merged" if to == "diff" else "use --to merged or --to diff, or --allow-lossy"
     strict = not allow_lossy and to != "lora"
-    return ExportCheck(export.read_by, len(layers.names()), strict=strict, advice=advice)
+    return ExportCheck(export, len(layers.names()), dtype, strict=strict, advice=advice)
 
 
 def _new_files(target: Path, exports: tuple[Export, ...], words: Iterable[str]) -> list[Path]:
@@ -248,15 +248,17 @@ class _MergedWeights(Mapping[Name, Tensor]):
             old = W0[rows].float()
             W = exact.new_rows(part, old, self._strength)
             rounded[rows] = W
-            norms.append((float((rounded[rows].float() - W).norm()), float((W - old).norm())))
+            off, update = rounded[rows].float().sub_(W), torch.sub(W, old, out=old)
+            norms.append((float(off.norm()), float(update.norm())))
         off, size = zip(*norms, strict=True)
         self._norms[name] = math.hypot(*off), math.hypot(*size)
         return rounded.T if transposed else rounded
 
     def errors(self) -> ToolErrors:
         """What rounding the merged weights to the dtype of the base has changed."""
-        off, size = zip(*self._norms.values(), strict=True)
-        layers = {str(name): e / n if n else e for name, (e, n) in self._norms.items()}
+        norms = {name: self._norms[name] for name in self}
+        off, size = zip(*norms.values(), strict=True)
+        layers = {str(name): e / n if n else e for name, (e, n) in norms.items()}
         dtypes = sorted({str(self._weights.dtype(name)).removeprefix("torch.") for name in self._norms})
         title = f"rounding to {' and '.join(dtypes)}"
         return ToolErrors(title, layers, math.hypot(*off) / (math.hypot(*size) or 1.0), {})
@@ -315,18 +317,18 @@ class _Writer:
                 tensors, spec = self.tensors(module, group, check)
             yield module, group.names, spec, tensors
         with located(str(source)):
-            check.check_rounding(self.dtype)
+            check.check_rounding()
 
     def tensors(self, module: str, group: ModuleGroup, check: ExportCheck) -> tuple[list[dict[str, Tensor]], DoRASpec]:
         """The tensors of a module in each of the files, by the end of their keys, and its settings."""
         if any(self.layers.transposed(name) for name in group.names):
             raise ValueError("its base stores the weight transposed, as embeddings do: only --to merged can hold it")
-        original, W0 = self.layers.fused(group)
+        original, W0 = self.layers.fused(group, as_stored=self.exports[0].difference)
         layer = self.prepared(original, W0)
         self.axes |= {layer.axis} if "magnitude" in layer.tensors else set()
-        unrounded = [export.tensors(module, layer, W0) for export in self.exports]
+        tensors = [export.tensors(module, layer, W0) for export in self.exports]
         header = self.exports[0].header(Contents(dict.fromkeys(group.names, layer.spec), {}))
-        return check.check(module, unrounded, header, W0, (original, self.strength), self.dtype), layer.spec
+        return check.check(module, tensors, header, W0, (original, self.strength)), layer.spec
 
     def room(self) -> int:
         """More than the header can need: at most four tensors of a module, and the settings."""
@@ -336,6 +338,8 @@ class _Writer:
     def prepared(self, layer: LayerState, W0: Tensor) -> LayerState:
         """The adapter in the form that `Export.write` takes."""
         export, lossy = self.exports[0], self.lossy
+        if export.difference:
+            return LayerState(DoRASpec(method="full"), {"diff": torch.empty(W0.shape, dtype=self.dtype)})
         if self.to == "lora":
             assert lossy is not None
             D = exact.difference(layer, W0, self.strength)

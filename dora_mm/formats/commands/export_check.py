@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dora_mm.formats.algebra.exact import difference
 from dora_mm.formats.commands.comparison import ToolLoad, compared
 from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import TOOLS
-from dora_mm.formats.tools.tool import Header, Tool
+from dora_mm.formats.tools.tool import Export, Header, Tool
 
 DTYPES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}  # the error of most modules that rounding explains
 ROUNDING = 0.05  # the error over all modules that is accepted of half precision
@@ -39,17 +40,19 @@ class ToolErrors:
 
 
 class ExportCheck:
-    """Applies tools to the tensors that are written for them.
+    """Applies the tools that read a form of file to the tensors that are written in it.
 
     Args:
-        tools: Their keys in `TOOLS`.
+        export: The form.
         num_modules: How many modules there will be.
+        dtype: The dtype of the file.
         strict: Whether a tool that computes something else at strength 1 is an error.
         advice: What a person can do then.
     """
 
-    def __init__(self, tools: Sequence[str], num_modules: int, *, strict: bool, advice: str):
-        self.tools = {name: TOOLS[name] for name in tools}
+    def __init__(self, export: Export, num_modules: int, dtype: torch.dtype, *, strict: bool, advice: str):
+        self.tools = {name: TOOLS[name] for name in export.read_by}
+        self.difference, self.dtype = export.difference, dtype
         self.errors: dict[str, dict[str, float]] = defaultdict(dict)
         self.squares: dict[tuple[str, float], list[tuple[float, float]]] = defaultdict(list)
         self.strict, self.advice = strict, advice
@@ -63,17 +66,16 @@ class ExportCheck:
         header: Header,
         W0: Tensor,
         meant: tuple[LayerState, float],
-        dtype: torch.dtype,
     ) -> list[dict[str, Tensor]]:
         """Checks one module.
 
         Args:
             module: Its name in the file.
-            unrounded: For each file that the tools load one after the other, the tensors by the end of their keys.
+            unrounded: For each file that the tools load one after the other, the tensors by the end of their keys; a
+                difference has no values yet.
             header: The header that a file of this module alone would have.
-            W0: The base weight in fp32.
+            W0: The base weight.
             meant: The adapter that is meant, and its strength.
-            dtype: The dtype of the file.
 
         Returns:
             The tensors in the dtype of the file.
@@ -81,18 +83,22 @@ class ExportCheck:
         Raises:
             ValueError: A tool computes something else, and `strict` is set; or a value is not finite in the dtype.
         """
-        written = [rounded(tensors, dtype) for tensors in unrounded]
+        written = [_rounded(tensors, self.dtype) for tensors in unrounded]
+        change = next(iter(written[0].values())) if self.difference else None
         loads = [
             ToolLoad(name, [tool.loaded(module, tensors, header) for tensors in written if tensors], t)
             for name, tool in self.tools.items()
             for t in (1.0, *(tool.strengths if self.count % self.every == 0 else ()))
         ]
-        found = compared(loads, W0, *meant)
-        bound = found.bound(DTYPES[_name(dtype)])
+        found = compared(loads, W0, *meant, change)
+        _check_finite(written, self.dtype)
+        bound = found.bound(DTYPES[_name(self.dtype)])
         for load, error in zip(loads, found.errors, strict=True):
             if load.strength == 1:
                 self.errors[load.tool][module] = found.relative(error)
                 if self.strict and not found.relative(error) <= bound:
+                    if self.difference:
+                        unrounded = [dict.fromkeys(written[0], difference(meant[0], W0, meant[1]))]
                     exact = [TOOLS[load.tool].loaded(module, tensors, header) for tensors in unrounded if tensors]
                     self._refuse(load._replace(files=exact), W0, meant)
             self.squares[load.tool, load.strength].append((error, found.size))
@@ -106,7 +112,7 @@ class ExportCheck:
         if not formula <= found.bound():
             raise ValueError(f"{refusal(TOOLS[exact.tool], formula)}: nothing was written; {self.advice}")
 
-    def check_rounding(self, dtype: torch.dtype) -> None:
+    def check_rounding(self) -> None:
         """Checks what rounding does to the whole file: that of a module may be large where its update is small.
 
         Raises:
@@ -114,9 +120,9 @@ class ExportCheck:
         """
         worst = max((errors.overall for errors in self.result()), default=0.0)
         changes = any(size for _, size in next(iter(self.squares.values()), []))  # else the error is an absolute one
-        if self.strict and changes and dtype != torch.float32 and not worst <= ROUNDING:
+        if self.strict and changes and self.dtype != torch.float32 and not worst <= ROUNDING:
             raise ValueError(
-                f"{_name(dtype)} puts it off by {worst:.1%} of the update: use --dtype float32, or --allow-lossy"
+                f"{_name(self.dtype)} puts it off by {worst:.1%} of the update: use --dtype float32, or --allow-lossy"
             )
 
     def result(self) -> tuple[ToolErrors, ...]:
@@ -142,16 +148,15 @@ def refusal(tool: Tool, error: float) -> str:
     return f"{tool.title} {tool.differs}, and would be off by {error:.1%} of the update"
 
 
-def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a module in the dtype of a file; alpha stays as it is.
+def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a module in the dtype of a file; alpha stays as it is."""
+    return {ending: tensor if ending == "alpha" else tensor.to(dtype) for ending, tensor in tensors.items()}
 
-    Raises:
-        ValueError: A value is not finite in it.
-    """
-    found = {ending: tensor if ending == "alpha" else tensor.to(dtype) for ending, tensor in tensors.items()}
-    if name := first_not_finite(found.items()):
-        raise ValueError(f"its {name} would have values that are NaN or infinite in {dtype}")
-    return found
+
+def _check_finite(files: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> None:
+    for tensors in files:
+        if name := first_not_finite(tensors.items()):
+            raise ValueError(f"its {name} would have values that are NaN or infinite in {dtype}")
 
 
 def _name(dtype: torch.dtype) -> str:

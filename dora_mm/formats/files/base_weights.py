@@ -12,8 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dora_mm.formats.files.checks import DTYPES, is_finite
+from dora_mm.formats.files.header import TensorEntry
 from dora_mm.formats.files.places import STEMS, NoWeightsError, Place, in_file, in_folder
-from dora_mm.formats.files.tensor_file import FORMAT_KEY, PICKLES, TensorFile, copy_around, overwrite
+from dora_mm.formats.files.tensor_file import FORMAT_KEY, PICKLES, TensorFile, copy_around
 from dora_mm.formats.naming.names import Name, resolve
 from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.folders import written_at_once
@@ -174,7 +175,8 @@ def write_merged(base: BaseWeights, target: Path, update: Mapping[Name, Tensor])
         base: The model.
         target: A file where `base` is a file, else a folder, which must not exist.
         update: The new weights by name, in the shape of W0; each is rounded to the dtype of the file. `update[name]` is
-            called once per weight, so a mapping that computes them on demand holds one in memory.
+            called once per weight, in the order of the file, so a mapping that computes them on demand holds one in
+            memory, or those of one fused tensor.
 
     Raises:
         ValueError: `target` exists or is of the wrong kind, or a weight is unknown, not finite, has another shape, or
@@ -221,15 +223,28 @@ def _is_weight(path: Path) -> bool:
 
 def _copy(source: Path, target: Path, changes: list[tuple[Name, Place]], update: Mapping[Name, Tensor]) -> None:
     """A copy of a file with other weights; each byte is written once."""
-    copy_around(source, target, [piece for _, place in changes for piece in place.pieces])
-    for name, place in tqdm(changes, "merging", unit="module", delay=2, disable=None):
-        weight = update[name]
-        if tuple(weight.shape) != place.shape:
-            raise ValueError(f"the new weight of {name} has shape {tuple(weight.shape)} instead of {place.shape}")
-        weight = weight.detach().cpu().to(place.entry.dtype)
-        if not is_finite(weight):
-            raise ValueError(f"the new weight of {name} is not finite in {place.entry.dtype}")
-        weight = weight.T if place.transposed else weight
-        parts = [weight] if place.ranges is None else weight.split([piece.shape[0] for piece in place.pieces])
-        for piece, part in zip(place.pieces, parts, strict=True):
-            overwrite(target, piece, part)
+    order = [(piece, name, place) for name, place in changes for piece in place.pieces]
+    copy_around(source, target, _in_order(sorted(order, key=lambda one: (one[0].offset, one[0].num_bytes)), update))
+
+
+def _in_order(
+    order: list[tuple[TensorEntry, Name, Place]], update: Mapping[Name, Tensor]
+) -> Iterator[tuple[TensorEntry, Tensor]]:
+    """The new values in the order of a file; the rows of a weight may lie between those of others."""
+    waiting: dict[TensorEntry, Tensor] = {}
+    for piece, name, place in tqdm(order, "merging", unit="module", delay=2, disable=None):
+        if piece not in waiting:
+            waiting |= _pieces(name, place, update[name])
+        yield piece, waiting.pop(piece)
+
+
+def _pieces(name: Name, place: Place, weight: Tensor) -> dict[TensorEntry, Tensor]:
+    """The parts of a new weight as they are in the file."""
+    if tuple(weight.shape) != place.shape:
+        raise ValueError(f"the new weight of {name} has shape {tuple(weight.shape)} instead of {place.shape}")
+    weight = weight.detach().cpu().to(place.entry.dtype)
+    if not is_finite(weight):
+        raise ValueError(f"the new weight of {name} is not finite in {place.entry.dtype}")
+    weight = weight.T if place.transposed else weight
+    parts = [weight] if place.ranges is None else weight.split([piece.shape[0] for piece in place.pieces])
+    return dict(zip(place.pieces, parts, strict=True))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.algebra.exact import difference, gain, norms
+from dora_mm.formats.algebra.exact import gain, norms
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import formulas, products
 from dora_mm.formats.tools.parts import (
@@ -30,7 +30,6 @@ from dora_mm.formats.tools.parts import (
     OLD_KOHYA_NAMES,
     OLD_PARTS,
     Parts,
-    as_difference,
     kohya_tensors,
     neutral,
 )
@@ -94,10 +93,6 @@ def write_low_rank(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     return kohya_tensors(LayerState(replace(layer.spec, method="lora"), tensors))
 
 
-def write_diff(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
-    return as_difference(difference(layer, W0))
-
-
 def usage_of_pair(files: Sequence[str], axes: Collection[str]) -> str:
     first, second = files
     return (
@@ -138,11 +133,12 @@ EXPORT_15458 = Export(
     header=lambda contents: {TARGET_KEY: "comfy-15458"},
 )
 EXPORT_DIFF = Export(
-    write_diff,
+    kohya_tensors,
     beside=True,
     spelling="kohya",
     read_by=("comfy-2025", "comfy-15458", "a1111", "sdnext", "invokeai", "lycoris"),
     needs_base=True,
+    difference=True,
     dtype="float16",
 )
 PAIR = tuple(

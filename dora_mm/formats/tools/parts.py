@@ -183,19 +183,15 @@ def shape(t: Tensor) -> tuple[int, ...]:
     return tuple(t.shape)
 
 
-def as_difference(diff: Tensor) -> dict[str, Tensor]:
-    """The difference of a weight; that of a norm has a key of its own."""
-    return {"w_norm" if diff.dim() == 1 else "diff": diff}
-
-
 def kohya_tensors(layer: LayerState, W0: Tensor | None = None) -> dict[str, Tensor]:
     """The tensors of a module as kohya's scripts name them, in fp32; the magnitude is (O, 1, ...) or (1, I, ...).
 
-    W0 is not needed: it is there so that this is an `Export.write`.
+    A difference stays in its dtype, and that of a norm has a key of its own. W0 is not needed: it is there so that this
+    is an `Export.write`.
     """
     tensors = {name: tensor.detach() for name, tensor in layer.tensors.items()}
     if "diff" in tensors:
-        return as_difference(tensors["diff"])
+        return {"w_norm" if tensors["diff"].dim() == 1 else "diff": tensors["diff"]}
     A, B = tensors["lora_A"].float(), tensors["lora_B"].float()
     ones = (1,) * (A.dim() - 2)
     found = {"lora_down.weight": A, "lora_up.weight": B.view(*B.shape, *ones)}

@@ -161,6 +161,7 @@ class Export:
         read_by: The tools whose formula must give W' from what is written.
         needs_base: Whether `write` needs W0 (else only its shape, if at all).
         prepare: Adds to the neutral form what the `write` of several files need.
+        difference: Whether it is W' - W0, as large as W0: the check of what is written computes it, block by block.
         header: The entries that the header must have. One that is named like a file is written beside the weights.
         file_name: The name of the file in a folder; empty for the folder's own name.
         dtype: The usual dtype of the tensors.
@@ -186,6 +187,7 @@ class Export:
     read_by: tuple[str, ...] = ()
     needs_base: bool = False
     prepare: Callable[[LayerState, Tensor], LayerState] = lambda layer, W0: layer
+    difference: bool = False
     header: Callable[[Contents], dict[str, str]] = lambda contents: {}
     file_name: str = ""
     dtype: str = "float32"

@@ -6,13 +6,14 @@ from lycoris.wrapper import LycorisNetwork, create_lycoris
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from dora_mm import load_adapter, merge
+from dora_mm import DoRASpec, load_adapter, merge
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.algebra.exact import fitted, new_weight
 from dora_mm.formats.commands.convert import convert
 from dora_mm.formats.commands.inspection import inspect_file
 from dora_mm.formats.commands.verify import RIGHT, verify
 from dora_mm.formats.naming.spellings import Names
+from dora_mm.formats.state import LayerState
 from tests.formats import toy
 
 BASE = {name: W0 for name, W0 in toy.base().items() if name.component == "unet"}
@@ -128,3 +129,11 @@ def test_a_large_weight(tmp_path):
     ).files
     one, two, three, four = tensors.values()
     torch.testing.assert_close(next(iter(load_file(file).values())), (one @ two) * (three @ four))
+
+
+def test_a_base_in_half_precision_is_computed_in_fp32():
+    """Merging gives W0 as the file stores it: what the factors make of it must not be rounded in between."""
+    W0 = toy.wave((16, 12), 3).half()
+    layer = LayerState(DoRASpec(method="full"), {"diff": toy.wave((16, 12), 4).float(), "magnitude": torch.ones(16)})
+    torch.testing.assert_close(fitted(layer, W0).tensors["diff"], fitted(layer, W0.float()).tensors["diff"])
+    assert fitted(layer, W0).tensors["diff"].dtype == torch.float32
