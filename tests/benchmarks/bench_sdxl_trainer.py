@@ -4,8 +4,8 @@
 
 SCRIPT is `train_dreambooth_lora_sdxl_advanced.py` of a checkout of diffusers, which no package has. Both train the
 embedded model on the same 20 pictures with one caption, with the same rank, batch, rate and optimizer in fp32. Each
-training is a process of its own with one thread, in turn; a step is the processor time from one step of the optimizer to the next,
-without the first ones.
+training is a process of its own with one thread, in turn; a step is the processor time from one step of the optimizer
+to the next, without the first ones.
 """
 
 import argparse
