@@ -257,7 +257,7 @@ def test_kept_latents_are_not_read_before_they_are_needed(tiny, image_folder, tm
 
 @pytest.mark.slow
 def test_thousands_of_pictures_take_a_bounded_memory(tiny, tmp_path):
-    """What a start keeps of a picture: its name, size, digest and place in the order, and neither pixels nor latents."""
+    """A start keeps the name, size, digest and place in the order of a picture, and neither pixels nor latents."""
     settings = {"latent_cache": str(tmp_path / "latents"), "instance_prompt": "a thing"}
     peaks = []
     for count in (200, 2000):

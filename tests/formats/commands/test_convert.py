@@ -136,6 +136,16 @@ def test_an_input_axis(tmp_path):
     assert 0.01 < high < low < 0.5
 
 
+def test_the_change_of_weights_at_a_strength_that_leaves_nothing_of_the_base(tmp_path):
+    """Half the gain at strength 2: no form of DoRA has a row of 0 times the base, and a difference has."""
+    state = toy.layer(toy.UNET[0])
+    V = BASE[toy.UNET[0]] + 0.5 * state.tensors["lora_B"] @ state.tensors["lora_A"]
+    states = {toy.UNET[0]: replace(state, tensors={**state.tensors, "magnitude": V.norm(dim=1) / 2})}
+    source = toy.write_source(tmp_path / "source.safetensors", states)
+    (file,) = convert(source, tmp_path / "d.safetensors", to="diff", base=BASE, strength=2.0, dtype="float32").files
+    check_weights(file, states, strength=2.0)
+
+
 def test_low_rank_by_rank_and_by_energy(source, tmp_path):
     errors = {}
     for rank in (2, 4, 8):
