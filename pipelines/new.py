@@ -10,7 +10,6 @@ from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.models import STARTS
 from dora_mm.config.report import nearest
 from dora_mm.config.vl import TrainVLConfig
-from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.images.folder import CaptionedImage, read_captioned_images
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.models.opening import local_copy
@@ -89,7 +88,7 @@ def main(
         style(draft, start)
     else:
         assert isinstance(start, TrainVLConfig)
-        questions(draft)
+        questions(draft, start)
 
 
 def starting_recipe(family: str, model: str | None) -> str:
@@ -204,7 +203,7 @@ def steps_for(num_images: int, steps: int) -> int:
 # --- questions -------------------------------------------------------------------------------------------------------
 
 
-def questions(draft: Draft) -> None:
+def questions(draft: Draft, start: TrainVLConfig) -> None:
     """Writes the config of a training on conversations."""
     from dora_mm.data.vl.readers.chat import file_items, find_shape, read_chat  # needs pyarrow
 
@@ -212,7 +211,9 @@ def questions(draft: Draft) -> None:
         raise ValueError("--data is missing: the file of your questions and answers, such as my.json")
     path = resolve_path(draft.data, "--data")
     shape, num_rows = find_shape(path).name, sum(1 for _ in file_items(path))
-    rows = read_chat(SourceConfig(format="chat", file=draft.data), BadRows("skip"))
+    source = start.data.all_tasks[0].train
+    assert source is not None
+    rows = read_chat(source.model_copy(update={"file": draft.data}), BadRows("skip"))
     has_images = any(row.images for row in rows)
     folder = folder_of_images(draft) if has_images else MISSING
     changes: Changes = {("data", "train", "file"): draft.data, ("data", "train", "images"): folder}

@@ -66,7 +66,7 @@ def test_the_block_is_that_of_llama():
     [
         pytest.param("block", ["step", "forward", "peak"], {"frozen", "dense B@A"}, marks=pytest.mark.slow),
         ("layers", ["step", "forward", "peak"], {"frozen", "dense B@A", "dense W'"}),
-        ("llama", ["step", "peak"], set()),
+        pytest.param("llama", ["step", "peak"], set(), marks=pytest.mark.slow),
         pytest.param("unet", ["step", "peak"], set(), marks=pytest.mark.slow),
         pytest.param("z_image", ["step", "peak"], set(), marks=pytest.mark.slow),
     ],

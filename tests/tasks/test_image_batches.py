@@ -1,10 +1,12 @@
 """Batches: every image with its own caption and sizes, as a function of the batch number."""
 
 import json
+import tracemalloc
 from collections import Counter
 
 import pytest
 import torch
+from PIL import Image
 
 from dora_mm.config.images import DataConfig, LossConfig
 from dora_mm.config.models import SDXLConfig
@@ -251,3 +253,28 @@ def test_kept_latents_are_not_read_before_they_are_needed(tiny, image_folder, tm
     second = batches(tiny, image_folder, **settings)
     monkeypatch.setattr(type(second.cache), "get", None)
     second.encode_all(4)
+
+
+@pytest.mark.slow
+def test_thousands_of_pictures_take_a_bounded_memory(tiny, tmp_path):
+    """A start keeps the name, size, digest and place in the order of a picture, and neither pixels nor latents."""
+    settings = {"latent_cache": str(tmp_path / "latents"), "instance_prompt": "a thing"}
+    peaks = []
+    for count in (200, 2000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for index in range(count):
+            if index < 10:
+                Image.new("RGB", (64, 64), (20 * index, 0, 0)).save(folder / f"{index}.png")
+            else:
+                (folder / f"{index}.png").hardlink_to(folder / f"{index % 10}.png")
+        batches(tiny, folder, **settings).encode_all()  # imports, and what is computed once
+        tracemalloc.start()
+        all_batches = batches(tiny, folder, **settings)
+        all_batches.encode_all()
+        all_batches(0)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(all_batches.images) == count
+        assert not all_batches.cache.memory
+    assert (peaks[1] - peaks[0]) / 1800 < 4000

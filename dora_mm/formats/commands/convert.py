@@ -248,8 +248,8 @@ class _MergedWeights(Mapping[Name, Tensor]):
             old = W0[rows].float()
             W = exact.new_rows(part, old, self._strength)
             rounded[rows] = W
-            off, update = rounded[rows].float().sub_(W), torch.sub(W, old, out=old)
-            norms.append((float(off.norm()), float(update.norm())))
+            off = float(rounded[rows].float().sub_(W).norm())  # one at a time: a cache holds few
+            norms.append((off, float(torch.sub(W, old, out=old).norm())))
         off, size = zip(*norms, strict=True)
         self._norms[name] = math.hypot(*off), math.hypot(*size)
         return rounded.T if transposed else rounded

@@ -14,7 +14,7 @@ METHODS = {  # by the end of a key
     "delora_lambda": "DeLoRA",
     "hra_u": "HRA",
     "bottleneck.down.weight": "series or parallel adapters, which dora-mm train, eval and ask read",
-    "prompt_embeddings": "a learned prefix or prompt of PEFT (dora-mm train, eval and ask read prefixes)",
+    "prompt_embeddings": "a learned prefix or prompt of PEFT, of which dora-mm train, eval and ask read prefixes",
     "lora_mid_A.weight": "a Tucker decomposition of another tool",
 }
 _ENDINGS = tuple(METHODS)

@@ -37,7 +37,7 @@ LLAMA_3_8B: dict[str, Any] = {
 LLAMA_TINY = LLAMA_3_8B | {
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 96,

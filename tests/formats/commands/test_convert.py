@@ -136,6 +136,17 @@ def test_an_input_axis(tmp_path):
     assert 0.01 < high < low < 0.5
 
 
+def test_the_change_of_weights_at_a_strength_that_leaves_nothing_of_the_base(tmp_path):
+    """Half of it at strength 2: no form of DoRA has a row of 0 times the base, and a difference has."""
+    state = toy.layer(toy.UNET[0])
+    state.tensors["lora_B"][0] = 0
+    state.tensors["magnitude"][0] = torch.linalg.vector_norm(BASE[toy.UNET[0]], dim=1)[0] / 2
+    states = {toy.UNET[0]: state}
+    source = toy.write_source(tmp_path / "source.safetensors", states)
+    (file,) = convert(source, tmp_path / "d.safetensors", to="diff", base=BASE, strength=2.0, dtype="float32").files
+    check_weights(file, states, strength=2.0)
+
+
 def test_low_rank_by_rank_and_by_energy(source, tmp_path):
     errors = {}
     for rank in (2, 4, 8):

@@ -1,20 +1,25 @@
 """SDXL in one file: loaded without a network, and what it predicts."""
 
 import json
+import shutil
 
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dora_mm import cli
 from dora_mm.config.loader import load_config
 from dora_mm.config.models import ModelConfig
+from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.models.architectures import networks_of
 from dora_mm.models.image_families import about_prediction, load_image_model
 from dora_mm.models.sdxl import checkpoint
 from dora_mm.models.sdxl.family import SDXL
 from tests.conftest import SIZES
 from tests.formats.files.single_files import write_single_file
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @pytest.fixture
@@ -169,3 +174,51 @@ def test_a_trained_adapter_is_drawn_with_what_it_was_trained_on(single, image_fo
     job = ["sample", "--set", f"adapter.path={tmp_path / 'run'}", "prompts=[a TOK icon]", "steps=2"]
     assert cli.main([*job, f"output={tmp_path / 'drawn'}"]) == 0
     assert (tmp_path / "drawn/samples").is_dir()
+
+
+def small(configs, folder):
+    """SDXL with every layer of the published one, and a few channels in each, as a folder of its networks."""
+    narrow = {
+        "unet": {
+            "block_out_channels": [8, 16, 32],
+            "attention_head_dim": [1, 2, 4],
+            "cross_attention_dim": 24,
+            "norm_num_groups": 4,
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 16,
+        },
+        "vae": {"block_out_channels": [4, 8, 16, 16], "norm_num_groups": 2},
+        "text_encoder": {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "projection_dim": 8},
+        "text_encoder_2": {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "projection_dim": 16},
+    }
+    shutil.copytree(configs, folder)
+    for name, settings in narrow.items():
+        file = folder / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    for name, network in networks_of(str(folder)).items():
+        built = network.build().to_empty(device="cpu")
+        for parameter in built.parameters():
+            parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+        built.save_pretrained(folder / name)
+    return folder
+
+
+def test_each_tensor_of_the_published_layout_finds_its_place(tmp_path, monkeypatch):
+    """All 2,515 names of sd_xl_base_1.0.safetensors, of which one is of numbers that transformers no longer keeps."""
+    folder = small(checkpoint.CONFIGS, tmp_path / "model")
+    monkeypatch.setattr(SDXL, "single_file_configs", folder)
+    file = write_single_file(folder, tmp_path / "xl.safetensors", ["v_pred", "ztsnr"])
+    tensors = load_file(file)
+    positions = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
+    save_file({**tensors, positions: torch.arange(77)[None]}, file)
+    assert len(load_file(file)) == 2515 + 2
+    model = loaded(str(file))
+    assert model.noise.prediction == "v_prediction"
+    for name, network in model.networks.items():
+        stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
+        expected, found = load_file(folder / name / f"{stem}.safetensors"), network.state_dict()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items()), name
+    weights, base = BaseWeights.open(folder), BaseWeights.open(file)
+    assert all(torch.equal(weights[name], base[name]) for name in base)
+    adapted = {name for name in base if name.component == "unet" and name.path.endswith(ATTENTION)}
+    assert len(adapted) == 560

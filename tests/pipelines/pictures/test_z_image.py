@@ -17,6 +17,7 @@ from dora_mm import DoRASpec
 from dora_mm.cli import main
 from dora_mm.config.images import DataConfig
 from dora_mm.config.models import ModelConfig
+from dora_mm.core.wrappers.float8 import Float8Linear
 from dora_mm.data.images.folder import read_training_images
 from dora_mm.data.images.pixels import load_rgb, render
 from dora_mm.models import image_families
@@ -313,3 +314,17 @@ def test_sampling_without_guidance_needs_no_negative_prompt(model, plain):
     settings = {"num_inference_steps": 2, "guidance_scale": 0.0, "height": 64, "width": 64}
     theirs = plain(PROMPT, generator=torch.Generator().manual_seed(1), **settings).images[0]
     assert difference(ours, theirs) <= 2
+
+
+def test_weights_in_8_bits_are_trained_over_and_drawn_with(config, folder, tmp_path):
+    """All linear layers of the transformer's parts, and no other: those of embedders and of the output stay."""
+    model = load_image_model(ModelConfig(path=str(folder), quantization="float8"))
+    stored = {path for path, module in model.transformer.named_modules() if isinstance(module, Float8Linear)}
+    assert {"layers.0.attention.to_q", "layers.0.feed_forward.w1", "noise_refiner.0.attention.to_out.0"} <= stored
+    assert not any("embedder" in path or "final" in path for path in stored)
+    path = config(model={"path": str(folder), "quantization": "float8"})
+    assert main(["train", path]) == 0
+    trained = load_file(tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors")
+    assert any(key.endswith("lora_B.weight") and tensor.any() for key, tensor in trained.items())
+    job = ["sample", "--set", f"adapter.path={tmp_path / 'run'}", f"prompts=[{PROMPT}]", "steps=2"]
+    assert main([*job, f"output={tmp_path / 'drawn'}"]) == 0
