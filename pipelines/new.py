@@ -11,7 +11,6 @@ from dora_mm.config.models import STARTS
 from dora_mm.config.report import nearest
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.images.folder import CaptionedImage, read_captioned_images
-from dora_mm.data.vl.rows import BadRows
 from dora_mm.models.opening import local_copy
 from dora_mm.preview.captions import PLACEHOLDER, example_prompts, shared_word
 from dora_mm.preview.images import describe_captions, describe_length, describe_pictures, repeats_of
@@ -205,7 +204,8 @@ def steps_for(num_images: int, steps: int) -> int:
 
 def questions(draft: Draft, start: TrainVLConfig) -> None:
     """Writes the config of a training on conversations."""
-    from dora_mm.data.vl.readers.chat import file_items, find_shape, read_chat  # needs pyarrow
+    from dora_mm.data.vl.readers.chat import file_items, find_shape, read_chat  # these need the extra vl
+    from dora_mm.data.vl.rows import BadRows
 
     if draft.data is None:
         raise ValueError("--data is missing: the file of your questions and answers, such as my.json")
