@@ -11,6 +11,7 @@ from dora_mm.config.models import STARTS
 from dora_mm.config.report import nearest
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.images.folder import CaptionedImage, read_captioned_images
+from dora_mm.data.vl.rows import BadRows
 from dora_mm.models.opening import local_copy
 from dora_mm.preview.captions import PLACEHOLDER, example_prompts, shared_word
 from dora_mm.preview.images import describe_captions, describe_length, describe_pictures, repeats_of
@@ -32,14 +33,14 @@ class Draft(NamedTuple):
     Attributes:
         file: The new config.
         recipe: The packaged config to start from.
-        images: The folder of images.
+        images: The folder of images; None: it is not given.
         data: The file of questions; None: there are captions.
         model: The model; None: the recipe's.
     """
 
     file: Path
     recipe: str
-    images: str
+    images: str | None
     data: str | None
     model: str | None
 
@@ -62,7 +63,7 @@ def main(
     Args:
         family: A key of `STARTS`.
         name: The name of the new config, with or without .yaml.
-        images: The folder of images.
+        images: The folder of images; None: all rows of `data` are texts.
         data: The file of questions, of vision-language models.
         model: The model: a folder, a file or a hub name; None: the recipe's.
 
@@ -71,9 +72,8 @@ def main(
     """
     if family not in STARTS:
         raise ValueError(f"there is no family {family!r}{nearest(family, STARTS)}: choose from {', '.join(STARTS)}")
-    if images is None:
-        raise ValueError("--images is missing: the folder of your pictures")
-    resolve_path(images, "--images")
+    if images is not None:
+        resolve_path(images, "--images")
     if model is not None:
         resolve_model(model, "--model")
     file = Path(f"{name.removesuffix('.yaml')}.yaml").expanduser()
@@ -88,7 +88,7 @@ def main(
         style(draft, start)
     else:
         assert isinstance(start, TrainVLConfig)
-        questions(draft)
+        questions(draft, start)
 
 
 def starting_recipe(family: str, model: str | None) -> str:
@@ -101,6 +101,13 @@ def starting_recipe(family: str, model: str | None) -> str:
     if model is not None and 0 in recipes and is_small(model):
         return recipes[0]
     return fitting({size: recipe for size, recipe in recipes.items() if size}, largest_card())
+
+
+def folder_of_images(draft: Draft) -> str:
+    """The folder of images, which has to be given."""
+    if draft.images is None:
+        raise ValueError("--images is missing: the folder of your pictures")
+    return draft.images
 
 
 def is_small(model: str) -> bool:
@@ -117,7 +124,7 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
     """Writes the config of a style, and its prompts."""
     if draft.data is not None:
         raise ValueError("--data belongs to questions: captions lie beside the images, or in metadata.jsonl")
-    images = read_captioned_images(draft.images, instance_prompt=PLACEHOLDER, key="--images")
+    images = read_captioned_images(folder_of_images(draft), instance_prompt=PLACEHOLDER, key="--images")
     captions = [image.caption for image in images if image.source != UNCAPTIONED]
     word = shared_word(captions) if captions else PLACEHOLDER
     instance = f"a picture in the style of {word}" if word else "a picture"
@@ -150,7 +157,7 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
 def style_changes(draft: Draft, start: TrainDiffusionConfig, num_images: int, prompts: Sequence[str]) -> Changes:
     """What is written over the recipe, but for the captions."""
     steps = steps_for(num_images, start.train.steps)
-    changes: Changes = {("data", "folder"): draft.images, ("train", "steps"): steps}
+    changes: Changes = {("data", "folder"): folder_of_images(draft), ("train", "steps"): steps}
     changes[("train", "checkpoint_every")] = steps // 4
     changes |= {("tokens",): MISSING, ("train", "stop_tokens_after"): MISSING}  # the word may be one of the model's own
     if start.sample.prompts:
@@ -196,32 +203,39 @@ def steps_for(num_images: int, steps: int) -> int:
 # --- questions -------------------------------------------------------------------------------------------------------
 
 
-def questions(draft: Draft) -> None:
+def questions(draft: Draft, start: TrainVLConfig) -> None:
     """Writes the config of a training on conversations."""
-    from dora_mm.data.vl.readers.chat import file_items, find_shape  # needs pyarrow
+    from dora_mm.data.vl.readers.chat import file_items, find_shape, read_chat  # needs pyarrow
 
     if draft.data is None:
         raise ValueError("--data is missing: the file of your questions and answers, such as my.json")
     path = resolve_path(draft.data, "--data")
     shape, num_rows = find_shape(path).name, sum(1 for _ in file_items(path))
-    changes: Changes = {("data", "train", "file"): draft.data, ("data", "train", "images"): draft.images}
+    source = start.data.all_tasks[0].train
+    assert source is not None
+    rows = read_chat(source.model_copy(update={"file": draft.data}), BadRows("skip"))
+    has_images = any(row.images for row in rows)
+    folder = folder_of_images(draft) if has_images else MISSING
+    changes: Changes = {("data", "train", "file"): draft.data, ("data", "train", "images"): folder}
     changes[("train", "epochs")] = 1 if num_rows >= FEW_ROWS else 3
     if draft.model is not None:
         changes[("model", "path")] = draft.model
     if largest_card() is None:  # many processors emulate half precision
         changes |= {("model", "dtype"): "float32", ("train", "mixed_precision"): "no"}
     about = (
-        f"{num_rows} rows of {draft.data} about the images in {draft.images}.\n"
+        f"{num_rows} rows of {draft.data}{f' about the images in {draft.images}' if has_images else ''}.\n"
         f"It started from {draft.recipe}, whose head says what memory it takes.\n"
         "--dry-run checks every row and shows some as the model sees them. Every key is explained in docs/vlm.md."
     )
     config: Any = write_config(draft, changes, about)
-    print(f"questions {num_rows} rows of {draft.data}, {shape}; images in {draft.images}\n\nwritten   {draft.file}")
+    where = f"images in {draft.images}" if has_images else "no row has an image"
+    print(f"questions {num_rows} rows of {draft.data}, {shape}; {where}\n\nwritten   {draft.file}")
+    asked = ["IMAGE", "QUESTION"] if has_images else ["QUESTION"]
     print_next(
         config,
         {
             "--dry-run first: every row is checked": ["train", draft.file],
-            "without and with the adapter": ["ask", config.model.path, "IMAGE", "QUESTION", "--adapter", draft.run],
+            "without and with the adapter": ["ask", config.model.path, *asked, "--adapter", draft.run],
             "for transformers and vLLM": ["merge", config.model.path, draft.run, "merged"],
         },
     )

@@ -28,7 +28,7 @@ from dora_mm.eval.vl.scores import VLScores
 from dora_mm.models.families import Structure, load_family, load_if_here, pinned, structure_of
 from dora_mm.models.folders import settings_identity
 from dora_mm.models.opening import UnreachableError
-from dora_mm.models.vl import VLModel
+from dora_mm.models.vl import VLModel, check_in_step
 from dora_mm.preview.lengths import row_lines
 from dora_mm.preview.parts import about_derived, parts_table
 from dora_mm.preview.questions import DataPreview, batch_of, present_splits, preview_data
@@ -54,10 +54,10 @@ from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, check_device, with_steps
 from dora_mm.train.prefetch import Prefetcher
-from dora_mm.train.processes import answering, check_can_shard, join_processes, main_process_first, takes_part
+from dora_mm.train.processes import answering, check_can_shard, join_processes, main_process_first, summed, takes_part
 from dora_mm.train.run import training_run, training_summary, write_summary
 from dora_mm.train.schedule import Schedule
-from dora_mm.train.validation import LOSS, SplitScores, Validation, main_values, task_qualities
+from dora_mm.train.validation import LOSS, SplitScores, Validation, log_scores, main_values, task_qualities
 from dora_mm.train.weights import EMA, WeightAverage, result_of
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
@@ -128,19 +128,9 @@ def load(config: TrainVLConfig, accelerator: Accelerator) -> VLModel:
     tower = bool(config.adapter.vision_parts)
     model = load_family(config.model, config.vision, seed=config.seed, trained_tower=tower, device=device)
     model.check(task.task for task in config.data.all_tasks)
-    if config.train.shard and (why := model.why_not_in_step):
-        raise ValueError(f"train.shard: {why}, and the processes have to gather a block at the same time: leave it out")
+    if config.train.shard:
+        check_in_step(model)
     return model
-
-
-def check_in_step(model: VLModel, *sets: Mapping[str, TrainingSet | ValidationSet]) -> None:
-    """Checks that processes that divide the model keep step with the rows of all tasks.
-
-    Raises:
-        ValueError: They do not.
-    """
-    for name, found in (item for each in sets for item in each.items()):
-        model.check_in_step(name, found.table, found.images)
 
 
 def prepare(config: TrainVLConfig, model: VLModel, accelerator: Accelerator) -> TrainedNetworks:
@@ -233,7 +223,8 @@ def train(
             is_over=validate.is_over,
         )
     details = {"peak_memory_mb": round(peak_memory_mb())}  # of the training, without the last validation
-    details |= counted_rows(model, accelerator)
+    counts = summed([model.counts.num_cut, model.counts.num_left_out], accelerator)  # not learned as they are
+    details |= dict(zip(("rows_cut", "rows_left_out"), counts, strict=True))
     if joins:
         write(run.adapter)
         if average:
@@ -242,13 +233,6 @@ def train(
     details["validation_rows_left_out"] = num_answered(splits, config.evaluate.limit) - scoring.num_rows
     if main_process:
         finish(config, run, model, trained, validate, scoring.scores, details)
-
-
-def counted_rows(model: VLModel, accelerator: Accelerator) -> dict[str, int]:
-    """The rows of all processes that were not learned as they are."""
-    numbers = torch.tensor([model.counts.num_cut, model.counts.num_left_out], device=accelerator.device)
-    counts: Any = accelerator.reduce(numbers, "sum")
-    return dict(zip(("rows_cut", "rows_left_out"), counts.tolist(), strict=True))
 
 
 def batches_of(
@@ -290,12 +274,6 @@ def build(
         "schedule": schedule,
         "loss": model.loss,
     }
-
-
-def log_scores(step: int, values: Mapping[str, float]) -> None:
-    shown = {name: f"{value:.2f}" for name, value in values.items() if "/" not in name}
-    shown |= {name: f"{value:.4f}" for name, value in values.items() if name.endswith(f"/{LOSS}")}
-    log.info("step %d: %s", step, ", ".join(f"{name} {value}" for name, value in shown.items()))
 
 
 def finish(

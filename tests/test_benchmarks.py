@@ -1,5 +1,7 @@
 """The benchmark measures correctly, its contenders compute DoRA, and the README shows the committed results."""
 
+import csv
+import io
 import json
 import re
 from pathlib import Path
@@ -10,7 +12,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from tests.benchmarks import bench_host, bench_peers, results_table, timing
+from tests.benchmarks import bench_host, bench_peers, results_table, timing, wordnet_scores
 from tests.benchmarks.contenders import CONTENDERS, DENSE, contending_layers, set_layers, target_paths, trained
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,3 +195,30 @@ def test_contenders_take_turns_on_the_same_weights():
         assert net[0] is own["0"]
         torch.testing.assert_close(net(x), expected)
         assert all(any(w is p for p in net.parameters()) for w in weights)
+
+
+def test_scores_of_wordnet_questions(tmp_path, capsys):
+    """Of each task one group of rows is answered right and one wrong; the second run answers all right."""
+    tasks, right = [], {}
+    for task, count in wordnet_scores.ROWS.items():
+        options = {"boolq": "true/false", "hellaswag": "ending1/ending2", "arc_easy": "answer1/answer2"}[task]
+        row = {"instruction": f"Which: one?\n\nAnswer format: {options}", "output": f"it is {options.split('/')[0]}"}
+        file = tmp_path / f"{task}.json"
+        file.write_text(json.dumps([row] * 2 * count))
+        tasks.append({"task": task, "valid": {"format": "commonsense", "file": str(file)}})
+        right[task] = [True] * count + [False] * count
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {"pipeline": "eval_vl", "model": {"path": "some"}, "data": {"tasks": tasks}}
+        (folder / "config.yaml").write_text(json.dumps(config))
+        for task, values in right.items():
+            first = {"boolq": "true", "hellaswag": "ending1", "arc_easy": "answer1"}[task]
+            lines = [{"id": "1", "answer": first if value or name == "second" else "none"} for value in values]
+            (folder / f"predictions_{task}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    wordnet_scores.main([f"bare={tmp_path / 'first'}", f"tuned={tmp_path / 'second'}"])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    found = {(row["run"], row["task"]): (row["rows"], row["mean"]) for row in rows}
+    assert found["bare", "boolq"] == found["tuned - bare", "arc_easy"] == ("8", "50.00")
+    assert found["tuned", "mean"] == ("20", "100.00")
+    assert all(float(row["low"]) <= float(row["mean"]) <= float(row["high"]) for row in rows)

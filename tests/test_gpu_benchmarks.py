@@ -5,16 +5,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from dora_mm.train.campaigns import subprocesses
 from tests.benchmarks import gpu
 from tests.benchmarks.bench_products import OURS, VENDOR, threshold
-from tests.benchmarks.gpu import block, run, trial
+from tests.benchmarks.gpu import block, grid, run, trial
 from tests.benchmarks.gpu.run import Run, compared
+from tests.test_documented_commands import in_this_process
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="triton has been imported without its interpreter")
@@ -30,9 +33,9 @@ def interpreted(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-def dry(entry: str, folder: Path) -> tuple[int, list[dict[str, str]]]:
+def dry(entry: str, folder: Path, *options: str) -> tuple[int, list[dict[str, str]]]:
     """The exit code of the dry run of an entry in this process, and its rows."""
-    code = gpu.main([entry, "--dry", "--output", str(folder)])
+    code = gpu.main([entry, "--dry", "--output", str(folder), *options])
     path = folder / f"{entry}.csv"
     return code, rows_of(path) if path.exists() else []
 
@@ -63,6 +66,7 @@ def test_the_block_is_that_of_llama():
     [
         pytest.param("block", ["step", "forward", "peak"], {"frozen", "dense B@A"}, marks=pytest.mark.slow),
         ("layers", ["step", "forward", "peak"], {"frozen", "dense B@A", "dense W'"}),
+        pytest.param("llama", ["step", "peak"], set(), marks=pytest.mark.slow),
         pytest.param("unet", ["step", "peak"], set(), marks=pytest.mark.slow),
         pytest.param("z_image", ["step", "peak"], set(), marks=pytest.mark.slow),
     ],
@@ -91,6 +95,25 @@ def test_a_dry_run_of_regional_compilation(tmp_path):
     code, rows = dry("regional", tmp_path)
     assert code == 0
     assert [row["contender"] for row in rows] == ["our DoRA", "our DoRA, compiled"]
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_the_grid(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    started = SimpleNamespace(Popen=in_this_process, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(subprocesses, "subprocess", started)  # else each training imports torch for some seconds
+    code, rows = dry("grid", tmp_path, "--seconds", "900")
+    assert code == 0
+    assert {(row["method"], row["rank"], row["setting"]) for row in rows} == {("lora", "1", ""), ("dora", "1", "")}
+    assert [row["seed"] for row in rows].count("0") == 6
+    assert {row["seed"] for row in rows} == {"0", "1"}
+
+
+@pytest.mark.parametrize(("code", "sentence"), [(143, "left out: the other trainings"), (2, "failed: dora-mm compare")])
+def test_a_grid_that_does_not_finish(code, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(grid.cli, "main", lambda arguments: code)
+    assert dry("grid", tmp_path)[0] == int(code != 143)
+    assert sentence in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -159,13 +182,13 @@ def test_a_run_that_is_stopped_leaves_what_it_has_measured_and_no_process(tmp_pa
 
 
 PACKAGES = ("triton", "peft", "pytest", "diffusers", "transformers", "numpy", "pydantic", "PIL", "hypothesis", "xdist")
-ALL_BUT_ONE = tuple(entry.name for entry in gpu.ENTRIES[:-1])
+ALL_BUT_ONE = tuple(entry.name for entry in gpu.ENTRIES[:-1] if entry.name != "grid")  # whose trainings take minutes
 
 
 @pytest.mark.parametrize(
     ("packages", "entries"),
     [
-        (PACKAGES, ("trial", "block", "products", "profile", "tests", "unet", "z_image")),
+        (PACKAGES, ("trial", "block", "products", "profile", "llama", "tests", "unet", "grid", "z_image")),
         *(pytest.param((package,), ALL_BUT_ONE, marks=pytest.mark.slow) for package in PACKAGES[:4]),
     ],
     ids=" ".join,
@@ -174,6 +197,7 @@ def test_without_packages(packages, entries, tmp_path):
     code = f"""
 import sys
 sys.modules |= dict.fromkeys({packages})
+from dora_mm.train.campaigns import subprocesses
 from tests.benchmarks import gpu
 print("codes", [gpu.main([entry, "--dry", "--output", {str(tmp_path)!r}]) for entry in {entries}])
 """

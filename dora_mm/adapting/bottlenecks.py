@@ -1,9 +1,10 @@
 """Bottlenecks, the baselines `series` and `parallel` of the paper's Table 1: y + U tanh(D x) with small D and U.
 
 A series adapter stands behind each MLP and reads its output (Houlsby et al., arXiv 1902.00751), a parallel one beside
-each layer that the MLP begins with and reads its input (He et al., arXiv 2110.04366), as in LLM-Adapters (arXiv
-2304.01933). They are no change of a weight, so no other program reads them and nothing merges them. U is 0 at first, so
-a fresh one changes no bit.
+each of its last two layers (`up_proj` and `down_proj` of Llama) and reads the input of that (He et al., arXiv
+2110.04366), without biases or a scale and in float32, as LLM-Adapters (arXiv 2304.01933) has them. They are no change
+of a weight, so no other program reads them and nothing merges them. U is 0 at first, so that a fresh one changes no
+bit; LLM-Adapters draws both D and U with a standard deviation of 0.02.
 """
 
 from __future__ import annotations
@@ -108,23 +109,20 @@ def places(network: nn.Module, targets: TargetMap, method: str) -> dict[str, tup
         layers: list[Any] = [network.get_submodule(path) for path in paths]
         if mlp in blocks or not all(isinstance(layer, nn.Linear) for layer in layers):
             raise ValueError(f"adapter.method {method}: {paths[0]} is not a linear layer of an MLP of its own")
-        *first, last = layers
         if method == "series":
-            found[mlp] = (last.out_features, last.out_features, last.weight.device)
+            found[mlp] = (layers[-1].out_features, layers[-1].out_features, layers[-1].weight.device)
         else:
-            sizes = [(layer.in_features, layer.out_features, layer.weight.device) for layer in first]
-            found |= dict(zip(paths[:-1], sizes, strict=True))
+            sizes = [(layer.in_features, layer.out_features, layer.weight.device) for layer in layers[-2:]]
+            found |= dict(zip(paths[-2:], sizes, strict=True))
     return found
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def save(
-    parameters: Mapping[str, nn.Parameter], method: str, size: int, about: Mapping[str, str], folder: Path
-) -> None:
-    """Writes bottlenecks to a folder, by the names of their parameters."""
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
+def save(network: nn.Module, method: str, size: int, about: Mapping[str, str], folder: Path) -> None:
+    """Writes the bottlenecks of a model to a folder, by the names of their parameters."""
+    tensors = {name: parameter for name, parameter in network.named_parameters() if f".{NAME}." in name}
     save_tensors(folder / FILE_NAME, tensors, {**about, KEY: method, SIZE_KEY: str(size)})
 
 

@@ -14,10 +14,8 @@ from yaml import YAMLError
 import dora_mm
 from dora_mm import backend as backends
 from dora_mm import formats
-from dora_mm.adapting import bottlenecks
-from dora_mm.adapting.networks import TrainedNetworks, to_float32
+from dora_mm.adapting.networks import BESIDE, TrainedNetworks, to_float32
 from dora_mm.adapting.parts import MODEL
-from dora_mm.config.adapter import BOTTLENECKS
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.loader import dump_config, resolve_model
 from dora_mm.config.vl import TrainVLConfig
@@ -48,9 +46,8 @@ def save_trained(trained: TrainedNetworks, config: TrainVLConfig, model: VLModel
     """
     about = {"base_model": config.model.path, "seed": str(config.seed), "config": dump_config(config)}
     about |= {**model.identity, "pipeline_tag": model.pipeline_tag}
-    if config.adapter.method in BOTTLENECKS:
-        parameters = {name.removeprefix(f"{MODEL}."): p for name, p in trained.parameters.items()}
-        bottlenecks.save(parameters, config.adapter.method, config.adapter.rank, about, folder)
+    if beside := BESIDE.get(config.adapter.method):
+        beside.save(trained.networks[MODEL], config.adapter.method, config.adapter.rank, about, folder)
         return
     if config.model.revision:
         about["base_revision"] = config.model.revision
@@ -156,12 +153,18 @@ def seed_of(folder: Path) -> int:
 
 
 def header_of(path: Path) -> dict[str, str]:
-    """The header of an adapter's file, of bottlenecks too.
+    """The header of an adapter's file, also of one that changes no weight.
 
     Raises:
         ValueError: There is no adapter.
     """
-    return bottlenecks.header_in(path) or dict(formats.read(path)[1])
+    return _beside_weights(path)[1] or dict(formats.read(path)[1])
+
+
+def _beside_weights(path: Path) -> tuple[Any, dict[str, str]]:
+    """What loads the adapter at a path that changes no weight, and its header; (None, {}): it is another adapter."""
+    found = ((kind, kind.header_in(path)) for kind in dict.fromkeys(BESIDE.values()))
+    return next(((kind, header) for kind, header in found if header is not None), (None, {}))
 
 
 def saved_config(path: Path) -> TrainVLConfig | None:
@@ -191,9 +194,10 @@ def load_trained(model: VLModel, path: Path, *, backend: str) -> None:
         ValueError: The adapter belongs to another model, or adapts a network that this one does not have.
     """
     folder = formats.adapter_folder(path)
-    if header := bottlenecks.header_in(path):
+    beside, header = _beside_weights(path)
+    if beside:
         check_identity(folder, header, model.identity)
-        bottlenecks.load(model.networks[MODEL], model.target_maps[MODEL], path)
+        beside.load(model.networks[MODEL], model.target_maps[MODEL], path)
         return
     files = files_in(folder)
     check_identity(folder, formats.read(files[MODEL])[1], model.identity)

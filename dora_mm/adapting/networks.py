@@ -12,13 +12,15 @@ from torch import nn
 
 import dora_mm
 from dora_mm import backend as backends
-from dora_mm.adapting import bottlenecks
+from dora_mm.adapting import bottlenecks, prefixes
 from dora_mm.adapting.parts import PartModules, Selection, select_modules
-from dora_mm.config.adapter import BOTTLENECKS, AdapterConfig, PartConfig, VLAdapterConfig
+from dora_mm.config.adapter import AdapterConfig, PartConfig, VLAdapterConfig
 from dora_mm.core import DoRASpec, InjectReport, TargetMap, adapted_layers
 from dora_mm.core.inject import inject_paths
 from dora_mm.core.targets import matches
 from dora_mm.core.wrappers.quantized import is_quantized
+
+BESIDE = {"series": bottlenecks, "parallel": bottlenecks, "prefix": prefixes}  # by the method, which changes no weight
 
 
 @dataclass
@@ -100,8 +102,8 @@ def adapt(
         ValueError: The model has no such part; or a part cannot be adapted like this.
     """
     main = next(iter(target_maps))
-    if config.method in BOTTLENECKS:
-        added = bottlenecks.attach(networks[main], target_maps[main], config.method, config.rank, seed)
+    if beside := BESIDE.get(config.method):
+        added = beside.attach(networks[main], target_maps[main], config.method, config.rank, seed)
         return TrainedNetworks({main: networks[main]}, parameters={f"{main}.{name}": p for name, p in added.items()})
     selection = select_modules(config, networks, target_maps)
     found = TrainedNetworks({name: networks[name] for name in target_maps if name == main or name in selection})

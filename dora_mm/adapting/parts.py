@@ -15,7 +15,7 @@ from torch import nn
 
 from dora_mm.config.adapter import (
     ALL_LINEAR,
-    BOTTLENECKS,
+    BESIDE_WEIGHTS,
     EACH_TEXT_ENCODER,
     FROZEN,
     TEXT_ENCODERS,
@@ -75,7 +75,7 @@ def select_modules(
     Raises:
         ValueError: The model has no such part or module, or two patterns take the same one.
     """
-    if config.method in BOTTLENECKS:
+    if config.method in BESIDE_WEIGHTS:
         return {}
     main, targets = next(iter(target_maps.items()))
     names = config.all_parts([full_name(main, part) for part in targets.select().parts])

@@ -20,7 +20,7 @@ IMAGE_PARTS = (  # of all target maps of image models, with the network in front
     *("transformer.attn", "transformer.ff", "transformer.mod"),  # mod: shifts, scales and gates from the time
     *("text_encoder.attn", "text_encoder.ff", "text_encoder_2.attn", "text_encoder_2.ff"),
 )
-BOTTLENECKS = ("series", "parallel")  # methods that change no weight: dora_mm/adapting/bottlenecks.py
+BESIDE_WEIGHTS = ("series", "parallel", "prefix")  # methods that change no weight: a module of dora_mm/adapting each
 VL_PARTS = (  # of all target maps of vision-language models
     *("text.attn", "text.mlp", "vision.attn", "vision.mlp", "connector", "cross"),
     *("text.qv", "text.ko", "cross.qv", "cross.ko"),  # of vl_bart, instead of text.attn and cross
@@ -135,8 +135,9 @@ class VLAdapterConfig(AdapterConfig):
     known_parts: ClassVar[tuple[str, ...]] = VL_PARTS
     full_trains_biases: ClassVar[bool] = True
 
-    # series, parallel: bottlenecks of `rank` features behind the MLPs, or beside the layers that these begin with
-    method: Literal["dora", "lora", "magnitude", "full", "series", "parallel"] = "dora"  # type: ignore[assignment]
+    # series, parallel: bottlenecks of `rank` features behind the MLPs, or beside their last two layers; prefix: `rank`
+    # virtual tokens in front of all rows, by PEFT
+    method: Literal["dora", "lora", "magnitude", "full", "series", "parallel", "prefix"] = "dora"  # type: ignore[assignment]
     # Trained in addition: biases, norms, embeddings, visual_embedding (vl_bart), or patterns of parameter names
     extra_trainable: Items[Text] = ()
 
@@ -180,7 +181,7 @@ def check_adapter(adapter: AdapterConfig, optimizer: OptimizerConfig) -> list[st
         problems.append(f"adapter.dropout has no effect: {where} has no A and B")
     if not magnitudes and adapter.norm_grad != "detached":
         problems.append(f"adapter.norm_grad has no effect: {where} has no magnitudes")
-    if adapter.method in BOTTLENECKS:
+    if adapter.method in BESIDE_WEIGHTS:
         unused = {
             "parts": adapter.parts,
             "alpha": adapter.alpha != adapter.rank,

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from dora_mm.config.adapter import BOTTLENECKS, VLAdapterConfig, check_adapter
+from dora_mm.config.adapter import BESIDE_WEIGHTS, VLAdapterConfig, check_adapter
 from dora_mm.config.models import VisionConfig, VLModelConfig
 from dora_mm.config.schema import (
     AdapterPath,
@@ -86,8 +86,8 @@ class TrainVLConfig(PipelineConfig):
         problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype, self.ema)
         problems += check_adapter(self.adapter, self.optimizer)
         problems += check_sharding(self.train, self.adapter.cache, self.model.quantization)
-        if self.train.shard and self.adapter.method in BOTTLENECKS:
-            problems.append(f"train.shard is not for adapter.method {self.adapter.method}")
+        if self.adapter.method in BESIDE_WEIGHTS:
+            problems += _check_beside_weights(self.adapter.method, self.train)
         if self.train.gradients_at and self.model.quantization:
             problems.append("train.gradients_at is not for model.quantization, whose layers have no whole weights")
         if self.train.shard and self.data.on_bad_data == "skip":
@@ -135,6 +135,17 @@ class ExtractFeaturesConfig(PipelineConfig):
     batch_size: PositiveInt = 32  # images per batch
     dtype: Literal["float32", "float16"] = "float16"  # dtype of the saved features
     on_bad_data: Literal["stop", "skip"] = "stop"  # skip: bad images are left out, counted and listed
+
+
+def _check_beside_weights(method: str, train: EpochTrainConfig) -> list[str]:
+    """Finds settings that a method which changes no weight does not go with; one message per problem.
+
+    Gradient checkpointing drops the cache that a prefix is in, and compiled blocks were not tried with one.
+    """
+    unfit = {"shard": train.shard}
+    if method == "prefix":
+        unfit |= {"gradient_checkpointing": train.gradient_checkpointing, "compile": train.compile}
+    return [f"train.{key} is not for adapter.method {method}" for key, is_on in unfit.items() if is_on]
 
 
 def check_decoding(decode: DecodeConfig, data: VLDataConfig, section: str = "decode") -> list[str]:

@@ -241,7 +241,7 @@ def adapted_product(
         for adapter, found in zip(adapters, rows or (), strict=True):
             own += adapter.A, adapter.B, adapter.magnitude
             settings.append(adapter.of_pass(found))
-        call = Call(options, dtype, settings, options.save_output and steps.keeps_output())
+        call = Call(options, dtype, settings, options.save_output and steps.keeps_output(x))
         if merged is not None:
             return MergedForm.apply(call, x, dropped, weight, bias, *own, *merged)
         return UnmergedForm.apply(call, x, dropped, weight, bias, *own, operand, steps)

@@ -120,8 +120,10 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def can_read(t: Tensor) -> bool:
-    """Whether the program may branch on the values of a tensor: a compiled graph cannot, and `meta` has none."""
-    return not torch.compiler.is_compiling() and not t.is_meta
+    """Whether the program may branch on the values of a tensor: a recorded graph cannot, and `meta` has none."""
+    if torch.compiler.is_compiling() or t.is_meta:
+        return False
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------

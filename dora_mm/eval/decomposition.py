@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dora_mm.eval.statistics import Interval, jackknife
 
-_BLOCK = 1 << 22  # entries that are in float64 at a time
+_BLOCK = 1 << 18  # entries that are in float64 at a time: larger blocks get new pages from the system each time
 
 
 def weight_change(W: Tensor, W0: Tensor) -> tuple[float, float]:

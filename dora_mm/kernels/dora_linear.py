@@ -30,7 +30,7 @@ class TritonSteps(Steps):
 
     only_unmerged = True
 
-    def keeps_output(self):
+    def keeps_output(self, x):
         return True  # `output_grad` branches on the GPU
 
     def prepare(self, weight, adapters, cache, dtype):

@@ -16,6 +16,7 @@ from dora_mm.core import TargetMap
 from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.row_view import RowView
 from dora_mm.data.vl.rows import OnBadData
+from dora_mm.data.vl.splits import TrainingSet, ValidationSet
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.utils.losses import LossSum
 
@@ -249,3 +250,15 @@ def likeliest_answer(example: Example) -> str:
     """The answer that is drawn most often; "" if all scores are 0."""
     best = max(example.scores, default=0.0)
     return example.answers[example.scores.index(best)] if best else ""
+
+
+def check_in_step(model: VLModel, *sets: Mapping[str, TrainingSet | ValidationSet]) -> None:
+    """Checks that processes that divide a model keep step, with the rows of all tasks as well.
+
+    Raises:
+        ValueError: They do not.
+    """
+    if why := model.why_not_in_step:
+        raise ValueError(f"train.shard: {why}, and the processes have to gather a block at the same time: leave it out")
+    for name, found in (item for each in sets for item in each.items()):
+        model.check_in_step(name, found.table, found.images)

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from dora_mm.adapting.bottlenecks import NAME as NAME_OF_BOTTLENECKS
 from dora_mm.adapting.initial import FROM_FILE
 from dora_mm.adapting.networks import TrainedNetworks, extra_names, parameters_by_name
 from dora_mm.adapting.parts import full_name, select_modules
-from dora_mm.config.adapter import BOTTLENECKS, AdapterConfig, PartConfig
+from dora_mm.config.adapter import BESIDE_WEIGHTS, AdapterConfig, PartConfig
 from dora_mm.config.training import OptimizerConfig
 from dora_mm.core import TargetMap
 from dora_mm.core.targets import match_modules, parts_in
@@ -57,10 +56,11 @@ def parts_table(
             names = _trained_in(trained, component, of_file, whole=False)
             about = ("as in the file", "", "", _rate(optimizer.lr))
             rows.append((full_name(component, FROM_FILE), leaves(of_file), *about, *_counts(of_file, names)))
-    if adapter.method in BOTTLENECKS:
-        hosts = [name.partition(f".{NAME_OF_BOTTLENECKS}.")[0] for name in trained.parameters if ".down." in name]
+    if adapter.method in BESIDE_WEIGHTS:
+        added = dict.fromkeys(name.rsplit(".", 2)[0] for name in trained.parameters)  # without down.weight, for example
+        hosts, _, names = zip(*(path.rpartition(".") for path in added), strict=True)
         about = (adapter.method, f"{adapter.rank}", "", _rate(optimizer.lr))
-        rows.append(("bottlenecks", leaves(hosts), *about, *_counts(hosts, trained.parameters)))
+        rows.append((names[0], leaves(hosts), *about, *_counts(added, trained.parameters)))
     for name, parameters in _extra_groups(trained, extra_names(adapter), counted).items():
         rows.append((f"extra: {name}", "", "full", "", "", _rate(optimizer.lr), *_counts(parameters, parameters)))
     rows.append(("all", "", "", "", "", "", "", f"{trained.num_trained:,}"))

@@ -114,6 +114,12 @@ def takes_part(accelerator: Accelerator, train: TrainConfig) -> bool:
     return accelerator.is_main_process or train.shard
 
 
+def summed(numbers: list[int], accelerator: Accelerator) -> list[int]:
+    """The sums of numbers over all processes."""
+    found: Any = accelerator.reduce(torch.tensor(numbers, device=accelerator.device), "sum")
+    return found.tolist()
+
+
 @contextlib.contextmanager
 def answering(accelerator: Accelerator, train: TrainConfig, run: RunDirectory, request: str) -> Iterator[bool]:
     """As `run.answering`, in each process that takes part; the main one knows what is asked for."""

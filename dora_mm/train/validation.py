@@ -200,6 +200,13 @@ def task_qualities(loss_decides: Mapping[str, bool], row: Mapping[str, Any]) -> 
     return {**found, OVERALL: overall(found)} if found else {}
 
 
+def log_scores(step: int, values: Mapping[str, float]) -> None:
+    """Logs main metrics and losses of tasks, from the row of a validation."""
+    shown = {name: f"{value:.2f}" for name, value in values.items() if "/" not in name}
+    shown |= {name: f"{value:.4f}" for name, value in values.items() if name.endswith(f"/{LOSS}")}
+    log.info("step %d: %s", step, ", ".join(f"{name} {value}" for name, value in shown.items()))
+
+
 def held_out_loss(
     run: RunDirectory,
     config: ValidationConfig,

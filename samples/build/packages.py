@@ -33,11 +33,13 @@ SVG_PACKAGES = {  # style: npm package. OpenMoji is share-alike and stays out.
     "contrast": "@iconify-json/fluent-emoji-high-contrast@1.2.6",
 }
 PACKAGE_3D = "@lobehub/fluent-emoji-3d@1.1.0"
+WORDNET = Path("/usr/share/wordnet")  # of Debian's wordnet-base
 TOOLS = {  # tool: the command that installs it
     "npm": "apt install npm",
     "leocad": "apt install leocad libgl1-mesa-dri",
     "xvfb-run": "apt install xvfb xauth",
     "the LDraw parts": "apt install ldraw-parts-free",
+    "WordNet": "apt install wordnet-base",
     "resvg_py": "pip install 'dora_mm[samples]'",
 }
 
@@ -59,6 +61,8 @@ def check_tools(tools: Collection[str]) -> None:
 def has_tool(tool: str) -> bool:
     if tool == "the LDraw parts":
         return Path("/usr/share/ldraw/parts/3005.dat").exists() or "LEOCAD_LIB" in os.environ
+    if tool == "WordNet":
+        return WORDNET.is_dir()
     return shutil.which(tool) is not None or importlib.util.find_spec(tool) is not None
 
 

@@ -60,7 +60,7 @@ def tower_weights(name: str) -> Path:
 
 def vlm_classes() -> dict[str, str]:
     """The name of a tiny model (tests/models/vlm/tiny.py) for each model that a recipe for questions trains."""
-    found = {"build/tiny-vlm": "fast_vlm"}
+    found = {"build/tiny-vlm": "fast_vlm", "build/smollm2": "llama"}
     recipes = {f"configs/vlm/{recipe}.yaml": kind for recipe, kind in MODELS.items()}
     recipes |= {f"configs/llm/{recipe}.yaml": "llama" for recipe in SHARES}
     for recipe, kind in recipes.items():

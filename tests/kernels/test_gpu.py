@@ -1,6 +1,7 @@
 """What only a GPU can test: CUDA graphs, inductor, sizes beyond 32 bits, and models on the kernels."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -40,11 +41,28 @@ def assert_close(found, expected, tolerance):
         assert reference.relative_error(a, b.double()) < tolerance
 
 
-@pytest.mark.parametrize("norm_grad", ["detached", "exact"])
-def test_a_step_in_a_cuda_graph(norm_grad):
+def convolutions(dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.GELU(), nn.Conv2d(32, 24, 1, bias=False)).cuda().to(dtype)
+    net.requires_grad_(False)
+    dora_mm.inject(net, ["0", "2"], DoRASpec(rank=16))
+    for index in (0, 2):
+        reference.randomize(net[index])
+    return net
+
+
+def pictures(dtype=torch.bfloat16):
+    return [torch.randn(2, channels, 20, 20, device="cuda", dtype=dtype) for channels in (16, 24)]
+
+
+@pytest.mark.parametrize(
+    ("build", "draw"),
+    [(network, inputs), (functools.partial(network, norm_grad="exact"), inputs), (convolutions, pictures)],
+)
+def test_a_step_in_a_cuda_graph(build, draw):
     """Nothing in forward or backward waits for the GPU, and nothing is read back from it."""
-    net = network(norm_grad=norm_grad)
-    x, dY = inputs()
+    net = build()
+    x, dY = draw()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -54,7 +72,7 @@ def test_a_step_in_a_cuda_graph(norm_grad):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step(net, x, dY)
-    other_x, other_dY = inputs()
+    other_x, other_dY = draw()
     x.copy_(other_x)
     dY.copy_(other_dY)
     graph.replay()

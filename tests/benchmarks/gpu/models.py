@@ -1,4 +1,4 @@
-"""Whole training steps, AdamW included, of SDXL's UNet and of Z-Image's transformer: entries of `make gpu`.
+"""Whole training steps, AdamW included, of SDXL's UNet, Z-Image's transformer and LLaMA 3 8B: entries of `make gpu`.
 
 All contenders adapt the same modules on top of the same random weights. They take turns in one model.
 """
@@ -25,6 +25,24 @@ from tests.benchmarks.gpu.run import Run, compared, report, show
 from tests.benchmarks.timing import alternate, peak_bytes, seconds_of
 
 RANK = 16
+LLAMA_3_8B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "rope_theta": 5e5,
+}
+LLAMA_TINY = LLAMA_3_8B | {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+}
+LLAMA_BYTES, FEW_BLOCKS = 40e9, 8  # that the whole model takes, 35 GB by estimate; blocks on a smaller card
 ADAPTED = ("PEFT LoRA", "PEFT DoRA", "our LoRA", "our DoRA")
 # Z-Image's transformer, where it differs from the defaults of diffusers' class, which are those of the published model.
 Z_IMAGE_TINY: dict[str, Any] = {
@@ -72,6 +90,31 @@ def z_image_transformer(
         text, time = torch.randn(64, network.config.cap_feat_dim, dtype=dtype), torch.full((1,), 0.5)
     network.train().enable_gradient_checkpointing()
     return network, lambda: network([image], time, [text], return_dict=False)[0][0].float().square().mean()
+
+
+def run_llama(run: Run) -> None:
+    """Measures a step of LLaMA 3 8B on the rows and with the layers of configs/llm/llama3_8b.yaml, without dropout."""
+    size, rows, length = (LLAMA_TINY, 2, 8) if run.dry else (LLAMA_3_8B, 16, 256)
+    if not run.dry and torch.cuda.mem_get_info(run.device)[0] < LLAMA_BYTES:
+        run.leave_out(f"all but {FEW_BLOCKS} of its 32 blocks: fewer than {LLAMA_BYTES / 1e9:.0f} GB are free")
+        size = size | {"num_hidden_layers": FEW_BLOCKS}
+    name = f"LLaMA 3 8B, {size['num_hidden_layers']} blocks, {rows} rows of {length} tokens, checkpointing"
+    build = partial(random_llama, size=size, rows=rows, length=length)
+    adapted = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    bench_model(run, Model(name, build, adapted, rank=32, checkpointing=True))
+
+
+def random_llama(
+    device: torch.device, dtype: torch.dtype, *, size: dict[str, Any], rows: int, length: int
+) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+    """A Llama with random weights, which are made where they stay, and the loss of all tokens of some rows."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    with torch.device(device):
+        network: Any = AutoModelForCausalLM.from_config(LlamaConfig(**size), dtype=dtype).requires_grad_(False)
+        ids = torch.randint(size["vocab_size"], (rows, length))
+    network.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return network, lambda: network(input_ids=ids, labels=ids, use_cache=False).loss
 
 
 def run_regional(run: Run) -> None:

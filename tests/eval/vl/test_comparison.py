@@ -129,6 +129,8 @@ def test_tasks_on_the_same_images_vary_together():
 def test_intervals_stay_within_possible_scores():
     scores = random_scores(5, share=0.9)
     found = intervals({"vqa": scores, "caption": scores})
+    assert list(found) == ["vqa", "caption"]  # accuracies and CIDEr have no mean
+    assert list(intervals({"caption": scores, "tvc": scores})) == ["caption", "tvc", "mean"]
     assert found["vqa"].high <= 1.0 < found["caption"].high
     single = AnswerScores(scores.values_QS[:, :1], scores.groups)  # the bare model has a single run
     bare = intervals({"vqa": single})

@@ -108,6 +108,22 @@ def test_questions(here, capsys):
     assert other.model.path == "google/gemma-3-4b-it"
 
 
+def test_questions_without_images(here, capsys):
+    turns = [{"from": "human", "value": "What is red?"}, {"from": "gpt", "value": "A bus."}]
+    rows = [{"conversations": turns}] * 3
+    Path("texts.json").write_text(json.dumps(rows))
+    config = made("texts", "--data", "texts.json", family="vlm")
+    assert (config.data.train.file, config.data.train.images) == ("texts.json", None)
+    printed = capsys.readouterr().out
+    assert "no row has an image" in printed
+    assert "dora-mm ask HuggingFaceTB/SmolVLM-256M-Instruct QUESTION --adapter runs/texts/001" in printed
+    assert "images in" not in Path("texts.yaml").read_text().partition("pipeline:")[0]
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A bus."}]
+    Path("texts.json").write_text(json.dumps([*rows, {"image": "a.png", "conversations": turns}]))
+    assert main(["new", "vlm", "some", "--data", "texts.json"]) == 2
+    assert "--images is missing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -30,7 +30,9 @@ def qwen2() -> tuple[PreTrainedModel, Any]:
 
 def gpt2() -> tuple[PreTrainedModel, Any]:
     tokenizer = vocabularies.gpt2(bos_token="<|endoftext|>", eos_token="<|endoftext|>")
-    return GPT2LMHeadModel(GPT2Config(**text_config(tokenizer, "gpt2"))), tokenizer
+    sizes = text_config(tokenizer, "gpt2")
+    del sizes["num_key_value_heads"]  # which its class does not have
+    return GPT2LMHeadModel(GPT2Config(**sizes)), tokenizer
 
 
 LANGUAGE_MODELS = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2}
