@@ -245,7 +245,7 @@ def _list(folder: Path, key: str) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{key}: {folder} is not a folder")
     try:
-        return [folder / name for name in sorted(os.listdir(folder))]  # ten times as fast as sorting paths
+        return sorted(folder.iterdir(), key=lambda path: path.name)  # faster than comparing whole paths
     except OSError as error:
         raise ValueError(f"{key}: {folder} cannot be read: {error.strerror}") from None
 

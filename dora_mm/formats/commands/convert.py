@@ -245,10 +245,11 @@ class _MergedWeights(Mapping[Name, Tensor]):
         layer = exact.fitted(self._layers.layer(name), W0)
         rounded, norms = torch.empty(W0.shape, dtype=self._weights.dtype(name)), []
         for rows, part in in_rows(layer, W0):
-            old = W0[rows].float()
+            # Copies, also of fp32, since they are written over: the fewer temporaries, the more of them a cache holds
+            old = W0[rows].to(torch.float32, copy=True)
             W = exact.new_rows(part, old, self._strength)
             rounded[rows] = W
-            off = float(rounded[rows].float().sub_(W).norm())  # one at a time: a cache holds few
+            off = float(rounded[rows].to(torch.float32, copy=True).sub_(W).norm())
             norms.append((off, float(torch.sub(W, old, out=old).norm())))
         off, size = zip(*norms, strict=True)
         self._norms[name] = math.hypot(*off), math.hypot(*size)
