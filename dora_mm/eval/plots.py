@@ -14,6 +14,7 @@ from dora_mm.eval.decomposition import ChangePattern, WeightPoint
 from dora_mm.eval.statistics import Interval, bootstrap
 
 SIDE = 3.2  # inches of a panel
+CROWDED = 4  # curves; a legend of more stands beside the panel
 
 
 def plot_patterns(
@@ -96,7 +97,9 @@ def plot_curves(
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_title(f"rank {rank}" if rank else "", fontsize="medium")
         panel.set_xlabel("learning rate")
-        panel.legend(fontsize="small", frameon=False)
+        is_crowded = len(panel.get_legend_handles_labels()[0]) > CROWDED
+        beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if is_crowded else {}
+        panel.legend(fontsize="small", frameon=False, **beside)
     for panel in panels[::columns]:
         panel.set_ylabel(title, fontsize="small")
     for panel in panels[len(ranks) :]:
