@@ -11,6 +11,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,18 +94,23 @@ def read_captioned_images(
         raise ValueError(_no_images(root, deeper, key))
 
     images, uncaptioned = [], []
-    for path in tqdm(paths, desc="reading images", unit="image", delay=2, disable=None):
-        found = files.of_image(path)
-        caption, source, more = found or (instance_prompt or "", prompt_key, ())
-        if not caption:
-            uncaptioned.append(path)
-        try:
-            repeats = _repeats(root, path) if subfolders else 1
-            size = measure(path)
-            mask = _mask_digest(path, size, masks)
-            images.append(CaptionedImage(path, caption, size, file_digest(path), source, repeats, more=more, mask=mask))
-        except ValueError as error:
-            problems.append(str(error))
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes outside of Python's lock
+        contents = threads.map(partial(_content, masks=masks), paths)
+        bar = tqdm(contents, "reading images", len(paths), unit="image", delay=2, disable=None)
+        for path, content in zip(paths, bar, strict=True):
+            found = files.of_image(path)
+            caption, source, more = found or (instance_prompt or "", prompt_key, ())
+            if not caption:
+                uncaptioned.append(path)
+            try:
+                repeats = _repeats(root, path) if subfolders else 1
+            except ValueError as error:
+                content = error
+            if isinstance(content, ValueError):
+                problems.append(str(content))
+                continue
+            size, mask, digest = content
+            images.append(CaptionedImage(path, caption, size, digest, source, repeats, more=more, mask=mask))
     if uncaptioned:
         problems.append(f"{_counted(uncaptioned)} without a caption: caption them or set {prompt_key}")
     if orphans := sorted(ends - {mask_file(path) for path in paths}):
@@ -217,16 +224,6 @@ def resolution_of(image: CaptionedImage, data: DataConfig) -> int:
     return (data.folders[image.folder].resolution if data.folders else None) or data.resolution
 
 
-def measure(path: Path) -> Size:
-    """(h, w) of an image as returned by `load_rgb`; the image is fully decoded.
-
-    Raises:
-        ValueError: As in `load_rgb`.
-    """
-    image: Image.Image = load_rgb(path)
-    return image.height, image.width
-
-
 def contains_word(text: str, word: str) -> bool:
     """Whether the text contains the word as a separate word: "a TOK icon" contains TOK, "TOKYO" does not."""
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
@@ -269,6 +266,16 @@ def _no_images(root: Path, deeper: Sequence[Path], key: str) -> str:
         f"{key}: {root} has no images itself, but {len(deeper)} in subfolders, such as {first}: set "
         "data.subfolders=true to read these"
     )
+
+
+def _content(path: Path, masks: str | None) -> tuple[Size, str, str] | ValueError:
+    """Size, mask and digest of an image, which is decoded in full, or why it cannot be used."""
+    try:
+        image: Image.Image = load_rgb(path)
+        size = image.height, image.width
+        return size, _mask_digest(path, size, masks), file_digest(path)
+    except ValueError as error:
+        return error
 
 
 def _mask_digest(path: Path, size: Size, masks: str | None) -> str:
