@@ -240,20 +240,19 @@ class _MergedWeights(Mapping[Name, Tensor]):
         self._norms: dict[Name, tuple[float, float]] = {}  # of the rounding error and of the update
 
     def __getitem__(self, name: Name) -> Tensor:
-        W0, transposed = self._weights[name], self._layers.transposed(name)
+        W0, transposed = self._weights[name], self._layers.transposed(name)  # read for this call: it is written over
         W0 = W0.T if transposed else W0
-        layer = exact.fitted(self._layers.layer(name), W0)
-        rounded, norms = torch.empty(W0.shape, dtype=self._weights.dtype(name)), []
+        layer, norms = exact.fitted(self._layers.layer(name), W0), []
         for rows, part in in_rows(layer, W0):
             # Copies, also of fp32, since they are written over: the fewer temporaries, the more of them a cache holds
             old = W0[rows].to(torch.float32, copy=True)
             W = exact.new_rows(part, old, self._strength)
-            rounded[rows] = W
-            off = float(rounded[rows].to(torch.float32, copy=True).sub_(W).norm())
+            W0[rows] = W
+            off = float(W0[rows].to(torch.float32, copy=True).sub_(W).norm())
             norms.append((off, float(torch.sub(W, old, out=old).norm())))
         off, size = zip(*norms, strict=True)
         self._norms[name] = math.hypot(*off), math.hypot(*size)
-        return rounded.T if transposed else rounded
+        return W0.T if transposed else W0
 
     def errors(self) -> ToolErrors:
         """What rounding the merged weights to the dtype of the base has changed."""
