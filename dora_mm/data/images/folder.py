@@ -95,22 +95,18 @@ def read_captioned_images(
 
     images, uncaptioned = [], []
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes outside of Python's lock
-        contents = threads.map(partial(_content, masks=masks), paths)
+        contents = threads.map(partial(_content, root=root if subfolders else None, masks=masks), paths)
         bar = tqdm(contents, "reading images", len(paths), unit="image", delay=2, disable=None)
         for path, content in zip(paths, bar, strict=True):
             found = files.of_image(path)
             caption, source, more = found or (instance_prompt or "", prompt_key, ())
             if not caption:
                 uncaptioned.append(path)
-            try:
-                repeats = _repeats(root, path) if subfolders else 1
-            except ValueError as error:
-                content = error
             if isinstance(content, ValueError):
                 problems.append(str(content))
-                continue
-            size, mask, digest = content
-            images.append(CaptionedImage(path, caption, size, digest, source, repeats, more=more, mask=mask))
+            else:
+                size, digest, mask, repeats = content
+                images.append(CaptionedImage(path, caption, size, digest, source, repeats, more=more, mask=mask))
     if uncaptioned:
         problems.append(f"{_counted(uncaptioned)} without a caption: caption them or set {prompt_key}")
     if orphans := sorted(ends - {mask_file(path) for path in paths}):
@@ -268,12 +264,13 @@ def _no_images(root: Path, deeper: Sequence[Path], key: str) -> str:
     )
 
 
-def _content(path: Path, masks: str | None) -> tuple[Size, str, str] | ValueError:
-    """Size, mask and digest of an image, which is decoded in full, or why it cannot be used."""
+def _content(path: Path, root: Path | None, masks: str | None) -> tuple[Size, str, str, float] | ValueError:
+    """Size, digest, mask and repeats of an image, which is decoded in full, or why it cannot be used."""
     try:
+        repeats = 1 if root is None else _repeats(root, path)
         image: Image.Image = load_rgb(path)
         size = image.height, image.width
-        return size, _mask_digest(path, size, masks), file_digest(path)
+        return size, file_digest(path), _mask_digest(path, size, masks), repeats
     except ValueError as error:
         return error
 
