@@ -28,6 +28,7 @@ SIZES = {
     "vae_channels": (8, 8, 16, 16),
     "latent_channels": 4,  # as in SDXL
     "unet_channels": (16, 32, 64),
+    "unet_layers": 1,
     "text_widths": (16, 32),
 }
 

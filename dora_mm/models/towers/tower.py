@@ -196,7 +196,7 @@ def drop_unused_modules(tower: VisionTower) -> tuple[int, tuple[int, int]]:
     """Replaces modules whose parameters do not affect the features by identities.
 
     Classifiers, pooling heads and the blocks after the last layer would take memory, and adapters there would never
-    learn. Autograd finds them in one pass on the meta device, which computes nothing.
+    learn. The graph that autograd records of one pass names those that do, on the meta device, which computes nothing.
 
     Args:
         tower: The tower; it is changed in place.
@@ -210,10 +210,23 @@ def drop_unused_modules(tower: VisionTower) -> tuple[int, tuple[int, int]]:
     pixels = torch.empty(1, 3, *tower.preprocess.size, device="meta")
     with torch.enable_grad():
         features = functional_call(call, {**parameters, **buffers}, (pixels,))
-        gradients = torch.autograd.grad(features.sum(), list(parameters.values()), allow_unused=True)
-    used = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
-    _drop(tower.trunk, "tower.trunk.", used)
+    leaves = _leaves(features)
+    _drop(tower.trunk, "tower.trunk.", {name for name, parameter in parameters.items() if id(parameter) in leaves})
     return features.shape[1], (features.shape[2], features.shape[3])
+
+
+def _leaves(t: Tensor) -> set[int]:
+    """The ids of the tensors that `t` was computed from and that a backward pass would give a gradient."""
+    found: set[int] = set()
+    seen, waiting = set(), [t.grad_fn]
+    while waiting:
+        node: Any = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += (before for before, _ in node.next_functions)
+            if hasattr(node, "variable"):  # an AccumulateGrad
+                found.add(id(node.variable))
+    return found
 
 
 def _drop(module: nn.Module, prefix: str, used: set[str]) -> None:

@@ -99,6 +99,7 @@ def build_unet(
     channels: tuple[int, int, int],
     heads: tuple[int, int, int],
     text_widths: tuple[int, int],
+    layers_per_block: int = 2,
 ) -> UNet2DConditionModel:
     """Builds the UNet as SDXL's: three levels, attention on the lower two, transformers of depth 1 and 2.
 
@@ -108,12 +109,13 @@ def build_unet(
         channels: Channels of each level.
         heads: Attention heads of each level.
         text_widths: Hidden size of each text encoder.
+        layers_per_block: The number of residual blocks of each level on the way down; SDXL's is 2.
     """
     return UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=latent_channels,
         out_channels=latent_channels,
-        layers_per_block=2,
+        layers_per_block=layers_per_block,
         block_out_channels=channels,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -155,6 +157,7 @@ def build_tiny_sdxl(
     latent_channels: int = 8,
     unet_channels: tuple[int, int, int] = (48, 96, 128),
     unet_heads: tuple[int, int, int] = (1, 2, 4),
+    unet_layers: int = 2,
     text_widths: tuple[int, int] = (64, 96),
     text_depths: tuple[int, int] = (3, 4),
     text_heads: tuple[int, int] = (2, 4),
@@ -166,7 +169,7 @@ def build_tiny_sdxl(
         text_encoder, text_encoder_2 = build_text_encoders(len(both["tokenizer"]), text_widths, text_depths, text_heads)
         vae = build_vae(resolution, vae_channels, latent_channels)
         latent_size = resolution // 2 ** (len(vae_channels) - 1)
-        unet = build_unet(latent_size, latent_channels, unet_channels, unet_heads, text_widths)
+        unet = build_unet(latent_size, latent_channels, unet_channels, unet_heads, text_widths, unet_layers)
     components = Components.of(
         unet=unet,
         vae=vae,

@@ -16,21 +16,30 @@ from dora_mm.models.architectures import networks_of
 from dora_mm.models.image_families import about_prediction, load_image_model
 from dora_mm.models.sdxl import checkpoint
 from dora_mm.models.sdxl.family import SDXL
+from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
 from tests.conftest import SIZES
 from tests.formats.files.single_files import write_single_file
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The tiny model with as many layers as SDXL: names in single files depend on their number."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
+    build_tiny_sdxl(**{**SIZES, "unet_layers": 2}).pipeline().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def single(tiny_folder, tmp_path, monkeypatch):
+def single(folder, tmp_path, monkeypatch):
     """Writes the tiny model as one file with these markers; its configs and tokenizers stand in for those of SDXL."""
     configs = tmp_path / "configs"
-    for file in tiny_folder.rglob("*config.json"):
-        copy = configs / file.relative_to(tiny_folder)
+    for file in folder.rglob("*config.json"):
+        copy = configs / file.relative_to(folder)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(file.read_bytes())
-    (configs / "model_index.json").write_bytes((tiny_folder / "model_index.json").read_bytes())
+    (configs / "model_index.json").write_bytes((folder / "model_index.json").read_bytes())
     (configs / "scheduler/scheduler_config.json").write_bytes(
         (checkpoint.CONFIGS / "scheduler/scheduler_config.json").read_bytes()
     )
@@ -39,7 +48,7 @@ def single(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(SDXL, "single_file_parts", classmethod(lambda cls: parts))
 
     def write(*markers):
-        return str(write_single_file(tiny_folder, tmp_path / "xl.safetensors", markers))
+        return str(write_single_file(folder, tmp_path / "xl.safetensors", markers))
 
     return write
 
@@ -72,8 +81,8 @@ def test_tokens_are_those_of_open_clip(text):
         assert set(padded[len(ours) :]) == {49407 if name == "tokenizer" else 0}
 
 
-def test_a_single_file_is_the_model_of_the_folder(single, tiny_folder):
-    file, folder = loaded(single("v_pred", "ztsnr")), loaded(str(tiny_folder))
+def test_a_single_file_is_the_model_of_the_folder(single, folder):
+    file, folder = loaded(single("v_pred", "ztsnr")), loaded(str(folder))
     for name, network in folder.networks.items():
         same = network.state_dict()
         for key, tensor in file.networks[name].state_dict().items():
@@ -117,9 +126,9 @@ def test_the_target_of_a_marked_file_is_v(single):
     torch.testing.assert_close(model.noise.target(x, e, t), a * e - s * x, rtol=1e-5, atol=1e-5)
 
 
-def test_a_folder_can_be_overridden_and_keeps_what_it_says_otherwise(tiny_folder):
-    assert loaded(str(tiny_folder)).noise.prediction == "v_prediction"
-    found = loaded(str(tiny_folder), prediction="epsilon").scheduler.config
+def test_a_folder_can_be_overridden_and_keeps_what_it_says_otherwise(folder):
+    assert loaded(str(folder)).noise.prediction == "v_prediction"
+    found = loaded(str(folder), prediction="epsilon").scheduler.config
     assert (found.prediction_type, found.rescale_betas_zero_snr) == ("epsilon", False)
 
 
@@ -130,7 +139,7 @@ def test_files_that_contradict_themselves_are_refused(single):
         loaded(single("v_pred", "edm_vpred.sigma_max"))
 
 
-def test_what_is_predicted_is_said(single, tiny_folder):
+def test_what_is_predicted_is_said(single, folder):
     marked = ModelConfig(path=single("v_pred", "ztsnr"))
     assert about_prediction(marked) == (
         "SDXL that predicts v_prediction, whose last noise level has no signal (zero terminal SNR), as its marker "
@@ -138,7 +147,7 @@ def test_what_is_predicted_is_said(single, tiny_folder):
     )
     changed = marked.model_copy(update={"prediction": "epsilon"})
     assert about_prediction(changed) == "SDXL that predicts epsilon, as model.prediction says"
-    assert "zero terminal" in about_prediction(ModelConfig(path=str(tiny_folder)))
+    assert "zero terminal" in about_prediction(ModelConfig(path=str(folder)))
 
 
 def test_inspect_says_what_a_single_file_predicts(single, capsys):
