@@ -162,6 +162,7 @@ def test_entries_that_only_start_other_programs(tmp_path):
     assert {row["direction"] for row in rows_of(tmp_path / "products.csv")} == {"forward", "backward"}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_leaves_what_it_has_measured_and_no_process(tmp_path):
     """`make gpu` is stopped in its first entry, with measures and another entry still to come."""
     arguments = ["block", "layers", "--dry", "--output", str(tmp_path)]

@@ -261,6 +261,7 @@ def commands(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_another_family_is_compared_by_the_same_recipe(comparison, base, judge, tmp_path, monkeypatch):
     """The first training is copied for the others."""
     runs = []

@@ -111,7 +111,10 @@ def folders(tmp_path_factory):
 SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
 
 
-@pytest.mark.parametrize("names", [set(OPTIONS) - set(EXCLUDES), set(OPTIONS)], ids=["without caches", "with caches"])
+WITHOUT_CACHES = pytest.param(set(OPTIONS) - set(EXCLUDES), id="without caches", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("names", [WITHOUT_CACHES, pytest.param(set(OPTIONS), id="with caches")])
 def test_all_at_once_is_resumed_bit_for_bit(tiny_folder, folders, names):
     check_resumed(names, tiny_folder, folders)
 

@@ -43,7 +43,10 @@ def losses(vlm):
     return torch.cat([vlm.network.row_losses(inputs, labels)[0] for inputs, labels, _ in batch.groups])
 
 
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+FIRST, *OTHERS = LANGUAGE_MODELS
+
+
+@pytest.mark.parametrize("name", [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_a_run_resumes_exactly_and_its_adapter_leaves(name, tiny_vlm, tmp_path, capsys):
     base = tiny_vlm(name)
     config = write_config(tmp_path, base, write_texts(tmp_path))
