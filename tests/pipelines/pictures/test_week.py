@@ -73,6 +73,7 @@ def week(tmp_path_factory, tiny_folder):
     return printed
 
 
+@pytest.mark.slow
 def test_every_command_ends_with_the_next(week):
     assert printed_command(week["train"], "to draw") == [
         *("sample", "style_prompts.txt", "--set", "adapter.path=runs/style/001", "strengths=[0, 1]")
@@ -84,6 +85,7 @@ def test_every_command_ends_with_the_next(week):
     assert week["gallery"] == ["gallery  runs/eval_style/001/gallery/index.html"]
 
 
+@pytest.mark.slow
 def test_the_score_of_an_own_style(week):
     run = week["folder"] / "runs/eval_style/001"
     rows = json.loads((run / "metrics.json").read_text())["rows"]
@@ -109,6 +111,7 @@ def test_an_adapter_that_does_not_say_what_it_was_trained_on_needs_the_folder():
         recipe.training_images(config, None)
 
 
+@pytest.mark.slow
 def test_a_dry_run_ends_with_the_line_without_it(week, monkeypatch, capsys):
     monkeypatch.chdir(week["folder"])
     recipe = PIPELINES.load("train_diffusion")
