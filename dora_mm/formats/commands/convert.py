@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from tqdm import tqdm
 
 from dora_mm.core.spec import DoRASpec
@@ -248,8 +249,8 @@ class _MergedWeights(Mapping[Name, Tensor]):
             old = W0[rows].to(torch.float32, copy=True)
             W = exact.new_rows(part, old, self._strength)
             W0[rows] = W
-            off = float(W0[rows].to(torch.float32, copy=True).sub_(W).norm())
-            norms.append((off, float(torch.sub(W, old, out=old).norm())))
+            off = vector_norm(W0[rows].to(torch.float32, copy=True).sub_(W))
+            norms.append((float(off), float(vector_norm(torch.sub(W, old, out=old)))))
         off, size = zip(*norms, strict=True)
         self._norms[name] = math.hypot(*off), math.hypot(*size)
         return W0.T if transposed else W0
