@@ -145,9 +145,9 @@ def difference(layer: LayerState, weight: Tensor, strength: float = 1.0) -> Tens
 
 
 def new_rows(layer: LayerState, W0: Tensor, strength: float = 1.0) -> Tensor:
-    """The same for W0 in the dtype of the result, all at once; for strength 0 it is W0 itself."""
+    """The same for W0 in the dtype of the result, all at once."""
     if strength == 0:
-        return W0  # bit for bit: a sum with 0 turns -0 into 0
+        return W0.clone()  # bit for bit: a sum with 0 turns -0 into 0
     if "weight" in layer.tensors:
         W = layer.tensors["weight"].to(W0.dtype)
     elif "diff" in layer.tensors:

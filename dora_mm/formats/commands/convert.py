@@ -22,6 +22,7 @@ from dora_mm.formats.commands import beside
 from dora_mm.formats.commands.export_check import DTYPES, ExportCheck, ToolErrors
 from dora_mm.formats.commands.verify import open_base
 from dora_mm.formats.files.base_weights import BaseWeights, write_merged
+from dora_mm.formats.files.checks import is_finite
 from dora_mm.formats.files.tensor_file import PICKLES
 from dora_mm.formats.naming.names import ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Names
@@ -243,16 +244,12 @@ class _MergedWeights(Mapping[Name, Tensor]):
     def __getitem__(self, name: Name) -> Tensor:
         W0, transposed = self._weights[name], self._layers.transposed(name)  # read for this call: it is written over
         W0 = W0.T if transposed else W0
-        layer, norms = exact.fitted(self._layers.layer(name), W0), []
-        for rows, part in in_rows(layer, W0):
-            # Copies, also of fp32, since they are written over: the fewer temporaries, the more of them a cache holds
-            old = W0[rows].to(torch.float32, copy=True)
-            W = exact.new_rows(part, old, self._strength)
-            W0[rows] = W
-            off = vector_norm(W0[rows].to(torch.float32, copy=True).sub_(W))
-            norms.append((float(off), float(vector_norm(torch.sub(W, old, out=old)))))
-        off, size = zip(*norms, strict=True)
-        self._norms[name] = math.hypot(*off), math.hypot(*size)
+        layer = exact.fitted(self._layers.layer(name), W0)
+        norms = [_merge_rows(part, W0[rows], self._strength) for rows, part in in_rows(layer, W0)]
+        off, size = (math.hypot(*found) for found in zip(*norms, strict=True))
+        if not math.isfinite(off) and not is_finite(W0):
+            raise ValueError(f"the new weight of {name} is not finite in {W0.dtype}")
+        self._norms[name] = off, size
         return W0.T if transposed else W0
 
     def errors(self) -> ToolErrors:
@@ -269,6 +266,15 @@ class _MergedWeights(Mapping[Name, Tensor]):
 
     def __len__(self) -> int:
         return len(self._layers.names())
+
+
+def _merge_rows(layer: LayerState, W0: Tensor, strength: float) -> tuple[float, float]:
+    """Writes W(t) over rows of W0; ||rounding error||, which is not finite where W(t) is not, and ||W(t) - W0||."""
+    old = W0.to(torch.float32, copy=True)  # also of fp32, since W0 is written over
+    W = exact.new_rows(layer, old, strength)
+    W0.copy_(W)
+    size = vector_norm(torch.sub(W, old, out=old))  # in the same memory: the fewer temporaries, the more a cache holds
+    return float(vector_norm(old.copy_(W0).sub_(W))), float(size)
 
 
 @dataclass(frozen=True)
