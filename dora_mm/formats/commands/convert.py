@@ -300,6 +300,7 @@ class _Writer:
         self.layers, self.exports, self.to, self.strength, self.lossy = layers, exports, to, strength, lossy
         self.axes: set[str] = set()  # of the magnitudes that were written
         self.dtype = getattr(torch, dtype or exports[0].dtype)
+        self.memory = torch.empty(0, dtype=self.dtype)  # of differences
         self.groups = Names(layers.weights or ()).write(layers.names(), exports[0].spelling)
         self.one_method = exports[0].one_method and layers.any_magnitude()
 
@@ -346,7 +347,7 @@ class _Writer:
         """The adapter in the form that `Export.write` takes."""
         export, lossy = self.exports[0], self.lossy
         if export.difference:
-            return LayerState(DoRASpec(method="full"), {"diff": torch.empty(W0.shape, dtype=self.dtype)})
+            return LayerState(DoRASpec(method="full"), {"diff": self.unfilled(W0.shape)})
         if self.to == "lora":
             assert lossy is not None
             D = exact.difference(layer, W0, self.strength)
@@ -369,6 +370,12 @@ class _Writer:
         if self.layers.weights is None:
             raise ValueError(f"{problem}, and a new fit depends on the weights of the base model: give it with --base")
         return export.prepare(fitted_adapter(exact.new_weight(layer, W0, self.strength), W0, lossy.rank), W0)
+
+    def unfilled(self, shape: torch.Size) -> Tensor:
+        """Room for a difference, that of the last one where it is enough: new memory comes page by page, zeroed."""
+        if len(self.memory) < shape.numel():
+            self.memory = torch.empty(shape.numel(), dtype=self.dtype)
+        return self.memory[: shape.numel()].view(shape)
 
     def problem(self, layer: LayerState) -> str | None:
         """What the form has no place for."""
