@@ -101,14 +101,12 @@ def gain(layer: LayerState, W0: Tensor) -> Tensor:
     return torch.cat([_gain(part, W0[rows], product(part, W0[rows])) for rows, part in in_rows(layer, W0)])
 
 
-def _gain(layer: LayerState, W0: Tensor, BA: Tensor, V: Tensor | None = None) -> Tensor:
-    """The same; V is W0 + s B A, if it is known."""
+def _gain(layer: LayerState, W0: Tensor, BA: Tensor) -> Tensor:
+    """The same, where B A is known."""
     if "magnitude" not in layer.tensors:
         return torch.ones(1, dtype=W0.dtype)
-    divided_by = {"updated": layer.spec.scaling, "base": 0.0, "unscaled": 1.0}[layer.norm]
-    if V is None or layer.norm != "updated":
-        V = torch.add(W0, BA, alpha=divided_by) if divided_by else W0
-    return gain_of(layer, V)
+    factor = {"updated": layer.spec.scaling, "base": 0.0, "unscaled": 1.0}[layer.norm]
+    return gain_of(layer, torch.add(W0, BA, alpha=factor) if factor else W0)
 
 
 def gain_of(layer: LayerState, V: Tensor) -> Tensor:
@@ -147,23 +145,30 @@ def difference(layer: LayerState, weight: Tensor, strength: float = 1.0) -> Tens
 
 
 def new_rows(layer: LayerState, W0: Tensor, strength: float = 1.0) -> Tensor:
-    """The same for W0 in the dtype of the result, all at once; for strength 0 it is W0 itself."""
+    """The same for W0 in the dtype of the result, all at once."""
     if strength == 0:
-        return W0  # bit for bit: a sum with 0 turns -0 into 0
+        return W0.clone()  # bit for bit: a sum with 0 turns -0 into 0
     if "weight" in layer.tensors:
         W = layer.tensors["weight"].to(W0.dtype)
     elif "diff" in layer.tensors:
         W = W0 + layer.tensors["diff"].to(W0.dtype).view_as(W0)
-    else:
+    elif layer.norm == "unscaled":
         BA = product(layer, W0)
-        s = layer.spec.scaling
-        if layer.norm == "unscaled":
-            g = _gain(layer, W0, BA)
-            W = g * W0 + BA * (s + g - 1)
-        else:
-            V = torch.add(W0, BA, alpha=s, out=BA)  # the less memory a block takes, the more of it a core's cache holds
-            W = V.mul_(_gain(layer, W0, BA, V))
+        g = _gain(layer, W0, BA)
+        W = g * W0 + BA * (layer.spec.scaling + g - 1)
+    else:
+        W = updated(layer, W0)
+        if "magnitude" in layer.tensors:
+            W.mul_(gain_of(layer, W if layer.norm == "updated" else W0))
     return W if strength == 1 else torch.lerp(W0, W, strength)
+
+
+def updated(layer: LayerState, W0: Tensor) -> Tensor:
+    """W0 + s B A, a new tensor in the shape and dtype of W0."""
+    if "lora_A" not in layer.tensors:
+        return W0.clone()
+    A, B = (layer.tensors[name].to(W0.dtype) for name in ("lora_A", "lora_B"))
+    return torch.addmm(W0.flatten(1), B, A.flatten(1), alpha=layer.spec.scaling).view(W0.shape)
 
 
 @torch.no_grad()

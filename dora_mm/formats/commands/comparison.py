@@ -130,24 +130,22 @@ def _in_blocks(
 ) -> tuple[float, float, list[float]]:
     """||W' - W0||, ||W0|| and the errors of what is done at a strength."""
     keys = [(tuple(step.key for step in steps), t) for steps, t in loads]
-    sizes: list[tuple[float, float]] = []
-    errors: dict[Hashable, list[float]] = {key: [] for key in keys}
     unlike = dict(zip(keys, loads, strict=True))
     own = None
     if "lora_A" in layer.tensors and (layer.spec.scaling, layer.norm, strength) == (1, "updated", 1):
         step = _step(added, {"A": layer.tensors["lora_A"], "B": layer.tensors["lora_B"]})
         own = step if any(step.update == other.update for steps, _ in loads for other in steps) else None
-    for rows in blocks:
+
+    def of_rows(rows: slice) -> list[float]:
+        """The same of some rows, for loads that are unlike; its tensors make room for those of the next rows."""
         base = W0[rows].to(adapter_dtype(W0.dtype))
         block = _Block(rows, base, layer if rows == _WHOLE else rows_of(layer, rows), strength, own)
-        D = block.change()
-        if change is not None:
-            change[rows] = D
-        sizes.append((_norm(D), _norm(block.W0)))
-        for key, (steps, t) in unlike.items():
-            errors[key].append(block.error(steps, t))
-    size, norm = (math.hypot(*found) for found in zip(*sizes, strict=True))
-    return size, norm, [math.hypot(*errors[key]) for key in keys]
+        sizes = block.sizes(None if change is None else change[rows])
+        return [*sizes, *(block.error(steps, t) for steps, t in unlike.values())]
+
+    size, norm, *errors = (math.hypot(*values) for values in zip(*map(of_rows, blocks), strict=True))
+    by_key = dict(zip(unlike, errors, strict=True))
+    return size, norm, [by_key[key] for key in keys]
 
 
 class _Block:
@@ -172,9 +170,12 @@ class _Block:
             update = self._update(own, W0)
             self._W = update.scaled(gain_of(layer, update.V)) if "magnitude" in layer.tensors else update.V
 
-    def change(self) -> Tensor:
-        """W(t) - W0."""
-        return self._W - self.W0
+    def sizes(self, change: Tensor | None) -> tuple[float, float]:
+        """||W(t) - W0||, which is written into `change`, and ||W0||."""
+        D = self._W - self.W0
+        if change is not None:
+            change.copy_(D)
+        return _norm(D), _norm(self.W0)
 
     def error(self, steps: Sequence[_Step], strength: float) -> float:
         """||W_tool(t) - W(t)||: infinite where the tool raises an error, NaN where its result is not finite."""

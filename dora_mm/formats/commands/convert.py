@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from tqdm import tqdm
 
 from dora_mm.core.spec import DoRASpec
@@ -21,6 +22,7 @@ from dora_mm.formats.commands import beside
 from dora_mm.formats.commands.export_check import DTYPES, ExportCheck, ToolErrors
 from dora_mm.formats.commands.verify import open_base
 from dora_mm.formats.files.base_weights import BaseWeights, write_merged
+from dora_mm.formats.files.checks import is_finite
 from dora_mm.formats.files.tensor_file import PICKLES
 from dora_mm.formats.naming.names import ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Names
@@ -242,16 +244,12 @@ class _MergedWeights(Mapping[Name, Tensor]):
     def __getitem__(self, name: Name) -> Tensor:
         W0, transposed = self._weights[name], self._layers.transposed(name)  # read for this call: it is written over
         W0 = W0.T if transposed else W0
-        layer, norms = exact.fitted(self._layers.layer(name), W0), []
-        for rows, part in in_rows(layer, W0):
-            # Copies, also of fp32, since they are written over: the fewer temporaries, the more of them a cache holds
-            old = W0[rows].to(torch.float32, copy=True)
-            W = exact.new_rows(part, old, self._strength)
-            W0[rows] = W
-            off = float(W0[rows].to(torch.float32, copy=True).sub_(W).norm())
-            norms.append((off, float(torch.sub(W, old, out=old).norm())))
-        off, size = zip(*norms, strict=True)
-        self._norms[name] = math.hypot(*off), math.hypot(*size)
+        layer = exact.fitted(self._layers.layer(name), W0)
+        norms = [_merge_rows(part, W0[rows], self._strength) for rows, part in in_rows(layer, W0)]
+        off, size = (math.hypot(*found) for found in zip(*norms, strict=True))
+        if not math.isfinite(off) and not is_finite(W0):
+            raise ValueError(f"the new weight of {name} is not finite in {W0.dtype}")
+        self._norms[name] = off, size
         return W0.T if transposed else W0
 
     def errors(self) -> ToolErrors:
@@ -268,6 +266,15 @@ class _MergedWeights(Mapping[Name, Tensor]):
 
     def __len__(self) -> int:
         return len(self._layers.names())
+
+
+def _merge_rows(layer: LayerState, W0: Tensor, strength: float) -> tuple[float, float]:
+    """Writes W(t) over rows of W0; ||rounding error||, which is not finite where W(t) is not, and ||W(t) - W0||."""
+    old = W0.to(torch.float32, copy=True)  # also of fp32, since W0 is written over
+    W = exact.new_rows(layer, old, strength)
+    W0.copy_(W)
+    size = vector_norm(torch.sub(W, old, out=old))  # in the same memory: the fewer temporaries, the more a cache holds
+    return float(vector_norm(old.copy_(W0).sub_(W))), float(size)
 
 
 @dataclass(frozen=True)
@@ -293,6 +300,7 @@ class _Writer:
         self.layers, self.exports, self.to, self.strength, self.lossy = layers, exports, to, strength, lossy
         self.axes: set[str] = set()  # of the magnitudes that were written
         self.dtype = getattr(torch, dtype or exports[0].dtype)
+        self.memory = torch.empty(0, dtype=self.dtype)  # of differences
         self.groups = Names(layers.weights or ()).write(layers.names(), exports[0].spelling)
         self.one_method = exports[0].one_method and layers.any_magnitude()
 
@@ -339,7 +347,7 @@ class _Writer:
         """The adapter in the form that `Export.write` takes."""
         export, lossy = self.exports[0], self.lossy
         if export.difference:
-            return LayerState(DoRASpec(method="full"), {"diff": torch.empty(W0.shape, dtype=self.dtype)})
+            return LayerState(DoRASpec(method="full"), {"diff": self.unfilled(W0.shape)})
         if self.to == "lora":
             assert lossy is not None
             D = exact.difference(layer, W0, self.strength)
@@ -362,6 +370,12 @@ class _Writer:
         if self.layers.weights is None:
             raise ValueError(f"{problem}, and a new fit depends on the weights of the base model: give it with --base")
         return export.prepare(fitted_adapter(exact.new_weight(layer, W0, self.strength), W0, lossy.rank), W0)
+
+    def unfilled(self, shape: torch.Size) -> Tensor:
+        """Room for a difference, that of the last one where it is enough: new memory comes page by page, zeroed."""
+        if len(self.memory) < shape.numel():
+            self.memory = torch.empty(shape.numel(), dtype=self.dtype)
+        return self.memory[: shape.numel()].view(shape)
 
     def problem(self, layer: LayerState) -> str | None:
         """What the form has no place for."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dora_mm.formats.files.checks import DTYPES, is_finite
+from dora_mm.formats.files.checks import DTYPES
 from dora_mm.formats.files.header import TensorEntry
 from dora_mm.formats.files.places import STEMS, NoWeightsError, Place, in_file, in_folder
 from dora_mm.formats.files.tensor_file import FORMAT_KEY, PICKLES, TensorFile, copy_around
@@ -174,13 +174,13 @@ def write_merged(base: BaseWeights, target: Path, update: Mapping[Name, Tensor])
     Args:
         base: The model.
         target: A file where `base` is a file, else a folder, which must not exist.
-        update: The new weights by name, in the shape of W0; each is rounded to the dtype of the file. `update[name]` is
-            called once per weight, in the order of the file, so a mapping that computes them on demand holds one in
-            memory, or those of one fused tensor.
+        update: The new weights by name, finite and in the shape of W0; each is rounded to the dtype of the file.
+            `update[name]` is called once per weight, in the order of the file, so a mapping that computes them on
+            demand holds one in memory, or those of one fused tensor.
 
     Raises:
-        ValueError: `target` exists or is of the wrong kind, or a weight is unknown, not finite, has another shape, or
-            is tied to another one that would change with it.
+        ValueError: `target` exists or is of the wrong kind, or a weight is unknown, has another shape, or is tied
+            to another one that would change with it.
         OSError: It cannot be written.
     """
     _check_target(base, target)
@@ -243,8 +243,6 @@ def _pieces(name: Name, place: Place, weight: Tensor) -> dict[TensorEntry, Tenso
     if tuple(weight.shape) != place.shape:
         raise ValueError(f"the new weight of {name} has shape {tuple(weight.shape)} instead of {place.shape}")
     weight = weight.detach().cpu().to(place.entry.dtype)
-    if not is_finite(weight):
-        raise ValueError(f"the new weight of {name} is not finite in {place.entry.dtype}")
     weight = weight.T if place.transposed else weight
     parts = [weight] if place.ranges is None else weight.split([piece.shape[0] for piece in place.pieces])
     return dict(zip(place.pieces, parts, strict=True))

@@ -27,13 +27,16 @@ class Update:
     Attributes:
         parts: The tensors by role, without the magnitude.
         W0: The weight.
-        scaling: s, alpha / rank; 1 without alpha.
     """
 
     def __init__(self, parts: Parts, W0: Tensor):
         self.parts, self.W0 = parts, W0
-        self.scaling = scaling(parts)
         self._scaled: list[tuple[Tensor, Tensor]] = []
+
+    @cached_property
+    def scaling(self) -> float:
+        """s, alpha / rank; 1 without alpha."""
+        return scaling(self.parts)
 
     def BA(self) -> Tensor:
         """B A in the shape and dtype of W0, without alpha; or the change that stands for it. A new tensor."""

@@ -13,6 +13,7 @@ from dora_mm.formats.commands.convert import convert
 from dora_mm.formats.naming.names import Name
 from tests.formats import toy
 from tests.formats.commands.test_convert import BASE, peft_base
+from tests.formats.commands.test_extract import save_model
 from tests.formats.tools.test_tools import FIXTURES
 
 MISTAKES = [
@@ -115,6 +116,15 @@ def test_values_beyond_the_dtype_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"lora_unet_\w+: its \S+ would have values that are NaN or infinite"):
         convert(source, tmp_path / "half.safetensors", to="kohya", dtype="float16", base=BASE, allow_lossy=True)
     assert not (tmp_path / "half.safetensors").exists()
+
+
+def test_a_merged_weight_beyond_the_dtype_is_refused_by_name(tmp_path):
+    huge = {name: toy.layer(name, method="lora", size=1e7) for name in toy.UNET}
+    source = toy.write_source(tmp_path / "huge.safetensors", huge)
+    base = save_model(tmp_path / "base", toy.base(), torch.float16)
+    with pytest.raises(ValueError, match=r"the new weight of unet\.\S+ is not finite in torch\.float16"):
+        convert(source, tmp_path / "new", to="merged", base=base)
+    assert not (tmp_path / "new").exists()
 
 
 def test_out_cannot_be_inside_a_file(source):
