@@ -123,6 +123,7 @@ def test_a_dry_run_of_compiled_blocks(tmp_path):
     assert [row["contender"] for row in rows] == ["PEFT LoRA", "PEFT LoRA, compiled", "PEFT LoRA", "our DoRA, compiled"]
 
 
+@pytest.mark.slow
 def test_the_trial_and_the_profile(tmp_path, monkeypatch, capsys):
     code, rows = dry("trial", tmp_path)
     assert code == 0
@@ -194,6 +195,7 @@ ALL_BUT_ONE = tuple(entry.name for entry in gpu.ENTRIES[:-1] if entry.name != "g
     ],
     ids=" ".join,
 )
+@pytest.mark.slow
 def test_without_packages(packages, entries, tmp_path):
     code = f"""
 import sys

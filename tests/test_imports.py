@@ -194,6 +194,7 @@ def test_the_package_is_lazy():
     """).splitlines() == ["dora_mm", "module 'dora_mm' has no attribute 'nothing'"]
 
 
+@pytest.mark.slow
 def test_pictures_are_trained_and_drawn_without_extras():
     """What `pip install dora_mm` alone installs is enough for them, and for files of adapters."""
     assert (

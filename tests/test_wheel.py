@@ -103,6 +103,7 @@ def test_a_packaged_config_loads_from_an_empty_folder(environment, tmp_path):
     assert done == (0, f"{next(environment.glob('lib/*/site-packages'))}/dora_mm/__init__.py 3\n", "")
 
 
+@pytest.mark.slow
 def test_a_config_of_one_s_own_is_written_in_an_empty_folder(environment, tmp_path):
     """With the path of a model, and the packaged configs listed."""
     for folder in ("mine", "model"):

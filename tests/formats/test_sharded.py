@@ -45,6 +45,7 @@ def save_sharded(rank: int, folder: str):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_the_file_of_a_sharded_model_is_that_of_a_whole_one(tmp_path):
     multiprocessing.spawn(save_sharded, (str(tmp_path),), nprocs=PROCESSES)
     expected, x = trained(), torch.randn(2, 6)

@@ -146,6 +146,7 @@ def assert_equal_runs(one, other) -> None:
     assert scores[0] == scores[1]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_whole_batch(folder, tiny_folder, capsys):
     """VL-BART runs to its end, and resumes from a copy without its later files; LLaVA is killed while it trains.
 

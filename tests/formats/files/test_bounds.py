@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SECONDS, MEGABYTES = 3, 100  # of CPU; measured are 0.1 to 1.3 s on a core of a Xeon
 CODE = """
 import contextlib, io, json, resource, sys, time
@@ -50,6 +52,7 @@ def lora(module, rank, size, ends=("down", "up")):
     return {f"{module}.lora_{end}.weight": shapes[end] for end in ends}
 
 
+@pytest.mark.slow
 def test_a_file_takes_bounded_time_and_memory(tmp_path):
     known = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
     many = [lora(f"lora_unet_hyper_blocks_{n}_to_q", 4, 8) for n in range(30_000)]

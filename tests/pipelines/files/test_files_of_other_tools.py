@@ -100,6 +100,7 @@ def wanted(model, files):
 
 
 @pytest.mark.parametrize("to", EXACT)
+@pytest.mark.slow
 def test_every_exact_file_computes_what_the_original_does(to, model, files, wanted):
     base, adapted = wanted
     load(model, files[to])

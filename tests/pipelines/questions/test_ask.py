@@ -85,7 +85,10 @@ def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     return line
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "paligemma", "florence2", "blip_vqa", "mllama"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("llava", "paligemma", "florence2", "mllama")]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "blip_vqa", *SLOW])
 def test_both_answers_are_shown(name, tiny_vlm, pictures, tmp_path, capsys):
     image = pictures / "wide.png"
     rows = [Example("row", (str(image),), QUESTION)]

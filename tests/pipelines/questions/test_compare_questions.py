@@ -237,6 +237,7 @@ def copied(monkeypatch, tmp_path):
     return names
 
 
+@pytest.mark.slow
 def test_a_comparison_goes_on_from_its_rows_alone(comparison, base, copied, tmp_path, monkeypatch, capsys):
     """Trainings that answer alike at all rates are as good everywhere: both ends of what was tried stay open."""
     rows = tmp_path / "rows.csv"
