@@ -25,8 +25,8 @@ demo-vlm: $(READY)  ## the same with a language model: EfficientNet-Lite0 and Sm
 	$(BIN)/dora-mm train configs/vlm/demo.yaml
 	$(BIN)/dora-mm eval configs/vlm/eval_demo.yaml --set adapter=$$(ls -d runs/demo_vlm/* | tail -n 1)
 
-test: $(READY)  ## two workers, a thread each: faster than two threads for models this small
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
+test: $(READY)  ## two workers, a thread each: faster than two threads for models this small; what Python compiles is kept
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
 test-slow: $(READY)  ## with quantised bases, from a folder of their own: peft and diffusers import them wherever they are
 	$(BIN)/python -m pytest -m slow -s

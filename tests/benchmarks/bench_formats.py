@@ -116,6 +116,7 @@ def convert(to: str, folder: Path, out: Path) -> list[str]:
 def run(arguments: list[str], tree: Path) -> dict[str, float]:
     """What a Python process in a checkout uses."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONDONTWRITEBYTECODE"] = ""  # as installed: what Python compiles is kept
     process = subprocess.Popen([sys.executable, *arguments], cwd=tree, env=environment, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     if status:

@@ -29,6 +29,7 @@ def build(seed=0):
         vae_channels=(8, 8, 16),
         unet_channels=(16, 32, 32),
         unet_heads=(1, 2, 2),
+        unet_layers=1,
         text_widths=(16, 32),
         text_depths=(2, 3),
     )
