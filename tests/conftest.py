@@ -1,6 +1,7 @@
 """Tiny models with random weights that whole pipelines run on, and pictures."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never leave the machine
 if not os.path.exists("/dev/nvidiactl"):
@@ -9,15 +10,16 @@ if not os.path.exists("/dev/nvidiactl"):
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from hypothesis import settings
 
-from dora_mm.models.sdxl.family import SDXL
-from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
 from tests.data.images.pictures import write_pictures
+
+if TYPE_CHECKING:  # it loads diffusers, and the process that gives out tests to others does without
+    from dora_mm.models.sdxl.family import SDXL
 
 settings.register_profile("untimed", deadline=None)  # a first example pays for what is loaded once
 settings.load_profile("untimed")
@@ -34,7 +36,9 @@ SIZES = {
 
 
 @pytest.fixture
-def tiny() -> SDXL:
+def tiny() -> "SDXL":
+    from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
+
     model = build_tiny_sdxl(**SIZES)
     model.freeze()
     return model
@@ -42,6 +46,8 @@ def tiny() -> SDXL:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
+
     folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
     build_tiny_sdxl(**SIZES).pipeline().save_pretrained(folder)
     return folder
@@ -76,4 +82,5 @@ def seeded() -> None:
 @pytest.fixture(autouse=True)
 def new_accelerator() -> None:
     """A process holds one accelerator state, and a test that trains in bf16 must not set it for the next."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
