@@ -18,6 +18,7 @@ def clustered(rng, num_concepts, num_seeds, concept_std):
     return concept_std * rng.normal(size=(num_concepts, 1)) + rng.normal(size=(num_concepts, num_seeds))
 
 
+@pytest.mark.slow
 def test_intervals_over_concepts_cover_the_truth_where_naive_ones_do_not():
     rng = np.random.default_rng(7)
     covered = naive = 0

@@ -175,6 +175,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_stopped_goes_on_in_its_folder(evaluation, tmp_path, monkeypatch, caplog, capsys):
     """Its second row is interrupted while it is saved; a row that was drawn stays, unless a picture is damaged."""
     assert main(["eval", evaluation()]) == 0

@@ -100,7 +100,7 @@ def test_diffusers_gives_our_image_for_other_methods(method, tmp_path):
     assert next(iter(adapted_layers(ours.unet).values())).adaptation.spec.method == method
 
 
-@pytest.mark.parametrize("method", ["dora", "lora"])
+@pytest.mark.parametrize("method", ["dora", pytest.param("lora", marks=pytest.mark.slow)])
 def test_diffusers_gives_our_image_with_an_embedding(method, tmp_path):
     model = build()
     inject(model.text_encoder, ["token_embedding", "q_proj"], DoRASpec(rank=2, alpha=4, method=method))
@@ -151,7 +151,7 @@ def test_strength(saved):
     assert not np.array_equal(image(model.pipeline()), bare)
 
 
-@pytest.mark.parametrize("method", ["dora", "lora", pytest.param("magnitude", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["dora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora", "magnitude"))])
 def test_strength_one_of_the_file_is_the_strength_it_was_saved_at(tmp_path, method):
     model = adapt(build(), DoRASpec(rank=3, alpha=5, method=method))
     save_adapter(components(model), tmp_path, strength=1.5)

@@ -52,7 +52,7 @@ def check_same(one, two, tolerance):
 
 
 @pytest.mark.parametrize(
-    "to", ["kohya", "comfy-2025", "diffusers", *(pytest.param(n, marks=SLOW) for n in ("comfy-15458", "onetrainer"))]
+    "to", ["kohya", *(pytest.param(n, marks=SLOW) for n in ("comfy-2025", "diffusers", "comfy-15458", "onetrainer"))]
 )
 def test_there_and_back(to, unet, adapter, tmp_path, capsys):
     """Out in the form of another tool, back as diffusers', loaded, merged: the weights are those of the original."""

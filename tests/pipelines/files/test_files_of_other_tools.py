@@ -118,6 +118,7 @@ def pictures(run):
     return [np.asarray(Image.open(path).convert("RGB"), int) for path in sorted((run / "samples").iterdir())]
 
 
+@pytest.mark.slow
 def test_they_draw_the_same_pictures(files, convolutions, tmp_path):
     """The pair for ComfyUI as two adapters at once; also convolutions, other strengths by part, and strength 0."""
     cells = {to: "+".join(map(str, files[to])) for to in DRAWN}

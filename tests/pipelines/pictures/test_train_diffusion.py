@@ -324,6 +324,7 @@ def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
     assert one == two
 
 
+@pytest.mark.slow
 def test_held_out_losses_are_in_the_curves_and_change_no_bit(config, tmp_path, image_folder, capsys):
     """Those of step 0 are the base model's, and a fresh adapter is one."""
     parts = ["unet.attn", "text_encoder.attn"]

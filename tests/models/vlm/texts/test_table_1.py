@@ -20,7 +20,10 @@ SHARES = {  # in percent: LoRA and DoRA at rank 32, and DoRA at rank 16
 }
 
 
-@pytest.mark.parametrize("recipe", SHARES)
+SLOW = ("llama_13b", "llama2_7b")
+
+
+@pytest.mark.parametrize("recipe", [r if r not in SLOW else pytest.param(r, marks=pytest.mark.slow) for r in SHARES])
 def test_the_shares_of_table_1(recipe):
     sizes, expected = SHARES[recipe]
     found = []
