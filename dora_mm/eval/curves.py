@@ -16,8 +16,8 @@ from dora_mm.utils.tables import csv_records, markdown_records
 EXPLAINED = """Score: {title}. As good: the rates around the highest score of the first seed's curve that lose less than
 half the width of that score's interval, between rates interpolated along their logarithm; > and <: the band reaches the
 end of what was tried. Width: of that band in doublings of the rate. Around: the mean of the best rate and its two
-neighbours. In brackets: 95 % intervals over things or images and, where there are several, trainings; widths and best
-rates over things alone, since all rates have only the first seed in common."""
+neighbours, which are others where best rates differ. In brackets: 95 % intervals over things or images and, where there
+are several, trainings; widths and best rates over things alone, since all rates have only the first seed in common."""
 
 
 class CurvePoint(NamedTuple):
