@@ -13,7 +13,7 @@ from dora_mm.eval.vl.vqa import label_accuracy, score_vqa, vqa_accuracy
 from tests.eval.vl import official_vqa
 
 OFFICIAL = {"official": official_vqa.official, "lavis": official_vqa.lavis}
-NUM_RANDOM = 3_000
+NUM_RANDOM = 10_000
 
 PLAIN = "a an the A The none zero one two Three ten eleven yes no Yes red dog left 1 10 3.5 1,000 2,5 5. .5 p.m."
 CONTRACTED = [*official_vqa.CONTRACTIONS, *official_vqa.CONTRACTIONS.values()]

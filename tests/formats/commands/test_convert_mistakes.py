@@ -127,6 +127,16 @@ def test_a_merged_weight_beyond_the_dtype_is_refused_by_name(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_merged_weight_that_is_not_a_number_is_refused_by_name(source, tmp_path):
+    weights = {name: weight.clone() for name, weight in toy.base().items()}
+    for weight in weights.values():
+        weight.view(-1)[0] = float("nan")
+    base = save_model(tmp_path / "base", weights, torch.float32)
+    with pytest.raises(ValueError, match=r"the new weight of \S+ is not finite in torch\.float32"):
+        convert(source, tmp_path / "new", to="merged", base=base)
+    assert not (tmp_path / "new").exists()
+
+
 def test_out_cannot_be_inside_a_file(source):
     with pytest.raises(ValueError, match=r"cannot be made, since .*source\.safetensors is a file"):
         convert(source, source / "new.safetensors", to="kohya")

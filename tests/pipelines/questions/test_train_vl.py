@@ -144,6 +144,16 @@ def test_it_trains_scores_and_saves_a_loadable_adapter(finished, config, tmp_pat
     assert "data:image/" in (tmp_path / "eval" / "examples.html").read_text()
 
 
+@pytest.mark.slow
+def test_captions_are_scored_while_they_train(config, tmp_path):
+    config.values["data"]["tasks"][1]["valid"] = captions("val", 4)
+    assert main(["train", str(config(train={"steps": 1, "batch_size": 2}, evaluate={"batch_size": 8}))]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {"vqa", "overall", "vqa_loss", "caption_loss", "ema_vqa"} <= summary.keys()
+    results = ModelCard.load(tmp_path / "run" / "adapter" / "README.md").data.eval_results
+    assert {result.dataset_name for result in results} == {"vqa", "caption"}
+
+
 def test_a_killed_run_is_resumed_to_the_same_bits(finished, config, tmp_path):
     kill_after("step-000002", config(), tmp_path / "run")
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
