@@ -7,7 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never leave the machine
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU, kernels run in the interpreter; read when imported
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,7 +80,13 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def new_accelerator() -> None:
-    """A process holds one accelerator state, and a test that trains in bf16 must not set it for the next."""
+def new_accelerator() -> Iterator[None]:
+    """A process holds one accelerator state: what a fixture of a module or a test set is not there for the next."""
+    reset_accelerator()
+    yield
+    reset_accelerator()
+
+
+def reset_accelerator() -> None:
     if "accelerate" in sys.modules:
         sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
