@@ -1,5 +1,6 @@
 """Tiny models with random weights that whole pipelines run on, and pictures."""
 
+import gc
 import os
 import sys
 
@@ -23,6 +24,14 @@ if TYPE_CHECKING:  # it loads diffusers, and the process that gives out tests to
 
 settings.register_profile("untimed", deadline=None)  # a first example pays for what is loaded once
 settings.load_profile("untimed")
+
+gc.disable()  # until all tests and what they import are there: they stay, and no search of garbage pays for them
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
 
 SIZES = {
     "resolution": 64,

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,14 @@ MAY_NAME_VL_TASKS = (  # the records; and formats of data files and metrics, som
 OF_A_BARE_QUESTION = re.compile(r"question_task = .*")  # each family says which task it takes a question for
 
 
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
 def package_of(module: str) -> str:
     """The top-level package of a module of ours: `dora_mm.formats.tools.native` is in formats.
 
@@ -54,11 +63,12 @@ def package_of(module: str) -> str:
     return "formats" if name in dora_mm.__all__ else name
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """All modules that a file imports, at the top or inside functions."""
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(text_of(path))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -83,16 +93,19 @@ def violation(module: str, target: str) -> str | None:
 
 
 def test_the_document_has_the_same_rows():
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    text = text_of(ROOT / "docs" / "architecture.md")
     (block,) = re.findall(r"```rows\n(.*?)```", text, re.DOTALL)
     assert [set(re.split(r",\s*", line.strip())) for line in block.splitlines()] == ROWS
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "dora_mm" / "train").rglob("*.py")), ids=lambda p: p.name)
-def test_training_names_no_family_of_models(path):
+def test_training_names_no_family_of_models():
     """Campaigns know pictures from questions (the folders `vl`), and the loop not even that."""
-    allowed = {"vl"} if path.parent.name == "campaigns" else set()
-    assert set(FAMILIES.findall(path.read_text(encoding="utf-8"))) - allowed == set()
+    found = {}
+    for path in (ROOT / "dora_mm" / "train").rglob("*.py"):
+        allowed = {"vl"} if path.parent.name == "campaigns" else set()
+        found[name_of(path)] = set(FAMILIES.findall(text_of(path))) - allowed
+    assert found
+    assert {name: names for name, names in found.items() if names} == {}
 
 
 @pytest.mark.parametrize("room", ROOMS_WITHOUT_FAMILIES)
@@ -100,20 +113,20 @@ def test_what_serves_all_families_of_models_names_none(room):
     folder = ROOT / room if room == "pipelines" else ROOT / "dora_mm" / room
     files = [path for path in SOURCES if folder in path.parents]
     assert files
-    assert {str(p): found for p in files if (found := VL_FAMILIES.findall(p.read_text(encoding="utf-8")))} == {}
+    assert {name_of(path): found for path in files if (found := VL_FAMILIES.findall(text_of(path)))} == {}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_only_its_own_files_name_a_family_of_image_models(path):
-    name = str(path.relative_to(ROOT))
-    if not name.startswith(MAY_NAME_IMAGE_FAMILIES):
-        assert IMAGE_FAMILIES.findall(path.read_text(encoding="utf-8")) == []
+def test_only_its_own_files_name_a_family_of_image_models():
+    files = [path for path in SOURCES if not name_of(path).startswith(MAY_NAME_IMAGE_FAMILIES)]
+    assert files
+    assert {name_of(path): found for path in files if (found := IMAGE_FAMILIES.findall(text_of(path)))} == {}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_only_its_record_names_a_task(path):
-    if not str(path.relative_to(ROOT)).startswith(MAY_NAME_VL_TASKS):
-        assert VL_TASKS.findall(OF_A_BARE_QUESTION.sub("", path.read_text(encoding="utf-8"))) == []
+def test_only_its_record_names_a_task():
+    files = [path for path in SOURCES if not name_of(path).startswith(MAY_NAME_VL_TASKS)]
+    texts = {name_of(path): OF_A_BARE_QUESTION.sub("", text_of(path)) for path in files}
+    assert texts
+    assert {name: found for name, text in texts.items() if (found := VL_TASKS.findall(text))} == {}
 
 
 def test_the_library_imports_nothing_that_only_a_checkout_has():
@@ -121,21 +134,23 @@ def test_the_library_imports_nothing_that_only_a_checkout_has():
         assert not {name for name in imported(path) if name.split(".")[0] in ("samples", "tests")}, path
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_one_way(path):
-    name = str(path.relative_to(ROOT))
-    if name in ENTRY_POINTS:
-        return
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    assert package_of(module) in ROW_OF
-    ours = sorted(t for t in imported(path) if t.split(".")[0] in ("dora_mm", "pipelines"))
-    assert {t: v for t in ours if (v := violation(module, t))} == {}
+def test_imports_go_one_way():
+    wrong = {}
+    for path in SOURCES:
+        if name_of(path) in ENTRY_POINTS:
+            continue
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        assert package_of(module) in ROW_OF, module
+        ours = sorted(t for t in imported(path) if t.split(".")[0] in ("dora_mm", "pipelines"))
+        wrong |= {(module, t): found for t in ours if (found := violation(module, t))}
+    assert wrong == {}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "dora_mm" / "core").rglob("*.py")), ids=lambda p: p.name)
-def test_core_imports_torch_and_nothing_else(path):
-    outside = {name.split(".")[0] for name in imported(path)} - sys.stdlib_module_names
-    assert outside <= {"torch", "dora_mm"}
+def test_core_imports_torch_and_nothing_else():
+    files = (path for path in SOURCES if name_of(path).startswith("dora_mm/core/"))
+    outside = {name_of(p): {n.split(".")[0] for n in imported(p)} - sys.stdlib_module_names for p in files}
+    assert outside
+    assert {name: packages for name, packages in outside.items() if packages - {"torch", "dora_mm"}} == {}
 
 
 @pytest.mark.parametrize(
