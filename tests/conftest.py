@@ -74,6 +74,14 @@ def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
+@pytest.fixture(scope="session")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The `vision` section of a small tower, whose layers have the DIM channels of tests/models/towers/small.py."""
+    from tests.models.towers.small import small_tower  # loads timm
+
+    return small_tower(tmp_path_factory.mktemp("tower"))
+
+
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """Five pictures of two shapes with captions."""

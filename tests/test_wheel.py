@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import dora_mm
@@ -71,20 +72,12 @@ def shadow(tmp_path):
     return tmp_path
 
 
-SAVE = """
-import torch, dora_mm
-model = torch.nn.ModuleDict({"to_q": torch.nn.Linear(4, 4)})
-dora_mm.inject(model, ["to_q"], dora_mm.DoRASpec(rank=2))
-dora_mm.save_adapter({"unet": model}, "adapter")
-"""
-
-
 def test_a_folder_named_pipelines_does_not_shadow_the_recipes(environment, shadow):
     """From the wheel and from the checkout, where `python -m` puts the current folder first on sys.path."""
-    wheel = environment / "bin" / "python"
-    code, _, errors = run(wheel, "-c", SAVE, cwd=shadow, PYTHONPATH="")
-    assert (code, errors) == (0, "")
-    for python, path in ((wheel, ""), (sys.executable, str(ROOT))):
+    model = torch.nn.ModuleDict({"to_q": torch.nn.Linear(4, 4)})
+    dora_mm.inject(model, ["to_q"], dora_mm.DoRASpec(rank=2))
+    dora_mm.save_adapter({"unet": model}, shadow / "adapter")
+    for python, path in ((environment / "bin" / "python", ""), (sys.executable, str(ROOT))):
         code, output, errors = run(python, "-m", "dora_mm", "inspect", "adapter", cwd=shadow, PYTHONPATH=path)
         assert (code, errors) == (0, "")
         assert "to_q" in output

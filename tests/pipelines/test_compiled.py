@@ -15,9 +15,10 @@ from dora_mm.cli import main
 from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.train.checkpoint import checkpoints
 from dora_mm.train.metrics import read_metrics
+from tests.models.towers.small import DIM
 from tests.models.vl_bart.small import small_bart, small_tokenizer
 from tests.models.vlm.vlm_rows import write_conversations, write_pictures
-from tests.pipelines.questions.test_train_vl import DIM, VISION, captions
+from tests.pipelines.questions.test_train_vl import captions
 
 STEPS = 4
 TRAIN = {"steps": STEPS, "batch_size": 2, "checkpoint_every": 2, "keep_checkpoints": 9, "log_every": 1}
@@ -51,7 +52,7 @@ def chat_config(tmp_path, tiny_vlm):
 
 
 @pytest.fixture
-def bart_config(tmp_path):
+def bart_config(tmp_path, vision):
     """VL-BART with dropout on captions."""
     torch.manual_seed(0)
     save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), DIM, "image"), small_tokenizer(), tmp_path / "bart")
@@ -59,7 +60,7 @@ def bart_config(tmp_path):
     return {
         "pipeline": "train_vl",
         "model": {"family": "vl_bart", "path": str(tmp_path / "bart")},
-        "vision": VISION,
+        "vision": vision,
         "adapter": {"rank": 2, "extra_trainable": ["norms"]},
         "data": {"tasks": [task]},
         "train": {**TRAIN, "gradient_accumulation_steps": 2},

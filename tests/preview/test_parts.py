@@ -43,17 +43,22 @@ def test_parts_with_settings_of_their_own(tiny_vlm):
     assert rows["text.attn"][6] == f"{two_layers:,}"
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
-@pytest.mark.parametrize(
-    "adapter",
-    [
-        {},
-        {"method": "full"},
-        {"method": "full", "extra_trainable": ["biases"]},
-        {"parts": ["text.attn", "text.mlp"], "extra_trainable": ["biases", "norms", "embeddings"]},
-        {"parts": {"text.attn": {"method": "magnitude"}, "text.mlp": {"method": "full"}}, "extra_trainable": ["norms"]},
-    ],
-)
+SETTINGS = [
+    {},
+    {"method": "full"},
+    {"method": "full", "extra_trainable": ["biases"]},
+    {"parts": ["text.attn", "text.mlp"], "extra_trainable": ["biases", "norms", "embeddings"]},
+    {"parts": {"text.attn": {"method": "magnitude"}, "text.mlp": {"method": "full"}}, "extra_trainable": ["norms"]},
+]
+FEW = ("llava", "qwen2_5_vl", "florence2")
+CASES = [
+    (adapter, name) if name in FEW or adapter is SETTINGS[3] else pytest.param(adapter, name, marks=pytest.mark.slow)
+    for adapter in SETTINGS
+    for name in tiny.NAMES
+]
+
+
+@pytest.mark.parametrize(("adapter", "name"), CASES)
 def test_the_parts_add_up_to_all_that_is_trained(name, adapter, tiny_vlm):
     trained, rows = table_of(tiny_vlm(name), adapter)
     number = {first: int(cells[-1].replace(",", "")) for first, cells in rows.items() if first != "part"}

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_mm.data.vl.json_items import json_lines, list_items, object_items, place, value_of
@@ -24,7 +24,8 @@ def path(tmp_path_factory):
     return tmp_path_factory.mktemp("json") / "file.json"
 
 
-@given(st.lists(VALUES, min_size=1), st.booleans())
+@settings(max_examples=40)
+@given(st.lists(VALUES, min_size=1, max_size=6), st.booleans())
 def test_lists_are_read_as_written(path, values, indented):
     path.write_text(json.dumps({"info": [1, {"rows": 2}], "rows": values}, indent=2 if indented else None))
     assert [value for _, value in list_items(path, "rows")] == values
@@ -32,7 +33,8 @@ def test_lists_are_read_as_written(path, values, indented):
     assert [value for _, value in list_items(path)] == values
 
 
-@given(st.dictionaries(st.text("abc.é\n"), VALUES, min_size=1))
+@settings(max_examples=40)
+@given(st.dictionaries(st.text("abc.é\n"), VALUES, min_size=1, max_size=6))
 def test_objects_are_read_as_written(path, values):
     path.write_text(json.dumps(values))
     assert {item["id"]: item["value"] for _, item in object_items(path)} == values

@@ -75,7 +75,7 @@ def test_a_task_without_rows_is_named():
         schedule({"vqa": (4, 2), "gqa": (0, 2)})
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(TASKS, st.integers(0, 2**40))
 def test_rows_of_about_the_same_length_are_together(tasks, seed):
     """The rows of each group of batches are those of the batches that are not grouped, whatever is asked for first."""

@@ -52,7 +52,7 @@ ROWS = {
 ROWS["tvc"] = ROWS["caption"]
 
 
-@pytest.mark.parametrize("task", ROWS)
+@pytest.mark.parametrize("task", [t if t != "tvc" else pytest.param(t, marks=pytest.mark.slow) for t in ROWS])
 def test_the_mean_of_answer_scores_is_the_main_metric(task):
     if task in ("caption", "tvc") and shutil.which("java") is None:
         pytest.skip("caption metrics need Java")

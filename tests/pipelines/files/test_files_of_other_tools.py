@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -42,17 +43,21 @@ def change(networks):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The files of one DoRA adapter of the UNet and both text encoders in the form of each tool, by target."""
+    """Gives the files of one DoRA adapter of the UNet and both text encoders in the form of a tool."""
     folder, trained = tmp_path_factory.mktemp("files"), load_image_model(ModelConfig(path=BASE))
     inject(trained.unet, "sdxl-unet", DoRASpec(rank=2, alpha=3.0), parts=LINEAR)
     for name in ("text_encoder", "text_encoder_2"):
         inject(trained.adaptable[name], "clip-text", DoRASpec(rank=2, alpha=3.0), parts=("attn", "ff"))
     change(trained.adaptable.values())
     original = save_adapter(trained.adaptable, folder / "original", metadata={"base_model": BASE})
-    made = {
-        to: convert(original, folder / f"{to}.safetensors", to=to, base=BASE, dtype="float32").files for to in EXACT
-    }
-    return {"original": (original,), **made}
+
+    @cache
+    def made(to):
+        if to == "original":
+            return (original,)
+        return convert(original, folder / f"{to}.safetensors", to=to, base=BASE, dtype="float32").files
+
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +96,7 @@ def outputs(model, seed=0):
 def wanted(model, files):
     """The outputs of the base and of the original file."""
     base = outputs(model)
-    load(model, files["original"])
+    load(model, files("original"))
     adapted = outputs(model)
     for network in model.adaptable.values():
         remove(network)
@@ -103,7 +108,7 @@ def wanted(model, files):
 @pytest.mark.slow
 def test_every_exact_file_computes_what_the_original_does(to, model, files, wanted):
     base, adapted = wanted
-    load(model, files[to])
+    load(model, files(to))
     try:
         assert (outputs(model) - adapted).norm() < 1e-5 * adapted.norm()
         for network in model.adaptable.values():
@@ -121,7 +126,7 @@ def pictures(run):
 @pytest.mark.slow
 def test_they_draw_the_same_pictures(files, convolutions, tmp_path):
     """The pair for ComfyUI as two adapters at once; also convolutions, other strengths by part, and strength 0."""
-    cells = {to: "+".join(map(str, files[to])) for to in DRAWN}
+    cells = {to: "+".join(map(str, files(to))) for to in DRAWN}
     weak = "unet.down=0.5,text_encoder=0"
     cells |= {"weak original": f"{cells['original']}:{weak}", "weak kohya": f"{cells['kohya']}:{weak}"}
     cells |= {f"convolutions {to}": str(file) for to, file in convolutions.items()}
@@ -156,7 +161,7 @@ def test_a_peft_file_belongs_to_the_network_that_has_its_modules(model, tmp_path
 
 
 def test_what_has_no_low_rank_and_halves_are_not_trained_on(files, image_folder, tmp_path, capsys):
-    for file, message in ((files["diff"][0], "has no low rank at"), (files["comfy"][1], "file 2 of a pair")):
+    for file, message in ((files("diff")[0], "has no low rank at"), (files("comfy")[1], "file 2 of a pair")):
         config = {
             "pipeline": "train_diffusion",
             "output": str(tmp_path / "run"),
@@ -220,6 +225,7 @@ def test_a_lora_of_kohya_is_the_change_that_it_describes(model, kohya):
             remove(network)
 
 
+@pytest.mark.slow
 def test_a_lora_of_kohya_is_drawn_and_trained_on(kohya, image_folder, tmp_path):
     """Also its modules for which the config has no part; with a learning rate of nothing it stays what it is."""
     file, changes = kohya

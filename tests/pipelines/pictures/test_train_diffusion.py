@@ -156,6 +156,7 @@ def test_a_run_directory_is_complete(config, tmp_path, capsys):
     assert "pipeline: train_diffusion" in card.text
 
 
+@pytest.mark.slow
 def test_a_sheet_is_drawn_when_a_person_asks_for_it(config, tmp_path, monkeypatch):
     """Between two steps, without an effect on the weights."""
     settings = {"sample__prompts": [], "train__steps": 3, "adapter__parts": ["unet.attn"]}
@@ -266,6 +267,7 @@ def test_long_captions_of_different_lengths_train(config, image_folder, tmp_path
         assert (run / "adapter" / "pytorch_lora_weights.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(config, tmp_path):
     weights = []
     for name, changes in {"plain": {}, "checkpointed": {"train__gradient_checkpointing": True}}.items():

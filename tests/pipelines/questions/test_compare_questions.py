@@ -308,12 +308,12 @@ def test_settings_of_a_variant_reach_its_trainings(comparison, base):
 
 def test_every_training_that_adapts_the_tower_answers_with_its_own_tower(comparison, base, commands, tmp_path):
     torch.manual_seed(0)
-    save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), 192, "image"), small_tokenizer(), tmp_path / "model")
+    save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), 64, "image"), small_tokenizer(), tmp_path / "model")
     images = {"images": str(SAMPLES / "images")}
     task = {"task": "vqa", "train": vqa("train", limit=4, **images), "valid": vqa("val", limit=2, **images)}
     adapted = base(
         model={"family": "vl_bart", "path": str(tmp_path / "model")},
-        vision={"tower": "timm/vit_tiny_patch16_224", "pretrained": None},
+        vision={"tower": "timm/test_vit", "pretrained": None},
         adapter={"rank": 2, "parts": ["text.qv", "cross.qv", "vision.attn"]},
         data={"tables": str(tmp_path / "tables"), "tasks": [task]},
     )

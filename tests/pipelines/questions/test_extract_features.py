@@ -13,13 +13,11 @@ from dora_mm.config import load_config
 from dora_mm.config.models import VisionConfig
 from dora_mm.data.features.sources import open_features
 from dora_mm.data.images.pixels import load_rgb
-from dora_mm.models.towers.building import LITE0
 from dora_mm.models.towers.tower import VisionTower, load_tower
 from dora_mm.recipes import PIPELINES
+from tests.models.towers.small import DIM
 
 extract_features = PIPELINES.load("extract_features")
-
-VISION = {"tower": "timm/tf_efficientnet_lite0", "pretrained": LITE0, "layers": ["blocks.2", "blocks.6"]}
 
 
 def draw(path, seed, size=(40, 30)):
@@ -39,7 +37,7 @@ def images(tmp_path):
 
 
 @pytest.fixture
-def config(tmp_path, images):
+def config(tmp_path, images, vision):
     """The path of a config; JSON is valid YAML."""
     path = tmp_path / "mine.yaml"
     values = {
@@ -48,7 +46,7 @@ def config(tmp_path, images):
         "images": [str(images)],
         "batch_size": 2,
     }
-    path.write_text(json.dumps({**values, "vision": VISION, "dtype": "float32"}))
+    path.write_text(json.dumps({**values, "vision": vision, "dtype": "float32"}))
     return path
 
 
@@ -70,12 +68,12 @@ def computed(monkeypatch):
     return sizes
 
 
-def test_features_equal_the_output_of_the_tower(config, images, tmp_path, computed):
+def test_features_equal_the_output_of_the_tower(config, vision, images, tmp_path, computed):
     assert run(config) == 0
     assert computed == [2, 2, 1]
     features = open_features([tmp_path / "out"])
-    tower = load_tower(VisionConfig(**VISION))
-    assert features.dim == tower.feature_dim == 360
+    tower = load_tower(VisionConfig(**vision))
+    assert features.dim == tower.feature_dim == DIM
     for path in images.rglob("*.png"):
         found = features[path.stem]
         torch.testing.assert_close(found, tower(tower.preprocess(load_rgb(path))[None])[0], atol=1e-4, rtol=1e-4)
@@ -141,7 +139,7 @@ def test_readers_in_other_processes(config, tmp_path, computed, monkeypatch):
 
 def test_half_precision_and_another_tower(config, tmp_path, capsys):
     assert run(config, "dtype=float16") == 0
-    assert run(config, "dtype=float16", "vision.layers=[blocks.6]") == 2
+    assert run(config, "dtype=float16", "vision.layers=[blocks.3]") == 2
     assert "out contains features of another tower, weights or layers" in capsys.readouterr().err
     assert run(config) == 2
     assert "contains features of dtype float16, not float32: name another folder" in capsys.readouterr().err
