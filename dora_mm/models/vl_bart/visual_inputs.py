@@ -20,7 +20,6 @@ from dora_mm.models.towers.tower import load_tower
 
 NUM_FRAMES = 64  # per clip
 CACHE_BYTES = 2**31  # of visual tokens, in main memory
-ENCODE_BATCH = 32
 
 
 class VisionEncoder(nn.Module):
@@ -132,12 +131,12 @@ class VisionEncoder(nn.Module):
         paths = {name: resolve_path(folder, "images") / name for name in names}
         if self.trained:
             return dict(zip(names, self._tokens(list(paths.values())), strict=True))
-        new = [path for path in paths.values() if path not in self._cache]
-        for start in range(0, len(new), ENCODE_BATCH):
-            part = new[start : start + ENCODE_BATCH]
-            # Autocast is off, so that cached tokens do not depend on the precision of their first use.
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                self._cache.update(zip(part, self._tokens(part).cpu(), strict=True))
+        for path in paths.values():
+            # Cached tokens must not depend on their first use, which is another one after a resume: on its precision,
+            # and on the batch, which changes the last bits.
+            if path not in self._cache:
+                with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                    self._cache[path] = self._tokens([path])[0].cpu()
         found = {name: self._cache[path] for name, path in paths.items()}
         for path in paths.values():
             self._cache.move_to_end(path)

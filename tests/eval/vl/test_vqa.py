@@ -76,9 +76,7 @@ def test_equals_the_official_script_on_random_answers(unusual_questions, mode, e
         if abs(ours - theirs) > 1e-12:
             differing.append((prediction, answers, ours, theirs))
     assert differing == []
-    assert all(
-        found.count(value) > len(found) / 100 for value in (0.0, 0.3, 0.6, 0.9, 1.0)
-    )  # often enough
+    assert all(found.count(value) > len(found) / 100 for value in (0.0, 0.3, 0.6, 0.9, 1.0))  # often enough
 
 
 def test_normal_forms_equal_the_official_ones(unusual_questions):
