@@ -67,11 +67,10 @@ class AdaptedLayer(AdapterParameters):
 
     def adapters(self) -> tuple[Adapter, ...]:
         """What the forward function needs of every adapter whose strength is not 0."""
-        state, dtype = self.adaptation, adapter_dtype(self.weight.dtype)
+        state, dtype = self.adaptation, adapter_dtype(self.tensor("weight").dtype)
         spec, found = state.spec, []
         if state.strength != 0:
-            # getattr, since DataParallel's copies have tensors instead of parameters. FSDP may have cast them.
-            own = [getattr(self, name, None) for name in ADAPTER_NAMES]
+            own = map(self.tensor, ADAPTER_NAMES)  # FSDP may have cast them
             A, B, m = (t if t is None or t.dtype == dtype else t.to(dtype) for t in own)
             found = [Adapter(A, B, m, spec.scaling, state.strength, spec.norm_grad)]
         for other in state.stacked.values():
@@ -144,7 +143,7 @@ class AdaptedLayer(AdapterParameters):
         """What `fixed_parameters` keeps for a pass, one of `caches`."""
         # Tensors that were made in inference mode cannot be saved for a backward pass. (A compiler cannot ask for it.)
         inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-        weight = self.weight
+        weight = self.tensor("weight")
         key = product_dtype(weight), weight.device, inference
         cache = caches.get(key)
         if cache is None:
@@ -184,7 +183,7 @@ class AdaptedLayer(AdapterParameters):
             cache.asks = state.asks
         # by position, which takes half as long as by name
         options = Options(op, dropout, keep_weight, spec.save_output, cache, num_passes, dtype, restore)
-        y = state.forward(x, self.matrix, self.bias if use_bias else None, self.adapters(), options)
+        y = state.forward(x, self.matrix, self.tensor("bias") if use_bias else None, self.adapters(), options)
         if not is_compiling and cache.asks != state.asks:
             state.asks = cache.asks
         return y

@@ -93,7 +93,8 @@ def product_dtype(weight: Tensor) -> torch.dtype:
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for a device; torch raises an error for `meta`."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    kind = device.type  # made anew whenever it is asked for
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:

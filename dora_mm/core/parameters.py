@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,15 @@ class AdapterParameters(nn.Module):
     @property
     def matrix(self) -> Tensor:
         """The weight with output rows first, (O, I) or (O, I / groups, *K): a view where it is stored otherwise."""
-        return self.weight
+        return self.tensor("weight")
+
+    def tensor(self, name: str) -> Any:
+        """A parameter, or what stands in its place in DataParallel's copies and parametrized layers; None without any.
+
+        Every pass reads some, and nn.Module's attributes take four times as long.
+        """
+        own = self._parameters
+        return own[name] if name in own else getattr(self, name, None)
 
     def as_stored(self, matrix: Tensor) -> Tensor:
         """Converts a weight with output rows first to how the layer stores it, or back: it is its own inverse."""
