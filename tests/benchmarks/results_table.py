@@ -41,8 +41,9 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Writes a CSV file with the keys of the first row as columns, or nothing where there is no row."""
     if not rows:
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
