@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_mm.core.adaptation import ADAPTER_NAMES, StackedAdapter
+from dora_mm.core.adaptation import ADAPTER_NAMES, CallRecord, StackedAdapter
 from dora_mm.core.functional import (
     Adapter,
     adapter_dtype,
@@ -139,12 +139,16 @@ class AdaptedLayer(AdapterParameters):
             return True
         return state.strength == 0 and not any(s.strength for s in state.stacked.values())
 
-    def pass_cache(self, caches: dict[Hashable, PassCache]) -> PassCache:
-        """What `fixed_parameters` keeps for a pass, one of `caches`."""
+    def pass_key(self) -> tuple[torch.dtype, torch.device, bool]:
+        """The key of what `fixed_parameters` keeps for a pass: dtype and device of its product, and inference mode."""
         # Tensors that were made in inference mode cannot be saved for a backward pass. (A compiler cannot ask for it.)
         inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
         weight = self.tensor("weight")
-        key = product_dtype(weight), weight.device, inference
+        return product_dtype(weight), weight.device, inference
+
+    def pass_cache(self, caches: dict[Hashable, PassCache]) -> PassCache:
+        """What `fixed_parameters` keeps for a pass, one of `caches`."""
+        key = self.pass_key()
         cache = caches.get(key)
         if cache is None:
             cache = caches[key] = PassCache(keeps_base=True)
@@ -172,21 +176,54 @@ class AdaptedLayer(AdapterParameters):
         restore: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """Runs the forward function on x: see `forms.adapted_product`."""
+        state, bias = self.adaptation, self.tensor("bias") if use_bias else None
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling or restore is not None or state.caches is None:
+            adapters, options = self.adapters(), self.options(op, dtype, restore, is_compiling=is_compiling)
+        else:
+            adapters, options = self.recorded(op)
+        cache = options.cache
+        if is_compiling or cache is None:
+            return state.forward(x, self.matrix, bias, adapters, options)
+        cache.asks = state.asks
+        y = state.forward(x, self.matrix, bias, adapters, options)
+        if cache.asks != state.asks:
+            state.asks = cache.asks
+        return y
+
+    def options(
+        self,
+        op: Op,
+        dtype: torch.dtype | None = None,
+        restore: Callable[[], Tensor] | None = None,
+        *,
+        is_compiling: bool = False,
+    ) -> Options:
+        """The options of a pass."""
         state, spec = self.adaptation, self.adaptation.spec
         dropout, keep_weight = spec.dropout if self.training else 0.0, restore is None and spec.cache == "weights"
         num_passes = 1.0 if state.num_passes is None else state.num_passes
         cache = PassCache(keeps=False) if state.caches is None else self.pass_cache(state.caches)
-        is_compiling = torch.compiler.is_compiling()
         if is_compiling:  # a pass that reads what another one left would be another graph: only n0 is read
             cache, num_passes = PassCache(cache.n0, keeps=False), 1.0
-        else:
-            cache.asks = state.asks
         # by position, which takes half as long as by name
-        options = Options(op, dropout, keep_weight, spec.save_output, cache, num_passes, dtype, restore)
-        y = state.forward(x, self.matrix, self.tensor("bias") if use_bias else None, self.adapters(), options)
-        if not is_compiling and cache.asks != state.asks:
-            state.asks = cache.asks
-        return y
+        return Options(op, dropout, keep_weight, spec.save_output, cache, num_passes, dtype, restore)
+
+    def recorded(self, op: Op) -> tuple[tuple[Adapter, ...], Options]:
+        """The adapters and the options of a pass: those of the last one, unless they would be others.
+
+        FSDP, DataParallel and functional_call put other tensors into a layer without a word, so they are compared.
+        """
+        own, state, record = self._parameters, self.adaptation, self.adaptation.record
+        A, B, m = own.get("lora_A"), own.get("lora_B"), own.get("magnitude")
+        key = op, self.training, state.spec, state.num_passes, *self.pass_key()
+        if record is not None and record.A is A and record.B is B and record.m is m and record.key == key:
+            return record.adapters, record.options
+        adapters, options = self.adapters(), self.options(op)
+        # not where they are computed for this pass: cast, or parametrized
+        if state.strength == 0 or all(a is b for a, b in zip(adapters[0], (A, B, m), strict=False)):
+            state.record = CallRecord(A, B, m, key, adapters, options)
+        return adapters, options
 
     # --- merging ---
 

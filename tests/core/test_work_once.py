@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
@@ -217,3 +218,102 @@ def test_a_trained_layer_does_not_ask_again_in_each_step():
         assert layer.adaptation.asks is not is_trained
     layer.reset_adapter()
     assert layer.adaptation.asks
+
+
+def another_parameter(layer):
+    layer.lora_B = nn.Parameter(2 * layer.lora_B.detach())
+
+
+def parametrized(layer):
+    class Doubled(nn.Module):
+        def forward(self, t):
+            return 2 * t
+
+    parametrize.register_parametrization(layer, "lora_A", Doubled())
+
+
+def stacked(layer):
+    spec = DoRASpec(rank=2)
+    drawn = {"lora_A": torch.randn(2, 32), "lora_B": torch.randn(24, 2), "magnitude": torch.rand(24) + 1}
+    layer.stack("other", spec, drawn, 0.5)
+
+
+UNANNOUNCED = {
+    "another parameter": another_parameter,
+    "parametrized": parametrized,
+    "scaling": replace_scaling,
+    "another adapter": stacked,
+    "strength": lambda layer: layer.set_strength(0.4),
+    "precision": lambda layer: layer.to(torch.float64),
+    "evaluation": lambda layer: layer.eval(),
+}
+
+
+@pytest.mark.parametrize("change", UNANNOUNCED)
+def test_what_a_layer_is_made_of_may_change_where_only_the_base_is_fixed(change):
+    """The next pass computes what a layer that made none before does; and so does the one after that."""
+    _, layer = reference.linear(32, 24, dropout=0.5)
+    reference.randomize(layer)
+    new, x = copy.deepcopy(layer), torch.randn(5, 32)
+    with fixed_parameters(layer, base_only=True):
+        for _ in range(2):
+            layer(x)
+        for each in (layer, new):
+            torch.manual_seed(0)
+            UNANNOUNCED[change](each)
+        for _ in range(2):
+            layer.magnitude.data.mul_(1.1)
+            new.magnitude.data.mul_(1.1)
+            found = []
+            for each in (layer, new):
+                torch.manual_seed(1)
+                y = each(x.to(each.weight.dtype))
+                found.append(
+                    [y, *torch.autograd.grad(y.square().sum(), [p for p in each.parameters() if p.requires_grad])]
+                )
+            for one, other in zip(*found, strict=True):
+                assert torch.equal(one, other)
+
+
+def test_other_tensors_may_take_the_place_of_parameters():
+    _, layer = reference.linear(32, 24)
+    reference.randomize(layer)
+    x, others = torch.randn(5, 32), {name: 2 * p.detach() for name, p in adapter_parameters(layer).items()}
+    with fixed_parameters(layer, base_only=True):
+        before = layer(x)
+        swapped = torch.func.functional_call(layer, others, (x,))
+        after = layer(x)
+    assert torch.equal(before, after)
+    assert torch.equal(swapped, torch.func.functional_call(layer, others, (x,)))
+    assert not torch.allclose(before, swapped)
+
+
+@pytest.mark.parametrize("base_only", [True, False])
+def test_autocast_and_inference_may_change_from_pass_to_pass(base_only):
+    _, layer = reference.linear(32, 24)
+    reference.randomize(layer)
+    x, found = torch.randn(400, 32), []
+    with fixed_parameters(layer, base_only=base_only):
+        for _ in range(2):
+            with torch.inference_mode():
+                found.append(layer(x))
+            with torch.autocast("cpu", torch.bfloat16):
+                assert layer(x).dtype == torch.bfloat16
+            found.append(layer(x))
+        found[1].sum().backward()
+    assert all(torch.equal(y, found[0]) for y in found)
+    assert layer.adaptation.record is None  # nothing is held beyond
+
+
+def test_a_layer_is_read_once():
+    _, layer = reference.linear(32, 24)
+    with fixed_parameters(layer, base_only=True):
+        layer(torch.ones(2, 32))
+        first = layer.adaptation.record
+        for _ in range(2):  # as steps of a training
+            with fixed_parameters(layer, num_passes=1):
+                layer(torch.ones(2, 32)).sum().backward()
+                again = layer.adaptation.record
+        with fixed_parameters(layer, num_passes=1):
+            layer(torch.ones(2, 32))
+            assert layer.adaptation.record is again is not first
