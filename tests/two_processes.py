@@ -1,5 +1,6 @@
 """Runs a function in two processes of one group (gloo), which are forked from a server that has imported everything."""
 
+import faulthandler
 import multiprocessing
 import os
 import time
@@ -23,6 +24,7 @@ def run_in_two(folder: Path, function: Callable[..., None], *arguments: Any) -> 
 
 
 def _in_group(rank: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    faulthandler.enable()  # says where a process was when it is aborted
     torch.set_num_threads(1)
     numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {**numbers, "MASTER_ADDR": "localhost"}  # as a launcher does, for accelerate
