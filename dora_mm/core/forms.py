@@ -10,12 +10,14 @@ Dropout drops entries of x in the update only, as the official layer does: y = x
 the merged form that is a second product beside the one with W0. The unmerged form, with h = drop(x) A^T, can do it
 without a magnitude.
 
-In half precision W(t) does not fit into one number. The merged form then multiplies x by two weights whose sum it is
-(see `split_weight`), in one product that is rounded once.
+In half precision the sum must be rounded once, and y not scaled after that. Without a magnitude the unmerged form takes
+[x, h] [W0, B']^T. W(t) does not fit into one number: the merged form multiplies x by two weights whose sum it is (see
+`split_weight`), as [x, x] [main, rest]^T.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -26,9 +28,7 @@ from torch import Tensor
 
 from dora_mm.core.functional import (
     Adapter,
-    any_nonzero,
     autocasts,
-    can_read,
     cast,
     first_order,
     merge_adapters,
@@ -45,6 +45,7 @@ from dora_mm.core.steps import TORCH_STEPS, Steps, adapter_gradients, bias_grad,
 # checkpointing takes 1.08 times PEFT LoRA's time and 2.7 GB for W(t) if BUILD_COST is 16, 1.01 times and 0.4 GB at 100.
 BUILD_COST = 100  # per entry of W(t): W0 copied, added to, scaled, and new memory for that
 UNMERGED_COST = 48  # per entry of y: y scaled and added to, dY scaled
+JOIN_COST = 200  # in half precision, per entry of W0: copied into [W0, B'] (100 to 350 on two cores of an Intel Xeon)
 
 
 def choose_form(
@@ -54,6 +55,7 @@ def choose_form(
     rank: int,
     *,
     half: bool = False,
+    joins: bool = True,
     has_magnitude: bool = True,
     dropout: bool = False,
     num_passes: float = 1.0,
@@ -68,6 +70,7 @@ def choose_form(
         num_in: I, for a convolution times the kernel's size.
         rank: The sum of the adapters' ranks.
         half: Whether the product runs in half precision.
+        joins: Whether the branch can be part of the product, see `Op.can_join`.
         has_magnitude: Whether any adapter has a magnitude.
         dropout: Whether entries of x are dropped in the update.
         num_passes: How many forward passes one W(t) serves; infinite in inference.
@@ -75,7 +78,8 @@ def choose_form(
     if dropout and has_magnitude:
         return "merged"  # either form has two large products, and this one rounds their sum once
     if half:
-        return "merged"
+        in_one_sum = joins and not has_magnitude and (dropout or math.isfinite(num_passes) or num_tokens > JOIN_COST)
+        return "unmerged" if in_one_sum else "merged"
     build = num_out * num_in * (rank + BUILD_COST)
     unmerged = num_tokens * (rank * (num_out + num_in) + UNMERGED_COST * num_out)
     norm = num_out * num_in * rank if has_magnitude else 0  # W0 A^T; where W(t) is built, its norm is one pass
@@ -87,7 +91,7 @@ def choose_form(
 
 @torch.no_grad()
 def split_weight(
-    W: Tensor, weight: Tensor, dtype: torch.dtype, has_dropout: bool = False, asks: bool = True
+    W: Tensor, weight: Tensor, dtype: torch.dtype, has_dropout: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Splits W(t) into two weights in `dtype`, `main` and `rest`.
 
@@ -98,11 +102,10 @@ def split_weight(
         weight: W0.
         dtype: The dtype of the product.
         has_dropout: Whether the update has an input of its own.
-        asks: Whether to wait for a GPU to know whether there is an update.
 
     Returns:
         W(t), rounded in half precision, and what is missing from it; or W0 and the update, where that has an input of
-        its own. The second is None where it is 0.
+        its own. The second is None where nothing is missing.
     """
     if has_dropout:
         main = weight.detach().to(dtype)
@@ -114,10 +117,6 @@ def split_weight(
             W = W + (weight.detach().to(dtype).to(W.dtype) - weight.detach())
         main = torch.empty_like(weight, dtype=dtype).copy_(W)  # in the layout of W0, for the base's bits
         rest = W.sub_(main)
-    # A second product may change the order of summation (in bf16 for 640 x 640 with 2048 tokens it does): a fresh
-    # adapter goes without it. A trained one does not wait for a GPU to say so.
-    if (asks or rest.device.type == "cpu") and can_read(rest) and not any_nonzero(rest):
-        return main, None
     return main, rest.to(dtype)
 
 
@@ -180,9 +179,7 @@ def built_again(call: Call, saved: SavedPass) -> Tensor:
     has_dropout = call.options.dropout > 0
     W, _ = merge_adapters(saved.weight, saved.adapters, [a.rows for a in saved.adapters])
     main, rest = split_weight(W, saved.weight, call.dtype, has_dropout)
-    if not has_dropout:
-        return main
-    return torch.zeros_like(main) if rest is None else rest
+    return main if rest is None or not has_dropout else rest
 
 
 # --- the layer -------------------------------------------------------------------------------------------------------
@@ -228,9 +225,8 @@ def adapted_product(
             merged = cache.merged if dropped is None else None
             if merged is None:
                 W, rows = merge_adapters(weight, adapters, rows)
-                merged = split_weight(W, weight, dtype, dropped is not None, cache.asks)
-                if can_read(x):
-                    cache.asks = merged[1] is None
+                main, rest = split_weight(W, weight, dtype, dropped is not None)
+                merged = main, rest if rest is not None and cache.finds_update(rest) else None
                 if options.keep_weight and dropped is None and cache.keeps:
                     cache.merged = merged
         else:
@@ -256,12 +252,14 @@ def form_of(
     """`choose_form` for the tensors of a pass."""
     if steps.only_unmerged or not options.op.merges:
         return "unmerged"  # whatever the sizes are
+    rank, half = sum(0 if a.A is None else a.A.shape[0] for a in adapters), dtype.itemsize < 4
     return choose_form(
         options.op.num_tokens(x, weight),
         weight.shape[0],
         weight.numel() // weight.shape[0],
-        sum(0 if a.A is None else a.A.shape[0] for a in adapters),
-        half=dtype.itemsize < 4,
+        rank,
+        half=half,
+        joins=half and options.op.can_join(weight, rank),
         has_magnitude=has_magnitude(adapters),
         dropout=options.dropout > 0,
         num_passes=options.num_passes if options.keep_weight else 1.0,

@@ -76,8 +76,18 @@ class Op:
         return x.numel() // max(weight.shape[1], 1)
 
     def concatenate(self, a: Tensor, b: Tensor) -> Tensor:
-        """Returns the input of the weight [W_a, W_b] (O, 2 I), for inputs a and b of the shape of x."""
+        """Returns the input of the weight [W_a, W_b] (O, I_a + I_b), for inputs a and b of the same tokens."""
         return torch.cat([a, b], -1)
+
+    def can_join(self, weight: Tensor, rank: int) -> bool:
+        """Whether `join` can be used, and its weight is smaller than two of this one."""
+        return padded(rank) < weight.shape[1]
+
+    def join(self, x: Tensor, weight: Tensor, h: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the input [x, h, 0] and the weight [W, B, 0], whose product is x W^T + h B^T as one sum."""
+        missing = padded(B.shape[1]) - B.shape[1]
+        h, B = F.pad(h, (0, missing)), F.pad(B, (0, missing))
+        return self.concatenate(x, h.view(*x.shape[:-1], h.shape[-1])), torch.cat([weight, B], 1)
 
 
 @dataclass(frozen=True)
@@ -163,8 +173,28 @@ class ConvOp(Op):
 
     def concatenate(self, a, b):
         """Concatenates the channels of a and b within each group, as [W_a, W_b] are in the kernel."""
+        if self.groups == 1:
+            return torch.cat([a, b], 1)  # in their memory layout
         split = [t.unflatten(1, (self.groups, -1)) for t in (a, b)]
         return torch.cat(split, 2).flatten(1, 2)
+
+    def can_join(self, weight, rank):
+        """There has to be an entry of the kernel that reads position s p of x for every output position p."""
+        geometry = zip(weight.shape[2:], self.padding, self.dilation, strict=True)
+        return super().can_join(weight, rank) and all(
+            padding % dilation == 0 and 2 * padding <= dilation * (size - 1) for size, padding, dilation in geometry
+        )
+
+    def join(self, x, weight, h, B):
+        """That entry of the kernel is B, and h lies at these positions."""
+        rank, size = B.shape[1], padded(B.shape[1])
+        entry = [padding // dilation for padding, dilation in zip(self.padding, self.dilation, strict=True)]
+        every = [slice(0, s * (n - 1) + 1, s) for n, s in zip(h.shape[2:], self.stride, strict=True)]
+        kernel, channels = torch.zeros_like(weight[:, :size]), torch.zeros_like(x[:, : self.groups * size])
+        kernel[(slice(None), slice(rank), *entry)] = B
+        by_group = channels.unflatten(1, (self.groups, size))
+        by_group[(slice(None), slice(None), slice(rank), *every)] = h.unflatten(1, (self.groups, rank))
+        return self.concatenate(x, channels), torch.cat([weight, kernel], 1)
 
     def _filled(self, value: int) -> list[int]:
         return [value] * len(self.stride)
@@ -192,6 +222,11 @@ class ConvOp(Op):
 
 
 LINEAR = Op()
+
+
+def padded(rank: int) -> int:
+    """The number of columns that a branch takes beside W0: the units of GPUs read rows of 16 bytes."""
+    return (rank + 7) // 8 * 8
 
 
 # --- what follows from them ------------------------------------------------------------------------------------------

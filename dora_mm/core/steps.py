@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from dora_mm.core.functional import (
     RowGains,
     adapter_dtype,
     as_matrix,
+    ask,
     can_read,
     cast,
     directions,
@@ -89,10 +90,15 @@ class Steps:
         Returns:
             y = e x W0^T + h B'^T + b, in new memory, and h, the product of `source` and the A of all adapters, or None.
         """
-        op, (A, B), h = call.options.op, branch(adapters), None
-        if A is not None:
-            h = op.reduce(source, cast(A, call.dtype if op.merges else adapter_dtype(call.dtype)))
-        return self.unmerged(op, x, cast(weight, call.dtype), bias, base_gain(adapters), h, B), h
+        op, (A, B), h, W0 = call.options.op, branch(adapters), None, cast(weight, call.dtype)
+        if A is None or B is None:
+            return self.unmerged(op, x, W0, bias, base_gain(adapters), None, None), None
+        h = op.reduce(source, cast(A, call.dtype if op.merges else adapter_dtype(call.dtype)))
+        if h.dtype.itemsize >= 4:
+            return self.unmerged(op, x, W0, bias, base_gain(adapters), h, B), h
+        if (call.options.cache or PassCache()).finds_update(B):
+            x, W0 = op.join(x, W0, h, cast(B, call.dtype))
+        return op(x, W0, bias), h
 
     def gradients(
         self, call: Call, saved: SavedPass, dY: Tensor, needs: Needs
@@ -169,7 +175,7 @@ class Steps:
     ) -> Tensor:
         """Returns dX = (e dY) W0 + u A. Of x only the shape is read."""
         dX = op.grad_input(dY if base_gain is None else dY * per_row(op, base_gain, dY), x, weight)
-        return dX if u is None or A is None else op.add_grad_reduced(dX, u, x, A)
+        return dX if u is None or A is None else op.add_grad_reduced(dX, u, x, cast(A, dX.dtype))
 
 
 TORCH_STEPS = Steps()
@@ -238,6 +244,7 @@ def adapter_gradients(
     A, B = branch(adapters)
     trains = any(needs[0::3]) or any(needs[1::3])
     u = dA = dB = None
+    finish_dm = None if saved.y is None else magnitude_grad_of_output(op, dY, saved.y, saved, adapters[0])
     if A is not None and B is not None and (trains or needs_u):
         u = op.grad_h(dY, cast(B, dY.dtype))
         if trains:
@@ -247,7 +254,9 @@ def adapter_gradients(
     first = 0
     for k, adapter in enumerate(adapters):
         is_exact = adapter.norm_grad == "exact" and adapter.rows is not None and dA is not None
-        dm = magnitude_grad(call, saved, dY, adapter) if needs[3 * k + 2] or is_exact else None
+        dm = None
+        if needs[3 * k + 2] or is_exact:
+            dm = magnitude_grad(op, dY, saved, adapter) if finish_dm is None else finish_dm()
         own_A = own_B = None
         if dA is not None and dB is not None and adapter.A is not None and adapter.B is not None:
             own_A, own_B, last = dA, dB, first + len(adapter.A)
@@ -264,42 +273,47 @@ def adapter_gradients(
     return gradients, u, A
 
 
-def magnitude_grad(call: Call, saved: SavedPass, dY: Tensor, adapter: Adapter) -> Tensor:
-    """Returns dm = t sum over tokens of dY * (x V^T), / n; 0 where n is 0. It takes a product where y was not kept."""
-    op = call.options.op
-    if saved.y is not None:
-        return magnitude_grad_of_output(op, dY, saved.x, saved.y, saved.weight, saved.bias, adapter)
+def magnitude_grad(op: Op, dY: Tensor, saved: SavedPass, adapter: Adapter) -> Tensor:
+    """Returns dm = t sum over tokens of dY * (x V^T), / n; 0 where n is 0. It takes a product."""
     assert adapter.rows is not None
     norm = adapter.rows.norm
     dots = inner_dots(op, dY, saved.x, saved.weight, adapter)
     return (adapter.strength * dots / norm).masked_fill_(norm == 0, 0)
 
 
-def magnitude_grad_of_output(
-    op: Op, dY: Tensor, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter
-) -> Tensor:
-    """Returns dm (O,) of the only adapter, at strength 1, from the output y of the layer; 0 where n is 0.
+def magnitude_grad_of_output(op: Op, dY: Tensor, y: Tensor, saved: SavedPass, adapter: Adapter) -> Callable[[], Tensor]:
+    """Starts to compute dm (O,) of the only adapter, at strength 1, from the output y of the layer; 0 where n is 0.
 
     It is the sum over tokens of dY (y - b), / m, where that is safe. Rows with a small gain, or with a bias much larger
-    than y - b, use `inner_dots`.
+    than y - b, use `inner_dots`; a GPU is asked whether there are any.
+
+    Returns:
+        What finishes it. Products that are launched before that keep a GPU busy while the program waits for the answer.
     """
-    rows = adapter.rows
+    rows, weight, bias = adapter.rows, saved.weight, saved.bias
     assert adapter.magnitude is not None
     assert rows is not None
     dots, squares = row_sums(op, dY, y, bias)
     dm = dots / adapter.magnitude
     if rows.regular and bias is None:
-        return dm
+        return lambda: dm
     chosen = is_zero = None
     if bias is not None and squares is not None:
-        rms = (squares / max(op.num_tokens(x, weight), 1)).sqrt()
+        rms = (squares / max(op.num_tokens(saved.x, weight), 1)).sqrt()
         chosen = bias.abs() > large_bias(y.dtype) * rms
     if not rows.regular:
         is_zero, unsafe = rows.norm == 0, rows.gain.abs() <= SMALL_GAIN
         chosen = (unsafe if chosen is None else unsafe | chosen) & ~is_zero
-    if chosen is not None and chosen.any():
-        dm = torch.where(chosen, inner_dots(op, dY, x, weight, adapter, chosen) / rows.norm, dm)
-    return dm if is_zero is None else dm.masked_fill_(is_zero, 0)
+    assert chosen is not None
+    any_chosen = ask(chosen.any())
+
+    def finish() -> Tensor:
+        found = dm
+        if any_chosen():
+            found = torch.where(chosen, inner_dots(op, dY, saved.x, weight, adapter, chosen) / rows.norm, dm)
+        return found if is_zero is None else found.masked_fill_(is_zero, 0)
+
+    return finish
 
 
 def is_divisor(gain: Tensor) -> bool:

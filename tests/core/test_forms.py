@@ -98,16 +98,24 @@ def test_a_checkpointed_unet_at_512_px_builds_no_weight_in_its_1280_wide_layers(
     assert choose_form(4096, 1280, 1280, 16, num_passes=2) == "merged"
 
 
-def test_half_precision_is_merged():
-    """The branch would be added to a product that is rounded already."""
-    assert choose_form(1, 64, 64, 4, half=True) == "merged"
-    assert choose_form(10_000, 64, 64, 4, half=True) == "merged"
+def test_half_precision_is_merged_where_the_branch_cannot_be_part_of_the_product():
+    """A gain would scale, and the branch be added to, a product that is rounded already."""
+
+    def form(tokens, **settings):
+        return choose_form(tokens, 64, 64, 4, half=True, **settings)
+
+    assert form(1) == form(10_000) == "merged"
+    assert form(10_000, has_magnitude=False) == "unmerged"
+    assert form(10_000, has_magnitude=False, joins=False) == "merged"
+    # a weight that is kept for all passes is not copied in each of them, where that is what they cost
+    assert form(1, has_magnitude=False, num_passes=math.inf) == "merged"
+    assert form(10_000, has_magnitude=False, num_passes=math.inf) == "unmerged"
 
 
 def test_dropout_builds_the_update_only_for_a_magnitude():
     assert choose_form(1, 64, 64, 4, dropout=True) == "merged"
-    assert choose_form(10_000, 64, 64, 4, dropout=True, has_magnitude=False) == "unmerged"
-    assert choose_form(10_000, 64, 64, 4, dropout=True, has_magnitude=False, half=True) == "merged"
+    for half in (False, True):
+        assert choose_form(10_000, 64, 64, 4, dropout=True, has_magnitude=False, half=half) == "unmerged"
 
 
 # --- what is kept for the backward pass ---
@@ -204,13 +212,13 @@ def test_zero_tiny_and_negative_magnitudes(form):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_small_updates_survive_half_precision(dtype, autocast):
+@pytest.mark.parametrize(("method", "autocast"), [("dora", False), ("dora", True), ("lora", False)])
+def test_small_updates_survive_half_precision(dtype, method, autocast):
     """Of an update of 4e-4 of the weight, rounding W' to bf16 would keep a quarter (facts: 0.23)."""
     rank = 16
     W0, adapter = make(1024, 256, rank, dtype=torch.float32, scaling=1.0, size=4e-4 / rank**0.5)
     W0 = W0.to(dtype).float() if autocast else W0.to(dtype)
-    adapter = adapter._replace(magnitude=dora.row_norm(W0) * (1 + 1e-4))
+    adapter = adapter._replace(magnitude=dora.row_norm(W0) * (1 + 1e-4) if method == "dora" else None)
     tokens = 4096 if dtype == torch.bfloat16 else 512
     x = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
@@ -229,15 +237,30 @@ def test_half_precision_gradients(dtype):
     W0, x = W0.to(dtype), torch.randn(5, 40, 64).to(dtype).requires_grad_()
     bias = torch.randn(48).to(dtype)
     dY = torch.randn(5, 40, 48).to(dtype)
-    y = adapted_product(x, W0, bias, [adapter], Options())
-    wanted = (x, adapter.A, adapter.B, adapter.magnitude)
-    exact_x = x.detach().double().requires_grad_()
-    exact = exact_x @ reference.merged_weight(W0, adapter).T + bias.double()
-    expected = torch.autograd.grad(exact, (exact_x, *wanted[1:]), dY.double())
     unit = torch.finfo(dtype).eps
-    assert reference.relative_error(y, exact) < unit
-    for found, right in zip(torch.autograd.grad(y, wanted, dY), expected, strict=True):
-        assert reference.relative_error(found, right) < unit
+    for _, variant in variants(adapter):
+        y = adapted_product(x, W0, bias, [variant], Options())
+        trained = [t for t in variant[:3] if t is not None]
+        exact_x = x.detach().double().requires_grad_()
+        exact = exact_x @ reference.merged_weight(W0, variant).T + bias.double()
+        expected = torch.autograd.grad(exact, (exact_x, *trained), dY.double())
+        assert reference.relative_error(y, exact) < unit
+        for found, right in zip(torch.autograd.grad(y, (x, *trained), dY), expected, strict=True):
+            assert reference.relative_error(found, right) < unit
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_lora_in_half_precision_takes_a_product_with_rank_more_columns(dropout):
+    """Neither twice the input nor W(t) is made, and nothing but x, h and parameters is kept."""
+    W0, adapter = make(48, 32, 4, dtype=torch.float32)
+    W0, x = W0.bfloat16(), torch.randn(64, 32).bfloat16().requires_grad_()
+    with reference.NewTensors() as allocated:
+        y = adapted_product(x, W0, None, [adapter._replace(magnitude=None)], Options(dropout=dropout))
+        y.sum().backward()
+    assert {(64, 40), (48, 40)} <= set(allocated.shapes)
+    assert not {(64, 64), (48, 64)} & set(allocated.shapes)
+    sizes = saved_sizes(lambda: product(x, W0, None, [adapter._replace(magnitude=None)], "unmerged"))
+    assert sizes == [48 * 32, 64 * 32, 64 * 48]
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (1, 8), (8,)])
@@ -307,9 +330,9 @@ def test_dropout_is_for_training_only():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["dora", "lora"])
 def test_dropout_of_a_convolution(dtype, method):
-    base = nn.Conv2d(8, 12, 3, groups=2).to(dtype)
+    base = nn.Conv2d(18, 12, 3, groups=2).to(dtype)
     layer = reference.randomize(adapt_layer(copy.deepcopy(base), DoRASpec(rank=2, dropout=0.3, method=method)))
-    x = torch.randn(2, 8, 7, 7).to(dtype).requires_grad_()
+    x = torch.randn(2, 18, 7, 7).to(dtype).requires_grad_()
     torch.manual_seed(3)
     y = layer(x)
     torch.manual_seed(3)
@@ -324,16 +347,16 @@ def test_dropout_of_a_convolution(dtype, method):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", ["dora", "lora"])
+@pytest.mark.parametrize(("method", "keep_weight"), [("dora", True), ("dora", False), ("lora", True)])
 @pytest.mark.parametrize("tokens", [(64,), (2, 40)])
-def test_dropout_does_not_affect_the_base(dtype, method, tokens):
+def test_dropout_does_not_affect_the_base(dtype, method, keep_weight, tokens):
     """One mask on x, in the update only, rounded once: x W0' + drop(x) (W' - W0)' + b."""
     W0, adapter = make(48, 32, 4, dtype=torch.float32)
     if method == "lora":
         adapter = adapter._replace(magnitude=None)
     W0, x, bias = W0.to(dtype), torch.randn(*tokens, 32).to(dtype).requires_grad_(), torch.randn(48).to(dtype)
     torch.manual_seed(5)
-    y = adapted_product(x, W0, bias, [adapter], Options(dropout=0.4))
+    y = adapted_product(x, W0, bias, [adapter], Options(dropout=0.4, keep_weight=keep_weight))
     torch.manual_seed(5)
     dropped = F.dropout(x, 0.4)
     W = reference.merged_weight(W0, adapter)
@@ -394,8 +417,9 @@ class NoReading(TorchDispatchMode):
     ("base", "x"), [(nn.Linear(12, 10), torch.randn(6, 12)), (nn.Conv2d(4, 6, 3), torch.randn(2, 4, 5, 5))]
 )
 @pytest.mark.parametrize("is_fresh", [False, True])
-def test_nothing_is_read_back_while_a_cuda_graph_is_captured(base, x, dtype, is_fresh, monkeypatch):
-    layer, x = adapt_layer(copy.deepcopy(base).to(dtype), DoRASpec(rank=3)), x.to(dtype)
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_nothing_is_read_back_while_a_cuda_graph_is_captured(base, x, dtype, is_fresh, method, monkeypatch):
+    layer, x = adapt_layer(copy.deepcopy(base).to(dtype), DoRASpec(rank=3, method=method)), x.to(dtype)
     if not is_fresh:
         reference.randomize(layer)
     trained = list(layer.adapter_tensors().values())
@@ -408,3 +432,26 @@ def test_nothing_is_read_back_while_a_cuda_graph_is_captured(base, x, dtype, is_
         found = [y.detach(), *torch.autograd.grad(y, trained, torch.ones_like(y))]
     for a, b in zip(found, expected, strict=True):
         assert reference.relative_error(a, b) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+class Names(TorchDispatchMode):
+    """Records the names of all operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_whether_dm_needs_a_product_is_asked_before_the_products_of_dA_and_dB_and_read_behind_them():
+    """On a GPU, which then has work while the program waits for the answer."""
+    layer = reference.randomize(adapt_layer(nn.Conv2d(8, 12, 3, padding=1), DoRASpec(rank=2)))
+    y = layer(torch.randn(2, 8, 16, 16))
+    with Names() as seen:
+        y.sum().backward()
+    asked, read = seen.names.index("any"), seen.names.index("_local_scalar_dense")
+    assert seen.names[asked:read].count("convolution_backward") == 2
+    assert "convolution_backward" not in seen.names[:asked]

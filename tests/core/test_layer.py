@@ -10,19 +10,21 @@ from torch import nn
 from dora_mm.core import DoRASpec, adapt_layer, adapter_parameters, fixed_parameters
 from dora_mm.core.functional import merged_weight
 from dora_mm.core.kinds import restore_layer
+from dora_mm.core.ops import ConvOp
 from tests.core import reference
 
 SIZES = [(48, 36, 5), (48, 36, 1000), (333, 77, 19), (640, 640, 2048), (1280, 1280, 64)]  # out, in, tokens
 CONVS = {
-    "plain": nn.Conv2d(8, 12, 3, padding=1),
-    "stride": nn.Conv2d(8, 12, 3, stride=2, padding=1),
-    "dilation": nn.Conv2d(8, 12, 3, dilation=2, padding="same"),
-    "groups": nn.Conv2d(8, 12, 3, groups=4, bias=False),
-    "depthwise": nn.Conv2d(8, 8, 3, groups=8),
-    "reflect": nn.Conv2d(8, 12, 3, padding=1, padding_mode="reflect"),
-    "pointwise": nn.Conv2d(8, 12, 1),
-    "1d": nn.Conv1d(8, 12, 5, stride=2),
-    "3d": nn.Conv3d(8, 12, (1, 3, 3), padding=(0, 1, 1)),
+    "plain": nn.Conv2d(18, 12, 3, padding=1),
+    "stride": nn.Conv2d(18, 12, 3, stride=2, padding=1),
+    "dilation": nn.Conv2d(18, 12, 3, dilation=2, padding="same"),
+    "groups": nn.Conv2d(18, 12, 3, groups=2, bias=False),
+    "depthwise": nn.Conv2d(18, 18, 3, groups=18),
+    "reflect": nn.Conv2d(18, 12, 3, padding=1, padding_mode="reflect"),
+    "pointwise": nn.Conv2d(18, 12, 1),
+    "1d": nn.Conv1d(18, 12, 5, stride=2),
+    "wide padding": nn.Conv2d(18, 12, 2, padding=1),
+    "3d": nn.Conv3d(18, 12, (1, 3, 3), padding=(0, 1, 1)),
 }
 
 
@@ -56,9 +58,10 @@ def test_fresh_linear_changes_no_bit(method, dtype, autocast):
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_fresh_convolution_changes_no_bit(name, dtype, autocast):
     base = copy.deepcopy(CONVS[name]).to(dtype)
-    layer = adapt_layer(copy.deepcopy(base), DoRASpec(rank=2))
     x = conv_input(base).to(dtype)
-    assert torch.equal(run(layer, x, autocast), run(base, x, autocast))
+    for method in ("dora", "lora"):
+        layer = adapt_layer(copy.deepcopy(base), DoRASpec(rank=2, method=method))
+        assert torch.equal(run(layer, x, autocast), run(base, x, autocast))
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed"])
@@ -128,11 +131,20 @@ def test_trained_convolution(name, method, dtype):
         assert reference.relative_error(found, right) < 2 * bound
 
 
-@pytest.mark.parametrize("groups", [1, 4])
-def test_unbatched_convolution_in_half_precision(groups):
-    base = nn.Conv2d(8, 12, 3, groups=groups).to(torch.bfloat16)
-    layer = reference.randomize(adapt_layer(base, DoRASpec(rank=2)))
-    x = torch.randn(2, 8, 7, 7).to(torch.bfloat16)
+def test_inputs_of_a_convolution_are_concatenated_in_their_memory_layout():
+    """Otherwise the product would transpose them first."""
+    op, x = ConvOp((1, 1), (1, 1), (1, 1)), torch.randn(2, 16, 9, 9).to(memory_format=torch.channels_last)
+    weight = torch.randn(24, 16, 3, 3).to(memory_format=torch.channels_last)
+    joined = op.join(x, weight, torch.randn(2, 2, 9, 9), torch.randn(24, 2))
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (op.concatenate(x, x), *joined))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_unbatched_convolution_in_half_precision(groups, method):
+    base = nn.Conv2d(18, 12, 3, groups=groups).to(torch.bfloat16)
+    layer = reference.randomize(adapt_layer(base, DoRASpec(rank=2, method=method)))
+    x = torch.randn(2, 18, 7, 7).to(torch.bfloat16)
     assert torch.equal(layer(x[0]), layer(x)[0])
 
 
