@@ -17,7 +17,6 @@ In half precision the sum must be rounded once, and y not scaled after that. Wit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -45,7 +44,6 @@ from dora_mm.core.steps import TORCH_STEPS, Steps, adapter_gradients, bias_grad,
 # checkpointing takes 1.08 times PEFT LoRA's time and 2.7 GB for W(t) if BUILD_COST is 16, 1.01 times and 0.4 GB at 100.
 BUILD_COST = 100  # per entry of W(t): W0 copied, added to, scaled, and new memory for that
 UNMERGED_COST = 48  # per entry of y: y scaled and added to, dY scaled
-JOIN_COST = 200  # in half precision, per entry of W0: copied into [W0, B'] (100 to 350 on two cores of an Intel Xeon)
 
 
 def choose_form(
@@ -78,8 +76,7 @@ def choose_form(
     if dropout and has_magnitude:
         return "merged"  # either form has two large products, and this one rounds their sum once
     if half:
-        in_one_sum = joins and not has_magnitude and (dropout or math.isfinite(num_passes) or num_tokens > JOIN_COST)
-        return "unmerged" if in_one_sum else "merged"
+        return "unmerged" if joins and not has_magnitude else "merged"
     build = num_out * num_in * (rank + BUILD_COST)
     unmerged = num_tokens * (rank * (num_out + num_in) + UNMERGED_COST * num_out)
     norm = num_out * num_in * rank if has_magnitude else 0  # W0 A^T; where W(t) is built, its norm is one pass

@@ -127,18 +127,18 @@ def can_read(t: Tensor) -> bool:
     return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def ask(flag: Tensor) -> Callable[[], bool]:
+def read_later(flag: Tensor) -> Callable[[], bool]:
     """Starts to read a boolean (), and returns what waits for it: a GPU with other work by then goes on meanwhile."""
     if not flag.is_cuda:
         return lambda: bool(flag)
     copy, event = flag.to("cpu", non_blocking=True), torch.cuda.Event()
     event.record(torch.cuda.current_stream(flag.device))
 
-    def answer() -> bool:
+    def read() -> bool:
         event.synchronize()
         return bool(copy)
 
-    return answer
+    return read
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------

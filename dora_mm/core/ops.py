@@ -225,7 +225,7 @@ LINEAR = Op()
 
 
 def padded(rank: int) -> int:
-    """The number of columns that a branch takes beside W0: the units of GPUs read rows of 16 bytes."""
+    """The number of columns that a branch takes beside W0, whose rows GPUs read fastest in steps of 16 bytes."""
     return (rank + 7) // 8 * 8
 
 

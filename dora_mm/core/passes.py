@@ -26,9 +26,10 @@ class PassCache:
         n0: The row norms of the weight (O,), where a pass has needed them.
         rows: n and g of every adapter.
         merged: W(t), as `forms.split_weight` returns it.
-        keeps: Whether a pass may leave `rows` and `merged` here: not where only the base weight is fixed.
+        keeps: Whether a pass may leave here what depends on the adapters: not where only the base weight is fixed.
         keeps_base: Whether n0 serves other passes, too.
         asks: Whether an earlier pass may have found no update. Only then it is worth waiting for a GPU to know.
+        has_update: Whether the adapters differ from fresh ones, where a pass has asked.
     """
 
     n0: Tensor | None = None
@@ -37,6 +38,7 @@ class PassCache:
     keeps: bool = True
     keeps_base: bool = False
     asks: bool = True
+    has_update: bool | None = None
 
     def finds_update(self, t: Tensor) -> bool:
         """Whether an update differs from 0, or has to be taken as one that does: a recorded graph reads no values.
@@ -46,8 +48,11 @@ class PassCache:
         """
         if not can_read(t) or (t.device.type != "cpu" and not self.asks):
             return True
-        self.asks = not any_nonzero(t)
-        return not self.asks
+        found = any_nonzero(t) if self.has_update is None else self.has_update
+        if self.keeps:
+            self.has_update = found
+        self.asks = not found
+        return found
 
 
 class Options(NamedTuple):

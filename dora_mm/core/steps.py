@@ -13,11 +13,11 @@ from dora_mm.core.functional import (
     RowGains,
     adapter_dtype,
     as_matrix,
-    ask,
     can_read,
     cast,
     directions,
     exact_norm_correction,
+    read_later,
     row_gains,
     row_norm,
 )
@@ -89,6 +89,7 @@ class Steps:
 
         Returns:
             y = e x W0^T + h B'^T + b, in new memory, and h, the product of `source` and the A of all adapters, or None.
+            In half precision the branch is part of the product, which can have no gain; embeddings have no product.
         """
         op, (A, B), h, W0 = call.options.op, branch(adapters), None, cast(weight, call.dtype)
         if A is None or B is None:
@@ -96,6 +97,7 @@ class Steps:
         h = op.reduce(source, cast(A, call.dtype if op.merges else adapter_dtype(call.dtype)))
         if h.dtype.itemsize >= 4:
             return self.unmerged(op, x, W0, bias, base_gain(adapters), h, B), h
+        assert not has_magnitude(adapters)  # a gain would scale what is rounded already: see `choose_form`
         if (call.options.cache or PassCache()).finds_update(B):
             x, W0 = op.join(x, W0, h, cast(B, call.dtype))
         return op(x, W0, bias), h
@@ -244,7 +246,7 @@ def adapter_gradients(
     A, B = branch(adapters)
     trains = any(needs[0::3]) or any(needs[1::3])
     u = dA = dB = None
-    finish_dm = None if saved.y is None else magnitude_grad_of_output(op, dY, saved.y, saved, adapters[0])
+    finish_dm = None if saved.y is None else magnitude_grad_of_output(op, dY, saved, adapters[0])
     if A is not None and B is not None and (trains or needs_u):
         u = op.grad_h(dY, cast(B, dY.dtype))
         if trains:
@@ -281,7 +283,7 @@ def magnitude_grad(op: Op, dY: Tensor, saved: SavedPass, adapter: Adapter) -> Te
     return (adapter.strength * dots / norm).masked_fill_(norm == 0, 0)
 
 
-def magnitude_grad_of_output(op: Op, dY: Tensor, y: Tensor, saved: SavedPass, adapter: Adapter) -> Callable[[], Tensor]:
+def magnitude_grad_of_output(op: Op, dY: Tensor, saved: SavedPass, adapter: Adapter) -> Callable[[], Tensor]:
     """Starts to compute dm (O,) of the only adapter, at strength 1, from the output y of the layer; 0 where n is 0.
 
     It is the sum over tokens of dY (y - b), / m, where that is safe. Rows with a small gain, or with a bias much larger
@@ -290,9 +292,10 @@ def magnitude_grad_of_output(op: Op, dY: Tensor, y: Tensor, saved: SavedPass, ad
     Returns:
         What finishes it. Products that are launched before that keep a GPU busy while the program waits for the answer.
     """
-    rows, weight, bias = adapter.rows, saved.weight, saved.bias
+    rows, y, weight, bias = adapter.rows, saved.y, saved.weight, saved.bias
     assert adapter.magnitude is not None
     assert rows is not None
+    assert y is not None
     dots, squares = row_sums(op, dY, y, bias)
     dm = dots / adapter.magnitude
     if rows.regular and bias is None:
@@ -305,7 +308,7 @@ def magnitude_grad_of_output(op: Op, dY: Tensor, y: Tensor, saved: SavedPass, ad
         is_zero, unsafe = rows.norm == 0, rows.gain.abs() <= SMALL_GAIN
         chosen = (unsafe if chosen is None else unsafe | chosen) & ~is_zero
     assert chosen is not None
-    any_chosen = ask(chosen.any())
+    any_chosen = read_later(chosen.any())
 
     def finish() -> Tensor:
         found = dm

@@ -61,6 +61,18 @@ def linear(in_features, out_features, *, bias=True, dtype=torch.float32, seed=0,
     return base, adapt_layer(layer, DoRASpec(**{"rank": 4, **spec}), path="layer")
 
 
+class Names(TorchDispatchMode):
+    """Records the names of all operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
 class NewTensors(TorchDispatchMode):
     """Records the shapes of all tensors that operators inside return in new memory."""
 

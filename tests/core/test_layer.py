@@ -131,7 +131,7 @@ def test_trained_convolution(name, method, dtype):
         assert reference.relative_error(found, right) < 2 * bound
 
 
-def test_inputs_of_a_convolution_are_concatenated_in_their_memory_layout():
+def test_inputs_of_a_convolution_without_groups_are_concatenated_in_their_memory_layout():
     """Otherwise the product would transpose them first."""
     op, x = ConvOp((1, 1), (1, 1), (1, 1)), torch.randn(2, 16, 9, 9).to(memory_format=torch.channels_last)
     weight = torch.randn(24, 16, 3, 3).to(memory_format=torch.channels_last)

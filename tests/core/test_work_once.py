@@ -292,6 +292,20 @@ def test_autocast_and_inference_may_change_from_pass_to_pass(base_only):
     assert layer.adaptation.record is None  # nothing is held beyond
 
 
+def test_whether_lora_in_half_precision_is_fresh_is_read_once_per_step():
+    _, layer = reference.linear(32, 24, dtype=torch.bfloat16, method="lora")
+    x = torch.randn(5, 32).bfloat16()
+    with fixed_parameters(layer, num_passes=3), reference.Names() as seen:
+        fresh = [layer(x) for _ in range(3)]
+    assert seen.names.count("aminmax") == 1
+    reference.randomize(layer, size=1.0)
+    with fixed_parameters(layer, num_passes=2):
+        assert not torch.allclose(layer(x), fresh[0])
+        layer.lora_B.data.zero_()
+        layer.set_strength(0.5)  # which is a change of the adapter
+        assert torch.equal(layer(x), fresh[0])
+
+
 def test_a_layer_is_read_once():
     _, layer = reference.linear(32, 24)
     with fixed_parameters(layer, base_only=True):

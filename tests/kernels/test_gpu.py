@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import dora_mm
-from dora_mm.core import DoRASpec, adapter_parameters, merge
+from dora_mm.core import DoRASpec, adapt_layer, adapter_parameters, merge
 from tests.core import reference
 
 pytestmark = pytest.mark.gpu
@@ -149,3 +149,20 @@ def test_autocast_over_a_float32_base(dtype):
         y = net(x)
     assert y.dtype == dtype
     assert reference.relative_error(y, net(x).double()) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_whose_dm_needs_a_product(dtype):
+    """Plain torch asks the GPU for them: some have a large bias, and one a gain of 0."""
+    torch.manual_seed(0)
+    base = nn.Conv2d(16, 32, 3, padding=1).cuda().to(dtype).requires_grad_(False)
+    base.bias[::3] = 100
+    layer = reference.randomize(adapt_layer(copy.deepcopy(base), DoRASpec(rank=4)))
+    with torch.no_grad():
+        layer.magnitude[5] = 0
+    x, dY = torch.randn(2, 16, 20, 20, device="cuda").to(dtype), torch.randn(2, 32, 20, 20, device="cuda").to(dtype)
+    (found,) = torch.autograd.grad(layer(x), layer.magnitude, dY)
+    W = reference.merged_weight(base.weight, layer.adapters()[0])
+    y = nn.functional.conv2d(x.double(), W, padding=1)
+    (expected,) = torch.autograd.grad(y, layer.magnitude, dY.double())
+    assert reference.relative_error(found, expected.double()) < (1e-4 if dtype == torch.float32 else 2e-2)
