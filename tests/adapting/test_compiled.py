@@ -169,9 +169,9 @@ def test_a_mistake_where_nothing_can_be_compiled(monkeypatch):
     compile_blocks({"model": model}, {"model": MAP})
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as failed:
         model(torch.randn(4, 16))
-    in_backward = torch._inductor.exc.InductorError(
-        RuntimeError("no C++ compiler\nand more"), None
-    )  # compiled only there
-    for each in (failed.value, in_backward):
+    errors = [failed.value]
+    if hasattr(torch._inductor.exc, "InductorError"):  # since torch 2.7, of what is compiled only in the backward pass
+        errors.append(torch._inductor.exc.InductorError(RuntimeError("no C++ compiler\nand more"), None))
+    for each in errors:
         sentence = "train.compile: a block cannot be compiled (no C++ compiler): leave it out"
         assert user_message(each) == sentence

@@ -1,4 +1,4 @@
-"""Norms and W' are computed once per change and never stale, in whatever way a parameter is changed."""
+"""Norms and W' are computed once per change and never stale, however a parameter changes; and what is read back."""
 
 import copy
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dora_mm.core import DoRASpec, adapt_layer, adapter_parameters, fixed_parameters, inject, merge
@@ -318,3 +319,47 @@ def test_a_layer_is_read_once():
         with fixed_parameters(layer, num_passes=1):
             layer(torch.ones(2, 32))
             assert layer.adaptation.record is again is not first
+
+
+# --- what is read back ---
+
+
+class NoReading(TorchDispatchMode):
+    """Fails where a value is read back, and where a shape depends on values."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket.__name__ not in ("_local_scalar_dense", "is_nonzero", "nonzero")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("base", "x"), [(nn.Linear(12, 10), torch.randn(6, 12)), (nn.Conv2d(4, 6, 3), torch.randn(2, 4, 5, 5))]
+)
+@pytest.mark.parametrize("is_fresh", [False, True])
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_nothing_is_read_back_while_a_cuda_graph_is_captured(base, x, dtype, is_fresh, method, monkeypatch):
+    layer, x = adapt_layer(copy.deepcopy(base).to(dtype), DoRASpec(rank=3, method=method)), x.to(dtype)
+    if not is_fresh:
+        reference.randomize(layer)
+    trained = list(layer.adapter_tensors().values())
+    y = layer(x)
+    expected = [y.detach(), *torch.autograd.grad(y, trained, torch.ones_like(y))]
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with NoReading():
+        y = layer(x)
+        found = [y.detach(), *torch.autograd.grad(y, trained, torch.ones_like(y))]
+    for a, b in zip(found, expected, strict=True):
+        assert reference.relative_error(a, b) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_whether_dm_needs_a_product_is_asked_before_the_products_of_dA_and_dB_and_read_behind_them():
+    """On a GPU, which then has work while the program waits for the answer."""
+    layer = reference.randomize(adapt_layer(nn.Conv2d(8, 12, 3, padding=1), DoRASpec(rank=2)))
+    y = layer(torch.randn(2, 8, 16, 16))
+    with reference.Names() as seen:
+        y.sum().backward()
+    asked, read = seen.names.index("any"), seen.names.index("_local_scalar_dense")
+    assert seen.names[asked:read].count("convolution_backward") == 2
+    assert "convolution_backward" not in seen.names[:asked]

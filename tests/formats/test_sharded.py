@@ -9,11 +9,9 @@ from torch import distributed, multiprocessing, nn
 from dora_mm import DoRASpec, inject, load_adapter, save_adapter
 from dora_mm.core import adapted_layers
 from tests.core import reference
+from tests.two_processes import needs_fsdp
 
-FSDP_ON_CPU = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
-pytestmark = pytest.mark.skipif(
-    not (distributed.is_gloo_available() and FSDP_ON_CPU), reason="fully_shard needs gloo here, and torch 2.6 a GPU"
-)
+pytestmark = needs_fsdp
 PROCESSES = 2
 
 

@@ -17,7 +17,7 @@ from dora_mm.train.schedule import Schedule
 from dora_mm.train.weights import EMA, WeightAverage
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.run_directory import RunDirectory
-from tests.two_processes import run_in_two
+from tests.two_processes import needs_fsdp, run_in_two
 
 STEPS = 4
 
@@ -86,6 +86,7 @@ def losses(folder):
     return [[row["loss"], row["grad_norm"]] for row in read_metrics(folder / "metrics.jsonl")]
 
 
+@needs_fsdp
 def test_two_processes_are_one_that_accumulates(tmp_path):
     for name in ("whole", "divided", "one"):
         (tmp_path / name).mkdir()

@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -15,12 +14,9 @@ from torch.distributed.tensor import DTensor
 from dora_mm import DoRASpec, adapter_parameters, fixed_parameters, inject, load_adapter, merge, save_adapter, unmerge
 from dora_mm.core.wrappers.sharded import shard_frozen
 from tests.core import reference
-from tests.two_processes import run_in_two
+from tests.two_processes import needs_fsdp, run_in_two
 
-FSDP_ON_CPU = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
-pytestmark = pytest.mark.skipif(
-    not (dist.is_gloo_available() and FSDP_ON_CPU), reason="fully_shard needs gloo here, and torch 2.6 a GPU"
-)
+pytestmark = needs_fsdp
 METHODS = ("dora", "lora")
 
 
