@@ -124,6 +124,17 @@ def test_questions_without_images(here, capsys):
     assert "--images is missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("card", [None, CardInfo("a large card", 80.0, "bf16")])
+def test_questions_for_a_language_model(here, tiny_vlm, card, monkeypatch):
+    """It has no connector, which the recipe without a card trains, and no images, which that of a large card limits."""
+    monkeypatch.setattr(machine, "cards", lambda: [card] if card else [])
+    turns = [[{"from": "human", "value": f"What is {n}?"}, {"from": "gpt", "value": "A bus."}] for n in range(30)]
+    Path("texts.json").write_text(json.dumps([{"conversations": each} for each in turns]))
+    config = made("lm", "--data", "texts.json", "--model", str(tiny_vlm("qwen2")), family="vlm")
+    assert not config.adapter.parts
+    assert main(["train", "lm.yaml", "--dry-run", "--set", "model.dtype=float32", "train.mixed_precision=no"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
