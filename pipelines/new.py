@@ -218,8 +218,10 @@ def questions(draft: Draft, start: TrainVLConfig) -> None:
     folder = folder_of_images(draft) if has_images else MISSING
     changes: Changes = {("data", "train", "file"): draft.data, ("data", "train", "images"): folder}
     changes[("train", "epochs")] = 1 if num_rows >= FEW_ROWS else 3
-    if draft.model not in (None, start.model.path):  # it may have other parts, and another limit of images or none
-        changes |= {("model", "path"): draft.model, ("model", "max_pixels"): MISSING, ("adapter", "parts"): MISSING}
+    if draft.model is not None:
+        changes[("model", "path")] = draft.model
+    if not has_images:  # nothing passes the connector that some recipes train; a language model has none, and no images
+        changes |= {("model", "max_pixels"): MISSING, ("adapter", "parts"): MISSING}
     if largest_card() is None:  # many processors emulate half precision
         changes |= {("model", "dtype"): "float32", ("train", "mixed_precision"): "no"}
     about = (

@@ -92,10 +92,9 @@ class Steps:
             In half precision the branch is part of the product, which can have no gain; embeddings have no product.
         """
         op, (A, B), h, W0 = call.options.op, branch(adapters), None, cast(weight, call.dtype)
-        if A is None or B is None:
-            return self.unmerged(op, x, W0, bias, base_gain(adapters), None, None), None
-        h = op.reduce(source, cast(A, call.dtype if op.merges else adapter_dtype(call.dtype)))
-        if h.dtype.itemsize >= 4:
+        if A is not None:
+            h = op.reduce(source, cast(A, call.dtype if op.merges else adapter_dtype(call.dtype)))
+        if h is None or B is None or h.dtype.itemsize >= 4:
             return self.unmerged(op, x, W0, bias, base_gain(adapters), h, B), h
         assert not has_magnitude(adapters)  # a gain would scale what is rounded already: see `choose_form`
         if (call.options.cache or PassCache()).finds_update(B):

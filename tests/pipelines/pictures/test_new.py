@@ -100,6 +100,7 @@ def test_questions(here, capsys):
     Path("my.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}] * 30))
     config = made("qa", "--data", "my.json", "--images", "my images", family="vlm")
     assert (config.data.train.file, config.data.train.images) == ("my.json", "my images")
+    assert "connector" in config.adapter.parts
     assert (config.train.epochs, config.model.dtype) == (3, "float32")
     printed = capsys.readouterr().out
     assert "30 rows of my.json, LLaVA" in printed
@@ -114,6 +115,7 @@ def test_questions_without_images(here, capsys):
     Path("texts.json").write_text(json.dumps(rows))
     config = made("texts", "--data", "texts.json", family="vlm")
     assert (config.data.train.file, config.data.train.images) == ("texts.json", None)
+    assert not config.adapter.parts  # the model's default ones
     printed = capsys.readouterr().out
     assert "no row has an image" in printed
     assert "dora-mm ask HuggingFaceTB/SmolVLM-256M-Instruct QUESTION --adapter runs/texts/001" in printed
