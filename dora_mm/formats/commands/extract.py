@@ -40,7 +40,7 @@ class Extraction:
         errors: By module: ||W_adapter - W'|| / ||W' - W0||.
         overall: The same over all these modules.
         num_unchanged: The modules that are the same in both models.
-        left_out: The modules that differ and that an adapter cannot hold: norms and embeddings.
+        left_out: The modules that differ and that an adapter cannot hold: norms, embeddings, experts in one parameter.
         usage: What a person has to know who loads the files; empty where there is nothing special.
     """
 
@@ -141,7 +141,7 @@ def changed_modules(tuned: BaseWeights, base: BaseWeights) -> tuple[list[Name], 
         W, W0 = tuned[name], base[name]
         coarser = min(W.dtype, W0.dtype, key=lambda dtype: -torch.finfo(dtype).eps)
         if not torch.equal(W.to(coarser), W0.to(coarser)):
-            can_hold = W.dim() >= 2 and not _EMBEDDINGS.search(name.path)
+            can_hold = W.dim() >= 2 and not _EMBEDDINGS.search(name.path) and base.has_module(name)
             (changed if can_hold else left_out).append(name)
     return changed, left_out
 

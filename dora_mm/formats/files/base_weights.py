@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dora_mm.formats.files.checks import DTYPES
 from dora_mm.formats.files.header import TensorEntry
-from dora_mm.formats.files.places import STEMS, NoWeightsError, Place, in_file, in_folder
+from dora_mm.formats.files.places import STEMS, Converted, NoWeightsError, Place, in_file, in_folder
 from dora_mm.formats.files.tensor_file import FORMAT_KEY, PICKLES, TensorFile, copy_around
 from dora_mm.formats.naming.names import Name, resolve
 from dora_mm.utils.atomic import write_atomically
@@ -35,7 +35,7 @@ class BaseWeights(Mapping[Name, Tensor]):
         files: The files of the weights in it, with the indexes of sharded ones.
     """
 
-    def __init__(self, source: Path, places: Mapping[Name, Place], files: Iterable[Path]):
+    def __init__(self, source: Path, places: Mapping[Name, Place | Converted], files: Iterable[Path]):
         self.source = source
         self.files = frozenset(files)
         self._places = dict(places)
@@ -73,9 +73,7 @@ class BaseWeights(Mapping[Name, Tensor]):
         """
         place = self._places[name]
         _check_dtype(name, place)
-        pieces = [place.file.read_entry(entry) for entry in place.pieces]
-        weight = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return weight.T.contiguous() if place.transposed else weight
+        return place.read()
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
@@ -92,7 +90,12 @@ class BaseWeights(Mapping[Name, Tensor]):
 
     def dtype(self, name: Name) -> torch.dtype:
         """The dtype of W0, from the header."""
-        return self._places[name].entry.dtype
+        return self._places[name].dtype
+
+    def has_module(self, name: Name) -> bool:
+        """Whether the model has a module for a weight: transformers stacks experts in one parameter."""
+        place = self._places[name]
+        return isinstance(place, Converted) or place.has_module
 
     def find(self, name: Name) -> Name:
         """The name under which these weights have a module.
@@ -108,17 +111,23 @@ class BaseWeights(Mapping[Name, Tensor]):
         """Where a weight is stored that can be replaced.
 
         Raises:
-            ValueError: There is no such module, it is quantised, or another module shares its weight.
+            ValueError: There is no such module, it is quantised, transformers makes it from other tensors, or another module shares
+                its weight.
         """
         place = self._places[self.find(name)]
         _check_dtype(name, place)
+        if isinstance(place, Converted):
+            raise ValueError(
+                f"{self.source} stores {name} in another form than {type(place.converter.model).__name__} has it: merge "
+                "it with dora-mm merge, which loads the model"
+            )
         if self._uses[place] > 1:
             names = " and ".join(str(other) for other, shared in self._places.items() if shared == place)
             raise ValueError(f"{self.source} cannot be merged: {names} share one weight")
         return place
 
 
-def _of_file(file: TensorFile) -> dict[Name, Place]:
+def _of_file(file: TensorFile) -> dict[Name, Place | Converted]:
     key = next(filter(_OF_ADAPTERS.search, file.entries), None)
     if key or FORMAT_KEY in file.metadata:
         raise ValueError(f"{file.path} is not a model but an adapter: it has {key or FORMAT_KEY}")
@@ -127,10 +136,10 @@ def _of_file(file: TensorFile) -> dict[Name, Place]:
     return places
 
 
-def _check_dtype(name: Name, place: Place) -> None:
-    if place.entry.dtype not in DTYPES:
+def _check_dtype(name: Name, place: Place | Converted) -> None:
+    if place.dtype not in DTYPES:
         raise ValueError(
-            f"{place.file.path} stores {name} as {place.entry.dtype}: use the model in 16 or 32 bits, not quantised"
+            f"{place.file.path} stores {name} as {place.dtype}: use the model in 16 or 32 bits, not quantised"
         )
 
 

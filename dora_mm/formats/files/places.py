@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from dora_mm.formats.files.header import TensorEntry
 from dora_mm.formats.files.json_text import read_json
+from dora_mm.formats.files.model_class import Converter, empty_model, weights_in_class
 from dora_mm.formats.files.tensor_file import PICKLES, TensorFile
 from dora_mm.formats.naming.layouts import LAYOUTS
 from dora_mm.formats.naming.names import NETWORKS, ModuleGroup, Name, canonical, own_table
@@ -18,12 +23,21 @@ STEMS = ("diffusion_pytorch_model", "model")  # how the names of weight files be
 
 
 class Place(NamedTuple):
-    """Where a weight is: the ranges of rows (start, stop) of a tensor that it consists of, in its order; or all."""
+    """Where a weight is.
+
+    Attributes:
+        file: The file.
+        key: The tensor.
+        ranges: The ranges of rows (start, stop) of it that the weight consists of, in its order; None for all.
+        transposed: Whether it is (I, O) there.
+        has_module: Whether the class of the model has a module for it, and does not stack it with others.
+    """
 
     file: TensorFile
     key: str
     ranges: tuple[tuple[int, int], ...] | None = None
     transposed: bool = False
+    has_module: bool = True
 
     @property
     def entry(self) -> TensorEntry:
@@ -43,6 +57,56 @@ class Place(NamedTuple):
             shape = (sum(stop - start for start, stop in self.ranges), *shape[1:])
         return shape[::-1] if self.transposed else shape
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in the file."""
+        return self.entry.dtype
+
+    def read(self) -> Tensor:
+        """The weight."""
+        pieces = [self.file.read_entry(entry) for entry in self.pieces]
+        weight = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return weight.T.contiguous() if self.transposed else weight
+
+
+@dataclass(frozen=True, eq=False)
+class Converted:
+    """A weight that transformers makes from tensors of a checkpoint: it is read, and not written.
+
+    Attributes:
+        name: The name of the weight in the class.
+        shape: Its shape.
+        converter: What makes it.
+        files: The files of the tensors, by key.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    converter: Converter
+    files: Mapping[str, TensorFile]
+
+    @property
+    def file(self) -> TensorFile:
+        """The file of the first tensor."""
+        return self.files[self.converter.keys[0][1]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in the file."""
+        return self.file.entries[self.converter.keys[0][1]].dtype
+
+    def read(self) -> Tensor:
+        """The weight.
+
+        Raises:
+            ValueError: Its tensors do not fit the class.
+        """
+        weight = self.converter.weight(self.name, lambda key: self.files[key].read(key))
+        if tuple(weight.shape) != self.shape:
+            found = tuple(weight.shape)
+            raise ValueError(f"{self.file.path} gives {self.name} the shape {found} instead of {self.shape}")
+        return weight
+
 
 _NETWORK = "model.diffusion_model."
 _TEXT_ENCODERS = {  # what the keys of a part of a checkpoint begin with, its component, and the layout of its names
@@ -54,7 +118,7 @@ _TEXT_ENCODERS = {  # what the keys of a part of a checkpoint begin with, its co
 }
 
 
-def in_file(file: TensorFile) -> dict[Name, Place]:
+def in_file(file: TensorFile) -> dict[Name, Place | Converted]:
     """The weights of a checkpoint that is one file.
 
     Raises:
@@ -64,9 +128,9 @@ def in_file(file: TensorFile) -> dict[Name, Place]:
     found = ((p, n) for p, n, it in prefixed if p + it.mark in file.entries and p + it.without not in file.entries)
     prefix, network = next(found, (None, ""))
     if prefix is None:  # the only file of one network of diffusers or transformers
-        return _modules(_component_of(file.path.parent), [file])
+        return _of_network(file.path.parent, [file])
     parts = {**_TEXT_ENCODERS, prefix: (LAYOUTS[network].component, network)}
-    places: dict[Name, Place] = {}
+    places: dict[Name, Place | Converted] = {}
     for key in file.entries:
         if (begin := next((part for part in parts if key.startswith(part)), None)) is not None:
             places |= _placed(file, key, key.removeprefix(begin), *parts[begin])
@@ -96,7 +160,7 @@ def _rows_of(file: TensorFile, key: str, group: ModuleGroup, transposed: bool) -
     return {name: Place(file, key, tuple(ranges)) for name, ranges in zip(group.names, pieces, strict=True)}
 
 
-def in_folder(folder: Path) -> tuple[dict[Name, Place], list[Path]]:
+def in_folder(folder: Path) -> tuple[dict[Name, Place | Converted], list[Path]]:
     """The weights of a folder, and the files that they are in, with the indexes of sharded ones.
 
     Raises:
@@ -108,14 +172,33 @@ def in_folder(folder: Path) -> tuple[dict[Name, Place], list[Path]]:
     components = [c for c in COMPONENTS if parts.get(c) not in (None, [None, None])]
     if not components:
         tensors, files = _weight_files(folder)
-        return _with_tied(_modules(_component_of(folder), tensors), folder), files
-    places: dict[Name, Place] = {}
+        return _of_network(folder, tensors), files
+    places: dict[Name, Place | Converted] = {}
     files: list[Path] = []
     for component in components:
         tensors, found = _weight_files(folder / component)
         places |= _modules(component, tensors)
         files += found
     return places, files
+
+
+def _of_network(folder: Path, files: Iterable[TensorFile]) -> dict[Name, Place | Converted]:
+    """The weights of a folder of one network; of a class of transformers by the names in the class."""
+    component = _component_of(folder)
+    model = empty_model(folder) if component == "model" else None
+    if model is None:
+        return {**_modules(component, files)}
+    by_key = {key: file for file in files for key in file.entries}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+    weights, experts = weights_in_class(model, by_key)
+    found: dict[str, Place | Converted] = {
+        name: Place(by_key[key], key, has_module=False) for name, key in experts.items()
+    }
+    for name, source in weights.items():
+        is_stored = isinstance(source, str)
+        found[name] = Place(by_key[source], source) if is_stored else Converted(name, shapes[name], source, by_key)
+    ending = ".weight"
+    return {canonical(component, n.removesuffix(ending)): at for n, at in found.items() if n.endswith(ending)}
 
 
 def _modules(component: str, files: Iterable[TensorFile]) -> dict[Name, Place]:
@@ -132,18 +215,6 @@ def _component_of(folder: Path) -> str:
     config = folder / "config.json"
     kind = str(read_json(config).get("_class_name", "")) if config.is_file() else ""
     return "unet" if kind.startswith("UNet") else "transformer" if "Transformer" in kind else "model"
-
-
-def _with_tied(places: dict[Name, Place], folder: Path) -> dict[Name, Place]:
-    """Adds the output layer of a language model that shares the weight of its input embedding, which is stored once."""
-    config = folder / "config.json"
-    kinds = str(read_json(config).get("architectures", "")) if config.is_file() else ""
-    head = Name("model", "lm_head")
-    embeddings = [n for n in places if re.search(r"(^|\.)(embed_tokens|shared|wte|word_embeddings)$", n.path)]
-    generative = re.search("ForCausalLM|ForConditionalGeneration|LMHead", kinds)
-    if generative and len(embeddings) == 1 and not any(name.path.endswith("lm_head") for name in places):
-        return {**places, head: places[embeddings[0]]}
-    return places
 
 
 class NoWeightsError(ValueError):
