@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from dora_mm.formats.reader import LayerReader
 from dora_mm.formats.registry import TARGETS, no_entry
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tokens import file_beside, write_beside
-from dora_mm.formats.tools import EXPORTS, comfy
+from dora_mm.formats.tools import EXPORTS, comfy, peft_loading
 from dora_mm.formats.tools.parts import NO_LOW_RANK
 from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
 from dora_mm.formats.tools.tool import Contents, Export, Written, write_files
@@ -108,6 +109,10 @@ def convert(
         left_out = beside.leave_out(layers, to, None, allow_lossy=allow_lossy)
         return replace(_merge(layers, Path(target_path), strength), left_out=left_out)
     exports = _exports(to, layers)
+    if exports[0].file_name == PEFT_FILE:
+        with located(str(layers.file.path)):
+            method = "lora" if to == "lora" or not layers.any_magnitude() else "dora"
+            check_peft_takes(layers.weights, layers.names(), method)
     left_out = beside.leave_out(layers, to, exports[0], allow_lossy=allow_lossy)
     lossy = _LowRank(rank, energy) if rank or energy else None
     if lossy and to != "lora" and not _needs_fit(layers, exports[0]):
@@ -177,6 +182,22 @@ def _exports(to: str, layers: LayerReader) -> tuple[Export, ...]:
         found = ", ".join(networks)
         raise ValueError(f"{layers.file.path} adapts {found}, and a folder of PEFT's holds one: use another target")
     return (EXPORTS[to],)
+
+
+def check_peft_takes(weights: object, names: Sequence[Name], method: Literal["dora", "lora"]) -> None:
+    """Checks that PEFT will find the modules of a file of its own in the class of a model, where that is known.
+
+    Raises:
+        ValueError: It will not, or refuses such a file.
+    """
+    if not isinstance(weights, BaseWeights) or weights.model is None:
+        return
+    specs = {name.path: DoRASpec(1, method=method) for name in names if weights.has_module(name)}
+    lost = [name.path for name in names if name.path not in specs]
+    if lost := lost or peft_loading.left_out_of(weights.model, specs):
+        raise ValueError(
+            f"PEFT would leave out {len(lost)} of {len(names)} modules, such as {lost[0]}: use dora-mm merge"
+        )
 
 
 def _needs_fit(layers: LayerReader, export: Export) -> bool:

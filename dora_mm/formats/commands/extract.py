@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from dora_mm import formats
 from dora_mm.core.spec import DoRASpec
+from dora_mm.formats.adapter_file import located
 from dora_mm.formats.algebra.fit import distance, fitted_adapter
-from dora_mm.formats.commands.convert import convert
+from dora_mm.formats.commands.convert import check_peft_takes, convert
 from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.files.checks import is_finite
 from dora_mm.formats.naming.names import Name
@@ -91,6 +92,9 @@ def extract(
     if not changed:
         raise ValueError(f"{new.source} and {old.source} have the same weights, so there is nothing to extract")
     own = "peft" if all(name.component == "model" for name in changed) else "diffusers"
+    if own == "peft":
+        with located(str(new.source)):
+            check_peft_takes(old, changed, "dora")
     about = {"base_model": str(base), "extracted_from": str(tuned)}
     if to in (None, own):
         file = target if target.suffix == ".safetensors" else target / EXPORTS[own].file_name

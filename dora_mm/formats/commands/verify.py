@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.reader import check_headers
 from dora_mm.formats.registry import OTHER_TOOLS, no_entry
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.tools import TOOLS, peft_loading
 from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.formulas import axis_of_shape
 from dora_mm.formats.tools.parts import Parts
+from dora_mm.formats.tools.peft import PREFIX
 from dora_mm.formats.tools.tool import Tool
 
 RIGHT, REFUSED, IGNORED, NO_MAGNITUDE = "right", "refused", "ignored", "loses the magnitude"
@@ -124,6 +125,9 @@ def verify(
     check_headers(adapter, groups, weights, axis)
     chosen = list(OTHER_TOOLS) if tool == "all" else [tool]
     refusals = {name: TOOLS[name].refuses(adapter.modules, adapter.unnamed, adapter.header) for name in chosen}
+    unknown: Collection[str] = ()
+    if "peft" in chosen and not refusals["peft"]:
+        refusals["peft"], unknown = _in_class(adapter, weights)
     axes: set[str] = set()
     layers: dict[str, list[LayerVerdict]] = {name: [] for name in chosen}
     squares = dict.fromkeys(chosen, 0.0)
@@ -137,7 +141,7 @@ def verify(
         with located(f"{adapter.path}: {module}"):
             state = fitted(adapter.layer(module, axis), W0)
         axes |= {state.axis} if "magnitude" in state.tensors else set()
-        size, verdicts = _verdicts(adapter, module, refusals, state, W0)
+        size, verdicts = _verdicts(adapter, module, refusals, ("peft",) if module in unknown else (), state, W0)
         total += size**2
         for name, verdict in verdicts.items():
             layers[name].append(verdict)
@@ -174,6 +178,22 @@ def _notes(adapter: AdapterFile, groups: Mapping[str, ModuleGroup]) -> Iterator[
         yield f"{twice[0]} is adapted twice, and each adapter is judged alone"
 
 
+def _in_class(adapter: AdapterFile, weights: Mapping[Name, Tensor]) -> tuple[str, Collection[str]]:
+    """Why PEFT refuses a file for the class of the model, and the modules that it does not find there, by its own code.
+
+    Nothing is known of other files than PEFT's, and of models that are none of transformers'.
+    """
+    model = weights.model if isinstance(weights, BaseWeights) else None
+    if model is None or adapter.tool != "peft":
+        return "", ()
+    keys = {module: list(endings.values()) for module, endings in adapter.modules.items()}
+    shapes = {key: adapter.shape(key) for found in keys.values() for key in found}
+    try:
+        return "", {f"{PREFIX}.{path}" for path in peft_loading.left_out(model, adapter.path.parent, shapes)}
+    except ValueError as error:
+        return f"raises an error, and loads nothing: {str(error).partition(': ')[2]}", ()
+
+
 def open_base(base: str | Path | Mapping[Name, Tensor]) -> Mapping[Name, Tensor]:
     """The weights of a model, which are given by path or as they are."""
     return base if isinstance(base, Mapping) else BaseWeights.open(base)
@@ -192,11 +212,17 @@ def stacked(group: ModuleGroup, weights: Mapping[Name, Tensor]) -> Tensor:
 
 
 def _verdicts(
-    adapter: AdapterFile, module: str, refusals: Mapping[str, str], state: LayerState, W0: Tensor
+    adapter: AdapterFile,
+    module: str,
+    refusals: Mapping[str, str],
+    ignored_by: Collection[str],
+    state: LayerState,
+    W0: Tensor,
 ) -> tuple[float, dict[str, LayerVerdict]]:
     """||W' - W0||, and the verdicts of tools, by name with the reason why one loads nothing."""
     tensors = adapter.tensors(module)
-    parts = {name: TOOLS[name].loaded(module, tensors, adapter.header) for name in refusals if not refusals[name]}
+    readers = [name for name in refusals if not refusals[name] and name not in ignored_by]
+    parts = {name: TOOLS[name].loaded(module, tensors, adapter.header) for name in readers}
     loads = [ToolLoad(name, [found]) for name, found in parts.items() if is_read(found)]
     found = compared(loads, W0, state)
     errors = {load.tool: error for load, error in zip(loads, found.errors, strict=True)}

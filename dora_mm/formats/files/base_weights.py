@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dora_mm.formats.files.checks import DTYPES
 from dora_mm.formats.files.header import TensorEntry
-from dora_mm.formats.files.places import STEMS, Converted, NoWeightsError, Place, in_file, in_folder
+from dora_mm.formats.files.places import STEMS, Converted, Found, NoWeightsError, Place, in_file, in_folder
 from dora_mm.formats.files.tensor_file import FORMAT_KEY, PICKLES, TensorFile, copy_around
 from dora_mm.formats.naming.names import Name, resolve
 from dora_mm.utils.atomic import write_atomically
@@ -33,12 +33,14 @@ class BaseWeights(Mapping[Name, Tensor]):
     Attributes:
         source: The folder or file.
         files: The files of the weights in it, with the indexes of sharded ones.
+        model: Of a model of transformers, its class on the meta device: modules have their names in it, not those of
+            the files. None for others.
     """
 
-    def __init__(self, source: Path, places: Mapping[Name, Place | Converted], files: Iterable[Path]):
-        self.source = source
-        self.files = frozenset(files)
-        self._places = dict(places)
+    def __init__(self, source: Path, found: Found):
+        self.source, self.model = source, found.model
+        self.files = frozenset(found.files)
+        self._places = found.places
         self._uses = Counter(self._places.values())
 
     @classmethod
@@ -56,13 +58,13 @@ class BaseWeights(Mapping[Name, Tensor]):
         """
         local = Path(path)
         if local.is_dir():
-            return cls(local, *in_folder(local))
+            return cls(local, in_folder(local))
         if local.is_file():
-            return cls(local, _of_file(TensorFile(local)), [local])
+            return cls(local, _of_file(TensorFile(local)))
         if local.suffix in (*PICKLES, ".safetensors") or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
             raise ValueError(f"there is no model at {path}: give a folder, a .safetensors file or a hub name")
         folder = _from_hub(str(path), revision)
-        return cls(folder, *in_folder(folder))
+        return cls(folder, in_folder(folder))
 
     def __getitem__(self, name: Name) -> Tensor:
         """W0, in the dtype of the file.
@@ -111,29 +113,28 @@ class BaseWeights(Mapping[Name, Tensor]):
         """Where a weight is stored that can be replaced.
 
         Raises:
-            ValueError: There is no such module, it is quantised, transformers makes it from other tensors, or another module shares
-                its weight.
+            ValueError: There is no such module, it is quantised, transformers makes it from other tensors, or another
+                module shares its weight.
         """
         place = self._places[self.find(name)]
         _check_dtype(name, place)
         if isinstance(place, Converted):
-            raise ValueError(
-                f"{self.source} stores {name} in another form than {type(place.converter.model).__name__} has it: merge "
-                "it with dora-mm merge, which loads the model"
-            )
+            kind = type(place.converter.model).__name__
+            problem = f"{self.source} stores {name} in another form than {kind} has it"
+            raise ValueError(f"{problem}: use dora-mm merge, which loads the model")
         if self._uses[place] > 1:
             names = " and ".join(str(other) for other, shared in self._places.items() if shared == place)
             raise ValueError(f"{self.source} cannot be merged: {names} share one weight")
         return place
 
 
-def _of_file(file: TensorFile) -> dict[Name, Place | Converted]:
+def _of_file(file: TensorFile) -> Found:
     key = next(filter(_OF_ADAPTERS.search, file.entries), None)
     if key or FORMAT_KEY in file.metadata:
         raise ValueError(f"{file.path} is not a model but an adapter: it has {key or FORMAT_KEY}")
-    if not (places := in_file(file)):
+    if not (found := in_file(file)).places:
         raise NoWeightsError(f"{file.path} has no weights of a model")
-    return places
+    return found
 
 
 def _check_dtype(name: Name, place: Place | Converted) -> None:

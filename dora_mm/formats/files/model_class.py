@@ -43,7 +43,9 @@ def empty_model(folder: Path) -> Any:
         with torch.device("meta"):
             return kind(settings)
     except Exception as error:  # transformers raises anything for settings that do not fit
-        raise ValueError(f"{folder}: no {kind.__name__} can be built from its config.json: {first_line(error)}") from error
+        raise ValueError(
+            f"{folder}: no {kind.__name__} can be built from its config.json: {first_line(error)}"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)

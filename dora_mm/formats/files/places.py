@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_mm.formats.files.header import TensorEntry
 from dora_mm.formats.files.json_text import read_json
@@ -118,7 +118,7 @@ _TEXT_ENCODERS = {  # what the keys of a part of a checkpoint begin with, its co
 }
 
 
-def in_file(file: TensorFile) -> dict[Name, Place | Converted]:
+def in_file(file: TensorFile) -> Found:
     """The weights of a checkpoint that is one file.
 
     Raises:
@@ -128,13 +128,13 @@ def in_file(file: TensorFile) -> dict[Name, Place | Converted]:
     found = ((p, n) for p, n, it in prefixed if p + it.mark in file.entries and p + it.without not in file.entries)
     prefix, network = next(found, (None, ""))
     if prefix is None:  # the only file of one network of diffusers or transformers
-        return _of_network(file.path.parent, [file])
+        return _of_network(file.path.parent, [file], [file.path])
     parts = {**_TEXT_ENCODERS, prefix: (LAYOUTS[network].component, network)}
     places: dict[Name, Place | Converted] = {}
     for key in file.entries:
         if (begin := next((part for part in parts if key.startswith(part)), None)) is not None:
             places |= _placed(file, key, key.removeprefix(begin), *parts[begin])
-    return places
+    return Found(places, [file.path])
 
 
 def _placed(file: TensorFile, key: str, own: str, component: str, layout: str) -> dict[Name, Place]:
@@ -160,8 +160,22 @@ def _rows_of(file: TensorFile, key: str, group: ModuleGroup, transposed: bool) -
     return {name: Place(file, key, tuple(ranges)) for name, ranges in zip(group.names, pieces, strict=True)}
 
 
-def in_folder(folder: Path) -> tuple[dict[Name, Place | Converted], list[Path]]:
-    """The weights of a folder, and the files that they are in, with the indexes of sharded ones.
+class Found(NamedTuple):
+    """The weights of a model.
+
+    Attributes:
+        places: Where each is.
+        files: The files that they are in, with the indexes of sharded ones.
+        model: Of a model of transformers, its class on the meta device, by whose names the weights go; else None.
+    """
+
+    places: dict[Name, Place | Converted]
+    files: list[Path]
+    model: nn.Module | None = None
+
+
+def in_folder(folder: Path) -> Found:
+    """The weights of a folder.
 
     Raises:
         NoWeightsError: There are none, or a part of a pipeline has none.
@@ -172,22 +186,22 @@ def in_folder(folder: Path) -> tuple[dict[Name, Place | Converted], list[Path]]:
     components = [c for c in COMPONENTS if parts.get(c) not in (None, [None, None])]
     if not components:
         tensors, files = _weight_files(folder)
-        return _of_network(folder, tensors), files
+        return _of_network(folder, tensors, files)
     places: dict[Name, Place | Converted] = {}
     files: list[Path] = []
     for component in components:
         tensors, found = _weight_files(folder / component)
         places |= _modules(component, tensors)
         files += found
-    return places, files
+    return Found(places, files)
 
 
-def _of_network(folder: Path, files: Iterable[TensorFile]) -> dict[Name, Place | Converted]:
-    """The weights of a folder of one network; of a class of transformers by the names in the class."""
+def _of_network(folder: Path, files: Iterable[TensorFile], paths: list[Path]) -> Found:
+    """The weights of a folder of one network."""
     component = _component_of(folder)
     model = empty_model(folder) if component == "model" else None
     if model is None:
-        return {**_modules(component, files)}
+        return Found({**_modules(component, files)}, paths)
     by_key = {key: file for file in files for key in file.entries}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
     weights, experts = weights_in_class(model, by_key)
@@ -198,7 +212,8 @@ def _of_network(folder: Path, files: Iterable[TensorFile]) -> dict[Name, Place |
         is_stored = isinstance(source, str)
         found[name] = Place(by_key[source], source) if is_stored else Converted(name, shapes[name], source, by_key)
     ending = ".weight"
-    return {canonical(component, n.removesuffix(ending)): at for n, at in found.items() if n.endswith(ending)}
+    places = {canonical(component, n.removesuffix(ending)): at for n, at in found.items() if n.endswith(ending)}
+    return Found(places, paths, model)
 
 
 def _modules(component: str, files: Iterable[TensorFile]) -> dict[Name, Place]:
