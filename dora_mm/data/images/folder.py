@@ -24,7 +24,7 @@ from dora_mm.config.images import CaptionConfig, DataConfig
 from dora_mm.data.images.buckets import Size, choose_bucket
 from dora_mm.data.images.captions import BESIDE, METADATA, CaptionFiles, is_image
 from dora_mm.data.images.masks import (
-    ImageFiles,
+    ImagesByKind,
     MaskFile,
     MaskFiles,
     by_kind,
@@ -175,7 +175,7 @@ def uncaptioned_images(root: Path) -> tuple[list[Path], int]:
     return without, len(images) - len(without)
 
 
-def _masks(kinds: ImageFiles, root: Path, folder: Path | None, key: str, *, subfolders: bool) -> MaskFiles:
+def _masks(kinds: ImagesByKind, root: Path, folder: Path | None, key: str, *, subfolders: bool) -> MaskFiles:
     """The masks of a folder of images: those beside them, and those in a folder of their own."""
     if folder is not None and folder.resolve() == root.resolve():
         raise ValueError(f"{key}: {folder} is the folder of the images: give one that has masks alone")

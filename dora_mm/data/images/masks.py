@@ -38,7 +38,7 @@ class MaskFile(NamedTuple):
         return not self.ending
 
 
-class ImageFiles(NamedTuple):
+class ImagesByKind(NamedTuple):
     """The image files of a folder by what they are, which their names say."""
 
     images: set[Path]  # what is trained on
@@ -46,9 +46,9 @@ class ImageFiles(NamedTuple):
     conditions: set[Path]  # what OneTrainer and ai-toolkit condition a model on
 
 
-def by_kind(files: Iterable[Path]) -> ImageFiles:
+def by_kind(files: Iterable[Path]) -> ImagesByKind:
     """Sorts the image files among files by what they are; other files are left out."""
-    found = ImageFiles(set(), {}, set())
+    found = ImagesByKind(set(), {}, set())
     for file in sorted(files):
         if not is_image(file.name):
             continue
