@@ -7,6 +7,7 @@ from dora_mm.config.loader import resolve_adapter, resolve_model
 from dora_mm.formats.commands.beside import named
 from dora_mm.formats.commands.convert import Conversion, convert
 from dora_mm.formats.commands.export_check import ToolErrors
+from dora_mm.formats.commands.inspection import misreaders
 from dora_mm.models.opening import base_of
 from dora_mm.utils.tables import aligned_columns
 
@@ -38,6 +39,8 @@ def main(source: str, out: str, to: str, *, base: str | None = None, **settings:
         print(f"left out {named(done.left_out)}")
     if done.usage:
         print(f"use      {done.usage}")
+    if others := misreaders(done.files[0], to):
+        print(f"not for  {others}")
     if done.errors:
         print(f"\n{table(done)}")
         worst = max(done.errors, key=lambda errors: errors.overall)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.formats.commands.extract import Extraction, extract
+from dora_mm.formats.commands.inspection import misreaders
 from dora_mm.utils.tables import aligned_columns
 
 SHOWN = 5  # modules whose errors are named
@@ -27,6 +28,8 @@ def main(tuned: str, base: str, out: str, *, rank: int, to: str | None = None) -
     print(report(done))
     if done.usage:
         print(f"\nuse  {done.usage}")
+    if to and (others := misreaders(done.files[0], to)):
+        print(f"\nnot for  {others}")
 
 
 def report(done: Extraction) -> str:

@@ -11,9 +11,10 @@ from dora_mm.config.models import STARTS
 from dora_mm.config.report import nearest
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.images.folder import CaptionedImage, read_captioned_images
+from dora_mm.data.images.masks import by_kind
 from dora_mm.models.opening import local_copy
 from dora_mm.preview.captions import PLACEHOLDER, example_prompts, shared_word
-from dora_mm.preview.images import describe_captions, describe_length, describe_pictures, repeats_of
+from dora_mm.preview.images import describe_captions, describe_length, describe_masks, describe_pictures, repeats_of
 from dora_mm.preview.machine import fitting, largest_card
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.yaml12 import MISSING, edited
@@ -123,7 +124,9 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
     """Writes the config of a style, and its prompts."""
     if draft.data is not None:
         raise ValueError("--data belongs to questions: captions lie beside the images, or in metadata.jsonl")
-    images = read_captioned_images(folder_of_images(draft), instance_prompt=PLACEHOLDER, key="--images")
+    folder = folder_of_images(draft)
+    masks = "file" if by_kind(resolve_path(folder, "--images").glob("*")).masks else None
+    images = read_captioned_images(folder, instance_prompt=PLACEHOLDER, key="--images", masks=masks)
     captions = [image.caption for image in images if image.source != UNCAPTIONED]
     word = shared_word(captions) if captions else PLACEHOLDER
     instance = f"a picture in the style of {word}" if word else "a picture"
@@ -131,6 +134,8 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
     changes = style_changes(draft, start, len(images), prompts)
     changes[("data", "placeholder")] = word or MISSING
     changes[("data", "instance_prompt")] = instance if len(captions) < len(images) else MISSING
+    if masks:
+        changes[("data", "mask")] = {}
     about = (
         f"A style from {len(images)} pictures in {draft.images}. {remark_on(word, len(captions))}\n"
         f"It started from {draft.recipe}, whose head says what memory it takes; so does --dry-run.\n"
@@ -178,6 +183,7 @@ def describe_style(images: Sequence[CaptionedImage], config: TrainDiffusionConfi
         [
             describe_pictures(images, config.data),
             describe_captions(images, config.data, None),
+            *(f"{line}: data.mask; null trains on all of each picture" for line in describe_masks(images, config.data)),
             f"trigger   {remark_on(word, num_captions)}",
             describe_length(repeats_of(images), config.train),
         ]

@@ -21,6 +21,7 @@ FLAGS = {  # of kohya's scripts and diffusers', as our config has them
     "enable_wildcard": "data.captions.alternatives",
     "masked_loss": "data.mask",
     "alpha_mask": "data.mask.source",
+    "conditioning_data_dir": "data.mask.folder",
     "with_prior_preservation": "preserve",
     "class_prompt": "preserve.prompt",
     "prior_loss_weight": "preserve.weight",

@@ -82,6 +82,7 @@ class ImageFolderConfig(Section):
     weight: Positive = 1.0
     prompt: Text | None = None  # the caption of images without one; null: data.instance_prompt
     resolution: Resolution | None = None  # pixels; null: data.resolution
+    masks: InputPath | None = None  # as data.mask.folder
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "ImageFolderConfig":
@@ -89,6 +90,8 @@ class ImageFolderConfig(Section):
             raise ValueError("repeats and weight have no effect on a folder of role validate: leave them out")
         if self.role == "preserve" and self.weight != 1.0:
             raise ValueError("weight has no effect on a folder of role preserve: set preserve.weight")
+        if self.role == "preserve" and self.masks:
+            raise ValueError("masks have no effect on a folder of role preserve: leave them out")
         return self
 
 
@@ -114,10 +117,19 @@ class CaptionConfig(Section):
 class MaskConfig(Section):
     """How much each place of an image counts in the loss: of each image, sum(w loss) / sum(w), w = max(mask, floor)."""
 
-    source: Literal["file", "alpha"] = "file"  # file: cat.mask.png of cat.jpg, white counts; alpha: what is opaque
+    # file: a file beside cat.jpg, cat.mask.png or OneTrainer's cat-masklabel.png, white counts; alpha: what is opaque
+    source: Literal["file", "alpha"] = "file"
+    # A folder of masks that are named as the images of data.folder; null: they lie beside the images
+    folder: InputPath | None = None
     floor: Share = 0.1  # the least that a place counts
     # base: where the mask is black, the prediction is held at that of the base model, by (1 - w) (difference)^2
     outside: Literal["ignored", "base"] = "ignored"
+
+    @model_validator(mode="after")
+    def _folder_is_of_files(self) -> "MaskConfig":
+        if self.folder is not None and self.source == "alpha":
+            raise ValueError("folder has no effect with source alpha: leave one of them out")
+        return self
 
 
 class DataConfig(Section):
@@ -147,7 +159,7 @@ class DataConfig(Section):
     def all_folders(self) -> dict[str, ImageFolderConfig]:
         """All folders by their keys, also where there is one."""
         if self.folder is not None:
-            return {"data.folder": ImageFolderConfig(path=self.folder)}
+            return {"data.folder": ImageFolderConfig(path=self.folder, masks=self.mask and self.mask.folder)}
         return {f"data.folders[{number}]": folder for number, folder in enumerate(self.folders)}
 
     @property
@@ -172,6 +184,10 @@ class DataConfig(Section):
             problems.append("give either valid or a folder of role validate")
         if self.valid is not None and self.valid.folder is not None and self.folders:
             problems.append("valid.folder belongs to data.folder: give a folder of role validate instead")
+        if self.mask and self.mask.folder and self.folders:
+            problems.append("mask.folder belongs to data.folder: give masks to each of folders instead")
+        if any(folder.masks for folder in self.folders) and (self.mask is None or self.mask.source == "alpha"):
+            problems.append("masks of folders have no effect without mask of source file: set mask, or leave them out")
         return raise_problems(self, problems)
 
     @field_validator("placeholder")

@@ -123,12 +123,16 @@ def describe_rendered(images: Sequence[CaptionedImage], config: TrainDiffusionCo
 
 
 def describe_masks(images: Sequence[CaptionedImage], data: DataConfig) -> list[str]:
-    """A line with the number of masks, and what they do; none without masks."""
+    """A line with the number of masks, where they are, and what they do; none without masks."""
+    files = [image.mask_file for image in images if image.mask_file]
+    names = dict.fromkeys(f"NAME{file.ending}" if file.ending else f"in {file.path.parent}" for file in files)
     if data.mask is None:
-        return []
+        unused = f"masks     {len(files)} of {len(images)} ({', '.join(names)}), not used: data.mask={{}} uses them"
+        return [unused] if files else []
     count = sum(bool(image.mask) for image in images)
+    where = ", ".join(names) if data.mask.source == "file" else data.mask.source
     outside = ", held at the base model outside" if data.mask.outside == "base" else ""
-    return [f"masks     {count} of {len(images)} ({data.mask.source}), floor {data.mask.floor:g}{outside}"]
+    return [f"masks     {count} of {len(images)} ({where}), floor {data.mask.floor:g}{outside}"]
 
 
 def describe_latents(batches: CaptionedBatches, data: DataConfig) -> list[str]:

@@ -13,7 +13,7 @@ from dora_mm.core import base_model
 from dora_mm.data.images.buckets import Framing, frame
 from dora_mm.data.images.folder import CaptionedImage, bucket_of
 from dora_mm.data.images.latents import LatentCache, Latents, latent_key
-from dora_mm.data.images.masks import load_mask, render_mask
+from dora_mm.data.images.masks import ALPHA, load_mask, render_mask
 from dora_mm.data.images.order import ImageOrder
 from dora_mm.data.images.pixels import load_rgb, render
 from dora_mm.data.images.tensor_cache import TensorCache
@@ -151,7 +151,7 @@ class CaptionedBatches:
         self.order = ImageOrder(self.buckets, repeats, batch_size, seed)
         weights = [config.folders[image.folder].weight if config.folders else 1.0 for image in images]
         self.weights = torch.tensor(weights)  # of the images' losses
-        self._masks: dict[tuple[str, Framing], torch.Tensor] = {}
+        self._masks: dict[tuple[object, ...], torch.Tensor] = {}
 
     def encode_all(self, num_batches: int | None = None) -> None:
         """Encodes ahead what stays the same: captions of all epochs, and images if crops are fixed.
@@ -253,14 +253,14 @@ class CaptionedBatches:
 
     def _mask(self, image: CaptionedImage, framing: Framing) -> torch.Tensor:
         height, width = (side // self.model.downscale for side in framing.target_size)
-        found = self._masks.get((image.digest + image.mask, framing)) if image.mask else torch.ones(height, width)
+        key = (image.digest, image.mask, image.mask_file and image.mask_file.red, framing)
+        found = self._masks.get(key) if image.mask else torch.ones(height, width)
         if found is None:
-            assert self.config.mask is not None
-            mask = load_mask(image.path, self.config.mask.source)
+            mask = load_mask(image.path, None if image.mask == ALPHA else image.mask_file)
             assert mask is not None
             found = render_mask(mask, framing, (height, width))
             if self.config.crop == "center":  # else there is a new one every time
-                self._masks[image.digest + image.mask, framing] = found
+                self._masks[key] = found
         return found
 
     def _captions(self, number: int) -> list[str]:

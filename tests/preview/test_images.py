@@ -8,6 +8,7 @@ import pytest
 from dora_mm.config.images import CaptionConfig, DataConfig, MaskConfig, PreserveConfig
 from dora_mm.config.training import TrainConfig
 from dora_mm.data.images.folder import CaptionedImage
+from dora_mm.data.images.masks import MaskFile
 from dora_mm.data.images.wording import rendered
 from dora_mm.preview.images import (
     describe_captions,
@@ -66,9 +67,15 @@ def test_three_captions_of_each_folder_are_rendered():
 
 def test_masks_and_what_is_preserved_are_said():
     data = DATA.model_copy(update={"mask": MaskConfig(outside="base")})
-    masked = [IMAGES[0]._replace(mask="a"), *IMAGES[1:]]
-    assert describe_masks(masked, data) == ["masks     1 of 3 (file), floor 0.1, held at the base model outside"]
-    assert describe_masks(masked, DATA) == []
+    file = MaskFile(Path("a-masklabel.png"), "-masklabel.png")
+    masked = [IMAGES[0]._replace(mask="a", mask_file=file), *IMAGES[1:]]
+    line = "masks     1 of 3 (NAME-masklabel.png), floor 0.1, held at the base model outside"
+    assert describe_masks(masked, data) == [line]
+    unused = "masks     1 of 3 (NAME-masklabel.png), not used: data.mask={} uses them"
+    assert describe_masks(masked, DATA) == [unused]
+    in_folder = [IMAGES[0]._replace(mask="a", mask_file=MaskFile(Path("masks/a.png"))), *IMAGES[1:]]
+    assert describe_masks(in_folder, data)[0].startswith("masks     1 of 3 (in masks), floor")
+    assert describe_masks(IMAGES, DATA) == []
     lines = [
         describe_preserved(SimpleNamespace(data=DATA, preserve=PreserveConfig(**held)), images)[0].split(":")[0]
         for held, images in (({}, ()), ({"prompt": "", "every": 3}, ()), ({"weight": 0.5}, IMAGES))

@@ -23,12 +23,22 @@ from dora_mm.config import resolve_path
 from dora_mm.config.images import CaptionConfig, DataConfig
 from dora_mm.data.images.buckets import Size, choose_bucket
 from dora_mm.data.images.captions import BESIDE, METADATA, CaptionFiles, is_image
-from dora_mm.data.images.masks import ALPHA, ENDING, check_mask, mask_file
+from dora_mm.data.images.masks import (
+    ImagesByKind,
+    MaskFile,
+    MaskFiles,
+    by_kind,
+    folders_of_masks,
+    mask_digest,
+    no_masks,
+)
 from dora_mm.data.images.pixels import SUFFIXES, load_rgb
 from dora_mm.utils.digest import file_digest
 
 log = logging.getLogger(__name__)
 MOST_NAMED = 8  # files in one message
+_AS_MASKS = "images with the names of those in"  # as masks have
+_USING_MASKS = "if they are masks, name it in data.mask.folder, or as masks of its folder in data.folders"
 REPEATS = re.compile(r"(\d+)_.*")  # kohya's name of a folder whose images are repeated
 
 
@@ -43,7 +53,8 @@ class CaptionedImage(NamedTuple):
     repeats: float = 1  # how often it occurs in an epoch, by the name of its subfolder and data.folders
     folder: int = 0  # the number of its folder among data.folders
     more: tuple[str, ...] = ()  # further captions, of which one is drawn in every epoch
-    mask: str = ""  # SHA-256 of the file of its mask, or "alpha"; empty: it has none
+    mask: str = ""  # SHA-256 of the file of its mask, or "alpha"; empty: none is used
+    mask_file: MaskFile | None = None  # its mask, used or not
 
 
 def read_captioned_images(
@@ -57,6 +68,8 @@ def read_captioned_images(
     prompt_key: str = "data.instance_prompt",
     lines: bool = False,
     masks: str | None = None,
+    mask_folder: str | None = None,
+    mask_key: str = "data.mask.folder",
 ) -> list[CaptionedImage]:
     """Reads every image of a folder with its caption, sorted by path.
 
@@ -75,29 +88,34 @@ def read_captioned_images(
         prompt_key: That of the instance prompt.
         lines: Whether each line of a text is a caption of its own.
         masks: Where masks are, "file" or "alpha"; None: they are not used, and files of masks are no images either.
+        mask_folder: A folder of masks that are named as the images; None: they lie beside the images.
+        mask_key: The key of the config that names it.
 
     Raises:
         ValueError: Lists all problems of the folder: it is missing, unreadable or has no images; an image is broken,
             empty or too large; a metadata file is malformed or names an image that is missing, outside the folder or
             listed already; an image has no caption; captions are not used; no caption contains the placeholder; all
-            images are in subfolders, or the name of a subfolder asks for 0 repeats.
+            images are in subfolders, or the name of a subfolder asks for 0 repeats; a mask cannot be used, has no
+            image or is one of two; or a subfolder has the masks of another one.
     """
     root = resolve_path(folder, key)
-    folders = _folders(root) if subfolders else [root]
+    mask_root = None if mask_folder is None else resolve_path(mask_folder, mask_key)
+    folders = _folders(root, mask_root) if subfolders else [root]
     entries = [path for each in folders for path in _list(each, key)]
     files = CaptionFiles(root, entries, lines=lines)
-    problems = files.problems
-    found_images, ends = _images_and_masks(entries)
-    paths = sorted((found_images | set(files.rows)) - ends)
-    deeper = [] if subfolders else _images_in_subfolders(root, paths)
+    problems, kinds = files.problems, by_kind({*entries, *files.rows})
+    paths = sorted(kinds.images | {path for path in files.rows if not is_image(path.name)})
+    found_masks = _masks(kinds, root, mask_root, mask_key, subfolders=subfolders)
+    deeper = [] if subfolders else _images_in_subfolders(root, mask_root, paths)
     if not paths and not problems:
         raise ValueError(_no_images(root, deeper, key))
 
     images, uncaptioned = [], []
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes outside of Python's lock
-        contents = threads.map(partial(_content, root=root if subfolders else None, masks=masks), paths)
+        mask_files = [found_masks.of_image(path) for path in paths]
+        contents = threads.map(partial(_content, root=root if subfolders else None, masks=masks), paths, mask_files)
         bar = tqdm(contents, "reading images", len(paths), unit="image", delay=2, disable=None)
-        for path, content in zip(paths, bar, strict=True):
+        for path, mask_file, content in zip(paths, mask_files, bar, strict=True):
             found = files.of_image(path)
             caption, source, more = found or (instance_prompt or "", prompt_key, ())
             if not caption:
@@ -106,11 +124,16 @@ def read_captioned_images(
                 problems.append(str(content))
             else:
                 size, digest, mask, repeats = content
-                images.append(CaptionedImage(path, caption, size, digest, source, repeats, more=more, mask=mask))
+                settings = {"more": more, "mask": mask, "mask_file": mask_file}
+                images.append(CaptionedImage(path, caption, size, digest, source, repeats, **settings))
     if uncaptioned:
         problems.append(f"{_counted(uncaptioned)} without a caption: caption them or set {prompt_key}")
-    if orphans := sorted(ends - {mask_file(path) for path in paths}):
+    if orphans := found_masks.orphans(paths):
         problems.append(f"{_counted(orphans)} the mask of no image: rename or remove it")
+    problems += found_masks.ambiguous() if masks == "file" else []
+    if subfolders:
+        problems += [f"{folder.relative_to(root)} has {_AS_MASKS} {masked}: {_USING_MASKS}, or rename it"
+                     for folder, masked in folders_of_masks(paths).items()]  # fmt: skip
     files.note_unused(entries, paths)
     if files.unused and unused_captions == "stop":
         problems.append(_about_unused(root, files.unused) + ": data.unused_captions=ignore goes on without")
@@ -122,7 +145,9 @@ def read_captioned_images(
         log.warning("%s", _about_unused(root, files.unused))
     others = [path for path in entries if path not in folders and path not in files.unused]
     _log_notes(others, images, deeper, prompt_key)
-    _log_masks(images, ends, used=masks is not None)
+    _log_masks(images, found_masks.paths(), masks)
+    if kinds.conditions:
+        log.warning("%s what OneTrainer or ai-toolkit conditions on, and not used", _counted(sorted(kinds.conditions)))
     return images
 
 
@@ -134,7 +159,7 @@ def uncaptioned_images(root: Path) -> tuple[list[Path], int]:
             metadata.csv, or an image has a line without a caption.
     """
     entries = _list(root, "FOLDER")
-    files, (images, _) = CaptionFiles(root, entries), _images_and_masks(entries)
+    files, images = CaptionFiles(root, entries), by_kind(entries).images
     problems, without = files.problems, []
     if (root / METADATA[1]).is_file():
         problems.append(f"has {METADATA[1]}, beside which {METADATA[0]} is not read: put its rows there first")
@@ -150,11 +175,12 @@ def uncaptioned_images(root: Path) -> tuple[list[Path], int]:
     return without, len(images) - len(without)
 
 
-def _images_and_masks(entries: Iterable[Path]) -> tuple[set[Path], set[Path]]:
-    """The images among files, and the masks of images."""
-    images = {path for path in entries if is_image(path.name)}
-    masks = {path for path in images if path.name.endswith(ENDING)}
-    return images - masks, masks
+def _masks(kinds: ImagesByKind, root: Path, folder: Path | None, key: str, *, subfolders: bool) -> MaskFiles:
+    """The masks of a folder of images: those beside them, and those in a folder of their own."""
+    if folder is not None and folder.resolve() == root.resolve():
+        raise ValueError(f"{key}: {folder} is the folder of the images: give one that has masks alone")
+    folders = [] if folder is None else _folders(folder) if subfolders else [folder]
+    return MaskFiles(kinds.masks, root, folder, (path for each in folders for path in _list(each, key)))
 
 
 def read_images(data: DataConfig, role: str) -> list[CaptionedImage]:
@@ -179,6 +205,8 @@ def read_images(data: DataConfig, role: str) -> list[CaptionedImage]:
                 placeholder=placeholder if len(folders) == 1 else None,
                 lines=captions.lines,
                 masks=masks,
+                mask_folder=folder.masks,
+                mask_key="data.mask.folder" if data.folder else f"{key}.masks",
                 subfolders=data.subfolders,
                 unused_captions=data.unused_captions,
                 key=key,
@@ -188,7 +216,7 @@ def read_images(data: DataConfig, role: str) -> list[CaptionedImage]:
             times = (image.repeats if folder.repeats == 1 else image.repeats * folder.repeats for image in found)
             images += [image._replace(repeats=n, folder=number) for image, n in zip(found, times, strict=True)]
     if role == "train" and masks and images and not any(image.mask for image in images):
-        raise ValueError(f"data.mask: {_no_masks(masks)}")
+        raise ValueError(f"data.mask: {no_masks(masks)}")
     if placeholder and len(folders) > 1:
         for problem in _check_placeholder(images, placeholder):
             raise ValueError(f"data.folders: {problem}")
@@ -225,11 +253,11 @@ def contains_word(text: str, word: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
 
 
-def _folders(root: Path) -> list[Path]:
-    """The folder and all of its subfolders, but for hidden and linked ones."""
-    found = []
+def _folders(root: Path, without: Path | None = None) -> list[Path]:
+    """The folder and all of its subfolders, but for hidden and linked ones, and for one folder."""
+    found, left_out = [], without and without.resolve()
     for folder, names, _ in os.walk(root):
-        names[:] = sorted(name for name in names if not name.startswith("."))
+        names[:] = sorted(n for n in names if not n.startswith(".") and Path(folder, n).resolve() != left_out)
         found.append(Path(folder))
     return found or [root]  # a path that is no folder gives none, and is reported when it is listed
 
@@ -243,15 +271,10 @@ def _list(folder: Path, key: str) -> list[Path]:
         raise ValueError(f"{key}: {folder} cannot be read: {error.strerror}") from None
 
 
-def _images_in_subfolders(root: Path, listed: Sequence[Path]) -> list[Path]:
+def _images_in_subfolders(root: Path, mask_root: Path | None, listed: Sequence[Path]) -> list[Path]:
     """The images in subfolders that are not read without `data.subfolders`: those that no metadata file names."""
-    known = set(listed)
-    return [
-        Path(folder, name)
-        for folder in _folders(root)[1:]
-        for name in sorted(os.listdir(folder))
-        if is_image(name) and Path(folder, name) not in known
-    ]
+    folders = _folders(root, mask_root)[1:]
+    return sorted(by_kind(path for folder in folders for path in folder.iterdir()).images - set(listed))
 
 
 def _no_images(root: Path, deeper: Sequence[Path], key: str) -> str:
@@ -264,37 +287,27 @@ def _no_images(root: Path, deeper: Sequence[Path], key: str) -> str:
     )
 
 
-def _content(path: Path, root: Path | None, masks: str | None) -> tuple[Size, str, str, float] | ValueError:
+def _content(
+    path: Path, mask_file: MaskFile | None, root: Path | None, masks: str | None
+) -> tuple[Size, str, str, float] | ValueError:
     """Size, digest, mask and repeats of an image, which is decoded in full, or why it cannot be used."""
     try:
         repeats = 1 if root is None else _repeats(root, path)
         image: Image.Image = load_rgb(path)
         size = image.height, image.width
-        return size, file_digest(path), _mask_digest(path, size, masks), repeats
+        return size, file_digest(path), mask_digest(path, mask_file, size, masks), repeats
     except ValueError as error:
         return error
 
 
-def _mask_digest(path: Path, size: Size, masks: str | None) -> str:
-    """`CaptionedImage.mask` of an image; the mask is decoded once, so that a bad one stops the run at its start."""
-    if masks is None or not check_mask(path, size, masks):
-        return ""
-    return ALPHA if masks == ALPHA else file_digest(mask_file(path))
-
-
-def _no_masks(masks: str) -> str:
-    if masks == ALPHA:
-        return "no image is transparent anywhere, and data.mask.source alpha takes the mask from that"
-    return f"no image has a mask: that of cat.jpg is looked for in {mask_file(Path('cat.jpg'))}"
-
-
-def _log_masks(images: Sequence[CaptionedImage], files: Iterable[Path], *, used: bool) -> None:
-    """Logs the images that lack a mask where masks are used, or the masks where they are not."""
+def _log_masks(images: Sequence[CaptionedImage], files: Iterable[Path], used: str | None) -> None:
+    """Logs the images that lack a mask where masks are used, and the masks where their files are not."""
     without = [image.path for image in images if not image.mask]
     if used and without:
         log.warning("%s without a mask: all of it counts alike", _counted(without))
-    elif not used and files:
-        log.warning("%s the mask of an image, and not used: set data.mask", _counted(sorted(files)))
+    if used != "file" and files:
+        advice = "data.mask.source=file uses it" if used else "set data.mask"
+        log.warning("%s the mask of an image, and not used: %s", _counted(sorted(files)), advice)
 
 
 def _repeats(root: Path, path: Path) -> int:
@@ -342,8 +355,11 @@ def _log_notes(entries: Sequence[Path], images: list[CaptionedImage], deeper: Se
         deeper: Images in subfolders, which are not used.
         prompt_key: The key of the instance prompt.
     """
-    if deeper:
-        log.warning("%s not used, because in subfolders: data.subfolders=true reads these, too", _counted(deeper))
+    masks = folders_of_masks([*(image.path for image in images), *deeper])
+    for folder, masked in masks.items():
+        log.warning("%s has %s %s, and is not used: %s", folder, _AS_MASKS, masked, _USING_MASKS)
+    if unread := [path for path in deeper if path.parent not in masks]:
+        log.warning("%s not used, because in subfolders: data.subfolders=true reads these, too", _counted(unread))
     repeated = Counter((image.path.parent.name, image.repeats) for image in images if image.repeats != 1)
     for (name, repeats), count in sorted(repeated.items()):
         log.info("%s: %d image%s, %d times in an epoch", name, count, "s" if count > 1 else "", repeats)

@@ -33,7 +33,8 @@ def leave_out(layers: LayerReader, to: str, export: Export | None, *, allow_loss
     norms = [module for module in file.modules if file.is_norm(module)] if export else []
     lost = () if export and export.beside else (*norms, *file.biases.values())
     tokens = tokens_without_place(file, export)
-    ways = "use --to kohya or --to diff, or --allow-lossy, which leaves them out"
+    form = "comfy-2025" if to == "comfy" else "kohya"  # whose magnitudes ComfyUI reads
+    ways = f"use --to {form} or --to diff, or --allow-lossy, which leaves them out"
     if (without := (*lost, *tokens)) and not allow_lossy:
         raise ValueError(f"{file.path} also holds {named(without)}, for which --to {to} has no place: {ways}")
     if allow_lossy and not without and export is None:

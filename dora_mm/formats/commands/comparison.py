@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,9 +78,9 @@ def compared(
     return Comparison(size, norm, errors)
 
 
-def is_read(parts: Parts) -> bool:
+def is_read(parts: Mapping[str, object]) -> bool:
     """Whether the tensors that a tool reads of a module make up an adapter; else it ignores them."""
-    return {"A", "B"} <= parts.keys() or bool(parts.keys() & {"diff", "weight"} or products.method_of(parts))
+    return {"A", "B"} <= parts.keys() or bool(parts.keys() & {"diff", "weight"} or products.method_of(parts.keys()))
 
 
 def _is_by_rows(load: ToolLoad, num_rows: int) -> bool:

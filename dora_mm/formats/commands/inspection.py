@@ -14,13 +14,13 @@ from torch import Tensor
 
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra.exact import norms
-from dora_mm.formats.commands.support import works_in
+from dora_mm.formats.commands.support import misread_by, works_in
 from dora_mm.formats.commands.verify import open_base, stacked
 from dora_mm.formats.files.json_text import finite, parse_json
 from dora_mm.formats.naming.names import NETWORKS, Name, architecture_of
 from dora_mm.formats.naming.spellings import Names, architecture_of_keys
 from dora_mm.formats.reader import opened
-from dora_mm.formats.tools import TOOLS, products
+from dora_mm.formats.tools import EXPORTS, TOOLS, products
 from dora_mm.formats.tools.diffusers import PEFT_METADATA
 from dora_mm.formats.tools.methods import other_method
 from dora_mm.formats.tools.native import SPECS_KEY
@@ -156,6 +156,26 @@ def inspect_file(
         works_in=() if damage else works_in(file, {m.key: m.alpha / m.rank for m in modules if m.rank and m.alpha}),
         not_finite=tuple(file.not_finite()) if values else None,
     )
+
+
+def misreaders(path: Path, to: str) -> str:
+    """The tools that load a file of a target for web UIs and misread it, each with the target that it needs instead.
+
+    Args:
+        path: The file that was written.
+        to: The target.
+
+    Returns:
+        The end of a sentence that begins with "not for"; empty where there are none.
+    """
+    if to not in EXPORTS or EXPORTS[to].spelling != "kohya":
+        return ""
+    file = AdapterFile(path)
+    found = inspect_file(file, values=False)
+    others = misread_by(file, found.works_in, {module.component for module in found.modules})
+    named = {options: ", ".join(TOOLS[name].title for name in names) for options, names in others.items()}
+    tools = "; ".join(f"{titles} ({options})" if options else titles for options, titles in named.items())
+    return f"{tools}: they load it, and compute something else" if tools else ""
 
 
 def _program(header: Mapping[str, str]) -> str | None:

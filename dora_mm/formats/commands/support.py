@@ -12,6 +12,7 @@ from torch import Tensor
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.algebra.exact import fitted
 from dora_mm.formats.commands.comparison import BOUND, ToolLoad, compared, is_read
+from dora_mm.formats.commands.cure import cure
 from dora_mm.formats.registry import OTHER_TOOLS
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.comfy import other_half
@@ -60,6 +61,30 @@ def works_in(file: AdapterFile, scalings: Mapping[str, float]) -> tuple[str, ...
         if not loaders:
             break
     return tuple(loaders)
+
+
+def misread_by(file: AdapterFile, right: Collection[str], components: Collection[str]) -> dict[str, list[str]]:
+    """The tools to draw with that load a file with magnitudes and compute something else from it.
+
+    Args:
+        file: The file.
+        right: Those that `works_in` found.
+        components: The components that the file adapts.
+
+    Returns:
+        Keys of `OTHER_TOOLS`, by the options of `dora-mm convert` that make a file for them; empty options where there
+        are none. Nothing for half of a pair, and for plain LoRA.
+    """
+    found: dict[str, list[str]] = {}
+    if other_half(file.header) or not any(map(file.axis, file.modules)):
+        return found
+    for name in OTHER_TOOLS:
+        tool = TOOLS[name]
+        if name in right or not tool.strengths or tool.refuses(file.modules, file.unnamed, file.header):
+            continue
+        if any(is_read(tool.roles(module, endings)) for module, endings in file.modules.items()):
+            found.setdefault(cure(file, name, components), []).append(name)
+    return found
 
 
 class _Kind(NamedTuple):

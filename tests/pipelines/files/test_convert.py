@@ -8,9 +8,11 @@ import pytest
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
-from dora_mm import DoRASpec, cli, inject, load_adapter, merge, remove, save_adapter
+from dora_mm import DoRASpec, cli, convert, inject, load_adapter, merge, remove, save_adapter
 from dora_mm.core import adapted_layers
+from dora_mm.formats.commands.inspection import misreaders
 from tests.core import reference
+from tests.formats import toy
 
 BASE = Path("samples/tiny-sdxl")
 
@@ -115,6 +117,31 @@ def test_verify_shows_every_tool(adapter, tmp_path, capsys):
     assert verdict["findings"] == {"wrong axis": len(verdict["layers"])}
     code, output, _ = run(capsys, "verify", tmp_path / "a.safetensors", "--tool", "a1111", "--base", BASE)
     assert (code, "lora_unet_" in output, " more " in output) == (0, True, True)
+
+
+def test_it_says_who_misreads_a_file_and_what_to_use_instead(tmp_path, capsys):
+    """That they do, and read the other one, is what `tests/test_documented_exports.py` finds of the same file."""
+    name = toy.UNET[0]
+    source = toy.write_source(tmp_path / "a.safetensors", {name: toy.layer(name)})
+    _, output, _ = run(capsys, "convert", source, tmp_path / "b.safetensors", "--to", "kohya")
+    (line,) = [line for line in output.splitlines() if line.startswith("not for  ")]
+    needed = "ComfyUI and reForge, Forge (--to comfy-2025); AUTOMATIC1111, InvokeAI (--to diff)"
+    others = "ai-toolkit (--to ai-toolkit); diffusers (--to diffusers)"
+    assert line == f"not for  {others}; {needed}: they load it, and compute something else"
+    convert(source, tmp_path / "c.safetensors", to="comfy-2025", base=toy.base())
+    assert misreaders(tmp_path / "c.safetensors", "comfy-2025").startswith("ai-toolkit (--to ai-toolkit); diffusers")
+    assert "LyCORIS and sd-scripts, SD.Next, older SD.Next (--to kohya)" in misreaders(
+        tmp_path / "c.safetensors", "comfy-2025"
+    )
+
+
+def test_differences_and_plain_lora_are_for_all(tmp_path, capsys):
+    name = toy.UNET[0]
+    plain = toy.write_source(tmp_path / "a.safetensors", {name: toy.layer(name, method="lora")})
+    code, output, _ = run(capsys, "convert", plain, tmp_path / "b.safetensors", "--to", "kohya")
+    assert (code, "not for" in output) == (0, False)
+    (file,) = convert(plain, tmp_path / "c.safetensors", to="diff", base=toy.base()).files
+    assert misreaders(file, "diff") == ""
 
 
 def test_onetrainer_says_which_option_fits(adapter, tmp_path, capsys):

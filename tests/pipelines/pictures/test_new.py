@@ -9,6 +9,7 @@ from PIL import Image
 
 from dora_mm.cli import main
 from dora_mm.config import load_config
+from dora_mm.config.images import MaskConfig
 from dora_mm.config.models import STARTS
 from dora_mm.data.images.folder import read_training_images
 from dora_mm.preview import machine
@@ -70,6 +71,28 @@ def test_pictures_without_captions_get_a_word(here, capsys):
     mixed = made("mixed", "--images", "my images")
     assert (mixed.data.placeholder, mixed.data.instance_prompt) == (None, "a picture")
     assert "No word is in all captions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", [".mask.png", "-masklabel.png"])
+def test_masks_are_told_from_pictures_and_used(here, capsys, caplog, ending):
+    """OneTrainer's were counted as pictures, and trained on under the style's prompt."""
+    write_images(["a.png", "b.jpg", "c.webp"])
+    for name, size in (("a", (80, 64)), ("c", (98, 64))):
+        Image.new("L", size, 255).save(f"my images/{name}{ending}")
+    Image.new("L", (80, 64), 255).save("my images/a-condlabel.png")
+    config = made("masked", "--images", "my images")
+    assert config.data.mask == MaskConfig()
+    assert [bool(image.mask) for image in read_training_images(config.data)] == [True, False, True]
+    printed = capsys.readouterr().out
+    assert "pictures  3 in my images" in printed
+    assert f"masks     2 of 3 (NAME{ending}), floor 0.1: data.mask; null trains on all of each picture" in printed
+    assert "1 image (a-condlabel.png) is what OneTrainer or ai-toolkit conditions on, and not used" in caplog.text
+    assert main(["train", "masked.yaml", "--dry-run", "--set", "data.mask=null"]) == 0
+    assert f"masks     2 of 3 (NAME{ending}), not used: data.mask={{}} uses them" in capsys.readouterr().out
+    Image.new("L", (80, 64), 255).save(f"my images/gone{ending}")
+    assert main(["new", "sdxl", "other", "--images", "my images"]) == 2
+    assert f"1 image (gone{ending}) is the mask of no image" in capsys.readouterr().err
+    assert not Path("other.yaml").exists()
 
 
 def test_a_small_model_gets_the_recipe_of_one(here, tiny_folder, capsys):

@@ -1,0 +1,139 @@
+"""Every place of the pages, and of what the program prints, that says which tool reads which target of `convert`.
+
+The tool is asked: `verify` judges an adapter with magnitudes in the form of the target.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from dora_mm.formats.adapter_file import AdapterFile
+from dora_mm.formats.commands.comparison import ToolLoad, compared
+from dora_mm.formats.commands.convert import convert
+from dora_mm.formats.commands.verify import verify
+from dora_mm.formats.naming.spellings import Names
+from dora_mm.formats.registry import OTHER_TOOLS, TARGETS, WRITTEN_FOR
+from dora_mm.formats.tools import TOOLS
+from tests.documented.exports import NO_DORA, WHOLE, Claim, claims, tools_in
+from tests.documented.texts import DOCS, ROOT, text_of
+from tests.formats import toy
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+STATES = {name: toy.layer(name) for name in toy.UNET if "conv" not in name.path}  # which not every form holds
+OPTIONS = {"lora": {"rank": 16}}
+PAIR = "comfy"  # of whose two files `verify` judges none
+BOUND = 1e-2  # rounding to half precision is below it, and no tool that misreads a file
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory):
+    """The error of every tool, by target, from files that are made when they are asked for."""
+    folder = tmp_path_factory.mktemp("exports")
+    source = toy.write_source(folder / "source.safetensors", STATES)
+
+    @cache
+    def of(target: str) -> dict[str, float]:
+        out = folder / (target if target == "peft" else f"{target}.safetensors")
+        done = convert(source, out, to=target, base=toy.base(), **OPTIONS.get(target, {}))
+        if target == PAIR:
+            return of_pair(*done.files)
+        return {verdict.tool: verdict.error for verdict in verify(done.files[0], base=toy.base())}
+
+    return of
+
+
+def of_pair(*paths: Path) -> dict[str, float]:
+    """The largest error of a module, of tools that load one file after the other."""
+    files = [AdapterFile(path) for path in paths]
+    found = dict.fromkeys(OTHER_TOOLS, 0.0)
+    for module in files[1].modules:
+        (name,) = Names(()).read(module).names
+        tensors = [file.tensors(module) for file in files]
+        parts = {tool: [TOOLS[tool].loaded(module, each, {}) for each in tensors] for tool in OTHER_TOOLS}
+        comparison = compared([ToolLoad(*load) for load in parts.items()], toy.base()[name], STATES[name])
+        found = {
+            tool: max(found[tool], comparison.relative(error))
+            for tool, error in zip(parts, comparison.errors, strict=True)
+        }
+    return found
+
+
+def reads(tool: str, target: str, errors) -> bool:
+    if target == WHOLE or tool == NO_DORA:
+        return target in (WHOLE, "lora")
+    return errors(target)[tool] < BOUND
+
+
+def wrong(claim: Claim, errors) -> list[str]:
+    """The tools of a claim that read none of its targets."""
+    return [tool for tool in claim.tools if not any(reads(tool, target, errors) for target in claim.targets)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_the_named_tools_read_what_the_page_says(page, errors):
+    found = [(claim.text, wrong(claim, errors)) for claim in claims(text_of(page))]
+    assert [claim for claim in found if claim[1]] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_every_export_says_for_which_tool_it_is(page):
+    assert [claim.text for claim in claims(text_of(page)) if "dora-mm " in claim.text and not claim.tools] == []
+
+
+def test_claims_of_all_kinds_are_found():
+    found = {page.name: claims(text_of(page)) for page in PAGES}
+    assert {name for name, of_page in found.items() if of_page} >= {
+        "README.md",
+        "formats.md",
+        "sdxl.md",
+        "coming_from.md",
+    }
+    assert sum(len(of_page) for of_page in found.values()) >= 50
+
+
+WRONG = """
+**Can I draw in InvokeAI?**
+
+```
+$ dora-mm convert run new.safetensors --to kohya --base model
+dora-mm convert run new.safetensors --to comfy-2025 --base model   # for ComfyUI and A1111
+dora-mm convert run new.safetensors --to diff --base model   # for every web UI
+```
+
+| here | there |
+|---|---|
+| output for Forge | `dora-mm convert RUN OUT --to kohya` |
+| `kohya` | LyCORIS and ComfyUI |
+
+| tool | reads (`convert --to`) |
+|---|---|
+| diffusers | `diffusers`, `kohya`: ran |
+
+Draw in reForge with `--to kohya`. In SD.Next it is `--to kohya`; vLLM takes `--to lora`;
+SGLang `--to kohya`.
+"""
+
+
+def test_wrong_ones_are_found(errors):
+    found = [(claim.targets, wrong(claim, errors)) for claim in claims(WRONG)]
+    assert len(found) == 11
+    assert [(targets, tools) for targets, tools in found if tools] == [
+        (("kohya",), ["invokeai"]),
+        (("comfy-2025",), ["invokeai", "a1111"]),
+        (("kohya",), ["forge"]),
+        (("kohya",), ["comfy-2025"]),
+        (("kohya",), ["diffusers"]),
+        (("kohya",), ["comfy-2025"]),
+        (("kohya",), [NO_DORA]),
+    ]
+
+
+def test_what_the_program_prints(errors):
+    """The help of `convert`, and the target that it names for a program."""
+    for target, row in TARGETS.items():
+        assert wrong(Claim(row.title, (target,), tools_in(row.title)), errors) == [], target
+    named = {"comfyui": "comfy-2025", "reforge": "comfy-2025", "automatic1111": "a1111", "sd-scripts": "lycoris"}
+    for program, target in WRITTEN_FOR.items():
+        tool = "a1111" if program.endswith("webui") else named.get(program, program)
+        assert reads(tool, target, errors), program
