@@ -39,7 +39,8 @@ def report(done: Extraction) -> str:
         f"unchanged  {done.num_unchanged} modules, which are left out",
     ]
     if done.left_out:
-        lines.append(f"left out   {len(done.left_out)} norms, embeddings and experts that differ, such as {done.left_out[0]}")
+        kinds = "norms, embeddings and stacked weights that differ"
+        lines.append(f"left out   {len(done.left_out)} {kinds}, such as {done.left_out[0]}")
     lines.append(f"error      {done.overall:.2%} of the change of the weights is not in the adapter")
     worst = sorted(done.errors.items(), key=lambda item: -item[1])[:SHOWN]
     rows = [("largest errors", ""), *((str(name), f"{error:.2%}") for name, error in worst)]

@@ -41,7 +41,7 @@ class Extraction:
         errors: By module: ||W_adapter - W'|| / ||W' - W0||.
         overall: The same over all these modules.
         num_unchanged: The modules that are the same in both models.
-        left_out: The modules that differ and that an adapter cannot hold: norms, embeddings, experts in one parameter.
+        left_out: The modules that differ and that an adapter cannot hold: norms, embeddings, stacked weights.
         usage: What a person has to know who loads the files; empty where there is nothing special.
     """
 

@@ -95,7 +95,7 @@ class BaseWeights(Mapping[Name, Tensor]):
         return self._places[name].dtype
 
     def has_module(self, name: Name) -> bool:
-        """Whether the model has a module for a weight: transformers stacks experts in one parameter."""
+        """Whether a weight is that of a module: some classes stack experts, or the rows of projections."""
         place = self._places[name]
         return isinstance(place, Converted) or place.has_module
 

@@ -30,7 +30,7 @@ class Place(NamedTuple):
         key: The tensor.
         ranges: The ranges of rows (start, stop) of it that the weight consists of, in its order; None for all.
         transposed: Whether it is (I, O) there.
-        has_module: Whether the class of the model has a module for it, and does not stack it with others.
+        has_module: Whether it is the weight of a module of the class; else it is stacked with others in a parameter.
     """
 
     file: TensorFile
@@ -108,6 +108,7 @@ class Converted:
         return weight
 
 
+_WEIGHT = ".weight"  # how the name of the weight of a module ends
 _NETWORK = "model.diffusion_model."
 _TEXT_ENCODERS = {  # what the keys of a part of a checkpoint begin with, its component, and the layout of its names
     "conditioner.embedders.0.transformer.": ("text_encoder", "clip-l"),
@@ -209,10 +210,11 @@ def _of_network(folder: Path, files: Iterable[TensorFile], paths: list[Path]) ->
         name: Place(by_key[key], key, has_module=False) for name, key in experts.items()
     }
     for name, source in weights.items():
-        is_stored = isinstance(source, str)
-        found[name] = Place(by_key[source], source) if is_stored else Converted(name, shapes[name], source, by_key)
-    ending = ".weight"
-    places = {canonical(component, n.removesuffix(ending)): at for n, at in found.items() if n.endswith(ending)}
+        if not isinstance(source, str):
+            found |= {name: Converted(name, shapes[name], source, by_key)} if name.endswith(_WEIGHT) else {}
+        elif name.endswith(_WEIGHT) or len(shapes[name]) > 1:  # stacked experts and projections have other names
+            found[name] = Place(by_key[source], source, has_module=name.endswith(_WEIGHT))
+    places = {canonical(component, name.removesuffix(_WEIGHT)): place for name, place in found.items()}
     return Found(places, paths, model)
 
 

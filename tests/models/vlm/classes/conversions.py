@@ -54,7 +54,6 @@ def conversions(base: Path, pictures: Path, scratch: Path) -> tuple[int, dict[st
         try:
             write(way, base, scratch)
         except ValueError as error:
-            assert not (scratch / way).exists()
             found[way] = str(error)
             continue
         model = in_peft(model, scratch / way, way)
@@ -67,6 +66,8 @@ def write(way: str, base: Path, scratch: Path) -> None:
     if way == "extract":
         done = extract(scratch / "tuned", base, scratch / way, rank=2)
         assert done.overall < 1e-3
+        if done.left_out:
+            raise ValueError(f"left out: {', '.join(map(str, done.left_out))}")
     else:  # a LoRA that keeps everything
         convert(scratch / "native", scratch / way, to=way, base=base, **({"energy": 1.0} if way == "lora" else {}))
 
