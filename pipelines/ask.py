@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from dora_mm import formats
 from dora_mm.adapting.files import load_trained, saved_config, seed_of
-from dora_mm.config.loader import resolve_model, resolve_path
+from dora_mm.config.paths import resolve_model, resolve_path
 from dora_mm.config.vl import DecodeConfig, TrainVLConfig
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.images.frames import check_video, is_video

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dora_mm.config.loader import resolve_model, resolve_path
+from dora_mm.config.paths import resolve_model, resolve_path
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.images.captions import METADATA
 from dora_mm.data.images.folder import uncaptioned_images

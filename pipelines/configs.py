@@ -2,7 +2,7 @@
 
 import re
 
-from dora_mm.config.loader import packaged_configs
+from dora_mm.config.paths import packaged_configs
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dora_mm.config.loader import resolve_adapter, resolve_model
+from dora_mm.config.paths import resolve_adapter, resolve_model
 from dora_mm.formats.commands.beside import named
 from dora_mm.formats.commands.convert import Conversion, convert
 from dora_mm.formats.commands.export_check import ToolErrors

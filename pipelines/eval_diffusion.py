@@ -14,7 +14,7 @@ from PIL import Image
 
 from dora_mm import backend as backends
 from dora_mm.adapting.files import digest_of_adapter
-from dora_mm.config.loader import resolve_adapter, resolve_model, resolve_path
+from dora_mm.config.paths import resolve_adapter, resolve_model, resolve_path
 from dora_mm.config.pictures import AdapterChoice, EvalDiffusionConfig, JudgedStyle
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.eval.images.clip import ClipSimilarity, read_references

@@ -18,7 +18,7 @@ from PIL import Image
 
 from dora_mm.adapting.files import digest_of_adapter
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.loader import resolve_model, resolve_path
+from dora_mm.config.paths import resolve_model, resolve_path
 from dora_mm.config.pictures import EvalStyleConfig
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_captioned_images, read_training_images
 from dora_mm.data.images.pixels import load_rgb

@@ -9,7 +9,7 @@ from typing import Any
 
 from dora_mm import formats
 from dora_mm.adapting.files import digest_of_adapter, load_trained, seed_of
-from dora_mm.config.loader import resolve_model, resolve_path
+from dora_mm.config.paths import resolve_model, resolve_path
 from dora_mm.config.vl import EvalVLConfig
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.images.frames import is_video, stills

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dora_mm.config.loader import resolve_model
+from dora_mm.config.paths import resolve_model
 from dora_mm.formats.commands.extract import Extraction, extract
 from dora_mm.formats.commands.inspection import misreaders
 from dora_mm.utils.tables import aligned_columns

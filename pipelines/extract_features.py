@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dora_mm.config.loader import resolve_path
+from dora_mm.config.paths import resolve_path
 from dora_mm.config.vl import ExtractFeaturesConfig
 from dora_mm.data.features.folder import FeatureWriter
 from dora_mm.data.features.images import ImageFiles

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dora_mm.config import load_config
-from dora_mm.config.loader import resolve_path
+from dora_mm.config.paths import resolve_path
 from dora_mm.config.pictures import GridConfig
 from dora_mm.sampling.axes import cells_of, with_base_model
 from dora_mm.sampling.drawing import existing_run, picture_run

@@ -11,8 +11,8 @@ from torch import nn
 from dora_mm import formats
 from dora_mm.config import find_path, resolve_model
 from dora_mm.config.adapter import REGEX
-from dora_mm.config.loader import is_adapter
 from dora_mm.config.models import ModelConfig
+from dora_mm.config.paths import is_adapter
 from dora_mm.core import DoRASpec, InjectReport, TargetMap, inject
 from dora_mm.core.targets import match_modules, parts_in
 from dora_mm.formats.commands.inspection import Inspection, inspect_file

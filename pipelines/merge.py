@@ -9,8 +9,7 @@ from torch import Tensor
 import dora_mm
 from dora_mm import formats
 from dora_mm.adapting.files import check_identity, saved_config
-from dora_mm.config.loader import resolve_adapter, resolve_model
-from dora_mm.config.paths import check_folder
+from dora_mm.config.paths import check_folder, resolve_adapter, resolve_model
 from dora_mm.models.folders import saved_dtype, write_copy
 from dora_mm.models.probe import Probe, checked_config, largest_difference, load_probe
 from dora_mm.utils.digest import module_digest

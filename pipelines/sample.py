@@ -4,7 +4,7 @@ import logging
 import shlex
 from pathlib import Path
 
-from dora_mm.config.loader import resolve_adapter, resolve_path
+from dora_mm.config.paths import resolve_adapter, resolve_path
 from dora_mm.config.pictures import JobConfig
 from dora_mm.sampling.jobs.picture import about_bare, check_strengths, expand, file_names, template, without_adapter
 from dora_mm.sampling.jobs.prompts import with_alternatives

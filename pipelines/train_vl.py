@@ -17,7 +17,7 @@ from dora_mm.adapting.initial import initial_identity, load_initial_folder
 from dora_mm.adapting.networks import TrainedNetworks, adapt, train_mode
 from dora_mm.adapting.parts import MODEL
 from dora_mm.adapting.sharding import Division, division
-from dora_mm.config.loader import resolve_model
+from dora_mm.config.paths import resolve_model
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.vl.example import Answer
 from dora_mm.data.vl.needed import data_needed

@@ -5,7 +5,7 @@ import math
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from dora_mm.config.loader import resolve_adapter, resolve_model
+from dora_mm.config.paths import resolve_adapter, resolve_model
 from dora_mm.formats.commands.verify import FAILS, IGNORED, NO_MAGNITUDE, NOT_FOUND, REFUSED, RIGHT, Verdict, verify
 from dora_mm.models.opening import base_of
 from dora_mm.utils.tables import aligned_columns

@@ -17,7 +17,8 @@ from dora_mm import formats
 from dora_mm.adapting.networks import BESIDE, TrainedNetworks, to_float32
 from dora_mm.adapting.parts import MODEL
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.loader import dump_config, resolve_model
+from dora_mm.config.loader import dump_config
+from dora_mm.config.paths import resolve_model
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.models.diffusion import ImageModel

@@ -12,7 +12,7 @@ from dora_mm.adapting.files import check_identity, digest_of_adapter, files_in
 from dora_mm.adapting.networks import TrainedNetworks, spec_of
 from dora_mm.adapting.parts import MODEL
 from dora_mm.config.adapter import AdapterConfig, PartConfig
-from dora_mm.config.loader import resolve_path
+from dora_mm.config.paths import resolve_path
 from dora_mm.core import AdaptedLayer, InjectReport, adapted_layers
 from dora_mm.core.inject import inject_paths
 from dora_mm.formats.adapter_file import AdapterFile

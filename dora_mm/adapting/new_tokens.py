@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dora_mm.adapting.networks import TrainedNetworks
 from dora_mm.config.adapter import EACH_TEXT_ENCODER, AdapterConfig
 from dora_mm.config.images import CaptionConfig, ImageTrainConfig, TokenConfig
-from dora_mm.config.loader import resolve_path
+from dora_mm.config.paths import resolve_path
 from dora_mm.data.images.folder import CaptionedImage, contains_word
 from dora_mm.data.images.wording import all_unchanged
 from dora_mm.formats.adapter_file import AdapterFile

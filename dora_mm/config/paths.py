@@ -1,12 +1,120 @@
-"""Checks the paths that a config names, before the packages are imported that would only then miss them."""
+"""Finds the files, folders, models and adapters that configs and commands name, and checks those of a whole config."""
 
 import os
+import re
 from collections.abc import Iterator
+from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
-from dora_mm.config.loader import resolve_adapter, resolve_model, resolve_path
+from dora_mm.config.report import nearest
 from dora_mm.config.schema import PathKind, PipelineConfig, Section
+
+PACKAGE = Path(__file__).resolve().parents[1]
+_OF_ADAPTERS = {"adapter", "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"}
+_ADAPTER_KEY = re.compile(r'"[^"\\]*[._](lora_(A|B|up|down|mag)|hada_w1|lokr_w|dora_scale)[^"\\]*": ?\{ ?"dtype"')
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
+_LONGEST_START = 2**20  # bytes of a header: trainers write statistics of their captions before the first tensor
+INSTALLED = "package:"  # prefix of a path inside an installed Python package
+
+
+def find_path(path: str | Path) -> Path | None:
+    """Finds a path relative to the current directory, else to the packaged configs; None if it does not exist.
+
+    `package:easy_vqa/data` is a folder in the installed Python package easy_vqa. A pattern with `*` exists if a file in
+    the current directory fits it.
+    """
+    if str(path).startswith(INSTALLED):
+        return _in_package(str(path).removeprefix(INSTALLED))
+    try:
+        wanted = Path(path).expanduser()
+        if wanted.exists() or ("*" in str(path) and glob(str(wanted), recursive=True)):
+            return wanted
+        packaged = _packaged(wanted)
+        return packaged if not wanted.is_absolute() and packaged.exists() else None
+    except (OSError, RuntimeError):  # too long, or in a folder that may not be entered; or ~name of nobody
+        return None
+
+
+def resolve_path(path: str | Path, key: str | None = None) -> Path:
+    """As `find_path`, but the path must exist.
+
+    Args:
+        path: The path to find.
+        key: The config key that holds the path, for the error message.
+
+    Raises:
+        ValueError: The path does not exist.
+    """
+    found = find_path(path)
+    if found is not None:
+        return found
+    prefix = f"{key}: " if key else ""
+    if str(path).startswith(INSTALLED):
+        raise ValueError(f"{prefix}{path} does not exist: the package is not installed, or has no such file")
+    if Path(path).parts[:1] == ("samples",) and not Path("samples").is_dir():
+        other = ", or name yours: --set model.path=MODEL (a folder, a .safetensors checkpoint or a hub name)"
+        raise ValueError(
+            f"{prefix}{path} does not exist: samples/ is only part of a checkout of dora_mm, so run this from one"
+            + (other if key == "model.path" else "")
+        )
+    close = nearest(Path(path).name, _sibling_names(Path(path)))
+    listed = "" if key else ", which dora-mm configs lists"
+    raise ValueError(
+        f"{prefix}{path} does not exist, neither in {Path.cwd()} nor in the packaged configs{listed}{close}"
+    )
+
+
+def resolve_model(path: str, key: str = "model.path") -> str:
+    """Resolves a model to the path of a local folder or file, or returns a hub name (`owner/name`) unchanged.
+
+    Args:
+        path: The path or hub name.
+        key: The config key that holds it, for the error message.
+
+    Raises:
+        ValueError: It is not a hub name, and does not exist as a path; or it is an adapter.
+    """
+    found = find_path(path)
+    if found is not None:
+        if is_adapter(found):
+            raise ValueError(f"{key}: {path} is an adapter (LoRA or DoRA), not a model: name the model that it is for")
+        return str(found)
+    hub_name = HUB_NAME.fullmatch(path) and not path.endswith((".safetensors", ".ckpt"))
+    return path if hub_name and not path.startswith("samples/") else str(resolve_path(path, key))
+
+
+def resolve_adapter(path: str | Path, key: str) -> Path:
+    """As `resolve_path`, for an adapter file, its folder or a run directory.
+
+    Raises:
+        ValueError: The path does not exist, or is a folder that holds runs.
+    """
+    found = resolve_path(path, key)
+    runs = sorted(file.parent for file in found.glob("*/config.yaml")) if found.is_dir() else []
+    if runs and not (found / "config.yaml").is_file() and not is_adapter(found):
+        raise ValueError(f"{key}: {path} is a folder of runs, not one of them, did you mean {str(runs[-1])!r}?")
+    return found
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a file or folder is an adapter, by its files' names and the start of a file's header."""
+    if path.is_dir():
+        names = {entry.name for entry in path.iterdir()}
+        return bool(names & _OF_ADAPTERS) and not names & {"model_index.json", "config.json"}
+    if path.suffix != ".safetensors" or not path.is_file():  # a pipe would never end
+        return False
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start = file.read(min(length, _LONGEST_START)).decode(errors="replace")
+    return _ADAPTER_KEY.search(start) is not None
+
+
+def packaged_configs() -> dict[str, Path]:
+    """The packaged configs by the paths that commands take."""
+    folder = _packaged(Path())
+    return {f"configs/{file.relative_to(folder).as_posix()}": file for file in sorted(folder.glob("*/*.yaml"))}
 
 
 def check_paths(config: PipelineConfig, *, new_run: bool) -> None:
@@ -79,3 +187,26 @@ def _marks(annotation: Any) -> Iterator[Any]:
     yield from getattr(annotation, "__metadata__", ())
     for argument in get_args(annotation):
         yield from _marks(argument)
+
+
+def _in_package(path: str) -> Path | None:
+    name, _, inside = path.partition("/")
+    spec = find_spec(name) if name.isidentifier() else None
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return next((Path(folder) / inside for folder in folders if (Path(folder) / inside).exists()), None)
+
+
+def _packaged(path: Path) -> Path:
+    """Where a relative path would be among the packaged configs, with or without `configs/` in front."""
+    configs = PACKAGE / "configs"
+    if not configs.is_dir():  # in a checkout they are next to the package, in the wheel inside it
+        configs = PACKAGE.parent / "configs"
+    return configs.joinpath(*(part for part in path.parts if part not in ("configs", "..")))
+
+
+def _sibling_names(path: Path) -> list[str]:
+    folders = [path.parent, _packaged(path).parent] if not path.is_absolute() else [path.parent]
+    try:
+        return [entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir()]
+    except OSError:
+        return []

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dora_mm.config.loader import load_config, resolve_adapter, resolve_model
+from dora_mm.config.loader import load_config
+from dora_mm.config.paths import resolve_adapter, resolve_model
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.eval.decomposition import WeightPoint, weight_change
 from dora_mm.eval.gradients import method_of

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dora_mm.config.loader import find_path
+from dora_mm.config.paths import find_path
 from dora_mm.formats.state import AdapterState
 from dora_mm.formats.tokens import TokenRows
 from dora_mm.utils.atomic import write_text

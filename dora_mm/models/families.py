@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import VisionConfig, VLBartModelConfig, VLMModelConfig, VLModelConfig
+from dora_mm.config.paths import resolve_model
 from dora_mm.core import TargetMap
 from dora_mm.data.features.sources import open_features
 from dora_mm.data.vl.needed import found_features

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from dora_mm import targets
-from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import ModelConfig
+from dora_mm.config.paths import resolve_model
 from dora_mm.models.components import (
     INDEX,
     Components,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
-from dora_mm.config.loader import HUB_NAME, find_path
+from dora_mm.config.paths import HUB_NAME, find_path
 from dora_mm.formats.adapter_file import find_file
 from dora_mm.formats.files.tensor_file import read_metadata
 

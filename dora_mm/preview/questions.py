@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dora_mm.config.loader import find_path
+from dora_mm.config.paths import find_path
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.config.vl_data import SPLITS, SourceConfig, Split, VLTaskConfig
 from dora_mm.data.images.frames import check_video, is_video

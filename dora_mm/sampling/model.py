@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dora_mm import backend, formats
-from dora_mm.config.loader import find_path, resolve_adapter, resolve_model
 from dora_mm.config.models import EMBEDDED_IMAGE_MODEL, ModelConfig
+from dora_mm.config.paths import find_path, resolve_adapter, resolve_model
 from dora_mm.config.pictures import PicturesConfig
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.files.tensor_file import read_metadata

@@ -8,7 +8,7 @@ import yaml
 
 from dora_mm.config import ConfigError, differing_keys, dump_config, load_config, resolve_model, resolve_path
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.loader import is_adapter
+from dora_mm.config.paths import is_adapter
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.train.resuming import check_changes
 

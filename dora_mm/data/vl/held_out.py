@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dora_mm.config.loader import resolve_path
+from dora_mm.config.paths import resolve_path
 from dora_mm.config.vl_data import HeldOutConfig
 from dora_mm.data.vl.tables import STORED_IMAGES, ExampleTable
 

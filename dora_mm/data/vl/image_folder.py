@@ -5,7 +5,7 @@ import posixpath
 from functools import cached_property
 from pathlib import Path
 
-from dora_mm.config.loader import resolve_path
+from dora_mm.config.paths import resolve_path
 from dora_mm.data.vl.example import stem
 
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from dora_mm.config.loader import find_path
 from dora_mm.config.models import VisionConfig
+from dora_mm.config.paths import find_path
 from dora_mm.config.vl_data import VLDataConfig
 from dora_mm.data.vl.readers import FILES, PUBLISHED, paths_under
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dora_mm.config.loader import resolve_path
+from dora_mm.config.paths import resolve_path
 from dora_mm.data.images.folder import load_rgb
 from dora_mm.models.opening import opening
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dora_mm.config.loader import find_path
 from dora_mm.config.models import VisionConfig
+from dora_mm.config.paths import find_path
 from dora_mm.config.report import nearest
 from dora_mm.models.towers.efficientnet import load_efficientnet_lite0
 from dora_mm.utils.messages import first_line

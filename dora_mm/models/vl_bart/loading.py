@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoConfig, BartConfig, BartForConditionalGeneration, BartTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import VLBartModelConfig
+from dora_mm.config.paths import resolve_model
 from dora_mm.models.folders import load_weights, read_config
 from dora_mm.models.opening import opening, without_bars
 from dora_mm.models.vl_bart.model import SENTINELS, VLBart, VLBartConfig, special_tokens

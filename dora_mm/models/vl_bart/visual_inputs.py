@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_mm.config.loader import resolve_path
 from dora_mm.config.models import VisionConfig
+from dora_mm.config.paths import resolve_path
 from dora_mm.data.features.sources import open_features
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import stem

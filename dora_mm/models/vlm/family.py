@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import VLMModelConfig
+from dora_mm.config.paths import resolve_model
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.core import TargetMap

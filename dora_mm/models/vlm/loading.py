@@ -12,8 +12,8 @@ import transformers
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, ProcessorMixin
 from transformers.models.auto import modeling_auto as auto
 
-from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import VLMModelConfig
+from dora_mm.config.paths import resolve_model
 from dora_mm.models.folders import load_weights, model_class, read_config
 from dora_mm.models.opening import opening
 from dora_mm.models.vlm.image_limits import set_limits, within

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dora_mm.config.loader import resolve_adapter
+from dora_mm.config.paths import resolve_adapter
 from dora_mm.sampling.jobs.columns import SCHEDULE, SIZE, column_of, of_line, renamed
 from dora_mm.sampling.jobs.rows import JobRow, about_unknown, problem_of_value
 from dora_mm.utils.messages import first_line

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, PositiveInt, ValidationError
 
-from dora_mm.config.loader import find_path
+from dora_mm.config.paths import find_path
 from dora_mm.config.pictures import PixelSize, SchedulerName
 from dora_mm.config.report import nearest
 from dora_mm.config.schema import NonNegative, Section, Seed, Text

@@ -10,7 +10,8 @@ from PIL import Image
 from dora_mm import backend as backends
 from dora_mm.config.comparing import CompareConfig, ComparePicturesConfig
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.loader import dump_config, resolve_path
+from dora_mm.config.loader import dump_config
+from dora_mm.config.paths import resolve_path
 from dora_mm.config.pictures import RoleConfig
 from dora_mm.data.images.folder import digest_of, read_images, read_training_images
 from dora_mm.data.images.held_out import hold_out

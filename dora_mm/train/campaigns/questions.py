@@ -10,7 +10,8 @@ import numpy as np
 
 from dora_mm.adapting.files import load_trained
 from dora_mm.config.comparing import CompareConfig, CompareQuestionsConfig
-from dora_mm.config.loader import dump_config, resolve_path
+from dora_mm.config.loader import dump_config
+from dora_mm.config.paths import resolve_path
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.config.vl_data import VLDataConfig
 from dora_mm.config.vl_tasks import TASKS

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dora_mm.config.images import LossConfig
-from dora_mm.config.loader import resolve_path
+from dora_mm.config.paths import resolve_path
 from dora_mm.data.images.buckets import Framing
 from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.style import STYLES

@@ -17,8 +17,9 @@ from diffusers.training_utils import EMAModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from dora_mm.config.loader import dump_config, resolve_path
+from dora_mm.config.loader import dump_config
 from dora_mm.config.models import ModelConfig
+from dora_mm.config.paths import resolve_path
 from dora_mm.data.images.buckets import Framing
 from dora_mm.data.images.latents import Latents
 from dora_mm.models.components import Components, load_vae

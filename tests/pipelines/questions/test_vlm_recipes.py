@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dora_mm.cli import main
 from dora_mm.config import load_config
-from dora_mm.config.loader import resolve_path
+from dora_mm.config.paths import resolve_path
 from dora_mm.train.metrics import read_metrics
 from tests.data.vl.files import vqa_annotation, vqa_question, write_json
 
