@@ -19,8 +19,8 @@ from dora_mm.models.vlm.videos import reads_videos, video_inputs
 
 IGNORED = -100  # label of a token without loss, as in all of transformers
 TEXT_INPUTS = (
-    *("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask"),
-    "image_embeds_position_mask",
+    *("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"),
+    *("cross_attention_mask", "image_embeds_position_mask"),
 )
 
 
