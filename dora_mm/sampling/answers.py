@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dora_mm.core import fixed_parameters
 from dora_mm.data.vl.example import Answer, Example, Predictions
-from dora_mm.data.vl.rows import OnBadData, RowTooLong
+from dora_mm.data.vl.rows import OnBadData, RowTooLongError
 from dora_mm.data.vl.splits import ValidationSet
 from dora_mm.utils.atomic import append_text, write_text
 from dora_mm.utils.evaluating import evaluating, map_shared
@@ -91,7 +91,7 @@ def _answer_split(
             try:
                 found: list[str | None] = list(answer(examples, split.images))
             except ValueError as error:
-                if table.on_bad_data == "stop" and not isinstance(error, RowTooLong):
+                if table.on_bad_data == "stop" and not isinstance(error, RowTooLongError):
                     raise
                 found = _one_by_one(answer, examples, split.images, errors, table.on_bad_data)
             if file:
@@ -117,7 +117,7 @@ def _one_by_one(
         try:
             found += answer([example], images)
         except ValueError as error:
-            if on_bad_data == "stop" and not isinstance(error, RowTooLong):
+            if on_bad_data == "stop" and not isinstance(error, RowTooLongError):
                 raise
             log.warning("%s; left out of the answers", error)
             errors.append(error)

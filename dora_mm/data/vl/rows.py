@@ -36,7 +36,7 @@ class RowError(ValueError):
     """Why a row cannot be used. The message contains no values of the row, so that equal reasons can be counted."""
 
 
-class RowTooLong(ValueError):
+class RowTooLongError(ValueError):
     """That a model cannot read a row, which is longer than it has positions. Such rows are left out, and end no run."""
 
 

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Answer, Example, Turn
-from dora_mm.data.vl.rows import RowTooLong
+from dora_mm.data.vl.rows import RowTooLongError
 from dora_mm.models.vlm.chat import THOUGHT, render
 from dora_mm.models.vlm.network import VLMNetwork
 from dora_mm.models.vlm.rows import ExampleEncoder
@@ -89,7 +89,7 @@ class VLMAnswers:
         """The generated answer of each example.
 
         Raises:
-            RowTooLong: The images of one are beyond the model's positions.
+            RowTooLongError: The images of one are beyond the model's positions.
         """
         encoder = self.encoder
         rows = [encoder.row(task, example, images, None) for example in examples]
@@ -129,7 +129,7 @@ class VLMAnswers:
         """The loss of each candidate as the answer of an example: (C,), summed over its tokens.
 
         Raises:
-            RowTooLong: With one of them, the row is longer than the model's positions.
+            RowTooLongError: With one of them, the row is longer than the model's positions.
         """
         rows = self.encoder.rows(task, example, images, candidates)
         if any(row.num_cut for row in rows):
@@ -139,9 +139,9 @@ class VLMAnswers:
             losses[group] = self.network.row_losses(*self.encoder.collate([rows[i] for i in group]))[0]
         return losses
 
-    def _too_long(self, task: str, example: Example, what: str) -> RowTooLong:
+    def _too_long(self, task: str, example: Example, what: str) -> RowTooLongError:
         limit = f"longer than the model's {self.encoder.max_length} positions"
-        return RowTooLong(f"row {example.id} of {task}: {what} {limit}: leave it out, or make its images smaller")
+        return RowTooLongError(f"row {example.id} of {task}: {what} {limit}: leave it out, or make its images smaller")
 
 
 def option_names(task: str, example: Example) -> Sequence[str]:

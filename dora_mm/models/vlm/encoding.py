@@ -244,7 +244,7 @@ class RowEncoder:
     def _room(self, is_image: Tensor) -> int:
         """Up to which token the exchanges of a row that is too long have room as a whole.
 
-        Where prompts have loss as answers do, part of an exchange is worth as much: up to the first image that has none.
+        Where prompts have loss, too, part of an exchange is as good: up to the first image that has no room.
         """
         beyond = torch.nonzero(is_image[self.max_length :])
         if not self.learns_prompts:

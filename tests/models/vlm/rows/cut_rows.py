@@ -113,7 +113,7 @@ class Oracle:
         start = int((first.labels != IGNORED).nonzero()[0])
         edges = [*map(end_of, self.prefixes), self.prefixes[-1].length, start + 1]
         found = {each for edge in edges for each in (edge, edge - 1)} | {first.num_image_tokens, 1}
-        return sorted(limit for limit in found if limit > 0)
+        return sorted((limit for limit in found if limit > 0), reverse=True)
 
 
 def end_of(row: TokenRow) -> int:
