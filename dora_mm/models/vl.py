@@ -198,8 +198,8 @@ class VLModel(Protocol):
             examples: B examples.
             images: The folder of the images; None where there are none, or features are read.
             targets: The answer to learn of each.
-            on_bad_data: "skip" leaves out a row that cannot be encoded, for example because its images alone are longer
-                than a row may be; VL-BART has no such rows. One whose whole answer is cut is always left out.
+            on_bad_data: "skip" leaves out a row that cannot be encoded, for example because its image is damaged;
+                VL-BART has no such rows. One whose whole answer is cut is always left out.
 
         Raises:
             ValueError: An image cannot be read, or a row cannot be encoded and `on_bad_data` is "stop".

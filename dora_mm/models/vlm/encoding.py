@@ -38,9 +38,9 @@ class TokenRow:
         num_cut: How many tokens are missing, since they are too many.
         num_image_cut: How many of these stand for images and videos.
         num_exchanges_cut: How many whole exchanges are missing, the last ones of a conversation.
-        num_exchanges: How many of its exchanges, from the first on, a row may have that was cut here.
-        loses_answer: Whether nothing of the answers is left of a row that was cut, though its prompts may have loss. No
-            model can compute it: its images may be cut, too.
+        num_exchanges: How many of its exchanges, from the first on, have room as a whole.
+        loses_answer: Whether nothing of the answers is left of a row that was cut, though its prompts may have loss. It
+            is not to be computed: its images may be cut, too.
     """
 
     inputs: dict[str, Tensor]
@@ -75,8 +75,8 @@ class RowEncoder:
 
     Args:
         processor: The model's processor.
-        max_length: The number of tokens that a row may have. Those beyond it are cut: never what stands in front of an
-            image, which would then be beside another one and read as a part of it.
+        max_length: The number of tokens that a row may have. Those at its end that are beyond it are cut: never what
+            stands between two images, which some classes would take for one.
         limit_from: What sets that number: a key of the config, or the model.
         learns_prompts: All text has loss, and not only the answers.
 

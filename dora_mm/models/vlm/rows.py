@@ -128,7 +128,7 @@ class ExampleEncoder:
     def _conversation(self, exchanges: Sequence[Exchange]) -> TokenRow:
         """A conversation as a row. One with images that is too long loses its last exchanges until the rest has room.
 
-        What is left of one exchange that has none is cut at the end as a text is: a part of its answer.
+        One exchange that has none by itself is cut at its end, as texts are: it loses a part of its answer.
         """
         row = whole = self._rendered(exchanges)
         kept = exchanges

@@ -16,7 +16,7 @@ from dora_mm.data.vl.splits import TrainingSet
 from dora_mm.data.vl.tables import open_table
 from dora_mm.models.vl import RowCounts
 from dora_mm.models.vlm.encoding import IGNORED
-from dora_mm.models.vlm.family import VLM
+from dora_mm.models.vlm.family import VLM, VLMBatch
 from dora_mm.tasks.vl import VLBatches
 from tests.data.vl.files import write_json
 from tests.models.vlm.vlm_rows import write_pictures
@@ -157,3 +157,10 @@ def test_a_batch_without_rows_is_a_loss_of_zero_with_a_gradient_of_zero(model, r
     reached = {name: p.grad for name, p in adapted.parameters.items() if p.grad is not None}
     assert all("language_model" in name and not gradient.any() for name, gradient in reached.items())
     assert len(reached) == 1
+
+
+def test_a_sharded_model_cannot_go_without_rows(model, monkeypatch):
+    """The other processes would wait for its part of the weights."""
+    monkeypatch.setattr("dora_mm.models.vlm.network.is_sharded", lambda parameter: True)
+    with pytest.raises(ValueError, match=r"train\.shard: all rows of a process's batch are too long"):
+        model.loss(VLMBatch("chat", ()), torch.Generator())

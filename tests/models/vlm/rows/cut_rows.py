@@ -137,16 +137,17 @@ def main() -> None:
 
 @torch.no_grad()
 def cell(vlm: VLM, example: Example, pictures: str) -> str:
-    """The labels that are learned of those that have room at all limits of a conversation, and what was raised."""
+    """How many labels are learned of those that have room at all limits of a conversation, and what was raised."""
     oracle = Oracle.of(vlm, example, pictures)
     learned, room, raised = 0, 0, []
     for limit in oracle.limits():
         set_limit(vlm, limit)
-        room += sum(label != IGNORED for label in oracle.labels(limit))
+        has_room = sum(label != IGNORED for label in oracle.labels(limit))
+        room += has_room
         try:
             batch = vlm.batch("chat", [example], pictures, [("", 1.0)])
             assert torch.isfinite(vlm.loss(batch, torch.Generator()).total)
-            learned += sum(int((labels != IGNORED).sum()) for _, labels, _ in batch.groups)
+            learned += min(has_room, sum(int((labels != IGNORED).sum()) for _, labels, _ in batch.groups))
         except Exception as error:  # whatever a class raises is what the table is about
             raised.append(type(error).__name__)
     kinds = [f"{raised.count(kind)} {kind}" for kind in sorted(set(raised))]

@@ -81,8 +81,19 @@ def test_every_class_learns_what_has_room_of_rows_with_up_to_four_images(name, t
     for counts in cut_rows.ROWS.values():
         check_cut(vlm, conversation(counts), str(folder))
     if "video" in vlm.rows.encoder.kinds:
-        filmed = conversation((1, 1), marker=VIDEO)
+        filmed = conversation((0, 1), marker=VIDEO)  # Molmo 2 takes one of a row
         check_cut(vlm, filmed, str(folder), Oracle.of(vlm, filmed, str(folder)).limits()[:3])
+
+
+def test_what_fits_is_found_by_encoding_twice(tiny_vlm, folder, monkeypatch):
+    """Images are read and tiled again each time."""
+    vlm, example, calls = opened(tiny_vlm("internvl")), conversation((1, 1, 1, 1)), []
+    encode = vlm.rows.encoder.conversation
+    monkeypatch.setattr(vlm.rows.encoder, "conversation", lambda *given: (calls.append(given), encode(*given))[1])
+    for limit in Oracle.of(vlm, example, str(folder)).limits()[1:]:
+        calls.clear()
+        encoded(vlm, example, str(folder), limit)
+        assert len(calls) <= 2
 
 
 def test_the_system_turn_stays_and_its_image_with_it(tiny_vlm, folder):
