@@ -288,7 +288,7 @@ def finish(
     """Writes summary.json, and prints it and the final scores."""
     validate.close()
     for key, fate in (
-        ("rows_cut", "were longer than a row may be, and lost text"),
+        ("rows_cut", "were longer than a row may be, and lost text or whole exchanges"),
         ("rows_left_out", "could not be encoded or lost their whole answers, and were left out"),
     ):
         if details[key]:

@@ -118,7 +118,7 @@ class VLMModelConfig(VLFamilyConfig):
     max_tiles: PositiveInt | None = None  # into which an image is cut, without the small picture of the whole
     fps: Positive | None = None  # frames that are read of a second of a video; null: 1
     max_frames: Annotated[int, Field(ge=2)] | None = None  # the most that are read of a video; null: 16
-    max_length: PositiveInt | None = None  # tokens per row of a training; text beyond is cut; null: positions
+    max_length: PositiveInt | None = None  # tokens per row of a training; longer ones are cut; null: positions
     loss_over: Literal["answers", "prompts and answers"] = "answers"  # the tokens that are learned; of images never
     prompts: dict[TaskName, Text] = Field(default_factory=dict)  # of a task, with {text} for the question
 

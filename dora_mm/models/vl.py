@@ -26,13 +26,16 @@ Target = tuple[str, float]  # a text to learn, and the weight of its row's loss
 
 @dataclass(frozen=True)
 class RowLengths:
-    """The lengths of rows of a table in tokens, before anything is cut.
+    """The lengths of rows of a table in tokens, before and after they are cut.
 
     Attributes:
         rows: The rows of the table that were encoded (N,).
-        tokens: The tokens of each (N,).
+        tokens: The tokens of each before anything is cut (N,).
         image_tokens: How many of these stand for images (N,).
-        loses_answer: Whether nothing of the answers is left of a row whose text is cut (N,), bool.
+        tokens_read: How many of them the model reads (N,); 0 of a row that is left out.
+        image_tokens_read: How many of these stand for images (N,).
+        exchanges_cut: How many whole exchanges, the last ones of a conversation, each loses (N,).
+        loses_answer: Whether nothing of the answers is left of a row that is cut, which is left out (N,), bool.
         limit: The number of tokens that a row may have.
         limit_from: What sets it: a key of the config, or the model.
         bad: Why other rows cannot be encoded, by their index in the table.
@@ -41,6 +44,9 @@ class RowLengths:
     rows: np.ndarray
     tokens: np.ndarray
     image_tokens: np.ndarray
+    tokens_read: np.ndarray
+    image_tokens_read: np.ndarray
+    exchanges_cut: np.ndarray
     loses_answer: np.ndarray
     limit: int
     limit_from: str
@@ -53,7 +59,7 @@ class RowCounts:
     Of several processes the first one writes checkpoints, and each goes on from its numbers.
 
     Attributes:
-        num_cut: How many lost text, because they were too long.
+        num_cut: How many lost text or whole exchanges, because they were too long.
         num_left_out: How many could not be encoded or lost their whole answer, and are missing in their batches.
     """
 
@@ -65,7 +71,7 @@ class RowCounts:
         """Counts the rows of a batch whose loss is computed.
 
         Args:
-            num_cut: How many lost text.
+            num_cut: How many lost text or whole exchanges.
             left_out: A sentence on each row that is missing; it is logged once.
         """
         self.num_cut += num_cut
@@ -192,8 +198,8 @@ class VLModel(Protocol):
             examples: B examples.
             images: The folder of the images; None where there are none, or features are read.
             targets: The answer to learn of each.
-            on_bad_data: "skip" leaves out a row that cannot be encoded, for example because its images alone are longer
-                than a row may be; VL-BART has no such rows. One whose whole answer is cut is always left out.
+            on_bad_data: "skip" leaves out a row that cannot be encoded, for example because its image is damaged;
+                VL-BART has no such rows. One whose whole answer is cut is always left out.
 
         Raises:
             ValueError: An image cannot be read, or a row cannot be encoded and `on_bad_data` is "stop".

@@ -14,6 +14,10 @@ from dora_mm.models.vl import RowLengths, VLModel
 from dora_mm.utils.tables import aligned_columns
 
 SAMPLE = 100  # rows of a task, evenly spaced: a few seconds, as images are read
+SMALLER = (
+    "make the images smaller (model.max_pixels, model.image_size, model.max_tiles) or take fewer frames of videos "
+    "(model.max_frames)"
+)
 QUANTILES = {"min": 0.0, "50 %": 0.5, "90 %": 0.9, "99 %": 0.99}
 
 
@@ -74,9 +78,10 @@ def check_sample(table: ExampleTable, sample: RowSample) -> None:
         raise ValueError(where if len(lengths.rows) else f"no row of {len(lengths.bad):,} can be encoded; {where}")
     if 2 * lost.sum() > len(lost):
         cure = "raise it, or shorten" if lengths.limit_from == "model.max_length" else "shorten"
+        images = f", {SMALLER}" if lengths.image_tokens.any() else ""
         raise ValueError(
             f"{table.file}: {lost.sum():,} of {len(lost):,} rows that were looked at lose their whole answers, which "
-            f"are beyond {lengths.limit:,} tokens ({lengths.limit_from}): {cure} the texts, or make the images smaller"
+            f"are beyond {lengths.limit:,} tokens ({lengths.limit_from}): {cure} the texts{images}"
         )
 
 
@@ -138,9 +143,12 @@ def remarks(lengths: RowLengths) -> list[str]:
             f"{_rows(cut)} of {total:,} {'is' if cut == 1 else 'are'} longer than {lengths.limit:,} tokens "
             f"({lengths.limit_from}) and cut at the end"
         )
+        if exchanges := int(lengths.exchanges_cut.sum()):
+            by_exchange = int((lengths.exchanges_cut > 0).sum())
+            sentence += f", {_rows(by_exchange)} by whole exchanges with their images ({exchanges:,} in all)"
         if lost:
-            whole = "loses its whole answer: nothing is learned from it" if lost == 1 else "lose their whole answers"
-            sentence += f", and {_rows(lost)} {whole}"
+            whole = "loses its whole answer and is" if lost == 1 else "lose their whole answers and are"
+            sentence += f", and {_rows(lost)} {whole} left out"
         sentences.append(sentence)
     if bad := len(lengths.bad):
         sentences.append(f"{_rows(bad)} of {total:,} cannot be encoded, and {'is' if bad == 1 else 'are'} left out")

@@ -161,19 +161,19 @@ def _open_training(
 
 
 def largest_batch(task: str, rows: TrainingSet, lengths: RowLengths) -> LargestBatch | None:
-    """The batch of the longest rows of a training set that were encoded; None if none was.
+    """The batch of the longest rows of a training set that were encoded, as they are read; None if none was.
 
     Args:
         task: Name of the task.
         rows: The training set.
         lengths: The lengths of some of its rows.
     """
-    tokens = np.minimum(lengths.tokens, lengths.limit)
-    chosen = np.argsort(-tokens, kind="stable")[: rows.batch_size]
+    order = np.argsort(-lengths.tokens_read, kind="stable")
+    chosen = order[~lengths.loses_answer[order]][: rows.batch_size]
     if not len(chosen):
         return None
-    longest = int(tokens[chosen[0]])
-    return LargestBatch(task, lengths.rows[chosen].tolist(), longest, longest - int(lengths.image_tokens[chosen[0]]))
+    longest, images = (int(values[chosen[0]]) for values in (lengths.tokens_read, lengths.image_tokens_read))
+    return LargestBatch(task, lengths.rows[chosen].tolist(), longest, longest - images)
 
 
 def batch_of(model: VLModel, sets: Mapping[str, TrainingSet], batch: LargestBatch, number: int = 0) -> Any:

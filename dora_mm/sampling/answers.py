@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from dora_mm.core import fixed_parameters
 from dora_mm.data.vl.example import Answer, Example, Predictions
+from dora_mm.data.vl.rows import OnBadData, RowTooLongError
 from dora_mm.data.vl.splits import ValidationSet
 from dora_mm.utils.atomic import append_text, write_text
 from dora_mm.utils.evaluating import evaluating, map_shared
@@ -49,7 +50,7 @@ def answer_all(
         The examples with their answers, by task name, in the order of the splits.
 
     Raises:
-        ValueError: A row cannot be read, and the table's `on_bad_data` is "stop"; or none can.
+        ValueError: A row cannot be read, and the table's `on_bad_data` is "stop"; or none of a split can.
     """
     with evaluating(networks) as together, fixed_parameters(together):
         found = {}
@@ -76,7 +77,7 @@ def _answer_split(
     """Answers the rows of a split in batches.
 
     A row that cannot be read, since its picture is damaged, say, is named and left out where the table's `on_bad_data`
-    is "skip", as in a training.
+    is "skip", as in a training; one that is too long for the model in either mode.
     """
     table = split.table
     count = len(table) if limit is None else min(limit, len(table))
@@ -89,10 +90,10 @@ def _answer_split(
             examples = [table[row] for row in rows]
             try:
                 found: list[str | None] = list(answer(examples, split.images))
-            except ValueError:
-                if table.on_bad_data == "stop":
+            except ValueError as error:
+                if table.on_bad_data == "stop" and not isinstance(error, RowTooLongError):
                     raise
-                found = _one_by_one(answer, examples, split.images, errors)
+                found = _one_by_one(answer, examples, split.images, errors, table.on_bad_data)
             if file:
                 append_text(file, "".join(map(_line, found)))
             bar.update(len(rows))
@@ -108,14 +109,16 @@ def _answer_split(
 
 
 def _one_by_one(
-    answer: Answer, examples: Sequence[Example], images: str | None, errors: list[ValueError]
+    answer: Answer, examples: Sequence[Example], images: str | None, errors: list[ValueError], on_bad_data: OnBadData
 ) -> list[str | None]:
-    """The answers to the examples, None to those that cannot be read; what is wrong with them is logged and kept."""
+    """The answers to the examples, None to those that are left out; what is wrong with them is logged and kept."""
     found: list[str | None] = []
     for example in examples:
         try:
             found += answer([example], images)
         except ValueError as error:
+            if on_bad_data == "stop" and not isinstance(error, RowTooLongError):
+                raise
             log.warning("%s; left out of the answers", error)
             errors.append(error)
             found.append(None)

@@ -31,15 +31,18 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def rows(tmp_path, pictures):
-    """Makes a training set of rows with these numbers of images each, 4 tokens of a row of 40, and these answers."""
+    """Makes a training set of rows with these numbers of images each, 4 tokens of a row of 40, and these answers.
 
-    def make(counts: list[int], on_bad_data: str = "stop", answers: dict[int, str] | None = None) -> TrainingSet:
+    None stands for an image that is broken.
+    """
+
+    def make(counts: list[int | None], on_bad_data: str = "stop", answers: dict[int, str] | None = None) -> TrainingSet:
         said = [
             {
                 "id": f"r{number}",
-                "image": ["square.png"] * count,
+                "image": ["broken.png"] if count is None else ["square.png"] * count,
                 "conversations": [
-                    {"from": "human", "value": "<image>" * count + "What?"},
+                    {"from": "human", "value": "<image>" * (1 if count is None else count) + "What?"},
                     {"from": "gpt", "value": (answers or {}).get(number, "x")},
                 ],
             }
@@ -57,11 +60,13 @@ def model(tiny_vlm):
     return VLM(VLMModelConfig(path=str(tiny_vlm("llava")), max_length=40))
 
 
-def sample(tokens, image_tokens, lost=(), limit=100, total=None, bad=(), longest=0) -> RowSample:
+def sample(tokens, image_tokens, lost=(), limit=100, total=None, bad=(), longest=0, exchanges=()) -> RowSample:
     """Of rows with these tokens, the last ones of which are not evenly spaced ones."""
     lost, numbers = np.isin(np.arange(len(tokens)), lost), np.arange(len(tokens))
     bad = {len(tokens) + row: "cannot be read" for row in range(len(bad))}
-    found = RowLengths(numbers, np.array(tokens), np.array(image_tokens), lost, limit, "model.max_length", bad)
+    tokens, image_tokens, cut = np.array(tokens), np.array(image_tokens), np.array(exchanges or [0] * len(tokens))
+    lengths = (tokens, image_tokens, np.minimum(tokens, limit), image_tokens)
+    found = RowLengths(numbers, *lengths, cut, lost, limit, "model.max_length", bad)
     return RowSample(total or len(tokens) + len(bad), found, numbers < len(tokens) - longest)
 
 
@@ -83,8 +88,13 @@ def test_the_table_of_lengths():
         "whole rows                                      10    30   150   150  150",
         "of these for images (59.4 %)                     4     8    90    90   90",
         "2 rows of 5 are longer than 100 tokens (model.max_length) and cut at the end, and 1 row loses its whole "
-        "answer: nothing is learned from it",
+        "answer and is left out",
     ]
+    cut = sample([90, 120, 150, 160], [4] * 4, lost=[2, 3], exchanges=[0, 2, 1, 0])
+    assert sample_table("chat", cut).splitlines()[-1] == (
+        "3 rows of 4 are longer than 100 tokens (model.max_length) and cut at the end, 2 rows by whole exchanges with "
+        "their images (3 in all), and 2 rows lose their whole answers and are left out"
+    )
     assert "images" not in sample_table("vqa", sample([7, 8], [0, 0]))
     assert sample_table("vqa", sample([], [], total=2, bad=[0, 1])) == "lengths of vqa in tokens, all 2 rows encoded"
 
@@ -122,15 +132,13 @@ def test_lengths_are_those_of_rows_before_they_are_cut(name, limit, tiny_vlm, ro
     assert lengths.loses_answer.tolist() == [bool((row.labels == IGNORED).all()) for row in cut]
 
 
-def test_a_row_whose_images_alone_are_too_long_stops(model, rows):
-    with pytest.raises(ValueError, match=r"chat\.json, id r2: the images alone are 40 tokens, and a row has at most"):
-        row_lines(model, {"chat": rows([1, 0, 10, 2])})
-    with pytest.raises(ValueError, match=r"no row of 2 can be encoded; \S+chat\.json, id r0: the images alone are"):
-        row_lines(model, {"chat": rows([10, 11], "skip")})
-
-
-def test_or_is_counted(model, rows):
-    text = row_lines(model, {"chat": rows([1, 0, 10, 2], "skip")})
+def test_a_row_that_cannot_be_encoded_stops_or_is_counted(model, rows, pictures):
+    (pictures / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ValueError, match=r"chat\.json, id r2: \S+broken\.png is not a complete image"):
+        row_lines(model, {"chat": rows([1, 0, None, 2])})
+    with pytest.raises(ValueError, match=r"no row of 2 can be encoded; \S+chat\.json, id r0: \S+broken\.png"):
+        row_lines(model, {"chat": rows([None, None], "skip")})
+    text = row_lines(model, {"chat": rows([1, 0, None, 2], "skip")})
     assert text.startswith("chat: 4 rows; tokens: 50 %")
     assert text.endswith("; 1 row of 4 cannot be encoded, and is left out")
 
@@ -139,19 +147,19 @@ def test_rows_outside_the_sample_are_not_looked_at(model, rows, monkeypatch):
     monkeypatch.setattr(module, "SAMPLE", 2)
     found = sample_lengths(model, "chat", rows([1, 10, 1, 2, 1, 1]))
     assert found is not None
-    assert found.lengths.rows.tolist() == [0, 3, 5]  # the first, the last, and what has many images
-    assert found.lengths.bad.keys() == {1}
-    assert found.spaced.tolist() == [True, False, True]
+    assert found.lengths.rows.tolist() == [0, 1, 3, 5]  # the first, the last, and what has many images
+    assert found.spaced.tolist() == [True, False, False, True]
 
 
 def test_a_training_does_not_start_where_most_rows_lose_their_answers(tiny_vlm, rows):
+    """Also where the images alone are too long, which stops at no row."""
     short = VLM(VLMModelConfig(path=str(tiny_vlm("llava")), max_length=18))
     with pytest.raises(ValueError, match=(
         r"chat\.json: 2 of 3 rows that were looked at lose their whole answers, which are beyond 18 tokens "
-        r"\(model\.max_length\): raise it, or shorten"
+        r"\(model\.max_length\): raise it, or shorten the texts, make the images smaller \(model\.max_pixels,"
     )):  # fmt: skip
-        row_lines(short, {"chat": rows([3, 1, 3])})
-    assert "1 row loses its whole answer" in row_lines(short, {"chat": rows([1, 1, 3])})
+        row_lines(short, {"chat": rows([3, 1, 10])})
+    assert "1 row loses its whole answer and is left out" in row_lines(short, {"chat": rows([1, 1, 10])})
 
 
 def test_long_texts_are_counted(tiny_vlm, rows):

@@ -1,9 +1,11 @@
 """Answering whole splits."""
 
+import pytest
 import torch
 
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.rows import RowTooLongError
 from dora_mm.data.vl.splits import ValidationSet
 from dora_mm.models.vl_bart.answering import Answerer
 from dora_mm.sampling.answers import answer_all
@@ -29,3 +31,32 @@ def test_predictions_keep_the_order_and_the_batches_do_not_matter():
     assert [example.id for example, _ in at_once] == [str(i) for i in range(7)]
     assert at_once == batched
     assert predict(64, 2) == at_once[:2]
+
+
+@pytest.mark.parametrize("on_bad_data", ["stop", "skip"])
+def test_a_row_that_is_too_long_is_left_out_in_either_mode_and_a_broken_one_in_one(on_bad_data, caplog):
+    def answer(examples, images):
+        for example in examples:
+            if example.text == "long":
+                raise RowTooLongError(f"row {example.id} is too long")
+            if example.text == "broken":
+                raise ValueError(f"row {example.id} is broken")
+        return [example.text for example in examples]
+
+    class Table(list):
+        def __init__(self, *texts):
+            super().__init__(Example(str(number), (), text) for number, text in enumerate(texts))
+            self.on_bad_data = on_bad_data
+
+    def answers(*texts):
+        split = ValidationSet(Table(*texts), None)  # type: ignore[arg-type]
+        return [text for _, text in answer_all({"chat": answer}, [], {"chat": split}, 2)["chat"]]
+
+    assert answers("a", "long", "b") == ["a", "b"]
+    assert "row 1 is too long; left out of the answers" in caplog.text
+    for texts in (("a", "broken"), ("long", "broken", "a")):
+        if on_bad_data == "stop":
+            with pytest.raises(ValueError, match="is broken"):
+                answers(*texts)
+        else:
+            assert answers(*texts) == ["a"]

@@ -36,6 +36,10 @@ class RowError(ValueError):
     """Why a row cannot be used. The message contains no values of the row, so that equal reasons can be counted."""
 
 
+class RowTooLongError(ValueError):
+    """That a model cannot read a row, which is longer than it has positions. Such rows are left out, and end no run."""
+
+
 class BadRows:
     """Handles bad rows: raises at the first one ("stop"), or records the places of all of them ("skip").
 

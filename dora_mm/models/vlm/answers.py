@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Answer, Example, Turn
+from dora_mm.data.vl.rows import RowTooLongError
 from dora_mm.models.vlm.chat import THOUGHT, render
 from dora_mm.models.vlm.network import VLMNetwork
 from dora_mm.models.vlm.rows import ExampleEncoder
@@ -68,7 +69,7 @@ class VLMAnswers:
         tokenizer = self.encoder.processor.tokenizer
         if self.encoder.plain is not None:
             return [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
-        text, [(start, end)] = render(self.encoder.processor, SHORTEST)
+        text, [(start, end)], _ = render(self.encoder.processor, SHORTEST)
         return tokenizer(text[start:end], add_special_tokens=False)["input_ids"][-1:]
 
     @cached_property
@@ -77,7 +78,7 @@ class VLMAnswers:
         tokenizer = self.encoder.processor.tokenizer
         if self.encoder.plain is not None:
             return 0
-        text, [(start, end)] = render(self.encoder.processor, SHORTEST)
+        text, [(start, end)], _ = render(self.encoder.processor, SHORTEST)
         opening = text[start:end].partition(SHORTEST[1].text)[0]
         return len(tokenizer(opening, add_special_tokens=False)["input_ids"]) if THOUGHT.search(opening) else 0
 
@@ -85,9 +86,16 @@ class VLMAnswers:
     def generate(
         self, task: str, settings: GenerationConfig, examples: Sequence[Example], images: str | None
     ) -> list[str]:
-        """The generated answer of each example."""
+        """The generated answer of each example.
+
+        Raises:
+            RowTooLongError: The images of one are beyond the model's positions.
+        """
         encoder = self.encoder
         rows = [encoder.row(task, example, images, None) for example in examples]
+        for example, row in zip(examples, rows, strict=True):
+            if row.num_image_cut:
+                raise self._too_long(task, example, "its images are")
         if num_cut := sum(row.num_cut > 0 for row in rows):
             log.warning("%d questions of %s were cut to the model's %d positions", num_cut, task, encoder.max_length)
         answers = [""] * len(rows)
@@ -118,17 +126,22 @@ class VLMAnswers:
         return answers
 
     def _losses(self, task: str, example: Example, images: str | None, candidates: Sequence[str]) -> Tensor:
-        """The loss of each candidate as the answer of an example: (C,), summed over its tokens."""
+        """The loss of each candidate as the answer of an example: (C,), summed over its tokens.
+
+        Raises:
+            RowTooLongError: With one of them, the row is longer than the model's positions.
+        """
         rows = self.encoder.rows(task, example, images, candidates)
         if any(row.num_cut for row in rows):
-            raise ValueError(
-                f"row {example.id} of {task}: with its answers it is longer than the model's "
-                f"{self.encoder.max_length} positions: leave it out, or make its images smaller"
-            )
+            raise self._too_long(task, example, "with its answers it is")
         losses = torch.empty(len(rows), device=self.network.device)
         for group in self.encoder.groups(rows):
             losses[group] = self.network.row_losses(*self.encoder.collate([rows[i] for i in group]))[0]
         return losses
+
+    def _too_long(self, task: str, example: Example, what: str) -> RowTooLongError:
+        limit = f"longer than the model's {self.encoder.max_length} positions"
+        return RowTooLongError(f"row {example.id} of {task}: {what} {limit}: leave it out, or make its images smaller")
 
 
 def option_names(task: str, example: Example) -> Sequence[str]:

@@ -26,10 +26,12 @@ class ChatText(NamedTuple):
     Attributes:
         text: What the model reads, with the processor's token in the place of each image or video.
         spans: Where in `text` the learned answers are, as (start, end), the token that ends each turn included.
+        ends: Where all answers end, learned or not.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    ends: tuple[int, ...] = ()
 
 
 def render(processor: Any, turns: Sequence[Turn]) -> ChatText:
@@ -50,17 +52,18 @@ def render(processor: Any, turns: Sequence[Turn]) -> ChatText:
     """
     numbers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
     template = _Template(processor, turns[: numbers[-1]])
-    text, spans, done, rest = "", [], "", ""
+    text, spans, ends, done, rest = "", [], [], "", ""
     for number in numbers:
         found = template.exchange(turns[: number + 1], turns[number + 1 : numbers[-1]])
         text += found.asked.removeprefix(done)
         if turns[number].loss and found.is_whole:
             spans.append((len(text), len(text) + len(found.said)))
         text, done, rest = text + found.said, found.end, found.rest
+        ends.append(len(text))
     if not spans and any(turn.loss for turn in turns):
         learned = next(turn.text for turn in turns if turn.loss)
         raise ValueError(f"the chat template does not render this answer as it is: {learned[:80]!r}")
-    return ChatText(text + rest, tuple(spans))
+    return ChatText(text + rest, tuple(spans), tuple(ends))
 
 
 def render_prompt(processor: Any, turns: Sequence[Turn]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_mm.data.images.frames import Video
+from dora_mm.models.vlm.chat import ChatText
 from dora_mm.models.vlm.places import CHANGED, ImageSpan, RecordingTokenizer, image_spans, inside, moved, overlap
 from dora_mm.models.vlm.videos import reads_videos, video_inputs
 
 IGNORED = -100  # label of a token without loss, as in all of transformers
 TEXT_INPUTS = (
-    *("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask"),
-    "image_embeds_position_mask",
+    *("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"),
+    *("cross_attention_mask", "image_embeds_position_mask"),
 )
 
 
@@ -33,8 +35,12 @@ class TokenRow:
             decoder.
         num_images: The number of its images.
         is_image: Whether each token of `input_ids` stands for an image or a video (L,), bool.
-        num_cut: How many tokens of text were cut.
-        loses_answer: Whether nothing of the answers is left of a text that was cut, though its prompts may have loss.
+        num_cut: How many tokens are missing, since they are too many.
+        num_image_cut: How many of these stand for images and videos.
+        num_exchanges_cut: How many whole exchanges are missing, the last ones of a conversation.
+        num_exchanges: How many of its exchanges, from the first on, have room as a whole.
+        loses_answer: Whether nothing of the answers is left of a row that was cut, though its prompts may have loss. It
+            is not to be computed: its images may be cut, too.
     """
 
     inputs: dict[str, Tensor]
@@ -42,6 +48,9 @@ class TokenRow:
     num_images: int
     is_image: Tensor
     num_cut: int = 0
+    num_image_cut: int = 0
+    num_exchanges_cut: int = 0
+    num_exchanges: int = 0
     loses_answer: bool = False
 
     @property
@@ -66,7 +75,8 @@ class RowEncoder:
 
     Args:
         processor: The model's processor.
-        max_length: The number of tokens that a row may have. Text beyond it is cut, image tokens never are.
+        max_length: The number of tokens that a row may have. Those at its end that are beyond it are cut: never what
+            stands between two images, which some classes would take for one.
         limit_from: What sets that number: a key of the config, or the model.
         learns_prompts: All text has loss, and not only the answers.
 
@@ -101,30 +111,27 @@ class RowEncoder:
             if token in text:
                 raise ValueError(f"the text has {token}, which this model reads as {meaning}: write it otherwise")
 
-    def conversation(
-        self, text: str, answers: Sequence[tuple[int, int]], images: Sequence[Any], videos: Sequence[Video] = ()
-    ) -> TokenRow:
+    def conversation(self, said: ChatText, images: Sequence[Any], videos: Sequence[Video] = ()) -> TokenRow:
         """A rendered conversation as a row whose answers have loss.
 
         Args:
-            text: The conversation, with the processor's token in the place of each image and video.
-            answers: Where the learned answers are in it, as (start, end).
+            said: The conversation, with the processor's token in the place of each image and video.
             images: Its images, PIL, in the order of the text.
             videos: Its videos, in the order of the text.
 
         Raises:
-            ValueError: The numbers of images and of places for them differ, the image tokens alone are too many, or the
-                processor changes what is learned.
+            ValueError: The numbers of images and of places for them differ, or the processor changes what is learned.
         """
-        inputs, spans, expanded = self._process(text, images, videos)
+        inputs, spans, expanded = self._process(said.text, images, videos)
         offsets = inputs.pop("offset_mapping")[0]
         learned = torch.zeros(len(offsets), dtype=torch.bool)
-        for start, end in answers:
+        for start, end in said.spans:
             place = moved(start, spans), moved(end, spans)
-            if expanded[slice(*place)] != text[start:end]:
+            if expanded[slice(*place)] != said.text[start:end]:
                 raise ValueError(CHANGED)
             learned |= overlap(offsets, *place)
-        return self._row(inputs, learned, inside(offsets, spans), len(images))
+        ends = [int((offsets[:, 0] < moved(end, spans)).sum()) for end in said.ends]
+        return self._row(inputs, learned, inside(offsets, spans), len(images), ends)
 
     def question(
         self,
@@ -206,28 +213,43 @@ class RowEncoder:
             if places not in (None, 0, count) or (count and places == 0 and self.processor.chat_template):
                 raise ValueError(f"the text has {places} places for {kind}s, and the row has {count} {kind}s")
 
-    def _row(self, inputs: dict[str, Tensor], learned: Tensor, expanded: Tensor, num_images: int) -> TokenRow:
+    def _row(
+        self,
+        inputs: dict[str, Tensor],
+        learned: Tensor,
+        expanded: Tensor,
+        num_images: int,
+        ends: Sequence[int] = (),
+    ) -> TokenRow:
         is_image = expanded | torch.isin(inputs["input_ids"][0], self.image_ids)
         answer = learned & ~is_image
         learned = answer
         if self.learns_prompts:  # but for the first token, which nothing predicts
             learned = (torch.arange(len(answer)) > 0) & ~is_image
         labels = inputs["input_ids"][0].masked_fill(~learned, IGNORED)
-        num_tokens = int(is_image.sum())
-        excess = len(labels) - self.max_length
-        if excess <= 0:
-            return TokenRow(inputs, labels, num_images, is_image)
-        if num_tokens >= self.max_length:
-            cure = "raise it, or " if self.limit_from == "model.max_length" else ""
-            raise ValueError(
-                f"the images alone are {num_tokens} tokens, and a row has at most {self.max_length} "
-                f"({self.limit_from}): {cure}make the images smaller (model.max_pixels, model.image_size, "
-                "model.max_tiles) or take fewer frames of videos (model.max_frames)"
-            )
-        kept = torch.ones(len(labels), dtype=torch.bool)
-        kept[torch.nonzero(~is_image)[-excess:]] = False
-        lost = not bool(answer[kept].any())
-        return TokenRow(_columns(inputs, kept), labels[kept], num_images, is_image[kept], excess, lost)
+        if len(labels) <= self.max_length:
+            return TokenRow(inputs, labels, num_images, is_image, num_exchanges=len(ends))
+        kept, beyond = slice(0, self.max_length), slice(self.max_length, None)
+        return TokenRow(
+            _columns(inputs, kept),
+            labels[kept],
+            num_images,
+            is_image[kept],
+            num_cut=len(labels[beyond]),
+            num_image_cut=int(is_image[beyond].sum()),
+            num_exchanges=bisect_right(ends, self._room(is_image)),
+            loses_answer=not bool(answer[kept].any()),
+        )
+
+    def _room(self, is_image: Tensor) -> int:
+        """Up to which token the exchanges of a row that is too long have room as a whole.
+
+        Where prompts have loss, too, part of an exchange is as good: up to the first image that has no room.
+        """
+        beyond = torch.nonzero(is_image[self.max_length :])
+        if not self.learns_prompts:
+            return self.max_length
+        return self.max_length + int(beyond[0]) if len(beyond) else len(is_image)
 
 
 def token_ids(processor: Any, kind: str) -> list[int]:

@@ -25,6 +25,7 @@ from dora_mm.models.folders import identity_of, model_class, read_config
 from dora_mm.models.opening import check_revision, commit_of
 from dora_mm.models.vl import RowCounts, RowLengths, Target
 from dora_mm.models.vlm.answers import VLMAnswers
+from dora_mm.models.vlm.encoding import TokenRow
 from dora_mm.models.vlm.forms import form_of
 from dora_mm.models.vlm.loading import load_processor
 from dora_mm.models.vlm.network import VLMNetwork
@@ -45,7 +46,7 @@ class VLMBatch:
     Attributes:
         task: Name of the task.
         groups: The rows in groups that are computed together, each as (inputs, labels (B, T), row weights (B,)).
-        num_cut: How many of the rows lost text to `model.max_length`.
+        num_cut: How many of the rows lost text or whole exchanges to `model.max_length`.
         left_out: A sentence on each row that could not be encoded, and is missing here.
     """
 
@@ -201,8 +202,7 @@ class VLM:
             try:
                 row = self.rows.row(task, example, images, answer)
                 if row.loses_answer:
-                    limit = f"{self.rows.max_length} tokens ({self.rows.limit_from})"
-                    left_out.append(f"row {example.id} of {task}: its whole answer is beyond {limit}")
+                    left_out.append(f"row {example.id} of {task}: {self._why_left_out(row)}")
                     continue
                 rows.append(row)
                 weights.append(weight)
@@ -215,6 +215,11 @@ class VLM:
             for group in self.rows.groups(rows)
         ]
         return VLMBatch(task, tuple(groups), sum(row.num_cut > 0 for row in rows), tuple(left_out))
+
+    def _why_left_out(self, row: TokenRow) -> str:
+        whole = row.num_image_tokens + row.num_image_cut
+        images = f"; {whole} of its {row.length + row.num_cut} are images" if whole else ""
+        return f"its whole answer is beyond {self.rows.max_length} tokens ({self.rows.limit_from}){images}"
 
     def loss(self, batch: VLMBatch, generator: torch.Generator) -> LossSum:
         if torch.is_grad_enabled():  # a validation does not count

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from dora_mm.config.models import VLMModelConfig
+from dora_mm.core.wrappers.sharded import is_sharded
 from dora_mm.models.vlm.encoding import IGNORED
 from dora_mm.models.vlm.forms import Form, cross_entropy
 from dora_mm.models.vlm.loading import load_vlm
@@ -55,7 +56,15 @@ class VLMNetwork:
 
         The last one is of the language model, which all rows reach. A gradient of zero for others, such as those of a
         tower, would let the optimizer move them in a step none of whose rows, in any process, has an image.
+
+        Raises:
+            ValueError: The model is sharded: the other processes would wait for what this one does not compute.
         """
+        if any(map(is_sharded, self.model.parameters())):
+            raise ValueError(
+                "train.shard: all rows of a process's batch are too long and left out, and the processes have to keep "
+                "step: leave such rows out of the data, raise model.max_length or take larger batches"
+            )
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return sum((p.flatten()[:0].float().sum() for p in trained[-1:]), torch.zeros((), device=self.device))
 

@@ -6,7 +6,8 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,10 +16,31 @@ from dora_mm.data.images.frames import Video, is_video, load_video
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import IMAGE, VIDEO, Example, Turn, escaped, pieces_of
 from dora_mm.data.vl.image_folder import image_path
-from dora_mm.models.vlm.chat import render, render_prompt
+from dora_mm.models.vlm.chat import ChatText, render, render_prompt
 from dora_mm.models.vlm.encoding import RowEncoder, TokenRow, collate
 from dora_mm.models.vlm.forms import Form
 from dora_mm.models.vlm.prompts import ALONE, EITHER, SAME_IMAGES, SAME_LENGTH, PlainPrompts
+
+
+class Exchange(NamedTuple):
+    """An answer and the turns in front of it, up to the answer before, with their images and videos."""
+
+    turns: Sequence[Turn]
+    images: Sequence[Any]
+    videos: Sequence[Video]
+
+
+def exchanges_of(turns: Sequence[Turn], images: Sequence[Any], videos: Sequence[Video]) -> list[Exchange]:
+    """The exchanges of a conversation. A question at its end, which has no answer, is in none."""
+    found, start, num_images, num_videos = [], 0, 0, 0
+    for end, turn in enumerate(turns, 1):
+        if turn.role == "assistant":
+            said = turns[start:end]
+            kinds = [kind for each in said for kind in pieces_of(each.text)[1::2]]
+            first, start = (num_images, num_videos), end
+            num_images, num_videos = num_images + kinds.count("image"), num_videos + kinds.count("video")
+            found.append(Exchange(said, images[first[0] : num_images], videos[first[1] : num_videos]))
+    return found
 
 
 class ExampleEncoder:
@@ -101,7 +123,31 @@ class ExampleEncoder:
             self.encoder.check_text(text)
         if answer is None:
             return self.encoder.question(render_prompt(self.processor, turns), *visuals)
-        return self.encoder.conversation(*render(self.processor, turns), *visuals)
+        return self._conversation(exchanges_of(turns, *visuals))
+
+    def _conversation(self, exchanges: Sequence[Exchange]) -> TokenRow:
+        """A conversation as a row. One with images that is too long loses its last exchanges until the rest has room.
+
+        One exchange that has none by itself is cut at its end, as texts are: it loses a part of its answer.
+        """
+        row = whole = self._rendered(exchanges)
+        kept = exchanges
+        while row.num_exchanges < len(kept) > 1 and any(each.images or each.videos for each in exchanges):
+            kept = exchanges[: max(1, row.num_exchanges)]
+            row = self._rendered(kept)
+        if kept is exchanges:
+            return whole
+        return replace(
+            row,
+            num_cut=whole.length + whole.num_cut - row.length,
+            num_image_cut=whole.num_image_tokens + whole.num_image_cut - row.num_image_tokens,
+            num_exchanges_cut=len(exchanges) - len(kept),
+            loses_answer=row.loses_answer or not any(each.turns[-1].loss for each in kept),
+        )
+
+    def _rendered(self, exchanges: Sequence[Exchange]) -> TokenRow:
+        turns, images, videos = (list(chain.from_iterable(parts)) for parts in zip(*exchanges, strict=True))
+        return self.encoder.conversation(render(self.processor, turns), images, videos)
 
     def _plain_row(self, plain: PlainPrompts, asked: str, pictures: list[Any], answer: str | None) -> TokenRow:
         if plain.images == 0:
@@ -111,14 +157,15 @@ class ExampleEncoder:
         if self.form.continues:
             return self.encoder.question(text, pictures, answer=None if answer is None else plain.separator + answer)
         row = self.encoder.question(text, pictures, ends=True)
-        return replace(row, labels=self.encoder.decoder_target(answer or "", self.form.start), loses_answer=False)
+        labels = self.encoder.decoder_target(answer or "", self.form.start)
+        return replace(row, labels=labels, loses_answer=row.num_cut > 0)  # its question is whole, or it is left out
 
     def _text_row(self, asked: str, answer: str | None) -> TokenRow:
         """A text that is tokenized as a whole, as language models are trained, answer and end included."""
         if answer is None:
             return self.encoder.question(asked, ())
         text = f"{asked}{answer}{self.processor.tokenizer.eos_token or ''}"
-        return self.encoder.conversation(text, [(len(asked), len(text))], ())
+        return self.encoder.conversation(ChatText(text, ((len(asked), len(text)),)), ())
 
     def turns(self, task: str, example: Example, answer: str | None) -> list[Turn]:
         """The conversation of an example: its own, or the task's prompt with the images in front."""

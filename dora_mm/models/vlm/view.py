@@ -32,11 +32,19 @@ def row_lengths(
         except ValueError as error:
             bad[index] = str(error.__cause__)  # without the row, whose place is known
     found = encoded.values()
+    lost = np.array([row.loses_answer for row in found], bool)
+
+    def numbers(values: Iterable[int]) -> np.ndarray:
+        return np.fromiter(values, np.int64, len(found))
+
     return RowLengths(
-        rows=np.array([*encoded], np.int64),
-        tokens=np.array([row.length + row.num_cut for row in found], np.int64),
-        image_tokens=np.array([row.num_image_tokens for row in found], np.int64),
-        loses_answer=np.array([row.loses_answer for row in found], bool),
+        rows=numbers(encoded),
+        tokens=numbers(row.length + row.num_cut for row in found),
+        image_tokens=numbers(row.num_image_tokens + row.num_image_cut for row in found),
+        tokens_read=numbers(row.length for row in found) * ~lost,
+        image_tokens_read=numbers(row.num_image_tokens for row in found) * ~lost,
+        exchanges_cut=numbers(row.num_exchanges_cut for row in found),
+        loses_answer=lost,
         limit=encoder.max_length,
         limit_from=encoder.limit_from,
         bad=bad,
@@ -57,7 +65,10 @@ def row_view(encoder: ExampleEncoder, task: str, example: Example, images: str |
         written = pieces(tokenizer, labels, learned, [False] * len(labels))
     parts = [f"{row.length:,} tokens", f"{row.num_image_tokens:,} for images", f"{sum(learned):,} with loss"]
     if row.num_cut:
-        parts.append(f"{row.num_cut:,} cut at the end, beyond {encoder.max_length:,} ({encoder.limit_from})")
+        limit = f"beyond {encoder.max_length:,} ({encoder.limit_from})"
+        last = f": the last {row.num_exchanges_cut:,} exchanges" if row.num_exchanges_cut > 1 else ": the last exchange"
+        parts.append(f"{row.num_cut:,} cut at the end, {limit}{last if row.num_exchanges_cut else ''}")
+        parts += ["left out: nothing of its answers is left"] if row.loses_answer else []
     return RowView(", ".join(parts), read, written)
 
 

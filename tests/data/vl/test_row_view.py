@@ -1,6 +1,7 @@
 """Rows as models see them, against what a person would write down."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -88,10 +89,26 @@ def test_the_heading_counts_and_tells_what_was_cut(tiny_vlm, pictures):
     learned = int((row.labels >= 0).sum())
     assert whole.heading == f"{row.length} tokens, 4 for images, {learned} with loss"
     cut = model(tiny_vlm("llava"), max_length=row.length - 3).row_view("chat", CHAT, pictures)
-    assert cut.heading == f"{row.length - 3} tokens, 4 for images, {learned - 2} with loss, " + (
-        f"3 cut at the end, beyond {row.length - 3} (model.max_length)"
+    left = model(tiny_vlm("llava")).row_view("chat", replace(CHAT, turns=TURNS[:-2]), pictures)
+    length = int(left.heading.split()[0])
+    assert cut.heading == f"{left.heading}, {row.length - length} cut at the end, beyond {row.length - 3} " + (
+        "(model.max_length): the last exchange"
     )
     assert whole.text().endswith("⟦ Nothing.</s>⟧ ")
+    assert cut.text().partition("\n")[2] == left.text().partition("\n")[2]
+    lost = model(tiny_vlm("llava"), max_length=7).row_view("chat", CHAT, pictures)
+    end = "beyond 7 (model.max_length): the last exchange, left out: nothing of its answers is left"
+    assert lost.heading.endswith(end)
+
+
+def test_the_heading_of_a_text_that_was_cut(tiny_vlm, pictures):
+    said = replace(CHAT, images=(), turns=(TURNS[0]._replace(text="What is it?"), *TURNS[1:]))
+    row = model(tiny_vlm("llava")).rows.row("chat", said, pictures, "")
+    learned = int((row.labels >= 0).sum())
+    cut = model(tiny_vlm("llava"), max_length=row.length - 3).row_view("chat", said, pictures)
+    assert cut.heading == f"{row.length - 3} tokens, 0 for images, {learned - 2} with loss, " + (
+        f"3 cut at the end, beyond {row.length - 3} (model.max_length)"
+    )
     assert re.search("⟦ Noth[ing]*⟧$", cut.text())
 
 

@@ -68,7 +68,7 @@ def test_answers_are_marked_in_the_text(processor, expected):
 
 @pytest.mark.parametrize(("processor", "expected"), TEXTS.items(), indirect=["processor"])
 def test_an_answer_continues_the_prompt_that_asks_for_it(processor, expected):
-    text, [first, second] = render(processor, TURNS)
+    text, [first, second], _ = render(processor, TURNS)
     assert text[: first[0]] == render_prompt(processor, TURNS[:1])
     assert text[: second[0]].startswith(text[: first[1]])
 
@@ -76,7 +76,7 @@ def test_an_answer_continues_the_prompt_that_asks_for_it(processor, expected):
 @pytest.mark.parametrize("processor", ["llava_onevision"], indirect=True)
 def test_a_template_that_renders_answered_turns_in_another_way(processor):
     """It has a space and a line break where the prompt has a line break alone."""
-    text, [(start, end), _] = render(processor, TURNS)
+    text, [(start, end), _], _ = render(processor, TURNS)
     assert text[:start] == render_prompt(processor, TURNS[:1])
     assert text[start:end] == "A red ball.<|im_end|>"
 
@@ -85,7 +85,7 @@ def test_a_template_that_renders_answered_turns_in_another_way(processor):
 def test_turns_without_loss_are_read_only(processor):
     turns = (TURNS[0], TURNS[1]._replace(loss=False), *TURNS[2:])
     whole = render(processor, TURNS)
-    assert render(processor, turns) == (whole.text, whole.spans[1:])
+    assert render(processor, turns) == (whole.text, whole.spans[1:], whole.ends)
 
 
 @pytest.mark.parametrize("processor", ["qwen2_5_vl"], indirect=True)
@@ -116,7 +116,7 @@ def test_the_labels_are_the_answers_and_their_ends(name, tiny_vlm, pictures):
 @given(st.lists(st.text("abc dé\n.?☃", min_size=1).filter(str.strip), min_size=1, max_size=3))
 def test_any_answers_come_back(answers):
     turns = [t for text in answers for t in (Turn("user", "q", False), Turn("assistant", text, True))]
-    text, spans = render(SIMPLE, turns)
+    text, spans, _ = render(SIMPLE, turns)
     assert [text[start:end] for start, end in spans] == [f"{answer.strip()}</s>" for answer in answers]
 
 

@@ -16,26 +16,27 @@ from dora_mm.data.vl.splits import TrainingSet
 from dora_mm.data.vl.tables import open_table
 from dora_mm.models.vl import RowCounts
 from dora_mm.models.vlm.encoding import IGNORED
-from dora_mm.models.vlm.family import VLM
+from dora_mm.models.vlm.family import VLM, VLMBatch
 from dora_mm.tasks.vl import VLBatches
 from tests.data.vl.files import write_json
 from tests.models.vlm.vlm_rows import write_pictures
 
-FAULT = "row r2 of chat: the images alone are 40 tokens, and a row has at most 40 (model.max_length): raise it, "
+FAULT = re.compile(r"row r2 of chat: \S+broken\.png is not a complete image")
 
 
 @pytest.fixture
 def rows(tmp_path):
-    """Makes a training set of seven rows, of which r2 has this number of images, and batches of this size."""
+    """Makes a training set of seven rows, r2 with so many images or a broken one, and batches of this size."""
     pictures = write_pictures(tmp_path)
+    (pictures / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
 
-    def make(images: int, batch_size: int) -> TrainingSet:
+    def make(images: int | None, batch_size: int) -> TrainingSet:
         said = [
             {
                 "id": f"r{number}",
-                "image": ["square.png"] * count,
+                "image": ["square.png"] * count if count is not None else ["broken.png"],
                 "conversations": [
-                    {"from": "human", "value": "<image>" * count + "What?"},
+                    {"from": "human", "value": "<image>" * (1 if count is None else count) + "What?"},
                     {"from": "gpt", "value": f"x{number}"},
                 ],
             }
@@ -70,7 +71,8 @@ class Recorder:
 def test_its_batch_is_smaller_and_no_other_row_moves(batch_size, model, rows):
     """Against the same rows without the fault, in two epochs."""
     with_fault, without = Recorder(model), Recorder(model)
-    found = VLBatches(with_fault, {"chat": rows(10, batch_size)}, seed=0, on_bad_data="skip")  # type: ignore[arg-type]
+    faulty_rows = {"chat": rows(None, batch_size)}
+    found = VLBatches(with_fault, faulty_rows, seed=0, on_bad_data="skip")  # type: ignore[arg-type]
     expected = VLBatches(without, {"chat": rows(1, batch_size)}, seed=0, on_bad_data="skip")  # type: ignore[arg-type]
     assert found.steps_per_epoch == expected.steps_per_epoch
     for number in range(2 * found.steps_per_epoch):
@@ -81,18 +83,18 @@ def test_its_batch_is_smaller_and_no_other_row_moves(batch_size, model, rows):
         else:
             assert [name for group in faulty for name in group[0]] == [name for name in names if name != "r2"]
     assert len(with_fault.left_out) >= 2
-    assert all(text.startswith(FAULT) for text in with_fault.left_out)
+    assert all(FAULT.match(text) for text in with_fault.left_out)
     assert without.left_out == []
 
 
 def test_it_stops_a_training_otherwise(model, rows):
-    batches = VLBatches(model, {"chat": rows(10, 7)}, seed=0)
-    with pytest.raises(ValueError, match=re.escape(FAULT) + ".*; data.on_bad_data: skip leaves such rows out"):
+    batches = VLBatches(model, {"chat": rows(None, 7)}, seed=0)
+    with pytest.raises(ValueError, match=FAULT.pattern + ".*; data.on_bad_data: skip leaves such rows out"):
         batches(0)
 
 
 def test_it_is_counted_each_time_and_named_once(model, rows, caplog):
-    batch = VLBatches(model, {"chat": rows(10, 7)}, seed=0, on_bad_data="skip")(0)
+    batch = VLBatches(model, {"chat": rows(None, 7)}, seed=0, on_bad_data="skip")(0)
     assert sum(len(labels) for _, labels, _ in batch.groups) == 6
     with caplog.at_level(logging.WARNING):
         losses = [model.loss(batch, torch.Generator()).mean for _ in range(2)]
@@ -100,19 +102,21 @@ def test_it_is_counted_each_time_and_named_once(model, rows, caplog):
             model.loss(batch, torch.Generator())
     assert torch.equal(*losses)
     (message,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert message.startswith(FAULT)
+    assert FAULT.match(message)
     resumed = RowCounts()
     resumed.load_state_dict(model.counts.state_dict())
     assert resumed.state_dict() == {"num_cut": 0, "num_left_out": 2}
 
 
 @pytest.mark.parametrize("on_bad_data", ["stop", "skip"])
-def test_a_row_that_loses_its_whole_answer_is_left_out_and_counted(tiny_vlm, rows, on_bad_data):
-    """In place of a loss of 0, which counted as a row of a task whose loss is a mean over rows."""
+@pytest.mark.parametrize(("images", "tokens"), [(3, 26), (10, 61)])
+def test_a_row_that_loses_its_whole_answer_is_left_out_and_counted(tiny_vlm, rows, on_bad_data, images, tokens):
+    """In place of a loss of 0, which counted as a row of a task whose loss is a mean over rows; or images are cut."""
     short = VLM(VLMModelConfig(path=str(tiny_vlm("llava")), max_length=18, prompts={"vqa": "{text}"}))
-    found = rows(3, 7)
+    found = rows(images, 7)
     batch = VLBatches(short, {"chat": found}, seed=0, on_bad_data=on_bad_data)(0)
-    assert batch.left_out == ("row r2 of chat: its whole answer is beyond 18 tokens (model.max_length)",)
+    about = f"its whole answer is beyond 18 tokens (model.max_length); {4 * images} of its {tokens} are images"
+    assert batch.left_out == (f"row r2 of chat: {about}",)
     assert sum(len(labels) for _, labels, _ in batch.groups) == 6
     assert all((labels != IGNORED).any(1).all() for _, labels, _ in batch.groups)
     short.loss(batch, torch.Generator())
@@ -143,7 +147,7 @@ def test_an_image_that_cannot_be_read_is_left_out_by_the_name_of_its_row(model, 
 
 def test_a_batch_without_rows_is_a_loss_of_zero_with_a_gradient_of_zero(model, rows):
     adapted = adapt(model.networks, model.target_maps, AdapterConfig(rank=2), seed=0, backend="torch")
-    found = rows(10, 1)
+    found = rows(None, 1)
     batch = model.batch("chat", [found.table[2]], found.images, [("x", 1.0)], on_bad_data="skip")
     assert batch.groups == ()
     loss = model.loss(batch, torch.Generator()).mean
@@ -153,3 +157,10 @@ def test_a_batch_without_rows_is_a_loss_of_zero_with_a_gradient_of_zero(model, r
     reached = {name: p.grad for name, p in adapted.parameters.items() if p.grad is not None}
     assert all("language_model" in name and not gradient.any() for name, gradient in reached.items())
     assert len(reached) == 1
+
+
+def test_a_sharded_model_cannot_go_without_rows(model, monkeypatch):
+    """The other processes would wait for its part of the weights."""
+    monkeypatch.setattr("dora_mm.models.vlm.network.is_sharded", lambda parameter: True)
+    with pytest.raises(ValueError, match=r"train\.shard: all rows of a process's batch are too long"):
+        model.loss(VLMBatch("chat", ()), torch.Generator())

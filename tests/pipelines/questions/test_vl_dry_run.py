@@ -124,7 +124,7 @@ def test_without_weights_rows_are_shown_and_memory_is_estimated(config, tmp_path
 
 @pytest.fixture
 def bad_rows(config, tmp_path, tiny_vlm):
-    """A config whose training file has four good rows, one of them too long, and three bad ones."""
+    """A config whose training file has four good rows, one of them too long, two bad ones, and one of many images."""
 
     def write(on_bad_data: str) -> str:
         model = {"path": str(tiny_vlm("qwen2_5_vl")), "max_length": 50}
@@ -148,15 +148,16 @@ def bad_rows(config, tmp_path, tiny_vlm):
 def test_a_dry_run_names_all_bad_rows_at_once(bad_rows, capsys):
     assert main(["train", bad_rows("stop"), "--dry-run"]) == 2
     text, error = capsys.readouterr()
-    assert row_of(text, "bad rows  ") == ["3"]
+    assert row_of(text, "bad rows  ") == ["2"]
     section = text[text.index("bad rows of chat train") : text.index("lengths of")]
     assert "1 x has 2 images, but 1 <image> marker\n" in section
     assert "broken.png is not a complete image" in section
-    assert "1 x the images alone are 52 tokens, and a row has at most 50 (model.max_length): raise it, or" in section
     assert re.search(r"chat\.json, item 5 \(id '4'\)", section)
-    assert re.search(r"chat\.json, id 6\n", section)
-    assert "1 row of 6 is longer than 50 tokens (model.max_length) and cut at the end\n2 rows of 6 cannot be" in text
-    assert "a training would stop there, at the first of 3 bad rows (data.on_bad_data: skip leaves them out)" in error
+    assert (
+        "2 rows of 6 are longer than 50 tokens (model.max_length) and cut at the end, 1 row by whole exchanges with "
+        "their images (1 in all), and 1 row loses its whole answer and is left out\n1 row of 6 cannot be" in text
+    )
+    assert "a training would stop there, at the first of 2 bad rows (data.on_bad_data: skip leaves them out)" in error
     assert main(["train", bad_rows("skip"), "--dry-run"]) == 0
 
 
@@ -167,7 +168,8 @@ def test_a_training_stops_at_them_or_leaves_them_out_and_counts(bad_rows, tmp_pa
     path = bad_rows("skip")
     assert main(["train", path]) == 0
     assert "chat: 6 rows (1 skipped); tokens: 50 %" in caplog.text
-    assert "is longer than 50 tokens (model.max_length) and cut at the end; 2 rows of 6 cannot be enc" in caplog.text
+    assert "are longer than 50 tokens (model.max_length) and cut at the end, 1 row by whole" in caplog.text
+    assert "is left out; 1 row of 6 cannot be enc" in caplog.text
     assert rows_counted(tmp_path) == (2, 4)  # 12 rows in 3 steps of 2 batches of 2: each of the 6 rows twice
     assert "2 rows of the training's batches were longer than a row may be, and lost text" in caplog.text
     assert (
