@@ -32,7 +32,7 @@ test-slow: $(READY)  ## with quantised bases, from a folder of their own: peft a
 	$(BIN)/python -m pytest -m slow -s
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/quant "bitsandbytes>=0.46" "torchao>=0.14"
 	PYTHONPATH=build/quant $(BIN)/python -m pytest tests/core/wrappers/test_quantized.py \
-		tests/core/wrappers/test_sharded.py tests/models/vlm/test_quantized.py
+		tests/core/wrappers/test_sharded.py tests/models/vl/vlm/test_quantized.py
 
 test-oldest:  ## with the oldest releases that pyproject.toml admits, torch 2.6 among them: 6 GB in build/oldest
 	@test -x build/oldest/bin/python || $(PYTHON) -m venv build/oldest

@@ -12,8 +12,8 @@ from dora_mm.data.images.frames import check_video, is_video
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import IMAGE, VIDEO, Answer, Example, Turn, escaped
 from dora_mm.data.vl.splits import usual_system
-from dora_mm.models.families import load_to_ask
-from dora_mm.models.vl import VLModel
+from dora_mm.models.vl.families import load_to_ask
+from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.utils.devices import default_device
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from dora_mm.data.images.captions import METADATA
 from dora_mm.data.images.folder import uncaptioned_images
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import Example
-from dora_mm.models.families import load_to_ask
-from dora_mm.models.vl import VLModel
+from dora_mm.models.vl.families import load_to_ask
+from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.utils.devices import default_device
 
 log = logging.getLogger(__name__)

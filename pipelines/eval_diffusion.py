@@ -26,9 +26,9 @@ from dora_mm.eval.images.scores import format_interval, metrics_table, scores_pe
 from dora_mm.eval.statistics import Interval, bootstrap
 from dora_mm.formats.adapter_file import find_file
 from dora_mm.formats.files.tensor_file import read_metadata
-from dora_mm.models import new_tokens
-from dora_mm.models.diffusion import ImageModel
-from dora_mm.models.image_families import identity_of, load_image_model
+from dora_mm.models.images import new_tokens
+from dora_mm.models.images.families import identity_of, load_image_model
+from dora_mm.models.images.image_model import ImageModel
 from dora_mm.sampling.before_after import sample_merged
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.manifest import ManifestEntry, read_manifest, recorded_digests, write_manifest

@@ -23,8 +23,8 @@ from dora_mm.eval.vl.pages import PageExample, PageSection, write_examples_page
 from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
 from dora_mm.eval.vl.scores import VLScores, is_answered
 from dora_mm.eval.vl.submissions import suffix, write_predictions
-from dora_mm.models.families import load_family
 from dora_mm.models.folders import settings_identity
+from dora_mm.models.vl.families import load_family
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks.vl import answerers
 from dora_mm.train.run import evaluation_run

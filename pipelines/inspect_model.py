@@ -161,7 +161,7 @@ def describe_single_file(file: Path, only: str | None) -> str | None:
     """As `describe_model`, and what it predicts, of a whole image model in one file; None for other files."""
     if file.suffix != ".safetensors" or not file.is_file() or is_adapter(file):  # a pipe would never end
         return None
-    from dora_mm.models.image_families import about_prediction, family_of_file  # loads diffusers
+    from dora_mm.models.images.families import about_prediction, family_of_file  # loads diffusers
 
     if not (family := family_of_file(file)):
         return None

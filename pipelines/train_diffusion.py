@@ -24,8 +24,8 @@ from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.core import base_model
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_images
 from dora_mm.data.images.held_out import hold_out, part_of
-from dora_mm.models.diffusion import ImageModel
-from dora_mm.models.image_families import about_prediction, identity_of, load_if_local, load_image_model
+from dora_mm.models.images.families import about_prediction, identity_of, load_if_local, load_image_model
+from dora_mm.models.images.image_model import ImageModel
 from dora_mm.preview.images import (
     describe_data,
     describe_encoded,

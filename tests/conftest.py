@@ -20,7 +20,7 @@ from hypothesis import settings
 from tests.data.images.pictures import write_pictures
 
 if TYPE_CHECKING:  # it loads diffusers, and the process that gives out tests to others does without
-    from dora_mm.models.sdxl.family import SDXL
+    from dora_mm.models.images.sdxl.family import SDXL
 
 settings.register_profile("untimed", deadline=None)  # a first example pays for what is loaded once
 settings.load_profile("untimed")
@@ -64,8 +64,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a model of tests/models/vlm/tiny.py by its name, built when first asked for; not to be changed."""
-    from tests.models.vlm import tiny  # loads 16 classes of transformers
+    """The folder of a model of tests/models/vl/vlm/tiny.py by name, built when first asked for; not to be changed."""
+    from tests.models.vl.vlm import tiny  # loads 16 classes of transformers
 
     @cache
     def folder(name: str) -> Path:
@@ -76,8 +76,8 @@ def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def vision(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The `vision` section of a small tower, whose layers have the DIM channels of tests/models/towers/small.py."""
-    from tests.models.towers.small import small_tower  # loads timm
+    """The `vision` section of a small tower, whose layers have the DIM channels of tests/models/vl/towers/small.py."""
+    from tests.models.vl.towers.small import small_tower  # loads timm
 
     return small_tower(tmp_path_factory.mktemp("tower"))
 

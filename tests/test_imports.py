@@ -35,7 +35,7 @@ VL_FAMILIES = re.compile(r"vl_bart|vlbart|[\"']vlm[\"']|models\.vlm", re.IGNOREC
 IMAGE_FAMILIES = re.compile(r"sdxl|z[-_ ]?image", re.IGNORECASE)
 MAY_NAME_IMAGE_FAMILIES = (  # their own files, data about architectures and files, and examples
     *("dora_mm/targets/", "dora_mm/formats/", "dora_mm/config/", "dora_mm/cli/", "dora_mm/__init__.py"),
-    *("dora_mm/models/sdxl/", "dora_mm/models/z_image.py", "dora_mm/models/image_families.py"),
+    *("dora_mm/models/images/sdxl/", "dora_mm/models/images/z_image.py", "dora_mm/models/images/families.py"),
 )
 VL_TASKS = re.compile(rf"[\"']({'|'.join(TASKS)})[\"']")
 MAY_NAME_VL_TASKS = (  # the records; and formats of data files and metrics, some of which have the name of a task
@@ -159,9 +159,9 @@ def test_core_imports_torch_and_nothing_else():
         ("dora_mm.formats.tools.native", "dora_mm.core.layer", True),
         ("dora_mm.formats.tools.native", "dora_mm.formats.state", True),
         ("dora_mm.core.layer", "dora_mm.targets", False),
-        ("dora_mm.models.sdxl.family", "dora_mm.data.images.folder", True),
-        ("dora_mm.data.images.folder", "dora_mm.models.sdxl.family", False),
-        ("dora_mm.models.sdxl.family", "dora_mm.eval.images.style", False),
+        ("dora_mm.models.images.sdxl.family", "dora_mm.data.images.folder", True),
+        ("dora_mm.data.images.folder", "dora_mm.models.images.sdxl.family", False),
+        ("dora_mm.models.images.sdxl.family", "dora_mm.eval.images.style", False),
         ("dora_mm.tasks.diffusion", "dora_mm.sampling.pictures", False),
         ("dora_mm.tasks.diffusion", "dora_mm.train.loop", False),
         ("pipelines.sample", "dora_mm.train.run", True),

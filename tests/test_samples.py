@@ -9,7 +9,7 @@ from dora_mm.config import load_config
 from dora_mm.config.models import ModelConfig
 from dora_mm.data.images.folder import read_captioned_images
 from dora_mm.eval.images.judge import Judge
-from dora_mm.models.image_families import load_image_model
+from dora_mm.models.images.families import load_image_model
 from dora_mm.utils.digest import module_digest
 
 ROOT = Path(__file__).parent.parent

@@ -21,14 +21,14 @@ from dora_mm.config.loader import dump_config
 from dora_mm.config.paths import resolve_model
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.formats.adapter_file import AdapterFile
-from dora_mm.models.diffusion import ImageModel
-from dora_mm.models.new_tokens import NewTokens
+from dora_mm.models.images.image_model import ImageModel
+from dora_mm.models.images.new_tokens import NewTokens
 from dora_mm.models.opening import commit_of
 from dora_mm.utils import yaml12
 from dora_mm.utils.digest import files_digest
 
 if TYPE_CHECKING:
-    from dora_mm.models.vl import VLModel  # which needs the extra vl, and those who train pictures have none
+    from dora_mm.models.vl.vl_model import VLModel  # which needs the extra vl, and those who train pictures have none
 
 IDENTITIES = {  # keys of an adapter's header
     "base_digest": "model.path: another base model",

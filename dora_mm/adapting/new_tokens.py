@@ -15,8 +15,8 @@ from dora_mm.data.images.folder import CaptionedImage, contains_word
 from dora_mm.data.images.wording import all_unchanged
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.tokens import BUNDLE
-from dora_mm.models.diffusion import ImageModel
-from dora_mm.models.new_tokens import check_rows, read_tokens
+from dora_mm.models.images.image_model import ImageModel
+from dora_mm.models.images.new_tokens import check_rows, read_tokens
 from dora_mm.utils.randomness import generator
 
 NUM_TOKENS = 2  # of a word, where a config does not say how many

@@ -114,7 +114,7 @@ def _class_of_diffusers(network: Network) -> Any:
 
 
 def _vl_bart(network: Network) -> nn.Module:
-    from dora_mm.models.vl_bart.model import VLBart, VLBartConfig
+    from dora_mm.models.vl.vl_bart.model import VLBart, VLBartConfig
 
     return _built(network, lambda: VLBart(VLBartConfig.from_dict(dict(network.config))))
 

@@ -17,11 +17,11 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.models.folders import identity_of, read_config
 from dora_mm.models.opening import commit_of, local_copy
-from dora_mm.models.vl_bart.loading import is_vl_bart
-from dora_mm.models.vlm.encoding import TokenRow, collate
-from dora_mm.models.vlm.family import VLM
-from dora_mm.models.vlm.forms import form_of
-from dora_mm.models.vlm.loading import load_tokenizer, load_vlm
+from dora_mm.models.vl.vl_bart.loading import is_vl_bart
+from dora_mm.models.vl.vlm.encoding import TokenRow, collate
+from dora_mm.models.vl.vlm.family import VLM
+from dora_mm.models.vl.vlm.forms import form_of
+from dora_mm.models.vl.vlm.loading import load_tokenizer, load_vlm
 
 CPU = torch.device("cpu")
 QUESTION = "What does the image show?"

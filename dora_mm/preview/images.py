@@ -8,7 +8,7 @@ from dora_mm.config.training import TrainConfig, ValidationConfig
 from dora_mm.data.images.folder import CaptionedImage, bucket_of, contains_word, resolution_of
 from dora_mm.data.images.wording import FIXED, all_unchanged, rendered, unchanged
 from dora_mm.data.syntax import syntax_in
-from dora_mm.models.diffusion import ImageModel
+from dora_mm.models.images.image_model import ImageModel
 from dora_mm.preview.training import when
 from dora_mm.tasks.image_batches import CaptionedBatches
 from dora_mm.tasks.preservation import PreservingBatches

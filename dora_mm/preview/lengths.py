@@ -10,7 +10,7 @@ import numpy as np
 from dora_mm.data.vl.report import cheap_lengths
 from dora_mm.data.vl.splits import TrainingSet
 from dora_mm.data.vl.tables import ExampleTable
-from dora_mm.models.vl import RowLengths, VLModel
+from dora_mm.models.vl.vl_model import RowLengths, VLModel
 from dora_mm.utils.tables import aligned_columns
 
 SAMPLE = 100  # rows of a task, evenly spaced: a few seconds, as images are read

@@ -27,7 +27,7 @@ from dora_mm.data.vl.row_view import CLOSE, OPEN
 from dora_mm.data.vl.rows import MAX_PLACES
 from dora_mm.data.vl.splits import TrainingSet, open_split, open_training
 from dora_mm.data.vl.tables import ExampleTable
-from dora_mm.models.vl import RowLengths, VLModel, likeliest_answer
+from dora_mm.models.vl.vl_model import RowLengths, VLModel, likeliest_answer
 from dora_mm.preview.lengths import RowSample, check_sample, sample_lengths, sample_table
 
 LEAVES_OUT = "data.on_bad_data: skip leaves them out"

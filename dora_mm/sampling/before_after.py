@@ -14,7 +14,7 @@ from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.pictures import DrawConfig, SampleConfig
 from dora_mm.core import set_strength
 from dora_mm.core.inject import merged_adapters
-from dora_mm.models.diffusion import ImageModel
+from dora_mm.models.images.image_model import ImageModel
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.pictures import PictureSampler, sample
 from dora_mm.sampling.sheets import save_atomically

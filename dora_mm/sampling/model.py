@@ -20,10 +20,10 @@ from dora_mm.config.paths import find_path, resolve_adapter, resolve_model
 from dora_mm.config.pictures import PicturesConfig
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.files.tensor_file import read_metadata
-from dora_mm.models.diffusion import ImageModel
-from dora_mm.models.image_families import load_image_model
-from dora_mm.models.memory import check_offload, save_memory
-from dora_mm.models.new_tokens import load_adapter, read_tokens
+from dora_mm.models.images.families import load_image_model
+from dora_mm.models.images.image_model import ImageModel
+from dora_mm.models.images.memory import check_offload, save_memory
+from dora_mm.models.images.new_tokens import load_adapter, read_tokens
 from dora_mm.sampling.drawing import PictureJob, check_what_is_there, draw, plan, remove_adapters
 from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.sampling.pictures import PictureSampler

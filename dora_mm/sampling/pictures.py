@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dora_mm.data.syntax import Wording
-from dora_mm.models.diffusion import ImageModel, Prompt
-from dora_mm.models.schedulers import make_scheduler, title_of
+from dora_mm.models.images.image_model import ImageModel, Prompt
+from dora_mm.models.images.schedulers import make_scheduler, title_of
 
 log = logging.getLogger(__name__)
 MOST_LINES = 20  # of logged progress, without a terminal that shows a bar

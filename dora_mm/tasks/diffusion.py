@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dora_mm.config.images import LossConfig
 from dora_mm.core import base_model
 from dora_mm.data.images.buckets import Framing
-from dora_mm.models.diffusion import ImageModel, Prompt
+from dora_mm.models.images.image_model import ImageModel, Prompt
 from dora_mm.utils.losses import LossSum
 
 PER_ELEMENT = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # these need the extra vl, and those who train pictures have 
     from dora_mm.data.vl.rows import OnBadData
     from dora_mm.data.vl.splits import TrainingSet, ValidationSet
     from dora_mm.data.vl.tables import ExampleTable
-    from dora_mm.models.vl import VLModel
+    from dora_mm.models.vl.vl_model import VLModel
 
 NUM_TIMES = 8  # of each picture; a loss depends more on the time than on the picture
 Precision = Callable[..., AbstractContextManager[Any]]  # opens the autocast of a training
@@ -130,7 +130,7 @@ class RowLosses:
         return fsum(total for total, _ in found) / max(1, fsum(count for _, count in found))
 
     def _sums(self, name: str, table: ExampleTable, images: str | None, rows: range) -> tuple[float, float]:
-        from dora_mm.models.vl import likeliest_answer
+        from dora_mm.models.vl.vl_model import likeliest_answer
 
         examples = [table[row] for row in rows]
         targets = [(likeliest_answer(example), 1.0) for example in examples]

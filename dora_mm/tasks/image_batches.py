@@ -18,7 +18,7 @@ from dora_mm.data.images.order import ImageOrder
 from dora_mm.data.images.pixels import load_rgb, render
 from dora_mm.data.images.tensor_cache import TensorCache
 from dora_mm.data.images.wording import rendered, unchanged
-from dora_mm.models.diffusion import ImageModel, Prompt
+from dora_mm.models.images.image_model import ImageModel, Prompt
 from dora_mm.tasks.diffusion import ConditionedLatents
 from dora_mm.utils.randomness import generator
 

@@ -14,7 +14,7 @@ from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.mixing import Mixture, TaskBatches
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet
-from dora_mm.models.vl import Target, VLModel
+from dora_mm.models.vl.vl_model import Target, VLModel
 from dora_mm.utils.randomness import generator
 
 

@@ -142,7 +142,7 @@ def test_the_blocks_are_those_that_diffusers_or_the_map_name():
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "smolvlm", "florence2", "git", "blip2", "mllama"])
 def test_blocks_of_models_with_a_derived_map_hold_all_attention(name):
-    from tests.models.vlm import tiny
+    from tests.models.vl.vlm import tiny
 
     with torch.device("meta"), torch.random.fork_rng():
         model, _ = tiny.BUILDERS[name]()

@@ -7,7 +7,7 @@ from dora_mm.adapting.files import load_trained, save_trained
 from dora_mm.adapting.networks import adapt, train_mode
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import TrainVLConfig
-from dora_mm.models.vlm.family import VLM
+from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.sampling.answers import answer_all
 
 

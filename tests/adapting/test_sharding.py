@@ -9,8 +9,8 @@ from dora_mm.adapting.networks import adapt
 from dora_mm.adapting.sharding import division
 from dora_mm.config.adapter import ImageAdapterConfig, VLAdapterConfig
 from dora_mm.config.models import VisionConfig, VLMModelConfig
-from dora_mm.models.families import structure_of
-from dora_mm.models.vlm.family import VLM
+from dora_mm.models.vl.families import structure_of
+from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.preview.training import sharded_table
 from dora_mm.train.processes import check_can_shard
 

@@ -22,7 +22,7 @@ from diffusers import StableDiffusionXLPipeline
 from dora_mm import DoRASpec, adapter_parameters, inject, save_adapter
 from dora_mm.config.models import ModelConfig
 from dora_mm.config.pictures import PicturesConfig
-from dora_mm.models.image_families import load_image_model
+from dora_mm.models.images.families import load_image_model
 from dora_mm.sampling.drawing import adapted, draw_batch
 from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.sampling.model import load_model

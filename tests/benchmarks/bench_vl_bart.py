@@ -22,8 +22,8 @@ from transformers import BartConfig
 from dora_mm import DoRASpec, adapter_parameters, fixed_parameters, inject
 from dora_mm.adapting.networks import parameters_by_name
 from dora_mm.config.models import VLBartModelConfig
-from dora_mm.models.vl_bart.loading import BART_BASE, config_of, from_bart, load_vl_bart
-from dora_mm.models.vl_bart.model import VLBart, VLInputs
+from dora_mm.models.vl.vl_bart.loading import BART_BASE, config_of, from_bart, load_vl_bart
+from dora_mm.models.vl.vl_bart.model import VLBart, VLInputs
 from tests.benchmarks.results_table import time_row, write_times
 
 ROUNDS = {1: 15, 4: 7}  # number of rounds, by the number of passes per step

@@ -25,9 +25,9 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.tables import open_table
-from dora_mm.models.vlm.answers import VLMAnswers
-from dora_mm.models.vlm.encoding import IGNORED
-from dora_mm.models.vlm.family import VLM, VLMBatch
+from dora_mm.models.vl.vlm.answers import VLMAnswers
+from dora_mm.models.vl.vlm.encoding import IGNORED
+from dora_mm.models.vl.vlm.family import VLM, VLMBatch
 from tests.benchmarks.results_table import time_row, write_times
 
 ROUNDS, NEW_TOKENS = 9, 16

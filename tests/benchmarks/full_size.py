@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_mm.formats.files.json_text import read_json
-from dora_mm.models.sdxl.checkpoint import CONFIGS
+from dora_mm.models.images.sdxl.checkpoint import CONFIGS
 
 FULL_SIZE = {k: v for k, v in read_json(CONFIGS / "unet/config.json").items() if k != "_class_name"}
 # The same architecture with four attention blocks, where only the code matters and not the numbers.

@@ -22,8 +22,8 @@ from dora_mm.eval.images import concepts, style
 from dora_mm.eval.vl.metrics import SCORERS
 from dora_mm.eval.vl.submissions import SUBMISSIONS
 from dora_mm.models.folders import DTYPES
-from dora_mm.models.schedulers import SCHEDULERS
-from dora_mm.models.vl_bart.loading import VISUAL
+from dora_mm.models.images.schedulers import SCHEDULERS
+from dora_mm.models.vl.vl_bart.loading import VISUAL
 from dora_mm.preview.training import PRECISIONS
 from dora_mm.preview.vl_memory import BITS
 from dora_mm.sampling.jobs.picture import Picture

@@ -7,7 +7,7 @@ import pytest
 
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.report import all_keys
-from dora_mm.models.image_families import FAMILIES
+from dora_mm.models.images.families import FAMILIES
 
 CHOOSE_A_CLASS = {"model.family"}  # read where pydantic chooses the class of the section
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,11 +9,11 @@ from safetensors.torch import save_file
 from dora_mm.config import load_config
 from dora_mm.config.models import VisionConfig
 from dora_mm.config.vl import TrainVLConfig
-from dora_mm.models.towers import building as towers
-from tests.models.vl_bart.small import small_bart, small_tokenizer
-from tests.models.vlm import tiny
-from tests.models.vlm.texts.test_table_1 import SHARES
-from tests.models.z_image import tiny as z_image
+from dora_mm.models.vl.towers import building as towers
+from tests.models.images.z_image import tiny as z_image
+from tests.models.vl.vl_bart.small import small_bart, small_tokenizer
+from tests.models.vl.vlm import tiny
+from tests.models.vl.vlm.texts.test_table_1 import SHARES
 from tests.pipelines.questions.test_vlm_recipes import MODELS
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -59,7 +59,7 @@ def tower_weights(name: str) -> Path:
 
 
 def vlm_classes() -> dict[str, str]:
-    """The name of a tiny model (tests/models/vlm/tiny.py) for each model that a recipe for questions trains."""
+    """The name of a tiny model (tests/models/vl/vlm/tiny.py) for each model that a recipe for questions trains."""
     found = {"build/tiny-vlm": "fast_vlm", "build/smollm2": "llama"}
     recipes = {f"configs/vlm/{recipe}.yaml": kind for recipe, kind in MODELS.items()}
     recipes |= {f"configs/llm/{recipe}.yaml": "llama" for recipe in SHARES}

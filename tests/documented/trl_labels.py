@@ -1,4 +1,4 @@
-"""tests/models/vlm/rows/trl_labels.json: the labels that TRL's vision collator gives to rows of the tiny models.
+"""tests/models/vl/vlm/rows/trl_labels.json: the labels that TRL's vision collator gives to rows of the tiny models.
 
 `python -m tests.documented.trl_labels` writes it where `trl` is installed, with the templates of published models that
 TRL carries: as they are published, which is how we read them, and with its marks of what the assistant says, which is
@@ -19,11 +19,11 @@ from transformers import AutoProcessor
 
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import IMAGE, Example, Turn, pieces_of
-from tests.models.vlm import tiny
-from tests.models.vlm.classes.rarest_models import UNTRAINED
-from tests.models.vlm.vlm_rows import write_pictures
+from tests.models.vl.vlm import tiny
+from tests.models.vl.vlm.classes.rarest_models import UNTRAINED
+from tests.models.vl.vlm.vlm_rows import write_pictures
 
-PAGE = Path(__file__).parents[1] / "models" / "vlm" / "rows" / "trl_labels.json"
+PAGE = Path(__file__).parents[1] / "models" / "vl" / "vlm" / "rows" / "trl_labels.json"
 PUBLISHED = {  # TRL's name of a published template: the tiny model that reads with it
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen3_vl": "qwen3_vl",

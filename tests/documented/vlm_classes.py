@@ -18,12 +18,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES as PROCESSORS
 
 from dora_mm.config.models import VLMModelConfig
-from dora_mm.models.vlm.family import VLM
-from dora_mm.models.vlm.image_limits import limits_of
-from tests.models.vlm import tiny
-from tests.models.vlm.classes.equalities import EXAMPLES, batch_of, learned_parts, losses, opened
-from tests.models.vlm.classes.rarest_models import UNTRAINED
-from tests.models.vlm.rows.video_rows import reads_videos, write_visuals
+from dora_mm.models.vl.vlm.family import VLM
+from dora_mm.models.vl.vlm.image_limits import limits_of
+from tests.models.vl.vlm import tiny
+from tests.models.vl.vlm.classes.equalities import EXAMPLES, batch_of, learned_parts, losses, opened
+from tests.models.vl.vlm.classes.rarest_models import UNTRAINED
+from tests.models.vl.vlm.rows.video_rows import reads_videos, write_visuals
 
 PAGE = Path(__file__).parents[2] / "docs" / "vlm_classes.md"
 ALIASES = {"shieldgemma2": "gemma3", "glmga": "glm46v", "pp_chart2table": "got_ocr2"}  # types that one class serves

@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 
 from dora_mm.config.models import ModelConfig, VLBartModelConfig, VLMModelConfig
 from dora_mm.models.folders import settings_identity
-from dora_mm.models.image_families import identity_of, load_image_model
+from dora_mm.models.images.families import identity_of, load_image_model
 from dora_mm.models.opening import UnreachableError, base_of, loaded_files, local_copy, opening
-from dora_mm.models.vl_bart.loading import load_vl_bart
-from dora_mm.models.vlm.loading import load_processor, load_vlm
+from dora_mm.models.vl.vl_bart.loading import load_vl_bart
+from dora_mm.models.vl.vlm.loading import load_processor, load_vlm
 
 SENTENCE = r"owner/nothing is not on this machine, and the hub \(huggingface.co\) cannot be reached: .*local folder"
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from dora_mm.adapting import compiled
 from dora_mm.cli import main
-from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
+from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.train.checkpoint import checkpoints
 from dora_mm.train.metrics import read_metrics
-from tests.models.towers.small import DIM
-from tests.models.vl_bart.small import small_bart, small_tokenizer
-from tests.models.vlm.vlm_rows import write_conversations, write_pictures
+from tests.models.vl.towers.small import DIM
+from tests.models.vl.vl_bart.small import small_bart, small_tokenizer
+from tests.models.vl.vlm.vlm_rows import write_conversations, write_pictures
 from tests.pipelines.questions.test_train_vl import captions
 
 STEPS = 4

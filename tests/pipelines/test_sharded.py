@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from dora_mm.cli import main
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.metrics import read_metrics
-from tests.models.vlm import tiny
-from tests.models.vlm.vlm_rows import write_conversations, write_pictures
+from tests.models.vl.vlm import tiny
+from tests.models.vl.vlm.vlm_rows import write_conversations, write_pictures
 from tests.pipelines.killed import assert_same_weights
 from tests.pipelines.processes import kill_all, launched, wait_for
 

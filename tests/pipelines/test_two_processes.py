@@ -12,14 +12,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dora_mm.cli import main
-from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
+from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.metrics import read_metrics
 from tests.data.images.pictures import write_pictures as write_noise
 from tests.data.vl.files import vqa_annotation, vqa_question, vqa_v2, write_json
-from tests.models.vl_bart.small import DIM, TEXTS, small_bart, small_tokenizer
-from tests.models.vlm import tiny
-from tests.models.vlm.vlm_rows import write_conversations, write_pictures
+from tests.models.vl.vl_bart.small import DIM, TEXTS, small_bart, small_tokenizer
+from tests.models.vl.vlm import tiny
+from tests.models.vl.vlm.vlm_rows import write_conversations, write_pictures
 from tests.pipelines.processes import kill_all, launched, wait_for
 
 STEPS = 8

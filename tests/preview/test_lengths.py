@@ -7,9 +7,9 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.splits import TrainingSet
 from dora_mm.data.vl.tables import open_table
-from dora_mm.models.vl import RowLengths, likeliest_answer
-from dora_mm.models.vlm.encoding import IGNORED
-from dora_mm.models.vlm.family import VLM
+from dora_mm.models.vl.vl_model import RowLengths, likeliest_answer
+from dora_mm.models.vl.vlm.encoding import IGNORED
+from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.preview import lengths as module
 from dora_mm.preview.lengths import (
     RowSample,
@@ -21,7 +21,7 @@ from dora_mm.preview.lengths import (
     spaced_rows,
 )
 from tests.data.vl.files import write_json
-from tests.models.vlm.vlm_rows import write_pictures
+from tests.models.vl.vlm.vlm_rows import write_pictures
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from dora_mm.adapting.networks import TrainedNetworks, adapt
 from dora_mm.config.adapter import VLAdapterConfig
 from dora_mm.config.models import VisionConfig, VLMModelConfig
 from dora_mm.config.training import OptimizerConfig
-from dora_mm.models.families import structure_of
+from dora_mm.models.vl.families import structure_of
 from dora_mm.preview.parts import parts_table
-from tests.models.vlm import tiny
+from tests.models.vl.vlm import tiny
 
 PARTS = {
     "text.attn": {},

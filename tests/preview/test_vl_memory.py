@@ -8,13 +8,13 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from dora_mm.adapting.networks import adapt
 from dora_mm.config.adapter import VLAdapterConfig
 from dora_mm.config.training import TrainConfig
-from dora_mm.models.families import Structure
 from dora_mm.models.folders import empty_model
+from dora_mm.models.vl.families import Structure
 from dora_mm.preview.questions import LargestBatch
 from dora_mm.preview.training import measure_step
 from dora_mm.preview.vl_memory import estimated_activations, network_parts, quantized_bytes
 from dora_mm.targets import map_of
-from tests.models.vlm import tiny
+from tests.models.vl.vlm import tiny
 from tests.train.small import mean_of
 
 TOKENS = 256

@@ -9,7 +9,7 @@ import torch
 import dora_mm
 from dora_mm import DoRASpec, adapter_parameters, remove
 from dora_mm.config.models import VisionConfig
-from dora_mm.models.towers.tower import load_tower, tower_map
+from dora_mm.models.vl.towers.tower import load_tower, tower_map
 from tests.core import reference
 
 VIT = {"image_size": 32, "layers": 3, "width": 24, "head_width": 8, "patch_size": 8}

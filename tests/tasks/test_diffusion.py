@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_mm.config.images import LossConfig
-from dora_mm.models.noise import Diffusion, Flow
+from dora_mm.models.images.noise import Diffusion, Flow
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask, min_snr_weight
 
 

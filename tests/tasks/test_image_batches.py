@@ -13,8 +13,8 @@ from dora_mm.config.models import SDXLConfig
 from dora_mm.data.images.folder import read_training_images
 from dora_mm.data.images.pixels import load_rgb, render
 from dora_mm.data.images.wording import rendered
-from dora_mm.models.diffusion import padded
-from dora_mm.models.sdxl.encoding import encode_images, encode_prompts
+from dora_mm.models.images.image_model import padded
+from dora_mm.models.images.sdxl.encoding import encode_images, encode_prompts
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
 from dora_mm.utils.randomness import generator

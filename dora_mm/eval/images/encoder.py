@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dora_mm.models.towers.efficientnet import load_efficientnet_lite0
+from dora_mm.models.vl.towers.efficientnet import load_efficientnet_lite0
 
 INPUT_SIZE = 224
 

@@ -36,7 +36,7 @@ _NOT_COMPUTED = {  # settings of LoraConfig with which PEFT computes something e
 }
 
 # Layers of types of models whose names PEFT 0.21 changes when it loads a file, as it does with those of transformers 4,
-# so that it leaves out their adapters and says nothing. tests/models/vlm/equalities.py tries all types.
+# so that it leaves out their adapters and says nothing. tests/models/vl/vlm/equalities.py tries all types.
 _MISREAD = {
     "mistral_large4": r"shared_experts\.",
     "inkling2": r"\.sconv\.",

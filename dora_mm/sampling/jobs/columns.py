@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dora_mm.models.schedulers import SCHEDULERS
+from dora_mm.models.images.schedulers import SCHEDULERS
 
 ALIASES = {
     "text": "prompt",

@@ -22,9 +22,9 @@ from dora_mm.eval.images.judge import FILES, Judge, spaced_concepts
 from dora_mm.eval.images.prompts import fill
 from dora_mm.eval.images.scores import Scores, concatenate_seeds, summarize
 from dora_mm.eval.statistics import Interval
-from dora_mm.models.diffusion import ImageModel
-from dora_mm.models.image_families import load_image_model
-from dora_mm.models.new_tokens import load_adapter
+from dora_mm.models.images.families import load_image_model
+from dora_mm.models.images.image_model import ImageModel
+from dora_mm.models.images.new_tokens import load_adapter
 from dora_mm.sampling.before_after import sample_merged
 from dora_mm.sampling.grids import sheet
 from dora_mm.train.campaigns.evaluation import Report, check_trainings, common_overrides, load_base, num_trainings

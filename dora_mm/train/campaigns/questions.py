@@ -36,8 +36,8 @@ from dora_mm.eval.vl.comparison import (
 )
 from dora_mm.eval.vl.metrics import scorer_of
 from dora_mm.eval.vl.question_only import question_only_answers
-from dora_mm.models.families import load_family, structure_of
-from dora_mm.models.vl import VLModel
+from dora_mm.models.vl.families import load_family, structure_of
+from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks.vl import answerers
 from dora_mm.train.campaigns.evaluation import Report, check_trainings, common_overrides, load_base, num_trainings

@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from dora_mm.models.components import Components
-from dora_mm.models.sdxl.checkpoint import tokenizers
-from dora_mm.models.sdxl.family import SDXL
+from dora_mm.models.images.components import Components
+from dora_mm.models.images.sdxl.checkpoint import tokenizers
+from dora_mm.models.images.sdxl.family import SDXL
 
 MAX_TOKENS = 40  # captions have at most 34; SDXL's 77 would make every training step a tenth slower
 TIME_ID_WIDTH = 16  # of each of the six micro-conditioning numbers

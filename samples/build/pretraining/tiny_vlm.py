@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dora_mm.models.towers.efficientnet import load_efficientnet_lite0
+from dora_mm.models.vl.towers.efficientnet import load_efficientnet_lite0
 from samples.build.packages import ROOT, SAMPLES
 from samples.build.pretraining.language import load_language_model, write_folder
 

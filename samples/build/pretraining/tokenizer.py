@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from tokenizers import ByteLevelBPETokenizer
 from transformers import BartTokenizer
 
-from dora_mm.models.vl_bart.text import with_sentinels
+from dora_mm.models.vl.vl_bart.text import with_sentinels
 
 MAX_TEXT = 1024  # tokens: the number of BART's positions
 

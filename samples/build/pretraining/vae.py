@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from dora_mm.models.sdxl.encoding import denormalize_latents
+from dora_mm.models.images.sdxl.encoding import denormalize_latents
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 
 # Only keeps the posterior from collapsing to a point at infinity; the latents are normalised after the training.

@@ -17,9 +17,9 @@ from dora_mm.config.paths import resolve_path
 from dora_mm.data.images.buckets import Framing
 from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.style import STYLES
-from dora_mm.models.diffusion import ImageModel
-from dora_mm.models.image_families import load_image_model
-from dora_mm.models.sdxl.encoding import denormalize_latents
+from dora_mm.models.images.families import load_image_model
+from dora_mm.models.images.image_model import ImageModel
+from dora_mm.models.images.sdxl.encoding import denormalize_latents
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from dora_mm.train.run import open_run
 from dora_mm.utils.devices import default_device

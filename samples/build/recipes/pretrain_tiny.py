@@ -22,11 +22,11 @@ from dora_mm.config.models import ModelConfig
 from dora_mm.config.paths import resolve_path
 from dora_mm.data.images.buckets import Framing
 from dora_mm.data.images.latents import Latents
-from dora_mm.models.components import Components, load_vae
-from dora_mm.models.diffusion import Prompt
-from dora_mm.models.image_families import load_image_model
-from dora_mm.models.sdxl.encoding import encode_images, encode_tokens, tokenize
-from dora_mm.models.sdxl.family import SDXL
+from dora_mm.models.images.components import Components, load_vae
+from dora_mm.models.images.families import load_image_model
+from dora_mm.models.images.image_model import Prompt
+from dora_mm.models.images.sdxl.encoding import encode_images, encode_tokens, tokenize
+from dora_mm.models.images.sdxl.family import SDXL
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.pictures import sample
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask

@@ -25,11 +25,11 @@ from dora_mm.data.vl.mixing import TaskBatches
 from dora_mm.data.vl.splits import TrainingSet, open_texts, open_training, open_validation
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
-from dora_mm.models.vl import Target
-from dora_mm.models.vl_bart.family import VLBartTask, VLBatch
-from dora_mm.models.vl_bart.loading import save_vl_bart
-from dora_mm.models.vl_bart.model import VLBart, VLBartConfig
-from dora_mm.models.vl_bart.visual_inputs import VisionEncoder
+from dora_mm.models.vl.vl_bart.family import VLBartTask, VLBatch
+from dora_mm.models.vl.vl_bart.loading import save_vl_bart
+from dora_mm.models.vl.vl_bart.model import VLBart, VLBartConfig
+from dora_mm.models.vl.vl_bart.visual_inputs import VisionEncoder
+from dora_mm.models.vl.vl_model import Target
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks.vl import answerers, draw_answer
 from dora_mm.train.checkpoint import last_step

@@ -9,13 +9,13 @@ import yaml
 from dora_mm.config.models import VisionConfig, VLBartModelConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.tables import open_table
-from dora_mm.models.vl_bart.family import VLBartTask
-from dora_mm.models.vl_bart.loading import load_vl_bart
-from dora_mm.models.vl_bart.text import decode
-from dora_mm.models.vl_bart.visual_inputs import VisionEncoder
+from dora_mm.models.vl.vl_bart.family import VLBartTask
+from dora_mm.models.vl.vl_bart.loading import load_vl_bart
+from dora_mm.models.vl.vl_bart.text import decode
+from dora_mm.models.vl.vl_bart.visual_inputs import VisionEncoder
 from samples.build.__main__ import main
 from samples.build.recipes.pretrain_tiny_vl import mask_words
-from tests.models.towers.small import DIM, small_tower
+from tests.models.vl.towers.small import DIM, small_tower
 from tests.pipelines.killed import assert_same_weights, kill_after
 from tests.pipelines.questions.test_train_vl import ROOT, SAMPLES, captions, vqa
 

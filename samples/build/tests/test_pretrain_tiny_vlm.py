@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
 
-from dora_mm.models.towers.efficientnet import load_efficientnet_lite0
+from dora_mm.models.vl.towers.efficientnet import load_efficientnet_lite0
 from samples.build.packages import SAMPLES
 from samples.build.pretraining import language, tiny_vlm
 from samples.build.pretraining.shared_image import (

@@ -6,7 +6,7 @@ import pytest
 
 from dora_mm.config import load_config
 from dora_mm.config.report import all_keys
-from dora_mm.models.image_families import FAMILIES
+from dora_mm.models.images.families import FAMILIES
 from samples.build.__main__ import RECIPES
 from samples.build.packages import ROOT
 

@@ -15,7 +15,7 @@ from dora_mm.data.vl.readers.video import split_subtitles
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import open_table
 from tests.data.vl import chats, files
-from tests.models.vlm.texts.text_rows import question
+from tests.models.vl.vlm.texts.text_rows import question
 
 TEN = ("net",) * 10
 

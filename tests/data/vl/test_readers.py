@@ -13,7 +13,7 @@ from dora_mm.data.vl.readers.commonsense import named_option
 from dora_mm.data.vl.readers.video import split_subtitles, video_text
 from dora_mm.data.vl.rows import BadRows
 from tests.data.vl import files
-from tests.models.vlm.texts.text_rows import question
+from tests.models.vl.vlm.texts.text_rows import question
 
 
 def read(source: SourceConfig) -> list[Example]:

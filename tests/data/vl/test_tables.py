@@ -19,7 +19,7 @@ from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.splits import open_training, open_validation
 from dora_mm.data.vl.tables import BATCH_ROWS, open_table
 from tests.data.vl import chats, files
-from tests.models.vlm.texts.text_rows import question
+from tests.models.vl.vlm.texts.text_rows import question
 
 
 def many(folder: Path, count: int) -> SourceConfig:

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from dora_mm.eval.images.encoder import concatenate, to_input
-from dora_mm.models.towers.efficientnet import load_efficientnet_lite0
+from dora_mm.models.vl.towers.efficientnet import load_efficientnet_lite0
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from dora_mm.eval.comparison import Variant, contrasts, table_rows, variants
 from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.images.prompts import with_article
 from dora_mm.eval.images.scores import Scores
-from dora_mm.models.image_families import load_image_model
+from dora_mm.models.images.families import load_image_model
 from dora_mm.recipes import PIPELINES
 from dora_mm.sampling.gallery.data import GalleryPicture, befores
 from dora_mm.sampling.manifest import ManifestEntry, read_manifest
@@ -28,7 +28,7 @@ from dora_mm.train.campaigns.campaign import Campaign
 from dora_mm.train.campaigns.subprocesses import TrainingProcess
 from dora_mm.utils.digest import file_digest, module_digest
 from samples.build.__main__ import main as build
-from tests.models.z_image import tiny as z_image
+from tests.models.images.z_image import tiny as z_image
 
 compare = PIPELINES.load("compare")
 

@@ -16,7 +16,7 @@ from dora_mm import DoRASpec, convert, inject, load_adapter, merge, remove, save
 from dora_mm.cli import main
 from dora_mm.config.models import ModelConfig
 from dora_mm.core import adapter_parameters
-from dora_mm.models.image_families import load_image_model
+from dora_mm.models.images.families import load_image_model
 
 EXACT = ("diffusers", "kohya", "comfy", "comfy-2025", "comfy-15458", "onetrainer", "ai-toolkit", "diff")
 DRAWN = ("original", "kohya", "comfy")

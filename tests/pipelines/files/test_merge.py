@@ -30,12 +30,12 @@ from dora_mm import DoRASpec
 from dora_mm.cli import main
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
-from dora_mm.models.vlm.family import VLM
-from tests.models.vl_bart.small import small_bart, small_tokenizer
-from tests.models.vlm import vocabularies
-from tests.models.vlm.sizes import LAYERS
-from tests.models.vlm.vlm_rows import write_pictures
+from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
+from dora_mm.models.vl.vlm.family import VLM
+from tests.models.vl.vl_bart.small import small_bart, small_tokenizer
+from tests.models.vl.vlm import vocabularies
+from tests.models.vl.vlm.sizes import LAYERS
+from tests.models.vl.vlm.vlm_rows import write_pictures
 
 IDS = torch.tensor([[5, 17, 60, 33, 9, 120]])
 

@@ -18,7 +18,7 @@ from dora_mm import DoRASpec, inject, load_adapter, save_adapter
 from dora_mm.cli import main
 from dora_mm.config.models import ModelConfig
 from dora_mm.core import adapter_parameters
-from dora_mm.models.image_families import load_image_model
+from dora_mm.models.images.families import load_image_model
 from dora_mm.sampling.manifest import read_manifest
 from dora_mm.sampling.png import read_description
 from dora_mm.utils.digest import file_digest

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_mm.cli import main
 from dora_mm.config import load_config
-from dora_mm.models import image_families
+from dora_mm.models.images import families
 from dora_mm.recipes import PIPELINES
 from dora_mm.train.checkpoint import checkpoints
 from dora_mm.train.metrics import read_metrics
@@ -238,7 +238,7 @@ def test_images_are_encoded_outside_autocast(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize("trained", [False, True])
 def test_frozen_text_encoders_are_freed_before_the_denoiser_is_loaded(config, monkeypatch, trained):
     loaded, alive = {}, []
-    load = image_families.load_components
+    load = families.load_components
 
     def watched(kind, path, names, *settings):
         gc.collect()
@@ -248,7 +248,7 @@ def test_frozen_text_encoders_are_freed_before_the_denoiser_is_loaded(config, mo
         loaded.update({name: weakref.ref(parts[name]) for name in names if name.startswith("text_encoder")})
         return parts
 
-    monkeypatch.setattr(image_families, "load_components", watched)
+    monkeypatch.setattr(families, "load_components", watched)
     parts = ["unet.attn", *(["text_encoders.attn"] if trained else [])]
     assert main(["train", str(config(adapter__parts=parts, train__steps=1, sample__prompts=[]))]) == 0
     assert alive == (["text_encoder", "text_encoder_2"] if trained else [])

@@ -20,13 +20,13 @@ from dora_mm.config.models import ModelConfig
 from dora_mm.core.wrappers.float8 import Float8Linear
 from dora_mm.data.images.folder import read_training_images
 from dora_mm.data.images.pixels import load_rgb, render
-from dora_mm.models import image_families
-from dora_mm.models.components import Components
-from dora_mm.models.image_families import load_image_model
-from dora_mm.models.sdxl.family import SDXL
+from dora_mm.models.images import families
+from dora_mm.models.images.components import Components
+from dora_mm.models.images.families import load_image_model
+from dora_mm.models.images.sdxl.family import SDXL
 from dora_mm.sampling.pictures import sample
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
-from tests.models.z_image.tiny import build
+from tests.models.images.z_image.tiny import build
 
 PROMPT = "a TOK icon of a red ball"
 STEPS = 4
@@ -240,7 +240,7 @@ def test_a_dry_run_shows_data_parts_memory_and_time(config, tmp_path, capsys):
     ],
 )
 def test_what_has_no_meaning_for_the_family_is_refused(config, tmp_path, capsys, monkeypatch, changes, message):
-    monkeypatch.setattr(image_families, "load_components", None)  # found before anything is loaded, but the scheduler
+    monkeypatch.setattr(families, "load_components", None)  # found before anything is loaded, but the scheduler
     if changes[0].startswith("loss"):
         monkeypatch.undo()
     assert main(["train", config(), "--set", *changes]) == 2

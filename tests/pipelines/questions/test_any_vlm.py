@@ -17,11 +17,11 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.core.targets import parts_in
 from dora_mm.data.vl.example import Example
-from dora_mm.models.vlm.family import VLM
+from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.tasks.vl import draw_answer
 from tests.data.vl.files import write_json
-from tests.models.vlm import tiny
-from tests.models.vlm.vlm_rows import SHAPES, write_conversations, write_pictures, write_questions
+from tests.models.vl.vlm import tiny
+from tests.models.vl.vlm.vlm_rows import SHAPES, write_conversations, write_pictures, write_questions
 from tests.pipelines.killed import assert_same_weights
 
 FEW = ("llava", "qwen2_5_vl", "idefics3", "mllama", "paligemma", "florence2", "blip_vqa", "git")

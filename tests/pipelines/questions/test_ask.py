@@ -13,13 +13,13 @@ from dora_mm.cli import main
 from dora_mm.config.models import VisionConfig, VLMModelConfig
 from dora_mm.config.vl import DecodeConfig, TrainVLConfig
 from dora_mm.data.vl.example import Example, Turn
-from dora_mm.models.families import load_family
-from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
+from dora_mm.models.vl.families import load_family
+from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from tests.data.vl.chats import messages
 from tests.data.vl.files import write_json
-from tests.models.towers.small import DIM
-from tests.models.vl_bart.small import small_bart, small_tokenizer
-from tests.models.vlm.vlm_rows import write_pictures
+from tests.models.vl.towers.small import DIM
+from tests.models.vl.vl_bart.small import small_bart, small_tokenizer
+from tests.models.vl.vlm.vlm_rows import write_pictures
 from tests.pipelines.files.test_merge import llama
 
 QUESTION = "What colour is the ball?"

@@ -15,13 +15,13 @@ from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.config.comparing import CompareConfig
 from dora_mm.eval.comparison import FULL, Variant
-from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
+from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.train.campaigns import rows as module
 from dora_mm.train.campaigns import subprocesses, trainings
 from dora_mm.train.campaigns.questions import QuestionEvaluation, ValidationSet, shared_images
 from dora_mm.train.campaigns.subprocesses import TrainingProcess
 from dora_mm.train.campaigns.trainings import Training, Trainings
-from tests.models.vl_bart.small import DIM, small_bart, small_tokenizer
+from tests.models.vl.vl_bart.small import DIM, small_bart, small_tokenizer
 
 SAMPLES = Path(__file__).parents[3] / "samples" / "vl"
 QUESTIONS = SAMPLES / "vqa" / "v2_OpenEnded_mscoco_val2014_questions.json"

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from dora_mm.cli import main
-from dora_mm.models.vlm.answers import VLMAnswers
-from tests.models.vlm.vlm_rows import write_pictures
+from dora_mm.models.vl.vlm.answers import VLMAnswers
+from tests.models.vl.vlm.vlm_rows import write_pictures
 
 
 @pytest.fixture

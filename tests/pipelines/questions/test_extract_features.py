@@ -13,9 +13,9 @@ from dora_mm.config import load_config
 from dora_mm.config.models import VisionConfig
 from dora_mm.data.features.sources import open_features
 from dora_mm.data.images.pixels import load_rgb
-from dora_mm.models.towers.tower import VisionTower, load_tower
+from dora_mm.models.vl.towers.tower import VisionTower, load_tower
 from dora_mm.recipes import PIPELINES
-from tests.models.towers.small import DIM
+from tests.models.vl.towers.small import DIM
 
 extract_features = PIPELINES.load("extract_features")
 

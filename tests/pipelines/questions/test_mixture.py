@@ -11,7 +11,7 @@ import yaml
 from dora_mm.cli import main
 from tests.data.vl.chats import items, messages, said
 from tests.data.vl.files import write_json
-from tests.models.vlm.vlm_rows import write_pictures
+from tests.models.vl.vlm.vlm_rows import write_pictures
 from tests.pipelines.killed import assert_same_weights, kill_after
 
 STEPS = 12

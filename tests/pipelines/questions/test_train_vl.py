@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from dora_mm import load_adapter
 from dora_mm.cli import main
 from dora_mm.config.models import VLBartModelConfig
-from dora_mm.models.vl_bart.loading import from_bart, load_vl_bart, save_vl_bart
+from dora_mm.models.vl.vl_bart.loading import from_bart, load_vl_bart, save_vl_bart
 from dora_mm.recipes import PIPELINES
 from dora_mm.train.metrics import read_metrics
-from tests.models.towers.small import DIM
-from tests.models.vl_bart.small import small_bart, small_tokenizer
+from tests.models.vl.towers.small import DIM
+from tests.models.vl.vl_bart.small import small_bart, small_tokenizer
 from tests.pipelines.killed import assert_same_weights, kill_after
 
 ROOT = Path(__file__).parents[3]

@@ -9,9 +9,9 @@ import yaml
 
 from dora_mm.cli import main
 from dora_mm.config import load_config
-from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
+from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from tests.data.vl.files import write_lines
-from tests.models.vl_bart.small import DIM, small_bart, small_tokenizer
+from tests.models.vl.vl_bart.small import DIM, small_bart, small_tokenizer
 
 CLIPS = ("clip0", "clip1", "clip2")
 

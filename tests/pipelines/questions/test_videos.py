@@ -9,7 +9,7 @@ import yaml
 from dora_mm.cli import main
 from tests.data.images.videos import write_video
 from tests.data.vl.chats import messages
-from tests.models.vlm.vlm_rows import write_pictures
+from tests.models.vl.vlm.vlm_rows import write_pictures
 from tests.pipelines.killed import assert_same_weights
 
 

@@ -14,11 +14,11 @@ from dora_mm.cli import main
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.tables import open_table
-from dora_mm.models.vl import likeliest_answer
-from dora_mm.models.vlm.family import VLM
+from dora_mm.models.vl.vl_model import likeliest_answer
+from dora_mm.models.vl.vlm.family import VLM
 from tests.data.vl.files import write_json
-from tests.models.vlm import tiny
-from tests.models.vlm.vlm_rows import write_conversations, write_pictures, write_questions
+from tests.models.vl.vlm import tiny
+from tests.models.vl.vlm.vlm_rows import write_conversations, write_pictures, write_questions
 
 
 @pytest.fixture(scope="module")

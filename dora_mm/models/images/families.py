@@ -1,0 +1,187 @@
+"""The families of image models, and which one a folder, a file or a hub repository is of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dora_mm import targets
+from dora_mm.config.models import ModelConfig
+from dora_mm.config.paths import resolve_model
+from dora_mm.models.images.components import (
+    INDEX,
+    Components,
+    load_components,
+    load_single_file,
+    load_vae,
+    missing_in,
+    pipeline_class_of,
+    read_config,
+    tensor_names,
+)
+from dora_mm.models.images.image_model import ImageModel
+from dora_mm.models.images.memory import store_in_float8
+from dora_mm.models.images.schedulers import changes_for
+from dora_mm.models.images.sdxl.family import SDXL
+from dora_mm.models.images.z_image import ZImage
+from dora_mm.models.opening import check_revision, loaded_files, local_copy
+from dora_mm.utils.digest import files_digest
+
+FAMILIES: tuple[type[ImageModel], ...] = (SDXL, ZImage)
+
+
+def family_of(path: str, revision: str | None = None) -> type[ImageModel]:
+    """The family of a model, by its index or by the names of the tensors in a single checkpoint.
+
+    Args:
+        path: A folder, a `.safetensors` file or a hub name.
+        revision: A commit, branch or tag of a hub model; None: its main branch.
+
+    Raises:
+        ValueError: There is no model, or it is of no family here.
+    """
+    if Path(path).is_file():
+        if found := family_of_file(Path(path)):
+            return found
+        files = " and ".join(family.title for family in FAMILIES if family.single_file)
+        raise ValueError(
+            f"model.path: {path} cannot be loaded: it is no checkpoint of {files}, of which single files are read."
+        )
+    name = pipeline_class_of(path, revision)
+    for family in FAMILIES:
+        if family.pipeline_name == name:
+            return family
+    known = ", ".join(f"{family.title} ({family.pipeline_name})" for family in FAMILIES)
+    raise ValueError(f"model.path: {path} is a {name}, which is no family of image models here; there are {known}.")
+
+
+def family_of_file(file: Path) -> type[ImageModel] | None:
+    """The family of a single checkpoint, by the names of its tensors; None: it is of none.
+
+    Raises:
+        ValueError: It is not a file of safetensors.
+    """
+    names = tensor_names(file)
+    for family in FAMILIES:
+        starts = family.single_file
+        if starts and all(any(name.startswith(start) for name in names) for start in starts):
+            return family
+    return None
+
+
+def load_image_model(config: ModelConfig) -> ImageModel:
+    """Opens the model that a config's `model` section names: frozen, in the configured dtype, on the CPU.
+
+    Its components are loaded when they are asked for; asking for one whose weights are missing or damaged is an error.
+
+    Raises:
+        ValueError: The model or its VAE does not exist, lacks a component, is of no family here or does not fit the
+            section; the message names the key.
+    """
+    path, dtype = resolve_model(config.path), getattr(torch, config.dtype)
+    check_revision(path, config.revision)
+    family = family_of(path, config.revision)
+    for other in FAMILIES:
+        if other is not family and getattr(config, other.section) is not None:
+            raise ValueError(f"model.{other.section}: {path} is {family.title}, not {other.title}: leave it out.")
+    names = [name for phase in family.phases for name in phase]
+    if Path(path).is_dir() and (missing := missing_in(Path(path), names)):
+        raise ValueError(f"model.path: {path} is incomplete: it lacks {', '.join(missing)}.")
+    changes = scheduler_changes(family, path, config.prediction)
+
+    def load(wanted: Sequence[str]) -> dict[str, Any]:
+        pipeline = family.pipeline_class()
+        if Path(path).is_file():
+            found = load_single_file(pipeline, path, dtype, family.single_file_configs, family.single_file_parts())
+        else:
+            found = load_components(pipeline, path, wanted, names, dtype, config.revision)
+        if changes and "scheduler" in found:
+            own = found["scheduler"]
+            found["scheduler"] = type(own).from_config(own.config, **changes)
+        if config.quantization and family.denoiser in found:
+            store_in_float8(found[family.denoiser], targets.find(family.maps[family.denoiser]))
+        return found
+
+    configs = str(family.single_file_configs) if Path(path).is_file() else path
+    components = Components(load, family.phases, partial(read_config, configs, revision=config.revision))
+    model = family(components, getattr(config, family.section))
+    if config.vae:
+        components["vae"] = load_vae(family.vae_class(), resolve_model(config.vae, "model.vae"), dtype)
+    model.check(config)
+    return model
+
+
+def scheduler_changes(family: type[ImageModel], path: str, prediction: str) -> dict[str, Any]:
+    """The settings of a model's scheduler to change, for what it predicts: see `changes_for`.
+
+    Raises:
+        ValueError: A single checkpoint is of a kind that its family does not know.
+    """
+    try:
+        marked = family.scheduler_settings(tensor_names(Path(path))) if Path(path).is_file() else {}
+        return changes_for(prediction, marked)
+    except ValueError as error:
+        raise ValueError(f"model.path: {path} cannot be used: {error}.") from None
+
+
+def about_prediction(config: ModelConfig) -> str:
+    """A line with what an image model predicts, and what says so."""
+    path = resolve_model(config.path)
+    family, single = family_of(path, config.revision), Path(path).is_file()
+    changes = scheduler_changes(family, path, config.prediction)
+    own = read_config(str(family.single_file_configs) if single else path, "scheduler", config.revision)
+    found = {**own, **changes}
+    line = f"{family.title} that predicts {found.get('prediction_type', 'a velocity')}"
+    if found.get("rescale_betas_zero_snr"):
+        line += ", whose last noise level has no signal (zero terminal SNR)"
+    if not changes:
+        return line
+    return f"{line}, as {'its marker tensors say' if config.prediction == 'auto' else 'model.prediction says'}"
+
+
+def identity_of(config: ModelConfig) -> dict[str, str]:
+    """Digests of the files that a model is loaded from, by a description of each; the model has been loaded already.
+
+    Args:
+        config: The `model` section of a config.
+    """
+    path = local_copy(resolve_model(config.path), config.revision)
+    assert path is not None
+    files: dict[str, list[Path]] = {"model": [path]}
+    if path.is_dir():
+        folders = {name: path / name for phase in family_of(str(path)).phases for name in phase}
+        files = {f"model's {name}": loaded_files(folder) for name, folder in folders.items()}
+        files["model's index"] = [path / INDEX]
+    if config.vae:
+        vae = local_copy(resolve_model(config.vae, "model.vae"))
+        assert vae is not None
+        files["model's vae"] = loaded_files(vae)
+    return {f"the {name}": files_digest(found) for name, found in files.items()}
+
+
+def load_if_local(config: ModelConfig) -> ImageModel | None:
+    """As `load_image_model`; None if a component of the model would have to be downloaded.
+
+    Raises:
+        ValueError: A local model does not exist, is incomplete or of no family here; the message names the key.
+    """
+    given = resolve_model(config.path)
+    found = {"path": local_copy(given, config.revision)}
+    if config.vae:
+        found["vae"] = local_copy(resolve_model(config.vae, "model.vae"))
+    if None in found.values() or (not Path(given).exists() and not is_complete(str(found["path"]))):
+        return None
+    revision = config.revision if Path(given).exists() else None  # the copy is of this revision
+    changes = {"revision": revision, **{key: str(path) for key, path in found.items()}}
+    return load_image_model(config.model_copy(update=changes))
+
+
+def is_complete(copy: str) -> bool:
+    """Whether a hub model's copy on this machine has all components: parts of it may have been downloaded alone."""
+    if not (Path(copy) / INDEX).is_file():
+        return False
+    return not missing_in(Path(copy), [name for phase in family_of(copy).phases for name in phase])

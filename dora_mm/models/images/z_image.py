@@ -1,0 +1,115 @@
+"""Z-Image: a single-stream transformer, Qwen3 as its text encoder, and Flux.1's VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from diffusers.utils.torch_utils import get_module_execution_device
+from torch import Tensor
+
+from dora_mm.config.models import ModelConfig, ZImageConfig
+from dora_mm.data.images.buckets import Framing
+from dora_mm.data.images.latents import Latents
+from dora_mm.data.syntax import Wording
+from dora_mm.models.images.image_model import ImageModel, Prompt
+from dora_mm.models.images.noise import Flow
+
+GROUP = 32  # tokens: the transformer fills prompts and pictures up to multiples of it
+
+
+class ZImage(ImageModel):
+    """Z-Image (Tongyi-MAI, 2025), the base model: the distilled one, Turbo, loses its few steps when it is trained."""
+
+    title, section, settings_class, pipeline_name = "Z-Image", "z_image", ZImageConfig, "ZImagePipeline"
+    phases = (("vae", "text_encoder", "tokenizer", "scheduler"), ("transformer",))
+    denoiser = "transformer"
+    maps: ClassVar = {"transformer": "z-image"}
+    cell = 16  # 8 pixels per latent, two latents per token
+    dtypes = ("float32", "bfloat16")
+
+    def check(self, config: ModelConfig) -> None:
+        super().check(config)
+        places = self.components.config("transformer")["axes_lens"][0]  # of prompt and picture, one after the other
+        most = (places - 2) // GROUP * GROUP
+        if self.settings.max_tokens > most:
+            raise ValueError(f"model.z_image.max_tokens must be at most {most} for {config.path}.")
+
+    @property
+    def resolution(self) -> int:
+        return self.components.config("vae")["sample_size"]
+
+    @property
+    def vae_identity(self) -> str:
+        return f"{super().vae_identity} mode"  # another family may cache the variance, too
+
+    @cached_property
+    def noise(self) -> Flow:
+        return Flow(self.scheduler, patch=2)
+
+    def prompt_length(self, prompt: Wording) -> int:
+        """In groups of tokens."""
+        assert isinstance(prompt, str)  # it does not `weigh_words`
+        return -(-min(self.num_tokens(prompt), self.most_tokens) // GROUP)
+
+    def num_tokens(self, prompt: str) -> int:
+        turn = [{"role": "user", "content": prompt}]
+        ids = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, enable_thinking=True)
+        return len(ids["input_ids"])
+
+    @property
+    def most_tokens(self) -> int:
+        return self.settings.max_tokens
+
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Prompt]:
+        """One by one, so that none depends on the others in the last bits."""
+        encoders: dict[str, Any] = {"text_encoder": self.text_encoder, "tokenizer": self.tokenizer}
+        pipe = self.pipeline_class()(scheduler=None, vae=None, transformer=None, **encoders)
+        settings: dict[str, Any] = {
+            "max_sequence_length": self.settings.max_tokens,
+            "device": get_module_execution_device(self.text_encoder),
+        }
+        each = (pipe.encode_prompt(p, do_classifier_free_guidance=False, **settings)[0] for p in prompts)
+        return [{"text": rows[0]} for rows in each]
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Latents:
+        """The mode of the posterior, with which the model was trained."""
+        vae = self.vae
+        with torch.autocast(vae.device.type, enabled=False):
+            found = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        return Latents(found.mode().float(), None)
+
+    def normalized(self, latents: Tensor) -> Tensor:
+        return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def predict(self, noised: Tensor, time: Tensor, prompts: Sequence[Prompt], framings: Sequence[Framing]) -> Tensor:
+        network = self.transformer
+        rows = list(noised.to(network.dtype).unsqueeze(2).unbind())
+        found = network(rows, 1 - time, [prompt["text"] for prompt in prompts], return_dict=False)[0]
+        return -torch.stack(list(found)).squeeze(2)  # it predicts x - e
+
+    @torch.no_grad()
+    def encode_for_drawing(self, prompt: Wording, negative_prompt: Wording | None) -> Prompt:
+        assert isinstance(prompt, str)
+        assert not isinstance(negative_prompt, tuple)
+        text, negative = self.encode_prompts([prompt, negative_prompt or ""])
+        return {"text": text["text"], "negative": negative["text"]}
+
+    def pipeline_inputs(
+        self, encoded: Sequence[Prompt], *, steps: int, guidance: float, width: int, height: int
+    ) -> dict[str, Any]:
+        size = height // self.downscale, width // self.downscale
+        return {
+            "prompt_embeds": [each["text"] for each in encoded],
+            "negative_prompt_embeds": [each["negative"] for each in encoded],
+            "guidance_scale": guidance - 1,  # the pipeline adds the difference to the prediction with the prompt
+            "sigmas": self.noise.schedule(steps, size),
+            "width": width,
+            "height": height,
+        }
+
+    def make_pipeline(self, components: dict[str, Any]) -> Any:
+        return super().make_pipeline({**components, "scheduler": self.noise.sampler()})

@@ -1,0 +1,159 @@
+"""The answers of transformers' vision-language models: generated, or the likeliest of several."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property, partial
+from string import ascii_uppercase
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from dora_mm.config.vl import DecodeConfig
+from dora_mm.config.vl_tasks import TASKS
+from dora_mm.data.vl.example import Answer, Example, Turn
+from dora_mm.data.vl.rows import RowTooLongError
+from dora_mm.models.vl.vlm.chat import THOUGHT, render
+from dora_mm.models.vl.vlm.network import VLMNetwork
+from dora_mm.models.vl.vlm.rows import ExampleEncoder
+
+log = logging.getLogger(__name__)
+THOUGHT_END = "</think>"
+SHORTEST = (Turn("user", "?", False), Turn("assistant", "!", True))
+
+
+class VLMAnswers:
+    """Answers the examples of tasks.
+
+    Args:
+        encoder: Makes their rows.
+        network: Computes the answers.
+    """
+
+    def __init__(self, encoder: ExampleEncoder, network: VLMNetwork):
+        self.encoder, self.network = encoder, network
+
+    def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
+        """See `VLModel.answerer`."""
+        record = TASKS[task]
+        if config.answers == "trie" and (config.takes_candidates(task) or record.names is not None):
+            raise ValueError("answers: trie needs model.family vl_bart: use generate or rank")
+        if config.answers == "rank" and record.names is not None:
+            return partial(self.rank, task, (), config.batch_size)
+        if record.chosen_from is not None:
+            return partial(self.rank, task, record.chosen_from, config.batch_size)
+        if config.takes_candidates(task):
+            if not candidates:
+                raise ValueError(f"answers: {config.answers} needs candidate answers of {task}: set the task's train")
+            return partial(self.rank, task, sorted(set(candidates)), config.batch_size)
+        beams = config.beams if record.takes_beams else 1
+        settings = self.settings(config.max_new_tokens or record.max_answer + self._num_opening, beams)
+        return partial(self.generate, task, settings)
+
+    def settings(self, max_new_tokens: int, beams: int) -> GenerationConfig:
+        """The model's own settings of generation, with these lengths and beams."""
+        settings = GenerationConfig(**self.network.model.generation_config.to_diff_dict())
+        tokenizer = self.encoder.processor.tokenizer
+        known = {tokenizer.eos_token_id, *np.atleast_1d(settings.eos_token_id or []).tolist(), *self._turn_end}
+        settings.eos_token_id = sorted(known - {None})
+        settings.pad_token_id = settings.pad_token_id or tokenizer.pad_token_id or settings.eos_token_id[0]
+        settings.update(max_new_tokens=max_new_tokens, num_beams=beams, do_sample=False, early_stopping=beams > 1)
+        return settings
+
+    @cached_property
+    def _turn_end(self) -> list[int]:
+        """The token that ends a turn of the model in its chat template."""
+        tokenizer = self.encoder.processor.tokenizer
+        if self.encoder.plain is not None:
+            return [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
+        text, [(start, end)], _ = render(self.encoder.processor, SHORTEST)
+        return tokenizer(text[start:end], add_special_tokens=False)["input_ids"][-1:]
+
+    @cached_property
+    def _num_opening(self) -> int:
+        """The tokens that a model writes before a short answer: those that end an empty thought, in some templates."""
+        tokenizer = self.encoder.processor.tokenizer
+        if self.encoder.plain is not None:
+            return 0
+        text, [(start, end)], _ = render(self.encoder.processor, SHORTEST)
+        opening = text[start:end].partition(SHORTEST[1].text)[0]
+        return len(tokenizer(opening, add_special_tokens=False)["input_ids"]) if THOUGHT.search(opening) else 0
+
+    @torch.no_grad()
+    def generate(
+        self, task: str, settings: GenerationConfig, examples: Sequence[Example], images: str | None
+    ) -> list[str]:
+        """The generated answer of each example.
+
+        Raises:
+            RowTooLongError: The images of one are beyond the model's positions.
+        """
+        encoder = self.encoder
+        rows = [encoder.row(task, example, images, None) for example in examples]
+        for example, row in zip(examples, rows, strict=True):
+            if row.num_image_cut:
+                raise self._too_long(task, example, "its images are")
+        if num_cut := sum(row.num_cut > 0 for row in rows):
+            log.warning("%d questions of %s were cut to the model's %d positions", num_cut, task, encoder.max_length)
+        answers = [""] * len(rows)
+        for group in encoder.groups(rows):
+            inputs, _ = encoder.collate([rows[i] for i in group], left=encoder.form.continues)
+            ids = self.network.generate(inputs, settings)
+            texts = encoder.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            for index, text in zip(group, texts, strict=True):
+                answers[index] = _without_thought(text, examples[index].answers).strip()
+        return answers
+
+    @torch.no_grad()
+    def rank(
+        self,
+        task: str,
+        known: Sequence[str],
+        batch_size: int,
+        examples: Sequence[Example],
+        images: str | None,
+    ) -> list[str]:
+        """The likeliest candidate of each example: of those known, or of the names of its options."""
+        answers = []
+        for example in examples:
+            candidates = known or option_names(task, example)
+            parts = [candidates[start : start + batch_size] for start in range(0, len(candidates), batch_size)]
+            losses = torch.cat([self._losses(task, example, images, part) for part in parts])
+            answers.append(candidates[int(losses.argmin())])
+        return answers
+
+    def _losses(self, task: str, example: Example, images: str | None, candidates: Sequence[str]) -> Tensor:
+        """The loss of each candidate as the answer of an example: (C,), summed over its tokens.
+
+        Raises:
+            RowTooLongError: With one of them, the row is longer than the model's positions.
+        """
+        rows = self.encoder.rows(task, example, images, candidates)
+        if any(row.num_cut for row in rows):
+            raise self._too_long(task, example, "with its answers it is")
+        losses = torch.empty(len(rows), device=self.network.device)
+        for group in self.encoder.groups(rows):
+            losses[group] = self.network.row_losses(*self.encoder.collate([rows[i] for i in group]))[0]
+        return losses
+
+    def _too_long(self, task: str, example: Example, what: str) -> RowTooLongError:
+        limit = f"longer than the model's {self.encoder.max_length} positions"
+        return RowTooLongError(f"row {example.id} of {task}: {what} {limit}: leave it out, or make its images smaller")
+
+
+def option_names(task: str, example: Example) -> Sequence[str]:
+    """The answers that name the options of an example: sentences, or else letters."""
+    names = TASKS[task].names
+    if names is None:
+        return ascii_uppercase[: len(example.options)]
+    return [names.replace("{option}", option) for option in example.options]
+
+
+def _without_thought(text: str, references: Sequence[str]) -> str:
+    """An answer without the thought before it, unless the references have some."""
+    if any(THOUGHT_END in reference for reference in references):
+        return text
+    return text.rpartition(THOUGHT_END)[2]

@@ -1,0 +1,247 @@
+"""The vision-language and language models of transformers: what trainings and comparisons ask of a family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dora_mm.config.models import VLMModelConfig
+from dora_mm.config.paths import resolve_model
+from dora_mm.config.vl import DecodeConfig
+from dora_mm.config.vl_tasks import TASKS
+from dora_mm.core import TargetMap
+from dora_mm.data.images.frames import is_video
+from dora_mm.data.vl.example import Answer, Example
+from dora_mm.data.vl.row_view import RowView
+from dora_mm.data.vl.rows import OnBadData
+from dora_mm.data.vl.tables import ExampleTable
+from dora_mm.models.folders import identity_of, model_class, read_config
+from dora_mm.models.opening import check_revision, commit_of
+from dora_mm.models.vl.vl_model import RowCounts, RowLengths, Target
+from dora_mm.models.vl.vlm.answers import VLMAnswers
+from dora_mm.models.vl.vlm.encoding import TokenRow
+from dora_mm.models.vl.vlm.forms import form_of
+from dora_mm.models.vl.vlm.loading import load_processor
+from dora_mm.models.vl.vlm.network import VLMNetwork
+from dora_mm.models.vl.vlm.prompts import PLAIN, TEXTS
+from dora_mm.models.vl.vlm.rows import ExampleEncoder
+from dora_mm.models.vl.vlm.videos import FPS, MAX_FRAMES
+from dora_mm.models.vl.vlm.view import row_lengths, row_view
+from dora_mm.targets import map_of
+from dora_mm.utils.losses import LossSum
+
+LONGEST = 1 << 20  # tokens per row of a model whose config has no limit
+
+
+@dataclass(frozen=True)
+class VLMBatch:
+    """Rows of one task.
+
+    Attributes:
+        task: Name of the task.
+        groups: The rows in groups that are computed together, each as (inputs, labels (B, T), row weights (B,)).
+        num_cut: How many of the rows lost text or whole exchanges to `model.max_length`.
+        left_out: A sentence on each row that could not be encoded, and is missing here.
+    """
+
+    task: str
+    groups: tuple[tuple[Mapping[str, Tensor], Tensor, Tensor], ...]
+    num_cut: int = 0
+    left_out: tuple[str, ...] = ()
+
+
+class VLM:
+    """A vision-language model of transformers with its processor, or a decoder language model; implements `VLModel`.
+
+    Args:
+        config: The `model` section.
+        device: Where its weights are read to.
+
+    Attributes:
+        rows: Makes the rows of a training, which have at most `model.max_length` tokens.
+        questions: Makes rows to answer, which are only as short as the model's positions: without its end a question
+            asks for something else.
+        network: Computes with the weights.
+        plain: What a model without a chat template can read; None for those that have one.
+        commit: The commit of a hub model; None for a local one.
+        counts: See `VLModel.counts`.
+
+    Raises:
+        ValueError: The model or its processor cannot be loaded; a folder is given with a revision; or its class has
+            neither a chat template nor a plain prompt that is known here.
+    """
+
+    prepares_batches = True
+    question_task = "chat"
+
+    def __init__(self, config: VLMModelConfig, device: torch.device | str = "cpu"):
+        self.path = resolve_model(config.path)
+        check_revision(self.path, config.revision)
+        self.model_config: Any = read_config(self.path, config.revision)
+        self.commit = commit_of(self.path, config.revision)
+        self.config = config.model_copy(update={"revision": self.commit})  # all is read of one commit
+        self.name = model_class(self.model_config, self.path).__name__  # for messages
+        processor: Any = load_processor(self.config, self.model_config)
+        self.reads_images = processor.image_processor is not None
+        plain = PLAIN.get(self.model_config.model_type) if self.reads_images else TEXTS
+        self.plain = None if processor.chat_template else plain
+        if self.plain is None and not processor.chat_template:
+            raise ValueError(
+                f"model.path: {self.path}, a {self.name}, has no chat template, and is none of {list(PLAIN)}"
+            )
+        form, model_type = form_of(self.name, self.model_config), self.model_config.model_type
+        positions = getattr(self.model_config.get_text_config(), "max_position_embeddings", None) or LONGEST
+        limit = min(config.max_length or positions, positions)
+        key = "model.max_length" if limit == config.max_length else "the model's positions"
+        reads = (processor, model_type, form, self.plain, config.prompts)
+        frames = (config.fps or FPS, config.max_frames or MAX_FRAMES)
+        if (learns_prompts := config.loss_over == "prompts and answers") and not form.continues:
+            raise ValueError(f"model.loss_over: {self.name} reads its prompts, but does not write them: leave it out")
+        self.rows = ExampleEncoder(*reads, limit, key, *frames, learns_prompts=learns_prompts)
+        self.questions = ExampleEncoder(*reads, positions, "the model's positions", *frames)
+        self.network = VLMNetwork(self.config, form, torch.device(device))
+        self.counts = RowCounts()
+
+    @property
+    def model(self) -> Any:
+        """The model of transformers, which is loaded on first use."""
+        return self.network.model
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {"model": self.model}
+
+    @property
+    def target_maps(self) -> dict[str, TargetMap]:
+        return {"model": map_of(self.model)}
+
+    @property
+    def reads_several(self) -> bool:
+        return self.plain is None or self.plain.images is None
+
+    @property
+    def pipeline_tag(self) -> str:
+        return "image-text-to-text" if self.reads_images else "text-generation"
+
+    @property
+    def converses(self) -> bool:
+        return self.plain is None
+
+    @property
+    def why_not_in_step(self) -> str | None:
+        if self.rows.num_groups_differ:
+            return f"{self.name} computes the rows of a batch in groups, as many as they differ"
+        return None
+
+    def check_in_step(self, task: str, table: ExampleTable, images: str | None) -> None:
+        filmed = np.flatnonzero(table.have(is_video))
+        if not len(filmed):
+            return
+        example = table[int(filmed[0])]
+        if self.rows.videos_differ(self.rows.row(task, example, images, None)):
+            raise ValueError(
+                f"train.shard: {self.name} computes rows with videos in groups, as many as their lengths differ, and "
+                f"the processes have to gather a block at the same time: leave it out, or the rows with videos (one is "
+                f"{example.id} of {task})"
+            )
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> dict[str, str]:
+        return identity_of(self.path, self.commit)
+
+    def fresh(self, seed: int) -> VLM:
+        return VLM(self.config, self.network.loads_to)
+
+    def check(self, tasks: Iterable[str]) -> None:
+        for task in tasks:
+            record = TASKS[task]
+            if record.prompt is None:
+                raise ValueError(f"data: the task {task} needs model.family vl_bart, not a model of transformers")
+            if record.images and not self.reads_images:
+                raise ValueError(f"data: {self.name} reads no images, and the rows of {task} have them")
+            if record.kind == "conversations" and self.plain is None and task in self.config.prompts:
+                raise ValueError(f"model.prompts: {task} has no effect, since conversations are read as they are")
+            if record.images == 2 and self.plain and self.plain.images == 1:
+                raise ValueError(f"data: {self.name} reads one image per row, and {task} has two")
+
+    def check_rows(self, table: ExampleTable) -> ExampleTable:
+        if not self.reads_images:
+            table = table.without(table.lengths("images") > 0, f"has an image, and {self.name} reads none")
+        elif "video" not in self.rows.encoder.kinds:
+            table = table.without(table.have(is_video), f"has a video, and {self.name} reads none")
+        if self.plain is None:
+            return table
+        if self.reads_images:
+            table = table.without(table.lengths("images") == 0, f"has no image, and {self.name} needs one")
+        if self.plain.images == 1:
+            table = table.without(table.lengths("images") > 1, f"has several images, and {self.name} reads one")
+        reason = f"has several turns before its answer, and {self.name} reads one: it has no chat template"
+        return table.without(table.lengths("turns") - table.lengths("answers") > 1, reason)
+
+    def batch(
+        self,
+        task: str,
+        examples: Sequence[Example],
+        images: str | None,
+        targets: Sequence[Target],
+        *,
+        on_bad_data: OnBadData = "stop",
+    ) -> VLMBatch:
+        rows, weights, left_out = [], [], []
+        for example, (answer, weight) in zip(examples, targets, strict=True):
+            try:
+                row = self.rows.row(task, example, images, answer)
+                if row.loses_answer:
+                    left_out.append(f"row {example.id} of {task}: {self._why_left_out(row)}")
+                    continue
+                rows.append(row)
+                weights.append(weight)
+            except ValueError as error:
+                if on_bad_data == "stop":
+                    raise ValueError(f"{error}; data.on_bad_data: skip leaves such rows out") from error
+                left_out.append(str(error))
+        groups = [
+            (*self.rows.collate([rows[i] for i in group]), torch.tensor([weights[i] for i in group]))
+            for group in self.rows.groups(rows)
+        ]
+        return VLMBatch(task, tuple(groups), sum(row.num_cut > 0 for row in rows), tuple(left_out))
+
+    def _why_left_out(self, row: TokenRow) -> str:
+        whole = row.num_image_tokens + row.num_image_cut
+        images = f"; {whole} of its {row.length + row.num_cut} are images" if whole else ""
+        return f"its whole answer is beyond {self.rows.max_length} tokens ({self.rows.limit_from}){images}"
+
+    def loss(self, batch: VLMBatch, generator: torch.Generator) -> LossSum:
+        if torch.is_grad_enabled():  # a validation does not count
+            self.counts.add(batch.num_cut, batch.left_out)
+        count = torch.zeros((), device=self.network.device)
+        total = count if batch.groups else self.network.zero_loss()
+        for inputs, labels, weights in batch.groups:
+            sums, counts = self.network.row_losses(inputs, labels)
+            weights = weights.to(self.network.device)
+            if TASKS[batch.task].row_mean:
+                total = total + (sums / counts.clamp(min=1) * weights).sum()
+                count = count + len(weights)
+            else:
+                total = total + (sums * (weights > 0)).sum()
+                count = count + (counts * (weights > 0)).sum()
+        return LossSum(total, count)
+
+    def lengths(self, task: str, table: ExampleTable, rows: Iterable[int], images: str | None) -> RowLengths:
+        return row_lengths(self.rows, task, table, rows, images)
+
+    def row_view(self, task: str, example: Example, images: str | None) -> RowView:
+        return row_view(self.rows, task, example, images)
+
+    def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
+        return VLMAnswers(self.questions, self.network).answerer(task, config, candidates)

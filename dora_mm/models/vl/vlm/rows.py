@@ -1,0 +1,219 @@
+"""Examples as rows of tokens: what a model is asked in each task, with its images and the answer to learn."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from dora_mm.config.vl_tasks import TASKS
+from dora_mm.data.images.frames import Video, is_video, load_video
+from dora_mm.data.images.pixels import load_rgb
+from dora_mm.data.vl.example import IMAGE, VIDEO, Example, Turn, escaped, pieces_of
+from dora_mm.data.vl.image_folder import image_path
+from dora_mm.models.vl.vlm.chat import ChatText, render, render_prompt
+from dora_mm.models.vl.vlm.encoding import RowEncoder, TokenRow, collate
+from dora_mm.models.vl.vlm.forms import Form
+from dora_mm.models.vl.vlm.prompts import ALONE, EITHER, SAME_IMAGES, SAME_LENGTH, PlainPrompts
+
+
+class Exchange(NamedTuple):
+    """An answer and the turns in front of it, up to the answer before, with their images and videos."""
+
+    turns: Sequence[Turn]
+    images: Sequence[Any]
+    videos: Sequence[Video]
+
+
+def exchanges_of(turns: Sequence[Turn], images: Sequence[Any], videos: Sequence[Video]) -> list[Exchange]:
+    """The exchanges of a conversation. A question at its end, which has no answer, is in none."""
+    found, start, num_images, num_videos = [], 0, 0, 0
+    for end, turn in enumerate(turns, 1):
+        if turn.role == "assistant":
+            said = turns[start:end]
+            kinds = [kind for each in said for kind in pieces_of(each.text)[1::2]]
+            first, start = (num_images, num_videos), end
+            num_images, num_videos = num_images + kinds.count("image"), num_videos + kinds.count("video")
+            found.append(Exchange(said, images[first[0] : num_images], videos[first[1] : num_videos]))
+    return found
+
+
+class ExampleEncoder:
+    """Turns examples of tasks into rows, and rows into batches.
+
+    Args:
+        processor: The model's processor.
+        model_type: Its class, as in its config.
+        form: How it computes answers.
+        plain: What it reads without a chat template; None: its processor has one.
+        prompts: Prompts that replace those of tasks.
+        max_length: The number of tokens that a row may have.
+        limit_from: What sets that number: a key of the config, or the model.
+        fps: Frames that are read of a second of a video.
+        max_frames: The most that are read of a video.
+        learns_prompts: All text of a row has loss, and not only its answers.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        model_type: str,
+        form: Form,
+        plain: PlainPrompts | None,
+        prompts: Mapping[Any, str],
+        max_length: int,
+        limit_from: str,
+        fps: float,
+        max_frames: int,
+        *,
+        learns_prompts: bool = False,
+    ):
+        self.processor, self.model_type, self.form, self.plain = processor, model_type, form, plain
+        self.prompts, self.max_length, self.limit_from = prompts, max_length, limit_from
+        self.encoder = RowEncoder(processor, max_length, limit_from, learns_prompts=learns_prompts)
+        self.fps, self.max_frames = fps, max_frames
+
+    # --- rows --------------------------------------------------------------------------------------------------------
+
+    def row(self, task: str, example: Example, folder: str | None, answer: str | None) -> TokenRow:
+        """One example as the model reads it.
+
+        Args:
+            task: Name of the task.
+            example: The example.
+            folder: The folder of its images.
+            answer: The answer with loss; None: only what the model reads before it answers.
+
+        Raises:
+            ValueError: An image cannot be read, or the row cannot be encoded; the message names the row.
+        """
+        return self.rows(task, example, folder, [answer])[0]
+
+    def rows(self, task: str, example: Example, folder: str | None, answers: Sequence[str | None]) -> list[TokenRow]:
+        """One example with each of several answers; see `row`."""
+        try:
+            visuals = self._visuals(example, folder)
+            return [self._row(task, example, visuals, answer) for answer in answers]
+        except ValueError as error:
+            raise ValueError(f"row {example.id} of {task}: {error}") from error
+
+    def _visuals(self, example: Example, folder: str | None) -> tuple[list[Any], list[Video]]:
+        """The images and the videos of an example."""
+        if example.images and not self.encoder.kinds:
+            raise ValueError("it has an image, and the model reads none")
+        paths = [image_path(folder, name) for name in example.images]
+        filmed = [path for path in paths if is_video(path)]
+        if filmed and "video" not in self.encoder.kinds:
+            raise ValueError("it has a video, and the model reads none")
+        if filmed and len(filmed) < len(paths) and self.model_type in EITHER:
+            raise ValueError("it has images and videos, of which the model reads either")
+        images = [load_rgb(path, "white") for path in paths if not is_video(path)]
+        return images, [load_video(path, self.fps, self.max_frames) for path in filmed]
+
+    def _row(self, task: str, example: Example, visuals: tuple[list[Any], list[Video]], answer: str | None) -> TokenRow:
+        if self.plain is not None:
+            return self._plain_row(self.plain, self.prompt(task, example.text), visuals[0], answer)
+        turns = self.turns(task, example, answer)
+        for text in (piece for turn in turns for piece in pieces_of(turn.text)[::2]):
+            self.encoder.check_text(text)
+        if answer is None:
+            return self.encoder.question(render_prompt(self.processor, turns), *visuals)
+        return self._conversation(exchanges_of(turns, *visuals))
+
+    def _conversation(self, exchanges: Sequence[Exchange]) -> TokenRow:
+        """A conversation as a row. One with images that is too long loses its last exchanges until the rest has room.
+
+        One exchange that has none by itself is cut at its end, as texts are: it loses a part of its answer.
+        """
+        row = whole = self._rendered(exchanges)
+        kept = exchanges
+        while row.num_exchanges < len(kept) > 1 and any(each.images or each.videos for each in exchanges):
+            kept = exchanges[: max(1, row.num_exchanges)]
+            row = self._rendered(kept)
+        if kept is exchanges:
+            return whole
+        return replace(
+            row,
+            num_cut=whole.length + whole.num_cut - row.length,
+            num_image_cut=whole.num_image_tokens + whole.num_image_cut - row.num_image_tokens,
+            num_exchanges_cut=len(exchanges) - len(kept),
+            loses_answer=row.loses_answer or not any(each.turns[-1].loss for each in kept),
+        )
+
+    def _rendered(self, exchanges: Sequence[Exchange]) -> TokenRow:
+        turns, images, videos = (list(chain.from_iterable(parts)) for parts in zip(*exchanges, strict=True))
+        return self.encoder.conversation(render(self.processor, turns), images, videos)
+
+    def _plain_row(self, plain: PlainPrompts, asked: str, pictures: list[Any], answer: str | None) -> TokenRow:
+        if plain.images == 0:
+            return self._text_row(asked if asked[-1:].isspace() else asked + plain.separator, answer)
+        self.encoder.check_text(f"{asked}{plain.separator}{answer or ''}")
+        text = (self.processor.image_token * len(pictures) if plain.image_token else "") + asked
+        if self.form.continues:
+            return self.encoder.question(text, pictures, answer=None if answer is None else plain.separator + answer)
+        row = self.encoder.question(text, pictures, ends=True)
+        labels = self.encoder.decoder_target(answer or "", self.form.start)
+        return replace(row, labels=labels, loses_answer=row.num_cut > 0)  # its question is whole, or it is left out
+
+    def _text_row(self, asked: str, answer: str | None) -> TokenRow:
+        """A text that is tokenized as a whole, as language models are trained, answer and end included."""
+        if answer is None:
+            return self.encoder.question(asked, ())
+        text = f"{asked}{answer}{self.processor.tokenizer.eos_token or ''}"
+        return self.encoder.conversation(ChatText(text, ((len(asked), len(text)),)), ())
+
+    def turns(self, task: str, example: Example, answer: str | None) -> list[Turn]:
+        """The conversation of an example: its own, or the task's prompt with the images in front."""
+        if example.turns:
+            turns = [self._asked(task, turn) for turn in example.turns]
+            return turns[:-1] if answer is None and turns[-1].role == "assistant" else turns
+        said = [self.prompt(task, example.text), *([] if answer is None else [answer])]
+        said = [escaped(text) for text in said]
+        asked = "\n".join([*(VIDEO if is_video(name) else IMAGE for name in example.images), said[0]])
+        return [Turn("user", asked, False), *(Turn("assistant", text, True) for text in said[1:])]
+
+    def _asked(self, task: str, turn: Turn) -> Turn:
+        """A turn of a conversation; a question, of a task that asks questions, has its prompt."""
+        if turn.role != "user" or TASKS[task].kind == "conversations":
+            return turn
+        text = re.sub(rf"(?s).*({IMAGE}|{VIDEO})\n", "", turn.text)
+        return turn._replace(text=turn.text.removesuffix(text) + self.prompt(task, text))
+
+    def prompt(self, task: str, text: str) -> str:
+        """What the model is asked about an example with this text."""
+        known = self.plain.prompt(TASKS[task]) if self.plain else TASKS[task].prompt
+        prompt = self.prompts.get(task, known)
+        assert prompt is not None, task  # see `VLM.check`
+        return prompt.replace("{text}", text)
+
+    # --- batches -----------------------------------------------------------------------------------------------------
+
+    @property
+    def num_groups_differ(self) -> bool:
+        """Whether `groups` may find several of any rows, and so more in one batch than in another."""
+        return self.model_type in {*SAME_IMAGES, *SAME_LENGTH, *ALONE}
+
+    def videos_differ(self, row: TokenRow) -> bool:
+        """Whether `groups` may find several in rows with videos: each length of their frames, or images apart."""
+        return "pixel_values_videos" in row.inputs and (self.model_type in EITHER or row.frames is not None)
+
+    def groups(self, rows: Sequence[TokenRow]) -> list[list[int]]:
+        """The rows, by index, that this class can compute in one batch."""
+        groups = defaultdict(list)
+        for index, row in enumerate(rows):
+            images = row.num_images if self.model_type in SAME_IMAGES else None
+            length = row.length if self.model_type in SAME_LENGTH else None
+            filmed = "pixel_values_videos" in row.inputs if self.model_type in EITHER else None
+            groups[images, length, row.frames, filmed, index if self.model_type in ALONE else None].append(index)
+        return list(groups.values())
+
+    def collate(self, rows: Sequence[TokenRow], *, left: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+        """Rows as one batch; see `encoding.collate`."""
+        tokenizer = self.processor.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return collate(rows, pad=pad, left=left)

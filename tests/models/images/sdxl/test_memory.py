@@ -1,0 +1,107 @@
+"""Settings that save memory change no picture beyond rounding."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import SlicedAttnProcessor
+from torch import nn
+
+from dora_mm import DoRASpec, inject, targets
+from dora_mm.config.pictures import MemoryConfig
+from dora_mm.core.wrappers.float8 import Float8Linear
+from dora_mm.models.images.memory import decode_in_tiles, offload, save_memory, store_in_float8
+from dora_mm.sampling.before_after import at_strength
+from dora_mm.sampling.pictures import PictureSampler, sample
+
+CPU = torch.device("cpu")
+
+
+def pixels(pictures):
+    return np.stack([np.asarray(picture, dtype=np.int64) for picture in pictures])
+
+
+def draw(model, **settings):
+    return pixels(sample(model, ["a bus", "a cat"], [1, 2], steps=2, batch_size=2, **settings))
+
+
+def test_the_vae_decodes_in_tiles(tiny, monkeypatch):
+    whole = draw(tiny, height=160, width=160)
+    sampler, sizes = PictureSampler(tiny), []
+    decoder = tiny.vae.decoder.forward
+    monkeypatch.setattr(tiny.vae.decoder, "forward", lambda z: sizes.append(tuple(z.shape)) or decoder(z))
+    save_memory(sampler.pipe, MemoryConfig(vae_tiling=True), CPU)
+    tiled = draw(sampler, height=160, width=160)
+    assert {size[0] for size in sizes} == {1}  # one picture at a time
+    assert max(size[-1] for size in sizes) == 8  # the model's own 64 pixels
+    assert len(sizes) > 2
+    assert tiled.shape == whole.shape
+    # each tile is normalized on its own, so colours shift a little
+    assert np.corrcoef(tiled.ravel(), whole.ravel())[0, 1] > 0.7 > np.corrcoef(whole[0].ravel(), whole[1].ravel())[0, 1]
+
+
+def test_tiles_are_smaller_than_a_picture_of_full_sdxl():
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            block_out_channels=(32, 32, 32, 32),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            sample_size=1024,
+        )
+    decode_in_tiles(vae)
+    assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (512, 64)
+
+
+def test_attention_in_slices_draws_the_same(tiny):
+    whole, sampler = draw(tiny), PictureSampler(tiny)
+    save_memory(sampler.pipe, MemoryConfig(attention_slicing=True), CPU)
+    assert any(isinstance(each, SlicedAttnProcessor) for each in tiny.unet.attn_processors.values())
+    assert np.abs(draw(sampler) - whole).max() <= 1
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("model", torch.bfloat16), ("layers", torch.float32)])
+def test_offloaded_networks_draw_the_same_and_merge(tiny, kind, dtype):
+    """On a processor the hooks move nothing, but they run: adapters are merged and unmerged under them."""
+    inject(tiny.unet, "sdxl-unet", DoRASpec(rank=2))
+    for name, parameter in tiny.unet.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    for network in tiny.networks.values():
+        network.to(dtype)
+    settings = {"steps": 2, "batch_size": 2}
+
+    def draw_at(model):
+        return [
+            pixels(at_strength(model, {"unet": tiny.unet}, strength, ["a bus", "a cat"], [1, 2], **settings))
+            for strength in (0.0, 1.0, 0.0)
+        ]
+
+    before, sampler = draw_at(tiny), PictureSampler(tiny)
+    embeddings = tiny.encode_for_drawing("a bus", "red")
+    offload(sampler.pipe, kind, CPU)
+    assert all(torch.equal(t, embeddings[name]) for name, t in tiny.encode_for_drawing("a bus", "red").items())
+    after = draw_at(sampler)
+    for one, two in zip(before, after, strict=True):
+        assert np.abs(one - two).max() <= 1
+    assert np.abs(after[0] - after[1]).max() > 5
+
+
+@pytest.mark.parametrize("kind", ["model", "layers"])
+def test_offloading_needs_a_gpu(tiny, kind):
+    with pytest.raises(ValueError, match=f"memory.offload: {kind} needs a GPU"):
+        save_memory(tiny.pipeline(), MemoryConfig(offload=kind), CPU)
+
+
+def test_float8_takes_the_linear_layers_of_all_parts_and_nothing_else(tiny):
+    before, whole = draw(tiny), sum(parameter.nbytes for parameter in tiny.unet.parameters())
+    store_in_float8(tiny.unet, targets.find("sdxl-unet"))
+    stored = {path for path, module in tiny.unet.named_modules() if isinstance(module, Float8Linear)}
+    dense = {path for path, module in tiny.unet.named_modules() if type(module) is nn.Linear}
+    assert {path.rpartition(".")[2] for path in stored} >= {"to_q", "to_k", "to_v", "0", "proj", "2"}
+    assert {"time_embedding.linear_1", "add_embedding.linear_1"} <= dense
+    assert not any("attentions" in path and "transformer_blocks" in path for path in dense)
+    saved = 3 * sum(tiny.unet.get_submodule(path).weight.numel() for path in stored)
+    assert sum(parameter.nbytes for parameter in tiny.unet.parameters()) == whole - saved
+    assert not any(parameter.requires_grad for parameter in tiny.unet.parameters())
+    difference = np.abs(draw(tiny) - before)
+    assert 0 < difference.mean() < 20

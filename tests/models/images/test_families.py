@@ -1,0 +1,86 @@
+"""Which family of image models a path is of, and how its components are loaded."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dora_mm.config.models import ModelConfig, ZImageConfig
+from dora_mm.models.images.components import Components
+from dora_mm.models.images.families import FAMILIES, family_of, load_image_model
+from dora_mm.targets import MAPS
+
+
+def folder_of(tmp_path, name):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.title)
+def test_the_index_of_a_folder_says_the_family(tmp_path, family):
+    assert family_of(folder_of(tmp_path, family.pipeline_name)) is family
+    assert set(family.maps.values()) <= set(MAPS)
+    assert next(iter(family.maps)) == family.denoiser == family.phases[-1][0]
+    assert hasattr(ModelConfig(path="a"), family.section)
+    assert family.pipeline_class().__name__ == family.pipeline_name
+
+
+def test_a_model_of_no_family_is_named_with_the_families_there_are(tmp_path):
+    expected = r"is a FluxPipeline, which is no family of image models here; there are SDXL \(.*\), Z-Image \(.*\)\."
+    with pytest.raises(ValueError, match=expected):
+        load_image_model(ModelConfig(path=folder_of(tmp_path, "FluxPipeline")))
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "null", '{"_class_name": 3}'])
+def test_damaged_indices(tmp_path, index):
+    (tmp_path / "model_index.json").write_text(index)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        family_of(str(tmp_path))
+
+
+def test_a_folder_without_an_index_says_what_it_has(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder / "vae", tmp_path / "vae")
+    with pytest.raises(ValueError, match=r"is not an image model of diffusers: it has vae, but no model_index\.json"):
+        family_of(str(tmp_path))
+
+
+def test_single_files_are_told_by_the_names_of_their_tensors(tmp_path):
+    names = ["model.diffusion_model.label_emb.0.0.weight", "conditioner.embedders.1.model.ln_final.weight"]
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "xl.safetensors")
+    assert family_of(str(tmp_path / "xl.safetensors")).title == "SDXL"
+    save_file({names[0]: torch.zeros(1)}, tmp_path / "unet.safetensors")
+    with pytest.raises(ValueError, match="it is no checkpoint of SDXL, of which single files are read"):
+        family_of(str(tmp_path / "unet.safetensors"))
+
+
+def test_a_section_of_another_family_is_refused(tiny_folder):
+    with pytest.raises(ValueError, match=r"model\.z_image: .* is SDXL, not Z-Image: leave it out"):
+        load_image_model(ModelConfig(path=str(tiny_folder), z_image=ZImageConfig()))
+
+
+def test_parts_are_loaded_in_phases_and_released_for_good():
+    asked = []
+
+    def load(names):
+        asked.append(tuple(names))
+        return {name: torch.nn.Linear(1, 1) for name in names}
+
+    components = Components(load, [("text_encoder", "vae"), ("unet",)])
+    assert asked == []
+    assert not components["vae"].weight.requires_grad
+    assert not components["vae"].training
+    assert asked == [("text_encoder", "vae")]
+    components.release(["text_encoder"])
+    components.to("meta")
+    assert components["unet"].weight.device.type == components["vae"].weight.device.type == "meta"
+    assert components["text_encoder"] is None
+    assert asked == [("text_encoder", "vae"), ("unet",)]
+
+
+def test_a_part_that_was_replaced_is_not_loaded():
+    asked = []
+    components = Components(lambda names: asked.extend(names) or dict.fromkeys(names, "loaded"), [("vae", "scheduler")])
+    components["vae"] = "mine"
+    assert (components["scheduler"], components["vae"], asked) == ("loaded", "mine", ["scheduler"])

@@ -1,0 +1,41 @@
+"""What is equal of every class that trains, and the table of docs/vlm_classes.md."""
+
+import re
+
+import pytest
+
+from tests.documented.vlm_classes import ALIASES, CLASSES, PAGE, row_of
+from tests.models.vl.vlm.classes.equalities import learned_parts
+from tests.models.vl.vlm.vlm_rows import write_pictures
+
+FAST = ("qwen2_5_vl", "paligemma", "florence2")  # the slow test below has all of them
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("classes")
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_what_an_adapter_computes_is_what_autograd_batches_merging_and_peft_do(name, tiny_vlm, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    assert learned_parts(tiny_vlm(name), write_pictures(pictures), tmp_path / "adapter")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_table_of_classes_is_what_the_tiny_models_do(kind, folder):
+    assert row_of(kind, folder) in PAGE.read_text(encoding="utf-8").splitlines()
+
+
+def test_the_table_names_all_classes_and_the_pages_count_those_that_train():
+    page = PAGE.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(.*?)` \| `(.*?)` \| (yes|no) \|", page, re.M)
+    assert {kind: name for kind, name, _ in rows} == dict(CLASSES)
+    assert ALIASES.keys() <= CLASSES.keys()
+    count = sum(trains == "yes" for _, _, trains in rows)
+    assert f"Of the {len(CLASSES)} types" in page
+    assert f"{count} train\n" in page
+    first = (PAGE.parent / "vlm.md").read_text(encoding="utf-8").split("\n\n")[1].split(". ")[0]
+    assert f"{count} of its {len(CLASSES)} types" in " ".join(first.split())
