@@ -27,7 +27,7 @@ from dora_mm.eval.statistics import Interval, bootstrap
 from dora_mm.formats.adapter_file import find_file
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.models.images import new_tokens
-from dora_mm.models.images.families import identity_of, load_image_model
+from dora_mm.models.images.families import files_identity, load_image_model
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.sampling.before_after import sample_merged
 from dora_mm.sampling.grids import sheet
@@ -73,7 +73,7 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
     references = read_references(config.clip.images) if config.clip and config.clip.images else []
     clip = ClipSimilarity(resolve_model(config.clip.path, "clip.path"), device) if config.clip else None
     inputs = {
-        **identity_of(config.model),
+        **files_identity(config.model),
         "the judge": files_digest(resolve_path(config.judge, "judge").glob("judge.*")),
     }
     if config.adapter:

@@ -27,7 +27,7 @@ from dora_mm.eval.images.clip import ClipSimilarity
 from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.scores import scores_per_image, write_json
 from dora_mm.formats.files.tensor_file import read_metadata
-from dora_mm.models.images.families import identity_of
+from dora_mm.models.images.families import files_identity
 from dora_mm.preview.captions import PLACEHOLDER, THINGS, example_prompts, shared_word
 from dora_mm.sampling.drawing import PictureJob
 from dora_mm.sampling.grids import sheet
@@ -85,7 +85,7 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
     loaded.check(pictures)
     vectors = vectors_of(config, loaded)
     inputs = {
-        **identity_of(config.model or model_of(loaded.adapters)),
+        **files_identity(config.model or model_of(loaded.adapters)),
         "the adapter": digest_of_adapter(resolve_path(config.adapter.path, "adapter.path")),
         "the training pictures": digest_of(images),
     }

@@ -24,7 +24,7 @@ from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
 from dora_mm.eval.vl.scores import VLScores, is_answered
 from dora_mm.eval.vl.submissions import suffix, write_predictions
 from dora_mm.models.folders import settings_identity
-from dora_mm.models.vl.families import load_family
+from dora_mm.models.vl.families import load_vl_model
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks.vl import answerers
 from dora_mm.train.run import evaluation_run
@@ -54,7 +54,7 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     """
     folder = formats.adapter_folder(resolve_path(config.adapter, "adapter")) if config.adapter else None
     seed = seed_of(folder) if folder else 0
-    model = load_family(config.model, config.vision, seed=seed, device=default_device())
+    model = load_vl_model(config.model, config.vision, seed=seed, device=default_device())
     model.check(task.task for task in config.data.all_tasks)
     splits = open_validation(config.data, config.decode, model)
     if folder:

@@ -12,7 +12,7 @@ from dora_mm import formats
 from dora_mm.config import find_path, resolve_model
 from dora_mm.config.adapter import REGEX
 from dora_mm.config.models import ModelConfig
-from dora_mm.config.paths import is_adapter
+from dora_mm.config.paths import CONFIG, INDEX, is_adapter
 from dora_mm.core import DoRASpec, InjectReport, TargetMap, inject
 from dora_mm.core.targets import match_modules, parts_in
 from dora_mm.formats.commands.inspection import Inspection, inspect_file
@@ -79,7 +79,7 @@ def adapter_file(path: str) -> Path | None:
     if file := next((file for file in files if file.is_file()), None):
         return file
     others = any(not file.name.startswith(STEMS) for file in found.glob("*.safetensors"))
-    has_model = any((found / name).is_file() for name in ("config.json", "model_index.json"))
+    has_model = any((found / name).is_file() for name in (CONFIG, INDEX))
     return formats.find_file(found) if others and not has_model else None
 
 
@@ -163,9 +163,10 @@ def describe_single_file(file: Path, only: str | None) -> str | None:
         return None
     from dora_mm.models.images.families import about_prediction, family_of_file  # loads diffusers
 
-    if not (family := family_of_file(file)):
+    family = family_of_file(file)
+    if family is None or family.single_file is None:
         return None
-    networks = describe_model(str(family.single_file_configs), only, str(file))
+    networks = describe_model(str(family.single_file.configs), only, str(file))
     return f"{about_prediction(ModelConfig(path=str(file)))}\n\n{networks}"
 
 

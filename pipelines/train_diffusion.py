@@ -24,7 +24,7 @@ from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.core import base_model
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_images
 from dora_mm.data.images.held_out import hold_out, part_of
-from dora_mm.models.images.families import about_prediction, identity_of, load_if_local, load_image_model
+from dora_mm.models.images.families import about_prediction, files_identity, load_image_model, load_image_model_if_local
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.preview.images import (
     describe_data,
@@ -107,7 +107,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     if remark := formats.about_format(trained.adapted, "diffusers"):
         log.warning("%s", remark)
     move_vae(model, config)
-    inputs = {"the pictures and captions": digest_of(images), **identity_of(config.model)}
+    inputs = {"the pictures and captions": digest_of(images), **files_identity(config.model)}
     inputs |= initial_identity(config.adapter)
     others = {"the held-out pictures": held, "the pictures to preserve": class_images}
     inputs |= {name: digest_of(found) for name, found in others.items() if found}
@@ -280,7 +280,7 @@ def describe(
     """The data, the modules, the memory and the time; of a hub model that is not on this machine, only the data."""
     given, writes_nothing = config.data, {"latent_cache": None, "text_cache": None}
     config = config.model_copy(update={"data": given.model_copy(update=writes_nothing)})
-    model = load_if_local(config.model)
+    model = load_image_model_if_local(config.model)
     data = describe_data(images, config, model, accelerator.num_processes, held, class_images)
     if model is None:
         return "\n\n".join([data, *slow_hardware(accelerator, None)])

@@ -27,7 +27,7 @@ from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
 from dora_mm.models.folders import settings_identity
 from dora_mm.models.opening import UnreachableError
-from dora_mm.models.vl.families import Structure, load_family, load_if_here, pinned, structure_of
+from dora_mm.models.vl.families import Structure, load_vl_model, load_vl_model_if_local, pinned, structure_of
 from dora_mm.models.vl.vl_model import VLModel, check_in_step
 from dora_mm.preview.lengths import row_lines
 from dora_mm.preview.parts import about_derived, parts_table
@@ -126,7 +126,7 @@ def load(config: TrainVLConfig, accelerator: Accelerator) -> VLModel:
     # What is divided does not fit on one device. Quantised weights cannot move.
     device = "cpu" if config.train.shard and not config.model.quantization else accelerator.device
     tower = bool(config.adapter.vision_parts)
-    model = load_family(config.model, config.vision, seed=config.seed, trained_tower=tower, device=device)
+    model = load_vl_model(config.model, config.vision, seed=config.seed, trained_tower=tower, device=device)
     model.check(task.task for task in config.data.all_tasks)
     if config.train.shard:
         check_in_step(model)
@@ -346,7 +346,7 @@ def describe(config: TrainVLConfig, *, decode: bool = False) -> Iterator[str]:
     settings: dict[str, Any] = {"seed": config.seed, "trained_tower": tower, "device": accelerator.device}
     model, has_weights = None, False
     if any(present_splits(config)):
-        model, has_weights = load_if_here(config.model, config.vision, **settings)
+        model, has_weights = load_vl_model_if_local(config.model, config.vision, **settings)
     if model:
         model.check(task.task for task in config.data.all_tasks)
     data = preview_data(config, model, colour=sys.stdout.isatty(), decode=decode)

@@ -73,10 +73,6 @@ def test_wrong_links_are_found(tmp_path):
         assert broken_link(readme, wrong)
 
 
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_bytes()) <= 7000
-
-
 # --- commands --------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dora_mm.cli.parser import RESUMABLE
 from dora_mm.config import find_path, load_config, resolve_adapter, resolve_model, resolve_path, run_name
-from dora_mm.config.paths import check_paths
+from dora_mm.config.paths import INDEX, check_paths
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.formats.registry import TARGETS, no_entry
 from dora_mm.recipes import PIPELINES, Recipes
@@ -82,7 +82,7 @@ def _check_model(arguments: Namespace, key: str = "MODEL") -> None:
 def _check_transformers(arguments: Namespace) -> None:
     """Merging writes models of transformers; those of diffusers are converted."""
     found = find_path(arguments.model)
-    if found is not None and (found.is_file() or (found / "model_index.json").is_file()):
+    if found is not None and (found.is_file() or (found / INDEX).is_file()):
         kind = "a single file" if found.is_file() else "a model of diffusers"
         raise ValueError(
             f"MODEL: {arguments.model} is {kind}, and merge writes folders of transformers: dora-mm convert "

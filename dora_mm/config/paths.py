@@ -16,6 +16,7 @@ _OF_ADAPTERS = {"adapter", "adapter_config.json", "adapter_model.safetensors", "
 _ADAPTER_KEY = re.compile(r'"[^"\\]*[._](lora_(A|B|up|down|mag)|hada_w1|lokr_w|dora_scale)[^"\\]*": ?\{ ?"dtype"')
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 _LONGEST_START = 2**20  # bytes of a header: trainers write statistics of their captions before the first tensor
+INDEX, CONFIG = "model_index.json", "config.json"  # of a pipeline of diffusers, of a network
 INSTALLED = "package:"  # prefix of a path inside an installed Python package
 
 
@@ -102,7 +103,7 @@ def is_adapter(path: Path) -> bool:
     """Whether a file or folder is an adapter, by its files' names and the start of a file's header."""
     if path.is_dir():
         names = {entry.name for entry in path.iterdir()}
-        return bool(names & _OF_ADAPTERS) and not names & {"model_index.json", "config.json"}
+        return bool(names & _OF_ADAPTERS) and not names & {INDEX, CONFIG}
     if path.suffix != ".safetensors" or not path.is_file():  # a pipe would never end
         return False
     with path.open("rb") as file:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_mm.config.paths import CONFIG
 from dora_mm.formats.files.checks import check_dtype, first_not_finite
 from dora_mm.formats.files.json_text import read_bounded
 from dora_mm.formats.files.tensor_file import PICKLES, TensorFile, pickle_error
@@ -356,7 +357,7 @@ def find_file(path: Path) -> Path:
         raise ValueError(f"there is no adapter at {path}: give an adapter file or its folder")
     path = adapter_folder(path)
     own = [path / export.file_name for export in FORMATS.values() if (path / export.file_name).is_file()]
-    others = [] if (path / "config.json").is_file() else sorted(path.glob("[!.]*.safetensors"))  # else it is a model's
+    others = [] if (path / CONFIG).is_file() else sorted(path.glob("[!.]*.safetensors"))  # else it is a model's
     found = own or others
     if len(found) == 1:
         return found[0]

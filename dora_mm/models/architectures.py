@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_mm.formats.files.json_text import read_json
-from dora_mm.models.opening import WEIGHTS, opening
+from dora_mm.config.paths import CONFIG, INDEX
+from dora_mm.models.opening import WEIGHTS, described, opening
 
 if TYPE_CHECKING:
     from torch import nn
-
-CONFIG, PIPELINE = "config.json", "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -62,40 +60,23 @@ def networks_of(path: str) -> dict[str, Network]:
     Raises:
         ValueError: It is no model, a config is damaged, or the hub cannot be reached.
     """
-    folder = _folder(path)
-    if (folder / PIPELINE).is_file():
-        components = [name for name, value in read_json(folder / PIPELINE).items() if _is_component(name, value)]
-        files = {name: folder / name / CONFIG for name in components}
-        return {name: Network(str(file.parent), read_json(file)) for name, file in files.items() if file.is_file()}
-    if not (folder / CONFIG).is_file():
-        raise ValueError(_why_no_model(path, folder))
-    config = read_json(folder / CONFIG)
+    folder = described(path)
+    if folder.index is not None:
+        names = [name for name in folder.components if (folder.path / name / CONFIG).is_file()]
+        return {name: Network(str(folder.path / name), folder.config(name)) for name in names}
+    if not folder.has_config():
+        raise ValueError(_why_no_model(path, folder.path))
+    config = folder.config()
     if "_class_name" not in config and "model_type" not in config:
         raise ValueError(f"{path} is no model of transformers or diffusers: its {CONFIG} has no model_type")
-    return {"": Network(str(folder), config)}
-
-
-def _folder(path: str) -> Path:
-    """A local folder as it is, or the configs of a hub repository."""
-    if Path(path).exists():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    with opening(path, f"{path} cannot be read from the hub"):
-        return Path(snapshot_download(path, allow_patterns=[CONFIG, PIPELINE, f"*/{CONFIG}"]))
-
-
-def _is_component(name: str, value: Any) -> bool:
-    """Whether an entry of a pipeline's index names a folder in it, and a library and a class."""
-    pair = isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
-    return pair and name.isidentifier()
+    return {"": Network(str(folder.path), config)}
 
 
 def _why_no_model(path: str, folder: Path) -> str:
     weights = sorted(file.name for file in folder.iterdir() if file.suffix in WEIGHTS)
     if weights:
         return f"{path} has weights ({weights[0]}) and no {CONFIG}: put the model's own beside them"
-    return f"{path} is no model, and holds no adapter: it has neither {CONFIG} nor {PIPELINE}"
+    return f"{path} is no model, and holds no adapter: it has neither {CONFIG} nor {INDEX}"
 
 
 def _from_diffusers(network: Network) -> nn.Module:

@@ -118,7 +118,7 @@ def has_weights(path: str, revision: str | None = None) -> bool:
     return folder is not None and all(file.is_file() for file in weight_files(folder))
 
 
-def identity_of(path: str, commit: str | None) -> dict[str, str]:
+def weights_identity(path: str, commit: str | None) -> dict[str, str]:
     """What identifies the weights of a model that could be loaded, by a key of an adapter's header.
 
     A commit would not do: a folder with the same weights has none, and one that edits a README has others.

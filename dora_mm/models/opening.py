@@ -10,8 +10,9 @@ from pathlib import Path
 
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
-from dora_mm.config.paths import HUB_NAME, find_path
+from dora_mm.config.paths import CONFIG, HUB_NAME, INDEX, find_path
 from dora_mm.formats.adapter_file import find_file
+from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.formats.files.tensor_file import read_metadata
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")  # ends of files
@@ -103,6 +104,27 @@ def local_copy(path: str, revision: str | None = None) -> Path | None:
         return Path(snapshot_download(path, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
+
+
+def described(path: str, revision: str | None = None, *, key: str = "") -> ModelFolder:
+    """The folder of a model, by its JSON files; of a hub model these alone are downloaded, where they are not here.
+
+    Args:
+        path: A local folder, or a hub name.
+        revision: A commit, branch or tag of a hub model; None: its main branch.
+        key: The config key that names it, for messages; empty where there is none.
+
+    Raises:
+        UnreachableError: It is on the hub, and the hub cannot be reached.
+        ValueError: There is no such repository.
+    """
+    if Path(path).exists():
+        return ModelFolder(Path(path))
+    from huggingface_hub import snapshot_download
+
+    wanted = [INDEX, CONFIG, f"*/{CONFIG}", "scheduler/scheduler_config.json"]
+    with opening(name := named(path, revision), f"{name} cannot be read from the hub", key=key):
+        return ModelFolder(Path(snapshot_download(path, revision=revision, allow_patterns=wanted)))
 
 
 def base_of(adapter: Path) -> str | None:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from dora_mm.config.models import ModelConfig, VLBartModelConfig, VLMModelConfig
 from dora_mm.models.folders import settings_identity
-from dora_mm.models.images.families import identity_of, load_image_model
+from dora_mm.models.images.families import files_identity, load_image_model
 from dora_mm.models.opening import UnreachableError, base_of, loaded_files, local_copy, opening
 from dora_mm.models.vl.vl_bart.loading import load_vl_bart
 from dora_mm.models.vl.vlm.loading import load_processor, load_vlm
@@ -89,7 +89,7 @@ def test_local_copies(tmp_path):
 
 def test_what_identifies_a_model_is_all_that_is_loaded_of_it(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
-    before = identity_of(ModelConfig(path=str(folder)))
+    before = files_identity(ModelConfig(path=str(folder)))
     assert {"the model's unet", "the model's text_encoder", "the model's tokenizer_2", "the model's index"} <= set(
         before
     )
@@ -103,13 +103,13 @@ def test_what_identifies_a_model_is_all_that_is_loaded_of_it(tiny_folder, tmp_pa
     ):
         shutil.copy(weights, unet / name)
     assert sorted(file.name for file in loaded_files(unet)) == ["config.json", weights.name]
-    assert identity_of(ModelConfig(path=str(folder))) == before
+    assert files_identity(ModelConfig(path=str(folder))) == before
     (unet / "config.json").write_text((unet / "config.json").read_text() + "\n")
-    after = identity_of(ModelConfig(path=str(folder)))
+    after = files_identity(ModelConfig(path=str(folder)))
     assert [name for name in before if after[name] != before[name]] == ["the model's unet"]
-    other = identity_of(ModelConfig(path=str(folder), vae=str(unet)))
+    other = files_identity(ModelConfig(path=str(folder), vae=str(unet)))
     assert [name for name in before if after[name] != other[name]] == ["the model's vae"]
-    assert list(identity_of(ModelConfig(path=str(weights)))) == ["the model"]
+    assert list(files_identity(ModelConfig(path=str(weights)))) == ["the model"]
 
 
 def test_the_settings_of_a_model_are_all_its_files_but_the_weights(tmp_path):

@@ -10,17 +10,16 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dora_mm.formats.files.json_text import read_json
+from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.utils.messages import first_line
 
 
-def empty_model(folder: Path) -> Any:
+def empty_model(folder: ModelFolder) -> Any:
     """Builds the model of a folder on the meta device.
 
     Returns:
@@ -29,7 +28,7 @@ def empty_model(folder: Path) -> Any:
     Raises:
         ValueError: The config does not fit the class that it names.
     """
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = folder.config() if folder.has_config() else {}
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(config.get("model_type"), str):
         return None
@@ -39,12 +38,12 @@ def empty_model(folder: Path) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         return None
     try:
-        settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        settings = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
         with torch.device("meta"):
             return kind(settings)
     except Exception as error:  # transformers raises anything for settings that do not fit
         raise ValueError(
-            f"{folder}: no {kind.__name__} can be built from its config.json: {first_line(error)}"
+            f"{folder.path}: no {kind.__name__} can be built from its config.json: {first_line(error)}"
         ) from error
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dora_mm.formats.files.header import TensorEntry
 from dora_mm.formats.files.json_text import read_json
 from dora_mm.formats.files.model_class import Converter, empty_model, weights_in_class
+from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.formats.files.tensor_file import PICKLES, TensorFile
 from dora_mm.formats.naming.layouts import LAYOUTS
 from dora_mm.formats.naming.names import NETWORKS, ModuleGroup, Name, canonical, own_table
@@ -182,9 +183,9 @@ def in_folder(folder: Path) -> Found:
         NoWeightsError: There are none, or a part of a pipeline has none.
         ValueError: A file is damaged or missing, or a pickle.
     """
-    index = folder / "model_index.json"
-    parts = read_json(index) if index.is_file() else {c: True for c in COMPONENTS if (folder / c).is_dir()}
-    components = [c for c in COMPONENTS if parts.get(c) not in (None, [None, None])]
+    model = ModelFolder(folder)
+    parts = model.components if model.index is not None else [c for c in COMPONENTS if (folder / c).is_dir()]
+    components = [c for c in COMPONENTS if c in parts]
     if not components:
         tensors, files = _weight_files(folder)
         return _of_network(folder, tensors, files)
@@ -199,8 +200,9 @@ def in_folder(folder: Path) -> Found:
 
 def _of_network(folder: Path, files: Iterable[TensorFile], paths: list[Path]) -> Found:
     """The weights of a folder of one network."""
-    component = _component_of(folder)
-    model = empty_model(folder) if component == "model" else None
+    described = ModelFolder(folder)
+    component = _component_of(described)
+    model = empty_model(described) if component == "model" else None
     if model is None:
         return Found({**_modules(component, files)}, paths)
     by_key = {key: file for file in files for key in file.entries}
@@ -227,10 +229,9 @@ def _modules(component: str, files: Iterable[TensorFile]) -> dict[Name, Place]:
     }
 
 
-def _component_of(folder: Path) -> str:
+def _component_of(folder: ModelFolder) -> str:
     """The component of a folder of one network: `unet` or `transformer` of diffusers, else `model`."""
-    config = folder / "config.json"
-    kind = str(read_json(config).get("_class_name", "")) if config.is_file() else ""
+    kind = str(folder.config().get("_class_name", "")) if folder.has_config() else ""
     return "unet" if kind.startswith("UNet") else "transformer" if "Transformer" in kind else "model"
 
 

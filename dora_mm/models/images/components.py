@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from torch import nn
 
-from dora_mm.formats.files.json_text import read_json
-from dora_mm.models.opening import named, opening
-
-INDEX = "model_index.json"
+from dora_mm.config.paths import INDEX
+from dora_mm.formats.files.model_folder import ModelFolder
+from dora_mm.models.opening import described, named, opening
 
 
 class Components:
@@ -25,16 +23,16 @@ class Components:
         load: Loads components by their names; it may return more than it is asked for.
         phases: The names of all components, in the groups in which they are loaded: a group is loaded when one of it is
             first asked for.
-        read_config: Reads the config of a component from the model's files; None: it is that of what is loaded.
+        files: The model's own index and configs; None: configs are those of what is loaded.
     """
 
     def __init__(
         self,
         load: Callable[[Sequence[str]], Mapping[str, Any]],
         phases: Sequence[Sequence[str]],
-        read_config: Callable[[str], Mapping[str, Any]] | None = None,
+        files: ModelFolder | None = None,
     ):
-        self._load, self._phases, self._read_config = load, phases, read_config
+        self._load, self._phases, self._files = load, phases, files
         self._loaded: dict[str, Any] = {}
         self._released: set[str] = set()
         self.device = torch.device("cpu")
@@ -68,11 +66,16 @@ class Components:
     @property
     def has_configs(self) -> bool:
         """Whether configs are read from the model's files, without loading a component."""
-        return self._read_config is not None
+        return self._files is not None
 
     def config(self, name: str) -> Mapping[str, Any]:
         """The config of the model's own component, without loading it where the model's files have configs."""
-        return self[name].config if self._read_config is None else self._read_config(name)
+        return self[name].config if self._files is None else self._files.config(name)
+
+    @property
+    def index(self) -> Mapping[str, Any]:
+        """What the model's index says, beside its components; empty where there is none."""
+        return (self._files and self._files.index) or {}
 
     def release(self, names: Iterable[str]) -> None:
         """Frees components, for good."""
@@ -107,38 +110,15 @@ def pipeline_class_of(path: str, revision: str | None) -> str:
     Raises:
         ValueError: There is no index, it is damaged, or the hub cannot be reached.
     """
-    folder = Path(path)
-    if folder.exists() and not (folder / INDEX).is_file():
-        found = sorted(each.name for each in folder.iterdir() if (each / "config.json").is_file())
+    folder = described(path, revision, key="model.path")
+    if folder.index is None:
+        found = sorted(each.name for each in folder.path.iterdir() if folder.has_config(each.name))
         inside = f"has {', '.join(found)}, but no {INDEX}" if found else f"has no {INDEX}"
         raise ValueError(f"model.path: {path} is not an image model of diffusers: it {inside}.")
-    name = read_file(path, INDEX, revision).get("_class_name")
+    name = folder.index.get("_class_name")
     if not isinstance(name, str):
         raise ValueError(f"model.path: the {INDEX} of {path} is damaged: it names no class.")
     return name
-
-
-def read_file(path: str, name: str, revision: str | None) -> Mapping[str, Any]:
-    """Reads a JSON file of a model.
-
-    Args:
-        path: A folder, or a hub name.
-        name: The file's path in it.
-        revision: A commit, branch or tag of a hub model; None: its main branch.
-
-    Raises:
-        ValueError: There is none, it is damaged, or the hub cannot be reached.
-    """
-    if Path(path).exists():
-        return read_json(Path(path) / name)
-    with _opening(named(path, revision)):
-        return read_json(Path(hf_hub_download(path, name, revision=revision)))
-
-
-def read_config(path: str, component: str, revision: str | None) -> Mapping[str, Any]:
-    """Reads the config of a component; see `read_file`."""
-    file = "scheduler_config.json" if component == "scheduler" else "config.json"
-    return read_file(path, f"{component}/{file}", revision)
 
 
 def tensor_names(file: Path) -> list[str]:

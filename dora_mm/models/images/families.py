@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,15 @@ import torch
 
 from dora_mm import targets
 from dora_mm.config.models import ModelConfig
-from dora_mm.config.paths import resolve_model
+from dora_mm.config.paths import INDEX, resolve_model
+from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.models.images.components import (
-    INDEX,
     Components,
     load_components,
     load_single_file,
     load_vae,
     missing_in,
     pipeline_class_of,
-    read_config,
     tensor_names,
 )
 from dora_mm.models.images.image_model import ImageModel
@@ -28,7 +26,7 @@ from dora_mm.models.images.memory import store_in_float8
 from dora_mm.models.images.schedulers import changes_for
 from dora_mm.models.images.sdxl.family import SDXL
 from dora_mm.models.images.z_image import ZImage
-from dora_mm.models.opening import check_revision, loaded_files, local_copy
+from dora_mm.models.opening import check_revision, described, loaded_files, local_copy
 from dora_mm.utils.digest import files_digest
 
 FAMILIES: tuple[type[ImageModel], ...] = (SDXL, ZImage)
@@ -67,8 +65,8 @@ def family_of_file(file: Path) -> type[ImageModel] | None:
     """
     names = tensor_names(file)
     for family in FAMILIES:
-        starts = family.single_file
-        if starts and all(any(name.startswith(start) for name in names) for start in starts):
+        single = family.single_file
+        if single and all(any(name.startswith(start) for name in names) for start in single.starts):
             return family
     return None
 
@@ -92,11 +90,12 @@ def load_image_model(config: ModelConfig) -> ImageModel:
     if Path(path).is_dir() and (missing := missing_in(Path(path), names)):
         raise ValueError(f"model.path: {path} is incomplete: it lacks {', '.join(missing)}.")
     changes = scheduler_changes(family, path, config.prediction)
+    single = family.single_file if Path(path).is_file() else None
 
     def load(wanted: Sequence[str]) -> dict[str, Any]:
         pipeline = family.pipeline_class()
-        if Path(path).is_file():
-            found = load_single_file(pipeline, path, dtype, family.single_file_configs, family.single_file_parts())
+        if single:
+            found = load_single_file(pipeline, path, dtype, single.configs, single.parts())
         else:
             found = load_components(pipeline, path, wanted, names, dtype, config.revision)
         if changes and "scheduler" in found:
@@ -106,13 +105,19 @@ def load_image_model(config: ModelConfig) -> ImageModel:
             store_in_float8(found[family.denoiser], targets.find(family.maps[family.denoiser]))
         return found
 
-    configs = str(family.single_file_configs) if Path(path).is_file() else path
-    components = Components(load, family.phases, partial(read_config, configs, revision=config.revision))
+    components = Components(load, family.phases, _described(family, path, config.revision))
     model = family(components, getattr(config, family.section))
     if config.vae:
         components["vae"] = load_vae(family.vae_class(), resolve_model(config.vae, "model.vae"), dtype)
     model.check(config)
     return model
+
+
+def _described(family: type[ImageModel], path: str, revision: str | None) -> ModelFolder:
+    """The index and configs of a model; a single checkpoint lacks them, and its family has them."""
+    if family.single_file and Path(path).is_file():
+        return ModelFolder(family.single_file.configs)
+    return described(path, revision, key="model.path")
 
 
 def scheduler_changes(family: type[ImageModel], path: str, prediction: str) -> dict[str, Any]:
@@ -122,7 +127,8 @@ def scheduler_changes(family: type[ImageModel], path: str, prediction: str) -> d
         ValueError: A single checkpoint is of a kind that its family does not know.
     """
     try:
-        marked = family.scheduler_settings(tensor_names(Path(path))) if Path(path).is_file() else {}
+        single = family.single_file if Path(path).is_file() else None
+        marked = single.scheduler(tensor_names(Path(path))) if single else {}
         return changes_for(prediction, marked)
     except ValueError as error:
         raise ValueError(f"model.path: {path} cannot be used: {error}.") from None
@@ -131,9 +137,9 @@ def scheduler_changes(family: type[ImageModel], path: str, prediction: str) -> d
 def about_prediction(config: ModelConfig) -> str:
     """A line with what an image model predicts, and what says so."""
     path = resolve_model(config.path)
-    family, single = family_of(path, config.revision), Path(path).is_file()
+    family = family_of(path, config.revision)
     changes = scheduler_changes(family, path, config.prediction)
-    own = read_config(str(family.single_file_configs) if single else path, "scheduler", config.revision)
+    own = _described(family, path, config.revision).config("scheduler")
     found = {**own, **changes}
     line = f"{family.title} that predicts {found.get('prediction_type', 'a velocity')}"
     if found.get("rescale_betas_zero_snr"):
@@ -143,7 +149,7 @@ def about_prediction(config: ModelConfig) -> str:
     return f"{line}, as {'its marker tensors say' if config.prediction == 'auto' else 'model.prediction says'}"
 
 
-def identity_of(config: ModelConfig) -> dict[str, str]:
+def files_identity(config: ModelConfig) -> dict[str, str]:
     """Digests of the files that a model is loaded from, by a description of each; the model has been loaded already.
 
     Args:
@@ -163,7 +169,7 @@ def identity_of(config: ModelConfig) -> dict[str, str]:
     return {f"the {name}": files_digest(found) for name, found in files.items()}
 
 
-def load_if_local(config: ModelConfig) -> ImageModel | None:
+def load_image_model_if_local(config: ModelConfig) -> ImageModel | None:
     """As `load_image_model`; None if a component of the model would have to be downloaded.
 
     Raises:

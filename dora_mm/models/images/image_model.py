@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +32,24 @@ from dora_mm.utils.digest import module_digest
 
 TEXT_LAYOUT = 1  # increase it when a family encodes the same caption otherwise, such as longer ones than before
 Prompt = Mapping[str, Tensor]  # one encoded prompt by name, without padding: (L, D), (P,)
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """How the single checkpoints of a family are recognised, and completed.
+
+    Attributes:
+        starts: Each is the beginning of the name of a tensor in it.
+        configs: The folder of the index and configs of its pipeline, which such a file lacks.
+        parts: Makes the components that it lacks, by their names.
+        scheduler: What the names of its tensors say of its scheduler; raises ValueError where it is of a kind that is
+            not known.
+    """
+
+    starts: tuple[str, ...]
+    configs: Path
+    parts: Callable[[], dict[str, Any]] = dict
+    scheduler: Callable[[Collection[str]], dict[str, Any]] = lambda names: {}
 
 
 class ImageModel(ABC):
@@ -57,9 +76,7 @@ class ImageModel(ABC):
     # What files call the tables of its text encoders, where words can be new tokens; empty: they cannot
     token_tables: ClassVar[Mapping[str, str]] = {}
     predictions: ClassVar[tuple[str, ...]] = ()  # what `model.prediction` can be beside "auto"
-    # Names of tensors begin with these in a single checkpoint; empty: the family has none
-    single_file: ClassVar[tuple[str, ...]] = ()
-    single_file_configs: ClassVar[Path] = Path()  # the folder of its pipeline's configs, which such a file lacks
+    single_file: ClassVar[SingleFile | None] = None  # how single checkpoints are read; None: the family has none
 
     def __init__(self, components: Components, settings: Section | None = None):
         self.components = components
@@ -76,20 +93,6 @@ class ImageModel(ABC):
             self.components[name] = value
         else:
             super().__setattr__(name, value)
-
-    @classmethod
-    def single_file_parts(cls) -> dict[str, Any]:
-        """The components that a single checkpoint lacks."""
-        return {}
-
-    @classmethod
-    def scheduler_settings(cls, names: Collection[str]) -> dict[str, Any]:
-        """What the names of the tensors in a single checkpoint say of its scheduler.
-
-        Raises:
-            ValueError: It is of a kind that this family does not know.
-        """
-        return {}
 
     def check(self, config: ModelConfig) -> None:
         """Checks the `model` section against the model's own files, before anything of the model is loaded.

@@ -119,17 +119,17 @@ class Flow:
             raise ValueError(f"The model has a {type(scheduler).__name__}, which is for models that predict noise.")
         self.config, self.patch = scheduler.config, patch
 
-    def sigma(self, u: Tensor, num_tokens: int) -> Tensor:
+    def sigma(self, u: Tensor, num_tokens: int, num_steps: int | None = None) -> Tensor:
         """The noise levels (N,) at shares u (N,) of the way: what training draws from, and the steps of sampling.
 
         With s the shift, s u / (1 + (s - 1) u). It is fixed, or e^mu where mu rises with the number of tokens as in
         diffusers' `FlowMatchEulerDiscreteScheduler` (Esser et al. 2024, arXiv 2403.03206, section 5.3.2).
         """
-        shift = self.shift(num_tokens)
+        shift = self.shift(num_tokens, num_steps)
         return shift * u / (1 + (shift - 1) * u)
 
-    def shift(self, num_tokens: int) -> float:
-        """The shift s of a picture of so many tokens."""
+    def shift(self, num_tokens: int, num_steps: int | None = None) -> float:
+        """The shift s for a number of tokens, in some families also of steps of sampling (None: in training)."""
         config = self.config
         if not config.use_dynamic_shifting:
             return float(config.shift)
@@ -142,7 +142,7 @@ class Flow:
 
         Where the scheduler has a `shift_terminal`, they are stretched so that the last one is that.
         """
-        levels = self.sigma(torch.linspace(1, 1 / num_steps, num_steps), self._num_tokens(size))
+        levels = self.sigma(torch.linspace(1, 1 / num_steps, num_steps), self._num_tokens(size), num_steps)
         if (last := self.config.shift_terminal) and num_steps > 1:
             levels = 1 - (1 - levels) * (1 - last) / (1 - levels[-1])
         return levels.tolist()

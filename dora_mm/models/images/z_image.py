@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -12,23 +11,19 @@ from torch import Tensor
 
 from dora_mm.config.models import ModelConfig, ZImageConfig
 from dora_mm.data.images.buckets import Framing
-from dora_mm.data.images.latents import Latents
 from dora_mm.data.syntax import Wording
-from dora_mm.models.images.image_model import ImageModel, Prompt
-from dora_mm.models.images.noise import Flow
+from dora_mm.models.images.flow_model import FlowModel
+from dora_mm.models.images.image_model import Prompt
 
 GROUP = 32  # tokens: the transformer fills prompts and pictures up to multiples of it
 
 
-class ZImage(ImageModel):
+class ZImage(FlowModel):
     """Z-Image (Tongyi-MAI, 2025), the base model: the distilled one, Turbo, loses its few steps when it is trained."""
 
     title, section, settings_class, pipeline_name = "Z-Image", "z_image", ZImageConfig, "ZImagePipeline"
-    phases = (("vae", "text_encoder", "tokenizer", "scheduler"), ("transformer",))
-    denoiser = "transformer"
     maps: ClassVar = {"transformer": "z-image"}
-    cell = 16  # 8 pixels per latent, two latents per token
-    dtypes = ("float32", "bfloat16")
+    chat: ClassVar = {"add_generation_prompt": True, "enable_thinking": True}
 
     def check(self, config: ModelConfig) -> None:
         super().check(config)
@@ -37,31 +32,10 @@ class ZImage(ImageModel):
         if self.settings.max_tokens > most:
             raise ValueError(f"model.z_image.max_tokens must be at most {most} for {config.path}.")
 
-    @property
-    def resolution(self) -> int:
-        return self.components.config("vae")["sample_size"]
-
-    @property
-    def vae_identity(self) -> str:
-        return f"{super().vae_identity} mode"  # another family may cache the variance, too
-
-    @cached_property
-    def noise(self) -> Flow:
-        return Flow(self.scheduler, patch=2)
-
     def prompt_length(self, prompt: Wording) -> int:
         """In groups of tokens."""
         assert isinstance(prompt, str)  # it does not `weigh_words`
         return -(-min(self.num_tokens(prompt), self.most_tokens) // GROUP)
-
-    def num_tokens(self, prompt: str) -> int:
-        turn = [{"role": "user", "content": prompt}]
-        ids = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, enable_thinking=True)
-        return len(ids["input_ids"])
-
-    @property
-    def most_tokens(self) -> int:
-        return self.settings.max_tokens
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Prompt]:
         """One by one, so that none depends on the others in the last bits."""
@@ -74,14 +48,6 @@ class ZImage(ImageModel):
         each = (pipe.encode_prompt(p, do_classifier_free_guidance=False, **settings)[0] for p in prompts)
         return [{"text": rows[0]} for rows in each]
 
-    @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> Latents:
-        """The mode of the posterior, with which the model was trained."""
-        vae = self.vae
-        with torch.autocast(vae.device.type, enabled=False):
-            found = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        return Latents(found.mode().float(), None)
-
     def normalized(self, latents: Tensor) -> Tensor:
         return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
@@ -90,13 +56,6 @@ class ZImage(ImageModel):
         rows = list(noised.to(network.dtype).unsqueeze(2).unbind())
         found = network(rows, 1 - time, [prompt["text"] for prompt in prompts], return_dict=False)[0]
         return -torch.stack(list(found)).squeeze(2)  # it predicts x - e
-
-    @torch.no_grad()
-    def encode_for_drawing(self, prompt: Wording, negative_prompt: Wording | None) -> Prompt:
-        assert isinstance(prompt, str)
-        assert not isinstance(negative_prompt, tuple)
-        text, negative = self.encode_prompts([prompt, negative_prompt or ""])
-        return {"text": text["text"], "negative": negative["text"]}
 
     def pipeline_inputs(
         self, encoded: Sequence[Prompt], *, steps: int, guidance: float, width: int, height: int
@@ -110,6 +69,3 @@ class ZImage(ImageModel):
             "width": width,
             "height": height,
         }
-
-    def make_pipeline(self, components: dict[str, Any]) -> Any:
-        return super().make_pipeline({**components, "scheduler": self.noise.sampler()})

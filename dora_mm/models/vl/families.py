@@ -19,14 +19,14 @@ from dora_mm.data.vl.needed import found_features
 from dora_mm.models.folders import empty_model, has_weights, read_config, saved_dtype
 from dora_mm.models.opening import UnreachableError, commit_of, local_copy
 from dora_mm.models.vl.towers.tower import load_tower
-from dora_mm.models.vl.vl_bart.family import VISION, VLBartTask, vl_bart_maps
+from dora_mm.models.vl.vl_bart.family import VISION, VLBartModel, vl_bart_maps
 from dora_mm.models.vl.vl_bart.loading import empty_vl_bart, is_vl_bart
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.targets import map_of
 
 
-def load_family(
+def load_vl_model(
     model: VLModelConfig,
     vision: VisionConfig,
     *,
@@ -47,7 +47,7 @@ def load_family(
         ValueError: The model cannot be loaded; the message names the key.
     """
     if isinstance(model, VLBartModelConfig):
-        return VLBartTask.load(model, vision, seed=seed, trained_tower=trained_tower, device=device)
+        return VLBartModel.load(model, vision, seed=seed, trained_tower=trained_tower, device=device)
     if is_vl_bart(path := resolve_model(model.path)):
         raise ValueError(f"model.path: {path} is a VL-BART: set model.family to vl_bart")
     return VLM(model, device)
@@ -83,7 +83,7 @@ def load_to_ask(
                 f"{path} is a VL-BART, whose vision tower only a run of its own names: give one by --adapter"
             )
         model, vision = run[0].model_copy(update={"path": path}), run[1].model_copy(update={"features": ()})
-        loaded = load_family(model, vision, seed=seed, trained_tower=trained_tower, device=device)
+        loaded = load_vl_model(model, vision, seed=seed, trained_tower=trained_tower, device=device)
         loaded.check([loaded.question_task])
         return loaded
     if run is not None and isinstance(run[0], VLMModelConfig):
@@ -92,7 +92,7 @@ def load_to_ask(
     else:
         dtype = given.get("dtype") or saved_dtype(path, read_config(path, given.get("revision")))
         settings = VLMModelConfig.model_validate({"path": path, **given, "dtype": dtype})
-    return load_family(settings, VisionConfig(), seed=seed, device=device)
+    return load_vl_model(settings, VisionConfig(), seed=seed, device=device)
 
 
 def pinned(model: VLModelConfig) -> VLModelConfig:
@@ -108,7 +108,7 @@ def pinned(model: VLModelConfig) -> VLModelConfig:
     return model.model_copy(update={"revision": commit_of(path, model.revision) or model.revision})
 
 
-def load_if_here(
+def load_vl_model_if_local(
     model: VLModelConfig,
     vision: VisionConfig,
     *,
@@ -116,7 +116,7 @@ def load_if_here(
     trained_tower: bool = False,
     device: torch.device | str = "cpu",
 ) -> tuple[VLModel | None, bool]:
-    """As `load_family`, for a model that is on this machine.
+    """As `load_vl_model`, for a model that is on this machine.
 
     Returns:
         The model, None where a file of it is missing that is needed to read rows; and whether its weights are here.
@@ -130,8 +130,8 @@ def load_if_here(
     else:
         here = has_weights(path, model.revision)
         with suppress(UnreachableError):
-            return load_family(model, vision, seed=seed, trained_tower=trained_tower, device=device), here
-    found = load_family(model, vision, seed=seed, trained_tower=trained_tower, device=device) if here else None
+            return load_vl_model(model, vision, seed=seed, trained_tower=trained_tower, device=device), here
+    found = load_vl_model(model, vision, seed=seed, trained_tower=trained_tower, device=device) if here else None
     return found, here
 
 

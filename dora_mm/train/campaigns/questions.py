@@ -36,7 +36,7 @@ from dora_mm.eval.vl.comparison import (
 )
 from dora_mm.eval.vl.metrics import scorer_of
 from dora_mm.eval.vl.question_only import question_only_answers
-from dora_mm.models.vl.families import load_family, structure_of
+from dora_mm.models.vl.families import load_vl_model, structure_of
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks.vl import answerers
@@ -228,7 +228,7 @@ def load_bare(config: CompareConfig, base: TrainVLConfig, settings: CompareQuest
     """The bare model as the first training starts from, with the features of the reported images."""
     vision = base.vision.model_copy(update={"features": settings.features}) if settings.features else base.vision
     trained_tower = bool(base.adapter.vision_parts)
-    return load_family(base.model, vision, seed=config.seeds[0], trained_tower=trained_tower, device=default_device())
+    return load_vl_model(base.model, vision, seed=config.seeds[0], trained_tower=trained_tower, device=default_device())
 
 
 def check_base(config: CompareConfig, base: TrainVLConfig, settings: CompareQuestionsConfig) -> None:

@@ -25,7 +25,7 @@ from dora_mm.data.vl.mixing import TaskBatches
 from dora_mm.data.vl.splits import TrainingSet, open_texts, open_training, open_validation
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
-from dora_mm.models.vl.vl_bart.family import VLBartTask, VLBatch
+from dora_mm.models.vl.vl_bart.family import VLBartModel, VLBatch
 from dora_mm.models.vl.vl_bart.loading import save_vl_bart
 from dora_mm.models.vl.vl_bart.model import VLBart, VLBartConfig
 from dora_mm.models.vl.vl_bart.visual_inputs import VisionEncoder
@@ -69,7 +69,7 @@ def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
     splits = open_validation(captions, config.evaluate, vision, answered=True)
     tokenizer = train_tokenizer(all_texts(config), config.model.num_merges)
     model: Any = build_model(config, tokenizer, vision.feature_dim)
-    task = VLBartTask(model.to(accelerator.device).train(), tokenizer, vision)
+    task = VLBartModel(model.to(accelerator.device).train(), tokenizer, vision)
     parameters = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
     log.info("%s parameters, %d tokens", f"{sum(p.numel() for p in parameters.values()):,}", len(tokenizer))
 
@@ -156,7 +156,7 @@ def build_model(config: PretrainTinyVLConfig, tokenizer: BartTokenizer, feature_
 
 
 def caption_batch(
-    config: PretrainTinyVLConfig, task: VLBartTask, rows: TrainingSet, order: TaskBatches, number: int
+    config: PretrainTinyVLConfig, task: VLBartModel, rows: TrainingSet, order: TaskBatches, number: int
 ) -> VLBatch:
     """The batch of a number; it depends only on (seed, number), so that a resumed run gets the same batches."""
     stream = generator(config.seed, number, "captions")

@@ -9,7 +9,7 @@ import yaml
 from dora_mm.config.models import VisionConfig, VLBartModelConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.tables import open_table
-from dora_mm.models.vl.vl_bart.family import VLBartTask
+from dora_mm.models.vl.vl_bart.family import VLBartModel
 from dora_mm.models.vl.vl_bart.loading import load_vl_bart
 from dora_mm.models.vl.vl_bart.text import decode
 from dora_mm.models.vl.vl_bart.visual_inputs import VisionEncoder
@@ -102,7 +102,7 @@ def test_the_embedded_model_uses_the_image(tmp_path):
     model, tokenizer = load_vl_bart(VLBartModelConfig(family="vl_bart", path=str(folder)), vision.feature_dim, seed=0)
     source = SourceConfig(**captions("val", 24))
     table = open_table(source, tmp_path, on_bad_data="stop")
-    task = VLBartTask(model.eval(), tokenizer, vision)
+    task = VLBartModel(model.eval(), tokenizer, vision)
     predictions = decode(tokenizer, model.answer_ids(task.inputs("caption", list(table), str(SAMPLES / "images"))))
 
     def num_correct(answers: list[str]) -> int:

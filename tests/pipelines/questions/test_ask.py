@@ -13,7 +13,7 @@ from dora_mm.cli import main
 from dora_mm.config.models import VisionConfig, VLMModelConfig
 from dora_mm.config.vl import DecodeConfig, TrainVLConfig
 from dora_mm.data.vl.example import Example, Turn
-from dora_mm.models.vl.families import load_family
+from dora_mm.models.vl.families import load_vl_model
 from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from tests.data.vl.chats import messages
 from tests.data.vl.files import write_json
@@ -54,7 +54,7 @@ def run_of(
         **sections,
     }
     config = TrainVLConfig.model_validate(values)
-    vl = load_family(config.model, config.vision, seed=0)
+    vl = load_vl_model(config.model, config.vision, seed=0)
     answer = vl.answerer(task, DecodeConfig(max_new_tokens=6), ())
     bare = [answer([row], "/")[0] for row in rows]
     assert vl.identity  # of the bare model
@@ -129,7 +129,7 @@ def test_the_question_is_asked_as_the_run_trained(tiny_vlm, pictures, tmp_path, 
 
 def test_text_alone_and_several_turns(tiny_vlm, pictures, capsys):
     base, image = tiny_vlm("llava"), pictures / "wide.png"
-    vl = load_family(VLMModelConfig(path=str(base)), VisionConfig(), seed=0)
+    vl = load_vl_model(VLMModelConfig(path=str(base)), VisionConfig(), seed=0)
     answer = vl.answerer("chat", DecodeConfig(max_new_tokens=6), ())
     alone = answer([Example("row", (), QUESTION)], "/")[0]
     assert asked(capsys, base, QUESTION) == f"{alone}\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from dora_mm.config.models import SDXLConfig
 from dora_mm.data.images.buckets import Framing
 from dora_mm.data.images.latents import Latents
 from dora_mm.data.syntax import Wording
-from dora_mm.models.images.image_model import ImageModel, Prompt, padded
+from dora_mm.models.images.image_model import ImageModel, Prompt, SingleFile, padded
 from dora_mm.models.images.noise import Diffusion
 from dora_mm.models.images.sdxl import checkpoint, encoding
 
@@ -29,16 +29,12 @@ class SDXL(ImageModel):
     cell, weighs_words = 8, True
     token_tables: ClassVar = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
     predictions = ("epsilon", "v_prediction")
-    single_file = ("model.diffusion_model.label_emb.", "conditioner.embedders.1.")
-    single_file_configs = checkpoint.CONFIGS
-
-    @classmethod
-    def single_file_parts(cls) -> dict[str, Any]:
-        return checkpoint.tokenizers()
-
-    @classmethod
-    def scheduler_settings(cls, names: Collection[str]) -> dict[str, Any]:
-        return checkpoint.scheduler_settings(names)
+    single_file = SingleFile(
+        ("model.diffusion_model.label_emb.", "conditioner.embedders.1."),
+        checkpoint.CONFIGS,
+        checkpoint.tokenizers,
+        checkpoint.scheduler_settings,
+    )
 
     @property
     def resolution(self) -> int:

@@ -44,7 +44,7 @@ class VLBatch:
     weights: Tensor  # weight of each row's loss (B,): the score of its answer
 
 
-class VLBartTask:
+class VLBartModel:
     """A VL-BART with its tokenizer and vision encoder; implements `VLModel`.
 
     Args:
@@ -82,7 +82,7 @@ class VLBartTask:
         trained_tower: bool = False,
         device: torch.device | str = "cpu",
         vision: VisionEncoder | None = None,
-    ) -> VLBartTask:
+    ) -> VLBartModel:
         """Loads the model and its vision encoder.
 
         Args:
@@ -105,11 +105,11 @@ class VLBartTask:
         model, tokenizer = load_vl_bart(config, vision.feature_dim, seed)
         return cls(model.to(device), tokenizer, vision.to(device), (config, vision_config))
 
-    def fresh(self, seed: int) -> VLBartTask:
+    def fresh(self, seed: int) -> VLBartModel:
         assert self.config is not None
         config, vision = self.config
         depends_on_seed = self.vision.trained or (vision.pretrained is None and not vision.features)
-        return VLBartTask.load(
+        return VLBartModel.load(
             config,
             vision,
             seed=seed,

@@ -21,7 +21,7 @@ from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.row_view import RowView
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.tables import ExampleTable
-from dora_mm.models.folders import identity_of, model_class, read_config
+from dora_mm.models.folders import model_class, read_config, weights_identity
 from dora_mm.models.opening import check_revision, commit_of
 from dora_mm.models.vl.vl_model import RowCounts, RowLengths, Target
 from dora_mm.models.vl.vlm.answers import VLMAnswers
@@ -157,7 +157,7 @@ class VLM:
 
     @cached_property
     def _identity(self) -> dict[str, str]:
-        return identity_of(self.path, self.commit)
+        return weights_identity(self.path, self.commit)
 
     def fresh(self, seed: int) -> VLM:
         return VLM(self.config, self.network.loads_to)

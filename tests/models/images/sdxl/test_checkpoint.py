@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import open_clip
 import pytest
@@ -44,8 +45,7 @@ def single(folder, tmp_path, monkeypatch):
         (checkpoint.CONFIGS / "scheduler/scheduler_config.json").read_bytes()
     )
     parts = checkpoint.tokenizers(SIZES["num_merges"], 40)
-    monkeypatch.setattr(SDXL, "single_file_configs", configs)
-    monkeypatch.setattr(SDXL, "single_file_parts", classmethod(lambda cls: parts))
+    monkeypatch.setattr(SDXL, "single_file", replace(SDXL.single_file, configs=configs, parts=lambda: parts))
 
     def write(*markers):
         return str(write_single_file(folder, tmp_path / "xl.safetensors", markers))
@@ -215,7 +215,7 @@ def small(configs, folder):
 def test_each_tensor_of_the_published_layout_finds_its_place(tmp_path, monkeypatch):
     """All 2,515 names of sd_xl_base_1.0.safetensors, of which one is of numbers that transformers no longer keeps."""
     folder = small(checkpoint.CONFIGS, tmp_path / "model")
-    monkeypatch.setattr(SDXL, "single_file_configs", folder)
+    monkeypatch.setattr(SDXL, "single_file", replace(SDXL.single_file, configs=folder))
     file = write_single_file(folder, tmp_path / "xl.safetensors", ["v_pred", "ztsnr"])
     tensors = load_file(file)
     positions = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"

@@ -15,7 +15,7 @@ from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.readers.video import SUBTITLES_END
 from dora_mm.eval.vl.metrics import score
 from dora_mm.eval.vl.submissions import suffix, write_predictions
-from dora_mm.models.vl.vl_bart.family import VLBartTask
+from dora_mm.models.vl.vl_bart.family import VLBartModel
 from dora_mm.models.vl.vl_bart.text import decode
 from dora_mm.models.vl.vl_bart.visual_inputs import VisionEncoder, resize_frames
 from dora_mm.tasks.vl import draw_answer
@@ -49,7 +49,7 @@ def grids(tmp_path):
 @pytest.fixture
 def task(grids):
     vision = VisionEncoder(VisionConfig(features=(str(grids),)))
-    return VLBartTask(small_vl_bart(), small_tokenizer(), vision)
+    return VLBartModel(small_vl_bart(), small_tokenizer(), vision)
 
 
 def example(index: int = 0, **changes) -> Example:
@@ -89,7 +89,7 @@ def test_vqa_weights_each_row_by_the_score_of_its_answer(task):
 
 @pytest.mark.parametrize("name", ["tvqa", "tvc", "yc2c"])
 def test_video_tasks_are_averaged_over_rows(clips, name):
-    task = VLBartTask(small_vl_bart("video"), small_tokenizer(), VisionEncoder(VisionConfig(features=(str(clips),))))
+    task = VLBartModel(small_vl_bart("video"), small_tokenizer(), VisionEncoder(VisionConfig(features=(str(clips),))))
     answers = ["yes", "two dogs and a red cat left of the bus"]
     rows = [example(images=("short",), answers=(answer,), scores=(1.0,)) for answer in answers]
     batch = batch_of(task, name, rows)
@@ -123,7 +123,7 @@ def test_a_row_without_answers_adds_nothing_to_a_mean_over_tokens(task, name):
 
 @pytest.mark.parametrize(("visual", "name", "kind"), [("image", "tvqa", "clips"), ("video", "vqa", "images")])
 def test_a_model_of_the_other_kind_is_refused(grids, visual, name, kind):
-    task = VLBartTask(small_vl_bart(visual), small_tokenizer(), VisionEncoder(VisionConfig(features=(str(grids),))))
+    task = VLBartModel(small_vl_bart(visual), small_tokenizer(), VisionEncoder(VisionConfig(features=(str(grids),))))
     with pytest.raises(ValueError, match=f"model.path.* {name} needs {kind}"):
         task.check([name])
 
@@ -146,7 +146,7 @@ def test_a_long_question_is_cut_to_twenty_tokens(task):
 
 
 def test_subtitles_are_truncated_and_the_question_never(clips):
-    task = VLBartTask(small_vl_bart("video"), small_tokenizer(), VisionEncoder(VisionConfig(features=(str(clips),))))
+    task = VLBartModel(small_vl_bart("video"), small_tokenizer(), VisionEncoder(VisionConfig(features=(str(clips),))))
     question = "[Q] what color is the bus? [Choices] a0: red. a1: two dogs."
     row = example(
         images=("long",), text=f"[Subs] {'a red cat ' * 900}{SUBTITLES_END}{question}", answers=("a1",), scores=(1.0,)
@@ -159,7 +159,7 @@ def test_subtitles_are_truncated_and_the_question_never(clips):
 
 
 def test_clips_are_resized_to_64_frames(clips):
-    task = VLBartTask(small_vl_bart("video"), small_tokenizer(), VisionEncoder(VisionConfig(features=(str(clips),))))
+    task = VLBartModel(small_vl_bart("video"), small_tokenizer(), VisionEncoder(VisionConfig(features=(str(clips),))))
     rows = [example(images=(name,), text=f"{SUBTITLES_END}[Q] is there?") for name in ("short", "long")]
     inputs = task.inputs("how2qa", rows, None)
     assert inputs.visual_features.shape == (2, 1, 64, DIM)

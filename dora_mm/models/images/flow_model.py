@@ -1,0 +1,70 @@
+"""What families of flow models share: one text encoder that reads a chat template, and a transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dora_mm.data.images.latents import Latents
+from dora_mm.data.syntax import Wording
+from dora_mm.models.images.image_model import ImageModel, Prompt
+from dora_mm.models.images.noise import Flow
+
+
+class FlowModel(ImageModel):
+    """An image model that predicts velocities, whose encoded prompt is one tensor of rows, `text`.
+
+    Its section has `max_tokens`, and its VAE's latents are the mode of the posterior, with which it was trained.
+    """
+
+    phases = (("vae", "text_encoder", "tokenizer", "scheduler"), ("transformer",))
+    denoiser = "transformer"
+    cell = 16  # 8 pixels per latent, two latents per token
+    dtypes = ("float32", "bfloat16")
+    patch: ClassVar[int] = 2  # the side of what the transformer takes for one token, in its latents
+    chat: ClassVar[Mapping[str, Any]] = {"add_generation_prompt": True}  # how the chat template of prompts is filled in
+
+    @property
+    def resolution(self) -> int:
+        return self.components.config("vae")["sample_size"]
+
+    @property
+    def vae_identity(self) -> str:
+        return f"{super().vae_identity} mode"  # another family may cache the variance, too
+
+    @cached_property
+    def noise(self) -> Flow:
+        return Flow(self.scheduler, self.patch)
+
+    def prompt_length(self, prompt: Wording) -> int:
+        """The same for all: they are filled up to one length, and the transformer reads what fills them."""
+        return 1
+
+    def num_tokens(self, prompt: str) -> int:
+        ids = self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **self.chat)
+        return len(ids["input_ids"])
+
+    @property
+    def most_tokens(self) -> int:
+        return self.settings.max_tokens
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Latents:
+        vae = self.vae
+        with torch.autocast(vae.device.type, enabled=False):
+            found = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        return Latents(found.mode().float(), None)
+
+    @torch.no_grad()
+    def encode_for_drawing(self, prompt: Wording, negative_prompt: Wording | None) -> Prompt:
+        assert isinstance(prompt, str)  # it does not `weigh_words`
+        assert not isinstance(negative_prompt, tuple)
+        text, negative = self.encode_prompts([prompt, negative_prompt or ""])
+        return {"text": text["text"], "negative": negative["text"]}
+
+    def make_pipeline(self, components: dict[str, Any]) -> Any:
+        return super().make_pipeline({**components, "scheduler": self.noise.sampler()})
