@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from dora_mm.config import load_config, resolve_model, resolve_path, run_name
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.models import STARTS
-from dora_mm.config.report import nearest
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.images.folder import CaptionedImage, read_captioned_images
 from dora_mm.data.images.masks import by_kind
@@ -17,6 +16,7 @@ from dora_mm.preview.captions import PLACEHOLDER, example_prompts, shared_word
 from dora_mm.preview.images import describe_captions, describe_length, describe_masks, describe_pictures, repeats_of
 from dora_mm.preview.machine import fitting, largest_card
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.messages import nearest
 from dora_mm.utils.yaml12 import MISSING, edited
 
 Changes = dict[tuple[str, ...], Any]

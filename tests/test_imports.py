@@ -16,6 +16,7 @@ from dora_mm.config.vl_tasks import TASKS
 ROOT = Path(__file__).parents[1]
 ROWS = [  # each may import the rows above it and itself, but not its neighbours or the rows below
     {"utils", "core"},
+    {"registries"},
     {"kernels", "targets", "config"},
     {"backend", "formats"},
     {"data"},

@@ -5,9 +5,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from dora_mm.config.report import nearest
 from dora_mm.config.schema import AdapterPath, Items, Positive, Section, Share, Text
 from dora_mm.config.training import OptimizerConfig
+from dora_mm.utils.messages import nearest
 
 EACH_TEXT_ENCODER = "text_encoder"  # how the names of all text encoders of a model begin
 TEXT_ENCODERS = "text_encoders"  # in front of a part: that part of every text encoder

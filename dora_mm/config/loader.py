@@ -10,9 +10,10 @@ from pydantic import ValidationError
 
 from dora_mm.config.paths import resolve_path
 from dora_mm.config.pipelines import SCHEMAS
-from dora_mm.config.report import Problem, describe, dotted_key, nearest, sections_at
+from dora_mm.config.report import Problem, describe, dotted_key, sections_at
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.utils import yaml12
+from dora_mm.utils.messages import nearest
 from dora_mm.utils.yaml12 import MISSING, KeyPath
 
 

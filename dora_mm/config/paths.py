@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
-from dora_mm.config.report import nearest
 from dora_mm.config.schema import PathKind, PipelineConfig, Section
+from dora_mm.utils.messages import nearest
 
 PACKAGE = Path(__file__).resolve().parents[1]
 _OF_ADAPTERS = {"adapter", "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"}

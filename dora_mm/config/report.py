@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
@@ -10,6 +9,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 from pydantic import Discriminator, ValidationError
 
 from dora_mm.config.schema import Section, SectionChoice
+from dora_mm.utils.messages import nearest
 from dora_mm.utils.yaml12 import KeyPath
 
 _WANTED = {
@@ -62,12 +62,6 @@ def dotted_key(path: KeyPath) -> str:
     """A key path as text, such as sample.seeds[0]."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return text.removeprefix(".")
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The text ", did you mean '...'?" with the most similar of `names`, or an empty text if none is similar."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _origin(path: KeyPath, origins: Mapping[KeyPath, str]) -> str:

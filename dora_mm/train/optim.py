@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dora_mm.config.report import nearest
 from dora_mm.config.training import EpochTrainConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from dora_mm.utils.messages import first_line
+from dora_mm.utils.messages import first_line, nearest
 
 
 class Kind(NamedTuple):

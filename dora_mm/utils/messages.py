@@ -1,6 +1,8 @@
 """Texts of others in messages and reports: errors of libraries, names out of files that anybody may have written."""
 
+import difflib
 import re
+from collections.abc import Iterable
 
 # What a terminal obeys or does not show: control characters, among them line breaks, and what turns the direction of
 # text. No name of a module needs them.
@@ -27,3 +29,9 @@ def compiler_problem(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of its class if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The text ", did you mean '...'?" with the most similar of `names`, or an empty text if none is similar."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f", did you mean {close[0]!r}?" if close else ""

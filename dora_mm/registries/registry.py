@@ -1,0 +1,76 @@
+"""Choices by name, which other packages add to by entry points, and which are loaded when they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from dora_mm.utils.messages import nearest
+
+GROUP = "dora_mm"  # of the entry points
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """The records of one kind by name: data of what may be chosen, which imports nothing large.
+
+    A package adds one by an entry point of the group `dora_mm` whose name is `<kind>.<name>` and whose object is the
+    record. Entry points are read only when a name is not found among the built-in ones, or all are listed.
+
+    Args:
+        kind: What its entry points begin with, such as `optimizers`.
+        one: What one is called in messages.
+        records: The built-in ones.
+    """
+
+    def __init__(self, kind: str, one: str, records: Mapping[str, T]):
+        self.kind, self.one, self._records = kind, one, dict(records)
+
+    @cached_property
+    def _added(self) -> dict[str, EntryPoint]:
+        start = f"{self.kind}."
+        found = [point for point in entry_points(group=GROUP) if point.name.startswith(start)]
+        return {point.name.removeprefix(start): point for point in found}
+
+    def __getitem__(self, name: str) -> T:
+        """A record.
+
+        Raises:
+            KeyError: There is none of this name; `check` has a message for people.
+            ValueError: The package that adds it cannot be imported.
+        """
+        if name not in self._records:
+            point = self._added[name]
+            try:
+                self._records[name] = point.load()
+            except (ImportError, AttributeError) as error:
+                raise ValueError(f"{self.one} {name}: {point.value} cannot be imported: {error}") from error
+        return self._records[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._records or name in self._added
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys((*self._records, *self._added)))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def check(self, name: str) -> str:
+        """Returns a name.
+
+        Raises:
+            ValueError: There is no record of this name; the message has the nearest one, and all.
+        """
+        if name not in self:
+            raise ValueError(f"there is no {self.one} {name!r}{nearest(name, self)}; choose from {', '.join(self)}")
+        return name
+
+
+def load(place: str) -> Any:
+    """Imports an object by its place, `module:object`."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
