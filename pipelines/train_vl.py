@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from dora_mm import formats
 from dora_mm.adapting.compiled import check_compiler, compile_blocks, compiled_line
-from dora_mm.adapting.files import remarks_on_files, save_trained
+from dora_mm.adapting.files import digest_of_adapter, remarks_on_files, save_trained
 from dora_mm.adapting.initial import initial_identity, load_initial_folder
 from dora_mm.adapting.networks import TrainedNetworks, adapt, train_mode
 from dora_mm.adapting.parts import MODEL
@@ -55,7 +55,7 @@ from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, check_device, with_steps
 from dora_mm.train.prefetch import Prefetcher
 from dora_mm.train.processes import answering, check_can_shard, join_processes, main_process_first, summed, takes_part
-from dora_mm.train.run import training_run, training_summary, write_summary
+from dora_mm.train.run import finished_run, training_run, training_summary, write_summary
 from dora_mm.train.schedule import Schedule
 from dora_mm.train.validation import LOSS, SplitScores, Validation, log_scores, main_values, task_qualities
 from dora_mm.train.weights import EMA, WeightAverage, result_of
@@ -88,6 +88,9 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         return
     unused = not config.model.uses_all_parameters
     accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
+    if finished := finished_run(resume, config):
+        print(f"adapter  {finished.adapter}")
+        return
     check_device(config.optimizer, accelerator.device)
     check_can_shard(accelerator, config.train)
     if config.train.compile:
@@ -158,7 +161,7 @@ def inputs_of(config: TrainVLConfig, model: VLModel, training: Mapping[str, Trai
     """Digests of all that the config refers to, by a description of each."""
     inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | dict(model.identity)
     inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
-    return inputs | initial_identity(config.adapter)
+    return inputs | initial_identity(config.adapter, digest_of_adapter)
 
 
 def scoring_of(

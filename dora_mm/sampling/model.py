@@ -27,10 +27,10 @@ from dora_mm.models.new_tokens import load_adapter, read_tokens
 from dora_mm.sampling.drawing import PictureJob, check_what_is_there, draw, plan, remove_adapters
 from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.sampling.pictures import PictureSampler
-from dora_mm.sampling.png import BaseModel, adapter_hashes
+from dora_mm.sampling.png import BaseModel
 from dora_mm.sampling.strengths import HashableStrength, to_load
 from dora_mm.utils.devices import default_device
-from dora_mm.utils.digest import file_digest, module_digest
+from dora_mm.utils.digest import data_digest, file_digest, module_digest
 
 log = logging.getLogger(__name__)
 EMBEDDED = ModelConfig(path=EMBEDDED_IMAGE_MODEL)
@@ -164,8 +164,8 @@ class LoadedModel:
         return {path: read_tokens(AdapterFile(file)) for path, file in self.adapters.items()}
 
     def adapter_hashes(self) -> dict[str, tuple[str, str]]:
-        """The two hashes of each adapter's file (see `png.UsedAdapter`), by the path that jobs name."""
-        return {path: adapter_hashes(file) for path, file in self.adapters.items()}
+        """The two hashes of each adapter (see `png.UsedAdapter`), by the path that jobs name."""
+        return {path: (formats.adapter_digest(file), data_digest(file)[:12]) for path, file in self.adapters.items()}
 
     def plan(self, folder: Path, pictures: Sequence[Picture], batch_size: int) -> PictureJob:
         """Plans the batches of a job: see `drawing.plan`. Pictures without a size get the model's own."""

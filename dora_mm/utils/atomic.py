@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import filecmp
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +22,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Missing parent folders are created. After an error the temporary file is removed and an existing `path` is kept.
 
     Args:
-        path: The final file; it is replaced if it exists.
+        path: The final file; it is replaced if it exists with other content, and else stays as it is, with its time.
         write: Called with the temporary path, to which it must write the content.
 
     Raises:
@@ -39,7 +41,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         partial.chmod(permissions)
         flush(partial)
         check_lock(path)
-        os.replace(partial, path)
+        if not (path.is_file() and filecmp.cmp(partial, path, shallow=False)):
+            os.replace(partial, path)
     except FileNotFoundError:
         check_lock(path)  # who has taken the folder over has removed what was half written in it
         raise
@@ -70,10 +73,15 @@ def flush(path: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file atomically.
+    """Writes a safetensors file atomically; see `write_tensor_file`."""
+    write_atomically(path, lambda partial: write_tensor_file(partial, tensors, metadata))
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file; the same tensors and entries give the same bytes, in whatever order they are given.
 
     Args:
-        path: The final file; it is replaced if it exists.
+        path: The file; it is replaced if it exists.
         tensors: Tensors on any device by name; they may be views or share memory.
         metadata: Text entries of the file's header.
 
@@ -83,4 +91,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     from safetensors.torch import save_file  # here, so that commands which only write text need not load torch
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda partial: save_file(contiguous, partial, metadata=dict(metadata)))
+    save_file(contiguous, path, metadata=dict(metadata))
+    with path.open("r+b") as file:  # safetensors writes the entries in another order in each process
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        assert len(ordered) == size, path
+        file.seek(8)
+        file.write(ordered)

@@ -21,7 +21,7 @@ from dora_mm.recipes import PIPELINES
 from dora_mm.train.metrics import read_metrics
 from tests.models.towers.small import DIM
 from tests.models.vl_bart.small import small_bart, small_tokenizer
-from tests.pipelines.killed import assert_same_weights, kill_after
+from tests.pipelines.killed import assert_same_weights, files_in, kill_after
 
 ROOT = Path(__file__).parents[3]
 SAMPLES = ROOT / "samples" / "vl"
@@ -136,6 +136,14 @@ def test_it_trains_scores_and_saves_a_loadable_adapter(finished, config, tmp_pat
     assert len(predictions) == 8
     assert {"question_id", "answer"} == predictions[0].keys()
     assert "data:image/" in (tmp_path / "eval" / "examples.html").read_text()
+
+
+def test_a_finished_run_that_is_resumed_writes_nothing(finished, caplog):
+    caplog.set_level("INFO")
+    before = files_in(finished / "run")
+    assert main(["train", "--resume", str(finished / "run")]) == 0
+    assert f"To train longer: dora-mm train --resume {finished / 'run'} --set train.steps=8" in caplog.messages
+    assert files_in(finished / "run") == before
 
 
 @pytest.mark.slow
@@ -258,6 +266,7 @@ def test_an_adapted_tower_that_peft_cannot_hold(config, tmp_path, open_clip_towe
     for name in ("attn.q_proj", "attn.out_proj", "mlp.c_fc"):
         assert any(f".{name}.lora_B" in key and tensor.any() for key, tensor in saved.items())
 
+    (run / "summary.json").unlink()
     assert main(["train", "--resume", str(run)]) == 0
     assert not list(run.glob("*/**/vision/adapter_model.safetensors"))
     again = config(
