@@ -54,7 +54,15 @@ from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, check_device, with_steps
 from dora_mm.train.prefetch import Prefetcher
-from dora_mm.train.processes import answering, check_can_shard, join_processes, main_process_first, summed, takes_part
+from dora_mm.train.processes import (
+    answering,
+    check_can_shard,
+    join_processes,
+    main_process_first,
+    share_seen,
+    summed,
+    takes_part,
+)
 from dora_mm.train.run import finished_run, training_run, training_summary, write_summary
 from dora_mm.train.schedule import Schedule
 from dora_mm.train.validation import LOSS, SplitScores, Validation, log_scores, main_values, task_qualities
@@ -114,7 +122,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     parts = build(config, model, trained, accelerator, batches.steps_per_epoch)
     if config.train.compile:
         compile_blocks(trained.networks, model.target_maps)
-    inputs = inputs_of(config, model, training)
+    inputs = inputs_of(config, model, training, splits)
     scoring = scoring_of(config, model, accelerator, training, splits, answers, result_of(parts["optimizer"]))
     with training_run(accelerator, config, inputs, resume, parts["config"]) as run:
         train(config, run, model, trained, accelerator, batches, parts, splits, scoring)
@@ -157,10 +165,14 @@ def division_of(config: TrainVLConfig, model: VLModel | Structure, trained: Trai
     return division(trained, model.target_maps, lambda part: every or part.startswith("text."))
 
 
-def inputs_of(config: TrainVLConfig, model: VLModel, training: Mapping[str, TrainingSet]) -> dict[str, str]:
+def inputs_of(
+    config: TrainVLConfig, model: VLModel, training: Mapping[str, TrainingSet], splits: Mapping[str, ValidationSet]
+) -> dict[str, str]:
     """Digests of all that the config refers to, by a description of each."""
     inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | dict(model.identity)
     inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
+    for name, split in splits.items():  # by which the best adapter is chosen, and when to stop
+        inputs[f"the validation data of {name}"] = split.identity
     return inputs | initial_identity(config.adapter, digest_of_adapter)
 
 
@@ -215,13 +227,19 @@ def train(
         if validate.is_due(step, parts["config"].steps):
             log_scores(step, validate(step))
 
+    def after_step(step: int) -> None:
+        if average:
+            average.update(step)
+        if parts["config"].is_checkpoint(step):
+            share_seen(accelerator, model.files)
+
     with Prefetcher(batches, enabled=model.prepares_batches) as batch_at:
         done = fit(
             run=run,
             **parts,
             batch_at=batch_at,
-            state={"row counts": model.counts} | ({EMA: average} if average else {}),
-            after_step=average.update if average else None,
+            state={"row counts": model.counts, "files": model.files} | ({EMA: average} if average else {}),
+            after_step=after_step,
             observe=observe,
             is_over=validate.is_over,
         )

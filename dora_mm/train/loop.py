@@ -176,8 +176,7 @@ class _TrainingRecord:
     @property
     def is_due(self) -> bool:
         """Whether a checkpoint belongs to this step."""
-        every = self.config.checkpoint_every
-        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+        return self.config.is_checkpoint(self.step)
 
     def log(self, progress: TrainingProgress, rate: float, norm: float) -> None:
         """Writes a row of metrics where one belongs to this step."""

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from dora_mm.utils.lock import check_lock
 from dora_mm.utils.partials import partial_of
@@ -33,6 +33,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
     try:
+        partial.unlink(missing_ok=True)  # a link, which would be followed
         partial.touch()
         permissions = (
             partial.stat().st_mode
@@ -57,10 +58,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Appends UTF-8 text to a file; a process that is killed meanwhile may leave a part of it."""
+    """Appends UTF-8 text to a file; a process that is killed meanwhile may leave a part of it.
+
+    Raises:
+        OSError: It cannot be written, or is a link to another file.
+    """
     check_lock(path)
-    with path.open("a", encoding="utf-8") as file:
+    with open_to_append(path) as file:
         file.write(text)
+
+
+def open_to_append(path: Path) -> TextIO:
+    """Opens a file of UTF-8 text to append to it; what a link leads to is not written to.
+
+    Raises:
+        OSError: It cannot be opened, or is a link.
+    """
+    return open(path, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
 
 def flush(path: Path) -> None:

@@ -67,9 +67,14 @@ def file_digest(path: Path, start: int = 0) -> str:
     return digest.hexdigest()
 
 
+def known_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex. That of a large one is remembered."""
+    return _remembered([path], "file", partial(file_digest, path))
+
+
 def files_digest(files: Iterable[Path]) -> str:
     """SHA-256 over the names and the content of files, in hex. That of large files is remembered."""
-    digests = ((file, _remembered([file], "file", partial(file_digest, file))) for file in sorted(files))
+    digests = ((file, known_digest(file)) for file in sorted(files))
     return hashlib.sha256("\n".join(f"{file.name} {digest}" for file, digest in digests).encode()).hexdigest()
 
 

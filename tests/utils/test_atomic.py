@@ -7,7 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dora_mm.utils.atomic import save_tensors, write_atomically, write_text
+from dora_mm.utils.atomic import append_text, save_tensors, write_atomically, write_text
+from dora_mm.utils.partials import partial_of
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
@@ -59,3 +60,15 @@ def test_a_file_that_has_this_content_already_keeps_its_time(tmp_path):
     write_text(path, "new")
     assert (path.read_text(), path.stat().st_mtime == 5) == ("new", False)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_link_leads_to_is_not_written_to(tmp_path):
+    target = tmp_path / "target"
+    target.write_text("precious")
+    for name in ("whole", "appended", partial_of(tmp_path / "whole").name):
+        (tmp_path / name).symlink_to(target)
+    write_text(tmp_path / "whole", "text")
+    assert (tmp_path / "whole").read_text() == "text"
+    with pytest.raises(OSError, match="symbolic links"):
+        append_text(tmp_path / "appended", "text")
+    assert target.read_text() == "precious"

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from dora_mm.data.images.buckets import Framing, Size
-from dora_mm.data.images.pixels import crop_box, load_alpha, load_rgb
+from dora_mm.data.images.pixels import Read, crop_box, load_alpha, load_rgb
 
 ENDING = ".mask.png"  # of the mask of an image: cat.mask.png is that of cat.jpg
 ALPHA = "alpha"  # stands for the digest of a mask that is the image's own transparency
@@ -19,21 +19,22 @@ def mask_file(image: Path) -> Path:
     return image.with_name(image.stem + ENDING)
 
 
-def load_mask(image: Path, source: str) -> Image.Image | None:
+def load_mask(image: Path, source: str, read: Read = Path.read_bytes) -> Image.Image | None:
     """The mask of an image, upright, in float32 from 0 to 1; None if it has none.
 
     Args:
         image: The image file.
         source: "file" or "alpha".
+        read: Reads the file that has the mask.
 
     Raises:
         ValueError: The mask is broken, black all over, or of another shape than its image; the message names the file.
     """
     if source == ALPHA:
-        file, grey = image, load_alpha(image)
+        file, grey = image, load_alpha(image, read)
     else:
         file = mask_file(image)
-        grey = load_rgb(file, "black").convert("L") if file.exists() else None
+        grey = load_rgb(file, "black", read).convert("L") if file.exists() else None
     if grey is None:
         return None
     values = np.asarray(grey, dtype=np.float32) / 255

@@ -15,6 +15,7 @@ from dora_mm.config.models import VisionConfig, VLBartModelConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.core import TargetMap
+from dora_mm.data.seen import SeenFiles
 from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.readers.video import split_subtitles
 from dora_mm.data.vl.row_view import Piece, RowView
@@ -133,6 +134,10 @@ class VLBartTask:
     @property
     def why_not_in_step(self) -> str:
         return "VL-BART, which fits on any card, runs its encoder and its decoder as networks of their own"
+
+    @property
+    def files(self) -> SeenFiles:
+        return self.vision.files
 
     @property
     def identity(self) -> dict[str, str]:

@@ -14,6 +14,7 @@ from dora_mm.config.loader import resolve_path
 from dora_mm.config.models import VisionConfig
 from dora_mm.data.features.sources import open_features
 from dora_mm.data.images.pixels import load_rgb
+from dora_mm.data.seen import SeenFiles
 from dora_mm.data.vl.example import stem
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.towers.tower import load_tower
@@ -33,6 +34,7 @@ class VisionEncoder(nn.Module):
     Attributes:
         tower: The vision tower; None if precomputed features are read.
         features: The precomputed features; None if the tower encodes the images.
+        files: Knows the content of images and features that were read before.
 
     Raises:
         ValueError: The features or the tower cannot be loaded; the message names the key.
@@ -42,7 +44,8 @@ class VisionEncoder(nn.Module):
         super().__init__()
         paths = [resolve_path(path, "vision.features") for path in config.features]
         self.feature_paths = ", ".join(map(str, paths))  # for messages
-        self.features = open_features(paths) if paths else None
+        self.files = SeenFiles()
+        self.features = open_features(paths, self.files) if paths else None
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             self.tower = None if self.features is not None else load_tower(config)
@@ -147,7 +150,7 @@ class VisionEncoder(nn.Module):
 
     def _tokens(self, paths: list[Path]) -> Tensor:
         assert self.tower is not None
-        pixels = torch.stack([self.tower.preprocess(load_rgb(path, "white")) for path in paths])
+        pixels = torch.stack([self.tower.preprocess(load_rgb(path, "white", self.files.read)) for path in paths])
         return self.tower(pixels.to(self.device))
 
 
