@@ -65,7 +65,8 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     inputs |= {"the adapter": digest_of_adapter(folder)} if folder else {}
     with evaluation_run(config, inputs) as run:
         kept = run.path / "answers"
-        answered = answer_all(answers, model.networks.values(), splits, config.decode.batch_size, folder=kept)
+        asked = (answers, model.networks.values(), splits, config.decode.batch_size)
+        answered = answer_all(*asked, folder=kept, content=model.content)
         report_all(config, run, answered, splits)
 
 

@@ -6,7 +6,8 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,25 @@ class SeenFiles:
         if self._hashed.get(str(path)) != state:
             self.compare(path, bytes.fromhex(file_digest(path)))
             self._hashed[str(path)] = state
+
+    def digest(self, path: Path, what: str = "", read: Callable[[], object] | None = None) -> str:
+        """The digest that a file, or something of it, was read with, in hex.
+
+        Args:
+            path: The file.
+            what: As in `compare`.
+            read: Reads what was not read before; None: the file is hashed.
+        """
+        if not what and (named := BY_CONTENT.fullmatch(path.name)):
+            return named[1]
+        place = _place(path, what)
+        with self._lock:
+            known = self._known(place)
+        if known is None:
+            (read or partial(self.check, path))()
+            known = self._known(place)
+        assert known is not None, path
+        return known.hex()
 
     def compare(self, path: Path, digest: bytes, what: str = "") -> None:
         """Compares the digest of something with the one that it had before, or keeps it.

@@ -238,6 +238,15 @@ class VLModel(Protocol):
         """
         ...
 
+    def content(self, example: Example, images: str | None) -> str:
+        """What changes with the images, videos or features of a row, which are read where they were not before.
+
+        Raises:
+            OSError: A file cannot be read.
+            ValueError: Features cannot be read.
+        """
+        ...
+
     def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
         """Builds the function that answers the examples of a task.
 

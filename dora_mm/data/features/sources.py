@@ -8,6 +8,7 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,14 +90,11 @@ class FeatureStore:
             ValueError: They are missing, have a wrong shape or are not finite; the message gives file and name.
             ChangedFileError: They are not as they were when they were read before.
         """
-        source = next((source for source in self.sources if name in source), None)
-        if source is None:
-            paths = ", ".join(str(source.path) for source in self.sources)
-            raise ValueError(f"vision.features: {paths} has no features of {name}: compute them with dora-mm features")
+        source = self._source(name)
         stored = source.read(name)
         if self.files is not None:
             content = stored.contiguous().view(torch.uint8).numpy().data
-            self.files.compare(source.path, hashlib.sha256(content).digest(), f"the features of {name}")
+            self.files.compare(source.path, hashlib.sha256(content).digest(), _described(name))
         features = stored.float()
         if features.dim() != 2 or features.shape[1] != self.dim or not len(features):
             raise ValueError(
@@ -105,6 +103,26 @@ class FeatureStore:
         if not bool(features.isfinite().all()):
             raise ValueError(f"{source.where(name)}: the features of {name} are not finite: compute them again")
         return features
+
+    def digest(self, name: str) -> str:
+        """The digest of the features with this name, which are read where they were not before.
+
+        Raises:
+            ValueError: As when they are read.
+        """
+        assert self.files is not None
+        return self.files.digest(self._source(name).path, _described(name), partial(self.__getitem__, name))
+
+    def _source(self, name: str) -> Source:
+        source = next((source for source in self.sources if name in source), None)
+        if source is None:
+            paths = ", ".join(str(source.path) for source in self.sources)
+            raise ValueError(f"vision.features: {paths} has no features of {name}: compute them with dora-mm features")
+        return source
+
+
+def _described(name: str) -> str:
+    return f"the features of {name}"
 
 
 def open_features(paths: Sequence[str | Path], files: SeenFiles | None = None) -> FeatureStore:

@@ -159,6 +159,9 @@ class VLBartTask:
         pieces = [Piece(read), Piece(f"<visual> x {visual}", is_image=True)]
         return RowView(heading, pieces, [Piece(written, learned=True)])
 
+    def content(self, example: Example, images: str | None) -> str:
+        return " ".join(self.vision.digest(name, images) for name in example.images)
+
     def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
         answer = Answerer(self.model, self.tokenizer, task, config, candidates)
         return lambda examples, images: answer(self.inputs(task, examples, images))

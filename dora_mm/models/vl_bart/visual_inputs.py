@@ -16,6 +16,7 @@ from dora_mm.data.features.sources import open_features
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.seen import SeenFiles
 from dora_mm.data.vl.example import stem
+from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.towers.tower import load_tower
 
@@ -109,6 +110,17 @@ class VisionEncoder(nn.Module):
             raise ValueError(f"images of a batch have features of different shapes: {a} {one}, {b} {other}")
         return torch.stack([torch.stack([found[name] for name in row]) for row in images])
 
+    def digest(self, name: str, folder: str | None) -> str:
+        """The digest of an image, or of its features.
+
+        Raises:
+            OSError: The image cannot be read.
+            ValueError: The features cannot be read.
+        """
+        return (
+            self.files.digest(image_path(folder, name)) if self.features is None else self.features.digest(stem(name))
+        )
+
     def encode_clips(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Visual tokens of a batch of clips, each resized to 64 frames (see `resize_frames`).
 
@@ -131,7 +143,7 @@ class VisionEncoder(nn.Module):
     def _encode_named(self, names: list[str], folder: str | None) -> dict[str, Tensor]:
         if folder is None:
             raise ValueError("data: a source without images needs vision.features, its precomputed features")
-        paths = {name: resolve_path(folder, "images") / name for name in names}
+        paths = {name: image_path(folder, name) for name in names}
         if self.trained:
             return dict(zip(names, self._tokens(list(paths.values())), strict=True))
         for path in paths.values():

@@ -19,6 +19,7 @@ from dora_mm.core import TargetMap
 from dora_mm.data.images.frames import is_video
 from dora_mm.data.seen import SeenFiles
 from dora_mm.data.vl.example import Answer, Example
+from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.row_view import RowView
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.tables import ExampleTable
@@ -240,6 +241,9 @@ class VLM:
 
     def row_view(self, task: str, example: Example, images: str | None) -> RowView:
         return row_view(self.rows, task, example, images)
+
+    def content(self, example: Example, images: str | None) -> str:
+        return " ".join(self.files.digest(image_path(images, name)) for name in example.images)
 
     def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
         return VLMAnswers(self.questions, self.network).answerer(task, config, candidates)

@@ -166,7 +166,7 @@ def test_a_damaged_table_is_written_again(tmp_path, caplog, damage):
             "truncated": content[: len(content) // 2],
             "nonsense": b"nonsense" * 100,
             "an edited word": content.replace(rows[0].text.encode(), rows[0].text.swapcase().encode()),
-            "flipped bits": content[:600] + bytes(byte ^ 0x40 for byte in content[600:900]) + content[900:],
+            "flipped bits": content[:3000] + bytes(byte ^ 0x40 for byte in content[3000:3300]) + content[3300:],
         }[damage]
         assert broken != content
         table.path.write_bytes(broken)

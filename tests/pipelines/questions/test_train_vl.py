@@ -160,6 +160,9 @@ def test_captions_are_scored_while_they_train_and_after(config, tmp_path):
     assert main(["eval", str(tmp_path / "eval.yaml")]) == 0
     scores = json.loads((tmp_path / "eval" / "scores.json").read_text())
     assert {"CIDEr", "METEOR"} <= scores["caption"]["metrics"].keys()
+    before = files_in(tmp_path / "eval")
+    assert main(["eval", str(tmp_path / "eval.yaml")]) == 0
+    assert files_in(tmp_path / "eval") == before
 
 
 def test_a_killed_run_is_resumed_to_the_same_bits(finished, config, tmp_path):
