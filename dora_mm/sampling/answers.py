@@ -19,7 +19,7 @@ from dora_mm.utils.evaluating import evaluating, map_shared
 
 log = logging.getLogger(__name__)
 FEW = 8  # rows of each split
-Content = Callable[[Example, str | None], str]  # an example and the folder of its images -> what they are
+ContentOf = Callable[[Example, str | None], str]  # an example and the folder of its images -> what they are
 MOST_REFERENCES = 5  # of a caption, or answers of VQA
 
 
@@ -31,7 +31,7 @@ def answer_all(
     limit: int | None = None,
     process: tuple[int, int] = (0, 1),
     folder: Path | None = None,
-    content: Content | None = None,
+    content: ContentOf | None = None,
 ) -> dict[str, Predictions]:
     """Answers the rows of every split.
 
@@ -163,7 +163,7 @@ class KeptAnswers:
         content: As in `answer_all`.
     """
 
-    def __init__(self, file: Path, split: ValidationSet, content: Content | None):
+    def __init__(self, file: Path, split: ValidationSet, content: ContentOf | None):
         self.file, self.split, self.content = file, split, content
 
     def whole_batches(self, batch_size: int, count: int) -> list[str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -204,8 +205,9 @@ def load_model(config: PicturesConfig, adapters: Iterable[str]) -> LoadedModel:
     chosen = config.model or model_of(files)
     warn_of_other_bases(files, chosen)
     model = load_image_model(chosen)
-    digest = module_digest(nn.ModuleDict(model.networks))
+    weights = module_digest(nn.ModuleDict(model.networks))
     sampler = PictureSampler(model)
+    digest = hashlib.sha256(f"{weights} {settings_text(sampler.scheduler)}".encode()).hexdigest()
     save_memory(sampler.pipe, config.memory, device)
     found = find_path(chosen.path)
     file_hash = file_digest(found) if found is not None and found.is_file() else None
@@ -214,6 +216,14 @@ def load_model(config: PicturesConfig, adapters: Iterable[str]) -> LoadedModel:
     )
     environment = {"backend": config.backend, "memory": config.memory.model_dump()}
     return LoadedModel(model, sampler, base, files, environment, backend.select(config.backend))
+
+
+def settings_text(scheduler: Any) -> str:
+    """The class of a model's own scheduler, and what its file says: what later releases add by default is no change."""
+    config = scheduler.config
+    added = set(config.get("_use_default_values", ()))
+    said = {key: value for key, value in config.items() if key[0] != "_" and key not in added}
+    return f"{type(scheduler).__name__} {json.dumps(said, sort_keys=True, default=str)}"
 
 
 def find_adapters(paths: Iterable[str]) -> dict[str, Path]:

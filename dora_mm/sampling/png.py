@@ -30,7 +30,7 @@ class BaseModel:
         revision: The revision on the hub.
         vae: A VAE that replaces the model's own.
         dtype: The dtype of its weights.
-        digest: SHA-256 of its weights, in hex.
+        digest: SHA-256 of its weights and of the settings of its scheduler, in hex.
         file_digest: SHA-256 of a single file, by which A1111 and Civitai find it; None for a folder or hub name.
         settings: Those of its family that are not the defaults, by the key of their section.
     """
@@ -92,7 +92,7 @@ class Description:
 
     def _own(self) -> Description:
         """The picture alone. Weights count by their digests: paths are written in several ways, and files may move."""
-        model = replace(self.model, path="", revision=None, vae=None)
+        model = replace(self.model, path="", revision=None, vae=None, file_digest=None)
         adapters = tuple(replace(adapter, path="", hash="") for adapter in self.adapters)
         batch = self.batch[self.position : self.position + 1]
         return replace(self, model=model, adapters=adapters, batch=batch, position=0, software={})

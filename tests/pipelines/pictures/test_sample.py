@@ -355,6 +355,23 @@ def test_pictures_belong_to_tensors_and_settings_not_to_the_bytes_of_a_file(job,
     assert "the adapter style has changed since the picture was drawn" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_replay_notices_another_setting_of_the_scheduler_in_the_model(job, tiny_folder, tmp_path, capsys, caplog):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    run = job({"prompt": "a bus"}, model__path=str(model), steps=2)
+    file = model / "scheduler" / "scheduler_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "_diffusers_version": "0.1.0"}))
+    caplog.set_level("INFO")
+    job({"prompt": "a bus"}, model__path=str(model), steps=2)
+    assert "1 of 1 pictures are there already." in caplog.messages
+    file.write_text(json.dumps({**settings, "beta_end": 0.02}))
+    assert main(["sample", "--replay", str(run / "samples" / "0001-seed0.png"), "--set", "output=again"]) == 2
+    assert f"the model {model} has changed since the picture was drawn" in capsys.readouterr().err
+    job({"prompt": "a bus"}, model__path=str(model), steps=2)
+    assert "1 files in out/samples were drawn with other settings" in caplog.text
+
+
 def test_a_job_has_one_writer(job, tiny_folder, capsys):
     settings = {"steps": 1, "model__path": str(tiny_folder)}
     run = job({"prompt": "a bus"}, **settings)
