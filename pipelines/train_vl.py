@@ -48,7 +48,7 @@ from dora_mm.preview.vl_memory import estimated_cost, network_parts
 from dora_mm.sampling.answers import answer_all, num_answered, save_answers
 from dora_mm.tasks.held_out import RowLosses, by_loss
 from dora_mm.tasks.vl import VLBatches, answerers
-from dora_mm.train.checkpoint import last_step
+from dora_mm.train.checkpoint import is_due, last_step
 from dora_mm.train.cost import peak_memory_mb, seconds_per_step
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
@@ -230,7 +230,7 @@ def train(
     def after_step(step: int) -> None:
         if average:
             average.update(step)
-        if parts["config"].is_checkpoint(step):
+        if is_due(parts["config"], step):
             share_seen(accelerator, model.files)
 
     with Prefetcher(batches, enabled=model.prepares_batches) as batch_at:

@@ -60,10 +60,6 @@ class TrainConfig(Section):
     # What shows the metrics beside metrics.jsonl; null: TensorBoard, where it is installed
     track: Items[Literal["tensorboard", "wandb", "trackio"]] | None = None
 
-    def is_checkpoint(self, step: int) -> bool:
-        """Whether a checkpoint belongs to a step, be it interrupted or not."""
-        return step == self.steps or (self.checkpoint_every > 0 and step % self.checkpoint_every == 0)
-
 
 class ValidationConfig(Section):
     every: Count = 0  # optimizer steps between validations; 0: only at the end

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from dora_mm.config.training import TrainConfig
 from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.tools.native import FILE_NAME
 from dora_mm.utils.atomic import flush, write_tensor_file
@@ -87,6 +88,11 @@ def save_checkpoint(
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def is_due(train: TrainConfig, step: int) -> bool:
+    """Whether a checkpoint belongs to a step, be it interrupted or not."""
+    return step == train.steps or (train.checkpoint_every > 0 and step % train.checkpoint_every == 0)
 
 
 def checkpoints(folder: Path) -> list[Path]:

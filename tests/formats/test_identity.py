@@ -15,6 +15,7 @@ from dora_mm.formats import adapter_digest
 from dora_mm.formats.tools import FORMATS
 
 FIXTURES = Path(__file__).parent / "fixtures"
+FILES = sorted(file for file in FIXTURES.rglob("*.safetensors") if file.stem != "expected")
 
 
 def save(folder: Path, format: str, *, alpha: float = 3, seed: int = 0, **about: str) -> Path:
