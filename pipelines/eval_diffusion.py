@@ -13,7 +13,6 @@ from typing import Any, get_args
 from PIL import Image
 
 from dora_mm import backend as backends
-from dora_mm.adapting.files import digest_of_adapter
 from dora_mm.config.paths import resolve_adapter, resolve_model, resolve_path
 from dora_mm.config.pictures import AdapterChoice, EvalDiffusionConfig, JudgedStyle
 from dora_mm.data.images.pixels import load_rgb
@@ -26,6 +25,7 @@ from dora_mm.eval.images.scores import format_interval, metrics_table, scores_pe
 from dora_mm.eval.statistics import Interval, bootstrap
 from dora_mm.formats.adapter_file import find_file
 from dora_mm.formats.files.tensor_file import read_metadata
+from dora_mm.formats.identity import adapter_digest
 from dora_mm.models.images import new_tokens
 from dora_mm.models.images.families import files_identity, load_image_model
 from dora_mm.models.images.image_model import ImageModel
@@ -77,7 +77,7 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
         "the judge": files_digest(resolve_path(config.judge, "judge").glob("judge.*")),
     }
     if config.adapter:
-        inputs["the adapter"] = digest_of_adapter(resolve_path(config.adapter.path, "adapter.path"))
+        inputs["the adapter"] = adapter_digest(resolve_path(config.adapter.path, "adapter.path"))
     if other := about_style(config):
         log.warning(other)
     with evaluation_run(config, inputs) as run:

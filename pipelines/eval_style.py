@@ -16,7 +16,6 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from dora_mm.adapting.files import digest_of_adapter
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.paths import resolve_model, resolve_path
 from dora_mm.config.pictures import EvalStyleConfig
@@ -27,6 +26,7 @@ from dora_mm.eval.images.clip import ClipSimilarity
 from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.scores import scores_per_image, write_json
 from dora_mm.formats.files.tensor_file import read_metadata
+from dora_mm.formats.identity import adapter_digest
 from dora_mm.models.images.families import files_identity
 from dora_mm.preview.captions import PLACEHOLDER, THINGS, example_prompts, shared_word
 from dora_mm.sampling.drawing import PictureJob
@@ -86,7 +86,7 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
     vectors = vectors_of(config, loaded)
     inputs = {
         **files_identity(config.model or model_of(loaded.adapters)),
-        "the adapter": digest_of_adapter(resolve_path(config.adapter.path, "adapter.path")),
+        "the adapter": adapter_digest(resolve_path(config.adapter.path, "adapter.path")),
         "the training pictures": digest_of(images),
     }
     with evaluation_run(config, inputs) as run:

@@ -60,12 +60,13 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     if folder:
         load_trained(model, folder, backend=config.backend)
     answers = answerers(model, splits, config.decode)
-    inputs = {f"the data of {name}": found.table.identity for name, found in splits.items()} | dict(model.identity)
+    inputs = {f"the data of {name}": found.identity for name, found in splits.items()} | dict(model.identity)
     inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
     inputs |= {"the adapter": digest_of_adapter(folder)} if folder else {}
     with evaluation_run(config, inputs) as run:
         kept = run.path / "answers"
-        answered = answer_all(answers, model.networks.values(), splits, config.decode.batch_size, folder=kept)
+        asked = (answers, model.networks.values(), splits, config.decode.batch_size)
+        answered = answer_all(*asked, folder=kept, content=model.content)
         report_all(config, run, answered, splits)
 
 

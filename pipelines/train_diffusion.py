@@ -47,7 +47,7 @@ from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer, check_device
 from dora_mm.train.processes import answering, check_can_shard, join_processes, takes_part
-from dora_mm.train.run import training_run, training_summary, write_summary
+from dora_mm.train.run import finished_run, training_run, training_summary, write_summary
 from dora_mm.train.schedule import Schedule
 from dora_mm.train.validation import Validation, held_out_loss
 from dora_mm.train.weights import EMA, WeightAverage, result_of
@@ -74,10 +74,13 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         ValueError: The images, the model, the initial adapter or the output folder cannot be used. A new run directory
             is created only after these checks.
     """
-    images, held = hold_out(read_images(config.data, "train"), config.data)
-    class_images = read_images(config.data, "preserve")
     # The last layer of a text encoder may be unused: its adapters get no gradients. So may new tokens be in a batch.
     accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=config.trains_text)
+    if run := finished_run(resume, config, *(["sheet.png"] if config.sample.prompts else [])):
+        print_results(config, run)
+        return
+    images, held = hold_out(read_images(config.data, "train"), config.data)
+    class_images = read_images(config.data, "preserve")
     if dry_run:
         print(describe(config, images, held, class_images, accelerator))
         return
@@ -108,7 +111,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         log.warning("%s", remark)
     move_vae(model, config)
     inputs = {"the pictures and captions": digest_of(images), **files_identity(config.model)}
-    inputs |= initial_identity(config.adapter)
+    inputs |= initial_identity(config.adapter, formats.adapter_digest)
     others = {"the held-out pictures": held, "the pictures to preserve": class_images}
     inputs |= {name: digest_of(found) for name, found in others.items() if found}
     with training_run(accelerator, config, inputs, resume, config.train) as run:
@@ -387,7 +390,13 @@ def write_results(
         details |= {name: round(value, 5) for name, value in validate.rows[-1].items() if name != "step"}
         details["best_step"] = validate.best_step
     write_summary(run, training_summary(run, config.adapter, num_parameters, steps, **details))
-    print(f"\nadapter  {run.adapter}")
+    print()
+    print_results(config, run)
+
+
+def print_results(config: TrainDiffusionConfig, run: RunDirectory) -> None:
+    """Prints where the adapter and the sheet are, and how to draw with them."""
+    print(f"adapter  {run.adapter}")
     if run.sheet.exists():
         print(f"sheet    {run.sheet}")
     print(f"to draw  {drawing_command(config, run)}")

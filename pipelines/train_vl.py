@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from dora_mm import formats
 from dora_mm.adapting.compiled import check_compiler, compile_blocks, compiled_line
-from dora_mm.adapting.files import remarks_on_files, save_trained
+from dora_mm.adapting.files import digest_of_adapter, remarks_on_files, save_trained
 from dora_mm.adapting.initial import initial_identity, load_initial_folder
 from dora_mm.adapting.networks import TrainedNetworks, adapt, train_mode
 from dora_mm.adapting.parts import MODEL
@@ -48,14 +48,22 @@ from dora_mm.preview.vl_memory import estimated_cost, network_parts
 from dora_mm.sampling.answers import answer_all, num_answered, save_answers
 from dora_mm.tasks.held_out import RowLosses, by_loss
 from dora_mm.tasks.vl import VLBatches, answerers
-from dora_mm.train.checkpoint import last_step
+from dora_mm.train.checkpoint import is_due, last_step
 from dora_mm.train.cost import peak_memory_mb, seconds_per_step
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, check_device, with_steps
 from dora_mm.train.prefetch import Prefetcher
-from dora_mm.train.processes import answering, check_can_shard, join_processes, main_process_first, summed, takes_part
-from dora_mm.train.run import training_run, training_summary, write_summary
+from dora_mm.train.processes import (
+    answering,
+    check_can_shard,
+    join_processes,
+    main_process_first,
+    share_seen,
+    summed,
+    takes_part,
+)
+from dora_mm.train.run import finished_run, training_run, training_summary, write_summary
 from dora_mm.train.schedule import Schedule
 from dora_mm.train.validation import LOSS, SplitScores, Validation, log_scores, main_values, task_qualities
 from dora_mm.train.weights import EMA, WeightAverage, result_of
@@ -88,6 +96,9 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         return
     unused = not config.model.uses_all_parameters
     accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
+    if finished := finished_run(resume, config):
+        print(f"adapter  {finished.adapter}")
+        return
     check_device(config.optimizer, accelerator.device)
     check_can_shard(accelerator, config.train)
     if config.train.compile:
@@ -111,7 +122,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     parts = build(config, model, trained, accelerator, batches.steps_per_epoch)
     if config.train.compile:
         compile_blocks(trained.networks, model.target_maps)
-    inputs = inputs_of(config, model, training)
+    inputs = inputs_of(config, model, training, splits)
     scoring = scoring_of(config, model, accelerator, training, splits, answers, result_of(parts["optimizer"]))
     with training_run(accelerator, config, inputs, resume, parts["config"]) as run:
         train(config, run, model, trained, accelerator, batches, parts, splits, scoring)
@@ -154,11 +165,15 @@ def division_of(config: TrainVLConfig, model: VLModel | Structure, trained: Trai
     return division(trained, model.target_maps, lambda part: every or part.startswith("text."))
 
 
-def inputs_of(config: TrainVLConfig, model: VLModel, training: Mapping[str, TrainingSet]) -> dict[str, str]:
+def inputs_of(
+    config: TrainVLConfig, model: VLModel, training: Mapping[str, TrainingSet], splits: Mapping[str, ValidationSet]
+) -> dict[str, str]:
     """Digests of all that the config refers to, by a description of each."""
     inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | dict(model.identity)
     inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
-    return inputs | initial_identity(config.adapter)
+    for name, split in splits.items():  # by which the best adapter is chosen, and when to stop
+        inputs[f"the validation data of {name}"] = split.identity
+    return inputs | initial_identity(config.adapter, digest_of_adapter)
 
 
 def scoring_of(
@@ -212,13 +227,19 @@ def train(
         if validate.is_due(step, parts["config"].steps):
             log_scores(step, validate(step))
 
+    def after_step(step: int) -> None:
+        if average:
+            average.update(step)
+        if is_due(parts["config"], step):
+            share_seen(accelerator, model.files)
+
     with Prefetcher(batches, enabled=model.prepares_batches) as batch_at:
         done = fit(
             run=run,
             **parts,
             batch_at=batch_at,
-            state={"row counts": model.counts} | ({EMA: average} if average else {}),
-            after_step=average.update if average else None,
+            state={"row counts": model.counts, "files": model.files} | ({EMA: average} if average else {}),
+            after_step=after_step,
             observe=observe,
             is_over=validate.is_over,
         )

@@ -26,6 +26,7 @@ from dora_mm.utils.atomic import save_tensors
 from dora_mm.utils.randomness import generator
 
 KEY, SIZE_KEY = "dora_mm_bottleneck", "dora_mm_bottleneck_size"  # of the header: the method, and the size
+SETTINGS = (KEY, SIZE_KEY)  # of the header, that are computed with
 NAME = "bottleneck"  # of the module, inside the one that it is behind or beside
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.images.new_tokens import NewTokens
 from dora_mm.models.opening import commit_of
 from dora_mm.utils import yaml12
-from dora_mm.utils.digest import files_digest
+from dora_mm.utils.digest import weights_digest
 
 if TYPE_CHECKING:
     from dora_mm.models.vl.vl_model import VLModel  # which needs the extra vl, and those who train pictures have none
@@ -111,15 +112,22 @@ def files_in(folder: Path) -> dict[str, AdapterFile]:
 
 
 def digest_of_adapter(path: Path) -> str:
-    """A digest of the files of an adapter.
+    """A digest of what `load_trained` loads: of each network's adapter, as `formats.adapter_digest`.
 
     Args:
-        path: Its file, its folder or the run directory that has it.
+        path: A run directory, an adapter folder or an adapter file.
+
+    Raises:
+        ValueError: There is no adapter, or a file is damaged.
     """
-    folder = formats.adapter_folder(path)
-    found = [path] if path.is_file() else [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
-    settings = {file.with_name("adapter_config.json") for file in found}  # PEFT's: it has the alpha
-    return files_digest([*found, *filter(Path.is_file, settings)])
+    beside, header = _beside_weights(path)
+    if beside:
+        about = [weights_digest([formats.find_file(path)]), {key: header.get(key) for key in beside.SETTINGS}]
+    else:
+        files = files_in(formats.adapter_folder(path))
+        digests = {name: formats.adapter_digest(file) for name, file in files.items()}
+        about = [digests, files[MODEL].header.get("seed")]  # that of weights which no file has: see `seed_of`
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def check_identity(folder: Path, metadata: Mapping[str, str], here: Mapping[str, str]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from torch import nn
 
 from dora_mm import backend as backends
 from dora_mm import formats
-from dora_mm.adapting.files import check_identity, digest_of_adapter, files_in
+from dora_mm.adapting.files import check_identity, files_in
 from dora_mm.adapting.networks import TrainedNetworks, spec_of
 from dora_mm.adapting.parts import MODEL
 from dora_mm.config.adapter import AdapterConfig, PartConfig
@@ -107,11 +108,16 @@ def load_initial_folder(trained: TrainedNetworks, config: AdapterConfig, identit
         _load({component: network}, files[component])
 
 
-def initial_identity(config: AdapterConfig) -> dict[str, str]:
-    """A digest of the files of `adapter.init_from`, by a description; empty without it."""
+def initial_identity(config: AdapterConfig, digest: Callable[[Path], str]) -> dict[str, str]:
+    """A digest of `adapter.init_from`, by a description; empty without it.
+
+    Args:
+        config: The `adapter` section.
+        digest: Gives that of an adapter at a path.
+    """
     if config.init_from is None:
         return {}
-    return {"the initial adapter": digest_of_adapter(resolve_path(config.init_from, "adapter.init_from"))}
+    return {"the initial adapter": digest(resolve_path(config.init_from, "adapter.init_from"))}
 
 
 def _load(adapted: Mapping[str, nn.Module], file: AdapterFile) -> None:

@@ -26,6 +26,7 @@ from dora_mm.utils.atomic import save_tensors, write_text
 from dora_mm.utils.randomness import generator
 
 KEY, KIND = "prompt_embeddings", "PREFIX_TUNING"  # of PEFT: the one key of a file, and its `peft_type`
+SETTINGS = (KEY,)  # of the header, that are computed with
 NAME = "prefix"  # of the module, inside the model
 
 

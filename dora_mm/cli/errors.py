@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 
-from dora_mm.utils.messages import compiler_problem, shown
+from dora_mm.utils.messages import ChangedFileError, compiler_problem, shown
 
 OURS = ("dora_mm", "samples")  # the top-level packages of our own code; samples/build exists in a checkout only
 LONGEST_LINE = 2000  # characters
@@ -35,7 +35,7 @@ def _message(error: Exception) -> str | None:
     compiler = sys.modules.get("torch._dynamo.exc")  # importing it takes seconds
     if compiler is not None and isinstance(error, compiler.TorchDynamoException):  # in a forward or a backward pass
         return f"train.compile: a block cannot be compiled ({compiler_problem(error)}): leave it out"
-    if isinstance(error, ValueError) and _raised_by_us(error):
+    if isinstance(error, ChangedFileError) or (isinstance(error, ValueError) and _raised_by_us(error)):
         return str(error)
     return None
 

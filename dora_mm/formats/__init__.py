@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dora_mm.formats.adapter_file import AdapterFile, adapter_folder, find_file
     from dora_mm.formats.adapters import about_format, format_for, load, remove_other_formats, save, write_card
+    from dora_mm.formats.identity import adapter_digest
     from dora_mm.formats.reader import read
     from dora_mm.formats.tools import FORMATS
 
@@ -20,6 +21,7 @@ __all__ = [
     "FORMATS",
     "AdapterFile",
     "about_format",
+    "adapter_digest",
     "adapter_folder",
     "find_file",
     "format_for",
@@ -29,7 +31,7 @@ __all__ = [
     "save",
     "write_card",
 ]
-_ELSEWHERE = {"FORMATS": "tools", "read": "reader"}
+_ELSEWHERE = {"FORMATS": "tools", "adapter_digest": "identity", "read": "reader"}
 _ELSEWHERE |= dict.fromkeys(("AdapterFile", "adapter_folder", "find_file"), "adapter_file")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -20,6 +20,7 @@ from dora_mm.utils.evaluating import evaluating, map_shared
 
 log = logging.getLogger(__name__)
 FEW = 8  # rows of each split
+ContentOf = Callable[[Example, str | None], str]  # an example and the folder of its images -> what they are
 MOST_REFERENCES = 5  # of a caption, or answers of VQA
 
 
@@ -31,6 +32,7 @@ def answer_all(
     limit: int | None = None,
     process: tuple[int, int] = (0, 1),
     folder: Path | None = None,
+    content: ContentOf | None = None,
 ) -> dict[str, Predictions]:
     """Answers the rows of every split.
 
@@ -45,6 +47,7 @@ def answer_all(
         process: (index, count) if several processes share the batches.
         folder: Keeps the answers, in <task>.jsonl, from which a process goes on after one that was stopped; None keeps
             none.
+        content: Says what the images of an example are, which are compared where answers were kept; None: they are not.
 
     Returns:
         The examples with their answers, by task name, in the order of the splits.
@@ -55,8 +58,8 @@ def answer_all(
     with evaluating(networks) as together, fixed_parameters(together):
         found = {}
         for name, split in sets.items():
-            file = folder and folder / f"{name}.jsonl"
-            found[name] = _answer_split(answers[name], split, batch_size, limit, name, process, file)
+            kept = folder and KeptAnswers(folder / f"{name}.jsonl", split, content)
+            found[name] = _answer_split(answers[name], split, batch_size, limit, name, process, kept)
         return found
 
 
@@ -72,7 +75,7 @@ def _answer_split(
     limit: int | None,
     name: str,
     process: tuple[int, int],
-    file: Path | None,
+    kept: KeptAnswers | None,
 ) -> Predictions:
     """Answers the rows of a split in batches.
 
@@ -81,7 +84,7 @@ def _answer_split(
     """
     table = split.table
     count = len(table) if limit is None else min(limit, len(table))
-    texts = kept_answers(file, batch_size, count) if file else []
+    texts = kept.whole_batches(batch_size, count) if kept else []
     errors: list[ValueError] = []
     batches = [range(start, min(start + batch_size, count)) for start in range(len(texts), count, batch_size)]
     with tqdm(total=count, initial=len(texts), desc=name, unit="row", delay=2, disable=None) as bar:
@@ -94,8 +97,8 @@ def _answer_split(
                 if table.on_bad_data == "stop" and not isinstance(error, RowTooLongError):
                     raise
                 found = _one_by_one(answer, examples, split.images, errors, table.on_bad_data)
-            if file:
-                append_text(file, "".join(map(_line, found)))
+            if kept:
+                kept.add(rows, found)
             bar.update(len(rows))
             return found
 
@@ -152,28 +155,56 @@ def save_answers(
         log.info("answers  %s", file if lines else "none: no task has a valid split")
 
 
-def kept_answers(file: Path, batch_size: int, count: int) -> list[str | None]:
-    """The answers of whole batches that an earlier process has kept; what follows them is cut off the file.
+class KeptAnswers:
+    """The answers to the rows of a split in a file, from which a process goes on after one that was stopped.
 
-    None stands for a row that could not be read.
+    Each line is of a row: its answer, None where it could not be read, what its images were, and a checksum.
+
+    Args:
+        file: The file.
+        split: The split.
+        content: As in `answer_all`.
     """
-    found: list[str | None] = []
-    for line in file.read_bytes().splitlines() if file.exists() else ():
+
+    def __init__(self, file: Path, split: ValidationSet, content: ContentOf | None):
+        self.file, self.split, self.content = file, split, content
+
+    def whole_batches(self, batch_size: int, count: int) -> list[str | None]:
+        """The answers of whole batches that an earlier process has kept; what follows them is cut off the file.
+
+        They end before a row whose images are others now.
+        """
+        found: list[str | None] = []
+        lines: list[str] = []
+        for line in self.file.read_bytes().splitlines() if self.file.exists() else ():
+            try:
+                answer, content, checksum = json.loads(line)
+            except (ValueError, TypeError):  # a line that a killed process did not finish, or a damaged one
+                break
+            if checksum != _checksum(answer, content) or len(found) == count or content != self._content(len(found)):
+                break
+            found.append(answer)
+            lines.append(_line(answer, content))
+        size = count if len(found) == count else len(found) // batch_size * batch_size
+        write_text(self.file, "".join(lines[:size]))
+        return found[:size]
+
+    def add(self, rows: Iterable[int], answers: Iterable[str | None]) -> None:
+        """Keeps the answers to rows, which follow those that are there."""
+        append_text(
+            self.file, "".join(_line(text, self._content(row)) for row, text in zip(rows, answers, strict=True))
+        )
+
+    def _content(self, row: int) -> str:
         try:
-            text, checksum = json.loads(line)
-        except (ValueError, TypeError):  # a line that a killed process did not finish, or a damaged one
-            break
-        if checksum != _checksum(text):
-            break
-        found.append(text)
-    whole = found if len(found) == count else found[: len(found) // batch_size * batch_size]
-    write_text(file, "".join(map(_line, whole)))
-    return whole
+            return self.content(self.split.table[row], self.split.images) if self.content else ""
+        except (OSError, ValueError):  # what cannot be read has no answer either
+            return ""
 
 
-def _line(answer: str | None) -> str:
-    return json.dumps([answer, _checksum(answer)]) + "\n"
+def _line(answer: str | None, content: str) -> str:
+    return json.dumps([answer, content, _checksum(answer, content)]) + "\n"
 
 
-def _checksum(answer: str | None) -> int:
-    return zlib.crc32(b"" if answer is None else b"=" + answer.encode())
+def _checksum(answer: str | None, content: str) -> int:
+    return zlib.crc32(json.dumps([answer, content]).encode())

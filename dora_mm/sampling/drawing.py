@@ -183,7 +183,7 @@ def plan(
         length: Tells the length of a picture's prompts: pictures of a batch have the same.
         batch_size: The largest number of pictures in a batch.
         model: The base model.
-        adapters: The two hashes of each adapter's file (see `png.UsedAdapter`), by the path that the pictures have.
+        adapters: The two hashes of each adapter (see `png.UsedAdapter`), by the path that the pictures have.
         environment: See `png.Description`.
         software: See `png.Description`.
     """

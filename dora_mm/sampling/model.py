@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,10 +28,10 @@ from dora_mm.models.images.new_tokens import load_adapter, read_tokens
 from dora_mm.sampling.drawing import PictureJob, check_what_is_there, draw, plan, remove_adapters
 from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.sampling.pictures import PictureSampler
-from dora_mm.sampling.png import BaseModel, adapter_hashes
+from dora_mm.sampling.png import BaseModel
 from dora_mm.sampling.strengths import HashableStrength, to_load
 from dora_mm.utils.devices import default_device
-from dora_mm.utils.digest import file_digest, module_digest
+from dora_mm.utils.digest import data_digest, file_digest, module_digest
 
 log = logging.getLogger(__name__)
 EMBEDDED = ModelConfig(path=EMBEDDED_IMAGE_MODEL)
@@ -164,8 +165,8 @@ class LoadedModel:
         return {path: read_tokens(AdapterFile(file)) for path, file in self.adapters.items()}
 
     def adapter_hashes(self) -> dict[str, tuple[str, str]]:
-        """The two hashes of each adapter's file (see `png.UsedAdapter`), by the path that jobs name."""
-        return {path: adapter_hashes(file) for path, file in self.adapters.items()}
+        """The two hashes of each adapter (see `png.UsedAdapter`), by the path that jobs name."""
+        return {path: (formats.adapter_digest(file), data_digest(file)[:12]) for path, file in self.adapters.items()}
 
     def plan(self, folder: Path, pictures: Sequence[Picture], batch_size: int) -> PictureJob:
         """Plans the batches of a job: see `drawing.plan`. Pictures without a size get the model's own."""
@@ -204,8 +205,9 @@ def load_model(config: PicturesConfig, adapters: Iterable[str]) -> LoadedModel:
     chosen = config.model or model_of(files)
     warn_of_other_bases(files, chosen)
     model = load_image_model(chosen)
-    digest = module_digest(nn.ModuleDict(model.networks))
+    weights = module_digest(nn.ModuleDict(model.networks))
     sampler = PictureSampler(model)
+    digest = hashlib.sha256(f"{weights} {settings_text(sampler.scheduler)}".encode()).hexdigest()
     save_memory(sampler.pipe, config.memory, device)
     found = find_path(chosen.path)
     file_hash = file_digest(found) if found is not None and found.is_file() else None
@@ -214,6 +216,14 @@ def load_model(config: PicturesConfig, adapters: Iterable[str]) -> LoadedModel:
     )
     environment = {"backend": config.backend, "memory": config.memory.model_dump()}
     return LoadedModel(model, sampler, base, files, environment, backend.select(config.backend))
+
+
+def settings_text(scheduler: Any) -> str:
+    """The class of a model's own scheduler, and what its file says: what later releases add by default is no change."""
+    config = scheduler.config
+    added = set(config.get("_use_default_values", ()))
+    said = {key: value for key, value in config.items() if key[0] != "_" and key not in added}
+    return f"{type(scheduler).__name__} {json.dumps(said, sort_keys=True, default=str)}"
 
 
 def find_adapters(paths: Iterable[str]) -> dict[str, Path]:

@@ -5,7 +5,6 @@ Nothing in it depends on when or where the picture was saved, so that the same j
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +18,7 @@ from dora_mm.sampling.strengths import HashableStrength, strength_text
 from dora_mm.utils.atomic import write_atomically
 
 JSON_CHUNK, A1111_CHUNK = "dora_mm", "parameters"
-VERSION = 1  # of the JSON
+VERSION = 2  # of the JSON
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class BaseModel:
         revision: The revision on the hub.
         vae: A VAE that replaces the model's own.
         dtype: The dtype of its weights.
-        digest: SHA-256 of its weights, in hex.
+        digest: SHA-256 of its weights and of the settings of its scheduler, in hex.
         file_digest: SHA-256 of a single file, by which A1111 and Civitai find it; None for a folder or hub name.
         settings: Those of its family that are not the defaults, by the key of their section.
     """
@@ -52,7 +51,7 @@ class UsedAdapter:
     Attributes:
         path: Its file or folder, as it was given.
         strength: Its strength, or those of its parts.
-        digest: SHA-256 of the file, in hex.
+        digest: That of its tensors and settings: see `formats.adapter_digest`.
         hash: The hash by which Civitai finds it (AutoV3): the first digits of SHA-256 of the file without its header.
     """
 
@@ -93,8 +92,8 @@ class Description:
 
     def _own(self) -> Description:
         """The picture alone. Weights count by their digests: paths are written in several ways, and files may move."""
-        model = replace(self.model, path="", revision=None, vae=None)
-        adapters = tuple(replace(adapter, path="") for adapter in self.adapters)
+        model = replace(self.model, path="", revision=None, vae=None, file_digest=None)
+        adapters = tuple(replace(adapter, path="", hash="") for adapter in self.adapters)
         batch = self.batch[self.position : self.position + 1]
         return replace(self, model=model, adapters=adapters, batch=batch, position=0, software={})
 
@@ -203,13 +202,3 @@ def _name(path: str) -> str:
     parts = [_stem(part) for part in Path(path).parts]
     parts = [part for part in parts if part not in ("adapter", "pytorch_lora_weights", "/", "..")]
     return "-".join(parts[-2:]) or "adapter"
-
-
-# --- digests ---------------------------------------------------------------------------------------------------------
-
-
-def adapter_hashes(file: Path) -> tuple[str, str]:
-    """SHA-256 of an adapter file, and its hash at Civitai (see `UsedAdapter`)."""
-    content = file.read_bytes()
-    header = int.from_bytes(content[:8], "little")
-    return hashlib.sha256(content).hexdigest(), hashlib.sha256(content[8 + header :]).hexdigest()[:12]

@@ -3,7 +3,7 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from tqdm import tqdm
@@ -18,6 +18,7 @@ from dora_mm.data.images.order import ImageOrder
 from dora_mm.data.images.pixels import load_rgb, render
 from dora_mm.data.images.tensor_cache import TensorCache
 from dora_mm.data.images.wording import rendered, unchanged
+from dora_mm.data.seen import read_as
 from dora_mm.models.images.image_model import ImageModel, Prompt
 from dora_mm.tasks.diffusion import ConditionedLatents
 from dora_mm.utils.randomness import generator
@@ -233,7 +234,8 @@ class CaptionedBatches:
         image = self.images[index]
 
         def compute() -> Latents:
-            pixels = render(load_rgb(image.path, self.config.background), framing)
+            content = partial(read_as, digest=image.digest)
+            pixels = render(load_rgb(image.path, self.config.background, content), framing)
             mean, logvar = self.model.encode_images(pixels[None])
             return Latents(mean[0], None if logvar is None else logvar[0])
 
@@ -256,7 +258,9 @@ class CaptionedBatches:
         key = (image.digest, image.mask, image.mask_file and image.mask_file.red, framing)
         found = self._masks.get(key) if image.mask else torch.ones(height, width)
         if found is None:
-            mask = load_mask(image.path, None if image.mask == ALPHA else image.mask_file)
+            digest = image.digest if image.mask == ALPHA else image.mask
+            file = None if image.mask == ALPHA else image.mask_file
+            mask = load_mask(image.path, file, partial(read_as, digest=digest))
             assert mask is not None
             found = render_mask(mask, framing, (height, width))
             if self.config.crop == "center":  # else there is a new one every time

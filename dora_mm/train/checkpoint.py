@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from dora_mm.config.training import TrainConfig
 from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.tools.native import FILE_NAME
-from dora_mm.utils.atomic import flush
+from dora_mm.utils.atomic import flush, write_tensor_file
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.lock import check_lock
 from dora_mm.utils.messages import first_line
@@ -67,9 +68,8 @@ def save_checkpoint(
     partial = partial_of(final)
     shutil.rmtree(partial, ignore_errors=True)  # left behind by a killed run
     partial.mkdir(parents=True)
-    weights = {name: parameter.detach().contiguous().cpu() for name, parameter in parameters.items()}
     try:
-        save_file(weights, partial / WEIGHTS, metadata=dict(header or {}))
+        write_tensor_file(partial / WEIGHTS, parameters, header or {})
         with (partial / STATE).open("wb") as file:  # given a path, torch's error does not say that the disk is full
             torch.save({name: part.state_dict() for name, part in parts.items()}, file)
         digests = {name: file_digest(partial / name) for name in (WEIGHTS, STATE)}
@@ -88,6 +88,11 @@ def save_checkpoint(
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def is_due(train: TrainConfig, step: int) -> bool:
+    """Whether a checkpoint belongs to a step, be it interrupted or not."""
+    return step == train.steps or (train.checkpoint_every > 0 and step % train.checkpoint_every == 0)
 
 
 def checkpoints(folder: Path) -> list[Path]:

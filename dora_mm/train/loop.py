@@ -17,7 +17,7 @@ from dora_mm.core import fixed_parameters
 from dora_mm.eval.gradients import GradientWatch, file_of
 from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.tools import native
-from dora_mm.train.checkpoint import Stateful, checkpoints, last_step, load_checkpoint, save_checkpoint
+from dora_mm.train.checkpoint import Stateful, checkpoints, is_due, last_step, load_checkpoint, save_checkpoint
 from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.metrics import MetricsLog, TrainingProgress
 from dora_mm.train.optim import gradient_norm
@@ -176,8 +176,7 @@ class _TrainingRecord:
     @property
     def is_due(self) -> bool:
         """Whether a checkpoint belongs to this step."""
-        every = self.config.checkpoint_every
-        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+        return is_due(self.config, self.step)
 
     def log(self, progress: TrainingProgress, rate: float, norm: float) -> None:
         """Writes a row of metrics where one belongs to this step."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dora_mm.utils.atomic import flush, write_text
+from dora_mm.utils.atomic import flush, open_to_append, write_text
 from dora_mm.utils.lock import check_lock
 from dora_mm.utils.run_directory import RunDirectory
 
@@ -39,7 +39,7 @@ class MetricsLog:
         if self.path.exists():
             self._write_digest()  # first: it is also that of the longer file
             write_text(self.path, kept.decode())
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = open_to_append(self.path)
 
     def write(self, step: int, **values: float) -> None:
         """Appends one row with the `values` after `step` finished steps."""

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dora_mm.config.training import TrainConfig
 from dora_mm.core.wrappers.float8 import STORED
 from dora_mm.core.wrappers.sharded import is_sharded
+from dora_mm.data.seen import SeenFiles
 from dora_mm.utils.run_directory import RunDirectory
 
 LONGEST_WAIT = timedelta(hours=12)  # of the other processes for the main one, such as for a validation
@@ -71,6 +72,21 @@ def check_can_shard(accelerator: Accelerator, train: TrainConfig) -> None:
     """
     if train.shard and accelerator.num_processes == 1:
         raise ValueError("train.shard divides the model among processes, and this is the only one: start several")
+
+
+def share_seen(accelerator: Accelerator, files: SeenFiles) -> None:
+    """Tells every process which files the others have read, since one writes the checkpoints.
+
+    Args:
+        accelerator: Knows the processes, all of which have to call this.
+        files: Those of this process.
+
+    Raises:
+        ChangedFileError: Two have read another content of a file.
+    """
+    if accelerator.num_processes > 1:
+        for found in gather_object([files.unshared()]):
+            files.add(found)
 
 
 @contextlib.contextmanager

@@ -90,6 +90,34 @@ def training_run(
         say("\nRun %s is finished%s. To train longer: %s --set %s", run.path, early, resuming(run), longer)
 
 
+def finished_run(path: Path | None, config: PipelineConfig, *results: str) -> RunDirectory | None:
+    """The run to resume, if it has ended with this config, so that nothing is left to do; it then says so.
+
+    Args:
+        path: The run directory; None: a new run starts.
+        config: The config that it is resumed with.
+        results: The names of the files in it, beside the adapter, that a person may have deleted to have them again.
+
+    Raises:
+        ValueError: `inputs.json` is missing or damaged.
+    """
+    if path is None:
+        return None
+    run = RunDirectory(path)
+    adapters = [run.adapter, *([run.adapter_ema] if getattr(config, "ema", None) else [])]
+    there = all((path / name).exists() for name in (SUMMARY, *results))
+    if not there or not all(any(folder.rglob("*.safetensors")) for folder in adapters):
+        return None
+    if changed_values(started_config(path, {config.pipeline: type(config)}), config):
+        return None
+    done = last_step(run.checkpoints)
+    patience = getattr(getattr(config, "evaluate", None), "patience", None)
+    longer = twice_as_long(config, done) + (" evaluate.patience=null" if patience else "")
+    log.info("Run %s is finished: nothing is left to do, and nothing was written.", path)
+    log.info("To train longer: %s --set %s", resuming(run), longer)
+    return run
+
+
 def twice_as_long(config: PipelineConfig, steps: int) -> str:
     """The override that doubles the length of a training."""
     epochs = getattr(getattr(config, "train", None), "epochs", None)

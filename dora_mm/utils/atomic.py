@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import filecmp
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from dora_mm.utils.lock import check_lock
 from dora_mm.utils.partials import partial_of
@@ -20,7 +22,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Missing parent folders are created. After an error the temporary file is removed and an existing `path` is kept.
 
     Args:
-        path: The final file; it is replaced if it exists.
+        path: The final file; it is replaced if it exists with other content, and else stays as it is, with its time.
         write: Called with the temporary path, to which it must write the content.
 
     Raises:
@@ -31,6 +33,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
     try:
+        partial.unlink(missing_ok=True)  # a link, which would be followed
         partial.touch()
         permissions = (
             partial.stat().st_mode
@@ -39,7 +42,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         partial.chmod(permissions)
         flush(partial)
         check_lock(path)
-        os.replace(partial, path)
+        if not (path.is_file() and filecmp.cmp(partial, path, shallow=False)):
+            os.replace(partial, path)
     except FileNotFoundError:
         check_lock(path)  # who has taken the folder over has removed what was half written in it
         raise
@@ -54,10 +58,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Appends UTF-8 text to a file; a process that is killed meanwhile may leave a part of it."""
+    """Appends UTF-8 text to a file; a process that is killed meanwhile may leave a part of it.
+
+    Raises:
+        OSError: It cannot be written, or is a link to another file.
+    """
     check_lock(path)
-    with path.open("a", encoding="utf-8") as file:
+    with open_to_append(path) as file:
         file.write(text)
+
+
+def open_to_append(path: Path) -> TextIO:
+    """Opens a file of UTF-8 text to append to it; what a link leads to is not written to.
+
+    Raises:
+        OSError: It cannot be opened, or is a link.
+    """
+    return open(path, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
 
 def flush(path: Path) -> None:
@@ -70,10 +87,15 @@ def flush(path: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file atomically.
+    """Writes a safetensors file atomically; see `write_tensor_file`."""
+    write_atomically(path, lambda partial: write_tensor_file(partial, tensors, metadata))
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file; the same tensors and entries give the same bytes, in whatever order they are given.
 
     Args:
-        path: The final file; it is replaced if it exists.
+        path: The file; it is replaced if it exists.
         tensors: Tensors on any device by name; they may be views or share memory.
         metadata: Text entries of the file's header.
 
@@ -83,4 +105,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     from safetensors.torch import save_file  # here, so that commands which only write text need not load torch
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda partial: save_file(contiguous, partial, metadata=dict(metadata)))
+    save_file(contiguous, path, metadata=dict(metadata))
+    with path.open("r+b") as file:  # safetensors writes the entries in another order in each process
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        assert len(ordered) == size, path
+        file.seek(8)
+        file.write(ordered)

@@ -46,18 +46,35 @@ def _digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+def data_digest(path: Path) -> str:
+    """SHA-256 of a safetensors file behind its header, in hex. That of large files is remembered."""
+
+    def computed() -> str:
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+        return file_digest(path, start)
+
+    return _remembered([path], "data", computed)
+
+
+def file_digest(path: Path, start: int = 0) -> str:
+    """SHA-256 of a file, from a byte on, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
+        file.seek(start)
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
+def known_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex. That of a large one is remembered."""
+    return _remembered([path], "file", partial(file_digest, path))
+
+
 def files_digest(files: Iterable[Path]) -> str:
     """SHA-256 over the names and the content of files, in hex. That of large files is remembered."""
-    digests = ((file, _remembered([file], "file", partial(file_digest, file))) for file in sorted(files))
+    digests = ((file, known_digest(file)) for file in sorted(files))
     return hashlib.sha256("\n".join(f"{file.name} {digest}" for file, digest in digests).encode()).hexdigest()
 
 

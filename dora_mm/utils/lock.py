@@ -8,12 +8,13 @@ import fcntl
 import json
 import logging
 import os
+import stat
 import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from errno import EACCES, EAGAIN
+from errno import EACCES, EAGAIN, ELOOP
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,7 +91,7 @@ class FolderLock:
     def _opened(self) -> tuple[int, bool | None]:
         """A descriptor of the file; and whether that is locked now, None where the file system has no locks."""
         while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = self._own_file()
             is_locked: bool | None = True
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,6 +101,20 @@ class FolderLock:
                 if os.path.samestat(os.fstat(descriptor), self.path.stat()):
                     return descriptor, is_locked
             os.close(descriptor)  # its owner has removed it in between
+
+    def _own_file(self) -> int:
+        """A descriptor of the file, which is made where it is missing: what a link leads to is not written to."""
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            if error.errno != ELOOP:
+                raise
+        else:
+            found = os.fstat(descriptor)
+            if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:  # 0: its owner has just removed it
+                return descriptor
+            os.close(descriptor)
+        raise ValueError(f"{self.path} is a link to another file, or none of ours: remove it")
 
     def _check_free(self, is_locked: bool | None) -> None:
         found = self._read()

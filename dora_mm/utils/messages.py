@@ -1,4 +1,4 @@
-"""Texts of others in messages and reports: errors of libraries, names out of files that anybody may have written."""
+"""Messages: texts of others in them (of libraries, or names out of files), and what no row may be left out for."""
 
 import difflib
 import re
@@ -7,6 +7,13 @@ from collections.abc import Iterable
 # What a terminal obeys or does not show: control characters, among them line breaks, and what turns the direction of
 # text. No name of a module needs them.
 UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+
+
+class ChangedFileError(Exception):
+    """A file of the data is another one than the one that was read before.
+
+    It is no ValueError: a row or picture that cannot be read may be left out, and this one would be, silently.
+    """
 
 
 def shown(text: object, most: int = 200) -> str:

@@ -49,7 +49,9 @@ class TensorWriter:
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Writes the header."""
-        header = json.dumps({"__metadata__": dict(metadata), **self._entries}, separators=(",", ":")).encode()
+        header = json.dumps(
+            {"__metadata__": dict(sorted(metadata.items())), **self._entries}, separators=(",", ":")
+        ).encode()
         assert len(header) <= self._room, (len(header), self._room)
         self._file.seek(0)
         self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))

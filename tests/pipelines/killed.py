@@ -1,4 +1,4 @@
-"""A run that is killed in the middle, and a check that it gives the same weights after resuming."""
+"""A run that is killed in the middle, and checks that it gives the same weights, or the same files, after resuming."""
 
 import os
 import signal
@@ -35,3 +35,9 @@ def assert_same_weights(checkpoint: str, first: Path, second: Path) -> None:
     )
     assert one.keys() == other.keys()
     assert {name: torch.equal(tensor, other[name]) for name, tensor in one.items()} == dict.fromkeys(one, True)
+
+
+def files_in(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """The content and the time of every file of a folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}

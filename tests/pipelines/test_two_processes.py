@@ -146,6 +146,12 @@ def assert_equal_runs(one, other) -> None:
     assert scores[0] == scores[1]
 
 
+def seen_files(run) -> dict[int, bytes]:
+    """The digests of the features that the checkpoint of a run has, by their place."""
+    state = torch.load(run / f"checkpoints/step-{STEPS:06d}" / "state.pt", weights_only=True)["files"]
+    return dict(zip(state["places"].tolist(), map(bytes, state["digests"].numpy()), strict=True))
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_whole_batch(folder, tiny_folder, capsys):
     """VL-BART runs to its end, and resumes from a copy without its later files; LLaVA is killed while it trains.
@@ -165,6 +171,7 @@ def test_two_processes_equal_one_with_the_whole_batch(folder, tiny_folder, capsy
         kill_all(process)
     assert 2 <= last_step(folder / "chat_two" / "checkpoints") < STEPS, (folder / "first.log").read_text()
     assert_equal_runs(folder / "bart_two", folder / "bart_one")
+    assert seen_files(folder / "bart_two") == seen_files(folder / "bart_one")  # also of the second process
     kept = shutil.copytree(folder / "bart_two", folder / "bart_kept")
     for left in (
         "checkpoints/step-000004",

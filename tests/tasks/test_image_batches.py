@@ -17,6 +17,7 @@ from dora_mm.models.images.image_model import padded
 from dora_mm.models.images.sdxl.encoding import encode_images, encode_prompts
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
+from dora_mm.utils.messages import ChangedFileError
 from dora_mm.utils.randomness import generator
 
 
@@ -61,6 +62,14 @@ def test_cached_latents_equal_fresh_ones(tiny, image_folder):
     assert torch.equal(cached.mean, mean[0])
     assert torch.equal(cached.logvar, logvar[0])
     assert not torch.equal(all_batches(0).latents, all_batches(3).latents)  # drawn again
+
+
+def test_a_picture_that_has_changed_since_the_start_is_not_trained_on(tiny, image_folder):
+    all_batches = batches(tiny, image_folder, crop="random")
+    name = all_batches.images[0].path
+    Image.new("RGB", (64, 64), "red").save(name)
+    with torch.no_grad(), pytest.raises(ChangedFileError, match=f"{name} is not as it was when this run read it first"):
+        [all_batches(number) for number in range(3)]
 
 
 def test_latents_are_normalized_after_they_are_drawn(tiny, image_folder):

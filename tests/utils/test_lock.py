@@ -13,7 +13,7 @@ import pytest
 
 from dora_mm.utils import lock, partials
 from dora_mm.utils.atomic import write_atomically, write_text
-from dora_mm.utils.lock import LOCK, check_lock, only_writer
+from dora_mm.utils.lock import LOCK, FolderLock, check_lock, only_writer
 
 ROOT = Path(__file__).parents[2]
 WRITER = """
@@ -149,3 +149,19 @@ def test_what_dead_processes_have_left_beside_an_output_goes(tmp_path):
         (tmp_path / name).touch()
     write_text(tmp_path / "out", "text")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "out"])
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link, lambda target, path: os.mkfifo(path)])
+def test_a_lock_that_is_a_link_writes_to_no_other_file(tmp_path, link):
+    target = tmp_path / "target"
+    target.write_text("precious")
+    (tmp_path / "run").mkdir()
+    link(target, tmp_path / "run" / LOCK)
+    with pytest.raises(ValueError, match=r"\.lock is a link to another file, or none of ours: remove it"):
+        FolderLock(tmp_path / "run")
+    assert target.read_text() == "precious"
+    (tmp_path / "run" / LOCK).unlink()
+    os.symlink(tmp_path / "missing", tmp_path / "run" / LOCK)
+    with pytest.raises(ValueError, match="is a link"), only_writer(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "missing").exists()

@@ -4,9 +4,11 @@ Shapes: (S, D) are S tokens of D channels; the cells of a feature map are tokens
 (C, h, w) or (h, w, C), with C = D.
 """
 
+import hashlib
 import os
 import zipfile
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dora_mm.data.features.folder import INDEX, FeatureFolder
+from dora_mm.data.seen import SeenFiles
 
 H5_SUFFIXES = (".h5", ".hdf5")
 
@@ -53,17 +56,18 @@ class Source(Protocol):
 class FeatureStore:
     """Features from one or several sources: `features[stem(image)]` is (S, D) float32.
 
-    If several sources have the same name, the first one is read. Objects can be pickled and used in forked processes.
+    If several sources have the same name, the first one is read.
 
     Args:
         sources: At least one source.
+        files: Knows the content of features that were read before; None: it is not compared.
 
     Raises:
         ValueError: A source has another number of channels.
     """
 
-    def __init__(self, sources: Sequence[Source]):
-        self.sources = tuple(sources)
+    def __init__(self, sources: Sequence[Source], files: SeenFiles | None = None):
+        self.sources, self.files = tuple(sources), files
         self.dim = self.sources[0].dim
         for source in self.sources:
             if source.dim != self.dim:
@@ -84,12 +88,14 @@ class FeatureStore:
 
         Raises:
             ValueError: They are missing, have a wrong shape or are not finite; the message gives file and name.
+            ChangedFileError: They are not as they were when they were read before.
         """
-        source = next((source for source in self.sources if name in source), None)
-        if source is None:
-            paths = ", ".join(str(source.path) for source in self.sources)
-            raise ValueError(f"vision.features: {paths} has no features of {name}: compute them with dora-mm features")
-        features = source.read(name).float()
+        source = self._source(name)
+        stored = source.read(name)
+        if self.files is not None:
+            content = stored.contiguous().view(torch.uint8).numpy().data
+            self.files.compare(source.path, hashlib.sha256(content).digest(), _described(name))
+        features = stored.float()
         if features.dim() != 2 or features.shape[1] != self.dim or not len(features):
             raise ValueError(
                 f"{source.where(name)}: {name} has shape {tuple(features.shape)}, others {self.dim} channels"
@@ -98,18 +104,39 @@ class FeatureStore:
             raise ValueError(f"{source.where(name)}: the features of {name} are not finite: compute them again")
         return features
 
+    def digest(self, name: str) -> str:
+        """The digest of the features with this name, which are read where they were not before.
 
-def open_features(paths: Sequence[str | Path]) -> FeatureStore:
+        Raises:
+            ValueError: As when they are read.
+        """
+        assert self.files is not None
+        return self.files.digest(self._source(name).path, _described(name), partial(self.__getitem__, name))
+
+    def _source(self, name: str) -> Source:
+        source = next((source for source in self.sources if name in source), None)
+        if source is None:
+            paths = ", ".join(str(source.path) for source in self.sources)
+            raise ValueError(f"vision.features: {paths} has no features of {name}: compute them with dora-mm features")
+        return source
+
+
+def _described(name: str) -> str:
+    return f"the features of {name}"
+
+
+def open_features(paths: Sequence[str | Path], files: SeenFiles | None = None) -> FeatureStore:
     """Opens folders that `dora-mm features` wrote, .h5 files and folders of .npz files.
 
     Args:
         paths: At least one path; if several have the same name, the first one is read.
+        files: As in `FeatureStore`.
 
     Raises:
         ValueError: A path is missing, of an unknown kind, broken, or has another number of channels.
     """
     assert paths
-    return FeatureStore([_open(Path(path).expanduser()) for path in paths])
+    return FeatureStore([_open(Path(path).expanduser()) for path in paths], files)
 
 
 def _open(path: Path) -> Source:

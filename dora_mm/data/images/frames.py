@@ -1,7 +1,7 @@
 """Video files to frames: a few pictures at even distances, decoded by PyAV."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -44,19 +44,23 @@ def is_video(name: str | Path) -> bool:
     return str(name).lower().endswith(VIDEO_SUFFIXES)
 
 
-def load_video(path: str | Path, fps: float, max_frames: int) -> Video:
+def load_video(
+    path: str | Path, fps: float, max_frames: int, check: Callable[[Path], object] = lambda path: None
+) -> Video:
     """Decodes frames of a video: those shown in the middle of each of T stretches of equal length.
 
     Args:
         path: The video file.
         fps: Frames per second to take; of a short video FEWEST are taken.
         max_frames: The most to take, of a long video at greater distances.
+        check: Called with a file that is there, and may compare its content: see `data/seen.py`.
 
     Raises:
         ValueError: PyAV is not installed, or the file is missing, broken or incomplete as far as it was read; the
             message names the file.
     """
     with _opened(Path(path)) as container:
+        check(Path(path))
         stream = container.streams.video[0]
         duration = _duration(container, stream)
         count = min(max_frames, max(FEWEST, round(duration * fps)))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dora_mm.data.images.buckets import Framing, Size
 from dora_mm.data.images.captions import is_image
-from dora_mm.data.images.pixels import crop_box, load_alpha, load_rgb
+from dora_mm.data.images.pixels import Read, crop_box, load_alpha, load_rgb
 from dora_mm.utils.digest import file_digest
 
 ENDINGS = (".mask", "-masklabel")  # of the name of a mask before its suffix: ours, and OneTrainer's
@@ -129,20 +129,21 @@ def folders_of_masks(images: Collection[Path]) -> dict[Path, Path]:
     return found
 
 
-def load_mask(image: Path, mask: MaskFile | None) -> Image.Image | None:
+def load_mask(image: Path, mask: MaskFile | None, read: Read = Path.read_bytes) -> Image.Image | None:
     """The mask of an image, upright, in float32 from 0 to 1; None if it has none.
 
     Args:
         image: The image file.
         mask: Its mask; None: its own transparency.
+        read: Reads the file that has the mask.
 
     Raises:
         ValueError: The mask is broken, or black all over; the message names the file.
     """
     if mask is None:
-        file, grey = image, load_alpha(image)
+        file, grey = image, load_alpha(image, read)
     else:
-        file, rgb = mask.path, load_rgb(mask.path, "black")
+        file, rgb = mask.path, load_rgb(mask.path, "black", read)
         grey = rgb.getchannel("R") if mask.red else rgb.convert("L")
     if grey is None:
         return None

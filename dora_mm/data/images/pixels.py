@@ -3,33 +3,36 @@
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps
 
 from dora_mm.data.images.buckets import Framing
-from dora_mm.utils.messages import first_line
+from dora_mm.utils.messages import ChangedFileError, first_line
 
+Read = Callable[[Path], bytes]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # other decoders are not run on untrusted files
 # 80 megapixels are 240 MB of RGB; a PNG of a few kilobytes can claim thousands of times that.
 MAX_PIXELS = 80_000_000
 
 
-def load_rgb(path: str | Path, background: str = "white") -> Image.Image:
+def load_rgb(path: str | Path, background: str = "white", read: Read = Path.read_bytes) -> Image.Image:
     """Loads an image as upright RGB: EXIF orientation and colour profile applied, transparency composed.
 
     Args:
         path: The image file.
         background: The colour under transparent pixels, a CSS name or "#rrggbb".
+        read: Reads the file, and may compare its content: see `data/seen.py`.
 
     Raises:
         ValueError: The file is missing, empty, broken, too large, or has 32-bit pixels, whose value range is unknown.
     """
-    with _opened(Path(path)) as image:
+    with _opened(Path(path), read) as image:
         image.load()
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I;16"):
@@ -39,13 +42,17 @@ def load_rgb(path: str | Path, background: str = "white") -> Image.Image:
         return _composed(upright, image.info.get("icc_profile"), background)
 
 
-def load_alpha(path: str | Path) -> Image.Image | None:
+def load_alpha(path: str | Path, read: Read = Path.read_bytes) -> Image.Image | None:
     """The upright transparency of an image in 8 bits, 255 where it is opaque; None if all of it is.
+
+    Args:
+        path: The image file.
+        read: As in `load_rgb`.
 
     Raises:
         ValueError: As in `load_rgb`.
     """
-    with _opened(Path(path)) as image:
+    with _opened(Path(path), read) as image:
         image.load()
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I;16"):
@@ -99,8 +106,12 @@ def crop_box(image: Image.Image, framing: Framing) -> tuple[float, float, float,
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path, read: Read | None = None) -> Iterator[Image.Image]:
     """Opens an image after checking its header; the caller decodes it inside the `with` block.
+
+    Args:
+        path: The image file.
+        read: Reads the file; None: the decoder does, as far as it needs it.
 
     Raises:
         ValueError: The file is missing, empty, too large or of an unsupported format; or anything fails inside the
@@ -111,9 +122,10 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes): replace or delete it")
     try:
+        source: Any = path if read is None else _Content(read(path), path)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(source, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
                 yield image
@@ -122,10 +134,23 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise ValueError(f"{path} is larger than {limit} megapixels: scale it down") from None
     except PermissionError:
         raise ValueError(f"{path} cannot be read: permission denied") from None
+    except ChangedFileError:
+        raise
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, EOFError and more
         raise ValueError(f"{path} is not a complete image ({first_line(error)}): replace or delete it") from error
+
+
+class _Content(io.BytesIO):
+    """The content of a file, which Pillow's messages name."""
+
+    def __init__(self, content: bytes, path: Path):
+        super().__init__(content)
+        self._path = path
+
+    def __repr__(self) -> str:
+        return repr(str(self._path))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

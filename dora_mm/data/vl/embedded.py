@@ -1,7 +1,6 @@
 """Images inside a data file: readers give each as a data URL, and tables keep it as a file named after its content."""
 
 import base64
-import hashlib
 import io
 import os
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from dora_mm.data.images.pixels import FORMATS
+from dora_mm.data.seen import content_name
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.rows import RowError
 from dora_mm.utils.atomic import flush
@@ -116,8 +116,8 @@ class ImageStore:
         head, _, text = name.partition(",")
         content = base64.b64decode(text)
         suffix = head.removeprefix(f"{PREFIX}image/").removesuffix(";base64")
-        path = self.folder / f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.{suffix}"
-        if not (path.is_file() and path.stat().st_size == len(content)):
+        path = self.folder / content_name(content, suffix)
+        if path.name not in self.names and not (path.is_file() and path.read_bytes() == content):
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = partial_of(path)
             try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterable
@@ -73,6 +75,14 @@ class ValidationSet:
     table: ExampleTable
     images: str | None
     candidates: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """Changes with the rows, and with the answers to choose from."""
+        if not self.candidates:
+            return self.table.identity
+        chosen = hashlib.blake2b(json.dumps(self.candidates).encode(), digest_size=8).hexdigest()
+        return f"{self.table.identity} {chosen}"
 
 
 def open_split(task: VLTaskConfig, split: Split, data: VLDataConfig, model: RowCheck) -> ExampleTable:

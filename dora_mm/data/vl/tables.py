@@ -30,9 +30,10 @@ from dora_mm.data.vl.image_folder import ImageFolder
 from dora_mm.data.vl.readers import FILES, READERS, data_files, resolved
 from dora_mm.data.vl.rows import BadRows, OnBadData, warn_skipped
 from dora_mm.utils.atomic import write_atomically, write_text
+from dora_mm.utils.digest import file_digest, known_digest
 
 log = logging.getLogger(__name__)
-LAYOUT = "5"  # increase it when a reader makes different rows from the same files
+LAYOUT = "6"  # increase it when a reader makes different rows from the same files
 BATCH_ROWS = 1000  # rows per Arrow record batch: the number held in memory while writing
 HASHED = 1 << 23  # bytes of a file that are hashed at a time, by each processor core
 STORED_IMAGES = "images"  # the subfolder of images that were embedded in data files
@@ -290,6 +291,7 @@ def _write(partial: Path, path: Path, source: SourceConfig, on_bad_data: OnBadDa
         after = f" after the first {source.skip}" if source.skip else ""
         raise ValueError(f"{source.title} has no usable row{after}")
     summary = {"num_rows": num_rows, "num_stored_images": len(store.names), "skipped": bad.found}
+    summary["sha256"] = file_digest(partial)
     write_text(path.with_suffix(".json"), json.dumps(summary, indent=1))
 
 
@@ -306,16 +308,20 @@ def _no_collection() -> Iterator[None]:
 
 
 def _open(path: Path, source: SourceConfig, on_bad_data: OnBadData) -> ExampleTable | None:
-    """The table in this file, None if the file is missing or damaged."""
+    """The table in this file; None if the file is missing, damaged or not as it was written.
+
+    It is compared before it is mapped: a reader of Arrow trusts what it maps, and may end the process.
+    """
     if not path.exists():
         return None
     try:
         summary = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        batches = list(pa.ipc.open_stream(pa.memory_map(str(path))))
-        intact = sum(batch.num_rows for batch in batches) == summary["num_rows"]
+        intact = known_digest(path) == summary["sha256"]
+        batches = list(pa.ipc.open_stream(pa.memory_map(str(path)))) if intact else []
+        intact = intact and sum(batch.num_rows for batch in batches) == summary["num_rows"]
         if num_stored := summary["num_stored_images"]:
             intact = intact and _count_stored(batches, path.parent / STORED_IMAGES) == num_stored
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         summary, batches, intact = {}, [], False
         log.debug("%s: %s", path, error)
     if not intact:

@@ -13,6 +13,7 @@ from torch import nn
 
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.core import TargetMap
+from dora_mm.data.seen import SeenFiles
 from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.row_view import RowView
 from dora_mm.data.vl.rows import OnBadData
@@ -112,6 +113,11 @@ class VLModel(Protocol):
     @property
     def counts(self) -> RowCounts:
         """The rows whose loss was computed that lost text, or are missing in their batches."""
+        ...
+
+    @property
+    def files(self) -> SeenFiles:
+        """The content of the images, videos or features that it has read: a part of the checkpoints of a training."""
         ...
 
     @property
@@ -235,6 +241,15 @@ class VLModel(Protocol):
 
         Raises:
             ValueError: As `batch`.
+        """
+        ...
+
+    def content(self, example: Example, images: str | None) -> str:
+        """What changes with the images, videos or features of a row, which are read where they were not before.
+
+        Raises:
+            OSError: A file cannot be read.
+            ValueError: Features cannot be read.
         """
         ...
 

@@ -19,6 +19,7 @@ from dora_mm.config.loader import load_config
 from dora_mm.eval.comparison import Result, Variant, table_rows
 from dora_mm.eval.curves import CurvePoint, RateCurve, curves_csv, curves_paragraphs
 from dora_mm.eval.plots import plot_curves
+from dora_mm.sampling.sheets import save_atomically
 from dora_mm.train.campaigns.evaluation import Evaluation, ScoresT, compared
 from dora_mm.train.campaigns.rates import RateChoice, best_rate, beyond, candidate_rates, choice_of, with_neighbours
 from dora_mm.train.campaigns.rows import FAILED, TrainingRow, TrainingRows, row_of, rows_file
@@ -203,7 +204,7 @@ class Campaign(Generic[ScoresT]):
         write_text(self.folder / "results.csv", report.csv)
         print(f"{text}\n\ntable    {self.folder / 'table.md'}")
         if report.sheet:
-            report.sheet.save(self.folder / "sheet.png")
+            save_atomically(self.folder / "sheet.png", report.sheet)
             print(f"sheet    {self.folder / 'sheet.png'}")
 
     def about_diverged(self, chosen: Mapping[Variant, RateChoice]) -> list[str]:

@@ -27,6 +27,7 @@ from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.images.new_tokens import load_adapter
 from dora_mm.sampling.before_after import sample_merged
 from dora_mm.sampling.grids import sheet
+from dora_mm.sampling.sheets import save_atomically
 from dora_mm.train.campaigns.evaluation import Report, check_trainings, common_overrides, load_base, num_trainings
 from dora_mm.train.campaigns.trainings import Training, Trainings
 from dora_mm.utils.devices import default_device
@@ -151,10 +152,8 @@ class PictureEvaluation:
             cells = [(concept, seed) for concept in concepts for seed in seeds]
             prompts = [fill(template, concept) for concept, _ in cells]
             images = sample_merged(model, prompts, [seed for _, seed in cells], self.settings.draw, stem)
-            pictures = folder / "pictures" / stem
-            pictures.mkdir(parents=True, exist_ok=True)
             for (concept, seed), image in zip(cells, images, strict=True):
-                image.save(pictures / f"{concept.code}-seed{seed}.png")
+                save_atomically(folder / "pictures" / stem / f"{concept.code}-seed{seed}.png", image)
             self.judge.scores(self.encoder(images), concepts, seeds).save(path)
         return Scores.load(path)  # rounded, as a resumed campaign reads them
 

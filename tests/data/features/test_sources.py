@@ -2,6 +2,8 @@
 
 import multiprocessing
 import pickle
+import shutil
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 
 from dora_mm.data.features.folder import FeatureWriter
 from dora_mm.data.features.sources import as_tokens, open_features
+from dora_mm.data.seen import SeenFiles
+from dora_mm.utils.messages import ChangedFileError
 
 RNG = np.random.default_rng(0)
 VALUES = {name: RNG.normal(size=(4, 6)).astype(np.float32) for name in ("a", "b", "c")}
@@ -58,6 +62,22 @@ def test_one_interface(source):
     assert "d" not in features
     with pytest.raises(ValueError, match=f"^vision.features: {source} has no features of d: .*dora-mm features"):
         features["d"]
+
+
+def test_features_are_compared_when_they_are_read_again(source):
+    """Their files may be others: only what is read counts."""
+    files = SeenFiles()
+    before = open_features([source], files)["a"]
+    assert torch.equal(open_features([source], files)["a"], before)
+    (shutil.rmtree if source.is_dir() else Path.unlink)(source)
+    maker = next(make for kind, make in MAKERS.items() if (kind == "h5") == (source.suffix == ".h5"))
+    maker(source, {**VALUES, "b": VALUES["b"] + 1})
+    assert torch.equal(open_features([source], files)["a"], before)
+    open_features([source], files)["b"]
+    (shutil.rmtree if source.is_dir() else Path.unlink)(source)
+    maker(source, {name: values + 1 for name, values in VALUES.items()})
+    with pytest.raises(ChangedFileError, match=f"{source}, the features of a, is not as it was"):
+        open_features([source], files)["a"]
 
 
 def read_one(features, name):

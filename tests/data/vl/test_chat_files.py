@@ -154,6 +154,10 @@ def test_embedded_images_that_are_gone_are_written_again(tmp_path, caplog):
     assert list(open_table(source, tmp_path / "tables", on_bad_data="stop")) == [row]
     assert stored.is_file()
     assert "is damaged" in caplog.text
+    stored.write_bytes(bytes(stored.stat().st_size))
+    next((tmp_path / "tables").glob("*.json")).unlink()  # the table is made again
+    (row,) = open_table(source, tmp_path / "tables", on_bad_data="stop")
+    assert stored.read_bytes() == chats.picture()
     (tmp_path / "tables").rename(tmp_path / "moved")
     (moved,) = open_table(source, tmp_path / "moved", on_bad_data="stop")
     assert moved.images == (str(tmp_path / "moved" / "images" / stored.name),)

@@ -153,7 +153,7 @@ def test_different_content_gives_another_table(tmp_path):
         open_table(source, tmp_path / "tables", on_bad_data="stop")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "nonsense", "no summary"])
+@pytest.mark.parametrize("damage", ["truncated", "nonsense", "no summary", "an edited word", "flipped bits"])
 def test_a_damaged_table_is_written_again(tmp_path, caplog, damage):
     source = many(tmp_path, 2 * BATCH_ROWS)
     table = open_table(source, tmp_path / "tables", on_bad_data="stop")
@@ -162,7 +162,14 @@ def test_a_damaged_table_is_written_again(tmp_path, caplog, damage):
         table.path.with_suffix(".json").unlink()
     else:
         table.path.unlink()  # not overwritten in place: `table` has it mapped
-        table.path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"nonsense" * 100)
+        broken = {
+            "truncated": content[: len(content) // 2],
+            "nonsense": b"nonsense" * 100,
+            "an edited word": content.replace(rows[0].text.encode(), rows[0].text.swapcase().encode()),
+            "flipped bits": content[:3000] + bytes(byte ^ 0x40 for byte in content[3000:3300]) + content[3300:],
+        }[damage]
+        assert broken != content
+        table.path.write_bytes(broken)
     again = open_table(source, tmp_path / "tables", on_bad_data="stop")
     assert list(again) == rows
     assert f"{table.path} is damaged" in caplog.text

@@ -29,6 +29,7 @@ from dora_mm.train.campaigns.subprocesses import TrainingProcess
 from dora_mm.utils.digest import file_digest, module_digest
 from samples.build.__main__ import main as build
 from tests.models.images.z_image import tiny as z_image
+from tests.pipelines.killed import files_in
 
 compare = PIPELINES.load("compare")
 
@@ -180,7 +181,9 @@ def test_an_evaluation_that_was_stopped_goes_on_in_its_folder(evaluation, tmp_pa
     """Its second row is interrupted while it is saved; a row that was drawn stays, unless a picture is damaged."""
     assert main(["eval", evaluation()]) == 0
     folder, rows = tmp_path / "scores", []
-    whole = files_of(folder)
+    whole, before = files_of(folder), files_in(folder)
+    assert main(["eval", evaluation()]) == 0
+    assert files_in(folder) == before
     shutil.rmtree(folder)
     pipeline = PIPELINES.load("eval_diffusion")
     draw, save = pipeline.sample_merged, pipeline.save_atomically
@@ -315,6 +318,9 @@ def test_comparison_trains_scores_and_reports(comparison, tmp_path, commands, ca
     assert len(list((folder / "pictures").glob("bare-model-report/*.png"))) == 6
 
     # Started again, it trains nothing and only writes the report.
+    before = files_in(folder)
+    assert main(["compare", config]) == 0
+    assert files_in(folder) == before
     before = table
     commands.clear()
     (folder / "table.md").unlink()

@@ -13,16 +13,19 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dora_mm import DoRASpec, inject, load_adapter, save_adapter
 from dora_mm.cli import main
 from dora_mm.config.models import ModelConfig
 from dora_mm.core import adapter_parameters
+from dora_mm.formats import adapter_digest
 from dora_mm.models.images.families import load_image_model
 from dora_mm.sampling.manifest import read_manifest
 from dora_mm.sampling.png import read_description
-from dora_mm.utils.digest import file_digest
 from dora_mm.utils.lock import only_writer
+from tests.pipelines.killed import files_in
 
 ROOT = Path(__file__).parents[3]
 
@@ -327,6 +330,48 @@ def test_a_finished_picture_stays_when_rows_are_appended_or_batches_change(job, 
     assert content(run.parent / "again" / "samples") == {"0003-seed0.png": before["0003-seed0.png"]}
 
 
+def test_pictures_belong_to_tensors_and_settings_not_to_the_bytes_of_a_file(job, tiny_folder, tmp_path, caplog, capsys):
+    """Another program has written the adapter again: in another order, with a note; then at another alpha."""
+    make_adapter(tiny_folder, tmp_path / "style", seed=0)
+    run = job({"prompt": "a bus"}, adapter__path="style", steps=1)
+    before = files_in(run)
+    file = tmp_path / "style" / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    bytes_before, tensors = file.read_bytes(), load_file(file)
+    save_file(tensors, file, {"note": "from elsewhere", **dict(reversed(header.items()))})
+    assert file.read_bytes() != bytes_before
+    caplog.set_level("INFO")
+    job({"prompt": "a bus"}, adapter__path="style", steps=1)
+    assert "1 of 1 pictures are there already." in caplog.messages
+    assert files_in(run) == before
+    replay = ["sample", "--replay", str(run / "samples" / "0001-seed0.png"), "--set", "output=again"]
+    assert main(replay) == 0
+    assert "the same pixels" in capsys.readouterr().out
+    settings = json.loads(header["lora_adapter_metadata"])
+    settings["unet.lora_alpha"] *= 2
+    save_file(tensors, file, {**header, "lora_adapter_metadata": json.dumps(settings)})
+    assert main([*replay[:-1], "output=third"]) == 2
+    assert "the adapter style has changed since the picture was drawn" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_replay_notices_another_setting_of_the_scheduler_in_the_model(job, tiny_folder, tmp_path, capsys, caplog):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    run = job({"prompt": "a bus"}, model__path=str(model), steps=2)
+    file = model / "scheduler" / "scheduler_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "_diffusers_version": "0.1.0"}))
+    caplog.set_level("INFO")
+    job({"prompt": "a bus"}, model__path=str(model), steps=2)
+    assert "1 of 1 pictures are there already." in caplog.messages
+    file.write_text(json.dumps({**settings, "beta_end": 0.02}))
+    assert main(["sample", "--replay", str(run / "samples" / "0001-seed0.png"), "--set", "output=again"]) == 2
+    assert f"the model {model} has changed since the picture was drawn" in capsys.readouterr().err
+    job({"prompt": "a bus"}, model__path=str(model), steps=2)
+    assert "1 files in out/samples were drawn with other settings" in caplog.text
+
+
 def test_a_job_has_one_writer(job, tiny_folder, capsys):
     settings = {"steps": 1, "model__path": str(tiny_folder)}
     run = job({"prompt": "a bus"}, **settings)
@@ -400,7 +445,7 @@ def test_an_adapter_is_a_file_of_any_name(job, style, tiny_folder, tmp_path):
     shutil.copy(style / "adapter" / "pytorch_lora_weights.safetensors", tmp_path / "many" / "mine.safetensors")
     run = job({"prompt": "a bus"}, adapter__path="many/mine.safetensors", steps=1)
     (used,) = read_description(run / "samples" / "0001-seed0.png").adapters
-    assert used.digest == file_digest(tmp_path / "many" / "mine.safetensors")
+    assert used.digest == adapter_digest(tmp_path / "many" / "mine.safetensors")
 
 
 def test_an_adapter_that_replaces_biases_is_not_drawn_beside_others(job, tiny_folder, tmp_path, capsys):

@@ -27,6 +27,7 @@ from dora_mm.recipes import PIPELINES
 from dora_mm.train.checkpoint import checkpoints
 from dora_mm.train.metrics import read_metrics
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
+from tests.pipelines.killed import files_in
 
 PROMPT = "a TOK icon of a bus"
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -373,7 +374,15 @@ def test_a_finished_run_is_extended(config, tmp_path, caplog, capsys):
     caplog.set_level("INFO")
     run, settings = tmp_path / "run", {"sample__prompts": [], "adapter__parts": ["unet.attn"]}
     assert main(["train", str(config(**settings, train__steps=1))]) == 0
-    assert f"dora-mm train --resume {run} --set train.steps=2" in caplog.text
+    longer = f"dora-mm train --resume {run} --set train.steps=2"
+    assert longer in caplog.text
+    before = files_in(run)
+    caplog.clear()
+    assert main(["train", "--resume", str(run)]) == 0
+    assert f"Run {run} is finished: nothing is left to do, and nothing was written." in caplog.messages
+    assert longer in caplog.text
+    assert f"to draw  dora-mm sample --set adapter.path={run}" in capsys.readouterr().out
+    assert files_in(run) == before
     assert main(["train", "--resume", str(run), "--set", "train.steps=2", "adapter.strength=0.5"]) == 0
     assert load_config(run / "config.yaml").train.steps == 2
     assert json.loads((run / "summary.json").read_text())["steps"] == 2
@@ -384,6 +393,20 @@ def test_a_finished_run_is_extended(config, tmp_path, caplog, capsys):
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert main(["train", "--resume", str(run), "--set", "optimizer.eps=1.0"]) == 2
     assert "optimizer.eps cannot change from null to 1.0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_results_that_were_deleted_come_again_in_the_same_bytes(config, tmp_path):
+    assert main(["train", str(config(ema={"decay": 0.5}))]) == 0
+    run = tmp_path / "run"
+    before = files_in(run)
+    for name in (f"adapter/{ADAPTER}", "adapter-ema", "sheet.png", "summary.json"):
+        (shutil.rmtree if (run / name).is_dir() else Path.unlink)(run / name)
+        assert main(["train", "--resume", str(run)]) == 0
+        after = files_in(run)
+        assert {other: after[other][0] for other in before} == {other: before[other][0] for other in before}
+    assert main(["train", "--resume", str(run)]) == 0
+    assert files_in(run) == after
 
 
 def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(config, tmp_path, capsys, monkeypatch):

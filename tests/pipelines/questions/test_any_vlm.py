@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from PIL import Image, ImageOps
 
 import dora_mm
 from dora_mm.adapting.files import load_trained
@@ -101,8 +102,11 @@ RUN = [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in (*ti
 
 
 @pytest.mark.parametrize("name", RUN)
-def test_a_run_resumes_exactly_and_its_adapter_leaves(name, tiny_vlm, pictures, tmp_path):
-    """What a kill after the second step leaves behind is that of a whole run without its later files."""
+def test_a_run_resumes_exactly_and_its_adapter_leaves(name, tiny_vlm, pictures, tmp_path, capsys):
+    """What a kill after the second step leaves behind is that of a whole run without its later files.
+
+    It goes on with pictures that are copies, and with no others.
+    """
     base = tiny_vlm(name)
     chat = VLM(VLMModelConfig(path=str(base))).plain is None
     data = write_conversations(tmp_path, pictures) if chat else write_questions(tmp_path, pictures)
@@ -122,6 +126,13 @@ def test_a_run_resumes_exactly_and_its_adapter_leaves(name, tiny_vlm, pictures, 
     for left in ("checkpoints/step-000004", "adapter", "validation", "best"):
         shutil.rmtree(killed / left)
     (killed / "summary.json").unlink()
+    kept = {file: file.read_bytes() for file in pictures.iterdir()}
+    for file in kept:
+        ImageOps.invert(Image.open(file)).save(file)
+    assert main(["train", "--resume", str(killed)]) == 2
+    assert "is not as it was" in capsys.readouterr().err
+    for file, content in kept.items():
+        file.write_bytes(content)
     assert main(["train", "--resume", str(killed)]) == 0
     assert_same_weights("step-000004", tmp_path / "whole", killed)
     before, after = (json.loads((run / "summary.json").read_text()) for run in (tmp_path / "whole", killed))

@@ -77,6 +77,10 @@ def test_an_evaluation_that_was_stopped_goes_on_in_its_folder(config, tmp_path, 
         assert main(["eval", path]) == 0
         assert sizes == remaining
         assert files_of(folder) == whole
+    shutil.copy(tmp_path / "tall.png", tmp_path / "wide.png")  # what was said of the old one is said anew
+    sizes.clear()
+    assert main(["eval", path]) == 0
+    assert sizes == [2, 2, 2, 1]
     config([str(tmp_path / "wide.png")] * 6, batch_size=2)
     assert main(["eval", path]) == 2
     assert "was started with different values of the data of chat: choose another folder" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from dora_mm.recipes import PIPELINES
 from dora_mm.train.metrics import read_metrics
 from tests.models.vl.towers.small import DIM
 from tests.models.vl.vl_bart.small import small_bart, small_tokenizer
-from tests.pipelines.killed import assert_same_weights, kill_after
+from tests.pipelines.killed import assert_same_weights, files_in, kill_after
 
 ROOT = Path(__file__).parents[3]
 SAMPLES = ROOT / "samples" / "vl"
@@ -138,6 +138,14 @@ def test_it_trains_scores_and_saves_a_loadable_adapter(finished, config, tmp_pat
     assert "data:image/" in (tmp_path / "eval" / "examples.html").read_text()
 
 
+def test_a_finished_run_that_is_resumed_writes_nothing(finished, caplog):
+    caplog.set_level("INFO")
+    before = files_in(finished / "run")
+    assert main(["train", "--resume", str(finished / "run")]) == 0
+    assert f"To train longer: dora-mm train --resume {finished / 'run'} --set train.steps=8" in caplog.messages
+    assert files_in(finished / "run") == before
+
+
 @pytest.mark.slow
 def test_captions_are_scored_while_they_train_and_after(config, tmp_path):
     config.values["data"]["tasks"][1]["valid"] = captions("val", 4)
@@ -152,6 +160,9 @@ def test_captions_are_scored_while_they_train_and_after(config, tmp_path):
     assert main(["eval", str(tmp_path / "eval.yaml")]) == 0
     scores = json.loads((tmp_path / "eval" / "scores.json").read_text())
     assert {"CIDEr", "METEOR"} <= scores["caption"]["metrics"].keys()
+    before = files_in(tmp_path / "eval")
+    assert main(["eval", str(tmp_path / "eval.yaml")]) == 0
+    assert files_in(tmp_path / "eval") == before
 
 
 def test_a_killed_run_is_resumed_to_the_same_bits(finished, config, tmp_path):
@@ -258,6 +269,7 @@ def test_an_adapted_tower_that_peft_cannot_hold(config, tmp_path, open_clip_towe
     for name in ("attn.q_proj", "attn.out_proj", "mlp.c_fc"):
         assert any(f".{name}.lora_B" in key and tensor.any() for key, tensor in saved.items())
 
+    (run / "summary.json").unlink()
     assert main(["train", "--resume", str(run)]) == 0
     assert not list(run.glob("*/**/vision/adapter_model.safetensors"))
     again = config(
@@ -376,9 +388,10 @@ def test_an_interrupted_validation_is_repeated(finished, config, tmp_path, monke
     assert logs[0] == logs[1]
 
 
-def test_resuming_a_finished_run_gives_the_same_summary(finished, tmp_path):
+def test_a_summary_that_is_missing_comes_again(finished, tmp_path):
     shutil.copytree(finished / "run", tmp_path / "run")
     summary = (tmp_path / "run" / "summary.json").read_text()
+    (tmp_path / "run" / "summary.json").unlink()
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     rows = read_metrics(tmp_path / "run" / "validation" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [2, 4]

@@ -15,6 +15,7 @@ from dora_mm.config.models import VisionConfig, VLBartModelConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.core import TargetMap
+from dora_mm.data.seen import SeenFiles
 from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.readers.video import split_subtitles
 from dora_mm.data.vl.row_view import Piece, RowView
@@ -135,6 +136,10 @@ class VLBartModel:
         return "VL-BART, which fits on any card, runs its encoder and its decoder as networks of their own"
 
     @property
+    def files(self) -> SeenFiles:
+        return self.vision.files
+
+    @property
     def identity(self) -> dict[str, str]:
         return self._identity
 
@@ -153,6 +158,9 @@ class VLBartModel:
         read, written = self.tokenizer.batch_decode([ids.tolist(), targets.tolist()])
         pieces = [Piece(read), Piece(f"<visual> x {visual}", is_image=True)]
         return RowView(heading, pieces, [Piece(written, learned=True)])
+
+    def content(self, example: Example, images: str | None) -> str:
+        return " ".join(self.vision.digest(name, images) for name in example.images)
 
     def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
         answer = Answerer(self.model, self.tokenizer, task, config, candidates)

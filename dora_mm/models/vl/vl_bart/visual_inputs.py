@@ -14,7 +14,9 @@ from dora_mm.config.models import VisionConfig
 from dora_mm.config.paths import resolve_path
 from dora_mm.data.features.sources import open_features
 from dora_mm.data.images.pixels import load_rgb
+from dora_mm.data.seen import SeenFiles
 from dora_mm.data.vl.example import stem
+from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.vl.towers.tower import load_tower
 
@@ -33,6 +35,7 @@ class VisionEncoder(nn.Module):
     Attributes:
         tower: The vision tower; None if precomputed features are read.
         features: The precomputed features; None if the tower encodes the images.
+        files: Knows the content of images and features that were read before.
 
     Raises:
         ValueError: The features or the tower cannot be loaded; the message names the key.
@@ -42,7 +45,8 @@ class VisionEncoder(nn.Module):
         super().__init__()
         paths = [resolve_path(path, "vision.features") for path in config.features]
         self.feature_paths = ", ".join(map(str, paths))  # for messages
-        self.features = open_features(paths) if paths else None
+        self.files = SeenFiles()
+        self.features = open_features(paths, self.files) if paths else None
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             self.tower = None if self.features is not None else load_tower(config)
@@ -106,6 +110,17 @@ class VisionEncoder(nn.Module):
             raise ValueError(f"images of a batch have features of different shapes: {a} {one}, {b} {other}")
         return torch.stack([torch.stack([found[name] for name in row]) for row in images])
 
+    def digest(self, name: str, folder: str | None) -> str:
+        """The digest of an image, or of its features.
+
+        Raises:
+            OSError: The image cannot be read.
+            ValueError: The features cannot be read.
+        """
+        return (
+            self.files.digest(image_path(folder, name)) if self.features is None else self.features.digest(stem(name))
+        )
+
     def encode_clips(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Visual tokens of a batch of clips, each resized to 64 frames (see `resize_frames`).
 
@@ -128,7 +143,7 @@ class VisionEncoder(nn.Module):
     def _encode_named(self, names: list[str], folder: str | None) -> dict[str, Tensor]:
         if folder is None:
             raise ValueError("data: a source without images needs vision.features, its precomputed features")
-        paths = {name: resolve_path(folder, "images") / name for name in names}
+        paths = {name: image_path(folder, name) for name in names}
         if self.trained:
             return dict(zip(names, self._tokens(list(paths.values())), strict=True))
         for path in paths.values():
@@ -147,7 +162,7 @@ class VisionEncoder(nn.Module):
 
     def _tokens(self, paths: list[Path]) -> Tensor:
         assert self.tower is not None
-        pixels = torch.stack([self.tower.preprocess(load_rgb(path, "white")) for path in paths])
+        pixels = torch.stack([self.tower.preprocess(load_rgb(path, "white", self.files.read)) for path in paths])
         return self.tower(pixels.to(self.device))
 
 

@@ -17,7 +17,9 @@ from dora_mm.config.vl import DecodeConfig
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.core import TargetMap
 from dora_mm.data.images.frames import is_video
+from dora_mm.data.seen import SeenFiles
 from dora_mm.data.vl.example import Answer, Example
+from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.row_view import RowView
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.tables import ExampleTable
@@ -71,6 +73,7 @@ class VLM:
         plain: What a model without a chat template can read; None for those that have one.
         commit: The commit of a hub model; None for a local one.
         counts: See `VLModel.counts`.
+        files: See `VLModel.files`.
 
     Raises:
         ValueError: The model or its processor cannot be loaded; a folder is given with a revision; or its class has
@@ -100,7 +103,8 @@ class VLM:
         limit = min(config.max_length or positions, positions)
         key = "model.max_length" if limit == config.max_length else "the model's positions"
         reads = (processor, model_type, form, self.plain, config.prompts)
-        frames = (config.fps or FPS, config.max_frames or MAX_FRAMES)
+        self.files = SeenFiles()
+        frames = (config.fps or FPS, config.max_frames or MAX_FRAMES, self.files)
         if (learns_prompts := config.loss_over == "prompts and answers") and not form.continues:
             raise ValueError(f"model.loss_over: {self.name} reads its prompts, but does not write them: leave it out")
         self.rows = ExampleEncoder(*reads, limit, key, *frames, learns_prompts=learns_prompts)
@@ -242,6 +246,9 @@ class VLM:
 
     def row_view(self, task: str, example: Example, images: str | None) -> RowView:
         return row_view(self.rows, task, example, images)
+
+    def content(self, example: Example, images: str | None) -> str:
+        return " ".join(self.files.digest(image_path(images, name)) for name in example.images)
 
     def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
         return VLMAnswers(self.questions, self.network).answerer(task, config, candidates)

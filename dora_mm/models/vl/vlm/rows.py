@@ -14,6 +14,7 @@ from torch import Tensor
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.images.frames import Video, is_video, load_video
 from dora_mm.data.images.pixels import load_rgb
+from dora_mm.data.seen import SeenFiles
 from dora_mm.data.vl.example import IMAGE, VIDEO, Example, Turn, escaped, pieces_of
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.models.vl.vlm.chat import ChatText, render, render_prompt
@@ -56,6 +57,7 @@ class ExampleEncoder:
         limit_from: What sets that number: a key of the config, or the model.
         fps: Frames that are read of a second of a video.
         max_frames: The most that are read of a video.
+        files: Knows the content of images and videos that were read before.
         learns_prompts: All text of a row has loss, and not only its answers.
     """
 
@@ -70,13 +72,14 @@ class ExampleEncoder:
         limit_from: str,
         fps: float,
         max_frames: int,
+        files: SeenFiles,
         *,
         learns_prompts: bool = False,
     ):
         self.processor, self.model_type, self.form, self.plain = processor, model_type, form, plain
         self.prompts, self.max_length, self.limit_from = prompts, max_length, limit_from
         self.encoder = RowEncoder(processor, max_length, limit_from, learns_prompts=learns_prompts)
-        self.fps, self.max_frames = fps, max_frames
+        self.fps, self.max_frames, self.files = fps, max_frames, files
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
@@ -112,8 +115,8 @@ class ExampleEncoder:
             raise ValueError("it has a video, and the model reads none")
         if filmed and len(filmed) < len(paths) and self.model_type in EITHER:
             raise ValueError("it has images and videos, of which the model reads either")
-        images = [load_rgb(path, "white") for path in paths if not is_video(path)]
-        return images, [load_video(path, self.fps, self.max_frames) for path in filmed]
+        images = [load_rgb(path, "white", self.files.read) for path in paths if not is_video(path)]
+        return images, [load_video(path, self.fps, self.max_frames, self.files.check) for path in filmed]
 
     def _row(self, task: str, example: Example, visuals: tuple[list[Any], list[Video]], answer: str | None) -> TokenRow:
         if self.plain is not None:

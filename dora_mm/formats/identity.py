@@ -1,0 +1,41 @@
+"""What an adapter is, whatever its file looks like: a digest by which pictures, answers and runs know it again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from dora_mm.formats.adapter_file import AdapterFile, located
+from dora_mm.formats.files.json_text import parse_json
+from dora_mm.formats.tokens import BESIDE_KEY
+from dora_mm.formats.tools import TOOLS
+from dora_mm.utils.digest import weights_digest
+
+_SAID = ("method", "rank", "alpha", "use_dora")  # in headers, beside what only a training reads
+
+
+def adapter_digest(source: Path | AdapterFile) -> str:
+    """SHA-256, in hex, over the tensors of an adapter file and the settings that are computed with.
+
+    What its header says beside that (which model it was trained on, and how) does not count, nor how it is written.
+
+    Args:
+        source: The file of any tool, or a folder that contains exactly one.
+
+    Raises:
+        ValueError: There is no such file, it is damaged, or its header is.
+    """
+    file = source if isinstance(source, AdapterFile) else AdapterFile(source)
+    tool = TOOLS[file.tool]
+    modules = {}
+    for module in sorted(file.modules):
+        said = {} if file.is_parameter(module) else dict(file.settings(module))
+        with located(str(file.path)):
+            alpha = file.parts(module, tool, file.described).get("alpha")
+        settings = {key: said[key] for key in _SAID if key in said}
+        modules[module] = [settings, None if alpha is None else float(alpha), file.transposed(module)]
+    parameters = {key: [*name, tool.unties(file.header, name)] for key, name in sorted(file.parameters.items())}
+    words = parse_json(file.header.get(BESIDE_KEY, "{}"), f"its header key {BESIDE_KEY}")  # checked with the file
+    about = [file.tool, weights_digest([file.path]), modules, parameters, words]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

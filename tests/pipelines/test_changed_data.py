@@ -1,0 +1,140 @@
+"""What a resumed training reads: copies of the data are the same, and another content is refused by name."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageOps
+
+from dora_mm.cli import main
+from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
+from tests.data.vl.chats import messages, packed
+from tests.models.vl.vl_bart.small import small_bart, small_tokenizer
+from tests.models.vl.vlm.vlm_rows import write_pictures, write_questions
+from tests.pipelines.killed import assert_same_weights
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """Trains; returns the run as a stop after its second step leaves it."""
+
+    def run(**values) -> Path:
+        config = {
+            "pipeline": "train_vl",
+            "output": str(tmp_path / "whole"),
+            "adapter": {"rank": 2},
+            "optimizer": {"lr": 0.02},
+            "train": {"steps": 4, "batch_size": 2, "checkpoint_every": 2, "log_every": 1},
+            **values,
+        }
+        config["data"] |= {"tables": str(tmp_path / "tables")}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        assert main(["train", str(tmp_path / "config.yaml")]) == 0
+        stopped = shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+        shutil.rmtree(stopped / "checkpoints" / "step-000004")
+        (stopped / "summary.json").unlink()
+        return stopped
+
+    return run
+
+
+def vl_bart(folder: Path, dim: int, vision: dict, questions: dict) -> dict:
+    torch.manual_seed(0)
+    save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), dim, "image"), small_tokenizer(), folder / "model")
+    model = {"family": "vl_bart", "path": str(folder / "model")}
+    data = {"tasks": [{"task": "vqa", **{key: questions[key] for key in ("train", "valid")}}]}
+    return {"model": model, "vision": vision, "data": data}
+
+
+def goes_on(run: Path) -> None:
+    assert main(["train", "--resume", str(run)]) == 0
+    assert_same_weights("step-000004", run.with_name("whole"), run)
+
+
+def test_pictures_of_a_tower(stopped, tmp_path, vision, capsys):
+    (tmp_path / "pictures").mkdir()
+    pictures = write_pictures(tmp_path / "pictures")
+    run = stopped(**vl_bart(tmp_path, 72, vision, write_questions(tmp_path, pictures)))
+    kept = shutil.copytree(pictures, tmp_path / "kept")
+    for file in pictures.iterdir():
+        ImageOps.invert(Image.open(file)).save(file)
+    assert main(["train", "--resume", str(run)]) == 2
+    assert f"{pictures}/" in (message := capsys.readouterr().err)
+    assert "is not as it was when this run read it first: restore it" in message
+    shutil.rmtree(pictures)
+    shutil.copytree(kept, pictures, copy_function=shutil.copyfile)  # of another time
+    goes_on(run)
+
+
+def test_features(stopped, tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    pictures = write_pictures(tmp_path / "pictures")
+    values = {file.stem: np.random.default_rng(n).normal(size=(4, 6)) for n, file in enumerate(pictures.iterdir())}
+
+    def save(factor: int) -> None:
+        (tmp_path / "features").mkdir(exist_ok=True)
+        for name, array in values.items():
+            np.savez(tmp_path / "features" / f"{name}.npz", features=(factor * array).astype(np.float32))
+
+    save(1)
+    vision = {"features": [str(tmp_path / "features")]}
+    run = stopped(**vl_bart(tmp_path, 6, vision, write_questions(tmp_path, pictures)))
+    save(2)
+    assert main(["train", "--resume", str(run)]) == 2
+    assert f"{tmp_path / 'features'}, the features of COCO_val" in capsys.readouterr().err
+    save(1)
+    goes_on(run)
+
+
+def test_embedded_pictures_and_rows_of_the_validation(stopped, tmp_path, tiny_vlm, capsys):
+    (tmp_path / "pictures").mkdir()
+    pictures = [packed(file.read_bytes()) for file in sorted(write_pictures(tmp_path / "pictures").iterdir())]
+    rows = [{"images": [each], "messages": messages("<image>What?", "noise")} for each in pictures]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "valid.json").write_text(json.dumps(rows[:2]))
+    source = {"format": "chat", "file": str(tmp_path / "rows.json")}
+    data = {"train": source, "valid": {**source, "file": str(tmp_path / "valid.json")}}
+    run = stopped(model={"path": str(tiny_vlm("qwen2_5_vl"))}, data=data)
+
+    (tmp_path / "valid.json").write_text(json.dumps(rows[1:3]))
+    assert main(["train", "--resume", str(run)]) == 2
+    assert "the validation data of chat changed since it was started" in capsys.readouterr().err
+    (tmp_path / "valid.json").write_text(json.dumps(rows[:2]))
+
+    copies = {file: file.read_bytes() for file in (tmp_path / "tables" / "images").iterdir()}
+    for file, content in copies.items():
+        file.write_bytes(content[:-20] + bytes(20))  # of the same size
+    assert main(["train", "--resume", str(run)]) == 2
+    assert "a copy of an embedded picture, is damaged: delete it and start again" in capsys.readouterr().err
+    for file in copies:
+        file.unlink()
+    goes_on(run)
+    assert {file: file.read_bytes() for file in copies} == copies
+
+
+def test_a_table_that_was_edited_is_made_again(stopped, tmp_path, tiny_vlm, caplog):
+    """An edited word, and flipped bits all over it, at which a reader of Arrow would end the process."""
+    (tmp_path / "pictures").mkdir()
+    data = write_questions(tmp_path, write_pictures(tmp_path / "pictures"))
+    run = stopped(model={"path": str(tiny_vlm("blip_vqa"))}, data=data)
+    copy = shutil.copytree(run, tmp_path / "again")
+    for table in (tmp_path / "tables").glob("*.arrow"):
+        edited = table.read_bytes().replace(b"What", b"Whom")
+        table.unlink()
+        table.write_bytes(edited)
+    goes_on(run)
+    for table in (tmp_path / "tables").glob("*.arrow"):
+        state, content = table.stat(), bytearray(table.read_bytes())
+        content[40::64] = bytes(byte ^ 0xFF for byte in content[40::64])
+        table.unlink()
+        table.write_bytes(content)
+        os.utime(table, ns=(state.st_atime_ns, state.st_mtime_ns))
+    goes_on(copy)
+    assert caplog.text.count("is damaged: the table is read again from its source") == 4
