@@ -8,7 +8,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from dora_mm.config.models import STARTS
+from dora_mm.config.models import starts
 
 NEEDED = ""  # the extra of what every command needs
 EXTRAS = (NEEDED, "eval", "optim", "track", "vl", "quant")
@@ -43,7 +43,7 @@ def main() -> None:
     print(f"packages  {', '.join(f'{name} {installed(name)}' for name in SHOWN)}")
     print_missing(wrong)
     card = largest_card()
-    for family, recipes in STARTS.items():
+    for family, recipes in starts().items():
         print(f"recipe    {family:<8} {recipe_line(recipes, card.memory if card else 0)}")
     if needed := [problem for extra, problem in wrong.values() if extra == NEEDED]:
         raise ValueError(f"{'; '.join(needed)}: pip install --upgrade dora_mm")

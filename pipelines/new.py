@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from dora_mm.config import load_config, resolve_model, resolve_path, run_name
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.models import STARTS
+from dora_mm.config.models import starts
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.images.folder import CaptionedImage, read_captioned_images
 from dora_mm.data.images.masks import by_kind
@@ -61,7 +61,7 @@ def main(
     """Writes NAME.yaml and, for pictures, NAME_prompts.txt, and prints what was found and what comes next.
 
     Args:
-        family: A key of `STARTS`.
+        family: A key of `starts()`.
         name: The name of the new config, with or without .yaml.
         images: The folder of images; None: all rows of `data` are texts.
         data: The file of questions, of vision-language models.
@@ -70,8 +70,8 @@ def main(
     Raises:
         ValueError: There is no such family, a file exists already, or the pictures or the model cannot be used.
     """
-    if family not in STARTS:
-        raise ValueError(f"there is no family {family!r}{nearest(family, STARTS)}: choose from {', '.join(STARTS)}")
+    if family not in (known := starts()):
+        raise ValueError(f"there is no family {family!r}{nearest(family, known)}: choose from {', '.join(known)}")
     if images is not None:
         resolve_path(images, "--images")
     if model is not None:
@@ -93,7 +93,7 @@ def main(
 
 def starting_recipe(family: str, model: str | None) -> str:
     """The packaged config to start from: that of the model, or the largest that fits the card of this machine."""
-    recipes = STARTS[family]
+    recipes = starts()[family]
     paths = {recipe: load_config(recipe).model_dump()["model"]["path"] for recipe in recipes.values()}
     of_model = [recipe for recipe in recipes.values() if paths[recipe] == model]
     if len(of_model) == 1:

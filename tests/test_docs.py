@@ -8,7 +8,7 @@ import pytest
 from dora_mm.cli.commands import take_job
 from dora_mm.cli.parser import build_parser
 from dora_mm.config import load_config
-from dora_mm.config.models import STARTS
+from dora_mm.config.models import starts
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.report import all_keys
 from samples.build.__main__ import BUILDERS
@@ -96,7 +96,7 @@ def check_command(arguments: list[str], schemas: dict | None = None) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=named)
 def test_commands(document):
     found = commands(text_of(document))
-    new = {f"{each[2]}.yaml": next(iter(STARTS[each[1]].values())) for each in found if each[0] == "new"}
+    new = {f"{each[2]}.yaml": next(iter(starts()[each[1]].values())) for each in found if each[0] == "new"}
     for arguments in found:
         check_command([new.get(each, each) for each in arguments])
     for arguments in commands(text_of(document), BUILD):

@@ -36,7 +36,7 @@ VL_FAMILIES = re.compile(r"vl_bart|vlbart|[\"']vlm[\"']|models\.vlm", re.IGNOREC
 IMAGE_FAMILIES = re.compile(r"sdxl|z[-_ ]?image", re.IGNORECASE)
 MAY_NAME_IMAGE_FAMILIES = (  # their own files, data about architectures and files, and examples
     *("dora_mm/targets/", "dora_mm/formats/", "dora_mm/config/", "dora_mm/cli/", "dora_mm/__init__.py"),
-    *("dora_mm/models/images/sdxl/", "dora_mm/models/images/z_image.py", "dora_mm/models/images/families.py"),
+    *("dora_mm/models/images/sdxl/", "dora_mm/models/images/z_image.py", "dora_mm/registries/image_families.py"),
 )
 VL_TASKS = re.compile(rf"[\"']({'|'.join(TASKS)})[\"']")
 MAY_NAME_VL_TASKS = (  # the records; and formats of data files and metrics, some of which have the name of a task

@@ -7,6 +7,7 @@ from typing import Any
 
 from dora_mm import __version__
 from dora_mm.formats.registry import OTHER_TOOLS, TARGETS, TOOLS
+from dora_mm.registries.image_families import IMAGE_FAMILIES
 
 RESUMABLE = ("train", "sample", "grid")
 BASE = "the model: a folder, a single-file checkpoint or a hub name"
@@ -89,7 +90,9 @@ def _add_config_command(commands: Any, name: str, what: str) -> None:
 
 def _add_new(commands: Any) -> None:
     command = commands.add_parser("new", help="write a config for your own images, and name the commands that follow")
-    command.add_argument("family", metavar="FAMILY", help="what is trained: sdxl, z_image or vlm")
+    command.add_argument(
+        "family", metavar="FAMILY", help=f"what is trained: {', '.join(IMAGE_FAMILIES.built_in)} or vlm"
+    )
     command.add_argument("name", metavar="NAME", help="of the new config and its runs: NAME.yaml, NAME_prompts.txt")
     command.add_argument("--images", metavar="FOLDER", help="your images, with or without captions")
     command.add_argument("--data", metavar="FILE", help="your questions, of vlm: JSON, JSON lines or Parquet")

@@ -1,35 +1,34 @@
 """The config sections that name a model. See schema.py for the rules."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator
+from pydantic.fields import FieldInfo
 
 from dora_mm.config.schema import InputPath, Items, ModelPath, Positive, Section, SectionChoice, Text
 from dora_mm.config.vl_tasks import TASKS, TaskName
+from dora_mm.registries.image_families import IMAGE_FAMILIES
+from dora_mm.registries.registry import load
 
 EMBEDDED_IMAGE_MODEL = "samples/tiny-sdxl"  # draws where nothing names a model
-# The recipes that `dora-mm new` starts from, by family and by the GB of the card that each needs; 0: for a small model
-STARTS: Mapping[str, Mapping[int, str]] = MappingProxyType(
+VL_STARTS: Mapping[str, Mapping[int, str]] = MappingProxyType(  # as `ImageFamily.starts`, by family
     {
-        "sdxl": {
-            0: "configs/sdxl/tiny_3d_icon.yaml",
-            8: "configs/sdxl/3d_icon_8gb.yaml",
-            12: "configs/sdxl/3d_icon_12gb.yaml",
-            16: "configs/sdxl/3d_icon_16gb.yaml",
-            24: "configs/sdxl/3d_icon.yaml",
-        },
-        "z_image": {24: "configs/z_image/style.yaml"},
         "vlm": {
             5: "configs/vlm/smolvlm_256m.yaml",
             9: "configs/vlm/lfm2_vl_1_6b.yaml",
             15: "configs/vlm/gemma3_4b.yaml",
             24: "configs/vlm/qwen2_5_vl_7b.yaml",
             25: "configs/vlm/qwen3_vl_8b.yaml",
-        },
+        }
     }
 )
+
+
+def starts() -> dict[str, Mapping[int, str]]:
+    """The recipes that `dora-mm new` starts from, by family and by the GB of the card that each needs."""
+    return {**{name: family.starts for name, family in IMAGE_FAMILIES.items()}, **VL_STARTS}
 
 
 class ImageFamilyConfig(Section):
@@ -54,7 +53,10 @@ class ZImageConfig(ImageFamilyConfig):
 
 
 class ModelConfig(Section):
-    """An image model; its files say of which family it is, and a section of another family is an error."""
+    """An image model; its files say of which family it is, and a section of another family is an error.
+
+    The sections of families are further keys, with the names of the families; null: its defaults. See `add_sections`.
+    """
 
     path: ModelPath  # a model folder, a hub name, or (SDXL) a single .safetensors checkpoint
     revision: Text | None = None  # a commit, branch or tag of a hub model; null: its main branch
@@ -64,18 +66,44 @@ class ModelConfig(Section):
     quantization: Literal["float8"] | None = None
     # What an SDXL model predicts; auto: what its files say, of a single checkpoint its tensors v_pred and ztsnr
     prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
-    sdxl: SDXLConfig | None = None  # null: its defaults
-    z_image: ZImageConfig | None = None  # null: its defaults
+
+    def sections(self) -> Iterator[tuple[str, ImageFamilyConfig]]:
+        """The sections of families that are given, by the name of the family."""
+        yield from ((name, section) for name, section in self if isinstance(section, ImageFamilyConfig))
 
     def settings_of_pictures(self) -> dict[str, Any]:
         """The settings beside the files on which pictures depend, and that are not the defaults, by section and key."""
         own = self.model_dump(include={"prediction", "quantization"}, exclude_defaults=True)
         found = {
             name: section.model_dump(exclude_defaults=True, exclude=set(section.only_training))
-            for name, section in self
-            if isinstance(section, ImageFamilyConfig)
+            for name, section in self.sections()
         }
         return own | {name: settings for name, settings in found.items() if settings}
+
+
+def add_sections(names: Iterable[str]) -> None:
+    """Gives the `model` section of image models the sections of families, and all configs that contain it.
+
+    Args:
+        names: Keys of IMAGE_FAMILIES.
+    """
+    new = [name for name in names if name not in ModelConfig.model_fields]
+    for name in new:
+        section: Any = load(IMAGE_FAMILIES[name].section) | None
+        ModelConfig.model_fields[name] = FieldInfo(annotation=section, default=None)
+    if new:
+        ModelConfig.model_rebuild(force=True)
+        for section in _subclasses(Section):  # those that contain it, and so on: they are defined later
+            section.model_rebuild(force=True)
+
+
+def _subclasses(kind: type[Section]) -> Iterator[type[Section]]:
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+add_sections(IMAGE_FAMILIES.built_in)
 
 
 class VisionConfig(Section):

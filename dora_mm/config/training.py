@@ -3,17 +3,18 @@
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import AfterValidator, Field, PositiveInt, field_validator
 
-from dora_mm.config.schema import Count, Items, NonNegative, Positive, Section, Share
+from dora_mm.config.schema import Count, Items, NonNegative, Positive, Section, Share, Text
+from dora_mm.registries.optimizers import OPTIMIZERS
 
 
 class OptimizerConfig(Section):
     # 8 bit: of bitsandbytes, on a GPU; adafactor keeps one number per row and column instead of two per parameter
-    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "schedule_free", "prodigy"] = "adamw"
+    name: Annotated[Text, AfterValidator(OPTIMIZERS.check)] = "adamw"
     lr: Positive  # learning rate; prodigy finds its own, so set 1.0
     b_lr_ratio: Positive = 1.0  # how many times that is the rate of B; under Adam it is alpha / rank by another name
-    # Decay rates of both moments; null: those of dora_mm/train/optim.py, 0.9 and 0.999 for most
+    # Decay rates of both moments; null: those of dora_mm/registries/optimizers.py, 0.9 and 0.999 for most
     betas: Annotated[tuple[Share, Share], Field(strict=False)] | None = None
     eps: Positive | None = None  # added to the denominator of the update; null: 1e-8, or what the optimizer has
     weight_decay: NonNegative = 0.01  # decoupled from the gradient, as in AdamW

@@ -11,8 +11,9 @@ from torch import nn
 from dora_mm.adapting.sharding import Division
 from dora_mm.config.training import EMAConfig, OptimizerConfig, ScheduleConfig, TrainConfig, ValidationConfig
 from dora_mm.core import fixed_parameters
+from dora_mm.registries.optimizers import OPTIMIZERS
 from dora_mm.train.loop import LossModule, accumulate, update
-from dora_mm.train.optim import OPTIMIZERS, build_optimizer
+from dora_mm.train.optim import build_optimizer
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.tables import aligned_columns
 

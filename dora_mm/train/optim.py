@@ -1,46 +1,18 @@
 """Builds the optimiser that a config names."""
 
-import importlib
 import inspect
+import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from dora_mm.config.training import EpochTrainConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from dora_mm.registries.optimizers import OPTIMIZERS, Optimizer
+from dora_mm.registries.registry import load
 from dora_mm.utils.messages import first_line, nearest
 
-
-class Kind(NamedTuple):
-    """An optimizer.
-
-    Attributes:
-        module: Where its class is.
-        name: The name of the class.
-        settings: Arguments of the class, where a config does not give them.
-        extra: The extra of dora_mm that installs the module; empty for torch's own.
-        needs_gpu: Whether it steps on a GPU only.
-    """
-
-    module: str
-    name: str
-    settings: Mapping[str, Any]
-    extra: str = ""
-    needs_gpu: bool = False
-
-
-ADAM: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
-OPTIMIZERS = {
-    "adamw": Kind("torch.optim", "AdamW", {**ADAM, "fused": True}),  # one kernel for hundreds of small tensors
-    "adamw_8bit": Kind("bitsandbytes.optim", "AdamW8bit", ADAM, "quant", needs_gpu=True),
-    "paged_adamw_8bit": Kind("bitsandbytes.optim", "PagedAdamW8bit", ADAM, "quant", needs_gpu=True),
-    "adafactor": Kind("torch.optim", "Adafactor", {}),
-    # Without a schedule the first decay rate is also how far the trained point is from the average (arXiv 2507.09846).
-    "schedule_free": Kind("schedulefree", "AdamWScheduleFree", {"betas": (0.95, 0.99), "eps": 1e-8}, "optim"),
-    # Its authors recommend bias correction and the warm-up safeguard for diffusion models.
-    "prodigy": Kind("prodigyopt", "Prodigy", {**ADAM, "use_bias_correction": True, "safeguard_warmup": True}, "optim"),
-}
 LEAST_OF_8_BITS = 4096  # numbers in a tensor from which bitsandbytes keeps its state in 8 bits
 OWN_KEYS = ("lr", "betas", "eps", "weight_decay")  # arguments that have a key of their own in the section
 
@@ -128,13 +100,13 @@ def _settings(config: OptimizerConfig, optimizer_class: Any) -> dict[str, Any]:
     return {**OPTIMIZERS[config.name].settings, **given, **config.options}
 
 
-def _imported(kind: Kind) -> Any:
+def _imported(optimizer: Optimizer) -> Any:
     try:
-        return getattr(importlib.import_module(kind.module), kind.name)
+        return load(optimizer.place)
     except ImportError:
-        package = kind.module.partition(".")[0]
+        package = re.split(r"[.:]", optimizer.place)[0]
         raise ValueError(
-            f"this optimizer.name needs the package {package}: pip install 'dora_mm[{kind.extra}]'"
+            f"this optimizer.name needs the package {package}: pip install {optimizer.install or package}"
         ) from None
 
 

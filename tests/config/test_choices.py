@@ -12,7 +12,7 @@ from dora_mm.config.images import LossConfig
 from dora_mm.config.models import ModelConfig, VLBartModelConfig, VLMModelConfig
 from dora_mm.config.pictures import Axis, ConceptChoice, EvalDiffusionConfig, PicturesConfig
 from dora_mm.config.schema import Section
-from dora_mm.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
+from dora_mm.config.training import ScheduleConfig, TrainConfig
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.config.vl_data import SourceConfig, VLTaskConfig
 from dora_mm.config.vl_tasks import TASKS
@@ -29,7 +29,6 @@ from dora_mm.preview.vl_memory import BITS
 from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.targets import MAPS, derived
 from dora_mm.tasks.diffusion import PER_ELEMENT
-from dora_mm.train.optim import OPTIMIZERS
 from dora_mm.train.schedule import SHAPES
 
 REGISTRIES: list[tuple[type[Section], str, Iterable[str]]] = [
@@ -39,7 +38,6 @@ REGISTRIES: list[tuple[type[Section], str, Iterable[str]]] = [
     (PartConfig, "method", (*METHODS, "frozen")),
     (TrainVLConfig, "backend", BACKENDS),
     (PicturesConfig, "backend", BACKENDS),
-    (OptimizerConfig, "name", OPTIMIZERS),
     (ScheduleConfig, "name", SHAPES),
     (TrainConfig, "mixed_precision", ("no", *PRECISIONS)),
     (LossConfig, "type", PER_ELEMENT),

@@ -7,7 +7,7 @@ import pytest
 
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.report import all_keys
-from dora_mm.models.images.families import FAMILIES
+from dora_mm.registries.image_families import IMAGE_FAMILIES
 
 CHOOSE_A_CLASS = {"model.family"}  # read where pydantic chooses the class of the section
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ def attributes():
 
 @pytest.mark.parametrize("pipeline", SCHEMAS)
 def test_every_key_is_read(pipeline, attributes):
-    read = attributes | {family.section for family in FAMILIES}  # the sections are read by the name that a family has
+    read = attributes | set(IMAGE_FAMILIES)  # the sections are read by the name that a family has
     unread = {key for key in all_keys(SCHEMAS[pipeline]) if key.split(".")[-1] not in read}
     assert unread <= CHOOSE_A_CLASS
 

@@ -24,12 +24,10 @@ from dora_mm.models.images.components import (
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.images.memory import store_in_float8
 from dora_mm.models.images.schedulers import changes_for
-from dora_mm.models.images.sdxl.family import SDXL
-from dora_mm.models.images.z_image import ZImage
 from dora_mm.models.opening import check_revision, described, loaded_files, local_copy
+from dora_mm.registries.image_families import IMAGE_FAMILIES, ImageFamily
+from dora_mm.registries.registry import load
 from dora_mm.utils.digest import files_digest
-
-FAMILIES: tuple[type[ImageModel], ...] = (SDXL, ZImage)
 
 
 def family_of(path: str, revision: str | None = None) -> type[ImageModel]:
@@ -45,16 +43,15 @@ def family_of(path: str, revision: str | None = None) -> type[ImageModel]:
     if Path(path).is_file():
         if found := family_of_file(Path(path)):
             return found
-        files = " and ".join(family.title for family in FAMILIES if family.single_file)
+        files = " and ".join(family.title for family in IMAGE_FAMILIES.values() if family.tensors)
         raise ValueError(
             f"model.path: {path} cannot be loaded: it is no checkpoint of {files}, of which single files are read."
         )
-    name = pipeline_class_of(path, revision)
-    for family in FAMILIES:
-        if family.pipeline_name == name:
-            return family
-    known = ", ".join(f"{family.title} ({family.pipeline_name})" for family in FAMILIES)
-    raise ValueError(f"model.path: {path} is a {name}, which is no family of image models here; there are {known}.")
+    pipeline = pipeline_class_of(path, revision)
+    if name := IMAGE_FAMILIES.first(lambda family: family.pipeline == pipeline):
+        return load(IMAGE_FAMILIES[name].place)
+    known = ", ".join(f"{family.title} ({family.pipeline})" for family in IMAGE_FAMILIES.values())
+    raise ValueError(f"model.path: {path} is a {pipeline}, which is no family of image models here; there are {known}.")
 
 
 def family_of_file(file: Path) -> type[ImageModel] | None:
@@ -64,11 +61,13 @@ def family_of_file(file: Path) -> type[ImageModel] | None:
         ValueError: It is not a file of safetensors.
     """
     names = tensor_names(file)
-    for family in FAMILIES:
-        single = family.single_file
-        if single and all(any(name.startswith(start) for name in names) for start in single.starts):
-            return family
-    return None
+
+    def fits(family: ImageFamily) -> bool:
+        starts = family.tensors
+        return bool(starts) and all(any(name.startswith(start) for name in names) for start in starts)
+
+    found = IMAGE_FAMILIES.first(fits)
+    return load(IMAGE_FAMILIES[found].place) if found else None
 
 
 def load_image_model(config: ModelConfig) -> ImageModel:
@@ -83,9 +82,10 @@ def load_image_model(config: ModelConfig) -> ImageModel:
     path, dtype = resolve_model(config.path), getattr(torch, config.dtype)
     check_revision(path, config.revision)
     family = family_of(path, config.revision)
-    for other in FAMILIES:
-        if other is not family and getattr(config, other.section) is not None:
-            raise ValueError(f"model.{other.section}: {path} is {family.title}, not {other.title}: leave it out.")
+    for name, _ in config.sections():
+        if name != family.name:
+            found, given = family.record().title, IMAGE_FAMILIES[name].title
+            raise ValueError(f"model.{name}: {path} is {found}, not {given}: leave it out.")
     names = [name for phase in family.phases for name in phase]
     if Path(path).is_dir() and (missing := missing_in(Path(path), names)):
         raise ValueError(f"model.path: {path} is incomplete: it lacks {', '.join(missing)}.")
@@ -106,7 +106,7 @@ def load_image_model(config: ModelConfig) -> ImageModel:
         return found
 
     components = Components(load, family.phases, _described(family, path, config.revision))
-    model = family(components, getattr(config, family.section))
+    model = family(components, dict(config.sections()).get(family.name))
     if config.vae:
         components["vae"] = load_vae(family.vae_class(), resolve_model(config.vae, "model.vae"), dtype)
     model.check(config)
@@ -141,7 +141,7 @@ def about_prediction(config: ModelConfig) -> str:
     changes = scheduler_changes(family, path, config.prediction)
     own = _described(family, path, config.revision).config("scheduler")
     found = {**own, **changes}
-    line = f"{family.title} that predicts {found.get('prediction_type', 'a velocity')}"
+    line = f"{family.record().title} that predicts {found.get('prediction_type', 'a velocity')}"
     if found.get("rescale_betas_zero_snr"):
         line += ", whose last noise level has no signal (zero terminal SNR)"
     if not changes:

@@ -1,6 +1,6 @@
 """The seam of image models: what training, sampling and evaluation need of a family. One family is one class.
 
-A family subclasses `ImageModel` in a file of its own, and has a line in `image_families.py`, a section in
+A family subclasses `ImageModel` in a file of its own, and has a record in registries/image_families.py, a section in
 config/models.py, a target map and a recipe; nothing else knows it. Shapes: B images or prompts, C channels, L tokens.
 """
 
@@ -28,6 +28,8 @@ from dora_mm.data.syntax import Wording
 from dora_mm.models.images.components import Components
 from dora_mm.models.images.new_tokens import NewTokens
 from dora_mm.models.images.noise import NoiseProcess
+from dora_mm.registries.image_families import IMAGE_FAMILIES, ImageFamily
+from dora_mm.registries.registry import load
 from dora_mm.utils.digest import module_digest
 
 TEXT_LAYOUT = 1  # increase it when a family encodes the same caption otherwise, such as longer ones than before
@@ -36,17 +38,15 @@ Prompt = Mapping[str, Tensor]  # one encoded prompt by name, without padding: (L
 
 @dataclass(frozen=True)
 class SingleFile:
-    """How the single checkpoints of a family are recognised, and completed.
+    """What the single checkpoints of a family lack.
 
     Attributes:
-        starts: Each is the beginning of the name of a tensor in it.
         configs: The folder of the index and configs of its pipeline, which such a file lacks.
         parts: Makes the components that it lacks, by their names.
         scheduler: What the names of its tensors say of its scheduler; raises ValueError where it is of a kind that is
             not known.
     """
 
-    starts: tuple[str, ...]
     configs: Path
     parts: Callable[[], dict[str, Any]] = dict
     scheduler: Callable[[Collection[str]], dict[str, Any]] = lambda names: {}
@@ -60,10 +60,7 @@ class ImageModel(ABC):
         settings: The family's section of the config.
     """
 
-    title: ClassVar[str]  # the name of the family, for messages
-    section: ClassVar[str]  # the key of the family's section in the config
-    settings_class: ClassVar[type[Section]]  # and its class
-    pipeline_name: ClassVar[str]  # the class of diffusers
+    name: ClassVar[str]  # its key in IMAGE_FAMILIES, which is that of its section in the config
     phases: ClassVar[
         tuple[tuple[str, ...], ...]
     ]  # its components, as they are loaded: the denoiser in a group of its own
@@ -80,7 +77,7 @@ class ImageModel(ABC):
 
     def __init__(self, components: Components, settings: Section | None = None):
         self.components = components
-        self.settings: Any = settings or self.settings_class()
+        self.settings: Any = settings or load(self.record().section)()
         self.new_tokens = NewTokens()
 
     def __getattr__(self, name: str) -> Any:
@@ -93,6 +90,16 @@ class ImageModel(ABC):
             self.components[name] = value
         else:
             super().__setattr__(name, value)
+
+    @classmethod
+    def record(cls) -> ImageFamily:
+        """What is known of the family without this class."""
+        return IMAGE_FAMILIES[cls.name]
+
+    @property
+    def title(self) -> str:
+        """The name of the family in messages."""
+        return self.record().title
 
     def check(self, config: ModelConfig) -> None:
         """Checks the `model` section against the model's own files, before anything of the model is loaded.
@@ -296,7 +303,7 @@ class ImageModel(ABC):
         """The class of diffusers."""
         import diffusers
 
-        return getattr(diffusers, cls.pipeline_name)
+        return getattr(diffusers, cls.record().pipeline)
 
     @classmethod
     def vae_class(cls) -> Any:

@@ -9,7 +9,7 @@ import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 
-from dora_mm.config.models import ModelConfig, ZImageConfig
+from dora_mm.config.models import ModelConfig
 from dora_mm.data.images.buckets import Framing
 from dora_mm.data.syntax import Wording
 from dora_mm.models.images.flow_model import FlowModel
@@ -21,7 +21,7 @@ GROUP = 32  # tokens: the transformer fills prompts and pictures up to multiples
 class ZImage(FlowModel):
     """Z-Image (Tongyi-MAI, 2025), the base model: the distilled one, Turbo, loses its few steps when it is trained."""
 
-    title, section, settings_class, pipeline_name = "Z-Image", "z_image", ZImageConfig, "ZImagePipeline"
+    name = "z_image"
     maps: ClassVar = {"transformer": "z-image"}
     chat: ClassVar = {"add_generation_prompt": True, "enable_thinking": True}
 

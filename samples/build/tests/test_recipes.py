@@ -6,7 +6,7 @@ import pytest
 
 from dora_mm.config import load_config
 from dora_mm.config.report import all_keys
-from dora_mm.models.images.families import FAMILIES
+from dora_mm.registries.image_families import IMAGE_FAMILIES
 from samples.build.__main__ import RECIPES
 from samples.build.packages import ROOT
 
@@ -26,7 +26,7 @@ def attributes():
 @pytest.mark.parametrize("name", RECIPES.schemas)
 def test_every_key_is_read(name, attributes):
     read = attributes | ({"tasks"} if "all_tasks" in attributes else set())  # the property that has either form
-    read |= {family.section for family in FAMILIES}
+    read |= set(IMAGE_FAMILIES)
     assert [key for key in all_keys(RECIPES.schemas[name]) if key.split(".")[-1] not in read] == []
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from dora_mm.config.models import ModelConfig, ZImageConfig
 from dora_mm.models.images.components import Components
-from dora_mm.models.images.families import FAMILIES, family_of, load_image_model
+from dora_mm.models.images.families import family_of, load_image_model
+from dora_mm.registries.image_families import IMAGE_FAMILIES
 from dora_mm.targets import MAPS
 
 
@@ -18,13 +19,16 @@ def folder_of(tmp_path, name):
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.title)
-def test_the_index_of_a_folder_says_the_family(tmp_path, family):
-    assert family_of(folder_of(tmp_path, family.pipeline_name)) is family
+@pytest.mark.parametrize("name", IMAGE_FAMILIES.built_in)
+def test_the_index_of_a_folder_says_the_family(tmp_path, name):
+    record = IMAGE_FAMILIES[name]
+    family = family_of(folder_of(tmp_path, record.pipeline))
+    assert (family.name, family.record()) == (name, record)
     assert set(family.maps.values()) <= set(MAPS)
     assert next(iter(family.maps)) == family.denoiser == family.phases[-1][0]
-    assert hasattr(ModelConfig(path="a"), family.section)
-    assert family.pipeline_class().__name__ == family.pipeline_name
+    assert hasattr(ModelConfig(path="a"), name)
+    assert family.pipeline_class().__name__ == record.pipeline
+    assert bool(record.tensors) == (family.single_file is not None)
 
 
 def test_a_model_of_no_family_is_named_with_the_families_there_are(tmp_path):
@@ -49,7 +53,7 @@ def test_a_folder_without_an_index_says_what_it_has(tiny_folder, tmp_path):
 def test_single_files_are_told_by_the_names_of_their_tensors(tmp_path):
     names = ["model.diffusion_model.label_emb.0.0.weight", "conditioner.embedders.1.model.ln_final.weight"]
     save_file({name: torch.zeros(1) for name in names}, tmp_path / "xl.safetensors")
-    assert family_of(str(tmp_path / "xl.safetensors")).title == "SDXL"
+    assert family_of(str(tmp_path / "xl.safetensors")).name == "sdxl"
     save_file({names[0]: torch.zeros(1)}, tmp_path / "unet.safetensors")
     with pytest.raises(ValueError, match="it is no checkpoint of SDXL, of which single files are read"):
         family_of(str(tmp_path / "unet.safetensors"))

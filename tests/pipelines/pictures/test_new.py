@@ -10,7 +10,7 @@ from PIL import Image
 from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.config.images import MaskConfig
-from dora_mm.config.models import STARTS
+from dora_mm.config.models import starts
 from dora_mm.data.images.folder import read_training_images
 from dora_mm.preview import machine
 from dora_mm.preview.machine import CardInfo
@@ -185,7 +185,7 @@ def test_every_start_is_a_packaged_config_and_all_of_them_are_listed(here, capsy
     assert main(["configs"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("configs/")]
     assert listed == [str(path.relative_to(ROOT)) for path in configs()]
-    assert {recipe for recipes in STARTS.values() for recipe in recipes.values()} <= set(listed)
+    assert {recipe for recipes in starts().values() for recipe in recipes.values()} <= set(listed)
 
 
 def test_the_refusal_of_a_placeholder_names_the_keys_that_solve_it(here, tiny_folder, capsys):

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dora_mm.config.models import SDXLConfig
 from dora_mm.data.images.buckets import Framing
 from dora_mm.data.images.latents import Latents
 from dora_mm.data.syntax import Wording
@@ -22,19 +21,14 @@ from dora_mm.models.images.sdxl import checkpoint, encoding
 class SDXL(ImageModel):
     """Stable Diffusion XL (Podell et al. 2023, arXiv 2307.01952)."""
 
-    title, section, settings_class, pipeline_name = "SDXL", "sdxl", SDXLConfig, "StableDiffusionXLPipeline"
+    name = "sdxl"
     phases = (("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"), ("unet",))
     denoiser = "unet"
     maps: ClassVar = {"unet": "sdxl-unet", "text_encoder": "clip-text", "text_encoder_2": "clip-text"}
     cell, weighs_words = 8, True
     token_tables: ClassVar = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
     predictions = ("epsilon", "v_prediction")
-    single_file = SingleFile(
-        ("model.diffusion_model.label_emb.", "conditioner.embedders.1."),
-        checkpoint.CONFIGS,
-        checkpoint.tokenizers,
-        checkpoint.scheduler_settings,
-    )
+    single_file = SingleFile(checkpoint.CONFIGS, checkpoint.tokenizers, checkpoint.scheduler_settings)
 
     @property
     def resolution(self) -> int:

@@ -1,0 +1,58 @@
+"""The families of image models, as far as they are known before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dora_mm.registries.registry import Registry
+
+
+@dataclass(frozen=True)
+class ImageFamily:
+    """A family of image models. Its name is the key of its section in the config.
+
+    Attributes:
+        title: Its name in messages.
+        place: Its class, a subclass of `ImageModel`, as `module:class`.
+        section: The class of its section, a subclass of `ImageFamilyConfig`, likewise.
+        pipeline: The class of diffusers that the index of its models names.
+        tensors: Each is the beginning of the name of a tensor in its single checkpoints; empty: these are not read.
+        starts: The configs that `dora-mm new` starts from, by the GB of the card that each needs; 0: for a small model.
+    """
+
+    title: str
+    place: str
+    section: str
+    pipeline: str
+    tensors: tuple[str, ...] = ()
+    starts: Mapping[int, str] = field(default_factory=dict)
+
+
+IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
+    "image_families",
+    "family of image models",
+    {
+        "sdxl": ImageFamily(
+            title="SDXL",
+            place="dora_mm.models.images.sdxl.family:SDXL",
+            section="dora_mm.config.models:SDXLConfig",
+            pipeline="StableDiffusionXLPipeline",
+            tensors=("model.diffusion_model.label_emb.", "conditioner.embedders.1."),
+            starts={
+                0: "configs/sdxl/tiny_3d_icon.yaml",
+                8: "configs/sdxl/3d_icon_8gb.yaml",
+                12: "configs/sdxl/3d_icon_12gb.yaml",
+                16: "configs/sdxl/3d_icon_16gb.yaml",
+                24: "configs/sdxl/3d_icon.yaml",
+            },
+        ),
+        "z_image": ImageFamily(
+            title="Z-Image",
+            place="dora_mm.models.images.z_image:ZImage",
+            section="dora_mm.config.models:ZImageConfig",
+            pipeline="ZImagePipeline",
+            starts={24: "configs/z_image/style.yaml"},
+        ),
+    },
+)
