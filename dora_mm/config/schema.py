@@ -68,7 +68,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def name_in(registry: Registry[Any]) -> AfterValidator:
-    """Marks text that names a record of a registry, as in `name: Annotated[str, name_in(OPTIMIZERS)]`."""
+    """What annotates a key whose text is the name of a record: one that is none is refused with the nearest."""
     return AfterValidator(registry.check)
 
 
