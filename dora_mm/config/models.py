@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator
 
 from dora_mm.config.schema import InputPath, Items, ModelPath, Positive, Section, SectionChoice, Text
-from dora_mm.config.vl_tasks import TASKS, TaskName
+from dora_mm.config.vl_data import TaskName
+from dora_mm.registries.vl_tasks import TASKS
 
 EMBEDDED_IMAGE_MODEL = "samples/tiny-sdxl"  # draws where nothing names a model
 # The recipes that `dora-mm new` starts from, by family and by the GB of the card that each needs; 0: for a small model
