@@ -7,13 +7,13 @@ from dora_mm import formats
 from dora_mm.adapting.files import load_trained, saved_config, seed_of
 from dora_mm.config.paths import resolve_model, resolve_path
 from dora_mm.config.vl import DecodeConfig, TrainVLConfig
-from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.images.frames import check_video, is_video
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import IMAGE, VIDEO, Answer, Example, Turn, escaped
 from dora_mm.data.vl.splits import usual_system
 from dora_mm.models.vl.families import load_to_ask
 from dora_mm.models.vl.vl_model import VLModel
+from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.utils.devices import default_device
 
 log = logging.getLogger(__name__)
@@ -100,9 +100,9 @@ def _check(vl: VLModel, path: str, files: Sequence[str], then: Sequence[str], sy
 
 def asked_task(vl: VLModel, run: TrainVLConfig | None) -> str:
     """The task as which a question is asked: that of the run, conversations before others, where it asks questions."""
-    records = [TASKS[task.task] for task in run.data.all_tasks] if run else []
-    records = [task for task in records if task.chosen_from is None and "{text}" in (task.prompt or "")]
-    return min(records, key=lambda task: task.kind != "conversations").name if records else vl.question_task
+    tasks = [task.task for task in run.data.all_tasks] if run else []
+    asked = [task for task in tasks if TASKS[task].chosen_from is None and "{text}" in (TASKS[task].prompt or "")]
+    return min(asked, key=lambda task: TASKS[task].kind != "conversations", default=vl.question_task)
 
 
 def _system_of(run: TrainVLConfig, task: str) -> str | None:

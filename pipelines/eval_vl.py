@@ -11,7 +11,6 @@ from dora_mm import formats
 from dora_mm.adapting.files import digest_of_adapter, load_trained, seed_of
 from dora_mm.config.paths import resolve_model, resolve_path
 from dora_mm.config.vl import EvalVLConfig
-from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.images.frames import is_video, stills
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import Example, Predictions
@@ -25,6 +24,7 @@ from dora_mm.eval.vl.scores import VLScores, is_answered
 from dora_mm.eval.vl.submissions import suffix, write_predictions
 from dora_mm.models.folders import settings_identity
 from dora_mm.models.vl.families import load_vl_model
+from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks.vl import answerers
 from dora_mm.train.run import evaluation_run

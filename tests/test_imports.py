@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dora_mm
-from dora_mm.config.vl_tasks import TASKS
+from dora_mm.registries.vl_tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 ROWS = [  # each may import the rows above it and itself, but not its neighbours or the rows below
@@ -39,8 +39,9 @@ MAY_NAME_IMAGE_FAMILIES = (  # their own files, data about architectures and fil
     *("dora_mm/models/images/sdxl/", "dora_mm/models/images/z_image.py", "dora_mm/registries/image_families.py"),
 )
 VL_TASKS = re.compile(rf"[\"']({'|'.join(TASKS)})[\"']")
-MAY_NAME_VL_TASKS = (  # the records; and formats of data files and metrics, some of which have the name of a task
-    *("dora_mm/config/vl_tasks.py", "dora_mm/config/vl_data.py", "dora_mm/data/vl/readers/", "dora_mm/eval/vl/"),
+MAY_NAME_VL_TASKS = (  # the records of tasks; and of formats and metrics, some of which have the name of a task
+    *("dora_mm/registries/", "dora_mm/config/vl_data.py", "dora_mm/data/vl/readers/"),
+    *("dora_mm/eval/vl/captions.py", "dora_mm/eval/vl/submissions.py"),  # a key of their files
     *("dora_mm/data/images/captions.py", "dora_mm/cli/"),  # a key of captions, a command
 )
 OF_A_BARE_QUESTION = re.compile(r"question_task = .*")  # each family says which task it takes a question for

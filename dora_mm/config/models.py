@@ -8,9 +8,10 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator
 from pydantic.fields import FieldInfo
 
 from dora_mm.config.schema import InputPath, Items, ModelPath, Positive, Section, SectionChoice, Text
-from dora_mm.config.vl_tasks import TASKS, TaskName
+from dora_mm.config.vl_data import TaskName
 from dora_mm.registries.image_families import IMAGE_FAMILIES
 from dora_mm.registries.registry import load
+from dora_mm.registries.vl_tasks import TASKS
 
 EMBEDDED_IMAGE_MODEL = "samples/tiny-sdxl"  # draws where nothing names a model
 VL_STARTS: Mapping[str, Mapping[int, str]] = MappingProxyType(  # as `ImageFamily.starts`, by family

@@ -25,6 +25,9 @@ _WANTED = {
 ANY_NAME = "*"  # in dotted keys
 
 
+OF_A_KEY = "[key]"  # what pydantic appends to a location where not the value is wrong, but the name of its key
+
+
 _TAGS = ("union_tag_invalid", "union_tag_not_found")  # the class of a section is not one that there is
 
 
@@ -154,6 +157,8 @@ def _place(schema: type[Section], location: Sequence[str | int]) -> _Place:
     for part in location:
         if choice is not None and part in choice.classes:
             value, chosen, choice = choice.classes[str(part)], choice, None
+            continue
+        if part == OF_A_KEY:
             continue
         path.append(part)
         section, section_choice = (value if _is_section(value) else None), chosen

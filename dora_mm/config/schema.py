@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from dora_mm.registries.registry import Registry
 
 T = TypeVar("T")
 
@@ -63,6 +65,11 @@ Backend = Literal["auto", "torch", "triton"]
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def name_in(registry: Registry[Any]) -> AfterValidator:
+    """What annotates a key whose text is the name of a record: one that is none is refused with the nearest."""
+    return AfterValidator(registry.check)
 
 
 class Section(BaseModel):

@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator
 
-from dora_mm.config.schema import Count, Items, NonNegative, Positive, Section, Share, Text
+from dora_mm.config.schema import Count, Items, NonNegative, Positive, Section, Share, name_in
 from dora_mm.registries.optimizers import OPTIMIZERS
 
 
 class OptimizerConfig(Section):
     # 8 bit: of bitsandbytes, on a GPU; adafactor keeps one number per row and column instead of two per parameter
-    name: Annotated[Text, AfterValidator(OPTIMIZERS.check)] = "adamw"
+    name: Annotated[str, name_in(OPTIMIZERS)] = "adamw"
     lr: Positive  # learning rate; prodigy finds its own, so set 1.0
     b_lr_ratio: Positive = 1.0  # how many times that is the rate of B; under Adam it is alpha / rank by another name
     # Decay rates of both moments; null: those of dora_mm/registries/optimizers.py, 0.9 and 0.999 for most

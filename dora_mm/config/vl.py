@@ -30,8 +30,8 @@ from dora_mm.config.training import (
     check_training,
     check_validation,
 )
-from dora_mm.config.vl_data import OWN_IMAGES, Split, VLDataConfig, missing_splits
-from dora_mm.config.vl_tasks import TASKS
+from dora_mm.config.vl_data import Split, VLDataConfig, missing_splits
+from dora_mm.registries.vl_tasks import TASKS
 
 
 class DecodeConfig(Section):
@@ -173,7 +173,7 @@ def check_visual_inputs(
     clips = [task.task for task in data.all_tasks if TASKS[task.task].clips]
     sources = [(task.task, task.source_of(split)) for task in data.all_tasks for split in splits]
     pictured = [(task, source) for task, source in sources if source and TASKS[task].images != 0]
-    missing = [task for task, source in pictured if source.images is None and source.format not in OWN_IMAGES]
+    missing = [task for task, source in pictured if source.images is None and source.reader.images == "named"]
     if model.own_tower:
         if vision != VisionConfig():
             return ["vision is for model.family vl_bart: the other models bring their own tower"]

@@ -1,13 +1,14 @@
 """The config sections that name the data of the vision-language pipelines. See schema.py for the rules."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
-from dora_mm.config.schema import Count, InputPath, Items, Positive, Section, Text, raise_problems
-from dora_mm.config.vl_tasks import TaskName, tasks_of
+from dora_mm.config.schema import Count, InputPath, Items, Positive, Section, Text, name_in, raise_problems
+from dora_mm.registries.readers import READERS, Key, Reader
+from dora_mm.registries.vl_tasks import TASKS, tasks_of
 
 ColumnName = Literal[
     "id",
@@ -28,7 +29,7 @@ ColumnName = Literal[
     "video",
     "videos",
 ]
-OWN_IMAGES = ("chat", "choices")  # formats whose rows may contain their images, or name them by absolute paths
+TaskName = Annotated[str, name_in(TASKS)]
 
 
 class SourceConfig(Section):
@@ -36,22 +37,7 @@ class SourceConfig(Section):
 
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("file", "share"),)  # the share of `HeldOutConfig`
 
-    format: Literal[
-        "vqa_v2",
-        "vqa_karpathy",
-        "easy_vqa",
-        "gqa",
-        "gqa_vlt5",
-        "nlvr2",
-        "nlvr2_vlt5",
-        "coco_captions",
-        "coco_karpathy",
-        "video_qa",
-        "video_captions",
-        "chat",
-        "choices",
-        "commonsense",
-    ]
+    format: Annotated[str, name_in(READERS)]
     # The questions, sentences, captions or conversations; chat: also a folder or a pattern of files, or a list of these
     file: InputPath | Items[InputPath]
     # The official file of answers; null: vqa_v2: a test split, which has none; vqa_karpathy: scored by labels alone
@@ -85,9 +71,9 @@ class SourceConfig(Section):
         return Path(self.files[0])
 
     @property
-    def is_text(self) -> bool:
-        """Whether its rows have no images."""
-        return self.format == "commonsense"
+    def reader(self) -> Reader:
+        """The record of its format."""
+        return READERS[self.format]
 
     @property
     def title(self) -> str:
@@ -96,25 +82,22 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _keys_fit_the_format(self) -> "SourceConfig":
-        allowed = {
-            "annotations": ("vqa_v2", "vqa_karpathy"),
-            "subtitles": ("video_qa", "video_captions"),
-            "split": ("coco_karpathy", "choices"),
-        }
-        problems = ["images has no effect: rows of commonsense are texts"] if self.images and self.is_text else []
+        reader = self.reader
+        no_images = self.images and reader.images == "none"
+        problems = [f"images has no effect: rows of {self.format} are texts"] if no_images else []
         problems += [
-            f"{key} is only for format {' and '.join(formats)}, not for {self.format}"
-            for key, formats in allowed.items()
-            if getattr(self, key) is not None and self.format not in formats
+            f"{key} is only for format {self._formats(lambda other, key=key: key in other.keys)}"
+            for key in get_args(Key)
+            if getattr(self, key) and key not in reader.keys
         ]
-        if self.format == "coco_karpathy" and self.split is None:
-            problems.append("split is missing: a coco_karpathy file contains all splits")
-        for key in ("columns", *(["a list of files"] if isinstance(self.file, tuple) else [])):
-            if self.format != "chat" and (key != "columns" or self.columns):
-                problems.append(f"{key} is only for format chat, not for {self.format}")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+        problems += [f"{key} is missing: {why}" for key, why in reader.needs.items() if getattr(self, key) is None]
+        if isinstance(self.file, tuple) and not reader.several:
+            problems.append(f"a list of files is only for format {self._formats(lambda other: other.several)}")
+        return raise_problems(self, problems)
+
+    def _formats(self, can: Callable[[Reader], bool]) -> str:
+        """The formats that can do something, which the format of this source cannot."""
+        return f"{' and '.join(name for name, reader in READERS.items() if can(reader))}, not for {self.format}"
 
 
 class HeldOutConfig(Section):
@@ -240,7 +223,7 @@ def check_splits(
     problems = [
         f"{name}.format {source.format} is only for {' and '.join(tasks_of(source.format))}, not for {task}"
         for name, source in sources.items()
-        if task not in tasks_of(source.format)
+        if source.format not in TASKS[task].formats
     ]
     if train is None and isinstance(valid, HeldOutConfig):
         problems.append("valid.share is a share of train, which is missing: name the format and file of valid")

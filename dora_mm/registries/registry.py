@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib import import_module
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from dora_mm.utils.messages import nearest
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 GROUP = "dora_mm"  # of the entry points
+NONE: Mapping[str, Any] = MappingProxyType({})
 T = TypeVar("T")
 
 
@@ -27,14 +29,17 @@ class Registry(Mapping[str, T], Generic[T]):
         kind: What its entry points begin with, such as `optimizers`.
         one: What one is called in messages.
         records: The built-in ones.
+        places: Built-in ones whose records need large imports, by their places; `load` loads them when they are used.
     """
 
-    def __init__(self, kind: str, one: str, records: Mapping[str, T]):
-        self.kind, self.one, self._records = kind, one, dict(records)
+    def __init__(self, kind: str, one: str, records: Mapping[str, T] = NONE, places: Mapping[str, str] = NONE):
+        self.kind, self.one, self._records, self._places = kind, one, records, places
+        self._loaded: dict[str, T] = {}
 
     @cached_property
     def _added(self) -> dict[str, EntryPoint]:
-        from importlib.metadata import entry_points  # here, since it takes a fifth of the time of starting
+        """What other packages add."""
+        from importlib.metadata import entry_points  # here, since it takes as long as all else that a command starts
 
         start = f"{self.kind}."
         found = [point for point in entry_points(group=GROUP) if point.name.startswith(start)]
@@ -47,19 +52,24 @@ class Registry(Mapping[str, T], Generic[T]):
             KeyError: There is none of this name; `check` has a message for people.
             ValueError: The package that adds it cannot be imported.
         """
-        if name not in self._records:
-            point = self._added[name]
-            try:
-                self._records[name] = point.load()
-            except (ImportError, AttributeError) as error:
-                raise ValueError(f"{self.one} {name}: {point.value} cannot be imported: {error}") from error
-        return self._records[name]
+        if name in self._records:
+            return self._records[name]
+        if name not in self._loaded:
+            self._loaded[name] = load(self._places[name]) if name in self._places else self._load_added(name)
+        return self._loaded[name]
+
+    def _load_added(self, name: str) -> T:
+        point = self._added[name]
+        try:
+            return point.load()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{self.one} {name}: {point.value} cannot be imported: {error}") from error
 
     def __contains__(self, name: object) -> bool:
-        return name in self._records or name in self._added
+        return name in self._records or name in self._places or name in self._added
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys((*self._records, *self._added)))
+        return iter(dict.fromkeys((*self._records, *self._places, *self._added)))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -77,13 +87,15 @@ class Registry(Mapping[str, T], Generic[T]):
         return None
 
     def check(self, name: str) -> str:
-        """Returns a name.
+        """Returns a name, the value of some key.
 
         Raises:
-            ValueError: There is no record of this name; the message has the nearest one, and all.
+            ValueError: There is no record of this name; the message has all names, and the nearest one.
         """
         if name not in self:
-            raise ValueError(f"there is no {self.one} {name!r}{nearest(name, self)}; choose from {', '.join(self)}")
+            *names, last = map(repr, self)
+            choices = f"{', '.join(names)} or {last}" if names else last
+            raise ValueError(f"must be {choices}, got {name!r}{nearest(name, self)}")
         return name
 
 

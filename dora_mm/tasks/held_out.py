@@ -15,8 +15,8 @@ from torch import nn
 from tqdm import tqdm
 
 from dora_mm.config.vl import EvaluateConfig
-from dora_mm.config.vl_tasks import TASKS
 from dora_mm.core import fixed_parameters
+from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches
 from dora_mm.utils.evaluating import evaluating, map_shared

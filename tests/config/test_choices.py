@@ -14,13 +14,8 @@ from dora_mm.config.pictures import Axis, ConceptChoice, EvalDiffusionConfig, Pi
 from dora_mm.config.schema import Section
 from dora_mm.config.training import ScheduleConfig, TrainConfig
 from dora_mm.config.vl import TrainVLConfig
-from dora_mm.config.vl_data import SourceConfig, VLTaskConfig
-from dora_mm.config.vl_tasks import TASKS
 from dora_mm.core.spec import CACHES, METHODS, NORM_GRADS
-from dora_mm.data.vl.readers import PUBLISHED, READERS
 from dora_mm.eval.images import concepts, style
-from dora_mm.eval.vl.metrics import SCORERS
-from dora_mm.eval.vl.submissions import SUBMISSIONS
 from dora_mm.models.folders import DTYPES
 from dora_mm.models.images.schedulers import SCHEDULERS
 from dora_mm.models.vl.vl_bart.loading import VISUAL
@@ -48,9 +43,6 @@ REGISTRIES: list[tuple[type[Section], str, Iterable[str]]] = [
     (PicturesConfig, "scheduler", SCHEDULERS),
     (EvalDiffusionConfig, "style", style.CLASSES),
     (ConceptChoice, "role", (*concepts.ROLES, "all")),
-    (SourceConfig, "format", READERS),
-    (SourceConfig, "format", PUBLISHED),
-    (VLTaskConfig, "task", TASKS),
 ]
 
 
@@ -65,13 +57,6 @@ def choices(annotation: Any) -> set[str]:
 )
 def test_a_key_has_the_choices_of_its_registry(section, key, registry):
     assert choices(section.model_fields[key].annotation) == set(registry)
-
-
-def test_the_records_of_tasks_use_what_is_there_and_all_of_it():
-    assert {form for task in TASKS.values() for form in task.formats} == set(READERS)
-    assert {task.scorer for task in TASKS.values()} == set(SCORERS)
-    assert {task.submission for task in TASKS.values()} == set(SUBMISSIONS)
-    assert all(task.prompt or task.bart for task in TASKS.values())
 
 
 def test_axes_are_settings_of_a_picture():

@@ -5,7 +5,7 @@ from pathlib import Path
 from dora_mm.config.models import VisionConfig
 from dora_mm.config.paths import find_path
 from dora_mm.config.vl_data import VLDataConfig
-from dora_mm.data.vl.readers import FILES, PUBLISHED, paths_under
+from dora_mm.data.vl.readers import FILES, paths_under
 
 
 def data_needed(data: VLDataConfig, vision: VisionConfig, model: str) -> str:
@@ -20,7 +20,7 @@ def data_needed(data: VLDataConfig, vision: VisionConfig, model: str) -> str:
         (
             f"{task.task} {split} {key}",
             path,
-            "found" if find_path(path) else _missing(source.format),
+            "found" if find_path(path) else _missing(source.reader.published),
         )
         for task in data.all_tasks
         for split, source in task.sources.items()
@@ -40,8 +40,7 @@ def data_needed(data: VLDataConfig, vision: VisionConfig, model: str) -> str:
     return "\n".join(["files", *(f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)])
 
 
-def _missing(form: str) -> str:
-    published = PUBLISHED[form]
+def _missing(published: str) -> str:
     return f"missing, get it from: {published}" if published else "missing: a file or folder of your own"
 
 

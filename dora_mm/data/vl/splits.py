@@ -16,14 +16,14 @@ import numpy as np
 
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.config.vl_data import HeldOutConfig, SourceConfig, Split, VLDataConfig, VLTaskConfig
-from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.held_out import split_held_out
 from dora_mm.data.vl.joining import joined
-from dora_mm.data.vl.readers import READERS, resolved
+from dora_mm.data.vl.readers import read_source, resolved
 from dora_mm.data.vl.report import cheap_lengths
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import ExampleTable, open_table
+from dora_mm.registries.vl_tasks import TASKS
 
 log = logging.getLogger(__name__)
 PEEKED = 100  # conversations that say which system turn is usual
@@ -241,7 +241,7 @@ def usual_system(task: VLTaskConfig) -> str | None:
     assert task.train is not None
     source = resolved(task.train.model_copy(update={"images": None}))
     found: Counter[str | None] = Counter()
-    for example in islice(READERS[source.format](source, BadRows("skip")), PEEKED):
+    for example in islice(read_source(source, BadRows("skip")), PEEKED):
         first = example.turns[0]
         found[first.text if first.role == "system" else None] += 1
     text, number = found.most_common(1)[0] if found else (None, 0)

@@ -22,18 +22,18 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from dora_mm.config.vl_data import OWN_IMAGES, SourceConfig
+from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.arrow import SCHEMA, example_at, record_batches
 from dora_mm.data.vl.embedded import ImageStore
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import ImageFolder
-from dora_mm.data.vl.readers import FILES, READERS, data_files, resolved
+from dora_mm.data.vl.readers import FILES, data_files, read_source, resolved
 from dora_mm.data.vl.rows import BadRows, OnBadData, warn_skipped
 from dora_mm.utils.atomic import write_atomically, write_text
 from dora_mm.utils.digest import file_digest, known_digest
 
 log = logging.getLogger(__name__)
-LAYOUT = "6"  # increase it when a reader makes different rows from the same files
+LAYOUT = "6"  # increase it when the files or the rows of all readers change; a reader has its `version`
 BATCH_ROWS = 1000  # rows per Arrow record batch: the number held in memory while writing
 HASHED = 1 << 23  # bytes of a file that are hashed at a time, by each processor core
 STORED_IMAGES = "images"  # the subfolder of images that were embedded in data files
@@ -268,7 +268,7 @@ def _listing(source: SourceConfig) -> tuple[Callable[[str], str | None], str] | 
     """How to find the images of a source, and where that is; None if only their features are read."""
     if source.images is not None:
         return ImageFolder(Path(source.images)).find, f"{source.images}, or in several of its subfolders"
-    if source.format in OWN_IMAGES:
+    if source.reader.images == "own":
         return ImageFolder(None).find, "the file system (relative names need `images`, the folder that they are in)"
     return None
 
@@ -277,7 +277,7 @@ def _write(partial: Path, path: Path, source: SourceConfig, on_bad_data: OnBadDa
     """Writes the Arrow file to its temporary path, and a JSON file with row count and skipped rows next to `path`."""
     bad, store = BadRows(on_bad_data), ImageStore(path.parent / STORED_IMAGES)
     end = None if source.limit is None else source.skip + source.limit
-    rows = map(store.stored, islice(READERS[source.format](source, bad), source.skip, end))
+    rows = map(store.stored, islice(read_source(source, bad), source.skip, end))
     progress = tqdm(desc=f"reading {source.path.name}", unit="row", delay=2, disable=None)
     num_rows = 0
     with _no_collection(), pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer, progress:
@@ -343,7 +343,7 @@ def _digest(source: SourceConfig) -> str:
     digest = hashlib.blake2b(digest_size=16)
     selection = [source.split, source.limit, *([source.skip] if source.skip else [])]
     selection += [source.columns] if source.columns else []
-    digest.update(json.dumps([LAYOUT, source.format, source.path.name, *selection]).encode())
+    digest.update(json.dumps([LAYOUT + source.reader.version, source.format, source.path.name, *selection]).encode())
     for key in FILES:
         if files := data_files(source, key):
             for file in files:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 from tqdm import tqdm
 
-from dora_mm.data.vl.example import Predictions
+from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.vl.scores import VLScores, check_answered, table
 
 Tokens = dict[str, list[str]]  # id to tokenised captions, the tokens separated by single spaces
@@ -189,3 +190,32 @@ def load_scorers(meteor: bool) -> dict[str, Callable[[Tokens, Tokens], tuple]]:
         "ROUGE-L": Rouge().compute_score,
     }
     return scorers | ({"METEOR": Meteor().compute_score} if meteor else {})
+
+
+@dataclass(frozen=True)
+class CaptionScorer:
+    """Scores captions, all of a split together, with the methods of `AnswerScorer`.
+
+    Attributes:
+        ascii_only: As in `score_captions`.
+        group: As in `AnswerScorer`.
+        grouping: As in `AnswerScorer`.
+    """
+
+    ascii_only: bool = False
+    group: Callable[[Example], str | None] = lambda _: None
+    grouping: str = ""
+
+    def score(self, predictions: Predictions, *, meteor: bool) -> VLScores:
+        return score_captions(predictions, ascii_only=self.ascii_only, meteor=meteor)
+
+    def row(self, example: Example, prediction: str) -> float | None:
+        return None
+
+    def values(self, predictions: Predictions) -> np.ndarray:
+        _, found = split_scores(predictions, ascii_only=self.ascii_only, meteor=False)
+        return np.array(found.per_caption) / 100
+
+
+SCORER = CaptionScorer()
+CLIP_SCORER = CaptionScorer(ascii_only=True)

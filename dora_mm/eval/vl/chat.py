@@ -1,7 +1,7 @@
 """Exact match of the last answer of conversations."""
 
 from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.eval.vl.scores import VLScores, check_answered, percent
+from dora_mm.eval.vl.scores import AnswerScorer, VLScores, check_answered, percent
 
 MARKS = " .,;:!?\"'"
 
@@ -34,3 +34,6 @@ def score_chat(predictions: Predictions) -> VLScores:
         "exact": percent([float(prediction.strip() == row.answers[0].strip()) for row, prediction in predictions]),
     }
     return VLScores("accuracy", metrics)
+
+
+SCORER = AnswerScorer(score_chat, row_accuracy)

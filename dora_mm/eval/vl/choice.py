@@ -5,7 +5,7 @@ from string import ascii_uppercase
 
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.vl.chat import normalized
-from dora_mm.eval.vl.scores import VLScores, by_answer, by_kind, check_answered, percent
+from dora_mm.eval.vl.scores import AnswerScorer, VLScores, by_answer, by_kind, check_answered, percent
 
 LETTER = re.compile(r"\(?([A-Z])(?:[).:]|[).:]\s.*)?", re.DOTALL)  # "B", "B.", "(B)", "B. a red car"; not "A red car"
 
@@ -40,3 +40,6 @@ def score_choice(predictions: Predictions) -> VLScores:
     invalid = sum(chosen_letter(example, prediction) is None for example, prediction in predictions)
     notes = (f"{invalid} of {len(predictions)} predictions name no option and count as wrong",) if invalid else ()
     return VLScores("accuracy", {"accuracy": percent(values)}, tables, notes)
+
+
+SCORER = AnswerScorer(score_choice, row_accuracy)

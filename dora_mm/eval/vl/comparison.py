@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.comparison import Result, Variant, contrasts_table
 from dora_mm.eval.statistics import Interval, mean_interval
 from dora_mm.eval.vl.metrics import scorer_of
+from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.utils.tables import csv_records, markdown_records
 
 MEAN = "mean"

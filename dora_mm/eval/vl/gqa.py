@@ -1,7 +1,7 @@
 """GQA accuracy: exact match, as in the official evaluation script."""
 
 from dora_mm.data.vl.example import Predictions
-from dora_mm.eval.vl.scores import VLScores, by_kind, check_answered, exact_match, percent
+from dora_mm.eval.vl.scores import AnswerScorer, VLScores, by_kind, check_answered, exact_match, percent
 
 
 def score_gqa(predictions: Predictions) -> VLScores:
@@ -25,3 +25,6 @@ def score_gqa(predictions: Predictions) -> VLScores:
         if selected:
             metrics[name] = percent(selected)
     return VLScores("accuracy", metrics, tables)
+
+
+SCORER = AnswerScorer(score_gqa, exact_match)

@@ -1,85 +1,13 @@
 """The metrics of all vision-language tasks behind one function."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-import numpy as np
-
-from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.eval.vl import chat, choice, nlvr2, options, vqa
-from dora_mm.eval.vl.captions import score_captions, split_scores
-from dora_mm.eval.vl.gqa import score_gqa
-from dora_mm.eval.vl.scores import VLScores, exact_match, is_answered
-from dora_mm.eval.vl.video import score_clip_choices
+from dora_mm.eval.vl.captions import CaptionScorer
+from dora_mm.eval.vl.scores import AnswerScorer, VLScores
+from dora_mm.registries.scorers import SCORERS
+from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.utils.tables import markdown_table
-
-
-@dataclass(frozen=True)
-class AnswerScorer:
-    """Scores answers by their mean accuracy.
-
-    Attributes:
-        compute: All metrics of a split.
-        accuracy: That of one prediction, 0 to 1.
-        group: What rows have in common that are not independent, beside their images; None: nothing.
-        grouping: What `group` joins, for notes.
-    """
-
-    compute: Callable[[Predictions], VLScores]
-    accuracy: Callable[[Example, str], float]
-    group: Callable[[Example], str | None] = lambda _: None
-    grouping: str = ""
-
-    def score(self, predictions: Predictions, *, meteor: bool) -> VLScores:
-        """All metrics of a split, see `score`."""
-        return self.compute(predictions)
-
-    def row(self, example: Example, prediction: str) -> float | None:
-        """The score of one prediction, see `score_row`."""
-        return self.accuracy(example, prediction) if is_answered(example) else None
-
-    def values(self, predictions: Predictions) -> np.ndarray:
-        """Values (Q,) whose mean is the main metric / 100; empty where it could not be computed."""
-        return np.array([self.row(example, prediction) or 0.0 for example, prediction in predictions])
-
-
-@dataclass(frozen=True)
-class CaptionScorer:
-    """Scores captions, all of a split together, with the methods of `AnswerScorer`.
-
-    Attributes:
-        ascii_only: As in `score_captions`.
-        group: As in `AnswerScorer`.
-        grouping: As in `AnswerScorer`.
-    """
-
-    ascii_only: bool = False
-    group: Callable[[Example], str | None] = lambda _: None
-    grouping: str = ""
-
-    def score(self, predictions: Predictions, *, meteor: bool) -> VLScores:
-        return score_captions(predictions, ascii_only=self.ascii_only, meteor=meteor)
-
-    def row(self, example: Example, prediction: str) -> float | None:
-        return None
-
-    def values(self, predictions: Predictions) -> np.ndarray:
-        _, found = split_scores(predictions, ascii_only=self.ascii_only, meteor=False)
-        return np.array(found.per_caption) / 100
-
-
-SCORERS: dict[str, AnswerScorer | CaptionScorer] = {
-    "vqa": AnswerScorer(vqa.score_vqa, vqa.row_accuracy),
-    "gqa": AnswerScorer(score_gqa, exact_match),
-    "nlvr2": AnswerScorer(nlvr2.score_nlvr2, nlvr2.row_accuracy, nlvr2.sentence_set, "all sentences of a set of NLVR2"),
-    "captions": CaptionScorer(),
-    "clip_choices": AnswerScorer(score_clip_choices, exact_match),
-    "clip_captions": CaptionScorer(ascii_only=True),
-    "conversations": AnswerScorer(chat.score_chat, chat.row_accuracy),
-    "choices": AnswerScorer(choice.score_choice, choice.row_accuracy),
-    "options": AnswerScorer(options.score_options, options.row_accuracy),
-}
 
 
 def scorer_of(task: str) -> AnswerScorer | CaptionScorer:

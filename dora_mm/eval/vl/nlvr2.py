@@ -3,7 +3,7 @@
 from collections import defaultdict
 
 from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.eval.vl.scores import VLScores, check_answered, percent, table
+from dora_mm.eval.vl.scores import AnswerScorer, VLScores, check_answered, percent, table
 
 
 def row_accuracy(example: Example, prediction: str) -> float:
@@ -45,3 +45,6 @@ def score_nlvr2(predictions: Predictions) -> VLScores:
         answers[example.answers[0]].append(value)
     metrics = {"accuracy": percent(values), "consistency": percent([min(group) for group in sentences.values()])}
     return VLScores("accuracy", metrics, {"answer": table(answers)})
+
+
+SCORER = AnswerScorer(score_nlvr2, row_accuracy, sentence_set, "all sentences of a set of NLVR2")

@@ -2,7 +2,7 @@
 
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.readers.commonsense import named_option
-from dora_mm.eval.vl.scores import VLScores, check_answered, percent, table
+from dora_mm.eval.vl.scores import AnswerScorer, VLScores, check_answered, percent, table
 
 NEXT_RESPONSE = "### Response:"  # what follows this is of another answer, which a model makes up
 
@@ -31,3 +31,6 @@ def score_options(predictions: Predictions) -> VLScores:
     invalid = sum(chosen(example, prediction) is None for example, prediction in predictions)
     notes = (f"{invalid} of {len(predictions)} predictions name no option and count as wrong",) if invalid else ()
     return VLScores("accuracy", {"accuracy": percent(values)}, {"answer": table(groups)}, notes)
+
+
+SCORER = AnswerScorer(score_options, row_accuracy)

@@ -1,9 +1,11 @@
 """The result of a vision-language metric: named numbers, tables by kind, and notes that must be printed with them."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import fsum
+
+import numpy as np
 
 from dora_mm.data.vl.example import Example, Predictions
 
@@ -40,6 +42,35 @@ def exact_match(example: Example, prediction: str) -> float:
 def is_answered(example: Example) -> bool:
     """Returns whether the example has reference answers."""
     return bool(example.answers or example.raw_answers)
+
+
+@dataclass(frozen=True)
+class AnswerScorer:
+    """Scores answers by their mean accuracy.
+
+    Attributes:
+        compute: All metrics of a split.
+        accuracy: That of one prediction, 0 to 1.
+        group: What rows have in common that are not independent, beside their images; None: nothing.
+        grouping: What `group` joins, for notes.
+    """
+
+    compute: Callable[[Predictions], VLScores]
+    accuracy: Callable[[Example, str], float]
+    group: Callable[[Example], str | None] = lambda _: None
+    grouping: str = ""
+
+    def score(self, predictions: Predictions, *, meteor: bool) -> VLScores:
+        """All metrics of a split, see `score` in metrics.py."""
+        return self.compute(predictions)
+
+    def row(self, example: Example, prediction: str) -> float | None:
+        """The score of one prediction, see `score_row` in metrics.py."""
+        return self.accuracy(example, prediction) if is_answered(example) else None
+
+    def values(self, predictions: Predictions) -> np.ndarray:
+        """Values (Q,) whose mean is the main metric / 100; empty where it could not be computed."""
+        return np.array([self.row(example, prediction) or 0.0 for example, prediction in predictions])
 
 
 def check_answered(predictions: Predictions, *, every: bool = True) -> None:

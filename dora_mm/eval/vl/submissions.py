@@ -10,13 +10,14 @@ answers         JSONL   {"id": "1", "answer": "B"}
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.vl.video import choice
+from dora_mm.registries.registry import load
+from dora_mm.registries.submissions import SUBMISSIONS
+from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.utils.atomic import write_text
 
 NO_CHOICE = -1  # the scripts need a number for each question, and this one is never right
@@ -41,7 +42,7 @@ def write_predictions(task: str, predictions: Predictions, path: Path) -> None:
     Raises:
         ValueError: An id has two different predictions, of which the scripts would use only one.
     """
-    write_text(path, SUBMISSIONS[TASKS[task].submission].text(_by_id(task, predictions)))
+    write_text(path, load(SUBMISSIONS[TASKS[task].submission].text)(_by_id(task, predictions)))
 
 
 def _by_id(task: str, predictions: Predictions) -> list[tuple[Example, str]]:
@@ -66,55 +67,44 @@ def _json_lines(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def _vqa(predictions: Predictions) -> str:
+def vqa(predictions: Predictions) -> str:
     return json.dumps([{"question_id": _number(example.id), "answer": answer} for example, answer in predictions])
 
 
-def _gqa(predictions: Predictions) -> str:
+def gqa(predictions: Predictions) -> str:
     return json.dumps([{"questionId": example.id, "prediction": answer} for example, answer in predictions])
 
 
-def _nlvr2(predictions: Predictions) -> str:
+def nlvr2(predictions: Predictions) -> str:
     return "".join(f"{example.id},{answer.capitalize()}\n" for example, answer in predictions)
 
 
-def _captions(predictions: Predictions) -> str:
+def captions(predictions: Predictions) -> str:
     return json.dumps([{"image_id": _number(example.id), "caption": caption} for example, caption in predictions])
 
 
-def _choices(predictions: Predictions) -> str:
+def clip_choices(predictions: Predictions) -> str:
     indices = {example.id: choice(prediction) for example, prediction in predictions}
     return json.dumps({key: NO_CHOICE if index is None else index for key, index in indices.items()})
 
 
-def _answers(predictions: Predictions) -> str:
+def answers(predictions: Predictions) -> str:
     return _json_lines([{"id": example.id, "answer": answer} for example, answer in predictions])
 
 
-def _clips(video_key: str) -> Callable[[Predictions], str]:
-    """Returns the writer of captions of clips; `video_key` is the key of a clip's name, of which VALUE has two."""
-    return lambda predictions: _json_lines(
+def clip_captions_of_vid_name(predictions: Predictions) -> str:
+    return _clip_captions("vid_name", predictions)
+
+
+def clip_captions_of_video_id(predictions: Predictions) -> str:
+    return _clip_captions("video_id", predictions)
+
+
+def _clip_captions(video_key: str, predictions: Predictions) -> str:
+    """Captions of clips; `video_key` is the key of a clip's name, of which VALUE has two."""
+    return _json_lines(
         [
             {video_key: example.images[0], "clip_id": _number(example.id), "descs": [{"desc": caption}]}
             for example, caption in predictions
         ]
     )
-
-
-class Submission(NamedTuple):
-    """One format of files: its suffix, and the text of predictions."""
-
-    suffix: str
-    text: Callable[[Predictions], str]
-
-
-SUBMISSIONS = {
-    "vqa": Submission(".json", _vqa),
-    "gqa": Submission(".json", _gqa),
-    "nlvr2": Submission(".csv", _nlvr2),
-    "captions": Submission(".json", _captions),
-    "clip_choices": Submission(".json", _choices),
-    "clip_captions_of_vid_name": Submission(".jsonl", _clips("vid_name")),
-    "clip_captions_of_video_id": Submission(".jsonl", _clips("video_id")),
-    "answers": Submission(".jsonl", _answers),
-}

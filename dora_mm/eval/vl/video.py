@@ -3,7 +3,7 @@
 import re
 
 from dora_mm.data.vl.example import Predictions
-from dora_mm.eval.vl.scores import VLScores, by_answer, check_answered, exact_match, percent
+from dora_mm.eval.vl.scores import AnswerScorer, VLScores, by_answer, check_answered, exact_match, percent
 
 CHOICE = re.compile(r"a(\d)")
 
@@ -27,3 +27,6 @@ def score_clip_choices(predictions: Predictions) -> VLScores:
     invalid = sum(choice(prediction) is None for _, prediction in predictions)
     notes = (f"{invalid} of {len(predictions)} predictions name no choice and count as wrong",) if invalid else ()
     return VLScores("accuracy", {"accuracy": percent(values)}, {"answer": by_answer(predictions, values)}, notes)
+
+
+SCORER = AnswerScorer(score_clip_choices, exact_match)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.readers.vqa_answers import NUM_ANSWERS, normalize_answer, strip_punctuation, tidy
-from dora_mm.eval.vl.scores import VLScores, by_kind, check_answered, is_answered, percent
+from dora_mm.eval.vl.scores import AnswerScorer, VLScores, by_kind, check_answered, is_answered, percent
 
 Mode = Literal["official", "lavis"]
 LAVIS = "accuracy (lavis)"  # the name of the metric
@@ -107,3 +107,6 @@ def _notes(predictions: Predictions) -> tuple[str, ...]:
     if empty:  # labels of the Karpathy format omit answers that are rare in training; VL-T5 scores such rows too
         notes.append(f"{empty} of {len(predictions)} questions have an empty label, and count as wrong")
     return tuple(notes)
+
+
+SCORER = AnswerScorer(score_vqa, row_accuracy)

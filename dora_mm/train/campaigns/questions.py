@@ -14,7 +14,6 @@ from dora_mm.config.loader import dump_config
 from dora_mm.config.paths import resolve_path
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.config.vl_data import VLDataConfig
-from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Example, Predictions, stem
 from dora_mm.data.vl.splits import ValidationSet, open_texts, open_validation, training_texts
 from dora_mm.data.vl.tables import open_table
@@ -38,6 +37,7 @@ from dora_mm.eval.vl.metrics import scorer_of
 from dora_mm.eval.vl.question_only import question_only_answers
 from dora_mm.models.vl.families import load_vl_model, structure_of
 from dora_mm.models.vl.vl_model import VLModel
+from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks.vl import answerers
 from dora_mm.train.campaigns.evaluation import Report, check_trainings, common_overrides, load_base, num_trainings

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dora_mm.config.vl_data import SourceConfig
-from dora_mm.data.vl.readers import READERS
+from dora_mm.data.vl.readers import read_source
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
 from samples.build.packages import SAMPLES
@@ -30,7 +30,7 @@ def things():
 
 def read(kind: str, file: str, **paths):
     source = SourceConfig(format=kind, file=str(VL / file), **{key: str(VL / name) for key, name in paths.items()})
-    return list(READERS[kind](source, BadRows("stop")))
+    return list(read_source(source, BadRows("stop")))
 
 
 def vqa(split: str):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.data.vl.readers import READERS
+from dora_mm.data.vl.readers import read_source
 from dora_mm.data.vl.readers.video import split_subtitles
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import open_table
@@ -23,7 +23,7 @@ TEN = ("net",) * 10
 def message_of(source: SourceConfig) -> str:
     """The error with on_bad_data "stop"."""
     with pytest.raises(ValueError, match=r"\S") as caught:
-        list(READERS[source.format](source, BadRows("stop")))
+        list(read_source(source, BadRows("stop")))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -32,7 +32,7 @@ def message_of(source: SourceConfig) -> str:
 def skipped_rows(source: SourceConfig) -> tuple[list[str], dict[str, list[str]]]:
     """The ids of the good rows, and the places of the others by reason, without their folder."""
     bad = BadRows("skip")
-    rows = [row.id for row in READERS[source.format](source, bad)]
+    rows = [row.id for row in read_source(source, bad)]
     folder = str(Path(source.file).parent) + "/"
     return rows, {
         reason.replace(folder, ""): [place.removeprefix(folder) for place in places]
@@ -204,7 +204,7 @@ def test_a_clip_without_subtitles_has_empty_ones_and_is_counted(tmp_path, caplog
     path = files.write_lines(tmp_path / "how2qa.jsonl", rows)
     subtitles = files.write_lines(tmp_path / "subtitles.jsonl", [files.SUBTITLES[0] | {"vid_name": "clip1"}])
     source = SourceConfig(format="video_qa", file=str(path), subtitles=str(subtitles))
-    texts = [split_subtitles(row.text)[0] for row in READERS["video_qa"](source, BadRows("stop"))]
+    texts = [split_subtitles(row.text)[0] for row in read_source(source, BadRows("stop"))]
     assert texts == ["[Subs]", "[Subs] Monica : Hi, you. Joey: Hey!", "[Subs]"]
     assert f"{path}: 2 of 3 clips have no subtitles in {subtitles}, so theirs are empty (one is clip0)" in caplog.text
 
@@ -279,7 +279,7 @@ def folder(tmp_path_factory):
 def outcome(source: SourceConfig, on_bad_data) -> tuple[list[Example], str]:
     """The rows, or the error message."""
     try:
-        return list(READERS[source.format](source, BadRows(on_bad_data))), ""
+        return list(read_source(source, BadRows(on_bad_data))), ""
     except ValueError as error:  # any other kind fails the test
         return [], f"{type(error).__name__}: {error}"
 

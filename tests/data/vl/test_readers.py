@@ -8,7 +8,7 @@ import pytest
 
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example, stem
-from dora_mm.data.vl.readers import READERS
+from dora_mm.data.vl.readers import read_source
 from dora_mm.data.vl.readers.commonsense import named_option
 from dora_mm.data.vl.readers.video import split_subtitles, video_text
 from dora_mm.data.vl.rows import BadRows
@@ -17,7 +17,7 @@ from tests.models.vl.vlm.texts.text_rows import question
 
 
 def read(source: SourceConfig) -> list[Example]:
-    return list(READERS[source.format](source, BadRows("stop")))
+    return list(read_source(source, BadRows("stop")))
 
 
 def test_vqa_v2(tmp_path):

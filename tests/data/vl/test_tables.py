@@ -14,10 +14,11 @@ import pytest
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.config.vl_data import SourceConfig, VLDataConfig
 from dora_mm.data.vl.image_folder import ImageFolder
-from dora_mm.data.vl.readers import READERS
+from dora_mm.data.vl.readers import read_source
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.splits import open_training, open_validation
 from dora_mm.data.vl.tables import BATCH_ROWS, open_table
+from dora_mm.registries.readers import READERS
 from tests.data.vl import chats, files
 from tests.models.vl.vlm.texts.text_rows import question
 
@@ -39,7 +40,7 @@ def with_image_files(source: SourceConfig, folder: Path, names: list[str]) -> So
 def test_a_table_contains_the_examples_of_the_reader(tmp_path):
     source = many(tmp_path, 2 * BATCH_ROWS + 7)
     table = open_table(source, tmp_path / "tables", on_bad_data="stop")
-    rows = list(READERS["vqa_v2"](source, BadRows("stop")))
+    rows = list(read_source(source, BadRows("stop")))
     assert list(table) == rows
     assert table[-1] == rows[-1]
     assert list(table[BATCH_ROWS - 2 : BATCH_ROWS + 2]) == rows[BATCH_ROWS - 2 : BATCH_ROWS + 2]
@@ -121,13 +122,13 @@ def test_every_format_is_read_back_from_disk(tmp_path, form):
     }[form]()
     source = SourceConfig(format=form, file=str(path), split="train" if form == "coco_karpathy" else None)
     table = open_table(source, tmp_path / "tables", on_bad_data="stop")
-    assert list(table) == list(READERS[form](source, BadRows("stop")))
+    assert list(table) == list(read_source(source, BadRows("stop")))
 
 
 def test_opening_a_table_again_does_not_read_the_source(tmp_path, monkeypatch):
     source = many(tmp_path, 5)
     rows = list(open_table(source, tmp_path / "tables", on_bad_data="stop"))
-    monkeypatch.setitem(READERS, "vqa_v2", None)
+    monkeypatch.setattr("dora_mm.data.vl.tables.read_source", None)
     table = open_table(source, tmp_path / "tables", on_bad_data="skip")
     assert list(table) == rows
     assert table.path.parent == tmp_path / "tables"

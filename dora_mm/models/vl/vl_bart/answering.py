@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import BartTokenizer
 
 from dora_mm.config.vl import DecodeConfig
-from dora_mm.config.vl_tasks import TASKS
 from dora_mm.models.vl.vl_bart.model import VLBart, VLInputs
 from dora_mm.models.vl.vl_bart.text import decode, encode_targets
+from dora_mm.registries.vl_tasks import TASKS
 
 MAX_ANSWER = 20  # tokens of a decoded answer, <s> and </s> included
 

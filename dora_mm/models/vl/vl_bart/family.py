@@ -13,7 +13,6 @@ from transformers.models.bart.modeling_bart import shift_tokens_right
 
 from dora_mm.config.models import VisionConfig, VLBartModelConfig
 from dora_mm.config.vl import DecodeConfig
-from dora_mm.config.vl_tasks import TASKS
 from dora_mm.core import TargetMap
 from dora_mm.data.seen import SeenFiles
 from dora_mm.data.vl.example import Answer, Example
@@ -28,6 +27,7 @@ from dora_mm.models.vl.vl_bart.model import VLBart, VLInputs, token_log_likeliho
 from dora_mm.models.vl.vl_bart.text import bart_text, encode_inputs, encode_targets
 from dora_mm.models.vl.vl_bart.visual_inputs import VisionEncoder
 from dora_mm.models.vl.vl_model import RowCounts, Target, likeliest_answer
+from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.targets import find
 from dora_mm.utils.digest import module_digest
 from dora_mm.utils.losses import LossSum

@@ -11,9 +11,9 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import BartTokenizer
 
-from dora_mm.config.vl_tasks import TASKS, BartText
 from dora_mm.models.opening import opening
 from dora_mm.models.vl.vl_bart.model import SENTINELS
+from dora_mm.registries.vl_tasks import TASKS, BartText
 
 
 def bart_text(task: str) -> BartText:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.paths import resolve_model
 from dora_mm.config.vl import DecodeConfig
-from dora_mm.config.vl_tasks import TASKS
 from dora_mm.core import TargetMap
 from dora_mm.data.images.frames import is_video
 from dora_mm.data.seen import SeenFiles
@@ -35,6 +34,7 @@ from dora_mm.models.vl.vlm.prompts import PLAIN, TEXTS
 from dora_mm.models.vl.vlm.rows import ExampleEncoder
 from dora_mm.models.vl.vlm.videos import FPS, MAX_FRAMES
 from dora_mm.models.vl.vlm.view import row_lengths, row_view
+from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.targets import map_of
 from dora_mm.utils.losses import LossSum
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from dora_mm.config.vl_tasks import VLTask
+from dora_mm.registries.vl_tasks import VLTask
 
 
 class PlainPrompts(NamedTuple):

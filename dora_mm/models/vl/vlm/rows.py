@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.images.frames import Video, is_video, load_video
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.seen import SeenFiles
@@ -21,6 +20,7 @@ from dora_mm.models.vl.vlm.chat import ChatText, render, render_prompt
 from dora_mm.models.vl.vlm.encoding import RowEncoder, TokenRow, collate
 from dora_mm.models.vl.vlm.forms import Form
 from dora_mm.models.vl.vlm.prompts import ALONE, EITHER, SAME_IMAGES, SAME_LENGTH, PlainPrompts
+from dora_mm.registries.vl_tasks import TASKS
 
 
 class Exchange(NamedTuple):

@@ -133,7 +133,7 @@ def test_diffusers_loads_the_file_and_reads_the_same_prompts(tiny, tiny_folder, 
 
 def test_a_family_without_tables_is_refused_by_its_name():
     with pytest.raises(ValueError, match="tokens: Z-Image has no new tokens here: leave TOK a plain word"):
-        check_tokens({"TOK": TokenConfig()}, ZImage, [], None)
+        check_tokens({"TOK": TokenConfig()}, ZImage(Components.of()), [], None)
 
 
 def test_rows_of_another_model_or_of_two_adapters_are_refused(tiny):

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from dora_mm.config.models import VisionConfig
 from dora_mm.config.vl import DecodeConfig
-from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.readers.video import SUBTITLES_END
 from dora_mm.eval.vl.metrics import score
@@ -18,6 +17,7 @@ from dora_mm.eval.vl.submissions import suffix, write_predictions
 from dora_mm.models.vl.vl_bart.family import VLBartModel
 from dora_mm.models.vl.vl_bart.text import decode
 from dora_mm.models.vl.vl_bart.visual_inputs import VisionEncoder, resize_frames
+from dora_mm.registries.vl_tasks import RECORDS, TASKS
 from dora_mm.tasks.vl import draw_answer
 from tests.models.vl.vl_bart.small import DIM, small_tokenizer, small_vl_bart
 
@@ -231,7 +231,7 @@ def test_a_row_is_shown_as_the_model_sees_it(task):
 
 
 def test_one_more_task_is_one_more_record(task, tmp_path, monkeypatch):
-    monkeypatch.setitem(TASKS, "colours", replace(TASKS["gqa"], name="colours", chosen_from=("red", "green", "blue")))
+    monkeypatch.setitem(RECORDS, "colours", replace(TASKS["gqa"], chosen_from=("red", "green", "blue")))
     rows = [example(i, answers=("red",), scores=(1.0,)) for i in range(3)]
     task.check(["colours"])
     assert task.loss(batch_of(task, "colours", rows), stream()).mean.isfinite()

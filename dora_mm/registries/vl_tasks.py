@@ -1,34 +1,14 @@
 """The vision-language tasks, and those of texts alone: one record of each, which is all that the program knows of it.
 
-A task that has the metrics and the submission file of another one is a record more, and its name in TaskName. New
-metrics are a file in dora_mm/eval/vl and a line of SCORERS (metrics.py), a new submission file one of SUBMISSIONS
-(submissions.py), and a new format of data files a reader (dora_mm/data/vl/readers). docs/vl.md lists all.
+A task that has the metrics and the submission file of another one is a record more. New metrics are a line of
+scorers.py, a new submission file one of submissions.py, and a new format of data files one of readers.py; docs/vl.md
+lists all.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-TaskName = Literal[
-    "vqa",
-    "gqa",
-    "nlvr2",
-    "caption",
-    "tvqa",
-    "how2qa",
-    "tvc",
-    "yc2c",
-    "chat",
-    "choice",
-    "commonsense",
-    "boolq",
-    "piqa",
-    "social_i_qa",
-    "hellaswag",
-    "winogrande",
-    "arc_easy",
-    "arc_challenge",
-    "openbookqa",
-]
+from dora_mm.registries.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -55,11 +35,10 @@ class VLTask:
     """One task.
 
     Attributes:
-        name: Its name in configs and files.
         title: Its heading in tables of comparisons.
-        formats: The formats of its data files.
-        scorer: Its metrics: a key of SCORERS.
-        submission: The file of its predictions: a key of SUBMISSIONS.
+        formats: The formats of its data files, of READERS.
+        scorer: Its metrics, one of SCORERS.
+        submission: The file of its predictions, one of SUBMISSIONS.
         kind: What its rows are: questions with a short answer, images or clips with captions, or conversations.
         images: How many images a row has; None: any number; 0: rows are texts. A row of clips has the name of one.
         clips: Whether rows are about video clips, which only VL-BART reads, as features.
@@ -73,7 +52,6 @@ class VLTask:
         bart: What VL-BART reads and writes; None: it does not do the task.
     """
 
-    name: str
     title: str
     formats: tuple[str, ...]
     scorer: str
@@ -100,10 +78,9 @@ class VLTask:
         return self.kind == "captions" or self.names is not None
 
 
-def commonsense(name: str, title: str) -> VLTask:
+def commonsense(title: str) -> VLTask:
     """A task of texts in the layout of LLM-Adapters, in which the paper's Table 1 was made."""
     return VLTask(
-        name=name,
         title=title,
         formats=("commonsense",),
         scorer="options",
@@ -122,9 +99,8 @@ ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n\n"
     f"{MARGIN}### Instruction:\n{MARGIN}{{text}}\n{MARGIN}\n{MARGIN}### Response:\n{MARGIN}"
 )
-RECORDS = (
-    VLTask(
-        name="vqa",
+RECORDS = {
+    "vqa": VLTask(
         title="VQA",
         formats=("vqa_v2", "vqa_karpathy", "easy_vqa"),
         scorer="vqa",
@@ -133,8 +109,7 @@ RECORDS = (
         prompt=SHORT_ANSWER,
         bart=BartText("vqa: ", max_input=20, max_target=10),
     ),
-    VLTask(
-        name="gqa",
+    "gqa": VLTask(
         title="GQA",
         formats=("gqa", "gqa_vlt5"),
         scorer="gqa",
@@ -143,8 +118,7 @@ RECORDS = (
         prompt=SHORT_ANSWER,
         bart=BartText("gqa: ", max_input=20, max_target=10),
     ),
-    VLTask(
-        name="nlvr2",
+    "nlvr2": VLTask(
         title="NLVR2",
         formats=("nlvr2", "nlvr2_vlt5"),
         scorer="nlvr2",
@@ -154,8 +128,7 @@ RECORDS = (
         prompt="{text}\nIs this true of the two images? Answer true or false.",
         bart=BartText("nlvr: ", max_input=1024, max_target=10),
     ),
-    VLTask(
-        name="caption",
+    "caption": VLTask(
         title="CIDEr",
         formats=("coco_captions", "coco_karpathy"),
         scorer="captions",
@@ -165,8 +138,7 @@ RECORDS = (
         max_answer=40,
         bart=BartText("caption: ", max_input=40, max_target=40),
     ),
-    VLTask(
-        name="tvqa",
+    "tvqa": VLTask(
         title="TVQA",
         formats=("video_qa",),
         scorer="clip_choices",
@@ -175,8 +147,7 @@ RECORDS = (
         row_mean=True,
         bart=BartText("tvqa: ", max_input=600, max_target=20),
     ),
-    VLTask(
-        name="how2qa",
+    "how2qa": VLTask(
         title="How2QA",
         formats=("video_qa",),
         scorer="clip_choices",
@@ -185,8 +156,7 @@ RECORDS = (
         row_mean=True,
         bart=BartText("how2qa: ", max_input=600, max_target=20),
     ),
-    VLTask(
-        name="tvc",
+    "tvc": VLTask(
         title="TVC CIDEr",
         formats=("video_captions",),
         scorer="clip_captions",
@@ -196,8 +166,7 @@ RECORDS = (
         row_mean=True,
         bart=BartText("tvc: ", max_input=600, max_target=20),
     ),
-    VLTask(
-        name="yc2c",
+    "yc2c": VLTask(
         title="YC2C CIDEr",
         formats=("video_captions",),
         scorer="clip_captions",
@@ -207,8 +176,7 @@ RECORDS = (
         row_mean=True,
         bart=BartText("yc2c: ", max_input=600, max_target=20, subtitles_only=True),
     ),
-    VLTask(
-        name="chat",
+    "chat": VLTask(
         title="chat",
         formats=("chat",),
         scorer="conversations",
@@ -218,8 +186,7 @@ RECORDS = (
         prompt="{text}",
         max_answer=256,
     ),
-    VLTask(
-        name="choice",
+    "choice": VLTask(
         title="choice",
         formats=("choices",),
         scorer="choices",
@@ -228,19 +195,19 @@ RECORDS = (
         chosen_from=(),
         prompt="{text}\nAnswer with the letter of the right option.",
     ),
-    commonsense("commonsense", "commonsense"),  # rows of all that follow, to train on
-    commonsense("boolq", "BoolQ"),
-    commonsense("piqa", "PIQA"),
-    commonsense("social_i_qa", "SIQA"),
-    commonsense("hellaswag", "HellaSwag"),
-    commonsense("winogrande", "WinoGrande"),
-    commonsense("arc_easy", "ARC-e"),
-    commonsense("arc_challenge", "ARC-c"),
-    commonsense("openbookqa", "OBQA"),
-)
-TASKS = {task.name: task for task in RECORDS}
+    "commonsense": commonsense("commonsense"),  # rows of all that follow, to train on
+    "boolq": commonsense("BoolQ"),
+    "piqa": commonsense("PIQA"),
+    "social_i_qa": commonsense("SIQA"),
+    "hellaswag": commonsense("HellaSwag"),
+    "winogrande": commonsense("WinoGrande"),
+    "arc_easy": commonsense("ARC-e"),
+    "arc_challenge": commonsense("ARC-c"),
+    "openbookqa": commonsense("OBQA"),
+}
+TASKS = Registry("vl_tasks", "task", RECORDS)
 
 
 def tasks_of(form: str) -> list[str]:
     """The names of the tasks that files of a format are for."""
-    return [task.name for task in TASKS.values() if form in task.formats]
+    return [name for name, task in TASKS.items() if form in task.formats]

@@ -1,0 +1,22 @@
+"""The metrics of vision-language tasks: the object of each that scores answers, as dora_mm/eval/vl/scores.py has it."""
+
+from typing import Any
+
+from dora_mm.registries.registry import Registry
+
+HERE = "dora_mm.eval.vl"
+SCORERS: Registry[Any] = Registry(
+    "scorers",
+    "scorer",
+    places={
+        "vqa": f"{HERE}.vqa:SCORER",
+        "gqa": f"{HERE}.gqa:SCORER",
+        "nlvr2": f"{HERE}.nlvr2:SCORER",
+        "captions": f"{HERE}.captions:SCORER",
+        "clip_choices": f"{HERE}.video:SCORER",
+        "clip_captions": f"{HERE}.captions:CLIP_SCORER",
+        "conversations": f"{HERE}.chat:SCORER",
+        "choices": f"{HERE}.choice:SCORER",
+        "options": f"{HERE}.options:SCORER",
+    },
+)
