@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from dora_mm.core import DoRALinear
 from dora_mm.core.functional import Adapter, as_matrix, directions
 from dora_mm.core.spec import DoRASpec
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.losses import PassResult
 from dora_mm.utils.tables import csv_records
 
 log = logging.getLogger(__name__)
@@ -179,6 +180,29 @@ class GradientWatch:
         else:
             what = "a gradient that is finite" if self.layers else "an adapted linear layer of plain weights"
             log.warning("train.gradients_at measures nothing in this step: there is not %s.", what)
+
+
+def measuring(
+    networks: Mapping[str, nn.Module], steps: Collection[int], run: Path
+) -> Callable[[int, Callable[[], PassResult]], PassResult]:
+    """What `fit` calls around the passes of each step, to write what the gradients of some steps look like.
+
+    Args:
+        networks: As of `GradientWatch`.
+        steps: The numbers of finished steps at which they are measured.
+        run: The run directory.
+    """
+
+    def around_passes(step: int, passes: Callable[[], PassResult]) -> PassResult:
+        if step not in steps:
+            return passes()
+        watch = GradientWatch(networks)
+        with watch.open():
+            result = passes()
+        watch.write(file_of(run, step), result.scale)
+        return result
+
+    return around_passes
 
 
 def read_gradients(run: Path) -> dict[int, list[dict[str, str]]]:

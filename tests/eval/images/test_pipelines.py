@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.config.models import ModelConfig
-from dora_mm.eval.comparison import Variant, contrasts, table_rows, variants
 from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.images.prompts import with_article
 from dora_mm.eval.images.scores import Scores
@@ -23,9 +22,10 @@ from dora_mm.models.image_families import load_image_model
 from dora_mm.recipes import PIPELINES
 from dora_mm.sampling.gallery.data import GalleryPicture, befores
 from dora_mm.sampling.manifest import ManifestEntry, read_manifest
-from dora_mm.train.campaigns import trainings
-from dora_mm.train.campaigns.campaign import Campaign
-from dora_mm.train.campaigns.subprocesses import TrainingProcess
+from dora_mm.studies.campaigns import trainings
+from dora_mm.studies.campaigns.campaign import Campaign
+from dora_mm.studies.campaigns.subprocesses import TrainingProcess
+from dora_mm.studies.variants import Variant, contrasts, table_rows, variants
 from dora_mm.utils.digest import file_digest, module_digest
 from samples.build.__main__ import main as build
 from tests.models.z_image import tiny as z_image

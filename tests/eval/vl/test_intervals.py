@@ -8,21 +8,18 @@ import numpy as np
 import pytest
 
 from dora_mm.data.vl.example import Example
-from dora_mm.eval.comparison import FULL, Result, Variant
-from dora_mm.eval.vl.comparison import (
+from dora_mm.eval.vl.intervals import (
     AnswerScores,
     answer_scores,
-    describe_sizes,
     gain_over_question_only,
     group_cells,
     group_of,
     intervals,
     points,
-    vl_contrasts_table,
-    vl_results_csv,
-    vl_results_table,
 )
 from dora_mm.eval.vl.metrics import score, scorer_of
+from dora_mm.studies.tables import Result, describe_sizes, vl_contrasts_table, vl_results_csv, vl_results_table
+from dora_mm.studies.variants import FULL, Variant
 
 LORA, DORA, HALF = Variant("lora", 4), Variant("dora", 4), Variant("dora", 2)
 
