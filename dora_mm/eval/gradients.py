@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_mm.core import DoRALinear
-from dora_mm.core.functional import Adapter, as_matrix, directions
+from dora_mm.core.functional import as_matrix, directions
 from dora_mm.core.spec import DoRASpec
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.losses import PassResult
@@ -160,17 +160,13 @@ class GradientWatch:
             if name not in self.sums:
                 continue
             (adapter,) = layer.adapters()
-            V, m = self._directions(layer, adapter).cpu(), adapter.magnitude
+            V, m = directions(as_matrix(layer.weight), adapter).cpu(), adapter.magnitude
             shape = gradient_shape(self.sums[name] / scale, V, None if m is None else m.cpu())
             if shape is not None:
                 about = {"method": method_of(layer.adaptation.spec)}
                 numbers = {key: f"{value:.6g}" for key, value in shape._asdict().items()}
                 found.append(about | {"matrix": name} | numbers)
         return found
-
-    @staticmethod
-    def _directions(layer: DoRALinear, adapter: Adapter) -> Tensor:
-        return directions(as_matrix(layer.weight), adapter)
 
     def write(self, file: Path, scale: float) -> None:
         """Writes the rows into a CSV file, or says that there are none."""
