@@ -13,10 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dora_mm.config.comparing import CompareConfig
 from dora_mm.config.loader import load_config
-from dora_mm.eval.analysis import distinct_names, find_sources, read_points
-from dora_mm.eval.decomposition import (
+from dora_mm.eval.gradients import GradientShape, read_gradients
+from dora_mm.eval.statistics import Interval
+from dora_mm.studies.analysis import distinct_names, find_sources, read_points
+from dora_mm.studies.campaigns.rows import TrainingRows, rows_file
+from dora_mm.studies.config import CompareConfig
+from dora_mm.studies.decomposition import (
     ChangePattern,
     WeightPoint,
     over_matrices_and_runs,
@@ -24,10 +27,7 @@ from dora_mm.eval.decomposition import (
     relation_to_score,
     scored_trainings,
 )
-from dora_mm.eval.gradients import GradientShape, read_gradients
-from dora_mm.eval.plots import plot_patterns
-from dora_mm.eval.statistics import Interval
-from dora_mm.train.campaigns.rows import TrainingRows, rows_file
+from dora_mm.studies.plots import plot_patterns
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.run_directory import new_folder
 from dora_mm.utils.tables import csv_records, markdown_records

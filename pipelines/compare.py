@@ -8,11 +8,11 @@ and what it drew or answered are files in `output`, so an interrupted comparison
 
 from pathlib import Path
 
-from dora_mm.config.comparing import CompareConfig
-from dora_mm.train.campaigns.campaign import Campaign
-from dora_mm.train.campaigns.evaluation import Evaluation
-from dora_mm.train.campaigns.pictures import PictureEvaluation
-from dora_mm.train.campaigns.questions import QuestionEvaluation
+from dora_mm.studies.campaigns.campaign import Campaign
+from dora_mm.studies.campaigns.evaluation import Evaluation
+from dora_mm.studies.campaigns.pictures import PictureEvaluation
+from dora_mm.studies.campaigns.questions import QuestionEvaluation
+from dora_mm.studies.config import CompareConfig
 from dora_mm.utils.lock import only_writer
 
 

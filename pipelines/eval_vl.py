@@ -16,7 +16,7 @@ from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.splits import ValidationSet, open_validation, training_texts
-from dora_mm.eval.vl.comparison import answer_scores, gain_over_question_only
+from dora_mm.eval.vl.intervals import answer_scores, gain_over_question_only
 from dora_mm.eval.vl.metrics import report, score, score_row, task_table
 from dora_mm.eval.vl.pages import PageExample, PageSection, write_examples_page
 from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers

@@ -24,6 +24,7 @@ from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.core import base_model
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_images
 from dora_mm.data.images.held_out import hold_out, part_of
+from dora_mm.eval.gradients import measuring
 from dora_mm.models.images.families import about_prediction, files_identity, load_image_model, load_image_model_if_local
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.preview.images import (
@@ -153,6 +154,7 @@ def train(
         observe(0)  # so that what goes wrong in drawing does so before the training
     is_over = validate.is_over if validate else lambda: False
     hooks = {"observe": observe, "after_step": average.update if average else None, "is_over": is_over}
+    hooks["around_passes"] = measuring(training["networks"], config.train.gradients_at if writes else (), run.path)
     hooks["before_step"] = new_tokens.stopping(config.train, training["parameters"])
     state = {EMA: average} if average else {}
     done = fit(run=run, **training, batch_at=batches, **hooks, state=state, metadata=about)

@@ -23,6 +23,7 @@ from dora_mm.data.vl.example import Answer
 from dora_mm.data.vl.needed import data_needed
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet, open_training, open_validation
+from dora_mm.eval.gradients import measuring
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
 from dora_mm.models.folders import settings_identity
@@ -239,6 +240,7 @@ def train(
             **parts,
             batch_at=batch_at,
             state={"row counts": model.counts, "files": model.files} | ({EMA: average} if average else {}),
+            around_passes=measuring(trained.networks, config.train.gradients_at if main_process else (), run.path),
             after_step=after_step,
             observe=observe,
             is_over=validate.is_over,

@@ -16,7 +16,7 @@ import pytest
 
 from dora_mm.cli import main
 from dora_mm.config import load_config
-from dora_mm.train.campaigns import subprocesses
+from dora_mm.studies.campaigns import subprocesses
 from tests.documented.checkout import Checkout
 from tests.documented.cuts import cuts
 from tests.documented.texts import DOCS, ROOT, commands, configs, head_commands, is_synopsis, text_of

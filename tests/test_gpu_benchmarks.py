@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dora_mm.train.campaigns import subprocesses
+from dora_mm.studies.campaigns import subprocesses
 from tests.benchmarks import gpu
 from tests.benchmarks.bench_products import OURS, VENDOR, threshold
 from tests.benchmarks.gpu import block, grid, run, trial
@@ -200,7 +200,7 @@ def test_without_packages(packages, entries, tmp_path):
     code = f"""
 import sys
 sys.modules |= dict.fromkeys({packages})
-from dora_mm.train.campaigns import subprocesses
+from dora_mm.studies.campaigns import subprocesses
 from tests.benchmarks import gpu
 print("codes", [gpu.main([entry, "--dry", "--output", {str(tmp_path)!r}]) for entry in {entries}])
 """

@@ -24,14 +24,14 @@ ROWS = [  # each may import the rows above it and itself, but not its neighbours
     {"eval"},
     {"tasks", "adapting", "sampling"},
     {"train"},
-    {"preview"},
+    {"preview", "studies"},
     {"pipelines", "cli", "recipes"},
 ]
 ROW_OF = {package: number for number, row in enumerate(ROWS) for package in row}
 ENTRY_POINTS = {"dora_mm/__init__.py", "dora_mm/__main__.py"}  # they resolve names lazily, and may import anything
 SOURCES = sorted(p for folder in ("dora_mm", "pipelines") for p in (ROOT / folder).rglob("*.py"))
 FAMILIES = re.compile(r"sdxl|vl_bart|vlbart|\bvl\b|\beyes\b|unet|tokenizer", re.IGNORECASE)
-ROOMS_WITHOUT_FAMILIES = ("tasks", "adapting", "eval", "sampling", "train", "preview", "pipelines")
+ROOMS_WITHOUT_FAMILIES = ("tasks", "adapting", "eval", "sampling", "train", "preview", "studies", "pipelines")
 VL_FAMILIES = re.compile(r"vl_bart|vlbart|[\"']vlm[\"']|models\.vlm", re.IGNORECASE)
 IMAGE_FAMILIES = re.compile(r"sdxl|z[-_ ]?image", re.IGNORECASE)
 MAY_NAME_IMAGE_FAMILIES = (  # their own files, data about architectures and files, and examples
@@ -100,14 +100,19 @@ def test_the_document_has_the_same_rows():
     assert [set(re.split(r",\s*", line.strip())) for line in block.splitlines()] == ROWS
 
 
-def test_training_names_no_family_of_models():
+@pytest.mark.parametrize(("room", "allowed"), [("train", set()), ("studies/campaigns", {"vl"})])
+def test_training_names_no_family_of_models(room, allowed):
     """Campaigns know pictures from questions (the folders `vl`), and the loop not even that."""
-    found = {}
-    for path in (ROOT / "dora_mm" / "train").rglob("*.py"):
-        allowed = {"vl"} if path.parent.name == "campaigns" else set()
-        found[name_of(path)] = set(FAMILIES.findall(text_of(path))) - allowed
+    paths = (ROOT / "dora_mm" / room).rglob("*.py")
+    found = {name_of(path): set(FAMILIES.findall(text_of(path))) - allowed for path in paths}
     assert found
     assert {name: names for name, names in found.items() if names} == {}
+
+
+def test_only_two_recipes_import_studies():
+    users = {name_of(path) for path in SOURCES if {"studies"} & {package_of(name) for name in imported(path)}}
+    outside = {name for name in users if not name.startswith("dora_mm/studies/")}
+    assert outside == {"pipelines/compare.py", "pipelines/analyse.py"}
 
 
 @pytest.mark.parametrize("room", ROOMS_WITHOUT_FAMILIES)
@@ -166,6 +171,8 @@ def test_core_imports_torch_and_nothing_else():
         ("dora_mm.models.images.sdxl.family", "dora_mm.eval.images.style", False),
         ("dora_mm.tasks.diffusion", "dora_mm.sampling.pictures", False),
         ("dora_mm.tasks.diffusion", "dora_mm.train.loop", False),
+        ("dora_mm.train.loop", "dora_mm.studies.curves", False),
+        ("dora_mm.preview.training", "dora_mm.studies.curves", False),
         ("pipelines.sample", "dora_mm.train.run", True),
         ("pipelines.sample", "pipelines.train_diffusion", False),
         ("dora_mm.train.loop", "pipelines.train_diffusion", False),

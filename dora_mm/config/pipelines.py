@@ -13,8 +13,8 @@ class _Schemas(Mapping[str, type[PipelineConfig]]):
         self._places = places
 
     def __getitem__(self, name: str) -> type[PipelineConfig]:
-        module, _, schema = self._places[name].partition(".")
-        return getattr(import_module(f"dora_mm.config.{module}"), schema)
+        module, _, schema = self._places[name].partition(":")
+        return getattr(import_module(f"dora_mm.{module}"), schema)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -24,13 +24,13 @@ class _Schemas(Mapping[str, type[PipelineConfig]]):
 
 
 SCHEMAS: Mapping[str, type[PipelineConfig]] = _Schemas(
-    train_diffusion="images.TrainDiffusionConfig",
-    sample="pictures.JobConfig",
-    grid="pictures.GridConfig",
-    eval_diffusion="pictures.EvalDiffusionConfig",
-    eval_style="pictures.EvalStyleConfig",
-    extract_features="vl.ExtractFeaturesConfig",
-    train_vl="vl.TrainVLConfig",
-    eval_vl="vl.EvalVLConfig",
-    compare="comparing.CompareConfig",
+    train_diffusion="config.images:TrainDiffusionConfig",
+    sample="config.pictures:JobConfig",
+    grid="config.pictures:GridConfig",
+    eval_diffusion="config.pictures:EvalDiffusionConfig",
+    eval_style="config.pictures:EvalStyleConfig",
+    extract_features="config.vl:ExtractFeaturesConfig",
+    train_vl="config.vl:TrainVLConfig",
+    eval_vl="config.vl:EvalVLConfig",
+    compare="studies.config:CompareConfig",
 )

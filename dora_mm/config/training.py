@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt
 
 from dora_mm.config.schema import Count, Items, NonNegative, Positive, Section, Share, name_in
 from dora_mm.registries.optimizers import OPTIMIZERS
@@ -93,22 +93,6 @@ class EpochTrainConfig(TrainConfig):
 
     steps: PositiveInt | None = None  # type: ignore[assignment]  # optimizer steps; null: epochs is set
     epochs: PositiveInt | None = None  # passes over the data of all tasks; null: steps is set
-
-
-class LearningRates(Section):
-    """The candidate learning rates of each method; at least three, so that every method gets a suitable one."""
-
-    # of full fine-tuning; null: it is not compared
-    full: Annotated[Items[Positive], Field(min_length=3)] | None = None
-    lora: Annotated[Items[Positive], Field(min_length=3)]  # LoRA, at every rank
-    dora: Annotated[Items[Positive], Field(min_length=3)]  # DoRA, at every rank
-
-    @field_validator("full", "lora", "dora")
-    @classmethod
-    def _rates_are_distinct(cls, rates: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if rates is not None and len(set(rates)) < len(rates):
-            raise ValueError("names a rate twice")
-        return rates
 
 
 def check_validation(evaluate: ValidationConfig, has_valid: bool, missing: str) -> list[str]:

@@ -1,1 +1,1 @@
-"""Evaluation: intervals, comparisons of methods, and the metrics of images and of answers."""
+"""Evaluation: intervals, the metrics of images and of answers, and the shape of gradients."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from dora_mm.core import DoRALinear
-from dora_mm.core.functional import Adapter, as_matrix, directions
+from dora_mm.core.functional import as_matrix, directions
 from dora_mm.core.spec import DoRASpec
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.losses import PassResult
 from dora_mm.utils.tables import csv_records
 
 log = logging.getLogger(__name__)
@@ -159,17 +160,13 @@ class GradientWatch:
             if name not in self.sums:
                 continue
             (adapter,) = layer.adapters()
-            V, m = self._directions(layer, adapter).cpu(), adapter.magnitude
+            V, m = directions(as_matrix(layer.weight), adapter).cpu(), adapter.magnitude
             shape = gradient_shape(self.sums[name] / scale, V, None if m is None else m.cpu())
             if shape is not None:
                 about = {"method": method_of(layer.adaptation.spec)}
                 numbers = {key: f"{value:.6g}" for key, value in shape._asdict().items()}
                 found.append(about | {"matrix": name} | numbers)
         return found
-
-    @staticmethod
-    def _directions(layer: DoRALinear, adapter: Adapter) -> Tensor:
-        return directions(as_matrix(layer.weight), adapter)
 
     def write(self, file: Path, scale: float) -> None:
         """Writes the rows into a CSV file, or says that there are none."""
@@ -179,6 +176,29 @@ class GradientWatch:
         else:
             what = "a gradient that is finite" if self.layers else "an adapted linear layer of plain weights"
             log.warning("train.gradients_at measures nothing in this step: there is not %s.", what)
+
+
+def measuring(
+    networks: Mapping[str, nn.Module], steps: Collection[int], run: Path
+) -> Callable[[int, Callable[[], PassResult]], PassResult]:
+    """What `fit` calls around the passes of each step, to write what the gradients of some steps look like.
+
+    Args:
+        networks: As of `GradientWatch`.
+        steps: The numbers of finished steps at which they are measured.
+        run: The run directory.
+    """
+
+    def around_passes(step: int, passes: Callable[[], PassResult]) -> PassResult:
+        if step not in steps:
+            return passes()
+        watch = GradientWatch(networks)
+        with watch.open():
+            result = passes()
+        watch.write(file_of(run, step), result.scale)
+        return result
+
+    return around_passes
 
 
 def read_gradients(run: Path) -> dict[int, list[dict[str, str]]]:

@@ -1,1 +1,1 @@
-"""Training: the loop, optimisers, checkpoints, runs, validation and campaigns of many trainings."""
+"""Training: the loop, optimisers, checkpoints, runs and validation."""

@@ -5,7 +5,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import nn
 
 from dora_mm.config.training import TrainConfig
 from dora_mm.core import fixed_parameters
-from dora_mm.eval.gradients import GradientWatch, file_of
 from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.tools import native
 from dora_mm.train.checkpoint import Stateful, checkpoints, is_due, last_step, load_checkpoint, save_checkpoint
@@ -23,12 +21,13 @@ from dora_mm.train.metrics import MetricsLog, TrainingProgress
 from dora_mm.train.optim import gradient_norm
 from dora_mm.train.processes import with_shared_gradients
 from dora_mm.train.run import DivergedError
-from dora_mm.utils.losses import LossSum
+from dora_mm.utils.losses import LossSum, PassResult
 from dora_mm.utils.randomness import generator
 from dora_mm.utils.run_directory import SAVE_NOW, RunDirectory
 
 log = logging.getLogger(__name__)
 Hook = Callable[[int], None]
+Passes = Callable[[], PassResult]
 AGAIN = (
     "and would be again in a resumed run with this optimizer.lr: go on with a lower one (--resume RUN --set "
     "optimizer.lr=...), or start a new run in float32 or bf16."
@@ -49,6 +48,7 @@ def fit(
     loss: Callable[[Any, torch.Generator], LossSum],
     state: Mapping[str, Stateful] | None = None,
     before_step: Hook | None = None,
+    around_passes: Callable[[int, Passes], PassResult] = lambda step, passes: passes(),
     after_step: Hook | None = None,
     observe: Hook | None = None,
     is_over: Callable[[], bool] = lambda: False,
@@ -76,6 +76,8 @@ def fit(
         state: Further objects that a checkpoint must restore, such as an EMA, by name.
         before_step: Called with the number of finished steps ahead of each step; for what depends on that number alone,
             such as parameters that are trained up to some step.
+        around_passes: Called with the same number and with what computes the gradients of the step, which it has to
+            call once, and whose result it returns: it may read what the passes compute, and changes none of it.
         after_step: Called with the number of finished steps; for work that belongs to the step, such as an EMA update.
         observe: Called after `after_step` with the same number; for work that does not affect training, such as
             validation. A call that was interrupted is repeated by the resumed run.
@@ -108,7 +110,7 @@ def fit(
         passes = fixed_parameters(trained.networks, num_passes=config.gradient_accumulation_steps)
         compute = partial(accumulate, accelerator, shared, config, seed, record.step, batch_at)
         with passes:
-            value = _measured(accelerator, networks, record.gradients_file, compute)
+            value = around_passes(record.step, compute).loss
         if record.step == record.first and accelerator.is_main_process:
             _warn_of_unreached(parameters)
         norm = update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
@@ -166,12 +168,6 @@ class _TrainingRecord:
         found = checkpoints(run.checkpoints)
         self.step = self.first = load_checkpoint(found[-1], parameters, parts) if found else 0
         self.metrics = MetricsLog(run, self.first) if writes else None
-
-    @property
-    def gradients_file(self) -> Path | None:
-        """Where gradients of the next step go; None where they are not measured."""
-        watches = self.metrics is not None and self.step in self.config.gradients_at
-        return file_of(self.run.path, self.step) if watches else None
 
     @property
     def is_due(self) -> bool:
@@ -276,7 +272,7 @@ def accumulate(
     seed: int,
     step: int,
     batch_at: Callable[[int], Any],
-) -> tuple[float, float]:
+) -> PassResult:
     """Computes the gradients of one optimizer step: of sum over count of its micro-batches, on all processes.
 
     The count of a whole step is known only behind its last micro-batch. Until then each is divided by the count that
@@ -289,9 +285,6 @@ def accumulate(
         seed: Seed of the loss and of dropout.
         step: The number of finished steps.
         batch_at: Maps the number of a micro-batch to this process's share of it.
-
-    Returns:
-        The loss of the step, and what the gradients of its passes were multiplied by in the end.
     """
     micro_batches, expected = config.gradient_accumulation_steps, torch.zeros(())
     sums = torch.zeros(2, device=accelerator.device)
@@ -314,24 +307,8 @@ def accumulate(
     whole = LossSum(*_over_processes(accelerator, sums))
     correction = (micro_batches * expected / whole.divisor).item() if micro_batches > 1 else 1.0
     _scale_gradients(trained, correction)
-    return whole.mean.item(), correction
-
-
-def _measured(
-    accelerator: Accelerator,
-    networks: Mapping[str, nn.Module],
-    file: Path | None,
-    compute: Callable[[], tuple[float, float]],
-) -> float:
-    """Computes the gradients of a step by `accumulate`, and writes what they look like into a file, if there is one."""
-    if file is None:
-        return compute()[0]
-    watch = GradientWatch(networks)
-    with watch.open():
-        value, correction = compute()
     scale = accelerator.num_processes * (accelerator.scaler.get_scale() if accelerator.scaler else 1)
-    watch.write(file, scale / correction)
-    return value
+    return PassResult(whole.mean.item(), scale / correction)
 
 
 def _over_processes(accelerator: Accelerator, values: torch.Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""The loss of a batch before it is divided by anything."""
+"""The loss of a batch before it is divided by anything, and that of a whole step."""
 
 from typing import NamedTuple
 
@@ -26,3 +26,15 @@ class LossSum(NamedTuple):
     def divisor(self) -> Tensor:
         """The count, or 1 where it is 0."""
         return torch.where(self.count > 0, self.count, torch.ones_like(self.count))
+
+
+class PassResult(NamedTuple):
+    """What the passes of one optimizer step have computed besides gradients.
+
+    Attributes:
+        loss: The mean loss of the step.
+        scale: What the gradients in the passes were multiplied by, compared with those of this loss.
+    """
+
+    loss: float
+    scale: float

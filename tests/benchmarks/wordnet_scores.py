@@ -16,7 +16,7 @@ import numpy as np
 from dora_mm.config import load_config
 from dora_mm.config.vl import EvalVLConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.eval.vl.comparison import AnswerScores, intervals, minus
+from dora_mm.eval.vl.intervals import AnswerScores, intervals, minus
 from dora_mm.eval.vl.options import row_accuracy
 from dora_mm.utils.tables import csv_records
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from dora_mm.config.training import OptimizerConfig, ScheduleConfig
 from dora_mm.core import DoRASpec, adapter_parameters, inject
-from dora_mm.eval.gradients import GradientWatch, file_of, gradient_shape, read_gradients, spectrum
+from dora_mm.eval.gradients import GradientWatch, file_of, gradient_shape, measuring, read_gradients, spectrum
 from dora_mm.train.optim import build_optimizer
 from dora_mm.train.schedule import Schedule
 from tests.core import reference
@@ -115,20 +115,30 @@ def test_a_worse_spectrum_has_no_smaller_condition_number(decades):
     assert np.log10(spectrum(Q @ torch.diag(spread) @ R)[0]) == pytest.approx(min(decades, 12), abs=0.01)
 
 
-def test_they_are_of_the_loss_of_a_whole_step(tmp_path):
+def adapted_training(run, sizes):
+    """A training of one step of an adapter by batches of these sizes."""
+    training = small_training(run, steps=1, gradient_accumulation_steps=len(sizes))
+    inject(training.network, ["0"], DoRASpec(rank=2))
+    trained = dict(adapter_parameters(training.network))
+    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(5)).split(list(sizes))
+    optimizer = training.parts["accelerator"].prepare(build_optimizer(trained, OptimizerConfig(lr=0.05)))
+    schedule = Schedule(optimizer, ScheduleConfig(), 1)
+    training.parts |= {"parameters": trained, "optimizer": optimizer, "schedule": schedule}
+    training.parts["batch_at"] = x.__getitem__
+    training.parts["loss"] = lambda x, _, net=training.network: mean_of(net(x).square().mean(dim=1))
+    return training
+
+
+def test_they_are_of_the_loss_of_a_whole_step_and_change_no_bit_of_it(tmp_path):
     found = []
     for sizes in ((32,), (2, 30)):
-        run = new_run(tmp_path / str(len(sizes)))
-        training = small_training(run, steps=1, gradient_accumulation_steps=len(sizes), gradients_at=[0])
-        inject(training.network, ["0"], DoRASpec(rank=2))
-        trained = dict(adapter_parameters(training.network))
-        x = torch.randn(32, 6, generator=torch.Generator().manual_seed(5)).split(list(sizes))
-        optimizer = training.parts["accelerator"].prepare(build_optimizer(trained, OptimizerConfig(lr=0.05)))
-        schedule = Schedule(optimizer, ScheduleConfig(), 1)
-        training.parts |= {"parameters": trained, "optimizer": optimizer, "schedule": schedule}
-        training.parts["batch_at"] = x.__getitem__
-        training.parts["loss"] = lambda x, _, net=training.network: mean_of(net(x).square().mean(dim=1))
-        training.fit()
+        run, plain = (new_run(tmp_path / f"{name}-{len(sizes)}") for name in ("watched", "plain"))
+        training, other = adapted_training(run, sizes), adapted_training(plain, sizes)
+        training.fit(around_passes=measuring(training.parts["networks"], [0], run.path))
+        other.fit()
+        for name, parameter in training.parts["parameters"].items():
+            assert torch.equal(parameter, other.parts["parameters"][name])
+        assert read_gradients(plain.path) == {}
         found.append(read_gradients(run.path)[0][0])
     whole, parts = ({key: float(row[key]) for key in ("norm", "magnitude", "exact")} for row in found)
     assert parts == pytest.approx(whole, rel=1e-3)

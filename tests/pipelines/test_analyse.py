@@ -12,11 +12,11 @@ from dora_mm import DoRASpec, inject, save_adapter
 from dora_mm.cli import main
 from dora_mm.config.models import ModelConfig
 from dora_mm.core import adapter_parameters
-from dora_mm.eval.comparison import Variant
-from dora_mm.eval.decomposition import weight_change
 from dora_mm.models.images.families import load_image_model
-from dora_mm.train.campaigns.rows import TrainingRows, row_of
-from dora_mm.train.campaigns.trainings import Training
+from dora_mm.studies.campaigns.rows import TrainingRows, row_of
+from dora_mm.studies.campaigns.trainings import Training
+from dora_mm.studies.decomposition import weight_change
+from dora_mm.studies.variants import Variant
 
 pytest.importorskip("matplotlib")
 

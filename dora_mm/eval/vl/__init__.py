@@ -1,1 +1,1 @@
-"""Evaluation of vision-language predictions: metrics, submission files, comparisons and the page of examples."""
+"""Evaluation of vision-language predictions: metrics, intervals, submission files and the page of examples."""

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.config.models import ModelConfig
-from dora_mm.eval.comparison import Variant, contrasts, table_rows, variants
 from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.images.prompts import with_article
 from dora_mm.eval.images.scores import Scores
@@ -23,9 +22,9 @@ from dora_mm.models.images.families import load_image_model
 from dora_mm.recipes import PIPELINES
 from dora_mm.sampling.gallery.data import GalleryPicture, befores
 from dora_mm.sampling.manifest import ManifestEntry, read_manifest
-from dora_mm.train.campaigns import trainings
-from dora_mm.train.campaigns.campaign import Campaign
-from dora_mm.train.campaigns.subprocesses import TrainingProcess
+from dora_mm.studies.campaigns import trainings
+from dora_mm.studies.campaigns.campaign import Campaign
+from dora_mm.studies.campaigns.subprocesses import TrainingProcess
 from dora_mm.utils.digest import file_digest, module_digest
 from samples.build.__main__ import main as build
 from tests.models.images.z_image import tiny as z_image
@@ -370,34 +369,3 @@ def test_comparison_reports_mistakes(comparison, base, capsys, tmp_path):
     (tmp_path / "campaign" / "notes.txt").touch()
     assert main(["compare", comparison()]) == 2
     assert "exists already and is not a run directory: choose another folder" in capsys.readouterr().err
-
-
-def test_variants_and_contrasts():
-    found = variants((1, 4, 8))
-    assert [variant.key for variant in found] == [
-        "full",
-        "lora-r1",
-        "lora-r4",
-        "lora-r8",
-        "dora-r1",
-        "dora-r2",
-        "dora-r4",
-        "dora-r8",
-    ]
-    pairs = contrasts((1, 8), variants((1, 8)))
-    assert (Variant("dora", 4), Variant("lora", 8)) in pairs
-    assert all(variant in variants((1, 8)) for pair in pairs for variant in pair)
-    assert not any(first.rank == 0 for first, _ in pairs)
-
-
-def test_full_fine_tuning_can_be_left_out():
-    found = variants((8,), full=False)
-    assert [str(variant) for variant in found] == ["LoRA, rank 8", "DoRA, rank 4", "DoRA, rank 8"]
-    assert [name for name, _ in table_rows((8,), found)] == ["LoRA, rank 8", "DoRA, rank 8", "DoRA, half of rank 8"]
-    assert all(variant in found for pair in contrasts((8,), found) for variant in pair)
-
-
-def test_half_ranks_can_be_left_out():
-    found = variants((8,), full=False, half=False)
-    assert [str(variant) for variant in found] == ["LoRA, rank 8", "DoRA, rank 8"]
-    assert contrasts((8,), found) == [(Variant("dora", 8), Variant("lora", 8))]

@@ -13,14 +13,14 @@ import yaml
 
 from dora_mm.cli import main
 from dora_mm.config import load_config
-from dora_mm.config.comparing import CompareConfig
-from dora_mm.eval.comparison import FULL, Variant
 from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
-from dora_mm.train.campaigns import rows as module
-from dora_mm.train.campaigns import subprocesses, trainings
-from dora_mm.train.campaigns.questions import QuestionEvaluation, ValidationSet, shared_images
-from dora_mm.train.campaigns.subprocesses import TrainingProcess
-from dora_mm.train.campaigns.trainings import Training, Trainings
+from dora_mm.studies.campaigns import rows as module
+from dora_mm.studies.campaigns import subprocesses, trainings
+from dora_mm.studies.campaigns.questions import QuestionEvaluation, ValidationSet, shared_images
+from dora_mm.studies.campaigns.subprocesses import TrainingProcess
+from dora_mm.studies.campaigns.trainings import Training, Trainings
+from dora_mm.studies.config import CompareConfig
+from dora_mm.studies.variants import FULL, Variant
 from tests.models.vl.vl_bart.small import DIM, small_bart, small_tokenizer
 
 SAMPLES = Path(__file__).parents[3] / "samples" / "vl"

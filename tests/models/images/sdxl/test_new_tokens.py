@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from dora_mm.adapting.new_tokens import add_tokens, check_tokens
 from dora_mm.config.images import TokenConfig
 from dora_mm.formats.tokens import write_beside
+from dora_mm.models.images.components import Components
 from dora_mm.models.images.new_tokens import check_rows
 from dora_mm.models.images.sdxl import encoding
 from dora_mm.models.images.z_image import ZImage

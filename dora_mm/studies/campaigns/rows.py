@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dora_mm.config.comparing import CompareConfig
-from dora_mm.eval.comparison import Variant
-from dora_mm.train.campaigns.trainings import Training
+from dora_mm.studies.campaigns.trainings import Training
+from dora_mm.studies.config import CompareConfig
+from dora_mm.studies.variants import Variant
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tables import csv_records
 

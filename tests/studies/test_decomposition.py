@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_mm.eval.decomposition import WeightPoint, pattern, relation_to_score, scored_trainings, weight_change
+from dora_mm.studies.decomposition import WeightPoint, pattern, relation_to_score, scored_trainings, weight_change
 
 
 def point(run="a", step=1, matrix="m0", dM=0.0, dD=0.0, score=None):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from dora_mm.config.training import LearningRates
-from dora_mm.eval.comparison import FULL, Variant
-from dora_mm.train.campaigns.rates import beyond, candidate_rates, choice_of, with_neighbours
+from dora_mm.studies.campaigns.rates import beyond, candidate_rates, choice_of, with_neighbours
+from dora_mm.studies.config import LearningRates
+from dora_mm.studies.variants import FULL, Variant
 
 DORA = Variant("dora", 2)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from dora_mm.adapting.files import load_trained
-from dora_mm.config.comparing import CompareConfig, CompareQuestionsConfig
 from dora_mm.config.loader import dump_config
 from dora_mm.config.paths import resolve_path
 from dora_mm.config.vl import TrainVLConfig
@@ -17,21 +16,15 @@ from dora_mm.config.vl_data import VLDataConfig
 from dora_mm.data.vl.example import Example, Predictions, stem
 from dora_mm.data.vl.splits import ValidationSet, open_texts, open_validation, training_texts
 from dora_mm.data.vl.tables import open_table
-from dora_mm.eval.comparison import Result, Variant
 from dora_mm.eval.statistics import Interval
-from dora_mm.eval.vl.comparison import (
+from dora_mm.eval.vl.intervals import (
     AnswerScores,
     answer_scores,
-    caption_notes,
-    describe_sizes,
     gain_over_question_only,
     group_cells,
     group_of,
     groups_of,
     intervals,
-    vl_contrasts_table,
-    vl_results_csv,
-    vl_results_table,
 )
 from dora_mm.eval.vl.metrics import scorer_of
 from dora_mm.eval.vl.question_only import question_only_answers
@@ -39,9 +32,19 @@ from dora_mm.models.vl.families import load_vl_model, structure_of
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.sampling.answers import answer_all
+from dora_mm.studies.campaigns.evaluation import Report, check_trainings, common_overrides, load_base, num_trainings
+from dora_mm.studies.campaigns.trainings import Training, Trainings
+from dora_mm.studies.config import CompareConfig, CompareQuestionsConfig
+from dora_mm.studies.tables import (
+    Result,
+    caption_notes,
+    describe_sizes,
+    vl_contrasts_table,
+    vl_results_csv,
+    vl_results_table,
+)
+from dora_mm.studies.variants import Variant
 from dora_mm.tasks.vl import answerers
-from dora_mm.train.campaigns.evaluation import Report, check_trainings, common_overrides, load_base, num_trainings
-from dora_mm.train.campaigns.trainings import Training, Trainings
 from dora_mm.train.validation import overall
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.devices import default_device

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dora_mm.eval.comparison import Variant
-from dora_mm.train.campaigns import subprocesses
-from dora_mm.train.campaigns import trainings as module
-from dora_mm.train.campaigns.subprocesses import TrainingProcess, check_process, start_process
-from dora_mm.train.campaigns.trainings import Training, Trainings
+from dora_mm.studies.campaigns import subprocesses
+from dora_mm.studies.campaigns import trainings as module
+from dora_mm.studies.campaigns.subprocesses import TrainingProcess, check_process, start_process
+from dora_mm.studies.campaigns.trainings import Training, Trainings
+from dora_mm.studies.variants import Variant
 
 LORA = Variant("lora", 2)
 

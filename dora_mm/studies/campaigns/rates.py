@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from dora_mm.config.training import LearningRates
-from dora_mm.eval.comparison import Variant
+from dora_mm.studies.config import LearningRates
+from dora_mm.studies.variants import Variant
 
 
 class RateChoice(NamedTuple):

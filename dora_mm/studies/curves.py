@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dora_mm.eval.comparison import NAMES, Variant, contrasts
 from dora_mm.eval.statistics import LEVEL, NUM_RESAMPLES, Interval, mean_interval, paired_difference
+from dora_mm.studies.variants import NAMES, Variant, contrasts
 from dora_mm.utils.tables import csv_records, markdown_records
 
 EXPLAINED = """Score: {title}. As good: the rates around the highest score of the first seed's curve that lose less than

@@ -1,4 +1,4 @@
-"""The config that compares methods of training, on pictures or on questions. See schema.py for the rules."""
+"""The config that compares methods of training, on pictures or on questions. See config/schema.py for the rules."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -17,11 +17,26 @@ from dora_mm.config.schema import (
     Text,
     raise_problems,
 )
-from dora_mm.config.training import LearningRates
 from dora_mm.config.vl import DecodeConfig, check_decoding
 from dora_mm.config.vl_data import VLDataConfig, missing_splits
 
 SET_FOR_EACH_TRAINING = ("seed", "output", "adapter.method", "adapter.rank", "optimizer.lr", "train.steps")
+
+
+class LearningRates(Section):
+    """The candidate learning rates of each method; at least three, so that every method gets a suitable one."""
+
+    # of full fine-tuning; null: it is not compared
+    full: Annotated[Items[Positive], Field(min_length=3)] | None = None
+    lora: Annotated[Items[Positive], Field(min_length=3)]  # LoRA, at every rank
+    dora: Annotated[Items[Positive], Field(min_length=3)]  # DoRA, at every rank
+
+    @field_validator("full", "lora", "dora")
+    @classmethod
+    def _rates_are_distinct(cls, rates: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if rates is not None and len(set(rates)) < len(rates):
+            raise ValueError("names a rate twice")
+        return rates
 
 
 class VariantConfig(Section):

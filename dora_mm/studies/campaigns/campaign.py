@@ -14,16 +14,17 @@ from typing import Any, Generic
 
 import numpy as np
 
-from dora_mm.config.comparing import CompareConfig
 from dora_mm.config.loader import load_config
-from dora_mm.eval.comparison import Result, Variant, table_rows
-from dora_mm.eval.curves import CurvePoint, RateCurve, curves_csv, curves_paragraphs
-from dora_mm.eval.plots import plot_curves
 from dora_mm.sampling.sheets import save_atomically
-from dora_mm.train.campaigns.evaluation import Evaluation, ScoresT, compared
-from dora_mm.train.campaigns.rates import RateChoice, best_rate, beyond, candidate_rates, choice_of, with_neighbours
-from dora_mm.train.campaigns.rows import FAILED, TrainingRow, TrainingRows, row_of, rows_file
-from dora_mm.train.campaigns.trainings import Training, Trainings
+from dora_mm.studies.campaigns.evaluation import Evaluation, ScoresT, compared
+from dora_mm.studies.campaigns.rates import RateChoice, best_rate, beyond, candidate_rates, choice_of, with_neighbours
+from dora_mm.studies.campaigns.rows import FAILED, TrainingRow, TrainingRows, row_of, rows_file
+from dora_mm.studies.campaigns.trainings import Training, Trainings
+from dora_mm.studies.config import CompareConfig
+from dora_mm.studies.curves import CurvePoint, RateCurve, curves_csv, curves_paragraphs
+from dora_mm.studies.plots import plot_curves
+from dora_mm.studies.tables import Result
+from dora_mm.studies.variants import Variant, table_rows
 from dora_mm.train.run import open_run, reopen_run
 from dora_mm.utils.atomic import write_text
 

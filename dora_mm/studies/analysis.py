@@ -13,7 +13,6 @@ from tqdm import tqdm
 from dora_mm.config.loader import load_config
 from dora_mm.config.paths import resolve_adapter, resolve_model
 from dora_mm.config.schema import PipelineConfig
-from dora_mm.eval.decomposition import WeightPoint, weight_change
 from dora_mm.eval.gradients import method_of
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra.exact import fitted, new_weight
@@ -22,6 +21,7 @@ from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.reader import LayerReader
+from dora_mm.studies.decomposition import WeightPoint, weight_change
 
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # of transformers 5
 _TRANSPOSED = "layers of GPT-2's kind (Conv1D) keep their weights as (inputs, outputs)"

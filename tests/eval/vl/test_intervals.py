@@ -1,30 +1,22 @@
-"""Tables that compare methods, and intervals over questions that share an image."""
+"""Scores of answers, and intervals over questions that share an image."""
 
-import csv
-import io
 import shutil
 
 import numpy as np
 import pytest
 
 from dora_mm.data.vl.example import Example
-from dora_mm.eval.comparison import FULL, Result, Variant
-from dora_mm.eval.vl.comparison import (
+from dora_mm.eval.vl.intervals import (
     AnswerScores,
     answer_scores,
-    describe_sizes,
     gain_over_question_only,
     group_cells,
     group_of,
     intervals,
     points,
-    vl_contrasts_table,
-    vl_results_csv,
-    vl_results_table,
 )
 from dora_mm.eval.vl.metrics import score, scorer_of
-
-LORA, DORA, HALF = Variant("lora", 4), Variant("dora", 4), Variant("dora", 2)
+from tests.eval.vl.answers import random_scores
 
 
 def example(number: int, *answers: str, image: str = "a.jpg", raw: tuple[str, ...] = (), **changes) -> Example:
@@ -76,14 +68,6 @@ def test_group_of():
     pair = {"images": ("dev-850-2-img0.png", "dev-850-2-img1.png")}
     assert group_of("nlvr2", example(0, id="dev-850-2-1", **pair)) == "dev-850"
     assert group_of("nlvr2", example(0, id="17", **pair)) == "dev-850-2-img0.png dev-850-2-img1.png"
-
-
-def random_scores(groups: int, runs: int = 3, seed: int = 0, share: float = 0.6, size: int = 7, prefix: str = ""):
-    rng = np.random.default_rng(seed)
-    names = np.repeat(np.arange(groups), rng.integers(1, size, groups))
-    probabilities = share + rng.uniform(-0.2, 0.2, groups)[names]
-    values = (rng.random((len(names), runs)) < probabilities[:, None]).astype(float)
-    return AnswerScores(values, tuple(f"{prefix}{name}" for name in names))
 
 
 def test_cells_have_the_mean_of_all_answers_in_every_run():
@@ -155,66 +139,8 @@ def test_intervals_miss_the_truth_about_as_often_as_stated():
     assert 0.005 < missed / 300 < 0.09
 
 
-def better(scores: AnswerScores, gain: float) -> AnswerScores:
-    return AnswerScores(scores.values_QS + gain, scores.groups)
-
-
-def test_differences_are_paired_and_marked():
-    vqa, gqa = random_scores(50), random_scores(50, seed=1, prefix="g")
-    noisy = {"vqa": vqa, "gqa": gqa}
-    scores = {
-        FULL: {"vqa": random_scores(50, seed=0), "gqa": gqa},
-        LORA: noisy,
-        DORA: {"vqa": better(vqa, 0.02), "gqa": gqa},
-        HALF: noisy,
-    }
-    table = vl_contrasts_table([4], scores)
-    lines = table.splitlines()
-    assert lines[0] == "| difference | VQA | GQA | mean |"
-    assert lines[2] == "| DoRA, rank 4 - LoRA, rank 4 | 2.0 (2.0 to 2.0) ! | 0.0 (-7.1 to 7.1) | 1.0 (1.0 to 1.0) ! |"
-    assert [line.split(" | ")[0].strip("| ") for line in lines[3:6]] == [
-        "DoRA, rank 2 - LoRA, rank 4",
-        "DoRA, rank 4 - full fine-tuning",
-        "LoRA, rank 4 - full fine-tuning",
-    ]
-    assert "4 of 12 intervals exclude 0 (marked !)" in table
-
-
-def results() -> list[Result]:
-    scores = {"gqa": random_scores(30, seed=1, prefix="g"), "vqa": random_scores(30)}
-    single = {"vqa": AnswerScores(scores["vqa"].values_QS[:, :1], scores["vqa"].groups)}
-    summary = {"parameters": 1234567, "trainable_share": 5.9617, "seconds_per_step": 0.1234, "peak_memory_mb": 2048.4}
-    return [
-        Result("untrained base", intervals(single)),
-        Result("DoRA, rank 4", intervals(scores), "0.001*", summary),
-    ]
-
-
-def test_the_table_has_a_column_for_each_task_and_blanks_for_missing_values():
-    lines = vl_results_table(results()).splitlines()
-    assert lines[0] == "|  | trainable | learning rate | VQA | GQA | mean | seconds a step | memory, MB |"
-    bare, dora = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
-    assert bare[:3] == ["untrained base", "", ""]
-    assert bare[4:] == ["", "", "", ""]
-    assert dora[:3] == ["DoRA, rank 4", "5.96 %", "0.001*"]
-    assert dora[3] == points(results()[1].scores["vqa"])
-    assert dora[-2:] == ["0.123", "2,048"]
-
-
-def test_the_csv_holds_the_same_numbers():
-    bare, dora = csv.DictReader(io.StringIO(vl_results_csv(results())))
-    scores = results()[1].scores
-    for key in ("vqa", "gqa", "mean"):
-        for end in ("mean", "low", "high"):
-            assert float(dora[f"{key}_{end}"]) == pytest.approx(100 * getattr(scores[key], end), abs=1e-3)
-    assert (dora["parameters"], dora["trainable_share"], dora["learning_rate"]) == ("1234567", "5.9617", "0.001*")
-    assert (dora["seconds_per_step"], dora["peak_memory_mb"]) == ("0.1234", "2048")
-    assert bare["gqa_mean"] == bare["mean_low"] == bare["parameters"] == bare["peak_memory_mb"] == ""
-
-
-def test_gain_over_question_only_and_sizes():
+def test_gain_over_question_only():
     scores = {"vqa": random_scores(40, share=0.7), "caption": random_scores(40, prefix="c")}
     baseline = {"vqa": AnswerScores(np.zeros((len(scores["vqa"].groups), 1)), scores["vqa"].groups)}
     gained = points(intervals({"vqa": scores["vqa"]}, differences=True)["vqa"])
     assert gain_over_question_only("DoRA", scores, baseline).endswith(f": VQA {gained} points.")
-    assert describe_sizes(scores).startswith(f"VQA {len(scores['vqa'].groups)} answers in 40 groups; CIDEr ")

@@ -8,13 +8,14 @@ import numpy as np
 from PIL import Image
 
 from dora_mm.config.adapter import PartConfig
-from dora_mm.config.comparing import CompareConfig
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.loader import load_config
 from dora_mm.config.vl import TrainVLConfig
-from dora_mm.eval.comparison import Result, Variant, variants
 from dora_mm.eval.statistics import Interval
-from dora_mm.train.campaigns.trainings import Training, Trainings
+from dora_mm.studies.campaigns.trainings import Training, Trainings
+from dora_mm.studies.config import CompareConfig
+from dora_mm.studies.tables import Result
+from dora_mm.studies.variants import Variant, variants
 
 ScoresT = TypeVar("ScoresT")
 ConfigT = TypeVar("ConfigT", TrainDiffusionConfig, TrainVLConfig)

@@ -8,15 +8,12 @@ import numpy as np
 from PIL import Image
 
 from dora_mm import backend as backends
-from dora_mm.config.comparing import CompareConfig, ComparePicturesConfig
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.loader import dump_config
 from dora_mm.config.paths import resolve_path
 from dora_mm.config.pictures import RoleConfig
 from dora_mm.data.images.folder import digest_of, read_images, read_training_images
 from dora_mm.data.images.held_out import hold_out
-from dora_mm.eval.comparison import Result, Variant
-from dora_mm.eval.images.comparison import contrasts_table, results_csv, results_table
 from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.judge import FILES, Judge, spaced_concepts
 from dora_mm.eval.images.prompts import fill
@@ -28,8 +25,11 @@ from dora_mm.models.images.new_tokens import load_adapter
 from dora_mm.sampling.before_after import sample_merged
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.sheets import save_atomically
-from dora_mm.train.campaigns.evaluation import Report, check_trainings, common_overrides, load_base, num_trainings
-from dora_mm.train.campaigns.trainings import Training, Trainings
+from dora_mm.studies.campaigns.evaluation import Report, check_trainings, common_overrides, load_base, num_trainings
+from dora_mm.studies.campaigns.trainings import Training, Trainings
+from dora_mm.studies.config import CompareConfig, ComparePicturesConfig
+from dora_mm.studies.tables import Result, picture_contrasts_table, picture_results_csv, picture_results_table
+from dora_mm.studies.variants import Variant
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import module_digest
 
@@ -172,11 +172,11 @@ class PictureEvaluation:
             f"Style {style}, {things} things that no adapter has seen, {of_each} of "
             f"{self.config.steps} steps; 95 % intervals over things and trainings. Both: in the style and the right "
             "thing. Full fine-tuning trains all weights of the same layers.",
-            results_table(results),
-            contrasts_table(self.config.ranks, scores, style),
+            picture_results_table(results),
+            picture_contrasts_table(self.config.ranks, scores, style),
             self.judge.describe(),
         ]
-        return Report(paragraphs, results_csv(results), self.sheet(folder, trained))
+        return Report(paragraphs, picture_results_csv(results), self.sheet(folder, trained))
 
     def sheet(self, folder: Path, trained: Mapping[str, Sequence[Training]]) -> Image.Image:
         """A row per row of the table, a column per thing (evenly spaced), with the first seed of each.

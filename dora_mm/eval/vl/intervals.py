@@ -1,4 +1,4 @@
-"""Comparison of methods on vision-language tasks: a table in the layout of the paper's Table 2, and paired differences.
+"""Scores of answers by task, their intervals over images and training runs, and paired differences.
 
 Shapes: Q answers, S training runs, G groups of answers that are not independent. Scores are shares: 1 is 100 points.
 """
@@ -9,11 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.eval.comparison import Result, Variant, contrasts_table
 from dora_mm.eval.statistics import Interval, mean_interval
 from dora_mm.eval.vl.metrics import scorer_of
 from dora_mm.registries.vl_tasks import TASKS
-from dora_mm.utils.tables import csv_records, markdown_records
 
 MEAN = "mean"
 HEADINGS = {**{name: task.title for name, task in TASKS.items()}, MEAN: MEAN}
@@ -106,49 +104,6 @@ def intervals(scores: Mapping[str, AnswerScores], *, differences: bool = False) 
     return found
 
 
-def vl_results_table(results: Sequence[Result]) -> str:
-    """Returns a Markdown table with a row per result and a column per task."""
-    keys = _keys(results)
-    return markdown_records(
-        [
-            {"": result.name, "trainable": result.entry("trainable_share", "{:.2f} %"), "learning rate": result.rate}
-            | {HEADINGS[key]: points(result.scores[key]) if key in result.scores else "" for key in keys}
-            | {"seconds a step": result.entry("seconds_per_step", "{:.3f}")}
-            | {"memory, MB": result.entry("peak_memory_mb", "{:,.0f}")}
-            for result in results
-        ]
-    )
-
-
-def vl_results_csv(results: Sequence[Result]) -> str:
-    """Returns the table as CSV, with columns for mean, lower and upper end of every task, x 100."""
-    keys, records = _keys(results), []
-    for result in results:
-        record = {"name": result.name, "parameters": result.entry("parameters")}
-        record |= {"trainable_share": result.entry("trainable_share", "{:.4f}"), "learning_rate": result.rate}
-        for key in keys:
-            record |= result.ends(key, lambda share: f"{100 * share:.3f}")
-        record |= {"seconds_per_step": result.entry("seconds_per_step", "{:.4f}")}
-        records.append(record | {"peak_memory_mb": result.entry("peak_memory_mb", "{:.0f}")})
-    return csv_records(records)
-
-
-def vl_contrasts_table(ranks: Sequence[int], scores: Mapping[Variant, Mapping[str, AnswerScores]]) -> str:
-    """Returns a Markdown table of paired differences in points.
-
-    Args:
-        ranks: The ranks that are compared.
-        scores: By variant and task, of the same answers and seeds.
-    """
-    return contrasts_table(
-        ranks,
-        scores,
-        lambda first, second: intervals(minus(first, second), differences=True),
-        HEADINGS,
-        lambda _, interval: points(interval),
-    )
-
-
 def minus(first: Mapping[str, AnswerScores], second: Mapping[str, AnswerScores]) -> dict[str, AnswerScores]:
     """Returns paired differences first - second of the tasks that both have."""
     return {task: found.minus(second[task]) for task, found in first.items() if task in second}
@@ -169,35 +124,6 @@ def gain_over_question_only(
     return f"{name}, less what questions alone give away (the answer that training gave most often): {gained} points."
 
 
-def describe_sizes(scores: Mapping[str, AnswerScores]) -> str:
-    """Returns the number of answers and of groups of every task, in words."""
-    parts = [
-        f"{HEADINGS[task]} {len(found.groups):,} answers in {len(set(found.groups)):,} groups"
-        for task, found in scores.items()
-    ]
-    return "; ".join(parts)
-
-
-def caption_notes(scores: Mapping[str, AnswerScores], tasks: Iterable[str]) -> list[str]:
-    """Returns notes on the scores of captions, and on those of `tasks` that have none."""
-    notes = []
-    if any(TASKS[task].kind == "captions" for task in scores):
-        notes.append(
-            "CIDEr is the mean of the captions' CIDEr-D scores, so its interval is computed in the same way; the word "
-            "frequencies come from the references of the split, which are the same for all."
-        )
-    if missing := [HEADINGS[task] for task in tasks if task not in scores]:
-        notes.append(
-            f"Not scored: {', '.join(missing)}. The tokenizer of caption metrics, a Java program, cannot run here."
-        )
-    return notes
-
-
 def points(interval: Interval) -> str:
     """Returns an interval in points: "65.8 (64.9 to 66.7)"."""
     return f"{100 * interval.mean:.1f} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
-
-
-def _keys(results: Sequence[Result]) -> list[str]:
-    """Returns the tasks that any of the results has scores of, in the order of HEADINGS."""
-    return [key for key in HEADINGS if any(key in result.scores for result in results)]

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from dora_mm.eval.comparison import Variant
-from dora_mm.eval.curves import (
+from dora_mm.studies.curves import (
     CurvePoint,
     RateCurve,
     band,
@@ -13,7 +12,8 @@ from dora_mm.eval.curves import (
     difference,
     rate_per_doubling,
 )
-from dora_mm.eval.plots import plot_curves
+from dora_mm.studies.plots import plot_curves
+from dora_mm.studies.variants import Variant
 
 LOG2 = np.array([0.0, 1.0, 2.0, 3.0, 4.0])
 THINGS = np.random.default_rng(0).normal(size=(30, 1)) / 10

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from dora_mm.eval.comparison import FULL, Variant
-from dora_mm.train.campaigns.rows import FAILED, TrainingRows, row_of
-from dora_mm.train.campaigns.trainings import Training
+from dora_mm.studies.campaigns.rows import FAILED, TrainingRows, row_of
+from dora_mm.studies.campaigns.trainings import Training
+from dora_mm.studies.variants import FULL, Variant
 
 ONE = Training(Variant("dora", 4, "b4"), 1.2345678e-3, 0)
 TWO, THREE = Training(FULL, 1e-3, 1), Training(Variant("lora", 16), 0.5, 0)

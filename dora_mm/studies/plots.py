@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from dora_mm.eval.comparison import NAMES, Variant
-from dora_mm.eval.curves import RateCurve
-from dora_mm.eval.decomposition import ChangePattern, WeightPoint
 from dora_mm.eval.statistics import Interval, bootstrap
+from dora_mm.studies.curves import RateCurve
+from dora_mm.studies.decomposition import ChangePattern, WeightPoint
+from dora_mm.studies.variants import NAMES, Variant
 
 SIDE = 3.2  # inches of a panel
 CROWDED = 4  # curves; a legend of more stands beside the panel

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from dora_mm.eval.comparison import Variant
-from dora_mm.train.campaigns.subprocesses import TrainingProcess, run_processes, start_process
+from dora_mm.studies.campaigns.subprocesses import TrainingProcess, run_processes, start_process
+from dora_mm.studies.variants import Variant
 from dora_mm.train.run import DIVERGED, SUMMARY
 
 log = logging.getLogger(__name__)
