@@ -247,18 +247,22 @@ def sum_tokens(op: Op, dY: Tensor) -> Tensor:
     return as_rows(dY).sum(0) if op.feature_dim == -1 else dY.sum([0, *range(2, dY.dim())])
 
 
-def row_sums(op: Op, dY: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def row_sums(
+    op: Op, dY: Tensor, y: Tensor, bias: Tensor | None, *, wants_squares: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Sums over tokens.
 
     Returns:
-        The sums of dY (y - b) and of (y - b)^2, (O,) each, in at least fp32. The second is None without a bias.
+        The sums of dY (y - b) and of (y - b)^2, (O,) each, in at least fp32. The second is None without a bias, or
+        where it is not wanted.
     """
     dots = squares = None
     for some_dY, some_y in zip(_blocks(op, dY), _blocks(op, y), strict=True):
         inner = some_y.to(torch.promote_types(some_y.dtype, torch.float32))
         if bias is not None:
             inner = inner - per_row(op, bias, inner)
-            squares = _added(squares, inner, inner)
+            if wants_squares:
+                squares = _added(squares, inner, inner)
         dots = _added(dots, some_dY, inner)
     assert dots is not None
     return sum_tokens(op, dots), None if squares is None else sum_tokens(op, squares)
@@ -268,7 +272,9 @@ def _blocks(op: Op, y: Tensor) -> Sequence[Tensor]:
     if op.feature_dim != -1:
         return (y,)
     rows = as_rows(y)
-    return rows.split(TOKENS_AT_ONCE) if rows.device.type == "cpu" and len(rows) > TOKENS_AT_ONCE else (rows,)
+    if torch.compiler.is_compiling() or rows.device.type != "cpu" or len(rows) <= TOKENS_AT_ONCE:
+        return (rows,)  # a compiler makes loops of its own, and would make a graph for each number of blocks
+    return rows.split(TOKENS_AT_ONCE)
 
 
 def _added(sums: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

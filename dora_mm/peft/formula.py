@@ -1,0 +1,180 @@
+"""What the layers of PEFT compute once they run fused: one autograd.Function per adapter, and the row norms.
+
+    z = g (y - b) + b + h (s g B)^T       h = A x; g = m / n; n = ||W0 + s B A|| per row, a constant
+
+y is the output of the base layer, or of the adapter before. PEFT's formula keeps some six tensors of the size of y for
+its backward pass; this one keeps y, and h. Symbols as in core/functional.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_mm import backend
+from dora_mm.core.functional import Adapter, adapter_dtype, autocasts, cast, first_order
+from dora_mm.core.ops import LINEAR, Op, as_rows, per_row, row_sums, sum_tokens
+from dora_mm.core.passes import PassCache
+
+BLOCK = 2**18  # entries at once: 1 MB stays in a processor's cache; the norms of 4096 x 4096 take a fourth of the time
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Scaled(torch.autograd.Function):
+    """z, computed in fp32 and rounded once, from y, b, h, B and m, in which it is differentiable.
+
+    `norm` is n, or None: then W0 and A are given, as for `row_norms`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, y, bias, h, B, magnitude, norm, W0, A, transposed, scaling, dtype):
+        with torch.autocast(y.device.type, enabled=False) if autocasts(y.device) else nullcontext():
+            if norm is None:
+                norm = row_norms(W0, A, B, scaling, transposed)
+            gain = (magnitude / norm).masked_fill_(norm == 0, 1)
+            shift = None if bias is None else torch.addcmul(bias, gain, bias, value=-1)
+            compute = triton_output if runs_in_triton(op, y) else torch_output
+            z = compute(op, y, shift, gain, h, B, scaling, dtype)
+        ctx.op, ctx.scaling = op, scaling
+        ctx.save_for_backward(y, bias, h, B, norm, gain)
+        return z
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dz: Tensor):
+        compute = triton_gradients if runs_in_triton(ctx.op, dz) else torch_gradients
+        found = compute(ctx.op, ctx.scaling, dz, ctx.needs_input_grad[1:6], *ctx.saved_tensors)
+        return None, *found, None, None, None, None, None, None
+
+
+# --- in plain torch --------------------------------------------------------------------------------------------------
+
+
+def torch_output(op, y, shift, gain, h, B, scaling, dtype) -> Tensor:
+    """Returns z = g y + `shift` + h (s g B)^T in `dtype`."""
+    scaled_B, g, found = B * (gain * scaling).unsqueeze(1), per_row(op, gain, y), []
+    shift = None if shift is None else per_row(op, shift, y)
+    for some_y, some_h in blocks(op, dtype != gain.dtype, y, h):
+        z = some_y * g if shift is None else torch.addcmul(shift, some_y, g)
+        found.append(cast(op.add_expanded(z, cast(some_h, z.dtype), scaled_B), dtype))
+    return joined(found, y)
+
+
+def torch_gradients(op, scaling, dz, needs, y, bias, h, B, norm, gain) -> Sequence[Tensor | None]:
+    """Returns the gradients of y, b, h, B and m that are needed; those of h and B are products in the dtype of h."""
+    needs_y, needs_bias, needs_h, needs_B, needs_m = needs
+    factors, product, dh, dm, dy = (gain * scaling).unsqueeze(1), None, [], None, []
+    operand = cast(B * factors, h.dtype) if needs_h else B
+    for some_dz, some_h in blocks(op, dz.dtype != h.dtype, dz, h):
+        d = cast(some_dz, h.dtype)
+        if needs_B or needs_m:
+            part = cast(op.grad_B(d, some_h, B), gain.dtype)
+            product = part if product is None else product.add_(part)
+        if needs_h:
+            dh.append(op.grad_h(d, operand))
+    if needs_m:
+        sums, _ = row_sums(op, dz, y, bias, wants_squares=False)
+        dm = torch.add(sums, (product * B).sum(1), alpha=scaling).div_(norm).masked_fill_(norm == 0, 0)
+    if needs_y:
+        g = per_row(op, gain, dz)
+        dy = [cast(d * g, y.dtype) for (d,) in blocks(op, y.dtype != gain.dtype, dz)]
+    dbias = (1 - gain) * sum_tokens(op, dz) if needs_bias else None
+    dB = product * factors if needs_B and product is not None else None
+    return joined(dy, y) if dy else None, dbias, joined(dh, h) if dh else None, dB, dm
+
+
+def blocks(op: Op, casts: bool, *tensors: Tensor) -> Sequence[tuple[Tensor, ...]]:
+    """Tensors with the same tokens, the largest first; of a Linear as (T, ...).
+
+    Where they are cast on a processor, they come in blocks that stay in its cache: to allocate pages for a tensor of
+    2048 x 1280 in fp32 takes as long as a third of the layer's product in bf16.
+    """
+    if op.feature_dim != -1:
+        return [tensors]
+    rows = [as_rows(t) for t in tensors]
+    if not casts or torch.compiler.is_compiling() or rows[0].device.type != "cpu" or rows[0].numel() <= BLOCK:
+        return [tuple(rows)]
+    return list(zip(*(t.split(max(1, BLOCK // rows[0].shape[1])) for t in rows), strict=True))
+
+
+def joined(found: list[Tensor], like: Tensor) -> Tensor:
+    """What was computed for `blocks`, in the shape of a tensor with all tokens."""
+    return (found[0] if len(found) == 1 else torch.cat(found)).view(like.shape)
+
+
+def row_norms(W0: Tensor, A: Tensor, B: Tensor, scaling: float, transposed: bool) -> Tensor:
+    """Computes n = ||W0 + s B A|| per output row, of the dense sum in at least fp32, as PEFT does.
+
+    Args:
+        W0: (O, I) in any floating dtype; (I, O) where it is stored `transposed`.
+        A: (R, I).
+        B: (O, R).
+        scaling: s.
+        transposed: See W0.
+
+    Returns:
+        n (O,).
+    """
+    dtype = torch.promote_types(A.dtype, adapter_dtype(W0.dtype))
+    A, B = cast(A, dtype), cast(B, dtype)
+    if runs_in_triton(LINEAR, W0):
+        return triton_norms(W0.t() if transposed else W0, A, B, scaling)
+    left, right, dim = (A.t(), B.t(), 0) if transposed else (B, A, 1)
+    if torch.compiler.is_compiling() or W0.device.type != "cpu" or W0.numel() <= BLOCK:
+        return torch.linalg.vector_norm(torch.addmm(cast(W0, dtype), left, right, alpha=scaling), dim=dim)
+    at_once = max(1, BLOCK // W0.shape[1])
+    found = [
+        torch.linalg.vector_norm(torch.addmm(cast(some, dtype), rows, right, alpha=scaling), dim=dim)
+        for some, rows in zip(W0.split(at_once), left.split(at_once), strict=True)
+    ]
+    return torch.linalg.vector_norm(torch.stack(found), dim=0) if transposed else torch.cat(found)
+
+
+# --- in our kernels --------------------------------------------------------------------------------------------------
+
+
+def runs_in_triton(op: Op, t: Tensor) -> bool:
+    """Whether passes over a tensor run in our kernels: those of a Linear, where the backend has chosen them."""
+    return op is LINEAR and backend.CHOSEN[t.is_cuda] is not backend.TORCH and t.dtype in KERNEL_DTYPES
+
+
+def triton_output(op, y, shift, gain, h, B, scaling, dtype) -> Tensor:
+    """`torch_output` in one pass over y."""
+    from dora_mm.kernels.low_rank_add import low_rank_add
+
+    return low_rank_add(as_rows(y), shift, gain, as_rows(h), B, scaling, dtype).view(y.shape)
+
+
+def triton_gradients(op, scaling, dz, needs, y, bias, h, B, norm, gain) -> Sequence[Tensor | None]:
+    """`torch_gradients` with one pass over dz and y."""
+    from dora_mm.kernels.adapter_grads import adapter_grads
+    from dora_mm.kernels.common import float_product
+    from dora_mm.kernels.output_grad import output_grad
+
+    needs_y, needs_bias, needs_h, needs_B, needs_m = needs
+    d, rows, dB, dm = as_rows(dz), as_rows(h), None, None
+    of_rows = bias, norm, norm, gain
+    scaled, dots, operand = output_grad(d, as_rows(y), None, None, rows, B, *of_rows, scaling, needs_y, needs_m)
+    dy = cast(scaled, y.dtype).view(y.shape) if needs_y else None
+    d = cast(d, h.dtype)
+    dh = (d @ operand).view(h.shape) if needs_h else None
+    if needs_B or needs_m:
+        product = float_product(d.t(), rows)
+        dB, dm = adapter_grads(product, B.shape[1], dots if needs_m else None, gain, scaling)
+        if needs_m:
+            dm = torch.addcdiv(dm, (product * B).sum(1), norm, value=scaling).masked_fill_(norm == 0, 0)
+    dbias = (1 - gain) * sum_tokens(op, dz) if needs_bias else None
+    return dy, dbias, dh, dB if needs_B else None, dm if needs_m else None
+
+
+def triton_norms(W0: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """`row_norms` by the kernels of our layers, which build no dense sum."""
+    from dora_mm.kernels.dora_linear import TRITON_STEPS
+
+    rows, _ = TRITON_STEPS.row_gains(W0, Adapter(A, B, B.new_ones(len(B)), scaling), PassCache())
+    assert rows is not None
+    return rows.norm

@@ -1,0 +1,177 @@
+"""The layers of PEFT: what a pass reads of them, and the variants of DoRA whose forward pass is `formula.Scaled`.
+
+PEFT calls the variant of an adapter with the output of its base layer, or of the adapter before. Ours are subclasses of
+its own, which merge, unmerge and initialise as they do. PEFT says that this place may change: see `check_version`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import dora, variants
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from dora_mm.core.ops import LINEAR, ConvOp, Op
+from dora_mm.peft.formula import Scaled, row_norms
+
+DROPS = "dropout in training, where a second large product is taken"
+NOT_AT_HAND = "parameters that are sharded, offloaded, parametrized or of an unknown class"
+HOOKS = "hooks on lora_B or lora_magnitude_vector, which a fused pass would not call"
+
+
+class Read(NamedTuple):
+    """What a pass reads of one adapter of one layer, as PEFT holds it: conv kernels with all their dimensions."""
+
+    weight: Any
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    magnitude: Tensor
+    scaling: float
+    transposed: bool
+
+    def state(self) -> tuple[Any, ...]:
+        """What most changes of what n depends on change; writing to `.data` and fused optimizers do not."""
+        tensors = (self.weight, self.A, self.B)
+        return (self.scaling, *(t.data_ptr() for t in tensors), *(t._version for t in tensors))
+
+
+def read(layer: Any, name: str) -> Read | str:
+    """What a pass reads, or why it runs PEFT's own code."""
+    base, magnitude, own = layer.get_base_layer(), layer.lora_magnitude_vector[name], layer.lora_A
+    modules = [magnitude]
+    is_embedding = name not in own
+    if is_embedding:
+        A, B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+    else:
+        if layer.training and drops(layer, name):
+            return DROPS
+        expands = layer.lora_B[name]
+        modules.append(expands)
+        A, B = own[name].weight, expands.weight
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules):
+        return HOOKS
+    weight, m = base.weight, magnitude.weight
+    at_hand = is_at_hand(A) and is_at_hand(B) and is_at_hand(m) and (is_at_hand(weight) or is_quantized(weight))
+    if not at_hand or hasattr(m, "ds_id"):  # DeepSpeed's ZeRO-3 gathers a module's parameters for its own pass only
+        return NOT_AT_HAND
+    transposed = is_embedding or getattr(layer, "fan_in_fan_out", False)
+    return Read(weight, getattr(base, "bias", None), A, B, m, layer.scaling[name], transposed)
+
+
+def drops(layer: Any, name: str) -> bool:
+    """Whether an adapter has dropout, which PEFT's embeddings with DoRA ignore."""
+    return getattr(layer.lora_dropout[name], "p", 0) > 0 and name in layer.lora_A
+
+
+def is_at_hand(t: Any) -> bool:
+    """Whether a parameter is a plain one with all its numbers: no DTensor, not on `meta`, not of size 0."""
+    return type(t) is nn.Parameter and t.is_floating_point() and not t.is_meta and t.numel() > 0
+
+
+def is_quantized(weight: Any) -> bool:
+    """Whether PEFT dequantises this weight by a function of bitsandbytes or torchao."""
+    return type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao.")
+
+
+@torch.no_grad()
+def norm_of(layer: Any, found: Read) -> Tensor:
+    """Computes n (O,) from the parameters as they are."""
+    with torch.autocast(found.A.device.type, enabled=False):
+        W0 = dequantize_module_weight(layer.get_base_layer()).flatten(1)
+        return row_norms(W0, found.A.flatten(1), found.B.flatten(1), found.scaling, found.transposed)
+
+
+class Kept(NamedTuple):
+    """n, and the state of the parameters that it is of."""
+
+    norm: Tensor
+    state: tuple[Any, ...]
+
+
+class Fused:
+    """What our variants have in common. An instance belongs to one adapter of one layer.
+
+    Attributes:
+        op: What the layer does with h.
+        kept: n, inside `fixed_norms`.
+    """
+
+    op: Op = LINEAR
+    kept: Kept | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a layer is in no context."""
+        return {}
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """The output of an adapter, `result` being that of the base layer or of the adapter before. PEFT calls it."""
+        found = read(module, active_adapter)
+        if isinstance(found, str):
+            stock: Any = super()
+            return stock.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
+        h, norm, W0 = self.reduced(module, active_adapter, x), self.norm(module, active_adapter, found), found.weight
+        if norm is None and not is_at_hand(W0):  # torch.compile cannot trace this
+            norm = norm_of(module, found)
+        W0, A = (W0.flatten(1), found.A.flatten(1)) if norm is None else (None, None)
+        B, m, dtype = found.B.flatten(1), found.magnitude.flatten(), output_dtype(module, result, found.magnitude)
+        return Scaled.apply(
+            self.op, result, found.bias, h, B, m, norm, W0, A, found.transposed, found.scaling, dtype
+        )  # fmt: skip
+
+    def reduced(self, layer: Any, name: str, x: Tensor) -> Tensor:
+        """Returns h, as PEFT computes it."""
+        return layer.lora_A[name](x)
+
+    def norm(self, layer: Any, name: str, found: Read) -> Tensor | None:
+        """Returns n (O,) where it is kept, and the parameters are what it was computed from; else None."""
+        if self.kept is not None and (torch.compiler.is_compiling() or self.kept.state == found.state()):
+            return self.kept.norm
+        cache = layer.lora_magnitude_vector[name]
+        if not dora.ENABLE_DORA_CACHING or cache.training:
+            if cache._dora_cache:
+                cache._cache_clear()
+            return None
+        key = f"fused-norm-{name}"  # as PEFT itself keeps norms in inference
+        if cache._cache_get(key, None) is None:
+            cache._cache_store(key, norm_of(layer, found))
+        return cache._cache_get(key, None)
+
+
+class FusedLinear(Fused, variants.DoraLinearVariant):
+    """DoRA of Linear and of transformers' Conv1D, also quantised."""
+
+
+class FusedEmbedding(Fused, variants.DoraEmbeddingVariant):
+    """DoRA of Embedding, which may scale what it looks up."""
+
+    def reduced(self, layer: Any, name: str, x: Tensor) -> Tensor:
+        """Returns h, as PEFT computes it."""
+        h, scale = layer._embed(x, layer.lora_embedding_A[name].T), layer._get_embed_scale()
+        return h if scale is None else h * scale.to(h.dtype)
+
+
+class FusedConv1d(Fused, variants.DoraConv1dVariant):
+    """DoRA of Conv1d."""
+
+    op = ConvOp((1,), (0,), (1,))
+
+
+class FusedConv2d(Fused, variants.DoraConv2dVariant):
+    """DoRA of Conv2d."""
+
+    op = ConvOp((1, 1), (0, 0), (1, 1))
+
+
+class FusedConv3d(Fused, variants.DoraConv3dVariant):
+    """DoRA of Conv3d."""
+
+    op = ConvOp((1, 1, 1), (0, 0, 0), (1, 1, 1))
+
+
+def output_dtype(layer: Any, y: Tensor, magnitude: Tensor) -> torch.dtype:
+    """That of PEFT's own variant; or that of y, where nothing but PEFT's cast to it would follow."""
+    is_cast = not type(layer).__module__.endswith(".bnb") and len(layer.active_adapters) == 1
+    return y.dtype if is_cast else torch.promote_types(y.dtype, magnitude.dtype)
