@@ -257,8 +257,9 @@ def row_sums(
         where it is not wanted.
     """
     dots = squares = None
+    dtype = y.dtype if y.dtype.itemsize >= 4 else torch.float32
     for some_dY, some_y in zip(_blocks(op, dY), _blocks(op, y), strict=True):
-        inner = some_y.to(torch.promote_types(some_y.dtype, torch.float32))
+        inner = some_y if y.dtype == dtype else some_y.to(dtype)
         if bias is not None:
             inner = inner - per_row(op, bias, inner)
             if wants_squares:

@@ -84,7 +84,7 @@ def _output_grad(
             m = tl.load(magnitude + columns, mask=is_column, other=1.0) if RECOMPUTES else n
             total = tl.where(is_regular, tl.div_rn(tl.sum(dot, 0), tl.where(is_regular, m, 1.0)), 0.0)
             is_safe = is_safe | is_regular
-        if RECOMPUTES:
+        if RECOMPUTES:  # noqa: SIM102 -- the compiler leaves the inner one out only where it stands alone
             if tl.min(is_safe.to(tl.int32), 0) == 0:
                 again = tl.zeros([BLOCK_X, BLOCK_O], dtype=tl.float32)
                 for start in range(0, SLAB, BLOCK_X):

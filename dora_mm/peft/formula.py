@@ -8,6 +8,7 @@ its backward pass; this one keeps y, and h. Symbols as in core/functional.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dora_mm import backend
-from dora_mm.core.functional import Adapter, adapter_dtype, autocasts, cast, first_order
+from dora_mm.core.functional import Adapter, adapter_dtype, autocasts, can_read, cast, first_order
 from dora_mm.core.ops import LINEAR, Op, as_rows, per_row, row_sums, sum_tokens
 from dora_mm.core.passes import PassCache
 
@@ -35,12 +36,19 @@ class Scaled(torch.autograd.Function):
         with torch.autocast(y.device.type, enabled=False) if autocasts(y.device) else nullcontext():
             if norm is None:
                 norm = row_norms(W0, A, B, scaling, transposed)
-            gain = (magnitude / norm).masked_fill_(norm == 0, 1)
+            gain, divisor = magnitude / norm, norm
+            if norm.device.type != "cpu" or not can_read(norm) or not norm.min().item() > 0:
+                is_zero = norm == 0
+                gain, divisor = gain.masked_fill_(is_zero, 1), norm.masked_fill(is_zero, math.inf)
             shift = None if bias is None else torch.addcmul(bias, gain, bias, value=-1)
-            compute = triton_output if runs_in_triton(op, y) else torch_output
-            z = compute(op, y, shift, gain, h, B, scaling, dtype)
+            if runs_in_triton(op, y):
+                z, factors = triton_output(y, shift, gain, h, B, scaling, dtype), ()
+            else:
+                factors = (gain * scaling).unsqueeze(1)
+                factors = factors, B * factors
+                z = torch_output(op, y, shift, gain, h, factors[1], dtype)
         ctx.op, ctx.scaling = op, scaling
-        ctx.save_for_backward(y, bias, h, B, norm, gain)
+        ctx.save_for_backward(y, bias, h, B, divisor, gain, *factors)
         return z
 
     @staticmethod
@@ -54,9 +62,9 @@ class Scaled(torch.autograd.Function):
 # --- in plain torch --------------------------------------------------------------------------------------------------
 
 
-def torch_output(op, y, shift, gain, h, B, scaling, dtype) -> Tensor:
-    """Returns z = g y + `shift` + h (s g B)^T in `dtype`."""
-    scaled_B, g, found = B * (gain * scaling).unsqueeze(1), per_row(op, gain, y), []
+def torch_output(op, y, shift, gain, h, scaled_B, dtype) -> Tensor:
+    """Returns z = g y + `shift` + h `scaled_B`^T in `dtype`."""
+    g, found = per_row(op, gain, y), []
     shift = None if shift is None else per_row(op, shift, y)
     for some_y, some_h in blocks(op, dtype != gain.dtype, y, h):
         z = some_y * g if shift is None else torch.addcmul(shift, some_y, g)
@@ -64,11 +72,10 @@ def torch_output(op, y, shift, gain, h, B, scaling, dtype) -> Tensor:
     return joined(found, y)
 
 
-def torch_gradients(op, scaling, dz, needs, y, bias, h, B, norm, gain) -> Sequence[Tensor | None]:
+def torch_gradients(op, scaling, dz, needs, y, bias, h, B, divisor, gain, factors, scaled_B) -> Sequence[Tensor | None]:
     """Returns the gradients of y, b, h, B and m that are needed; those of h and B are products in the dtype of h."""
     needs_y, needs_bias, needs_h, needs_B, needs_m = needs
-    factors, product, dh, dm, dy = (gain * scaling).unsqueeze(1), None, [], None, []
-    operand = cast(B * factors, h.dtype) if needs_h else B
+    operand, product, dh, dm, dy = cast(scaled_B, h.dtype), None, [], None, []
     for some_dz, some_h in blocks(op, dz.dtype != h.dtype, dz, h):
         d = cast(some_dz, h.dtype)
         if needs_B or needs_m:
@@ -78,7 +85,7 @@ def torch_gradients(op, scaling, dz, needs, y, bias, h, B, norm, gain) -> Sequen
             dh.append(op.grad_h(d, operand))
     if needs_m:
         sums, _ = row_sums(op, dz, y, bias, wants_squares=False)
-        dm = torch.add(sums, (product * B).sum(1), alpha=scaling).div_(norm).masked_fill_(norm == 0, 0)
+        dm = torch.add(sums, (product * B).sum(1), alpha=scaling).div_(divisor)
     if needs_y:
         g = per_row(op, gain, dz)
         dy = [cast(d * g, y.dtype) for (d,) in blocks(op, y.dtype != gain.dtype, dz)]
@@ -142,14 +149,14 @@ def runs_in_triton(op: Op, t: Tensor) -> bool:
     return op is LINEAR and backend.CHOSEN[t.is_cuda] is not backend.TORCH and t.dtype in KERNEL_DTYPES
 
 
-def triton_output(op, y, shift, gain, h, B, scaling, dtype) -> Tensor:
+def triton_output(y, shift, gain, h, B, scaling, dtype) -> Tensor:
     """`torch_output` in one pass over y."""
     from dora_mm.kernels.low_rank_add import low_rank_add
 
     return low_rank_add(as_rows(y), shift, gain, as_rows(h), B, scaling, dtype).view(y.shape)
 
 
-def triton_gradients(op, scaling, dz, needs, y, bias, h, B, norm, gain) -> Sequence[Tensor | None]:
+def triton_gradients(op, scaling, dz, needs, y, bias, h, B, divisor, gain) -> Sequence[Tensor | None]:
     """`torch_gradients` with one pass over dz and y."""
     from dora_mm.kernels.adapter_grads import adapter_grads
     from dora_mm.kernels.common import float_product
@@ -157,7 +164,7 @@ def triton_gradients(op, scaling, dz, needs, y, bias, h, B, norm, gain) -> Seque
 
     needs_y, needs_bias, needs_h, needs_B, needs_m = needs
     d, rows, dB, dm = as_rows(dz), as_rows(h), None, None
-    of_rows = bias, norm, norm, gain
+    of_rows = bias, divisor, divisor, gain
     scaled, dots, operand = output_grad(d, as_rows(y), None, None, rows, B, *of_rows, scaling, needs_y, needs_m)
     dy = cast(scaled, y.dtype).view(y.shape) if needs_y else None
     d = cast(d, h.dtype)
@@ -166,7 +173,7 @@ def triton_gradients(op, scaling, dz, needs, y, bias, h, B, norm, gain) -> Seque
         product = float_product(d.t(), rows)
         dB, dm = adapter_grads(product, B.shape[1], dots if needs_m else None, gain, scaling)
         if needs_m:
-            dm = torch.addcdiv(dm, (product * B).sum(1), norm, value=scaling).masked_fill_(norm == 0, 0)
+            dm = torch.addcdiv(dm, (product * B).sum(1), divisor, value=scaling)
     dbias = (1 - gain) * sum_tokens(op, dz) if needs_bias else None
     return dy, dbias, dh, dB if needs_B else None, dm if needs_m else None
 

@@ -21,14 +21,14 @@ NOT_AT_HAND = "parameters that are sharded, offloaded, parametrized or of an unk
 HOOKS = "hooks on lora_B or lora_magnitude_vector, which a fused pass would not call"
 
 
-class Read(NamedTuple):
+class PassTensors(NamedTuple):
     """What a pass reads of one adapter of one layer, as PEFT holds it: conv kernels with all their dimensions."""
 
     weight: Any
     bias: Tensor | None
-    A: Tensor
-    B: Tensor
-    magnitude: Tensor
+    A: Any
+    B: Any
+    magnitude: Any
     scaling: float
     transposed: bool
 
@@ -38,32 +38,43 @@ class Read(NamedTuple):
         return (self.scaling, *(t.data_ptr() for t in tensors), *(t._version for t in tensors))
 
 
-def read(layer: Any, name: str) -> Read | str:
-    """What a pass reads, or why it runs PEFT's own code."""
-    base, magnitude, own = layer.get_base_layer(), layer.lora_magnitude_vector[name], layer.lora_A
-    modules = [magnitude]
-    is_embedding = name not in own
+def read(layer: Any, name: str) -> PassTensors | str:
+    """What a pass reads, or why it runs PEFT's own code.
+
+    Modules and parameters come from their dictionaries: attributes of a Module take several times as long.
+    """
+    own = layer._modules
+    magnitude, is_embedding = own["lora_magnitude_vector"]._modules[name], name not in own["lora_A"]._modules
     if is_embedding:
-        A, B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+        A, B, hooked = layer.lora_embedding_A[name], layer.lora_embedding_B[name], has_hooks(magnitude)
     else:
         if layer.training and drops(layer, name):
             return DROPS
-        expands = layer.lora_B[name]
-        modules.append(expands)
-        A, B = own[name].weight, expands.weight
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules):
+        expands = own["lora_B"]._modules[name]
+        A, B = own["lora_A"]._modules[name]._parameters.get("weight"), expands._parameters.get("weight")
+        hooked = has_hooks(magnitude) or has_hooks(expands)
+    if hooked:
         return HOOKS
-    weight, m = base.weight, magnitude.weight
+    base = layer.get_base_layer()
+    weight, m = base._parameters.get("weight"), magnitude._parameters.get("weight")
     at_hand = is_at_hand(A) and is_at_hand(B) and is_at_hand(m) and (is_at_hand(weight) or is_quantized(weight))
     if not at_hand or hasattr(m, "ds_id"):  # DeepSpeed's ZeRO-3 gathers a module's parameters for its own pass only
         return NOT_AT_HAND
     transposed = is_embedding or getattr(layer, "fan_in_fan_out", False)
-    return Read(weight, getattr(base, "bias", None), A, B, m, layer.scaling[name], transposed)
+    return PassTensors(weight, base._parameters.get("bias"), A, B, m, layer.scaling[name], transposed)
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether something is to be called with this module, by which a fused pass would not go."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def drops(layer: Any, name: str) -> bool:
     """Whether an adapter has dropout, which PEFT's embeddings with DoRA ignore."""
-    return getattr(layer.lora_dropout[name], "p", 0) > 0 and name in layer.lora_A
+    own = layer._modules
+    return not isinstance(own["lora_dropout"]._modules[name], nn.Identity) and name in own["lora_A"]._modules
 
 
 def is_at_hand(t: Any) -> bool:
@@ -77,21 +88,21 @@ def is_quantized(weight: Any) -> bool:
 
 
 @torch.no_grad()
-def norm_of(layer: Any, found: Read) -> Tensor:
+def norm_of(layer: Any, found: PassTensors) -> Tensor:
     """Computes n (O,) from the parameters as they are."""
     with torch.autocast(found.A.device.type, enabled=False):
         W0 = dequantize_module_weight(layer.get_base_layer()).flatten(1)
         return row_norms(W0, found.A.flatten(1), found.B.flatten(1), found.scaling, found.transposed)
 
 
-class Kept(NamedTuple):
+class StepNorm(NamedTuple):
     """n, and the state of the parameters that it is of."""
 
     norm: Tensor
     state: tuple[Any, ...]
 
 
-class Fused:
+class FusedDoRA:
     """What our variants have in common. An instance belongs to one adapter of one layer.
 
     Attributes:
@@ -100,7 +111,7 @@ class Fused:
     """
 
     op: Op = LINEAR
-    kept: Kept | None = None
+    kept: StepNorm | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a layer is in no context."""
@@ -125,7 +136,7 @@ class Fused:
         """Returns h, as PEFT computes it."""
         return layer.lora_A[name](x)
 
-    def norm(self, layer: Any, name: str, found: Read) -> Tensor | None:
+    def norm(self, layer: Any, name: str, found: PassTensors) -> Tensor | None:
         """Returns n (O,) where it is kept, and the parameters are what it was computed from; else None."""
         if self.kept is not None and (torch.compiler.is_compiling() or self.kept.state == found.state()):
             return self.kept.norm
@@ -140,11 +151,11 @@ class Fused:
         return cache._cache_get(key, None)
 
 
-class FusedLinear(Fused, variants.DoraLinearVariant):
+class FusedLinear(FusedDoRA, variants.DoraLinearVariant):
     """DoRA of Linear and of transformers' Conv1D, also quantised."""
 
 
-class FusedEmbedding(Fused, variants.DoraEmbeddingVariant):
+class FusedEmbedding(FusedDoRA, variants.DoraEmbeddingVariant):
     """DoRA of Embedding, which may scale what it looks up."""
 
     def reduced(self, layer: Any, name: str, x: Tensor) -> Tensor:
@@ -153,19 +164,19 @@ class FusedEmbedding(Fused, variants.DoraEmbeddingVariant):
         return h if scale is None else h * scale.to(h.dtype)
 
 
-class FusedConv1d(Fused, variants.DoraConv1dVariant):
+class FusedConv1d(FusedDoRA, variants.DoraConv1dVariant):
     """DoRA of Conv1d."""
 
     op = ConvOp((1,), (0,), (1,))
 
 
-class FusedConv2d(Fused, variants.DoraConv2dVariant):
+class FusedConv2d(FusedDoRA, variants.DoraConv2dVariant):
     """DoRA of Conv2d."""
 
     op = ConvOp((1, 1), (0, 0), (1, 1))
 
 
-class FusedConv3d(Fused, variants.DoraConv3dVariant):
+class FusedConv3d(FusedDoRA, variants.DoraConv3dVariant):
     """DoRA of Conv3d."""
 
     op = ConvOp((1, 1, 1), (0, 0, 0), (1, 1, 1))

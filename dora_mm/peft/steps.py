@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from dora_mm.peft.fuse import FuseReport, fuse_peft, fused_of
-from dora_mm.peft.layers import Kept, Read, norm_of, read
+from dora_mm.peft.layers import PassTensors, StepNorm, norm_of, read
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +30,9 @@ def fixed_norms(model: nn.Module) -> Iterator[None]:
     kept, tensors = [], []
     for layer, name in fused_of(model):
         found = read(layer, name)
-        if name in layer.active_adapters and isinstance(found, Read):
+        if name in layer.active_adapters and isinstance(found, PassTensors):
             kept.append(layer.lora_variant[name])
-            kept[-1].kept = Kept(norm_of(layer, found), found.state())
+            kept[-1].kept = StepNorm(norm_of(layer, found), found.state())
             tensors += found.A, found.B
     before = lengths(tensors)
     try:
@@ -66,13 +66,13 @@ class FusePeft(TrainerCallback):
     def __init__(self) -> None:
         self._step = ExitStack()
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model, **kwargs):
         """Fuses the model."""
         self.report = fuse_peft(model)
         if state.is_world_process_zero:
             print(self.report)
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
+    def on_step_begin(self, args, state, control, model, **kwargs):
         """Computes the row norms."""
         self._step.close()
         self._step.enter_context(fixed_norms(model))
