@@ -18,7 +18,7 @@ from dora_mm.peft.formula import Scaled, row_norms
 
 DROPS = "dropout in training, where a second large product is taken"
 NOT_AT_HAND = "parameters that are sharded, offloaded, parametrized or of an unknown class"
-HOOKS = "hooks on lora_B or lora_magnitude_vector, which a fused pass would not call"
+HOOKS = "hooks on lora_A, lora_B or lora_magnitude_vector, which a fused pass would not call as PEFT's does"
 
 
 class PassTensors(NamedTuple):
@@ -50,9 +50,9 @@ def read(layer: Any, name: str) -> PassTensors | str:
     else:
         if layer.training and drops(layer, name):
             return DROPS
-        expands = own["lora_B"]._modules[name]
-        A, B = own["lora_A"]._modules[name]._parameters.get("weight"), expands._parameters.get("weight")
-        hooked = has_hooks(magnitude) or has_hooks(expands)
+        reduces, expands = own["lora_A"]._modules[name], own["lora_B"]._modules[name]
+        A, B = reduces._parameters.get("weight"), expands._parameters.get("weight")
+        hooked = has_hooks(magnitude) or has_hooks(expands) or has_hooks(reduces)
     if hooked:
         return HOOKS
     base = layer.get_base_layer()
@@ -65,7 +65,7 @@ def read(layer: Any, name: str) -> PassTensors | str:
 
 
 def has_hooks(module: Any) -> bool:
-    """Whether something is to be called with this module, by which a fused pass would not go."""
+    """Whether something is to be called with this module. PEFT calls lora_A for the norm, too."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -107,11 +107,11 @@ class FusedDoRA:
 
     Attributes:
         op: What the layer does with h.
-        kept: n, inside `fixed_norms`.
+        step_norm: n, inside `fixed_norms`.
     """
 
     op: Op = LINEAR
-    kept: StepNorm | None = None
+    step_norm: StepNorm | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a layer is in no context."""
@@ -138,8 +138,8 @@ class FusedDoRA:
 
     def norm(self, layer: Any, name: str, found: PassTensors) -> Tensor | None:
         """Returns n (O,) where it is kept, and the parameters are what it was computed from; else None."""
-        if self.kept is not None and (torch.compiler.is_compiling() or self.kept.state == found.state()):
-            return self.kept.norm
+        if self.step_norm is not None and (torch.compiler.is_compiling() or self.step_norm.state == found.state()):
+            return self.step_norm.norm
         cache = layer.lora_magnitude_vector[name]
         if not dora.ENABLE_DORA_CACHING or cache.training:
             if cache._dora_cache:

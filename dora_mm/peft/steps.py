@@ -32,7 +32,7 @@ def fixed_norms(model: nn.Module) -> Iterator[None]:
         found = read(layer, name)
         if name in layer.active_adapters and isinstance(found, PassTensors):
             kept.append(layer.lora_variant[name])
-            kept[-1].kept = StepNorm(norm_of(layer, found), found.state())
+            kept[-1].step_norm = StepNorm(norm_of(layer, found), found.state())
             tensors += found.A, found.B
     before = lengths(tensors)
     try:
@@ -41,7 +41,7 @@ def fixed_norms(model: nn.Module) -> Iterator[None]:
             log.warning("A or B changed while their row norms were kept: close fixed_norms before optimizer.step()")
     finally:
         for variant in kept:
-            variant.kept = None
+            variant.step_norm = None
 
 
 @torch.no_grad()
