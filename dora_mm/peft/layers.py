@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import dora, variants
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from dora_mm.core.ops import LINEAR, ConvOp, Op
+from dora_mm.core.wrappers.quantized import dequantized
 from dora_mm.peft.formula import Scaled, row_norms
 
 DROPS = "dropout in training, where a second large product is taken"
@@ -83,7 +83,7 @@ def is_at_hand(t: Any) -> bool:
 
 
 def is_quantized(weight: Any) -> bool:
-    """Whether PEFT dequantises this weight by a function of bitsandbytes or torchao."""
+    """Whether this is a weight of bitsandbytes or torchao, in four or eight bits."""
     return type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao.")
 
 
@@ -91,8 +91,8 @@ def is_quantized(weight: Any) -> bool:
 def norm_of(layer: Any, found: PassTensors) -> Tensor:
     """Computes n (O,) from the parameters as they are."""
     with torch.autocast(found.A.device.type, enabled=False):
-        W0 = dequantize_module_weight(layer.get_base_layer()).flatten(1)
-        return row_norms(W0, found.A.flatten(1), found.B.flatten(1), found.scaling, found.transposed)
+        W0 = found.weight if is_at_hand(found.weight) else dequantized(layer.get_base_layer())
+        return row_norms(W0.flatten(1), found.A.flatten(1), found.B.flatten(1), found.scaling, found.transposed)
 
 
 class StepNorm(NamedTuple):

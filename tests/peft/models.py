@@ -41,12 +41,13 @@ def adapted(kind, adapters=1, *, upcast=True, dtype=torch.float32, **settings):
 def train(model, seed=0):
     """Draws what differs from a fresh adapter."""
     drawn = torch.Generator().manual_seed(seed)
+    own = [(name, parameter) for name, parameter in model.named_parameters() if "lora" in name]
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in own:
             noise = torch.randn(parameter.shape, generator=drawn)
             if "magnitude" in name:
                 parameter.mul_(1 + 0.1 * noise)
-            elif "lora" in name and not parameter.any():
+            elif not parameter.any():
                 parameter.add_(0.05 * noise)
 
 

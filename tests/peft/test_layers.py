@@ -82,9 +82,7 @@ def test_the_report_names_what_runs_fused_and_what_does_not():
 
 def test_unfusing_gives_pefts_variants_back():
     theirs, ours = twins()
-    assert (
-        str(ours) != "" and type(ours.base_model.model.embed.lora_variant["first"]).__module__ == "dora_mm.peft.layers"
-    )
+    assert type(ours.base_model.model.embed.lora_variant["first"]).__module__ == "dora_mm.peft.layers"
     dora_mm.unfuse_peft(ours)
     for path, layer, name in fuse.adapters_of(theirs):
         kinds = [type(m.get_submodule(path).lora_variant.get(name)) for m in (theirs, ours)]
