@@ -9,7 +9,7 @@ its backward pass; this one keeps y, and h. Symbols as in core/functional.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -64,18 +64,20 @@ class Scaled(torch.autograd.Function):
 
 def torch_output(op, y, shift, gain, h, scaled_B, dtype) -> Tensor:
     """Returns z = g y + `shift` + h `scaled_B`^T in `dtype`."""
-    g, found = per_row(op, gain, y), []
+    g = per_row(op, gain, y)
     shift = None if shift is None else per_row(op, shift, y)
-    for some_y, some_h in blocks(op, dtype != gain.dtype, y, h):
-        z = some_y * g if shift is None else torch.addcmul(shift, some_y, g)
-        found.append(cast(op.add_expanded(z, cast(some_h, z.dtype), scaled_B), dtype))
-    return joined(found, y)
+
+    def output(y: Tensor, h: Tensor) -> Tensor:
+        z = y * g if shift is None else torch.addcmul(shift, y, g)
+        return op.add_expanded(z, cast(h, z.dtype), scaled_B)
+
+    return in_blocks(op, output, dtype, y, h)
 
 
 def torch_gradients(op, scaling, dz, needs, y, bias, h, B, divisor, gain, factors, scaled_B) -> Sequence[Tensor | None]:
     """Returns the gradients of y, b, h, B and m that are needed; those of h and B are products in the dtype of h."""
     needs_y, needs_bias, needs_h, needs_B, needs_m = needs
-    operand, product, dh, dm, dy = cast(scaled_B, h.dtype), None, [], None, []
+    operand, product, dh, dm, dy = cast(scaled_B, h.dtype), None, [], None, None
     for some_dz, some_h in blocks(op, dz.dtype != h.dtype, dz, h):
         d = cast(some_dz, h.dtype)
         if needs_B or needs_m:
@@ -88,10 +90,10 @@ def torch_gradients(op, scaling, dz, needs, y, bias, h, B, divisor, gain, factor
         dm = torch.add(sums, (product * B).sum(1), alpha=scaling).div_(divisor)
     if needs_y:
         g = per_row(op, gain, dz)
-        dy = [cast(d * g, y.dtype) for (d,) in blocks(op, y.dtype != gain.dtype, dz)]
+        dy = in_blocks(op, lambda d: d * g, y.dtype, dz)
     dbias = (1 - gain) * sum_tokens(op, dz) if needs_bias else None
     dB = product * factors if needs_B and product is not None else None
-    return joined(dy, y) if dy else None, dbias, joined(dh, h) if dh else None, dB, dm
+    return dy, dbias, (dh[0] if len(dh) == 1 else torch.cat(dh)).view(h.shape) if dh else None, dB, dm
 
 
 def blocks(op: Op, casts: bool, *tensors: Tensor) -> Sequence[tuple[Tensor, ...]]:
@@ -108,9 +110,15 @@ def blocks(op: Op, casts: bool, *tensors: Tensor) -> Sequence[tuple[Tensor, ...]
     return list(zip(*(t.split(max(1, BLOCK // rows[0].shape[1])) for t in rows), strict=True))
 
 
-def joined(found: list[Tensor], like: Tensor) -> Tensor:
-    """What was computed for `blocks`, in the shape of a tensor with all tokens."""
-    return (found[0] if len(found) == 1 else torch.cat(found)).view(like.shape)
+def in_blocks(op: Op, function: Callable[..., Tensor], dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+    """What `function` computes from the blocks of some tensors, in the shape of the first one and in `dtype`."""
+    like, parts = tensors[0], blocks(op, dtype.itemsize < 4, *tensors)
+    if len(parts) == 1:
+        return cast(function(*parts[0]), dtype).view(like.shape)
+    found = torch.empty(like.shape, dtype=dtype)
+    for some, part in zip(as_rows(found).split(len(parts[0][0])), parts, strict=True):
+        some.copy_(function(*part))
+    return found
 
 
 def row_norms(W0: Tensor, A: Tensor, B: Tensor, scaling: float, transposed: bool) -> Tensor:
