@@ -36,7 +36,7 @@ FUSED = {
 KNOWN = {f"peft.tuners.lora.layer.{name}" for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")} | {
     f"peft.tuners.lora.{name}" for name in ("bnb.Linear4bit", "bnb.Linear8bitLt", "torchao.TorchaoLoraLinear")
 }
-# The smallest weight whose layer runs fused on a processor: below 128 x 128 a pass of ours takes 0.95 to 1.15 times as
+# The smallest weight whose layer runs fused on a processor: below 128 x 128 a pass of ours takes 1.0 to 1.2 times as
 # long as PEFT's own (one thread of an AMD EPYC; fp32, bf16 and autocast; 1 to 256 tokens): there is nothing to gain.
 CROSSING = 2**14
 Adapters = list[tuple[str, str]]

@@ -132,8 +132,10 @@ def test_one_graph_without_breaks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "autocast"),
+    [("Linear", False), ("Linear", True), ("Conv1D", False), ("Embedding", False), ("Conv2d", False)],
+)
 def test_compiled(kind, autocast):
     theirs, x = adapted(kind), example(kind)
     ours = fused(theirs)

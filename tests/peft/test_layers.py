@@ -301,6 +301,15 @@ def test_inference():
             assert relative_error(ours(IDS), theirs(IDS)) < 1e-6
 
 
+def test_second_derivatives_are_refused():
+    _, ours = twins()
+    loss = ours(IDS).square().sum()
+    weight = ours.base_model.model.up.lora_B["first"].weight
+    (first,) = torch.autograd.grad(loss, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(first.sum(), weight)
+
+
 def test_adapters_of_a_model_of_transformers():
     """As its `add_adapter` does it, which asks for a later release of PEFT than the newest one."""
     import transformers
