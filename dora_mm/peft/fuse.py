@@ -23,6 +23,7 @@ from dora_mm.peft.layers import (
     FusedLinear,
     drops,
     read,
+    tensors_of,
 )
 
 TESTED = (0, 20), (0, 21)  # the oldest and the newest release of PEFT whose variants are known to be the same
@@ -58,7 +59,7 @@ class FuseReport:
 
     def __str__(self) -> str:
         lines = [f"DoRA of {shown(self.fused)} runs fused"]
-        lines += [f"  PEFT's own code runs in {shown(some)}: {why}" for why, some in self.at_times.items()]
+        lines += [f"  {shown(some)} of these run PEFT's own code with {why}" for why, some in self.at_times.items()]
         lines += [f"{shown(some)} stay PEFT's: {why}" for why, some in self.stock.items()]
         return "\n".join([*lines, "Adapters that are added later stay PEFT's until fuse_peft is called again."])
 
@@ -146,8 +147,8 @@ def why_stock(layer: Any, name: str, variant: Any) -> str | None:
         return f"the class {kind.__name__} is not known here"
     if getattr(layer.get_base_layer(), "groups", 1) > 1:
         return "PEFT's norm of a convolution with groups is not that of its weight"
-    weight, magnitude = layer.get_base_layer().weight, layer.lora_magnitude_vector[name].weight
-    if weight.numel() < CROSSING and weight.device.type == "cpu" and bool((magnitude != 0).all()):  # not NaN in PEFT
+    A, B, m = tensors_of(layer, name)
+    if A[0].numel() * len(B) < CROSSING and m.device.type == "cpu" and bool((m != 0).all()):  # else NaN in PEFT
         return f"below {CROSSING} weights PEFT's own passes are as fast on a processor"
     return None
 

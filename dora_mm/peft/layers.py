@@ -17,7 +17,10 @@ from dora_mm.core.wrappers.quantized import dequantized
 from dora_mm.peft.formula import Scaled, row_norms
 
 DROPS = "dropout in training, where a second large product is taken"
-NOT_AT_HAND = "parameters that are sharded, offloaded, parametrized or of an unknown class"
+NOT_AT_HAND = (
+    "parameters that are sharded (but not where FSDP2 gathers them for the pass), offloaded, parametrized or of an "
+    "unknown class"
+)
 HOOKS = "hooks on lora_A, lora_B or lora_magnitude_vector, which a fused pass would not call as PEFT's does"
 
 
@@ -62,6 +65,14 @@ def read(layer: Any, name: str) -> PassTensors | str:
         return NOT_AT_HAND
     transposed = is_embedding or getattr(layer, "fan_in_fan_out", False)
     return PassTensors(weight, base._parameters.get("bias"), A, B, m, layer.scaling[name], transposed)
+
+
+def tensors_of(layer: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and m of an adapter, wherever they are."""
+    m = layer.lora_magnitude_vector[name].weight
+    if name in layer.lora_A:
+        return layer.lora_A[name].weight, layer.lora_B[name].weight, m
+    return layer.lora_embedding_A[name], layer.lora_embedding_B[name], m
 
 
 def has_hooks(module: Any) -> bool:

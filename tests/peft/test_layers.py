@@ -71,7 +71,8 @@ def test_the_report_names_what_runs_fused_and_what_does_not():
     report = dora_mm.fuse_peft(ours)
     assert str(report).splitlines() == [
         "DoRA of 5 layers (1 embed, 2 up, 2 down) runs fused",
-        "  PEFT's own code runs in 2 layers (1 up, 1 down): dropout in training, where a second large product is taken",
+        "  2 layers (1 up, 1 down) of these run PEFT's own code with dropout in training, where a second large "
+        "product is taken",
         "1 layers (1 up) stay PEFT's: LoRA without a magnitude",
         "Adapters that are added later stay PEFT's until fuse_peft is called again.",
     ]
@@ -253,7 +254,7 @@ def test_offloaded_weights_are_pefts(passes):
         with pytest.raises(NotImplementedError, match="meta tensor"):
             model(IDS)
     assert passes == []
-    assert "sharded, offloaded" in str(dora_mm.fuse_peft(model))
+    assert "with parameters that are sharded" in str(dora_mm.fuse_peft(model))
 
 
 def test_weights_that_are_parametrized_are_pefts(passes):
