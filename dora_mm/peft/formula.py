@@ -27,18 +27,14 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Scaled(torch.autograd.Function):
     """z, computed in fp32 and rounded once, from y, b, h, B and m, in which it is differentiable.
 
-    `norm` is n, or None: then W0 and A are given, as for `row_norms`.
+    `gain` and `divisor` are those of `gains`, or None: then W0 and A are given, as for `row_norms`.
     """
 
     @staticmethod
-    def forward(ctx: Any, op: Op, y, bias, h, B, magnitude, norm, W0, A, transposed, scaling, dtype):
+    def forward(ctx: Any, op: Op, y, bias, h, B, magnitude, gain, divisor, W0, A, transposed, scaling, dtype):
         with torch.autocast(y.device.type, enabled=False) if autocasts(y.device) else nullcontext():
-            if norm is None:
-                norm = row_norms(W0, A, B, scaling, transposed)
-            gain, divisor = magnitude / norm, norm
-            if norm.device.type != "cpu" or not can_read(norm) or not norm.min().item() > 0:
-                is_zero = norm == 0
-                gain, divisor = gain.masked_fill_(is_zero, 1), norm.masked_fill(is_zero, math.inf)
+            if gain is None:
+                gain, divisor = gains(W0, A, B, magnitude, scaling, transposed)
             shift = None if bias is None else torch.addcmul(bias, gain, bias, value=-1)
             if runs_in_triton(op, y):
                 z, factors = triton_output(y, shift, gain, h, B, scaling, dtype), ()
@@ -55,7 +51,28 @@ class Scaled(torch.autograd.Function):
     def backward(ctx: Any, dz: Tensor):
         compute = triton_gradients if runs_in_triton(ctx.op, dz) else torch_gradients
         found = compute(ctx.op, ctx.scaling, dz, ctx.needs_input_grad[1:6], *ctx.saved_tensors)
-        return None, *found, None, None, None, None, None, None
+        return None, *found, *[None] * 7
+
+
+def gains(W0: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float, transposed: bool) -> tuple[Tensor, Tensor]:
+    """Computes g, 1 where n is 0, and what dm is divided by: n, infinite where it is 0.
+
+    Args:
+        W0: As for `row_norms`, and so are the others.
+        A: (R, I).
+        B: (O, R).
+        m: m (O,).
+        scaling: s.
+        transposed: See W0.
+    """
+    if runs_in_triton(LINEAR, W0):
+        return triton_gains(W0.t() if transposed else W0, A, B, m, scaling)
+    norm = row_norms(W0, A, B, scaling, transposed)
+    gain = m / norm
+    if norm.device.type == "cpu" and can_read(norm) and norm.min().item() > 0:
+        return gain, norm
+    is_zero = norm == 0
+    return gain.masked_fill_(is_zero, 1), norm.masked_fill(is_zero, math.inf)
 
 
 # --- in plain torch --------------------------------------------------------------------------------------------------
@@ -135,8 +152,6 @@ def row_norms(W0: Tensor, A: Tensor, B: Tensor, scaling: float, transposed: bool
     """
     dtype = torch.promote_types(A.dtype, adapter_dtype(W0.dtype))
     A, B = cast(A, dtype), cast(B, dtype)
-    if runs_in_triton(LINEAR, W0):
-        return triton_norms(W0.t() if transposed else W0, A, B, scaling)
     left, right, dim = (A.t(), B.t(), 0) if transposed else (B, A, 1)
     if torch.compiler.is_compiling() or W0.device.type != "cpu" or W0.numel() <= BLOCK:
         return torch.linalg.vector_norm(torch.addmm(cast(W0, dtype), left, right, alpha=scaling), dim=dim)
@@ -178,17 +193,17 @@ def triton_gradients(op, scaling, dz, needs, y, bias, h, B, divisor, gain) -> Se
     dh = (d @ operand).view(h.shape) if needs_h else None
     if needs_B or needs_m:
         product = float_product(d.t(), rows)
-        dB, dm = adapter_grads(product, B.shape[1], dots if needs_m else None, gain, scaling)
-        if needs_m:
-            dm = torch.addcdiv(dm, (product * B).sum(1), divisor, value=scaling)
+        own = (B, divisor) if needs_m else ()
+        dB, dm = adapter_grads(product, B.shape[1], dots if needs_m else None, gain, scaling, *own)
     dbias = (1 - gain) * sum_tokens(op, dz) if needs_bias else None
     return dy, dbias, dh, dB if needs_B else None, dm if needs_m else None
 
 
-def triton_norms(W0: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """`row_norms` by the kernels of our layers, which build no dense sum."""
+def triton_gains(W0: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """`gains` by the kernels of our layers, which build no dense sum; n is 0 where it is, which the others know."""
     from dora_mm.kernels.dora_linear import TRITON_STEPS
 
-    rows, _ = TRITON_STEPS.row_gains(W0, Adapter(A, B, B.new_ones(len(B)), scaling), PassCache())
+    A, B, m = (cast(t, torch.float32) for t in (A, B, m))
+    rows, _ = TRITON_STEPS.row_gains(W0, Adapter(A, B, m, scaling), PassCache())
     assert rows is not None
-    return rows.norm
+    return rows.gain, rows.norm

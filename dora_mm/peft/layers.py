@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dora_mm.core.ops import LINEAR, ConvOp, Op
 from dora_mm.core.wrappers.quantized import dequantized
-from dora_mm.peft.formula import Scaled, row_norms
+from dora_mm.peft.formula import Scaled, gains
 
 DROPS = "dropout in training, where a second large product is taken"
 NOT_AT_HAND = (
@@ -36,8 +36,8 @@ class PassTensors(NamedTuple):
     transposed: bool
 
     def state(self) -> tuple[Any, ...]:
-        """What most changes of what n depends on change; writing to `.data` and fused optimizers do not."""
-        tensors = (self.weight, self.A, self.B)
+        """What most changes of what g depends on change; writing to `.data` does not."""
+        tensors = (self.weight, self.A, self.B, self.magnitude)
         return (self.scaling, *(t.data_ptr() for t in tensors), *(t._version for t in tensors))
 
 
@@ -98,19 +98,21 @@ def is_quantized(weight: Any) -> bool:
     return type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao.")
 
 
+class StepRows(NamedTuple):
+    """What `gains` computes, and the state of the parameters that it is of."""
+
+    gain: Tensor
+    divisor: Tensor
+    state: tuple[Any, ...]
+
+
 @torch.no_grad()
-def norm_of(layer: Any, found: PassTensors) -> Tensor:
-    """Computes n (O,) from the parameters as they are."""
+def rows_of(layer: Any, found: PassTensors) -> StepRows:
+    """Computes g from the parameters as they are."""
     with torch.autocast(found.A.device.type, enabled=False):
         W0 = found.weight if is_at_hand(found.weight) else dequantized(layer.get_base_layer())
-        return row_norms(W0.flatten(1), found.A.flatten(1), found.B.flatten(1), found.scaling, found.transposed)
-
-
-class StepNorm(NamedTuple):
-    """n, and the state of the parameters that it is of."""
-
-    norm: Tensor
-    state: tuple[Any, ...]
+        A, B, m = found.A.flatten(1), found.B.flatten(1), found.magnitude.flatten()
+        return StepRows(*gains(W0.flatten(1), A, B, m, found.scaling, found.transposed), found.state())
 
 
 class FusedDoRA:
@@ -118,11 +120,11 @@ class FusedDoRA:
 
     Attributes:
         op: What the layer does with h.
-        step_norm: n, inside `fixed_norms`.
+        step_rows: What all passes inside `fixed_norms` share.
     """
 
     op: Op = LINEAR
-    step_norm: StepNorm | None = None
+    step_rows: StepRows | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a layer is in no context."""
@@ -134,32 +136,38 @@ class FusedDoRA:
         if isinstance(found, str):
             stock: Any = super()
             return stock.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
-        h, norm, W0 = self.reduced(module, active_adapter, x), self.norm(module, active_adapter, found), found.weight
-        if norm is None and not is_at_hand(W0):  # torch.compile cannot trace this
-            norm = norm_of(module, found)
-        W0, A = (W0.flatten(1), found.A.flatten(1)) if norm is None else (None, None)
+        h, rows = self.reduced(module, active_adapter, x), self.rows(module, active_adapter, found)
+        if rows is None and not is_at_hand(found.weight):  # torch.compile cannot trace this
+            rows = rows_of(module, found)
+        gain, divisor, W0, A = None, None, None, None
+        if rows is None:
+            W0, A = found.weight.flatten(1), found.A.flatten(1)
+        else:
+            gain, divisor, _ = rows
         B, m, dtype = found.B.flatten(1), found.magnitude.flatten(), output_dtype(module, result, found.magnitude)
-        return Scaled.apply(
-            self.op, result, found.bias, h, B, m, norm, W0, A, found.transposed, found.scaling, dtype
-        )  # fmt: skip
+        given = gain, divisor, W0, A, found.transposed, found.scaling, dtype
+        return Scaled.apply(self.op, result, found.bias, h, B, m, *given)
 
     def reduced(self, layer: Any, name: str, x: Tensor) -> Tensor:
         """Returns h, as PEFT computes it."""
         return layer.lora_A[name](x)
 
-    def norm(self, layer: Any, name: str, found: PassTensors) -> Tensor | None:
-        """Returns n (O,) where it is kept, and the parameters are what it was computed from; else None."""
-        if self.step_norm is not None and (torch.compiler.is_compiling() or self.step_norm.state == found.state()):
-            return self.step_norm.norm
+    def rows(self, layer: Any, name: str, found: PassTensors) -> StepRows | None:
+        """Returns what is kept, if it is of the parameters as they are; else None."""
+        kept = self.step_rows
+        if kept is not None and (torch.compiler.is_compiling() or kept.state == found.state()):
+            return kept
         cache = layer.lora_magnitude_vector[name]
         if not dora.ENABLE_DORA_CACHING or cache.training:
             if cache._dora_cache:
                 cache._cache_clear()
             return None
-        key = f"fused-norm-{name}"  # as PEFT itself keeps norms in inference
-        if cache._cache_get(key, None) is None:
-            cache._cache_store(key, norm_of(layer, found))
-        return cache._cache_get(key, None)
+        key = f"fused-rows-{name}"  # as PEFT itself keeps norms in inference
+        kept = cache._cache_get(key, None)
+        if kept is None or kept.state != found.state():
+            kept = rows_of(layer, found)
+            cache._cache_store(key, kept)
+        return kept
 
 
 class FusedLinear(FusedDoRA, variants.DoraLinearVariant):

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from dora_mm.peft.fuse import FuseReport, fuse_peft, fused_of
-from dora_mm.peft.layers import PassTensors, StepNorm, norm_of, read
+from dora_mm.peft.layers import PassTensors, read, rows_of
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def fixed_norms(model: nn.Module) -> Iterator[None]:
-    """A context in which base weights, A and B do not change: row norms are computed once, when it opens.
+    """A context in which base weights and adapters do not change: row norms are computed once, when it opens.
 
     It goes around the passes from one `optimizer.step()` to the next. A pass that finds a parameter changed computes
-    its own norm, and a warning at the end says that A or B changed. Where parameters are not at hand when it opens
+    its own norm, and a warning at the end says that an adapter changed. Where parameters are not at hand when it opens
     (FSDP2 gathers them in each pass), every pass computes its own.
 
     Args:
@@ -32,16 +32,16 @@ def fixed_norms(model: nn.Module) -> Iterator[None]:
         found = read(layer, name)
         if name in layer.active_adapters and isinstance(found, PassTensors):
             kept.append(layer.lora_variant[name])
-            kept[-1].step_norm = StepNorm(norm_of(layer, found), found.state())
-            tensors += found.A, found.B
+            kept[-1].step_rows = rows_of(layer, found)
+            tensors += found.A, found.B, found.magnitude
     before = lengths(tensors)
     try:
         yield
         if not torch.equal(before, lengths(tensors)):
-            log.warning("A or B changed while their row norms were kept: close fixed_norms before optimizer.step()")
+            log.warning("adapters changed while their row norms were kept: close fixed_norms before optimizer.step()")
     finally:
         for variant in kept:
-            variant.step_norm = None
+            variant.step_rows = None
 
 
 @torch.no_grad()

@@ -213,7 +213,7 @@ def test_copies_and_pickles_run_fused(passes):
         passes.clear()
         assert_same(model, theirs, IDS)
         assert len(passes) == 3
-        assert all(layer.lora_variant[name].step_norm is None for layer, name in fuse.fused_of(model))
+        assert all(layer.lora_variant[name].step_rows is None for layer, name in fuse.fused_of(model))
         train(model, seed=7)
         assert relative_error(model(IDS), theirs(IDS)) > 1e-3  # its own parameters, not those of the original
 
@@ -287,8 +287,8 @@ def test_embeddings_that_scale_what_they_look_up():
 def test_norms_that_peft_caches_in_inference(monkeypatch):
     theirs, ours = twins()
     counted = []
-    norm_of = layers.norm_of
-    monkeypatch.setattr(layers, "norm_of", lambda *given: (counted.append(given), norm_of(*given))[1])
+    rows_of = layers.rows_of
+    monkeypatch.setattr(layers, "rows_of", lambda *given: (counted.append(given), rows_of(*given))[1])
     ours.eval()
     with DoraCaching():
         for _ in range(3):

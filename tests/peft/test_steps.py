@@ -31,7 +31,6 @@ def norms(monkeypatch):
 
     row_norms = formula.row_norms
     monkeypatch.setattr("dora_mm.peft.formula.row_norms", counted)
-    monkeypatch.setattr("dora_mm.peft.layers.row_norms", counted)
     return found
 
 
@@ -51,7 +50,7 @@ def test_norms_are_computed_once(norms):
     assert len(norms) == 4
 
 
-@pytest.mark.parametrize("change", ["A", "B", "weight", "scaling"])
+@pytest.mark.parametrize("change", ["A", "B", "magnitude", "weight", "scaling"])
 def test_a_pass_sees_what_was_changed_inside(change):
     ours, x = fused(adapted("Linear")), example("Linear")
     layer = ours.base_model.model.layer
@@ -60,8 +59,9 @@ def test_a_pass_sees_what_was_changed_inside(change):
         if change == "scaling":
             layer.set_scale("0", 3.0)
         else:
-            tensors = {"A": layer.lora_A["0"].weight, "B": layer.lora_B["0"].weight, "weight": layer.base_layer.weight}
-            tensors[change].mul_(1.5)
+            modules = {"A": layer.lora_A["0"], "B": layer.lora_B["0"], "weight": layer.base_layer}
+            modules["magnitude"] = layer.lora_magnitude_vector["0"]
+            modules[change].weight.mul_(1.5)
         inside = ours(x)
     assert torch.equal(inside, ours(x))
 
@@ -74,7 +74,7 @@ def test_a_warning_says_that_parameters_changed_inside(way, caplog):
         with torch.no_grad():
             way(ours.base_model.model.layer.lora_B["0"].weight)
     assert caplog.messages == [
-        "A or B changed while their row norms were kept: close fixed_norms before optimizer.step()"
+        "adapters changed while their row norms were kept: close fixed_norms before optimizer.step()"
     ]
     caplog.clear()
     with fixed_norms(ours):
