@@ -82,10 +82,12 @@ def torch_output(op, y, shift, gain, h, scaled_B, dtype) -> Tensor:
     """Returns z = g y + `shift` + h `scaled_B`^T in `dtype`."""
     g = per_row(op, gain, y)
     shift = None if shift is None else per_row(op, shift, y)
+    is_half = op is LINEAR and h.dtype.itemsize < 4
+    operand = cast(scaled_B, h.dtype).t() if is_half else scaled_B
 
     def output(y: Tensor, h: Tensor) -> Tensor:
         z = y * g if shift is None else torch.addcmul(shift, y, g)
-        return op.add_expanded(z, cast(h, z.dtype), scaled_B)
+        return z.add_(h @ operand) if is_half else op.add_expanded(z, cast(h, z.dtype), operand)
 
     return in_blocks(op, output, dtype, y, h)
 
@@ -151,15 +153,19 @@ def row_norms(W0: Tensor, A: Tensor, B: Tensor, scaling: float, transposed: bool
         n (O,).
     """
     dtype = torch.promote_types(A.dtype, adapter_dtype(W0.dtype))
-    A, B = cast(A, dtype), cast(B, dtype)
     left, right, dim = (A.t(), B.t(), 0) if transposed else (B, A, 1)
+
+    def norms(W0: Tensor, left: Tensor) -> Tensor:
+        if left.dtype == dtype:
+            V = torch.addmm(cast(W0, dtype), left, right, alpha=scaling)
+        else:  # adapters in half precision: rounding the update to it changes n by some 1e-5
+            V = torch.add(cast(W0, dtype), left @ right, alpha=scaling)
+        return torch.linalg.vector_norm(V, dim=dim)
+
     if torch.compiler.is_compiling() or W0.device.type != "cpu" or W0.numel() <= BLOCK:
-        return torch.linalg.vector_norm(torch.addmm(cast(W0, dtype), left, right, alpha=scaling), dim=dim)
+        return norms(W0, left)
     at_once = max(1, BLOCK // W0.shape[1])
-    found = [
-        torch.linalg.vector_norm(torch.addmm(cast(some, dtype), rows, right, alpha=scaling), dim=dim)
-        for some, rows in zip(W0.split(at_once), left.split(at_once), strict=True)
-    ]
+    found = [norms(*part) for part in zip(W0.split(at_once), left.split(at_once), strict=True)]
     return torch.linalg.vector_norm(torch.stack(found), dim=0) if transposed else torch.cat(found)
 
 

@@ -148,7 +148,7 @@ def step_of_peft(case: Case) -> None:
     A, B, m = tensor(case.rank, num_in), tensor(num_out, case.rank), tensor(num_out)
     for dtype in {case.dtype, torch.float32}:
         h = tensor(tokens, case.rank, dtype=dtype)
-        z = Scaled.apply(LINEAR, y, bias, h, B, m, None, W0, A, False, 2.0, case.dtype)
+        z = Scaled.apply(LINEAR, y, bias, h, B, m, None, None, W0, A, False, 2.0, case.dtype)
         torch.autograd.grad(z, [y, h, B, m], torch.empty_like(z))
 
 
