@@ -28,11 +28,14 @@ demo-vlm: $(READY)  ## the same with a language model: EfficientNet-Lite0 and Sm
 test: $(READY)  ## two workers, a thread each: faster than two threads for models this small; what Python compiles is kept
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
-test-slow: $(READY)  ## with quantised bases, from a folder of their own: peft and diffusers import them wherever they are
+test-slow: $(READY)  ## quantised bases and TRL come from folders of their own: peft and diffusers import the former wherever they are
 	$(BIN)/python -m pytest -m slow -s
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/quant "bitsandbytes>=0.46" "torchao>=0.14"
 	PYTHONPATH=build/quant $(BIN)/python -m pytest tests/core/wrappers/test_quantized.py \
 		tests/core/wrappers/test_sharded.py tests/models/vl/vlm/test_quantized.py
+	PYTHONPATH=build/quant $(BIN)/python -m pytest -m slow tests/peft/test_quantized.py
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/trl trl datasets dill multiprocess xxhash pandas
+	PYTHONPATH=build/trl $(BIN)/python -m pytest -m slow tests/peft/test_trl.py
 
 test-oldest:  ## with the oldest releases that pyproject.toml admits, torch 2.6 among them: 6 GB in build/oldest
 	@test -x build/oldest/bin/python || $(PYTHON) -m venv build/oldest

@@ -27,32 +27,38 @@ if TYPE_CHECKING:
     from dora_mm.formats.commands.convert import convert
     from dora_mm.formats.commands.extract import extract
     from dora_mm.formats.commands.verify import verify
+    from dora_mm.peft import FusePeft, fuse_peft, unfuse_peft
 
 __version__ = "0.1.0"
 __all__ = [
     "DoRASpec",
+    "FusePeft",
     "TargetMap",
     "adapter_parameters",
     "convert",
     "extract",
     "fixed_parameters",
+    "fuse_peft",
     "inject",
     "load_adapter",
     "merge",
     "remove",
     "save_adapter",
     "set_strength",
+    "unfuse_peft",
     "unmerge",
     "verify",
 ]
-_FROM_FORMATS = {name: f"dora_mm.formats.commands.{name}" for name in ("convert", "extract", "verify")}
-_FROM_CORE = frozenset(__all__) - {"inject", "load_adapter", "save_adapter", "set_strength"} - _FROM_FORMATS.keys()
+_ELSEWHERE = {name: f"dora_mm.formats.commands.{name}" for name in ("convert", "extract", "verify")} | dict.fromkeys(
+    ("FusePeft", "fuse_peft", "unfuse_peft"), "dora_mm.peft"
+)
+_FROM_CORE = frozenset(__all__) - {"inject", "load_adapter", "save_adapter", "set_strength"} - _ELSEWHERE.keys()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FROM_CORE and name not in _FROM_FORMATS:
+    if name not in _FROM_CORE and name not in _ELSEWHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_FROM_FORMATS.get(name, "dora_mm.core")), name)
+    value = getattr(importlib.import_module(_ELSEWHERE.get(name, "dora_mm.core")), name)
     globals()[name] = value
     return value
 

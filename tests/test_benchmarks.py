@@ -19,14 +19,16 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
-def test_a_small_case_end_to_end(tmp_path):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_small_case_end_to_end(autocast, tmp_path):
     case = bench_peers.Case("small", 24, 16, 40, 4)
     with tqdm(disable=True) as progress:
-        results = bench_peers.bench_layer(case, CPU, torch.float32, 3, progress)
+        results = bench_peers.bench_layer(case, CPU, torch.float32, 3, progress, autocast=autocast)
     assert len(results) == len(bench_peers.CONTENDERS) * 4
     found = {(r.contender, r.measure): r.median for r in results}
-    assert found["frozen", "saved"] == 0
-    assert found["our DoRA", "saved"] == 24 * 16 * 4  # W', in addition to parameters, x and y
+    if not autocast:
+        assert found["frozen", "saved"] == 0
+        assert found["our DoRA", "saved"] == 24 * 16 * 4  # W', in addition to parameters, x and y
     assert 0 < found["frozen", "peak"] < found["PEFT DoRA", "peak"]
     results_table.write_results(tmp_path / "results.csv", results)
     assert results_table.read_results(tmp_path / "results.csv") == results
@@ -79,7 +81,7 @@ def test_a_small_model_end_to_end():
     model = bench_peers.Model("net", build, ["first", "second"], 2, passes=3)
     with tqdm(disable=True) as progress:
         results = bench_peers.bench_model(model, CPU, torch.float32, 2, progress)
-    assert len(passes) == 4 * 4 * 3  # contenders; rounds, including the uncounted one and that of the peak; passes
+    assert len(passes) == 5 * 4 * 3  # contenders; rounds, including the uncounted one and that of the peak; passes
     assert {r.contender for r in results if r.measure == "step"} == set(bench_peers.CONTENDERS) - {"frozen"}
     assert all(r.median > 0 for r in results)
 
@@ -143,7 +145,7 @@ def test_the_readme_shows_some_of_the_same_results():
 # --- the contenders --------------------------------------------------------------------------------------------------
 
 
-DORA = {"PEFT DoRA": CONTENDERS["PEFT DoRA"], "our DoRA": CONTENDERS["our DoRA"]} | DENSE
+DORA = {name: CONTENDERS[name] for name in ("PEFT DoRA", "PEFT DoRA, fused", "our DoRA")} | DENSE
 
 
 def adapter(layer: nn.Module) -> dict[str, nn.Parameter]:

@@ -143,7 +143,11 @@ def examples(name: str) -> list:
     return [pytest.param(code, id=f"{name}:{line}") for line, code in blocks if '"runs/' not in code]
 
 
-@pytest.mark.parametrize("code", [*examples("layer.md"), *examples("formats.md")])
+# The blocks of peft.md go on with one model.
+WITH_PEFT = pytest.param("\n".join(block.values[0] for block in examples("peft.md")), id="peft.md")
+
+
+@pytest.mark.parametrize("code", [*examples("layer.md"), *examples("formats.md"), WITH_PEFT])
 def test_examples(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for the files that an example writes
     exec(compile(code, "<example>", "exec"), {"__name__": "__main__"})

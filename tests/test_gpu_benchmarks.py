@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from dora_mm.studies.campaigns import subprocesses
 from tests.benchmarks import gpu
 from tests.benchmarks.bench_products import OURS, VENDOR, threshold
+from tests.benchmarks.contenders import CONTENDERS
 from tests.benchmarks.gpu import block, grid, run, trial
 from tests.benchmarks.gpu.run import Run, compared
 from tests.test_documented_commands import in_this_process
@@ -67,6 +68,7 @@ def test_the_block_is_that_of_llama():
         pytest.param("block", ["step", "forward", "peak"], {"frozen", "dense B@A"}, marks=pytest.mark.slow),
         ("layers", ["step", "forward", "peak"], {"frozen", "dense B@A", "dense W'"}),
         pytest.param("llama", ["step", "peak"], set(), marks=pytest.mark.slow),
+        pytest.param("peft", ["step", "peak"], set(), marks=pytest.mark.slow),
         pytest.param("unet", ["step", "peak"], set(), marks=pytest.mark.slow),
         pytest.param("z_image", ["step", "peak"], set(), marks=pytest.mark.slow),
     ],
@@ -76,7 +78,7 @@ def test_a_dry_run(name, measures, contenders, tmp_path, capsys):
     assert code == 0
     assert "left out" not in capsys.readouterr().out
     assert list(dict.fromkeys(row["measure"] for row in rows)) == measures
-    assert {row["contender"] for row in rows} == {"PEFT LoRA", "PEFT DoRA", "our LoRA", "our DoRA"} | contenders
+    assert {row["contender"] for row in rows} == set(CONTENDERS) - {"frozen"} | contenders
     for row in rows:
         assert float(row["low"]) <= float(row["median"]) <= float(row["high"])
         assert row["contender"] != "PEFT LoRA" or float(row["ratio"]) == 1

@@ -19,6 +19,7 @@ ROWS = [  # each may import the rows above it and itself, but not its neighbours
     {"registries"},
     {"kernels", "targets", "config"},
     {"backend", "formats"},
+    {"peft"},
     {"data"},
     {"models"},
     {"eval"},
@@ -158,6 +159,14 @@ def test_core_imports_torch_and_nothing_else():
     outside = {name_of(p): {n.split(".")[0] for n in imported(p)} - sys.stdlib_module_names for p in files}
     assert outside
     assert {name: packages for name, packages in outside.items() if packages - {"torch", "dora_mm"}} == {}
+
+
+def test_only_its_room_knows_the_layers_of_peft():
+    """The other imports a model of it that takes prefixes. Public names alone load the room."""
+    found = {name_of(p) for p in SOURCES if any(name.split(".")[0] == "peft" for name in imported(p))}
+    assert {name for name in found if not name.startswith("dora_mm/peft/")} == {"dora_mm/adapting/prefixes.py"}
+    ours = {name_of(p) for p in SOURCES if any(name.startswith("dora_mm.peft") for name in imported(p))}
+    assert {name for name in ours if not name.startswith("dora_mm/peft/")} == {"dora_mm/__init__.py"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_mm.kernels.common import add_low_rank, num_blocks, rank_block
+from dora_mm.kernels.common import add_low_rank, num_blocks, operator, rank_block
 
 BLOCK_M, BLOCK_N = 64, 64  # an fp32 tile of P and the accumulator take 32 registers per thread each, with 4 warps
 
@@ -41,6 +41,7 @@ def _low_rank_add(
     tl.store(y + rows[:, None] * N + columns[None, :], acc.to(y.dtype.element_ty), mask=both)
 
 
+@operator("dora_mm::low_rank_add")
 def low_rank_add(
     P: Tensor,
     bias: Tensor | None,
@@ -57,7 +58,7 @@ def low_rank_add(
         P: The product (T, O), in any floating dtype and layout.
         bias: b (O,), in any floating dtype, or None.
         gain: g (O,) in fp32, or None for 1.
-        h: h (T, R or more) in `dtype`, its rows contiguous and zeros from R on, or None.
+        h: h (T, R or more), its rows contiguous and zeros from R on, or None.
         B: B (O, R); s B is rounded to the dtype of h in the kernel. Or None.
         scaling: s.
         dtype: The dtype of the result.
@@ -79,3 +80,8 @@ def low_rank_add(
                 BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=rank_block(max(rank, 1), y), num_warps=4,
             )  # fmt: skip
     return y
+
+
+@low_rank_add.register_fake
+def _(P, bias, gain, h, B, scaling, dtype, gain_first=False):
+    return P.new_empty(P.shape, dtype=dtype)

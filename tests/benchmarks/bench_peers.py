@@ -19,7 +19,6 @@ from torch import nn
 from tqdm import tqdm
 
 import dora_mm
-from dora_mm.core import fixed_parameters
 from dora_mm.utils.run_directory import new_folder
 from tests.benchmarks.contenders import (
     CONTENDERS,
@@ -31,6 +30,7 @@ from tests.benchmarks.contenders import (
     compiled,
     contending_layers,
     fixed_bases,
+    kept,
     set_layers,
     trained,
 )
@@ -75,6 +75,7 @@ def bench_layer(
     repeats: int,
     progress: tqdm,
     contenders: Contenders = CONTENDERS,
+    autocast: bool = False,
 ) -> list[Result]:
     """Measures forward pass, forward and backward pass ("step"), saved memory and peak memory of every contender.
 
@@ -85,36 +86,50 @@ def bench_layer(
         repeats: The number of rounds.
         progress: Advanced by one after every round.
         contenders: Each builds its layer from the base layer and the rank.
+        autocast: Whether forward passes run under autocast to bfloat16.
     """
     torch.manual_seed(0)
     torch.compiler.reset()  # a function that was compiled for eight sizes runs the next ones uncompiled
     base = nn.Linear(case.num_in, case.num_out, device=device, dtype=dtype).requires_grad_(False)
     x = torch.randn(case.num_tokens, case.num_in, device=device, dtype=dtype).requires_grad_()
-    dY = torch.randn(case.num_tokens, case.num_out, device=device, dtype=dtype)
+    dY = torch.randn(case.num_tokens, case.num_out, device=device, dtype=torch.bfloat16 if autocast else dtype)
     layers = {name: build(base, case.rank).to(device) for name, build in contenders.items()}
     results = []
     with fixed_bases(layers.values()):
         for measure in ("forward", "step"):
             runs = {
-                name: partial(time_layer, layer, x, dY if measure == "step" else None, device)
+                name: partial(time_layer, under(autocast, layer), layer, x, dY if measure == "step" else None, device)
                 for name, layer in layers.items()
             }
             for name, seconds in alternate(runs, repeats, progress.update).items():
                 results.append(Result(case.name, case.rank, name, measure, *summary(seconds), len(seconds)))
         for name, layer in layers.items():
-            saved = saved_bytes(lambda layer=layer: layer(x), layer, x)
-            peak = peak_bytes(lambda layer=layer: layer(x).backward(dY), device)
+            forward = under(autocast, layer)
+            saved = saved_bytes(partial(forward, x), layer, x)
+            peak = peak_bytes(lambda forward=forward: forward(x).backward(dY), device)
             for measure, size in (("saved", saved), ("peak", peak)):
                 results.append(Result(case.name, case.rank, name, measure, size, size, size, 1))
     return results
 
 
-def time_layer(layer: nn.Module, x: torch.Tensor, dY: torch.Tensor | None, device: torch.device) -> float:
+def under(autocast: bool, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The function, which runs under autocast to bfloat16 where that is wanted."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.autocast(kind, torch.bfloat16)(function) if autocast else function
+
+
+def time_layer(
+    forward: Callable[..., torch.Tensor],
+    layer: nn.Module,
+    x: torch.Tensor,
+    dY: torch.Tensor | None,
+    device: torch.device,
+) -> float:
     change(trained(layer))
     x.grad = None
     if dY is None:
-        return seconds_of(lambda: layer(x), device)
-    return seconds_of(lambda: layer(x).backward(dY), device)
+        return seconds_of(lambda: forward(x), device)
+    return seconds_of(lambda: forward(x).backward(dY), device)
 
 
 # --- training steps --------------------------------------------------------------------------------------------
@@ -167,7 +182,9 @@ def models(extent: str, device: torch.device) -> list[Model]:
     return [unet_model(256), *language, *(more if extent == "all" else ())]
 
 
-def bench_model(model: Model, device: torch.device, dtype: torch.dtype, repeats: int, progress: tqdm) -> list[Result]:
+def bench_model(
+    model: Model, device: torch.device, dtype: torch.dtype, repeats: int, progress: tqdm, autocast: bool = False
+) -> list[Result]:
     """Measures a training step and its peak memory for every contender but the frozen base.
 
     All contenders adapt the same modules on top of the same weights; their layers are put into the model before each
@@ -179,6 +196,7 @@ def bench_model(model: Model, device: torch.device, dtype: torch.dtype, repeats:
         dtype: The dtype of the base weights.
         repeats: The number of rounds.
         progress: Advanced by one after every round.
+        autocast: Whether forward passes run under autocast to bfloat16.
     """
     torch.manual_seed(0)
     network, loss = model.build(device, dtype)
@@ -186,15 +204,17 @@ def bench_model(model: Model, device: torch.device, dtype: torch.dtype, repeats:
     adapting = {name: build for name, build in CONTENDERS.items() if name != "frozen"}
     layers = contending_layers(network, model.targets, model.rank, adapting)
 
-    def passes() -> None:
-        for _ in range(model.passes):
-            loss().backward()
+    forward = under(autocast, loss)
+
+    def passes(name: str) -> None:
+        with kept(name, network, model.passes * (2 if model.checkpointing else 1)):
+            for _ in range(model.passes):
+                forward().backward()
 
     def step(name: str, measure: Callable[..., float] = seconds_of) -> float:
         set_layers(network, layers[name])
         change([p for layer in layers[name].values() for p in trained(layer)])
-        with fixed_parameters(network, num_passes=model.passes * (2 if model.checkpointing else 1)):
-            return measure(passes, device)
+        return measure(partial(passes, name), device)
 
     with fixed_bases(layer for adapted in layers.values() for layer in adapted.values()):
         found = alternate({name: partial(step, name) for name in layers}, repeats, progress.update)
@@ -220,7 +240,11 @@ def main(given: Sequence[str] | None = None) -> None:
     extents = parser.add_mutually_exclusive_group()
     for name, what in (("quick", "only single layers, in under two minutes"), ("all", "all ranks")):
         extents.add_argument(f"--{name}", action="store_const", const=name, dest="extent", default="default", help=what)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 is the default on a GPU")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "autocast"),
+        help="bfloat16 is the default on a GPU; autocast is bfloat16 over weights in float32",
+    )
     parser.add_argument("--output", metavar="FOLDER", help="a new folder; default: a numbered folder in runs/bench")
     arguments = parser.parse_args(given)
     try:
@@ -236,11 +260,12 @@ def measure(folder: Path, extent: str, dtype: str | None) -> None:
     Args:
         folder: Where the results go.
         extent: "quick" (layers only, under two minutes on two cores), "default" (at most half an hour), or "all".
-        dtype: The name of a torch dtype; None selects float32 on a CPU and bfloat16 on a GPU.
+        dtype: The name of a torch dtype, or autocast; None selects float32 on a CPU and bfloat16 on a GPU.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    found = getattr(torch, dtype)
+    autocast = dtype == "autocast"
+    found = torch.float32 if autocast else getattr(torch, dtype)
     cases, steps = layer_cases(extent), models(extent, device)
     contenders = CONTENDERS | COMPILED if extent != "quick" and can_compile(device) else CONTENDERS
     (folder / "machine.json").write_text(json.dumps(machine(device, dtype), indent=2) + "\n")
@@ -249,11 +274,11 @@ def measure(folder: Path, extent: str, dtype: str | None) -> None:
     with tqdm(total=rounds, unit="round") as progress:
         for case in cases:
             progress.set_postfix_str(f"{case.name}, rank {case.rank}")
-            results += bench_layer(case, device, found, REPEATS[extent], progress, contenders)
+            results += bench_layer(case, device, found, REPEATS[extent], progress, contenders, autocast)
             write_results(folder / "results.csv", results)
         for model in steps:
             progress.set_postfix_str(model.name)
-            results += bench_model(model, device, found, MODEL_REPEATS[extent], progress)
+            results += bench_model(model, device, found, MODEL_REPEATS[extent], progress, autocast)
             write_results(folder / "results.csv", results)
             gc.collect()
     text = table(results, machine(device, dtype))

@@ -45,6 +45,20 @@ def peft_layer(base: nn.Linear, rank: int, use_dora: bool) -> nn.Module:
     return peft.inject_adapter_in_model(config, nn.Sequential(base)).get_submodule("0")
 
 
+def fused_layer(base: nn.Linear, rank: int, runs_in: str = "auto") -> nn.Module:
+    """PEFT's layer with DoRA after `fuse_peft`; layers too small for it are fused, too."""
+    from unittest import mock
+
+    from dora_mm import fuse_peft
+    from dora_mm.peft import fuse
+
+    backend.select(runs_in)
+    holder = nn.ModuleDict({"layer": peft_layer(base, rank, use_dora=True)})
+    with mock.patch.object(fuse, "CROSSING", 0):
+        fuse_peft(holder)
+    return holder["layer"]
+
+
 def our_layer(base: nn.Linear, rank: int, method: str, runs_in: str = "auto") -> nn.Module:
     """Our layer, over the weight of `base`, in the backend `runs_in`."""
     layer = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
@@ -85,6 +99,7 @@ CONTENDERS: Contenders = {
     "frozen": lambda base, rank: base,
     "PEFT LoRA": partial(peft_layer, use_dora=False),
     "PEFT DoRA": partial(peft_layer, use_dora=True),
+    "PEFT DoRA, fused": fused_layer,
     "our LoRA": partial(our_layer, method="lora"),
     "our DoRA": partial(our_layer, method="dora"),
 }
@@ -135,6 +150,21 @@ def fixed_bases(layers: Iterable[nn.Module]) -> Iterator[None]:
         for layer in layers:
             stack.enter_context(fixed_parameters(layer, base_only=True))
         yield
+
+
+def kept(name: str, network: nn.Module, num_passes: int) -> contextlib.AbstractContextManager[None]:
+    """A context for the passes of an optimizer step of a contender: what it computes once in them, as its trainer does.
+
+    Args:
+        name: The contender.
+        network: The model with its layers.
+        num_passes: The forward passes inside.
+    """
+    if name.startswith("PEFT DoRA, fused"):
+        from dora_mm.peft import fixed_norms
+
+        return fixed_norms(network)
+    return fixed_parameters(network, num_passes=num_passes) if name.startswith("our") else contextlib.nullcontext()
 
 
 # --- the layers of a model -------------------------------------------------------------------------------------------

@@ -29,11 +29,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dora_mm import kernels
+from dora_mm import backend, kernels
 from dora_mm.core import Adapter
+from dora_mm.core.ops import LINEAR
 from dora_mm.core.passes import Options, PassCache
 from dora_mm.kernels import adapter_grads, cards, dora_linear, low_rank_add, low_rank_matmul, operands, output_grad
 from dora_mm.kernels import row_norm as norms
+from dora_mm.peft.formula import Scaled
 
 
 class Target(NamedTuple):
@@ -115,6 +117,8 @@ def launches_of(case: Case, card: cards.Card) -> list[tuple[Any, tuple[Any, ...]
                 mock.patch.object(dora_linear, "vendor_is_faster", lambda *_, chosen=chosen, **__: chosen)
             )
             step(case, knows_base=vendor)
+        stack.enter_context(mock.patch.dict(backend.CHOSEN, {False: dora_linear.TRITON}))
+        step_of_peft(case)
     return found
 
 
@@ -130,6 +134,22 @@ def step(case: Case, *, knows_base: bool) -> None:
     cache = PassCache(n0=own[2].detach() if knows_base else None)
     y = dora_linear.TRITON(x, W0, bias, [Adapter(*own)], Options(cache=cache, save_output=knows_base))
     torch.autograd.grad(y, [x, *own], torch.empty_like(y))
+
+
+def step_of_peft(case: Case) -> None:
+    """A pass of a layer of PEFT that runs fused, with A, B and m in fp32: under autocast, and without it."""
+    tokens, num_in, num_out = case.sizes
+
+    def tensor(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta", requires_grad=True)
+
+    y, W0 = tensor(tokens, num_out, dtype=case.dtype), tensor(num_out, num_in, dtype=case.dtype).detach()
+    bias = tensor(num_out, dtype=case.dtype).detach() if case.has_bias else None
+    A, B, m = tensor(case.rank, num_in), tensor(num_out, case.rank), tensor(num_out)
+    for dtype in {case.dtype, torch.float32}:
+        h = tensor(tokens, case.rank, dtype=dtype)
+        z = Scaled.apply(LINEAR, y, bias, h, B, m, None, None, W0, A, False, 2.0, case.dtype)
+        torch.autograd.grad(z, [y, h, B, m], torch.empty_like(z))
 
 
 def specialized(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, dict[str, int], str]:

@@ -9,12 +9,27 @@ pytest.importorskip("triton")
 
 from triton.runtime import interpreter
 
+from dora_mm import backend
 from dora_mm.core import DoRASpec, adapt_layer, fixed_parameters
-from dora_mm.kernels import dora_linear, low_rank_matmul
+from dora_mm.kernels import common, dora_linear, low_rank_matmul
+from dora_mm.peft import fixed_norms
+from tests.benchmarks.contenders import CONTENDERS
 from tests.core import reference
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter is asked to run")
-NO_LAUNCH = ("view", "t", "detach", "alias", "empty", "new_empty", "empty_like", "slice", "unsqueeze", "_unsafe_view")
+NO_LAUNCH = (
+    "promote_types",
+    "view",
+    "t",
+    "detach",
+    "alias",
+    "empty",
+    "new_empty",
+    "empty_like",
+    "slice",
+    "unsqueeze",
+    "_unsafe_view",
+)
 
 
 class Launches(TorchDispatchMode):
@@ -47,7 +62,7 @@ def launches(monkeypatch):
     called = found.apart(lambda executor, *_: executor.fn.__name__.strip("_"), execute)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *args, **kwargs: called(*args, **kwargs))
     product = found.apart("float_product", dora_linear.float_product)  # an operator on a GPU, three on a CPU
-    for module in (dora_linear, low_rank_matmul):
+    for module in (common, dora_linear, low_rank_matmul):
         monkeypatch.setattr(module, "float_product", product)
     return found
 
@@ -132,3 +147,31 @@ def test_another_strength_prepares_no_operand(launches):
     with launches, torch.no_grad():
         layer(torch.randn(20, 48, dtype=torch.float16))
     assert "operands" not in launches.names
+
+
+@pytest.mark.parametrize(
+    ("contender", "expected"), [("PEFT LoRA", (5, 7)), ("PEFT DoRA", (17, 16)), ("PEFT DoRA, fused", (10, 10))]
+)
+def test_a_step_of_peft(launches, monkeypatch, contender, expected):
+    """A, B and m in half precision; three of the ten forward copy them in fp32."""
+    monkeypatch.setitem(backend.CHOSEN, False, dora_linear.TRITON)
+    monkeypatch.setattr("dora_mm.peft.formula.can_read", lambda t: False)  # as on a GPU
+    base = nn.Linear(48, 32, bias=False, dtype=torch.float16).requires_grad_(False)
+    model = nn.ModuleDict({"layer": CONTENDERS[contender](base, 4)})
+    layer, x = model["layer"], torch.randn(20, 48, dtype=torch.float16, requires_grad=True)
+    own, dY = [p for p in layer.parameters() if p.requires_grad], torch.ones(20, 32, dtype=torch.float16)
+
+    def count():
+        launches.names.clear()
+        with launches:
+            y = layer(x)
+        num_forward = len(launches.names)
+        with launches:
+            torch.autograd.grad(y, [x, *own], dY)
+        return num_forward, len(launches.names) - num_forward
+
+    assert count() == expected
+    if contender == "PEFT DoRA, fused":
+        assert launches.names.count("output_grad") == launches.names.count("low_rank_add") == 1
+        with fixed_norms(model):
+            assert count() == (3, 10)

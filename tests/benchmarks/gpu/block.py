@@ -21,8 +21,17 @@ from tests.benchmarks.results_table import REFERENCE
 from tests.benchmarks.timing import synchronize
 
 RANK = 16
-CONTENDERS = ("frozen", REFERENCE, "PEFT DoRA", "dense B@A", "our LoRA", "our DoRA")
-COMPILED = (REFERENCE, "our DoRA", "our LoRA", "PEFT DoRA", "dense B@A", "frozen")  # each takes long: in this order
+FUSED = "PEFT DoRA, fused"
+CONTENDERS = ("frozen", REFERENCE, "PEFT DoRA", FUSED, "dense B@A", "our LoRA", "our DoRA")
+COMPILED = (
+    REFERENCE,
+    "our DoRA",
+    FUSED,
+    "our LoRA",
+    "PEFT DoRA",
+    "dense B@A",
+    "frozen",
+)  # each takes long: in this order
 TOP_KERNELS = 15
 ACTIVITIES = {"cpu": [ProfilerActivity.CPU], "cuda": [ProfilerActivity.CPU, ProfilerActivity.CUDA]}
 

@@ -87,6 +87,10 @@ class Run:
             found |= {name: partial(every[name], runs_in=self.backend) for name in names if is_ours(name)}
         return {name: found[name] for name in names if name in found}
 
+    def runs_kernels(self, contender: str) -> bool:
+        """Whether a contender runs in `backend`; layers of PEFT do where there is a GPU."""
+        return contender.startswith("our") or (is_ours(contender) and self.device.type == "cuda")
+
     def leave_out(self, text: str) -> None:
         print(f"left out: {text}", flush=True)
 
@@ -120,7 +124,9 @@ class Run:
         if not rows:
             return
         ours = {"backend": self.backend}
-        rows = [self.machine | (ours if is_ours(row.get("contender", "our")) else TORCH) | row for row in rows]
+        rows = [
+            self.machine | (ours if self.runs_kernels(row.get("contender", "our")) else TORCH) | row for row in rows
+        ]
         is_first = not self.columns
         self.columns = self.columns or list(rows[0])
         with (self.folder / f"{self.name}.csv").open("w" if is_first else "a", newline="") as file:
@@ -138,7 +144,7 @@ class Run:
 
 
 def is_ours(contender: str) -> bool:
-    return contender.startswith("our")
+    return contender.startswith(("our", "PEFT DoRA, fused"))
 
 
 def many_compiled() -> contextlib.AbstractContextManager[object]:

@@ -1,0 +1,215 @@
+"""What the layers of PEFT compute once they run fused: one autograd.Function per adapter, and the row norms.
+
+    z = g (y - b) + b + h (s g B)^T       h = A x; g = m / n; n = ||W0 + s B A|| per row, a constant
+
+y is the output of the base layer, or of the adapter before. PEFT's formula keeps some six tensors of the size of y for
+its backward pass; this one keeps y, and h. Symbols as in core/functional.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_mm import backend
+from dora_mm.core.functional import Adapter, adapter_dtype, autocasts, can_read, cast, first_order
+from dora_mm.core.ops import BLOCK, LINEAR, Op, as_rows, per_row, row_sums, sum_tokens
+from dora_mm.core.passes import PassCache
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Scaled(torch.autograd.Function):
+    """z, computed in fp32 and rounded once, from y, b, h, B and m, in which it is differentiable.
+
+    `gain` and `divisor` are those of `gains`, or None: then W0 and A are given, as for `row_norms`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, y, bias, h, B, magnitude, gain, divisor, W0, A, transposed, scaling, dtype):
+        with torch.autocast(y.device.type, enabled=False) if autocasts(y.device) else nullcontext():
+            if gain is None:
+                gain, divisor = gains(W0, A, B, magnitude, scaling, transposed)
+            shift = None if bias is None else torch.addcmul(bias, gain, bias, value=-1)
+            if runs_in_triton(op, y):
+                z, factors = triton_output(y, shift, gain, h, B, scaling, dtype), ()
+            else:
+                factors = (gain * scaling).unsqueeze(1)
+                factors = factors, B * factors
+                z = torch_output(op, y, shift, gain, h, factors[1], dtype)
+        ctx.op, ctx.scaling = op, scaling
+        ctx.save_for_backward(y, bias, h, B, divisor, gain, *factors)
+        return z
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dz: Tensor):
+        compute = triton_gradients if runs_in_triton(ctx.op, dz) else torch_gradients
+        found = compute(ctx.op, ctx.scaling, dz, ctx.needs_input_grad[1:6], *ctx.saved_tensors)
+        return None, *found, *[None] * 7
+
+
+def gains(W0: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float, transposed: bool) -> tuple[Tensor, Tensor]:
+    """Computes g, 1 where n is 0, and what dm is divided by: n, infinite where it is 0.
+
+    Args:
+        W0: As for `row_norms`, and so are the others.
+        A: (R, I).
+        B: (O, R).
+        m: m (O,).
+        scaling: s.
+        transposed: See W0.
+    """
+    if runs_in_triton(LINEAR, W0):
+        return triton_gains(W0.t() if transposed else W0, A, B, m, scaling)
+    norm = row_norms(W0, A, B, scaling, transposed)
+    gain = m / norm
+    if norm.device.type == "cpu" and can_read(norm) and norm.min().item() > 0:
+        return gain, norm
+    is_zero = norm == 0
+    return gain.masked_fill_(is_zero, 1), norm.masked_fill(is_zero, math.inf)
+
+
+# --- in plain torch --------------------------------------------------------------------------------------------------
+
+
+def torch_output(op, y, shift, gain, h, scaled_B, dtype) -> Tensor:
+    """Returns z = g y + `shift` + h `scaled_B`^T in `dtype`."""
+    g = per_row(op, gain, y)
+    shift = None if shift is None else per_row(op, shift, y)
+    is_half = op is LINEAR and h.dtype.itemsize < 4
+    operand = cast(scaled_B, h.dtype).t() if is_half else scaled_B
+
+    def output(y: Tensor, h: Tensor) -> Tensor:
+        z = y * g if shift is None else torch.addcmul(shift, y, g)
+        return z.add_(h @ operand) if is_half else op.add_expanded(z, cast(h, z.dtype), operand)
+
+    return in_blocks(op, output, dtype, y, h)
+
+
+def torch_gradients(op, scaling, dz, needs, y, bias, h, B, divisor, gain, factors, scaled_B) -> Sequence[Tensor | None]:
+    """Returns the gradients of y, b, h, B and m that are needed; those of h and B are products in the dtype of h."""
+    needs_y, needs_bias, needs_h, needs_B, needs_m = needs
+    operand, product, dh, dm, dy = cast(scaled_B, h.dtype), None, [], None, None
+    for some_dz, some_h in blocks(op, dz.dtype != h.dtype, dz, h):
+        d = cast(some_dz, h.dtype)
+        if needs_B or needs_m:
+            part = cast(op.grad_B(d, some_h, B), gain.dtype)
+            product = part if product is None else product.add_(part)
+        if needs_h:
+            dh.append(op.grad_h(d, operand))
+    if needs_m:
+        sums, _ = row_sums(op, dz, y, bias, wants_squares=False)
+        dm = torch.add(sums, (product * B).sum(1), alpha=scaling).div_(divisor)
+    if needs_y:
+        g = per_row(op, gain, dz)
+        dy = in_blocks(op, lambda d: d * g, y.dtype, dz)
+    dbias = (1 - gain) * sum_tokens(op, dz) if needs_bias else None
+    dB = product * factors if needs_B and product is not None else None
+    return dy, dbias, (dh[0] if len(dh) == 1 else torch.cat(dh)).view(h.shape) if dh else None, dB, dm
+
+
+def blocks(op: Op, casts: bool, *tensors: Tensor) -> Sequence[tuple[Tensor, ...]]:
+    """Tensors with the same tokens, the largest first; of a Linear as (T, ...).
+
+    Where they are cast on a processor, they come in blocks that stay in its cache: to allocate pages for a tensor of
+    2048 x 1280 in fp32 takes as long as a third of the layer's product in bf16.
+    """
+    if op.feature_dim != -1:
+        return [tensors]
+    rows = [as_rows(t) for t in tensors]
+    if not casts or torch.compiler.is_compiling() or rows[0].device.type != "cpu" or rows[0].numel() <= BLOCK:
+        return [tuple(rows)]
+    return list(zip(*(t.split(max(1, BLOCK // rows[0].shape[1])) for t in rows), strict=True))
+
+
+def in_blocks(op: Op, function: Callable[..., Tensor], dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+    """What `function` computes from the blocks of some tensors, in the shape of the first one and in `dtype`."""
+    like, parts = tensors[0], blocks(op, dtype.itemsize < 4, *tensors)
+    if len(parts) == 1:
+        return cast(function(*parts[0]), dtype).view(like.shape)
+    found = torch.empty(like.shape, dtype=dtype)
+    for some, part in zip(as_rows(found).split(len(parts[0][0])), parts, strict=True):
+        some.copy_(function(*part))
+    return found
+
+
+def row_norms(W0: Tensor, A: Tensor, B: Tensor, scaling: float, transposed: bool) -> Tensor:
+    """Computes n = ||W0 + s B A|| per output row, of the dense sum in at least fp32, as PEFT does.
+
+    Args:
+        W0: (O, I) in any floating dtype; (I, O) where it is stored `transposed`.
+        A: (R, I).
+        B: (O, R).
+        scaling: s.
+        transposed: See W0.
+
+    Returns:
+        n (O,).
+    """
+    dtype = torch.promote_types(A.dtype, adapter_dtype(W0.dtype))
+    left, right, dim = (A.t(), B.t(), 0) if transposed else (B, A, 1)
+
+    def norms(W0: Tensor, left: Tensor) -> Tensor:
+        if left.dtype == dtype:
+            V = torch.addmm(cast(W0, dtype), left, right, alpha=scaling)
+        else:  # adapters in half precision: rounding the update to it changes n by some 1e-5
+            V = torch.add(cast(W0, dtype), left @ right, alpha=scaling)
+        return torch.linalg.vector_norm(V, dim=dim)
+
+    if torch.compiler.is_compiling() or W0.device.type != "cpu" or W0.numel() <= BLOCK:
+        return norms(W0, left)
+    at_once = max(1, BLOCK // W0.shape[1])
+    found = [norms(*part) for part in zip(W0.split(at_once), left.split(at_once), strict=True)]
+    return torch.linalg.vector_norm(torch.stack(found), dim=0) if transposed else torch.cat(found)
+
+
+# --- in our kernels --------------------------------------------------------------------------------------------------
+
+
+def runs_in_triton(op: Op, t: Tensor) -> bool:
+    """Whether passes over a tensor run in our kernels: those of a Linear, where the backend has chosen them."""
+    return op is LINEAR and backend.CHOSEN[t.is_cuda] is not backend.TORCH and t.dtype in KERNEL_DTYPES
+
+
+def triton_output(y, shift, gain, h, B, scaling, dtype) -> Tensor:
+    """`torch_output` in one pass over y."""
+    from dora_mm.kernels.low_rank_add import low_rank_add
+
+    return low_rank_add(as_rows(y), shift, gain, as_rows(h), B, scaling, dtype).view(y.shape)
+
+
+def triton_gradients(op, scaling, dz, needs, y, bias, h, B, divisor, gain) -> Sequence[Tensor | None]:
+    """`torch_gradients` with one pass over dz and y."""
+    from dora_mm.kernels.adapter_grads import adapter_grads
+    from dora_mm.kernels.common import float_product
+    from dora_mm.kernels.output_grad import output_grad
+
+    needs_y, needs_bias, needs_h, needs_B, needs_m = needs
+    d, rows, dB, dm = as_rows(dz), as_rows(h), None, None
+    of_rows = bias, divisor, divisor, gain
+    scaled, dots, operand = output_grad(d, as_rows(y), None, None, rows, B, *of_rows, scaling, needs_y, needs_m)
+    dy = cast(scaled, y.dtype).view(y.shape) if needs_y else None
+    d = cast(d, h.dtype)
+    dh = (d @ operand).view(h.shape) if needs_h else None
+    if needs_B or needs_m:
+        product = float_product(d.t(), rows)
+        own = (B, divisor) if needs_m else ()
+        dB, dm = adapter_grads(product, B.shape[1], dots if needs_m else None, gain, scaling, *own)
+    dbias = (1 - gain) * sum_tokens(op, dz) if needs_bias else None
+    return dy, dbias, dh, dB if needs_B else None, dm if needs_m else None
+
+
+def triton_gains(W0: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """`gains` by the kernels of our layers, which build no dense sum; n is 0 where it is, which the others know."""
+    from dora_mm.kernels.dora_linear import TRITON_STEPS
+
+    A, B, m = (cast(t, torch.float32) for t in (A, B, m))
+    rows, _ = TRITON_STEPS.row_gains(W0, Adapter(A, B, m, scaling), PassCache())
+    assert rows is not None
+    return rows.gain, rows.norm

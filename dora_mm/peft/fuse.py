@@ -1,0 +1,163 @@
+"""The line: which adapters of a model run fused, which stay PEFT's, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+from peft.tuners.lora import variants
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from dora_mm import backend
+from dora_mm.peft.layers import (
+    DROPS,
+    FusedConv1d,
+    FusedConv2d,
+    FusedConv3d,
+    FusedDoRA,
+    FusedEmbedding,
+    FusedLinear,
+    drops,
+    read,
+    tensors_of,
+)
+
+TESTED = (0, 20), (0, 21)  # the oldest and the newest release of PEFT whose variants are known to be the same
+FUSED = {
+    variants.DoraLinearVariant: FusedLinear,
+    variants.DoraEmbeddingVariant: FusedEmbedding,
+    variants.DoraConv1dVariant: FusedConv1d,
+    variants.DoraConv2dVariant: FusedConv2d,
+    variants.DoraConv3dVariant: FusedConv3d,
+}
+KNOWN = {f"peft.tuners.lora.layer.{name}" for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")} | {
+    f"peft.tuners.lora.{name}" for name in ("bnb.Linear4bit", "bnb.Linear8bitLt", "torchao.TorchaoLoraLinear")
+}
+# The smallest weight whose layer runs fused on a processor: below 128 x 128 a pass of ours takes 1.0 to 1.2 times as
+# long as PEFT's own (one thread of an AMD EPYC; fp32, bf16 and autocast; 1 to 256 tokens): there is nothing to gain.
+CROSSING = 2**14
+Adapters = list[tuple[str, str]]
+
+
+@dataclass
+class FuseReport:
+    """What `fuse_peft` did; `str()` says it. An adapter is the path of its layer and its name.
+
+    Attributes:
+        fused: The adapters that run fused.
+        at_times: Why some of these run PEFT's own code in some passes, as things are now.
+        stock: Why the others stay PEFT's.
+    """
+
+    fused: Adapters = field(default_factory=list)
+    at_times: dict[str, Adapters] = field(default_factory=dict)
+    stock: dict[str, Adapters] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"DoRA of {shown(self.fused)} runs fused"]
+        lines += [f"  {shown(some)} of these run PEFT's own code with {why}" for why, some in self.at_times.items()]
+        lines += [f"{shown(some)} stay PEFT's: {why}" for why, some in self.stock.items()]
+        return "\n".join([*lines, "Adapters that are added later stay PEFT's until fuse_peft is called again."])
+
+
+def shown(adapters: Sequence[tuple[str, str]]) -> str:
+    """How many layers, and by the last names of their paths."""
+    names = Counter(path.split(".")[-1] for path, _ in adapters)
+    text = ", ".join(f"{count} {name}" for name, count in names.items())
+    return f"{len(adapters)} layers" + (f" ({text})" if text else "")
+
+
+def fuse_peft(model: nn.Module) -> FuseReport:
+    """Makes DoRA in the layers of PEFT cost nearly what LoRA does, in any model that PEFT has adapted, in place.
+
+    Outputs and gradients are PEFT's up to rounding, and rows of zeros stay finite. Parameters, state dicts, files and
+    all that PEFT does with its layers stay as they are. To call it again is harmless.
+
+    Args:
+        model: A PeftModel, or a model with adapters of `add_adapter` of transformers or diffusers.
+
+    Returns:
+        Which adapters run fused, and why others do not; `print` shows it.
+
+    Raises:
+        ValueError: PEFT is older or newer than what this was tested with, or has adapted no layer of the model. The
+            model is then unchanged.
+    """
+    check_version(peft.__version__)
+    report, adapters = FuseReport(), list(adapters_of(model))
+    if not adapters:
+        raise ValueError("fuse_peft found no layer with a LoRA of PEFT in this model: add the adapter before")
+    backend.select("auto")
+    for path, layer, name in adapters:
+        variant = layer.lora_variant.get(name)
+        if why := why_stock(layer, name, variant):
+            report.stock.setdefault(why, []).append((path, name))
+            continue
+        if not isinstance(variant, FusedDoRA):
+            layer.lora_variant[name] = FUSED[type(variant)]()
+        report.fused.append((path, name))
+        now = DROPS if drops(layer, name) else read(layer, name)
+        if isinstance(now, str):
+            report.at_times.setdefault(now, []).append((path, name))
+    return report
+
+
+def unfuse_peft(model: nn.Module) -> int:
+    """Gives the layers of PEFT its own passes back: what `fuse_peft` did is undone.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The number of adapters that ran fused.
+    """
+    stock, found = {ours: theirs for theirs, ours in FUSED.items()}, list(fused_of(model))
+    for layer, name in found:
+        layer.lora_variant[name] = stock[type(layer.lora_variant[name])]()
+    return len(found)
+
+
+def adapters_of(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """The path, the layer and the name of every adapter of PEFT's LoRA in a model."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            for name in (*layer.lora_A, *layer.lora_embedding_A):
+                yield path, layer, name
+
+
+def fused_of(model: nn.Module) -> Iterator[tuple[Any, str]]:
+    """The layer and the name of every adapter that runs fused."""
+    for _, layer, name in adapters_of(model):
+        if isinstance(layer.lora_variant.get(name), FusedDoRA):
+            yield layer, name
+
+
+def why_stock(layer: Any, name: str, variant: Any) -> str | None:
+    """Why an adapter with this variant stays PEFT's, or None."""
+    kind = type(layer)
+    if variant is None:
+        return "LoRA without a magnitude"
+    if type(variant) not in FUSED and not isinstance(variant, FusedDoRA):
+        return f"{type(variant).__name__} is another method"
+    if f"{kind.__module__}.{kind.__name__}" not in KNOWN:
+        return f"the class {kind.__name__} is not known here"
+    if getattr(layer.get_base_layer(), "groups", 1) > 1:
+        return "PEFT's norm of a convolution with groups is not that of its weight"
+    A, B, m = tensors_of(layer, name)
+    if A[0].numel() * len(B) < CROSSING and m.device.type == "cpu" and bool((m != 0).all()):  # else NaN in PEFT
+        return f"below {CROSSING} weights PEFT's own passes are as fast on a processor"
+    return None
+
+
+def check_version(version: str) -> None:
+    """Raises ValueError for a release of PEFT whose variants may be others."""
+    if not TESTED[0] <= tuple(map(int, version.split(".")[:2])) <= TESTED[1]:
+        oldest, newest = (".".join(map(str, release)) for release in TESTED)
+        raise ValueError(
+            f"fuse_peft works with PEFT {oldest} to {newest}, and this is {version}: install one of these, or train "
+            "with PEFT's own layers"
+        )

@@ -1,0 +1,154 @@
+"""A fused pass agrees with the formula in float64 at least as well as PEFT's own does."""
+
+import copy
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dora_mm import backend, fuse_peft
+from dora_mm.core.functional import Adapter, row_gains
+from dora_mm.peft import fixed_norms, fuse
+from dora_mm.peft.formula import row_norms
+from tests.benchmarks.timing import saved_bytes
+from tests.core.reference import relative_error
+from tests.peft.models import KINDS, adapted, assert_as_exact, computed, example, fused
+
+DTYPES = {
+    "float32": {},
+    "bfloat16": {"dtype": torch.bfloat16, "upcast": False},
+    "bfloat16, adapters in float32": {"dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_gradients(kind, dtype):
+    """With autocast or not, one adapter or two, with checkpointing or not."""
+    x = example(kind, DTYPES[dtype].get("dtype", torch.float32))
+    for adapters in (1, 2):
+        theirs = adapted(kind, adapters, **DTYPES[dtype])
+        ours = fused(theirs)
+        exact = computed(copy.deepcopy(theirs).double(), x.detach().double().requires_grad_() if x.requires_grad else x)
+        for autocast, recomputed in itertools.product((False, True), repeat=2):
+            run = partial(checkpoint, ours, use_reentrant=False) if recomputed else None
+            assert_as_exact(computed(ours, x, autocast, run), computed(theirs, x, autocast), exact)
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
+def test_reentrant_checkpointing(kind):
+    theirs, x = adapted(kind), example(kind)
+    for model in (theirs, ours := fused(theirs)):
+        checkpoint(model, x, use_reentrant=True).square().sum().backward()
+    for own, given in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert not given.requires_grad or relative_error(own.grad, given.grad) < 1e-5
+
+
+@pytest.mark.parametrize("bias", [1.0, 100.0])
+def test_a_large_bias(bias):
+    layer, x = nn.Linear(160, 128), example("Linear")
+    nn.init.constant_(layer.bias, bias)
+    theirs = adapted(layer)
+    exact = computed(copy.deepcopy(theirs).double(), x.detach().double().requires_grad_())
+    assert_as_exact(computed(fused(theirs), x), computed(theirs, x), exact)
+
+
+def test_a_bias_that_is_trained():
+    theirs, x = adapted("Linear", bias="all"), example("Linear")
+    assert any(p.requires_grad for name, p in theirs.named_parameters() if name.endswith("bias"))
+    exact = computed(copy.deepcopy(theirs).double(), x.detach().double().requires_grad_())
+    assert_as_exact(computed(fused(theirs), x), computed(theirs, x), exact)
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Embedding", "Conv2d"])
+def test_rows_of_zeros_stay_finite(kind):
+    """Whatever the size of the layer; PEFT's outputs are NaN."""
+    layer = KINDS[kind]()
+    with torch.no_grad():
+        (layer.weight[:, :5] if kind in ("Conv1D", "Embedding") else layer.weight[:5]).zero_()
+    theirs = adapted(layer, fan_in_fan_out=kind == "Conv1D", init_lora_weights=True)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name or "embedding_A" in name:
+            nn.init.zeros_(parameter)
+    x = example(kind)
+    assert theirs(x).isnan().any()
+    ours = fused(theirs)
+    assert all(t.isfinite().all() for t in computed(ours, x))
+    optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        ours(x).square().mean().backward()
+        optimizer.step()
+    assert all(t.isfinite().all() for t in (*computed(ours, x), *ours.parameters()))
+
+
+def test_norms_of_large_weights_are_those_of_their_blocks(monkeypatch):
+    drawn = torch.Generator().manual_seed(0)
+    W0, A, B = (torch.randn(size, generator=drawn) for size in ((70, 50), (3, 50), (70, 3)))
+    expected = (W0.double() + 2.5 * B.double() @ A.double()).norm(dim=1)
+    monkeypatch.setattr("dora_mm.peft.formula.BLOCK", 500)
+    for weight in (W0, W0.bfloat16()):
+        found = row_norms(weight, A, B, 2.5, False), row_norms(weight.t().contiguous(), A, B, 2.5, True)
+        for norm in found:
+            assert relative_error(norm, expected) < (3e-3 if weight.dtype == torch.bfloat16 else 3e-7)
+        assert relative_error(*found) < 3e-7
+    rows = row_gains(W0, Adapter(A, B, torch.ones(70), 2.5))
+    assert relative_error(row_norms(W0, A, B, 2.5, False), rows.norm) < 3e-7
+
+
+def test_it_keeps_less_than_half_for_the_backward_pass():
+    theirs, x = adapted(nn.Linear(256, 512)), torch.randn(1024, 256, requires_grad=True)
+    kept = [saved_bytes(lambda m=m: m(x), m, x) for m in (theirs, fused(theirs))]
+    assert kept[1] < 0.5 * kept[0]
+    assert kept[1] < 1.1 * 4 * 1024 * (512 + 8)
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+@pytest.mark.parametrize("kind", ["Linear", "Linear without bias", "Conv1D"])
+def test_the_kernels_agree_with_plain_torch(kind, adapters, monkeypatch):
+    pytest.importorskip("triton")
+    from dora_mm.kernels.dora_linear import TRITON
+
+    theirs, x = adapted(kind, adapters), example(kind)
+    ours = fused(theirs)
+    plain = computed(ours, x)
+    monkeypatch.setitem(backend.CHOSEN, False, TRITON)
+    for found, expected in zip(computed(ours, x), plain, strict=True):
+        assert relative_error(found, expected) < 2e-6
+
+
+def test_one_graph_without_breaks():
+    ours, x = fused(adapted("Linear")), example("Linear")
+    torch.compiler.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    for found, expected in zip(computed(ours, x, run=compiled), computed(ours, x), strict=True):
+        assert relative_error(found, expected) < 1e-6
+    with fixed_norms(ours):
+        for found, expected in zip(computed(ours, x, run=compiled), computed(ours, x), strict=True):
+            assert relative_error(found, expected) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "autocast"),
+    [("Linear", False), ("Linear", True), ("Conv1D", False), ("Embedding", False), ("Conv2d", False)],
+)
+def test_compiled(kind, autocast):
+    theirs, x = adapted(kind), example(kind)
+    ours = fused(theirs)
+    exact = computed(copy.deepcopy(theirs).double(), x.detach().double().requires_grad_() if x.requires_grad else x)
+    torch.compiler.reset()
+    compiled = torch.compile(ours, fullgraph=True)
+    assert_as_exact(computed(ours, x, autocast, compiled), computed(theirs, x, autocast), exact)
+
+
+def test_small_layers_stay_pefts(monkeypatch):
+    theirs = adapted(nn.Linear(64, 64))
+    report = fuse_peft(theirs)
+    assert report.fused == []
+    assert "below 16384 weights PEFT's own passes are as fast" in str(report)
+    monkeypatch.setattr(fuse, "CROSSING", 0)
+    assert fuse_peft(theirs).fused == [("base_model.model.layer", "0")]
