@@ -35,9 +35,8 @@ def adapter_digest(source: Path | AdapterFile) -> str:
             alpha = file.parts(module, tool, file.described).get("alpha")
         settings = {key: said[key] for key in _SAID if key in said}
         modules[module] = [settings, None if alpha is None else float(alpha), file.transposed(module)]
-    parameters = {
-        key: [*name, tool.in_header.unties(file.header, name)] for key, name in sorted(file.parameters.items())
-    }
+    unties = tool.in_header.unties
+    parameters = {key: [*name, unties(file.header, name)] for key, name in sorted(file.parameters.items())}
     words = parse_json(file.header.get(BESIDE_KEY, "{}"), f"its header key {BESIDE_KEY}")  # checked with the file
     about = [file.tool, weights_digest([file.path]), modules, parameters, words]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

@@ -19,7 +19,7 @@ from diffusers.loaders import lora_conversion_utils, single_file_utils
 
 from dora_mm.formats.algebra.fused import split_rows
 from dora_mm.formats.naming.names import Name, architecture_of, canonical, own_table, owners
-from dora_mm.formats.naming.spellings import DIFFUSERS, KOHYA, PEFT, Names
+from dora_mm.formats.naming.spellings import DIFFUSERS, KOHYA, ONETRAINER, PEFT, Names
 from tests.benchmarks.full_size import FULL_SIZE
 
 
@@ -41,7 +41,7 @@ def unet(sdxl) -> list[Name]:
 # --- SDXL at full size -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spelling", ["diffusers", "kohya", "onetrainer"])
+@pytest.mark.parametrize("spelling", [DIFFUSERS, KOHYA, ONETRAINER], ids=lambda spelling: spelling.name)
 @pytest.mark.parametrize("with_base", [True, False])
 def test_every_name_of_sdxl_comes_back(unet, spelling, with_base):
     names = Names(unet if with_base else ())
