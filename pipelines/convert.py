@@ -20,7 +20,7 @@ def main(source: str, out: str, to: str, *, base: str | None = None, **settings:
     Args:
         source: An adapter file of any tool, its folder or run directory.
         out: A file that ends in .safetensors, or a folder.
-        to: A key of `dora_mm.formats.registry.TARGETS`.
+        to: A name in `dora_mm.registries.tools.TARGETS`.
         base: The model: a folder, a single-file checkpoint or a hub name; None: the one that the file
             names, where it is on this machine.
         settings: The other arguments of `dora_mm.formats.commands.convert.convert`.

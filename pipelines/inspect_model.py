@@ -17,9 +17,9 @@ from dora_mm.core import DoRASpec, InjectReport, TargetMap, inject
 from dora_mm.core.targets import match_modules, parts_in
 from dora_mm.formats.commands.inspection import Inspection, inspect_file
 from dora_mm.formats.files.places import STEMS
-from dora_mm.formats.registry import TOOLS
 from dora_mm.formats.tools.comfy import other_half
 from dora_mm.models.architectures import Network, networks_of
+from dora_mm.registries.tools import TOOLS
 from dora_mm.sampling.png import read_description
 from dora_mm.sampling.strengths import strength_text
 from dora_mm.targets import DERIVED, find, map_of
@@ -27,7 +27,7 @@ from dora_mm.targets.derived import NAME, about_left_out
 from dora_mm.utils.messages import shown
 from dora_mm.utils.tables import aligned_columns
 
-ADAPTERS = [export.file_name for export in formats.FORMATS.values()]
+ADAPTERS = [form.file_name for form in formats.FORMATS.values()]
 METHODS = {"dora": "DoRA", "lora": "LoRA", "diff": "differences of weights", "full": "whole weights"}
 RANK = 8  # parameter counts of target maps are stated at this rank
 

@@ -22,7 +22,7 @@ def main(file: str, tool: str, base: str | None = None, *, axis: str | None = No
 
     Args:
         file: An adapter file of any tool, its folder or run directory.
-        tool: A key of `dora_mm.formats.tools.TOOLS`, or "all".
+        tool: One of `dora_mm.registries.tools.other_tools`, or "all".
         base: The model: a folder, a single-file checkpoint or a hub name; None: the one that the file names.
         axis: The axis of the magnitudes, where their shape does not say it.
         as_json: Whether to print JSON, with every module.

@@ -13,8 +13,8 @@ from dora_mm.formats.commands.comparison import ToolLoad, compared
 from dora_mm.formats.commands.convert import convert
 from dora_mm.formats.commands.verify import verify
 from dora_mm.formats.naming.spellings import Names
-from dora_mm.formats.registry import OTHER_TOOLS, TARGETS, WRITTEN_FOR
-from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.tools import tool_of
+from dora_mm.registries.tools import TARGETS, TOOLS, other_tools
 from tests.documented.exports import NO_DORA, WHOLE, Claim, claims, tools_in
 from tests.documented.texts import DOCS, ROOT, text_of
 from tests.formats import toy
@@ -46,11 +46,11 @@ def errors(tmp_path_factory):
 def of_pair(*paths: Path) -> dict[str, float]:
     """The largest error of a module, of tools that load one file after the other."""
     files = [AdapterFile(path) for path in paths]
-    found = dict.fromkeys(OTHER_TOOLS, 0.0)
+    found = dict.fromkeys(other_tools(), 0.0)
     for module in files[1].modules:
         (name,) = Names(()).read(module).names
         tensors = [file.tensors(module) for file in files]
-        parts = {tool: [TOOLS[tool].loaded(module, each, {}) for each in tensors] for tool in OTHER_TOOLS}
+        parts = {tool: [tool_of(tool).loaded(module, each, {}) for each in tensors] for tool in other_tools()}
         comparison = compared([ToolLoad(*load) for load in parts.items()], toy.base()[name], STATES[name])
         found = {
             tool: max(found[tool], comparison.relative(error))
@@ -131,9 +131,6 @@ def test_wrong_ones_are_found(errors):
 
 def test_what_the_program_prints(errors):
     """The help of `convert`, and the target that it names for a program."""
-    for target, row in TARGETS.items():
-        assert wrong(Claim(row.title, (target,), tools_in(row.title)), errors) == [], target
-    named = {"comfyui": "comfy-2025", "reforge": "comfy-2025", "automatic1111": "a1111", "sd-scripts": "lycoris"}
-    for program, target in WRITTEN_FOR.items():
-        tool = "a1111" if program.endswith("webui") else named.get(program, program)
-        assert reads(tool, target, errors), program
+    for target, record in TARGETS.items():
+        assert wrong(Claim(record.title, (target,), tools_in(record.title)), errors) == [], target
+    assert all(reads(tool, record.target, errors) for tool, record in TOOLS.items() if record.target)

@@ -10,8 +10,8 @@ from dora_mm.cli.parser import RESUMABLE
 from dora_mm.config import find_path, load_config, resolve_adapter, resolve_model, resolve_path, run_name
 from dora_mm.config.paths import INDEX, check_paths
 from dora_mm.config.schema import PipelineConfig
-from dora_mm.formats.registry import TARGETS, no_entry
 from dora_mm.recipes import PIPELINES, Recipes
+from dora_mm.registries.tools import TARGETS, no_entry
 from dora_mm.train.resuming import check_changes, nearest_run, started_config
 
 DEFAULTS_OF_JOBS = "configs/sdxl/jobs.yaml"

@@ -1,13 +1,13 @@
 """The commands and their arguments. All but those that take a config name them as their recipes name parameters."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dora_mm import __version__
-from dora_mm.formats.registry import OTHER_TOOLS, TARGETS, TOOLS
 from dora_mm.registries.image_families import IMAGE_FAMILIES
+from dora_mm.registries.tools import TARGETS, TOOLS, other_tools
 
 RESUMABLE = ("train", "sample", "grid")
 BASE = "the model: a folder, a single-file checkpoint or a hub name"
@@ -141,12 +141,8 @@ def _add_merge(commands: Any) -> None:
 
 
 def _add_convert(commands: Any) -> None:
-    command = commands.add_parser(
-        "convert",
-        help="write an adapter in the form of another tool",
-        epilog=_listed("targets", {name: row.title for name, row in TARGETS.items()}),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    command = commands.add_parser("convert", help="write an adapter in the form of another tool")
+    _list_in_help(command, "targets", lambda: {name: record.title for name, record in TARGETS.items()})
     command.add_argument("source", metavar="IN", help="an adapter file of any tool, its folder or run directory")
     command.add_argument("out", metavar="OUT", help="a file that ends in .safetensors, or a folder")
     command.add_argument("--to", metavar="TARGET", required=True, help="one of those below")
@@ -162,12 +158,8 @@ def _add_convert(commands: Any) -> None:
 
 
 def _add_verify(commands: Any) -> None:
-    command = commands.add_parser(
-        "verify",
-        help="show what other tools compute from an adapter file",
-        epilog=_listed("tools", {name: TOOLS[name].title for name in OTHER_TOOLS}),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    command = commands.add_parser("verify", help="show what other tools compute from an adapter file")
+    _list_in_help(command, "tools", lambda: {name: TOOLS[name].title for name in other_tools()})
     command.add_argument("file", metavar="FILE", help="an adapter file of any tool, its folder or run directory")
     command.add_argument("--tool", metavar="NAME", default="all", help="one of those below, or all; default: all")
     command.add_argument("--base", metavar="MODEL", help=f"{BASE}; default: that of the header, where it is here")
@@ -239,6 +231,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _listed(title: str, names: Mapping[str, str]) -> str:
-    width = max(map(len, names))
-    return "\n".join([f"{title}:", *(f"  {name:<{width}}  {what}" for name, what in names.items())])
+def _list_in_help(command: argparse.ArgumentParser, title: str, names: Callable[[], Mapping[str, str]]) -> None:
+    """Adds names to the help of a command: they are listed when it is shown, since other packages add to them."""
+    arguments = command.format_help
+
+    def format_help() -> str:
+        listed = names()
+        width = max(map(len, listed))
+        return "\n".join([f"{arguments()}\n{title}:", *(f"  {name:<{width}}  {listed[name]}" for name in listed), ""])
+
+    command.format_help = format_help

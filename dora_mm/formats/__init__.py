@@ -2,7 +2,7 @@
 
 The way of a file: `adapter_file.py` opens it; `reader.py` reads its modules into the neutral form, by what their tool
 says in `tools/`; `state.py` is that form; `models.py` puts it into models; `adapters.py` is the whole way, and back.
-Names are loaded on first use, so that the command line can read `registry.py` without torch.
+Names are loaded on first use, so that the command line starts without torch.
 """
 
 from __future__ import annotations

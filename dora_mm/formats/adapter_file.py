@@ -22,12 +22,13 @@ from dora_mm.formats.naming.names import ModuleGroup, Name, canonical
 from dora_mm.formats.naming.spellings import Namer
 from dora_mm.formats.state import LayerState, with_settings
 from dora_mm.formats.tokens import EMBEDDINGS, keys_by_word, read_beside
-from dora_mm.formats.tools import FORMATS, TOOLS
+from dora_mm.formats.tools import FORMATS, all_tools, tool_of
 from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.methods import METHODS, other_method
 from dora_mm.formats.tools.parts import NO_LOW_RANK, axes_that_fit
 from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME, config_beside
 from dora_mm.formats.tools.tool import Tool
+from dora_mm.registries.tools import TOOLS
 
 OLD_LAYER = re.compile(r"(?P<module>.*_lora[12]?)\.(?P<ending>down|up)\.weight")  # of diffusers of 2023, and XLabs
 _NETWORK = re.compile(
@@ -44,7 +45,7 @@ class AdapterFile:
     Attributes:
         path: The file.
         header: The metadata of its header, and PEFT's settings under the name of their file.
-        tool: The name of the tool that wrote it, or one that writes the same form: a key of `TOOLS`.
+        tool: The name of the tool that wrote it, or one that writes the same form: a name in `registries.tools.TOOLS`.
         modules: By the name of a module in the file: its keys by their ends, such as `lora_up.weight`.
         biases: By the name of a module: the key of the difference of its bias.
         embeddings: The keys of the embeddings of trained tokens, also where these are in files beside it.
@@ -77,7 +78,7 @@ class AdapterFile:
 
     def _detect(self) -> str:
         keys = list(self._file.entries)
-        found = next((name for name, tool in TOOLS.items() if tool.wrote(keys, self.header)), None)
+        found = next((name for name, tool in all_tools().items() if tool.wrote(keys, self.header)), None)
         if found == "peft" and CONFIG_NAME not in self.header and any(map(_NETWORK.match, keys)):
             found = "bare"  # it can only be for a network of images, and its alpha is the rank
         if found is None and (method := other_method(keys)):
@@ -108,7 +109,8 @@ class AdapterFile:
     @cached_property
     def _endings(self) -> frozenset[str]:
         """The known ends of keys; those of our own format belong to its files alone."""
-        tools = [TOOLS["dora_mm"]] if self.tool == "dora_mm" else [t for n, t in TOOLS.items() if n != "dora_mm"]
+        ours = self.tool == "dora_mm"
+        tools = [tool for name, tool in all_tools().items() if (name == "dora_mm") == ours]
         return frozenset({ending for tool in tools for ending in tool.parts} | METHODS.keys())
 
     @cached_property
@@ -119,7 +121,7 @@ class AdapterFile:
     def parameters(self) -> dict[str, Name]:
         """The names of the extra parameters, by key."""
         with located(str(self.path)):
-            found = {key: TOOLS[self.tool].parameter(self.header, key) for key in self._file.entries}
+            found = {key: tool_of(self.tool).in_header.parameter(self.header, key) for key in self._file.entries}
         return {key: name for key, name in found.items() if name is not None}
 
     @property
@@ -139,7 +141,7 @@ class AdapterFile:
 
     def named(self, module: str) -> Name | None:
         """The name of a module in a model, where the file has the model's own names: see `Tool.named`."""
-        return TOOLS[self.tool].named(module)
+        return tool_of(self.tool).named(module)
 
     def check_complete(self) -> None:
         """Checks that what the header lists is there.
@@ -150,7 +152,9 @@ class AdapterFile:
         adapted = (self.named(module) for module in self.modules)
         held = {canonical(*name) for name in (*adapted, *self.parameters.values()) if name is not None}
         with located(str(self.path)):
-            missing = (name for name in TOOLS[self.tool].listed(self.header) if canonical(*name) not in held)
+            missing = (
+                name for name in tool_of(self.tool).in_header.listed(self.header) if canonical(*name) not in held
+            )
             if name := next(missing, None):
                 which = ".".join(filter(None, name))
                 raise ValueError(f"{self.path} is incomplete: {which:.200}, which its header lists, is missing")
@@ -239,12 +243,12 @@ class AdapterFile:
 
     def described_layer(self, module: str, axis: str | None = None) -> LayerState:
         """The adapter of a module as the header describes it, without values; raises what `layer` does."""
-        tool, keys = TOOLS[self.tool], self.modules[module]
+        tool, keys = tool_of(self.tool), self.modules[module]
         if method := other_method(list(keys.values())):
             raise ValueError(f"it is adapted by {method}, and only LoRA and DoRA are supported")
         unread = [ending for ending, key in keys.items() if ending not in tool.parts and key not in self.parameters]
         if unread:
-            raise ValueError(f"it has {min(unread)}, which {tool.title} does not write")
+            raise ValueError(f"it has {min(unread)}, which {TOOLS[self.tool].title} does not write")
         layer = self._layer(module, axis, self.described)
         if "lora_A" in layer.tensors:
             A, B = layer.tensors["lora_A"], layer.tensors["lora_B"]
@@ -254,14 +258,14 @@ class AdapterFile:
         return layer
 
     def _layer(self, module: str, axis: str | None, read: Callable[[str], Tensor]) -> LayerState:
-        tool = TOOLS[self.tool]
+        tool = tool_of(self.tool)
         layer = tool.read(self.parts(module, tool, read), axis)
         return layer if self.is_parameter(module) else with_settings(layer, self.settings(module))
 
     def settings(self, module: str) -> Mapping[str, Any]:
-        """What the header says about a module: see `Tool.settings`."""
+        """What the header says about a module: see `HeaderReader.settings`."""
         with located(str(self.path)):
-            return TOOLS[self.tool].settings(self.header, module)
+            return tool_of(self.tool).in_header.settings(self.header, module)
 
     def is_parameter(self, module: str) -> bool:
         """Whether all tensors of a module are extra parameters, as the weight of a trained norm."""
@@ -269,11 +273,11 @@ class AdapterFile:
 
     def axis(self, module: str) -> str:
         """The axis of a magnitude as its shape says it: `out`, `in`, or `?` for both; empty without one that fits."""
-        tool, endings = TOOLS[self.tool], self.modules[module]
+        tool, endings = tool_of(self.tool), self.modules[module]
         shapes = {role: self.shape(key) for role, key in tool.roles(module, endings).items()}
         if "m" not in shapes:
             return ""
-        if tool.axis == "out" or "dora_scale" not in endings:  # the other names are those of output rows
+        if tool.computes.axis == "out" or "dora_scale" not in endings:  # the other names are those of output rows
             return "out"
         if not {"A", "B"} <= shapes.keys() or len(shapes["A"]) < 2 or not shapes["B"]:
             return ""
@@ -356,12 +360,12 @@ def find_file(path: Path) -> Path:
     if not path.is_dir():
         raise ValueError(f"there is no adapter at {path}: give an adapter file or its folder")
     path = adapter_folder(path)
-    own = [path / export.file_name for export in FORMATS.values() if (path / export.file_name).is_file()]
+    own = [path / form.file_name for form in FORMATS.values() if (path / form.file_name).is_file()]
     others = [] if (path / CONFIG).is_file() else sorted(path.glob("[!.]*.safetensors"))  # else it is a model's
     found = own or others
     if len(found) == 1:
         return found[0]
-    names = " or ".join(export.file_name for export in FORMATS.values())
+    names = " or ".join(form.file_name for form in FORMATS.values())
     pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLES)
     if pickles and not found:
         raise pickle_error(pickles[0])

@@ -24,12 +24,12 @@ from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.models import from_models, into_models, weight_shape
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.reader import opened, read
-from dora_mm.formats.registry import TOOLS
 from dora_mm.formats.state import AdapterState, LayerState, joined
 from dora_mm.formats.tokens import TokenRows, bundled, write_beside
 from dora_mm.formats.tools import FORMATS
 from dora_mm.formats.tools.comfy import other_half
-from dora_mm.formats.tools.tool import Contents, Export
+from dora_mm.formats.tools.tool import Contents, Format
+from dora_mm.registries.tools import TOOLS
 from dora_mm.utils.atomic import save_tensors, write_text
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,7 @@ def format_for(components: Mapping[str, nn.Module], preferred: str) -> str:
 
 def why_not(format: str, components: Mapping[str, nn.Module]) -> str | None:
     """Why a format cannot hold the adapters of these models, as an error message with the way out, or None."""
-    export = FORMATS[format]
-    return None if export.why_not is None else export.why_not(components)
+    return FORMATS[format].why_not(components)
 
 
 def about_format(components: Mapping[str, nn.Module], preferred: str) -> str | None:
@@ -91,13 +90,14 @@ def save(
     """
     if format not in FORMATS:
         raise ValueError(f"there is no adapter format {format!r}: use {', '.join(FORMATS)}")
-    export = FORMATS[format]
-    components = components_to_save(model, export.components, format)
+    form = FORMATS[format]
+    place = form.export.holds.tokens
+    components = components_to_save(model, form.components, format)
     state = _at_strength(from_models(components, extra_parameters), components, strength)
     state = replace(state, tokens=tokens or {})
     if problem := why_not(format, components):
         raise ValueError(problem)
-    if state.tokens and not export.tokens:
+    if state.tokens and not place:
         raise ValueError(f"the {format} format has no place for the new token {next(iter(state.tokens))}: use native")
     if name := first_not_finite(state.tensors()):
         raise ValueError(f"{name} has values that are NaN or infinite, so the adapter was not saved")
@@ -105,12 +105,12 @@ def save(
     try:
         if not sharded or distributed.get_rank() == 0:
             beside = write_beside(folder, state.tokens)
-            _write(state, components, folder, format, {**metadata, **(beside if export.tokens == "beside" else {})})
+            _write(state, components, folder, format, {**metadata, **(beside if place == "beside" else {})})
             card.write_card(folder, format, state, metadata)
     finally:
         if sharded:
             distributed.barrier()  # the others may read the file next, and must not wait forever after an error
-    return folder / export.file_name
+    return folder / form.file_name
 
 
 def _at_strength(state: AdapterState, components: Mapping[str, nn.Module], strength: float) -> AdapterState:
@@ -131,37 +131,37 @@ def _at_strength(state: AdapterState, components: Mapping[str, nn.Module], stren
 def _write(
     state: AdapterState, components: Mapping[str, nn.Module], folder: Path, format: str, metadata: Mapping[str, str]
 ) -> None:
-    export = FORMATS[format]
+    form = FORMATS[format]
     layers = {Name(c, path): layer for c, found in state.layers.items() for path, layer in found.items()}
     extra = {Name(c, name): tensor for c, found in state.parameters.items() for name, tensor in found.items()}
-    if extra and export.parameter is None:
+    if extra and form.parameter is None:
         raise ValueError(
             f"the {format} format holds adapters only, and {next(iter(extra)).path} was trained as well: save it as "
             "peft"
         )
-    tensors = bundled(state.tokens) if export.tokens == "inside" else {}
+    tensors = bundled(state.tokens) if form.export.holds.tokens == "inside" else {}
     for name, layer in layers.items():
-        tensors |= _tensors(export, name, layer, components[name.component].get_submodule(name.path))
-    if export.parameter is not None:
-        tensors |= {export.parameter(name, layers.keys()): tensor for name, tensor in extra.items()}
+        tensors |= _tensors(form, name, layer, components[name.component].get_submodule(name.path))
+    if form.parameter is not None:
+        tensors |= {form.parameter(name, layers.keys()): tensor for name, tensor in extra.items()}
     specs = {name: layer.spec for name, layer in layers.items()}
     transposed = {c for c, m in components.items() if any(isinstance(x, DoRATransposedLinear) for x in m.modules())}
-    header = export.header(Contents(specs, metadata, list(extra), transposed))
+    header = form.export.header(Contents(specs, metadata, list(extra), transposed))
     if taken := header.keys() & metadata.keys():
         raise ValueError(f"the metadata key {min(taken)!r} is written by the format itself: choose another name")
     for name in header:
         if name.endswith(".json"):
             write_text(folder / name, header[name])
     kept = {key: value for key, value in header.items() if not key.endswith(".json")}
-    save_tensors(folder / export.file_name, tensors, {**metadata, **kept})
+    save_tensors(folder / form.file_name, tensors, {**metadata, **kept})
 
 
-def _tensors(export: Export, name: Name, layer: LayerState, module: nn.Module) -> dict[str, Tensor]:
+def _tensors(form: Format, name: Name, layer: LayerState, module: nn.Module) -> dict[str, Tensor]:
     """The tensors of a layer by key."""
     shape = weight_shape(module)
     assert shape is not None
-    module_name = export.module(name)
-    found = export.tensors(module_name, layer, torch.empty(shape, device="meta"))
+    module_name = form.module(name)
+    found = form.export.tensors(module_name, layer, torch.empty(shape, device="meta"))
     if isinstance(module, nn.Embedding):
         found = {_EMBEDDING.get(ending, ending): tensor for ending, tensor in found.items()}
     return {f"{module_name}.{ending}": tensor for ending, tensor in found.items()}
@@ -179,7 +179,7 @@ def write_card(folder: Path, *, pictures: card.CardPictures = (), scores: card.C
         ValueError: The folder holds no adapter.
     """
     file = AdapterFile(folder)
-    format = next(name for name, export in FORMATS.items() if file.path.name == export.file_name)
+    format = next(name for name, form in FORMATS.items() if file.path.name == form.file_name)
     card.write_card(folder, format, *read(file), pictures, scores)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.tokens import BESIDE_KEY
-from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.tools import tool_of
 from dora_mm.utils.digest import weights_digest
 
 _SAID = ("method", "rank", "alpha", "use_dora")  # in headers, beside what only a training reads
@@ -27,7 +27,7 @@ def adapter_digest(source: Path | AdapterFile) -> str:
         ValueError: There is no such file, it is damaged, or its header is.
     """
     file = source if isinstance(source, AdapterFile) else AdapterFile(source)
-    tool = TOOLS[file.tool]
+    tool = tool_of(file.tool)
     modules = {}
     for module in sorted(file.modules):
         said = {} if file.is_parameter(module) else dict(file.settings(module))
@@ -35,7 +35,8 @@ def adapter_digest(source: Path | AdapterFile) -> str:
             alpha = file.parts(module, tool, file.described).get("alpha")
         settings = {key: said[key] for key in _SAID if key in said}
         modules[module] = [settings, None if alpha is None else float(alpha), file.transposed(module)]
-    parameters = {key: [*name, tool.unties(file.header, name)] for key, name in sorted(file.parameters.items())}
+    unties = tool.in_header.unties
+    parameters = {key: [*name, unties(file.header, name)] for key, name in sorted(file.parameters.items())}
     words = parse_json(file.header.get(BESIDE_KEY, "{}"), f"its header key {BESIDE_KEY}")  # checked with the file
     about = [file.tool, weights_digest([file.path]), modules, parameters, words]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

@@ -20,7 +20,7 @@ from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.naming.names import TEXT_PREFIX, ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Namer, Names
 from dora_mm.formats.state import AdapterState, LayerState
-from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.tools import tool_of
 
 _HOLD_LORA = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, AdaptedLayer)
 
@@ -87,7 +87,7 @@ class LayerReader:
 
     def any_magnitude(self) -> bool:
         """Whether a module has a magnitude, from the keys alone."""
-        tool = TOOLS[self.file.tool]
+        tool = tool_of(self.file.tool)
         return any("m" in tool.roles(module, endings) for module, endings in self.file.modules.items())
 
     def layer(self, name: Name) -> LayerState:
@@ -200,7 +200,7 @@ def read(
     for key, name in file.parameters.items():
         component = namer.component(name)
         state.parameters.setdefault(component, {})[name.path] = file.tensor(key, mapped=True)
-        if TOOLS[file.tool].unties(file.header, name):
+        if tool_of(file.tool).in_header.unties(file.header, name):
             state.untied.setdefault(component, set()).add(name.path)
     for module, name in reader.biases().items():
         if models is None:

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dora_mm.formats.registry import TARGETS
+from dora_mm.registries.tools import TARGETS
 from tests.documented.texts import FENCE, PROGRAM, is_synopsis
 
 WEB_UIS = ("comfy-2025", "forge", "a1111", "sdnext", "invokeai")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dora_mm.formats.adapter_file import AdapterFile
-from dora_mm.formats.naming.spellings import Names
+from dora_mm.formats.naming.spellings import Names, Spelling
 from dora_mm.formats.reader import LayerReader
 from dora_mm.formats.tokens import EMBEDDINGS
 from dora_mm.formats.tools.tool import Export
@@ -31,7 +31,7 @@ def leave_out(layers: LayerReader, to: str, export: Export | None, *, allow_loss
     """
     file = layers.file
     norms = [module for module in file.modules if file.is_norm(module)] if export else []
-    lost = () if export and export.beside else (*norms, *file.biases.values())
+    lost = () if export and export.holds.beside else (*norms, *file.biases.values())
     tokens = tokens_without_place(file, export)
     form = "comfy-2025" if to == "comfy" else "kohya"  # whose magnitudes ComfyUI reads
     ways = f"use --to {form} or --to diff, or --allow-lossy, which leaves them out"
@@ -46,10 +46,10 @@ def leave_out(layers: LayerReader, to: str, export: Export | None, *, allow_loss
 
 def tokens_without_place(file: AdapterFile, export: Export | None) -> tuple[str, ...]:
     """The keys of embeddings of new tokens that a form cannot hold; None: a merged model, which holds none."""
-    if export is None or not export.tokens:
+    if export is None or not export.holds.tokens:
         return tuple(file.embeddings)
     bundled = {key for keys in file.tokens.values() for key in keys.values()}  # others have a place inside alone
-    return () if export.tokens == "inside" else tuple(key for key in file.embeddings if key not in bundled)
+    return () if export.holds.tokens == "inside" else tuple(key for key in file.embeddings if key not in bundled)
 
 
 def named(keys: tuple[str, ...]) -> str:
@@ -60,7 +60,7 @@ def named(keys: tuple[str, ...]) -> str:
 
 
 def bias_tensors(
-    layers: LayerReader, spelling: str, strength: float, dtype: torch.dtype
+    layers: LayerReader, spelling: Spelling, strength: float, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """The differences of biases in another file, by key.
 

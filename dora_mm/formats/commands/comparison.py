@@ -13,7 +13,7 @@ from dora_mm.core.functional import adapter_dtype
 from dora_mm.formats.algebra.exact import gain_of, new_rows
 from dora_mm.formats.algebra.rows import row_blocks, rows_of
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools import TOOLS, products
+from dora_mm.formats.tools import products, tool_of
 from dora_mm.formats.tools.formulas import Formula, Update, added, scaling
 from dora_mm.formats.tools.parts import Parts, rows_of_parts, without_magnitude
 
@@ -23,7 +23,7 @@ _WHOLE = slice(None)
 
 
 class ToolLoad(NamedTuple):
-    """What a tool loads of a module: its key in `TOOLS`, the parts of one file after the other, and the strength."""
+    """What a tool loads of a module: its name, the parts of one file after the other, and the strength."""
 
     tool: str
     files: Sequence[Parts]
@@ -84,7 +84,7 @@ def is_read(parts: Mapping[str, object]) -> bool:
 
 
 def _is_by_rows(load: ToolLoad, num_rows: int) -> bool:
-    return all(TOOLS[load.tool].is_by_rows(parts, num_rows) for parts in load.files if is_read(parts))
+    return all(tool_of(load.tool).computes.is_by_rows(parts, num_rows) for parts in load.files if is_read(parts))
 
 
 class _Step(NamedTuple):
@@ -106,7 +106,7 @@ class _Step(NamedTuple):
 
 
 def _steps(load: ToolLoad) -> list[_Step]:
-    return [_step(TOOLS[load.tool].formula(parts), parts) for parts in load.files if is_read(parts)]
+    return [_step(tool_of(load.tool).computes.formula(parts), parts) for parts in load.files if is_read(parts)]
 
 
 def _step(formula: Formula, parts: Parts) -> _Step:

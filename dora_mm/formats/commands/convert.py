@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,13 +28,13 @@ from dora_mm.formats.files.tensor_file import PICKLES
 from dora_mm.formats.naming.names import ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.reader import LayerReader
-from dora_mm.formats.registry import TARGETS, no_entry
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tokens import file_beside, write_beside
-from dora_mm.formats.tools import EXPORTS, comfy, peft_loading
+from dora_mm.formats.tools import comfy, export_of, peft_loading, tool_of
 from dora_mm.formats.tools.parts import NO_LOW_RANK
 from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
 from dora_mm.formats.tools.tool import Contents, Export, Written, write_files
+from dora_mm.registries.tools import TARGETS, no_entry
 from dora_mm.utils.folders import written_at_once
 
 
@@ -81,7 +81,7 @@ def convert(
     Args:
         source: The adapter file of any tool, or its folder.
         target_path: A file where it ends in `.safetensors`, else a folder; for `merged` whatever the base is.
-        to: A key of `registry.TARGETS`.
+        to: A name in `registries.tools.TARGETS`.
         base: The model: a folder, a single-file checkpoint, a hub name, or weights by name. The targets comfy,
             comfy-2025, diff, lora and merged need it, and all others for some adapters; the errors are then those on
             this model.
@@ -120,12 +120,12 @@ def convert(
     writer = _Writer(layers, exports, to, strength, dtype, lossy)
     if to == "comfy" and not layers.any_magnitude() and not _needs_fit(layers, exports[0]):
         raise ValueError(f"{layers.file.path} is plain LoRA, which needs no pair: use --to kohya")
-    words = layers.file.tokens if exports[0].tokens == "beside" else ()
+    words = layers.file.tokens if exports[0].holds.tokens == "beside" else ()
     files = _new_files(Path(target_path), exports, words)
     with _filled(files[0].parent) as folder:
         check = _check(exports[0], layers, to, writer.dtype, allow_lossy=allow_lossy)
         writer.write([folder / file.name for file in files[: len(exports)]], check)
-    usage = exports[0].usage([file.name for file in files[: len(exports)]], writer.axes)
+    usage = _usage(exports, [file.name for file in files[: len(exports)]], writer.axes)
     return Conversion(tuple(files), len(layers.names()), check.result(), weights is not None, usage, left_out)
 
 
@@ -157,7 +157,7 @@ def _check_settings(
         raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype}")
     if not math.isfinite(strength):
         raise ValueError(f"the strength must be a finite number, not {strength}")
-    if not base and (to in ("merged", "lora", "comfy") or EXPORTS[to].needs_base):
+    if not base and (to in ("merged", "lora", "comfy") or export_of(to).needs_base):
         raise ValueError(f"target {to} needs the base model: give it with --base")
 
 
@@ -169,8 +169,8 @@ def _exports(to: str, layers: LayerReader) -> tuple[Export, ...]:
     """
     networks = list(dict.fromkeys(name.component for name in layers.names()))
     if to == "lora":
-        form = EXPORTS["peft" if networks == ["model"] else "kohya"]
-        return (replace(form, one_method=False, read_by=form.read_by[:1]),)
+        form = export_of("peft" if networks == ["model"] else "kohya")
+        return (replace(form, holds=replace(form.holds, both_methods=True), read_by=form.read_by[:1]),)
     if to != "peft" and "model" in networks and layers.weights is None:
         raise ValueError(
             f"{layers.file.path} does not say which network it adapts, and the names of {to} begin with that: give the "
@@ -181,7 +181,14 @@ def _exports(to: str, layers: LayerReader) -> tuple[Export, ...]:
     if to == "peft" and len(networks) > 1:
         found = ", ".join(networks)
         raise ValueError(f"{layers.file.path} adapts {found}, and a folder of PEFT's holds one: use another target")
-    return (EXPORTS[to],)
+    return (export_of(to),)
+
+
+def _usage(exports: Sequence[Export], files: Sequence[str], axes: Collection[str]) -> str:
+    """What a person has to know who loads the files, from their names and the axes of their magnitudes."""
+    if len(exports) > 1:
+        return comfy.usage_of_pair(*files)
+    return "; ".join(filter(None, (tool_of(name).usage(axes) for name in exports[0].read_by)))
 
 
 def check_peft_takes(weights: object, names: Sequence[Name], method: Literal["dora", "lora"]) -> None:
@@ -204,8 +211,8 @@ def _needs_fit(layers: LayerReader, export: Export) -> bool:
     """Whether the file has magnitudes of input columns or weights as they are, for which the form has no place."""
     file, columns = layers.file, {"in", "?"} if layers.axis == "in" else {"in"}
     return any(
-        (not export.columns and file.axis(module) in columns)
-        or (not export.diffs and bool(endings.keys() & NO_LOW_RANK))
+        (not export.holds.columns and file.axis(module) in columns)
+        or (not export.holds.diffs and bool(endings.keys() & NO_LOW_RANK))
         for module, endings in file.modules.items()
     )
 
@@ -320,16 +327,16 @@ class _Writer:
     ):
         self.layers, self.exports, self.to, self.strength, self.lossy = layers, exports, to, strength, lossy
         self.axes: set[str] = set()  # of the magnitudes that were written
-        self.dtype = getattr(torch, dtype or exports[0].dtype)
+        self.dtype = getattr(torch, dtype or ("float16" if exports[0].difference else "float32"))
         self.memory = torch.empty(0, dtype=self.dtype)  # of differences
         self.groups = Names(layers.weights or ()).write(layers.names(), exports[0].spelling)
-        self.one_method = exports[0].one_method and layers.any_magnitude()
+        self.one_method = not exports[0].holds.both_methods and layers.any_magnitude()
 
     def write(self, files: Sequence[Path], check: ExportCheck) -> None:
         """Writes the files."""
-        source, place = self.layers.file, self.exports[0].tokens
+        source, place = self.layers.file, self.exports[0].holds.tokens
         more = [(key, source.tensor(key)) for key in source.embeddings] if place == "inside" else []
-        if self.exports[0].beside:
+        if self.exports[0].holds.beside:
             more += beside.bias_tensors(self.layers, self.exports[0].spelling, self.strength, self.dtype)
         rows = {word: {t: source.tensor(key) for t, key in keys.items()} for word, keys in source.tokens.items()}
         header = write_beside(files[0].parent, rows) if place == "beside" else {}
@@ -382,7 +389,7 @@ class _Writer:
             if self.layers.weights is None and exact.depends_on_base(layer, self.strength, magnitude=self.one_method):
                 raise ValueError("what it becomes depends on the weights of the base model: give it with --base")
             layer = exact.paper_form(layer, W0, self.strength, magnitude=self.one_method)
-            return export.prepare(layer if export.keeps_alpha else exact.folded(layer), W0)
+            return export.prepare(layer if export.holds.alpha else exact.folded(layer), W0)
         if lossy is None or lossy.rank is None:
             raise ValueError(
                 f"{problem}, which this target cannot hold: use --to merged or --to diff, or fit it anew with --rank "
@@ -400,8 +407,8 @@ class _Writer:
 
     def problem(self, layer: LayerState) -> str | None:
         """What the form has no place for."""
-        if layer.axis == "in" and not self.exports[0].columns:
+        if layer.axis == "in" and not self.exports[0].holds.columns:
             return "its magnitude scales input columns"
-        if layer.spec.method == "full" and not self.exports[0].diffs:
+        if layer.spec.method == "full" and not self.exports[0].holds.diffs:
             return "it is a difference of weights"
         return None

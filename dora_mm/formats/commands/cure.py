@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from dora_mm.formats.adapter_file import AdapterFile
-from dora_mm.formats.registry import SPELLINGS
-from dora_mm.formats.tools import EXPORTS, TOOLS
+from dora_mm.formats.tools import all_exports, tool_of
 from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.parts import NO_LOW_RANK
 
@@ -18,15 +17,15 @@ def cure(file: AdapterFile, tool: str, components: Collection[str]) -> str:
 
     Args:
         file: The file.
-        tool: A key of `TOOLS`.
+        tool: Its name.
         components: The components that the file adapts.
     """
     target = None if other_half(file.header) else _target(file, tool, components)
     if target is None:
         return ""
-    export = EXPORTS[target]
-    columns = not export.columns and any(file.axis(module) == "in" for module in file.modules)
-    diffs = not export.diffs and any(endings.keys() & NO_LOW_RANK for endings in file.modules.values())
+    holds = all_exports()[target].holds
+    columns = not holds.columns and any(file.axis(module) == "in" for module in file.modules)
+    diffs = not holds.diffs and any(endings.keys() & NO_LOW_RANK for endings in file.modules.values())
     return f"--to {target}" + (f" --rank {NEW_RANK} --allow-lossy" if columns or diffs else "")
 
 
@@ -35,11 +34,11 @@ def _target(file: AdapterFile, tool: str, components: Collection[str]) -> str | 
     convolutions = any(len(file.shape(key)) > 2 for endings in file.modules.values() for key in endings.values())
     possible = {
         name: export
-        for name, export in EXPORTS.items()
-        if SPELLINGS[export.spelling].keys() >= set(components)
+        for name, export in all_exports().items()
+        if export.spelling.styles.keys() >= set(components)
         and (name != "peft" or len(components) == 1)
-        and (export.convolutions or not convolutions)
+        and (export.holds.convolutions or not convolutions)
     }
-    if TOOLS[tool].names.match("lora_unet_") and tool != "diffusers" and not any(map(file.axis, file.modules)):
+    if tool_of(tool).names.match("lora_unet_") and tool != "diffusers" and not any(map(file.axis, file.modules)):
         return "kohya" if "kohya" in possible else None  # plain LoRA
     return next((name for name, export in possible.items() if tool in export.read_by), None)

@@ -14,8 +14,9 @@ from dora_mm.formats.algebra.exact import difference
 from dora_mm.formats.commands.comparison import ToolLoad, compared
 from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools import TOOLS
-from dora_mm.formats.tools.tool import Export, Header, Tool
+from dora_mm.formats.tools import tool_of
+from dora_mm.formats.tools.tool import Export, Header
+from dora_mm.registries.tools import TOOLS
 
 DTYPES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}  # the error of most modules that rounding explains
 ROUNDING = 0.05  # the error over all modules that is accepted of half precision
@@ -51,7 +52,7 @@ class ExportCheck:
     """
 
     def __init__(self, export: Export, num_modules: int, dtype: torch.dtype, *, strict: bool, advice: str):
-        self.tools = {name: TOOLS[name] for name in export.read_by}
+        self.tools = {name: tool_of(name) for name in export.read_by}
         self.difference, self.dtype = export.difference, dtype
         self.errors: dict[str, dict[str, float]] = defaultdict(dict)
         self.squares: dict[tuple[str, float], list[tuple[float, float]]] = defaultdict(list)
@@ -88,7 +89,7 @@ class ExportCheck:
         loads = [
             ToolLoad(name, [tool.loaded(module, tensors, header) for tensors in written if tensors], t)
             for name, tool in self.tools.items()
-            for t in (1.0, *(tool.strengths if self.count % self.every == 0 else ()))
+            for t in (1.0, *(tool.computes.strengths if self.count % self.every == 0 else ()))
         ]
         found = compared(loads, W0, *meant, change)
         _check_finite(written, self.dtype)
@@ -99,7 +100,7 @@ class ExportCheck:
                 if self.strict and not found.relative(error) <= bound:
                     if self.difference:
                         unrounded = [dict.fromkeys(written[0], difference(meant[0], W0, meant[1]))]
-                    exact = [TOOLS[load.tool].loaded(module, tensors, header) for tensors in unrounded if tensors]
+                    exact = [tool_of(load.tool).loaded(module, tensors, header) for tensors in unrounded if tensors]
                     self._refuse(load._replace(files=exact), W0, meant)
             self.squares[load.tool, load.strength].append((error, found.size))
         self.count += 1
@@ -110,7 +111,7 @@ class ExportCheck:
         found = compared([exact], W0, *meant)
         formula = found.relative(found.errors[0])
         if not formula <= found.bound():
-            raise ValueError(f"{refusal(TOOLS[exact.tool], formula)}: nothing was written; {self.advice}")
+            raise ValueError(f"{refusal(exact.tool, formula)}: nothing was written; {self.advice}")
 
     def check_rounding(self) -> None:
         """Checks what rounding does to the whole file: that of a module may be large where its update is small.
@@ -133,19 +134,25 @@ class ExportCheck:
             return math.hypot(*off) / (math.hypot(*size) or 1.0)
 
         return tuple(
-            ToolErrors(tool.title, self.errors[name], overall(name, 1.0), {t: overall(name, t) for t in tool.strengths})
+            ToolErrors(
+                TOOLS[name].title,
+                self.errors[name],
+                overall(name, 1.0),
+                {t: overall(name, t) for t in tool.computes.strengths},
+            )
             for name, tool in self.tools.items()
             if self.errors[name]
         )
 
 
-def refusal(tool: Tool, error: float) -> str:
+def refusal(tool: str, error: float) -> str:
     """Why a file is not written for a tool."""
+    title = TOOLS[tool].title
     if math.isinf(error):
-        return f"{tool.title} would fail on it"
+        return f"{title} would fail on it"
     if math.isnan(error):
-        return f"{tool.title} would compute values that are NaN or infinite"
-    return f"{tool.title} {tool.differs}, and would be off by {error:.1%} of the update"
+        return f"{title} would compute values that are NaN or infinite"
+    return f"{title} {tool_of(tool).computes.differs}, and would be off by {error:.1%} of the update"
 
 
 def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

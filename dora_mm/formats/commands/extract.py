@@ -23,7 +23,7 @@ from dora_mm.formats.files.checks import is_finite
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools import EXPORTS
+from dora_mm.formats.tools import all_exports, export_of
 from dora_mm.formats.tools.tool import Written, write_files
 
 HEADER_BYTES = 4096  # of a module, more than its keys and settings need
@@ -81,8 +81,8 @@ def extract(
     """
     if rank < 1:
         raise ValueError(f"the rank must be at least 1, not {rank}")
-    if to not in (None, *EXPORTS, "comfy"):
-        raise ValueError(f"there is no target {to!r}: use one of {', '.join(EXPORTS)}, comfy")
+    if to not in (None, *all_exports(), "comfy"):
+        raise ValueError(f"there is no target {to!r}: use one of {', '.join(all_exports())}, comfy")
     target = Path(target)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"{target} exists already: name a new file or folder")
@@ -97,14 +97,14 @@ def extract(
             check_peft_takes(old, changed, "dora")
     about = {"base_model": str(base), "extracted_from": str(tuned)}
     if to in (None, own):
-        file = target if target.suffix == ".safetensors" else target / EXPORTS[own].file_name
+        file = target if target.suffix == ".safetensors" else target / export_of(own).file_name
         files, usage = (file,), ""
         errors = _write(file, new, old, changed, own, rank, about)
-        if file.name == EXPORTS[own].file_name:
+        if file.name == export_of(own).file_name:
             formats.write_card(file.parent)
     else:
         with tempfile.TemporaryDirectory(dir=_existing(target), prefix=".extract") as folder:
-            found = Path(folder) / EXPORTS[own].file_name
+            found = Path(folder) / export_of(own).file_name
             errors = _write(found, new, old, changed, own, rank, about)
             try:
                 done = convert(found, target, to=to, base=base)
@@ -160,7 +160,7 @@ def _write(
     about: dict[str, str],
 ) -> dict[Name, tuple[float, float]]:
     """Writes the adapter in a form, and returns for each module the error and ||W' - W0||."""
-    export, errors = EXPORTS[form], {}
+    export, errors = export_of(form), {}
 
     def modules() -> Iterator[tuple[str, tuple[Name], DoRASpec, list[dict[str, Tensor]]]]:
         for name in tqdm(names, "extracting", unit="module", delay=2, disable=None):

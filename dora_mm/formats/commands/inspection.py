@@ -18,14 +18,15 @@ from dora_mm.formats.commands.support import misread_by, works_in
 from dora_mm.formats.commands.verify import open_base, stacked
 from dora_mm.formats.files.json_text import finite, parse_json
 from dora_mm.formats.naming.names import NETWORKS, Name, architecture_of
-from dora_mm.formats.naming.spellings import Names, architecture_of_keys
+from dora_mm.formats.naming.spellings import KOHYA, Names, architecture_of_keys
 from dora_mm.formats.reader import opened
-from dora_mm.formats.tools import EXPORTS, TOOLS, products
+from dora_mm.formats.tools import all_exports, products, tool_of
 from dora_mm.formats.tools.diffusers import PEFT_METADATA
 from dora_mm.formats.tools.methods import other_method
 from dora_mm.formats.tools.native import SPECS_KEY
 from dora_mm.formats.tools.peft import CONFIG_NAME
 from dora_mm.formats.tools.peft_config import OUR_METADATA
+from dora_mm.registries.tools import TOOLS
 
 BASE_KEYS = ("base_model", "ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
 HIDDEN = ("format", PEFT_METADATA, OUR_METADATA, CONFIG_NAME, SPECS_KEY)  # what the modules show already
@@ -168,7 +169,7 @@ def misreaders(path: Path, to: str) -> str:
     Returns:
         The end of a sentence that begins with "not for"; empty where there are none.
     """
-    if to not in EXPORTS or EXPORTS[to].spelling != "kohya":
+    if to not in all_exports() or all_exports()[to].spelling is not KOHYA:
         return ""
     file = AdapterFile(path)
     found = inspect_file(file, values=False)
@@ -215,7 +216,7 @@ def _architecture(modules: Sequence[ModuleInfo]) -> str | None:
 
 def _module(file: AdapterFile, module: str, namer: Names) -> ModuleInfo:
     endings = file.modules[module]
-    keys = TOOLS[file.tool].roles(module, endings)
+    keys = tool_of(file.tool).roles(module, endings)
     shapes = {role: file.shape(key) for role, key in keys.items()}
     component, path = _name(namer, module)
     method = other_method(list(endings.values())) or _method(file, module, shapes)
@@ -254,7 +255,7 @@ def _alpha(file: AdapterFile, module: str, rank: int | None, key: str | None) ->
     if rank is None or key is not None:
         return None if rank is None or key is None else file.alphas.get(key)
     with located(str(file.path)):
-        return TOOLS[file.tool].alpha(file.header, module, rank)
+        return tool_of(file.tool).in_header.alpha(file.header, module, rank)
 
 
 def _spelling(file: AdapterFile) -> str:
@@ -284,7 +285,7 @@ def _ambiguous(
     for module in unclear[:SHOWN]:
         if weights is None:
             break
-        m = file.tensor(TOOLS[file.tool].roles(module.key, file.modules[module.key])["m"])
+        m = file.tensor(tool_of(file.tool).roles(module.key, file.modules[module.key])["m"])
         W0 = stacked(namer.read(module.key), weights)
         if (m.numel(),) * 2 != W0.shape[:2]:
             raise ValueError(f"{file.path}: {module.key}: its magnitude is for another model")

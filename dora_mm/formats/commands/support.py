@@ -13,10 +13,10 @@ from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.algebra.exact import fitted
 from dora_mm.formats.commands.comparison import BOUND, ToolLoad, compared, is_read
 from dora_mm.formats.commands.cure import cure
-from dora_mm.formats.registry import OTHER_TOOLS
-from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.tools import tool_of
 from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.tool import Tool
+from dora_mm.registries.tools import other_tools
 
 _ROWS, _COLUMNS, _RANK = 6, 5, 2  # of the weights on which formulas are compared
 _OUTER, _INNER = 2, 3  # rows of the factors of a Kronecker product
@@ -42,13 +42,12 @@ def works_in(file: AdapterFile, scalings: Mapping[str, float]) -> tuple[str, ...
         scalings: Alpha / rank by module, of those with a rank.
 
     Returns:
-        Keys of `OTHER_TOOLS`; none where it is half of a pair, or a module is incomplete or of an unclear axis.
+        Some of `other_tools`; none where it is half of a pair, or a module is incomplete or of an unclear axis.
     """
     if other_half(file.header):
         return ()
-    loaders = {
-        name: TOOLS[name] for name in OTHER_TOOLS if not TOOLS[name].refuses(file.modules, file.unnamed, file.header)
-    }
+    loaders = {name: tool_of(name) for name in other_tools()}
+    loaders = {n: t for n, t in loaders.items() if not t.refuses(file.modules, file.unnamed, file.header)}
     known: set[_Kind] = set()
     for module, endings in file.modules.items():
         shapes = tuple((ending, file.shape(key)) for ending, key in endings.items())
@@ -72,15 +71,15 @@ def misread_by(file: AdapterFile, right: Collection[str], components: Collection
         components: The components that the file adapts.
 
     Returns:
-        Keys of `OTHER_TOOLS`, by the options of `dora-mm convert` that make a file for them; empty options where there
+        Some of `other_tools`, by the options of `dora-mm convert` that make a file for them; empty options where there
         are none. Nothing for half of a pair, and for plain LoRA.
     """
     found: dict[str, list[str]] = {}
     if other_half(file.header) or not any(map(file.axis, file.modules)):
         return found
-    for name in OTHER_TOOLS:
-        tool = TOOLS[name]
-        if name in right or not tool.strengths or tool.refuses(file.modules, file.unnamed, file.header):
+    for name in other_tools():
+        tool = tool_of(name)
+        if name in right or not tool.computes.strengths or tool.refuses(file.modules, file.unnamed, file.header):
             continue
         if any(is_read(tool.roles(module, endings)) for module, endings in file.modules.items()):
             found.setdefault(cure(file, name, components), []).append(name)
@@ -97,7 +96,7 @@ class _Kind(NamedTuple):
 
 
 def _right(file: AdapterFile, module: str, kind: _Kind) -> Iterable[str]:
-    own, generator = TOOLS[file.tool], torch.Generator().manual_seed(0)
+    own, generator = tool_of(file.tool), torch.Generator().manual_seed(0)
     roles = {own.parts.get(ending, ""): shape for ending, shape in kind.shapes}
     A, B = roles.get("A", ()), roles.get("B", ())
     square = len(A) > 1 and A[1:2] == B[:1]
@@ -108,7 +107,7 @@ def _right(file: AdapterFile, module: str, kind: _Kind) -> Iterable[str]:
     if "diff" in roles or "weight" in roles:
         shape = max(sizes.values(), key=len)
     W0 = torch.randn(shape, generator=generator)
-    loads = [ToolLoad(name, [_parts(TOOLS[name], file, module, tensors, kind.scaling)]) for name in kind.readers]
+    loads = [ToolLoad(name, [_parts(tool_of(name), file, module, tensors, kind.scaling)]) for name in kind.readers]
     loads = [load for load in loads if is_read(load.files[0])]
     try:
         layer = fitted(own.read(_parts(own, file, module, tensors, kind.scaling), None), W0)
@@ -140,5 +139,5 @@ def _parts(
 ) -> dict[str, Tensor]:
     """What a tool finds of a module, with alpha where it would find one."""
     parts = tool.without_lost(module, tool.roles(module, tensors), tensors)
-    has_alpha = "alpha" in parts or tool.alpha(file.header, module, _RANK) is not None
+    has_alpha = "alpha" in parts or tool.in_header.alpha(file.header, module, _RANK) is not None
     return {**parts, "alpha": torch.tensor(scaling * _RANK)} if has_alpha and "A" in parts else parts

@@ -23,14 +23,13 @@ from dora_mm.formats.files.json_text import finite
 from dora_mm.formats.naming.names import ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.reader import check_headers
-from dora_mm.formats.registry import OTHER_TOOLS, no_entry
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools import TOOLS, peft_loading
+from dora_mm.formats.tools import peft_loading, tool_of
 from dora_mm.formats.tools.comfy import other_half
-from dora_mm.formats.tools.formulas import axis_of_shape
+from dora_mm.formats.tools.formulas import Computation, axis_of_shape
 from dora_mm.formats.tools.parts import Parts
 from dora_mm.formats.tools.peft import PREFIX
-from dora_mm.formats.tools.tool import Tool
+from dora_mm.registries.tools import TOOLS, no_entry, other_tools
 
 RIGHT, REFUSED, IGNORED, NO_MAGNITUDE = "right", "refused", "ignored", "loses the magnitude"
 WRONG_AXIS, FAILS, NOT_FINITE, DIFFERS = "wrong axis", "fails", "not finite", "differs"
@@ -61,7 +60,7 @@ class Verdict:
     """What a tool computes from an adapter file.
 
     Attributes:
-        tool: One of `registry.OTHER_TOOLS`.
+        tool: One of `other_tools`.
         title: The tool's name.
         error: The relative error of W' - W0 over all modules that the base has.
         layers: The modules, in the order of the file.
@@ -103,7 +102,7 @@ def verify(
 
     Args:
         file: The adapter file of any tool, or its folder.
-        tool: One of `registry.OTHER_TOOLS`, or "all".
+        tool: One of `other_tools`, or "all".
         base: The model: a folder, a single-file checkpoint, a hub name, or weights by name.
         axis: The axis of the magnitudes, `out` or `in`, where their shape does not say it.
 
@@ -113,8 +112,8 @@ def verify(
     Raises:
         ValueError: There is no such tool, or the adapter or the model cannot be read or do not belong together.
     """
-    if tool != "all" and tool not in OTHER_TOOLS:
-        raise ValueError(no_entry("tool", tool, f"all or one of {', '.join(OTHER_TOOLS)}"))
+    if tool != "all" and tool not in other_tools():
+        raise ValueError(no_entry("tool", tool, f"all or one of {', '.join(other_tools())}"))
     if base is None:
         raise ValueError("verify needs the base model, since norms depend on it: give it with --base")
     adapter = AdapterFile(file)
@@ -123,8 +122,8 @@ def verify(
     weights = open_base(base)
     groups, _ = adapter.groups(adapter.modules, Names(weights))
     check_headers(adapter, groups, weights, axis)
-    chosen = list(OTHER_TOOLS) if tool == "all" else [tool]
-    refusals = {name: TOOLS[name].refuses(adapter.modules, adapter.unnamed, adapter.header) for name in chosen}
+    chosen = list(other_tools()) if tool == "all" else [tool]
+    refusals = {name: tool_of(name).refuses(adapter.modules, adapter.unnamed, adapter.header) for name in chosen}
     unknown: Collection[str] = ()
     if "peft" in chosen and not refusals["peft"]:
         refusals["peft"], unknown = _in_class(adapter, weights)
@@ -156,7 +155,7 @@ def verify(
             tuple(layers[name]),
             note,
             TOOLS[name].version,
-            TOOLS[name].usage(axes),
+            tool_of(name).usage(axes),
             "" if all(layer.finding == RIGHT for layer in layers[name]) else cure(adapter, name, components),
         )
         for name in chosen
@@ -222,7 +221,7 @@ def _verdicts(
     """||W' - W0||, and the verdicts of tools, by name with the reason why one loads nothing."""
     tensors = adapter.tensors(module)
     readers = [name for name in refusals if not refusals[name] and name not in ignored_by]
-    parts = {name: TOOLS[name].loaded(module, tensors, adapter.header) for name in readers}
+    parts = {name: tool_of(name).loaded(module, tensors, adapter.header) for name in readers}
     loads = [ToolLoad(name, [found]) for name, found in parts.items() if is_read(found)]
     found = compared(loads, W0, state)
     errors = {load.tool: error for load, error in zip(loads, found.errors, strict=True)}
@@ -231,13 +230,13 @@ def _verdicts(
         if name not in errors:
             finding = REFUSED if refusals[name] else IGNORED
             return LayerVerdict(module, finding, 1.0 if found.size else 0.0, refusals[name])
-        return layer_verdict(module, TOOLS[name], parts[name], state, W0, found, errors[name])
+        return layer_verdict(module, tool_of(name).computes, parts[name], state, W0, found, errors[name])
 
     return found.size, {name: verdict(name) for name in refusals}
 
 
 def layer_verdict(
-    module: str, tool: Tool, parts: Parts, state: LayerState, W0: Tensor, found: Comparison, error: float
+    module: str, computes: Computation, parts: Parts, state: LayerState, W0: Tensor, found: Comparison, error: float
 ) -> LayerVerdict:
     """What a tool computes for one module, from its error."""
     relative = found.relative(error)
@@ -247,25 +246,25 @@ def layer_verdict(
         return LayerVerdict(module, FAILS if math.isinf(relative) else NOT_FINITE, relative)
     if "magnitude" in state.tensors and "m" not in parts:
         return LayerVerdict(module, NO_MAGNITUDE, relative)
-    if "m" in parts and _other_axis(tool, parts["m"], state.axis, W0):
+    if "m" in parts and _other_axis(computes, parts["m"], state.axis, W0):
         return LayerVerdict(module, WRONG_AXIS, relative)
-    return LayerVerdict(module, DIFFERS, relative, why(tool, parts, state))
+    return LayerVerdict(module, DIFFERS, relative, why(computes, parts, state))
 
 
-def _other_axis(tool: Tool, m: Tensor, axis: str, W0: Tensor) -> bool:
-    used = axis_of_shape(m, W0) if tool.axis == "shape" else tool.axis
-    broadcasts_along = "in" if m.dim() == 1 and tool.axis != "out" else used
+def _other_axis(computes: Computation, m: Tensor, axis: str, W0: Tensor) -> bool:
+    used = axis_of_shape(m, W0) if computes.axis == "shape" else computes.axis
+    broadcasts_along = "in" if m.dim() == 1 and computes.axis != "out" else used
     return axis not in (used, broadcasts_along) or used != broadcasts_along
 
 
-def why(tool: Tool, parts: Parts, state: LayerState) -> str:
+def why(computes: Computation, parts: Parts, state: LayerState) -> str:
     """Why a tool computes another weight than an adapter means, as the end of a sentence that begins with its name."""
     if state.spec.scaling != 1 and "alpha" not in parts:
         return "does not read alpha"
     written_for = {"base": "the norm of W0", "unscaled": "the norm of W0 + B A without alpha"}
     if "magnitude" in state.tensors and state.norm in written_for:
         return f"divides by another norm than the magnitudes of this file need, {written_for[state.norm]}"
-    return tool.differs
+    return computes.differs
 
 
 def _ratio(square: float, total: float) -> float:

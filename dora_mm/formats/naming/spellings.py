@@ -7,9 +7,9 @@ names of the base model, where they are given, or else among those of the known 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dora_mm.formats.naming.layouts import LAYOUTS
 from dora_mm.formats.naming.names import (
@@ -26,7 +26,6 @@ from dora_mm.formats.naming.names import (
     resolve,
     underscored,
 )
-from dora_mm.formats.registry import SPELLINGS
 
 _UNDERSCORED = {  # the components that a prefix may stand for
     "lora_unet_": NETWORKS,
@@ -49,6 +48,31 @@ _DOTTED = {  # the first that fits
 }
 _CLIP = re.compile(r"encoder_layers_|embeddings_|final_layer_norm$")  # LyCORIS with transformers 5 has no text_model_
 _OWN_FIRST = ("model.diffusion_model.", "diffusion_model.")  # after these a path is the own one, if it can be both
+
+
+class Style(NamedTuple):
+    """How the names of a component begin, and whether the network's own path follows instead of diffusers'."""
+
+    prefix: str
+    own: bool = False
+
+
+class Spelling(NamedTuple):
+    """How a form of file spells the names of modules: its name, and the style of each component that it holds."""
+
+    name: str
+    styles: Mapping[str, Style]
+
+
+_TEXT = ("text_encoder", "text_encoder_2")
+_KOHYA_TEXT = {"text_encoder": Style("lora_te1_"), "text_encoder_2": Style("lora_te2_")}
+DIFFUSERS = Spelling("diffusers", {component: Style(f"{component}.") for component in (*NETWORKS, *_TEXT)})
+PEFT = Spelling("peft", dict.fromkeys(("model", *NETWORKS, *_TEXT), Style("base_model.model.")))
+KOHYA = Spelling("kohya", {**dict.fromkeys(NETWORKS, Style("lora_unet_", own=True)), **_KOHYA_TEXT})
+ONETRAINER = Spelling(
+    "onetrainer", {"unet": Style("lora_unet_"), "transformer": Style("lora_transformer_"), **_KOHYA_TEXT}
+)
+AI_TOOLKIT = Spelling("ai-toolkit", {"unet": Style("lora_unet_"), "transformer": Style("transformer."), **_KOHYA_TEXT})
 
 
 _PROCESSOR = re.compile(r"(.*)\.processor\.(\w+)_lora")
@@ -153,12 +177,12 @@ class Names:
             names = (name for layout in layouts for group in own_table(layout).values() for name in group.names)
         return UnknownModuleError(key, rest, names)
 
-    def write(self, names: Collection[Name], spelling: str) -> dict[str, ModuleGroup]:
+    def write(self, names: Collection[Name], spelling: Spelling) -> dict[str, ModuleGroup]:
         """The module names of a file.
 
         Args:
             names: The modules to write.
-            spelling: A key of `registry.SPELLINGS`.
+            spelling: How their names are spelled.
 
         Returns:
             By the name in the file: the modules that it holds. A fused one lists all modules that it consists of, in
@@ -167,19 +191,17 @@ class Names:
         Raises:
             ValueError: The spelling has no name for a module, or one name for two.
         """
-        if spelling not in SPELLINGS:
-            raise ValueError(f"there is no spelling {spelling!r} of names; there are {', '.join(SPELLINGS)}")
         found: dict[str, ModuleGroup] = {}
-        styles = SPELLINGS[spelling]
         layout = self._architecture or architecture_of(names)
         for name in names:
-            style = styles.get(name.component)
+            style = spelling.styles.get(name.component)
             if style is None:
-                raise ValueError(f"{spelling} files have no name for {name}: they hold {', '.join(styles)}")
+                held = ", ".join(spelling.styles)
+                raise ValueError(f"{spelling.name} files have no name for {name}: they hold {held}")
             path, group = _own(name, layout) if style.own else (name.path, ModuleGroup((name,)))
             key = style.prefix + (underscored(path) if style.prefix.endswith("_") else path)
             if found.setdefault(key, group) != group:
-                raise ValueError(f"{name} and {found[key].names[0]} have the same name in {spelling} files: {key}")
+                raise ValueError(f"{name} and {found[key].names[0]} have the same name in {spelling.name} files: {key}")
         return found
 
 

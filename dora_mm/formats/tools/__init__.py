@@ -1,28 +1,40 @@
 """The tools: how each names the tensors of an adapter, what weight it computes from them, and how it writes them.
 
-One file is one tool, named in `registry.py`; what they share is in `tool.py`, `parts.py`, `formulas.py`, `products.py`,
-`peft_config.py`, `patterns.py` and `methods.py`.
+One file is one tool, named in `dora_mm/registries/tools.py`; what they share is in `tool.py`, `parts.py`,
+`formulas.py`, `products.py`, `peft_config.py`, `patterns.py` and `methods.py`.
 """
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import replace
-from typing import Any
+from functools import cache
 
-from dora_mm.formats.registry import TARGETS
-from dora_mm.formats.registry import TOOLS as ROWS
 from dora_mm.formats.tools import diffusers, native, peft
-from dora_mm.formats.tools.tool import Export, Tool
+from dora_mm.formats.tools.tool import Export, Format, Tool
+from dora_mm.registries.registry import load
+from dora_mm.registries.tools import TARGETS, TOOLS, readers
+
+FORMATS: dict[str, Format] = {"diffusers": diffusers.FORMAT, "peft": peft.FORMAT, "native": native.FORMAT}
 
 
-def _found(where: str) -> Any:
-    module, _, name = where.partition(".")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+@cache
+def tool_of(name: str) -> Tool:
+    """A tool by its name in the registry."""
+    return load(TOOLS[name].tool)
 
 
-TOOLS: dict[str, Tool] = {
-    name: replace(_found(row.where), title=row.title, version=row.version) for name, row in ROWS.items()
-}
-EXPORTS: dict[str, Export] = {name: _found(row.where) for name, row in TARGETS.items() if row.where}
-FORMATS = {"diffusers": diffusers.EXPORT, "peft": peft.EXPORT, "native": native.EXPORT}  # of `save_adapter`
+@cache
+def export_of(target: str) -> Export:
+    """The form of a target by its name in the registry, where it has one of its own."""
+    return load(TARGETS[target].export)
+
+
+@cache
+def all_tools() -> dict[str, Tool]:
+    """All tools, in the order in which they are asked whether a file is theirs."""
+    return {name: tool_of(name) for name in readers()}
+
+
+@cache
+def all_exports() -> dict[str, Export]:
+    """The forms of all targets that have one of their own."""
+    return {name: export_of(name) for name, record in TARGETS.items() if record.export}

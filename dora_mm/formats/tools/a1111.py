@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dora_mm.formats.tools.formulas import over_columns
+from dora_mm.formats.tools.formulas import Computation, over_columns
 from dora_mm.formats.tools.parts import LYCORIS_PARTS, OLD_KOHYA_NAMES
 from dora_mm.formats.tools.tool import Tool
 
 TOOL = Tool(
     names=OLD_KOHYA_NAMES,
     parts=LYCORIS_PARTS,
-    dora=over_columns,
-    differs="takes the norms of input columns",
-    axis="in",
+    computes=Computation(over_columns, "takes the norms of input columns", axis="in"),
 )

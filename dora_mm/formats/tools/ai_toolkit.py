@@ -14,10 +14,11 @@ from dataclasses import replace
 from torch import Tensor
 
 from dora_mm.formats.algebra.exact import norms
+from dora_mm.formats.naming.spellings import AI_TOOLKIT
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools.formulas import Update
+from dora_mm.formats.tools.formulas import Computation, Update
 from dora_mm.formats.tools.parts import KOHYA_NAMES, Parts, kohya_tensors, neutral
-from dora_mm.formats.tools.tool import Export, Tool
+from dora_mm.formats.tools.tool import Export, Holds, Tool
 
 
 def read(parts: Parts, axis: str | None) -> LayerState:
@@ -56,18 +57,13 @@ TOOL = Tool(
         "alpha": "alpha",
         "magnitude": "m",
     },
-    dora=dora,
-    lora=lora,
-    differs="leaves alpha out of the norm",
-    axis="out",
+    computes=Computation(dora, "leaves alpha out of the norm", axis="out", lora=lora),
     wrote_key=re.compile(r"(?!base_model\.).*\.magnitude$"),
     read=read,
 )
 EXPORT = Export(
     write,
-    spelling="ai-toolkit",
+    AI_TOOLKIT,
     read_by=("ai-toolkit",),
-    columns=False,
-    diffs=False,
-    convolutions=False,
+    holds=Holds(columns=False, diffs=False, convolutions=False),
 )

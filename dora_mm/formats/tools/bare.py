@@ -13,7 +13,7 @@ import re
 
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import comfy
-from dora_mm.formats.tools.formulas import over_updated_rows
+from dora_mm.formats.tools.formulas import Computation, over_updated_rows
 from dora_mm.formats.tools.parts import BARE_NAMES, Parts, neutral, with_rows
 from dora_mm.formats.tools.tool import Tool
 
@@ -35,8 +35,7 @@ def read(parts: Parts, axis: str | None) -> LayerState:
 TOOL = Tool(
     names=re.compile(""),
     parts=PARTS,
-    dora=over_updated_rows,
-    differs="computes what the paper does",
+    computes=Computation(over_updated_rows, "computes what the paper does"),
     wrote_key=re.compile(rf"({_PREFIX}{BARE_NAMES}|text_)(.*\.)?({_KEYS}|\w+_lora[12]?\.(down|up)\.weight)$"),
     read=read,
 )

@@ -14,7 +14,6 @@ Names are those of kohya's and of the network's own code. Those of diffusers' UN
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,8 +21,10 @@ from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.algebra.exact import gain, norms
+from dora_mm.formats.naming.spellings import KOHYA
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import formulas, products
+from dora_mm.formats.tools.formulas import Computation
 from dora_mm.formats.tools.parts import (
     BARE_NAMES,
     LYCORIS_PARTS,
@@ -33,7 +34,7 @@ from dora_mm.formats.tools.parts import (
     kohya_tensors,
     neutral,
 )
-from dora_mm.formats.tools.tool import Export, Header, Tool
+from dora_mm.formats.tools.tool import Export, Header, Holds, Tool
 
 _UNET = r"(unet\.)?(conv_(in|out|norm_out)|(time|add)_embedding|(down|up)_blocks|mid_block)\b"
 _UNET += r"(?!.*(?<!\.processor)\.to_)"
@@ -93,8 +94,8 @@ def write_low_rank(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     return kohya_tensors(LayerState(replace(layer.spec, method="lora"), tensors))
 
 
-def usage_of_pair(files: Sequence[str], axes: Collection[str]) -> str:
-    first, second = files
+def usage_of_pair(first: str, second: str) -> str:
+    """What a person has to know who loads the two files, by their names."""
     return (
         f"load both files in ComfyUI, {first} first and {second} after it, with the same strength: in the other "
         "order the result is wrong"
@@ -104,54 +105,49 @@ def usage_of_pair(files: Sequence[str], axes: Collection[str]) -> str:
 TOOL_2025 = Tool(
     names=NAMES,
     parts=PARTS,
-    dora=formulas.over_base,
-    differs="divides by the norm of W0 on the output axis",
+    computes=Computation(formulas.over_base, "divides by the norm of W0 on the output axis"),
     wrote_header=re.compile(f"{TARGET_KEY}=comfy-2025$"),
     read=read_2025,
 )
 TOOL_15458 = Tool(
     names=NAMES,
     parts=PARTS,
-    dora=formulas.over_updated,
-    differs="divides by the norm of the updated weight",
+    computes=Computation(formulas.over_updated, "divides by the norm of the updated weight"),
     wrote_header=re.compile(f"{TARGET_KEY}=comfy-15458$"),
     wrote_key=re.compile(r"diffusion_model\."),
 )
 EXPORT_2025 = Export(
     write_2025,
-    beside=True,
-    spelling="kohya",
+    KOHYA,
     read_by=("comfy-2025", "forge"),
-    needs_base=True,
+    holds=Holds(beside=True),
     header=lambda contents: {TARGET_KEY: "comfy-2025"},
+    needs_base=True,
 )
 EXPORT_15458 = Export(
     kohya_tensors,
-    beside=True,
-    spelling="kohya",
+    KOHYA,
     read_by=("comfy-15458",),
+    holds=Holds(beside=True),
     header=lambda contents: {TARGET_KEY: "comfy-15458"},
 )
 EXPORT_DIFF = Export(
     kohya_tensors,
-    beside=True,
-    spelling="kohya",
+    KOHYA,
     read_by=("comfy-2025", "comfy-15458", "a1111", "sdnext", "invokeai", "lycoris"),
+    holds=Holds(beside=True),
     needs_base=True,
     difference=True,
-    dtype="float16",
 )
 PAIR = tuple(
     Export(
         write,
-        spelling="kohya",
+        KOHYA,
         read_by=("comfy-2025", "comfy-15458"),
-        needs_base=True,
+        holds=Holds(columns=False, diffs=False),
         header=lambda contents, target=target: {TARGET_KEY: target},
-        columns=False,
-        diffs=False,
+        needs_base=True,
         prepare=with_gain,
-        usage=usage_of_pair,
     )
     for write, target in zip((write_rows, write_low_rank), PAIR_TARGETS, strict=True)
 )

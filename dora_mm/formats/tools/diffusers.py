@@ -24,11 +24,11 @@ from torch import nn
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.naming.names import TEXT_PREFIX, Name, canonical
-from dora_mm.formats.naming.spellings import without_processor
+from dora_mm.formats.naming.spellings import DIFFUSERS, without_processor
 from dora_mm.formats.state import joined
 from dora_mm.formats.tools import peft, peft_config
 from dora_mm.formats.tools.parts import OLD_PARTS
-from dora_mm.formats.tools.tool import Contents, Export, Header, Modules, Tool
+from dora_mm.formats.tools.tool import Contents, Export, Format, Header, HeaderReader, Holds, Modules, Tool
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_METADATA = "lora_adapter_metadata"
@@ -131,33 +131,24 @@ def header(contents: Contents) -> dict[str, str]:
 TOOL = Tool(
     names=re.compile(rf"{OWN_NAMES.pattern}|{_KOHYA.pattern}"),
     parts={**peft.PARTS, **_OLD_PARTS, "lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"},
-    dora=peft.dora,
-    lora=peft.lora,
-    differs="scales the update inside the norm by the strength",
-    axis="out",
+    computes=peft.COMPUTES,
     wrote_key=re.compile(
         rf"(?:{OWN_NAMES.pattern}).*(lora_(A\.weight|B\.weight|embedding_|magnitude_vector)|lora(_linear_layer)?\.(down|up)\.)"
     ),
     read=peft.read,
-    alpha=alpha,
-    settings=settings,
+    in_header=HeaderReader(alpha, settings, listed),
     named=named,
-    listed=listed,
     loses=LOST,
     refuses=refuses,
 )
 EXPORT = Export(
     peft.write,
-    spelling="diffusers",
+    DIFFUSERS,
     read_by=("diffusers",),
+    # tokens are beside it, since its loader raises an error at a key without `lora`
+    holds=Holds(columns=False, diffs=False, both_methods=False, tokens="beside"),
     header=header,
     file_name=FILE_NAME,
-    one_method=True,
-    columns=False,
-    diffs=False,
-    tokens="beside",  # its loader raises an error at a key without `lora`
     ending=ending,
-    components=COMPONENTS,
-    module=lambda name: joined(*canonical(*name)),
-    why_not=why_not,
 )
+FORMAT = Format(EXPORT, why_not, lambda name: joined(*canonical(*name)), components=COMPONENTS)

@@ -1,4 +1,4 @@
-"""The weights that tools compute from the tensors of a module. A `Tool` names one of these formulas, or has its own.
+"""The weights that tools compute from the tensors of a module: the formulas of several tools, and the record of one.
 
     V = W0 + s B A,    W' = V m / n,    W(t) = W0 + t (W' - W0)
 
@@ -8,6 +8,7 @@ where n is the norm of V or of W0. All is plain torch, in the dtype of W0; it br
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from dora_mm.formats.algebra.exact import norms
 from dora_mm.formats.tools import products
-from dora_mm.formats.tools.parts import Parts, down, of_rows
+from dora_mm.formats.tools.parts import Parts, down, have_rows, of_rows, without_magnitude
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -130,3 +131,35 @@ def decomposed(update: Update, m: Tensor, n: Tensor) -> Tensor:
 def linear(W0: Tensor, W: Tensor, strength: float) -> Tensor:
     """W0 + t (W - W0)."""
     return W if strength == 1 else W0 + strength * (W - W0)
+
+
+@dataclass(frozen=True)
+class Computation:
+    """The weight that a tool computes.
+
+    Attributes:
+        dora: The formula of a module with a magnitude: one of these, or the tool's own.
+        differs: What the tool does in another way than the paper, as the end of a sentence that begins with its name.
+        axis: Over which axis it takes norms: `out`, `in`, or by the `shape` of the magnitude.
+        lora: The formula of a module without a magnitude.
+        strengths: The other strengths that people set in it; empty for trainers, which have none.
+    """
+
+    dora: Formula
+    differs: str
+    axis: str = "shape"
+    lora: Formula = added
+    strengths: tuple[float, ...] = (0.0, 0.5, 2.0)
+
+    def formula(self, parts: Parts) -> Formula:
+        """What computes W(t) from the tensors of a module by role."""
+        return self.dora if parts.keys() & {"m", "lost"} else self.lora
+
+    def apply(self, parts: Parts, W0: Tensor, strength: float) -> Tensor:
+        """W(t) as this tool computes it, from the tensors of a module by role, W0 and the strength t."""
+        return self.formula(parts)(Update(without_magnitude(parts), W0), parts.get("m"), strength)
+
+    def is_by_rows(self, parts: Parts, num_rows: int) -> bool:
+        """Whether the formula computes each of so many rows from itself alone, without norms of columns."""
+        on_rows = self.axis == "out" or (self.axis == "shape" and parts["m"].dim() > 1) if "m" in parts else True
+        return on_rows and have_rows(parts, num_rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from dora_mm.formats.tools.formulas import over_columns
+from dora_mm.formats.tools.formulas import Computation, over_columns
 from dora_mm.formats.tools.parts import KOHYA_NAMES, LYCORIS_PARTS
 from dora_mm.formats.tools.tool import Header, Modules, Tool
 
@@ -31,8 +31,6 @@ def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
 TOOL = Tool(
     names=re.compile(rf"{KOHYA_NAMES.pattern}|transformer\.|diffusion_model\."),
     parts={**LYCORIS_PARTS, "lora_A.weight": "A", "lora_B.weight": "B"},
-    dora=over_columns,
-    differs="takes the norms of input columns",
-    axis="in",
+    computes=Computation(over_columns, "takes the norms of input columns", axis="in"),
     refuses=refuses,
 )

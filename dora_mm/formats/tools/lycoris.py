@@ -10,10 +10,11 @@ import re
 
 from torch import Tensor
 
+from dora_mm.formats.naming.spellings import KOHYA
 from dora_mm.formats.tools import products
-from dora_mm.formats.tools.formulas import Update, over_updated
+from dora_mm.formats.tools.formulas import Computation, Update, over_updated
 from dora_mm.formats.tools.parts import KOHYA_NAMES, LYCORIS_PARTS, kohya_tensors
-from dora_mm.formats.tools.tool import Export, Tool
+from dora_mm.formats.tools.tool import Export, Holds, Tool
 
 
 def dora(update: Update, m: Tensor, strength: float) -> Tensor:
@@ -24,10 +25,9 @@ def dora(update: Update, m: Tensor, strength: float) -> Tensor:
 TOOL = Tool(
     names=KOHYA_NAMES,
     parts={**LYCORIS_PARTS, **products.GLORA},
-    dora=dora,
-    differs="scales the magnitude alone by the strength",
+    computes=Computation(dora, "scales the magnitude alone by the strength"),
     wrote_key=re.compile(
         rf"{KOHYA_NAMES.pattern}.*\.(lora_down\.weight|diff|hada_w1_a|lokr_w\d(_a)?|a1\.weight|w_norm)$"
     ),
 )
-EXPORT = Export(kohya_tensors, spelling="kohya", read_by=("lycoris", "sdnext", "sdnext-2025"), beside=True)
+EXPORT = Export(kohya_tensors, KOHYA, read_by=("lycoris", "sdnext", "sdnext-2025"), holds=Holds(beside=True))

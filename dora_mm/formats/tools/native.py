@@ -28,14 +28,15 @@ from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.files.tensor_file import FORMAT_KEY
 from dora_mm.formats.models import layers_of
 from dora_mm.formats.naming.names import Name
+from dora_mm.formats.naming.spellings import Spelling
 from dora_mm.formats.state import LayerState, joined
 from dora_mm.formats.tokens import BUNDLE
-from dora_mm.formats.tools.formulas import Update
+from dora_mm.formats.tools.formulas import Computation, Update
 from dora_mm.formats.tools.parts import Parts, neutral
-from dora_mm.formats.tools.tool import Contents, Export, Header, Tool
+from dora_mm.formats.tools.tool import Contents, Export, Format, Header, HeaderReader, Tool
 
 FILE_NAME = "trained_weights.safetensors"
-FORMAT = "native-1"
+FORMAT_VALUE = "native-1"
 SPECS_KEY = "dora_mm_specs"
 EXTRA_KEY = "dora_mm_parameters"
 SETTINGS = ("rank", "alpha", "dropout", "method", "norm_grad")
@@ -75,8 +76,8 @@ def parameter(header: Header, key: str) -> Name | None:
 
 
 def _specs(header: Header) -> dict[str, Any]:
-    if header.get(FORMAT_KEY) != FORMAT:
-        raise ValueError(f"its header key {FORMAT_KEY} is not {FORMAT}")
+    if header.get(FORMAT_KEY) != FORMAT_VALUE:
+        raise ValueError(f"its header key {FORMAT_KEY} is not {FORMAT_VALUE}")
     return _parsed(header.get(SPECS_KEY, "{}"), SPECS_KEY, dict)
 
 
@@ -128,29 +129,21 @@ def header(contents: Contents) -> dict[str, str]:
     for name, spec in contents.specs.items():
         specs[name.component][name.path] = {key: getattr(spec, key) for key in SETTINGS}
     extra = [joined(*name) for name in contents.parameters]
-    return {FORMAT_KEY: FORMAT, SPECS_KEY: json.dumps(specs), EXTRA_KEY: json.dumps(extra)}
+    return {FORMAT_KEY: FORMAT_VALUE, SPECS_KEY: json.dumps(specs), EXTRA_KEY: json.dumps(extra)}
 
 
 TOOL = Tool(
     names=re.compile(r"\w+(\.|$)"),
     parts={"lora_A": "A", "lora_B": "B", "magnitude": "m", "weight": "weight"},
-    dora=computed,
-    lora=computed,
-    differs="computes what the paper does",
-    axis="out",
+    computes=Computation(computed, "computes what the paper does", axis="out", lora=computed),
     wrote_header=re.compile(FORMAT_KEY),
     read=read,
-    alpha=alpha,
-    settings=settings,
+    in_header=HeaderReader(alpha, settings, listed, parameter),
     named=named,
-    listed=listed,
-    parameter=parameter,
 )
-EXPORT = Export(
-    lambda layer, W0: dict(layer.tensors),
-    header=header,
-    file_name=FILE_NAME,
+FORMAT = Format(
+    Export(lambda layer, W0: dict(layer.tensors), Spelling("dora_mm", {}), header=header, file_name=FILE_NAME),
+    why_not=lambda components: None,
     module=lambda name: joined(*name),
     parameter=lambda name, adapted: joined(*name),
-    why_not=lambda components: None,
 )

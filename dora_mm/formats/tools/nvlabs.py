@@ -7,8 +7,8 @@ import re
 from torch import Tensor
 
 from dora_mm.formats.tools import peft
-from dora_mm.formats.tools.formulas import Update
-from dora_mm.formats.tools.tool import Tool
+from dora_mm.formats.tools.formulas import Computation, Update
+from dora_mm.formats.tools.tool import HeaderReader, Tool
 
 MAGNITUDE = "weight_m_wdecomp.weight"
 
@@ -17,17 +17,16 @@ def dora(update: Update, m: Tensor, strength: float) -> Tensor:
     return peft.dora(update, m, 1.0)  # it has no strength
 
 
+def lora(update: Update, m: Tensor | None, strength: float) -> Tensor:
+    return peft.lora(update, m, 1.0)
+
+
 TOOL = Tool(
     names=peft.NAMES,
     parts={"lora_A.weight": "A", "lora_B.weight": "B", MAGNITUDE: "m"},
-    dora=dora,
-    lora=lambda update, m, strength: peft.lora(update, m, 1.0),
-    differs="computes what the paper does",
-    axis="out",
-    strengths=(),
+    computes=Computation(dora, "computes what the paper does", axis="out", lora=lora, strengths=()),
     wrote_key=re.compile(rf".*\.{re.escape(MAGNITUDE)}$"),
-    alpha=peft.alpha,
-    settings=peft.settings,
+    in_header=HeaderReader(peft.alpha, peft.settings),
     named=peft.named,
     refuses=peft.refuses,
 )

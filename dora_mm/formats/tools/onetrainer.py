@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
+from dora_mm.formats.naming.spellings import ONETRAINER
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools.formulas import over_updated_rows
+from dora_mm.formats.tools.formulas import Computation, over_updated_rows
 from dora_mm.formats.tools.parts import (
     BARE_NAMES,
     KOHYA_NAMES,
@@ -20,7 +21,7 @@ from dora_mm.formats.tools.parts import (
     neutral,
     with_rows,
 )
-from dora_mm.formats.tools.tool import Export, Header, Modules, Tool
+from dora_mm.formats.tools.tool import Export, Header, Holds, Modules, Tool
 
 USAGE = {
     "out": "the magnitudes are those of output rows: set OneTrainer's option for them (its default is columns)",
@@ -61,9 +62,7 @@ TOOL = Tool(
         "lora_magnitude_vector.weight": "m",
         "magnitude": "m",
     },
-    dora=over_updated_rows,
-    differs="takes the norm on the axis that its option says",
-    strengths=(),
+    computes=Computation(over_updated_rows, "takes the norm on the axis that its option says", strengths=()),
     wrote_header=re.compile("ot_"),
     read=read,
     refuses=refuses,
@@ -71,9 +70,7 @@ TOOL = Tool(
 )
 EXPORT = Export(
     kohya_tensors,
-    spelling="onetrainer",
+    ONETRAINER,
     read_by=("onetrainer",),
-    one_method=True,
-    diffs=False,
-    usage=lambda files, axes: usage(axes),
+    holds=Holds(diffs=False, both_methods=False),
 )

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 from dora_mm.formats.algebra.exact import along, norms, paper_form
 from dora_mm.formats.files.json_text import parse_json
+from dora_mm.formats.naming import spellings
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.state import LayerState, joined
 from dora_mm.formats.tools import peft_config
-from dora_mm.formats.tools.formulas import Update
+from dora_mm.formats.tools.formulas import Computation, Update
 from dora_mm.formats.tools.methods import other_method
 from dora_mm.formats.tools.parts import Parts, neutral
-from dora_mm.formats.tools.tool import Contents, Export, Header, Modules, Tool
+from dora_mm.formats.tools.tool import Contents, Export, Format, Header, HeaderReader, Holds, Modules, Tool
 
 FILE_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -168,35 +169,23 @@ def parameter_key(name: Name, adapted: Collection[Name]) -> str:
     return f"{PREFIX}.{f'{path}.base_layer.{leaf}' if Name(name.component, path) in adapted else name.path}"
 
 
+COMPUTES = Computation(dora, "scales the update inside the norm by the strength", axis="out", lora=lora)
 TOOL = Tool(
     names=NAMES,
     parts=PARTS,
-    dora=dora,
-    lora=lora,
-    differs="scales the update inside the norm by the strength",
-    axis="out",
+    computes=COMPUTES,
     wrote_key=NAMES,
     read=read,
-    alpha=alpha,
-    settings=settings,
+    in_header=HeaderReader(alpha, settings, listed, parameter, unties),
     named=named,
-    listed=listed,
-    parameter=parameter,
-    unties=unties,
     refuses=refuses,
 )
 EXPORT = Export(
     write,
-    spelling="peft",
+    spellings.PEFT,
     read_by=("peft",),
+    holds=Holds(columns=False, diffs=False, alpha=True, both_methods=False, tokens=""),
     header=header,
     file_name=FILE_NAME,
-    one_method=True,
-    keeps_alpha=True,
-    columns=False,
-    diffs=False,
-    tokens="",
-    module=lambda name: joined(PREFIX, name.path),
-    parameter=parameter_key,
-    why_not=why_not,
 )
+FORMAT = Format(EXPORT, why_not, lambda name: joined(PREFIX, name.path), parameter_key)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from dora_mm.formats.algebra.exact import norms
-from dora_mm.formats.tools.formulas import EPS, Update, axis_of_shape, linear, over_updated
+from dora_mm.formats.tools.formulas import EPS, Computation, Update, axis_of_shape, linear, over_updated
 from dora_mm.formats.tools.parts import KOHYA_NAMES, LYCORIS_PARTS
 from dora_mm.formats.tools.tool import Tool
 
@@ -33,7 +33,6 @@ def dora_2025(update: Update, m: Tensor, strength: float) -> Tensor:
 TOOL = Tool(
     names=KOHYA_NAMES,
     parts=LYCORIS_PARTS,
-    dora=dora,
-    differs="computes what the paper does",
+    computes=Computation(dora, "computes what the paper does"),
 )
-TOOL_2025 = replace(TOOL, dora=dora_2025, differs="applies alpha outside the norm")
+TOOL_2025 = replace(TOOL, computes=Computation(dora_2025, "applies alpha outside the norm"))

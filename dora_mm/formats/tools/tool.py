@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from dora_mm.core.spec import DoRASpec, finite_number
 from dora_mm.formats.naming.names import Name
+from dora_mm.formats.naming.spellings import Spelling
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools.formulas import Formula, Update, added
-from dora_mm.formats.tools.parts import Parts, have_rows, neutral, without_magnitude
+from dora_mm.formats.tools.formulas import Computation
+from dora_mm.formats.tools.parts import Parts, neutral
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
 
@@ -43,29 +44,38 @@ class Contents(NamedTuple):
 
 
 @dataclass(frozen=True)
+class HeaderReader:
+    """What a tool reads of a header beside the tensors; nothing by default.
+
+    Attributes:
+        alpha: The alpha of a module of a rank.
+        settings: What else is known about a module: see `state.with_settings`.
+        listed: The modules and extra parameters that are in the file.
+        parameter: The name of an extra parameter, by its key; None for other keys.
+        unties: Whether the tool trains an extra parameter as a copy, apart from what the base ties to it.
+    """
+
+    alpha: Callable[[Header, str, int], float | None] = lambda header, module, rank: None
+    settings: Callable[[Header, str], Mapping[str, Any]] = lambda header, module: {}
+    listed: Callable[[Header], Iterable[Name]] = lambda header: ()
+    parameter: Callable[[Header, str], Name | None] = lambda header, key: None
+    unties: Callable[[Header, Name], bool] = lambda header, name: False
+
+
+@dataclass(frozen=True)
 class Tool:
     """One tool that loads adapter files.
 
     Attributes:
         names: Matches the module names that the tool knows, at their beginning; keys of others are ignored by it.
         parts: The key table: the role of each tensor (see `parts.py`) by the end of its key. Others are ignored.
-        dora: The formula of a module with a magnitude, of `formulas.py` where it is that of several tools.
-        lora: That of one without.
-        differs: What the tool does in another way than the paper, as the end of a sentence that begins with its name.
-        axis: Over which axis it takes norms: `out`, `in`, or by the `shape` of the magnitude.
-        strengths: The other strengths that people set in it; empty for trainers, which have none.
+        computes: The weight that it computes from them.
         wrote_key: Matches a key that only the files have which it wrote, at its beginning.
         wrote_header: The same for an entry of the header, as `key=value`. Without the two it writes none.
         read: The neutral form of a module, from its tensors by role and the axis if a person stated it.
-        alpha: What the header says about the alpha of a module of a rank.
-        settings: What else the header says about a module: see `state.with_settings`.
+        in_header: What it reads of the header.
         named: The name of a module in a model, where names in files are the model's own; without a component where the
             file is for any. None where `spellings.py` has to say it.
-        listed: The modules and extra parameters that the header says are in the file.
-        parameter: The name of an extra parameter, by its key; None for other keys.
-        unties: Whether the tool trains an extra parameter as a copy, apart from what the base ties to it.
-        title: What people call it, from the registry.
-        version: The version that this is, from the registry.
         loses: Matches keys of magnitudes that the tool takes for missing, although they have a name of its parts.
         refuses: Why the tool loads nothing of a file, as the end of a sentence that begins with its name, from the
             modules (see `AdapterFile.modules`), the keys that belong to none and the header; empty where it loads the
@@ -75,22 +85,12 @@ class Tool:
 
     names: re.Pattern[str]
     parts: Mapping[str, str]
-    dora: Formula
-    differs: str
-    lora: Formula = added
-    axis: str = "shape"
-    strengths: tuple[float, ...] = (0.0, 0.5, 2.0)
+    computes: Computation
     wrote_key: re.Pattern[str] | None = None
     wrote_header: re.Pattern[str] | None = None
     read: Callable[[Parts, str | None], LayerState] = neutral
-    alpha: Callable[[Header, str, int], float | None] = lambda header, module, rank: None
-    settings: Callable[[Header, str], Mapping[str, Any]] = lambda header, module: {}
+    in_header: HeaderReader = HeaderReader()
     named: Callable[[str], Name | None] = lambda module: None
-    listed: Callable[[Header], Iterable[Name]] = lambda header: ()
-    parameter: Callable[[Header, str], Name | None] = lambda header, key: None
-    unties: Callable[[Header, Name], bool] = lambda header, name: False
-    title: str = ""
-    version: str = ""
     loses: re.Pattern[str] | None = None
     refuses: Callable[[Modules, Collection[str], Header], str] = lambda modules, others, header: ""
     usage: Callable[[Collection[str]], str] = lambda axes: ""
@@ -121,7 +121,7 @@ class Tool:
         """The tensors of a module by role, from those by the end of their keys; with the alpha of the header."""
         parts = self.roles(module, tensors)
         if "A" in parts and parts["A"].dim() and "alpha" not in parts:
-            alpha = self.alpha(header, module, parts["A"].shape[0])
+            alpha = self.in_header.alpha(header, module, parts["A"].shape[0])
             if alpha is not None:
                 parts["alpha"] = torch.tensor(finite_number("alpha", alpha), dtype=torch.float64)
         return parts
@@ -136,78 +136,86 @@ class Tool:
             return {**{role: found for role, found in parts.items() if role != "m"}, "lost": parts["m"]}
         return parts
 
-    def formula(self, parts: Parts) -> Formula:
-        """What computes W(t) from the tensors of a module by role."""
-        return self.dora if parts.keys() & {"m", "lost"} else self.lora
-
-    def apply(self, parts: Parts, W0: Tensor, strength: float) -> Tensor:
-        """W(t) as this tool computes it, from the tensors of a module by role, W0 and the strength t."""
-        return self.formula(parts)(Update(without_magnitude(parts), W0), parts.get("m"), strength)
-
-    def is_by_rows(self, parts: Parts, num_rows: int) -> bool:
-        """Whether its formula computes each of so many rows from itself alone, without norms of columns."""
-        on_rows = self.axis == "out" or (self.axis == "shape" and parts["m"].dim() > 1) if "m" in parts else True
-        return on_rows and have_rows(parts, num_rows)
-
 
 @dataclass(frozen=True)
-class Export:
-    """A form of file that `convert` writes; those with a `why_not` are also written by `save_adapter`.
+class Holds:
+    """What of an adapter has a place in a form of file.
 
     Attributes:
-        write: The tensors of a module by the end of their keys, from the neutral form and W0. Raises ValueError where
-            the form cannot hold it.
-        spelling: How modules are named: a key of `registry.SPELLINGS`.
-        read_by: The tools whose formula must give W' from what is written.
-        needs_base: Whether `write` needs W0 (else only its shape, if at all).
-        prepare: Adds to the neutral form what the `write` of several files need.
-        difference: Whether it is W' - W0, as large as W0: the check of what is written computes it, block by block.
-        header: The entries that the header must have. One that is named like a file is written beside the weights.
-        file_name: The name of the file in a folder; empty for the folder's own name.
-        dtype: The usual dtype of the tensors.
-        one_method: Whether all modules need a magnitude if one has it.
-        keeps_alpha: Whether alpha stays as it is; else B is scaled so that alpha is the rank, which tools that do not
-            read it take.
-        columns: Whether it holds magnitudes of input columns, too.
-        diffs: Whether it holds differences of weights, too.
-        convolutions: Whether it holds convolutions, too.
-        beside: Whether it holds differences of norms and biases, too.
-        ending: The end of a key in a module, from that which `write` gives it: some tools have several.
-        components: The components that it has; empty where it takes any name.
-        module: The name of a module of a model in the file.
-        parameter: The key of an extra parameter, with the adapted modules; None where the form holds only adapters.
-        tokens: Where rows of new tokens are: `inside` the file, `beside` it in files of their own, or nowhere (empty).
-        usage: What a person has to know who loads the files in the tool, from their names and the axes of their
-            magnitudes; empty where there is nothing special.
-        why_not: Why it cannot hold the adapters of models (by component), as a message with the way out, or None.
+        columns: Magnitudes of input columns.
+        diffs: Differences of weights.
+        convolutions: Convolutions.
+        beside: Differences of norms and biases.
+        alpha: Any alpha; else B is scaled so that alpha is the rank, which tools that do not read it take.
+        both_methods: Modules without a magnitude beside others with one; else all get one.
+        tokens: Rows of new tokens: `inside` the file, `beside` it in files of their own, or nowhere (empty).
     """
 
-    write: Callable[[LayerState, Tensor], dict[str, Tensor]]
-    spelling: str = ""
-    read_by: tuple[str, ...] = ()
-    needs_base: bool = False
-    prepare: Callable[[LayerState, Tensor], LayerState] = lambda layer, W0: layer
-    difference: bool = False
-    header: Callable[[Contents], dict[str, str]] = lambda contents: {}
-    file_name: str = ""
-    dtype: str = "float32"
-    one_method: bool = False
-    keeps_alpha: bool = False
     columns: bool = True
     diffs: bool = True
     convolutions: bool = True
     beside: bool = False
-    ending: Callable[[str, str], str] = lambda module, ending: ending
-    components: tuple[str, ...] = ()
-    module: Callable[[Name], str] = str
-    parameter: Callable[[Name, Collection[Name]], str] | None = None
+    alpha: bool = False
+    both_methods: bool = True
     tokens: Literal["inside", "beside", ""] = "inside"
-    usage: Callable[[Sequence[str], Collection[str]], str] = lambda files, axes: ""
-    why_not: Callable[[Mapping[str, nn.Module]], str | None] | None = None
+
+
+@dataclass(frozen=True)
+class Export:
+    """A form of file that `convert` writes.
+
+    Attributes:
+        write: The tensors of a module by the end of their keys, from the neutral form and W0. Raises ValueError where
+            the form cannot hold it.
+        spelling: How modules are named.
+        read_by: The tools whose formula must give W' from what is written.
+        holds: What has a place in it.
+        header: The entries that the header must have. One that is named like a file is written beside the weights.
+        file_name: The name of the file in a folder; empty for the folder's own name.
+        needs_base: Whether `write` needs W0 (else only its shape, if at all).
+        prepare: Adds to the neutral form what the `write` of several files need.
+        difference: Whether it is W' - W0, as large as W0: the check of what is written computes it, block by block.
+        ending: The end of a key in a module, from that which `write` gives it: some tools have several.
+    """
+
+    write: Callable[[LayerState, Tensor], dict[str, Tensor]]
+    spelling: Spelling
+    read_by: tuple[str, ...] = ()
+    holds: Holds = Holds()
+    header: Callable[[Contents], dict[str, str]] = lambda contents: {}
+    file_name: str = ""
+    needs_base: bool = False
+    prepare: Callable[[LayerState, Tensor], LayerState] = lambda layer, W0: layer
+    difference: bool = False
+    ending: Callable[[str, str], str] = lambda module, ending: ending
 
     def tensors(self, module: str, layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
         """The tensors of a module in the file, by the end of their keys; of W0 only the shape without `needs_base`."""
         return {self.ending(module, ending): tensor for ending, tensor in self.write(layer, W0).items()}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A form of file that `save_adapter` writes.
+
+    Attributes:
+        export: The form.
+        why_not: Why it cannot hold the adapters of models (by component), as a message with the way out, or None.
+        module: The name of a module of a model in the file.
+        parameter: The key of an extra parameter, with the adapted modules; None where the form holds only adapters.
+        components: The components that it has; empty where it takes any name.
+    """
+
+    export: Export
+    why_not: Callable[[Mapping[str, nn.Module]], str | None]
+    module: Callable[[Name], str]
+    parameter: Callable[[Name, Collection[Name]], str] | None = None
+    components: tuple[str, ...] = ()
+
+    @property
+    def file_name(self) -> str:
+        """The name of the file in a folder."""
+        return self.export.file_name
 
 
 class Written(NamedTuple):

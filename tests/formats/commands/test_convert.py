@@ -17,11 +17,12 @@ from dora_mm.formats.naming.names import Name
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.reader import LayerReader
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools import EXPORTS, TOOLS
+from dora_mm.formats.tools import all_exports, export_of, tool_of
+from dora_mm.registries.tools import TOOLS
 from tests.formats import toy
 from tests.formats.tools.test_tools import FIXTURES, path_of
 
-EXACT = [target for target in EXPORTS if target != "diff"]
+EXACT = [target for target in all_exports() if target != "diff"]
 BASE = toy.base()
 CONV = toy.UNET[4]
 
@@ -64,7 +65,7 @@ def test_a_written_file_is_recognised_as_its_tools(to, tmp_path):
     check_weights(file, states, base={name: BASE[name] for name in states})
 
 
-@pytest.mark.parametrize("to", [to for to in EXACT if not EXPORTS[to].needs_base and to != "peft"])
+@pytest.mark.parametrize("to", [to for to in EXACT if not export_of(to).needs_base and to != "peft"])
 def test_without_a_base(to, tmp_path):
     """Formulas are checked on random weights, and the result is the same."""
     states = {name: toy.layer(name, alpha=3.0) for name in names_for(to)}
@@ -95,12 +96,12 @@ def test_the_pair_for_comfy_is_right_in_its_order_at_every_strength(source, tmp_
     rows, low_rank = AdapterFile(first), AdapterFile(second)
     for number, name in enumerate(toy.SHAPES):
         state = toy.state_of(name, number)
-        for tool in (TOOLS["comfy-2025"], TOOLS["comfy-15458"]):
+        for tool in (tool_of("comfy-2025"), tool_of("comfy-15458")):
             for t in (0.5, 1.0, 2.0):
                 W0, wanted = BASE[name], textbook(name, state, t)
                 for file in (rows, low_rank):
                     module = next((m for m in file.modules if Names(BASE).read(m).names == (name,)), None)
-                    W0 = tool.apply(file.parts(module, tool), W0, t) if module else W0
+                    W0 = tool.computes.apply(file.parts(module, tool), W0, t) if module else W0
                 assert (W0 - wanted).norm() < 1e-6 * wanted.norm()
 
 
@@ -228,8 +229,8 @@ def test_a_norm_without_alpha_is_imported_exactly(tmp_path):
 
 
 def test_a_tool_that_computes_something_else_is_not_written_for(source, tmp_path, monkeypatch):
-    wrong = replace(EXPORTS["kohya"], read_by=("a1111",))
-    monkeypatch.setitem(EXPORTS, "kohya", wrong)
+    wrong = replace(export_of("kohya"), read_by=("a1111",))
+    monkeypatch.setattr("dora_mm.formats.commands.convert.export_of", {"kohya": wrong}.__getitem__)
     with pytest.raises(ValueError, match=r"AUTOMATIC1111 takes the norms of input columns.*--allow-lossy"):
         convert(source, tmp_path / "new.safetensors", to="kohya", base=BASE)
     assert not (tmp_path / "new.safetensors").exists()

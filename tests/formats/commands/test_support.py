@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from dora_mm.formats.commands.convert import convert
 from dora_mm.formats.commands.inspection import inspect_file
 from dora_mm.formats.commands.verify import RIGHT, verify
-from dora_mm.formats.registry import OTHER_TOOLS
 from dora_mm.formats.tools.parts import kohya_tensors
+from dora_mm.registries.tools import other_tools
 from tests.formats import toy
 from tests.formats.tools.test_tools import FILES, path_of
 
@@ -103,4 +103,4 @@ def test_a_file_of_a_language_model_works_in_peft(tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
     assert "peft" in inspect_file(tmp_path).works_in
-    assert set(inspect_file(tmp_path).works_in) <= set(OTHER_TOOLS)
+    assert set(inspect_file(tmp_path).works_in) <= set(other_tools())

@@ -11,9 +11,9 @@ import dora_mm
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.algebra import exact
 from dora_mm.formats.naming.names import Name
-from dora_mm.formats.registry import OTHER_TOOLS
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.parts import kohya_tensors
+from dora_mm.registries.tools import other_tools
 
 MODULES = [f"down_blocks.{i}.attentions.{j}.transformer_blocks.0.attn2.to_k" for i in (1, 2) for j in (0, 1)]
 OUT_96, SQUARE = (96, 64), (64, 64)
@@ -94,7 +94,7 @@ def test_a_magnitude_for_old_comfy_is_wrong_in_the_new_one(shape, measured, tmp_
     file = write_kohya(tmp_path / "a.safetensors", base, for_comfy)
     save_file(load_file(file), file, metadata=header)
     verdicts = {verdict.tool: verdict for verdict in dora_mm.verify(file, "all", base)}
-    assert tuple(verdicts) == OTHER_TOOLS
+    assert tuple(verdicts) == other_tools()
     assert verdicts["comfy-2025"].error < 1e-6
     assert verdicts["comfy-15458"].error == pytest.approx(measured, rel=0.15)
     reasons = {layer.reason for layer in verdicts["comfy-15458"].layers}

@@ -19,7 +19,7 @@ from diffusers.loaders import lora_conversion_utils, single_file_utils
 
 from dora_mm.formats.algebra.fused import split_rows
 from dora_mm.formats.naming.names import Name, architecture_of, canonical, own_table, owners
-from dora_mm.formats.naming.spellings import Names
+from dora_mm.formats.naming.spellings import DIFFUSERS, KOHYA, ONETRAINER, PEFT, Names
 from tests.benchmarks.full_size import FULL_SIZE
 
 
@@ -41,7 +41,7 @@ def unet(sdxl) -> list[Name]:
 # --- SDXL at full size -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spelling", ["diffusers", "kohya", "onetrainer"])
+@pytest.mark.parametrize("spelling", [DIFFUSERS, KOHYA, ONETRAINER], ids=lambda spelling: spelling.name)
 @pytest.mark.parametrize("with_base", [True, False])
 def test_every_name_of_sdxl_comes_back(unet, spelling, with_base):
     names = Names(unet if with_base else ())
@@ -65,7 +65,7 @@ def test_sgm_names_are_those_of_diffusers_single_file_converter(sdxl, unet):
 
 def test_kohya_names_are_those_of_diffusers_adapter_converter(sdxl, unet):
     layers = [n for n in unet if re.search(r"attn|\.ff\.|proj_in|proj_out|conv|emb", n.path) and "norm" not in n.path]
-    spelled = Names().write(layers, "kohya")
+    spelled = Names().write(layers, KOHYA)
     tensor = torch.zeros(1)
     state = {f"{key}.{part}.weight": tensor for key in spelled for part in ("lora_down", "lora_up")}
     mapped = lora_conversion_utils._maybe_map_sgm_blocks_to_diffusers(state, sdxl.config)
@@ -80,7 +80,7 @@ def test_text_encoders():
     path = "text_model.encoder.layers.11.self_attn.q_proj"
     for number, component in ((1, "text_encoder"), (2, "text_encoder_2")):
         name = Name(component, path)
-        for spelling in ("diffusers", "kohya"):
+        for spelling in (DIFFUSERS, KOHYA):
             (key,) = names.write([name], spelling)
             assert names.read(key).names == (name,)
         assert names.read(f"text_encoders.clip_{'lg'[number - 1]}.transformer.{path}").names == (name,)  # ComfyUI
@@ -247,7 +247,7 @@ def test_qwen_image_has_one_name_for_each_module():
     known = names_of(model, "transformer")
     linears = [Name("transformer", path) for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     assert architecture_of(known) == "qwen-image"
-    for key, target in Names(known).write(linears, "kohya").items():
+    for key, target in Names(known).write(linears, KOHYA).items():
         assert Names(known).read(key) == target
         assert len(target.names) == 1
 
@@ -262,15 +262,15 @@ def test_an_unknown_transformer_keeps_its_names():
     ):
         assert names.read(key).names == (known[3],)
     with pytest.raises(ValueError, match="own name of transformer.stages.0.attn1.to_q is unknown, or differs between"):
-        Names().write(known, "kohya")
+        Names().write(known, KOHYA)
 
 
 def test_own_names_need_an_architecture():
     shared = [Name("transformer", "transformer_blocks.0.attn.to_q")]
     assert architecture_of(shared) is None
     with pytest.raises(ValueError, match="name the base model"):
-        Names().write(shared, "kohya")
-    (key,) = Names().write([*shared, Name("transformer", "single_transformer_blocks.0.proj_mlp")], "kohya").keys() - {
+        Names().write(shared, KOHYA)
+    (key,) = Names().write([*shared, Name("transformer", "single_transformer_blocks.0.proj_mlp")], KOHYA).keys() - {
         "lora_unet_single_blocks_0_linear1"
     }
     assert key == "lora_unet_double_blocks_0_img_attn_qkv"
@@ -328,9 +328,7 @@ def test_a_missing_first_part_is_found():
 
 def test_what_a_spelling_does_not_have():
     with pytest.raises(ValueError, match="kohya files have no name for model.x: they hold unet, transformer, text"):
-        Names().write([Name("model", "x")], "kohya")
-    with pytest.raises(ValueError, match="no spelling 'comfyui' of names; there are diffusers"):
-        Names().write([], "comfyui")
+        Names().write([Name("model", "x")], KOHYA)
     both = [Name("text_encoder", "text_model.x"), Name("text_encoder_2", "text_model.x")]
     with pytest.raises(ValueError, match="the same name in peft files"):
-        Names().write(both, "peft")
+        Names().write(both, PEFT)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.algebra.exact import new_weight
 from dora_mm.formats.naming.spellings import Names
-from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.tools import tool_of
 from tests.formats import toy
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -60,7 +60,7 @@ def test_a_file_means_what_its_tool_computes(tool, name, expected):
 def test_apply_is_what_the_tool_computes(tool, name, strength, expected):
     file = AdapterFile(path_of(name))
     for module, neutral, W0 in modules_of(file):
-        W = TOOLS[tool].apply(file.parts(module, TOOLS[tool]), W0, strength)
+        W = tool_of(tool).computes.apply(file.parts(module, tool_of(tool)), W0, strength)
         wanted = expected[f"{name}/{neutral}@{strength:g}"]
         torch.testing.assert_close(toy.probe(W).float(), wanted, rtol=1e-5, atol=1e-5)
 
@@ -85,7 +85,7 @@ def parts_of(layer, ones=(), alpha=True):
 
 
 def check(tool, parts, W0, wanted, strength=1.0):
-    found = TOOLS[tool].apply(parts, W0, strength)
+    found = tool_of(tool).computes.apply(parts, W0, strength)
     torch.testing.assert_close(found, wanted.float(), rtol=2e-5, atol=2e-6)
 
 
@@ -138,7 +138,7 @@ def test_sdnext_takes_a_flat_magnitude_for_rows_only_where_it_cannot_be_of_colum
         check("sdnext", flat, W0, wanted)
     else:
         with pytest.raises(RuntimeError):
-            TOOLS["sdnext"].apply(flat, W0, 1.0)
+            tool_of("sdnext").computes.apply(flat, W0, 1.0)
 
 
 @pytest.mark.parametrize("tool", ["a1111", "invokeai"])
@@ -153,7 +153,7 @@ def test_a_magnitude_of_rows_is_broadcast_over_columns(tool):
 def test_a_flat_magnitude_raises_or_is_broadcast(tool):
     parts, W0, _ = by_hand(LINEAR)
     with pytest.raises(RuntimeError):
-        TOOLS[tool].apply({**parts, "m": parts["m"].flatten()}, W0, 1.0)
+        tool_of(tool).computes.apply({**parts, "m": parts["m"].flatten()}, W0, 1.0)
     parts, W0, _ = by_hand(SQUARE)
     V = W0 + 0.5 * parts["B"] @ parts["A"]
     n = (W0 if tool == "comfy-2025" else V).norm(dim=1)

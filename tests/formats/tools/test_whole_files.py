@@ -13,9 +13,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import dora_mm
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.naming.names import canonical
-from dora_mm.formats.registry import OTHER_TOOLS
-from dora_mm.formats.registry import TOOLS as ROWS
-from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.tools import tool_of
+from dora_mm.registries.tools import TOOLS, other_tools
 from tests.formats import toy
 from tests.formats.naming.test_names import sdxl  # noqa: F401
 
@@ -43,7 +42,7 @@ TOKEN = {"bundle_emb.x.clip_l": torch.ones(1, SIZE)}
 def refusal(tool, tensors, folder):
     save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / "a.safetensors")
     file = AdapterFile(folder / "a.safetensors")
-    return TOOLS[tool].refuses(file.modules, file.unnamed, file.header)
+    return tool_of(tool).refuses(file.modules, file.unnamed, file.header)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +89,7 @@ def test_diffusers_raises_an_error_where_we_say_so(tensors, raises, pipe, tmp_pa
 def test_comfy_loads_a_third_of_a_file_of_diffusers(sdxl):  # noqa: F811
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     paths = [path for path, module in sdxl.named_modules() if isinstance(module, kinds)]
-    names = TOOLS["comfy-2025"].names
+    names = tool_of("comfy-2025").names
     assert len(paths) == 794
     for prefix in ("unet.", ""):
         assert sum(bool(names.match(prefix + path)) for path in paths) == 794 - 560  # all but the attention
@@ -187,5 +186,5 @@ def test_what_lycoris_writes_of_text_encoders_today(tmp_path, monkeypatch):
 
 def test_the_versions_are_those_that_these_tests_run():
     for tool, package in {"peft": "peft", "diffusers": "diffusers", "lycoris": "lycoris_lora"}.items():
-        assert Version(version(package)) <= Version(ROWS[tool].version)  # less with the oldest that are admitted
-    assert all(ROWS[name].version for name in OTHER_TOOLS)
+        assert Version(version(package)) <= Version(TOOLS[tool].version)  # less with the oldest that are admitted
+    assert all(TOOLS[name].version for name in other_tools())

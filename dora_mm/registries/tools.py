@@ -1,0 +1,116 @@
+"""The tools whose adapter files are read, and the targets that `convert` writes, by name."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dora_mm.registries.registry import Registry
+
+_TOOLS = "dora_mm.formats.tools"
+
+
+class ToolRecord(NamedTuple):
+    """A program that loads adapter files, or a form of them.
+
+    Attributes:
+        title: What people call it.
+        tool: The place of its `Tool`, `module:object`; empty where it loads plain LoRA alone.
+        version: The version whose rules are written down: a release, or the month and commit of its code.
+        target: The target for those who ask for one of its name.
+        aliases: Other names that people give it.
+    """
+
+    title: str
+    tool: str = ""
+    version: str = ""
+    target: str = ""
+    aliases: tuple[str, ...] = ()
+
+
+class TargetRecord(NamedTuple):
+    """A form of file that `convert` writes.
+
+    Attributes:
+        title: What it is, and who reads it.
+        export: The place of its `Export`; empty where `convert` makes it of others.
+    """
+
+    title: str
+    export: str = ""
+
+
+_BUILT_IN = {
+    "dora_mm": ToolRecord("dora_mm", f"{_TOOLS}.native:TOOL"),
+    "nvlabs": ToolRecord("NVlabs/DoRA", f"{_TOOLS}.nvlabs:TOOL", "2026-08"),
+    "onetrainer": ToolRecord("OneTrainer", f"{_TOOLS}.onetrainer:TOOL", "2026-08 (23df383)"),
+    "ai-toolkit": ToolRecord("ai-toolkit", f"{_TOOLS}.ai_toolkit:TOOL", "2026-08"),
+    "peft": ToolRecord("PEFT", f"{_TOOLS}.peft:TOOL", "0.21.2"),
+    "diffusers": ToolRecord("diffusers", f"{_TOOLS}.diffusers:TOOL", "0.42.1"),
+    "bare": ToolRecord("files without a prefix", f"{_TOOLS}.bare:TOOL"),
+    "comfy-2025": ToolRecord(
+        "ComfyUI and reForge", f"{_TOOLS}.comfy:TOOL_2025", "2025-10 to 2026-08", "comfy", ("comfyui",)
+    ),
+    "comfy-15458": ToolRecord("ComfyUI with its norm corrected", f"{_TOOLS}.comfy:TOOL_15458", "pull request 15458"),
+    "forge": ToolRecord("Forge", f"{_TOOLS}.forge:TOOL", "2025-06 (dfdcbab)", "comfy-2025", ("reforge",)),
+    "lycoris": ToolRecord("LyCORIS and sd-scripts", f"{_TOOLS}.lycoris:TOOL", "4.1.3", "kohya", ("sd-scripts",)),
+    "a1111": ToolRecord(
+        "AUTOMATIC1111", f"{_TOOLS}.a1111:TOOL", "1.10", "diff", ("automatic1111", "webui", "sd-webui")
+    ),
+    "sdnext": ToolRecord("SD.Next", f"{_TOOLS}.sdnext:TOOL", "2026-07 (058a7f0)", "kohya"),
+    "sdnext-2025": ToolRecord("older SD.Next", f"{_TOOLS}.sdnext:TOOL_2025", "before 2026-07 (387a349)"),
+    "invokeai": ToolRecord("InvokeAI", f"{_TOOLS}.invokeai:TOOL", "2026-08 (8e71a8a)", "diff"),
+    "vllm": ToolRecord("vLLM"),
+    "sglang": ToolRecord("SGLang"),
+    "llama.cpp": ToolRecord("llama.cpp"),
+}
+TOOLS = Registry("tools", "tool", _BUILT_IN)
+TARGETS = Registry(
+    "targets",
+    "target",
+    {
+        "peft": TargetRecord("a folder of PEFT", f"{_TOOLS}.peft:EXPORT"),
+        "diffusers": TargetRecord("pytorch_lora_weights.safetensors of diffusers", f"{_TOOLS}.diffusers:EXPORT"),
+        "kohya": TargetRecord("LyCORIS, sd-scripts and SD.Next", f"{_TOOLS}.lycoris:EXPORT"),
+        "comfy": TargetRecord("two files for any version of ComfyUI"),
+        "comfy-2025": TargetRecord(
+            "one file for ComfyUI, reForge and Forge as they are", f"{_TOOLS}.comfy:EXPORT_2025"
+        ),
+        "comfy-15458": TargetRecord(
+            "one file for ComfyUI with its norm corrected (pull 15458)", f"{_TOOLS}.comfy:EXPORT_15458"
+        ),
+        "diff": TargetRecord(
+            "the change of each weight: large, and read by all web UIs", f"{_TOOLS}.comfy:EXPORT_DIFF"
+        ),
+        "lora": TargetRecord("plain LoRA, which keeps as much as --rank or --energy says"),
+        "merged": TargetRecord("a copy of the model with the new weights"),
+        "onetrainer": TargetRecord("to go on with training in OneTrainer", f"{_TOOLS}.onetrainer:EXPORT"),
+        "ai-toolkit": TargetRecord("to go on with training in ai-toolkit", f"{_TOOLS}.ai_toolkit:EXPORT"),
+    },
+)
+
+
+def readers() -> list[str]:
+    """The tools whose files are read, in the order in which they are asked whether a file is theirs.
+
+    Those of other packages come first: their own keys would be taken for parts of a common form.
+    """
+    return sorted((name for name, record in TOOLS.items() if record.tool), key=_BUILT_IN.__contains__)
+
+
+def other_tools() -> tuple[str, ...]:
+    """The tools that `verify` judges: not this one, and no form that belongs to none."""
+    return tuple(name for name, record in TOOLS.items() if record.tool and name not in ("dora_mm", "bare"))
+
+
+def no_entry(kind: str, name: str, known: str) -> str:
+    """The message for a tool or target that is not here; for a program without DoRA it has the way out."""
+    called = (record for key, record in TOOLS.items() if name.lower() in (key, *record.aliases))
+    record = next(called, None)
+    if record and not record.tool:
+        return (
+            f"{record.title} loads no DoRA: merge the adapter into its model with dora-mm merge MODEL ADAPTER OUT, or "
+            "make a plain LoRA with dora-mm convert IN OUT --to lora --rank 32 --base MODEL"
+        )
+    if kind == "target" and record and record.target:
+        return f"there is no target {name!r}: what it reads is written with --to {record.target}"
+    return f"there is no {kind} {name!r}: use {known}"
