@@ -1,0 +1,88 @@
+"""FLUX.2 [klein]: a transformer of two streams, Qwen3 as its text encoder, and Flux.2's VAE."""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from diffusers.utils.torch_utils import get_module_execution_device
+from torch import Tensor
+
+from dora_mm.data.images.buckets import Framing
+from dora_mm.models.images.flow_model import FlowModel
+from dora_mm.models.images.image_model import Prompt
+from dora_mm.models.images.noise import Flow
+
+STEPS = 50  # of the base model's pipeline: the shift of training is that of drawing in so many steps
+
+
+class KleinFlow(Flow):
+    """A shift that depends on the number of steps, too."""
+
+    def shift(self, num_tokens: int, num_steps: int | None = None) -> float:
+        return math.exp(compute_empirical_mu(num_tokens, num_steps or STEPS))
+
+
+class Flux2Klein(FlowModel):
+    """FLUX.2 [klein] (Black Forest Labs, 2026): train the base models, not the ones distilled to four steps."""
+
+    name = "flux2_klein"
+    vae_name = "AutoencoderKLFlux2"
+    maps: ClassVar = {"transformer": "flux2"}
+    patch = 1  # its latents are patches already
+    chat: ClassVar = {"add_generation_prompt": True, "enable_thinking": False}
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per patch: the denoiser's latents are patches of the VAE's."""
+        return 2 * super().downscale
+
+    @cached_property
+    def noise(self) -> Flow:
+        return KleinFlow(self.scheduler, self.patch)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Prompt]:
+        """One by one, so that none depends on the others in the last bits."""
+        settings: dict[str, Any] = {"max_sequence_length": self.settings.max_tokens}
+        settings["device"] = get_module_execution_device(self.text_encoder)
+        encode = self.pipeline_class()._get_qwen3_prompt_embeds
+        return [{"text": encode(self.text_encoder, self.tokenizer, prompt, **settings)[0]} for prompt in prompts]
+
+    def normalized(self, latents: Tensor) -> Tensor:
+        """As patches, each of whose channels has the mean and the variance that the VAE has counted."""
+        patches = self.pipeline_class()._patchify_latents(latents)
+        mean, variance = (t.view(1, -1, 1, 1).to(patches) for t in (self.vae.bn.running_mean, self.vae.bn.running_var))
+        return (patches - mean) / (variance + self.vae.config.batch_norm_eps).sqrt()
+
+    def predict(self, noised: Tensor, time: Tensor, prompts: Sequence[Prompt], framings: Sequence[Framing]) -> Tensor:
+        network, pipeline = self.transformer, self.pipeline_class()
+        text = torch.stack([prompt["text"] for prompt in prompts]).to(network.dtype)
+        found = network(
+            hidden_states=pipeline._pack_latents(noised.to(network.dtype)),
+            timestep=time,
+            guidance=None,
+            encoder_hidden_states=text,
+            txt_ids=pipeline._prepare_text_ids(text).to(noised.device),
+            img_ids=pipeline._prepare_latent_ids(noised).to(noised.device),
+            return_dict=False,
+        )[0]
+        return found.transpose(1, 2).reshape(noised.shape)
+
+    def pipeline_inputs(
+        self, encoded: Sequence[Prompt], *, steps: int, guidance: float, width: int, height: int
+    ) -> dict[str, Any]:
+        size = height // self.downscale, width // self.downscale
+        return {
+            "prompt_embeds": torch.stack([each["text"] for each in encoded]),
+            "negative_prompt_embeds": torch.stack([each["negative"] for each in encoded]),
+            "guidance_scale": guidance,
+            "sigmas": self.noise.schedule(steps, size),
+            "width": width,
+            "height": height,
+        }
+
+    def make_pipeline(self, components: dict[str, Any]) -> Any:
+        distilled = bool(self.components.index.get("is_distilled"))  # it then draws without guidance
+        return super().make_pipeline({**components, "is_distilled": distilled})
