@@ -25,10 +25,10 @@ from dora_mm.config.schema import (
 )
 from dora_mm.config.training import (
     CHANGEABLE,
+    AdapterTrainConfig,
     EMAConfig,
     OptimizerConfig,
     ScheduleConfig,
-    TrainConfig,
     ValidationConfig,
     check_sharding,
     check_training,
@@ -255,7 +255,7 @@ class TokenConfig(Section):
     lr: Positive | None = None  # learning rate; null: optimizer.lr
 
 
-class ImageTrainConfig(TrainConfig):
+class ImageTrainConfig(AdapterTrainConfig):
     # The step after which they stay as they are (the pivot of pivotal tuning); null: the last one
     stop_tokens_after: PositiveInt | None = None  # the rows of new tokens
     stop_text_encoders_after: PositiveInt | None = None  # the adapters of text encoders

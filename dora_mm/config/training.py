@@ -56,10 +56,15 @@ class TrainConfig(Section):
     log_every: PositiveInt = 10  # optimizer steps between two rows of metrics.jsonl
     # Each of several processes keeps a part of the main network's frozen weights instead of all (docs/scale.md)
     shard: bool = False
-    # Numbers of finished steps at which gradients of whole weights are measured, which dora-mm analyse shows
-    gradients_at: Items[Count] = ()
     # What shows the metrics beside metrics.jsonl; null: TensorBoard, where it is installed
     track: Items[Literal["tensorboard", "wandb", "trackio"]] | None = None
+
+
+class AdapterTrainConfig(TrainConfig):
+    """A training of adapters."""
+
+    # Numbers of finished steps at which gradients of whole weights are measured, which dora-mm analyse shows
+    gradients_at: Items[Count] = ()
 
 
 class ValidationConfig(Section):
@@ -165,13 +170,8 @@ def check_training(
     needed = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, train.mixed_precision)
     if train.mixed_precision != needed:  # float32 adapters on half-precision weights need autocast
         problems.append(f"train.mixed_precision must be {needed} for model.dtype {dtype}, not {train.mixed_precision}")
-    problems += [
-        f"train.gradients_at is not for train.{key}, whose layers have no whole weights and gradients to measure"
-        for key, is_on in (("compile", train.compile), ("shard", train.shard))
-        if train.gradients_at and is_on
-    ]
-    if train.steps is not None and (late := [step for step in train.gradients_at if step >= train.steps]):
-        problems.append(f"train.gradients_at: a training of {train.steps} steps has no step {late[0]}: they begin at 0")
+    if isinstance(train, AdapterTrainConfig):
+        problems += check_measured_steps(train)
     if optimizer.name == "prodigy":
         rates = {"magnitude_lr": optimizer.magnitude_lr is not None, "b_lr_ratio": optimizer.b_lr_ratio != 1}
         problems += [
@@ -187,4 +187,16 @@ def check_training(
         for key, owner in owners.items()
         if getattr(schedule, key) is not None and schedule.name != owner
     ]
+    return problems
+
+
+def check_measured_steps(train: AdapterTrainConfig) -> list[str]:
+    """Finds why gradients cannot be measured at the steps that `train` names."""
+    problems = [
+        f"train.gradients_at is not for train.{key}, whose layers have no whole weights and gradients to measure"
+        for key, is_on in (("compile", train.compile), ("shard", train.shard))
+        if train.gradients_at and is_on
+    ]
+    if train.steps is not None and (late := [step for step in train.gradients_at if step >= train.steps]):
+        problems.append(f"train.gradients_at: a training of {train.steps} steps has no step {late[0]}: they begin at 0")
     return problems

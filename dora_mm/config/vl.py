@@ -21,6 +21,7 @@ from dora_mm.config.schema import (
 )
 from dora_mm.config.training import (
     CHANGEABLE,
+    AdapterTrainConfig,
     EMAConfig,
     EpochTrainConfig,
     OptimizerConfig,
@@ -56,6 +57,10 @@ class EvaluateConfig(DecodeConfig, ValidationConfig):
     best_by: Literal["metric", "loss"] | None = None
 
 
+class QuestionTrainConfig(EpochTrainConfig, AdapterTrainConfig):
+    """A training of adapters, in steps or in passes over the questions."""
+
+
 class TrainVLConfig(PipelineConfig):
     command: ClassVar[str] = "train"
     changeable: ClassVar[tuple[str, ...]] = (
@@ -78,7 +83,7 @@ class TrainVLConfig(PipelineConfig):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EMAConfig | None = None  # an average of the weights, saved in adapter-ema/; null: none
-    train: EpochTrainConfig
+    train: QuestionTrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")

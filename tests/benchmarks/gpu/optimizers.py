@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from dora_mm.config.training import OptimizerConfig
+from dora_mm.registries.optimizers import OPTIMIZERS
 from dora_mm.train.checkpoint import load_checkpoint, save_checkpoint
-from dora_mm.train.optim import OPTIMIZERS, build_optimizer
+from dora_mm.train.optim import build_optimizer
 from tests.benchmarks.gpu import is_there
 from tests.benchmarks.gpu.run import Row, Run, show
 
@@ -20,9 +21,9 @@ def run(run: Run) -> None:
     """Trains a layer, and again from a checkpoint in the middle. A dry run leaves out what needs a GPU."""
     rows: list[Row] = []
     for name, kind in OPTIMIZERS.items():
-        if run.dry and (kind.needs_gpu or kind.extra):
+        if run.dry and (kind.needs_gpu or kind.install):
             continue
-        if not is_there(package := kind.module.partition(".")[0]):
+        if not is_there(package := kind.place.partition(":")[0].partition(".")[0]):
             run.leave_out(f"{name}: it needs {package}")
             continue
         with run.trying("our loop", name), tempfile.TemporaryDirectory() as folder:
