@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 
 from dora_mm.config.images import TrainDiffusionConfig
+from dora_mm.config.models import validated
 from dora_mm.config.paths import resolve_model, resolve_path
 from dora_mm.config.pictures import EvalStyleConfig
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_captioned_images, read_training_images
@@ -101,7 +102,7 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
 def training_of(file: Path) -> TrainDiffusionConfig | None:
     """The config that an adapter's header says it was trained with; None where it says none that is ours."""
     try:
-        return TrainDiffusionConfig.model_validate(yaml12.read(read_metadata(file)["config"]).value)
+        return validated(TrainDiffusionConfig, yaml12.read(read_metadata(file)["config"]).value)
     except (KeyError, ValueError, yaml.YAMLError):
         return None
 

@@ -28,8 +28,8 @@ from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
 from dora_mm.models.folders import settings_identity
 from dora_mm.models.opening import UnreachableError
-from dora_mm.models.vl.families import Structure, load_vl_model, load_vl_model_if_local, pinned, structure_of
-from dora_mm.models.vl.vl_model import VLModel, check_in_step
+from dora_mm.models.vl.families import load_vl_model, load_vl_model_if_local, pinned, structure_of
+from dora_mm.models.vl.vl_model import Structure, VLModel, check_in_step
 from dora_mm.preview.lengths import row_lines
 from dora_mm.preview.parts import about_derived, parts_table
 from dora_mm.preview.questions import DataPreview, batch_of, present_splits, preview_data

@@ -19,6 +19,7 @@ from dora_mm.adapting.networks import BESIDE, TrainedNetworks, to_float32
 from dora_mm.adapting.parts import MODEL
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.loader import dump_config
+from dora_mm.config.models import validated
 from dora_mm.config.paths import resolve_model
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.formats.adapter_file import AdapterFile
@@ -186,7 +187,7 @@ def saved_config(path: Path) -> TrainVLConfig | None:
         ValueError: There is no adapter.
     """
     try:
-        return TrainVLConfig.model_validate(yaml12.read(header_of(path)["config"]).value)
+        return validated(TrainVLConfig, yaml12.read(header_of(path)["config"]).value)
     except (KeyError, YAMLError, ValidationError):
         return None
 

@@ -12,7 +12,6 @@ from dora_mm.config.paths import resolve_path
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.report import Problem, describe, dotted_key, sections_at
 from dora_mm.config.schema import PipelineConfig
-from dora_mm.registries.image_families import IMAGE_FAMILIES
 from dora_mm.utils import yaml12
 from dora_mm.utils.messages import nearest
 from dora_mm.utils.yaml12 import MISSING, KeyPath
@@ -51,6 +50,8 @@ def load_config(
         ConfigError: The file or an override has unknown keys, or values of the wrong type or range; lists all of them.
         ValueError: The file does not exist or is not a config.
     """
+    from dora_mm.config.models import validated  # here, since not every command reads a config
+
     file = resolve_path(path)
     document = _read(file)
     values: dict[str, Any] = document.value
@@ -71,9 +72,8 @@ def load_config(
         problems.append(_unknown_pipeline(values, origins, schemas))
         raise ConfigError(file, problems)
     _remove_replaced(values, schema, chosen)
-    _add_sections(values.get("model"), schema)
     try:
-        config = schema.model_validate(values)
+        config = validated(schema, values)
     except ValidationError as error:
         problems += describe(error, schema, origins)
     if problems:
@@ -146,14 +146,6 @@ def _override(values: dict[str, Any], origins: dict[KeyPath, str], override: str
         del origins[known]
     origins[(*path, step)] = origin
     return (*path, step)
-
-
-def _add_sections(model: Any, schema: type[PipelineConfig]) -> None:
-    """Makes known the sections of image families of other packages that a `model` section has."""
-    if isinstance(model, dict) and "model" in schema.model_fields:
-        from dora_mm.config.models import ModelConfig, add_sections
-
-        add_sections(n for n in model if n not in ModelConfig.model_fields and n in IMAGE_FAMILIES)
 
 
 def _remove_replaced(values: dict[str, Any], schema: type[PipelineConfig], chosen: Sequence[KeyPath]) -> None:

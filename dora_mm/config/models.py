@@ -1,35 +1,28 @@
 """The config sections that name a model. See schema.py for the rules."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import reduce
+from operator import or_
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator
 from pydantic.fields import FieldInfo
 
-from dora_mm.config.schema import InputPath, Items, ModelPath, Positive, Section, SectionChoice, Text
+from dora_mm.config.schema import InputPath, Items, ModelPath, Positive, Section, SectionChoice, SectionT, Text
 from dora_mm.config.vl_data import TaskName
 from dora_mm.registries.image_families import IMAGE_FAMILIES
 from dora_mm.registries.registry import load
+from dora_mm.registries.vl_families import DEFAULT, VL_FAMILIES
 from dora_mm.registries.vl_tasks import TASKS
 
 EMBEDDED_IMAGE_MODEL = "samples/tiny-sdxl"  # draws where nothing names a model
-VL_STARTS: Mapping[str, Mapping[int, str]] = MappingProxyType(  # as `ImageFamily.starts`, by family
-    {
-        "vlm": {
-            5: "configs/vlm/smolvlm_256m.yaml",
-            9: "configs/vlm/lfm2_vl_1_6b.yaml",
-            15: "configs/vlm/gemma3_4b.yaml",
-            24: "configs/vlm/qwen2_5_vl_7b.yaml",
-            25: "configs/vlm/qwen3_vl_8b.yaml",
-        }
-    }
-)
 
 
 def starts() -> dict[str, Mapping[int, str]]:
     """The recipes that `dora-mm new` starts from, by family and by the GB of the card that each needs."""
-    return {**{name: family.starts for name, family in IMAGE_FAMILIES.items()}, **VL_STARTS}
+    families = (*IMAGE_FAMILIES.items(), *VL_FAMILIES.items())
+    return {name: family.starts for name, family in families if family.starts}
 
 
 class ImageFamilyConfig(Section):
@@ -94,8 +87,13 @@ def add_sections(names: Iterable[str]) -> None:
         ModelConfig.model_fields[name] = FieldInfo(annotation=section, default=None)
     if new:
         ModelConfig.model_rebuild(force=True)
-        for section in _subclasses(Section):  # those that contain it, and so on: they are defined later
-            section.model_rebuild(force=True)
+        _rebuild()
+
+
+def _rebuild() -> None:
+    """Makes all sections check what those inside them now have."""
+    for section in _subclasses(Section):
+        section.model_rebuild(force=True)
 
 
 def _subclasses(kind: type[Section]) -> Iterator[type[Section]]:
@@ -117,7 +115,11 @@ class VisionConfig(Section):
 
 
 class VLFamilyConfig(Section):
-    """The model section of a family of vision-language models, with what is known of the family before it is loaded."""
+    """The model section of a family of vision-language models, with what is known of the family before it is loaded.
+
+    Those of families have `family` (the family's name), `path`, `revision`, `dtype`, `quantization` and `prompts`, as
+    keys, or as class variables what these always are.
+    """
 
     own_tower: ClassVar[bool]  # it encodes images itself; False: with the tower or features of the `vision` section
     uses_all_parameters: ClassVar[bool]  # every batch reaches every trained parameter
@@ -166,7 +168,7 @@ class VLBartModelConfig(VLFamilyConfig):
     own_tower: ClassVar[bool] = False
     uses_all_parameters: ClassVar[bool] = True
     full_extra: ClassVar[tuple[str, ...] | None] = ("biases", "norms", "embeddings", "visual_embedding")
-    # What other families have keys for
+    # What others have keys for
     revision: ClassVar[None] = None
     dtype: ClassVar[str] = "float32"
     quantization: ClassVar[None] = None
@@ -180,7 +182,49 @@ class VLBartModelConfig(VLFamilyConfig):
     feature_dim: PositiveInt | None = None  # channels of the visual features; null: from the vision section
 
 
-VLModelConfig = Annotated[
-    Annotated[VLMModelConfig, Tag("vlm")] | Annotated[VLBartModelConfig, Tag("vl_bart")],
-    Discriminator(SectionChoice("family", default="vlm").tag_of),
-]
+def _of_family(name: str) -> Any:
+    return Annotated[load(VL_FAMILIES[name].section), Tag(name)]
+
+
+CHOICE = SectionChoice("family", default=DEFAULT)
+BY_FAMILY = Discriminator(CHOICE.tag_of)
+if TYPE_CHECKING:
+    VLModelConfig: TypeAlias = VLMModelConfig | VLBartModelConfig
+else:
+    VLModelConfig = Annotated[reduce(or_, map(_of_family, VL_FAMILIES.built_in)), BY_FAMILY]
+
+
+def add_vl_family(name: str) -> None:
+    """Gives all `model` sections of vision-language models the class of a family as one more choice.
+
+    Args:
+        name: A key of VL_FAMILIES; another name adds all families, among which a message then lists them.
+    """
+    if name in VL_FAMILIES.built_in:
+        return
+    added = [_of_family(each) for each in ([name] if name in VL_FAMILIES else VL_FAMILIES)]
+    fields = [field for section in _subclasses(Section) for field in section.model_fields.values()]
+    unions: list[tuple[Any, Any]] = [
+        (field, reduce(or_, added, field.annotation)) for field in fields if BY_FAMILY in field.metadata
+    ]
+    if any(union != field.annotation for field, union in unions):
+        for field, union in unions:
+            field.annotation = union
+        _rebuild()
+
+
+def validated(schema: type[SectionT], values: Any) -> SectionT:
+    """Validates a config or a `model` section, which may name families of other packages.
+
+    Raises:
+        ValidationError: They do not fit the schema.
+        ValueError: A package that adds a family cannot be imported.
+    """
+    field = schema.model_fields.get("model")
+    model = values if schema is ModelConfig else values.get("model") if field and isinstance(values, Mapping) else None
+    if isinstance(model, Mapping):
+        if field and BY_FAMILY in field.metadata:
+            add_vl_family(CHOICE.tag_of(model))
+        else:
+            add_sections(name for name in model if name not in ModelConfig.model_fields and name in IMAGE_FAMILIES)
+    return schema.model_validate(values)

@@ -17,11 +17,12 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.models.folders import read_config, weights_identity
 from dora_mm.models.opening import commit_of, local_copy
-from dora_mm.models.vl.vl_bart.loading import is_vl_bart
+from dora_mm.models.vl.families import family_of_folder
 from dora_mm.models.vl.vlm.encoding import TokenRow, collate
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.models.vl.vlm.forms import form_of
 from dora_mm.models.vl.vlm.loading import load_tokenizer, load_vlm
+from dora_mm.registries.vl_families import VL_FAMILIES
 
 CPU = torch.device("cpu")
 QUESTION = "What does the image show?"
@@ -61,8 +62,9 @@ def checked_config(path: str, revision: str | None) -> Any:
     Raises:
         ValueError: It is not a model of transformers, or a quantised one.
     """
-    if is_vl_bart(path):
-        raise ValueError(f"MODEL {path} is a VL-BART, which transformers and vLLM cannot load, merged or not")
+    if name := family_of_folder(path):
+        title = VL_FAMILIES[name].title
+        raise ValueError(f"MODEL {path} is a {title}, which transformers and vLLM cannot load, merged or not")
     config = read_config(path, revision)
     if getattr(config, "quantization_config", None):
         raise ValueError(

@@ -15,7 +15,7 @@ from dora_mm.adapting.sharding import Division
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.core import InjectReport, TargetMap
 from dora_mm.core.targets import match_modules, parts_in
-from dora_mm.models.vl.families import Structure
+from dora_mm.models.vl.vl_model import Structure
 from dora_mm.preview.questions import DataPreview, LargestBatch
 from dora_mm.preview.training import StepCost, memory_table
 

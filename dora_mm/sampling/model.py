@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dora_mm import backend, formats
-from dora_mm.config.models import EMBEDDED_IMAGE_MODEL, ModelConfig
+from dora_mm.config.models import EMBEDDED_IMAGE_MODEL, ModelConfig, validated
 from dora_mm.config.paths import find_path, resolve_adapter, resolve_model
 from dora_mm.config.pictures import PicturesConfig
 from dora_mm.formats.adapter_file import AdapterFile
@@ -250,7 +250,7 @@ def model_of(files: Mapping[str, Path]) -> ModelConfig:
         values: dict[str, Any] = {name: header[key] for name, key in keys.items() if key in header}
         values |= family_settings(header, path)
         try:
-            found.setdefault(ModelConfig.model_validate(values), path)
+            found.setdefault(validated(ModelConfig, values), path)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             key, message = keys.get(str(problem["loc"][0]), SETTINGS), problem["msg"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dora_mm.config.models import ModelConfig
+from dora_mm.config.models import ModelConfig, validated
 from dora_mm.config.pictures import MemoryConfig, PicturesConfig
 from dora_mm.sampling.drawing import PictureJob, draw
 from dora_mm.sampling.jobs.picture import Picture
@@ -49,8 +49,9 @@ def pictures_config(description: Description) -> PicturesConfig:
         pipeline="sample",
         name="replay",
         backend=description.environment["backend"],
-        model=ModelConfig.model_validate(
-            {"path": model.path, "revision": model.revision, "vae": model.vae, "dtype": model.dtype, **model.settings}
+        model=validated(
+            ModelConfig,
+            {"path": model.path, "revision": model.revision, "vae": model.vae, "dtype": model.dtype, **model.settings},
         ),
         memory=MemoryConfig(**description.environment["memory"]),
     )

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dora_mm.config.loader import differing_keys
+from dora_mm.config.models import validated
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.utils.messages import first_line
 from dora_mm.utils.run_directory import CONFIG, INPUTS, RunDirectory
@@ -40,7 +41,7 @@ def started_config(run: Path, schemas: Mapping[str, type[PipelineConfig]]) -> Pi
     """
     values = RunDirectory(run).inputs[CONFIG]
     try:
-        return schemas[values["pipeline"]].model_validate(values)
+        return validated(schemas[values["pipeline"]], values)
     except (KeyError, TypeError, ValidationError) as error:
         raise ValueError(f"{run / INPUTS} is damaged ({first_line(error)}): the run cannot go on without it.") from None
 

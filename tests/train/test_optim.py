@@ -11,7 +11,7 @@ from dora_mm import DoRASpec, adapter_parameters, inject
 from dora_mm.adapting.networks import adapt
 from dora_mm.config.adapter import VLAdapterConfig
 from dora_mm.config.training import OptimizerConfig
-from dora_mm.models.vl.families import Structure
+from dora_mm.models.vl.vl_model import Structure
 from dora_mm.targets import find
 from dora_mm.train import optim
 from dora_mm.train.optim import OPTIMIZERS, averaged_point, build_optimizer, check_device

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
+from dora_mm.config.models import VisionConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.core import TargetMap
 from dora_mm.data.seen import SeenFiles
@@ -89,11 +90,52 @@ class RowCounts:
         self.num_cut, self.num_left_out = state_dict["num_cut"], state_dict["num_left_out"]
 
 
+@dataclass(frozen=True)
+class Structure:
+    """The networks of a model without their weights, on the meta device, and their target maps, by component."""
+
+    networks: Mapping[str, nn.Module]
+    target_maps: Mapping[str, TargetMap]
+
+
 class VLModel(Protocol):
     """A vision-language model with all that turns examples into losses and answers.
 
     A family of models implements it, and is then trained, scored and compared by the same pipelines.
     """
+
+    opens_without_weights: ClassVar[bool]  # whether a loaded model reads rows though its weights are not here
+
+    @classmethod
+    def load(
+        cls, config: Any, vision_config: VisionConfig, *, seed: int, trained_tower: bool, device: torch.device | str
+    ) -> VLModel:
+        """Loads the model that the family's `model` section names: see `families.load_vl_model`."""
+        ...
+
+    @classmethod
+    def settings_to_ask(cls, path: str, run: Any | None, given: Mapping[str, str]) -> dict[str, Any]:
+        """What a single question changes in the `model` section of a run, or the section's keys without a run.
+
+        Args:
+            path: The model: a folder, or a hub name.
+            run: The `model` section of a run of this family; None: there is none.
+            given: A `dtype` or `revision` that replaces that of the run.
+
+        Raises:
+            ValueError: The family needs a run, or has no such keys.
+        """
+        ...
+
+    @classmethod
+    def is_local(cls, config: Any, vision: VisionConfig) -> bool:
+        """Whether all that the model is loaded from is on this machine."""
+        ...
+
+    @classmethod
+    def structure(cls, config: Any, vision: VisionConfig, *, tower: bool) -> Structure:
+        """The networks from their configs alone: see `families.structure_of`."""
+        ...
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:

@@ -172,6 +172,18 @@ def test_vl_bart_has_the_tower_of_its_run(vl_bart, vision, pictures, tmp_path, c
     assert "reads one image" in refused(capsys, vl_bart, *both, QUESTION, "--adapter", tmp_path)
 
 
+def test_a_plain_bart_is_asked_as_the_vl_bart_that_its_run_made_of_it(vision, pictures, tmp_path, capsys):
+    torch.manual_seed(0)
+    small_bart().save_pretrained(tmp_path / "bart")
+    small_tokenizer().save_pretrained(tmp_path / "bart")
+    image = pictures / "wide.png"
+    rows = [Example("row", (str(image),), QUESTION)]
+    model = {"family": "vl_bart", "path": str(tmp_path / "bart")}
+    (bare,), (adapted,) = run_of(tmp_path, "vqa", rows, model, vision=vision)
+    shown = asked(capsys, tmp_path / "bart", image, QUESTION, "--adapter", tmp_path)
+    assert shown == f"without adapter: {bare}\nwith adapter:    {adapted}\n"
+
+
 def test_mistakes_give_one_sentence(tiny_vlm, pictures, tmp_path, capsys):
     base, image = tiny_vlm("llava"), pictures / "wide.png"
     (tmp_path / "broken.png").write_bytes(image.read_bytes()[:90])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +12,25 @@ from transformers import BartTokenizer
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
 from dora_mm.config.models import VisionConfig, VLBartModelConfig
+from dora_mm.config.paths import resolve_model
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.core import TargetMap
+from dora_mm.data.features.sources import open_features
 from dora_mm.data.seen import SeenFiles
 from dora_mm.data.vl.example import Answer, Example
+from dora_mm.data.vl.needed import found_features
 from dora_mm.data.vl.readers.video import split_subtitles
 from dora_mm.data.vl.row_view import Piece, RowView
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.tables import ExampleTable
-from dora_mm.models.vl.towers.tower import tower_map
+from dora_mm.models.opening import local_copy
+from dora_mm.models.vl.towers.tower import load_tower, tower_map
 from dora_mm.models.vl.vl_bart.answering import Answerer
-from dora_mm.models.vl.vl_bart.loading import load_vl_bart
+from dora_mm.models.vl.vl_bart.loading import empty_vl_bart, load_vl_bart
 from dora_mm.models.vl.vl_bart.model import VLBart, VLInputs, token_log_likelihood
 from dora_mm.models.vl.vl_bart.text import bart_text, encode_inputs, encode_targets
 from dora_mm.models.vl.vl_bart.visual_inputs import VisionEncoder
-from dora_mm.models.vl.vl_model import RowCounts, Target, likeliest_answer
+from dora_mm.models.vl.vl_model import RowCounts, Structure, Target, VLModel, likeliest_answer
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.targets import find
 from dora_mm.utils.digest import module_digest
@@ -55,6 +59,7 @@ class VLBartModel:
         config: The sections of the config that they were loaded from; without them there is no `fresh`.
     """
 
+    opens_without_weights: ClassVar[bool] = False
     question_task = "vqa"
     pipeline_tag = "visual-question-answering"
     reads_images = True
@@ -106,7 +111,32 @@ class VLBartModel:
         model, tokenizer = load_vl_bart(config, vision.feature_dim, seed)
         return cls(model.to(device), tokenizer, vision.to(device), (config, vision_config))
 
-    def fresh(self, seed: int) -> VLBartModel:
+    @classmethod
+    def settings_to_ask(cls, path: str, run: VLBartModelConfig | None, given: Mapping[str, str]) -> dict[str, Any]:
+        if given:
+            raise ValueError(f"--dtype and --revision are not for {path}, a VL-BART")
+        if run is None:
+            raise ValueError(
+                f"{path} is a VL-BART, whose vision tower only a run of its own names: give one by --adapter"
+            )
+        return {}
+
+    @classmethod
+    def is_local(cls, config: VLBartModelConfig, vision: VisionConfig) -> bool:
+        copy = local_copy(resolve_model(config.path))
+        return copy is not None and len(found_features(vision)) == len(vision.features)
+
+    @classmethod
+    def structure(cls, config: VLBartModelConfig, vision: VisionConfig, *, tower: bool = False) -> Structure:
+        with torch.device("meta"):
+            features = found_features(vision)
+            dim = open_features(features).dim if features else config.feature_dim
+            trunk: Any = load_tower(vision.model_copy(update={"pretrained": None})) if tower or dim is None else None
+            network = empty_vl_bart(config, trunk.feature_dim if dim is None else dim)
+        networks = {"model": network} | ({VISION: trunk} if tower else {})
+        return Structure(networks, vl_bart_maps(trunk if tower else None))
+
+    def fresh(self, seed: int) -> VLModel:
         assert self.config is not None
         config, vision = self.config
         depends_on_seed = self.vision.trained or (vision.pretrained is None and not vision.features)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,7 +117,7 @@ def _build_checked(base: Any, config: VLBartModelConfig, vocab_size: int, featur
             base = from_bart(base, vocab_size, feature_dim, config.visual or "image")
     check_visual(base.config, config.visual, path)
     check_features(base.config, feature_dim, path)
-    return base.requires_grad_(False)
+    return base.requires_grad_(False).eval()  # as from_pretrained returns one; dropout would change answers
 
 
 def check_visual(config: VLBartConfig, visual: str | None, path: str) -> None:
@@ -137,15 +136,6 @@ def check_features(config: VLBartConfig, feature_dim: int, path: str) -> None:
             f"model.path: {path} reads features of {config.feature_dim} channels, and vision gives {feature_dim}: "
             "set vision (tower, layers or features) as the model was trained"
         )
-
-
-def is_vl_bart(path: str) -> bool:
-    """Whether a path is the folder of a saved VL-BART."""
-    try:
-        values = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and values.get("model_type") == VLBartConfig.model_type
 
 
 def config_of(path: str) -> BartConfig:

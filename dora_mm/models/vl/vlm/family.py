@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dora_mm.config.models import VLMModelConfig
+from dora_mm.config.models import VisionConfig, VLMModelConfig
 from dora_mm.config.paths import resolve_model
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.core import TargetMap
@@ -22,9 +22,9 @@ from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.row_view import RowView
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.tables import ExampleTable
-from dora_mm.models.folders import model_class, read_config, weights_identity
+from dora_mm.models.folders import empty_model, has_weights, model_class, read_config, saved_dtype, weights_identity
 from dora_mm.models.opening import check_revision, commit_of
-from dora_mm.models.vl.vl_model import RowCounts, RowLengths, Target
+from dora_mm.models.vl.vl_model import RowCounts, RowLengths, Structure, Target, VLModel
 from dora_mm.models.vl.vlm.answers import VLMAnswers
 from dora_mm.models.vl.vlm.encoding import TokenRow
 from dora_mm.models.vl.vlm.forms import form_of
@@ -80,6 +80,7 @@ class VLM:
             neither a chat template nor a plain prompt that is known here.
     """
 
+    opens_without_weights: ClassVar[bool] = True
     prepares_batches = True
     question_task = "chat"
 
@@ -111,6 +112,27 @@ class VLM:
         self.questions = ExampleEncoder(*reads, positions, "the model's positions", *frames)
         self.network = VLMNetwork(self.config, form, torch.device(device))
         self.counts = RowCounts()
+
+    @classmethod
+    def load(
+        cls, config: VLMModelConfig, vision_config: VisionConfig, *, device: torch.device | str = "cpu", **settings: Any
+    ) -> VLM:
+        return cls(config, device)
+
+    @classmethod
+    def settings_to_ask(cls, path: str, run: VLMModelConfig | None, given: Mapping[str, str]) -> dict[str, Any]:
+        if run is not None:
+            return {**given} if resolve_model(run.path) == path else {"revision": None, **given}
+        return {**given, "dtype": given.get("dtype") or saved_dtype(path, read_config(path, given.get("revision")))}
+
+    @classmethod
+    def is_local(cls, config: VLMModelConfig, vision: VisionConfig) -> bool:
+        return has_weights(resolve_model(config.path), config.revision)
+
+    @classmethod
+    def structure(cls, config: VLMModelConfig, vision: VisionConfig, *, tower: bool = False) -> Structure:
+        network = empty_model(resolve_model(config.path), config.revision).to(getattr(torch, config.dtype))
+        return Structure({"model": network}, {"model": map_of(network)})
 
     @property
     def model(self) -> Any:
@@ -163,8 +185,8 @@ class VLM:
     def _identity(self) -> dict[str, str]:
         return weights_identity(self.path, self.commit)
 
-    def fresh(self, seed: int) -> VLM:
-        return VLM(self.config, self.network.loads_to)
+    def fresh(self, seed: int) -> VLModel:
+        return type(self)(self.config, self.network.loads_to)
 
     def check(self, tasks: Iterable[str]) -> None:
         for task in tasks:
