@@ -112,7 +112,8 @@ def convert(
     if exports[0].file_name == PEFT_FILE:
         with located(str(layers.file.path)):
             method = "lora" if to == "lora" or not layers.any_magnitude() else "dora"
-            check_peft_takes(layers.weights, layers.names(), method)
+            names = [name for name in layers.names() if not layers.transposed(name)]  # those are refused for that
+            check_peft_takes(layers.weights, names, method)
     left_out = beside.leave_out(layers, to, exports[0], allow_lossy=allow_lossy)
     lossy = _LowRank(rank, energy) if rank or energy else None
     if lossy and to != "lora" and not _needs_fit(layers, exports[0]):
@@ -197,7 +198,7 @@ def check_peft_takes(weights: object, names: Sequence[Name], method: Literal["do
     Raises:
         ValueError: It will not, or refuses such a file.
     """
-    if not isinstance(weights, BaseWeights) or weights.model is None:
+    if not isinstance(weights, BaseWeights) or weights.model is None or not names:
         return
     specs = {name.path: DoRASpec(1, method=method) for name in names if weights.has_module(name)}
     lost = [name.path for name in names if name.path not in specs]

@@ -55,9 +55,12 @@ def left_out(model: nn.Module, config: Mapping[str, Any] | Path, shapes: Mapping
     return sorted({_module(key) for key in tensors} - held)
 
 
-def left_out_of(model: nn.Module, specs: Mapping[str, DoRASpec], *, transposed: bool = False) -> list[str]:
-    """The same for a file that is not there yet, from the settings of the modules that it will have, by path."""
-    config = peft_config.lora_config(specs, transposed=transposed)
+def left_out_of(model: nn.Module, specs: Mapping[str, DoRASpec]) -> list[str]:
+    """The same for a file that is not there yet, from the settings of the modules that it will have, by path.
+
+    Their weights are (O, I, ...), not transposed.
+    """
+    config = peft_config.lora_config(specs, transposed=False)
     shapes: dict[str, Sequence[int]] = {}
     for path, spec in specs.items():
         weight = model.get_submodule(path).weight
