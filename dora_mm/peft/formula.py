@@ -36,20 +36,21 @@ class Scaled(torch.autograd.Function):
             if gain is None:
                 gain, divisor = gains(W0, A, B, magnitude, scaling, transposed)
             shift = None if bias is None else torch.addcmul(bias, gain, bias, value=-1)
-            if runs_in_triton(op, y):
+            in_triton = runs_in_triton(op, y)
+            if in_triton:
                 z, factors = triton_output(y, shift, gain, h, B, scaling, dtype), ()
             else:
                 factors = (gain * scaling).unsqueeze(1)
                 factors = factors, B * factors
                 z = torch_output(op, y, shift, gain, h, factors[1], dtype)
-        ctx.op, ctx.scaling = op, scaling
+        ctx.op, ctx.scaling, ctx.in_triton = op, scaling, in_triton
         ctx.save_for_backward(y, bias, h, B, divisor, gain, *factors)
         return z
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dz: Tensor):
-        compute = triton_gradients if runs_in_triton(ctx.op, dz) else torch_gradients
+        compute = triton_gradients if ctx.in_triton else torch_gradients
         found = compute(ctx.op, ctx.scaling, dz, ctx.needs_input_grad[1:6], *ctx.saved_tensors)
         return None, *found, *[None] * 7
 
