@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from dora_mm.formats.algebra import exact
 from dora_mm.formats.algebra.fit import fitted_adapter, low_rank
 from dora_mm.formats.algebra.rows import in_rows
 from dora_mm.formats.commands import beside
-from dora_mm.formats.commands.export_check import DTYPES, ExportCheck, ToolErrors
+from dora_mm.formats.commands.export_check import DTYPES, ExportCheck, ToolErrors, check_peft_takes
 from dora_mm.formats.commands.verify import open_base
 from dora_mm.formats.files.base_weights import BaseWeights, write_merged
 from dora_mm.formats.files.checks import is_finite
@@ -30,7 +29,7 @@ from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.reader import LayerReader
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tokens import file_beside, write_beside
-from dora_mm.formats.tools import comfy, export_of, peft_loading, tool_of
+from dora_mm.formats.tools import comfy, export_of, tool_of
 from dora_mm.formats.tools.parts import NO_LOW_RANK
 from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
 from dora_mm.formats.tools.tool import Contents, Export, Written, write_files
@@ -190,22 +189,6 @@ def _usage(exports: Sequence[Export], files: Sequence[str], axes: Collection[str
     if len(exports) > 1:
         return comfy.usage_of_pair(*files)
     return "; ".join(filter(None, (tool_of(name).usage(axes) for name in exports[0].read_by)))
-
-
-def check_peft_takes(weights: object, names: Sequence[Name], method: Literal["dora", "lora"]) -> None:
-    """Checks that PEFT will find the modules of a file of its own in the class of a model, where that is known.
-
-    Raises:
-        ValueError: It will not, or refuses such a file.
-    """
-    if not isinstance(weights, BaseWeights) or weights.model is None or not names:
-        return
-    specs = {name.path: DoRASpec(1, method=method) for name in names if weights.has_module(name)}
-    lost = [name.path for name in names if name.path not in specs]
-    if lost := lost or peft_loading.left_out_of(weights.model, specs):
-        raise ValueError(
-            f"PEFT would leave out {len(lost)} of {len(names)} modules, such as {lost[0]}: use dora-mm merge"
-        )
 
 
 def _needs_fit(layers: LayerReader, export: Export) -> bool:

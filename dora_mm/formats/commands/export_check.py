@@ -1,4 +1,4 @@
-"""What tools compute from the tensors that `convert` writes for them."""
+"""What tools compute from the tensors that `convert` writes for them, and whether PEFT finds their modules."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.algebra.exact import difference
 from dora_mm.formats.commands.comparison import ToolLoad, compared
+from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.files.checks import first_not_finite
+from dora_mm.formats.naming.names import Name
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools import tool_of
+from dora_mm.formats.tools import peft_loading, tool_of
 from dora_mm.formats.tools.tool import Export, Header
 from dora_mm.registries.tools import TOOLS
 
@@ -168,3 +172,19 @@ def _check_finite(files: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def check_peft_takes(weights: object, names: Sequence[Name], method: Literal["dora", "lora"]) -> None:
+    """Checks that PEFT will find the modules of a file of its own in the class of a model, where that is known.
+
+    Raises:
+        ValueError: It will not, or refuses such a file.
+    """
+    if not isinstance(weights, BaseWeights) or weights.model is None or not names:
+        return
+    specs = {name.path: DoRASpec(1, method=method) for name in names if weights.has_module(name)}
+    lost = [name.path for name in names if name.path not in specs]
+    if lost := lost or peft_loading.left_out_of(weights.model, specs):
+        raise ValueError(
+            f"PEFT would leave out {len(lost)} of {len(names)} modules, such as {lost[0]}: use dora-mm merge"
+        )

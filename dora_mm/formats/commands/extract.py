@@ -17,7 +17,8 @@ from dora_mm import formats
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.adapter_file import located
 from dora_mm.formats.algebra.fit import distance, fitted_adapter
-from dora_mm.formats.commands.convert import check_peft_takes, convert
+from dora_mm.formats.commands.convert import convert
+from dora_mm.formats.commands.export_check import check_peft_takes
 from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.files.checks import is_finite
 from dora_mm.formats.naming.names import Name
