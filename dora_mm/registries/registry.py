@@ -76,7 +76,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     @property
     def built_in(self) -> Mapping[str, T]:
-        """The records of this package, and of others those that were asked for."""
+        """The records of this package; entry points are not read."""
         return self._records
 
     def first(self, fits: Callable[[T], bool]) -> str | None:

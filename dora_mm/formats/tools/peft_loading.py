@@ -16,9 +16,8 @@ from torch import nn
 
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.tools import peft_config
+from dora_mm.formats.tools.peft import PREFIX
 from dora_mm.utils.messages import first_line
-
-_PREFIX = "base_model.model."
 
 
 def left_out(model: nn.Module, config: Mapping[str, Any] | Path, shapes: Mapping[str, Sequence[int]]) -> list[str]:
@@ -67,15 +66,15 @@ def left_out_of(model: nn.Module, specs: Mapping[str, DoRASpec]) -> list[str]:
         assert isinstance(weight, torch.Tensor)
         rank, (rows, *inner) = config["rank_pattern"].get(path, config["r"]), weight.shape
         ones = (1,) * (len(inner) - 1)
-        shapes[f"{_PREFIX}{path}.lora_A.weight"] = rank, *inner
-        shapes[f"{_PREFIX}{path}.lora_B.weight"] = rows, rank, *ones
+        shapes[f"{PREFIX}.{path}.lora_A.weight"] = rank, *inner
+        shapes[f"{PREFIX}.{path}.lora_B.weight"] = rows, rank, *ones
         if spec.method != "lora":
-            shapes[f"{_PREFIX}{path}.lora_magnitude_vector"] = (1, rows, *ones) if ones else (rows,)
+            shapes[f"{PREFIX}.{path}.lora_magnitude_vector"] = (1, rows, *ones) if ones else (rows,)
     return left_out(model, config, shapes)
 
 
 def _module(key: str) -> str:
-    return re.sub(r"\.lora_.*", "", key).removeprefix(_PREFIX)
+    return re.sub(r"\.lora_.*", "", key).removeprefix(f"{PREFIX}.")
 
 
 @contextmanager
