@@ -1,51 +1,33 @@
 """Fine-tunes a vision-language model on one or several tasks: with DoRA, LoRA or all weights, part by part."""
 
 import logging
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from dora_mm import formats
-from dora_mm.adapting.compiled import check_compiler, compile_blocks, compiled_line
+from dora_mm.adapting.compiled import check_compiler, compile_blocks
 from dora_mm.adapting.files import digest_of_adapter, remarks_on_files, save_trained
 from dora_mm.adapting.initial import initial_identity, load_initial_folder
-from dora_mm.adapting.networks import TrainedNetworks, adapt, train_mode
+from dora_mm.adapting.networks import TrainedNetworks, adapt
 from dora_mm.adapting.parts import MODEL
-from dora_mm.adapting.sharding import Division, division
+from dora_mm.adapting.sharding import division
 from dora_mm.config.paths import resolve_model
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.vl.example import Answer
-from dora_mm.data.vl.needed import data_needed
-from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet, open_training, open_validation
 from dora_mm.eval.gradients import measuring
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
 from dora_mm.models.folders import settings_identity
-from dora_mm.models.opening import UnreachableError
-from dora_mm.models.vl.families import load_vl_model, load_vl_model_if_local, pinned, structure_of
-from dora_mm.models.vl.vl_model import Structure, VLModel, check_in_step
+from dora_mm.models.vl.families import load_vl_model, pinned
+from dora_mm.models.vl.vl_model import VLModel, check_in_step
 from dora_mm.preview.lengths import row_lines
-from dora_mm.preview.parts import about_derived, parts_table
-from dora_mm.preview.questions import DataPreview, batch_of, present_splits, preview_data
-from dora_mm.preview.training import (
-    SHARDED,
-    TOO_SLOW,
-    is_measured,
-    length_line,
-    measure_accumulated,
-    memory_table,
-    optimizer_line,
-    slow_hardware,
-    time_line,
-    when,
-)
-from dora_mm.preview.vl_memory import estimated_cost, network_parts
+from dora_mm.preview.training import slow_hardware
+from dora_mm.preview.vl_page import vl_page
 from dora_mm.sampling.answers import answer_all, num_answered, save_answers
 from dora_mm.tasks.held_out import RowLosses, by_loss
 from dora_mm.tasks.vl import VLBatches, answerers
@@ -53,7 +35,7 @@ from dora_mm.train.checkpoint import is_due, last_step
 from dora_mm.train.cost import peak_memory_mb, seconds_per_step
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
-from dora_mm.train.optim import build_optimizer, check_device, with_steps
+from dora_mm.train.optim import check_device, with_steps
 from dora_mm.train.prefetch import Prefetcher
 from dora_mm.train.processes import (
     answering,
@@ -65,7 +47,7 @@ from dora_mm.train.processes import (
     takes_part,
 )
 from dora_mm.train.run import finished_run, training_run, training_summary, write_summary
-from dora_mm.train.schedule import Schedule
+from dora_mm.train.setup import training_setup
 from dora_mm.train.validation import LOSS, SplitScores, Validation, log_scores, main_values, task_qualities
 from dora_mm.train.weights import EMA, WeightAverage, result_of
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
@@ -92,7 +74,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
             is created only after these checks.
     """
     if dry_run:
-        for section in describe(config, decode=decode):
+        for section in vl_page(config, decode=decode):
             print(section, end="\n\n", flush=True)
         return
     unused = not config.model.uses_all_parameters
@@ -119,8 +101,16 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     if accelerator.is_main_process:
         log.info("%s", rows)
     process = (accelerator.process_index, accelerator.num_processes)
-    batches = batches_of(config, model, training, config.data.on_bad_data, process)
-    parts = build(config, model, trained, accelerator, batches.steps_per_epoch)
+    batches = VLBatches(
+        model,
+        training,
+        seed=config.seed,
+        on_bad_data=config.data.on_bad_data,
+        accumulated=config.train.gradient_accumulation_steps,
+        process=process,
+    )
+    settings = with_steps(config.train, config.schedule, batches.steps_per_epoch)
+    parts = training_setup(accelerator, config, settings, trained, model.loss)
     if config.train.compile:
         compile_blocks(trained.networks, model.target_maps)
     inputs = inputs_of(config, model, training, splits)
@@ -147,23 +137,18 @@ def load(config: TrainVLConfig, accelerator: Accelerator) -> VLModel:
 
 def prepare(config: TrainVLConfig, model: VLModel, accelerator: Accelerator) -> TrainedNetworks:
     """Adapts the model, loads `init_from`, and divides the model among the processes where the config wants that."""
-    trained = adapt_networks(model, config)
+    trained = adapt(model.networks, model.target_maps, config.adapter, seed=config.seed, backend=config.backend)
     if config.adapter.init_from:
         load_initial_folder(trained, config.adapter, model.identity)
     if config.train.shard:
-        division_of(config, model, trained).apply(accelerator.device)
+        reaches_all = config.model.uses_all_parameters
+        division(trained, model.target_maps, reaches_all=reaches_all).apply(accelerator.device)
     for name, injected in trained.reports.items():
         log.info("%s: %d modules adapted, %s parameters", name, injected.num_modules, f"{injected.num_parameters:,}")
     for remark in remarks_on_files(trained):
         log.warning("%s", remark)
     log.info("%s", trained.share)
     return trained
-
-
-def division_of(config: TrainVLConfig, model: VLModel | Structure, trained: TrainedNetworks) -> Division:
-    """How the model is divided: a batch without images does not reach a tower, and what else reads its tokens."""
-    every = config.model.uses_all_parameters
-    return division(trained, model.target_maps, lambda part: every or part.startswith("text."))
 
 
 def inputs_of(
@@ -258,47 +243,6 @@ def train(
         finish(config, run, model, trained, validate, scoring.scores, details)
 
 
-def batches_of(
-    config: TrainVLConfig,
-    model: VLModel,
-    sets: Mapping[str, TrainingSet],
-    on_bad_data: OnBadData = "stop",
-    process: tuple[int, int] = (0, 1),
-) -> VLBatches:
-    """The batches of a process, (index, count), by number."""
-    accumulated = config.train.gradient_accumulation_steps
-    return VLBatches(model, sets, seed=config.seed, on_bad_data=on_bad_data, accumulated=accumulated, process=process)
-
-
-def adapt_networks(model: VLModel | Structure, config: TrainVLConfig) -> TrainedNetworks:
-    """Adapts the networks of a model as the config says."""
-    return adapt(model.networks, model.target_maps, config.adapter, seed=config.seed, backend=config.backend)
-
-
-def build(
-    config: TrainVLConfig, model: VLModel, trained: TrainedNetworks, accelerator: Accelerator, steps_per_epoch: int
-) -> dict[str, Any]:
-    """What a training consists of but for its batches: the arguments of `fit`, and of `measure_step`, by name."""
-    train = with_steps(config.train, config.schedule, steps_per_epoch)
-    optimizer = build_optimizer(trained.parameters, config.optimizer, trained.rates)
-    schedule = Schedule(optimizer, config.schedule, train.steps)
-    if train.gradient_checkpointing:
-        network: Any = trained.networks["model"]
-        network.activation_checkpointing_enable()
-        network.disable_input_require_grads()  # they would go through a frozen tower, and BLIP adds to its inputs
-    train_mode(trained.networks.values())
-    return {
-        "accelerator": accelerator,
-        "config": train,
-        "seed": config.seed,
-        "networks": trained.networks,
-        "parameters": trained.parameters,
-        "optimizer": accelerator.prepare(optimizer),
-        "schedule": schedule,
-        "loss": model.loss,
-    }
-
-
 def finish(
     config: TrainVLConfig,
     run: RunDirectory,
@@ -340,80 +284,3 @@ def finish(
     print(f"\nadapter  {run.adapter}")
     asked = "IMAGE QUESTION" if model.reads_images else "QUESTION"
     print(f"to ask   dora-mm ask {config.model.path} {asked} --adapter {run.path}")
-
-
-# --- dry run ---------------------------------------------------------------------------------------------------------
-
-
-def describe(config: TrainVLConfig, *, decode: bool = False) -> Iterator[str]:
-    """Sections of text: what would be trained, the data, rows as the model sees them, memory and time.
-
-    Neither the weights nor the data need be there; what depends on them is then left out.
-
-    Raises:
-        ValueError: After all sections: a training would stop, because of its data.
-    """
-    accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
-    tower, needed = bool(config.adapter.vision_parts), data_needed(config.data, config.vision, config.model.path)
-    try:
-        structure = structure_of(config.model, config.vision, tower=tower)
-    except UnreachableError as error:
-        sections = preview_data(config, None, decode=decode).sections
-        yield from [str(error), needed, *sections, *slow_hardware(accelerator, None)]
-        return
-    trained = adapt_networks(structure, config)
-    table = parts_table(trained, structure.networks, structure.target_maps, config.adapter, config.optimizer)
-    about = [*about_derived(structure.networks, structure.target_maps), *remarks_on_files(trained)]
-    yield "\n".join([trained.share, table, *about])
-    yield needed
-    settings: dict[str, Any] = {"seed": config.seed, "trained_tower": tower, "device": accelerator.device}
-    model, has_weights = None, False
-    if any(present_splits(config)):
-        model, has_weights = load_vl_model_if_local(config.model, config.vision, **settings)
-    if model:
-        model.check(task.task for task in config.data.all_tasks)
-    data = preview_data(config, model, colour=sys.stdout.isatty(), decode=decode)
-    yield from data.sections
-    if config.train.shard and model:
-        check_in_step(model, data.sets)
-    num_tokens = data.largest.num_tokens if data.largest else 1
-    why_not = None if is_measured(accelerator, trained.networks.values(), num_tokens) else TOO_SLOW
-    why_not = SHARDED if config.train.shard else why_not
-    if model is None or len(data.sets) < len(config.data.all_tasks):
-        why_not = "not all training data can be read"
-    else:
-        per_epoch = batches_of(config, model, data.sets).steps_per_epoch
-        length = with_steps(config.train, config.schedule, per_epoch)
-        yield length_line(length, per_epoch)
-        yield optimizer_line(config.optimizer, config.schedule, length.steps, config.ema)
-    if config.train.compile:
-        yield compiled_line(trained.networks, structure.target_maps)
-    if valid := [task.task for task in config.data.all_tasks if task.valid]:
-        by = ", ".join(f"{name} by its {'loss' if by_loss(config.evaluate, name) else 'metric'}" for name in valid)
-        yield f"validated {when(config.evaluate)}; the best adapter of {by}"
-    if not why_not and not has_weights:
-        why_not = f"the weights of {config.model.path} are not on this machine"
-    if model and not why_not:
-        try:
-            yield measured_cost(config, accelerator, model, data)
-        except torch.OutOfMemoryError:
-            why_not = "a step does not fit into the memory of this GPU"
-    if why_not:
-        division = division_of(config, structure, trained) if config.train.shard else None
-        yield estimated_cost(config, accelerator, structure, trained, data, division)
-        yield f"time      not measured: {why_not}"
-    yield from slow_hardware(accelerator, trained.networks.values())
-    if data.problems:
-        raise ValueError(data.problems[0])
-
-
-def measured_cost(config: TrainVLConfig, accelerator: Accelerator, model: VLModel, data: DataPreview) -> str:
-    """Memory and time of a training, by a short step of it; the memory with the longest rows."""
-    trained = adapt_networks(model, config)
-    batches = batches_of(config, model, data.sets, "skip")
-    parts = build(config, model, trained, accelerator, batches.steps_per_epoch)
-    largest = partial(batch_of, model, data.sets, data.largest) if data.largest else None
-    cost = measure_accumulated(parts, batches, prepared=model.prepares_batches, largest=largest)
-    ema = config.ema is not None
-    memory = memory_table(network_parts(model.networks), trained.parameters, config.optimizer, cost, ema=ema)
-    return f"{memory}\n\n{time_line(cost, parts['config'].steps, 'validation')}"

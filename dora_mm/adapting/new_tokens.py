@@ -108,6 +108,11 @@ def train_tokens(tokens: Configs, model: ImageModel, trained: TrainedNetworks) -
                 trained.rates[name] = config.lr
 
 
+def token_networks(tokens: Configs, model: ImageModel) -> dict[str, nn.Module]:
+    """What holds the rows of new tokens beside the model's networks, by name; nothing where there are none."""
+    return {"new_tokens": model.new_tokens} if tokens else {}
+
+
 def load_initial_tokens(tokens: Configs, model: ImageModel, config: AdapterConfig) -> None:
     """Starts new tokens as the rows in `adapter.init_from`, as far as it has them.
 

@@ -6,7 +6,7 @@ all that reads or writes them (averages, clipping, checkpoints, files) is then a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,8 @@ class Division:
 def division(
     trained: TrainedNetworks,
     target_maps: Mapping[str, TargetMap],
-    always_reached: Callable[[str], bool] = lambda part: True,
+    *,
+    reaches_all: bool = True,
 ) -> Division:
     """Divides the main network by those of its repeated blocks that hold trained parameters.
 
@@ -71,15 +72,15 @@ def division(
     Args:
         trained: What is trained.
         target_maps: The target maps, by component.
-        always_reached: Whether every batch reaches a part of the network's target map. Blocks of others are not
-            gathered one by one.
+        reaches_all: Whether every batch reaches all trained parameters; else, as one without images does, those of the
+            language model alone. Blocks of the others are not gathered one by one.
 
     Raises:
         ValueError: There is no such block, or nothing is frozen in it.
     """
     component, network = next(iter(trained.networks.items()))
     own = frozenset({*network.parameters()} & {*trained.parameters.values()})
-    missed = {id(network.get_submodule(path)) for path in _paths_missed(trained, component, always_reached)}
+    missed = set() if reaches_all else {id(network.get_submodule(path)) for path in _paths_missed(trained, component)}
 
     def divides(block: nn.Module) -> bool:
         inside = set(block.parameters())
@@ -91,7 +92,7 @@ def division(
     return Division(network, blocks, own)
 
 
-def _paths_missed(trained: TrainedNetworks, component: str, always_reached: Callable[[str], bool]) -> list[str]:
-    """The adapted modules that some batches do not reach."""
+def _paths_missed(trained: TrainedNetworks, component: str) -> list[str]:
+    """The adapted modules that a batch without images does not reach."""
     report = trained.reports.get(component)
-    return [module.path for module in report.modules if not always_reached(module.part)] if report else []
+    return [module.path for module in report.modules if not module.part.startswith("text.")] if report else []

@@ -230,38 +230,6 @@ def _frozen(
     return rows
 
 
-def describe_training(
-    networks: Mapping[str, nn.Module],
-    optimizer: OptimizerConfig,
-    training: Mapping[str, Any],
-    *,
-    ema: bool = False,
-    division: Division | None = None,
-) -> str:
-    """A table of the memory, and the time that a measured step leads to expect.
-
-    Nothing is measured where a step would take minutes, a large model without a GPU, or several processes.
-
-    Args:
-        networks: All networks of the model, by name.
-        optimizer: The `optimizer` section of the config.
-        training: The arguments of `measure_step`, by name.
-        ema: As in `memory_table`.
-        division: As in `memory_table`.
-    """
-    accelerator: Accelerator = training["accelerator"]
-    measured = division is None and is_measured(accelerator, networks.values())
-    cost = measure_step(**training) if measured else None
-    place = None if division is None else accelerator.device.type
-    settings: dict[str, Any] = {"place": place, "ema": ema, "division": division}
-    memory = memory_table(networks, training["parameters"], optimizer, cost, **settings)
-    if cost is None:
-        time = f"time      not measured: {TOO_SLOW if division is None else SHARDED}"
-    else:
-        time = time_line(cost, training["config"].steps, "drawing pictures")
-    return "\n\n".join([memory, time, *slow_hardware(accelerator, networks.values())])
-
-
 def time_line(cost: StepCost, steps: int, left_out: str) -> str:
     """A line with the measured time of a step and that of a whole training, without what is left out of it."""
     assert cost.seconds is not None
@@ -307,16 +275,22 @@ def when(evaluate: ValidationConfig) -> str:
     return f"after every {steps}{early}"
 
 
-def is_measured(accelerator: Accelerator, networks: Iterable[nn.Module], num_tokens: int = 1) -> bool:
-    """Whether a step of these networks is short enough to be measured ahead of a training.
+def why_not_measured(
+    accelerator: Accelerator, networks: Iterable[nn.Module], *, shard: bool, num_tokens: int = 1
+) -> str | None:
+    """Why a step of these networks is not measured ahead of a training; None: it is.
 
     Args:
         accelerator: Knows the device.
         networks: The networks.
+        shard: Whether processes divide them.
         num_tokens: The tokens of a batch, where a step takes longer for more of them.
     """
+    if shard:
+        return SHARDED
     size = _num_parameters(networks)
-    return accelerator.device.type != "cpu" or (size < LARGE and size * num_tokens < LONG)
+    short = accelerator.device.type != "cpu" or (size < LARGE and size * num_tokens < LONG)
+    return None if short else TOO_SLOW
 
 
 def _num_parameters(networks: Iterable[nn.Module]) -> int:

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 import torch
 from tqdm import tqdm
 
-from dora_mm.config.images import DataConfig
+from dora_mm.config.images import DataConfig, TrainDiffusionConfig
 from dora_mm.core import base_model
 from dora_mm.data.images.buckets import Framing, frame
 from dora_mm.data.images.folder import CaptionedImage, bucket_of
@@ -289,6 +289,21 @@ class CaptionedBatches:
         """As `encode`, by the text encoders without their adapters and new tokens."""
         with base_model(self.model.encoders.values()), self.model.new_tokens.off():
             return self.encode(captions, dropped)
+
+
+def captioned_batches(
+    config: TrainDiffusionConfig, model: ImageModel, images: Sequence[CaptionedImage], process: tuple[int, int]
+) -> CaptionedBatches:
+    """The batches of a training, of a process (index, count)."""
+    prompts = PromptEncoder(model, trained=config.adapter.trains_text_encoders, folder=config.data.text_cache)
+    size, seed = config.train.batch_size, config.seed
+    return CaptionedBatches(model, images, prompts, config.data, batch_size=size, seed=seed, process=process)
+
+
+def free_vae(model: ImageModel, data: DataConfig) -> None:
+    """Moves the VAE, 0.2 GB in half precision, off the device where all latents are encoded ahead."""
+    if data.crop == "center":
+        model.vae.to("cpu")
 
 
 def together(latents: Sequence[Latents]) -> Latents:

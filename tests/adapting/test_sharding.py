@@ -15,10 +15,6 @@ from dora_mm.preview.training import sharded_table
 from dora_mm.train.processes import check_can_shard
 
 
-def of_text(part: str) -> bool:
-    return part.startswith("text.")
-
-
 @pytest.fixture
 def llava(tiny_vlm):
     """The networks of a tiny LLaVA without weights, with these parts adapted."""
@@ -38,12 +34,12 @@ def names(found):
 def test_blocks_that_each_batch_reaches_are_gathered_one_at_a_time(llava):
     trained = llava(**{"text.attn": {}, "vision.attn": {}, "connector": {}})
     assert names(division(*trained)) == ["LlamaDecoderLayer"] * 2 + ["CLIPEncoderLayer"] * 2
-    assert names(division(*trained, of_text)) == ["LlamaDecoderLayer"] * 2
+    assert names(division(*trained, reaches_all=False)) == ["LlamaDecoderLayer"] * 2
 
 
 def test_blocks_without_trained_parameters_are_not(llava):
     with pytest.raises(ValueError, match=r"train\.shard: no block of the network has frozen weights beside trained"):
-        division(*llava(connector={}), of_text)
+        division(*llava(connector={}), reaches_all=False)
 
 
 def test_the_main_network_of_pictures_is_divided(tiny):
@@ -56,7 +52,7 @@ def test_the_main_network_of_pictures_is_divided(tiny):
 
 def test_each_process_holds_its_part_and_what_it_has_gathered(llava):
     trained = llava(**{"text.attn": {}})
-    found = division(*trained, of_text)
+    found = division(*trained, reaches_all=False)
     frozen = [p for p in found.network.parameters() if p not in found.trained]
     block = sum(p.numel() for p in found.blocks[0].parameters() if p not in found.trained)
     divided, gathered = found.sizes({})

@@ -9,7 +9,7 @@ from torch import nn
 
 from dora_mm.config.training import OptimizerConfig, TrainConfig
 from dora_mm.preview import training as preview
-from dora_mm.preview.training import describe_training, measure_step, memory_table, optimizer_values, slow_hardware
+from dora_mm.preview.training import measure_step, memory_table, optimizer_values, slow_hardware
 from tests.train.small import mean_of, small_training
 
 
@@ -72,9 +72,8 @@ def test_a_large_model_without_a_gpu_is_warned_of_and_not_measured():
     assert "no GPU, and the model has 0.6 billion parameters" in slow_hardware(accelerator(), [large])[0]
     assert "There is no GPU" in slow_hardware(accelerator(), None)[0]
     assert slow_hardware(accelerator(device="cuda"), [large]) == []
-    parts = {**small_training().parts, "loss": None}  # a step would fail
-    text = describe_training({"large": large}, OptimizerConfig(lr=1.0), parts)
-    assert "not measured: a step of this model takes minutes to hours" in text
+    why_not = preview.why_not_measured(accelerator(), [large], shard=False)
+    assert why_not == "a step of this model takes minutes to hours without a GPU"
 
 
 def test_tensors_of_several_networks_count_once_and_quantised_ones_as_they_will_be_stored():
@@ -135,6 +134,7 @@ def test_lines_on_length_and_time():
 def test_a_step_of_many_tokens_is_not_measured_on_a_processor():
     with torch.device("meta"):
         network = nn.Linear(10_000, 10_000)
-    assert preview.is_measured(accelerator(), [network], 1000)
-    assert not preview.is_measured(accelerator(), [network], 10_000)
-    assert preview.is_measured(accelerator(device="cuda"), [network], 10_000)
+    assert preview.why_not_measured(accelerator(), [network], shard=False, num_tokens=1000) is None
+    assert preview.why_not_measured(accelerator(), [network], shard=False, num_tokens=10_000) == preview.TOO_SLOW
+    assert preview.why_not_measured(accelerator(device="cuda"), [network], shard=False, num_tokens=10_000) is None
+    assert preview.why_not_measured(accelerator(device="cuda"), [network], shard=True) == preview.SHARDED

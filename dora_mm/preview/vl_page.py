@@ -1,0 +1,151 @@
+"""The page of a dry run of a training of a vision-language model."""
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from dora_mm.adapting.compiled import compiled_line
+from dora_mm.adapting.files import remarks_on_files
+from dora_mm.adapting.networks import TrainedNetworks, adapt
+from dora_mm.adapting.sharding import division
+from dora_mm.config.vl import TrainVLConfig
+from dora_mm.data.vl.needed import data_needed
+from dora_mm.models.opening import UnreachableError
+from dora_mm.models.vl.families import load_vl_model_if_local, structure_of
+from dora_mm.models.vl.vl_model import Structure, VLModel, check_in_step
+from dora_mm.preview.parts import about_derived, parts_table
+from dora_mm.preview.questions import DataPreview, batch_of, present_splits, preview_data
+from dora_mm.preview.training import (
+    length_line,
+    measure_accumulated,
+    memory_table,
+    optimizer_line,
+    slow_hardware,
+    time_line,
+    when,
+    why_not_measured,
+)
+from dora_mm.preview.vl_memory import estimated_cost, network_parts
+from dora_mm.tasks.held_out import by_loss
+from dora_mm.tasks.vl import VLBatches
+from dora_mm.train.optim import with_steps
+from dora_mm.train.setup import training_setup
+
+
+def vl_page(config: TrainVLConfig, *, decode: bool = False) -> Iterator[str]:
+    """Sections of text: what would be trained, the data, rows as the model sees them, memory and time.
+
+    Neither the weights nor the data need be there; what depends on them is then left out.
+
+    Args:
+        config: The config.
+        decode: Whether to decode all pictures.
+
+    Raises:
+        ValueError: After all sections: a training would stop, because of its data.
+    """
+    accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
+    needed = data_needed(config.data, config.vision, config.model.path)
+    try:
+        structure = structure_of(config.model, config.vision, tower=bool(config.adapter.vision_parts))
+    except UnreachableError as error:
+        sections = preview_data(config, None, decode=decode).sections
+        yield from [str(error), needed, *sections, *slow_hardware(accelerator, None)]
+        return
+    trained = adapted(structure, config)
+    yield trained_section(config, structure, trained)
+    yield needed
+    model, has_weights = open_model(config, accelerator)
+    data = preview_data(config, model, colour=sys.stdout.isatty(), decode=decode)
+    yield from data.sections
+    if config.train.shard and model:
+        check_in_step(model, data.sets)
+    batches = None
+    if model and len(data.sets) == len(config.data.all_tasks):
+        accumulated = config.train.gradient_accumulation_steps
+        batches = VLBatches(model, data.sets, seed=config.seed, on_bad_data="skip", accumulated=accumulated)
+    yield from length_sections(config, batches)
+    if config.train.compile:
+        yield compiled_line(trained.networks, structure.target_maps)
+    yield from validation_sections(config)
+    num_tokens = data.largest.num_tokens if data.largest else 1
+    shard = config.train.shard
+    why_not = why_not_measured(accelerator, trained.networks.values(), shard=shard, num_tokens=num_tokens)
+    if batches is None:
+        why_not = "not all training data can be read"
+    elif not why_not and not has_weights:
+        why_not = f"the weights of {config.model.path} are not on this machine"
+    if batches and not why_not:
+        try:
+            yield measured_cost(config, accelerator, batches, data)
+        except torch.OutOfMemoryError:
+            why_not = "a step does not fit into the memory of this GPU"
+    if why_not:
+        reaches_all = config.model.uses_all_parameters
+        divided = division(trained, structure.target_maps, reaches_all=reaches_all) if shard else None
+        yield estimated_cost(config, accelerator, structure, trained, data, divided)
+        yield f"time      not measured: {why_not}"
+    yield from slow_hardware(accelerator, trained.networks.values())
+    if data.problems:
+        raise ValueError(data.problems[0])
+
+
+def adapted(model: VLModel | Structure, config: TrainVLConfig) -> TrainedNetworks:
+    """Adapts the networks of a model as the config says."""
+    return adapt(model.networks, model.target_maps, config.adapter, seed=config.seed, backend=config.backend)
+
+
+def open_model(config: TrainVLConfig, accelerator: Accelerator) -> tuple[VLModel | None, bool]:
+    """The model where it is on this machine and some data is there, too; and whether it has its weights.
+
+    Raises:
+        ValueError: It does not do a task of the config.
+    """
+    if not any(present_splits(config)):
+        return None, False
+    settings: dict[str, Any] = {"seed": config.seed, "device": accelerator.device}
+    settings["trained_tower"] = bool(config.adapter.vision_parts)
+    model, has_weights = load_vl_model_if_local(config.model, config.vision, **settings)
+    if model:
+        model.check(task.task for task in config.data.all_tasks)
+    return model, has_weights
+
+
+def trained_section(config: TrainVLConfig, structure: Structure, trained: TrainedNetworks) -> str:
+    """What is trained of the model, by part."""
+    table = parts_table(trained, structure.networks, structure.target_maps, config.adapter, config.optimizer)
+    about = [*about_derived(structure.networks, structure.target_maps), *remarks_on_files(trained)]
+    return "\n".join([trained.share, table, *about])
+
+
+def length_sections(config: TrainVLConfig, batches: VLBatches | None) -> Iterator[str]:
+    """Steps and epochs, optimizer and schedule; nothing where the number of rows is not known."""
+    if batches:
+        per_epoch = batches.steps_per_epoch
+        length = with_steps(config.train, config.schedule, per_epoch)
+        yield length_line(length, per_epoch)
+        yield optimizer_line(config.optimizer, config.schedule, length.steps, config.ema)
+
+
+def validation_sections(config: TrainVLConfig) -> Iterator[str]:
+    """When the adapter is validated, and by what; nothing where no task has validation data."""
+    if valid := [task.task for task in config.data.all_tasks if task.valid]:
+        by = ", ".join(f"{name} by its {'loss' if by_loss(config.evaluate, name) else 'metric'}" for name in valid)
+        yield f"validated {when(config.evaluate)}; the best adapter of {by}"
+
+
+def measured_cost(config: TrainVLConfig, accelerator: Accelerator, batches: VLBatches, data: DataPreview) -> str:
+    """Memory and time of a training, by a short step of it; the memory with the longest rows."""
+    model = batches.model
+    trained = adapted(model, config)
+    train = with_steps(config.train, config.schedule, batches.steps_per_epoch)
+    parts = training_setup(accelerator, config, train, trained, model.loss)
+    largest = partial(batch_of, model, data.sets, data.largest) if data.largest else None
+    cost = measure_accumulated(parts, batches, prepared=model.prepares_batches, largest=largest)
+    ema = config.ema is not None
+    memory = memory_table(network_parts(model.networks), trained.parameters, config.optimizer, cost, ema=ema)
+    return f"{memory}\n\n{time_line(cost, train.steps, 'validation')}"
