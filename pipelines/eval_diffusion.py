@@ -33,7 +33,7 @@ from dora_mm.sampling.before_after import sample_merged
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.manifest import ManifestEntry, read_manifest, recorded_digests, write_manifest
 from dora_mm.sampling.sheets import save_atomically
-from dora_mm.train.run import evaluation_run
+from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.utils import yaml12
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.devices import default_device
@@ -64,6 +64,7 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
     """
     judge = Judge.load(resolve_path(config.judge, "judge"))
     concepts = judge.choose(config.concepts.role, config.concepts.count)
+    check_reopened(config, inputs_of(config))
     device = default_device()
     model = load_image_model(config.model).to(device)
     judge.check_model(model.resolution, module_digest(model.networks["vae"]))
@@ -72,15 +73,9 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
     encoder = Encoder(device)
     references = read_references(config.clip.images) if config.clip and config.clip.images else []
     clip = ClipSimilarity(resolve_model(config.clip.path, "clip.path"), device) if config.clip else None
-    inputs = {
-        **files_identity(config.model),
-        "the judge": files_digest(resolve_path(config.judge, "judge").glob("judge.*")),
-    }
-    if config.adapter:
-        inputs["the adapter"] = adapter_digest(resolve_path(config.adapter.path, "adapter.path"))
     if other := about_style(config):
         log.warning(other)
-    with evaluation_run(config, inputs) as run:
+    with evaluation_run(config, inputs_of(config)) as run:
         adapted = {}
         if config.adapter:
             adapted[ADAPTER] = pictures_of(config, run, model, concepts, ADAPTER)
@@ -90,6 +85,15 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
         score(config, run, judge, encoder, clip, references, concepts, images)
     if other:
         log.warning(other)
+
+
+def inputs_of(config: EvalDiffusionConfig) -> dict[str, str]:
+    """Digests of all that the config refers to, by a description of each; of a hub model, once it was downloaded."""
+    inputs = files_identity(config.model)
+    inputs["the judge"] = files_digest(resolve_path(config.judge, "judge").glob("judge.*"))
+    if config.adapter:
+        inputs["the adapter"] = adapter_digest(resolve_path(config.adapter.path, "adapter.path"))
+    return inputs
 
 
 def about_style(config: EvalDiffusionConfig) -> str:

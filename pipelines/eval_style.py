@@ -34,9 +34,9 @@ from dora_mm.sampling.drawing import PictureJob
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.jobs.picture import Picture, template
 from dora_mm.sampling.manifest import write_manifest
-from dora_mm.sampling.model import LoadedModel, load_model, model_of
+from dora_mm.sampling.model import LoadedModel, find_adapters, load_model, model_of
 from dora_mm.sampling.sheets import save_atomically
-from dora_mm.train.run import evaluation_run
+from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.utils import yaml12
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.run_directory import RunDirectory
@@ -78,6 +78,9 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
         ValueError: The adapter does not say what it was trained on, or the pictures, the model or the encoder cannot be
             used. The run directory is created only after these checks.
     """
+    inputs = {"the adapter": adapter_digest(resolve_path(config.adapter.path, "adapter.path"))}
+    base = config.model or model_of(find_adapters({config.adapter.path}))
+    check_reopened(config, inputs | files_identity(base))
     loaded = load_model(config, {config.adapter.path})
     trained = training_of(loaded.adapters[config.adapter.path])
     images = training_images(config, trained)
@@ -85,11 +88,7 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
     pictures = pictures_of(config, styled + plain)
     loaded.check(pictures)
     vectors = vectors_of(config, loaded)
-    inputs = {
-        **files_identity(config.model or model_of(loaded.adapters)),
-        "the adapter": adapter_digest(resolve_path(config.adapter.path, "adapter.path")),
-        "the training pictures": digest_of(images),
-    }
+    inputs |= {**files_identity(base), "the training pictures": digest_of(images)}
     with evaluation_run(config, inputs) as run:
         job = loaded.draw(run.path, pictures, config.batch_size)
         job.raise_failures()

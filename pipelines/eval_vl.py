@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
 from dora_mm.eval.vl.scores import VLScores, is_answered
 from dora_mm.eval.vl.submissions import suffix, write_predictions
 from dora_mm.models.folders import settings_identity
-from dora_mm.models.vl.families import load_vl_model
+from dora_mm.models.vl.families import is_local, load_vl_model
+from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks.vl import answerers
-from dora_mm.train.run import evaluation_run
+from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.train.validation import main_values
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.devices import default_device
@@ -57,17 +59,25 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     model = load_vl_model(config.model, config.vision, seed=seed, device=default_device())
     model.check(task.task for task in config.data.all_tasks)
     splits = open_validation(config.data, config.decode, model)
+    if is_local(config.model, config.vision):  # before the weights are loaded
+        check_reopened(config, inputs_of(config, model, splits, folder))
     if folder:
         load_trained(model, folder, backend=config.backend)
     answers = answerers(model, splits, config.decode)
-    inputs = {f"the data of {name}": found.identity for name, found in splits.items()} | dict(model.identity)
-    inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
-    inputs |= {"the adapter": digest_of_adapter(folder)} if folder else {}
-    with evaluation_run(config, inputs) as run:
+    with evaluation_run(config, inputs_of(config, model, splits, folder)) as run:
         kept = run.path / "answers"
         asked = (answers, model.networks.values(), splits, config.decode.batch_size)
         answered = answer_all(*asked, folder=kept, content=model.content)
         report_all(config, run, answered, splits)
+
+
+def inputs_of(
+    config: EvalVLConfig, model: VLModel, splits: Mapping[str, ValidationSet], adapter: Path | None
+) -> dict[str, str]:
+    """Digests of all that the config refers to, by a description of each."""
+    inputs = {f"the data of {name}": found.identity for name, found in splits.items()} | dict(model.identity)
+    inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
+    return inputs | ({"the adapter": digest_of_adapter(adapter)} if adapter else {})
 
 
 def report_all(

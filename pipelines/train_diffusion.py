@@ -40,7 +40,7 @@ from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import check_device
 from dora_mm.train.processes import answering, check_can_shard, join_processes, takes_part
-from dora_mm.train.run import finished_run, training_run, training_summary, write_summary
+from dora_mm.train.run import check_resumed, finished_run, training_run, training_summary, write_summary
 from dora_mm.train.setup import training_setup
 from dora_mm.train.validation import Validation, held_out_loss
 from dora_mm.train.weights import EMA, WeightAverage, result_of
@@ -81,6 +81,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     check_can_shard(accelerator, config.train)
     if config.train.compile:
         check_compiler(accelerator.device)
+    if resume is not None:
+        check_resumed(accelerator, resume, inputs_of(config, images, held, class_images))
     model = load_image_model(config.model).to(accelerator.device, denoiser=not config.train.shard)
     check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is encoded
     task = DiffusionTask(model, config.loss)
@@ -105,12 +107,22 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     if remark := formats.about_format(trained.adapted, "diffusers"):
         log.warning("%s", remark)
     free_vae(model, config.data)
+    inputs = inputs_of(config, images, held, class_images)
+    with training_run(accelerator, config, inputs, resume, config.train) as run:
+        train(config, run, trained.adapted, training, source, sampler, losses)
+
+
+def inputs_of(
+    config: TrainDiffusionConfig,
+    images: list[CaptionedImage],
+    held: list[CaptionedImage],
+    class_images: list[CaptionedImage],
+) -> dict[str, str]:
+    """Digests of all that the config refers to, by a description of each; of a hub model, once it was downloaded."""
     inputs = {"the pictures and captions": digest_of(images), **files_identity(config.model)}
     inputs |= initial_identity(config.adapter, formats.adapter_digest)
     others = {"the held-out pictures": held, "the pictures to preserve": class_images}
-    inputs |= {name: digest_of(found) for name, found in others.items() if found}
-    with training_run(accelerator, config, inputs, resume, config.train) as run:
-        train(config, run, trained.adapted, training, source, sampler, losses)
+    return inputs | {name: digest_of(found) for name, found in others.items() if found}
 
 
 def train(

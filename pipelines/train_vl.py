@@ -23,7 +23,7 @@ from dora_mm.eval.gradients import measuring
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
 from dora_mm.models.folders import settings_identity
-from dora_mm.models.vl.families import load_vl_model, pinned
+from dora_mm.models.vl.families import is_local, load_vl_model, pinned
 from dora_mm.models.vl.vl_model import VLModel, check_in_step
 from dora_mm.preview.lengths import row_lines
 from dora_mm.preview.training import slow_hardware
@@ -46,7 +46,7 @@ from dora_mm.train.processes import (
     summed,
     takes_part,
 )
-from dora_mm.train.run import finished_run, training_run, training_summary, write_summary
+from dora_mm.train.run import check_resumed, finished_run, training_run, training_summary, write_summary
 from dora_mm.train.setup import training_setup
 from dora_mm.train.validation import LOSS, SplitScores, Validation, log_scores, main_values, task_qualities
 from dora_mm.train.weights import EMA, WeightAverage, result_of
@@ -92,6 +92,8 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         training = open_training(config.data, config.train.batch_size, model)
         rows = row_lines(model, training)
         splits = open_validation(config.data, config.evaluate, model, answered=True)
+    if resume is not None and is_local(config.model, config.vision):  # before the weights are loaded
+        check_resumed(accelerator, resume, inputs_of(config, model, training, splits))
     if config.train.shard:
         check_in_step(model, training, splits)
     for remark in slow_hardware(accelerator, model.networks.values()):

@@ -58,7 +58,7 @@ def existing_run(config: PicturesConfig, resume: Path | None = None) -> Path | N
         The directory; None where a new one is needed.
 
     Raises:
-        ValueError: The directory holds something else than a run of this pipeline.
+        ValueError: The directory holds something else than a run of this pipeline, or another process draws into it.
     """
     path = resume or Path(config.output or "").expanduser()
     if path == Path() or not path.exists():
@@ -70,7 +70,8 @@ def existing_run(config: PicturesConfig, resume: Path | None = None) -> Path | N
             raise ValueError(f"{path} is a run of {pipeline}, not of {config.pipeline}: choose another folder")
     elif not is_unfinished(path):
         raise ValueError(f"output {path} exists already and is not a run directory: choose another folder")
-    return path
+    with only_writer(path):  # refused now, and not once the model is loaded
+        return path
 
 
 @contextmanager

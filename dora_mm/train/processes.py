@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -72,6 +72,22 @@ def check_can_shard(accelerator: Accelerator, train: TrainConfig) -> None:
     """
     if train.shard and accelerator.num_processes == 1:
         raise ValueError("train.shard divides the model among processes, and this is the only one: start several")
+
+
+def by_main_process(accelerator: Accelerator, action: Callable[[], object]) -> None:
+    """Has the main process do something, for which the others wait.
+
+    Raises:
+        ValueError: The main process raises it, and then all do, so that none waits for the others.
+    """
+    problem: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except ValueError as error:
+            problem = [str(error)]
+    if found := broadcast_object_list(problem)[0]:
+        raise ValueError(found)
 
 
 def share_seen(accelerator: Accelerator, files: SeenFiles) -> None:

@@ -19,6 +19,7 @@ from dora_mm.config.schema import PipelineConfig
 from dora_mm.config.training import TrainConfig
 from dora_mm.train.checkpoint import last_step, set_damaged_aside
 from dora_mm.train.metrics import read_metrics
+from dora_mm.train.processes import by_main_process
 from dora_mm.train.resuming import as_written, changed_values, started_config
 from dora_mm.train.trackers import chosen_trackers, started
 from dora_mm.utils.atomic import append_text, write_text
@@ -53,23 +54,20 @@ def training_run(
         ValueError: See `start_run` and `go_on`; or another process writes to the run, or the run to resume was started
             with another number of processes, and so with other batches.
     """
-    inputs = {**inputs, PROCESSES: str(accelerator.num_processes)}
+    inputs = _with_processes(accelerator, inputs)
     names, steps = chosen_trackers(train.track), train.steps
     with contextlib.ExitStack() as writing:
         run = start_run(accelerator, config, inputs, resume)
-        problem: list[str | None] = [None]
-        if accelerator.is_main_process:
-            try:
-                writing.enter_context(only_writer(run.path))
-                if resume is not None:
-                    go_on(run, config, steps)
-                    (run.path / DIVERGED).unlink(missing_ok=True)
-                done, values = last_step(run.checkpoints), config.model_dump(mode="json")
-                run.trackers = writing.enter_context(started(names, run.path, values, done))
-            except ValueError as error:
-                problem = [str(error)]
-        if found := broadcast_object_list(problem)[0]:  # the other processes wait here, and stop with the main one
-            raise ValueError(found)
+
+        def prepare() -> None:
+            writing.enter_context(only_writer(run.path))
+            if resume is not None:
+                go_on(run, config, steps)
+                (run.path / DIVERGED).unlink(missing_ok=True)
+            done, values = last_step(run.checkpoints), config.model_dump(mode="json")
+            run.trackers = writing.enter_context(started(names, run.path, values, done))
+
+        by_main_process(accelerator, prepare)
         done = last_step(run.checkpoints)
         say = log.info if accelerator.is_main_process else log.debug
         say("%s. After a stop: %s", f"Run {run.path}" + (f", at step {done} of {steps}" if done else ""), resuming(run))
@@ -88,6 +86,30 @@ def training_run(
         else:
             longer, early = twice_as_long(config, steps), ""
         say("\nRun %s is finished%s. To train longer: %s --set %s", run.path, early, resuming(run), longer)
+
+
+def check_resumed(accelerator: Accelerator, path: Path, inputs: Mapping[str, str]) -> None:
+    """Checks that a run can be resumed, before what takes minutes and gigabytes; `training_run` does so again.
+
+    Args:
+        accelerator: The main process checks whether another program writes to the run.
+        path: The run directory.
+        inputs: What is known of its inputs, as for `training_run`.
+
+    Raises:
+        ValueError: Another program writes to it, or it was started with other inputs.
+    """
+
+    def check_writer() -> None:
+        with only_writer(path):
+            pass
+
+    by_main_process(accelerator, check_writer)
+    RunDirectory.resume(path, _with_processes(accelerator, inputs))
+
+
+def _with_processes(accelerator: Accelerator, inputs: Mapping[str, str]) -> dict[str, str]:
+    return {**inputs, PROCESSES: str(accelerator.num_processes)}
 
 
 def finished_run(path: Path | None, config: PipelineConfig, *results: str) -> RunDirectory | None:
@@ -255,6 +277,22 @@ def reopen_run(
             f"output: {folder} was started with different values of {', '.join(differing)}: choose another folder"
         )
     return run
+
+
+def check_reopened(config: PipelineConfig, inputs: Mapping[str, str]) -> None:
+    """Checks that an evaluation can go on in the run directory of its `output`, before what takes long.
+
+    Args:
+        config: The config.
+        inputs: What is known of its inputs, as for `evaluation_run`.
+
+    Raises:
+        ValueError: See `evaluation_run`.
+    """
+    output = getattr(config, "output", None)
+    if output and (Path(output).expanduser() / CONFIG).is_file() and (run := reopen_run(config, inputs)):
+        with only_writer(run.path):
+            pass
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from dora_mm.utils.atomic import write_text
 
@@ -27,12 +27,20 @@ def weights_digest(files: Iterable[Path]) -> str:
 
     It is that of the weights, in whatever files they are, and whatever dtype they are loaded in. That of large files is
     remembered.
+
+    Raises:
+        ValueError: A file is damaged.
     """
     files = list(files)
 
+    def opened(file: Path) -> Any:
+        try:
+            return safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}") from None
+
     def computed() -> str:
-        opened: list[Any] = [safe_open(file, framework="pt") for file in files]
-        holder = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+        holder = {name: found for found in map(opened, files) for name in found.keys()}  # noqa: SIM118
         return _digest((name, holder[name].get_tensor(name)) for name in sorted(holder))
 
     return _remembered(files, "tensors", computed)

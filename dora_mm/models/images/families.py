@@ -150,21 +150,21 @@ def about_prediction(config: ModelConfig) -> str:
 
 
 def files_identity(config: ModelConfig) -> dict[str, str]:
-    """Digests of the files that a model is loaded from, by a description of each; the model has been loaded already.
+    """Digests of the files that a model is loaded from, by a description of each; nothing before it was downloaded.
 
     Args:
         config: The `model` section of a config.
     """
     path = local_copy(resolve_model(config.path), config.revision)
-    assert path is not None
+    vae = local_copy(resolve_model(config.vae, "model.vae")) if config.vae else None
+    if path is None or (config.vae and vae is None):
+        return {}
     files: dict[str, list[Path]] = {"model": [path]}
     if path.is_dir():
         folders = {name: path / name for phase in family_of(str(path)).phases for name in phase}
         files = {f"model's {name}": loaded_files(folder) for name, folder in folders.items()}
         files["model's index"] = [path / INDEX]
-    if config.vae:
-        vae = local_copy(resolve_model(config.vae, "model.vae"))
-        assert vae is not None
+    if vae:
         files["model's vae"] = loaded_files(vae)
     return {f"the {name}": files_digest(found) for name, found in files.items()}
 

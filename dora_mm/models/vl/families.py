@@ -105,6 +105,11 @@ def pinned(model: VLModelConfig) -> VLModelConfig:
     return model.model_copy(update={"revision": commit_of(path, model.revision) or model.revision})
 
 
+def is_local(model: VLModelConfig, vision: VisionConfig) -> bool:
+    """Whether all that a model is loaded from is on this machine."""
+    return family_of(model).is_local(model, vision)
+
+
 def load_vl_model_if_local(model: VLModelConfig, vision: VisionConfig, **settings: Any) -> tuple[VLModel | None, bool]:
     """As `load_vl_model`, for a model that is on this machine.
 

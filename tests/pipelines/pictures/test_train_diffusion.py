@@ -26,6 +26,7 @@ from dora_mm.models.images import families
 from dora_mm.recipes import PIPELINES
 from dora_mm.train.checkpoint import checkpoints
 from dora_mm.train.metrics import read_metrics
+from dora_mm.utils.lock import only_writer
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 from tests.pipelines.killed import files_in
 
@@ -494,6 +495,19 @@ def test_a_run_is_resumed_with_the_same_inputs_only(config, tmp_path, tiny_folde
         assert f"{tmp_path / 'run'} cannot be resumed: {what} changed since" in capsys.readouterr().err
         file.write_bytes(before)
     assert main(resume) == 0
+
+
+def test_a_run_that_cannot_be_resumed_is_refused_before_its_model_is_loaded(config, tmp_path, tiny_folder, capsys):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    settings = {"sample__prompts": [], "train__steps": 1, "model__path": str(model), "adapter__parts": ["unet.attn"]}
+    assert main(["train", str(config(**settings))]) == 0
+    (model / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"cut")  # loading it would be another error
+    resume = ["train", "--resume", str(tmp_path / "run"), "--set", "train.steps=2"]
+    assert main(resume) == 2
+    assert "run cannot be resumed: the model's unet changed since" in capsys.readouterr().err
+    with only_writer(tmp_path / "run"):
+        assert main(resume) == 2
+    assert "run has a writer already, process" in capsys.readouterr().err
 
 
 BAD = {

@@ -8,6 +8,7 @@ import torch
 import yaml
 from peft import PeftModel
 from PIL import Image, ImageOps
+from safetensors.torch import save_file
 
 import dora_mm
 from dora_mm.adapting.files import load_trained
@@ -99,6 +100,29 @@ def test_answers_do_not_depend_on_the_batch(vlm, pictures):
 
 FAST = ("blip_vqa", "qwen2_5_vl")
 RUN = [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in (*tiny.NAMES, *tiny.NEWER, *tiny.OTHERS)]
+
+
+def test_a_run_that_cannot_be_resumed_is_refused_before_its_model_is_loaded(tiny_vlm, pictures, tmp_path, capsys):
+    base = shutil.copytree(tiny_vlm("qwen2_5_vl"), tmp_path / "model")
+    config = {
+        "pipeline": "train_vl",
+        "model": {"path": str(base)},
+        "adapter": {"rank": 2},
+        "data": {**write_conversations(tmp_path, pictures), "tables": str(tmp_path / "tables")},
+        "optimizer": {"lr": 0.02},
+        "train": {"steps": 1, "batch_size": 2},
+        "evaluate": {"max_new_tokens": 3},
+        "output": str(tmp_path / "run"),
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", str(tmp_path / "config.yaml")]) == 0
+    resume = ["train", "--resume", str(tmp_path / "run"), "--set", "train.steps=2"]
+    save_file({"one": torch.ones(1)}, base / "model.safetensors")  # loading it would be another error
+    assert main(resume) == 2
+    assert "run cannot be resumed: base_digest changed since" in capsys.readouterr().err
+    (base / "model.safetensors").write_bytes(b"cut")
+    assert main(resume) == 2
+    assert "model.safetensors is damaged: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", RUN)
