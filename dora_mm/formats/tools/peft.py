@@ -8,9 +8,9 @@
 
 and of an embedding lora_embedding_A (R, num), lora_embedding_B (dim, R). LoHa and LoKr have the keys of LyCORIS, with
 alpha / r in the settings alone: also a LoKr of two whole factors is scaled by it. A folder holds the adapter of one
-model, and can be loaded into any component. It is written for the methods `dora` and `lora`; `magnitude` becomes DoRA of
-rank 1 with A = B = 0, which is the same function; `full` is not possible (see native.py). `scale_layer` scales s inside
-the norm: t = 0 is not W0.
+model, and can be loaded into any component. It is written for the methods `dora` and `lora`; `magnitude` becomes DoRA
+of rank 1 with A = B = 0, which is the same function; `full` is not possible (see native.py). `scale_layer` scales s
+inside the norm: t = 0 is not W0.
 """
 
 from __future__ import annotations
