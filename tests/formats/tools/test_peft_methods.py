@@ -57,7 +57,8 @@ OF_LANGUAGE_MODELS = {
     "XLORA": {},
 }
 TYPES = [kind.value for kind in peft.PeftType]
-OTHERS = [kind for kind in TYPES if kind not in READ]
+OFTEN = ("BOFT", "IA3", "LILY", "LN_TUNING", "OFT", "P_TUNING", "RANDLORA", "VERA")  # the rest takes 4 s
+OTHERS = [kind if kind in OFTEN else pytest.param(kind, marks=pytest.mark.slow) for kind in TYPES if kind not in READ]
 
 
 class Small(nn.Module):
