@@ -37,6 +37,7 @@ def main(model: str, adapter: str, out: str, *, dtype: str | None = None, revisi
             would change what the model computes. Nothing is written then.
     """
     path, file = resolve_model(model, "MODEL"), formats.find_file(resolve_adapter(adapter, "ADAPTER"))
+    formats.AdapterFile(file)  # what is no adapter that is read is said before a model is loaded
     folder = new_folder(out)
     config = checked_config(path, revision)
     dtype = dtype or saved_dtype(path, config)

@@ -24,9 +24,9 @@ from dora_mm.formats.state import LayerState, with_settings
 from dora_mm.formats.tokens import EMBEDDINGS, keys_by_word, read_beside
 from dora_mm.formats.tools import FORMATS, all_tools, tool_of
 from dora_mm.formats.tools.comfy import other_half
-from dora_mm.formats.tools.methods import METHODS, other_method
+from dora_mm.formats.tools.methods import Method, other_method
 from dora_mm.formats.tools.parts import NO_LOW_RANK, axes_that_fit
-from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME, config_beside
+from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME, config_beside, method_beside
 from dora_mm.formats.tools.tool import Tool
 from dora_mm.registries.tools import TOOLS
 
@@ -72,21 +72,30 @@ class AdapterFile:
         self.others: list[str] = []
         for key in self._file.entries:
             self._sort_in(key)
+        if CONFIG_NAME not in self.header and (method := other_method(self.others)):
+            raise self._holds(method)
         with located(str(self.path)):
             self._beside = read_beside(self.path, self.header)
         self.embeddings += self._beside
 
     def _detect(self) -> str:
         keys = list(self._file.entries)
+        with located(str(self.path)):
+            method = method_beside(self.header)
+        if method:
+            raise self._holds(method)
         found = next((name for name, tool in all_tools().items() if tool.wrote(keys, self.header)), None)
         if found == "peft" and CONFIG_NAME not in self.header and any(map(_NETWORK.match, keys)):
             found = "bare"  # it can only be for a network of images, and its alpha is the rank
         if found is None and (method := other_method(keys)):
-            raise ValueError(f"{self.path} holds {method}, and only LoRA and DoRA are supported")
+            raise self._holds(method)
         if found is None:
             shown = ", ".join(keys[:_TOP])
             raise ValueError(f"{self.path} is not an adapter of a known tool: its keys are {shown or 'none'}")
         return found
+
+    def _holds(self, method: Method) -> ValueError:
+        return ValueError(f"{self.path} holds {method.title}, which is not read here: {method.advice}")
 
     def _sort_in(self, key: str) -> None:
         if EMBEDDINGS.match(key):
@@ -111,7 +120,7 @@ class AdapterFile:
         """The known ends of keys; those of our own format belong to its files alone."""
         ours = self.tool == "dora_mm"
         tools = [tool for name, tool in all_tools().items() if (name == "dora_mm") == ours]
-        return frozenset({ending for tool in tools for ending in tool.parts} | METHODS.keys())
+        return frozenset(ending for tool in tools for ending in tool.parts)
 
     @cached_property
     def _most_dots(self) -> int:
@@ -244,8 +253,6 @@ class AdapterFile:
     def described_layer(self, module: str, axis: str | None = None) -> LayerState:
         """The adapter of a module as the header describes it, without values; raises what `layer` does."""
         tool, keys = tool_of(self.tool), self.modules[module]
-        if method := other_method(list(keys.values())):
-            raise ValueError(f"it is adapted by {method}, and only LoRA and DoRA are supported")
         unread = [ending for ending, key in keys.items() if ending not in tool.parts and key not in self.parameters]
         if unread:
             raise ValueError(f"it has {min(unread)}, which {TOOLS[self.tool].title} does not write")

@@ -22,7 +22,6 @@ from dora_mm.formats.naming.spellings import KOHYA, Names, architecture_of_keys
 from dora_mm.formats.reader import opened
 from dora_mm.formats.tools import all_exports, products, tool_of
 from dora_mm.formats.tools.diffusers import PEFT_METADATA
-from dora_mm.formats.tools.methods import other_method
 from dora_mm.formats.tools.native import SPECS_KEY
 from dora_mm.formats.tools.peft import CONFIG_NAME
 from dora_mm.formats.tools.peft_config import OUR_METADATA
@@ -219,7 +218,7 @@ def _module(file: AdapterFile, module: str, namer: Names) -> ModuleInfo:
     keys = tool_of(file.tool).roles(module, endings)
     shapes = {role: file.shape(key) for role, key in keys.items()}
     component, path = _name(namer, module)
-    method = other_method(list(endings.values())) or _method(file, module, shapes)
+    method = _method(file, module, shapes)
     held = ["m"] if method == "magnitude" else [role for role in shapes if role != "alpha"]
     rank = shapes["A"][0] if "A" in shapes and shapes["A"] and method != "magnitude" else None
     size = sum(math.prod(shapes[role]) for role in held)

@@ -139,5 +139,7 @@ def _parts(
 ) -> dict[str, Tensor]:
     """What a tool finds of a module, with alpha where it would find one."""
     parts = tool.without_lost(module, tool.roles(module, tensors), tensors)
+    if "A" not in parts:
+        return parts
     has_alpha = "alpha" in parts or tool.in_header.alpha(file.header, module, _RANK) is not None
-    return {**parts, "alpha": torch.tensor(scaling * _RANK)} if has_alpha and "A" in parts else parts
+    return {**parts, "alpha": torch.tensor(scaling * _RANK)} if has_alpha else parts

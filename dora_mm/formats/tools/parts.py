@@ -6,6 +6,7 @@ The roles of the tensors of a module, whatever a tool calls them:
     B       (O, R), of a convolution (O, R, 1, ...)
     mid     (R, R, *K): the middle factor of a Tucker decomposition; A is then (R, I, 1, ...)
     alpha   one number; B A is scaled by alpha / R, by 1 where there is none
+    scaling one number, by which the change of a method without A and B is scaled, where the header says it
     m       the magnitude; its shape is part of the format
     diff    W' - W0
 """

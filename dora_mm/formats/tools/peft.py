@@ -6,10 +6,11 @@
     base_model.model.<name>     extra trainable parameters; PEFT loads them by their names, and those of an adapted
                                 layer (its bias) are called `<path>.base_layer.<name>`
 
-and of an embedding lora_embedding_A (R, num), lora_embedding_B (dim, R). A folder holds the adapter of one model, and
-can be loaded into any component. It is made for the methods `dora` and `lora`; `magnitude` is written as DoRA of rank 1
-with A = B = 0, which is the same function; `full` is not possible (see native.py). `scale_layer` scales s inside the
-norm: t = 0 is not W0.
+and of an embedding lora_embedding_A (R, num), lora_embedding_B (dim, R). LoHa and LoKr have the keys of LyCORIS, with
+alpha / r in the settings alone: also a LoKr of two whole factors is scaled by it. A folder holds the adapter of one
+model, and can be loaded into any component. It is written for the methods `dora` and `lora`; `magnitude` becomes DoRA
+of rank 1 with A = B = 0, which is the same function; `full` is not possible (see native.py). `scale_layer` scales s
+inside the norm: t = 0 is not W0.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.naming import spellings
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.state import LayerState, joined
-from dora_mm.formats.tools import peft_config
+from dora_mm.formats.tools import peft_config, products
 from dora_mm.formats.tools.formulas import Computation, Update
-from dora_mm.formats.tools.methods import other_method
+from dora_mm.formats.tools.methods import Method, method_of_type
 from dora_mm.formats.tools.parts import Parts, neutral
 from dora_mm.formats.tools.tool import Contents, Export, Format, Header, HeaderReader, Holds, Modules, Tool
 
@@ -44,6 +45,8 @@ PARTS = {
     "lora_embedding_B": "B",
     "lora_magnitude_vector": "m",
     "lora_magnitude_vector.weight": "m",
+    **products.LOHA,
+    **products.LOKR,
 }
 
 
@@ -72,7 +75,11 @@ def named(module: str) -> Name | None:
 
 
 def alpha(header: Header, module: str, rank: int) -> float | None:
-    return peft_config.alpha_in(config_beside(header), NAMES.sub("", module), rank)
+    return peft_config.alpha_in(config_beside(header, "LORA"), NAMES.sub("", module), rank)
+
+
+def scaling(header: Header, module: str) -> float:
+    return peft_config.scaling_in(config_beside(header, "LOHA", "LOKR"), NAMES.sub("", module))
 
 
 def settings(header: Header, module: str) -> Mapping[str, Any]:
@@ -86,7 +93,7 @@ def listed(header: Header) -> Iterator[Name]:
 
 
 def parameter(header: Header, key: str) -> Name | None:
-    is_adapter = key.endswith(tuple(f".{ending}" for ending in PARTS)) or other_method([key])
+    is_adapter = key.endswith(tuple(f".{ending}" for ending in PARTS))
     if is_adapter or not key.startswith(f"{PREFIX}."):
         return None
     return Name("", key.removeprefix(f"{PREFIX}.").replace(".base_layer.", "."))
@@ -108,23 +115,42 @@ def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
     return ""
 
 
-def config_beside(header: Header) -> dict[str, Any]:
-    """PEFT's settings, which are a file beside the weights."""
+def method_beside(header: Header) -> Method | None:
+    """The method that PEFT's settings beside the weights name; None where there are none, or it is read."""
+    if CONFIG_NAME not in header:
+        return None
+    return method_of_type(str(parse_json(header[CONFIG_NAME], CONFIG_NAME).get("peft_type")))
+
+
+def config_beside(header: Header, *types: str) -> dict[str, Any]:
+    """PEFT's settings, which are a file beside the weights.
+
+    Args:
+        header: The header, with the file.
+        types: The types of adapters that have the tensors for which the settings are asked; empty for any.
+
+    Raises:
+        ValueError: There are none, they are for other tensors, or PEFT computes something else with them.
+    """
     if CONFIG_NAME not in header:
         raise ValueError(f"{CONFIG_NAME} is missing beside the file: PEFT's format is a folder of two files")
-    return _parsed(header[CONFIG_NAME])
+    config = _parsed(header[CONFIG_NAME])
+    if types and config["peft_type"] not in types:
+        raise ValueError(f"its tensors are not those of {config['peft_type']}, which {CONFIG_NAME} says")
+    return config
 
 
 @functools.lru_cache(maxsize=2)
 def _parsed(text: str) -> dict[str, Any]:
     config = parse_json(text, CONFIG_NAME)
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{CONFIG_NAME} does not describe a LoRA or DoRA adapter: its peft_type is not LORA")
-    peft_config.check_config(CONFIG_NAME, config)
+    if config["peft_type"] == "LORA":
+        peft_config.check_config(CONFIG_NAME, config)
     return config
 
 
 def read(parts: Parts, axis: str | None) -> LayerState:
+    if "lokr_w2" in parts and parts["lokr_w2"].dim() == 3:
+        raise ValueError("it is the LoKr of a one-dimensional convolution, whose factors PEFT puts in another order")
     if "m" in parts:
         parts = {**parts, "m": parts["m"].flatten()}
     return neutral(parts, "out")
@@ -176,7 +202,7 @@ TOOL = Tool(
     computes=COMPUTES,
     wrote_key=NAMES,
     read=read,
-    in_header=HeaderReader(alpha, settings, listed, parameter, unties),
+    in_header=HeaderReader(alpha, settings, listed, parameter, unties, scaling),
     named=named,
     refuses=refuses,
 )

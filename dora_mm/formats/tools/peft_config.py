@@ -11,7 +11,7 @@ from torch import nn
 
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.layer import DoRAConv
-from dora_mm.core.spec import DoRASpec
+from dora_mm.core.spec import DoRASpec, finite_number
 from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.models import layers_of
 from dora_mm.formats.state import joined
@@ -188,14 +188,26 @@ def alpha_in(config: Mapping[str, Any], path: str, rank: int) -> float:
 
     With rank-stabilised LoRA the update is scaled by alpha / sqrt(rank). Without metadata alpha is the rank.
     """
-    alpha = config.get("lora_alpha", rank)
-    patterns = config.get("alpha_pattern") or {}
+    alpha = _of_module(config, "alpha_pattern", path, config.get("lora_alpha", rank))
+    return alpha * rank**0.5 if config.get("use_rslora") else alpha
+
+
+def scaling_in(config: Mapping[str, Any], path: str) -> float:
+    """Alpha / r of a LoHa or LoKr by PEFT's rules, which do not ask whether its factors have this rank."""
+    alpha = finite_number("alpha", _of_module(config, "alpha_pattern", path, config.get("alpha")))
+    rank = finite_number("r", _of_module(config, "rank_pattern", path, config.get("r")))
+    if not (alpha > 0 and rank > 0):
+        raise ValueError(f"its alpha {alpha:g} and its rank {rank:g} are not both positive numbers")
+    return alpha / rank
+
+
+def _of_module(config: Mapping[str, Any], key: str, path: str, otherwise: Any) -> Any:
+    """What the first pattern that matches a module says."""
+    patterns = config.get(key) or {}
     if not isinstance(patterns, dict):
-        raise ValueError("alpha_pattern is not a JSON object")
+        raise ValueError(f"{key} is not a JSON object")
     try:
         pattern = matching_key(patterns, path)
     except ValueError as error:
-        raise ValueError(f"alpha_pattern: {error}") from error
-    if pattern is not None:
-        alpha = patterns[pattern]
-    return alpha * rank**0.5 if config.get("use_rslora") else alpha
+        raise ValueError(f"{key}: {error}") from error
+    return otherwise if pattern is None else patterns[pattern]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,21 +36,24 @@ def left_out(model: nn.Module, config: Mapping[str, Any] | Path, shapes: Mapping
         ValueError: PEFT refuses the file as a whole.
     """
     import peft
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-    tensors = {key: torch.empty(*shape, device="meta") for key, shape in shapes.items() if ".lora_" in key}
+    tensors = {key: torch.empty(*shape, device="meta") for key, shape in shapes.items()}
     try:
         with _silent():
             from_folder = isinstance(config, Path)
             settings = peft.PeftConfig.from_pretrained(str(config)) if from_folder else peft.LoraConfig(**config)
+            mark = f".{PEFT_TYPE_TO_PREFIX_MAPPING[settings.peft_type]}"  # pyright: ignore[reportArgumentType]
+            tensors = {key: tensor for key, tensor in tensors.items() if mark in key}
             adapted = peft.get_peft_model(copy.deepcopy(model), settings)  # pyright: ignore[reportArgumentType]
             result = peft.set_peft_model_state_dict(adapted, tensors)
     except Exception as error:  # whatever PEFT raises is raised for whoever loads the file
         raise ValueError(f"PEFT refuses it: {first_line(error)}") from error
-    missing = [key for key in result.missing_keys if ".lora_" in key]
+    missing = [key for key in result.missing_keys if mark in key]
     if not missing and not result.unexpected_keys:
         return []
-    held = {_module(name) for name, _ in adapted.named_parameters() if ".lora_" in name} - set(map(_module, missing))
-    return sorted({_module(key) for key in tensors} - held)
+    held = {_module(name, mark) for name, _ in adapted.named_parameters() if mark in name}
+    return sorted({_module(key, mark) for key in tensors} - held.difference(_module(key, mark) for key in missing))
 
 
 def left_out_of(model: nn.Module, specs: Mapping[str, DoRASpec]) -> list[str]:
@@ -73,8 +75,8 @@ def left_out_of(model: nn.Module, specs: Mapping[str, DoRASpec]) -> list[str]:
     return left_out(model, config, shapes)
 
 
-def _module(key: str) -> str:
-    return re.sub(r"\.lora_.*", "", key).removeprefix(f"{PREFIX}.")
+def _module(key: str, mark: str) -> str:
+    return key.partition(mark)[0].removeprefix(f"{PREFIX}.")
 
 
 @contextmanager

@@ -33,7 +33,9 @@ def method_of(roles: Collection[str]) -> str | None:
 
 
 def scaling(parts: Mapping[str, Tensor]) -> float:
-    """Alpha / rank; 1 without alpha, or without a rank."""
+    """Alpha / rank; 1 without alpha, or without a rank. Of PEFT's files what their settings say."""
+    if "scaling" in parts:
+        return float(parts["scaling"])
     ranks = [parts[name].shape[0] for name in ("hada_w1_b", "lokr_w1_b", "lokr_w2_b", "glora_a2") if name in parts]
     return float(parts["alpha"]) / ranks[0] if ranks and "alpha" in parts else 1.0
 

@@ -16,6 +16,7 @@ from dora_mm.core.spec import DoRASpec, finite_number
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.naming.spellings import Spelling
 from dora_mm.formats.state import LayerState
+from dora_mm.formats.tools import products
 from dora_mm.formats.tools.formulas import Computation
 from dora_mm.formats.tools.parts import Parts, neutral
 from dora_mm.utils.atomic import write_text
@@ -53,6 +54,7 @@ class HeaderReader:
         listed: The modules and extra parameters that are in the file.
         parameter: The name of an extra parameter, by its key; None for other keys.
         unties: Whether the tool trains an extra parameter as a copy, apart from what the base ties to it.
+        scaling: The factor of the change of a module whose method has no rank of A and B (see `products.py`).
     """
 
     alpha: Callable[[Header, str, int], float | None] = lambda header, module, rank: None
@@ -60,6 +62,7 @@ class HeaderReader:
     listed: Callable[[Header], Iterable[Name]] = lambda header: ()
     parameter: Callable[[Header, str], Name | None] = lambda header, key: None
     unties: Callable[[Header, Name], bool] = lambda header, name: False
+    scaling: Callable[[Header, str], float | None] = lambda header, module: None
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ class Tool:
             alpha = self.in_header.alpha(header, module, parts["A"].shape[0])
             if alpha is not None:
                 parts["alpha"] = torch.tensor(finite_number("alpha", alpha), dtype=torch.float64)
+        elif products.method_of(parts) and (scaling := self.in_header.scaling(header, module)) is not None:
+            parts["scaling"] = torch.tensor(scaling, dtype=torch.float64)
         return parts
 
     def loaded(self, module: str, tensors: Mapping[str, Tensor], header: Header) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from dora_mm import cli, convert
 from dora_mm.formats.commands.inspection import inspect_file
-from dora_mm.formats.tools.methods import METHODS
 from dora_mm.formats.tools.parts import kohya_tensors
 from tests.formats import toy
 from tests.formats.tools.test_tools import FILES, FIXTURES, path_of
@@ -103,10 +102,23 @@ def test_alpha_that_is_not_in_the_file(tmp_path):
     assert any("alpha is not in the file" in point for point in found.ambiguous)
 
 
-@pytest.mark.parametrize("ending", METHODS)
-def test_other_methods_are_named(ending, tmp_path):
-    save_file({f"lora_unet_{BLOCK}_attn1_to_q.{ending}": torch.ones(2, 2)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=f"holds {METHODS[ending]}, and only LoRA and DoRA are supported"):
+@pytest.mark.parametrize(
+    ("ending", "title"),
+    [
+        ("oft_blocks", "OFT or BOFT of LyCORIS"),
+        ("oft_diag", "OFT of LyCORIS"),
+        ("on_input", "IA3 of LyCORIS"),
+        ("lora_mid_A.weight", "a Tucker decomposition of another tool"),
+        ("bottleneck.down.weight", "series or parallel adapters"),
+        ("prompt_embeddings", "a learned prefix or prompt"),
+    ],
+)
+@pytest.mark.parametrize("beside", [{}, {"lora_unet_x.lora_up.weight": torch.ones(2, 2)}])
+def test_other_methods_are_named(ending, title, beside, tmp_path):
+    """Also where some modules are adapted by LoRA."""
+    tensors = {f"lora_unet_{BLOCK}_attn1_to_q.{ending}": torch.ones(2, 2), **beside}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"holds {title}, which is not read here: "):
         inspect_file(tmp_path / "a.safetensors")
 
 

@@ -21,15 +21,16 @@ PATTERNS = [
     "^blocks.0.attn.to_q",
     "^attn.to_q",
     r"blocks\.0\.attn\.to_q",
-    r"blocks\.\d+\.attn.to_q",
-    r"blocks.[0-4].*",
-    r"^blocks.*\.(to_q|to_k)$",
-    r"(?:fc1|fc2)",
-    r".*(decoder|encoder)\.layers\.[^0-2]+.fc\d?",
-    "bl?ocks.1?0.attn.(to_k|to_q)",
-    "(model\\.)?decoder.layers.3.fc1",
-    "a*t+n.to_q",
+    r"blocks.0.*",
+    r"^blocks.*\.to_q$",
+    r".*\.to_q",
+    r".*_q$",
+    "^blocks.*",
+    "^locks.*",
+    "b.*0.*q",
+    ".*",
 ]
+REFUSED = [r"blocks\.\d+\.attn", "blocks.[0-4].*", "(fc1|fc2)", "a*t+n.to_q", "bl?ocks", "a**"]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -41,19 +42,19 @@ def test_what_peft_finds(pattern, path):
     assert matching_key({pattern: 1}, path) == expected
 
 
-piece = st.sampled_from(["a", "b", ".", "\\.", "[ab]", "(a|ab)", "(b|)", "\\w"])
-PIECES = st.lists(st.tuples(piece, st.sampled_from(["", "*", "+", "?"])), min_size=1, max_size=5)
+PIECES = st.lists(st.sampled_from(["a", "b", "\\.", ".*"]), min_size=1, max_size=6)
 
 
-@given(PIECES, st.booleans(), st.text("ab.", max_size=8))
-def test_the_same_as_regular_expressions(pieces, whole, path):
-    pattern = "^" * whole + "".join(one + often for one, often in pieces)
-    if all(one == "." and not often for one, often in pieces):
-        return  # a plain pattern, whose dots are those between names
-    expected = re.match(rf"(.*\.)?({pattern})$", path) is not None
-    plain = re.fullmatch(r"\^?[\w.-]+", pattern)
-    if not plain:
-        assert (matching_key({pattern: 1}, path) is not None) == expected
+@given(PIECES, st.booleans(), st.booleans(), st.text("ab.", max_size=8))
+def test_the_same_as_regular_expressions(pieces, whole, ends, path):
+    pattern = "^" * whole + "".join(pieces) + "$" * ends
+    assert (matching_key({pattern: 1}, path) is not None) == (re.match(rf"(.*\.)?({pattern})$", path) is not None)
+
+
+@pytest.mark.parametrize("pattern", REFUSED)
+def test_other_regular_expressions_are_refused(pattern):
+    with pytest.raises(ValueError, match="is not supported: write the ends of modules' paths"):
+        matching_key({pattern: 1}, "to_q")
 
 
 def test_the_first_one_wins():
@@ -67,6 +68,8 @@ HOSTILE = [
     "(" * 5000 + "a" + ")" * 5000,
     "(a|a)*" * 33 + "$",
     ".*" * 100,
+    ".*a" * 66,
+    "a" * 10**6 + ".*",
     "(.*)*b",
     "[z-a]",
     "\\",
