@@ -22,7 +22,8 @@ from dora_mm.utils.yaml12 import MISSING, edited
 Changes = dict[tuple[str, ...], Any]
 SMALL = 1e9  # bytes of the weights of a model that is trained on a processor
 STYLE_PICTURES = (23, 61)  # the numbers of pictures that the recipes' steps are for
-FEWEST_STEPS = 50
+FEWEST_STEPS, MOST_STEPS = 50, 10_000
+MOST_BETWEEN = 250  # steps from one checkpoint to the next: what a stop can lose
 FEW_ROWS = 1000  # of questions: fewer are seen three times
 UNCAPTIONED = "data.instance_prompt"  # the source of a caption that no file has
 
@@ -144,7 +145,7 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
     config: Any = write_config(draft, changes, about)
     write_text(draft.prompts, "".join(f"{prompt}\n" for prompt in prompts))
     uncaptioned = [image._replace(caption=instance) if image.source == UNCAPTIONED else image for image in images]
-    print(describe_style(uncaptioned, config, word))
+    print(describe_style(uncaptioned, config, word, start.train.steps))
     print(f"prompts   {prompts[0]}, ...\n\nwritten   {draft.file}, {draft.prompts}")
     sheet = ["sample", draft.prompts, "--set", f"adapter.path={draft.run}", "strengths=[0, 1]"]
     drawn = f"runs/{draft.prompts.stem}/001"
@@ -162,7 +163,7 @@ def style_changes(draft: Draft, start: TrainDiffusionConfig, num_images: int, pr
     """What is written over the recipe, but for the captions."""
     steps = steps_for(num_images, start.train.steps)
     changes: Changes = {("data", "folder"): folder_of_images(draft), ("train", "steps"): steps}
-    changes[("train", "checkpoint_every")] = steps // 4
+    changes[("train", "checkpoint_every")] = min(steps // 4, MOST_BETWEEN)
     changes |= {("tokens",): MISSING, ("train", "stop_tokens_after"): MISSING}  # the word may be one of the model's own
     if start.sample.prompts:
         changes[("sample", "prompts")] = list(prompts)
@@ -176,8 +177,10 @@ def style_changes(draft: Draft, start: TrainDiffusionConfig, num_images: int, pr
     return changes
 
 
-def describe_style(images: Sequence[CaptionedImage], config: TrainDiffusionConfig, word: str | None) -> str:
-    """What was found in the folder, and what follows from it."""
+def describe_style(
+    images: Sequence[CaptionedImage], config: TrainDiffusionConfig, word: str | None, recipe_steps: int
+) -> str:
+    """What was found in the folder, and what follows from it and from the steps of the recipe."""
     num_captions = sum(image.source != UNCAPTIONED for image in images)
     return "\n".join(
         [
@@ -186,6 +189,7 @@ def describe_style(images: Sequence[CaptionedImage], config: TrainDiffusionConfi
             *(f"{line}: data.mask; null trains on all of each picture" for line in describe_masks(images, config.data)),
             f"trigger   {remark_on(word, num_captions)}",
             describe_length(repeats_of(images), config.train),
+            *remark_on_steps(len(images), recipe_steps),
         ]
     )
 
@@ -199,10 +203,24 @@ def remark_on(word: str | None, num_captions: int) -> str:
 
 
 def steps_for(num_images: int, steps: int) -> int:
-    """The recipe's steps for as many pictures as it was made for, and in proportion for fewer or more."""
+    """The recipe's steps for as many pictures as it was made for, in proportion for others, within limits."""
+    return min(max(FEWEST_STEPS, steps_in_proportion(num_images, steps)), MOST_STEPS)
+
+
+def steps_in_proportion(num_images: int, steps: int) -> int:
+    """The steps in which each picture is seen as often as in the recipe."""
     few, many = STYLE_PICTURES
-    exact = steps * num_images / min(max(num_images, few), many)
-    return max(FEWEST_STEPS, 50 * round(exact / 50))
+    return 50 * round(steps * num_images / min(max(num_images, few), many) / 50)
+
+
+def remark_on_steps(num_images: int, steps: int) -> list[str]:
+    """A line where there are so many pictures that each is seen less often than in the recipe."""
+    if (proportional := steps_in_proportion(num_images, steps)) <= MOST_STEPS:
+        return []
+    return [
+        f"steps     {MOST_STEPS:,}, where {proportional:,} would show each of the {num_images:,} pictures as often as "
+        "in the recipe: a style is learned long before, and train.steps can be raised when the run is resumed"
+    ]
 
 
 # --- questions -------------------------------------------------------------------------------------------------------

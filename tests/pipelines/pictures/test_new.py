@@ -60,6 +60,15 @@ def test_a_style_from_captioned_pictures_of_several_formats(here, capsys):
     assert config.sample.prompts == ()  # the recipe for 12 GB draws no sheets
 
 
+def test_a_large_folder_has_a_limit_of_steps_and_of_what_a_stop_can_lose(here, capsys):
+    Path("many").mkdir()
+    for number in range(640):
+        Image.new("RGB", (16, 16), number).save(f"many/{number}.bmp")
+    train = made("large", "--images", "many").train
+    assert (train.steps, train.checkpoint_every) == (10_000, 250)
+    assert "steps     10,000, where 10,500 would show each of the 640 pictures as often" in capsys.readouterr().out
+
+
 def test_pictures_without_captions_get_a_word(here, capsys):
     write_images(["a.png", "b.png"])
     config = made("plain", "--images", "my images")
