@@ -197,6 +197,11 @@ def views_per_picture(repeats: Sequence[float], train: TrainConfig, num_processe
     return places * min(repeats) / sum(repeats), places * max(repeats) / sum(repeats)
 
 
+def times(views: float) -> str:
+    """How often a picture is seen: below ten with a digit behind the point."""
+    return f"{views:.0f}" if views >= 10 else f"{views:.1g}" if views < 1 else f"{views:.2g}"
+
+
 def describe_length(repeats: Sequence[float], train: TrainConfig, num_processes: int = 1) -> str:
     """A line with the length of the training in steps, and what it means for a picture.
 
@@ -206,7 +211,7 @@ def describe_length(repeats: Sequence[float], train: TrainConfig, num_processes:
         num_processes: The number of processes that train.
     """
     least, most = views_per_picture(repeats, train, num_processes)
-    views = f"{least:.0f}" if least == most else f"{least:.0f} to {most:.0f}"
+    views = times(least) if least == most else f"{times(least)} to {times(most)}"
     shown = f"{len(repeats)} pictures"
     shown = shown if least == most else f"{sum(repeats):g} places of {shown} in an epoch"
     factors = [f"{train.steps} steps", f"batch {train.batch_size}"]
@@ -225,8 +230,8 @@ def remark_on_length(repeats: Sequence[float], train: TrainConfig, num_processes
     usual = sorted(max(1, round(each / views * train.steps)) for each in RECIPES.values())
     change = "little" if most < low else "much"
     return [
-        f"Each picture is seen {often if least != most else ''}{views:.0f} times ({_recipes()}), which is {change} for "
-        f"a style: train.steps from {usual[0]} to {usual[1]} would be as in those."
+        f"Each picture is seen {often if least != most else ''}{times(views)} times ({_recipes()}), which is {change} "
+        f"for a style: train.steps from {usual[0]} to {usual[1]} would be as in those."
     ]
 
 

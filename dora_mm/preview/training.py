@@ -248,8 +248,9 @@ def length_line(train: TrainConfig, steps_per_epoch: int) -> str:
     """
     count = train.gradient_accumulation_steps
     of_several = f" of {count} batches" if count > 1 else ""
-    epochs, s = train.steps / steps_per_epoch, "s" if steps_per_epoch > 1 else ""
-    return f"length    {train.steps:,} steps{of_several}, {epochs:.3g} epochs of {steps_per_epoch:,} step{s}"
+    epochs = f"{train.steps / steps_per_epoch:.3g}"
+    whole, each = (f"{number:,} step{'s' if number > 1 else ''}" for number in (train.steps, steps_per_epoch))
+    return f"length    {whole}{of_several}, {epochs} epoch{'s' if epochs != '1' else ''} of {each}"
 
 
 def optimizer_line(

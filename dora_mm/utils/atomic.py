@@ -34,12 +34,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     partial = partial_of(path)
     try:
         partial.unlink(missing_ok=True)  # a link, which would be followed
-        partial.touch()
-        permissions = (
-            partial.stat().st_mode
-        )  # as the umask sets them; safetensors creates files that only their owner can read
         write(partial)
-        partial.chmod(permissions)
         flush(partial)
         check_lock(path)
         if not (path.is_file() and filecmp.cmp(partial, path, shallow=False)):
@@ -105,7 +100,10 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     from safetensors.torch import save_file  # here, so that commands which only write text need not load torch
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    permissions = path.stat().st_mode  # by the umask: safetensors creates files that only their owner can read
     save_file(contiguous, path, metadata=dict(metadata))
+    path.chmod(permissions)
     with path.open("r+b") as file:  # safetensors writes the entries in another order in each process
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

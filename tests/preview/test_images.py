@@ -104,6 +104,8 @@ def test_the_length_is_compared_with_the_recipes():
     assert found.startswith(
         "length    30 steps x batch 2 / 30 places of 20 pictures in an epoch = each is seen 1 to 5 "
     )
+    rare = describe_length([1] * 500, TrainConfig(steps=2, batch_size=2))
+    assert "/ 500 pictures = each is seen 0.008 times (" in rare
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dora_mm.utils.atomic import append_text, save_tensors, write_atomically, write_text
+from dora_mm.utils.atomic import append_text, save_tensors, write_atomically, write_tensor_file, write_text
 from dora_mm.utils.partials import partial_of
 
 
@@ -72,3 +72,9 @@ def test_what_a_link_leads_to_is_not_written_to(tmp_path):
     with pytest.raises(OSError, match="symbolic links"):
         append_text(tmp_path / "appended", "text")
     assert target.read_text() == "precious"
+
+
+def test_files_of_tensors_have_the_permissions_of_other_files(tmp_path):
+    write_tensor_file(tmp_path / "tensors.safetensors", {"a": torch.ones(2)}, {})
+    write_text(tmp_path / "text", "a")
+    assert (tmp_path / "tensors.safetensors").stat().st_mode == (tmp_path / "text").stat().st_mode
