@@ -12,7 +12,6 @@ from typing import Any
 
 from dora_mm.config.models import VLMModelConfig
 
-KEYS = ("image_size", "min_pixels", "max_pixels", "max_tiles")
 TILES = ("max_num_tiles", "max_slice_nums", "max_tiles", "max_crops")  # attributes that bound the number of tiles
 SOFT_TOKENS = (70, 140, 280, 560, 1120)  # that an image of Gemma 4 may have
 
@@ -46,7 +45,12 @@ def set_limits(processor: Any, config: VLMModelConfig, model_config: Any) -> Non
 
 def limits_in(config: VLMModelConfig) -> dict[str, int]:
     """The keys for the sizes of images that a config sets, with their values."""
-    values = {key: getattr(config, key) for key in KEYS}
+    values = {
+        "image_size": config.image_size,
+        "min_pixels": config.min_pixels,
+        "max_pixels": config.max_pixels,
+        "max_tiles": config.max_tiles,
+    }
     return {key: value for key, value in values.items() if value is not None}
 
 
