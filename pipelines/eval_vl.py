@@ -82,7 +82,7 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
 
 def earlier_answers(
     config: EvalVLConfig, data: Mapping[str, str], splits: Mapping[str, ValidationSet]
-) -> dict[str, Kept]:
+) -> Mapping[str, Kept]:
     """The answers of the evaluation that `same_as` names, by task.
 
     Raises:
