@@ -88,15 +88,16 @@ def test_an_evaluation_that_was_stopped_goes_on_in_its_folder(config, tmp_path, 
 
 
 def test_the_share_of_answers_that_stay_the_same(config, tmp_path, tiny_vlm, capsys):
-    """Counted again from the submissions, which have the answers by id; it is 1 for the same adapter."""
+    """Counted again from the submissions, which have the answers by id; it is 1 for the same adapter, and merged."""
     images = [str(picture) for picture in sorted(write_pictures(tmp_path).glob("*.png"))] * 3
     path = config(images, max_new_tokens=4)
     base, adapter = str(tiny_vlm("llava")), vlm_adapter(tiny_vlm("llava"), tmp_path / "adapter")
     assert main(["eval", path, "--set", f"adapter={adapter}"]) == 0
     assert main(["convert", str(adapter), str(tmp_path / "lora"), "--to", "lora", "--rank", "1", "--base", base]) == 0
+    assert main(["merge", base, str(adapter), str(tmp_path / "merged")]) == 0
     shares = {}
-    for name in ("adapter", "lora"):
-        given = [f"adapter={tmp_path / name}", f"same_as={tmp_path / 'run'}", f"output={tmp_path / f'run-{name}'}"]
+    for name, key in (("adapter", "adapter"), ("lora", "adapter"), ("merged", "model.path")):
+        given = [f"{key}={tmp_path / name}", f"same_as={tmp_path / 'run'}", f"output={tmp_path / f'run-{name}'}"]
         assert main(["eval", path, "--set", *given, "decode.batch_size=5"]) == 0
         answers = [
             [
@@ -109,7 +110,7 @@ def test_the_share_of_answers_that_stay_the_same(config, tmp_path, tiny_vlm, cap
         found = json.loads((tmp_path / f"run-{name}" / "same_answers.json").read_text())["chat"]
         assert (found["mean"], found["rows"]) == (shares[name], len(images))
         assert f"same     {100 * shares[name]:.1f} (" in capsys.readouterr().out
-    assert shares["adapter"] == 1.0
+    assert shares["adapter"] == shares["merged"] == 1.0
     assert shares["lora"] < 1.0
 
 
