@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,24 +11,27 @@ from typing import Any
 from dora_mm import formats
 from dora_mm.adapting.files import digest_of_adapter, load_trained, seed_of
 from dora_mm.config.paths import resolve_model, resolve_path
+from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.vl import EvalVLConfig
 from dora_mm.data.images.frames import is_video, stills
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.splits import ValidationSet, open_validation, training_texts
-from dora_mm.eval.vl.intervals import answer_scores, gain_over_question_only
+from dora_mm.eval.vl.intervals import answer_scores, gain_over_question_only, points
 from dora_mm.eval.vl.metrics import report, score, score_row, task_table
 from dora_mm.eval.vl.pages import PageExample, PageSection, write_examples_page
 from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
+from dora_mm.eval.vl.same_answers import share_of_same
 from dora_mm.eval.vl.scores import VLScores, is_answered
 from dora_mm.eval.vl.submissions import suffix, write_predictions
 from dora_mm.models.folders import settings_identity
 from dora_mm.models.vl.families import is_local, load_vl_model
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.registries.vl_tasks import TASKS
-from dora_mm.sampling.answers import answer_all
+from dora_mm.sampling.answers import answer_all, read_answers
 from dora_mm.tasks.vl import answerers
+from dora_mm.train.resuming import started_config
 from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.train.validation import main_values
 from dora_mm.utils.atomic import write_text
@@ -36,14 +39,16 @@ from dora_mm.utils.devices import default_device
 from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
+ANSWERS = "answers"  # the folder of a run
+Kept = Sequence[tuple[str | None, str]]  # the answers to rows, each with what its images were
 
 
 def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     """Answers the splits, scores the answers and prints the report.
 
     Writes to the run directory: the answers of each task in predictions_<task> (in the format of its evaluation
-    server), scores.json, report.md and, with `examples`, examples.html; and in answers/ those so far, from which the
-    same evaluation goes on if `output` names it.
+    server), scores.json, report.md, with `examples` examples.html, and with `same_as` same_answers.json; and in
+    answers/ those so far, from which the same evaluation goes on if `output` names it.
 
     Args:
         config: The config; without `adapter` the bare model is scored.
@@ -64,18 +69,72 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     if folder:
         load_trained(model, folder, backend=config.backend)
     answers = answerers(model, splits, config.decode)
+    earlier = earlier_answers(config, data_of(splits), splits) if config.same_as else {}
     with evaluation_run(config, inputs_of(config, model, splits, folder)) as run:
-        kept = run.path / "answers"
+        kept = run.path / ANSWERS
         asked = (answers, model.networks.values(), splits, config.decode.batch_size)
         answered = answer_all(*asked, folder=kept, content=model.content)
         report_all(config, run, answered, splits)
+        if config.same_as:
+            report_same(config.same_as, run, splits, earlier)
+
+
+def data_of(splits: Mapping[str, ValidationSet]) -> dict[str, str]:
+    """Digests of the rows of each task."""
+    return {f"the data of {name}": found.identity for name, found in splits.items()}
+
+
+def earlier_answers(
+    config: EvalVLConfig, data: Mapping[str, str], splits: Mapping[str, ValidationSet]
+) -> Mapping[str, Kept]:
+    """The answers of the evaluation that `same_as` names, by task.
+
+    Raises:
+        ValueError: It is no finished evaluation of the same rows with the same settings of answers.
+    """
+    run = RunDirectory(resolve_path(config.same_as or "", "same_as"))
+    before = started_config(run.path, SCHEMAS)
+    if not isinstance(before, EvalVLConfig):
+        raise ValueError(f"same_as: {run.path} is a run of {before.pipeline}, not an evaluation of eval_vl")
+    size = {"batch_size": config.decode.batch_size}  # which changes no answer
+    if before.decode.model_copy(update=size) != config.decode:
+        raise ValueError(f"same_as: {run.path} was answered with another decode section: take the same")
+    if changed := run.changed_inputs(data):
+        raise ValueError(f"same_as: {run.path} answered other rows than these, by {changed[0]}")
+    answers = {name: read_answers(run.path / ANSWERS, name) for name in splits}
+    if short := next((name for name, split in splits.items() if len(answers[name]) < len(split.table)), None):
+        raise ValueError(f"same_as: {run.path} has no answers to all rows of {short}: let it finish first")
+    return answers
+
+
+def report_same(
+    other: str, run: RunDirectory, splits: Mapping[str, ValidationSet], earlier: Mapping[str, Kept]
+) -> None:
+    """Prints how many answers are those of another evaluation, and writes it to same_answers.json.
+
+    Raises:
+        ValueError: An image is another one now.
+    """
+    found: dict[str, Any] = {}
+    for name, split in splits.items():
+        both = zip(read_answers(run.path / ANSWERS, name), earlier[name], strict=True)
+        rows = []
+        for row, ((ours, images), (theirs, before)) in enumerate(both):
+            if images != before:
+                raise ValueError(f"same_as: the images of {name}, row {split.table[row].id}, are not those of {other}")
+            if ours is not None and theirs is not None:
+                rows.append((split.table[row], ours, theirs))
+        share, count = share_of_same(name, rows)
+        found[name] = {**share.as_dict(), "rows": count}
+        print(f"same     {points(share)} % of {count:,} answers of {name} are those of {other}")
+    write_text(run.path / "same_answers.json", json.dumps({"same_as": other, **found}, indent=2) + "\n")
 
 
 def inputs_of(
     config: EvalVLConfig, model: VLModel, splits: Mapping[str, ValidationSet], adapter: Path | None
 ) -> dict[str, str]:
     """Digests of all that the config refers to, by a description of each."""
-    inputs = {f"the data of {name}": found.identity for name, found in splits.items()} | dict(model.identity)
+    inputs = data_of(splits) | dict(model.identity)
     inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
     return inputs | ({"the adapter": digest_of_adapter(adapter)} if adapter else {})
 

@@ -2,6 +2,7 @@
 
 import gc
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -9,14 +10,16 @@ from torch import Tensor
 import dora_mm
 from dora_mm import formats
 from dora_mm.adapting.files import check_identity, saved_config
+from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.paths import check_folder, resolve_adapter, resolve_model
 from dora_mm.models.folders import saved_dtype, write_copy
 from dora_mm.models.probe import Probe, checked_config, largest_difference, load_probe
+from dora_mm.models.vl.vlm.saved_limits import write_limits
 from dora_mm.utils.digest import module_digest
 from dora_mm.utils.folders import written_at_once
 
 BOUND = 1e-4  # of the largest logit: how far merging in float32 may move any of them
-SIZES = ("min_pixels", "max_pixels", "image_size", "max_tiles")  # of the images, which a processor's files set
+FRAMES = ("fps", "max_frames")  # of videos, which processors choose in other ways
 
 
 def main(model: str, adapter: str, out: str, *, dtype: str | None = None, revision: str | None = None) -> None:
@@ -49,11 +52,14 @@ def main(model: str, adapter: str, out: str, *, dtype: str | None = None, revisi
         del base  # the memory may not hold two models, and modules refer to each other
         gc.collect()
         check_written(partial, dtype, digest, logits)
+        run = saved_config(file)
+        section = run.model if run and isinstance(run.model, VLMModelConfig) else None
+        sizes = write_limits(partial, section) if section else {}
     print(f"written  {folder}, and loaded again: its logits are those of the merged model")
-    if sizes := trained_sizes(file):
-        print(
-            f"note     trained with {sizes}, which the processor's files of {folder} do not say: set it where you ask"
-        )
+    if sizes:
+        print(f"images   {listed(sizes)}, as in the training: the processor's files of {folder} have it")
+    if section and (frames := {key: found for key in FRAMES if (found := getattr(section, key))}):
+        print(f"note     trained with {listed(frames)}, which no file of {folder} says: set it where you ask")
 
 
 def new_folder(out: str) -> Path:
@@ -113,8 +119,6 @@ def check_written(folder: Path, dtype: str, digest: str, logits: Tensor) -> None
         raise RuntimeError(f"the {type(found.model).__name__} that was written is not the one that was merged")
 
 
-def trained_sizes(file: Path) -> str:
-    """The sizes of images with which an adapter was trained, where they were not those of the processor's files."""
-    run = saved_config(file)
-    sizes = {key: getattr(run.model, key, None) for key in SIZES} if run else {}
-    return ", ".join(f"{key} {value}" for key, value in sizes.items() if value is not None)
+def listed(values: Mapping[str, float]) -> str:
+    """Keys of a config with their values."""
+    return ", ".join(f"{key} {value}" for key, value in values.items())

@@ -39,6 +39,8 @@ def main(file: str, tool: str, base: str | None = None, *, axis: str | None = No
         print(json.dumps([verdict.as_dict() for verdict in verdicts], indent=2))
         return
     print("\n".join(sentence(verdict, path, base) for verdict in verdicts))
+    if warned := cautions(verdicts):
+        print(f"\n{warned}")
     print(f"\n{table(verdicts)}")
     print(f"\n{MEASURE}")
     if verdicts[0].note:
@@ -68,6 +70,15 @@ def sentence(verdict: Verdict, file: Path, base: str) -> str:
     usage = f"; {verdict.usage}" if verdict.usage and not reason else ""
     what = f" Cure: {command}" if (command := cure(verdict, file, base)) else ""
     return f"{verdict.title}: {found}{usage}.{what}"
+
+
+def cautions(verdicts: list[Verdict]) -> str:
+    """A line for each thing that a person has to know who loads more than this file, or into a quantised model."""
+    tools: dict[str, list[str]] = defaultdict(list)
+    for verdict in verdicts:
+        for caution in verdict.cautions:
+            tools[caution].append(verdict.title)
+    return "\n".join(f"mind     {', '.join(titles)}: {caution}" for caution, titles in tools.items())
 
 
 def cure(verdict: Verdict, file: Path, base: str) -> str | None:

@@ -122,6 +122,7 @@ class EvalVLConfig(PipelineConfig):
     data: VLDataConfig
     decode: DecodeConfig = DecodeConfig()
     examples: Count = 48  # examples of each task on the HTML page
+    same_as: InputPath | None = None  # the run of an evaluation of the same rows: how many of its answers stay the same
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "EvalVLConfig":

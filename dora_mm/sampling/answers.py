@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -176,12 +176,8 @@ class KeptAnswers:
         """
         found: list[str | None] = []
         lines: list[str] = []
-        for line in self.file.read_bytes().splitlines() if self.file.exists() else ():
-            try:
-                answer, content, checksum = json.loads(line)
-            except (ValueError, TypeError):  # a line that a killed process did not finish, or a damaged one
-                break
-            if checksum != _checksum(answer, content) or len(found) == count or content != self._content(len(found)):
+        for answer, content in _kept(self.file):
+            if len(found) == count or content != self._content(len(found)):
                 break
             found.append(answer)
             lines.append(_line(answer, content))
@@ -200,6 +196,26 @@ class KeptAnswers:
             return self.content(self.split.table[row], self.split.images) if self.content else ""
         except (OSError, ValueError):  # what cannot be read has no answer either
             return ""
+
+
+def read_answers(folder: Path, task: str) -> list[tuple[str | None, str]]:
+    """The answers to the rows of a task that `answer_all` has kept in a folder, and what the images of each were.
+
+    The answer is None to a row that cannot be read.
+    """
+    return list(_kept(folder / f"{task}.jsonl"))
+
+
+def _kept(file: Path) -> Iterator[tuple[str | None, str]]:
+    """The lines of a file of answers, up to one that a killed process did not finish, or a damaged one."""
+    for line in file.read_bytes().splitlines() if file.exists() else ():
+        try:
+            answer, content, checksum = json.loads(line)
+        except (ValueError, TypeError):
+            return
+        if checksum != _checksum(answer, content):
+            return
+        yield answer, content
 
 
 def _line(answer: str | None, content: str) -> str:

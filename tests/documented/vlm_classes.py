@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES as 
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.models.vl.vlm.image_limits import limits_of
+from dora_mm.models.vl.vlm.saved_limits import write_limits
 from tests.models.vl.vlm import tiny
 from tests.models.vl.vlm.classes.equalities import EXAMPLES, batch_of, learned_parts, losses, opened
 from tests.models.vl.vlm.classes.rarest_models import UNTRAINED
@@ -137,6 +139,8 @@ def limits_by(kind: str, folder: Path) -> list[str]:
     for key in limits_of(vlm.rows.processor, vlm.model_config):
         limited = VLM(VLMModelConfig.model_validate({"path": str(base), key: LIMITS[key]}))
         assert losses(limited, batch_of(limited, pictures_in(folder), EXAMPLES[:1])).isfinite().all(), key
+        copy = shutil.copytree(base, folder / "limited" / base.name, dirs_exist_ok=True)
+        assert write_limits(copy, limited.config), key
         found.append(key)
     return found
 

@@ -34,6 +34,7 @@ from dora_mm.registries.tools import TOOLS, no_entry, other_tools
 RIGHT, REFUSED, IGNORED, NO_MAGNITUDE = "right", "refused", "ignored", "loses the magnitude"
 WRONG_AXIS, FAILS, NOT_FINITE, DIFFERS = "wrong axis", "fails", "not finite", "differs"
 NOT_FOUND = "not in the base"
+LOADED = (RIGHT, WRONG_AXIS, DIFFERS)  # with the magnitude
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Verdict:
         usage: What a person has to set in the tool; empty where there is nothing.
         cure: The options of `dora-mm convert` for a file that it computes right; empty where it does that of this file,
             or where there are none.
+        cautions: Where it computes something else from the magnitudes than from this file alone, and the way out.
     """
 
     tool: str
@@ -79,6 +81,7 @@ class Verdict:
     version: str = ""
     usage: str = ""
     cure: str = ""
+    cautions: tuple[str, ...] = ()
 
     @property
     def findings(self) -> Counter[str]:
@@ -157,6 +160,7 @@ def verify(
             TOOLS[name].version,
             tool_of(name).usage(axes),
             "" if all(layer.finding == RIGHT for layer in layers[name]) else cure(adapter, name, components),
+            tool_of(name).cautions if axes and any(layer.finding in LOADED for layer in layers[name]) else (),
         )
         for name in chosen
     ]

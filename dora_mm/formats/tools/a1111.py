@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dora_mm.formats.tools.formulas import Computation, over_columns
+from dora_mm.formats.tools.formulas import IN_TURN, Computation, over_columns
 from dora_mm.formats.tools.parts import LYCORIS_PARTS, OLD_KOHYA_NAMES
 from dora_mm.formats.tools.tool import Tool
 
@@ -10,4 +10,5 @@ TOOL = Tool(
     names=OLD_KOHYA_NAMES,
     parts=LYCORIS_PARTS,
     computes=Computation(over_columns, "takes the norms of input columns", axis="in"),
+    cautions=(IN_TURN,),
 )

@@ -102,12 +102,18 @@ def usage_of_pair(first: str, second: str) -> str:
     )
 
 
+CAUTIONS = (
+    formulas.IN_TURN,
+    "the nodes that load in bypass mode, for quantised models, leave magnitudes out: take --to diff, or plain LoRA of "
+    "--to lora",
+)
 TOOL_2025 = Tool(
     names=NAMES,
     parts=PARTS,
     computes=Computation(formulas.over_base, "divides by the norm of W0 on the output axis"),
     wrote_header=re.compile(f"{TARGET_KEY}=comfy-2025$"),
     read=read_2025,
+    cautions=CAUTIONS,
 )
 TOOL_15458 = Tool(
     names=NAMES,
@@ -115,6 +121,7 @@ TOOL_15458 = Tool(
     computes=Computation(formulas.over_updated, "divides by the norm of the updated weight"),
     wrote_header=re.compile(f"{TARGET_KEY}=comfy-15458$"),
     wrote_key=re.compile(r"diffusion_model\."),
+    cautions=CAUTIONS,
 )
 EXPORT_2025 = Export(
     write_2025,

@@ -140,6 +140,7 @@ TOOL = Tool(
     named=named,
     loses=LOST,
     refuses=refuses,
+    cautions=peft.CAUTIONS,
 )
 EXPORT = Export(
     peft.write,

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from dora_mm.formats.tools import comfy
+from dora_mm.formats.tools.formulas import IN_TURN
 from dora_mm.formats.tools.tool import Header, Modules
 
 MOST_UNREAD = 12
@@ -18,4 +19,4 @@ def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
     return f"drops the file, since {len(unread)} keys have names that it does not know, such as {unread[0]:.100}"
 
 
-TOOL = replace(comfy.TOOL_2025, wrote_header=None, refuses=refuses)
+TOOL = replace(comfy.TOOL_2025, wrote_header=None, refuses=refuses, cautions=(IN_TURN,))

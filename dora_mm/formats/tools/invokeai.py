@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from dora_mm.formats.tools.formulas import Computation, over_columns
+from dora_mm.formats.tools.formulas import IN_TURN, Computation, over_columns
 from dora_mm.formats.tools.parts import KOHYA_NAMES, LYCORIS_PARTS
 from dora_mm.formats.tools.tool import Header, Modules, Tool
 
@@ -33,4 +33,5 @@ TOOL = Tool(
     parts={**LYCORIS_PARTS, "lora_A.weight": "A", "lora_B.weight": "B"},
     computes=Computation(over_columns, "takes the norms of input columns", axis="in"),
     refuses=refuses,
+    cautions=(IN_TURN,),
 )

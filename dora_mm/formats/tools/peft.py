@@ -29,7 +29,7 @@ from dora_mm.formats.naming import spellings
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.state import LayerState, joined
 from dora_mm.formats.tools import peft_config, products
-from dora_mm.formats.tools.formulas import Computation, Update
+from dora_mm.formats.tools.formulas import AFTER_ANOTHER, Computation, Update
 from dora_mm.formats.tools.methods import Method, method_of_type
 from dora_mm.formats.tools.parts import Parts, neutral
 from dora_mm.formats.tools.tool import Contents, Export, Format, Header, HeaderReader, Holds, Modules, Tool
@@ -196,6 +196,7 @@ def parameter_key(name: Name, adapted: Collection[Name]) -> str:
 
 
 COMPUTES = Computation(dora, "scales the update inside the norm by the strength", axis="out", lora=lora)
+CAUTIONS = (f"{AFTER_ANOTHER}, and take plain LoRA (--to lora) of a second one",)
 TOOL = Tool(
     names=NAMES,
     parts=PARTS,
@@ -205,6 +206,7 @@ TOOL = Tool(
     in_header=HeaderReader(alpha, settings, listed, parameter, unties, scaling),
     named=named,
     refuses=refuses,
+    cautions=CAUTIONS,
 )
 EXPORT = Export(
     write,

@@ -84,6 +84,8 @@ class Tool:
             modules (see `AdapterFile.modules`), the keys that belong to none and the header; empty where it loads the
             file.
         usage: What a person has to set in the tool, from the axes of the magnitudes; empty where there is nothing.
+        cautions: Where it computes something else from a magnitude than from the file alone on a model that is not
+            quantised, and the way out, as the ends of sentences that begin with its name.
     """
 
     names: re.Pattern[str]
@@ -97,6 +99,7 @@ class Tool:
     loses: re.Pattern[str] | None = None
     refuses: Callable[[Modules, Collection[str], Header], str] = lambda modules, others, header: ""
     usage: Callable[[Collection[str]], str] = lambda axes: ""
+    cautions: tuple[str, ...] = ()
 
     def wrote(self, keys: Collection[str], header: Header) -> bool:
         """Whether it wrote a file with these keys and this header."""

@@ -178,6 +178,24 @@ def test_low_rank_of_one_model_is_a_peft_folder(tmp_path):
         assert not any("magnitude" in key for key in file.keys())  # noqa: SIM118
 
 
+@pytest.mark.parametrize(("given", "llama_cpp_is_right"), [({"rank": 4}, True), ({"energy": 0.9}, False)])
+def test_how_vllm_and_llama_cpp_scale_a_plain_lora(given, llama_cpp_is_right, tmp_path):
+    """vLLM scales all modules by lora_alpha / r, llama.cpp each by lora_alpha / its rank; none reads the patterns."""
+    base = {Name("model", name.path): W0 for name, W0 in peft_base().items()}
+    convert(FIXTURES / "peft_dora", tmp_path / "new", to="lora", base=base, **given)
+    config = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == config["r"]
+    meant = weights_of(tmp_path / "new", base)
+    tensors = load_file(tmp_path / "new" / "adapter_model.safetensors")
+    right = {"vllm": True, "llama.cpp": True}
+    for name, W0 in base.items():
+        A, B = (tensors[f"base_model.model.{name.path}.lora_{part}.weight"].flatten(1) for part in "AB")
+        for tool, scale in (("vllm", config["lora_alpha"] / config["r"]), ("llama.cpp", config["lora_alpha"] / len(A))):
+            error = (W0 + scale * (B @ A).view_as(W0) - meant[name]).norm()
+            right[tool] &= bool(error < 1e-6 * meant[name].norm())
+    assert right == {"vllm": True, "llama.cpp": llama_cpp_is_right}
+
+
 def peft_base():
     return {name: BASE[name] for name in toy.UNET}
 

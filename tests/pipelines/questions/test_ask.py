@@ -155,7 +155,8 @@ def test_the_settings_of_the_run_are_those_of_the_answer(tiny_vlm, pictures, tmp
     assert asked(capsys, tiny_vlm("qwen2_5_vl"), image, QUESTION) != f"{bare}\n"
 
     assert main(["merge", str(tiny_vlm("qwen2_5_vl")), str(tmp_path), str(tmp_path / "merged")]) == 0
-    assert "trained with max_pixels 784" in capsys.readouterr().out
+    assert "max_pixels 784, as in the training" in capsys.readouterr().out
+    assert asked(capsys, tmp_path / "merged", image, f"Say {QUESTION}", "--max-new-tokens", 6) == f"{adapted}\n"
 
 
 def test_vl_bart_has_the_tower_of_its_run(vl_bart, vision, pictures, tmp_path, capsys):

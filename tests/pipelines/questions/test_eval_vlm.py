@@ -10,6 +10,7 @@ import yaml
 from dora_mm.cli import main
 from dora_mm.models.vl.vlm.answers import VLMAnswers
 from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.pipelines.files.test_merge import vlm_adapter
 
 
 @pytest.fixture
@@ -84,3 +85,57 @@ def test_an_evaluation_that_was_stopped_goes_on_in_its_folder(config, tmp_path, 
     config([str(tmp_path / "wide.png")] * 6, batch_size=2)
     assert main(["eval", path]) == 2
     assert "was started with different values of the data of chat: choose another folder" in capsys.readouterr().err
+
+
+def test_the_share_of_answers_that_stay_the_same(config, tmp_path, tiny_vlm, capsys):
+    """Counted again from the submissions, which have the answers by id; it is 1 for the same adapter, and merged."""
+    images = [str(picture) for picture in sorted(write_pictures(tmp_path).glob("*.png"))] * 3
+    path = config(images, max_new_tokens=4)
+    base, adapter = str(tiny_vlm("llava")), vlm_adapter(tiny_vlm("llava"), tmp_path / "adapter")
+    assert main(["eval", path, "--set", f"adapter={adapter}"]) == 0
+    assert main(["convert", str(adapter), str(tmp_path / "lora"), "--to", "lora", "--rank", "1", "--base", base]) == 0
+    assert main(["merge", base, str(adapter), str(tmp_path / "merged")]) == 0
+    shares = {}
+    for name, key in (("adapter", "adapter"), ("lora", "adapter"), ("merged", "model.path")):
+        given = [f"{key}={tmp_path / name}", f"same_as={tmp_path / 'run'}", f"output={tmp_path / f'run-{name}'}"]
+        assert main(["eval", path, "--set", *given, "decode.batch_size=5"]) == 0
+        answers = [
+            [
+                json.loads(line)["answer"]
+                for line in (tmp_path / run / "predictions_chat.jsonl").read_text().splitlines()
+            ]
+            for run in ("run", f"run-{name}")
+        ]
+        shares[name] = sum(ours == theirs for ours, theirs in zip(*answers, strict=True)) / len(images)
+        found = json.loads((tmp_path / f"run-{name}" / "same_answers.json").read_text())["chat"]
+        assert (found["mean"], found["rows"]) == (shares[name], len(images))
+        assert f"same     {100 * shares[name]:.1f} (" in capsys.readouterr().out
+    assert shares["adapter"] == shares["merged"] == 1.0
+    assert shares["lora"] < 1.0
+
+
+def test_only_an_evaluation_of_the_same_rows_is_compared_with(config, tmp_path, capsys):
+    write_pictures(tmp_path)
+    wide, tall = str(tmp_path / "wide.png"), str(tmp_path / "tall.png")
+    path = config([wide, tall])
+    assert main(["eval", path]) == 0
+    again = [f"same_as={tmp_path / 'run'}", f"output={tmp_path / 'again'}"]
+
+    def refused(*overrides: str) -> str:
+        assert main(["eval", path, "--set", *again, *overrides]) == 2
+        assert not (tmp_path / "again").exists()
+        return capsys.readouterr().err
+
+    assert "another decode section" in refused("decode.max_new_tokens=2")
+    assert "same_as" in refused(f"same_as={tmp_path / 'missing'}")
+    config([wide])
+    assert "answered other rows than these, by the data of chat" in refused()
+    config([wide, tall])
+    kept = tmp_path / "run" / "answers" / "chat.jsonl"
+    lines = kept.read_text().splitlines(keepends=True)
+    kept.write_text(lines[0])
+    assert "has no answers to all rows of chat" in refused()
+    kept.write_text("".join(lines))
+    shutil.copy(tall, wide)
+    assert main(["eval", path, "--set", *again]) == 2
+    assert "row 1, are not those of" in capsys.readouterr().err

@@ -27,14 +27,7 @@ def set_limits(processor: Any, config: VLMModelConfig, model_config: Any) -> Non
     Raises:
         ValueError: The processor does not take a key, or not with this value; the message says what it takes.
     """
-    images = processor.image_processor
-    given = {
-        "image_size": config.image_size,
-        "min_pixels": config.min_pixels,
-        "max_pixels": config.max_pixels,
-        "max_tiles": config.max_tiles,
-    }
-    given = {key: value for key, value in given.items() if value is not None}
+    images, given = processor.image_processor, limits_in(config)
     if images is None:
         if given:
             raise ValueError(f"model.{next(iter(given))}: {config.path} reads no images: leave it out")
@@ -48,6 +41,17 @@ def set_limits(processor: Any, config: VLMModelConfig, model_config: Any) -> Non
                 + (f"{others} instead" if others else "no other size")
             )
         known[key](value)
+
+
+def limits_in(config: VLMModelConfig) -> dict[str, int]:
+    """The keys for the sizes of images that a config sets, with their values."""
+    values = {
+        "image_size": config.image_size,
+        "min_pixels": config.min_pixels,
+        "max_pixels": config.max_pixels,
+        "max_tiles": config.max_tiles,
+    }
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def limits_of(processor: Any, model_config: Any) -> dict[str, Callable[[int], None]]:
@@ -104,6 +108,12 @@ def within(grid: Sequence[Sequence[int]], tile: int, max_tiles: int) -> list[lis
         fewest = min(prod(sizes) for sizes in grid) // (tile * tile)
         raise ValueError(f"model.max_tiles {max_tiles}: an image of this model has at least {fewest} tiles")
     return kept
+
+
+def limited_grid(model_config: Any, max_tiles: int | None) -> list[list[int]] | None:
+    """The grid of a model's config with at most so many tiles, as its processor's; None: it has none, or no limit."""
+    grid = getattr(model_config, "image_grid_pinpoints", None)
+    return within(grid, model_config.vision_config.image_size, max_tiles) if grid and max_tiles else None
 
 
 def _why_not(key: str, images: Any) -> str:

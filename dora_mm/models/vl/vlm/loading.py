@@ -16,7 +16,7 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.paths import resolve_model
 from dora_mm.models.folders import load_weights, model_class, read_config
 from dora_mm.models.opening import opening
-from dora_mm.models.vl.vlm.image_limits import set_limits, within
+from dora_mm.models.vl.vlm.image_limits import limited_grid, set_limits
 from dora_mm.models.vl.vlm.texts import TextProcessor
 from dora_mm.models.vl.vlm.videos import check_video_keys
 
@@ -100,9 +100,8 @@ def load_vlm(config: VLMModelConfig, device: torch.device) -> Any:
         **{key: value for key, value in settings.items() if value is not None},
     )
     model.generation_config = special_tokens(model)
-    if config.max_tiles and getattr(model.config, "image_grid_pinpoints", None):  # as those of its processor
-        grid, tile = model.config.image_grid_pinpoints, model.config.vision_config.image_size
-        model.config.image_grid_pinpoints = within(grid, tile, config.max_tiles)
+    if grid := limited_grid(model.config, config.max_tiles):
+        model.config.image_grid_pinpoints = grid
     if found.model_type == "llama4":
         model.language_model.register_forward_hook(_with_image_outputs)
     return model.requires_grad_(False).eval()
