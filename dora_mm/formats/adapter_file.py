@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_mm.config.paths import CONFIG
+from dora_mm.config.paths import CONFIG, INDEX
 from dora_mm.formats.files.checks import check_dtype, first_not_finite
 from dora_mm.formats.files.json_text import read_bounded
 from dora_mm.formats.files.tensor_file import PICKLES, TensorFile, pickle_error
@@ -36,6 +36,7 @@ _NETWORK = re.compile(
 )
 _INTEGERS = (torch.int16, torch.int32, torch.int64)
 MOST_RANK = 2**14  # that is accepted of a weight with fewer rows and columns
+_OF_MODELS = (".weight", ".bias", ".running_mean", ".running_var", ".num_batches_tracked", ".position_ids")
 _TOP = 8  # keys that are shown of a file that is not recognised
 
 
@@ -89,6 +90,8 @@ class AdapterFile:
             found = "bare"  # it can only be for a network of images, and its alpha is the rank
         if found is None and (method := other_method(keys)):
             raise self._holds(method)
+        if found is None and keys and all(key.endswith(_OF_MODELS) for key in keys):
+            raise ValueError(f"{self.path} is a model, or a part of one, and no adapter: it has whole weights alone")
         if found is None:
             shown = ", ".join(keys[:_TOP])
             raise ValueError(f"{self.path} is not an adapter of a known tool: its keys are {shown or 'none'}")
@@ -376,6 +379,8 @@ def find_file(path: Path) -> Path:
     pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLES)
     if pickles and not found:
         raise pickle_error(pickles[0])
+    if not found and any((path / name).is_file() for name in (INDEX, CONFIG)):
+        raise ValueError(f"{path} is the folder of a model, and no adapter")
     raise ValueError(f"the folder {path} contains {len(found) or 'no'} adapter files ({names}): give the path of one")
 
 

@@ -164,3 +164,12 @@ def test_half_of_a_pair(source, tmp_path, capsys):
     for number, file in enumerate(convert(source, tmp_path / "a.safetensors", to="comfy", base=toy.base()).files, 1):
         assert cli.main(["inspect", str(file)]) == 0
         assert f"note: it is file {number} of a pair" in capsys.readouterr().out
+
+
+def test_a_model_that_is_given_as_an_adapter_is_called_a_model(tiny_folder, capsys):
+    weights = tiny_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    base = ["--base", str(tiny_folder)]
+    for given, what in ((weights, "is a model, or a part of one"), (tiny_folder, "is the folder of a model")):
+        for command in (["verify", str(given), *base], ["convert", str(given), "OUT", "--to", "kohya", *base]):
+            assert cli.main(command) == 2
+            assert f"{given} {what}, and no adapter" in capsys.readouterr().err

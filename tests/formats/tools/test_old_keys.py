@@ -145,5 +145,5 @@ def test_the_architecture_is_named_or_unknown(module, architecture, tmp_path):
 
 def test_the_weights_of_a_network_are_no_adapter(tmp_path):
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(2, 2)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="is not an adapter of a known tool"):
+    with pytest.raises(ValueError, match="is a model, or a part of one, and no adapter"):
         AdapterFile(tmp_path / "a.safetensors")

@@ -353,7 +353,7 @@ def test_wrong_arguments(tiny_vlm, tmp_path, capsys):
     base = tiny_vlm("llava")
     adapter = vlm_adapter(base, tmp_path / "adapter")
     assert "OUT" in refused(capsys, tmp_path / "adapter", base, adapter)
-    assert "no adapter files" in refused(capsys, tmp_path / "merged", base, base)
+    assert "is the folder of a model, and no adapter" in refused(capsys, tmp_path / "merged", base, base)
     assert "ADAPTER" in refused(capsys, tmp_path / "merged", base, tmp_path / "missing")
     assert "--revision" in refused(capsys, tmp_path / "merged", base, adapter, "--revision", "main")
 
