@@ -98,7 +98,7 @@ class AdapterFile:
         return found
 
     def _holds(self, method: Method) -> ValueError:
-        return ValueError(f"{self.path} holds {method.title}, which is not read here: {method.advice}")
+        return ValueError(f"{self.path} holds {method.title}, not LoRA or DoRA: {method.advice}")
 
     def _sort_in(self, key: str) -> None:
         if EMBEDDINGS.match(key):

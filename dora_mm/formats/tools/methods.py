@@ -15,7 +15,7 @@ _MERGE = (
     "(PeftModel.from_pretrained(model, FOLDER).merge_and_unload().save_pretrained(MERGED)), and use MERGED as a model"
 )
 _RUN = "it is no change of weights, and cannot be merged: run it with PEFT"
-_TRAINED = "dora-mm train, eval and ask read it with the model"
+_TRAINED = "dora-mm train, eval and ask read such a file with its model"
 _TOOL = "only LoRA and DoRA, and LoHa, LoKr and GLoRA are read: merge it in the tool that made it"
 
 

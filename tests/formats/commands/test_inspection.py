@@ -118,7 +118,7 @@ def test_other_methods_are_named(ending, title, beside, tmp_path):
     """Also where some modules are adapted by LoRA."""
     tensors = {f"lora_unet_{BLOCK}_attn1_to_q.{ending}": torch.ones(2, 2), **beside}
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=f"holds {title}, which is not read here: "):
+    with pytest.raises(ValueError, match=f"holds {title}, not LoRA or DoRA: "):
         inspect_file(tmp_path / "a.safetensors")
 
 

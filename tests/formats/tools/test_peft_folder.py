@@ -152,7 +152,7 @@ def test_other_kinds_of_adapters_are_refused(tmp_path):
     save_adapter({"model": model}, tmp_path, format="peft")
     config = json.loads((tmp_path / CONFIG_NAME).read_text())
     (tmp_path / CONFIG_NAME).write_text(json.dumps({**config, "peft_type": "IA3"}))
-    with pytest.raises(ValueError, match="holds IA3, which is not read here: it changes more"):
+    with pytest.raises(ValueError, match="holds IA3, not LoRA or DoRA: it changes more"):
         load_adapter({"model": bare}, tmp_path)
 
 

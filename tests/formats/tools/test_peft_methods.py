@@ -203,7 +203,7 @@ def test_what_is_not_read_is_named_with_what_to_do(kind, tmp_path):
     """The advice is what PEFT can do: merge it into nothing but weights, into biases or norms too, or not at all."""
     folder, method = tmp_path / "peft", METHODS[kind]
     base = write(kind, folder)
-    sentence = re.escape(f"holds {method.title}, which is not read here: {method.advice}")
+    sentence = re.escape(f"holds {method.title}, not LoRA or DoRA: {method.advice}")
     for use in (inspect_file, lambda path: load_adapter(base, path)):
         with pytest.raises(ValueError, match=sentence):
             use(folder)
@@ -253,13 +253,13 @@ def test_the_commands_say_it(command, tmp_path, capsys):
     words = {"FILE": str(tmp_path), "NEW": str(tmp_path / "new"), "M": str(tmp_path / "model")}
     assert main([words.get(word, word) for word in command.split()]) == 2
     (sentence,) = capsys.readouterr().err.strip().splitlines()
-    assert "holds RandLoRA, which is not read here: merge it with PEFT" in sentence
+    assert "holds RandLoRA, not LoRA or DoRA: merge it with PEFT" in sentence
 
 
 def test_a_type_that_is_not_known_is_named(tmp_path):
     save_file({"base_model.model.q.new_A": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "NEWLORA"}')
-    with pytest.raises(ValueError, match="holds an adapter of PEFT's type 'NEWLORA', which is not read here"):
+    with pytest.raises(ValueError, match="holds an adapter of PEFT's type 'NEWLORA', not LoRA or DoRA"):
         AdapterFile(tmp_path)
 
 

@@ -17,7 +17,7 @@ from tests.models.vl.vlm.texts.test_language_models import BALL, BOXES
 from tests.models.vl.vlm.texts.text_rows import write_texts
 from tests.pipelines.killed import assert_same_weights
 
-SERIES_OR_PARALLEL = "holds series or parallel adapters, which dora-mm train, eval and ask read"
+SERIES_OR_PARALLEL = "holds series or parallel adapters, not LoRA or DoRA: dora-mm train, eval and ask read such a file"
 
 
 def test_every_method_of_the_config_has_its_module():
@@ -29,7 +29,7 @@ def test_every_method_of_the_config_has_its_module():
     [
         ("series", "bottleneck", "trained_weights.safetensors", SERIES_OR_PARALLEL),
         ("parallel", "bottleneck", "trained_weights.safetensors", SERIES_OR_PARALLEL),
-        ("prefix", "prefix", "adapter_model.safetensors", "holds a learned prefix or prompt of PEFT"),
+        ("prefix", "prefix", "adapter_model.safetensors", "holds a learned prefix or prompt, not LoRA or DoRA"),
     ],
 )
 def test_they_train_resume_load_and_are_refused_where_a_weight_is_needed(

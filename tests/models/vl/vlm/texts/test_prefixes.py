@@ -138,7 +138,7 @@ def test_a_prefix_of_another_model_is_refused(shape, open_model, tmp_path):
 def test_other_prompts_of_peft_are_named(open_model, tmp_path):
     save_file({"prompt_embeddings": torch.zeros(3, 32)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "PROMPT_TUNING"}))
-    with pytest.raises(ValueError, match=r"holds prompt tuning \(a learned prompt\), which is not read here"):
+    with pytest.raises(ValueError, match=r"holds prompt tuning \(a learned prompt\), not LoRA or DoRA"):
         load_trained(open_model("llama"), tmp_path, backend="torch")
 
 
