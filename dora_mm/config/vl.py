@@ -70,6 +70,7 @@ class TrainVLConfig(PipelineConfig):
         "data.tables",
         "evaluate.every",
         "evaluate.patience",
+        "model.max_length",  # where it cuts no row in another way that was seen: see `RowCounts`
     )
     dry_run_lists_missing: ClassVar[bool] = True
     pipeline: Literal["train_vl"]

@@ -50,12 +50,14 @@ class VLMBatch:
         groups: The rows in groups that are computed together, each as (inputs, labels (B, T), row weights (B,)).
         num_cut: How many of the rows lost text or whole exchanges to `model.max_length`.
         left_out: A sentence on each row that could not be encoded, and is missing here.
+        longest: The tokens of the longest row that could be encoded, before it was cut.
     """
 
     task: str
     groups: tuple[tuple[Mapping[str, Tensor], Tensor, Tensor], ...]
     num_cut: int = 0
     left_out: tuple[str, ...] = ()
+    longest: int = 0
 
 
 class VLM:
@@ -111,7 +113,7 @@ class VLM:
         self.rows = ExampleEncoder(*reads, limit, key, *frames, learns_prompts=learns_prompts)
         self.questions = ExampleEncoder(*reads, positions, "the model's positions", *frames)
         self.network = VLMNetwork(self.config, form, torch.device(device))
-        self.counts = RowCounts()
+        self.counts = RowCounts(limit)
 
     @classmethod
     def load(
@@ -223,10 +225,11 @@ class VLM:
         *,
         on_bad_data: OnBadData = "stop",
     ) -> VLMBatch:
-        rows, weights, left_out = [], [], []
+        rows, weights, left_out, longest = [], [], [], 0
         for example, (answer, weight) in zip(examples, targets, strict=True):
             try:
                 row = self.rows.row(task, example, images, answer)
+                longest = max(longest, row.length + row.num_cut)
                 if row.loses_answer:
                     left_out.append(f"row {example.id} of {task}: {self._why_left_out(row)}")
                     continue
@@ -240,7 +243,7 @@ class VLM:
             (*self.rows.collate([rows[i] for i in group]), torch.tensor([weights[i] for i in group]))
             for group in self.rows.groups(rows)
         ]
-        return VLMBatch(task, tuple(groups), sum(row.num_cut > 0 for row in rows), tuple(left_out))
+        return VLMBatch(task, tuple(groups), sum(row.num_cut > 0 for row in rows), tuple(left_out), longest)
 
     def _why_left_out(self, row: TokenRow) -> str:
         whole = row.num_image_tokens + row.num_image_cut
@@ -248,6 +251,7 @@ class VLM:
         return f"its whole answer is beyond {self.rows.max_length} tokens ({self.rows.limit_from}){images}"
 
     def loss(self, batch: VLMBatch, generator: torch.Generator) -> LossSum:
+        self.counts.longest = max(self.counts.longest, batch.longest)
         if torch.is_grad_enabled():  # a validation does not count
             self.counts.add(batch.num_cut, batch.left_out)
         count = torch.zeros((), device=self.network.device)
