@@ -100,9 +100,9 @@ class RowCounts:
         before, longest = state_dict["limit"], state_dict["longest"]
         if before != self.limit and longest > min(before, self.limit):
             raise ValueError(
-                f"model.max_length cannot change from {before:,} to {self.limit:,} tokens: the finished steps have read "
-                f"rows of up to {longest:,}, which would be cut in another way; go on with {before:,}, or start a new "
-                "run"
+                f"model.max_length cannot change from {before:,} to {self.limit:,} tokens: the finished steps have "
+                f"read rows of up to {longest:,}, which would be cut in another way; go on with {before:,}, or start a "
+                "new run"
             )
         self.num_cut, self.num_left_out, self.longest = state_dict["num_cut"], state_dict["num_left_out"], longest
 

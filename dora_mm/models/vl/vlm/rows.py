@@ -49,7 +49,7 @@ class ExampleEncoder:
 
     Args:
         processor: The model's processor.
-        model_type: Its class, as in its config.
+        config: The model's config.
         form: How it computes answers.
         plain: What it reads without a chat template; None: its processor has one.
         prompts: Prompts that replace those of tasks.
@@ -64,7 +64,7 @@ class ExampleEncoder:
     def __init__(
         self,
         processor: Any,
-        model_type: str,
+        config: Any,
         form: Form,
         plain: PlainPrompts | None,
         prompts: Mapping[Any, str],
@@ -76,9 +76,9 @@ class ExampleEncoder:
         *,
         learns_prompts: bool = False,
     ):
-        self.processor, self.model_type, self.form, self.plain = processor, model_type, form, plain
+        self.processor, self.model_type, self.form, self.plain = processor, config.model_type, form, plain
         self.prompts, self.max_length, self.limit_from = prompts, max_length, limit_from
-        self.encoder = RowEncoder(processor, max_length, limit_from, learns_prompts=learns_prompts)
+        self.encoder = RowEncoder(processor, config, max_length, limit_from, learns_prompts=learns_prompts)
         self.fps, self.max_frames, self.files = fps, max_frames, files
 
     # --- rows --------------------------------------------------------------------------------------------------------
