@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -16,22 +17,27 @@ from dora_mm.core.wrappers.sharded import is_sharded
 from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.forms import Form, cross_entropy
 from dora_mm.models.vl.vlm.loading import load_vlm
+from dora_mm.utils.messages import raised_by_us
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
 def naming(task: str, ids: Sequence[str]) -> Iterator[None]:
-    """Names the rows that a model computes in what it raises, which ends a run: it is not known which one is at fault.
+    """Names the rows that a model computes where it raises, which ends a run: it is not known which one is at fault.
 
     Raises:
-        RuntimeError: The model raises a ValueError, which would be taken for that of a row that cannot be read.
+        RuntimeError: A library raises a ValueError, which would be taken for that of a row that cannot be read.
     """
     rows = f"row{'s' if len(ids) > 1 else ''} {', '.join(ids)} of {task}"
     try:
         yield
     except ValueError as error:
+        if raised_by_us(error):
+            raise
         raise RuntimeError(f"the model fails at {rows}: {error}") from error
-    except Exception as error:
-        error.add_note(f"the model fails at {rows}")
+    except Exception:
+        log.error("the model fails at %s", rows)
         raise
 
 

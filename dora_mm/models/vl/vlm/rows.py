@@ -177,14 +177,14 @@ class ExampleEncoder:
             return turns[:-1] if answer is None and turns[-1].role == "assistant" else turns
         said = [self.prompt(task, example.text), *([] if answer is None else [answer])]
         said = [escaped(text) for text in said]
-        asked = "\n".join([*(VIDEO if is_video(name) else IMAGE for name in example.images), said[0]])
+        asked = "".join([*(VIDEO if is_video(name) else IMAGE for name in example.images), said[0]])
         return [Turn("user", asked, False), *(Turn("assistant", text, True) for text in said[1:])]
 
     def _asked(self, task: str, turn: Turn) -> Turn:
         """A turn of a conversation; a question, of a task that asks questions, has its prompt."""
         if turn.role != "user" or TASKS[task].kind == "conversations":
             return turn
-        text = re.sub(rf"(?s).*({IMAGE}|{VIDEO})\n", "", turn.text)
+        text = re.sub(rf"(?s).*({IMAGE}|{VIDEO})\n?", "", turn.text)
         return turn._replace(text=turn.text.removesuffix(text) + self.prompt(task, text))
 
     def prompt(self, task: str, text: str) -> str:
