@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 
 from dora_mm import formats
 from dora_mm.adapting.files import load_trained, saved_config, seed_of
-from dora_mm.config.paths import resolve_model, resolve_path
+from dora_mm.config.paths import find_path, resolve_model, resolve_path
 from dora_mm.config.vl import DecodeConfig, TrainVLConfig
-from dora_mm.data.images.frames import check_video, is_video
-from dora_mm.data.images.pixels import load_rgb
+from dora_mm.data.images.frames import VIDEO_SUFFIXES, check_video, is_video
+from dora_mm.data.images.pixels import SUFFIXES, load_rgb
 from dora_mm.data.vl.example import IMAGE, VIDEO, Answer, Example, Turn, escaped
 from dora_mm.data.vl.splits import usual_opening
 from dora_mm.models.vl.families import load_to_ask
@@ -51,6 +51,9 @@ def main(
     Raises:
         ValueError: The model, an image or the adapter cannot be used, or they do not belong together.
     """
+    named = question.lower().endswith((*SUFFIXES, *VIDEO_SUFFIXES))
+    if named and (find_path(question) or len(question.split()) == 1):
+        raise ValueError(f"QUESTION is missing: {question} is the name of a file, and the question comes behind it")
     path, files = resolve_model(model, "MODEL"), [str(resolve_path(image, "IMAGE").absolute()) for image in images]
     for file in files:
         (check_video if is_video(file) else load_rgb)(file)

@@ -9,6 +9,7 @@ from dora_mm.config.models import VisionConfig, VLModelConfig
 from dora_mm.config.schema import (
     AdapterPath,
     Backend,
+    ByShortName,
     Count,
     InputPath,
     Items,
@@ -139,7 +140,7 @@ class ExtractFeaturesConfig(PipelineConfig):
     vision: VisionConfig
     images: Annotated[Items[InputPath], Field(min_length=1)]  # folders of images
     batch_size: PositiveInt = 32  # images per batch
-    dtype: Literal["float32", "float16"] = "float16"  # dtype of the saved features
+    dtype: Annotated[Literal["float32", "float16"], ByShortName] = "float16"  # dtype of the saved features
     on_bad_data: Literal["stop", "skip"] = "stop"  # skip: bad images are left out, counted and listed
 
 

@@ -196,6 +196,10 @@ def test_mistakes_give_one_sentence(tiny_vlm, pictures, tmp_path, capsys):
     base, image = tiny_vlm("llava"), pictures / "wide.png"
     (tmp_path / "broken.png").write_bytes(image.read_bytes()[:90])
     assert "IMAGE" in refused(capsys, base, tmp_path / "missing.png", QUESTION)
+    for names in ([image], [image, image], ["nowhere/cat.JPG"], ["clip.mp4"]):
+        assert f"QUESTION is missing: {names[-1]} is the name of a file" in refused(capsys, base, *names)
+    (tmp_path / "a cat.png").write_bytes(image.read_bytes())
+    assert "QUESTION is missing" in refused(capsys, base, tmp_path / "a cat.png")
     assert "broken.png is not a complete image" in refused(capsys, base, tmp_path / "broken.png", QUESTION)
     assert "QUESTION" in refused(capsys, base, image, " ")
     assert "MODEL" in refused(capsys, tmp_path / "missing", image, QUESTION)
