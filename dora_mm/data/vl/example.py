@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 IMAGE, VIDEO = "<image>", "<video>"  # inside the text of a user's or system turn: the place of the next one
 ESCAPED = (rf"\{IMAGE}", rf"\{VIDEO}")  # stand for the text of the markers themselves
 PLACE = re.compile(r"(?<!\\)<(image|video)>")
+LEADING = re.compile(r"(?:<(?:image|video)>(?:\r?\n)?)+")  # markers that begin a turn, and the line breaks behind them
 Role = Literal["system", "user", "assistant", "tool"]
 
 

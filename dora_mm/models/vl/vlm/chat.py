@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from dora_mm.data.vl.example import Turn, pieces_of, plain_text
+from dora_mm.data.vl.example import LEADING, Turn, pieces_of, plain_text
 
 Pieces = tuple[tuple[str, str], ...]  # of a turn: ("text", "What is it?"), or ("image", "") or ("video", "")
 THOUGHT = re.compile(r"\s*</?think>\s*")
@@ -109,11 +109,13 @@ class _Template:
         tokenizer = processor.tokenizer
         self.tokens = tuple(filter(None, (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())))
         shape = tuple((turn.role, tuple(kind for kind, _ in _pieces(turn.text))) for turn in asked)
-        self.content = _readable_content(processor, processor.chat_template, shape)
+        self.content, self.breaks = _readable_content(processor, processor.chat_template, shape)
 
     def apply(self, turns: Sequence[Turn], *, ask: bool = False) -> str:
         """Renders turns; with `ask`, what begins the model's next turn follows."""
-        messages = [{"role": t.role, "content": self.content(_pieces(t.text), self.processor)} for t in turns]
+        texts = [_without_leading_breaks(turn.text) if self.breaks else turn.text for turn in turns]
+        said = zip(turns, map(_pieces, texts), strict=True)
+        messages = [{"role": turn.role, "content": self.content(pieces, self.processor)} for turn, pieces in said]
         return _apply(self.processor, messages, ask)
 
     def exchange(self, turns: Sequence[Turn], later: Sequence[Turn]) -> _Exchange:
@@ -127,7 +129,7 @@ class _Template:
             if not _occurs(text, history):
                 return _Exchange(read, history + tail, tail, is_whole=False)
         answered = self.apply([*marked[:-1], answer])
-        said = _said(prompt, answered, text, tail)
+        said = _said(prompt, answered, plain_text(answer.text), tail)
         if not _occurs(text, said):
             raise ValueError(f"the chat template does not render this answer as it is: {text[:80]!r}")
         rest, end = answered[len(answered.rstrip()) :], tail
@@ -177,7 +179,9 @@ def _said(prompt: str, answered: str, text: str, tail: str) -> str:
     whole = answered.rstrip()
     if answered.startswith(prompt):
         return whole[len(prompt) :]
-    body = whole.removesuffix(tail).rstrip()
+    body = whole.removesuffix(tail)
+    if not body.endswith(text):  # white space around it is trimmed
+        body, text = body.rstrip(), text.strip()
     return whole[len(body) - len(text) :] if body.endswith(text) else ""
 
 
@@ -193,18 +197,16 @@ def _occurs(text: str, rendered: str) -> bool:
 
 
 def _pieces(text: str) -> Pieces:
-    """The pieces of a turn. Templates set images apart by themselves, so line breaks beside them go."""
-    found = []
-    pieces = pieces_of(text)
-    for number, piece in enumerate(pieces):
-        if number % 2:
-            found.append((piece, ""))
-            continue
-        piece = piece.removeprefix("\r").removeprefix("\n") if number else piece
-        piece = piece.removesuffix("\n").removesuffix("\r") if number + 1 < len(pieces) else piece
-        if piece:
-            found.append(("text", piece))
+    """The pieces of a turn, with the text as it is."""
+    pieces = enumerate(pieces_of(text))
+    found = [(piece, "") if number % 2 else ("text", piece) for number, piece in pieces if piece]
     return tuple(found) or (("text", ""),)
+
+
+def _without_leading_breaks(text: str) -> str:
+    """The text of a turn without the line breaks behind the images that begin it, which its template writes itself."""
+    leading = LEADING.match(text)
+    return "".join(leading[0].split()) + text[leading.end() :] if leading else text
 
 
 def _items(pieces: Pieces, processor: Any) -> Any:
@@ -233,13 +235,18 @@ CONTENTS: tuple[Content, ...] = (_items, _items_of_images, _string)
 
 
 @lru_cache(maxsize=1000)
-def _readable_content(processor: Any, template: str, shape: tuple[tuple[str, tuple[str, ...]], ...]) -> Content:
-    """The form of contents in which a template renders all texts: the first of CONTENTS that does.
+def _readable_content(
+    processor: Any, template: str, shape: tuple[tuple[str, tuple[str, ...]], ...]
+) -> tuple[Content, bool]:
+    """The form of contents in which a template renders all texts, the first of CONTENTS that does.
 
     Args:
         processor: The processor.
         template: Its template.
         shape: The turns in front of an answer: their roles, and the kinds of their pieces.
+
+    Returns:
+        The form, and whether the template itself writes a line break behind an image that begins a turn.
 
     Raises:
         ValueError: The template refuses the conversation, or leaves out a text of it in each form.
@@ -262,7 +269,7 @@ def _readable_content(processor: Any, template: str, shape: tuple[tuple[str, tup
         lost = [role for role, pieces in zip(roles, marks, strict=True) if not _shown(pieces, asked)]
         lost += [] if _shown(answer, answered) else ["assistant"]
         if not lost and _all_videos_shown(marks, asked, processor):
-            return content
+            return content, _breaks(marks, asked)
         what = f"the text of a turn of the {lost[0]}" if lost else "a video"
         problem = problem or ValueError(f"the chat template leaves out {what}")
     assert problem is not None
@@ -273,6 +280,13 @@ def _shown(marks: Pieces, rendered: str) -> bool:
     """Whether all texts are in what a template rendered, and not as a list that is printed, in quotation marks."""
     texts = [text for kind, text in marks if kind == "text"]
     return all(text in rendered and not re.search(f"['\"]{text}['\"]", rendered) for text in texts)
+
+
+def _breaks(marks: Sequence[Pieces], rendered: str) -> bool:
+    """Whether a template writes a line break in front of the first text of a turn that begins with an image."""
+    illustrated = [pieces for pieces in marks if pieces[0][0] != "text"]
+    texts = [next((text for kind, text in pieces if kind == "text"), None) for pieces in illustrated]
+    return any(text is not None and f"\n{text}" in rendered for text in texts)
 
 
 def _all_videos_shown(marks: Sequence[Pieces], rendered: str, processor: Any) -> bool:

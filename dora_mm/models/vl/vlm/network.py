@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +17,28 @@ from dora_mm.core.wrappers.sharded import is_sharded
 from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.forms import Form, cross_entropy
 from dora_mm.models.vl.vlm.loading import load_vlm
+from dora_mm.utils.messages import raised_by_us
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def naming(task: str, ids: Sequence[str]) -> Iterator[None]:
+    """Names the rows that a model computes where it raises, which ends a run: it is not known which one is at fault.
+
+    Raises:
+        RuntimeError: A library raises a ValueError, which would be taken for that of a row that cannot be read.
+    """
+    rows = f"row{'s' if len(ids) > 1 else ''} {', '.join(ids)} of {task}"
+    try:
+        yield
+    except ValueError as error:
+        if raised_by_us(error):
+            raise
+        raise RuntimeError(f"the model fails at {rows}: {error}") from error
+    except Exception:
+        log.error("the model fails at %s", rows)
+        raise
 
 
 class VLMNetwork:

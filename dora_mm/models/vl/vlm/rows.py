@@ -49,7 +49,7 @@ class ExampleEncoder:
 
     Args:
         processor: The model's processor.
-        model_type: Its class, as in its config.
+        config: The model's config.
         form: How it computes answers.
         plain: What it reads without a chat template; None: its processor has one.
         prompts: Prompts that replace those of tasks.
@@ -64,7 +64,7 @@ class ExampleEncoder:
     def __init__(
         self,
         processor: Any,
-        model_type: str,
+        config: Any,
         form: Form,
         plain: PlainPrompts | None,
         prompts: Mapping[Any, str],
@@ -76,9 +76,9 @@ class ExampleEncoder:
         *,
         learns_prompts: bool = False,
     ):
-        self.processor, self.model_type, self.form, self.plain = processor, model_type, form, plain
+        self.processor, self.model_type, self.form, self.plain = processor, config.model_type, form, plain
         self.prompts, self.max_length, self.limit_from = prompts, max_length, limit_from
-        self.encoder = RowEncoder(processor, max_length, limit_from, learns_prompts=learns_prompts)
+        self.encoder = RowEncoder(processor, config, max_length, limit_from, learns_prompts=learns_prompts)
         self.fps, self.max_frames, self.files = fps, max_frames, files
 
     # --- rows --------------------------------------------------------------------------------------------------------
@@ -177,14 +177,14 @@ class ExampleEncoder:
             return turns[:-1] if answer is None and turns[-1].role == "assistant" else turns
         said = [self.prompt(task, example.text), *([] if answer is None else [answer])]
         said = [escaped(text) for text in said]
-        asked = "\n".join([*(VIDEO if is_video(name) else IMAGE for name in example.images), said[0]])
+        asked = "".join([*(VIDEO if is_video(name) else IMAGE for name in example.images), said[0]])
         return [Turn("user", asked, False), *(Turn("assistant", text, True) for text in said[1:])]
 
     def _asked(self, task: str, turn: Turn) -> Turn:
         """A turn of a conversation; a question, of a task that asks questions, has its prompt."""
         if turn.role != "user" or TASKS[task].kind == "conversations":
             return turn
-        text = re.sub(rf"(?s).*({IMAGE}|{VIDEO})\n", "", turn.text)
+        text = re.sub(rf"(?s).*({IMAGE}|{VIDEO})\n?", "", turn.text)
         return turn._replace(text=turn.text.removesuffix(text) + self.prompt(task, text))
 
     def prompt(self, task: str, text: str) -> str:
