@@ -26,9 +26,9 @@ from dora_mm.data.vl.rows import BadRows, RowError
 
 log = logging.getLogger(__name__)
 PEEKED = 20  # rows that are searched for one of a known shape: the first may be damaged
-LISTS = (  # keys whose values a table has as text, in JSON or as Python writes it
-    *("messages", "conversations", "texts", "prompt", "completion", "history", "image", "images", "video", "videos"),
-    *("tools", "objects"),
+# Keys whose values a table has as text, in JSON or as Python writes it
+LISTS = frozenset(("messages", "conversations", "texts", "prompt", "completion", "history", "tools", "objects")).union(
+    ("image", "images", "video", "videos")
 )
 
 
@@ -133,11 +133,8 @@ def find_shape(path: Path, columns: Mapping[Any, str] | None = None) -> Shape:
 def _row(path: Path, item: Any, columns: Mapping[Any, str]) -> JsonRow:
     """A row of a file, by the names that its columns have here."""
     row = _renamed(_with_files(_parsed(item), path) if path.name in METADATA else _parsed(item), columns)
-    for key in LISTS:
-        value = row.get(key)
-        if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-            row = row | {key: _listed(value)}
-    return row
+    packed = [key for key in LISTS & row.keys() if isinstance(row[key], str) and row[key].lstrip()[:1] in ("[", "{")]
+    return row | {key: _listed(row[key]) for key in packed} if packed else row
 
 
 def _with_files(row: JsonRow, path: Path) -> JsonRow:

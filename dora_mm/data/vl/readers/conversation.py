@@ -102,7 +102,7 @@ def conversation(said: Dialogue, name: str) -> Example:
         raise RowError("has `loss: false` for every answer")
     turns = zip(roles, texts, learned, said.all_calls, strict=True)
     question = plain_text(texts[-2 if roles[-1] == "assistant" and len(texts) > 1 else -1]).strip()
-    images = tuple(chain.from_iterable((one,) if isinstance(one, str) else one for one in shown))
+    images, frames = _files(shown)
     return Example(
         name,
         images,
@@ -110,7 +110,7 @@ def conversation(said: Dialogue, name: str) -> Example:
         answers,
         (1.0,) * len(answers),
         turns=tuple(map(Turn._make, turns)),  # faster than Turn()
-        frames=() if len(images) == len(shown) and all(isinstance(one, str) for one in shown) else _frames(shown),
+        frames=frames,
         tools=said.tools,
         boxes=said.boxes,
     )
@@ -123,8 +123,11 @@ def _answers(roles: Sequence[Role], texts: Sequence[str], said: Dialogue) -> tup
     return () if said.boxes and (BOX in texts[-1] or REF in texts[-1]) else (plain_text(texts[-1]),)
 
 
-def _frames(shown: Sequence[str | Frames]) -> tuple[int, ...]:
-    return tuple(0 if isinstance(one, str) else len(one) for one in shown)
+def _files(shown: Sequence[str | Frames]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """All files of a row, and how many of them are the frames of each video; see `Example`."""
+    lists = [(one,) if isinstance(one, str) else one for one in shown]
+    frames = tuple(0 if isinstance(one, str) else len(one) for one in shown) if tuple in map(type, shown) else ()
+    return tuple(chain.from_iterable(lists)), frames
 
 
 @lru_cache(maxsize=1000)  # most rows have one of a few sequences

@@ -12,7 +12,7 @@ from typing import Any
 from dora_mm.data.vl.readers.conversation import ROLES, Dialogue
 from dora_mm.data.vl.rows import RowError
 
-CALLS = ("function_call", "tool_call", "tool_calls")  # who says a call that is a turn
+CALLS = frozenset(("function_call", "tool_call", "tool_calls"))  # who says a call that is a turn
 
 
 def tools_of(given: Any) -> str:
@@ -34,12 +34,11 @@ def with_calls(said: Dialogue, messages: Sequence[Any]) -> Dialogue:
     Raises:
         RowError: A call is none, or is another's than the assistant's.
     """
-    are_turns = not {name.lower() for name in said.names}.isdisjoint(CALLS)
-    if not are_turns and not any(message.get("tool_calls") for message in messages):
+    if CALLS.isdisjoint(said.names) and not any(message.get("tool_calls") for message in messages):
         return said
     found = Dialogue([], [], [], [], said.images, said.videos, calls := [])
     for name, text, loss, places, message in zip(*said[:4], messages, strict=True):
-        is_call = name.lower() in CALLS
+        is_call = name in CALLS
         own = _calls(text if is_call else message.get("tool_calls") or [])
         if own and not is_call and ROLES.get(name.lower()) != "assistant":
             raise RowError(f"has tool calls in a turn of {name[:20]!r}: they are the assistant's")

@@ -1,6 +1,7 @@
 """Tools, their calls and conversations out of the ordinary, as published chat templates render the same messages."""
 
 import json
+from functools import cache
 
 import pytest
 
@@ -50,9 +51,16 @@ ROWS = {  # of the same conversation
 }  # fmt: skip
 
 
-def processor_of(name, tiny_vlm):
-    processor = load_processor(VLMModelConfig(path=str(tiny_vlm(PUBLISHED[name]))))
-    return with_template(processor, name, TEMPLATES[name])
+@pytest.fixture(scope="module")
+def processor_of(tiny_vlm):
+    """A processor with a published template, by the name of that; loaded once."""
+
+    @cache
+    def loaded(name):
+        processor = load_processor(VLMModelConfig(path=str(tiny_vlm(PUBLISHED[name]))))
+        return with_template(processor, name, TEMPLATES[name])
+
+    return loaded
 
 
 def without_ids(example):
@@ -81,8 +89,8 @@ TAKES_TOOLS = {  # what is learned, the white space that Qwen3.5 writes behind i
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_calls_are_learned_as_the_template_writes_them(tmp_path, tiny_vlm, name):
-    processor, row = processor_of(name, tiny_vlm), only(as_lines(tmp_path, [ROWS["OpenAI"]]))
+def test_calls_are_learned_as_the_template_writes_them(tmp_path, processor_of, name):
+    processor, row = processor_of(name), only(as_lines(tmp_path, [ROWS["OpenAI"]]))
     if name not in TAKES_TOOLS:
         with pytest.raises(ValueError, match=r"does not show a tool, 'weather'|refuses a conversation: "):
             render(processor, row.turns, row.tools)
@@ -98,10 +106,10 @@ def test_calls_are_learned_as_the_template_writes_them(tmp_path, tiny_vlm, name)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl"])
-def test_a_template_that_leaves_out_calls_is_refused(tmp_path, tiny_vlm, name):
+def test_a_template_that_leaves_out_calls_is_refused(tmp_path, processor_of, name):
     row = only(as_lines(tmp_path, [{"messages": SAID}]))
     with pytest.raises(ValueError, match=r"the chat template does not show the call of a tool, 'weather'"):
-        render(processor_of(name, tiny_vlm), row.turns)
+        render(processor_of(name), row.turns)
 
 
 ODD = {  # conversations, and whose templates refuse them
@@ -121,9 +129,9 @@ OTHERWISE = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("case", ODD)
-def test_conversations_out_of_the_ordinary_are_rendered_as_they_are(tmp_path, tiny_vlm, case, name):
+def test_conversations_out_of_the_ordinary_are_rendered_as_they_are(tmp_path, processor_of, case, name):
     said = [{"role": role, "content": text} for role, text in ODD[case]]
-    turns, processor = only(as_lines(tmp_path, [{"messages": said}])).turns, processor_of(name, tiny_vlm)
+    turns, processor = only(as_lines(tmp_path, [{"messages": said}])).turns, processor_of(name)
     if (case, name) in REFUSED:
         with pytest.raises(ValueError, match="the chat template refuses a conversation: "):
             render(processor, turns)
