@@ -180,8 +180,13 @@ def form_of(name: str, config: Any) -> Form:
 
 
 def shifted(model: Any, labels: Tensor) -> Tensor:
-    """What a decoder reads (B, T) to predict labels (B, T): its start token, and all of them but the last."""
-    config = model.config.get_text_config(decoder=True)
-    start = getattr(config, "decoder_start_token_id", None)
-    ids = F.pad(labels[:, :-1], (1, 0), value=config.bos_token_id if start is None else start)
+    """What a decoder reads (B, T) to predict labels (B, T): its start token, and all of them but the last.
+
+    The class of the model, or of its language model, says how, but for Florence-2's, whose config does.
+    """
+    for module in model.modules():
+        if hasattr(module, "prepare_decoder_input_ids_from_labels"):
+            return module.prepare_decoder_input_ids_from_labels(labels=labels)
+    config = model.config.get_text_config()
+    ids = F.pad(labels[:, :-1], (1, 0), value=config.decoder_start_token_id)
     return ids.masked_fill(ids == IGNORED, config.pad_token_id)

@@ -26,6 +26,7 @@ BY_MECHANISM = {  # whether the head computes losses
     "chameleon": False,  # overwrites some of them
     "git": True,  # has columns of images in front
     "florence2": True,  # has a decoder of its own
+    "t5gemma2": True,
     "blip_vqa": True,
     "blip_caption": True,
     "nemotron_h_omni": False,  # widens them; its language model has the head
