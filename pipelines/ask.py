@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 
 from dora_mm import formats
 from dora_mm.adapting.files import load_trained, saved_config, seed_of
-from dora_mm.config.paths import resolve_model, resolve_path
+from dora_mm.config.paths import find_path, resolve_model, resolve_path
 from dora_mm.config.vl import DecodeConfig, TrainVLConfig
-from dora_mm.data.images.frames import check_video, is_video
-from dora_mm.data.images.pixels import load_rgb
+from dora_mm.data.images.frames import VIDEO_SUFFIXES, check_video, is_video
+from dora_mm.data.images.pixels import SUFFIXES, load_rgb
 from dora_mm.data.vl.example import IMAGE, VIDEO, Answer, Example, Turn, escaped
-from dora_mm.data.vl.splits import usual_system
+from dora_mm.data.vl.splits import usual_opening
 from dora_mm.models.vl.families import load_to_ask
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.registries.vl_tasks import TASKS
@@ -34,7 +34,8 @@ def main(
     """Prints a model's answer to a question; with an adapter, the bare model's and the adapted one's.
 
     With the adapter of a run, the model is loaded as the run's config says (dtype, sizes of images, quantisation), and
-    both are asked as the run trained: with the prompt of its task, and the system turn that its conversations have.
+    both are asked as the run trained: with the prompt of its task, and as its conversations begin (a system turn, a
+    line break behind images).
 
     Args:
         model: A folder of `save_pretrained`, or a hub name; or the folder of a VL-BART, with an adapter.
@@ -50,6 +51,9 @@ def main(
     Raises:
         ValueError: The model, an image or the adapter cannot be used, or they do not belong together.
     """
+    named = question.lower().endswith((*SUFFIXES, *VIDEO_SUFFIXES))
+    if named and (find_path(question) or len(question.split()) == 1):
+        raise ValueError(f"QUESTION is missing: {question} is the name of a file, and the question comes behind it")
     path, files = resolve_model(model, "MODEL"), [str(resolve_path(image, "IMAGE").absolute()) for image in images]
     for file in files:
         (check_video if is_video(file) else load_rgb)(file)
@@ -68,15 +72,15 @@ def main(
     )
     _check(vl, path, files, then, system)
     task = asked_task(vl, run)
-    if system is None and run is not None and vl.converses:
-        system = _system_of(run, task)
+    usual, behind = _opening_of(run, task) if run is not None and vl.converses else (None, "")
+    opening = (usual if system is None else system, behind)
     answer = vl.answerer(task, DecodeConfig(max_new_tokens=max_new_tokens), ())
-    bare = list(conversed(answer, questions, files, system))
+    bare = list(conversed(answer, questions, files, *opening))
     if folder is None:
         print("\n".join(bare))
         return
     load_trained(vl, folder, backend="auto")
-    for asked, before, after in zip(questions, bare, conversed(answer, questions, files, system), strict=True):
+    for asked, before, after in zip(questions, bare, conversed(answer, questions, files, *opening), strict=True):
         if then:
             print(f"question:        {asked}")
         print(f"without adapter: {before}")
@@ -105,19 +109,21 @@ def asked_task(vl: VLModel, run: TrainVLConfig | None) -> str:
     return min(asked, key=lambda task: TASKS[task].kind != "conversations", default=vl.question_task)
 
 
-def _system_of(run: TrainVLConfig, task: str) -> str | None:
-    """The system turn of a run's conversations, which its data files have."""
+def _opening_of(run: TrainVLConfig, task: str) -> tuple[str | None, str]:
+    """The system turn of a run's conversations, which its data files have, and what is behind their images."""
     found = next((each for each in run.data.all_tasks if each.task == task), None)
     if found is None or TASKS[task].kind != "conversations":
-        return None
+        return None, ""
     try:
-        return usual_system(found)
+        return usual_opening(found)
     except ValueError as error:
         log.warning("asked without a system turn, since the run's data cannot be read (--system gives one): %s", error)
-        return None
+        return None, ""
 
 
-def conversed(answer: Answer, questions: Sequence[str], files: Sequence[str], system: str | None) -> Iterator[str]:
+def conversed(
+    answer: Answer, questions: Sequence[str], files: Sequence[str], system: str | None, behind: str = ""
+) -> Iterator[str]:
     """The answers to questions of one conversation, one after the other.
 
     Args:
@@ -125,14 +131,15 @@ def conversed(answer: Answer, questions: Sequence[str], files: Sequence[str], sy
         questions: The questions.
         files: The images, which are shown with the first question.
         system: The system turn; None or "": none.
+        behind: What is written behind each image: a line break, or nothing.
     """
-    if len(questions) == 1 and not system:
+    if len(questions) == 1 and not system and not behind:
         yield answer([Example("of the command", tuple(files), questions[0])], "/")[0]
         return
     turns = [Turn("system", system, False)] if system else []
     for number, question in enumerate(questions):
-        shown = [VIDEO if is_video(file) else IMAGE for file in files] if number == 0 else []
-        turns.append(Turn("user", "\n".join([*shown, escaped(question)]), False))
+        shown = [f"{VIDEO if is_video(file) else IMAGE}{behind}" for file in files] if number == 0 else []
+        turns.append(Turn("user", "".join([*shown, escaped(question)]), False))
         found = answer([Example("of the command", tuple(files), question, turns=tuple(turns))], "/")[0]
         turns.append(Turn("assistant", escaped(found), False))
         yield found

@@ -40,6 +40,7 @@ from dora_mm.train.prefetch import Prefetcher
 from dora_mm.train.processes import (
     answering,
     check_can_shard,
+    highest,
     join_processes,
     main_process_first,
     share_seen,
@@ -53,6 +54,7 @@ from dora_mm.train.weights import EMA, WeightAverage, result_of
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
 log = logging.getLogger(__name__)
+COUNTS = "row counts"  # in checkpoints
 
 
 def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = False, decode: bool = False) -> None:
@@ -117,7 +119,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         compile_blocks(trained.networks, model.target_maps)
     inputs = inputs_of(config, model, training, splits)
     scoring = scoring_of(config, model, accelerator, training, splits, answers, result_of(parts["optimizer"]))
-    with training_run(accelerator, config, inputs, resume, parts["config"]) as run:
+    with training_run(accelerator, config, inputs, resume, parts["config"], {COUNTS: model.counts}) as run:
         train(config, run, model, trained, accelerator, batches, parts, splits, scoring)
 
 
@@ -214,10 +216,12 @@ def train(
                     scoring.save_answers(run.samples / f"step-{step:06d}.jsonl" if main_process else None)
         if validate.is_due(step, parts["config"].steps):
             log_scores(step, validate(step))
+            model.counts.longest = highest(model.counts.longest, accelerator)
 
     def after_step(step: int) -> None:
         if average:
             average.update(step)
+        model.counts.longest = highest(model.counts.longest, accelerator)
         if is_due(parts["config"], step):
             share_seen(accelerator, model.files)
 
@@ -226,7 +230,7 @@ def train(
             run=run,
             **parts,
             batch_at=batch_at,
-            state={"row counts": model.counts, "files": model.files} | ({EMA: average} if average else {}),
+            state={COUNTS: model.counts, "files": model.files} | ({EMA: average} if average else {}),
             around_passes=measuring(trained.networks, config.train.gradients_at if main_process else (), run.path),
             after_step=after_step,
             observe=observe,

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from dora_mm.cli.errors import OURS, user_message
+from dora_mm.cli.errors import user_message
 from dora_mm.cli.other_forms import right_form
 from dora_mm.cli.parser import build_parser
+from dora_mm.utils.messages import OURS
 
 if TYPE_CHECKING:
     from dora_mm.recipes import Recipes

@@ -2,12 +2,10 @@
 
 import errno
 import sys
-import traceback
 from collections.abc import Iterator
 
-from dora_mm.utils.messages import ChangedFileError, compiler_problem, shown
+from dora_mm.utils.messages import ChangedFileError, compiler_problem, is_ours, raised_by_us, shown
 
-OURS = ("dora_mm", "samples")  # the top-level packages of our own code; samples/build exists in a checkout only
 LONGEST_LINE = 2000  # characters
 
 _FULL = ("No space left on device", "Disk quota exceeded")  # safetensors and torch wrap them in other errors
@@ -29,13 +27,13 @@ def _message(error: Exception) -> str | None:
             return f"the disk is full: free some space, then run again (train: with --resume RUN_DIR) ({cause})"
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _REFUSED):
         return f"{error.filename or 'a file'} cannot be written or read: {error.strerror}"
-    if isinstance(error, ModuleNotFoundError) and error.name and not _is_ours(error.name):
+    if isinstance(error, ModuleNotFoundError) and error.name and not is_ours(error.name):
         extras = "eval,optim,track,vl"  # all extras that commands use
         return f"the package {error.name} is missing: pip install 'dora_mm[{extras}]'"
     compiler = sys.modules.get("torch._dynamo.exc")  # importing it takes seconds
     if compiler is not None and isinstance(error, compiler.TorchDynamoException):  # in a forward or a backward pass
         return f"train.compile: a block cannot be compiled ({compiler_problem(error)}): leave it out"
-    if isinstance(error, ChangedFileError) or (isinstance(error, ValueError) and _raised_by_us(error)):
+    if isinstance(error, ChangedFileError) or (isinstance(error, ValueError) and raised_by_us(error)):
         return str(error)
     return None
 
@@ -45,13 +43,3 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while seen is not None:
         yield seen
         seen = seen.__cause__ or seen.__context__
-
-
-def _raised_by_us(error: Exception) -> bool:
-    """Only our own code checks for users' mistakes, so a ValueError that a library raises is a bug."""
-    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
-    return _is_ours(frame.f_globals.get("__name__", ""))
-
-
-def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] in OURS

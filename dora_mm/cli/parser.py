@@ -8,10 +8,12 @@ from typing import Any
 from dora_mm import __version__
 from dora_mm.registries.image_families import IMAGE_FAMILIES
 from dora_mm.registries.tools import TARGETS, TOOLS, other_tools
+from dora_mm.utils.dtypes import full_name
 
 RESUMABLE = ("train", "sample", "grid")
 BASE = "the model: a folder, a single-file checkpoint or a hub name"
 CAPTION_PROMPT = "Describe the image in one sentence."
+DTYPES = ("float32", "bfloat16", "float16")
 AXIS = "the axis of the magnitudes, where their shape does not say it"
 
 
@@ -151,7 +153,7 @@ def _add_convert(commands: Any) -> None:
     command.add_argument("--strength", metavar="T", type=float, default=1.0, help="becomes strength 1 in the new file")
     command.add_argument("--rank", metavar="R", type=_positive, help="of target lora, or of a new fit")
     command.add_argument("--energy", metavar="SHARE", type=float, help="of the update to keep in target lora")
-    command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the new tensors")
+    command.add_argument("--dtype", type=full_name, choices=DTYPES, help="of the new tensors")
     command.add_argument(
         "--allow-lossy", action="store_true", help="write it even where the tool computes something else from it"
     )
@@ -221,7 +223,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 
 def _add_weights(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    command.add_argument("--dtype", type=full_name, choices=DTYPES, help="of the weights")
     command.add_argument("--revision", metavar="R", help="a commit, branch or tag of a hub model; default: main")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator
 from pydantic.fields import FieldInfo
 
-from dora_mm.config.schema import InputPath, Items, ModelPath, Positive, Section, SectionChoice, SectionT, Text
+from dora_mm.config.schema import Dtype, InputPath, Items, ModelPath, Positive, Section, SectionChoice, SectionT, Text
 from dora_mm.config.vl_data import TaskName
 from dora_mm.registries.image_families import IMAGE_FAMILIES
 from dora_mm.registries.registry import load
@@ -55,7 +55,7 @@ class ModelConfig(Section):
     path: ModelPath  # a model folder, a hub name, or (SDXL) a single .safetensors checkpoint
     revision: Text | None = None  # a commit, branch or tag of a hub model; null: its main branch
     vae: ModelPath | None = None  # a folder or hub name of another VAE; null: the model's own
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the frozen weights; adapters are float32
+    dtype: Dtype = "float32"  # bfloat16 or float16, of the frozen weights; adapters are float32
     # float8: the Linear layers of all parts of the denoiser are stored in 8 bits, each row with a scale; null: in dtype
     quantization: Literal["float8"] | None = None
     # What an SDXL model predicts; auto: what its files say, of a single checkpoint its tensors v_pred and ztsnr
@@ -138,7 +138,7 @@ class VLMModelConfig(VLFamilyConfig):
     family: Literal["vlm"] = "vlm"
     path: ModelPath  # a folder of save_pretrained, or a hub name
     revision: Text | None = None  # a commit, branch or tag of a hub model; null: the main branch
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen weights
+    dtype: Dtype = "float32"  # bfloat16 or float16, of the frozen weights
     attn_implementation: Text | None = None  # such as sdpa or flash_attention_2; null: what transformers chooses
     # The frozen weights in 8 or 4 bits, by bitsandbytes or torchao; null: not quantised
     quantization: Literal["int8", "nf4", "fp4", "torchao_int8"] | None = None

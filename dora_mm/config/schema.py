@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from dora_mm.registries.registry import Registry
+from dora_mm.utils.dtypes import full_name
 
 T = TypeVar("T")
 
@@ -62,6 +63,8 @@ Count = Annotated[int, Field(ge=0)]
 
 
 Backend = Literal["auto", "torch", "triton"]
+ByShortName = BeforeValidator(full_name)  # a dtype that may be given as bf16, say
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], ByShortName]
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

@@ -9,6 +9,7 @@ from dora_mm.config.models import VisionConfig, VLModelConfig
 from dora_mm.config.schema import (
     AdapterPath,
     Backend,
+    ByShortName,
     Count,
     InputPath,
     Items,
@@ -70,6 +71,7 @@ class TrainVLConfig(PipelineConfig):
         "data.tables",
         "evaluate.every",
         "evaluate.patience",
+        "model.max_length",  # where it cuts no row in another way that was seen: see `RowCounts`
     )
     dry_run_lists_missing: ClassVar[bool] = True
     pipeline: Literal["train_vl"]
@@ -139,7 +141,7 @@ class ExtractFeaturesConfig(PipelineConfig):
     vision: VisionConfig
     images: Annotated[Items[InputPath], Field(min_length=1)]  # folders of images
     batch_size: PositiveInt = 32  # images per batch
-    dtype: Literal["float32", "float16"] = "float16"  # dtype of the saved features
+    dtype: Annotated[Literal["float32", "float16"], ByShortName] = "float16"  # dtype of the saved features
     on_bad_data: Literal["stop", "skip"] = "stop"  # skip: bad images are left out, counted and listed
 
 

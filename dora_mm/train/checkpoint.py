@@ -151,6 +151,18 @@ def set_damaged_aside(folder: Path) -> None:
         log.warning("The run goes on from the checkpoint of step %d.", last_step(folder))
 
 
+def load_parts(path: Path, parts: Mapping[str, Stateful]) -> None:
+    """Restores some of the parts of a checkpoint, those that say whether a training may go on from it.
+
+    Args:
+        path: The folder of a checkpoint that is intact.
+        parts: As for `load_checkpoint`, where all are given.
+    """
+    state = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+
+
 def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Stateful]) -> int:
     """Restores parameters and parts in place.
 

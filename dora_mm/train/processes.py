@@ -152,6 +152,14 @@ def summed(numbers: list[int], accelerator: Accelerator) -> list[int]:
     return found.tolist()
 
 
+def highest(number: int, accelerator: Accelerator) -> int:
+    """The highest of a number of all processes."""
+    if accelerator.num_processes == 1:
+        return number
+    found: Any = accelerator.gather(torch.tensor([number], device=accelerator.device))
+    return int(found.max())
+
+
 @contextlib.contextmanager
 def answering(accelerator: Accelerator, train: TrainConfig, run: RunDirectory, request: str) -> Iterator[bool]:
     """As `run.answering`, in each process that takes part; the main one knows what is asked for."""

@@ -6,6 +6,7 @@ import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from accelerate import Accelerator
@@ -17,7 +18,7 @@ from dora_mm.config.loader import differing_keys, dump_config
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.config.training import TrainConfig
-from dora_mm.train.checkpoint import last_step, set_damaged_aside
+from dora_mm.train.checkpoint import Stateful, checkpoints, last_step, load_parts, set_damaged_aside
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.processes import by_main_process
 from dora_mm.train.resuming import as_written, changed_values, started_config
@@ -39,7 +40,12 @@ class DivergedError(ValueError):
 
 @contextlib.contextmanager
 def training_run(
-    accelerator: Accelerator, config: PipelineConfig, inputs: Mapping[str, str], resume: Path | None, train: TrainConfig
+    accelerator: Accelerator,
+    config: PipelineConfig,
+    inputs: Mapping[str, str],
+    resume: Path | None,
+    train: TrainConfig,
+    deciding: Mapping[str, Stateful] = MappingProxyType({}),
 ) -> Iterator[RunDirectory]:
     """Opens the run directory of a training, and says where it is and how to go on: at the start and at every stop.
 
@@ -49,6 +55,7 @@ def training_run(
         inputs: Digests of the data and models that the config refers to, by a description of each.
         resume: The run directory to resume; None starts a new run.
         train: The `train` section, with the length of the training in optimizer steps.
+        deciding: What of the checkpoints says whether a resumed run may go on with another config, by name.
 
     Raises:
         ValueError: See `start_run` and `go_on`; or another process writes to the run, or the run to resume was started
@@ -62,7 +69,7 @@ def training_run(
         def prepare() -> None:
             writing.enter_context(only_writer(run.path))
             if resume is not None:
-                go_on(run, config, steps)
+                go_on(run, config, steps, deciding)
                 (run.path / DIVERGED).unlink(missing_ok=True)
             done, values = last_step(run.checkpoints), config.model_dump(mode="json")
             run.trackers = writing.enter_context(started(names, run.path, values, done))
@@ -157,16 +164,19 @@ def resuming(run: RunDirectory) -> str:
     return f"dora-mm train --resume {shlex.quote(str(run.path))}"
 
 
-def go_on(run: RunDirectory, config: PipelineConfig, steps: int) -> None:
+def go_on(run: RunDirectory, config: PipelineConfig, steps: int, deciding: Mapping[str, Stateful]) -> None:
     """Prepares a run to be resumed: its newest checkpoint that is intact, its config, a word on other software.
 
     Raises:
-        ValueError: No checkpoint is intact, or the run has more than `steps` finished steps.
+        ValueError: No checkpoint is intact, or the run has more than `steps` finished steps, or one of `deciding` does
+            not go on with this config.
     """
     set_damaged_aside(run.checkpoints)
     done = last_step(run.checkpoints)
     if steps < done:
         raise ValueError(f"train.steps: {run.path} has finished {done} steps, so it cannot end at {steps}")
+    if done:
+        load_parts(checkpoints(run.checkpoints)[-1], deciding)
     change_config(run, config)
     if changed := run.changed_versions(about_layers(getattr(config, "backend", None))):
         log.warning(

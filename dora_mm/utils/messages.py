@@ -2,8 +2,10 @@
 
 import difflib
 import re
+import traceback
 from collections.abc import Iterable
 
+OURS = ("dora_mm", "samples")  # the top-level packages of our own code; samples/build exists in a checkout only
 # What a terminal obeys or does not show: control characters, among them line breaks, and what turns the direction of
 # text. No name of a module needs them.
 UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
@@ -36,6 +38,17 @@ def compiler_problem(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of its class if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def raised_by_us(error: Exception) -> bool:
+    """Only our own code checks for users' mistakes, so a ValueError that a library raises is a bug."""
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    return is_ours(frame.f_globals.get("__name__", ""))
+
+
+def is_ours(module: str) -> bool:
+    """Whether a module is one of our own packages."""
+    return module.partition(".")[0] in OURS
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

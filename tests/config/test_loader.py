@@ -6,6 +6,7 @@ import easy_vqa
 import pytest
 import yaml
 
+from dora_mm.cli.parser import build_parser
 from dora_mm.config import ConfigError, differing_keys, dump_config, load_config, resolve_model, resolve_path
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.paths import is_adapter
@@ -408,3 +409,14 @@ def test_a_config_that_is_nested_too_deeply(tmp_path, text):
 def test_a_pipe_is_not_read_to_know_whether_it_is_an_adapter(tmp_path):
     os.mkfifo(tmp_path / "x.safetensors")
     assert not is_adapter(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(("short", "name"), {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.items())
+def test_a_dtype_may_have_its_short_name(write, short, name):
+    given = [f"model.dtype={short}", f"train.mixed_precision={'no' if short == 'fp32' else short}"]
+    for file in (write(SMALLEST), "configs/vlm/smolvlm_256m.yaml"):
+        config = load_config(file, given)
+        assert config.model.dtype == name
+        assert f"dtype: {name}" in dump_config(config)
+    for command in ("ask MODEL Why?", "merge MODEL ADAPTER OUT", "convert IN OUT --to peft"):
+        assert build_parser().parse_args([*command.split(), "--dtype", short]).dtype == name

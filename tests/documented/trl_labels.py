@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from typing import Any
 from transformers import AutoProcessor
 
 from dora_mm.data.images.pixels import load_rgb
-from dora_mm.data.vl.example import IMAGE, Example, Turn, pieces_of
 from tests.models.vl.vlm import tiny
 from tests.models.vl.vlm.classes.rarest_models import UNTRAINED
+from tests.models.vl.vlm.texts.language_models import LANGUAGE_MODELS
 from tests.models.vl.vlm.vlm_rows import write_pictures
 
 PAGE = Path(__file__).parents[1] / "models" / "vl" / "vlm" / "rows" / "trl_labels.json"
@@ -42,38 +42,46 @@ PICTURES = ("wide.png", "tall.png", "square.png")
 Runs = list[tuple[int, list[int]]]  # of labels that follow each other: where they start, and their ids
 
 
-def _turns(*texts: str, system: str = "") -> tuple[Turn, ...]:
-    said = [Turn("assistant", text, True) if n % 2 else Turn("user", text, False) for n, text in enumerate(texts)]
-    return (*([Turn("system", system, False)] if system else []), *said)
+def image() -> dict[str, str]:
+    return {"type": "image"}
 
 
-CONVERSATIONS = {
-    "one": (1, _turns(f"{IMAGE}\nWhat colour is it?", "It is red.")),
-    "several": (1, _turns(f"{IMAGE}\nIs it red or blue?", "red", "Is red warm?", "red is\n\nwarm, too", "Why?", "red")),
-    "two images": (2, _turns(f"{IMAGE}{IMAGE}\nWhich is 1 larger?", "The 2nd: 12,345 px")),
-    "later image": (2, _turns(f"{IMAGE}\nA?", "a", f"And this?\n{IMAGE}", "élan 日本 b")),
-    "text": (0, _turns("What is one and one?", "two")),
-    "system": (1, _turns(f"{IMAGE}\nWhat?", "red", system="Answer with one word.")),
+def said(role: str, *contents: str | dict[str, str]) -> dict[str, Any]:
+    """A message; texts are items of their own."""
+    items = [{"type": "text", "text": content} if isinstance(content, str) else content for content in contents]
+    return {"role": role, "content": items}
+
+
+def exchange(*contents: str | dict[str, str], answer: str) -> list[dict[str, Any]]:
+    return [said("user", *contents), said("assistant", answer)]
+
+
+ROWS = {  # messages as TRL takes them; the images are the first of PICTURES
+    "one": exchange(image(), "What colour is it?", answer="It is red."),
+    "several": [
+        *exchange(image(), "Is it red or blue?", answer="red"),
+        *exchange("Is red warm?", answer="red is\n\nwarm, too"),
+        *exchange("Why?", answer="red"),
+    ],
+    "two images": exchange(image(), image(), "Which is 1 larger?", answer="The 2nd: 12,345 px"),
+    "later image": [
+        *exchange(image(), "A?", answer="a"),
+        *exchange("And this?", image(), answer="élan 日本 b"),
+    ],
+    "text": exchange("What is one and one?", answer="two"),
+    "system": [said("system", "Answer with one word."), *exchange(image(), "What?", answer="red")],
+    "pages": exchange(
+        "Page 1:\n", image(), "\nPage 2:\n\n", image(), "\n Compare  them.\n", answer="Page 1\n- longer\n\n"
+    ),
+    "break": exchange(image(), "\nWhat colour is it?\n", answer=" It is red. "),
+    "breaks": exchange(image(), "\n", image(), "\n\nWhich?", answer="\nBoth."),
 }
 
 
-def example(name: str) -> Example:
-    """A conversation as a row."""
-    count, turns = CONVERSATIONS[name]
-    return Example(name, PICTURES[:count], "", (turns[-1].text,), (1.0,), turns=turns)
-
-
-def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Turns as messages whose contents are lists."""
-    return [{"role": turn.role, "content": [*_items(turn.text)]} for turn in turns]
-
-
-def _items(text: str) -> Iterator[dict[str, str]]:
-    for number, piece in enumerate(pieces_of(text)):
-        if number % 2:
-            yield {"type": piece}
-        elif piece.strip("\n"):
-            yield {"type": "text", "text": piece.strip("\n")}
+def row_of(name: str) -> dict[str, Any]:
+    """A row as a file has it: its messages, and the names of its images."""
+    count = sum(item["type"] == "image" for message in ROWS[name] for item in message["content"])
+    return {"messages": ROWS[name], "images": [*PICTURES[:count]]}
 
 
 def runs(labels: Sequence[int]) -> Runs:
@@ -88,12 +96,18 @@ def runs(labels: Sequence[int]) -> Runs:
 
 
 def collated(collator: Any, row: dict[str, Any]) -> dict[str, Any] | str:
-    """What TRL makes of a row: the number of its tokens and its labels, or why it makes nothing."""
+    """What TRL makes of a row: its tokens and its labels, or why it makes nothing."""
     try:
-        labels = collator([copy.copy(row)])["labels"][0].tolist()
+        found = collator([copy.copy(row)])
     except Exception as error:  # whatever templates and processors raise
         return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-    return {"length": len(labels), "labels": runs(labels)}
+    return {"ids": repeated(found["input_ids"][0].tolist()), "labels": runs(found["labels"][0].tolist())}
+
+
+def repeated(ids: Sequence[int]) -> list[int | list[int]]:
+    """Token ids, with those that repeat, as of an image, as the id and their number."""
+    counts = [(token, len([*group])) for token, group in groupby(ids)]
+    return [token if count == 1 else [token, count] for token, count in counts]
 
 
 def page(folder: Path) -> dict[str, Any]:
@@ -108,22 +122,20 @@ def page(folder: Path) -> dict[str, Any]:
     )
 
     files, templates, answers, completions = Path(trl.__file__).parent / "chat_templates", {}, {}, {}
-    rows = {name: (messages_of(turns), images_of(name, folder)) for name, (_, turns) in CONVERSATIONS.items()}
+    rows = {name: {**row_of(name), "images": images_of(name, folder)} for name in ROWS}
     for name, model in PUBLISHED.items():
         templates[name] = (files / f"{name}.jinja").read_text(encoding="utf-8")
         processor = with_template(processor_of(model, folder), name, templates[name])
         marked = name if name in MARKED else f"{name}_training"
         template = (files / f"{marked}.jinja").read_text(encoding="utf-8")
         collator = Collator(processor, assistant_only_loss=True, chat_template=template)
-        answers[name] = {
-            row: collated(collator, {"messages": said, "images": images}) for row, (said, images) in rows.items()
-        }
-    for model in tiny.BUILDERS.keys() - tiny.PLAIN.keys() - UNTRAINED.keys():
+        answers[name] = {row: collated(collator, found) for row, found in rows.items()}
+    for model in tiny.BUILDERS.keys() - tiny.PLAIN.keys() - UNTRAINED.keys() - LANGUAGE_MODELS.keys():
         if (processor := processor_of(model, folder)).chat_template:
             collator = Collator(processor, completion_only_loss=True)
             completions[model] = {
-                row: collated(collator, {"prompt": said[:-1], "completion": said[-1:], "images": images})
-                for row, (said, images) in rows.items()
+                row: collated(collator, {**parted(found["messages"]), "images": found["images"]})
+                for row, found in rows.items()
             }
     return {
         "trl": trl.__version__,
@@ -145,8 +157,13 @@ def processor_of(model: str, folder: Path) -> Any:
     return AutoProcessor.from_pretrained(base if base.exists() else tiny.build(model, base))
 
 
+def parted(messages: Sequence[dict[str, Any]]) -> dict[str, Sequence[dict[str, Any]]]:
+    """A conversation as a prompt and its completion, the last answer."""
+    return {"prompt": messages[:-1], "completion": messages[-1:]}
+
+
 def images_of(name: str, folder: Path) -> list[Any]:
-    return [load_rgb(folder / picture) for picture in example(name).images]
+    return [load_rgb(folder / picture) for picture in row_of(name)["images"]]
 
 
 if __name__ == "__main__":

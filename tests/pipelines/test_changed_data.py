@@ -16,7 +16,7 @@ from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from tests.data.vl.chats import messages, packed
 from tests.models.vl.vl_bart.small import small_bart, small_tokenizer
 from tests.models.vl.vlm.vlm_rows import write_pictures, write_questions
-from tests.pipelines.killed import assert_same_weights
+from tests.pipelines.killed import assert_same_weights, files_in
 
 pytestmark = pytest.mark.slow
 
@@ -138,3 +138,20 @@ def test_a_table_that_was_edited_is_made_again(stopped, tmp_path, tiny_vlm, capl
         os.utime(table, ns=(state.st_atime_ns, state.st_mtime_ns))
     goes_on(copy)
     assert caplog.text.count("is damaged: the table is read again from its source") == 4
+
+
+def test_a_run_goes_on_with_another_length_of_rows_where_none_that_it_read_is_cut_otherwise(
+    tiny_vlm, stopped, tmp_path, capsys
+):
+    """As a run that had it from its start; a refused one leaves its files as they were."""
+    write_pictures(tmp_path)
+    model = {"path": str(tiny_vlm("llava")), "max_length": 60}
+    run = stopped(model=model, data=write_questions(tmp_path, tmp_path), evaluate={"every": 1, "max_new_tokens": 2})
+    longest = torch.load(run / "checkpoints/step-000002/state.pt", weights_only=True)["row counts"]["longest"]
+    before = files_in(run)
+    assert main(["train", "--resume", str(run), "--set", f"model.max_length={longest - 1}"]) == 2
+    error = capsys.readouterr().err
+    assert f"model.max_length cannot change from 60 to {longest - 1} tokens" in error
+    assert {k: v for k, v in files_in(run).items() if k != ".lock"} == {k: v for k, v in before.items() if k != ".lock"}
+    assert main(["train", "--resume", str(run), "--set", f"model.max_length={longest}"]) == 0
+    assert_same_weights("step-000004", run.with_name("whole"), run)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from dora_mm.config import load_config
 from dora_mm.train.run import training_run
 from dora_mm.utils.lock import only_writer
+from tests.pipelines.killed import files_in
 from tests.train.small import interrupt_at, metrics, small_training
 
 CONFIG = """\
@@ -29,11 +31,11 @@ def train(tmp_path, caplog):
     file = tmp_path / "mine.yaml"
     file.write_text(CONFIG)
 
-    def run(*overrides, resume=None, **settings):
+    def run(*overrides, resume=None, deciding=MappingProxyType({}), **settings):
         caplog.clear()
         config = load_config(resume / "config.yaml" if resume else file, [f"output={tmp_path / 'run'}", *overrides])
         steps = config.train.steps
-        with training_run(Accelerator(cpu=True), config, {}, resume, config.train) as directory:
+        with training_run(Accelerator(cpu=True), config, {}, resume, config.train, deciding) as directory:
             small_training(directory, steps=steps, schedule="constant", **settings).fit()
             for name in ("adapter", "samples"):
                 (directory.path / name).mkdir(exist_ok=True)
@@ -172,3 +174,15 @@ def test_what_a_killed_writer_has_left_goes_at_the_next_start(train, tmp_path):
     (run.path / ".lock").write_text("{")
     train("train.steps=13", resume=run.path)
     assert not list(run.path.rglob("*.partial"))
+
+
+def test_what_decides_by_a_checkpoint_whether_a_run_goes_on_does_so_before_anything_is_written(train):
+    class Limit:
+        def load_state_dict(self, state_dict):
+            raise ValueError(f"the limit cannot change after step {state_dict['last_epoch']}")
+
+    run = train("train.steps=2").path
+    before = files_in(run)
+    with pytest.raises(ValueError, match="the limit cannot change after step 2"):
+        train("train.steps=4", resume=run, deciding={"schedule": Limit()})
+    assert files_in(run) == before

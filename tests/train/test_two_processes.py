@@ -13,6 +13,7 @@ from dora_mm.core.wrappers.sharded import is_sharded, shard_frozen
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer
+from dora_mm.train.processes import highest
 from dora_mm.train.schedule import Schedule
 from dora_mm.train.weights import EMA, WeightAverage
 from dora_mm.utils.losses import LossSum
@@ -65,6 +66,8 @@ def train(
 
 
 def _trains(rank, folder):
+    assert highest(3 - rank, Accelerator(cpu=True)) == highest(2 + rank, Accelerator(cpu=True)) == 3
+
     def run(name):
         return RunDirectory(folder / name)
 

@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.config.vl_data import HeldOutConfig, SourceConfig, Split, VLDataConfig, VLTaskConfig
-from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.example import LEADING, Example
 from dora_mm.data.vl.held_out import split_held_out
 from dora_mm.data.vl.joining import joined
 from dora_mm.data.vl.readers import read_source, resolved
@@ -26,7 +26,8 @@ from dora_mm.data.vl.tables import ExampleTable, open_table
 from dora_mm.registries.vl_tasks import TASKS
 
 log = logging.getLogger(__name__)
-PEEKED = 100  # conversations that say which system turn is usual
+ValueT = TypeVar("ValueT")
+PEEKED = 100  # conversations that say which opening is usual
 
 
 class RowCheck(Protocol):
@@ -178,6 +179,8 @@ def open_training(data: VLDataConfig, batch_size: int, model: RowCheck) -> dict[
         assert task.train is not None
         table = open_split(task, "train", data, model)
         answered = table.answered()
+        if empty := table.empty_answers():
+            log.info("%s: %d answers are empty and not learned", task.train.title, empty)
         if not len(answered):
             raise ValueError(f"{task.train.title} has no answers to learn: it is a test split")
         if len(answered) < len(table):
@@ -232,20 +235,33 @@ def open_validation(
     return found
 
 
-def usual_system(task: VLTaskConfig) -> str | None:
-    """The system turn of most of the first conversations that a task is trained on; None: most have none.
+def usual_opening(task: VLTaskConfig) -> tuple[str | None, str]:
+    """How most of the first conversations that a task is trained on begin.
+
+    Returns:
+        Their system turn, None if most have none; and the line break that is behind each image in front of the
+        questions of most that have some, "" if there is none.
 
     Raises:
         ValueError: Their file is missing or cannot be read.
     """
     assert task.train is not None
     source = resolved(task.train.model_copy(update={"images": None}))
-    found: Counter[str | None] = Counter()
+    systems: Counter[str | None] = Counter()
+    breaks: Counter[str] = Counter()
     for example in islice(read_source(source, BadRows("skip")), PEEKED):
         first = example.turns[0]
-        found[first.text if first.role == "system" else None] += 1
-    text, number = found.most_common(1)[0] if found else (None, 0)
-    return text if 2 * number > found.total() else None
+        systems[first.text if first.role == "system" else None] += 1
+        asked = next(turn.text for turn in example.turns if turn.role == "user")
+        if leading := LEADING.match(asked):
+            breaks["\n" if leading[0].endswith("\n") else ""] += 1
+    return _usual(systems, None), _usual(breaks, "")
+
+
+def _usual(found: Counter[ValueT], default: ValueT) -> ValueT:
+    """The value that more than half of all are."""
+    value, number = found.most_common(1)[0] if found else (default, 0)
+    return value if 2 * number > found.total() else default
 
 
 def frequent_answers(examples: Iterable[Example], min_count: int) -> tuple[str, ...]:

@@ -60,13 +60,18 @@ class RowCounts:
 
     Of several processes the first one writes checkpoints, and each goes on from its numbers.
 
+    Args:
+        limit: The number of tokens that a row may have; 0: rows have no such limit.
+
     Attributes:
         num_cut: How many lost text or whole exchanges, because they were too long.
         num_left_out: How many could not be encoded or lost their whole answer, and are missing in their batches.
+        longest: The tokens of the longest row, before it was cut, whose loss was computed, also in a validation.
     """
 
-    def __init__(self):
-        self.num_cut = self.num_left_out = 0
+    def __init__(self, limit: int = 0):
+        self.limit = limit
+        self.num_cut = self.num_left_out = self.longest = 0
         self._named: set[str] = set()
 
     def add(self, num_cut: int, left_out: Iterable[str]) -> None:
@@ -84,10 +89,22 @@ class RowCounts:
                 log.warning("%s; left out of its batch", sentence)
 
     def state_dict(self) -> dict[str, int]:
-        return {"num_cut": self.num_cut, "num_left_out": self.num_left_out}
+        return {name: getattr(self, name) for name in ("num_cut", "num_left_out", "longest", "limit")}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.num_cut, self.num_left_out = state_dict["num_cut"], state_dict["num_left_out"]
+        """Goes on from the numbers of a checkpoint.
+
+        Raises:
+            ValueError: Rows may have another length now, and one that was seen would be cut in another way.
+        """
+        before, longest = state_dict["limit"], state_dict["longest"]
+        if before != self.limit and longest > min(before, self.limit):
+            raise ValueError(
+                f"model.max_length cannot change from {before:,} to {self.limit:,} tokens: the finished steps have "
+                f"read rows of up to {longest:,}, which would be cut in another way; go on with {before:,}, or start a "
+                "new run"
+            )
+        self.num_cut, self.num_left_out, self.longest = state_dict["num_cut"], state_dict["num_left_out"], longest
 
 
 @dataclass(frozen=True)

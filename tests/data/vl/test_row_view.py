@@ -27,7 +27,8 @@ SHOWN = {
   │ <|im_start|>system
   │ You are a helpful assistant.<|im_end|>
   │ <|im_start|>user
-  │ <|vision_start|><|image_pad|> x 2<|vision_end|>What is it?<|im_end|>
+  │ <|vision_start|><|image_pad|> x 2<|vision_end|>
+  │ What is it?<|im_end|>
   │ <|im_start|>assistant
   │ ⟦A red ball.<|im_end|>⟧
   │ <|im_start|>user
@@ -48,7 +49,8 @@ SHOWN = {
   │ """,
     "smolvlm": """\
   │ <|im_start|>User:<fake_token_around_image> <row_1_col_1> <image> x 4 ... 34 tokens in all ... <global-img> \
-<image> x 4 <fake_token_around_image> What is it?<end_of_utterance>
+<image> x 4 <fake_token_around_image>
+  │ What is it?<end_of_utterance>
   │ Assistant:⟦ A red ball.<end_of_utterance>⟧
   │ User: And this?<end_of_utterance>
   │ Assistant:⟦ Nothing.<end_of_utterance>⟧

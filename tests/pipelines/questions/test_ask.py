@@ -114,7 +114,7 @@ def test_the_question_is_asked_as_the_run_trained(tiny_vlm, pictures, tmp_path, 
     assert shown == f"without adapter: {bare}\nwith adapter:    {adapted}\n"
     assert asked(capsys, base, image, QUESTION) != f"{bare}\n"
 
-    brief = Turn("system", "Be a parrot.", False), Turn("user", f"<image>\n{QUESTION}", False)
+    brief = Turn("system", "Be a parrot.", False), Turn("user", f"<image>{QUESTION}", False)
     said = [{"role": "system", "content": "Be a parrot."}, *messages("Q", "A")]
     file = write_json(tmp_path / "rows.json", [{"messages": said}] * 2 + [{"messages": said[1:]}])
     (bare,), (adapted,) = run_of(tmp_path / "chat", "chat", [replace(row, turns=brief)], {"path": str(base)}, file=file)
@@ -123,6 +123,14 @@ def test_the_question_is_asked_as_the_run_trained(tiny_vlm, pictures, tmp_path, 
     given = (base, image, QUESTION, "--system", "Be a parrot.")
     assert asked(capsys, *given) == f"{bare}\n"
     without = asked(capsys, base, image, QUESTION, "--adapter", tmp_path / "chat", "--system", "")
+    write_json(file, [{"messages": messages("<image>\nQ", "A"), "images": [str(image)]}] * 2)
+    broken = replace(row, turns=(Turn("user", f"<image>\n{QUESTION}", False),))
+    answer = load_vl_model(VLMModelConfig(path=str(base)), VisionConfig(), seed=0).answerer(
+        "chat", DecodeConfig(max_new_tokens=6), ()
+    )
+    shown = asked(capsys, base, image, QUESTION, "--adapter", tmp_path / "chat")
+    assert shown.startswith(f"without adapter: {answer([broken], '/')[0]}\nwith")
+    assert shown != without
     file.unlink()
     assert asked(capsys, base, image, QUESTION, "--adapter", tmp_path / "chat") == without != both
 
@@ -189,6 +197,10 @@ def test_mistakes_give_one_sentence(tiny_vlm, pictures, tmp_path, capsys):
     base, image = tiny_vlm("llava"), pictures / "wide.png"
     (tmp_path / "broken.png").write_bytes(image.read_bytes()[:90])
     assert "IMAGE" in refused(capsys, base, tmp_path / "missing.png", QUESTION)
+    for names in ([image], [image, image], ["nowhere/cat.JPG"], ["clip.mp4"]):
+        assert f"QUESTION is missing: {names[-1]} is the name of a file" in refused(capsys, base, *names)
+    (tmp_path / "a cat.png").write_bytes(image.read_bytes())
+    assert "QUESTION is missing" in refused(capsys, base, tmp_path / "a cat.png")
     assert "broken.png is not a complete image" in refused(capsys, base, tmp_path / "broken.png", QUESTION)
     assert "QUESTION" in refused(capsys, base, image, " ")
     assert "MODEL" in refused(capsys, tmp_path / "missing", image, QUESTION)

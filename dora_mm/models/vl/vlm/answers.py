@@ -16,7 +16,7 @@ from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import Answer, Example, Turn
 from dora_mm.data.vl.rows import RowTooLongError
 from dora_mm.models.vl.vlm.chat import THOUGHT, render
-from dora_mm.models.vl.vlm.network import VLMNetwork
+from dora_mm.models.vl.vlm.network import VLMNetwork, naming
 from dora_mm.models.vl.vlm.rows import ExampleEncoder
 from dora_mm.registries.vl_tasks import TASKS
 
@@ -101,7 +101,8 @@ class VLMAnswers:
         answers = [""] * len(rows)
         for group in encoder.groups(rows):
             inputs, _ = encoder.collate([rows[i] for i in group], left=encoder.form.continues)
-            ids = self.network.generate(inputs, settings)
+            with naming(task, [examples[i].id for i in group]):
+                ids = self.network.generate(inputs, settings)
             texts = encoder.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
             for index, text in zip(group, texts, strict=True):
                 answers[index] = _without_thought(text, examples[index].answers).strip()
@@ -136,7 +137,9 @@ class VLMAnswers:
             raise self._too_long(task, example, "with its answers it is")
         losses = torch.empty(len(rows), device=self.network.device)
         for group in self.encoder.groups(rows):
-            losses[group] = self.network.row_losses(*self.encoder.collate([rows[i] for i in group]))[0]
+            batch = self.encoder.collate([rows[i] for i in group])
+            with naming(task, [example.id]):
+                losses[group] = self.network.row_losses(*batch)[0]
         return losses
 
     def _too_long(self, task: str, example: Example, what: str) -> RowTooLongError:

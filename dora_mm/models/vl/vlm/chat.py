@@ -6,6 +6,7 @@ turns are rendered once more with a mark in place of the answer. The same shows 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from dora_mm.data.vl.example import Turn, pieces_of, plain_text
+from dora_mm.data.vl.example import LEADING, Turn, pieces_of, plain_text
 
 Pieces = tuple[tuple[str, str], ...]  # of a turn: ("text", "What is it?"), or ("image", "") or ("video", "")
 THOUGHT = re.compile(r"\s*</?think>\s*")
@@ -34,7 +35,7 @@ class ChatText(NamedTuple):
     ends: tuple[int, ...] = ()
 
 
-def render(processor: Any, turns: Sequence[Turn]) -> ChatText:
+def render(processor: Any, turns: Sequence[Turn], tools: str = "") -> ChatText:
     """Renders a conversation for training, up to its last answer.
 
     An answer follows the very text that asks for it when the model answers, also where the template renders an answered
@@ -45,13 +46,14 @@ def render(processor: Any, turns: Sequence[Turn]) -> ChatText:
     Args:
         processor: A processor with a chat template.
         turns: The conversation, with at least one answer.
+        tools: Its tools; see `Example`.
 
     Raises:
-        ValueError: The template refuses the conversation, leaves out a text of it, or renders none of the learned
-            answers as it was given.
+        ValueError: The template refuses the conversation, leaves out a text of it, a tool or a call, or renders none of
+            the learned answers as it was given.
     """
     numbers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
-    template = _Template(processor, turns[: numbers[-1]])
+    template = _Template(processor, turns[: numbers[-1]], tools)
     text, spans, ends, done, rest = "", [], [], "", ""
     for number in numbers:
         found = template.exchange(turns[: number + 1], turns[number + 1 : numbers[-1]])
@@ -66,13 +68,13 @@ def render(processor: Any, turns: Sequence[Turn]) -> ChatText:
     return ChatText(text + rest, tuple(spans), tuple(ends))
 
 
-def render_prompt(processor: Any, turns: Sequence[Turn]) -> str:
+def render_prompt(processor: Any, turns: Sequence[Turn], tools: str = "") -> str:
     """Renders a conversation up to the place where the model answers.
 
     Raises:
-        ValueError: The template refuses the conversation, or leaves out a text of it.
+        ValueError: The template refuses the conversation, or leaves out a text of it, a tool or a call.
     """
-    return _Template(processor, turns).apply(turns, ask=True)
+    return _Template(processor, turns, tools).apply(turns, ask=True)
 
 
 class _Exchange(NamedTuple):
@@ -99,35 +101,53 @@ class _Template:
     Args:
         processor: The processor.
         asked: The turns in front of an answer.
+        tools: The tools of the conversation; see `Example`.
 
     Raises:
         ValueError: The template refuses the conversation, or leaves out a text of it.
     """
 
-    def __init__(self, processor: Any, asked: Sequence[Turn]):
-        self.processor = processor
+    def __init__(self, processor: Any, asked: Sequence[Turn], tools: str = ""):
+        self.processor, self.tools = processor, json.loads(tools) if tools else None
         tokenizer = processor.tokenizer
         self.tokens = tuple(filter(None, (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())))
         shape = tuple((turn.role, tuple(kind for kind, _ in _pieces(turn.text))) for turn in asked)
-        self.content = _readable_content(processor, processor.chat_template, shape)
+        self.content, self.breaks = _readable_content(processor, processor.chat_template, shape)
 
     def apply(self, turns: Sequence[Turn], *, ask: bool = False) -> str:
-        """Renders turns; with `ask`, what begins the model's next turn follows."""
-        messages = [{"role": t.role, "content": self.content(_pieces(t.text), self.processor)} for t in turns]
-        return _apply(self.processor, messages, ask)
+        """Renders turns; with `ask`, what begins the model's next turn follows.
+
+        Raises:
+            ValueError: The template refuses them, or leaves out a tool or a call.
+        """
+        rendered = _apply(self.processor, list(map(self._message, turns)), ask, self.tools)
+        calls = [call for turn in turns if turn.calls for call in json.loads(turn.calls)]
+        for one in [*(self.tools or ()), *calls]:
+            if one["function"]["name"] not in rendered:
+                what = "the call of a tool" if one in calls else "a tool"
+                raise ValueError(f"the chat template does not show {what}, {one['function']['name']!r}")
+        return rendered
+
+    def _message(self, turn: Turn) -> dict[str, Any]:
+        text = _without_leading_breaks(turn.text) if self.breaks else turn.text
+        if not turn.calls:
+            return {"role": turn.role, "content": self.content(_pieces(text), self.processor)}
+        content = self.content(_pieces(text), self.processor) if text else ""
+        return {"role": turn.role, "content": content, "tool_calls": json.loads(turn.calls)}
 
     def exchange(self, turns: Sequence[Turn], later: Sequence[Turn]) -> _Exchange:
         """The last turn of these, an answer, as it is rendered; `later` are the turns that follow up to another one."""
         marked, answer = _marked(turns), turns[-1]
         text = plain_text(answer.text).strip()
-        prompt = self.apply(marked[:-1], ask=True)
-        tail = self.apply(marked).rpartition(marked[-1].text)[2].rstrip()
+        alone = self.apply(marked)
+        prompt = self.apply(marked[:-1], ask=True) if len(marked) > 1 else alone.partition(marked[-1].text)[0]
+        tail = alone.rpartition(marked[-1].text)[2].rstrip()
         if later and "think" in text:
             read, history = self._history(marked, answer, later)
             if not _occurs(text, history):
                 return _Exchange(read, history + tail, tail, is_whole=False)
         answered = self.apply([*marked[:-1], answer])
-        said = _said(prompt, answered, text, tail)
+        said = _said(prompt, answered, plain_text(answer.text), tail)
         if not _occurs(text, said):
             raise ValueError(f"the chat template does not render this answer as it is: {text[:80]!r}")
         rest, end = answered[len(answered.rstrip()) :], tail
@@ -154,9 +174,9 @@ class _Template:
 
 
 def _marked(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns with a mark in place of each answer."""
+    """The turns with a mark in place of each answer and its calls."""
     return [
-        turn._replace(text=f"@@answer {number}@@") if turn.role == "assistant" else turn
+        turn._replace(text=f"@@answer {number}@@", calls="") if turn.role == "assistant" else turn
         for number, turn in enumerate(turns)
     ]
 
@@ -177,7 +197,9 @@ def _said(prompt: str, answered: str, text: str, tail: str) -> str:
     whole = answered.rstrip()
     if answered.startswith(prompt):
         return whole[len(prompt) :]
-    body = whole.removesuffix(tail).rstrip()
+    body = whole.removesuffix(tail)
+    if not body.endswith(text):  # white space around it is trimmed
+        body, text = body.rstrip(), text.strip()
     return whole[len(body) - len(text) :] if body.endswith(text) else ""
 
 
@@ -193,18 +215,16 @@ def _occurs(text: str, rendered: str) -> bool:
 
 
 def _pieces(text: str) -> Pieces:
-    """The pieces of a turn. Templates set images apart by themselves, so line breaks beside them go."""
-    found = []
-    pieces = pieces_of(text)
-    for number, piece in enumerate(pieces):
-        if number % 2:
-            found.append((piece, ""))
-            continue
-        piece = piece.removeprefix("\r").removeprefix("\n") if number else piece
-        piece = piece.removesuffix("\n").removesuffix("\r") if number + 1 < len(pieces) else piece
-        if piece:
-            found.append(("text", piece))
+    """The pieces of a turn, with the text as it is."""
+    pieces = enumerate(pieces_of(text))
+    found = [(piece, "") if number % 2 else ("text", piece) for number, piece in pieces if piece]
     return tuple(found) or (("text", ""),)
+
+
+def _without_leading_breaks(text: str) -> str:
+    """The text of a turn without the line breaks behind the images that begin it, which its template writes itself."""
+    leading = LEADING.match(text)
+    return "".join(leading[0].split()) + text[leading.end() :] if leading else text
 
 
 def _items(pieces: Pieces, processor: Any) -> Any:
@@ -233,13 +253,18 @@ CONTENTS: tuple[Content, ...] = (_items, _items_of_images, _string)
 
 
 @lru_cache(maxsize=1000)
-def _readable_content(processor: Any, template: str, shape: tuple[tuple[str, tuple[str, ...]], ...]) -> Content:
-    """The form of contents in which a template renders all texts: the first of CONTENTS that does.
+def _readable_content(
+    processor: Any, template: str, shape: tuple[tuple[str, tuple[str, ...]], ...]
+) -> tuple[Content, bool]:
+    """The form of contents in which a template renders all texts, the first of CONTENTS that does.
 
     Args:
         processor: The processor.
         template: Its template.
         shape: The turns in front of an answer: their roles, and the kinds of their pieces.
+
+    Returns:
+        The form, and whether the template itself writes a line break behind an image that begins a turn.
 
     Raises:
         ValueError: The template refuses the conversation, or leaves out a text of it in each form.
@@ -262,7 +287,7 @@ def _readable_content(processor: Any, template: str, shape: tuple[tuple[str, tup
         lost = [role for role, pieces in zip(roles, marks, strict=True) if not _shown(pieces, asked)]
         lost += [] if _shown(answer, answered) else ["assistant"]
         if not lost and _all_videos_shown(marks, asked, processor):
-            return content
+            return content, _breaks(marks, asked)
         what = f"the text of a turn of the {lost[0]}" if lost else "a video"
         problem = problem or ValueError(f"the chat template leaves out {what}")
     assert problem is not None
@@ -275,19 +300,29 @@ def _shown(marks: Pieces, rendered: str) -> bool:
     return all(text in rendered and not re.search(f"['\"]{text}['\"]", rendered) for text in texts)
 
 
+def _breaks(marks: Sequence[Pieces], rendered: str) -> bool:
+    """Whether a template writes a line break in front of the first text of a turn that begins with an image."""
+    illustrated = [pieces for pieces in marks if pieces[0][0] != "text"]
+    texts = [next((text for kind, text in pieces if kind == "text"), None) for pieces in illustrated]
+    return any(text is not None and f"\n{text}" in rendered for text in texts)
+
+
 def _all_videos_shown(marks: Sequence[Pieces], rendered: str, processor: Any) -> bool:
     """Whether each video has its place in what a template rendered: many templates were written for images alone."""
     count = sum(kind == "video" for pieces in marks for kind, _ in pieces)
     return not count or rendered.count(processor.video_token) == count
 
 
-def _apply(processor: Any, messages: Sequence[dict[str, Any]], ask: bool) -> str:
+def _apply(
+    processor: Any, messages: Sequence[dict[str, Any]], ask: bool, tools: Sequence[dict[str, Any]] | None = None
+) -> str:
     """Applies the chat template.
 
     Raises:
         ValueError: The template refuses the conversation, for example its order of roles.
     """
     try:
-        return processor.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False)
+        settings = {"tools": tools} if tools else {}
+        return processor.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False, **settings)
     except Exception as error:  # templates raise jinja2's errors, and whatever their filters do
         raise ValueError(f"the chat template refuses a conversation: {' '.join(str(error).split())[:300]}") from error

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from dora_mm.data.images.frames import Video
 from dora_mm.models.vl.vlm.chat import ChatText
+from dora_mm.models.vl.vlm.features import check_features
 from dora_mm.models.vl.vlm.places import CHANGED, ImageSpan, RecordingTokenizer, image_spans, inside, moved, overlap
 from dora_mm.models.vl.vlm.videos import reads_videos, video_inputs
+from dora_mm.utils.messages import first_line
 
 IGNORED = -100  # label of a token without loss, as in all of transformers
 TEXT_INPUTS = (
@@ -75,6 +77,7 @@ class RowEncoder:
 
     Args:
         processor: The model's processor.
+        config: The model's config, which says how many features it makes of images.
         max_length: The number of tokens that a row may have. Those at its end that are beyond it are cut: never what
             stands between two images, which some classes would take for one.
         limit_from: What sets that number: a key of the config, or the model.
@@ -84,8 +87,8 @@ class RowEncoder:
         kinds: What may be in a row beside text: "image", "video".
     """
 
-    def __init__(self, processor: Any, max_length: int, limit_from: str, *, learns_prompts: bool = False):
-        self.processor, self.tokenizer = processor, processor.tokenizer
+    def __init__(self, processor: Any, config: Any, max_length: int, limit_from: str, *, learns_prompts: bool = False):
+        self.processor, self.tokenizer, self.config = processor, processor.tokenizer, config
         self.max_length, self.limit_from, self.learns_prompts = max_length, limit_from, learns_prompts
         images = ("image",) if processor.image_processor is not None else ()
         self.kinds = (*images, "video") if reads_videos(processor) else images
@@ -184,7 +187,8 @@ class RowEncoder:
         """The processor's inputs, with `offset_mapping`, the place of each image, and the text that was tokenized.
 
         Raises:
-            ValueError: The numbers of images and of places for them differ, or the processor refuses an image.
+            ValueError: The numbers of images and of places for them differ, the processor fails at the row, or writes
+                other numbers of tokens than the model makes features.
         """
         self._check_places(text, {"image": len(images), "video": len(videos)})
         bos = self.tokenizer.bos_token  # a text that begins as a sequence does gets no special tokens once more
@@ -192,14 +196,19 @@ class RowEncoder:
         settings |= video_inputs(self.processor, videos) if videos else {}
         processor, recorder = copy.copy(self.processor), RecordingTokenizer(self.tokenizer)
         processor.tokenizer = recorder
-        found = processor(
-            text=[text],
-            images=[list(images)] if images else None,
-            return_tensors="pt",
-            return_offsets_mapping=True,
-            return_text_replacement_offsets=True,
-            **settings,
-        )
+        try:
+            found = processor(
+                text=[text],
+                images=[list(images)] if images else None,
+                return_tensors="pt",
+                return_offsets_mapping=True,
+                return_text_replacement_offsets=True,
+                **settings,
+            )
+        except Exception as error:  # whatever processors raise, which fail in many ways at pictures of odd shapes
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(f"the model's processor fails at it ({kind}{first_line(error)})") from error
+        check_features(self.config, found)
         found.pop("video_metadata", None)
         said = found.pop("text_replacement_offsets", ())  # of each text; none without images
         tokens = [token for kind in self.kinds if (token := self._token(kind)) is not None]

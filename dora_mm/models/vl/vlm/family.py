@@ -15,7 +15,6 @@ from dora_mm.config.models import VisionConfig, VLMModelConfig
 from dora_mm.config.paths import resolve_model
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.core import TargetMap
-from dora_mm.data.images.frames import is_video
 from dora_mm.data.seen import SeenFiles
 from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.image_folder import image_path
@@ -29,7 +28,7 @@ from dora_mm.models.vl.vlm.answers import VLMAnswers
 from dora_mm.models.vl.vlm.encoding import TokenRow
 from dora_mm.models.vl.vlm.forms import form_of
 from dora_mm.models.vl.vlm.loading import load_processor
-from dora_mm.models.vl.vlm.network import VLMNetwork
+from dora_mm.models.vl.vlm.network import VLMNetwork, naming
 from dora_mm.models.vl.vlm.prompts import PLAIN, TEXTS
 from dora_mm.models.vl.vlm.rows import ExampleEncoder
 from dora_mm.models.vl.vlm.videos import FPS, MAX_FRAMES
@@ -48,14 +47,18 @@ class VLMBatch:
     Attributes:
         task: Name of the task.
         groups: The rows in groups that are computed together, each as (inputs, labels (B, T), row weights (B,)).
+        ids: The ids of the rows of each group.
         num_cut: How many of the rows lost text or whole exchanges to `model.max_length`.
         left_out: A sentence on each row that could not be encoded, and is missing here.
+        longest: The tokens of the longest row that could be encoded, before it was cut.
     """
 
     task: str
     groups: tuple[tuple[Mapping[str, Tensor], Tensor, Tensor], ...]
+    ids: tuple[tuple[str, ...], ...] = ()
     num_cut: int = 0
     left_out: tuple[str, ...] = ()
+    longest: int = 0
 
 
 class VLM:
@@ -99,11 +102,11 @@ class VLM:
             raise ValueError(
                 f"model.path: {self.path}, a {self.name}, has no chat template, and is none of {list(PLAIN)}"
             )
-        form, model_type = form_of(self.name, self.model_config), self.model_config.model_type
+        form = form_of(self.name, self.model_config)
         positions = getattr(self.model_config.get_text_config(), "max_position_embeddings", None) or LONGEST
         limit = min(config.max_length or positions, positions)
         key = "model.max_length" if limit == config.max_length else "the model's positions"
-        reads = (processor, model_type, form, self.plain, config.prompts)
+        reads = (processor, self.model_config, form, self.plain, config.prompts)
         self.files = SeenFiles()
         frames = (config.fps or FPS, config.max_frames or MAX_FRAMES, self.files)
         if (learns_prompts := config.loss_over == "prompts and answers") and not form.continues:
@@ -111,7 +114,7 @@ class VLM:
         self.rows = ExampleEncoder(*reads, limit, key, *frames, learns_prompts=learns_prompts)
         self.questions = ExampleEncoder(*reads, positions, "the model's positions", *frames)
         self.network = VLMNetwork(self.config, form, torch.device(device))
-        self.counts = RowCounts()
+        self.counts = RowCounts(limit)
 
     @classmethod
     def load(
@@ -166,7 +169,7 @@ class VLM:
         return None
 
     def check_in_step(self, task: str, table: ExampleTable, images: str | None) -> None:
-        filmed = np.flatnonzero(table.have(is_video))
+        filmed = np.flatnonzero(table.filmed())
         if not len(filmed):
             return
         example = table[int(filmed[0])]
@@ -204,13 +207,15 @@ class VLM:
         if not self.reads_images:
             table = table.without(table.lengths("images") > 0, f"has an image, and {self.name} reads none")
         elif "video" not in self.rows.encoder.kinds:
-            table = table.without(table.have(is_video), f"has a video, and {self.name} reads none")
+            table = table.without(table.filmed(), f"has a video, and {self.name} reads none")
         if self.plain is None:
             return table
         if self.reads_images:
             table = table.without(table.lengths("images") == 0, f"has no image, and {self.name} needs one")
         if self.plain.images == 1:
             table = table.without(table.lengths("images") > 1, f"has several images, and {self.name} reads one")
+        for column in ("tools", "boxes"):
+            table = table.without(table.has(column), f"has {column}, and {self.name} has no chat template")
         reason = f"has several turns before its answer, and {self.name} reads one: it has no chat template"
         return table.without(table.lengths("turns") - table.lengths("answers") > 1, reason)
 
@@ -223,24 +228,28 @@ class VLM:
         *,
         on_bad_data: OnBadData = "stop",
     ) -> VLMBatch:
-        rows, weights, left_out = [], [], []
+        rows, weights, ids, left_out, longest = [], [], [], [], 0
         for example, (answer, weight) in zip(examples, targets, strict=True):
             try:
                 row = self.rows.row(task, example, images, answer)
+                longest = max(longest, row.length + row.num_cut)
                 if row.loses_answer:
                     left_out.append(f"row {example.id} of {task}: {self._why_left_out(row)}")
                     continue
                 rows.append(row)
                 weights.append(weight)
+                ids.append(example.id)
             except ValueError as error:
                 if on_bad_data == "stop":
                     raise ValueError(f"{error}; data.on_bad_data: skip leaves such rows out") from error
                 left_out.append(str(error))
+        together = self.rows.groups(rows)
         groups = [
             (*self.rows.collate([rows[i] for i in group]), torch.tensor([weights[i] for i in group]))
-            for group in self.rows.groups(rows)
+            for group in together
         ]
-        return VLMBatch(task, tuple(groups), sum(row.num_cut > 0 for row in rows), tuple(left_out))
+        named = tuple(tuple(ids[i] for i in group) for group in together)
+        return VLMBatch(task, tuple(groups), named, sum(row.num_cut > 0 for row in rows), tuple(left_out), longest)
 
     def _why_left_out(self, row: TokenRow) -> str:
         whole = row.num_image_tokens + row.num_image_cut
@@ -248,12 +257,14 @@ class VLM:
         return f"its whole answer is beyond {self.rows.max_length} tokens ({self.rows.limit_from}){images}"
 
     def loss(self, batch: VLMBatch, generator: torch.Generator) -> LossSum:
+        self.counts.longest = max(self.counts.longest, batch.longest)
         if torch.is_grad_enabled():  # a validation does not count
             self.counts.add(batch.num_cut, batch.left_out)
         count = torch.zeros((), device=self.network.device)
         total = count if batch.groups else self.network.zero_loss()
-        for inputs, labels, weights in batch.groups:
-            sums, counts = self.network.row_losses(inputs, labels)
+        for ids, (inputs, labels, weights) in zip(batch.ids, batch.groups, strict=True):
+            with naming(batch.task, ids):
+                sums, counts = self.network.row_losses(inputs, labels)
             weights = weights.to(self.network.device)
             if TASKS[batch.task].row_mean:
                 total = total + (sums / counts.clamp(min=1) * weights).sum()

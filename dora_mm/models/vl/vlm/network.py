@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -12,9 +14,31 @@ from transformers import GenerationConfig
 
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.core.wrappers.sharded import is_sharded
-from dora_mm.models.vl.vlm.encoding import IGNORED
-from dora_mm.models.vl.vlm.forms import Form, cross_entropy
+from dora_mm.models.vl.vlm.forms import Form
+from dora_mm.models.vl.vlm.head import RowLosses
 from dora_mm.models.vl.vlm.loading import load_vlm
+from dora_mm.utils.messages import raised_by_us
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def naming(task: str, ids: Sequence[str]) -> Iterator[None]:
+    """Names the rows that a model computes where it raises, which ends a run: it is not known which one is at fault.
+
+    Raises:
+        RuntimeError: A library raises a ValueError, which would be taken for that of a row that cannot be read.
+    """
+    rows = f"row{'s' if len(ids) > 1 else ''} {', '.join(ids)} of {task}"
+    try:
+        yield
+    except ValueError as error:
+        if raised_by_us(error):
+            raise
+        raise RuntimeError(f"the model fails at {rows}: {error}") from error
+    except Exception:
+        log.error("the model fails at %s", rows)
+        raise
 
 
 class VLMNetwork:
@@ -34,6 +58,10 @@ class VLMNetwork:
         """The model of transformers."""
         return load_vlm(self.config, self.loads_to)
 
+    @cached_property
+    def _losses(self) -> RowLosses:
+        return RowLosses(self.form, self.model)
+
     @property
     def device(self) -> torch.device:
         """Where it computes."""
@@ -46,10 +74,8 @@ class VLMNetwork:
 
     def row_losses(self, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of each row, summed over its target tokens, and their number: (B,) each."""
-        labels = labels.to(self.device)
         with self._precision():
-            losses = cross_entropy(*self.form.target_logits(self.model, self.moved(inputs), labels))
-        return losses.sum(-1), (labels != IGNORED).sum(-1)
+            return self._losses(self.moved(inputs), labels.to(self.device))
 
     def zero_loss(self) -> Tensor:
         """The loss of no rows, (): it reaches one trained parameter, the last, so that a backward pass can be run.

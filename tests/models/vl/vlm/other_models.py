@@ -32,7 +32,7 @@ def gemma4() -> Tiny:
         text_config=text_config(tokenizer, "gemma4_text", **layers)
         | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": len(tokenizer), "global_head_dim": 16},
         vision_config=tower("gemma4_vision", patch_size=7, head_dim=16, pooling_kernel_size=2, num_key_value_heads=2)
-        | {"position_embedding_size": 64, "use_clipped_linears": True},
+        | {"position_embedding_size": 320, "use_clipped_linears": True},
         boi_token_id=tokenizer.boi_token_id,
         eoi_token_id=tokenizer.eoi_token_id,
         image_token_id=tokenizer.image_token_id,

@@ -27,18 +27,18 @@ TEXTS = {  # what is learned is between [ and ]
     "llava": "USER: <image>\nWhat is it? ASSISTANT:[ A red ball.</s>] USER: And this? ASSISTANT:[ Nothing.</s>] ",
     "qwen2_5_vl": (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is it?<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>\nWhat is it?<|im_end|>\n"
         "<|im_start|>assistant\n[A red ball.<|im_end|>]\n"
         "<|im_start|>user\nAnd this?<|im_end|>\n<|im_start|>assistant\n[Nothing.<|im_end|>]\n"
     ),
     "mllama": (
-        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<|image|>What is it?<|eot_id|>"
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<|image|>\nWhat is it?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n[A red ball.<|eot_id|>]"
         "<|start_header_id|>user<|end_header_id|>\n\nAnd this?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n[Nothing.<|eot_id|>]"
     ),
     "smolvlm": (
-        "<|im_start|>User:<image>What is it?<end_of_utterance>\nAssistant:[ A red ball.<end_of_utterance>]\n"
+        "<|im_start|>User:<image>\nWhat is it?<end_of_utterance>\nAssistant:[ A red ball.<end_of_utterance>]\n"
         "User: And this?<end_of_utterance>\nAssistant:[ Nothing.<end_of_utterance>]\n"
     ),
 }
@@ -88,10 +88,31 @@ def test_turns_without_loss_are_read_only(processor):
     assert render(processor, turns) == (whole.text, whole.spans[1:], whole.ends)
 
 
-@pytest.mark.parametrize("processor", ["qwen2_5_vl"], indirect=True)
-def test_line_breaks_beside_images_go_on_windows_too(processor):
-    windows = (TURNS[0]._replace(text=f"{IMAGE}\r\nWhat is it?"), *TURNS[1:])
-    assert render(processor, windows) == render(processor, TURNS)
+PAGES = f"Page 1:\n{IMAGE}\n\n Page 2:\r\n{IMAGE}\n"
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    {
+        "smolvlm": "User: Page 1:\n<image>\n\n Page 2:\r\n<image>\n<end_of_utterance>",
+        "qwen2_5_vl": "user\nPage 1:\n<|vision_start|><|image_pad|><|vision_end|>\n\n Page 2:\r\n<|vision_start|>",
+        "mllama": "<|end_header_id|>\n\nPage 1:\n<|image|>\n\n Page 2:\r\n<|image|>\n<|eot_id|>",
+        "internvl": "user\nPage 1:\n<IMG_CONTEXT>\n\n\n Page 2:\r\n<IMG_CONTEXT>\n\n<|im_end|>",  # writes one itself
+    }.items(),
+    indirect=["processor"],
+)
+def test_what_is_written_beside_images_stays(processor, expected):
+    assert expected in render_prompt(processor, [Turn("user", PAGES, False)])
+
+
+@pytest.mark.parametrize("processor", ["llava", "fast_vlm"], indirect=True)
+def test_a_line_break_that_the_template_writes_behind_the_images_of_a_turn_is_not_written_twice(processor):
+    """As LLaVA's files have it, "<image>\\nQ", and its own template."""
+    once = render_prompt(processor, [Turn("user", f"{IMAGE}{IMAGE}What?\n", False)])
+    assert "<image>\nWhat?\n" in once
+    for text in (f"{IMAGE}\n{IMAGE}\nWhat?\n", f"{IMAGE}{IMAGE}\r\nWhat?\n"):
+        assert render_prompt(processor, [Turn("user", text, False)]) == once
+    assert "<image>\n\nWhat?" in render_prompt(processor, [Turn("user", f"{IMAGE}\n\nWhat?", False)])
 
 
 def vlm(folder, **settings) -> VLM:
@@ -137,7 +158,7 @@ def test_a_system_turn_is_given_as_text_where_the_template_would_print_a_list(ti
     processor = of("mllama", tiny_vlm, templates.LLAMA3_2)
     for question in ("Q", f"{IMAGE}\nQ"):
         text = marked(render(processor, asked(question, "A", system="Be brief.")))
-        image = "<|image|>" if IMAGE in question else ""
+        image = "<|image|>\n" if IMAGE in question else ""
         assert text == (
             "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
             f"<|start_header_id|>user<|end_header_id|>\n\n{image}Q<|eot_id|>"
@@ -149,7 +170,7 @@ def test_a_question_that_the_items_lose_is_given_as_text(tiny_vlm):
     """The system turn, which a template sets in front of the last question, is where it is when an answer is asked."""
     processor = of("llava", tiny_vlm, templates.PIXTRAL.replace("[IMG]", "<image>"))
     turns = asked(f"{IMAGE}\nQ", "A", "Q2", "A2", system="Be brief.")
-    prompt = "<s>[INST]Be brief.\n\n<image>Q[/INST]"
+    prompt = "<s>[INST]Be brief.\n\n<image>\nQ[/INST]"
     assert render_prompt(processor, turns[:2]) == prompt
     assert marked(render(processor, turns)) == f"{prompt}[A</s>][INST]Be brief.\n\nQ2[/INST][A2</s>]"
 

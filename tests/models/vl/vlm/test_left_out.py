@@ -3,6 +3,7 @@
 import logging
 import re
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -103,9 +104,9 @@ def test_it_is_counted_each_time_and_named_once(model, rows, caplog):
     assert torch.equal(*losses)
     (message,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert FAULT.match(message)
-    resumed = RowCounts()
+    resumed = RowCounts(40)
     resumed.load_state_dict(model.counts.state_dict())
-    assert resumed.state_dict() == {"num_cut": 0, "num_left_out": 2}
+    assert (resumed.num_cut, resumed.num_left_out) == (0, 2)
 
 
 @pytest.mark.parametrize("on_bad_data", ["stop", "skip"])
@@ -164,3 +165,25 @@ def test_a_sharded_model_cannot_go_without_rows(model, monkeypatch):
     monkeypatch.setattr("dora_mm.models.vl.vlm.network.is_sharded", lambda parameter: True)
     with pytest.raises(ValueError, match=r"train\.shard: all rows of a process's batch are too long"):
         model.loss(VLMBatch("chat", ()), torch.Generator())
+
+
+def test_a_resumed_run_may_have_another_length_where_no_row_that_was_seen_is_cut_otherwise(tiny_vlm, rows):
+    """Those of a validation count, too: the best adapter so far was chosen by their losses."""
+    found, path = rows(1, 7), str(tiny_vlm("llava"))
+
+    @cache
+    def seen(length, *, validation=False):
+        vlm = VLM(VLMModelConfig(path=path, max_length=length))
+        with torch.set_grad_enabled(not validation):
+            vlm.loss(VLBatches(vlm, {"chat": found}, seed=0)(0), torch.Generator())
+        return vlm.counts.state_dict()
+
+    longest = seen(None)["longest"]
+    whole = VLM(VLMModelConfig(path=path)).lengths("chat", found.table, range(7), found.images)
+    assert longest == max(whole.tokens)
+    for before, after in ((longest, longest + 1), (None, longest), (longest - 1, longest - 1)):
+        RowCounts(after).load_state_dict(seen(before))
+    for before, after in ((longest, longest - 1), (longest - 1, longest), (None, longest - 1)):
+        for validation in (False, True):
+            with pytest.raises(ValueError, match=rf"model\.max_length cannot change from .* rows of up to {longest}"):
+                RowCounts(after).load_state_dict(seen(before, validation=validation))

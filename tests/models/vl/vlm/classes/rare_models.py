@@ -33,7 +33,7 @@ def gemma4_unified() -> Tiny:
         image_seq_length=4,
         chat_template=chatml("<|image|>"),
     )
-    vision = {"patch_size": 7, "pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 64}
+    vision = {"patch_size": 7, "pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 320}
     config = hf.Gemma4UnifiedConfig(
         text_config=text_config(tokenizer, "gemma4_unified_text", **SLIDING),
         vision_config=vision | {"output_proj_dims": 32},
