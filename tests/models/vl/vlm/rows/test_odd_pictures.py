@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.config.vl_data import SourceConfig
@@ -14,7 +15,6 @@ from dora_mm.sampling.answers import answer_all
 from tests.data.vl.files import write_json
 from tests.models.vl.vlm import tiny
 from tests.models.vl.vlm.rows.cut_rows import NAMES, WHOLE, opened, set_limit
-from tests.models.vl.vlm.vlm_rows import save_noise
 
 # Height and width, from one pixel to strips, and pictures that every class reads
 ODD = ((1, 1), (2, 500), (500, 2), (30, 9000), (9000, 30), (50, 20000), (20000, 50))
@@ -31,7 +31,7 @@ def example(pictures, shape, question="What?", *, chat=True) -> Example:
     """A row with a picture of this shape, which is written where it is not there yet."""
     file = pictures / "{}x{}.png".format(*shape)
     if not file.exists():
-        save_noise(file, 0, *shape)
+        Image.new("RGB", shape[::-1], (200, 30, 90)).save(file)
     asked = Turn("user", f"{IMAGE}\n{question}", False), Turn("assistant", "red", True)
     return Example(file.name, (file.name,), question, ("red",), (1.0,), turns=asked if chat else ())
 
