@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from dora_mm.config.paths import resolve_adapter, resolve_model
@@ -14,6 +15,8 @@ MEASURE = (
     "error: how far the change of the weights is from the one that the file means, at strength 1: "
     "||W_tool - W'|| / ||W' - W0||; 0 is right, 1 is as far off as no adapter at all"
 )
+WRONG, UNREAD = "wrong", "not read"
+KINDS = (RIGHT, WRONG, UNREAD)
 SHOWN = 5  # modules that are named for each finding
 
 
@@ -38,38 +41,53 @@ def main(file: str, tool: str, base: str | None = None, *, axis: str | None = No
     if as_json:
         print(json.dumps([verdict.as_dict() for verdict in verdicts], indent=2))
         return
-    print("\n".join(sentence(verdict, path, base) for verdict in verdicts))
-    if warned := cautions(verdicts):
-        print(f"\n{warned}")
-    print(f"\n{table(verdicts)}")
-    print(f"\n{MEASURE}")
+    print("\n\n".join(filter(None, sections(verdicts, path, base))))
+
+
+def sections(verdicts: list[Verdict], file: Path, base: str) -> Iterator[str]:
+    """What a person needs first, and the numbers last."""
+    yield overview(verdicts)
+    yield cures(verdicts, file, base)
+    yield cautions(verdicts)
     if verdicts[0].note:
-        print(f"\n{path}: {verdicts[0].note}")
-    if len(verdicts) == 1:
-        print(f"\n{details(verdicts[0])}")
-    if cures := list(dict.fromkeys(filter(None, (cure(verdict, path, base) for verdict in verdicts)))):
-        print("\n" + "\n".join(f"to cure  {each}" for each in cures))
+        yield f"{file}: {verdicts[0].note}"
+    yield details(verdicts[0]) if len(verdicts) == 1 else table(verdicts)
+    yield MEASURE
 
 
-def sentence(verdict: Verdict, file: Path, base: str) -> str:
-    """What a tool makes of the file, and what cures it."""
+def overview(verdicts: list[Verdict]) -> str:
+    """A line for all tools that make the same of the file: first those that compute what it means."""
+    found = {kind: defaultdict[str, list[str]](list) for kind in KINDS}
+    for verdict in verdicts:
+        kind, what = judged(verdict)
+        found[kind][what].append(verdict.title)
+    return "\n".join(f"{kind:<8} {', '.join(titles)}: {what}" for kind in KINDS for what, titles in found[kind].items())
+
+
+def judged(verdict: Verdict) -> tuple[str, str]:
+    """What a tool makes of the file: one of KINDS, and what there is to say of it."""
     counts = verdict.findings
     total = counts.total() - counts[NOT_FOUND]
     loaded = total - counts[IGNORED] - counts[FAILS]
-    reason = next((layer.reason for layer in verdict.layers if layer.finding == REFUSED), "")
-    amount = f"all {total} modules" if loaded == total else f"{loaded} of {total} modules"
-    if reason:
-        found = reason
-    elif not loaded:
-        found = "raises an error at every module" if counts[FAILS] else "loads nothing: it does not know these keys"
-    elif counts[RIGHT] == total:
-        found = f"loads {amount}, and computes what the file means"
-    else:
-        lost = f", without {counts[NO_MAGNITUDE]} magnitudes" if counts[NO_MAGNITUDE] else ""
-        found = f"loads {amount}{lost}, but {wrong(verdict.error)}"
-    usage = f"; {verdict.usage}" if verdict.usage and not reason else ""
-    what = f" Cure: {command}" if (command := cure(verdict, file, base)) else ""
-    return f"{verdict.title}: {found}{usage}.{what}"
+    if reason := next((layer.reason for layer in verdict.layers if layer.finding == REFUSED), ""):
+        return UNREAD, reason
+    if not loaded:
+        return UNREAD, "raises an error at every module" if counts[FAILS] else "does not know these names"
+    amount = f"loads all {total} modules" if loaded == total else f"loads {loaded} of {total} modules"
+    usage = f"; {verdict.usage}" if verdict.usage else ""
+    if counts[RIGHT] == total:
+        return RIGHT, f"{amount}{usage}"
+    lost = f", without {counts[NO_MAGNITUDE]} magnitudes" if counts[NO_MAGNITUDE] else ""
+    return WRONG, f"{wrong(verdict.error)}, {amount}{lost}{usage}"
+
+
+def cures(verdicts: list[Verdict], file: Path, base: str) -> str:
+    """For each command that makes another file, the tools that compute that one exactly."""
+    tools: dict[str, list[str]] = defaultdict(list)
+    for verdict in verdicts:
+        if verdict.cure:
+            tools[f"dora-mm convert {file} OUT {verdict.cure} --base {base}"].append(verdict.title)
+    return "\n".join(f"to cure  {', '.join(titles)}: {command}" for command, titles in tools.items())
 
 
 def cautions(verdicts: list[Verdict]) -> str:
@@ -81,16 +99,11 @@ def cautions(verdicts: list[Verdict]) -> str:
     return "\n".join(f"mind     {', '.join(titles)}: {caution}" for caution, titles in tools.items())
 
 
-def cure(verdict: Verdict, file: Path, base: str) -> str | None:
-    """The command that writes what the tool computes exactly; None where nothing has to be cured."""
-    return f"dora-mm convert {file} OUT {verdict.cure} --base {base}" if verdict.cure else None
-
-
 def wrong(error: float) -> str:
     """An error in words."""
     if not math.isfinite(error):
         return "some values are not finite"
-    return f"{max(error, 0.001):.1%} of the change is wrong" if error < 1 else f"is off by {error:.1f} times the change"
+    return f"off by {max(error, 0.001):.1%} of the change" if error < 1 else f"off by {error:.1f} times the change"
 
 
 def table(verdicts: list[Verdict]) -> str:

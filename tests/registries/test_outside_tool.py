@@ -91,7 +91,7 @@ def test_a_tool_of_another_package(tmp_path):
     converted, inspected, right, lost, _, _, targets, tools = done.stdout.split("-- end\n")[:-1]
     assert f"written  new.safetensors, {len(names)} modules" in converted
     assert re.search(r"in the form of Acme Trainer\n(.*\n)*works in +Acme Trainer as it is", inspected)
-    assert f"Acme Trainer: loads all {len(names)} modules, and computes what the file means." in right
+    assert f"right    Acme Trainer: loads all {len(names)} modules" in right
     assert "without 5 magnitudes" in lost
     assert "OUT --to acme --base" in lost
     assert re.search(r"\n  acme +to go on with training in Acme Trainer\n", targets)

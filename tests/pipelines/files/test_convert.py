@@ -92,16 +92,16 @@ def test_verify_shows_every_tool(adapter, tmp_path, capsys):
     run(capsys, "convert", adapter, tmp_path / "a.safetensors", "--to", "kohya", "--base", BASE)
     code, output, _ = run(capsys, "verify", tmp_path / "a.safetensors", "--base", BASE)
     assert code == 0
-    said, rows, measure, ends = output.strip().split("\n\n")
-    assert f"dora-mm convert {tmp_path}/a.safetensors OUT --to comfy-2025" in ends
-    words = dict(line.split(": ", 1) for line in said.splitlines())
-    assert words["SD.Next"].startswith("loads all 219 modules, and computes what the file means.")
-    cure = rf"Cure: dora-mm convert {tmp_path}/a.safetensors OUT --to comfy-2025 --base {BASE}"
-    assert re.fullmatch(
-        rf"loads all 219 modules, but \S+% of the change is wrong\. {cure}", words["ComfyUI and reForge"]
+    said, ends, _, rows, measure = output.strip().split("\n\n")
+    assert f"Forge: dora-mm convert {tmp_path}/a.safetensors OUT --to comfy-2025 --base {BASE}" in ends
+    kinds = [line[:8].strip() for line in said.splitlines()]
+    assert kinds == sorted(kinds, key=("right", "wrong", "not read").index)
+    assert re.search(r"^right    .*\bSD\.Next.*: loads all 219 modules$", said, re.MULTILINE)
+    assert re.search(r"^right    OneTrainer: .*set OneTrainer's option for them", said, re.MULTILINE)
+    assert re.search(
+        r"^wrong    ComfyUI .*\bForge: off by \S+% of the change, loads all 219 modules$", said, re.MULTILINE
     )
-    assert words["PEFT"].startswith("loads nothing: it does not know these keys. Cure: ")
-    assert "set OneTrainer's option for them" in words["OneTrainer"]
+    assert re.search(r"^not read .*\bPEFT: does not know these names$", said, re.MULTILINE)
     assert measure.startswith("error: how far the change of the weights is from")
     found = {line.split()[0]: line for line in rows.splitlines()}
     assert "0.42.1" in found["diffusers"]
