@@ -68,6 +68,11 @@ def test_turns_may_follow_in_another_order(tmp_path):
         assert [turn.loss for turn in found.turns] == [role == "assistant" for role in roles]
 
 
+def test_a_greeting_alone_is_not_learned(tmp_path):
+    row = {"messages": [{"role": "assistant", "content": "Hello."}, *messages("Q")]}
+    assert [turn.loss for turn in only(as_lines(tmp_path, [row])).turns] == [False, False]
+
+
 class Reads:
     """A model that reads all rows."""
 

@@ -202,7 +202,9 @@ def _by_number(images: list[str], places: Sequence[ImagePlace], numbers: set[int
 
 
 def _learned(roles: tuple[Role, ...], losses: list[bool | None]) -> Sequence[bool]:
-    """Which turns carry loss."""
+    """Which turns carry loss: none where nothing that is asked has an answer."""
+    if "assistant" not in roles[roles.index("user") :]:
+        return [False] * len(roles)
     if losses.count(None) == len(losses):
         return [role == "assistant" for role in roles]
     learned = [role == "assistant" and loss is not False for role, loss in zip(roles, losses, strict=True)]

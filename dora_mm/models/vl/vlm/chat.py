@@ -27,7 +27,7 @@ class ChatText(NamedTuple):
     Attributes:
         text: What the model reads, with the processor's token in the place of each image or video.
         spans: Where in `text` the learned answers are, as (start, end), the token that ends each turn included.
-        ends: Where all answers end, learned or not.
+        ends: Where all exchanges end, learned or not.
     """
 
     text: str
@@ -61,11 +61,16 @@ def render(processor: Any, turns: Sequence[Turn], tools: str = "") -> ChatText:
         if turns[number].loss and found.is_whole:
             spans.append((len(text), len(text) + len(found.said)))
         text, done, rest = text + found.said, found.end, found.rest
-        ends.append(len(text))
+        ends += [len(text)] if is_asked(turns[:number]) else []
     if not spans and any(turn.loss for turn in turns):
         learned = next(turn.text for turn in turns if turn.loss)
         raise ValueError(f"the chat template does not render this answer as it is: {learned[:80]!r}")
     return ChatText(text + rest, tuple(spans), tuple(ends))
+
+
+def is_asked(turns: Sequence[Turn]) -> bool:
+    """Whether anything is asked in these turns. What the assistant says before that is of the first exchange."""
+    return any(turn.role in ("user", "tool") for turn in turns)
 
 
 def render_prompt(processor: Any, turns: Sequence[Turn], tools: str = "") -> str:

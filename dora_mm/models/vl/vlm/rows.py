@@ -18,7 +18,7 @@ from dora_mm.data.seen import SeenFiles
 from dora_mm.data.vl.example import IMAGE, VIDEO, Example, Turn, escaped, pieces_of
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.models.vl.vlm.boxes import with_boxes
-from dora_mm.models.vl.vlm.chat import ChatText, render, render_prompt
+from dora_mm.models.vl.vlm.chat import ChatText, is_asked, render, render_prompt
 from dora_mm.models.vl.vlm.encoding import RowEncoder, TokenRow, collate
 from dora_mm.models.vl.vlm.forms import Form
 from dora_mm.models.vl.vlm.prompts import ALONE, EITHER, SAME_IMAGES, SAME_LENGTH, PlainPrompts
@@ -37,8 +37,8 @@ def exchanges_of(turns: Sequence[Turn], images: Sequence[Any], videos: Sequence[
     """The exchanges of a conversation. A question at its end, which has no answer, is in none."""
     found, start, num_images, num_videos = [], 0, 0, 0
     for end, turn in enumerate(turns, 1):
-        if turn.role == "assistant":
-            said = turns[start:end]
+        said = turns[start:end]
+        if turn.role == "assistant" and is_asked(said):
             kinds = [kind for each in said for kind in pieces_of(each.text)[1::2]]
             first, start = (num_images, num_videos), end
             num_images, num_videos = num_images + kinds.count("image"), num_videos + kinds.count("video")

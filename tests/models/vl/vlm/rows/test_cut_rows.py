@@ -152,6 +152,19 @@ def test_exchanges_with_a_tool(tiny_vlm, folder):
     check_cut(vlm, example, str(folder))
 
 
+def test_what_the_assistant_says_first_stays_with_the_first_exchange(tiny_vlm, folder):
+    vlm, whole, greeting = opened(tiny_vlm("qwen2_5_vl")), conversation((1, 1)), Turn("assistant", "Hello.", True)
+    greeted, first = (
+        replace(example, turns=(greeting, *example.turns)) for example in (whole, first_exchanges(whole, 1))
+    )
+    alone = encoded(vlm, first, str(folder))
+    row = encoded(vlm, greeted, str(folder), alone.length)
+    assert torch.equal(row.labels, alone.labels)
+    assert (row.num_exchanges_cut, row.num_images) == (1, 1)
+    shorter = encoded(vlm, greeted, str(folder), alone.length - 4)
+    assert torch.equal(shorter.labels, alone.labels[: alone.length - 4])
+
+
 @pytest.mark.parametrize("name", ["paligemma", "florence2"])
 def test_without_a_chat_template_the_question_is_whole_or_the_row_left_out(name, tiny_vlm, folder):
     """The answer of PaliGemma, which is in the row, is cut; Florence-2 writes it elsewhere."""
