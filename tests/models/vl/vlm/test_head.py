@@ -96,7 +96,11 @@ def check(base, pictures, monkeypatch) -> bool:
     return known
 
 
-@pytest.mark.parametrize(("name", "in_chunks"), BY_MECHANISM.items())
+FAST = ("llava", "chameleon", "git", "florence2")
+MECHANISMS = [pytest.param(*m, marks=() if m[0] in FAST else pytest.mark.slow) for m in BY_MECHANISM.items()]
+
+
+@pytest.mark.parametrize(("name", "in_chunks"), MECHANISMS)
 def test_losses_and_gradients_are_those_of_all_logits(name, in_chunks, tiny_vlm, pictures, monkeypatch):
     assert check(tiny_vlm(name), pictures, monkeypatch) == in_chunks
 
@@ -109,7 +113,7 @@ def test_losses_and_gradients_of_every_class(kind, tmp_path_factory, monkeypatch
     check(built(named(kind), folder), pictures_in(folder), monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "florence2"])
+@pytest.mark.parametrize("name", ["llava_next", "florence2"])
 def test_the_head_is_given_the_states_of_target_tokens_alone(name, tiny_vlm, pictures):
     """Rows with pictures of different sizes: it was given the union of their columns, or all of them."""
     vlm = opened(tiny_vlm(name))
@@ -124,7 +128,7 @@ def test_the_head_is_given_the_states_of_target_tokens_alone(name, tiny_vlm, pic
     assert torch.equal(targets, labels[labels != IGNORED])
 
 
-@pytest.mark.parametrize("name", ["chameleon", "granite4_vision"])
+@pytest.mark.parametrize("name", ["chameleon", pytest.param("granite4_vision", marks=pytest.mark.slow)])
 def test_a_class_that_goes_on_with_its_logits_unknown_to_us_is_found_in_its_first_pass(
     name, tiny_vlm, pictures, monkeypatch
 ):
