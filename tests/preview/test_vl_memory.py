@@ -120,7 +120,7 @@ MECHANISMS = ["qwen3_vl_moe", *(pytest.param(n, marks=pytest.mark.slow) for n in
 
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_a_step_without_numbers_takes_what_a_class_decides_by_its_inputs(name, tiny_vlm, tmp_path):
-    """Places of images, groups of patches, masks, experts. (A tiny model's peak is in its weights, which differ more.)"""
+    """Places of images, groups of patches, masks, experts. (Only the estimate counts inputs as on a device.)"""
     vlm, pictures = opened(tiny_vlm(name)), tmp_path / "pictures"
     pictures.mkdir()
     batch = batch_of(vlm, write_pictures(pictures), EXAMPLES)

@@ -28,7 +28,7 @@ from dora_mm.models.vl.vl_model import RowCounts, RowLengths, Structure, Target,
 from dora_mm.models.vl.vlm.answers import VLMAnswers
 from dora_mm.models.vl.vlm.encoding import TokenRow
 from dora_mm.models.vl.vlm.forms import form_of
-from dora_mm.models.vl.vlm.loading import load_processor
+from dora_mm.models.vl.vlm.loading import completed, load_processor
 from dora_mm.models.vl.vlm.network import VLMNetwork
 from dora_mm.models.vl.vlm.prompts import PLAIN, TEXTS
 from dora_mm.models.vl.vlm.rows import ExampleEncoder
@@ -133,7 +133,7 @@ class VLM:
     def structure(cls, config: VLMModelConfig, vision: VisionConfig, *, tower: bool = False) -> Structure:
         empty: Any = empty_model(resolve_model(config.path), config.revision).to(getattr(torch, config.dtype))
         network = VLMNetwork(config, form_of(type(empty).__name__, empty.config), torch.device("meta"))
-        network.model = empty
+        network.model = completed(empty)
         return Structure({"model": empty}, {"model": map_of(empty)}, partial(batch_loss, network))
 
     @property

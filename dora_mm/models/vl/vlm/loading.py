@@ -103,9 +103,14 @@ def load_vlm(config: VLMModelConfig, device: torch.device) -> Any:
     if config.max_tiles and getattr(model.config, "image_grid_pinpoints", None):  # as those of its processor
         grid, tile = model.config.image_grid_pinpoints, model.config.vision_config.image_size
         model.config.image_grid_pinpoints = within(grid, tile, config.max_tiles)
-    if found.model_type == "llama4":
+    return completed(model).requires_grad_(False).eval()
+
+
+def completed(model: Any) -> Any:
+    """A model whose class runs, also that of Llama 4, which transformers 5.24 left incomplete."""
+    if model.config.model_type == "llama4":
         model.language_model.register_forward_hook(_with_image_outputs)
-    return model.requires_grad_(False).eval()
+    return model
 
 
 def _with_image_outputs(module: Any, inputs: Any, output: Any) -> None:
