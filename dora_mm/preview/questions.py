@@ -60,13 +60,11 @@ class LargestBatch(NamedTuple):
         task: Name of the task.
         rows: The rows of its training set, by index.
         length: Tokens of the longest.
-        text: Tokens of text in it.
     """
 
     task: str
     rows: Sequence[int]
     length: int
-    text: int
 
     @property
     def num_tokens(self) -> int:
@@ -172,8 +170,7 @@ def largest_batch(task: str, rows: TrainingSet, lengths: RowLengths) -> LargestB
     chosen = order[~lengths.loses_answer[order]][: rows.batch_size]
     if not len(chosen):
         return None
-    longest, images = (int(values[chosen[0]]) for values in (lengths.tokens_read, lengths.image_tokens_read))
-    return LargestBatch(task, lengths.rows[chosen].tolist(), longest, longest - images)
+    return LargestBatch(task, lengths.rows[chosen].tolist(), int(lengths.tokens_read[chosen[0]]))
 
 
 def batch_of(model: VLModel, sets: Mapping[str, TrainingSet], batch: LargestBatch, number: int = 0) -> Any:

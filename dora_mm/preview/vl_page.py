@@ -87,7 +87,7 @@ def vl_page(config: TrainVLConfig, *, decode: bool = False) -> Iterator[str]:
     if why_not:
         reaches_all = config.model.uses_all_parameters
         divided = division(trained, structure.target_maps, reaches_all=reaches_all) if shard else None
-        yield estimated_cost(config, accelerator, structure, trained, data, divided)
+        yield estimated_cost(config, accelerator, structure, trained, model, data, divided)
         yield f"time      not measured: {why_not}"
     yield from slow_hardware(accelerator, trained.networks.values())
     if data.problems:

@@ -90,6 +90,12 @@ an image and with text alone were computed in one batch and alone.
 Images are limited by the keys of `model` in the last column: `max_pixels`, `image_size` (the longer side) or
 `max_tiles`. Each was tried, too; other keys are refused when the model is loaded.
 
+Losses are computed from the hidden states of the tokens with loss alone, in chunks; of `chameleon`, `cohere_compass`,
+`gemma3n`, `granite4_vision`, `granite_docling`, `hyperclovax_vision_v2`, `inkling2`, `inkling2_loop`,
+`inkling_mm_model`, `mistral_large4`, `muse_glimmer`, `muse_spark`, `nemotron_h_omni` and `paligemma` from all logits
+of these tokens at once, since their classes go on with them: they scale, cap, mask or widen them
+([memory](vlm.md#memory)). So it is with all whose config sets `final_logit_softcapping`.
+
 | type | class | trains | parts, or why not | videos | limits of images |
 |---|---|---|---|---|---|
 """

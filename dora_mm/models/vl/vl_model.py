@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -109,10 +109,17 @@ class RowCounts:
 
 @dataclass(frozen=True)
 class Structure:
-    """The networks of a model without their weights, on the meta device, and their target maps, by component."""
+    """A model without its weights.
+
+    Attributes:
+        networks: Its networks, on the meta device, by component.
+        target_maps: Their target maps.
+        loss: The loss of a batch of a model of this family, see `VLModel.loss`, by these networks; None: it needs more.
+    """
 
     networks: Mapping[str, nn.Module]
     target_maps: Mapping[str, TargetMap]
+    loss: Callable[[Any], LossSum] | None = None
 
 
 class VLModel(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,7 +27,7 @@ from dora_mm.models.vl.vl_model import RowCounts, RowLengths, Structure, Target,
 from dora_mm.models.vl.vlm.answers import VLMAnswers
 from dora_mm.models.vl.vlm.encoding import TokenRow
 from dora_mm.models.vl.vlm.forms import form_of
-from dora_mm.models.vl.vlm.loading import load_processor
+from dora_mm.models.vl.vlm.loading import completed, load_processor
 from dora_mm.models.vl.vlm.network import VLMNetwork, naming
 from dora_mm.models.vl.vlm.prompts import PLAIN, TEXTS
 from dora_mm.models.vl.vlm.rows import ExampleEncoder
@@ -134,8 +134,10 @@ class VLM:
 
     @classmethod
     def structure(cls, config: VLMModelConfig, vision: VisionConfig, *, tower: bool = False) -> Structure:
-        network = empty_model(resolve_model(config.path), config.revision).to(getattr(torch, config.dtype))
-        return Structure({"model": network}, {"model": map_of(network)})
+        empty: Any = empty_model(resolve_model(config.path), config.revision).to(getattr(torch, config.dtype))
+        network = VLMNetwork(config, form_of(type(empty).__name__, empty.config), torch.device("meta"))
+        network.model = completed(empty)
+        return Structure({"model": empty}, {"model": map_of(empty)}, partial(batch_loss, network))
 
     @property
     def model(self) -> Any:
@@ -260,19 +262,7 @@ class VLM:
         self.counts.longest = max(self.counts.longest, batch.longest)
         if torch.is_grad_enabled():  # a validation does not count
             self.counts.add(batch.num_cut, batch.left_out)
-        count = torch.zeros((), device=self.network.device)
-        total = count if batch.groups else self.network.zero_loss()
-        for ids, (inputs, labels, weights) in zip(batch.ids, batch.groups, strict=True):
-            with naming(batch.task, ids):
-                sums, counts = self.network.row_losses(inputs, labels)
-            weights = weights.to(self.network.device)
-            if TASKS[batch.task].row_mean:
-                total = total + (sums / counts.clamp(min=1) * weights).sum()
-                count = count + len(weights)
-            else:
-                total = total + (sums * (weights > 0)).sum()
-                count = count + (counts * (weights > 0)).sum()
-        return LossSum(total, count)
+        return batch_loss(self.network, batch)
 
     def lengths(self, task: str, table: ExampleTable, rows: Iterable[int], images: str | None) -> RowLengths:
         return row_lengths(self.rows, task, table, rows, images)
@@ -285,3 +275,20 @@ class VLM:
 
     def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
         return VLMAnswers(self.questions, self.network).answerer(task, config, candidates)
+
+
+def batch_loss(network: VLMNetwork, batch: VLMBatch) -> LossSum:
+    """The loss of a batch by a network; see `VLModel.loss`."""
+    count = torch.zeros((), device=network.device)
+    total = count if batch.groups else network.zero_loss()
+    for ids, (inputs, labels, weights) in zip(batch.ids, batch.groups, strict=True):
+        with naming(batch.task, ids):
+            sums, counts = network.row_losses(inputs, labels)
+        weights = weights.to(network.device)
+        if TASKS[batch.task].row_mean:
+            total = total + (sums / counts.clamp(min=1) * weights).sum()
+            count = count + len(weights)
+        else:
+            total = total + (sums * (weights > 0)).sum()
+            count = count + (counts * (weights > 0)).sum()
+    return LossSum(total, count)

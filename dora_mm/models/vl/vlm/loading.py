@@ -102,9 +102,14 @@ def load_vlm(config: VLMModelConfig, device: torch.device) -> Any:
     model.generation_config = special_tokens(model)
     if grid := limited_grid(model.config, config.max_tiles):
         model.config.image_grid_pinpoints = grid
-    if found.model_type == "llama4":
+    return completed(model).requires_grad_(False).eval()
+
+
+def completed(model: Any) -> Any:
+    """A model whose class runs, also that of Llama 4, which transformers 5.24 left incomplete."""
+    if model.config.model_type == "llama4":
         model.language_model.register_forward_hook(_with_image_outputs)
-    return model.requires_grad_(False).eval()
+    return model
 
 
 def _with_image_outputs(module: Any, inputs: Any, output: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -108,6 +108,8 @@ class VLMNetwork:
             for name, value in inputs.items()
         }
 
-    def _precision(self) -> torch.autocast:
+    def _precision(self) -> AbstractContextManager[Any]:
         """Autocast where the frozen weights are in half precision: those that are trained themselves are float32."""
+        if self.device.type == "meta":  # which it does not know
+            return nullcontext()
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype.itemsize < 4)

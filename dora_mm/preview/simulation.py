@@ -1,0 +1,196 @@
+"""The memory of a training step without its numbers: all of it runs on the meta device, and tensors are counted.
+
+Networks are there without weights. What their inputs alone decide (token ids, places of images, masks, sizes) is
+computed; whatever depends on a weight has a shape only. Where a class asks such a number for a decision, the answer is
+1 or True. So every tensor of the forward and the backward pass is made and dropped as in a step, and what is there at
+once is the step's memory, but for what kernels take inside.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from dora_mm.core import AdaptedLayer, fixed_parameters
+from dora_mm.core.forms import adapted_product
+from dora_mm.core.steps import Steps
+from dora_mm.utils.losses import LossSum
+
+META = torch.device("meta")
+BY_PLACES = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+
+
+def simulated_peak(
+    networks: Mapping[str, nn.Module], loss: Callable[[Any], LossSum], batch: Any, num_passes: int = 1
+) -> int:
+    """The bytes that a step takes at most beyond the networks' own parameters and buffers, gradients included.
+
+    Args:
+        networks: All networks, adapted, on the meta device, as they are trained: in training mode, what is frozen
+            without gradients. Their adapted layers are left with another forward function.
+        loss: The loss of a batch.
+        batch: A batch, on the processor; not counted.
+        num_passes: Forward passes of an optimizer step.
+
+    Raises:
+        Exception: A class does something with a number that is not there.
+    """
+    model = nn.ModuleDict(networks)
+    for layer in model.modules():
+        if isinstance(layer, AdaptedLayer):
+            layer.adaptation.forward = partial(adapted_product, steps=ReadableSteps())
+    counted = Simulation((*model.parameters(), *model.buffers()))
+    with counted, fused_attention(), fixed_parameters(model, num_passes=num_passes):
+        torch.autograd.backward(loss(batch).total)
+    return counted.peak
+
+
+class ReadableSteps(Steps):
+    """Those of a layer whose numbers can be read, though on the meta device none can: y is kept, as in a training."""
+
+    def keeps_output(self, x: Tensor) -> bool:
+        return True
+
+
+class Simulation(TorchDispatchMode):
+    """Runs operations without numbers, and counts the bytes of the tensors that they make.
+
+    Tensors on the processor are computed; they meet those on the meta device as if they were there.
+
+    Args:
+        known: Tensors that are not counted.
+
+    Attributes:
+        peak: The most bytes that were there at once.
+    """
+
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes = dict.fromkeys((t.untyped_storage()._cdata for t in known), 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        found = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(t.is_meta for t in found):
+            output = self._shaped(func, args, kwargs)
+        else:
+            output = func(*args, **_on_processor(func, found, kwargs))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._count(leaf)
+        return output
+
+    def _shaped(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The output of an operation one of whose inputs has no numbers."""
+        name = func.__name__.partition(".")[0]
+        if name == "_local_scalar_dense":
+            number = args[0].dtype
+            return True if number == torch.bool else 1.0 if number.is_floating_point else 1
+        if name == "nonzero":
+            return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.long, device=META)
+        if name in BY_PLACES:
+            args = (args[0], [place for index in args[1] for place in _places(index)], *args[2:])
+        args, kwargs = tree_map_only(Tensor, _without_numbers, (args, kwargs))
+        if name == "_grouped_mm":  # of experts; on the meta device it takes bfloat16 alone
+            return _grouped_product(*args[:3])
+        if name in PRODUCTS:  # nothing is autocast on the meta device
+            args = _in_one_dtype(args)
+        if "device" in kwargs and kwargs["device"] is not None:
+            kwargs["device"] = META
+        return func(*args, **kwargs)
+
+    def _count(self, t: Tensor) -> None:
+        storage = t.untyped_storage()
+        if storage._cdata not in self._sizes:
+            self._sizes[storage._cdata] = size = storage.nbytes()
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, storage._cdata)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+
+def _on_processor(func: Any, found: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with which what depends on no weight stays on the processor, where it can be computed."""
+    device, dtype = kwargs.get("device"), kwargs.get("dtype")
+    if device is None or torch.device(device) != META:
+        return kwargs
+    counts = func.__name__.startswith("arange") or (dtype is not None and not dtype.is_floating_point)
+    return {**kwargs, "device": torch.device("cpu")} if found or counts else kwargs
+
+
+def _places(index: Tensor | None) -> Iterable[Tensor | None]:
+    """The places of an index that may be a mask; all of one without numbers are taken for True."""
+    if index is None or index.dtype not in (torch.bool, torch.uint8):
+        return [index]
+    if index.is_meta:
+        return [torch.empty(index.numel(), dtype=torch.long, device=META) for _ in range(index.dim())]
+    return index.nonzero().unbind(1)
+
+
+def _without_numbers(t: Tensor) -> Tensor:
+    if t.is_meta or t.dim() == 0:
+        return t
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=META)
+
+
+def _grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """The shape of x (T, I) times weights (E, I, O), or of the gradient (E, I, O) of x (I, T) and y (T, O)."""
+    shape = (len(x), weight.shape[-1]) if weight.dim() == 3 else (len(offsets), len(x), weight.shape[-1])
+    return torch.empty(shape, dtype=x.dtype, device=META)
+
+
+def _in_one_dtype(args: Any) -> Any:
+    dtypes = {t.dtype for t in args if isinstance(t, Tensor)}
+    if len(dtypes) == 1:
+        return args
+    narrowest = min(dtypes, key=lambda dtype: dtype.itemsize)
+    return tree_map_only(Tensor, lambda t: t.to(narrowest), args)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+class FusedAttention(torch.autograd.Function):
+    """What the kernels of attention keep: q, k, v, the output, the logarithms of its sums, and a mask."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        batch, heads, length, _ = query.shape
+        output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        sums = query.new_empty(batch, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, sums, *(() if mask is None else (mask,)))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return (*(torch.empty_like(t) for t in ctx.saved_tensors[:3]), None)
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Attention on the meta device as kernels compute it, which would else keep its matrices there."""
+    own = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **more: Any):
+        if not query.is_meta or query.dim() != 4:
+            return own(query, key, value, attn_mask, *args, **more)
+        return FusedAttention.apply(query, key, value, attn_mask)
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
