@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.models import validated
 from dora_mm.config.paths import resolve_model, resolve_path
 from dora_mm.config.pictures import EvalStyleConfig
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_captioned_images, read_training_images
@@ -26,7 +24,6 @@ from dora_mm.eval.images import own_style
 from dora_mm.eval.images.clip import ClipSimilarity
 from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.scores import scores_per_image, write_json
-from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.formats.identity import adapter_digest
 from dora_mm.models.images.families import files_identity
 from dora_mm.preview.captions import PLACEHOLDER, THINGS, example_prompts, shared_word
@@ -34,10 +31,10 @@ from dora_mm.sampling.drawing import PictureJob
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.jobs.picture import Picture, template
 from dora_mm.sampling.manifest import write_manifest
-from dora_mm.sampling.model import LoadedModel, load_model, model_of
+from dora_mm.sampling.model import LoadedModel, find_adapters, load_model, model_of
 from dora_mm.sampling.sheets import save_atomically
+from dora_mm.sampling.trainings import as_in_sheets, training_of
 from dora_mm.train.run import evaluation_run
-from dora_mm.utils import yaml12
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.run_directory import RunDirectory
 
@@ -78,6 +75,7 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
         ValueError: The adapter does not say what it was trained on, or the pictures, the model or the encoder cannot be
             used. The run directory is created only after these checks.
     """
+    config = as_in_sheets(config, find_adapters([config.adapter.path]))
     loaded = load_model(config, {config.adapter.path})
     trained = training_of(loaded.adapters[config.adapter.path])
     images = training_images(config, trained)
@@ -97,14 +95,6 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
 
 
 # --- what is drawn ---------------------------------------------------------------------------------------------------
-
-
-def training_of(file: Path) -> TrainDiffusionConfig | None:
-    """The config that an adapter's header says it was trained with; None where it says none that is ours."""
-    try:
-        return validated(TrainDiffusionConfig, yaml12.read(read_metadata(file)["config"]).value)
-    except (KeyError, ValueError, yaml.YAMLError):
-        return None
 
 
 def training_images(config: EvalStyleConfig, trained: TrainDiffusionConfig | None) -> list[CaptionedImage]:

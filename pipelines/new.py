@@ -146,7 +146,8 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
     uncaptioned = [image._replace(caption=instance) if image.source == UNCAPTIONED else image for image in images]
     print(describe_style(uncaptioned, config, word))
     print(f"prompts   {prompts[0]}, ...\n\nwritten   {draft.file}, {draft.prompts}")
-    sheet = ["sample", draft.prompts, "--set", f"adapter.path={draft.run}", "strengths=[0, 1]"]
+    seeds = [f"seeds={list(config.sample.seeds)}"] if config.sample.seeds != (0,) else []
+    sheet = ["sample", draft.prompts, "--set", f"adapter.path={draft.run}", *seeds, "strengths=[0, 1]"]
     drawn = f"runs/{draft.prompts.stem}/001"
     print_next(
         config,

@@ -78,6 +78,7 @@ class PicturesConfig(PipelineConfig):
     adapter: AdapterChoice | None = None  # null: the base model
     # plain: prompts are text; a1111: with weights such as (word:1.3), alternatives {a|b} by seed, and BREAK
     prompt_syntax: PromptSyntax = "plain"
+    # Left out, these three are those of the sheets of the adapter's training, where its file says them
     negative_prompt: str | None = None  # null: none
     steps: PositiveInt = 25  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -393,6 +394,21 @@ def test_a_finished_run_is_extended(config, tmp_path, caplog, capsys):
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert main(["train", "--resume", str(run), "--set", "optimizer.eps=1.0"]) == 2
     assert "optimizer.eps cannot change from null to 1.0" in capsys.readouterr().err
+
+
+def test_the_printed_command_draws_the_pictures_of_the_sheet(config, tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+    sample = {"prompts": [PROMPT], "seeds": [3, 4], "steps": 3, "guidance": 2.0, "negative_prompt": "blurry"}
+    path = config(train__steps=1, adapter__parts=["unet.attn"], adapter__strength=1.5, sample=sample, output="run")
+    assert main(["train", str(path)]) == 0
+    printed = capsys.readouterr().out.partition("to draw  dora-mm ")[2]
+    assert main([*shlex.split(printed), "output=drawn"]) == 0
+    assert "Drawn as the sheets of the training: steps 3, guidance 2, negative_prompt 'blurry'" in caplog.messages
+    drawn = Image.open(tmp_path / "drawn/samples/0001-seed3-strength1.png")
+    assert largest_difference(Image.open(tmp_path / "run/adapter/pictures/1.png"), drawn) <= 1 / 255
+    kept = load_config(tmp_path / "drawn/config.yaml")
+    assert (kept.seeds, kept.steps, kept.guidance, kept.negative_prompt) == ((3, 4), 3, 2.0, "blurry")
 
 
 @pytest.mark.slow
