@@ -165,6 +165,8 @@ def style_changes(draft: Draft, start: TrainDiffusionConfig, num_images: int, pr
     changes: Changes = {("data", "folder"): folder_of_images(draft), ("train", "steps"): steps}
     changes[("train", "checkpoint_every")] = steps // 4
     changes |= {("tokens",): MISSING, ("train", "stop_tokens_after"): MISSING}  # the word may be one of the model's own
+    if start.schedule.warmup_steps:
+        changes[("schedule", "warmup_steps")] = round(start.schedule.warmup_steps * steps / start.train.steps)
     if start.sample.prompts:
         changes[("sample", "prompts")] = list(prompts)
     if start.sample.every:

@@ -38,7 +38,7 @@ from dora_mm.tasks.image_batches import CaptionedBatches, captioned_batches, fre
 from dora_mm.tasks.preservation import PreservingBatches, preserving
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
-from dora_mm.train.optim import check_device
+from dora_mm.train.optim import check_optimizer
 from dora_mm.train.processes import answering, check_can_shard, join_processes, takes_part
 from dora_mm.train.run import finished_run, training_run, training_summary, write_summary
 from dora_mm.train.setup import training_setup
@@ -71,16 +71,17 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     if run := finished_run(resume, config, *(["sheet.png"] if config.sample.prompts else [])):
         print_results(config, run)
         return
+    if not dry_run:
+        check_optimizer(config.optimizer, accelerator.device)
+        check_can_shard(accelerator, config.train)
+        if config.train.compile:
+            check_compiler(accelerator.device)
     images, held = hold_out(read_images(config.data, "train"), config.data)
     class_images = read_images(config.data, "preserve")
     if dry_run:
         for section in image_page(config, images, held, class_images, accelerator):
             print(section, end="\n\n", flush=True)
         return
-    check_device(config.optimizer, accelerator.device)
-    check_can_shard(accelerator, config.train)
-    if config.train.compile:
-        check_compiler(accelerator.device)
     model = load_image_model(config.model).to(accelerator.device, denoiser=not config.train.shard)
     check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is encoded
     task = DiffusionTask(model, config.loss)

@@ -1,13 +1,15 @@
 """Reads a config file and its overrides into a schema, and reports all of its problems at once."""
 
+import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from dora_mm.config.overridden import fit_warmup, value_at, warn_of_scaling
 from dora_mm.config.paths import resolve_path
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.report import Problem, describe, dotted_key, sections_at
@@ -58,6 +60,7 @@ def load_config(
     origins: dict[KeyPath, str] = {key: f"line {line}" for key, line in document.lines.items()}
     problems = [Problem(origins[key], _dotted(key), "is given twice") for key in document.duplicates]
     chosen: list[KeyPath] = []
+    before = copy.deepcopy(values)
     for override in overrides:
         found = _override(values, origins, override)
         if isinstance(found, Problem):
@@ -72,12 +75,14 @@ def load_config(
         problems.append(_unknown_pipeline(values, origins, schemas))
         raise ConfigError(file, problems)
     _remove_replaced(values, schema, chosen)
+    fit_warmup(values, before, chosen)
     try:
         config = validated(schema, values)
     except ValidationError as error:
         problems += describe(error, schema, origins)
     if problems:
         raise ConfigError(file, problems)
+    warn_of_scaling(values, before, chosen)
     return config
 
 
@@ -151,22 +156,12 @@ def _override(values: dict[str, Any], origins: dict[KeyPath, str], override: str
 def _remove_replaced(values: dict[str, Any], schema: type[PipelineConfig], chosen: Sequence[KeyPath]) -> None:
     """Removes the keys of the file that exclude the key of an override, which then is the only one given."""
     for *parents, key in chosen:
-        node = _value_at(values, parents)
+        node = value_at(values, parents)
         for pair in [pair for section in sections_at(schema, parents) for pair in section.exclusive]:
             if isinstance(node, dict) and key in pair and node.get(key) is not None:
                 other = next(name for name in pair if name != key)
                 if not any((*parents, other)[: len(path)] == path for path in chosen):
                     node.pop(other, None)
-
-
-def _value_at(values: Any, path: Iterable[str | int]) -> Any:
-    """The value at a key path; None where a later override has replaced what it was in."""
-    for part in path:
-        if isinstance(values, dict):
-            values = values.get(part)
-        else:
-            values = values[part] if isinstance(part, int) and isinstance(values, list) else None
-    return values
 
 
 def _step(node: Any, part: str) -> str | int | None:

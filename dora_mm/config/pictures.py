@@ -21,6 +21,7 @@ from dora_mm.config.schema import (
     raise_problems,
 )
 
+WITHOUT_GUIDANCE = 1.0  # up to this scale of guidance the negative prompt is not looked at, by any family
 PixelSize = Annotated[int, Field(ge=16, le=8192, multiple_of=8)]  # SDXL's VAE maps 8 x 8 pixels to one latent
 
 
@@ -34,6 +35,12 @@ class SheetConfig(Section):
     steps: PositiveInt = 25  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale
     batch_size: PositiveInt = 1  # images per batch
+
+    @model_validator(mode="after")
+    def _negative_prompt_has_an_effect(self) -> "SheetConfig":
+        if self.negative_prompt is not None and self.guidance <= WITHOUT_GUIDANCE:
+            raise ValueError(f"negative_prompt has no effect at guidance {self.guidance:g}: leave it out")
+        return self
 
 
 class SampleConfig(SheetConfig):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dora_mm import backend, formats
 from dora_mm.config.models import EMBEDDED_IMAGE_MODEL, ModelConfig, validated
 from dora_mm.config.paths import find_path, resolve_adapter, resolve_model
-from dora_mm.config.pictures import PicturesConfig
+from dora_mm.config.pictures import WITHOUT_GUIDANCE, PicturesConfig
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.models.images.families import load_image_model
@@ -114,6 +114,8 @@ class LoadedModel:
                 f"prompt_syntax a1111 is not for {self.model.title}, whose encoder takes no weights: use plain"
             )
         self.check_adapters(pictures)
+        if unguided := [p for p in pictures if p.negative_prompt and p.guidance <= WITHOUT_GUIDANCE]:
+            log.warning("%d pictures have a negative prompt without effect: their guidance is at most 1", len(unguided))
         prompts = [text for p in pictures for text in (p.prompt, p.negative_prompt) if text]
         if cut := self.model.cut(list(dict.fromkeys(prompts))):
             most = self.model.most_tokens

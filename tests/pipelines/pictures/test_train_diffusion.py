@@ -512,6 +512,22 @@ def test_a_run_is_resumed_with_the_same_inputs_only(config, tmp_path, tiny_folde
     assert main(resume) == 0
 
 
+def test_an_optimizer_that_needs_a_gpu_is_refused_before_anything_is_read(config, monkeypatch, capsys):
+    """A dry run without that GPU says so first, and all that can be said without a step."""
+    path = str(config(optimizer={"name": "adamw_8bit", "lr": 0.01}, adapter__parts=["unet.attn"]))
+    sentence = "optimizer.name adamw_8bit steps on a GPU only, and this training is on cpu: choose adamw"
+    assert main(["train", path, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(sentence)
+    assert f"time      not measured: {sentence}" in printed
+    assert "optimizer state (adamw_8bit, 2 numbers of 8 bits each)" in " ".join(printed.split())
+    recipe = PIPELINES.load("train_diffusion")
+    for name in ("read_images", "load_image_model"):
+        monkeypatch.delattr(recipe, name)
+    assert main(["train", path]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"dora-mm: {sentence}"
+
+
 BAD = {
     "no caption holds the placeholder": ({"data__placeholder": "SKS"}, "SKS"),
     "the run exists": ({"output": "."}, "exists"),
