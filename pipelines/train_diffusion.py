@@ -15,7 +15,7 @@ from dora_mm import formats
 from dora_mm.adapting import new_tokens
 from dora_mm.adapting.compiled import check_compiler, compile_blocks
 from dora_mm.adapting.files import about_image_adapter, save_image_adapter
-from dora_mm.adapting.images import adapt_image_model, bare
+from dora_mm.adapting.images import adapt_image_model, bare, check_initial_file
 from dora_mm.adapting.initial import initial_identity
 from dora_mm.adapting.networks import train_mode
 from dora_mm.adapting.parts import check_names
@@ -76,14 +76,15 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         check_can_shard(accelerator, config.train)
         if config.train.compile:
             check_compiler(accelerator.device)
+        model = load_image_model(config.model).to(accelerator.device, denoiser=not config.train.shard)
+        check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is read and encoded
+        check_initial_file(config.adapter, model)
     images, held = hold_out(read_images(config.data, "train"), config.data)
     class_images = read_images(config.data, "preserve")
     if dry_run:
         for section in image_page(config, images, held, class_images, accelerator):
             print(section, end="\n\n", flush=True)
         return
-    model = load_image_model(config.model).to(accelerator.device, denoiser=not config.train.shard)
-    check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is encoded
     task = DiffusionTask(model, config.loss)
     new_tokens.start_tokens(config.tokens, model, images, config.data.captions, config.seed)
     remarks = slow_hardware(accelerator, [*model.encoders.values(), model.empty_denoiser()])

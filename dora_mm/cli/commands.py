@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dora_mm.cli.parser import RESUMABLE
 from dora_mm.config import find_path, load_config, resolve_adapter, resolve_model, resolve_path, run_name
-from dora_mm.config.paths import INDEX, check_paths
+from dora_mm.config.paths import INDEX, check_exists, check_paths
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.recipes import PIPELINES, Recipes
 from dora_mm.registries.tools import TARGETS, no_entry
@@ -36,6 +36,10 @@ def run(arguments: Namespace, recipes: Recipes | None = None) -> None:
             if find_path(arguments.path) is None:
                 resolve_model(arguments.path, "PATH|MODEL")
             _call("inspect_model", arguments)
+        case "gallery":
+            for run in arguments.runs:
+                check_exists(run, "RUN")
+            _call("gallery", arguments)
         case "merge":
             _check_model(arguments)
             _check_transformers(arguments)

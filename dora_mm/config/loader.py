@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,27 @@ def differing_keys(one: PipelineConfig, other: PipelineConfig) -> list[str]:
     return _differing(one.model_dump(), other.model_dump(), "")
 
 
+def about_run(folder: Path) -> str:
+    """What can be done with a run directory that stands in the place of a config or a job, as a sentence."""
+    saved, run = folder / "config.yaml", shlex.quote(str(folder))
+    try:
+        values = yaml12.read(saved.read_text(encoding="utf-8")).value
+        command = SCHEMAS[values["pipeline"]].command
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return f"{folder} is a run directory, and its config.yaml cannot be read"
+    if values["pipeline"] == "train_diffusion":
+        use = f"dora-mm sample --set adapter.path={run} 'prompts=[...]' draws with its adapter, and "
+        return f"{folder} is the run of a training: {use}dora-mm train --resume {run} goes on with it"
+    if command == "train":
+        return f"{folder} is the run of a training: dora-mm train --resume {run} goes on with it"
+    if command in ("sample", "grid"):
+        return f"{folder} is a run of dora-mm {command}: dora-mm {command} --resume {run} goes on with it"
+    return f"{folder} is a run of dora-mm {command}, and its config is {saved}"
+
+
 def _read(file: Path) -> yaml12.Document:
     if (file / "config.yaml").is_file():
-        raise ValueError(f"{file} is a run directory: dora-mm train --resume {file} goes on with a training")
+        raise ValueError(about_run(file))
     if not file.is_file():
         raise ValueError(f"{file} is a folder: name a config file in it")
     try:

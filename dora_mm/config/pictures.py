@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from dora_mm.config.models import ModelConfig
 from dora_mm.config.schema import (
@@ -22,7 +22,16 @@ from dora_mm.config.schema import (
 )
 
 WITHOUT_GUIDANCE = 1.0  # up to this scale of guidance the negative prompt is not looked at, by any family
-PixelSize = Annotated[int, Field(ge=16, le=8192, multiple_of=8)]  # SDXL's VAE maps 8 x 8 pixels to one latent
+LARGEST_SIZE = 8192  # pixels of a side
+
+
+def _checked_size(size: int) -> int:
+    if size % 8 or not 16 <= size <= LARGEST_SIZE:
+        raise ValueError(f"must be a multiple of 8 from 16 to {LARGEST_SIZE}, got {size}")
+    return size
+
+
+PixelSize = Annotated[int, AfterValidator(_checked_size)]  # SDXL's VAE maps 8 x 8 pixels to one latent
 
 
 class SheetConfig(Section):

@@ -172,7 +172,10 @@ def check_training(
         )
     needed = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, train.mixed_precision)
     if train.mixed_precision != needed:  # float32 adapters on half-precision weights need autocast
-        problems.append(f"train.mixed_precision must be {needed} for model.dtype {dtype}, not {train.mixed_precision}")
+        problems.append(
+            f"train.mixed_precision must be {needed} for model.dtype {dtype}, not {train.mixed_precision}: "
+            f"--set train.mixed_precision={needed}"
+        )
     if isinstance(train, AdapterTrainConfig):
         problems += check_measured_steps(train)
     if optimizer.name == "prodigy":

@@ -33,7 +33,7 @@ def read_config(path: str, revision: str | None = None, *, key: str = "") -> Pre
         UnreachableError: It is on the hub, and the hub cannot be reached.
         ValueError: There is no config, or it is none of transformers' architectures.
     """
-    with opening(path, f"{path} is not a model of transformers, by its config.json", key=key):
+    with opening(path, f"{path} is not a model of transformers, by its config.json", key=key, revision=revision):
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
 
 
@@ -91,7 +91,7 @@ def load_weights(kind: Any, path: str, **settings: Any) -> tuple[Any, list[str]]
         ValueError: There is no model, it is damaged, incomplete or of another kind; the message names `model.path`.
     """
     checks = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    with opening(path, f"{path} cannot be loaded", key="model.path"):
+    with opening(path, f"{path} cannot be loaded", key="model.path", revision=settings.get("revision")):
         model, report = kind.from_pretrained(path, trust_remote_code=False, **checks, **settings)
     if missing := sorted(report["missing_keys"]):
         others = f" and {len(missing) - 1} more weights" if missing[1:] else ""

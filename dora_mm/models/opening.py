@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
@@ -16,6 +17,7 @@ from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.formats.files.tensor_file import read_metadata
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")  # ends of files
+LONGEST_WAIT = 5.0  # seconds for an answer of the hub
 LONGEST_REASON = 500  # characters; transformers' message about shapes has 60 lines
 # httpx and requests, which huggingface_hub uses in different releases, and their common bases
 LIBRARIES = ("diffusers.utils.logging", "transformers.utils.logging")  # each has bars of its own
@@ -27,33 +29,52 @@ class UnreachableError(ValueError):
 
 
 @contextmanager
-def opening(name: str, problem: str, *, key: str = "") -> Iterator[None]:
+def opening(name: str, problem: str, *, key: str = "", revision: str | None = None) -> Iterator[None]:
     """A context in which other libraries load something of a model: their errors become one sentence.
 
-    Libraries raise anything for files that are missing, damaged or of another kind of model: tokenizers, for one, a
-    plain Exception. Their bars of loading, a moment each, are left out; those of downloads stay.
+    Of a hub model it is asked first whether the hub answers, since libraries ask five times for every file, half a
+    minute each. Libraries raise anything for files that are missing, damaged or of another kind of model: tokenizers,
+    for one, a plain Exception. Their bars of loading, a moment each, are left out; those of downloads stay.
 
     Args:
-        name: What is loaded: a local path, or a hub name with `named`.
+        name: What is loaded: a local path, or a hub name.
         problem: What it means if it cannot be, such as "<path> cannot be loaded".
         key: The config key that names it; empty where there is none.
+        revision: A commit, branch or tag of a hub model; None: its main branch.
 
     Raises:
         UnreachableError: It is on the hub, and the hub cannot be reached.
         ValueError: The body raised anything else.
     """
     start = f"{key}: " if key else ""
+    unreachable = UnreachableError(
+        f"{start}{named(name, revision)} is not on this machine, and the hub (huggingface.co) cannot be reached: go "
+        "online once, or name a local folder instead"
+    )
+    of_hub = not Path(name).exists() and HUB_NAME.fullmatch(name)
+    if of_hub and not hub_answers() and local_copy(name, revision) is None:
+        raise unreachable
     try:
         with without_bars():
             yield
     except Exception as error:
         if not Path(name).exists() and any(_is_connection(cause) for cause in _causes(error)):
-            raise UnreachableError(
-                f"{start}{name} is not on this machine, and the hub (huggingface.co) cannot be reached: go online "
-                "once, or name a local folder instead"
-            ) from error
+            raise unreachable from error
         reason = " ".join(str(error).split())[:LONGEST_REASON]
         raise ValueError(f"{start}{problem}: {reason}") from error
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the hub answers; where it does not, what is on this machine is loaded without asking it again."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=LONGEST_WAIT)
+    except Exception:  # of httpx or requests, by release: no name, no route, too late, or offline by a variable
+        constants.HF_HUB_OFFLINE = True
+        return False
+    return True
 
 
 @contextmanager
@@ -123,7 +144,7 @@ def described(path: str, revision: str | None = None, *, key: str = "") -> Model
     from huggingface_hub import snapshot_download
 
     wanted = [INDEX, CONFIG, f"*/{CONFIG}", "scheduler/scheduler_config.json"]
-    with opening(name := named(path, revision), f"{name} cannot be read from the hub", key=key):
+    with opening(path, f"{named(path, revision)} cannot be read from the hub", key=key, revision=revision):
         return ModelFolder(Path(snapshot_download(path, revision=revision, allow_patterns=wanted)))
 
 

@@ -12,6 +12,7 @@ from dora_mm.config.paths import is_adapter
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.train.resuming import check_changes
 
+RESOLUTIONS = "must be a multiple of 64 from 512 to 8192, or of 32 below 512"
 SMALLEST = """\
 pipeline: train_diffusion
 model:
@@ -100,8 +101,14 @@ def test_the_report_names_the_file_once(write):
         ("adapter.dropout=1.0", "adapter.dropout: must be less than 1, got 1.0"),
         ("model=tiny", "model: must be a section of keys, got 'tiny'"),
         ("model.path=7", "model.path: must be text, got 7"),
-        ("data.resolution=100", "data.resolution: must be a multiple of 8, got 100"),
-        ("data.resolution=1000", "data.resolution: must be a multiple of 64, or of 32 below 512, got 1000"),
+        (
+            "data.resolution=100",
+            "data.resolution: must be a multiple of 64 from 512 to 8192, or of 32 below 512, got 100",
+        ),
+        (
+            "data.resolution=1000",
+            "data.resolution: must be a multiple of 64 from 512 to 8192, or of 32 below 512, got 1000",
+        ),
         ("data.placeholder=two words", "data.placeholder: must be one word, got 'two words'"),
         ("data.background=whitee", "data.background: must be a colour such as white or #ffffff, got 'whitee'"),
         ("optimizer.lr=.inf", "optimizer.lr: must be a finite number, got inf"),
