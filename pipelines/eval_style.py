@@ -213,7 +213,7 @@ def save_extremes(
     for title, chosen in (("most like the training", order[:shown]), ("least like the training", order[::-1][:shown])):
         drawn = {"no adapter": chosen, f"adapter: {title}": first + chosen}
         rows = [[thumbnail(job.file(int(index))) for index in indices] for indices in drawn.values()]
-        rows.append([training_thumbnail(images[nearest[index]].path, rows[1][0].size) for index in chosen])
+        rows.append([training_thumbnail(images[int(nearest[index])].path, rows[1][0].size) for index in chosen])
         labels = [label(job.pictures[index], ["seed"] if seeds else []) for index in chosen]
         parts.append(sheet(rows, [*drawn, "the training picture that is nearest to it"], labels))
     save_atomically(run.sheet, below(parts))

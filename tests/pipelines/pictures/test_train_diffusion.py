@@ -29,6 +29,7 @@ from dora_mm.train.checkpoint import checkpoints
 from dora_mm.train.metrics import read_metrics
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 from tests.pipelines.killed import files_in
+from tests.pipelines.pictures.test_sample import make_adapter
 
 PROMPT = "a TOK icon of a bus"
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -526,6 +527,19 @@ def test_an_optimizer_that_needs_a_gpu_is_refused_before_anything_is_read(config
         monkeypatch.delattr(recipe, name)
     assert main(["train", path]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"dora-mm: {sentence}"
+
+
+def test_an_initial_adapter_of_another_rank_is_refused_before_weights_are_read(config, tiny_folder, tmp_path, capsys):
+    model = shutil.copytree(tiny_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    make_adapter(tiny_folder, tmp_path / "first", seed=0)
+    first = tmp_path / "first" / ADAPTER
+    settings = {"model__path": str(model), "adapter__init_from": str(first), "adapter__parts": ["unet.attn"]}
+    assert main(["train", str(config(**settings))]) == 2
+    name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"dora-mm: adapter.init_from: {first} has dora of rank 2 at {name}, and the config trains dora of rank 4 "
+        "there: --set adapter.rank=2 adapter.alpha=2"
+    )
 
 
 BAD = {
