@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from dora_mm.models.opening import WEIGHTS, loaded_files, local_copy, opening
+from dora_mm.models.hub import local_copy
+from dora_mm.models.opening import WEIGHTS, loaded_files, opening
 from dora_mm.utils.digest import files_digest, weights_digest
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -6,7 +6,6 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
@@ -15,26 +14,21 @@ from dora_mm.config.paths import CONFIG, HUB_NAME, INDEX, find_path
 from dora_mm.formats.adapter_file import find_file
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.formats.files.tensor_file import read_metadata
+from dora_mm.models.hub import check_hub, local_copy, named, unreachable
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")  # ends of files
-LONGEST_WAIT = 5.0  # seconds for an answer of the hub
 LONGEST_REASON = 500  # characters; transformers' message about shapes has 60 lines
 # httpx and requests, which huggingface_hub uses in different releases, and their common bases
 LIBRARIES = ("diffusers.utils.logging", "transformers.utils.logging")  # each has bars of its own
 _CONNECTION = {"TransportError", "ConnectionError", "Timeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}
 
 
-class UnreachableError(ValueError):
-    """A repository is not on this machine, and the hub cannot be reached."""
-
-
 @contextmanager
 def opening(name: str, problem: str, *, key: str = "", revision: str | None = None) -> Iterator[None]:
     """A context in which other libraries load something of a model: their errors become one sentence.
 
-    Of a hub model it is asked first whether the hub answers, since libraries ask five times for every file, half a
-    minute each. Libraries raise anything for files that are missing, damaged or of another kind of model: tokenizers,
-    for one, a plain Exception. Their bars of loading, a moment each, are left out; those of downloads stay.
+    Libraries raise anything for files that are missing, damaged or of another kind of model: tokenizers, for one, a
+    plain Exception. Their bars of loading, a moment each, are left out; those of downloads stay.
 
     Args:
         name: What is loaded: a local path, or a hub name.
@@ -47,34 +41,15 @@ def opening(name: str, problem: str, *, key: str = "", revision: str | None = No
         ValueError: The body raised anything else.
     """
     start = f"{key}: " if key else ""
-    unreachable = UnreachableError(
-        f"{start}{named(name, revision)} is not on this machine, and the hub (huggingface.co) cannot be reached: go "
-        "online once, or name a local folder instead"
-    )
-    of_hub = not Path(name).exists() and HUB_NAME.fullmatch(name)
-    if of_hub and not hub_answers() and local_copy(name, revision) is None:
-        raise unreachable
+    check_hub(name, revision, key=key)
     try:
         with without_bars():
             yield
     except Exception as error:
         if not Path(name).exists() and any(_is_connection(cause) for cause in _causes(error)):
-            raise unreachable from error
+            raise unreachable(name, revision, key) from error
         reason = " ".join(str(error).split())[:LONGEST_REASON]
         raise ValueError(f"{start}{problem}: {reason}") from error
-
-
-@cache
-def hub_answers() -> bool:
-    """Whether the hub answers; where it does not, what is on this machine is loaded without asking it again."""
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=LONGEST_WAIT)
-    except Exception:  # of httpx or requests, by release: no name, no route, too late, or offline by a variable
-        constants.HF_HUB_OFFLINE = True
-        return False
-    return True
 
 
 @contextmanager
@@ -94,11 +69,6 @@ def without_bars() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def named(path: str, revision: str | None) -> str:
-    """A model in a message."""
-    return f"{path} (revision {revision})" if revision else path
-
-
 def check_revision(path: str, revision: str | None) -> None:
     """Checks that `model.revision` is that of a hub model.
 
@@ -107,24 +77,6 @@ def check_revision(path: str, revision: str | None) -> None:
     """
     if revision and Path(path).exists():
         raise ValueError(f"model.revision: {path} is not a model of the hub, so it has no revisions: leave it out.")
-
-
-def local_copy(path: str, revision: str | None = None) -> Path | None:
-    """A local path as it is, or the folder of a hub repository in the cache; None if it was never downloaded.
-
-    Args:
-        path: A local folder or file, or the name of a repository, `owner/name`.
-        revision: A commit, branch or tag of the repository; None: its main branch.
-    """
-    if Path(path).exists():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(path, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
 
 
 def described(path: str, revision: str | None = None, *, key: str = "") -> ModelFolder:

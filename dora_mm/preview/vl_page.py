@@ -14,7 +14,7 @@ from dora_mm.adapting.networks import TrainedNetworks, adapt
 from dora_mm.adapting.sharding import division
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.vl.needed import data_needed
-from dora_mm.models.opening import UnreachableError
+from dora_mm.models.hub import UnreachableError
 from dora_mm.models.vl.families import load_vl_model_if_local, structure_of
 from dora_mm.models.vl.vl_model import Structure, VLModel, check_in_step
 from dora_mm.preview.parts import about_derived, parts_table

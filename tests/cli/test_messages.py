@@ -135,7 +135,7 @@ WRONG = [  # what is typed, and the sentence, without how that of a config begin
         "optimizer.lr 0.001 is a rate of other optimizers: prodigy learns nothing below 0.1: --set optimizer.lr=1",
     ),
     (
-        "train CONFIG --set optimizer.name=adamw_8bit model.path=nobody/nothing data.folder=.",
+        "train CONFIG --set optimizer.name=adamw_8bit model.path=runs data.folder=.",
         "optimizer.name adamw_8bit steps on a GPU only, and this training is on cpu: choose adamw",
     ),
     (
@@ -145,7 +145,7 @@ WRONG = [  # what is typed, and the sentence, without how that of a config begin
     ),
     (
         "ask nobody/nothing p.png what?",
-        "nobody/nothing is not on this machine, and the hub (huggingface.co) cannot be reached: go "
+        "MODEL: nobody/nothing is not on this machine, and the hub (huggingface.co) cannot be reached: go "
         "online once, or name a local folder instead",
     ),
 ]
@@ -153,8 +153,9 @@ WRONG = [  # what is typed, and the sentence, without how that of a config begin
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current directory, with runs of a training and of a job."""
+    """The current directory, with runs of a training and of a job; the hub cannot be reached."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dora_mm.models.hub.hub_answers", lambda: False)
     for run, recipe in (("style", "train_diffusion"), ("p", "sample")):
         (tmp_path / "runs" / run / "001").mkdir(parents=True)
         (tmp_path / "runs" / run / "001" / "config.yaml").write_text(f"pipeline: {recipe}\n")

@@ -73,7 +73,8 @@ def test_help_lists_all_targets_and_tools(command, names, capsys):
     ],
 )
 def test_arguments_have_the_names_of_the_recipe_s_parameters(line, tmp_path, monkeypatch):
-    (tmp_path / "FILE").touch()
+    for name in ("FILE", "RUN"):
+        (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     command, *_ = words = line.split()
     recipe = PIPELINES.load(COMMANDS[command])

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from dora_mm.config.models import ModelConfig, VLBartModelConfig, VLMModelConfig
-from dora_mm.models import opening as opening_module
+from dora_mm.models import hub
 from dora_mm.models.folders import settings_identity
+from dora_mm.models.hub import UnreachableError, hub_answers, local_copy
 from dora_mm.models.images.families import files_identity, load_image_model
-from dora_mm.models.opening import UnreachableError, base_of, hub_answers, loaded_files, local_copy, opening
+from dora_mm.models.opening import base_of, loaded_files, opening
 from dora_mm.models.vl.vl_bart.loading import load_vl_bart
 from dora_mm.models.vl.vlm.loading import load_processor, load_vlm
 
@@ -77,7 +78,7 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_for_no_file(monkeypatch, t
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(opening_module, "local_copy", lambda path, revision=None: None if revision else tmp_path)
+    monkeypatch.setattr(hub, "local_copy", lambda path, revision=None: None if revision else tmp_path)
     hub_answers.cache_clear()
     try:
         unreachable = pytest.raises(UnreachableError, match=r"^model.path: owner/nothing \(revision x\) is not on this")
@@ -93,7 +94,7 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_for_no_file(monkeypatch, t
 
 
 def test_other_errors_have_other_messages(tmp_path, monkeypatch):
-    monkeypatch.setattr(opening_module, "hub_answers", lambda: True)
+    monkeypatch.setattr(hub, "hub_answers", lambda: True)
     problem, offline = "it cannot be loaded", OSError("no config")
     offline.__cause__ = ConnectionError("offline")
     with pytest.raises(ValueError, match="^it cannot be loaded: damaged$"), opening("owner/nothing", problem):

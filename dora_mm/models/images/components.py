@@ -13,7 +13,8 @@ from torch import nn
 
 from dora_mm.config.paths import INDEX
 from dora_mm.formats.files.model_folder import ModelFolder
-from dora_mm.models.opening import described, named, opening
+from dora_mm.models.hub import named
+from dora_mm.models.opening import described, opening
 
 
 class Components:

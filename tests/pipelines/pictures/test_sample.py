@@ -502,7 +502,7 @@ def test_a_job_file_may_have_any_name(job, tiny_folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["out"], "out is a run directory: dora-mm sample --resume out goes on with it"),
+        (["out"], "out is a run of dora-mm sample: dora-mm sample --resume out goes on with it"),
         (["folder.csv"], "folder.csv is a folder: name a job file in it"),
         (
             ["--resume", "training"],

@@ -219,7 +219,7 @@ def test_an_initial_adapter_keeps_its_scaling(config, tmp_path, capsys):
     assert main(["train", str(config(**second, adapter__alpha=16.0))]) == 2
     assert "has alpha 2, and adapter.alpha is 16" in capsys.readouterr().err
     assert main(["train", str(config(**second, adapter__rank=2))]) == 2
-    assert "the model is adapted with dora of rank 2" in capsys.readouterr().err
+    assert "the config trains dora of rank 2 there: --set adapter.rank=4 adapter.alpha=2" in capsys.readouterr().err
     assert not (tmp_path / "second").exists()
 
 
