@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.models import validated
 from dora_mm.config.paths import resolve_model, resolve_path
 from dora_mm.config.pictures import EvalStyleConfig
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_captioned_images, read_training_images
@@ -26,18 +24,17 @@ from dora_mm.eval.images import own_style
 from dora_mm.eval.images.clip import ClipSimilarity
 from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.scores import scores_per_image, write_json
-from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.formats.identity import adapter_digest
 from dora_mm.models.images.families import files_identity
 from dora_mm.preview.captions import PLACEHOLDER, THINGS, example_prompts, shared_word
 from dora_mm.sampling.drawing import PictureJob
-from dora_mm.sampling.grids import sheet
+from dora_mm.sampling.grids import below, sheet
 from dora_mm.sampling.jobs.picture import Picture, template
 from dora_mm.sampling.manifest import write_manifest
 from dora_mm.sampling.model import LoadedModel, find_adapters, load_model, model_of
-from dora_mm.sampling.sheets import save_atomically
+from dora_mm.sampling.sheets import label, save_atomically, thumbnail
+from dora_mm.sampling.trainings import as_in_sheets, training_of
 from dora_mm.train.run import check_reopened, evaluation_run
-from dora_mm.utils import yaml12
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.run_directory import RunDirectory
 
@@ -78,8 +75,9 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
         ValueError: The adapter does not say what it was trained on, or the pictures, the model or the encoder cannot be
             used. The run directory is created only after these checks.
     """
+    adapter = find_adapters([config.adapter.path])
+    config, base = as_in_sheets(config, adapter), config.model or model_of(adapter)
     inputs = {"the adapter": adapter_digest(resolve_path(config.adapter.path, "adapter.path"))}
-    base = config.model or model_of(find_adapters({config.adapter.path}))
     check_reopened(config, inputs | files_identity(base))
     loaded = load_model(config, {config.adapter.path})
     trained = training_of(loaded.adapters[config.adapter.path])
@@ -96,14 +94,6 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
 
 
 # --- what is drawn ---------------------------------------------------------------------------------------------------
-
-
-def training_of(file: Path) -> TrainDiffusionConfig | None:
-    """The config that an adapter's header says it was trained with; None where it says none that is ours."""
-    try:
-        return validated(TrainDiffusionConfig, yaml12.read(read_metadata(file)["config"]).value)
-    except (KeyError, ValueError, yaml.YAMLError):
-        return None
 
 
 def training_images(config: EvalStyleConfig, trained: TrainDiffusionConfig | None) -> list[CaptionedImage]:
@@ -187,7 +177,8 @@ def score(
     scores = [each for name in order for each in scores_per_image(cells[name])]
     write_manifest(run.path, [replace(entry, scores=each) for entry, each in zip(job.entries(), scores, strict=True)])
     report(config, run, rows, vectors.about, len(images))
-    save_extremes(run, job, cells[f"{ADAPTER}, {STYLED}"][own_style.LIKENESS])
+    likeness = cells[f"{ADAPTER}, {STYLED}"][own_style.LIKENESS]
+    save_extremes(run, job, likeness, images, (adapted[:cut] @ training.T).argmax(axis=1))
 
 
 def report(config: EvalStyleConfig, run: RunDirectory, rows: Any, about: str, num_images: int) -> None:
@@ -201,15 +192,35 @@ def report(config: EvalStyleConfig, run: RunDirectory, rows: Any, about: str, nu
     print(f"{text}\n\ntable    {run.path / 'table.md'}")
 
 
-def save_extremes(run: RunDirectory, job: PictureJob, scores: np.ndarray) -> None:
-    """Saves a sheet of the adapter's pictures most and least like the training pictures, below the bare ones."""
+def save_extremes(
+    run: RunDirectory, job: PictureJob, scores: np.ndarray, images: Sequence[CaptionedImage], nearest: np.ndarray
+) -> None:
+    """Saves a sheet of the adapter's pictures most and least like the training pictures, with these.
+
+    Args:
+        run: The run directory.
+        job: The pictures.
+        scores: The likeness of each of the adapter's pictures in the style.
+        images: The training pictures.
+        nearest: The number of the training picture that is nearest to each.
+    """
     first = len(job.pictures) // 2
     order = np.argsort(-scores)
     shown = min(SHOWN, (len(order) + 1) // 2)
-    rows, labels = [], []
-    for title, chosen in (("most like them", order[:shown]), ("least like them", order[::-1][:shown])):
-        for label, start in (("bare", 0), (title, first)):
-            rows.append([load_rgb(job.file(start + int(index)), "white") for index in chosen])
-            labels.append(label)
-    save_atomically(run.sheet, sheet(rows, labels, [str(number) for number in range(1, shown + 1)]))
+    seeds = len({picture.seed for picture in job.pictures}) > 1
+    parts = []
+    for title, chosen in (("most like the training", order[:shown]), ("least like the training", order[::-1][:shown])):
+        drawn = {"no adapter": chosen, f"adapter: {title}": first + chosen}
+        rows = [[thumbnail(job.file(int(index))) for index in indices] for indices in drawn.values()]
+        rows.append([training_thumbnail(images[int(nearest[index])].path, rows[1][0].size) for index in chosen])
+        labels = [label(job.pictures[index], ["seed"] if seeds else []) for index in chosen]
+        parts.append(sheet(rows, [*drawn, "the training picture that is nearest to it"], labels))
+    save_atomically(run.sheet, below(parts))
     print(f"sheet    {run.sheet}\nto look  dora-mm gallery {shlex.quote(str(run.path))}")
+
+
+def training_thumbnail(path: Path, size: tuple[int, int]) -> Image.Image:
+    """A training picture, as large as the drawn ones at most."""
+    picture = load_rgb(path, "white")
+    picture.thumbnail(size, Image.Resampling.LANCZOS)
+    return picture

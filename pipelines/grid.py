@@ -12,9 +12,10 @@ from dora_mm.sampling.axes import cells_of, with_base_model
 from dora_mm.sampling.drawing import existing_run, picture_run
 from dora_mm.sampling.jobs.picture import about_bare, template
 from dora_mm.sampling.jobs.prompts import with_alternatives
-from dora_mm.sampling.model import load_model
+from dora_mm.sampling.model import find_adapters, load_model
 from dora_mm.sampling.sheets import save_grid
 from dora_mm.sampling.strengths import as_strength, scaled, strength_text
+from dora_mm.sampling.trainings import as_in_sheets
 from dora_mm.train.checkpoint import checkpoints, step_of
 from dora_mm.utils.run_directory import RunDirectory
 
@@ -40,10 +41,12 @@ def main(config: GridConfig, *, resume: Path | None = None) -> None:
     has_adapters = config.adapter or "adapter" in (config.columns.name, config.rows and config.rows.name)
     if config.without_adapter and has_adapters:
         rows, columns = with_base_model(config, rows, columns)
-    common = template(config, prompt=config.prompt or "", seed=config.seed)
     cells = [{**row, **column} for _, row in rows for _, column in columns]
+    adapters = {path for cell in cells for path, _ in cell.get("adapters", template(config).adapters)}
+    config = as_in_sheets(config, find_adapters(adapters))
+    common = template(config, prompt=config.prompt or "", seed=config.seed)
     pictures = with_alternatives([replace(common, row=number, **cell) for number, cell in enumerate(cells, 1)])
-    loaded = load_model(config, {path for picture in pictures for path, _ in picture.adapters})
+    loaded = load_model(config, adapters)
     loaded.check(pictures)
     if bare := about_bare([p for p in pictures if not p.adapters and p.strength and not has_adapters], pictures):
         log.warning(bare)

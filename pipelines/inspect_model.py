@@ -17,6 +17,7 @@ from dora_mm.core import DoRASpec, InjectReport, TargetMap, inject
 from dora_mm.core.targets import match_modules, parts_in
 from dora_mm.formats.commands.inspection import Inspection, inspect_file
 from dora_mm.formats.files.places import STEMS
+from dora_mm.formats.files.tensor_file import PICKLES
 from dora_mm.formats.tools.comfy import other_half
 from dora_mm.models.architectures import Network, networks_of
 from dora_mm.registries.tools import TOOLS
@@ -28,6 +29,7 @@ from dora_mm.utils.messages import shown
 from dora_mm.utils.tables import aligned_columns
 
 ADAPTERS = [form.file_name for form in formats.FORMATS.values()]
+INSPECTED = (".safetensors", ".png", *PICKLES)  # of pickles it is said why they are not read
 METHODS = {"dora": "DoRA", "lora": "LoRA", "diff": "differences of weights", "full": "whole weights"}
 RANK = 8  # parameter counts of target maps are stated at this rank
 
@@ -51,6 +53,11 @@ def main(
             map, or none for it.
     """
     file = adapter_file(path)
+    if file is not None and file.is_file() and file.suffix.lower() not in INSPECTED:
+        raise ValueError(
+            f"{path} is none of what inspect reads: adapters and models in files of safetensors or in folders, and PNG "
+            "files that dora-mm sample drew"
+        )
     if (base or as_json or header) and (file is None or file.suffix.lower() == ".png"):
         raise ValueError(f"--base, --json and --header are for adapter files, and {path} is none: leave them out")
     if file is not None and file.suffix.lower() == ".png":

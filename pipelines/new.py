@@ -11,7 +11,7 @@ from dora_mm.config.models import starts
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.images.folder import CaptionedImage, read_captioned_images
 from dora_mm.data.images.masks import by_kind
-from dora_mm.models.opening import local_copy
+from dora_mm.models.hub import local_copy
 from dora_mm.preview.captions import PLACEHOLDER, example_prompts, shared_word
 from dora_mm.preview.images import describe_captions, describe_length, describe_masks, describe_pictures, repeats_of
 from dora_mm.preview.machine import fitting, largest_card
@@ -147,7 +147,8 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
     uncaptioned = [image._replace(caption=instance) if image.source == UNCAPTIONED else image for image in images]
     print(describe_style(uncaptioned, config, word, start.train.steps))
     print(f"prompts   {prompts[0]}, ...\n\nwritten   {draft.file}, {draft.prompts}")
-    sheet = ["sample", draft.prompts, "--set", f"adapter.path={draft.run}", "strengths=[0, 1]"]
+    seeds = [f"seeds={list(config.sample.seeds)}"] if config.sample.seeds != (0,) else []
+    sheet = ["sample", draft.prompts, "--set", f"adapter.path={draft.run}", *seeds, "strengths=[0, 1]"]
     drawn = f"runs/{draft.prompts.stem}/001"
     print_next(
         config,
@@ -165,6 +166,8 @@ def style_changes(draft: Draft, start: TrainDiffusionConfig, num_images: int, pr
     changes: Changes = {("data", "folder"): folder_of_images(draft), ("train", "steps"): steps}
     changes[("train", "checkpoint_every")] = min(steps // 4, MOST_BETWEEN)
     changes |= {("tokens",): MISSING, ("train", "stop_tokens_after"): MISSING}  # the word may be one of the model's own
+    if start.schedule.warmup_steps:
+        changes[("schedule", "warmup_steps")] = round(start.schedule.warmup_steps * steps / start.train.steps)
     if start.sample.prompts:
         changes[("sample", "prompts")] = list(prompts)
     if start.sample.every:

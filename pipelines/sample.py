@@ -2,12 +2,21 @@
 
 import logging
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from dora_mm.config.paths import resolve_adapter, resolve_path
 from dora_mm.config.pictures import JobConfig
-from dora_mm.sampling.jobs.picture import about_bare, check_strengths, expand, file_names, template, without_adapter
-from dora_mm.sampling.jobs.prompts import with_alternatives
+from dora_mm.sampling.jobs.picture import (
+    Picture,
+    about_bare,
+    check_strengths,
+    expand,
+    file_names,
+    template,
+    without_adapter,
+)
+from dora_mm.sampling.jobs.prompts import check_syntax, with_alternatives
 from dora_mm.sampling.jobs.reading import read_job
 from dora_mm.sampling.jobs.rows import JobRow
 from dora_mm.utils import yaml12
@@ -35,7 +44,8 @@ def main(config: JobConfig, *, resume: Path | None = None) -> None:
     """
     rows = read_rows(config)
     check_strengths(rows, config)
-    pictures = with_alternatives(expand(rows, template(config), config.seeds, config.strengths or (1.0,)))
+    pictures = pictures_of(config, rows)
+    check_syntax(pictures)
     file_names(pictures)
     adapters = {path for picture in pictures for path, _ in picture.adapters}
     for path in sorted(adapters):
@@ -43,12 +53,15 @@ def main(config: JobConfig, *, resume: Path | None = None) -> None:
 
     # torch and diffusers are imported here, since that takes seconds: mistakes in a job file are found before
     from dora_mm.sampling.drawing import existing_run, picture_run
-    from dora_mm.sampling.model import load_model
+    from dora_mm.sampling.model import find_adapters, load_model
     from dora_mm.sampling.sheets import save_sheets
+    from dora_mm.sampling.trainings import as_in_sheets
 
     found = existing_run(config, resume)
     if found and resume is None:
         check_same_job(config, found)
+    config = as_in_sheets(config, find_adapters(adapters))
+    pictures = with_alternatives(pictures_of(config, rows))
     loaded = load_model(config, adapters)
     loaded.check(pictures)
     if any(strength != 1 for picture in pictures for _, strength in picture.weights):
@@ -64,6 +77,11 @@ def main(config: JobConfig, *, resume: Path | None = None) -> None:
         if bare:
             log.warning(bare)
         job.raise_failures()
+
+
+def pictures_of(config: JobConfig, rows: Sequence[JobRow]) -> list[Picture]:
+    """The pictures of a job."""
+    return expand(rows, template(config), config.seeds, config.strengths or (1.0,))
 
 
 def check_same_job(config: JobConfig, run: Path) -> None:

@@ -15,7 +15,7 @@ from dora_mm import formats
 from dora_mm.adapting import new_tokens
 from dora_mm.adapting.compiled import check_compiler, compile_blocks
 from dora_mm.adapting.files import about_image_adapter, save_image_adapter
-from dora_mm.adapting.images import adapt_image_model, bare
+from dora_mm.adapting.images import adapt_image_model, bare, check_initial_file
 from dora_mm.adapting.initial import initial_identity
 from dora_mm.adapting.networks import train_mode
 from dora_mm.adapting.parts import check_names
@@ -38,7 +38,7 @@ from dora_mm.tasks.image_batches import CaptionedBatches, captioned_batches, fre
 from dora_mm.tasks.preservation import PreservingBatches, preserving
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
-from dora_mm.train.optim import check_device
+from dora_mm.train.optim import check_optimizer
 from dora_mm.train.processes import answering, check_can_shard, join_processes, takes_part
 from dora_mm.train.run import check_resumed, finished_run, training_run, training_summary, write_summary
 from dora_mm.train.setup import training_setup
@@ -71,20 +71,22 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     if run := finished_run(resume, config, *(["sheet.png"] if config.sample.prompts else [])):
         print_results(config, run)
         return
+    if not dry_run:
+        check_optimizer(config.optimizer, accelerator.device)
+        check_can_shard(accelerator, config.train)
+        if config.train.compile:
+            check_compiler(accelerator.device)
+        model = load_image_model(config.model).to(accelerator.device, denoiser=not config.train.shard)
+        check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is read and encoded
+        check_initial_file(config.adapter, model)
     images, held = hold_out(read_images(config.data, "train"), config.data)
     class_images = read_images(config.data, "preserve")
     if dry_run:
         for section in image_page(config, images, held, class_images, accelerator):
             print(section, end="\n\n", flush=True)
         return
-    check_device(config.optimizer, accelerator.device)
-    check_can_shard(accelerator, config.train)
-    if config.train.compile:
-        check_compiler(accelerator.device)
     if resume is not None:
         check_resumed(accelerator, resume, inputs_of(config, images, held, class_images))
-    model = load_image_model(config.model).to(accelerator.device, denoiser=not config.train.shard)
-    check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is encoded
     task = DiffusionTask(model, config.loss)
     new_tokens.start_tokens(config.tokens, model, images, config.data.captions, config.seed)
     remarks = slow_hardware(accelerator, [*model.encoders.values(), model.empty_denoiser()])

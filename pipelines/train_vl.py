@@ -35,7 +35,7 @@ from dora_mm.train.checkpoint import is_due, last_step
 from dora_mm.train.cost import peak_memory_mb, seconds_per_step
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
-from dora_mm.train.optim import check_device, with_steps
+from dora_mm.train.optim import check_optimizer, with_steps
 from dora_mm.train.prefetch import Prefetcher
 from dora_mm.train.processes import (
     answering,
@@ -84,7 +84,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     if finished := finished_run(resume, config):
         print(f"adapter  {finished.adapter}")
         return
-    check_device(config.optimizer, accelerator.device)
+    check_optimizer(config.optimizer, accelerator.device)
     check_can_shard(accelerator, config.train)
     if config.train.compile:
         check_compiler(accelerator.device)

@@ -6,11 +6,16 @@ from contextlib import contextmanager
 from torch import nn
 
 from dora_mm.adapting import networks
-from dora_mm.adapting.initial import load_initial_file
-from dora_mm.adapting.networks import TrainedNetworks
+from dora_mm.adapting.initial import check_settings, load_initial_file
+from dora_mm.adapting.networks import TrainedNetworks, spec_of
 from dora_mm.adapting.new_tokens import load_initial_tokens, train_tokens
+from dora_mm.adapting.parts import select_modules
+from dora_mm.config.adapter import EACH_TEXT_ENCODER, AdapterConfig
 from dora_mm.config.images import TrainDiffusionConfig
+from dora_mm.config.paths import resolve_path
 from dora_mm.core import base_model
+from dora_mm.formats.adapter_file import AdapterFile
+from dora_mm.models.images.fitting import check_denoiser, denoiser_layers
 from dora_mm.models.images.image_model import ImageModel
 
 
@@ -22,6 +27,37 @@ def adapt_image_model(model: ImageModel, config: TrainDiffusionConfig) -> Traine
         load_initial_file(found, config.adapter, config.backend)
         load_initial_tokens(config.tokens, model, config.adapter)
     return found
+
+
+def check_initial_file(config: AdapterConfig, model: ImageModel) -> None:
+    """Checks `adapter.init_from` against the configs of an image model, before anything is loaded or encoded.
+
+    Args:
+        config: The `adapter` section.
+        model: The model; its denoiser is looked at, without weights.
+
+    Raises:
+        ValueError: The file cannot be trained on, is for another model, or has another method or rank than the config.
+    """
+    if config.init_from is None:
+        return
+    file = AdapterFile(resolve_path(config.init_from, "adapter.init_from"))
+    if reason := file.why_not_trainable():
+        raise ValueError(f"adapter.init_from: {reason}")
+    name, denoiser = model.denoiser, model.empty_denoiser()
+    try:
+        check_denoiser(file, model, denoiser)
+    except ValueError as error:
+        raise ValueError(f"adapter.init_from: {error}") from error
+    others = [part for part in config.parts if part.startswith(EACH_TEXT_ENCODER)]
+    own = config.model_copy(update={"parts": {p: s for p, s in config.parts.items() if p not in others}})
+    if others and not own.parts:
+        return
+    selected = select_modules(own, {name: denoiser}, {name: model.target_maps[name]}).get(name, {})
+    settings = {path: modules.settings for modules in selected.values() for path in modules.paths}
+    for path, layer in denoiser_layers(file, model, denoiser):
+        if path in settings:
+            check_settings(file.path, f"{name}.{path}", layer.spec, spec_of(config, settings[path]))
 
 
 @contextmanager

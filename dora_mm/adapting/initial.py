@@ -14,12 +14,28 @@ from dora_mm.adapting.networks import TrainedNetworks, spec_of
 from dora_mm.adapting.parts import MODEL
 from dora_mm.config.adapter import AdapterConfig, PartConfig
 from dora_mm.config.paths import resolve_path
-from dora_mm.core import AdaptedLayer, InjectReport, adapted_layers
+from dora_mm.core import AdaptedLayer, DoRASpec, InjectReport, adapted_layers
 from dora_mm.core.inject import inject_paths
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.models import is_shared
 
 FROM_FILE = "init_from"  # in reports, the part of the modules that only the file adapts
+
+
+def check_settings(file: Path, name: str, found: DoRASpec, wanted: DoRASpec) -> None:
+    """Checks that a module of a file has the method and rank that a config trains it with; the values set otherwise.
+
+    Raises:
+        ValueError: It does not; the message names the keys of the `adapter` section.
+    """
+    if found.method == wanted.method and (found.rank == wanted.rank or found.method not in ("dora", "lora")):
+        return
+    changes = [f"adapter.method={found.method}"] if found.method != wanted.method else []
+    changes += [f"adapter.rank={found.rank}", f"adapter.alpha={found.alpha:g}"] if found.rank != wanted.rank else []
+    raise ValueError(
+        f"adapter.init_from: {file} has {found.method} of rank {found.rank} at {name}, and the config trains "
+        f"{wanted.method} of rank {wanted.rank} there: --set {' '.join(changes)}"
+    )
 
 
 def load_initial_file(trained: TrainedNetworks, config: AdapterConfig, backend: str) -> None:
@@ -131,6 +147,13 @@ def _load(adapted: Mapping[str, nn.Module], file: AdapterFile) -> None:
         ValueError: The file does not fit the networks, or its alpha differs from the config's.
     """
     before = _alphas(adapted)
+    state, _ = formats.read(file, adapted)
+    for component, network in adapted.items():
+        layers = state.layers.get(component, {})
+        for path, layer in adapted_layers(network).items():
+            if path in layers:
+                name = path if component == MODEL else f"{component}.{path}"
+                check_settings(file.path, name, layers[path].spec, layer.adaptation.spec)
     formats.load(adapted, file, forward=backends.select("auto"))
     for path, alpha in _alphas(adapted).items():
         if alpha != before[path]:

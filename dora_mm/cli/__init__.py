@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from dora_mm.cli.errors import user_message
 from dora_mm.cli.other_forms import right_form
 from dora_mm.cli.parser import build_parser
-from dora_mm.utils.messages import OURS
+from dora_mm.utils.messages import OURS, nearest
 
 if TYPE_CHECKING:
     from dora_mm.recipes import Recipes
@@ -41,17 +41,23 @@ def main(argv: Sequence[str] | None = None, recipes: "Recipes | None" = None) ->
         The exit code: 0 done, 2 a user's mistake (one message on standard error), 130 and 143 interrupted.
     """
     parser = build_parser()
-    if not (sys.argv[1:] if argv is None else argv):
+    commands = parser.commands
+    given = sys.argv[1:] if argv is None else argv
+    if not given:
         parser.print_help(sys.stderr)
         parser.exit(USER_ERROR)
-    arguments, unknown = parser.parse_known_args(argv)
+    if not given[0].startswith("-") and given[0] not in commands:
+        close = nearest(given[0], commands) or f"; there are {', '.join(commands)}"
+        parser.error(f"there is no command {given[0]!r}{close}")
+    arguments, unknown = parser.parse_known_args(given)
     if unknown:
-        parser.error(right_form(unknown) or f"unrecognized arguments: {' '.join(unknown)}")
+        usage = commands[arguments.command].format_usage()
+        parser.error(right_form(unknown, given, usage) or f"unrecognized arguments: {' '.join(unknown)}")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for name in OURS:
         logging.getLogger(name).setLevel(logging.INFO)
     try:
-        _check_encoding(argv)
+        _check_encoding(given)
         if arguments.command in SLOW_TO_START and sys.stderr.isatty():
             print(f"dora-mm {arguments.command}: starting ...", file=sys.stderr, flush=True)  # torch takes seconds
         with _sigterm_raises():
@@ -74,8 +80,8 @@ def main(argv: Sequence[str] | None = None, recipes: "Recipes | None" = None) ->
     return DONE
 
 
-def _check_encoding(argv: Sequence[str] | None) -> None:
-    for argument in sys.argv[1:] if argv is None else argv:
+def _check_encoding(argv: Sequence[str]) -> None:
+    for argument in argv:
         try:
             argument.encode()
         except UnicodeEncodeError:  # bytes that are not UTF-8 arrive as lone surrogates, which no file of ours can hold

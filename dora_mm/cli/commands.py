@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dora_mm.cli.parser import RESUMABLE
 from dora_mm.config import find_path, load_config, resolve_adapter, resolve_model, resolve_path, run_name
-from dora_mm.config.paths import INDEX, check_paths
+from dora_mm.config.paths import INDEX, check_exists, check_paths
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.recipes import PIPELINES, Recipes
 from dora_mm.registries.tools import TARGETS, no_entry
@@ -36,6 +36,10 @@ def run(arguments: Namespace, recipes: Recipes | None = None) -> None:
             if find_path(arguments.path) is None:
                 resolve_model(arguments.path, "PATH|MODEL")
             _call("inspect_model", arguments)
+        case "gallery":
+            for run in arguments.runs:
+                check_exists(run, "RUN")
+            _call("gallery", arguments)
         case "merge":
             _check_model(arguments)
             _check_transformers(arguments)
@@ -74,9 +78,17 @@ def _call(recipe: str, arguments: Namespace) -> None:
 
 
 def _check_model(arguments: Namespace, key: str = "MODEL") -> None:
-    resolve_model(arguments.model, key)
+    found = resolve_model(arguments.model, key)
     if arguments.revision is not None and (find_path(arguments.model) or not arguments.revision):
         raise ValueError(f"--revision is a commit, branch or tag of a hub model: leave it out for {arguments.model}")
+    _check_hub(found, arguments.revision, key)
+
+
+def _check_hub(model: str, revision: str | None, key: str) -> None:
+    """Checks before anything large is imported that a hub model can be had."""
+    from dora_mm.models.hub import check_hub
+
+    check_hub(model, revision, key=key)
 
 
 def _check_transformers(arguments: Namespace) -> None:
@@ -143,6 +155,9 @@ def _run_config(arguments: Namespace, recipes: Recipes) -> None:
         raise ValueError(_needs_command(config.command, arguments))
     if not (arguments.dry_run and config.dry_run_lists_missing):
         check_paths(config, new_run=arguments.resume is None)
+    model = getattr(config, "model", None)
+    if model and arguments.resume is None and not arguments.dry_run:
+        _check_hub(resolve_model(model.path), model.revision, "model.path")
     main = recipes.load(config.pipeline).main
     asked = {name: True for name in ("dry_run", "decode", "report") if getattr(arguments, name)}
     if arguments.decode and not arguments.dry_run:

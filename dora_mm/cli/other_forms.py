@@ -1,74 +1,38 @@
-"""What is meant by arguments that are not those of our commands: values without --set, and flags of other trainers."""
+"""What is meant by arguments that are not those of our commands: values without --set, other trainers' flags, slips."""
 
+import re
+import shlex
 from collections.abc import Sequence
 
-FLAGS = {  # of kohya's scripts and diffusers', as our config has them
-    "pretrained_model_name_or_path": "model.path",
-    "vae": "model.vae",
-    "pretrained_vae_model_name_or_path": "model.vae",
-    "mixed_precision": "model.dtype",
-    "train_data_dir": "data.folder",
-    "instance_data_dir": "data.folder",
-    "instance_prompt": "data.instance_prompt",
-    "resolution": "data.resolution",
-    "repeats": "data.repeats",
-    "caption_dropout_rate": "data.caption_dropout",
-    "shuffle_caption": "data.captions.shuffle",
-    "keep_tokens": "data.captions.keep",
-    "caption_tag_dropout_rate": "data.captions.tag_dropout",
-    "caption_prefix": "data.captions.prefix",
-    "caption_suffix": "data.captions.suffix",
-    "enable_wildcard": "data.captions.alternatives",
-    "masked_loss": "data.mask",
-    "alpha_mask": "data.mask.source",
-    "conditioning_data_dir": "data.mask.folder",
-    "with_prior_preservation": "preserve",
-    "class_prompt": "preserve.prompt",
-    "prior_loss_weight": "preserve.weight",
-    "v_parameterization": "model.prediction",
-    "flip_aug": "data.flip",
-    "random_flip": "data.flip",
-    "output_dir": "output",
-    "output_name": "name",
-    "seed": "seed",
-    "network_dim": "adapter.rank",
-    "rank": "adapter.rank",
-    "network_alpha": "adapter.alpha",
-    "network_dropout": "adapter.dropout",
-    "network_weights": "adapter.init_from",
-    "learning_rate": "optimizer.lr",
-    "unet_lr": "optimizer.lr",
-    "optimizer_type": "optimizer.name",
-    "optimizer": "optimizer.name",
-    "lr_scheduler": "schedule.name",
-    "lr_warmup_steps": "schedule.warmup_steps",
-    "max_train_steps": "train.steps",
-    "train_batch_size": "train.batch_size",
-    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
-    "gradient_checkpointing": "train.gradient_checkpointing",
-    "save_every_n_steps": "train.checkpoint_every",
-    "checkpointing_steps": "train.checkpoint_every",
-    "min_snr_gamma": "loss.min_snr_gamma",
-    "snr_gamma": "loss.min_snr_gamma",
-    "noise_offset": "loss.noise_offset",
-    "sample_every_n_steps": "sample.every",
-}
+from dora_mm.registries.other_trainers import key_of, settings_of
+from dora_mm.utils.messages import nearest
 
 
-def right_form(unknown: Sequence[str]) -> str:
+def right_form(unknown: Sequence[str], argv: Sequence[str], usage: str) -> str:
     """How arguments that a parser does not know are written here; empty where nothing is known of them.
 
     Args:
-        unknown: The arguments, such as `train.steps=20` or `--max_train_steps` and its value.
+        unknown: The arguments, such as `train.steps=20` or `--max_train_steps`.
+        argv: All arguments, in which a flag is followed by its value.
+        usage: The usage of the command, with its options.
     """
     pairs = [text for text in unknown if "=" in text and not text.startswith("-")]
-    meant = {text: key for text in unknown if text.startswith("--") and (key := _key_of(text))}
+    flags = [text for text in unknown if text.startswith("--")]
     if pairs:
-        return f"values of a config follow --set: --set {' '.join(pairs)}"
+        return f"values of a config follow --set: --set {shlex.join(pairs)}"
+    meant = {flag: _settings(flag, argv) for flag in flags if key_of(flag)}
     if meant:
-        return "; ".join(f"{flag.partition('=')[0]} is --set {key}=VALUE here" for flag, key in meant.items())
-    return ""
+        names = [flag.partition("=")[0] for flag in meant]
+        settings = [setting for settings in meant.values() for setting in settings]
+        return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} --set {shlex.join(settings)} here"
+    options = re.findall(r"--[\w-]+", usage)
+    slips = [f"there is no {flag}{close}" for flag in flags if (close := nearest(flag, options))]
+    return "; ".join(slips)
 
 
-def _key_of(flag: str) -> str | None:
-    return FLAGS.get(flag.removeprefix("--").partition("=")[0].replace("-", "_"))
+def _settings(flag: str, argv: Sequence[str]) -> list[str]:
+    name, equals, value = flag.partition("=")
+    if not equals:
+        following = [*argv[list(argv).index(flag) + 1 :], "--"][0]
+        return settings_of(name, None if following.startswith("--") else following)
+    return settings_of(name, value)

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dora_mm import __version__
@@ -17,9 +18,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 AXIS = "the axis of the magnitudes, where their shape does not say it"
 
 
-def build_parser() -> argparse.ArgumentParser:
+class CommandParser(argparse.ArgumentParser):
+    """A parser that knows those of its commands by name."""
+
+    commands: Mapping[str, argparse.ArgumentParser] = MappingProxyType({})
+
+
+def build_parser() -> CommandParser:
     """The parser of the command line; it puts the name of the command into `command`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="dora-mm",
         description="Fine-tune diffusion and vision-language models with DoRA.",
         epilog="A config's first key, `pipeline:`, names the recipe. Exit codes: 0 done, 2 a user's mistake (one "
@@ -52,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_check,
     ):
         add(commands)
+    parser.commands = commands.choices
     return parser
 
 

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_
 
 from dora_mm.config.adapter import ImageAdapterConfig, check_adapter
 from dora_mm.config.models import ModelConfig
-from dora_mm.config.pictures import PixelSize, SampleConfig
+from dora_mm.config.pictures import LARGEST_SIZE, SampleConfig
 from dora_mm.config.schema import (
     Backend,
     Count,
@@ -45,12 +45,12 @@ def bucket_step(resolution: int) -> int:
 
 
 def _checked_resolution(resolution: int) -> int:
-    if resolution % bucket_step(resolution):
-        raise ValueError(f"must be a multiple of 64, or of 32 below 512, got {resolution}")
+    if resolution % bucket_step(resolution) or not 0 < resolution <= LARGEST_SIZE:
+        raise ValueError(f"must be a multiple of 64 from 512 to {LARGEST_SIZE}, or of 32 below 512, got {resolution}")
     return resolution
 
 
-Resolution = Annotated[PixelSize, AfterValidator(_checked_resolution)]
+Resolution = Annotated[int, AfterValidator(_checked_resolution)]
 
 
 class HeldOutImagesConfig(Section):

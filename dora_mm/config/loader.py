@@ -1,13 +1,16 @@
 """Reads a config file and its overrides into a schema, and reports all of its problems at once."""
 
+import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from dora_mm.config.overridden import fit_warmup, value_at, warn_of_scaling
 from dora_mm.config.paths import resolve_path
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.report import Problem, describe, dotted_key, sections_at
@@ -58,6 +61,7 @@ def load_config(
     origins: dict[KeyPath, str] = {key: f"line {line}" for key, line in document.lines.items()}
     problems = [Problem(origins[key], _dotted(key), "is given twice") for key in document.duplicates]
     chosen: list[KeyPath] = []
+    before = copy.deepcopy(values)
     for override in overrides:
         found = _override(values, origins, override)
         if isinstance(found, Problem):
@@ -72,12 +76,14 @@ def load_config(
         problems.append(_unknown_pipeline(values, origins, schemas))
         raise ConfigError(file, problems)
     _remove_replaced(values, schema, chosen)
+    fit_warmup(values, before, chosen)
     try:
         config = validated(schema, values)
     except ValidationError as error:
         problems += describe(error, schema, origins)
     if problems:
         raise ConfigError(file, problems)
+    warn_of_scaling(values, before, chosen)
     return config
 
 
@@ -98,9 +104,27 @@ def differing_keys(one: PipelineConfig, other: PipelineConfig) -> list[str]:
     return _differing(one.model_dump(), other.model_dump(), "")
 
 
+def about_run(folder: Path) -> str:
+    """What can be done with a run directory that stands in the place of a config or a job, as a sentence."""
+    saved, run = folder / "config.yaml", shlex.quote(str(folder))
+    try:
+        values = yaml12.read(saved.read_text(encoding="utf-8")).value
+        command = SCHEMAS[values["pipeline"]].command
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return f"{folder} is a run directory, and its config.yaml cannot be read"
+    if values["pipeline"] == "train_diffusion":
+        use = f"dora-mm sample --set adapter.path={run} 'prompts=[...]' draws with its adapter, and "
+        return f"{folder} is the run of a training: {use}dora-mm train --resume {run} goes on with it"
+    if command == "train":
+        return f"{folder} is the run of a training: dora-mm train --resume {run} goes on with it"
+    if command in ("sample", "grid"):
+        return f"{folder} is a run of dora-mm {command}: dora-mm {command} --resume {run} goes on with it"
+    return f"{folder} is a run of dora-mm {command}, and its config is {saved}"
+
+
 def _read(file: Path) -> yaml12.Document:
     if (file / "config.yaml").is_file():
-        raise ValueError(f"{file} is a run directory: dora-mm train --resume {file} goes on with a training")
+        raise ValueError(about_run(file))
     if not file.is_file():
         raise ValueError(f"{file} is a folder: name a config file in it")
     try:
@@ -151,22 +175,12 @@ def _override(values: dict[str, Any], origins: dict[KeyPath, str], override: str
 def _remove_replaced(values: dict[str, Any], schema: type[PipelineConfig], chosen: Sequence[KeyPath]) -> None:
     """Removes the keys of the file that exclude the key of an override, which then is the only one given."""
     for *parents, key in chosen:
-        node = _value_at(values, parents)
+        node = value_at(values, parents)
         for pair in [pair for section in sections_at(schema, parents) for pair in section.exclusive]:
             if isinstance(node, dict) and key in pair and node.get(key) is not None:
                 other = next(name for name in pair if name != key)
                 if not any((*parents, other)[: len(path)] == path for path in chosen):
                     node.pop(other, None)
-
-
-def _value_at(values: Any, path: Iterable[str | int]) -> Any:
-    """The value at a key path; None where a later override has replaced what it was in."""
-    for part in path:
-        if isinstance(values, dict):
-            values = values.get(part)
-        else:
-            values = values[part] if isinstance(part, int) and isinstance(values, list) else None
-    return values
 
 
 def _step(node: Any, part: str) -> str | int | None:

@@ -60,11 +60,20 @@ def resolve_path(path: str | Path, key: str | None = None) -> Path:
             f"{prefix}{path} does not exist: samples/ is only part of a checkout of dora_mm, so run this from one"
             + (other if key == "model.path" else "")
         )
-    close = nearest(Path(path).name, _sibling_names(Path(path)))
+    close = _near(Path(path))
     listed = "" if key else ", which dora-mm configs lists"
-    raise ValueError(
-        f"{prefix}{path} does not exist, neither in {Path.cwd()} nor in the packaged configs{listed}{close}"
-    )
+    where = "" if Path(path).is_absolute() else f", neither in {Path.cwd()} nor in the packaged configs{listed}"
+    raise ValueError(f"{prefix}{path} does not exist{where}{close}")
+
+
+def check_exists(path: Path, key: str) -> None:
+    """Checks that what a command reads exists in the current directory.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if not path.exists():
+        raise ValueError(f"{key}: {path} does not exist{_near(path)}")
 
 
 def resolve_model(path: str, key: str = "model.path") -> str:
@@ -203,6 +212,15 @@ def _packaged(path: Path) -> Path:
     if not configs.is_dir():  # in a checkout they are next to the package, in the wheel inside it
         configs = PACKAGE.parent / "configs"
     return configs.joinpath(*(part for part in path.parts if part not in ("configs", "..")))
+
+
+def _near(path: Path) -> str:
+    """What is beside a missing path and named like it, as a question; of numbered runs, which there are."""
+    names = sorted(set(_sibling_names(path)))
+    if not path.name.isdigit():
+        return nearest(path.name, names)
+    runs = [name for name in names if name.isdigit()]
+    return f"; the last one in {path.parent} is {runs[-1]}" if runs else ""
 
 
 def _sibling_names(path: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from dora_mm.config.models import ModelConfig
 from dora_mm.config.schema import (
@@ -21,7 +21,17 @@ from dora_mm.config.schema import (
     raise_problems,
 )
 
-PixelSize = Annotated[int, Field(ge=16, le=8192, multiple_of=8)]  # SDXL's VAE maps 8 x 8 pixels to one latent
+WITHOUT_GUIDANCE = 1.0  # up to this scale of guidance the negative prompt is not looked at, by any family
+LARGEST_SIZE = 8192  # pixels of a side
+
+
+def _checked_size(size: int) -> int:
+    if size % 8 or not 16 <= size <= LARGEST_SIZE:
+        raise ValueError(f"must be a multiple of 8 from 16 to {LARGEST_SIZE}, got {size}")
+    return size
+
+
+PixelSize = Annotated[int, AfterValidator(_checked_size)]  # SDXL's VAE maps 8 x 8 pixels to one latent
 
 
 class SheetConfig(Section):
@@ -34,6 +44,12 @@ class SheetConfig(Section):
     steps: PositiveInt = 25  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale
     batch_size: PositiveInt = 1  # images per batch
+
+    @model_validator(mode="after")
+    def _negative_prompt_has_an_effect(self) -> "SheetConfig":
+        if self.negative_prompt is not None and self.guidance <= WITHOUT_GUIDANCE:
+            raise ValueError(f"negative_prompt has no effect at guidance {self.guidance:g}: leave it out")
+        return self
 
 
 class SampleConfig(SheetConfig):
@@ -78,6 +94,7 @@ class PicturesConfig(PipelineConfig):
     adapter: AdapterChoice | None = None  # null: the base model
     # plain: prompts are text; a1111: with weights such as (word:1.3), alternatives {a|b} by seed, and BREAK
     prompt_syntax: PromptSyntax = "plain"
+    # Left out, these three are those of the sheets of the adapter's training, where its file says them
     negative_prompt: str | None = None  # null: none
     steps: PositiveInt = 25  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
@@ -9,6 +10,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 from pydantic import Discriminator, ValidationError
 
 from dora_mm.config.schema import Section, SectionChoice
+from dora_mm.registries.other_trainers import key_of
 from dora_mm.utils.messages import nearest
 from dora_mm.utils.yaml12 import KeyPath
 
@@ -57,8 +59,23 @@ def describe(error: ValidationError, schema: type[Section], origins: Mapping[Key
     for item in error.errors(include_url=False):
         place = _place(schema, item["loc"])
         path = (*place.path, place.choice.key) if place.choice and item["type"] in _TAGS else place.path
-        problems.append(Problem(_origin(path, origins), dotted_key(path), _message(item, place, schema)))
-    return problems
+        origin, key = _origin(path, origins), dotted_key(path)
+        message, example = _message(item, place, schema), _example(item, place)
+        if example and origin.startswith("--set"):
+            message += f": --set {shlex.quote(f'{key}={example}')}"
+        elif example:
+            message += f": such as {example}"
+        problems.append(Problem(origin, key, message))
+    return _without_repeated(problems)
+
+
+def _without_repeated(problems: list[Problem]) -> list[Problem]:
+    """The problems but those of a key that is named already, or of the list that such a key is in."""
+    found: list[Problem] = []
+    for problem in problems:
+        if not any(f"{other.key}[".startswith(f"{problem.key}[") for other in found):
+            found.append(problem)
+    return found
 
 
 def dotted_key(path: KeyPath) -> str:
@@ -101,6 +118,28 @@ def _message(item: Any, place: _Place, schema: type[Section]) -> str:
     return f"{text[0].lower()}{text[1:]}, got {given!r}"
 
 
+def _example(item: Any, place: _Place) -> str:
+    """A value that a key may have in the place of one of another type; empty where none is known."""
+    kind, given = item["type"], item["input"]
+    if kind == "tuple_type" and isinstance(given, str | int | float) and not _is_section(_inside(place.value, 0)):
+        return f"[{', '.join(part.strip() for part in str(given).split(','))}]"
+    if kind == "model_type" and _is_section(place.value):
+        return _example_of_section(place.value, given)
+    if kind == "float_type" and isinstance(place.default, float):
+        return f"{place.default:g}"
+    return ""
+
+
+def _example_of_section(section: type[Section], given: Any) -> str:
+    """A section with one key that may be given alone; empty where it needs others."""
+    defaults = {name: field.default for name, field in section.model_fields.items()}
+    if any(field.is_required() for field in section.model_fields.values()):
+        return ""
+    if section.exclusive and type(given) is float:  # of data.valid: a share
+        return f"{{{section.exclusive[0][0]}: {given:g}}}"
+    return next((f"{{{k}: {'true' if v is False else v}}}" for k, v in defaults.items() if v not in (None, ())), "{}")
+
+
 def _quoted(expected: str) -> list[str]:
     return expected.split("'")[1::2]
 
@@ -110,10 +149,11 @@ def _suggestion(place: _Place, schema: type[Section]) -> str:
     name = str(place.path[-1])
     siblings = list(place.section.model_fields) if place.section else []
     others = [key for section in place.choice.classes.values() for key in section.model_fields] if place.choice else []
-    close = nearest(name, siblings) or nearest(name, others)
-    if close:
-        return close
     elsewhere = [key for key in all_keys(schema) if key.split(".")[-1] == name and ANY_NAME not in key]
+    if not elsewhere and (ours := key_of(name)) in all_keys(schema):
+        return f", which is {ours} here"
+    if close := nearest(name, siblings) or nearest(name, others):
+        return close
     if elsewhere:
         return f", did you mean {elsewhere[0]!r}?"
     return f"; this section has {', '.join(siblings)}" if siblings else ""
@@ -143,11 +183,15 @@ class _Place(NamedTuple):
         path: The key path, without the tags that pydantic adds for the class of a section.
         section: The section that has the last key, or would have it; None: there is none, as for an item of a list.
         choice: The classes of that section, or of the value where the error is, where there are several.
+        value: The type of the value; None where it is not known.
+        default: The default of the last key; None where there is none.
     """
 
     path: KeyPath
     section: type[Section] | None
     choice: _Choice | None
+    value: Any
+    default: Any
 
 
 def _place(schema: type[Section], location: Sequence[str | int]) -> _Place:
@@ -158,13 +202,23 @@ def _place(schema: type[Section], location: Sequence[str | int]) -> _Place:
         if choice is not None and part in choice.classes:
             value, chosen, choice = choice.classes[str(part)], choice, None
             continue
-        if part == OF_A_KEY:
+        if part == OF_A_KEY or _is_alternative(value, part):
             continue
         path.append(part)
         section, section_choice = (value if _is_section(value) else None), chosen
         value, chosen = _inside(value, part), None
         choice = _choice_in(value)
-    return _Place(tuple(path), section, choice or section_choice)
+    field = section.model_fields.get(str(path[-1])) if section and path else None
+    return _Place(tuple(path), section, choice or section_choice, value, field and field.default)
+
+
+def _is_alternative(value: Any, part: str | int) -> bool:
+    """Whether a part of pydantic's location is one of several types of a value, such as float and dict[str,float]."""
+    return get_origin(value) in (Union, UnionType) and isinstance(part, str) and part not in ("", *_names(value))
+
+
+def _names(value: Any) -> list[str]:
+    return [name for section in _sections_in(value) for name in section.model_fields]
 
 
 def sections_at(schema: type[Section], path: Iterable[str | int]) -> list[type[Section]]:

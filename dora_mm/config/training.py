@@ -12,7 +12,7 @@ from dora_mm.registries.optimizers import OPTIMIZERS
 class OptimizerConfig(Section):
     # 8 bit: of bitsandbytes, on a GPU; adafactor keeps one number per row and column instead of two per parameter
     name: Annotated[str, name_in(OPTIMIZERS)] = "adamw"
-    lr: Positive  # learning rate; prodigy finds its own, so set 1.0
+    lr: Positive  # learning rate; prodigy finds its own and multiplies it by this, so set 1.0
     b_lr_ratio: Positive = 1.0  # how many times that is the rate of B; under Adam it is alpha / rank by another name
     # Decay rates of both moments; null: those of dora_mm/registries/optimizers.py, 0.9 and 0.999 for most
     betas: Annotated[tuple[Share, Share], Field(strict=False)] | None = None
@@ -160,16 +160,22 @@ def check_training(
     Returns:
         One message per problem, each naming the keys.
     """
-    problems = []
+    problems = check_rate(optimizer)
     if isinstance(train, EpochTrainConfig) and (train.steps is None) == (train.epochs is None):
         problems.append("give either train.steps or train.epochs")
     if schedule.warmup_steps and schedule.warmup_ratio:
         problems.append("give either schedule.warmup_steps or schedule.warmup_ratio")
     if train.steps is not None and schedule.warmup_steps >= train.steps:  # a number of epochs tells it only later
-        problems.append(f"schedule.warmup_steps ({schedule.warmup_steps}) must be below train.steps ({train.steps})")
+        problems.append(
+            f"schedule.warmup_steps ({schedule.warmup_steps}) must be below train.steps ({train.steps}): set fewer, or "
+            "schedule.warmup_ratio"
+        )
     needed = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, train.mixed_precision)
     if train.mixed_precision != needed:  # float32 adapters on half-precision weights need autocast
-        problems.append(f"train.mixed_precision must be {needed} for model.dtype {dtype}, not {train.mixed_precision}")
+        problems.append(
+            f"train.mixed_precision must be {needed} for model.dtype {dtype}, not {train.mixed_precision}: "
+            f"--set train.mixed_precision={needed}"
+        )
     if isinstance(train, AdapterTrainConfig):
         problems += check_measured_steps(train)
     if optimizer.name == "prodigy":
@@ -188,6 +194,18 @@ def check_training(
         if getattr(schedule, key) is not None and schedule.name != owner
     ]
     return problems
+
+
+def check_rate(optimizer: OptimizerConfig) -> list[str]:
+    """Finds a learning rate that is one of other optimizers, as after `--set optimizer.name=...` alone."""
+    record, name, lr = OPTIMIZERS[optimizer.name], optimizer.name, optimizer.lr
+    if record.least_lr <= lr < record.most_lr:
+        return []
+    what = "learns nothing below" if lr < record.least_lr else "destroys the weights from"
+    bound = f"{record.least_lr:g}" if lr < record.least_lr else f"{record.most_lr:g} on"
+    return [
+        f"optimizer.lr {lr:g} is a rate of other optimizers: {name} {what} {bound}: --set optimizer.lr={record.lr:g}"
+    ]
 
 
 def check_measured_steps(train: AdapterTrainConfig) -> list[str]:

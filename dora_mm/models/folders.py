@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from dora_mm.models.opening import WEIGHTS, loaded_files, local_copy, opening
+from dora_mm.models.hub import local_copy
+from dora_mm.models.opening import WEIGHTS, loaded_files, opening
 from dora_mm.utils.digest import files_digest, weights_digest
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -33,7 +34,7 @@ def read_config(path: str, revision: str | None = None, *, key: str = "") -> Pre
         UnreachableError: It is on the hub, and the hub cannot be reached.
         ValueError: There is no config, or it is none of transformers' architectures.
     """
-    with opening(path, f"{path} is not a model of transformers, by its config.json", key=key):
+    with opening(path, f"{path} is not a model of transformers, by its config.json", key=key, revision=revision):
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
 
 
@@ -91,7 +92,7 @@ def load_weights(kind: Any, path: str, **settings: Any) -> tuple[Any, list[str]]
         ValueError: There is no model, it is damaged, incomplete or of another kind; the message names `model.path`.
     """
     checks = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    with opening(path, f"{path} cannot be loaded", key="model.path"):
+    with opening(path, f"{path} cannot be loaded", key="model.path", revision=settings.get("revision")):
         model, report = kind.from_pretrained(path, trust_remote_code=False, **checks, **settings)
     if missing := sorted(report["missing_keys"]):
         others = f" and {len(missing) - 1} more weights" if missing[1:] else ""

@@ -14,6 +14,7 @@ from dora_mm.config.paths import CONFIG, HUB_NAME, INDEX, find_path
 from dora_mm.formats.adapter_file import find_file
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.formats.files.tensor_file import read_metadata
+from dora_mm.models.hub import check_hub, local_copy, named, unreachable
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")  # ends of files
 LONGEST_REASON = 500  # characters; transformers' message about shapes has 60 lines
@@ -22,36 +23,31 @@ LIBRARIES = ("diffusers.utils.logging", "transformers.utils.logging")  # each ha
 _CONNECTION = {"TransportError", "ConnectionError", "Timeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}
 
 
-class UnreachableError(ValueError):
-    """A repository is not on this machine, and the hub cannot be reached."""
-
-
 @contextmanager
-def opening(name: str, problem: str, *, key: str = "") -> Iterator[None]:
+def opening(name: str, problem: str, *, key: str = "", revision: str | None = None) -> Iterator[None]:
     """A context in which other libraries load something of a model: their errors become one sentence.
 
     Libraries raise anything for files that are missing, damaged or of another kind of model: tokenizers, for one, a
     plain Exception. Their bars of loading, a moment each, are left out; those of downloads stay.
 
     Args:
-        name: What is loaded: a local path, or a hub name with `named`.
+        name: What is loaded: a local path, or a hub name.
         problem: What it means if it cannot be, such as "<path> cannot be loaded".
         key: The config key that names it; empty where there is none.
+        revision: A commit, branch or tag of a hub model; None: its main branch.
 
     Raises:
         UnreachableError: It is on the hub, and the hub cannot be reached.
         ValueError: The body raised anything else.
     """
     start = f"{key}: " if key else ""
+    check_hub(name, revision, key=key)
     try:
         with without_bars():
             yield
     except Exception as error:
         if not Path(name).exists() and any(_is_connection(cause) for cause in _causes(error)):
-            raise UnreachableError(
-                f"{start}{name} is not on this machine, and the hub (huggingface.co) cannot be reached: go online "
-                "once, or name a local folder instead"
-            ) from error
+            raise unreachable(name, revision, key) from error
         reason = " ".join(str(error).split())[:LONGEST_REASON]
         raise ValueError(f"{start}{problem}: {reason}") from error
 
@@ -73,11 +69,6 @@ def without_bars() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def named(path: str, revision: str | None) -> str:
-    """A model in a message."""
-    return f"{path} (revision {revision})" if revision else path
-
-
 def check_revision(path: str, revision: str | None) -> None:
     """Checks that `model.revision` is that of a hub model.
 
@@ -86,24 +77,6 @@ def check_revision(path: str, revision: str | None) -> None:
     """
     if revision and Path(path).exists():
         raise ValueError(f"model.revision: {path} is not a model of the hub, so it has no revisions: leave it out.")
-
-
-def local_copy(path: str, revision: str | None = None) -> Path | None:
-    """A local path as it is, or the folder of a hub repository in the cache; None if it was never downloaded.
-
-    Args:
-        path: A local folder or file, or the name of a repository, `owner/name`.
-        revision: A commit, branch or tag of the repository; None: its main branch.
-    """
-    if Path(path).exists():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(path, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
 
 
 def described(path: str, revision: str | None = None, *, key: str = "") -> ModelFolder:
@@ -123,7 +96,7 @@ def described(path: str, revision: str | None = None, *, key: str = "") -> Model
     from huggingface_hub import snapshot_download
 
     wanted = [INDEX, CONFIG, f"*/{CONFIG}", "scheduler/scheduler_config.json"]
-    with opening(name := named(path, revision), f"{name} cannot be read from the hub", key=key):
+    with opening(path, f"{named(path, revision)} cannot be read from the hub", key=key, revision=revision):
         return ModelFolder(Path(snapshot_download(path, revision=revision, allow_patterns=wanted)))
 
 

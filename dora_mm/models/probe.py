@@ -16,7 +16,8 @@ from torch import Tensor
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.models.folders import read_config, weights_identity
-from dora_mm.models.opening import commit_of, local_copy
+from dora_mm.models.hub import local_copy
+from dora_mm.models.opening import commit_of
 from dora_mm.models.vl.families import family_of_folder
 from dora_mm.models.vl.vlm.encoding import TokenRow, collate
 from dora_mm.models.vl.vlm.family import VLM

@@ -28,6 +28,7 @@ from dora_mm.preview.training import (
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import captioned_batches, free_vae
 from dora_mm.tasks.preservation import preserving
+from dora_mm.train.optim import check_optimizer, lacks_gpu
 from dora_mm.train.setup import training_setup
 
 
@@ -51,6 +52,10 @@ def image_page(
     """
     given, writes_nothing = config.data, {"latent_cache": None, "text_cache": None}
     config = config.model_copy(update={"data": given.model_copy(update=writes_nothing)})
+    if without_gpu := lacks_gpu(config.optimizer, accelerator.device):
+        yield without_gpu
+    else:
+        check_optimizer(config.optimizer, accelerator.device)
     model = load_image_model_if_local(config.model)
     data = describe_data(images, config, model, accelerator.num_processes, held, class_images)
     if model is None:
@@ -61,7 +66,9 @@ def image_page(
     start_tokens(config.tokens, model, images, config.data.captions, config.seed)
     batches = captioned_batches(config, model, images, (accelerator.process_index, accelerator.num_processes))
     source = preserving(batches, config, class_images)
-    why_not = why_not_measured(accelerator, [*model.encoders.values(), model.empty_denoiser()], shard=shard)
+    why_not = without_gpu or why_not_measured(
+        accelerator, [*model.encoders.values(), model.empty_denoiser()], shard=shard
+    )
     if not why_not:
         with torch.no_grad():
             source(0)  # the only batch that is measured
@@ -73,10 +80,11 @@ def image_page(
     yield trained_section(config, model, trained)
     how = optimizer_line(config.optimizer, config.schedule, config.train.steps, config.ema)
     yield f"{how}\n{compiled_line(trained.networks, model.target_maps)}" if config.train.compile else how
-    loss, others = DiffusionTask(model, config.loss).loss, token_networks(config.tokens, model)
-    parts = training_setup(accelerator, config, config.train, trained, loss, others)
     free_vae(model, config.data)
-    cost = None if why_not else measure_step(**parts, batch_at=source)
+    cost = None
+    if not why_not:
+        loss, others = DiffusionTask(model, config.loss).loss, token_networks(config.tokens, model)
+        cost = measure_step(**training_setup(accelerator, config, config.train, trained, loss, others), batch_at=source)
     yield memory_table(
         model.networks,
         trained.parameters,

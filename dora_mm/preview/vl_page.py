@@ -14,7 +14,7 @@ from dora_mm.adapting.networks import TrainedNetworks, adapt
 from dora_mm.adapting.sharding import division
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.vl.needed import data_needed
-from dora_mm.models.opening import UnreachableError
+from dora_mm.models.hub import UnreachableError
 from dora_mm.models.vl.families import load_vl_model_if_local, structure_of
 from dora_mm.models.vl.vl_model import Structure, VLModel, check_in_step
 from dora_mm.preview.parts import about_derived, parts_table
@@ -32,7 +32,7 @@ from dora_mm.preview.training import (
 from dora_mm.preview.vl_memory import estimated_cost, network_parts
 from dora_mm.tasks.held_out import by_loss
 from dora_mm.tasks.vl import VLBatches
-from dora_mm.train.optim import with_steps
+from dora_mm.train.optim import check_optimizer, lacks_gpu, with_steps
 from dora_mm.train.setup import training_setup
 
 
@@ -49,6 +49,10 @@ def vl_page(config: TrainVLConfig, *, decode: bool = False) -> Iterator[str]:
         ValueError: After all sections: a training would stop, because of its data.
     """
     accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
+    if without_gpu := lacks_gpu(config.optimizer, accelerator.device):
+        yield without_gpu
+    else:
+        check_optimizer(config.optimizer, accelerator.device)
     needed = data_needed(config.data, config.vision, config.model.path)
     try:
         structure = structure_of(config.model, config.vision, tower=bool(config.adapter.vision_parts))
@@ -74,7 +78,8 @@ def vl_page(config: TrainVLConfig, *, decode: bool = False) -> Iterator[str]:
     yield from validation_sections(config)
     num_tokens = data.largest.num_tokens if data.largest else 1
     shard = config.train.shard
-    why_not = why_not_measured(accelerator, trained.networks.values(), shard=shard, num_tokens=num_tokens)
+    networks = trained.networks.values()
+    why_not = without_gpu or why_not_measured(accelerator, networks, shard=shard, num_tokens=num_tokens)
     if batches is None:
         why_not = "not all training data can be read"
     elif not why_not and not has_weights:

@@ -11,7 +11,7 @@ from torch import nn
 
 from dora_mm import formats
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.pictures import DrawConfig, SampleConfig
+from dora_mm.config.pictures import DrawConfig, JobConfig, SampleConfig
 from dora_mm.core import set_strength
 from dora_mm.core.inject import merged_adapters
 from dora_mm.models.images.image_model import ImageModel
@@ -134,7 +134,10 @@ def add_pictures(config: TrainDiffusionConfig, folder: Path, pictures: list[Imag
 
 
 def drawing_command(config: TrainDiffusionConfig, run: RunDirectory) -> str:
-    """Draws with the adapter: the prompts that `dora-mm new` has written beside the config, or the first of its own."""
+    """Draws with the adapter: the prompts that `dora-mm new` has written beside the config, or the first of its own.
+
+    The seeds are those of the sheet, as are the settings that the adapter's file says: see `as_in_sheets`.
+    """
     words, prompts = ["dora-mm", "sample"], Path(f"{config.name}_prompts.txt")
     if prompts.is_file():
         words.append(str(prompts))
@@ -142,6 +145,8 @@ def drawing_command(config: TrainDiffusionConfig, run: RunDirectory) -> str:
     if not prompts.is_file():
         prompt = next(iter(config.sample.prompts), config.data.instance_prompt or "a lighthouse")
         words.append(f"prompts=[{json.dumps(prompt, ensure_ascii=False)}]")
+    if config.sample.seeds != JobConfig.model_fields["seeds"].default:
+        words.append(f"seeds={list(config.sample.seeds)}")
     if "full" not in config.adapter.methods:  # the base is replaced
         words.append("strengths=[0, 1]")
     return shlex.join(words)

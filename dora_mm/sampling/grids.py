@@ -97,6 +97,25 @@ def contact_sheet(
     return page
 
 
+def beside(pages: Sequence[Image.Image]) -> Image.Image:
+    """Arranges sheets beside each other, RGB."""
+    return _joined(pages, across=True)
+
+
+def below(pages: Sequence[Image.Image]) -> Image.Image:
+    """Arranges sheets below each other, RGB."""
+    return _joined(pages, across=False)
+
+
+def _joined(pages: Sequence[Image.Image], *, across: bool) -> Image.Image:
+    widths, heights = zip(*(page.size for page in pages), strict=True)
+    size = (sum(widths), max(heights)) if across else (max(widths), sum(heights))
+    joined = Image.new("RGB", size, PAPER)
+    for number, page in enumerate(pages):
+        joined.paste(page, (sum(widths[:number]), 0) if across else (0, sum(heights[:number])))
+    return joined
+
+
 @dataclass(frozen=True)
 class _Table:
     """The sizes of a table of pictures, in pixels, and its font."""

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from dora_mm import backend, formats
 from dora_mm.config.models import EMBEDDED_IMAGE_MODEL, ModelConfig, validated
 from dora_mm.config.paths import find_path, resolve_adapter, resolve_model
-from dora_mm.config.pictures import PicturesConfig
+from dora_mm.config.pictures import WITHOUT_GUIDANCE, PicturesConfig
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.models.images.families import load_image_model
+from dora_mm.models.images.fitting import check_denoiser
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.images.memory import check_offload, save_memory
 from dora_mm.models.images.new_tokens import load_adapter, read_tokens
@@ -74,10 +75,7 @@ class LoadedModel:
             chosen: Any = to_load(strength)
             load_adapter(self.model, self.adapters[path], strength=chosen, name=name, forward=self.forward)
         except ValueError as error:
-            trained_on = read_metadata(self.adapters[path]).get("base_model")
-            if trained_on in (None, self.base.path):
-                raise
-            raise ValueError(f"{path} was trained on {trained_on}, not on {self.base.path}: {error}") from error
+            raise ValueError(with_base(str(error), path, self.adapters[path], self.base.path)) from error
 
     def check_adapters(self, pictures: Sequence[Picture]) -> None:
         """Loads every adapter once, or with each of its strengths by part.
@@ -114,6 +112,8 @@ class LoadedModel:
                 f"prompt_syntax a1111 is not for {self.model.title}, whose encoder takes no weights: use plain"
             )
         self.check_adapters(pictures)
+        if unguided := [p for p in pictures if p.negative_prompt and p.guidance <= WITHOUT_GUIDANCE]:
+            log.warning("%d pictures have a negative prompt without effect: their guidance is at most 1", len(unguided))
         prompts = [text for p in pictures for text in (p.prompt, p.negative_prompt) if text]
         if cut := self.model.cut(list(dict.fromkeys(prompts))):
             most = self.model.most_tokens
@@ -205,6 +205,7 @@ def load_model(config: PicturesConfig, adapters: Iterable[str]) -> LoadedModel:
     chosen = config.model or model_of(files)
     warn_of_other_bases(files, chosen)
     model = load_image_model(chosen)
+    check_fit(model, files, chosen.path)
     weights = module_digest(nn.ModuleDict(model.networks))
     sampler = PictureSampler(model)
     digest = hashlib.sha256(f"{weights} {settings_text(sampler.scheduler)}".encode()).hexdigest()
@@ -216,6 +217,28 @@ def load_model(config: PicturesConfig, adapters: Iterable[str]) -> LoadedModel:
     )
     environment = {"backend": config.backend, "memory": config.memory.model_dump()}
     return LoadedModel(model, sampler, base, files, environment, backend.select(config.backend))
+
+
+def check_fit(model: ImageModel, files: Mapping[str, Path], base: str) -> None:
+    """Checks adapters against the configs of a model, before its weights are read.
+
+    Raises:
+        ValueError: The denoiser lacks a module, or has it in another size.
+    """
+    if not files:
+        return
+    denoiser = model.empty_denoiser()
+    for path, file in files.items():
+        try:
+            check_denoiser(AdapterFile(file), model, denoiser)
+        except ValueError as error:
+            raise ValueError(with_base(str(error), path, file, base)) from error
+
+
+def with_base(problem: str, path: str, file: Path, base: str) -> str:
+    """What is wrong with an adapter, and the model that it was trained on where that is another one."""
+    trained_on = read_metadata(file).get("base_model")
+    return problem if trained_on in (None, base) else f"{path} was trained on {trained_on}, not on {base}: {problem}"
 
 
 def settings_text(scheduler: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,59 +10,115 @@ from PIL import Image
 
 from dora_mm.sampling.axes import WITHOUT
 from dora_mm.sampling.drawing import PictureJob
-from dora_mm.sampling.grids import contact_sheet, sheet
+from dora_mm.sampling.grids import beside, contact_sheet, sheet
 from dora_mm.sampling.jobs.picture import Picture
+from dora_mm.sampling.jobs.rows import adapters_text
+from dora_mm.sampling.labels import drawn_labels
 from dora_mm.utils.atomic import write_atomically
 
 LARGEST_CELL = 384  # pixels: a sheet is for looking at all of them, not at one
 PICTURES_PER_SHEET = 60
 CONTACT_COLUMNS = 6
+MOST_COLUMNS = 16  # of a table: more seeds go to another sheet
+TALLEST = 1.25  # times the width of a sheet
+Column = tuple[int | None, float]  # the seed and the strength of a column; without a seed rows have it
+OWN = ("seed", "strength")  # what a row of a job has several of, which are then its columns
+OTHERS = ("adapters", "negative_prompt", "steps", "guidance", "scheduler", "width", "height")
 
 
 def save_sheets(job: PictureJob) -> list[Path]:
     """Saves the sheets of a job: sheet.png, or sheet-01.png and so on where there are many pictures.
 
-    Where every row and seed was drawn at the same strengths, and at several, those are the columns.
+    Where all rows were drawn with the same seeds and strengths, and with several, those are the columns.
 
     Returns:
         The files.
     """
-    columns = strength_columns(job.pictures)
-    per_row = len(columns) or 1
-    per_sheet = max(PICTURES_PER_SHEET // per_row, 1) * per_row
-    starts = range(0, len(job.pictures), per_sheet)
+    columns = shared_columns(job.pictures)
+    pages = table_pages(job, columns) if columns else contact_pages(job)
     files = []
-    for number, start in enumerate(starts, 1):
-        indices = range(start, min(start + per_sheet, len(job.pictures)))
-        name = "sheet.png" if len(starts) == 1 else f"sheet-{number:0{max(2, len(str(len(starts))))}d}.png"
+    for number, page in enumerate(pages, 1):
+        name = "sheet.png" if len(pages) == 1 else f"sheet-{number:0{max(2, len(str(len(pages))))}d}.png"
         files.append(job.folder / name)
-        save_atomically(files[-1], draw_sheet(job, indices, columns))
+        save_atomically(files[-1], page)
     for file in set(job.folder.glob("sheet*.png")) - set(files):  # of an earlier, larger version of the job
         file.unlink()
     return files
 
 
-def strength_columns(pictures: Sequence[Picture]) -> list[float]:
-    """The strengths that every row and seed of a job has, in order; empty where they differ, or there is one."""
-    found: dict[tuple[int, int], list[float]] = {}
+def shared_columns(pictures: Sequence[Picture]) -> list[Column]:
+    """The pairs of seed and strength that every row of a job has, in order.
+
+    Returns:
+        The pairs; none where rows differ in them or have one, or where the seeds of a single row are all that differs.
+        With many seeds of a single row each seed is a row of the table, and the pairs have None in its place.
+    """
+    found: dict[int, list[Column]] = {}
     for picture in pictures:
-        found.setdefault((picture.row, picture.seed), []).append(picture.strength)
+        found.setdefault(picture.row, []).append((picture.seed, picture.strength))
     first, *others = found.values()
-    return first if len(first) > 1 and all(other == first for other in others) else []
+    if len(first) == 1 or any(other != first for other in others):
+        return []
+    strengths = list(dict.fromkeys(strength for _, strength in first))
+    if not others and len(strengths) == 1:
+        return []
+    return [(None, strength) for strength in strengths] if not others and len(first) > MOST_COLUMNS else first
 
 
-def draw_sheet(job: PictureJob, indices: Sequence[int], strengths: Sequence[float]) -> Image.Image:
-    """Draws a sheet of some pictures of a job, in rows of `strengths`, or in reading order where there are none."""
-    pictures = [thumbnail(job.file(index)) if index in job.done else None for index in indices]
-    shown = [name for name in ("seed", "strength") if len({getattr(p, name) for p in job.pictures}) > 1]
-    if strengths:  # they are the columns
-        shown = [name for name in shown if name != "strength"]
-    labels = [label(job.pictures[index], shown) for index in indices]
-    if not strengths:
-        return contact_sheet(pictures, labels, columns=min(CONTACT_COLUMNS, len(pictures)))
-    width = len(strengths)
-    rows = [pictures[start : start + width] for start in range(0, len(pictures), width)]
-    return sheet(rows, labels[::width], [strength_label(strength) for strength in strengths])
+def table_pages(job: PictureJob, columns: Sequence[Column]) -> list[Image.Image]:
+    """Draws the sheets of a job with prompts down, and seeds and strengths across."""
+    num_strengths = len({strength for _, strength in columns})
+    seeds_per_page = max(MOST_COLUMNS // num_strengths, 1)
+    num_pages = math.ceil(len(columns) / num_strengths / seeds_per_page)
+    width = math.ceil(len(columns) / num_strengths / num_pages) * num_strengths
+    height = max(PICTURES_PER_SHEET // width, 1)
+    starts = range(0, len(job.pictures), len(columns))  # of the rows
+    shown = differing(job.pictures, OTHERS) + (["seed"] if columns[0][0] is None else [])
+    labels = drawn_labels([label(job.pictures[start], shown) for start in starts])
+    pages = []
+    for top in range(0, len(starts), height):
+        for left in range(0, len(columns), width):
+            chosen = columns[left : left + width]
+            rows = [range(start + left, start + left + len(chosen)) for start in starts[top : top + height]]
+            pages.append(table(job, rows, labels[top : top + height], chosen))
+    return pages
+
+
+def table(
+    job: PictureJob, rows: Sequence[Sequence[int]], labels: Sequence[str], columns: Sequence[Column]
+) -> Image.Image:
+    """Draws rows of pictures under common columns; many rows of few pictures in several blocks beside each other."""
+    own = differing(job.pictures, OWN)
+    heads = [column_label(seed, strength, own) for seed, strength in columns]
+    pictures = [[thumbnail_of(job, index) for index in row] for row in rows]
+    whole = sheet(pictures, labels, heads)
+    count = min(math.ceil(math.sqrt(whole.height / whole.width / TALLEST)), len(rows))
+    size = math.ceil(len(rows) / count)
+    starts = range(0, len(rows), size)
+    return beside([sheet(pictures[i : i + size], labels[i : i + size], heads) for i in starts]) if count > 1 else whole
+
+
+def contact_pages(job: PictureJob) -> list[Image.Image]:
+    """Draws the sheets of a job in reading order."""
+    shown = differing(job.pictures, (*OTHERS, *OWN))
+    labels = drawn_labels([label(picture, shown) for picture in job.pictures])
+    pages = []
+    for start in range(0, len(labels), PICTURES_PER_SHEET):
+        indices = range(start, min(start + PICTURES_PER_SHEET, len(labels)))
+        columns = min(CONTACT_COLUMNS, len(indices))
+        pictures = [thumbnail_of(job, index) for index in indices]
+        pages.append(contact_sheet(pictures, [labels[index] for index in indices], columns=columns))
+    return pages
+
+
+def differing(pictures: Sequence[Picture], names: Sequence[str]) -> list[str]:
+    """The settings of which a job has several values."""
+    return [name for name in names if len({getattr(picture, name) for picture in pictures}) > 1]
+
+
+def thumbnail_of(job: PictureJob, index: int) -> Image.Image | None:
+    """A picture of a job, scaled down to a cell; None if it was not drawn."""
+    return thumbnail(job.file(index)) if index in job.done else None
 
 
 def thumbnail(file: Path) -> Image.Image:
@@ -73,14 +130,40 @@ def thumbnail(file: Path) -> Image.Image:
 
 
 def label(picture: Picture, shown: Sequence[str]) -> str:
-    """The label of a picture: its prompt, with its seed and its strength where they are shown."""
-    texts = {"seed": f"seed {picture.seed}", "strength": strength_label(picture.strength)}
-    return ", ".join([picture.prompt, *(texts[name] for name in shown)])
+    """The label of a picture or row: its prompt, and the settings that are shown, in words."""
+    parts = [picture.prompt]
+    if "adapters" in shown or "strength" in shown:
+        parts += _about_adapters(picture, shown)
+    texts = {
+        "negative_prompt": f"negative: {picture.negative_prompt}" if picture.negative_prompt else "",
+        "steps": f"{picture.steps} steps",
+        "guidance": f"guidance {picture.guidance:g}",
+        "scheduler": picture.scheduler or "the model's own scheduler",
+        "seed": f"seed {picture.seed}",
+    }
+    if "width" in shown or "height" in shown:
+        parts.append(f"{picture.width} x {picture.height}")
+    return ", ".join([*parts, *(text for name, text in texts.items() if name in shown and text)])
 
 
-def strength_label(strength: float) -> str:
+def _about_adapters(picture: Picture, shown: Sequence[str]) -> list[str]:
+    if not picture.adapters or ("strength" in shown and not picture.weights):
+        return [WITHOUT]
+    names = [adapters_text(((short_name(path), strength),)) for path, strength in picture.adapters]
+    found = [" + ".join(filter(None, names))] if "adapters" in shown else []
+    return [*found, f"strength {picture.strength:g}"] if "strength" in shown else found
+
+
+def short_name(path: str) -> str:
+    """An adapter's path without what all paths have."""
+    return path.removeprefix("runs/").removesuffix("/adapter").removesuffix(".safetensors")
+
+
+def column_label(seed: int | None, strength: float, shown: Sequence[str]) -> str:
     """The label of a column; strength 0 is the base model."""
-    return f"strength {strength:g}" if strength else WITHOUT
+    texts = {"strength": f"strength {strength:g}" if strength else WITHOUT}
+    texts |= {} if seed is None else {"seed": f"seed {seed}"}
+    return ", ".join(texts[name] for name in shown if name in texts)
 
 
 def save_atomically(file: Path, picture: Image.Image) -> None:
@@ -90,7 +173,7 @@ def save_atomically(file: Path, picture: Image.Image) -> None:
 
 def save_grid(job: PictureJob, file: Path, row_labels: Sequence[str], column_labels: Sequence[str]) -> None:
     """Saves the sheet of a job whose pictures are the cells of a grid, row by row."""
-    pictures = [thumbnail(job.file(index)) if index in job.done else None for index in range(len(job.pictures))]
+    pictures = [thumbnail_of(job, index) for index in range(len(job.pictures))]
     width = len(column_labels)
     rows = [pictures[start : start + width] for start in range(0, len(pictures), width)]
     save_atomically(file, sheet(rows, row_labels, column_labels))

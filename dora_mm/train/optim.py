@@ -59,19 +59,26 @@ def averaged_point(optimizer: Any) -> dict[nn.Parameter, torch.Tensor] | None:
     return found
 
 
-def check_device(config: OptimizerConfig, device: torch.device) -> None:
-    """Checks that an optimizer can step on a device; one that needs a GPU takes a step there.
+def lacks_gpu(config: OptimizerConfig, device: torch.device) -> str | None:
+    """Why an optimizer that steps on a GPU only cannot do so on a device; None: it can, or is no such optimizer."""
+    if not OPTIMIZERS[config.name].needs_gpu or device.type not in ("cpu", "mps"):
+        return None
+    return f"optimizer.name {config.name} steps on a GPU only, and this training is on {device.type}: choose adamw"
+
+
+def check_optimizer(config: OptimizerConfig, device: torch.device) -> None:
+    """Checks that an optimizer can step on a device, before anything is loaded; one of 8 bits takes a step.
 
     Raises:
-        ValueError: It needs a GPU, or its package, or that does not run on this one.
+        ValueError: It needs a GPU, or its package, or that does not run on this one; or it has no such setting.
     """
-    if not OPTIMIZERS[config.name].needs_gpu:
-        return
-    if device.type in ("cpu", "mps"):
-        raise ValueError(f"optimizer.name {config.name} steps on a GPU only, and this training is on {device.type}")
+    if why_not := lacks_gpu(config, device):
+        raise ValueError(why_not)
     tried = nn.Parameter(torch.zeros(LEAST_OF_8_BITS, device=device))
     tried.grad = torch.zeros_like(tried)
     optimizer = build_optimizer({"tried": tried}, config)
+    if not OPTIMIZERS[config.name].needs_gpu:
+        return
     try:
         optimizer.step()
     except Exception as error:  # whatever its package raises on a card that it was not built for
@@ -84,10 +91,13 @@ def _settings(config: OptimizerConfig, optimizer_class: Any) -> dict[str, Any]:
     """The arguments of an optimizer beside its rates; those that a config gives are checked against its signature."""
     values = {"betas": config.betas, "eps": config.eps}
     given = {key: value for key, value in values.items() if value is not None}
-    known = [name for name in inspect.signature(optimizer_class).parameters if name != "params"]
+    known = dict(inspect.signature(optimizer_class).parameters)
+    del known["params"]
     for key in given:
         if key not in known:
             raise ValueError(f"optimizer.{key} has no effect: {config.name} has none")
+        if key == "eps" and isinstance(known[key].default, tuple):
+            raise ValueError(f"optimizer.eps: {config.name} has two, {known[key].default}: leave it out")
     for key in config.options:
         if key in OWN_KEYS:
             raise ValueError(f"optimizer.options.{key} is the key optimizer.{key}")
@@ -140,7 +150,8 @@ def with_steps(train: EpochTrainConfig, schedule: ScheduleConfig, steps_per_epoc
     steps = train.steps or (train.epochs or 1) * steps_per_epoch
     if schedule.warmup_steps >= steps:
         raise ValueError(
-            f"schedule.warmup_steps ({schedule.warmup_steps}) must be below the {steps} steps of train.epochs"
+            f"schedule.warmup_steps ({schedule.warmup_steps}) must be below the {steps} steps of train.epochs: "
+            "set fewer, or schedule.warmup_ratio"
         )
     return train.model_copy(update={"steps": steps})
 

@@ -17,7 +17,8 @@ from dora_mm.config.adapter import AdapterConfig
 from dora_mm.config.loader import differing_keys, dump_config
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.schema import PipelineConfig
-from dora_mm.config.training import TrainConfig
+from dora_mm.config.training import OptimizerConfig, TrainConfig
+from dora_mm.registries.optimizers import OPTIMIZERS
 from dora_mm.train.checkpoint import Stateful, checkpoints, last_step, load_parts, set_damaged_aside
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.processes import by_main_process
@@ -154,9 +155,9 @@ def twice_as_long(config: PipelineConfig, steps: int) -> str:
 
 
 def lower_rate(config: PipelineConfig) -> str:
-    """The override that lowers the learning rate of a training which has diverged."""
-    rate = getattr(getattr(config, "optimizer", None), "lr", 0.001)
-    return f"optimizer.lr={rate / 10:g}"
+    """The override that lowers the learning rate of a training which has diverged, as far as its optimizer allows."""
+    optimizer: OptimizerConfig = config.optimizer  # type: ignore[attr-defined]
+    return f"optimizer.lr={max(optimizer.lr / 10, OPTIMIZERS[optimizer.name].least_lr):g}"
 
 
 def resuming(run: RunDirectory) -> str:

@@ -45,7 +45,7 @@ def test_parameters_that_were_trained_themselves_are_loaded_as_they_were_trained
                 "parts": {"text.attn": {}, "connector": {"method": "full"}},
             },
             "data": {"train": {"format": "chat", "file": "unread.json"}},
-            "optimizer": {"lr": 1.0},
+            "optimizer": {"lr": 0.1},
             "train": {"steps": 1, "batch_size": 1, "mixed_precision": "bf16"},
         }
     )

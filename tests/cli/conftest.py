@@ -13,6 +13,12 @@ train: {steps: 10, batch_size: 2}
 """
 
 
+@pytest.fixture(autouse=True)
+def hub(monkeypatch):
+    """The hub answers, since models of stubs are names of nothing."""
+    monkeypatch.setattr("dora_mm.models.hub.hub_answers", lambda: True)
+
+
 @pytest.fixture
 def config(tmp_path):
     pictures = tmp_path / "pictures"

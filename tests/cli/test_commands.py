@@ -169,7 +169,7 @@ def test_a_run_directory_that_is_nearly_right_is_proposed(run, capsys):
         assert cli.main(["train", "--resume", str(wrong)]) == 2
         assert f"did you mean '{run}'?" in capsys.readouterr().err
     assert cli.main(["train", str(run)]) == 2
-    assert f"{run} is a run directory: dora-mm train --resume {run} goes on" in capsys.readouterr().err
+    assert f"dora-mm train --resume {run} goes on" in capsys.readouterr().err
 
 
 # --- mistakes that are found before anything large is imported -------------------------------------------------------

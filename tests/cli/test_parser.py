@@ -5,11 +5,11 @@ from unittest.mock import create_autospec
 import pytest
 
 from dora_mm import cli
-from dora_mm.cli.other_forms import FLAGS
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.report import all_keys
 from dora_mm.formats.tools import export_of
 from dora_mm.recipes import PIPELINES
+from dora_mm.registries.other_trainers import KEYS
 from dora_mm.registries.tools import TARGETS, TOOLS, other_tools
 
 COMMANDS = {  # with the recipes of those that take no config
@@ -73,7 +73,8 @@ def test_help_lists_all_targets_and_tools(command, names, capsys):
     ],
 )
 def test_arguments_have_the_names_of_the_recipe_s_parameters(line, tmp_path, monkeypatch):
-    (tmp_path / "FILE").touch()
+    for name in ("FILE", "RUN"):
+        (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     command, *_ = words = line.split()
     recipe = PIPELINES.load(COMMANDS[command])
@@ -94,8 +95,16 @@ def test_the_version():
     ("arguments", "message"),
     [
         ("train a.yaml train.steps=20 seed=1", "values of a config follow --set: --set train.steps=20 seed=1"),
-        ("train a.yaml --max_train_steps=20", "--max_train_steps is --set train.steps=VALUE here"),
-        ("train --network-dim 4 a.yaml", "--network-dim is --set adapter.rank=VALUE here"),
+        ("train a.yaml --max_train_steps=20", "error: --max_train_steps is --set train.steps=20 here\n"),
+        ("train --network-dim 4 a.yaml", "error: --network-dim is --set adapter.rank=4 here\n"),
+        (
+            "train a.yaml --mixed_precision bf16 --masked_loss --optimizer_type AdamW8bit",
+            "error: --mixed_precision and --masked_loss and --optimizer_type are --set model.dtype=bfloat16 "
+            "train.mixed_precision=bf16 'data.mask={}' optimizer.name=adamw_8bit here\n",
+        ),
+        ("train a.yaml --dryrun", "error: there is no --dryrun, did you mean '--dry-run'?\n"),
+        ("trian a.yaml", "error: there is no command 'trian', did you mean 'train'?\n"),
+        ("zzz", "error: there is no command 'zzz'; there are train, sample, grid,"),
         ("train a.yaml --unheard-of", "unrecognized arguments: --unheard-of"),
         ("", "draw images for the prompts of a job"),
     ],
@@ -109,7 +118,7 @@ def test_what_is_meant_by_an_argument_of_another_form_is_named(arguments, messag
 
 def test_flags_of_other_trainers_are_keys_of_the_training():
     keys = all_keys(SCHEMAS["train_diffusion"])
-    assert set(FLAGS.values()) <= set(keys)
+    assert set(KEYS.values()) <= set(keys)
 
 
 def test_targets_for_programs_are_those_that_they_read():

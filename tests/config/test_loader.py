@@ -13,6 +13,7 @@ from dora_mm.config.paths import is_adapter
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.train.resuming import check_changes
 
+RESOLUTIONS = "must be a multiple of 64 from 512 to 8192, or of 32 below 512"
 SMALLEST = """\
 pipeline: train_diffusion
 model:
@@ -101,8 +102,14 @@ def test_the_report_names_the_file_once(write):
         ("adapter.dropout=1.0", "adapter.dropout: must be less than 1, got 1.0"),
         ("model=tiny", "model: must be a section of keys, got 'tiny'"),
         ("model.path=7", "model.path: must be text, got 7"),
-        ("data.resolution=100", "data.resolution: must be a multiple of 8, got 100"),
-        ("data.resolution=1000", "data.resolution: must be a multiple of 64, or of 32 below 512, got 1000"),
+        (
+            "data.resolution=100",
+            "data.resolution: must be a multiple of 64 from 512 to 8192, or of 32 below 512, got 100",
+        ),
+        (
+            "data.resolution=1000",
+            "data.resolution: must be a multiple of 64 from 512 to 8192, or of 32 below 512, got 1000",
+        ),
         ("data.placeholder=two words", "data.placeholder: must be one word, got 'two words'"),
         ("data.background=whitee", "data.background: must be a colour such as white or #ffffff, got 'whitee'"),
         ("optimizer.lr=.inf", "optimizer.lr: must be a finite number, got inf"),
@@ -236,7 +243,15 @@ def test_a_run_is_named_after_its_file_whatever_that_is_called(write):
         (["adapter.method=lora", "adapter.norm_grad=exact"], "adapter.norm_grad"),
         (["data.latent_cache=x", "data.crop=random"], "data.latent_cache"),
         (["sample.every=5"], "sample.every"),
-        (["optimizer.name=prodigy", "optimizer.magnitude_lr=1.0"], "optimizer.magnitude_lr needs optimizer.name adamw"),
+        (
+            ["optimizer.name=prodigy", "optimizer.lr=1", "optimizer.magnitude_lr=1"],
+            "magnitude_lr needs optimizer.name ad",
+        ),
+        (["optimizer.name=prodigy"], "prodigy learns nothing below 0.1: --set optimizer.lr=1"),
+        (["optimizer.name=prodigy", "optimizer.lr=0.09"], "optimizer.lr 0.09 is a rate of other optimizers: prodigy"),
+        (["optimizer.lr=1"], "adamw destroys the weights from 1 on: --set optimizer.lr=0.0001"),
+        (["optimizer.name=schedule_free", "optimizer.lr=1"], "schedule_free destroys the weights from 1 on"),
+        (["sample.guidance=1", "sample.negative_prompt=red"], "negative_prompt has no effect at guidance 1"),
         (["train.shard=true"], "train.shard needs adapter.cache norms"),
         (["train.shard=true", "adapter.cache=norms", "train.compile=true"], "train.shard is not for train.compile"),
     ],
@@ -244,6 +259,32 @@ def test_a_run_is_named_after_its_file_whatever_that_is_called(write):
 def test_sections_that_contradict_each_other(write, overrides, message):
     (problem,) = problems(write(SMALLEST), overrides)
     assert message in problem
+
+
+def test_a_rank_alone_changes_the_scaling_of_a_file_with_an_alpha(write, caplog):
+    def said(text, *overrides):
+        caplog.clear()
+        load_config(write(text), overrides)
+        return caplog.messages
+
+    with_alpha = SMALLEST.replace("rank: 4", "rank: 4\n  alpha: 8.0")
+    assert said(with_alpha, "adapter.rank=16") == [
+        "adapter.rank=16 leaves adapter.alpha at 8: the update is scaled by 0.5, where the file has 2. To keep that: "
+        "--set adapter.alpha=32"
+    ]
+    for quiet in (["adapter.rank=16", "adapter.alpha=8"], ["adapter.rank=4"], ["adapter.alpha=1"], []):
+        assert said(with_alpha, *quiet) == []
+    assert said(SMALLEST, "adapter.rank=16") == []
+
+
+def test_a_warm_up_of_the_file_fits_the_steps_of_an_override(write, caplog):
+    caplog.set_level("INFO")
+    warm = SMALLEST.replace("steps: 10", "steps: 100") + "schedule:\n  warmup_steps: 20\n"
+    assert load_config(write(warm), ["train.steps=10"]).schedule.warmup_steps == 2
+    assert caplog.messages == ["schedule.warmup_steps: 2 instead of 20, for train.steps=10"]
+    assert load_config(write(warm), ["train.steps=50"]).schedule.warmup_steps == 20
+    assert "must be below train.steps (10)" in problems(write(warm), ["train.steps=10", "schedule.warmup_steps=20"])[0]
+    assert load_config("configs/llm/llama_7b.yaml", ["train.steps=50"]).schedule.warmup_steps == 5
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from dora_mm.config.models import ModelConfig, VLBartModelConfig, VLMModelConfig
+from dora_mm.models import hub
 from dora_mm.models.folders import settings_identity
+from dora_mm.models.hub import UnreachableError, hub_answers, local_copy
 from dora_mm.models.images.families import files_identity, load_image_model
-from dora_mm.models.opening import UnreachableError, base_of, loaded_files, local_copy, opening
+from dora_mm.models.opening import base_of, loaded_files, opening
 from dora_mm.models.vl.vl_bart.loading import load_vl_bart
 from dora_mm.models.vl.vlm.loading import load_processor, load_vlm
 
@@ -70,7 +72,29 @@ def test_weights_of_another_shape(tiny_vlm, tmp_path):
         load_vlm(VLMModelConfig(path=str(folder)), torch.device("cpu"))
 
 
-def test_other_errors_have_other_messages(tmp_path):
+def test_a_hub_that_does_not_answer_is_asked_once_and_for_no_file(monkeypatch, tmp_path):
+    """What is in the cache is loaded then; the libraries would ask five times for each file of it."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "local_copy", lambda path, revision=None: None if revision else tmp_path)
+    hub_answers.cache_clear()
+    try:
+        unreachable = pytest.raises(UnreachableError, match=r"^model.path: owner/nothing \(revision x\) is not on this")
+        with unreachable, opening("owner/nothing", "it cannot be loaded", key="model.path", revision="x"):
+            raise AssertionError
+        assert constants.HF_HUB_OFFLINE
+        entered = False
+        with opening("owner/nothing", "it cannot be loaded"):
+            entered = True
+        assert entered
+    finally:
+        hub_answers.cache_clear()
+
+
+def test_other_errors_have_other_messages(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "hub_answers", lambda: True)
     problem, offline = "it cannot be loaded", OSError("no config")
     offline.__cause__ = ConnectionError("offline")
     with pytest.raises(ValueError, match="^it cannot be loaded: damaged$"), opening("owner/nothing", problem):

@@ -277,9 +277,9 @@ def test_a_run_without_pictures_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run(Path("run"), [entry()])
     Path("other").mkdir()
-    for name in ("other", "nowhere"):
+    for name, problem in (("other", "is not a run that drew pictures"), ("nowhere", "does not exist")):
         assert main(["gallery", "run", name]) == 2
-        assert f"{name} is not a run that drew pictures" in capsys.readouterr().err
+        assert f"{name} {problem}" in capsys.readouterr().err
     assert not Path("runs").exists()
 
 

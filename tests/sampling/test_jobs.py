@@ -97,7 +97,7 @@ def test_json_lines(tmp_path):
         ("prompt,seed\na,0-99999999999\n", "at most 10000 seeds"),
         ("prompt,steps\na,0\n", "line 2: steps must be greater than 0, got '0'"),
         ("prompt,steps\na,2.5\n", "line 2: steps"),
-        ("prompt,width\na,65\n", "line 2: width must be a multiple of 8, got '65'"),
+        ("prompt,width\na,65\n", "line 2: width must be a multiple of 8 from 16 to 8192, got 65"),
         ("prompt,scheduler\na,eulr\n", "line 2: scheduler must be 'euler'"),
         ("prompt,strength\na,nan\n", "line 2: strength must be a finite number"),
         ("prompt,seed\n,1\n", "line 2: has no prompt"),

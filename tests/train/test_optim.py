@@ -14,7 +14,7 @@ from dora_mm.config.training import OptimizerConfig
 from dora_mm.models.vl.vl_model import Structure
 from dora_mm.targets import find
 from dora_mm.train import optim
-from dora_mm.train.optim import OPTIMIZERS, averaged_point, build_optimizer, check_device
+from dora_mm.train.optim import OPTIMIZERS, averaged_point, build_optimizer, check_optimizer
 from dora_mm.train.weights import result_of, swapped
 from tests.models.vl.vl_bart.small import small_vl_bart
 
@@ -112,12 +112,15 @@ def test_under_adam_the_ratio_is_alpha_over_rank_by_another_name():
         ),
         ({"options": {"lr": 0.1}}, "optimizer.options.lr is the key optimizer.lr"),
         ({"name": "adafactor", "betas": (0.9, 0.99)}, "optimizer.betas has no effect: adafactor has none"),
+        ({"name": "adafactor", "eps": 1e-8}, r"optimizer.eps: adafactor has two, \(None, 0.001\): leave it out"),
         ({"options": {"fused": "no", "foreach": True}}, "optimizer.name adamw: "),
     ],
 )
 def test_settings_are_checked_against_the_signature(settings, message):
     with pytest.raises(ValueError, match=message):
         build_optimizer({"w": nn.Parameter(torch.ones(2))}, OptimizerConfig(lr=0.1, **settings))
+    with pytest.raises(ValueError, match=message):  # before anything is loaded
+        check_optimizer(OptimizerConfig(lr=0.1, **settings), torch.device("cpu"))
 
 
 def test_options_reach_the_optimizer():
@@ -130,9 +133,9 @@ def test_those_of_8_bits_are_refused_without_a_gpu(name):
     config = OptimizerConfig(name=name, lr=1.0)
     if name.endswith("8bit"):
         with pytest.raises(ValueError, match=f"optimizer.name {name} steps on a GPU only"):
-            check_device(config, torch.device("cpu"))
+            check_optimizer(config, torch.device("cpu"))
     else:
-        check_device(config, torch.device("cpu"))
+        check_optimizer(config, torch.device("cpu"))
 
 
 def test_those_of_8_bits_are_refused_on_a_gpu_that_bitsandbytes_does_not_run_on(monkeypatch):
@@ -145,12 +148,12 @@ def test_those_of_8_bits_are_refused_on_a_gpu_that_bitsandbytes_does_not_run_on(
     config, device = OptimizerConfig(name="adamw_8bit", lr=1.0), torch.device("meta")
     if importlib.util.find_spec("bitsandbytes") is None:
         with pytest.raises(ValueError, match="needs the package bitsandbytes: pip install"):
-            check_device(config, device)
+            check_optimizer(config, device)
     monkeypatch.setattr(optim, "_imported", lambda kind: Broken)
     with pytest.raises(ValueError, match=r"does not run on this GPU \(no kernel image is available\): choose"):
-        check_device(config, device)
+        check_optimizer(config, device)
     monkeypatch.setattr(optim, "_imported", lambda kind: torch.optim.AdamW)
-    check_device(config, device)
+    check_optimizer(config, device)
 
 
 def test_the_result_of_a_schedule_free_training_is_beside_it():

@@ -2,14 +2,15 @@
 
 import json
 import logging
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 
 from dora_mm.config import load_config
-from dora_mm.train.run import training_run
+from dora_mm.config.training import OptimizerConfig
+from dora_mm.train.run import lower_rate, training_run
 from dora_mm.utils.lock import only_writer
 from tests.pipelines.killed import files_in
 from tests.train.small import interrupt_at, metrics, small_training
@@ -85,6 +86,14 @@ def test_a_run_says_how_to_go_on_when_it_stops(train, tmp_path, caplog, stop):
     lower = " --set optimizer.lr=1e-05" if stop == "a loss that is not finite" else ""
     assert said(caplog)[-1] == f"\nRun {run} has stopped, {kept}. To go on: dora-mm train --resume {run}{lower}"
     assert len(said(caplog)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "lower"), [("adamw", 0.01, "0.001"), ("prodigy", 1, "0.1"), ("prodigy", 0.2, "0.1")]
+)
+def test_the_rate_to_go_on_with_is_one_of_the_optimizer(name, rate, lower):
+    config = SimpleNamespace(optimizer=OptimizerConfig(name=name, lr=rate))
+    assert lower_rate(config) == f"optimizer.lr={lower}"
 
 
 def test_a_path_with_a_blank_is_quoted(train, tmp_path, caplog):

@@ -107,13 +107,13 @@ def test_rates_that_decay_at_the_end_are_those_of_transformers(ratio):
             "needs schedule.name constant",
         ),
         (
-            {"optimizer": {"name": "prodigy", "b_lr_ratio": 4.0}},
+            {"optimizer": {"name": "prodigy", "lr": 1.0, "b_lr_ratio": 4.0}},
             "optimizer.b_lr_ratio needs optimizer.name adamw",
         ),
     ],
 )
 def test_settings_without_effect_are_refused(changes, message):
-    optimizer = OptimizerConfig(**{"lr": 1.0, **changes.get("optimizer", {})})
+    optimizer = OptimizerConfig(**{"lr": 0.1, **changes.get("optimizer", {})})
     train = TrainConfig(steps=9, batch_size=1)
     (problem,) = check_training(optimizer, ScheduleConfig(**changes.get("schedule", {})), train)
     assert message in problem

@@ -13,7 +13,8 @@ from torch import nn
 
 from dora_mm.config.paths import INDEX
 from dora_mm.formats.files.model_folder import ModelFolder
-from dora_mm.models.opening import described, named, opening
+from dora_mm.models.hub import named
+from dora_mm.models.opening import described, opening
 
 
 class Components:
@@ -175,7 +176,7 @@ def load_components(
         ValueError: One is missing or cannot be loaded.
     """
     others: dict[str, Any] = {name: None for name in every if name not in names}
-    with _opening(named(path, revision)):
+    with _opening(path, revision=revision):
         loaded = pipeline.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True, **others)
     return {name: getattr(loaded, name) for name in names}
 
@@ -196,5 +197,5 @@ def load_vae(kind: Any, path: str | Path, dtype: torch.dtype = torch.float32) ->
     return vae.requires_grad_(False).eval()
 
 
-def _opening(name: str, key: str = "model.path") -> AbstractContextManager[None]:
-    return opening(name, f"{name} cannot be loaded", key=key)
+def _opening(name: str, key: str = "model.path", revision: str | None = None) -> AbstractContextManager[None]:
+    return opening(name, f"{named(name, revision)} cannot be loaded", key=key, revision=revision)

@@ -12,6 +12,7 @@ from dora_mm import targets
 from dora_mm.config.models import ModelConfig
 from dora_mm.config.paths import INDEX, resolve_model
 from dora_mm.formats.files.model_folder import ModelFolder
+from dora_mm.models.hub import local_copy
 from dora_mm.models.images.components import (
     Components,
     load_components,
@@ -24,7 +25,7 @@ from dora_mm.models.images.components import (
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.images.memory import store_in_float8
 from dora_mm.models.images.schedulers import changes_for
-from dora_mm.models.opening import check_revision, described, loaded_files, local_copy
+from dora_mm.models.opening import check_revision, described, loaded_files
 from dora_mm.registries.image_families import IMAGE_FAMILIES, ImageFamily
 from dora_mm.registries.registry import load
 from dora_mm.utils.digest import files_digest

@@ -12,7 +12,8 @@ from dora_mm.config.models import VisionConfig, VLModelConfig
 from dora_mm.config.paths import resolve_model
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.models.folders import read_config
-from dora_mm.models.opening import UnreachableError, commit_of
+from dora_mm.models.hub import UnreachableError
+from dora_mm.models.opening import commit_of
 from dora_mm.models.vl.vl_model import Structure, VLModel
 from dora_mm.registries.registry import load
 from dora_mm.registries.vl_families import DEFAULT, VL_FAMILIES

@@ -157,6 +157,7 @@ function showFacts(picture, neighbours) {
   const prompt = promptOf(picture).toLowerCase();
   const facts = columns.flatMap((column, index) => {
     if (!column.varies || index === PROMPT || column.kind === "score" || column.kind === "status") return [];
+    if (column.name === "strength" && settingOf(picture, "adapter") === null) return []; // there is nothing to be weaker
     const text = factOf(column, picture.values[index], shortOf(picture, index));
     if (text === null || prompt.includes(text.toLowerCase())) return [];
     const differs = neighbours.some((other) => other && differIn(picture, other, index));

@@ -12,14 +12,28 @@ from dora_mm.sampling.jobs.picture import Picture
 log = logging.getLogger(__name__)
 
 
+def check_syntax(pictures: Sequence[Picture]) -> None:
+    """Checks the prompts that are read as more than plain text.
+
+    Raises:
+        ValueError: A prompt has a tag or syntax that is not read.
+    """
+    for picture in pictures:
+        texts = {"prompt": picture.prompt, "negative_prompt": picture.negative_prompt or ""}
+        for name, text in texts.items() if picture.prompt_syntax != "plain" else ():
+            if problem := problem_of(text):
+                raise ValueError(f"row {picture.row}: {name}: {problem}")
+
+
 def with_alternatives(pictures: Sequence[Picture]) -> list[Picture]:
     """The pictures of a job, each with one of the alternatives of its prompts, by its seed.
 
     Prompts that are read as plain text stay as they are, and a warning names what looks like more.
 
     Raises:
-        ValueError: A prompt has a tag or syntax that is not read.
+        ValueError: See `check_syntax`.
     """
+    check_syntax(pictures)
     literal = {p.prompt: found for p in pictures if p.prompt_syntax == "plain" and (found := syntax_in(p.prompt))}
     if literal:
         first, *_ = literal
@@ -35,9 +49,5 @@ def with_alternatives(pictures: Sequence[Picture]) -> list[Picture]:
 def _chosen(picture: Picture) -> Picture:
     if picture.prompt_syntax == "plain":
         return picture
-    texts = {"prompt": picture.prompt, "negative_prompt": picture.negative_prompt or ""}
-    for name, text in texts.items():
-        if problem := problem_of(text):
-            raise ValueError(f"row {picture.row}: {name}: {problem}")
     negative = picture.negative_prompt and alternatives(picture.negative_prompt, picture.seed)
     return replace(picture, prompt=alternatives(picture.prompt, picture.seed), negative_prompt=negative)

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dora_mm.config.loader import about_run
 from dora_mm.config.paths import resolve_adapter
 from dora_mm.sampling.jobs.columns import SCHEDULE, SIZE, column_of, of_line, renamed
 from dora_mm.sampling.jobs.rows import JobRow, about_unknown, problem_of_value
@@ -34,7 +35,7 @@ def read_job(path: Path) -> list[JobRow]:
             unknown; a row has no prompt, or a value that cannot be used.
     """
     if (path / "config.yaml").is_file():
-        raise ValueError(f"{path} is a run directory: dora-mm sample --resume {path} goes on with it")
+        raise ValueError(about_run(path))
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path} must end in {', '.join(SUFFIXES)}")
     if not path.is_file():

@@ -80,6 +80,21 @@ def content(run):
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
+def test_a_model_that_an_adapter_does_not_fit_is_refused_before_its_weights_are_read(
+    job, style, tiny_folder, tmp_path, capsys
+):
+    model = shutil.copytree(tiny_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((model / "unet/config.json").read_text())
+    (model / "unet/config.json").write_text(json.dumps({**config, "block_out_channels": [32, 64, 128]}))
+    job({"prompt": "a bus", "adapter": str(style)}, code=2, model__path=str(model))
+    place = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"dora-mm: {style} was trained on {tiny_folder}, not on {model}: "
+        f"{style}/adapter/pytorch_lora_weights.safetensors does not fit this model: at {place} it has 32 inputs and 32 "
+        "outputs, and the model has 64 and 64"
+    )
+
+
 def test_every_column_is_honoured(job, style, tiny_folder):
     run = job(
         {"prompt": "a bus", "seed": "1-2", "width": 64, "height": 96, "steps": 2, "adapter": str(style)},
@@ -487,7 +502,7 @@ def test_a_job_file_may_have_any_name(job, tiny_folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["out"], "out is a run directory: dora-mm sample --resume out goes on with it"),
+        (["out"], "out is a run of dora-mm sample: dora-mm sample --resume out goes on with it"),
         (["folder.csv"], "folder.csv is a folder: name a job file in it"),
         (
             ["--resume", "training"],

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from dora_mm.train.metrics import read_metrics
 from dora_mm.utils.lock import only_writer
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 from tests.pipelines.killed import files_in
+from tests.pipelines.pictures.test_sample import make_adapter
 
 PROMPT = "a TOK icon of a bus"
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -218,7 +220,7 @@ def test_an_initial_adapter_keeps_its_scaling(config, tmp_path, capsys):
     assert main(["train", str(config(**second, adapter__alpha=16.0))]) == 2
     assert "has alpha 2, and adapter.alpha is 16" in capsys.readouterr().err
     assert main(["train", str(config(**second, adapter__rank=2))]) == 2
-    assert "the model is adapted with dora of rank 2" in capsys.readouterr().err
+    assert "the config trains dora of rank 2 there: --set adapter.rank=4 adapter.alpha=2" in capsys.readouterr().err
     assert not (tmp_path / "second").exists()
 
 
@@ -396,6 +398,21 @@ def test_a_finished_run_is_extended(config, tmp_path, caplog, capsys):
     assert "optimizer.eps cannot change from null to 1.0" in capsys.readouterr().err
 
 
+def test_the_printed_command_draws_the_pictures_of_the_sheet(config, tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+    sample = {"prompts": [PROMPT], "seeds": [3, 4], "steps": 3, "guidance": 2.0, "negative_prompt": "blurry"}
+    path = config(train__steps=1, adapter__parts=["unet.attn"], adapter__strength=1.5, sample=sample, output="run")
+    assert main(["train", str(path)]) == 0
+    printed = capsys.readouterr().out.partition("to draw  dora-mm ")[2]
+    assert main([*shlex.split(printed), "output=drawn"]) == 0
+    assert "Drawn as the sheets of the training: steps 3, guidance 2, negative_prompt 'blurry'" in caplog.messages
+    drawn = Image.open(tmp_path / "drawn/samples/0001-seed3-strength1.png")
+    assert largest_difference(Image.open(tmp_path / "run/adapter/pictures/1.png"), drawn) <= 1 / 255
+    kept = load_config(tmp_path / "drawn/config.yaml")
+    assert (kept.seeds, kept.steps, kept.guidance, kept.negative_prompt) == ((3, 4), 3, 2.0, "blurry")
+
+
 @pytest.mark.slow
 def test_results_that_were_deleted_come_again_in_the_same_bytes(config, tmp_path):
     assert main(["train", str(config(ema={"decay": 0.5}))]) == 0
@@ -508,6 +525,35 @@ def test_a_run_that_cannot_be_resumed_is_refused_before_its_model_is_loaded(conf
     with only_writer(tmp_path / "run"):
         assert main(resume) == 2
     assert "run has a writer already, process" in capsys.readouterr().err
+
+
+def test_an_optimizer_that_needs_a_gpu_is_refused_before_anything_is_read(config, monkeypatch, capsys):
+    """A dry run without that GPU says so first, and all that can be said without a step."""
+    path = str(config(optimizer={"name": "adamw_8bit", "lr": 0.01}, adapter__parts=["unet.attn"]))
+    sentence = "optimizer.name adamw_8bit steps on a GPU only, and this training is on cpu: choose adamw"
+    assert main(["train", path, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(sentence)
+    assert f"time      not measured: {sentence}" in printed
+    assert "optimizer state (adamw_8bit, 2 numbers of 8 bits each)" in " ".join(printed.split())
+    recipe = PIPELINES.load("train_diffusion")
+    for name in ("read_images", "load_image_model"):
+        monkeypatch.delattr(recipe, name)
+    assert main(["train", path]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"dora-mm: {sentence}"
+
+
+def test_an_initial_adapter_of_another_rank_is_refused_before_weights_are_read(config, tiny_folder, tmp_path, capsys):
+    model = shutil.copytree(tiny_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    make_adapter(tiny_folder, tmp_path / "first", seed=0)
+    first = tmp_path / "first" / ADAPTER
+    settings = {"model__path": str(model), "adapter__init_from": str(first), "adapter__parts": ["unet.attn"]}
+    assert main(["train", str(config(**settings))]) == 2
+    name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"dora-mm: adapter.init_from: {first} has dora of rank 2 at {name}, and the config trains dora of rank 4 "
+        "there: --set adapter.rank=2 adapter.alpha=2"
+    )
 
 
 BAD = {

@@ -19,7 +19,7 @@ from dora_mm.config.pictures import AdapterChoice, EvalStyleConfig
 from dora_mm.recipes import PIPELINES
 from dora_mm.sampling.manifest import read_manifest
 
-SMALL = ["data.resolution=64", "train.steps=2", "schedule.warmup_steps=0", "train.batch_size=2", "sample.steps=1"]
+SMALL = ["data.resolution=64", "train.steps=2", "train.batch_size=2", "sample.steps=1"]
 
 
 def printed_command(lines: list[str], start: str) -> list[str]:
@@ -65,7 +65,7 @@ def week(tmp_path_factory, tiny_folder):
     printed["new"] = run("new", "sdxl", "style", "--images", "mine", "--model", str(tiny_folder))
     printed["train"] = run("train", "style.yaml", "--set", *SMALL)
     drawing = printed_command(printed["train"], "to draw")
-    printed["sample"] = run(*drawing, "steps=1", "guidance=1.0", fresh=True)
+    printed["sample"] = run(*drawing, fresh=True)
     few = ["steps=1", "guidance=1.0", "plain_prompts=[a bus, a cat]", "prompts=[a sks2 bus, a sks2 key]"]
     score = ["eval", "configs/sdxl/eval_style.yaml", "--set", "adapter.path=runs/style/001", *few]
     printed["eval"] = run(*score)
@@ -82,6 +82,7 @@ def test_every_command_ends_with_the_next(week):
     (folder,) = [line for line in week["sample"] if line.startswith("images")]
     assert folder == "images    8 of 8 in runs/style_prompts/001/samples"
     assert "pictures: 8 of 8 pictures" in week["sample"]  # on a pipe
+    assert "Drawn as the sheets of the training: steps 1, guidance 3" in week["sample"]
     assert week["gallery"] == ["gallery  runs/eval_style/001/gallery/index.html"]
 
 
@@ -100,8 +101,8 @@ def test_the_score_of_an_own_style(week):
     entries = read_manifest(run)
     assert len(entries) == 16
     assert all(entry.scores for entry in entries)
-    with Image.open(run / "sheet.png") as page:
-        assert min(page.size) > 64
+    with Image.open(run / "sheet.png") as page:  # most and least like: bare model, adapter, training picture
+        assert page.height > 2 * 3 * 128
 
 
 def test_an_adapter_that_does_not_say_what_it_was_trained_on_needs_the_folder():
@@ -115,7 +116,7 @@ def test_an_adapter_that_does_not_say_what_it_was_trained_on_needs_the_folder():
 def test_a_dry_run_ends_with_the_line_without_it(week, monkeypatch, capsys):
     monkeypatch.chdir(week["folder"])
     recipe = PIPELINES.load("train_diffusion")
-    monkeypatch.setattr(recipe, "describe", lambda *arguments: "what it takes")
+    monkeypatch.setattr(recipe, "image_page", lambda *arguments: ["what it takes"])
     assert main(["train", "style.yaml", "--set", "seed=3", "data.folder=mine", "--dry-run"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "to start  dora-mm train style.yaml --set seed=3 data.folder=mine"

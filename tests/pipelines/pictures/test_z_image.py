@@ -172,7 +172,12 @@ def test_training_resumes_by_bits_and_plain_diffusers_draws_the_same(config, tmp
 
     job = tmp_path / "job.csv"
     job.write_text(f"prompt,seed,strength\n{PROMPT},3,1\n{PROMPT},3,0\n")
-    assert main(["sample", str(job), "--set", f"adapter.path={run}", f"output={tmp_path / 'job'}", "steps=2"]) == 0
+    assert (
+        main(
+            ["sample", str(job), "--set", f"adapter.path={run}", f"output={tmp_path / 'job'}", "steps=2", "guidance=5"]
+        )
+        == 0
+    )
     drawn = tmp_path / "job" / "samples"
     with_adapter, without = Image.open(drawn / "0001-seed3.png"), Image.open(drawn / "0002-seed3.png")
 

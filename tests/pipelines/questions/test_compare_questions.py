@@ -85,7 +85,7 @@ def base(tmp_path, model_folder, features):
             "extra_trainable": ["visual_embedding", "biases", "norms"],
         },
         "data": {"tables": str(tmp_path / "tables"), "tasks": tasks},
-        "optimizer": {"lr": 1.0, "magnitude_lr": 1.0},
+        "optimizer": {"lr": 0.5, "magnitude_lr": 0.5},
         "train": {"epochs": 9, "batch_size": 4, "checkpoint_every": 1, "log_every": 1},
         "evaluate": {"every": 1},
     }

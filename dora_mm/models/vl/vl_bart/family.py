@@ -23,7 +23,7 @@ from dora_mm.data.vl.readers.video import split_subtitles
 from dora_mm.data.vl.row_view import Piece, RowView
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.tables import ExampleTable
-from dora_mm.models.opening import local_copy
+from dora_mm.models.hub import local_copy
 from dora_mm.models.vl.towers.tower import load_tower, tower_map
 from dora_mm.models.vl.vl_bart.answering import Answerer
 from dora_mm.models.vl.vl_bart.loading import empty_vl_bart, load_vl_bart

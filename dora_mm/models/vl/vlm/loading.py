@@ -51,7 +51,7 @@ def load_processor(config: VLMModelConfig, model_config: Any = None) -> Processo
         set_limits(processor, config, model_config)
         check_video_keys(processor, config)
         return processor
-    with opening(path, f"the processor of {path} cannot be loaded", key="model.path"):
+    with opening(path, f"the processor of {path} cannot be loaded", key="model.path", revision=config.revision):
         processor = AutoProcessor.from_pretrained(path, revision=config.revision, trust_remote_code=False)
     images = getattr(processor, "image_processor", None)
     if images is None or getattr(processor, "tokenizer", None) is None:
@@ -72,7 +72,7 @@ def load_tokenizer(path: str, revision: str | None) -> Any:
     Raises:
         ValueError: There is none.
     """
-    with opening(path, f"{path} has no tokenizer"):
+    with opening(path, f"{path} has no tokenizer", revision=revision):
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
 
 

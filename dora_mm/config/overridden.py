@@ -1,0 +1,50 @@
+"""What an override of one key means for another one of the file, which was chosen beside its former value."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dora_mm.utils.yaml12 import KeyPath
+
+log = logging.getLogger(__name__)
+STEPS, WARMUP = ("train", "steps"), ("schedule", "warmup_steps")
+RANK, ALPHA = ("adapter", "rank"), ("adapter", "alpha")
+SHARE = 0.1  # of the steps, for a warm-up of steps in a file that counts epochs
+
+
+def fit_warmup(values: dict[str, Any], before: Mapping[str, Any], chosen: Sequence[KeyPath]) -> None:
+    """Shortens a warm-up of the file that would be longer than an overridden training, to its share of the steps.
+
+    Args:
+        values: Those of the file with all overrides; they are changed.
+        before: Those of the file.
+        chosen: The keys of the overrides.
+    """
+    steps, warmup, planned = value_at(values, STEPS), value_at(values, WARMUP), value_at(before, STEPS)
+    if STEPS not in chosen or WARMUP in chosen or type(steps) is not int or type(warmup) is not int or warmup < steps:
+        return
+    share = warmup / planned if type(planned) is int and planned > warmup else SHARE
+    values["schedule"]["warmup_steps"] = fitted = int(share * steps)
+    log.info("schedule.warmup_steps: %d instead of %d, for train.steps=%d", fitted, warmup, steps)
+
+
+def warn_of_scaling(values: Mapping[str, Any], before: Mapping[str, Any], chosen: Sequence[KeyPath]) -> None:
+    """Says that an override of the rank alone changes the scaling, alpha / rank: see `fit_warmup` for the arguments."""
+    rank, old, alpha = value_at(values, RANK), value_at(before, RANK), value_at(before, ALPHA)
+    if RANK not in chosen or ALPHA in chosen or None in (old, alpha) or rank == old:
+        return
+    log.warning(
+        "adapter.rank=%d leaves adapter.alpha at %g: the update is scaled by %g, where the file has %g. To keep that: "
+        "--set adapter.alpha=%g",
+        *(rank, alpha, alpha / rank, alpha / old, rank * alpha / old),
+    )
+
+
+def value_at(values: Any, path: Sequence[str | int]) -> Any:
+    """The value at a key path; None where there is none."""
+    for part in path:
+        if isinstance(values, Mapping):
+            values = values.get(part)
+        else:
+            values = values[part] if isinstance(part, int) and isinstance(values, list) else None
+    return values

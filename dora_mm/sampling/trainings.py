@@ -1,0 +1,69 @@
+"""What an adapter's file says of its training, and pictures that are drawn as the sheets of that were."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from dora_mm.config.images import TrainDiffusionConfig
+from dora_mm.config.models import validated
+from dora_mm.config.pictures import PicturesConfig, SampleConfig
+from dora_mm.formats.files.tensor_file import read_metadata
+from dora_mm.utils import yaml12
+
+log = logging.getLogger(__name__)
+OF_SHEETS = ("steps", "guidance", "negative_prompt")  # keys that `sample` of a training and configs of pictures share
+PicturesT = TypeVar("PicturesT", bound=PicturesConfig)
+
+
+def training_of(file: Path) -> TrainDiffusionConfig | None:
+    """The config that an adapter's header says it was trained with; None where it says none that is ours."""
+    try:
+        return validated(TrainDiffusionConfig, yaml12.read(read_metadata(file)["config"]).value)
+    except (KeyError, ValueError, yaml.YAMLError):
+        return None
+
+
+def sheets_of(file: Path) -> SampleConfig | None:
+    """The `sample` section of an adapter's training, which an earlier version may have written; None: it has none."""
+    try:
+        values = yaml12.read(read_metadata(file)["config"]).value
+        return SampleConfig.model_validate(values["sample"])
+    except (KeyError, TypeError, yaml.YAMLError, ValidationError):
+        return None
+
+
+def as_in_sheets(config: PicturesT, adapters: Mapping[str, Path]) -> PicturesT:
+    """Draws as the sheets of a training were drawn, as far as a config leaves out how.
+
+    Args:
+        config: The config of the pictures.
+        adapters: The files of all adapters that are drawn with. Where their trainings differ in a key, the config's
+            default holds, and a warning says so.
+
+    Returns:
+        The config, with the steps, guidance and negative prompt of the training where it gives none.
+    """
+    sheets = [found for file in adapters.values() if (found := sheets_of(file))]
+    chosen = {}
+    for key in OF_SHEETS:
+        values = list(dict.fromkeys(getattr(found, key) for found in sheets))
+        if key in config.model_fields_set or not values:
+            continue
+        if len(values) == 1:
+            chosen[key] = values[0]
+        else:
+            found, own = " and ".join(map(_text, values)), _text(getattr(config, key))
+            log.warning("The trainings of these adapters drew with %s %s, and this draws with %s", key, found, own)
+    if shown := [f"{key} {_text(value)}" for key, value in chosen.items() if value is not None]:
+        log.info("Drawn as the sheets of the training: %s", ", ".join(shown))
+    return config.model_copy(update=chosen)
+
+
+def _text(value: float | str | None) -> str:
+    return "null" if value is None else f"{value:g}" if isinstance(value, int | float) else repr(value)
