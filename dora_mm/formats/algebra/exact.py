@@ -207,19 +207,19 @@ def summed(terms: Sequence[tuple[LayerState, float]], weight: Tensor | None) -> 
         return _side_by_side(terms, [t * layer.spec.scaling for layer, t in terms], "out", dtype)
     assert weight is not None
     (axis,), W0 = axes, weight.to(dtype)
-    gains = [_gain(layer, W0, product(layer, W0)) for layer, _ in terms]
-    e = torch.ones((), dtype=dtype)
-    for (_, t), g in zip(terms, gains, strict=True):
-        e = e + t * (g - 1)
+    e, change, factors = torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype), []
+    for layer, t in terms:
+        BA = product(layer, W0)
+        g = _gain(layer, W0, BA)
+        factors.append(t * _factor(layer, g))
+        e, change = e + t * (g - 1), change + factors[-1] * BA
     if not e.all():
         raise ValueError(
             f"at {_named([t for _, t in terms])} a row of the weight has no part of the base: use dora-mm convert --to "
             "merged or --to diff"
         )
-    factors = [t * _factor(layer, g) / e for (layer, t), g in zip(terms, gains, strict=True)]
-    layer = _side_by_side(terms, factors, axis, dtype)
-    V = W0 + product(layer, W0)
-    return replace(layer, tensors={**layer.tensors, "magnitude": (e * norms(V, axis)).flatten()})
+    layer = _side_by_side(terms, [factor / e for factor in factors], axis, dtype)
+    return replace(layer, tensors={**layer.tensors, "magnitude": (e * norms(W0 + change / e, axis)).flatten()})
 
 
 def _named(strengths: Sequence[float]) -> str:
