@@ -132,6 +132,16 @@ def _add_inspect(commands: Any) -> None:
     command.add_argument("--base", metavar="MODEL", help="of an adapter, to show what its shapes do not say")
     command.add_argument("--json", action="store_true", dest="as_json", help="of an adapter, print JSON")
     command.add_argument("--header", action="store_true", help="of an adapter, leave its values unread")
+    command.add_argument(
+        "--set-metadata",
+        metavar="KEY=VALUE",
+        action="extend",
+        nargs="+",
+        dest="metadata",
+        help="of an adapter, write into its header: title, author, description, license, trigger_words, tags, ... (of "
+        "ModelSpec), ss_..., and the hashes of sites; KEY= takes an entry out",
+    )
+    command.add_argument("--out", metavar="NEW", help="with --set-metadata: a new file; default: PATH itself")
 
 
 def _add_merge(commands: Any) -> None:
