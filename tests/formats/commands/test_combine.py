@@ -4,11 +4,14 @@ import re
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import dora_mm
 from dora_mm import cli, combine, convert
+from dora_mm.core import adapted_layers
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.state import LayerState
 from tests.formats import toy
@@ -331,3 +334,54 @@ def test_the_command(tmp_path, capsys):
     assert "largest errors" in printed
     assert cli.main(["combine", *files, str(tmp_path / "x"), "--to", "nosuch"]) == 2
     assert "there is no target 'nosuch'" in capsys.readouterr().err
+
+
+# --- other sides -----------------------------------------------------------------------------------------------------
+
+
+def test_it_is_what_several_adapters_of_a_job_compute(tmp_path):
+    """Stacked in our own layers, each at its strength, as `dora-mm sample` does it."""
+    adapters = [{name: states[name] for name in toy.UNET if name in states} for states in dora_adapters()]
+    files = write(tmp_path, *adapters)
+    combine(files, tmp_path / "new.safetensors", weights=WEIGHTS, to="kohya", base=BASE)
+    stacked, combined = toy.model(), toy.model()
+    for number, (file, weight) in enumerate(zip(files, WEIGHTS, strict=True)):
+        dora_mm.load_adapter({"unet": stacked}, file, strength=weight, name=str(number))
+    dora_mm.load_adapter({"unet": combined}, tmp_path / "new.safetensors")
+    for model in (stacked, combined):
+        dora_mm.merge(model)
+    for name in toy.UNET:
+        one, other = (model.get_submodule(name.path).weight for model in (stacked, combined))
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_it_is_what_diffusers_computes_of_several_plain_loras(tmp_path):
+    pipe = StableDiffusionXLPipeline.from_pretrained("samples/tiny-sdxl", torch_dtype=torch.float32)
+    unet, files = pipe.unet, []
+    for number, rank in enumerate((2, 3)):
+        dora_mm.inject(unet, "sdxl-unet", DoRASpec(rank, alpha=4.0, method="lora"), parts=("attn", "cross"))
+        for seed, layer in enumerate(adapted_layers(unet).values()):
+            layer.lora_B.data = 0.1 * toy.wave(layer.lora_B.shape, seed + number).float()
+        files.append(dora_mm.save_adapter({"unet": unet}, tmp_path / str(number)))
+        dora_mm.remove(unet)
+    (new,) = combine(files, tmp_path / "new", weights=[0.7, -0.4], to="diffusers").files
+    pooled = unet.add_embedding.linear_1.in_features - 6 * unet.config.addition_time_embed_dim
+    inputs = {
+        "sample": toy.wave((1, unet.config.in_channels, 16, 16), 1).float(),
+        "timestep": torch.tensor(10),
+        "encoder_hidden_states": toy.wave((1, 7, unet.config.cross_attention_dim), 2).float(),
+        "added_cond_kwargs": {"text_embeds": toy.wave((1, pooled), 3).float(), "time_ids": torch.ones(1, 6)},
+    }
+    outputs = []
+    with torch.no_grad():
+        before = unet(**inputs).sample
+        for files_of, weights in ((files, [0.7, -0.4]), ([new], [1.0])):
+            names = [f"a{number}" for number in range(len(files_of))]
+            for name, file in zip(names, files_of, strict=True):
+                pipe.load_lora_weights(file.parent, adapter_name=name)
+            pipe.set_adapters(names, weights)
+            outputs.append(unet(**inputs).sample)
+            pipe.delete_adapters(names)
+    assert (outputs[0] - before).norm() > 1e-2 * before.norm()
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
