@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         remove,
         unmerge,
     )
+    from dora_mm.formats.commands.combine import combine
     from dora_mm.formats.commands.convert import convert
     from dora_mm.formats.commands.extract import extract
     from dora_mm.formats.commands.verify import verify
@@ -35,6 +36,7 @@ __all__ = [
     "FusePeft",
     "TargetMap",
     "adapter_parameters",
+    "combine",
     "convert",
     "extract",
     "fixed_parameters",
@@ -49,9 +51,9 @@ __all__ = [
     "unmerge",
     "verify",
 ]
-_ELSEWHERE = {name: f"dora_mm.formats.commands.{name}" for name in ("convert", "extract", "verify")} | dict.fromkeys(
-    ("FusePeft", "fuse_peft", "unfuse_peft"), "dora_mm.peft"
-)
+_COMMANDS = ("combine", "convert", "extract", "verify")
+_ELSEWHERE = {name: f"dora_mm.formats.commands.{name}" for name in _COMMANDS}
+_ELSEWHERE |= dict.fromkeys(("FusePeft", "fuse_peft", "unfuse_peft"), "dora_mm.peft")
 _FROM_CORE = frozenset(__all__) - {"inject", "load_adapter", "save_adapter", "set_strength"} - _ELSEWHERE.keys()
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -16,6 +17,7 @@ from dora_mm.config.paths import CONFIG, INDEX, is_adapter
 from dora_mm.core import DoRASpec, InjectReport, TargetMap, inject
 from dora_mm.core.targets import match_modules, parts_in
 from dora_mm.formats.commands.inspection import Inspection, inspect_file
+from dora_mm.formats.commands.set_metadata import Edited, parse_entries, set_metadata
 from dora_mm.formats.files.places import STEMS
 from dora_mm.formats.files.tensor_file import PICKLES
 from dora_mm.formats.tools.comfy import other_half
@@ -35,7 +37,14 @@ RANK = 8  # parameter counts of target maps are stated at this rank
 
 
 def main(
-    path: str, *, targets: str | None = None, base: str | None = None, as_json: bool = False, header: bool = False
+    path: str,
+    *,
+    targets: str | None = None,
+    base: str | None = None,
+    as_json: bool = False,
+    header: bool = False,
+    metadata: Sequence[str] | None = None,
+    out: str | None = None,
 ) -> None:
     """Prints what an adapter file holds, how a picture was drawn, or what the target maps select in a model.
 
@@ -47,6 +56,8 @@ def main(
         base: For an adapter, its model: it shows what shapes do not say.
         as_json: For an adapter, whether to print JSON, with every module.
         header: For an adapter, whether its values are left unread.
+        metadata: For an adapter, entries of its header to write, KEY=VALUE each; nothing else is done then.
+        out: The new file with these entries; None: the file itself.
 
     Raises:
         ValueError: The file is not an adapter or such a picture, the path is not a model, or there is no such target
@@ -58,6 +69,13 @@ def main(
             f"{path} is none of what inspect reads: adapters and models in files of safetensors or in folders, and PNG "
             "files that dora-mm sample drew"
         )
+    if out is not None and metadata is None:
+        raise ValueError("--out belongs to --set-metadata: leave it out")
+    if metadata is not None:
+        if file is None or targets or base or as_json or header:
+            raise ValueError("--set-metadata is for an adapter file, and goes with no other option but --out")
+        print(describe_edit(set_metadata(file, parse_entries(metadata), Path(out).expanduser() if out else None)))
+        return
     if (base or as_json or header) and (file is None or file.suffix.lower() == ".png"):
         raise ValueError(f"--base, --json and --header are for adapter files, and {path} is none: leave them out")
     if file is not None and file.suffix.lower() == ".png":
@@ -152,6 +170,13 @@ def summary(found: Inspection) -> list[tuple[str, str]]:
         ("damage", "; ".join(found.damage) or "none in the header"),
         ("works in", f"{tools or 'no tool'} as it is; dora-mm verify says what others make of it, and the cure"),
     ]
+
+
+def describe_edit(done: Edited) -> str:
+    """The file, and each entry of its header that is another one now."""
+    rows = [("entry", "before", "now")]
+    rows += [(key, *(shown(text) if text else "-" for text in both)) for key, both in done.changes.items()]
+    return f"written  {shown(done.file, 1000)}\n\n{aligned_columns(rows, num_text=3)}"
 
 
 def describe_values(file: formats.AdapterFile) -> str:

@@ -22,7 +22,7 @@ DONE, USER_ERROR, INTERRUPTED, TERMINATED = 0, 2, 130, 143  # a bug leaves its t
 
 SLOW_TO_START = (
     *("train", "sample", "grid", "eval", "compare", "features", "new", "inspect", "merge", "convert", "verify"),
-    *("extract", "average", "ask", "caption"),
+    *("extract", "average", "combine", "ask", "caption"),
 )  # the commands that import torch
 
 

@@ -54,11 +54,16 @@ def run(arguments: Namespace, recipes: Recipes | None = None) -> None:
             _check_model(arguments, "--model")
             _call("caption", arguments)
         case "convert":
-            if arguments.to not in TARGETS:
-                raise ValueError(no_entry("target", arguments.to, f"one of {', '.join(TARGETS)}"))
+            _check_target(arguments)
             resolve_adapter(arguments.source, "IN")
             _check_base(arguments)
             _call("convert", arguments)
+        case "combine":
+            _check_target(arguments)
+            for source in arguments.sources:
+                resolve_adapter(source, "A")
+            _check_base(arguments)
+            _call("combine", arguments)
         case "verify":
             resolve_adapter(arguments.file, "FILE")
             _check_base(arguments)
@@ -100,6 +105,11 @@ def _check_transformers(arguments: Namespace) -> None:
             f"MODEL: {arguments.model} is {kind}, and merge writes folders of transformers: dora-mm convert "
             f"{arguments.adapter} {arguments.out} --to merged --base {arguments.model}"
         )
+
+
+def _check_target(arguments: Namespace) -> None:
+    if arguments.to not in TARGETS:
+        raise ValueError(no_entry("target", arguments.to, f"one of {', '.join(TARGETS)}"))
 
 
 def _check_base(arguments: Namespace) -> None:

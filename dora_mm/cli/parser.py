@@ -49,6 +49,7 @@ def build_parser() -> CommandParser:
         _add_inspect,
         _add_merge,
         _add_convert,
+        _add_combine,
         _add_verify,
         _add_extract,
         _add_average,
@@ -141,6 +142,16 @@ def _add_inspect(commands: Any) -> None:
     command.add_argument("--base", metavar="MODEL", help="of an adapter, to show what its shapes do not say")
     command.add_argument("--json", action="store_true", dest="as_json", help="of an adapter, print JSON")
     command.add_argument("--header", action="store_true", help="of an adapter, leave its values unread")
+    command.add_argument(
+        "--set-metadata",
+        metavar="KEY=VALUE",
+        action="extend",
+        nargs="+",
+        dest="metadata",
+        help="of an adapter, write into its header: title, author, description, license, trigger_words, tags, ... (of "
+        "ModelSpec), ss_..., and the hashes of sites; KEY= takes an entry out",
+    )
+    command.add_argument("--out", metavar="NEW", help="with --set-metadata: a new file; default: PATH itself")
 
 
 def _add_merge(commands: Any) -> None:
@@ -159,8 +170,35 @@ def _add_convert(commands: Any) -> None:
     command.add_argument("--base", metavar="MODEL", help=f"{BASE}; default: that of the header, where it is here")
     command.add_argument("--axis", choices=("out", "in"), help=AXIS)
     command.add_argument("--strength", metavar="T", type=float, default=1.0, help="becomes strength 1 in the new file")
-    command.add_argument("--rank", metavar="R", type=_positive, help="of target lora, or of a new fit")
-    command.add_argument("--energy", metavar="SHARE", type=float, help="of the update to keep in target lora")
+    _add_written(command)
+
+
+def _add_combine(commands: Any) -> None:
+    command = commands.add_parser("combine", help="write the sum of several adapters as one")
+    _list_in_help(command, "targets", lambda: {name: record.title for name, record in TARGETS.items()})
+    command.add_argument(
+        "sources",
+        metavar="A",
+        nargs="+",
+        help="two or more: adapter files of any tool, folders, run directories",
+    )
+    command.add_argument("out", metavar="OUT", help="a file that ends in .safetensors, or a folder")
+    command.add_argument("--weights", metavar="W", type=float, nargs="+", help="of each adapter; default: 1")
+    command.add_argument("--to", metavar="TARGET", required=True, help="one of those below")
+    command.add_argument("--base", metavar="MODEL", help=f"{BASE}; default: that of the headers, where it is here")
+    command.add_argument("--axis", choices=("out", "in"), help=AXIS)
+    _add_written(command)
+
+
+def _add_written(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--rank", metavar="R", type=_positive, help="at most: the closest adapter of this rank")
+    command.add_argument("--energy", metavar="SHARE", type=float, help="of plain LoRA: what to keep, such as 0.99")
+    command.add_argument(
+        "--spectral",
+        metavar="SHARE",
+        type=float,
+        help="of plain LoRA: the share of its norm that may be lost, such as 0.05",
+    )
     command.add_argument("--dtype", type=full_name, choices=DTYPES, help="of the new tensors")
     command.add_argument(
         "--allow-lossy", action="store_true", help="write it even where the tool computes something else from it"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,38 @@ from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.naming.names import TEXT_PREFIX, ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Namer, Names
 from dora_mm.formats.state import AdapterState, LayerState
+from dora_mm.formats.tokens import TokenRows, keys_by_word
 from dora_mm.formats.tools import tool_of
+from dora_mm.formats.tools.parts import NO_LOW_RANK
+
+
+class Bias(NamedTuple):
+    """The difference of the bias of a module or a norm."""
+
+    name: Name
+    change: Tensor
+    of_norm: bool
+
+
+class Beside(NamedTuple):
+    """What a file holds beside low-rank adapters.
+
+    Attributes:
+        norms: The names in it of differences of norms, which are read as adapters are.
+        biases: By key, the differences of biases.
+        embeddings: By key, the rows of trained tokens.
+    """
+
+    norms: tuple[str, ...]
+    biases: Mapping[str, Bias]
+    embeddings: Mapping[str, Tensor]
+
+    @property
+    def tokens(self) -> TokenRows:
+        """The rows of new tokens, by word and then by table."""
+        words = keys_by_word(self.embeddings)
+        return {word: {table: self.embeddings[key] for table, key in keys.items()} for word, keys in words.items()}
+
 
 _HOLD_LORA = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, AdaptedLayer)
 
@@ -70,6 +102,16 @@ class LayerReader:
                 self._places[name] = module, group
         self._last: tuple[str, list[LayerState]] = "", []
 
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.file.path
+
+    @property
+    def header(self) -> Mapping[str, str]:
+        """The header of the file."""
+        return self.file.header
+
     def names(self) -> list[Name]:
         """The adapted modules, in the order of the file."""
         return list(self._places)
@@ -85,10 +127,29 @@ class LayerReader:
             raise self.file.not_found(missing)
         return {module: name for module, group in groups.items() for name in group.names}
 
+    def beside(self) -> Beside:
+        """What the file holds beside low-rank adapters."""
+        file = self.file
+        norms = tuple(module for module in file.modules if file.is_norm(module))
+        biases = {
+            file.biases[module]: Bias(name, file.tensor(file.biases[module]).float(), module in norms)
+            for module, name in self.biases().items()
+        }
+        return Beside(norms, biases, {key: file.tensor(key) for key in file.embeddings})
+
     def any_magnitude(self) -> bool:
         """Whether a module has a magnitude, from the keys alone."""
         tool = tool_of(self.file.tool)
         return any("m" in tool.roles(module, endings) for module, endings in self.file.modules.items())
+
+    def is_norm(self, name: Name) -> bool:
+        """Whether the adapter of a module is the difference of a norm."""
+        return self.file.is_norm(self._places[name][0])
+
+    def is_plain(self) -> bool:
+        """Whether all modules but norms are plain LoRA, from the keys alone: what they add depends on no base."""
+        endings = {ending for found in self.file.modules.values() for ending in found}
+        return not self.any_magnitude() and not endings & NO_LOW_RANK
 
     def layer(self, name: Name) -> LayerState:
         """The adapter of a module; of a fused one its part."""

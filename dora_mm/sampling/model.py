@@ -306,9 +306,10 @@ def family_settings(header: Mapping[str, str], path: str) -> dict[str, Any]:
 
 def warn_of_other_bases(files: Mapping[str, Path], model: ModelConfig) -> None:
     """Names adapters that were trained on another model than the one that draws."""
+    drawing = (find_path(model.path) or model.path, Path(model.path).name)  # converted files have the name alone
     for path, file in files.items():
         trained_on = read_metadata(file).get("base_model")
-        if trained_on and (find_path(trained_on) or trained_on) != (find_path(model.path) or model.path):
+        if trained_on and (find_path(trained_on) or trained_on) not in drawing:
             log.warning("%s was trained on %s, and is used with %s.", path, trained_on, model.path)
 
 

@@ -24,7 +24,8 @@ from tests.formats.files.single_files import write_single_file
 MANY = 50  # pictures; of more, features are computed only of those that are needed
 WITH_CONFIG = ("train", "sample", "grid", "eval", "compare", "features")
 INPUTS = (
-    *("source", "model", "adapter", "file", "base", "tuned", "path", "folder", "images", "runs", "resume", "replay"),
+    *("source", "sources", "model", "adapter", "file", "base", "tuned", "path", "folder", "images", "runs", "resume"),
+    "replay",
 )
 STYLE = [
     ["train", "configs/sdxl/tiny_3d_icon.yaml", "--set", "adapter.method=lora", "output=build/lora"],

@@ -8,6 +8,7 @@ or float64 for a float64 W0, on the weight as it is: (O, I), or (O, I, *K) for a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -171,38 +172,100 @@ def updated(layer: LayerState, W0: Tensor) -> Tensor:
     return torch.addmm(W0.flatten(1), B, A.flatten(1), alpha=layer.spec.scaling).view(W0.shape)
 
 
-@torch.no_grad()
 def with_strength(layer: LayerState, weight: Tensor, strength: float) -> LayerState:
-    """The adapter whose strength 1 is strength t of this one, on the same axis and of the same rank, norm `updated`.
+    """The adapter whose strength 1 is strength t of this one, of the same rank: see `summed`.
 
-        W0 + t (W' - W0) = e (W0 + B' A)    with e = 1 + t (g - 1) and B' = (t f / e) B, or (t f / e) at A for axis `in`
+    With t = 1 it only changes the norm, and folds alpha into B: s is 1.
+    """
+    return summed([(layer, strength)], weight)
 
-    where f is the factor of B A in W'. With t = 1 it only changes the norm, and folds alpha into B: s is 1.
+
+@torch.no_grad()
+def summed(terms: Sequence[tuple[LayerState, float]], weight: Tensor | None) -> LayerState:
+    """The adapter whose strength 1 is the sum of adapters, each with a strength t; alpha is the rank, norm `updated`.
+
+        W0 + sum t (W' - W0) = e (W0 + B' A')    with e = 1 + sum t (g - 1)
+
+    where A' stacks all A and B' all (t f / e) B for axis `out`, or A' all (t f / e) A for axis `in`, with the factor f
+    of B A in W': s for plain LoRA, whose g is 1. So its rank is the sum of ranks. Where one has no low rank, or their
+    axes differ, it is a difference.
+
+    Args:
+        terms: The adapters, in the shape of the weight (see `fitted`), and their strengths.
+        weight: W0, with O first; None where no term depends on it (see `is_plain`).
 
     Raises:
         ValueError: e is 0 in some row, which no adapter can express.
     """
-    W0 = weight.to(adapter_dtype(weight.dtype))
-    if layer.spec.method == "full":
-        return replace(layer, tensors={"diff": strength * difference(layer, W0)})
-    BA, s = product(layer, W0), layer.spec.scaling
-    g = _gain(layer, W0, BA)
-    e = 1 + strength * (g - 1)
+    dtype = torch.float32 if weight is None else adapter_dtype(weight.dtype)
+    axes = {layer.axis for layer, _ in terms if "magnitude" in layer.tensors}
+    if len(axes) > 1 or any(layer.spec.method == "full" for layer, _ in terms):
+        D = sum(t * _change(layer, weight, dtype) for layer, t in terms)
+        assert isinstance(D, Tensor)
+        return LayerState(DoRASpec(method="full"), {"diff": D})
+    if not axes:
+        return _side_by_side(terms, [t * layer.spec.scaling for layer, t in terms], "out", dtype)
+    assert weight is not None
+    (axis,), W0 = axes, weight.to(dtype)
+    e, change, factors = torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype), []
+    for layer, t in terms:
+        BA = product(layer, W0)
+        g = _gain(layer, W0, BA)
+        factors.append(t * _factor(layer, g))
+        e, change = e + t * (g - 1), change + factors[-1] * BA
     if not e.all():
         raise ValueError(
-            f"at strength {strength:g} a row of the weight has no part of the base: use dora-mm convert --to merged or "
-            "--to diff"
+            f"at {_named([t for _, t in terms])} a row of the weight has no part of the base: use dora-mm convert --to "
+            "merged or --to diff"
         )
-    factor = strength * ((s + g - 1) if layer.norm == "unscaled" else s * g) / e
-    tensors = {name: t.to(W0.dtype) for name, t in layer.tensors.items()}
-    if "lora_A" in tensors and layer.axis == "out":
-        tensors["lora_B"] = tensors["lora_B"] * factor.view(-1, 1)
-    elif "lora_A" in tensors:
-        tensors["lora_A"] = tensors["lora_A"] * factor.view(1, -1, *(1,) * (W0.dim() - 2))
-    if "magnitude" in tensors:
-        tensors["magnitude"] = (e * norms(W0 + BA * factor, layer.axis)).flatten()
-    spec = replace(layer.spec, alpha=float(layer.spec.rank))
-    return replace(layer, spec=spec, tensors=tensors, norm="updated")
+    layer = _side_by_side(terms, [factor / e for factor in factors], axis, dtype)
+    return replace(layer, tensors={**layer.tensors, "magnitude": (e * norms(W0 + change / e, axis)).flatten()})
+
+
+def _named(strengths: Sequence[float]) -> str:
+    return f"strength{'s' if len(strengths) > 1 else ''} {', '.join(f'{t:g}' for t in strengths)}"
+
+
+def _factor(layer: LayerState, g: Tensor) -> Tensor:
+    """What B A is multiplied by in W'."""
+    s = layer.spec.scaling
+    if "magnitude" not in layer.tensors:
+        return torch.full_like(g, s)
+    return s + g - 1 if layer.norm == "unscaled" else s * g
+
+
+def _change(layer: LayerState, W0: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """W' - W0, without the rounding of W0 where it does not depend on that."""
+    if layer.tensors.keys() == {"diff"}:
+        return layer.tensors["diff"].to(dtype)
+    if is_plain(layer):
+        A, B = (layer.tensors[name].to(dtype) for name in ("lora_A", "lora_B"))
+        return (layer.spec.scaling * B @ A.flatten(1)).view(-1, *A.shape[1:])
+    assert W0 is not None
+    return difference(layer, W0)
+
+
+def _side_by_side(
+    terms: Sequence[tuple[LayerState, float]], factors: Sequence[Tensor | float], axis: str, dtype: torch.dtype
+) -> LayerState:
+    """The stacked A and B, where factors of B A are numbers, or those of rows (O, 1, ...) or columns (1, I, ...)."""
+    As, Bs = [], []
+    for (layer, _), factor in zip(terms, factors, strict=True):
+        if "lora_A" in layer.tensors:
+            A, B = (layer.tensors[name].to(dtype) for name in ("lora_A", "lora_B"))
+            As.append(A * factor if axis == "in" else A)
+            Bs.append(B if axis == "in" else B * (factor.view(-1, 1) if isinstance(factor, Tensor) else factor))
+    first = terms[0][0]
+    rank = sum(map(len, As)) or first.spec.rank
+    any_magnitude = any("magnitude" in layer.tensors for layer, _ in terms)
+    method = ("dora" if any_magnitude else "lora") if As else first.spec.method
+    spec = replace(first.spec, rank=rank, alpha=float(rank), method=method)
+    return LayerState(spec, {"lora_A": torch.cat(As), "lora_B": torch.cat(Bs, 1)} if As else {}, axis)
+
+
+def is_plain(layer: LayerState) -> bool:
+    """Whether it is plain LoRA, whose change depends on no base weight."""
+    return layer.tensors.keys() == {"lora_A", "lora_B"}
 
 
 def folded(layer: LayerState) -> LayerState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,33 +19,79 @@ EXACT = 1e-6  # or when the error is this share of the update, which is rounding
 LEAST_GAIN = 1e-2  # B is divided by the gain
 
 
+@dataclass(frozen=True)
+class Truncation:
+    """How many singular values an approximation keeps; at least one is set.
+
+    Attributes:
+        rank: At most so many.
+        energy: The fewest with this share of the sum of their squares, ||D||^2.
+        spectral: The fewest that leave nothing larger than this share of the largest one, ||D||_2, out.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    spectral: float | None = None
+
+    @property
+    def is_rank(self) -> bool:
+        """Whether the rank alone decides."""
+        return self.energy is None and self.spectral is None
+
+    def kept(self, values: Tensor) -> int:
+        """How many of the singular values (N,), the largest first, are kept: at least one."""
+        values, counts = values.double(), []
+        if not values.any():
+            return 1
+        if self.energy is not None:
+            shares = values.square().cumsum(0) / values.square().sum()
+            counts.append(int((shares < self.energy).sum()) + 1)
+        if self.spectral is not None:
+            counts.append(int((values > self.spectral * values[0]).sum()))
+        most = min(self.rank or len(values), len(values))
+        return max(1, min(max(counts, default=most), most))
+
+
 @torch.no_grad()
-def low_rank(D: Tensor, *, rank: int | None = None, energy: float | None = None) -> LayerState:
-    """The plain LoRA that comes closest to a difference of weights: a rank, or the smallest that keeps enough energy.
+def low_rank(D: Tensor, keep: Truncation) -> LayerState:
+    """The plain LoRA that comes closest to a difference of weights.
 
     Args:
         D: (O, I) or (O, I, *K).
-        rank: The rank; far below the full one, a randomised method finds the same in a fraction of the time.
-        energy: The share of ||D||^2 that B A has to have, where `rank` is None.
+        keep: Its rank; of a rank far below the full one, a randomised method finds the same in a fraction of the time.
     """
     matrix = D.flatten(1)
     full = min(matrix.shape)
-    if rank is not None and rank * 4 < full:
+    if keep.rank is not None and keep.is_rank and keep.rank * 4 < full:
         with torch.random.fork_rng(devices=[]):  # the method draws from torch's global generator
             torch.manual_seed(0)
-            U, S, V = torch.svd_lowrank(matrix, q=min(full, 2 * rank + 8), niter=4)
+            U, S, V = torch.svd_lowrank(matrix, q=min(full, 2 * keep.rank + 8), niter=4)
         Vh = V.T
     else:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    if rank is None:
-        assert energy is not None
-        squares = S.double().square()
-        kept = squares.cumsum(0) / squares.sum().clamp_min(torch.finfo(S.dtype).tiny)
-        rank = int((kept < energy).sum()) + 1 if squares.any() else 1
-    rank = min(rank, full)
+    return _plain(U, S, Vh, keep, D.shape[1:])
+
+
+@torch.no_grad()
+def resized(layer: LayerState, keep: Truncation) -> LayerState:
+    """The plain LoRA of a lower rank that comes closest to a plain LoRA, without the product of its factors.
+
+    With the QR decompositions B = Q R and A^T = P T, the singular values of s B A are those of s R T^T, which has as
+    many rows and columns as the rank. Computed in float64.
+    """
+    A, B = (layer.tensors[name].double() for name in ("lora_A", "lora_B"))
+    Q, R = torch.linalg.qr(B)
+    P, T = torch.linalg.qr(A.flatten(1).T)
+    U, S, Vh = torch.linalg.svd(layer.spec.scaling * R @ T.T, full_matrices=False)
+    return _plain(Q @ U, S, Vh @ P.T, keep, A.shape[1:])
+
+
+def _plain(U: Tensor, S: Tensor, Vh: Tensor, keep: Truncation, inner: torch.Size) -> LayerState:
+    """The first terms of U diag(S) Vh as B and A (R, *inner), in fp32."""
+    rank = keep.kept(S)
     root = S[:rank].sqrt()
-    tensors = {"lora_A": (root[:, None] * Vh[:rank]).view(rank, *D.shape[1:]), "lora_B": U[:, :rank] * root}
-    return LayerState(DoRASpec(rank, method="lora"), tensors)
+    A, B = root[:, None] * Vh[:rank], U[:, :rank] * root
+    return LayerState(DoRASpec(rank, method="lora"), {"lora_A": A.float().view(rank, *inner), "lora_B": B.float()})
 
 
 @torch.no_grad()

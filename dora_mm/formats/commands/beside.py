@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.naming.spellings import Names, Spelling
 from dora_mm.formats.reader import LayerReader
-from dora_mm.formats.tokens import EMBEDDINGS
+from dora_mm.formats.tokens import EMBEDDINGS, keys_by_word
 from dora_mm.formats.tools.tool import Export
 
 
@@ -29,14 +28,14 @@ def leave_out(layers: LayerReader, to: str, export: Export | None, *, allow_loss
     Raises:
         ValueError: Something would be, and `allow_lossy` is not set; or nothing would be, and the target is merged.
     """
-    file = layers.file
-    norms = [module for module in file.modules if file.is_norm(module)] if export else []
-    lost = () if export and export.holds.beside else (*norms, *file.biases.values())
-    tokens = tokens_without_place(file, export)
+    found = layers.beside()
+    norms = found.norms if export else ()
+    lost = () if export and export.holds.beside else (*norms, *found.biases)
+    tokens = tokens_without_place(found.embeddings, export)
     form = "comfy-2025" if to == "comfy" else "kohya"  # whose magnitudes ComfyUI reads
     ways = f"use --to {form} or --to diff, or --allow-lossy, which leaves them out"
     if (without := (*lost, *tokens)) and not allow_lossy:
-        raise ValueError(f"{file.path} also holds {named(without)}, for which --to {to} has no place: {ways}")
+        raise ValueError(f"{layers.path} also holds {named(without)}, for which --to {to} has no place: {ways}")
     if allow_lossy and not without and export is None:
         raise ValueError(f"--allow-lossy has no effect on --to {to}: leave it out")
     if lost and norms:
@@ -44,12 +43,12 @@ def leave_out(layers: LayerReader, to: str, export: Export | None, *, allow_loss
     return without
 
 
-def tokens_without_place(file: AdapterFile, export: Export | None) -> tuple[str, ...]:
+def tokens_without_place(keys: Iterable[str], export: Export | None) -> tuple[str, ...]:
     """The keys of embeddings of new tokens that a form cannot hold; None: a merged model, which holds none."""
     if export is None or not export.holds.tokens:
-        return tuple(file.embeddings)
-    bundled = {key for keys in file.tokens.values() for key in keys.values()}  # others have a place inside alone
-    return () if export.holds.tokens == "inside" else tuple(key for key in file.embeddings if key not in bundled)
+        return tuple(keys)
+    bundled = {key for found in keys_by_word(keys).values() for key in found.values()}  # others only have one inside
+    return () if export.holds.tokens == "inside" else tuple(key for key in keys if key not in bundled)
 
 
 def named(keys: tuple[str, ...]) -> str:
@@ -67,10 +66,9 @@ def bias_tensors(
     Raises:
         ValueError: A bias belongs to a module whose rows the file stacks with those of others.
     """
-    file, names = layers.file, Names(layers.weights or ())
-    for module, name in layers.biases().items():
-        ((key, group),) = names.write([name], spelling).items()
+    names = Names(layers.weights or ())
+    for own, bias in layers.beside().biases.items():
+        ((key, group),) = names.write([bias.name], spelling).items()
         if not group.is_stored_so:
-            raise ValueError(f"{file.path}: {module} has a bias, and is stacked with other modules: use --allow-lossy")
-        ending = "b_norm" if module in file.modules and file.is_norm(module) else "diff_b"
-        yield f"{key}.{ending}", (strength * file.tensor(file.biases[module]).float()).to(dtype)
+            raise ValueError(f"{layers.path}: {own} is of a module that is stacked with others: use --allow-lossy")
+        yield f"{key}.{'b_norm' if bias.of_norm else 'diff_b'}", (strength * bias.change).to(dtype)

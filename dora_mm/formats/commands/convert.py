@@ -10,19 +10,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 from tqdm import tqdm
 
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.adapter_file import located
 from dora_mm.formats.algebra import exact
-from dora_mm.formats.algebra.fit import fitted_adapter, low_rank
-from dora_mm.formats.algebra.rows import in_rows
+from dora_mm.formats.algebra.fit import Truncation, fitted_adapter, low_rank, resized
 from dora_mm.formats.commands import beside
 from dora_mm.formats.commands.export_check import DTYPES, ExportCheck, ToolErrors, check_peft_takes
+from dora_mm.formats.commands.merged import write_with_adapter
 from dora_mm.formats.commands.verify import open_base
-from dora_mm.formats.files.base_weights import BaseWeights, write_merged
-from dora_mm.formats.files.checks import is_finite
 from dora_mm.formats.files.tensor_file import PICKLES
 from dora_mm.formats.naming.names import ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Names
@@ -30,7 +27,6 @@ from dora_mm.formats.reader import LayerReader
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tokens import file_beside, write_beside
 from dora_mm.formats.tools import comfy, export_of, tool_of
-from dora_mm.formats.tools.parts import NO_LOW_RANK
 from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
 from dora_mm.formats.tools.tool import Contents, Export, Written, write_files
 from dora_mm.registries.tools import TARGETS, no_entry
@@ -48,6 +44,7 @@ class Conversion:
         on_base: Whether the errors are those over the base model; else a random weight took its place.
         usage: What a person has to know who loads the files; empty where there is nothing special.
         left_out: The names in the old file of what has no place in the new one, with `allow_lossy`.
+        ranks: The ranks of the modules, in order; none where they are those of the old file.
     """
 
     files: tuple[Path, ...]
@@ -56,9 +53,50 @@ class Conversion:
     on_base: bool = True
     usage: str = ""
     left_out: tuple[str, ...] = ()
+    ranks: tuple[int, ...] = ()
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Settings:
+    """What is written: see `convert`, whose arguments they are."""
+
+    to: str
+    allow_lossy: bool = False
+    strength: float = 1.0
+    rank: int | None = None
+    energy: float | None = None
+    spectral: float | None = None
+    dtype: str | None = None
+
+    @property
+    def keep(self) -> Truncation | None:
+        """The singular values that are kept; None: all."""
+        given = any(setting is not None for setting in (self.rank, self.energy, self.spectral))
+        return Truncation(self.rank, self.energy, self.spectral) if given else None
+
+    def check(self) -> None:
+        """Checks what needs no file. Raises ValueError where a setting cannot be used."""
+        if self.to not in TARGETS:
+            raise ValueError(no_entry("target", self.to, f"one of {', '.join(TARGETS)}"))
+        fits = {"--rank": self.rank, "--energy": self.energy, "--spectral": self.spectral}
+        given = {**fits, "--dtype": self.dtype, "--allow-lossy": self.allow_lossy or None}
+        unused = {"merged": (*fits, "--dtype"), "diff": (*fits,), "lora": ("--allow-lossy",)}.get(self.to, ())
+        if useless := [option for option in unused if given[option] is not None]:
+            raise ValueError(f"{useless[0]} has no effect on --to {self.to}: leave it out")
+        if self.to == "lora" and self.keep is None:
+            raise ValueError("target lora needs its rank: give --rank, or what to keep with --energy or --spectral")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"the rank must be at least 1, not {self.rank}")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise ValueError(f"--energy is the share of the update to keep, above 0 and at most 1, not {self.energy}")
+        if self.spectral is not None and not 0 <= self.spectral < 1:
+            raise ValueError(f"--spectral is the share that may be lost, at least 0 and below 1, not {self.spectral}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, not {self.dtype}")
+        if not math.isfinite(self.strength):
+            raise ValueError(f"the strength must be a finite number, not {self.strength}")
+
+
 def convert(
     source: str | Path,
     target_path: str | Path,
@@ -70,6 +108,7 @@ def convert(
     strength: float = 1.0,
     rank: int | None = None,
     energy: float | None = None,
+    spectral: float | None = None,
     dtype: str | None = None,
 ) -> Conversion:
     """Writes an adapter file in the form of another tool.
@@ -82,14 +121,16 @@ def convert(
         target_path: A file where it ends in `.safetensors`, else a folder; for `merged` whatever the base is.
         to: A name in `registries.tools.TARGETS`.
         base: The model: a folder, a single-file checkpoint, a hub name, or weights by name. The targets comfy,
-            comfy-2025, diff, lora and merged need it, and all others for some adapters; the errors are then those on
-            this model.
+            comfy-2025, diff and merged need it, and all others for some adapters; the errors are then those on this
+            model.
         axis: The axis of the magnitudes, `out` or `in`, where their shape does not say it.
         allow_lossy: Whether to write a file from which the tool computes something else at strength 1.
         strength: The strength of the adapter that becomes strength 1.
-        rank: The rank of target lora; of others the rank at which magnitudes of input columns are fitted anew as
-            magnitudes of output rows, with `allow_lossy`.
-        energy: For target lora, the share of ||W' - W0||^2 to keep in each module, instead of a rank.
+        rank: The largest rank. Modules of a higher one, and those that the target has no place for, become the closest
+            adapter of this rank: plain LoRA stays plain LoRA and needs no base, all else becomes DoRA, or plain LoRA
+            for target lora.
+        energy: Of plain LoRA and for target lora, the share of ||W' - W0||^2 to keep in each module.
+        spectral: The same by the spectral norm: the share of it that what is left out may have.
         dtype: float32, float16 or bfloat16; None: float16 for diff, else float32.
 
     Returns:
@@ -99,66 +140,58 @@ def convert(
         ValueError: The adapter, the model or a setting cannot be used, or the target cannot hold the adapter. Nothing
             is written then.
     """
-    _check_settings(to, rank, energy, dtype, strength, base=base is not None, allow_lossy=allow_lossy)
-    weights = None if base is None else open_base(base)
-    layers = LayerReader(source, weights, axis)
-    if half := comfy.other_half(layers.file.header):
-        raise ValueError(f"{layers.file.path}: {half}: convert the file that both were made from")
+    settings = Settings(to, allow_lossy, strength, rank, energy, spectral, dtype)
+    settings.check()
+    check_base(to, base is not None)
+    layers = LayerReader(source, None if base is None else open_base(base), axis)
+    check_whole(layers)
+    return written(layers, Path(target_path), settings)
+
+
+def check_base(to: str, given: bool) -> None:
+    """Raises ValueError where a target needs the base model, and none is given."""
+    if not given and (to in ("merged", "comfy") or (to != "lora" and export_of(to).needs_base)):
+        raise ValueError(f"target {to} needs the base model: give it with --base")
+
+
+def check_whole(layers: LayerReader) -> None:
+    """Raises ValueError where a file is one half of an adapter."""
+    if half := comfy.other_half(layers.header):
+        raise ValueError(f"{layers.path}: {half}: convert the file that both were made from")
+
+
+@torch.no_grad()
+def written(layers: LayerReader, target: Path, settings: Settings) -> Conversion:
+    """Writes an adapter, or the sum of several, with settings that have been checked; see `convert`."""
+    to, keep = settings.to, settings.keep
+    if to == "lora" and layers.weights is None and not layers.is_plain():
+        raise ValueError("target lora needs the base model for what is no plain LoRA: give it with --base")
     if to == "merged":
-        left_out = beside.leave_out(layers, to, None, allow_lossy=allow_lossy)
-        return replace(_merge(layers, Path(target_path), strength), left_out=left_out)
+        left_out = beside.leave_out(layers, to, None, allow_lossy=settings.allow_lossy)
+        errors = write_with_adapter(layers, target, settings.strength)
+        return Conversion((target,), len(layers.names()), (errors,), left_out=left_out)
     exports = _exports(to, layers)
     if exports[0].file_name == PEFT_FILE:
-        with located(str(layers.file.path)):
+        with located(str(layers.path)):
             method = "lora" if to == "lora" or not layers.any_magnitude() else "dora"
             names = [name for name in layers.names() if not layers.transposed(name)]  # those are refused for that
             check_peft_takes(layers.weights, names, method)
-    left_out = beside.leave_out(layers, to, exports[0], allow_lossy=allow_lossy)
-    lossy = _LowRank(rank, energy) if rank or energy else None
-    if lossy and to != "lora" and not _needs_fit(layers, exports[0]):
-        raise ValueError(f"target {to} holds {layers.file.path} as it is: leave --rank out")
-    writer = _Writer(layers, exports, to, strength, dtype, lossy)
-    if to == "comfy" and not layers.any_magnitude() and not _needs_fit(layers, exports[0]):
-        raise ValueError(f"{layers.file.path} is plain LoRA, which needs no pair: use --to kohya")
-    words = layers.file.tokens if exports[0].holds.tokens == "beside" else ()
-    files = _new_files(Path(target_path), exports, words)
+    left_out = beside.leave_out(layers, to, exports[0], allow_lossy=settings.allow_lossy)
+    if to == "comfy" and layers.is_plain():
+        raise ValueError(f"{layers.path} is plain LoRA, which needs no pair: use --to kohya")
+    writer = _Writer(layers, exports, settings)
+    words = layers.beside().tokens if exports[0].holds.tokens == "beside" else ()
+    files = _new_files(target, exports, words)
     with _filled(files[0].parent) as folder:
-        check = _check(exports[0], layers, to, writer.dtype, allow_lossy=allow_lossy)
+        advice = "use --to merged" if to == "diff" else "use --to merged or --to diff, or --allow-lossy"
+        strict = not settings.allow_lossy and keep is None
+        check = ExportCheck(exports[0], len(layers.names()), writer.dtype, strict=strict, advice=advice)
         writer.write([folder / file.name for file in files[: len(exports)]], check)
     usage = _usage(exports, [file.name for file in files[: len(exports)]], writer.axes)
-    return Conversion(tuple(files), len(layers.names()), check.result(), weights is not None, usage, left_out)
-
-
-def _check_settings(
-    to: str,
-    rank: int | None,
-    energy: float | None,
-    dtype: str | None,
-    strength: float,
-    *,
-    base: bool,
-    allow_lossy: bool,
-) -> None:
-    if to not in TARGETS:
-        raise ValueError(no_entry("target", to, f"one of {', '.join(TARGETS)}"))
-    given = {"--rank": rank, "--energy": energy, "--dtype": dtype, "--allow-lossy": allow_lossy or None}
-    unused = {"merged": ("--rank", "--energy", "--dtype"), "lora": ("--allow-lossy",)}.get(to, ())
-    if useless := [option for option in unused if given[option] is not None]:
-        raise ValueError(f"{useless[0]} has no effect on --to {to}: leave it out")
-    if to == "lora" and (rank is None) == (energy is None):
-        raise ValueError("target lora needs the rank, or the share of energy to keep: give --rank or --energy")
-    if rank is not None and rank < 1:
-        raise ValueError(f"the rank must be at least 1, not {rank}")
-    if rank is not None and to != "lora" and not allow_lossy:
-        raise ValueError("--rank belongs to --to lora; with --allow-lossy it is that of a new fit of input columns")
-    if energy is not None and (to != "lora" or not 0 < energy <= 1):
-        raise ValueError(f"--energy is a share between 0 and 1 for --to lora, not {energy} for {to}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype}")
-    if not math.isfinite(strength):
-        raise ValueError(f"the strength must be a finite number, not {strength}")
-    if not base and (to in ("merged", "lora", "comfy") or export_of(to).needs_base):
-        raise ValueError(f"target {to} needs the base model: give it with --base")
+    on_base = layers.weights is not None
+    return Conversion(
+        tuple(files), len(layers.names()), check.result(), on_base, usage, left_out, tuple(sorted(writer.ranks))
+    )
 
 
 def _exports(to: str, layers: LayerReader) -> tuple[Export, ...]:
@@ -173,14 +206,14 @@ def _exports(to: str, layers: LayerReader) -> tuple[Export, ...]:
         return (replace(form, holds=replace(form.holds, both_methods=True), read_by=form.read_by[:1]),)
     if to != "peft" and "model" in networks and layers.weights is None:
         raise ValueError(
-            f"{layers.file.path} does not say which network it adapts, and the names of {to} begin with that: give the "
+            f"{layers.path} does not say which network it adapts, and the names of {to} begin with that: give the "
             "pipeline or the network with --base"
         )
     if to == "comfy":
         return comfy.PAIR
     if to == "peft" and len(networks) > 1:
         found = ", ".join(networks)
-        raise ValueError(f"{layers.file.path} adapts {found}, and a folder of PEFT's holds one: use another target")
+        raise ValueError(f"{layers.path} adapts {found}, and a folder of PEFT's holds one: use another target")
     return (export_of(to),)
 
 
@@ -189,22 +222,6 @@ def _usage(exports: Sequence[Export], files: Sequence[str], axes: Collection[str
     if len(exports) > 1:
         return comfy.usage_of_pair(*files)
     return "; ".join(filter(None, (tool_of(name).usage(axes) for name in exports[0].read_by)))
-
-
-def _needs_fit(layers: LayerReader, export: Export) -> bool:
-    """Whether the file has magnitudes of input columns or weights as they are, for which the form has no place."""
-    file, columns = layers.file, {"in", "?"} if layers.axis == "in" else {"in"}
-    return any(
-        (not export.holds.columns and file.axis(module) in columns)
-        or (not export.holds.diffs and bool(endings.keys() & NO_LOW_RANK))
-        for module, endings in file.modules.items()
-    )
-
-
-def _check(export: Export, layers: LayerReader, to: str, dtype: torch.dtype, *, allow_lossy: bool) -> ExportCheck:
-    advice = "use --to merged" if to == "diff" else "use --to merged or --to diff, or --allow-lossy"
-    strict = not allow_lossy and to != "lora"
-    return ExportCheck(export, len(layers.names()), dtype, strict=strict, advice=advice)
 
 
 def _new_files(target: Path, exports: tuple[Export, ...], words: Iterable[str]) -> list[Path]:
@@ -238,100 +255,33 @@ def _filled(folder: Path) -> Iterator[Path]:
             yield partial
 
 
-def _merge(layers: LayerReader, target: Path, strength: float) -> Conversion:
-    if not isinstance(layers.weights, BaseWeights):
-        raise ValueError("target merged needs the base model as a folder, a file or a hub name: give it with --base")
-    merged = _MergedWeights(layers, layers.weights, strength)
-    write_merged(layers.weights, target, merged)
-    return Conversion((target,), len(merged), (merged.errors(),))
-
-
-class _MergedWeights(Mapping[Name, Tensor]):
-    """The merged weights by name, computed when they are asked for, in the dtype of the base."""
-
-    def __init__(self, layers: LayerReader, weights: BaseWeights, strength: float):
-        self._layers, self._weights, self._strength = layers, weights, strength
-        self._norms: dict[Name, tuple[float, float]] = {}  # of the rounding error and of the update
-
-    def __getitem__(self, name: Name) -> Tensor:
-        W0, transposed = self._weights[name], self._layers.transposed(name)  # read for this call: it is written over
-        W0 = W0.T if transposed else W0
-        layer = exact.fitted(self._layers.layer(name), W0)
-        norms = [_merge_rows(part, W0[rows], self._strength) for rows, part in in_rows(layer, W0)]
-        off, size = (math.hypot(*found) for found in zip(*norms, strict=True))
-        if not math.isfinite(off) and not is_finite(W0):
-            raise ValueError(f"the new weight of {name} is not finite in {W0.dtype}")
-        self._norms[name] = off, size
-        return W0.T if transposed else W0
-
-    def errors(self) -> ToolErrors:
-        """What rounding the merged weights to the dtype of the base has changed."""
-        norms = {name: self._norms[name] for name in self}
-        off, size = zip(*norms.values(), strict=True)
-        layers = {str(name): e / n if n else e for name, (e, n) in norms.items()}
-        dtypes = sorted({str(self._weights.dtype(name)).removeprefix("torch.") for name in self._norms})
-        title = f"rounding to {' and '.join(dtypes)}"
-        return ToolErrors(title, layers, math.hypot(*off) / (math.hypot(*size) or 1.0), {})
-
-    def __iter__(self) -> Iterator[Name]:
-        return iter(self._layers.names())
-
-    def __len__(self) -> int:
-        return len(self._layers.names())
-
-
-def _merge_rows(layer: LayerState, W0: Tensor, strength: float) -> tuple[float, float]:
-    """Writes W(t) over rows of W0; ||rounding error||, which is not finite where W(t) is not, and ||W(t) - W0||."""
-    old = W0.to(torch.float32, copy=True)  # also of fp32, since W0 is written over
-    W = exact.new_rows(layer, old, strength)
-    W0.copy_(W)
-    size = vector_norm(torch.sub(W, old, out=old))  # in the same memory: the fewer temporaries, the more a cache holds
-    return float(vector_norm(old.copy_(W0).sub_(W))), float(size)
-
-
-@dataclass(frozen=True)
-class _LowRank:
-    """How much of a weight that has no exact form is kept: a rank, or a share of its energy."""
-
-    rank: int | None
-    energy: float | None
-
-
 class _Writer:
     """Writes the files of a conversion, module by module."""
 
-    def __init__(
-        self,
-        layers: LayerReader,
-        exports: tuple[Export, ...],
-        to: str,
-        strength: float,
-        dtype: str | None,
-        lossy: _LowRank | None,
-    ):
-        self.layers, self.exports, self.to, self.strength, self.lossy = layers, exports, to, strength, lossy
+    def __init__(self, layers: LayerReader, exports: tuple[Export, ...], settings: Settings):
+        self.layers, self.exports, self.settings, self.keep = layers, exports, settings, settings.keep
         self.axes: set[str] = set()  # of the magnitudes that were written
-        self.dtype = getattr(torch, dtype or ("float16" if exports[0].difference else "float32"))
+        self.ranks: list[int] = []
+        self.dtype = getattr(torch, settings.dtype or ("float16" if exports[0].difference else "float32"))
         self.memory = torch.empty(0, dtype=self.dtype)  # of differences
         self.groups = Names(layers.weights or ()).write(layers.names(), exports[0].spelling)
         self.one_method = not exports[0].holds.both_methods and layers.any_magnitude()
 
     def write(self, files: Sequence[Path], check: ExportCheck) -> None:
         """Writes the files."""
-        source, place = self.layers.file, self.exports[0].holds.tokens
-        more = [(key, source.tensor(key)) for key in source.embeddings] if place == "inside" else []
+        found, place = self.layers.beside(), self.exports[0].holds.tokens
+        more = list(found.embeddings.items()) if place == "inside" else []
         if self.exports[0].holds.beside:
-            more += beside.bias_tensors(self.layers, self.exports[0].spelling, self.strength, self.dtype)
-        rows = {word: {t: source.tensor(key) for t, key in keys.items()} for word, keys in source.tokens.items()}
-        header = write_beside(files[0].parent, rows) if place == "beside" else {}
+            more += beside.bias_tensors(self.layers, self.exports[0].spelling, self.settings.strength, self.dtype)
+        header = write_beside(files[0].parent, found.tokens) if place == "beside" else {}
         written = [Written(export, file, more, header) for export, file in zip(self.exports, files, strict=True)]
-        write_files(written, self._modules(files[0].name, check), source.header, room=self.room())
+        write_files(written, self._modules(files[0].name, check), self.layers.header, room=self.room(more))
 
     def _modules(
         self, file_name: str, check: ExportCheck
     ) -> Iterator[tuple[str, tuple[Name, ...], DoRASpec, list[dict[str, Tensor]]]]:
         """The modules of the files, as `write_files` takes them; then the rounding of all is checked."""
-        source = self.layers.file.path
+        source = self.layers.path
         for module, group in tqdm(self.groups.items(), file_name, unit="module", delay=2, disable=None):
             with located(f"{source}: {module}"):
                 tensors, spec = self.tensors(module, group, check)
@@ -346,42 +296,60 @@ class _Writer:
         original, W0 = self.layers.fused(group, as_stored=self.exports[0].difference)
         layer = self.prepared(original, W0)
         self.axes |= {layer.axis} if "magnitude" in layer.tensors else set()
+        self.ranks += [layer.spec.rank] if self.keep and "lora_A" in layer.tensors else []
         tensors = [export.tensors(module, layer, W0) for export in self.exports]
         header = self.exports[0].header(Contents(dict.fromkeys(group.names, layer.spec), {}))
-        return check.check(module, tensors, header, W0, (original, self.strength)), layer.spec
+        return check.check(module, tensors, header, W0, (original, self.settings.strength)), layer.spec
 
-    def room(self) -> int:
+    def room(self, more: Iterable[tuple[str, Tensor]]) -> int:
         """More than the header can need: at most four tensors of a module, and the settings."""
-        keys = [*self.groups, *self.layers.file.embeddings, *self.layers.file.biases]
-        return 4096 + sum(4 * (len(key) + 130) for key in keys) + 2 * sum(map(len, self.layers.file.header.values()))
+        keys = [*self.groups, *(key for key, _ in more)]
+        return 4096 + sum(4 * (len(key) + 130) for key in keys) + 2 * sum(map(len, self.layers.header.values()))
 
     def prepared(self, layer: LayerState, W0: Tensor) -> LayerState:
         """The adapter in the form that `Export.write` takes."""
-        export, lossy = self.exports[0], self.lossy
+        export, strength = self.exports[0], self.settings.strength
         if export.difference:
             return LayerState(DoRASpec(method="full"), {"diff": self.unfilled(W0.shape)})
-        if self.to == "lora":
-            assert lossy is not None
-            D = exact.difference(layer, W0, self.strength)
-            if D.dim() == 1:  # of a norm
-                return LayerState(DoRASpec(method="full"), {"diff": D})
-            if D.norm() <= torch.finfo(D.dtype).eps * W0.norm():
-                D = torch.zeros_like(D)  # rounding has full rank
-            return low_rank(D, rank=lossy.rank, energy=lossy.energy)
+        if self.keep and exact.is_plain(layer):
+            layer, strength = self.shortened(exact.summed([(layer, strength)], None), self.keep), 1.0
+        elif self.settings.to == "lora":
+            return self.plain(layer, W0)
         problem = self.problem(layer)
-        if problem is None:
-            if self.layers.weights is None and exact.depends_on_base(layer, self.strength, magnitude=self.one_method):
-                raise ValueError("what it becomes depends on the weights of the base model: give it with --base")
-            layer = exact.paper_form(layer, W0, self.strength, magnitude=self.one_method)
-            return export.prepare(layer if export.holds.alpha else exact.folded(layer), W0)
-        if lossy is None or lossy.rank is None:
+        if problem is not None:
+            return export.prepare(self.fitted(problem, layer, W0), W0)
+        if self.layers.weights is None and exact.depends_on_base(layer, strength, magnitude=self.one_method):
+            raise ValueError("what it becomes depends on the weights of the base model: give it with --base")
+        layer = exact.paper_form(layer, W0, strength, magnitude=self.one_method)
+        return export.prepare(layer if export.holds.alpha else exact.folded(layer), W0)
+
+    def shortened(self, layer: LayerState, keep: Truncation) -> LayerState:
+        """Plain LoRA with fewer singular values, where it has more than are kept."""
+        return layer if keep.is_rank and layer.spec.rank <= (keep.rank or 0) else resized(layer, keep)
+
+    def plain(self, layer: LayerState, W0: Tensor) -> LayerState:
+        """The closest plain LoRA of what is none."""
+        assert self.keep is not None
+        if W0.dim() == 1:  # of a norm
+            return exact.summed([(layer, self.settings.strength)], W0)
+        D = exact.difference(layer, W0, self.settings.strength)
+        if D.norm() <= torch.finfo(D.dtype).eps * W0.norm():
+            D = torch.zeros_like(D)  # rounding has full rank
+        return low_rank(D, self.keep)
+
+    def fitted(self, problem: str, layer: LayerState, W0: Tensor) -> LayerState:
+        """The closest DoRA of a rank, for what the form has no place for."""
+        if self.keep is None:
             raise ValueError(
-                f"{problem}, which this target cannot hold: use --to merged or --to diff, or fit it anew with --rank "
-                "and --allow-lossy"
+                f"{problem}, which this target cannot hold: use --to merged or --to diff, or fit it anew with --rank"
+            )
+        if self.keep.rank is None or not self.keep.is_rank:
+            raise ValueError(
+                f"{problem}, and --energy and --spectral choose the rank of plain LoRA: give --rank, or use --to lora"
             )
         if self.layers.weights is None:
-            raise ValueError(f"{problem}, and a new fit depends on the weights of the base model: give it with --base")
-        return export.prepare(fitted_adapter(exact.new_weight(layer, W0, self.strength), W0, lossy.rank), W0)
+            raise ValueError(f"{problem}, and a new fit depends on the base model: give it with --base")
+        return fitted_adapter(exact.new_weight(layer, W0, self.settings.strength), W0, self.keep.rank)
 
     def unfilled(self, shape: torch.Size) -> Tensor:
         """Room for a difference, that of the last one where it is enough: new memory comes page by page, zeroed."""
@@ -390,9 +358,12 @@ class _Writer:
         return self.memory[: shape.numel()].view(shape)
 
     def problem(self, layer: LayerState) -> str | None:
-        """What the form has no place for."""
-        if layer.axis == "in" and not self.exports[0].holds.columns:
+        """What the form has no place for, or what is not to be written."""
+        holds, keep = self.exports[0].holds, self.keep
+        if layer.spec.method == "full":
+            is_norm = next(iter(layer.tensors.values())).dim() == 1
+            return "it is a difference of weights" if not holds.diffs or (keep and not is_norm) else None
+        if layer.axis == "in" and not holds.columns:
             return "its magnitude scales input columns"
-        if layer.spec.method == "full" and not self.exports[0].holds.diffs:
-            return "it is a difference of weights"
-        return None
+        too_high = keep and layer.spec.method == "dora" and layer.spec.rank > (keep.rank or 0)
+        return f"it is a DoRA of rank {layer.spec.rank}" if too_high else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
@@ -35,6 +35,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _METADATA = "__metadata__"
 _BEGIN = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*(\}[ \t\n\r]*)?")
 _COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
@@ -49,6 +50,11 @@ class TensorEntry(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
+
+    @property
+    def dtype_name(self) -> str:
+        """The name of the dtype in headers."""
+        return _NAMES[self.dtype]
 
     @property
     def num_bytes(self) -> int:
@@ -91,6 +97,18 @@ def parse_header(header: bytes, size: int) -> tuple[dict[str, TensorEntry], dict
         raise DamagedError("its header is not valid JSON: something follows it")
     metadata = found.pop(_METADATA, {})
     return _in_order(found, start, size), metadata
+
+
+def write_header(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
+    """The beginning of a file whose tensors lie one behind the other, in the order of the entries."""
+    found: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))}
+    end = 0
+    for key, entry in entries.items():
+        offsets = [end, end := end + entry.num_bytes]
+        found[key] = {"dtype": entry.dtype_name, "shape": list(entry.shape), "data_offsets": offsets}
+    text = json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode()
+    padded = text.ljust(-(-len(text) // 8) * 8)
+    return len(padded).to_bytes(8, "little") + padded
 
 
 def _in_order(found: dict[str, TensorEntry], start: int, size: int) -> dict[str, TensorEntry]:

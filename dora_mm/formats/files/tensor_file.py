@@ -9,7 +9,7 @@ is, which is needed to replace it in a copy, and sets other bounds.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,8 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dora_mm.formats.files.checks import DTYPES, is_finite
-from dora_mm.formats.files.header import DamagedError, TensorEntry, parse_header
+from dora_mm.formats.files.header import DamagedError, TensorEntry, parse_header, write_header
 from dora_mm.formats.files.json_text import MAX_BYTES
+from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.messages import first_line
 
 FORMAT_KEY = "dora_mm_format"  # in the header of our own files
@@ -74,6 +75,31 @@ class TensorFile:
         except (DamagedError, OSError) as error:
             raise ValueError(f"{self.path} cannot be read: {error}") from error
         return tensor
+
+    def data(self) -> Iterator[bytes]:
+        """The bytes of all tensors in the order of the file, some at a time.
+
+        Raises:
+            ValueError: The file cannot be read, or has become shorter.
+        """
+        start = next((entry.offset for entry in self.entries.values()), 0)
+        end = start + sum(entry.num_bytes for entry in self.entries.values())
+        yield from (self.read_bytes(place, min(_PIECE, end - place)) for place in range(start, end, _PIECE))
+
+    def read_bytes(self, offset: int, length: int) -> bytes:
+        """Bytes of the file.
+
+        Raises:
+            ValueError: The file cannot be read, or has become shorter.
+        """
+        found = bytearray(length)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(offset)
+                _fill(file, memoryview(found))
+        except (DamagedError, OSError) as error:
+            raise ValueError(f"{self.path} cannot be read: {error}") from error
+        return bytes(found)
 
     def numbers(self, keys: Iterable[str]) -> dict[str, float]:
         """The values of those tensors that are one number.
@@ -135,6 +161,25 @@ class TensorFile:
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of the header of a safetensors file; raises ValueError where it cannot be read."""
     return TensorFile(path).metadata
+
+
+def write_with_metadata(file: TensorFile, target: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a file with other metadata, byte for byte the same behind its header; it may take the file's own place.
+
+    Raises:
+        ValueError: The header would be too long, or the file cannot be read.
+        OSError: The target cannot be written.
+    """
+    header = write_header(file.entries, metadata)
+    if len(header) > MAX_BYTES:
+        raise ValueError(f"the header of {file.path} would have {len(header)} bytes, and at most {MAX_BYTES} are read")
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as copy:
+            copy.write(header)
+            copy.writelines(file.data())
+
+    write_atomically(target, write)
 
 
 def pickle_error(path: Path) -> ValueError:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_mm.core.spec import DoRASpec, finite_number
+from dora_mm.formats.metadata import without_local_paths
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.naming.spellings import Spelling
 from dora_mm.formats.state import LayerState
@@ -255,10 +256,12 @@ def write_files(
         files: The files; none is written where a module raises an error.
         modules: The name of each module in the files, the modules of the model that it stands for, their settings, and
             for each file its tensors by the end of their keys.
-        source: The header of the file that is converted, or what is known about the adapter, which is kept.
+        source: The header of the file that is converted, or what is known about the adapter, which is kept but for
+            local paths.
         room: More bytes than the header can need.
     """
     specs: dict[Name, DoRASpec] = {}
+    about = without_local_paths(source)
 
     def fill(writers: Sequence[TensorWriter]) -> None:
         for module, names, spec, found in modules:
@@ -278,7 +281,7 @@ def write_files(
             opened(others, [writer, *writers])
             for key, tensor in file.more:
                 writer.add(key, tensor)
-            return _header(file, Contents(specs, source))
+            return _header(file, Contents(specs, about))
 
         write_tensors(file.path, room, run)
 

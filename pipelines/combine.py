@@ -1,0 +1,34 @@
+"""dora-mm combine: several adapters as one, checked with the formula of the tool that it is for."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dora_mm.config.paths import resolve_adapter, resolve_model
+from dora_mm.formats.commands.combine import combine
+from dora_mm.formats.commands.described import described
+from dora_mm.models.opening import base_of
+
+
+def main(sources: Sequence[str], out: str, to: str, *, base: str | None = None, **settings: Any) -> None:
+    """Combines files, and prints what the tools compute from the result.
+
+    Args:
+        sources: Adapter files of any tool, their folders or run directories.
+        out: A file that ends in .safetensors, or a folder.
+        to: A name in `dora_mm.registries.tools.TARGETS`.
+        base: The model: a folder, a single-file checkpoint or a hub name; None: the one that all files name, where it
+            is on this machine.
+        settings: The other arguments of `dora_mm.formats.commands.combine.combine`.
+
+    Raises:
+        ValueError: An adapter, the model or a setting cannot be used, the adapters do not belong together, or the
+            target cannot hold their sum.
+    """
+    files = [resolve_adapter(source, "A") for source in sources]
+    named = {base_of(file) for file in files}
+    model = resolve_model(base, "--base") if base is not None else named.pop() if len(named) == 1 else None
+    done = combine(files, Path(out).expanduser(), to=to, base=model, **settings)
+    if base is None and model is not None:
+        print(f"base     {model}, as the headers say")
+    print(described(done, to))
