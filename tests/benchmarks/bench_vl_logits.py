@@ -21,7 +21,7 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.family import VLM
-from dora_mm.models.vl.vlm.head import RowLosses, cross_entropy, target_logits
+from dora_mm.models.vl.vlm.head import TargetLosses, cross_entropy, target_logits
 from tests.models.vl.vlm import tiny
 from tests.models.vl.vlm.vlm_rows import save_noise
 from tests.preview.peaks import peak_bytes
@@ -51,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         vlm, inputs, labels = prepared(Path(folder))
     form, model = vlm.network.form, vlm.model
-    losses = RowLosses(form, model)
+    losses = TargetLosses(form, model)
 
     def of_columns(inputs: Any, labels: Tensor) -> Tensor:
         columns = (labels[:, 1:] != IGNORED).any(0).nonzero().flatten()

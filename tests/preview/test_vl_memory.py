@@ -13,7 +13,7 @@ from dora_mm.core import fixed_parameters
 from dora_mm.models.folders import empty_model
 from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.forms import Continuation
-from dora_mm.models.vl.vlm.head import RowLosses
+from dora_mm.models.vl.vlm.head import TargetLosses
 from dora_mm.preview.simulation import simulated_peak
 from dora_mm.preview.vl_memory import network_parts, quantized_bytes
 from dora_mm.targets import map_of
@@ -100,7 +100,7 @@ def peak_of(sizes, parts, batch, device: str, checkpointing: bool = False) -> in
     if checkpointing:
         checkpoint_activations(network)
     network.train()
-    loss = partial(loss_of, RowLosses(Continuation(), network))
+    loss = partial(loss_of, TargetLosses(Continuation(), network))
     return simulated_peak(trained.networks, loss, batch) if device == "meta" else measured_peak(trained, loss, batch)
 
 
@@ -111,7 +111,7 @@ def measured_peak(trained: TrainedNetworks, loss, batch) -> int:
         return peak_bytes(lambda: loss(batch).total.backward())
 
 
-def loss_of(losses: RowLosses, batch: tuple[dict, torch.Tensor]) -> LossSum:
+def loss_of(losses: TargetLosses, batch: tuple[dict, torch.Tensor]) -> LossSum:
     return mean_of(losses(*batch)[0])
 
 

@@ -101,7 +101,7 @@ def _logits(form: Form, model: Any, inputs: Mapping[str, Tensor], labels: Tensor
     return logits[0] if calls else targets.of(logits)
 
 
-class RowLosses:
+class TargetLosses:
     """The losses of rows, summed over their target tokens.
 
     Args:
@@ -110,7 +110,12 @@ class RowLosses:
     """
 
     def __init__(self, form: Form, model: Any):
-        self.form, self.model, self.in_chunks = form, model, returns_logits_of_head(model)
+        self.form, self.model, self._shapes = form, model, False
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether the head computes losses, in chunks, as far as is known."""
+        return not self._shapes and returns_logits_of_head(self.model)
 
     def __call__(self, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of each row, and the number of its target tokens, (B,) each; `target_logits` has the arguments."""
@@ -140,7 +145,7 @@ class RowLosses:
             logits = self.form.logits(self.model, inputs, labels)
         if len(found) == 1 and logits is found[0][1] and logits._version == found[0][2]:
             return found[0][0]
-        self.in_chunks = False
+        self._shapes = True
         return None
 
 

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.core.wrappers.sharded import is_sharded
 from dora_mm.models.vl.vlm.forms import Form
-from dora_mm.models.vl.vlm.head import RowLosses
+from dora_mm.models.vl.vlm.head import TargetLosses
 from dora_mm.models.vl.vlm.loading import load_vlm
 from dora_mm.utils.messages import raised_by_us
 
@@ -59,8 +59,8 @@ class VLMNetwork:
         return load_vlm(self.config, self.loads_to)
 
     @cached_property
-    def _losses(self) -> RowLosses:
-        return RowLosses(self.form, self.model)
+    def _losses(self) -> TargetLosses:
+        return TargetLosses(self.form, self.model)
 
     @property
     def device(self) -> torch.device:

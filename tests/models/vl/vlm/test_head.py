@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from dora_mm.models.vl.vlm import head
 from dora_mm.models.vl.vlm.encoding import IGNORED
-from dora_mm.models.vl.vlm.head import RowLosses, chunked_losses, cross_entropy, head_of, target_logits
+from dora_mm.models.vl.vlm.head import TargetLosses, chunked_losses, cross_entropy, head_of, target_logits
 from tests.documented.vlm_classes import ALIASES, CLASSES, PAGE, REASONS, built, named, pictures_in
 from tests.models.vl.vlm.classes.equalities import EXAMPLES, batch_of, opened
 from tests.models.vl.vlm.classes.rarest_models import UNTRAINED
@@ -78,7 +78,7 @@ def check(base, pictures, monkeypatch) -> bool:
     precision = 1e-12 if vlm.model.dtype == torch.float64 else 2e-6
     for size in (head.CHUNK, 3 * head_of(vlm.model).out_features):
         monkeypatch.setattr(head, "CHUNK", size)
-        losses = RowLosses(vlm.network.form, vlm.model)
+        losses = TargetLosses(vlm.network.form, vlm.model)
         known = losses.in_chunks
         for inputs, labels in groups:
             weights = torch.linspace(1, 2, len(labels), dtype=torch.float64)
@@ -136,9 +136,9 @@ def test_a_class_that_goes_on_with_its_logits_unknown_to_us_is_found_in_its_firs
     vlm = opened(tiny_vlm(name))
     ((inputs, labels, _),) = batch_of(vlm, pictures, EXAMPLES).groups
     with torch.no_grad():
-        expected = RowLosses(vlm.network.form, vlm.model)(inputs, labels)[0]
+        expected = TargetLosses(vlm.network.form, vlm.model)(inputs, labels)[0]
         monkeypatch.setattr(head, "SHAPE_LOGITS", ())
-        losses = RowLosses(vlm.network.form, vlm.model)
+        losses = TargetLosses(vlm.network.form, vlm.model)
         assert losses.in_chunks
         assert torch.equal(losses(inputs, labels)[0], expected)
     assert not losses.in_chunks
