@@ -20,11 +20,12 @@ from dora_mm.formats.algebra.fit import fitted_adapter, low_rank
 from dora_mm.formats.algebra.rows import in_rows
 from dora_mm.formats.commands import beside
 from dora_mm.formats.commands.export_check import DTYPES, ExportCheck, ToolErrors, check_peft_takes
+from dora_mm.formats.commands.loading import readers_of
 from dora_mm.formats.commands.verify import open_base
 from dora_mm.formats.files.base_weights import BaseWeights, write_merged
 from dora_mm.formats.files.checks import is_finite
 from dora_mm.formats.files.tensor_file import PICKLES
-from dora_mm.formats.naming.names import ModuleGroup, Name
+from dora_mm.formats.naming.names import ModuleGroup, Name, architecture_of
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.reader import LayerReader
 from dora_mm.formats.state import LayerState
@@ -123,7 +124,7 @@ def convert(
     words = layers.file.tokens if exports[0].holds.tokens == "beside" else ()
     files = _new_files(Path(target_path), exports, words)
     with _filled(files[0].parent) as folder:
-        check = _check(exports[0], layers, to, writer.dtype, allow_lossy=allow_lossy)
+        check = _check(writer, layers, to, allow_lossy=allow_lossy)
         writer.write([folder / file.name for file in files[: len(exports)]], check)
     usage = _usage(exports, [file.name for file in files[: len(exports)]], writer.axes)
     return Conversion(tuple(files), len(layers.names()), check.result(), weights is not None, usage, left_out)
@@ -201,10 +202,14 @@ def _needs_fit(layers: LayerReader, export: Export) -> bool:
     )
 
 
-def _check(export: Export, layers: LayerReader, to: str, dtype: torch.dtype, *, allow_lossy: bool) -> ExportCheck:
+def _check(writer: _Writer, layers: LayerReader, to: str, *, allow_lossy: bool) -> ExportCheck:
+    """The check by the tools that know the names."""
+    export, plain = writer.exports[0], to == "lora" or not layers.any_magnitude()
+    architecture = architecture_of(layers.weights or layers.names())
+    export = replace(export, read_by=readers_of(export.read_by, export, writer.groups, architecture, plain=plain))
     advice = "use --to merged" if to == "diff" else "use --to merged or --to diff, or --allow-lossy"
     strict = not allow_lossy and to != "lora"
-    return ExportCheck(export, len(layers.names()), dtype, strict=strict, advice=advice)
+    return ExportCheck(export, len(layers.names()), writer.dtype, strict=strict, advice=advice)
 
 
 def _new_files(target: Path, exports: tuple[Export, ...], words: Iterable[str]) -> list[Path]:

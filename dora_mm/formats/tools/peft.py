@@ -172,6 +172,7 @@ def parameter_key(name: Name, adapted: Collection[Name]) -> str:
 COMPUTES = Computation(dora, "scales the update inside the norm by the strength", axis="out", lora=lora)
 TOOL = Tool(
     names=NAMES,
+    table="peft",
     parts=PARTS,
     computes=COMPUTES,
     wrote_key=NAMES,
