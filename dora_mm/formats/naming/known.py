@@ -4,7 +4,8 @@
     architecture    a key of `LAYOUTS`; `*` for all of which the tool has no rows
     prefix          what the names begin with; behind one that ends with `_`, the dots of the path are underscores
     names           whose the paths are: see `PATHS`; `any` for those of the model, whatever they are
-    form            the tensors of the modules, where names are read in some forms only: see `form_of`
+    form            the tensors of the modules, where names are read in some forms only: see `form_of`; `not A` for all
+                    without lora_A
     lost            the roles of tensors that the tool does not read in this form
     others          `raises` where it loads nothing of a file that has other names, too
     modules         the paths that it reads, with `#` for numbers: `all`, `all but ...` or a list
@@ -26,7 +27,7 @@ from dora_mm.formats.naming.layouts import LAYOUTS
 from dora_mm.formats.naming.names import expanded, underscored
 
 TABLE = Path(__file__).with_name("known.csv")
-ALL, BUT, ANY, RAISES = "all", "all but ", "any", "raises"
+ALL, BUT, ANY, RAISES, NOT_A = "all", "all but ", "any", "raises", "not A"
 _FUSED = re.compile(r".*\.to_(added_)?qkv$")
 _PROCESSOR = re.compile(r"(.*attn\d)\.(to_(?:q|k|v|out))(?:\.\d)?$")
 
@@ -79,7 +80,7 @@ def reading(tool: str, architecture: str | None, modules: Mapping[str, Collectio
     for module in modules:
         for row, kinds in table:
             rest = module.removeprefix(row.prefix)
-            fits = row.form in ("", form) and module.startswith(row.prefix)
+            fits = _has_form(row, form) and module.startswith(row.prefix)
             if fits and (kinds is None or _kind(rest, row.prefix) in kinds):
                 found[module] = frozenset(row.lost.split())
                 raises |= row.others == RAISES
@@ -97,6 +98,10 @@ def form_of(endings: Collection[str]) -> str:
     found = found if len(found) == 1 else ["other"]
     found += ["alpha"] if "alpha" in endings else []
     return " ".join(found + (["magnitude"] if any("magnitude" in ending for ending in endings) else []))
+
+
+def _has_form(row: Row, form: str) -> bool:
+    return row.form in ("", form) or (row.form == NOT_A and not form.startswith("A"))
 
 
 def kind_of(path: str) -> str:

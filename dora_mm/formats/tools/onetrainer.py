@@ -13,6 +13,8 @@ from dora_mm.formats.naming.spellings import ONETRAINER
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.formulas import Computation, over_updated_rows
 from dora_mm.formats.tools.parts import (
+    BARE_NAMES,
+    KOHYA_NAMES,
     LYCORIS_PARTS,
     Parts,
     kohya_tensors,
@@ -48,7 +50,7 @@ def usage(axes: Collection[str]) -> str:
 
 
 TOOL = Tool(
-    table="onetrainer",
+    names=re.compile(rf"{KOHYA_NAMES.pattern}|unet\.|transformer\.|diffusion_model\.|text_encoder|{BARE_NAMES}"),
     parts={
         **{ending: role for ending, role in LYCORIS_PARTS.items() if role not in ("diff", "mid")},
         "lora_A.weight": "A",

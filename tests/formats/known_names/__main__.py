@@ -15,8 +15,8 @@ from collections.abc import Callable, Collection, Iterator
 from importlib import import_module
 from pathlib import Path
 
-from dora_mm.formats.naming.known import ALL, BUT, RAISES, TABLE, Row, kind_of
-from tests.formats.known_names.cases import Case, cases, paths_of
+from dora_mm.formats.naming.known import ALL, BUT, NOT_A, RAISES, TABLE, Row, kind_of
+from tests.formats.known_names.cases import Case, cases, file_of, paths_of
 from tests.formats.known_names.networks import TINY
 
 _HERE = "tests.formats.known_names"
@@ -44,13 +44,13 @@ def rows_of(tool: str, source: str, loader: Loader, forms: Collection[str] = ("d
         }
         for (case, form), (read, raises, lost) in found.items():
             same = [found[case, other] for other in forms]
-            if not read or (form != forms[0] and all(other == same[0] for other in same)):
+            if not read & kinds_of_layers(case) or (form != forms[0] and all(other == same[0] for other in same)):
                 continue
             any_form = len(forms) == 1 or all(other == same[0] for other in same)
             same = [each for each in found if each[1] == form and each[0].prefix == case.prefix and each[0] != case]
             others = [found[each][0] for each in same]
             if not any(read < kinds or (read == kinds and case.names == "own") for kinds in others):
-                shown = "" if any_form else form
+                shown = "" if any_form else NOT_A if tool != "diffusers" and form == "down alpha" else form
                 modules = modules_of(case, read)
                 yield Row(tool, source, architecture, case.prefix, case.names, shown, lost, raises, modules)
 
@@ -76,6 +76,12 @@ def kinds_read(case: Case, paths: Collection[str], loader: Loader, form: str) ->
         print(f"{case}: of {' '.join(some)} only some are read, and count as not known", file=sys.stderr)
     read = frozenset(kind for kind, found in is_known.items() if all(found))
     return read, RAISES if alone else "", getattr(loader, "lost", "")
+
+
+def kinds_of_layers(case: Case) -> frozenset[str]:
+    """The paths that stand for layers, and not for norms."""
+    tensors, _ = file_of(case, "A", list(paths_of(case)))
+    return frozenset(kind_of(path) for path in paths_of(case) if f"{case.key(path)}.lora_A.weight" in tensors)
 
 
 def modules_of(case: Case, read: frozenset[str]) -> str:

@@ -65,16 +65,15 @@ def converted(architecture: str, tensors: Mapping[str, Tensor]) -> dict[str, Ten
 class Diffusers:
     """Its loader; what it makes of the weights is held to float64."""
 
-    forms = ("A", "A alpha", "A magnitude", "down", "down alpha", "old", "lokr", "lokr alpha")
-    raises = True
+    forms = ("A", "A alpha", "A magnitude", "down alpha", "old", "lokr alpha")
 
     def __init__(self, checkout: Path | None = None):
-        self.lost = ""
+        self.lost, self.raises = "", False
 
     def __call__(self, case: Case, paths: Collection[str], form: str) -> set[str]:
         """The paths of a case that it computes right, alpha apart: `lost` says whether it reads that."""
-        self.lost = ""
-        if case.names == "clip":
+        self.lost, self.raises = "", False
+        if not _is_written(case, form):
             return set()
         paths = [path for path in paths if _has_layers(case, path)]
         by_width = case.architecture in ("flux", "chroma") and form.startswith("down")  # kohya's Flux.1 has one
@@ -82,6 +81,7 @@ class Diffusers:
         try:
             found = (converted if by_width else by_diffusers)(case.architecture, tensors)
         except Exception:  # whatever it raises, it loads nothing
+            self.raises = True
             return set()
         right = {path for path in meant if path in found and is_close(found[path], meant[path][1])}
         if not right and form.endswith(" alpha"):
@@ -89,6 +89,19 @@ class Diffusers:
             self.lost = "alpha" if right else ""
         groups = paths_of(case)
         return {path for path in paths if {name.path for name in groups[path].names} <= right}
+
+
+def _is_written(case: Case, form: str) -> bool:
+    """Whether there are files of a case in a form: what nobody writes is not tried."""
+    unet = component_of(case.architecture) == "unet"
+    others = ("", "base_model.model.", "diffusion_model.", "transformer.")
+    if case.names not in ("own", "diffusers") or case.prefix not in ("lora_unet_", *(("unet.",) if unet else others)):
+        return False
+    if form == "lokr alpha":
+        return case.architecture in ("flux2", "z-image")  # of which diffusers reads LoKr
+    return not (form[0] == "A" and case.prefix.endswith("_")) and (
+        form != "old" or case.prefix in ("unet.", "transformer.")
+    )
 
 
 def _has_layers(case: Case, path: str) -> bool:

