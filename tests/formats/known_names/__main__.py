@@ -2,8 +2,8 @@
 
     python -m tests.formats.known_names comfyui CHECKOUT "2026-08 (783545f)"
 
-The tool's own code says which names it reads: it is imported from the checkout, where nothing else of it runs. Without a
-checkout, `diffusers` and `lycoris` are the installed ones.
+The tool's own code says which names it reads: it is imported from the checkout, where nothing else of it runs.
+`diffusers` is the installed one, whatever the checkout.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def rows_of(tool: str, source: str, loader: Loader, forms: Collection[str] = ("d
 
 
 def kinds_read(case: Case, paths: Collection[str], loader: Loader, form: str) -> tuple[frozenset[str], str, str]:
-    """The paths that a tool reads, with `#` for numbers; `raises` where it does so only without the others; what it loses.
+    """The paths that a tool reads, with `#` for numbers; `raises` where it does so only without others; what it loses.
 
     A path stands for all that differ from it in numbers, so that one is read only where all of these are.
     """

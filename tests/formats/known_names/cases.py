@@ -101,7 +101,7 @@ def _paths(architecture: str, names: str) -> dict[str, ModuleGroup]:
 def file_of(
     case: Case, form: str, paths: Collection[str] | None = None, model: nn.Module | None = None
 ) -> tuple[dict[str, Tensor], dict[str, tuple[str, Tensor]]]:
-    """A file of a case: its tensors, and by the path in the network: its name in the file, and the change of its weight.
+    """A file of a case: its tensors, and by the path in the network its name in the file, and the change of its weight.
 
     Of norms it has differences.
 

@@ -52,7 +52,7 @@ def by_diffusers(architecture: str, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 
 def converted(architecture: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the changes are times a vector of ones, by the path, from what `lora_state_dict` of the pipeline makes of a file."""
+    """The changes times a vector of ones, by path, from what `lora_state_dict` of the pipeline makes of a file."""
     with silent():
         found = pipeline_of(architecture).lora_state_dict(dict(tensors))
     start, end = f"{component_of(architecture)}.", ".lora_A.weight"

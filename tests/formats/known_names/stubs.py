@@ -10,14 +10,14 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import MagicMock
 
 
 class _Stub(ModuleType):
     """A module whose attributes are stand-ins."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -64,7 +64,8 @@ def use(checkout: Path, *folders: str, stubbed: Collection[str], read: Collectio
 def module_at(file: Path) -> Any:
     """The module of a file, whose package is not imported."""
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

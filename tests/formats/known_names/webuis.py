@@ -87,8 +87,7 @@ class SDNext:
         checkout: A checkout of SD.Next.
     """
 
-    forms = ("down alpha", "A", "A alpha", "A magnitude")
-    raises = True
+    forms = ("down alpha", "A")
 
     def __init__(self, checkout: Path):
         own = ("pipelines.z_image.zimage_lora", "pipelines.flux.flux2_lora", "pipelines.chroma.chroma_lora")
@@ -108,7 +107,7 @@ class SDNext:
         network = (wide if architecture in ("flux", "chroma") else network_of)(architecture)
         tensors, _ = file_of(case, form, paths, None if case.names == "clip" else network)
         parts = {component_of(architecture): network}
-        texts = zip(("text_encoder", "text_encoder_2"), TINY[architecture].text)
+        texts = zip(("text_encoder", "text_encoder_2"), TINY[architecture].text, strict=False)
         self.shared.sd_model = SimpleNamespace(**parts, **{name: text_encoder() for name, _ in texts})
         self.shared.sd_model_type = _SDNEXT[architecture]
         self.shared.sd_loaded = True

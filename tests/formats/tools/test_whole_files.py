@@ -175,7 +175,11 @@ def test_what_lycoris_writes_of_text_encoders_today(tmp_path, monkeypatch):
         if isinstance(module, torch.nn.Linear)
     }
     verdicts = {verdict.tool: verdict for verdict in dora_mm.verify(path, "all", weights)}
-    for tool, finding in {"sdnext": "right", "comfy-2025": "not known to this tool", "a1111": "not known to this tool"}.items():
+    for tool, finding in {
+        "sdnext": "right",
+        "comfy-2025": "not known to this tool",
+        "a1111": "not known to this tool",
+    }.items():
         assert set(verdicts[tool].findings) == {finding}
     (new,) = dora_mm.convert(path, tmp_path / "b.safetensors", to="kohya", base=weights).files
     assert all(module.startswith("lora_te1_text_model_encoder") for module in AdapterFile(new).modules)
