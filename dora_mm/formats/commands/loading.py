@@ -44,7 +44,7 @@ def load_of(file: AdapterFile, tool: str, architecture: str | None) -> Load:
     unknown = [key for module, endings in file.modules.items() if module not in lost for key in endings.values()]
     if raises and unknown:
         return Load({}, f"raises an error at {unknown[0]:.100}, and loads nothing")
-    return Load(lost, tool_of(tool).refuses(known, [*unknown, *file.unnamed], file.header) if known else "")
+    return Load(lost, tool_of(tool).refuses(known, [*unknown, *file.unnamed], file.header))
 
 
 def known_modules(

@@ -35,6 +35,7 @@ from dora_mm.registries.tools import TOOLS, no_entry, other_tools
 RIGHT, REFUSED, IGNORED, NO_MAGNITUDE = "right", "refused", "not known to this tool", "loses the magnitude"
 WRONG_AXIS, FAILS, NOT_FINITE, DIFFERS = "wrong axis", "fails", "not finite", "differs"
 NOT_FOUND = "not in the base"
+TEXT_OF = "sdxl"  # of which text encoders alone are taken to be
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def verify(
     groups, _ = adapter.groups(adapter.modules, Names(weights))
     check_headers(adapter, groups, weights, axis)
     chosen = list(other_tools()) if tool == "all" else [tool]
-    architecture = architecture_of(weights)
+    architecture = architecture_of(weights) or (TEXT_OF if _is_text(weights) else None)
     loads = {name: load_of(adapter, name, architecture) for name in chosen}
     if "peft" in chosen and not loads["peft"].refusal:
         loads["peft"] = _in_class(adapter, weights, loads["peft"])
@@ -177,6 +178,10 @@ def _notes(adapter: AdapterFile, groups: Mapping[str, ModuleGroup]) -> Iterator[
     counts = Counter(name for group in groups.values() for name in group.names)
     if twice := [name for name, count in counts.items() if count > 1]:
         yield f"{twice[0]} is adapted twice, and each adapter is judged alone"
+
+
+def _is_text(weights: Mapping[Name, Tensor]) -> bool:
+    return all(name.component.startswith("text_encoder") for name in weights)
 
 
 def _in_class(adapter: AdapterFile, weights: Mapping[Name, Tensor], load: Load) -> Load:

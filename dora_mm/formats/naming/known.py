@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dora_mm.formats.naming.layouts import LAYOUTS
-from dora_mm.formats.naming.names import expanded, underscored
+from dora_mm.formats.naming.names import TEXT_PREFIX, expanded, underscored
 
 TABLE = Path(__file__).with_name("known.csv")
 ALL, BUT, ANY, RAISES, NOT_A = "all", "all but ", "any", "raises", "not A"
@@ -74,13 +74,16 @@ def reading(tool: str, architecture: str | None, modules: Mapping[str, Collectio
         modules: The ends of the keys by the name of a module, of the whole file.
     """
     table = _known(tool, architecture or "*") or _known(tool, "*")
-    form = form_of({ending for endings in modules.values() for ending in endings})
+    forms: dict[str, str] = {}  # of the modules that begin with a prefix
+    for prefix in {row.prefix for row, _ in table}:
+        here = [endings for module, endings in modules.items() if module.startswith(prefix)]
+        forms[prefix] = form_of({ending for endings in here for ending in endings})
     found: dict[str, frozenset[str]] = {}
     raises = False
     for module in modules:
         for row, kinds in table:
             rest = module.removeprefix(row.prefix)
-            fits = _has_form(row, form) and module.startswith(row.prefix)
+            fits = _has_form(row, forms[row.prefix]) and module.startswith(row.prefix)
             if fits and (kinds is None or _kind(rest, row.prefix) in kinds):
                 found[module] = frozenset(row.lost.split())
                 raises |= row.others == RAISES
@@ -142,6 +145,7 @@ PATHS: Mapping[str, Callable[[str], Iterator[str]]] = {
     "processor": _processor,  # of diffusers in 2023
     "xlabs": lambda architecture: (rule for rule in LAYOUTS[architecture].names if ".processor." in rule),
     "clip": lambda architecture: _diffusers("clip-l"),  # of transformers
+    "flat clip": lambda architecture: (path.removeprefix(TEXT_PREFIX) for path in _diffusers("clip-l")),  # of its 5.6
 }
 
 
@@ -179,4 +183,5 @@ def _spelled(row: Row) -> frozenset[str] | None:
         found = kinds_of(row.architecture, row.names) - set(listed if row.modules != ALL else ())
     else:
         found = frozenset(listed)
-    return frozenset(map(underscored, found)) if row.prefix.endswith("_") else found
+    flat = row.prefix.endswith("_")  # where `linear_1` cannot be told from `linear.1`
+    return frozenset(_kind(underscored(path), row.prefix) for path in found) if flat else found

@@ -83,8 +83,8 @@ def _parsed(text: str) -> Mapping[str, dict[str, Any]]:
 
 def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
     """Its loaders raise an error at a name without `lora`, and at what they cannot convert of kohya's names."""
-    unread = TOOL.unread(modules, others)
-    bad = [key for key in unread if "lora" not in key or _KOHYA.match(key)]
+    bad = [key for key in TOOL.unread(modules, ()) if "lora" not in key or _KOHYA.match(key)]
+    bad += [key for key in others if not re.search("lora|lokr", key) or (modules and _KOHYA.match(key))]
     if unknown := next((key for key in bad if "dora_scale" not in key), None):
         return f"raises an error at {unknown:.100}, and loads nothing"
     for text in (r"lora_te1?_", r"lora_te2_"):

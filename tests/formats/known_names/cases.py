@@ -61,7 +61,7 @@ def cases(architecture: str) -> Iterator[Case]:
         for names in PATHS:
             dotted = names in ("processor", "xlabs") and prefix.endswith("_")
             old = names == "processor" and component_of(architecture) != "unet"
-            if names != "clip" and not dotted and not old:
+            if "clip" not in names and not dotted and not old:
                 yield Case(architecture, prefix, names)
     for layout in TINY[architecture].text:
         yield from (Case(architecture, prefix, "clip") for prefix in TEXT_PREFIXES[layout])

@@ -45,6 +45,8 @@ def by_diffusers(architecture: str, tensors: Mapping[str, Tensor]) -> dict[str, 
     with silent():
         found = pipeline.lora_state_dict(dict(tensors), **named)
         state, alphas = found[:2] if isinstance(found, tuple) else (found, None)
+        if not all("lora" in key or "lokr" in key for key in state):  # what `load_lora_weights` looks for first
+            raise ValueError("Invalid LoRA checkpoint")
         load = getattr(pipeline, f"load_lora_into_{component}")
         named = {"network_alphas": alphas} if "network_alphas" in inspect.signature(load).parameters else {}
         load(state, **{component: network}, adapter_name="default", **named)
