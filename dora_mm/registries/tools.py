@@ -48,13 +48,13 @@ _BUILT_IN = {
     "diffusers": ToolRecord("diffusers", f"{_TOOLS}.diffusers:TOOL", "0.42.1"),
     "bare": ToolRecord("files without a prefix", f"{_TOOLS}.bare:TOOL"),
     "comfy-2025": ToolRecord(
-        "ComfyUI and reForge", f"{_TOOLS}.comfy:TOOL_2025", "2025-10 to 2026-08", "comfy", ("comfyui",)
+        "ComfyUI and reForge", f"{_TOOLS}.comfy:TOOL_2025", "2026-08 (783545f)", "comfy", ("comfyui",)
     ),
     "comfy-15458": ToolRecord("ComfyUI with its norm corrected", f"{_TOOLS}.comfy:TOOL_15458", "pull request 15458"),
     "forge": ToolRecord("Forge", f"{_TOOLS}.forge:TOOL", "2025-06 (dfdcbab)", "comfy-2025", ("reforge",)),
     "lycoris": ToolRecord("LyCORIS and sd-scripts", f"{_TOOLS}.lycoris:TOOL", "4.1.3", "kohya", ("sd-scripts",)),
     "a1111": ToolRecord(
-        "AUTOMATIC1111", f"{_TOOLS}.a1111:TOOL", "1.10", "diff", ("automatic1111", "webui", "sd-webui")
+        "AUTOMATIC1111", f"{_TOOLS}.a1111:TOOL", "1.10.1", "diff", ("automatic1111", "webui", "sd-webui")
     ),
     "sdnext": ToolRecord("SD.Next", f"{_TOOLS}.sdnext:TOOL", "2026-07 (058a7f0)", "kohya"),
     "sdnext-2025": ToolRecord("older SD.Next", f"{_TOOLS}.sdnext:TOOL_2025", "before 2026-07 (387a349)"),

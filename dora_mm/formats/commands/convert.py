@@ -18,10 +18,11 @@ from dora_mm.formats.algebra import exact
 from dora_mm.formats.algebra.fit import Truncation, fitted_adapter, low_rank, resized
 from dora_mm.formats.commands import beside
 from dora_mm.formats.commands.export_check import DTYPES, ExportCheck, ToolErrors, check_peft_takes
+from dora_mm.formats.commands.loading import readers_of
 from dora_mm.formats.commands.merged import write_with_adapter
 from dora_mm.formats.commands.verify import open_base
 from dora_mm.formats.files.tensor_file import PICKLES
-from dora_mm.formats.naming.names import ModuleGroup, Name
+from dora_mm.formats.naming.names import ModuleGroup, Name, architecture_of
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.reader import LayerReader
 from dora_mm.formats.state import LayerState
@@ -183,9 +184,7 @@ def written(layers: LayerReader, target: Path, settings: Settings) -> Conversion
     words = layers.beside().tokens if exports[0].holds.tokens == "beside" else ()
     files = _new_files(target, exports, words)
     with _filled(files[0].parent) as folder:
-        advice = "use --to merged" if to == "diff" else "use --to merged or --to diff, or --allow-lossy"
-        strict = not settings.allow_lossy and keep is None
-        check = ExportCheck(exports[0], len(layers.names()), writer.dtype, strict=strict, advice=advice)
+        check = _check(writer, layers, strict=not settings.allow_lossy and keep is None)
         writer.write([folder / file.name for file in files[: len(exports)]], check)
     usage = _usage(exports, [file.name for file in files[: len(exports)]], writer.axes)
     on_base = layers.weights is not None
@@ -222,6 +221,15 @@ def _usage(exports: Sequence[Export], files: Sequence[str], axes: Collection[str
     if len(exports) > 1:
         return comfy.usage_of_pair(*files)
     return "; ".join(filter(None, (tool_of(name).usage(axes) for name in exports[0].read_by)))
+
+
+def _check(writer: _Writer, layers: LayerReader, *, strict: bool) -> ExportCheck:
+    """The check by the tools that know the names."""
+    export, plain = writer.exports[0], writer.settings.to == "lora" or not layers.any_magnitude()
+    architecture = architecture_of(layers.weights or layers.names())
+    export = replace(export, read_by=readers_of(export.read_by, export, writer.groups, architecture, plain=plain))
+    advice = "use --to merged" if export.difference else "use --to merged or --to diff, or --allow-lossy"
+    return ExportCheck(export, len(layers.names()), writer.dtype, strict=strict, advice=advice)
 
 
 def _new_files(target: Path, exports: tuple[Export, ...], words: Iterable[str]) -> list[Path]:

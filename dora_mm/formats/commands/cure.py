@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from dora_mm.formats.adapter_file import AdapterFile
+from dora_mm.formats.commands.loading import readers_of
+from dora_mm.formats.naming.names import Name, architecture_of
+from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.tools import all_exports, tool_of
 from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.parts import NO_LOW_RANK
+from dora_mm.formats.tools.tool import Export
 
 NEW_RANK = 32  # at which it is fitted anew where the form cannot hold it
 
 
-def cure(file: AdapterFile, tool: str, components: Collection[str]) -> str:
+def cure(file: AdapterFile, tool: str, names: Collection[Name], known: Iterable[Name] = ()) -> str:
     """The options of `dora-mm convert` that make a file which a tool computes right; empty where there are none.
 
     Args:
         file: The file.
         tool: Its name.
-        components: The components that the file adapts.
+        names: The modules that the file adapts.
+        known: The names of the base model.
     """
-    target = None if other_half(file.header) else _target(file, tool, components)
+    target = None if other_half(file.header) else _target(file, tool, names, known)
     if target is None:
         return ""
     holds = all_exports()[target].holds
@@ -29,8 +34,9 @@ def cure(file: AdapterFile, tool: str, components: Collection[str]) -> str:
     return f"--to {target}" + (f" --rank {NEW_RANK} --allow-lossy" if columns or diffs else "")
 
 
-def _target(file: AdapterFile, tool: str, components: Collection[str]) -> str | None:
-    """The first target that is written for the tool and has a place for what the file adapts."""
+def _target(file: AdapterFile, tool: str, names: Collection[Name], known: Iterable[Name]) -> str | None:
+    """The first target for the tool that has a place for what the file adapts, under names that the tool knows."""
+    components = {name.component for name in names}
     convolutions = any(len(file.shape(key)) > 2 for endings in file.modules.values() for key in endings.values())
     possible = {
         name: export
@@ -39,6 +45,17 @@ def _target(file: AdapterFile, tool: str, components: Collection[str]) -> str | 
         and (name != "peft" or len(components) == 1)
         and (export.holds.convolutions or not convolutions)
     }
-    if tool_of(tool).names.match("lora_unet_") and tool != "diffusers" and not any(map(file.axis, file.modules)):
-        return "kohya" if "kohya" in possible else None  # plain LoRA
-    return next((name for name, export in possible.items() if tool in export.read_by), None)
+    plain = not any(map(file.axis, file.modules))
+    for_it = {name: export for name, export in possible.items() if tool in export.read_by}
+    if plain and tool != "diffusers" and "kohya" in possible and "lora_down.weight" in tool_of(tool).parts:
+        for_it = {"kohya": possible["kohya"], **for_it}  # which all compute alike
+    known = list(known)
+    return next((name for name, export in for_it.items() if _knows_all(tool, export, names, known, plain)), None)
+
+
+def _knows_all(tool: str, export: Export, names: Collection[Name], known: Collection[Name], plain: bool) -> bool:
+    try:
+        written = Names(known).write(names, export.spelling)
+    except ValueError:
+        return False
+    return tool in readers_of((tool,), export, written, architecture_of(known) or architecture_of(names), plain=plain)

@@ -18,7 +18,7 @@ from dora_mm.formats.commands.support import misread_by, works_in
 from dora_mm.formats.commands.verify import open_base, stacked
 from dora_mm.formats.files.json_text import finite, parse_json
 from dora_mm.formats.naming.names import NETWORKS, Name, architecture_of
-from dora_mm.formats.naming.spellings import KOHYA, Names, architecture_of_keys
+from dora_mm.formats.naming.spellings import COMFY, KOHYA, Names, architecture_of_keys
 from dora_mm.formats.reader import opened
 from dora_mm.formats.tools import all_exports, products, tool_of
 from dora_mm.formats.tools.diffusers import PEFT_METADATA
@@ -138,6 +138,7 @@ def inspect_file(
     modules = tuple(_module(file, module, namer) for module in file.modules)
     architecture = architecture_of_keys(file.modules) or _architecture(modules)
     damage = tuple(_damage(file, modules))
+    scalings = {m.key: m.alpha / m.rank for m in modules if m.rank and m.alpha}
     return Inspection(
         path=str(file.path),
         tool=file.tool,
@@ -153,7 +154,7 @@ def inspect_file(
         made_with=_program(file.header),
         biases=tuple(file.biases.values()),
         damage=damage,
-        works_in=() if damage else works_in(file, {m.key: m.alpha / m.rank for m in modules if m.rank and m.alpha}),
+        works_in=() if damage else works_in(file, scalings, architecture),
         not_finite=tuple(file.not_finite()) if values else None,
     )
 
@@ -168,11 +169,11 @@ def misreaders(path: Path, to: str) -> str:
     Returns:
         The end of a sentence that begins with "not for"; empty where there are none.
     """
-    if to not in all_exports() or all_exports()[to].spelling is not KOHYA:
+    if to not in all_exports() or all_exports()[to].spelling not in (KOHYA, COMFY):
         return ""
     file = AdapterFile(path)
     found = inspect_file(file, values=False)
-    others = misread_by(file, found.works_in, {module.component for module in found.modules})
+    others = misread_by(file, found.works_in, found.architecture)
     named = {options: ", ".join(TOOLS[name].title for name in names) for options, names in others.items()}
     tools = "; ".join(f"{titles} ({options})" if options else titles for options, titles in named.items())
     return f"{tools}: they load it, and compute something else" if tools else ""

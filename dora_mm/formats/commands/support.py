@@ -13,6 +13,8 @@ from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.algebra.exact import fitted
 from dora_mm.formats.commands.comparison import BOUND, ToolLoad, compared, is_read
 from dora_mm.formats.commands.cure import cure
+from dora_mm.formats.commands.loading import load_of, without
+from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.tools import tool_of
 from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.tool import Tool
@@ -34,41 +36,42 @@ _SIZES = {  # by role; rows and columns of a square weight are `_ROWS`
 _TURNED = {"hada_w1_a": "hada_t1", "hada_w2_a": "hada_t2", "lokr_w2_a": "lokr_t2"}  # with the middle factor of a role
 
 
-def works_in(file: AdapterFile, scalings: Mapping[str, float]) -> tuple[str, ...]:
+def works_in(file: AdapterFile, scalings: Mapping[str, float], architecture: str | None) -> tuple[str, ...]:
     """The tools that compute from a file what it means, at strength 1: their formulas on small random weights.
 
     Args:
         file: The file, of which no tensor is read.
         scalings: Alpha / rank by module, of those with a rank.
+        architecture: That of the model, as far as the names tell.
 
     Returns:
         Some of `other_tools`; none where it is half of a pair, or a module is incomplete or of an unclear axis.
     """
     if other_half(file.header):
         return ()
-    loaders = {name: tool_of(name) for name in other_tools()}
-    loaders = {n: t for n, t in loaders.items() if not t.refuses(file.modules, file.unnamed, file.header)}
+    loaders = {name: load_of(file, name, architecture) for name in other_tools()}
+    loaders = {name: load for name, load in loaders.items() if not load.refusal}
     known: set[_Kind] = set()
     for module, endings in file.modules.items():
         shapes = tuple((ending, file.shape(key)) for ending, key in endings.items())
-        readers = tuple(name for name, tool in loaders.items() if tool.names.match(module))
+        readers = tuple((name, load.lost[module]) for name, load in loaders.items() if module in load.lost)
         kind = _Kind(shapes, scalings.get(module, 1.0), module.startswith("text_encoder"), readers)
         if kind not in known:
             known.add(kind)
             right = set(_right(file, module, kind))
-            loaders = {name: tool for name, tool in loaders.items() if name in right}
+            loaders = {name: load for name, load in loaders.items() if name in right}
         if not loaders:
             break
     return tuple(loaders)
 
 
-def misread_by(file: AdapterFile, right: Collection[str], components: Collection[str]) -> dict[str, list[str]]:
+def misread_by(file: AdapterFile, right: Collection[str], architecture: str | None) -> dict[str, list[str]]:
     """The tools to draw with that load a file with magnitudes and compute something else from it.
 
     Args:
         file: The file.
         right: Those that `works_in` found.
-        components: The components that the file adapts.
+        architecture: That of the model, as far as the names tell.
 
     Returns:
         Some of `other_tools`, by the options of `dora-mm convert` that make a file for them; empty options where there
@@ -77,12 +80,13 @@ def misread_by(file: AdapterFile, right: Collection[str], components: Collection
     found: dict[str, list[str]] = {}
     if other_half(file.header) or not any(map(file.axis, file.modules)):
         return found
+    names = {name for group in file.groups(file.modules, Names())[0].values() for name in group.names}
     for name in other_tools():
-        tool = tool_of(name)
-        if name in right or not tool.computes.strengths or tool.refuses(file.modules, file.unnamed, file.header):
+        tool, load = tool_of(name), load_of(file, name, architecture)
+        if name in right or not tool.computes.strengths or load.refusal:
             continue
-        if any(is_read(tool.roles(module, endings)) for module, endings in file.modules.items()):
-            found.setdefault(cure(file, name, components), []).append(name)
+        if any(is_read(tool.roles(module, file.modules[module])) for module in load.lost):
+            found.setdefault(cure(file, name, names), []).append(name)
     return found
 
 
@@ -92,7 +96,7 @@ class _Kind(NamedTuple):
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     scaling: float
     is_text: bool
-    readers: tuple[str, ...]
+    readers: tuple[tuple[str, frozenset[str]], ...]
 
 
 def _right(file: AdapterFile, module: str, kind: _Kind) -> Iterable[str]:
@@ -107,7 +111,10 @@ def _right(file: AdapterFile, module: str, kind: _Kind) -> Iterable[str]:
     if "diff" in roles or "weight" in roles:
         shape = max(sizes.values(), key=len)
     W0 = torch.randn(shape, generator=generator)
-    loads = [ToolLoad(name, [_parts(tool_of(name), file, module, tensors, kind.scaling)]) for name in kind.readers]
+    loads = []
+    for name, lost in kind.readers:
+        parts = _parts(tool_of(name), file, module, tensors, kind.scaling)
+        loads.append(ToolLoad(name, [without(parts, lost)]))
     loads = [load for load in loads if is_read(load.files[0])]
     try:
         layer = fitted(own.read(_parts(own, file, module, tensors, kind.scaling), None), W0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from dora_mm.formats.algebra.exact import fitted
 from dora_mm.formats.algebra.fused import stack_rows
 from dora_mm.formats.commands.comparison import Comparison, ToolLoad, compared, is_read
 from dora_mm.formats.commands.cure import cure
+from dora_mm.formats.commands.loading import Load, load_of, without
 from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.files.json_text import finite
-from dora_mm.formats.naming.names import ModuleGroup, Name
+from dora_mm.formats.naming.names import ModuleGroup, Name, architecture_of
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.reader import check_headers
 from dora_mm.formats.state import LayerState
@@ -31,10 +32,11 @@ from dora_mm.formats.tools.parts import Parts
 from dora_mm.formats.tools.peft import PREFIX
 from dora_mm.registries.tools import TOOLS, no_entry, other_tools
 
-RIGHT, REFUSED, IGNORED, NO_MAGNITUDE = "right", "refused", "ignored", "loses the magnitude"
+RIGHT, REFUSED, IGNORED, NO_MAGNITUDE = "right", "refused", "not known to this tool", "loses the magnitude"
 WRONG_AXIS, FAILS, NOT_FINITE, DIFFERS = "wrong axis", "fails", "not finite", "differs"
 NOT_FOUND = "not in the base"
 LOADED = (RIGHT, WRONG_AXIS, DIFFERS)  # with the magnitude
+TEXT_OF = "sdxl"  # of which text encoders alone are taken to be
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,10 @@ class LayerVerdict:
 
     Attributes:
         module: The module's name in the file.
-        finding: `right`, `refused` (the tool loads nothing of the file), `ignored`, `loses the magnitude`,
-            `wrong axis`, `fails` (the tool raises an error at this module), `not finite` (W_tool or W' is not, or its
-            norms), `not in the base` (a tool ignores it or raises an error), or `differs`.
+        finding: `right`, `refused` (the tool loads nothing of the file), `not known to this tool` (by its name or its
+            tensors, and ignored), `loses the magnitude`, `wrong axis`, `fails` (the tool raises an error at this
+            module), `not finite` (W_tool or W' is not, or its norms), `not in the base` (a tool ignores it or raises
+            an error), or `differs`.
         error: ||W_tool - W'|| / ||W' - W0||; infinite where the tool raises an error, NaN where there is no number.
         reason: Why it differs or is refused, as the end of a sentence that begins with the tool's name; else empty.
     """
@@ -126,10 +129,10 @@ def verify(
     groups, _ = adapter.groups(adapter.modules, Names(weights))
     check_headers(adapter, groups, weights, axis)
     chosen = list(other_tools()) if tool == "all" else [tool]
-    refusals = {name: tool_of(name).refuses(adapter.modules, adapter.unnamed, adapter.header) for name in chosen}
-    unknown: Collection[str] = ()
-    if "peft" in chosen and not refusals["peft"]:
-        refusals["peft"], unknown = _in_class(adapter, weights)
+    architecture = architecture_of(weights) or (TEXT_OF if _is_text(weights) else None)
+    loads = {name: load_of(adapter, name, architecture) for name in chosen}
+    if "peft" in chosen and not loads["peft"].refusal:
+        loads["peft"] = _in_class(adapter, weights, loads["peft"])
     axes: set[str] = set()
     layers: dict[str, list[LayerVerdict]] = {name: [] for name in chosen}
     squares = dict.fromkeys(chosen, 0.0)
@@ -143,13 +146,13 @@ def verify(
         with located(f"{adapter.path}: {module}"):
             state = fitted(adapter.layer(module, axis), W0)
         axes |= {state.axis} if "magnitude" in state.tensors else set()
-        size, verdicts = _verdicts(adapter, module, refusals, ("peft",) if module in unknown else (), state, W0)
+        size, verdicts = _verdicts(adapter, module, loads, state, W0)
         total += size**2
         for name, verdict in verdicts.items():
             layers[name].append(verdict)
             squares[name] += (verdict.error * (size or 1)) ** 2
     note = "; ".join(_notes(adapter, groups))
-    components = {name.component for group in groups.values() for name in group.names}
+    names = {name for group in groups.values() for name in group.names}
     return [
         Verdict(
             name,
@@ -159,7 +162,7 @@ def verify(
             note,
             TOOLS[name].version,
             tool_of(name).usage(axes),
-            "" if all(layer.finding == RIGHT for layer in layers[name]) else cure(adapter, name, components),
+            "" if all(layer.finding == RIGHT for layer in layers[name]) else cure(adapter, name, names, weights),
             tool_of(name).cautions if axes and any(layer.finding in LOADED for layer in layers[name]) else (),
         )
         for name in chosen
@@ -181,20 +184,25 @@ def _notes(adapter: AdapterFile, groups: Mapping[str, ModuleGroup]) -> Iterator[
         yield f"{twice[0]} is adapted twice, and each adapter is judged alone"
 
 
-def _in_class(adapter: AdapterFile, weights: Mapping[Name, Tensor]) -> tuple[str, Collection[str]]:
-    """Why PEFT refuses a file for the class of the model, and the modules that it does not find there, by its own code.
+def _is_text(weights: Mapping[Name, Tensor]) -> bool:
+    return all(name.component.startswith("text_encoder") for name in weights)
+
+
+def _in_class(adapter: AdapterFile, weights: Mapping[Name, Tensor], load: Load) -> Load:
+    """What PEFT loads of a file into the class of the model, by its own code.
 
     Nothing is known of other files than PEFT's, and of models that are none of transformers'.
     """
     model = weights.model if isinstance(weights, BaseWeights) else None
     if model is None or adapter.tool != "peft":
-        return "", ()
+        return load
     keys = {module: list(endings.values()) for module, endings in adapter.modules.items()}
     shapes = {key: adapter.shape(key) for found in keys.values() for key in found}
     try:
-        return "", {f"{PREFIX}.{path}" for path in peft_loading.left_out(model, adapter.path.parent, shapes)}
+        missing = {f"{PREFIX}.{path}" for path in peft_loading.left_out(model, adapter.path.parent, shapes)}
     except ValueError as error:
-        return f"raises an error, and loads nothing: {str(error).partition(': ')[2]}", ()
+        return Load({}, f"raises an error, and loads nothing: {str(error).partition(': ')[2]}")
+    return Load({module: lost for module, lost in load.lost.items() if module not in missing})
 
 
 def open_base(base: str | Path | Mapping[Name, Tensor]) -> Mapping[Name, Tensor]:
@@ -215,28 +223,24 @@ def stacked(group: ModuleGroup, weights: Mapping[Name, Tensor]) -> Tensor:
 
 
 def _verdicts(
-    adapter: AdapterFile,
-    module: str,
-    refusals: Mapping[str, str],
-    ignored_by: Collection[str],
-    state: LayerState,
-    W0: Tensor,
+    adapter: AdapterFile, module: str, loads: Mapping[str, Load], state: LayerState, W0: Tensor
 ) -> tuple[float, dict[str, LayerVerdict]]:
-    """||W' - W0||, and the verdicts of tools, by name with the reason why one loads nothing."""
+    """||W' - W0||, and the verdicts of tools, by name with what each loads of the file."""
     tensors = adapter.tensors(module)
-    readers = [name for name in refusals if not refusals[name] and name not in ignored_by]
-    parts = {name: tool_of(name).loaded(module, tensors, adapter.header) for name in readers}
-    loads = [ToolLoad(name, [found]) for name, found in parts.items() if is_read(found)]
-    found = compared(loads, W0, state)
-    errors = {load.tool: error for load, error in zip(loads, found.errors, strict=True)}
+    readers = [name for name, load in loads.items() if not load.refusal and module in load.lost]
+    whole = {name: tool_of(name).loaded(module, tensors, adapter.header) for name in readers}
+    parts = {name: without(whole[name], loads[name].lost[module]) for name in readers}
+    read = [ToolLoad(name, [found]) for name, found in parts.items() if is_read(found)]
+    found = compared(read, W0, state)
+    errors = {load.tool: error for load, error in zip(read, found.errors, strict=True)}
 
     def verdict(name: str) -> LayerVerdict:
         if name not in errors:
-            finding = REFUSED if refusals[name] else IGNORED
-            return LayerVerdict(module, finding, 1.0 if found.size else 0.0, refusals[name])
+            finding = REFUSED if loads[name].refusal else IGNORED
+            return LayerVerdict(module, finding, 1.0 if found.size else 0.0, loads[name].refusal)
         return layer_verdict(module, tool_of(name).computes, parts[name], state, W0, found, errors[name])
 
-    return found.size, {name: verdict(name) for name in refusals}
+    return found.size, {name: verdict(name) for name in loads}
 
 
 def layer_verdict(

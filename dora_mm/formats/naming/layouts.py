@@ -103,6 +103,24 @@ HUNYUAN_VIDEO = {
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
+_IN_COMFYUI = {  # which names some modules of HunyuanVideo as Flux.1's
+    "_mod.linear": "_mod.lin",
+    "_attn_qkv": "_attn.qkv",
+    "_attn_proj": "_attn.proj",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.2",
+    ".modulation.linear": ".modulation.lin",
+    "_in.mlp.0": "_in.in_layer",
+    "_in.mlp.2": "_in.out_layer",
+    "_embedder.mlp.0": "_embedder.in_layer",
+    "_embedder.mlp.2": "_embedder.out_layer",
+    "_embedder.linear_1": "_embedder.in_layer",
+    "_embedder.linear_2": "_embedder.out_layer",
+}
+for _own, _path in tuple(HUNYUAN_VIDEO.items()):
+    for _theirs, _comfy in _IN_COMFYUI.items():
+        if _own.endswith(_theirs):
+            HUNYUAN_VIDEO[_own.removesuffix(_theirs) + _comfy] = _path
 WAN = {
     "patch_embedding": "patch_embedding",
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",

@@ -181,7 +181,7 @@ def layouts_of(component: str) -> tuple[str, ...]:
 def _required(layout: str) -> frozenset[Name]:
     """Modules that every model of an architecture has."""
     component, rules, optional = LAYOUTS[layout].component, LAYOUTS[layout].names, LAYOUTS[layout].optional
-    paths = [path.replace("#", "0") for meaning in rules.values() for path in _expanded(meaning)]
+    paths = [path.replace("#", "0") for meaning in rules.values() for path in expanded(meaning)]
     return frozenset(Name(component, path) for path in paths if not re.match(optional, path))
 
 
@@ -198,7 +198,7 @@ def own_table(layout: str) -> dict[str, ModuleGroup]:
     for rule, meaning in rules.items():
         for block in range(_MAX_BLOCKS) if "#" in rule else (0,):
             own = rule.replace("#", str(block))
-            names = tuple(Name(component, path.replace("#", str(block))) for path in _expanded(meaning))
+            names = tuple(Name(component, path.replace("#", str(block))) for path in expanded(meaning))
             is_modulation = (
                 own.endswith("adaLN_modulation.1") and "refiner" not in own
             )  # HunyuanVideo's as in diffusers
@@ -208,7 +208,7 @@ def own_table(layout: str) -> dict[str, ModuleGroup]:
     return found
 
 
-def _expanded(path: str) -> list[str]:
+def expanded(path: str) -> list[str]:
     """Writes out the braces: `a.{b,c}` is `a.b` and `a.c`."""
     before, brace, rest = path.partition("{")
     inside, _, after = rest.partition("}")

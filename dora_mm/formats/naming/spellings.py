@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple, Protocol
 
+from dora_mm.formats.naming.known import reading
 from dora_mm.formats.naming.layouts import LAYOUTS
 from dora_mm.formats.naming.names import (
     NETWORKS,
@@ -62,6 +63,7 @@ class Spelling(NamedTuple):
 
     name: str
     styles: Mapping[str, Style]
+    table: str = ""  # the tool (see known.py) that decides between several own names of a module
 
 
 _TEXT = ("text_encoder", "text_encoder_2")
@@ -69,6 +71,7 @@ _KOHYA_TEXT = {"text_encoder": Style("lora_te1_"), "text_encoder_2": Style("lora
 DIFFUSERS = Spelling("diffusers", {component: Style(f"{component}.") for component in (*NETWORKS, *_TEXT)})
 PEFT = Spelling("peft", dict.fromkeys(("model", *NETWORKS, *_TEXT), Style("base_model.model.")))
 KOHYA = Spelling("kohya", {**dict.fromkeys(NETWORKS, Style("lora_unet_", own=True)), **_KOHYA_TEXT})
+COMFY = Spelling("kohya", KOHYA.styles, "comfyui")
 ONETRAINER = Spelling(
     "onetrainer", {"unet": Style("lora_unet_"), "transformer": Style("lora_transformer_"), **_KOHYA_TEXT}
 )
@@ -199,7 +202,9 @@ class Names:
                 held = ", ".join(spelling.styles)
                 raise ValueError(f"{spelling.name} files have no name for {name}: they hold {held}")
             path, group = _own(name, layout) if style.own else (name.path, ModuleGroup((name,)))
-            key = style.prefix + (underscored(path) if style.prefix.endswith("_") else path)
+            if style.own and layout and spelling.table:
+                path = _known(path, group, layout, style, spelling.table)
+            key = _key(style, path)
             if found.setdefault(key, group) != group:
                 raise ValueError(f"{name} and {found[key].names[0]} have the same name in {spelling.name} files: {key}")
         return found
@@ -213,6 +218,18 @@ def _own(name: Name, layout: str | None) -> tuple[str, ModuleGroup]:
     if path is None:
         raise UnknownModuleError(str(name), name.path, owners(layout))
     return path, own_table(layout)[path]
+
+
+def _key(style: Style, path: str) -> str:
+    return style.prefix + (underscored(path) if style.prefix.endswith("_") else path)
+
+
+def _known(path: str, group: ModuleGroup, layout: str, style: Style, tool: str) -> str:
+    """The first own path of the same modules that a tool reads; the one that is given where it reads none."""
+    if reading(tool, layout, {_key(style, path): ()}).lost:
+        return path
+    others = (other for other, same in own_table(layout).items() if same == group)
+    return next((other for other in others if reading(tool, layout, {_key(style, other): ()}).lost), path)
 
 
 @cache

@@ -7,8 +7,8 @@ which was open in August 2026, by the latter on both. Two forms hold for every v
   second is plain LoRA with B' = s g B;
 - `.diff`, W' - W0.
 
-Names are those of kohya's and of the network's own code. Those of diffusers' UNet are read except where one has `.to_`
-(it looks for `.processor.to_`), so that a file of diffusers is loaded by half, and without its magnitudes.
+Which names it reads depends on the architecture. Of diffusers' UNet it reads those without `.to_` (it looks for
+`.processor.to_`), so that a file of diffusers is loaded by half, and without its magnitudes.
 """
 
 from __future__ import annotations
@@ -21,26 +21,13 @@ from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.algebra.exact import gain, norms
-from dora_mm.formats.naming.spellings import KOHYA
+from dora_mm.formats.naming.spellings import COMFY
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import formulas, products
 from dora_mm.formats.tools.formulas import Computation
-from dora_mm.formats.tools.parts import (
-    BARE_NAMES,
-    LYCORIS_PARTS,
-    OLD_KOHYA_NAMES,
-    OLD_PARTS,
-    Parts,
-    kohya_tensors,
-    neutral,
-)
+from dora_mm.formats.tools.parts import LYCORIS_PARTS, OLD_PARTS, Parts, kohya_tensors, neutral
 from dora_mm.formats.tools.tool import Export, Header, Holds, Tool
 
-_UNET = r"(unet\.)?(conv_(in|out|norm_out)|(time|add)_embedding|(down|up)_blocks|mid_block)\b"
-_UNET += r"(?!.*(?<!\.processor)\.to_)"
-_BARE = rf"(?!(down|up)_blocks|mid_block|conv_|(time|add)_embedding){BARE_NAMES}"
-_TEXT = r"text_encoders\.|text_encoder(_2)?\.text_model\.encoder\.layers\."
-NAMES = re.compile(rf"{OLD_KOHYA_NAMES.pattern}|diffusion_model\.|transformer\.|{_TEXT}|{_UNET}|{_BARE}")
 PARTS = {**LYCORIS_PARTS, **products.GLORA, **OLD_PARTS, "lora_A.weight": "A", "lora_B.weight": "B"}
 TARGET_KEY = "dora_mm_target"  # says for which version a magnitude was written: the tensors cannot
 PAIR_TARGETS = ("comfy, file 1 of 2", "comfy, file 2 of 2")
@@ -108,16 +95,16 @@ CAUTIONS = (
     "--to lora",
 )
 TOOL_2025 = Tool(
-    names=NAMES,
     parts=PARTS,
+    table="comfyui",
     computes=Computation(formulas.over_base, "divides by the norm of W0 on the output axis"),
     wrote_header=re.compile(f"{TARGET_KEY}=comfy-2025$"),
     read=read_2025,
     cautions=CAUTIONS,
 )
 TOOL_15458 = Tool(
-    names=NAMES,
     parts=PARTS,
+    table="comfyui",
     computes=Computation(formulas.over_updated, "divides by the norm of the updated weight"),
     wrote_header=re.compile(f"{TARGET_KEY}=comfy-15458$"),
     wrote_key=re.compile(r"diffusion_model\."),
@@ -125,7 +112,7 @@ TOOL_15458 = Tool(
 )
 EXPORT_2025 = Export(
     write_2025,
-    KOHYA,
+    COMFY,
     read_by=("comfy-2025", "forge"),
     holds=Holds(beside=True),
     header=lambda contents: {TARGET_KEY: "comfy-2025"},
@@ -133,14 +120,14 @@ EXPORT_2025 = Export(
 )
 EXPORT_15458 = Export(
     kohya_tensors,
-    KOHYA,
+    COMFY,
     read_by=("comfy-15458",),
     holds=Holds(beside=True),
     header=lambda contents: {TARGET_KEY: "comfy-15458"},
 )
 EXPORT_DIFF = Export(
     kohya_tensors,
-    KOHYA,
+    COMFY,
     read_by=("comfy-2025", "comfy-15458", "a1111", "sdnext", "invokeai", "lycoris"),
     holds=Holds(beside=True),
     needs_base=True,
@@ -149,7 +136,7 @@ EXPORT_DIFF = Export(
 PAIR = tuple(
     Export(
         write,
-        KOHYA,
+        COMFY,
         read_by=("comfy-2025", "comfy-15458"),
         holds=Holds(columns=False, diffs=False),
         header=lambda contents, target=target: {TARGET_KEY: target},

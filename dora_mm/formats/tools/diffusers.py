@@ -26,7 +26,7 @@ from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.naming.names import TEXT_PREFIX, Name, canonical
 from dora_mm.formats.naming.spellings import DIFFUSERS, without_processor
 from dora_mm.formats.state import joined
-from dora_mm.formats.tools import peft, peft_config
+from dora_mm.formats.tools import peft, peft_config, products
 from dora_mm.formats.tools.parts import OLD_PARTS
 from dora_mm.formats.tools.tool import Contents, Export, Format, Header, HeaderReader, Holds, Modules, Tool
 
@@ -83,9 +83,8 @@ def _parsed(text: str) -> Mapping[str, dict[str, Any]]:
 
 def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
     """Its loaders raise an error at a name without `lora`, and at what they cannot convert of kohya's names."""
-    keys = [key for endings in modules.values() for key in endings.values()] + list(others)
-    unread = TOOL.unread(modules, others)
-    bad = [key for key in keys if "lora" not in key] + [key for key in unread if _KOHYA.match(key)]
+    bad = [key for key in TOOL.unread(modules, ()) if "lora" not in key or _KOHYA.match(key)]
+    bad += [key for key in others if not re.search("lora|lokr", key) or (modules and _KOHYA.match(key))]
     if unknown := next((key for key in bad if "dora_scale" not in key), None):
         return f"raises an error at {unknown:.100}, and loads nothing"
     for text in (r"lora_te1?_", r"lora_te2_"):
@@ -129,8 +128,15 @@ def header(contents: Contents) -> dict[str, str]:
 
 
 TOOL = Tool(
-    names=re.compile(rf"{OWN_NAMES.pattern}|{_KOHYA.pattern}"),
-    parts={**peft.PARTS, **_OLD_PARTS, "lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"},
+    table="diffusers",
+    parts={
+        **peft.PARTS,
+        **_OLD_PARTS,
+        **products.LOKR,
+        "lora_down.weight": "A",
+        "lora_up.weight": "B",
+        "alpha": "alpha",
+    },
     computes=peft.COMPUTES,
     wrote_key=re.compile(
         rf"(?:{OWN_NAMES.pattern}).*(lora_(A\.weight|B\.weight|embedding_|magnitude_vector)|lora(_linear_layer)?\.(down|up)\.)"

@@ -1,4 +1,4 @@
-"""Forge: ComfyUI's names and formula, but a file with more than 12 keys that it does not know is dropped as a whole."""
+"""Forge: ComfyUI's formula, but a file with more than 12 keys that it does not know is dropped as a whole."""
 
 from __future__ import annotations
 
@@ -19,4 +19,4 @@ def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
     return f"drops the file, since {len(unread)} keys have names that it does not know, such as {unread[0]:.100}"
 
 
-TOOL = replace(comfy.TOOL_2025, wrote_header=None, refuses=refuses, cautions=(IN_TURN,))
+TOOL = replace(comfy.TOOL_2025, table="forge", wrote_header=None, refuses=refuses, cautions=(IN_TURN,))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 
 from dora_mm.formats.tools.formulas import IN_TURN, Computation, over_columns
-from dora_mm.formats.tools.parts import KOHYA_NAMES, LYCORIS_PARTS
+from dora_mm.formats.tools.parts import LYCORIS_PARTS
 from dora_mm.formats.tools.tool import Header, Modules, Tool
 
 _UNET = re.compile(r"(unet|text_encoder(_2)?)\.|(lora_unet_|lycoris_)?((down|up|input|output)_blocks|mid(dle)?_block)")
@@ -29,8 +29,8 @@ def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
 
 
 TOOL = Tool(
-    names=re.compile(rf"{KOHYA_NAMES.pattern}|transformer\.|diffusion_model\."),
     parts={**LYCORIS_PARTS, "lora_A.weight": "A", "lora_B.weight": "B"},
+    table="invokeai",
     computes=Computation(over_columns, "takes the norms of input columns", axis="in"),
     refuses=refuses,
     cautions=(IN_TURN,),

@@ -23,7 +23,7 @@ def dora(update: Update, m: Tensor, strength: float) -> Tensor:
 
 
 TOOL = Tool(
-    names=KOHYA_NAMES,
+    table="lycoris",
     parts={**LYCORIS_PARTS, **products.GLORA},
     computes=Computation(dora, "scales the magnitude alone by the strength"),
     wrote_key=re.compile(

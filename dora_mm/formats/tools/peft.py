@@ -199,6 +199,7 @@ COMPUTES = Computation(dora, "scales the update inside the norm by the strength"
 CAUTIONS = (f"{AFTER_ANOTHER}, and take plain LoRA (--to lora) of a second one",)
 TOOL = Tool(
     names=NAMES,
+    table="peft",
     parts=PARTS,
     computes=COMPUTES,
     wrote_key=NAMES,

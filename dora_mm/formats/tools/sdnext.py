@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dora_mm.formats.algebra.exact import norms
 from dora_mm.formats.tools.formulas import EPS, Computation, Update, axis_of_shape, linear, over_updated
-from dora_mm.formats.tools.parts import KOHYA_NAMES, LYCORIS_PARTS
+from dora_mm.formats.tools.parts import LYCORIS_PARTS
 from dora_mm.formats.tools.tool import Tool
 
 
@@ -31,8 +31,8 @@ def dora_2025(update: Update, m: Tensor, strength: float) -> Tensor:
 
 
 TOOL = Tool(
-    names=KOHYA_NAMES,
-    parts=LYCORIS_PARTS,
+    parts={**LYCORIS_PARTS, "lora_A.weight": "A", "lora_B.weight": "B"},
+    table="sdnext",
     computes=Computation(dora, "computes what the paper does"),
 )
 TOOL_2025 = replace(TOOL, computes=Computation(dora_2025, "applies alpha outside the norm"))

@@ -71,7 +71,9 @@ class Tool:
     """One tool that loads adapter files.
 
     Attributes:
-        names: Matches the module names that the tool knows, at their beginning; keys of others are ignored by it.
+        names: Matches the module names that the tool knows, at their beginning, where the table does not say it; keys
+            of others are ignored by it.
+        table: Its name in the table of what tools read by the architecture of the model, `naming/known.csv`.
         parts: The key table: the role of each tensor (see `parts.py`) by the end of its key. Others are ignored.
         computes: The weight that it computes from them.
         wrote_key: Matches a key that only the files have which it wrote, at its beginning.
@@ -89,9 +91,10 @@ class Tool:
             quantised, and the way out, as the ends of sentences that begin with its name.
     """
 
-    names: re.Pattern[str]
     parts: Mapping[str, str]
     computes: Computation
+    names: re.Pattern[str] = re.compile("")
+    table: str = ""
     wrote_key: re.Pattern[str] | None = None
     wrote_header: re.Pattern[str] | None = None
     read: Callable[[Parts, str | None], LayerState] = neutral

@@ -12,8 +12,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import dora_mm
 from dora_mm.formats.adapter_file import AdapterFile
+from dora_mm.formats.commands.loading import load_of
+from dora_mm.formats.naming.known import reading
 from dora_mm.formats.naming.names import canonical
-from dora_mm.formats.tools import tool_of
 from dora_mm.registries.tools import TOOLS, other_tools
 from tests.formats import toy
 from tests.formats.naming.test_names import sdxl  # noqa: F401
@@ -41,8 +42,7 @@ TOKEN = {"bundle_emb.x.clip_l": torch.ones(1, SIZE)}
 
 def refusal(tool, tensors, folder):
     save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / "a.safetensors")
-    file = AdapterFile(folder / "a.safetensors")
-    return tool_of(tool).refuses(file.modules, file.unnamed, file.header)
+    return load_of(AdapterFile(folder / "a.safetensors"), tool, "sdxl").refusal
 
 
 @pytest.fixture(scope="module")
@@ -83,17 +83,17 @@ def test_diffusers_raises_an_error_where_we_say_so(tensors, raises, pipe, tmp_pa
         pipe.unload_lora_weights()
     assert raised == raises
     if not any(key.startswith(("down_blocks", "base_model")) for key in tensors):  # those we cannot read
-        assert bool(refusal("diffusers", tensors, tmp_path)) == raises
+        load = load_of(AdapterFile(path), "diffusers", "sdxl")
+        assert (bool(load.refusal) or not load.lost) == raises
 
 
 def test_comfy_loads_a_third_of_a_file_of_diffusers(sdxl):  # noqa: F811
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     paths = [path for path, module in sdxl.named_modules() if isinstance(module, kinds)]
-    names = tool_of("comfy-2025").names
     assert len(paths) == 794
     for prefix in ("unet.", ""):
-        assert sum(bool(names.match(prefix + path)) for path in paths) == 794 - 560  # all but the attention
-    assert all(names.match("lora_unet_" + path.replace(".", "_")) for path in paths)
+        assert len(reading("comfyui", "sdxl", {prefix + path: () for path in paths}).lost) == 794 - 560  # the attention
+    assert len(reading("comfyui", "sdxl", {"lora_unet_" + path.replace(".", "_"): () for path in paths}).lost) == 794
 
 
 def test_forge_drops_a_file_with_more_than_12_keys_that_it_does_not_know(tmp_path):
@@ -175,7 +175,11 @@ def test_what_lycoris_writes_of_text_encoders_today(tmp_path, monkeypatch):
         if isinstance(module, torch.nn.Linear)
     }
     verdicts = {verdict.tool: verdict for verdict in dora_mm.verify(path, "all", weights)}
-    for tool, finding in {"sdnext": "right", "comfy-2025": "ignored", "a1111": "ignored"}.items():
+    for tool, finding in {
+        "sdnext": "right",
+        "comfy-2025": "not known to this tool",
+        "a1111": "not known to this tool",
+    }.items():
         assert set(verdicts[tool].findings) == {finding}
     (new,) = dora_mm.convert(path, tmp_path / "b.safetensors", to="kohya", base=weights).files
     assert all(module.startswith("lora_te1_text_model_encoder") for module in AdapterFile(new).modules)

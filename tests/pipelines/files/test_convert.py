@@ -110,7 +110,7 @@ def test_verify_shows_every_tool(adapter, tmp_path, capsys):
     assert "divides by the norm of W0" in found["comfy-2025"]
     assert "wrong axis" in found["a1111"]
     assert "loses the magnitude" in found["diffusers"]
-    assert "ignored" in found["peft"]
+    assert "not known to this tool" in found["peft"]
     code, output, _ = run(capsys, "verify", tmp_path / "a.safetensors", "--tool", "a1111", "--base", BASE, "--json")
     (verdict,) = json.loads(output)
     assert code == 0
