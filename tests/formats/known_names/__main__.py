@@ -38,7 +38,7 @@ def rows_of(tool: str, source: str, loader: Loader, forms: Collection[str] = ("d
     """The rows of a tool; none that says only what another one of the prefix says."""
     for architecture in TINY:
         found = {
-            (case, form): kinds_read(case, paths_of(case), loader, form)
+            (case, form): kinds_read(case, tried(case, loader), loader, form)
             for case in cases(architecture)
             for form in forms
         }
@@ -51,7 +51,7 @@ def rows_of(tool: str, source: str, loader: Loader, forms: Collection[str] = ("d
             others = [found[each][0] for each in same]
             if not any(read < kinds or (read == kinds and case.names == "own") for kinds in others):
                 shown = "" if any_form else NOT_A if tool != "diffusers" and form == "down alpha" else form
-                modules = modules_of(case, read)
+                modules = modules_of(case, read, tried(case, loader))
                 yield Row(tool, source, architecture, case.prefix, case.names, shown, lost, raises, modules)
 
 
@@ -84,12 +84,21 @@ def kinds_of_layers(case: Case) -> frozenset[str]:
     return frozenset(kind_of(path) for path in paths_of(case) if f"{case.key(path)}.lora_A.weight" in tensors)
 
 
-def modules_of(case: Case, read: frozenset[str]) -> str:
+def tried(case: Case, loader: Loader) -> list[str]:
+    """The paths of a case that a tool is asked for: norms have no LoRA, which is all that some tools read."""
+    paths = list(paths_of(case))
+    if not getattr(loader, "layers_alone", False):
+        return paths
+    tensors, _ = file_of(case, "A", paths)
+    return [path for path in paths if f"{case.key(path)}.lora_A.weight" in tensors]
+
+
+def modules_of(case: Case, read: frozenset[str], paths: Collection[str]) -> str:
     """The paths that are read, as a row has them: in the shortest way.
 
     Modules that the tiny networks have not count as read where all others are.
     """
-    missing = {kind_of(path) for path in paths_of(case)} - read
+    missing = {kind_of(path) for path in paths} - read
     if not missing:
         return ALL
     return min(BUT + " ".join(sorted(missing)), " ".join(sorted(read)), key=len)

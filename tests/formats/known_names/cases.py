@@ -154,7 +154,8 @@ def _layer(W0: Tensor, form: str, generator: torch.Generator) -> tuple[dict[str,
         return found, s * times_ones(A, B)
     change = s * (B.double().flatten(1) @ A.double().flatten(1)).view(W0.shape)
     if magnitude:
-        m = found[magnitude] = torch.rand(out, generator=generator) + 0.5
+        m = torch.rand(out, generator=generator) + 0.5
+        found[magnitude] = m.view(1, -1, *(1,) * (len(inner) - 1)) if inner[1:] else m
         V = (W0.double() + change).flatten(1)
         change = (V * (m.double() / V.norm(dim=1))[:, None]).view(W0.shape) - W0.double()
     return found, change
