@@ -95,7 +95,10 @@ def _paths(architecture: str, names: str) -> dict[str, ModuleGroup]:
         return found
     kinds = {kind_of(path) for path in PATHS[names](architecture)}
     table = own_table(architecture).items()
-    return {path: group for path, group in table if kind_of(path) in kinds and here >= set(group.names)}
+    found = {path: group for path, group in table if kind_of(path) in kinds and here >= set(group.names)}
+    if names == "own" and component_of(architecture) == "unet":  # of two places of an upsampler a model has one
+        found = {path: group for path, group in found.items() if owners(architecture)[group.names[0]] == path}
+    return found
 
 
 def file_of(
