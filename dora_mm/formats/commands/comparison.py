@@ -70,7 +70,7 @@ def compared(
     size, norm, errors = 0.0, 0.0, [0.0] * len(loads)
     for split, blocks in ((False, [_WHOLE]), (True, row_blocks(W0))):
         chosen = [number for number, found in enumerate(by_rows) if found == split]
-        if chosen or (not loads and split):
+        if chosen or (not loads and split == (layer.axis == "out")):
             some = [(steps[number], loads[number].strength) for number in chosen]
             size, norm, found = _in_blocks(some, blocks, W0, layer, strength, change)
             for number, error in zip(chosen, found, strict=True):

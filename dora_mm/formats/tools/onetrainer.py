@@ -50,7 +50,7 @@ def usage(axes: Collection[str]) -> str:
 
 
 TOOL = Tool(
-    names=re.compile(rf"{KOHYA_NAMES.pattern}|unet\.|transformer\.|diffusion_model\.|text_encoder|{BARE_NAMES}"),
+    table="onetrainer",
     parts={
         **{ending: role for ending, role in LYCORIS_PARTS.items() if role not in ("diff", "mid")},
         "lora_A.weight": "A",

@@ -121,7 +121,8 @@ def test_they_are_judged_or_named(trained, capsys):
     right = {tool for tool, verdict in verdicts.items() if set(verdict.findings) == {"right"}}
     assert set(inspect_file(path).works_in) == right
     assert "differences of biases, such as" in verdicts["lycoris"].note
-    assert set(verdicts["onetrainer"].findings) == set(verdicts["diffusers"].findings) == {"refused"}
+    assert set(verdicts["onetrainer"].findings) == {"refused"}
+    assert set(verdicts["diffusers"].findings) <= {"refused", "not known to this tool"}
     assert "norms and biases" in str(AdapterFile(path).why_not_trainable())
     assert cli.main(["inspect", str(path)]) == 0
     assert "differences of biases" in capsys.readouterr().out

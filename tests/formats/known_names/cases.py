@@ -95,7 +95,10 @@ def _paths(architecture: str, names: str) -> dict[str, ModuleGroup]:
         return found
     kinds = {kind_of(path) for path in PATHS[names](architecture)}
     table = own_table(architecture).items()
-    return {path: group for path, group in table if kind_of(path) in kinds and here >= set(group.names)}
+    found = {path: group for path, group in table if kind_of(path) in kinds and here >= set(group.names)}
+    if names == "own" and component_of(architecture) == "unet":  # of two places of an upsampler a model has one
+        found = {path: group for path, group in found.items() if owners(architecture)[group.names[0]] == path}
+    return found
 
 
 def file_of(
@@ -154,7 +157,8 @@ def _layer(W0: Tensor, form: str, generator: torch.Generator) -> tuple[dict[str,
         return found, s * times_ones(A, B)
     change = s * (B.double().flatten(1) @ A.double().flatten(1)).view(W0.shape)
     if magnitude:
-        m = found[magnitude] = torch.rand(out, generator=generator) + 0.5
+        m = torch.rand(out, generator=generator) + 0.5
+        found[magnitude] = m.view(1, -1, *(1,) * (len(inner) - 1)) if inner[1:] else m
         V = (W0.double() + change).flatten(1)
         change = (V * (m.double() / V.norm(dim=1))[:, None]).view(W0.shape) - W0.double()
     return found, change

@@ -67,6 +67,7 @@ def converted(architecture: str, tensors: Mapping[str, Tensor]) -> dict[str, Ten
 class Diffusers:
     """Its loader; what it makes of the weights is held to float64."""
 
+    layers_alone = True
     forms = ("A", "A alpha", "A magnitude", "down alpha", "old", "lokr alpha")
 
     def __init__(self, checkout: Path | None = None):
@@ -77,7 +78,6 @@ class Diffusers:
         self.lost, self.raises = "", False
         if not _is_written(case, form):
             return set()
-        paths = [path for path in paths if _has_layers(case, path)]
         by_width = case.architecture in ("flux", "chroma") and form.startswith("down")  # kohya's Flux.1 has one
         tensors, meant = file_of(case, form, paths, wide(case.architecture) if by_width else None)
         try:
@@ -104,10 +104,6 @@ def _is_written(case: Case, form: str) -> bool:
     return not (form[0] == "A" and case.prefix.endswith("_")) and (
         form != "old" or case.prefix in ("unet.", "transformer.")
     )
-
-
-def _has_layers(case: Case, path: str) -> bool:
-    return all(name.path in layers_of(network_of(case.architecture)) for name in paths_of(case)[path].names)
 
 
 def is_close(found: Tensor, meant: Tensor) -> bool:

@@ -6,10 +6,11 @@ from collections.abc import Collection
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from tests.formats.known_names import stubs
 from tests.formats.known_names.cases import Case, file_of, layout_of, paths_of
-from tests.formats.known_names.networks import component_of, network_of, text_encoder
+from tests.formats.known_names.networks import component_of, layers_of, network_of, text_encoder
 
 _MODELS = {  # the class of the model, the module of its loader, and the type
     "sd1": ("StableDiffusionModel", "stableDiffusion.StableDiffusionLoRALoader", "STABLE_DIFFUSION_15"),
@@ -31,13 +32,14 @@ class OneTrainer:
         checkout: A checkout of OneTrainer.
     """
 
-    forms = ("down alpha", "A", "A alpha")
-    raises = True
+    layers_alone = True
+    forms = ("down alpha", "A")
 
     def __init__(self, checkout: Path):
         read = ("modules.model", "modules.modelLoader", "modules.util")
         stubs.use(checkout, stubbed=("modules", "mgds"), read=read)
         self.types = import_module("modules.util.enum.ModelType").ModelType
+        self.loading = import_module("modules.util.load_lora_util")
 
     def __call__(self, case: Case, paths: Collection[str], form: str) -> set[str]:
         """The paths of a case that it reads."""
@@ -52,20 +54,23 @@ class OneTrainer:
         found: Collection[str] = ()
         with suppress(Exception):  # whatever it raises, it loads nothing
             found = loader._to_canonical(object.__new__(loader), model, dict(tensors))
+        layers = set(layers_of(network_of(case.architecture)))
+        fused = self.loading.collapse_fusion_groups(layers, model.fusion_groups()) - layers
         groups = paths_of(case)
-        return {path for path in paths if self._takes(case, [each.path for each in groups[path].names], found)}
+        return {path for path in paths if self._takes(case, [each.path for each in groups[path].names], found, fused)}
 
-    def _takes(self, case: Case, names: list[str], found: Collection[str]) -> bool:
-        """Whether modules have a key, or the one that it fuses them to."""
+    def _takes(self, case: Case, names: list[str], found: Collection[str], fused: Collection[str]) -> bool:
+        """Whether modules have a key, or the module that it fuses them to."""
         texts = {"clip-l": "text_encoder", "clip-g": "text_encoder_2"}
         prefix = texts[layout_of(case)] if case.names == "clip" else component_of(case.architecture)
-        if len(names) > 1:
-            start = f"{prefix}.{names[0].rpartition('.')[0]}."
-            return any(key.startswith(start) and "qkv" in key for key in found)
+        if len(names) > 1:  # of one block; of its two attentions, one is of the text
+            block = ".".join(names[0].split(".")[:2])
+            same = [name for name in fused if name.startswith(f"{block}.") and ("add" in name) == ("add" in names[0])]
+            return any(key.startswith(f"{prefix}.{name}.") for key in found for name in same)
         shorter = names[0].removeprefix("text_model.") if case.names == "clip" else names[0]
         return any(key.startswith((f"{prefix}.{names[0]}.", f"{prefix}.{shorter}.")) for key in found)
 
-    def _model(self, name: str, architecture: str, kind: object) -> object:
+    def _model(self, name: str, architecture: str, kind: object) -> Any:
         """Its model, with the tiny network."""
         cls = getattr(import_module(f"modules.model.{name}"), name)
         model = object.__new__(cls)

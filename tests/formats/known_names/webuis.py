@@ -88,6 +88,7 @@ class SDNext:
     """
 
     forms = ("down alpha", "A")
+    raises = True
 
     def __init__(self, checkout: Path):
         own = ("pipelines.z_image.zimage_lora", "pipelines.flux.flux2_lora", "pipelines.chroma.chroma_lora")
