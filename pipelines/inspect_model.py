@@ -20,7 +20,6 @@ from dora_mm.formats.commands.inspection import Inspection, inspect_file
 from dora_mm.formats.commands.set_metadata import Edited, parse_entries, set_metadata
 from dora_mm.formats.files.places import STEMS
 from dora_mm.formats.files.tensor_file import PICKLES
-from dora_mm.formats.tools.comfy import other_half
 from dora_mm.models.architectures import Network, networks_of
 from dora_mm.registries.tools import TOOLS
 from dora_mm.sampling.png import read_description
@@ -143,7 +142,6 @@ def describe_adapter(file: formats.AdapterFile, base: str | None = None) -> str:
     size = file.path.stat().st_size / 1e6
     lines = [f"{shown(file.path, 1000)}: {size:.1f} MB", aligned_columns(summary(found), num_text=2), ""]
     lines += [aligned_columns(table, num_text=4)]
-    lines += [f"note: {half}"] if (half := other_half(found.settings)) else []
     lines += [f"not clear: {point}" for point in found.ambiguous]
     lines += [f"{len(found.biases)} differences of biases, such as {found.biases[0]}"] if found.biases else []
     lines += [f"embedding of a token: {key} {' x '.join(map(str, file.shape(key)))}" for key in found.tokens]

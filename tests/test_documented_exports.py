@@ -97,7 +97,7 @@ WRONG = """
 
 ```
 $ dora-mm convert run new.safetensors --to kohya --base model
-dora-mm convert run new.safetensors --to comfy-2025 --base model   # for ComfyUI and A1111
+dora-mm convert run new.safetensors --to comfy --base model   # for ComfyUI and A1111
 dora-mm convert run new.safetensors --to diff --base model   # for every web UI
 ```
 
@@ -120,11 +120,11 @@ def test_wrong_ones_are_found(errors):
     assert len(found) == 11
     assert [(targets, tools) for targets, tools in found if tools] == [
         (("kohya",), ["invokeai"]),
-        (("comfy-2025",), ["invokeai", "a1111"]),
+        (("comfy",), ["invokeai", "a1111"]),
         (("kohya",), ["forge"]),
-        (("kohya",), ["comfy-2025"]),
+        (("kohya",), ["comfy"]),
         (("kohya",), ["diffusers"]),
-        (("kohya",), ["comfy-2025"]),
+        (("kohya",), ["comfy"]),
         (("kohya",), [NO_DORA]),
     ]
 

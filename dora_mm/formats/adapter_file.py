@@ -23,7 +23,6 @@ from dora_mm.formats.naming.spellings import Namer
 from dora_mm.formats.state import LayerState, with_settings
 from dora_mm.formats.tokens import EMBEDDINGS, keys_by_word, read_beside
 from dora_mm.formats.tools import FORMATS, all_tools, tool_of
-from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.methods import Method, other_method
 from dora_mm.formats.tools.parts import NO_LOW_RANK, axes_that_fit
 from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME, config_beside, method_beside
@@ -297,11 +296,9 @@ class AdapterFile:
     def why_not_trainable(self) -> str | None:
         """Why no training can start from it; None where one can.
 
-        It is one of two files, or it holds differences of weights, or magnitudes of input columns, which load as LoRA
+        It holds differences of weights, or magnitudes of input columns, which load as LoRA
         of full rank.
         """
-        if half := other_half(self.header):
-            return f"{self.path}: {half}"
         if self.biases or any(map(self.is_norm, self.modules)):
             return f"{self.path} also holds differences of norms and biases, which a training here would not go on with"
         for module, endings in self.modules.items():

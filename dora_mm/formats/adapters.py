@@ -27,7 +27,6 @@ from dora_mm.formats.reader import opened, read
 from dora_mm.formats.state import AdapterState, LayerState, joined
 from dora_mm.formats.tokens import TokenRows, bundled, write_beside
 from dora_mm.formats.tools import FORMATS
-from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.tool import Contents, Format
 from dora_mm.registries.tools import TOOLS
 from dora_mm.utils.atomic import save_tensors, write_text
@@ -219,8 +218,6 @@ def load(
     file = opened(path)
     components = components_to_load(model, file)
     state, _ = read(file, components)
-    if half := other_half(file.header):
-        log.warning("%s: %s.", file.path, half)
     if isinstance(strength, Mapping) and not isinstance(model, Mapping):
         strength = {_with_component(name, next(iter(components))): value for name, value in strength.items()}
     return into_models(state, components, file.path, strength=strength, name=name, forward=forward)

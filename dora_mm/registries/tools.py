@@ -41,28 +41,26 @@ class TargetRecord(NamedTuple):
 
 _BUILT_IN = {
     "dora_mm": ToolRecord("dora_mm", f"{_TOOLS}.native:TOOL"),
-    "nvlabs": ToolRecord("NVlabs/DoRA", f"{_TOOLS}.nvlabs:TOOL", "2026-08"),
     "onetrainer": ToolRecord("OneTrainer", f"{_TOOLS}.onetrainer:TOOL", "2026-08 (23df383)"),
     "ai-toolkit": ToolRecord("ai-toolkit", f"{_TOOLS}.ai_toolkit:TOOL", "2026-08"),
     "peft": ToolRecord("PEFT", f"{_TOOLS}.peft:TOOL", "0.21.2"),
     "diffusers": ToolRecord("diffusers", f"{_TOOLS}.diffusers:TOOL", "0.42.1"),
     "bare": ToolRecord("files without a prefix", f"{_TOOLS}.bare:TOOL"),
-    "comfy-2025": ToolRecord(
-        "ComfyUI and reForge", f"{_TOOLS}.comfy:TOOL_2025", "2026-08 (783545f)", "comfy", ("comfyui",)
+    "comfy": ToolRecord(
+        "ComfyUI and reForge", f"{_TOOLS}.comfy:TOOL", "2026-08 (783545f)", "comfy", ("comfyui", "reforge")
     ),
-    "comfy-15458": ToolRecord("ComfyUI with its norm corrected", f"{_TOOLS}.comfy:TOOL_15458", "pull request 15458"),
-    "forge": ToolRecord("Forge", f"{_TOOLS}.forge:TOOL", "2025-06 (dfdcbab)", "comfy-2025", ("reforge",)),
+    "forge": ToolRecord("Forge", f"{_TOOLS}.forge:TOOL", "2025-06 (dfdcbab)", "comfy"),
     "lycoris": ToolRecord("LyCORIS and sd-scripts", f"{_TOOLS}.lycoris:TOOL", "4.1.3", "kohya", ("sd-scripts",)),
     "a1111": ToolRecord(
         "AUTOMATIC1111", f"{_TOOLS}.a1111:TOOL", "1.10.1", "diff", ("automatic1111", "webui", "sd-webui")
     ),
     "sdnext": ToolRecord("SD.Next", f"{_TOOLS}.sdnext:TOOL", "2026-07 (058a7f0)", "kohya"),
-    "sdnext-2025": ToolRecord("older SD.Next", f"{_TOOLS}.sdnext:TOOL_2025", "before 2026-07 (387a349)"),
     "invokeai": ToolRecord("InvokeAI", f"{_TOOLS}.invokeai:TOOL", "2026-08 (8e71a8a)", "diff"),
     "vllm": ToolRecord("vLLM"),
     "sglang": ToolRecord("SGLang"),
     "llama.cpp": ToolRecord("llama.cpp"),
 }
+_MOST_USED = ("comfy", "diffusers", "forge", "lycoris")
 TOOLS = Registry("tools", "tool", _BUILT_IN)
 TARGETS = Registry(
     "targets",
@@ -71,13 +69,7 @@ TARGETS = Registry(
         "peft": TargetRecord("a folder of PEFT", f"{_TOOLS}.peft:EXPORT"),
         "diffusers": TargetRecord("pytorch_lora_weights.safetensors of diffusers", f"{_TOOLS}.diffusers:EXPORT"),
         "kohya": TargetRecord("LyCORIS, sd-scripts and SD.Next", f"{_TOOLS}.lycoris:EXPORT"),
-        "comfy": TargetRecord("two files for any version of ComfyUI"),
-        "comfy-2025": TargetRecord(
-            "one file for ComfyUI, reForge and Forge as they are", f"{_TOOLS}.comfy:EXPORT_2025"
-        ),
-        "comfy-15458": TargetRecord(
-            "one file for ComfyUI with its norm corrected (pull 15458)", f"{_TOOLS}.comfy:EXPORT_15458"
-        ),
+        "comfy": TargetRecord("one file for ComfyUI, reForge and Forge", f"{_TOOLS}.comfy:EXPORT"),
         "diff": TargetRecord(
             "the change of each weight: large, and read by all web UIs", f"{_TOOLS}.comfy:EXPORT_DIFF"
         ),
@@ -98,14 +90,19 @@ def readers() -> list[str]:
 
 
 def other_tools() -> tuple[str, ...]:
-    """The tools that `verify` judges: not this one, and no form that belongs to none."""
-    return tuple(name for name, record in TOOLS.items() if record.tool and name not in ("dora_mm", "bare"))
+    """The tools that `verify` judges, most used ones first; not this one, nor a form that belongs to none."""
+    names = (name for name, record in TOOLS.items() if record.tool and name not in ("dora_mm", "bare"))
+    return tuple(sorted(names, key=lambda name: _MOST_USED.index(name) if name in _MOST_USED else len(_MOST_USED)))
+
+
+def tool_called(name: str) -> str:
+    """The key of a tool by any of its names; the name itself where there is none."""
+    return next((key for key, record in TOOLS.items() if name.lower() in (key, *record.aliases)), name)
 
 
 def no_entry(kind: str, name: str, known: str) -> str:
     """The message for a tool or target that is not here; for a program without DoRA it has the way out."""
-    called = (record for key, record in TOOLS.items() if name.lower() in (key, *record.aliases))
-    record = next(called, None)
+    record = TOOLS.get(tool_called(name))
     if record and not record.tool:
         return (
             f"{record.title} loads no DoRA: merge the adapter into its model with dora-mm merge MODEL ADAPTER OUT, or "

@@ -25,7 +25,7 @@ from tests.benchmarks.full_size import FULL_SIZE
 from tests.benchmarks.results_table import write_times
 
 RANK = 16
-CONVERSIONS = ("diffusers", "kohya", "comfy", "comfy-2025", "comfy-15458", "diff", "merged")
+CONVERSIONS = ("diffusers", "kohya", "comfy", "diff", "merged")
 COMMANDS = ("start", "copy", *CONVERSIONS, "extract")
 COPY = "import sys; from pathlib import Path; from dora_mm.formats.files.tensor_file import copy_around; "
 COPY += "copy_around(Path(sys.argv[1]), Path(sys.argv[2]), [])"

@@ -16,13 +16,11 @@ from typing import NamedTuple
 from dora_mm.registries.tools import TARGETS
 from tests.documented.texts import FENCE, PROGRAM, is_synopsis
 
-WEB_UIS = ("comfy-2025", "forge", "a1111", "sdnext", "invokeai")
+WEB_UIS = ("comfy", "forge", "a1111", "sdnext", "invokeai")
 NO_DORA = "no DoRA"  # stands for the programs that load plain LoRA alone
 TOOLS = {  # how pages name them, the longer ones first
-    r"ComfyUI with (?:its norm corrected|pull request 15458)": ("comfy-15458",),
-    r"older SD\.Next": ("sdnext-2025",),
     r"(?:all|every) web UIs?": WEB_UIS,
-    r"ComfyUI|reForge": ("comfy-2025",),
+    r"ComfyUI|reForge": ("comfy",),
     r"Forge": ("forge",),
     r"A1111|AUTOMATIC1111": ("a1111",),
     r"SD\.Next": ("sdnext",),

@@ -32,7 +32,7 @@ def leave_out(layers: LayerReader, to: str, export: Export | None, *, allow_loss
     norms = found.norms if export else ()
     lost = () if export and export.holds.beside else (*norms, *found.biases)
     tokens = tokens_without_place(found.embeddings, export)
-    form = "comfy-2025" if to == "comfy" else "kohya"  # whose magnitudes ComfyUI reads
+    form = "comfy" if to == "comfy" else "kohya"  # whose magnitudes ComfyUI reads
     ways = f"use --to {form} or --to diff, or --allow-lossy, which leaves them out"
     if (without := (*lost, *tokens)) and not allow_lossy:
         raise ValueError(f"{layers.path} also holds {named(without)}, for which --to {to} has no place: {ways}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dora_mm.formats.adapter_file import AdapterFile, adapter_folder, located
 from dora_mm.formats.algebra import exact
-from dora_mm.formats.commands.convert import Conversion, Settings, check_base, check_whole, written
+from dora_mm.formats.commands.convert import Conversion, Settings, check_base, written
 from dora_mm.formats.commands.verify import open_base
 from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.naming.names import NETWORKS, ModuleGroup, Name
@@ -73,8 +73,6 @@ def combine(
     if axis is not None and not unclear:
         files[0].check_axis()
     readers = [LayerReader(file, opened, axis if file in unclear else None) for file in files]
-    for reader in readers:
-        check_whole(reader)
     _check_networks(readers)
     return written(Sum(readers, strengths), Path(target_path), settings)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,9 +27,9 @@ from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.reader import LayerReader
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tokens import file_beside, write_beside
-from dora_mm.formats.tools import comfy, export_of, tool_of
+from dora_mm.formats.tools import export_of, tool_of
 from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
-from dora_mm.formats.tools.tool import Contents, Export, Written, write_files
+from dora_mm.formats.tools.tool import Contents, Export, Written, write_file
 from dora_mm.registries.tools import TARGETS, no_entry
 from dora_mm.utils.folders import written_at_once
 
@@ -122,7 +122,7 @@ def convert(
         target_path: A file where it ends in `.safetensors`, else a folder; for `merged` whatever the base is.
         to: A name in `registries.tools.TARGETS`.
         base: The model: a folder, a single-file checkpoint, a hub name, or weights by name. The targets comfy,
-            comfy-2025, diff and merged need it, and all others for some adapters; the errors are then those on this
+            diff and merged need it, and all others for some adapters; the errors are then those on this
             model.
         axis: The axis of the magnitudes, `out` or `in`, where their shape does not say it.
         allow_lossy: Whether to write a file from which the tool computes something else at strength 1.
@@ -145,20 +145,13 @@ def convert(
     settings.check()
     check_base(to, base is not None)
     layers = LayerReader(source, None if base is None else open_base(base), axis)
-    check_whole(layers)
     return written(layers, Path(target_path), settings)
 
 
 def check_base(to: str, given: bool) -> None:
     """Raises ValueError where a target needs the base model, and none is given."""
-    if not given and (to in ("merged", "comfy") or (to != "lora" and export_of(to).needs_base)):
+    if not given and (to == "merged" or (to != "lora" and export_of(to).needs_base)):
         raise ValueError(f"target {to} needs the base model: give it with --base")
-
-
-def check_whole(layers: LayerReader) -> None:
-    """Raises ValueError where a file is one half of an adapter."""
-    if half := comfy.other_half(layers.header):
-        raise ValueError(f"{layers.path}: {half}: convert the file that both were made from")
 
 
 @torch.no_grad()
@@ -171,30 +164,28 @@ def written(layers: LayerReader, target: Path, settings: Settings) -> Conversion
         left_out = beside.leave_out(layers, to, None, allow_lossy=settings.allow_lossy)
         errors = write_with_adapter(layers, target, settings.strength)
         return Conversion((target,), len(layers.names()), (errors,), left_out=left_out)
-    exports = _exports(to, layers)
-    if exports[0].file_name == PEFT_FILE:
+    export = _export(to, layers)
+    if export.file_name == PEFT_FILE:
         with located(str(layers.path)):
             method = "lora" if to == "lora" or not layers.any_magnitude() else "dora"
             names = [name for name in layers.names() if not layers.transposed(name)]  # those are refused for that
             check_peft_takes(layers.weights, names, method)
-    left_out = beside.leave_out(layers, to, exports[0], allow_lossy=settings.allow_lossy)
-    if to == "comfy" and layers.is_plain():
-        raise ValueError(f"{layers.path} is plain LoRA, which needs no pair: use --to kohya")
-    writer = _Writer(layers, exports, settings)
-    words = layers.beside().tokens if exports[0].holds.tokens == "beside" else ()
-    files = _new_files(target, exports, words)
+    left_out = beside.leave_out(layers, to, export, allow_lossy=settings.allow_lossy)
+    writer = _Writer(layers, export, settings)
+    words = layers.beside().tokens if export.holds.tokens == "beside" else ()
+    files = _new_files(target, export, words)
     with _filled(files[0].parent) as folder:
         check = _check(writer, layers, strict=not settings.allow_lossy and keep is None)
-        writer.write([folder / file.name for file in files[: len(exports)]], check)
-    usage = _usage(exports, [file.name for file in files[: len(exports)]], writer.axes)
+        writer.write(folder / files[0].name, check)
+    usage = "; ".join(filter(None, (tool_of(name).usage(writer.axes) for name in export.read_by)))
     on_base = layers.weights is not None
     return Conversion(
         tuple(files), len(layers.names()), check.result(), on_base, usage, left_out, tuple(sorted(writer.ranks))
     )
 
 
-def _exports(to: str, layers: LayerReader) -> tuple[Export, ...]:
-    """The forms of the files; that of target lora is PEFT's for a single model and kohya's for a pipeline.
+def _export(to: str, layers: LayerReader) -> Export:
+    """The form of the file; that of target lora is PEFT's for a single model and kohya's for a pipeline.
 
     Raises:
         ValueError: The form holds one network, and the adapter has several.
@@ -202,47 +193,35 @@ def _exports(to: str, layers: LayerReader) -> tuple[Export, ...]:
     networks = list(dict.fromkeys(name.component for name in layers.names()))
     if to == "lora":
         form = export_of("peft" if networks == ["model"] else "kohya")
-        return (replace(form, holds=replace(form.holds, both_methods=True), read_by=form.read_by[:1]),)
+        return replace(form, holds=replace(form.holds, both_methods=True), read_by=form.read_by[:1])
     if to != "peft" and "model" in networks and layers.weights is None:
         raise ValueError(
             f"{layers.path} does not say which network it adapts, and the names of {to} begin with that: give the "
             "pipeline or the network with --base"
         )
-    if to == "comfy":
-        return comfy.PAIR
     if to == "peft" and len(networks) > 1:
         found = ", ".join(networks)
         raise ValueError(f"{layers.path} adapts {found}, and a folder of PEFT's holds one: use another target")
-    return (export_of(to),)
-
-
-def _usage(exports: Sequence[Export], files: Sequence[str], axes: Collection[str]) -> str:
-    """What a person has to know who loads the files, from their names and the axes of their magnitudes."""
-    if len(exports) > 1:
-        return comfy.usage_of_pair(*files)
-    return "; ".join(filter(None, (tool_of(name).usage(axes) for name in exports[0].read_by)))
+    return export_of(to)
 
 
 def _check(writer: _Writer, layers: LayerReader, *, strict: bool) -> ExportCheck:
     """The check by the tools that know the names."""
-    export, plain = writer.exports[0], writer.settings.to == "lora" or not layers.any_magnitude()
+    export, plain = writer.export, writer.settings.to == "lora" or not layers.any_magnitude()
     architecture = architecture_of(layers.weights or layers.names())
     export = replace(export, read_by=readers_of(export.read_by, export, writer.groups, architecture, plain=plain))
     advice = "use --to merged" if export.difference else "use --to merged or --to diff, or --allow-lossy"
     return ExportCheck(export, len(layers.names()), writer.dtype, strict=strict, advice=advice)
 
 
-def _new_files(target: Path, exports: tuple[Export, ...], words: Iterable[str]) -> list[Path]:
-    """The files to write, those of new tokens behind the others. Raises ValueError where one exists."""
+def _new_files(target: Path, export: Export, words: Iterable[str]) -> list[Path]:
+    """The files to write, those of new tokens behind that of the adapter. Raises ValueError where one exists."""
     if target.suffix in (*PICKLES, ".gguf"):
         raise ValueError(f"OUT {target} is not a .safetensors file, and nothing else is written")
     folder, stem = (target.parent, target.stem) if target.suffix == ".safetensors" else (target, target.name)
-    if len(exports) == 1:
-        own = exports[0].file_name if folder == target else ""
-        files = [folder / (own or f"{stem}.safetensors")]
-    else:
-        files = [folder / f"{stem}-{number}.safetensors" for number in range(1, len(exports) + 1)]
-    if exports[0].file_name == PEFT_FILE and files[0].name != PEFT_FILE:
+    own = export.file_name if folder == target else ""
+    files = [folder / (own or f"{stem}.safetensors")]
+    if export.file_name == PEFT_FILE and files[0].name != PEFT_FILE:
         raise ValueError(f"OUT {target} is a file, and PEFT's adapters are folders: leave .safetensors out")
     files += [file_beside(files[0].parent, word) for word in words]
     if existing := [file for file in files if file.exists()]:
@@ -266,29 +245,29 @@ def _filled(folder: Path) -> Iterator[Path]:
 class _Writer:
     """Writes the files of a conversion, module by module."""
 
-    def __init__(self, layers: LayerReader, exports: tuple[Export, ...], settings: Settings):
-        self.layers, self.exports, self.settings, self.keep = layers, exports, settings, settings.keep
+    def __init__(self, layers: LayerReader, export: Export, settings: Settings):
+        self.layers, self.export, self.settings, self.keep = layers, export, settings, settings.keep
         self.axes: set[str] = set()  # of the magnitudes that were written
         self.ranks: list[int] = []
-        self.dtype = getattr(torch, settings.dtype or ("float16" if exports[0].difference else "float32"))
+        self.dtype = getattr(torch, settings.dtype or ("float16" if export.difference else "float32"))
         self.memory = torch.empty(0, dtype=self.dtype)  # of differences
-        self.groups = Names(layers.weights or ()).write(layers.names(), exports[0].spelling)
-        self.one_method = not exports[0].holds.both_methods and layers.any_magnitude()
+        self.groups = Names(layers.weights or ()).write(layers.names(), export.spelling)
+        self.one_method = not export.holds.both_methods and layers.any_magnitude()
 
-    def write(self, files: Sequence[Path], check: ExportCheck) -> None:
-        """Writes the files."""
-        found, place = self.layers.beside(), self.exports[0].holds.tokens
+    def write(self, file: Path, check: ExportCheck) -> None:
+        """Writes the file."""
+        found, place = self.layers.beside(), self.export.holds.tokens
         more = list(found.embeddings.items()) if place == "inside" else []
-        if self.exports[0].holds.beside:
-            more += beside.bias_tensors(self.layers, self.exports[0].spelling, self.settings.strength, self.dtype)
-        header = write_beside(files[0].parent, found.tokens) if place == "beside" else {}
-        written = [Written(export, file, more, header) for export, file in zip(self.exports, files, strict=True)]
-        write_files(written, self._modules(files[0].name, check), self.layers.header, room=self.room(more))
+        if self.export.holds.beside:
+            more += beside.bias_tensors(self.layers, self.export.spelling, self.settings.strength, self.dtype)
+        header = write_beside(file.parent, found.tokens) if place == "beside" else {}
+        written = Written(self.export, file, more, header)
+        write_file(written, self._modules(file.name, check), self.layers.header, room=self.room(more))
 
     def _modules(
         self, file_name: str, check: ExportCheck
-    ) -> Iterator[tuple[str, tuple[Name, ...], DoRASpec, list[dict[str, Tensor]]]]:
-        """The modules of the files, as `write_files` takes them; then the rounding of all is checked."""
+    ) -> Iterator[tuple[str, tuple[Name, ...], DoRASpec, dict[str, Tensor]]]:
+        """The modules of the file, as `write_file` takes them; then the rounding of all is checked."""
         source = self.layers.path
         for module, group in tqdm(self.groups.items(), file_name, unit="module", delay=2, disable=None):
             with located(f"{source}: {module}"):
@@ -297,16 +276,16 @@ class _Writer:
         with located(str(source)):
             check.check_rounding()
 
-    def tensors(self, module: str, group: ModuleGroup, check: ExportCheck) -> tuple[list[dict[str, Tensor]], DoRASpec]:
-        """The tensors of a module in each of the files, by the end of their keys, and its settings."""
+    def tensors(self, module: str, group: ModuleGroup, check: ExportCheck) -> tuple[dict[str, Tensor], DoRASpec]:
+        """The tensors of a module in the file, by the end of their keys, and its settings."""
         if any(self.layers.transposed(name) for name in group.names):
             raise ValueError("its base stores the weight transposed, as embeddings do: only --to merged can hold it")
-        original, W0 = self.layers.fused(group, as_stored=self.exports[0].difference)
+        original, W0 = self.layers.fused(group, as_stored=self.export.difference)
         layer = self.prepared(original, W0)
         self.axes |= {layer.axis} if "magnitude" in layer.tensors else set()
         self.ranks += [layer.spec.rank] if self.keep and "lora_A" in layer.tensors else []
-        tensors = [export.tensors(module, layer, W0) for export in self.exports]
-        header = self.exports[0].header(Contents(dict.fromkeys(group.names, layer.spec), {}))
+        tensors = self.export.tensors(module, layer, W0)
+        header = self.export.header(Contents(dict.fromkeys(group.names, layer.spec), {}))
         return check.check(module, tensors, header, W0, (original, self.settings.strength)), layer.spec
 
     def room(self, more: Iterable[tuple[str, Tensor]]) -> int:
@@ -316,7 +295,7 @@ class _Writer:
 
     def prepared(self, layer: LayerState, W0: Tensor) -> LayerState:
         """The adapter in the form that `Export.write` takes."""
-        export, strength = self.exports[0], self.settings.strength
+        export, strength = self.export, self.settings.strength
         if export.difference:
             return LayerState(DoRASpec(method="full"), {"diff": self.unfilled(W0.shape)})
         if self.keep and exact.is_plain(layer):
@@ -325,11 +304,11 @@ class _Writer:
             return self.plain(layer, W0)
         problem = self.problem(layer)
         if problem is not None:
-            return export.prepare(self.fitted(problem, layer, W0), W0)
+            return self.fitted(problem, layer, W0)
         if self.layers.weights is None and exact.depends_on_base(layer, strength, magnitude=self.one_method):
             raise ValueError("what it becomes depends on the weights of the base model: give it with --base")
         layer = exact.paper_form(layer, W0, strength, magnitude=self.one_method)
-        return export.prepare(layer if export.holds.alpha else exact.folded(layer), W0)
+        return layer if export.holds.alpha else exact.folded(layer)
 
     def shortened(self, layer: LayerState, keep: Truncation) -> LayerState:
         """Plain LoRA with fewer singular values, where it has more than are kept."""
@@ -367,7 +346,7 @@ class _Writer:
 
     def problem(self, layer: LayerState) -> str | None:
         """What the form has no place for, or what is not to be written."""
-        holds, keep = self.exports[0].holds, self.keep
+        holds, keep = self.export.holds, self.keep
         if layer.spec.method == "full":
             is_norm = next(iter(layer.tensors.values())).dim() == 1
             return "it is a difference of weights" if not holds.diffs or (keep and not is_norm) else None

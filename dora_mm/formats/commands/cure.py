@@ -9,7 +9,6 @@ from dora_mm.formats.commands.loading import readers_of
 from dora_mm.formats.naming.names import Name, architecture_of
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.tools import all_exports, tool_of
-from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.parts import NO_LOW_RANK
 from dora_mm.formats.tools.tool import Export
 
@@ -25,7 +24,7 @@ def cure(file: AdapterFile, tool: str, names: Collection[Name], known: Iterable[
         names: The modules that the file adapts.
         known: The names of the base model.
     """
-    target = None if other_half(file.header) else _target(file, tool, names, known)
+    target = _target(file, tool, names, known)
     if target is None:
         return ""
     holds = all_exports()[target].holds

@@ -69,17 +69,16 @@ class ExportCheck:
     def check(
         self,
         module: str,
-        unrounded: list[dict[str, Tensor]],
+        unrounded: dict[str, Tensor],
         header: Header,
         W0: Tensor,
         meant: tuple[LayerState, float],
-    ) -> list[dict[str, Tensor]]:
+    ) -> dict[str, Tensor]:
         """Checks one module.
 
         Args:
             module: Its name in the file.
-            unrounded: For each file that the tools load one after the other, the tensors by the end of their keys; a
-                difference has no values yet.
+            unrounded: Its tensors by the end of their keys; a difference has no values yet.
             header: The header that a file of this module alone would have.
             W0: The base weight.
             meant: The adapter that is meant, and its strength.
@@ -91,13 +90,12 @@ class ExportCheck:
         Raises:
             ValueError: A tool computes something else, and `strict` is set; or a value is not finite in the dtype.
         """
-        written = [
-            {ending: tensor if ending in self.kept else tensor.to(self.dtype) for ending, tensor in tensors.items()}
-            for tensors in unrounded
-        ]
-        change = next(iter(written[0].values())) if self.difference else None
+        written = {
+            ending: tensor if ending in self.kept else tensor.to(self.dtype) for ending, tensor in unrounded.items()
+        }
+        change = next(iter(written.values())) if self.difference else None
         loads = [
-            ToolLoad(name, [tool.loaded(module, tensors, header) for tensors in written if tensors], t)
+            ToolLoad(name, [tool.loaded(module, written, header)], t)
             for name, tool in self.tools.items()
             for t in (1.0, *(tool.computes.strengths if self.count % self.every == 0 else ()))
         ]
@@ -109,9 +107,9 @@ class ExportCheck:
                 self.errors[load.tool][module] = found.relative(error)
                 if self.strict and not found.relative(error) <= bound:
                     if self.difference:
-                        unrounded = [dict.fromkeys(written[0], difference(meant[0], W0, meant[1]))]
-                    exact = [tool_of(load.tool).loaded(module, tensors, header) for tensors in unrounded if tensors]
-                    self._refuse(load._replace(files=exact), W0, meant)
+                        unrounded = dict.fromkeys(written, difference(meant[0], W0, meant[1]))
+                    exact = tool_of(load.tool).loaded(module, unrounded, header)
+                    self._refuse(load._replace(files=[exact]), W0, meant)
             self.squares[load.tool, load.strength].append((error, found.size))
         self.count += 1
         return written
@@ -165,10 +163,9 @@ def refusal(tool: str, error: float) -> str:
     return f"{title} {tool_of(tool).computes.differs}, and would be off by {error:.1%} of the update"
 
 
-def _check_finite(files: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> None:
-    for tensors in files:
-        if name := first_not_finite(tensors.items()):
-            raise ValueError(f"its {name} would have values that are NaN or infinite in {dtype}")
+def _check_finite(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    if name := first_not_finite(tensors.items()):
+        raise ValueError(f"its {name} would have values that are NaN or infinite in {dtype}")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -25,7 +25,7 @@ from dora_mm.formats.naming.names import Name
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import all_exports, export_of
-from dora_mm.formats.tools.tool import Written, write_files
+from dora_mm.formats.tools.tool import Written, write_file
 
 HEADER_BYTES = 4096  # of a module, more than its keys and settings need
 _EMBEDDINGS = re.compile(
@@ -163,7 +163,7 @@ def _write(
     """Writes the adapter in a form, and returns for each module the error and ||W' - W0||."""
     export, errors = export_of(form), {}
 
-    def modules() -> Iterator[tuple[str, tuple[Name], DoRASpec, list[dict[str, Tensor]]]]:
+    def modules() -> Iterator[tuple[str, tuple[Name], DoRASpec, dict[str, Tensor]]]:
         for name in tqdm(names, "extracting", unit="module", delay=2, disable=None):
             W, W0 = tuned[name].float(), base[name].float()
             for path, tensor in (("tuned", W), ("base", W0)):
@@ -172,9 +172,9 @@ def _write(
             layer = fitted_adapter(W, W0, rank)
             errors[name] = _error(layer, W, W0)
             (module,) = Names().write([name], export.spelling)
-            yield module, (name,), layer.spec, [export.tensors(module, layer, W0)]
+            yield module, (name,), layer.spec, export.tensors(module, layer, W0)
 
-    write_files([Written(export, file)], modules(), about, room=HEADER_BYTES * (len(base) + 1))
+    write_file(Written(export, file), modules(), about, room=HEADER_BYTES * (len(base) + 1))
     return errors
 
 

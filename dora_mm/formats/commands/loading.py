@@ -76,7 +76,7 @@ def readers_of(
     elif plain:
         layer = LayerState(DoRASpec(1, method="lora"), {name: one[name] for name in ("lora_A", "lora_B")})
     W0 = torch.ones(2, 2)
-    found = {module: export.tensors(module, export.prepare(layer, W0), W0) for module in modules}
+    found = {module: export.tensors(module, layer, W0) for module in modules}
     return tuple(tool for tool in tools if len(known_modules(tool, architecture, found)[0]) == len(found))
 
 

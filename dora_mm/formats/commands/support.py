@@ -16,7 +16,6 @@ from dora_mm.formats.commands.cure import cure
 from dora_mm.formats.commands.loading import load_of, without
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.tools import tool_of
-from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.tool import Tool
 from dora_mm.registries.tools import other_tools
 
@@ -45,10 +44,8 @@ def works_in(file: AdapterFile, scalings: Mapping[str, float], architecture: str
         architecture: That of the model, as far as the names tell.
 
     Returns:
-        Some of `other_tools`; none where it is half of a pair, or a module is incomplete or of an unclear axis.
+        Some of `other_tools`; none where a module is incomplete or of an unclear axis.
     """
-    if other_half(file.header):
-        return ()
     loaders = {name: load_of(file, name, architecture) for name in other_tools()}
     loaders = {name: load for name, load in loaders.items() if not load.refusal}
     known: set[_Kind] = set()
@@ -75,10 +72,10 @@ def misread_by(file: AdapterFile, right: Collection[str], architecture: str | No
 
     Returns:
         Some of `other_tools`, by the options of `dora-mm convert` that make a file for them; empty options where there
-        are none. Nothing for half of a pair, and for plain LoRA.
+        are none. Nothing for plain LoRA.
     """
     found: dict[str, list[str]] = {}
-    if other_half(file.header) or not any(map(file.axis, file.modules)):
+    if not any(map(file.axis, file.modules)):
         return found
     names = {name for group in file.groups(file.modules, Names())[0].values() for name in group.names}
     for name in other_tools():

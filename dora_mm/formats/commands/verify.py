@@ -26,11 +26,10 @@ from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.reader import check_headers
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import peft_loading, tool_of
-from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.formulas import Computation, axis_of_shape
 from dora_mm.formats.tools.parts import Parts
 from dora_mm.formats.tools.peft import PREFIX
-from dora_mm.registries.tools import TOOLS, no_entry, other_tools
+from dora_mm.registries.tools import TOOLS, no_entry, other_tools, tool_called
 
 RIGHT, REFUSED, IGNORED, NO_MAGNITUDE = "right", "refused", "not known to this tool", "loses the magnitude"
 WRONG_AXIS, FAILS, NOT_FINITE, DIFFERS = "wrong axis", "fails", "not finite", "differs"
@@ -108,7 +107,7 @@ def verify(
 
     Args:
         file: The adapter file of any tool, or its folder.
-        tool: One of `other_tools`, or "all".
+        tool: One of `other_tools`, by any of its names, or "all".
         base: The model: a folder, a single-file checkpoint, a hub name, or weights by name.
         axis: The axis of the magnitudes, `out` or `in`, where their shape does not say it.
 
@@ -118,6 +117,7 @@ def verify(
     Raises:
         ValueError: There is no such tool, or the adapter or the model cannot be read or do not belong together.
     """
+    tool = tool_called(tool)
     if tool != "all" and tool not in other_tools():
         raise ValueError(no_entry("tool", tool, f"all or one of {', '.join(other_tools())}"))
     if base is None:
@@ -170,8 +170,6 @@ def verify(
 
 
 def _notes(adapter: AdapterFile, groups: Mapping[str, ModuleGroup]) -> Iterator[str]:
-    if half := other_half(adapter.header):
-        yield half
     if biases := tuple(adapter.biases.values()):
         yield f"{len(biases)} differences of biases, such as {biases[0]}, are not judged"
     if tokens := adapter.embeddings:

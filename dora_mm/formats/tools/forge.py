@@ -13,10 +13,10 @@ MOST_UNREAD = 12
 
 
 def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
-    unread = comfy.TOOL_2025.unread(modules, [key for key in others if not key.endswith((".diff_b", ".b_norm"))])
+    unread = comfy.TOOL.unread(modules, [key for key in others if not key.endswith((".diff_b", ".b_norm"))])
     if len(unread) <= MOST_UNREAD:
         return ""
     return f"drops the file, since {len(unread)} keys have names that it does not know, such as {unread[0]:.100}"
 
 
-TOOL = replace(comfy.TOOL_2025, table="forge", wrote_header=None, refuses=refuses, cautions=(IN_TURN,))
+TOOL = replace(comfy.TOOL, table="forge", wrote_header=None, refuses=refuses, cautions=(IN_TURN,))

@@ -1,16 +1,13 @@
 """SD.Next: `.dora_scale` on both axes, by its shape.
 
-Since July 2026 alpha / rank is inside the norm, as in the paper. Before, it scaled the whole difference to W0.
+Since July 2026 alpha / rank is inside the norm, as in the paper; before, it scaled the whole difference to W0.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
-from dora_mm.formats.algebra.exact import norms
-from dora_mm.formats.tools.formulas import EPS, Computation, Update, axis_of_shape, linear, over_updated
+from dora_mm.formats.tools.formulas import Computation, Update, linear
 from dora_mm.formats.tools.parts import LYCORIS_PARTS
 from dora_mm.formats.tools.tool import Tool
 
@@ -22,17 +19,8 @@ def dora(update: Update, m: Tensor, strength: float) -> Tensor:
     return linear(W0, update.scaled(m.to(W0.dtype) / update.norms("out" if rows else "in")), strength)
 
 
-def dora_2025(update: Update, m: Tensor, strength: float) -> Tensor:
-    if update.scaling == 1:
-        return over_updated(update, m, strength)
-    V = update.plus(1.0)
-    W = V * (m.to(V.dtype) / (norms(V, axis_of_shape(m, V)) + EPS))
-    return linear(update.W0, W, strength * update.scaling)
-
-
 TOOL = Tool(
     parts={**LYCORIS_PARTS, "lora_A.weight": "A", "lora_B.weight": "B"},
     table="sdnext",
     computes=Computation(dora, "computes what the paper does"),
 )
-TOOL_2025 = replace(TOOL, computes=Computation(dora_2025, "applies alpha outside the norm"))

@@ -185,7 +185,6 @@ class Export:
         header: The entries that the header must have. One that is named like a file is written beside the weights.
         file_name: The name of the file in a folder; empty for the folder's own name.
         needs_base: Whether `write` needs W0 (else only its shape, if at all).
-        prepare: Adds to the neutral form what the `write` of several files need.
         difference: Whether it is W' - W0, as large as W0: the check of what is written computes it, block by block.
         ending: The end of a key in a module, from that which `write` gives it: some tools have several.
     """
@@ -197,7 +196,6 @@ class Export:
     header: Callable[[Contents], dict[str, str]] = lambda contents: {}
     file_name: str = ""
     needs_base: bool = False
-    prepare: Callable[[LayerState, Tensor], LayerState] = lambda layer, W0: layer
     difference: bool = False
     ending: Callable[[str, str], str] = lambda module, ending: ending
 
@@ -231,7 +229,7 @@ class Format:
 
 
 class Written(NamedTuple):
-    """One of the files of an export, to be written.
+    """A file to be written.
 
     Attributes:
         export: Its form.
@@ -246,56 +244,42 @@ class Written(NamedTuple):
     header: Header = MappingProxyType({})
 
 
-def write_files(
-    files: Sequence[Written],
-    modules: Iterable[tuple[str, Collection[Name], DoRASpec, Sequence[Mapping[str, Tensor]]]],
+def write_file(
+    file: Written,
+    modules: Iterable[tuple[str, Collection[Name], DoRASpec, Mapping[str, Tensor]]],
     source: Header,
     *,
     room: int,
 ) -> None:
-    """Writes the files of an adapter one module at a time, and what their form has beside it.
+    """Writes the file of an adapter one module at a time, and what its form has beside it.
 
     Args:
-        files: The files; none is written where a module raises an error.
-        modules: The name of each module in the files, the modules of the model that it stands for, their settings, and
-            for each file its tensors by the end of their keys.
+        file: The file; it is not written where a module raises an error.
+        modules: The name of each module in the file, the modules of the model that it stands for, their settings, and
+            its tensors by the end of their keys.
         source: The header of the file that is converted, or what is known about the adapter, which is kept but for
             local paths.
         room: More bytes than the header can need.
     """
-    specs: dict[Name, DoRASpec] = {}
-    about = without_local_paths(source)
 
-    def fill(writers: Sequence[TensorWriter]) -> None:
-        for module, names, spec, found in modules:
+    def fill(writer: TensorWriter) -> dict[str, str]:
+        specs: dict[Name, DoRASpec] = {}
+        for module, names, spec, tensors in modules:
             specs.update(dict.fromkeys(names, spec))
-            for writer, tensors in zip(writers, found, strict=True):
-                for ending, tensor in tensors.items():
-                    writer.add(f"{module}.{ending}", tensor)
+            for ending, tensor in tensors.items():
+                writer.add(f"{module}.{ending}", tensor)
+        for key, tensor in file.more:
+            writer.add(key, tensor)
+        return _header(file, Contents(specs, without_local_paths(source)))
 
-    def opened(rest: Sequence[Written], writers: Sequence[TensorWriter]) -> None:
-        """Opens the last of the files that are left, so that the first one is complete first."""
-        if not rest:
-            fill(writers)
-            return
-        *others, file = rest
-
-        def run(writer: TensorWriter) -> dict[str, str]:
-            opened(others, [writer, *writers])
-            for key, tensor in file.more:
-                writer.add(key, tensor)
-            return _header(file, Contents(specs, about))
-
-        write_tensors(file.path, room, run)
-
-    opened(files, [])
+    write_tensors(file.path, room, fill)
 
 
 def _header(file: Written, contents: Contents) -> dict[str, str]:
     """The header of a file; what is named like a file is written beside it."""
     header = file.export.header(contents)
     for name in header:
-        if name.endswith(".json"):  # before the weights: a form of two files never has these alone
+        if name.endswith(".json"):  # before the weights, which are never there alone
             write_text(file.path.with_name(name), header[name])
     kept = {key: value for key, value in contents.source.items() if not key.startswith(_DROPPED)}
     return {**kept, **file.header, **{key: value for key, value in header.items() if not key.endswith(".json")}}

@@ -74,7 +74,7 @@ def test_they_load(trained):
     check(*trained)
 
 
-@pytest.mark.parametrize("to", ["kohya", "comfy-2025", "comfy-15458", "diff", "lora"])
+@pytest.mark.parametrize("to", ["kohya", "comfy", "diff", "lora"])
 def test_they_travel(to, trained, tmp_path):
     path, expected = trained
     settings = {"energy": 1.0} if to == "lora" else {"dtype": "float32"}
@@ -99,7 +99,7 @@ def test_a_strength_scales_them(trained, tmp_path):
 def test_what_has_no_place_is_named_and_left_out_only_if_asked_for(to, trained, tmp_path):
     path, _ = trained
     held = rf"also holds \d differences of norms and biases, .* for which --to {to} has no"
-    with pytest.raises(ValueError, match=f"{held}.*--to {'comfy-2025' if to == 'comfy' else 'kohya'} or"):
+    with pytest.raises(ValueError, match=f"{held}.*--to {'comfy' if to == 'comfy' else 'kohya'} or"):
         convert(path, tmp_path / "b", to=to, base=BASE)
     if "diff_b" in " ".join(load_file(path)):
         return  # full differences have no low rank

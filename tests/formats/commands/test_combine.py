@@ -68,7 +68,7 @@ def dora_adapters():
     ]
 
 
-@pytest.mark.parametrize("to", ["kohya", "comfy-2025", "diffusers", "onetrainer"])
+@pytest.mark.parametrize("to", ["kohya", "comfy", "diffusers", "onetrainer"])
 def test_doras_are_one_dora_whose_rank_is_the_sum(to, tmp_path):
     adapters = dora_adapters()
     files = write(tmp_path, *adapters)

@@ -202,14 +202,6 @@ def test_differences_of_weights(to, tmp_path):
     assert all(errors.overall < 1e-3 for errors in done.errors)  # a DoRA of rank 4 is found again
 
 
-def test_half_of_a_pair(source, tmp_path):
-    first, second = convert(source, tmp_path / "new.safetensors", to="comfy", base=BASE).files
-    for number, file in enumerate((first, second), 1):
-        with pytest.raises(ValueError, match=f"it is file {number} of a pair.*only together with file {3 - number}"):
-            convert(file, tmp_path / "again", to="kohya", base=BASE)
-        assert f"file {number} of a pair" in dora_mm.verify(file, "comfy-2025", BASE)[0].note
-
-
 def mixed():
     """DoRA, and one module of plain LoRA, which PEFT's and diffusers' files hold as DoRA with the norms of W0 + B A."""
     return {name: toy.layer(name, method="lora" if number == 1 else "dora") for number, name in enumerate(toy.UNET)}
@@ -225,8 +217,8 @@ DEPEND = [  # what is converted, how, and that it is done with the base
     (columns, {"to": "diffusers", "rank": 8, "allow_lossy": True}),
     (mixed, {"to": "kohya", "strength": 0.0}),
     (mixed, {"to": "kohya", "strength": 1.5}),
-    ("comfy-2025", {"to": "kohya"}),
-    ("comfy-2025", {"to": "comfy-15458"}),
+    ("comfy", {"to": "kohya"}),
+    ("comfy", {"to": "onetrainer"}),
 ]
 
 
@@ -242,12 +234,6 @@ def test_tensors_that_depend_on_the_base_need_it(given, settings, tmp_path):
         convert(source, tmp_path / "new", **settings)
     assert not list((tmp_path / "new").glob("*"))
     assert convert(source, tmp_path / "new", base=base, **settings).on_base
-
-
-def test_plain_lora_has_no_pair(tmp_path):
-    source = toy.write_source(tmp_path / "a.safetensors", {name: toy.layer(name, method="lora") for name in toy.UNET})
-    with pytest.raises(ValueError, match="is plain LoRA, which needs no pair: use --to kohya"):
-        convert(source, tmp_path / "new.safetensors", to="comfy", base=BASE)
 
 
 @pytest.mark.parametrize("header", [{"ot_x": "1"}, {"dora_mm_format": "native-1"}], ids=["tool", "ours"])

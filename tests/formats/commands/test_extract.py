@@ -78,7 +78,7 @@ def test_a_merged_dora_is_found_again(models, tmp_path):
     assert {layer.spec for layers in state.layers.values() for layer in layers.values()} == {DoRASpec(4)}
 
 
-@pytest.mark.parametrize("to", ["peft", "kohya", "comfy-2025", "comfy-15458", "onetrainer"])
+@pytest.mark.parametrize("to", ["peft", "kohya", "comfy", "onetrainer"])
 def test_other_formats(to, tmp_path):
     W0 = toy.base()
     W, _ = merged(W0, toy.UNET)
@@ -251,8 +251,7 @@ def test_the_command(models, tmp_path, capsys):
     assert f"{out} exists already: name a new file or folder" in capsys.readouterr().err
     assert main(["extract", str(tuned), str(base), f"{out}.safetensors", "--rank", "4", "--to", "comfy"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"written    {out}-{number}.safetensors" in shown for number in (1, 2))
-    assert "out-1.safetensors first and out-2.safetensors after it" in shown
+    assert f"written    {out}.safetensors" in shown
     assert main(["extract", str(tuned), str(base), f"{out}3.safetensors", "--rank", "4", "--to", "onetrainer"]) == 0
     assert "set OneTrainer's option" in capsys.readouterr().out
     assert main(["extract", str(tuned), str(base), f"{out}2", "--rank", "4", "--to", "nosuch"]) == 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dora_mm import cli, convert
+from dora_mm import cli
 from dora_mm.formats.commands.inspection import inspect_file
 from dora_mm.formats.tools.parts import kohya_tensors
 from tests.formats import toy
@@ -158,12 +158,6 @@ def test_text_encoders_alone_have_no_architecture(tmp_path):
     }
     save_file(tensors, tmp_path / "a.safetensors")
     assert inspect_file(tmp_path / "a.safetensors").architecture is None
-
-
-def test_half_of_a_pair(source, tmp_path, capsys):
-    for number, file in enumerate(convert(source, tmp_path / "a.safetensors", to="comfy", base=toy.base()).files, 1):
-        assert cli.main(["inspect", str(file)]) == 0
-        assert f"note: it is file {number} of a pair" in capsys.readouterr().out
 
 
 def test_a_model_that_is_given_as_an_adapter_is_called_a_model(tiny_folder, capsys):

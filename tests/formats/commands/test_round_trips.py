@@ -16,8 +16,8 @@ from dora_mm.formats.commands.convert import convert
 from dora_mm.formats.naming.names import Name
 from tests.formats import toy
 
-TOOLS = ("peft", "diffusers", "kohya", "comfy-2025", "comfy-15458", "onetrainer", "ai-toolkit")
-OWN_NAMES = ("kohya", "comfy-2025", "comfy-15458")
+TOOLS = ("peft", "diffusers", "kohya", "comfy", "onetrainer", "ai-toolkit")
+OWN_NAMES = ("kohya", "comfy")
 CONFIGURED = ("peft", "diffusers")  # the settings are in a JSON text, and all modules have a magnitude or none has
 UNET = {  # the path in SGM's code by diffusers' path
     "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": "input_blocks.4.1.transformer_blocks.0.attn1.to_q",
@@ -170,7 +170,7 @@ def read(file, tool, modules):
         A, B = tensors.pop(f"{key}.{a}"), tensors.pop(f"{key}.{b}")
         s, m = scaling(tool, name, tensors, header, A.shape[0]), tensors.pop(f"{key}.{magnitude}", None)
         assert m is None or tuple(m.shape) == magnitude_shape(tool, module.shape)
-        divided_by = "base" if tool == "comfy-2025" else "updated"
+        divided_by = "base" if tool == "comfy" else "updated"
         found[name] = toy.textbook(module.W0, A, B, m, s, divided_by=divided_by)
     assert not tensors
     return found

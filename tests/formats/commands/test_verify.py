@@ -59,12 +59,10 @@ def for_comfy(layer, W0):
     ("tool", "finding", "measured"),
     [  # for 96 x 64 and 64 x 64, as measured with the tools' own loaders
         ("lycoris", "right", (3e-7, 3e-7)),
-        ("comfy-2025", "differs", (0.277, 0.296)),
-        ("comfy-15458", "right", (2e-8, 2e-8)),
+        ("comfy", "differs", (0.277, 0.296)),
         ("a1111", "wrong axis", (0.522, 0.331)),
         ("invokeai", "wrong axis", (0.522, 0.331)),
         ("sdnext", "right", (3e-7, 3e-7)),
-        ("sdnext-2025", "differs", (0.228, 0.236)),
         ("diffusers", "loses the magnitude", (0.295, 0.328)),
         ("peft", "not known to this tool", (1.0, 1.0)),
     ],
@@ -81,38 +79,34 @@ def test_the_measured_table(tool, finding, measured, shape, tmp_path):
         assert verdict.error == pytest.approx(wanted, rel=0.15)
 
 
-def test_alpha_folded_is_right_in_older_releases_of_sdnext(tmp_path):
-    base = random_base(OUT_96)
-    file = write_kohya(tmp_path / "a.safetensors", base, lambda layer, W0: exact.folded(layer))
-    assert dora_mm.verify(file, "sdnext-2025", base)[0].error < 1e-6
-
-
 @pytest.mark.parametrize(("shape", "measured"), [(OUT_96, 0.237), (SQUARE, 0.250)], ids=["96x64", "64x64"])
-def test_a_magnitude_for_old_comfy_is_wrong_in_the_new_one(shape, measured, tmp_path):
+def test_a_magnitude_for_comfyui_is_wrong_elsewhere(shape, measured, tmp_path):
     base = random_base(shape)
-    header = {"dora_mm_target": "comfy-2025"}
+    header = {"dora_mm_target": "comfy"}
     file = write_kohya(tmp_path / "a.safetensors", base, for_comfy)
     save_file(load_file(file), file, metadata=header)
     verdicts = {verdict.tool: verdict for verdict in dora_mm.verify(file, "all", base)}
     assert tuple(verdicts) == other_tools()
-    assert verdicts["comfy-2025"].error < 1e-6
-    assert verdicts["comfy-15458"].error == pytest.approx(measured, rel=0.15)
-    reasons = {layer.reason for layer in verdicts["comfy-15458"].layers}
+    assert tuple(verdicts)[:4] == ("comfy", "diffusers", "forge", "lycoris")  # those that most people use
+    assert [verdict.tool for verdict in dora_mm.verify(file, "ComfyUI", base)] == ["comfy"]
+    assert verdicts["comfy"].error < 1e-6
+    assert verdicts["sdnext"].error == pytest.approx(measured, rel=0.15)
+    reasons = {layer.reason for layer in verdicts["sdnext"].layers}
     assert reasons == {"divides by another norm than the magnitudes of this file need, the norm of W0"}
-    assert {layer.reason for layer in verdicts["comfy-2025"].layers} == {""}
+    assert {layer.reason for layer in verdicts["comfy"].layers} == {""}
 
 
 def test_a_flat_magnitude(tmp_path):
     base = random_base(OUT_96)
-    (verdict,) = dora_mm.verify(write_kohya(tmp_path / "a.safetensors", base, flat=True), "comfy-2025", base)
+    (verdict,) = dora_mm.verify(write_kohya(tmp_path / "a.safetensors", base, flat=True), "comfy", base)
     assert dict(verdict.findings) == {"fails": 4}
     assert math.isinf(verdict.error)
     assert json.loads(json.dumps(verdict.as_dict(), allow_nan=False))["error"] is None
     base = random_base(SQUARE)
     file = write_kohya(tmp_path / "b.safetensors", base, flat=True)
     with pytest.raises(ValueError, match="fits the output rows and the input columns .* --axis out or --axis in"):
-        dora_mm.verify(file, "comfy-2025", base)
-    (verdict,) = dora_mm.verify(file, "comfy-2025", base, axis="out")
+        dora_mm.verify(file, "comfy", base)
+    (verdict,) = dora_mm.verify(file, "comfy", base, axis="out")
     assert dict(verdict.findings) == {"wrong axis": 4}
     assert verdict.error == pytest.approx(0.479, rel=0.15)
 
@@ -125,7 +119,7 @@ def test_modules_that_a_tool_does_not_know_are_counted(tmp_path):
     own = "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k"
     save_file({key.replace(old, own): tensor for key, tensor in tensors.items()}, file)
     found = {verdict.tool: dict(verdict.findings) for verdict in dora_mm.verify(file, "all", base)}
-    assert found["comfy-15458"] == {"right": 4}
+    assert found["comfy"] == {"differs": 4}
     assert found["lycoris"] == {"right": 3, "not known to this tool": 1}
     assert found["peft"] == {"not known to this tool": 4}
 

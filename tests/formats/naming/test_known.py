@@ -55,14 +55,14 @@ def test_the_table_is_of_architectures_and_names_that_there_are():
 @pytest.mark.parametrize(
     ("tool", "architecture", "prefix", "names", "read"),
     [
-        ("comfy-2025", "z-image", "lora_unet_", "diffusers", 14),  # musubi's
-        ("comfy-2025", "wan", "lora_unet_", "diffusers", 1),
-        ("comfy-2025", "wan", "transformer.", "diffusers", 0),
-        ("comfy-2025", "qwen-image", "lora_transformer_", "diffusers", 0),
-        ("comfy-2025", "z-image", "lora_transformer_", "diffusers", 0),
+        ("comfy", "z-image", "lora_unet_", "diffusers", 14),  # musubi's
+        ("comfy", "wan", "lora_unet_", "diffusers", 1),
+        ("comfy", "wan", "transformer.", "diffusers", 0),
+        ("comfy", "qwen-image", "lora_transformer_", "diffusers", 0),
+        ("comfy", "z-image", "lora_transformer_", "diffusers", 0),
         ("a1111", "z-image", "lora_unet_", "diffusers", 0),
         ("a1111", "z-image", "lora_unet_", "own", 0),
-        ("comfy-2025", "hunyuan-video", "lora_unet_", "own", 15),  # musubi's
+        ("comfy", "hunyuan-video", "lora_unet_", "own", 15),  # musubi's
         ("diffusers", "sd3", "lora_unet_", "own", 0),
         ("diffusers", "sd3", "lora_unet_", "diffusers", 0),
     ],

@@ -40,7 +40,7 @@ def error_in_turn(tool: str, kinds: str) -> float:
         steps = []
         for number, kind in enumerate(kinds.split()):
             layer = random_layer(W0, seed + 50 * number)
-            layer = for_comfy(layer, W0) if tool == "comfy-2025" else layer
+            layer = for_comfy(layer, W0) if tool == "comfy" else layer
             applied = loaded(tool, name, layer, W0, drop=() if kind == "dora" else ("dora_scale",))
             if kind == "diff":
                 difference = LayerState(DoRASpec(method="full"), {"diff": exact.difference(layer, W0)})
@@ -63,7 +63,7 @@ def test_a_dora_after_another_adapter_is_not_the_sum(tool):
     assert error_in_turn(tool, "diff diff") < 1e-6
 
 
-@pytest.mark.parametrize(("tool", "measured"), [("comfy-2025", (0.21, 0.12)), ("a1111", (0.25, 0.28))])
+@pytest.mark.parametrize(("tool", "measured"), [("comfy", (0.21, 0.12)), ("a1111", (0.25, 0.28))])
 def test_the_documented_errors(tool, measured):
     for kinds, wanted in zip(("lora dora", "dora dora"), measured, strict=True):
         assert error_in_turn(tool, kinds) == pytest.approx(wanted, abs=0.006)
@@ -106,7 +106,7 @@ def test_bypass_mode_leaves_the_magnitude_out():
     for seed, (name, W0) in enumerate(random_base(OUT_96).items()):
         layer = random_layer(W0, seed)
         W = exact.new_weight(layer, W0)
-        bypassed = loaded("comfy-2025", name, for_comfy(layer, W0), W0, drop=("dora_scale",))(W0)
+        bypassed = loaded("comfy", name, for_comfy(layer, W0), W0, drop=("dora_scale",))(W0)
         off += float((bypassed - W).norm() ** 2)
         size += float((W - W0).norm() ** 2)
     assert math.sqrt(off / size) == pytest.approx(0.30, abs=0.006)
@@ -115,9 +115,9 @@ def test_bypass_mode_leaves_the_magnitude_out():
 @pytest.mark.parametrize(
     ("tool", "drop", "said"),
     [
-        ("comfy-2025", (), ["after another adapter", "--to diff", "bypass mode"]),
+        ("comfy", (), ["after another adapter", "--to diff", "bypass mode"]),
         ("forge", (), ["after another adapter"]),
-        ("comfy-2025", ("dora_scale",), []),
+        ("comfy", ("dora_scale",), []),
         ("sdnext", (), []),
         ("diffusers", (), []),  # it drops this file's magnitudes anyway
     ],

@@ -52,21 +52,6 @@ def test_what_has_no_low_rank_loads_exactly(to, strength, unet, tmp_path):
         torch.testing.assert_close(found, W0 + strength * (W - W0), rtol=1e-5, atol=1e-5)
 
 
-def test_both_files_for_comfy_in_any_order(tmp_path, caplog):
-    source = toy.write_source(tmp_path / "a.safetensors", {n: toy.state_of(n, i) for i, n in enumerate(toy.UNET)})
-    pair = convert(source, tmp_path / "pair.safetensors", to="comfy", base=toy.base()).files
-    merged = []
-    for files in ([source], pair, pair[::-1]):
-        model = toy.model()
-        for number, file in enumerate(files):
-            load_adapter({"unet": model}, file, name=str(number))
-        merge(model, keep_base=False)
-        assert ("of a pair" in caplog.text) == (len(files) > 1)
-        merged.append([model.get_submodule(name.path).weight for name in toy.UNET])
-    for wanted, *others in zip(*merged, strict=True):
-        assert all((W - wanted).norm() < 1e-6 * wanted.norm() for W in others)
-
-
 def unscaled(path):
     """The files of ai-toolkit with an alpha that a person added: the norm is that of W0 + B A."""
     tensors, expected = {}, {}
@@ -87,7 +72,7 @@ def unscaled(path):
 def over_the_base(path):
     """A file for ComfyUI of 2025, which divides by the norm of W0."""
     base = {name: W0 for name, W0 in toy.base().items() if name.component == "unet"}
-    (file,) = convert(path_of("lycoris_out"), path, to="comfy-2025", base=base).files
+    (file,) = convert(path_of("lycoris_out"), path, to="comfy", base=base).files
     probes = load_file(path_of("expected"))
     return file, {name: probes[f"lycoris_out/{name}@1"] for name in toy.UNET}
 
@@ -114,7 +99,7 @@ def test_another_norm_in_a_network_that_is_not_given_is_refused(unet, tmp_path):
         parts = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B", "dora_scale": "magnitude"}
         state = toy.layer(name).tensors
         tensors |= {f"{module.replace('.', '_')}.{end}": state[key].clone() for end, key in parts.items()}
-    save_file(tensors, tmp_path / "a.safetensors", metadata={"dora_mm_target": "comfy-2025"})
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"dora_mm_target": "comfy"})
     with pytest.raises(ValueError, match=r"a\.safetensors.*text_encoder|a\.safetensors.*te1"):
         load_adapter({"unet": unet}, tmp_path / "a.safetensors")
 

@@ -177,7 +177,7 @@ def test_what_lycoris_writes_of_text_encoders_today(tmp_path, monkeypatch):
     verdicts = {verdict.tool: verdict for verdict in dora_mm.verify(path, "all", weights)}
     for tool, finding in {
         "sdnext": "right",
-        "comfy-2025": "not known to this tool",
+        "comfy": "not known to this tool",
         "a1111": "not known to this tool",
     }.items():
         assert set(verdicts[tool].findings) == {finding}

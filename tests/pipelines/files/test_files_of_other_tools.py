@@ -18,7 +18,7 @@ from dora_mm.config.models import ModelConfig
 from dora_mm.core import adapter_parameters
 from dora_mm.models.images.families import load_image_model
 
-EXACT = ("diffusers", "kohya", "comfy", "comfy-2025", "comfy-15458", "onetrainer", "ai-toolkit", "diff")
+EXACT = ("diffusers", "kohya", "comfy", "onetrainer", "ai-toolkit", "diff")
 DRAWN = ("original", "kohya", "comfy")
 BASE = "samples/tiny-sdxl"
 PARTS = ["unet.attn", "unet.cross", "text_encoders.attn"]
@@ -125,7 +125,7 @@ def pictures(run):
 
 @pytest.mark.slow
 def test_they_draw_the_same_pictures(files, convolutions, tmp_path):
-    """The pair for ComfyUI as two adapters at once; also convolutions, other strengths by part, and strength 0."""
+    """Also convolutions, other strengths by part, and strength 0."""
     cells = {to: "+".join(map(str, files(to))) for to in DRAWN}
     weak = "unet.down=0.5,text_encoder=0"
     cells |= {"weak original": f"{cells['original']}:{weak}", "weak kohya": f"{cells['kohya']}:{weak}"}
@@ -136,13 +136,13 @@ def test_they_draw_the_same_pictures(files, convolutions, tmp_path):
     (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = ["steps=2", "width=64", "height=64", "batch_size=1", f"output={tmp_path / 'out'}"]
     assert main(["sample", str(tmp_path / "jobs.jsonl"), "--set", *settings]) == 0
-    original, kohya, pair, *drawn, base, zero_kohya, zero_pair = pictures(tmp_path / "out")
+    original, kohya, comfy, *drawn, base, zero_kohya, zero_comfy = pictures(tmp_path / "out")
     weak_original, weak_kohya, conv_original, conv_kohya = drawn
-    same = [(original, kohya), (original, pair), (weak_original, weak_kohya), (conv_original, conv_kohya)]
+    same = [(original, kohya), (original, comfy), (weak_original, weak_kohya), (conv_original, conv_kohya)]
     assert all(np.abs(one - other).max() <= 1 for one, other in same)
     different = [original, weak_original, conv_original, base]
     assert all(np.abs(one - other).max() > 9 for one, other in combinations(different, 2))
-    assert all((picture == base).all() for picture in (zero_kohya, zero_pair))
+    assert all((picture == base).all() for picture in (zero_kohya, zero_comfy))
 
 
 def test_a_peft_file_belongs_to_the_network_that_has_its_modules(model, tmp_path):
@@ -160,20 +160,20 @@ def test_a_peft_file_belongs_to_the_network_that_has_its_modules(model, tmp_path
         remove(model.unet)
 
 
-def test_what_has_no_low_rank_and_halves_are_not_trained_on(files, image_folder, tmp_path, capsys):
-    for file, message in ((files("diff")[0], "has no low rank at"), (files("comfy")[1], "file 2 of a pair")):
-        config = {
-            "pipeline": "train_diffusion",
-            "output": str(tmp_path / "run"),
-            "model": {"path": BASE},
-            "adapter": {"method": "lora", "rank": 2, "init_from": str(file)},
-            "data": {"folder": str(image_folder), "resolution": 64},
-            "optimizer": {"lr": 1e-3},
-            "train": {"steps": 1, "batch_size": 1},
-        }
-        (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
-        assert main(["train", str(tmp_path / "train.yaml")]) == 2
-        assert message in capsys.readouterr().err
+def test_what_has_no_low_rank_is_not_trained_on(files, image_folder, tmp_path, capsys):
+    file, message = files("diff")[0], "has no low rank at"
+    config = {
+        "pipeline": "train_diffusion",
+        "output": str(tmp_path / "run"),
+        "model": {"path": BASE},
+        "adapter": {"method": "lora", "rank": 2, "init_from": str(file)},
+        "data": {"folder": str(image_folder), "resolution": 64},
+        "optimizer": {"lr": 1e-3},
+        "train": {"steps": 1, "batch_size": 1},
+    }
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", str(tmp_path / "train.yaml")]) == 2
+    assert message in capsys.readouterr().err
 
 
 # --- plain LoRA with kohya's names -----------------------------------------------------------------------------------
