@@ -13,8 +13,6 @@ from dora_mm.formats.naming.spellings import ONETRAINER
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.formulas import Computation, over_updated_rows
 from dora_mm.formats.tools.parts import (
-    BARE_NAMES,
-    KOHYA_NAMES,
     LYCORIS_PARTS,
     Parts,
     kohya_tensors,
