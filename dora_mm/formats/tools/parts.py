@@ -53,9 +53,6 @@ BARE_NAMES = (
     r"(noise|context)_refiner|time_embedding|add_embedding|conv_in|conv_out)\."
 )
 KOHYA_NAMES = re.compile(r"(lora_(unet|te[123]?|transformer|prior_unet|prior_te)|lycoris)_")
-OLD_KOHYA_NAMES = re.compile(  # where a loader does not find CLIP's modules without `text_model_`, as LyCORIS 4 writes
-    rf"(?!lora_\w*te[123]?_(encoder_layers|embeddings|final_layer_norm)_){KOHYA_NAMES.pattern}"
-)
 
 
 def down(parts: Parts) -> Tensor:

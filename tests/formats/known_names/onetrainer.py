@@ -34,6 +34,7 @@ class OneTrainer:
 
     layers_alone = True
     forms = ("down alpha", "A")
+    raises = True
 
     def __init__(self, checkout: Path):
         read = ("modules.model", "modules.modelLoader", "modules.util")

@@ -23,6 +23,7 @@ from tests.formats.known_names.networks import TINY, build, weights_of, wide
 
 UNKNOWN = "not known to this tool"
 LOADED = [row for row in rows() if row.tool == "diffusers" and row.names in ("own", "diffusers")]
+LIKE = ("sd1", "chroma")  # SDXL and Flux.1, whose loaders they have
 MAGNITUDES = ("A magnitude", "diffusion_model.")
 WIDE = ("flux", "chroma")  # kohya's names of these are converted for one width alone
 
@@ -102,7 +103,10 @@ def test_diffusers_computes_a_lokr_of_z_image(tmp_path):
 # --- the rows of the libraries, computed by them ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", LOADED, ids=lambda row: f"{row.architecture}-{row.prefix}{row.names}-{row.form}")
+FEW = [row if row.architecture not in LIKE else pytest.param(row, marks=pytest.mark.slow) for row in LOADED]
+
+
+@pytest.mark.parametrize("row", FEW, ids=lambda row: f"{row.architecture}-{row.prefix}{row.names}-{row.form}")
 def test_diffusers_loads_what_its_rows_say_and_verify_says_so(row, tmp_path):
     case = Case(row.architecture, row.prefix, row.names)
     endings = [end for end in FORMS[row.form] if end]
