@@ -17,6 +17,7 @@ from dora_mm.formats.files.tensor_file import read_metadata
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")  # ends of files
 LONGEST_REASON = 500  # characters; transformers' message about shapes has 60 lines
+OWN_CODE = "code in its own folder, which is not run (trust_remote_code is never used)"
 # httpx and requests, which huggingface_hub uses in different releases, and their common bases
 LIBRARIES = ("diffusers.utils.logging", "transformers.utils.logging")  # each has bars of its own
 _CONNECTION = {"TransportError", "ConnectionError", "Timeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}
@@ -52,7 +53,8 @@ def opening(name: str, problem: str, *, key: str = "") -> Iterator[None]:
                 f"{start}{name} is not on this machine, and the hub (huggingface.co) cannot be reached: go online "
                 "once, or name a local folder instead"
             ) from error
-        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        asks = "trust_remote_code=True" in str(error)  # nothing here could pass it
+        reason = f"it needs {OWN_CODE}" if asks else " ".join(str(error).split())[:LONGEST_REASON]
         raise ValueError(f"{start}{problem}: {reason}") from error
 
 
