@@ -128,7 +128,9 @@ class _Template:
 
     def __init__(self, processor: Any, asked: Sequence[Turn], tools: str = ""):
         self.processor, self.tools = processor, json.loads(tools) if tools else None
-        self.template = chat_template(processor, tools=bool(tools))
+        template = chat_template(processor, tools=bool(tools))
+        assert template is not None  # others read one question
+        self.template = template
         tokenizer = processor.tokenizer
         self.tokens = tuple(filter(None, (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())))
         shape = tuple((turn.role, tuple(kind for kind, _ in _pieces(turn.text))) for turn in asked)

@@ -5,9 +5,10 @@ from typing import Any
 import transformers as hf
 
 from tests.models.vl.vlm.classes.rarest_models import qwen2_5_omni, qwen3_omni
-from tests.models.vl.vlm.newer_models import Tiny
+from tests.models.vl.vlm.newer_models import Tiny, tokenizer_with
 from tests.models.vl.vlm.qwen_models import EXPERTS, MROPE, SECTIONS
-from tests.models.vl.vlm.sizes import LAYERS, TEXT
+from tests.models.vl.vlm.sizes import LAYERS, TEXT, text_config
+from tests.models.vl.vlm.templates import PHI_4
 
 SPEECH = {"head_dim": 16, "vocab_size": 32}
 WAVES: dict[str, Any] = {
@@ -48,4 +49,22 @@ def whole_qwen3_omni() -> Tiny:
     return hf.Qwen3OmniMoeForConditionalGeneration(config), processor
 
 
+def phi4_multimodal() -> Tiny:
+    """Its template is in tokenizer_config.json; the processor's files have none."""
+    tokenizer = tokenizer_with("<|user|>", "<|assistant|>", "<|end|>", image_token="<|image|>", audio_token="<|audio|>")
+    tokenizer.chat_template = PHI_4
+    processor = hf.Phi4MultimodalProcessor(
+        hf.Phi4MultimodalImageProcessor(dynamic_hd=2), hf.Phi4MultimodalFeatureExtractor(), tokenizer
+    )
+    audio = {"hidden_size": 32, "intermediate_size": 48, "num_blocks": 1, "num_attention_heads": 2}
+    audio |= {"ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32}
+    config = hf.Phi4MultimodalConfig(
+        **text_config(tokenizer, "phi4_multimodal"),
+        vision_config=LAYERS | {"image_token_id": tokenizer.image_token_id},
+        audio_config=audio | {"audio_token_id": tokenizer.audio_token_id},
+    )
+    return hf.Phi4MultimodalForCausalLM(config), processor
+
+
 WHOLE = {"whole_qwen2_5_omni": whole_qwen2_5_omni, "whole_qwen3_omni": whole_qwen3_omni}
+WHOLE["phi4_multimodal"] = phi4_multimodal
