@@ -25,7 +25,7 @@ from dora_mm.registries.tools import TOOLS
 from dora_mm.sampling.png import read_description
 from dora_mm.sampling.strengths import strength_text
 from dora_mm.targets import DERIVED, find, map_of
-from dora_mm.targets.derived import NAME, about_left_out
+from dora_mm.targets.derived import NAME, about_experts, about_left_out
 from dora_mm.utils.messages import shown
 from dora_mm.utils.tables import aligned_columns
 
@@ -252,6 +252,7 @@ def describe_network(title: str, network: Network, model: nn.Module, targets: Ta
     """The modules that all parts of a map take together, the parts, and what the default ones would train."""
     num_base = sum(parameter.numel() for parameter in model.parameters())
     others = [about_left_out(model, match_modules(model, targets))] if targets.name == NAME else []
+    others += [line] if (line := about_experts(model)) else []
     report = inject(model, targets.select(parts_in(model, targets) or None), DoRASpec(rank=RANK, alpha=RANK))
     default = tuple(targets.select().parts)
     trainable = sum(module.num_parameters for module in report.modules if module.part in default)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_mm.config.paths import CONFIG, INDEX
+from dora_mm.formats.files.model_class import THINKERS
 from dora_mm.models.opening import WEIGHTS, described, opening
 
 if TYPE_CHECKING:
@@ -28,10 +29,12 @@ class Network:
 
     @property
     def kind(self) -> str:
-        """The name of its class, or else its model type."""
+        """The name of its class, or else its model type; of a model that also speaks, that it is read without that."""
         saved = self.config.get("architectures")
         named = saved if isinstance(saved, list) else []
-        return str(self.config.get("_class_name") or next(iter(named), None) or self.config.get("model_type"))
+        kind = str(self.config.get("_class_name") or next(iter(named), None) or self.config.get("model_type"))
+        thinker = THINKERS.get(str(self.config.get("model_type")))
+        return f"{thinker} (of {kind}, without what speaks)" if thinker else kind
 
     def build(self) -> nn.Module:
         """Builds the network on the meta device.

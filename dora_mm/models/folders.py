@@ -10,20 +10,29 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from dora_mm.formats.files.model_class import reading_part
+from dora_mm.models.foreign import converted, instead_of, why_foreign
 from dora_mm.models.hub import local_copy
 from dora_mm.models.opening import WEIGHTS, loaded_files, opening
 from dora_mm.utils.digest import files_digest, weights_digest
 
 DTYPES = ("float32", "bfloat16", "float16")
+BESIDE = {  # what a folder holds beside the part that reads and writes text, by the type of that part: what speaks
+    "qwen2_5_omni_thinker": ("talker.", "token2wav."),
+    "qwen3_omni_moe_thinker": ("talker.", "code2wav."),
+}
+SPEAKERS = "spk_dict.pt"  # of Qwen2.5-Omni: the voices of what speaks
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of a config.json, by version of transformers
 
 
 def read_config(path: str, revision: str | None = None, *, key: str = "") -> PretrainedConfig:
-    """Reads the config of a model of transformers.
+    """Reads the config of a model of transformers: of what reads and writes text, where it also speaks.
 
     Args:
         path: A folder of `save_pretrained`, or a hub name.
@@ -35,7 +44,13 @@ def read_config(path: str, revision: str | None = None, *, key: str = "") -> Pre
         ValueError: There is no config, or it is none of transformers' architectures.
     """
     with opening(path, f"{path} is not a model of transformers, by its config.json", key=key, revision=revision):
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        try:
+            return reading_part(AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False))
+        except OSError:  # there is none, or the hub cannot be reached
+            raise
+        except Exception as error:  # of configs that are for other code, transformers raises anything
+            raw, _ = PretrainedConfig.get_config_dict(path, revision=revision)
+            raise ValueError(why_foreign(raw) or str(error)) from error
 
 
 def model_class(config: PretrainedConfig, path: str) -> Any:
@@ -57,8 +72,8 @@ def model_class(config: PretrainedConfig, path: str) -> Any:
     found = getattr(transformers, names[0], None)
     if found is None:
         raise ValueError(
-            f"{path} is a {names[0]}, a class that transformers {transformers.__version__} does not have: use the "
-            "version of the model that was converted for transformers (often named -hf)"
+            f"{path} is a {names[0]}, a class that transformers {transformers.__version__} does not have; "
+            f"{instead_of(config.to_dict())}"
         )
     return found
 
@@ -94,13 +109,16 @@ def load_weights(kind: Any, path: str, **settings: Any) -> tuple[Any, list[str]]
     checks = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with opening(path, f"{path} cannot be loaded", key="model.path", revision=settings.get("revision")):
         model, report = kind.from_pretrained(path, trust_remote_code=False, **checks, **settings)
+    config = model.config.to_dict()
+    other = converted(config) if "auto_map" in config else None  # the weights may be for the code in the folder
+    hint = f"; use its version for transformers, {other}" if other else ""
     if missing := sorted(report["missing_keys"]):
         others = f" and {len(missing) - 1} more weights" if missing[1:] else ""
-        raise ValueError(f"model.path: {path} is incomplete: it lacks {missing[0]}{others}")
+        raise ValueError(f"model.path: {path} is incomplete: it lacks {missing[0]}{others}{hint}")
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, needed = mismatched[0]
         raise ValueError(
-            f"model.path: {path} has a {name} of shape {tuple(found)}, and its config.json needs {tuple(needed)}"
+            f"model.path: {path} has a {name} of shape {tuple(found)}, and its config.json needs {tuple(needed)}" + hint
         )
     return model, sorted(report["unexpected_keys"])
 
@@ -178,8 +196,43 @@ def write_copy(model: Any, source: Path, folder: Path) -> None:
     for file in folder.iterdir():
         if not _is_weights(file):
             file.unlink()
+    if model.config.model_type in BESIDE:
+        _add_weights(BESIDE[model.config.model_type], source, folder)
     _copy_others(source, folder)
     _edit_config(folder / "config.json", str(model.dtype).removeprefix("torch."), untied)
+
+
+def _add_weights(prefixes: tuple[str, ...], source: Path, folder: Path) -> None:
+    """Copies the weights of the parts of a whole model that its reading part is without, in files of their own.
+
+    Args:
+        prefixes: What the names of these weights begin with.
+        source: The folder of the whole model.
+        folder: That of the reading part, whose weights have the names that they have in the whole model.
+    """
+    written = weight_files(folder)
+    parts = [file for file in weight_files(source) if _names_in(file, prefixes)]
+    if not parts:  # it is the reading part alone
+        return
+    total, map_of = len(written) + len(parts), {}
+    for number, file in enumerate([*written, *parts], 1):
+        target = folder / f"model-{number:05d}-of-{total:05d}.safetensors"
+        if number > len(written):
+            with safe_open(file, framework="pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in _names_in(file, prefixes)}
+            save_file(tensors, target, {"format": "pt"})
+        elif file != target:
+            file.rename(target)
+        map_of |= dict.fromkeys(_names_in(target), target.name)
+    size = sum((folder / name).stat().st_size for name in set(map_of.values()))
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(map_of.items()))}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _names_in(file: Path, prefixes: tuple[str, ...] = ("",)) -> list[str]:
+    """The names of the tensors of a file that begin with one of these."""
+    with safe_open(file, framework="pt") as opened:
+        return [name for name in opened.keys() if name.startswith(prefixes)]  # noqa: SIM118
 
 
 def _is_untied(model: Any) -> bool:
@@ -203,7 +256,7 @@ def _copy_others(source: Path, folder: Path) -> None:
     for entry in source.iterdir():
         if entry.name.startswith((".", "adapter_")):
             continue
-        if entry.is_file() and not _is_weights(entry):
+        if entry.is_file() and (entry.name == SPEAKERS or not _is_weights(entry)):
             shutil.copyfile(entry, folder / entry.name)
         elif entry.is_dir() and not any(map(_is_weights, entry.rglob("*"))):
             shutil.copytree(entry, folder / entry.name, copy_function=shutil.copyfile)
@@ -215,7 +268,8 @@ def _edit_config(file: Path, dtype: str, untied: bool) -> None:
     if not any(new.get(key) for key in DTYPE_KEYS):
         new["torch_dtype"] = dtype  # which all versions read
     if untied:
-        for part in (new, new.get("text_config")):
+        thinker = new.get("thinker_config", new)
+        for part in (new, thinker, thinker.get("text_config")):
             if isinstance(part, dict):
                 part["tie_word_embeddings"] = False
     if new != old:

@@ -18,6 +18,7 @@ from dora_mm.models.hub import check_hub, local_copy, named, unreachable
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")  # ends of files
 LONGEST_REASON = 500  # characters; transformers' message about shapes has 60 lines
+OWN_CODE = "code in its own folder, which is not run (trust_remote_code is never used)"
 # httpx and requests, which huggingface_hub uses in different releases, and their common bases
 LIBRARIES = ("diffusers.utils.logging", "transformers.utils.logging")  # each has bars of its own
 _CONNECTION = {"TransportError", "ConnectionError", "Timeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}
@@ -48,7 +49,8 @@ def opening(name: str, problem: str, *, key: str = "", revision: str | None = No
     except Exception as error:
         if not Path(name).exists() and any(_is_connection(cause) for cause in _causes(error)):
             raise unreachable(name, revision, key) from error
-        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        asks = "trust_remote_code=True" in str(error)  # nothing here could pass it
+        reason = f"it needs {OWN_CODE}" if asks else " ".join(str(error).split())[:LONGEST_REASON]
         raise ValueError(f"{start}{problem}: {reason}") from error
 
 

@@ -13,7 +13,7 @@ from dora_mm.config.adapter import BESIDE_WEIGHTS, AdapterConfig, PartConfig
 from dora_mm.config.training import OptimizerConfig
 from dora_mm.core import TargetMap
 from dora_mm.core.targets import match_modules, parts_in
-from dora_mm.targets.derived import NAME, about_left_out
+from dora_mm.targets.derived import NAME, about_experts, about_left_out
 from dora_mm.utils.tables import aligned_columns
 
 HEADING = ("part", "modules", "method", "rank", "alpha", "lr", "count", "parameters")
@@ -67,13 +67,17 @@ def parts_table(
     return aligned_columns([HEADING, *rows, *frozen], num_text=3)
 
 
-def about_derived(networks: Mapping[str, nn.Module], target_maps: Mapping[str, TargetMap]) -> list[str]:
-    """A line on each network whose parts follow from its structure: that they do, and what they leave out."""
-    derived = {networks[name]: targets for name, targets in target_maps.items() if targets.name == NAME}
-    return [
+def about_untouched(
+    trained: TrainedNetworks, networks: Mapping[str, nn.Module], target_maps: Mapping[str, TargetMap]
+) -> list[str]:
+    """Lines on what stays as it is: what parts that follow from a network's structure leave out, and experts."""
+    lines = [
         f"parts derived from the model's structure; {about_left_out(network, match_modules(network, targets))}"
-        for network, targets in derived.items()
+        for name, network in networks.items()
+        if (targets := target_maps.get(name)) and targets.name == NAME
     ]
+    experts = (about_experts(network, trained.parameters.values()) for network in networks.values())
+    return [*lines, *filter(None, experts)]
 
 
 def _trained_in(

@@ -17,7 +17,7 @@ from dora_mm.data.vl.needed import data_needed
 from dora_mm.models.hub import UnreachableError
 from dora_mm.models.vl.families import load_vl_model_if_local, structure_of
 from dora_mm.models.vl.vl_model import Structure, VLModel, check_in_step
-from dora_mm.preview.parts import about_derived, parts_table
+from dora_mm.preview.parts import about_untouched, parts_table
 from dora_mm.preview.questions import DataPreview, batch_of, present_splits, preview_data
 from dora_mm.preview.training import (
     length_line,
@@ -123,7 +123,7 @@ def open_model(config: TrainVLConfig, accelerator: Accelerator) -> tuple[VLModel
 def trained_section(config: TrainVLConfig, structure: Structure, trained: TrainedNetworks) -> str:
     """What is trained of the model, by part."""
     table = parts_table(trained, structure.networks, structure.target_maps, config.adapter, config.optimizer)
-    about = [*about_derived(structure.networks, structure.target_maps), *remarks_on_files(trained)]
+    about = [*about_untouched(trained, structure.networks, structure.target_maps), *remarks_on_files(trained)]
     return "\n".join([trained.share, table, *about])
 
 

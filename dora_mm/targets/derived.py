@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -66,7 +66,7 @@ def derive(model: Any) -> TargetMap:
 
 
 def about_left_out(model: nn.Module, taken: Mapping[str, Any]) -> str:
-    """A line on the layers that a map does not take, embeddings apart, and on experts in 3-D parameters.
+    """A line on the layers that a map does not take, but for embeddings and experts, and on other 3-D parameters.
 
     Args:
         model: The model.
@@ -74,14 +74,51 @@ def about_left_out(model: nn.Module, taken: Mapping[str, Any]) -> str:
     """
     found = Counter()
     for path, module in with_projections(dict(model.named_modules())).items():
-        if path in taken or isinstance(module, nn.Embedding):
+        if path in taken or isinstance(module, nn.Embedding) or _is_experts(path, module):
             continue
         if adaptable(module):
             found[numbered(path)] += 1
-        elif any(p.dim() == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False)):
+        elif _has_stacks(module):
             found[f"{numbered(path)} (3-D)"] += 1
     names = [f"{name} ({count})" if count > 1 else name for name, count in found.items()]
     return f"left out: {', '.join(names) or 'none'}"
+
+
+def about_experts(model: nn.Module, trained: Iterable[nn.Parameter] = ()) -> str | None:
+    """A line on the experts in 3-D parameters, which adapters leave as they are; None: there are none.
+
+    Args:
+        model: The model.
+        trained: Parameters that are trained themselves.
+    """
+    num_all, own = sum(p.numel() for p in model.parameters()), {id(p) for p in trained}
+    found, count = Counter(), 0
+    for path, module in model.named_modules():
+        untouched = [p for p in module.parameters(recurse=False) if id(p) not in own]
+        if untouched and _is_experts(path, module):
+            found[numbered(path)] += 1
+            count += sum(p.numel() for p in untouched)
+    if not found:
+        return None
+    names = ", ".join(f"{name} ({number})" if number > 1 else name for name, number in found.items())
+    return (
+        f"experts that no adapter reaches, since they are 3-D weights: {names}; {count:,} parameters, "
+        f"{count / num_all:.1%} of the model, stay as they are"
+    )
+
+
+def _is_experts(path: str, module: nn.Module) -> bool:
+    """Whether a module holds the weights of several experts in one parameter."""
+    return (
+        not adaptable(module)
+        and _has_stacks(module)
+        and re.search("expert", f"{path} {type(module).__name__}", re.I) is not None
+    )
+
+
+def _has_stacks(module: nn.Module) -> bool:
+    """Whether a module has matrices that are stacked in a 3-D parameter of its own."""
+    return any(p.dim() == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
 
 
 def numbered(path: str) -> str:

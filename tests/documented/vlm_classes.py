@@ -1,4 +1,4 @@
-"""docs/vlm_classes.md: which of transformers' image-text-to-text classes train here, as tried on tiny models.
+"""docs/vlm_classes.md: which of transformers' classes for images and text train here, as tried on tiny models.
 
 `python -m tests.documented.vlm_classes` writes it; a slow test compares each row.
 """
@@ -15,7 +15,11 @@ from typing import Any
 
 import pytest
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING_NAMES,
+)
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES as PROCESSORS
 
 from dora_mm.config.models import VLMModelConfig
@@ -28,8 +32,29 @@ from tests.models.vl.vlm.classes.rarest_models import UNTRAINED
 from tests.models.vl.vlm.rows.video_rows import reads_videos, write_visuals
 
 PAGE = Path(__file__).parents[2] / "docs" / "vlm_classes.md"
+BLIP_VQA = "blip (questions)"  # the type of another class, too
 ALIASES = {"shieldgemma2": "gemma3", "glmga": "glm46v", "pp_chart2table": "got_ocr2"}  # types that one class serves
-BUILT_AS = {"blip": "blip_caption", "blip-2": "blip2", "minicpmv4_6": "minicpm_v"}
+BUILT_AS = {"blip": "blip_caption", "blip-2": "blip2", "minicpmv4_6": "minicpm_v", BLIP_VQA: "blip_vqa"} | {
+    kind: f"whole_{kind.removesuffix('_moe')}" for kind in ("qwen2_5_omni", "qwen3_omni_moe")
+}
+
+
+def classes() -> dict[str, str]:
+    """The classes that read images and text and write text, by type: what transformers lists as such, and the others.
+
+    The others are those of its multimodal language models that read images, most of which hear alone, and the one of
+    two classes of BLIP that answers questions.
+    """
+    others = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.items() - MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()
+    seeing = {kind: name for kind, name in others if sees(transformers.CONFIG_MAPPING[kind])}
+    asked = {BLIP_VQA: MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING_NAMES["blip"]}
+    return dict(sorted((dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) | seeing | asked).items()))
+
+
+def sees(config: Any) -> bool:
+    """Whether a class of configs has one of a tower for images in it."""
+    inner = getattr(config, "sub_configs", {})
+    return "vision_config" in inner or any(map(sees, inner.values()))
 
 
 def inputs_of(kind: str) -> list[str]:
@@ -44,6 +69,7 @@ def generates(kind: str) -> bool:
     return issubclass(getattr(transformers, CLASSES[kind]), transformers.GenerationMixin)
 
 
+CLASSES = classes()
 Reason = tuple[str, Callable[[str], bool]]
 REASONS: dict[str, Reason] = {  # of types that no tiny model can show, each with what shows it
     "evolla": ("reads proteins, not images", lambda kind: "protein_tokenizer" in processor_of(kind)),
@@ -77,12 +103,13 @@ REFUSED = {  # of types whose tiny model is refused, each with the message
 LIMITS = {"image_size": 64, "min_pixels": 784, "max_pixels": 14_000, "max_tiles": 1}  # for the tiny models
 HEAD = """# Which classes train
 
-Of the {total} types of model that transformers {version} has for images and text in and text out, {count} train
-here. This table is written by `python -m tests.documented.vlm_classes` from tiny models of random weights with their
-real processors. Of each that trains, with adapters in all parts: a fresh adapter changes no bit; loss and gradients
-are those of autograd through the textbook formula; rows of a batch have the losses and answers that they have alone;
-the merged model computes what the adapter does, and so does PEFT, where it can load the adapter ([what it
-cannot](formats.md#peft) is written in our own form); and the parts that are named have gradients.
+Of the {total} kinds of model that transformers {version} has for images and text in and text out, {count} train
+here. (Its own list of them, image-text-to-text, lacks four: Phi-4-multimodal, the Omni models, whose thinkers train,
+and BLIP for questions.) This table is written by `python -m tests.documented.vlm_classes` from tiny models of random
+weights with their real processors. Of each that trains, with adapters in all parts: a fresh adapter changes no bit;
+loss and gradients are those of autograd through the textbook formula; rows of a batch have the losses and answers that
+they have alone; the merged model computes what the adapter does, and so does PEFT, where it can load the adapter
+([what it cannot](formats.md#peft) is written in our own form); and the parts that are named have gradients.
 
 Those with a yes under "videos" read [videos](vlm.md#data), too, {videos} of them: rows with videos of two lengths, with
 an image and with text alone were computed in one batch and alone.

@@ -83,6 +83,54 @@ def test_configs_of_no_model(tmp_path, content, words):
     assert str(tmp_path) in str(error.value)
 
 
+CODE = r"code in its own folder, which is not run \(trust_remote_code is never used\); "
+OWN = {"auto_map": {"AutoConfig": "configuration_own.Own", "AutoModelForCausalLM": "modeling_own.Own"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [  # as published: DeepSeek-VL2 names neither a class nor code
+        (
+            {"model_type": "deepseek_vl_v2", "language_config": {"model_type": "deepseek_v2"}},
+            "no model of type deepseek_",
+        ),
+        (
+            {"model_type": "multi_modality"},
+            "no model of type multi_modality; use its version for transformers, deepseek-c",
+        ),
+        (
+            {"model_type": "kimi_vl", "architectures": ["KimiVLForConditionalGeneration"], **OWN},
+            f"no KimiVLForConditionalGeneration: it is {CODE}use a version that was converted .* none is known here$",
+        ),
+        (
+            {"model_type": "molmo", "architectures": ["MolmoForCausalLM"], **OWN},
+            f"no MolmoForCausalLM: it is {CODE}no version .* of its successor, allenai/Molmo2-8B$",
+        ),
+        (
+            {"model_type": "internvl_chat", "architectures": ["InternVLChatModel"], **OWN},
+            f"no InternVLChatModel: it is {CODE}use its version for transformers, the same name with -hf",
+        ),
+        (
+            {"model_type": "phi4mm", "architectures": ["Phi4MMForCausalLM"], **OWN},
+            "microsoft/Phi-4-multimodal-instruct with the revision refs/pr/70$",
+        ),
+        (  # a type that transformers has, with a config that it cannot read
+            {"model_type": "florence2", "architectures": ["Florence2ForConditionalGeneration"], **OWN}
+            | {"text_config": {"model_type": "florence2_language"}},
+            f"this Florence2ForConditionalGeneration is for {CODE}use .* florence-community/Florence-2-base",
+        ),
+        (
+            {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]},
+            "a LlavaLlamaForCausalLM, a class that transformers .* does not have; use its version .* llava-hf/llava-",
+        ),
+    ],
+)
+def test_models_whose_code_is_elsewhere_are_told_what_to_use_instead(tmp_path, content, words):
+    write(tmp_path, **content)
+    with pytest.raises(ValueError, match=words):
+        networks_of(str(tmp_path))[""].build()
+
+
 def test_folders_of_no_model(tmp_path):
     with pytest.raises(
         ValueError, match="^.* is no model, and holds no adapter: it has neither config.json nor model_"

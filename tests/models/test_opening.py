@@ -62,6 +62,27 @@ def test_a_damaged_processor(tiny_vlm, tmp_path):
         load_processor(VLMModelConfig(path=str(folder)))
 
 
+def test_a_processor_with_code_of_its_own(tiny_vlm, tmp_path):
+    """transformers' own message asks for an argument that nobody can give here."""
+    folder = shutil.copytree(tiny_vlm("llava"), tmp_path / "own")
+    config = json.loads((folder / "processor_config.json").read_text())
+    config |= {"processor_class": "OwnProcessor", "auto_map": {"AutoProcessor": "processing_own.OwnProcessor"}}
+    (folder / "processor_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"it needs code in its own folder, which is not run \(trust_remote_code is ne"
+    ):
+        load_processor(VLMModelConfig(path=str(folder)))
+
+
+def test_weights_for_the_code_of_a_folder_are_told_what_to_use_instead(tiny_vlm, tmp_path):
+    folder = shutil.copytree(tiny_vlm("florence2"), tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "configuration_own.Own"}}))
+    save_file({"own.weight": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="is incomplete: it lacks .*; use its version for transformers, florence-comm"):
+        load_vlm(VLMModelConfig(path=str(folder)), torch.device("cpu"))
+
+
 def test_weights_of_another_shape(tiny_vlm, tmp_path):
     """transformers' own message refers to a report of 60 lines."""
     folder = shutil.copytree(tiny_vlm("llava"), tmp_path / "other")

@@ -18,6 +18,30 @@ from torch import Tensor, nn
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.utils.messages import first_line
 
+THINKERS = {  # of models that also speak: the class of the part that reads and writes text, by their type
+    "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
+}
+SHARED = ("dtype", "quantization_config")  # what the config of the whole model may say for all of its parts
+
+
+def reading_part(config: Any) -> Any:
+    """The config of what reads and writes text: of a model that also speaks that of its thinker, else the config.
+
+    transformers loads the thinker from the folder of the whole model, and gives its weights the same names there.
+
+    Args:
+        config: What transformers reads of a config.json.
+    """
+    if config.model_type not in THINKERS:
+        return config
+    found = config.thinker_config
+    found.architectures = [THINKERS[config.model_type]]
+    for name in SHARED:
+        if getattr(found, name, None) is None and getattr(config, name, None) is not None:
+            setattr(found, name, getattr(config, name))
+    return found
+
 
 def empty_model(folder: ModelFolder) -> Any:
     """Builds the model of a folder on the meta device.
@@ -34,13 +58,13 @@ def empty_model(folder: ModelFolder) -> Any:
         return None
     import transformers
 
-    kind = getattr(transformers, str(names[0]), None)
+    kind = getattr(transformers, THINKERS.get(config["model_type"], str(names[0])), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         return None
     try:
         settings = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
         with torch.device("meta"):
-            return kind(settings)
+            return kind(reading_part(settings))
     except Exception as error:  # transformers raises anything for settings that do not fit
         raise ValueError(
             f"{folder.path}: no {kind.__name__} can be built from its config.json: {first_line(error)}"

@@ -94,6 +94,15 @@ def test_a_dry_run_shows_parts_data_lengths_rows_memory_and_time(name, config, t
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("extra", [[], ["re:.*experts.*"]])
+def test_experts_that_stay_as_they_are_are_named(extra, config, capsys):
+    text = printed(capsys, config("qwen3_vl_moe", adapter={"rank": 2, "extra_trainable": extra}))
+    experts = (
+        "experts that no adapter reaches, since they are 3-D weights: model.language_model.layers.N.mlp.experts (2); "
+    )
+    assert (experts in text) == (not extra)
+
+
 def test_neither_model_nor_data_need_be_there(capsys):
     text = printed(capsys, "configs/vlm/llava_1_5_7b.yaml")
     assert "llava-hf/llava-1.5-7b-hf is not on this machine" in text

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -33,6 +33,25 @@ class ChatText(NamedTuple):
     text: str
     spans: tuple[tuple[int, int], ...]
     ends: tuple[int, ...] = ()
+
+
+def chat_template(processor: Any, *, tools: bool = False) -> str | None:
+    """The chat template of a model: that of its processor's files, or else of its tokenizer's (Phi-4-multimodal).
+
+    Args:
+        processor: The processor, or what stands for one.
+        tools: Of several templates, the one for conversations with tools, where there is one; else the default one.
+
+    Raises:
+        ValueError: There are several, and none is the default one.
+    """
+    found = processor.chat_template or processor.tokenizer.chat_template
+    if not isinstance(found, Mapping):
+        return found
+    chosen = (found.get("tool_use") if tools else None) or found.get("default")
+    if chosen is None:
+        raise ValueError(f"model.path: the model has chat templates named {', '.join(sorted(found))}, and no default")
+    return chosen
 
 
 def render(processor: Any, turns: Sequence[Turn], tools: str = "") -> ChatText:
@@ -114,10 +133,13 @@ class _Template:
 
     def __init__(self, processor: Any, asked: Sequence[Turn], tools: str = ""):
         self.processor, self.tools = processor, json.loads(tools) if tools else None
+        template = chat_template(processor, tools=bool(tools))
+        assert template is not None  # others read one question
+        self.template = template
         tokenizer = processor.tokenizer
         self.tokens = tuple(filter(None, (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())))
         shape = tuple((turn.role, tuple(kind for kind, _ in _pieces(turn.text))) for turn in asked)
-        self.content, self.breaks = _readable_content(processor, processor.chat_template, shape)
+        self.content, self.breaks = _readable_content(processor, self.template, shape)
 
     def apply(self, turns: Sequence[Turn], *, ask: bool = False) -> str:
         """Renders turns; with `ask`, what begins the model's next turn follows.
@@ -125,7 +147,7 @@ class _Template:
         Raises:
             ValueError: The template refuses them, or leaves out a tool or a call.
         """
-        rendered = _apply(self.processor, list(map(self._message, turns)), ask, self.tools)
+        rendered = _apply(self.processor, self.template, list(map(self._message, turns)), ask, self.tools)
         calls = [call for turn in turns if turn.calls for call in json.loads(turn.calls)]
         for one in [*(self.tools or ()), *calls]:
             if one["function"]["name"] not in rendered:
@@ -146,12 +168,15 @@ class _Template:
         text = plain_text(answer.text).strip()
         alone = self.apply(marked)
         prompt = self.apply(marked[:-1], ask=True) if len(marked) > 1 else alone.partition(marked[-1].text)[0]
-        tail = alone.rpartition(marked[-1].text)[2].rstrip()
+        whole_tail = alone.rpartition(marked[-1].text)[2].rstrip()
+        tail = self._before_others(whole_tail, marked, later) if later else whole_tail
         if later and "think" in text:
             read, history = self._history(marked, answer, later)
             if not _occurs(text, history):
                 return _Exchange(read, history + tail, tail, is_whole=False)
         answered = self.apply([*marked[:-1], answer])
+        if tail != whole_tail:
+            answered = answered.rstrip().removesuffix(whole_tail) + tail
         said = _said(prompt, answered, plain_text(answer.text), tail)
         if not _occurs(text, said):
             raise ValueError(f"the chat template does not render this answer as it is: {text[:80]!r}")
@@ -160,6 +185,14 @@ class _Template:
             end = self._end(marked)
             said += end
         return _Exchange(_behind(prompt, marked[:-1]), said, end, rest)
+
+    def _before_others(self, tail: str, marked: Sequence[Turn], later: Sequence[Turn]) -> str:
+        """What ends an answer, without the end of the whole conversation where others follow (Phi-4)."""
+        shorter = tail.removesuffix(self.processor.tokenizer.eos_token or "").rstrip()
+        if shorter in ("", tail):
+            return tail
+        behind = self.apply([*marked, *_marked([*marked, *later])[len(marked) :]]).partition(marked[-1].text)[2]
+        return tail if behind.startswith(tail) else shorter
 
     def _history(self, marked: Sequence[Turn], answer: Turn, later: Sequence[Turn]) -> tuple[str, str]:
         """What is in front of an answer, and the answer, where others follow."""
@@ -283,7 +316,8 @@ def _readable_content(
         try:
             said = zip([*roles, "assistant"], [*marks, answer], strict=True)
             messages = [{"role": role, "content": content(pieces, processor)} for role, pieces in said]
-            asked, answered = _apply(processor, messages[:-1], True), _apply(processor, messages, False)
+            asked = _apply(processor, template, messages[:-1], True)
+            answered = _apply(processor, template, messages, False)
         except ValueError as error:
             if type(error.__cause__) is TemplateError:  # as templates raise it that refuse a conversation
                 raise
@@ -319,15 +353,19 @@ def _all_videos_shown(marks: Sequence[Pieces], rendered: str, processor: Any) ->
 
 
 def _apply(
-    processor: Any, messages: Sequence[dict[str, Any]], ask: bool, tools: Sequence[dict[str, Any]] | None = None
+    processor: Any,
+    template: str,
+    messages: Sequence[dict[str, Any]],
+    ask: bool,
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> str:
-    """Applies the chat template.
+    """Applies a chat template.
 
     Raises:
         ValueError: The template refuses the conversation, for example its order of roles.
     """
     try:
-        settings = {"tools": tools} if tools else {}
-        return processor.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False, **settings)
+        settings = {"chat_template": template, "add_generation_prompt": ask} | ({"tools": tools} if tools else {})
+        return processor.apply_chat_template(messages, tokenize=False, **settings)
     except Exception as error:  # templates raise jinja2's errors, and whatever their filters do
         raise ValueError(f"the chat template refuses a conversation: {' '.join(str(error).split())[:300]}") from error

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_mm.data.images.frames import Video
-from dora_mm.models.vl.vlm.chat import ChatText
+from dora_mm.models.vl.vlm.chat import ChatText, chat_template
 from dora_mm.models.vl.vlm.features import check_features
 from dora_mm.models.vl.vlm.places import CHANGED, ImageSpan, RecordingTokenizer, image_spans, inside, moved, overlap
 from dora_mm.models.vl.vlm.videos import reads_videos, video_inputs
@@ -219,7 +219,7 @@ class RowEncoder:
         for kind in self.kinds:
             token, count = self._token(kind), counts[kind]
             places = None if token is None else text.count(token)
-            if places not in (None, 0, count) or (count and places == 0 and self.processor.chat_template):
+            if places not in (None, 0, count) or (count and places == 0 and chat_template(self.processor)):
                 raise ValueError(f"the text has {places} places for {kind}s, and the row has {count} {kind}s")
 
     def _row(

@@ -25,6 +25,7 @@ from dora_mm.models.folders import empty_model, has_weights, model_class, read_c
 from dora_mm.models.opening import check_revision, commit_of
 from dora_mm.models.vl.vl_model import RowCounts, RowLengths, Structure, Target, VLModel
 from dora_mm.models.vl.vlm.answers import VLMAnswers
+from dora_mm.models.vl.vlm.chat import chat_template
 from dora_mm.models.vl.vlm.encoding import TokenRow
 from dora_mm.models.vl.vlm.forms import form_of
 from dora_mm.models.vl.vlm.loading import completed, load_processor
@@ -97,8 +98,9 @@ class VLM:
         processor: Any = load_processor(self.config, self.model_config)
         self.reads_images = processor.image_processor is not None
         plain = PLAIN.get(self.model_config.model_type) if self.reads_images else TEXTS
-        self.plain = None if processor.chat_template else plain
-        if self.plain is None and not processor.chat_template:
+        has_template = chat_template(processor) is not None
+        self.plain = None if has_template else plain
+        if self.plain is None and not has_template:
             raise ValueError(
                 f"model.path: {self.path}, a {self.name}, has no chat template, and is none of {list(PLAIN)}"
             )

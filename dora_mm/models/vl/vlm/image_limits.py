@@ -12,7 +12,13 @@ from typing import Any
 
 from dora_mm.config.models import VLMModelConfig
 
-TILES = ("max_num_tiles", "max_slice_nums", "max_tiles", "max_crops")  # attributes that bound the number of tiles
+TILES = (
+    "max_num_tiles",
+    "max_slice_nums",
+    "max_tiles",
+    "max_crops",
+    "dynamic_hd",
+)  # attributes that bound the number of tiles
 SOFT_TOKENS = (70, 140, 280, 560, 1120)  # that an image of Gemma 4 may have
 
 

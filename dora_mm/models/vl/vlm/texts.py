@@ -12,15 +12,10 @@ class TextProcessor:
         tokenizer: The tokenizer.
     """
 
-    image_processor = None
+    image_processor = chat_template = None  # the template is the tokenizer's
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-
-    @property
-    def chat_template(self) -> str | None:
-        """The template of conversations; None: there is none."""
-        return self.tokenizer.get_chat_template() if self.tokenizer.chat_template else None
 
     def apply_chat_template(self, messages: Any, **settings: Any) -> Any:
         """See the method of this name of transformers' processors."""

@@ -223,3 +223,11 @@ TEXT = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
+
+# Contents are texts, images their tokens in them, and an end of sequence follows a conversation that asks for nothing.
+PHI_4 = """\
+{%- for message in messages -%}
+{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}
+{%- endfor -%}
+{{ '<|assistant|>' if add_generation_prompt else eos_token }}
+"""

@@ -1,5 +1,7 @@
 """Which tokens of a conversation carry loss, against expectations written by hand."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import IMAGE, Example, Turn
-from dora_mm.models.vl.vlm.chat import render, render_prompt
+from dora_mm.models.vl.vlm.chat import chat_template, render, render_prompt
 from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.models.vl.vlm.loading import load_processor
@@ -154,6 +156,40 @@ def asked(*texts: str, system: str | None = None) -> list[Turn]:
     return [*([Turn("system", system, False)] if system else []), *turns]
 
 
+PHI = ("<|user|>", "<|assistant|>", "<|end|>")
+PHI_TEXT = (
+    "<|user|><|image_pad|>\nWhat is it?<|end|><|assistant|>[A red ball.<|end|>]"
+    "<|user|>And this?<|end|><|assistant|>[Nothing.<|end|><|im_end|>]"
+)
+
+
+def test_the_template_of_a_tokenizer_serves_where_the_processor_has_none(tiny_vlm, tmp_path):
+    """Phi-4-multimodal has its template in tokenizer_config.json; its end of sequence follows the last turn alone."""
+    folder = shutil.copytree(tiny_vlm("qwen2_5_vl"), tmp_path / "model")
+    (folder / "chat_template.jinja").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": templates.PHI_4}))
+    vlm = VLM(VLMModelConfig(path=str(folder)))
+    assert vlm.rows.processor.chat_template is None
+    vlm.rows.processor.tokenizer.add_tokens(list(PHI), special_tokens=True)
+    assert vlm.converses
+    assert marked(render(vlm.rows.processor, TURNS)) == PHI_TEXT
+    row = vlm.rows.row("chat", Example("1", (), "And this?", ("Nothing.",), (1.0,), turns=TURNS[2:]), None, "Nothing.")
+    assert vlm.rows.processor.tokenizer.decode(row.labels[row.labels != IGNORED]) == "Nothing.<|end|><|im_end|>"
+
+
+def test_of_several_templates_the_default_one_is_read(tiny_vlm):
+    processor = of("qwen2_5_vl", tiny_vlm, "", *PHI)
+    processor.chat_template = {"rag": templates.TEXT, "default": templates.PHI_4, "tool_use": "{{ tools[0].name }}"}
+    assert marked(render(processor, TURNS)) == PHI_TEXT
+    assert chat_template(processor, tools=True) == "{{ tools[0].name }}"
+    processor.chat_template = {"rag": "", "tool_use": ""}
+    with pytest.raises(
+        ValueError, match="^model.path: the model has chat templates named rag, tool_use, and no default"
+    ):
+        chat_template(processor)
+
+
 def test_a_system_turn_is_given_as_text_where_the_template_would_print_a_list(tiny_vlm):
     processor = of("mllama", tiny_vlm, templates.LLAMA3_2)
     for question in ("Q", f"{IMAGE}\nQ"):
@@ -249,6 +285,7 @@ class Simple:
     chat_template = "simple"
 
     class tokenizer:  # noqa: N801
+        chat_template = None
         eos_token = "</s>"
         all_special_tokens = ("</s>",)
 
@@ -257,7 +294,7 @@ class Simple:
             return {}
 
     @staticmethod
-    def apply_chat_template(messages, add_generation_prompt, tokenize):
+    def apply_chat_template(messages, chat_template, add_generation_prompt, tokenize):
         said = [f"<{m['role']}>{''.join(part['text'] for part in m['content']).strip()}" for m in messages]
         return "".join(said) + "<assistant>" * add_generation_prompt
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from tests.models.vl.vlm import chat_models, newer_models, other_models, plain_models, qwen_models
-from tests.models.vl.vlm.classes import further_models, rare_models, rarest_models
+from tests.models.vl.vlm.classes import further_models, rare_models, rarest_models, whole_models
 from tests.models.vl.vlm.texts.language_models import LANGUAGE_MODELS
 
 CHAT = {  # with a chat template
@@ -30,7 +30,7 @@ PLAIN = {  # without
 }
 NEWER = newer_models.NEWER | other_models.OTHERS | {"blip_caption": plain_models.blip_caption}  # in slow tests
 OTHERS = further_models.FURTHER | rare_models.RARE | rarest_models.RAREST  # in one slow test
-BUILDERS = CHAT | PLAIN | NEWER | OTHERS | rarest_models.UNTRAINED | LANGUAGE_MODELS
+BUILDERS = CHAT | PLAIN | NEWER | OTHERS | rarest_models.UNTRAINED | whole_models.WHOLE | LANGUAGE_MODELS
 NAMES = (*CHAT, *PLAIN)
 
 

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from tests.documented.vlm_classes import ALIASES, CLASSES, PAGE, row_of
 from tests.models.vl.vlm.classes.equalities import learned_parts
@@ -34,8 +35,10 @@ def test_the_table_names_all_classes_and_the_pages_count_those_that_train():
     rows = re.findall(r"^\| `(.*?)` \| `(.*?)` \| (yes|no) \|", page, re.M)
     assert {kind: name for kind, name, _ in rows} == dict(CLASSES)
     assert ALIASES.keys() <= CLASSES.keys()
+    assert MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items() <= CLASSES.items()
+    assert {"Phi4MultimodalForCausalLM", "BlipForQuestionAnswering"} <= set(CLASSES.values())
     count = sum(trains == "yes" for _, _, trains in rows)
-    assert f"Of the {len(CLASSES)} types" in page
+    assert f"Of the {len(CLASSES)} kinds" in page
     assert f"{count} train\n" in page
     first = (PAGE.parent / "vlm.md").read_text(encoding="utf-8").split("\n\n")[1].split(". ")[0]
-    assert f"{count} of its {len(CLASSES)} types" in " ".join(first.split())
+    assert f"{count} of its {len(CLASSES)} kinds" in " ".join(first.split())
