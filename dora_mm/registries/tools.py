@@ -45,10 +45,10 @@ _BUILT_IN = {
     "ai-toolkit": ToolRecord("ai-toolkit", f"{_TOOLS}.ai_toolkit:TOOL", "2026-08"),
     "peft": ToolRecord("PEFT", f"{_TOOLS}.peft:TOOL", "0.21.2"),
     "diffusers": ToolRecord("diffusers", f"{_TOOLS}.diffusers:TOOL", "0.42.1"),
-    "bare": ToolRecord("files without a prefix", f"{_TOOLS}.bare:TOOL"),
     "comfy": ToolRecord(
         "ComfyUI and reForge", f"{_TOOLS}.comfy:TOOL", "2026-08 (783545f)", "comfy", ("comfyui", "reforge")
     ),
+    "bare": ToolRecord("files without a prefix", f"{_TOOLS}.bare:TOOL"),
     "forge": ToolRecord("Forge", f"{_TOOLS}.forge:TOOL", "2025-06 (dfdcbab)", "comfy"),
     "lycoris": ToolRecord("LyCORIS and sd-scripts", f"{_TOOLS}.lycoris:TOOL", "4.1.3", "kohya", ("sd-scripts",)),
     "a1111": ToolRecord(

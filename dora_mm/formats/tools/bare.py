@@ -3,8 +3,9 @@
     <path>.lora_A.weight, .lora_A.default.weight, .lora.down.weight, .lora_down.weight     A
     <path>.lora_magnitude_vector[.weight], .magnitude, .dora_scale                         the magnitude
 
-The path is diffusers' or the network's own, after `base_model.model.` where PEFT's config is missing. It is the form of
-no tool in particular: alpha is the rank where there is none.
+The path is diffusers' or the network's own, after `base_model.model.` where PEFT's config is missing, or after
+ComfyUI's `diffusion_model.`, which many trainers write. It is the form of no tool in particular: alpha is the rank
+where there is none.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ TOOL = Tool(
     names=re.compile(""),
     parts=PARTS,
     computes=Computation(over_updated_rows, "computes what the paper does"),
-    wrote_key=re.compile(rf"({_PREFIX}{BARE_NAMES}|text_)(.*\.)?({_KEYS}|\w+_lora[12]?\.(down|up)\.weight)$"),
+    wrote_key=re.compile(
+        rf"diffusion_model\.|({_PREFIX}{BARE_NAMES}|text_)(.*\.)?({_KEYS}|\w+_lora[12]?\.(down|up)\.weight)$"
+    ),
     read=read,
 )
