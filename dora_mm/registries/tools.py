@@ -56,6 +56,7 @@ _BUILT_IN = {
     ),
     "sdnext": ToolRecord("SD.Next", f"{_TOOLS}.sdnext:TOOL", "2026-07 (058a7f0)", "kohya"),
     "invokeai": ToolRecord("InvokeAI", f"{_TOOLS}.invokeai:TOOL", "2026-08 (8e71a8a)", "diff"),
+    "musubi": ToolRecord("musubi-tuner", f"{_TOOLS}.musubi:TOOL", "2026-06 (30c658c)", "lora", ("musubi-tuner",)),
     "vllm": ToolRecord("vLLM"),
     "sglang": ToolRecord("SGLang"),
     "llama.cpp": ToolRecord("llama.cpp"),

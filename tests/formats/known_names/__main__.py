@@ -27,6 +27,7 @@ TOOLS = {  # by the tool: the place of its loader
     "sdnext": f"{_HERE}.webuis:SDNext",
     "invokeai": f"{_HERE}.invokeai:InvokeAI",
     "onetrainer": f"{_HERE}.onetrainer:OneTrainer",
+    "musubi": f"{_HERE}.musubi:Musubi",
     "diffusers": f"{_HERE}.libraries:Diffusers",
 }
 STATED = {"diffusers": ("any", "clip", "processor")}  # what no loader is asked: other tests run it
@@ -45,13 +46,15 @@ def rows_of(tool: str, source: str, loader: Loader, forms: Collection[str] = ("d
         }
         for (case, form), (read, raises, lost) in found.items():
             same = [found[case, other] for other in forms]
-            if not read & kinds_of_layers(case) or (form != forms[0] and all(other == same[0] for other in same)):
-                continue
             any_form = len(forms) == 1 or all(other == same[0] for other in same)
+            not_A = tool != "diffusers" and len({found[case, each] for each in forms if not each.startswith("A")}) == 1
+            covered = form != forms[0] and (any_form or (not_A and not form.startswith("A")))
+            if not read & kinds_of_layers(case) or covered:
+                continue
             same = [each for each in found if each[1] == form and each[0].prefix == case.prefix and each[0] != case]
             others = [found[each][0] for each in same]
             if not any(read < kinds or (read == kinds and case.names == "own") for kinds in others):
-                shown = "" if any_form else NOT_A if tool != "diffusers" and form == "down alpha" else form
+                shown = "" if any_form else NOT_A if not_A and form == forms[0] else form
                 modules = modules_of(case, read, tried(case, loader))
                 yield Row(tool, source, architecture, case.prefix, case.names, shown, lost, raises, modules)
 

@@ -1,6 +1,9 @@
 """Which names the tools read: the cases of the table, against the tools' own loaders where they are installed."""
 
+import re
+
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from dora_mm.formats.commands.convert import convert
@@ -64,6 +67,9 @@ def test_the_table_is_of_architectures_and_names_that_there_are():
         ("a1111", "z-image", "lora_unet_", "diffusers", 0),
         ("a1111", "z-image", "lora_unet_", "own", 0),
         ("comfy", "hunyuan-video", "lora_unet_", "own", 15),  # musubi's
+        ("musubi", "wan", "diffusion_model.", "own", 0),
+        ("musubi", "wan", "lora_unet_", "diffusers", 0),
+        ("musubi", "sdxl", "lora_unet_", "own", 0),
         ("diffusers", "sd3", "lora_unet_", "own", 0),
         ("diffusers", "sd3", "lora_unet_", "diffusers", 0),
     ],
@@ -78,6 +84,34 @@ def test_what_a_tool_does_not_know_is_never_right(tool, architecture, prefix, na
         convert(tmp_path / "a.safetensors", tmp_path / "b", to=verdict.cure.split()[1], base=base)
         (again,) = verify(tmp_path / "b", tool, base)
         assert set(again.findings) == {"right"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names", "form", "said"),
+    [
+        ("z-image", "diffusers", "down alpha", "right"),
+        ("qwen-image", "diffusers", "down", "right"),
+        ("flux2", "own", "lokr alpha", "right"),
+        ("hunyuan-video", "own", "down alpha", "right"),
+        ("hunyuan-video", "own", "down", UNKNOWN),  # its network needs alpha
+        ("hunyuan-video", "own", "lokr alpha", UNKNOWN),
+    ],
+)
+def test_what_musubi_tuner_generates_with(architecture, names, form, said, tmp_path):
+    case = Case(architecture, "lora_unet_", names)
+    paths = [path for path in layers_in(case) if re.match(r"(\w+_)?(layers|blocks)\.", path)]
+    found, total, _ = findings(case, form, "musubi", tmp_path, paths)
+    assert found == {said: total}
+
+
+def test_musubi_tuner_drops_magnitudes(tmp_path):
+    case = Case("wan", "lora_unet_", "own")
+    tensors, _ = file_of(case, "down alpha", ["blocks.0.self_attn.q"])
+    m = torch.ones(len(tensors["lora_unet_blocks_0_self_attn_q.lora_up.weight"]), 1)
+    save_file({**tensors, "lora_unet_blocks_0_self_attn_q.dora_scale": m}, tmp_path / "a.safetensors")
+    (verdict,) = verify(tmp_path / "a.safetensors", "musubi-tuner", weights_of("wan", build("wan")))
+    assert set(verdict.findings) == {"loses the magnitude"}
+    assert verdict.error > 0.1
 
 
 @pytest.mark.parametrize("architecture", ["qwen-image", "z-image", "wan", "flux2"])

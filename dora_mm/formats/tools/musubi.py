@@ -1,0 +1,21 @@
+"""musubi-tuner: plain LoRA of kohya's form, and LoHa and LoKr of linear layers; `.dora_scale` is left out.
+
+What it generates with is judged: Wan, Qwen-Image, Z-Image and Flux.2 add a file to the checkpoint's weights as they are
+loaded; HunyuanVideo and Flux.1 Kontext build its network, which has only low ranks, and needs their alpha. Its option
+`--lycoris` has LyCORIS load the file. Names of diffusers (`diffusion_model.`, `transformer.`) it reads in training
+alone (`--base_weights`): its `convert_lora.py` rewrites them.
+"""
+
+from __future__ import annotations
+
+from dora_mm.formats.tools import products
+from dora_mm.formats.tools.formulas import Computation, added
+from dora_mm.formats.tools.tool import Tool
+
+_LOHA = {ending: role for ending, role in products.LOHA.items() if "_t" not in ending}
+_LOKR = {ending: products.LOKR[ending] for ending in ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b")}
+TOOL = Tool(
+    table="musubi",
+    parts={"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha", **_LOHA, **_LOKR},
+    computes=Computation(added, "adds what it reads to the weight"),
+)
