@@ -305,7 +305,7 @@ class AdapterFile:
             if (endings.keys() & NO_LOW_RANK and not self.is_parameter(module)) or self.axis(module) == "in":
                 return (
                     f"{self.path} has no low rank at {module}, and can be drawn with but not trained on: fit it with "
-                    "dora-mm convert --to diffusers --rank R --allow-lossy, or extract"
+                    "dora-mm convert --to diffusers --rank R, or extract"
                 )
         return None
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
+
+import torch
 
 from dora_mm.formats.adapter_file import AdapterFile
+from dora_mm.formats.commands import beside
+from dora_mm.formats.commands.export_check import check_peft_takes
 from dora_mm.formats.commands.loading import readers_of
 from dora_mm.formats.naming.names import Name, architecture_of
 from dora_mm.formats.naming.spellings import Names
+from dora_mm.formats.reader import LayerReader
 from dora_mm.formats.tools import all_exports, tool_of
 from dora_mm.formats.tools.parts import NO_LOW_RANK
 from dora_mm.formats.tools.tool import Export
@@ -15,26 +20,31 @@ from dora_mm.formats.tools.tool import Export
 NEW_RANK = 32  # at which it is fitted anew where the form cannot hold it
 
 
-def cure(file: AdapterFile, tool: str, names: Collection[Name], known: Iterable[Name] = ()) -> str:
+def cure(file: AdapterFile, tool: str, names: Collection[Name], layers: LayerReader | None = None) -> str:
     """The options of `dora-mm convert` that make a file which a tool computes right; empty where there are none.
 
     Args:
         file: The file.
         tool: Its name.
         names: The modules that the file adapts.
-        known: The names of the base model.
+        layers: What `convert` would read of it, on the base model; None where that is not known.
     """
-    target = _target(file, tool, names, known)
+    target = _target(file, tool, names, layers)
     if target is None:
         return ""
-    holds = all_exports()[target].holds
-    columns = not holds.columns and any(file.axis(module) == "in" for module in file.modules)
-    diffs = not holds.diffs and any(endings.keys() & NO_LOW_RANK for endings in file.modules.values())
-    return f"--to {target}" + (f" --rank {NEW_RANK} --allow-lossy" if columns or diffs else "")
+    holds, given = all_exports()[target].holds, layers.axis if layers else None
+    axes = {given if given and axis == "?" else axis for axis in map(file.axis, file.modules)}
+    fits = ("in" in axes and not holds.columns) or (_has_no_rank(file) and not holds.diffs)
+    return f"--to {target}" + (f" --rank {NEW_RANK}" if fits else "") + (f" --axis {given}" if given else "")
 
 
-def _target(file: AdapterFile, tool: str, names: Collection[Name], known: Iterable[Name]) -> str | None:
-    """The first target for the tool that has a place for what the file adapts, under names that the tool knows."""
+def _has_no_rank(file: AdapterFile) -> bool:
+    """Whether a module has no low rank; norms, which have none, are for forms with a place for them."""
+    return any(found.keys() & NO_LOW_RANK for module, found in file.modules.items() if not file.is_norm(module))
+
+
+def _target(file: AdapterFile, tool: str, names: Collection[Name], layers: LayerReader | None) -> str | None:
+    """The first target for the tool that has a place for what the file holds, under names that the tool knows."""
     components = {name.component for name in names}
     convolutions = any(len(file.shape(key)) > 2 for endings in file.modules.values() for key in endings.values())
     possible = {
@@ -46,15 +56,40 @@ def _target(file: AdapterFile, tool: str, names: Collection[Name], known: Iterab
     }
     plain = not any(map(file.axis, file.modules))
     for_it = {name: export for name, export in possible.items() if tool in export.read_by}
-    if plain and tool != "diffusers" and "kohya" in possible and "lora_down.weight" in tool_of(tool).parts:
+    parts = tool_of(tool).parts
+    reads_kohya = "lora_down.weight" in parts and ("diff" in parts or not _has_no_rank(file))
+    if plain and tool != "diffusers" and "kohya" in possible and reads_kohya:
         for_it = {"kohya": possible["kohya"], **for_it}  # which all compute alike
-    known = list(known)
-    return next((name for name, export in for_it.items() if _knows_all(tool, export, names, known, plain)), None)
+    return next((name for name, export in for_it.items() if _fits(tool, name, export, names, layers, plain)), None)
 
 
-def _knows_all(tool: str, export: Export, names: Collection[Name], known: Collection[Name], plain: bool) -> bool:
+def _fits(
+    tool: str, target: str, export: Export, names: Collection[Name], layers: LayerReader | None, plain: bool
+) -> bool:
+    """Whether a target takes all that a file holds, and a tool all that it writes."""
+    known = (layers.weights if layers else None) or ()
     try:
         written = Names(known).write(names, export.spelling)
+        keys = _beside(target, export, layers) if layers else []
     except ValueError:
         return False
+    if keys and tool_of(tool).refuses({module: {} for module in written}, keys, {}):
+        return False
     return tool in readers_of((tool,), export, written, architecture_of(known) or architecture_of(names), plain=plain)
+
+
+def _beside(target: str, export: Export, layers: LayerReader) -> list[str]:
+    """The keys of what a target writes that belongs to no module.
+
+    Raises:
+        ValueError: It has no place for what the file holds, or PEFT's class none for the modules.
+    """
+    if any(map(layers.transposed, layers.names())):
+        raise ValueError("the base stores a weight transposed")
+    if target == "peft":
+        check_peft_takes(layers.weights, layers.names(), "dora" if layers.any_magnitude() else "lora")
+    beside.leave_out(layers, target, export, allow_lossy=False)
+    keys = list(layers.beside().embeddings) if export.holds.tokens == "inside" else []
+    if export.holds.beside:
+        keys += [key for key, _ in beside.bias_tensors(layers, export.spelling, 1.0, torch.float32)]
+    return keys

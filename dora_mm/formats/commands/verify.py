@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.files.json_text import finite
 from dora_mm.formats.naming.names import ModuleGroup, Name, architecture_of
 from dora_mm.formats.naming.spellings import Names
-from dora_mm.formats.reader import check_headers
+from dora_mm.formats.reader import LayerReader, check_headers
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import peft_loading, tool_of
 from dora_mm.formats.tools.formulas import Computation, axis_of_shape
@@ -152,6 +152,7 @@ def verify(
             layers[name].append(verdict)
             squares[name] += (verdict.error * (size or 1)) ** 2
     note = "; ".join(_notes(adapter, groups))
+    read = _convertible(adapter, weights, axis) if math.isfinite(total) else None
     names = {name for group in groups.values() for name in group.names}
     return [
         Verdict(
@@ -162,14 +163,28 @@ def verify(
             note,
             TOOLS[name].version,
             tool_of(name).usage(axes),
-            "" if all(layer.finding == RIGHT for layer in layers[name]) else cure(adapter, name, names, weights),
+            "" if read is None or _is_right(layers[name]) else cure(adapter, name, names, read),
             tool_of(name).cautions if axes and any(layer.finding in LOADED for layer in layers[name]) else (),
         )
         for name in chosen
     ]
 
 
+def _is_right(layers: Iterable[LayerVerdict]) -> bool:
+    return all(layer.finding == RIGHT for layer in layers)
+
+
+def _convertible(adapter: AdapterFile, weights: Mapping[Name, Tensor], axis: str | None) -> LayerReader | None:
+    """What `convert` reads of a file; None where it refuses it."""
+    try:
+        return LayerReader(adapter, weights, axis)
+    except ValueError:
+        return None
+
+
 def _notes(adapter: AdapterFile, groups: Mapping[str, ModuleGroup]) -> Iterator[str]:
+    if absent := [module for module in adapter.modules if module not in groups]:
+        yield f"{len(absent)} modules, such as {absent[0]}, are not in this base: name one that has them to convert"
     if biases := tuple(adapter.biases.values()):
         yield f"{len(biases)} differences of biases, such as {biases[0]}, are not judged"
     if tokens := adapter.embeddings:
