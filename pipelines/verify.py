@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,12 +83,19 @@ def judged(verdict: Verdict) -> tuple[str, str]:
 
 
 def cures(verdicts: list[Verdict], file: Path, base: str) -> str:
-    """For each command that makes another file, the tools that compute that one exactly."""
+    """For each command that makes another file, the tools that compute that one exactly.
+
+    With `--rank` it is the closest file that the tool has a form for, and not the same.
+    """
     tools: dict[str, list[str]] = defaultdict(list)
     for verdict in verdicts:
         if verdict.cure:
-            tools[f"dora-mm convert {file} OUT {verdict.cure} --base {base}"].append(verdict.title)
-    return "\n".join(f"to cure  {', '.join(titles)}: {command}" for command, titles in tools.items())
+            tools[verdict.cure].append(verdict.title)
+    return "\n".join(
+        f"{'closest' if '--rank' in cure else 'to cure'}  {', '.join(titles)}: "
+        f"dora-mm convert {shlex.quote(str(file))} OUT {cure} --base {shlex.quote(base)}"
+        for cure, titles in tools.items()
+    )
 
 
 def cautions(verdicts: list[Verdict]) -> str:

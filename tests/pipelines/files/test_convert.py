@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from dora_mm import DoRASpec, cli, convert, inject, load_adapter, merge, remove, save_adapter
 from dora_mm.core import adapted_layers
 from dora_mm.formats.commands.inspection import misreaders
+from dora_mm.formats.files.base_weights import BaseWeights
 from tests.core import reference
 from tests.formats import toy
 
@@ -90,7 +92,7 @@ def test_verify_shows_every_tool(adapter, tmp_path, capsys):
     assert re.search(
         r"^wrong    ComfyUI .*\bForge: off by \S+% of the change, loads all 219 modules$", said, re.MULTILINE
     )
-    assert re.search(r"^not read .*\bPEFT: does not know these names$", said, re.MULTILINE)
+    assert re.search(r"^not read .*\bPEFT, musubi-tuner: does not know these names$", said, re.MULTILINE)
     assert measure.startswith("error: how far the change of the weights is from")
     found = {line.split()[0]: line for line in rows.splitlines()}
     assert "0.42.1" in found["diffusers"]
@@ -106,6 +108,33 @@ def test_verify_shows_every_tool(adapter, tmp_path, capsys):
     assert verdict["findings"] == {"wrong axis": len(verdict["layers"])}
     code, output, _ = run(capsys, "verify", tmp_path / "a.safetensors", "--tool", "a1111", "--base", BASE)
     assert (code, "lora_unet_" in output, " more " in output) == (0, True, True)
+
+
+def write_kohya(path, components):
+    """A file for the attention of the UNet and of text encoders of the base."""
+    weights = BaseWeights.open(BASE)
+    names = [name for name in weights if name.component in components and name.path.endswith((".to_q", ".q_proj"))]
+    shapes = {name: tuple(weights[name].shape) for name in names}
+    toy_base = toy.base(shapes)
+    return toy.write_source(path, {name: toy.layer(name, weights=toy_base) for name in names})
+
+
+def test_the_commands_that_verify_prints_run_as_they_are(tmp_path, capsys):
+    file = write_kohya(tmp_path / "my style.safetensors", ("unet", "text_encoder", "text_encoder_2"))
+    _, output, _ = run(capsys, "verify", file, "--base", BASE)
+    commands = re.findall(r"^(?:to cure|closest)  .*: dora-mm (convert .*)", output, re.MULTILINE)
+    assert len(commands) > 1
+    for number, command in enumerate(commands):
+        words = [str(tmp_path / f"{number}") if word == "OUT" else word for word in shlex.split(command)]
+        code, _, errors = run(capsys, *words)
+        assert (code, errors) == (0, ""), command
+
+
+def test_a_base_without_the_text_encoders_has_no_command_that_would_stop(tmp_path, capsys):
+    file = write_kohya(tmp_path / "a.safetensors", ("unet", "text_encoder"))
+    _, output, _ = run(capsys, "verify", file, "--base", BASE / "unet")
+    assert "to cure" not in output
+    assert "are not in this base: name one that has them" in output
 
 
 def test_it_says_who_misreads_a_file_and_what_to_use_instead(tmp_path, capsys):
