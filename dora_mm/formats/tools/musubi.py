@@ -1,9 +1,9 @@
 """musubi-tuner: plain LoRA of kohya's form, and LoHa and LoKr of linear layers; `.dora_scale` is left out.
 
 What it generates with is judged: Wan, Qwen-Image, Z-Image and Flux.2 add a file to the checkpoint's weights as they are
-loaded; HunyuanVideo and Flux.1 Kontext build its network, which has only low ranks, and needs their alpha. Its option
-`--lycoris` has LyCORIS load the file. Names of diffusers (`diffusion_model.`, `transformer.`) it reads in training
-alone (`--base_weights`): its `convert_lora.py` rewrites them.
+loaded; HunyuanVideo and Flux.1 Kontext build its network, which has only low ranks, and needs their alpha. FramePack is
+no architecture here. With its option `--lycoris`, LyCORIS loads the file. Names that begin with `diffusion_model.` or
+`transformer.` are read by its training alone (`--base_weights`), and rewritten by its `convert_lora.py`.
 """
 
 from __future__ import annotations
