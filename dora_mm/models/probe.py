@@ -21,6 +21,7 @@ from dora_mm.models.vl.families import family_of_folder
 from dora_mm.models.vl.vlm.encoding import TokenRow, collate
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.models.vl.vlm.forms import form_of
+from dora_mm.models.vl.vlm.head import target_logits
 from dora_mm.models.vl.vlm.loading import load_tokenizer, load_vlm
 from dora_mm.registries.vl_families import VL_FAMILIES
 
@@ -47,13 +48,12 @@ class Probe:
 
     @torch.no_grad()
     def logits(self) -> Tensor:
-        """The logits of the tokens of the answer, (1, K, V) in float32."""
+        """The logits of the tokens of the answer, (K, V) in float32."""
         inputs, labels = collate([self.row], pad=0)
         dtype = self.model.dtype
         inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-        return (
-            form_of(type(self.model).__name__, self.model.config).target_logits(self.model, inputs, labels)[0].float()
-        )
+        form = form_of(type(self.model).__name__, self.model.config)
+        return target_logits(form, self.model, inputs, labels)[0].float()
 
 
 def checked_config(path: str, revision: str | None) -> Any:

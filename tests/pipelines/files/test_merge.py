@@ -32,6 +32,7 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.models.vl.vlm.family import VLM
+from dora_mm.models.vl.vlm.head import target_logits
 from tests.models.vl.vl_bart.small import small_bart, small_tokenizer
 from tests.models.vl.vlm import vocabularies
 from tests.models.vl.vlm.sizes import LAYERS
@@ -67,7 +68,7 @@ def vlm_adapter(path: Path, folder: Path, extra: tuple[str, ...] = (), dtype: st
 def vlm_logits(vlm: VLM, pictures: Path) -> torch.Tensor:
     row = vlm.rows.row("vqa", Example("x", ("wide.png",), "What colour is the ball?"), str(pictures), "dark red")
     inputs, labels = vlm.rows.collate([row])
-    return vlm.network.form.target_logits(vlm.model, vlm.network.moved(inputs), labels)[0].float()
+    return target_logits(vlm.network.form, vlm.model, vlm.network.moved(inputs), labels)[0].float()
 
 
 def llm(folder: Path, kind: type[PreTrainedModel], config: Any, **saving: Any) -> Path:

@@ -1,11 +1,11 @@
 """How models compute answers: as the continuation of a text, by a decoder of their own, or as BLIP does.
 
-A form has the logits of target tokens and generates answers. All take the inputs that encoding.py makes.
+A form computes logits, says which token each column of them predicts, and generates answers. All take the inputs that
+encoding.py makes.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -32,8 +32,8 @@ class Form(Protocol):
         """The token that a decoder's target begins with, where that is not the tokenizer's own."""
         ...
 
-    def target_logits(self, model: Any, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits of the target tokens.
+    def logits(self, model: Any, inputs: Inputs, labels: Tensor) -> Tensor:
+        """The logits that the class of a model returns, as it does.
 
         Args:
             model: The model.
@@ -41,8 +41,12 @@ class Form(Protocol):
             labels: Token ids (B, T), IGNORED where there is no loss.
 
         Returns:
-            Logits (B, K, V), and the target (B, K) that each predicts. Columns without a target may be left out.
+            Logits (B, T, V), or more columns, in front; of a head that is given the states of fewer, those of these.
         """
+        ...
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """What the logits of each of the last T columns predict (B, T), IGNORED where nothing is learned."""
         ...
 
     def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig) -> Tensor:
@@ -56,16 +60,11 @@ class Continuation:
     continues = True
     start = None
 
-    def target_logits(self, model: Any, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Form.target_logits`: only columns with a target are computed, where the class can do so."""
-        targets = labels[:, 1:]
-        columns = torch.nonzero((targets != IGNORED).any(0)).flatten()
-        selects = "logits_to_keep" in inspect.signature(model.forward).parameters and model.config.model_type != "git"
-        if selects:
-            logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
-        else:  # GIT has logits for its image tokens, too, in front
-            logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] :][:, columns]
-        return logits, targets[:, columns]
+    def logits(self, model: Any, inputs: Inputs, labels: Tensor) -> Tensor:
+        return model(**inputs, use_cache=False).logits
+
+    def targets(self, labels: Tensor) -> Tensor:
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
     def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig) -> Tensor:
         ids = model.generate(**inputs, generation_config=settings)
@@ -85,9 +84,11 @@ class BlipCaptions:
     def __init__(self, start: int):
         self._first, self._plain = start, Continuation()
 
-    def target_logits(self, model: Any, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Form.target_logits`."""
-        return self._plain.target_logits(model, self._begun(inputs), labels)
+    def logits(self, model: Any, inputs: Inputs, labels: Tensor) -> Tensor:
+        return self._plain.logits(model, self._begun(inputs), labels)
+
+    def targets(self, labels: Tensor) -> Tensor:
+        return self._plain.targets(labels)
 
     def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig) -> Tensor:
         """See `Form.generate`: the class takes the last token of a prompt for its end, and drops it."""
@@ -108,9 +109,12 @@ class OwnDecoder:
     continues = False
     start = None
 
-    def target_logits(self, model: Any, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Form.target_logits`: the model shifts the labels itself."""
-        return model(**inputs, labels=labels, use_cache=False).logits, labels
+    def logits(self, model: Any, inputs: Inputs, labels: Tensor) -> Tensor:
+        """See `Form.logits`: given labels, the class would compute a loss as well, of all logits."""
+        return model(**inputs, decoder_input_ids=shifted(model, labels), use_cache=False).logits
+
+    def targets(self, labels: Tensor) -> Tensor:
+        return labels
 
     def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig) -> Tensor:
         return model.generate(**inputs, generation_config=settings)
@@ -128,16 +132,18 @@ class BlipQuestions:
     def __init__(self, start: int):
         self.start = start
 
-    def target_logits(self, model: Any, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Form.target_logits`: the first label, the decoder's start token, is no target."""
+    def logits(self, model: Any, inputs: Inputs, labels: Tensor) -> Tensor:
         ids = labels.masked_fill(labels == IGNORED, model.decoder_pad_token_id)
-        output = model.text_decoder(
+        return model.text_decoder(
             input_ids=ids,
             encoder_hidden_states=self._read(model, inputs),
             encoder_attention_mask=inputs["attention_mask"],
             use_cache=False,
-        )
-        return output.logits[:, :-1], labels[:, 1:]
+        ).logits
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """See `Form.targets`: the first label, the decoder's start token, is none."""
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
     def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig) -> Tensor:
         hidden = self._read(model, inputs)
@@ -173,9 +179,14 @@ def form_of(name: str, config: Any) -> Form:
     return Continuation()
 
 
-def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """The cross-entropy of each target (B, T), float32; 0 where the target is IGNORED."""
-    losses = F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return losses.view(targets_BT.shape)
+def shifted(model: Any, labels: Tensor) -> Tensor:
+    """What a decoder reads (B, T) to predict labels (B, T): its start token, and all of them but the last.
+
+    The class of the model, or of its language model, says how, but for Florence-2's, whose config does.
+    """
+    for module in model.modules():
+        if hasattr(module, "prepare_decoder_input_ids_from_labels"):
+            return module.prepare_decoder_input_ids_from_labels(labels=labels)
+    config = model.config.get_text_config()
+    ids = F.pad(labels[:, :-1], (1, 0), value=config.decoder_start_token_id)
+    return ids.masked_fill(ids == IGNORED, config.pad_token_id)

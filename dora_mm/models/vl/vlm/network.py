@@ -12,8 +12,8 @@ from transformers import GenerationConfig
 
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.core.wrappers.sharded import is_sharded
-from dora_mm.models.vl.vlm.encoding import IGNORED
-from dora_mm.models.vl.vlm.forms import Form, cross_entropy
+from dora_mm.models.vl.vlm.forms import Form
+from dora_mm.models.vl.vlm.head import RowLosses
 from dora_mm.models.vl.vlm.loading import load_vlm
 
 
@@ -34,6 +34,10 @@ class VLMNetwork:
         """The model of transformers."""
         return load_vlm(self.config, self.loads_to)
 
+    @cached_property
+    def _losses(self) -> RowLosses:
+        return RowLosses(self.form, self.model)
+
     @property
     def device(self) -> torch.device:
         """Where it computes."""
@@ -46,10 +50,8 @@ class VLMNetwork:
 
     def row_losses(self, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of each row, summed over its target tokens, and their number: (B,) each."""
-        labels = labels.to(self.device)
         with self._precision():
-            losses = cross_entropy(*self.form.target_logits(self.model, self.moved(inputs), labels))
-        return losses.sum(-1), (labels != IGNORED).sum(-1)
+            return self._losses(self.moved(inputs), labels.to(self.device))
 
     def zero_loss(self) -> Tensor:
         """The loss of no rows, (): it reaches one trained parameter, the last, so that a backward pass can be run.

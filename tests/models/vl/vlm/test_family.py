@@ -12,6 +12,7 @@ from dora_mm.data.vl.example import IMAGE, Example, Turn
 from dora_mm.data.vl.tables import open_table
 from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.family import VLM
+from dora_mm.models.vl.vlm.head import target_logits
 from dora_mm.tasks.vl import draw_answer
 from tests.data.vl.files import write_json
 from tests.models.vl.vlm import tiny
@@ -210,11 +211,11 @@ def test_blip_writes_captions_after_all_of_its_prompt(vlm, pictures):
     assert captions == [answer([example], pictures)[0] for example in examples]
     row = vlm.rows.row("vqa", Example("3", ("wide.png",), "What colour?"), pictures, "red")
     inputs, labels = vlm.rows.collate([row])
-    logits, targets = vlm.network.form.target_logits(vlm.model, inputs, labels)
+    logits, targets = target_logits(vlm.network.form, vlm.model, inputs, labels)
     asked = vlm.rows.collate([vlm.rows.row("vqa", Example("3", ("wide.png",), "What colour?"), pictures, None)])[0]
     settings = vlm.answerer("vqa", DecodeConfig(max_new_tokens=1), ()).args[1]
-    assert vlm.network.generate(asked, settings)[0, 0] == logits[0, 0].argmax()
-    assert targets[0, 0] == vlm.rows.processor.tokenizer.convert_tokens_to_ids("red")
+    assert vlm.network.generate(asked, settings)[0, 0] == logits[0].argmax()
+    assert targets[0] == vlm.rows.processor.tokenizer.convert_tokens_to_ids("red")
 
 
 @pytest.mark.parametrize(
