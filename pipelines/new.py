@@ -228,13 +228,16 @@ def remark_on_steps(num_images: int, steps: int) -> list[str]:
 
 def questions(draft: Draft, start: TrainVLConfig) -> None:
     """Writes the config of a training on conversations."""
-    from dora_mm.data.vl.readers.chat import file_items, find_shape, read_chat  # these need the extra vl
+    from dora_mm.data.vl.readers.chat import find_shape, read_chat  # these need the extra vl
+    from dora_mm.data.vl.readers.file_rows import file_items
+    from dora_mm.data.vl.readers.hub_files import files_of
     from dora_mm.data.vl.rows import BadRows
 
     if draft.data is None:
         raise ValueError("--data is missing: the file of your questions and answers, such as my.json")
     path = resolve_path(draft.data, "--data")
-    shape, num_rows = find_shape(path).name, sum(1 for _ in file_items(path))
+    files = files_of(path)
+    shape, num_rows = find_shape(files[0]).name, sum(1 for file in files for _ in file_items(file))
     source = start.data.all_tasks[0].train
     assert source is not None
     rows = read_chat(source.model_copy(update={"file": draft.data}), BadRows("skip"))

@@ -28,6 +28,10 @@ ColumnName = Literal[
     "images",
     "video",
     "videos",
+    "text",
+    "caption",
+    "tools",
+    "objects",
 ]
 TaskName = Annotated[str, name_in(TASKS)]
 
@@ -38,16 +42,17 @@ class SourceConfig(Section):
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("file", "share"),)  # the share of `HeldOutConfig`
 
     format: Annotated[str, name_in(READERS)]
-    # The questions, sentences, captions or conversations; chat: also a folder or a pattern of files, or a list of these
+    # The questions, sentences, captions or conversations; chat, captions: also a folder, a pattern, or a list of these
     file: InputPath | Items[InputPath]
     # The official file of answers; null: vqa_v2: a test split, which has none; vqa_karpathy: scored by labels alone
     annotations: InputPath | None = None
-    # The folder of images; null: only vision.features are used, or (chat, choices) rows contain or fully name them.
+    # The folder of images; null: only features are used, or (chat, captions, choices) rows have or fully name them.
     images: InputPath | None = None
     subtitles: InputPath | None = None  # video formats only: a JSONL file; null: no subtitles
-    # coco_karpathy: train (includes restval), val or test; choices: a value of the column split, null: all rows
+    # coco_karpathy: train (includes restval), val or test; choices: a value of the column split, null: all rows; chat,
+    # captions: of a folder or a pattern, by the names of its files; null: it has but one
     split: Text | None = None
-    columns: dict[ColumnName, Text] = Field(default_factory=dict)  # chat: what a file calls its columns, by our names
+    columns: dict[ColumnName, Text] = Field(default_factory=dict)  # chat, captions: a file's columns, by our names
     weight: Positive = 1.0  # beside other sources of a training split: how often its rows are drawn; 2: twice an epoch
     skip: Count = 0  # number of rows to skip at the start
     limit: PositiveInt | None = None  # number of rows to use after those; null: all
@@ -97,7 +102,8 @@ class SourceConfig(Section):
 
     def _formats(self, can: Callable[[Reader], bool]) -> str:
         """The formats that can do something, which the format of this source cannot."""
-        return f"{' and '.join(name for name, reader in READERS.items() if can(reader))}, not for {self.format}"
+        *others, last = (name for name, reader in READERS.items() if can(reader))
+        return f"{', '.join(others)}{' and ' if others else ''}{last}, not for {self.format}"
 
 
 class HeldOutConfig(Section):

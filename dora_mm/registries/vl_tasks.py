@@ -130,7 +130,7 @@ RECORDS = {
     ),
     "caption": VLTask(
         title="CIDEr",
-        formats=("coco_captions", "coco_karpathy"),
+        formats=("coco_captions", "coco_karpathy", "captions"),
         scorer="captions",
         submission="captions",
         kind="captions",

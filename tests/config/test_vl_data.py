@@ -62,7 +62,10 @@ def test_the_one_task_is_chat_unless_it_is_named(tmp_path):
         (f"tasks: [{{task: gqa, train: {GQA}}}]", "data.tasks: gqa has no valid split"),
         (f"task: gqa\n  train: {GQA}", "data has no valid split"),
         (f"tasks: [{', '.join(f'{{task: gqa, valid: {GQA}}}' for _ in 'ab')}]", "data: tasks names a task twice"),
-        ("valid: {format: chat, file: a, split: dev}", "split is only for format coco_karpathy and choices, not for"),
+        (
+            "valid: {format: vqa_v2, file: a, split: dev}",
+            "split is only for format coco_karpathy, chat, captions and choices, not for vqa_v2",
+        ),
         ("valid: {format: chats, file: a}", "data.valid.format: must be 'vqa_v2', "),
         ("valid: {share: 0.1}", "data: valid.share is a share of train, which is missing: name the format and file of"),
         ("tasks: [{task: gqa, valid: {share: 0.1}}]", "data.tasks[0]: valid.share is a share of train, which is"),

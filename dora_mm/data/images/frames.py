@@ -1,7 +1,7 @@
 """Video files to frames: a few pictures at even distances, decoded by PyAV."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dora_mm.data.images.pixels import load_rgb
 from dora_mm.utils.messages import first_line
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp")
@@ -81,6 +82,30 @@ def load_video(
         times = tuple(time for time, _ in found)
         rate = float(stream.average_rate or USUAL_RATE)
         return Video(np.stack([frame for _, frame in found]), times, duration, rate)
+
+
+def frames_as_video(
+    paths: Sequence[Path], fps: float, max_frames: int, read: Callable[[Path], bytes] = Path.read_bytes
+) -> Video:
+    """A video whose frames are images: all, or as many in the middle of stretches of equal length.
+
+    Args:
+        paths: The images of a size, in order.
+        fps: How many of them are a second, which nothing else says.
+        max_frames: The most to take.
+        read: Reads an image file: see `data/seen.py`.
+
+    Raises:
+        ValueError: An image cannot be read, or two are not of one size; the message names the file.
+    """
+    count = min(max_frames, max(FEWEST, len(paths)))
+    chosen = [int((number + 0.5) * len(paths) / count) for number in range(count)]
+    frames = [np.asarray(load_rgb(paths[index], "white", read)) for index in chosen]
+    for index, frame in zip(chosen, frames, strict=True):
+        if frame.shape != frames[0].shape:
+            raise ValueError(f"{paths[index]} is not of the size of {paths[chosen[0]]}: frames of a video are of one")
+    times = tuple((index + 0.5) / fps for index in chosen)
+    return Video(np.stack(frames), times, len(paths) / fps, fps)
 
 
 def check_video(path: str | Path) -> None:

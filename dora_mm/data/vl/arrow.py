@@ -11,7 +11,7 @@ import pyarrow as pa
 from dora_mm.data.vl.example import Example, Turn
 
 TEXTS = pa.list_(pa.string())
-TURN = pa.struct({"role": pa.string(), "text": pa.string(), "loss": pa.bool_()})
+TURN = pa.struct({"role": pa.string(), "text": pa.string(), "loss": pa.bool_(), "calls": pa.string()})
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -23,6 +23,9 @@ SCHEMA = pa.schema(
         "kinds": TEXTS,
         "turns": pa.list_(TURN),
         "options": TEXTS,
+        "frames": pa.list_(pa.int32()),
+        "tools": pa.string(),
+        "boxes": pa.string(),
     }
 )
 assert SCHEMA.names == [column.name for column in fields(Example)]

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 IMAGE, VIDEO = "<image>", "<video>"  # inside the text of a user's or system turn: the place of the next one
 ESCAPED = (rf"\{IMAGE}", rf"\{VIDEO}")  # stand for the text of the markers themselves
+BOX, REF = "<bbox>", "<ref-object>"  # inside any turn, of rows with boxes: the place of the next, or of what is in it
 PLACE = re.compile(r"(?<!\\)<(image|video)>")
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -38,11 +39,14 @@ class Turn(NamedTuple):
         text: The text as the file has it, with an IMAGE or VIDEO marker at the place of each, and an ESCAPED one where
             the text has the marker itself.
         loss: Whether the model is trained to write this text.
+        calls: The calls of tools behind the text: JSON of a list of `{"type": "function", "function": {"name": ...,
+            "arguments": {...}}}`; "" for none.
     """
 
     role: Role
     text: str
     loss: bool
+    calls: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +64,24 @@ class Example:
             and the options with their letters; for conversations the user's last turn without markers.
         answers: The accepted answers: for VQA every normalised answer, for GQA and NLVR2 ("true", "false") the only
             one, for captions every reference, for multiple choice the letter, for conversations the last turn, if it is
-            the assistant's. Empty where the file has no answers (a test split, or an empty label of the Karpathy form).
+            the assistant's and a text: what has boxes or calls is written as each model writes it. Empty where the file
+            has no answers (a test split, or an empty label of the Karpathy form).
         scores: The training score of each of `answers`, from 0 to 1: min(1, 0.3 n) for a VQA answer that n people gave,
             1 in all other data sets.
         raw_answers: The ten answers of VQA as the file has them; empty for formats that do not contain them.
         kinds: The categories by which tables of scores are grouped: (answer_type, question_type) for VQA, (structural,
             semantic) for GQA, the type of each reference for video captions, (category,) for multiple choice; empty
             where the file has none.
-        turns: All turns of a conversation: the user's and the assistant's alternate, after at most one system turn.
-            They have as many markers as there are `images`. Empty for all other data sets.
+        turns: All turns of a conversation, after at most one system turn. They have as many markers as there are
+            `images`, where frames of one video count as one. Empty for all other data sets.
         options: The options of a multiple choice question, A, B, ... by position; empty for all other data sets.
+        frames: For each marker, how many of `images` are the frames of its video; 0: it is of one image, or of a video
+            file. Empty where all are.
+        tools: The tools of a conversation: JSON of a list of `{"type": "function", "function": {"name": ...}}`; "" for
+            none.
+        boxes: JSON of what is in place of BOX and REF in the texts of a conversation: {"bbox": a list of lists of
+            numbers, "ref": a list of texts, "norm1": whether the numbers are shares of width and height and not pixels,
+            "image": for each box the number of its image}; "" for none.
     """
 
     id: str
@@ -81,6 +93,9 @@ class Example:
     kinds: tuple[str, ...] = ()
     turns: tuple[Turn, ...] = ()
     options: tuple[str, ...] = ()
+    frames: tuple[int, ...] = ()
+    tools: str = ""
+    boxes: str = ""
 
 
 Predictions = Sequence[tuple[Example, str]]  # each example with the model's answer

@@ -50,6 +50,8 @@ def table_figures(source: SourceConfig, table: ExampleTable) -> dict[str, str]:
     }
     if turns.any():
         found["turns per row (lowest / median / highest)"] = _range(turns)
+        if empty := table.empty_answers():
+            found["empty answers, not learned"] = f"{empty:,}"
     shares = " / ".join(f"{share:.0%}" for share in QUANTILES)
     found[f"characters per row ({shares})"] = quantiles(per_row(table, characters))
     return found | {f"{SKIPPED}{reason}": f"{len(places):,}" for reason, places in table.skipped.items()}

@@ -129,6 +129,11 @@ def _reason(problem: Any) -> str:
     return f"{keys[0]} is not valid in this format ({problem['msg']})"  # nested keys may be answers of this row
 
 
+def count_of(number: int, name: str) -> str:
+    """A number of things with their name, "1 image" or "2 images"."""
+    return f"{number} {name}{'' if number == 1 else 's'}"
+
+
 def warn_skipped(skipped: dict[str, list[str]]) -> None:
     """Logs one warning with the number and the first places of skipped rows by reason; nothing if there are none."""
     if skipped:

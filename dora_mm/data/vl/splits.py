@@ -178,6 +178,8 @@ def open_training(data: VLDataConfig, batch_size: int, model: RowCheck) -> dict[
         assert task.train is not None
         table = open_split(task, "train", data, model)
         answered = table.answered()
+        if empty := table.empty_answers():
+            log.info("%s: %d answers are empty and not learned", task.train.title, empty)
         if not len(answered):
             raise ValueError(f"{task.train.title} has no answers to learn: it is a test split")
         if len(answered) < len(table):

@@ -23,17 +23,19 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from dora_mm.config.vl_data import SourceConfig
+from dora_mm.data.images.frames import is_video
 from dora_mm.data.vl.arrow import SCHEMA, example_at, record_batches
 from dora_mm.data.vl.embedded import ImageStore
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import ImageFolder
 from dora_mm.data.vl.readers import FILES, data_files, read_source, resolved
+from dora_mm.data.vl.readers.hub_files import METADATA
 from dora_mm.data.vl.rows import BadRows, OnBadData, warn_skipped
 from dora_mm.utils.atomic import write_atomically, write_text
 from dora_mm.utils.digest import file_digest, known_digest
 
 log = logging.getLogger(__name__)
-LAYOUT = "6"  # increase it when the files or the rows of all readers change; a reader has its `version`
+LAYOUT = "7"  # increase it when the files or the rows of all readers change; a reader has its `version`
 BATCH_ROWS = 1000  # rows per Arrow record batch: the number held in memory while writing
 HASHED = 1 << 23  # bytes of a file that are hashed at a time, by each processor core
 STORED_IMAGES = "images"  # the subfolder of images that were embedded in data files
@@ -172,6 +174,21 @@ class ExampleTable(Sequence[Example]):
         is_chosen = np.array([chosen(name) for name in encoded.dictionary.to_pylist()], bool)
         rows = names.value_parent_indices().to_numpy()[is_chosen[encoded.indices.to_numpy()]]
         return np.bincount(rows, minlength=len(names)) > 0
+
+    def has(self, column: str) -> np.ndarray:
+        """Whether each row has a text in a column of texts, such as "tools"."""
+        return self._column(column).to_numpy(zero_copy_only=False) != ""
+
+    def filmed(self) -> np.ndarray:
+        """Whether each row has a video, in a file or as frames."""
+        return self.have(is_video) | (self.lengths("frames") > 0)
+
+    def empty_answers(self) -> int:
+        """How many turns of the assistant have neither text nor calls, in all rows. They are not learned."""
+        turns = self._column("turns").flatten()
+        roles, texts, calls = (turns.field(name).to_numpy(zero_copy_only=False) for name in ("role", "text", "calls"))
+        said = zip(roles, texts, calls, strict=True)
+        return sum(role == "assistant" and not (text.strip() or call) for role, text, call in said)
 
     def lengths(self, column: str) -> np.ndarray:
         """How many entries each row has in a column of lists, such as "images" or "turns"."""
@@ -349,6 +366,7 @@ def _digest(source: SourceConfig) -> str:
             for file in files:
                 try:
                     name = f"{key} {file.name}" if len(files) > 1 else key
+                    name += f" {file.parent.absolute()}" if file.name in METADATA else ""  # of images beside it
                     digest.update(f"{name} {_content_digest(str(file))}".encode())
                 except OSError as error:
                     raise ValueError(f"{file} cannot be read: {error.strerror}") from None

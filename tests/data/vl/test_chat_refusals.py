@@ -12,7 +12,6 @@ OTHER = [
     ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "has chosen, but preferences are not read"),
     ({"messages": messages("Q", "A"), "rejected_response": "B"}, "has rejected_response, but preferences are"),
     ({"texts": "Q"}, "has no list of `texts`"),
-    ({"query": "Q", "response": ""}, "has an empty answer"),
     ({"query": "Q", "response": "A", "history": ["Q"]}, "has a `history` that is no list of pairs"),
     ({"instruction": ["Q"], "output": "A"}, "has a instruction or input that is not a text"),
 ]
@@ -28,15 +27,12 @@ BAD = [
     (llava("<image> <image>", "A", image="a.jpg"), "has 1 image, but 2 <image> markers"),
     (llava("<image>Q", "A"), "has 0 images, but 1 <image> marker"),
     (llava("<image>Q", "A <image>", image=["a.jpg", "b.jpg"]), "has an image in a turn of the assistant"),
-    (llava("Q", " \n"), "has an empty answer"),
-    (llava("Q", ""), "has an empty answer"),
     (llava(" ", "A"), "has an empty turn of the user"),
     (llava(), "has no turns"),
     (llava(system="S"), "has no turns"),
     (llava("Q", "A", system=7), "has a turn whose `system` is not a text"),
-    (llava("Q", "A") | {"conversations": said("Q", "A")[1:]}, "begins with the assistant"),
+    (llava("Q", "A") | {"conversations": said("Q", "A")[1:]}, "has no turn of the user"),
     (llava() | {"conversations": said("Q", "A") + said("Q", "B")[1:]}, "has two turns of the assistant in a row"),
-    (llava() | {"conversations": said("Q") * 2}, "has two turns of the user in a row"),
     (
         llava() | {"conversations": [*said("Q", "A"), {"from": "system", "value": "S"}]},
         "has a system turn that is",
@@ -49,7 +45,7 @@ BAD = [
     ),
     (
         llava() | {"conversations": [*said("Q"), {"from": "function_call", "value": "x"}]},
-        "has a turn of 'function_call': write the call as the assistant's text",
+        "has tool calls that are not valid JSON",
     ),
     (llava("Q <video>", "A"), "has 0 videos, but 1 <video> marker"),
     (llava("<video>Q <video>", "A", videos=["a.mp4"]), "has 1 video, but 2 <video> markers"),
@@ -72,13 +68,20 @@ BAD = [
     (llava("Q", "A", image={"bytes": None, "path": None}), "has an image with an empty name"),
     (llava("Q", "A", image="a.jpg", images=["b.jpg"]), "has both image and images"),
     (llava("Q", "A", videos=["a.jpg"]), "has a video whose name does not end in .mp4, "),
-    (llava("Q", "A", videos=[["a.jpg", "b.jpg"]]), "has a video that is not the path of a file"),
+    (llava("Q", "A", videos=[7]), "has a video that is neither the path of a file nor a list of its frames"),
+    (llava("Q", "A", videos=[["a.jpg", 7]]), "has an image that is neither a path nor the bytes of a file"),
     (llava("Q", "A", video="https://x.org/a.mp4"), "names a video by its address on the network: download"),
     (llava("Q", "A", video="a.mp4", videos=["b.mp4"]), "has both video and videos"),
     (llava("Q", "A", audios=["a.wav"]), "has audios, but sounds are not read"),
-    (llava("Q", "A", objects={"ref": [], "bbox": [[1, 2, 3, 4]]}), "has objects, but boxes are not read"),
-    (llava("Q", "A", bbox=[[1, 2, 3, 4]]), "has bbox, but boxes are not read"),
-    (llava("Q", "A", tools=[{"name": "f"}]), "has tools, but tools are not read"),
+    (llava("Q", "A", objects={"bbox": [[1, 2, 3, 4]]}), "has 1 `bbox` in its objects, but 0 <bbox> markers"),
+    (llava("Q <bbox>", "<bbox>", objects={"bbox": [[1, 2]]}), "has 1 `bbox` in its objects, but 2 <bbox> markers"),
+    (llava("<ref-object>", "A", objects={"ref": ["a", "b"]}), "has 2 `ref`s in its objects, but 1 <ref-object> marker"),
+    (llava("Q", "A", objects=[[1, 2, 3, 4]]), "has `objects` that are no object with `bbox` and `ref`"),
+    (llava("Q", "<bbox>", objects={"bbox": [[1, 2, 3]]}), "has a `bbox` that is neither two numbers (x, y) nor four"),
+    (llava("Q", "<bbox>", objects={"bbox": [[1, 2]], "bbox_type": "x"}), "has a `bbox_type` that is neither real"),
+    (llava("Q", "A", bbox=[[1, 2, 3, 4]]), "has bbox, but boxes beside `objects` are not read"),
+    (llava("Q", "A", tools=[{"type": "x"}]), "has `tools` that are not a list of functions with a `name`"),
+    (llava("Q", "A", tools="{"), "has tools that are not valid JSON"),
     (llava("Q", "A", rejected_response="B"), "has rejected_response, but preferences are not read"),
     (llava() | {"conversations": said("Q", "A", loss=True)}, "asks for loss on a turn that is not the assistant's"),
     (llava() | {"conversations": said("Q", "A", loss=False)}, "has `loss: false` for every answer"),
@@ -114,15 +117,30 @@ BAD_MESSAGES = [
     (messages(items({"path": "a.jpg", "url": "b.jpg"}), "A"), "has an image with both path and url"),
     (messages([{"text": "Q"}], "A"), "has content of the type 'None': only text, images and videos"),
     (messages("Q", items("A", {"path": "a.jpg"})), "has an image in a turn of the assistant"),
-    (messages("Q", None), "has an empty answer"),
     (messages("Q", 7), "has a message whose content is neither a text nor a list"),
     (messages([{"type": "text", "text": 7}]), "has content whose text is not a text"),
     ({"role": "user"}, "has no list of turns that each have `role`"),
     (None, "has no list of turns that each have `role`"),
-    ([*messages("Q"), {"role": "assistant", "content": None, "tool_calls": [{"f": 1}]}], "has tool calls in a message"),
-    ([*messages("Q"), {"role": "assistant", "content": "A", "weight": 0}], "has `weight` in a message: only `loss`"),
-    ([*messages("Q"), {"role": "assistant", "content": "A", "train": False}], "has `train` in a message: only `loss`"),
-    ([*messages("Q"), {"role": "assistant", "content": "A", "loss": 0.5}], "has a `loss` that is neither true nor"),
+    (
+        [*messages("Q"), {"role": "assistant", "content": None, "tool_calls": [{"f": 1}]}],
+        "has a tool call without the `name` of a function",
+    ),
+    (
+        [*messages("Q"), {"role": "tool_call", "content": {"name": "f", "arguments": "{"}}],
+        "has a tool call whose `arguments` are not valid JSON",
+    ),
+    (
+        [*messages("Q"), {"role": "tool_call", "content": {"name": "f", "arguments": "[1]"}}],
+        "has a tool call whose `arguments` are not an object",
+    ),
+    ([{"role": "user", "content": "Q", "tool_calls": [{"name": "f"}]}], "has tool calls in a turn of 'user'"),
+    ([*messages("Q"), {"role": "assistant", "content": "A", "weight": 0.5}], "has a `weight` that is neither true (1)"),
+    ([*messages("Q"), {"role": "assistant", "content": "A", "train": "no"}], "has a `train` that is neither true (1)"),
+    (
+        [*messages("Q"), {"role": "assistant", "content": "A", "train": True, "loss": False}],
+        "has loss and train in a message, which say different things",
+    ),
+    ([*messages("Q"), {"role": "assistant", "content": "A", "loss_scale": 2}], "has `loss_scale` in a message, which"),
 ]
 
 
@@ -134,13 +152,13 @@ def test_a_bad_message_is_named_by_its_line(tmp_path, content, reason):
 
 def test_skipped_rows_are_counted_in_the_table_and_its_report(tmp_path, caplog):
     rows = [llava("Q", "A", id=n) for n in range(3)]
-    rows += [llava("Q", "A", id=n, audios=["v"]) for n in (7, 8)] + [llava("Q", "", id=9)]
+    rows += [llava("Q", "A", id=n, audios=["v"]) for n in (7, 8)] + [llava(" ", "A", id=9)]
     source = as_json(tmp_path, rows)
     table = open_table(source, tmp_path / "tables", on_bad_data="skip")
     assert "2 x has audios, but sounds are not read" in caplog.text
     assert f"{source.file}, item 5 (id 8)" in caplog.text
     figures = table_figures(source, table)
     assert figures["skipped: has audios, but sounds are not read: leave it out"] == "2"
-    assert figures["skipped: has an empty answer"] == "1"
+    assert figures["skipped: has an empty turn of the user"] == "1"
     with pytest.raises(ValueError, match=r"rows\.json, item 4 \(id 7\): has audios"):
         open_table(source, tmp_path / "tables", on_bad_data="stop")

@@ -18,7 +18,8 @@ from pathlib import Path
 from dora_mm.config import resolve_path
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.data.vl.readers.chat import files_of, find_shape
+from dora_mm.data.vl.readers.chat import find_shape
+from dora_mm.data.vl.readers.hub_files import files_of_source
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.registries.registry import load
 
@@ -57,8 +58,9 @@ def data_files(source: SourceConfig, key: str) -> list[Path]:
     Raises:
         ValueError: A folder has no data files.
     """
-    paths = [Path(path) for path in paths_under(source, key)]
-    return [file for path in paths for file in files_of(path)] if source.reader.several else paths
+    if key == "file" and source.reader.several:
+        return files_of_source(source)
+    return [Path(path) for path in paths_under(source, key)]
 
 
 def paths_under(source: SourceConfig, key: str) -> tuple[str, ...]:

@@ -1,35 +1,35 @@
 """Conversations about images, in the files of LLaVA, LLaMA-Factory, ms-swift, Hugging Face (TRL) and axolotl.
 
-A file is a JSON list or JSON lines, which may be packed by gzip, or Parquet; its content says which. All its rows have
-one shape, see chat_shapes.py. A folder or a pattern names several files.
+Of what kind a file is, its content says, see file_rows.py; of a folder or a pattern those of one split are read, see
+hub_files.py. All rows of a file have one shape, see chat_shapes.py.
 """
 
-import gzip
+import ast
+import json
 import logging
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from glob import glob
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic_core import from_json
 
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.data.vl.json_items import Item, check_encoding, json_lines, list_items, open_data, place
-from dora_mm.data.vl.readers.chat_shapes import SHAPES, JsonRow, Shape, shape_of
+from dora_mm.data.vl.json_items import place
+from dora_mm.data.vl.readers.chat_shapes import CAPTIONS, SHAPES, JsonRow, Shape, captions_of, images_of, shape_of
 from dora_mm.data.vl.readers.conversation import conversation
+from dora_mm.data.vl.readers.file_rows import file_items
+from dora_mm.data.vl.readers.hub_files import METADATA, files_of_source
 from dora_mm.data.vl.rows import BadRows, RowError
-from dora_mm.utils.messages import first_line
 
 log = logging.getLogger(__name__)
 PEEKED = 20  # rows that are searched for one of a known shape: the first may be damaged
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")  # of files in a folder
-PARQUET_ROWS = 64  # of a Parquet file in memory at a time, with their images
+LISTS = (  # keys whose values a table has as text, in JSON or as Python writes it
+    *("messages", "conversations", "texts", "prompt", "completion", "history", "image", "images", "video", "videos"),
+    *("tools", "objects"),
+)
 
 
 def read_chat(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
@@ -45,43 +45,64 @@ def read_chat(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     Raises:
         ValueError: The file cannot be read or has no known shape, or a row is bad and `bad` is set to "stop".
     """
-    seen: set[str] = set()
-    paths = [path for given in source.files for path in files_of(Path(given))]
-    for number, path in enumerate(paths, 1):
+
+    def maker(path: Path) -> Maker:
         shape = find_shape(path, source.columns)
         log.info("%s: %s", path, shape.name)
-        yield from _file_rows(path, shape, source.columns, seen, bad, f"file {number}, " if number > 1 else "")
+        return lambda row, name: conversation(shape.read(row), name)
+
+    return _examples(source, bad, maker)
+
+
+def read_captions(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
+    """Reads every image with its caption, or several, of files of the same kinds.
+
+    Raises:
+        ValueError: As in `read_chat`.
+    """
+
+    def maker(path: Path) -> Maker:
+        if (shape := find_shape(path, source.columns)) is not CAPTIONS:
+            raise ValueError(
+                f"{path} has rows of another shape, {shape.name}: say where image and caption are, as in columns: "
+                "{image: picture, caption: text}"
+            )
+        return _captioned
+
+    return _examples(source, bad, maker)
+
+
+def _captioned(row: JsonRow, name: str) -> Example:
+    images, captions = images_of(row), [text for text in captions_of(row) if text.strip()]
+    if len(images) != 1:
+        raise RowError(f"has {len(images)} images: a caption is of one")
+    return Example(name, tuple(images), "", tuple(captions), (1.0,) * len(captions))
+
+
+Maker = Callable[[JsonRow, str], Example]  # of a row and its name
+
+
+def _examples(source: SourceConfig, bad: BadRows, maker: Callable[[Path], Maker]) -> Iterator[Example]:
+    """The examples of all files of a source; `maker` has what makes those of one."""
+    seen: set[str] = set()
+    for number, path in enumerate(files_of_source(source), 1):
+        file = f"file {number}, " if number > 1 else ""
+        yield from _file_rows(path, maker(path), source.columns, seen, bad, file)
 
 
 def _file_rows(
-    path: Path, shape: Shape, columns: Mapping[Any, str], seen: set[str], bad: BadRows, file: str
+    path: Path, make: Maker, columns: Mapping[Any, str], seen: set[str], bad: BadRows, file: str
 ) -> Iterator[Example]:
-    """The conversations of one file; the ids in `seen` are taken, and `file` tells its places from those of others."""
+    """The examples of one file; the ids in `seen` are taken, and `file` tells its places from those of others."""
     for where, item in file_items(path):
         try:
-            row = _renamed(_parsed(item), columns)
-            example = conversation(shape.read(row), _new_id(row.get("id"), f"{file}{where}", seen))
+            row = _row(path, item, columns)
+            example = make(row, _new_id(row.get("id"), f"{file}{where}", seen))
         except RowError as error:
             bad.add(place(path, where, item), str(error))
         else:
             seen.add(example.id)
             yield example
-
-
-def files_of(path: Path) -> list[Path]:
-    """The files that a path names: itself, those of a folder and its subfolders, or those that fit a pattern.
-
-    Raises:
-        ValueError: A folder has no data files.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        return sorted(map(Path, glob(str(path), recursive=True))) or [path]
-    found = sorted(file for file in path.rglob("*") if file.name.lower().endswith(SUFFIXES) and file.is_file())
-    if not found:
-        raise ValueError(f"{path} is a folder without files that end in {', '.join(SUFFIXES)}")
-    return found
 
 
 def find_shape(path: Path, columns: Mapping[Any, str] | None = None) -> Shape:
@@ -94,66 +115,67 @@ def find_shape(path: Path, columns: Mapping[Any, str] | None = None) -> Shape:
     Raises:
         ValueError: The file cannot be read, or its first rows have none of the known shapes.
     """
-    keys = "is damaged or not an object"
-    for number, (_, item) in enumerate(islice(file_items(path), PEEKED)):
-        with suppress(RowError):  # reported when the row is read
-            row = _renamed(given := _parsed(item), columns or {})
-            if shape := shape_of(row):
+    first = ""
+    for _, item in islice(file_items(path), PEEKED):
+        try:
+            if shape := shape_of(_row(path, item, columns or {})):
                 return shape
-            if number == 0:
-                keys = f"has the keys {', '.join(map(repr, given))}"
+            first = first or f"has the keys {', '.join(map(repr, _parsed(item)))}"
+        except RowError as error:  # reported when the row is read
+            first = first or str(error)
     known = ", ".join(shape.name for shape in SHAPES)
-    raise ValueError(f"{path} has no known shape of conversations: its first row {keys}; known are {known}")
+    raise ValueError(
+        f"{path} has no known shape of conversations: its first row {first}; say which of them is what, as in columns: "
+        f"{{query: question, response: answer, image: picture}}, or bring one of these shapes: {known}"
+    )
 
 
-def file_items(path: Path) -> Iterator[Item]:
-    """The rows of a file with their places; those of JSON lines are not parsed yet.
-
-    Raises:
-        ValueError: The file cannot be read; or, while iterating, it is damaged or has no rows.
-    """
-    return {"list": list_items, "lines": json_lines, "parquet": _parquet_rows}[kind_of_file(path)](path)
-
-
-def kind_of_file(path: Path) -> Literal["list", "lines", "parquet"]:
-    """What a file is by its first bytes.
-
-    Raises:
-        ValueError: It cannot be read, or is UTF-16.
-    """
-    try:
-        with open_data(path) as file:
-            start = file.read(1 << 16)
-    except (EOFError, gzip.BadGzipFile, zlib.error):
-        raise ValueError(f"{path} is truncated or not a valid gzip file") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    check_encoding(path, start)
-    start = start.lstrip(b" \t\r\n\xef\xbb\xbf")
-    return "parquet" if start.startswith(b"PAR1") else "list" if start.startswith(b"[") else "lines"
+def _row(path: Path, item: Any, columns: Mapping[Any, str]) -> JsonRow:
+    """A row of a file, by the names that its columns have here."""
+    row = _renamed(_with_files(_parsed(item), path) if path.name in METADATA else _parsed(item), columns)
+    for key in LISTS:
+        value = row.get(key)
+        if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+            row = row | {key: _listed(value)}
+    return row
 
 
-def _parquet_rows(path: Path) -> Iterator[Item]:
-    """The rows of a Parquet file, a few at a time.
+def _with_files(row: JsonRow, path: Path) -> JsonRow:
+    """A row of metadata with the images that it names, by `file_name` or `file_names`, beside its file."""
+    found: JsonRow = {}
+    for key, value in row.items():
+        many = key.endswith("file_names")
+        if value is None or not (many or key.endswith("file_name")):
+            found[key] = value
+            continue
+        name = key.removesuffix("file_names" if many else "file_name").removesuffix("_")
+        names = _listed(value) if many and isinstance(value, str) else value
+        found[name or ("images" if many else "image")] = (
+            [_beside(path, one) for one in names] if isinstance(names, list) else _beside(path, names)
+        )
+    return found
 
-    Raises:
-        ValueError: While iterating: the file is damaged or has no rows.
-    """
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(PARQUET_ROWS) for row in batch.to_pylist())
-            for number, row in enumerate(rows, 1):
-                yield f"row {number}", row
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        after = f" after row {number}, the last complete row" if number else ""
-        raise ValueError(f"{path} is truncated or not a valid Parquet file{after} ({first_line(error)})") from None
-    if not number:
-        raise ValueError(f"{path} has no rows")
+
+def _beside(path: Path, name: Any) -> str:
+    """The path of a file by its name in the metadata beside it."""
+    if not isinstance(name, str) or "://" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise RowError("has a `file_name` that is not the name of a file beside the metadata or below it")
+    return str(path.parent.absolute() / name)
+
+
+def _listed(text: str) -> Any:
+    """The list or the object in a text, in JSON or as Python writes it; another text as it is."""
+    with suppress(ValueError):
+        return json.loads(text)
+    with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        return ast.literal_eval(text)
+    return text
 
 
 def _parsed(item: Any) -> JsonRow:
     """The item as an object; lines are parsed."""
+    if isinstance(item, RowError):
+        raise item
     if isinstance(item, bytes):
         try:
             item = from_json(item, cache_strings="keys")

@@ -9,42 +9,37 @@
     FineVision         {"texts": [{"user": "Q", "assistant": "A"}, ...], "images": [...]}, as the Cauldron
     Alpaca             {"instruction": "Q", "input": "", "output": "A", "history": [["Q", "A"], ...]}
     query, response    {"query": "<image>Q", "response": "A", "history": [["Q", "A"], ...]}, of ms-swift
+    captions           {"image": "a.jpg", "text" or "caption": "A"}, as the metadata of a folder of images has them
 
-A file has the shape that the keys of its first row say. `system`, `image`, `images`, `video` and `videos` may be keys
-of any row, and `loss` of any message of the assistant, as in ms-swift. What cannot be trained on is refused by the name
-of its key. Types are checked here and not by a schema, which would copy every row: a file may have millions of turns.
+A file has the shape that the keys of its first row say. `system`, `image`, `images`, `video`, `videos`, `tools` and
+ms-swift's `objects` may be keys of any row. Of a message of the assistant `loss` (ms-swift), `weight` (OpenAI) and
+`train` (axolotl) say whether it is learned. What cannot be trained on is refused by the name of its key. Types are
+checked here and not by a schema, which would copy every row: a file may have millions of turns.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from dora_mm.data.images.frames import VIDEO_SUFFIXES, is_video
-from dora_mm.data.vl.embedded import data_url, decoded, image_name
-from dora_mm.data.vl.example import ESCAPED, IMAGE, VIDEO
+from dora_mm.data.images.frames import is_video
+from dora_mm.data.vl.readers.boxes import boxes_of
+from dora_mm.data.vl.readers.contents import LOCATIONS, content_of, image_of, text_of, video_name
 from dora_mm.data.vl.readers.conversation import Dialogue, ImagePlace
+from dora_mm.data.vl.readers.tools import tools_of, with_calls
 from dora_mm.data.vl.rows import RowError
 
 JsonRow = dict[str, Any]
 UNREAD = {  # keys of a row that must be empty, and what they hold
     "audio": "sounds",
     "audios": "sounds",
-    "objects": "boxes",
-    "bbox": "boxes",
-    "tools": "tools",
+    "bbox": "boxes beside `objects`",
     "chosen": "preferences",
     "rejected": "preferences",
     "rejected_response": "preferences",
     "rejected_messages": "preferences",
     "kto_tag": "preferences",
 }
-# Keys of a message that must be empty. Trainers name the last three in a setting, or differ in what they mean.
-UNREAD_IN_MESSAGES = {"tool_calls": "tool calls", "train": "`train`", "training": "`training`", "weight": "`weight`"}
-MARKS = re.compile(  # where an image is shown, by its path, its number or in turn; or with a backslash, the text itself
-    r"\\?(?:<image>|<img>(?P<path>[^<>]*)</img>|<image[ _](?P<number>\d+)>|(?P<video><video>)|(?P<unread><audio>))"
-)
-LOCATIONS = ("image", "path", "url", "base64", "image_url")  # keys of a content item that name its image
-VIDEO_LOCATIONS = ("video", "path", "url", "video_url")
+LEARNED = ("loss", "weight", "train", "training")  # keys of a message that say whether it is learned: true or 1, or not
+KEYS = frozenset(LEARNED)
 
 
 class Shape(NamedTuple):
@@ -95,6 +90,28 @@ def read_query(row: JsonRow) -> Dialogue:
     return _with_keys(row, _exchanged([*_history(row), (row.get("query"), row.get("response"))]))
 
 
+def read_caption(row: JsonRow) -> Dialogue:
+    """Reads a row of an image and its caption: the answer to the image alone."""
+    texts = captions_of(row)
+    if len(texts) > 1:
+        raise RowError("has several captions, of which `format: chat` reads one: `format: captions` reads all")
+    return _with_keys(row, _exchanged([("", texts[0] if texts else None)]))
+
+
+def captions_of(row: JsonRow) -> list[str]:
+    """The captions of a row, of which there may be several."""
+    given = row.get("text") if row.get("text") is not None else row.get("caption")
+    texts = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(isinstance(text, str) for text in texts):
+        raise RowError("has a caption that is not a text")
+    return texts
+
+
+def images_of(row: JsonRow) -> list[str]:
+    """The images that are keys of a row, as paths or data URLs."""
+    return list(map(image_of, _one_or_several(row, "image")))
+
+
 LLAVA = Shape("LLaVA (conversations, image)", read_turns)
 LLAMA_FACTORY = Shape("LLaMA-Factory (conversations, images)", read_turns)
 LLAMA_FACTORY_MESSAGES = Shape("LLaMA-Factory (messages, images)", read_turns)
@@ -105,7 +122,11 @@ AXOLOTL = Shape("axolotl (messages whose items name their images)", read_turns)
 TEXTS = Shape("FineVision (texts, images)", read_texts)
 ALPACA = Shape("Alpaca (instruction, output)", read_alpaca)
 QUERY = Shape("ms-swift (query, response)", read_query)
-SHAPES = (LLAVA, LLAMA_FACTORY, LLAMA_FACTORY_MESSAGES, SWIFT, HUGGING_FACE, TRL, AXOLOTL, TEXTS, ALPACA, QUERY)
+CAPTIONS = Shape("image and caption (image, text or caption)", read_caption)
+SHAPES = (
+    *(LLAVA, LLAMA_FACTORY, LLAMA_FACTORY_MESSAGES, SWIFT, HUGGING_FACE, TRL, AXOLOTL, TEXTS, ALPACA, QUERY),
+    CAPTIONS,
+)
 BY_KEY = {"texts": TEXTS, "instruction": ALPACA, "query": QUERY, "completion": TRL, "chosen": TRL}
 
 
@@ -119,7 +140,8 @@ def shape_of(row: Any) -> Shape | None:
         return _shape_of_messages(row)
     if isinstance(row.get("prompt"), list):
         return TRL
-    return next((shape for key, shape in BY_KEY.items() if key in row), None)
+    captions = CAPTIONS if row.keys() & {"image", "images"} and row.keys() & {"text", "caption"} else None
+    return next((shape for key, shape in BY_KEY.items() if key in row), captions)
 
 
 def _shape_of_messages(row: JsonRow) -> Shape:
@@ -148,20 +170,31 @@ def _texts(turns: Any, key: str) -> list[str]:
 
 
 def _losses(turns: Any) -> list[bool | None]:
-    losses = [turn.get("loss") for turn in turns]
-    if losses.count(None) < len(losses) and not {bool, type(None)}.issuperset(map(type, losses)):
-        raise RowError("has a `loss` that is neither true nor false")
-    return losses
+    """Whether each turn is learned; None where it does not say so."""
+    return [None if KEYS.isdisjoint(turn) else _loss(turn) for turn in turns]
+
+
+def _loss(turn: JsonRow) -> bool | None:
+    given = {key: turn[key] for key in LEARNED if turn.get(key) is not None}
+    for key, value in given.items():
+        if value not in (0, 1):  # false and true are equal to them
+            raise RowError(f"has a `{key}` that is neither true (1) nor false (0)")
+    found = {bool(value) for value in given.values()}
+    if len(found) > 1:
+        raise RowError(f"has {' and '.join(given)} in a message, which say different things")
+    return found.pop() if found else None
 
 
 def _said(turns: Any, speaker: str = "role") -> Dialogue:
     """What turns say; `speaker` is the key that says whose turn it is, unless the first has the other one."""
     first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
     if "from" in first or (speaker == "from" and "role" not in first):
-        return Dialogue(_texts(turns, "from"), *_marked(_texts(turns, "value"), _losses(turns)))
+        said = Dialogue(_texts(turns, "from"), *_marked(_texts(turns, "value"), _losses(turns)))
+        return with_calls(said, turns)
     names = _texts(turns, "role")
-    contents = [_content(message) for message in turns]
-    return Dialogue(names, [text for text, _ in contents], _losses(turns), [found for _, found in contents], [], [])
+    contents = [content_of(message) for message in turns]
+    texts, places = [text for text, _ in contents], [found for _, found in contents]
+    return with_calls(Dialogue(names, texts, _losses(turns), places, [], []), turns)
 
 
 def _marked(texts: list[str], losses: list[bool | None]) -> tuple[list[str], list[bool | None], list[Any], Any, Any]:
@@ -169,7 +202,7 @@ def _marked(texts: list[str], losses: list[bool | None]) -> tuple[list[str], lis
     places: list[Sequence[ImagePlace]] = [()] * len(texts)
     for number, text in enumerate(texts):
         if "<" in text:  # few have: a call for each would take as long as all else
-            texts[number], places[number] = _text(text)
+            texts[number], places[number] = text_of(text)
     return texts, losses, places, [], []
 
 
@@ -177,7 +210,7 @@ def _exchanged(pairs: Any) -> Dialogue:
     """What questions and answers say; an answer that is null is missing."""
     turns = [(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
     turns = turns[:-1] if turns and turns[-1][1] is None else turns
-    contents = [_text(text) for _, text in turns]
+    contents = [text_of(text) for _, text in turns]
     texts, places = [text for text, _ in contents], [found for _, found in contents]
     return Dialogue([role for role, _ in turns], texts, [None] * len(turns), places, [], [])
 
@@ -198,87 +231,32 @@ def _strings(row: JsonRow, *keys: str) -> list[str]:
     return found
 
 
-Part = tuple[str, Sequence[ImagePlace]]  # a text with markers, and the images of these
-
-
-def _content(message: JsonRow) -> Part:
-    """The text and the images of a message."""
-    for key, what in UNREAD_IN_MESSAGES.items():
-        if message.get(key) not in (None, [], {}, ""):
-            raise RowError(f"has {what} in a message: only `loss`, true or false, says what is learned")
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return _text(content)
-    if not isinstance(content, list):
-        raise RowError("has a message whose content is neither a text nor a list")
-    parts = [_item(item) for item in content]
-    return "".join(text for text, _ in parts), [place for _, places in parts for place in places]
-
-
-def _text(text: Any) -> Part:
-    """A text with an IMAGE or VIDEO marker at the place of each, however the file marks these."""
-    if not isinstance(text, str):
-        raise RowError("has content whose text is not a text")
-    number = text.count(IMAGE)
-    if number == text.count("<") and "\\" not in text:  # most texts; a search takes ten times as long
-        return text, [None] * number
-    places: list[ImagePlace] = []
-
-    def marked(found: re.Match[str]) -> str:
-        if found[0][0] == "\\":
-            return found[0] if found[0] in ESCAPED else found[0][1:]
-        if found["unread"]:
-            raise RowError("has a <audio> marker, but sounds are not read; a backslash makes it text")
-        if found["video"]:
-            places.append(VIDEO)
-            return VIDEO
-        if found["number"]:
-            places.append(int(found["number"]) - 1)
-        else:
-            places.append(None if found["path"] is None else _name(found["path"].strip()))
-        return IMAGE
-
-    return MARKS.sub(marked, text), places
-
-
-def _item(item: Any) -> Part:
-    if isinstance(item, str):
-        return _text(item)
-    kind = item.get("type") if isinstance(item, dict) else None
-    if kind == "text":
-        return _text(item.get("text") or "")
-    if kind in ("video", "video_url"):
-        values = [value for key in VIDEO_LOCATIONS if (value := item.get(key)) is not None]
-        return VIDEO, [_video(values[0]) if values else VIDEO]
-    if kind not in ("image", "image_url"):
-        raise RowError(f"has content of the type {str(kind)[:20]!r}: only text, images and videos are read")
-    given = [key for key in LOCATIONS if item.get(key) is not None]
-    if len(given) > 1:
-        raise RowError(f"has an image with both {' and '.join(given)}")
-    if not given:
-        number = item.get("index")
-        if number is not None and type(number) is not int:
-            raise RowError("has an image whose `index` is not a number")
-        return IMAGE, [number]
-    value = item[given[0]]
-    if given[0] == "base64" and isinstance(value, str):
-        return IMAGE, [decoded(value)]
-    return IMAGE, [_name(value.get("url") if given[0] == "image_url" and isinstance(value, dict) else value)]
-
-
 def _with_keys(row: JsonRow, said: Dialogue) -> Dialogue:
     """What a row says, with the images, videos and the system turn that are keys of the row."""
     if not UNREAD.keys().isdisjoint(row):
         _check_unread(row)
-    said.images.extend(map(_name, _one_or_several(row, "image")))
-    said.videos.extend(map(_video, _one_or_several(row, "video")))
+    said.images.extend(images_of(row))
+    said.videos.extend(map(video_name, _videos(row)))
+    if tools := row.get("tools"):
+        said = said._replace(tools=tools_of(tools))
+    if not _is_empty(boxes := row.get("objects")):
+        said = said._replace(boxes=boxes_of(boxes))
     if row.get("system"):
-        text, places = _text(*_texts([row], "system"))
+        text, places = text_of(*_texts([row], "system"))
         said.names.insert(0, "system")
         said.texts.insert(0, text)
         said.losses.insert(0, None)
         said.places.insert(0, places)
+        said = said._replace(calls=["", *said.calls] if said.calls else ())
     return said
+
+
+def _videos(row: JsonRow) -> list[Any]:
+    """The videos of a row; a `video` that is a list of images has these as its frames."""
+    one = row.get("video")
+    if isinstance(one, list) and one and all(isinstance(name, str) and not is_video(name) for name in one):
+        row = row | {"video": [one]}
+    return _one_or_several(row, "video")
 
 
 def _one_or_several(row: JsonRow, key: str) -> list[Any]:
@@ -301,31 +279,3 @@ def _is_empty(value: Any) -> bool:
     if isinstance(value, dict):
         return all(_is_empty(member) for member in value.values())
     return value is None or (isinstance(value, str | list) and not value)
-
-
-def _video(video: Any) -> str:
-    """A video as a path."""
-    if isinstance(video, dict):  # of OpenAI's `video_url`, or as the `datasets` library writes it
-        video = video.get("url") or video.get("path")
-    if not isinstance(video, str):
-        raise RowError("has a video that is not the path of a file")
-    name = video[7:] if video[:7].lower() == "file://" else video
-    if "://" in name[:10]:
-        raise RowError("names a video by its address on the network: download the videos first")
-    if not is_video(name):
-        raise RowError(f"has a video whose name does not end in {', '.join(VIDEO_SUFFIXES)}")
-    return name
-
-
-def _name(image: Any) -> str:
-    """An image as a path or a data URL; a dict is what the `datasets` library writes, in JSON with base64."""
-    if isinstance(image, dict):
-        content = image.get("bytes")
-        if isinstance(content, str):
-            return decoded(content)
-        image = content if content is not None else image.get("path") or ""
-    if isinstance(image, bytes):
-        return data_url(image)
-    if not isinstance(image, str):
-        raise RowError("has an image that is neither a path nor the bytes of a file")
-    return image_name(image)

@@ -1,7 +1,6 @@
 """Multiple choice questions about images, in the TSV files of VLMEvalKit; the answer is the letter of an option."""
 
 import ast
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 from string import ascii_uppercase
@@ -11,12 +10,12 @@ from pydantic import TypeAdapter
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.embedded import decoded, image_name
 from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.readers.cells import table_lines
 from dora_mm.data.vl.rows import BadRows, RowError, good_rows
 
 CELLS = TypeAdapter(list[str])
 NEEDED = ("index", "question", "A", "B")
 LONGEST_REFERENCE = 64  # characters; a longer `image` is an image, a shorter one the index of the row that has it
-LONGEST_CELL = 2**31 - 1
 
 
 def read_choices(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
@@ -32,7 +31,11 @@ def read_choices(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     path = source.path
     header = _header(path, source.split)
     selected = header.index("split") if source.split else 0
-    rows = (row for row in _rows(path) if not source.split or row[1][selected : selected + 1] == [source.split])
+    rows = (
+        row
+        for row in table_lines(path, tabs=True)
+        if not source.split or row[1][selected : selected + 1] == [source.split]
+    )
     shared = _shared_images(path, header)
 
     def example(cells: list[str]) -> Example:
@@ -49,7 +52,7 @@ def _header(path: Path, split: str | None) -> list[str]:
     Raises:
         ValueError: The file has no rows, or lacks a column or every row of the split.
     """
-    rows = _rows(path, start=0)
+    rows = table_lines(path, tabs=True, start=0)
     header = next(rows, ("", []))[1]
     needed = [*NEEDED, *(["split"] if split else [])]
     if missing := [name for name in needed if name not in header]:
@@ -65,27 +68,6 @@ def _header(path: Path, split: str | None) -> list[str]:
     return header
 
 
-def _rows(path: Path, start: int = 1) -> Iterator[tuple[str, list[str]]]:
-    """The lines of the file with their places, from line `start` on; 0 is the header.
-
-    Raises:
-        ValueError: While iterating: the file cannot be read, or a quotation mark is not closed.
-    """
-    csv.field_size_limit(LONGEST_CELL)  # the default, 131,072, is less than an image
-    line = 1
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter="\t", strict=True)
-            for number, cells in enumerate(reader):
-                if number >= start and cells:
-                    yield f"line {line}", cells
-                line = reader.line_num + 1
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged or not a table with tabs, at line {line} ({error})") from None
-
-
 def _shared_images(path: Path, header: list[str]) -> dict[str, str]:
     """The images to which other rows refer, by the index of the row that has them."""
     if "image" not in header:
@@ -93,7 +75,7 @@ def _shared_images(path: Path, header: list[str]) -> dict[str, str]:
     image, index = header.index("image"), header.index("index")
 
     def complete() -> Iterator[list[str]]:
-        return (cells for _, cells in _rows(path) if len(cells) == len(header))
+        return (cells for _, cells in table_lines(path, tabs=True) if len(cells) == len(header))
 
     wanted = {cells[image] for cells in complete() if cells[image] and _is_reference(cells[image])}
     if not wanted:

@@ -5,8 +5,9 @@ from functools import lru_cache
 from itertools import chain, pairwise
 from typing import NamedTuple
 
-from dora_mm.data.vl.example import IMAGE, PLACE, VIDEO, Example, Role, Turn, plain_text
-from dora_mm.data.vl.rows import RowError
+from dora_mm.data.vl.example import BOX, IMAGE, PLACE, REF, VIDEO, Example, Role, Turn, plain_text
+from dora_mm.data.vl.readers.boxes import check_boxes
+from dora_mm.data.vl.rows import RowError, count_of
 
 ROLES: dict[str, Role] = {  # in lower case
     "user": "user",
@@ -15,13 +16,14 @@ ROLES: dict[str, Role] = {  # in lower case
     "gpt": "assistant",
     "model": "assistant",
     "system": "system",
+    "developer": "system",
     "tool": "tool",
     "tool_response": "tool",
     "observation": "tool",
 }
-CALLS = ("function_call", "tool_call")  # each model writes them in a form of its own
+Frames = tuple[str, ...]  # the images of a video
 # Of a marker's image: its own one, the number of one of the row, or None: the next of the row; VIDEO: its next video
-ImagePlace = str | int | None
+ImagePlace = str | Frames | int | None
 
 
 class Dialogue(NamedTuple):
@@ -33,7 +35,10 @@ class Dialogue(NamedTuple):
         losses: Whether it is learned; None where the file does not say so.
         places: The images of the turn's markers.
         images: The images that are keys of the row, as paths or data URLs.
-        videos: The videos that are keys of the row, as paths.
+        videos: The videos that are keys of the row, as paths, or as the paths or data URLs of their frames.
+        calls: The calls of tools, see `Turn`; empty where no turn has any.
+        tools: The tools of the row, see `Example`.
+        boxes: The boxes of the row, see `Example`.
     """
 
     names: list[str]
@@ -41,17 +46,27 @@ class Dialogue(NamedTuple):
     losses: list[bool | None]
     places: list[Sequence[ImagePlace]]
     images: list[str]
-    videos: list[str]
+    videos: list[str | Frames]
+    calls: Sequence[str] = ()
+    tools: str = ""
+    boxes: str = ""
 
     def followed_by(self, other: "Dialogue") -> "Dialogue":
         """The turns of both."""
         turns = (self.names + other.names, self.texts + other.texts, self.losses + other.losses)
         files = (self.images + other.images, self.videos + other.videos)
-        return Dialogue(*turns, self.places + other.places, *files)
+        return Dialogue(*turns, self.places + other.places, *files, self.all_calls + other.all_calls)
+
+    @property
+    def all_calls(self) -> list[str]:
+        """The calls of each turn."""
+        return [*self.calls] or [""] * len(self.names)
 
 
 def conversation(said: Dialogue, name: str) -> Example:
-    """A conversation as an example. Only the assistant's turns carry loss: all, or those of which the file says so.
+    """A conversation as an example.
+
+    Only the assistant's turns carry loss: all that are not empty, or those of them of which the file says so.
 
     Where a row has images or videos and no marker, the markers come first in the user's first turn. Where it has videos
     alone and as many IMAGE markers, these are the places of its videos, as in LLaVA's files.
@@ -61,47 +76,76 @@ def conversation(said: Dialogue, name: str) -> Example:
         name: Its id.
 
     Raises:
-        RowError: The turns do not alternate, one is empty, an image or loss is where none can be, or there are not as
-            many images or videos as markers.
+        RowError: The turns are in an order that is none, one of another than the assistant is empty, an image or loss
+            is where none can be, or there are not as many images, videos or boxes as markers.
     """
     roles = _roles(tuple(said.names))
-    first = roles.index("user")
-    texts = said.texts
-    if not all(texts) or any(map(str.isspace, texts)):
-        raise RowError(_first_empty(roles, texts))
-    places = [*chain.from_iterable(said.places)]
+    texts, places = said.texts, [*chain.from_iterable(said.places)]
     if places and any(found and role == "assistant" for role, found in zip(roles, said.places, strict=True)):
         raise RowError(
             "has an image in a turn of the assistant, which can only have text (with a backslash, it is text)"
         )
     if said.videos and not said.images and places == [None] * len(said.videos):
         texts, places = [PLACE.sub(VIDEO, text) for text in texts], [VIDEO] * len(places)
-    images = _in_order(said.images, said.videos, places)
-    if not places:
+    shown = _in_order(said.images, said.videos, places)
+    if not places and shown:
+        first = roles.index("user")
         marked = IMAGE * len(said.images) + VIDEO * len(said.videos) + texts[first]
         texts = [*texts[:first], marked, *texts[first + 1 :]]
-    turns = tuple(map(Turn._make, zip(roles, texts, _learned(roles, said.losses), strict=True)))  # faster than Turn()
-    answers = (plain_text(texts[-1]),) if roles[-1] == "assistant" else ()
-    question = plain_text(texts[-2 if answers else -1]).strip()
-    return Example(name, tuple(images), question, answers, (1.0,) * len(answers), turns=turns)
+    losses = said.losses
+    if not all(texts) or any(map(str.isspace, texts)):
+        losses = _without_empty(roles, texts, losses, said.all_calls)
+    if said.boxes:
+        check_boxes(said.boxes, texts)
+    answers, learned = _answers(roles, texts, said), _learned(roles, losses)
+    if answers and True not in learned:
+        raise RowError("has `loss: false` for every answer")
+    turns = zip(roles, texts, learned, said.all_calls, strict=True)
+    question = plain_text(texts[-2 if roles[-1] == "assistant" and len(texts) > 1 else -1]).strip()
+    images = tuple(chain.from_iterable((one,) if isinstance(one, str) else one for one in shown))
+    return Example(
+        name,
+        images,
+        question,
+        answers,
+        (1.0,) * len(answers),
+        turns=tuple(map(Turn._make, turns)),  # faster than Turn()
+        frames=() if len(images) == len(shown) and all(isinstance(one, str) for one in shown) else _frames(shown),
+        tools=said.tools,
+        boxes=said.boxes,
+    )
+
+
+def _answers(roles: Sequence[Role], texts: Sequence[str], said: Dialogue) -> tuple[str, ...]:
+    """The last turn, if it is the assistant's and a text: calls and boxes are written as each model writes them."""
+    if roles[-1] != "assistant" or not texts[-1].strip() or (said.calls and said.calls[-1]):
+        return ()
+    return () if said.boxes and (BOX in texts[-1] or REF in texts[-1]) else (plain_text(texts[-1]),)
+
+
+def _frames(shown: Sequence[str | Frames]) -> tuple[int, ...]:
+    return tuple(0 if isinstance(one, str) else len(one) for one in shown)
 
 
 @lru_cache(maxsize=1000)  # most rows have one of a few sequences
 def _roles(names: tuple[str, ...]) -> tuple[Role, ...]:
-    """The roles of turns, which must alternate and begin with the user's, after at most one system turn."""
+    """The roles of turns, which are the user's and the assistant's, after at most one system turn.
+
+    Whether the user may speak twice in a row, or the assistant first, a model's chat template says.
+    """
     roles: list[Role] = [_role(name) for name in names]
     said = roles[1:] if roles[:1] == ["system"] else roles
     if not said:
         raise RowError("has no turns")
     if "system" in said:
         raise RowError("has a system turn that is not the first")
-    if said[0] == "assistant":
-        raise RowError("begins with the assistant")
     if said[0] == "tool":
         raise RowError("begins with a tool")
+    if "user" not in said:
+        raise RowError("has no turn of the user")
     for role, following in pairwise(said):
-        if role == following != "tool":
-            raise RowError(f"has two turns of the {role} in a row")
+        if role == following == "assistant":
+            raise RowError("has two turns of the assistant in a row")
         if (role, following) in (("user", "tool"), ("tool", "user")):
             raise RowError(f"has a turn of the {following} after one of the {role}: between them is the assistant's")
     return tuple(roles)
@@ -109,42 +153,49 @@ def _roles(names: tuple[str, ...]) -> tuple[Role, ...]:
 
 def _role(speaker: str) -> Role:
     role = ROLES.get(speaker.lower())
-    if speaker.lower() in CALLS:
-        raise RowError(f"has a turn of {speaker!r}: write the call as the assistant's text, as the model writes it")
     if role is None:
         raise RowError(f"has a turn of {speaker[:20]!r}: the roles are {', '.join(ROLES)}")
     return role
 
 
-def _first_empty(roles: Sequence[Role], texts: list[str]) -> str:
-    role = next(role for role, text in zip(roles, texts, strict=True) if not text or text.isspace())
-    return "has an empty answer" if role == "assistant" else f"has an empty turn of the {role}"
+def _without_empty(
+    roles: Sequence[Role], texts: Sequence[str], losses: list[bool | None], calls: Sequence[str]
+) -> list[bool | None]:
+    """What is learned, without answers that are empty."""
+    empty = [not (text.strip() or call) for text, call in zip(texts, calls, strict=True)]
+    nobody = [role for role, is_empty in zip(roles, empty, strict=True) if is_empty and role != "assistant"]
+    if nobody:
+        raise RowError(f"has an empty turn of the {nobody[0]}")
+    said = [role == "assistant" if loss is None else loss for role, loss in zip(roles, losses, strict=True)]
+    return [loss and not is_empty for loss, is_empty in zip(said, empty, strict=True)] if any(empty) else losses
 
 
-def _in_order(images: list[str], videos: list[str], places: Sequence[ImagePlace]) -> list[str]:
+def _in_order(images: list[str], videos: list[str | Frames], places: Sequence[ImagePlace]) -> Sequence[str | Frames]:
     """The images and videos in the order of their markers."""
     if not places or (not videos and places.count(None) == len(places) == len(images)):
-        return images + videos
+        return [*images, *videos]
     if places.count(VIDEO) != len(videos):
-        raise RowError(f"has {_count(len(videos), 'video')}, but {_count(places.count(VIDEO), f'{VIDEO} marker')}")
+        raise RowError(f"has {count_of(len(videos), 'video')}, but {count_of(places.count(VIDEO), f'{VIDEO} marker')}")
     following = iter(videos)
     places = [next(following) if place == VIDEO else place for place in places]
     if numbers := {place for place in places if isinstance(place, int)}:
         return _by_number(images, places, numbers)
     num_own = len(places) - places.count(None)
     if len(images) + num_own != len(places):
-        raise RowError(f"has {_count(len(images) + num_own, 'image')}, but {_count(len(places), f'{IMAGE} marker')}")
+        raise RowError(
+            f"has {count_of(len(images) + num_own, 'image')}, but {count_of(len(places), f'{IMAGE} marker')}"
+        )
     remaining = iter(images)
-    return [next(remaining) if place is None else str(place) for place in places]
+    return [next(remaining) if place is None else place for place in places if not isinstance(place, int)]
 
 
-def _by_number(images: list[str], places: Sequence[ImagePlace], numbers: set[int]) -> list[str]:
+def _by_number(images: list[str], places: Sequence[ImagePlace], numbers: set[int]) -> list[str | Frames]:
     """The images in the order of their markers, which have numbers."""
     if None in places:
         raise RowError("has markers of images with a number and others without")
     if numbers != set(range(len(images))):
         raise RowError("has markers of images with numbers that are not those of its images")
-    return [images[place] if isinstance(place, int) else str(place) for place in places]
+    return [images[place] if isinstance(place, int) else place for place in places if place is not None]
 
 
 def _learned(roles: tuple[Role, ...], losses: list[bool | None]) -> Sequence[bool]:
@@ -154,10 +205,4 @@ def _learned(roles: tuple[Role, ...], losses: list[bool | None]) -> Sequence[boo
     learned = [role == "assistant" and loss is not False for role, loss in zip(roles, losses, strict=True)]
     if True in losses and any(loss and not learns for loss, learns in zip(losses, learned, strict=True)):
         raise RowError("asks for loss on a turn that is not the assistant's")
-    if roles[-1] == "assistant" and True not in learned:
-        raise RowError("has `loss: false` for every answer")
     return learned
-
-
-def _count(number: int, name: str) -> str:
-    return f"{number} {name}{'' if number == 1 else 's'}"

@@ -6,6 +6,7 @@ turns are rendered once more with a mark in place of the answer. The same shows 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -34,7 +35,7 @@ class ChatText(NamedTuple):
     ends: tuple[int, ...] = ()
 
 
-def render(processor: Any, turns: Sequence[Turn]) -> ChatText:
+def render(processor: Any, turns: Sequence[Turn], tools: str = "") -> ChatText:
     """Renders a conversation for training, up to its last answer.
 
     An answer follows the very text that asks for it when the model answers, also where the template renders an answered
@@ -45,13 +46,14 @@ def render(processor: Any, turns: Sequence[Turn]) -> ChatText:
     Args:
         processor: A processor with a chat template.
         turns: The conversation, with at least one answer.
+        tools: Its tools; see `Example`.
 
     Raises:
-        ValueError: The template refuses the conversation, leaves out a text of it, or renders none of the learned
-            answers as it was given.
+        ValueError: The template refuses the conversation, leaves out a text of it, a tool or a call, or renders none of
+            the learned answers as it was given.
     """
     numbers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
-    template = _Template(processor, turns[: numbers[-1]])
+    template = _Template(processor, turns[: numbers[-1]], tools)
     text, spans, ends, done, rest = "", [], [], "", ""
     for number in numbers:
         found = template.exchange(turns[: number + 1], turns[number + 1 : numbers[-1]])
@@ -66,13 +68,13 @@ def render(processor: Any, turns: Sequence[Turn]) -> ChatText:
     return ChatText(text + rest, tuple(spans), tuple(ends))
 
 
-def render_prompt(processor: Any, turns: Sequence[Turn]) -> str:
+def render_prompt(processor: Any, turns: Sequence[Turn], tools: str = "") -> str:
     """Renders a conversation up to the place where the model answers.
 
     Raises:
-        ValueError: The template refuses the conversation, or leaves out a text of it.
+        ValueError: The template refuses the conversation, or leaves out a text of it, a tool or a call.
     """
-    return _Template(processor, turns).apply(turns, ask=True)
+    return _Template(processor, turns, tools).apply(turns, ask=True)
 
 
 class _Exchange(NamedTuple):
@@ -99,29 +101,46 @@ class _Template:
     Args:
         processor: The processor.
         asked: The turns in front of an answer.
+        tools: The tools of the conversation; see `Example`.
 
     Raises:
         ValueError: The template refuses the conversation, or leaves out a text of it.
     """
 
-    def __init__(self, processor: Any, asked: Sequence[Turn]):
-        self.processor = processor
+    def __init__(self, processor: Any, asked: Sequence[Turn], tools: str = ""):
+        self.processor, self.tools = processor, json.loads(tools) if tools else None
         tokenizer = processor.tokenizer
         self.tokens = tuple(filter(None, (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())))
         shape = tuple((turn.role, tuple(kind for kind, _ in _pieces(turn.text))) for turn in asked)
         self.content = _readable_content(processor, processor.chat_template, shape)
 
     def apply(self, turns: Sequence[Turn], *, ask: bool = False) -> str:
-        """Renders turns; with `ask`, what begins the model's next turn follows."""
-        messages = [{"role": t.role, "content": self.content(_pieces(t.text), self.processor)} for t in turns]
-        return _apply(self.processor, messages, ask)
+        """Renders turns; with `ask`, what begins the model's next turn follows.
+
+        Raises:
+            ValueError: The template refuses them, or leaves out a tool or a call.
+        """
+        rendered = _apply(self.processor, list(map(self._message, turns)), ask, self.tools)
+        calls = [call for turn in turns if turn.calls for call in json.loads(turn.calls)]
+        for one in [*(self.tools or ()), *calls]:
+            if one["function"]["name"] not in rendered:
+                what = "the call of a tool" if one in calls else "a tool"
+                raise ValueError(f"the chat template does not show {what}, {one['function']['name']!r}")
+        return rendered
+
+    def _message(self, turn: Turn) -> dict[str, Any]:
+        if not turn.calls:
+            return {"role": turn.role, "content": self.content(_pieces(turn.text), self.processor)}
+        content = self.content(_pieces(turn.text), self.processor) if turn.text else ""
+        return {"role": turn.role, "content": content, "tool_calls": json.loads(turn.calls)}
 
     def exchange(self, turns: Sequence[Turn], later: Sequence[Turn]) -> _Exchange:
         """The last turn of these, an answer, as it is rendered; `later` are the turns that follow up to another one."""
         marked, answer = _marked(turns), turns[-1]
         text = plain_text(answer.text).strip()
-        prompt = self.apply(marked[:-1], ask=True)
-        tail = self.apply(marked).rpartition(marked[-1].text)[2].rstrip()
+        alone = self.apply(marked)
+        prompt = self.apply(marked[:-1], ask=True) if len(marked) > 1 else alone.partition(marked[-1].text)[0]
+        tail = alone.rpartition(marked[-1].text)[2].rstrip()
         if later and "think" in text:
             read, history = self._history(marked, answer, later)
             if not _occurs(text, history):
@@ -154,9 +173,9 @@ class _Template:
 
 
 def _marked(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns with a mark in place of each answer."""
+    """The turns with a mark in place of each answer and its calls."""
     return [
-        turn._replace(text=f"@@answer {number}@@") if turn.role == "assistant" else turn
+        turn._replace(text=f"@@answer {number}@@", calls="") if turn.role == "assistant" else turn
         for number, turn in enumerate(turns)
     ]
 
@@ -281,13 +300,16 @@ def _all_videos_shown(marks: Sequence[Pieces], rendered: str, processor: Any) ->
     return not count or rendered.count(processor.video_token) == count
 
 
-def _apply(processor: Any, messages: Sequence[dict[str, Any]], ask: bool) -> str:
+def _apply(
+    processor: Any, messages: Sequence[dict[str, Any]], ask: bool, tools: Sequence[dict[str, Any]] | None = None
+) -> str:
     """Applies the chat template.
 
     Raises:
         ValueError: The template refuses the conversation, for example its order of roles.
     """
     try:
-        return processor.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False)
+        settings = {"tools": tools} if tools else {}
+        return processor.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False, **settings)
     except Exception as error:  # templates raise jinja2's errors, and whatever their filters do
         raise ValueError(f"the chat template refuses a conversation: {' '.join(str(error).split())[:300]}") from error

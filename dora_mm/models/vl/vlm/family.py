@@ -15,7 +15,6 @@ from dora_mm.config.models import VisionConfig, VLMModelConfig
 from dora_mm.config.paths import resolve_model
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.core import TargetMap
-from dora_mm.data.images.frames import is_video
 from dora_mm.data.seen import SeenFiles
 from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.image_folder import image_path
@@ -166,7 +165,7 @@ class VLM:
         return None
 
     def check_in_step(self, task: str, table: ExampleTable, images: str | None) -> None:
-        filmed = np.flatnonzero(table.have(is_video))
+        filmed = np.flatnonzero(table.filmed())
         if not len(filmed):
             return
         example = table[int(filmed[0])]
@@ -204,13 +203,15 @@ class VLM:
         if not self.reads_images:
             table = table.without(table.lengths("images") > 0, f"has an image, and {self.name} reads none")
         elif "video" not in self.rows.encoder.kinds:
-            table = table.without(table.have(is_video), f"has a video, and {self.name} reads none")
+            table = table.without(table.filmed(), f"has a video, and {self.name} reads none")
         if self.plain is None:
             return table
         if self.reads_images:
             table = table.without(table.lengths("images") == 0, f"has no image, and {self.name} needs one")
         if self.plain.images == 1:
             table = table.without(table.lengths("images") > 1, f"has several images, and {self.name} reads one")
+        for column in ("tools", "boxes"):
+            table = table.without(table.has(column), f"has {column}, and {self.name} has no chat template")
         reason = f"has several turns before its answer, and {self.name} reads one: it has no chat template"
         return table.without(table.lengths("turns") - table.lengths("answers") > 1, reason)
 

@@ -6,16 +6,18 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dora_mm.data.images.frames import Video, is_video, load_video
+from dora_mm.data.images.frames import Video, frames_as_video, is_video, load_video
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.seen import SeenFiles
 from dora_mm.data.vl.example import IMAGE, VIDEO, Example, Turn, escaped, pieces_of
 from dora_mm.data.vl.image_folder import image_path
+from dora_mm.models.vl.vlm.boxes import with_boxes
 from dora_mm.models.vl.vlm.chat import ChatText, render, render_prompt
 from dora_mm.models.vl.vlm.encoding import RowEncoder, TokenRow, collate
 from dora_mm.models.vl.vlm.forms import Form
@@ -109,35 +111,47 @@ class ExampleEncoder:
         """The images and the videos of an example."""
         if example.images and not self.encoder.kinds:
             raise ValueError("it has an image, and the model reads none")
-        paths = [image_path(folder, name) for name in example.images]
-        filmed = [path for path in paths if is_video(path)]
+        files = iter([image_path(folder, name) for name in example.images])
+        sizes = example.frames or (0,) * len(example.images)
+        shown = [list(islice(files, size)) if size else next(files) for size in sizes]
+        filmed = [one for one in shown if isinstance(one, list) or is_video(one)]
         if filmed and "video" not in self.encoder.kinds:
             raise ValueError("it has a video, and the model reads none")
-        if filmed and len(filmed) < len(paths) and self.model_type in EITHER:
+        if filmed and len(filmed) < len(shown) and self.model_type in EITHER:
             raise ValueError("it has images and videos, of which the model reads either")
-        images = [load_rgb(path, "white", self.files.read) for path in paths if not is_video(path)]
-        return images, [load_video(path, self.fps, self.max_frames, self.files.check) for path in filmed]
+        images = [
+            load_rgb(one, "white", self.files.read) for one in shown if not (isinstance(one, list) or is_video(one))
+        ]
+        return images, list(map(self._video, filmed))
+
+    def _video(self, file: Path | list[Path]) -> Video:
+        """A video, from its file or from the images that are its frames."""
+        if isinstance(file, list):
+            return frames_as_video(file, self.fps, self.max_frames, self.files.read)
+        return load_video(file, self.fps, self.max_frames, self.files.check)
 
     def _row(self, task: str, example: Example, visuals: tuple[list[Any], list[Video]], answer: str | None) -> TokenRow:
         if self.plain is not None:
             return self._plain_row(self.plain, self.prompt(task, example.text), visuals[0], answer)
         turns = self.turns(task, example, answer)
+        if example.boxes:
+            turns = with_boxes(turns, example.boxes, visuals[0], self.processor, self.model_type)
         for text in (piece for turn in turns for piece in pieces_of(turn.text)[::2]):
             self.encoder.check_text(text)
         if answer is None:
-            return self.encoder.question(render_prompt(self.processor, turns), *visuals)
-        return self._conversation(exchanges_of(turns, *visuals))
+            return self.encoder.question(render_prompt(self.processor, turns, example.tools), *visuals)
+        return self._conversation(exchanges_of(turns, *visuals), example.tools)
 
-    def _conversation(self, exchanges: Sequence[Exchange]) -> TokenRow:
+    def _conversation(self, exchanges: Sequence[Exchange], tools: str) -> TokenRow:
         """A conversation as a row. One with images that is too long loses its last exchanges until the rest has room.
 
         One exchange that has none by itself is cut at its end, as texts are: it loses a part of its answer.
         """
-        row = whole = self._rendered(exchanges)
+        row = whole = self._rendered(exchanges, tools)
         kept = exchanges
         while row.num_exchanges < len(kept) > 1 and any(each.images or each.videos for each in exchanges):
             kept = exchanges[: max(1, row.num_exchanges)]
-            row = self._rendered(kept)
+            row = self._rendered(kept, tools)
         if kept is exchanges:
             return whole
         return replace(
@@ -148,9 +162,9 @@ class ExampleEncoder:
             loses_answer=row.loses_answer or not any(each.turns[-1].loss for each in kept),
         )
 
-    def _rendered(self, exchanges: Sequence[Exchange]) -> TokenRow:
+    def _rendered(self, exchanges: Sequence[Exchange], tools: str) -> TokenRow:
         turns, images, videos = (list(chain.from_iterable(parts)) for parts in zip(*exchanges, strict=True))
-        return self.encoder.conversation(render(self.processor, turns), images, videos)
+        return self.encoder.conversation(render(self.processor, turns, tools), images, videos)
 
     def _plain_row(self, plain: PlainPrompts, asked: str, pictures: list[Any], answer: str | None) -> TokenRow:
         if plain.images == 0:
