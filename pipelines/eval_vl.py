@@ -28,6 +28,7 @@ from dora_mm.models.vl.families import is_local, load_vl_model
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.sampling.answers import answer_all
+from dora_mm.tasks.preferences import KeptReference, Preferences
 from dora_mm.tasks.vl import answerers
 from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.train.validation import main_values
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
-    """Answers the splits, scores the answers and prints the report.
+    """Answers the splits, scores the answers and prints the report. Pairs are answered by their margins.
 
     Writes to the run directory: the answers of each task in predictions_<task> (in the format of its evaluation
     server), scores.json, report.md and, with `examples`, examples.html; and in answers/ those so far, from which the
@@ -61,9 +62,11 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     splits = open_validation(config.data, config.decode, model)
     if is_local(config.model, config.vision):  # before the weights are loaded
         check_reopened(config, inputs_of(config, model, splits, folder))
+    bare = KeptReference()
+    bare.compute(model, splits, config.decode.batch_size, on_bad_data=config.data.on_bad_data)
     if folder:
         load_trained(model, folder, backend=config.backend)
-    answers = answerers(model, splits, config.decode)
+    answers = answerers(model, splits, config.decode, Preferences(model, config.preference, bare))
     with evaluation_run(config, inputs_of(config, model, splits, folder)) as run:
         kept = run.path / "answers"
         asked = (answers, model.networks.values(), splits, config.decode.batch_size)
@@ -101,7 +104,7 @@ def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScore
     is not in the config, stay as they are.
     """
     (task,) = (task for task in config.data.all_tasks if task.task == name)
-    if task.train is None or TASKS[name].kind == "captions":
+    if task.train is None or TASKS[name].kind == "captions" or TASKS[name].pairs:
         return scores
     training = training_texts(task, config.data).answered()
     if not len(training):

@@ -65,7 +65,9 @@ def estimated_activations(
     if checkpointing:
         depth = config.num_hidden_layers
         layers = KEPT_BY_CHECKPOINTS * depth * config.hidden_size + layers / depth
-    return math.ceil(len(batch.rows) * (batch.length * layers * width + batch.text * config.vocab_size * LOGIT_BYTES))
+    return math.ceil(
+        batch.num_computed * (batch.length * layers * width + batch.text * config.vocab_size * LOGIT_BYTES)
+    )
 
 
 def _out_features(layer: nn.Module) -> int:

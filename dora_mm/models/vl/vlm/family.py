@@ -23,7 +23,7 @@ from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.folders import empty_model, has_weights, model_class, read_config, saved_dtype, weights_identity
 from dora_mm.models.opening import check_revision, commit_of
-from dora_mm.models.vl.vl_model import RowCounts, RowLengths, Structure, Target, VLModel
+from dora_mm.models.vl.vl_model import RowCounts, RowLengths, Structure, Target, VLModel, weighted_loss
 from dora_mm.models.vl.vlm.answers import VLMAnswers
 from dora_mm.models.vl.vlm.encoding import TokenRow
 from dora_mm.models.vl.vlm.forms import form_of
@@ -46,13 +46,18 @@ class VLMBatch:
 
     Attributes:
         task: Name of the task.
-        groups: The rows in groups that are computed together, each as (inputs, labels (B, T), row weights (B,)).
+        groups: The rows in groups that are computed together, each as (inputs, labels (G, T), which rows these are
+            (G,)).
+        weights: The weight of each row (B,).
+        examples: Those whose rows these are.
         num_cut: How many of the rows lost text or whole exchanges to `model.max_length`.
-        left_out: A sentence on each row that could not be encoded, and is missing here.
+        left_out: A sentence on each example that could not be encoded, and is missing here.
     """
 
     task: str
     groups: tuple[tuple[Mapping[str, Tensor], Tensor, Tensor], ...]
+    weights: tuple[float, ...] = ()
+    examples: tuple[Example, ...] = ()
     num_cut: int = 0
     left_out: tuple[str, ...] = ()
 
@@ -224,45 +229,44 @@ class VLM:
         *,
         on_bad_data: OnBadData = "stop",
     ) -> VLMBatch:
-        rows, weights, left_out = [], [], []
+        found, left_out = [], []
         for example, (answer, weight) in zip(examples, targets, strict=True):
             try:
-                row = self.rows.row(task, example, images, answer)
-                if row.loses_answer:
-                    left_out.append(f"row {example.id} of {task}: {self._why_left_out(row)}")
+                rows = self.rows.answered(task, example, images, answer)
+                if lost := next((row for row in rows if row.loses_answer), None):
+                    left_out.append(f"row {example.id} of {task}: {self._why_left_out(lost)}")
                     continue
-                rows.append(row)
-                weights.append(weight)
+                found.append((example, rows, weight))
             except ValueError as error:
                 if on_bad_data == "stop":
                     raise ValueError(f"{error}; data.on_bad_data: skip leaves such rows out") from error
                 left_out.append(str(error))
+        rows = [row for of_answer in zip(*(rows for _, rows, _ in found), strict=True) for row in of_answer]
         groups = [
-            (*self.rows.collate([rows[i] for i in group]), torch.tensor([weights[i] for i in group]))
-            for group in self.rows.groups(rows)
+            (*self.rows.collate([rows[i] for i in group]), torch.tensor(group)) for group in self.rows.groups(rows)
         ]
-        return VLMBatch(task, tuple(groups), sum(row.num_cut > 0 for row in rows), tuple(left_out))
+        weights = tuple(weight for _, _, weight in found)
+        kept, num_cut = tuple(example for example, _, _ in found), sum(row.num_cut > 0 for row in rows)
+        return VLMBatch(task, tuple(groups), weights, kept, num_cut, tuple(left_out))
 
     def _why_left_out(self, row: TokenRow) -> str:
         whole = row.num_image_tokens + row.num_image_cut
         images = f"; {whole} of its {row.length + row.num_cut} are images" if whole else ""
         return f"its whole answer is beyond {self.rows.max_length} tokens ({self.rows.limit_from}){images}"
 
-    def loss(self, batch: VLMBatch, generator: torch.Generator) -> LossSum:
+    def row_losses(self, batch: VLMBatch) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled():  # a validation does not count
             self.counts.add(batch.num_cut, batch.left_out)
-        count = torch.zeros((), device=self.network.device)
-        total = count if batch.groups else self.network.zero_loss()
-        for inputs, labels, weights in batch.groups:
-            sums, counts = self.network.row_losses(inputs, labels)
-            weights = weights.to(self.network.device)
-            if TASKS[batch.task].row_mean:
-                total = total + (sums / counts.clamp(min=1) * weights).sum()
-                count = count + len(weights)
-            else:
-                total = total + (sums * (weights > 0)).sum()
-                count = count + (counts * (weights > 0)).sum()
-        return LossSum(total, count)
+        if not batch.groups:
+            return self.network.zero_loss().expand(1)[:0], torch.zeros(0, device=self.network.device)
+        found = [self.network.row_losses(inputs, labels) for inputs, labels, _ in batch.groups]
+        order = torch.argsort(torch.cat([numbers for _, _, numbers in batch.groups])).to(self.network.device)
+        sums, counts = (torch.cat(parts)[order] for parts in zip(*found, strict=True))
+        return sums, counts
+
+    def loss(self, batch: VLMBatch, generator: torch.Generator) -> LossSum:
+        sums, counts = self.row_losses(batch)
+        return weighted_loss(batch.task, sums, counts, torch.tensor(batch.weights, device=sums.device))
 
     def lengths(self, task: str, table: ExampleTable, rows: Iterable[int], images: str | None) -> RowLengths:
         return row_lengths(self.rows, task, table, rows, images)
