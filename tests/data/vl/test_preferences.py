@@ -85,7 +85,10 @@ def test_only_what_follows_the_shared_turns_is_learned(tmp_path):
 
 
 def test_a_table_keeps_pairs_and_counts_the_longer_answer(tmp_path):
-    rows = [{"prompt": "Q", "chosen": "A", "rejected": "a long answer"}, {"prompt": "Q", "chosen": "AB", "rejected": "A"}]
+    rows = [
+        {"prompt": "Q", "chosen": "A", "rejected": "a long answer"},
+        {"prompt": "Q", "chosen": "AB", "rejected": "A"},
+    ]
     source = pairs(as_lines(tmp_path, rows))
     table = open_table(source, tmp_path / "tables", on_bad_data="stop")
     assert list(table) == read(source)
@@ -104,10 +107,16 @@ def test_columns_have_other_names_and_turns_may_be_text(tmp_path):
 
 
 BAD = [
-    ({"prompt": "Q", "chosen": "A", "rejected": "A"}, "has no chosen answer that is learned: it is empty, without loss"),
+    (
+        {"prompt": "Q", "chosen": "A", "rejected": "A"},
+        "has no chosen answer that is learned: it is empty, without loss",
+    ),
     ({"prompt": "Q", "chosen": "A", "rejected": None}, "has no `rejected`, or an empty one"),
     ({"prompt": "Q", "chosen": " ", "rejected": "B"}, "has no chosen answer that is learned"),
-    ({"prompt": messages("Q"), "chosen": messages("", "A", "Q")[1:], "rejected": REJECTED}, "has no chosen answer behind"),
+    (
+        {"prompt": messages("Q"), "chosen": messages("", "A", "Q")[1:], "rejected": REJECTED},
+        "has no chosen answer behind",
+    ),
     ({"prompt": 7, "chosen": "A", "rejected": "B"}, "has no list of turns that each have `role`"),
     ({"prompt": "Q", "chosen": "A", "rejected": "B", "kto_tag": True}, "has kto_tag, but verdicts on single answers"),
     (
@@ -139,5 +148,7 @@ def test_a_rejected_answer_to_other_images_or_tools_is_refused(tmp_path, key):
 
 
 def test_a_file_of_no_known_shape_says_how_columns_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no known shape of preferences: .*'better'.*columns: \{prompt: question, cho"):
+    with pytest.raises(
+        ValueError, match=r"no known shape of preferences: .*'better'.*columns: \{prompt: question, cho"
+    ):
         read(as_lines(tmp_path, [{"question": "Q", "better": "A", "worse": "B"}]))
