@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import PurePath
 from typing import Any
@@ -28,12 +28,12 @@ from dora_mm.data.vl.rows import OnBadData, RowTooLongError
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet
 from dora_mm.models.vl.vl_model import VLModel, likeliest_answer
 from dora_mm.registries.vl_tasks import TASKS
+from dora_mm.tasks.held_out import Precision
 from dora_mm.utils.evaluating import evaluating, map_shared
 from dora_mm.utils.losses import LossSum
 
 log = logging.getLogger(__name__)
 Reference = Callable[[Any], Tensor]  # a batch of pairs -> log-probabilities of chosen and rejected answers (2, B)
-Precision = Callable[..., AbstractContextManager[Any]]  # opens the autocast of a training
 
 
 def pair_losses(config: PreferenceConfig, ratios: Tensor, counts: Tensor) -> Tensor:

@@ -218,7 +218,8 @@ class VLM:
         for column in ("tools", "boxes"):
             table = table.without(table.has(column), f"has {column}, and {self.name} has no chat template")
         reason = f"has several turns before its answer, and {self.name} reads one: it has no chat template"
-        return table.without(table.lengths("turns") - table.lengths("answers") > 1, reason)
+        turns = np.maximum(table.lengths("turns"), table.lengths("rejected"))
+        return table.without(turns - table.lengths("answers") > 1, reason)
 
     def batch(
         self,
