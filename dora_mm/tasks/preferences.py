@@ -106,8 +106,9 @@ class Preferences:
 
 def preferences_of(model: VLModel, config: TrainVLConfig) -> Preferences:
     """The losses of a training. Where the model starts as no model without adapters is, what it says then is kept."""
-    reference = without_adapters(model) if config.adapter.starts_as_base else KeptReference()
-    return Preferences(model, config.preference, reference)
+    paired = any(TASKS[task.task].pairs for task in config.data.all_tasks)
+    kept = paired and not config.adapter.starts_as_base
+    return Preferences(model, config.preference, KeptReference() if kept else without_adapters(model))
 
 
 def pairs_of(model: VLModel, task: str, examples: Sequence[Example], images: str | None, on_bad_data: OnBadData) -> Any:
@@ -180,14 +181,16 @@ class KeptReference:
                 chosen, rejected = -_by_answer(model.row_losses(batch)[0])
             return [*zip(map(_key, batch.examples), chosen.tolist(), rejected.tolist(), strict=True)]
 
+        paired = {name: found for name, found in sets.items() if TASKS[name].pairs}
+        if not paired:
+            return
         with evaluating(model.networks.values()) as together, fixed_parameters(together):
-            for name, found in sets.items():
-                if TASKS[name].pairs:
-                    count = min(len(found.table), limit or len(found.table))
-                    slices = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-                    bar = tqdm(slices, f"{name} by the model as it starts", unit="batch", delay=2, disable=None)
-                    for values in map_shared(partial(known, name, found), bar, process, in_step=True):
-                        self._values |= {key: (chosen, rejected) for key, chosen, rejected in values}
+            for name, found in paired.items():
+                count = min(len(found.table), limit or len(found.table))
+                slices = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+                bar = tqdm(slices, f"{name} by the model as it starts", unit="batch", delay=2, disable=None)
+                for values in map_shared(partial(known, name, found), bar, process, in_step=True):
+                    self._values |= {key: (chosen, rejected) for key, chosen, rejected in values}
 
     def state_dict(self) -> dict[str, Tensor]:
         keys = torch.tensor([*self._values], dtype=torch.int64)
