@@ -30,6 +30,7 @@ from dora_mm.models.vl.families import is_local, load_vl_model
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.sampling.answers import answer_all, read_answers
+from dora_mm.tasks.preferences import KeptReference, Preferences
 from dora_mm.tasks.vl import answerers
 from dora_mm.train.resuming import started_config
 from dora_mm.train.run import check_reopened, evaluation_run
@@ -44,7 +45,7 @@ Kept = Sequence[tuple[str | None, str]]  # the answers to rows, each with what i
 
 
 def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
-    """Answers the splits, scores the answers and prints the report.
+    """Answers the splits, scores the answers and prints the report. Pairs are answered by their margins.
 
     Writes to the run directory: the answers of each task in predictions_<task> (in the format of its evaluation
     server), scores.json, report.md, with `examples` examples.html, and with `same_as` same_answers.json; and in
@@ -66,10 +67,12 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     splits = open_validation(config.data, config.decode, model)
     if is_local(config.model, config.vision):  # before the weights are loaded
         check_reopened(config, inputs_of(config, model, splits, folder))
+    earlier = earlier_answers(config, data_of(splits), splits) if config.same_as else {}
+    bare = KeptReference()
+    bare.compute(model, splits, config.decode.batch_size, on_bad_data=config.data.on_bad_data)
     if folder:
         load_trained(model, folder, backend=config.backend)
-    answers = answerers(model, splits, config.decode)
-    earlier = earlier_answers(config, data_of(splits), splits) if config.same_as else {}
+    answers = answerers(model, splits, config.decode, Preferences(model, config.preference, bare))
     with evaluation_run(config, inputs_of(config, model, splits, folder)) as run:
         kept = run.path / ANSWERS
         asked = (answers, model.networks.values(), splits, config.decode.batch_size)
@@ -160,7 +163,7 @@ def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScore
     is not in the config, stay as they are.
     """
     (task,) = (task for task in config.data.all_tasks if task.task == name)
-    if task.train is None or TASKS[name].kind == "captions":
+    if task.train is None or TASKS[name].kind == "captions" or TASKS[name].pairs:
         return scores
     training = training_texts(task, config.data).answered()
     if not len(training):

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from dora_mm import formats
@@ -30,6 +31,7 @@ from dora_mm.preview.training import slow_hardware
 from dora_mm.preview.vl_page import vl_page
 from dora_mm.sampling.answers import answer_all, num_answered, save_answers
 from dora_mm.tasks.held_out import RowLosses, by_loss
+from dora_mm.tasks.preferences import KeptReference, preferences_of
 from dora_mm.tasks.vl import VLBatches, answerers
 from dora_mm.train.checkpoint import is_due, last_step
 from dora_mm.train.cost import peak_memory_mb, seconds_per_step
@@ -51,6 +53,7 @@ from dora_mm.train.run import check_resumed, finished_run, training_run, trainin
 from dora_mm.train.setup import training_setup
 from dora_mm.train.validation import LOSS, SplitScores, Validation, log_scores, main_values, task_qualities
 from dora_mm.train.weights import EMA, WeightAverage, result_of
+from dora_mm.utils.losses import LossSum
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
 log = logging.getLogger(__name__)
@@ -100,7 +103,8 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         check_in_step(model, training, splits)
     for remark in slow_hardware(accelerator, model.networks.values()):
         log.warning("%s", remark)
-    answers = answerers(model, splits, config.evaluate)
+    preferences = preferences_of(model, config)
+    answers = answerers(model, splits, config.evaluate, preferences)
     trained = prepare(config, model, accelerator)
     if accelerator.is_main_process:
         log.info("%s", rows)
@@ -114,13 +118,16 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         process=process,
     )
     settings = with_steps(config.train, config.schedule, batches.steps_per_epoch)
-    parts = training_setup(accelerator, config, settings, trained, model.loss)
+    parts = training_setup(accelerator, config, settings, trained, preferences.loss)
     if config.train.compile:
         compile_blocks(trained.networks, model.target_maps)
     inputs = inputs_of(config, model, training, splits)
-    scoring = scoring_of(config, model, accelerator, training, splits, answers, result_of(parts["optimizer"]))
+    losses, result = preferences.loss, result_of(parts["optimizer"])
+    scoring = scoring_of(config, model, accelerator, training, splits, answers, losses, result)
     with training_run(accelerator, config, inputs, resume, parts["config"], {COUNTS: model.counts}) as run:
-        train(config, run, model, trained, accelerator, batches, parts, splits, scoring)
+        if preferences.kept and not last_step(run.checkpoints):
+            keep_reference(preferences.kept, config, model, accelerator, training, splits)
+        train(config, run, model, trained, accelerator, batches, parts, splits, scoring, preferences.kept)
 
 
 def load(config: TrainVLConfig, accelerator: Accelerator) -> VLModel:
@@ -173,18 +180,34 @@ def scoring_of(
     training: Mapping[str, TrainingSet],
     splits: Mapping[str, ValidationSet],
     answers: Mapping[str, Answer],
+    loss: Callable[[Any, torch.Generator], LossSum],
     result: Callable[[Any], Any],
 ) -> SplitScores:
     """What measures the result of a training, so far, on the validation splits."""
     process = (accelerator.process_index, accelerator.num_processes)
     limit = config.evaluate.limit
     settings: dict[str, Any] = {"on_bad_data": config.data.on_bad_data, "precision": accelerator.autocast}
-    losses = RowLosses(model, splits, training, **settings, limit=limit, process=process)
+    losses = RowLosses(model, splits, training, loss, **settings, limit=limit, process=process)
     asked = (answers, model.networks.values(), splits, config.evaluate.batch_size)
     # Where the model is sharded, all give all answers: how many passes one takes depends on its length.
     answer = partial(answer_all, *asked, limit=limit, process=(0, 1) if config.train.shard else process)
     save = result(lambda file: save_answers(file, *asked))
     return SplitScores(accelerator, result(answer), partial(score_all, meteor=False), result(losses), save)
+
+
+def keep_reference(
+    kept: KeptReference,
+    config: TrainVLConfig,
+    model: VLModel,
+    accelerator: Accelerator,
+    training: Mapping[str, TrainingSet],
+    splits: Mapping[str, ValidationSet],
+) -> None:
+    """Computes what the model says of all pairs before its first step, which they are compared with from then on."""
+    settings: dict[str, Any] = {"on_bad_data": config.data.on_bad_data, "precision": accelerator.autocast}
+    settings["process"] = (accelerator.process_index, accelerator.num_processes)
+    kept.compute(model, training, config.train.batch_size, **settings)
+    kept.compute(model, splits, config.train.batch_size, limit=config.evaluate.limit, **settings)
 
 
 def train(
@@ -197,8 +220,10 @@ def train(
     parts: Mapping[str, Any],
     splits: Mapping[str, ValidationSet],
     scoring: SplitScores,
+    reference: KeptReference | None,
 ) -> None:
     """Trains, validates and saves, in a run directory that is open."""
+    state = {COUNTS: model.counts, "files": model.files} | ({"reference": reference} if reference else {})
     write = result_of(parts["optimizer"])(partial(save_trained, trained, config, model))
     average = WeightAverage(parts["parameters"], config.ema.decay) if config.ema else None
     measure = average.measured(scoring) if average else scoring
@@ -230,7 +255,7 @@ def train(
             run=run,
             **parts,
             batch_at=batch_at,
-            state={COUNTS: model.counts, "files": model.files} | ({EMA: average} if average else {}),
+            state=state | ({EMA: average} if average else {}),
             around_passes=measuring(trained.networks, config.train.gradients_at if main_process else (), run.path),
             after_step=after_step,
             observe=observe,

@@ -4,17 +4,12 @@ The tool is asked: `verify` judges an adapter with magnitudes in the form of the
 """
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 
-from dora_mm.formats.adapter_file import AdapterFile
-from dora_mm.formats.commands.comparison import ToolLoad, compared
 from dora_mm.formats.commands.convert import convert
 from dora_mm.formats.commands.verify import verify
-from dora_mm.formats.naming.spellings import Names
-from dora_mm.formats.tools import tool_of
-from dora_mm.registries.tools import TARGETS, TOOLS, other_tools
+from dora_mm.registries.tools import TARGETS, TOOLS
 from tests.documented.exports import NO_DORA, WHOLE, Claim, claims, tools_in
 from tests.documented.texts import DOCS, ROOT, text_of
 from tests.formats import toy
@@ -22,7 +17,6 @@ from tests.formats import toy
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 STATES = {name: toy.layer(name) for name in toy.UNET if "conv" not in name.path}  # which not every form holds
 OPTIONS = {"lora": {"rank": 16}}
-PAIR = "comfy"  # of whose two files `verify` judges none
 BOUND = 1e-2  # rounding to half precision is below it, and no tool that misreads a file
 
 
@@ -36,27 +30,9 @@ def errors(tmp_path_factory):
     def of(target: str) -> dict[str, float]:
         out = folder / (target if target == "peft" else f"{target}.safetensors")
         done = convert(source, out, to=target, base=toy.base(), **OPTIONS.get(target, {}))
-        if target == PAIR:
-            return of_pair(*done.files)
         return {verdict.tool: verdict.error for verdict in verify(done.files[0], base=toy.base())}
 
     return of
-
-
-def of_pair(*paths: Path) -> dict[str, float]:
-    """The largest error of a module, of tools that load one file after the other."""
-    files = [AdapterFile(path) for path in paths]
-    found = dict.fromkeys(other_tools(), 0.0)
-    for module in files[1].modules:
-        (name,) = Names(()).read(module).names
-        tensors = [file.tensors(module) for file in files]
-        parts = {tool: [tool_of(tool).loaded(module, each, {}) for each in tensors] for tool in other_tools()}
-        comparison = compared([ToolLoad(*load) for load in parts.items()], toy.base()[name], STATES[name])
-        found = {
-            tool: max(found[tool], comparison.relative(error))
-            for tool, error in zip(parts, comparison.errors, strict=True)
-        }
-    return found
 
 
 def reads(tool: str, target: str, errors) -> bool:

@@ -54,7 +54,8 @@ def test_the_wheel_carries_the_package_the_recipes_and_the_configs_and_nothing_e
     data = [path for folder in ("fonts", "gallery") for path in (ROOT / "dora_mm" / "sampling" / folder).iterdir()]
     files = [*(ROOT / "dora_mm").rglob("*.py"), ROOT / "dora_mm" / "py.typed"]
     files += [path for path in data if path.is_file() and path.suffix != ".py"]
-    files += (ROOT / "dora_mm" / "models" / "images" / "sdxl" / "configs").rglob("*.json")
+    files += [*(ROOT / "dora_mm" / "models" / "images" / "sdxl" / "configs").rglob("*.json")]
+    files += [ROOT / "dora_mm" / "formats" / "naming" / "known.csv"]
     moved = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "pipelines").glob("*.py")]
     expected = {path.relative_to(ROOT) for path in files} | {"dora_mm" / path.relative_to(ROOT) for path in moved}
     assert names == {path.as_posix() for path in expected}

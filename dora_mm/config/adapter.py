@@ -146,6 +146,12 @@ class VLAdapterConfig(AdapterConfig):
         """The trained parts of the vision tower."""
         return self.trained_in("vision.")
 
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether the model as the training starts is the model without its adapters, at any later time, too."""
+        own = self.init_from or self.extra_trainable or self.method in BESIDE_WEIGHTS
+        return not own and "full" not in self.methods
+
 
 def _similar(name: str, known: Sequence[str]) -> str:
     """The text ", did you mean ...?" with the part that a name may be the end of, or that is similar; "" if none is.

@@ -16,6 +16,7 @@ from dora_mm.config.schema import (
     NewFolder,
     OutputFolder,
     PipelineConfig,
+    Positive,
     Section,
     Seed,
     raise_problems,
@@ -58,6 +59,23 @@ class EvaluateConfig(DecodeConfig, ValidationConfig):
     best_by: Literal["metric", "loss"] | None = None
 
 
+class PreferenceConfig(Section):
+    """How pairs of answers are learned: `task: preference`."""
+
+    # sigmoid: DPO; robust: where a known share of the pairs is the wrong way round; ipo: of means over tokens
+    loss: Literal["sigmoid", "robust", "ipo"] = "sigmoid"
+    beta: Positive = 0.1  # the higher, the closer the model stays to the one it starts from; of ipo it is tau
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # the share of pairs that are the wrong way round
+
+    @model_validator(mode="after")
+    def _smoothing_fits_the_loss(self) -> "PreferenceConfig":
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError("label_smoothing has no effect with loss ipo: leave it out")
+        if self.loss == "robust" and not self.label_smoothing:
+            raise ValueError("loss robust needs label_smoothing, without which it is sigmoid")
+        return self
+
+
 class QuestionTrainConfig(EpochTrainConfig, AdapterTrainConfig):
     """A training of adapters, in steps or in passes over the questions."""
 
@@ -82,6 +100,7 @@ class TrainVLConfig(PipelineConfig):
     vision: VisionConfig = VisionConfig()
     adapter: VLAdapterConfig
     data: VLDataConfig
+    preference: PreferenceConfig = PreferenceConfig()
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EMAConfig | None = None  # an average of the weights, saved in adapter-ema/; null: none
@@ -102,6 +121,7 @@ class TrainVLConfig(PipelineConfig):
         problems += check_visual_inputs(self.model, self.data, self.vision, ("train", "valid"))
         problems += unused_prompts(self.model, self.data)
         problems += check_decoding(self.evaluate, self.data, "evaluate")
+        problems += check_preference(self.preference, self.data, self.model)
         problems += missing_splits(self.data, "train")
         has_valid = any(task.valid for task in self.data.all_tasks)
         problems += check_validation(self.evaluate, has_valid, "no task has a valid split")
@@ -122,6 +142,7 @@ class EvalVLConfig(PipelineConfig):
     vision: VisionConfig = VisionConfig()
     adapter: AdapterPath | None = None  # an adapter file, its folder or its run directory; null: the base model
     data: VLDataConfig
+    preference: PreferenceConfig = PreferenceConfig()  # margins of pairs are multiplied by its beta
     decode: DecodeConfig = DecodeConfig()
     examples: Count = 48  # examples of each task on the HTML page
     same_as: InputPath | None = None  # the run of an evaluation of the same rows: how many of its answers stay the same
@@ -131,6 +152,10 @@ class EvalVLConfig(PipelineConfig):
         problems = missing_splits(self.data, "valid")
         problems += check_visual_inputs(self.model, self.data, self.vision, ("valid",))
         problems += check_decoding(self.decode, self.data)
+        problems += check_preference(self.preference, self.data, self.model)
+        paired = [task.task for task in self.data.all_tasks if TASKS[task.task].pairs]
+        if paired and self.adapter is None:
+            problems.append(f"adapter is missing: {paired[0]} compares a model with the one that it was trained from")
         return raise_problems(self, problems + unused_prompts(self.model, self.data))
 
 
@@ -165,6 +190,16 @@ def check_decoding(decode: DecodeConfig, data: VLDataConfig, section: str = "dec
     if decode.min_answer_count != default.min_answer_count and not candidates:
         problems.append(f"{section}.min_answer_count has no effect: no answers are chosen from the training data")
     return problems
+
+
+def check_preference(preference: PreferenceConfig, data: VLDataConfig, model: VLModelConfig) -> list[str]:
+    """Finds settings of pairs of answers that have no effect, or that do not go with them; one message for each."""
+    paired = [task.task for task in data.all_tasks if TASKS[task.task].pairs]
+    if not paired:
+        return [] if preference == PreferenceConfig() else ["preference has no effect: no task of data has pairs"]
+    if getattr(model, "loss_over", "answers") != "answers":
+        return [f"model.loss_over is not for {paired[0]}, whose loss compares answers: leave it out"]
+    return []
 
 
 def unused_prompts(model: VLModelConfig, data: VLDataConfig) -> list[str]:

@@ -19,6 +19,10 @@ ColumnName = Literal[
     "completion",
     "query",
     "response",
+    "chosen",
+    "rejected",
+    "rejected_response",
+    "rejected_messages",
     "instruction",
     "input",
     "output",
@@ -46,13 +50,14 @@ class SourceConfig(Section):
     file: InputPath | Items[InputPath]
     # The official file of answers; null: vqa_v2: a test split, which has none; vqa_karpathy: scored by labels alone
     annotations: InputPath | None = None
-    # The folder of images; null: only features are used, or (chat, captions, choices) rows have or fully name them.
+    # The folder of images; null: only features are used, or rows have or fully name them (chat, preferences, captions,
+    # choices)
     images: InputPath | None = None
     subtitles: InputPath | None = None  # video formats only: a JSONL file; null: no subtitles
     # coco_karpathy: train (includes restval), val or test; choices: a value of the column split, null: all rows; chat,
-    # captions: of a folder or a pattern, by the names of its files; null: it has but one
+    # preferences, captions: of a folder or a pattern, by the names of its files; null: it has but one
     split: Text | None = None
-    columns: dict[ColumnName, Text] = Field(default_factory=dict)  # chat, captions: a file's columns, by our names
+    columns: dict[ColumnName, Text] = Field(default_factory=dict)  # chat, preferences, captions: by our names
     weight: Positive = 1.0  # beside other sources of a training split: how often its rows are drawn; 2: twice an epoch
     skip: Count = 0  # number of rows to skip at the start
     limit: PositiveInt | None = None  # number of rows to use after those; null: all

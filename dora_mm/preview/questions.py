@@ -29,6 +29,7 @@ from dora_mm.data.vl.splits import TrainingSet, open_split, open_training
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.vl.vl_model import RowLengths, VLModel, likeliest_answer
 from dora_mm.preview.lengths import RowSample, check_sample, sample_lengths, sample_table
+from dora_mm.registries.vl_tasks import TASKS
 
 LEAVES_OUT = "data.on_bad_data: skip leaves them out"
 SHOWN = 3  # rows that are shown, of all tasks together
@@ -67,12 +68,17 @@ class LargestBatch(NamedTuple):
     length: int
 
     @property
+    def num_computed(self) -> int:
+        """How many rows are computed: of pairs two each."""
+        return len(self.rows) * (2 if TASKS[self.task].pairs else 1)
+
+    @property
     def num_tokens(self) -> int:
         """The tokens of the batch, padding included."""
-        return len(self.rows) * self.length
+        return self.num_computed * self.length
 
     def __str__(self) -> str:
-        return f"{len(self.rows):,} rows of {self.length:,} tokens"
+        return f"{self.num_computed:,} rows of {self.length:,} tokens"
 
 
 class AllRows:
@@ -257,13 +263,21 @@ def first_rows(model: VLModel, sets: Mapping[str, TrainingSet], *, colour: bool 
     blocks = [f"the first rows as the model sees them; tokens with loss are between {OPEN} and {CLOSE}"]
     for task, rows in sets.items():
         for example in rows.table[: max(1, SHOWN // len(sets))]:
-            heading = "; ".join([f"row {example.id} of {task}", *_pictures(example, rows.images)])
-            try:
-                row = model.row_view(task, example, rows.images).text(colour=colour)
-            except ValueError as error:
-                row = f"  {error}"
-            blocks.append(f"{heading}\n{row}")
+            for name, one in _answers_of(example):
+                heading = "; ".join([f"row {one.id} of {task}{name}", *_pictures(one, rows.images)])
+                try:
+                    row = model.row_view(task, one, rows.images).text(colour=colour)
+                except ValueError as error:
+                    row = f"  {error}"
+                blocks.append(f"{heading}\n{row}")
     return "\n".join(blocks)
+
+
+def _answers_of(example: Example) -> list[tuple[str, Example]]:
+    """An example; or one with each of the answers of a pair, and which that is."""
+    if not example.rejected:
+        return [("", example)]
+    return [(", the chosen answer", example), (", the rejected answer", example.with_rejected())]
 
 
 def _pictures(example: Example, folder: str | None) -> Iterator[str]:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from dora_mm.adapting.networks import TrainedNetworks, adapt, train_mode
 from dora_mm.adapting.parts import MODEL
 from dora_mm.adapting.sharding import Division
-from dora_mm.config.vl import TrainVLConfig
+from dora_mm.config.vl import PreferenceConfig, TrainVLConfig
 from dora_mm.models.vl.families import structure_of
-from dora_mm.models.vl.vl_model import Structure, VLModel
+from dora_mm.models.vl.vl_model import Structure, VLModel, weighted_loss
 from dora_mm.preview.questions import DataPreview, batch_of
 from dora_mm.preview.simulation import simulated_peak
 from dora_mm.preview.training import StepCost, memory_table, num_bytes
+from dora_mm.registries.vl_tasks import TASKS
+from dora_mm.tasks.preferences import by_answer, pair_losses
 from dora_mm.train.setup import checkpoint_activations
+from dora_mm.utils.losses import LossSum
 
 BITS = {"int8": 8.0, "torchao_int8": 8.0, "nf4": 4.13, "fp4": 4.13}  # of a weight, with the scales of its blocks
 
@@ -49,7 +53,7 @@ def estimated_activations(config: TrainVLConfig, batch: Any) -> int:
         ValueError: The class of the model needs numbers that are not there.
     """
     structure = structure_of(config.model, config.vision)
-    assert structure.loss is not None
+    assert structure.row_losses is not None
     for network in structure.networks.values():
         network.requires_grad_(False)
         if config.train.mixed_precision != "no":
@@ -58,13 +62,25 @@ def estimated_activations(config: TrainVLConfig, batch: Any) -> int:
     if config.train.gradient_checkpointing:
         checkpoint_activations(trained.networks[MODEL])
     train_mode(trained.networks.values())
+    loss = partial(simulated_loss, config.preference, structure.row_losses)
     passes = config.train.gradient_accumulation_steps
     try:
-        peak = simulated_peak(trained.networks, structure.loss, batch, passes)
+        peak = simulated_peak(trained.networks, loss, batch, passes)
     except Exception as error:  # whatever a class does where a number should be
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{type(structure.networks[MODEL]).__name__} cannot run without numbers ({reason})") from error
     return max(0, peak - num_bytes(trained.parameters.values()))
+
+
+def simulated_loss(
+    preference: PreferenceConfig, row_losses: Callable[[Any], tuple[Tensor, Tensor]], batch: Any
+) -> LossSum:
+    """The loss of a batch; of pairs without the pass of their reference, which keeps nothing and takes less."""
+    sums, counts = row_losses(batch)
+    if not TASKS[batch.task].pairs:
+        return weighted_loss(batch.task, sums, counts, batch.weights)
+    losses = pair_losses(preference, -by_answer(sums), by_answer(counts))
+    return LossSum(losses.sum(), torch.ones_like(losses).sum())
 
 
 def quantized_bytes(network: Any, quantization: str | None) -> dict[int, int]:

@@ -30,7 +30,9 @@ from dora_mm.preview.training import (
     why_not_measured,
 )
 from dora_mm.preview.vl_memory import estimated_cost, network_parts
+from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.tasks.held_out import by_loss
+from dora_mm.tasks.preferences import preferences_of
 from dora_mm.tasks.vl import VLBatches
 from dora_mm.train.optim import check_optimizer, lacks_gpu, with_steps
 from dora_mm.train.setup import training_setup
@@ -75,6 +77,7 @@ def vl_page(config: TrainVLConfig, *, decode: bool = False) -> Iterator[str]:
     yield from length_sections(config, batches)
     if config.train.compile:
         yield compiled_line(trained.networks, structure.target_maps)
+    yield from reference_section(config)
     yield from validation_sections(config)
     num_tokens = data.largest.num_tokens if data.largest else 1
     shard = config.train.shard
@@ -136,6 +139,15 @@ def length_sections(config: TrainVLConfig, batches: VLBatches | None) -> Iterato
         yield optimizer_line(config.optimizer, config.schedule, length.steps, config.ema)
 
 
+def reference_section(config: TrainVLConfig) -> Iterator[str]:
+    """What pairs of answers are compared with, and when that is computed; nothing where no task has any."""
+    if any(TASKS[task.task].pairs for task in config.data.all_tasks):
+        if config.adapter.starts_as_base:
+            yield "reference the model without its adapters, in every step: no second model"
+        else:
+            yield "reference the model as it starts, which is asked about all pairs before the first step"
+
+
 def validation_sections(config: TrainVLConfig) -> Iterator[str]:
     """When the adapter is validated, and by what; nothing where no task has validation data."""
     if valid := [task.task for task in config.data.all_tasks if task.valid]:
@@ -148,7 +160,10 @@ def measured_cost(config: TrainVLConfig, accelerator: Accelerator, batches: VLBa
     model = batches.model
     trained = adapted(model, config)
     train = with_steps(config.train, config.schedule, batches.steps_per_epoch)
-    parts = training_setup(accelerator, config, train, trained, model.loss)
+    preferences = preferences_of(model, config)
+    if preferences.kept:  # what a step looks up takes no time
+        preferences.reference = lambda batch: torch.zeros(())
+    parts = training_setup(accelerator, config, train, trained, preferences.loss)
     largest = partial(batch_of, model, data.sets, data.largest) if data.largest else None
     cost = measure_accumulated(parts, batches, prepared=model.prepares_batches, largest=largest)
     ema = config.ema is not None

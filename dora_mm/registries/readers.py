@@ -55,6 +55,9 @@ RECORDS = {
     "video_qa": Reader(f"{HERE}.video:read_video_qa", VALUE, keys=("subtitles",)),
     "video_captions": Reader(f"{HERE}.video:read_video_captions", VALUE, keys=("subtitles",)),
     "chat": Reader(f"{HERE}.chat:read_chat", keys=("columns", "split"), images="own", several=True),
+    "preferences": Reader(
+        f"{HERE}.preferences:read_preferences", keys=("columns", "split"), images="own", several=True
+    ),
     "captions": Reader(f"{HERE}.chat:read_captions", keys=("columns", "split"), images="own", several=True),
     "choices": Reader(
         f"{HERE}.choices:read_choices",

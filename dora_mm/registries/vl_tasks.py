@@ -44,6 +44,7 @@ class VLTask:
         clips: Whether rows are about video clips, which only VL-BART reads, as features.
         row_mean: Whether the loss is a mean over rows of the means over their tokens; else over the tokens of all.
         chosen_from: Texts whose likeliest is the answer; empty: the letters of a row's options; None: it is written.
+        pairs: Whether rows have a rejected answer beside the chosen one, and the loss compares both.
         names: How an answer names an option, with {option} for it, where rows have options in words: it is written, and
             the first one in it counts; or the likeliest is the answer. None: rows have no such options.
         prompt: What chat models are asked, with {text} for the question; None: they do not do the task.
@@ -61,6 +62,7 @@ class VLTask:
     clips: bool = False
     row_mean: bool = False
     chosen_from: tuple[str, ...] | None = None
+    pairs: bool = False
     names: str | None = None
     prompt: str | None = None
     plain: str | None = None
@@ -183,6 +185,17 @@ RECORDS = {
         submission="answers",
         kind="conversations",
         images=None,
+        prompt="{text}",
+        max_answer=256,
+    ),
+    "preference": VLTask(
+        title="preference",
+        formats=("preferences",),
+        scorer="preferences",
+        submission="answers",
+        kind="conversations",
+        images=None,
+        pairs=True,
         prompt="{text}",
         max_answer=256,
     ),

@@ -20,6 +20,7 @@ from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches
 from dora_mm.utils.evaluating import evaluating, map_shared
+from dora_mm.utils.losses import LossSum
 from dora_mm.utils.randomness import generator
 
 if TYPE_CHECKING:  # these need the extra vl, and those who train pictures have none
@@ -95,6 +96,7 @@ class RowLosses:
         model: The model.
         sets: The splits by task name.
         training: The training sets, whose batch sizes fit into the memory.
+        loss: The loss of a batch, as in the training.
         limit: At most so many rows of each; None: all.
         on_bad_data: What is done with a row that cannot be encoded, see `VLModel.batch`.
         precision: Opens the autocast of the training.
@@ -106,13 +108,14 @@ class RowLosses:
         model: VLModel,
         sets: Mapping[str, ValidationSet],
         training: Mapping[str, TrainingSet],
+        loss: Callable[[Any, torch.Generator], LossSum],
         *,
         limit: int | None,
         on_bad_data: OnBadData,
         precision: Precision,
         process: tuple[int, int] = (0, 1),
     ):
-        self.model, self.sets, self.training, self.limit = model, sets, training, limit
+        self.model, self.sets, self.training, self.loss, self.limit = model, sets, training, loss, limit
         self.on_bad_data: OnBadData = on_bad_data
         self.precision, self.process = precision, process
 
@@ -136,7 +139,7 @@ class RowLosses:
         targets = [(likeliest_answer(example), 1.0) for example in examples]
         batch = self.model.batch(name, examples, images, targets, on_bad_data=self.on_bad_data)
         with self.precision():
-            loss = self.model.loss(batch, generator(0, 0, "held-out loss"))
+            loss = self.loss(batch, generator(0, 0, "held-out loss"))
         return float(loss.total), float(loss.count)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -15,22 +16,34 @@ from dora_mm.data.vl.mixing import Mixture, TaskBatches
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet
 from dora_mm.models.vl.vl_model import Target, VLModel
+from dora_mm.registries.vl_tasks import TASKS
+from dora_mm.tasks.preferences import Preferences
 from dora_mm.utils.randomness import generator
 
 
-def answerers(model: VLModel, sets: Mapping[str, ValidationSet], config: DecodeConfig) -> dict[str, Answer]:
+def answerers(
+    model: VLModel, sets: Mapping[str, ValidationSet], config: DecodeConfig, preferences: Preferences | None = None
+) -> dict[str, Answer]:
     """The functions that answer the examples of each split, by task name.
 
     Args:
         model: The model.
         sets: The splits by task name.
         config: The decoding settings.
+        preferences: Answers pairs by their margins; None: there are none.
 
     Raises:
         ValueError: The model cannot do a task, or a task needs candidates and its split has none.
     """
     model.check(sets)
-    return {name: model.answerer(name, config, split.candidates) for name, split in sets.items()}
+    found: dict[str, Answer] = {}
+    for name, split in sets.items():
+        if TASKS[name].pairs:
+            assert preferences is not None, name
+            found[name] = partial(preferences.answer, name)
+        else:
+            found[name] = model.answerer(name, config, split.candidates)
+    return found
 
 
 class VLBatches:

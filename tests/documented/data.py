@@ -108,6 +108,20 @@ def _chat(file: Path) -> None:
     write_json(file, rows)
 
 
+def _preferences(file: Path) -> None:
+    """Pairs of answers in TRL's shape, two about each picture."""
+    rows = [
+        {
+            "images": [f"{number // 2}.png"],
+            "prompt": "What is it?",
+            "chosen": ANSWERS[number % 3],
+            "rejected": ANSWERS[(number + 1) % 3],
+        }
+        for number in range(NUM_ROWS)
+    ]
+    write_lines(file, rows)
+
+
 def _vqa_v2(file: Path) -> None:
     rows = [
         {"image_id": _coco_id(file, n), "question": f"What is {n}?", "question_id": _question_id(file, n)}
@@ -200,6 +214,7 @@ def _commonsense(file: Path) -> None:
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "chat": _chat,
+    "preferences": _preferences,
     "vqa_v2": _vqa_v2,
     "vqa_karpathy": _vqa_karpathy,
     "gqa": _gqa,

@@ -54,6 +54,26 @@ def chat(folder, name: str, batch_size: int, accumulated: int = 1) -> str:
     )
 
 
+def pairs(folder, name: str, batch_size: int, accumulated: int = 1) -> str:
+    """A tiny LLaVA on pairs of answers, compared with what it says at the start, which the processes share."""
+    names = ["wide.png", "tall.png", "square.png"]
+    rows = [
+        {"prompt": f"What is {n}?", "chosen": "red " * n + "one", "rejected": "blue " * (3 - n), "images": [names[n]]}
+        for n in range(3)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    source = {"format": "preferences", "file": str(folder / "pairs.jsonl"), "images": str(folder / "pictures")}
+    return write(
+        folder,
+        name,
+        model={"path": str(folder / "llava")},
+        adapter={"rank": 2, "parts": {"text.attn": {}, "connector": {"method": "full"}}},
+        data={"task": "preference", "train": source, "tables": str(folder / "tables")},
+        optimizer={"lr": 0.02},
+        train={"batch_size": batch_size, "gradient_accumulation_steps": accumulated},
+    )
+
+
 def vl_bart(folder, name: str, factor: int, accumulated: int = 1) -> str:
     """Two tasks, with means over rows and over tokens, drawn answers, and validation."""
     questions = vqa_v2(
@@ -194,3 +214,19 @@ def test_two_processes_equal_one_with_the_whole_batch(folder, tiny_folder, capsy
     assert json.loads((folder / "chat_two" / "summary.json").read_text())["steps"] == STEPS
     assert main(["train", "--resume", str(folder / "chat_two"), "--set", f"train.steps={STEPS + 1}"]) == 2
     assert "cannot be resumed: the number of processes changed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_pairs_that_are_kept(folder):
+    assert main(["train", pairs(folder, "pairs_one", 4)]) == 0
+    with launched(["train", pairs(folder, "pairs_two", 1, 2)], log=folder / "pairs.log") as process:
+        assert process.wait(timeout=600) == 0, (folder / "pairs.log").read_text()
+    assert_equal_runs(folder / "pairs_two", folder / "pairs_one")
+    states = [
+        torch.load(folder / name / "checkpoints/step-000002/state.pt", weights_only=True)["reference"]
+        for name in ("pairs_one", "pairs_two")
+    ]
+    known = [dict(zip(state["keys"].tolist(), state["log_probabilities"].tolist(), strict=True)) for state in states]
+    assert known[0].keys() == known[1].keys()
+    for key, values in known[0].items():
+        assert values == pytest.approx(known[1][key], rel=1e-5)

@@ -9,14 +9,17 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from dora_mm.adapting.networks import TrainedNetworks, adapt
 from dora_mm.config.adapter import VLAdapterConfig
 from dora_mm.config.models import VisionConfig
+from dora_mm.config.vl import PreferenceConfig
 from dora_mm.core import fixed_parameters
+from dora_mm.data.vl.example import IMAGE, Example, Turn
 from dora_mm.models.folders import empty_model
 from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.forms import Continuation
 from dora_mm.models.vl.vlm.head import TargetLosses
 from dora_mm.preview.simulation import simulated_peak
-from dora_mm.preview.vl_memory import network_parts, quantized_bytes
+from dora_mm.preview.vl_memory import network_parts, quantized_bytes, simulated_loss
 from dora_mm.targets import map_of
+from dora_mm.tasks.preferences import Preferences, pairs_of
 from dora_mm.train.setup import checkpoint_activations
 from dora_mm.utils.losses import LossSum
 from tests.models.vl.vlm import tiny
@@ -121,11 +124,25 @@ MECHANISMS = ["qwen3_vl_moe", *(pytest.param(n, marks=pytest.mark.slow) for n in
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_a_step_without_numbers_takes_what_a_class_decides_by_its_inputs(name, tiny_vlm, tmp_path):
     """Places of images, groups of patches, masks, experts. (Only the estimate counts inputs as on a device.)"""
-    vlm, pictures = opened(tiny_vlm(name)), tmp_path / "pictures"
-    pictures.mkdir()
-    batch = batch_of(vlm, write_pictures(pictures), EXAMPLES)
+    vlm = opened(tiny_vlm(name))
+    batch = batch_of(vlm, write_pictures(tmp_path), EXAMPLES)
+    assert 0.75 < estimated_of_measured(vlm, batch, partial(vlm.loss, generator=torch.Generator())) < 1.3
+
+
+def test_a_step_of_pairs_takes_both_answers(tiny_vlm, tmp_path):
+    vlm, pictures = opened(tiny_vlm("qwen2_5_vl")), str(write_pictures(tmp_path))
+    asked = [Turn("user", f"{IMAGE}What is it?", False)]
+    chosen, rejected = ((*asked, Turn("assistant", text, True)) for text in ("red", "blue, or another colour"))
+    example = Example("r0", ("wide.png",), "", ("red",), (1.0,), turns=chosen, rejected=rejected)
+    pairs = Preferences(vlm, PreferenceConfig(), lambda batch: torch.zeros(()))
+    batch = pairs_of(vlm, "preference", [example] * 2, pictures, "stop")
+    assert 0.75 < estimated_of_measured(vlm, batch, partial(pairs.loss, generator=torch.Generator())) < 1.3
+
+
+def estimated_of_measured(vlm, batch, loss) -> float:
+    """The estimated bytes of a step by the measured ones."""
     structure = vlm.structure(vlm.config, VisionConfig())
-    assert structure.loss is not None
+    assert structure.row_losses is not None
     structure.networks["model"].requires_grad_(False)
     config = VLAdapterConfig.model_validate({"rank": 4, "parts": "all-linear"})
     both = [
@@ -134,8 +151,8 @@ def test_a_step_without_numbers_takes_what_a_class_decides_by_its_inputs(name, t
     ]
     for trained in both:
         trained.networks["model"].train()
-    measured = measured_peak(both[0], partial(vlm.loss, generator=torch.Generator()), batch)
-    assert 0.75 < simulated_peak(both[1].networks, structure.loss, batch) / measured < 1.3
+    simulated = partial(simulated_loss, PreferenceConfig(), structure.row_losses)
+    return simulated_peak(both[1].networks, simulated, batch) / measured_peak(both[0], loss, batch)
 
 
 def test_trained_vision_parts_are_in_the_estimate():

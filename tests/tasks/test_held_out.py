@@ -89,7 +89,8 @@ def test_rows_count_with_their_likeliest_answer_whatever_their_batches(limit):
     rows[2] = Example("3", (), "?")  # has no answer
     training = {"vqa": TrainingSet(rows, None, 3)}  # type: ignore[arg-type]
     settings = {"limit": limit, "on_bad_data": "stop", "precision": nullcontext}
-    losses = RowLosses(Counting(), {"vqa": ValidationSet(rows, None)}, training, **settings)  # type: ignore[arg-type]
+    model, sets = Counting(), {"vqa": ValidationSet(rows, None)}  # type: ignore[arg-type]
+    losses = RowLosses(model, sets, training, model.loss, **settings)  # type: ignore[arg-type]
     numbers = [n for n in range(1, 8) if n != 3 and n <= (limit or 7)]
     assert losses() == {"vqa": sum(numbers) / (2 * len(numbers))}
 

@@ -26,8 +26,10 @@ SCHEMA = pa.schema(
         "frames": pa.list_(pa.int32()),
         "tools": pa.string(),
         "boxes": pa.string(),
+        "rejected": pa.list_(TURN),
     }
 )
+CONVERSATIONS = ("turns", "rejected")  # its columns of turns
 assert SCHEMA.names == [column.name for column in fields(Example)]
 assert tuple(column.name for column in TURN) == Turn._fields
 
@@ -35,8 +37,8 @@ assert tuple(column.name for column in TURN) == Turn._fields
 def record_batch(rows: Sequence[Example]) -> pa.RecordBatch:
     """The rows in the columns of SCHEMA."""
     columns = [
-        _turns([row.turns for row in rows])
-        if column.name == "turns"
+        _turns([getattr(row, column.name) for row in rows])
+        if column.name in CONVERSATIONS
         else pa.array([getattr(row, column.name) for row in rows], column.type)
         for column in SCHEMA
     ]
@@ -61,6 +63,6 @@ def _turns(conversations: Sequence[tuple[Turn, ...]]) -> pa.Array:
 def example_at(batch: pa.RecordBatch, row: int) -> Example:
     """The example in a row of a batch."""
     values: dict[str, Any] = batch.slice(row, 1).to_pylist()[0]
-    turns = tuple(Turn(**turn) for turn in values.pop("turns"))
+    turns: Any = {name: tuple(Turn(**turn) for turn in values.pop(name)) for name in CONVERSATIONS}
     lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-    return Example(**{**values, **lists}, turns=turns)
+    return Example(**{**values, **lists, **turns})

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 IMAGE, VIDEO = "<image>", "<video>"  # inside the text of a user's or system turn: the place of the next one
@@ -83,6 +83,8 @@ class Example:
         boxes: JSON of what is in place of BOX and REF in the texts of a conversation: {"bbox": a list of lists of
             numbers, "ref": a list of texts, "norm1": whether the numbers are shares of width and height and not pixels,
             "image": for each box the number of its image}; "" for none.
+        rejected: Of preferences, the turns of the same conversation with the rejected answer; `turns` are those with
+            the chosen one. Only what follows the turns that both have is learned. Empty for all other data sets.
     """
 
     id: str
@@ -97,6 +99,12 @@ class Example:
     frames: tuple[int, ...] = ()
     tools: str = ""
     boxes: str = ""
+    rejected: tuple[Turn, ...] = ()
+
+    def with_rejected(self) -> "Example":
+        """The same conversation with the rejected answer in place of the chosen one."""
+        said = (plain_text(self.rejected[-1].text),)
+        return replace(self, turns=self.rejected, answers=said, scores=(1.0,), rejected=())
 
 
 Predictions = Sequence[tuple[Example, str]]  # each example with the model's answer

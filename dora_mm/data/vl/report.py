@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dora_mm.config.vl_data import SourceConfig
+from dora_mm.data.vl.arrow import CONVERSATIONS
 from dora_mm.data.vl.readers import format_name
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.utils.tables import aligned_columns
@@ -83,11 +84,14 @@ def _lengths(column: Any) -> np.ndarray:  # a pyarrow.ListArray, which its stubs
 
 
 def characters(batch: pa.RecordBatch) -> np.ndarray:
-    """The characters of all turns, or of the text where there are none."""
-    turns: Any = batch["turns"]
+    """The characters of all turns, of a pair those of the longer conversation; of the text where there are none."""
+    of_turns = np.maximum(*(_turn_lengths(batch[name]) for name in CONVERSATIONS))
+    return np.where(_lengths(batch["turns"]) > 0, of_turns, _text_lengths(batch["text"]))
+
+
+def _turn_lengths(turns: Any) -> np.ndarray:
     rows, lengths = turns.value_parent_indices().to_numpy(), _text_lengths(turns.flatten().field("text"))
-    of_turns = np.bincount(rows, weights=lengths, minlength=len(turns)).astype(np.int64)
-    return np.where(_lengths(turns) > 0, of_turns, _text_lengths(batch["text"]))
+    return np.bincount(rows, weights=lengths, minlength=len(turns)).astype(np.int64)
 
 
 def _text_lengths(texts: pa.Array) -> np.ndarray:

@@ -20,6 +20,7 @@ from dora_mm.data.vl.row_view import RowView
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet
 from dora_mm.data.vl.tables import ExampleTable
+from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.utils.losses import LossSum
 
 log = logging.getLogger(__name__)
@@ -114,12 +115,13 @@ class Structure:
     Attributes:
         networks: Its networks, on the meta device, by component.
         target_maps: Their target maps.
-        loss: The loss of a batch of a model of this family, see `VLModel.loss`, by these networks; None: it needs more.
+        row_losses: The losses of the rows of a batch of a model of this family, see `VLModel.row_losses`, by these
+            networks; None: it needs more.
     """
 
     networks: Mapping[str, nn.Module]
     target_maps: Mapping[str, TargetMap]
-    loss: Callable[[Any], LossSum] | None = None
+    row_losses: Callable[[Any], tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 class VLModel(Protocol):
@@ -263,7 +265,10 @@ class VLModel(Protocol):
         *,
         on_bad_data: OnBadData = "stop",
     ) -> Any:
-        """Builds a training batch.
+        """Builds a training batch. Its rows are the examples, each with its answer.
+
+        Of a task with `pairs`, of which only some families do one, they are the examples with their chosen answers and
+        behind these all with their rejected ones; where one of both cannot be encoded, the example is left out.
 
         Args:
             task: Name of the task.
@@ -278,8 +283,12 @@ class VLModel(Protocol):
         """
         ...
 
+    def row_losses(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of each row of a batch, summed over its target tokens, and their number: (B,) each."""
+        ...
+
     def loss(self, batch: Any, generator: torch.Generator) -> LossSum:
-        """The loss of a batch of one task.
+        """The loss of a batch of one task without `pairs`.
 
         Of a task with `row_mean` it is the sum of weight times mean over tokens of each row, and counts the rows; else
         the sum over the tokens of the answers, and counts these. A row without an answer, whose weight is 0, adds
@@ -331,6 +340,22 @@ class VLModel(Protocol):
             ValueError: The model cannot decode like this, or candidates are needed and there are none.
         """
         ...
+
+
+def weighted_loss(task: str, sums: torch.Tensor, counts: torch.Tensor, weights: torch.Tensor) -> LossSum:
+    """The loss of a batch, see `VLModel.loss`, from that of its rows.
+
+    Args:
+        task: Name of the task.
+        sums: See `VLModel.row_losses` (B,).
+        counts: See `VLModel.row_losses` (B,).
+        weights: The weights of the rows (B,).
+    """
+    weights = weights.to(sums.device)
+    if TASKS[task].row_mean:
+        return LossSum((sums / counts.clamp(min=1) * weights).sum(), torch.ones_like(sums).sum())
+    kept = (weights > 0).to(sums.dtype)
+    return LossSum((sums * kept).sum(), (counts * kept).sum())
 
 
 def likeliest_answer(example: Example) -> str:

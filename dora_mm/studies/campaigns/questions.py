@@ -244,6 +244,8 @@ def check_base(config: CompareConfig, base: TrainVLConfig, settings: CompareQues
         raise ValueError(f"base: {config.base} has adapter.init_from, which other methods cannot load: leave it out")
     if missing := [task.task for task in base.data.all_tasks if task.valid is None]:
         raise ValueError(f"base: {config.base} has no valid for {', '.join(missing)}, which choosing a rate needs")
+    if paired := [task.task for task in base.data.all_tasks if TASKS[task.task].pairs]:
+        raise ValueError(f"base: {config.base} trains {paired[0]}, whose pairs are not compared: train and eval each")
     trained, reported = ({task.task for task in data.all_tasks} for data in (base.data, settings.report))
     if trained != reported:
         key = "questions.report.tasks" if settings.report.tasks else "questions.report.task"

@@ -3,6 +3,7 @@
     images/COCO_train2014_000000000001.jpg    of VQA and captions, numbered from FIRST_IDS[split] on
     vqa/v2_OpenEnded_mscoco_train2014_questions.json, vqa/v2_mscoco_train2014_annotations.json
     captions/captions_train2014.json
+    preferences/preferences_train2014.jsonl   of each image its own caption and that of the next one, in TRL's layout
     gqa/train_balanced_questions.json, gqa/images/<imageId>.jpg
     captions/captions_pretrain2014.json       of additional images that have no questions
     nlvr2/train.json, nlvr2/images/train-0-0-img0.png
@@ -33,6 +34,7 @@ JPEG_QUALITY = 75
 PNG_COLORS = 96  # NLVR2 uses PNG: with a palette an image takes 12 kB, without 40
 FIRST_IDS = {"train": 1, "val": 500_001, "testdev": 700_001, "dev": 500_001, "test1": 700_001, "pretrain": 800_001}
 INFO = {"description": "Generated scenes of icons; answers and captions follow from how they were composed."}
+DESCRIBE = "Describe the image in one sentence."
 LICENSE = {"id": 1, "name": "see SOURCES.md", "url": "https://creativecommons.org/licenses/by/4.0/"}
 
 
@@ -67,6 +69,8 @@ def write_sets(folder: Path, things: Sequence[Thing], artist: Artist, sizes: Siz
         for name, content in vqa_files(things, split, num_pictures, num_questions).items():
             write_json(folder / name, content)
         scenes = scenes_of(things, "vqa", split, num_pictures)
+        rows = preference_rows(captions_file(split, scenes))
+        write_text(folder / f"preferences/preferences_{split}2014.jsonl", "".join(dump(row) + "\n" for row in rows))
         pictures["images"] += [(coco_name(split, scene), scene) for scene in scenes]
     if sizes.pretrain:
         scenes = scenes_of(things, "captions", "pretrain", sizes.pretrain)
@@ -159,6 +163,22 @@ def captions_file(split: str, scenes: Sequence[Scene]) -> dict[str, Any]:
         for number, caption in enumerate(captions(scene, SEED))
     ]
     return {"info": INFO, "licenses": [LICENSE], "images": images, "annotations": rows}
+
+
+def preference_rows(captions: dict[str, Any]) -> list[dict[str, Any]]:
+    """Pairs of captions: of each image its first one, which is right, and the first one of the next image.
+
+    Each caption is chosen once and rejected once, so that texts alone say nothing about which of a pair is right.
+
+    Args:
+        captions: The content of a file of COCO captions.
+    """
+    first = {row["image_id"]: row["caption"] for row in reversed(captions["annotations"])}
+    names, said = [image["file_name"] for image in captions["images"]], [first[i["id"]] for i in captions["images"]]
+    return [
+        {"prompt": DESCRIBE, "chosen": right, "rejected": wrong, "images": [name]}
+        for name, right, wrong in zip(names, said, [*said[1:], said[0]], strict=True)
+    ]
 
 
 def gqa_id(split: str, scene: Scene) -> str:

@@ -1,6 +1,7 @@
 """samples/vl: the committed files are those that the generator makes, and readers of the official formats read them."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from samples.build.packages import SAMPLES
 from samples.build.scenes.build import CLIPS, SETS
 from samples.build.scenes.clips import clip_rows, make_clip, subtitles
 from samples.build.scenes.colors import PAINTS, PALE, color_shares
-from samples.build.scenes.files import SEED, coco_name, gqa_file, nlvr2_file, scenes_of, vqa_files
+from samples.build.scenes.files import SEED, coco_name, gqa_file, nlvr2_file, preference_rows, scenes_of, vqa_files
 from samples.build.scenes.scenes import SIZE
 from samples.build.scenes.sentences import pair_sets
 from samples.build.scenes.things import read_things
@@ -60,6 +61,11 @@ def test_the_generator_reproduces_every_file_of_questions(things):
     for split, (num_pictures, num_questions) in SIZES.vqa.items():
         for name, content in vqa_files(things, split, num_pictures, num_questions).items():
             assert json.loads((VL / name).read_text()) == content, name
+        lines = (VL / f"preferences/preferences_{split}2014.jsonl").read_text().splitlines()
+        pairs = [json.loads(line) for line in lines]
+        assert pairs == preference_rows(json.loads((VL / f"captions/captions_{split}2014.json").read_text()))
+        assert Counter(pair["chosen"] for pair in pairs) == Counter(pair["rejected"] for pair in pairs)
+        assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
     for split, (num_pictures, num_questions) in SIZES.gqa.items():
         stored = json.loads((VL / f"gqa/{split}_balanced_questions.json").read_text())
         assert stored == gqa_file(things, split, num_pictures, num_questions)

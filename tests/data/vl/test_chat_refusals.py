@@ -9,8 +9,8 @@ from dora_mm.data.vl.tables import open_table
 from tests.data.vl.chats import as_json, as_lines, items, llava, messages, refusal, said
 
 OTHER = [
-    ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "has chosen, but preferences are not read"),
-    ({"messages": messages("Q", "A"), "rejected_response": "B"}, "has rejected_response, but preferences are"),
+    ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "has chosen: preferences are read by task: preference"),
+    ({"messages": messages("Q", "A"), "rejected_response": "B"}, "has rejected_response: preferences are read by"),
     ({"texts": "Q"}, "has no list of `texts`"),
     ({"query": "Q", "response": "A", "history": ["Q"]}, "has a `history` that is no list of pairs"),
     ({"instruction": ["Q"], "output": "A"}, "has a instruction or input that is not a text"),
@@ -82,7 +82,7 @@ BAD = [
     (llava("Q", "A", bbox=[[1, 2, 3, 4]]), "has bbox, but boxes beside `objects` are not read"),
     (llava("Q", "A", tools=[{"type": "x"}]), "has `tools` that are not a list of functions with a `name`"),
     (llava("Q", "A", tools="{"), "has tools that are not valid JSON"),
-    (llava("Q", "A", rejected_response="B"), "has rejected_response, but preferences are not read"),
+    (llava("Q", "A", rejected_response="B"), "has rejected_response: preferences are read by"),
     (llava() | {"conversations": said("Q", "A", loss=True)}, "asks for loss on a turn that is not the assistant's"),
     (llava() | {"conversations": said("Q", "A", loss=False)}, "has `loss: false` for every answer"),
 ]

@@ -104,5 +104,5 @@ def test_mistakes_are_named(data, changes, message):
 
 
 def test_columns_are_of_conversations():
-    with pytest.raises(ValueError, match="columns is only for format chat and captions, not for gqa"):
+    with pytest.raises(ValueError, match="columns is only for format chat, preferences and captions, not for gqa"):
         SourceConfig.model_validate({"format": "gqa", "file": "a.json", "columns": {"query": "q"}})

@@ -117,6 +117,9 @@ def test_every_format_is_read_back_from_disk(tmp_path, form):
         "video_qa": lambda: files.write_lines(tmp_path / "file.json", files.TVQA),
         "video_captions": lambda: files.write_lines(tmp_path / "file.json", files.TVC),
         "chat": lambda: files.write_lines(tmp_path / "file.json", [{"conversations": chats.said("Q", "A")}]),
+        "preferences": lambda: files.write_lines(
+            tmp_path / "file.json", [{"prompt": "Q", "chosen": "A", "rejected": "B"}]
+        ),
         "captions": lambda: files.write_lines(tmp_path / "file.json", [{"image": str(Path(__file__)), "text": "A"}]),
         "commonsense": lambda: files.write_json(tmp_path / "file.json", [question(0), question(1)]),
         "choices": lambda: files.write_text(tmp_path / "file.tsv", "index\tquestion\tA\tB\n1\tQ\ta\tb\n"),

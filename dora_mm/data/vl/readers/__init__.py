@@ -9,7 +9,8 @@ of its record. An image that is inside a file is yielded as a data URL (embedded
 
 To add a format: write its reader in this folder; add its record to dora_mm/registries/readers.py, its name to `formats`
 of the tasks that it serves (vl_tasks.py there), its file layout to tests/data/vl, and a row to the table of docs/vl.md.
-One more shape of `chat` is an entry of SHAPES in chat_shapes.py, with a function that takes a row apart.
+One more shape of `chat` is an entry of SHAPES in chat_shapes.py, with a function that takes a row apart; of
+`preferences` one of PAIR_SHAPES in preferences.py.
 """
 
 from collections.abc import Iterator
@@ -20,9 +21,11 @@ from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.readers.chat import find_shape
 from dora_mm.data.vl.readers.hub_files import files_of_source
+from dora_mm.data.vl.readers.preferences import find_pair_shape
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.registries.registry import load
 
+SHAPES = {"chat": find_shape, "preferences": find_pair_shape}  # what finds the shape of a file, by its format
 FILES = ("file", "annotations", "subtitles")  # the keys of a source that name files with row content
 
 
@@ -40,15 +43,16 @@ def read_source(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
 
 
 def format_name(source: SourceConfig) -> str:
-    """The format of a source for reports, of conversations with their shape.
+    """The format of a source for reports, of conversations and preferences with their shape.
 
     Raises:
-        ValueError: A file of conversations cannot be read.
+        ValueError: A file of these cannot be read.
     """
-    if source.format != "chat":
+    find = SHAPES.get(source.format)
+    if find is None:
         return source.format
     files = data_files(resolved(source), "file")
-    shapes = dict.fromkeys(find_shape(file, source.columns).name for file in files)
+    shapes = dict.fromkeys(find(file, source.columns).name for file in files)
     return ", ".join([source.format, *shapes])
 
 

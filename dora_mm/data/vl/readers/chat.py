@@ -7,11 +7,11 @@ hub_files.py. All rows of a file have one shape, see chat_shapes.py.
 import ast
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic_core import from_json
 
@@ -30,6 +30,9 @@ PEEKED = 20  # rows that are searched for one of a known shape: the first may be
 LISTS = frozenset(("messages", "conversations", "texts", "prompt", "completion", "history", "tools", "objects")).union(
     ("image", "images", "video", "videos")
 )
+# Keys whose values are texts, or turns as text
+TURNS = frozenset(("chosen", "rejected", "rejected_response", "rejected_messages"))
+PACKED = LISTS | TURNS
 
 
 def read_chat(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
@@ -51,7 +54,7 @@ def read_chat(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
         log.info("%s: %s", path, shape.name)
         return lambda row, name: conversation(shape.read(row), name)
 
-    return _examples(source, bad, maker)
+    return read_rows(source, bad, maker)
 
 
 def read_captions(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
@@ -69,7 +72,7 @@ def read_captions(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
             )
         return _captioned
 
-    return _examples(source, bad, maker)
+    return read_rows(source, bad, maker)
 
 
 def _captioned(row: JsonRow, name: str) -> Example:
@@ -82,8 +85,12 @@ def _captioned(row: JsonRow, name: str) -> Example:
 Maker = Callable[[JsonRow, str], Example]  # of a row and its name
 
 
-def _examples(source: SourceConfig, bad: BadRows, maker: Callable[[Path], Maker]) -> Iterator[Example]:
-    """The examples of all files of a source; `maker` has what makes those of one."""
+def read_rows(source: SourceConfig, bad: BadRows, maker: Callable[[Path], Maker]) -> Iterator[Example]:
+    """The examples of all files of a source; `maker` has what makes those of one.
+
+    Raises:
+        ValueError: A file cannot be read, or a row is bad and `bad` is set to "stop".
+    """
     seen: set[str] = set()
     for number, path in enumerate(files_of_source(source), 1):
         file = f"file {number}, " if number > 1 else ""
@@ -115,6 +122,34 @@ def find_shape(path: Path, columns: Mapping[Any, str] | None = None) -> Shape:
     Raises:
         ValueError: The file cannot be read, or its first rows have none of the known shapes.
     """
+    example = "columns: {query: question, response: answer, image: picture}"
+    return first_shape(path, columns, shape_of, "conversations", example, [shape.name for shape in SHAPES])
+
+
+ShapeT = TypeVar("ShapeT")
+
+
+def first_shape(
+    path: Path,
+    columns: Mapping[Any, str] | None,
+    shape_of: Callable[[JsonRow], ShapeT | None],
+    kind: str,
+    example: str,
+    known: Sequence[str],
+) -> ShapeT:
+    """The shape of the first row of a file that has one.
+
+    Args:
+        path: The file.
+        columns: The names of its columns, by the names that they have here.
+        shape_of: The shape of a row; None: it has none.
+        kind: What rows are shapes of, for messages.
+        example: How columns are named, for messages.
+        known: The names of the shapes, for messages.
+
+    Raises:
+        ValueError: The file cannot be read, or its first rows have none.
+    """
     first = ""
     for _, item in islice(file_items(path), PEEKED):
         try:
@@ -123,18 +158,29 @@ def find_shape(path: Path, columns: Mapping[Any, str] | None = None) -> Shape:
             first = first or f"has the keys {', '.join(map(repr, _parsed(item)))}"
         except RowError as error:  # reported when the row is read
             first = first or str(error)
-    known = ", ".join(shape.name for shape in SHAPES)
     raise ValueError(
-        f"{path} has no known shape of conversations: its first row {first}; say which of them is what, as in columns: "
-        f"{{query: question, response: answer, image: picture}}, or bring one of these shapes: {known}"
+        f"{path} has no known shape of {kind}: its first row {first}; say which of them is what, as in {example}, or "
+        f"bring one of these shapes: {', '.join(known)}"
     )
 
 
 def _row(path: Path, item: Any, columns: Mapping[Any, str]) -> JsonRow:
     """A row of a file, by the names that its columns have here."""
     row = _renamed(_with_files(_parsed(item), path) if path.name in METADATA else _parsed(item), columns)
-    packed = [key for key in LISTS & row.keys() if isinstance(row[key], str) and row[key].lstrip()[:1] in ("[", "{")]
-    return row | {key: _listed(row[key]) for key in packed} if packed else row
+    packed = {key: _listed(row[key]) for key in PACKED & row.keys() if _is_packed(row[key])}
+    packed = {key: found for key, found in packed.items() if key in LISTS or _are_turns(found)}
+    return row | packed if packed else row
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip()[:1] in ("[", "{")
+
+
+def _are_turns(value: Any) -> bool:
+    turns = value if isinstance(value, list) else [value]
+    return bool(turns) and all(
+        isinstance(turn, dict) and not turn.keys().isdisjoint(("role", "from")) for turn in turns
+    )
 
 
 def _with_files(row: JsonRow, path: Path) -> JsonRow:

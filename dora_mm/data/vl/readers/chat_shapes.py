@@ -32,12 +32,10 @@ UNREAD = {  # keys of a row that must be empty, and what they hold
     "audio": "sounds",
     "audios": "sounds",
     "bbox": "boxes beside `objects`",
-    "chosen": "preferences",
-    "rejected": "preferences",
-    "rejected_response": "preferences",
-    "rejected_messages": "preferences",
-    "kto_tag": "preferences",
+    "kto_tag": "verdicts on single answers",
 }
+PAIRED = ("chosen", "rejected", "rejected_response", "rejected_messages")  # keys of a row with two answers
+REFUSED = frozenset((*UNREAD, *PAIRED))
 LEARNED = ("loss", "weight", "train", "training")  # keys of a message that say whether it is learned: true or 1, or not
 KEYS = frozenset(LEARNED)
 
@@ -233,7 +231,7 @@ def _strings(row: JsonRow, *keys: str) -> list[str]:
 
 def _with_keys(row: JsonRow, said: Dialogue) -> Dialogue:
     """What a row says, with the images, videos and the system turn that are keys of the row."""
-    if not UNREAD.keys().isdisjoint(row):
+    if not REFUSED.isdisjoint(row):
         _check_unread(row)
     said.images.extend(images_of(row))
     said.videos.extend(map(video_name, _videos(row)))
@@ -272,6 +270,9 @@ def _check_unread(row: JsonRow) -> None:
     for key, what in UNREAD.items():
         if not _is_empty(row.get(key)):
             raise RowError(f"has {key}, but {what} are not read: leave it out")
+    for key in PAIRED:
+        if not _is_empty(row.get(key)):
+            raise RowError(f"has {key}: preferences are read by task: preference, with format: preferences")
 
 
 def _is_empty(value: Any) -> bool:

@@ -30,7 +30,7 @@ from dora_mm.models.vl.vl_bart.loading import empty_vl_bart, load_vl_bart
 from dora_mm.models.vl.vl_bart.model import VLBart, VLInputs, token_log_likelihood
 from dora_mm.models.vl.vl_bart.text import bart_text, encode_inputs, encode_targets
 from dora_mm.models.vl.vl_bart.visual_inputs import VisionEncoder
-from dora_mm.models.vl.vl_model import RowCounts, Structure, Target, VLModel, likeliest_answer
+from dora_mm.models.vl.vl_model import RowCounts, Structure, Target, VLModel, likeliest_answer, weighted_loss
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.targets import find
 from dora_mm.utils.digest import module_digest
@@ -267,17 +267,15 @@ class VLBartModel:
         ids = encode_targets(self.tokenizer, task, answers, max_positions=max_positions).to(device)
         return VLBatch(task, self.inputs(task, examples, images), ids, torch.tensor(weights, device=device))
 
-    def loss(self, batch: VLBatch, generator: torch.Generator) -> LossSum:
+    def row_losses(self, batch: VLBatch) -> tuple[Tensor, Tensor]:
         config = self.model.config
         pad = config.pad_token_id
         shifted = shift_tokens_right(batch.targets, pad, config.decoder_start_token_id)
         logits = self.model(*batch.inputs, decoder_input_ids=shifted, use_cache=False).logits
-        sums = -token_log_likelihood(logits, batch.targets, pad).sum(-1)
-        counts = (batch.targets != pad).sum(-1)
-        if TASKS[batch.task].row_mean:
-            return LossSum((sums / counts * batch.weights).sum(), torch.ones_like(sums).sum())
-        kept = (batch.weights > 0).to(sums.dtype)
-        return LossSum((sums * kept).sum(), (counts * kept).sum())
+        return -token_log_likelihood(logits, batch.targets, pad).sum(-1), (batch.targets != pad).sum(-1)
+
+    def loss(self, batch: VLBatch, generator: torch.Generator) -> LossSum:
+        return weighted_loss(batch.task, *self.row_losses(batch), batch.weights)
 
 
 def vl_bart_maps(tower: nn.Module | None) -> dict[str, TargetMap]:

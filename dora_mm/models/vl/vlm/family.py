@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.folders import empty_model, has_weights, model_class, read_config, saved_dtype, weights_identity
 from dora_mm.models.opening import check_revision, commit_of
-from dora_mm.models.vl.vl_model import RowCounts, RowLengths, Structure, Target, VLModel
+from dora_mm.models.vl.vl_model import RowCounts, RowLengths, Structure, Target, VLModel, weighted_loss
 from dora_mm.models.vl.vlm.answers import VLMAnswers
 from dora_mm.models.vl.vlm.chat import chat_template
 from dora_mm.models.vl.vlm.encoding import TokenRow
@@ -47,19 +47,26 @@ class VLMBatch:
 
     Attributes:
         task: Name of the task.
-        groups: The rows in groups that are computed together, each as (inputs, labels (B, T), row weights (B,)).
-        ids: The ids of the rows of each group.
+        groups: The rows in groups that are computed together, each as (inputs, labels (G, T), which rows these are
+            (G,)).
+        weights: The weight of each row (B,).
+        examples: Those whose rows these are.
         num_cut: How many of the rows lost text or whole exchanges to `model.max_length`.
-        left_out: A sentence on each row that could not be encoded, and is missing here.
+        left_out: A sentence on each example that could not be encoded, and is missing here.
         longest: The tokens of the longest row that could be encoded, before it was cut.
     """
 
     task: str
     groups: tuple[tuple[Mapping[str, Tensor], Tensor, Tensor], ...]
-    ids: tuple[tuple[str, ...], ...] = ()
+    weights: Tensor = field(default_factory=lambda: torch.zeros(0))
+    examples: tuple[Example, ...] = ()
     num_cut: int = 0
     left_out: tuple[str, ...] = ()
     longest: int = 0
+
+    def ids(self, numbers: Tensor) -> list[str]:
+        """The ids of the examples of these rows (G,), each once; of pairs, rejected answers come last."""
+        return list(dict.fromkeys(self.examples[number % len(self.examples)].id for number in numbers.tolist()))
 
 
 class VLM:
@@ -139,7 +146,7 @@ class VLM:
         empty: Any = empty_model(resolve_model(config.path), config.revision).to(getattr(torch, config.dtype))
         network = VLMNetwork(config, form_of(type(empty).__name__, empty.config), torch.device("meta"))
         network.model = completed(empty)
-        return Structure({"model": empty}, {"model": map_of(empty)}, partial(batch_loss, network))
+        return Structure({"model": empty}, {"model": map_of(empty)}, partial(row_losses, network))
 
     @property
     def model(self) -> Any:
@@ -221,7 +228,8 @@ class VLM:
         for column in ("tools", "boxes"):
             table = table.without(table.has(column), f"has {column}, and {self.name} has no chat template")
         reason = f"has several turns before its answer, and {self.name} reads one: it has no chat template"
-        return table.without(table.lengths("turns") - table.lengths("answers") > 1, reason)
+        turns = np.maximum(table.lengths("turns"), table.lengths("rejected"))
+        return table.without(turns - table.lengths("answers") > 1, reason)
 
     def batch(
         self,
@@ -232,39 +240,40 @@ class VLM:
         *,
         on_bad_data: OnBadData = "stop",
     ) -> VLMBatch:
-        rows, weights, ids, left_out, longest = [], [], [], [], 0
+        found, left_out, longest = [], [], 0
         for example, (answer, weight) in zip(examples, targets, strict=True):
             try:
-                row = self.rows.row(task, example, images, answer)
-                longest = max(longest, row.length + row.num_cut)
-                if row.loses_answer:
-                    left_out.append(f"row {example.id} of {task}: {self._why_left_out(row)}")
+                rows = self.rows.answered(task, example, images, answer)
+                longest = max(longest, *(row.length + row.num_cut for row in rows))
+                if lost := next((row for row in rows if row.loses_answer), None):
+                    left_out.append(f"row {example.id} of {task}: {self._why_left_out(lost)}")
                     continue
-                rows.append(row)
-                weights.append(weight)
-                ids.append(example.id)
+                found.append((example, rows, weight))
             except ValueError as error:
                 if on_bad_data == "stop":
                     raise ValueError(f"{error}; data.on_bad_data: skip leaves such rows out") from error
                 left_out.append(str(error))
-        together = self.rows.groups(rows)
+        rows = [row for of_answer in zip(*(rows for _, rows, _ in found), strict=True) for row in of_answer]
         groups = [
-            (*self.rows.collate([rows[i] for i in group]), torch.tensor([weights[i] for i in group]))
-            for group in together
+            (*self.rows.collate([rows[i] for i in group]), torch.tensor(group)) for group in self.rows.groups(rows)
         ]
-        named = tuple(tuple(ids[i] for i in group) for group in together)
-        return VLMBatch(task, tuple(groups), named, sum(row.num_cut > 0 for row in rows), tuple(left_out), longest)
+        weights = torch.tensor([weight for _, _, weight in found])
+        kept, num_cut = tuple(example for example, _, _ in found), sum(row.num_cut > 0 for row in rows)
+        return VLMBatch(task, tuple(groups), weights, kept, num_cut, tuple(left_out), longest)
 
     def _why_left_out(self, row: TokenRow) -> str:
         whole = row.num_image_tokens + row.num_image_cut
         images = f"; {whole} of its {row.length + row.num_cut} are images" if whole else ""
         return f"its whole answer is beyond {self.rows.max_length} tokens ({self.rows.limit_from}){images}"
 
-    def loss(self, batch: VLMBatch, generator: torch.Generator) -> LossSum:
+    def row_losses(self, batch: VLMBatch) -> tuple[Tensor, Tensor]:
         self.counts.longest = max(self.counts.longest, batch.longest)
         if torch.is_grad_enabled():  # a validation does not count
             self.counts.add(batch.num_cut, batch.left_out)
-        return batch_loss(self.network, batch)
+        return row_losses(self.network, batch)
+
+    def loss(self, batch: VLMBatch, generator: torch.Generator) -> LossSum:
+        return weighted_loss(batch.task, *self.row_losses(batch), batch.weights)
 
     def lengths(self, task: str, table: ExampleTable, rows: Iterable[int], images: str | None) -> RowLengths:
         return row_lengths(self.rows, task, table, rows, images)
@@ -279,18 +288,14 @@ class VLM:
         return VLMAnswers(self.questions, self.network).answerer(task, config, candidates)
 
 
-def batch_loss(network: VLMNetwork, batch: VLMBatch) -> LossSum:
-    """The loss of a batch by a network; see `VLModel.loss`."""
-    count = torch.zeros((), device=network.device)
-    total = count if batch.groups else network.zero_loss()
-    for ids, (inputs, labels, weights) in zip(batch.ids, batch.groups, strict=True):
-        with naming(batch.task, ids):
-            sums, counts = network.row_losses(inputs, labels)
-        weights = weights.to(network.device)
-        if TASKS[batch.task].row_mean:
-            total = total + (sums / counts.clamp(min=1) * weights).sum()
-            count = count + len(weights)
-        else:
-            total = total + (sums * (weights > 0)).sum()
-            count = count + (counts * (weights > 0)).sum()
-    return LossSum(total, count)
+def row_losses(network: VLMNetwork, batch: VLMBatch) -> tuple[Tensor, Tensor]:
+    """The losses of the rows of a batch by a network; see `VLModel.row_losses`."""
+    if not batch.groups:
+        return network.zero_loss().expand(1)[:0], torch.zeros(0, device=network.device)
+    found = []
+    for inputs, labels, numbers in batch.groups:
+        with naming(batch.task, batch.ids(numbers)):
+            found.append(network.row_losses(inputs, labels))
+    order = torch.argsort(torch.cat([numbers for _, _, numbers in batch.groups])).to(network.device)
+    sums, counts = (torch.cat(parts)[order] for parts in zip(*found, strict=True))
+    return sums, counts

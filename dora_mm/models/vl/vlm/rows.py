@@ -17,6 +17,7 @@ from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.seen import SeenFiles
 from dora_mm.data.vl.example import IMAGE, VIDEO, Example, Turn, escaped, pieces_of
 from dora_mm.data.vl.image_folder import image_path
+from dora_mm.models.vl.vl_model import likeliest_answer
 from dora_mm.models.vl.vlm.boxes import with_boxes
 from dora_mm.models.vl.vlm.chat import ChatText, is_asked, render, render_prompt
 from dora_mm.models.vl.vlm.encoding import RowEncoder, TokenRow, collate
@@ -99,13 +100,25 @@ class ExampleEncoder:
         """
         return self.rows(task, example, folder, [answer])[0]
 
+    def answered(self, task: str, example: Example, folder: str | None, answer: str) -> list[TokenRow]:
+        """One example with its answer; of a pair with the chosen answer, and with the rejected one. See `row`."""
+        if not example.rejected:
+            return [self.row(task, example, folder, answer)]
+        both = (example, example.with_rejected())
+        return self._rows(task, folder, [(one, likeliest_answer(one)) for one in both])
+
     def rows(self, task: str, example: Example, folder: str | None, answers: Sequence[str | None]) -> list[TokenRow]:
         """One example with each of several answers; see `row`."""
+        return self._rows(task, folder, [(example, answer) for answer in answers])
+
+    def _rows(self, task: str, folder: str | None, asked: Sequence[tuple[Example, str | None]]) -> list[TokenRow]:
+        """Examples of the same images, each with an answer; see `row`."""
+        first, _ = asked[0]
         try:
-            visuals = self._visuals(example, folder)
-            return [self._row(task, example, visuals, answer) for answer in answers]
+            visuals = self._visuals(first, folder)
+            return [self._row(task, example, visuals, answer) for example, answer in asked]
         except ValueError as error:
-            raise ValueError(f"row {example.id} of {task}: {error}") from error
+            raise ValueError(f"row {first.id} of {task}: {error}") from error
 
     def _visuals(self, example: Example, folder: str | None) -> tuple[list[Any], list[Video]]:
         """The images and the videos of an example."""

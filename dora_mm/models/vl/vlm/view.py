@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -23,12 +24,14 @@ def row_lengths(
     encoder: ExampleEncoder, task: str, table: ExampleTable, rows: Iterable[int], images: str | None
 ) -> RowLengths:
     """The lengths of rows of a table; see `VLModel.lengths`."""
-    encoded: dict[int, TokenRow] = {}
+    encoded: dict[int, TokenRow] = {}  # of pairs the longer row
     bad: dict[int, str] = {}
     for index in tqdm(list(rows), f"encoding rows ({task})", unit="row", delay=2, disable=None):
         example = table[index]
         try:
-            encoded[index] = encoder.row(task, example, images, likeliest_answer(example))
+            rows_of_example = encoder.answered(task, example, images, likeliest_answer(example))
+            longest = max(rows_of_example, key=lambda row: row.length + row.num_cut)
+            encoded[index] = replace(longest, loses_answer=any(row.loses_answer for row in rows_of_example))
         except ValueError as error:
             bad[index] = str(error.__cause__)  # without the row, whose place is known
     found = encoded.values()

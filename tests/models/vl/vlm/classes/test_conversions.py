@@ -63,4 +63,6 @@ def test_verify_sees_the_names_of_a_checkpoint_that_peft_does_not_know(tiny_vlm,
     settings.write_text(json.dumps(config))
     (wrong,) = verify(folder, "peft", base)
     assert set(right.findings) == {"right"}
-    assert wrong.findings["ignored"] == sum(".layers." in n and "vision" not in n for n in config["target_modules"])
+    assert wrong.findings["not known to this tool"] == sum(
+        ".layers." in n and "vision" not in n for n in config["target_modules"]
+    )
