@@ -190,7 +190,7 @@ def test_a_network_without_a_name(tmp_path):
     assert all(key.startswith("lora_unet_") for key in load_file(done.files[0]))
 
 
-@pytest.mark.parametrize("to", ["peft", "diffusers", "comfy", "ai-toolkit", "onetrainer"])
+@pytest.mark.parametrize("to", ["peft", "diffusers", "ai-toolkit", "onetrainer"])
 def test_differences_of_weights(to, tmp_path):
     """These have no place for them, and hold a new fit."""
     base = {name: W0 for name, W0 in peft_base().items() if W0.dim() == 2}

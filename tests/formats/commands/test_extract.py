@@ -74,7 +74,7 @@ def test_a_merged_dora_is_found_again(models, tmp_path):
     assert verdict.error < 1e-5
     assert (tmp_path / "out" / "README.md").is_file()
     state, header = formats.read(done.files[0])
-    assert (header["base_model"], header["extracted_from"]) == (str(base), str(tuned))
+    assert (header["base_model"], header["extracted_from"]) == (base.name, tuned.name)
     assert {layer.spec for layers in state.layers.values() for layer in layers.values()} == {DoRASpec(4)}
 
 

@@ -179,8 +179,8 @@ def test_what_is_not_judged_is_named(tmp_path):
 def test_mistakes(tmp_path):
     base = random_base(OUT_96)
     file = write_kohya(tmp_path / "a.safetensors", base)
-    with pytest.raises(ValueError, match="there is no tool 'comfyui': use all or one of"):
-        dora_mm.verify(file, "comfyui", base)
+    with pytest.raises(ValueError, match="there is no tool 'comfyuj': use all or one of"):
+        dora_mm.verify(file, "comfyuj", base)
     with pytest.raises(ValueError, match="verify needs the base model"):
         dora_mm.verify(file, "lycoris")
     with pytest.raises(ValueError, match="a.safetensors.*mid_block|a.safetensors.*no .*module|a.safetensors.*attn2"):

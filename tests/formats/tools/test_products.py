@@ -93,8 +93,8 @@ def test_it_is_named_and_judged(trained, request):
     method = next(name for name in ("LoHa", "LoKr", "GLoRA") if name in request.node.name)
     assert {module.method for module in inspect_file(path).modules} == {method}
     verdicts = {verdict.tool: verdict for verdict in verify(path, "all", BASE)}
-    for tool in ("lycoris", "comfy"):
-        assert set(verdicts[tool].findings) == {RIGHT}
+    assert set(verdicts["lycoris"].findings) == {RIGHT}
+    assert (set(verdicts["comfy"].findings) == {RIGHT}) == (not request.node.name.endswith("with a magnitude]"))
     right = {tool for tool, verdict in verdicts.items() if set(verdict.findings) == {RIGHT}}
     assert set(inspect_file(path).works_in) == right
     with pytest.raises(ValueError, match="target cannot hold"):

@@ -143,14 +143,12 @@ def test_it_says_who_misreads_a_file_and_what_to_use_instead(tmp_path, capsys):
     source = toy.write_source(tmp_path / "a.safetensors", {name: toy.layer(name)})
     _, output, _ = run(capsys, "convert", source, tmp_path / "b.safetensors", "--to", "kohya")
     (line,) = [line for line in output.splitlines() if line.startswith("not for  ")]
-    needed = "ComfyUI and reForge, Forge (--to comfy); AUTOMATIC1111, InvokeAI (--to diff)"
-    others = "ai-toolkit (--to ai-toolkit); diffusers (--to diffusers)"
-    assert line == f"not for  {others}; {needed}: they load it, and compute something else"
+    first = "ComfyUI and reForge, Forge (--to comfy); diffusers (--to diffusers)"
+    others = "ai-toolkit (--to ai-toolkit); AUTOMATIC1111, InvokeAI (--to diff)"
+    assert line == f"not for  {first}; {others}: they load it, and compute something else"
     convert(source, tmp_path / "c.safetensors", to="comfy", base=toy.base())
-    assert misreaders(tmp_path / "c.safetensors", "comfy").startswith("ai-toolkit (--to ai-toolkit); diffusers")
-    assert "LyCORIS and sd-scripts, SD.Next, older SD.Next (--to kohya)" in misreaders(
-        tmp_path / "c.safetensors", "comfy"
-    )
+    assert misreaders(tmp_path / "c.safetensors", "comfy").startswith("diffusers (--to diffusers); ")
+    assert "LyCORIS and sd-scripts, SD.Next (--to kohya)" in misreaders(tmp_path / "c.safetensors", "comfy")
 
 
 def test_differences_and_plain_lora_are_for_all(tmp_path, capsys):
@@ -175,7 +173,7 @@ MISTAKES = [
     (("convert", "{a}", "{out}", "--to", "diff"), "target diff needs the base model"),
     (("convert", "missing.safetensors", "{out}", "--to", "kohya"), "missing.safetensors"),
     (("convert", "{a}", "{out}", "--to", "peft", "--base", "nowhere"), "nowhere"),
-    (("verify", "{a}", "--tool", "comfyui", "--base", "samples/tiny-sdxl"), "there is no tool 'comfyui'"),
+    (("verify", "{a}", "--tool", "comfyuj", "--base", "samples/tiny-sdxl"), "there is no tool 'comfyuj'"),
     (("verify", "{a}", "--tool", "vllm", "--base", "samples/tiny-sdxl"), "vLLM loads no DoRA: merge the adapter into"),
     (("convert", "{a}", "{out}", "--to", "SGLang"), "plain LoRA with dora-mm convert IN OUT --to lora --rank"),
     (("verify", "{a}", "--base", "samples/tiny-vlm"), "{a}"),
