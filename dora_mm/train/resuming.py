@@ -25,6 +25,7 @@ REASONS = {  # why the other keys and sections may not change
     "data": "the finished steps were computed on the old data",
     "loss": "the finished steps minimized the old loss",
     "preserve": "the finished steps minimized the old loss",
+    "preference": "the finished steps minimized the old loss",
     "optimizer": "the finished steps were computed with the old value",
     "schedule": "the finished steps were computed with the old learning rates",
     "ema": "the average of the finished steps was made with the old value",

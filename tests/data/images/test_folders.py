@@ -87,7 +87,7 @@ def test_the_placeholder_is_looked_for_in_all_folders(places):
         ({"folders": [{"path": "a", "role": "validate"}], "resolution": 64}, "no folder has the role train"),
         ({"folders": [{"path": "a", "repeats": 0.0}], "resolution": 64}, "greater than 0"),
         ({"folders": [{"path": "a", "weight": -1.0}], "resolution": 64}, "greater than 0"),
-        ({"folders": [{"path": "a", "resolution": 72}], "resolution": 64}, "must be a multiple of 64, or of 32 below"),
+        ({"folders": [{"path": "a", "resolution": 72}], "resolution": 64}, "must be a multiple of 64 from 512"),
         (
             {"folders": [{"path": "a", "role": "validate", "weight": 2.0}], "resolution": 64},
             "have no effect on a folder",
