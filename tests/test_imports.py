@@ -44,6 +44,7 @@ MAY_NAME_VL_TASKS = (  # the records of tasks; and of formats and metrics, some 
     *("dora_mm/registries/", "dora_mm/config/vl_data.py", "dora_mm/data/vl/readers/"),
     *("dora_mm/eval/vl/captions.py", "dora_mm/eval/vl/submissions.py"),  # a key of their files
     *("dora_mm/data/images/captions.py", "dora_mm/cli/"),  # a key of captions, a command
+    "dora_mm/train/resuming.py",  # a section of configs
 )
 OF_A_BARE_QUESTION = re.compile(r"question_task = .*")  # each family says which task it takes a question for
 

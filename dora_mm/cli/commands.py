@@ -166,7 +166,7 @@ def _run_config(arguments: Namespace, recipes: Recipes) -> None:
     if not (arguments.dry_run and config.dry_run_lists_missing):
         check_paths(config, new_run=arguments.resume is None)
     model = getattr(config, "model", None)
-    if model and arguments.resume is None and not arguments.dry_run:
+    if getattr(model, "path", None) and arguments.resume is None and not arguments.dry_run:  # else it is made anew
         _check_hub(resolve_model(model.path), model.revision, "model.path")
     main = recipes.load(config.pipeline).main
     asked = {name: True for name in ("dry_run", "decode", "report") if getattr(arguments, name)}

@@ -25,7 +25,9 @@ _CONNECTION = {"TransportError", "ConnectionError", "Timeout", "OfflineModeIsEna
 
 
 @contextmanager
-def opening(name: str, problem: str, *, key: str = "", revision: str | None = None) -> Iterator[None]:
+def opening(
+    name: str, problem: str, *, key: str = "", revision: str | None = None, loads: bool = True
+) -> Iterator[None]:
     """A context in which other libraries load something of a model: their errors become one sentence.
 
     Libraries raise anything for files that are missing, damaged or of another kind of model: tokenizers, for one, a
@@ -36,13 +38,15 @@ def opening(name: str, problem: str, *, key: str = "", revision: str | None = No
         problem: What it means if it cannot be, such as "<path> cannot be loaded".
         key: The config key that names it; empty where there is none.
         revision: A commit, branch or tag of a hub model; None: its main branch.
+        loads: Whether files are read; else something is built of what was read before.
 
     Raises:
         UnreachableError: It is on the hub, and the hub cannot be reached.
         ValueError: The body raised anything else.
     """
     start = f"{key}: " if key else ""
-    check_hub(name, revision, key=key)
+    if loads:
+        check_hub(name, revision, key=key)
     try:
         with without_bars():
             yield

@@ -34,6 +34,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     partial = partial_of(path)
     try:
         partial.unlink(missing_ok=True)  # a link, which would be followed
+        partial.touch()
         write(partial)
         flush(partial)
         check_lock(path)

@@ -438,8 +438,8 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(config, tmp_pat
         "buckets   64 x 64: 3, 128 x 32: 2 (h x w)",
         "captions  5 from metadata.jsonl",
         "without TOK  0",
-        "4 steps x batch 2 / 5 pictures = each is seen 2 times",
-        "Each picture is seen 2 times (the paper's recipes: 3d_icon 130, lego 49), which is little",
+        "4 steps x batch 2 / 5 pictures = each is seen 1.6 times",
+        "Each picture is seen 1.6 times (the paper's recipes: 3d_icon 130, lego 49), which is little",
         "unet.attn",
         "frozen in float32",
         "optimizer state (adamw, 2 numbers each)",
@@ -476,7 +476,7 @@ def test_warnings_before_a_long_training(config, caplog, monkeypatch):
     monkeypatch.setattr(preview, "half_precision_slowdown", lambda dtype: 16.0)
     changes = {"model__dtype": "bfloat16", "train__mixed_precision": "bf16", "train__steps": 1, "sample__prompts": []}
     assert main(["train", str(config(**changes))]) == 0
-    assert "Each picture is seen 0 times" in caplog.text
+    assert "Each picture is seen 0." in caplog.text
     assert ("emulates bf16, some 16 times slower" in caplog.text) == (not torch.cuda.is_available())
 
 

@@ -110,7 +110,7 @@ def empty_vl_bart(config: VLBartModelConfig, feature_dim: int) -> VLBart:
 
 def _build_checked(base: Any, config: VLBartModelConfig, vocab_size: int, feature_dim: int, path: str) -> VLBart:
     """The frozen VL-BART from a config or a model of BART or VL-BART; checked against `config` and `feature_dim`."""
-    with opening(path, f"{path} has a config.json that no model can be built from", key="model.path"):
+    with opening(path, f"{path} has a config.json that no model can be built from", key="model.path", loads=False):
         if isinstance(base, VLBartConfig):
             base = VLBart(base)
         elif not isinstance(base, VLBart):
