@@ -165,8 +165,8 @@ def _run_config(arguments: Namespace, recipes: Recipes) -> None:
         raise ValueError(_needs_command(config.command, arguments))
     if not (arguments.dry_run and config.dry_run_lists_missing):
         check_paths(config, new_run=arguments.resume is None)
-    model = getattr(config, "model", None)
-    if getattr(model, "path", None) and arguments.resume is None and not arguments.dry_run:  # else it is made anew
+    model: Any = getattr(config, "model", None)
+    if hasattr(model, "path") and arguments.resume is None and not arguments.dry_run:  # some make a new model
         _check_hub(resolve_model(model.path), model.revision, "model.path")
     main = recipes.load(config.pipeline).main
     asked = {name: True for name in ("dry_run", "decode", "report") if getattr(arguments, name)}
