@@ -5,6 +5,7 @@ import json
 import shlex
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from dora_mm.cli.parser import RESUMABLE
 from dora_mm.config import find_path, load_config, resolve_adapter, resolve_model, resolve_path, run_name
