@@ -254,6 +254,7 @@ def test_favourites_stay_and_become_a_job(one, tmp_path, monkeypatch):
     one.open(tmp_path / "gallery" / "index.html")  # again
     one.click("#view-grid")
     one.click("#favourites")
+    one.wait_for("document.querySelectorAll('.grid li').length === 2")  # the page is drawn anew
     assert one.evaluate(PROMPTS) == ["a bus", "a cat"]
     assert one.evaluate("document.querySelectorAll('.star:not(.off)').length") == 2
     one.evaluate("URL.createObjectURL = (blob) => { window.saved = blob; return '#'; }")
