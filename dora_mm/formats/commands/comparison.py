@@ -23,10 +23,10 @@ _WHOLE = slice(None)
 
 
 class ToolLoad(NamedTuple):
-    """What a tool loads of a module: its name, the parts of one file after the other, and the strength."""
+    """What a tool loads of a module: its name, the parts, and the strength."""
 
     tool: str
-    files: Sequence[Parts]
+    parts: Parts
     strength: float = 1.0
 
 
@@ -65,7 +65,7 @@ def compared(
         strength: The strength of it that is meant.
         change: What gets W(t) - W0, in the shape of W0 and any dtype, before the tools read it.
     """
-    steps = [_steps(load) for load in loads]
+    steps = [_step_of(load) for load in loads]
     by_rows = [layer.axis == "out" and _is_by_rows(load, len(W0)) for load in loads]
     size, norm, errors = 0.0, 0.0, [0.0] * len(loads)
     for split, blocks in ((False, [_WHOLE]), (True, row_blocks(W0))):
@@ -84,11 +84,11 @@ def is_read(parts: Mapping[str, object]) -> bool:
 
 
 def _is_by_rows(load: ToolLoad, num_rows: int) -> bool:
-    return all(tool_of(load.tool).computes.is_by_rows(parts, num_rows) for parts in load.files if is_read(parts))
+    return not is_read(load.parts) or tool_of(load.tool).computes.is_by_rows(load.parts, num_rows)
 
 
 class _Step(NamedTuple):
-    """What a tool does with the tensors of one file.
+    """What a tool does with the tensors of a module.
 
     Attributes:
         formula: Its formula.
@@ -105,8 +105,9 @@ class _Step(NamedTuple):
     key: Hashable
 
 
-def _steps(load: ToolLoad) -> list[_Step]:
-    return [_step(tool_of(load.tool).computes.formula(parts), parts) for parts in load.files if is_read(parts)]
+def _step_of(load: ToolLoad) -> _Step | None:
+    """What a tool does; None where it reads nothing of the module."""
+    return _step(tool_of(load.tool).computes.formula(load.parts), load.parts) if is_read(load.parts) else None
 
 
 def _step(formula: Formula, parts: Parts) -> _Step:
@@ -121,7 +122,7 @@ def _memory(parts: Parts) -> Hashable:
 
 
 def _in_blocks(
-    loads: Sequence[tuple[Sequence[_Step], float]],
+    loads: Sequence[tuple[_Step | None, float]],
     blocks: Iterable[slice],
     W0: Tensor,
     layer: LayerState,
@@ -129,19 +130,19 @@ def _in_blocks(
     change: Tensor | None,
 ) -> tuple[float, float, list[float]]:
     """||W' - W0||, ||W0|| and the errors of what is done at a strength."""
-    keys = [(tuple(step.key for step in steps), t) for steps, t in loads]
+    keys = [(step and step.key, t) for step, t in loads]
     unlike = dict(zip(keys, loads, strict=True))
     own = None
     if "lora_A" in layer.tensors and (layer.spec.scaling, layer.norm, strength) == (1, "updated", 1):
         step = _step(added, {"A": layer.tensors["lora_A"], "B": layer.tensors["lora_B"]})
-        own = step if any(step.update == other.update for steps, _ in loads for other in steps) else None
+        own = step if any(other and step.update == other.update for other, _ in loads) else None
 
     def of_rows(rows: slice) -> list[float]:
         """The same of some rows, for loads that are unlike; its tensors make room for those of the next rows."""
         base = W0[rows].to(adapter_dtype(W0.dtype))
         block = _Block(rows, base, layer if rows == _WHOLE else rows_of(layer, rows), strength, own)
         sizes = block.sizes(None if change is None else change[rows])
-        return [*sizes, *(block.error(steps, t) for steps, t in unlike.values())]
+        return [*sizes, *(block.error(step, t) for step, t in unlike.values())]
 
     size, norm, *errors = (math.hypot(*values) for values in zip(*map(of_rows, blocks), strict=True))
     by_key = dict(zip(unlike, errors, strict=True))
@@ -167,7 +168,7 @@ class _Block:
         if own is None:
             self._W = new_rows(layer, W0, strength)
         else:
-            update = self._update(own, W0)
+            update = self._update(own)
             self._W = update.scaled(gain_of(layer, update.V)) if "magnitude" in layer.tensors else update.V
 
     def sizes(self, change: Tensor | None) -> tuple[float, float]:
@@ -177,12 +178,10 @@ class _Block:
             change.copy_(D)
         return _norm(D), _norm(self.W0)
 
-    def error(self, steps: Sequence[_Step], strength: float) -> float:
+    def error(self, step: _Step | None, strength: float) -> float:
         """||W_tool(t) - W(t)||: infinite where the tool raises an error, NaN where its result is not finite."""
-        found = self.W0
         try:
-            for step in steps:
-                found = self._weight(step, found, strength)
+            found = self.W0 if step is None else self._weight(step, strength)
         except (RuntimeError, IndexError):  # shapes do not fit, as in the tool
             return math.inf
         if found.shape != self.W0.shape:
@@ -193,19 +192,18 @@ class _Block:
             self._errors[key] = error if math.isfinite(error) else math.nan
         return self._errors[key]
 
-    def _weight(self, step: _Step, W0: Tensor, strength: float) -> Tensor:
-        key = (step.key, id(W0), strength)
+    def _weight(self, step: _Step, strength: float) -> Tensor:
+        key = (step.key, strength)
         if key not in self._weights:
             m = step.m if step.m is None else step.m[self.rows] if self.rows != _WHOLE else step.m
-            self._weights[key] = step.formula(self._update(step, W0), m, strength)
+            self._weights[key] = step.formula(self._update(step), m, strength)
         return self._weights[key]
 
-    def _update(self, step: _Step, W0: Tensor) -> Update:
-        key = (step.update, id(W0))
-        if key not in self._updates:
+    def _update(self, step: _Step) -> Update:
+        if step.update not in self._updates:
             parts = step.parts if self.rows == _WHOLE else rows_of_parts(step.parts, self.rows)
-            self._updates[key] = Update(parts, W0)
-        return self._updates[key]
+            self._updates[step.update] = Update(parts, self.W0)
+        return self._updates[step.update]
 
     def _at(self, strength: float) -> Tensor:
         """W(t)."""

@@ -95,7 +95,7 @@ class ExportCheck:
         }
         change = next(iter(written.values())) if self.difference else None
         loads = [
-            ToolLoad(name, [tool.loaded(module, written, header)], t)
+            ToolLoad(name, tool.loaded(module, written, header), t)
             for name, tool in self.tools.items()
             for t in (1.0, *(tool.computes.strengths if self.count % self.every == 0 else ()))
         ]
@@ -109,7 +109,7 @@ class ExportCheck:
                     if self.difference:
                         unrounded = dict.fromkeys(written, difference(meant[0], W0, meant[1]))
                     exact = tool_of(load.tool).loaded(module, unrounded, header)
-                    self._refuse(load._replace(files=[exact]), W0, meant)
+                    self._refuse(load._replace(parts=exact), W0, meant)
             self.squares[load.tool, load.strength].append((error, found.size))
         self.count += 1
         return written

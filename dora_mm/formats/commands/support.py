@@ -111,8 +111,8 @@ def _right(file: AdapterFile, module: str, kind: _Kind) -> Iterable[str]:
     loads = []
     for name, lost in kind.readers:
         parts = _parts(tool_of(name), file, module, tensors, kind.scaling)
-        loads.append(ToolLoad(name, [without(parts, lost)]))
-    loads = [load for load in loads if is_read(load.files[0])]
+        loads.append(ToolLoad(name, without(parts, lost)))
+    loads = [load for load in loads if is_read(load.parts)]
     try:
         layer = fitted(own.read(_parts(own, file, module, tensors, kind.scaling), None), W0)
         found = compared(loads, W0, layer)

@@ -243,7 +243,7 @@ def _verdicts(
     readers = [name for name, load in loads.items() if not load.refusal and module in load.lost]
     whole = {name: tool_of(name).loaded(module, tensors, adapter.header) for name in readers}
     parts = {name: without(whole[name], loads[name].lost[module]) for name in readers}
-    read = [ToolLoad(name, [found]) for name, found in parts.items() if is_read(found)]
+    read = [ToolLoad(name, found) for name, found in parts.items() if is_read(found)]
     found = compared(read, W0, state)
     errors = {load.tool: error for load, error in zip(read, found.errors, strict=True)}
 
