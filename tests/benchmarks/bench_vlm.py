@@ -1,15 +1,16 @@
-"""Times a training step of a vision-language model against PEFT's in a bare loop, and batched answers.
+"""Times a training step of a vision-language model against the same step with PEFT's layers, and batched answers.
 
     python -m samples.build tiny-vlm
     python -m tests.benchmarks.bench_vlm build/tiny-vlm [results/<machine>]
 
 All linear layers of the language model are adapted, at rank 8 with batches of 4 and at rank 16 with batches of 8. A
 step is a batch of questions of VQA on one picture each, with its forward and backward pass and AdamW; the contenders
-take turns in one process. PEFT's loop is the shortest one that trains this model: `model(**batch).loss.backward()`,
-which computes the logits of all tokens.
+take turns in one process, on one thread and on two. All have the loss of train_vl, which computes logits where
+something is learned, so that the layers alone differ.
 """
 
 import copy
+import itertools
 import statistics
 import sys
 import time
@@ -31,6 +32,7 @@ from dora_mm.models.vl.vlm.family import VLM, VLMBatch
 from tests.benchmarks.results_table import time_row, write_times
 
 ROUNDS, NEW_TOKENS = 9, 16
+THREADS = (1, 2)
 STEPS = ((8, 4), (16, 8))  # (rank, batch)
 LINEAR = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 VQA = SourceConfig(
@@ -55,20 +57,17 @@ class Ours:
         self.model = self.vlm.model.train()
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
 
-    def loss(self, batch: VLMBatch) -> torch.Tensor:
-        return self.vlm.loss(batch, torch.Generator()).mean
-
     def step(self, batch: VLMBatch) -> float:
         started = time.perf_counter()
         with fixed_parameters(self.model, num_passes=1):
-            self.loss(batch).backward()
+            self.vlm.loss(batch, torch.Generator()).mean.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return time.perf_counter() - started
 
 
 class Theirs(Ours):
-    """Trains PEFT's layers with the model's own loss."""
+    """Trains PEFT's layers, which get_peft_model puts into the same model, with the same loss."""
 
     def __init__(self, folder: str, rank: int, *, use_dora: bool):
         self.vlm = VLM(VLMModelConfig(path=folder))
@@ -76,10 +75,6 @@ class Theirs(Ours):
         self.model = peft.get_peft_model(self.vlm.model, config).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
-
-    def loss(self, batch: VLMBatch) -> torch.Tensor:
-        ((inputs, labels, _),) = batch.groups
-        return self.model(**inputs, labels=labels).loss
 
 
 def time_steps(folder: str, examples: list[Example], rank: int, size: int) -> dict[str, list[float]]:
@@ -125,13 +120,15 @@ def time_answers(folder: str, examples: list[Example], max_new_tokens: int) -> d
 def main(folder: str, results: Path | None) -> None:
     examples = list(open_table(VQA, Path("build/tables"), on_bad_data="stop"))
     times: dict[str, list[float]] = {}
-    for rank, size in STEPS:
-        times |= time_steps(folder, examples, rank, size)
+    for threads, (rank, size) in itertools.product(THREADS, STEPS):
+        torch.set_num_threads(threads)
+        steps = time_steps(folder, examples, rank, size)
+        times |= {f"threads {threads}, {name}": found for name, found in steps.items()}
     for max_new_tokens in (2, 4, NEW_TOKENS):
         times |= time_answers(folder, examples, max_new_tokens)
     rows = [time_row(name, found) for name, found in times.items()]
     for row in rows:
-        print("{name:<32} {median_s:8.3f} s  ({min_s:.3f} to {max_s:.3f})".format(**row))
+        print("{name:<44} {median_s:8.3f} s  ({min_s:.3f} to {max_s:.3f})".format(**row))
     for tokens in (2, 4, NEW_TOKENS):
         batched, single = (
             statistics.median(times[f"{tokens} tokens, {how}"]) for how in ("batches of 8", "one by one")
