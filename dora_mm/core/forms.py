@@ -33,7 +33,7 @@ from dora_mm.core.functional import (
     merge_adapters,
     product_dtype,
 )
-from dora_mm.core.passes import Call, Options, PassCache, SavedPass, load, save
+from dora_mm.core.passes import Options, PassCache, SavedPass, load, save, with_tensors
 from dora_mm.core.steps import TORCH_STEPS, Steps, adapter_gradients, bias_grad, has_magnitude
 
 # --- which form ------------------------------------------------------------------------------------------------------
@@ -124,58 +124,59 @@ class UnmergedForm(torch.autograd.Function):
     """y = e x W0^T + h B'^T + b, with h from `dropped` where that is given (e is then 1)."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, x, dropped, weight, bias, *tensors):
+    def forward(ctx: Any, options: Options, dtype, adapters, x, dropped, weight, bias, *tensors):
         source, (*own, operand, ctx.steps) = x if dropped is None else dropped, tensors
-        y, h = ctx.steps.product(call, x, source, weight, bias, call.with_tensors(own), operand)
-        return save(ctx, call, y, source, weight, bias, h, own, is_product=dropped is None)
+        y, h = ctx.steps.product(options, dtype, x, source, weight, bias, with_tensors(adapters, own), operand)
+        keeps = dropped is None and ctx.steps.keeps_output(x)
+        return save(ctx, options, dtype, adapters, y, source, weight, bias, h, own, keeps_output=keeps)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dY: Tensor):
-        call, saved, needs = load(ctx)
-        dX, d_dropped, db, gradients = ctx.steps.gradients(call, saved, dY, needs)
-        return None, dX, d_dropped, None, db, *gradients, None, None
+        dX, d_dropped, db, gradients = ctx.steps.gradients(load(ctx), dY)
+        return None, None, None, dX, d_dropped, None, db, *gradients, None, None
 
 
 class MergedForm(torch.autograd.Function):
     """y = x main^T + x' rest^T + b, the weights as in `split_weight`; x' is `dropped` where that is given, else x."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, x, dropped, weight, bias, *tensors):
-        op, source, (*own, main, rest) = call.options.op, x if dropped is None else dropped, tensors
+    def forward(ctx: Any, options: Options, dtype, adapters, x, dropped, weight, bias, *tensors):
+        op, source, (*own, main, rest) = options.op, x if dropped is None else dropped, tensors
         if rest is None:
             y = op(x, main, bias)
         elif main.dtype.itemsize < 4:  # one sum, rounded once
             y = op(op.concatenate(x, source), torch.cat([main, rest], 1), bias)
         else:
             y = op(x, main, bias).add_(op(source, rest, None))
-        _, needs_x, needs_dropped, *_ = ctx.needs_input_grad
-        keeps = call.options.keep_weight and (needs_x or needs_dropped)
-        kept = (main if dropped is None else rest) if keeps else None
-        return save(ctx, call, y, source, weight, bias, kept, own, is_product=dropped is None)
+        _, _, _, needs_x, needs_dropped, *_ = ctx.needs_input_grad
+        keeps_weight = options.keep_weight and (needs_x or needs_dropped)
+        kept = (main if dropped is None else rest) if keeps_weight else None
+        keeps = dropped is None and TORCH_STEPS.keeps_output(x)
+        return save(ctx, options, dtype, adapters, y, source, weight, bias, kept, own, keeps_output=keeps)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dY: Tensor):
-        call, saved, needs = load(ctx)
-        op, has_dropout = call.options.op, call.options.dropout > 0
-        gradients, _, _ = adapter_gradients(call, saved, dY, needs.own)
+        saved = load(ctx)
+        op, has_dropout = saved.options.op, saved.options.dropout > 0
+        gradients, _, _ = adapter_gradients(saved, dY)
         dX = d_update = None
-        if needs.dropped or (needs.x and not has_dropout):
-            W = saved.kept if saved.kept is not None else built_again(call, saved)
+        if saved.needs_dropped or (saved.needs_x and not has_dropout):
+            W = saved.kept if saved.kept is not None else built_again(saved)
             d_update = op.grad_input(dY, saved.x, W)  # without `rest`: half precision rounds dX by as much
-        if needs.x and has_dropout:
+        if saved.needs_x and has_dropout:
             dX = op.grad_input(dY, saved.x, cast(saved.weight, dY.dtype))
         dX, d_dropped = (dX, d_update) if has_dropout else (d_update, None)
-        db = bias_grad(op, saved, dY) if needs.bias else None
-        return None, dX, d_dropped, None, db, *gradients, None, None
+        db = bias_grad(saved, dY) if saved.needs_bias else None
+        return None, None, None, dX, d_dropped, None, db, *gradients, None, None
 
 
-def built_again(call: Call, saved: SavedPass) -> Tensor:
+def built_again(saved: SavedPass) -> Tensor:
     """Returns what the input of the update was multiplied by: W(t), or with dropout the update."""
-    has_dropout = call.options.dropout > 0
+    has_dropout = saved.options.dropout > 0
     W, _ = merge_adapters(saved.weight, saved.adapters, [a.rows for a in saved.adapters])
-    main, rest = split_weight(W, saved.weight, call.dtype, has_dropout)
+    main, rest = split_weight(W, saved.weight, saved.dtype, has_dropout)
     return main if rest is None or not has_dropout else rest
 
 
@@ -234,10 +235,10 @@ def adapted_product(
         for adapter, found in zip(adapters, rows or (), strict=True):
             own += adapter.A, adapter.B, adapter.magnitude
             settings.append(adapter.of_pass(found))
-        call = Call(options, dtype, settings, options.save_output and steps.keeps_output(x))
+        call = options, dtype, settings, x, dropped, weight, bias
         if merged is not None:
-            return MergedForm.apply(call, x, dropped, weight, bias, *own, *merged)
-        return UnmergedForm.apply(call, x, dropped, weight, bias, *own, operand, steps)
+            return MergedForm.apply(*call, *own, *merged)
+        return UnmergedForm.apply(*call, *own, operand, steps)
 
 
 TORCH: Forward = adapted_product

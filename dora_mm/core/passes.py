@@ -12,8 +12,8 @@ from torch import Tensor
 from dora_mm.core.functional import Adapter, RowGains, any_nonzero, can_read
 from dora_mm.core.ops import LINEAR, Op
 
-# The arguments of both forms begin with call, x, dropped, weight, bias, and A, B and m of each adapter.
-FIRST_MAGNITUDE = 7  # the place of the first adapter's m among them
+# The arguments of both forms begin with options, dtype, adapters, x, dropped, weight, bias, then A, B and m of each.
+FIRST_MAGNITUDE = 9  # the place of the first adapter's m among them
 
 
 @dataclass
@@ -80,70 +80,53 @@ class Options(NamedTuple):
     restore: Callable[[], Tensor] | None = None
 
 
-class Call(NamedTuple):
-    """A pass, without its tensors.
+class SavedPass(NamedTuple):
+    """What a backward pass reads.
 
     Attributes:
         options: See `Options`.
         dtype: The dtype of the product.
-        adapters: The adapters with n and g, without A, B and m.
-        keeps_output: Whether y may be kept for the backward pass.
-    """
-
-    options: Options
-    dtype: torch.dtype
-    adapters: Sequence[Adapter]
-    keeps_output: bool
-
-    def with_tensors(self, own: Sequence[Any]) -> list[Adapter]:
-        """The adapters with A, B and m, which autograd takes and returns as a flat list."""
-        adapters, first = [], 0
-        for adapter in self.adapters:
-            adapters.append(adapter.with_tensors(*own[first : first + 3]))
-            first += 3
-        return adapters
-
-
-class SavedPass(NamedTuple):
-    """What a pass saves for its backward pass.
-
-    Attributes:
         x: The input of the update: what dropout leaves of the layer's.
         weight: W0.
         bias: b, or None.
         kept: In the unmerged form h = x A^T of all adapters; in the merged form the weight that x was multiplied by, if
             it was kept.
         y: The output, where dm is computed from it.
-        adapters: The adapters, with A, B and m.
+        adapters: The adapters, with A, B and m, n and g.
+        needs_x: Whether the gradient of the input is needed.
+        needs_dropped: Whether that of what dropout leaves of the input is.
+        needs_bias: Whether that of the bias is.
+        needs: Whether those of A, B and m of each adapter are, as a flat list; what follows them is without meaning.
     """
 
+    options: Options
+    dtype: torch.dtype
     x: Tensor
     weight: Tensor
     bias: Tensor | None
     kept: Tensor | None
     y: Tensor | None
     adapters: list[Adapter]
+    needs_x: bool
+    needs_dropped: bool
+    needs_bias: bool
+    needs: Sequence[bool]
 
 
-class Needs(NamedTuple):
-    """Which gradients a backward pass computes.
-
-    Attributes:
-        x: That of the input.
-        dropped: That of what dropout leaves of the input.
-        bias: That of the bias.
-        own: Those of A, B and m of each adapter, as a flat list.
-    """
-
-    x: bool
-    dropped: bool
-    bias: bool
-    own: Sequence[bool]
+def with_tensors(adapters: Sequence[Adapter], own: Sequence[Any]) -> list[Adapter]:
+    """Adapters with A, B and m, which autograd takes and returns as a flat list."""
+    found, first = [], 0
+    for adapter in adapters:
+        found.append(adapter.with_tensors(*own[first : first + 3]))
+        first += 3
+    return found
 
 
 def save(
     ctx: Any,
-    call: Call,
+    options: Options,
+    dtype: torch.dtype,
+    adapters: Sequence[Adapter],
     y: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -151,7 +134,7 @@ def save(
     kept: Tensor | None,
     own: Sequence[Tensor | None],
     *,
-    is_product: bool,
+    keeps_output: bool,
 ) -> Tensor:
     """Saves a pass for its backward pass, and returns the output.
 
@@ -161,19 +144,21 @@ def save(
 
     Args:
         ctx: The context of the autograd.Function.
-        call: The pass.
-        y: Its output.
+        options: See `SavedPass`.
+        dtype: See `SavedPass`.
+        adapters: The adapters with n and g, without A, B and m.
+        y: The output of the pass.
         x: See `SavedPass`.
         weight: See `SavedPass`.
         bias: See `SavedPass`.
         kept: See `SavedPass`.
         own: A, B and m of each adapter.
-        is_product: Whether y is x W(t)^T + b: not with dropout.
+        keeps_output: Whether y is x W(t)^T + b, which it is not with dropout, and may be kept.
     """
     y = y.data  # not a view to autograd
-    ctx.call, ctx.counter, alias = call, None, None
-    wants_dm = is_product and len(own) == 3 and call.adapters[0].strength == 1 and ctx.needs_input_grad[FIRST_MAGNITUDE]
-    if wants_dm and call.keeps_output:
+    ctx.options, ctx.dtype, ctx.adapters, ctx.counter, alias = options, dtype, adapters, None, None
+    wants_dm = len(own) == 3 and adapters[0].strength == 1 and ctx.needs_input_grad[FIRST_MAGNITUDE]
+    if wants_dm and keeps_output and options.save_output:
         if torch.compiler.is_compiling():
             alias = y.clone()  # a compiled graph has no version counters
         else:
@@ -182,25 +167,23 @@ def save(
                 ctx.counter = y.detach()
                 ctx.counter.data = y.new_empty(0)
                 ctx.version = ctx.counter._version
-    ctx.save_for_backward(x, weight if call.options.restore is None else None, bias, kept, alias, *own)
+    ctx.save_for_backward(x, weight if options.restore is None else None, bias, kept, alias, *own)
     return y
 
 
-def load(ctx: Any) -> tuple[Call, SavedPass, Needs]:
+def load(ctx: Any) -> SavedPass:
     """What `save` saved, without an output that was overwritten since.
-
-    Returns:
-        The pass, what it saved, and which gradients are needed.
 
     Raises:
         ValueError: The weight requires a gradient.
     """
-    call, restore = ctx.call, ctx.call.options.restore
-    _, needs_x, needs_dropped, needs_weight, needs_bias, *needs = ctx.needs_input_grad
+    restore = ctx.options.restore
+    _, _, _, needs_x, needs_dropped, needs_weight, needs_bias, *needs = ctx.needs_input_grad
     if needs_weight:
         raise ValueError("the weight of an adapted layer gets no gradient: set its requires_grad to False")
     x, weight, bias, kept, y, *own = ctx.saved_tensors
     if ctx.counter is not None and ctx.counter._version != ctx.version:
         y = None
-    saved = SavedPass(x, weight if restore is None else restore(), bias, kept, y, call.with_tensors(own))
-    return call, saved, Needs(needs_x, needs_dropped, needs_bias, needs)
+    weight, adapters = weight if restore is None else restore(), with_tensors(ctx.adapters, own)
+    tensors = x, weight, bias, kept, y, adapters
+    return SavedPass(ctx.options, ctx.dtype, *tensors, needs_x, needs_dropped, needs_bias, needs)

@@ -22,7 +22,7 @@ from dora_mm.core.functional import (
     row_norm,
 )
 from dora_mm.core.ops import Op, per_row, row_sums, sum_tokens
-from dora_mm.core.passes import Call, Needs, PassCache, SavedPass
+from dora_mm.core.passes import Options, PassCache, SavedPass
 
 LARGE_BIAS = {torch.float32: 64.0, torch.float64: 64.0}  # |b| / rms(y - b) above which y - b has lost too many digits
 LARGE_BIAS_HALF = 4.0
@@ -68,7 +68,8 @@ class Steps:
 
     def product(
         self,
-        call: Call,
+        options: Options,
+        dtype: torch.dtype,
         x: Tensor,
         source: Tensor,
         weight: Tensor,
@@ -79,7 +80,8 @@ class Steps:
         """Computes the output.
 
         Args:
-            call: The pass.
+            options: The options of the pass.
+            dtype: The dtype of the product.
             x: Input of the layer.
             source: Input of the update: x, or what dropout leaves of it.
             weight: W0.
@@ -91,38 +93,39 @@ class Steps:
             y = e x W0^T + h B'^T + b, in new memory, and h, the product of `source` and the A of all adapters, or None.
             In half precision the branch is part of the product, which can have no gain; embeddings have no product.
         """
-        op, (A, B), h, W0 = call.options.op, branch(adapters), None, cast(weight, call.dtype)
+        op, (A, B), h, W0 = options.op, branch(adapters), None, cast(weight, dtype)
         if A is not None:
-            h = op.reduce(source, cast(A, call.dtype if op.merges else adapter_dtype(call.dtype)))
+            h = op.reduce(source, cast(A, dtype if op.merges else adapter_dtype(dtype)))
         if h is None or B is None or h.dtype.itemsize >= 4:
             return self.unmerged(op, x, W0, bias, base_gain(adapters), h, B), h
         assert not has_magnitude(adapters)  # a gain would scale what is rounded already: see `choose_form`
-        if (call.options.cache or PassCache()).finds_update(B):
-            x, W0 = op.join(x, W0, h, cast(B, call.dtype))
+        if (options.cache or PassCache()).finds_update(B):
+            x, W0 = op.join(x, W0, h, cast(B, dtype))
         return op(x, W0, bias), h
 
     def gradients(
-        self, call: Call, saved: SavedPass, dY: Tensor, needs: Needs
+        self, saved: SavedPass, dY: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
         """Computes the gradients of x, of what dropout leaves of it, of the bias, and of A, B and m of each adapter.
 
         Args:
-            call: The pass.
-            saved: What it saved, with h.
+            saved: The pass, with h.
             dY: Gradient of the output.
-            needs: Which of them are needed; the others are None.
+
+        Returns:
+            What the pass needs of them; the others are None.
         """
-        op = call.options.op
-        needs_u = needs.x or needs.dropped
-        gradients, u, A = adapter_gradients(call, saved, dY, needs.own, saved.kept, needs_u=needs_u)
+        op = saved.options.op
+        needs_u = saved.needs_x or saved.needs_dropped
+        gradients, u, A = adapter_gradients(saved, dY, saved.kept, needs_u=needs_u)
         dX = d_dropped = None
-        if needs.dropped and u is not None and A is not None:
+        if saved.needs_dropped and u is not None and A is not None:
             d_dropped = op.add_grad_reduced(dY.new_zeros(saved.x.shape), u, saved.x, cast(A, dY.dtype))
             u = A = None
-        if needs.x:
-            W0 = cast(saved.weight, call.dtype)
+        if saved.needs_x:
+            W0 = cast(saved.weight, saved.dtype)
             dX = self.unmerged_grad_input(op, dY, saved.x, W0, base_gain(saved.adapters), u, A)
-        return dX, d_dropped, bias_grad(op, saved, dY) if needs.bias else None, gradients
+        return dX, d_dropped, bias_grad(saved, dY) if saved.needs_bias else None, gradients
 
     def unmerged(
         self,
@@ -226,22 +229,20 @@ def scaled(t: Tensor, adapter: Adapter) -> Tensor:
 
 
 def adapter_gradients(
-    call: Call, saved: SavedPass, dY: Tensor, needs: Sequence[bool], h: Tensor | None = None, *, needs_u: bool = False
+    saved: SavedPass, dY: Tensor, h: Tensor | None = None, *, needs_u: bool = False
 ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
     """Computes the gradients of all adapters.
 
     Args:
-        call: The pass.
-        saved: What it saved.
+        saved: The pass.
         dY: Gradient of the output.
-        needs: Whether A, B and m of each adapter need a gradient.
         h: x A^T of all adapters, where it was kept.
         needs_u: Whether u is needed for the gradient of x.
 
     Returns:
         dA, dB and dm of each adapter, None where not needed; and u and A of all adapters, None where there are none.
     """
-    op, adapters = call.options.op, saved.adapters
+    op, adapters, needs = saved.options.op, saved.adapters, saved.needs
     A, B = branch(adapters)
     trains = any(needs[0::3]) or any(needs[1::3])
     u = dA = dB = None
@@ -347,7 +348,7 @@ def inner_dots(op: Op, dY: Tensor, x: Tensor, weight: Tensor, adapter: Adapter, 
     return some.new_zeros(len(V)).index_copy_(0, rows, some)
 
 
-def bias_grad(op: Op, saved: SavedPass, dY: Tensor) -> Tensor:
+def bias_grad(saved: SavedPass, dY: Tensor) -> Tensor:
     """Returns db (O,)."""
     assert saved.bias is not None
-    return sum_tokens(op, dY).to(saved.bias.dtype)
+    return sum_tokens(saved.options.op, dY).to(saved.bias.dtype)

@@ -66,13 +66,13 @@ class TritonSteps(Steps):
         n, g = norms.row_norm(W0, Q, G, A, B, adapter.scaling, cache.n0, m)
         return RowGains(n, g), None if parts is A else parts
 
-    def product(self, call, x, source, weight, bias, adapters, operand):
-        rows, W0, gain = as_rows(x), cast(weight, call.dtype), base_gain(adapters)
+    def product(self, options, dtype, x, source, weight, bias, adapters, operand):
+        rows, W0, gain = as_rows(x), cast(weight, dtype), base_gain(adapters)
         first, usual = adapters[0], is_usual(adapters)
         A, B, scaling = (operand, first.B, first.scaling) if usual else (*branch(adapters), 1.0)
         h = None
         if A is not None:
-            h = as_rows(source) @ cast(A, call.dtype).t()
+            h = as_rows(source) @ cast(A, dtype).t()
         vendor = vendor_is_faster(rows, W0.shape[1])
         y = low_rank_linear(rows, W0, bias, gain, h, B, scaling, not usual, vendor)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], W0.shape[0]), h
@@ -85,37 +85,38 @@ class TritonSteps(Steps):
         dX = low_rank_grad_input(d, weight, base_gain, u, A, vendor)
         return dX.view(*dY.shape[:-1], weight.shape[1])
 
-    def gradients(self, call, saved, dY, needs):
+    def gradients(self, saved, dY):
         adapter, h = saved.adapters[0], saved.kept
         if not is_usual(saved.adapters):
-            return super().gradients(call, saved, dY, needs)
+            return super().gradients(saved, dY)
         n, gain = (None, None) if adapter.rows is None else (adapter.rows.norm, adapter.rows.gain)
         d, x, y = as_rows(dY), as_rows(saved.x), None if saved.y is None else as_rows(saved.y)
-        W0 = cast(saved.weight, call.dtype)
-        trains = h is not None and (needs.own[0] or needs.own[1])
+        W0 = cast(saved.weight, saved.dtype)
+        (needs_A, needs_B, needs_m, *_), needs_x = saved.needs, saved.needs_x
+        trains = h is not None and (needs_A or needs_B)
         is_exact = adapter.norm_grad == "exact" and gain is not None and trains
-        wants_dots = needs.own[2] or is_exact
-        vendor = needs.x and vendor_is_faster(d, W0.shape[0], back=True)
+        wants_dots = needs_m or is_exact
+        vendor = needs_x and vendor_is_faster(d, W0.shape[0], back=True)
         wants_scaled = vendor and gain is not None
         options = adapter.scaling, wants_scaled, wants_dots
         per_row = saved.bias, adapter.magnitude, n, gain
         scaled, dots, operand = output_grad(d, y, x, W0, h, adapter.B, *per_row, *options)
-        u = d @ operand if h is not None and (trains or needs.x or needs.dropped) else None
+        u = d @ operand if h is not None and (trains or needs_x or saved.needs_dropped) else None
         dA, dB, dm = own_gradients(adapter, d, x, h if trains else None, u, dots if wants_dots else None)
         if is_exact and dm is not None and dA is not None and dB is not None:
             more_A, more_B = exact_norm_correction(as_matrix(saved.weight), adapter, dm)
             dA, dB = dA.add_(more_A), dB.add_(more_B)
         dX = d_dropped = None
-        if needs.dropped and u is not None and adapter.A is not None:
+        if saved.needs_dropped and u is not None and adapter.A is not None:
             d_dropped = (without_padding(u, adapter.A) @ adapter.A.to(u.dtype)).view(saved.x.shape)
             u = None
-        if needs.x:
+        if needs_x:
             if wants_scaled:
                 d, gain = scaled, None
             dX = low_rank_grad_input(d, W0, gain, u, None if u is None else adapter.A, vendor)
             dX = dX if dY.dim() == 2 else dX.view(*dY.shape[:-1], W0.shape[1])
-        db = bias_grad(call.options.op, saved, dY) if needs.bias else None
-        return dX, d_dropped, db, [dA, dB, dm if needs.own[2] else None]
+        db = bias_grad(saved, dY) if saved.needs_bias else None
+        return dX, d_dropped, db, [dA, dB, dm if needs_m else None]
 
 
 def is_usual(adapters: Sequence[Adapter]) -> bool:
