@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dora_mm.core.forms import Forward
-from dora_mm.core.functional import Adapter
-from dora_mm.core.passes import Options, PassCache
+from dora_mm.core.passes import PassCache
 from dora_mm.core.spec import DoRASpec
 
 ADAPTER_NAMES = ("lora_A", "lora_B", "magnitude")
@@ -24,26 +22,6 @@ class StackedAdapter:
     spec: DoRASpec
     tensors: dict[str, Tensor]  # by the names of ADAPTER_NAMES
     strength: float
-
-
-class CallRecord(NamedTuple):
-    """What a pass reads of its layer, kept for the next one.
-
-    Attributes:
-        A: The parameter; None where there is none.
-        B: See A.
-        m: See A.
-        key: All else that it depends on.
-        adapters: What `AdaptedLayer.adapters` returned.
-        options: The options of the pass.
-    """
-
-    A: Tensor | None
-    B: Tensor | None
-    m: Tensor | None
-    key: tuple[Any, ...]
-    adapters: tuple[Adapter, ...]
-    options: Options
 
 
 @dataclass
@@ -67,7 +45,6 @@ class Adaptation:
         caches: Inside `fixed_parameters`, what that keeps, by dtype and device of the product and by inference mode.
         asks: Whether the last pass found no update, see `PassCache`.
         num_passes: Inside `fixed_parameters`, the number of passes; None where only the base weight is fixed.
-        record: Inside `fixed_parameters`, what the last pass read of the layer.
     """
 
     base_class: type[nn.Module]
@@ -86,11 +63,10 @@ class Adaptation:
     caches: dict[Hashable, PassCache] | None = None
     asks: bool = True
     num_passes: float | None = None
-    record: CallRecord | None = None
 
     def forget(self, *, base: bool = False) -> None:
         """Forgets what passes found, where an adapter was changed, or with `base` the weight."""
-        self.asks, self.record = True, None
+        self.asks = True
         if base:
             self.caches = None
         self.end_passes()
@@ -102,4 +78,4 @@ class Adaptation:
             cache.rows = cache.merged = cache.has_update = None
 
     def __getstate__(self):
-        return {**self.__dict__, "caches": None, "num_passes": None, "record": None}
+        return {**self.__dict__, "caches": None, "num_passes": None}

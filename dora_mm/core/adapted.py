@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_mm.core.adaptation import ADAPTER_NAMES, CallRecord, StackedAdapter
+from dora_mm.core.adaptation import ADAPTER_NAMES, StackedAdapter
 from dora_mm.core.functional import (
     Adapter,
     adapter_dtype,
@@ -178,10 +178,7 @@ class AdaptedLayer(AdapterParameters):
         """Runs the forward function on x: see `forms.adapted_product`."""
         state, bias = self.adaptation, self.tensor("bias") if use_bias else None
         is_compiling = torch.compiler.is_compiling()
-        if is_compiling or restore is not None or state.caches is None:
-            adapters, options = self.adapters(), self.options(op, dtype, restore, is_compiling=is_compiling)
-        else:
-            adapters, options = self.recorded(op)
+        adapters, options = self.adapters(), self.options(op, dtype, restore, is_compiling=is_compiling)
         cache = options.cache
         if is_compiling or cache is None:
             return state.forward(x, self.matrix, bias, adapters, options)
@@ -208,22 +205,6 @@ class AdaptedLayer(AdapterParameters):
             cache, num_passes = PassCache(cache.n0, keeps=False), 1.0
         # by position, which takes half as long as by name
         return Options(op, dropout, keep_weight, spec.save_output, cache, num_passes, dtype, restore)
-
-    def recorded(self, op: Op) -> tuple[tuple[Adapter, ...], Options]:
-        """The adapters and the options of a pass: those of the last one, unless they would be others.
-
-        FSDP, DataParallel and functional_call put other tensors into a layer without a word, so they are compared.
-        """
-        own, state, record = self._parameters, self.adaptation, self.adaptation.record
-        A, B, m = own.get("lora_A"), own.get("lora_B"), own.get("magnitude")
-        key = op, self.training, state.spec, state.num_passes, *self.pass_key()
-        if record is not None and record.A is A and record.B is B and record.m is m and record.key == key:
-            return record.adapters, record.options
-        adapters, options = self.adapters(), self.options(op)
-        # not where they are computed for this pass: cast, or parametrized
-        if state.strength == 0 or all(a is b for a, b in zip(adapters[0], (A, B, m), strict=False)):
-            state.record = CallRecord(A, B, m, key, adapters, options)
-        return adapters, options
 
     # --- merging ---
 

@@ -368,7 +368,7 @@ def fixed_parameters(model: nn.Module, *, num_passes: float = math.inf, base_onl
         for state in opened:
             state.end_passes()
         for state in bases:
-            state.caches = state.record = None
+            state.caches = None
 
 
 @contextmanager
