@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dora_mm.core.functional import adapter_dtype, row_norm
+from dora_mm.core.functional import Adapter, adapter_dtype, directions, row_norm
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.algebra.rows import in_rows
 from dora_mm.formats.state import LayerState
@@ -165,11 +165,11 @@ def new_rows(layer: LayerState, W0: Tensor, strength: float = 1.0) -> Tensor:
 
 
 def updated(layer: LayerState, W0: Tensor) -> Tensor:
-    """W0 + s B A, a new tensor in the shape and dtype of W0."""
+    """V of the layer, W0 + s B A: a new tensor in the shape and dtype of W0."""
     if "lora_A" not in layer.tensors:
         return W0.clone()
     A, B = (layer.tensors[name].to(W0.dtype) for name in ("lora_A", "lora_B"))
-    return torch.addmm(W0.flatten(1), B, A.flatten(1), alpha=layer.spec.scaling).view(W0.shape)
+    return directions(W0.flatten(1), Adapter(A, B, None, layer.spec.scaling)).view(W0.shape)
 
 
 def with_strength(layer: LayerState, weight: Tensor, strength: float) -> LayerState:
