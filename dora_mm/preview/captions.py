@@ -1,6 +1,7 @@
 """What the captions of a folder share: a word that stands for the style, and the words around the thing shown."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,10 +36,10 @@ def shared_word(captions: Sequence[str]) -> str | None:
     Returns:
         None if all that they share are ordinary words.
     """
-    words = [dict.fromkeys(re.findall(r"\w[\w-]*", caption)) for caption in captions]
+    words = (dict.fromkeys(re.findall(r"\w[\w-]*", caption)) for caption in captions)
+    captions_with = Counter(word for each in words for word in each)  # in the order in which words appear
     enough = (1 - MOST_WITHOUT) * len(captions)
-    shared = [word for word in dict.fromkeys(word for each in words for word in each)
-              if sum(word in each for each in words) >= enough]  # fmt: skip
+    shared = [word for word, count in captions_with.items() if count >= enough]
     chosen = [word for word in shared if word.lower() not in ORDINARY and len(word) > 1]
     return next((word for word in chosen if is_invented(word)), chosen[0] if chosen else None)
 
