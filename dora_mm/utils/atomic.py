@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], *, flushes: bool = True) -> None:
     """Writes a file under a temporary name in the same folder, flushes it to disk and renames it to `path`.
 
     Missing parent folders are created. After an error the temporary file is removed and an existing `path` is kept.
@@ -24,6 +24,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Args:
         path: The final file; it is replaced if it exists with other content, and else stays as it is, with its time.
         write: Called with the temporary path, to which it must write the content.
+        flushes: Whether to wait for the disk. Without, a file may be damaged where the power fails.
 
     Raises:
         OSError: The file cannot be written, for example because the disk is full.
@@ -36,7 +37,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)  # a link, which would be followed
         partial.touch()
         write(partial)
-        flush(partial)
+        if flushes:
+            flush(partial)
         check_lock(path)
         if not (path.is_file() and filecmp.cmp(partial, path, shallow=False)):
             os.replace(partial, path)
@@ -45,7 +47,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise
     finally:
         partial.unlink(missing_ok=True)
-    flush(path.parent)
+    if flushes:
+        flush(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -82,9 +85,11 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file atomically; see `write_tensor_file`."""
-    write_atomically(path, lambda partial: write_tensor_file(partial, tensors, metadata))
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, flushes: bool = True
+) -> None:
+    """Writes a safetensors file; see `write_tensor_file` and `write_atomically`."""
+    write_atomically(path, lambda partial: write_tensor_file(partial, tensors, metadata), flushes=flushes)
 
 
 def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
