@@ -89,7 +89,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         check_resumed(accelerator, resume, inputs_of(config, images, held, class_images))
     task = DiffusionTask(model, config.loss)
     new_tokens.start_tokens(config.tokens, model, images, config.data.captions, config.seed)
-    remarks = slow_hardware(accelerator, [*model.encoders.values(), model.empty_denoiser()])
+    remarks = slow_hardware(accelerator, [model.empty_denoiser()])
     remarks += remark_on_captions(model, images, config.data)
     for remark in remarks + remark_on_length(repeats_of(images), config.train, accelerator.num_processes):
         log.warning("%s", remark)

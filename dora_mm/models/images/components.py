@@ -15,6 +15,7 @@ from dora_mm.config.paths import INDEX
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.models.hub import named
 from dora_mm.models.opening import described, opening
+from dora_mm.utils.digest import module_digest, weights_digest
 
 
 class Components:
@@ -25,6 +26,8 @@ class Components:
         phases: The names of all components, in the groups in which they are loaded: a group is loaded when one of it is
             first asked for.
         files: The model's own index and configs; None: configs are those of what is loaded.
+        weights: The files with the weights of a component, by its name; None: they are not known.
+        loaded_as: Dtype and quantisation of what is loaded, which digests depend on.
     """
 
     def __init__(
@@ -32,9 +35,13 @@ class Components:
         load: Callable[[Sequence[str]], Mapping[str, Any]],
         phases: Sequence[Sequence[str]],
         files: ModelFolder | None = None,
+        weights: Callable[[str], Sequence[Path]] | None = None,
+        loaded_as: str = "",
     ):
         self._load, self._phases, self._files = load, phases, files
+        self._weights, self._loaded_as = weights, loaded_as
         self._loaded: dict[str, Any] = {}
+        self._replaced: set[str] = set()
         self._released: set[str] = set()
         self.device = torch.device("cpu")
         self._unmoved: frozenset[str] = frozenset()
@@ -63,6 +70,14 @@ class Components:
 
     def __setitem__(self, name: str, component: Any) -> None:
         self._loaded[name] = component
+        self._replaced.add(name)
+
+    def digest(self, name: str) -> str:
+        """What identifies the weights of a network as it is loaded: nothing is loaded where its files are here."""
+        if self._weights is None or name in self._replaced:
+            return module_digest(self[name])
+        files = self._weights(name) or (self[name] and self._weights(name))  # of a hub model, loading brings them
+        return f"{weights_digest(files)} {self._loaded_as}"
 
     @property
     def has_configs(self) -> bool:

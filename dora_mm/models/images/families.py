@@ -25,7 +25,7 @@ from dora_mm.models.images.components import (
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.images.memory import store_in_float8
 from dora_mm.models.images.schedulers import changes_for
-from dora_mm.models.opening import check_revision, described, loaded_files
+from dora_mm.models.opening import WEIGHTS, check_revision, described, loaded_files
 from dora_mm.registries.image_families import IMAGE_FAMILIES, ImageFamily
 from dora_mm.registries.registry import load
 from dora_mm.utils.digest import files_digest
@@ -106,7 +106,15 @@ def load_image_model(config: ModelConfig) -> ImageModel:
             store_in_float8(found[family.denoiser], targets.find(family.maps[family.denoiser]))
         return found
 
-    components = Components(load, family.phases, _described(family, path, config.revision))
+    files = _described(family, path, config.revision)
+
+    def weights(name: str) -> list[Path]:
+        if single:
+            return [Path(path)]
+        folder = files.path / name  # of a hub model it is not there before its weights are
+        return [file for file in loaded_files(folder) if file.suffix in WEIGHTS] if folder.is_dir() else []
+
+    components = Components(load, family.phases, files, weights, f"{config.dtype} {config.quantization}")
     model = family(components, dict(config.sections()).get(family.name))
     if config.vae:
         components["vae"] = load_vae(family.vae_class(), resolve_model(config.vae, "model.vae"), dtype)

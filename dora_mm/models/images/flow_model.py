@@ -21,7 +21,7 @@ class FlowModel(ImageModel):
     Its section has `max_tokens`, and its VAE's latents are the mode of the posterior, with which it was trained.
     """
 
-    phases = (("vae", "text_encoder", "tokenizer", "scheduler"), ("transformer",))
+    phases = (("tokenizer", "scheduler"), ("text_encoder",), ("vae",), ("transformer",))
     denoiser = "transformer"
     cell = 16  # 8 pixels per latent, two latents per token
     dtypes = ("float32", "bfloat16")

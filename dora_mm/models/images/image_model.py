@@ -30,7 +30,6 @@ from dora_mm.models.images.new_tokens import NewTokens
 from dora_mm.models.images.noise import NoiseProcess
 from dora_mm.registries.image_families import IMAGE_FAMILIES, ImageFamily
 from dora_mm.registries.registry import load
-from dora_mm.utils.digest import module_digest
 
 TEXT_LAYOUT = 1  # increase it when a family encodes the same caption otherwise, such as longer ones than before
 Prompt = Mapping[str, Tensor]  # one encoded prompt by name, without padding: (L, D), (P,)
@@ -195,14 +194,14 @@ class ImageModel(ABC):
     @property
     def vae_identity(self) -> str:
         """What cached latents depend on besides the image."""
-        return module_digest(self.vae)
+        return self.components.digest("vae")
 
     @property
     def text_identity(self) -> str:
         """What encoded captions depend on besides their text: tokenizers, encoders with their dtype, settings."""
         tokenizers = [self.components[name] for name in self.components.names if name.startswith("tokenizer")]
         cut = [(each.backend_tokenizer.to_str(), each.model_max_length, each.chat_template) for each in tokenizers]
-        encoders = [module_digest(self.components[name]) for name in self.text_encoders]
+        encoders = [self.components.digest(name) for name in self.text_encoders]
         found = [self.title, TEXT_LAYOUT, cut, encoders, self.settings.model_dump_json()]
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 

@@ -12,6 +12,7 @@ from dora_mm.models.images.components import Components
 from dora_mm.models.images.families import family_of, load_image_model
 from dora_mm.registries.image_families import IMAGE_FAMILIES
 from dora_mm.targets import MAPS
+from dora_mm.tasks.image_batches import PromptEncoder
 
 
 def folder_of(tmp_path, name):
@@ -88,3 +89,30 @@ def test_a_part_that_was_replaced_is_not_loaded():
     components = Components(lambda names: asked.extend(names) or dict.fromkeys(names, "loaded"), [("vae", "scheduler")])
     components["vae"] = "mine"
     assert (components["scheduler"], components["vae"], asked) == ("loaded", "mine", ["scheduler"])
+
+
+def test_weights_are_identified_by_their_files_without_loading_them(tmp_path):
+    file, asked = tmp_path / "model.safetensors", []
+
+    def opened(dtype="float32"):
+        return Components(asked.append, [("vae",)], None, lambda name: [file], dtype)
+
+    save_file({"weight": torch.ones(1, 1)}, file)
+    before = opened().digest("vae")
+    save_file({"weight": torch.zeros(1, 1)}, file)
+    assert len({before, opened().digest("vae"), opened("bfloat16").digest("vae")}) == 3
+    assert not asked
+    components = opened()
+    components["vae"] = torch.nn.Linear(1, 1)  # a VAE of its own
+    assert components.digest("vae") not in (before, opened().digest("vae"))
+
+
+def test_a_training_with_cached_captions_loads_no_text_encoder(tiny_folder, tmp_path):
+    captions = ["a TOK", "another TOK"]
+    whole = load_image_model(ModelConfig(path=str(tiny_folder)))
+    PromptEncoder(whole, trained=False, folder=str(tmp_path)).keep(captions)
+    model = load_image_model(ModelConfig(path=str(tiny_folder)))
+    model.components.release(["text_encoder", "text_encoder_2"])  # asking for one would fail
+    prompts = PromptEncoder(model, trained=False, folder=str(tmp_path))
+    prompts.keep(captions)
+    assert [set(prompt) for prompt in prompts(captions)] == [{"text", "pooled"}] * 2

@@ -22,7 +22,7 @@ class SDXL(ImageModel):
     """Stable Diffusion XL (Podell et al. 2023, arXiv 2307.01952)."""
 
     name = "sdxl"
-    phases = (("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"), ("unet",))
+    phases = (("tokenizer", "tokenizer_2", "scheduler"), ("text_encoder", "text_encoder_2"), ("vae",), ("unet",))
     denoiser = "unet"
     maps: ClassVar = {"unet": "sdxl-unet", "text_encoder": "clip-text", "text_encoder_2": "clip-text"}
     cell, weighs_words = 8, True
