@@ -97,7 +97,7 @@ def merge(base: Probe, file: Path, dtype: str) -> Tensor:
     print(f"merged   {report.num_modules} modules and {num_extra} other parameters of {file} in {dtype}")
     print(f"logits   differ from the adapter's by at most {difference:.1e} of the largest one")
     if dtype != "float32":
-        print(f"rounding keeps {report.surviving_share:.2%} of the update")
+        print(f"rounding keeps {min(report.surviving_share, 1):.2%} of the update")  # nearly 1 may lie above it
     return merged
 
 

@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from dora_mm.formats.files.model_class import reading_part
 from dora_mm.models.foreign import converted, instead_of, why_foreign
 from dora_mm.models.hub import local_copy
-from dora_mm.models.opening import WEIGHTS, loaded_files, opening
+from dora_mm.models.opening import WEIGHTS, loaded_files, opening, without_bars
 from dora_mm.utils.digest import files_digest, weights_digest
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -192,7 +192,8 @@ def write_copy(model: Any, source: Path, folder: Path) -> None:
     untied = _is_untied(model)
     files = weight_files(source)
     shards = {"max_shard_size": max(file.stat().st_size for file in files)} if len(files) > 1 else {}
-    model.save_pretrained(folder, **shards)
+    with without_bars():
+        model.save_pretrained(folder, **shards)
     for file in folder.iterdir():
         if not _is_weights(file):
             file.unlink()

@@ -23,6 +23,7 @@ from dora_mm.models.vl.vlm.encoding import TokenRow, collate
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.models.vl.vlm.forms import form_of
 from dora_mm.models.vl.vlm.head import target_logits
+from dora_mm.models.vl.vlm.image_limits import in_fewest_tiles
 from dora_mm.models.vl.vlm.loading import load_tokenizer, load_vlm
 from dora_mm.registries.vl_families import VL_FAMILIES
 
@@ -90,6 +91,7 @@ def load_probe(path: str, revision: str | None, dtype: str) -> Probe:
     settings = VLMModelConfig.model_validate({"path": path, "revision": commit, "dtype": dtype})
     if hasattr(config, "vision_config"):
         vlm = VLM(settings)
+        in_fewest_tiles(vlm.rows.encoder.processor, config)
         model, row = vlm.model, _picture_row(vlm)
     else:
         row = _text_row(load_tokenizer(path, commit))

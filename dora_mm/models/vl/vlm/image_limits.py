@@ -103,6 +103,15 @@ def tile_limit(processor: Any) -> str | None:
     return next((name for name in TILES if getattr(images, name, None) is not None), None)
 
 
+def in_fewest_tiles(processor: Any, model_config: Any) -> None:
+    """Makes a processor cut no image into more tiles than it has to: each is a pass of the tower."""
+    known, tile = limits_of(processor, model_config), getattr(processor.image_processor, "max_image_size", None)
+    if tile_limit(processor):
+        known["max_tiles"](1)
+    elif tile and "image_size" in known:  # larger images are cut into tiles of this side (Idefics3, SmolVLM)
+        known["image_size"](dict(tile)["longest_edge"])
+
+
 def within(grid: Sequence[Sequence[int]], tile: int, max_tiles: int) -> list[list[int]]:
     """The sizes of a grid that have at most so many tiles.
 
