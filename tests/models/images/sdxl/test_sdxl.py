@@ -1,6 +1,7 @@
 """SDXL's encoding against diffusers' own pipeline, and loading."""
 
 import shutil
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -270,3 +271,11 @@ def test_shifted_latents_are_normalised_and_decode_to_the_same(tiny):
     assert torch.allclose(shifted, (mean - centre.view(1, -1, 1, 1)) / scale, atol=1e-4)
     assert torch.allclose(shifted_logvar, logvar - 2 * scale.log(), atol=1e-4)
     assert torch.allclose(tiny.vae.decode(shifted).sample, before, atol=1e-4)
+
+
+def test_sdxls_own_vae_encodes_half_precision_weights_in_float32(tiny_folder):
+    model = load_image_model(ModelConfig(path=str(tiny_folder), dtype="bfloat16"))
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    mean, _ = model.encode_images(pixels)
+    assert model.vae.dtype == torch.bfloat16
+    assert torch.equal(mean, deepcopy(model.vae).float().encode(pixels).latent_dist.mean)
