@@ -223,6 +223,22 @@ def read_images(data: DataConfig, role: str) -> list[CaptionedImage]:
     return images
 
 
+def image_files(data: DataConfig, role: str) -> list[Path]:
+    """The image files of all folders with a role, by their names alone: nothing is opened.
+
+    Raises:
+        ValueError: A folder is missing or cannot be read.
+    """
+    found = []
+    for key, folder in data.all_folders.items():
+        if folder.role == role:
+            root = resolve_path(folder.path, key)
+            masks = resolve_path(folder.masks, f"{key}.masks") if folder.masks else None
+            folders = _folders(root, masks) if data.subfolders else [root]
+            found += sorted(by_kind(path for each in folders for path in _list(each, key)).images)
+    return found
+
+
 def read_training_images(data: DataConfig) -> list[CaptionedImage]:
     """Reads the images of a config's `data` section that are trained on, or held out of these; see `read_images`."""
     return read_images(data, "train")
