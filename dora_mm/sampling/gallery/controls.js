@@ -40,7 +40,7 @@ function start() {
   find("view-pairs").hidden = !isBefore.size;
   find("view-runs").hidden = runs.length < 2;
   find("views").hidden = runs.length < 2 && !isBefore.size && !hasSteps;
-  find("controls").hidden = !pictures.length;
+  find("controls").hidden = find("count").hidden = !pictures.length; // a training may have drawn none
   find("trainings").append(...trainings.map(panelOf));
   main.style.setProperty("--runs", runs.length);
   main.style.setProperty("--ratio", commonRatio());

@@ -23,11 +23,15 @@ def page(data: Mapping[str, Any]) -> str:
     Args:
         data: What `gallery_data` returns, and trainings.
     """
-    style, script = ("".join((HERE / name).read_text(encoding="utf-8") for name in names) for names in (STYLES, SCRIPTS))
-    template = Template((HERE / "index.html").read_text(encoding="utf-8"))
+    style, script = ("".join(map(_text, names)) for names in (STYLES, SCRIPTS))
+    template = Template(_text("index.html"))
     return template.substitute(
         generator=GENERATOR, policy=_policy(style, script), style=style, script=script, data=_embedded(data)
     )
+
+
+def _text(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
 
 
 def _embedded(data: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ class Thumbnails:
         self.folder, self.earlier = folder, earlier
 
     def has(self, source: Path) -> bool:
-        """Takes the thumbnail of a picture over from the earlier gallery; False: it has none, or the file has changed."""
+        """Takes over the thumbnail of a picture from the earlier gallery; False: it has none of the file as it is."""
         kept = self.earlier / _name(source)
         if kept.is_file() and not (self.folder / kept.name).exists():
             link_or_copy(kept, self.folder / kept.name)

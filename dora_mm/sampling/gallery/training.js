@@ -93,21 +93,23 @@ function chartOf({ name, curves }, training) {
   const legend = make("ul", { className: "legend" }, ...curves.map(({ name: text }, number) =>
     make("li", { className: classOf(curves, number) }, make("i", {}), text)));
   if (training.checkpoints.length) legend.append(make("li", { className: "checkpoint" }, make("i", {}), "checkpoint"));
-  const chart = { marked: null, scale: null };
+  const chart = { marked: training.done, scale: null };
   chart.draw = () => {
     const width = Math.max(260, box.clientWidth);
     chart.scale = scaleOf(curves, training, width);
     box.replaceChildren(plotOf(name, curves, training, chart.scale, width));
-    if (chart.marked !== null) chart.mark(chart.marked);
+    chart.mark(chart.marked);
   };
   chart.mark = (step) => {
     chart.marked = step;
-    box.querySelector(".marked")?.setAttribute("transform", `translate(${chart.scale.x(step)} 0)`);
+    if (chart.scale) box.querySelector(".marked").setAttribute("transform", `translate(${chart.scale.x(step)} 0)`);
     read.textContent = readingOf(curves, step);
   };
-  box.addEventListener("pointermove", (event) => chart.mark(chart.scale.stepAt(event.clientX - box.getBoundingClientRect().left)));
-  box.addEventListener("click", () => {
-    for (const stepper of steppers) stepper.show(stepper.stops.findLastIndex((stop) => (stepOf(stop) ?? 0) <= chart.marked));
+  const stepUnder = (event) => chart.scale.stepAt(event.clientX - box.getBoundingClientRect().left);
+  box.addEventListener("pointermove", (event) => chart.mark(stepUnder(event)));
+  box.addEventListener("click", (event) => {
+    const distances = ({ stops }) => stops.map((stop) => Math.abs((stepOf(stop) ?? 0) - stepUnder(event)));
+    for (const stepper of steppers) stepper.show(distances(stepper).indexOf(Math.min(...distances(stepper))));
   });
   new ResizeObserver(chart.draw).observe(box);
   charts.push(chart);

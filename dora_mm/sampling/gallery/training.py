@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.models import validated
 from dora_mm.config.pipelines import SCHEMAS
+from dora_mm.config.report import describe
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.sampling.manifest import MANIFEST, ManifestEntry, read_manifest
 from dora_mm.sampling.next_steps import next_steps
@@ -59,7 +60,8 @@ def training_config(path: Path) -> PipelineConfig | None:
     try:
         return validated(schema, values)
     except ValidationError as error:
-        raise ValueError(f"{path / CONFIG} is not as the training wrote it ({first_line(error)})") from None
+        problems = "; ".join(map(str, describe(error, schema, {})))
+        raise ValueError(f"{path / CONFIG} is not as the training wrote it ({problems})") from None
 
 
 def about_training(path: Path, config: PipelineConfig) -> dict[str, Any]:
@@ -196,7 +198,7 @@ def training_pictures(config: PipelineConfig) -> tuple[list[Path], str | None]:
     """
     if not isinstance(config, TrainDiffusionConfig):
         return [], None
-    from dora_mm.data.images.folder import image_files  # imports torch, which other galleries do without
+    from dora_mm.data.images.listing import image_files  # imports torch, which other galleries do without
 
     try:
         found = image_files(config.data, "train")
