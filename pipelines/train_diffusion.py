@@ -1,7 +1,6 @@
 """Trains an adapter of an image model on a folder of captioned images, and draws images without and with it."""
 
 import logging
-import shlex
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from dora_mm.preview.image_page import image_page
 from dora_mm.preview.images import remark_on_captions, remark_on_length, repeats_of
 from dora_mm.preview.training import slow_hardware
 from dora_mm.sampling.before_after import add_pictures, before_after_sheet, keep_pictures
-from dora_mm.sampling.gallery import update_page
+from dora_mm.sampling.gallery import GALLERY, INDEX, update_page
 from dora_mm.sampling.next_steps import drawing_command
 from dora_mm.sampling.pictures import PictureSampler
 from dora_mm.sampling.sheets import save_atomically
@@ -311,8 +310,10 @@ def write_results(
 
 
 def print_results(config: TrainDiffusionConfig, run: RunDirectory) -> None:
-    """Prints where the adapter and the sheet are, and how to draw with them."""
+    """Prints where the adapter, the sheet and the page are, and how to draw with the adapter."""
     print(f"adapter  {run.adapter}")
     if run.sheet.exists():
-        print(f"sheet    {run.sheet}\nto look  dora-mm gallery {shlex.quote(str(run.path))}")
+        print(f"sheet    {run.sheet}")
+    if (page := run.path / GALLERY / INDEX).exists():
+        print(f"page     {page}")
     print(f"to draw  {drawing_command(config, run)}")

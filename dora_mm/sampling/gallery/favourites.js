@@ -25,6 +25,8 @@ function toggleFavourite(picture) {
 
 function showFavourites() {
   const count = pictures.filter((picture) => favourites.has(nameOf(picture))).length;
+  const jobs = favouriteJobs().length, lost = "The others are of steps whose adapter was not kept, or have no prompt";
+  Object.assign(find("export"), jobs < count ? { textContent: `Save ${jobs} of them as a job`, title: lost } : { textContent: "Save them as a job", title: "" });
   find("favourites").textContent = `Favourites (${count})`;
   find("favourites").hidden = find("export").hidden = count === 0;
 }
@@ -42,9 +44,12 @@ function jobRow(picture) {
   return JSON.stringify(Object.fromEntries(found));
 }
 
+// Of the favourites those that can be drawn again.
+const favouriteJobs = () =>
+  pictures.filter((picture) => favourites.has(nameOf(picture)) && promptOf(picture) && adapterOf(picture) !== undefined);
+
 function exportFavourites() {
-  const chosen = pictures.filter((picture) => favourites.has(nameOf(picture)) && promptOf(picture) && adapterOf(picture) !== undefined);
-  const text = chosen.map((picture) => `${jobRow(picture)}\n`).join("");
+  const text = favouriteJobs().map((picture) => `${jobRow(picture)}\n`).join("");
   const link = make("a", { href: URL.createObjectURL(new Blob([text])), download: "favourites.jsonl" });
   link.click();
 }

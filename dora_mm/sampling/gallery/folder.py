@@ -64,8 +64,10 @@ def update_page(run: Path) -> None:
     Args:
         run: The run directory.
     """
+    new = not (run / GALLERY / INDEX).exists()
     try:
-        write_gallery({run: read_pictures(run)}, run / GALLERY)
+        page = write_gallery({run: read_pictures(run)}, run / GALLERY)
+        log.log(logging.INFO if new else logging.DEBUG, "page     %s, written anew with each sheet", page)
     except (OSError, ValueError) as error:  # a full disk, a file of somebody's in the folder
         log.warning("The page of the training was not written: %s", error)
 

@@ -86,7 +86,7 @@ function drawn(name, attributes, ...children) {
   return node;
 }
 
-const MARGIN = { left: 52, right: 14, top: 10, bottom: 34 }, CHART_HEIGHT = 250;
+const MARGIN = { left: 52, right: 22, top: 10, bottom: 34 }, CHART_HEIGHT = 250;
 
 function chartOf({ name, curves }, training) {
   const box = make("div", { className: "plot" }), read = make("output", { className: "reading" });

@@ -149,15 +149,14 @@ def _thinned(points: list[Point]) -> list[Point]:
 
 
 def _smoothed(points: list[Point]) -> list[Point]:
-    """The running mean over a part of the curve on both sides, less at its ends."""
+    """The running mean over a part of the curve around each point; towards the ends, of what there is of it."""
     reach = len(points) // SMOOTHED_OVER // 2 + 1
     sums = [0.0]
     for _, value in points:
         sums.append(sums[-1] + value)
     found = []
     for index, (step, _) in enumerate(points):
-        near = min(reach, index, len(points) - 1 - index)  # as many on both sides, so that a slope stays one
-        start, stop = index - near, index + near + 1
+        start, stop = max(0, index - reach), min(len(points), index + reach + 1)
         found.append((step, (sums[stop] - sums[start]) / (stop - start)))
     return found
 
