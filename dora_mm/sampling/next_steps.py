@@ -38,9 +38,9 @@ def scoring_command(run: RunDirectory) -> str:
     return shlex.join(["dora-mm", "eval", config, "--set", f"adapter.path={run.path}"])
 
 
-def asking_command(config: TrainVLConfig, run: RunDirectory) -> str:
+def asking_command(config: TrainVLConfig, run: RunDirectory, asked: str = "[IMAGE] QUESTION") -> str:
     """Asks a model with its adapter; a person replaces the words in capitals."""
-    return f"dora-mm ask {shlex.quote(config.model.path)} [IMAGE] QUESTION --adapter {shlex.quote(str(run.path))}"
+    return f"dora-mm ask {shlex.quote(config.model.path)} {asked} --adapter {shlex.quote(str(run.path))}"
 
 
 def next_steps(config: PipelineConfig, run: RunDirectory, done: int, *, finished: bool) -> dict[str, str]:
