@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dora_mm.sampling.gallery import write_gallery
-from dora_mm.sampling.gallery.training import read_pictures
+from dora_mm.sampling.gallery import GALLERY, read_pictures, write_gallery
 from dora_mm.utils.run_directory import new_folder
 
 
@@ -12,7 +11,7 @@ def main(runs: Sequence[Path], *, output: Path | None = None) -> None:
     """Writes the gallery and prints the path of its page.
 
     Args:
-        runs: Run directories, each with a manifest, or of trainings that drew sheets.
+        runs: Run directories, each with a manifest, or of a training.
         output: The folder; None is `gallery` in the run, or for several runs a numbered folder in runs/gallery.
 
     Raises:
@@ -24,4 +23,4 @@ def main(runs: Sequence[Path], *, output: Path | None = None) -> None:
 
 
 def default_folder(runs: Sequence[Path]) -> Path:
-    return runs[0] / "gallery" if len(runs) == 1 else new_folder("gallery")
+    return runs[0] / GALLERY if len(runs) == 1 else new_folder("gallery")

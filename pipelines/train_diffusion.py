@@ -29,7 +29,9 @@ from dora_mm.models.images.image_model import ImageModel
 from dora_mm.preview.image_page import image_page
 from dora_mm.preview.images import remark_on_captions, remark_on_length, repeats_of
 from dora_mm.preview.training import slow_hardware
-from dora_mm.sampling.before_after import add_pictures, before_after_sheet, drawing_command
+from dora_mm.sampling.before_after import add_pictures, before_after_sheet, keep_pictures
+from dora_mm.sampling.gallery import GALLERY, INDEX, update_page
+from dora_mm.sampling.next_steps import drawing_command
 from dora_mm.sampling.pictures import PictureSampler
 from dora_mm.sampling.sheets import save_atomically
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
@@ -55,7 +57,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
 
     Writes to the run directory: checkpoints/, metrics.jsonl, the final adapter in adapter/, summary.json, sheet.png
     with the sample prompts without and with the adapter, and, with `sample.every`, earlier such sheets in samples/, the
-    first one before the first step. `touch RUN/sample-now` asks for one after the next step.
+    first one before the first step. `touch RUN/sample-now` asks for one after the next step. With each sheet, gallery/
+    is written anew, the page of the training.
 
     Args:
         config: The config.
@@ -140,7 +143,7 @@ def train(
     accelerator, result = training["accelerator"], result_of(training["optimizer"])
     joins, writes = takes_part(accelerator, config.train), accelerator.is_main_process
     average = WeightAverage(training["parameters"], config.ema.decay) if config.ema else None
-    draw = result(partial(draw_sheet, config, sampler, adapted, average, writes=writes))
+    draw = result(partial(draw_sheet, config, run, sampler, adapted, average, writes=writes))
     about = about_image_adapter(config, sampler.model)
     write = result(partial(save_image_adapter, config, adapted, sampler.model.new_tokens, about))
     measure = result(partial(losses, list(adapted.values()))) if losses else None
@@ -156,7 +159,9 @@ def train(
         due = config.sample.every and step % config.sample.every == 0 and step < config.train.steps
         with answering(accelerator, config.train, run, SAMPLE_NOW) as asked:
             if due or asked:
-                draw(run.samples / f"step-{step:06d}.png")
+                draw(step, run.samples / f"step-{step:06d}.png")
+                if writes and config.sample.prompts:
+                    update_page(run.path)
 
     if config.sample.every and not last_step(run.checkpoints):
         observe(0)  # so that what goes wrong in drawing does so before the training
@@ -170,7 +175,7 @@ def train(
         log_losses(done, validate(done))
         validate.close()
     if joins:
-        finish(config, run, write, draw, average, writes=writes)
+        finish(config, run, write, partial(draw, done), average, writes=writes)
     if writes:
         write_results(config, run, training["parameters"], done, validate)
 
@@ -250,14 +255,18 @@ def encode(
 
 def draw_sheet(
     config: TrainDiffusionConfig,
+    run: RunDirectory,
     sampler: PictureSampler,
     adapted: Networks,
     average: WeightAverage | None,
+    step: int,
     path: Path,
     *,
     writes: bool,
 ) -> Mapping[str, list[Image.Image]]:
-    """Draws the prompts of the config by the bare model, the adapter and its average; saves the sheet if it writes.
+    """Draws the prompts of the config by the bare model, the adapter and its average.
+
+    If it writes, it saves the sheet to `path`, and each of the pictures in samples/.
 
     Returns:
         As `before_after_sheet`; nothing without prompts.
@@ -273,6 +282,7 @@ def draw_sheet(
     sheet, pictures = before_after_sheet(model if config.trains_text else sampler, adapted, config.sample, **settings)
     if writes:
         save_atomically(path, sheet)
+        keep_pictures(run, config, step, pictures)
     free_vae(model, config.data)
     train_mode(adapted.values())
     return pictures
@@ -285,7 +295,7 @@ def write_results(
     steps: int,
     validate: Validation | None,
 ) -> None:
-    """Writes summary.json, and prints it with the paths of the adapter and the sheet."""
+    """Writes summary.json and the page, and prints the summary with the paths of the adapter, sheet and page."""
     num_parameters = sum(parameter.numel() for parameter in parameters.values())
     size = formats.find_file(run.adapter).stat().st_size
     details: dict[str, Any] = {"adapter_mb": round(size / 1e6, 2)}
@@ -293,13 +303,17 @@ def write_results(
         details |= {name: round(value, 5) for name, value in validate.rows[-1].items() if name != "step"}
         details["best_step"] = validate.best_step
     write_summary(run, training_summary(run, config.adapter, num_parameters, steps, **details))
+    if config.sample.prompts:
+        update_page(run.path)
     print()
     print_results(config, run)
 
 
 def print_results(config: TrainDiffusionConfig, run: RunDirectory) -> None:
-    """Prints where the adapter and the sheet are, and how to draw with them."""
+    """Prints where the adapter, the sheet and the page are, and how to draw with the adapter."""
     print(f"adapter  {run.adapter}")
     if run.sheet.exists():
         print(f"sheet    {run.sheet}")
+    if (page := run.path / GALLERY / INDEX).exists():
+        print(f"page     {page}")
     print(f"to draw  {drawing_command(config, run)}")

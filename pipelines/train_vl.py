@@ -30,6 +30,7 @@ from dora_mm.preview.lengths import row_lines
 from dora_mm.preview.training import slow_hardware
 from dora_mm.preview.vl_page import vl_page
 from dora_mm.sampling.answers import answer_all, num_answered, save_answers
+from dora_mm.sampling.next_steps import asking_command
 from dora_mm.tasks.held_out import RowLosses, by_loss
 from dora_mm.tasks.preferences import KeptReference, preferences_of
 from dora_mm.tasks.vl import VLBatches, answerers
@@ -314,4 +315,4 @@ def finish(
         print(f"\n{report(name, found)}")
     print(f"\nadapter  {run.adapter}")
     asked = "IMAGE QUESTION" if model.reads_images else "QUESTION"
-    print(f"to ask   dora-mm ask {config.model.path} {asked} --adapter {run.path}")
+    print(f"to ask   {asking_command(config, run, asked)}")

@@ -1,23 +1,24 @@
-"""What a training shows of its adapter: a sheet without and with it, pictures in its card, the line that draws."""
+"""What a training shows of its adapter: a sheet without and with it, each of its pictures, some of them in its card."""
 
-import json
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import nn
 
 from dora_mm import formats
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.pictures import DrawConfig, JobConfig, SampleConfig
+from dora_mm.config.pictures import DrawConfig, SampleConfig
 from dora_mm.core import set_strength
 from dora_mm.core.inject import merged_adapters
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.sampling.grids import sheet
+from dora_mm.sampling.manifest import ManifestEntry, readable_entries, write_manifest
 from dora_mm.sampling.pictures import PictureSampler, sample
 from dora_mm.sampling.sheets import save_atomically
+from dora_mm.utils.digest import file_digest
 from dora_mm.utils.run_directory import RunDirectory
 
 MOST_SHOWN = 6  # pictures in a model card: of 1024 pixels, each has 1.5 MB
@@ -100,7 +101,8 @@ def before_after_sheet(
         average: Opens a context in which the adapters are those of an average; None: there is none.
 
     Returns:
-        The sheet, and by the label of a row (before, after, average) its picture of each prompt with the first seed.
+        The sheet, and by the label of a row (before, after, average) its pictures: of each prompt with the first seed,
+        then with the next one.
     """
     prompts = list(config.prompts)
     jobs, seeds = prompts * len(config.seeds), [seed for seed in config.seeds for _ in prompts]
@@ -121,7 +123,57 @@ def before_after_sheet(
         for label, pictures in drawn.items():
             rows.append(pictures[index * len(prompts) : (index + 1) * len(prompts)])
             labels.append(label if len(config.seeds) == 1 else f"{label}, seed {seed}")
-    return sheet(rows, labels, prompts), {label: pictures[: len(prompts)] for label, pictures in drawn.items()}
+    return sheet(rows, labels, prompts), drawn
+
+
+def keep_pictures(
+    run: RunDirectory, config: TrainDiffusionConfig, step: int, drawn: Mapping[str, Sequence[Image.Image]]
+) -> None:
+    """Saves the pictures of a sheet one by one, with a manifest of all steps, of which a gallery is made.
+
+    Pictures of the base model are saved once, and of a fresh adapter, which draws the same, none are. Those of later
+    steps are left out of the manifest from now on: the training was stopped, and will draw them again.
+
+    Args:
+        run: The run directory of the training.
+        config: The config of the training.
+        step: The number of finished steps.
+        drawn: As `before_after_sheet` returns it.
+    """
+    entries = [entry for entry in readable_entries(run.path) if (entry.settings.get("step") or 0) <= step]
+    found = {entry.file: entry for entry in entries}
+    there = [entry.settings for entry in entries if entry.settings["adapter"] is None]
+    fresh = step == 0 and "before" in drawn and not config.adapter.init_from and not config.tokens
+    for label in ["before"] if fresh else drawn:
+        for index, picture in enumerate(drawn[label]):
+            settings = settings_of(run, config, step, label, index, picture.size)
+            if settings in there:
+                continue
+            row, ending = index % len(config.sample.prompts) + 1, "" if label == "after" else f"-{label}"
+            file = run.samples / f"step-{step:06d}" / f"{row:04d}-seed{settings['seed']}{ending}.png"
+            save_atomically(file, picture)
+            name = file.relative_to(run.path).as_posix()
+            found[name] = ManifestEntry(row, name, "done", 1, settings, file_digest(file))
+    write_manifest(run.path, found.values())
+
+
+def settings_of(
+    run: RunDirectory, config: TrainDiffusionConfig, step: int, label: str, index: int, size: tuple[int, int]
+) -> dict[str, Any]:
+    """What a picture of a sheet was drawn with; one of the base model belongs to no step."""
+    sheets, (width, height) = config.sample, size
+    adapter = {"before": None, "after": run.path, "average": run.adapter_ema}[label]
+    strength = None if adapter is None or "full" in config.adapter.methods else config.adapter.strength
+    return {
+        "prompt": sheets.prompts[index % len(sheets.prompts)],
+        "negative_prompt": sheets.negative_prompt,
+        "seed": sheets.seeds[index // len(sheets.prompts)],
+        **{"steps": sheets.steps, "guidance": sheets.guidance, "width": width, "height": height},
+        "model": config.model.path,
+        "adapter": adapter and str(adapter),
+        "strength": strength,
+        "step": None if adapter is None else step,
+    }
 
 
 def add_pictures(config: TrainDiffusionConfig, folder: Path, pictures: list[Image.Image]) -> None:
@@ -131,22 +183,3 @@ def add_pictures(config: TrainDiffusionConfig, folder: Path, pictures: list[Imag
         shown.append((prompt, f"pictures/{number}.png"))
         save_atomically(folder / shown[-1][1], picture)
     formats.write_card(folder, pictures=shown)
-
-
-def drawing_command(config: TrainDiffusionConfig, run: RunDirectory) -> str:
-    """Draws with the adapter: the prompts that `dora-mm new` has written beside the config, or the first of its own.
-
-    The seeds are those of the sheet, as are the settings that the adapter's file says: see `as_in_sheets`.
-    """
-    words, prompts = ["dora-mm", "sample"], Path(f"{config.name}_prompts.txt")
-    if prompts.is_file():
-        words.append(str(prompts))
-    words += ["--set", f"adapter.path={run.path}"]
-    if not prompts.is_file():
-        prompt = next(iter(config.sample.prompts), config.data.instance_prompt or "a lighthouse")
-        words.append(f"prompts=[{json.dumps(prompt, ensure_ascii=False)}]")
-    if config.sample.seeds != JobConfig.model_fields["seeds"].default:
-        words.append(f"seeds={list(config.sample.seeds)}")
-    if "full" not in config.adapter.methods:  # the base is replaced
-        words.append("strengths=[0, 1]")
-    return shlex.join(words)

@@ -63,10 +63,10 @@ def read_manifest(run: Path) -> list[ManifestEntry]:
 
 def recorded_digests(folder: Path) -> dict[str, str]:
     """The digests of the files that the manifest in a run directory has, by their paths in it."""
-    return {entry.file: entry.digest for entry in _readable_entries(folder) if entry.digest}
+    return {entry.file: entry.digest for entry in readable_entries(folder) if entry.digest}
 
 
-def _readable_entries(folder: Path) -> list[ManifestEntry]:
+def readable_entries(folder: Path) -> list[ManifestEntry]:
     """The entries of a manifest; none where it is missing or damaged."""
     try:
         return read_manifest(folder)
@@ -93,7 +93,7 @@ def keep_earlier(run: Path, files: Iterable[str]) -> Path | None:
     found = {file: file_digest(run / file) for file in files}
     if not found.items() - kept:
         return None
-    entries = {(entry.file, entry.digest): entry for entry in _readable_entries(run)}
+    entries = {(entry.file, entry.digest): entry for entry in readable_entries(run)}
     new = {  # one that was changed has no entry
         file: entries.get((file, digest), ManifestEntry(0, file, "done", 0, {}, digest))
         for file, digest in found.items()

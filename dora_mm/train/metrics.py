@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dora_mm.utils.atomic import flush, open_to_append, write_text
 from dora_mm.utils.lock import check_lock
+from dora_mm.utils.metric_rows import whole_rows
 from dora_mm.utils.run_directory import RunDirectory
 
 
@@ -34,7 +35,7 @@ class MetricsLog:
         self.path = run.path / "metrics.jsonl"
         self._digest_file = run.path / "metrics.sha256"
         self._trackers, self._prefix = run.trackers, run.prefix
-        kept = _rows_until(resumed_step, self._intact_bytes())
+        kept = whole_rows(resumed_step, self._intact_bytes())
         self._digest, self._num_bytes = hashlib.sha256(kept), len(kept)
         if self.path.exists():
             self._write_digest()  # first: it is also that of the longer file
@@ -148,22 +149,3 @@ class TrainingProgress:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl file: dicts with `step` and the logged values."""
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def rows_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """The rows up to a step of a metrics.jsonl file that a killed process may have left; none without a file."""
-    rows = path.read_bytes() if path.exists() else b""
-    return [json.loads(row) for row in _rows_until(step, rows).splitlines()]
-
-
-def _rows_until(step: int, rows: bytes) -> bytes:
-    """The rows up to a step. The last one ends it, too, if a process was killed while it wrote that."""
-    kept = []
-    for row in rows.splitlines(keepends=True):
-        try:
-            if json.loads(row)["step"] > step:
-                break
-        except ValueError:
-            break
-        kept.append(row)
-    return b"".join(kept)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from dora_mm.backend import about_layers
 from dora_mm.config.adapter import AdapterConfig
+from dora_mm.config.commands import resuming, twice_as_long
 from dora_mm.config.loader import differing_keys, dump_config
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.schema import PipelineConfig
@@ -26,12 +26,11 @@ from dora_mm.train.resuming import as_written, changed_values, started_config
 from dora_mm.train.trackers import chosen_trackers, started
 from dora_mm.utils.atomic import append_text, write_text
 from dora_mm.utils.lock import only_writer
-from dora_mm.utils.run_directory import CONFIG, RunDirectory, is_unfinished
+from dora_mm.utils.run_directory import CONFIG, SUMMARY, RunDirectory, is_unfinished
 
 log = logging.getLogger(__name__)
 PROCESSES = "the number of processes"  # an input like the data, since each takes a batch of its own
 CHANGES = "changes.jsonl"  # what a resumed run changed of its config, and after which step
-SUMMARY = "summary.json"  # the last file that a training writes, so it marks a finished one
 DIVERGED = "diverged.txt"  # what ended a training whose loss or weights were not finite
 
 
@@ -148,21 +147,10 @@ def finished_run(path: Path | None, config: PipelineConfig, *results: str) -> Ru
     return run
 
 
-def twice_as_long(config: PipelineConfig, steps: int) -> str:
-    """The override that doubles the length of a training."""
-    epochs = getattr(getattr(config, "train", None), "epochs", None)
-    return f"train.epochs={2 * epochs}" if epochs else f"train.steps={2 * steps}"
-
-
 def lower_rate(config: PipelineConfig) -> str:
     """The override that lowers the learning rate of a training which has diverged, as far as its optimizer allows."""
     optimizer: OptimizerConfig = config.optimizer  # type: ignore[attr-defined]
     return f"optimizer.lr={max(optimizer.lr / 10, OPTIMIZERS[optimizer.name].least_lr):g}"
-
-
-def resuming(run: RunDirectory) -> str:
-    """The command that resumes a run."""
-    return f"dora-mm train --resume {shlex.quote(str(run.path))}"
 
 
 def go_on(run: RunDirectory, config: PipelineConfig, steps: int, deciding: Mapping[str, Stateful]) -> None:

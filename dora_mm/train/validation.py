@@ -14,8 +14,9 @@ from accelerate.utils import broadcast_object_list
 
 from dora_mm.config.training import ValidationConfig
 from dora_mm.train.checkpoint import last_step
-from dora_mm.train.metrics import MetricsLog, rows_until
+from dora_mm.train.metrics import MetricsLog
 from dora_mm.train.weights import WeightAverage
+from dora_mm.utils.metric_rows import rows_until
 from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)

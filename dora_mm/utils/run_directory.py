@@ -15,6 +15,7 @@ from dora_mm.utils.lock import LOCK, check_lock
 from dora_mm.utils.partials import PARTIAL
 
 CONFIG, INPUTS, VERSIONS = "config.yaml", "inputs.json", "versions.json"
+SUMMARY = "summary.json"  # the last file that a training writes, so it marks a finished one
 SAMPLE_NOW, SAVE_NOW = "sample-now", "save-now"  # files by which a person asks a training for a sheet, or a checkpoint
 REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 

@@ -1,27 +1,24 @@
 """The page of a gallery in Chromium, opened from the disk: filters, sorting, large view, slider, keyboard."""
 
 import json
-import re
 import shlex
-from collections.abc import Iterator
-from pathlib import Path
+import shutil
 
 import pytest
 from PIL import Image
 
-from dora_mm.cli import main
 from dora_mm.cli.commands import take_job
 from dora_mm.cli.parser import build_parser
 from dora_mm.config import load_config
 from dora_mm.sampling.gallery import write_gallery
 from dora_mm.sampling.jobs.reading import read_job
-from dora_mm.sampling.manifest import read_manifest, write_manifest
+from dora_mm.sampling.manifest import read_manifest
 from tests import browser
+from tests.sampling.conftest import ADAPTED, BARE
 from tests.sampling.test_gallery import HOSTILE, entry, make_run
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is not installed")
 
-BARE, ADAPTED = (40, 90, 200), (220, 120, 30)
 PROMPTS = "[...document.querySelectorAll('.card .caption')].map((node) => node.textContent)"
 FOCUSED = "document.activeElement.querySelector('.caption')?.textContent ?? document.activeElement.id"
 CHOOSE = """(() => {{
@@ -30,46 +27,6 @@ CHOOSE = """(() => {{
   select.value = [...select.options].find((option) => option.textContent === {1}).value;
   select.dispatchEvent(new Event('change', {{ bubbles: true }}));
 }})()"""
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Page]:
-    with browser.opened(tmp_path_factory.mktemp("profile")) as page:
-        yield page
-
-
-def save(path: Path, colour: tuple[int, int, int]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (64, 64), colour).save(path)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two runs, each of a bus, a cat and a key without and with an adapter of its own; a fourth thing failed."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name, factor in (("one", 1.0), ("two", -1.0)):
-        entries = []
-        for number, thing in enumerate(("a bus", "a cat", "a key"), 1):
-            bare, file = f"bare/{number}.png", f"adapter/{number}.png"
-            settings = {"prompt": thing, "seed": number}
-            scores = {"log-odds": factor * number, "right": number % 2}
-            save(folder / name / bare, BARE)
-            save(folder / name / file, ADAPTED)
-            entries.append(entry(number, bare, scores={"log-odds": -5.0, "right": 1}, **settings))
-            adapter = f"runs/{name}/001/adapter"
-            entries.append(entry(number, file, adapter=adapter, strength=1.0, scores=scores, **settings))
-        entries.append(entry(4, "4.png", "failed", "the picture is black", prompt="a hat"))
-        write_manifest(folder / name, entries)
-    return [folder / "one", folder / "two"]
-
-
-@pytest.fixture
-def one(chromium, runs, tmp_path) -> browser.Page:
-    """The gallery of the first run, opened, all pictures in a grid."""
-    chromium.problems.clear()
-    chromium.open(write_gallery({runs[0]: read_manifest(runs[0])}, tmp_path / "gallery"))
-    chromium.click("#view-grid")
-    return chromium
 
 
 @pytest.fixture
@@ -288,23 +245,6 @@ def test_prompt_and_command_are_copied_by_one_click(one):
     assert load_config(arguments.config, arguments.overrides).prompts == ("a cat",)
 
 
-def test_the_sheets_of_a_training_by_step(chromium, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run = Path("runs/style/001")
-    for name in ("samples/step-000000.png", "samples/step-000050.png", "sheet.png"):
-        save(run / name, BARE)
-    (run / "config.yaml").write_text("model: {path: tiny}\ntrain: {steps: 100}\nsample: {prompts: [a bus, a cat]}\n")
-    assert main(["gallery", str(run)]) == 0
-    chromium.problems.clear()
-    chromium.open(run.absolute() / "gallery" / "index.html")
-    assert chromium.evaluate(PROMPTS) == ["a bus | a cat"] * 3
-    facts = chromium.evaluate("[...document.querySelectorAll('.card .facts')].map((node) => node.innerText)")
-    assert [re.search(r"step \d+", text)[0] for text in facts] == ["step 0", "step 50", "step 100"]
-    chromium.click(".card")
-    assert chromium.evaluate("document.querySelector('#copy-command').hidden")  # there is none for a sheet
-    assert chromium.problems == []
-
-
 def test_hostile_texts_do_nothing(chromium, tmp_path):
     entries = [
         entry(number, f"{number}.png", prompt=text, adapter=text, scores={text: number}, **{text: text})
@@ -334,7 +274,8 @@ def test_hostile_texts_do_nothing(chromium, tmp_path):
 
 
 def test_on_a_phone_and_in_the_dark(chromium, runs, tmp_path):
-    page = write_gallery({run: read_manifest(run) for run in runs}, tmp_path / "gallery")
+    three = [*runs, shutil.copytree(runs[0], tmp_path / "three")]
+    page = write_gallery({run: read_manifest(run) for run in three}, tmp_path / "gallery")
     for dark in (False, True):
         chromium.open(page, 360, 740, dark)
         chromium.click("#view-grid")
@@ -351,3 +292,6 @@ def test_on_a_phone_and_in_the_dark(chromium, runs, tmp_path):
             brightness = sum(shot.convert("RGB").getpixel((180, 735))) / 3
         assert brightness < 60 if dark else brightness > 220
         assert chromium.evaluate("document.querySelector('#copy').getBoundingClientRect().bottom") <= 740
+        chromium.press("Escape")
+        chromium.click("#view-runs")
+        assert chromium.evaluate(wide) == 0

@@ -23,6 +23,7 @@ from dora_mm.config import resolve_path
 from dora_mm.config.images import CaptionConfig, DataConfig
 from dora_mm.data.images.buckets import Size, choose_bucket
 from dora_mm.data.images.captions import BESIDE, METADATA, CaptionFiles, is_image
+from dora_mm.data.images.listing import entries_of, folders_in
 from dora_mm.data.images.masks import (
     ImagesByKind,
     MaskFile,
@@ -100,8 +101,8 @@ def read_captioned_images(
     """
     root = resolve_path(folder, key)
     mask_root = None if mask_folder is None else resolve_path(mask_folder, mask_key)
-    folders = _folders(root, mask_root) if subfolders else [root]
-    entries = [path for each in folders for path in _list(each, key)]
+    folders = folders_in(root, mask_root) if subfolders else [root]
+    entries = [path for each in folders for path in entries_of(each, key)]
     files = CaptionFiles(root, entries, lines=lines)
     problems, kinds = files.problems, by_kind({*entries, *files.rows})
     paths = sorted(kinds.images | {path for path in files.rows if not is_image(path.name)})
@@ -158,7 +159,7 @@ def uncaptioned_images(root: Path) -> tuple[list[Path], int]:
         ValueError: There are no images, a file with captions is malformed, or a line cannot be added: the folder has a
             metadata.csv, or an image has a line without a caption.
     """
-    entries = _list(root, "FOLDER")
+    entries = entries_of(root, "FOLDER")
     files, images = CaptionFiles(root, entries), by_kind(entries).images
     problems, without = files.problems, []
     if (root / METADATA[1]).is_file():
@@ -179,8 +180,8 @@ def _masks(kinds: ImagesByKind, root: Path, folder: Path | None, key: str, *, su
     """The masks of a folder of images: those beside them, and those in a folder of their own."""
     if folder is not None and folder.resolve() == root.resolve():
         raise ValueError(f"{key}: {folder} is the folder of the images: give one that has masks alone")
-    folders = [] if folder is None else _folders(folder) if subfolders else [folder]
-    return MaskFiles(kinds.masks, root, folder, (path for each in folders for path in _list(each, key)))
+    folders = [] if folder is None else folders_in(folder) if subfolders else [folder]
+    return MaskFiles(kinds.masks, root, folder, (path for each in folders for path in entries_of(each, key)))
 
 
 def read_images(data: DataConfig, role: str) -> list[CaptionedImage]:
@@ -253,27 +254,9 @@ def contains_word(text: str, word: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
 
 
-def _folders(root: Path, without: Path | None = None) -> list[Path]:
-    """The folder and all of its subfolders, but for hidden and linked ones, and for one folder."""
-    found, left_out = [], without and without.resolve()
-    for folder, names, _ in os.walk(root):
-        names[:] = sorted(n for n in names if not n.startswith(".") and Path(folder, n).resolve() != left_out)
-        found.append(Path(folder))
-    return found or [root]  # a path that is no folder gives none, and is reported when it is listed
-
-
-def _list(folder: Path, key: str) -> list[Path]:
-    if not folder.is_dir():
-        raise ValueError(f"{key}: {folder} is not a folder")
-    try:
-        return sorted(folder.iterdir(), key=lambda path: path.name)  # faster than comparing whole paths
-    except OSError as error:
-        raise ValueError(f"{key}: {folder} cannot be read: {error.strerror}") from None
-
-
 def _images_in_subfolders(root: Path, mask_root: Path | None, listed: Sequence[Path]) -> list[Path]:
     """The images in subfolders that are not read without `data.subfolders`: those that no metadata file names."""
-    folders = _folders(root, mask_root)[1:]
+    folders = folders_in(root, mask_root)[1:]
     return sorted(by_kind(path for folder in folders for path in folder.iterdir()).images - set(listed))
 
 

@@ -1,5 +1,6 @@
 """Galleries: a folder with one HTML page and its pictures, made from the manifests of runs, that opens from disk."""
 
-from dora_mm.sampling.gallery.folder import write_gallery
+from dora_mm.sampling.gallery.folder import GALLERY, INDEX, update_page, write_gallery
+from dora_mm.sampling.gallery.training import read_pictures
 
-__all__ = ["write_gallery"]
+__all__ = ["GALLERY", "INDEX", "read_pictures", "update_page", "write_gallery"]

@@ -48,7 +48,7 @@ def gallery_data(pictures: Sequence[GalleryPicture]) -> dict[str, Any]:
         *((name, "setting", lambda picture, name=name: picture.entry.settings.get(name)) for name in settings),
         *((name, "score", lambda picture, name=name: picture.entry.scores.get(name)) for name in scores),
     ]
-    values = [[_plain(value(picture)) for _, _, value in columns] for picture in pictures]
+    values = [[plain(value(picture)) for _, _, value in columns] for picture in pictures]
     kept = zip(pictures, values, befores(pictures), groups(pictures), strict=True)
     return {
         "columns": [
@@ -141,12 +141,12 @@ def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _plain(value: Any) -> Any:
-    """The value as JSON and JavaScript hold it: NaN, infinities and large integers become text."""
+def plain(value: Any) -> Any:
+    """A value as JSON and JavaScript hold it: NaN, infinities and large integers become text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if value is None or isinstance(value, str | bool):
         return value
     return value if abs(value) <= LARGEST_INTEGER else str(value)

@@ -1,4 +1,3 @@
-"use strict";
 // What is taken along from the page: favourites, which the browser keeps, jobs of them, and the command of a picture.
 
 const STORED = `dora-mm favourites ${location.pathname}`;
@@ -13,19 +12,21 @@ function stored() {
   }
 }
 
-function toggleFavourite() {
-  const picture = state.shown[state.open], name = nameOf(picture);
+function toggleFavourite(picture) {
+  const name = nameOf(picture);
   if (!favourites.delete(name)) favourites.add(name);
   try {
     localStorage.setItem(STORED, JSON.stringify([...favourites]));
   } catch { /* they last as long as the page */ }
   find("favourite").setAttribute("aria-pressed", String(favourites.has(name)));
-  cards.get(picture).querySelector(".star").classList.toggle("off", !favourites.has(name));
+  cards.get(picture)?.querySelector(".star").classList.toggle("off", !favourites.has(name));
   showFavourites();
 }
 
 function showFavourites() {
   const count = pictures.filter((picture) => favourites.has(nameOf(picture))).length;
+  const jobs = favouriteJobs().length, lost = "The others are of steps whose adapter was not kept, or have no prompt";
+  Object.assign(find("export"), jobs < count ? { textContent: `Save ${jobs} of them as a job`, title: lost } : { textContent: "Save them as a job", title: "" });
   find("favourites").textContent = `Favourites (${count})`;
   find("favourites").hidden = find("export").hidden = count === 0;
 }
@@ -38,13 +39,17 @@ const settingOf = (picture, name) =>
   picture.values[columns.findIndex((column) => column.kind === "setting" && column.name === name)] ?? null;
 
 function jobRow(picture) {
-  const found = OF_A_JOB.map((name) => [name, settingOf(picture, name)]).filter(([, value]) => value !== null);
+  const value = (name) => (name === "adapter" ? adapterOf(picture) : settingOf(picture, name));
+  const found = OF_A_JOB.map((name) => [name, value(name)]).filter(([, given]) => given !== null);
   return JSON.stringify(Object.fromEntries(found));
 }
 
+// Of the favourites those that can be drawn again.
+const favouriteJobs = () =>
+  pictures.filter((picture) => favourites.has(nameOf(picture)) && promptOf(picture) && adapterOf(picture) !== undefined);
+
 function exportFavourites() {
-  const chosen = pictures.filter((picture) => favourites.has(nameOf(picture)) && promptOf(picture));
-  const text = chosen.map((picture) => `${jobRow(picture)}\n`).join("");
+  const text = favouriteJobs().map((picture) => `${jobRow(picture)}\n`).join("");
   const link = make("a", { href: URL.createObjectURL(new Blob([text])), download: "favourites.jsonl" });
   link.click();
 }
@@ -54,10 +59,11 @@ function factOf(column, value, short) {
   return typeof value === "number" ? `${heading(column)} ${textOf(value)}` : short;
 }
 
-// The command that draws the picture again, with what it can be changed by; several adapters only as they are.
+// The command that draws the picture again, with what it can be changed by; several adapters only as they are. There is
+// none for a step of a training whose adapter was not kept.
 function commandOf(picture) {
-  const adapter = settingOf(picture, "adapter"), prompt = settingOf(picture, "prompt");
-  if (prompt === null || settingOf(picture, "step") !== null) return "";
+  const adapter = adapterOf(picture), prompt = settingOf(picture, "prompt");
+  if (prompt === null || adapter === undefined) return "";
   if (adapter !== null && /[+]|:[^/]*$/.test(adapter)) {
     return `dora-mm sample --replay ${quoted(`${textOf(picture.values[RUN])}/${picture.path}`)}`;
   }
@@ -65,7 +71,8 @@ function commandOf(picture) {
   const settings = [["prompts", [prompt]], ["seeds", [settingOf(picture, "seed") ?? 0]]];
   settings.push(...names.map((name) => [name, settingOf(picture, name)]), ["model.path", settingOf(picture, "model")]);
   settings.push(["adapter.path", adapter]);
-  if (adapter !== null) settings.push(["strengths", [settingOf(picture, "strength") ?? 1]]);
+  const strength = settingOf(picture, "strength"); // none where the adapter replaces weights
+  if (adapter !== null && strength !== null) settings.push(["strengths", [strength]]);
   const words = settings.filter(([, value]) => value !== null).map(([name, value]) => `${name}=${JSON.stringify(value)}`);
   return `dora-mm sample --set ${words.map(quoted).join(" ")}`;
 }

@@ -1,5 +1,6 @@
 """The folder of a gallery: the page, the pictures, and small versions of large ones."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,32 +8,37 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from PIL import Image
 from tqdm import tqdm
 
-from dora_mm.sampling.gallery.data import GalleryPicture, gallery_data
+from dora_mm.config.schema import PipelineConfig
+from dora_mm.sampling.gallery.data import GalleryPicture, gallery_data, plain
 from dora_mm.sampling.gallery.page import GENERATOR, page
+from dora_mm.sampling.gallery.thumbnails import SIDE, Thumbnails
+from dora_mm.sampling.gallery.training import about_training, read_pictures, training_config, training_pictures
 from dora_mm.sampling.manifest import MANIFEST, ManifestEntry
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.folders import link_or_copy
 
-INDEX, PICTURES, THUMBNAILS = "index.html", "pictures", "thumbnails"
+log = logging.getLogger(__name__)
+GALLERY, INDEX, PICTURES, THUMBNAILS = "gallery", "index.html", "pictures", "thumbnails"
 OWN = {INDEX, PICTURES, THUMBNAILS}
 LEFT_BY_DESKTOPS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # in every folder that was looked at
 FORMATS = {"PNG": (".png",), "WEBP": (".webp",), "JPEG": (".jpg", ".jpeg")}  # a browser shows all of them
 NOT_A_PICTURE = "its file is not a whole PNG, WebP or JPEG picture"
-SIDE = 512  # pixels of a thumbnail's longer side: sharp on a screen of twice the density; some 25 kB
 
 
 def write_gallery(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path) -> Path:
     """Writes a gallery, completely or not at all; an earlier gallery in the same folder is replaced.
 
-    A picture that is in a manifest but cannot be read is listed with the reason.
+    A picture that is in a manifest but cannot be read is listed with the reason. Of a training the page also has the
+    curves, the settings, some training pictures and what to type next.
 
     Args:
-        runs: The entries of each run directory, as `read_manifest` returns them.
+        runs: The entries of each run directory, as `read_pictures` returns them.
         folder: Where to write: a folder that does not exist, is empty, or holds an earlier gallery.
 
     Returns:
@@ -44,8 +50,37 @@ def write_gallery(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path) ->
     for run, entries in runs.items():
         _check_files(run, entries)
     with _replacing(folder) as partial:
-        write_text(partial / INDEX, page(gallery_data(_add_all(runs, partial))))
+        thumbnails = Thumbnails(partial / THUMBNAILS, folder / THUMBNAILS)
+        data = gallery_data(_add_all(runs, partial, thumbnails))
+        configs = {run: config for run in runs if (config := training_config(run))}
+        trainings = [_add_training(run, config, partial, thumbnails) for run, config in configs.items()]
+        write_text(partial / INDEX, page({**data, "trainings": plain(trainings)}))
     return folder / INDEX
+
+
+def update_page(run: Path) -> None:
+    """Writes the gallery of a training in its run directory; where that cannot be, the training goes on without.
+
+    Args:
+        run: The run directory.
+    """
+    new = not (run / GALLERY / INDEX).exists()
+    try:
+        page = write_gallery({run: read_pictures(run)}, run / GALLERY)
+        log.log(logging.INFO if new else logging.DEBUG, "page     %s, written anew with each sheet", page)
+    except (OSError, ValueError) as error:  # a full disk, a file of somebody's in the folder
+        log.warning("The page of the training was not written: %s", error)
+
+
+def _add_training(run: Path, config: PipelineConfig, folder: Path, thumbnails: Thumbnails) -> dict[str, Any]:
+    """What the page knows of a training, with the thumbnails of its training pictures."""
+    sources, note = training_pictures(config)
+    for source in sources:
+        if not thumbnails.has(source) and (image := _read(source)):
+            thumbnails.add(source, image)
+    shown = [(source.name, thumbnails.path(source)) for source in sources]
+    pictures = [{"name": name, "file": _address(file, folder)} for name, file in shown if file.is_file()]
+    return {**about_training(run, config), "pictures": pictures, "note": note}
 
 
 def _check_files(run: Path, entries: Sequence[ManifestEntry]) -> None:
@@ -59,10 +94,12 @@ def _check_files(run: Path, entries: Sequence[ManifestEntry]) -> None:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _add_all(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path) -> list[GalleryPicture]:
+def _add_all(
+    runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path, thumbnails: Thumbnails
+) -> list[GalleryPicture]:
     with ThreadPoolExecutor() as threads:  # Pillow lets others run while it decodes, scales and encodes
         added = [
-            threads.submit(_add, run, number, entry, folder)
+            threads.submit(_add, run, number, entry, folder, thumbnails)
             for number, (run, entries) in enumerate(runs.items(), 1)
             for entry in entries
         ]
@@ -74,7 +111,7 @@ def _add_all(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path) -> list
             raise
 
 
-def _add(run: Path, number: int, entry: ManifestEntry, folder: Path) -> GalleryPicture:
+def _add(run: Path, number: int, entry: ManifestEntry, folder: Path, thumbnails: Thumbnails) -> GalleryPicture:
     """Puts the picture of an entry into the folder, with a thumbnail if it is large."""
     if entry.status != "done":
         return GalleryPicture(str(run), entry)
@@ -82,38 +119,35 @@ def _add(run: Path, number: int, entry: ManifestEntry, folder: Path) -> GalleryP
     name = Path(str(number), source.relative_to(run.resolve()))
     if not source.is_file():
         return GalleryPicture(str(run), replace(entry, status="missing", reason="its file is not there any more"))
-    image = _read(source)
+    known = thumbnails.has(source)  # then it was decoded before
+    image = _read(source, decode=not known)
     if image is None:
         return GalleryPicture(str(run), replace(entry, status="failed", reason=NOT_A_PICTURE))
-    if not (folder / PICTURES / name).exists():  # two entries may name the same file
-        link_or_copy(source, folder / PICTURES / name)
-    file = thumbnail = _address(PICTURES, name)
+    copy = folder / PICTURES / name
+    if not copy.exists():  # two entries may name the same file
+        link_or_copy(source, copy)
+    file = thumbnail = _address(copy, folder)
     if max(image.size) > SIDE:
-        small = name.with_name(f"{name.name}.webp")
-        _save_thumbnail(image, folder / THUMBNAILS / small)
-        thumbnail = _address(THUMBNAILS, small)
+        if not known:
+            thumbnails.add(source, image)
+        thumbnail = _address(thumbnails.path(source), folder)
     return GalleryPicture(str(run), entry, file, thumbnail, image.size)
 
 
-def _read(path: Path) -> Image.Image | None:
-    """The decoded picture; None where there is none, or where a browser would take the file for something else."""
+def _read(path: Path, *, decode: bool = True) -> Image.Image | None:
+    """The picture; None where there is none, or where a browser would take the file for something else."""
     try:
         with Image.open(path, formats=tuple(FORMATS)) as image:
-            image.load()
+            if decode:
+                image.load()
             return image if path.suffix.lower() in FORMATS[str(image.format)] else None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # whatever Pillow raises
         return None
 
 
-def _save_thumbnail(image: Image.Image, path: Path) -> None:
-    small = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    small.save(path, "WEBP", quality=82, method=2)
-
-
-def _address(folder: str, name: Path) -> str:
-    return quote(os.fsencode(Path(folder, name).as_posix()))
+def _address(path: Path, folder: Path) -> str:
+    """The address of a file in the folder of the gallery, relative to the page."""
+    return quote(os.fsencode(path.relative_to(folder).as_posix()))
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from typing import Any
 
 GENERATOR = '<meta name="generator" content="dora-mm gallery">'  # by this a page of ours is known
 HERE = Path(__file__).parent
+STYLES = ("gallery.css", "viewer.css", "training.css")
+SCRIPTS = ("gallery.js", "favourites.js", "viewer.js", "training.js", "controls.js")  # the last one starts the page
 
 
 def page(data: Mapping[str, Any]) -> str:
@@ -19,15 +21,17 @@ def page(data: Mapping[str, Any]) -> str:
     the page's own script only ever sets texts, and the policy admits that one script by its digest and no other.
 
     Args:
-        data: What `gallery_data` returns.
+        data: What `gallery_data` returns, and trainings.
     """
-    files = ("gallery.css", "favourites.js", "gallery.js")
-    style, *scripts = ((HERE / name).read_text(encoding="utf-8") for name in files)
-    script = "".join(scripts)
-    template = Template((HERE / "index.html").read_text(encoding="utf-8"))
+    style, script = ("".join(map(_text, names)) for names in (STYLES, SCRIPTS))
+    template = Template(_text("index.html"))
     return template.substitute(
         generator=GENERATOR, policy=_policy(style, script), style=style, script=script, data=_embedded(data)
     )
+
+
+def _text(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
 
 
 def _embedded(data: Mapping[str, Any]) -> str:

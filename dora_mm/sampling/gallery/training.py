@@ -1,60 +1,223 @@
-"""The sheets of a training as entries of a manifest: one every so many steps, and the last."""
+"""What the page of a training shows beside its pictures: curves, settings, training pictures, what to type next."""
 
-import re
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
+from dora_mm.config.images import TrainDiffusionConfig
+from dora_mm.config.models import validated
+from dora_mm.config.pipelines import SCHEMAS
+from dora_mm.config.report import describe
+from dora_mm.config.schema import PipelineConfig
 from dora_mm.sampling.manifest import MANIFEST, ManifestEntry, read_manifest
+from dora_mm.sampling.next_steps import next_steps
 from dora_mm.utils import yaml12
-from dora_mm.utils.run_directory import CONFIG, RunDirectory
+from dora_mm.utils.messages import first_line
+from dora_mm.utils.metric_rows import rows_until
+from dora_mm.utils.run_directory import CONFIG, SUMMARY, RunDirectory
 
-SHEET = re.compile(r"step-(\d+)\.png")
+MOST_POINTS = 400  # of a curve: more are averaged, one for some two pixels
+MOST_TRAINING_PICTURES = 24
+LEGIBLE = 100  # points that are seen one by one; a curve of more is also shown smoothed
+SMOOTHED_OVER = 20  # a curve is smoothed over this part of it
+LOSS = "loss"
+ALWAYS_SHOWN = (  # settings, also where they are the defaults
+    *("model.path", "adapter.method", "adapter.rank", "adapter.alpha", "optimizer.name", "optimizer.lr"),
+    *("schedule.name", "train.steps", "train.epochs", "train.batch_size", "seed"),
+)
+SHOWN_ELSEWHERE = ("pipeline", "name", "output", "sample.prompts")
+
+Point = tuple[float, float]  # step and value
 
 
 def read_pictures(path: Path) -> list[ManifestEntry]:
-    """The pictures of a run: those of its manifest, or the sheets of a training.
+    """The pictures of a run, by its manifest; none of a training that drew none.
 
     Raises:
-        ValueError: It has neither, or its manifest is damaged.
+        ValueError: It is no such run, its manifest is damaged, or the config of a training does not fit.
     """
-    sheets = [] if (path / MANIFEST).is_file() else training_sheets(path)
-    return sheets or read_manifest(path)
+    return [] if training_config(path) and not (path / MANIFEST).is_file() else read_manifest(path)
 
 
-def training_sheets(path: Path) -> list[ManifestEntry]:
-    """The sheets of a training by step, the first of the untrained model; none where it is no training."""
-    run = RunDirectory(path)
-    config = _config(path)
-    files = ((file, SHEET.fullmatch(file.name)) for file in run.samples.glob("*.png"))
-    found = [(int(match[1]), file) for file, match in files if match]
-    last = (config.get("train") or {}).get("steps") or max((step for step, _ in found), default=0)
-    found += [(last, run.sheet)] if run.sheet.is_file() else []
-    if not config or not found:
-        return []
-    sample = config.get("sample") or {}
-    common = {
-        "prompt": " | ".join(sample.get("prompts") or ()),
-        **{name: sample.get(name) for name in ("negative_prompt", "steps", "guidance", "seeds")},
-        "model": config["model"]["path"],
-    }
-    return [
-        ManifestEntry(
-            row=number,
-            file=file.relative_to(path).as_posix(),
-            status="done",
-            batch=0,
-            settings={**common, "step": step},
-        )
-        for number, (step, file) in enumerate(sorted(found), 1)
-    ]
+def training_config(path: Path) -> PipelineConfig | None:
+    """The config of a training; None where the folder is of something else.
 
-
-def _config(path: Path) -> dict[str, Any]:
-    """The config of a training on pictures; empty where there is none."""
+    Raises:
+        ValueError: It does not fit the schema.
+    """
     try:
-        found = yaml12.read((path / CONFIG).read_text(encoding="utf-8")).value
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) and "train" in found and "sample" in found else {}
+        values = yaml12.read((path / CONFIG).read_text(encoding="utf-8")).value
+        schema = SCHEMAS[values["pipeline"]]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return None
+    if schema.command != "train":
+        return None
+    try:
+        return validated(schema, values)
+    except ValidationError as error:
+        problems = "; ".join(map(str, describe(error, schema, {})))
+        raise ValueError(f"{path / CONFIG} is not as the training wrote it ({problems})") from None
+
+
+def about_training(path: Path, config: PipelineConfig) -> dict[str, Any]:
+    """What the page knows of a training, as plain values, but for its pictures."""
+    run, rows = RunDirectory(path), rows_until(path / "metrics.jsonl")
+    summary = _summary(path)
+    done = summary.get("steps") or max((row["step"] for row in rows), default=0)
+    steps = config.train.steps  # type: ignore[attr-defined]
+    kept = {step: str(folder) for step, folder in _checkpoints(run)}
+    if summary and run.adapter.is_dir():
+        kept[done] = str(path)
+    return {
+        "run": str(path),
+        "done": done,
+        "steps": steps,
+        "finished": bool(summary),
+        "charts": charts(rows, rows_until(path / "validation" / "metrics.jsonl")),
+        "checkpoints": [step for step, _ in _checkpoints(run)],
+        "best": summary.get("best_step"),
+        "kept": kept,
+        "settings": chosen_settings(config),
+        "summary": {name: value for name, value in summary.items() if value is not None},
+        "config": (path / CONFIG).read_text(encoding="utf-8"),
+        "next": next_steps(config, run, done, finished=bool(summary)),
+        "answers": answers_by_step(run),
+    }
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    file = path / SUMMARY
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _checkpoints(run: RunDirectory) -> list[tuple[int, Path]]:
+    """The steps of the checkpoints that are kept, with their folders."""
+    folders = {folder.name.removeprefix("step-"): folder for folder in run.checkpoints.glob("step-*")}
+    return sorted((int(step), folder) for step, folder in folders.items() if step.isdecimal())
+
+
+# --- curves -----------------------------------------------------------------------------------------------------------
+
+
+def charts(training: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The curves of a training: one chart of losses, and one of scores where there are some.
+
+    Args:
+        training: The rows of metrics.jsonl.
+        validation: Those of its validations: losses end in "loss", and the scores of tasks have no other name in front.
+
+    Returns:
+        The charts that have a curve, each with the points of its curves; `kind` is raw, smooth or validation.
+    """
+    points = _points(training, LOSS)
+    names = dict.fromkeys(name for row in validation for name in row if name != "step")
+    losses = [name for name in names if name.endswith(LOSS)]
+    scores = [name for name in names if "/" not in name and not name.endswith((LOSS, "_minus_base"))]
+    if len(scores) == 2:  # of one task, which is all there is overall
+        scores = [name for name in scores if name != "overall"]
+    many = len(points) > LEGIBLE
+    curves = {
+        LOSS: [
+            _curve("loss of the steps", "raw" if many else "smooth", _thinned(points)),
+            *([_curve("smoothed", "smooth", _thinned(_smoothed(points)))] if many else []),
+            *(_curve(name, "validation", _points(validation, name)) for name in losses),
+        ],
+        "score": [_curve(name, "validation", _points(validation, name)) for name in scores],
+    }
+    drawn = {name: [curve for curve in found if curve["points"]] for name, found in curves.items()}
+    return [{"name": name, "curves": found} for name, found in drawn.items() if found]
+
+
+def _curve(name: str, kind: str, points: list[Point]) -> dict[str, Any]:
+    return {"name": name.replace("held_out", "held-out").replace("_", " "), "kind": kind, "points": points}
+
+
+def _points(rows: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
+    return [(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])]
+
+
+def _thinned(points: list[Point]) -> list[Point]:
+    """At most `MOST_POINTS` points, each the mean of its neighbours, at the last one's step."""
+    size = math.ceil(len(points) / MOST_POINTS) or 1
+    parts = (points[start : start + size] for start in range(0, len(points), size))
+    return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
+
+
+def _smoothed(points: list[Point]) -> list[Point]:
+    """The running mean over a part of the curve around each point; towards the ends, of what there is of it."""
+    reach = len(points) // SMOOTHED_OVER // 2 + 1
+    sums = [0.0]
+    for _, value in points:
+        sums.append(sums[-1] + value)
+    found = []
+    for index, (step, _) in enumerate(points):
+        start, stop = max(0, index - reach), min(len(points), index + reach + 1)
+        found.append((step, (sums[stop] - sums[start]) / (stop - start)))
+    return found
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def chosen_settings(config: PipelineConfig) -> dict[str, str]:
+    """The settings that a person looks for and those that are not the defaults, as text by dotted key."""
+    everything, chosen = config.model_dump(mode="json"), config.model_dump(mode="json", exclude_defaults=True)
+    shown = {key: value for key, value in _flat(everything) if key in ALWAYS_SHOWN and value is not None}
+    shown |= {key: value for key, value in _flat(chosen) if key not in SHOWN_ELSEWHERE}
+    return {key: _text(value) for key, value in shown.items()}
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value and all(item == {} for item in value.values()):  # names alone
+            yield f"{before}{key}", ", ".join(value)
+        elif isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
+
+
+# --- pictures and answers ---------------------------------------------------------------------------------------------
+
+
+def training_pictures(config: PipelineConfig) -> tuple[list[Path], str | None]:
+    """Some of the pictures that a training learns from, evenly spaced; none of questions.
+
+    Returns:
+        The files, and a sentence where there are more or none can be shown.
+    """
+    if not isinstance(config, TrainDiffusionConfig):
+        return [], None
+    from dora_mm.data.images.listing import image_files  # imports torch, which other galleries do without
+
+    try:
+        found = image_files(config.data, "train")
+    except ValueError as error:
+        return [], f"{first_line(error)}."
+    step = max(len(found) / MOST_TRAINING_PICTURES, 1)
+    shown = [found[int(number * step)] for number in range(min(len(found), MOST_TRAINING_PICTURES))]
+    return shown, f"{len(shown)} of {len(found)}" if len(shown) < len(found) else None
+
+
+def answers_by_step(run: RunDirectory) -> list[dict[str, Any]]:
+    """The answers of a training of questions to some rows, by step, as `touch RUN/sample-now` has asked for them."""
+    found: dict[tuple[Any, Any], dict[str, Any]] = {}
+    for file in sorted(run.samples.glob("step-*.jsonl")):
+        for row in _rows(file):
+            key = row["task"], row["id"]
+            about = {"question": row["question"], "references": row["references"], "answers": {}}
+            found.setdefault(key, about)["answers"][int(file.stem.removeprefix("step-"))] = row["answer"]
+    return list(found.values())
+
+
+def _rows(file: Path) -> Iterable[dict[str, Any]]:
+    return map(json.loads, file.read_text(encoding="utf-8").splitlines())

@@ -13,7 +13,8 @@ import torch
 
 from dora_mm.studies.campaigns.subprocesses import TrainingProcess, run_processes, start_process
 from dora_mm.studies.variants import Variant
-from dora_mm.train.run import DIVERGED, SUMMARY
+from dora_mm.train.run import DIVERGED
+from dora_mm.utils.run_directory import SUMMARY
 
 log = logging.getLogger(__name__)
 DELETED_WHEN_FINISHED = ("checkpoints", "best")  # only the final adapter is needed

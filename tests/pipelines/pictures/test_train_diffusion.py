@@ -25,12 +25,14 @@ from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.models.images import families
 from dora_mm.recipes import PIPELINES
+from dora_mm.sampling.manifest import read_manifest
 from dora_mm.train.checkpoint import checkpoints
 from dora_mm.train.metrics import read_metrics
 from dora_mm.utils.lock import only_writer
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 from tests.pipelines.killed import files_in
 from tests.pipelines.pictures.test_sample import make_adapter
+from tests.sampling.test_gallery import data_of
 
 PROMPT = "a TOK icon of a bus"
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -151,8 +153,15 @@ def test_a_run_directory_is_complete(config, tmp_path, capsys):
     assert list((run / "tensorboard").iterdir())
     assert Image.open(run / "sheet.png").width > 150  # the picture, and the labels at its left
     sheets = [run / "samples" / f"step-00000{step}.png" for step in (0, 3)]
-    assert sorted((run / "samples").iterdir()) == sheets
-    assert str(run / "sheet.png") in capsys.readouterr().out
+    assert sorted((run / "samples").glob("*.png")) == sheets
+    entries = read_manifest(run)
+    assert [entry.settings["step"] for entry in entries] == [None, 3, 4]  # the bare model, and the adapter so far
+    assert all(Image.open(run / entry.file).size == (64, 64) for entry in entries)
+    (about,) = data_of(run / "gallery" / "index.html")["trainings"]
+    assert (about["finished"], about["checkpoints"], about["kept"]["4"]) == (True, [2, 4], str(run))
+    printed = capsys.readouterr().out
+    assert str(run / "sheet.png") in printed
+    assert str(run / "gallery" / "index.html") in printed
     card = ModelCard.load(run / "adapter" / "README.md")
     (shown,) = card.data.widget
     assert shown["text"] == PROMPT
@@ -175,7 +184,7 @@ def test_a_sheet_is_drawn_when_a_person_asks_for_it(config, tmp_path, monkeypatc
     monkeypatch.setattr(recipe.RunDirectory, "answering", asked)
     assert main(["train", str(config(**{**settings, "sample__prompts": [PROMPT]}))]) == 0
     run = tmp_path / "run"
-    assert [path.name for path in (run / "samples").iterdir()] == ["step-000001.png"]
+    assert [path.name for path in (run / "samples").glob("*.png")] == ["step-000001.png"]
     assert not (run / SAMPLE_NOW).exists()
     one, two = (load_file(tmp_path / each / "adapter" / ADAPTER) for each in ("run", "plain"))
     assert all(torch.equal(one[key], two[key]) for key in one)

@@ -1,0 +1,47 @@
+"""The files of folders of images, by their names alone."""
+
+import os
+from pathlib import Path
+
+from dora_mm.config import resolve_path
+from dora_mm.config.images import DataConfig
+from dora_mm.data.images.masks import by_kind
+
+
+def image_files(data: DataConfig, role: str) -> list[Path]:
+    """The image files of all folders with a role, by their names alone: nothing is opened.
+
+    Raises:
+        ValueError: A folder is missing or cannot be read.
+    """
+    found = []
+    for key, folder in data.all_folders.items():
+        if folder.role == role:
+            root = resolve_path(folder.path, key)
+            masks = resolve_path(folder.masks, f"{key}.masks") if folder.masks else None
+            folders = folders_in(root, masks) if data.subfolders else [root]
+            found += sorted(by_kind(path for each in folders for path in entries_of(each, key)).images)
+    return list(dict.fromkeys(found))  # a folder may be given twice
+
+
+def folders_in(root: Path, without: Path | None = None) -> list[Path]:
+    """The folder and all of its subfolders, but for hidden and linked ones, and for one folder."""
+    found, left_out = [], without and without.resolve()
+    for folder, names, _ in os.walk(root):
+        names[:] = sorted(n for n in names if not n.startswith(".") and Path(folder, n).resolve() != left_out)
+        found.append(Path(folder))
+    return found or [root]  # a path that is no folder gives none, and is reported when it is listed
+
+
+def entries_of(folder: Path, key: str) -> list[Path]:
+    """The entries of a folder, sorted by name.
+
+    Raises:
+        ValueError: It is no folder, or cannot be read; the message names the key of the config.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{key}: {folder} is not a folder")
+    try:
+        return sorted(folder.iterdir(), key=lambda path: path.name)  # faster than comparing whole paths
+    except OSError as error:
+        raise ValueError(f"{key}: {folder} cannot be read: {error.strerror}") from None

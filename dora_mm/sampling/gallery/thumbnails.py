@@ -1,0 +1,53 @@
+"""Small versions of large pictures; those of an earlier gallery serve again."""
+
+import hashlib
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from dora_mm.utils.folders import link_or_copy
+
+SIDE = 512  # pixels of a thumbnail's longer side: sharp on a screen of twice the density; some 25 kB
+
+
+class Thumbnails:
+    """The folder of the thumbnails of a gallery.
+
+    Args:
+        folder: The folder, which need not exist yet.
+        earlier: That of the gallery which this one replaces.
+    """
+
+    def __init__(self, folder: Path, earlier: Path):
+        self.folder, self.earlier = folder, earlier
+
+    def has(self, source: Path) -> bool:
+        """Takes over the thumbnail of a picture from the earlier gallery; False: it has none of the file as it is."""
+        kept = self.earlier / _name(source)
+        if kept.is_file() and not (self.folder / kept.name).exists():
+            link_or_copy(kept, self.folder / kept.name)
+        return kept.is_file()
+
+    def add(self, source: Path, image: Image.Image) -> None:
+        """Saves the thumbnail of a picture.
+
+        Args:
+            source: The file of the picture.
+            image: Its pixels.
+        """
+        upright = ImageOps.exif_transpose(image)
+        small = upright.convert("RGBA" if image.has_transparency_data else "RGB")
+        small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        small.save(self.folder / _name(source), "WEBP", quality=82, method=2)
+
+    def path(self, source: Path) -> Path:
+        """Where the thumbnail of a picture is, or will be."""
+        return self.folder / _name(source)
+
+
+def _name(source: Path) -> str:
+    """A name that a picture has as long as its file stays the same, by path, time and size."""
+    about = source.stat()
+    text = f"{source.resolve()} {about.st_mtime_ns} {about.st_size}"
+    return f"{hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:16]}.webp"

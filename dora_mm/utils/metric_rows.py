@@ -1,0 +1,25 @@
+"""The rows of a metrics.jsonl file that a process may have left unfinished."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+def rows_until(path: Path, step: float = math.inf) -> list[dict[str, Any]]:
+    """The rows up to a step of a metrics.jsonl file that a killed process may have left; none without a file."""
+    rows = path.read_bytes() if path.exists() else b""
+    return [json.loads(row) for row in whole_rows(step, rows).splitlines()]
+
+
+def whole_rows(step: float, rows: bytes) -> bytes:
+    """The rows up to a step. The last one ends it, too, if a process was killed while it wrote that."""
+    kept = []
+    for row in rows.splitlines(keepends=True):
+        try:
+            if json.loads(row)["step"] > step:
+                break
+        except ValueError:
+            break
+        kept.append(row)
+    return b"".join(kept)
