@@ -26,10 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_mm.core.functional import (
+    ROWS_AT_ONCE,
     Adapter,
+    RowGains,
     autocasts,
+    can_read,
     cast,
     first_order,
+    joined_rows,
     merge_adapters,
     product_dtype,
 )
@@ -117,6 +121,45 @@ def split_weight(
     return main, rest.to(dtype)
 
 
+def merged_parts(
+    weight: Tensor,
+    adapters: Sequence[Adapter],
+    rows: Sequence[RowGains | None] | None,
+    dtype: torch.dtype,
+    has_dropout: bool = False,
+) -> tuple[tuple[Tensor, Tensor | None], Sequence[RowGains | None]]:
+    """Builds W(t) for a product in `dtype`.
+
+    In half precision it takes some ten passes over numbers in fp32. On a processor they go over blocks of rows that
+    stay in its cache, which is four times faster (1280 x 1280 in bf16 on one core of an AMD EPYC: 1.8 ms, not 6.8).
+
+    Args:
+        weight: W0 (O, I), or a kernel (O, I / groups, *K).
+        adapters: The adapters, each with its strength.
+        rows: n and g of every adapter, where they are known already.
+        dtype: The dtype of the product.
+        has_dropout: See `split_weight`.
+
+    Returns:
+        W(t), as `split_weight` returns it, and n and g of every adapter.
+    """
+    num_blocks = weight.shape[0] // ROWS_AT_ONCE
+    if dtype.itemsize >= 4 or num_blocks < 2 or weight.device.type != "cpu" or not can_read(weight):
+        W, found = merge_adapters(weight, adapters, rows)
+        return split_weight(W, weight, dtype, has_dropout), found
+    main, rest = torch.empty_like(weight, dtype=dtype), torch.empty_like(weight, dtype=dtype)
+    found_of, first = [], 0
+    for W0, to_main, to_rest in zip(*(t.tensor_split(num_blocks) for t in (weight, main, rest)), strict=True):
+        block = slice(first, first := first + len(W0))
+        known = None if rows is None else [each and each.of_rows(block) for each in rows]
+        W, found = merge_adapters(W0, [adapter.of_rows(block) for adapter in adapters], known)
+        parts = split_weight(W, W0, dtype, has_dropout)
+        to_main.copy_(parts[0])
+        to_rest.copy_(parts[1])
+        found_of.append(found)
+    return (main, rest), rows or [joined_rows(each) for each in zip(*found_of, strict=True)]
+
+
 # --- the two forms ---------------------------------------------------------------------------------------------------
 
 
@@ -175,8 +218,8 @@ class MergedForm(torch.autograd.Function):
 def built_again(saved: SavedPass) -> Tensor:
     """Returns what the input of the update was multiplied by: W(t), or with dropout the update."""
     has_dropout = saved.options.dropout > 0
-    W, _ = merge_adapters(saved.weight, saved.adapters, [a.rows for a in saved.adapters])
-    main, rest = split_weight(W, saved.weight, saved.dtype, has_dropout)
+    rows = [adapter.rows for adapter in saved.adapters]
+    (main, rest), _ = merged_parts(saved.weight, saved.adapters, rows, saved.dtype, has_dropout)
     return main if rest is None or not has_dropout else rest
 
 
@@ -222,8 +265,7 @@ def adapted_product(
         if form_of(x, weight, adapters, options, dtype, steps) == "merged":
             merged = cache.merged if dropped is None else None
             if merged is None:
-                W, rows = merge_adapters(weight, adapters, rows)
-                main, rest = split_weight(W, weight, dtype, dropped is not None)
+                (main, rest), rows = merged_parts(weight, adapters, rows, dtype, dropped is not None)
                 merged = main, rest if rest is not None and cache.finds_update(rest) else None
                 if options.keep_weight and dropped is None and cache.keeps:
                     cache.merged = merged

@@ -48,6 +48,10 @@ class RowGains(NamedTuple):
     gain: Tensor
     regular: bool = False
 
+    def of_rows(self, rows: slice) -> RowGains:
+        """Those of some rows of the weight."""
+        return RowGains(self.norm[rows], self.gain[rows], self.regular)
+
 
 class Adapter(NamedTuple):
     """What the formulas need of one adapter.
@@ -73,6 +77,11 @@ class Adapter(NamedTuple):
     def with_tensors(self, A: Tensor | None, B: Tensor | None, magnitude: Tensor | None) -> Adapter:
         """The adapter with these tensors instead of its own. torch 2.6 can compile neither `_replace` nor a slice."""
         return Adapter(A, B, magnitude, self.scaling, self.strength, self.norm_grad, self.rows)
+
+    def of_rows(self, rows: slice) -> Adapter:
+        """The adapter of some rows of the weight, without n and g."""
+        B, m = (None if t is None else t[rows] for t in (self.B, self.magnitude))
+        return Adapter(self.A, B, m, self.scaling, self.strength, self.norm_grad)
 
     def of_pass(self, rows: RowGains | None) -> Adapter:
         """The adapter with n and g, without its tensors."""
@@ -282,6 +291,15 @@ def merge_adapters(
             W = torch.add(W0, W - W0, alpha=adapter.strength)
         merged = W if merged is None else merged + (W - W0)
     return laid_out_like(W0 if merged is None else merged, weight), tuple(found)
+
+
+def joined_rows(blocks: Sequence[RowGains | None]) -> RowGains | None:
+    """Joins n and g of one adapter from blocks of rows; None where it has no magnitude."""
+    found = [block for block in blocks if block is not None]
+    if not found:
+        return None
+    norm, gain = torch.cat([block.norm for block in found]), torch.cat([block.gain for block in found])
+    return RowGains(norm, gain, all(block.regular for block in found))
 
 
 def row_gains_of(V: Tensor, adapter: Adapter) -> RowGains | None:

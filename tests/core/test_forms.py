@@ -12,7 +12,7 @@ from torch import nn
 
 from dora_mm.core import DoRASpec, adapt_layer
 from dora_mm.core import functional as dora
-from dora_mm.core.forms import adapted_product, choose_form
+from dora_mm.core.forms import adapted_product, choose_form, merged_parts, split_weight
 from dora_mm.core.kinds import restore_layer
 from dora_mm.core.passes import Options
 from tests.core import reference
@@ -404,3 +404,35 @@ def test_dropout_of_an_input_that_is_not_contiguous(method):
     transposed = x.transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(transposed, x)
     torch.testing.assert_close(dX(transposed), dX(x))
+
+
+@pytest.mark.parametrize("has_dropout", [False, True])
+@pytest.mark.parametrize(
+    ("base", "shape"), [("bfloat16", (700, 24)), ("float32", (512, 6, 3, 3)), ("float16", (1000, 8))]
+)
+def test_a_weight_in_half_precision_is_built_in_blocks_of_rows(base, shape, has_dropout):
+    """As it is built at once, but for the order of summation in products: n and g are those of V in float64."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(*shape, generator=g).to(getattr(torch, base))
+    B, A = torch.randn(shape[0], 3, generator=g), torch.randn(3, *shape[1:], generator=g)
+    adapters = [dora.Adapter(A, B, 1.1 * dora.row_norm(weight), 0.5), dora.Adapter(A, B, None, 0.5, 0.7)]
+    dtype = torch.bfloat16 if base == "float32" else weight.dtype
+    parts, rows = merged_parts(weight, adapters, None, dtype, has_dropout)
+    W, expected_rows = dora.merge_adapters(weight, adapters)
+    for part, expected in zip(parts, split_weight(W, weight, dtype, has_dropout), strict=True):
+        torch.testing.assert_close(part, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    V = weight.double().flatten(1) + 0.5 * B.double() @ A.double().flatten(1)
+    for found in (rows, expected_rows):
+        torch.testing.assert_close(found[0].norm.double(), V.norm(dim=1), rtol=1e-6, atol=0)
+        assert found[1] is None
+    known, again = merged_parts(weight, adapters, rows, dtype, has_dropout)
+    assert again is rows
+    assert all(map(torch.equal, known, parts))
+
+
+def test_a_fresh_adapter_on_many_rows_of_half_precision_changes_no_bit():
+    layer = nn.Linear(40, 601).bfloat16()
+    x = torch.randn(300, 40).bfloat16()
+    before = layer(x)
+    adapt_layer(layer, DoRASpec(rank=4))
+    assert torch.equal(layer(x), before)
