@@ -1,6 +1,5 @@
 """The time and memory that a run took."""
 
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -8,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 
 STATUS = Path("/proc/self/status")
@@ -31,4 +31,8 @@ def peak_memory_mb() -> float:
     if STATUS.exists():  # on Linux, ru_maxrss starts at the resident size of the parent process
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 2**10
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource  # there is none on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

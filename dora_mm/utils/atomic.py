@@ -5,11 +5,12 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from dora_mm.utils.lock import check_lock
+from dora_mm.utils.lock import NOFOLLOW, check_lock
 from dora_mm.utils.partials import partial_of
 
 if TYPE_CHECKING:
@@ -73,12 +74,14 @@ def open_to_append(path: Path) -> TextIO:
     Raises:
         OSError: It cannot be opened, or is a link.
     """
-    return open(path, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+    return open(path, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | NOFOLLOW, 0o666))
 
 
 def flush(path: Path) -> None:
     """Waits until the content of a file, or the directory entries of a folder, are on disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if sys.platform == "win32" and path.is_dir():
+        return  # Windows opens no folder
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

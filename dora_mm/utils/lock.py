@@ -4,7 +4,6 @@ The lock (`flock`) counts on its machine, and on others where the file system ha
 that do not see it there is the file: it names the writer, which touches it every 10 s.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -21,10 +20,17 @@ from typing import NamedTuple
 from dora_mm.utils import partials
 from dora_mm.utils.partials import is_running, remove_partials
 
+try:
+    import fcntl
+except ImportError:  # on Windows, where the file alone says who writes
+    fcntl = None
+
 log = logging.getLogger(__name__)
 LOCK = ".lock"  # the name of the file
 HEARTBEAT = 10.0  # seconds from one sign of life to the next
 SILENCE = 60.0  # seconds without one, after which the writer of another machine counts as dead
+
+NOFOLLOW, NONBLOCK = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)  # Windows has neither
 
 _held: dict[Path, "FolderLock"] = {}  # the locks of this process, by their folders
 
@@ -62,7 +68,8 @@ class FolderLock:
             os.close(self._descriptor)
             raise
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(self.writer._asdict()).encode(), 0)
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
+        os.write(self._descriptor, json.dumps(self.writer._asdict()).encode())
         self._released = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
 
@@ -85,16 +92,18 @@ class FolderLock:
         self._released.set()
         with suppress(ValueError, OSError):
             self.check()
+            if fcntl is None:
+                os.close(self._descriptor)  # Windows removes no file that is open
             self.path.unlink()
-        os.close(self._descriptor)
+        if fcntl is not None:
+            os.close(self._descriptor)
 
     def _opened(self) -> tuple[int, bool | None]:
         """A descriptor of the file; and whether that is locked now, None where the file system has no locks."""
         while True:
             descriptor = self._own_file()
-            is_locked: bool | None = True
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_locked = _lock(descriptor)
             except OSError as error:
                 is_locked = False if error.errno in (EAGAIN, EACCES) else None
             with suppress(FileNotFoundError):
@@ -105,7 +114,7 @@ class FolderLock:
     def _own_file(self) -> int:
         """A descriptor of the file, which is made where it is missing: what a link leads to is not written to."""
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | NOFOLLOW | NONBLOCK, 0o666)
         except OSError as error:
             if error.errno != ELOOP:
                 raise
@@ -160,6 +169,18 @@ class FolderLock:
                 return
             except OSError:  # a network file system that is away for a moment
                 continue
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Locks a file; None where there are no such locks.
+
+    Raises:
+        OSError: Another process has locked it, or the file system has no locks.
+    """
+    if fcntl is None:
+        return None
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return True
 
 
 @contextmanager
