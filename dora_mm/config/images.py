@@ -240,7 +240,8 @@ class PreserveConfig(Section):
     """Holds the model at what it is without adapter, on prompts that should not change.
 
     A loss of its own: the distance (`loss.type`) of the prediction from that of the base model, mean over its pictures,
-    times `weight`, beside the mean over the training's. Its pictures are those of the batch, at the same noise, or those of folders of role preserve.
+    times `weight`, beside the mean over the training's. Its pictures are those of the batch, at the same noise, or
+    those of folders of role preserve.
     """
 
     # Of these pictures: "" for no prompt, or a class such as "an icon"; null: their captions without data.placeholder,

@@ -1,6 +1,6 @@
 """The loss of image models: what the denoiser predicts for latents that were noised to a random time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,18 @@ from dora_mm.utils.losses import LossSum
 
 GAMMA = 5.0  # of Min-SNR, where a config leaves it to us: that of its authors
 DELTA = 0.1  # of pseudo-Huber, likewise: kohya's `huber_c`
+
+
+def pseudo_huber(d: torch.Tensor, delta: float) -> torch.Tensor:
+    """2 delta (sqrt(d^2 + delta^2) - delta): d^2 far below delta, 2 delta |d| far above; a small d does not cancel."""
+    return 2 * delta * d.square() / ((d.square() + delta**2).sqrt() + delta)
+
+
+DISTANCES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {  # of a difference, and delta
+    "mse": lambda d, _: d.square(),
+    "l1": lambda d, _: d.abs(),
+    "huber": pseudo_huber,
+}
 
 
 @dataclass(frozen=True)
@@ -103,18 +115,8 @@ class DiffusionTask:
         return each * self.weights(times)
 
     def distance(self, predicted: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """The distance of every element of two predictions (B, C, h, w), float32, by the `type` of the config.
-
-        With d the difference: d^2; |d|; or pseudo-Huber, 2 delta (sqrt(d^2 + delta^2) - delta), which is d^2 far below
-        delta and 2 delta |d| far above, written so that a small d does not cancel.
-        """
-        size = (predicted.float() - wanted.float()).abs()
-        if self.config.type == "l1":
-            return size
-        if self.config.type == "mse":
-            return size.square()
-        delta = self.config.delta or DELTA
-        return 2 * delta * size.square() / ((size.square() + delta**2).sqrt() + delta)
+        """The distance of every element of two predictions (B, C, h, w), float32, by the `type` of the config."""
+        return DISTANCES[self.config.type](predicted.float() - wanted.float(), self.config.delta or DELTA)
 
     @torch.no_grad()
     def base_prediction(self, batch: ConditionedLatents, noised: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
