@@ -22,7 +22,7 @@ from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.images.prompts import fill
 from dora_mm.eval.images.scores import format_interval, metrics_table, scores_per_image, summarize, write_json
-from dora_mm.eval.statistics import Interval, bootstrap
+from dora_mm.eval.statistics import Interval, mean_interval
 from dora_mm.formats.adapter_file import find_file
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.formats.identity import adapter_digest
@@ -141,7 +141,7 @@ def score(
         scored[name] = scores_per_image(scores.cells(config.style) | cosines.get(name, {}))
     write_manifest(run.path, entries_of(config, run, images, concepts, scored))
     similarity = {
-        name: {key: bootstrap(values.reshape(-1, len(seeds))) for key, values in row.items()}
+        name: {key: mean_interval(values.reshape(-1, len(seeds)), over_runs=False) for key, values in row.items()}
         for name, row in cosines.items()
     }
     report(config, run, judge, metrics, similarity)

@@ -239,6 +239,13 @@ class EvalStyleConfig(PicturesConfig):
     plain_prompts: Items[Text] = ()  # that do not ask for the style; empty: six things
     seeds: Annotated[Items[Seed], Field(min_length=1)] = (0, 1)  # one image per prompt and seed
     clip_model: ModelPath | None = None  # a folder or hub name of open_clip; null: the embedded encoder
+    timm_model: ModelPath | None = None  # a folder or hub name of timm, such as of DINOv2, instead; null: none
+
+    @model_validator(mode="after")
+    def _has_one_encoder(self) -> "EvalStyleConfig":
+        if self.clip_model and self.timm_model:
+            raise ValueError("give either clip_model or timm_model")
+        return self
 
 
 def check_templates(**templates: str) -> list[str]:
