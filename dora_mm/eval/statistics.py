@@ -66,9 +66,9 @@ def mean_interval(
 
     Where all values are -1, all 0 or all 1, as differences of shares can be, it is the binomial one of K concepts.
 
-    Misses in 4,000 simulations, nominal 5 %: MEANS. With 40 concepts and 3 runs 1.8, 4.6, 5.4, 5.2 % where runs differ
-    by 0, 0.2, 0.5, 1 standard deviations of the noise of single images; 4.5, 5.0, 6.2, 7.1 % where concepts differ as
-    well.
+    Of normal values of 5 to 40 concepts it misses 4.2 to 5.8 % (nominal 5), of skewed ones 5.1 to 6.4 %; the percentile
+    bootstrap 16, 11, 8 % of 5, 8, 24 concepts. With 40 concepts and 3 runs 1.4, 4.4, 5.1, 4.7 % where runs differ by 0,
+    0.2, 0.5, 1 standard deviations of the noise of single images; 2.6, 4.2, 6.5, 7.3 % where concepts differ as well.
 
     Args:
         values_KS: One value per concept and seed, (K, S).
@@ -94,7 +94,8 @@ def share_interval(values_KS: np.ndarray, *, over_runs: bool = True, least: floa
     and Graubard, 1998, Survey Methodology 24). It never excludes a share that K successes of K, or none, leave
     possible: with few failures the variance is known too badly.
 
-    SHARES
+    It misses 0 to 5.6 % (nominal 5) of shares of 0.5 to 0.95 of 5 to 40 concepts that differ or not, with 1 or 3 seeds,
+    or 3 runs that differ; a t interval cut at 0 and 1 up to 15 %, the percentile bootstrap up to 77 %.
 
     Args:
         values_KS: One value from 0 to 1 per concept and seed, (K, S).
@@ -179,7 +180,8 @@ def jackknife(sizes: Sequence[int], statistic: Callable[..., float]) -> Interval
     For statistics that repeated rows change, as they do a mean over pairs of pictures in bootstrap resamples. Of a mean
     it is `mean_interval` over the same rows.
 
-    JACK
+    Of variety, and of likeness among pictures, it misses 2.6 to 4.8 % (nominal 5) with 5 to 60 prompts or pictures; the
+    percentile bootstrap over pictures 15 to 48 %, since each is in many pairs.
 
     Args:
         sizes: The length of each axis along which rows are left out (prompts, runs). Variances of the axes are added.

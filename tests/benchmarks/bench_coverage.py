@@ -15,13 +15,13 @@ from scipy.stats import norm
 
 from dora_mm.eval.images import own_style
 from dora_mm.eval.images.concepts import unit_rows
+from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.statistics import (
     LEVEL,
     Gaussian,
     Interval,
     Spread,
     frechet_distance,
-    jackknife,
     mean_interval,
     share_interval,
 )
@@ -148,28 +148,27 @@ def measured(found: list[Interval], truth: float, name: str) -> dict[str, str]:
 
 
 def frechet_rows(num: int, seed: int) -> list[dict[str, str]]:
-    """The Fréchet distance of pictures whose distribution is that of the style, or half as wide; 32 dimensions."""
+    """The Fréchet distance of pictures whose distribution is that of the judge's style, or half as wide."""
     rng, rows = np.random.default_rng(seed), []
-    variances = 80.0 * 0.85 ** np.arange(32)
-    real = Gaussian(np.zeros(32), np.diag(variances))
-    for scale, count in product((1.0, 0.5), (24, 40, 120)):
-        truth = frechet_distance(Gaussian(np.zeros(32), np.diag(scale * variances)), real)
-        plain, corrected = [], []
-        for _ in range(num):
-            x_ND = rng.normal(size=(count, 32)) * np.sqrt(scale * variances)
+    for style, real in Judge.load(Path("samples/judge")).style_space.real.items():
+        for scale, count in product((1.0, 0.5), (24, 40, 120)):
+            drawn = Gaussian(real.mean, scale * real.covariance)
+            truth, plain, corrected = frechet_distance(drawn, real), [], []
+            for _ in range(num):
+                x_ND = rng.multivariate_normal(drawn.mean, drawn.covariance, size=count)
 
-            def distance(kept: np.ndarray, x_ND: np.ndarray = x_ND) -> float:
-                return frechet_distance(Gaussian.of(x_ND[kept]), real)
+                def distance(kept: np.ndarray, x_ND: np.ndarray = x_ND, real: Gaussian = real) -> float:
+                    return frechet_distance(Gaussian.of(x_ND[kept]), real)
 
-            plain.append(jackknife([count], distance))
-            left_out = [distance(np.delete(np.arange(count), index)) for index in range(count)]
-            spread = Spread((count - 1) * float(np.var(left_out)), count - 1)
-            corrected.append(spread.around(count * plain[-1].mean - (count - 1) * float(np.mean(left_out))))
-        row = {"variance": str(scale), "pictures": str(count), "truth": f"{truth:.1f}"}
-        for name, found in (("plain", plain), ("corrected", corrected)):
-            row |= {f"{name}_mean": f"{np.mean([each.mean for each in found]):.1f}", **measured(found, truth, name)}
-        rows.append(row)
-        print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+                left_out = [distance(np.delete(np.arange(count), index)) for index in range(count)]
+                spread = Spread((count - 1) * float(np.var(left_out)), count - 1)
+                plain.append(spread.around(distance(np.arange(count))))
+                corrected.append(spread.around(count * plain[-1].mean - (count - 1) * float(np.mean(left_out))))
+            row = {"style": style, "variance": str(scale), "pictures": str(count), "truth": f"{truth:.1f}"}
+            for name, found in (("plain", plain), ("corrected", corrected)):
+                row |= {f"{name}_mean": f"{np.mean([each.mean for each in found]):.1f}", **measured(found, truth, name)}
+            rows.append(row)
+            print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     return rows
 
 
