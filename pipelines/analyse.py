@@ -5,7 +5,6 @@ scored_trainings.csv and scores.csv; and of runs that have measured gradients (t
 """
 
 import logging
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 
 from dora_mm.config.loader import load_config
 from dora_mm.eval.gradients import GradientShape, read_gradients
-from dora_mm.eval.statistics import Interval
+from dora_mm.eval.statistics import Interval, columns
 from dora_mm.studies.analysis import distinct_names, find_sources, read_points
 from dora_mm.studies.campaigns.rows import TrainingRows, rows_file
 from dora_mm.studies.config import CompareConfig
@@ -79,7 +78,7 @@ def main(
     if scored:
         write_text(folder / "scored_trainings.csv", csv_records([cells_of(each._asdict()) for each in scored]))
     if related:
-        found = [cells_of({"of_each_training": name, **each.as_dict()}) for name, each in related.items()]
+        found = [{"of_each_training": name, **columns(each, "{:.6g}")} for name, each in related.items()]
         write_text(folder / "scores.csv", csv_records(found))
     if gradients:
         write_text(folder / "gradients.csv", csv_records(gradients))
@@ -163,9 +162,7 @@ def about_gradients(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def shown(interval: Interval | None) -> str:
-    if interval is None or math.isnan(interval.low):
-        return "-" if interval is None else f"{interval.mean:.3g}"
-    return f"{interval.mean:.3g} ({interval.low:.3g} to {interval.high:.3g})"
+    return "-" if interval is None else interval.text("{:.3g}")
 
 
 def cells_of(values: Mapping[str, str | float]) -> dict[str, str]:
@@ -183,7 +180,5 @@ def numbers(method: str, found: ChangePattern) -> dict[str, str]:
     counts = {"trainings": found.num_runs, "matrices": found.num_matrices, "points": found.num_points}
     row = {"method": method, **{name: str(count) for name, count in counts.items()}}
     for name in ("slope", "correlation", "dM", "dD"):
-        interval: Interval | None = getattr(found, name)
-        ends = interval.as_dict() if interval else dict.fromkeys(("mean", "low", "high"))
-        row |= {f"{name}_{end}": "" if value is None else f"{value:.6g}" for end, value in ends.items()}
+        row |= {f"{name}_{end}": text for end, text in columns(getattr(found, name), "{:.6g}").items()}
     return row

@@ -22,7 +22,7 @@ from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.images.prompts import fill
 from dora_mm.eval.images.scores import format_interval, metrics_table, scores_per_image, summarize, write_json
-from dora_mm.eval.statistics import Interval, bootstrap
+from dora_mm.eval.statistics import Interval, mean_interval
 from dora_mm.formats.adapter_file import find_file
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.formats.identity import adapter_digest
@@ -31,6 +31,7 @@ from dora_mm.models.images.families import files_identity, load_image_model
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.sampling.before_after import sample_merged
 from dora_mm.sampling.grids import sheet
+from dora_mm.sampling.jobs.picture import PLAIN
 from dora_mm.sampling.manifest import ManifestEntry, read_manifest, recorded_digests, write_manifest
 from dora_mm.sampling.sheets import save_atomically
 from dora_mm.train.run import check_reopened, evaluation_run
@@ -67,6 +68,7 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
     check_reopened(config, inputs_of(config))
     device = default_device()
     model = load_image_model(config.model).to(device)
+    model.check_rescale(config.draw.guidance_rescale, "draw.guidance_rescale")
     judge.check_model(model.resolution, module_digest(model.networks["vae"]))
     if config.adapter:
         load_adapter(model, config.adapter)
@@ -139,7 +141,7 @@ def score(
         scored[name] = scores_per_image(scores.cells(config.style) | cosines.get(name, {}))
     write_manifest(run.path, entries_of(config, run, images, concepts, scored))
     similarity = {
-        name: {key: bootstrap(values.reshape(-1, len(seeds))) for key, values in row.items()}
+        name: {key: mean_interval(values.reshape(-1, len(seeds)), over_runs=False) for key, values in row.items()}
         for name, row in cosines.items()
     }
     report(config, run, judge, metrics, similarity)
@@ -209,7 +211,8 @@ def image_settings(
     template = config.flat_prompt if row == BARE_FLAT else config.prompt
     adapter = config.adapter.model_dump() if config.adapter and row == ADAPTER else {}
     common = {"adapter": adapter.get("path"), "strength": adapter.get("strength"), "model": config.model.path}
-    common |= config.draw.model_dump(exclude={"batch_size"})
+    drawn = config.draw.model_dump(exclude={"batch_size"})
+    common |= {key: value for key, value in drawn.items() if key not in PLAIN or value != PLAIN[key]}
     for concept, seed in product(concepts, config.concepts.seeds):
         yield concept.code, {"prompt": fill(template, concept), "thing": concept.name, "seed": seed, **common}
 

@@ -24,6 +24,7 @@ from dora_mm.eval.images import own_style
 from dora_mm.eval.images.clip import ClipSimilarity
 from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.scores import scores_per_image, write_json
+from dora_mm.eval.images.timm_encoder import TimmEncoder
 from dora_mm.formats.identity import adapter_digest
 from dora_mm.models.images.families import files_identity
 from dora_mm.preview.captions import PLACEHOLDER, THINGS, example_prompts, shared_word
@@ -32,6 +33,7 @@ from dora_mm.sampling.grids import below, sheet
 from dora_mm.sampling.jobs.picture import Picture, template
 from dora_mm.sampling.manifest import write_manifest
 from dora_mm.sampling.model import LoadedModel, find_adapters, load_model, model_of
+from dora_mm.sampling.reconstructed import reconstructed
 from dora_mm.sampling.sheets import label, save_atomically, thumbnail
 from dora_mm.sampling.trainings import as_in_sheets, training_of
 from dora_mm.train.run import check_reopened, evaluation_run
@@ -42,12 +44,14 @@ log = logging.getLogger(__name__)
 BARE, ADAPTER, TRAINING, DIFFERENCE = "bare model", "adapter", "training pictures", "adapter minus bare"
 STYLED, PLAIN = "prompts in the style", "prompts without it"
 SHOWN = 5  # of the best and the worst
+BACKGROUND = "white"  # of transparent pictures
 EMBEDDED = (
     "encoder: EfficientNet-Lite0, trained on photographs of things; it reads no prompts, and its cosines are high for "
-    "all pictures: compare rows, not numbers. clip_model names a better one."
+    "all pictures: compare rows, not numbers. clip_model or timm_model (DINOv2) names a better one."
 )
 MEANING = (
-    "likeness: mean cosine with the training pictures (of these: with the others); the nearest of them: near 1, one "
+    "The training pictures went through the model's size and VAE. likeness: mean cosine with them (of these: with the "
+    "others); the nearest of them: near 1, one "
     "is copied; variety: 1 minus the mean cosine of pictures with each other; drift: 1 minus the cosine with the bare "
     "model's picture of the same prompt and seed, which should be small without the style."
 )
@@ -90,7 +94,8 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
     with evaluation_run(config, inputs) as run:
         job = loaded.draw(run.path, pictures, config.batch_size)
         job.raise_failures()
-        score(config, run, job, vectors, images, styled, plain)
+        training = vectors.of_images(reconstructed(loaded.model, images, BACKGROUND))
+        score(config, run, job, vectors, training, images, styled, plain)
 
 
 # --- what is drawn ---------------------------------------------------------------------------------------------------
@@ -139,10 +144,13 @@ def pictures_of(config: EvalStyleConfig, prompts: Sequence[str]) -> list[Picture
 def vectors_of(config: EvalStyleConfig, loaded: LoadedModel) -> Vectors:
     """The encoder that the config names, or the embedded one."""
     device = loaded.model.device
-    if config.clip_model is None:
-        return Vectors(partial(own_style.embedded_vectors, Encoder(device)), None, EMBEDDED)
-    clip = ClipSimilarity(resolve_model(config.clip_model, "clip_model"), device, "clip_model")
-    return Vectors(clip.embed_images, clip.embed_texts, f"encoder: {config.clip_model}")
+    if config.clip_model is not None:
+        clip = ClipSimilarity(resolve_model(config.clip_model, "clip_model"), device, "clip_model")
+        return Vectors(clip.embed_images, clip.embed_texts, f"encoder: {config.clip_model}")
+    if config.timm_model is not None:
+        encoder = TimmEncoder(resolve_model(config.timm_model, "timm_model"), device)
+        return Vectors(encoder.embed_images, None, f"encoder: {config.timm_model}, which reads no prompts")
+    return Vectors(partial(own_style.embedded_vectors, Encoder(device)), None, EMBEDDED)
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
@@ -153,26 +161,26 @@ def score(
     run: RunDirectory,
     job: PictureJob,
     vectors: Vectors,
+    training: np.ndarray,
     images: Sequence[CaptionedImage],
     styled: Sequence[str],
     plain: Sequence[str],
 ) -> None:
     """Scores the pictures, and writes and prints the table."""
     num_seeds, cut = len(config.seeds), len(styled) * len(config.seeds)
-    drawn = vectors.of_images([load_rgb(job.file(index), "white") for index in range(len(job.pictures))])
-    training = vectors.of_images([load_rgb(image.path, "white") for image in images])
+    drawn = vectors.of_images([load_rgb(job.file(index), BACKGROUND) for index in range(len(job.pictures))])
     bare, adapted = np.split(drawn, 2)
     rows, cells = {}, {}
     for part, prompts, chosen in ((STYLED, styled, slice(None, cut)), (PLAIN, plain, slice(cut, None))):
         texts = np.repeat(vectors.of_texts(prompts), num_seeds, axis=0) if vectors.of_texts else None
         both = {
-            BARE: own_style.scores_of(bare[chosen], training, texts),
-            ADAPTER: own_style.scores_of(adapted[chosen], training, texts, bare[chosen]),
+            BARE: own_style.scores_of(bare[chosen], training, num_seeds, texts),
+            ADAPTER: own_style.scores_of(adapted[chosen], training, num_seeds, texts, bare[chosen]),
         }
-        cells |= {f"{name}, {part}": found for name, found in both.items()}
-        rows |= {f"{name}, {part}": own_style.intervals(found, num_seeds) for name, found in both.items()}
-        rows[f"{DIFFERENCE}, {part}"] = own_style.differences(both[ADAPTER], both[BARE], num_seeds)
-    rows[TRAINING] = own_style.intervals(own_style.among_themselves(training), 1)
+        cells |= {f"{name}, {part}": found.cells for name, found in both.items()}
+        rows |= {f"{name}, {part}": own_style.intervals(found) for name, found in both.items()}
+        rows[f"{DIFFERENCE}, {part}"] = own_style.differences(both[ADAPTER], both[BARE])
+    rows[TRAINING] = own_style.intervals(own_style.among_themselves(training))
     order = [f"{name}, {part}" for name in (BARE, ADAPTER) for part in (STYLED, PLAIN)]
     scores = [each for name in order for each in scores_per_image(cells[name])]
     write_manifest(run.path, [replace(entry, scores=each) for entry, each in zip(job.entries(), scores, strict=True)])
@@ -221,6 +229,6 @@ def save_extremes(
 
 def training_thumbnail(path: Path, size: tuple[int, int]) -> Image.Image:
     """A training picture, as large as the drawn ones at most."""
-    picture = load_rgb(path, "white")
+    picture = load_rgb(path, BACKGROUND)
     picture.thumbnail(size, Image.Resampling.LANCZOS)
     return picture

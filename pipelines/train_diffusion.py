@@ -80,6 +80,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         if config.train.compile:
             check_compiler(accelerator.device)
         model = load_image_model(config.model).to(accelerator.device, denoiser=not config.train.shard)
+        model.check_rescale(config.sample.guidance_rescale, "sample.guidance_rescale")
         check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is read and encoded
         check_initial_file(config.adapter, model)
     images, held = hold_out(read_images(config.data, "train"), config.data)

@@ -210,7 +210,8 @@ class DataConfig(Section):
 
 
 class LossConfig(Section):
-    type: Literal["mse", "huber", "l1"] = "mse"  # distance between prediction and target
+    type: Literal["mse", "huber", "l1"] = "mse"  # distance between prediction and target; huber: pseudo-Huber
+    delta: Positive | None = None  # of huber: where it turns from squared to absolute, at all noise levels; null: 0.1
     # Of models that predict noise or v: gamma of Min-SNR loss weights; auto: 5; null: every timestep has weight 1
     min_snr_gamma: float | str | None = "auto"
     noise_offset: NonNegative = 0.0  # of these models: standard deviation of noise that is constant over an image
@@ -226,17 +227,21 @@ class LossConfig(Section):
         return gamma
 
     @model_validator(mode="after")
-    def _bias_is_of_uniform(self) -> "LossConfig":
+    def _keys_have_an_effect(self) -> "LossConfig":
+        problems = []
         if self.timestep_bias and self.timesteps == "logit_normal":
-            raise ValueError("timestep_bias has no effect on timesteps logit_normal: leave one of them out")
-        return self
+            problems.append("timestep_bias has no effect on timesteps logit_normal: leave one of them out")
+        if self.delta is not None and self.type != "huber":
+            problems.append(f"delta has no effect on type {self.type}: set type=huber, or leave it out")
+        return raise_problems(self, problems)
 
 
 class PreserveConfig(Section):
     """Holds the model at what it is without adapter, on prompts that should not change.
 
-    A loss of its own: (prediction - that of the base model)^2, mean over its pictures, times `weight`, beside the mean
-    over the training's. Its pictures are those of the batch, at the same noise, or those of folders of role preserve.
+    A loss of its own: the distance (`loss.type`) of the prediction from that of the base model, mean over its pictures,
+    times `weight`, beside the mean over the training's. Its pictures are those of the batch, at the same noise, or
+    those of folders of role preserve.
     """
 
     # Of these pictures: "" for no prompt, or a class such as "an icon"; null: their captions without data.placeholder,

@@ -32,6 +32,7 @@ def _checked_size(size: int) -> int:
 
 
 PixelSize = Annotated[int, AfterValidator(_checked_size)]  # SDXL's VAE maps 8 x 8 pixels to one latent
+Rescale = Annotated[float, Field(ge=0, le=1)]  # how much of the contrast that guidance adds is taken back
 
 
 class SheetConfig(Section):
@@ -43,12 +44,14 @@ class SheetConfig(Section):
     every: Count = 0  # optimizer steps between sheets; 0: only at the end
     steps: PositiveInt = 25  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale
+    guidance_rescale: Rescale = 0.0  # against the contrast that guidance adds; 0.7 for zero terminal SNR
     batch_size: PositiveInt = 1  # images per batch
 
     @model_validator(mode="after")
-    def _negative_prompt_has_an_effect(self) -> "SheetConfig":
-        if self.negative_prompt is not None and self.guidance <= WITHOUT_GUIDANCE:
-            raise ValueError(f"negative_prompt has no effect at guidance {self.guidance:g}: leave it out")
+    def _guidance_has_an_effect(self) -> "SheetConfig":
+        for key in ("negative_prompt", "guidance_rescale") if self.guidance <= WITHOUT_GUIDANCE else ():
+            if getattr(self, key) not in (None, 0.0):
+                raise ValueError(f"{key} has no effect at guidance {self.guidance:g}: leave it out")
         return self
 
 
@@ -94,10 +97,11 @@ class PicturesConfig(PipelineConfig):
     adapter: AdapterChoice | None = None  # null: the base model
     # plain: prompts are text; a1111: with weights such as (word:1.3), alternatives {a|b} by seed, and BREAK
     prompt_syntax: PromptSyntax = "plain"
-    # Left out, these three are those of the sheets of the adapter's training, where its file says them
+    # Left out, these four are those of the sheets of the adapter's training, where its file says them
     negative_prompt: str | None = None  # null: none
     steps: PositiveInt = 25  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale
+    guidance_rescale: Rescale = 0.0  # against the contrast that guidance adds; 0.7 for zero terminal SNR
     scheduler: SchedulerName | None = None  # null: the model's own
     height: PixelSize | None = None  # pixels; null: the model's native size
     width: PixelSize | None = None  # pixels; null: the model's native size
@@ -186,6 +190,7 @@ class DrawConfig(Section):
 
     steps: PositiveInt = 20  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale
+    guidance_rescale: Rescale = 0.0  # against the contrast that guidance adds; 0.7 for zero terminal SNR
     negative_prompt: str | None = None  # null: none
     batch_size: PositiveInt = 16  # images per batch
 
@@ -234,6 +239,13 @@ class EvalStyleConfig(PicturesConfig):
     plain_prompts: Items[Text] = ()  # that do not ask for the style; empty: six things
     seeds: Annotated[Items[Seed], Field(min_length=1)] = (0, 1)  # one image per prompt and seed
     clip_model: ModelPath | None = None  # a folder or hub name of open_clip; null: the embedded encoder
+    timm_model: ModelPath | None = None  # a folder or hub name of timm, such as of DINOv2, instead; null: none
+
+    @model_validator(mode="after")
+    def _has_one_encoder(self) -> "EvalStyleConfig":
+        if self.clip_model and self.timm_model:
+            raise ValueError("give either clip_model or timm_model")
+        return self
 
 
 def check_templates(**templates: str) -> list[str]:

@@ -43,6 +43,7 @@ def sample_merged(
             seeds,
             steps=settings.steps,
             guidance=settings.guidance,
+            guidance_rescale=settings.guidance_rescale,
             negative_prompt=settings.negative_prompt,
             batch_size=settings.batch_size,
             description=description,
@@ -106,7 +107,7 @@ def before_after_sheet(
     """
     prompts = list(config.prompts)
     jobs, seeds = prompts * len(config.seeds), [seed for seed in config.seeds for _ in prompts]
-    settings = config.model_dump(include={"steps", "guidance", "negative_prompt", "batch_size"})
+    settings = config.model_dump(include={"steps", "guidance", "guidance_rescale", "negative_prompt", "batch_size"})
     kinds = {"before": 0.0} if config.before_after and not full else {}
     kinds |= {"after": strength} | ({"average": strength} if average else {})
     drawn = {}

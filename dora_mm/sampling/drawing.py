@@ -153,13 +153,7 @@ class PictureJob:
 
     def _settings(self, index: int) -> dict[str, Any]:
         picture = self.pictures[index]
-        left_out = (
-            "row",
-            "adapters",
-            "file",
-            "folder",
-            *(["prompt_syntax"] if picture.prompt_syntax == "plain" else []),
-        )
+        left_out = ("row", "adapters", "file", "folder", *picture.unsaid)
         settings = {name: value for name, value in vars(picture).items() if name not in left_out}
         adapter = adapters_text(picture.adapters)
         return {**settings, "adapter": adapter, "model": self.descriptions[index].model.path}

@@ -103,7 +103,7 @@ class LoadedModel:
         """Checks that pictures can be drawn.
 
         Raises:
-            ValueError: A size, a scheduler or an adapter does not fit the model.
+            ValueError: A size, a scheduler, a setting or an adapter does not fit the model.
         """
         self.check_sizes(pictures)
         self.check_schedulers(pictures)
@@ -111,9 +111,13 @@ class LoadedModel:
             raise ValueError(
                 f"prompt_syntax a1111 is not for {self.model.title}, whose encoder takes no weights: use plain"
             )
+        for picture in pictures:
+            self.model.check_rescale(picture.guidance_rescale, f"row {picture.row}: guidance_rescale")
         self.check_adapters(pictures)
-        if unguided := [p for p in pictures if p.negative_prompt and p.guidance <= WITHOUT_GUIDANCE]:
-            log.warning("%d pictures have a negative prompt without effect: their guidance is at most 1", len(unguided))
+        unguided = [picture for picture in pictures if picture.guidance <= WITHOUT_GUIDANCE]
+        for key in ("negative_prompt", "guidance_rescale"):
+            if found := [picture for picture in unguided if getattr(picture, key)]:
+                log.warning("%d pictures have a %s without effect: their guidance is at most 1", len(found), key)
         prompts = [text for p in pictures for text in (p.prompt, p.negative_prompt) if text]
         if cut := self.model.cut(list(dict.fromkeys(prompts))):
             most = self.model.most_tokens

@@ -167,6 +167,7 @@ def parameters_text(description: Description, scheduler: str) -> str:
         "Sampler": name,
         **({"Schedule type": kind} if kind else {}),
         "CFG scale": f"{settings['guidance']:g}",
+        **({"CFG Rescale": f"{settings['guidance_rescale']:g}"} if "guidance_rescale" in settings else {}),
         "Seed": seed,
         "Size": f"{settings['width']}x{settings['height']}",
         **({"Model hash": model.file_digest[:10]} if model.file_digest else {}),

@@ -23,7 +23,7 @@ MOST_COLUMNS = 16  # of a table: more seeds go to another sheet
 TALLEST = 1.25  # times the width of a sheet
 Column = tuple[int | None, float]  # the seed and the strength of a column; without a seed rows have it
 OWN = ("seed", "strength")  # what a row of a job has several of, which are then its columns
-OTHERS = ("adapters", "negative_prompt", "steps", "guidance", "scheduler", "width", "height")
+OTHERS = ("adapters", "negative_prompt", "steps", "guidance", "guidance_rescale", "scheduler", "width", "height")
 
 
 def save_sheets(job: PictureJob) -> list[Path]:
@@ -138,6 +138,7 @@ def label(picture: Picture, shown: Sequence[str]) -> str:
         "negative_prompt": f"negative: {picture.negative_prompt}" if picture.negative_prompt else "",
         "steps": f"{picture.steps} steps",
         "guidance": f"guidance {picture.guidance:g}",
+        "guidance_rescale": f"rescale {picture.guidance_rescale:g}",
         "scheduler": picture.scheduler or "the model's own scheduler",
         "seed": f"seed {picture.seed}",
     }

@@ -17,7 +17,12 @@ from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.utils import yaml12
 
 log = logging.getLogger(__name__)
-OF_SHEETS = ("steps", "guidance", "negative_prompt")  # keys that `sample` of a training and configs of pictures share
+OF_SHEETS = (
+    "steps",
+    "guidance",
+    "guidance_rescale",
+    "negative_prompt",
+)  # keys that `sample` of a training and configs of pictures share
 PicturesT = TypeVar("PicturesT", bound=PicturesConfig)
 
 
@@ -47,7 +52,7 @@ def as_in_sheets(config: PicturesT, adapters: Mapping[str, Path]) -> PicturesT:
             default holds, and a warning says so.
 
     Returns:
-        The config, with the steps, guidance and negative prompt of the training where it gives none.
+        The config, with the steps, guidance, its rescale and negative prompt of the training where it gives none.
     """
     sheets = [found for file in adapters.values() if (found := sheets_of(file))]
     chosen = {}
@@ -60,7 +65,7 @@ def as_in_sheets(config: PicturesT, adapters: Mapping[str, Path]) -> PicturesT:
         else:
             found, own = " and ".join(map(_text, values)), _text(getattr(config, key))
             log.warning("The trainings of these adapters drew with %s %s, and this draws with %s", key, found, own)
-    if shown := [f"{key} {_text(value)}" for key, value in chosen.items() if value is not None]:
+    if shown := [f"{key} {_text(value)}" for key, value in chosen.items() if value not in (None, 0.0)]:
         log.info("Drawn as the sheets of the training: %s", ", ".join(shown))
     return config.model_copy(update=chosen)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dora_mm.eval.statistics import LEVEL, NUM_RESAMPLES, Interval, mean_interval, paired_difference
+from dora_mm.eval.statistics import LEVEL, NUM_RESAMPLES, Interval, columns, mean_interval, paired_difference
 from dora_mm.studies.variants import NAMES, Variant, contrasts
 from dora_mm.utils.tables import csv_records, markdown_records
 
@@ -18,6 +18,8 @@ half the width of that score's interval, between rates interpolated along their 
 end of what was tried. Width: of that band in doublings of the rate. Around: the mean of the best rate and its two
 neighbours, which are others where best rates differ. In brackets: 95 % intervals over things or images and, where there
 are several, trainings; widths and best rates over things alone, since all rates have only the first seed in common."""
+
+SCORES = (0.0, np.inf)  # the lowest and the highest possible one; CIDEr can be above 1
 
 
 class CurvePoint(NamedTuple):
@@ -33,7 +35,7 @@ class CurvePoint(NamedTuple):
     @property
     def interval(self) -> Interval:
         """The mean score with its interval."""
-        return mean_interval(self.cells_KS)
+        return mean_interval(self.cells_KS, bounds=SCORES)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class RateCurve:
     def half_width(self) -> float:
         """Half the width of the interval of the highest score of the first seed."""
         highest = self.first_KR[:, [int(self.first_KR.mean(axis=0).argmax())]]
-        found = mean_interval(highest)
+        found = mean_interval(highest, bounds=SCORES)
         return (found.high - found.low) / 2
 
     def open_ends(self) -> list[float]:
@@ -159,7 +161,7 @@ def curves_csv(curves: Mapping[Variant, RateCurve]) -> str:
                 "learning_rate": f"{rate:g}",
                 "trainings": str(len(point.seeds)),
                 "first_seed": f"{point.cells_KS[:, 0].mean():.4f}",
-                **{end: f"{value:.4f}" for end, value in point.interval.as_dict().items()},
+                **columns(point.interval, "{:.4f}"),
             }
             for variant, curve in curves.items()
             for rate, point in curve.points.items()
@@ -239,7 +241,7 @@ def _compared(
 
 def shown(interval: Interval, digits: int = 3) -> str:
     """Returns "0.512 (0.401 to 0.623)"."""
-    return f"{interval.mean:.{digits}f} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
+    return interval.text(f"{{:.{digits}f}}")
 
 
 def marked(interval: Interval, digits: int = 3) -> str:

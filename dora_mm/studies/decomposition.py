@@ -6,7 +6,6 @@ rows. Shapes: P points, of M matrices and R runs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -139,7 +138,7 @@ def over_matrices_and_runs(
     """
     names = [np.unique(matrices), np.unique(runs)]
     if len(names[0]) < 2:
-        return Interval(float(statistic(values)), math.nan, math.nan)
+        return Interval(float(statistic(values)))
     axes = list(zip((matrices, runs), names, strict=True))[: 2 if len(names[1]) > 1 else 1]
 
     def of_some(*kept: np.ndarray) -> float:

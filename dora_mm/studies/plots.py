@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dora_mm.eval.statistics import Interval, bootstrap
-from dora_mm.studies.curves import RateCurve
+from dora_mm.eval.statistics import Interval, mean_interval
+from dora_mm.studies.curves import SCORES, RateCurve
 from dora_mm.studies.decomposition import ChangePattern, WeightPoint
 from dora_mm.studies.variants import NAMES, Variant
 
@@ -110,7 +110,7 @@ def plot_curves(
 
 def _plot_curve(panel: Any, curve: RateCurve, label: str) -> None:
     means = curve.first_KR.mean(axis=0)
-    intervals = [bootstrap(column[:, None]) for column in curve.first_KR.T]
+    intervals = [mean_interval(column[:, None], bounds=SCORES) for column in curve.first_KR.T]
     (line,) = panel.plot(list(curve.points), means, label=label, linewidth=1.2)
     ends = [interval.low for interval in intervals], [interval.high for interval in intervals]
     panel.fill_between(list(curve.points), *ends, color=line.get_color(), alpha=0.12, linewidth=0)

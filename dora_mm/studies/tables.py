@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from dora_mm.eval.images.scores import METRICS, Scores, format_interval, metric_cells
-from dora_mm.eval.statistics import Interval, paired_difference
+from dora_mm.eval.statistics import Interval, columns, paired_difference
 from dora_mm.eval.vl.intervals import HEADINGS, AnswerScores, intervals, minus, points
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.studies.variants import Variant, contrasts
@@ -34,10 +34,9 @@ class Result:
         """An entry of the summary as text, empty where there is none."""
         return form.format(self.summary[key]) if key in self.summary else ""
 
-    def ends(self, key: str, show: Callable[[float], str]) -> dict[str, str]:
+    def ends(self, key: str, form: str, scale: float = 1.0) -> dict[str, str]:
         """The mean, lower and upper end of a metric, empty where there is none, by their headings in a CSV file."""
-        found = self.scores.get(key)
-        return {f"{key}_{end}": show(getattr(found, end)) if found else "" for end in ("mean", "low", "high")}
+        return {f"{key}_{end}": text for end, text in columns(self.scores.get(key), form, scale).items()}
 
 
 def contrasts_table(
@@ -93,7 +92,7 @@ def picture_results_csv(results: Sequence[Result]) -> str:
     for result in results:
         record = {"name": result.name, "parameters": result.entry("parameters"), "learning_rate": result.rate}
         for key in METRICS:
-            record |= result.ends(key, "{:.4f}".format)
+            record |= result.ends(key, "{:.4f}")
         records.append(record)
     return csv_records(records)
 
@@ -143,7 +142,7 @@ def vl_results_csv(results: Sequence[Result]) -> str:
         record = {"name": result.name, "parameters": result.entry("parameters")}
         record |= {"trainable_share": result.entry("trainable_share", "{:.4f}"), "learning_rate": result.rate}
         for key in keys:
-            record |= result.ends(key, lambda share: f"{100 * share:.3f}")
+            record |= result.ends(key, "{:.3f}", 100.0)
         record |= {"seconds_per_step": result.entry("seconds_per_step", "{:.4f}")}
         records.append(record | {"peak_memory_mb": result.entry("peak_memory_mb", "{:.0f}")})
     return csv_records(records)

@@ -1,10 +1,9 @@
 """The loss of image models: what the denoiser predicts for latents that were noised to a random time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from dora_mm.config.images import LossConfig
 from dora_mm.core import base_model
@@ -12,8 +11,20 @@ from dora_mm.data.images.buckets import Framing
 from dora_mm.models.images.image_model import ImageModel, Prompt
 from dora_mm.utils.losses import LossSum
 
-PER_ELEMENT = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
 GAMMA = 5.0  # of Min-SNR, where a config leaves it to us: that of its authors
+DELTA = 0.1  # of pseudo-Huber, likewise: kohya's `huber_c`
+
+
+def pseudo_huber(d: torch.Tensor, delta: float) -> torch.Tensor:
+    """2 delta (sqrt(d^2 + delta^2) - delta): d^2 far below delta, 2 delta |d| far above; a small d does not cancel."""
+    return 2 * delta * d.square() / ((d.square() + delta**2).sqrt() + delta)
+
+
+DISTANCES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {  # of a difference, and delta
+    "mse": lambda d, _: d.square(),
+    "l1": lambda d, _: d.abs(),
+    "huber": pseudo_huber,
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class DiffusionTask:
         return LossSum(total, weights.sum())
 
     def changes(self, batch: ConditionedLatents, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-        """How far the prediction is from the base model's: the squared difference of each image (B,), float32.
+        """How far the prediction is from the base model's, by the distance of the loss: of each image (B,), float32.
 
         Args:
             batch: B images, with captions as both read them.
@@ -84,7 +95,7 @@ class DiffusionTask:
         times = times.to(batch.latents.device)
         noised = self.noise.noised(batch.latents, noise, times)
         base = self.base_prediction(batch, noised, times)
-        change = (self._predict(batch, noised, times).float() - base.float()).square()
+        change = self.distance(self._predict(batch, noised, times), base)
         return change.mean(dim=(1, 2, 3)) * self.weights(times)
 
     def losses(self, batch: ConditionedLatents, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
@@ -93,15 +104,19 @@ class DiffusionTask:
         noised = self.noise.noised(batch.latents, noise, times)
         predicted = self._predict(batch, noised, times)
         target = self.noise.target(batch.latents, noise, times)
-        error = PER_ELEMENT[self.config.type](predicted.float(), target.float(), reduction="none")
+        error = self.distance(predicted, target)
         if batch.masks is None:
             return error.mean(dim=(1, 2, 3)) * self.weights(times)
         counts = batch.masks.to(error)
         each = _masked_mean(error.mean(dim=1), counts)
         if batch.base_prompts is not None:
-            change = (predicted.float() - self.base_prediction(batch, noised, times).float()).square()
+            change = self.distance(predicted, self.base_prediction(batch, noised, times))
             each = each + _masked_mean(change.mean(dim=1), 1 - counts)
         return each * self.weights(times)
+
+    def distance(self, predicted: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """The distance of every element of two predictions (B, C, h, w), float32, by the `type` of the config."""
+        return DISTANCES[self.config.type](predicted.float() - wanted.float(), self.config.delta or DELTA)
 
     @torch.no_grad()
     def base_prediction(self, batch: ConditionedLatents, noised: torch.Tensor, times: torch.Tensor) -> torch.Tensor:

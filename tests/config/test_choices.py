@@ -23,7 +23,7 @@ from dora_mm.preview.training import PRECISIONS
 from dora_mm.preview.vl_memory import BITS
 from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.targets import MAPS, derived
-from dora_mm.tasks.diffusion import PER_ELEMENT
+from dora_mm.tasks.diffusion import DISTANCES
 from dora_mm.train.schedule import SHAPES
 
 REGISTRIES: list[tuple[type[Section], str, Iterable[str]]] = [
@@ -35,7 +35,7 @@ REGISTRIES: list[tuple[type[Section], str, Iterable[str]]] = [
     (PicturesConfig, "backend", BACKENDS),
     (ScheduleConfig, "name", SHAPES),
     (TrainConfig, "mixed_precision", ("no", *PRECISIONS)),
-    (LossConfig, "type", PER_ELEMENT),
+    (LossConfig, "type", DISTANCES),
     (ModelConfig, "dtype", DTYPES),
     (VLMModelConfig, "dtype", DTYPES),
     (VLMModelConfig, "quantization", BITS),

@@ -252,6 +252,7 @@ def test_a_run_is_named_after_its_file_whatever_that_is_called(write):
         (["optimizer.lr=1"], "adamw destroys the weights from 1 on: --set optimizer.lr=0.0001"),
         (["optimizer.name=schedule_free", "optimizer.lr=1"], "schedule_free destroys the weights from 1 on"),
         (["sample.guidance=1", "sample.negative_prompt=red"], "negative_prompt has no effect at guidance 1"),
+        (["sample.guidance=1", "sample.guidance_rescale=0.7"], "guidance_rescale has no effect at guidance 1"),
         (["train.shard=true"], "train.shard needs adapter.cache norms"),
         (["train.shard=true", "adapter.cache=norms", "train.compile=true"], "train.shard is not for train.compile"),
     ],

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -42,6 +43,24 @@ def test_samples_equal_plain_diffusers(tiny):
         width=64,
     ).images[0]
     assert np.array_equal(pixels(ours), pixels(theirs))
+
+
+def test_rescaled_guidance_is_that_of_diffusers(tiny):
+    """On a model that predicts v and whose last noise level has no signal."""
+    settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    tiny.components["scheduler"] = EulerDiscreteScheduler.from_config(tiny.scheduler.config, **settings)
+    plain, ours = (sample(tiny, ["a bus"], [5], steps=3, guidance=7.0, guidance_rescale=r)[0] for r in (0.0, 0.7))
+    theirs = tiny.pipeline()(
+        "a bus",
+        generator=torch.Generator().manual_seed(5),
+        num_inference_steps=3,
+        guidance_scale=7.0,
+        guidance_rescale=0.7,
+        height=64,
+        width=64,
+    ).images[0]
+    assert np.array_equal(pixels(ours), pixels(theirs))
+    assert np.abs(pixels(ours) - pixels(plain)).max() > 5
 
 
 def test_strength_zero_is_the_base_model(tiny):

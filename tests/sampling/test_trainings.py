@@ -16,8 +16,10 @@ def adapters(tmp_path):
         files = {}
         for number, count in enumerate(steps):
             files[str(number)] = tmp_path / f"{number}.safetensors"
-            about = None if count is None else {"config": f"sample: {{steps: {count}, guidance: 3.0, prompts: [a]}}"}
-            save_file({"a": torch.zeros(1)}, files[str(number)], about)
+            sample = f"{{steps: {count}, guidance: 3.0, guidance_rescale: 0.5, prompts: [a]}}"
+            save_file(
+                {"a": torch.zeros(1)}, files[str(number)], None if count is None else {"config": f"sample: {sample}"}
+            )
         return files
 
     return write
@@ -30,6 +32,7 @@ def job(**given):
 def test_what_a_config_leaves_out_is_that_of_the_training(adapters):
     config = as_in_sheets(job(guidance=7.0), adapters(20))
     assert (config.steps, config.guidance, config.negative_prompt) == (20, 7.0, None)
+    assert as_in_sheets(job(), adapters(20)).guidance_rescale == 0.5
     assert as_in_sheets(job(negative_prompt=None, steps=25), adapters(20)).steps == 25
 
 

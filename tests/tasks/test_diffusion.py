@@ -113,14 +113,30 @@ def test_timesteps_are_drawn_with_the_configured_density(bias):
         assert (times < 1000 * share).double().mean() == pytest.approx(share ** (bias + 1), abs=0.01)
 
 
+@pytest.mark.parametrize("delta", [None, 0.01, 2.0])
 @pytest.mark.parametrize("kind", ["mse", "l1", "huber"])
-def test_loss_types(kind):
+def test_loss_types(kind, delta):
     batch = make_batch()
-    task = make_task(lambda noisy, times: torch.zeros_like(noisy), type=kind, min_snr_gamma=None)
-    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(3))
-    size = noise.abs()
-    expected = {"mse": size**2, "l1": size, "huber": torch.where(size < 1, size**2 / 2, size - 0.5)}[kind].mean()
-    assert torch.allclose(task.loss(batch, torch.Generator().manual_seed(3)).mean, expected, rtol=1e-5)
+    settings = {"delta": delta} if kind == "huber" else {}
+    task = make_task(lambda noisy, times: torch.zeros_like(noisy), type=kind, min_snr_gamma=None, **settings)
+    size = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(3)).abs().double()
+    c = delta or 0.1
+    expected = {"mse": size**2, "l1": size, "huber": 2 * c * ((size**2 + c**2).sqrt() - c)}[kind].mean()
+    assert task.loss(batch, torch.Generator().manual_seed(3)).mean == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_pseudo_huber_is_the_square_far_below_delta_and_a_multiple_of_the_size_far_above():
+    task = make_task(lambda noisy, times: noisy, type="huber")
+    small, large = torch.full((1, 1, 1, 1), 1e-5), torch.full((1, 1, 1, 1), 1e3)
+    zero = torch.zeros(1, 1, 1, 1)
+    assert task.distance(small, zero).item() == pytest.approx(1e-10, rel=1e-4)
+    assert task.distance(large, zero).item() == pytest.approx(2 * 0.1 * 1e3, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["mse", "l1"])
+def test_delta_without_effect_is_refused(kind):
+    with pytest.raises(ValueError, match=f"delta has no effect on type {kind}: set type=huber, or leave it out"):
+        LossConfig(type=kind, delta=0.1)
 
 
 def test_unsupported_predictions_are_refused():

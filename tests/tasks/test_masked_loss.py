@@ -64,11 +64,18 @@ def test_each_image_has_the_mean_over_its_own_mask(tiny, masked):
     torch.testing.assert_close(found, torch.stack(expected))
 
 
-@pytest.mark.parametrize("networks", [("unet",), ("unet", "text_encoder", "text_encoder_2")])
-def test_outside_the_mask_the_base_model_is_the_target(tiny, masked, networks):
+DISTANCES = {"mse": torch.square, "l1": torch.abs, "huber": lambda d: 2 * 0.1 * ((d**2 + 0.1**2).sqrt() - 0.1)}
+
+
+@pytest.mark.parametrize(
+    ("networks", "kind"),
+    [(("unet",), "mse"), (("unet",), "l1"), (("unet",), "huber"), (("unet", "text_encoder", "text_encoder_2"), "mse")],
+)
+def test_outside_the_mask_the_base_model_is_the_target(tiny, masked, networks, kind):
+    """At the distance of the loss, so that inside and outside weigh alike."""
     adapt(tiny, *networks)
     batches = masked(parts=networks, floor=0.0, outside="base")
-    batch, task = batches(0), DiffusionTask(tiny, LossConfig(min_snr_gamma=None))
+    batch, task = batches(0), DiffusionTask(tiny, LossConfig(min_snr_gamma=None, type=kind))
     noise, times = drawn(task, batch)
     with torch.no_grad():
         found = task.losses(batch, noise, times)
@@ -78,7 +85,7 @@ def test_outside_the_mask_the_base_model_is_the_target(tiny, masked, networks):
         for name in networks:
             set_strength(tiny.networks[name], 0.0)
         base = tiny.predict(noised, times, batches(0).prompts, batch.framings)
-    outside, change = 1 - batch.masks, ((own - base) ** 2).mean(1)
+    outside, change = 1 - batch.masks, DISTANCES[kind](own - base).mean(1)
     total = outside.sum((1, 2))
     expected = inside + (outside * change).sum((1, 2)) / torch.where(total > 0, total, 1)
     torch.testing.assert_close(found, expected)

@@ -3,14 +3,17 @@
 Shapes: N pictures, M training pictures, D dimensions of unit vectors, K prompts, S seeds.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import nan
 
 import numpy as np
 from PIL import Image
 
 from dora_mm.eval.images.concepts import unit_rows
 from dora_mm.eval.images.encoder import Encoder
-from dora_mm.eval.statistics import Interval, bootstrap
+from dora_mm.eval.statistics import Interval, jackknife
 from dora_mm.utils.tables import markdown_table
 
 LIKENESS, NEAREST, VARIETY, TEXT, DRIFT = "likeness", "nearest", "variety", "prompt", "drift"
@@ -21,6 +24,7 @@ HEADINGS = {
     TEXT: "likeness to the prompt",
     DRIFT: "drift from the bare model",
 }
+DIGITS = "{:.3f}"  # cosines of pictures are close to each other
 
 
 def embedded_vectors(encoder: Encoder, images: Sequence[Image.Image]) -> np.ndarray:
@@ -29,78 +33,111 @@ def embedded_vectors(encoder: Encoder, images: Sequence[Image.Image]) -> np.ndar
     return unit_rows(np.concatenate([unit_rows(features.texture), unit_rows(features.content)], axis=1))
 
 
-def likeness(drawn_ND: np.ndarray, training_MD: np.ndarray) -> dict[str, np.ndarray]:
-    """The mean cosine of each picture with the training pictures, and that with the nearest one, (N,) each."""
-    cosines_NM = drawn_ND @ training_MD.T
-    return {LIKENESS: cosines_NM.mean(axis=1), NEAREST: cosines_NM.max(axis=1)}
+@dataclass(frozen=True)
+class StyleScores:
+    """Scores of pictures, some of which compare the pictures with each other.
+
+    Attributes:
+        single: Scores of each picture alone by name, (N,) each.
+        pairwise: Scores by name that follow from the cosines of pictures with each other (N, N): (N,) each.
+        cosines_NN: These cosines.
+        num_seeds: Pictures of each prompt, which follow each other.
+    """
+
+    single: Mapping[str, np.ndarray]
+    pairwise: Mapping[str, Callable[[np.ndarray], np.ndarray]]
+    cosines_NN: np.ndarray
+    num_seeds: int
+
+    @property
+    def num_prompts(self) -> int:
+        """K."""
+        return len(self.cosines_NN) // self.num_seeds
+
+    @property
+    def cells(self) -> dict[str, np.ndarray]:
+        """All scores of each picture by name, (N,) each."""
+        return {**self.single, **{name: score(self.cosines_NN) for name, score in self.pairwise.items()}}
+
+    def mean(self, name: str, prompts: np.ndarray) -> float:
+        """The mean of a score over the pictures of some prompts, which are compared with each other alone.
+
+        NaN where it compares pictures and there is one.
+        """
+        rows = (prompts[:, None] * self.num_seeds + np.arange(self.num_seeds)).ravel()
+        if name in self.single:
+            return float(self.single[name][rows].mean())
+        if len(rows) < 2:
+            return nan
+        return float(self.pairwise[name](self.cosines_NN[np.ix_(rows, rows)]).mean())
 
 
-def variety(drawn_ND: np.ndarray) -> np.ndarray:
+def with_others(cosines_NN: np.ndarray) -> np.ndarray:
+    """The mean cosine of each picture with the others, (N,)."""
+    return (cosines_NN.sum(axis=1) - cosines_NN.diagonal()) / (len(cosines_NN) - 1)
+
+
+def variety(cosines_NN: np.ndarray) -> np.ndarray:
     """1 minus the mean cosine of each picture with the others, (N,): 0 where all pictures are one."""
-    others = max(len(drawn_ND) - 1, 1)
-    return 1 - ((drawn_ND @ drawn_ND.T).sum(axis=1) - 1) / others
+    return 1 - with_others(cosines_NN)
 
 
-def drift(drawn_ND: np.ndarray, bare_ND: np.ndarray) -> np.ndarray:
-    """1 minus the cosine of each picture with the bare model's of the same prompt and seed, (N,)."""
-    return 1 - (drawn_ND * bare_ND).sum(axis=1)
-
-
-def among_themselves(training_MD: np.ndarray) -> dict[str, np.ndarray]:
-    """The scores of the training pictures, each compared with the others, (M,) each."""
-    cosines_MM = training_MD @ training_MD.T
-    others = max(len(training_MD) - 1, 1)
-    nearest_M = (cosines_MM - 3 * np.eye(len(training_MD))).max(axis=1)
-    return {
-        LIKENESS: (cosines_MM.sum(axis=1) - 1) / others,
-        NEAREST: nearest_M,
-        VARIETY: variety(training_MD),
-    }
+def nearest_other(cosines_NN: np.ndarray) -> np.ndarray:
+    """The cosine of each picture with the nearest other one, (N,)."""
+    return (cosines_NN - 3 * np.eye(len(cosines_NN))).max(axis=1)
 
 
 def scores_of(
     drawn_ND: np.ndarray,
     training_MD: np.ndarray,
+    num_seeds: int,
     texts_ND: np.ndarray | None = None,
     bare_ND: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:
-    """All scores of pictures by name, (N,) each.
+) -> StyleScores:
+    """All scores of drawn pictures.
 
     Args:
         drawn_ND: The pictures.
         training_MD: The training pictures.
+        num_seeds: Pictures of each prompt, which follow each other.
         texts_ND: The prompt of each; None: the encoder reads none.
         bare_ND: The bare model's picture for each; None: these are the bare model's.
     """
-    found = likeness(drawn_ND, training_MD) | {VARIETY: variety(drawn_ND)}
+    cosines_NM = drawn_ND @ training_MD.T
+    single = {LIKENESS: cosines_NM.mean(axis=1), NEAREST: cosines_NM.max(axis=1)}
     if texts_ND is not None:
-        found[TEXT] = (drawn_ND * texts_ND).sum(axis=1)
+        single[TEXT] = (drawn_ND * texts_ND).sum(axis=1)
     if bare_ND is not None:
-        found[DRIFT] = drift(drawn_ND, bare_ND)
-    return found
+        single[DRIFT] = 1 - (drawn_ND * bare_ND).sum(axis=1)
+    pairwise = {VARIETY: variety} if len(drawn_ND) > 1 else {}
+    return StyleScores(single, pairwise, drawn_ND @ drawn_ND.T, num_seeds)
 
 
-def intervals(cells: Mapping[str, np.ndarray], num_seeds: int) -> dict[str, Interval]:
-    """The means of scores of K * S pictures, with 95 % intervals over prompts."""
-    return {name: bootstrap(values.reshape(-1, num_seeds)) for name, values in cells.items()}
+def among_themselves(training_MD: np.ndarray) -> StyleScores:
+    """The scores of the training pictures, each compared with the others; none of a single one."""
+    pairwise = {LIKENESS: with_others, NEAREST: nearest_other, VARIETY: variety} if len(training_MD) > 1 else {}
+    return StyleScores({}, pairwise, training_MD @ training_MD.T, num_seeds=1)
 
 
-def differences(
-    first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], num_seeds: int
-) -> dict[str, Interval]:
-    """The mean paired differences of the scores that both have, with 95 % intervals over prompts."""
-    shared = [name for name in first if name in second]
-    found = {name: (first[name] - second[name]).reshape(-1, num_seeds) for name in shared}
-    return {name: bootstrap(values) for name, values in found.items()}
+def intervals(scores: StyleScores) -> dict[str, Interval]:
+    """The means of all scores, with 95 % intervals over prompts: see `jackknife`."""
+    names = [*scores.single, *scores.pairwise]
+    return {name: jackknife([scores.num_prompts], partial(scores.mean, name)) for name in names}
+
+
+def differences(first: StyleScores, second: StyleScores) -> dict[str, Interval]:
+    """The differences of the scores that both have, of the same prompts and seeds, with 95 % intervals over prompts."""
+
+    def difference(name: str, prompts: np.ndarray) -> float:
+        return first.mean(name, prompts) - second.mean(name, prompts)
+
+    others = {*second.single, *second.pairwise}
+    shared = [name for name in (*first.single, *first.pairwise) if name in others]
+    return {name: jackknife([first.num_prompts], partial(difference, name)) for name in shared}
 
 
 def own_style_table(rows: Mapping[str, Mapping[str, Interval]]) -> str:
     """A Markdown table with a row per name and a column per score; "-" where a row has none."""
     shown = [name for name in HEADINGS if any(name in row for row in rows.values())]
-    body = [[name, *(_shown(row[key]) if key in row else "-" for key in shown)] for name, row in rows.items()]
+    body = [[name, *(row[key].text(DIGITS) if key in row else "-" for key in shown)] for name, row in rows.items()]
     return markdown_table(["", *(HEADINGS[key] for key in shown)], body)
-
-
-def _shown(interval: Interval) -> str:
-    """Three digits: cosines of pictures are close to each other."""
-    return f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f})"

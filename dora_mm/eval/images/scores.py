@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dora_mm.eval.images.style import CLASSES, StyleSpace, log_odds
-from dora_mm.eval.statistics import Interval, bootstrap, crossed_interval, jackknife
+from dora_mm.eval.statistics import Interval, mean_interval, share_interval
 from dora_mm.utils.atomic import write_atomically, write_text
 from dora_mm.utils.tables import markdown_table
 
@@ -131,11 +131,10 @@ METRICS = {  # key: heading, whether it is a share (printed in per cent)
 }
 
 
-BOUNDS = {True: (0.0, 1.0), False: (-np.inf, np.inf)}  # whether it is a share: lowest and highest value
-
-
 def summarize(scores: Scores, name: str, space: StyleSpace, *, over_seeds: bool) -> dict[str, Interval]:
-    """Returns the 95 % interval of every metric, by the keys of METRICS.
+    """Returns every metric with its 95 % interval, by the keys of METRICS.
+
+    The Fréchet distance has none: that of few pictures lies far above the truth, by an amount that depends on it.
 
     Args:
         scores: Of K concepts and S seeds.
@@ -144,15 +143,11 @@ def summarize(scores: Scores, name: str, space: StyleSpace, *, over_seeds: bool)
         over_seeds: Each seed is a separate training run, and intervals are over concepts and runs; otherwise they are
             over concepts.
     """
-
-    def distance(concepts: np.ndarray, seeds: np.ndarray | slice = slice(None)) -> float:
-        return space.distance(_flat(scores.projected[concepts][:, seeds]), name)
-
     found = {
-        key: crossed_interval(values, bounds=BOUNDS[METRICS[key][1]]) if over_seeds else bootstrap(values)
+        key: (share_interval if METRICS[key][1] else mean_interval)(values, over_runs=over_seeds)
         for key, values in metric_cells(scores, name).items()
     }
-    found["frechet"] = jackknife(scores.projected.shape[: 2 if over_seeds else 1], distance)
+    found["frechet"] = Interval(space.distance(_flat(scores.projected), name))
     return {key: found[key] for key in METRICS}
 
 
@@ -178,13 +173,11 @@ def _flat(x_KSD: np.ndarray) -> np.ndarray:
 
 def format_interval(interval: Interval, share: bool) -> str:
     """Returns "83 % (74 to 91)" for a share, or else "2.31 (1.80 to 2.77)"."""
-    if share:
-        return f"{100 * interval.mean:.0f} % ({100 * interval.low:.0f} to {100 * interval.high:.0f})"
-    return f"{interval.mean:.2f} ({interval.low:.2f} to {interval.high:.2f})"
+    return interval.text("{:.0f}", 100.0).replace(" (", " % (") if share else interval.text()
 
 
 def metrics_table(rows: dict[str, dict[str, Interval]]) -> str:
-    """Returns a Markdown table with a row per name, and a column with 95 % intervals per metric."""
+    """Returns a Markdown table with a row per name and a column per metric, with their intervals."""
     headings = ["", *(heading for heading, _ in METRICS.values())]
     body = [
         [name, *(format_interval(found[key], share) for key, (_, share) in METRICS.items())]

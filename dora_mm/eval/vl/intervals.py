@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.eval.statistics import Interval, mean_interval
+from dora_mm.eval.statistics import Interval, mean_interval, share_interval
 from dora_mm.eval.vl.metrics import scorer_of
 from dora_mm.registries.vl_tasks import TASKS
 
@@ -97,11 +97,20 @@ def intervals(scores: Mapping[str, AnswerScores], *, differences: bool = False) 
         members[MEAN] = list(scores.values())
     found = {}
     for key, tasks in members.items():
-        bounded = key in scores and TASKS[key].kind != "captions"
-        bounds = (-np.inf, np.inf) if differences else (0.0, 1.0 if bounded else np.inf)
         cells_GS = group_cells(tasks)
-        found[key] = mean_interval(cells_GS, bounds=bounds)
+        if differences:
+            found[key] = mean_interval(cells_GS)
+        elif TASKS[next(iter(scores)) if key == MEAN else key].kind == "captions":
+            found[key] = mean_interval(cells_GS, bounds=(0.0, np.inf))
+        else:
+            found[key] = share_interval(cells_GS, least=variance_of_independent(tasks))
     return found
+
+
+def variance_of_independent(tasks: Sequence[AnswerScores]) -> float:
+    """The variance of the mean over tasks of the mean over answers, if all answers were independent."""
+    variances = [task.values_QS.var() / max(task.values_QS.size - 1, 1) for task in tasks]
+    return float(sum(variances)) / len(tasks) ** 2
 
 
 def minus(first: Mapping[str, AnswerScores], second: Mapping[str, AnswerScores]) -> dict[str, AnswerScores]:
@@ -126,4 +135,4 @@ def gain_over_question_only(
 
 def points(interval: Interval) -> str:
     """Returns an interval in points: "65.8 (64.9 to 66.7)"."""
-    return f"{100 * interval.mean:.1f} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+    return interval.text("{:.1f}", 100.0)

@@ -3,8 +3,8 @@
 import numpy as np
 
 from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.eval.statistics import mean_interval
-from dora_mm.eval.vl.intervals import AnswerScores, group_cells, points
+from dora_mm.eval.statistics import share_interval
+from dora_mm.eval.vl.intervals import AnswerScores, group_cells, points, variance_of_independent
 from dora_mm.eval.vl.scores import AnswerScorer, VLScores, check_answered, percent
 
 
@@ -25,7 +25,8 @@ def score_preferences(predictions: Predictions) -> VLScores:
     groups = tuple(" ".join(example.images) or f"row {example.id}" for example, _ in predictions)
     notes = ()
     if len(set(groups)) > 1:
-        interval = mean_interval(group_cells([AnswerScores(np.array(values)[:, None], groups)]), bounds=(0.0, 1.0))
+        scores = AnswerScores(np.array(values)[:, None], groups)
+        interval = share_interval(group_cells([scores]), least=variance_of_independent([scores]))
         notes = (f"accuracy {points(interval)}: its 95 % interval, over images",)
     return VLScores("accuracy", metrics, notes=notes)
 

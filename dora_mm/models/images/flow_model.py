@@ -13,6 +13,7 @@ from dora_mm.data.images.latents import Latents
 from dora_mm.data.syntax import Wording
 from dora_mm.models.images.image_model import ImageModel, Prompt
 from dora_mm.models.images.noise import Flow
+from dora_mm.models.images.vae import posterior_of
 
 
 class FlowModel(ImageModel):
@@ -52,12 +53,8 @@ class FlowModel(ImageModel):
     def most_tokens(self) -> int:
         return self.settings.max_tokens
 
-    @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Latents:
-        vae = self.vae
-        with torch.autocast(vae.device.type, enabled=False):
-            found = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        return Latents(found.mode().float(), None)
+        return Latents(posterior_of(self.vae, pixels).mode().float(), None)
 
     @torch.no_grad()
     def encode_for_drawing(self, prompt: Wording, negative_prompt: Wording | None) -> Prompt:

@@ -69,6 +69,7 @@ class ImageModel(ABC):
     vae_name: ClassVar[str] = "AutoencoderKL"  # the class of diffusers
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")  # in which it computes what it should
     weighs_words: ClassVar[bool] = False  # whether `encode_for_drawing` takes prompts in pieces with weights
+    rescales_guidance: ClassVar[bool] = False  # whether its pipeline takes `guidance_rescale`
     # What files call the tables of its text encoders, where words can be new tokens; empty: they cannot
     token_tables: ClassVar[Mapping[str, str]] = {}
     predictions: ClassVar[tuple[str, ...]] = ()  # what `model.prediction` can be beside "auto"
@@ -267,6 +268,15 @@ class ImageModel(ABC):
         """
 
     # --- drawing -----------------------------------------------------------------------------------------------------
+
+    def check_rescale(self, rescale: float, key: str) -> None:
+        """Checks that the family can draw with this rescale of guidance.
+
+        Raises:
+            ValueError: It cannot; the message begins with the key.
+        """
+        if rescale and not self.rescales_guidance:
+            raise ValueError(f"{key} is not for {self.title}, whose pipeline does not take it: leave it out")
 
     @abstractmethod
     def encode_for_drawing(self, prompt: Wording, negative_prompt: Wording | None) -> Prompt:

@@ -11,7 +11,8 @@ from dora_mm.sampling.manifest import ManifestEntry
 
 # Pictures that are compared with each other agree in all of these, and in further settings as far as they can: what
 # each run has of its own, such as the name of a checkpoint, does not count.
-ALWAYS_EQUAL = ("prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height", "scheduler")
+OF_GUIDANCE = ("negative_prompt", "guidance", "guidance_rescale")
+ALWAYS_EQUAL = ("prompt", "seed", "steps", *OF_GUIDANCE, "width", "height", "scheduler")
 LARGEST_INTEGER = 2**53  # JavaScript rounds larger ones: seeds may be
 
 

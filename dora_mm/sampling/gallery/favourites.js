@@ -32,7 +32,8 @@ function showFavourites() {
 }
 
 const OF_A_JOB = [
-  "prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height", "scheduler", "adapter", "strength",
+  "prompt", "negative_prompt", "seed", "steps", "guidance", "guidance_rescale", "width", "height", "scheduler", "adapter",
+  "strength",
 ];
 
 const settingOf = (picture, name) =>
@@ -67,7 +68,7 @@ function commandOf(picture) {
   if (adapter !== null && /[+]|:[^/]*$/.test(adapter)) {
     return `dora-mm sample --replay ${quoted(`${textOf(picture.values[RUN])}/${picture.path}`)}`;
   }
-  const names = ["negative_prompt", "steps", "guidance", "width", "height", "scheduler"];
+  const names = ["negative_prompt", "steps", "guidance", "guidance_rescale", "width", "height", "scheduler"];
   const settings = [["prompts", [prompt]], ["seeds", [settingOf(picture, "seed") ?? 0]]];
   settings.push(...names.map((name) => [name, settingOf(picture, name)]), ["model.path", settingOf(picture, "model")]);
   settings.push(["adapter.path", adapter]);

@@ -20,6 +20,7 @@ ALIASES = {
     "cfg": "guidance",
     "cfg_scale": "guidance",
     "guidance_scale": "guidance",
+    "cfg_rescale": "guidance_rescale",
     "sampler": "scheduler",
     "sampler_name": "scheduler",
     "sampling_method": "scheduler",

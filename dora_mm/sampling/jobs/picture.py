@@ -11,6 +11,8 @@ from dora_mm.data.syntax import Wording, weighted
 from dora_mm.sampling.jobs.rows import JobRow, Weights
 from dora_mm.sampling.strengths import as_strength, is_zero, scaled
 
+PLAIN = {"guidance_rescale": 0.0, "prompt_syntax": "plain"}  # files have these settings only where they are others
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -28,6 +30,7 @@ class Picture:
         scheduler: The name of the scheduler; None is the model's own.
         adapters: The adapters by path, each with its strength.
         strength: The strength of all of them, by which theirs are multiplied; 0 is the base model.
+        guidance_rescale: How much of the contrast that guidance adds is taken back, 0 to 1.
         prompt_syntax: How its prompts are read: "plain", or "a1111" with weights and BREAK (see `dora_mm.data.syntax`).
         file: The name of its file, without seed and ending; None: the number of the row.
         folder: The folder of its file; None: that of all.
@@ -44,6 +47,7 @@ class Picture:
     scheduler: str | None
     adapters: Weights
     strength: float
+    guidance_rescale: float = 0.0
     prompt_syntax: str = "plain"
     file: str | None = None
     folder: str | None = None
@@ -64,19 +68,25 @@ class Picture:
     @property
     def settings(self) -> dict[str, Any]:
         """What all pictures of a batch share besides the weights, as `PictureSampler.draw` takes it."""
-        return {name: getattr(self, name) for name in ("steps", "guidance", "width", "height", "scheduler")}
+        names = ("steps", "guidance", "guidance_rescale", "width", "height", "scheduler")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def described(self) -> dict[str, Any]:
-        """The settings as files have them: with the syntax of the prompts where they are not plain text."""
-        syntax = {} if self.prompt_syntax == "plain" else {"prompt_syntax": self.prompt_syntax}
-        return {**self.settings, **syntax}
+        """The settings as files have them, with the syntax of the prompts."""
+        found = {**self.settings, "prompt_syntax": self.prompt_syntax}
+        return {name: value for name, value in found.items() if name not in self.unsaid}
+
+    @property
+    def unsaid(self) -> tuple[str, ...]:
+        """The settings that files do not have for this picture, as those of earlier versions do not."""
+        return tuple(name for name, plain in PLAIN.items() if getattr(self, name) == plain)
 
 
 def template(config: PicturesConfig, *, prompt: str = "", seed: int = 0) -> Picture:
     """A picture with the settings of a config, which rows of a job and axes of a grid replace."""
     adapters: Weights = ((config.adapter.path, as_strength(config.adapter.strength)),) if config.adapter else ()
-    names = {"negative_prompt", "steps", "guidance", "width", "height", "scheduler", "prompt_syntax"}
+    names = {"negative_prompt", "steps", "guidance", "width", "height", "scheduler", *PLAIN}
     settings = config.model_dump(include=names)
     return Picture(row=0, prompt=prompt, seed=seed, adapters=adapters, strength=1.0, **settings)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, PositiveInt, ValidationError
 
 from dora_mm.config.paths import find_path
-from dora_mm.config.pictures import PixelSize, SchedulerName
+from dora_mm.config.pictures import PixelSize, Rescale, SchedulerName
 from dora_mm.config.schema import NonNegative, Section, Seed, Text
 from dora_mm.sampling.jobs.columns import column_of, parse_scheduler
 from dora_mm.sampling.strengths import HashableStrength, parse_strength, strength_text
@@ -109,6 +109,7 @@ class JobRow(Section):
     seed: Annotated[tuple[Seed, ...], BeforeValidator(parse_seeds)] | None = None
     steps: PositiveInt | None = None
     guidance: Annotated[NonNegative, BeforeValidator(parse_number)] | None = None
+    guidance_rescale: Annotated[Rescale, BeforeValidator(parse_number)] | None = None
     width: PixelSize | None = None
     height: PixelSize | None = None
     scheduler: Annotated[SchedulerName, BeforeValidator(parse_scheduler)] | None = None

@@ -62,6 +62,7 @@ class PictureEvaluation:
         }
         self.device = default_device()
         model = self.load_model()
+        model.check_rescale(self.settings.draw.guidance_rescale, "pictures.draw.guidance_rescale")
         self.judge.check_model(model.resolution, module_digest(model.networks["vae"]))
         self.encoder = Encoder(self.device)
         self.inputs: Mapping[str, str] = {

@@ -9,7 +9,7 @@ from dora_mm.eval.images.concepts import Concept
 from dora_mm.eval.images.encoder import Features, concatenate
 from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.images.style import CLASSES, STYLES, StyleClassifier, StyleSpace
-from dora_mm.eval.statistics import bootstrap
+from dora_mm.eval.statistics import share_interval
 from samples.build.judge.concepts import fit_concepts
 from samples.build.judge.styles import class_of, fit_styles
 
@@ -76,11 +76,11 @@ def fit_judge(
     return Judge(classifier, style_space, concept_space, gallery, report, dict(origin or {}))
 
 
-def _accuracy(predicted: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+def _accuracy(predicted: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
     correct = {style: predicted[style] == list(CLASSES).index(class_of(style)) for style in STYLES}
-    intervals = {style: bootstrap(hits[:, None].astype(float)) for style, hits in correct.items()}
+    intervals = {style: share_interval(hits[:, None].astype(float)) for style, hits in correct.items()}
     pair = np.stack([correct["3d"], correct["flat"]], axis=1).astype(float)
-    intervals["3d against fluent flat"] = bootstrap(pair)
+    intervals["3d against fluent flat"] = share_interval(pair, over_runs=False)
     return {name: interval.as_dict() for name, interval in intervals.items()}
 
 

@@ -6,7 +6,6 @@ It has to be fitted once per model. `eval_diffusion` needs only its output, judg
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -20,6 +19,7 @@ from dora_mm.eval.images.style import STYLES
 from dora_mm.models.images.families import load_image_model
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.images.sdxl.encoding import denormalize_latents
+from dora_mm.models.images.vae import decoded
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from dora_mm.train.run import open_run
 from dora_mm.utils.devices import default_device
@@ -102,19 +102,6 @@ def through_model(
                 conditioned = ConditionedLatents(latents.to(model.unet.dtype), [prompt] * count, [framing] * count)
                 batch_times = times[start : start + batch_size].to(model.device)
                 latents = task.denoised(conditioned, batch_times, generator(0, start, "noise")).to(latents.dtype)
-            images += decode(model, denormalize_latents(model.vae, latents))
+            images += decoded(model.vae, denormalize_latents(model.vae, latents))
             bar.update(len(batch))
     return images
-
-
-def decode(model: ImageModel, latents: torch.Tensor) -> list[Image.Image]:
-    """The images of latents in the VAE's own scale, not normalised for the UNet."""
-    vae: Any = model.vae
-    dtype, upcast = vae.dtype, vae.dtype == torch.float16 and vae.config.force_upcast
-    if upcast:
-        vae.float()
-    pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample.float()
-    if upcast:
-        vae.to(dtype)
-    levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(level) for level in levels]

@@ -107,3 +107,18 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def timm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DINOv2's architecture, tiny, with random weights, in the format in which timm saves it for the hub."""
+    import timm
+    from timm.models import save_for_hf
+
+    folder = tmp_path_factory.mktemp("dinov2")
+    size = {"img_size": 28, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_small_patch14_dinov2", **size)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2)
+    save_for_hf(model, str(folder), model_args=size, safe_serialization=True)
+    return folder

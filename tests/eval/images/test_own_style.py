@@ -4,46 +4,125 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
+import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 
 from dora_mm.config.pictures import AdapterChoice, EvalStyleConfig
+from dora_mm.data.images.buckets import choose_bucket, frame
+from dora_mm.data.images.folder import read_captioned_images
+from dora_mm.data.images.pixels import load_rgb, render
 from dora_mm.eval.images import own_style
 from dora_mm.eval.images.concepts import unit_rows
+from dora_mm.eval.statistics import mean_interval
 from dora_mm.recipes import PIPELINES
+from dora_mm.sampling.reconstructed import reconstructed
 
 X, Y = np.eye(2)
 
 
+def cells_of(drawn, training, num_seeds=1, **others):
+    return own_style.scores_of(np.stack(drawn), np.stack(training), num_seeds, **others).cells
+
+
 def test_likeness_is_the_mean_cosine_and_the_nearest_one():
-    found = own_style.likeness(np.stack([X, unit_rows(X + Y)]), np.stack([X, Y]))
+    found = cells_of([X, unit_rows(X + Y)], [X, Y])
     np.testing.assert_allclose(found[own_style.LIKENESS], [0.5, 0.5**0.5])
     np.testing.assert_allclose(found[own_style.NEAREST], [1.0, 0.5**0.5])
 
 
 def test_variety_and_drift():
-    assert own_style.variety(np.stack([X, X, X])).tolist() == [0, 0, 0]
-    np.testing.assert_allclose(own_style.variety(np.stack([X, Y, Y])), [1, 0.5, 0.5])
-    assert own_style.drift(np.stack([X, Y]), np.stack([X, X])).tolist() == [0, 1]
+    assert cells_of([X, X, X], [X])[own_style.VARIETY].tolist() == [0, 0, 0]
+    np.testing.assert_allclose(cells_of([X, Y, Y], [X])[own_style.VARIETY], [1, 0.5, 0.5])
+    assert cells_of([X, Y], [X], bare_ND=np.stack([X, X]))[own_style.DRIFT].tolist() == [0, 1]
+    assert own_style.VARIETY not in cells_of([X], [X])  # of one picture
 
 
 def test_training_pictures_are_compared_with_the_others():
-    found = own_style.among_themselves(np.stack([X, X, Y]))
+    found = own_style.among_themselves(np.stack([X, X, Y])).cells
     np.testing.assert_allclose(found[own_style.LIKENESS], [0.5, 0.5, 0])
     np.testing.assert_allclose(found[own_style.NEAREST], [1, 1, 0])
+    assert own_style.intervals(own_style.among_themselves(X[None])) == {}
 
 
 def test_differences_are_paired_and_rows_show_what_they_have():
     rng = np.random.default_rng(0)
     first, training = unit_rows(rng.normal(size=(8, 5))), unit_rows(rng.normal(size=(3, 5)))
-    bare, adapted = own_style.scores_of(first, training), own_style.scores_of(first, training, None, first)
-    found = own_style.differences(adapted, bare, 2)
+    bare, adapted = own_style.scores_of(first, training, 2), own_style.scores_of(first, training, 2, None, first)
+    found = own_style.differences(adapted, bare)
     assert set(found) == {own_style.LIKENESS, own_style.NEAREST, own_style.VARIETY}
     assert found[own_style.LIKENESS].low <= 0 <= found[own_style.LIKENESS].high
-    rows = {"bare": own_style.intervals(bare, 2), "adapter": own_style.intervals(adapted, 2)}
+    rows = {"bare": own_style.intervals(bare), "adapter": own_style.intervals(adapted)}
     assert rows["adapter"][own_style.DRIFT].mean == pytest.approx(0)
     bare_line = own_style.own_style_table(rows).splitlines()[2]
     assert bare_line.endswith("| - |")
     assert "likeness to the prompt" not in own_style.own_style_table(rows)
+
+
+def drawn(rng, num_prompts, num_seeds):
+    """Unit vectors of pictures that share a part by prompt."""
+    prompts = 2 * np.eye(16)[0] + rng.normal(size=(num_prompts, 1, 16))
+    return unit_rows((prompts + 0.5 * rng.normal(size=(num_prompts, num_seeds, 16))).reshape(-1, 16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "num_pictures", "num_seeds"),
+    [(own_style.VARIETY, 8, 2), (own_style.LIKENESS, 20, 1), (own_style.NEAREST, 20, 1)],
+)
+def test_intervals_of_pairs_of_pictures_cover_the_truth(name, num_pictures, num_seeds):
+    """The bootstrap over pictures misses 26 to 43 %: a picture is in many pairs."""
+    rng = np.random.default_rng(2)
+
+    def scores():
+        vectors = drawn(rng, num_pictures, num_seeds)
+        few = own_style.scores_of(vectors, vectors[:1], num_seeds)
+        return few if num_seeds > 1 else own_style.among_themselves(vectors)
+
+    truth = np.mean([scores().mean(name, np.arange(num_pictures)) for _ in range(4000)])
+    found = [own_style.intervals(scores())[name] for _ in range(1000)]
+    assert 0.02 < np.mean([not each.low <= truth <= each.high for each in found]) < 0.075
+
+
+def test_the_interval_of_variety_is_that_of_pairs_and_not_of_pictures():
+    scores = own_style.scores_of(drawn(np.random.default_rng(1), 8, 2), np.eye(16)[:2], 2)
+    found, cells = own_style.intervals(scores)[own_style.VARIETY], scores.cells[own_style.VARIETY]
+    assert found.mean == pytest.approx(cells.mean())
+    of_pictures = mean_interval(cells.reshape(-1, 2), over_runs=False)
+    assert found.high - found.low > 1.5 * (of_pictures.high - of_pictures.low)
+
+
+def test_a_model_of_timm_with_its_own_preprocessing(timm_folder, tmp_path):
+    """DINOv2's architecture with random weights, against timm itself."""
+    recipe, loaded = PIPELINES.load("eval_style"), SimpleNamespace(model=SimpleNamespace(device="cpu"))
+    common = {"pipeline": "eval_style", "name": "a", "adapter": AdapterChoice(path="a.safetensors")}
+    vectors = recipe.vectors_of(EvalStyleConfig(**common, timm_model=str(timm_folder)), loaded)
+    images = [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue")]
+    model = timm.create_model(f"local-dir:{timm_folder}", pretrained=True, num_classes=0).eval()
+    transform = create_transform(**resolve_model_data_config(model))
+    with torch.no_grad():
+        expected = model(torch.stack([transform(image) for image in images])).numpy()
+    np.testing.assert_allclose(vectors.of_images(images), unit_rows(expected), atol=1e-6)
+    assert vectors.of_texts is None
+    with pytest.raises(ValueError, match="timm_model: .* contains no weights"):
+        recipe.vectors_of(EvalStyleConfig(**common, timm_model=str(tmp_path)), loaded)
+    with pytest.raises(ValueError, match="give either clip_model or timm_model"):
+        EvalStyleConfig(**common, timm_model=str(timm_folder), clip_model=str(timm_folder))
+
+
+def test_training_pictures_are_seen_through_the_size_and_the_vae_of_the_model(tiny, image_folder):
+    """Encoded and decoded by diffusers' own VAE, at the size to which a training brings them."""
+    images = read_captioned_images(image_folder, instance_prompt="a")
+    found = reconstructed(tiny, images, "white")
+    for image, picture in zip(images, found, strict=True):
+        framing = frame(image.size, choose_bucket(image.size, tiny.resolution))
+        with torch.no_grad():
+            latents = tiny.vae.encode(render(load_rgb(image.path), framing)[None]).latent_dist.mode()
+            expected = VaeImageProcessor().postprocess(tiny.vae.decode(latents).sample)[0]
+        assert np.abs(np.asarray(picture, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
+        assert picture.size == framing.target_size[::-1]
 
 
 def test_an_open_clip_model_reads_the_prompts_too(clip_folder, tmp_path):
@@ -51,9 +130,9 @@ def test_an_open_clip_model_reads_the_prompts_too(clip_folder, tmp_path):
     common = {"pipeline": "eval_style", "name": "a", "adapter": AdapterChoice(path="a.safetensors")}
     vectors = recipe.vectors_of(EvalStyleConfig(**common, clip_model=str(clip_folder)), loaded)
     images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
-    drawn, texts = vectors.of_images(images), vectors.of_texts(["red", "blue"])
-    np.testing.assert_allclose(np.linalg.norm(np.concatenate([drawn, texts]), axis=1), 1, rtol=1e-5)
-    row = own_style.intervals(own_style.scores_of(drawn, drawn, texts), 1)
+    pictures, texts = vectors.of_images(images), vectors.of_texts(["red", "blue"])
+    np.testing.assert_allclose(np.linalg.norm(np.concatenate([pictures, texts]), axis=1), 1, rtol=1e-5)
+    row = own_style.intervals(own_style.scores_of(pictures, pictures, 1, texts))
     assert "likeness to the prompt" in own_style.own_style_table({"bare": row})
     with pytest.raises(ValueError, match="clip_model: "):
         recipe.vectors_of(EvalStyleConfig(**common, clip_model=str(tmp_path)), loaded)

@@ -597,10 +597,11 @@ def test_a_strength_without_an_adapter_is_refused(job, tmp_path, capsys, row, se
 
 
 def test_prompts_with_weights_in_files_of_their_own(job, tiny_folder, capsys):
-    """What is drawn is what the words without weights draw, but for the weights; replayed, and noticed as a setting."""
+    """What is drawn is what the words without weights draw, but for the weights; replayed, and noticed as settings."""
     row = {"prompt": "a (red:1.0) {bus|car}", "file": "one", "folder": "deep/er", "negative_prompt": "grey"}
     settings = {"model__path": str(tiny_folder), "steps": 2, "prompt_syntax": "a1111"}
-    run = job(row, {**row, "prompt": "a (red:3) {bus|car}", "file": "two"}, **settings)
+    two = {**row, "prompt": "a (red:3) {bus|car}", "file": "two", "CFG rescale": 0.7}
+    run = job(row, two, **settings)
     one, two = read_manifest(run)
     assert [entry.file for entry in (one, two)] == ["samples/deep/er/one.png", "samples/deep/er/two.png"]
     assert one.settings["prompt"] in ("a (red:1.0) bus", "a (red:1.0) car")
@@ -609,7 +610,10 @@ def test_prompts_with_weights_in_files_of_their_own(job, tiny_folder, capsys):
     words = {"prompt": one.settings["prompt"].replace("(red:1.0)", "red"), "negative_prompt": "grey"}
     plain = job(words, model__path=str(tiny_folder), steps=2, output="plain")
     assert np.abs(pixels(run / one.file) - pixels(plain / "samples" / "0001-seed0.png")).max() <= 1
-    assert "prompt_syntax" not in read_manifest(plain)[0].settings
+    assert {"prompt_syntax", "guidance_rescale"}.isdisjoint(read_manifest(plain)[0].settings)
+    assert [entry.settings.get("guidance_rescale") for entry in read_manifest(run)] == [None, 0.7]
+    texts = [Image.open(run / entry.file).text["parameters"] for entry in read_manifest(run)]
+    assert ["CFG Rescale: 0.7" in text for text in texts] == [False, True]
     assert main(["sample", "--replay", str(run / two.file), "--set", "output=again"]) == 0
     assert "the same pixels" in capsys.readouterr().out
     assert main(["gallery", str(run), "--output", "page"]) == 0

@@ -242,11 +242,12 @@ def test_a_dry_run_shows_data_parts_memory_and_time(config, tmp_path, capsys):
             "does not fit the model: latent_channels: 8, not 4",
         ),
         (["model.vae=samples/tiny-sdxl/unet"], "model.vae: "),
+        (["sample.guidance_rescale=0.7"], "sample.guidance_rescale is not for Z-Image"),
     ],
 )
 def test_what_has_no_meaning_for_the_family_is_refused(config, tmp_path, capsys, monkeypatch, changes, message):
     monkeypatch.setattr(families, "load_components", None)  # found before anything is loaded, but the scheduler
-    if changes[0].startswith("loss"):
+    if changes[0].startswith(("loss", "sample")):
         monkeypatch.undo()
     assert main(["train", config(), "--set", *changes]) == 2
     assert message in capsys.readouterr().err
@@ -261,6 +262,7 @@ def test_what_has_no_meaning_for_the_family_is_refused(config, tmp_path, capsys,
             "row 1: scheduler: ddim is not for models that predict a velocity; euler is",
         ),
         (["prompt_syntax=a1111"], "prompt_syntax a1111 is not for Z-Image, whose encoder takes no weights: use plain"),
+        (["guidance_rescale=0.7"], "row 1: guidance_rescale is not for Z-Image, whose pipeline does not take it"),
         (["width=72"], "row 1: width 72 must be a multiple of 16 for Z-Image"),
     ],
 )

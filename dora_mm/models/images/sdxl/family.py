@@ -25,7 +25,7 @@ class SDXL(ImageModel):
     phases = (("tokenizer", "tokenizer_2", "scheduler"), ("text_encoder", "text_encoder_2"), ("vae",), ("unet",))
     denoiser = "unet"
     maps: ClassVar = {"unet": "sdxl-unet", "text_encoder": "clip-text", "text_encoder_2": "clip-text"}
-    cell, weighs_words = 8, True
+    cell, weighs_words, rescales_guidance = 8, True, True
     token_tables: ClassVar = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
     predictions = ("epsilon", "v_prediction")
     single_file = SingleFile(checkpoint.CONFIGS, checkpoint.tokenizers, checkpoint.scheduler_settings)

@@ -1,0 +1,32 @@
+"""Training pictures as the model could draw them at best: of its size, and through its VAE."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from dora_mm.data.images.buckets import choose_bucket, frame
+from dora_mm.data.images.folder import CaptionedImage
+from dora_mm.data.images.pixels import load_rgb, render
+from dora_mm.models.images.image_model import ImageModel
+from dora_mm.models.images.vae import decoded
+
+
+def reconstructed(model: ImageModel, images: Sequence[CaptionedImage], background: str) -> list[Image.Image]:
+    """Brings pictures to the model's size, as a training does, and through its VAE.
+
+    What the VAE loses, and sizes in which the model does not draw, would tell drawn pictures from the originals,
+    however well they are drawn.
+
+    Args:
+        model: The model.
+        images: The pictures.
+        background: What is behind transparent ones.
+    """
+    found = []
+    for image in tqdm(images, desc="training pictures", unit="picture", delay=2, leave=False, disable=None):
+        framing = frame(image.size, choose_bucket(image.size, model.resolution))
+        pixels: torch.Tensor = render(load_rgb(image.path, background), framing)
+        found += decoded(model.vae, model.encode_images(pixels[None]).mean)
+    return found
