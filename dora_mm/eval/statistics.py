@@ -228,7 +228,10 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2), computed with symmetric eigenvalue decompositions, so that
     singular covariances of few samples are fine. An estimate from N samples is too large by about tr(C) / N and a term
-    that falls like D / N: compare sets of equal size only, and in few dimensions. FRECHET
+    that falls like D / N: compare sets of equal size only, and in few dimensions.
+
+    It has no interval. 24 pictures with the distribution of a style of the judge have 62 to 101 instead of 0, and
+    around the bias-corrected estimate the jackknife misses 15 to 32 % instead of 5 (of 40 pictures 3 to 13, of 120 2).
     """
     values, vectors = np.linalg.eigh(first.covariance)
     root = (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
