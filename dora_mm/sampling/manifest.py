@@ -61,17 +61,12 @@ def read_manifest(run: Path) -> list[ManifestEntry]:
         raise ValueError(f"{file} is damaged ({error}): delete it, and repeat the command of the run") from None
 
 
-def recorded_digests(folder: Path) -> dict[str, str]:
-    """The digests of the files that the manifest in a run directory has, by their paths in it."""
-    return {entry.file: entry.digest for entry in _readable_entries(folder) if entry.digest}
-
-
-def _readable_entries(folder: Path) -> list[ManifestEntry]:
-    """The entries of a manifest; none where it is missing or damaged."""
+def recorded(folder: Path) -> dict[str, ManifestEntry]:
+    """The entries of the files that the manifest in a run directory has, by path; none where it is damaged."""
     try:
-        return read_manifest(folder)
+        return {entry.file: entry for entry in read_manifest(folder) if entry.digest}
     except ValueError:
-        return []
+        return {}
 
 
 def keep_earlier(run: Path, files: Iterable[str]) -> Path | None:
@@ -89,11 +84,11 @@ def keep_earlier(run: Path, files: Iterable[str]) -> Path | None:
     from dora_mm.utils.digest import file_digest  # imports torch, which a gallery does without
 
     before = [folder for folder in sorted((run / EARLIER).glob("*")) if folder.name.isdecimal()]
-    kept = {item for folder in before for item in recorded_digests(folder).items()}
+    kept = {(file, entry.digest) for folder in before for file, entry in recorded(folder).items()}
     found = {file: file_digest(run / file) for file in files}
     if not found.items() - kept:
         return None
-    entries = {(entry.file, entry.digest): entry for entry in _readable_entries(run)}
+    entries = {(file, entry.digest): entry for file, entry in recorded(run).items()}
     new = {  # one that was changed has no entry
         file: entries.get((file, digest), ManifestEntry(0, file, "done", 0, {}, digest))
         for file, digest in found.items()
