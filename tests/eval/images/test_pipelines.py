@@ -32,6 +32,7 @@ from tests.pipelines.killed import files_in
 
 compare = PIPELINES.load("compare")
 
+ROWS = ("bare_model_flat_prompts", "bare_model", "adapter")
 PROMPT = "a TOK icon of {thing}, in the style of TOK"
 
 
@@ -143,6 +144,20 @@ def test_eval_scores_the_bare_model_and_an_adapter(evaluation, base, tmp_path, c
     assert "concepts that it has not seen" in printed
     assert (folder / "table.md").read_text().strip() in printed
     check_manifest(folder, Scores.load(folder / "scores" / "adapter.json"))
+
+
+@pytest.mark.slow
+def test_the_bare_model_is_drawn_before_an_adapter_replaces_its_weights(evaluation, base, tmp_path):
+    full = ["--set", "adapter={method: full, rank: 2}", f"output={tmp_path / 'run'}", "sample.prompts=[]"]
+    assert main(["train", base, *full]) == 0
+    assert main(["eval", evaluation(adapter={"path": str(tmp_path / "run" / "adapter")})]) == 0
+    shutil.copytree(tmp_path / "scores", tmp_path / "full")
+    shutil.rmtree(tmp_path / "scores")
+    assert main(["eval", evaluation()]) == 0
+    rows = {name: [file_digest(f) for f in sorted((tmp_path / "full/samples" / name).iterdir())] for name in ROWS}
+    bare = [file_digest(f) for f in sorted((tmp_path / "scores/samples/bare_model").iterdir())]
+    assert rows["bare_model"] == bare
+    assert not set(rows["adapter"]) & set(bare)
 
 
 def check_manifest(folder: Path, scores: Scores) -> None:
