@@ -45,7 +45,7 @@ SAMPLES = "samples"
 SECONDS_BETWEEN_MANIFESTS = 5.0
 MOST_NAMED = 5  # files in one message
 
-Outcome = tuple[int, str | None, str | None]  # of the picture of an index: the digest of its file, or why it failed
+PictureOutcome = tuple[int, str | None, str | None]  # of the picture of an index: the digest of its file, or why it failed
 LoadAdapter = Callable[[str, HashableStrength, str], object]  # loads the adapter of a path, at a strength, under a name
 
 
@@ -144,11 +144,11 @@ class PictureJob:
             for index, picture in enumerate(self.pictures)
         ]
 
-    def outcomes(self, batch: Sequence[int]) -> list[Outcome]:
+    def outcomes(self, batch: Sequence[int]) -> list[PictureOutcome]:
         """What has become of the pictures of a batch."""
         return [(index, self.done.get(index), self.failed.get(index)) for index in batch]
 
-    def note(self, outcomes: Sequence[Outcome]) -> list[int]:
+    def note(self, outcomes: Sequence[PictureOutcome]) -> list[int]:
         """Notes what has become of the pictures of a batch in another process; returns their indices."""
         self.done |= {index: digest for index, digest, _ in outcomes if digest is not None}
         self.failed |= {index: reason for index, _, reason in outcomes if reason is not None}

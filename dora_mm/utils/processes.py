@@ -17,10 +17,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from itertools import count as numbers
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dora_mm.utils.messages import OURS
-from dora_mm.utils.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from dora_mm.utils.run_directory import RunDirectory
 
 REPORTER = "reporter"  # the key of the process that says what has ended the command
 PAUSE = 0.05  # seconds between two looks into the store
@@ -76,6 +78,8 @@ class Processes:
         Args:
             opened: The context that opens it, which only the main process enters.
         """
+        from dora_mm.utils.run_directory import RunDirectory  # here, since it reads YAML
+
         with opened if self.is_main else nullcontext() as run:
             path = self.from_main(str(run.path) if run else "")
             yield run or RunDirectory(Path(path))
