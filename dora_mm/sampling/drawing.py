@@ -37,7 +37,7 @@ from dora_mm.sampling.strengths import HashableStrength
 from dora_mm.utils import yaml12
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.lock import only_writer
-from dora_mm.utils.processes import ALONE, Processes, Share
+from dora_mm.utils.processes import ALONE, Processes, DividedWork
 from dora_mm.utils.run_directory import CONFIG, RunDirectory, is_unfinished, new_folder
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ SAMPLES = "samples"
 SECONDS_BETWEEN_MANIFESTS = 5.0
 MOST_NAMED = 5  # files in one message
 
-PictureOutcome = tuple[int, str | None, str | None]  # of the picture of an index: the digest of its file, or why it failed
+PictureOutcome = tuple[int, str | None, str | None]  # the index of a picture, the digest of its file, or why it failed
 LoadAdapter = Callable[[str, HashableStrength, str], object]  # loads the adapter of a path, at a strength, under a name
 
 
@@ -274,7 +274,7 @@ def draw(job: PictureJob, sampler: PictureSampler, load: LoadAdapter, processes:
         processes: Those that share the batches.
     """
     open_batches = [batch for batch in job.batches if any(index not in job.done for index in batch)]
-    share = Share(processes, len(open_batches))
+    share = DividedWork(processes, len(open_batches))
     with written_down(job, sum(map(len, open_batches))) if processes.is_main else nullcontext(lambda _: None) as count:
         for weights, numbers in groupby(share, key=lambda number: job.pictures[open_batches[number][0]].weights):
             with adapted(sampler.model, weights, load):

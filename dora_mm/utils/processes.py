@@ -135,7 +135,7 @@ class Processes:
 ALONE = Processes()
 
 
-class Share:
+class DividedWork:
     """Pieces of work with numbers, each of which one process does, whichever is free: some are faster than others.
 
     Args:

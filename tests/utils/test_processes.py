@@ -10,7 +10,7 @@ from torch.distributed import HashStore
 from dora_mm import cli
 from dora_mm.utils import processes
 from dora_mm.utils.devices import default_device
-from dora_mm.utils.processes import ALONE, OtherProcessError, Processes, Share, reports_end, started_together
+from dora_mm.utils.processes import ALONE, OtherProcessError, Processes, DividedWork, reports_end, started_together
 from dora_mm.utils.run_directory import RunDirectory
 
 
@@ -31,7 +31,7 @@ def launched(monkeypatch):
 
 
 def test_each_piece_is_done_by_one_process_and_the_main_one_hears_of_all(two):
-    main, other = (Share(each, 5) for each in two)
+    main, other = (DividedWork(each, 5) for each in two)
     ours, theirs = iter(main), iter(other)
     assert [next(theirs), next(ours), next(theirs)] == [0, 1, 2]
     other.tell(0, {"a": [1, None]})
@@ -45,7 +45,7 @@ def test_each_piece_is_done_by_one_process_and_the_main_one_hears_of_all(two):
 
 
 def test_one_process_does_all_and_needs_no_store():
-    share = Share(ALONE, 3)
+    share = DividedWork(ALONE, 3)
     assert [*share] == [0, 1, 2]
     share.tell(0, "done")
     assert list(share.told(wait=True)) == []
@@ -72,11 +72,11 @@ def wait_for_a_value(main, other):
 
 
 def wait_for_a_piece(main, other):
-    next(iter(Share(main, 2)))
+    next(iter(DividedWork(main, 2)))
 
 
 def wait_for_a_result(main, other):
-    share = Share(main, 2)
+    share = DividedWork(main, 2)
     share._others = [0]
     list(share.told(wait=True))
 

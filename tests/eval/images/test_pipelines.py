@@ -148,7 +148,13 @@ def test_eval_scores_the_bare_model_and_an_adapter(evaluation, base, tmp_path, c
 
 @pytest.mark.slow
 def test_the_bare_model_is_drawn_before_an_adapter_replaces_its_weights(evaluation, base, tmp_path):
-    full = ["--set", "adapter={method: full, rank: 2}", "optimizer.magnitude_lr=null", f"output={tmp_path / 'run'}", "sample.prompts=[]"]
+    full = [
+        "--set",
+        "adapter={method: full, rank: 2}",
+        "optimizer.magnitude_lr=null",
+        f"output={tmp_path / 'run'}",
+        "sample.prompts=[]",
+    ]
     assert main(["train", base, *full]) == 0
     assert main(["eval", evaluation(adapter={"path": str(tmp_path / "run" / "adapter")})]) == 0
     shutil.copytree(tmp_path / "scores", tmp_path / "full")
