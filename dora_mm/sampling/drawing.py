@@ -37,7 +37,7 @@ from dora_mm.sampling.strengths import HashableStrength
 from dora_mm.utils import yaml12
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.lock import only_writer
-from dora_mm.utils.processes import ALONE, Processes, DividedWork
+from dora_mm.utils.processes import ALONE, DividedWork, Processes
 from dora_mm.utils.run_directory import CONFIG, RunDirectory, is_unfinished, new_folder
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from torch.distributed import HashStore
 from dora_mm import cli
 from dora_mm.utils import processes
 from dora_mm.utils.devices import default_device
-from dora_mm.utils.processes import ALONE, OtherProcessError, Processes, DividedWork, reports_end, started_together
+from dora_mm.utils.processes import ALONE, DividedWork, OtherProcessError, Processes, reports_end, started_together
 from dora_mm.utils.run_directory import RunDirectory
 
 
