@@ -5,16 +5,16 @@ prompts that it knows, and with the adapter's prompts) and by the adapter. The t
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from PIL import Image
 
-from dora_mm import backend as backends
 from dora_mm.config.paths import resolve_adapter, resolve_model, resolve_path
-from dora_mm.config.pictures import AdapterChoice, EvalDiffusionConfig, JudgedStyle
+from dora_mm.config.pictures import EvalDiffusionConfig, JudgedStyle, PicturesConfig
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.eval.images.clip import ClipSimilarity, read_references
 from dora_mm.eval.images.concepts import Concept
@@ -26,19 +26,20 @@ from dora_mm.eval.statistics import Interval, mean_interval
 from dora_mm.formats.adapter_file import find_file
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.formats.identity import adapter_digest
-from dora_mm.models.images import new_tokens
-from dora_mm.models.images.families import files_identity, load_image_model
-from dora_mm.models.images.image_model import ImageModel
-from dora_mm.sampling.before_after import sample_merged
+from dora_mm.models.images.families import files_identity
+from dora_mm.sampling.drawing import PictureJob
 from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.jobs.picture import PLAIN
-from dora_mm.sampling.manifest import ManifestEntry, read_manifest, recorded_digests, write_manifest
+from dora_mm.sampling.jobs.picture import Picture
+from dora_mm.sampling.jobs.rows import Weights
+from dora_mm.sampling.manifest import write_manifest
+from dora_mm.sampling.model import load_model
 from dora_mm.sampling.sheets import save_atomically
+from dora_mm.sampling.strengths import as_strength
 from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.utils import yaml12
 from dora_mm.utils.atomic import write_text
-from dora_mm.utils.devices import default_device
-from dora_mm.utils.digest import file_digest, files_digest, module_digest
+from dora_mm.utils.digest import files_digest, module_digest
+from dora_mm.utils.processes import started_together
 from dora_mm.utils.run_directory import RunDirectory
 from dora_mm.utils.tables import markdown_table
 
@@ -52,7 +53,7 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
 
     Writes to the run directory: table.md, metrics.json, the scores of single images in scores/, the images in samples/
     with manifest.jsonl, which a gallery shows, and sheet.png. If `output` names that of the same evaluation, which was
-    stopped, the rows of the table that are drawn stay.
+    stopped, the pictures that are drawn stay.
 
     Args:
         config: The config; without `adapter` only the bare model is scored.
@@ -61,30 +62,29 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
     Raises:
         ValueError: The judge, the model, the adapter or the reference images cannot be used, or the judge was fitted
             for another model. The run directory is created only after these checks. Or `output` is that of another
-            evaluation.
+            evaluation, or some images could not be drawn; all others are then.
     """
-    judge = Judge.load(resolve_path(config.judge, "judge"))
+    processes, judge = started_together(), Judge.load(resolve_path(config.judge, "judge"))
     concepts = judge.choose(config.concepts.role, config.concepts.count)
-    check_reopened(config, inputs_of(config))
-    device = default_device()
-    model = load_image_model(config.model).to(device)
+    if processes.is_main:
+        check_reopened(config, inputs_of(config))
+    loaded = load_model(pictures_config(config), [config.adapter.path] if config.adapter else [])
+    model, device = loaded.model, loaded.model.device
     model.check_rescale(config.draw.guidance_rescale, "draw.guidance_rescale")
     judge.check_model(model.resolution, module_digest(model.networks["vae"]))
-    if config.adapter:
-        load_adapter(model, config.adapter)
+    pictures = pictures_of(config, concepts)
+    loaded.check_adapters([picture for picture in pictures if picture.weights])
     encoder = Encoder(device)
     references = read_references(config.clip.images) if config.clip and config.clip.images else []
     clip = ClipSimilarity(resolve_model(config.clip.path, "clip.path"), device) if config.clip else None
     if other := about_style(config):
         log.warning(other)
-    with evaluation_run(config, inputs_of(config)) as run:
-        adapted = {}
-        if config.adapter:
-            adapted[ADAPTER] = pictures_of(config, run, model, concepts, ADAPTER)
-            # again, since weights of method full replace those of the base; the adapted one is freed
-            model = load_image_model(config.model).to(device)
-        images = {row: pictures_of(config, run, model, concepts, row) for row in (BARE_FLAT, BARE)} | adapted
-        score(config, run, judge, encoder, clip, references, concepts, images)
+    with processes.run(evaluation_run(config, inputs_of(config))) as run:
+        job = loaded.draw(run.path, pictures, config.draw.batch_size, processes)
+        if not processes.is_main:
+            return
+        job.raise_failures()
+        score(config, run, judge, encoder, clip, references, concepts, job)
     if other:
         log.warning(other)
 
@@ -96,6 +96,11 @@ def inputs_of(config: EvalDiffusionConfig) -> dict[str, str]:
     if config.adapter:
         inputs["the adapter"] = adapter_digest(resolve_path(config.adapter.path, "adapter.path"))
     return inputs
+
+
+def pictures_config(config: EvalDiffusionConfig) -> PicturesConfig:
+    """The config of the model that the pictures are drawn with."""
+    return PicturesConfig(pipeline=config.pipeline, name=config.name, model=config.model)
 
 
 def about_style(config: EvalDiffusionConfig) -> str:
@@ -124,22 +129,23 @@ def score(
     clip: ClipSimilarity | None,
     references: list[Image.Image],
     concepts: list[Concept],
-    images: dict[str, list[Image.Image]],
+    job: PictureJob,
 ) -> None:
     """Scores the pictures, writes all files of the run directory but the pictures, and prints the table."""
     seeds = config.concepts.seeds
-    cosines = {}
+    images, cosines = images_of(job, 3 if config.adapter else 2), {}
     if clip and config.clip:
         texts = [fill(config.clip.text, concept) for concept in concepts for _ in seeds]
         cosines = {name: clip.cosines(drawn, texts, references) for name, drawn in images.items()}
-    metrics, scored = {}, {}
+    metrics, scored = {}, []
     for name, drawn in images.items():
         scores = judge.scores(encoder(drawn), concepts, seeds)
         scores.save(run.path / "scores" / f"{file_name(name)}.json")
         # Also for the bare model on flat prompts, which should be flat: how much of the style the judge sees in it.
         metrics[name] = summarize(scores, config.style, judge.style_space, over_seeds=False)
-        scored[name] = scores_per_image(scores.cells(config.style) | cosines.get(name, {}))
-    write_manifest(run.path, entries_of(config, run, images, concepts, scored))
+        scored += scores_per_image(scores.cells(config.style) | cosines.get(name, {}))
+    job.scores = dict(enumerate(scored))
+    write_manifest(run.path, job.entries())
     similarity = {
         name: {key: mean_interval(values.reshape(-1, len(seeds)), over_runs=False) for key, values in row.items()}
         for name, row in cosines.items()
@@ -148,73 +154,38 @@ def score(
     save_sheet(run, images, concepts, len(seeds))
 
 
-def pictures_of(
-    config: EvalDiffusionConfig, run: RunDirectory, model: ImageModel, concepts: list[Concept], row: str
-) -> list[Image.Image]:
-    """The pictures of one row of the table: those that an earlier process has drawn, if all are there, or new ones."""
-    chosen = [(picture_file(row, code, each["seed"]), each) for code, each in image_settings(config, row, concepts)]
-    recorded = recorded_digests(run.path)
-    files = [run.path / name for name, _ in chosen]
-    if all(
-        file.is_file() and recorded.get(name) == file_digest(file)
-        for file, (name, _) in zip(files, chosen, strict=True)
-    ):
-        log.info("The pictures of the %s are there already.", row)
-        return [load_rgb(file, "white") for file in files]
-    prompts, seeds = [each["prompt"] for _, each in chosen], [each["seed"] for _, each in chosen]
-    images = sample_merged(model, prompts, seeds, config.draw, row)
-    for file, image in zip(files, images, strict=True):
-        save_atomically(file, image)
-    others = read_manifest(run.path) if recorded else []
-    write_manifest(run.path, [*others, *entries_of(config, run, {row: images}, concepts)])
-    return images
+def pictures_of(config: EvalDiffusionConfig, concepts: Sequence[Concept]) -> list[Picture]:
+    """The pictures of all rows of the table: samples/<row of the table>/<concept>-seed<seed>.png.
+
+    The adapter's are the last ones, since weights of method full replace those of the base.
+    """
+    draw = config.draw
+    settings = draw.negative_prompt, 0, draw.steps, draw.guidance, None, None, None
+    common = Picture(0, "", *settings, (), 1.0, draw.guidance_rescale)
+    rows: list[tuple[str, str, Weights]] = [(BARE_FLAT, config.flat_prompt, ()), (BARE, config.prompt, ())]
+    if config.adapter:
+        rows.append((ADAPTER, config.prompt, ((config.adapter.path, as_strength(config.adapter.strength)),)))
+    cells = product(rows, concepts, config.concepts.seeds)
+    return [
+        replace(
+            common,
+            row=number,
+            prompt=fill(prompt, concept),
+            seed=seed,
+            adapters=adapters,
+            file=f"{concept.code}-seed{seed}",
+            folder=file_name(row),
+        )
+        for number, ((row, prompt, adapters), concept, seed) in enumerate(cells, 1)
+    ]
 
 
-def load_adapter(model: ImageModel, adapter: AdapterChoice) -> None:
-    file = resolve_path(adapter.path, "adapter.path")
-    strength: Any = adapter.strength
-    report = new_tokens.load_adapter(model, file, strength=strength, forward=backends.select("auto"))
-    log.info("%d adapted modules, %s parameters.", report.num_modules, f"{report.num_parameters:,}")
-
-
-def entries_of(
-    config: EvalDiffusionConfig,
-    run: RunDirectory,
-    images: dict[str, list[Image.Image]],
-    concepts: list[Concept],
-    scored: dict[str, list[dict[str, float]]] | None = None,
-) -> list[ManifestEntry]:
-    """The manifest's entries of pictures samples/<row of the table>/<concept>-seed<seed>.png, with their scores."""
-    entries: list[ManifestEntry] = []
-    for name, drawn in images.items():
-        first_batch = entries[-1].batch + 1 if entries else 1
-        scores_of_row = scored[name] if scored else [{}] * len(drawn)
-        rows = zip(image_settings(config, name, concepts), drawn, scores_of_row, strict=True)
-        for index, ((code, settings), image, scores) in enumerate(rows):
-            file = picture_file(name, code, settings["seed"])
-            batch = first_batch + index // config.draw.batch_size
-            settings |= {"width": image.width, "height": image.height}
-            digest = file_digest(run.path / file)
-            entries.append(ManifestEntry(len(entries) + 1, file, "done", batch, settings, digest, scores=scores))
-    return entries
-
-
-def picture_file(row: str, code: str, seed: int) -> str:
-    """The path of a picture in the run directory."""
-    return f"samples/{file_name(row)}/{code}-seed{seed}.png"
-
-
-def image_settings(
-    config: EvalDiffusionConfig, row: str, concepts: list[Concept]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The code of the concept and the settings of each image, in the order in which they are drawn."""
-    template = config.flat_prompt if row == BARE_FLAT else config.prompt
-    adapter = config.adapter.model_dump() if config.adapter and row == ADAPTER else {}
-    common = {"adapter": adapter.get("path"), "strength": adapter.get("strength"), "model": config.model.path}
-    drawn = config.draw.model_dump(exclude={"batch_size"})
-    common |= {key: value for key, value in drawn.items() if key not in PLAIN or value != PLAIN[key]}
-    for concept, seed in product(concepts, config.concepts.seeds):
-        yield concept.code, {"prompt": fill(template, concept), "thing": concept.name, "seed": seed, **common}
+def images_of(job: PictureJob, num_rows: int) -> dict[str, list[Image.Image]]:
+    """The pictures of a job by the row of the table."""
+    names = (BARE_FLAT, BARE, ADAPTER)[:num_rows]
+    images = [load_rgb(job.file(index), "white") for index in range(len(job.pictures))]
+    length = len(images) // num_rows
+    return {name: images[number * length : (number + 1) * length] for number, name in enumerate(names)}
 
 
 def file_name(row: str) -> str:

@@ -38,6 +38,7 @@ from dora_mm.sampling.sheets import label, save_atomically, thumbnail
 from dora_mm.sampling.trainings import as_in_sheets, training_of
 from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.processes import started_together
 from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -79,10 +80,11 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
         ValueError: The adapter does not say what it was trained on, or the pictures, the model or the encoder cannot be
             used. The run directory is created only after these checks.
     """
-    adapter = find_adapters([config.adapter.path])
+    processes, adapter = started_together(), find_adapters([config.adapter.path])
     config, base = as_in_sheets(config, adapter), config.model or model_of(adapter)
     inputs = {"the adapter": adapter_digest(resolve_path(config.adapter.path, "adapter.path"))}
-    check_reopened(config, inputs | files_identity(base))
+    if processes.is_main:
+        check_reopened(config, inputs | files_identity(base))
     loaded = load_model(config, {config.adapter.path})
     trained = training_of(loaded.adapters[config.adapter.path])
     images = training_images(config, trained)
@@ -91,8 +93,10 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
     loaded.check(pictures)
     vectors = vectors_of(config, loaded)
     inputs |= {**files_identity(base), "the training pictures": digest_of(images)}
-    with evaluation_run(config, inputs) as run:
-        job = loaded.draw(run.path, pictures, config.batch_size)
+    with processes.run(evaluation_run(config, inputs)) as run:
+        job = loaded.draw(run.path, pictures, config.batch_size, processes)
+        if not processes.is_main:
+            return
         job.raise_failures()
         training = vectors.of_images(reconstructed(loaded.model, images, BACKGROUND))
         score(config, run, job, vectors, training, images, styled, plain)
@@ -182,8 +186,8 @@ def score(
         rows[f"{DIFFERENCE}, {part}"] = own_style.differences(both[ADAPTER], both[BARE])
     rows[TRAINING] = own_style.intervals(own_style.among_themselves(training))
     order = [f"{name}, {part}" for name in (BARE, ADAPTER) for part in (STYLED, PLAIN)]
-    scores = [each for name in order for each in scores_per_image(cells[name])]
-    write_manifest(run.path, [replace(entry, scores=each) for entry, each in zip(job.entries(), scores, strict=True)])
+    job.scores = dict(enumerate(each for name in order for each in scores_per_image(cells[name])))
+    write_manifest(run.path, job.entries())
     report(config, run, rows, vectors.about, len(images))
     likeness = cells[f"{ADAPTER}, {STYLED}"][own_style.LIKENESS]
     save_extremes(run, job, likeness, images, (adapted[:cut] @ training.T).argmax(axis=1))

@@ -17,6 +17,7 @@ from dora_mm.sampling.sheets import save_grid
 from dora_mm.sampling.strengths import as_strength, scaled, strength_text
 from dora_mm.sampling.trainings import as_in_sheets
 from dora_mm.train.checkpoint import checkpoints, step_of
+from dora_mm.utils.processes import started_together
 from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ def main(config: GridConfig, *, resume: Path | None = None) -> None:
         ValueError: The model or an adapter cannot be used, or a value does not fit its axis; the run directory is
             created only after these checks. Or some images could not be drawn; all others are then.
     """
-    found = existing_run(config, resume)
+    processes = started_together()
+    found = existing_run(config, resume) if processes.is_main else None
     folders = checkpoint_folders(config)
     rows, columns = cells_of(config.rows, folders), cells_of(config.columns, folders)
     has_adapters = config.adapter or "adapter" in (config.columns.name, config.rows and config.rows.name)
@@ -50,8 +52,10 @@ def main(config: GridConfig, *, resume: Path | None = None) -> None:
     loaded.check(pictures)
     if bare := about_bare([p for p in pictures if not p.adapters and p.strength and not has_adapters], pictures):
         log.warning(bare)
-    with picture_run(config, found) as run:
-        job = loaded.draw(run.path, pictures, config.batch_size)
+    with processes.run(picture_run(config, found)) as run:
+        job = loaded.draw(run.path, pictures, config.batch_size, processes)
+        if not processes.is_main:
+            return
         save_grid(job, run.sheet, [label for label, _ in rows], [label for label, _ in columns])
         print(f"images    {len(job.done)} of {len(pictures)} in {run.samples}\nsheet     {run.sheet}")
         print(f"to look   dora-mm gallery {shlex.quote(str(run.path))}")

@@ -20,6 +20,7 @@ from dora_mm.sampling.jobs.prompts import check_syntax, with_alternatives
 from dora_mm.sampling.jobs.reading import read_job
 from dora_mm.sampling.jobs.rows import JobRow
 from dora_mm.utils import yaml12
+from dora_mm.utils.processes import started_together
 
 log = logging.getLogger(__name__)
 STRENGTHS = (
@@ -57,7 +58,8 @@ def main(config: JobConfig, *, resume: Path | None = None) -> None:
     from dora_mm.sampling.sheets import save_sheets
     from dora_mm.sampling.trainings import as_in_sheets
 
-    found = existing_run(config, resume)
+    processes = started_together()
+    found = existing_run(config, resume) if processes.is_main else None
     if found and resume is None:
         check_same_job(config, found)
     config = as_in_sheets(config, find_adapters(adapters))
@@ -68,8 +70,10 @@ def main(config: JobConfig, *, resume: Path | None = None) -> None:
         log.info(STRENGTHS)
     if bare := about_bare(without_adapter(rows, pictures), pictures):
         log.warning(bare)
-    with picture_run(config, found) as run:
-        job = loaded.draw(run.path, pictures, config.batch_size)
+    with processes.run(picture_run(config, found)) as run:
+        job = loaded.draw(run.path, pictures, config.batch_size, processes)
+        if not processes.is_main:
+            return
         print(f"images    {len(job.done)} of {len(pictures)} in {run.samples}")
         for file in save_sheets(job) if config.sheet else ():
             print(f"sheet     {file}")

@@ -75,7 +75,7 @@ def test_commands_of_several_processes(checkout):
         port = str(free.getsockname()[1])
     found = [given for given in commands(text_of(ROOT / "docs" / "scale.md"), "torchrun ") if "--resume" not in given]
     groups = [[given] for given in found if "--nnodes" not in given] + [[g for g in found if "--nnodes" in g]]
-    assert len(groups) == 3
+    assert len(groups) == 4
     for group in groups:
         started = [
             subprocess.Popen(_launcher(given, port), env={**os.environ, "PYTHONPATH": str(ROOT)}) for given in group
@@ -86,6 +86,6 @@ def test_commands_of_several_processes(checkout):
 def _launcher(given: list[str], port: str) -> list[str]:
     given = [{"HOST": "localhost", "29500": port, "8": "1"}.get(argument, argument) for argument in given]
     start = [sys.executable, "-m", "torch.distributed.run", *([] if "--nnodes" in given else ["--master-port", port])]
-    config, overrides = given[given.index("train") + 1], given[given.index("--set") + 1 :] if "--set" in given else []
+    config, overrides = given[given.index("dora_mm") + 2], given[given.index("--set") + 1 :] if "--set" in given else []
     small = cuts(load_config(config, overrides), lambda path: False)
     return [*start, *given, "--set", *small]

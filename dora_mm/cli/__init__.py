@@ -14,11 +14,12 @@ from dora_mm.cli.errors import user_message
 from dora_mm.cli.other_forms import right_form
 from dora_mm.cli.parser import build_parser
 from dora_mm.utils.messages import OURS, nearest
+from dora_mm.utils.processes import reports_end
 
 if TYPE_CHECKING:
     from dora_mm.recipes import Recipes
 
-DONE, USER_ERROR, INTERRUPTED, TERMINATED = 0, 2, 130, 143  # a bug leaves its traceback, and Python exits with 1
+DONE, BUG, USER_ERROR, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143  # a bug leaves its traceback
 
 SLOW_TO_START = (
     *("train", "sample", "grid", "eval", "compare", "features", "new", "inspect", "merge", "convert", "verify"),
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None, recipes: "Recipes | None" = None) ->
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         _check_encoding(given)
-        if arguments.command in SLOW_TO_START and sys.stderr.isatty():
+        if arguments.command in SLOW_TO_START and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
             print(f"dora-mm {arguments.command}: starting ...", file=sys.stderr, flush=True)  # torch takes seconds
         with _sigterm_raises():
             from dora_mm.cli.commands import run  # here, since it imports pydantic
@@ -69,14 +70,16 @@ def main(argv: Sequence[str] | None = None, recipes: "Recipes | None" = None) ->
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as interruption:
         terminated = isinstance(interruption, Termination)
-        print(f"dora-mm: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
+        if reports_end():
+            print(f"dora-mm: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
         return TERMINATED if terminated else INTERRUPTED
     except Exception as error:
-        message = user_message(error)
-        if message is None:
+        message, reports = user_message(error), reports_end()  # of several processes one reports
+        if message is None and reports:
             raise
-        print(f"dora-mm: {message}", file=sys.stderr)
-        return USER_ERROR
+        if reports:
+            print(f"dora-mm: {message}", file=sys.stderr)
+        return BUG if message is None else USER_ERROR
     return DONE
 
 

@@ -4,12 +4,13 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from dora_mm import __version__
 from dora_mm.registries.image_families import IMAGE_FAMILIES
 from dora_mm.registries.tools import TARGETS, TOOLS, other_tools
 from dora_mm.utils.dtypes import full_name
+from dora_mm.utils.processes import reports_end
 
 RESUMABLE = ("train", "sample", "grid")
 BASE = "the model: a folder, a single-file checkpoint or a hub name"
@@ -22,6 +23,12 @@ class CommandParser(argparse.ArgumentParser):
     """A parser that knows those of its commands by name."""
 
     commands: Mapping[str, argparse.ArgumentParser] = MappingProxyType({})
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with the usage and a message, which one of several processes prints."""
+        if not reports_end():
+            self.exit(2)
+        super().error(message)
 
 
 def build_parser() -> CommandParser:

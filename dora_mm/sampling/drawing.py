@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -28,7 +28,7 @@ from dora_mm.sampling.manifest import (
     MANIFEST,
     ManifestEntry,
     keep_earlier,
-    recorded_digests,
+    recorded,
     write_manifest,
 )
 from dora_mm.sampling.pictures import PictureProgress, PictureSampler, UnusablePictureError
@@ -37,6 +37,7 @@ from dora_mm.sampling.strengths import HashableStrength
 from dora_mm.utils import yaml12
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.lock import only_writer
+from dora_mm.utils.processes import ALONE, DividedWork, Processes
 from dora_mm.utils.run_directory import CONFIG, RunDirectory, is_unfinished, new_folder
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ SAMPLES = "samples"
 SECONDS_BETWEEN_MANIFESTS = 5.0
 MOST_NAMED = 5  # files in one message
 
+PictureOutcome = tuple[int, str | None, str | None]  # the index of a picture, the digest of its file, or why it failed
 LoadAdapter = Callable[[str, HashableStrength, str], object]  # loads the adapter of a path, at a strength, under a name
 
 
@@ -109,6 +111,7 @@ class PictureJob:
         descriptions: What each is drawn with.
         done: The digests of the files that are there, by the index of the picture.
         failed: Why others could not be drawn, by index.
+        scores: What they have scored, by index and the name of the score.
     """
 
     folder: Path
@@ -118,6 +121,7 @@ class PictureJob:
     descriptions: Sequence[Description]
     done: dict[int, str] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
+    scores: dict[int, Mapping[str, float]] = field(default_factory=dict)
 
     def file(self, index: int) -> Path:
         """The file of a picture."""
@@ -135,9 +139,20 @@ class PictureJob:
                 settings=self._settings(index),
                 digest=self.done.get(index),
                 reason=self.failed.get(index),
+                scores=self.scores.get(index, {}),
             )
             for index, picture in enumerate(self.pictures)
         ]
+
+    def outcomes(self, batch: Sequence[int]) -> list[PictureOutcome]:
+        """What has become of the pictures of a batch."""
+        return [(index, self.done.get(index), self.failed.get(index)) for index in batch]
+
+    def note(self, outcomes: Sequence[PictureOutcome]) -> list[int]:
+        """Notes what has become of the pictures of a batch in another process; returns their indices."""
+        self.done |= {index: digest for index, digest, _ in outcomes if digest is not None}
+        self.failed |= {index: reason for index, _, reason in outcomes if reason is not None}
+        return [index for index, _, _ in outcomes]
 
     def raise_failures(self) -> None:
         """Raises ValueError where pictures could not be drawn; the message names the first of them."""
@@ -206,7 +221,7 @@ def check_what_is_there(job: PictureJob) -> None:
     log and kept in `earlier/`; they stay until their picture is drawn again. Others of a batch are not such settings.
     Files that do not belong to the job are named, and stay.
     """
-    stale, damaged, digests = [], [], recorded_digests(job.folder)
+    stale, damaged, entries = [], [], recorded(job.folder)
     for index, name in enumerate(job.names):
         file = job.file(index)
         if not file.exists():
@@ -216,13 +231,14 @@ def check_what_is_there(job: PictureJob) -> None:
         except ValueError:
             damaged.append(name)
             continue
-        digest = file_digest(file)
+        digest, entry = file_digest(file), entries.get(f"{SAMPLES}/{name}")
         if not same:
             stale.append(name)
-        elif digests.get(f"{SAMPLES}/{name}", digest) != digest:
+        elif entry and entry.digest != digest:
             damaged.append(name)
         else:
             job.done[index] = digest
+            job.scores[index] = entry.scores if entry else {}
     samples, known = job.folder / SAMPLES, set(job.names)
     others = sorted({f.relative_to(samples).as_posix() for f in samples.rglob("*.png")} - known)
     earlier = job.folder / EARLIER
@@ -239,32 +255,57 @@ def check_what_is_there(job: PictureJob) -> None:
         log.info("%d of %d pictures are there already.", len(job.done), len(job.pictures))
 
 
-def draw(job: PictureJob, sampler: PictureSampler, load: LoadAdapter) -> None:
+def draw(job: PictureJob, sampler: PictureSampler, load: LoadAdapter, processes: Processes = ALONE) -> None:
     """Draws the pictures that are missing, and writes the manifest.
 
     A batch with a missing picture is drawn as a whole, since rounding depends on the batch. Every picture is saved the
     moment it exists. Pictures that cannot be used, or have no room in memory, are noted in `job.failed`.
 
     Args:
-        job: The job, after `check_what_is_there`.
+        job: The job, after `check_what_is_there`; afterwards the main process knows what has become of all pictures.
         sampler: Draws the batches.
         load: Loads an adapter into its model.
+        processes: Those that share the batches.
     """
     open_batches = [batch for batch in job.batches if any(index not in job.done for index in batch)]
+    share = DividedWork(processes, len(open_batches))
+    with written_down(job, sum(map(len, open_batches))) if processes.is_main else nullcontext(lambda _: None) as count:
+        for weights, numbers in groupby(share, key=lambda number: job.pictures[open_batches[number][0]].weights):
+            with adapted(sampler.model, weights, load):
+                sampler.forget_prompts()
+                for number in numbers:
+                    draw_batch(job, open_batches[number], sampler)
+                    share.tell(number, job.outcomes(open_batches[number]))
+                    count([open_batches[number], *map(job.note, share.told())])
+        for outcomes in share.told(wait=True):
+            count([job.note(outcomes)])
+
+
+@contextmanager
+def written_down(job: PictureJob, total: int) -> Iterator[Callable[[Iterable[Sequence[int]]], None]]:
+    """A context in which the manifest follows what becomes of pictures, and a bar counts them.
+
+    Args:
+        job: The job.
+        total: The number of pictures that are drawn.
+
+    Yields:
+        Counts batches that have been drawn.
+    """
     write_manifest(job.folder, job.entries())
     next_manifest = time.monotonic() + SECONDS_BETWEEN_MANIFESTS
+
+    def count(batches: Iterable[Sequence[int]]) -> None:
+        nonlocal next_manifest
+        progress.advance(sum(map(len, batches)))
+        if (started := time.monotonic()) > next_manifest:
+            write_manifest(job.folder, job.entries())
+            seconds = time.monotonic() - started  # half a second for 10,000 pictures
+            next_manifest = started + max(SECONDS_BETWEEN_MANIFESTS, 100 * seconds)
+
     try:
-        with PictureProgress(sum(map(len, open_batches)), "pictures") as progress:
-            for weights, same_weights in groupby(open_batches, key=lambda batch: job.pictures[batch[0]].weights):
-                with adapted(sampler.model, weights, load):
-                    sampler.forget_prompts()
-                    for batch in same_weights:
-                        draw_batch(job, batch, sampler)
-                        progress.advance(len(batch))
-                        if (started := time.monotonic()) > next_manifest:
-                            write_manifest(job.folder, job.entries())
-                            seconds = time.monotonic() - started  # half a second for 10,000 pictures
-                            next_manifest = started + max(SECONDS_BETWEEN_MANIFESTS, 100 * seconds)
+        with PictureProgress(total, "pictures") as progress:
+            yield count
     finally:  # after Ctrl-C, too
         write_manifest(job.folder, job.entries())
 

@@ -61,9 +61,9 @@ def read_manifest(run: Path) -> list[ManifestEntry]:
         raise ValueError(f"{file} is damaged ({error}): delete it, and repeat the command of the run") from None
 
 
-def recorded_digests(folder: Path) -> dict[str, str]:
-    """The digests of the files that the manifest in a run directory has, by their paths in it."""
-    return {entry.file: entry.digest for entry in readable_entries(folder) if entry.digest}
+def recorded(folder: Path) -> dict[str, ManifestEntry]:
+    """The entries of the files that the manifest in a run directory has, by path; none where it is damaged."""
+    return {entry.file: entry for entry in readable_entries(folder) if entry.digest}
 
 
 def readable_entries(folder: Path) -> list[ManifestEntry]:
@@ -89,7 +89,7 @@ def keep_earlier(run: Path, files: Iterable[str]) -> Path | None:
     from dora_mm.utils.digest import file_digest  # imports torch, which a gallery does without
 
     before = [folder for folder in sorted((run / EARLIER).glob("*")) if folder.name.isdecimal()]
-    kept = {item for folder in before for item in recorded_digests(folder).items()}
+    kept = {(file, entry.digest) for folder in before for file, entry in recorded(folder).items()}
     found = {file: file_digest(run / file) for file in files}
     if not found.items() - kept:
         return None

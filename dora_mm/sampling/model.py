@@ -33,6 +33,7 @@ from dora_mm.sampling.png import BaseModel
 from dora_mm.sampling.strengths import HashableStrength, to_load
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import data_digest, known_digest
+from dora_mm.utils.processes import ALONE, Processes
 
 log = logging.getLogger(__name__)
 EMBEDDED = ModelConfig(path=EMBEDDED_IMAGE_MODEL)
@@ -186,11 +187,19 @@ class LoadedModel:
             software={name: version(name) for name in SOFTWARE},
         )
 
-    def draw(self, folder: Path, pictures: Sequence[Picture], batch_size: int) -> PictureJob:
-        """Draws the pictures of a job that are not in its run directory yet; returns what became of all."""
+    def draw(
+        self, folder: Path, pictures: Sequence[Picture], batch_size: int, processes: Processes = ALONE
+    ) -> PictureJob:
+        """Draws the pictures of a job that are not in its run directory yet, in the processes that share them.
+
+        Returns:
+            The job; in the main process with what has become of all pictures.
+        """
         job = self.plan(folder, pictures, batch_size)
-        check_what_is_there(job)
-        draw(job, self.sampler, self.load_adapter)
+        if processes.is_main:
+            check_what_is_there(job)
+        job.done = dict(processes.from_main(list(job.done.items())))
+        draw(job, self.sampler, self.load_adapter, processes)
         return job
 
 

@@ -16,12 +16,12 @@ from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.config.models import ModelConfig
 from dora_mm.eval.images.judge import Judge
-from dora_mm.eval.images.prompts import with_article
 from dora_mm.eval.images.scores import Scores
 from dora_mm.models.images.families import load_image_model
 from dora_mm.recipes import PIPELINES
+from dora_mm.sampling import drawing
 from dora_mm.sampling.gallery.data import GalleryPicture, befores
-from dora_mm.sampling.manifest import ManifestEntry, read_manifest
+from dora_mm.sampling.manifest import read_manifest
 from dora_mm.studies.campaigns import trainings
 from dora_mm.studies.campaigns.campaign import Campaign
 from dora_mm.studies.campaigns.subprocesses import TrainingProcess
@@ -32,6 +32,7 @@ from tests.pipelines.killed import files_in
 
 compare = PIPELINES.load("compare")
 
+ROWS = ("bare_model_flat_prompts", "bare_model", "adapter")
 PROMPT = "a TOK icon of {thing}, in the style of TOK"
 
 
@@ -145,6 +146,26 @@ def test_eval_scores_the_bare_model_and_an_adapter(evaluation, base, tmp_path, c
     check_manifest(folder, Scores.load(folder / "scores" / "adapter.json"))
 
 
+@pytest.mark.slow
+def test_the_bare_model_is_drawn_before_an_adapter_replaces_its_weights(evaluation, base, tmp_path):
+    full = [
+        "--set",
+        "adapter={method: full, rank: 2}",
+        "optimizer.magnitude_lr=null",
+        f"output={tmp_path / 'run'}",
+        "sample.prompts=[]",
+    ]
+    assert main(["train", base, *full]) == 0
+    assert main(["eval", evaluation(adapter={"path": str(tmp_path / "run" / "adapter")})]) == 0
+    shutil.copytree(tmp_path / "scores", tmp_path / "full")
+    shutil.rmtree(tmp_path / "scores")
+    assert main(["eval", evaluation()]) == 0
+    rows = {name: [file_digest(f) for f in sorted((tmp_path / "full/samples" / name).iterdir())] for name in ROWS}
+    bare = [file_digest(f) for f in sorted((tmp_path / "scores/samples/bare_model").iterdir())]
+    assert rows["bare_model"] == bare
+    assert not set(rows["adapter"]) & set(bare)
+
+
 def check_manifest(folder: Path, scores: Scores) -> None:
     """Every image is kept, with its settings and its scores; the gallery finds the one before each of the adapter's."""
     entries = read_manifest(folder)
@@ -153,7 +174,8 @@ def check_manifest(folder: Path, scores: Scores) -> None:
     assert [entry.batch for entry in entries] == [1] * 6 + [2] * 6 + [3] * 6
     assert all(file_digest(folder / entry.file) == entry.digest for entry in entries)
     flat, bare, adapted = entries[:6], entries[6:12], entries[12:]
-    assert {entry.settings["prompt"] for entry in flat} == {f"a flat icon of {thing(entry)}" for entry in flat}
+    things = {entry.settings["prompt"].removeprefix("a flat icon of ") for entry in flat}
+    assert {entry.settings["prompt"] for entry in bare} == {PROMPT.format(thing=thing) for thing in things}
     assert [entry.settings["adapter"] is None for entry in entries] == [True] * 12 + [False] * 6
     assert [entry.settings["seed"] for entry in adapted] == [0, 1] * 3
     assert {entry.settings["width"] for entry in entries} == {64}
@@ -166,10 +188,6 @@ def check_manifest(folder: Path, scores: Scores) -> None:
     assert [entry.settings["prompt"] for entry in bare] == [entry.settings["prompt"] for entry in adapted]
 
 
-def thing(entry: ManifestEntry) -> str:
-    return with_article(entry.settings["thing"])
-
-
 def files_of(folder: Path) -> dict[str, bytes]:
     """All files of a run but the versions of the software."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
@@ -177,32 +195,37 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_an_evaluation_that_was_stopped_goes_on_in_its_folder(evaluation, tmp_path, monkeypatch, caplog, capsys):
-    """Its second row is interrupted while it is saved; a row that was drawn stays, unless a picture is damaged."""
+    """It is interrupted in its second batch; pictures that were drawn stay, unless they are damaged."""
     assert main(["eval", evaluation()]) == 0
     folder, rows = tmp_path / "scores", []
     whole, before = files_of(folder), files_in(folder)
     assert main(["eval", evaluation()]) == 0
     assert files_in(folder) == before
     shutil.rmtree(folder)
-    pipeline = PIPELINES.load("eval_diffusion")
-    draw, save = pipeline.sample_merged, pipeline.save_atomically
+    draw, save = drawing.draw_batch, drawing.save_picture
 
-    def stopped(file, picture):
+    def counted(job, batch, sampler):
+        rows.append({job.names[index].partition("/")[0] for index in batch})
+        draw(job, batch, sampler)
+
+    def stopped(file, *arguments):
         if len(rows) == 2 and file.name.endswith("seed1.png"):
             raise KeyboardInterrupt
-        save(file, picture)
+        save(file, *arguments)
 
-    monkeypatch.setattr(pipeline, "sample_merged", lambda *arguments: rows.append(arguments[-1]) or draw(*arguments))
-    monkeypatch.setattr(pipeline, "save_atomically", stopped)
+    monkeypatch.setattr(drawing, "draw_batch", counted)
+    monkeypatch.setattr(drawing, "save_picture", stopped)
     assert main(["eval", evaluation()]) == 130
-    monkeypatch.setattr(pipeline, "save_atomically", save)
+    assert len(list(folder.rglob("*-seed*.png"))) == 6 + 1
+    monkeypatch.setattr(drawing, "save_picture", save)
     assert main(["eval", evaluation()]) == 0
-    assert rows == ["bare model, flat prompts", "bare model", "bare model"]
+    assert rows == [{"bare_model_flat_prompts"}, {"bare_model"}, {"bare_model"}]
     assert files_of(folder) == whole
     picture = next((folder / "samples" / "bare_model").iterdir())
     picture.write_bytes(picture.read_bytes()[:-1])
     assert main(["eval", evaluation()]) == 0
-    assert rows[3:] == ["bare model"]
+    assert rows[3:] == [{"bare_model"}]
+    shutil.rmtree(folder / "earlier")
     assert files_of(folder) == whole
     assert main(["eval", evaluation(style="brick")]) == 2
     assert "was started with different values of style: choose another folder" in capsys.readouterr().err

@@ -1,0 +1,144 @@
+"""Processes that were started together, here two in one interpreter that meet in a store; and their devices."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from dora_mm import cli
+from dora_mm.utils import processes
+from dora_mm.utils.devices import default_device
+from dora_mm.utils.processes import ALONE, DividedWork, OtherProcessError, Processes, reports_end, started_together
+from dora_mm.utils.run_directory import RunDirectory
+
+
+@pytest.fixture
+def two():
+    store = HashStore()
+    return Processes(store, 0, 2), Processes(store, 1, 2)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As in a process that torchrun has started."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    started_together.cache_clear()
+    yield monkeypatch
+    started_together.cache_clear()
+
+
+def test_each_piece_is_done_by_one_process_and_the_main_one_hears_of_all(two):
+    main, other = (DividedWork(each, 5) for each in two)
+    ours, theirs = iter(main), iter(other)
+    assert [next(theirs), next(ours), next(theirs)] == [0, 1, 2]
+    other.tell(0, {"a": [1, None]})
+    assert list(main.told()) == [{"a": [1, None]}]
+    assert list(main.told()) == []
+    assert [*ours] == [3, 4]
+    assert [*theirs] == []
+    other.tell(2, "second")
+    assert list(main.told(wait=True)) == ["second"]
+    assert list(other.told(wait=True)) == []
+
+
+def test_one_process_does_all_and_needs_no_store():
+    share = DividedWork(ALONE, 3)
+    assert [*share] == [0, 1, 2]
+    share.tell(0, "done")
+    assert list(share.told(wait=True)) == []
+    assert ALONE.from_main("value") == "value"
+    assert ALONE.reports()
+
+
+def test_the_main_process_opens_a_run_and_the_others_go_into_it(two, tmp_path):
+    main, other = two
+    entered = []
+
+    @contextmanager
+    def opened():
+        entered.append(1)
+        yield RunDirectory(tmp_path)
+
+    with main.run(opened()) as run, other.run(opened()) as found:
+        assert run.path == found.path == tmp_path
+    assert entered == [1]
+
+
+def wait_for_a_value(main, other):
+    other.from_main(None)
+
+
+def wait_for_a_piece(main, other):
+    next(iter(DividedWork(main, 2)))
+
+
+def wait_for_a_result(main, other):
+    share = DividedWork(main, 2)
+    share._others = [0]
+    list(share.told(wait=True))
+
+
+@pytest.mark.parametrize("wait", [wait_for_a_value, wait_for_a_piece, wait_for_a_result])
+def test_nobody_waits_for_a_process_that_has_stopped_and_one_reports(two, monkeypatch, wait):
+    main, other = two
+
+    def fail(seconds):  # while the others wait
+        assert other.reports()
+
+    monkeypatch.setattr(processes, "time", SimpleNamespace(sleep=fail))
+    if wait is wait_for_a_piece:
+        fail(0)
+    with pytest.raises(OtherProcessError, match="another of the 2 processes has stopped"):
+        wait(main, other)
+    assert not main.reports()
+    assert other.reports()
+
+
+def test_processes_that_cannot_meet_say_so(launched):
+    launched.delenv("MASTER_ADDR", raising=False)
+    launched.setenv("RANK", "1")
+    with pytest.raises(ValueError, match="2 processes were started, and cannot meet: .*MASTER_ADDR expected"):
+        started_together()
+    assert reports_end()
+
+
+@pytest.mark.parametrize("arguments", [["sample", "nowhere.csv"], ["sample"], ["sampel"], ["sample", "--colour"]])
+def test_a_process_that_does_not_report_ends_in_silence(monkeypatch, capsys, arguments):
+    for name in ("dora_mm.cli", "dora_mm.cli.parser"):
+        monkeypatch.setattr(f"{name}.reports_end", lambda: False)
+    try:
+        code = cli.main(arguments)
+    except SystemExit as error:
+        code = error.code
+    printed = capsys.readouterr()
+    assert (code, printed.out, printed.err) == (cli.USER_ERROR, "", "")
+
+
+def test_a_bug_of_several_processes_has_one_traceback(monkeypatch, capsys):
+    def broken(arguments, recipes):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("dora_mm.cli.commands.run", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["sample"])
+    monkeypatch.setattr("dora_mm.cli.reports_end", lambda: False)
+    assert cli.main(["sample"]) == cli.BUG
+    assert capsys.readouterr().err == ""
+
+
+def test_each_process_has_a_device_of_its_own_without_a_process_group(launched):
+    chosen = []
+    gpu = SimpleNamespace(type="cuda")
+    launched.setattr(torch.accelerator, "is_available", lambda: True)
+    launched.setattr(torch.accelerator, "current_accelerator", lambda: gpu)
+    launched.setattr(torch.accelerator, "device_count", lambda: 2)
+    launched.setattr(torch, "get_device_module", lambda device: SimpleNamespace(set_device=chosen.append))
+    assert default_device() == torch.device("cuda", 1)
+    assert chosen == [1]
+    assert not torch.distributed.is_initialized()
+    launched.setattr(torch.accelerator, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="more processes were started on this machine than it has devices: start 1"):
+        default_device()
