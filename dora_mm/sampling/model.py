@@ -291,6 +291,8 @@ def model_of(files: Mapping[str, Path]) -> ModelConfig:
             problem = error.errors(include_url=False)[0]
             key, message = keys.get(str(problem["loc"][0]), SETTINGS), problem["msg"]
             raise ValueError(f"the header of {path} cannot be used ({key}: {message}): set model.path") from None
+    folders = {Path(model.path).name for model in found if Path(model.path).name != model.path}
+    found = {model: path for model, path in found.items() if model.path not in folders}  # converted: the name alone
     if len(found) > 1:
         (one, first), (other, second), *_ = found.items()
         raise ValueError(f"{first} was trained on {one.path}, and {second} on {other.path}: set model.path")

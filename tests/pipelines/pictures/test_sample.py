@@ -142,6 +142,13 @@ def test_a_job_is_drawn_on_the_model_of_its_adapter(job, style, tiny_folder, cap
     assert read_manifest(run)[0].settings["width"] == 64
 
 
+def test_a_converted_adapter_names_the_folder_of_its_model_alone(job, style, tiny_folder, tmp_path):
+    make_adapter(tiny_folder, tmp_path / "converted", seed=1, base=tiny_folder.name)
+    rows = ({"prompt": "a", "adapter": str(style)}, {"prompt": "a", "adapter": "converted"})
+    run = job(*rows, steps=1)
+    assert read_description(run / "samples" / "0002-seed0.png").model.path == str(tiny_folder)
+
+
 def test_adapters_of_two_models_are_refused_by_name(job, style, tiny_folder, tmp_path, capsys, caplog):
     make_adapter(tiny_folder, tmp_path / "other", seed=1, base="some/other-model")
     rows = ({"prompt": "a", "adapter": str(style)}, {"prompt": "a", "adapter": "other"})
