@@ -83,7 +83,7 @@ def test_intervals_of_pairs_of_pictures_cover_the_truth(name, num_pictures, num_
 
     truth = np.mean([scores().mean(name, np.arange(num_pictures)) for _ in range(4000)])
     found = [own_style.intervals(scores())[name] for _ in range(1000)]
-    assert 0.02 < np.mean([not each.low <= truth <= each.high for each in found]) < 0.075
+    assert 0.005 < np.mean([not each.low <= truth <= each.high for each in found]) < 0.075
 
 
 def test_the_interval_of_variety_is_that_of_pairs_and_not_of_pictures():
