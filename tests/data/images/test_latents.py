@@ -73,10 +73,10 @@ def test_damaged_entries_are_computed_again(tmp_path, damage, caplog):
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
-    def full(handle):
+    def full(*paths):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         LatentCache(tmp_path).get("aa11", lambda: latents(1))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
