@@ -31,12 +31,13 @@ from dora_mm.sampling.manifest import (
     recorded_digests,
     write_manifest,
 )
-from dora_mm.sampling.pictures import PictureProgress, PictureSampler, UnusablePictureError
+from dora_mm.sampling.pictures import PictureSampler, UnusablePictureError
 from dora_mm.sampling.png import BaseModel, Description, UsedAdapter, read_description, save_picture
 from dora_mm.sampling.strengths import HashableStrength
 from dora_mm.utils import yaml12
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.lock import only_writer
+from dora_mm.utils.progress import Progress
 from dora_mm.utils.run_directory import CONFIG, RunDirectory, is_unfinished, new_folder
 
 log = logging.getLogger(__name__)
@@ -260,13 +261,13 @@ def draw(job: PictureJob, sampler: PictureSampler, load: LoadAdapter) -> None:
     write_manifest(job.folder, job.entries())
     next_manifest = time.monotonic() + SECONDS_BETWEEN_MANIFESTS
     try:
-        with PictureProgress(sum(map(len, open_batches)), "pictures") as progress:
+        with Progress("drawing", sum(map(len, open_batches)), "pictures") as progress:
             for weights, same_weights in groupby(open_batches, key=lambda batch: job.pictures[batch[0]].weights):
                 with adapted(sampler.model, weights, load):
                     sampler.forget_prompts()
                     for batch in same_weights:
-                        draw_batch(job, batch, sampler)
-                        progress.advance(len(batch))
+                        with progress.part(len(batch)) as on_step:
+                            draw_batch(job, batch, sampler, on_step)
                         if (started := time.monotonic()) > next_manifest:
                             write_manifest(job.folder, job.entries())
                             seconds = time.monotonic() - started  # half a second for 10,000 pictures
@@ -301,13 +302,15 @@ def remove_adapters(model: ImageModel) -> None:
             remove(network)
 
 
-def draw_batch(job: PictureJob, batch: Sequence[int], sampler: PictureSampler) -> None:
-    """Draws one batch, and saves the pictures of it that are missing."""
+def draw_batch(
+    job: PictureJob, batch: Sequence[int], sampler: PictureSampler, on_step: Callable[[float], None] | None = None
+) -> None:
+    """Draws one batch, and saves the pictures of it that are missing; `on_step` is that of `PictureSampler.draw`."""
     pictures = [job.pictures[index] for index in batch]
     settings = pictures[0].settings
     prompts = [picture.prompts for picture in pictures]
     try:
-        drawn = sampler.draw(prompts, [picture.seed for picture in pictures], **settings)
+        drawn = sampler.draw(prompts, [picture.seed for picture in pictures], **settings, on_step=on_step)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
             raise

@@ -32,7 +32,7 @@ from dora_mm.sampling.pictures import PictureSampler
 from dora_mm.sampling.png import BaseModel
 from dora_mm.sampling.strengths import HashableStrength, to_load
 from dora_mm.utils.devices import default_device
-from dora_mm.utils.digest import data_digest, file_digest, module_digest
+from dora_mm.utils.digest import data_digest, known_digest, module_digest
 
 log = logging.getLogger(__name__)
 EMBEDDED = ModelConfig(path=EMBEDDED_IMAGE_MODEL)
@@ -211,7 +211,7 @@ def load_model(config: PicturesConfig, adapters: Iterable[str]) -> LoadedModel:
     digest = hashlib.sha256(f"{weights} {settings_text(sampler.scheduler)}".encode()).hexdigest()
     save_memory(sampler.pipe, config.memory, device)
     found = find_path(chosen.path)
-    file_hash = file_digest(found) if found is not None and found.is_file() else None
+    file_hash = known_digest(found) if found is not None and found.is_file() else None
     base = BaseModel(
         chosen.path, chosen.revision, chosen.vae, chosen.dtype, digest, file_hash, chosen.settings_of_pictures()
     )

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
-from tqdm import tqdm
 
 from dora_mm.config import resolve_path
 from dora_mm.config.images import CaptionConfig, DataConfig
@@ -34,6 +33,7 @@ from dora_mm.data.images.masks import (
 )
 from dora_mm.data.images.pixels import SUFFIXES, load_rgb
 from dora_mm.utils.digest import file_digest
+from dora_mm.utils.progress import tracked
 
 log = logging.getLogger(__name__)
 MOST_NAMED = 8  # files in one message
@@ -114,8 +114,8 @@ def read_captioned_images(
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes outside of Python's lock
         mask_files = [found_masks.of_image(path) for path in paths]
         contents = threads.map(partial(_content, root=root if subfolders else None, masks=masks), paths, mask_files)
-        bar = tqdm(contents, "reading images", len(paths), unit="image", delay=2, disable=None)
-        for path, mask_file, content in zip(paths, mask_files, bar, strict=True):
+        shown = tracked(contents, "reading images", "images", len(paths))
+        for path, mask_file, content in zip(paths, mask_files, shown, strict=True):
             found = files.of_image(path)
             caption, source, more = found or (instance_prompt or "", prompt_key, ())
             if not caption:

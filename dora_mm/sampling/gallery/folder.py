@@ -10,13 +10,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 from PIL import Image
-from tqdm import tqdm
 
 from dora_mm.sampling.gallery.data import GalleryPicture, gallery_data
 from dora_mm.sampling.gallery.page import GENERATOR, page
 from dora_mm.sampling.manifest import MANIFEST, ManifestEntry
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.folders import link_or_copy
+from dora_mm.utils.progress import tracked
 
 INDEX, PICTURES, THUMBNAILS = "index.html", "pictures", "thumbnails"
 OWN = {INDEX, PICTURES, THUMBNAILS}
@@ -67,8 +67,7 @@ def _add_all(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path) -> list
             for entry in entries
         ]
         try:
-            bar = tqdm(added, desc="gallery", unit="picture", leave=False, delay=2, disable=None)
-            return [future.result() for future in bar]
+            return [future.result() for future in tracked(added, "gallery", "pictures")]
         except BaseException:  # Ctrl-C, a full disk: do not wait for the rest
             threads.shutdown(cancel_futures=True)
             raise
