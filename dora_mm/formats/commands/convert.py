@@ -269,7 +269,7 @@ class _Writer:
     ) -> Iterator[tuple[str, tuple[Name, ...], DoRASpec, dict[str, Tensor]]]:
         """The modules of the file, as `write_file` takes them; then the rounding of all is checked."""
         source = self.layers.path
-        for module, group in tracked(self.groups.items(), file_name, "modules"):
+        for module, group in tracked(self.groups.items(), f"writing {file_name}", "modules"):
             with located(f"{source}: {module}"):
                 tensors, spec = self.tensors(module, group, check)
             yield module, group.names, spec, tensors
