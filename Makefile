@@ -13,17 +13,17 @@ $(READY): pyproject.toml
 
 demo: $(READY)  ## train a style adapter on the embedded model, score it, and show before and after on a sheet and a page
 	$(BIN)/dora-mm train configs/sdxl/demo.yaml
-	$(BIN)/dora-mm eval configs/sdxl/eval_demo.yaml --set adapter.path=$$(ls -d runs/demo/*/adapter | tail -n 1)
-	$(BIN)/dora-mm gallery $$(ls -d runs/eval_demo/* | tail -n 1)
+	$(BIN)/dora-mm eval configs/sdxl/eval_demo.yaml
+	$(BIN)/dora-mm gallery runs/eval_demo/latest
 
 demo-vl: $(READY)  ## the embedded VL-BART learns to answer questions about scenes, and shows what it answers
 	$(BIN)/dora-mm train configs/vl_bart/demo.yaml
-	$(BIN)/dora-mm eval configs/vl_bart/eval_demo.yaml --set adapter=$$(ls -d runs/demo_vl/* | tail -n 1)
+	$(BIN)/dora-mm eval configs/vl_bart/eval_demo.yaml --set adapter=runs/demo_vl/latest
 
 demo-vlm: $(READY)  ## the same with a language model: EfficientNet-Lite0 and SmolLM2-135M, joined in transformers' FastVLM
 	$(BIN)/python -m samples.build tiny-vlm
 	$(BIN)/dora-mm train configs/vlm/demo.yaml
-	$(BIN)/dora-mm eval configs/vlm/eval_demo.yaml --set adapter=$$(ls -d runs/demo_vlm/* | tail -n 1)
+	$(BIN)/dora-mm eval configs/vlm/eval_demo.yaml --set adapter=runs/demo_vlm/latest
 
 test: $(READY)  ## two workers, a thread each: faster than two threads for models this small; what Python compiles is kept
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10

@@ -18,6 +18,7 @@ import torch
 
 from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.passes import Options
+from dora_mm.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "torch", "triton")
@@ -28,7 +29,7 @@ def select(backend: str = "auto") -> Forward:
     """Returns the forward function of a backend.
 
     Args:
-        backend: "auto", "torch" or "triton". "auto" logs once which implementation runs on this machine.
+        backend: "auto", "torch" or "triton". "auto" warns once where there is a GPU and Triton does not work.
 
     Returns:
         The function, with the signature of `core.forms.adapted_product`.
@@ -45,7 +46,8 @@ def select(backend: str = "auto") -> Forward:
         return function
     if backend == "torch":
         return TORCH
-    _announce("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        _enter_triton()
     return auto
 
 
@@ -75,16 +77,13 @@ CHOSEN = {False: TORCH, True: TORCH}
 
 
 @functools.cache
-def _announce(device: str) -> None:
-    """Tries Triton where there is a GPU, and logs once what runs."""
-    if device == "cuda":
-        function, problem = load_triton()
-        if function is None:
-            log.warning("Triton does not work here (%s): adapted layers run in plain torch, which is slower.", problem)
-            return
+def _enter_triton() -> None:
+    """Takes Triton for layers on a GPU, and warns where it does not work."""
+    function, problem = load_triton()
+    if function is None:
+        log.warning("Triton does not work here (%s): adapted layers run in plain torch, which is slower.", problem)
+    else:
         CHOSEN[True] = function
-    chosen = "plain torch" if CHOSEN[device == "cuda"] is TORCH else "Triton"
-    log.info("Adapted layers run in %s on this machine (%s).", chosen, device)
 
 
 @functools.cache
@@ -102,7 +101,8 @@ def load_triton() -> tuple[Forward | None, str]:
             return None, f"it needs compute capability 8.0, and {torch.cuda.get_device_name()} has {has[0]}.{has[1]}"
         for index in range(torch.cuda.device_count()):
             look_at(index)
-        return (TRITON, "") if _agrees_with_torch(TRITON) else (None, "its results are wrong")
+        with Progress("compiling and testing the Triton kernels"):
+            return (TRITON, "") if _agrees_with_torch(TRITON) else (None, "its results are wrong")
     except Exception as error:  # whatever a broken installation raises: it is reported, and plain torch works
         return None, f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -117,7 +117,6 @@ def _agrees_with_torch(function: Forward) -> bool:
     odd, even = (40, 70, 86, 5), (300, 256, 272, 80)  # tokens, in, out, rank
     trials = [(torch.float32, odd), (torch.float16, odd)]
     if torch.cuda.is_available():  # Triton's interpreter has no bf16, and is slow for large sizes
-        log.info("Compiling and testing the Triton kernels, which takes some seconds.")
         from dora_mm.kernels.cards import card
 
         chosen = card(torch.empty(0, device="cuda"))

@@ -6,8 +6,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dora_mm.config.paths import resolve_model, resolve_path
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.images.captions import METADATA
@@ -17,6 +15,7 @@ from dora_mm.data.vl.example import Example
 from dora_mm.models.vl.families import load_to_ask
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.utils.devices import default_device
+from dora_mm.utils.progress import tracked
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ def write_captions(
 ) -> list[str]:
     """Captions images and appends a line for each; returns the names of those with an empty answer."""
     answer, without = vl.answerer(vl.question_task, decode, ()), []
-    starts = tqdm(range(0, len(images), batch_size), desc="captions", unit="batch", delay=2, disable=None)
+    starts = tracked(range(0, len(images), batch_size), "captions", "batches")
     with file.open("a", encoding="utf-8") as lines:
         for start in starts:
             batch = images[start : start + batch_size]

@@ -21,7 +21,14 @@ from dora_mm.eval.images.concepts import Concept
 from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.images.prompts import fill
-from dora_mm.eval.images.scores import format_interval, metrics_table, scores_per_image, summarize, write_json
+from dora_mm.eval.images.scores import (
+    conclusion,
+    format_interval,
+    metrics_table,
+    scores_per_image,
+    summarize,
+    write_json,
+)
 from dora_mm.eval.statistics import Interval, mean_interval
 from dora_mm.formats.adapter_file import find_file
 from dora_mm.formats.files.tensor_file import read_metadata
@@ -152,6 +159,7 @@ def score(
     }
     report(config, run, judge, metrics, similarity)
     save_sheet(run, images, concepts, len(seeds))
+    print(f"\n{conclusion(metrics[BARE], metrics.get(ADAPTER))}")
 
 
 def pictures_of(config: EvalDiffusionConfig, concepts: Sequence[Concept]) -> list[Picture]:

@@ -191,6 +191,9 @@ def score(
     report(config, run, rows, vectors.about, len(images))
     likeness = cells[f"{ADAPTER}, {STYLED}"][own_style.LIKENESS]
     save_extremes(run, job, likeness, images, (adapted[:cut] @ training.T).argmax(axis=1))
+    added = [rows[f"{DIFFERENCE}, {part}"] for part in (STYLED, PLAIN)]
+    nearest = [rows[name][own_style.NEAREST] for name in (f"{ADAPTER}, {STYLED}", TRAINING)]
+    print(f"\n{own_style.conclusion(*added, *nearest)}")
 
 
 def report(config: EvalStyleConfig, run: RunDirectory, rows: Any, about: str, num_images: int) -> None:

@@ -19,7 +19,7 @@ from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.splits import ValidationSet, open_validation, training_texts
 from dora_mm.eval.vl.intervals import answer_scores, gain_over_question_only, points
-from dora_mm.eval.vl.metrics import report, score, score_row, task_table
+from dora_mm.eval.vl.metrics import QUESTION_ONLY, conclusion, report, score, score_row, task_table
 from dora_mm.eval.vl.pages import PageExample, PageSection, write_examples_page
 from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
 from dora_mm.eval.vl.same_answers import share_of_same
@@ -77,9 +77,10 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
         kept = run.path / ANSWERS
         asked = (answers, model.networks.values(), splits, config.decode.batch_size)
         answered = answer_all(*asked, folder=kept, content=model.content)
-        report_all(config, run, answered, splits)
+        scores = report_all(config, run, answered, splits)
         if config.same_as:
             report_same(config.same_as, run, splits, earlier)
+        print(f"\n{conclusion(scores, adapted=folder is not None)}")
 
 
 def data_of(splits: Mapping[str, ValidationSet]) -> dict[str, str]:
@@ -144,8 +145,8 @@ def inputs_of(
 
 def report_all(
     config: EvalVLConfig, run: RunDirectory, answered: dict[str, Predictions], splits: dict[str, ValidationSet]
-) -> None:
-    """Scores the answers, writes all files of the run directory, and prints the report."""
+) -> dict[str, VLScores]:
+    """Scores the answers, writes all files of the run directory, and prints the report; returns the scores by task."""
     for name, rows in answered.items():
         write_predictions(name, rows, run.path / f"predictions_{name}{suffix(name)}")
     # Some rows of Karpathy's VQA have no reference answer: they count as wrong, and a note gives their number.
@@ -154,6 +155,7 @@ def report_all(
     scores = {name: with_question_only_accuracy(config, name, found, scored[name]) for name, found in scores.items()}
     write_report(config, run, scores, [name for name in answered if name not in scored])
     write_page(config, run, answered, splits)
+    return scores
 
 
 def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScores, rows: Predictions) -> VLScores:
@@ -174,7 +176,7 @@ def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScore
     ours, guessed = answer_scores(name, [rows]), answer_scores(name, [guesses])
     if ours and guessed and len(set(ours.groups)) > 1:
         notes.append(gain_over_question_only("These answers", {name: ours}, {name: guessed}))
-    metrics = {**scores.metrics, "question-only accuracy": mean_accuracy(guesses)}
+    metrics = {**scores.metrics, QUESTION_ONLY: mean_accuracy(guesses)}
     return replace(scores, metrics=metrics, notes=tuple(notes))
 
 

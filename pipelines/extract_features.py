@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dora_mm.config.paths import resolve_path
 from dora_mm.config.vl import ExtractFeaturesConfig
@@ -20,6 +19,7 @@ from dora_mm.data.images.pixels import SUFFIXES
 from dora_mm.data.vl.example import stem
 from dora_mm.models.vl.towers.tower import VisionTower, load_tower
 from dora_mm.utils.devices import default_device
+from dora_mm.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 NUM_READERS = 8  # processes that decode images while a GPU computes; on a CPU they would only slow it down
@@ -95,7 +95,7 @@ def extract(
     images = ImageFiles(paths, tower.preprocess, dict(writer.digests))
     batches: Any = DataLoader(images, config.batch_size, collate_fn=list, num_workers=readers)
     num_computed, problems = 0, []
-    with tqdm(total=len(paths), desc="features", unit="image", disable=None) as bar:
+    with Progress("features", len(paths), "images") as progress:
         for batch in batches:
             problems += [image.problem for image in batch if image.problem]
             if problems and config.on_bad_data == "stop":
@@ -107,5 +107,5 @@ def extract(
                 for image, features_SD in zip(new, features, strict=True):
                     writer.add(image.name, image.digest, features_SD)
             num_computed += len(new)
-            bar.update(len(batch))
+            progress.advance(len(batch))
     return num_computed, problems

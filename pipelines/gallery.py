@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dora_mm.config.images import TrainDiffusionConfig
+from dora_mm.config.vl import TrainVLConfig
 from dora_mm.sampling.gallery import GALLERY, read_pictures, write_gallery
-from dora_mm.utils.run_directory import new_folder
+from dora_mm.sampling.gallery.training import training_config
+from dora_mm.sampling.next_steps import asking_command, drawing_command
+from dora_mm.utils.run_directory import RunDirectory, new_folder
 
 
 def main(runs: Sequence[Path], *, output: Path | None = None) -> None:
-    """Writes the gallery and prints the path of its page.
+    """Writes the gallery and prints the path of its page, and what comes next.
 
     Args:
         runs: Run directories, each with a manifest, or of a training.
@@ -20,6 +24,18 @@ def main(runs: Sequence[Path], *, output: Path | None = None) -> None:
     entries = {run: read_pictures(run) for run in runs}
     page = write_gallery(entries, output or default_folder(list(entries)))
     print(f"gallery  {page}")
+    print(next_step(list(entries)))
+
+
+def next_step(runs: Sequence[Path]) -> str:
+    """What to do with the page: a training is used, and of other pictures the best are drawn again."""
+    for run in runs:
+        config = training_config(run)
+        if isinstance(config, TrainDiffusionConfig):
+            return f"to draw  {drawing_command(config, RunDirectory(run))}"
+        if isinstance(config, TrainVLConfig):
+            return f"to ask   {asking_command(config, RunDirectory(run))}"
+    return "to go on  open it, mark the best with f, save them as a job: dora-mm sample favourites.jsonl"
 
 
 def default_folder(runs: Sequence[Path]) -> Path:

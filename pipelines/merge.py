@@ -17,6 +17,7 @@ from dora_mm.models.probe import Probe, checked_config, largest_difference, load
 from dora_mm.models.vl.vlm.saved_limits import write_limits
 from dora_mm.utils.digest import module_digest
 from dora_mm.utils.folders import written_at_once
+from dora_mm.utils.progress import Progress
 
 BOUND = 1e-4  # of the largest logit: how far merging in float32 may move any of them
 FRAMES = ("fps", "max_frames")  # of videos, which processors choose in other ways
@@ -47,7 +48,8 @@ def main(model: str, adapter: str, out: str, *, dtype: str | None = None, revisi
     base = load_probe(path, revision, dtype)
     logits = merge(base, file, dtype)
     with written_at_once(folder) as partial:
-        write_copy(base.model, base.folder, partial)
+        with Progress(f"writing {out}"):
+            write_copy(base.model, base.folder, partial)
         digest = module_digest(base.model)
         del base  # the memory may not hold two models, and modules refer to each other
         gc.collect()
@@ -87,10 +89,11 @@ def merge(base: Probe, file: Path, dtype: str) -> Tensor:
     state, metadata = formats.read(file)
     check_identity(file.parent, metadata, base.identity)
     dora_mm.load_adapter(base.model, file, backend="torch")
-    adapted = base.logits()
-    report = dora_mm.merge(base.model, keep_base=False)
-    dora_mm.remove(base.model)
-    merged = base.logits()
+    with Progress("merging"):
+        adapted = base.logits()
+        report = dora_mm.merge(base.model, keep_base=False)
+        dora_mm.remove(base.model)
+        merged = base.logits()
     difference = largest_difference(adapted, merged)
     check_merged(file, difference, dtype)
     num_extra = sum(map(len, state.parameters.values()))

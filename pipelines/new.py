@@ -14,6 +14,7 @@ from dora_mm.data.images.masks import by_kind
 from dora_mm.models.hub import local_copy
 from dora_mm.preview.captions import PLACEHOLDER, example_prompts, shared_word
 from dora_mm.preview.images import describe_captions, describe_length, describe_masks, describe_pictures, repeats_of
+from dora_mm.preview.look import describe_look
 from dora_mm.preview.machine import fitting, largest_card
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.messages import nearest
@@ -127,7 +128,7 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
         raise ValueError("--data belongs to questions: captions lie beside the images, or in metadata.jsonl")
     folder = folder_of_images(draft)
     masks = "file" if by_kind(resolve_path(folder, "--images").glob("*")).masks else None
-    images = read_captioned_images(folder, instance_prompt=PLACEHOLDER, key="--images", masks=masks)
+    images = read_captioned_images(folder, instance_prompt=PLACEHOLDER, key="--images", masks=masks, look=True)
     captions = [image.caption for image in images if image.source != UNCAPTIONED]
     word = shared_word(captions) if captions else PLACEHOLDER
     instance = f"a picture in the style of {word}" if word else "a picture"
@@ -190,6 +191,7 @@ def describe_style(
             describe_pictures(images, config.data),
             describe_captions(images, config.data, None),
             *(f"{line}: data.mask; null trains on all of each picture" for line in describe_masks(images, config.data)),
+            *describe_look(images, config.data),
             f"trigger   {remark_on(word, num_captions)}",
             describe_length(repeats_of(images), config.train),
             *remark_on_steps(len(images), recipe_steps),

@@ -83,7 +83,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         model.check_rescale(config.sample.guidance_rescale, "sample.guidance_rescale")
         check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is read and encoded
         check_initial_file(config.adapter, model)
-    images, held = hold_out(read_images(config.data, "train"), config.data)
+    images, held = hold_out(read_images(config.data, "train", look=dry_run), config.data)
     class_images = read_images(config.data, "preserve")
     if dry_run:
         for section in image_page(config, images, held, class_images, accelerator):

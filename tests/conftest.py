@@ -97,6 +97,12 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
+def no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They depend on the time that a machine takes, and the other messages do not."""
+    monkeypatch.setattr("dora_mm.utils.progress.FIRST_LINE", 3600.0)
+
+
+@pytest.fixture(autouse=True)
 def new_accelerator() -> Iterator[None]:
     """A process holds one accelerator state: what a fixture of a module or a test set is not there for the next."""
     reset_accelerator()

@@ -162,6 +162,13 @@ def test_core_imports_torch_and_nothing_else():
     assert {name: packages for name, packages in outside.items() if packages - {"torch", "dora_mm"}} == {}
 
 
+def test_all_bars_are_of_one_kind():
+    """So that nothing is silent without a terminal."""
+    assert {name_of(path) for path in SOURCES if {"tqdm", "tqdm.tqdm"} & imported(path)} == {
+        "dora_mm/utils/progress.py"
+    }
+
+
 PEFT_ITSELF = {"dora_mm/adapting/prefixes.py", "dora_mm/formats/tools/peft_loading.py"}
 
 

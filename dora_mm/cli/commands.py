@@ -4,17 +4,29 @@ import inspect
 import json
 import shlex
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dora_mm.cli.parser import RESUMABLE
 from dora_mm.config import find_path, load_config, resolve_adapter, resolve_model, resolve_path, run_name
+from dora_mm.config.latest import ADAPTER, CHECKPOINT, LATEST, PICTURES, RUN, Wanted, numbered
+from dora_mm.config.overridden import value_at
 from dora_mm.config.paths import INDEX, check_exists, check_paths
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.recipes import PIPELINES, Recipes
 from dora_mm.registries.tools import TARGETS, no_entry
 from dora_mm.train.resuming import check_changes, nearest_run, started_config
 
+T = TypeVar("T", str, Path)
+# The arguments that are paths, with what `runs/NAME/latest` has to have; those of `set` are in the types of configs
+PATHS: dict[str | tuple[str, str], Wanted] = {
+    **dict.fromkeys(("config", "job_config", "resume", "replay", "images", "data", "folder", "output"), RUN),
+    **dict.fromkeys(("model", "base", "tuned"), RUN),
+    **dict.fromkeys(("adapter", "source", "sources", "file", "path", "out", "runs"), ADAPTER),
+    **{"run": CHECKPOINT, ("gallery", "runs"): PICTURES, ("train", "resume"): CHECKPOINT},
+}
+WRITTEN = ("out", "output")
 DEFAULTS_OF_JOBS = "configs/sdxl/jobs.yaml"
 
 
@@ -25,6 +37,7 @@ def run(arguments: Namespace, recipes: Recipes | None = None) -> None:
         arguments: The parsed arguments.
         recipes: The recipes that configs may name; None: those of `pipelines/`.
     """
+    number_paths(arguments)
     match arguments.command:
         case "sample" if arguments.replay is not None:
             _replay(arguments)
@@ -75,6 +88,23 @@ def run(arguments: Namespace, recipes: Recipes | None = None) -> None:
             _call("extract", arguments)
         case other:
             _call(other, arguments)
+
+
+def number_paths(arguments: Namespace) -> None:
+    """Puts numbers in the place of `latest` in arguments that are paths; they are changed.
+
+    Raises:
+        ValueError: No run has what is asked of it.
+    """
+    for name, given in vars(arguments).items():
+        wanted = PATHS.get((arguments.command, name)) or PATHS.get(name)
+        if wanted and given is not None:
+            number = partial(_numbered, wanted=wanted, new=name in WRITTEN)
+            setattr(arguments, name, [number(path) for path in given] if isinstance(given, list) else number(given))
+
+
+def _numbered(path: T, *, wanted: Wanted, new: bool) -> T:
+    return type(path)(numbered(str(path), wanted, new=new))
 
 
 def _call(recipe: str, arguments: Namespace) -> None:
@@ -178,8 +208,16 @@ def _run_config(arguments: Namespace, recipes: Recipes) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: the recipe {config.pipeline} does not support it")
     main(config, **(asked or {"resume": arguments.resume}))
     if arguments.dry_run:
-        words = ["train", arguments.config, *(["--set", *arguments.overrides] if arguments.overrides else [])]
+        overrides = [_as_read(override, config) for override in arguments.overrides]
+        words = ["train", arguments.config, *(["--set", *overrides] if overrides else [])]
         print(f"\nto start  dora-mm {shlex.join(words)}")
+
+
+def _as_read(override: str, config: PipelineConfig) -> str:
+    """An override, with the number of a run where it says `latest`."""
+    key, _, text = override.partition("=")
+    value = value_at(config.model_dump(mode="json"), key.split(".")) if LATEST in text else None
+    return override if value is None else f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def _config(arguments: Namespace, recipes: Recipes) -> PipelineConfig:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
+from dora_mm.config.latest import LATEST
 from dora_mm.config.schema import PathKind, PipelineConfig, Section
 from dora_mm.utils.messages import nearest
 
@@ -169,6 +170,8 @@ def check_folder(path: str, key: str, *, must_be_new: bool) -> None:
         raise ValueError(f"{key} {path} cannot be made: {error.strerror}") from None
     except RuntimeError:
         raise ValueError(f"{key} {path} cannot be made: there is no user {Path(path).parts[0][1:]}") from None
+    if folder.name == LATEST:
+        raise ValueError(f"{key} {path}: {LATEST} means the last numbered run, and there is none: name another folder.")
     if exists and must_be_new:
         raise ValueError(
             f"{key} {path} exists already: choose another folder, or leave {key} out to get a numbered one."

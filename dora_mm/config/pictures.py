@@ -1,9 +1,10 @@
 """The configs of drawing pictures (jobs, grids, the sheets of a training) and of scoring them. See schema.py."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
+from dora_mm.config.latest import numbered_adapters
 from dora_mm.config.models import ModelConfig
 from dora_mm.config.schema import (
     AdapterPath,
@@ -136,6 +137,14 @@ class Axis(Section):
 
     name: AxisName  # size: 1024 or 832x1216; checkpoint: a step of the run that adapter.path names
     values: Items[str | int | float] = ()  # empty, for checkpoint alone: all that the run has kept
+
+    @model_validator(mode="before")
+    @classmethod
+    def _latest_runs_have_their_number(cls, values: Any) -> Any:
+        given = values.get("values") if isinstance(values, dict) and values.get("name") == "adapter" else None
+        if not isinstance(given, list):
+            return values
+        return {**values, "values": [numbered_adapters(each) if isinstance(each, str) else each for each in given]}
 
 
 class GridConfig(PicturesConfig):

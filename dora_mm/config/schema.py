@@ -8,10 +8,12 @@ defined in these modules and nowhere else. In the comments, null is YAML's null,
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from dora_mm.config.latest import ADAPTER, numbered
 from dora_mm.registries.registry import Registry
 from dora_mm.utils.dtypes import full_name
 
@@ -35,19 +37,23 @@ class PathKind(Enum):
     NEW_FOLDER = "a folder that is written to, and must not exist yet"
 
 
-InputPath = Annotated[Text, PathKind.INPUT]
+_Numbered = AfterValidator(numbered)  # runs/NAME/latest
+_NumberedOutput = AfterValidator(partial(numbered, new=True))
 
 
-AdapterPath = Annotated[Text, PathKind.ADAPTER]
+InputPath = Annotated[Text, PathKind.INPUT, _Numbered]
 
 
-ModelPath = Annotated[Text, PathKind.MODEL]
+AdapterPath = Annotated[Text, PathKind.ADAPTER, AfterValidator(partial(numbered, wanted=ADAPTER))]
 
 
-OutputFolder = Annotated[Text, PathKind.FOLDER]
+ModelPath = Annotated[Text, PathKind.MODEL, _Numbered]
 
 
-NewFolder = Annotated[Text, PathKind.NEW_FOLDER]
+OutputFolder = Annotated[Text, PathKind.FOLDER, _NumberedOutput]
+
+
+NewFolder = Annotated[Text, PathKind.NEW_FOLDER, _NumberedOutput]
 
 
 Positive = Annotated[float, Field(gt=0)]

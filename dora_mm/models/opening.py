@@ -15,6 +15,7 @@ from dora_mm.formats.adapter_file import find_file
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.models.hub import check_hub, local_copy, named, unreachable
+from dora_mm.utils.progress import Progress
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")  # ends of files
 LONGEST_REASON = 500  # characters; transformers' message about shapes has 60 lines
@@ -48,7 +49,7 @@ def opening(
     if loads:
         check_hub(name, revision, key=key)
     try:
-        with without_bars():
+        with without_bars(), Progress(f"loading {name}", hidden=not loads):
             yield
     except Exception as error:
         if not Path(name).exists() and any(_is_connection(cause) for cause in _causes(error)):

@@ -9,6 +9,7 @@ from dora_mm.data.images.folder import CaptionedImage, bucket_of, contains_word,
 from dora_mm.data.images.wording import FIXED, all_unchanged, rendered, unchanged
 from dora_mm.data.syntax import syntax_in
 from dora_mm.models.images.image_model import ImageModel
+from dora_mm.preview.look import describe_look
 from dora_mm.preview.training import when
 from dora_mm.tasks.image_batches import CaptionedBatches
 from dora_mm.tasks.preservation import PreservingBatches
@@ -46,6 +47,7 @@ def describe_data(
             describe_captions(images, config.data, num_tokens),
             *describe_rendered(images, config),
             *describe_masks(images, config.data),
+            *describe_look(images, config.data),
             *describe_preserved(config, class_images),
             *([describe_held_out(held, config.evaluate)] if held else []),
             describe_length(repeats_of(images), config.train, num_processes),

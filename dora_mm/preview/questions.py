@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from dora_mm.config.paths import find_path
 from dora_mm.config.vl import TrainVLConfig
@@ -30,6 +29,7 @@ from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.vl.vl_model import RowLengths, VLModel, likeliest_answer
 from dora_mm.preview.lengths import RowSample, check_sample, sample_lengths, sample_table
 from dora_mm.registries.vl_tasks import TASKS
+from dora_mm.utils.progress import tracked
 
 LEAVES_OUT = "data.on_bad_data: skip leaves them out"
 SHOWN = 3  # rows that are shown, of all tasks together
@@ -237,8 +237,8 @@ def broken_pictures(tables: Mapping[str, tuple[ExampleTable, str | None]]) -> tu
     }
     paths = sorted({path for of_split in names.values() for path in of_split.values()})
     with ThreadPoolExecutor() as pool:
-        bar = tqdm(pool.map(_why_broken, paths), "decoding pictures", len(paths), unit="picture", delay=2, disable=None)
-        reasons = {path: reason for path, reason in zip(paths, bar, strict=True) if reason}
+        shown = tracked(pool.map(_why_broken, paths), "decoding pictures", "pictures", len(paths))
+        reasons = {path: reason for path, reason in zip(paths, shown, strict=True) if reason}
     rows: dict[Path, list[str]] = defaultdict(list)
     for name, (table, _) in tables.items() if reasons else ():
         for index, images in enumerate(table.image_lists()):

@@ -15,6 +15,7 @@ from dora_mm.registries.optimizers import OPTIMIZERS
 from dora_mm.train.loop import LossModule, accumulate, update
 from dora_mm.train.optim import build_optimizer
 from dora_mm.utils.losses import LossSum
+from dora_mm.utils.progress import Progress, duration
 from dora_mm.utils.tables import aligned_columns
 
 LARGE = 500_000_000  # parameters; a training step of a model this large takes minutes on a processor
@@ -73,11 +74,12 @@ def measure_step(
         return time.monotonic() - started, after.peak - before.allocated
 
     times = []
-    while len(times) < 3 and sum(times) < BUDGET:
-        times.append(step(batch_at)[0])
-    if device.type != "cuda":
-        return StepCost(min(times), _kept_for_backward(accelerator, trained, config, seed, largest), KEPT)
-    _, peak = step(largest)
+    with Progress("measuring a step"):
+        while len(times) < 3 and sum(times) < BUDGET:
+            times.append(step(batch_at)[0])
+        if device.type != "cuda":
+            return StepCost(min(times), _kept_for_backward(accelerator, trained, config, seed, largest), KEPT)
+        _, peak = step(largest)
     return StepCost(min(times), max(0, peak - num_bytes(parameters.values())), MEASURED)
 
 
@@ -233,9 +235,7 @@ def _frozen(
 def time_line(cost: StepCost, steps: int, left_out: str) -> str:
     """A line with the measured time of a step and that of a whole training, without what is left out of it."""
     assert cost.seconds is not None
-    whole = cost.seconds * steps
-    shown = f"{whole / 60:.1f} min" if whole < 2 * 3600 else f"{whole / 3600:.1f} h"
-    shown = f"{whole:.0f} s" if whole < 100 else shown
+    shown = duration(cost.seconds * steps)
     return f"time      {cost.seconds:.2f} s a step (measured), {shown} for {steps:,} steps, {left_out} not included"
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
-from tqdm import tqdm
 
 from dora_mm.core import fixed_parameters
 from dora_mm.data.vl.example import Answer, Example, Predictions
@@ -17,6 +16,7 @@ from dora_mm.data.vl.rows import OnBadData, RowTooLongError
 from dora_mm.data.vl.splits import ValidationSet
 from dora_mm.utils.atomic import append_text, write_text
 from dora_mm.utils.evaluating import evaluating, map_shared
+from dora_mm.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 FEW = 8  # rows of each split
@@ -87,7 +87,7 @@ def _answer_split(
     texts = kept.whole_batches(batch_size, count) if kept else []
     errors: list[ValueError] = []
     batches = [range(start, min(start + batch_size, count)) for start in range(len(texts), count, batch_size)]
-    with tqdm(total=count, initial=len(texts), desc=name, unit="row", delay=2, disable=None) as bar:
+    with Progress(name, count, "rows", done=len(texts)) as progress:
 
         def answers_of(rows: range) -> list[str | None]:
             examples = [table[row] for row in rows]
@@ -99,7 +99,7 @@ def _answer_split(
                 found = _one_by_one(answer, examples, split.images, errors, table.on_bad_data)
             if kept:
                 kept.add(rows, found)
-            bar.update(len(rows))
+            progress.advance(len(rows))
             return found
 
         texts += [text for found in map_shared(answers_of, batches, process) for text in found]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,14 @@ from dora_mm.sampling.manifest import (
     recorded,
     write_manifest,
 )
-from dora_mm.sampling.pictures import PictureProgress, PictureSampler, UnusablePictureError
+from dora_mm.sampling.pictures import PictureSampler, UnusablePictureError
 from dora_mm.sampling.png import BaseModel, Description, UsedAdapter, read_description, save_picture
 from dora_mm.sampling.strengths import HashableStrength
 from dora_mm.utils import yaml12
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.lock import only_writer
 from dora_mm.utils.processes import ALONE, DividedWork, Processes
+from dora_mm.utils.progress import Progress
 from dora_mm.utils.run_directory import CONFIG, RunDirectory, is_unfinished, new_folder
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ SECONDS_BETWEEN_MANIFESTS = 5.0
 MOST_NAMED = 5  # files in one message
 
 PictureOutcome = tuple[int, str | None, str | None]  # the index of a picture, the digest of its file, or why it failed
+Count = Callable[[Iterable[Sequence[int]]], object]
+Reach = Callable[[int, float], object]
 LoadAdapter = Callable[[str, HashableStrength, str], object]  # loads the adapter of a path, at a strength, under a name
 
 
@@ -269,20 +273,22 @@ def draw(job: PictureJob, sampler: PictureSampler, load: LoadAdapter, processes:
     """
     open_batches = [batch for batch in job.batches if any(index not in job.done for index in batch)]
     share = DividedWork(processes, len(open_batches))
-    with written_down(job, sum(map(len, open_batches))) if processes.is_main else nullcontext(lambda _: None) as count:
+    alone = nullcontext((lambda batches: None, lambda size, share: None))
+    with written_down(job, sum(map(len, open_batches))) if processes.is_main else alone as (count, reach):
         for weights, numbers in groupby(share, key=lambda number: job.pictures[open_batches[number][0]].weights):
             with adapted(sampler.model, weights, load):
                 sampler.forget_prompts()
                 for number in numbers:
-                    draw_batch(job, open_batches[number], sampler)
-                    share.tell(number, job.outcomes(open_batches[number]))
-                    count([open_batches[number], *map(job.note, share.told())])
+                    batch = open_batches[number]
+                    draw_batch(job, batch, sampler, partial(reach, len(batch)))
+                    share.tell(number, job.outcomes(batch))
+                    count([batch, *map(job.note, share.told())])
         for outcomes in share.told(wait=True):
             count([job.note(outcomes)])
 
 
 @contextmanager
-def written_down(job: PictureJob, total: int) -> Iterator[Callable[[Iterable[Sequence[int]]], None]]:
+def written_down(job: PictureJob, total: int) -> Iterator[tuple[Count, Reach]]:
     """A context in which the manifest follows what becomes of pictures, and a bar counts them.
 
     Args:
@@ -290,22 +296,27 @@ def written_down(job: PictureJob, total: int) -> Iterator[Callable[[Iterable[Seq
         total: The number of pictures that are drawn.
 
     Yields:
-        Counts batches that have been drawn.
+        What counts batches that have been drawn, and what takes the size of one and the share of it that is done.
     """
+    drawn = 0
     write_manifest(job.folder, job.entries())
     next_manifest = time.monotonic() + SECONDS_BETWEEN_MANIFESTS
 
     def count(batches: Iterable[Sequence[int]]) -> None:
-        nonlocal next_manifest
-        progress.advance(sum(map(len, batches)))
+        nonlocal drawn, next_manifest
+        drawn += sum(map(len, batches))
+        progress.done = drawn
         if (started := time.monotonic()) > next_manifest:
             write_manifest(job.folder, job.entries())
             seconds = time.monotonic() - started  # half a second for 10,000 pictures
             next_manifest = started + max(SECONDS_BETWEEN_MANIFESTS, 100 * seconds)
 
+    def reach(size: int, share: float) -> None:
+        progress.done = drawn + size * share
+
     try:
-        with PictureProgress(total, "pictures") as progress:
-            yield count
+        with Progress("drawing", total, "pictures") as progress:
+            yield count, reach
     finally:  # after Ctrl-C, too
         write_manifest(job.folder, job.entries())
 
@@ -336,13 +347,15 @@ def remove_adapters(model: ImageModel) -> None:
             remove(network)
 
 
-def draw_batch(job: PictureJob, batch: Sequence[int], sampler: PictureSampler) -> None:
-    """Draws one batch, and saves the pictures of it that are missing."""
+def draw_batch(
+    job: PictureJob, batch: Sequence[int], sampler: PictureSampler, on_step: Callable[[float], object] | None = None
+) -> None:
+    """Draws one batch, and saves the pictures of it that are missing; `on_step` is that of `PictureSampler.draw`."""
     pictures = [job.pictures[index] for index in batch]
     settings = pictures[0].settings
     prompts = [picture.prompts for picture in pictures]
     try:
-        drawn = sampler.draw(prompts, [picture.seed for picture in pictures], **settings)
+        drawn = sampler.draw(prompts, [picture.seed for picture in pictures], **settings, on_step=on_step)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
             raise

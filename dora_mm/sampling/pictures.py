@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from dora_mm.data.syntax import Wording
 from dora_mm.models.images.image_model import ImageModel, Prompt
 from dora_mm.models.images.schedulers import make_scheduler, title_of
+from dora_mm.utils.progress import Progress
 
 log = logging.getLogger(__name__)
-MOST_LINES = 20  # of logged progress, without a terminal that shows a bar
 MOST_ENCODED = 256  # pictures whose prompts are kept: some 1 MB each in models of full size
 
 Prompts = tuple[Wording, Wording | None]  # of one picture: the prompt, and the negative prompt or None
@@ -94,6 +92,7 @@ class PictureSampler:
         height: int,
         scheduler: str | None = None,
         guidance_rescale: float = 0.0,
+        on_step: Callable[[float], object] | None = None,
     ) -> list[Image.Image | UnusablePictureError]:
         """Draws a batch of pictures.
 
@@ -107,6 +106,7 @@ class PictureSampler:
             scheduler: The name of the scheduler; None is the model's own.
             guidance_rescale: How much of the contrast that guidance adds is taken back, 0 to 1 (Lin et al. 2023, arXiv
                 2305.08891, section 3.4), by families that have it.
+            on_step: Called after each denoising step with the share of them that is done.
 
         Returns:
             The pictures, with an error in the place of each that cannot be used.
@@ -117,6 +117,8 @@ class PictureSampler:
         if guidance_rescale:
             inputs["guidance_rescale"] = guidance_rescale
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        if on_step is not None:
+            inputs["callback_on_step_end"] = partial(_after_step, on_step)
         try:
             drawn = self.pipe(**inputs, generator=generators, output_type="pt")
         finally:
@@ -142,6 +144,11 @@ class PictureSampler:
     def _picture(self, pixels: Tensor) -> Image.Image:
         processor: Any = self.pipe.image_processor
         return processor.postprocess(pixels[None], "pil", [False])[0]
+
+
+def _after_step(on_step: Callable[[float], object], pipe: Any, index: int, _time: Any, _tensors: Any) -> dict[str, Any]:
+    on_step((index + 1) / pipe.num_timesteps)
+    return {}  # changes nothing
 
 
 def problem_of(pixels: Tensor) -> UnusablePictureError | None:
@@ -180,7 +187,7 @@ def sample(
         batch_size: Pictures per batch.
         height: In pixels; None is the model's own.
         width: In pixels; None is the model's own.
-        description: Label of a progress bar, or of lines in the log without a terminal; None shows no progress.
+        description: What the progress is called; None shows none.
 
     Returns:
         The pictures, in the order of the prompts. Those that cannot be used are black, and named in the log.
@@ -194,44 +201,16 @@ def sample(
     for index, (job, _) in enumerate(jobs):
         groups.setdefault(sampler.length(job), []).append(index)
     pictures: dict[int, Any] = {}
-    with PictureProgress(len(jobs), description) as progress:
+    with Progress(description or "", len(jobs), "pictures", hidden=description is None) as progress:
         for group in groups.values():
             for start in range(0, len(group), batch_size):
                 batch = group[start : start + batch_size]
-                drawn = sampler.draw([jobs[i][0] for i in batch], [jobs[i][1] for i in batch], **settings)
+                prompts_of_batch, seeds_of_batch = zip(*(jobs[index] for index in batch), strict=True)
+                with progress.part(len(batch)) as on_step:
+                    drawn = sampler.draw(prompts_of_batch, seeds_of_batch, **settings, on_step=on_step)
                 pictures |= zip(batch, drawn, strict=True)
-                progress.advance(len(batch))
     for index, picture in pictures.items():
         if isinstance(picture, UnusablePictureError):
             log.warning("The picture of %r with seed %d %s.", prompts[index], seeds[index], picture)
             pictures[index] = Image.new("RGB", (settings["width"], settings["height"]))
     return [pictures[index] for index in range(len(jobs))]
-
-
-class PictureProgress:
-    """A progress bar over pictures, or lines in the log without a terminal.
-
-    Args:
-        total: The number of pictures.
-        description: The label; None shows nothing.
-    """
-
-    def __init__(self, total: int, description: str | None):
-        shown = description is not None and sys.stderr.isatty()
-        self.bar = tqdm(total=total, desc=description, unit="picture", disable=not shown, leave=False)
-        self.description = None if shown else description
-        self.total, self.done, self.last_line = total, 0, 0
-
-    def __enter__(self) -> PictureProgress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-
-    def advance(self, count: int) -> None:
-        """Counts pictures that were drawn."""
-        self.done += count
-        self.bar.update(count)
-        if self.description is not None and self.done - self.last_line >= self.total / MOST_LINES:
-            self.last_line = self.done
-            log.info("%s: %d of %d pictures", self.description, self.done, self.total)

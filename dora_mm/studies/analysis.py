@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dora_mm.config.loader import load_config
 from dora_mm.config.paths import resolve_adapter, resolve_model
 from dora_mm.config.schema import PipelineConfig
@@ -22,6 +20,7 @@ from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.reader import LayerReader
 from dora_mm.studies.decomposition import WeightPoint, weight_change
+from dora_mm.utils.progress import tracked
 
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # of transformers 5
 _TRANSPOSED = "layers of GPT-2's kind (Conv1D) keep their weights as (inputs, outputs)"
@@ -154,7 +153,7 @@ def _of_adapter(source: TrainedSource, base: BaseWeights, modules: re.Pattern[st
     if stores_transposed(base) and not all(reader.transposed(name) for name in reader.names()):
         raise ValueError(f"{source.path}: {_TRANSPOSED}, which only folders of PEFT say: give RUN/adapter")
     names = [name for name in reader.names() if _is_wanted(name, modules)]
-    for name in tqdm(names, source.run, unit="matrix", delay=2, disable=None):
+    for name in tracked(names, source.run, "matrices"):
         with located(f"{source.path}: {name}"):
             layer, W0 = reader.layer(name), reader.base(name)
             if W0.dim() < 2:

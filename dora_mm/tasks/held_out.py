@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from dora_mm.config.vl import EvaluateConfig
 from dora_mm.core import fixed_parameters
@@ -21,6 +20,7 @@ from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches
 from dora_mm.utils.evaluating import evaluating, map_shared
 from dora_mm.utils.losses import LossSum
+from dora_mm.utils.progress import tracked
 from dora_mm.utils.randomness import generator
 
 if TYPE_CHECKING:  # these need the extra vl, and those who train pictures have none
@@ -64,8 +64,8 @@ class PictureLosses:
         found = {}
         with evaluating(networks) as together, fixed_parameters(together):
             for name, part in self.parts.items():
-                bar = tqdm(self.batches[name], desc=name, unit="batch", delay=2, leave=False, disable=None)
-                shared = map_shared(partial(self._losses, part), bar, self.process, in_step=True)
+                batches = tracked(self.batches[name], name, "batches")
+                shared = map_shared(partial(self._losses, part), batches, self.process, in_step=True)
                 losses = list(chain.from_iterable(shared))
                 found[name] = fsum(losses) / len(losses)
         return found
@@ -128,8 +128,8 @@ class RowLosses:
         table = split.table.select(range(min(len(split.table), self.limit or len(split.table)))).answered()
         size = self.training[name].batch_size
         batches = [range(start, min(start + size, len(table))) for start in range(0, len(table), size)]
-        bar = tqdm(batches, desc=f"{name} loss", unit="batch", delay=2, leave=False, disable=None)
-        found = map_shared(partial(self._sums, name, table, split.images), bar, self.process, in_step=True)
+        shown = tracked(batches, f"{name} loss", "batches")
+        found = map_shared(partial(self._sums, name, table, split.images), shown, self.process, in_step=True)
         return fsum(total for total, _ in found) / max(1, fsum(count for _, count in found))
 
     def _sums(self, name: str, table: ExampleTable, images: str | None, rows: range) -> tuple[float, float]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 
 import torch
-from tqdm import tqdm
 
 from dora_mm.config.images import DataConfig, TrainDiffusionConfig
 from dora_mm.core import base_model
@@ -21,6 +20,7 @@ from dora_mm.data.images.wording import rendered, unchanged
 from dora_mm.data.seen import read_as
 from dora_mm.models.images.image_model import ImageModel, Prompt
 from dora_mm.tasks.diffusion import ConditionedLatents
+from dora_mm.utils.progress import Progress, tracked
 from dora_mm.utils.randomness import generator
 
 
@@ -56,14 +56,17 @@ class PromptEncoder:
         captions = [caption for caption in captions if not self.changes(caption)]
         if self._files is not None:
             missing = [each for each in dict.fromkeys(captions) if not self._files.has(self._key(each))]
-            for caption in tqdm(missing, desc="captions", unit="text", delay=2, disable=None):
+            for caption in tracked(missing, "encoding captions", "captions"):
                 self._write(caption)
             return
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._cache]
-        for part in self._of_one_length(new, batch_size):
-            with torch.no_grad():
+        if not new:
+            return
+        with Progress("encoding captions", len(new), "captions") as progress, torch.no_grad():
+            for part in self._of_one_length(new, batch_size):
                 for caption, prompt in zip(part, self.model.encode_prompts(part), strict=True):
                     self._cache[caption] = {name: tensor.cpu() for name, tensor in prompt.items()}
+                progress.advance(len(part))
 
     def __call__(self, captions: Sequence[str]) -> list[Prompt]:
         """Encodes captions of any length; each conditions the denoiser as it does alone."""
@@ -165,7 +168,7 @@ class CaptionedBatches:
             varies = self.config.captions is not None or any(image.more for image in self.images)
             self.prompts.keep([*self.captions(num_batches), ""], 1 if varies else 16)
         if self.config.crop == "center":
-            for index in tqdm(range(len(self.images)), desc="latents", unit="image", delay=2, disable=None):
+            for index in tracked(range(len(self.images)), "encoding images", "images"):
                 for flip in (False, True) if self.config.flip else (False,):
                     framing = self._frame(index, flip, None)
                     if not self.cache.has(self._key(index, framing)):

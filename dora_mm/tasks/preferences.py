@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from dora_mm.config.vl import PreferenceConfig, TrainVLConfig
 from dora_mm.core import base_model, fixed_parameters
@@ -31,6 +30,7 @@ from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.tasks.held_out import Precision
 from dora_mm.utils.evaluating import evaluating, map_shared
 from dora_mm.utils.losses import LossSum
+from dora_mm.utils.progress import tracked
 
 log = logging.getLogger(__name__)
 Reference = Callable[[Any], Tensor]  # a batch of pairs -> log-probabilities of chosen and rejected answers (2, B)
@@ -188,8 +188,8 @@ class KeptReference:
             for name, found in paired.items():
                 count = min(len(found.table), limit or len(found.table))
                 slices = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-                bar = tqdm(slices, f"{name} by the model as it starts", unit="batch", delay=2, disable=None)
-                for values in map_shared(partial(known, name, found), bar, process, in_step=True):
+                shown = tracked(slices, f"{name} by the model as it starts", "batches")
+                for values in map_shared(partial(known, name, found), shown, process, in_step=True):
                     self._values |= {key: (chosen, rejected) for key, chosen, rejected in values}
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -3,16 +3,15 @@
 import hashlib
 import json
 import math
-import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from dora_mm.utils.atomic import flush, open_to_append, write_text
 from dora_mm.utils.lock import check_lock
 from dora_mm.utils.metric_rows import whole_rows
+from dora_mm.utils.progress import Progress
 from dora_mm.utils.run_directory import RunDirectory
 
 
@@ -82,11 +81,11 @@ class MetricsLog:
 class TrainingProgress:
     """The mean loss, running and of the last steps, and the seconds of training, over all parts of a resumed run.
 
-    Shows a bar with loss, learning rate and time left; plain lines if standard error is not a terminal.
+    Shows how far the training is, with its loss and learning rate: see `Progress`.
 
     Args:
         total: The step that training ends at.
-        every: Steps between two plain lines.
+        every: Steps between two lines where there is no terminal; between slow ones there are more.
         shown: Whether to print anything.
     """
 
@@ -95,15 +94,14 @@ class TrainingProgress:
         self._total, self._every, self._shown = total, every, shown
         self._seconds_before, self._started = 0.0, time.monotonic()
         self._last_losses: list[float] = []
+        self._display = ExitStack()
 
     def start(self, first: int) -> None:
         """Starts the clock of this process and the display, after `first` finished steps."""
         self._started = time.monotonic()
-        self._step = self._first = first
-        terminal = sys.stderr.isatty()
-        self._lines = self._shown and not terminal
-        hidden = not (self._shown and terminal)
-        self._bar = tqdm(total=self._total, initial=first, unit="step", disable=hidden, dynamic_ncols=True)
+        self._step = first
+        shown = Progress("training", self._total, "steps", done=first, hidden=not self._shown, keep=True)
+        self._progress = self._display.enter_context(shown)
 
     @property
     def seconds(self) -> float:
@@ -118,17 +116,10 @@ class TrainingProgress:
         # there are so many it is the plain mean, since the first loss can be many times those that follow.
         share = max(1 / self._step, 0.02)
         self.mean_loss = loss if math.isnan(self.mean_loss) else (1 - share) * self.mean_loss + share * loss
-        self._bar.set_postfix(loss=f"{self.mean_loss:.4f}", lr=f"{rate:.1e}", refresh=False)
-        self._bar.update()
-        if self._lines and (self._step % self._every == 0 or self._step == self._total):
-            per_step = (time.monotonic() - self._started) / (self._step - self._first)
-            left = per_step * (self._total - self._step)
-            print(
-                f"step {self._step}/{self._total}  loss {self.mean_loss:.4f}  lr {rate:.2e}"
-                f"  {per_step:.2f} s/step  {left / 60:.1f} min left",
-                file=sys.stderr,
-                flush=True,
-            )
+        self._progress.note = f"loss {self.mean_loss:.4f}, lr {rate:.1e}"
+        self._progress.advance()
+        if self._step % self._every == 0 and self._step < self._total:
+            self._progress.say()
 
     def take_last_loss(self) -> float:
         """The mean loss of the steps since the last call."""
@@ -143,7 +134,7 @@ class TrainingProgress:
         self._last_losses = list(state_dict["last_losses"])
 
     def close(self) -> None:
-        self._bar.close()
+        self._display.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.progress import BYTES, Progress, tracked
 
 REMEMBERED = 1 << 26  # bytes; a digest of less takes 0.04 s
 
@@ -41,14 +42,15 @@ def weights_digest(files: Iterable[Path]) -> str:
 
     def computed() -> str:
         holder = {name: found for found in map(opened, files) for name in found.keys()}  # noqa: SIM118
-        return _digest((name, holder[name].get_tensor(name)) for name in sorted(holder))
+        tensors = ((name, holder[name].get_tensor(name)) for name in sorted(holder))
+        return _digest(tensors, len(holder))
 
     return _remembered(files, "tensors", computed)
 
 
-def _digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+def _digest(tensors: Iterable[tuple[str, torch.Tensor]], total: int | None = None) -> str:
     digest = hashlib.sha256()
-    for name, tensor in tensors:
+    for name, tensor in tracked(tensors, "digest of the weights", "tensors", total):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -68,10 +70,12 @@ def data_digest(path: Path) -> str:
 def file_digest(path: Path, start: int = 0) -> str:
     """SHA-256 of a file, from a byte on, in hex."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    size = path.stat().st_size - start
+    with path.open("rb") as file, Progress(f"digest of {path.name}", size, BYTES, hidden=size < REMEMBERED) as progress:
         file.seek(start)
         while chunk := file.read(1 << 20):
             digest.update(chunk)
+            progress.advance(len(chunk))
     return digest.hexdigest()
 
 

@@ -7,8 +7,10 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 
-from dora_mm.sampling.pictures import PictureProgress
+from dora_mm.utils import progress
+from dora_mm.utils.progress import Progress
 
 # Nothing can import torch: what is said before that is said at once
 REFUSED = "import sys\nsys.modules['torch'] = None\nfrom dora_mm.cli import main\nsys.exit(main(['grid', 'no.yaml']))"
@@ -57,27 +59,27 @@ def test_the_first_word_on_a_terminal_comes_before_torch():
     assert on_pipe(REFUSED).startswith("dora-mm: no.yaml does not exist")
 
 
-def draw_pictures() -> None:
-    with PictureProgress(40, "pictures") as progress:
-        for _ in range(40):
-            progress.advance(1)
-
-
-def test_pictures_have_a_bar_on_a_terminal(monkeypatch, caplog):
-    caplog.set_level("INFO")
+def test_work_has_a_bar_on_a_terminal(monkeypatch, caplog):
+    caplog.set_level("INFO", logger="dora_mm")
+    monkeypatch.setattr(progress, "BAR_AFTER", 0.05)
+    monkeypatch.setattr(progress, "BAR_REFRESH", 0.05)
     ours, theirs = pseudo_terminal()
     with os.fdopen(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        draw_pictures()
+        with Progress("loading a model"):
+            time.sleep(0.1)
+        with Progress("drawing", 40, "pictures", keep=True) as drawing:
+            drawing.note = "loss 0.5"
+            with drawing.part(10) as on_step:
+                on_step(0.55)
+                time.sleep(0.2)
+            drawing.advance(30)
+            drawing.say()  # is for pipes
         monkeypatch.undo()
-    assert "/40" in read_all(ours)
+    shown = read_all(ours)
+    assert "loading a model [00:0" in shown
+    assert "drawing:  14%|" in shown
+    assert "| 6/40 [00:0" in shown
+    assert "loss 0.5" in shown
+    assert shown.rstrip("\r\n").rpartition("\r")[2].startswith("drawing: 100%|")
     assert not caplog.messages
-
-
-def test_pictures_have_some_lines_on_a_pipe(monkeypatch, caplog):
-    caplog.set_level("INFO")
-    with os.fdopen(os.pipe()[1], "w") as pipe:
-        monkeypatch.setattr(sys, "stderr", pipe)
-        draw_pictures()
-        monkeypatch.undo()
-    assert caplog.messages == [f"pictures: {number} of 40 pictures" for number in range(2, 41, 2)]

@@ -10,6 +10,7 @@ from dora_mm.cli import main
 from dora_mm.cli.commands import take_job
 from dora_mm.cli.parser import build_parser
 from dora_mm.config import find_path, load_config
+from dora_mm.config.latest import LATEST, numbered
 from dora_mm.config.paths import paths_in
 from dora_mm.config.schema import PathKind, PipelineConfig, Section
 from dora_mm.config.vl import ExtractFeaturesConfig
@@ -104,12 +105,12 @@ class Checkout:
 
     def provide(self, name: str) -> None:
         """Makes a file or folder that is not there."""
-        if find_path(name) is not None:
+        if find_path(numbered(name)) is not None:
             return
         path = Path(name)
         parts = path.parts
         if parts[:1] == ("runs",) and len(parts) > 2:
-            self._make_run(Path(*parts[:3]))
+            self._make_run(Path(*parts[:2], "001" if parts[2] == LATEST else parts[2]))
         elif stand_ins.build(name, path, self.tiny_sdxl, self.tiny_vlm):
             pass
         elif name == "my_images":

@@ -13,7 +13,7 @@ from dora_mm.config.pictures import SampleConfig
 from dora_mm.core import adapted_layers
 from dora_mm.sampling.before_after import at_strength, before_after_sheet
 from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.pictures import PictureProgress, sample
+from dora_mm.sampling.pictures import PictureSampler, sample
 from dora_mm.train.weights import swapped
 
 
@@ -135,16 +135,13 @@ def test_a_sheet_shows_the_bare_model_the_adapter_and_the_average_with_the_same_
     assert not np.array_equal(drawn["average"][0], drawn["after"][0])
 
 
-def test_without_a_terminal_progress_is_logged(tiny, caplog):
-    with caplog.at_level("INFO", logger="dora_mm"):
-        sample(tiny, ["a bus"] * 3, [0, 1, 2], steps=1, batch_size=2, description="bare model")
-    assert caplog.messages == ["bare model: 2 of 3 pictures", "bare model: 3 of 3 pictures"]
-    caplog.clear()
-    with caplog.at_level("INFO", logger="dora_mm"), PictureProgress(1000, "pictures") as progress:
-        for _ in range(1000):
-            progress.advance(1)
-    assert len(caplog.messages) == 20
-    assert caplog.messages[-1] == "pictures: 1000 of 1000 pictures"
+def test_the_steps_of_a_picture_are_told_and_change_nothing(tiny):
+    sampler, told = PictureSampler(tiny), []
+    settings = {"steps": 4, "guidance": 3.0, "width": 64, "height": 64}
+    (picture,) = sampler.draw([("a bus", None)], [0], **settings, on_step=told.append)
+    assert told == [0.25, 0.5, 0.75, 1]
+    (same,) = sampler.draw([("a bus", None)], [0], **settings)
+    assert np.array_equal(picture, same)
 
 
 def test_a_sheet_contains_every_picture():

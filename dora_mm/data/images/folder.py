@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
-from tqdm import tqdm
 
 from dora_mm.config import resolve_path
 from dora_mm.config.images import CaptionConfig, DataConfig
 from dora_mm.data.images.buckets import Size, choose_bucket
 from dora_mm.data.images.captions import BESIDE, METADATA, CaptionFiles, is_image
 from dora_mm.data.images.listing import entries_of, folders_in
+from dora_mm.data.images.look import Look, look_at
 from dora_mm.data.images.masks import (
     ImagesByKind,
     MaskFile,
@@ -35,6 +35,7 @@ from dora_mm.data.images.masks import (
 )
 from dora_mm.data.images.pixels import SUFFIXES, load_rgb
 from dora_mm.utils.digest import file_digest
+from dora_mm.utils.progress import tracked
 
 log = logging.getLogger(__name__)
 MOST_NAMED = 8  # files in one message
@@ -56,6 +57,7 @@ class CaptionedImage(NamedTuple):
     more: tuple[str, ...] = ()  # further captions, of which one is drawn in every epoch
     mask: str = ""  # SHA-256 of the file of its mask, or "alpha"; empty: none is used
     mask_file: MaskFile | None = None  # its mask, used or not
+    look: Look | None = None  # what it looks like, where that was asked for
 
 
 def read_captioned_images(
@@ -71,6 +73,7 @@ def read_captioned_images(
     masks: str | None = None,
     mask_folder: str | None = None,
     mask_key: str = "data.mask.folder",
+    look: bool = False,
 ) -> list[CaptionedImage]:
     """Reads every image of a folder with its caption, sorted by path.
 
@@ -91,6 +94,7 @@ def read_captioned_images(
         masks: Where masks are, "file" or "alpha"; None: they are not used, and files of masks are no images either.
         mask_folder: A folder of masks that are named as the images; None: they lie beside the images.
         mask_key: The key of the config that names it.
+        look: Whether to keep what each image looks like.
 
     Raises:
         ValueError: Lists all problems of the folder: it is missing, unreadable or has no images; an image is broken,
@@ -114,9 +118,10 @@ def read_captioned_images(
     images, uncaptioned = [], []
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes outside of Python's lock
         mask_files = [found_masks.of_image(path) for path in paths]
-        contents = threads.map(partial(_content, root=root if subfolders else None, masks=masks), paths, mask_files)
-        bar = tqdm(contents, "reading images", len(paths), unit="image", delay=2, disable=None)
-        for path, mask_file, content in zip(paths, mask_files, bar, strict=True):
+        content_of = partial(_content, root=root if subfolders else None, masks=masks, look=look)
+        contents = threads.map(content_of, paths, mask_files)
+        shown = tracked(contents, "reading images", "images", len(paths))
+        for path, mask_file, content in zip(paths, mask_files, shown, strict=True):
             found = files.of_image(path)
             caption, source, more = found or (instance_prompt or "", prompt_key, ())
             if not caption:
@@ -124,8 +129,8 @@ def read_captioned_images(
             if isinstance(content, ValueError):
                 problems.append(str(content))
             else:
-                size, digest, mask, repeats = content
-                settings = {"more": more, "mask": mask, "mask_file": mask_file}
+                size, digest, mask, repeats, seen = content
+                settings = {"more": more, "mask": mask, "mask_file": mask_file, "look": seen}
                 images.append(CaptionedImage(path, caption, size, digest, source, repeats, **settings))
     if uncaptioned:
         problems.append(f"{_counted(uncaptioned)} without a caption: caption them or set {prompt_key}")
@@ -184,7 +189,7 @@ def _masks(kinds: ImagesByKind, root: Path, folder: Path | None, key: str, *, su
     return MaskFiles(kinds.masks, root, folder, (path for each in folders for path in entries_of(each, key)))
 
 
-def read_images(data: DataConfig, role: str) -> list[CaptionedImage]:
+def read_images(data: DataConfig, role: str, *, look: bool = False) -> list[CaptionedImage]:
     """Reads the images of all folders with a role in a config's `data` section; see `read_captioned_images`.
 
     Raises:
@@ -212,6 +217,7 @@ def read_images(data: DataConfig, role: str) -> list[CaptionedImage]:
                 unused_captions=data.unused_captions,
                 key=key,
                 prompt_key=f"{key}.prompt" if folder.prompt or role == "preserve" else "data.instance_prompt",
+                look=look,
             )
             # A whole number stays one, which the digest of the images depends on
             times = (image.repeats if folder.repeats == 1 else image.repeats * folder.repeats for image in found)
@@ -271,14 +277,15 @@ def _no_images(root: Path, deeper: Sequence[Path], key: str) -> str:
 
 
 def _content(
-    path: Path, mask_file: MaskFile | None, root: Path | None, masks: str | None
-) -> tuple[Size, str, str, float] | ValueError:
-    """Size, digest, mask and repeats of an image, which is decoded in full, or why it cannot be used."""
+    path: Path, mask_file: MaskFile | None, root: Path | None, masks: str | None, *, look: bool
+) -> tuple[Size, str, str, float, Look | None] | ValueError:
+    """Size, digest, mask, repeats and look of an image, which is decoded in full, or why it cannot be used."""
     try:
         repeats = 1 if root is None else _repeats(root, path)
         image: Image.Image = load_rgb(path)
         size = image.height, image.width
-        return size, file_digest(path), mask_digest(path, mask_file, size, masks), repeats
+        mask, seen = mask_digest(path, mask_file, size, masks), look_at(image) if look else None
+        return size, file_digest(path), mask, repeats, seen
     except ValueError as error:
         return error
 
@@ -350,9 +357,11 @@ def _log_notes(entries: Sequence[Path], images: list[CaptionedImage], deeper: Se
     if len(with_prompt) < len(images) and with_prompt:
         log.warning("%s without a caption: %s is used", _counted(with_prompt), prompt_key)
     first_of: dict[str, Path] = {}
-    duplicates = [image.path for image in images if first_of.setdefault(image.digest, image.path) != image.path]
+    duplicates = [image for image in images if first_of.setdefault(image.digest, image.path) != image.path]
     if duplicates:
-        log.warning("%s identical to another image of the folder", _counted(duplicates))
+        pairs = [f"{image.path.name} to {first_of[image.digest].name}" for image in duplicates[:MOST_NAMED]]
+        copies = _counted([image.path for image in duplicates])
+        log.warning("%s identical to another image of the folder: %s", copies, ", ".join(pairs))
     folders = {path.parent for path in deeper}
     folders |= {folder for path in folders for folder in path.parents}
     stems = {image.path.with_suffix("") for image in images}

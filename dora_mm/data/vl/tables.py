@@ -20,7 +20,6 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.images.frames import is_video
@@ -33,6 +32,7 @@ from dora_mm.data.vl.readers.hub_files import METADATA
 from dora_mm.data.vl.rows import BadRows, OnBadData, warn_skipped
 from dora_mm.utils.atomic import write_atomically, write_text
 from dora_mm.utils.digest import file_digest, known_digest
+from dora_mm.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 LAYOUT = "8"  # increase it when the files or the rows of all readers change; a reader has its `version`
@@ -295,13 +295,13 @@ def _write(partial: Path, path: Path, source: SourceConfig, on_bad_data: OnBadDa
     bad, store = BadRows(on_bad_data), ImageStore(path.parent / STORED_IMAGES)
     end = None if source.limit is None else source.skip + source.limit
     rows = map(store.stored, islice(read_source(source, bad), source.skip, end))
-    progress = tqdm(desc=f"reading {source.path.name}", unit="row", delay=2, disable=None)
+    progress = Progress(f"reading {source.path.name}", unit="rows")
     num_rows = 0
     with _no_collection(), pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer, progress:
         for batch in record_batches(rows, BATCH_ROWS):
             writer.write_batch(batch)
             num_rows += batch.num_rows
-            progress.update(batch.num_rows)
+            progress.advance(batch.num_rows)
     store.flush()
     if not num_rows:
         warn_skipped(bad.found)

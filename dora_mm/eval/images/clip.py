@@ -11,6 +11,7 @@ from PIL import Image
 from dora_mm.config.paths import resolve_path
 from dora_mm.data.images.folder import load_rgb
 from dora_mm.models.opening import opening
+from dora_mm.utils.progress import tracked
 
 
 class ClipSimilarity:
@@ -42,7 +43,7 @@ class ClipSimilarity:
     def embed_images(self, images: Sequence[Image.Image], batch_size: int = 32) -> np.ndarray:
         """Returns unit vectors (N, D)."""
         parts = []
-        for start in range(0, len(images), batch_size):
+        for start in tracked(range(0, len(images), batch_size), "comparing", "batches"):
             batch = [self.preprocess(image.convert("RGB")) for image in images[start : start + batch_size]]
             parts.append(self.model.encode_image(torch.stack(batch).to(self.device), normalize=True))
         return torch.cat(parts).float().cpu().numpy()

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from dora_mm.models.vl.towers.efficientnet import load_efficientnet_lite0
+from dora_mm.utils.progress import Progress
 
 INPUT_SIZE = 224
 
@@ -54,20 +54,20 @@ class Encoder:
         self.model = load_efficientnet_lite0().to(device=self.device, memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[Image.Image], *, batch_size: int = 32, progress: str | None = None) -> Features:
+    def __call__(self, images: Sequence[Image.Image], *, batch_size: int = 32, progress: str = "comparing") -> Features:
         """Returns the features of RGB images of any size.
 
         Args:
             images: N images.
             batch_size: Images per forward pass.
-            progress: The description of the progress bar; None shows no bar.
+            progress: What it is called where it takes long.
         """
         parts = []
-        with tqdm(total=len(images), desc=progress, unit="image", disable=None if progress else True) as bar:
+        with Progress(progress, len(images), "images") as bar:
             for start in range(0, len(images), batch_size):
                 batch = [to_input(image) for image in images[start : start + batch_size]]
                 parts.append(self._features(torch.stack(batch).to(self.device, memory_format=torch.channels_last)))
-                bar.update(len(batch))
+                bar.advance(len(batch))
         return concatenate(parts)
 
     def _features(self, x: torch.Tensor) -> Features:

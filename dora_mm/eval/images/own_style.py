@@ -136,6 +136,34 @@ def differences(first: StyleScores, second: StyleScores) -> dict[str, Interval]:
     return {name: jackknife([first.num_prompts], partial(difference, name)) for name in shared}
 
 
+def conclusion(
+    styled: Mapping[str, Interval],
+    plain: Mapping[str, Interval],
+    nearest: Interval,
+    nearest_of_training: Interval,
+) -> str:
+    """What the scores mean and what to do about it, in sentences.
+
+    Args:
+        styled: The adapter's scores minus the bare model's, of prompts in the style.
+        plain: Those of prompts that do not ask for it.
+        nearest: The adapter's likeness to the nearest training picture, of prompts in the style.
+        nearest_of_training: That of the training pictures with each other.
+    """
+    gained, leaked = styled[LIKENESS], plain[LIKENESS]
+    amount = f"{gained.mean:+.3f} ({gained.low:+.3f} to {gained.high:+.3f}) likeness"
+    if gained.high < 0:
+        return f"The adapter leads away from the training pictures ({amount}): try a lower rate, or fewer steps."
+    if gained.low <= 0:
+        return f"These pictures show no style of the adapter ({amount}): train longer, or score more prompts and seeds."
+    said = [f"The adapter draws closer to the training pictures than the bare model ({amount})."]
+    if nearest.low > nearest_of_training.high:
+        said.append("It copies single ones: take an earlier checkpoint, or more pictures.")
+    if leaked.low > 0 and leaked.mean > gained.mean / 2:
+        said.append("It does so without being asked, too: put a word for the style into captions, or lower strength.")
+    return " ".join(said) if said[1:] else f"{said[0]} Look at the pictures, and keep it."
+
+
 def own_style_table(rows: Mapping[str, Mapping[str, Interval]]) -> str:
     """A Markdown table with a row per name and a column per score; "-" where a row has none."""
     shown = [name for name in HEADINGS if any(name in row for row in rows.values())]

@@ -167,6 +167,29 @@ def scores_per_image(cells: Mapping[str, np.ndarray]) -> list[dict[str, float]]:
     return [dict(zip(cells, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
+def conclusion(bare: Mapping[str, Interval], adapted: Mapping[str, Interval] | None) -> str:
+    """What the metrics of a style mean and what to do about it, in sentences.
+
+    Args:
+        bare: Those of the bare model, asked for the style.
+        adapted: Those of the adapter; None: there is none.
+    """
+    if adapted is None:
+        return "These are the bare model's pictures: --set adapter.path=RUN scores a training beside them."
+    before, after = bare["both"], adapted["both"]
+    shares = " against ".join(format_interval(found, share=True) for found in (after, before))
+    right = f"style and thing are right in {shares} of the pictures"
+    if after.low <= before.high and after.high >= before.low:
+        more = "score more things (concepts.count) or seeds, or train longer"
+        return f"The adapter and the bare model are not told apart: {right}. To tell them: {more}."
+    verdict = "better" if after.low > before.high else "worse"
+    if adapted["style"].mean < adapted["concept"].mean:
+        cure = "the style, for which more steps or a higher strength may help"
+    else:
+        cure = "the thing, for which fewer steps, a lower rate or strength may help"
+    return f"The adapter is {verdict} than the bare model: {right}. What is missed most is {cure}."
+
+
 def _flat(x_KSD: np.ndarray) -> np.ndarray:
     return x_KSD.reshape(-1, x_KSD.shape[-1])
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from tqdm import tqdm
 
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.vl.scores import VLScores, check_answered, table
+from dora_mm.utils.progress import tracked
 
 Tokens = dict[str, list[str]]  # id to tokenised captions, the tokens separated by single spaces
 
@@ -146,7 +146,7 @@ def caption_scores(
     metrics: dict[str, float] = {}
     per_caption: tuple[float, ...] = ()
     skipped = None
-    for name, compute in tqdm(load_scorers(meteor).items(), desc="caption metrics", disable=None):
+    for name, compute in tracked(load_scorers(meteor).items(), "caption metrics", "metrics"):
         try:
             score, scores = compute(reference_tokens, caption_tokens)
         except (OSError, ValueError) as error:  # METEOR's Java program ended: its heap is 2 GB

@@ -9,6 +9,8 @@ from dora_mm.registries.scorers import SCORERS
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.utils.tables import markdown_table
 
+QUESTION_ONLY = "question-only accuracy"  # of answers that are guessed without any image
+
 
 def scorer_of(task: str) -> AnswerScorer | CaptionScorer:
     """How the predictions of a task, by its name, are scored."""
@@ -63,6 +65,26 @@ def report(task: str, scores: VLScores) -> str:
     if scores.notes:
         parts.append("\n".join(f"- {note}" for note in scores.notes))
     return "\n\n".join(parts)
+
+
+def conclusion(scores: Mapping[str, VLScores], *, adapted: bool) -> str:
+    """What the scores mean and what to do about it, in sentences.
+
+    Args:
+        scores: By task.
+        adapted: Whether they are those of an adapter.
+    """
+    guessing = [
+        f"{TASKS[task].title} is no better than what the questions alone give away ({guessed:.1f}): the model does not "
+        "look yet, so train longer or at another rate."
+        for task, found in scores.items()
+        if (guessed := found.metrics.get(QUESTION_ONLY)) is not None and (found.value or 0) <= guessed
+    ]
+    if adapted:
+        other = "What the adapter adds is the difference to the same command with --set adapter=null."
+    else:
+        other = "These are the base model's: --set adapter=RUN scores a training on the same rows."
+    return " ".join([*guessing, other])
 
 
 def task_table(scores: Mapping[str, VLScores]) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.adapter_file import located
@@ -32,6 +31,7 @@ from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
 from dora_mm.formats.tools.tool import Contents, Export, Written, write_file
 from dora_mm.registries.tools import TARGETS, no_entry
 from dora_mm.utils.folders import written_at_once
+from dora_mm.utils.progress import tracked
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ class _Writer:
     ) -> Iterator[tuple[str, tuple[Name, ...], DoRASpec, dict[str, Tensor]]]:
         """The modules of the file, as `write_file` takes them; then the rounding of all is checked."""
         source = self.layers.path
-        for module, group in tqdm(self.groups.items(), file_name, unit="module", delay=2, disable=None):
+        for module, group in tracked(self.groups.items(), f"writing {file_name}", "modules"):
             with located(f"{source}: {module}"):
                 tensors, spec = self.tensors(module, group, check)
             yield module, group.names, spec, tensors

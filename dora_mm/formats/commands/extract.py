@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dora_mm import formats
 from dora_mm.core.spec import DoRASpec
@@ -26,6 +25,7 @@ from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import all_exports, export_of
 from dora_mm.formats.tools.tool import Written, write_file
+from dora_mm.utils.progress import tracked
 
 HEADER_BYTES = 4096  # of a module, more than its keys and settings need
 _EMBEDDINGS = re.compile(
@@ -142,7 +142,7 @@ def check_same_architecture(tuned: BaseWeights, base: BaseWeights) -> None:
 def changed_modules(tuned: BaseWeights, base: BaseWeights) -> tuple[list[Name], list[Name]]:
     """The modules whose weights differ: those that an adapter can hold, and the others. Rounding is no difference."""
     changed, left_out = [], []
-    for name in tqdm(tuned, "comparing", unit="module", delay=2, disable=None):
+    for name in tracked(tuned, "comparing", "modules"):
         W, W0 = tuned[name], base[name]
         coarser = min(W.dtype, W0.dtype, key=lambda dtype: -torch.finfo(dtype).eps)
         if not torch.equal(W.to(coarser), W0.to(coarser)):
@@ -164,7 +164,7 @@ def _write(
     export, errors = export_of(form), {}
 
     def modules() -> Iterator[tuple[str, tuple[Name], DoRASpec, dict[str, Tensor]]]:
-        for name in tqdm(names, "extracting", unit="module", delay=2, disable=None):
+        for name in tracked(names, "extracting", "modules"):
             W, W0 = tuned[name].float(), base[name].float()
             for path, tensor in (("tuned", W), ("base", W0)):
                 if not is_finite(tensor):

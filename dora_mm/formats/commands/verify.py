@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra.exact import fitted
@@ -30,6 +29,7 @@ from dora_mm.formats.tools.formulas import Computation, axis_of_shape
 from dora_mm.formats.tools.parts import Parts
 from dora_mm.formats.tools.peft import PREFIX
 from dora_mm.registries.tools import TOOLS, no_entry, other_tools, tool_called
+from dora_mm.utils.progress import tracked
 
 RIGHT, REFUSED, IGNORED, NO_MAGNITUDE = "right", "refused", "not known to this tool", "loses the magnitude"
 WRONG_AXIS, FAILS, NOT_FINITE, DIFFERS = "wrong axis", "fails", "not finite", "differs"
@@ -137,7 +137,7 @@ def verify(
     layers: dict[str, list[LayerVerdict]] = {name: [] for name in chosen}
     squares = dict.fromkeys(chosen, 0.0)
     total = 0.0
-    for module in tqdm(adapter.modules, "verifying", unit="module", delay=2, disable=None):
+    for module in tracked(adapter.modules, "verifying", "modules"):
         if module not in groups:
             for found in layers.values():
                 found.append(LayerVerdict(module, NOT_FOUND, math.nan))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dora_mm.formats.files.checks import DTYPES
 from dora_mm.formats.files.header import TensorEntry
@@ -19,6 +18,7 @@ from dora_mm.formats.naming.names import Name, resolve
 from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.folders import written_at_once
 from dora_mm.utils.messages import first_line
+from dora_mm.utils.progress import tracked
 
 _OTHER_WEIGHTS = (*PICKLES, ".safetensors", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf", ".xml")
 _OF_ADAPTERS = re.compile(r"\.(lora_(A|B|down|up|mid|magnitude_vector)|dora_scale|magnitude|diff|weight_m_wdecomp)\b")
@@ -242,7 +242,7 @@ def _in_order(
 ) -> Iterator[tuple[TensorEntry, Tensor]]:
     """The new values in the order of a file; the rows of a weight may lie between those of others."""
     waiting: dict[TensorEntry, Tensor] = {}
-    for piece, name, place in tqdm(order, "merging", unit="module", delay=2, disable=None):
+    for piece, name, place in tracked(order, "merging", "modules"):
         if piece not in waiting:
             waiting |= _pieces(name, place, update[name])
         yield piece, waiting.pop(piece)

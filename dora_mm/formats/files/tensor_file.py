@@ -16,13 +16,13 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dora_mm.formats.files.checks import DTYPES, is_finite
 from dora_mm.formats.files.header import DamagedError, TensorEntry, parse_header, write_header
 from dora_mm.formats.files.json_text import MAX_BYTES
 from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.messages import first_line
+from dora_mm.utils.progress import BYTES, Progress
 
 FORMAT_KEY = "dora_mm_format"  # in the header of our own files
 _PIECE = 2**20  # bytes that are read at once: they stay in the cache of a core
@@ -130,9 +130,8 @@ class TensorFile:
         entries = {key: entry for key, entry in self.entries.items() if entry.dtype in DTYPES and entry.num_bytes}
         buffer = torch.empty(_PIECE, dtype=torch.uint8)
         total = sum(entry.num_bytes for entry in entries.values())
-        bar = tqdm(total=total, desc="reading", unit="B", unit_scale=True, delay=2, disable=None)
         try:
-            with bar, self.path.open("rb", buffering=0) as file:
+            with Progress(f"checking {self.path.name}", total, BYTES) as bar, self.path.open("rb", buffering=0) as file:
                 return [key for key, entry in entries.items() if not _has_finite(file, entry, buffer, bar)]
         except (DamagedError, OSError) as error:
             raise ValueError(f"{self.path} cannot be read: {error}") from error
@@ -227,13 +226,13 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _has_finite(file: Any, entry: TensorEntry, buffer: Tensor, bar: tqdm) -> bool:
+def _has_finite(file: Any, entry: TensorEntry, buffer: Tensor, bar: Progress) -> bool:
     """Whether all values of a tensor are finite; it is read into the buffer, piece by piece."""
     file.seek(entry.offset)
     for start in range(0, entry.num_bytes, _PIECE):
         piece = buffer[: min(_PIECE, entry.num_bytes - start)]
         _fill(file, piece.numpy().data)
-        bar.update(len(piece))
+        bar.advance(len(piece))
         if not is_finite(piece.view(entry.dtype)):
             return False
     return True

@@ -12,7 +12,6 @@ from typing import Any
 from urllib.parse import quote
 
 from PIL import Image
-from tqdm import tqdm
 
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.sampling.gallery.data import GalleryPicture, gallery_data, plain
@@ -22,6 +21,7 @@ from dora_mm.sampling.gallery.training import about_training, read_pictures, tra
 from dora_mm.sampling.manifest import MANIFEST, ManifestEntry
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.folders import link_or_copy
+from dora_mm.utils.progress import tracked
 
 log = logging.getLogger(__name__)
 GALLERY, INDEX, PICTURES, THUMBNAILS = "gallery", "index.html", "pictures", "thumbnails"
@@ -104,8 +104,7 @@ def _add_all(
             for entry in entries
         ]
         try:
-            bar = tqdm(added, desc="gallery", unit="picture", leave=False, delay=2, disable=None)
-            return [future.result() for future in bar]
+            return [future.result() for future in tracked(added, "gallery", "pictures")]
         except BaseException:  # Ctrl-C, a full disk: do not wait for the rest
             threads.shutdown(cancel_futures=True)
             raise

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, PositiveInt, ValidationError
 
+from dora_mm.config.latest import numbered_adapters
 from dora_mm.config.paths import find_path
 from dora_mm.config.pictures import PixelSize, Rescale, SchedulerName
 from dora_mm.config.schema import NonNegative, Section, Seed, Text
@@ -81,6 +82,7 @@ def parse_adapters(value: Any) -> Any:
         return value
     if value.strip() == NO_ADAPTER:
         return ()
+    value = numbered_adapters(value)
     is_one = find_path(_with_strength(value)[0]) is not None
     parts = [value] if is_one else value.split("+")
     return tuple(_with_strength(part.strip()) for part in parts)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
+from dora_mm.utils.progress import Progress
 
 POLL_SECONDS = 0.2
 
@@ -84,7 +84,7 @@ def run_processes(
         RuntimeError: A process failed in any other way.
     """
     waiting, running = list(starts)[::-1], []
-    with tqdm(total=len(starts), desc="trainings", unit="training", disable=None) as bar:  # None: terminals only
+    with Progress("trainings", len(starts), "trainings") as progress:
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
@@ -95,7 +95,7 @@ def run_processes(
                     if not may_fail(training):
                         check_process(training)
                     on_success(training)
-                    bar.update()
+                    progress.advance()
         finally:
             for training in running:
                 training.process.terminate()

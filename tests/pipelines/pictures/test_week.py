@@ -59,7 +59,7 @@ def week(tmp_path_factory, tiny_folder):
             out, errors = said.getvalue(), told.getvalue()
         assert code == 0, errors
         assert "Loading" not in errors  # bars of libraries
-        return (out + errors).splitlines()
+        return (errors + out).splitlines()
 
     printed = {"folder": folder}
     printed["new"] = run("new", "sdxl", "style", "--images", "mine", "--model", str(tiny_folder))
@@ -67,7 +67,7 @@ def week(tmp_path_factory, tiny_folder):
     drawing = printed_command(printed["train"], "to draw")
     printed["sample"] = run(*drawing, fresh=True)
     few = ["steps=1", "guidance=1.0", "plain_prompts=[a bus, a cat]", "prompts=[a sks2 bus, a sks2 key]"]
-    score = ["eval", "configs/sdxl/eval_style.yaml", "--set", "adapter.path=runs/style/001", *few]
+    score = ["eval", "configs/sdxl/eval_style.yaml", "--set", "adapter.path=runs/style/latest", *few]
     printed["eval"] = run(*score)
     printed["gallery"] = run(*printed_command(printed["eval"], "to look"))
     return printed
@@ -81,9 +81,10 @@ def test_every_command_ends_with_the_next(week):
     assert printed_command(week["sample"], "to look") == ["gallery", "runs/style_prompts/001"]
     (folder,) = [line for line in week["sample"] if line.startswith("images")]
     assert folder == "images    8 of 8 in runs/style_prompts/001/samples"
-    assert "pictures: 8 of 8 pictures" in week["sample"]  # on a pipe
     assert "Drawn as the sheets of the training: steps 1, guidance 3" in week["sample"]
-    assert week["gallery"] == ["gallery  runs/eval_style/001/gallery/index.html"]
+    page, after = week["gallery"]
+    assert page == "gallery  runs/eval_style/001/gallery/index.html"
+    assert after.endswith(": dora-mm sample favourites.jsonl")
 
 
 @pytest.mark.slow
@@ -98,6 +99,8 @@ def test_the_score_of_an_own_style(week):
     printed = "\n".join(week["eval"])
     assert "beside 3 training pictures; seeds 0, 1;" in printed
     assert "clip_model or timm_model (DINOv2) names a better one" in printed
+    assert " likeness)" in week["eval"][-1]  # what it means
+    assert (run / "config.yaml").read_text().count("runs/style/001") == 1  # latest
     entries = read_manifest(run)
     assert len(entries) == 16
     assert all(entry.scores for entry in entries)

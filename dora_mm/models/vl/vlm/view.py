@@ -8,7 +8,6 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.row_view import Piece, RowView
@@ -16,6 +15,7 @@ from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.vl.vl_model import RowLengths, likeliest_answer
 from dora_mm.models.vl.vlm.encoding import IGNORED, TokenRow
 from dora_mm.models.vl.vlm.rows import ExampleEncoder
+from dora_mm.utils.progress import tracked
 
 MOST_RUNS = 6  # of tokens of one image that are listed; of more, the middle is left out
 
@@ -26,7 +26,7 @@ def row_lengths(
     """The lengths of rows of a table; see `VLModel.lengths`."""
     encoded: dict[int, TokenRow] = {}  # of pairs the longer row
     bad: dict[int, str] = {}
-    for index in tqdm(list(rows), f"encoding rows ({task})", unit="row", delay=2, disable=None):
+    for index in tracked(list(rows), f"encoding rows ({task})", "rows"):
         example = table[index]
         try:
             rows_of_example = encoder.answered(task, example, images, likeliest_answer(example))

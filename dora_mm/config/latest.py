@@ -1,0 +1,78 @@
+"""`runs/NAME/latest` in a path: the highest number in `runs/NAME` that has what is asked for.
+
+Commands and configs put the number in its place before anything is recorded, so that what they write and print stays
+true when there are more runs. No such folder or link is ever made.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+LATEST = "latest"
+
+
+class Wanted(NamedTuple):
+    """What is asked of a run: what it is called, and the patterns of files, of which it has one."""
+
+    title: str
+    patterns: tuple[str, ...]
+
+
+RUN = Wanted("a config.yaml", ("config.yaml",))
+ADAPTER = Wanted("an adapter", ("adapter/*.safetensors", "*.safetensors"))
+CHECKPOINT = Wanted("a checkpoint", ("checkpoints/step-*",))
+PICTURES = Wanted("pictures", ("manifest.jsonl", "samples/*.png", "sheet*.png"))
+
+
+def numbered(path: str, wanted: Wanted = RUN, *, new: bool = False) -> str:
+    """A path with a number in the place of `latest`; as it is where it has none, or exists with that name.
+
+    Args:
+        path: The path, such as `runs/my_style/latest` or `runs/my_style/latest/sheet.png`.
+        wanted: What the run must have, where the path ends there.
+        new: Whether what follows in the path may be missing, since it is written.
+
+    Raises:
+        ValueError: There are runs, and none of them has it.
+    """
+    before, after = _around(path)
+    if not before.parts or Path(path).expanduser().exists():
+        return path
+    inside = not new and after.parts
+    patterns = (str(after),) if inside else wanted.patterns
+    runs = list(_runs(before.expanduser()))
+    for run in runs:
+        if any(True for pattern in patterns for _ in run.glob(pattern)):
+            return str(before / run.name / after)
+    if runs:
+        raise ValueError(f"{path}: no run in {before} has {after if inside else wanted.title}")
+    return path
+
+
+def numbered_adapters(text: str) -> str:
+    """As `numbered`, of adapters with their strengths: `runs/a/latest:0.7+runs/b/latest:0.3`."""
+    if LATEST not in text:
+        return text
+    return "+".join(map(_numbered_adapter, text.split("+")))
+
+
+def _numbered_adapter(text: str) -> str:
+    path, colon, strength = text.strip().rpartition(":")
+    if not colon or "/" in strength:  # no strength
+        return numbered(text.strip(), ADAPTER)
+    return f"{numbered(path, ADAPTER)}:{strength}"
+
+
+def _around(path: str) -> tuple[Path, Path]:
+    """What is before `latest` in a path, and behind it; nothing before it where it is not there."""
+    parts = Path(path).parts
+    if LATEST not in parts:
+        return Path(), Path()
+    place = parts.index(LATEST)
+    return Path(*parts[:place]), Path(*parts[place + 1 :])
+
+
+def _runs(folder: Path) -> Iterator[Path]:
+    """The numbered folders in a folder, the last one first."""
+    found = [entry for entry in folder.iterdir() if entry.name.isdecimal()] if folder.is_dir() else []
+    yield from sorted((entry for entry in found if entry.is_dir()), key=lambda run: int(run.name), reverse=True)

@@ -1,0 +1,54 @@
+"""The sentences at the end of an evaluation."""
+
+import pytest
+
+from dora_mm.eval.images import own_style, scores
+from dora_mm.eval.statistics import Interval
+from dora_mm.eval.vl import metrics
+from dora_mm.eval.vl.scores import VLScores
+
+NONE = Interval(0.0, -0.1, 0.1)
+UP, DOWN, SLIGHTLY = Interval(0.2, 0.1, 0.3), Interval(-0.2, -0.3, -0.1), Interval(0.05, 0.01, 0.09)
+FAR, NEAR = Interval(0.5, 0.4, 0.6), Interval(0.9, 0.8, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("styled", "plain", "nearest", "said"),
+    [
+        (UP, SLIGHTLY, FAR, ["closer", "+0.200 (+0.100 to +0.300) likeness", "keep it"]),
+        (UP, UP, FAR, ["closer", "without being asked"]),
+        (UP, NONE, NEAR, ["closer", "copies single ones"]),
+        (NONE, NONE, FAR, ["no style", "train longer"]),
+        (DOWN, NONE, FAR, ["away", "lower rate"]),
+    ],
+)
+def test_an_own_style(styled, plain, nearest, said):
+    found = own_style.conclusion({"likeness": styled}, {"likeness": plain}, nearest, FAR)
+    assert [part for part in said if part not in found] == []
+    cures = {"keep it", "without being asked", "copies single ones", "train longer", "lower rate"}
+    assert {cure for cure in cures if cure in found} == cures & set(said)
+
+
+@pytest.mark.parametrize(
+    ("after", "style", "said"),
+    [
+        (NEAR, 0.7, ["better", "90 % (80 to 100) against 50 % (40 to 60)", "the style, for which more steps"]),
+        (NEAR, 0.95, ["better", "the thing, for which fewer steps"]),
+        (FAR, 0.7, ["not told apart", "concepts.count"]),
+        (DOWN, 0.7, ["worse"]),
+    ],
+)
+def test_a_judged_style(after, style, said):
+    adapted = {"both": after, "style": Interval(style, 0, 1), "concept": Interval(0.8, 0, 1)}
+    found = scores.conclusion({"both": FAR}, adapted)
+    assert [part for part in said if part not in found] == []
+    assert "adapter.path=RUN" in scores.conclusion({"both": FAR}, None)
+
+
+def test_answers():
+    looks = {"vqa": VLScores("accuracy", {"accuracy": 59.7, metrics.QUESTION_ONLY: 34.7})}
+    guesses = {"vqa": VLScores("accuracy", {"accuracy": 34.7, metrics.QUESTION_ONLY: 34.7}), "gqa": VLScores("x", {})}
+    assert "adapter=null" in metrics.conclusion(looks, adapted=True)
+    assert "does not look" not in metrics.conclusion(looks, adapted=True)
+    assert "questions alone give away (34.7): the model does not look" in metrics.conclusion(guesses, adapted=True)
+    assert metrics.conclusion({}, adapted=False).startswith("These are the base model's: --set adapter=RUN")
