@@ -32,8 +32,8 @@ class Interval:
 
     def as_dict(self) -> dict[str, float | None]:
         """The estimate and its ends, which are None where it has none."""
-        ends = {"low": self.low, "high": self.high} if self.has_ends else dict.fromkeys(("low", "high"))
-        return {"mean": self.mean, **ends}
+        low, high = (self.low, self.high) if self.has_ends else (None, None)
+        return {"mean": self.mean, "low": low, "high": high}
 
     def text(self, form: str = "{:.2f}", scale: float = 1.0) -> str:
         """The estimate and its ends times `scale`, such as "0.51 (0.40 to 0.62)"."""

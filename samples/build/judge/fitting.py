@@ -76,7 +76,7 @@ def fit_judge(
     return Judge(classifier, style_space, concept_space, gallery, report, dict(origin or {}))
 
 
-def _accuracy(predicted: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+def _accuracy(predicted: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
     correct = {style: predicted[style] == list(CLASSES).index(class_of(style)) for style in STYLES}
     intervals = {style: share_interval(hits[:, None].astype(float)) for style, hits in correct.items()}
     pair = np.stack([correct["3d"], correct["flat"]], axis=1).astype(float)
