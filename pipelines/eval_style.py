@@ -52,9 +52,9 @@ EMBEDDED = (
 )
 MEANING = (
     "The training pictures went through the model's size and VAE. likeness: mean cosine with them (of these: with the "
-    "others); the nearest of them: near 1, one "
-    "is copied; variety: 1 minus the mean cosine of pictures with each other; drift: 1 minus the cosine with the bare "
-    "model's picture of the same prompt and seed, which should be small without the style."
+    "others); the nearest of them: near 1, one is copied; variety: 1 minus the mean cosine of pictures with each "
+    "other; drift: 1 minus the cosine with the bare model's picture of the same prompt and seed, which should be small "
+    "without the style."
 )
 
 
