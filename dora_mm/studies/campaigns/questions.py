@@ -95,9 +95,8 @@ class QuestionEvaluation:
 
     def overrides(self, training: Training) -> list[str]:
         """The overrides of one training; every update has the scaling of the base's."""
-        adapter, rank = self.base.adapter, training.variant.rank or 1
         return [
-            *common_overrides(self.config, training, alpha=rank * adapter.alpha / adapter.rank),
+            *common_overrides(self.config, training, alpha=self.base.adapter.alpha_at(training.variant.rank or 1)),
             "train.epochs=null",
             *(self.overrides_of_full if training.variant.method == "full" else ()),
         ]
