@@ -11,8 +11,8 @@ from dora_mm.config.models import starts
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.images.folder import CaptionedImage, read_captioned_images
 from dora_mm.data.images.masks import by_kind
+from dora_mm.data.images.shared_words import PLACEHOLDER, example_prompts, shared_word
 from dora_mm.models.hub import local_copy
-from dora_mm.preview.captions import PLACEHOLDER, example_prompts, shared_word
 from dora_mm.preview.images import describe_captions, describe_length, describe_masks, describe_pictures, repeats_of
 from dora_mm.preview.machine import fitting, largest_card
 from dora_mm.utils.atomic import write_text
