@@ -17,9 +17,9 @@ from dora_mm.preview.images import describe_captions, describe_length, describe_
 from dora_mm.preview.machine import fitting, largest_card
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.messages import nearest
-from dora_mm.utils.yaml12 import MISSING, edited
+from dora_mm.utils.yaml12 import MISSING, KeyPath, edited
 
-Changes = dict[tuple[str, ...], Any]
+Changes = dict[KeyPath, Any]
 SMALL = 1e9  # bytes of the weights of a model that is trained on a processor
 STYLE_PICTURES = (23, 61)  # the numbers of pictures that the recipes' steps are for
 FEWEST_STEPS, MOST_STEPS = 50, 10_000
@@ -276,7 +276,7 @@ def questions(draft: Draft, start: TrainVLConfig) -> None:
 # --- both ------------------------------------------------------------------------------------------------------------
 
 
-def write_config(draft: Draft, changes: Mapping[tuple[str, ...], Any], about: str) -> Any:
+def write_config(draft: Draft, changes: Mapping[KeyPath, Any], about: str) -> Any:
     """Writes the recipe with changes, under a head of its own, and reads it."""
     lines = resolve_path(draft.recipe).read_text(encoding="utf-8").split("\n")
     body = lines[next(number for number, line in enumerate(lines) if not line.startswith("#")) :]

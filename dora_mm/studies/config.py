@@ -12,6 +12,7 @@ from dora_mm.config.schema import (
     Count,
     InputPath,
     Items,
+    ModelPath,
     OutputFolder,
     PipelineConfig,
     Positive,
@@ -171,4 +172,39 @@ class CompareConfig(CampaignConfig):
         ]
         if (self.pictures is None) == (self.questions is None):
             problems.append("give either pictures or questions: what is compared")
+        return raise_problems(self, problems)
+
+
+# --- the search for a learning rate ----------------------------------------------------------------------------------
+
+
+class TuneConfig(CampaignConfig):
+    """Finds the learning rate, and the rank where several are given, of the training that `base` configures."""
+
+    command: ClassVar[str] = "tune"
+    free_keys: ClassVar[tuple[str, ...]] = (*CampaignConfig.free_keys, "rates", "ranks", "extra_rates")
+
+    pipeline: Literal["tune"]
+    overrides: Items[Text] = ()  # of base, as --set takes them
+    rates: Annotated[Items[Positive], Field(min_length=1)]  # the candidates for optimizer.lr, at every rank
+    ranks: Items[PositiveInt] = ()  # the candidates for adapter.rank; empty: base's
+    extra_rates: Count = 0  # more candidates, a factor apart, while the lowest or the highest rate is as good as any
+    # score: likeness to the training pictures, or the score of the answers to the valid splits; held_out: the held-out
+    # loss, which favours low rates in the middle of a schedule
+    judge: Literal["score", "held_out"] = "score"
+    clip_model: ModelPath | None = None  # a folder or hub name of open_clip, for pictures; null: the embedded encoder
+
+    @property
+    def scored(self) -> dict[str, Any]:
+        """What judges."""
+        return {"judge": self.judge, "clip_model": self.clip_model}
+
+    @model_validator(mode="after")
+    def _can_choose(self) -> "TuneConfig":
+        named = {"rates names a rate": self.rates, "ranks names a rank": self.ranks}
+        problems = [f"{what} twice" for what, values in named.items() if len(set(values)) < len(values)]
+        if len(self.rates) * max(1, len(self.ranks)) < 2:
+            problems.append("one rate at one rank leaves nothing to choose: give several of either")
+        if self.clip_model and self.judge != "score":
+            problems.append("clip_model has no effect: judge held_out looks at no pictures")
         return raise_problems(self, problems)

@@ -13,6 +13,7 @@ from functools import cache, partial
 from typing import Generic
 
 import numpy as np
+import torch
 
 from dora_mm.config.loader import load_config
 from dora_mm.studies.campaigns.evaluation import ScoresT, Scoring
@@ -95,6 +96,7 @@ class Campaign(Generic[ScoresT]):
         else:
             value = self.scoring.value(self.trainings, training) if self.is_for_rates(training) else None
             scores = self.scoring.scored(self.trainings, training) if reported else ""
+        torch.cuda.empty_cache()  # the next training is another process, which needs what scoring took
         summary, digest = self.trainings.summary(training), self.rows.digest(training)
         self.rows.add([row_of(training, value=value, scores=scores, summary=summary, digest=digest)])
 

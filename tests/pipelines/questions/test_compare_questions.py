@@ -16,6 +16,7 @@ from dora_mm.config import load_config
 from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.studies.campaigns import rows as module
 from dora_mm.studies.campaigns import subprocesses, trainings
+from dora_mm.studies.campaigns.answers import AnsweredSplits
 from dora_mm.studies.campaigns.questions import QuestionEvaluation, ValidationSet, shared_images
 from dora_mm.studies.campaigns.subprocesses import TrainingProcess
 from dora_mm.studies.campaigns.trainings import Training, Trainings
@@ -154,14 +155,14 @@ def trainings_in(folder: Path, path: str, evaluation: QuestionEvaluation) -> Tra
 
 def test_an_interrupted_campaign_is_resumed_and_reports(comparison, commands, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "campaign"
-    answer = QuestionEvaluation.answer
+    answer = AnsweredSplits.answer
 
     def interrupted(self, adapter, seed):
         if adapter and adapter.parent.name.startswith("dora"):
             raise KeyboardInterrupt
         return answer(self, adapter, seed)
 
-    monkeypatch.setattr(QuestionEvaluation, "answer", interrupted)
+    monkeypatch.setattr(AnsweredSplits, "answer", interrupted)
     assert main(["compare", comparison()]) == 130
     assert len(commands) == 4 * 3  # full, LoRA 4, DoRA 2 and 4: three rates each
     assert not (folder / "table.md").exists()
@@ -169,7 +170,7 @@ def test_an_interrupted_campaign_is_resumed_and_reports(comparison, commands, tm
     commands.clear()
     asked = []
     monkeypatch.setattr(
-        QuestionEvaluation, "answer", lambda self, adapter, seed: asked.append(adapter) or answer(self, adapter, seed)
+        AnsweredSplits, "answer", lambda self, adapter, seed: asked.append(adapter) or answer(self, adapter, seed)
     )
     assert main(["compare", comparison(workers=2)]) == 0  # this changes no result
     assert len(commands) == 4  # the best rate of each with the second seed
