@@ -61,17 +61,24 @@ def plot_patterns(
 
 
 def plot_curves(
-    curves: Mapping[Variant, RateCurve], best: Mapping[Variant, float], title: str, folder: Path
+    curves: Mapping[Variant, RateCurve],
+    best: Mapping[Variant, float],
+    title: str,
+    folder: Path,
+    *,
+    bands: bool = False,
 ) -> list[Path]:
     """Plots the score over the learning rate, a panel per rank, and the best score over the rank (Fig. 7 of the paper).
 
-    A line is the first seed, with the interval over things; dots with bars are rates with several trainings.
+    A line is the first seed, with the interval over things; dots with bars are rates with several trainings, and curves
+    of one rate.
 
     Args:
         curves: By variant; full fine-tuning is in every panel.
         best: The chosen rate of each.
         title: What the scores are.
-        folder: Gets curves.svg, curves.png and, of several ranks, ranks.svg and ranks.png.
+        folder: Gets curves.svg, curves.png and, of several ranks of plain methods, ranks.svg and ranks.png.
+        bands: Whether the rates that are as good as the best of a curve are marked.
 
     Returns:
         The files.
@@ -90,7 +97,7 @@ def plot_curves(
     for panel, rank in zip(panels, ranks, strict=False):
         for variant, curve in curves.items():
             if variant.rank in (rank, None):
-                _plot_curve(panel, curve, ", ".join(filter(None, [NAMES[variant.method], variant.setting])))
+                _plot_curve(panel, curve, ", ".join(filter(None, [NAMES[variant.method], variant.setting])), bands)
         panel.set_xscale("log")
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
@@ -105,17 +112,22 @@ def plot_curves(
     for panel in panels[len(ranks) :]:
         panel.set_axis_off()
     files = _saved(figure, folder / "curves")
-    return files + (_plot_ranks(curves, best, title, folder) if len(ranks) > 1 else [])
+    are_plain = len(ranks) > 1 and not all(variant.setting for variant in curves)
+    return files + (_plot_ranks(curves, best, title, folder) if are_plain else [])
 
 
-def _plot_curve(panel: Any, curve: RateCurve, label: str) -> None:
+def _plot_curve(panel: Any, curve: RateCurve, label: str, band: bool) -> None:
     means = curve.first_KR.mean(axis=0)
     intervals = [bootstrap(column[:, None]) for column in curve.first_KR.T]
     (line,) = panel.plot(list(curve.points), means, label=label, linewidth=1.2)
     ends = [interval.low for interval in intervals], [interval.high for interval in intervals]
     panel.fill_between(list(curve.points), *ends, color=line.get_color(), alpha=0.12, linewidth=0)
-    repeated = {rate: point.interval for rate, point in curve.points.items() if len(point.seeds) > 1}
+    has_dots = len(curve.points) == 1
+    repeated = {rate: point.interval for rate, point in curve.points.items() if len(point.seeds) > 1 or has_dots}
     _plot_intervals(panel, repeated, line.get_color())
+    if band and len(curve.points) > 2:
+        low, high = curve.band
+        panel.axvspan(2**low, 2**high, color=line.get_color(), alpha=0.08, linewidth=0)
 
 
 def _plot_intervals(

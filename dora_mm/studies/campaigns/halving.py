@@ -44,6 +44,21 @@ class Rung:
         others = sorted(self.scores.keys() - set(self.as_good), key=lambda each: (-self.scores[each], each))
         return [*self.as_good, *others]
 
+    def survivors(self, count: int) -> list[Candidate]:
+        """The candidates that are trained for longer.
+
+        Each brings the next lower rate that was tried with it, since a longer schedule has its best rate lower: of the
+        embedded SDXL model (bricks, rank 4) it is 0.018 in 15 steps, 0.01 to 0.018 in 30, 0.01 in 60.
+
+        Args:
+            count: How many; one is the first of the order.
+        """
+        found: dict[Candidate, None] = {}
+        for each in self.order:
+            lower = [other for other in self.scores if other.rank == each.rank and other.rate < each.rate]
+            found |= dict.fromkeys([each, *([max(lower)] if lower else [])])
+        return list(found)[:count]
+
     @property
     def has_failed(self) -> bool:
         """Whether all candidates have diverged."""
@@ -75,8 +90,7 @@ def halving(
     """Measures all candidates at the shortest length, and at each further one the better half of those before.
 
     Every length is a whole schedule, warm-up and decay included: in the middle of one, low rates look better than they
-    end. A short schedule has its best rate higher, if anything (docs/pictures.md has the figures), and the slack of the
-    rungs pulls to lower ones. Where one candidate is left, it goes on to the full length at once; where that diverges,
+    end. Where one candidate is left, it goes on to the full length at once; where that diverges,
     the next of those before takes its place.
 
     Args:
@@ -108,5 +122,5 @@ def halving(
             tried = ", ".join(f"{each.rate:g}" for each in sorted(rung.scores))
             raise ValueError(f"all trainings of {length} steps have diverged, at rates of {tried}: give lower ones")
         rungs.append(rung)
-        pending = rung.order[: max(1, len(rung.scores) // 2)]
+        pending = rung.survivors(max(1, len(rung.scores) // 2))
     return rungs

@@ -16,14 +16,16 @@ from dora_mm.eval.images.own_style import LIKENESS, likeness
 from dora_mm.models.images.families import load_image_model
 from dora_mm.models.images.new_tokens import load_adapter
 from dora_mm.sampling.before_after import sample_merged
+from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.own_style import images_of_training, prompts_in_style, vectors_by
-from dora_mm.sampling.sheets import save_atomically
+from dora_mm.sampling.sheets import save_atomically, thumbnail
 from dora_mm.studies.campaigns.evaluation import Scoring
 from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.campaigns.tuned import TunedPictures, TunedQuestions, TunedTrainings
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.devices import default_device
 
+MOST_COLUMNS = 6  # of a sheet
 DRAWN = ("steps", "guidance", "negative_prompt", "batch_size")  # of sheets, with which pictures are drawn to be judged
 
 
@@ -31,15 +33,22 @@ class Judge(Scoring[Any], Protocol):
     """Scores the trainings of a search, and says whether it leans to high rates.
 
     Attributes:
-        trained: The trainings.
         leans_high: Whether rates that are too high can have a higher score than better ones. Then the lowest rate
             is chosen of those that are as good as the highest score by half the width of its interval.
-        groups: What the intervals are over.
+        groups: What the intervals are over; empty: there are none.
     """
 
-    trained: TunedTrainings
     leans_high: bool
     groups: str
+
+    @property
+    def trained(self) -> TunedTrainings:
+        """The trainings."""
+        ...
+
+    def sheet(self, folder: Path, trained: Sequence[Training]) -> Image.Image | None:
+        """What some trainings draw; None where nothing is drawn."""
+        ...
 
 
 class LikenessJudge:
@@ -101,6 +110,15 @@ class LikenessJudge:
         """The file of the picture of a prompt, by its number."""
         return folder / "pictures" / training.name / f"{prompt + 1:04d}-seed{seed}.png"
 
+    def sheet(self, folder: Path, trained: Sequence[Training]) -> Image.Image | None:
+        """A row per training, a column per prompt, with the first seed; of trainings with rows alone there are none."""
+        columns = range(min(MOST_COLUMNS, len(self.prompts)))
+        files = {each: [self.picture(folder, each, prompt, self.seeds[0]) for prompt in columns] for each in trained}
+        rows = {each: own for each, own in files.items() if all(file.is_file() for file in own)}
+        labels = [f"{each.variant}, rate {each.rate:g}" for each in rows]
+        pictures = [[thumbnail(file) for file in own] for own in rows.values()]
+        return sheet(pictures, labels, [self.prompts[prompt] for prompt in columns]) if rows else None
+
     def scores(self, texts: Sequence[str]) -> np.ndarray:
         """One value per prompt and training, (K, S)."""
         return np.array([json.loads(text) for text in texts]).T
@@ -141,6 +159,9 @@ class AnswerJudge:
             raise ValueError(f"{training.name}: no task's answers can be scored: --judge held_out")
         return text
 
+    def sheet(self, folder: Path, trained: Sequence[Training]) -> None:
+        """Nothing is drawn."""
+
     def cells(self, scores: Any) -> np.ndarray:
         """One value per group of answers and training, (G, S)."""
         from dora_mm.eval.vl.intervals import group_cells
@@ -155,7 +176,7 @@ class LossJudge:
         trained: The trainings.
     """
 
-    score_title, groups, leans_high = "minus the held-out loss", "nothing", False
+    score_title, groups, leans_high = "minus the held-out loss", "", False
 
     def __init__(self, trained: TunedTrainings):
         self.trained = trained
@@ -176,3 +197,6 @@ class LossJudge:
     def cells(self, scores: np.ndarray) -> np.ndarray:
         """The same."""
         return scores
+
+    def sheet(self, folder: Path, trained: Sequence[Training]) -> None:
+        """Nothing is drawn."""

@@ -29,15 +29,14 @@ UNUSED = ("train.gradients_at=[]", "evaluate.every=0", "evaluate.patience=null")
 
 
 class TunedTrainings(Protocol):
-    """What is trained, without how it is judged.
+    """What is trained, without how it is judged."""
 
-    Attributes:
-        base: The config that all trainings share.
-        steps: Its length in optimizer steps.
-    """
+    steps: int  # the length of the base config's training, in optimizer steps
 
-    base: Any
-    steps: int
+    @property
+    def base(self) -> Any:
+        """The config that all trainings share."""
+        ...
 
     @property
     def inputs(self) -> Mapping[str, str]:
