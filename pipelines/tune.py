@@ -7,13 +7,16 @@ or by the score of the answers to the valid splits. The same command goes on aft
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from dora_mm.config import load_config
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.paths import check_paths
+from dora_mm.config.report import describe
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.registries.optimizers import OPTIMIZERS
 from dora_mm.studies.campaigns.judges import AnswerJudge, Judge, LikenessJudge, LossJudge
-from dora_mm.studies.campaigns.tuned import TunedPictures, TunedQuestions
+from dora_mm.studies.campaigns.tuned import RANKED, TunedPictures, TunedQuestions
 from dora_mm.studies.campaigns.tuning import Tuning
 from dora_mm.studies.config import TuneConfig
 from dora_mm.utils.lock import only_writer
@@ -59,7 +62,8 @@ def main(
         settings, base = given, load_config(given.base, given.overrides)
     else:
         settings, base = search_of(given, config, overrides, rates, ranks, judge, clip_model, output), given
-    check_paths(settings)
+    check_paths(settings, new_run=True)
+    check_paths(base, new_run=False)
     tuning = Tuning(settings, build_judge(settings, base))
     with only_writer(tuning.folder):
         tuning.report(tuning.search())
@@ -78,6 +82,8 @@ def search_of(
     """The config of a search; see `main` for the arguments."""
     if not isinstance(base, TrainDiffusionConfig | TrainVLConfig):
         raise ValueError(f"{path} is a config of {base.pipeline}, and tune takes one of dora-mm train")
+    if ranks and base.adapter.method not in RANKED:
+        raise ValueError(f"--ranks: adapter.method {base.adapter.method} has no rank")
     values = {
         "pipeline": "tune",
         "name": f"{base.name}_tune",
@@ -90,7 +96,10 @@ def search_of(
         "judge": judge,
         "clip_model": clip_model,
     }
-    return TuneConfig.model_validate(values)
+    try:
+        return TuneConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("; ".join(map(str, describe(error, TuneConfig, {})))) from None
 
 
 def default_rates(base: TrainDiffusionConfig | TrainVLConfig, path: str, ranks: Sequence[int] | None) -> list[float]:

@@ -40,7 +40,7 @@ class Rung:
 
     @property
     def order(self) -> list[Candidate]:
-        """All candidates: those that are as good first, as by the rule of one standard error; the others by score."""
+        """All candidates: those that are as good first, the others by score."""
         others = sorted(self.scores.keys() - set(self.as_good), key=lambda each: (-self.scores[each], each))
         return [*self.as_good, *others]
 

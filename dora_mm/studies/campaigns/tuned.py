@@ -23,8 +23,12 @@ from dora_mm.utils.yaml12 import KeyPath
 
 Changes = dict[KeyPath, Any]
 RANKED = ("dora", "lora", "series", "parallel", "prefix")  # methods that have a rank
-# Numbers of steps in a config; those of a shorter training are in proportion
-STEPS = (("schedule", "warmup_steps"), ("train", "stop_tokens_after"), ("train", "stop_text_encoders_after"))
+# Keys that are numbers of steps, with the least; those of a shorter training are in proportion
+STEPS = {
+    ("schedule", "warmup_steps"): 0,
+    ("train", "stop_tokens_after"): 1,
+    ("train", "stop_text_encoders_after"): 1,
+}
 UNUSED = ("train.gradients_at=[]", "evaluate.every=0", "evaluate.patience=null")
 
 
@@ -161,9 +165,9 @@ def overrides_of(config: TuneConfig, trainings: TunedTrainings, training: Traini
     """The overrides for a training of any kind: those of the search, its candidate's, and its length's."""
     base, steps = trainings.base, int(training.variant.setting.split()[0])
     changes = changes_for(base, Candidate(training.variant.rank, training.rate))
-    for section, key in STEPS:
+    for (section, key), least in STEPS.items():
         if value := getattr(getattr(base, section), key, None):
-            changes[section, key] = value * steps // trainings.steps or 1
+            changes[section, key] = max(least, value * steps // trainings.steps)
     changes["train", "steps"] = steps
     return [*config.overrides, f"seed={base.seed}", *as_overrides(base, changes), *UNUSED]
 

@@ -40,10 +40,7 @@ class Tuning:
 
     def __init__(self, config: TuneConfig, judge: Judge):
         self.config, self.judge, self.base = config, judge, judge.trained.base
-        has_rank = self.base.adapter.method in RANKED
-        if config.ranks and not has_rank:
-            raise ValueError(f"--ranks: adapter.method {self.base.adapter.method} has no rank")
-        ranks = (config.ranks or (self.base.adapter.rank,)) if has_rank else (None,)
+        ranks = (config.ranks or (self.base.adapter.rank,)) if self.base.adapter.method in RANKED else (None,)
         self.candidates = [Candidate(rank, rate) for rank in ranks for rate in config.rates]
         check_trainings(config, judge.trained, self.candidates)
         self.campaign = Campaign(config, judge, (self.base.seed,))
@@ -73,10 +70,8 @@ class Tuning:
                 f"all {len(scores)} trainings of {steps} steps have the score {next(iter(scores.values())):g}, which "
                 "says nothing about their rates: --judge held_out, or more train.steps"
             )
-        best = max(scores, key=scores.__getitem__)
-        if not self.judge.leans_high or scores[best] == -inf:
-            return Rung(steps, scores)
-        return Rung(steps, scores, self.campaign.curve(trainings[best].variant, [best.rate]).half_width)
+        highest = max(scores.values())
+        return Rung(steps, scores, 0.0 if highest == -inf else self.judge.slack(self.folder, highest))
 
     # --- the report --------------------------------------------------------------------------------------------------
 
@@ -122,7 +117,8 @@ class Tuning:
         """What the table shows."""
         judge = self.judge
         brackets = f" In brackets: 95 % intervals over {judge.groups}." if judge.groups else ""
-        return f"Score: {judge.score_title}, of trainings whose schedule ends at their last step.{brackets}"
+        about = f"Score: {judge.score_title}, of trainings whose schedule ends at their last step.{brackets}"
+        return f"{about} {judge.remark(self.folder)}".strip()
 
     def table(self, rungs: Sequence[Rung]) -> list[dict[str, str]]:
         """A row per training."""
@@ -153,11 +149,9 @@ class Tuning:
         if curve and len(curve.points) > 1 and self.judge.groups:
             low, high = (2**end for end in curve.band)
             found.append(
-                f"As good in {first.steps} steps: {low:.2g} to {high:.2g}, where the score is less than half the width of "
-                "its interval below the highest one."
+                f"From {low:.2g} to {high:.2g} the score in {first.steps} steps is below the highest one by less than "
+                "half the width of its interval."
             )
-        if self.judge.leans_high:
-            found.append("The lowest of those as good is taken: this score does not see all that a high rate destroys.")
         rates = sorted(each.rate for each in first.scores if each.rank == chosen.rank)
         if len(rates) > 1 and chosen.rate in (rates[0], rates[-1]):
             end = "lowest" if chosen.rate == rates[0] else "highest"
