@@ -22,7 +22,7 @@ from tests.documented.texts import DOCS, ROOT, blocks, configs, head_commands, t
 from tests.formats.files.single_files import write_single_file
 
 MANY = 50  # pictures; of more, features are computed only of those that are needed
-WITH_CONFIG = ("train", "sample", "grid", "eval", "compare", "features")
+WITH_CONFIG = ("train", "sample", "grid", "eval", "compare", "features", "tune")
 INPUTS = (
     *("source", "sources", "model", "adapter", "file", "base", "tuned", "path", "folder", "images", "runs", "resume"),
     "replay",

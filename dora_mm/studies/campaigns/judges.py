@@ -68,9 +68,9 @@ class LikenessJudge:
 
     It sees the style, and not whether a picture still shows what its prompt asks for, so that it is highest at rates
     that are too high. Of the embedded SDXL model's trainings on bricks (rank 4, 60 steps, 10 prompts; bare 0.770) that
-    is 0.018 (0.865), where the embedded judge, which knows things, has 0.41; that has its best, 0.59, at 0.01 (0.850), and
-    0.41 again at 0.0056 (0.824). So the lowest rate is taken that keeps most of the gain over the bare model: any share
-    from 57 to 84 % chooses the judge's best there, and in half the steps, from 26 to 88 %.
+    is 0.018 (0.865), where the embedded judge, which knows things, has 0.41; that has its best, 0.59, at 0.01 (0.850),
+    and 0.41 again at 0.0056 (0.824). So the lowest rate is taken that keeps most of the gain over the bare model: any
+    share from 57 to 84 % chooses the judge's best there, and in half the steps, from 26 to 88 %.
 
     Args:
         trained: The trainings.
@@ -146,8 +146,8 @@ class LikenessJudge:
     def remark(self, folder: Path) -> str:
         """What the bare model has, and which rate is taken."""
         return (
-            f"The bare model has {self.bare(folder):.3f}. The lowest rate is taken that keeps {KEPT:.0%} of the highest "
-            "gain over that, since this score does not see all that a high rate destroys."
+            f"The bare model has {self.bare(folder):.3f}. The lowest rate is taken that keeps {KEPT:.0%} of the "
+            "highest gain over that, since this score does not see all that a high rate destroys."
         )
 
     def sheet(self, folder: Path, trained: Sequence[Training]) -> Image.Image | None:
