@@ -8,7 +8,7 @@ and what it drew or answered are files in `output`, so an interrupted comparison
 
 from pathlib import Path
 
-from dora_mm.studies.campaigns.comparison import Comparison
+from dora_mm.studies.campaigns.comparison import MethodComparison
 from dora_mm.studies.campaigns.evaluation import Evaluation
 from dora_mm.studies.campaigns.pictures import PictureEvaluation
 from dora_mm.studies.campaigns.questions import QuestionEvaluation
@@ -34,7 +34,7 @@ def main(config: CompareConfig, *, resume: Path | None = None, report: bool = Fa
             reported a user's mistake, or another process writes to the folder, or there is nothing to report.
         RuntimeError: A training failed in any other way.
     """
-    comparison = Comparison(config, build_evaluation(config))
+    comparison = MethodComparison(config, build_evaluation(config))
     with only_writer(comparison.folder):
         if report:
             tried = comparison.tried()

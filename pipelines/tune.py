@@ -15,7 +15,7 @@ from dora_mm.config.paths import check_paths
 from dora_mm.config.report import describe
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.registries.optimizers import OPTIMIZERS
-from dora_mm.studies.campaigns.judges import AnswerJudge, Judge, LikenessJudge, LossJudge
+from dora_mm.studies.campaigns.judges import AnswerJudge, LikenessJudge, LossJudge, RateJudge
 from dora_mm.studies.campaigns.tuned import RANKED, TunedPictures, TunedQuestions
 from dora_mm.studies.campaigns.tuning import Tuning
 from dora_mm.studies.config import TuneConfig
@@ -118,7 +118,7 @@ def default_rates(base: TrainDiffusionConfig | TrainVLConfig, path: str, ranks: 
     return [rate for rate in found if record.least_lr <= rate < record.most_lr]
 
 
-def build_judge(config: TuneConfig, base: Any) -> Judge:
+def build_judge(config: TuneConfig, base: Any) -> RateJudge:
     """Builds what is trained and how it is scored, and checks all that the configs name."""
     is_picture = isinstance(base, TrainDiffusionConfig)
     if config.clip_model and not is_picture:

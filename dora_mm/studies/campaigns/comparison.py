@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 COSTS = ("seconds_per_step", "peak_memory_mb")  # entries of summaries whose median over the seeds is reported
 
 
-class Comparison(Generic[ScoresT]):
+class MethodComparison(Generic[ScoresT]):
     """The trainings of a comparison, as a campaign, and its report.
 
     Args:

@@ -31,7 +31,7 @@ KEPT = 0.75  # of the gain in likeness, see `LikenessJudge`
 DRAWN = ("steps", "guidance", "negative_prompt", "batch_size")  # of sheets, with which pictures are drawn to be judged
 
 
-class Judge(Scoring[Any], Protocol):
+class RateJudge(Scoring[Any], Protocol):
     """Scores the trainings of a search.
 
     Attributes:
@@ -67,7 +67,7 @@ class LikenessJudge:
     """The likeness to the training pictures that `dora-mm eval` measures, of the same prompts and seeds.
 
     It sees the style, and not whether a picture still shows what its prompt asks for, so that it is highest at rates
-    that are too high. Of the embedded SDXL model's trainings on bricks (rank 4, 60 steps, 10 prompts; bare 0.770) that
+    that are too high. Of the embedded model's trainings on bricks (rank 4, 60 steps, 10 prompts; bare 0.770) that
     is 0.018 (0.865), where the embedded judge, which knows things, has 0.41; that has its best, 0.59, at 0.01 (0.850),
     and 0.41 again at 0.0056 (0.824). So the lowest rate is taken that keeps most of the gain over the bare model: any
     share from 57 to 84 % chooses the judge's best there, and in half the steps, from 26 to 88 %.

@@ -21,7 +21,7 @@ from dora_mm.studies.variants import Variant
 from dora_mm.train.validation import LOSS
 from dora_mm.utils.yaml12 import KeyPath
 
-Changes = dict[KeyPath, Any]
+KeyChanges = dict[KeyPath, Any]
 RANKED = ("dora", "lora", "series", "parallel", "prefix")  # methods that have a rank
 # Keys that are numbers of steps, with the least; those of a shorter training are in proportion
 STEPS = {
@@ -147,10 +147,10 @@ def training_of(base: Any, candidate: Candidate, steps: int) -> Training:
     return Training(Variant(base.adapter.method, candidate.rank, f"{steps} steps"), candidate.rate, base.seed)
 
 
-def changes_for(base: Any, candidate: Candidate) -> Changes:
+def changes_for(base: Any, candidate: Candidate) -> KeyChanges:
     """What a candidate changes of the base config, by key: the rank with its alpha, and all rates in proportion."""
-    changes: Changes = {("optimizer", "lr"): candidate.rate}
-    rates: Changes = {("optimizer", "magnitude_lr"): base.optimizer.magnitude_lr}
+    changes: KeyChanges = {("optimizer", "lr"): candidate.rate}
+    rates: KeyChanges = {("optimizer", "magnitude_lr"): base.optimizer.magnitude_lr}
     rates |= {("adapter", "parts", name, "lr"): part.lr for name, part in base.adapter.parts.items()}
     rates |= {("tokens", word, "lr"): token.lr for word, token in getattr(base, "tokens", {}).items()}
     ratio = candidate.rate / base.optimizer.lr
@@ -172,8 +172,8 @@ def overrides_of(config: TuneConfig, trainings: TunedTrainings, training: Traini
     return [*config.overrides, f"seed={base.seed}", *as_overrides(base, changes), *UNUSED]
 
 
-def as_overrides(base: Section, changes: Changes) -> list[str]:
-    """Changes as `--set` takes them: names of parts have dots, so what is in a mapping of names changes as a whole."""
+def as_overrides(base: Section, changes: KeyChanges) -> list[str]:
+    """KeyChanges as `--set` takes them: names of parts have dots, so what is in a mapping of names changes as a whole."""
     sections = base.model_dump(mode="json", exclude_none=True, include={"adapter": {"parts"}, "tokens": True})
     found = {}
     for (*parents, key), value in changes.items():

@@ -13,7 +13,7 @@ from dora_mm.registries.optimizers import OPTIMIZERS
 from dora_mm.sampling.sheets import save_atomically
 from dora_mm.studies.campaigns.campaign import Campaign
 from dora_mm.studies.campaigns.halving import Candidate, Rung, halving
-from dora_mm.studies.campaigns.judges import Judge
+from dora_mm.studies.campaigns.judges import RateJudge
 from dora_mm.studies.campaigns.trainings import Training
 from dora_mm.studies.campaigns.tuned import RANKED, as_overrides, changes_for, check_trainings, training_of
 from dora_mm.studies.config import TuneConfig
@@ -38,7 +38,7 @@ class Tuning:
         ValueError: The config of a training is invalid; also as in `Campaign`.
     """
 
-    def __init__(self, config: TuneConfig, judge: Judge):
+    def __init__(self, config: TuneConfig, judge: RateJudge):
         self.config, self.judge, self.base = config, judge, judge.trained.base
         ranks = (config.ranks or (self.base.adapter.rank,)) if self.base.adapter.method in RANKED else (None,)
         self.candidates = [Candidate(rank, rate) for rank in ranks for rate in config.rates]
