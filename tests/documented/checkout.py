@@ -57,7 +57,7 @@ class Checkout:
             take_job(parsed)
         if parsed.command in WITH_CONFIG and parsed.config:
             config = load_config(parsed.config, parsed.overrides)
-            self.provide_all(config, dry_run=parsed.dry_run)
+            self.provide_all(config, dry_run=getattr(parsed, "dry_run", False))
         for name in INPUTS:
             given = getattr(parsed, name, None)
             for path in given if isinstance(given, list) else [given] if given else []:

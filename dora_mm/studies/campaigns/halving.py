@@ -97,7 +97,7 @@ def halving(
         candidates: The candidates.
         steps: The full length.
         measure: Trains and scores candidates at a length; what it was asked for before costs nothing.
-        extra: How often the rates of the first rung are extended while an end is as good as any.
+        extra: How often the rates of the first rung are extended while an end is as good as any. No more go on for it.
         rates: The lowest rate that the optimizer takes, and the one from which on it takes none.
 
     Returns:
@@ -122,5 +122,5 @@ def halving(
             tried = ", ".join(f"{each.rate:g}" for each in sorted(rung.scores))
             raise ValueError(f"all trainings of {length} steps have diverged, at rates of {tried}: give lower ones")
         rungs.append(rung)
-        pending = rung.survivors(max(1, len(rung.scores) // 2))
+        pending = rung.survivors(max(1, len(pending) // 2))
     return rungs

@@ -173,7 +173,7 @@ def overrides_of(config: TuneConfig, trainings: TunedTrainings, training: Traini
 
 
 def as_overrides(base: Section, changes: KeyChanges) -> list[str]:
-    """KeyChanges as `--set` takes them: names of parts have dots, so what is in a mapping of names changes as a whole."""
+    """Changes as `--set` takes them: names of parts have dots, so what is in a mapping of names changes as a whole."""
     sections = base.model_dump(mode="json", exclude_none=True, include={"adapter": {"parts"}, "tokens": True})
     found = {}
     for (*parents, key), value in changes.items():

@@ -83,13 +83,15 @@ class Tuning:
         """
         chosen, trained = rungs[-1].order[0], self.trained(rungs)
         curves = self.curves(trained)
-        text = "\n\n".join([self.about(), markdown_records(self.table(rungs)), *self.about_chosen(rungs, curves)])
+        compared = self.compared(rungs, curves)
+        result = [self.about_chosen(rungs), *([self.about_band(curves[compared], compared)] if compared else [])]
+        text = "\n\n".join([self.about(), markdown_records(self.table(rungs)), " ".join(result)])
         write_text(self.folder / "table.md", text + "\n")
         write_text(self.folder / "curves.csv", curves_csv(curves))
         print(f"{text}\n\ntable    {self.folder / 'table.md'}")
         try:
             best = dict.fromkeys(curves, chosen.rate)
-            for file in plot_curves(curves, best, self.judge.score_title, self.folder, bands=True):
+            for file in plot_curves(curves, best, self.judge.score_title, self.folder, band_of=compared):
                 print(f"figure   {file}")
         except ModuleNotFoundError as error:
             log.warning("The figures are left out: they need %s (pip install 'dora_mm[eval]').", error.name)
@@ -98,8 +100,8 @@ class Tuning:
             print(f"sheet    {self.folder / 'sheet.png'}")
         file = write_tuned(self.config, self.base, chosen, self.folder / "tuned.yaml")
         adapter = self.campaign.trainings.adapter(training_of(self.base, chosen, rungs[-1].steps))
-        print(f"adapter  {adapter}\nconfig   {file}")
-        print(f"\nTo train with what was chosen (an adapter of it is there): dora-mm train {shlex.quote(str(file))}")
+        print(f"adapter  {adapter}\n" if adapter.is_dir() else "", f"config   {file}\n", sep="")
+        print(f"To train with what was chosen: dora-mm train {shlex.quote(str(file))}")
 
     def trained(self, rungs: Sequence[Rung]) -> list[Training]:
         """The trainings that have scores, rung by rung."""
@@ -140,23 +142,29 @@ class Tuning:
         training = training_of(self.base, candidate, rung.steps)
         return shown(self.campaign.curve(training.variant, [training.rate]).points[training.rate].interval)
 
-    def about_chosen(self, rungs: Sequence[Rung], curves: dict[Variant, RateCurve]) -> list[str]:
-        """What was chosen, which rates are as good, and whether better ones may lie outside."""
-        chosen, first = rungs[-1].order[0], rungs[0]
+    def compared(self, rungs: Sequence[Rung], curves: dict[Variant, RateCurve]) -> Variant | None:
+        """The longest trainings of the chosen rank that several rates have; None: there are none, or no intervals."""
+        variants = [training_of(self.base, rungs[-1].order[0], rung.steps).variant for rung in reversed(rungs)]
+        several = [each for each in variants if each in curves and len(curves[each].points) > 1]
+        return several[0] if several and self.judge.groups else None
+
+    def about_band(self, curve: RateCurve, variant: Variant) -> str:
+        """Which rates are as good in these trainings."""
+        low, high = (2**end for end in curve.band)
+        return (
+            f"As good in {variant.setting}: {low:.2g} to {high:.2g}, where the score loses less than half the width of "
+            "its interval."
+        )
+
+    def about_chosen(self, rungs: Sequence[Rung]) -> str:
+        """What was chosen, and whether better ones may lie outside of what was tried."""
+        chosen = rungs[-1].order[0]
         rank = f" at rank {chosen.rank}" if self.config.ranks else ""
-        found = [f"Chosen: {chosen.rate:g}{rank}."]
-        curve = curves.get(training_of(self.base, chosen, first.steps).variant)
-        if curve and len(curve.points) > 1 and self.judge.groups:
-            low, high = (2**end for end in curve.band)
-            found.append(
-                f"From {low:.2g} to {high:.2g} the score in {first.steps} steps is below the highest one by less than "
-                "half the width of its interval."
-            )
-        rates = sorted(each.rate for each in first.scores if each.rank == chosen.rank)
-        if len(rates) > 1 and chosen.rate in (rates[0], rates[-1]):
-            end = "lowest" if chosen.rate == rates[0] else "highest"
-            found.append(f"It is the {end} that was tried: a better one may lie beyond it, see --rates.")
-        return [" ".join(found)]
+        rates = sorted(each.rate for each in rungs[0].scores if each.rank == chosen.rank)
+        if len(rates) < 2 or chosen.rate not in (rates[0], rates[-1]):
+            return f"Chosen: {chosen.rate:g}{rank}."
+        end = "lowest" if chosen.rate == rates[0] else "highest"
+        return f"Chosen: {chosen.rate:g}{rank}, the {end} that was tried: a better one may lie beyond it (--rates)."
 
 
 def write_tuned(config: TuneConfig, base: Any, chosen: Candidate, file: Path) -> Path:

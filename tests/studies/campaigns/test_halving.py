@@ -84,6 +84,8 @@ def test_rates_are_extended_while_an_end_is_the_best():
     assert set(halving(candidates(1e-3, 1e-2), 4, Recorded(scores), extra=2)[0].scores) == set(
         candidates(1e-3, 1e-2, 1e-1, 1.0)
     )
+    found = halving(candidates(1e-3, 1e-2), 4, Recorded(scores), extra=2)
+    assert [len(rung.scores) for rung in found] == [4, 1]  # and no more of them go on
     measure = Recorded(scores)
     assert halving(candidates(1e-3, 1e-2), 4, measure, extra=5, rates=(0.0, 1.0))[-1].order == candidates(1e-1)
     assert set(halving(candidates(1e-3, 1e-2), 4, Recorded(scores))[0].scores) == set(candidates(1e-3, 1e-2))
