@@ -146,8 +146,8 @@ class LikenessJudge:
     def remark(self, folder: Path) -> str:
         """What the bare model has, and which rate is taken."""
         return (
-            f"The bare model has {self.bare(folder):.3f}. The lowest rate is taken that keeps {100 * KEPT:.0f} % of "
-            "the highest gain over that, since this score does not see all that a high rate destroys."
+            f"The bare model has {self.bare(folder):.3f}. Of all that keep {100 * KEPT:.0f} % of the highest gain over "
+            "that, the lowest rank and rate are taken, since likeness does not see all that a high rate destroys."
         )
 
     def sheet(self, folder: Path, trained: Sequence[Training]) -> Image.Image | None:

@@ -123,6 +123,17 @@ def test_mistakes_have_a_sentence_before_anything_is_made(changes, flags, messag
     assert not (tmp_path / "out").exists()
 
 
+def test_the_config_of_a_search_has_its_own_settings(file, tmp_path, capsys):
+    values = search(file).model_dump(mode="json")
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(values))
+    assert main(["tune", str(tmp_path / "search.yaml"), "--rates", "1", "2"]) == 2
+    assert "is a search with its own settings: --set changes them" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "search.yaml")]) == 2
+    assert "needs another command: dora-mm tune" in capsys.readouterr().err
+    assert main(["tune", "configs/sdxl/jobs.yaml"]) == 2
+    assert "tune takes one of dora-mm train" in capsys.readouterr().err
+
+
 def small_folder(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
