@@ -1,15 +1,13 @@
 """Scores of one's own style: what likeness, variety and drift are on vectors that are known."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from dora_mm.config.pictures import AdapterChoice, EvalStyleConfig
 from dora_mm.eval.images import own_style
 from dora_mm.eval.images.concepts import unit_rows
-from dora_mm.recipes import PIPELINES
+from dora_mm.sampling.own_style import vectors_by
 
 X, Y = np.eye(2)
 
@@ -47,13 +45,11 @@ def test_differences_are_paired_and_rows_show_what_they_have():
 
 
 def test_an_open_clip_model_reads_the_prompts_too(clip_folder, tmp_path):
-    recipe, loaded = PIPELINES.load("eval_style"), SimpleNamespace(model=SimpleNamespace(device="cpu"))
-    common = {"pipeline": "eval_style", "name": "a", "adapter": AdapterChoice(path="a.safetensors")}
-    vectors = recipe.vectors_of(EvalStyleConfig(**common, clip_model=str(clip_folder)), loaded)
+    vectors = vectors_by(str(clip_folder), torch.device("cpu"))
     images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     drawn, texts = vectors.of_images(images), vectors.of_texts(["red", "blue"])
     np.testing.assert_allclose(np.linalg.norm(np.concatenate([drawn, texts]), axis=1), 1, rtol=1e-5)
     row = own_style.intervals(own_style.scores_of(drawn, drawn, texts), 1)
     assert "likeness to the prompt" in own_style.own_style_table({"bare": row})
     with pytest.raises(ValueError, match="clip_model: "):
-        recipe.vectors_of(EvalStyleConfig(**common, clip_model=str(tmp_path)), loaded)
+        vectors_by(str(tmp_path), torch.device("cpu"))
