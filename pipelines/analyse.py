@@ -17,7 +17,7 @@ from dora_mm.eval.gradients import GradientShape, read_gradients
 from dora_mm.eval.statistics import Interval, columns
 from dora_mm.studies.analysis import distinct_names, find_sources, read_points
 from dora_mm.studies.campaigns.rows import TrainingRows, rows_file
-from dora_mm.studies.config import CompareConfig
+from dora_mm.studies.config import CampaignConfig
 from dora_mm.studies.decomposition import (
     ChangePattern,
     WeightPoint,
@@ -128,10 +128,10 @@ def about_scores(related: Mapping[str, Interval], num_trainings: int) -> list[st
 
 
 def scores_of(path: str) -> dict[str, float]:
-    """The scores by which rates were chosen, by the names of trainings, where the path is that of a comparison."""
+    """The scores by which rates were chosen, by the names of trainings, where the path is that of a campaign."""
     config = Path(path) / "config.yaml"
     campaign = load_config(config) if config.is_file() else None
-    if not isinstance(campaign, CompareConfig):
+    if not isinstance(campaign, CampaignConfig):
         return {}
     rows = TrainingRows(rows_file(campaign, Path(path)), lambda _: "").found
     return {name: row.number for name, row in rows.items() if row.value}

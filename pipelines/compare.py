@@ -8,7 +8,7 @@ and what it drew or answered are files in `output`, so an interrupted comparison
 
 from pathlib import Path
 
-from dora_mm.studies.campaigns.campaign import Campaign
+from dora_mm.studies.campaigns.comparison import MethodComparison
 from dora_mm.studies.campaigns.evaluation import Evaluation
 from dora_mm.studies.campaigns.pictures import PictureEvaluation
 from dora_mm.studies.campaigns.questions import QuestionEvaluation
@@ -34,14 +34,14 @@ def main(config: CompareConfig, *, resume: Path | None = None, report: bool = Fa
             reported a user's mistake, or another process writes to the folder, or there is nothing to report.
         RuntimeError: A training failed in any other way.
     """
-    campaign = Campaign(config, build_evaluation(config))
-    with only_writer(campaign.folder):
+    comparison = MethodComparison(config, build_evaluation(config))
+    with only_writer(comparison.folder):
         if report:
-            tried = campaign.tried()
+            tried = comparison.tried()
         else:
-            tried = campaign.search()
-            campaign.train_chosen(tried)
-        campaign.report(tried)
+            tried = comparison.search()
+            comparison.train_chosen(tried)
+        comparison.report(tried)
 
 
 def build_evaluation(config: CompareConfig) -> Evaluation:

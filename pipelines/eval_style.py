@@ -6,33 +6,30 @@ that the adapter was trained on, as the vectors of an image encoder. The table h
 
 import logging
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.paths import resolve_model, resolve_path
+from dora_mm.config.paths import resolve_path
 from dora_mm.config.pictures import EvalStyleConfig
-from dora_mm.data.images.folder import CaptionedImage, digest_of, read_captioned_images, read_training_images
+from dora_mm.data.images.folder import CaptionedImage, digest_of, read_captioned_images
 from dora_mm.data.images.pixels import load_rgb
+from dora_mm.data.images.shared_words import PLACEHOLDER, THINGS
 from dora_mm.eval.images import own_style
-from dora_mm.eval.images.clip import ClipSimilarity
-from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.scores import scores_per_image, write_json
-from dora_mm.eval.images.timm_encoder import TimmEncoder
 from dora_mm.formats.identity import adapter_digest
 from dora_mm.models.images.families import files_identity
-from dora_mm.preview.captions import PLACEHOLDER, THINGS, example_prompts, shared_word
 from dora_mm.sampling.drawing import PictureJob
 from dora_mm.sampling.grids import below, sheet
 from dora_mm.sampling.jobs.picture import Picture, template
 from dora_mm.sampling.manifest import write_manifest
-from dora_mm.sampling.model import LoadedModel, find_adapters, load_model, model_of
+from dora_mm.sampling.model import find_adapters, load_model, model_of
+from dora_mm.sampling.own_style import Vectors, images_of_training, prompts_in_style, vectors_by
 from dora_mm.sampling.reconstructed import reconstructed
 from dora_mm.sampling.sheets import label, save_atomically, thumbnail
 from dora_mm.sampling.trainings import as_in_sheets, training_of
@@ -46,24 +43,12 @@ BARE, ADAPTER, TRAINING, DIFFERENCE = "bare model", "adapter", "training picture
 STYLED, PLAIN = "prompts in the style", "prompts without it"
 SHOWN = 5  # of the best and the worst
 BACKGROUND = "white"  # of transparent pictures
-EMBEDDED = (
-    "encoder: EfficientNet-Lite0, trained on photographs of things; it reads no prompts, and its cosines are high for "
-    "all pictures: compare rows, not numbers. clip_model or timm_model (DINOv2) names a better one."
-)
 MEANING = (
     "The training pictures went through the model's size and VAE. likeness: mean cosine with them (of these: with the "
     "others); the nearest of them: near 1, one is copied; variety: 1 minus the mean cosine of pictures with each "
     "other; drift: 1 minus the cosine with the bare model's picture of the same prompt and seed, which should be small "
     "without the style."
 )
-
-
-class Vectors(NamedTuple):
-    """What looks at pictures: unit vectors of images and, with CLIP, of texts."""
-
-    of_images: Callable[[Sequence[Image.Image]], np.ndarray]
-    of_texts: Callable[[Sequence[str]], np.ndarray] | None
-    about: str
 
 
 def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
@@ -91,7 +76,7 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
     styled, plain = prompts_of(config, trained, images)
     pictures = pictures_of(config, styled + plain)
     loaded.check(pictures)
-    vectors = vectors_of(config, loaded)
+    vectors = vectors_by(loaded.model.device, config.clip_model, config.timm_model)
     inputs |= {**files_identity(base), "the training pictures": digest_of(images)}
     with processes.run(evaluation_run(config, inputs)) as run:
         job = loaded.draw(run.path, pictures, config.batch_size, processes)
@@ -112,11 +97,8 @@ def training_images(config: EvalStyleConfig, trained: TrainDiffusionConfig | Non
     if config.images is not None:
         return read_captioned_images(config.images, instance_prompt=PLACEHOLDER, key="images")
     assert trained is not None
-    data = trained.data.model_copy(
-        update={"instance_prompt": PLACEHOLDER, "placeholder": None, "unused_captions": "stop"}
-    )
     try:
-        return read_training_images(data)
+        return images_of_training(trained.data)
     except ValueError as error:
         raise ValueError(f"images: {error}") from error
 
@@ -125,13 +107,7 @@ def prompts_of(
     config: EvalStyleConfig, trained: TrainDiffusionConfig | None, images: Sequence[CaptionedImage]
 ) -> tuple[list[str], list[str]]:
     """The prompts in the style, and those without it: the config's, or what the training and its captions suggest."""
-    prompts = list(config.prompts)
-    if not prompts:
-        captions = [image.caption for image in images]
-        word = trained.data.placeholder if trained else shared_word(captions)
-        own = trained.sample.prompts if trained else ()
-        prompts = list(dict.fromkeys([*own, *example_prompts(captions, word)]))
-    return prompts, list(config.plain_prompts or THINGS)
+    return list(config.prompts) or prompts_in_style(trained, images), list(config.plain_prompts or THINGS)
 
 
 def pictures_of(config: EvalStyleConfig, prompts: Sequence[str]) -> list[Picture]:
@@ -143,18 +119,6 @@ def pictures_of(config: EvalStyleConfig, prompts: Sequence[str]) -> list[Picture
         for row, prompt in enumerate(prompts, 1)
         for seed in config.seeds
     ]
-
-
-def vectors_of(config: EvalStyleConfig, loaded: LoadedModel) -> Vectors:
-    """The encoder that the config names, or the embedded one."""
-    device = loaded.model.device
-    if config.clip_model is not None:
-        clip = ClipSimilarity(resolve_model(config.clip_model, "clip_model"), device, "clip_model")
-        return Vectors(clip.embed_images, clip.embed_texts, f"encoder: {config.clip_model}")
-    if config.timm_model is not None:
-        encoder = TimmEncoder(resolve_model(config.timm_model, "timm_model"), device)
-        return Vectors(encoder.embed_images, None, f"encoder: {config.timm_model}, which reads no prompts")
-    return Vectors(partial(own_style.embedded_vectors, Encoder(device)), None, EMBEDDED)
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------

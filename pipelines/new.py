@@ -11,16 +11,16 @@ from dora_mm.config.models import starts
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.images.folder import CaptionedImage, read_captioned_images
 from dora_mm.data.images.masks import by_kind
+from dora_mm.data.images.shared_words import PLACEHOLDER, example_prompts, shared_word
 from dora_mm.models.hub import local_copy
-from dora_mm.preview.captions import PLACEHOLDER, example_prompts, shared_word
 from dora_mm.preview.images import describe_captions, describe_length, describe_masks, describe_pictures, repeats_of
 from dora_mm.preview.look import describe_look
 from dora_mm.preview.machine import fitting, largest_card
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.messages import nearest
-from dora_mm.utils.yaml12 import MISSING, edited
+from dora_mm.utils.yaml12 import MISSING, KeyPath, edited
 
-Changes = dict[tuple[str, ...], Any]
+Changes = dict[KeyPath, Any]
 SMALL = 1e9  # bytes of the weights of a model that is trained on a processor
 STYLE_PICTURES = (23, 61)  # the numbers of pictures that the recipes' steps are for
 FEWEST_STEPS, MOST_STEPS = 50, 10_000
@@ -278,7 +278,7 @@ def questions(draft: Draft, start: TrainVLConfig) -> None:
 # --- both ------------------------------------------------------------------------------------------------------------
 
 
-def write_config(draft: Draft, changes: Mapping[tuple[str, ...], Any], about: str) -> Any:
+def write_config(draft: Draft, changes: Mapping[KeyPath, Any], about: str) -> Any:
     """Writes the recipe with changes, under a head of its own, and reads it."""
     lines = resolve_path(draft.recipe).read_text(encoding="utf-8").split("\n")
     body = lines[next(number for number, line in enumerate(lines) if not line.startswith("#")) :]

@@ -89,7 +89,8 @@ def check_command(arguments: list[str], schemas: dict | None = None) -> None:
     if config := getattr(parsed, "config", None):
         given = {"schemas": schemas} if schemas else {}
         loaded = load_config(ROOT / config, parsed.overrides, **given)
-        if loaded.command != parsed.command:
+        wanted = "train" if parsed.command == "tune" else parsed.command  # it takes the config of a training
+        if loaded.command != wanted:
             raise ValueError(f"{config} needs the command {loaded.command}, not {parsed.command}")
 
 

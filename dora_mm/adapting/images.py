@@ -57,7 +57,7 @@ def check_initial_file(config: AdapterConfig, model: ImageModel) -> None:
     settings = {path: modules.settings for modules in selected.values() for path in modules.paths}
     for path, layer in denoiser_layers(file, model, denoiser):
         if path in settings:
-            check_settings(file.path, f"{name}.{path}", layer.spec, spec_of(config, settings[path]))
+            check_settings(file.path, f"{name}.{path}", layer.spec, spec_of(config, settings[path]), config)
 
 
 @contextmanager

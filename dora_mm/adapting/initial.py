@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from dora_mm.formats.models import is_shared
 FROM_FILE = "init_from"  # in reports, the part of the modules that only the file adapts
 
 
-def check_settings(file: Path, name: str, found: DoRASpec, wanted: DoRASpec) -> None:
+def check_settings(file: Path, name: str, found: DoRASpec, wanted: DoRASpec, config: AdapterConfig) -> None:
     """Checks that a module of a file has the method and rank that a config trains it with; the values set otherwise.
 
     Raises:
@@ -31,7 +32,9 @@ def check_settings(file: Path, name: str, found: DoRASpec, wanted: DoRASpec) -> 
     if found.method == wanted.method and (found.rank == wanted.rank or found.method not in ("dora", "lora")):
         return
     changes = [f"adapter.method={found.method}"] if found.method != wanted.method else []
-    changes += [f"adapter.rank={found.rank}", f"adapter.alpha={found.alpha:g}"] if found.rank != wanted.rank else []
+    if found.rank != wanted.rank:
+        changes += [f"adapter.rank={found.rank}", f"adapter.alpha={found.alpha:g}"]
+        changes += ["adapter.scaling=rank"] if config.scaling != "rank" else []
     raise ValueError(
         f"adapter.init_from: {file} has {found.method} of rank {found.rank} at {name}, and the config trains "
         f"{wanted.method} of rank {wanted.rank} there: --set {' '.join(changes)}"
@@ -63,7 +66,7 @@ def load_initial_file(trained: TrainedNetworks, config: AdapterConfig, backend: 
     adapters = trained.adapter_parameters()  # in the order of the networks, which gradient norms are summed in
     own = {name: parameter for name, parameter in trained.parameters.items() if name not in adapters}
     trained.parameters = {**own, **adapters}
-    _load(trained.adapted, file)
+    _load(trained.adapted, file, config)
 
 
 def _adapt_others(
@@ -121,7 +124,7 @@ def load_initial_folder(trained: TrainedNetworks, config: AdapterConfig, identit
             "or neither must do so"
         )
     for component, network in trained.networks.items():
-        _load({component: network}, files[component])
+        _load({component: network}, files[component], config)
 
 
 def initial_identity(config: AdapterConfig, digest: Callable[[Path], str]) -> dict[str, str]:
@@ -136,12 +139,13 @@ def initial_identity(config: AdapterConfig, digest: Callable[[Path], str]) -> di
     return {"the initial adapter": digest(resolve_path(config.init_from, "adapter.init_from"))}
 
 
-def _load(adapted: Mapping[str, nn.Module], file: AdapterFile) -> None:
+def _load(adapted: Mapping[str, nn.Module], file: AdapterFile, config: AdapterConfig) -> None:
     """Loads an adapter file into freshly injected networks.
 
     Args:
         adapted: The adapted networks by component.
         file: The adapter file.
+        config: The `adapter` section.
 
     Raises:
         ValueError: The file does not fit the networks, or its alpha differs from the config's.
@@ -153,12 +157,13 @@ def _load(adapted: Mapping[str, nn.Module], file: AdapterFile) -> None:
         for path, layer in adapted_layers(network).items():
             if path in layers:
                 name = path if component == MODEL else f"{component}.{path}"
-                check_settings(file.path, name, layers[path].spec, layer.adaptation.spec)
+                check_settings(file.path, name, layers[path].spec, layer.adaptation.spec, config)
     formats.load(adapted, file, forward=backends.select("auto"))
     for path, alpha in _alphas(adapted).items():
-        if alpha != before[path]:
+        if not math.isclose(alpha, before[path], rel_tol=1e-6):  # files may hold it as float32
             raise ValueError(
-                f"adapter.init_from: {file.path} has alpha {alpha:g}, and adapter.alpha is {before[path]:g} ({path})"
+                f"adapter.init_from: {file.path} has alpha {alpha:g} at {path}, and adapter.alpha and adapter.scaling "
+                f"make {before[path]:g}"
             )
 
 

@@ -82,6 +82,9 @@ def run(arguments: Namespace, recipes: Recipes | None = None) -> None:
             resolve_adapter(arguments.file, "FILE")
             _check_base(arguments)
             _call("verify", arguments)
+        case "tune":
+            resolve_path(arguments.config, "CONFIG")
+            _call("tune", arguments)
         case "extract":
             resolve_model(arguments.tuned, "TUNED")
             resolve_model(arguments.base, "BASE")

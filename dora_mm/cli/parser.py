@@ -61,6 +61,7 @@ def build_parser() -> CommandParser:
         _add_extract,
         _add_average,
         _add_analyse,
+        _add_tune,
         _add_ask,
         _add_caption,
         _add_configs,
@@ -78,15 +79,7 @@ def _add_config_command(commands: Any, name: str, what: str) -> None:
     )
     nargs = "?" if name in RESUMABLE else None
     command.add_argument("config", metavar=metavar, nargs=nargs, help=f"a YAML file{kinds}")
-    command.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="extend",
-        nargs="+",
-        default=[],
-        dest="overrides",
-        help="override values of the config, such as train.steps=100; repeatable",
-    )
+    _add_overrides(command)
     if name in RESUMABLE:
         command.add_argument("--resume", metavar="RUN_DIR", type=Path, help="go on with a run that was stopped")
     if name == "sample":
@@ -104,6 +97,18 @@ def _add_config_command(commands: Any, name: str, what: str) -> None:
             "--report", action="store_true", help="train nothing: report the trainings that have been finished"
         )
     command.set_defaults(resume=None, dry_run=False, decode=False, report=False)
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="extend",
+        nargs="+",
+        default=[],
+        dest="overrides",
+        help="override values of the config, such as train.steps=100; repeatable",
+    )
 
 
 def _add_new(commands: Any) -> None:
@@ -235,6 +240,25 @@ def _add_analyse(commands: Any) -> None:
     command.add_argument("--base", metavar="MODEL", help=f"{BASE}; default: that of each run's config")
     command.add_argument("--modules", metavar="PATTERN", help="a regular expression for the names of modules")
     command.add_argument("--output", metavar="FOLDER", help="a new folder; default: a numbered one in runs/analysis")
+
+
+def _add_tune(commands: Any) -> None:
+    command = commands.add_parser("tune", help="find a learning rate, and a rank, for a training, by shorter ones")
+    command.add_argument("config", metavar="CONFIG", help="the config of the training")
+    rates = "the learning rates; default: half decades around that of the config"
+    command.add_argument("--rates", metavar="RATE", type=float, nargs="+", help=rates)
+    ranks = "the ranks; default: that of the config"
+    command.add_argument("--ranks", metavar="R", type=_positive, nargs="+", help=ranks)
+    command.add_argument(
+        "--judge",
+        choices=("score", "held_out"),
+        default="score",
+        help="score: likeness to the training pictures, or that of the answers; held_out: the held-out loss",
+    )
+    clip = "an open_clip model that judges pictures; default: the embedded encoder"
+    command.add_argument("--clip-model", metavar="MODEL", help=clip)
+    command.add_argument("--output", metavar="FOLDER", help="one that exists goes on; default: runs/NAME_tune")
+    _add_overrides(command)
 
 
 def _add_extract(commands: Any) -> None:

@@ -33,7 +33,7 @@ class PartConfig(Section):
     # full: its weights themselves (of models for questions, its biases, too); frozen: nothing; null: adapter.method
     method: Literal["dora", "lora", "magnitude", "full", "frozen"] | None = None
     rank: PositiveInt | None = None  # null: adapter.rank
-    alpha: Positive | None = None  # null: the same alpha / rank as the adapter's
+    alpha: Positive | None = None  # null: the same alpha / rank as the adapter's; with scaling sqrt the same alpha
     lr: Positive | None = None  # learning rate; null: optimizer.lr
 
 
@@ -46,6 +46,8 @@ class AdapterConfig(Section):
     method: Literal["dora", "lora", "magnitude", "full"] = "dora"  # magnitude: without A and B; full: the base weights
     rank: PositiveInt  # rank of A and B
     alpha: Positive = 0.0  # the update is scaled by alpha / rank; left out or null: alpha = rank, set below
+    # sqrt: by alpha / sqrt(rank) as in rank-stabilised LoRA; alpha is then given, and the same at all ranks
+    scaling: Literal["rank", "sqrt"] = "rank"
     dropout: Share = 0.0  # probability, on the input of A
     norm_grad: Literal["detached", "exact"] = "detached"  # detached: no gradient through the row norm, as in the paper
     cache: Literal["weights", "norms"] = "weights"  # norms: builds W' twice instead of caching it, to save memory
@@ -58,9 +60,12 @@ class AdapterConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _alpha_is_the_rank(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("alpha") is None and type(values.get("rank")) is int:
-            return {**values, "alpha": float(max(values["rank"], 1))}  # a bad rank is reported as a rank, once
-        return values
+        if not isinstance(values, dict) or values.get("alpha") is not None or type(values.get("rank")) is not int:
+            return values
+        rank = max(values["rank"], 1)  # a bad rank is reported as a rank, once
+        if values.get("scaling") == "sqrt":
+            raise ValueError(f"scaling sqrt needs alpha: alpha={rank**0.5:.3g} scales the update by 1 at rank {rank}")
+        return {**values, "alpha": float(rank)}
 
     @field_validator("parts", mode="before")
     @classmethod
@@ -88,14 +93,21 @@ class AdapterConfig(Section):
         return {name: {} if settings is None else settings for name, settings in parts.items()}
 
     def all_parts(self, default: Sequence[str] = ()) -> dict[str, PartConfig]:
-        """The complete settings of every part; `default`: the parts where none is configured."""
-        scaling = self.alpha / self.rank
+        """The complete settings of every part, with the alpha that layers and files divide by the rank.
+
+        Args:
+            default: The parts where none is configured.
+        """
         found = {}
         for name, part in (self.parts or dict.fromkeys(default, PartConfig())).items():
             rank = part.rank or self.rank
-            own = {"method": part.method or self.method, "rank": rank, "alpha": part.alpha or rank * scaling}
-            found[name] = part.model_copy(update=own)
+            alpha = (part.alpha or self.alpha_at(rank)) * (rank**0.5 if self.scaling == "sqrt" else 1)
+            found[name] = part.model_copy(update={"method": part.method or self.method, "rank": rank, "alpha": alpha})
         return found
+
+    def alpha_at(self, rank: int) -> float:
+        """The alpha that goes with another rank: for the same alpha / rank; with scaling sqrt the same alpha."""
+        return self.alpha if self.scaling == "sqrt" else rank * self.alpha / self.rank
 
     def trained_parts(self) -> dict[str, PartConfig]:
         """The complete settings of every configured part that is not frozen."""
@@ -183,6 +195,8 @@ def check_adapter(adapter: AdapterConfig, optimizer: OptimizerConfig) -> list[st
         problems.append(f"optimizer.magnitude_lr has no effect: {where} has no magnitudes")
     if not updates and optimizer.b_lr_ratio != 1:
         problems.append(f"optimizer.b_lr_ratio has no effect: {where} has no A and B")
+    if not updates and adapter.scaling != "rank":
+        problems.append(f"adapter.scaling has no effect: {where} has no A and B")
     if not updates and adapter.dropout:
         problems.append(f"adapter.dropout has no effect: {where} has no A and B")
     if not magnitudes and adapter.norm_grad != "detached":

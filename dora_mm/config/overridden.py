@@ -8,7 +8,7 @@ from dora_mm.utils.yaml12 import KeyPath
 
 log = logging.getLogger(__name__)
 STEPS, WARMUP = ("train", "steps"), ("schedule", "warmup_steps")
-RANK, ALPHA = ("adapter", "rank"), ("adapter", "alpha")
+RANK, ALPHA, SCALING = ("adapter", "rank"), ("adapter", "alpha"), ("adapter", "scaling")
 SHARE = 0.1  # of the steps, for a warm-up of steps in a file that counts epochs
 
 
@@ -29,9 +29,16 @@ def fit_warmup(values: dict[str, Any], before: Mapping[str, Any], chosen: Sequen
 
 
 def warn_of_scaling(values: Mapping[str, Any], before: Mapping[str, Any], chosen: Sequence[KeyPath]) -> None:
-    """Says that an override of the rank alone changes the scaling, alpha / rank: see `fit_warmup` for the arguments."""
+    """Says that an override of the rank alone changes the scaling, alpha / rank, where that is not meant to.
+
+    Args:
+        values: As those of `fit_warmup`, and so are the others.
+        before: Those of the file.
+        chosen: The keys of the overrides.
+    """
     rank, old, alpha = value_at(values, RANK), value_at(before, RANK), value_at(before, ALPHA)
-    if RANK not in chosen or ALPHA in chosen or None in (old, alpha) or rank == old:
+    is_meant = ALPHA in chosen or value_at(values, SCALING) == "sqrt"
+    if RANK not in chosen or is_meant or None in (old, alpha) or rank == old:
         return
     log.warning(
         "adapter.rank=%d leaves adapter.alpha at %g: the update is scaled by %g, where the file has %g. To keep that: "

@@ -33,4 +33,5 @@ SCHEMAS: Mapping[str, type[PipelineConfig]] = _Schemas(
     train_vl="config.vl:TrainVLConfig",
     eval_vl="config.vl:EvalVLConfig",
     compare="studies.config:CompareConfig",
+    tune="studies.config:TuneConfig",
 )

@@ -11,7 +11,7 @@ from dora_mm.config.images import DataConfig
 from dora_mm.data.images.folder import CaptionedImage, contains_word, resolution_of
 from dora_mm.data.images.look import CELLS
 from dora_mm.data.images.pixels import load_rgb
-from dora_mm.preview.captions import MOST_WITHOUT
+from dora_mm.data.images.shared_words import MOST_WITHOUT
 
 MOST_NAMES = 8  # of pictures in a line, and lines of one kind
 ALIKE = 0.98  # correlation of the colours in 16 x 16 parts: copies have 0.99 (JPEG, other sizes), other pictures 0.93

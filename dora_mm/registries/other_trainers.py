@@ -32,6 +32,7 @@ KEYS = {  # by the flags of kohya's scripts and diffusers'
     "network_dim": "adapter.rank",
     "rank": "adapter.rank",
     "network_alpha": "adapter.alpha",
+    "use_rslora": "adapter.scaling",
     "network_dropout": "adapter.dropout",
     "network_weights": "adapter.init_from",
     "learning_rate": "optimizer.lr",
@@ -55,6 +56,7 @@ WITHOUT_VALUE = {  # flags that are a value of ours by themselves; others are tr
     "alpha_mask": "alpha",
     "masked_loss": "{}",
     "with_prior_preservation": "{}",
+    "use_rslora": "sqrt",
     "v_parameterization": "v_prediction",
 }
 VALUES = {

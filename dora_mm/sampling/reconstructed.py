@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from dora_mm.data.images.buckets import choose_bucket, frame
 from dora_mm.data.images.folder import CaptionedImage
 from dora_mm.data.images.pixels import load_rgb, render
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.images.vae import decoded
+from dora_mm.utils.progress import tracked
 
 
 def reconstructed(model: ImageModel, images: Sequence[CaptionedImage], background: str) -> list[Image.Image]:
@@ -25,7 +25,7 @@ def reconstructed(model: ImageModel, images: Sequence[CaptionedImage], backgroun
         background: What is behind transparent ones.
     """
     found = []
-    for image in tqdm(images, desc="training pictures", unit="picture", delay=2, leave=False, disable=None):
+    for image in tracked(images, "training pictures", "pictures"):
         framing = frame(image.size, choose_bucket(image.size, model.resolution))
         pixels: torch.Tensor = render(load_rgb(image.path, background), framing)
         found += decoded(model.vae, model.encode_images(pixels[None]).mean)

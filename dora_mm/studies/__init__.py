@@ -1,1 +1,1 @@
-"""What compares methods of training and asks the paper's questions; only `compare` and `analyse` import it."""
+"""What compares methods of training and asks the paper's questions; only `compare`, `analyse` and `tune` import it."""

@@ -1,6 +1,9 @@
-"""The config that compares methods of training, on pictures or on questions. See config/schema.py for the rules."""
+"""The configs of campaigns, on pictures or on questions: comparisons of methods, and the search for a learning rate.
 
-from typing import Annotated, ClassVar, Literal
+See config/schema.py for the rules.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -9,6 +12,7 @@ from dora_mm.config.schema import (
     Count,
     InputPath,
     Items,
+    ModelPath,
     OutputFolder,
     PipelineConfig,
     Positive,
@@ -21,6 +25,27 @@ from dora_mm.config.vl import DecodeConfig, check_decoding
 from dora_mm.config.vl_data import VLDataConfig, missing_splits
 
 SET_FOR_EACH_TRAINING = ("seed", "output", "adapter.method", "adapter.rank", "optimizer.lr", "train.steps")
+
+
+class CampaignConfig(PipelineConfig):
+    """Many trainings of one config."""
+
+    free_keys: ClassVar[tuple[str, ...]] = ("workers", "name", "rows")  # those that change no row
+
+    output: OutputFolder  # the campaign's folder; one that exists is resumed
+    base: InputPath  # the config that all trainings share: of train_diffusion for pictures, of train_vl for questions
+    # A CSV file with a row for each finished training, from which a campaign goes on without the rest of its folder, on
+    # any machine; null: trainings.csv in output
+    rows: Text | None = None
+    workers: PositiveInt = 1  # trainings at a time; small models train faster two at a time than one with two threads
+
+    @property
+    def scored(self) -> dict[str, Any]:
+        """What scores depend on, beside the trainings."""
+        raise NotImplementedError
+
+
+# --- comparisons -----------------------------------------------------------------------------------------------------
 
 
 class LearningRates(Section):
@@ -103,13 +128,12 @@ class CompareQuestionsConfig(Section):
         return raise_problems(self, problems)
 
 
-class CompareConfig(PipelineConfig):
+class CompareConfig(CampaignConfig):
     """Compares the base model, full fine-tuning, LoRA, DoRA and DoRA at half rank, each at its best learning rate."""
 
     command: ClassVar[str] = "compare"
+    free_keys: ClassVar[tuple[str, ...]] = (*CampaignConfig.free_keys, "pictures.columns")
     pipeline: Literal["compare"]
-    output: OutputFolder  # the campaign's folder; one that exists is resumed
-    base: InputPath  # the config that all trainings share: of train_diffusion for pictures, of train_vl for questions
     steps: PositiveInt  # optimizer steps of every training
     ranks: Annotated[Items[PositiveInt], Field(min_length=1)] = (8,)  # of LoRA and DoRA
     half_ranks: bool = True  # DoRA is also trained at half of each rank but 1
@@ -122,12 +146,15 @@ class CompareConfig(PipelineConfig):
     # rate are trained with all seeds, too
     curves: bool = False
     seeds: Annotated[Items[Seed], Field(min_length=2)] = (0, 1, 2)  # a training each; the first also for rates
-    # A CSV file with a row for each finished training, from which a comparison goes on without the rest of its folder,
-    # on any machine; null: trainings.csv in output
-    rows: Text | None = None
-    workers: PositiveInt = 1  # trainings at a time; small models train faster two at a time than one with two threads
     pictures: ComparePicturesConfig | None = None  # what is compared: either these,
     questions: CompareQuestionsConfig | None = None  # or these
+
+    @property
+    def scored(self) -> dict[str, Any]:
+        """The section of what is compared; keys that have their defaults do not count."""
+        section = self.pictures or self.questions
+        assert section is not None
+        return section.model_dump(mode="json", exclude_defaults=True, exclude={"columns"})
 
     @model_validator(mode="after")
     def _keys_agree(self) -> "CompareConfig":
@@ -145,4 +172,39 @@ class CompareConfig(PipelineConfig):
         ]
         if (self.pictures is None) == (self.questions is None):
             problems.append("give either pictures or questions: what is compared")
+        return raise_problems(self, problems)
+
+
+# --- the search for a learning rate ----------------------------------------------------------------------------------
+
+
+class TuneConfig(CampaignConfig):
+    """Finds the learning rate, and the rank where several are given, of the training that `base` configures."""
+
+    command: ClassVar[str] = "tune"
+    free_keys: ClassVar[tuple[str, ...]] = (*CampaignConfig.free_keys, "rates", "ranks", "extra_rates")
+
+    pipeline: Literal["tune"]
+    overrides: Items[Text] = ()  # of base, as --set takes them
+    rates: Annotated[Items[Positive], Field(min_length=1)]  # the candidates for optimizer.lr, at every rank
+    ranks: Items[PositiveInt] = ()  # the candidates for adapter.rank; empty: base's
+    extra_rates: Count = 0  # more candidates, a factor apart, while the lowest or the highest rate is as good as any
+    # score: likeness to the training pictures, or the score of the answers to the valid splits; held_out: the held-out
+    # loss, which favours low rates in the middle of a schedule
+    judge: Literal["score", "held_out"] = "score"
+    clip_model: ModelPath | None = None  # a folder or hub name of open_clip, for pictures; null: the embedded encoder
+
+    @property
+    def scored(self) -> dict[str, Any]:
+        """What judges."""
+        return {"judge": self.judge, "clip_model": self.clip_model}
+
+    @model_validator(mode="after")
+    def _can_choose(self) -> "TuneConfig":
+        named = {"rates names a rate": self.rates, "ranks names a rank": self.ranks}
+        problems = [f"{what} twice" for what, values in named.items() if len(set(values)) < len(values)]
+        if len(self.rates) * max(1, len(self.ranks)) < 2:
+            problems.append("one rate at one rank leaves nothing to choose: give several of either")
+        if self.clip_model and self.judge != "score":
+            problems.append("clip_model has no effect: judge held_out looks at no pictures")
         return raise_problems(self, problems)

@@ -65,10 +65,14 @@ class RateCurve:
         found = mean_interval(highest, bounds=SCORES)
         return (found.high - found.low) / 2
 
+    @property
+    def band(self) -> tuple[float, float]:
+        """The binary logarithms of the ends of the range of rates that are as good as the best of the first seed."""
+        return band(self.log2_rates, self.first_KR.mean(axis=0), self.half_width)
+
     def open_ends(self) -> list[float]:
         """The lowest and the highest rate, as far as they are as good as the best: the band may go on beyond them."""
-        rates, means_R = list(self.points), self.first_KR.mean(axis=0)
-        low, high = band(self.log2_rates, means_R, self.half_width)
+        rates, (low, high) = list(self.points), self.band
         ends = ((rates[0], low <= self.log2_rates[0]), (rates[-1], high >= self.log2_rates[-1]))
         return [rate for rate, is_open in ends if is_open]
 
@@ -198,7 +202,7 @@ def curves_paragraphs(
 
 
 def _about(variant: Variant, curve: RateCurve, rate: float, width: tuple[float, np.ndarray]) -> dict[str, str]:
-    low, high = band(curve.log2_rates, curve.first_KR.mean(axis=0), curve.half_width)
+    low, high = curve.band
     below = "< " if low <= curve.log2_rates[0] else ""
     above = " >" if high >= curve.log2_rates[-1] else ""
     point = curve.points[rate]

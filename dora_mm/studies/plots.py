@@ -15,6 +15,7 @@ from dora_mm.studies.variants import NAMES, Variant
 
 SIDE = 3.2  # inches of a panel
 CROWDED = 4  # curves; a legend of more stands beside the panel
+MANY_DECADES = 2  # of learning rates, with which the numbers below an axis would overlap
 
 
 def plot_patterns(
@@ -61,17 +62,24 @@ def plot_patterns(
 
 
 def plot_curves(
-    curves: Mapping[Variant, RateCurve], best: Mapping[Variant, float], title: str, folder: Path
+    curves: Mapping[Variant, RateCurve],
+    best: Mapping[Variant, float],
+    title: str,
+    folder: Path,
+    *,
+    band_of: Variant | None = None,
 ) -> list[Path]:
     """Plots the score over the learning rate, a panel per rank, and the best score over the rank (Fig. 7 of the paper).
 
-    A line is the first seed, with the interval over things; dots with bars are rates with several trainings.
+    A line is the first seed, with the interval over things; dots with bars are rates with several trainings, and curves
+    of one rate.
 
     Args:
         curves: By variant; full fine-tuning is in every panel.
         best: The chosen rate of each.
         title: What the scores are.
-        folder: Gets curves.svg, curves.png and, of several ranks, ranks.svg and ranks.png.
+        folder: Gets curves.svg, curves.png and, of several ranks of plain methods, ranks.svg and ranks.png.
+        band_of: The curve whose rates that are as good as its best are marked; None: of none.
 
     Returns:
         The files.
@@ -83,6 +91,8 @@ def plot_curves(
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     ranks = sorted({variant.rank for variant in curves if variant.rank}) or [None]
+    rates = [rate for curve in curves.values() for rate in curve.points]
+    num_decades = np.log10(max(rates) / min(rates))
     columns = min(3, len(ranks))
     rows = -(-len(ranks) // columns)
     figure = Figure(figsize=(0.6 + 1.3 * SIDE * columns, 0.6 + SIDE * rows), layout="constrained")
@@ -90,9 +100,10 @@ def plot_curves(
     for panel, rank in zip(panels, ranks, strict=False):
         for variant, curve in curves.items():
             if variant.rank in (rank, None):
-                _plot_curve(panel, curve, ", ".join(filter(None, [NAMES[variant.method], variant.setting])))
+                label = ", ".join(filter(None, [NAMES[variant.method], variant.setting]))
+                _plot_curve(panel, curve, label, with_band=variant == band_of)
         panel.set_xscale("log")
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if num_decades < MANY_DECADES else (1, 3)))
         panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_title(f"rank {rank}" if rank else "", fontsize="medium")
@@ -105,17 +116,22 @@ def plot_curves(
     for panel in panels[len(ranks) :]:
         panel.set_axis_off()
     files = _saved(figure, folder / "curves")
-    return files + (_plot_ranks(curves, best, title, folder) if len(ranks) > 1 else [])
+    are_plain = len(ranks) > 1 and not all(variant.setting for variant in curves)
+    return files + (_plot_ranks(curves, best, title, folder) if are_plain else [])
 
 
-def _plot_curve(panel: Any, curve: RateCurve, label: str) -> None:
+def _plot_curve(panel: Any, curve: RateCurve, label: str, *, with_band: bool) -> None:
     means = curve.first_KR.mean(axis=0)
     intervals = [mean_interval(column[:, None], bounds=SCORES) for column in curve.first_KR.T]
     (line,) = panel.plot(list(curve.points), means, label=label, linewidth=1.2)
     ends = [interval.low for interval in intervals], [interval.high for interval in intervals]
     panel.fill_between(list(curve.points), *ends, color=line.get_color(), alpha=0.12, linewidth=0)
-    repeated = {rate: point.interval for rate, point in curve.points.items() if len(point.seeds) > 1}
+    has_dots = len(curve.points) == 1
+    repeated = {rate: point.interval for rate, point in curve.points.items() if len(point.seeds) > 1 or has_dots}
     _plot_intervals(panel, repeated, line.get_color())
+    if with_band:
+        low, high = curve.band
+        panel.axvspan(2**low, 2**high, color=line.get_color(), alpha=0.1, linewidth=0, label=f"as good, {label}")
 
 
 def _plot_intervals(

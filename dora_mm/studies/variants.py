@@ -3,7 +3,10 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-NAMES = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA"}
+NAMES = {
+    **{"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "magnitude": "magnitudes alone"},
+    **{"series": "bottlenecks in series", "parallel": "parallel bottlenecks", "prefix": "prefix"},
+}
 
 
 @dataclass(frozen=True)
@@ -13,7 +16,7 @@ class Variant:
     Attributes:
         method: The method.
         rank: The rank; None: of full fine-tuning.
-        setting: The name of settings that differ from those of the plain method; empty: there are none.
+        setting: The name of settings that differ from those of the plain method, such as 150 steps; empty: none do.
     """
 
     method: str
@@ -27,7 +30,8 @@ class Variant:
 
     @property
     def key(self) -> str:
-        return "-".join([self.method, *([f"r{self.rank}"] if self.rank else []), *filter(None, [self.setting])])
+        setting = self.setting.replace(" ", "_")
+        return "-".join([self.method, *([f"r{self.rank}"] if self.rank else []), *filter(None, [setting])])
 
     @property
     def plain(self) -> "Variant":

@@ -83,30 +83,37 @@ def write(value: Any) -> str:
     return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def edited(text: str, changes: Mapping[tuple[str, ...], Any]) -> str:
+def edited(text: str, changes: Mapping[KeyPath, Any]) -> str:
     """A document with other values, and all else of it, comments included, as it was.
 
     Args:
-        text: A document whose sections are block mappings.
-        changes: The new values by key; MISSING removes the key. A key that is not there is added to its section.
+        text: A document whose sections are mappings.
+        changes: The new values by key path, which has the numbers of items of lists; MISSING removes the key. A key or
+            section that is not there is added.
     """
     for path, value in changes.items():
         text = _edited(text, path, value)
     return text
 
 
-def _edited(text: str, path: tuple[str, ...], value: Any) -> str:
-    *parents, name = path
+def _edited(text: str, path: KeyPath, value: Any) -> str:
     section = yaml.compose(text, Loader)
-    for parent in parents:
-        section = dict(_named(section))[parent][1]
-    found = dict(_named(section)).get(name)
+    found = dict(_named(section)).get(path[0])
+    for depth, name in enumerate(path[1:], 1):
+        if found is None or not isinstance(found[1], yaml.CollectionNode):  # a section that is not there yet, or null
+            path, value = path[:depth], _nested(path[depth:], value)
+            break
+        section = found[1]
+        found = dict(_named(section)).get(name)
     if found is None and value is MISSING:
         return text
+    if found is None and section.flow_style:
+        at = _end(text, section) - 1
+        return f"{text[:at]}{', ' if section.value else ''}{path[-1]}: {_inline(value)}{text[at:]}"
     if found is None:
         last_key, last = section.value[-1]
         at = _line_end(text, _end(text, last))
-        return f"{text[:at]}\n{' ' * last_key.start_mark.column}{name}: {_inline(value)}{text[at:]}"
+        return f"{text[:at]}\n{' ' * last_key.start_mark.column}{path[-1]}: {_inline(value)}{text[at:]}"
     key, node = found
     if value is MISSING:
         return text[: text.rindex("\n", 0, key.start_mark.index)] + text[_line_end(text, _end(text, node)) :]
@@ -116,9 +123,19 @@ def _edited(text: str, path: tuple[str, ...], value: Any) -> str:
     return text[:start] + new + text[_end(text, node) :]
 
 
-def _named(section: yaml.Node) -> Iterator[tuple[str, tuple[yaml.Node, yaml.Node]]]:
-    for key, value in section.value:
-        yield key.value, (key, value)
+def _nested(path: KeyPath, value: Any) -> Any:
+    """A value inside of mappings; MISSING stays what it is."""
+    for key in reversed(path if value is not MISSING else ()):
+        value = {key: value}
+    return value
+
+
+def _named(section: yaml.Node) -> Iterator[tuple[str | int, tuple[yaml.Node, yaml.Node]]]:
+    """The keys or numbers of what a section holds, each with its nodes."""
+    if isinstance(section, yaml.SequenceNode):
+        yield from ((number, (node, node)) for number, node in enumerate(section.value))
+    else:
+        yield from ((key.value, (key, value)) for key, value in section.value)
 
 
 def _end(text: str, node: yaml.Node) -> int:

@@ -32,4 +32,4 @@ def test_every_key_is_read(pipeline, attributes):
 @pytest.mark.parametrize("pipeline", SCHEMAS)
 def test_every_pipeline_has_its_script_and_command(pipeline):
     assert (ROOT / "pipelines" / f"{pipeline}.py").is_file()
-    assert SCHEMAS[pipeline].command in ("train", "sample", "grid", "eval", "compare", "features")
+    assert SCHEMAS[pipeline].command in ("train", "sample", "grid", "eval", "compare", "features", "tune")

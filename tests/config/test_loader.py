@@ -275,6 +275,7 @@ def test_a_rank_alone_changes_the_scaling_of_a_file_with_an_alpha(write, caplog)
     ]
     for quiet in (["adapter.rank=16", "adapter.alpha=8"], ["adapter.rank=4"], ["adapter.alpha=1"], []):
         assert said(with_alpha, *quiet) == []
+    assert said(with_alpha.replace("alpha: 8.0", "alpha: 8.0\n  scaling: sqrt"), "adapter.rank=16") == []
     assert said(SMALLEST, "adapter.rank=16") == []
 
 

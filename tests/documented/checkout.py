@@ -23,7 +23,7 @@ from tests.documented.texts import DOCS, ROOT, blocks, configs, head_commands, t
 from tests.formats.files.single_files import write_single_file
 
 MANY = 50  # pictures; of more, features are computed only of those that are needed
-WITH_CONFIG = ("train", "sample", "grid", "eval", "compare", "features")
+WITH_CONFIG = ("train", "sample", "grid", "eval", "compare", "features", "tune")
 INPUTS = (
     *("source", "sources", "model", "adapter", "file", "base", "tuned", "path", "folder", "images", "runs", "resume"),
     "replay",
@@ -58,7 +58,7 @@ class Checkout:
             take_job(parsed)
         if parsed.command in WITH_CONFIG and parsed.config:
             config = load_config(parsed.config, parsed.overrides)
-            self.provide_all(config, dry_run=parsed.dry_run)
+            self.provide_all(config, dry_run=getattr(parsed, "dry_run", False))
         for name in INPUTS:
             given = getattr(parsed, name, None)
             for path in given if isinstance(given, list) else [given] if given else []:

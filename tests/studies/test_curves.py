@@ -86,3 +86,14 @@ def test_the_paragraphs_name_rates_widths_and_differences(tmp_path):
     files = plot_curves(curves, best, "score", tmp_path)
     assert sorted(file.name for file in files) == ["curves.png", "curves.svg", "ranks.png", "ranks.svg"]
     assert all(file.stat().st_size > 5000 for file in files)
+
+
+def test_the_rates_that_are_as_good_are_marked_in_one_curve(tmp_path):
+    quarter, half = Variant("dora", 4, "15 steps"), Variant("dora", 4, "30 steps")
+    curves = {quarter: curve([0.0, 0.5, 0.45, 0.0]), half: curve([0.5])}
+    files = plot_curves(curves, {}, "score", tmp_path, band_of=quarter)
+    assert sorted(file.name for file in files) == ["curves.png", "curves.svg"]  # no ranks: these are no plain methods
+    text = files[0].read_text()
+    assert "<!-- as good, DoRA, 15 steps -->" in text
+    assert "as good, DoRA, 30 steps" not in text
+    assert "15_steps" in quarter.key

@@ -39,3 +39,18 @@ def test_values_change_and_comments_stay():
 
 def test_a_key_is_added_to_its_section():
     assert edited("a:\n  b: 1 # one\nc: 2\n", {("a", "d"): True}) == "a:\n  b: 1 # one\n  d: true\nc: 2\n"
+
+
+def test_a_section_that_is_not_there_is_added_and_items_have_numbers():
+    text = "a: {b: 1} # one\nc:\n  - {d: 2}\n  - e\nf: null\ng: {}\n"
+    changes = {("a", "x"): 1.5, ("c", 0, "d"): 3, ("c", 1): "z", ("f", "i"): 4, ("h", "j", "k"): [5], ("g", "l"): 6}
+    found = edited(text, changes)
+    assert read(found).value == {
+        "a": {"b": 1, "x": 1.5},
+        "c": [{"d": 3}, "z"],
+        "f": {"i": 4},
+        "g": {"l": 6},
+        "h": {"j": {"k": [5]}},
+    }
+    assert "a: {b: 1, x: 1.5} # one" in found
+    assert edited(text, {("nowhere", "to", "be"): MISSING}) == text

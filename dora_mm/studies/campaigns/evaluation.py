@@ -1,4 +1,4 @@
-"""What a kind of campaign says of itself, and what the trainings of all kinds have in common."""
+"""What trainings of each kind say of themselves, and what those of all comparisons have in common."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,15 +22,15 @@ ConfigT = TypeVar("ConfigT", TrainDiffusionConfig, TrainVLConfig)
 
 
 class Report(NamedTuple):
-    """The report of a campaign: the paragraphs of table.md, the text of results.csv and, of pictures, sheet.png."""
+    """The report of a comparison: the paragraphs of table.md, the text of results.csv and, of pictures, sheet.png."""
 
     paragraphs: Sequence[str]
     csv: str
     sheet: Image.Image | None = None
 
 
-class Evaluation(Protocol[ScoresT]):
-    """One kind of campaign: what its trainings have in common, and how they are scored.
+class Scoring(Protocol[ScoresT]):
+    """What the trainings of a campaign have in common, and how they are scored.
 
     Building it checks all that the config names, before the campaign has a folder. What it draws or answers is kept in
     that folder, and read from there if the campaign is resumed.
@@ -45,10 +45,6 @@ class Evaluation(Protocol[ScoresT]):
 
     def overrides(self, training: Training) -> list[str]:
         """The `key=value` overrides of the base config for one training."""
-        ...
-
-    def baselines(self, folder: Path) -> list[Result]:
-        """The rows of what is not trained, such as the bare model."""
         ...
 
     def value(self, trainings: Trainings, training: Training) -> float:
@@ -67,12 +63,20 @@ class Evaluation(Protocol[ScoresT]):
         """The scores, as `scored` returned them, of trainings that differ in nothing but the seed."""
         ...
 
-    def intervals(self, scores: ScoresT) -> Mapping[str, Interval]:
-        """The intervals of these scores, by metric."""
-        ...
-
     def cells(self, scores: ScoresT) -> np.ndarray:
         """One independent score per thing or image and training, (K, S), by which curves are drawn."""
+        ...
+
+
+class Evaluation(Scoring[ScoresT], Protocol[ScoresT]):
+    """One kind of comparison: also what it reports of its scores."""
+
+    def baselines(self, folder: Path) -> list[Result]:
+        """The rows of what is not trained, such as the bare model."""
+        ...
+
+    def intervals(self, scores: ScoresT) -> Mapping[str, Interval]:
+        """The intervals of these scores, by metric."""
         ...
 
     def report(

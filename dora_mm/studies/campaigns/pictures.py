@@ -88,6 +88,7 @@ class PictureEvaluation:
         """The overrides of one training; alpha = rank, so that every update is scaled by 1."""
         return [
             *common_overrides(self.config, training, alpha=float(training.variant.rank or 1)),
+            "adapter.scaling=rank",
             "sample.prompts=[]",
             "adapter.strength=1.0",  # the only one that method full has
         ]

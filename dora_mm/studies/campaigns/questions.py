@@ -1,20 +1,17 @@
 """Campaigns of models that answer questions about images: splits of the tasks are answered, and the answers scored."""
 
-import json
-import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from dora_mm.adapting.files import load_trained
 from dora_mm.config.loader import dump_config
 from dora_mm.config.paths import resolve_path
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.config.vl_data import VLDataConfig
-from dora_mm.data.vl.example import Example, Predictions, stem
-from dora_mm.data.vl.splits import ValidationSet, open_texts, open_validation, training_texts
+from dora_mm.data.vl.example import stem
+from dora_mm.data.vl.splits import ValidationSet, open_texts, training_texts
 from dora_mm.data.vl.tables import open_table
 from dora_mm.eval.statistics import Interval
 from dora_mm.eval.vl.intervals import (
@@ -23,7 +20,6 @@ from dora_mm.eval.vl.intervals import (
     gain_over_question_only,
     group_cells,
     group_of,
-    groups_of,
     intervals,
 )
 from dora_mm.eval.vl.metrics import scorer_of
@@ -31,7 +27,7 @@ from dora_mm.eval.vl.question_only import question_only_answers
 from dora_mm.models.vl.families import load_vl_model, structure_of
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.registries.vl_tasks import TASKS
-from dora_mm.sampling.answers import answer_all
+from dora_mm.studies.campaigns.answers import AnsweredSplits, TaskScores, scored_answers
 from dora_mm.studies.campaigns.evaluation import Report, check_trainings, common_overrides, load_base, num_trainings
 from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.config import CompareConfig, CompareQuestionsConfig
@@ -44,20 +40,14 @@ from dora_mm.studies.tables import (
     vl_results_table,
 )
 from dora_mm.studies.variants import Variant
-from dora_mm.tasks.vl import answerers
 from dora_mm.train.validation import overall
-from dora_mm.utils.atomic import write_text
 from dora_mm.utils.devices import default_device
 
-log = logging.getLogger(__name__)
 BARE, QUESTION_ONLY = "untrained base", "questions alone"
-TaskScores = Mapping[str, AnswerScores]  # by task
 
 
 class QuestionEvaluation:
     """The `Evaluation` of answers. A learning rate is chosen on the valid splits of the base config.
-
-    Answers are kept in the folder's answers/.
 
     Args:
         config: The config of the campaign.
@@ -77,10 +67,9 @@ class QuestionEvaluation:
         check_trainings(config, self.overrides)
         self.data = reported_data(settings, self.base)
         self.model = load_bare(config, self.base, settings)  # keeps the visual tokens, which all trainings share
-        self.sets = open_validation(self.data, settings.decode, self.model, answered=True)
-        check_reported(config, self.base, settings, self.sets)
-        answerers(self.model, self.sets, settings.decode)  # reports mistakes before the folder exists
-        self.examples: dict[str, list[Example]] = {name: list(found.table) for name, found in self.sets.items()}
+        self.splits = AnsweredSplits(self.base, self.model, self.data, settings.decode)
+        self.scored, self.scores = self.splits.scored, self.splits.scores
+        check_reported(config, self.base, settings, self.splits.sets)
 
     @property
     def inputs(self) -> Mapping[str, str]:
@@ -90,14 +79,13 @@ class QuestionEvaluation:
             for task in self.base.data.all_tasks
             for split, source in task.sources.items()
         }
-        reported = {f"the reported split of {name}": found.table.identity for name, found in self.sets.items()}
+        reported = {f"the reported split of {name}": found.table.identity for name, found in self.splits.sets.items()}
         return {"base": dump_config(self.base), **self.model.identity, **rows, **reported}
 
     def overrides(self, training: Training) -> list[str]:
         """The overrides of one training; every update has the scaling of the base's."""
-        adapter, rank = self.base.adapter, training.variant.rank or 1
         return [
-            *common_overrides(self.config, training, alpha=rank * adapter.alpha / adapter.rank),
+            *common_overrides(self.config, training, alpha=self.base.adapter.alpha_at(training.variant.rank or 1)),
             "train.epochs=null",
             *(self.overrides_of_full if training.variant.method == "full" else ()),
         ]
@@ -114,7 +102,8 @@ class QuestionEvaluation:
 
     def baselines(self, folder: Path) -> list[Result]:
         """The rows of the bare model and of answers that are guessed without the image."""
-        results = [Result(BARE, intervals(self.scored_answers([self.answered(folder, "bare", self.config.seeds[0])])))]
+        bare = self.splits.answered(folder, "bare", self.config.seeds[0])
+        results = [Result(BARE, intervals(scored_answers([bare])))]
         if guessed := self.question_only:
             found = {task: interval for task, interval in intervals(guessed).items() if task in guessed}
             results.append(Result(QUESTION_ONLY, found))
@@ -128,20 +117,6 @@ class QuestionEvaluation:
             raise ValueError(f"{training.name}: no task can be scored on its valid split, so no rate can be chosen")
         return overall(values)
 
-    def scored(self, trainings: Trainings, training: Training) -> str:
-        """The scores of the reported splits: one number per answer, by task."""
-        adapter = trainings.adapter(training)
-        found = self.scored_answers([self.answered(trainings.folder, training.name, training.seed, adapter)])
-        return json.dumps({task: np.round(each.values_QS[:, 0], 4).tolist() for task, each in found.items()})
-
-    def scores(self, texts: Sequence[str]) -> dict[str, AnswerScores]:
-        """The scores of trainings that differ in nothing but the seed, by task."""
-        found = [json.loads(text) for text in texts]
-        return {
-            task: AnswerScores(np.array([values[task] for values in found]).T, groups_of(task, self.examples[task]))
-            for task in found[0]
-        }
-
     def intervals(self, scores: TaskScores) -> dict[str, Interval]:
         """The intervals over images and trainings, by task."""
         return intervals(scores)
@@ -150,48 +125,16 @@ class QuestionEvaluation:
         """One value per group of answers and training, (G, S), whose mean is the mean score of the tasks."""
         return group_cells(list(scores.values()))
 
-    def answered(self, folder: Path, name: str, seed: int, adapter: Path | None = None) -> dict[str, Predictions]:
-        """The answers to the reported splits by task, which are computed unless the folder has them.
-
-        Args:
-            folder: The campaign's folder.
-            name: The name of the training or of the bare model, for file names.
-            seed: The seed of the training.
-            adapter: The adapter folder to answer with; None answers with the bare model.
-        """
-        path = folder / "answers" / f"{name}.json"
-        if not path.is_file():
-            log.info("Answers of %s:", name)
-            found = self.answer(adapter, seed)
-            texts = {task: [prediction for _, prediction in rows] for task, rows in found.items()}
-            write_text(path, json.dumps(texts) + "\n")
-        texts = json.loads(path.read_text(encoding="utf-8"))
-        return {task: list(zip(rows, texts[task], strict=True)) for task, rows in self.examples.items()}
-
-    def answer(self, adapter: Path | None, seed: int) -> dict[str, Predictions]:
-        """Answers the reported splits with an adapter, or with the bare model that a training with this seed adapts."""
-        model = self.model.fresh(seed)
-        if adapter is not None:
-            load_trained(model, adapter, backend=self.base.backend)
-        decode = self.settings.decode
-        return answer_all(answerers(model, self.sets, decode), model.networks.values(), self.sets, decode.batch_size)
-
     @cached_property
     def question_only(self) -> dict[str, AnswerScores]:
         """The scores, by task, of answers guessed from the question without the image; not for captions."""
         found = {}
         for task in self.base.data.all_tasks:
             if TASKS[task.task].kind != "captions":
-                rows = self.examples[task.task]
+                rows = self.splits.examples[task.task]
                 answers = question_only_answers(training_texts(task, self.base.data), rows)
                 found[task.task] = [list(zip(rows, answers, strict=True))]
         return {name: scores for name, rows in found.items() if (scores := answer_scores(name, rows))}
-
-    @staticmethod
-    def scored_answers(answered: Sequence[Mapping[str, Predictions]]) -> dict[str, AnswerScores]:
-        """The scores of one method's trainings by task; captions are left out where they cannot be scored."""
-        found = {task: answer_scores(task, [rows[task] for rows in answered]) for task in answered[0]}
-        return {task: scores for task, scores in found.items() if scores}
 
     def report(
         self,
@@ -223,7 +166,7 @@ class QuestionEvaluation:
             "Full fine-tuning trains the language model itself. Learning rates: each method's best on the "
             "validation splits, by the geometric mean of the metrics; *: the lowest or highest tried. Memory: the "
             "peak of a training, in 2^20 bytes.",
-            *caption_notes(scores, self.sets),
+            *caption_notes(scores, self.splits.sets),
         ]
 
 

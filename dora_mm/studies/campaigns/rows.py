@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_mm.studies.campaigns.trainings import Training
-from dora_mm.studies.config import CompareConfig
+from dora_mm.studies.config import CampaignConfig
 from dora_mm.studies.variants import Variant
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tables import csv_records
@@ -123,7 +123,7 @@ def unpacked(cell: str) -> str:
         raise ValueError(f"scores: {error}") from None
 
 
-def rows_file(config: CompareConfig, folder: Path) -> Path:
+def rows_file(config: CampaignConfig, folder: Path) -> Path:
     """The file of rows of a campaign in this folder."""
     return Path(config.rows).expanduser() if config.rows else folder / "trainings.csv"
 

@@ -58,7 +58,7 @@ def check_process(training: TrainingProcess) -> None:
     status = training.process.returncode
     if status == 2:
         message = training.log_file.read_text().strip().splitlines()[-1]
-        raise ValueError(f"the training {training.name} of the comparison failed: {message}")
+        raise ValueError(f"the training {training.name} failed: {message}")
     if status != 0:
         raise RuntimeError(
             f"the training {training.name} failed with exit code {status}; its output is in {training.log_file}"

@@ -1,7 +1,5 @@
 """Scores of one's own style: what likeness, variety and drift are on vectors that are known."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import timm
@@ -17,7 +15,7 @@ from dora_mm.data.images.pixels import load_rgb, render
 from dora_mm.eval.images import own_style
 from dora_mm.eval.images.concepts import unit_rows
 from dora_mm.eval.statistics import mean_interval
-from dora_mm.recipes import PIPELINES
+from dora_mm.sampling.own_style import vectors_by
 from dora_mm.sampling.reconstructed import reconstructed
 
 X, Y = np.eye(2)
@@ -96,9 +94,7 @@ def test_the_interval_of_variety_is_that_of_pairs_and_not_of_pictures():
 
 def test_a_model_of_timm_with_its_own_preprocessing(timm_folder, tmp_path):
     """DINOv2's architecture with random weights, against timm itself."""
-    recipe, loaded = PIPELINES.load("eval_style"), SimpleNamespace(model=SimpleNamespace(device="cpu"))
-    common = {"pipeline": "eval_style", "name": "a", "adapter": AdapterChoice(path="a.safetensors")}
-    vectors = recipe.vectors_of(EvalStyleConfig(**common, timm_model=str(timm_folder)), loaded)
+    vectors = vectors_by(torch.device("cpu"), timm_model=str(timm_folder))
     images = [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue")]
     model = timm.create_model(f"local-dir:{timm_folder}", pretrained=True, num_classes=0).eval()
     transform = create_transform(**resolve_model_data_config(model))
@@ -107,9 +103,15 @@ def test_a_model_of_timm_with_its_own_preprocessing(timm_folder, tmp_path):
     np.testing.assert_allclose(vectors.of_images(images), unit_rows(expected), atol=1e-6)
     assert vectors.of_texts is None
     with pytest.raises(ValueError, match="timm_model: .* contains no weights"):
-        recipe.vectors_of(EvalStyleConfig(**common, timm_model=str(tmp_path)), loaded)
+        vectors_by(torch.device("cpu"), timm_model=str(tmp_path))
     with pytest.raises(ValueError, match="give either clip_model or timm_model"):
-        EvalStyleConfig(**common, timm_model=str(timm_folder), clip_model=str(timm_folder))
+        EvalStyleConfig(
+            pipeline="eval_style",
+            name="a",
+            adapter=AdapterChoice(path="a.safetensors"),
+            timm_model=str(timm_folder),
+            clip_model=str(timm_folder),
+        )
 
 
 def test_training_pictures_are_seen_through_the_size_and_the_vae_of_the_model(tiny, image_folder):
@@ -126,13 +128,11 @@ def test_training_pictures_are_seen_through_the_size_and_the_vae_of_the_model(ti
 
 
 def test_an_open_clip_model_reads_the_prompts_too(clip_folder, tmp_path):
-    recipe, loaded = PIPELINES.load("eval_style"), SimpleNamespace(model=SimpleNamespace(device="cpu"))
-    common = {"pipeline": "eval_style", "name": "a", "adapter": AdapterChoice(path="a.safetensors")}
-    vectors = recipe.vectors_of(EvalStyleConfig(**common, clip_model=str(clip_folder)), loaded)
+    vectors = vectors_by(torch.device("cpu"), str(clip_folder))
     images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     pictures, texts = vectors.of_images(images), vectors.of_texts(["red", "blue"])
     np.testing.assert_allclose(np.linalg.norm(np.concatenate([pictures, texts]), axis=1), 1, rtol=1e-5)
     row = own_style.intervals(own_style.scores_of(pictures, pictures, 1, texts))
     assert "likeness to the prompt" in own_style.own_style_table({"bare": row})
     with pytest.raises(ValueError, match="clip_model: "):
-        recipe.vectors_of(EvalStyleConfig(**common, clip_model=str(tmp_path)), loaded)
+        vectors_by(torch.device("cpu"), str(tmp_path))

@@ -23,7 +23,7 @@ from dora_mm.sampling import drawing
 from dora_mm.sampling.gallery.data import GalleryPicture, befores
 from dora_mm.sampling.manifest import read_manifest
 from dora_mm.studies.campaigns import trainings
-from dora_mm.studies.campaigns.campaign import Campaign
+from dora_mm.studies.campaigns.comparison import MethodComparison
 from dora_mm.studies.campaigns.subprocesses import TrainingProcess
 from dora_mm.utils.digest import file_digest, module_digest
 from samples.build.__main__ import main as build
@@ -356,9 +356,9 @@ def test_comparison_trains_scores_and_reports(comparison, tmp_path, commands, ca
     assert "different values of steps" in capsys.readouterr().err
 
 
-def open_campaign(path: str) -> Campaign:
+def open_campaign(path: str) -> MethodComparison:
     config = load_config(path)
-    return Campaign(config, compare.build_evaluation(config))
+    return MethodComparison(config, compare.build_evaluation(config))
 
 
 def test_comparison_is_not_resumed_with_other_weights_or_another_judge(

@@ -16,10 +16,13 @@ from dora_mm.config import load_config
 from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.studies.campaigns import rows as module
 from dora_mm.studies.campaigns import subprocesses, trainings
+from dora_mm.studies.campaigns.answers import AnsweredSplits
+from dora_mm.studies.campaigns.judges import AnswerJudge
 from dora_mm.studies.campaigns.questions import QuestionEvaluation, ValidationSet, shared_images
 from dora_mm.studies.campaigns.subprocesses import TrainingProcess
 from dora_mm.studies.campaigns.trainings import Training, Trainings
-from dora_mm.studies.config import CompareConfig
+from dora_mm.studies.campaigns.tuned import TunedQuestions
+from dora_mm.studies.config import CompareConfig, TuneConfig
 from dora_mm.studies.variants import FULL, Variant
 from tests.models.vl.vl_bart.small import DIM, small_bart, small_tokenizer
 
@@ -154,14 +157,14 @@ def trainings_in(folder: Path, path: str, evaluation: QuestionEvaluation) -> Tra
 
 def test_an_interrupted_campaign_is_resumed_and_reports(comparison, commands, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "campaign"
-    answer = QuestionEvaluation.answer
+    answer = AnsweredSplits.answer
 
     def interrupted(self, adapter, seed):
         if adapter and adapter.parent.name.startswith("dora"):
             raise KeyboardInterrupt
         return answer(self, adapter, seed)
 
-    monkeypatch.setattr(QuestionEvaluation, "answer", interrupted)
+    monkeypatch.setattr(AnsweredSplits, "answer", interrupted)
     assert main(["compare", comparison()]) == 130
     assert len(commands) == 4 * 3  # full, LoRA 4, DoRA 2 and 4: three rates each
     assert not (folder / "table.md").exists()
@@ -169,7 +172,7 @@ def test_an_interrupted_campaign_is_resumed_and_reports(comparison, commands, tm
     commands.clear()
     asked = []
     monkeypatch.setattr(
-        QuestionEvaluation, "answer", lambda self, adapter, seed: asked.append(adapter) or answer(self, adapter, seed)
+        AnsweredSplits, "answer", lambda self, adapter, seed: asked.append(adapter) or answer(self, adapter, seed)
     )
     assert main(["compare", comparison(workers=2)]) == 0  # this changes no result
     assert len(commands) == 4  # the best rate of each with the second seed
@@ -292,6 +295,37 @@ def test_a_comparison_goes_on_from_its_rows_alone(comparison, base, copied, tmp_
     assert "of another config, other data or another model: choose another file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_search_counts_epochs_in_steps_and_scores_answers_as_a_training_does(base, commands, tmp_path, capsys):
+    """Held-out losses choose, since answers of a random model may be equally wrong at all rates."""
+    folder, path = tmp_path / "search", base()
+    command = ["tune", path, "--rates", "1e-3", "1e-2", "--judge", "held_out", "--output", str(folder)]
+    assert main([*command, "--set", "train.epochs=1"]) == 0
+    rows = list(csv.DictReader((folder / "trainings.csv").open()))
+    lengths = sorted({int(row["setting"].split()[0]) for row in rows})
+    config = load_config(path, ["train.epochs=1"])
+    trained = TunedQuestions(TuneConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text())), config)
+    assert lengths == [trained.steps // 4, trained.steps]
+    summaries = {row["setting"] + row["rate"]: summary_of(folder, row) for row in rows}
+    for row in rows:
+        found = summaries[row["setting"] + row["rate"]]
+        assert float(row["value"]) == pytest.approx(-(found["vqa_loss"] + found["nlvr2_loss"]) / 2, abs=1e-6)
+        assert found["steps"] == int(row["setting"].split()[0])
+    assert load_config(folder / "tuned.yaml").train.epochs == 1
+    assert "--set" not in capsys.readouterr().out.splitlines()[-1]
+
+    judge, row = AnswerJudge(trained), rows[0]
+    training = module.TrainingRow(**{**row, "scores": ""}).training
+    value = judge.value(Trainings(folder, path, 1, judge.overrides), training)
+    found = summaries[row["setting"] + row["rate"]]
+    assert 100 * value == pytest.approx((found["vqa"] + found["nlvr2"]) / 2, abs=0.01)
+
+
+def summary_of(folder: Path, row: dict) -> dict:
+    training = module.TrainingRow(**{**row, "scores": ""}).training
+    return json.loads((folder / "runs" / training.name / "summary.json").read_text())
+
+
 def test_settings_of_a_variant_reach_its_trainings(comparison, base):
     variants = [
         {"name": "b4", "rank": 4, "overrides": ["optimizer.b_lr_ratio=4.0", "adapter.norm_grad=exact"]},
@@ -324,7 +358,7 @@ def test_every_training_that_adapts_the_tower_answers_with_its_own_tower(compari
     training = Training(Variant("lora", 4), 0.01, 1)
     trainings_in(tmp_path, path, found).train([training], lambda training: None)
     adapter = tmp_path / "runs" / training.name / "adapter"
-    assert len(found.answer(adapter, training.seed)["vqa"]) == len(found.examples["vqa"])
+    assert len(found.splits.answer(adapter, training.seed)["vqa"]) == len(found.splits.examples["vqa"])
     assert not any("lora_A" in name for name, _ in found.model.vision.named_parameters())
 
 

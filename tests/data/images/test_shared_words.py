@@ -2,7 +2,7 @@
 
 import pytest
 
-from dora_mm.preview.captions import Frame, example_prompts, shared_frame, shared_word
+from dora_mm.data.images.shared_words import Frame, example_prompts, shared_frame, shared_word
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""What an adapter of one's own style is judged by: its training pictures, prompts in their words, and an encoder."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dora_mm.config.images import DataConfig, TrainDiffusionConfig
+from dora_mm.config.paths import resolve_model
+from dora_mm.data.images.folder import CaptionedImage, read_training_images
+from dora_mm.data.images.shared_words import PLACEHOLDER, example_prompts, shared_word
+from dora_mm.eval.images.clip import ClipSimilarity
+from dora_mm.eval.images.encoder import Encoder
+from dora_mm.eval.images.own_style import embedded_vectors
+from dora_mm.eval.images.timm_encoder import TimmEncoder
+
+EMBEDDED = (
+    "encoder: EfficientNet-Lite0, trained on photographs of things; it reads no prompts, and its cosines are high for "
+    "all pictures: compare rows, not numbers. clip_model or timm_model (DINOv2) names a better one."
+)
+
+
+class Vectors(NamedTuple):
+    """What looks at pictures: unit vectors of images and, with CLIP, of texts."""
+
+    of_images: Callable[[Sequence[Image.Image]], np.ndarray]
+    of_texts: Callable[[Sequence[str]], np.ndarray] | None
+    about: str
+
+
+def vectors_by(device: torch.device, clip_model: str | None = None, timm_model: str | None = None) -> Vectors:
+    """The encoder that one of the keys names, or the embedded one.
+
+    Raises:
+        ValueError: It cannot be loaded.
+    """
+    if clip_model is not None:
+        clip = ClipSimilarity(resolve_model(clip_model, "clip_model"), device, "clip_model")
+        return Vectors(clip.embed_images, clip.embed_texts, f"encoder: {clip_model}")
+    if timm_model is not None:
+        encoder = TimmEncoder(resolve_model(timm_model, "timm_model"), device)
+        return Vectors(encoder.embed_images, None, f"encoder: {timm_model}, which reads no prompts")
+    return Vectors(partial(embedded_vectors, Encoder(device)), None, EMBEDDED)
+
+
+def images_of_training(data: DataConfig) -> list[CaptionedImage]:
+    """The pictures of a training, with or without captions, which drawn ones are compared with.
+
+    Raises:
+        ValueError: They cannot be read.
+    """
+    changes = {"instance_prompt": PLACEHOLDER, "placeholder": None, "unused_captions": "stop"}
+    return read_training_images(data.model_copy(update=changes))
+
+
+def prompts_in_style(trained: TrainDiffusionConfig | None, images: Sequence[CaptionedImage]) -> list[str]:
+    """The prompts of a training's sheets, and some for things that no caption names in the words of the captions."""
+    captions = [image.caption for image in images]
+    word = trained.data.placeholder if trained else shared_word(captions)
+    own = trained.sample.prompts if trained else ()
+    return list(dict.fromkeys([*own, *example_prompts(captions, word)]))

@@ -1,0 +1,194 @@
+"""The search for a learning rate and a rank: trainings by successive halving, as a campaign, and what is reported."""
+
+import logging
+import shlex
+from collections.abc import Sequence
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from dora_mm.config.loader import ConfigError, differing_keys, dump_config, load_config
+from dora_mm.config.paths import resolve_path
+from dora_mm.registries.optimizers import OPTIMIZERS
+from dora_mm.sampling.sheets import save_atomically
+from dora_mm.studies.campaigns.campaign import Campaign
+from dora_mm.studies.campaigns.halving import Candidate, Rung, halving
+from dora_mm.studies.campaigns.judges import RateJudge
+from dora_mm.studies.campaigns.trainings import Training
+from dora_mm.studies.campaigns.tuned import RANKED, as_overrides, changes_for, check_trainings, training_of
+from dora_mm.studies.config import TuneConfig
+from dora_mm.studies.curves import RateCurve, curves_csv, shown
+from dora_mm.studies.plots import plot_curves
+from dora_mm.studies.variants import Variant
+from dora_mm.utils.atomic import write_text
+from dora_mm.utils.tables import markdown_records
+from dora_mm.utils.yaml12 import KeyPath, edited, read
+
+log = logging.getLogger(__name__)
+
+
+class Tuning:
+    """The trainings of a search, as a campaign, and its report.
+
+    Args:
+        config: The config.
+        judge: What is trained, and how it is scored.
+
+    Raises:
+        ValueError: The config of a training is invalid; also as in `Campaign`.
+    """
+
+    def __init__(self, config: TuneConfig, judge: RateJudge):
+        self.config, self.judge, self.base = config, judge, judge.trained.base
+        ranks = (config.ranks or (self.base.adapter.rank,)) if self.base.adapter.method in RANKED else (None,)
+        self.candidates = [Candidate(rank, rate) for rank in ranks for rate in config.rates]
+        check_trainings(config, judge.trained, self.candidates)
+        self.campaign = Campaign(config, judge, (self.base.seed,))
+        self.folder = self.campaign.folder
+
+    def search(self) -> list[Rung]:
+        """Trains what is missing.
+
+        Raises:
+            ValueError: A training reported a user's mistake, all have diverged, or the scores do not differ.
+            RuntimeError: A training failed in any other way.
+        """
+        record = OPTIMIZERS[self.base.optimizer.name]
+        settings: dict[str, Any] = {"extra": self.config.extra_rates, "rates": (record.least_lr, record.most_lr)}
+        return halving(self.candidates, self.judge.trained.steps, self.measure, **settings)
+
+    def measure(self, steps: int, candidates: Sequence[Candidate]) -> Rung:
+        """Trains candidates for so many steps, and scores them."""
+        trainings = {each: training_of(self.base, each, steps) for each in candidates}
+        missing = [each for each in trainings.values() if not self.campaign.is_there(each, reported=True)]
+        log.info("Trainings of %d steps: %d, of which %d are to do", steps, len(trainings), len(missing))
+        self.campaign.finish(missing, reported=True)
+        rows = {each: self.campaign.row(training) for each, training in trainings.items()}
+        scores = {each: -inf if row.has_diverged else row.number for each, row in rows.items()}
+        if len(scores) > 1 and len(set(scores.values())) == 1 and -inf not in scores.values():
+            raise ValueError(
+                f"all {len(scores)} trainings of {steps} steps have the score {next(iter(scores.values())):g}, which "
+                "says nothing about their rates: --judge held_out, or more train.steps"
+            )
+        highest = max(scores.values())
+        return Rung(steps, scores, 0.0 if highest == -inf else self.judge.slack(self.folder, highest))
+
+    # --- the report --------------------------------------------------------------------------------------------------
+
+    def report(self, rungs: Sequence[Rung]) -> None:
+        """Writes table.md, curves.csv, figures, a sheet of pictures and tuned.yaml, and prints what was chosen.
+
+        Args:
+            rungs: As `search` returns them.
+        """
+        chosen, trained = rungs[-1].order[0], self.trained(rungs)
+        curves = self.curves(trained)
+        compared = self.compared(rungs, curves)
+        result = [self.about_chosen(rungs), *([self.about_band(curves[compared], compared)] if compared else [])]
+        text = "\n\n".join([self.about(), markdown_records(self.table(rungs)), " ".join(result)])
+        write_text(self.folder / "table.md", text + "\n")
+        write_text(self.folder / "curves.csv", curves_csv(curves))
+        print(f"{text}\n\ntable    {self.folder / 'table.md'}")
+        try:
+            best = dict.fromkeys(curves, chosen.rate)
+            for file in plot_curves(curves, best, self.judge.score_title, self.folder, band_of=compared):
+                print(f"figure   {file}")
+        except ModuleNotFoundError as error:
+            log.warning("The figures are left out: they need %s (pip install 'dora_mm[eval]').", error.name)
+        if (page := self.judge.sheet(self.folder, trained)) is not None:
+            save_atomically(self.folder / "sheet.png", page)
+            print(f"sheet    {self.folder / 'sheet.png'}")
+        file = write_tuned(self.config, self.base, chosen, self.folder / "tuned.yaml")
+        adapter = self.campaign.trainings.adapter(training_of(self.base, chosen, rungs[-1].steps))
+        print(f"adapter  {adapter}\n" if adapter.is_dir() else "", f"config   {file}\n", sep="")
+        print(f"To train with what was chosen: dora-mm train {shlex.quote(str(file))}")
+
+    def trained(self, rungs: Sequence[Rung]) -> list[Training]:
+        """The trainings that have scores, rung by rung."""
+        found = [training_of(self.base, each, rung.steps) for rung in rungs for each in sorted(rung.scores)]
+        return [training for training in found if self.campaign.has_scores(training)]
+
+    def curves(self, trained: Sequence[Training]) -> dict[Variant, RateCurve]:
+        """The scores over the rates, by rank and length."""
+        rates: dict[Variant, list[float]] = {}
+        for training in trained:
+            rates.setdefault(training.variant, []).append(training.rate)
+        return {variant: self.campaign.curve(variant, own) for variant, own in rates.items()}
+
+    def about(self) -> str:
+        """What the table shows."""
+        judge = self.judge
+        brackets = f" In brackets: 95 % intervals over {judge.groups}." if judge.groups else ""
+        about = f"Score: {judge.score_title}, of trainings whose schedule ends at their last step.{brackets}"
+        return f"{about} {judge.remark(self.folder)}".strip()
+
+    def table(self, rungs: Sequence[Rung]) -> list[dict[str, str]]:
+        """A row per training."""
+        found = []
+        for rung, following in zip(rungs, [*rungs[1:], None], strict=True):
+            goes_on = following.scores if following else rung.order[:1]
+            for each in sorted(rung.scores):
+                row = {"steps": f"{rung.steps}", "rank": f"{each.rank or '-'}", "rate": f"{each.rate:g}"}
+                word = ("goes on" if following else "chosen") if each in goes_on else ""
+                found.append({**row, "score": self.score(each, rung), "": word})
+        return found
+
+    def score(self, candidate: Candidate, rung: Rung) -> str:
+        """The score of a training, with its interval where it has one."""
+        if rung.scores[candidate] == -inf:
+            return "diverged"
+        if not self.judge.groups:
+            return f"{rung.scores[candidate]:.5f}"
+        training = training_of(self.base, candidate, rung.steps)
+        return shown(self.campaign.curve(training.variant, [training.rate]).points[training.rate].interval)
+
+    def compared(self, rungs: Sequence[Rung], curves: dict[Variant, RateCurve]) -> Variant | None:
+        """The longest trainings of the chosen rank that several rates have; None: there are none, or no intervals."""
+        variants = [training_of(self.base, rungs[-1].order[0], rung.steps).variant for rung in reversed(rungs)]
+        several = [each for each in variants if each in curves and len(curves[each].points) > 1]
+        return several[0] if several and self.judge.groups else None
+
+    def about_band(self, curve: RateCurve, variant: Variant) -> str:
+        """Which rates are as good in these trainings."""
+        low, high = (2**end for end in curve.band)
+        return (
+            f"As good in {variant.setting}: {low:.2g} to {high:.2g}, where the score loses less than half the width of "
+            "its interval."
+        )
+
+    def about_chosen(self, rungs: Sequence[Rung]) -> str:
+        """What was chosen, and whether better ones may lie outside of what was tried."""
+        chosen = rungs[-1].order[0]
+        rank = f" at rank {chosen.rank}" if self.config.ranks else ""
+        rates = sorted(each.rate for each in rungs[0].scores if each.rank == chosen.rank)
+        if len(rates) < 2 or chosen.rate not in (rates[0], rates[-1]):
+            return f"Chosen: {chosen.rate:g}{rank}."
+        end = "lowest" if chosen.rate == rates[0] else "highest"
+        return f"Chosen: {chosen.rate:g}{rank}, the {end} that was tried: a better one may lie beyond it (--rates)."
+
+
+def write_tuned(config: TuneConfig, base: Any, chosen: Candidate, file: Path) -> Path:
+    """Writes the base config with what was chosen, and with the overrides of the search; its comments stay.
+
+    Args:
+        config: The config of the search.
+        base: The base config, with the overrides.
+        chosen: What was chosen.
+        file: The new config.
+    """
+    changes = changes_for(base, chosen)
+    wanted = load_config(config.base, [*config.overrides, *as_overrides(base, changes)])
+    given: dict[KeyPath, Any] = {("name",): base.name}
+    for text in config.overrides:
+        key, _, value = text.partition("=")
+        given[tuple(int(part) if part.isdigit() else part for part in key.split("."))] = read(value).value
+    head = f"# dora-mm train {file}\n#\n# {config.base}, with what dora-mm tune has chosen.\n"
+    text = edited(resolve_path(config.base).read_text(encoding="utf-8-sig"), given | changes)
+    write_text(file, f"{head}#\n{text}" if text.startswith("#") else head + text)
+    try:
+        is_same = not differing_keys(load_config(file), wanted)
+    except ConfigError:
+        is_same = False
+    if not is_same:  # an override that takes the place of another key, such as train.steps of train.epochs
+        write_text(file, head + dump_config(wanted))
+    return file
