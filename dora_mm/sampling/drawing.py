@@ -48,8 +48,8 @@ SECONDS_BETWEEN_MANIFESTS = 5.0
 MOST_NAMED = 5  # files in one message
 
 PictureOutcome = tuple[int, str | None, str | None]  # the index of a picture, the digest of its file, or why it failed
-Count = Callable[[Iterable[Sequence[int]]], object]
-Reach = Callable[[int, float], object]
+Counted = Callable[[Iterable[Sequence[int]]], object]
+Reached = Callable[[int, float], object]
 LoadAdapter = Callable[[str, HashableStrength, str], object]  # loads the adapter of a path, at a strength, under a name
 
 
@@ -288,7 +288,7 @@ def draw(job: PictureJob, sampler: PictureSampler, load: LoadAdapter, processes:
 
 
 @contextmanager
-def written_down(job: PictureJob, total: int) -> Iterator[tuple[Count, Reach]]:
+def written_down(job: PictureJob, total: int) -> Iterator[tuple[Counted, Reached]]:
     """A context in which the manifest follows what becomes of pictures, and a bar counts them.
 
     Args:
