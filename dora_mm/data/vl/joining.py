@@ -29,6 +29,7 @@ def joined(parts: Sequence[tuple[ExampleTable, str | None]]) -> ExampleTable:
     sizes = [sum(batch.num_rows for batch in table.batches) for table, _ in parts]
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
     names = "\n".join(table.identity for table, _ in parts)
+    contents = "\n".join(table.content_identity for table, _ in parts)
     return ExampleTable(
         path=first.path.with_name(f"joined-{hashlib.blake2b(names.encode(), digest_size=16).hexdigest()}.arrow"),
         file=f"{first.file} and {len(parts) - 1} more",
@@ -40,6 +41,7 @@ def joined(parts: Sequence[tuple[ExampleTable, str | None]]) -> ExampleTable:
             for reason in dict.fromkeys(reason for table, _ in parts for reason in table.skipped)
         },
         origins=tuple((start, table.file) for (table, _), start in zip(parts, starts, strict=True)),
+        content=hashlib.blake2b(contents.encode(), digest_size=16).hexdigest(),
     )
 
 

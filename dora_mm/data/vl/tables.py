@@ -55,6 +55,7 @@ class ExampleTable(Sequence[Example]):
         places: The path of an image by its name, for images in subfolders.
         picked: For each row, which of its answers is the only one here; None: all of them.
         origins: Of several files joined: the first row of each, and its name.
+        content: The digest of the source files and of what is read of them, whatever the layout of tables is.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class ExampleTable(Sequence[Example]):
     places: dict[str, str] = field(default_factory=dict)
     picked: np.ndarray | None = None
     origins: tuple[tuple[int, str], ...] = ()
+    content: str = ""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -131,9 +133,18 @@ class ExampleTable(Sequence[Example]):
 
     @property
     def identity(self) -> str:
-        """Changes with the content of the source files and with the selection of rows."""
+        """Changes with the content of the source files, with how they are read, and with the selection of rows."""
+        return f"{self.path.name} {self._selection}"
+
+    @property
+    def content_identity(self) -> str:
+        """Changes with the content of the source files and with the selection of rows, and not with our readers."""
+        return f"{self.content} {self._selection}"
+
+    @property
+    def _selection(self) -> str:
         selection = self.rows.tobytes() + (b"" if self.picked is None else self.picked.tobytes())
-        return f"{self.path.name} {hashlib.blake2b(selection, digest_size=8).hexdigest()}"
+        return hashlib.blake2b(selection, digest_size=8).hexdigest()
 
     def images(self) -> list[str]:
         """The distinct names of all images, sorted."""
@@ -266,12 +277,15 @@ def open_table(
     source = resolved(source if check_images else source.model_copy(update={"images": None}))
     with ThreadPoolExecutor(1) as thread:  # images are listed while files are hashed
         listing = thread.submit(_listing, source) if check_images else None
-        path = folder / f"{source.format}-{_digest(source)}.arrow"
+        content = _digest(source)
+    read = hashlib.blake2b(f"{LAYOUT} {source.reader.version} {content}".encode(), digest_size=16).hexdigest()
+    path = folder / f"{source.format}-{read}.arrow"
     table = _open(path, source, on_bad_data)
     if table is None:
         write_atomically(path, lambda partial: _write(partial, path, source, on_bad_data))
         table = _open(path, source, on_bad_data)
         assert table is not None
+    table = replace(table, content=content)
     for reason, places in table.skipped.items():
         if on_bad_data == "stop":  # the file was written with on_bad_data "skip"
             raise ValueError(f"{places[0]}: {reason}")
@@ -356,11 +370,11 @@ def _count_stored(batches: Sequence[pa.RecordBatch], folder: Path) -> int:
 
 
 def _digest(source: SourceConfig) -> str:
-    """Digest of all that the rows depend on: file contents (0.3 s for VQA v2), name of the data file, selected rows."""
+    """Digest of what is read: file contents (0.3 s for VQA v2), name of the data file, selected rows."""
     digest = hashlib.blake2b(digest_size=16)
     selection = [source.split, source.limit, *([source.skip] if source.skip else [])]
     selection += [source.columns] if source.columns else []
-    digest.update(json.dumps([LAYOUT + source.reader.version, source.format, source.path.name, *selection]).encode())
+    digest.update(json.dumps([source.format, source.path.name, *selection]).encode())
     for key in FILES:
         if files := data_files(source, key):
             for file in files:

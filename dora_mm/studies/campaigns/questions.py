@@ -75,11 +75,11 @@ class QuestionEvaluation:
     def inputs(self) -> Mapping[str, str]:
         """The identity of what the config names: the base config, the model, the vision tower and all examples."""
         rows = {
-            f"the {split} of {task.task}": open_texts(source, self.base.data).identity
+            f"the {split} of {task.task}": open_texts(source, self.base.data).content_identity
             for task in self.base.data.all_tasks
             for split, source in task.sources.items()
         }
-        reported = {f"the reported split of {name}": found.table.identity for name, found in self.splits.sets.items()}
+        reported = {f"the reported split of {name}": found.table.content_identity for name, found in self.splits.sets.items()}
         return {"base": dump_config(self.base), **self.model.identity, **rows, **reported}
 
     def overrides(self, training: Training) -> list[str]:
