@@ -79,7 +79,8 @@ class QuestionEvaluation:
             for task in self.base.data.all_tasks
             for split, source in task.sources.items()
         }
-        reported = {f"the reported split of {name}": found.table.content_identity for name, found in self.splits.sets.items()}
+        sets = self.splits.sets.items()
+        reported = {f"the reported split of {name}": found.table.content_identity for name, found in sets}
         return {"base": dump_config(self.base), **self.model.identity, **rows, **reported}
 
     def overrides(self, training: Training) -> list[str]:
