@@ -204,9 +204,9 @@ def test_an_evaluation_that_was_stopped_goes_on_in_its_folder(evaluation, tmp_pa
     shutil.rmtree(folder)
     draw, save = drawing.draw_batch, drawing.save_picture
 
-    def counted(job, batch, sampler):
+    def counted(job, batch, sampler, on_step=None):
         rows.append({job.names[index].partition("/")[0] for index in batch})
-        draw(job, batch, sampler)
+        draw(job, batch, sampler, on_step)
 
     def stopped(file, *arguments):
         if len(rows) == 2 and file.name.endswith("seed1.png"):
