@@ -14,7 +14,10 @@ from dora_mm.config.paths import INDEX, resolve_model
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.models.hub import local_copy
 from dora_mm.models.images.components import (
+    META,
     Components,
+    empty_network,
+    is_network,
     load_components,
     load_single_file,
     load_vae,
@@ -71,10 +74,14 @@ def family_of_file(file: Path) -> type[ImageModel] | None:
     return load(IMAGE_FAMILIES[found].place) if found else None
 
 
-def load_image_model(config: ModelConfig) -> ImageModel:
+def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
     """Opens the model that a config's `model` section names: frozen, in the configured dtype, on the CPU.
 
     Its components are loaded when they are asked for; asking for one whose weights are missing or damaged is an error.
+
+    Args:
+        config: The `model` section.
+        empty: Its networks are built from their configs, on the meta device: no weights need be there.
 
     Raises:
         ValueError: The model or its VAE does not exist, lacks a component, is of no family here or does not fit the
@@ -92,13 +99,19 @@ def load_image_model(config: ModelConfig) -> ImageModel:
         raise ValueError(f"model.path: {path} is incomplete: it lacks {', '.join(missing)}.")
     changes = scheduler_changes(family, path, config.prediction)
     single = family.single_file if Path(path).is_file() else None
+    files = _described(family, path, config.revision)
 
     def load(wanted: Sequence[str]) -> dict[str, Any]:
-        pipeline = family.pipeline_class()
-        if single:
+        pipeline, others = family.pipeline_class(), [name for name in wanted if not is_network(name)]
+        if single and empty:
+            found = {**single.parts(), **load_components(pipeline, str(single.configs), ["scheduler"], names, dtype)}
+        elif single:
             found = load_single_file(pipeline, path, dtype, single.configs, single.parts())
         else:
-            found = load_components(pipeline, path, wanted, names, dtype, config.revision)
+            read = others if empty else wanted
+            found = load_components(pipeline, path, read, names, dtype, config.revision) if read else {}
+        if empty:
+            found |= {name: empty_network(files, name, dtype) for name in wanted if name not in others}
         if changes and "scheduler" in found:
             own = found["scheduler"]
             found["scheduler"] = type(own).from_config(own.config, **changes)
@@ -106,18 +119,20 @@ def load_image_model(config: ModelConfig) -> ImageModel:
             store_in_float8(found[family.denoiser], targets.find(family.maps[family.denoiser]))
         return found
 
-    files = _described(family, path, config.revision)
-
     def weights(name: str) -> list[Path]:
         if single:
             return [Path(path)]
         folder = files.path / name  # of a hub model it is not there before its weights are
         return [file for file in loaded_files(folder) if file.suffix in WEIGHTS] if folder.is_dir() else []
 
-    components = Components(load, family.phases, files, weights, f"{config.dtype} {config.quantization}")
+    loaded_as = f"{config.dtype} {config.quantization}"
+    components = Components(load, family.phases, files, None if empty else weights, loaded_as)
+    if empty:
+        components.to(META)
     model = family(components, dict(config.sections()).get(family.name))
     if config.vae:
-        components["vae"] = load_vae(family.vae_class(), resolve_model(config.vae, "model.vae"), dtype)
+        own = resolve_model(config.vae, "model.vae")
+        components["vae"] = load_vae(family.vae_class(), own, dtype, empty=empty)
     model.check(config)
     return model
 

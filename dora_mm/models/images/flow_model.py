@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dora_mm.core.functional import without_autocast
 from dora_mm.data.images.latents import Latents
 from dora_mm.data.syntax import Wording
 from dora_mm.models.images.image_model import ImageModel, Prompt
@@ -55,7 +56,7 @@ class FlowModel(ImageModel):
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Latents:
         vae = self.vae
-        with torch.autocast(vae.device.type, enabled=False):
+        with without_autocast(vae.device):
             found = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         return Latents(found.mode().float(), None)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 
+from dora_mm.core.functional import without_autocast
 from dora_mm.data.syntax import Chunks, WeightedText, Wording
 from dora_mm.models.images.new_tokens import NewTokens
 
@@ -243,7 +244,7 @@ def encode_images(model: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch
     upcast = dtype == torch.float16 and vae.config.force_upcast
     if upcast:
         vae.float()
-    with torch.autocast(vae.device.type, enabled=False):
+    with without_autocast(vae.device):
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     if upcast:
         vae.to(dtype)
