@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
@@ -14,7 +15,8 @@ from torch import nn
 
 from dora_mm.config.paths import CONFIG, INDEX
 from dora_mm.formats.files.model_folder import ModelFolder
-from dora_mm.models.hub import named
+from dora_mm.formats.files.variants import choose_variant
+from dora_mm.models.hub import local_copy
 from dora_mm.models.opening import described, opening
 from dora_mm.utils.digest import module_digest, weights_digest
 
@@ -214,24 +216,25 @@ def load_components(
     names: Sequence[str],
     every: Iterable[str],
     dtype: torch.dtype,
-    revision: str | None = None,
+    variant: str = "",
 ) -> dict[str, Any]:
     """Loads components of a pipeline of diffusers.
 
     Args:
         pipeline: The class of diffusers.
-        path: A folder or a hub name.
+        path: A folder.
         names: The components.
         every: All components of the pipeline.
         dtype: The dtype of all networks.
-        revision: A commit, branch or tag of a hub model; None is its main branch.
+        variant: The variant of the weights, for networks that have it; empty: the one without a name.
 
     Raises:
         ValueError: One is missing or cannot be loaded.
     """
     others: dict[str, Any] = {name: None for name in every if name not in names}
-    with _opening(path, revision=revision):
-        loaded = pipeline.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True, **others)
+    with _opening(path):
+        settings: dict[str, Any] = {"variant": variant or None, "use_safetensors": True, **others}
+        loaded = pipeline.from_pretrained(path, dtype=dtype, **settings)
     return {name: getattr(loaded, name) for name in names}
 
 
@@ -253,9 +256,11 @@ def load_vae(kind: Any, path: str | Path, dtype: torch.dtype = torch.float32, *,
             raise ValueError(f"model.vae: {path} cannot be loaded: it has no {CONFIG}")
         return empty_network(files, dtype=dtype, kind=kind).requires_grad_(False).eval()
     with _opening(str(path), "model.vae"):
-        vae = kind.from_pretrained(str(path), dtype=dtype, use_safetensors=True)
+        copy = local_copy(str(path))
+        variant = choose_variant([os.listdir(copy)]) if copy else ""
+        vae = kind.from_pretrained(str(path), dtype=dtype, use_safetensors=True, variant=variant or None)
     return vae.requires_grad_(False).eval()
 
 
-def _opening(name: str, key: str = "model.path", revision: str | None = None) -> AbstractContextManager[None]:
-    return opening(name, f"{named(name, revision)} cannot be loaded", key=key, revision=revision)
+def _opening(name: str, key: str = "model.path") -> AbstractContextManager[None]:
+    return opening(name, f"{name} cannot be loaded", key=key)
