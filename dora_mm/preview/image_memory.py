@@ -46,20 +46,25 @@ def largest_batch(batches: CaptionedBatches) -> int:
     return max(range(len(sizes)), key=sizes.__getitem__)
 
 
-def encode_without_numbers(model: ImageModel, batches: CaptionedBatches, captions: Sequence[str]) -> None:
-    """Gives the batches latents of their largest batch, and encoded captions, of which only the sizes are known.
+def encode_without_numbers(
+    model: ImageModel,
+    batches: CaptionedBatches,
+    source: CaptionedBatches | PreservingBatches,
+    captions: Sequence[str],
+) -> None:
+    """Encodes the largest batch, and captions of all lengths; only the sizes of what is kept of them are known.
 
     Args:
         model: The model, on the meta device.
-        batches: The batches, which have none yet.
-        captions: Those of the training; some of all lengths are encoded.
+        batches: The batches of the training.
+        source: The same, with what is preserved beside them.
+        captions: Those of the training.
     """
     by_length = sorted(captions, key=len)
     chosen = by_length[:: max(1, len(by_length) // SAMPLE)]
-    with without_numbers(model):
+    with torch.no_grad(), without_numbers(model):
         batches.prompts.keep(chosen)
-        for row in batches.order.batches_of(0)[largest_batch(batches)] if batches.config.crop == "center" else ():
-            batches._latents(row, batches._frame(row, False, None))
+        source(largest_batch(batches))
 
 
 @contextmanager

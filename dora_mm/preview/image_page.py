@@ -139,7 +139,7 @@ def estimated_sections(
         start_tokens(config.tokens, model, images, config.data.captions, config.seed)
     batches, source = batches_of(config, model, images, class_images, accelerator)
     captions = source.captions(num_batches(config))
-    encode_without_numbers(model, batches, captions)
+    encode_without_numbers(model, batches, source, captions)
     yield encoded_section(data, config, given, batches, source)
     beside = phases(config, model, captions)
     if not batches.prompts.needs_encoders:

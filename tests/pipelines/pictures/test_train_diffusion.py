@@ -458,7 +458,7 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(config, tmp_pat
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU a large model is measured")
-@pytest.mark.parametrize("crop", ["center", "random"])
+@pytest.mark.parametrize("crop", ["center", pytest.param("random", marks=pytest.mark.slow)])
 def test_a_dry_run_loads_nothing_of_a_large_model_on_a_processor(
     config, tiny_folder, tmp_path, crop, capsys, monkeypatch
 ):
