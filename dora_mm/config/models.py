@@ -54,7 +54,7 @@ class ModelConfig(Section):
 
     path: ModelPath  # a model folder, a hub name, or (SDXL) a single .safetensors checkpoint
     revision: Text | None = None  # a commit, branch or tag of a hub model; null: its main branch
-    # The files of the weights, such as fp16; null: those without a name, or those that a folder has; of the hub those in
+    # Which of its weights, such as fp16; null: those whose files have no such name, or what there is; of the hub those in
     # half precision where `dtype` is
     variant: Text | None = None
     vae: ModelPath | None = None  # a folder or hub name of another VAE; null: the model's own

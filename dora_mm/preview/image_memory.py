@@ -86,17 +86,16 @@ def phases(config: TrainDiffusionConfig, model: ImageModel, captions: Sequence[s
     """
     encoders = num_bytes(t for name in model.text_encoders for t in _tensors(model.components[name]))
     vae, side = num_bytes(_tensors(model.vae)), config.data.resolution
-    found = []
-    if captions:
-        texts = sorted(captions, key=len)[-TOGETHER:]
-        found.append(Phase(f"captions, {len(texts)} at once", encoders, _peak(model, lambda: model.encode_prompts(texts))))
-    pixels = torch.zeros(1, 3, side, side)
-    found.append(Phase(f"VAE, a picture of {side} px encoded", vae, _peak(model, lambda: model.encode_images(pixels))))
+    texts, pixels = sorted(captions, key=len)[-TOGETHER:], torch.zeros(1, 3, side, side)
+    found = [Phase(f"VAE, a picture of {side} px encoded", vae, _peak(model, lambda: model.encode_images(pixels)))]
+    if texts:
+        peak = _peak(model, lambda: model.encode_prompts(texts))
+        found.insert(0, Phase(f"captions, {len(texts)} at once", encoders, peak))
     if config.sample.prompts:
-        drawn = model.resolution
-        size = (1, model.vae.config.latent_channels, *2 * (drawn // model.downscale,))
+        size = (1, model.vae.config.latent_channels, *2 * (model.resolution // model.downscale,))
         latents = torch.zeros(size, dtype=model.vae.dtype, device="meta")
-        found.append(Phase(f"VAE, a picture of {drawn} px decoded", vae, _peak(model, lambda: model.vae.decode(latents))))
+        peak = _peak(model, lambda: model.vae.decode(latents))
+        found.append(Phase(f"VAE, a picture of {model.resolution} px decoded", vae, peak))
     return found
 
 

@@ -84,11 +84,11 @@ class Machine:
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """Casts what torch's autocast would, which leaves the meta device alone: so autograd keeps what it keeps."""
+        both = [] if self.dtype is None else [(self.dtype, AUTOCAST), (torch.float32, IN_FLOAT if self.is_gpu else {})]
         with ExitStack() as replaced:
-            for dtype, names in ((self.dtype, AUTOCAST), (torch.float32, IN_FLOAT if self.is_gpu else {})):
-                for owner in names if self.dtype is not None else ():
-                    for name in names[owner]:
-                        replaced.enter_context(replacing(owner, name, partial(self._cast, getattr(owner, name), dtype)))
+            for dtype, functions in both:
+                for owner, name in ((owner, name) for owner, names in functions.items() for name in names):
+                    replaced.enter_context(replacing(owner, name, partial(self._cast, getattr(owner, name), dtype)))
             yield
 
     def _cast(self, function: Callable[..., Tensor], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Tensor:

@@ -45,3 +45,6 @@ def z_image(folder: Path) -> Path:
         values.pop("layer_types", None)
         file.write_text(json.dumps(values))
     return folder
+
+
+MAKERS = {"sdxl": sdxl, "z_image": z_image}

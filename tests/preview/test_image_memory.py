@@ -1,6 +1,8 @@
 """The memory of trainings on pictures without a step, beside the measured peak of a step on a processor."""
 
+import re
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +11,15 @@ from diffusers import UNet2DConditionModel, ZImageTransformer2DModel
 from torch import nn
 
 from dora_mm import DoRASpec, adapter_parameters, inject
+from dora_mm.cli import main
 from dora_mm.core import fixed_parameters
 from dora_mm.preview.simulation import Machine, simulated_peak
 from dora_mm.utils.losses import LossSum
 from tests.benchmarks.full_size import FULL_SIZE
+from tests.preview import full_size
 from tests.preview.peaks import peak_bytes
+
+CUDA = 1.0  # GB that a process takes of a card beside its tensors, an estimate
 
 SDXL = FULL_SIZE | {
     "block_out_channels": (64, 128, 256),
@@ -81,8 +87,38 @@ def peak_of(family: str, side: int, batch: int, half: bool, checkpointing: bool,
 def inputs_of(network: Any, side: int, batch: int) -> dict[str, Any]:
     if isinstance(network, ZImageTransformer2DModel):
         rows, text = torch.randn(batch, 4, 1, side, side, dtype=network.dtype), torch.randn(batch, 40, 128)
-        return {"x": list(rows), "t": torch.full((batch,), 0.5), "cap_feats": list(text.to(network.dtype)), "return_dict": False}
+        return {
+            "x": list(rows),
+            "t": torch.full((batch,), 0.5),
+            "cap_feats": list(text.to(network.dtype)),
+            "return_dict": False,
+        }
     added = {"text_embeds": torch.randn(batch, 128), "time_ids": torch.zeros(batch, 6)}
     states = torch.randn(batch, 77, 256, dtype=network.dtype)
     more = {"encoder_hidden_states": states, "added_cond_kwargs": added, "return_dict": False}
     return {"sample": torch.randn(batch, 4, side, side), "timestep": torch.full((batch,), 500), **more}
+
+
+RECIPES = [
+    f"sdxl/{name}" for name in ("3d_icon", "3d_icon_24gb", "3d_icon_16gb", "3d_icon_12gb", "3d_icon_8gb", "lego")
+]
+
+
+@pytest.fixture(scope="module")
+def full_models(tmp_path_factory):
+    return {name: full_size.MAKERS[name](tmp_path_factory.mktemp(name) / "model") for name in full_size.MAKERS}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU a step is measured")
+@pytest.mark.parametrize("recipe", [*RECIPES, "z_image/style"])
+def test_the_heads_of_the_recipes_have_what_the_dry_run_says(recipe, full_models, capsys):
+    family = recipe.partition("/")[0]
+    given = [f"model.path={full_models[family]}", "model.vae=null"]
+    given += ["data.folder=samples/3d_icon"] if family == "z_image" else []
+    assert main(["train", f"configs/{recipe}.yaml", "--dry-run", "--set", *given]) == 0
+    together = float(re.findall(r"^together .* ([\d,.]+)$", capsys.readouterr().out, re.M)[0].replace(",", ""))
+    head = re.sub(r"\n# ?", " ", (Path("configs") / f"{recipe}.yaml").read_text().partition("\npipeline")[0])
+    assert f"steps take {together / 1e3:.1f} GB" in head
+    size = re.search(r"GPU of (\d+) GB", head)
+    assert size is None or together / 1e3 + CUDA < int(size[1])

@@ -1,13 +1,11 @@
-"""Variants of the weights of a network, such as fp16: the names of their files, as diffusers and transformers write them."""
+"""Variants of the weights of a network, such as fp16: how diffusers and transformers name their files."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 
-WEIGHTS = re.compile(
-    r"[\w-]+?(?:\.(\w+))?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?"
-)
+WEIGHTS = re.compile(r"[\w-]+?(?:\.(\w+))?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?")
 HALF = ("fp16", "bf16")  # the usual names of those in half precision
 
 
@@ -38,12 +36,16 @@ def choose_variant(networks: Iterable[Iterable[str]], *, half: bool = False) -> 
     found = [variants for variants in map(variants_in, networks) if variants]
     known: Sequence[str] = sorted(set().union(*found) - {"", *HALF}) if found else []
     order = [*HALF, "", *known] if half else ["", *HALF, *known]
-    serving = (v for v in order if all({v, ""} & each for each in found) and (not v or any(v in each for each in found)))
-    chosen = next(serving, None)
+    chosen = next((variant for variant in order if _serves(variant, found)), None)
     if chosen is None:
         listed = ", ".join(sorted(set().union(*found) - {""}))
         raise ValueError(f"its networks have weights of different variants ({listed}), and none serves all")
     return chosen
+
+
+def _serves(variant: str, networks: Sequence[set[str]]) -> bool:
+    has_it = not variant or any(variant in found for found in networks)
+    return has_it and all({variant, ""} & found for found in networks)
 
 
 def of_variant(names: Iterable[str], variant: str) -> list[str]:

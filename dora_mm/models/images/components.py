@@ -20,7 +20,6 @@ from dora_mm.models.hub import local_copy
 from dora_mm.models.opening import described, opening
 from dora_mm.utils.digest import module_digest, weights_digest
 
-
 META = torch.device("meta")
 
 
@@ -149,7 +148,7 @@ def empty_network(
     with opening(str(files.path), f"the {kind.__name__} of {files.path} cannot be built", loads=False), META:
         is_of_diffusers = hasattr(kind, "from_config")
         network = kind.from_config(config) if is_of_diffusers else kind(kind.config_class.from_dict(config))
-    return nn.Module.to(network, dtype)  # diffusers' own `to` warns of modules to keep in float32, of which there are none
+    return nn.Module.to(network, dtype)  # diffusers' own `to` warns of what to keep in float32: nothing
 
 
 def pipeline_class_of(path: str, revision: str | None) -> str:
