@@ -54,8 +54,8 @@ class ModelConfig(Section):
 
     path: ModelPath  # a model folder, a hub name, or (SDXL) a single .safetensors checkpoint
     revision: Text | None = None  # a commit, branch or tag of a hub model; null: its main branch
-    # Which of its weights, such as fp16; null: those whose files have no such name, or what there is; of the hub those in
-    # half precision where `dtype` is
+    # Which of its weights, such as fp16; null: those whose files have no such name, or what there is, and of the hub
+    # those in half precision where `dtype` is
     variant: Text | None = None
     vae: ModelPath | None = None  # a folder or hub name of another VAE; null: the model's own
     dtype: Dtype = "float32"  # bfloat16 or float16, of the frozen weights; adapters are float32
