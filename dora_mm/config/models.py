@@ -54,6 +54,9 @@ class ModelConfig(Section):
 
     path: ModelPath  # a model folder, a hub name, or (SDXL) a single .safetensors checkpoint
     revision: Text | None = None  # a commit, branch or tag of a hub model; null: its main branch
+    # Which of its weights, such as fp16; null: those whose files have no such name, or what there is, and of the hub
+    # those in half precision where `dtype` is
+    variant: Text | None = None
     vae: ModelPath | None = None  # a folder or hub name of another VAE; null: the model's own
     dtype: Dtype = "float32"  # bfloat16 or float16, of the frozen weights; adapters are float32
     # float8: the Linear layers of all parts of the denoiser are stored in 8 bits, each row with a scale; null: in dtype

@@ -18,7 +18,6 @@ In half precision the sum must be rounded once, and y not scaled after that. Wit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -36,6 +35,7 @@ from dora_mm.core.functional import (
     joined_rows,
     merge_adapters,
     product_dtype,
+    without_autocast,
 )
 from dora_mm.core.passes import Options, PassCache, SavedPass, load, save, with_tensors
 from dora_mm.core.steps import TORCH_STEPS, Steps, adapter_gradients, bias_grad, has_magnitude
@@ -260,7 +260,7 @@ def adapted_product(
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     cache = options.cache or PassCache()
     rows, merged, operand = cache.rows, None, None
-    with torch.autocast(weight.device.type, enabled=False) if autocast else nullcontext():
+    with without_autocast(weight.device):
         dropped = F.dropout(x, options.dropout) if options.dropout else None
         if form_of(x, weight, adapters, options, dtype, steps) == "merged":
             merged = cache.merged if dropped is None else None

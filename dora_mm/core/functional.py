@@ -23,6 +23,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -106,6 +107,11 @@ def autocasts(device: torch.device) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which nothing is autocast on a device."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+
+
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Makes the backward method of an autograd.Function run without autocast, as its forward method does, and once.
 
@@ -116,9 +122,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(backward)
     def run(ctx: Any, dY: Tensor) -> Any:
         chosen = once if torch.is_grad_enabled() else backward
-        if not autocasts(dY.device):
-            return chosen(ctx, dY)
-        with torch.autocast(dY.device.type, enabled=False):
+        with without_autocast(dY.device):
             return chosen(ctx, dY)
 
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from dora_mm.formats.files.model_class import reading_part
+from dora_mm.formats.files.variants import choose_variant, with_variant
 from dora_mm.models.foreign import converted, instead_of, why_foreign
 from dora_mm.models.hub import local_copy
 from dora_mm.models.opening import WEIGHTS, loaded_files, opening, without_bars
@@ -107,6 +109,8 @@ def load_weights(kind: Any, path: str, **settings: Any) -> tuple[Any, list[str]]
         ValueError: There is no model, it is damaged, incomplete or of another kind; the message names `model.path`.
     """
     checks = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    if (folder := local_copy(path, settings.get("revision"))) and (variant := choose_variant([os.listdir(folder)])):
+        settings["variant"] = variant
     with opening(path, f"{path} cannot be loaded", key="model.path", revision=settings.get("revision")):
         model, report = kind.from_pretrained(path, trust_remote_code=False, **checks, **settings)
     config = model.config.to_dict()
@@ -125,9 +129,10 @@ def load_weights(kind: Any, path: str, **settings: Any) -> tuple[Any, list[str]]
 
 def weight_files(folder: Path) -> list[Path]:
     """The files from which transformers loads the weights of a model in a local folder."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if (folder / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
-        return [folder / SAFE_WEIGHTS_NAME]
+    variant = choose_variant([os.listdir(folder)])
+    single, index = (folder / with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if single.is_file() or not index.is_file():
+        return [single]
     return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
 
 

@@ -65,6 +65,21 @@ def hub_answers() -> bool:
     return True
 
 
+def hub_files(path: str, revision: str | None = None) -> dict[str, int]:
+    """The files of a repository of the hub, with their sizes in bytes."""
+    from huggingface_hub import HfApi
+
+    found = HfApi().model_info(path, revision=revision, files_metadata=True).siblings or []
+    return {file.rfilename: file.size or 0 for file in found}
+
+
+def download(path: str, revision: str | None, files: list[str]) -> Path:
+    """Downloads files of a repository of the hub, as far as they are not on this machine; returns their folder."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, revision=revision, allow_patterns=files))
+
+
 def local_copy(path: str, revision: str | None = None) -> Path | None:
     """A local path as it is, or the folder of a hub repository in the cache; None if it was never downloaded.
 

@@ -14,6 +14,7 @@ from dora_mm.config.paths import CONFIG, HUB_NAME, INDEX, find_path
 from dora_mm.formats.adapter_file import find_file
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.formats.files.tensor_file import read_metadata
+from dora_mm.formats.files.variants import choose_variant, of_variant
 from dora_mm.models.hub import check_hub, local_copy, named, unreachable
 from dora_mm.utils.progress import Progress
 
@@ -124,10 +125,17 @@ def base_of(adapter: Path) -> str | None:
     return found and str(found)
 
 
-def loaded_files(folder: Path) -> list[Path]:
-    """The files of a folder that diffusers or transformers read: of weights, only safetensors without a variant."""
+def loaded_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The files of a folder that diffusers or transformers read: of weights, only safetensors of one variant.
+
+    Args:
+        folder: The folder of a network, a tokenizer or a scheduler.
+        variant: The variant, see `choose_variant`; None: that which the folder has.
+    """
     files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith((".", "README"))]
-    return [file for file in files if file.suffix not in WEIGHTS or file.suffixes == [".safetensors"]]
+    files = {file.name: file for file in files if file.suffix not in WEIGHTS or file.suffix == ".safetensors"}
+    chosen = choose_variant([files]) if variant is None else variant
+    return [files[name] for name in of_variant(files, chosen)]
 
 
 def commit_of(path: str, revision: str | None = None) -> str | None:

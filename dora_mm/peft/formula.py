@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dora_mm import backend
-from dora_mm.core.functional import Adapter, adapter_dtype, autocasts, can_read, cast, first_order
+from dora_mm.core.functional import Adapter, adapter_dtype, can_read, cast, first_order, without_autocast
 from dora_mm.core.ops import BLOCK, LINEAR, Op, as_rows, per_row, row_sums, sum_tokens
 from dora_mm.core.passes import PassCache
 
@@ -32,7 +31,7 @@ class Scaled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Op, y, bias, h, B, magnitude, gain, divisor, W0, A, transposed, scaling, dtype):
-        with torch.autocast(y.device.type, enabled=False) if autocasts(y.device) else nullcontext():
+        with without_autocast(y.device):
             if gain is None:
                 gain, divisor = gains(W0, A, B, magnitude, scaling, transposed)
             shift = None if bias is None else torch.addcmul(bias, gain, bias, value=-1)

@@ -1,6 +1,7 @@
 """The page of a dry run of a training on pictures."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,10 +12,20 @@ from dora_mm.adapting.images import adapt_image_model
 from dora_mm.adapting.networks import TrainedNetworks
 from dora_mm.adapting.new_tokens import start_tokens, token_networks, tokens_lines
 from dora_mm.adapting.sharding import division
-from dora_mm.config.images import TrainDiffusionConfig
+from dora_mm.config.images import DataConfig, TrainDiffusionConfig
 from dora_mm.data.images.folder import CaptionedImage
-from dora_mm.models.images.families import about_prediction, load_image_model_if_local
+from dora_mm.models.hub import UnreachableError
+from dora_mm.models.images.families import about_prediction, load_image_model, load_image_model_if_local
 from dora_mm.models.images.image_model import ImageModel
+from dora_mm.preview.image_memory import (
+    checkpointing_line,
+    encode_without_numbers,
+    machine_of,
+    phases,
+    phases_table,
+    simulated_cost,
+    without_numbers,
+)
 from dora_mm.preview.images import describe_data, describe_encoded, describe_latents
 from dora_mm.preview.parts import parts_table
 from dora_mm.preview.training import (
@@ -26,8 +37,8 @@ from dora_mm.preview.training import (
     why_not_measured,
 )
 from dora_mm.tasks.diffusion import DiffusionTask
-from dora_mm.tasks.image_batches import captioned_batches, free_vae
-from dora_mm.tasks.preservation import preserving
+from dora_mm.tasks.image_batches import CaptionedBatches, captioned_batches, free_vae
+from dora_mm.tasks.preservation import PreservingBatches, preserving
 from dora_mm.train.optim import check_optimizer, lacks_gpu
 from dora_mm.train.setup import training_setup
 
@@ -56,46 +67,128 @@ def image_page(
         yield without_gpu
     else:
         check_optimizer(config.optimizer, accelerator.device)
-    model = load_image_model_if_local(config.model)
-    data = describe_data(images, config, model, accelerator.num_processes, held, class_images)
-    if model is None:
-        yield from [data, *slow_hardware(accelerator, None)]
+    try:
+        model = load_image_model(config.model, empty=True)
+    except UnreachableError:
+        yield describe_data(images, config, None, accelerator.num_processes, held, class_images)
+        yield from slow_hardware(accelerator, None)
         return
-    shard = config.train.shard
-    model = model if shard else model.to(accelerator.device)
-    start_tokens(config.tokens, model, images, config.data.captions, config.seed)
-    batches = captioned_batches(config, model, images, (accelerator.process_index, accelerator.num_processes))
-    source = preserving(batches, config, class_images)
-    why_not = without_gpu or why_not_measured(
-        accelerator, [*model.encoders.values(), model.empty_denoiser()], shard=shard
-    )
+    networks = list(model.networks.values())
+    why_not = without_gpu or why_not_measured(accelerator, networks, shard=config.train.shard)
     if not why_not:
-        with torch.no_grad():
-            source(0)  # the only batch that is measured
-    num_batches = config.train.steps * config.train.gradient_accumulation_steps
-    yield "\n".join([data, *describe_latents(batches, given), *describe_encoded(source, num_batches, given)])
+        if (found := load_image_model_if_local(config.model)) is None:
+            why_not = f"the weights of {config.model.path} are not on this machine"
+        else:
+            model = found.to(accelerator.device)
+    data = describe_data(images, config, model, accelerator.num_processes, held, class_images)
+    sections = estimated_sections if why_not else measured_sections
+    yield from sections(config, given, model, images, class_images, accelerator, data)
+    if why_not:
+        yield f"time      not measured: {why_not}"
+    yield from slow_hardware(accelerator, networks)
+
+
+def measured_sections(
+    config: TrainDiffusionConfig,
+    given: DataConfig,
+    model: ImageModel,
+    images: Sequence[CaptionedImage],
+    class_images: Sequence[CaptionedImage],
+    accelerator: Accelerator,
+    data: str,
+) -> Iterator[str]:
+    """The data, the modules, and the memory and time of a step that is taken.
+
+    Args:
+        config: The config, without folders of caches.
+        given: Its `data` section with these.
+        model: The model.
+        images: Those that are trained on.
+        class_images: Those of folders of role preserve.
+        accelerator: Knows the device, the mixed precision and the processes.
+        data: What is said of the data.
+    """
+    start_tokens(config.tokens, model, images, config.data.captions, config.seed)
+    batches, source = batches_of(config, model, images, class_images, accelerator)
+    with torch.no_grad():
+        source(0)  # the only batch that is measured
+    yield encoded_section(data, config, given, batches, source)
     if not batches.prompts.needs_encoders:
         model.components.release(model.text_encoders)
     trained = adapt_image_model(model, config)
     yield trained_section(config, model, trained)
-    how = optimizer_line(config.optimizer, config.schedule, config.train.steps, config.ema)
-    yield f"{how}\n{compiled_line(trained.networks, model.target_maps)}" if config.train.compile else how
+    yield how_section(config, model, trained)
     free_vae(model, config.data)
-    cost = None
-    if not why_not:
-        loss, others = DiffusionTask(model, config.loss).loss, token_networks(config.tokens, model)
-        cost = measure_step(**training_setup(accelerator, config, config.train, trained, loss, others), batch_at=source)
-    yield memory_table(
-        model.networks,
-        trained.parameters,
-        config.optimizer,
-        cost,
-        place=accelerator.device.type if shard else None,
-        ema=config.ema is not None,
-        division=division(trained, model.target_maps) if shard else None,
-    )
-    yield time_line(cost, config.train.steps, "drawing pictures") if cost else f"time      not measured: {why_not}"
-    yield from slow_hardware(accelerator, model.networks.values())
+    loss, others = DiffusionTask(model, config.loss).loss, token_networks(config.tokens, model)
+    cost = measure_step(**training_setup(accelerator, config, config.train, trained, loss, others), batch_at=source)
+    yield memory_table(model.networks, trained.parameters, config.optimizer, cost, ema=config.ema is not None)
+    yield time_line(cost, config.train.steps, "drawing pictures")
+
+
+def estimated_sections(
+    config: TrainDiffusionConfig,
+    given: DataConfig,
+    model: ImageModel,
+    images: Sequence[CaptionedImage],
+    class_images: Sequence[CaptionedImage],
+    accelerator: Accelerator,
+    data: str,
+) -> Iterator[str]:
+    """The data, the modules and the memory, of a model on the meta device: see `measured_sections`."""
+    with without_numbers(model):
+        start_tokens(config.tokens, model, images, config.data.captions, config.seed)
+    batches, source = batches_of(config, model, images, class_images, accelerator)
+    captions = source.captions(num_batches(config))
+    encode_without_numbers(model, batches, source, captions)
+    yield encoded_section(data, config, given, batches, source)
+    beside = phases(config, model, captions)
+    if not batches.prompts.needs_encoders:
+        model.components.release(model.text_encoders)
+    trained = adapt_image_model(model, config)
+    yield trained_section(config, model, trained)
+    yield how_section(config, model, trained)
+    details: dict[str, Any] = {"place": accelerator.device.type, "ema": config.ema is not None}
+    details["division"] = division(trained, model.target_maps) if config.train.shard else None
+    checkpointing, simulated = config.train.gradient_checkpointing, (config, model, trained, batches, source)
+    costs = {each: simulated_cost(*simulated, machine_of(config), checkpointing=each) for each in (False, True)}
+    in_steps = {name: n for name, n in model.networks.items() if name != "vae" or config.data.crop == "random"}
+    memory = memory_table(in_steps, trained.parameters, config.optimizer, costs[checkpointing], **details)
+    yield f"{memory}\n{checkpointing_line(costs, checkpointing)}"
+    yield phases_table(beside)
+
+
+def batches_of(
+    config: TrainDiffusionConfig,
+    model: ImageModel,
+    images: Sequence[CaptionedImage],
+    class_images: Sequence[CaptionedImage],
+    accelerator: Accelerator,
+) -> tuple[CaptionedBatches, CaptionedBatches | PreservingBatches]:
+    """The batches of a training, and these with what is preserved beside them."""
+    batches = captioned_batches(config, model, images, (accelerator.process_index, accelerator.num_processes))
+    return batches, preserving(batches, config, class_images)
+
+
+def num_batches(config: TrainDiffusionConfig) -> int:
+    """The batches of a process."""
+    return config.train.steps * config.train.gradient_accumulation_steps
+
+
+def encoded_section(
+    data: str,
+    config: TrainDiffusionConfig,
+    given: DataConfig,
+    batches: CaptionedBatches,
+    source: CaptionedBatches | PreservingBatches,
+) -> str:
+    """What is said of the data, with what is encoded ahead of the steps."""
+    return "\n".join([data, *describe_latents(batches, given), *describe_encoded(source, num_batches(config), given)])
+
+
+def how_section(config: TrainDiffusionConfig, model: ImageModel, trained: TrainedNetworks) -> str:
+    """The optimizer, and what is compiled."""
+    how = optimizer_line(config.optimizer, config.schedule, config.train.steps, config.ema)
+    return f"{how}\n{compiled_line(trained.networks, model.target_maps)}" if config.train.compile else how
 
 
 def trained_section(config: TrainDiffusionConfig, model: ImageModel, trained: TrainedNetworks) -> str:

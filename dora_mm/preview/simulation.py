@@ -9,8 +9,9 @@ once is the step's memory, but for what kernels take inside.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,16 +23,26 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dora_mm.core import AdaptedLayer, fixed_parameters
 from dora_mm.core.forms import adapted_product
-from dora_mm.core.steps import Steps
+from dora_mm.core.functional import Adapter, cast
+from dora_mm.core.ops import LINEAR
+from dora_mm.core.passes import Options
+from dora_mm.core.steps import Steps, branch, has_magnitude
 from dora_mm.utils.losses import LossSum
 
 META = torch.device("meta")
 BY_PLACES = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_")
+# What autocast computes in half precision, and on a GPU in float32, as far as networks do it: see ATen/autocast_mode.h
+AUTOCAST = {F: ("linear", "conv1d", "conv2d", "conv3d"), torch: ("matmul", "mm", "bmm", "addmm", "baddbmm")}
+IN_FLOAT = {F: ("layer_norm", "group_norm", "rms_norm", "softmax", "log_softmax", "interpolate"), torch: ("softmax",)}
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 
 
 def simulated_peak(
-    networks: Mapping[str, nn.Module], loss: Callable[[Any], LossSum], batch: Any, num_passes: int = 1
+    networks: Mapping[str, nn.Module],
+    loss: Callable[[Any], LossSum],
+    batch: Any,
+    num_passes: int = 1,
+    machine: Machine | None = None,
 ) -> int:
     """The bytes that a step takes at most beyond the networks' own parameters and buffers, gradients included.
 
@@ -41,18 +52,60 @@ def simulated_peak(
         loss: The loss of a batch.
         batch: A batch, on the processor; not counted.
         num_passes: Forward passes of an optimizer step.
+        machine: What the step is simulated for; None: a processor, without autocast.
 
     Raises:
         Exception: A class does something with a number that is not there.
     """
-    model = nn.ModuleDict(networks)
+    model, machine = nn.ModuleDict(networks), machine or Machine()
     for layer in model.modules():
         if isinstance(layer, AdaptedLayer):
-            layer.adaptation.forward = partial(adapted_product, steps=ReadableSteps())
+            layer.adaptation.forward = machine.product
     counted = Simulation((*model.parameters(), *model.buffers()))
-    with counted, fused_attention(), fixed_parameters(model, num_passes=num_passes):
+    with counted, machine.autocast(), fused_attention(machine.dtype), fixed_parameters(model, num_passes=num_passes):
         torch.autograd.backward(loss(batch).total)
     return counted.peak
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a step is simulated for.
+
+    Attributes:
+        is_gpu: A GPU, where other operations are autocast than on a processor.
+        dtype: The dtype of autocast; None: there is none.
+        triton: Linear layers run in Triton, as they do on usual GPUs.
+    """
+
+    is_gpu: bool = False
+    dtype: torch.dtype | None = None
+    triton: bool = False
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Casts what torch's autocast would, which leaves the meta device alone: so autograd keeps what it keeps."""
+        both = [] if self.dtype is None else [(self.dtype, AUTOCAST), (torch.float32, IN_FLOAT if self.is_gpu else {})]
+        with ExitStack() as replaced:
+            for dtype, functions in both:
+                for owner, name in ((owner, name) for owner, names in functions.items() for name in names):
+                    replaced.enter_context(replacing(owner, name, partial(self._cast, getattr(owner, name), dtype)))
+            yield
+
+    def _cast(self, function: Callable[..., Tensor], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Tensor:
+        """Calls a function; in backward passes, and in those of adapted layers, as it is."""
+        if torch.is_grad_enabled():  # also where checkpointing computes again
+            args, kwargs = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs))
+        return function(*args, **kwargs)
+
+    def product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], options: Options
+    ) -> Tensor:
+        """An adapted layer; what it computes inside is not autocast."""
+        in_triton = self.triton and options.op is LINEAR and not (options.dropout and has_magnitude(adapters))
+        if self.dtype is not None and options.op.merges:
+            options = options._replace(dtype=self.dtype)
+        steps = TritonLikeSteps() if in_triton else ReadableSteps()
+        return adapted_product(x, weight, bias, adapters, options, steps)
 
 
 class ReadableSteps(Steps):
@@ -60,6 +113,18 @@ class ReadableSteps(Steps):
 
     def keeps_output(self, x: Tensor) -> bool:
         return True
+
+
+class TritonLikeSteps(ReadableSteps):
+    """Those of kernels/: W(t) is never built, and the branch is added without a tensor of its own."""
+
+    only_unmerged = True
+
+    def product(self, options, dtype, x, source, weight, bias, adapters, operand):
+        A, h = branch(adapters)[0], None
+        if A is not None:
+            h = options.op.reduce(source, cast(A, dtype))
+        return options.op(x, cast(weight, dtype), bias), h
 
 
 class Simulation(TorchDispatchMode):
@@ -180,17 +245,31 @@ class FusedAttention(torch.autograd.Function):
 
 
 @contextmanager
-def fused_attention() -> Iterator[None]:
-    """Attention on the meta device as kernels compute it, which would else keep its matrices there."""
+def fused_attention(dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Attention on the meta device as kernels compute it, which would else keep its matrices there.
+
+    Args:
+        dtype: That of autocast; None: there is none.
+    """
     own = F.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **more: Any):
         if not query.is_meta or query.dim() != 4:
             return own(query, key, value, attn_mask, *args, **more)
+        if dtype is not None and torch.is_grad_enabled():
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         return FusedAttention.apply(query, key, value, attn_mask)
 
-    F.scaled_dot_product_attention = attention
+    with replacing(F, "scaled_dot_product_attention", attention):
+        yield
+
+
+@contextmanager
+def replacing(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Replaces a function of a module of torch."""
+    own = getattr(owner, name)
+    setattr(owner, name, function)
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = own
+        setattr(owner, name, own)

@@ -277,7 +277,7 @@ def when(evaluate: ValidationConfig) -> str:
 
 
 def why_not_measured(
-    accelerator: Accelerator, networks: Iterable[nn.Module], *, shard: bool, num_tokens: int = 1
+    accelerator: Accelerator, networks: Iterable[nn.Module], *, shard: bool, num_tokens: int = 1, beside: int = 0
 ) -> str | None:
     """Why a step of these networks is not measured ahead of a training; None: it is.
 
@@ -286,11 +286,12 @@ def why_not_measured(
         networks: The networks.
         shard: Whether processes divide them.
         num_tokens: The tokens of a batch, where a step takes longer for more of them.
+        beside: Parameters times patches of a tower, which may have many for few tokens.
     """
     if shard:
         return SHARDED
     size = _num_parameters(networks)
-    short = accelerator.device.type != "cpu" or (size < LARGE and size * num_tokens < LONG)
+    short = accelerator.device.type != "cpu" or (size < LARGE and size * num_tokens + beside < LONG)
     return None if short else TOO_SLOW
 
 

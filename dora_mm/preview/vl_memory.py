@@ -15,6 +15,8 @@ from dora_mm.adapting.networks import TrainedNetworks, adapt, train_mode
 from dora_mm.adapting.parts import MODEL
 from dora_mm.adapting.sharding import Division
 from dora_mm.config.vl import PreferenceConfig, TrainVLConfig
+from dora_mm.core import TargetMap
+from dora_mm.core.targets import match_modules, parts_in
 from dora_mm.models.vl.families import structure_of
 from dora_mm.models.vl.vl_model import Structure, VLModel, weighted_loss
 from dora_mm.preview.questions import DataPreview, batch_of
@@ -25,6 +27,7 @@ from dora_mm.tasks.preferences import by_answer, pair_losses
 from dora_mm.train.setup import checkpoint_activations
 from dora_mm.utils.losses import LossSum
 
+TOWER = "vision."  # how the names of the parts of a vision tower begin
 BITS = {"int8": 8.0, "torchao_int8": 8.0, "nf4": 4.13, "fp4": 4.13}  # of a weight, with the scales of its blocks
 
 
@@ -40,6 +43,26 @@ def network_parts(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         parts |= {child: module for child, module in groups if module is not inner and child not in networks}
         parts[name] = network
     return parts
+
+
+def tower_work(network: Any, targets: TargetMap, batch: Any) -> int:
+    """Parameters of the layers of a vision tower times the patches of a batch; 0 where the network has no tower.
+
+    Args:
+        network: The network.
+        targets: Its target map.
+        batch: A batch as the family's model makes it; one that has no `groups` of inputs has no patches either.
+    """
+    side = getattr(getattr(network.config, "vision_config", None), "patch_size", None)
+    parts = [part for part in parts_in(network, targets) if part.startswith(TOWER)]
+    if not isinstance(side, int) or not parts:
+        return 0
+    layers = (network.get_submodule(path) for path in match_modules(network, targets.select(parts)))
+    size = sum(parameter.numel() for layer in layers for parameter in layer.parameters(recurse=False))
+    inputs = (pair for given, *_ in getattr(batch, "groups", ()) for pair in given.items())
+    pixels = [tensor for name, tensor in inputs if name.startswith("pixel_values")]
+    # of Qwen a row is a patch: of others the last sides are those of a picture
+    return size * sum(len(t) if t.dim() == 2 else t.numel() // (3 * side**2) for t in pixels)
 
 
 def estimated_activations(config: TrainVLConfig, batch: Any) -> int:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from dora_mm.adapting.compiled import compiled_line
 from dora_mm.adapting.files import remarks_on_files
 from dora_mm.adapting.networks import TrainedNetworks, adapt
+from dora_mm.adapting.parts import MODEL
 from dora_mm.adapting.sharding import division
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.vl.needed import data_needed
@@ -29,7 +30,7 @@ from dora_mm.preview.training import (
     when,
     why_not_measured,
 )
-from dora_mm.preview.vl_memory import estimated_cost, network_parts
+from dora_mm.preview.vl_memory import estimated_cost, network_parts, tower_work
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.tasks.held_out import by_loss
 from dora_mm.tasks.preferences import preferences_of
@@ -79,10 +80,12 @@ def vl_page(config: TrainVLConfig, *, decode: bool = False) -> Iterator[str]:
         yield compiled_line(trained.networks, structure.target_maps)
     yield from reference_section(config)
     yield from validation_sections(config)
-    num_tokens = data.largest.num_tokens if data.largest else 1
-    shard = config.train.shard
-    networks = trained.networks.values()
-    why_not = without_gpu or why_not_measured(accelerator, networks, shard=shard, num_tokens=num_tokens)
+    shard, networks, work = config.train.shard, trained.networks.values(), {}
+    if model and data.largest:
+        batch = batch_of(model, data.sets, data.largest)
+        beside = tower_work(structure.networks[MODEL], structure.target_maps[MODEL], batch)
+        work = {"num_tokens": data.largest.num_tokens, "beside": beside}
+    why_not = without_gpu or why_not_measured(accelerator, networks, shard=shard, **work)
     if batches is None:
         why_not = "not all training data can be read"
     elif not why_not and not has_weights:

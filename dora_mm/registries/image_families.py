@@ -44,7 +44,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
                 8: "configs/sdxl/3d_icon_8gb.yaml",
                 12: "configs/sdxl/3d_icon_12gb.yaml",
                 16: "configs/sdxl/3d_icon_16gb.yaml",
-                24: "configs/sdxl/3d_icon.yaml",
+                24: "configs/sdxl/3d_icon_24gb.yaml",
             },
         ),
         "z_image": ImageFamily(

@@ -26,7 +26,7 @@ def test_a_machine_without_a_card(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("memory", "recipe"), [(11.6, "12gb"), (15.7, "16gb"), (23.6, "3d_icon.yaml"), (7.6, "8gb"), (5.6, "needs a card")]
+    ("memory", "recipe"), [(11.6, "12gb"), (15.7, "16gb"), (23.6, "24gb"), (7.6, "8gb"), (5.6, "needs a card")]
 )
 def test_the_recipe_that_fits_a_card(capsys, monkeypatch, memory, recipe):
     monkeypatch.setattr(machine, "cards", lambda: [CardInfo("a card", memory, "fp16")])

@@ -139,5 +139,7 @@ def test_a_step_of_many_tokens_is_not_measured_on_a_processor():
         network = nn.Linear(10_000, 10_000)
     assert preview.why_not_measured(accelerator(), [network], shard=False, num_tokens=1000) is None
     assert preview.why_not_measured(accelerator(), [network], shard=False, num_tokens=10_000) == preview.TOO_SLOW
+    work = {"num_tokens": 1000, "beside": 10**12}  # of a tower whose patches become few tokens
+    assert preview.why_not_measured(accelerator(), [network], shard=False, **work) == preview.TOO_SLOW
     assert preview.why_not_measured(accelerator(device="cuda"), [network], shard=False, num_tokens=10_000) is None
     assert preview.why_not_measured(accelerator(device="cuda"), [network], shard=True) == preview.SHARDED

@@ -11,13 +11,14 @@ from dora_mm.config.adapter import VLAdapterConfig
 from dora_mm.config.models import VisionConfig
 from dora_mm.config.vl import PreferenceConfig
 from dora_mm.core import fixed_parameters
+from dora_mm.core.targets import match_modules, parts_in
 from dora_mm.data.vl.example import IMAGE, Example, Turn
 from dora_mm.models.folders import empty_model
 from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.forms import Continuation
 from dora_mm.models.vl.vlm.head import TargetLosses
 from dora_mm.preview.simulation import simulated_peak
-from dora_mm.preview.vl_memory import network_parts, quantized_bytes, simulated_loss
+from dora_mm.preview.vl_memory import network_parts, quantized_bytes, simulated_loss, tower_work
 from dora_mm.targets import map_of
 from dora_mm.tasks.preferences import Preferences, pairs_of
 from dora_mm.train.setup import checkpoint_activations
@@ -127,6 +128,28 @@ def test_a_step_without_numbers_takes_what_a_class_decides_by_its_inputs(name, t
     vlm = opened(tiny_vlm(name))
     batch = batch_of(vlm, write_pictures(tmp_path), EXAMPLES)
     assert 0.75 < estimated_of_measured(vlm, batch, partial(vlm.loss, generator=torch.Generator())) < 1.3
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "idefics3", "llava"])
+def test_the_patches_of_a_tower_count(name, tiny_vlm, tmp_path):
+    """Of the tower's own layers, by the patches that they see: a hook counts these."""
+    vlm = opened(tiny_vlm(name))
+    batch = batch_of(vlm, write_pictures(tmp_path), EXAMPLES)
+    targets, network = vlm.target_maps["model"], vlm.networks["model"]
+    paths = match_modules(network, targets.select([p for p in parts_in(network, targets) if p == "vision.attn"]))
+    seen = 0
+
+    def count(module, given, output):
+        nonlocal seen
+        seen += given[0].numel() // given[0].shape[-1]
+
+    with torch.no_grad():
+        handle = network.get_submodule(next(iter(paths))).register_forward_hook(count)
+        vlm.row_losses(batch)
+        handle.remove()
+    layers = match_modules(network, targets.select([p for p in parts_in(network, targets) if p.startswith("vision.")]))
+    size = sum(p.numel() for path in layers for p in network.get_submodule(path).parameters(recurse=False))
+    assert seen * 0.75 < tower_work(network, targets, batch) / size < seen * 1.1  # LLaVA's has a class token, too
 
 
 def test_a_step_of_pairs_takes_both_answers(tiny_vlm, tmp_path):

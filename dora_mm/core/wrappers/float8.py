@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dora_mm.core.functional import autocasts
+
 STORED = torch.float8_e4m3fn  # 3 bits of mantissa: a number is off by at most a sixteenth of itself
 
 
@@ -42,4 +44,4 @@ class Float8Linear(nn.Linear):
 
 
 def _autocasts(input: Tensor) -> bool:
-    return torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
+    return autocasts(input.device) and input.dtype != torch.float64

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from dora_mm.config.paths import INDEX
+from dora_mm.config.paths import CONFIG, INDEX
 from dora_mm.formats.files.model_folder import ModelFolder
-from dora_mm.models.hub import named
+from dora_mm.formats.files.variants import choose_variant
+from dora_mm.models.hub import local_copy
 from dora_mm.models.opening import described, opening
 from dora_mm.utils.digest import module_digest, weights_digest
+
+META = torch.device("meta")
 
 
 class Components:
@@ -74,19 +79,20 @@ class Components:
 
     def digest(self, name: str) -> str:
         """What identifies the weights of a network as it is loaded: nothing is loaded where its files are here."""
+        if self.device == META:
+            return self._loaded_as
         if self._weights is None or name in self._replaced:
             return module_digest(self[name])
         files = self._weights(name) or (self[name] and self._weights(name))  # of a hub model, loading brings them
         return f"{weights_digest(files)} {self._loaded_as}"
 
-    @property
-    def has_configs(self) -> bool:
-        """Whether configs are read from the model's files, without loading a component."""
-        return self._files is not None
-
     def config(self, name: str) -> Mapping[str, Any]:
         """The config of the model's own component, without loading it where the model's files have configs."""
         return self[name].config if self._files is None else self._files.config(name)
+
+    def empty(self, name: str) -> Any:
+        """A network without its weights, on the meta device, where the model's files have configs; else itself."""
+        return self[name] if self._files is None else empty_network(self._files, name)
 
     @property
     def index(self) -> Mapping[str, Any]:
@@ -114,6 +120,35 @@ class Components:
             return component
         component.requires_grad_(False).eval()
         return component if name in self._unmoved else component.to(self.device)
+
+
+def is_network(name: str) -> bool:
+    """Whether a component of a pipeline has weights: schedulers and tokenizers have none."""
+    return name != "scheduler" and not name.startswith("tokenizer")
+
+
+def empty_network(
+    files: ModelFolder, name: str = "", dtype: torch.dtype = torch.float32, kind: Any = None
+) -> nn.Module:
+    """Builds a network from its config alone, on the meta device.
+
+    Args:
+        files: The folder of a pipeline, or of the only network.
+        name: The component.
+        dtype: Of its weights.
+        kind: Its class; None: the one that the index of the pipeline names.
+
+    Raises:
+        ValueError: The config does not fit the class.
+    """
+    if kind is None:
+        library, named_class = (files.index or {})[name]
+        kind = getattr(import_module(library), named_class)
+    config: Any = dict(files.config(name))
+    with opening(str(files.path), f"the {kind.__name__} of {files.path} cannot be built", loads=False), META:
+        is_of_diffusers = hasattr(kind, "from_config")
+        network = kind.from_config(config) if is_of_diffusers else kind(kind.config_class.from_dict(config))
+    return nn.Module.to(network, dtype)  # diffusers' own `to` warns of what to keep in float32: nothing
 
 
 def pipeline_class_of(path: str, revision: str | None) -> str:
@@ -175,42 +210,56 @@ def load_single_file(
 
 
 def load_components(
-    pipeline: Any, path: str, names: Sequence[str], every: Iterable[str], dtype: torch.dtype, revision: str | None
+    pipeline: Any,
+    path: str,
+    names: Sequence[str],
+    every: Iterable[str],
+    dtype: torch.dtype,
+    variant: str = "",
 ) -> dict[str, Any]:
     """Loads components of a pipeline of diffusers.
 
     Args:
         pipeline: The class of diffusers.
-        path: A folder or a hub name.
+        path: A folder.
         names: The components.
         every: All components of the pipeline.
         dtype: The dtype of all networks.
-        revision: A commit, branch or tag of a hub model; None is its main branch.
+        variant: The variant of the weights, for networks that have it; empty: the one without a name.
 
     Raises:
         ValueError: One is missing or cannot be loaded.
     """
     others: dict[str, Any] = {name: None for name in every if name not in names}
-    with _opening(path, revision=revision):
-        loaded = pipeline.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True, **others)
+    with _opening(path):
+        settings: dict[str, Any] = {"variant": variant or None, "use_safetensors": True, **others}
+        loaded = pipeline.from_pretrained(path, dtype=dtype, **settings)
     return {name: getattr(loaded, name) for name in names}
 
 
-def load_vae(kind: Any, path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_vae(kind: Any, path: str | Path, dtype: torch.dtype = torch.float32, *, empty: bool = False) -> Any:
     """Loads a VAE, frozen and in eval mode.
 
     Args:
         kind: Its class of diffusers.
         path: A folder or a hub name.
         dtype: Of its weights.
+        empty: It is built from its config, on the meta device.
 
     Raises:
         ValueError: There is none, or it cannot be loaded.
     """
+    if empty:
+        files = described(str(path), key="model.vae")
+        if not files.has_config():
+            raise ValueError(f"model.vae: {path} cannot be loaded: it has no {CONFIG}")
+        return empty_network(files, dtype=dtype, kind=kind).requires_grad_(False).eval()
     with _opening(str(path), "model.vae"):
-        vae = kind.from_pretrained(str(path), dtype=dtype, use_safetensors=True)
+        copy = local_copy(str(path))
+        variant = choose_variant([os.listdir(copy)]) if copy else ""
+        vae = kind.from_pretrained(str(path), dtype=dtype, use_safetensors=True, variant=variant or None)
     return vae.requires_grad_(False).eval()
 
 
-def _opening(name: str, key: str = "model.path", revision: str | None = None) -> AbstractContextManager[None]:
-    return opening(name, f"{named(name, revision)} cannot be loaded", key=key, revision=revision)
+def _opening(name: str, key: str = "model.path") -> AbstractContextManager[None]:
+    return opening(name, f"{name} cannot be loaded", key=key)

@@ -14,7 +14,10 @@ from dora_mm.config.paths import INDEX, resolve_model
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.models.hub import local_copy
 from dora_mm.models.images.components import (
+    META,
     Components,
+    empty_network,
+    is_network,
     load_components,
     load_single_file,
     load_vae,
@@ -25,7 +28,8 @@ from dora_mm.models.images.components import (
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.images.memory import store_in_float8
 from dora_mm.models.images.schedulers import changes_for
-from dora_mm.models.opening import WEIGHTS, check_revision, described, loaded_files
+from dora_mm.models.images.weights import PipelineFiles
+from dora_mm.models.opening import check_revision, described, loaded_files
 from dora_mm.registries.image_families import IMAGE_FAMILIES, ImageFamily
 from dora_mm.registries.registry import load
 from dora_mm.utils.digest import files_digest
@@ -71,10 +75,14 @@ def family_of_file(file: Path) -> type[ImageModel] | None:
     return load(IMAGE_FAMILIES[found].place) if found else None
 
 
-def load_image_model(config: ModelConfig) -> ImageModel:
+def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
     """Opens the model that a config's `model` section names: frozen, in the configured dtype, on the CPU.
 
     Its components are loaded when they are asked for; asking for one whose weights are missing or damaged is an error.
+
+    Args:
+        config: The `model` section.
+        empty: Its networks are built from their configs, on the meta device: no weights need be there.
 
     Raises:
         ValueError: The model or its VAE does not exist, lacks a component, is of no family here or does not fit the
@@ -92,32 +100,39 @@ def load_image_model(config: ModelConfig) -> ImageModel:
         raise ValueError(f"model.path: {path} is incomplete: it lacks {', '.join(missing)}.")
     changes = scheduler_changes(family, path, config.prediction)
     single = family.single_file if Path(path).is_file() else None
+    files = _described(family, path, config.revision)
+    own = PipelineFiles(path, files.path, names, config)
 
     def load(wanted: Sequence[str]) -> dict[str, Any]:
-        pipeline = family.pipeline_class()
-        if single:
+        pipeline, others = family.pipeline_class(), [name for name in wanted if not is_network(name)]
+        if single and empty:
+            found = {**single.parts(), **load_components(pipeline, str(single.configs), ["scheduler"], names, dtype)}
+        elif single:
             found = load_single_file(pipeline, path, dtype, single.configs, single.parts())
         else:
-            found = load_components(pipeline, path, wanted, names, dtype, config.revision)
+            read = others if empty else wanted
+            variant = "" if empty else own.variant
+            found = load_components(pipeline, own.fetch(read), read, names, dtype, variant) if read else {}
+        if empty:
+            found |= {name: empty_network(files, name, dtype) for name in wanted if name not in others}
         if changes and "scheduler" in found:
-            own = found["scheduler"]
-            found["scheduler"] = type(own).from_config(own.config, **changes)
+            scheduler = found["scheduler"]
+            found["scheduler"] = type(scheduler).from_config(scheduler.config, **changes)
         if config.quantization and family.denoiser in found:
             store_in_float8(found[family.denoiser], targets.find(family.maps[family.denoiser]))
         return found
 
-    files = _described(family, path, config.revision)
-
     def weights(name: str) -> list[Path]:
-        if single:
-            return [Path(path)]
-        folder = files.path / name  # of a hub model it is not there before its weights are
-        return [file for file in loaded_files(folder) if file.suffix in WEIGHTS] if folder.is_dir() else []
+        return [Path(path)] if single else own.weights(name)
 
-    components = Components(load, family.phases, files, weights, f"{config.dtype} {config.quantization}")
+    loaded_as = f"{config.dtype} {config.quantization}"
+    components = Components(load, family.phases, files, None if empty else weights, loaded_as)
+    if empty:
+        components.to(META)
     model = family(components, dict(config.sections()).get(family.name))
     if config.vae:
-        components["vae"] = load_vae(family.vae_class(), resolve_model(config.vae, "model.vae"), dtype)
+        vae = resolve_model(config.vae, "model.vae")
+        components["vae"] = load_vae(family.vae_class(), vae, dtype, empty=empty)
     model.check(config)
     return model
 
@@ -170,8 +185,9 @@ def files_identity(config: ModelConfig) -> dict[str, str]:
         return {}
     files: dict[str, list[Path]] = {"model": [path]}
     if path.is_dir():
-        folders = {name: path / name for phase in family_of(str(path)).phases for name in phase}
-        files = {f"model's {name}": loaded_files(folder) for name, folder in folders.items()}
+        names = [name for phase in family_of(str(path)).phases for name in phase]
+        variant = PipelineFiles(str(path), path, names, config).variant
+        files = {f"model's {name}": loaded_files(path / name, variant) for name in names}
         files["model's index"] = [path / INDEX]
     if vae:
         files["model's vae"] = loaded_files(vae)
@@ -188,15 +204,16 @@ def load_image_model_if_local(config: ModelConfig) -> ImageModel | None:
     found = {"path": local_copy(given, config.revision)}
     if config.vae:
         found["vae"] = local_copy(resolve_model(config.vae, "model.vae"))
-    if None in found.values() or (not Path(given).exists() and not is_complete(str(found["path"]))):
+    if None in found.values() or (not Path(given).exists() and not is_complete(str(found["path"]), config)):
         return None
     revision = config.revision if Path(given).exists() else None  # the copy is of this revision
     changes = {"revision": revision, **{key: str(path) for key, path in found.items()}}
     return load_image_model(config.model_copy(update=changes))
 
 
-def is_complete(copy: str) -> bool:
+def is_complete(copy: str, config: ModelConfig) -> bool:
     """Whether a hub model's copy on this machine has all components: parts of it may have been downloaded alone."""
     if not (Path(copy) / INDEX).is_file():
         return False
-    return not missing_in(Path(copy), [name for phase in family_of(copy).phases for name in phase])
+    names = [name for phase in family_of(copy).phases for name in phase]
+    return not missing_in(Path(copy), names) and PipelineFiles(copy, Path(copy), names, config).has_weights

@@ -184,13 +184,7 @@ class ImageModel(ABC):
 
     def empty_denoiser(self) -> nn.Module:
         """The denoiser without its weights, on the meta device, where the model's files have configs; else itself."""
-        import diffusers
-
-        if not self.components.has_configs:
-            return self.components[self.denoiser]
-        config = dict(self.components.config(self.denoiser))
-        with torch.device("meta"):
-            return getattr(diffusers, config["_class_name"]).from_config(config)
+        return self.components.empty(self.denoiser)
 
     @property
     def vae_identity(self) -> str:

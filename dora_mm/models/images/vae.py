@@ -11,6 +11,8 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 from torch import Tensor
 
+from dora_mm.core.functional import without_autocast
+
 
 @torch.no_grad()
 def posterior_of(vae: Any, pixels: Tensor) -> Any:
@@ -40,7 +42,7 @@ def _in_its_precision(vae: Any) -> Iterator[None]:
     if upcast:
         vae.float()
     try:
-        with torch.autocast(vae.device.type, enabled=False):
+        with without_autocast(vae.device):
             yield
     finally:
         if upcast:

@@ -115,10 +115,11 @@ def test_a_small_model_gets_the_recipe_of_one(here, tiny_folder, capsys):
 
 def test_the_recipe_is_that_of_the_card(here, monkeypatch):
     write_images(["a.png"], ["a sks bus"])
-    for memory, batch, sheets in ((23.6, 3, True), (15.8, 1, True), (11.6, 1, False), (6.0, 1, False)):
+    for memory, sheets in ((23.6, True), (15.8, True), (11.6, False), (6.0, False)):
         monkeypatch.setattr(machine, "cards", lambda memory=memory: [CardInfo("a card", memory, "bf16")])
         config = made(f"style{int(memory)}", "--images", "my images")
-        assert (config.train.batch_size, bool(config.sample.prompts)) == (batch, sheets)
+        assert (config.train.batch_size, bool(config.sample.prompts)) == (1, sheets)
+        assert config.train.gradient_checkpointing == (memory < 20)
     assert config.adapter.cache == "norms"
     assert (config.model.dtype, config.train.mixed_precision) == ("bfloat16", "bf16")
     monkeypatch.setattr(machine, "cards", lambda: [CardInfo("an older card", 15.8, "fp16")])

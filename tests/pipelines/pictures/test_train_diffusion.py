@@ -460,14 +460,20 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(config, tmp_pat
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU a large model is measured")
-def test_a_dry_run_computes_nothing_with_a_large_model_on_a_processor(config, capsys, monkeypatch):
+@pytest.mark.parametrize("crop", ["center", pytest.param("random", marks=pytest.mark.slow)])
+def test_a_dry_run_loads_nothing_of_a_large_model_on_a_processor(
+    config, tiny_folder, tmp_path, crop, capsys, monkeypatch
+):
     from dora_mm.preview import training as preview
 
     monkeypatch.setattr(preview, "LARGE", 1000)
-    monkeypatch.setattr(AutoencoderKL, "encode", None)
-    assert main(["train", str(config()), "--dry-run"]) == 0
+    folder = shutil.copytree(tiny_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    changes = {"data__crop": crop, "train__gradient_checkpointing": crop == "center"}
+    assert main(["train", str(config(model__path=str(folder), **changes)), "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "together, without activations" in printed
+    for words in ("activations (", "together  ", "the activations take", "captions, 5 at once", "encoded", "decoded"):
+        assert words in printed
+    assert ("5 ahead of the steps, 0.0 MB in main memory" in printed) == (crop == "center")
     assert "time      not measured: a step of this model takes minutes to hours without a GPU" in printed
     assert "There is no GPU, and the model has" in printed
 

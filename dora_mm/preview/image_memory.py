@@ -1,0 +1,162 @@
+"""What a training on pictures takes, from configs alone: all of it runs on the meta device, and nothing is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dora_mm.adapting.networks import TrainedNetworks, train_mode
+from dora_mm.adapting.new_tokens import token_networks
+from dora_mm.config.images import TrainDiffusionConfig
+from dora_mm.models.images.image_model import ImageModel
+from dora_mm.preview.simulation import Machine, Simulation, fused_attention, simulated_peak
+from dora_mm.preview.training import PRECISIONS, StepCost, num_bytes
+from dora_mm.tasks.diffusion import DiffusionTask
+from dora_mm.tasks.image_batches import CaptionedBatches
+from dora_mm.tasks.preservation import PreservingBatches
+from dora_mm.train.setup import checkpoint_activations
+from dora_mm.utils.randomness import generator
+from dora_mm.utils.tables import aligned_columns
+
+SAMPLE = 8  # captions whose size is taken for that of all
+TOGETHER = 16  # captions that are encoded at once
+
+
+class Phase(NamedTuple):
+    """What runs beside the steps: a description, the bytes of its networks, and those of its activations."""
+
+    name: str
+    weights: int
+    activations: int
+
+
+def machine_of(config: TrainDiffusionConfig) -> Machine:
+    """What a training is planned for: a GPU with the config's precision and backend."""
+    return Machine(True, PRECISIONS.get(config.train.mixed_precision), triton=config.backend != "torch")
+
+
+def largest_batch(batches: CaptionedBatches) -> int:
+    """The number of the batch of the first epoch that has the most pixels."""
+    areas = [h * w for h, w in batches.buckets]
+    sizes = [sum(areas[row] for row in rows) for rows in batches.order.batches_of(0)]
+    return max(range(len(sizes)), key=sizes.__getitem__)
+
+
+def encode_without_numbers(
+    model: ImageModel,
+    batches: CaptionedBatches,
+    source: CaptionedBatches | PreservingBatches,
+    captions: Sequence[str],
+) -> None:
+    """Encodes the largest batch, and captions of all lengths; only the sizes of what is kept of them are known.
+
+    Args:
+        model: The model, on the meta device.
+        batches: The batches of the training.
+        source: The same, with what is preserved beside them.
+        captions: Those of the training.
+    """
+    by_length = sorted(captions, key=len)
+    chosen = by_length[:: max(1, len(by_length) // SAMPLE)]
+    with torch.no_grad(), without_numbers(model):
+        batches.prompts.keep(chosen)
+        source(largest_batch(batches))
+
+
+@contextmanager
+def without_numbers(model: ImageModel) -> Iterator[Simulation]:
+    """A context in which what a model computes has no numbers, and its bytes are counted."""
+    networks = [*model.networks.values(), model.new_tokens]
+    counted = Simulation([t for network in networks for t in (*network.parameters(), *network.buffers())])
+    with counted, fused_attention():
+        yield counted
+
+
+def phases(config: TrainDiffusionConfig, model: ImageModel, captions: Sequence[str]) -> list[Phase]:
+    """What encoding captions and pictures takes, and what decoding a picture of the sheet does.
+
+    Args:
+        config: The config.
+        model: The model, on the meta device, nothing of which was released.
+        captions: Those of the training.
+    """
+    encoders = num_bytes(t for name in model.text_encoders for t in _tensors(model.components[name]))
+    vae, side = num_bytes(_tensors(model.vae)), config.data.resolution
+    texts, pixels = sorted(captions, key=len)[-TOGETHER:], torch.zeros(1, 3, side, side)
+    found = [Phase(f"VAE, a picture of {side} px encoded", vae, _peak(model, lambda: model.encode_images(pixels)))]
+    if texts:
+        peak = _peak(model, lambda: model.encode_prompts(texts))
+        found.insert(0, Phase(f"captions, {len(texts)} at once", encoders, peak))
+    if config.sample.prompts:
+        size = (1, model.vae.config.latent_channels, *2 * (model.resolution // model.downscale,))
+        latents = torch.zeros(size, dtype=model.vae.dtype, device="meta")
+        peak = _peak(model, lambda: model.vae.decode(latents))
+        found.append(Phase(f"VAE, a picture of {model.resolution} px decoded", vae, peak))
+    return found
+
+
+def phases_table(found: Sequence[Phase]) -> str:
+    """A text table of what runs beside the steps."""
+    rows = [(p.name, *(f"{size / 1e6:,.1f}" for size in (*p[1:], p.weights + p.activations))) for p in found]
+    return aligned_columns([("beside the steps", "weights, MB", "activations", "together"), *rows], num_text=1)
+
+
+def simulated_cost(
+    config: TrainDiffusionConfig,
+    model: ImageModel,
+    trained: TrainedNetworks,
+    batches: CaptionedBatches,
+    source: CaptionedBatches | PreservingBatches,
+    machine: Machine,
+    *,
+    checkpointing: bool,
+) -> StepCost:
+    """The activations of a step with the largest batch.
+
+    Args:
+        config: The config.
+        model: The model, on the meta device, adapted.
+        trained: What is trained of it.
+        batches: The batches of the training, with latents and captions from `encode_without_numbers`.
+        source: The same, with what is preserved beside them.
+        machine: What the step is simulated for.
+        checkpointing: Whether the backward pass computes activations again.
+    """
+    networks = {**model.networks, **token_networks(config.tokens, model)}
+    denoiser: Any = trained.networks[model.denoiser]
+    denoiser.disable_gradient_checkpointing()
+    if checkpointing:
+        checkpoint_activations(denoiser)
+    train_mode(trained.networks.values())
+    loss, stream = DiffusionTask(model, config.loss).loss, generator(config.seed, 0, "loss 0")
+    passes = config.train.gradient_accumulation_steps
+    peak = simulated_peak(
+        networks, lambda number: loss(source(number), stream), largest_batch(batches), passes, machine
+    )
+    for parameter in trained.parameters.values():
+        parameter.grad = None
+    activations = max(0, peak - num_bytes(trained.parameters.values()))
+    how = "checkpointed" if checkpointing else "not checkpointed"
+    return StepCost(None, activations, f"{how}, an estimate by a step without numbers")
+
+
+def checkpointing_line(costs: Mapping[bool, StepCost], checkpointing: bool) -> str:
+    """A line on the activations with the other setting of `train.gradient_checkpointing`."""
+    size = costs[not checkpointing].activations
+    key = f"train.gradient_checkpointing={str(not checkpointing).lower()}"
+    return f"with {key} the activations take {size / 1e6:,.1f} MB"
+
+
+def _peak(model: ImageModel, compute: Callable[[], Any]) -> int:
+    with torch.no_grad(), without_numbers(model) as counted:
+        compute()
+    return counted.peak
+
+
+def _tensors(network: nn.Module) -> Iterator[torch.Tensor]:
+    yield from network.parameters()
+    yield from network.buffers()

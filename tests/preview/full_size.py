@@ -1,0 +1,50 @@
+"""Folders with the configs of full-size models, and without weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+from dora_mm.models.images.sdxl.checkpoint import CONFIGS, tokenizers
+from tests.models.images.z_image import tiny
+
+Z_IMAGE = {  # of Tongyi-MAI/Z-Image
+    "transformer": {"dim": 3840, "n_heads": 30, "n_kv_heads": 30, "n_layers": 30, "n_refiner_layers": 2},
+    "text_encoder": {
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151_936,
+        "tie_word_embeddings": True,
+    },
+    "vae": {"block_out_channels": [128, 256, 512, 512], "latent_channels": 16, "norm_num_groups": 32},
+}
+Z_IMAGE["transformer"] |= {"cap_feat_dim": 2560, "in_channels": 16, "axes_dims": [32, 48, 48]}
+Z_IMAGE["transformer"] |= {"axes_lens": [1536, 512, 512]}
+Z_IMAGE["vae"] |= {"layers_per_block": 2, "sample_size": 1024}
+
+
+def sdxl(folder: Path) -> Path:
+    """SDXL base 1.0."""
+    shutil.copytree(CONFIGS, folder)
+    for name, tokenizer in tokenizers().items():
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def z_image(folder: Path) -> Path:
+    """Z-Image, with the tokenizer of a small one."""
+    tiny.build(folder)
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    for name, changes in Z_IMAGE.items():
+        file = folder / name / "config.json"
+        values = json.loads(file.read_text()) | changes
+        values.pop("layer_types", None)
+        file.write_text(json.dumps(values))
+    return folder
+
+
+MAKERS = {"sdxl": sdxl, "z_image": z_image}

@@ -1,0 +1,123 @@
+"""The memory of trainings on pictures without a step, beside the measured peak of a step on a processor."""
+
+import re
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, ZImageTransformer2DModel
+from torch import nn
+
+from dora_mm import DoRASpec, adapter_parameters, inject
+from dora_mm.cli import main
+from dora_mm.core import fixed_parameters
+from dora_mm.preview.simulation import Machine, simulated_peak
+from dora_mm.utils.losses import LossSum
+from tests.benchmarks.full_size import FULL_SIZE
+from tests.preview import full_size
+from tests.preview.peaks import peak_bytes
+
+CUDA = 1.0  # GB that a process takes of a card beside its tensors, an estimate
+
+SDXL = FULL_SIZE | {
+    "block_out_channels": (64, 128, 256),
+    "norm_num_groups": 16,
+    "attention_head_dim": (1, 2, 4),
+    "transformer_layers_per_block": (1, 2, 4),
+    "cross_attention_dim": 256,
+    "projection_class_embeddings_input_dim": 6 * FULL_SIZE["addition_time_embed_dim"] + 128,
+}
+Z_IMAGE = {"dim": 256, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 4, "n_kv_heads": 4, "cap_feat_dim": 128}
+Z_IMAGE |= {"axes_dims": (16, 24, 24), "axes_lens": (512, 128, 128), "in_channels": 4}
+CASES = [  # family, latents along a side, pictures, bf16, checkpointing
+    ("sdxl", 32, 1, False, False),
+    ("sdxl", 32, 1, True, True),
+    ("z_image", 32, 1, True, False),
+    *(
+        pytest.param(family, side, batch, half, checkpointing, marks=pytest.mark.slow)
+        for family in ("sdxl", "z_image")
+        for side, batch in ((32, 3), (64, 1), (64, 3))
+        for half in (False, True)
+        for checkpointing in (False, True)
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "side", "batch", "half", "checkpointing"), CASES)
+def test_the_estimate_is_near_to_the_measured_peak_of_a_step(family, side, batch, half, checkpointing):
+    measured, estimated = (peak_of(family, side, batch, half, checkpointing, device) for device in ("cpu", "meta"))
+    assert measured * 0.85 < estimated < measured * 1.15
+
+
+def peak_of(family: str, side: int, batch: int, half: bool, checkpointing: bool, device: str) -> int:
+    """The bytes of a step: measured on the processor, estimated on the meta device."""
+    torch.manual_seed(0)
+    dtype, is_sdxl = torch.bfloat16 if half else torch.float32, family == "sdxl"
+    with torch.device(device):
+        network: Any = UNet2DConditionModel(**SDXL) if is_sdxl else ZImageTransformer2DModel(**Z_IMAGE)
+        nn.Module.to(network.requires_grad_(False), dtype)
+        inputs = inputs_of(network, side, batch)
+    inject(network, targets="sdxl-unet" if is_sdxl else "z-image", spec=DoRASpec(8), backend="torch")
+    network.train()
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+
+    def loss(_: Any = None) -> LossSum:
+        found = network(**inputs)[0]
+        found = found if is_sdxl else torch.stack(found)
+        return LossSum(found.float().square().mean(), torch.ones(()))
+
+    if device == "meta":
+        return simulated_peak({"network": network}, loss, None, 1, Machine(dtype=dtype if half else None))
+    for name, parameter in adapter_parameters(network).items():
+        parameter.data += 0.01 * name.endswith("lora_B")  # fresh adapters take less
+    autocast = torch.autocast("cpu", dtype) if half else nullcontext()
+
+    def step() -> None:
+        with autocast:
+            total = loss().total
+        total.backward()
+
+    with fixed_parameters(network, num_passes=1):
+        return peak_bytes(step)
+
+
+def inputs_of(network: Any, side: int, batch: int) -> dict[str, Any]:
+    if isinstance(network, ZImageTransformer2DModel):
+        rows, text = torch.randn(batch, 4, 1, side, side, dtype=network.dtype), torch.randn(batch, 40, 128)
+        return {
+            "x": list(rows),
+            "t": torch.full((batch,), 0.5),
+            "cap_feats": list(text.to(network.dtype)),
+            "return_dict": False,
+        }
+    added = {"text_embeds": torch.randn(batch, 128), "time_ids": torch.zeros(batch, 6)}
+    states = torch.randn(batch, 77, 256, dtype=network.dtype)
+    more = {"encoder_hidden_states": states, "added_cond_kwargs": added, "return_dict": False}
+    return {"sample": torch.randn(batch, 4, side, side), "timestep": torch.full((batch,), 500), **more}
+
+
+SIZES = ("_24gb", "_16gb", "_12gb", "_8gb")
+RECIPES = ["sdxl/3d_icon", *(f"sdxl/3d_icon{size}" for size in SIZES), "sdxl/lego", "z_image/style"]
+
+
+@pytest.fixture(scope="module")
+def full_models(tmp_path_factory):
+    return {name: full_size.MAKERS[name](tmp_path_factory.mktemp(name) / "model") for name in full_size.MAKERS}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU a step is measured")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_heads_of_the_recipes_have_what_the_dry_run_says(recipe, full_models, capsys):
+    family = recipe.partition("/")[0]
+    given = [f"model.path={full_models[family]}", "model.vae=null"]
+    given += ["data.folder=samples/3d_icon"] if family == "z_image" else []
+    assert main(["train", f"configs/{recipe}.yaml", "--dry-run", "--set", *given]) == 0
+    together = float(re.findall(r"^together .* ([\d,.]+)$", capsys.readouterr().out, re.M)[0].replace(",", ""))
+    head = re.sub(r"\n# ?", " ", (Path("configs") / f"{recipe}.yaml").read_text().partition("\npipeline")[0])
+    assert f"steps take {together / 1e3:.1f} GB" in head
+    size = re.search(r"GPU of (\d+) GB", head)
+    assert size is None or together / 1e3 + CUDA < int(size[1])
