@@ -34,6 +34,7 @@ AUTOCAST = ("conv1d", "conv2d", "conv3d", "bmm", "mm", "linalg_vecdot", "baddbmm
 AUTOCAST += ("conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input", "scaled_dot_product_attention")
 # By themselves they make an empty tensor and let it grow, and the size of a tensor of the card is fixed.
 FACTORIES = ("arange", "arange.start", "arange.start_step", "eye", "eye.m", "tril_indices", "triu_indices")
+OWN_KERNELS = ("silu_backward", "mish_backward", "native_channel_shuffle")  # the CPU has; elsewhere torch composes them
 FLASH = 1  # of torch._fused_sdp_choice
 
 
@@ -208,6 +209,9 @@ def install() -> None:
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
     for key in ("PrivateUse1", "AutogradPrivateUse1"):
         library.impl("scaled_dot_product_attention", _attention, key)
+        library.impl("dropout", _dropout, key)
+    for name in OWN_KERNELS:
+        library.impl(name, _own_kernel(name), "PrivateUse1")
     for name in AUTOCAST:
         library.impl(name, _autocast(name), "AutocastPrivateUse1")
     library.impl("_local_scalar_dense", _number, "PrivateUse1")
@@ -218,6 +222,7 @@ def install() -> None:
     others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # all others keep their dtype
     _registered.extend([library, others])
     torch.Generator = CardGenerator
+    torch.clear_autocast_cache = _forget_casts  # which autocast calls when it ends
     torch.__future__.set_swap_module_params_on_conversion(True)  # parameters stay the objects that they are, as on a GPU
     import accelerate
 
@@ -287,13 +292,37 @@ def _attention(
     return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, attn_mask=mask, scale=scale)[0]
 
 
+def _dropout(x: Tensor, p: float, train: bool) -> Tensor:
+    """As torch composes it for the CPU; a GPU has a kernel that keeps a mask instead of factors."""
+    if p == 0 or not train or not x.numel():
+        return x
+    return x * (torch.empty_like(x).bernoulli_(1 - p).div_(1 - p) if p < 1 else torch.zeros_like(x))
+
+
+def _own_kernel(name: str) -> Any:
+    return lambda *args: CardTensor.__torch_dispatch__(getattr(aten, name).default, (), args)
+
+
+_casts: dict[int, tuple[Tensor, Tensor]] = {}  # of weights, by id: autocast casts each once
+
+
+def _forget_casts() -> None:
+    _casts.clear()
+
+
 def _autocast(name: str) -> Any:
     """An operation as autocast does it: in its dtype."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 
     def cast(value: Any) -> Any:
-        eligible = isinstance(value, CardTensor) and value.is_floating_point() and value.dtype != torch.float64
-        return value.to(torch.get_autocast_dtype(NAME)) if eligible else value
+        dtype = torch.get_autocast_dtype(NAME)
+        if not isinstance(value, CardTensor) or not value.is_floating_point() or value.dtype == torch.float64:
+            return value
+        if not (value.requires_grad and value.is_leaf and value.dtype == torch.float32):
+            return value.to(dtype)
+        if id(value) not in _casts:
+            _casts[id(value)] = value, value.to(dtype)
+        return _casts[id(value)][1]
 
     def operation(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(keys):
