@@ -68,6 +68,12 @@ class CardTensor(Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()  # torch refuses it for subclasses
 
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def untyped_storage(self) -> Any:
+        return self.held.untyped_storage()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

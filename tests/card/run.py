@@ -1,12 +1,14 @@
-"""Runs commands of dora-mm on the card of nothing: `python -m tests.card.run COMMANDS.json WAITS.json`.
+"""Runs commands of dora-mm on one side of a comparison: `python -m tests.card.run card|cpu COMMANDS.json RESULTS.json`.
 
-COMMANDS.json is a list of lists of words. WAITS.json receives, per command, what came back from the card, and how often.
+COMMANDS.json is a list of lists of words. RESULTS.json receives, per command, its exit code and what came back from the
+card, and how often. On the CPU, a bias is added behind the gain of a layer, as on every accelerator: see `core/steps.py`.
 """
 
+import contextlib
+import io
 import json
 import os
 import sys
-import time
 import traceback
 from pathlib import Path
 
@@ -21,16 +23,22 @@ def run(words: list[str]) -> dict:
 
     device.waits.clear()
     AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
-    start = time.perf_counter()
+    said, error = io.StringIO(), None
     try:
-        code = main(words)
+        with contextlib.redirect_stderr(said):
+            code = main(words)
     except Exception:
-        traceback.print_exc()
-        code = 1
-    return {"code": code, "waits": dict(device.waits.most_common()), "seconds": time.perf_counter() - start}
+        code, error = 1, traceback.format_exc()
+    error = f"{' '.join(words)}: {error or said.getvalue()}" if code else None
+    return {"code": code, "error": error, "waits": dict(device.waits.most_common())}
 
 
 if __name__ == "__main__":
-    commands, results = map(Path, sys.argv[1:])
-    device.install()
-    results.write_text(json.dumps([run(words) for words in json.loads(commands.read_text())], indent=1))
+    side, commands, results = sys.argv[1:]
+    if side == "card":
+        device.install()
+    else:
+        from dora_mm.core import steps
+
+        steps.is_divisor = lambda gain: False
+    Path(results).write_text(json.dumps([run(words) for words in json.loads(Path(commands).read_text())], indent=1))
