@@ -68,6 +68,15 @@ class CardTensor(Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()  # torch refuses it for subclasses
 
+    @property
+    def data(self) -> Tensor:
+        return CardTensor(self.held)
+
+    @data.setter
+    def data(self, value: "CardTensor") -> None:
+        Tensor.data.__set__(self, value)  # what torch knows of it: shape, strides, dtype
+        self.held = value.held
+
     def data_ptr(self) -> int:
         return self.held.data_ptr()
 

@@ -136,7 +136,8 @@ def test_sdxl(both, tmp_path, tiny_folder, image_folder):
 
 @pytest.mark.slow
 def test_scores_of_pictures(both, tmp_path):
-    config = training(SAMPLES / "tiny-sdxl", SAMPLES / "3d_icon", ["unet.attn"], sample=None)
+    config = training(SAMPLES / "tiny-sdxl", SAMPLES / "3d_icon", ["unet.attn"])
+    del config["sample"]
     config["data"] |= {"resolution": 128, "instance_prompt": PROMPT}
     config["train"] = {"steps": 1, "batch_size": 2}
     things = {
