@@ -1,4 +1,4 @@
-"""A device named `card`: its tensors say that they are on it, hold their values on the CPU, and refuse to meet CPU tensors.
+"""A device named `card`: its tensors say that they are on it, and hold their values on the CPU, whose tensors they refuse.
 
 It is a backend for torch's `PrivateUse1` written in Python. What torch computes with one of its tensors arrives at
 `CardTensor.__torch_dispatch__`, below autograd, and is computed by the CPU's kernels: results are those of the CPU bit
@@ -27,10 +27,27 @@ CROSSES = {aten.copy_.default, aten.index.Tensor, aten.index_put_.default, aten.
 CROSSES |= {aten._index_put_impl_.default, aten._foreach_copy_.default}
 # Their result depends on values in a way that the host waits for: a number, or the size of a tensor.
 WAITS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default}
-WAITS |= {aten.repeat_interleave.Tensor, aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default}
+WAITS |= {
+    aten.repeat_interleave.Tensor,
+    aten._unique2.default,
+    aten.unique_dim.default,
+    aten.unique_consecutive.default,
+}
 
 # What autocast does in half precision on the CPU.
-AUTOCAST = ("conv1d", "conv2d", "conv3d", "bmm", "mm", "linalg_vecdot", "baddbmm", "addmm", "addbmm", "linear", "matmul")
+AUTOCAST = (
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "bmm",
+    "mm",
+    "linalg_vecdot",
+    "baddbmm",
+    "addmm",
+    "addbmm",
+    "linear",
+    "matmul",
+)
 AUTOCAST += ("conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input", "scaled_dot_product_attention")
 # By themselves they make an empty tensor and let it grow, and the size of a tensor of the card is fixed.
 FACTORIES = ("arange", "arange.start", "arange.start_step", "eye", "eye.m", "tril_indices", "triu_indices")
@@ -238,7 +255,9 @@ def install() -> None:
     _registered.extend([library, others])
     torch.Generator = CardGenerator
     torch.clear_autocast_cache = _forget_casts  # which autocast calls when it ends
-    torch.__future__.set_swap_module_params_on_conversion(True)  # parameters stay the objects that they are, as on a GPU
+    torch.__future__.set_swap_module_params_on_conversion(
+        True
+    )  # parameters stay the objects that they are, as on a GPU
     import accelerate
 
     from dora_mm.core import adapted
@@ -248,14 +267,20 @@ def install() -> None:
 
 
 def _class_on_a_gpu(value: Any) -> type:
-    """The class that a tensor of this device would have on a GPU: layers are adapted by the exact class of their weight."""
+    """The class that a tensor would have on a GPU: layers are adapted by the exact class of their weight."""
     if not isinstance(value, CardTensor):
         return type(value)
     return torch.nn.Parameter if isinstance(value, torch.nn.Parameter) else Tensor
 
 
 def _empty(
-    size: Any, *, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None, memory_format: Any = None
+    size: Any,
+    *,
+    dtype: Any = None,
+    layout: Any = None,
+    device: Any = None,
+    pin_memory: Any = None,
+    memory_format: Any = None,
 ) -> Tensor:
     return CardTensor(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format))
 

@@ -1,4 +1,4 @@
-"""The recipes on a card without hardware: what is made on the wrong device raises, and results are the CPU's bit for bit."""
+"""The recipes on a card without hardware: a tensor on the wrong device raises, and results are the CPU's by bits."""
 
 import json
 import os
@@ -61,9 +61,7 @@ def both(tmp_path) -> Callable[..., Runs]:
 def _run(side: str, folder: Path) -> list[dict[str, Any]]:
     (folder / side).mkdir()
     results = folder / f"{side}.json"
-    done = python(
-        "-m", "tests.card.run", side, str(folder / "commands.json"), str(results), cwd=folder / side
-    )
+    done = python("-m", "tests.card.run", side, str(folder / "commands.json"), str(results), cwd=folder / side)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(results.read_text())
     assert [each["error"] for each in found if each["code"]] == [], folder
@@ -116,11 +114,60 @@ GRID = {
 }
 
 
+LAYER = """
+import torch
+from torch import nn
+from tests.card import device
+device.install()
+from dora_mm.core import DoRASpec, inject, steps
+
+steps.is_divisor = lambda gain: False  # as on the card
+def trained(place):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8), nn.SiLU(), nn.Linear(8, 4)).to(place)
+    inject(model, ["0", "2"], DoRASpec(rank=2))
+    nn.init.normal_(model[0].lora_B)
+    x = torch.randn(5, 12, device=place, generator=torch.Generator(place).manual_seed(1))
+    with torch.autocast(torch.device(place).type, torch.bfloat16):
+        y = model(x)
+    y.float().square().sum().backward()
+    return [y.detach().cpu(), *(p.grad.cpu() for p in model.parameters() if p.grad is not None)]
+
+assert all(map(torch.equal, trained("card"), trained("cpu")))
+x = torch.ones(2, device="card")
+assert x.sum().item() == 2 and device.waits.total() > 0
+for wrong in (lambda: x + torch.ones(2), lambda: x.normal_(generator=torch.Generator())):
+    try:
+        wrong()
+    except device.TwoDevicesError:
+        print("refused")
+"""
+
+
+def test_the_card_computes_what_the_cpu_does_and_refuses_what_a_card_would():
+    done = python("-c", LAYER)
+    assert (done.returncode, done.stdout) == (0, "refused\n" * 2), done.stderr
+
+
+def waits_per_step(both: Callable[..., Runs], config: dict[str, Any], longer: int = 4) -> dict[str, float]:
+    """What the host waits for in each step of a training, by place: a longer training less a shorter one."""
+    config = {**config, "train": {**config["train"], "checkpoint_every": 100}}
+    lengths = [["--set", f"train.steps={steps}", f"output=runs/{steps}"] for steps in (3, 3 + longer)]
+    few, many = (run["waits"] for run in both(*(["train", config, *length] for length in lengths))["card"])
+    return {place: (many[place] - few.get(place, 0)) / longer for place in many if many[place] != few.get(place, 0)}
+
+
 @pytest.mark.slow
 def test_sdxl(both, tmp_path, tiny_folder, image_folder):
     config = training(tiny_folder, image_folder, [*UNET, "text_encoders.attn"])
     halves = ["train.mixed_precision=bf16", "train.gradient_checkpointing=true", "output=runs/halves"]
-    style = {"pipeline": "eval_style", "adapter": {"path": "runs/trained"}, "seeds": [0], "steps": 1, "output": "runs/style"}
+    style = {
+        "pipeline": "eval_style",
+        "adapter": {"path": "runs/trained"},
+        "seeds": [0],
+        "steps": 1,
+        "output": "runs/style",
+    }
     both(
         ["train", config, "--dry-run"],
         ["train", config],
@@ -149,7 +196,7 @@ def test_scores_of_pictures(both, tmp_path):
         "prompt": "a TOK icon of {thing}",
         "flat_prompt": "a flat icon of {thing}",
         "concepts": {"role": "report", "count": 3, "seeds": [0]},
-        "draw": DRAWN,
+        "draw": {"steps": 1, "guidance": 1.0},
         "output": "runs/things",
     }
     both(["train", config], ["eval", things])
@@ -227,6 +274,37 @@ def test_vl_bart(both, tmp_path, vision):
     model = {"family": "vl_bart", "path": str(tmp_path / "model")}
     adapter = {"rank": 2, "extra_trainable": ["visual_embedding", "biases", "norms"]}
     trained, evaluated = answering(model, vision=vision, adapter=adapter, ema={"decay": 0.5})
-    features = {"pipeline": "extract_features", "output": "features", "images": [str(SAMPLES / "vl/images")]}
     both(["train", trained], ["eval", evaluated])
     assert {"runs/trained/adapter/adapter_model.safetensors", "runs/eval/answers/vqa.jsonl"} <= compare(tmp_path)
+
+
+STEP = {
+    "_local_scalar_dense dora_mm/train/loop.py:accumulate": 1,
+    "_local_scalar_dense dora_mm/train/loop.py:update": 1,
+}
+
+
+def num_layers(folder: Path) -> int:
+    (file,) = (folder / "card" / "runs" / "3" / "adapter").glob("*.safetensors")
+    return sum("lora_A" in name for name in load_file(file))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pictures", "questions"])
+def test_a_step_waits_for_its_loss_and_norm_and_once_per_adapted_layer(
+    both, tmp_path, tiny_folder, tiny_vlm, image_folder, kind
+):
+    if kind == "pictures":
+        config = training(tiny_folder, image_folder, ["unet.attn", "unet.cross"])
+        del config["sample"]
+    else:
+        config, _ = answering({"path": str(tiny_vlm("smolvlm"))})
+        del config["evaluate"], config["data"]["valid"]
+    found = waits_per_step(both, config)
+    if kind == "questions":
+        of_class = [place for place in found if place.endswith("forms.py:logits")]  # where images are in the text
+        assert sum(found.pop(place) for place in of_class) < 8
+        assert found.pop("nonzero dora_mm/models/vl/vlm/head.py:__init__") == 1  # how many tokens are learned
+    by_layer = found.pop("_local_scalar_dense dora_mm/core/functional.py:<lambda>", 0)  # whether a row's gain is small
+    assert found == STEP
+    assert 0 < by_layer <= num_layers(tmp_path)
