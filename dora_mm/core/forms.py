@@ -32,7 +32,6 @@ from dora_mm.core.functional import (
     can_read,
     cast,
     first_order,
-    joined_rows,
     merge_adapters,
     product_dtype,
     without_autocast,
@@ -158,6 +157,15 @@ def merged_parts(
         to_rest.copy_(parts[1])
         found_of.append(found)
     return (main, rest), rows or [joined_rows(each) for each in zip(*found_of, strict=True)]
+
+
+def joined_rows(blocks: Sequence[RowGains | None]) -> RowGains | None:
+    """Joins n and g of one adapter from blocks of rows; None where it has no magnitude."""
+    found = [block for block in blocks if block is not None]
+    if not found:
+        return None
+    norm, gain = torch.cat([block.norm for block in found]), torch.cat([block.gain for block in found])
+    return RowGains(norm, gain, all(block.regular for block in found))
 
 
 # --- the two forms ---------------------------------------------------------------------------------------------------

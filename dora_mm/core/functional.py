@@ -297,15 +297,6 @@ def merge_adapters(
     return laid_out_like(W0 if merged is None else merged, weight), tuple(found)
 
 
-def joined_rows(blocks: Sequence[RowGains | None]) -> RowGains | None:
-    """Joins n and g of one adapter from blocks of rows; None where it has no magnitude."""
-    found = [block for block in blocks if block is not None]
-    if not found:
-        return None
-    norm, gain = torch.cat([block.norm for block in found]), torch.cat([block.gain for block in found])
-    return RowGains(norm, gain, all(block.regular for block in found))
-
-
 def row_gains_of(V: Tensor, adapter: Adapter) -> RowGains | None:
     """`row_gains`, for an adapter whose V is built."""
     return None if adapter.magnitude is None else with_gain(adapter.magnitude, row_norm(V))
