@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 BAR_AFTER, BAR_REFRESH = 2.0, 0.5  # seconds
 FIRST_LINE, NEXT_LINE = 5.0, 10.0  # seconds before the first line, and between two
 SLOW = 0.05  # seconds for an item, above which that time is said
+LONG = 99.5  # seconds, from which on two digits are too few
 BYTES = "bytes"  # a unit whose numbers are large
 
 ItemT = TypeVar("ItemT")
@@ -116,8 +117,10 @@ class Progress:
             return f"{duration(seconds)} in all"
         if self.total is None or not count:
             return f"{duration(seconds)} so far"
-        each = f"{seconds / count:.2g} s each, " if seconds / count > SLOW else ""
-        return f"{each}{duration(seconds / count * (self.total - self.done))} left"
+        of_one = seconds / count
+        time_of_one = f"{of_one:.2g} s" if of_one < LONG else duration(of_one)
+        each = f"{time_of_one} each, " if of_one > SLOW else ""
+        return f"{each}{duration(of_one * (self.total - self.done))} left"
 
     def _show_lines(self) -> None:
         while not self._ended.wait(max(0.1, self._next_line - time.monotonic())):

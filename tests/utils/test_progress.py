@@ -104,3 +104,18 @@ def test_a_program_that_logs_no_information_sees_nothing(lines, caplog):
     with Progress("encoding images", 3, "images"):
         time.sleep(0.1)
     assert lines.messages == []
+
+
+TIMES = [(0.012, ""), (0.5, "0.5 s each, "), (24, "24 s each, "), (310, "5.2 min each, ")]
+
+
+@pytest.mark.parametrize(("seconds", "each"), TIMES)
+def test_the_time_of_an_item(monkeypatch, seconds, each):
+    """A training of 310 s was said to take 3.1e+02 s."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Progress("trainings", 5, "trainings", hidden=True) as progress:
+        progress.advance()
+        now[0] += seconds
+        assert progress.line().startswith(f"trainings: 1 of 5 trainings, {each}")
+        assert progress.line().endswith(" left")
