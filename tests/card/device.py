@@ -1,4 +1,4 @@
-"""A device named `card`: its tensors say that they are on it, and refuse those of the CPU, which has their values.
+"""A device named `card`: its tensors say that they are on it, hold values on the CPU, and refuse to meet its tensors.
 
 It is a backend for torch's `PrivateUse1` written in Python. What torch computes with one of its tensors arrives at
 `CardTensor.__torch_dispatch__`, below autograd, and is computed by the CPU's kernels: results are those of the CPU bit
