@@ -26,11 +26,13 @@ class Rung:
         steps: The length, in optimizer steps.
         scores: By candidate, higher is better; -inf: it has diverged.
         slack: What a candidate may lose against the highest score and be as good.
+        learned: Whether any candidate has learned something in these steps. Else its scores say nothing of rates.
     """
 
     steps: int
     scores: dict[Candidate, float]
     slack: float = 0.0
+    learned: bool = True
 
     @cached_property
     def as_good(self) -> list[Candidate]:
@@ -58,6 +60,11 @@ class Rung:
             lower = [other for other in self.scores if other.rank == each.rank and other.rate < each.rate]
             found |= dict.fromkeys([each, *([max(lower)] if lower else [])])
         return list(found)[:count]
+
+    @property
+    def alive(self) -> list[Candidate]:
+        """The candidates that have not diverged."""
+        return [each for each, score in self.scores.items() if score > -inf]
 
     @property
     def has_failed(self) -> bool:
@@ -91,7 +98,7 @@ def halving(
 
     Every length is a whole schedule, warm-up and decay included: in the middle of one, low rates look better than they
     end. Where one candidate is left, it goes on to the full length at once; where that diverges,
-    the next of those before takes its place.
+    the next of those before takes its place. Where none has learned anything, all go on.
 
     Args:
         candidates: The candidates.
@@ -104,7 +111,7 @@ def halving(
         The rungs. The first of the last one's order is chosen.
 
     Raises:
-        ValueError: All candidates have diverged.
+        ValueError: All candidates have diverged, or none has learned anything.
     """
     rungs: list[Rung] = []
     pending = list(candidates)
@@ -112,7 +119,7 @@ def halving(
         if rungs and len(pending) == 1 and length < steps:
             continue
         rung = measure(length, pending)
-        for _ in range(0 if rungs else extra):
+        for _ in range(0 if rungs or not rung.learned else extra):
             more = [each for each in rung.beyond() if rates[0] <= each.rate < rates[1] and each not in rung.scores]
             rung = measure(length, [*rung.scores, *more]) if more else rung
         spare = [each for each in rungs[-1].order if each not in rung.scores] if rungs else []
@@ -122,5 +129,11 @@ def halving(
             tried = ", ".join(f"{each.rate:g}" for each in sorted(rung.scores))
             raise ValueError(f"all trainings of {length} steps have diverged, at rates of {tried}: give lower ones")
         rungs.append(rung)
-        pending = rung.survivors(max(1, len(pending) // 2))
+        pending = rung.survivors(max(1, len(pending) // 2)) if rung.learned else rung.alive
+    if not rungs[-1].learned:
+        tried = ", ".join(f"{each.rate:g}" for each in sorted(rungs[-1].scores))
+        raise ValueError(
+            f"no training of {steps} steps has learned anything, at rates of {tried}: give more train.steps, or higher "
+            "rates"
+        )
     return rungs

@@ -13,6 +13,7 @@ from dora_mm import backend as backends
 from dora_mm.config.pictures import DrawConfig, EvalStyleConfig
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.eval.images.own_style import LIKENESS, scores_of
+from dora_mm.eval.statistics import Interval, mean_interval
 from dora_mm.models.images.families import load_image_model
 from dora_mm.models.images.new_tokens import load_adapter
 from dora_mm.sampling.before_after import sample_merged
@@ -52,6 +53,10 @@ class RateJudge(Scoring[Any], Protocol):
             folder: The campaign's folder.
             highest: The highest score of a length.
         """
+        ...
+
+    def has_learned(self, folder: Path, highest: float) -> bool:
+        """Whether a candidate with this score, the highest of a length, has learned something."""
         ...
 
     def remark(self, folder: Path) -> str:
@@ -135,19 +140,24 @@ class LikenessJudge:
         """The file of the picture of a prompt, by its number."""
         return folder / "pictures" / name / f"{prompt + 1:04d}-seed{seed}.png"
 
-    def bare(self, folder: Path) -> float:
+    def bare(self, folder: Path) -> Interval:
         """The likeness of the bare model's pictures."""
-        return float(np.mean(json.loads(self.judged(folder, BARE, None))))
+        return mean_interval(np.array(json.loads(self.judged(folder, BARE, None)))[:, None], over_runs=False)
 
     def slack(self, folder: Path, highest: float) -> float:
         """A quarter of the gain over the bare model."""
-        return max(0.0, (highest - self.bare(folder)) * (1 - KEPT))
+        return max(0.0, (highest - self.bare(folder).mean) * (1 - KEPT))
+
+    def has_learned(self, folder: Path, highest: float) -> bool:
+        """Whether it lies above the interval of the bare model."""
+        return highest > self.bare(folder).high
 
     def remark(self, folder: Path) -> str:
         """What the bare model has, and which rate is taken."""
+        bare = self.bare(folder).text("{:.3f}")
         return (
-            f"The bare model has {self.bare(folder):.3f}. Of all that keep {100 * KEPT:.0f} % of the highest gain over "
-            "that, the lowest rank and rate are taken, since likeness does not see all that a high rate destroys."
+            f"The bare model has {bare}. Of all that keep {100 * KEPT:.0f} % of the highest gain over that, the lowest "
+            "rank and rate are taken, since likeness does not see all that a high rate destroys."
         )
 
     def sheet(self, folder: Path, trained: Sequence[Training]) -> Image.Image | None:
@@ -204,6 +214,10 @@ class AnswerJudge:
         """Only the highest score counts."""
         return 0.0
 
+    def has_learned(self, folder: Path, highest: float) -> bool:
+        """It is taken for granted."""
+        return True
+
     def remark(self, folder: Path) -> str:
         """Nothing is to be said."""
         return ""
@@ -250,6 +264,10 @@ class LossJudge:
     def slack(self, folder: Path, highest: float) -> float:
         """Only the highest score counts."""
         return 0.0
+
+    def has_learned(self, folder: Path, highest: float) -> bool:
+        """It is taken for granted."""
+        return True
 
     def remark(self, folder: Path) -> str:
         """Nothing is to be said."""

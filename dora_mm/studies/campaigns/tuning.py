@@ -71,7 +71,12 @@ class Tuning:
                 "says nothing about their rates: --judge held_out, or more train.steps"
             )
         highest = max(scores.values())
-        return Rung(steps, scores, 0.0 if highest == -inf else self.judge.slack(self.folder, highest))
+        if highest == -inf:
+            return Rung(steps, scores)
+        rung = Rung(steps, scores, self.judge.slack(self.folder, highest), self.judge.has_learned(self.folder, highest))
+        if not rung.learned:
+            log.info("None of %d steps has learned anything: all that are trained for longer tell more", steps)
+        return rung
 
     # --- the report --------------------------------------------------------------------------------------------------
 

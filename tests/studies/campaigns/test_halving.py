@@ -102,3 +102,19 @@ def test_the_next_one_takes_the_place_of_one_that_diverges_at_the_end():
     diverged = {steps: dict.fromkeys((1e-3, 1e-2), -inf) for steps in (1, 2, 4)}
     with pytest.raises(ValueError, match=r"all trainings of 1 steps have diverged, at rates of 0.001, 0.01"):
         halving(candidates(1e-3, 1e-2), 4, Recorded(diverged))
+
+
+def test_where_nothing_was_learned_all_go_on_and_at_the_end_nothing_is_chosen():
+    """In 15 steps of another style no rate moved the likeness, and the lowest, which never learns, was chosen."""
+    rates, learned = (1e-4, 1e-3, 1e-2), {15: False, 30: True, 60: True}
+
+    def measure(steps, candidates):
+        found = {each: 0.77 + (each.rate if learned[steps] else 0) for each in candidates}
+        return Rung(steps, found, 0.001, learned[steps])
+
+    rungs = halving(candidates(*rates), 60, measure, extra=2)
+    assert [len(rung.scores) for rung in rungs] == [3, 3, 1]
+    assert rungs[-1].order[0].rate == 1e-2
+    learned[30] = learned[60] = False
+    with pytest.raises(ValueError, match="no training of 60 steps has learned anything, at rates of 0.0001, 0.00"):
+        halving(candidates(*rates), 60, measure)
