@@ -73,7 +73,7 @@ class Checkout:
         elif config:
             overrides = cuts(config, self.ours.__contains__)
         elif "--resume" in arguments and any(argument.startswith("train.steps=") for argument in arguments):
-            before = load_config(Path(arguments[arguments.index("--resume") + 1]) / "config.yaml")
+            before = load_config(Path(numbered(arguments[arguments.index("--resume") + 1])) / "config.yaml")
             overrides = [f"train.steps={before.model_dump()['train']['steps'] + 1}"]
         else:
             return []

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_mm.core.functional import without_autocast
 
@@ -46,4 +46,4 @@ def _in_its_precision(vae: Any) -> Iterator[None]:
             yield
     finally:
         if upcast:
-            vae.to(dtype)
+            nn.Module.to(vae, dtype)  # diffusers' own warns each time
