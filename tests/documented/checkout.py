@@ -23,6 +23,7 @@ from tests.documented.texts import DOCS, ROOT, blocks, configs, head_commands, t
 from tests.formats.files.single_files import write_single_file
 
 MANY = 50  # pictures; of more, features are computed only of those that are needed
+LEARNS_IN = 28  # steps in which a training of the embedded model shows some style
 WITH_CONFIG = ("train", "sample", "grid", "eval", "compare", "features", "tune")
 INPUTS = (
     *("source", "sources", "model", "adapter", "file", "base", "tuned", "path", "folder", "images", "runs", "resume"),
@@ -72,6 +73,9 @@ class Checkout:
             overrides = self._few_images(config)
         elif config:
             overrides = cuts(config, self.ours.__contains__)
+            if arguments[0] == "tune":  # which chooses nothing where nothing was learned
+                overrides = [each for each in overrides if not each.startswith("train.steps=")]
+                overrides.append(f"train.steps={LEARNS_IN}")
         elif "--resume" in arguments and any(argument.startswith("train.steps=") for argument in arguments):
             before = load_config(Path(numbered(arguments[arguments.index("--resume") + 1])) / "config.yaml")
             overrides = [f"train.steps={before.model_dump()['train']['steps'] + 1}"]
