@@ -74,7 +74,7 @@ class Checkout:
         elif config:
             overrides = cuts(config, self.ours.__contains__)
             if arguments[0] == "tune":  # which chooses nothing where nothing was learned
-                overrides = [each for each in overrides if not each.startswith("train.steps=")]
+                overrides = [each for each in overrides if not each.startswith(("train.steps=", "sample."))]
                 overrides.append(f"train.steps={LEARNS_IN}")
         elif "--resume" in arguments and any(argument.startswith("train.steps=") for argument in arguments):
             before = load_config(Path(numbered(arguments[arguments.index("--resume") + 1])) / "config.yaml")

@@ -108,10 +108,10 @@ def halving(
         rates: The lowest rate that the optimizer takes, and the one from which on it takes none.
 
     Returns:
-        The rungs. The first of the last one's order is chosen.
+        The rungs. The first of the last one's order is chosen, if any has learned something.
 
     Raises:
-        ValueError: All candidates have diverged, or none has learned anything.
+        ValueError: All candidates have diverged.
     """
     rungs: list[Rung] = []
     pending = list(candidates)
@@ -130,10 +130,4 @@ def halving(
             raise ValueError(f"all trainings of {length} steps have diverged, at rates of {tried}: give lower ones")
         rungs.append(rung)
         pending = rung.survivors(max(1, len(pending) // 2)) if rung.learned else rung.alive
-    if not rungs[-1].learned:
-        tried = ", ".join(f"{each.rate:g}" for each in sorted(rungs[-1].scores))
-        raise ValueError(
-            f"no training of {steps} steps has learned anything, at rates of {tried}: give more train.steps, or higher "
-            "rates"
-        )
     return rungs

@@ -85,6 +85,9 @@ class Tuning:
 
         Args:
             rungs: As `search` returns them.
+
+        Raises:
+            ValueError: Nothing is chosen, since no training has learned anything. All but tuned.yaml is written.
         """
         chosen, trained = rungs[-1].order[0], self.trained(rungs)
         curves = self.curves(trained)
@@ -103,6 +106,8 @@ class Tuning:
         if (page := self.judge.sheet(self.folder, trained)) is not None:
             save_atomically(self.folder / "sheet.png", page)
             print(f"sheet    {self.folder / 'sheet.png'}")
+        if not rungs[-1].learned:
+            raise ValueError(self.about_chosen(rungs))
         file = write_tuned(self.config, self.base, chosen, self.folder / "tuned.yaml")
         adapter = self.campaign.trainings.adapter(training_of(self.base, chosen, rungs[-1].steps))
         print(f"adapter  {adapter}\n" if adapter.is_dir() else "", f"config   {file}\n", sep="")
@@ -131,7 +136,7 @@ class Tuning:
         """A row per training."""
         found = []
         for rung, following in zip(rungs, [*rungs[1:], None], strict=True):
-            goes_on = following.scores if following else rung.order[:1]
+            goes_on = following.scores if following else rung.order[:1] if rung.learned else []
             for each in sorted(rung.scores):
                 row = {"steps": f"{rung.steps}", "rank": f"{each.rank or '-'}", "rate": f"{each.rate:g}"}
                 word = ("goes on" if following else "chosen") if each in goes_on else ""
@@ -163,6 +168,11 @@ class Tuning:
 
     def about_chosen(self, rungs: Sequence[Rung]) -> str:
         """What was chosen, and whether better ones may lie outside of what was tried."""
+        if not rungs[-1].learned:
+            return (
+                f"nothing is chosen, since no training of {rungs[-1].steps} steps has learned anything: give more "
+                "train.steps, or higher rates"
+            )
         chosen = rungs[-1].order[0]
         rank = f" at rank {chosen.rank}" if self.config.ranks else ""
         rates = sorted(each.rate for each in rungs[0].scores if each.rank == chosen.rank)
