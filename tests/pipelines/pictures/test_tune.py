@@ -62,6 +62,9 @@ def test_a_search_that_is_stopped_goes_on_and_trains_nothing_twice(style, starte
         return drawn(self, adapter, name)
 
     monkeypatch.setattr(judges.LikenessJudge, "drawn", interrupted)
+    monkeypatch.setattr(
+        judges.LikenessJudge, "has_learned", lambda *args: True
+    )  # pictures of a random model say nothing
     assert main(command) == 130
     assert not (folder / "tuned.yaml").exists()
     monkeypatch.setattr(judges.LikenessJudge, "drawn", drawn)
@@ -98,6 +101,17 @@ def test_a_search_that_is_stopped_goes_on_and_trains_nothing_twice(style, starte
     assert not set(started) & set(short)
     assert main([*command, "--set", "adapter.alpha=3.0"]) == 2
     assert "was started with different values of overrides" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_where_nothing_was_learned_nothing_is_chosen(style, started, tmp_path, capsys):
+    folder = tmp_path / "search"
+    rates = ["--rates", "1e-9", "1e-8", "--set", "train.steps=2", "--output", str(folder)]
+    assert main(["tune", str(style), *rates]) == 2
+    assert "nothing is chosen, since no training of 2 steps has learned anything" in capsys.readouterr().err
+    assert len(started) == 2 * 2  # all go on
+    assert (folder / "table.md").is_file()
+    assert not (folder / "tuned.yaml").exists()
 
 
 @pytest.mark.slow
