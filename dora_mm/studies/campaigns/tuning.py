@@ -91,7 +91,7 @@ class Tuning:
         """
         chosen, trained = rungs[-1].order[0], self.trained(rungs)
         curves = self.curves(trained)
-        compared = self.compared(rungs, curves)
+        compared = self.compared(rungs, curves) if rungs[-1].learned else None
         result = [self.about_chosen(rungs), *([self.about_band(curves[compared], compared)] if compared else [])]
         text = "\n\n".join([self.about(), markdown_records(self.table(rungs)), " ".join(result)])
         write_text(self.folder / "table.md", text + "\n")
