@@ -179,7 +179,26 @@ class LikenessJudge:
         return scores
 
 
-class AnswerJudge:
+class HighestScore:
+    """What judges share whose highest score is the best, and that draw nothing."""
+
+    def slack(self, folder: Path, highest: float) -> float:
+        """Only the highest score counts."""
+        return 0.0
+
+    def has_learned(self, folder: Path, highest: float) -> bool:
+        """It is taken for granted."""
+        return True
+
+    def remark(self, folder: Path) -> str:
+        """Nothing is to be said."""
+        return ""
+
+    def sheet(self, folder: Path, trained: Sequence[Training]) -> None:
+        """Nothing is drawn."""
+
+
+class AnswerJudge(HighestScore):
     """The mean score of the answers to the valid splits, as a training scores them.
 
     Args:
@@ -210,21 +229,6 @@ class AnswerJudge:
             raise ValueError(f"{training.name}: no task's answers can be scored: --judge held_out")
         return text
 
-    def slack(self, folder: Path, highest: float) -> float:
-        """Only the highest score counts."""
-        return 0.0
-
-    def has_learned(self, folder: Path, highest: float) -> bool:
-        """It is taken for granted."""
-        return True
-
-    def remark(self, folder: Path) -> str:
-        """Nothing is to be said."""
-        return ""
-
-    def sheet(self, folder: Path, trained: Sequence[Training]) -> None:
-        """Nothing is drawn."""
-
     def cells(self, scores: Any) -> np.ndarray:
         """One value per group of answers and training, (G, S)."""
         from dora_mm.eval.vl.intervals import group_cells
@@ -232,7 +236,7 @@ class AnswerJudge:
         return group_cells(list(scores.values()))
 
 
-class LossJudge:
+class LossJudge(HighestScore):
     """The held-out loss, which trainings measure at their end.
 
     Args:
@@ -260,18 +264,3 @@ class LossJudge:
     def cells(self, scores: np.ndarray) -> np.ndarray:
         """The same."""
         return scores
-
-    def slack(self, folder: Path, highest: float) -> float:
-        """Only the highest score counts."""
-        return 0.0
-
-    def has_learned(self, folder: Path, highest: float) -> bool:
-        """It is taken for granted."""
-        return True
-
-    def remark(self, folder: Path) -> str:
-        """Nothing is to be said."""
-        return ""
-
-    def sheet(self, folder: Path, trained: Sequence[Training]) -> None:
-        """Nothing is drawn."""
