@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from dora_mm import extract, formats
 from dora_mm.cli import main
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.algebra.fit import fitted_adapter
+from dora_mm.formats.algebra.fit import Truncation, fitted_adapter, low_rank
 from dora_mm.formats.commands.convert import convert
 from dora_mm.formats.commands.verify import verify
 from dora_mm.formats.naming.names import Name
@@ -146,6 +146,19 @@ def test_the_randomised_method_is_within_two_percent_of_whole_decompositions(spe
         W0 = torch.randn(rows, columns, generator=generator) / columns**0.5
         found = error_of(fitted_adapter(W0 + D, W0, rank), W0 + D, W0)
         assert found < 1.02 * error_of_whole_decompositions(W0 + D, W0, rank) + 1e-5
+
+
+@pytest.mark.parametrize("spectrum", [*SPECTRA, "noise"])
+@pytest.mark.parametrize(("rank", "rows", "columns"), [(4, 96, 200), (16, 200, 96)])
+def test_low_rank_is_as_close_as_whole_decompositions(spectrum, rank, rows, columns):
+    generator = torch.Generator().manual_seed(rank)
+    U, V = (torch.linalg.qr(torch.randn(n, 96, generator=generator)).Q for n in (rows, columns))
+    D = (U * SPECTRA.get(spectrum, torch.ones_like)(torch.arange(1.0, 97.0))) @ V.T
+    if spectrum == "noise":
+        D = torch.randn(rows, columns, generator=generator)
+    layer = low_rank(D, Truncation(rank=rank))
+    smallest = torch.linalg.svdvals(D.double())[rank:].norm()
+    assert (D - layer.tensors["lora_B"] @ layer.tensors["lora_A"]).norm() < 1.005 * smallest + 1e-6 * D.norm()
 
 
 def test_no_nearby_adapter_is_better():
