@@ -72,7 +72,7 @@ def without_numbers(model: ImageModel) -> Iterator[Simulation]:
     """A context in which what a model computes has no numbers, and its bytes are counted."""
     networks = [*model.networks.values(), model.new_tokens]
     counted = Simulation([t for network in networks for t in (*network.parameters(), *network.buffers())])
-    with counted, fused_attention():
+    with counted, fused_attention(Machine(is_gpu=True)):
         yield counted
 
 

@@ -2,8 +2,9 @@
 
 Networks are there without weights. What their inputs alone decide (token ids, places of images, masks, sizes) is
 computed; whatever depends on a weight has a shape only. Where a class asks such a number for a decision, the answer is
-1 or True. So every tensor of the forward and the backward pass is made and dropped as in a step, and what is there at
-once is the step's memory, but for what kernels take inside.
+1 or True, but no where it asks for any (of what is unusual: infinite numbers, small gains) or for a certain one. So
+every tensor of the forward and the backward pass is made and dropped as in a step, and what is there at once is the
+step's memory, but for what kernels take inside.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def simulated_peak(
         if isinstance(layer, AdaptedLayer):
             layer.adaptation.forward = machine.product
     counted = Simulation((*model.parameters(), *model.buffers()))
-    with counted, machine.autocast(), fused_attention(machine.dtype), fixed_parameters(model, num_passes=num_passes):
+    replaced = replacing(torch, "tensor", partial(_lists, torch.tensor)), fused_attention(machine)
+    with counted, machine.autocast(), replaced[0], replaced[1], fixed_parameters(model, num_passes=num_passes):
         torch.autograd.backward(loss(batch).total)
     return counted.peak
 
@@ -162,6 +164,8 @@ class Simulation(TorchDispatchMode):
         if name == "_local_scalar_dense":
             number = args[0].dtype
             return True if number == torch.bool else 1.0 if number.is_floating_point else 1
+        if name == "any" if len(args) == 1 else name == "eq" and args[0].dim() == 0:
+            return torch.zeros((), dtype=torch.bool)
         if name == "nonzero":
             return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.long, device=META)
         if name in BY_PLACES:
@@ -185,6 +189,11 @@ class Simulation(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self.now -= self._sizes.pop(key, 0)
+
+
+def _lists(tensor: Callable[..., Tensor], data: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """`torch.tensor`, which leaves the numbers of lists on the processor; no operation shows it."""
+    return tensor(data, *args, **(kwargs | {"device": "cpu"} if kwargs.get("device") == META else kwargs))
 
 
 def _on_processor(func: Any, found: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -241,23 +250,29 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return (*(torch.empty_like(t) for t in ctx.saved_tensors[:3]), None)
+        query, key, value, _, _, *mask = ctx.saved_tensors
+        found = [torch.empty_like(t) for t in (query, key, value, *mask)]
+        return (*found[:3], found[3] if ctx.needs_input_grad[3] else None)
 
 
 @contextmanager
-def fused_attention(dtype: torch.dtype | None = None) -> Iterator[None]:
+def fused_attention(machine: Machine) -> Iterator[None]:
     """Attention on the meta device as kernels compute it, which would else keep its matrices there.
 
-    Args:
-        dtype: That of autocast; None: there is none.
+    On a processor there is none with dropout, nor with a mask that has gradients.
     """
-    own = F.scaled_dot_product_attention
+    own, dtype = F.scaled_dot_product_attention, machine.dtype
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **more: Any):
-        if not query.is_meta or query.dim() != 4:
-            return own(query, key, value, attn_mask, *args, **more)
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **more: Any
+    ) -> Tensor:
+        plain = not machine.is_gpu and (dropout_p > 0 or (attn_mask is not None and attn_mask.requires_grad))
+        if not query.is_meta or query.dim() != 4 or plain:
+            return own(query, key, value, attn_mask, dropout_p, **more)
         if dtype is not None and torch.is_grad_enabled():
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)  # kernels add it
         return FusedAttention.apply(query, key, value, attn_mask)
 
     with replacing(F, "scaled_dot_product_attention", attention):

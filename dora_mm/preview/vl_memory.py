@@ -20,8 +20,8 @@ from dora_mm.core.targets import match_modules, parts_in
 from dora_mm.models.vl.families import structure_of
 from dora_mm.models.vl.vl_model import Structure, VLModel, weighted_loss
 from dora_mm.preview.questions import DataPreview, batch_of
-from dora_mm.preview.simulation import simulated_peak
-from dora_mm.preview.training import StepCost, memory_table, num_bytes
+from dora_mm.preview.simulation import Machine, simulated_peak
+from dora_mm.preview.training import PRECISIONS, StepCost, memory_table, num_bytes
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.tasks.preferences import by_answer, pair_losses
 from dora_mm.train.setup import checkpoint_activations
@@ -65,12 +65,20 @@ def tower_work(network: Any, targets: TargetMap, batch: Any) -> int:
     return size * sum(len(t) if t.dim() == 2 else t.numel() // (3 * side**2) for t in pixels)
 
 
-def estimated_activations(config: TrainVLConfig, batch: Any) -> int:
+def machine_of(config: TrainVLConfig, *, is_gpu: bool) -> Machine:
+    """What a training is planned for: autocast to the config's precision, or to that of frozen weights in half."""
+    weights = getattr(torch, config.model.dtype)
+    dtype = PRECISIONS.get(config.train.mixed_precision, weights if weights.itemsize < 4 else None)
+    return Machine(is_gpu, dtype, triton=is_gpu and config.backend != "torch")
+
+
+def estimated_activations(config: TrainVLConfig, batch: Any, *, is_gpu: bool) -> int:
     """The bytes that a step takes beyond weights, gradients and optimizer state, by a step without numbers.
 
     Args:
         config: The config.
         batch: A batch as the family's model makes it; such a family computes losses without weights.
+        is_gpu: Whether the step runs on a GPU.
 
     Raises:
         ValueError: The class of the model needs numbers that are not there.
@@ -79,8 +87,6 @@ def estimated_activations(config: TrainVLConfig, batch: Any) -> int:
     assert structure.row_losses is not None
     for network in structure.networks.values():
         network.requires_grad_(False)
-        if config.train.mixed_precision != "no":
-            network.to(torch.bfloat16)  # nothing is autocast without numbers
     trained = adapt(structure.networks, structure.target_maps, config.adapter, seed=config.seed, backend="torch")
     if config.train.gradient_checkpointing:
         checkpoint_activations(trained.networks[MODEL])
@@ -88,7 +94,7 @@ def estimated_activations(config: TrainVLConfig, batch: Any) -> int:
     loss = partial(simulated_loss, config.preference, structure.row_losses)
     passes = config.train.gradient_accumulation_steps
     try:
-        peak = simulated_peak(trained.networks, loss, batch, passes)
+        peak = simulated_peak(trained.networks, loss, batch, passes, machine_of(config, is_gpu=is_gpu))
     except Exception as error:  # whatever a class does where a number should be
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{type(structure.networks[MODEL]).__name__} cannot run without numbers ({reason})") from error
@@ -128,7 +134,8 @@ def estimated_cost(
     network, cost, remarks = structure.networks[MODEL], None, []
     if model is not None and data.largest:
         try:
-            activations = estimated_activations(config, batch_of(model, data.sets, data.largest))
+            on_gpu = accelerator.device.type != "cpu"
+            activations = estimated_activations(config, batch_of(model, data.sets, data.largest), is_gpu=on_gpu)
             cost = StepCost(None, activations, f"an estimate by a step without numbers, for {data.largest}")
         except ValueError as error:
             remarks.append(f"activations are not estimated: {error}")

@@ -1,9 +1,11 @@
 """Memory of vision-language models without a step."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from dora_mm.adapting.networks import TrainedNetworks, adapt
@@ -17,7 +19,7 @@ from dora_mm.models.folders import empty_model
 from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.forms import Continuation
 from dora_mm.models.vl.vlm.head import TargetLosses
-from dora_mm.preview.simulation import simulated_peak
+from dora_mm.preview.simulation import Machine, simulated_peak
 from dora_mm.preview.vl_memory import network_parts, quantized_bytes, simulated_loss, tower_work
 from dora_mm.targets import map_of
 from dora_mm.tasks.preferences import Preferences, pairs_of
@@ -25,6 +27,7 @@ from dora_mm.train.setup import checkpoint_activations
 from dora_mm.utils.losses import LossSum
 from tests.models.vl.vlm import tiny
 from tests.models.vl.vlm.classes.equalities import EXAMPLES, batch_of, opened
+from tests.models.vl.vlm.classes.whole_models import WHOLE
 from tests.models.vl.vlm.vlm_rows import write_pictures
 from tests.preview.peaks import peak_bytes
 from tests.train.small import mean_of
@@ -95,39 +98,62 @@ def batch_for(length: int, size: tuple[int, ...]):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}, labels
 
 
-def peak_of(sizes, parts, batch, device: str, checkpointing: bool = False) -> int:
+@pytest.mark.parametrize("weights", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+def test_half_precision_is_in_the_estimate(weights):
+    """Of autocast, over frozen weights of both kinds."""
+    sizes, length, parts = SHAPES["middle"]
+    batch, half = batch_for(length, (28,)), Machine(dtype=torch.bfloat16)
+    measured, estimated = (peak_of(sizes, parts, batch, device, True, weights, half) for device in ("cpu", "meta"))
+    assert measured * 0.85 < estimated < measured * 1.15
+
+
+def peak_of(sizes, parts, batch, device: str, checkpointing=False, weights=torch.float32, machine=None) -> int:
     """The bytes of a step: measured on the processor, estimated on the meta device."""
     with torch.device(device):
-        network = llava(*sizes)
+        network = llava(*sizes).to(weights)
     config = VLAdapterConfig.model_validate({"rank": 4, "parts": parts})
     trained = adapt({"model": network}, {"model": map_of(network)}, config, seed=0, backend="torch")
     if checkpointing:
         checkpoint_activations(network)
     network.train()
     loss = partial(loss_of, TargetLosses(Continuation(), network))
-    return simulated_peak(trained.networks, loss, batch) if device == "meta" else measured_peak(trained, loss, batch)
+    if device == "meta":
+        return simulated_peak(trained.networks, loss, batch, machine=machine)
+    return measured_peak(trained, loss, batch, dtype=machine and machine.dtype)
 
 
-def measured_peak(trained: TrainedNetworks, loss, batch) -> int:
+def measured_peak(trained: TrainedNetworks, loss, batch, dtype: torch.dtype | None = None) -> int:
     for name, parameter in trained.parameters.items():
         parameter.data += 0.01 * name.endswith("lora_B")  # fresh adapters take less
+
+    def step() -> None:
+        with nullcontext() if dtype is None else torch.autocast("cpu", dtype):
+            total = loss(batch).total
+        total.backward()
+
     with fixed_parameters(trained.networks["model"], num_passes=1):
-        return peak_bytes(lambda: loss(batch).total.backward())
+        return peak_bytes(step)
 
 
 def loss_of(losses: TargetLosses, batch: tuple[dict, torch.Tensor]) -> LossSum:
     return mean_of(losses(*batch)[0])
 
 
-MECHANISMS = ["qwen3_vl_moe", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma3n", "florence2", "smolvlm"))]
+UNLIKE = {
+    **dict.fromkeys(("aria", "apertus1p5", "chameleon", "emu3"), (0.65, 0.8)),  # kernels of convolutions take the rest
+    "cosmos3_edge": (0.84, 0.85),
+    "inkling_mm_model": (6, 7.5),  # the norms of a layer with 90 % of the weights take all of it, as on a GPU
+}
+OTHERS = (name for name in (*tiny.NAMES, *tiny.NEWER, *tiny.OTHERS, *WHOLE) if name != "qwen3_vl_moe")
 
 
-@pytest.mark.parametrize("name", MECHANISMS)
-def test_a_step_without_numbers_takes_what_a_class_decides_by_its_inputs(name, tiny_vlm, tmp_path):
-    """Places of images, groups of patches, masks, experts. (Only the estimate counts inputs as on a device.)"""
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_a_step_without_numbers_takes_what_one_of_the_class_does(name, tiny_vlm, tmp_path):
+    """Also what a class decides by its inputs: places of images, groups of patches, masks, experts."""
     vlm = opened(tiny_vlm(name))
     batch = batch_of(vlm, write_pictures(tmp_path), EXAMPLES)
-    assert 0.75 < estimated_of_measured(vlm, batch, partial(vlm.loss, generator=torch.Generator())) < 1.3
+    low, high = UNLIKE.get(name, (0.85, 1.15))
+    assert low < estimated_of_measured(vlm, batch, partial(vlm.loss, generator=torch.Generator())) < high
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "idefics3", "llava"])
@@ -159,7 +185,7 @@ def test_a_step_of_pairs_takes_both_answers(tiny_vlm, tmp_path):
     example = Example("r0", ("wide.png",), "", ("red",), (1.0,), turns=chosen, rejected=rejected)
     pairs = Preferences(vlm, PreferenceConfig(), lambda batch: torch.zeros(()))
     batch = pairs_of(vlm, "preference", [example] * 2, pictures, "stop")
-    assert 0.75 < estimated_of_measured(vlm, batch, partial(pairs.loss, generator=torch.Generator())) < 1.3
+    assert 0.85 < estimated_of_measured(vlm, batch, partial(pairs.loss, generator=torch.Generator())) < 1.15
 
 
 def estimated_of_measured(vlm, batch, loss) -> float:
@@ -175,7 +201,8 @@ def estimated_of_measured(vlm, batch, loss) -> float:
     for trained in both:
         trained.networks["model"].train()
     simulated = partial(simulated_loss, PreferenceConfig(), structure.row_losses)
-    return simulated_peak(both[1].networks, simulated, batch) / measured_peak(both[0], loss, batch)
+    inputs = [t.nbytes for given, *_ in batch.groups for t in tree_leaves(given) if isinstance(t, torch.Tensor)]
+    return simulated_peak(both[1].networks, simulated, batch) / (measured_peak(both[0], loss, batch) + sum(inputs))
 
 
 def test_trained_vision_parts_are_in_the_estimate():
