@@ -27,6 +27,9 @@ from dora_mm.core.spec import DoRASpec, finite_number
 from dora_mm.core.wrappers.sharded import is_sharded, whole, write
 
 
+NOT_STACKED = "cannot hold several adapters: method full replaces the weight itself"
+
+
 class AdaptedLayer(AdapterParameters):
     """What all adapted layers share: which layers they adapt, strength, the forward pass, merging.
 
@@ -36,6 +39,7 @@ class AdaptedLayer(AdapterParameters):
 
     parameter_names = (*ADAPTER_NAMES, "weight")
     base_class: type[nn.Module] = nn.Module  # the class of the layers that it adapts, see `class_for`
+    not_whole: str | None = None  # why the weight itself cannot be trained, after the path of the layer
 
     def __init__(self, *_: Any, **__: Any):
         raise TypeError(f"a {type(self).__name__} is made from a base layer: use inject or adapt_layer")
@@ -59,8 +63,6 @@ class AdaptedLayer(AdapterParameters):
             return f"the weight of {path} is empty, so there is nothing to adapt"
         if "forward" in vars(layer):
             return f"the forward function of {path} was replaced (a hook of accelerate?): inject before that"
-        if spec.method == "full" and layer.get_parameter("weight").dtype.itemsize < 4:
-            return f"method full trains {path} itself, and half precision loses small steps: load it in float32"
         return None
 
     # --- its adapters ---
@@ -80,12 +82,10 @@ class AdaptedLayer(AdapterParameters):
         return tuple(found)
 
     def check_can_stack(self, name: str, spec: DoRASpec) -> None:
-        """Raises ValueError where the layer is merged, a method is `full`, or the name is taken."""
+        """Raises ValueError where the layer is merged, the method is `full`, or the name is taken."""
         self.check_not_merged()
-        if "full" in (spec.method, self.adaptation.spec.method):
-            raise ValueError(
-                f"{self.adaptation.path} cannot hold several adapters: method full replaces the weight itself"
-            )
+        if spec.method == "full":
+            raise ValueError(f"{self.adaptation.path} {NOT_STACKED}")
         if name == self.adaptation.name or name in self.adaptation.stacked:
             raise ValueError(f"{self.adaptation.path} has an adapter named {name!r} already: choose another name")
 
@@ -108,11 +108,7 @@ class AdaptedLayer(AdapterParameters):
         self.adaptation.forget()
 
     def check_has_strength(self) -> None:
-        """Raises ValueError for method `full`."""
-        if self.adaptation.spec.method == "full":
-            raise ValueError(
-                f"{self.adaptation.path} was trained with method full, which keeps no base: it has no strength"
-            )
+        """Raises ValueError where the layer has none: see `TrainedWeight`."""
 
     def set_strength(self, strength: float, name: str | None = None) -> None:
         """Sets the strength of the adapter `name`, or of all adapters of the layer if it is None.
@@ -133,9 +129,9 @@ class AdaptedLayer(AdapterParameters):
     # --- the forward pass ---
 
     def is_base(self) -> bool:
-        """Whether the forward pass is that of the base layer: merged, method `full`, or strength 0."""
+        """Whether the forward pass is that of the base layer: merged, or strength 0."""
         state = self.adaptation
-        if state.merged or state.spec.method == "full":
+        if state.merged:
             return True
         return state.strength == 0 and not any(s.strength for s in state.stacked.values())
 

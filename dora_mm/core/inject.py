@@ -189,7 +189,7 @@ def _check_adaptable(modules: dict[str, nn.Module], path: str, spec: DoRASpec) -
         raise ValueError(f"the model has no module {path}")
     if isinstance(layer, AdaptedLayer):
         raise ValueError(f"{path} is adapted already: call remove first")
-    kind = adapted_class(layer)
+    kind = adapted_class(layer, spec.method)
     if kind is None:
         raise ValueError(f"{path} is {not_adaptable(layer)}")
     if why := why_not_separable(modules.get(path.rpartition(".")[0])):

@@ -9,9 +9,10 @@ from dora_mm.core.adapted import AdaptedLayer, has_plain_weight
 from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.layer import DoRAConv1d, DoRAConv2d, DoRAConv3d, DoRAEmbedding, DoRALinear, DoRATransposedLinear
 from dora_mm.core.spec import DoRASpec
+from dora_mm.core.whole import TrainedWeight
 from dora_mm.core.wrappers.attention import DoRAPackedProjection
 from dora_mm.core.wrappers.quantized import DoRAQuantized
-from dora_mm.core.wrappers.subclasses import KNOWN, class_for_subclass
+from dora_mm.core.wrappers.subclasses import KNOWN, class_for_subclass, subclass
 
 # Asked in this order, see `AdaptedLayer.class_for`; then `class_for_subclass`.
 ADAPTED_CLASSES: tuple[type[AdaptedLayer], ...] = (
@@ -27,10 +28,11 @@ ADAPTED_CLASSES: tuple[type[AdaptedLayer], ...] = (
 ADAPTABLE = "Linear, Conv1d, Conv2d, Conv3d, Embedding, transformers' Conv1D and the projections of MultiheadAttention"
 
 
-def adapted_class(layer: nn.Module) -> type[AdaptedLayer] | None:
-    """The adapted class for a layer, None where it cannot be adapted."""
+def adapted_class(layer: nn.Module, method: str = "dora") -> type[AdaptedLayer] | None:
+    """The adapted class for a layer and a method, None where it cannot be adapted."""
     found = (kind.class_for(layer) for kind in ADAPTED_CLASSES)
-    return next((kind for kind in found if kind is not None), None) or class_for_subclass(layer)
+    kind = next((kind for kind in found if kind is not None), None) or class_for_subclass(layer)
+    return subclass(TrainedWeight, kind) if kind and method == "full" else kind
 
 
 def not_adaptable(layer: nn.Module) -> str:
@@ -68,14 +70,14 @@ def adapt_layer(
     Returns:
         The same object, in its new class.
     """
-    base, adapted = type(layer), adapted_class(layer)
+    base, adapted = type(layer), adapted_class(layer, spec.method)
     assert adapted is not None
     weight: nn.Parameter = layer.weight  # pyright: ignore[reportAssignmentType]
     before = weight.requires_grad if trainable_before is None else trainable_before
     object.__setattr__(layer, "__class__", adapted)
     assert isinstance(layer, AdaptedLayer)
     layer.adaptation = Adaptation(base, spec, path, seed, name, forward, before)
-    weight.requires_grad_(spec.method == "full")
+    weight.requires_grad_(issubclass(adapted, TrainedWeight))
     for parameter in ADAPTER_NAMES:
         layer.register_parameter(parameter, None)
     try:

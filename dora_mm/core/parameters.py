@@ -44,9 +44,7 @@ class AdapterParameters(nn.Module):
         return matrix
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name: `lora_A`, `lora_B`, `magnitude`, those that exist; `weight` for `full`."""
-        if self.adaptation.spec.method == "full":
-            return {"weight": self.weight}
+        """The trained parameters by name: `lora_A`, `lora_B`, `magnitude`, those that exist."""
         found = {name: getattr(self, name) for name in ADAPTER_NAMES}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
 
@@ -116,7 +114,7 @@ class AdapterParameters(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """What `.to`, `.half` and `.cuda` call: A, B and m keep their precision, and a fresh adapter stays a no-op."""
-        own = [t for p in self.adapter_tensors().values() if p is not self.weight for t in (p, p.grad)]
+        own = [t for p in AdapterParameters.adapter_tensors(self).values() for t in (p, p.grad)]
         redraw = any(t is not None and t.is_meta for t in own)
 
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -140,7 +138,7 @@ class AdapterParameters(nn.Module):
         """
         state, made_for = self.adaptation, (self.weight.device, self.weight.dtype)
         self.adaptation.forget(base=True)
-        if state.made_for == made_for or state.merged or state.spec.method == "full":
+        if state.made_for == made_for or state.merged:
             return
         if self.weight.is_meta:
             state.made_for = made_for
@@ -162,7 +160,7 @@ class AdapterParameters(nn.Module):
         """Loads a state dict of the base model strictly: m of a fresh adapter is then computed from the new weight."""
         self.adaptation.forget(base=True)
         given = {name: state_dict[prefix + name] for name in ADAPTER_NAMES if prefix + name in state_dict}
-        bare = not given and prefix + "weight" in state_dict and self.adaptation.spec.method != "full"
+        bare = not given and prefix + "weight" in state_dict
         if problem := self.why_not_load(bare=bare):
             errors.append(problem)
             return
@@ -177,7 +175,7 @@ class AdapterParameters(nn.Module):
 
     def after_load(self, *, bare: bool) -> None:
         """Makes the adapter one of the loaded weight; `bare` as in `why_not_load`."""
-        if self.weight.is_meta or self.adaptation.spec.method == "full":
+        if self.weight.is_meta:
             return
         if bare and any(t.is_meta for t in self.adapter_tensors().values()):
             self.reset_adapter()

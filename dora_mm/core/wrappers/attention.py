@@ -63,12 +63,7 @@ class DoRAPackedProjection(AdaptedLayer, PackedProjection):
     matrix = PackedProjection.matrix
     parameter_names = ADAPTER_NAMES  # the weight is the attention's
     base_class = PackedProjection
-
-    @classmethod
-    def why_not(cls, layer, path, spec):
-        if spec.method == "full":
-            return f"{path} is a part of in_proj_weight, all of which method full would train"
-        return super().why_not(layer, path, spec)
+    not_whole = "is a part of in_proj_weight, all of which method full would train"
 
     def forward(self, x: Tensor) -> Tensor:
         return PackedProjection.forward(self, x) if self.is_base() else self.adapted_product(x, LINEAR)

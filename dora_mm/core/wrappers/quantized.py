@@ -22,6 +22,8 @@ BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
 class DoRAQuantized(AdaptedLayer):
     """A mixin for the class of the base layer, see `subclass`. Multiplies in the dtype of its input."""
 
+    not_whole = "is quantised, and method full trains weights: load the model in float32"
+
     @classmethod
     def class_for(cls, layer):
         return subclass(cls, type(layer)) if is_quantized(layer) else None
@@ -34,8 +36,6 @@ class DoRAQuantized(AdaptedLayer):
         parts = (weight.quant_state,) if kind == "Params4bit" else _int8_parts(layer) if kind == "Int8Params" else ()
         if any(part is None for part in parts):
             return f"{path} is not quantised yet: move the model to its device first"
-        if spec.method == "full":
-            return f"{path} is quantised, and method full trains weights: load the model in float32"
         return super().why_not(layer, path, spec)
 
     @property

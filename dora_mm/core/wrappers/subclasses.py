@@ -85,7 +85,7 @@ def class_for_subclass(layer: nn.Module) -> type[AdaptedLayer] | None:
 
 @functools.cache
 def subclass(first: type[nn.Module], second: type[nn.Module]) -> type[AdaptedLayer]:
-    """The adapted class for another class of layers: one of the two is that, the other an AdaptedLayer.
+    """An adapted class of two: an AdaptedLayer and another class of layers, or `TrainedWeight` and an AdaptedLayer.
 
     `super().forward` of the first one calls the second one's.
     """
@@ -94,7 +94,7 @@ def subclass(first: type[nn.Module], second: type[nn.Module]) -> type[AdaptedLay
     def reduce(self, protocol):  # such a class cannot be found by its name
         return new_layer, (first, second), self.__dict__
 
-    return type(f"DoRA{base.__name__}", (first, second), {"__reduce_ex__": reduce})  # pyright: ignore[reportReturnType]
+    return type(f"DoRA{base.__name__.removeprefix('DoRA')}", (first, second), {"__reduce_ex__": reduce})  # pyright: ignore[reportReturnType]
 
 
 def new_layer(first: type[nn.Module], second: type[nn.Module]) -> AdaptedLayer:
