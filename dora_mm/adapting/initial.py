@@ -113,7 +113,7 @@ def load_initial_folder(trained: TrainedNetworks, config: AdapterConfig, identit
             f"adapter.init_from: {folder} trained {tied[0]} apart from what this model ties to it, and a training here "
             "would tie it again: merge the adapter into the model by dora-mm merge, and train on that"
         )
-    untrained = sorted(set(state.parameters.get(MODEL, ())) - set(trained.extra[MODEL]))
+    untrained = sorted(name for name in state.parameters.get(MODEL, ()) if f"{MODEL}.{name}" not in trained.parameters)
     if untrained:
         raise ValueError(
             f"adapter.init_from: {folder} also trained {untrained[0]}, which adapter.extra_trainable does not include"

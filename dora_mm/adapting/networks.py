@@ -144,22 +144,17 @@ def _adapt_network(
 ) -> None:
     """Adapts the selected modules of one network.
 
-    With method `full`, layers train their own weights. In models for questions they train their biases, too; and where
-    other modules of the network are adapted, the weights are parameters beside the adapters, which PEFT's format can
-    hold.
+    With method `full`, layers train their own weights; in models for questions also their biases.
     """
     network, forward = found.networks[component], backends.select(backend)
-    adapted = any(settings.method != "full" for settings, _ in selected.values())
     modules: list[Any] = []
     for name, (settings, paths) in selected.items():
-        beside = settings.method == "full" and config.full_trains_biases
-        if beside:
+        if settings.method == "full" and config.full_trains_biases:
             own = dict(_own_parameters(network, paths))
             to_float32(own.values())
-            _train_itself(found, component, [n for n, p in own.items() if adapted or p.dim() == 1], settings.lr)
-        if not (beside and adapted):
-            wanted = dict.fromkeys(paths, (name, spec_of(config, settings)))
-            modules += inject_paths(network, wanted, seed=seed, forward=forward).modules
+            _train_itself(found, component, [n for n in own if not n.endswith(".weight")], settings.lr)
+        wanted = dict.fromkeys(paths, (name, spec_of(config, settings)))
+        modules += inject_paths(network, wanted, seed=seed, forward=forward).modules
     if modules:
         found.reports[component] = InjectReport(tuple(modules))
 

@@ -26,7 +26,6 @@ from dora_mm.core.passes import Options, PassCache
 from dora_mm.core.spec import DoRASpec, finite_number
 from dora_mm.core.wrappers.sharded import is_sharded, whole, write
 
-
 NOT_STACKED = "cannot hold several adapters: method full replaces the weight itself"
 
 

@@ -94,6 +94,8 @@ def save(
     components = components_to_save(model, form.components, format)
     state = _at_strength(from_models(components, extra_parameters), components, strength)
     state = replace(state, tokens=tokens or {})
+    if form.parameter is not None and not form.export.holds.diffs:
+        _move_whole_weights(state)
     if problem := why_not(format, components):
         raise ValueError(problem)
     if state.tokens and not place:
@@ -125,6 +127,15 @@ def _at_strength(state: AdapterState, components: Mapping[str, nn.Module], stren
     if name := next((name for found in state.parameters.values() for name in found), None):
         raise ValueError(f"the parameter {name} has no strength: save it with strength 1")
     return state
+
+
+def _move_whole_weights(state: AdapterState) -> None:
+    """Makes weights of method `full` extra parameters, for a form that has adapters and these alone."""
+    for component, layers in state.layers.items():
+        whole = [path for path, layer in layers.items() if layer.spec.method == "full"]
+        found = {f"{path}.weight": layers.pop(path).tensors["weight"] for path in whole}
+        if found:
+            state.parameters[component] = state.parameters.get(component, {}) | found
 
 
 def _write(

@@ -16,6 +16,7 @@ from dora_mm.core.kinds import adapted_class
 from dora_mm.core.layer import TransposedLayer
 from dora_mm.core.spec import DoRASpec
 from dora_mm.core.strength import Strength, strengths_of
+from dora_mm.core.whole import TrainedWeight
 from dora_mm.core.wrappers.attention import PackedProjection, with_projections
 from dora_mm.core.wrappers.quantized import DoRAQuantized, is_quantized
 from dora_mm.core.wrappers.sharded import reshard, whole, write
@@ -99,7 +100,8 @@ def into_models(
     paths = [joined(c, path) for c, layers in state.layers.items() for path in layers]
     strengths = strengths_of(strength, paths, SHORT_NAMES)
     for component, layers in state.layers.items():
-        _check_component(layers, component, components[component], source, strengths, name)
+        whole = state.parameters.get(component, {})
+        _check_component(layers, component, components[component], source, strengths, name, whole)
     for component, parameters in state.parameters.items():
         untied = state.untied.get(component, set())
         _check_parameters(parameters, untied, components[component], source, strength, name)
@@ -134,7 +136,7 @@ def _fill(layer: AdaptedLayer, state: LayerState, strength: float) -> None:
         layer.adaptation.spec = replace(layer.adaptation.spec, alpha=state.spec.alpha)
     for name, parameter in layer.adapter_tensors().items():
         write(parameter, state.tensors[name])
-    if layer.adaptation.spec.method != "full":
+    if not isinstance(layer, TrainedWeight):
         layer.set_strength(strength, layer.adaptation.name)
 
 
@@ -155,6 +157,7 @@ def _check_component(
     source: Path,
     strengths: Mapping[str, float],
     name: str,
+    parameters: Collection[str],
 ) -> None:
     modules = with_projections(dict(model.named_modules()))
     for path, state in layers.items():
@@ -167,7 +170,8 @@ def _check_component(
         if state.spec.method == "full" and strengths[joined(component, path)] != 1:
             raise ValueError(f"{source} holds weights of method full, which have no strength: load it with strength 1")
     present = layers_of(model)
-    same = {path: layer for path, layer in present.items() if layer.adaptation.name == name}
+    trained = {path for path, m in present.items() if isinstance(m, TrainedWeight) and f"{path}.weight" in parameters}
+    same = {path: m for path, m in present.items() if m.adaptation.name == name and path not in trained}
     for path, layer in present.items():
         layer.check_not_merged()
         if path in layers and path not in same:

@@ -56,9 +56,9 @@ def why_not_held(component: str, model: nn.Module) -> str | None:
         component: The name of the model, for the message.
         model: The adapted model.
     """
-    layers = layers_of(model)
+    layers = {p: layer for p, layer in layers_of(model).items() if layer.adaptation.spec.method != "full"}
     methods = sorted({layer.adaptation.spec.method for layer in layers.values()})
-    if "full" in methods:
+    if not methods:
         return f"{component} was trained by method full, whose weights are not an adapter: save it as format native"
     if len(methods) > 1:
         return f"a file holds one method per model, but {component} is adapted with {' and '.join(methods)}"
