@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dora_mm.config.paths import resolve_adapter, resolve_path
 from dora_mm.config.pictures import JobConfig
+from dora_mm.sampling.jobs.job_row import JobRow
 from dora_mm.sampling.jobs.picture import (
     Picture,
     about_bare,
@@ -18,7 +19,6 @@ from dora_mm.sampling.jobs.picture import (
 )
 from dora_mm.sampling.jobs.prompts import check_syntax, with_alternatives
 from dora_mm.sampling.jobs.reading import read_job
-from dora_mm.sampling.jobs.rows import JobRow
 from dora_mm.utils import yaml12
 from dora_mm.utils.processes import started_together
 
