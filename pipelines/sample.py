@@ -25,7 +25,7 @@ from dora_mm.utils.processes import started_together
 log = logging.getLogger(__name__)
 STRENGTHS = (
     "Strengths are linear here: W0 + t (W' - W0). diffusers' set_adapters and PEFT scale only the low-rank part of "
-    "DoRA, so between 0 and 1 the same number draws another picture there (docs/pictures.md)."
+    "DoRA, so between 0 and 1 the same number draws another picture there (docs/draw_pictures.md)."
 )
 
 
