@@ -40,7 +40,7 @@ class TargetRecord(NamedTuple):
 
 
 _BUILT_IN = {
-    "native": ToolRecord("dora_mm", f"{_TOOLS}.native:TOOL"),
+    "native": ToolRecord("dora_mm (native)", f"{_TOOLS}.native:TOOL"),
     "onetrainer": ToolRecord("OneTrainer", f"{_TOOLS}.onetrainer:TOOL", "2026-08 (23df383)"),
     "ai-toolkit": ToolRecord("ai-toolkit", f"{_TOOLS}.ai_toolkit:TOOL", "2026-08"),
     "peft": ToolRecord("PEFT", f"{_TOOLS}.peft:TOOL", "0.21.2"),
