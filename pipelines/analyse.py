@@ -16,7 +16,7 @@ from dora_mm.config.loader import load_config
 from dora_mm.eval.gradients import GradientShape, read_gradients
 from dora_mm.eval.statistics import Interval, columns
 from dora_mm.studies.analysis import distinct_names, find_sources, read_points
-from dora_mm.studies.campaigns.rows import TrainingRows, rows_file
+from dora_mm.studies.campaigns.training_rows import TrainingRows, rows_file
 from dora_mm.studies.config import CampaignConfig
 from dora_mm.studies.decomposition import (
     ChangePattern,

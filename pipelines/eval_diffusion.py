@@ -36,8 +36,8 @@ from dora_mm.formats.identity import adapter_digest
 from dora_mm.models.images.families import files_identity
 from dora_mm.sampling.drawing import PictureJob
 from dora_mm.sampling.grids import sheet
+from dora_mm.sampling.jobs.job_row import Weights
 from dora_mm.sampling.jobs.picture import Picture
-from dora_mm.sampling.jobs.rows import Weights
 from dora_mm.sampling.manifest import write_manifest
 from dora_mm.sampling.model import load_model
 from dora_mm.sampling.sheets import save_atomically

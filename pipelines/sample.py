@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dora_mm.config.paths import resolve_adapter, resolve_path
 from dora_mm.config.pictures import JobConfig
+from dora_mm.sampling.jobs.job_row import JobRow
 from dora_mm.sampling.jobs.picture import (
     Picture,
     about_bare,
@@ -18,14 +19,13 @@ from dora_mm.sampling.jobs.picture import (
 )
 from dora_mm.sampling.jobs.prompts import check_syntax, with_alternatives
 from dora_mm.sampling.jobs.reading import read_job
-from dora_mm.sampling.jobs.rows import JobRow
 from dora_mm.utils import yaml12
 from dora_mm.utils.processes import started_together
 
 log = logging.getLogger(__name__)
 STRENGTHS = (
     "Strengths are linear here: W0 + t (W' - W0). diffusers' set_adapters and PEFT scale only the low-rank part of "
-    "DoRA, so between 0 and 1 the same number draws another picture there (docs/pictures.md)."
+    "DoRA, so between 0 and 1 the same number draws another picture there (docs/draw_pictures.md)."
 )
 
 

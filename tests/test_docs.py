@@ -13,13 +13,14 @@ from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.report import all_keys
 from samples.build.__main__ import BUILDERS
 from samples.build.schema import SCHEMAS as BUILD_SCHEMAS
-from tests.documented.texts import FENCE, ROOT, commands, text_of
+from tests.documented.texts import DOCS, FENCE, ROOT, commands, text_of
 
 DOCUMENTS = [
-    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"),
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "samples").rglob("*.md")),
 ]
+LONG = 12_000  # characters
 LINK = re.compile(r"\]\(([^)\s]+)[^)]*\)|(?:src|href)=\"([^\"]+)\"")
 BUILD = "python -m samples.build "
 
@@ -33,14 +34,16 @@ def named(path: Path) -> str:
 
 def links(text: str) -> list[str]:
     """The targets of all links and images, of which those in code do not count."""
-    prose = re.sub(r"`[^`\n]*`", "`code`", FENCE.sub("", text))
+    prose = re.sub(r"`(?:[^`\n]|\n(?!\n))*`", "`code`", FENCE.sub("", text))
     return [one or other for one, other in LINK.findall(prose)]
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that GitHub makes of the headings."""
+    """The anchors that GitHub makes of the headings, and those that are written out."""
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return set(re.findall(r"<a id=\"([^\"]+)\">", text)) | {
+        re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+    }
 
 
 def broken_link(document: Path, target: str) -> str | None:
@@ -66,11 +69,42 @@ def test_links(document):
 
 def test_wrong_links_are_found(tmp_path):
     assert links("[a](b.md#c) ![d](e.png) `[no](code.md)`\n```\n[nor](here.md)\n```\n") == ["b.md#c", "e.png"]
+    assert links("[`a\nb`](c.md) (`d`)") == ["c.md"]
     readme = ROOT / "README.md"
     assert broken_link(readme, "docs/layer.md#the-formula") is None
     assert broken_link(readme, "https://arxiv.org/abs/2402.09353") is None
     for wrong in ("docs/lair.md", "docs/layer.md#the-formulae", "../elsewhere.md"):
         assert broken_link(readme, wrong)
+
+
+def test_the_program_names_pages_that_exist():
+    """Messages, comments of the config's keys and heads of configs."""
+    files = [file for room in ("dora_mm", "pipelines", "configs") for file in (ROOT / room).rglob("*.*")]
+    texts = [text_of(file) for file in files if file.suffix in (".py", ".yaml", ".js")]
+    pages = {page for text in texts for page in re.findall(r"\bdocs/[\w/]+\.md", text)}
+    assert "docs/vlm.md" in pages
+    assert [page for page in pages if not (ROOT / page).exists()] == []
+
+
+# --- what a page looks like ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if not path.is_relative_to(ROOT / "samples")], ids=named
+)
+def test_lines_are_short(document):
+    """Below 125 characters; tables and code count no line."""
+    prose = [line for line in FENCE.sub("", text_of(document)).splitlines() if not line.startswith(("|", "!["))]
+    assert [line for line in prose if len(line) >= 125] == []
+
+
+@pytest.mark.parametrize("document", DOCS, ids=named)
+def test_long_pages_begin_with_their_chapters(document):
+    """In order, before the first of them; and so does each other page that has such links."""
+    head, *chapters = re.split(r"^## ", FENCE.sub("", text_of(document)), flags=re.MULTILINE)
+    linked = [links(paragraph) for paragraph in head.split("\n\n") if ") · [" in " ".join(paragraph.split())]
+    expected = [f"#{anchor}" for chapter in chapters for anchor in anchors(f"# {chapter.splitlines()[0]}")]
+    assert linked == ([expected] if chapters and (linked or len(text_of(document)) > LONG) else [])
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

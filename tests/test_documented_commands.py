@@ -73,7 +73,7 @@ def test_commands_of_several_processes(checkout):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    found = [given for given in commands(text_of(ROOT / "docs" / "scale.md"), "torchrun ") if "--resume" not in given]
+    found = [given for given in commands(text_of(ROOT / "docs" / "gpu.md"), "torchrun ") if "--resume" not in given]
     groups = [[given] for given in found if "--nnodes" not in given] + [[g for g in found if "--nnodes" in g]]
     assert len(groups) == 4
     for group in groups:

@@ -90,7 +90,7 @@ def save_image_adapter(
     about: Mapping[str, str],
     folder: Path,
 ) -> None:
-    """Saves what was trained of an image model: as diffusers does where that can hold it, else in our own form."""
+    """Saves what was trained of an image model: as diffusers does where that can hold it, else in the native form."""
     settings: dict[str, Any] = {"metadata": about, "strength": config.adapter.strength}
     format = formats.format_for(adapted, preferred="diffusers")
     formats.save(adapted, folder, format=format, tokens=new_tokens.by_word(), **settings)

@@ -54,7 +54,7 @@ class TrainConfig(Section):
     checkpoint_every: Count = 0  # optimizer steps between checkpoints; 0: only at the end and on interruption
     keep_checkpoints: PositiveInt = 2  # how many of the newest checkpoints are kept; older ones are deleted
     log_every: PositiveInt = 10  # optimizer steps between two rows of metrics.jsonl
-    # Each of several processes keeps a part of the main network's frozen weights instead of all (docs/scale.md)
+    # Each of several processes keeps a part of the main network's frozen weights instead of all (docs/gpu.md)
     shard: bool = False
     # What shows the metrics beside metrics.jsonl; null: TensorBoard, where it is installed
     track: Items[Literal["tensorboard", "wandb", "trackio"]] | None = None

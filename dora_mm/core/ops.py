@@ -83,11 +83,11 @@ class Op:
 
     def can_join(self, weight: Tensor, rank: int) -> bool:
         """Whether `join` can be used, and its weight is smaller than two of this one."""
-        return padded(rank) < weight.shape[1]
+        return joined_columns(rank) < weight.shape[1]
 
     def join(self, x: Tensor, weight: Tensor, h: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the input [x, h, 0] and the weight [W, B, 0], whose product is x W^T + h B^T as one sum."""
-        missing = padded(B.shape[1]) - B.shape[1]
+        missing = joined_columns(B.shape[1]) - B.shape[1]
         h, B = F.pad(h, (0, missing)), F.pad(B, (0, missing))
         return self.concatenate(x, h.view(*x.shape[:-1], h.shape[-1])), torch.cat([weight, B], 1)
 
@@ -189,7 +189,7 @@ class ConvOp(Op):
 
     def join(self, x, weight, h, B):
         """That entry of the kernel is B, and h lies at these positions."""
-        rank, size = B.shape[1], padded(B.shape[1])
+        rank, size = B.shape[1], joined_columns(B.shape[1])
         entry = [padding // dilation for padding, dilation in zip(self.padding, self.dilation, strict=True)]
         every = [slice(0, s * (n - 1) + 1, s) for n, s in zip(h.shape[2:], self.stride, strict=True)]
         kernel, channels = torch.zeros_like(weight[:, :size]), torch.zeros_like(x[:, : self.groups * size])
@@ -226,7 +226,7 @@ class ConvOp(Op):
 LINEAR = Op()
 
 
-def padded(rank: int) -> int:
+def joined_columns(rank: int) -> int:
     """The number of columns that a branch takes beside W0, whose rows GPUs read fastest in steps of 16 bytes."""
     return (rank + 7) // 8 * 8
 

@@ -119,9 +119,9 @@ class AdapterFile:
 
     @cached_property
     def _endings(self) -> frozenset[str]:
-        """The known ends of keys; those of our own format belong to its files alone."""
-        ours = self.tool == "dora_mm"
-        tools = [tool for name, tool in all_tools().items() if (name == "dora_mm") == ours]
+        """The known ends of keys; those of the native format belong to its files alone."""
+        ours = self.tool == "native"
+        tools = [tool for name, tool in all_tools().items() if (name == "native") == ours]
         return frozenset(ending for tool in tools for ending in tool.parts)
 
     @cached_property

@@ -49,8 +49,8 @@ def about_format(components: Mapping[str, nn.Module], preferred: str) -> str | N
     """A sentence on why a file of these models will not be in the preferred format, or None: it will."""
     if reason := why_not(preferred, components):
         return (
-            f"the adapter will be written in our own form alone, which {TOOLS[preferred].title} cannot read: {reason}; "
-            "dora-mm merge writes a model that every program reads"
+            "the adapter will be written in the native form alone, which "
+            f"{TOOLS[preferred].title} cannot read: {reason}; dora-mm merge writes a model that every program reads"
         )
     return None
 

@@ -1,6 +1,6 @@
 """Rows of new tokens in files: inside an adapter file, and as embeddings that other programs load by themselves.
 
-    bundle_emb.<word>.<table>     (N, D), inside: OneTrainer, kohya's forms, A1111, Forge, SD.Next; and our own form
+    bundle_emb.<word>.<table>     (N, D), inside: OneTrainer, kohya's forms, A1111, Forge, SD.Next; and the native form
     <word>.safetensors: <table>   (N, D), a file of its own: diffusers, A1111, ComfyUI
 
 The tables of SDXL are `clip_l` and `clip_g`. diffusers refuses a file of adapters with the first kind of keys, so that

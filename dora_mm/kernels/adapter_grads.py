@@ -16,7 +16,7 @@ BLOCK_O, BLOCK_R, BLOCK_S = 16, 16, 16
 @triton.jit
 def _adapter_grads(
     product, dots, gain, B, norm, dB, dm,  # (O, P), (slabs, O), (O,), (O, R), (O,), (O, R), (O,)
-    num_out, rank, padded, slabs, scaling, stride_b, stride_br,
+    num_out, rank, padded_rank, slabs, scaling, stride_b, stride_br,
     HAS_GAIN: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_DOTS: tl.constexpr, ADDS_BRANCH: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -38,7 +38,7 @@ def _adapter_grads(
         for start in range(0, rank, BLOCK_R):
             r = start + tl.arange(0, BLOCK_R)
             mask = is_row[:, None] & (r < rank)[None, :]
-            value = tl.load(product + rows[:, None] * padded + r[None, :], mask=mask, other=0.0)
+            value = tl.load(product + rows[:, None] * padded_rank + r[None, :], mask=mask, other=0.0)
             tl.store(dB + rows[:, None] * rank + r[None, :], value * factor[:, None], mask=mask)
             if ADDS_BRANCH:
                 own += value * tl.load(B + rows[:, None] * stride_b + r[None, :] * stride_br, mask=mask, other=0.0)

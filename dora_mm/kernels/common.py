@@ -17,7 +17,7 @@ from dora_mm.kernels.cards import card, has_float_output
 MIN_DOT = 16  # the smallest inner size of a product of tiles
 
 
-def padded(rank: int) -> int:
+def padded_rank(rank: int) -> int:
     """The rank that operands in half precision are filled up to with zeros: a multiple of 16.
 
     Rows of h and u then begin at multiples of 32 bytes. A rank of 4 or 8 alone leads to loads of 8 or 16 bytes, which

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_mm.kernels.common import num_blocks, operator, padded
+from dora_mm.kernels.common import num_blocks, operator, padded_rank
 
 BLOCK = 1024
 # What is left lies 2^-11 below A in fp16, whose numbers end at 2^-24: it is stored with this factor. bf16 has the range
@@ -18,8 +18,8 @@ REST_FACTOR = {torch.float16: 2.0**11, torch.bfloat16: 1.0}
 
 @triton.jit
 def _operands(
-    A, parts,  # (R, I), (padded or 2 padded, I)
-    num_in, rank, padded, rest_factor, stride_a, stride_ai,
+    A, parts,  # (R, I), (padded_rank or 2 padded_rank, I)
+    num_in, rank, padded_rank, rest_factor, stride_a, stride_ai,
     HAS_REST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(num_in, BLOCK)
@@ -32,7 +32,7 @@ def _operands(
     tl.store(parts + r * num_in + columns, rounded, mask=is_column)
     if HAS_REST:
         rest = (a - rounded.to(tl.float32)) * rest_factor
-        tl.store(parts + (padded + r) * num_in + columns, rest.to(parts.dtype.element_ty), mask=is_column)
+        tl.store(parts + (padded_rank + r) * num_in + columns, rest.to(parts.dtype.element_ty), mask=is_column)
 
 
 @operator("dora_mm::operands")
@@ -50,7 +50,7 @@ def operands(A: Tensor, dtype: torch.dtype, has_rest: bool) -> Tensor:
         (2 P, I).
     """
     rank, num_in = A.shape
-    rows = padded(rank)
+    rows = padded_rank(rank)
     parts = torch.empty((1 + has_rest) * rows, num_in, dtype=dtype, device=A.device)
     with torch.cuda.device_of(A):
         _operands[(rows * num_blocks(num_in, BLOCK),)](
@@ -63,4 +63,4 @@ def operands(A: Tensor, dtype: torch.dtype, has_rest: bool) -> Tensor:
 
 @operands.register_fake
 def _(A, dtype, has_rest):
-    return A.new_empty((1 + has_rest) * padded(A.shape[0]), A.shape[1], dtype=dtype)
+    return A.new_empty((1 + has_rest) * padded_rank(A.shape[0]), A.shape[1], dtype=dtype)

@@ -30,7 +30,7 @@ BLOCK_I = {2: 32, 4: 16}  # by bytes of an entry: products in fp32 keep their op
 def _output_grad(
     dY, y, x, W0, h, B, bias, magnitude, norm, gain,  # (T, O), (T, O), (T, I), (O, I), (T, P), (O, R), (O,) four times
     scaled, dots, operand,  # (T, O), (slabs, O), (O, P)
-    num_tokens, num_out, num_in, rank, padded, scaling, small_gain, large_bias,
+    num_tokens, num_out, num_in, rank, padded_rank, scaling, small_gain, large_bias,
     stride_d, stride_do, stride_y, stride_yo, stride_x, stride_xi, stride_w, stride_wi, stride_h, stride_b, stride_br,
     HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_OUTPUT: tl.constexpr,
     WANTS_SCALED: tl.constexpr, WANTS_DOTS: tl.constexpr, RECOMPUTES: tl.constexpr,
@@ -46,13 +46,13 @@ def _output_grad(
     if HAS_GAIN:
         g = tl.load(gain + columns, mask=is_column, other=0.0)
     if HAS_BRANCH:  # the first slab's programs write B'
-        for start in range(0, tl.where(first == 0, padded, 0), MIN_R):
+        for start in range(0, tl.where(first == 0, padded_rank, 0), MIN_R):
             r = start + tl.arange(0, MIN_R)
             where = columns[:, None] * stride_b + r[None, :] * stride_br
             b = tl.load(B + where, mask=is_column[:, None] & (r < rank)[None, :], other=0.0)
             b = (b * (scaling * g)[:, None]).to(operand.dtype.element_ty)
-            mask = is_column[:, None] & (r < padded)[None, :]
-            tl.store(operand + columns[:, None] * padded + r[None, :], b, mask=mask)
+            mask = is_column[:, None] & (r < padded_rank)[None, :]
+            tl.store(operand + columns[:, None] * padded_rank + r[None, :], b, mask=mask)
     dot = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)  # added up once, after the loop
     square = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
     offset = tl.zeros([BLOCK_O], dtype=tl.float32)
@@ -107,8 +107,8 @@ def _output_grad(
                         inner = tl.dot(a, w, inner, input_precision="ieee")
                     if HAS_BRANCH:
                         inner = add_low_rank(
-                            inner, h, B, scaling, rows, columns, num_tokens, num_out, rank, padded, stride_h, stride_b,
-                            stride_br, BLOCK_R,
+                            inner, h, B, scaling, rows, columns, num_tokens, num_out, rank, padded_rank, stride_h,
+                            stride_b, stride_br, BLOCK_R,
                         )  # fmt: skip
                     where = rows[:, None] * stride_d + columns[None, :] * stride_do
                     d = tl.load(dY + where, mask=is_row[:, None] & is_column[None, :], other=0.0)

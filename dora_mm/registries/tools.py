@@ -40,7 +40,7 @@ class TargetRecord(NamedTuple):
 
 
 _BUILT_IN = {
-    "dora_mm": ToolRecord("dora_mm", f"{_TOOLS}.native:TOOL"),
+    "native": ToolRecord("dora_mm (native)", f"{_TOOLS}.native:TOOL"),
     "onetrainer": ToolRecord("OneTrainer", f"{_TOOLS}.onetrainer:TOOL", "2026-08 (23df383)"),
     "ai-toolkit": ToolRecord("ai-toolkit", f"{_TOOLS}.ai_toolkit:TOOL", "2026-08"),
     "peft": ToolRecord("PEFT", f"{_TOOLS}.peft:TOOL", "0.21.2"),
@@ -50,7 +50,7 @@ _BUILT_IN = {
     ),
     "bare": ToolRecord("files without a prefix", f"{_TOOLS}.bare:TOOL"),
     "forge": ToolRecord("Forge", f"{_TOOLS}.forge:TOOL", "2025-06 (dfdcbab)", "comfy"),
-    "lycoris": ToolRecord("LyCORIS and sd-scripts", f"{_TOOLS}.lycoris:TOOL", "4.1.3", "kohya", ("sd-scripts",)),
+    "kohya": ToolRecord("LyCORIS and sd-scripts", f"{_TOOLS}.kohya:TOOL", "4.1.3", "kohya", ("lycoris", "sd-scripts")),
     "a1111": ToolRecord(
         "AUTOMATIC1111", f"{_TOOLS}.a1111:TOOL", "1.10.1", "diff", ("automatic1111", "webui", "sd-webui")
     ),
@@ -61,7 +61,7 @@ _BUILT_IN = {
     "sglang": ToolRecord("SGLang"),
     "llama.cpp": ToolRecord("llama.cpp"),
 }
-_MOST_USED = ("comfy", "diffusers", "forge", "lycoris")
+_MOST_USED = ("comfy", "diffusers", "forge", "kohya")
 TOOLS = Registry("tools", "tool", _BUILT_IN)
 TARGETS = Registry(
     "targets",
@@ -69,7 +69,7 @@ TARGETS = Registry(
     {
         "peft": TargetRecord("a folder of PEFT", f"{_TOOLS}.peft:EXPORT"),
         "diffusers": TargetRecord("pytorch_lora_weights.safetensors of diffusers", f"{_TOOLS}.diffusers:EXPORT"),
-        "kohya": TargetRecord("LyCORIS, sd-scripts and SD.Next", f"{_TOOLS}.lycoris:EXPORT"),
+        "kohya": TargetRecord("LyCORIS, sd-scripts and SD.Next", f"{_TOOLS}.kohya:EXPORT"),
         "comfy": TargetRecord("one file for ComfyUI, reForge and Forge", f"{_TOOLS}.comfy:EXPORT"),
         "diff": TargetRecord(
             "the change of each weight: large, and read by all web UIs", f"{_TOOLS}.comfy:EXPORT_DIFF"
@@ -92,7 +92,7 @@ def readers() -> list[str]:
 
 def other_tools() -> tuple[str, ...]:
     """The tools that `verify` judges, most used ones first; not this one, nor a form that belongs to none."""
-    names = (name for name, record in TOOLS.items() if record.tool and name not in ("dora_mm", "bare"))
+    names = (name for name, record in TOOLS.items() if record.tool and name not in ("native", "bare"))
     return tuple(sorted(names, key=lambda name: _MOST_USED.index(name) if name in _MOST_USED else len(_MOST_USED)))
 
 

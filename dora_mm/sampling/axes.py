@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dora_mm.config.pictures import Axis, GridConfig
-from dora_mm.sampling.jobs.rows import adapters_text, parse_adapters, parse_setting
+from dora_mm.sampling.jobs.job_row import adapters_text, parse_adapters, parse_setting
 
 WITHOUT = "no adapter"
 OF_ADAPTERS = ("strength", "adapter", "checkpoint")  # axes along which there is a picture without adapter

@@ -22,8 +22,8 @@ from dora_mm.core import remove
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.inject import merged_adapters
 from dora_mm.models.images.image_model import ImageModel
+from dora_mm.sampling.jobs.job_row import Weights, adapters_text
 from dora_mm.sampling.jobs.picture import Picture, batches, file_names
-from dora_mm.sampling.jobs.rows import Weights, adapters_text
 from dora_mm.sampling.manifest import (
     EARLIER,
     MANIFEST,

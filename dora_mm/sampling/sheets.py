@@ -11,8 +11,8 @@ from PIL import Image
 from dora_mm.sampling.axes import WITHOUT
 from dora_mm.sampling.drawing import PictureJob
 from dora_mm.sampling.grids import beside, contact_sheet, sheet
+from dora_mm.sampling.jobs.job_row import adapters_text
 from dora_mm.sampling.jobs.picture import Picture
-from dora_mm.sampling.jobs.rows import adapters_text
 from dora_mm.sampling.labels import drawn_labels
 from dora_mm.utils.atomic import write_atomically
 

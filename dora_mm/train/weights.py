@@ -88,7 +88,7 @@ class WeightAverage:
 
 
 def average_checkpoints(run: Path, last: int | None = None) -> tuple[list[int], Path]:
-    """Writes the mean of each tensor over kept checkpoints of a run to its adapter-average/, in our own form.
+    """Writes the mean of each tensor over kept checkpoints of a run to its adapter-average/, in the native form.
 
     Args:
         run: The run directory.

@@ -9,7 +9,7 @@ from dora_mm.cli.commands import number_paths
 from dora_mm.config.latest import ADAPTER, CHECKPOINT, PICTURES, numbered, numbered_adapters
 from dora_mm.config.loader import ConfigError, dump_config, load_config
 from dora_mm.config.paths import check_paths
-from dora_mm.sampling.jobs.rows import parse_adapters
+from dora_mm.sampling.jobs.job_row import parse_adapters
 
 STYLE = "runs/style"
 

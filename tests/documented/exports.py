@@ -25,7 +25,7 @@ TOOLS = {  # how pages name them, the longer ones first
     r"A1111|AUTOMATIC1111": ("a1111",),
     r"SD\.Next": ("sdnext",),
     r"InvokeAI": ("invokeai",),
-    r"LyCORIS|sd-scripts|kohya's scripts": ("lycoris",),
+    r"LyCORIS|sd-scripts|kohya's scripts": ("kohya",),
     r"OneTrainer": ("onetrainer",),
     r"ai-toolkit": ("ai-toolkit",),
     r"diffusers": ("diffusers",),

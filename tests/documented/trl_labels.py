@@ -1,4 +1,4 @@
-"""tests/models/vl/vlm/rows/trl_labels.json: the labels that TRL's vision collator gives to rows of the tiny models.
+"""tests/models/vl/vlm/encoding/trl_labels.json: the labels that TRL's vision collator gives to rows of the tiny models.
 
 `python -m tests.documented.trl_labels` writes it where `trl` is installed, with the templates of published models that
 TRL carries: as they are published, which is how we read them, and with its marks of what the assistant says, which is
@@ -23,7 +23,7 @@ from tests.models.vl.vlm.classes.rarest_models import UNTRAINED
 from tests.models.vl.vlm.texts.language_models import LANGUAGE_MODELS
 from tests.models.vl.vlm.vlm_rows import write_pictures
 
-PAGE = Path(__file__).parents[1] / "models" / "vl" / "vlm" / "rows" / "trl_labels.json"
+PAGE = Path(__file__).parents[1] / "models" / "vl" / "vlm" / "encoding" / "trl_labels.json"
 PUBLISHED = {  # TRL's name of a published template: the tiny model that reads with it
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen3_vl": "qwen3_vl",

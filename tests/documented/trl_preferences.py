@@ -1,4 +1,4 @@
-"""tests/models/vl/vlm/rows/trl_preferences.json: what TRL's DPOTrainer computes of pairs of answers with tiny models.
+"""tests/models/vl/vlm/encoding/trl_preferences.json: what TRL's DPOTrainer computes of pairs of answers.
 
 `python -m tests.documented.trl_preferences` writes it where `trl` is installed. TRL is given PEFT's DoRA, with values
 that both sides can set, and rows as its documentation has them; of each it writes losses, rewards and gradients.
@@ -22,7 +22,7 @@ from dora_mm.data.images.pixels import load_rgb
 from tests.documented.trl_labels import processor_of
 from tests.models.vl.vlm.vlm_rows import write_pictures
 
-PAGE = Path(__file__).parents[1] / "models" / "vl" / "vlm" / "rows" / "trl_preferences.json"
+PAGE = Path(__file__).parents[1] / "models" / "vl" / "vlm" / "encoding" / "trl_preferences.json"
 # Tiny models, and the token that ends their turns: on both sides no white space is behind it, which TRL would learn
 MODELS = {"qwen2_5_vl": "<|im_end|>", "gemma3": "<end_of_turn>", "llava_next": "<|im_end|>"}
 TARGETS = r".*(language_model|text).*\.(q_proj|v_proj)"

@@ -29,7 +29,7 @@ from dora_mm.models.vl.vlm.saved_limits import write_limits
 from tests.models.vl.vlm import tiny
 from tests.models.vl.vlm.classes.equalities import EXAMPLES, batch_of, learned_parts, losses, opened
 from tests.models.vl.vlm.classes.rarest_models import UNTRAINED
-from tests.models.vl.vlm.rows.video_rows import reads_videos, write_visuals
+from tests.models.vl.vlm.encoding.video_rows import reads_videos, write_visuals
 
 PAGE = Path(__file__).parents[2] / "docs" / "vlm_classes.md"
 BLIP_VQA = "blip (questions)"  # the type of another class, too
@@ -109,7 +109,7 @@ and BLIP for questions.) This table is written by `python -m tests.documented.vl
 weights with their real processors. Of each that trains, with adapters in all parts: a fresh adapter changes no bit;
 loss and gradients are those of autograd through the textbook formula; rows of a batch have the losses and answers that
 they have alone; the merged model computes what the adapter does, and so does PEFT, where it can load the adapter
-([what it cannot](formats.md#peft) is written in our own form); and the parts that are named have gradients.
+([what it cannot](formats.md#peft) is written in the native form); and the parts that are named have gradients.
 
 Those with a yes under "videos" read [videos](vlm.md#data), too, {videos} of them: rows with videos of two lengths, with
 an image and with text alone were computed in one batch and alone.
@@ -137,9 +137,14 @@ def page() -> str:
     with tempfile.TemporaryDirectory() as folder:
         rows = [row_of(kind, Path(folder)) for kind in CLASSES]
     count = sum("| yes |" in row for row in rows)
-    videos = sum(re.search(r"\| yes \| [^|]* \|$", row) is not None for row in rows)
+    videos = sum(map(takes_videos, rows))
     numbers = {"total": len(CLASSES), "version": transformers.__version__, "count": count, "videos": videos}
     return HEAD.format(**numbers) + "\n".join(rows) + "\n"
+
+
+def takes_videos(row: str) -> bool:
+    """Whether a row of the table has a yes under "videos"."""
+    return re.search(r"\| yes \| [^|]* \|$", row) is not None
 
 
 def row_of(kind: str, folder: Path) -> str:

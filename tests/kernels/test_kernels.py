@@ -19,7 +19,7 @@ from dora_mm.core.passes import Options  # noqa: E402
 from dora_mm.kernels import dora_linear  # noqa: E402
 from dora_mm.kernels.adapter_grads import adapter_grads  # noqa: E402
 from dora_mm.kernels.cards import card_of, vendor_is_faster  # noqa: E402
-from dora_mm.kernels.common import float_product, num_blocks, padded, rank_block  # noqa: E402
+from dora_mm.kernels.common import float_product, num_blocks, padded_rank, rank_block  # noqa: E402
 from dora_mm.kernels.dora_linear import TRITON  # noqa: E402
 from dora_mm.kernels.low_rank_add import low_rank_add  # noqa: E402
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear  # noqa: E402
@@ -117,7 +117,7 @@ def test_row_norm_where_the_update_nearly_cancels_the_weight(residual, rank):
 def test_operands_are_filled_up_with_zeros(rank):
     A = random(rank, 1100)
     for dtype in set(DTYPES) - {torch.float32}:
-        parts, rows = operands(strided(A), dtype, True), padded(rank)
+        parts, rows = operands(strided(A), dtype, True), padded_rank(rank)
         assert rows % 16 == 0
         assert len(parts) == 2 * rows
         assert torch.equal(parts[:rank], A.to(dtype))
@@ -135,7 +135,7 @@ def test_low_rank_products(shape, dtype, vendor, layout):
         x, W0 = layout(random(tokens, inner, dtype=dtype)), layout(random(out, inner, dtype=dtype, seed=1))
         A, B = random(rank, inner, seed=2), random(out, rank, seed=3)
         gain, bias = random(out, seed=4), random(out, dtype=dtype, seed=5)
-        h = F.pad(x @ A.to(dtype).T, (0, padded(rank) - rank))
+        h = F.pad(x @ A.to(dtype).T, (0, padded_rank(rank) - rank))
         rounded = (0.7 * B).to(dtype)
         for gain_first in (False, True):
             y = low_rank_linear(x, W0, bias, gain, h, B, 0.7, gain_first, vendor)
@@ -145,7 +145,7 @@ def test_low_rank_products(shape, dtype, vendor, layout):
             plain = gain * (x @ W0.T) + factor * (h[:, :rank] @ rounded.T) + bias
             assert_as_good_as(y, plain, exact)
         dY = layout(random(tokens, out, dtype=dtype, seed=6))
-        u = F.pad(dY @ B.to(dtype), (0, padded(rank) - rank))
+        u = F.pad(dY @ B.to(dtype), (0, padded_rank(rank) - rank))
         scaled = (dY.float() * gain).to(dtype)
         dX = low_rank_grad_input(*((scaled, W0, None) if vendor else (dY, W0, gain)), u, A, vendor)
         exact = scaled.double() @ W0.double() + u[:, :rank].double() @ A.to(dtype).double()
@@ -186,7 +186,7 @@ def test_one_reading_of_the_output_gradient(dtype, tokens, has_branch, has_bias,
     W0, h, bias = W0.to(dtype), None, random(9, dtype=dtype, seed=5) if has_bias else None
     inner = x.double() @ W0.double().T
     if B is not None:
-        h = F.pad(x @ A.to(dtype).T, (0, padded(5) - 5))
+        h = F.pad(x @ A.to(dtype).T, (0, padded_rank(5) - 5))
         inner = inner + h[:, :5].double() @ (0.5 * B).to(dtype).double().T
     norm, gain = inner.norm(dim=0).float() + 1, torch.full((9,), 1.1, device=DEVICE)
     norm[3], gain[[1, 4]] = 0, 1e-3
@@ -214,7 +214,7 @@ def test_one_reading_of_the_output_gradient(dtype, tokens, has_branch, has_bias,
 
 @pytest.mark.parametrize("rank", [3, 16, 20])
 def test_gradients_of_an_adapter_from_their_parts(rank):
-    product, dots, gain = random(37, padded(rank)), random(9, 37, seed=1), random(37, seed=2)
+    product, dots, gain = random(37, padded_rank(rank)), random(9, 37, seed=1), random(37, seed=2)
     dB, dm = adapter_grads(product, rank, dots, gain, 0.5)
     assert reference.relative_error(dB, (0.5 * gain[:, None] * product)[:, :rank]) < 1e-6
     assert reference.relative_error(dm, dots.double().sum(0)) < 1e-6

@@ -13,7 +13,7 @@ from dora_mm.cli import main
 from dora_mm.config.models import ModelConfig
 from dora_mm.core import adapter_parameters
 from dora_mm.models.images.families import load_image_model
-from dora_mm.studies.campaigns.rows import TrainingRows, row_of
+from dora_mm.studies.campaigns.training_rows import TrainingRows, row_of
 from dora_mm.studies.campaigns.trainings import Training
 from dora_mm.studies.decomposition import weight_change
 from dora_mm.studies.variants import Variant

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dora_mm.sampling.jobs.job_row import JobRow, adapters_text, parse_adapters
 from dora_mm.sampling.jobs.picture import Picture, batches, expand, file_names
 from dora_mm.sampling.jobs.prompts import with_alternatives
 from dora_mm.sampling.jobs.reading import read_job
-from dora_mm.sampling.jobs.rows import JobRow, adapters_text, parse_adapters
 from dora_mm.sampling.strengths import as_strength
 
 TEMPLATE = Picture(0, "", None, 0, 25, 5.0, None, None, None, (("a.safetensors", 0.8),), 1.0)

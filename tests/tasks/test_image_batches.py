@@ -13,7 +13,7 @@ from dora_mm.config.models import SDXLConfig
 from dora_mm.data.images.folder import read_training_images
 from dora_mm.data.images.pixels import load_rgb, render
 from dora_mm.data.images.wording import rendered
-from dora_mm.models.images.image_model import padded
+from dora_mm.models.images.image_model import pad_prompts
 from dora_mm.models.images.sdxl.encoding import encode_images, encode_prompts
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
@@ -180,7 +180,7 @@ def test_captions_of_different_lengths_train_as_they_do_alone(tiny, long_caption
 
 def test_captions_of_one_length_have_no_mask(tiny, image_folder):
     all_batches = batches(tiny, image_folder)
-    assert all(padded(all_batches(number).prompts, "text")[1] is None for number in range(4))
+    assert all(pad_prompts(all_batches(number).prompts, "text")[1] is None for number in range(4))
 
 
 def test_dropout_has_its_rate(tiny, image_folder):

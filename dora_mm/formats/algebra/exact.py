@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dora_mm.core.functional import Adapter, adapter_dtype, directions, row_norm
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.algebra.rows import in_rows
+from dora_mm.formats.algebra.row_blocks import in_rows
 from dora_mm.formats.state import LayerState
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.algebra.rows import row_blocks
+from dora_mm.formats.algebra.row_blocks import row_blocks
 from dora_mm.formats.state import LayerState
 
 OVERSAMPLED = 8  # directions beside the R ones, with which the iteration finds those in fewer steps

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.algebra.exact import difference
-from dora_mm.formats.commands.comparison import ToolLoad, compared
+from dora_mm.formats.commands.weight_errors import ToolLoad, weight_errors
 from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.naming.names import Name
@@ -99,7 +99,7 @@ class ExportCheck:
             for name, tool in self.tools.items()
             for t in (1.0, *(tool.computes.strengths if self.count % self.every == 0 else ()))
         ]
-        found = compared(loads, W0, *meant, change)
+        found = weight_errors(loads, W0, *meant, change)
         _check_finite(written, self.dtype)
         bound = found.bound(DTYPES[_name(self.dtype)])
         for load, error in zip(loads, found.errors, strict=True):
@@ -116,7 +116,7 @@ class ExportCheck:
 
     def _refuse(self, exact: ToolLoad, W0: Tensor, meant: tuple[LayerState, float]) -> None:
         """Raises ValueError where a tool computes something else from tensors that are not rounded, too."""
-        found = compared([exact], W0, *meant)
+        found = weight_errors([exact], W0, *meant)
         formula = found.relative(found.errors[0])
         if not formula <= found.bound():
             raise ValueError(f"{refusal(exact.tool, formula)}: nothing was written; {self.advice}")

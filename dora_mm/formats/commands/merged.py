@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from dora_mm.formats.algebra import exact
-from dora_mm.formats.algebra.rows import in_rows
+from dora_mm.formats.algebra.row_blocks import in_rows
 from dora_mm.formats.commands.export_check import ToolErrors
 from dora_mm.formats.files.base_weights import BaseWeights, write_merged
 from dora_mm.formats.files.checks import is_finite

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.algebra.exact import fitted
-from dora_mm.formats.commands.comparison import BOUND, ToolLoad, compared, is_read
 from dora_mm.formats.commands.cure import cure
 from dora_mm.formats.commands.loading import load_of, without
+from dora_mm.formats.commands.weight_errors import BOUND, ToolLoad, is_read, weight_errors
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.tools import tool_of
 from dora_mm.formats.tools.tool import Tool
@@ -115,7 +115,7 @@ def _right(file: AdapterFile, module: str, kind: _Kind) -> Iterable[str]:
     loads = [load for load in loads if is_read(load.parts)]
     try:
         layer = fitted(own.read(_parts(own, file, module, tensors, kind.scaling), None), W0)
-        found = compared(loads, W0, layer)
+        found = weight_errors(loads, W0, layer)
     except (ValueError, RuntimeError, IndexError):  # damaged, of an unclear axis, or of another method
         return
     for load, error in zip(loads, found.errors, strict=True):

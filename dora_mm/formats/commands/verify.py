@@ -15,9 +15,9 @@ from torch import Tensor
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra.exact import fitted
 from dora_mm.formats.algebra.fused import stack_rows
-from dora_mm.formats.commands.comparison import Comparison, ToolLoad, compared, is_read
 from dora_mm.formats.commands.cure import cure
 from dora_mm.formats.commands.loading import Load, load_of, without
+from dora_mm.formats.commands.weight_errors import ToolLoad, WeightErrors, is_read, weight_errors
 from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.files.json_text import finite
 from dora_mm.formats.naming.names import ModuleGroup, Name, architecture_of
@@ -244,7 +244,7 @@ def _verdicts(
     whole = {name: tool_of(name).loaded(module, tensors, adapter.header) for name in readers}
     parts = {name: without(whole[name], loads[name].lost[module]) for name in readers}
     read = [ToolLoad(name, found) for name, found in parts.items() if is_read(found)]
-    found = compared(read, W0, state)
+    found = weight_errors(read, W0, state)
     errors = {load.tool: error for load, error in zip(read, found.errors, strict=True)}
 
     def verdict(name: str) -> LayerVerdict:
@@ -257,7 +257,7 @@ def _verdicts(
 
 
 def layer_verdict(
-    module: str, computes: Computation, parts: Parts, state: LayerState, W0: Tensor, found: Comparison, error: float
+    module: str, computes: Computation, parts: Parts, state: LayerState, W0: Tensor, found: WeightErrors, error: float
 ) -> LayerVerdict:
     """What a tool computes for one module, from its error."""
     relative = found.relative(error)

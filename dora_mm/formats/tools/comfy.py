@@ -70,7 +70,7 @@ EXPORT = Export(
 EXPORT_DIFF = Export(
     kohya_tensors,
     COMFY,
-    read_by=("comfy", "a1111", "sdnext", "invokeai", "lycoris"),
+    read_by=("comfy", "a1111", "sdnext", "invokeai", "kohya"),
     holds=Holds(beside=True),
     needs_base=True,
     difference=True,

@@ -142,7 +142,7 @@ TOOL = Tool(
     named=named,
 )
 FORMAT = Format(
-    Export(lambda layer, W0: dict(layer.tensors), Spelling("dora_mm", {}), header=header, file_name=FILE_NAME),
+    Export(lambda layer, W0: dict(layer.tensors), Spelling("native", {}), header=header, file_name=FILE_NAME),
     why_not=lambda components: None,
     module=lambda name: joined(*name),
     parameter=lambda name, adapted: joined(*name),

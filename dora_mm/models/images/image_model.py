@@ -320,7 +320,7 @@ class ImageModel(ABC):
         return self.pipeline_class()(**components)
 
 
-def padded(prompts: Sequence[Prompt], name: str) -> tuple[Tensor, Tensor | None]:
+def pad_prompts(prompts: Sequence[Prompt], name: str) -> tuple[Tensor, Tensor | None]:
     """Pads embeddings of a batch.
 
     Args:

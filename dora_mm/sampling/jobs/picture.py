@@ -8,7 +8,7 @@ from typing import Any
 
 from dora_mm.config.pictures import JobConfig, PicturesConfig
 from dora_mm.data.syntax import Wording, weighted
-from dora_mm.sampling.jobs.rows import JobRow, Weights
+from dora_mm.sampling.jobs.job_row import JobRow, Weights
 from dora_mm.sampling.strengths import as_strength, is_zero, scaled
 
 PLAIN = {"guidance_rescale": 0.0, "prompt_syntax": "plain"}  # files have these settings only where they are others

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from dora_mm.config.loader import about_run
 from dora_mm.config.paths import resolve_adapter
 from dora_mm.sampling.jobs.columns import SCHEDULE, SIZE, column_of, of_line, renamed
-from dora_mm.sampling.jobs.rows import JobRow, about_unknown, problem_of_value
+from dora_mm.sampling.jobs.job_row import JobRow, about_unknown, problem_of_value
 from dora_mm.utils.messages import first_line
 from dora_mm.utils.tables import decoded, read_table
 

@@ -17,7 +17,7 @@ import torch
 
 from dora_mm.config.loader import load_config
 from dora_mm.studies.campaigns.evaluation import ScoresT, Scoring
-from dora_mm.studies.campaigns.rows import FAILED, TrainingRow, TrainingRows, row_of, rows_file
+from dora_mm.studies.campaigns.training_rows import FAILED, TrainingRow, TrainingRows, row_of, rows_file
 from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.config import CampaignConfig
 from dora_mm.studies.curves import CurvePoint, RateCurve

@@ -117,10 +117,10 @@ def test_a_merged_model_has_a_place_for_norms_alone(trained, tmp_path):
 def test_they_are_judged_or_named(trained, capsys):
     path, _ = trained
     verdicts = {verdict.tool: verdict for verdict in verify(path, "all", BASE)}
-    assert set(verdicts["lycoris"].findings) == {"right"}
+    assert set(verdicts["kohya"].findings) == {"right"}
     right = {tool for tool, verdict in verdicts.items() if set(verdict.findings) == {"right"}}
     assert set(inspect_file(path).works_in) == right
-    assert "differences of biases, such as" in verdicts["lycoris"].note
+    assert "differences of biases, such as" in verdicts["kohya"].note
     assert set(verdicts["onetrainer"].findings) == {"refused"}
     assert set(verdicts["diffusers"].findings) <= {"refused", "not known to this tool"}
     assert "norms and biases" in str(AdapterFile(path).why_not_trainable())

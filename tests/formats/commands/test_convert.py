@@ -59,7 +59,7 @@ def test_a_written_file_is_recognised_as_its_tools(to, tmp_path):
     assert done.on_base
     assert done.num_modules == len(states)
     (file,) = done.files
-    assert AdapterFile(file).tool == {"kohya": "lycoris", "onetrainer": "lycoris"}.get(to, to)
+    assert AdapterFile(file).tool == {"onetrainer": "kohya"}.get(to, to)
     check_weights(file, states, base={name: BASE[name] for name in states})
 
 

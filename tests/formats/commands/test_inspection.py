@@ -129,7 +129,7 @@ def test_the_command(capsys):
     assert re.search("model +sdxl; names as in diffusers", text)
     assert cli.main(["inspect", str(FIXTURES / "lycoris_in.safetensors"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["tool"], len(found["modules"]), found["modules"][0]["axis"]) == ("lycoris", 5, "in")
+    assert (found["tool"], len(found["modules"]), found["modules"][0]["axis"]) == ("kohya", 5, "in")
     assert cli.main(["inspect", "samples/tiny-sdxl", "--json"]) == 2
     assert "--base, --json and --header are for adapter files" in capsys.readouterr().err
 

@@ -84,7 +84,7 @@ def test_entries_are_set_changed_and_taken_out(source, tmp_path):
     assert after["modelspec.title"] == "Second"
     assert not {"modelspec.license", "ss_base_model_version"} & after.keys()
     assert after["sshs_model_hash"] == header["sshs_model_hash"]
-    assert dora_mm.verify(done.file, "lycoris", BASE)[0].findings == {"right": 7}
+    assert dora_mm.verify(done.file, "kohya", BASE)[0].findings == {"right": 7}
 
 
 def test_other_programs_still_read_it(source, tmp_path):

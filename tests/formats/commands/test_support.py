@@ -18,7 +18,7 @@ from tests.formats.tools.test_tools import FILES, path_of
 
 BASE = toy.base()
 BASES = {True: {name: W0 for name, W0 in BASE.items() if name.component == "unet"}, False: BASE}
-CURABLE = {"comfy", "forge", "lycoris", "a1111", "sdnext", "invokeai", "onetrainer"}
+CURABLE = {"comfy", "forge", "kohya", "a1111", "sdnext", "invokeai", "onetrainer"}
 
 
 def kohya(path, *, axis="out", method="dora", alpha=True, flat=False):

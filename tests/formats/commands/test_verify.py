@@ -58,7 +58,7 @@ def for_comfy(layer, W0):
 @pytest.mark.parametrize(
     ("tool", "finding", "measured"),
     [  # for 96 x 64 and 64 x 64, as measured with the tools' own loaders
-        ("lycoris", "right", (3e-7, 3e-7)),
+        ("kohya", "right", (3e-7, 3e-7)),
         ("comfy", "differs", (0.277, 0.296)),
         ("a1111", "wrong axis", (0.522, 0.331)),
         ("invokeai", "wrong axis", (0.522, 0.331)),
@@ -87,7 +87,7 @@ def test_a_magnitude_for_comfyui_is_wrong_elsewhere(shape, measured, tmp_path):
     save_file(load_file(file), file, metadata=header)
     verdicts = {verdict.tool: verdict for verdict in dora_mm.verify(file, "all", base)}
     assert tuple(verdicts) == other_tools()
-    assert tuple(verdicts)[:4] == ("comfy", "diffusers", "forge", "lycoris")  # those that most people use
+    assert tuple(verdicts)[:4] == ("comfy", "diffusers", "forge", "kohya")  # those that most people use
     assert [verdict.tool for verdict in dora_mm.verify(file, "ComfyUI", base)] == ["comfy"]
     assert verdicts["comfy"].error < 1e-6
     assert verdicts["sdnext"].error == pytest.approx(measured, rel=0.15)
@@ -120,7 +120,7 @@ def test_modules_that_a_tool_does_not_know_are_counted(tmp_path):
     save_file({key.replace(old, own): tensor for key, tensor in tensors.items()}, file)
     found = {verdict.tool: dict(verdict.findings) for verdict in dora_mm.verify(file, "all", base)}
     assert found["comfy"] == {"differs": 4}
-    assert found["lycoris"] == {"right": 3, "not known to this tool": 1}
+    assert found["kohya"] == {"right": 3, "not known to this tool": 1}
     assert found["peft"] == {"not known to this tool": 4}
 
 
@@ -128,7 +128,7 @@ def test_modules_that_the_base_lacks_are_counted(tmp_path):
     base = random_base(OUT_96)
     file = write_kohya(tmp_path / "a.safetensors", base)
     del base[Name("unet", MODULES[0])]
-    (verdict,) = dora_mm.verify(file, "lycoris", base)
+    (verdict,) = dora_mm.verify(file, "LyCORIS", base)  # another name of it
     assert dict(verdict.findings) == {"not in the base": 1, "right": 3}
     assert verdict.error < 2e-6
     assert [layer["error"] is None for layer in verdict.as_dict()["layers"]] == [True, False, False, False]
@@ -171,7 +171,7 @@ def test_what_is_not_judged_is_named(tmp_path):
     own = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
     again = {key.replace(module, own): tensor.clone() for key, tensor in tensors.items() if key.startswith(module)}
     save_file({**tensors, **again, "unet.bias": torch.zeros(3)}, file)
-    (verdict,) = dora_mm.verify(file, "lycoris", base)
+    (verdict,) = dora_mm.verify(file, "kohya", base)
     assert "1 tensors that belong to no adapter, such as unet.bias, are not judged" in verdict.note
     assert f"unet.{MODULES[0]} is adapted twice" in verdict.note
 
@@ -182,9 +182,9 @@ def test_mistakes(tmp_path):
     with pytest.raises(ValueError, match="there is no tool 'comfyuj': use all or one of"):
         dora_mm.verify(file, "comfyuj", base)
     with pytest.raises(ValueError, match="verify needs the base model"):
-        dora_mm.verify(file, "lycoris")
+        dora_mm.verify(file, "kohya")
     with pytest.raises(ValueError, match="a.safetensors.*mid_block|a.safetensors.*no .*module|a.safetensors.*attn2"):
-        dora_mm.verify(file, "lycoris", {Name("unet", "mid_block.attentions.0.proj_in"): torch.zeros(4, 4)})
+        dora_mm.verify(file, "kohya", {Name("unet", "mid_block.attentions.0.proj_in"): torch.zeros(4, 4)})
     write_kohya(file, random_base(SQUARE))
     with pytest.raises(ValueError, match="a.safetensors: lora_unet_down_blocks.*shape .* for another model"):
-        dora_mm.verify(file, "lycoris", base)
+        dora_mm.verify(file, "kohya", base)

@@ -190,5 +190,5 @@ def test_lycoris_loads_the_names_of_the_network(architecture, names, tmp_path):
     assert set(found) == {key for key, _ in meant.values()}
     if names == "diffusers":
         assert all(is_close(found[key], change) for key, change in meant.values())
-    said, total, _ = findings(case, "down alpha", "lycoris", tmp_path)
+    said, total, _ = findings(case, "down alpha", "kohya", tmp_path)
     assert said == {"right": total}

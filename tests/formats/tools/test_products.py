@@ -93,7 +93,7 @@ def test_it_is_named_and_judged(trained, request):
     method = next(name for name in ("LoHa", "LoKr", "GLoRA") if name in request.node.name)
     assert {module.method for module in inspect_file(path).modules} == {method}
     verdicts = {verdict.tool: verdict for verdict in verify(path, "all", BASE)}
-    assert set(verdicts["lycoris"].findings) == {RIGHT}
+    assert set(verdicts["kohya"].findings) == {RIGHT}
     assert (set(verdicts["comfy"].findings) == {RIGHT}) == (not request.node.name.endswith("with a magnitude]"))
     right = {tool for tool, verdict in verdicts.items() if set(verdict.findings) == {RIGHT}}
     assert set(inspect_file(path).works_in) == right
@@ -107,11 +107,11 @@ def test_factors_that_do_not_fit_are_refused(tmp_path):
     shapes = {"hada_w1_a": (16, 2), "hada_w1_b": (2, 16), "hada_w2_a": (16, 2), "hada_w2_b": (2, 8)}
     save_file({f"{module}.{end}": torch.ones(shape) for end, shape in shapes.items()}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="shapes of its factors do not fit each other"):
-        verify(tmp_path / "a.safetensors", "lycoris", BASE)
+        verify(tmp_path / "a.safetensors", "kohya", BASE)
     shapes = {"lokr_w1": (4, 4), "lokr_w2": (5, 4)}
     save_file({f"{module}.{end}": torch.ones(shape) for end, shape in shapes.items()}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="another model"):
-        verify(tmp_path / "a.safetensors", "lycoris", BASE)
+        verify(tmp_path / "a.safetensors", "kohya", BASE)
 
 
 def test_a_large_weight(tmp_path):

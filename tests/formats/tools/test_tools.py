@@ -16,7 +16,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 WRITTEN = {  # by the tool that wrote it
     "peft": ("peft_dora", "peft_lora", "peft_rslora"),
     "diffusers": ("diffusers",),
-    "lycoris": ("lycoris_out", "lycoris_in", "lycoris_tucker", "lycoris_rs"),
+    "kohya": ("lycoris_out", "lycoris_in", "lycoris_tucker", "lycoris_rs"),
 }
 FILES = [(tool, name) for tool, names in WRITTEN.items() for name in names]
 STRENGTHS = (0.0, 0.5, 1.0)
@@ -152,14 +152,14 @@ def test_a_flat_magnitude_raises_or_is_broadcast(tool):
 
 
 @SHAPES
-@pytest.mark.parametrize("tool", ["lycoris", "comfy", "a1111", "sdnext", "invokeai", "onetrainer"])
+@pytest.mark.parametrize("tool", ["kohya", "comfy", "a1111", "sdnext", "invokeai", "onetrainer"])
 def test_plain_lora(tool, name):
     parts, W0, wanted = by_hand(name, method="lora", t=0.7)
     check(tool, parts, W0, wanted, 0.7)
 
 
 @SHAPES
-@pytest.mark.parametrize("tool", ["lycoris", "comfy", "a1111", "sdnext", "invokeai"])
+@pytest.mark.parametrize("tool", ["kohya", "comfy", "a1111", "sdnext", "invokeai"])
 def test_a_difference(tool, name):
     W0, diff = toy.base()[name], toy.wave(toy.SHAPES[name], 5).float()
     check(tool, {"diff": diff}, W0, W0 + 0.5 * diff, 0.5)

@@ -189,6 +189,6 @@ def test_what_lycoris_writes_of_text_encoders_today(tmp_path, monkeypatch):
 
 
 def test_the_versions_are_those_that_these_tests_run():
-    for tool, package in {"peft": "peft", "diffusers": "diffusers", "lycoris": "lycoris_lora"}.items():
+    for tool, package in {"peft": "peft", "diffusers": "diffusers", "kohya": "lycoris_lora"}.items():
         assert Version(version(package)) <= Version(TOOLS[tool].version)  # less with the oldest that are admitted
     assert all(TOOLS[name].version for name in other_tools())

@@ -96,7 +96,7 @@ def test_verify_shows_every_tool(adapter, tmp_path, capsys):
     assert measure.startswith("error: how far the change of the weights is from")
     found = {line.split()[0]: line for line in rows.splitlines()}
     assert "0.42.1" in found["diffusers"]
-    assert " right " in found["lycoris"]
+    assert " right " in found["kohya"]
     assert " right " in found["sdnext"]
     assert "divides by the norm of W0" in found["comfy"]
     assert "wrong axis" in found["a1111"]

@@ -36,7 +36,7 @@ UNUSED = dict.fromkeys(("llava", "llava_next"), (".vision_tower.encoder.layers.1
 }
 # PEFT takes layers of these names for experts of transformers 4, also those of dense blocks and shared experts.
 FUSED_BY_PEFT = ("glm4v_moe",)
-# PEFT's folder cannot hold their adapters, which are written in our own form.
+# PEFT's folder cannot hold their adapters, which are written in the native form.
 OWN_FORM = ("deepseek_ocr2", "inkling2", "inkling2_loop", "mistral_large4", "unlimited_ocr")
 
 

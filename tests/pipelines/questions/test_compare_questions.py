@@ -14,8 +14,8 @@ import yaml
 from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
-from dora_mm.studies.campaigns import rows as module
 from dora_mm.studies.campaigns import subprocesses, trainings
+from dora_mm.studies.campaigns import training_rows as module
 from dora_mm.studies.campaigns.answers import AnsweredSplits
 from dora_mm.studies.campaigns.judges import AnswerJudge
 from dora_mm.studies.campaigns.questions import QuestionEvaluation, ValidationSet, shared_images

@@ -226,9 +226,11 @@ def test_mistakes_in_parts_are_told_in_a_sentence(change, message, config, capsy
 
 
 def test_all_linear_and_patterns_are_shown_and_what_peft_cannot_hold(config, capsys):
-    """Runs with parts of several methods wrote our own form alone, and nothing said so."""
+    """Runs with parts of several methods wrote the native form alone, and nothing said so."""
     parts = {"all-linear": {}, "re:.*language_model.*v_proj": {"rank": 4}, "vision.mlp": {"method": "frozen"}}
-    held = "will be written in our own form alone, which PEFT cannot read: a file holds one method per model, but model"
+    held = (
+        "will be written in the native form alone, which PEFT cannot read: a file holds one method per model, but model"
+    )
     output = printed(capsys, config("qwen2_5_vl", adapter={"rank": 2, "parts": parts}))
     rows = {cells[0]: cells[1:] for cells in (re.split(r"\s{2,}", line) for line in output.splitlines())}
     assert rows["text.attn"][:3] == ["q_proj, k_proj, o_proj", "dora", "2"]

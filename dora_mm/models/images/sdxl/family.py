@@ -13,7 +13,7 @@ from torch import Tensor
 from dora_mm.data.images.buckets import Framing
 from dora_mm.data.images.latents import Latents
 from dora_mm.data.syntax import Wording
-from dora_mm.models.images.image_model import ImageModel, Prompt, SingleFile, padded
+from dora_mm.models.images.image_model import ImageModel, Prompt, SingleFile, pad_prompts
 from dora_mm.models.images.noise import Diffusion
 from dora_mm.models.images.sdxl import checkpoint, encoding
 
@@ -64,7 +64,7 @@ class SDXL(ImageModel):
         return encoding.normalize_latents(self.vae, latents)
 
     def predict(self, noised: Tensor, time: Tensor, prompts: Sequence[Prompt], framings: Sequence[Framing]) -> Tensor:
-        text, mask = padded(prompts, "text")
+        text, mask = pad_prompts(prompts, "text")
         sizes = [encoding.time_ids(f.original_size, f.crop_top_left, f.target_size) for f in framings]
         pooled = torch.stack([prompt["pooled"] for prompt in prompts])
         return self.unet(

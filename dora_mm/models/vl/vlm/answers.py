@@ -16,8 +16,8 @@ from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import Answer, Example, Turn
 from dora_mm.data.vl.rows import RowTooLongError
 from dora_mm.models.vl.vlm.chat import THOUGHT, render
+from dora_mm.models.vl.vlm.example_encoder import ExampleEncoder
 from dora_mm.models.vl.vlm.network import VLMNetwork, naming
-from dora_mm.models.vl.vlm.rows import ExampleEncoder
 from dora_mm.registries.vl_tasks import TASKS
 
 log = logging.getLogger(__name__)

@@ -27,11 +27,11 @@ from dora_mm.models.vl.vl_model import RowCounts, RowLengths, Structure, Target,
 from dora_mm.models.vl.vlm.answers import VLMAnswers
 from dora_mm.models.vl.vlm.chat import chat_template
 from dora_mm.models.vl.vlm.encoding import TokenRow
+from dora_mm.models.vl.vlm.example_encoder import ExampleEncoder
 from dora_mm.models.vl.vlm.forms import form_of
 from dora_mm.models.vl.vlm.loading import completed, load_processor
 from dora_mm.models.vl.vlm.network import VLMNetwork, naming
 from dora_mm.models.vl.vlm.prompts import PLAIN, TEXTS
-from dora_mm.models.vl.vlm.rows import ExampleEncoder
 from dora_mm.models.vl.vlm.videos import FPS, MAX_FRAMES
 from dora_mm.models.vl.vlm.view import row_lengths, row_view
 from dora_mm.registries.vl_tasks import TASKS

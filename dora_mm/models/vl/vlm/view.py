@@ -14,7 +14,7 @@ from dora_mm.data.vl.row_view import Piece, RowView
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.vl.vl_model import RowLengths, likeliest_answer
 from dora_mm.models.vl.vlm.encoding import IGNORED, TokenRow
-from dora_mm.models.vl.vlm.rows import ExampleEncoder
+from dora_mm.models.vl.vlm.example_encoder import ExampleEncoder
 from dora_mm.utils.progress import tracked
 
 MOST_RUNS = 6  # of tokens of one image that are listed; of more, the middle is left out

@@ -5,7 +5,7 @@ import re
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from tests.documented.vlm_classes import ALIASES, CLASSES, PAGE, row_of
+from tests.documented.vlm_classes import ALIASES, CLASSES, HEAD, PAGE, row_of, takes_videos
 from tests.models.vl.vlm.classes.equalities import learned_parts
 from tests.models.vl.vlm.vlm_rows import write_pictures
 
@@ -38,7 +38,10 @@ def test_the_table_names_all_classes_and_the_pages_count_those_that_train():
     assert MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items() <= CLASSES.items()
     assert {"Phi4MultimodalForCausalLM", "BlipForQuestionAnswering"} <= set(CLASSES.values())
     count = sum(trains == "yes" for _, _, trains in rows)
-    assert f"Of the {len(CLASSES)} kinds" in page
-    assert f"{count} train\n" in page
-    first = (PAGE.parent / "vlm.md").read_text(encoding="utf-8").split("\n\n")[1].split(". ")[0]
+    videos = sum(map(takes_videos, page.splitlines()))
+    (version,) = re.findall(r"that transformers (\S+) has", page)
+    assert page.startswith(HEAD.format(total=len(CLASSES), version=version, count=count, videos=videos))
+    models = (PAGE.parent / "vlm.md").read_text(encoding="utf-8")
+    assert f"[{videos} of the classes]" in models
+    first = models.split("\n\n")[1].split(". ")[0]
     assert f"{count} of its {len(CLASSES)} kinds" in " ".join(first.split())

@@ -1,7 +1,7 @@
 """Conversations with images that are too long, what is left of them, and what a class learns from that.
 
-`python -m tests.models.vl.vlm.rows.cut_rows` prints a table of all classes with a chat template: of each conversation,
-cut at several lengths, the labels that are learned and those that have room, and what was raised.
+`python -m tests.models.vl.vlm.encoding.cut_rows` prints a table of all classes with a chat template: of each
+conversation, cut at several lengths, the labels that are learned and those that have room, and what was raised.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dora_mm.models.vl.vlm.encoding import IGNORED, TokenRow
 from dora_mm.models.vl.vlm.family import VLM
 from tests.models.vl.vlm import tiny
 from tests.models.vl.vlm.classes.rarest_models import UNTRAINED
-from tests.models.vl.vlm.rows.video_rows import write_visuals
+from tests.models.vl.vlm.encoding.video_rows import write_visuals
 from tests.models.vl.vlm.texts.language_models import LANGUAGE_MODELS
 
 NAMES = tuple(name for name in tiny.BUILDERS if name not in {*LANGUAGE_MODELS, *UNTRAINED})

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dora_mm.studies.campaigns.rows import FAILED, TrainingRows, row_of
+from dora_mm.studies.campaigns.training_rows import FAILED, TrainingRows, row_of
 from dora_mm.studies.campaigns.trainings import Training
 from dora_mm.studies.variants import FULL, Variant
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dora_mm.core.functional import adapter_dtype
 from dora_mm.formats.algebra.exact import gain_of, new_rows
-from dora_mm.formats.algebra.rows import row_blocks, rows_of
+from dora_mm.formats.algebra.row_blocks import row_blocks, rows_of
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import products, tool_of
 from dora_mm.formats.tools.formulas import Formula, Update, added, scaling
@@ -30,7 +30,7 @@ class ToolLoad(NamedTuple):
     strength: float = 1.0
 
 
-class Comparison(NamedTuple):
+class WeightErrors(NamedTuple):
     """What tools compute for one module.
 
     Attributes:
@@ -53,9 +53,9 @@ class Comparison(NamedTuple):
         return relative + _ROUNDING * self.norm / (self.size or 1)
 
 
-def compared(
+def weight_errors(
     loads: Sequence[ToolLoad], W0: Tensor, layer: LayerState, strength: float = 1.0, change: Tensor | None = None
-) -> Comparison:
+) -> WeightErrors:
     """Computes what tools make of a module. What they have in common is computed once.
 
     Args:
@@ -75,7 +75,7 @@ def compared(
             size, norm, found = _in_blocks(some, blocks, W0, layer, strength, change)
             for number, error in zip(chosen, found, strict=True):
                 errors[number] = error
-    return Comparison(size, norm, errors)
+    return WeightErrors(size, norm, errors)
 
 
 def is_read(parts: Mapping[str, object]) -> bool:

@@ -10,7 +10,7 @@ from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.tables import open_table
 from tests.data.images.videos import write_timed_video
 from tests.data.vl.chats import as_lines, messages
-from tests.models.vl.vlm.rows.video_rows import ROWS, losses, opened, reads_videos, row, write_visuals
+from tests.models.vl.vlm.encoding.video_rows import ROWS, losses, opened, reads_videos, row, write_visuals
 
 TAKE = (
     "qwen2_vl",
