@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from dora_mm.config.loader import saved_values
 from dora_mm.config.paths import resolve_adapter, resolve_path
 from dora_mm.config.pictures import JobConfig
 from dora_mm.sampling.jobs.job_row import JobRow
@@ -19,7 +20,6 @@ from dora_mm.sampling.jobs.picture import (
 )
 from dora_mm.sampling.jobs.prompts import check_syntax, with_alternatives
 from dora_mm.sampling.jobs.reading import read_job
-from dora_mm.utils import yaml12
 from dora_mm.utils.processes import started_together
 
 log = logging.getLogger(__name__)
@@ -94,10 +94,9 @@ def check_same_job(config: JobConfig, run: Path) -> None:
     Raises:
         ValueError: It belongs to another one.
     """
-    saved = run / "config.yaml"
-    before = yaml12.read(saved.read_text(encoding="utf-8")).value.get("prompts_file") if saved.is_file() else None
+    before = saved_values(run).get("prompts_file") if (run / "config.yaml").is_file() else None
     after = config.prompts_file
-    if before and after and Path(before).name != Path(after).name:
+    if before and after and Path(str(before)).name != Path(after).name:
         raise ValueError(
             f"output {run} has the pictures of {before}, and those of {after} would replace them: choose another "
             f"folder, or, if it is the same job under a new name: dora-mm sample {after} --resume {run}"

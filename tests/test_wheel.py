@@ -73,6 +73,7 @@ def shadow(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_folder_named_pipelines_does_not_shadow_the_recipes(environment, shadow):
     """From the wheel and from the checkout, where `python -m` puts the current folder first on sys.path."""
     model = torch.nn.ModuleDict({"to_q": torch.nn.Linear(4, 4)})

@@ -72,15 +72,19 @@ class AdapterConfig(Section):
     def _named_parts(cls, parts: Any) -> Any:
         if parts == ALL_LINEAR:
             parts = [parts]
+        if isinstance(parts, list | tuple | dict):
+            for name in parts:
+                if not isinstance(name, str):
+                    raise ValueError(f"the name of a part is text, got {name!r}")
         if isinstance(parts, list | tuple):
-            if len(set(map(str, parts))) < len(parts):
+            if len(set(parts)) < len(parts):
                 raise ValueError("names a part twice")
             parts = dict.fromkeys(parts)
         if not isinstance(parts, dict):
             if parts is not None:
                 raise ValueError(f"must be a list of parts, or parts with settings, got {parts!r}")
             return {}
-        for name in map(str, parts):
+        for name in parts:
             if similar := _similar(name, (*cls.known_parts, ALL_LINEAR)):
                 known = ", ".join(cls.known_parts)
                 raise ValueError(

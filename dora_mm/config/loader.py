@@ -16,7 +16,7 @@ from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.report import Problem, describe, dotted_key, sections_at
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.utils import yaml12
-from dora_mm.utils.messages import nearest
+from dora_mm.utils.messages import first_line, nearest
 from dora_mm.utils.yaml12 import MISSING, KeyPath
 
 
@@ -104,14 +104,31 @@ def differing_keys(one: PipelineConfig, other: PipelineConfig) -> list[str]:
     return _differing(one.model_dump(), other.model_dump(), "")
 
 
+def saved_values(run: Path) -> dict[str, Any]:
+    """The values of the config that a run directory has, which names a recipe.
+
+    Raises:
+        ValueError: It cannot be read, or names none.
+    """
+    saved = run / "config.yaml"
+    try:
+        values = yaml12.read(saved.read_text(encoding="utf-8")).value
+        if isinstance(values, dict) and values.get("pipeline") in list(SCHEMAS):
+            return values
+        problem = "it names no pipeline"
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problem = first_line(error)
+    raise ValueError(f"{saved} is not a config that a run has saved ({problem})")
+
+
 def about_run(folder: Path) -> str:
     """What can be done with a run directory that stands in the place of a config or a job, as a sentence."""
     saved, run = folder / "config.yaml", shlex.quote(str(folder))
     try:
-        values = yaml12.read(saved.read_text(encoding="utf-8")).value
-        command = SCHEMAS[values["pipeline"]].command
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        values = saved_values(folder)
+    except ValueError:
         return f"{folder} is a run directory, and its config.yaml cannot be read"
+    command = SCHEMAS[values["pipeline"]].command
     if values["pipeline"] == "train_diffusion":
         use = f"dora-mm sample --set adapter.path={run} 'prompts=[...]' draws with its adapter, and "
         return f"{folder} is the run of a training: {use}dora-mm train --resume {run} goes on with it"
@@ -144,14 +161,14 @@ def _read(file: Path) -> yaml12.Document:
 
 def _override(values: dict[str, Any], origins: dict[KeyPath, str], override: str) -> KeyPath | Problem:
     """Applies `key.sub=value` to `values`, records its origin in `origins`, and returns the path of the key."""
-    origin = f"--set {override}"
+    origin = f"--set {override:.300}"
     dotted, equals, text = override.partition("=")
     if not equals or not all(dotted.split(".")):
         return Problem(origin, "", "must have the form key.sub=value")
     try:
         value = yaml12.read(text).value
     except yaml.YAMLError:
-        return Problem(origin, dotted, f"{text!r} is not a YAML value: quote it")
+        return Problem(origin, dotted, f"{text[:300]!r} is not a YAML value: quote it")
     *parents, last = dotted.split(".")
     node: Any = values
     path: KeyPath = ()
@@ -186,7 +203,7 @@ def _remove_replaced(values: dict[str, Any], schema: type[PipelineConfig], chose
 def _step(node: Any, part: str) -> str | int | None:
     if isinstance(node, dict):
         return part
-    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+    if isinstance(node, list) and part in map(str, range(len(node))):
         return int(part)
     return None
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dora_mm.config.paths import CONFIG, INDEX
 from dora_mm.formats.files.checks import check_dtype, first_not_finite
-from dora_mm.formats.files.json_text import read_bounded
 from dora_mm.formats.files.tensor_file import PICKLES, TensorFile, pickle_error
 from dora_mm.formats.naming.names import ModuleGroup, Name, canonical
 from dora_mm.formats.naming.spellings import Namer
@@ -28,6 +27,7 @@ from dora_mm.formats.tools.parts import NO_LOW_RANK, axes_that_fit
 from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME, config_beside, method_beside
 from dora_mm.formats.tools.tool import Tool
 from dora_mm.registries.tools import TOOLS
+from dora_mm.utils.json_text import read_bounded
 
 OLD_LAYER = re.compile(r"(?P<module>.*_lora[12]?)\.(?P<ending>down|up)\.weight")  # of diffusers of 2023, and XLabs
 _NETWORK = re.compile(

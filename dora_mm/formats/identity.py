@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 from dora_mm.formats.adapter_file import AdapterFile, located
-from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.tokens import BESIDE_KEY
 from dora_mm.formats.tools import tool_of
 from dora_mm.utils.digest import weights_digest
+from dora_mm.utils.json_text import parse_json
 
 _SAID = ("method", "rank", "alpha", "use_dora")  # in headers, beside what only a training reads
 

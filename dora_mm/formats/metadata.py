@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 
 from dora_mm.config.paths import find_path
 from dora_mm.formats.files.header import write_header
-from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.files.tensor_file import TensorFile
+from dora_mm.utils.json_text import parse_json
 
 MODELS = ("base_model", "base_vae", "extracted_from", "ss_sd_model_name", "ss_vae_name")  # keys of models
 PEFT_CONFIG, PEFT_BASE = "adapter_config.json", "base_model_name_or_path"

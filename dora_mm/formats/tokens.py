@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.files.tensor_file import TensorFile
 from dora_mm.utils.atomic import save_tensors
+from dora_mm.utils.json_text import parse_json
 
 TokenRows = Mapping[str, Mapping[str, Tensor]]  # the rows (N, D) by word, and then by table
 EMBEDDINGS = re.compile(r"bundle_emb\.|emb_params$|clip_[lg]$|.*string_to_param")  # of tokens that were trained

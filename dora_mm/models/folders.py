@@ -23,6 +23,7 @@ from dora_mm.models.foreign import converted, instead_of, why_foreign
 from dora_mm.models.hub import local_copy
 from dora_mm.models.opening import WEIGHTS, loaded_files, opening, without_bars
 from dora_mm.utils.digest import files_digest, weights_digest
+from dora_mm.utils.json_text import read_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 BESIDE = {  # what a folder holds beside the part that reads and writes text, by the type of that part: what speaks
@@ -133,7 +134,19 @@ def weight_files(folder: Path) -> list[Path]:
     single, index = (folder / with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     if single.is_file() or not index.is_file():
         return [single]
-    return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+    return [folder / name for name in sorted(set(_weight_map(index).values()))]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each weight, by the index of a model in several files.
+
+    Raises:
+        ValueError: It cannot be read, or names a file that is not beside it.
+    """
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or any(not isinstance(f, str) or Path(f).name != f for f in found.values()):
+        raise ValueError(f"{index} does not say which files beside it have the weights")
+    return found
 
 
 def has_weights(path: str, revision: str | None = None) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 from accelerate.utils.memory import should_reduce_batch_size
 
 from dora_mm.backend import about_layers
-from dora_mm.config.loader import dump_config
+from dora_mm.config.loader import dump_config, saved_values
 from dora_mm.config.pictures import PicturesConfig
 from dora_mm.core import remove
 from dora_mm.core.adapted import AdaptedLayer
@@ -35,7 +35,6 @@ from dora_mm.sampling.manifest import (
 from dora_mm.sampling.pictures import PictureSampler, UnusablePictureError
 from dora_mm.sampling.png import BaseModel, Description, UsedAdapter, read_description, save_picture
 from dora_mm.sampling.strengths import HashableStrength
-from dora_mm.utils import yaml12
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.lock import only_writer
 from dora_mm.utils.processes import ALONE, DividedWork, Processes
@@ -71,7 +70,7 @@ def existing_run(config: PicturesConfig, resume: Path | None = None) -> Path | N
         return None
     saved = path / CONFIG
     if saved.is_file():
-        pipeline = yaml12.read(saved.read_text(encoding="utf-8")).value["pipeline"]
+        pipeline = saved_values(path)["pipeline"]
         if pipeline != config.pipeline:
             raise ValueError(f"{path} is a run of {pipeline}, not of {config.pipeline}: choose another folder")
     elif not is_unfinished(path):

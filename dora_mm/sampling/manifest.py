@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.folders import link_or_copy, written_at_once
+from dora_mm.utils.json_text import parse_json
 
 MANIFEST = "manifest.jsonl"
 EARLIER = "earlier"  # the folder in a run of pictures that were replaced, by number
@@ -41,6 +44,9 @@ class ManifestEntry:
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
+ENTRY = TypeAdapter(ManifestEntry)
+
+
 def write_manifest(run: Path, entries: Iterable[ManifestEntry]) -> None:
     """Writes the manifest of a run directory, atomically."""
     write_text(run / MANIFEST, "".join(json.dumps(asdict(entry)) + "\n" for entry in entries))
@@ -56,9 +62,21 @@ def read_manifest(run: Path) -> list[ManifestEntry]:
     if not file.is_file():
         raise ValueError(f"{run} is not a run that drew pictures: it has no {MANIFEST}")
     try:
-        return [ManifestEntry(**json.loads(line)) for line in file.read_text(encoding="utf-8").split("\n") if line]
-    except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        lines = enumerate(file.read_text(encoding="utf-8").split("\n"), 1)
+        return [_entry(line, number) for number, line in lines if line]
+    except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): delete it, and repeat the command of the run") from None
+
+
+def _entry(line: str, number: int) -> ManifestEntry:
+    try:
+        entry = ENTRY.validate_python(parse_json(line, f"line {number}"))
+    except ValidationError as error:
+        found = error.errors()[0]
+        raise ValueError(": ".join([f"line {number}", *map(str, found["loc"][:1]), found["msg"]])) from None
+    if "\0" in entry.file:
+        raise ValueError(f"line {number} names a file that cannot be")
+    return entry
 
 
 def recorded(folder: Path) -> dict[str, ManifestEntry]:

@@ -33,6 +33,7 @@ from dora_mm.sampling.png import BaseModel
 from dora_mm.sampling.strengths import HashableStrength, to_load
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import data_digest, known_digest
+from dora_mm.utils.json_text import parse_json
 from dora_mm.utils.processes import ALONE, Processes
 
 log = logging.getLogger(__name__)
@@ -311,10 +312,10 @@ def family_settings(header: Mapping[str, str], path: str) -> dict[str, Any]:
         ValueError: They cannot be read.
     """
     try:
-        found = json.loads(header.get(SETTINGS, "{}"))
-    except (ValueError, RecursionError):
+        found = parse_json(header.get(SETTINGS, "{}"), SETTINGS)
+    except ValueError:
         found = None
-    if not isinstance(found, dict) or set(found) & {"path", "revision", "vae", "dtype"}:
+    if found is None or set(found) & {"path", "revision", "vae", "dtype"}:
         raise ValueError(f"the header of {path} cannot be used ({SETTINGS}): set model.path")
     return found
 

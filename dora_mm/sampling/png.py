@@ -13,9 +13,11 @@ from typing import Any
 
 import PIL
 from PIL import Image, PngImagePlugin
+from pydantic import TypeAdapter, ValidationError
 
 from dora_mm.sampling.strengths import HashableStrength, strength_text
 from dora_mm.utils.atomic import write_atomically
+from dora_mm.utils.json_text import parse_json
 
 JSON_CHUNK, A1111_CHUNK = "dora_mm", "parameters"
 VERSION = 2  # of the JSON
@@ -98,6 +100,9 @@ class Description:
         return replace(self, model=model, adapters=adapters, batch=batch, position=0, software={})
 
 
+DESCRIPTION = TypeAdapter(Description)
+
+
 def save_picture(path: Path, picture: Image.Image, description: Description, scheduler: str) -> None:
     """Saves a PNG file atomically, with what it was drawn with.
 
@@ -128,25 +133,18 @@ def read_description(path: Path) -> Description:
     if text is None:
         raise ValueError(f"{path} was not drawn by dora-mm sample: it has no text chunk {JSON_CHUNK}")
     try:
-        values = json.loads(text)
-        if values.pop("version") != VERSION:
+        if parse_json(text, "it").get("version") != VERSION:
             raise ValueError("another version")
-        return Description(
-            **{
-                **values,
-                "model": BaseModel(**values["model"]),
-                "adapters": tuple(_used(adapter) for adapter in values["adapters"]),
-                "batch": tuple((prompt, negative, seed) for prompt, negative, seed in values["batch"]),
-            }
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        description = DESCRIPTION.validate_json(text, strict=True)
+    except ValidationError as error:
+        found = error.errors()[0]
+        problem = ": ".join([".".join(map(str, found["loc"])), found["msg"]])
+        raise ValueError(f"the text chunk {JSON_CHUNK} of {path} cannot be read ({problem})") from None
+    except ValueError as error:
         raise ValueError(f"the text chunk {JSON_CHUNK} of {path} cannot be read ({error})") from None
-
-
-def _used(values: Mapping[str, Any]) -> UsedAdapter:
-    strength = values["strength"]
-    by_part = tuple((name, value) for name, value in strength) if isinstance(strength, list) else strength
-    return UsedAdapter(**{**values, "strength": by_part})
+    if not 0 <= description.position < len(description.batch):
+        raise ValueError(f"the text chunk {JSON_CHUNK} of {path} cannot be read (its batch has no such position)")
+    return description
 
 
 # --- as A1111 and Civitai read it ------------------------------------------------------------------------------------

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pydantic import ValidationError
 
 from dora_mm.config.models import ModelConfig, validated
 from dora_mm.config.pictures import MemoryConfig, PicturesConfig
 from dora_mm.sampling.drawing import PictureJob, draw
+from dora_mm.sampling.jobs.job_row import JobRow
 from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.sampling.manifest import write_manifest
 from dora_mm.sampling.model import LoadedModel, load_model
 from dora_mm.sampling.png import Description, read_description
+
+NEEDED = ("steps", "guidance", "width", "height", "scheduler")
 
 
 def replay_picture(file: Path, new_folder: Callable[[], Path]) -> tuple[Path, str | None]:
@@ -32,6 +36,7 @@ def replay_picture(file: Path, new_folder: Callable[[], Path]) -> tuple[Path, st
             cannot be drawn.
     """
     description = read_description(file)
+    check_complete(description, file)
     loaded = load_model(pictures_config(description), [adapter.path for adapter in description.adapters])
     check_unchanged(description, loaded)
     job = job_of(description, loaded, new_folder(), file.name)
@@ -40,6 +45,25 @@ def replay_picture(file: Path, new_folder: Callable[[], Path]) -> tuple[Path, st
     job.raise_failures()
     drawn = job.file(description.position)
     return drawn, difference(file, drawn)
+
+
+def check_complete(description: Description, file: Path) -> None:
+    """Checks that a file says all that a picture is drawn with, in the types that a job has.
+
+    Raises:
+        ValueError: It does not.
+    """
+    try:
+        row = JobRow.model_validate({"prompt": "a", **description.settings})
+        if lacking := [name for name in NEEDED if name not in row.model_fields_set]:
+            raise ValueError(f"settings lack {lacking[0]}")
+        pictures_config(description)
+    except ValidationError as error:
+        found = error.errors()[0]
+        problem = ": ".join([".".join(map(str, found["loc"])), found["msg"]])
+        raise ValueError(f"{file} cannot be drawn again ({problem})") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} cannot be drawn again ({error})") from None
 
 
 def pictures_config(description: Description) -> PicturesConfig:

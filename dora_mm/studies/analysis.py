@@ -16,10 +16,10 @@ from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra.exact import fitted, new_weight
 from dora_mm.formats.commands.extract import changed_modules, check_same_architecture
 from dora_mm.formats.files.base_weights import BaseWeights
-from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.reader import LayerReader
 from dora_mm.studies.decomposition import WeightPoint, weight_change
+from dora_mm.utils.json_text import parse_json
 from dora_mm.utils.progress import tracked
 
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # of transformers 5

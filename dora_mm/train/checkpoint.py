@@ -17,6 +17,7 @@ from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.tools.native import FILE_NAME
 from dora_mm.utils.atomic import flush, write_tensor_file
 from dora_mm.utils.digest import file_digest
+from dora_mm.utils.json_text import parse_json
 from dora_mm.utils.lock import check_lock
 from dora_mm.utils.messages import first_line
 from dora_mm.utils.partials import partial_of
@@ -114,7 +115,7 @@ def last_step(folder: Path) -> int:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint, by the digests that it was saved with; None: nothing."""
     try:
-        about = json.loads((checkpoint / ABOUT).read_text())
+        about = parse_json((checkpoint / ABOUT).read_bytes(), ABOUT)
         if about["step"] != step_of(checkpoint):
             return f"{ABOUT} has another step"
         for name in (WEIGHTS, STATE):

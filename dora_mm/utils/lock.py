@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dora_mm.utils import partials
+from dora_mm.utils.json_text import read_json
 from dora_mm.utils.partials import is_running, remove_partials
 
 try:
@@ -156,8 +157,8 @@ class FolderLock:
     def _read(self) -> Writer | None:
         """Who writes; None where the file does not say it."""
         try:
-            return Writer(**json.loads(self.path.read_text(encoding="utf-8")))
-        except (FileNotFoundError, ValueError, TypeError):
+            return Writer(**read_json(self.path))
+        except (ValueError, TypeError):
             return None
 
     def _beat(self) -> None:

@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from dora_mm.utils.json_text import parse_json
+
 
 def rows_until(path: Path, step: float = math.inf) -> list[dict[str, Any]]:
     """The rows up to a step of a metrics.jsonl file that a killed process may have left; none without a file."""
@@ -17,9 +19,9 @@ def whole_rows(step: float, rows: bytes) -> bytes:
     kept = []
     for row in rows.splitlines(keepends=True):
         try:
-            if json.loads(row)["step"] > step:
+            if parse_json(row, "a row")["step"] > step:
                 break
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
             break
         kept.append(row)
     return b"".join(kept)

@@ -11,6 +11,7 @@ from typing import Any
 from dora_mm.utils import yaml12
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.folders import claim_number
+from dora_mm.utils.json_text import read_json
 from dora_mm.utils.lock import LOCK, check_lock
 from dora_mm.utils.partials import PARTIAL
 
@@ -109,11 +110,11 @@ class RunDirectory:
         """
         file = self.path / INPUTS
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if isinstance(found, dict) and isinstance(found.get(CONFIG), dict):
+            found = read_json(file)
+            if isinstance(found.get(CONFIG), dict):
                 return found
             problem = "it does not say what config the run was started with"
-        except (OSError, ValueError, RecursionError) as error:
+        except ValueError as error:
             problem = str(error)
         raise ValueError(f"{file} is missing or damaged ({problem}): the run cannot go on without it.")
 
@@ -129,8 +130,8 @@ class RunDirectory:
             software: As given to `create`.
         """
         try:
-            before = dict(json.loads((self.path / VERSIONS).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            before = read_json(self.path / VERSIONS)
+        except ValueError as error:
             return [f"{VERSIONS} cannot be read ({error})"]
         now = {**versions(), **software}
         return [f"{name} {before.get(name)} is {now.get(name)}" for name in now if before.get(name) != now[name]]

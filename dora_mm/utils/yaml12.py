@@ -32,6 +32,9 @@ class Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML's own class attribute)
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if getattr(self.peek_event(), "tag", None):  # of text that is no number, say, or for dates and binary data
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="tags (!!name) are not allowed", problem_mark=mark)
         if self.check_event(yaml.AliasEvent):  # an alias can contain itself, or expand exponentially
             mark = self.peek_event().start_mark
             raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=mark)
@@ -52,7 +55,10 @@ for _tag, _pattern, _first in _SCALARS:
 
 
 def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))
+    try:
+        return int(loader.construct_scalar(node))
+    except ValueError:  # Python reads no more than some thousand digits
+        raise yaml.MarkedYAMLError(problem="a number has too many digits", problem_mark=node.start_mark) from None
 
 
 Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
@@ -62,7 +68,7 @@ def read(text: str) -> Document:
     """Parses one document.
 
     Raises:
-        yaml.YAMLError: The text is not valid YAML, or uses aliases or tags for Python objects.
+        yaml.YAMLError: The text is not valid YAML, or uses aliases or tags.
     """
     loader = Loader(text)
     try:

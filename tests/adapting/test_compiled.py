@@ -85,8 +85,8 @@ FORMS = [
     ({"method": "dora"}, UNMERGED, False),
     ({"method": "dora"}, MERGED, True),
     ({"method": "lora", "dropout": 0.5}, MERGED, False),
-    ({"method": "magnitude"}, MERGED, False),
-    ({"method": "full"}, UNMERGED, False),
+    pytest.param({"method": "magnitude"}, MERGED, False, marks=pytest.mark.slow),
+    pytest.param({"method": "full"}, UNMERGED, False, marks=pytest.mark.slow),
 ]
 
 

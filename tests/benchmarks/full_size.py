@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dora_mm.formats.files.json_text import read_json
 from dora_mm.models.images.sdxl.checkpoint import CONFIGS
+from dora_mm.utils.json_text import read_json
 
 FULL_SIZE = {k: v for k, v in read_json(CONFIGS / "unet/config.json").items() if k != "_class_name"}
 # The same architecture with four attention blocks, where only the code matters and not the numbers.

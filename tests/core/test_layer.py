@@ -343,7 +343,7 @@ def test_adapting_in_place_keeps_hooks_and_restores_the_class():
     assert list(dict(layer.named_parameters())) == ["weight", "bias"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_compiled_without_graph_breaks(dtype):
     _, layer = reference.linear(16, 8, dtype=dtype)
     reference.randomize(layer)

@@ -134,7 +134,7 @@ def test_diffusers_loads_all_components_of_a_converted_file(model, saved, base, 
     assert np.abs(image(pipe) - expected).max() <= 1e-4
 
 
-@pytest.mark.parametrize("ending", ["with .weight", "without"])
+@pytest.mark.parametrize("ending", ["with .weight", pytest.param("without", marks=pytest.mark.slow)])
 def test_verify_says_what_diffusers_does_with_either_spelling(ending, saved, base, tmp_path):
     file = saved if ending == "with .weight" else without_ending(saved, tmp_path / "a.safetensors")
     (verdict,) = verify(file, "diffusers", base)

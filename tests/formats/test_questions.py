@@ -56,6 +56,7 @@ def folder(tmp_path, monkeypatch):
     write_files()
 
 
+@pytest.mark.slow
 def test_every_command_prints_what_the_page_shows(folder, capsys):
     assert page().count("**") == 2 * 10
     capsys.readouterr()

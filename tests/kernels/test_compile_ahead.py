@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton", minversion="3.4")  # earlier versions call the compiler differently
 
 
+@pytest.mark.slow
 def test_no_kernel_spills_or_needs_more_than_there_is():
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "tests.kernels.compile_ahead"]

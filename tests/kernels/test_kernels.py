@@ -365,7 +365,7 @@ def test_what_has_no_kernel_runs_in_plain_torch():
     assert dropping(torch.randn(3, 8)).shape == (3, 6)
 
 
-@pytest.mark.parametrize("layer_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("layer_dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_compiled_without_graph_breaks(layer_dtype):
     fast, _ = layers(layer_dtype)
     x = random(6, 40, dtype=layer_dtype)

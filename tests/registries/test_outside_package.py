@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.registries.packages import outside_package
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +62,7 @@ def run(package: Path, *commands: str) -> subprocess.CompletedProcess:
     return subprocess.run(call, cwd=package.parent, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_task_with_its_reader_scorer_and_submission_file_is_trained_and_scored(tiny_vlm, tmp_path):
     places = {name: f"sums:{thing}" for name, thing in POINTS.items()}
     package = outside_package(tmp_path / "package", {"sums.py": SUMS}, places)

@@ -27,6 +27,7 @@ def test_a_single_row_is_enough():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, its memory is reported instead")
+@pytest.mark.slow
 def test_memory_is_that_of_the_process_and_not_of_its_parent():
     held = bytearray(600 * 2**20)
     code = (

@@ -121,6 +121,7 @@ def flipped(data: bytes, number: int) -> bytes:
     return data[: position // 8] + bytes([data[position // 8] ^ 1 << position % 8]) + data[position // 8 + 1 :]
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_any_file_changes_no_result(start, tmp_path):
     wanted, run = result(start("whole", stop=None)), start("run")
     files = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file() and "tensorboard" not in str(file)}

@@ -115,6 +115,7 @@ def assert_same(one, two) -> None:
     patience=st.sampled_from([None, 2]),
     stop=st.integers(1, 11),
 )
+@pytest.mark.slow
 def test_a_run_of_any_settings_that_stops_goes_on_to_the_same_bits(tmp_path_factory, values, ema, patience, stop):
     folder = tmp_path_factory.mktemp("runs")
     train(folder / "whole", ema, patience, **values)

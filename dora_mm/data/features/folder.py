@@ -17,10 +17,12 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dora_mm.utils.atomic import save_tensors, write_text
+from dora_mm.utils.json_text import parse_json, read_bounded
 
 log = logging.getLogger(__name__)
 INDEX = "index.json"
@@ -86,8 +88,8 @@ def read_index(folder: Path) -> FeatureIndex:
     """
     path = folder / INDEX
     try:
-        index = FeatureIndex(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        index = TypeAdapter(FeatureIndex).validate_json(read_bounded(path), strict=True)
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read as the index of a folder of features ({error})") from error
     if index.format != FORMAT:
         raise ValueError(f"{path} has format {index.format!r}, but this version reads {FORMAT!r}")
@@ -111,7 +113,7 @@ def open_shard(folder: Path, index: FeatureIndex, name: str) -> Shard:
     try:
         file: Any = safe_open(path, framework="pt").__enter__()  # stays open as long as its slice
         metadata = file.metadata() or {}
-        names, digests = (json.loads(metadata[key]) for key in ("names", "digests"))
+        names, digests = (parse_json(metadata[key], key, list) for key in ("names", "digests"))
         rows = file.get_slice(TENSOR)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is missing or damaged ({error}): {AGAIN}") from error

@@ -3,13 +3,13 @@
 What looks like captions and is not read is found, too: otherwise its images would be trained with another text.
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dora_mm.data.images.pixels import SUFFIXES
+from dora_mm.utils.json_text import parse_json
 from dora_mm.utils.tables import decoded, read_table
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -161,9 +161,9 @@ def _json_rows(text: str, problems: list[str]) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut captions at U+2028
         if line.strip():
             try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                problems.append(f"line {number} is not valid JSON: {error.msg} at character {error.pos + 1}")
+                yield number, parse_json(line, f"line {number}", object)
+            except ValueError as error:
+                problems.append(str(error))
 
 
 def _as_caption(texts: Sequence[str], source: str, *, lines: bool) -> ImageCaption:

@@ -14,12 +14,12 @@ from dora_mm.formats.adapter_file import AdapterFile, adapter_folder, located
 from dora_mm.formats.algebra import exact
 from dora_mm.formats.commands.convert import Conversion, Settings, check_base, written
 from dora_mm.formats.commands.verify import open_base
-from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.naming.names import NETWORKS, ModuleGroup, Name
 from dora_mm.formats.reader import Beside, Bias, LayerReader
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import FORMATS
 from dora_mm.formats.tools.peft import CONFIG_NAME
+from dora_mm.utils.json_text import parse_json
 
 
 def combine(

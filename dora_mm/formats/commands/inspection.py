@@ -16,7 +16,6 @@ from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra.exact import norms
 from dora_mm.formats.commands.support import misread_by, works_in
 from dora_mm.formats.commands.verify import open_base, stacked
-from dora_mm.formats.files.json_text import finite, parse_json
 from dora_mm.formats.naming.names import NETWORKS, Name, architecture_of
 from dora_mm.formats.naming.spellings import COMFY, KOHYA, Names, architecture_of_keys
 from dora_mm.formats.reader import opened
@@ -26,6 +25,7 @@ from dora_mm.formats.tools.native import SPECS_KEY
 from dora_mm.formats.tools.peft import CONFIG_NAME
 from dora_mm.formats.tools.peft_config import OUR_METADATA
 from dora_mm.registries.tools import TOOLS
+from dora_mm.utils.json_text import finite, parse_json
 
 BASE_KEYS = ("base_model", "ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
 HIDDEN = ("format", PEFT_METADATA, OUR_METADATA, CONFIG_NAME, SPECS_KEY)  # what the modules show already

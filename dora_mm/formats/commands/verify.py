@@ -19,7 +19,6 @@ from dora_mm.formats.commands.cure import cure
 from dora_mm.formats.commands.loading import Load, load_of, without
 from dora_mm.formats.commands.weight_errors import ToolLoad, WeightErrors, is_read, weight_errors
 from dora_mm.formats.files.base_weights import BaseWeights
-from dora_mm.formats.files.json_text import finite
 from dora_mm.formats.naming.names import ModuleGroup, Name, architecture_of
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.reader import LayerReader, check_headers
@@ -29,6 +28,7 @@ from dora_mm.formats.tools.formulas import Computation, axis_of_shape
 from dora_mm.formats.tools.parts import Parts
 from dora_mm.formats.tools.peft import PREFIX
 from dora_mm.registries.tools import TOOLS, no_entry, other_tools, tool_called
+from dora_mm.utils.json_text import finite
 from dora_mm.utils.progress import tracked
 
 RIGHT, REFUSED, IGNORED, NO_MAGNITUDE = "right", "refused", "not known to this tool", "loses the magnitude"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 
-from dora_mm.formats.files.json_text import unique_members
+from dora_mm.utils.json_text import unique_members
 from dora_mm.utils.messages import UNSEEN, shown
 
 LONGEST_NAME = 1000  # characters

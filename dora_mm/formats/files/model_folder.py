@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_mm.config.paths import CONFIG, INDEX
-from dora_mm.formats.files.json_text import read_json
+from dora_mm.utils.json_text import read_json
 
 
 class ModelFolder:

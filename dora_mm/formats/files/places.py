@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from dora_mm.formats.files.header import TensorEntry
-from dora_mm.formats.files.json_text import read_json
 from dora_mm.formats.files.model_class import Converter, empty_model, weights_in_class
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.formats.files.tensor_file import PICKLES, TensorFile
 from dora_mm.formats.naming.layouts import LAYOUTS
 from dora_mm.formats.naming.names import NETWORKS, ModuleGroup, Name, canonical, own_table
+from dora_mm.utils.json_text import read_json
 
 COMPONENTS = (*NETWORKS, "text_encoder", "text_encoder_2", "text_encoder_3")
 STEMS = ("diffusion_pytorch_model", "model")  # how the names of weight files begin in diffusers and transformers

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dora_mm.formats.files.checks import DTYPES, is_finite
 from dora_mm.formats.files.header import DamagedError, TensorEntry, parse_header, write_header
-from dora_mm.formats.files.json_text import MAX_BYTES
 from dora_mm.utils.atomic import write_atomically
+from dora_mm.utils.json_text import MAX_BYTES
 from dora_mm.utils.messages import first_line
 from dora_mm.utils.progress import BYTES, Progress
 

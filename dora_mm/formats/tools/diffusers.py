@@ -22,13 +22,13 @@ from typing import Any
 from torch import nn
 
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.naming.names import TEXT_PREFIX, Name, canonical
 from dora_mm.formats.naming.spellings import DIFFUSERS, without_processor
 from dora_mm.formats.state import joined
 from dora_mm.formats.tools import peft, peft_config, products
 from dora_mm.formats.tools.parts import OLD_PARTS
 from dora_mm.formats.tools.tool import Contents, Export, Format, Header, HeaderReader, Holds, Modules, Tool
+from dora_mm.utils.json_text import parse_json
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_METADATA = "lora_adapter_metadata"

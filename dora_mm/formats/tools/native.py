@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.algebra.exact import new_weight
-from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.files.tensor_file import FORMAT_KEY
 from dora_mm.formats.models import layers_of
 from dora_mm.formats.naming.names import Name
@@ -34,6 +33,7 @@ from dora_mm.formats.tokens import BUNDLE
 from dora_mm.formats.tools.formulas import Computation, Update
 from dora_mm.formats.tools.parts import Parts, neutral
 from dora_mm.formats.tools.tool import Contents, Export, Format, Header, HeaderReader, Tool
+from dora_mm.utils.json_text import parse_json
 
 FILE_NAME = "trained_weights.safetensors"
 FORMAT_VALUE = "native-1"

@@ -24,7 +24,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from dora_mm.formats.algebra.exact import along, norms, paper_form
-from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.naming import spellings
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.state import LayerState, joined
@@ -33,6 +32,7 @@ from dora_mm.formats.tools.formulas import AFTER_ANOTHER, Computation, Update
 from dora_mm.formats.tools.methods import Method, method_of_type
 from dora_mm.formats.tools.parts import Parts, neutral
 from dora_mm.formats.tools.tool import Contents, Export, Format, Header, HeaderReader, Holds, Modules, Tool
+from dora_mm.utils.json_text import parse_json
 
 FILE_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"

@@ -12,10 +12,10 @@ from torch import nn
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.layer import DoRAConv
 from dora_mm.core.spec import DoRASpec, finite_number
-from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.models import layers_of
 from dora_mm.formats.state import joined
 from dora_mm.formats.tools.patterns import matching_key
+from dora_mm.utils.json_text import parse_json
 
 OUR_METADATA = "dora_mm"
 

@@ -6,17 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from dora_mm.config.images import TrainDiffusionConfig
+from dora_mm.config.loader import saved_values
 from dora_mm.config.models import validated
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.report import describe
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.sampling.manifest import MANIFEST, ManifestEntry, read_manifest
 from dora_mm.sampling.next_steps import next_steps
-from dora_mm.utils import yaml12
+from dora_mm.utils.json_text import parse_json, read_json
 from dora_mm.utils.messages import first_line
 from dora_mm.utils.metric_rows import rows_until
 from dora_mm.utils.run_directory import CONFIG, SUMMARY, RunDirectory
@@ -51,10 +51,10 @@ def training_config(path: Path) -> PipelineConfig | None:
         ValueError: It does not fit the schema.
     """
     try:
-        values = yaml12.read((path / CONFIG).read_text(encoding="utf-8")).value
-        schema = SCHEMAS[values["pipeline"]]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        values = saved_values(path)
+    except ValueError:
         return None
+    schema = SCHEMAS[values["pipeline"]]
     if schema.command != "train":
         return None
     try:
@@ -92,7 +92,7 @@ def about_training(path: Path, config: PipelineConfig) -> dict[str, Any]:
 
 def _summary(path: Path) -> dict[str, Any]:
     file = path / SUMMARY
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _checkpoints(run: RunDirectory) -> list[tuple[int, Path]]:
@@ -220,4 +220,5 @@ def answers_by_step(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def _rows(file: Path) -> Iterable[dict[str, Any]]:
-    return map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    lines = enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+    return (parse_json(line, f"{file}, line {number}") for number, line in lines)

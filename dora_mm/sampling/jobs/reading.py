@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime, time
 from pathlib import Path
@@ -14,6 +13,7 @@ from dora_mm.config.loader import about_run
 from dora_mm.config.paths import resolve_adapter
 from dora_mm.sampling.jobs.columns import SCHEDULE, SIZE, column_of, of_line, renamed
 from dora_mm.sampling.jobs.job_row import JobRow, about_unknown, problem_of_value
+from dora_mm.utils.json_text import parse_json
 from dora_mm.utils.messages import first_line
 from dora_mm.utils.tables import decoded, read_table
 
@@ -75,14 +75,9 @@ def _json_rows(path: Path, text: str, problems: list[str]) -> NumberedLines:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            problems.append(f"line {number} is not valid JSON ({getattr(error, 'msg', 'too deep')})")
-            continue
-        if isinstance(values, dict):
-            yield number, values
-        else:
-            problems.append(f'line {number} is not a JSON object such as {{"prompt": ...}}')
+            yield number, parse_json(line, f"line {number}")
+        except ValueError as error:
+            problems.append(str(error))
 
 
 def _table_rows(path: Path, text: str, problems: list[str]) -> NumberedLines:

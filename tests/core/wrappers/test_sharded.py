@@ -77,6 +77,7 @@ def _trains(rank):
             check_gradients(sharded(method), trained(method), rank, data(tokens), num_passes)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_unsharded_model(in_two_processes):
     in_two_processes(_trains)
 

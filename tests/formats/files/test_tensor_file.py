@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_mm.formats.files.checks import first_not_finite
-from dora_mm.formats.files.json_text import read_json
 from dora_mm.formats.files.tensor_file import TensorFile
+from dora_mm.utils.json_text import read_json
 
 DTYPES = (
     torch.float64,

@@ -115,6 +115,7 @@ WITHOUT_CACHES = pytest.param(set(OPTIONS) - set(EXCLUDES), id="without caches",
 
 
 @pytest.mark.parametrize("names", [WITHOUT_CACHES, pytest.param(set(OPTIONS), id="with caches")])
+@pytest.mark.slow
 def test_all_at_once_is_resumed_bit_for_bit(tiny_folder, folders, names):
     check_resumed(names, tiny_folder, folders)
 

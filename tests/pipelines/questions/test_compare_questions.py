@@ -155,6 +155,7 @@ def trainings_in(folder: Path, path: str, evaluation: QuestionEvaluation) -> Tra
     return Trainings(folder, load_config(path).base, 1, evaluation.overrides)
 
 
+@pytest.mark.slow
 def test_an_interrupted_campaign_is_resumed_and_reports(comparison, commands, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "campaign"
     answer = AnsweredSplits.answer

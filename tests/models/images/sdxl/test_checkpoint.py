@@ -164,6 +164,7 @@ def test_the_choice_is_part_of_what_pictures_depend_on():
     assert ModelConfig(path="a", prediction="epsilon").settings_of_pictures() == {"prediction": "epsilon"}
 
 
+@pytest.mark.slow
 def test_a_trained_adapter_is_drawn_with_what_it_was_trained_on(single, image_folder, tmp_path, capsys):
     config = {
         "pipeline": "train_diffusion",

@@ -14,13 +14,13 @@ from dora_mm.utils.messages import shown
 MAX_BYTES = 16 * 2**20  # the header of a model of 100,000 tensors has 15 MB
 
 
-def parse_json(text: str | bytes, what: str, kind: type[dict | list] = dict) -> Any:
+def parse_json(text: str | bytes, what: str, kind: type[Any] = dict) -> Any:
     """Parses a JSON object or list.
 
     Args:
         text: The text, in UTF-8.
         what: What it is, for messages.
-        kind: The type that the value must have.
+        kind: The type that the value must have; `object`: any.
 
     Raises:
         ValueError: It is not valid JSON, is nested too deeply, or has another type.
