@@ -321,6 +321,34 @@ def test_quirks_of_excel_are_named(tmp_path, value, message):
         read_job(tmp_path / "jobs.xlsx")
 
 
+def test_a_job_has_bounds(tmp_path):
+    """They were read into memory, and beyond it."""
+    openpyxl = pytest.importorskip("openpyxl")
+    seeds = tmp_path / "seeds.csv"
+    seeds.write_text("prompt,seeds\n" + "a,0-9999\n" * 5000)
+    with pytest.raises(ValueError, match="above 200,000 pictures"):
+        read_job(seeds)
+    seeds.write_text("prompt,seeds\na," + "0-9999 " * 5000)
+    with pytest.raises(ValueError, match="at most 10000 seeds"):
+        read_job(seeds)
+    steps = tmp_path / "steps.jsonl"
+    steps.write_text('{"prompt": "a", "steps": ' + "1" * 4000 + "}\n")
+    with pytest.raises(ValueError, match="less than or equal to 10000"):
+        read_job(steps)
+    book = openpyxl.Workbook()
+    book.active["A1"], book.active["A2"], book.active["XFD1048576"] = "prompt", "a cup", "far away"
+    book.save(tmp_path / "far.xlsx")
+    with pytest.raises(ValueError, match="line 1048576: unknown column"):
+        read_job(tmp_path / "far.xlsx")
+    book = openpyxl.Workbook(write_only=True)
+    sheet = book.create_sheet()
+    for text in ("prompt", *("a" * 30_000 for _ in range(2300))):
+        sheet.append([text])
+    book.save(tmp_path / "large.xlsx")
+    with pytest.raises(ValueError, match="unpacks to 69 MB"):
+        read_job(tmp_path / "large.xlsx")
+
+
 def test_an_excel_file_without_its_package_or_of_another_kind(tmp_path, monkeypatch):
     path = write(tmp_path, "not a zip", "jobs.xlsx")
     monkeypatch.setitem(sys.modules, "openpyxl", None)

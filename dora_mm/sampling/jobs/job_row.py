@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, PositiveInt, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationError
 
 from dora_mm.config.latest import numbered_adapters
 from dora_mm.config.paths import find_path
-from dora_mm.config.pictures import PixelSize, Rescale, SchedulerName
+from dora_mm.config.pictures import PixelSize, Rescale, SchedulerName, Steps
 from dora_mm.config.schema import NonNegative, Section, Seed, Text
 from dora_mm.sampling.jobs.columns import column_of, parse_scheduler
 from dora_mm.sampling.strengths import HashableStrength, parse_strength, strength_text
@@ -18,7 +18,7 @@ from dora_mm.utils.messages import nearest
 NO_ADAPTER = "none"
 NAME = re.compile(r"(?![. -])[^\x00-\x1f<>:\"/\\|?*]{1,150}(?<![. ])(?<!\.jpg)(?<!\.jpeg)(?<!\.webp)")  # of any system
 NOT_IN_NAMES = '<>:"/\\|?*'
-MOST_SEEDS = 10_000  # of a range: a typing error should not fill the disk
+MOST_SEEDS = 10_000  # of a row: a typing error should not fill the disk
 
 Weights = tuple[tuple[str, HashableStrength], ...]  # adapters by path, each with its strength
 
@@ -42,6 +42,8 @@ def parse_seeds(value: Any) -> Any:
         if not 0 <= last - first < MOST_SEEDS:
             raise ValueError(f"has the range {part}, which must go up and have at most {MOST_SEEDS} seeds")
         seeds += range(first, last + 1)
+        if len(seeds) > MOST_SEEDS:
+            raise ValueError(f"must have at most {MOST_SEEDS} seeds")
     return tuple(seeds)
 
 
@@ -109,7 +111,7 @@ class JobRow(Section):
     prompt: Text
     negative_prompt: str | None = None
     seed: Annotated[tuple[Seed, ...], BeforeValidator(parse_seeds)] | None = None
-    steps: PositiveInt | None = None
+    steps: Steps | None = None
     guidance: Annotated[NonNegative, BeforeValidator(parse_number)] | None = None
     guidance_rescale: Annotated[Rescale, BeforeValidator(parse_number)] | None = None
     width: PixelSize | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime, time
 from pathlib import Path
@@ -13,10 +14,13 @@ from dora_mm.config.loader import about_run
 from dora_mm.config.paths import resolve_adapter
 from dora_mm.sampling.jobs.columns import SCHEDULE, SIZE, column_of, of_line, renamed
 from dora_mm.sampling.jobs.job_row import JobRow, about_unknown, problem_of_value
-from dora_mm.utils.json_text import parse_json
+from dora_mm.utils.json_text import parse_json, read_bounded
 from dora_mm.utils.messages import first_line
 from dora_mm.utils.tables import decoded, read_table
 
+MOST_PICTURES = 200_000  # of a job
+MOST_BYTES = 64 * 2**20  # of the unpacked tables of an Excel file, some 500,000 rows
+SHOWN = 50  # problems
 SUFFIXES = (".csv", ".tsv", ".xlsx", ".jsonl", ".txt")
 
 NumberedLines = Iterable[tuple[int, Mapping[str, Any]]]  # the number of each line, and what it says by column
@@ -41,10 +45,17 @@ def read_job(path: Path) -> list[JobRow]:
     if not path.is_file():
         raise ValueError(f"{path} is a folder: name a job file in it")
     problems: list[str] = []
-    rows = [_row(values, line, problems) for line, values in _lines(path, problems)]
+    rows, pictures = [], 0
+    for line, values in _lines(path, problems):
+        row = _row(values, line, problems)
+        rows.append(row)
+        pictures += len(row.seed or (None,)) if row else 0
+        if pictures > MOST_PICTURES:
+            raise ValueError(f"{path}: line {line} is above {MOST_PICTURES:,} pictures: divide the job")
     if problems:
         head = problems[0] if len(problems) == 1 else f"{len(problems)} problems"
-        raise ValueError("\n  ".join([f"{path}: {head}", *(problems if len(problems) > 1 else ())]))
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise ValueError("\n  ".join([f"{path}: {head}", *(problems[:SHOWN] if len(problems) > 1 else ()), *more]))
     if not rows:
         raise ValueError(f"{path} has no prompts")
     return [row for row in rows if row is not None]
@@ -54,7 +65,7 @@ def _lines(path: Path, problems: list[str]) -> NumberedLines:
     if path.suffix.lower() == ".xlsx":
         return _sheet_rows(path, problems)
     try:
-        text = decoded(path.read_bytes())
+        text = decoded(read_bounded(path))
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
     read = {".txt": _text_rows, ".jsonl": _json_rows}.get(path.suffix.lower(), _table_rows)
@@ -110,14 +121,22 @@ def _sheet_rows(path: Path, problems: list[str]) -> NumberedLines:
             f"{path} needs the package openpyxl: pip install 'dora_mm[sheets]', or save it as CSV UTF-8"
         ) from None
     try:
-        sheets = [openpyxl.load_workbook(path, data_only=values).worksheets[0] for values in (True, False)]
+        with zipfile.ZipFile(path) as packed:
+            if (size := sum(part.file_size for part in packed.infolist())) > MOST_BYTES:
+                raise ValueError(f"it unpacks to {size / 1e6:,.0f} MB, and at most {MOST_BYTES / 1e6:,.0f} are read")
+        books = [openpyxl.load_workbook(path, read_only=True, data_only=values) for values in (True, False)]
+        sheets = [book.worksheets[0] for book in books]
+        for sheet in sheets:
+            sheet.reset_dimensions()  # as the file says they are, rows would be filled up to them
+        both = zip(*(sheet.iter_rows() for sheet in sheets), strict=True)
+        rows = [[pair for pair in zip(*cells, strict=True) if pair[1].value is not None] for cells in both]
     except Exception as error:  # openpyxl raises anything for a file of another kind
         raise ValueError(
             f"{path} cannot be read as an Excel file ({first_line(error)}): save it as CSV UTF-8"
         ) from None
     header: dict[int, str] = {}
-    for values, formulas in zip(*(sheet.iter_rows() for sheet in sheets), strict=True):
-        cells = {c.column: _cell(path, c, f) for c, f in zip(values, formulas, strict=True) if f.value is not None}
+    for row in rows:
+        cells = {formula.column: _cell(path, value, formula) for value, formula in row}
         cells = {column: text for column, text in cells.items() if text.strip()}
         if cells and not header:
             header = cells
@@ -125,12 +144,12 @@ def _sheet_rows(path: Path, problems: list[str]) -> NumberedLines:
                 problems += wrong
                 return
         elif cells:
-            yield values[0].row, {header.get(column, f"column {column}"): text for column, text in cells.items()}
+            yield row[0][1].row, {header.get(column, f"column {column}"): text for column, text in cells.items()}
 
 
 def _cell(path: Path, cell: Any, formula: Any) -> str:
     value = cell.value
-    place = f"{path}: cell {cell.coordinate}"
+    place = f"{path}: cell {formula.coordinate}"
     if value is None:
         raise ValueError(
             f"{place} is a formula without a saved value: open and save the file in Excel, or write values"
