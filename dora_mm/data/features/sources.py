@@ -5,8 +5,10 @@ Shapes: (S, D) are S tokens of D channels; the cells of a feature map are tokens
 """
 
 import hashlib
+import math
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
@@ -21,6 +23,7 @@ from dora_mm.data.features.folder import INDEX, FeatureFolder
 from dora_mm.data.seen import SeenFiles
 
 H5_SUFFIXES = (".h5", ".hdf5")
+MOST_BYTES = 64 * 2**20  # of the features of an image; a feature map of 2,048 channels has 2 MB
 
 
 class Source(Protocol):
@@ -158,20 +161,53 @@ class H5Features:
         self._file: Any = None
         self._process = -1
         file = self._open()
-        first = next((name for name in islice(file, 100) if self.__contains__(name)), None)
+        try:
+            first = next((name for name in islice(file, 100) if self.__contains__(name)), None)
+        except (OSError, KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error})") from error
         if first is None:
             raise ValueError(f"{path} has no groups with a dataset `features`")
-        self.dim = channels(file[f"{first}/features"].shape, path, first)
+        self.dim = channels(self._dataset(first).shape, path, first)
 
     def __contains__(self, name: str) -> bool:
-        return f"{name}/features" in self._open()
+        place = f"{name}/features"
+        return self._leads_out(place) or place in self._open()
 
     def read(self, name: str) -> Tensor:
+        dataset = self._dataset(name)
         try:
-            values = self._open()[f"{name}/features"][()]
-        except (OSError, KeyError) as error:
+            values = dataset[()]
+        except (OSError, KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"{self.path}: the features of {name} cannot be read ({error})") from error
         return as_tokens(values, self.dim, self.path, name)
+
+    def _dataset(self, name: str) -> Any:
+        """The dataset of an image, all of which is in this file: HDF5 can have parts of it in any other."""
+        place = f"{name}/features"
+        if self._leads_out(place):
+            raise ValueError(f"{self.path}: the features of {name} are in another file, which is not opened")
+        try:
+            found = self._open()[place]
+            if found.is_virtual or found.external:
+                raise ValueError("they are in another file, which is not opened")
+            size = math.prod(map(max, found.shape, found.chunks or found.shape)) * found.dtype.itemsize
+        except (OSError, KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path}: the features of {name} cannot be read ({error})") from error
+        if size > MOST_BYTES:
+            raise ValueError(f"{self.path}: the features of {name} take {size:,} bytes, of at most {MOST_BYTES:,}")
+        return found
+
+    def _leads_out(self, place: str) -> bool:
+        """Whether there is a link on the way to a dataset, which may lead to another file; it is not followed."""
+        import h5py
+
+        file, parts = self._open(), place.split("/")
+        paths = ("/".join(parts[:number]) for number in range(1, len(parts) + 1))
+        try:
+            links = [file.get(path, getlink=True) for path in paths]
+            return any(link is not None and not isinstance(link, h5py.HardLink) for link in links)
+        except (KeyError, RuntimeError, ValueError):  # there is nothing
+            return False
 
     def where(self, name: str) -> Path:
         return self.path
@@ -209,9 +245,21 @@ class NpzFeatures:
 
     def _load(self, name: str) -> np.ndarray:
         try:
+            with zipfile.ZipFile(self.where(name)) as packed:
+                if (size := packed.getinfo("features.npy").file_size) > MOST_BYTES:
+                    raise ValueError(f"it takes {size:,} bytes, of at most {MOST_BYTES:,}")
             with np.load(self.where(name), allow_pickle=False) as arrays:
                 return arrays["features"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            EOFError,
+            MemoryError,
+            RuntimeError,
+            zlib.error,
+            zipfile.BadZipFile,
+        ) as error:
             raise ValueError(f"{self.where(name)} has no readable array `features` ({error})") from error
 
 

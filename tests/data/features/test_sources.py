@@ -9,11 +9,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dora_mm.data.features.folder import FeatureWriter
-from dora_mm.data.features.sources import as_tokens, open_features
+from dora_mm.data.features.sources import H5Features, NpzFeatures, as_tokens, open_features
 from dora_mm.data.seen import SeenFiles
 from dora_mm.utils.messages import ChangedFileError
 
@@ -211,3 +211,70 @@ def test_broken_npz_files(tmp_path):
         with pytest.raises(ValueError, match=f"^{folder / name}.npz has no readable array `features`"):
             features[name]
     assert not (tmp_path / "sprung").exists()
+
+
+def other_file(path):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("secret", data=np.ones((2, 4), dtype=np.float32))
+    return path
+
+
+def external_link(file, other):
+    file["a"] = h5py.ExternalLink(other.name, "/")
+
+
+def soft_link(file, other):
+    file["elsewhere"] = h5py.ExternalLink(other.name, "/")
+    file["a"] = h5py.SoftLink("/elsewhere")
+
+
+def external_storage(file, other):
+    other.write_bytes(b"\0" * 32)
+    file.create_dataset("a/features", (2, 4), dtype=np.float32, external=[(other.name, 0, 32)])
+
+
+def virtual(file, other):
+    layout = h5py.VirtualLayout((2, 4), dtype=np.float32)
+    layout[:] = h5py.VirtualSource(str(other_file(other)), "secret", (2, 4))
+    file.create_virtual_dataset("a/features", layout)
+
+
+@pytest.mark.parametrize("make", [external_link, soft_link, external_storage, virtual], ids=lambda make: make.__name__)
+def test_parts_in_other_files_are_not_read(make, tmp_path):
+    other = tmp_path / "other.h5"
+    if "link" in make.__name__:
+        with h5py.File(other, "w") as file:
+            file.create_dataset("features", data=np.ones((2, 4), dtype=np.float32))
+    with h5py.File(h5_file(tmp_path / "a.h5", {"b": VALUES["b"]}), "a") as file:
+        make(file, other)
+    with pytest.raises(ValueError, match="in another file, which is not opened"):
+        H5Features(tmp_path / "a.h5").read("a")
+
+
+def test_features_that_unpack_to_gigabytes_are_refused(tmp_path):
+    with h5py.File(h5_file(tmp_path / "a.h5", {"b": VALUES["b"]}), "a") as file:
+        file.create_dataset("a/features", (1_000_000, 4000), dtype=np.float32, compression="gzip", chunks=(100, 4000))
+    with pytest.raises(ValueError, match="take 16,000,000,000 bytes"):
+        H5Features(tmp_path / "a.h5").read("a")
+    np.savez_compressed(npz_folder(tmp_path / "n") / "a.npz", features=np.zeros((17_000, 1000), dtype=np.float32))
+    with pytest.raises(ValueError, match="68,000,128 bytes"):
+        NpzFeatures(tmp_path / "n").read("a")
+
+
+@given(st.sampled_from([h5_file, npz_folder]), st.randoms(use_true_random=False))
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_flipped_bytes_give_features_or_a_sentence(tmp_path_factory, make, random):
+    path = make(tmp_path_factory.mktemp("flipped") / "features.h5")
+    file = path if path.is_file() else min(path.iterdir())
+    content = bytearray(file.read_bytes())
+    for _ in range(3):
+        content[random.randrange(len(content))] = random.randrange(256)
+    file.write_bytes(bytes(content))
+    problem = None
+    try:
+        source = (H5Features if path.is_file() else NpzFeatures)(path)
+        if "a" in source:
+            assert source.read("a").dtype.is_floating_point
+    except ValueError as error:
+        problem = str(error)
+    assert problem is None or str(path) in problem
