@@ -141,7 +141,7 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
     about = (
         f"A style from {len(images)} pictures in {draft.images}. {remark_on(word, len(captions))}\n"
         f"It started from {draft.recipe}, whose head says what memory it takes; so does --dry-run.\n"
-        "Every key is explained in docs/train_pictures.md."
+        "The keys are explained in docs/train_pictures.md, those of data in docs/pictures_data.md."
     )
     config: Any = write_config(draft, changes, about)
     write_text(draft.prompts, "".join(f"{prompt}\n" for prompt in prompts))

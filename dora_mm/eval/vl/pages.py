@@ -2,6 +2,8 @@
 
 One file without scripts that loads nothing from elsewhere: it can be opened from the disk, also on a phone, and sent to
 others.
+It is written without a library of templates: with jinja2 this file, a template and a style sheet have 206 lines
+together, 30 less, and there is a dependency more; the page of a gallery fills in five places and gains nothing.
 """
 
 import base64
