@@ -96,3 +96,21 @@ def local_copy(path: str, revision: str | None = None) -> Path | None:
         return Path(snapshot_download(path, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
+
+
+def check_named_by(file: str, path: str | None, revision: str | None = None) -> None:
+    """Checks that a model that a file names, and not the person, needs no download: anybody may have written the file.
+
+    Args:
+        file: The file, for the message.
+        path: A local path, a hub name, or None.
+        revision: A commit, branch or tag; None: the main branch.
+
+    Raises:
+        ValueError: Nothing of it is on this machine.
+    """
+    if path and HUB_NAME.fullmatch(path) and local_copy(path, revision) is None:
+        raise ValueError(
+            f"{file} names the model {named(path, revision)}, which is not on this machine, and a file starts no "
+            f"download: name it yourself (--set model.path={path}), or get it first (hf download {path})"
+        )

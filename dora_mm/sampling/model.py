@@ -21,6 +21,7 @@ from dora_mm.config.paths import find_path, resolve_adapter, resolve_model
 from dora_mm.config.pictures import WITHOUT_GUIDANCE, PicturesConfig
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.files.tensor_file import read_metadata
+from dora_mm.models.hub import check_named_by
 from dora_mm.models.images.families import load_image_model
 from dora_mm.models.images.fitting import check_denoiser
 from dora_mm.models.images.image_model import ImageModel
@@ -302,6 +303,8 @@ def model_of(files: Mapping[str, Path]) -> ModelConfig:
             resolve_model(model.path)
         except ValueError:
             raise ValueError(f"{path} was trained on {model.path}, which is not here: set model.path") from None
+        check_named_by(path, model.path, model.revision)
+        check_named_by(path, model.vae)
     return next(iter(found), EMBEDDED)
 
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from dora_mm.config.models import ModelConfig, validated
 from dora_mm.config.pictures import MemoryConfig, PicturesConfig
+from dora_mm.models.hub import check_named_by
 from dora_mm.sampling.drawing import PictureJob, draw
 from dora_mm.sampling.jobs.job_row import JobRow
 from dora_mm.sampling.jobs.picture import Picture
@@ -37,6 +38,8 @@ def replay_picture(file: Path, new_folder: Callable[[], Path]) -> tuple[Path, st
     """
     description = read_description(file)
     check_complete(description, file)
+    check_named_by(str(file), description.model.path, description.model.revision)
+    check_named_by(str(file), description.model.vae)
     loaded = load_model(pictures_config(description), [adapter.path for adapter in description.adapters])
     check_unchanged(description, loaded)
     job = job_of(description, loaded, new_folder(), file.name)

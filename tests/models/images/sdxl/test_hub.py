@@ -6,10 +6,12 @@ import huggingface_hub.constants
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from dora_mm.cli import main
 from dora_mm.config.models import ModelConfig
 from dora_mm.formats import read
+from dora_mm.models import hub as hub_module
 from dora_mm.models.images.families import load_image_model
 from dora_mm.models.opening import commit_of
 
@@ -51,6 +53,20 @@ def test_a_revision_is_loaded_and_its_commit_is_known(hub):
 def test_a_local_model_has_no_revisions(tiny_folder):
     with pytest.raises(ValueError, match=r"model\.revision: .*tiny-sdxl is not a model of the hub"):
         load_image_model(ModelConfig(path=str(tiny_folder), revision="v1"))
+
+
+@pytest.mark.parametrize("key", ["base_model", "base_vae"])
+def test_a_file_alone_starts_no_download(hub, tiny_folder, tmp_path, key, monkeypatch, capsys):
+    """Anybody may have written the header of an adapter: its names were looked up on the hub."""
+    monkeypatch.setattr(hub_module, "hub_answers", lambda: pytest.fail("the hub was asked"))
+    header = {"base_model": str(tiny_folder), key: "someone/unknown"}
+    file = tmp_path / "adapter.safetensors"
+    path = "unet.mid_block.attentions.0.proj_in"
+    tensors = {f"{path}.lora_A.weight": torch.zeros(2, 64), f"{path}.lora_B.weight": torch.zeros(64, 2)}
+    save_file(tensors, file, header)
+    arguments = ["sample", "--set", f"adapter.path={file}", "prompts=[a]", f"output={tmp_path / 'out'}"]
+    assert main(arguments) == 2
+    assert "names the model someone/unknown, which is not on this machine" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("from_hub", [True, False])
