@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from PIL import Image
 from pydantic import ValidationError
 
 from dora_mm.config.models import ModelConfig, validated
-from dora_mm.config.pictures import MemoryConfig, PicturesConfig
+from dora_mm.config.pictures import MemoryConfig, PicturesConfig, PromptSyntax
 from dora_mm.models.hub import check_named_by
 from dora_mm.sampling.drawing import PictureJob, draw
 from dora_mm.sampling.jobs.job_row import JobRow
@@ -57,7 +58,10 @@ def check_complete(description: Description, file: Path) -> None:
         ValueError: It does not.
     """
     try:
-        row = JobRow.model_validate({"prompt": "a", **description.settings})
+        settings = dict(description.settings)
+        if settings.pop("prompt_syntax", "plain") not in get_args(PromptSyntax):
+            raise ValueError("its prompt_syntax is unknown")
+        row = JobRow.model_validate({"prompt": "a", **settings})
         if lacking := [name for name in NEEDED if name not in row.model_fields_set]:
             raise ValueError(f"settings lack {lacking[0]}")
         pictures_config(description)
