@@ -79,7 +79,9 @@ def test_the_paragraphs_name_rates_widths_and_differences(tmp_path):
     assert next(row for row in cells if row[0] == "| DoRA, rank 4, b4")[5].startswith("< 1 to")
     compared = next(row for row in cells if row[0] == "| DoRA, rank 4 - LoRA, rank 4")
     assert compared[1].startswith(("0.00", "-0.00"))
-    assert compared[5].endswith("! |")  # the band of the curve with two high rates is wider
+    p = difference(curves[dora].points[2.0], curves[lora].points[2.0]).p
+    assert compared[2] == f"{p:.2g} ({min(1.0, 2 * p):.2g})"  # the smaller one of two
+    assert compared[6].endswith("! |")  # the band of the curve with two high rates is wider
     assert any(row[0] == "| DoRA, rank 4, b4 - DoRA, rank 4" for row in cells)
     assert "per doubling of the rank: LoRA 0.00 (0.00 to 0.00)." in text
     assert len(curves_csv(curves).splitlines()) == 1 + 3 + 3 + 4 + 3
