@@ -32,14 +32,15 @@ def hardware_name() -> str:
 
 
 def processor_name() -> str:
-    """The name of the processor, such as "AMD EPYC, family 26, model 2"."""
+    """The processor and the widest instructions that torch uses, such as "AMD EPYC, family 26, model 2, AVX512"."""
     try:
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
+        lines = []
     about = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    kind = [f"{name.split()[-1]} {about[name]}" for name in ("cpu family", "model") if name in about]
-    return ", ".join([about.get("model name", platform.machine()), *kind])
+    name = about.get("model name", platform.processor() or platform.machine())
+    kind = [f"{key.split()[-1]} {about[key]}" for key in ("cpu family", "model") if key in about]
+    return ", ".join([name, *kind, torch.backends.cpu.get_cpu_capability()])
 
 
 def _own_device(index: int) -> torch.device:
