@@ -15,9 +15,9 @@ Records = list[dict[str, str]]
 LORA = "lora, rank 8"
 METHODS = {"dora, rank 8": "DoRA", LORA: "LoRA", "full": "full fine-tuning"}
 SCORED = {
-    "tuned_vl": "VL-BART, LoRA and DoRA, ranks 1, 4, 16",
-    "settings": "SDXL, DoRA, rank 4, six settings",
-    "candidates": "SDXL, the candidates",
+    "tuned_vl": "VL-BART",
+    "settings": "SDXL, rank 4",
+    "candidates": "SDXL, candidates",
 }
 
 
