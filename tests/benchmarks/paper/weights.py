@@ -171,13 +171,16 @@ def projection_table(*steps: int) -> Records:
                 {"step": str(gradients.step), "": title}
                 | {"gradient": gradients.mean(before).text(), "projected": gradients.mean(after).text()}
                 | {"random rows": gradients.mean(control).text(), "less": gradients.mean(after - control).text()}
-                | {"as good": f"{better} of {len(after)}"}
+                | {"random as good": f"{better} of {len(after)}"}
             )
         along, control = gradients.values("along"), gradients.values("along_random")
         table.append(
             {"step": str(gradients.step), "": "share along the rows", "gradient": gradients.mean(along).text()}
             | {"projected": "-", "random rows": gradients.mean(control).text()}
-            | {"less": gradients.mean(along - control).text(), "as good": f"{(control >= along).sum()} of {len(along)}"}
+            | {
+                "less": gradients.mean(along - control).text(),
+                "random as good": f"{(control >= along).sum()} of {len(along)}",
+            }
         )
     return table
 
