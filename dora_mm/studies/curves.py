@@ -82,7 +82,8 @@ class RateCurve:
     @property
     def band(self) -> tuple[float, float]:
         """The binary logarithms of the ends of the range of rates that are as good as the best of the first seed."""
-        return band(self.log2_rates, self.first_KR.mean(axis=0), self.half_width)
+        low, high = band(self.log2_rates, self.first_KR.mean(axis=0)[None], self.half_width)[:, 0]
+        return float(low), float(high)
 
     def open_ends(self) -> list[float]:
         """The lowest and the highest rate, as far as they are as good as the best: the band may go on beyond them."""
@@ -110,27 +111,33 @@ def difference(first: CurvePoint, second: CurvePoint) -> Interval:
     return paired_difference(first.of(seeds), second.of(seeds))
 
 
-def band(log2_rates: np.ndarray, means_R: np.ndarray, depth: float) -> tuple[float, float]:
-    """The range around the highest score in which the score is at most `depth` below it.
+def band(log2_rates: np.ndarray, means_NR: np.ndarray, depth: float) -> np.ndarray:
+    """The ranges around the highest scores in which the score is at most `depth` below these.
 
     Between two rates the score is interpolated along the logarithm of the rate.
 
+    Args:
+        log2_rates: The binary logarithms of the rates, (R,).
+        means_NR: The scores of N curves.
+        depth: Of all of them.
+
     Returns:
-        The binary logarithms of its ends; that of the first or the last rate where the range reaches it.
+        The binary logarithms of their ends, (2, N); that of the first or the last rate where a range reaches it.
     """
-    best, least = int(means_R.argmax()), float(means_R.max()) - depth
+    N, R = means_NR.shape
+    rows, best, least_N = np.arange(N), means_NR.argmax(axis=1), means_NR.max(axis=1) - depth
 
-    def end(step: int) -> float:
+    def ends(step: int) -> np.ndarray:
         inside = best
-        while 0 <= inside + step < len(means_R) and means_R[inside + step] >= least:
-            inside += step
-        outside = inside + step
-        if not 0 <= outside < len(means_R):
-            return float(log2_rates[inside])
-        share = (means_R[inside] - least) / (means_R[inside] - means_R[outside])
-        return float(log2_rates[inside] + share * (log2_rates[outside] - log2_rates[inside]))
+        for _ in range(R - 1):
+            beyond = np.clip(inside + step, 0, R - 1)
+            inside = np.where(means_NR[rows, beyond] >= least_N, beyond, inside)
+        outside = np.clip(inside + step, 0, R - 1)
+        fall = means_NR[rows, inside] - means_NR[rows, outside]  # 0 at the first and the last rate
+        share = np.divide(means_NR[rows, inside] - least_N, fall, out=np.zeros(N), where=fall > 0)
+        return log2_rates[inside] + share * (log2_rates[outside] - log2_rates[inside])
 
-    return end(-1), end(1)
+    return np.stack([ends(-1), ends(1)])
 
 
 def resampled_means(cells_KR: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -142,13 +149,8 @@ def resampled_means(cells_KR: np.ndarray, seed: int = 0) -> np.ndarray:
 
 def widths(curve: RateCurve) -> tuple[float, np.ndarray]:
     """The width of the band in doublings of the rate, and its resamples (N,), all with the depth of the curve."""
-    rates, depth = curve.log2_rates, curve.half_width
-
-    def width(means_R: np.ndarray) -> float:
-        low, high = band(rates, means_R, depth)
-        return high - low
-
-    return width(curve.first_KR.mean(axis=0)), np.array([width(row) for row in resampled_means(curve.first_KR)])
+    low, high = band(curve.log2_rates, resampled_means(curve.first_KR), curve.half_width)
+    return curve.band[1] - curve.band[0], high - low
 
 
 def percentiles(value: float, resamples: np.ndarray) -> Interval:

@@ -20,8 +20,8 @@ def computed():
 def wrong(page: str, computed: str) -> list[str]:
     """The rows of tables and the intervals of a page that are not among what was computed."""
     rows = {line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| ---")}
-    missing = rows - set(computed.splitlines())
-    return sorted([*missing, *(set(INTERVAL.findall(page)) - set(INTERVAL.findall(computed)))])
+    intervals = set(INTERVAL.findall(" ".join(page.split())))  # a line may end within one
+    return sorted([*(rows - set(computed.splitlines())), *(intervals - set(INTERVAL.findall(computed)))])
 
 
 def test_the_page_has_the_numbers_of_the_rows(computed):
@@ -39,7 +39,3 @@ def test_a_wrong_number_is_found(computed):
     assert wrong(page.replace(first[0], other, 1), computed) == [other]
     table = "| SDXL, rank 1 | 0.143 (0.066 to 0.219) | 0.0035 (0.9)"
     assert wrong(table, computed) == [table]
-
-
-def test_no_config_has_changed_since_a_row_was_trained_again(computed):
-    assert "## Trained again" in computed  # it asserts that digests are equal
