@@ -134,7 +134,7 @@ def again_table(study: Study, again: Study) -> Records:
         moved = [float(np.mean(study.cells(row.scores) - study.cells(before[row.training.name].scores))) for row in own]
         first, second = (each.less(dora, lora, study.best[dora]) for each in (study, again))
         table.append(
-            {"rank": str(rank), "rows": str(len(own)), "a row moves by": f"{np.std(moved):.3f}"}
+            {"rank": str(rank), "rows": str(len(own)), "a row moves by": f"{np.sqrt(np.mean(np.square(moved))):.3f}"}
             | {"at most": f"{max(map(abs, moved)):.3f}", "DoRA less LoRA": shown(first), "again": shown(second)}
         )
     return table

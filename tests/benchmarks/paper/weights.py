@@ -17,7 +17,7 @@ METHODS = {"dora, rank 8": "DoRA", LORA: "LoRA", "full": "full fine-tuning"}
 SCORED = {
     "tuned_vl": "VL-BART",
     "settings": "SDXL, rank 4",
-    "candidates": "SDXL, candidates",
+    "candidates": "candidates",
 }
 
 
@@ -163,7 +163,7 @@ def projection_table(*steps: int) -> Records:
     """What the projection does to gradients of DoRA beside what random rows do, by step."""
     table = []
     for gradients in map(Gradients, steps):
-        for name, title in (("condition", "log10 of the condition number"), ("rank", "effective rank")):
+        for name, title in (("condition", "condition (log10)"), ("rank", "effective rank")):
             before, after, control = (gradients.values(f"{name}{end}") for end in ("", "_projected", "_random"))
             sign = -1 if name == "condition" else 1  # a lower condition number is the better one
             better = int((sign * control >= sign * after).sum())
