@@ -20,6 +20,7 @@ from dora_mm.studies.campaigns.training_rows import TrainingRows, rows_file
 from dora_mm.studies.config import CampaignConfig
 from dora_mm.studies.decomposition import (
     ChangePattern,
+    Relation,
     WeightPoint,
     over_matrices_and_runs,
     pattern,
@@ -42,7 +43,9 @@ GRADIENTS = """Gradients with respect to W' and to V (Eq. 8), means over matrice
 over matrices and, where there are several, over trainings. exact and detached: ||dL/dV|| / ||dL/dW'||, with the norm
 differentiated and as a constant. along: the share of dL/dW' along the rows of V, as a length, which the exact gradient
 loses. condition and rank: the common logarithm of the condition number (12: at least that), and the effective rank, of
-the second moments over rows, of dL/dW' and (projected) of the exact dL/dV. magnitude: |dL/dm|."""
+the second moments over rows, of dL/dW' and (projected) of the exact dL/dV. random: the control, random rows in the
+place of V's, with the coefficients of V's in condition and rank: what any projection does to a gradient of few
+directions. magnitude: |dL/dm|."""
 
 
 def main(
@@ -78,8 +81,7 @@ def main(
     if scored:
         write_text(folder / "scored_trainings.csv", csv_records([cells_of(each._asdict()) for each in scored]))
     if related:
-        found = [{"of_each_training": name, **columns(each, "{:.6g}")} for name, each in related.items()]
-        write_text(folder / "scores.csv", csv_records(found))
+        write_text(folder / "scores.csv", csv_records([relation_row(*each) for each in related.items()]))
     if gradients:
         write_text(folder / "gradients.csv", csv_records(gradients))
     write_text(folder / "methods.csv", csv_records([numbers(method, found) for method, found in patterns.items()]))
@@ -118,13 +120,29 @@ def paragraphs(patterns: Mapping[str, ChangePattern]) -> list[str]:
     return [EXPLAINED, markdown_records(rows)]
 
 
-def about_scores(related: Mapping[str, Interval], num_trainings: int) -> list[str]:
+def about_scores(related: Mapping[str, Relation], num_trainings: int) -> list[str]:
     """How what changed goes with the scores of trainings."""
     if not related:
         return []
-    table = [{"of each training": name, "correlation": shown(found)} for name, found in related.items()]
-    title = f"Correlation with the score by which rates were chosen, over {num_trainings} trainings of all methods:"
+    table = [
+        {"of each training": name, "of ranks": shown(found.ranks), "Pearson's": shown(found.pearson)}
+        for name, found in related.items()
+    ]
+    title = (
+        f"Correlation with the score by which rates were chosen, over {num_trainings} trainings of all methods; where "
+        "both differ, a few trainings, such as those whose rate fails, decide Pearson's:"
+    )
     return [title, markdown_records(table)]
+
+
+def relation_row(name: str, found: Relation) -> dict[str, str]:
+    """A row of scores.csv."""
+    cells = {f"{kind}_{end}": text for kind, each in found._asdict().items() for end, text in six_digits(each).items()}
+    return {"of_each_training": name, **cells}
+
+
+def six_digits(interval: Interval | None) -> dict[str, str]:
+    return columns(interval, "{:.6g}")
 
 
 def scores_of(path: str) -> dict[str, float]:
@@ -154,7 +172,7 @@ def about_gradients(rows: Sequence[Mapping[str, str]]) -> list[str]:
     for (method, step), own in sorted(groups.items()):
         matrices, runs = (np.array([row[key] for row in own]) for key in ("matrix", "run"))
         values = {key: np.array([float(row[key]) for row in own]) for key in GradientShape._fields if key != "norm"}
-        values |= {key: np.log10(values[key]) for key in ("condition", "condition_projected")}
+        values |= {key: np.log10(values[key]) for key in values if key.startswith("condition")}
         means = {key: shown(over_matrices_and_runs(np.mean, each, matrices, runs)) for key, each in values.items()}
         counts = {"trainings": str(len(set(runs))), "matrices": str(len(set(matrices)))}
         table.append({"method": method, "step": str(step), **counts, **means})
@@ -180,5 +198,5 @@ def numbers(method: str, found: ChangePattern) -> dict[str, str]:
     counts = {"trainings": found.num_runs, "matrices": found.num_matrices, "points": found.num_points}
     row = {"method": method, **{name: str(count) for name, count in counts.items()}}
     for name in ("slope", "correlation", "dM", "dD"):
-        row |= {f"{name}_{end}": text for end, text in columns(getattr(found, name), "{:.6g}").items()}
+        row |= {f"{name}_{end}": text for end, text in six_digits(getattr(found, name)).items()}
     return row

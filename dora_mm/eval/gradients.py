@@ -7,6 +7,9 @@ With W' = diag(m / n) V, n the norms of the rows of V, and G = dL/dW':
     dL/dV = diag(m / n) G                                   detached: n counts as a constant
 
 G is never needed to train; it is the sum over tokens of dY x^T, which takes a product of the size of the layer's own.
+
+A gradient of few tokens has few directions, and any matrix of full rank that is taken from it fills the rest. So what
+the projection does to the spectrum stands beside a control: the same coefficients, along random rows instead of V's.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from dora_mm.core.functional import as_matrix, directions
 from dora_mm.core.spec import DoRASpec
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.losses import PassResult
+from dora_mm.utils.randomness import generator
 from dora_mm.utils.tables import csv_records
 
 log = logging.getLogger(__name__)
@@ -49,11 +53,14 @@ class GradientShape(NamedTuple):
         exact: ||dL/dV|| / ||dL/dW'||.
         detached: The same with n as a constant.
         along: The root of the share of ||dL/dW'||^2 that points along the rows of V, which the projection takes away.
+        along_random: The same along random rows: the control.
         condition: The largest eigenvalue of the second moments of dL/dW' over rows, over the smallest. What is below
             10^-12 of the largest is rounding, and counts as that much: 10^12 says "at least".
         condition_projected: The same for dL/dV, exact.
+        condition_random: The same, with the parts along V's rows taken away along random rows instead: the control.
         rank: Their effective rank: exp of the entropy of the eigenvalues' shares (Roy and Vetterli, 2007).
         rank_projected: The same for dL/dV, exact.
+        rank_random: The same of the control.
         magnitude: The mean over rows of |dL/dm|.
     """
 
@@ -61,10 +68,13 @@ class GradientShape(NamedTuple):
     exact: float
     detached: float
     along: float
+    along_random: float
     condition: float
     condition_projected: float
+    condition_random: float
     rank: float
     rank_projected: float
+    rank_random: float
     magnitude: float
 
 
@@ -86,20 +96,33 @@ def gradient_shape(G: Tensor, V: Tensor, m: Tensor | None) -> GradientShape | No
     n = torch.linalg.vector_norm(V, dim=1, keepdim=True)
     units = torch.where(n > 0, V / n, 0)
     gain = torch.ones_like(n) if m is None else torch.where(n > 0, m.double().unsqueeze(1) / n, 1)
+    random = random_units(G)
     dots = (G * units).sum(dim=1, keepdim=True)
     projected = gain * (G - dots * units)
-    (condition, rank), (condition_projected, rank_projected) = spectrum(G), spectrum(projected)
+    condition, rank = spectrum(G)
+    condition_projected, rank_projected = spectrum(projected)
+    condition_random, rank_random = spectrum(gain * (G - dots * random))
     return GradientShape(
         float(norm),
         float(torch.linalg.vector_norm(projected) / norm),
         float(torch.linalg.vector_norm(gain * G) / norm),
         float(torch.linalg.vector_norm(dots) / norm),
+        float(torch.linalg.vector_norm((G * random).sum(dim=1)) / norm),
         condition,
         condition_projected,
+        condition_random,
         rank,
         rank_projected,
+        rank_random,
         float(dots.abs().mean()),
     )
+
+
+def random_units(G: Tensor) -> Tensor:
+    """Random rows of length 1 in the shape of a matrix, equal for equal shapes and whatever a training has drawn."""
+    stream = generator(0, 0, "rows in the place of a weight's")
+    rows = torch.randn(G.shape, generator=stream, dtype=torch.float64).to(G)
+    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
 
 
 def spectrum(G: Tensor) -> tuple[float, float]:

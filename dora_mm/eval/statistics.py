@@ -5,7 +5,7 @@ intervals miss is counted by `python -m tests.benchmarks.bench_coverage`, whose 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isnan, nan
 from typing import NamedTuple
 
@@ -19,16 +19,29 @@ TAIL = (1.0 - LEVEL) / 2
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with the ends of its 95 % confidence interval, which are NaN where it has none."""
+    """An estimate with its 95 % confidence interval.
+
+    Attributes:
+        mean: The estimate.
+        low: The lower end; NaN: it has no interval.
+        high: The upper end; NaN likewise.
+        p: The probability of an estimate that is as far from 0 where the truth is 0, of means; NaN: it is not known.
+    """
 
     mean: float
     low: float = nan
     high: float = nan
+    p: float = nan
 
     @property
     def has_ends(self) -> bool:
         """Whether there is an interval, and not the estimate alone."""
         return not isnan(self.low)
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether 0 lies outside of the interval."""
+        return self.low > 0 or self.high < 0
 
     def as_dict(self) -> dict[str, float | None]:
         """The estimate and its ends, which are None where it has none."""
@@ -58,6 +71,12 @@ class Spread(NamedTuple):
         half_width = float(t.ppf(1.0 - TAIL, self.freedom) * np.sqrt(self.variance))
         return Interval(mean, max(mean - half_width, bounds[0]), min(mean + half_width, bounds[1]))
 
+    def p_value(self, mean: float) -> float:
+        """The two-sided p value of the t test that the truth is 0."""
+        if not self.variance:
+            return float(mean == 0)
+        return float(2 * t.sf(abs(mean) / np.sqrt(self.variance), self.freedom))
+
 
 def mean_interval(
     values_KS: np.ndarray, *, over_runs: bool = True, bounds: tuple[float, float] = (-np.inf, np.inf)
@@ -83,8 +102,10 @@ def mean_interval(
         return Interval(mean)
     if mean in (-1.0, 0.0, 1.0) and np.all(values_KS == mean):
         half_width = 1.0 - _least_share(K)
-        return Interval(mean, max(mean - half_width, bounds[0]), min(mean + half_width, 1.0))
-    return mean_spread(values_KS, over_runs=over_runs).around(mean, bounds)
+        p = 2 * 0.5**K if mean else 1.0  # of the sign test
+        return Interval(mean, max(mean - half_width, bounds[0]), min(mean + half_width, 1.0), p)
+    spread = mean_spread(values_KS, over_runs=over_runs)
+    return replace(spread.around(mean, bounds), p=spread.p_value(mean))
 
 
 def share_interval(values_KS: np.ndarray, *, over_runs: bool = True, least: float | None = None) -> Interval:
@@ -172,6 +193,20 @@ def paired_difference(first_KS: np.ndarray, second_KS: np.ndarray) -> Interval:
     if first_KS.shape != second_KS.shape:
         raise ValueError(f"paired scores need the same concepts and seeds, got {first_KS.shape} and {second_KS.shape}")
     return mean_interval(first_KS - second_KS)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values that hold for all of several tests together (Holm, 1979, Scandinavian Journal of Statistics 6).
+
+    Whatever the tests depend on, the probability that any true hypothesis gets one below 5 % is at most 5 %. What is
+    not known (NaN) stays so, and counts as a test.
+    """
+    corrected, largest = [nan] * len(p_values), 0.0
+    for place, index in enumerate(np.argsort(p_values)):  # NaN comes last
+        if not isnan(p_values[index]):
+            largest = max(largest, min(1.0, (len(p_values) - place) * float(p_values[index])))
+            corrected[index] = largest
+    return corrected
 
 
 def jackknife(sizes: Sequence[int], statistic: Callable[..., float]) -> Interval:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dora_mm.eval.statistics import LEVEL, NUM_RESAMPLES, Interval, columns, mean_interval, paired_difference
+from dora_mm.eval.statistics import LEVEL, NUM_RESAMPLES, Interval, columns, holm, mean_interval, paired_difference
 from dora_mm.studies.variants import NAMES, Variant, contrasts
 from dora_mm.utils.tables import csv_records, markdown_records
 
@@ -17,7 +17,10 @@ EXPLAINED = """Score: {title}. As good: the rates around the highest score of th
 half the width of that score's interval, between rates interpolated along their logarithm; > and <: the band reaches the
 end of what was tried. Width: of that band in doublings of the rate. Around: the mean of the best rate and its two
 neighbours, which are others where best rates differ. In brackets: 95 % intervals over things or images and, where there
-are several, trainings; widths and best rates over things alone, since all rates have only the first seed in common."""
+are several, trainings; widths and best rates over things alone, since all rates have only the first seed in common.
+Differences are of the same things or images and the same seeds, which draw the same A, batches and noise; trainings of
+one seed are still no twins, least of all on different processors, whose rounding differs. p: of the difference at the
+best rates, and by Holm's correction for all of these."""
 
 SCORES = (0.0, np.inf)  # the lowest and the highest possible one; CIDEr can be above 1
 
@@ -48,6 +51,17 @@ class RateCurve:
 
     points: Mapping[float, CurvePoint]
 
+    @classmethod
+    def of(cls, cells_K: Mapping[float, Mapping[int, np.ndarray | None]]) -> "RateCurve":
+        """The curve of scores per thing, (K,), by rate and seed; None: of a training that has diverged, which are 0."""
+        diverged = np.zeros_like(next(c for own in cells_K.values() for c in own.values() if c is not None))
+        return cls(
+            {
+                rate: CurvePoint(np.stack([diverged if c is None else c for c in own.values()], axis=1), tuple(own))
+                for rate, own in sorted(cells_K.items())
+            }
+        )
+
     @property
     def log2_rates(self) -> np.ndarray:
         """The binary logarithms of the rates, (R,)."""
@@ -68,7 +82,8 @@ class RateCurve:
     @property
     def band(self) -> tuple[float, float]:
         """The binary logarithms of the ends of the range of rates that are as good as the best of the first seed."""
-        return band(self.log2_rates, self.first_KR.mean(axis=0), self.half_width)
+        low, high = band(self.log2_rates, self.first_KR.mean(axis=0)[None], self.half_width)[:, 0]
+        return float(low), float(high)
 
     def open_ends(self) -> list[float]:
         """The lowest and the highest rate, as far as they are as good as the best: the band may go on beyond them."""
@@ -96,27 +111,33 @@ def difference(first: CurvePoint, second: CurvePoint) -> Interval:
     return paired_difference(first.of(seeds), second.of(seeds))
 
 
-def band(log2_rates: np.ndarray, means_R: np.ndarray, depth: float) -> tuple[float, float]:
-    """The range around the highest score in which the score is at most `depth` below it.
+def band(log2_rates: np.ndarray, means_NR: np.ndarray, depth: float) -> np.ndarray:
+    """The ranges around the highest scores in which the score is at most `depth` below these.
 
     Between two rates the score is interpolated along the logarithm of the rate.
 
+    Args:
+        log2_rates: The binary logarithms of the rates, (R,).
+        means_NR: The scores of N curves.
+        depth: Of all of them.
+
     Returns:
-        The binary logarithms of its ends; that of the first or the last rate where the range reaches it.
+        The binary logarithms of their ends, (2, N); that of the first or the last rate where a range reaches it.
     """
-    best, least = int(means_R.argmax()), float(means_R.max()) - depth
+    N, R = means_NR.shape
+    rows, best, least_N = np.arange(N), means_NR.argmax(axis=1), means_NR.max(axis=1) - depth
 
-    def end(step: int) -> float:
+    def ends(step: int) -> np.ndarray:
         inside = best
-        while 0 <= inside + step < len(means_R) and means_R[inside + step] >= least:
-            inside += step
-        outside = inside + step
-        if not 0 <= outside < len(means_R):
-            return float(log2_rates[inside])
-        share = (means_R[inside] - least) / (means_R[inside] - means_R[outside])
-        return float(log2_rates[inside] + share * (log2_rates[outside] - log2_rates[inside]))
+        for _ in range(R - 1):
+            beyond = np.clip(inside + step, 0, R - 1)
+            inside = np.where(means_NR[rows, beyond] >= least_N, beyond, inside)
+        outside = np.clip(inside + step, 0, R - 1)
+        fall = means_NR[rows, inside] - means_NR[rows, outside]  # 0 at the first and the last rate
+        share = np.divide(means_NR[rows, inside] - least_N, fall, out=np.zeros(N), where=fall > 0)
+        return log2_rates[inside] + share * (log2_rates[outside] - log2_rates[inside])
 
-    return end(-1), end(1)
+    return np.stack([ends(-1), ends(1)])
 
 
 def resampled_means(cells_KR: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -128,13 +149,8 @@ def resampled_means(cells_KR: np.ndarray, seed: int = 0) -> np.ndarray:
 
 def widths(curve: RateCurve) -> tuple[float, np.ndarray]:
     """The width of the band in doublings of the rate, and its resamples (N,), all with the depth of the curve."""
-    rates, depth = curve.log2_rates, curve.half_width
-
-    def width(means_R: np.ndarray) -> float:
-        low, high = band(rates, means_R, depth)
-        return high - low
-
-    return width(curve.first_KR.mean(axis=0)), np.array([width(row) for row in resampled_means(curve.first_KR)])
+    low, high = band(curve.log2_rates, resampled_means(curve.first_KR), curve.half_width)
+    return curve.band[1] - curve.band[0], high - low
 
 
 def percentiles(value: float, resamples: np.ndarray) -> Interval:
@@ -186,9 +202,10 @@ def curves_paragraphs(
     """
     found = {variant: widths(curve) for variant, curve in curves.items()}
     rows = [_about(variant, curve, best[variant], found[variant]) for variant, curve in curves.items()]
+    corrected = with_holm(chosen_differences(curves, best, ranks))
     pairs = [
-        _compared(first, second, curves, best, found[first], found[second])
-        for first, second in contrasts(ranks, curves)
+        _compared(first, second, curves, best, p, found[first], found[second])
+        for (first, second), p in zip(contrasts(ranks, curves), corrected, strict=True)
     ]
     moves = []
     for method in ("lora", "dora"):
@@ -199,6 +216,22 @@ def curves_paragraphs(
     sentence = "Doublings of the rate with the highest score per doubling of the rank: " + "; ".join(moves) + "."
     tables = [markdown_records(table) for table in (rows, pairs) if table]
     return [EXPLAINED.format(title=title), *tables, *([sentence] if moves else [])]
+
+
+def chosen_differences(
+    curves: Mapping[Variant, RateCurve], best: Mapping[Variant, float], ranks: Sequence[int]
+) -> list[Interval]:
+    """The paired difference of each contrast, each method at its best rate."""
+    return [
+        difference(curves[first].points[best[first]], curves[second].points[best[second]])
+        for first, second in contrasts(ranks, curves)
+    ]
+
+
+def with_holm(differences: Sequence[Interval]) -> list[str]:
+    """P values as text, with what Holm's correction makes of them together: "0.0035 (0.021)"."""
+    p_values = [each.p for each in differences]
+    return [f"{p:.2g} ({corrected:.2g})" for p, corrected in zip(p_values, holm(p_values), strict=True)]
 
 
 def _about(variant: Variant, curve: RateCurve, rate: float, width: tuple[float, np.ndarray]) -> dict[str, str]:
@@ -222,6 +255,7 @@ def _compared(
     second: Variant,
     curves: Mapping[Variant, RateCurve],
     best: Mapping[Variant, float],
+    p: str,
     first_width: tuple[float, np.ndarray],
     second_width: tuple[float, np.ndarray],
 ) -> dict[str, str]:
@@ -236,6 +270,7 @@ def _compared(
     return {
         "difference": f"{first} - {second}",
         "each at its best rate": at(best[first], best[second]),
+        "p (Holm)": p,
         "around": marked(difference(ours.around(best[first]), theirs.around(best[second]))),
         "both at the first one's": at(best[first], best[first]),
         "both at the second one's": at(best[second], best[second]),
@@ -250,4 +285,4 @@ def shown(interval: Interval, digits: int = 3) -> str:
 
 def marked(interval: Interval, digits: int = 3) -> str:
     """The interval, with a ! where it excludes 0."""
-    return shown(interval, digits) + (" !" if interval.low > 0 or interval.high < 0 else "")
+    return shown(interval, digits) + " !" * interval.excludes_zero

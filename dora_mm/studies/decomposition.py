@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 from dora_mm.eval.statistics import Interval, jackknife
@@ -181,6 +182,11 @@ def correlation(values_P2: np.ndarray) -> float:
     return float(x @ y / np.sqrt((x @ x) * (y @ y)))
 
 
+def rank_correlation(values_P2: np.ndarray) -> float:
+    """Spearman's correlation of the two columns: that of their ranks, which a few far points do not decide."""
+    return correlation(rankdata(values_P2, axis=0))
+
+
 class ScoredTraining(NamedTuple):
     """What a training changed, and its score: the slope of dM over dD, the means of both at its last step."""
 
@@ -203,15 +209,30 @@ def scored_trainings(points: Sequence[WeightPoint]) -> list[ScoredTraining]:
     return found
 
 
-def relation_to_score(trainings: Sequence[ScoredTraining]) -> dict[str, Interval]:
-    """The correlation of slope, dM and dD of trainings with their scores, by these names.
+class Relation(NamedTuple):
+    """Correlations of something with the scores of trainings, with 95 % intervals of the jackknife over these."""
 
-    The intervals are 95 % of the jackknife over trainings. Empty where fewer than four have different scores.
+    ranks: Interval  # Spearman's: of all that goes up or down together
+    pearson: Interval  # of what lies on a line, which a few trainings that failed can decide
+
+
+def relation_to_score(trainings: Sequence[ScoredTraining]) -> dict[str, Relation]:
+    """How slope, dM and dD of trainings go with their scores, by these names.
+
+    Empty where fewer than four have different scores.
     """
-    found = {}
-    for name in ("slope", "dM", "dD"):
-        pairs = np.array([(getattr(each, name), each.score) for each in trainings]).reshape(-1, 2)
-        pairs = pairs[np.isfinite(pairs[:, 0])]
-        if len(pairs) > 3 and has_line(pairs):
-            found[name] = jackknife([len(pairs)], lambda kept, pairs=pairs: correlation(pairs[kept]))
-    return found
+    scores = np.array([each.score for each in trainings])
+    found = {
+        name: relation(np.array([getattr(each, name) for each in trainings]), scores) for name in ("slope", "dM", "dD")
+    }
+    return {name: each for name, each in found.items() if each is not None}
+
+
+def relation(values: np.ndarray, scores: np.ndarray) -> Relation | None:
+    """How values of trainings go with their scores, without those that are NaN; None: fewer than four are left."""
+    pairs = np.stack([values, scores], axis=-1)[np.isfinite(values)]
+    if len(pairs) < 4 or not has_line(pairs):
+        return None
+    return Relation(
+        *(jackknife([len(pairs)], lambda kept, of=of: of(pairs[kept])) for of in (rank_correlation, correlation))
+    )

@@ -4,14 +4,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from dora_mm.eval.images.scores import METRICS, Scores, format_interval, metric_cells
-from dora_mm.eval.statistics import Interval, columns, paired_difference
+from dora_mm.eval.images.scores import MEANS, Scores, format_interval, metric_cells
+from dora_mm.eval.statistics import Interval, columns, holm, paired_difference
 from dora_mm.eval.vl.intervals import HEADINGS, AnswerScores, intervals, minus, points
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.studies.variants import Variant, contrasts
 from dora_mm.utils.tables import csv_records, markdown_records, markdown_table
 
 ScoresT = TypeVar("ScoresT")
+
+
+LEAST = 0.05  # the p value below which a difference counts as one
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,9 @@ def contrasts_table(
     headings: Mapping[str, str],
     show: Callable[[str, Interval], str],
 ) -> str:
-    """Returns a Markdown table of paired differences, which marks intervals that exclude 0 and notes their number.
+    """Returns a Markdown table of paired differences, and notes how many intervals exclude 0.
+
+    These are marked, and so are those that do by Holm's correction for all of the table.
 
     Args:
         ranks: The ranks that are compared.
@@ -59,15 +64,17 @@ def contrasts_table(
         f"{first} - {second}": subtract(scores[first], scores[second]) for first, second in contrasts(ranks, scores)
     }
     keys = [key for key in headings if any(key in found for found in differences.values())]
-    marked = [[found[key].low > 0 or found[key].high < 0 for key in keys] for found in differences.values()]
-    rows = [
-        [name, *(show(key, found[key]) + " !" * mark for key, mark in zip(keys, marks, strict=True))]
-        for (name, found), marks in zip(differences.items(), marked, strict=True)
-    ]
-    num_marked = sum(map(sum, marked))
+    cells = [(name, key, found[key]) for name, found in differences.items() for key in keys]
+    corrected = holm([interval.p for *_, interval in cells])
+    marks = {
+        (name, key): " !!" if p < LEAST else " !" if interval.excludes_zero else ""
+        for (name, key, interval), p in zip(cells, corrected, strict=True)
+    }
+    rows = [[name, *(show(key, found[key]) + marks[name, key] for key in keys)] for name, found in differences.items()]
     note = (
-        f"{num_marked} of {len(rows) * len(keys)} intervals exclude 0 (marked !). They are not corrected for their "
-        "number: in simulations without a difference 2 to 7 % do."
+        f"{sum(map(bool, marks.values()))} of {len(cells)} intervals exclude 0 (marked !; in simulations without a "
+        f"difference 2 to 7 % do); after Holm's correction for their number, {sum(p < LEAST for p in corrected)} "
+        "(marked !!)."
     )
     return markdown_table(["difference", *(headings[key] for key in keys)], rows) + f"\n\n{note}"
 
@@ -80,7 +87,7 @@ def picture_results_table(results: Sequence[Result]) -> str:
     return markdown_records(
         [
             {"": result.name, "parameters": result.entry("parameters", "{:,}"), "learning rate": result.rate}
-            | {heading: _share(key, result.scores[key]) for key, (heading, _) in METRICS.items()}
+            | {heading: _share(key, result.scores[key]) for key, (heading, _) in MEANS.items()}
             for result in results
         ]
     )
@@ -91,7 +98,7 @@ def picture_results_csv(results: Sequence[Result]) -> str:
     records = []
     for result in results:
         record = {"name": result.name, "parameters": result.entry("parameters"), "learning_rate": result.rate}
-        for key in METRICS:
+        for key in MEANS:
             record |= result.ends(key, "{:.4f}")
         records.append(record)
     return csv_records(records)
@@ -110,12 +117,12 @@ def picture_contrasts_table(ranks: Sequence[int], scores: Mapping[Variant, Score
         ours, theirs = metric_cells(first, style), metric_cells(second, style)
         return {key: paired_difference(ours[key], theirs[key]) for key in ours}
 
-    headings = {key: heading for key, (heading, _) in METRICS.items()}
+    headings = {key: heading for key, (heading, _) in MEANS.items()}
     return contrasts_table(ranks, scores, subtract, headings, _share)
 
 
 def _share(key: str, interval: Interval) -> str:
-    return format_interval(interval, METRICS[key][1])
+    return format_interval(interval, MEANS[key][1])
 
 
 # --- of answers ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
-"""The device used where the caller names none."""
+"""The device used where the caller names none, and the name of what computes."""
 
 import os
+import platform
+from pathlib import Path
 
 import torch
 from torch import distributed
@@ -19,6 +21,26 @@ def default_device() -> torch.device:
     device = PartialState().device
     assert device is not None
     return device
+
+
+def hardware_name() -> str:
+    """The name of the GPU that torch finds, else the processor's, whose rounding differs from that of another kind.
+
+    Virtual machines often say the make alone, so family and model stand behind it where Linux has them.
+    """
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+
+
+def processor_name() -> str:
+    """The processor and the widest instructions that torch uses, such as "AMD EPYC, family 26, model 2, AVX512"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    about = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    name = about.get("model name", platform.processor() or platform.machine())
+    kind = [f"{key.split()[-1]} {about[key]}" for key in ("cpu family", "model") if key in about]
+    return ", ".join([name, *kind, torch.backends.cpu.get_cpu_capability()])
 
 
 def _own_device(index: int) -> torch.device:

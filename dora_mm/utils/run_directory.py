@@ -190,9 +190,13 @@ def versions() -> dict[str, Any]:
     """The versions of Python and of the packages that affect results, and the machine. None: not installed."""
     import torch  # here: folders are also claimed by what computes nothing
 
+    from dora_mm.utils.devices import hardware_name
+
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "processor": hardware_name(),
+        "threads": torch.get_num_threads(),
     }
     for package in REPORTED_PACKAGES:
         try:

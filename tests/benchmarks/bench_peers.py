@@ -5,7 +5,6 @@ change of its parameters. The median over the rounds is reported with its quarti
 """
 
 import argparse
-import contextlib
 import gc
 import json
 import platform
@@ -19,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 import dora_mm
+from dora_mm.utils.devices import hardware_name
 from dora_mm.utils.run_directory import new_folder
 from tests.benchmarks.contenders import (
     CONTENDERS,
@@ -289,17 +289,8 @@ def measure(folder: Path, extent: str, dtype: str | None) -> None:
 
 
 def machine(device: torch.device, dtype: str) -> dict[str, str | int]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return {"device": name, "threads": torch.get_num_threads(), "dtype": dtype, "torch": torch.__version__,
+    return {"device": hardware_name(), "threads": torch.get_num_threads(), "dtype": dtype, "torch": torch.__version__,
             "peft": peft.__version__, "dora_mm": dora_mm.__version__, "system": platform.system()}  # fmt: skip
-
-
-def cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

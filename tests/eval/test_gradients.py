@@ -9,7 +9,15 @@ from torch import nn
 
 from dora_mm.config.training import OptimizerConfig, ScheduleConfig
 from dora_mm.core import DoRASpec, adapter_parameters, inject
-from dora_mm.eval.gradients import GradientWatch, file_of, gradient_shape, measuring, read_gradients, spectrum
+from dora_mm.eval.gradients import (
+    GradientWatch,
+    file_of,
+    gradient_shape,
+    measuring,
+    random_units,
+    read_gradients,
+    spectrum,
+)
 from dora_mm.train.optim import build_optimizer
 from dora_mm.train.schedule import Schedule
 from tests.core import reference
@@ -50,6 +58,27 @@ def test_cases_by_hand():
     assert gradient_shape(torch.zeros(2, 2), V, None) is None
     zeros = gradient_shape(torch.ones(2, 2), torch.zeros(2, 2), torch.zeros(2))
     assert (zeros.exact, zeros.along) == (1, 0)
+
+
+def test_the_control_takes_the_same_coefficients_along_random_rows():
+    V, x, dY = weights()
+    m, G = torch.linspace(0.5, 2, 6, dtype=torch.float64), dY.T @ x
+    found, (n, R) = gradient_shape(G, V, m), (V.norm(dim=1), random_units(G))
+    control = (m / n)[:, None] * (G - ((G * V).sum(dim=1) / n)[:, None] * R)
+    assert spectrum(control) == pytest.approx((found.condition_random, found.rank_random))
+    assert found.along_random == pytest.approx(((G * R).sum(dim=1).norm() / G.norm()).item())
+    own = gradient_shape(G, 3 * R, m)  # V's rows are the random ones
+    assert own.condition_random == pytest.approx(own.condition_projected)
+    assert (own.rank_random, own.along_random) == pytest.approx((own.rank_projected, own.along))
+
+
+def test_a_gradient_of_few_directions_is_filled_by_any_rows():
+    stream = torch.Generator().manual_seed(4)
+    G = torch.randn(24, 2, generator=stream) @ torch.randn(2, 40, generator=stream)
+    found = gradient_shape(G, torch.randn(24, 40, generator=stream), None)
+    assert found.condition == pytest.approx(1e12)
+    assert max(found.condition_projected, found.condition_random) < 1e9
+    assert min(found.rank_projected, found.rank_random) > found.rank
 
 
 @pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])

@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
-from scipy.stats import binomtest, t
+from scipy.stats import binomtest, t, ttest_1samp
 
 from dora_mm.eval.statistics import (
     Gaussian,
     Interval,
     columns,
     frechet_distance,
+    holm,
     jackknife,
     mean_interval,
     paired_difference,
@@ -125,6 +126,26 @@ def test_differences_are_paired():
     assert 0.08 < same.high < 0.10
     with pytest.raises(ValueError, match="same concepts and seeds"):
         paired_difference(one, one[:20])
+
+
+def test_p_values_go_with_the_interval_and_are_those_of_the_t_test():
+    values = np.random.default_rng(0).normal(0.4, size=(20, 1))
+    found = mean_interval(values)
+    assert found.p == pytest.approx(ttest_1samp(values[:, 0], 0).pvalue)
+    assert found.excludes_zero == (found.p < 0.05)
+    many = (mean_interval(np.random.default_rng(k).normal(0.3, size=(8, 3))) for k in range(200))
+    assert all(each.excludes_zero == (each.p < 0.05) for each in many)
+    assert mean_interval(np.zeros((5, 1))).p == 1
+    assert mean_interval(np.ones((5, 1))).p == pytest.approx(binomtest(5, 5).pvalue)
+    assert np.isnan(mean_interval(np.ones((1, 3))).p)
+
+
+def test_holm_by_hand_and_by_what_it_promises():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # the paper's steps
+    assert holm([0.9, float("nan"), 0.01])[::2] == pytest.approx([1.0, 0.03])
+    assert holm([]) == []
+    tests = np.random.default_rng(1).random((2000, 6))
+    assert np.mean([min(holm(list(row))) < 0.05 for row in tests]) == pytest.approx(0.05, abs=0.015)
 
 
 def test_frechet_distance_against_scipy():

@@ -29,11 +29,10 @@ def curve(means, seeds=(0,), noise=0.0):
 
 
 def test_the_band_ends_where_the_score_has_lost_its_depth():
-    means = np.array([0.0, 0.8, 1.0, 0.9, 0.1])
+    means = np.array([[0.0, 0.8, 1.0, 0.9, 0.1], [1.0, 0.0, 1.0, 2.0, 2.0], [0.0, 0.2, 0.3, 0.4, 0.1]])
     low, high = band(LOG2, means, 0.5)
-    assert low == pytest.approx(1 - 0.3 / 0.8)  # 0.8 falls to 0.5 on its way to 0
-    assert high == pytest.approx(3 + 0.4 / 0.8)
-    assert band(LOG2, np.array([1.0, 0.0, 1.0, 2.0, 2.0]), 0.5) == (2.5, 4.0)  # to the end; no leap over a valley
+    assert low == pytest.approx([1 - 0.3 / 0.8, 2.5, 0.0])  # 0.8 falls to 0.5 on its way to 0; no leap over a valley
+    assert high == pytest.approx([3 + 0.4 / 0.8, 4.0, 4.0])
 
 
 def test_ends_are_open_where_the_curve_has_not_fallen():
@@ -79,7 +78,9 @@ def test_the_paragraphs_name_rates_widths_and_differences(tmp_path):
     assert next(row for row in cells if row[0] == "| DoRA, rank 4, b4")[5].startswith("< 1 to")
     compared = next(row for row in cells if row[0] == "| DoRA, rank 4 - LoRA, rank 4")
     assert compared[1].startswith(("0.00", "-0.00"))
-    assert compared[5].endswith("! |")  # the band of the curve with two high rates is wider
+    p = difference(curves[dora].points[2.0], curves[lora].points[2.0]).p
+    assert compared[2] == f"{p:.2g} ({min(1.0, 2 * p):.2g})"  # the smaller one of two
+    assert compared[6].endswith("! |")  # the band of the curve with two high rates is wider
     assert any(row[0] == "| DoRA, rank 4, b4 - DoRA, rank 4" for row in cells)
     assert "per doubling of the rank: LoRA 0.00 (0.00 to 0.00)." in text
     assert len(curves_csv(curves).splitlines()) == 1 + 3 + 3 + 4 + 3
@@ -94,6 +95,6 @@ def test_the_rates_that_are_as_good_are_marked_in_one_curve(tmp_path):
     files = plot_curves(curves, {}, "score", tmp_path, band_of=quarter)
     assert sorted(file.name for file in files) == ["curves.png", "curves.svg"]  # no ranks: these are no plain methods
     text = files[0].read_text()
-    assert "<!-- as good, DoRA, 15 steps -->" in text
+    assert ">as good, DoRA, 15 steps<" in text
     assert "as good, DoRA, 30 steps" not in text
     assert "15_steps" in quarter.key

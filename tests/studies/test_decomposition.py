@@ -8,8 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
-from dora_mm.studies.decomposition import WeightPoint, pattern, relation_to_score, scored_trainings, weight_change
+from dora_mm.studies.decomposition import (
+    WeightPoint,
+    pattern,
+    rank_correlation,
+    relation,
+    relation_to_score,
+    scored_trainings,
+    weight_change,
+)
 
 
 def point(run="a", step=1, matrix="m0", dM=0.0, dD=0.0, score=None):
@@ -104,7 +113,17 @@ def test_scores_go_with_sizes_over_trainings():
     assert [each.dM for each in trainings] == pytest.approx([0.2 * run for run in range(6)])
     found = relation_to_score(trainings)
     assert set(found) == {"slope", "dM"}  # dD is the same in all trainings
-    assert found["dM"].mean == pytest.approx(1)
-    assert found["slope"].mean == pytest.approx(1)
+    assert (found["dM"].pearson.mean, found["slope"].ranks.mean) == pytest.approx((1, 1))
     assert scored_trainings([replace(p, score=None) for p in points]) == []
     assert relation_to_score(trainings[:3]) == {}
+
+
+def test_a_training_that_fails_decides_pearsons_and_not_that_of_ranks():
+    rng = np.random.default_rng(2)
+    values, scores = rng.normal(size=(2, 30))
+    values[0], scores[0] = 100.0, -20.0
+    found = relation(np.append(values, np.nan), np.append(scores, 1.0))
+    assert found.pearson.mean < -0.9
+    assert abs(found.ranks.mean) < 0.5
+    tied = np.stack([np.round(values), scores], axis=1)
+    assert rank_correlation(tied) == pytest.approx(spearmanr(tied).statistic)

@@ -3,10 +3,19 @@
 import csv
 import io
 
+import numpy as np
 import pytest
 
+from dora_mm.eval.statistics import mean_interval
 from dora_mm.eval.vl.intervals import AnswerScores, intervals, points
-from dora_mm.studies.tables import Result, describe_sizes, vl_contrasts_table, vl_results_csv, vl_results_table
+from dora_mm.studies.tables import (
+    Result,
+    contrasts_table,
+    describe_sizes,
+    vl_contrasts_table,
+    vl_results_csv,
+    vl_results_table,
+)
 from dora_mm.studies.variants import FULL, Variant
 from tests.eval.vl.answers import random_scores
 
@@ -29,13 +38,38 @@ def test_differences_are_paired_and_marked():
     table = vl_contrasts_table([4], scores)
     lines = table.splitlines()
     assert lines[0] == "| difference | VQA | GQA | mean |"
-    assert lines[2] == "| DoRA, rank 4 - LoRA, rank 4 | 2.0 (2.0 to 2.0) ! | 0.0 (-7.1 to 7.1) | 1.0 (1.0 to 1.0) ! |"
+    assert lines[2] == "| DoRA, rank 4 - LoRA, rank 4 | 2.0 (2.0 to 2.0) !! | 0.0 (-7.1 to 7.1) | 1.0 (1.0 to 1.0) !! |"
     assert [line.split(" | ")[0].strip("| ") for line in lines[3:6]] == [
         "DoRA, rank 2 - LoRA, rank 4",
         "DoRA, rank 4 - full fine-tuning",
         "LoRA, rank 4 - full fine-tuning",
     ]
-    assert "4 of 12 intervals exclude 0 (marked !)" in table
+    assert "4 of 12 intervals exclude 0 (marked !;" in table
+    assert "correction for their number, 4 (marked !!)." in table
+
+
+def test_what_holm_leaves_has_a_mark_of_its_own():
+    """Of eighteen differences one is far from 0, and one would count alone."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=50)
+    noise = 0.02 * 50**0.5 * (noise - noise.mean()) / noise.std(ddof=1)  # the mean has a standard error of 0.02
+
+    def shifted(by):
+        return mean_interval((by + noise)[:, None])
+
+    found = {(dora, LORA): by for dora, by in ((DORA, 0.044), (HALF, 0.2))}
+    table = contrasts_table(
+        [4],
+        {LORA: LORA, DORA: DORA, HALF: HALF},
+        lambda first, second: {"a": shifted(found[first, second])} | {f"k{i}": shifted(0.0) for i in range(8)},
+        {"a": "A"} | {f"k{i}": f"K{i}" for i in range(8)},
+        lambda _, interval: interval.text("{:.2f}"),
+    )
+    one, other = table.splitlines()[2:4]
+    assert one.startswith("| DoRA, rank 4 - LoRA, rank 4 | 0.04 (0.00 to 0.08) ! |")
+    assert other.startswith("| DoRA, rank 2 - LoRA, rank 4 | 0.20 (0.16 to 0.24) !! |")
+    assert "2 of 18 intervals exclude 0" in table
+    assert "their number, 1 (marked !!)" in table
 
 
 def results() -> list[Result]:

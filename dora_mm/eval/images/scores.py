@@ -25,14 +25,14 @@ class Scores:
         codes: The K concept codes.
         seeds: The S seeds.
         log_probabilities: Of the style classes.
-        projected: Coordinates in the style space.
+        projected: Coordinates in the style space; None: they were not kept.
         ranks: The rank of the image's own concept, 1 where it is recognised.
     """
 
     codes: tuple[str, ...]
     seeds: tuple[int, ...]
     log_probabilities: np.ndarray  # (K, S, C)
-    projected: np.ndarray  # (K, S, D)
+    projected: np.ndarray | None  # (K, S, D)
     ranks: np.ndarray  # (K, S)
 
     def in_style(self, name: str) -> np.ndarray:
@@ -74,9 +74,10 @@ class Scores:
             "codes": list(self.codes),
             "seeds": list(self.seeds),
             "log_probabilities": np.round(self.log_probabilities, 4).tolist(),
-            "projected": np.round(self.projected, 2).tolist(),
             "ranks": self.ranks.tolist(),
         }
+        if self.projected is not None:
+            rows["projected"] = np.round(self.projected, 2).tolist()
         return json.dumps(rows, separators=(",", ":"))
 
     def save(self, path: Path) -> None:
@@ -96,19 +97,20 @@ class Scores:
             tuple(rows["codes"]),
             tuple(rows["seeds"]),
             np.array(rows["log_probabilities"]),
-            np.array(rows["projected"]),
+            np.array(rows["projected"]) if "projected" in rows else None,
             np.array(rows["ranks"]),
         )
 
 
 def concatenate_seeds(parts: Sequence[Scores]) -> Scores:
-    """Concatenates scores of the same concepts under different seeds."""
+    """Concatenates scores of the same concepts under different seeds; coordinates only where all have them."""
     assert all(part.codes == parts[0].codes for part in parts)
+    projected = [part.projected for part in parts if part.projected is not None]
     return Scores(
         parts[0].codes,
         tuple(seed for part in parts for seed in part.seeds),
         np.concatenate([part.log_probabilities for part in parts], axis=1),
-        np.concatenate([part.projected for part in parts], axis=1),
+        np.concatenate(projected, axis=1) if len(projected) == len(parts) else None,
         np.concatenate([part.ranks for part in parts], axis=1),
     )
 
@@ -129,6 +131,7 @@ METRICS = {  # key: heading, whether it is a share (printed in per cent)
     "concept": ("concept score", True),
     "both": ("both", True),
 }
+MEANS = {key: about for key, about in METRICS.items() if key != "frechet"}  # over images, so that they have intervals
 
 
 def summarize(scores: Scores, name: str, space: StyleSpace, *, over_seeds: bool) -> dict[str, Interval]:
@@ -137,18 +140,30 @@ def summarize(scores: Scores, name: str, space: StyleSpace, *, over_seeds: bool)
     The Fréchet distance has none: that of few pictures lies far above the truth, by an amount that depends on it.
 
     Args:
-        scores: Of K concepts and S seeds.
+        scores: Of K concepts and S seeds, with their coordinates.
         name: The wanted class.
         space: The style space of the judge.
+        over_seeds: As in `mean_metrics`.
+    """
+    assert scores.projected is not None
+    found = mean_metrics(scores, name, over_seeds=over_seeds)
+    found["frechet"] = Interval(space.distance(_flat(scores.projected), name))
+    return {key: found[key] for key in METRICS}
+
+
+def mean_metrics(scores: Scores, name: str, *, over_seeds: bool) -> dict[str, Interval]:
+    """Returns the metrics that are means over images with their 95 % intervals, by the keys of MEANS.
+
+    Args:
+        scores: Of K concepts and S seeds.
+        name: The wanted class.
         over_seeds: Each seed is a separate training run, and intervals are over concepts and runs; otherwise they are
             over concepts.
     """
-    found = {
-        key: (share_interval if METRICS[key][1] else mean_interval)(values, over_runs=over_seeds)
+    return {
+        key: (share_interval if MEANS[key][1] else mean_interval)(values, over_runs=over_seeds)
         for key, values in metric_cells(scores, name).items()
     }
-    found["frechet"] = Interval(space.distance(_flat(scores.projected), name))
-    return {key: found[key] for key in METRICS}
 
 
 def metric_cells(scores: Scores, name: str) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ Which trainings there are is for `comparison.py` and `tuning.py` to say.
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import Generic
@@ -20,7 +21,7 @@ from dora_mm.studies.campaigns.evaluation import ScoresT, Scoring
 from dora_mm.studies.campaigns.training_rows import FAILED, TrainingRow, TrainingRows, row_of, rows_file
 from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.config import CampaignConfig
-from dora_mm.studies.curves import CurvePoint, RateCurve
+from dora_mm.studies.curves import RateCurve
 from dora_mm.studies.variants import Variant
 from dora_mm.train.run import open_run, reopen_run
 
@@ -97,14 +98,22 @@ class Campaign(Generic[ScoresT]):
             value = self.scoring.value(self.trainings, training) if self.is_for_rates(training) else None
             scores = self.scoring.scored(self.trainings, training) if reported else ""
         torch.cuda.empty_cache()  # the next training is another process, which needs what scoring took
-        summary, digest = self.trainings.summary(training), self.rows.digest(training)
-        self.rows.add([row_of(training, value=value, scores=scores, summary=summary, digest=digest)])
+        about = {"summary": self.trainings.summary(training), "versions": self.trainings.versions(training)}
+        self.rows.add([row_of(training, value=value, scores=scores, digest=self.rows.digest(training), **about)])
 
     def row(self, training: Training) -> TrainingRow:
         """The row of a training that is there."""
         row = self.rows.get(training)
         assert row is not None, training.name
         return row
+
+    def machines(self, trainings: Sequence[Training]) -> str:
+        """A sentence on what trainings that are there were made on, since rounding differs between processors."""
+        places = Counter(
+            f"{row.processor}, threads {row.threads}" if row.processor else "not recorded"
+            for row in map(self.row, trainings)
+        )
+        return f"Trained on: {'; '.join(f'{place}: {count}' for place, count in places.most_common())}."
 
     def scores(self, repeated: Sequence[Training]) -> ScoresT:
         """The reported scores of trainings that differ in nothing but the seed."""
@@ -113,17 +122,11 @@ class Campaign(Generic[ScoresT]):
     def curve(self, variant: Variant, rates: Sequence[float]) -> RateCurve:
         """The scores of a variant over its learning rates, with the seeds of which there are rows."""
         found: dict[float, dict[int, np.ndarray | None]] = {}
-        for rate in sorted(rates):
+        for rate in rates:
             trainings = [Training(variant, rate, seed) for seed in self.seeds]
             there = [each for each in trainings if self.is_there(each, reported=True)]
             found[rate] = {
                 each.seed: self.scoring.cells(self.scores([each]))[:, 0] if self.has_scores(each) else None
                 for each in there
             }
-        diverged = np.zeros_like(next(c for own in found.values() for c in own.values() if c is not None))
-        return RateCurve(
-            {
-                rate: CurvePoint(np.stack([diverged if c is None else c for c in own.values()], axis=1), tuple(own))
-                for rate, own in found.items()
-            }
-        )
+        return RateCurve.of(found)

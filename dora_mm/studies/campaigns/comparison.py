@@ -123,13 +123,20 @@ class MethodComparison(Generic[ScoresT]):
             results.append(Result(name, evaluation.intervals(scores[variant]), str(chosen[variant]), summary))
         report = evaluation.report(self.folder, results, scores, {name: trained[variant] for name, variant in rows})
         curves = self.curves({variant: list(tried[variant]) for variant in chosen}, chosen)
-        text = "\n\n".join([*report.paragraphs, *self.about_diverged(chosen), *curves])
+        machines = self.campaign.machines(self.reported(tried))
+        text = "\n\n".join([*report.paragraphs, machines, *self.about_diverged(chosen), *curves])
         write_text(self.folder / "table.md", text + "\n")
         write_text(self.folder / "results.csv", report.csv)
         print(f"{text}\n\ntable    {self.folder / 'table.md'}")
         if report.sheet:
             save_atomically(self.folder / "sheet.png", report.sheet)
             print(f"sheet    {self.folder / 'sheet.png'}")
+
+    def reported(self, tried: Mapping[Variant, Mapping[float, float]]) -> list[Training]:
+        """The trainings whose scores are in the report."""
+        seeds = self.config.seeds
+        trainings = [Training(v, rate, seed) for v, rates in tried.items() for rate in rates for seed in seeds]
+        return [each for each in trainings if self.campaign.is_there(each, reported=True)]
 
     def about_diverged(self, chosen: Mapping[Variant, RateChoice]) -> list[str]:
         """A sentence on the trainings at chosen rates that have diverged, whose seeds the tables leave out."""

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from dora_mm.data.images.held_out import hold_out
 from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.judge import FILES, Judge, spaced_concepts
 from dora_mm.eval.images.prompts import fill
-from dora_mm.eval.images.scores import Scores, concatenate_seeds, summarize
+from dora_mm.eval.images.scores import Scores, concatenate_seeds, mean_metrics
 from dora_mm.eval.statistics import Interval
 from dora_mm.models.images.families import load_image_model
 from dora_mm.models.images.image_model import ImageModel
@@ -98,7 +99,7 @@ class PictureEvaluation:
         settings, results = self.settings, []
         for name, template in ((BARE_FLAT, settings.flat_prompt), (BARE, settings.prompt)):
             found = self.judged(folder, name, template, settings.report, self.config.seeds)
-            results.append(Result(name, summarize(found, settings.style, self.judge.style_space, over_seeds=False)))
+            results.append(Result(name, mean_metrics(found, settings.style, over_seeds=False)))
         return results
 
     def value(self, trainings: Trainings, training: Training) -> float:
@@ -108,10 +109,14 @@ class PictureEvaluation:
         return float(found.soft_both(self.settings.style).mean())
 
     def scored(self, trainings: Trainings, training: Training) -> str:
-        """The scores of the `report` things, which every training draws with its own seed."""
+        """The scores of the `report` things, which every training draws with its own seed.
+
+        Coordinates are left out: they are four fifths of a row, for a Fréchet distance, which has no interval.
+        """
         prompt, report = self.settings.prompt, self.settings.report
         adapter = trainings.adapter(training)
-        return self.judged(trainings.folder, training.name, prompt, report, (training.seed,), adapter).as_json()
+        found = self.judged(trainings.folder, training.name, prompt, report, (training.seed,), adapter)
+        return replace(found, projected=None).as_json()
 
     def scores(self, texts: Sequence[str]) -> Scores:
         """The scores of trainings that differ in nothing but the seed."""
@@ -119,7 +124,7 @@ class PictureEvaluation:
 
     def intervals(self, scores: Scores) -> dict[str, Interval]:
         """The intervals over things and trainings, by metric."""
-        return summarize(scores, self.settings.style, self.judge.style_space, over_seeds=len(scores.seeds) > 1)
+        return mean_metrics(scores, self.settings.style, over_seeds=len(scores.seeds) > 1)
 
     def cells(self, scores: Scores) -> np.ndarray:
         """The probability of the style, divided by the rank of the thing, (K, S)."""

@@ -15,6 +15,7 @@ from dora_mm.studies.campaigns.trainings import Training
 from dora_mm.studies.config import CampaignConfig
 from dora_mm.studies.variants import Variant
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.run_directory import REPORTED_PACKAGES
 from dora_mm.utils.tables import csv_records
 
 FAILED = "diverged"  # in place of the value of a training whose loss or weights were not finite
@@ -37,6 +38,9 @@ class TrainingRow:
         seconds: Of the training.
         seconds_per_step: Of one optimizer step.
         peak_memory_mb: In 2^20 bytes.
+        processor: That of the training, or its GPU; with the next two, what decides how its numbers are rounded.
+        threads: Those of the processor.
+        software: The versions of what it was trained with.
         digest: Of the training's config and inputs, and of how it is scored.
         scores: The reported scores as JSON; in the file, where they are most of it, `packed`.
     """
@@ -52,6 +56,9 @@ class TrainingRow:
     seconds: str
     seconds_per_step: str
     peak_memory_mb: str
+    processor: str
+    threads: str
+    software: str
     digest: str
     scores: str
 
@@ -81,7 +88,13 @@ COLUMNS = tuple(field.name for field in fields(TrainingRow))
 
 
 def row_of(
-    training: Training, *, value: float | str | None, scores: str, summary: Mapping[str, Any], digest: str
+    training: Training,
+    *,
+    value: float | str | None,
+    scores: str,
+    summary: Mapping[str, Any],
+    versions: Mapping[str, Any],
+    digest: str,
 ) -> TrainingRow:
     """The row of a training.
 
@@ -90,9 +103,11 @@ def row_of(
         value: The score by which rates are chosen, or FAILED; None: it is not used for that.
         scores: The reported scores as JSON; empty: it is not reported.
         summary: Its summary.json.
+        versions: Its versions.json.
         digest: Of its config and inputs.
     """
     variant = training.variant
+    software = {name: version for name, version in versions.items() if name in REPORTED_PACKAGES and version}
     return TrainingRow(
         method=variant.method,
         rank=str(variant.rank or ""),
@@ -100,6 +115,9 @@ def row_of(
         rate=repr(training.rate),
         seed=str(training.seed),
         value=value if isinstance(value, str) else "" if value is None else f"{value:.6g}",
+        processor=str(versions.get("processor", "")),
+        threads=str(versions.get("threads", "")),
+        software=", ".join(f"{name} {version}" for name, version in software.items()),
         digest=digest,
         scores=scores,
         **{key: json.dumps(summary[key]) if key in summary else "" for key in KEPT},

@@ -14,7 +14,7 @@ import torch
 from dora_mm.studies.campaigns.subprocesses import TrainingProcess, run_processes, start_process
 from dora_mm.studies.variants import Variant
 from dora_mm.train.run import DIVERGED
-from dora_mm.utils.run_directory import SUMMARY
+from dora_mm.utils.run_directory import SUMMARY, VERSIONS
 
 log = logging.getLogger(__name__)
 DELETED_WHEN_FINISHED = ("checkpoints", "best")  # only the final adapter is needed
@@ -62,6 +62,10 @@ class Trainings:
         """The summary.json of a finished training; empty: it has diverged."""
         file = self.run(training) / SUMMARY
         return json.loads(file.read_text()) if file.is_file() else {}
+
+    def versions(self, training: Training) -> dict[str, Any]:
+        """The versions.json of a training: the software and the machine that it was started with."""
+        return json.loads((self.run(training) / VERSIONS).read_text())
 
     def has_diverged(self, training: Training) -> bool:
         """Whether a training ended since its loss or weights were not finite: its rate is too high."""

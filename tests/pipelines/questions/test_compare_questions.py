@@ -24,6 +24,7 @@ from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.campaigns.tuned import TunedQuestions
 from dora_mm.studies.config import CompareConfig, TuneConfig
 from dora_mm.studies.variants import FULL, Variant
+from dora_mm.utils.devices import hardware_name
 from tests.models.vl.vl_bart.small import DIM, small_bart, small_tokenizer
 
 SAMPLES = Path(__file__).parents[3] / "samples" / "vl"
@@ -201,6 +202,9 @@ def test_an_interrupted_campaign_is_resumed_and_reports(comparison, commands, tm
     assert "DoRA, rank 4, less what questions alone give away" in table
     assert "DoRA, rank 2 - LoRA, rank 4" in table
     assert "of 12 intervals exclude 0" in table
+    made_on = csv.DictReader((folder / "trainings.csv").open())
+    assert {(row["processor"], row["threads"]) for row in made_on} == {(hardware_name(), str(torch.get_num_threads()))}
+    assert f"Trained on: {hardware_name()}, threads {torch.get_num_threads()}: 8." in table
 
     # the reported scores of a training are those of eval_vl
     chosen = next((folder / "answers").glob("lora-r4-*-seed1.json")).stem

@@ -1,0 +1,1 @@
+"""The numbers of docs/studies/paper.md, computed from committed rows."""
