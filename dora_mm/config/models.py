@@ -46,6 +46,17 @@ class ZImageConfig(ImageFamilyConfig):
     max_tokens: PositiveInt = 512  # of a prompt in its chat template; text beyond is cut
 
 
+class Flux2KleinConfig(ImageFamilyConfig):
+    """What only FLUX.2 klein's models have."""
+
+    only_training: ClassVar[frozenset[str]] = frozenset({"shift_steps"})
+
+    max_tokens: PositiveInt = 512  # of a prompt in its chat template; text beyond is cut, shorter ones are filled up
+    # How far noise levels move towards noise depends on the number of steps of drawing, and trainings have none: theirs
+    # are those of drawing in so many steps. 50 is the pipeline's own number for the base models
+    shift_steps: PositiveInt = 50
+
+
 class ModelConfig(Section):
     """An image model; its files say of which family it is, and a section of another family is an error.
 

@@ -92,7 +92,7 @@ def phases(config: TrainDiffusionConfig, model: ImageModel, captions: Sequence[s
         peak = _peak(model, lambda: model.encode_prompts(texts))
         found.insert(0, Phase(f"captions, {len(texts)} at once", encoders, peak))
     if config.sample.prompts:
-        size = (1, model.vae.config.latent_channels, *2 * (model.resolution // model.downscale,))
+        size = (1, model.vae.config.latent_channels, *2 * (model.resolution // model.vae_downscale,))
         latents = torch.zeros(size, dtype=model.vae.dtype, device="meta")
         peak = _peak(model, lambda: model.vae.decode(latents))
         found.append(Phase(f"VAE, a picture of {model.resolution} px decoded", vae, peak))

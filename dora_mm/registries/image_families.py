@@ -54,5 +54,12 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             pipeline="ZImagePipeline",
             starts={24: "configs/z_image/style.yaml"},
         ),
+        "flux2_klein": ImageFamily(
+            title="FLUX.2 klein",
+            place="dora_mm.models.images.flux2_klein:Flux2Klein",
+            section="dora_mm.config.models:Flux2KleinConfig",
+            pipeline="Flux2KleinPipeline",
+            starts={16: "configs/flux2_klein/style.yaml"},
+        ),
     },
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -62,6 +63,16 @@ class FlowModel(ImageModel):
         assert not isinstance(negative_prompt, tuple)
         text, negative = self.encode_prompts([prompt, negative_prompt or ""])
         return {"text": text["text"], "negative": negative["text"]}
+
+    @abstractmethod
+    def prompt_inputs(self, encoded: Sequence[Prompt], guidance: float) -> dict[str, Any]:
+        """The arguments of the pipeline for prompts and guidance, which is 1 for none; see `pipeline_inputs`."""
+
+    def pipeline_inputs(
+        self, encoded: Sequence[Prompt], *, steps: int, guidance: float, width: int, height: int
+    ) -> dict[str, Any]:
+        levels = self.noise.schedule(steps, (height // self.downscale, width // self.downscale))
+        return {**self.prompt_inputs(encoded, guidance), "sigmas": levels, "width": width, "height": height}
 
     def make_pipeline(self, components: dict[str, Any]) -> Any:
         return super().make_pipeline({**components, "scheduler": self.noise.sampler()})

@@ -178,9 +178,14 @@ class ImageModel(ABC):
         return self
 
     @property
-    def downscale(self) -> int:
-        """Pixels per latent, along one side."""
+    def vae_downscale(self) -> int:
+        """Pixels per latent of the VAE, along one side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent of the denoiser, along one side: some take patches of the VAE's latents for one."""
+        return self.vae_downscale
 
     def empty_denoiser(self) -> nn.Module:
         """The denoiser without its weights, on the meta device, where the model's files have configs; else itself."""
@@ -197,7 +202,8 @@ class ImageModel(ABC):
         tokenizers = [self.components[name] for name in self.components.names if name.startswith("tokenizer")]
         cut = [(each.backend_tokenizer.to_str(), each.model_max_length, each.chat_template) for each in tokenizers]
         encoders = [self.components.digest(name) for name in self.text_encoders]
-        found = [self.title, TEXT_LAYOUT, cut, encoders, self.settings.model_dump_json()]
+        settings = self.settings.model_dump_json(exclude=set(self.settings.only_training))
+        found = [self.title, TEXT_LAYOUT, cut, encoders, settings]
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
     @property

@@ -57,15 +57,9 @@ class ZImage(FlowModel):
         found = network(rows, 1 - time, [prompt["text"] for prompt in prompts], return_dict=False)[0]
         return -torch.stack(list(found)).squeeze(2)  # it predicts x - e
 
-    def pipeline_inputs(
-        self, encoded: Sequence[Prompt], *, steps: int, guidance: float, width: int, height: int
-    ) -> dict[str, Any]:
-        size = height // self.downscale, width // self.downscale
+    def prompt_inputs(self, encoded: Sequence[Prompt], guidance: float) -> dict[str, Any]:
         return {
             "prompt_embeds": [each["text"] for each in encoded],
             "negative_prompt_embeds": [each["negative"] for each in encoded],
             "guidance_scale": guidance - 1,  # the pipeline adds the difference to the prediction with the prompt
-            "sigmas": self.noise.schedule(steps, size),
-            "width": width,
-            "height": height,
         }
