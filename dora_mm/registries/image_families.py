@@ -18,6 +18,7 @@ class ImageFamily:
         section: The class of its section, a subclass of `ImageFamilyConfig`, likewise.
         pipeline: The class of diffusers that the index of its models names.
         tensors: Each is the beginning of the name of a tensor in its single checkpoints; empty: these are not read.
+        denoiser: The beginning of the name of a tensor that files with its denoiser alone have; empty: not known.
         starts: The configs that `dora-mm new` starts from, by the GB of the card that each needs; 0: for a small model.
     """
 
@@ -26,6 +27,7 @@ class ImageFamily:
     section: str
     pipeline: str
     tensors: tuple[str, ...] = ()
+    denoiser: str = ""
     starts: Mapping[int, str] = field(default_factory=dict)
 
 
@@ -52,6 +54,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             place="dora_mm.models.images.z_image:ZImage",
             section="dora_mm.config.models:ZImageConfig",
             pipeline="ZImagePipeline",
+            denoiser="noise_refiner.",
             starts={24: "configs/z_image/style.yaml"},
         ),
         "flux2_klein": ImageFamily(
@@ -59,6 +62,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             place="dora_mm.models.images.flux2_klein:Flux2Klein",
             section="dora_mm.config.models:Flux2KleinConfig",
             pipeline="Flux2KleinPipeline",
+            denoiser="double_stream_modulation_img.",
             starts={16: "configs/flux2_klein/style.yaml"},
         ),
     },

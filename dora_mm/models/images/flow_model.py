@@ -27,6 +27,7 @@ class FlowModel(ImageModel):
     denoiser = "transformer"
     cell = 16  # 8 pixels per latent, two latents per token
     dtypes = ("float32", "bfloat16")
+    reads_denoisers = True
     patch: ClassVar[int] = 2  # the side of what the transformer takes for one token, in its latents
     chat: ClassVar[Mapping[str, Any]] = {"add_generation_prompt": True}  # how the chat template of prompts is filled in
 

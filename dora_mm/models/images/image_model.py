@@ -75,6 +75,8 @@ class ImageModel(ABC):
     predictions: ClassVar[tuple[str, ...]] = ()  # what `model.prediction` can be beside "auto"
     single_file: ClassVar[SingleFile | None] = None  # how single checkpoints are read; None: the family has none
 
+    reads_denoisers: ClassVar[bool] = False  # whether `model.denoiser` can be a file
+
     def __init__(self, components: Components, settings: Section | None = None):
         self.components = components
         self.settings: Any = settings or load(self.record().section)()
@@ -112,6 +114,8 @@ class ImageModel(ABC):
             raise ValueError(f"model.dtype: {self.title} needs {known}, not {config.dtype}.")
         if config.prediction not in ("auto", *self.predictions):
             raise ValueError(f"model.prediction: {self.title} predicts a velocity, nothing else: leave it out.")
+        if config.denoiser and not self.reads_denoisers:
+            raise ValueError(f"model.denoiser is not for {self.title}: give a whole checkpoint as model.path.")
         if config.vae:
             own = self.components.config("vae")
             for key in ("latent_channels", "block_out_channels"):

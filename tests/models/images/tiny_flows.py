@@ -12,6 +12,7 @@ from diffusers import Flux2KleinPipeline, ZImagePipeline
 from PIL import Image
 from torch import Tensor
 
+from dora_mm.registries.image_families import IMAGE_FAMILIES
 from tests.models.images.flux2_klein import tiny as klein
 from tests.models.images.z_image import tiny as z_image
 
@@ -42,6 +43,11 @@ class TinyFlow:
     guided: Callable[[str], dict[str, Any]]
     as_denoised: Callable[[Any, Tensor], Tensor]
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Its name in messages."""
+        return IMAGE_FAMILIES[self.name].title
 
     def plain(self, folder: Path) -> Any:
         """The model in plain diffusers."""
