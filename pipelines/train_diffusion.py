@@ -27,7 +27,7 @@ from dora_mm.eval.gradients import measuring
 from dora_mm.models.images.families import files_identity, load_image_model
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.preview.image_page import image_page
-from dora_mm.preview.images import remark_on_captions, remark_on_length, repeats_of
+from dora_mm.preview.images import remark_on_captions, remark_on_distilled, remark_on_length, repeats_of
 from dora_mm.preview.training import slow_hardware
 from dora_mm.sampling.before_after import add_pictures, before_after_sheet, keep_pictures
 from dora_mm.sampling.gallery import GALLERY, INDEX, update_page
@@ -94,6 +94,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     task = DiffusionTask(model, config.loss)
     new_tokens.start_tokens(config.tokens, model, images, config.data.captions, config.seed)
     remarks = slow_hardware(accelerator, [model.empty_denoiser()])
+    remarks += remark_on_distilled(config.model)
     remarks += remark_on_captions(model, images, config.data)
     for remark in remarks + remark_on_length(repeats_of(images), config.train, accelerator.num_processes):
         log.warning("%s", remark)

@@ -27,7 +27,7 @@ from dora_mm.models.images.components import (
     tensor_names,
 )
 from dora_mm.models.images.denoiser_file import PREFIX, load_denoiser
-from dora_mm.models.images.image_model import ImageModel
+from dora_mm.models.images.image_model import Distilled, ImageModel
 from dora_mm.models.images.memory import store_in_float8
 from dora_mm.models.images.schedulers import changes_for
 from dora_mm.models.images.weights import PipelineFiles
@@ -193,6 +193,13 @@ def scheduler_changes(family: type[ImageModel], path: str, prediction: str) -> d
         return changes_for(prediction, marked)
     except ValueError as error:
         raise ValueError(f"model.path: {path} cannot be used: {error}.") from None
+
+
+def distilled_of(config: ModelConfig) -> Distilled | None:
+    """How a model draws that was distilled to few steps, by its files; None: it was not."""
+    path = resolve_model(config.path)
+    family = family_of(path, config.revision)
+    return family.distilled(_described(family, path, config.revision))
 
 
 def about_prediction(config: ModelConfig) -> str:

@@ -25,6 +25,7 @@ from dora_mm.core import TargetMap
 from dora_mm.data.images.buckets import Framing
 from dora_mm.data.images.latents import Latents
 from dora_mm.data.syntax import Wording
+from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.models.images.components import Components
 from dora_mm.models.images.new_tokens import NewTokens
 from dora_mm.models.images.noise import NoiseProcess
@@ -49,6 +50,21 @@ class SingleFile:
     configs: Path
     parts: Callable[[], dict[str, Any]] = dict
     scheduler: Callable[[Collection[str]], dict[str, Any]] = lambda names: {}
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a model was distilled for.
+
+    Attributes:
+        steps: The denoising steps in which it draws.
+        guidance: The scale of guidance with which it draws; 1 is none.
+        sign: What of its files says that it was distilled.
+    """
+
+    steps: int
+    guidance: float
+    sign: str
 
 
 class ImageModel(ABC):
@@ -97,6 +113,11 @@ class ImageModel(ABC):
     def record(cls) -> ImageFamily:
         """What is known of the family without this class."""
         return IMAGE_FAMILIES[cls.name]
+
+    @classmethod
+    def distilled(cls, files: ModelFolder) -> Distilled | None:
+        """How a model draws that was distilled to few steps, by its index and configs; None: it was not."""
+        return None
 
     @property
     def title(self) -> str:

@@ -26,7 +26,8 @@ class TinyFlow:
 
     Attributes:
         name: Its family.
-        build: Saves it as a folder of diffusers.
+        build: Saves it as a folder of diffusers, also one that was distilled, with the same weights.
+        distilled: The steps of what is distilled of it, and what its files say of that.
         kind: Its pipeline of diffusers.
         embeddings: The embeddings (L, D) that a pipeline makes of prompts.
         unguided: The arguments of the pipeline for prompts, without guidance.
@@ -36,7 +37,8 @@ class TinyFlow:
     """
 
     name: str
-    build: Callable[[Path], Path]
+    build: Callable[..., Path]
+    distilled: tuple[int, str]
     kind: Any
     embeddings: Callable[[Any, list[str]], list[Tensor]]
     unguided: Callable[[Any, list[str]], dict[str, Any]]
@@ -84,6 +86,7 @@ FLOWS = (
     TinyFlow(
         "z_image",
         z_image.build,
+        (8, "the shift of its scheduler, 3"),
         ZImagePipeline,
         _of_z_image,
         lambda pipe, prompts: {
@@ -97,6 +100,7 @@ FLOWS = (
     TinyFlow(
         "flux2_klein",
         klein.build,
+        (4, "is_distilled in its model_index.json"),
         Flux2KleinPipeline,
         lambda pipe, prompts: list(pipe.encode_prompt(list(prompts), max_sequence_length=64)[0]),
         lambda pipe, prompts: {"prompt": list(prompts), "guidance_scale": 1.0, "max_sequence_length": 64},
