@@ -246,8 +246,8 @@ def remark_on_distilled(config: ModelConfig) -> list[str]:
     if found is None:
         return []
     return [
-        f"{config.path} was distilled to {found.steps} steps ({found.sign}), and a training undoes that: its loss is not "
-        "that of the distillation. Train the base model, and draw with this one and the adapter."
+        f"{config.path} was distilled to {found.steps} steps ({found.sign}), and a training undoes that: its loss is "
+        "not that of the distillation. Train the base model, and draw with this one and the adapter."
     ]
 
 

@@ -15,7 +15,6 @@ from dora_mm.config.models import validated
 from dora_mm.config.pictures import PicturesConfig, SampleConfig
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.models.images.families import distilled_of
-from dora_mm.models.images.image_model import Distilled
 from dora_mm.sampling.model import model_of
 from dora_mm.utils import yaml12
 
@@ -46,8 +45,29 @@ def sheets_of(file: Path) -> SampleConfig | None:
         return None
 
 
+def with_usual_settings(config: PicturesT, adapters: Mapping[str, Path]) -> PicturesT:
+    """Draws as a distilled model does, else as in the sheets of a training, as far as a config leaves out how.
+
+    Args:
+        config: The config of the pictures.
+        adapters: The files of all adapters that are drawn with; see `as_in_sheets`.
+
+    Raises:
+        ValueError: There is no model, or the adapters name none.
+    """
+    model = config.model or model_of(adapters)
+    if (found := distilled_of(model)) is None:
+        return as_in_sheets(config, adapters)
+    own = {"steps": found.steps, "guidance": found.guidance}
+    chosen = {key: value for key, value in own.items() if key not in config.model_fields_set}
+    if chosen:
+        shown = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
+        log.info("%s was distilled (%s), and so it draws with %s", model.path, found.sign, shown)
+    return config.model_copy(update=chosen)
+
+
 def as_in_sheets(config: PicturesT, adapters: Mapping[str, Path]) -> PicturesT:
-    """Draws as the sheets of a training were drawn, or as a distilled model does, as far as a config leaves out how.
+    """Draws as the sheets of a training were drawn, as far as a config leaves out how.
 
     Args:
         config: The config of the pictures.
@@ -57,9 +77,6 @@ def as_in_sheets(config: PicturesT, adapters: Mapping[str, Path]) -> PicturesT:
     Returns:
         The config, with the steps, guidance, its rescale and negative prompt of the training where it gives none.
     """
-    model = config.model or model_of(adapters)
-    if found := distilled_of(model):
-        return _as_distilled(config, model.path, found)
     sheets = [found for file in adapters.values() if (found := sheets_of(file))]
     chosen = {}
     for key in OF_SHEETS:
@@ -73,15 +90,6 @@ def as_in_sheets(config: PicturesT, adapters: Mapping[str, Path]) -> PicturesT:
             log.warning("The trainings of these adapters drew with %s %s, and this draws with %s", key, found, own)
     if shown := [f"{key} {_text(value)}" for key, value in chosen.items() if value not in (None, 0.0)]:
         log.info("Drawn as the sheets of the training: %s", ", ".join(shown))
-    return config.model_copy(update=chosen)
-
-
-def _as_distilled(config: PicturesT, path: str, found: Distilled) -> PicturesT:
-    own = {"steps": found.steps, "guidance": found.guidance}
-    chosen = {key: value for key, value in own.items() if key not in config.model_fields_set}
-    if chosen:
-        shown = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
-        log.info("%s was distilled (%s), and so it draws with %s", path, found.sign, shown)
     return config.model_copy(update=chosen)
 
 
