@@ -55,7 +55,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             section="dora_mm.config.models:ZImageConfig",
             pipeline="ZImagePipeline",
             denoiser="noise_refiner.",
-            starts={24: "configs/z_image/style.yaml"},
+            starts={12: "configs/z_image/style_12gb.yaml", 24: "configs/z_image/style.yaml"},
         ),
         "flux2_klein": ImageFamily(
             title="FLUX.2 klein",
@@ -63,7 +63,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             section="dora_mm.config.models:Flux2KleinConfig",
             pipeline="Flux2KleinPipeline",
             denoiser="double_stream_modulation_img.",
-            starts={16: "configs/flux2_klein/style.yaml"},
+            starts={12: "configs/flux2_klein/style_12gb.yaml", 16: "configs/flux2_klein/style.yaml"},
         ),
     },
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
@@ -34,8 +33,8 @@ class KleinFlow(Flow):
         super().__init__(scheduler, patch)
         self.steps = steps
 
-    def shift(self, num_tokens: int, num_steps: int | None = None) -> float:
-        return math.exp(compute_empirical_mu(num_tokens, num_steps or self.steps))
+    def mu(self, num_tokens: int, num_steps: int | None) -> float:
+        return compute_empirical_mu(num_tokens, num_steps or self.steps)
 
 
 class Flux2Klein(FlowModel):

@@ -143,12 +143,16 @@ class Flow:
 
     def shift(self, num_tokens: int, num_steps: int | None = None) -> float:
         """The shift s for a number of tokens, in some families also of steps of sampling (None: in training)."""
+        if not self.config.use_dynamic_shifting:
+            return float(self.config.shift)
+        mu = self.mu(num_tokens, num_steps)
+        return math.exp(mu) if self.config.time_shift_type == "exponential" else mu
+
+    def mu(self, num_tokens: int, num_steps: int | None) -> float:
+        """What the shift follows from where it depends on the number of tokens, as the family's pipeline computes it."""
         config = self.config
-        if not config.use_dynamic_shifting:
-            return float(config.shift)
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        mu = config.base_shift + slope * (num_tokens - config.base_image_seq_len)
-        return math.exp(mu) if config.time_shift_type == "exponential" else mu
+        return config.base_shift + slope * (num_tokens - config.base_image_seq_len)
 
     def schedule(self, num_steps: int, size: LatentSize) -> list[float]:
         """The noise levels of sampling in `num_steps` steps, from noise; the last step ends at 0, which is left out."""
