@@ -149,7 +149,7 @@ class Flow:
         return math.exp(mu) if self.config.time_shift_type == "exponential" else mu
 
     def mu(self, num_tokens: int, num_steps: int | None) -> float:
-        """What the shift follows from where it depends on the number of tokens, as the family's pipeline computes it."""
+        """What the shift follows from where it depends on the number of tokens, as the family's pipeline has it."""
         config = self.config
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         return config.base_shift + slope * (num_tokens - config.base_image_seq_len)
