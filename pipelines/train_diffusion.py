@@ -24,7 +24,7 @@ from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_images
 from dora_mm.data.images.held_out import hold_out, part_of
 from dora_mm.eval.gradients import measuring
-from dora_mm.models.images.families import files_identity, load_image_model
+from dora_mm.models.images.families import files_identity, has_unread_layers, load_image_model
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.preview.image_page import image_page
 from dora_mm.preview.images import remark_on_captions, remark_on_distilled, remark_on_length, repeats_of
@@ -70,7 +70,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
             is created only after these checks.
     """
     # The last layer of a text encoder may be unused: its adapters get no gradients. So may new tokens be in a batch.
-    accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=config.trains_text)
+    unused = config.trains_text or has_unread_layers(config.model)
+    accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
     if run := finished_run(resume, config, *(["sheet.png"] if config.sample.prompts else [])):
         print_results(config, run)
         return

@@ -57,6 +57,12 @@ class Flux2KleinConfig(ImageFamilyConfig):
     shift_steps: PositiveInt = 50
 
 
+class QwenImageConfig(ImageFamilyConfig):
+    """What only Qwen-Image's models have."""
+
+    max_tokens: Annotated[int, Field(gt=0, le=1024)] = 512  # of a prompt; text beyond is cut
+
+
 class ModelConfig(Section):
     """An image model; its files say of which family it is, and a section of another family is an error.
 

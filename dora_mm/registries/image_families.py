@@ -65,5 +65,13 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             denoiser="double_stream_modulation_img.",
             starts={12: "configs/flux2_klein/style_12gb.yaml", 16: "configs/flux2_klein/style.yaml"},
         ),
+        "qwen_image": ImageFamily(
+            title="Qwen-Image",
+            place="dora_mm.models.images.qwen_image:QwenImage",
+            section="dora_mm.config.models:QwenImageConfig",
+            pipeline="QwenImagePipeline",
+            denoiser="transformer_blocks.0.img_mod.1.",
+            starts={32: "configs/qwen_image/style_32gb.yaml", 48: "configs/qwen_image/style.yaml"},
+        ),
     },
 )

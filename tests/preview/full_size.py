@@ -8,6 +8,7 @@ from typing import Any
 
 from dora_mm.models.images.sdxl.checkpoint import CONFIGS, tokenizers
 from tests.models.images.flux2_klein import tiny as tiny_klein
+from tests.models.images.qwen_image import tiny as tiny_qwen
 from tests.models.images.z_image import tiny as tiny_z_image
 
 Z_IMAGE = {  # of Tongyi-MAI/Z-Image
@@ -50,6 +51,39 @@ FLUX2_KLEIN = {  # of black-forest-labs/FLUX.2-klein-base-4B
     },
 }
 
+QWEN_IMAGE = {
+    "transformer": {
+        "in_channels": 64,
+        "out_channels": 16,
+        "num_layers": 60,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 3584,
+        "axes_dims_rope": [16, 56, 56],
+    },
+    "text_encoder": {  # Qwen2.5-VL-7B
+        "text_config": {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152_064,
+            "tie_word_embeddings": False,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        },
+        "vision_config": {
+            "depth": 32,
+            "hidden_size": 1280,
+            "num_heads": 16,
+            "intermediate_size": 3420,
+            "out_hidden_size": 3584,
+        },
+    },
+    "vae": {"base_dim": 96, "z_dim": 16, "num_res_blocks": 2, "dim_mult": [1, 2, 4, 4], "sample_size": 1024},
+}
+QWEN_IMAGE["vae"] |= {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+
 
 def sdxl(folder: Path) -> Path:
     """SDXL base 1.0."""
@@ -69,6 +103,11 @@ def flux2_klein(folder: Path) -> Path:
     return _of_full_size(tiny_klein.build(folder), FLUX2_KLEIN)
 
 
+def qwen_image(folder: Path) -> Path:
+    """Qwen-Image, with the tokenizer of a small one."""
+    return _of_full_size(tiny_qwen.build(folder), QWEN_IMAGE)
+
+
 def _of_full_size(folder: Path, sizes: Mapping[str, Mapping[str, Any]]) -> Path:
     for weights in folder.rglob("*.safetensors"):
         weights.unlink()
@@ -80,4 +119,4 @@ def _of_full_size(folder: Path, sizes: Mapping[str, Mapping[str, Any]]) -> Path:
     return folder
 
 
-MAKERS = {"sdxl": sdxl, "z_image": z_image, "flux2_klein": flux2_klein}
+MAKERS = {"sdxl": sdxl, "z_image": z_image, "flux2_klein": flux2_klein, "qwen_image": qwen_image}

@@ -202,6 +202,14 @@ def distilled_of(config: ModelConfig) -> Distilled | None:
     return family.distilled(_described(family, path, config.revision))
 
 
+def has_unread_layers(config: ModelConfig) -> bool:
+    """Whether a training leaves some adapters without gradients; False of a model that cannot be found, too."""
+    try:
+        return family_of(resolve_model(config.path), config.revision).has_unread_layers
+    except ValueError:  # which is said when it is loaded
+        return False
+
+
 def about_prediction(config: ModelConfig) -> str:
     """A line with what an image model predicts, and what says so."""
     path = resolve_model(config.path)

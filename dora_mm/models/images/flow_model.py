@@ -56,7 +56,8 @@ class FlowModel(ImageModel):
         return self.settings.max_tokens
 
     def encode_images(self, pixels: Tensor) -> Latents:
-        return Latents(posterior_of(self.vae, pixels).mode().float(), None)
+        mode = posterior_of(self.vae, pixels).mode().float()
+        return Latents(mode.squeeze(2) if mode.ndim > pixels.ndim else mode, None)
 
     @torch.no_grad()
     def encode_for_drawing(self, prompt: Wording, negative_prompt: Wording | None) -> Prompt:

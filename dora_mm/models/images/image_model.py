@@ -83,6 +83,8 @@ class ImageModel(ABC):
     maps: ClassVar[Mapping[str, str]]  # the target maps of the networks that can be adapted, the denoiser first
     cell: ClassVar[int]  # sides of pictures are multiples of this number of pixels
     vae_name: ClassVar[str] = "AutoencoderKL"  # the class of diffusers
+    # Of its config: channels of latents, and a list of its levels
+    vae_keys: ClassVar[tuple[str, str]] = ("latent_channels", "block_out_channels")
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")  # in which it computes what it should
     weighs_words: ClassVar[bool] = False  # whether `encode_for_drawing` takes prompts in pieces with weights
     rescales_guidance: ClassVar[bool] = False  # whether its pipeline takes `guidance_rescale`
@@ -91,6 +93,8 @@ class ImageModel(ABC):
     predictions: ClassVar[tuple[str, ...]] = ()  # what `model.prediction` can be beside "auto"
     single_file: ClassVar[SingleFile | None] = None  # how single checkpoints are read; None: the family has none
 
+    # Whether the target map has layers on which no loss depends, such as those of a text that nothing reads any more
+    has_unread_layers: ClassVar[bool] = False
     reads_denoisers: ClassVar[bool] = False  # whether `model.denoiser` can be a file
 
     def __init__(self, components: Components, settings: Section | None = None):
@@ -139,7 +143,7 @@ class ImageModel(ABC):
             raise ValueError(f"model.denoiser is not for {self.title}: give a whole checkpoint as model.path.")
         if config.vae:
             own = self.components.config("vae")
-            for key in ("latent_channels", "block_out_channels"):
+            for key in self.vae_keys:
                 given, wanted = (v if isinstance(v, int) else len(v) for v in (self.vae.config[key], own[key]))
                 if given != wanted:
                     raise ValueError(f"model.vae: {config.vae} does not fit the model: {key}: {given}, not {wanted}.")
@@ -201,6 +205,11 @@ class ImageModel(ABC):
         for network in self.networks.values():
             network.requires_grad_(False).eval()
         return self
+
+    @property
+    def vae_channels(self) -> int:
+        """Channels of the VAE's latents."""
+        return self.vae.config[self.vae_keys[0]]
 
     @property
     def vae_downscale(self) -> int:

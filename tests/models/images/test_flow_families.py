@@ -1,11 +1,11 @@
 """What families of flow models compute, against the pipelines of diffusers and a few lines of plain torch."""
 
+import re
 from functools import cache
 from itertools import pairwise
 
 import pytest
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 import dora_mm
 from dora_mm import DoRASpec
@@ -62,7 +62,7 @@ def noise(channels, seed=0):
 
 
 def latents_of(model):
-    return noise(model.transformer.config.in_channels)
+    return noise(16 if model.patch == 1 else 4)  # channels of patches, or of latents
 
 
 def randomized(model):
@@ -82,7 +82,7 @@ def test_eulers_steps_of_predict_are_the_pipelines_latents(flow, model, plain):
     prompts, seeds = [PROMPT, "a cat"], [1, 2]
     expected = flow.latents(plain, prompts, seeds, steps=3)
     encoded = [model.encode_for_drawing(prompt, None) for prompt in prompts]
-    x = randn_tensor(tuple(expected.shape), generator=[torch.Generator().manual_seed(seed) for seed in seeds])
+    x = flow.start(tuple(expected.shape), seeds)
     with torch.no_grad():
         for now, after in pairwise([*model.noise.schedule(3, x.shape[2:]), 0.0]):
             x += (after - now) * model.predict(x, torch.full((2,), now), encoded, [])
@@ -118,19 +118,23 @@ def test_latents_are_the_normalized_mode_and_decode_to_what_the_pipelines_do(flo
     prompts = PromptEncoder(model, trained=False)
     batches = CaptionedBatches(model, [image], prompts, data, batch_size=1, seed=0)
     pixels = render(load_rgb(image.path), batches._frame(0, False, None))[None]
-    mode = plain.vae.encode(pixels).latent_dist.mode()
+    frames = pixels.unsqueeze(2) if flow.name == "qwen_image" else pixels
+    mode = plain.vae.encode(frames).latent_dist.mode()
+    pictures = plain.vae.decode(mode).sample.detach()
+    mode, pictures = (each.flatten(1, -3) if each.ndim == 5 else each for each in (mode, pictures))
     torch.testing.assert_close(batches(0).latents, flow.as_denoised(plain, mode), atol=1e-5, rtol=1e-5)
     ours = decoded(model.vae, model.encode_images(pixels).mean)[0]
-    (theirs,) = plain.image_processor.postprocess(plain.vae.decode(mode).sample.detach())
+    (theirs,) = plain.image_processor.postprocess(pictures)
     assert list(ours.getdata()) == list(theirs.getdata())
 
 
-def test_the_loss_and_its_gradients_are_those_of_plain_torch(model):
+def test_the_loss_and_its_gradients_are_those_of_plain_torch(flow, model, plain):
     randomized(model)
     encoded, (x, _) = model.encode_prompts([PROMPT, "a cat"]), latents_of(model)
     task = DiffusionTask(model, LossConfig())
     task.loss(ConditionedLatents(x, encoded, []), torch.Generator().manual_seed(3)).mean.backward()
-    parameters = dora_mm.adapter_parameters(model.transformer)
+    every = dora_mm.adapter_parameters(model.transformer)
+    parameters = {name: parameter for name, parameter in every.items() if parameter.grad is not None}
     ours = {name: parameter.grad.clone() for name, parameter in parameters.items()}
     for parameter in parameters.values():
         parameter.grad = None
@@ -140,9 +144,13 @@ def test_the_loss_and_its_gradients_are_those_of_plain_torch(model):
     tokens = x.shape[2] * x.shape[3] // model.patch**2
     s = model.noise.shift(tokens)
     t = s * u / (1 + (s - 1) * u)
+    t = 1 - (1 - t) * (1 - (plain.scheduler.config.shift_terminal or 0))
     mixed = torch.stack([(1 - t[row]) * x[row] + t[row] * e[row] for row in range(2)])
     loss = (model.predict(mixed, t, encoded, []) - (e - x)).pow(2).mean()
     loss.backward()
     for name, parameter in parameters.items():
         torch.testing.assert_close(ours[name], parameter.grad, atol=1e-7, rtol=1e-4)
-    assert all(gradient.any() for gradient in ours.values())
+    # Nothing reads the text after Qwen-Image's last block: docs/targets.md
+    unread = {name for name in every if name not in ours or not ours[name].any()}
+    last = {name for name in every if re.match(r"transformer_blocks\.1\.(attn\.(add_q|to_add_out)|txt_mlp)", name)}
+    assert unread == (last if flow.name == "qwen_image" else set())

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import Flux2KleinPipeline, ZImagePipeline
+from diffusers import Flux2KleinPipeline, QwenImagePipeline, ZImagePipeline
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
 from dora_mm.registries.image_families import IMAGE_FAMILIES
 from tests.models.images.flux2_klein import tiny as klein
+from tests.models.images.qwen_image import tiny as qwen_image
 from tests.models.images.z_image import tiny as z_image
 
 PROMPT = "a TOK icon of a red ball"
@@ -27,7 +29,7 @@ class TinyFlow:
     Attributes:
         name: Its family.
         build: Saves it as a folder of diffusers, also one that was distilled, with the same weights.
-        distilled: The steps of what is distilled of it, and what its files say of that.
+        distilled: The steps of what is distilled of it, and what its files say of that; None: nothing is.
         kind: Its pipeline of diffusers.
         embeddings: The embeddings (L, D) that a pipeline makes of prompts.
         unguided: The arguments of the pipeline for prompts, without guidance.
@@ -38,7 +40,7 @@ class TinyFlow:
 
     name: str
     build: Callable[..., Path]
-    distilled: tuple[int, str]
+    distilled: tuple[int, str] | None
     kind: Any
     embeddings: Callable[[Any, list[str]], list[Tensor]]
     unguided: Callable[[Any, list[str]], dict[str, Any]]
@@ -65,7 +67,15 @@ class TinyFlow:
 
     def as_noised(self, latents: Tensor, pipe: Any) -> Tensor:
         """The latents that the pipeline returns, as its denoiser has them."""
+        if self.kind is QwenImagePipeline:
+            return pipe._unpack_latents(latents, *SIZE.values(), pipe.vae_scale_factor)[:, :, 0]
         return self.as_denoised(pipe, latents) if self.kind is Flux2KleinPipeline else latents
+
+    def start(self, shape: tuple[int, ...], seeds: list[int]) -> Tensor:
+        """The noise (B, C, h, w) that the pipeline draws."""
+        b, *rest = shape
+        shape = (b, 1, *rest) if self.kind is QwenImagePipeline else shape
+        return randn_tensor(shape, generator=[torch.Generator().manual_seed(seed) for seed in seeds]).view(b, *rest)
 
     def drawn(self, pipe: Any, seed: int, steps: int = 2) -> Image.Image:
         """The picture of the prompt, with guidance 5."""
@@ -80,6 +90,17 @@ def _patches(pipe: Any, latents: Tensor) -> Tensor:
 
 def _of_z_image(pipe: Any, prompts: list[str]) -> list[Tensor]:
     return pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)[0]
+
+
+def _of_qwen_image(pipe: Any, prompts: list[str]) -> list[Tensor]:
+    return [pipe.encode_prompt(prompt)[0][0] for prompt in prompts]
+
+
+def _by_channel(pipe: Any, latents: Tensor) -> Tensor:
+    mean, std = (
+        torch.tensor(each).view(1, -1, 1, 1) for each in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
+    )
+    return (latents - mean) / std
 
 
 FLOWS = (
@@ -107,6 +128,16 @@ FLOWS = (
         lambda prompt: {"prompt": prompt, "guidance_scale": 5.0, "max_sequence_length": 64},
         _patches,
         settings={"max_tokens": 64},
+    ),
+    TinyFlow(
+        "qwen_image",
+        qwen_image.build,
+        None,
+        QwenImagePipeline,
+        _of_qwen_image,
+        lambda pipe, prompts: {"prompt": list(prompts), "true_cfg_scale": 1.0},
+        lambda prompt: {"prompt": prompt, "negative_prompt": "", "true_cfg_scale": 5.0},
+        _by_channel,
     ),
 )
 NAMES = [flow.name for flow in FLOWS]

@@ -164,7 +164,11 @@ def test_each_is_resumed_bit_for_bit_over_a_flow_model(flow, folders, name):
     check_resumed({name}, model, folders, section)
 
 
-@pytest.mark.parametrize("flow", [pytest.param(FLOWS[0], marks=pytest.mark.slow), FLOWS[1]], indirect=True, ids=NAMES)
+FAST = "flux2_klein"
+EACH = [flow if flow.name == FAST else pytest.param(flow, marks=pytest.mark.slow) for flow in FLOWS]
+
+
+@pytest.mark.parametrize("flow", EACH, indirect=True, ids=NAMES)
 def test_all_at_once_over_a_flow_model_is_resumed_bit_for_bit(flow, folders):
     model, section = flow
     check_resumed(OF_FLOWS - {"random crop", "folders"}, model, folders, section)

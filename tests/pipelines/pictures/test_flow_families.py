@@ -120,7 +120,7 @@ def test_peft_reads_what_convert_writes_and_verify_says_so(adapter, folder, tmp_
     assert main(["convert", str(adapter), str(tmp_path / "peft"), "--to", "peft", "--base", str(folder)]) == 0
     from peft import PeftModel
 
-    encoded, channels = model.encode_prompts([PROMPT]), model.transformer.config.in_channels
+    encoded, channels = model.encode_prompts([PROMPT]), 16 if model.patch == 1 else 4  # of patches, or of latents
     x, t = torch.randn(1, channels, 4, 4), torch.tensor([0.5])
     with torch.no_grad():
         bare = model.predict(x, t, encoded, [])
