@@ -100,13 +100,8 @@ def inputs_of(network: Any, side: int, batch: int) -> dict[str, Any]:
 
 
 SIZES = ("_24gb", "_16gb", "_12gb", "_8gb")
-RECIPES = [
-    "sdxl/3d_icon",
-    *(f"sdxl/3d_icon{size}" for size in SIZES),
-    "sdxl/lego",
-    "z_image/style",
-    "flux2_klein/style",
-]
+OF_FLOWS = ("z_image/style", "z_image/style_12gb", "flux2_klein/style", "flux2_klein/style_12gb", "qwen_image/style")
+RECIPES = ["sdxl/3d_icon", *(f"sdxl/3d_icon{size}" for size in SIZES), "sdxl/lego", *OF_FLOWS, "qwen_image/style_32gb"]
 
 
 @pytest.fixture(scope="module")

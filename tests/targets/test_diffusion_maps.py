@@ -59,6 +59,14 @@ KLEIN = {  # FLUX.2 klein base 4B
 }
 
 
+def test_full_size_qwen_image():
+    with torch.device("meta"):
+        model = diffusers.QwenImageTransformer2DModel()
+    assert sum(p.numel() for p in model.parameters()) == 20_430_401_088
+    report = dora_mm.inject(model, "qwen-image", DoRASpec(rank=16))
+    assert (report.num_modules, report.num_parameters) == (720, 109_486_080)
+
+
 def test_full_size_klein():
     """The counts that PEFT publishes for rank 64 on 80 of its layers, and ours on all 100 of its blocks."""
     with torch.device("meta"):

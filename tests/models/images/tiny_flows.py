@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import Flux2KleinPipeline, QwenImagePipeline, ZImagePipeline
 from diffusers.utils.torch_utils import randn_tensor
@@ -141,3 +142,5 @@ FLOWS = (
     ),
 )
 NAMES = [flow.name for flow in FLOWS]
+FAST = "flux2_klein"  # the one that everything is tried on in plain `make test`; the others are slow
+EACH = [flow if flow.name == FAST else pytest.param(flow, marks=pytest.mark.slow) for flow in FLOWS]

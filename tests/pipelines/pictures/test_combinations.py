@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from dora_mm.adapting import compiled
 from dora_mm.cli import main
 from tests.data.images.pictures import write_pictures
-from tests.models.images.tiny_flows import FLOWS, NAMES
+from tests.models.images.tiny_flows import EACH, FLOWS, NAMES
 
 TEXT = "text_encoders.attn"
 # By what is asked for: keys of the config with their values; FOLDER and OTHER stand for two folders
@@ -162,10 +162,6 @@ def test_any_combination_is_resumed_bit_for_bit(tiny_folder, folders, names):
 def test_each_is_resumed_bit_for_bit_over_a_flow_model(flow, folders, name):
     model, section = flow
     check_resumed({name}, model, folders, section)
-
-
-FAST = "flux2_klein"
-EACH = [flow if flow.name == FAST else pytest.param(flow, marks=pytest.mark.slow) for flow in FLOWS]
 
 
 @pytest.mark.parametrize("flow", EACH, indirect=True, ids=NAMES)

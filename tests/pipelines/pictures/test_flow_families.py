@@ -17,12 +17,12 @@ from dora_mm.core import adapted_layers
 from dora_mm.models.images.families import load_image_model
 from dora_mm.sampling.pictures import sample
 from tests.core import reference
-from tests.models.images.tiny_flows import FLOWS, NAMES, PROMPT, SIZE
+from tests.models.images.tiny_flows import EACH, NAMES, PROMPT, SIZE
 
 STEPS = 4
 
 
-@pytest.fixture(scope="module", params=FLOWS, ids=NAMES)
+@pytest.fixture(scope="module", params=EACH, ids=NAMES)
 def flow(request):
     return request.param
 
