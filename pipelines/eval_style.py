@@ -32,7 +32,7 @@ from dora_mm.sampling.model import find_adapters, load_model, model_of
 from dora_mm.sampling.own_style import Vectors, images_of_training, prompts_in_style, vectors_by
 from dora_mm.sampling.reconstructed import reconstructed
 from dora_mm.sampling.sheets import label, save_atomically, thumbnail
-from dora_mm.sampling.trainings import as_in_sheets, training_of
+from dora_mm.sampling.trainings import training_of, with_usual_settings
 from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.processes import started_together
@@ -66,7 +66,7 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
             used. The run directory is created only after these checks.
     """
     processes, adapter = started_together(), find_adapters([config.adapter.path])
-    config, base = as_in_sheets(config, adapter), config.model or model_of(adapter)
+    config, base = with_usual_settings(config, adapter), config.model or model_of(adapter)
     inputs = {"the adapter": adapter_digest(resolve_path(config.adapter.path, "adapter.path"))}
     if processes.is_main:
         check_reopened(config, inputs | files_identity(base))

@@ -15,7 +15,7 @@ from dora_mm.sampling.jobs.prompts import with_alternatives
 from dora_mm.sampling.model import find_adapters, load_model
 from dora_mm.sampling.sheets import save_grid
 from dora_mm.sampling.strengths import as_strength, scaled, strength_text
-from dora_mm.sampling.trainings import as_in_sheets
+from dora_mm.sampling.trainings import with_usual_settings
 from dora_mm.train.checkpoint import checkpoints, step_of
 from dora_mm.utils.processes import started_together
 from dora_mm.utils.run_directory import RunDirectory
@@ -45,7 +45,7 @@ def main(config: GridConfig, *, resume: Path | None = None) -> None:
         rows, columns = with_base_model(config, rows, columns)
     cells = [{**row, **column} for _, row in rows for _, column in columns]
     adapters = {path for cell in cells for path, _ in cell.get("adapters", template(config).adapters)}
-    config = as_in_sheets(config, find_adapters(adapters))
+    config = with_usual_settings(config, find_adapters(adapters))
     common = template(config, prompt=config.prompt or "", seed=config.seed)
     pictures = with_alternatives([replace(common, row=number, **cell) for number, cell in enumerate(cells, 1)])
     loaded = load_model(config, adapters)

@@ -56,13 +56,13 @@ def main(config: JobConfig, *, resume: Path | None = None) -> None:
     from dora_mm.sampling.drawing import existing_run, picture_run
     from dora_mm.sampling.model import find_adapters, load_model
     from dora_mm.sampling.sheets import save_sheets
-    from dora_mm.sampling.trainings import as_in_sheets
+    from dora_mm.sampling.trainings import with_usual_settings
 
     processes = started_together()
     found = existing_run(config, resume) if processes.is_main else None
     if found and resume is None:
         check_same_job(config, found)
-    config = as_in_sheets(config, find_adapters(adapters))
+    config = with_usual_settings(config, find_adapters(adapters))
     pictures = with_alternatives(pictures_of(config, rows))
     loaded = load_model(config, adapters)
     loaded.check(pictures)

@@ -24,10 +24,10 @@ from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_images
 from dora_mm.data.images.held_out import hold_out, part_of
 from dora_mm.eval.gradients import measuring
-from dora_mm.models.images.families import files_identity, load_image_model
+from dora_mm.models.images.families import files_identity, has_unread_layers, load_image_model
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.preview.image_page import image_page
-from dora_mm.preview.images import remark_on_captions, remark_on_length, repeats_of
+from dora_mm.preview.images import remark_on_captions, remark_on_distilled, remark_on_length, repeats_of
 from dora_mm.preview.training import slow_hardware
 from dora_mm.sampling.before_after import add_pictures, before_after_sheet, keep_pictures
 from dora_mm.sampling.gallery import GALLERY, INDEX, update_page
@@ -70,7 +70,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
             is created only after these checks.
     """
     # The last layer of a text encoder may be unused: its adapters get no gradients. So may new tokens be in a batch.
-    accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=config.trains_text)
+    unused = config.trains_text or has_unread_layers(config.model)
+    accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
     if run := finished_run(resume, config, *(["sheet.png"] if config.sample.prompts else [])):
         print_results(config, run)
         return
@@ -94,6 +95,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     task = DiffusionTask(model, config.loss)
     new_tokens.start_tokens(config.tokens, model, images, config.data.captions, config.seed)
     remarks = slow_hardware(accelerator, [model.empty_denoiser()])
+    remarks += remark_on_distilled(config.model)
     remarks += remark_on_captions(model, images, config.data)
     for remark in remarks + remark_on_length(repeats_of(images), config.train, accelerator.num_processes):
         log.warning("%s", remark)

@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 from dora_mm.studies.campaigns import subprocesses
 from tests.benchmarks import gpu
 from tests.benchmarks.bench_products import OURS, VENDOR, threshold
-from tests.benchmarks.contenders import CONTENDERS
-from tests.benchmarks.gpu import block, grid, run, trial
+from tests.benchmarks.contenders import CONTENDERS, target_paths
+from tests.benchmarks.gpu import block, grid, klein, run, trial
 from tests.benchmarks.gpu.run import Run, compared
 from tests.test_documented_commands import in_this_process
 
@@ -90,6 +90,26 @@ def test_a_dry_run_of_optimizers(tmp_path):
     code, rows = dry("optimizers", tmp_path)
     assert code == 0
     assert [(row["optimizer"], row["differing"]) for row in rows] == [("adamw", "0"), ("adafactor", "0")]
+
+
+def test_klein_is_the_one_that_peft_measures():
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        model = diffusers.Flux2Transformer2DModel(**klein.BASE_4B)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 3_875_544_576
+    paths = target_paths(model, klein.PUBLISHED)
+    layers = [model.get_submodule(path) for path in paths]
+    assert (len(paths), sum(64 * sum(layer.weight.shape) for layer in layers)) == (80, 76_677_120)
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_klein(tmp_path, capsys):
+    code, rows = dry("klein", tmp_path)
+    assert code == 0
+    assert "left out" not in capsys.readouterr().out
+    eager, steps = set(CONTENDERS) - {"frozen"}, {row["contender"] for row in rows if row["measure"] == "step"}
+    assert steps == eager | {"PEFT LoRA, compiled", "PEFT DoRA, compiled"}
+    assert {row["contender"] for row in rows if row["measure"] == "peak"} == eager
 
 
 @pytest.mark.slow
@@ -192,7 +212,7 @@ ALL_BUT_ONE = tuple(entry.name for entry in gpu.ENTRIES[:-1] if entry.name != "g
 @pytest.mark.parametrize(
     ("packages", "entries"),
     [
-        (PACKAGES, ("trial", "block", "products", "profile", "llama", "tests", "unet", "grid", "z_image")),
+        (PACKAGES, ("trial", "block", "products", "profile", "llama", "tests", "unet", "grid", "klein", "z_image")),
         *(pytest.param((package,), ALL_BUT_ONE, marks=pytest.mark.slow) for package in PACKAGES[:4]),
     ],
     ids=" ".join,

@@ -215,9 +215,15 @@ class LossConfig(Section):
     # Of models that predict noise or v: gamma of Min-SNR loss weights; auto: 5; null: every timestep has weight 1
     min_snr_gamma: float | str | None = "auto"
     noise_offset: NonNegative = 0.0  # of these models: standard deviation of noise that is constant over an image
-    # How timesteps are drawn; auto: logit_normal for models that predict velocity, uniform for others or with a bias
-    timesteps: Literal["auto", "uniform", "logit_normal"] = "auto"
+    # How timesteps are drawn; auto: logit_normal for models that predict velocity, uniform for others or with a bias.
+    # log_snr: the logarithm of signal to noise is normal, after any shift: around -6 it is mostly noise, where a style
+    # is decided (Choi et al. 2024, arXiv 2411.14793)
+    timesteps: Literal["auto", "uniform", "logit_normal", "log_snr"] = "auto"
     timestep_bias: Annotated[float, Field(gt=-1)] = 0.0  # of uniform: the density becomes t^bias, before any shift
+    timestep_mean: float | None = None  # of logit_normal (null: 0), before any shift, and of log_snr (null: -6)
+    timestep_std: Positive | None = None  # of logit_normal (null: 1) and log_snr (null: 2)
+    # Of models that predict velocity, by noise level s: sigma_sqrt: 1 / s^2; cosmap: 2 / (pi (1 - 2 s + 2 s^2))
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
 
     @field_validator("min_snr_gamma")
     @classmethod
@@ -229,8 +235,12 @@ class LossConfig(Section):
     @model_validator(mode="after")
     def _keys_have_an_effect(self) -> "LossConfig":
         problems = []
-        if self.timestep_bias and self.timesteps == "logit_normal":
-            problems.append("timestep_bias has no effect on timesteps logit_normal: leave one of them out")
+        normal = self.timesteps in ("logit_normal", "log_snr")
+        if self.timestep_bias and normal:
+            problems.append(f"timestep_bias has no effect on timesteps {self.timesteps}: leave one of them out")
+        for key in ("timestep_mean", "timestep_std"):
+            if getattr(self, key) is not None and not normal:
+                problems.append(f"{key} is of timesteps logit_normal or log_snr: set one of them, or leave it out")
         if self.delta is not None and self.type != "huber":
             problems.append(f"delta has no effect on type {self.type}: set type=huber, or leave it out")
         return raise_problems(self, problems)

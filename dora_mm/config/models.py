@@ -46,6 +46,23 @@ class ZImageConfig(ImageFamilyConfig):
     max_tokens: PositiveInt = 512  # of a prompt in its chat template; text beyond is cut
 
 
+class Flux2KleinConfig(ImageFamilyConfig):
+    """What only FLUX.2 klein's models have."""
+
+    only_training: ClassVar[frozenset[str]] = frozenset({"shift_steps"})
+
+    max_tokens: PositiveInt = 512  # of a prompt in its chat template; text beyond is cut, shorter ones are filled up
+    # How far noise levels move towards noise depends on the number of steps of drawing, and trainings have none: theirs
+    # are those of drawing in so many steps. 50 is the pipeline's own number for the base models
+    shift_steps: PositiveInt = 50
+
+
+class QwenImageConfig(ImageFamilyConfig):
+    """What only Qwen-Image's models have."""
+
+    max_tokens: Annotated[int, Field(gt=0, le=1024)] = 512  # of a prompt; text beyond is cut
+
+
 class ModelConfig(Section):
     """An image model; its files say of which family it is, and a section of another family is an error.
 
@@ -58,6 +75,9 @@ class ModelConfig(Section):
     # those in half precision where `dtype` is
     variant: Text | None = None
     vae: ModelPath | None = None  # a folder or hub name of another VAE; null: the model's own
+    # A .safetensors file with the denoiser alone, as flow models are passed around, in 16 bits or float8 with scales;
+    # all else is that of `path`. null: the model's own
+    denoiser: InputPath | None = None
     dtype: Dtype = "float32"  # bfloat16 or float16, of the frozen weights; adapters are float32
     # float8: the Linear layers of all parts of the denoiser are stored in 8 bits, each row with a scale; null: in dtype
     quantization: Literal["float8"] | None = None
@@ -70,7 +90,7 @@ class ModelConfig(Section):
 
     def settings_of_pictures(self) -> dict[str, Any]:
         """The settings beside the files on which pictures depend, and that are not the defaults, by section and key."""
-        own = self.model_dump(include={"prediction", "quantization"}, exclude_defaults=True)
+        own = self.model_dump(include={"prediction", "quantization", "denoiser"}, exclude_defaults=True)
         found = {
             name: section.model_dump(exclude_defaults=True, exclude=set(section.only_training))
             for name, section in self.sections()

@@ -33,7 +33,7 @@ def _checked_size(size: int) -> int:
 
 
 PixelSize = Annotated[int, AfterValidator(_checked_size)]  # SDXL's VAE maps 8 x 8 pixels to one latent
-Steps = Annotated[int, Field(gt=0, le=10_000)]  # of a scheduler; those of training are 1,000
+NumSteps = Annotated[int, Field(gt=0, le=10_000)]  # of a scheduler; those of training are 1,000
 Rescale = Annotated[float, Field(ge=0, le=1)]  # how much of the contrast that guidance adds is taken back
 
 
@@ -44,7 +44,7 @@ class SheetConfig(Section):
     negative_prompt: str | None = None  # null: none
     seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one image per prompt and seed
     every: Count = 0  # optimizer steps between sheets; 0: only at the end
-    steps: Steps = 25  # denoising steps
+    steps: NumSteps = 25  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale
     guidance_rescale: Rescale = 0.0  # against the contrast that guidance adds; 0.7 for zero terminal SNR
     batch_size: PositiveInt = 1  # images per batch
@@ -101,7 +101,7 @@ class PicturesConfig(PipelineConfig):
     prompt_syntax: PromptSyntax = "plain"
     # Left out, these four are those of the sheets of the adapter's training, where its file says them
     negative_prompt: str | None = None  # null: none
-    steps: Steps = 25  # denoising steps
+    steps: NumSteps = 25  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale
     guidance_rescale: Rescale = 0.0  # against the contrast that guidance adds; 0.7 for zero terminal SNR
     scheduler: SchedulerName | None = None  # null: the model's own
@@ -198,7 +198,7 @@ class ConceptChoice(RoleConfig):
 class DrawConfig(Section):
     """How pictures are drawn that are scored."""
 
-    steps: Steps = 20  # denoising steps
+    steps: NumSteps = 20  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale
     guidance_rescale: Rescale = 0.0  # against the contrast that guidance adds; 0.7 for zero terminal SNR
     negative_prompt: str | None = None  # null: none

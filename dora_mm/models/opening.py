@@ -16,6 +16,7 @@ from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.formats.files.variants import choose_variant, of_variant
 from dora_mm.models.hub import check_hub, local_copy, named, unreachable
+from dora_mm.utils.json_text import parse_json
 from dora_mm.utils.progress import Progress
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")  # ends of files
@@ -111,6 +112,8 @@ def described(path: str, revision: str | None = None, *, key: str = "") -> Model
 def base_of(adapter: Path) -> str | None:
     """The base model that the header of an adapter names, where it is on this machine; else None.
 
+    Where its denoiser was in a file of its own, it is that file.
+
     Args:
         adapter: The file, its folder or its run directory.
 
@@ -118,8 +121,8 @@ def base_of(adapter: Path) -> str | None:
         ValueError: There is no adapter, or it cannot be read.
     """
     header = read_metadata(find_file(adapter))
-    name = header.get("base_model")
-    if not name:
+    name = parse_json(header.get("base_settings", "{}"), "base_settings").get("denoiser") or header.get("base_model")
+    if not isinstance(name, str):
         return None
     found = find_path(name) or (local_copy(name, header.get("base_revision")) if HUB_NAME.fullmatch(name) else None)
     return found and str(found)

@@ -13,6 +13,7 @@ from dora_mm.adapting.networks import TrainedNetworks, train_mode
 from dora_mm.adapting.new_tokens import token_networks
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.models.images.image_model import ImageModel
+from dora_mm.models.images.vae import pixels_of
 from dora_mm.preview.simulation import Machine, Simulation, fused_attention, simulated_peak
 from dora_mm.preview.training import PRECISIONS, StepCost, num_bytes
 from dora_mm.tasks.diffusion import DiffusionTask
@@ -92,9 +93,9 @@ def phases(config: TrainDiffusionConfig, model: ImageModel, captions: Sequence[s
         peak = _peak(model, lambda: model.encode_prompts(texts))
         found.insert(0, Phase(f"captions, {len(texts)} at once", encoders, peak))
     if config.sample.prompts:
-        size = (1, model.vae.config.latent_channels, *2 * (model.resolution // model.downscale,))
+        size = (1, model.vae_channels, *2 * (model.resolution // model.vae_downscale,))
         latents = torch.zeros(size, dtype=model.vae.dtype, device="meta")
-        peak = _peak(model, lambda: model.vae.decode(latents))
+        peak = _peak(model, lambda: pixels_of(model.vae, latents))
         found.append(Phase(f"VAE, a picture of {model.resolution} px decoded", vae, peak))
     return found
 

@@ -4,10 +4,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from dora_mm.config.images import DataConfig, TrainDiffusionConfig
+from dora_mm.config.models import ModelConfig
 from dora_mm.config.training import TrainConfig, ValidationConfig
 from dora_mm.data.images.folder import CaptionedImage, bucket_of, contains_word, resolution_of
 from dora_mm.data.images.wording import FIXED, all_unchanged, rendered, unchanged
 from dora_mm.data.syntax import syntax_in
+from dora_mm.models.images.families import distilled_of
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.preview.look import describe_look
 from dora_mm.preview.training import when
@@ -52,6 +54,7 @@ def describe_data(
             *([describe_held_out(held, config.evaluate)] if held else []),
             describe_length(repeats_of(images), config.train, num_processes),
             *remark_on_length(repeats_of(images), config.train, num_processes),
+            *(remark_on_distilled(config.model) if model else []),
             *remark_on_captions(model, images, config.data),
             *([] if model else [f"{config.model.path} is not on this machine: modules, memory and time are left out"]),
         ]
@@ -234,6 +237,17 @@ def remark_on_length(repeats: Sequence[float], train: TrainConfig, num_processes
     return [
         f"Each picture is seen {often if least != most else ''}{times(views)} times ({_recipes()}), which is {change} "
         f"for a style: train.steps from {usual[0]} to {usual[1]} would be as in those."
+    ]
+
+
+def remark_on_distilled(config: ModelConfig) -> list[str]:
+    """What a training does to a model that was distilled to few steps; of other models nothing."""
+    found = distilled_of(config)
+    if found is None:
+        return []
+    return [
+        f"{config.path} was distilled to {found.steps} steps ({found.sign}), and a training undoes that: its loss is "
+        "not that of the distillation. Train the base model, and draw with this one and the adapter."
     ]
 
 

@@ -50,6 +50,9 @@ KEYS = {  # by the flags of kohya's scripts and diffusers'
     "min_snr_gamma": "loss.min_snr_gamma",
     "snr_gamma": "loss.min_snr_gamma",
     "noise_offset": "loss.noise_offset",
+    "logit_mean": "loss.timestep_mean",
+    "logit_std": "loss.timestep_std",
+    "weighting_scheme": "loss.timesteps",
     "sample_every_n_steps": "sample.every",
 }
 WITHOUT_VALUE = {  # flags that are a value of ours by themselves; others are true

@@ -22,7 +22,7 @@ from dora_mm.config.pictures import WITHOUT_GUIDANCE, PicturesConfig
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.models.hub import check_named_by
-from dora_mm.models.images.families import load_image_model
+from dora_mm.models.images.families import distilled_of, load_image_model
 from dora_mm.models.images.fitting import check_denoiser
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.images.memory import check_offload, save_memory
@@ -324,12 +324,22 @@ def family_settings(header: Mapping[str, str], path: str) -> dict[str, Any]:
 
 
 def warn_of_other_bases(files: Mapping[str, Path], model: ModelConfig) -> None:
-    """Names adapters that were trained on another model than the one that draws."""
+    """Names adapters that were trained on another model than the one that draws.
+
+    Those of a base model are meant for what is distilled of it, too: that is said once.
+    """
     drawing = (find_path(model.path) or model.path, Path(model.path).name)  # converted files have the name alone
+    others: dict[str, str] = {}
     for path, file in files.items():
         trained_on = read_metadata(file).get("base_model")
         if trained_on and (find_path(trained_on) or trained_on) not in drawing:
-            log.warning("%s was trained on %s, and is used with %s.", path, trained_on, model.path)
+            others[path] = trained_on
+    if others and distilled_of(model):
+        bases = " and ".join(dict.fromkeys(others.values()))
+        log.info("What was trained on %s is drawn with %s, which was distilled.", bases, model.path)
+        return
+    for path, trained_on in others.items():
+        log.warning("%s was trained on %s, and is used with %s.", path, trained_on, model.path)
 
 
 def replaces_weights(file: Path) -> bool:

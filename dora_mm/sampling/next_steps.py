@@ -16,7 +16,7 @@ from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 def drawing_command(config: TrainDiffusionConfig, run: RunDirectory) -> str:
     """Draws with the adapter: the prompts that `dora-mm new` has written beside the config, or the first of its own.
 
-    The seeds are those of the sheet, as are the settings that the adapter's file says: see `as_in_sheets`.
+    The seeds are those of the sheet, as are the settings that the adapter's file says: see `with_usual_settings`.
     """
     words, prompts = ["dora-mm", "sample"], Path(f"{config.name}_prompts.txt")
     if prompts.is_file():

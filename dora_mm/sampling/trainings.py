@@ -14,6 +14,8 @@ from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.models import validated
 from dora_mm.config.pictures import PicturesConfig, SampleConfig
 from dora_mm.formats.files.tensor_file import read_metadata
+from dora_mm.models.images.families import distilled_of
+from dora_mm.sampling.model import model_of
 from dora_mm.utils import yaml12
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,27 @@ def sheets_of(file: Path) -> SampleConfig | None:
         return SampleConfig.model_validate(values["sample"])
     except (KeyError, TypeError, yaml.YAMLError, ValidationError):
         return None
+
+
+def with_usual_settings(config: PicturesT, adapters: Mapping[str, Path]) -> PicturesT:
+    """Draws as a distilled model does, else as in the sheets of a training, as far as a config leaves out how.
+
+    Args:
+        config: The config of the pictures.
+        adapters: The files of all adapters that are drawn with; see `as_in_sheets`.
+
+    Raises:
+        ValueError: There is no model, or the adapters name none.
+    """
+    model = config.model or model_of(adapters)
+    if (found := distilled_of(model)) is None:
+        return as_in_sheets(config, adapters)
+    own = {"steps": found.steps, "guidance": found.guidance}
+    chosen = {key: value for key, value in own.items() if key not in config.model_fields_set}
+    if chosen:
+        shown = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
+        log.info("%s was distilled (%s), and so it draws with %s", model.path, found.sign, shown)
+    return config.model_copy(update=chosen)
 
 
 def as_in_sheets(config: PicturesT, adapters: Mapping[str, Path]) -> PicturesT:

@@ -1,5 +1,6 @@
 """The loss of image models: what the denoiser predicts for latents that were noised to a random time."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from dora_mm.models.images.image_model import ImageModel, Prompt
 from dora_mm.utils.losses import LossSum
 
 GAMMA = 5.0  # of Min-SNR, where a config leaves it to us: that of its authors
+NORMAL = {"logit_normal": (0.0, 1.0), "log_snr": (-6.0, 2.0)}  # mean and deviation, where a config leaves them to us
 DELTA = 0.1  # of pseudo-Huber, likewise: kohya's `huber_c`
 
 
@@ -24,6 +26,12 @@ DISTANCES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {  # of a 
     "mse": lambda d, _: d.square(),
     "l1": lambda d, _: d.abs(),
     "huber": pseudo_huber,
+}
+
+WEIGHTINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of noise levels (Esser et al. 2024, section 3.1)
+    "none": torch.ones_like,
+    "sigma_sqrt": lambda sigma: sigma**-2.0,
+    "cosmap": lambda sigma: 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2)),
 }
 
 
@@ -62,6 +70,9 @@ class DiffusionTask:
                 raise ValueError(
                     f"loss.{key} is for models that predict noise or v, and {model.title} does not: leave it out"
                 )
+        for key, value in (("weighting", config.weighting), ("timesteps", config.timesteps)):
+            if not is_flow and value in ("sigma_sqrt", "cosmap", "log_snr"):
+                raise ValueError(f"loss.{key}: {value} is for models that predict a velocity, not for {model.title}")
         uniform = config.timestep_bias or not is_flow
         self.timesteps = ("uniform" if uniform else "logit_normal") if config.timesteps == "auto" else config.timesteps
 
@@ -132,9 +143,18 @@ class DiffusionTask:
             shares: Numbers between 0 and 1.
             size: (h, w) of the latents.
         """
-        if self.timesteps == "logit_normal":  # Esser et al. 2024 (arXiv 2403.03206), with mean 0 and deviation 1
-            return self.noise.times(torch.special.ndtri(shares).sigmoid(), size)
+        if self.timesteps in NORMAL:
+            return self._times_of_normal(torch.special.ndtri(shares), size)
         return self.noise.times(shares ** (1.0 / (1.0 + self.config.timestep_bias)), size)
+
+    def _times_of_normal(self, z: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """The times (N,) at values (N,) of a standard normal distribution, which rise with them."""
+        mean, deviation = NORMAL[self.timesteps]
+        mean = mean if self.config.timestep_mean is None else self.config.timestep_mean
+        deviation = self.config.timestep_std or deviation
+        if self.timesteps == "log_snr":  # ln ((1 - t) / t)^2
+            return ((deviation * z - mean) / 2).sigmoid()
+        return self.noise.times((mean + deviation * z).sigmoid(), size)  # Esser et al. 2024 (arXiv 2403.03206)
 
     def denoised(self, batch: ConditionedLatents, times: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Noises the latents and estimates the clean latents in one step.
@@ -151,9 +171,12 @@ class DiffusionTask:
         return self.noise.clean(noised, self._predict(batch, noised, times).float(), times)
 
     def weights(self, times: torch.Tensor) -> torch.Tensor:
-        """The loss weight (B,) of each time (B,): Hang et al. 2023 (arXiv 2303.09556), gamma from the config."""
+        """The loss weight (B,) of each time (B,).
+
+        With gamma that of Hang et al. 2023 (arXiv 2303.09556); else by the `weighting` of the config.
+        """
         if self.gamma is None:
-            return torch.ones_like(times, dtype=torch.float32)
+            return WEIGHTINGS[self.config.weighting](times.float())
         return min_snr_weight(self.noise.signal_to_noise(times), float(self.gamma), self.noise.prediction)
 
     def _predict(self, batch: ConditionedLatents, noised: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
@@ -161,8 +184,8 @@ class DiffusionTask:
 
     def _times(self, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         count, device, size = len(latents), generator.device, latents.shape[2:]
-        if self.timesteps == "logit_normal":
-            return self.noise.times(torch.randn(count, generator=generator, device=device).sigmoid(), size)
+        if self.timesteps in NORMAL:
+            return self._times_of_normal(torch.randn(count, generator=generator, device=device), size)
         if self.noise.num_steps and not self.config.timestep_bias:
             return torch.randint(self.noise.num_steps, (count,), generator=generator, device=device)
         return self.times_at(torch.rand(count, generator=generator, device=device), size)

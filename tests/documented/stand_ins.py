@@ -10,6 +10,8 @@ from dora_mm.config import load_config
 from dora_mm.config.models import VisionConfig
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.models.vl.towers import building as towers
+from tests.models.images.flux2_klein import tiny as klein
+from tests.models.images.qwen_image import tiny as qwen_image
 from tests.models.images.z_image import tiny as z_image
 from tests.models.vl.vl_bart.small import small_bart, small_tokenizer
 from tests.models.vl.vlm import tiny
@@ -40,6 +42,10 @@ def build(name: str, folder: Path, tiny_sdxl: Path, tiny_vlm: Callable[[str], Pa
         shutil.copytree(tiny_sdxl / "vae", folder)
     elif name == "Tongyi-MAI/Z-Image":
         z_image.build(folder)
+    elif name == "black-forest-labs/FLUX.2-klein-base-4B":
+        klein.build(folder)
+    elif name == "Qwen/Qwen-Image":
+        qwen_image.build(folder)
     elif name == "facebook/bart-base":
         tokenizer = small_tokenizer()
         small_bart(len(tokenizer)).save_pretrained(folder)

@@ -17,6 +17,7 @@ from dora_mm.train.checkpoint import last_step
 from dora_mm.train.metrics import read_metrics
 from tests.data.images.pictures import write_pictures as write_noise
 from tests.data.vl.files import vqa_annotation, vqa_question, vqa_v2, write_json
+from tests.models.images.tiny_flows import FLOWS, NAMES, TinyFlow
 from tests.models.vl.vl_bart.small import DIM, TEXTS, small_bart, small_tokenizer
 from tests.models.vl.vlm import tiny
 from tests.models.vl.vlm.vlm_rows import write_conversations, write_pictures
@@ -230,3 +231,34 @@ def test_two_processes_share_the_pairs_that_are_kept(folder):
     assert known[0].keys() == known[1].keys()
     for key, values in known[0].items():
         assert values == pytest.approx(known[1][key], rel=1e-5)
+
+
+def flow_pictures(folder, name: str, flow: TinyFlow, accumulated: int = 1, **train) -> str:
+    """A flow model held at the base model by prompts, with an average of its weights."""
+    section = {flow.name: flow.settings} if flow.settings else {}
+    return write(
+        folder,
+        name,
+        pipeline="train_diffusion",
+        model={"path": str(folder / flow.name), **section},
+        adapter={"rank": 2, "cache": "norms", "parts": ["transformer.attn", "transformer.ff"]},
+        data={"folder": str(folder / "noise"), "resolution": 64, "caption_dropout": 0.2},
+        preserve={"prompt": "an icon"},
+        ema={"decay": 0.9},
+        optimizer={"lr": 0.01, "eps": 1.0e-4},
+        train={"batch_size": 1, "gradient_accumulation_steps": accumulated, "max_grad_norm": None, **train},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flow", FLOWS, ids=NAMES)
+def test_two_processes_train_a_flow_model_as_one_does_also_divided(folder, flow):
+    flow.build(folder / flow.name)
+    one, two, divided = (f"{flow.name}_{name}" for name in ("one", "two", "divided"))
+    assert main(["train", flow_pictures(folder, one, flow, 2)]) == 0
+    commands = (flow_pictures(folder, two, flow), flow_pictures(folder, divided, flow, shard=True))
+    log = folder / f"{flow.name}.log"
+    with launched(*(["train", command] for command in commands), log=log) as process:
+        assert process.wait(timeout=600) == 0, log.read_text()
+    assert_equal_runs(folder / two, folder / one)
+    assert_equal_runs(folder / divided, folder / one)

@@ -2,10 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dora_mm.models.images.sdxl.checkpoint import CONFIGS, tokenizers
-from tests.models.images.z_image import tiny
+from tests.models.images.flux2_klein import tiny as tiny_klein
+from tests.models.images.qwen_image import tiny as tiny_qwen
+from tests.models.images.z_image import tiny as tiny_z_image
 
 Z_IMAGE = {  # of Tongyi-MAI/Z-Image
     "transformer": {"dim": 3840, "n_heads": 30, "n_kv_heads": 30, "n_layers": 30, "n_refiner_layers": 2},
@@ -26,6 +30,61 @@ Z_IMAGE["transformer"] |= {"axes_lens": [1536, 512, 512]}
 Z_IMAGE["vae"] |= {"layers_per_block": 2, "sample_size": 1024}
 
 
+FLUX2_KLEIN = {  # of black-forest-labs/FLUX.2-klein-base-4B
+    "transformer": {
+        "in_channels": 128,
+        "num_layers": 5,
+        "num_single_layers": 20,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 7680,
+        "timestep_guidance_channels": 256,
+        "axes_dims_rope": [32, 32, 32, 32],
+    },
+    "text_encoder": Z_IMAGE["text_encoder"],
+    "vae": {
+        "block_out_channels": [128, 256, 512, 512],
+        "latent_channels": 32,
+        "norm_num_groups": 32,
+        "layers_per_block": 2,
+        "sample_size": 1024,
+    },
+}
+
+QWEN_IMAGE = {
+    "transformer": {
+        "in_channels": 64,
+        "out_channels": 16,
+        "num_layers": 60,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 3584,
+        "axes_dims_rope": [16, 56, 56],
+    },
+    "text_encoder": {  # Qwen2.5-VL-7B
+        "text_config": {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152_064,
+            "tie_word_embeddings": False,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        },
+        "vision_config": {
+            "depth": 32,
+            "hidden_size": 1280,
+            "num_heads": 16,
+            "intermediate_size": 3420,
+            "out_hidden_size": 3584,
+        },
+    },
+    "vae": {"base_dim": 96, "z_dim": 16, "num_res_blocks": 2, "dim_mult": [1, 2, 4, 4], "sample_size": 1024},
+}
+QWEN_IMAGE["vae"] |= {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+
+
 def sdxl(folder: Path) -> Path:
     """SDXL base 1.0."""
     shutil.copytree(CONFIGS, folder)
@@ -36,10 +95,23 @@ def sdxl(folder: Path) -> Path:
 
 def z_image(folder: Path) -> Path:
     """Z-Image, with the tokenizer of a small one."""
-    tiny.build(folder)
+    return _of_full_size(tiny_z_image.build(folder), Z_IMAGE)
+
+
+def flux2_klein(folder: Path) -> Path:
+    """FLUX.2 klein base 4B, with the tokenizer of a small one."""
+    return _of_full_size(tiny_klein.build(folder), FLUX2_KLEIN)
+
+
+def qwen_image(folder: Path) -> Path:
+    """Qwen-Image, with the tokenizer of a small one."""
+    return _of_full_size(tiny_qwen.build(folder), QWEN_IMAGE)
+
+
+def _of_full_size(folder: Path, sizes: Mapping[str, Mapping[str, Any]]) -> Path:
     for weights in folder.rglob("*.safetensors"):
         weights.unlink()
-    for name, changes in Z_IMAGE.items():
+    for name, changes in sizes.items():
         file = folder / name / "config.json"
         values = json.loads(file.read_text()) | changes
         values.pop("layer_types", None)
@@ -47,4 +119,4 @@ def z_image(folder: Path) -> Path:
     return folder
 
 
-MAKERS = {"sdxl": sdxl, "z_image": z_image}
+MAKERS = {"sdxl": sdxl, "z_image": z_image, "flux2_klein": flux2_klein, "qwen_image": qwen_image}

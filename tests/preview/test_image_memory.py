@@ -100,7 +100,8 @@ def inputs_of(network: Any, side: int, batch: int) -> dict[str, Any]:
 
 
 SIZES = ("_24gb", "_16gb", "_12gb", "_8gb")
-RECIPES = ["sdxl/3d_icon", *(f"sdxl/3d_icon{size}" for size in SIZES), "sdxl/lego", "z_image/style"]
+OF_FLOWS = ("z_image/style", "z_image/style_12gb", "flux2_klein/style", "flux2_klein/style_12gb", "qwen_image/style")
+RECIPES = ["sdxl/3d_icon", *(f"sdxl/3d_icon{size}" for size in SIZES), "sdxl/lego", *OF_FLOWS, "qwen_image/style_32gb"]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def full_models(tmp_path_factory):
 def test_the_heads_of_the_recipes_have_what_the_dry_run_says(recipe, full_models, capsys):
     family = recipe.partition("/")[0]
     given = [f"model.path={full_models[family]}", "model.vae=null"]
-    given += ["data.folder=samples/3d_icon"] if family == "z_image" else []
+    given += ["data.folder=samples/3d_icon"] if family != "sdxl" else []
     assert main(["train", f"configs/{recipe}.yaml", "--dry-run", "--set", *given]) == 0
     together = float(re.findall(r"^together .* ([\d,.]+)$", capsys.readouterr().out, re.M)[0].replace(",", ""))
     head = re.sub(r"\n# ?", " ", (Path("configs") / f"{recipe}.yaml").read_text().partition("\npipeline")[0])

@@ -1,10 +1,6 @@
-"""A family of image models of another package, FLUX.2 [klein], is trained and drawn with by command.
-
-`klein/` is what one more family costs: its file, its section, its record.
-"""
+"""A family of image models of another package, with a pipeline of its own, is trained and drawn with by command."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +9,44 @@ from diffusers import Flux2KleinPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.registries.klein.tiny import build
+from tests.models.images.flux2_klein.tiny import build
 from tests.registries.packages import outside_package
 from tests.registries.test_outside_package import run
 
-KLEIN = Path(__file__).parent / "klein"
 PROMPT = "a TOK icon of a red ball"
+RECORD = """
+from dora_mm.config.models import Flux2KleinConfig
+from dora_mm.registries.image_families import ImageFamily
+
+
+class SmallKleinConfig(Flux2KleinConfig):
+    pass
+
+
+FAMILY = ImageFamily(
+    title="small klein",
+    place="small_klein_model:SmallKlein",
+    section="small_klein:SmallKleinConfig",
+    pipeline="SmallKleinPipeline",
+)
+"""
+MODEL = """
+from diffusers import Flux2KleinPipeline
+
+from dora_mm.models.images.flux2_klein import Flux2Klein
+
+
+class SmallKleinPipeline(Flux2KleinPipeline):
+    pass
+
+
+class SmallKlein(Flux2Klein):
+    name = "small_klein"
+
+    @classmethod
+    def pipeline_class(cls):
+        return SmallKleinPipeline
+"""
 
 
 def difference(one, other):
@@ -26,14 +54,16 @@ def difference(one, other):
 
 
 @pytest.mark.slow
-def test_klein_is_trained_and_drawn_and_diffusers_draws_the_same(image_folder, tmp_path):
-    files = {name: (KLEIN / name).read_text() for name in ("klein.py", "klein_record.py")}
-    package = outside_package(tmp_path / "package", files, {"image_families.flux2_klein": "klein_record:FAMILY"})
+def test_a_family_of_a_package_is_trained_and_drawn_and_diffusers_draws_the_same(image_folder, tmp_path):
+    files = {"small_klein.py": RECORD, "small_klein_model.py": MODEL}
+    package = outside_package(tmp_path / "package", files, {"image_families.small_klein": "small_klein:FAMILY"})
     folder = build(tmp_path / "model")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("Flux2KleinPipeline", "SmallKleinPipeline"))
     config = {
         "pipeline": "train_diffusion",
         "output": "run",
-        "model": {"path": str(folder), "flux2_klein": {"max_tokens": 64}},
+        "model": {"path": str(folder), "small_klein": {"max_tokens": 64}},
         "adapter": {"rank": 4, "parts": ["transformer.attn", "transformer.ff"]},
         "data": {"folder": str(image_folder), "resolution": 64, "caption_dropout": 0.2},
         "optimizer": {"lr": 0.3},
@@ -67,6 +97,6 @@ def test_klein_is_trained_and_drawn_and_diffusers_draws_the_same(image_folder, t
 
 
 def test_its_section_is_unknown_without_the_package(tmp_path):
-    (tmp_path / "train.yaml").write_text("pipeline: train_diffusion\nmodel:\n  path: a/b\n  flux2_klein: {}\n")
+    (tmp_path / "train.yaml").write_text("pipeline: train_diffusion\nmodel:\n  path: a/b\n  small_klein: {}\n")
     done = run(tmp_path / "package", "train train.yaml")
-    assert "line 4: model.flux2_klein: unknown key" in done.stderr
+    assert "line 4: model.small_klein: unknown key" in done.stderr

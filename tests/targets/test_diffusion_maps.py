@@ -49,6 +49,41 @@ FULL_SIZE = {
 }
 
 
+KLEIN = {  # FLUX.2 klein base 4B
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
+
+
+def test_full_size_qwen_image():
+    with torch.device("meta"):
+        model = diffusers.QwenImageTransformer2DModel()
+    assert sum(p.numel() for p in model.parameters()) == 20_430_401_088
+    report = dora_mm.inject(model, "qwen-image", DoRASpec(rank=16))
+    assert (report.num_modules, report.num_parameters) == (720, 109_486_080)
+
+
+def test_full_size_klein():
+    """The counts that PEFT publishes for rank 64 on 80 of its layers, and ours on all 100 of its blocks."""
+    with torch.device("meta"):
+        model = diffusers.Flux2Transformer2DModel(**KLEIN)
+    assert sum(p.numel() for p in model.parameters()) == 3_875_544_576
+    published = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    published += ["to_qkv_mlp_proj", "linear_in", "linear_out"]
+    report = dora_mm.inject(model, published, DoRASpec(rank=64, method="lora"))
+    assert (report.num_modules, report.num_parameters) == (80, 76_677_120)
+    dora_mm.remove(model)
+    report = dora_mm.inject(model, published, DoRASpec(rank=64))
+    assert (report.num_modules, report.num_parameters) == (80, 76_677_120 + 890_880)
+    dora_mm.remove(model)
+    report = dora_mm.inject(model, "flux2", DoRASpec(rank=16))
+    assert (report.num_modules, report.num_parameters) == (100, 25_036_800)
+
+
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_full_size(name):
     settings, expected_map, numbers, left_out = FULL_SIZE[name]

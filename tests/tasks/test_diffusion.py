@@ -3,10 +3,14 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_mm.config.images import LossConfig
+from dora_mm.models.images.flux2_klein import KleinFlow
 from dora_mm.models.images.noise import Diffusion, Flow
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask, min_snr_weight
 
@@ -168,25 +172,53 @@ FLOWS = {
     "dynamic": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
     "linear": {"use_dynamic_shifting": True, "time_shift_type": "linear", "max_shift": 2.0},
     "terminal": {"use_dynamic_shifting": True, "shift_terminal": 0.02},
+    "klein": {"use_dynamic_shifting": True},
 }
 
 
-@pytest.mark.parametrize("config", FLOWS.values(), ids=FLOWS)
+def flow_of(name, steps=50):
+    """A flow with tokens of 2 x 2 latents, its scheduler, and mu as its pipeline computes it of tokens and steps."""
+    scheduler = FlowMatchEulerDiscreteScheduler(**FLOWS[name])
+    if name == "klein":
+        return KleinFlow(scheduler, 2, steps), scheduler, compute_empirical_mu
+    own = scheduler.config
+    return (
+        Flow(scheduler, 2),
+        scheduler,
+        lambda tokens, _: calculate_shift(tokens, 256, 4096, own.base_shift, own.max_shift),
+    )
+
+
+@pytest.mark.parametrize("name", FLOWS)
 @given(num_steps=st.integers(2, 60), height=st.integers(4, 90), width=st.integers(4, 90))
-def test_one_function_gives_the_noise_levels_of_training_and_sampling(config, num_steps, height, width):
+def test_one_function_gives_the_noise_levels_of_training_and_sampling(name, num_steps, height, width):
     """Those of diffusers' own scheduler, which the pipelines of these families use."""
-    theirs, num_tokens = FlowMatchEulerDiscreteScheduler(**config), height * width
-    mu = theirs.config.base_shift + (theirs.config.max_shift - theirs.config.base_shift) * (num_tokens - 256) / 3840
-    even = torch.linspace(1, 1 / num_steps, num_steps)
-    theirs.set_timesteps(sigmas=even.tolist(), mu=mu)
-    flow, size = Flow(theirs, patch=2), (2 * height, 2 * width)
+    flow, theirs, mu = flow_of(name, steps=num_steps)
+    num_tokens, even = height * width, torch.linspace(1, 1 / num_steps, num_steps)
+    theirs.set_timesteps(sigmas=even.tolist(), mu=mu(num_tokens, num_steps))
+    size = (2 * height, 2 * width)
     levels = torch.tensor(flow.schedule(num_steps, size))
     torch.testing.assert_close(levels, theirs.sigmas[:-1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(flow.sigma(even, num_tokens, num_steps), theirs.sigmas[:-1], atol=1e-6, rtol=0)
     sampler = flow.sampler()
     sampler.set_timesteps(sigmas=levels.tolist())
     torch.testing.assert_close(sampler.sigmas[:-1], levels, atol=1e-6, rtol=0)
-    if "shift_terminal" not in config:
+    if name != "terminal":
         torch.testing.assert_close(flow.times(even, size), levels, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_training_draws_from_the_levels_of_infinitely_many_steps(name):
+    """Only klein's depend on how many steps of drawing a training is for."""
+    num_steps = 20_000
+    flow, theirs, mu = flow_of(name, steps=30)
+    even = torch.linspace(1, 1 / num_steps, num_steps)
+    theirs.set_timesteps(sigmas=even.tolist(), mu=mu(1024, 30))
+    torch.testing.assert_close(flow.times(even, (64, 64)), theirs.sigmas[:-1], atol=2e-4, rtol=0)
+    last = FLOWS[name].get("shift_terminal", 0.0)
+    ends = flow.times(torch.tensor([0.0, 1.0]), (64, 64))
+    torch.testing.assert_close(ends, torch.tensor([last, 1.0]), atol=1e-6, rtol=0)
+    assert (flow_of(name, steps=4)[0].shift(1024) != flow.shift(1024)) == (name == "klein")
 
 
 def test_a_flow_at_its_ends_is_the_picture_and_the_noise():
@@ -202,6 +234,39 @@ def test_times_of_a_flow_are_logit_normal_before_the_shift():
     u = times / (3 - 2 * times)  # the inverse of a shift by 3
     assert u.logit().mean() == pytest.approx(0, abs=0.03)
     assert u.logit().std() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(None, None), (0.5, 1.5)])
+def test_times_are_drawn_as_diffusers_and_the_authors_of_log_snr_do(mean, std):
+    own = {"timestep_mean": mean, "timestep_std": std}
+    latents, stream = torch.empty(50, 4, 8, 8), torch.Generator()
+    found = make_task(lambda noisy, t: noisy, "velocity", timesteps="logit_normal", **own)._times(
+        latents, stream.manual_seed(1)
+    )
+    u = compute_density_for_timestep_sampling(
+        "logit_normal", 50, mean or 0.0, std or 1.0, generator=torch.Generator().manual_seed(1)
+    )
+    torch.testing.assert_close(found, 3 * u / (1 + 2 * u))
+    task = make_task(lambda noisy, t: noisy, "velocity", timesteps="log_snr", **own)
+    t = task._times(torch.empty(20_000, 4, 8, 8), stream.manual_seed(1))
+    logs = 2 * ((1 - t.double()) / t.double()).log()
+    assert logs.mean() == pytest.approx(-6.0 if mean is None else mean, abs=0.05)
+    assert logs.std() == pytest.approx(std or 2.0, abs=0.05)
+    shares = torch.linspace(0.01, 0.99, 99)
+    torch.testing.assert_close(task.times_at(shares, (8, 8)), t.quantile(shares), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("weighting", ["none", "sigma_sqrt", "cosmap"])
+def test_weights_of_a_flow_are_those_of_diffusers(weighting):
+    t = torch.linspace(0.01, 1, 50)
+    found = make_task(lambda noisy, t: noisy, "velocity", weighting=weighting).weights(t)
+    torch.testing.assert_close(found, compute_loss_weighting_for_sd3(weighting, t))
+
+
+@pytest.mark.parametrize(("key", "value"), [("weighting", "cosmap"), ("timesteps", "log_snr")])
+def test_keys_of_a_flow_are_refused_for_other_models(key, value):
+    with pytest.raises(ValueError, match=rf"loss\.{key}: {value} is for models that predict a velocity"):
+        make_task(lambda noisy, t: noisy, "epsilon", **{key: value})
 
 
 @pytest.mark.parametrize(("key", "value"), [("min_snr_gamma", 5.0), ("noise_offset", 0.1)])

@@ -25,10 +25,15 @@ class Float8Linear(nn.Linear):
     def of(cls, layer: nn.Linear) -> Float8Linear:
         """Stores the weight of a Linear; the bias stays as it is. Rows of zeros stay zeros."""
         W = layer.weight.detach()
-        found = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         largest = W.float().abs().amax(dim=1, keepdim=True)
         scale = torch.where(largest > 0, largest / torch.finfo(STORED).max, 1)
-        found.weight = nn.Parameter((W.float() / scale).to(STORED), requires_grad=False)
+        return cls.stored(layer, (W.float() / scale).to(STORED), scale)
+
+    @classmethod
+    def stored(cls, layer: nn.Linear, weight: Tensor, scale: Tensor) -> Float8Linear:
+        """In the place of a Linear, with its bias, a weight (O, I) that is stored so, and its scale (O, 1)."""
+        found = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        found.weight = nn.Parameter(weight, requires_grad=False)
         found.register_buffer("scale", scale)
         found.bias = layer.bias
         return found.train(layer.training)

@@ -127,6 +127,12 @@ def is_network(name: str) -> bool:
     return name != "scheduler" and not name.startswith("tokenizer")
 
 
+def class_of(files: ModelFolder, name: str) -> Any:
+    """The class of a component, that the index of its pipeline names."""
+    library, named_class = (files.index or {})[name]
+    return getattr(import_module(library), named_class)
+
+
 def empty_network(
     files: ModelFolder, name: str = "", dtype: torch.dtype = torch.float32, kind: Any = None
 ) -> nn.Module:
@@ -141,9 +147,7 @@ def empty_network(
     Raises:
         ValueError: The config does not fit the class.
     """
-    if kind is None:
-        library, named_class = (files.index or {})[name]
-        kind = getattr(import_module(library), named_class)
+    kind = kind or class_of(files, name)
     config: Any = dict(files.config(name))
     with opening(str(files.path), f"the {kind.__name__} of {files.path} cannot be built", loads=False), META:
         is_of_diffusers = hasattr(kind, "from_config")

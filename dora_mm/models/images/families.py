@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ import torch
 
 from dora_mm import targets
 from dora_mm.config.models import ModelConfig
-from dora_mm.config.paths import INDEX, resolve_model
+from dora_mm.config.paths import INDEX, resolve_model, resolve_path
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.models.hub import local_copy
 from dora_mm.models.images.components import (
     META,
     Components,
+    class_of,
     empty_network,
     is_network,
     load_components,
@@ -25,11 +26,12 @@ from dora_mm.models.images.components import (
     pipeline_class_of,
     tensor_names,
 )
-from dora_mm.models.images.image_model import ImageModel
+from dora_mm.models.images.denoiser_file import PREFIX, load_denoiser
+from dora_mm.models.images.image_model import Distilled, ImageModel
 from dora_mm.models.images.memory import store_in_float8
 from dora_mm.models.images.schedulers import changes_for
 from dora_mm.models.images.weights import PipelineFiles
-from dora_mm.models.opening import check_revision, described, loaded_files
+from dora_mm.models.opening import check_revision, described, loaded_files, opening
 from dora_mm.registries.image_families import IMAGE_FAMILIES, ImageFamily
 from dora_mm.registries.registry import load
 from dora_mm.utils.digest import files_digest
@@ -48,6 +50,11 @@ def family_of(path: str, revision: str | None = None) -> type[ImageModel]:
     if Path(path).is_file():
         if found := family_of_file(Path(path)):
             return found
+        if alone := _family_of_denoiser(tensor_names(Path(path))):
+            raise ValueError(
+                f"model.path: {path} is the denoiser of {alone} alone: set model.denoiser={path}, and model.path to a "
+                "folder or hub name of the model."
+            )
         files = " and ".join(family.title for family in IMAGE_FAMILIES.values() if family.tensors)
         raise ValueError(
             f"model.path: {path} cannot be loaded: it is no checkpoint of {files}, of which single files are read."
@@ -57,6 +64,13 @@ def family_of(path: str, revision: str | None = None) -> type[ImageModel]:
         return load(IMAGE_FAMILIES[name].place)
     known = ", ".join(f"{family.title} ({family.pipeline})" for family in IMAGE_FAMILIES.values())
     raise ValueError(f"model.path: {path} is a {pipeline}, which is no family of image models here; there are {known}.")
+
+
+def _family_of_denoiser(names: Iterable[str]) -> str | None:
+    """The title of the family that a file with the denoiser alone is of, by the names of its tensors."""
+    names = [PREFIX.sub("", name) for name in names]
+    found = IMAGE_FAMILIES.first(lambda it: bool(it.denoiser) and any(name.startswith(it.denoiser) for name in names))
+    return IMAGE_FAMILIES[found].title if found else None
 
 
 def family_of_file(file: Path) -> type[ImageModel] | None:
@@ -96,12 +110,13 @@ def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
             found, given = family.record().title, IMAGE_FAMILIES[name].title
             raise ValueError(f"model.{name}: {path} is {found}, not {given}: leave it out.")
     names = [name for phase in family.phases for name in phase]
-    if Path(path).is_dir() and (missing := missing_in(Path(path), names)):
+    read_here = _read_from_path(family, config)
+    if Path(path).is_dir() and (missing := missing_in(Path(path), read_here)):
         raise ValueError(f"model.path: {path} is incomplete: it lacks {', '.join(missing)}.")
     changes = scheduler_changes(family, path, config.prediction)
     single = family.single_file if Path(path).is_file() else None
     files = _described(family, path, config.revision)
-    own = PipelineFiles(path, files.path, names, config)
+    own = PipelineFiles(path, files.path, read_here, config)
 
     def load(wanted: Sequence[str]) -> dict[str, Any]:
         pipeline, others = family.pipeline_class(), [name for name in wanted if not is_network(name)]
@@ -110,9 +125,11 @@ def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
         elif single:
             found = load_single_file(pipeline, path, dtype, single.configs, single.parts())
         else:
-            read = others if empty else wanted
+            read = others if empty else [name for name in wanted if name in read_here]
             variant = "" if empty else own.variant
             found = load_components(pipeline, own.fetch(read), read, names, dtype, variant) if read else {}
+        if config.denoiser and family.denoiser in wanted and not empty:
+            found[family.denoiser] = _denoiser_of_file(family, files, config)
         if empty:
             found |= {name: empty_network(files, name, dtype) for name in wanted if name not in others}
         if changes and "scheduler" in found:
@@ -123,6 +140,8 @@ def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
         return found
 
     def weights(name: str) -> list[Path]:
+        if config.denoiser and name == family.denoiser:
+            return [_denoiser_file(config)]
         return [Path(path)] if single else own.weights(name)
 
     loaded_as = f"{config.dtype} {config.quantization}"
@@ -135,6 +154,24 @@ def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
         components["vae"] = load_vae(family.vae_class(), vae, dtype, empty=empty)
     model.check(config)
     return model
+
+
+def _denoiser_of_file(family: type[ImageModel], files: ModelFolder, config: ModelConfig) -> Any:
+    """The denoiser of `model.denoiser`; see `load_denoiser`."""
+    file, kept = _denoiser_file(config), targets.find(family.maps[family.denoiser])
+    with opening(str(file), f"{file} cannot be loaded", key="model.denoiser"):
+        kind, described = class_of(files, family.denoiser), files.config(family.denoiser)
+        return load_denoiser(kind, described, file, getattr(torch, config.dtype), kept if config.quantization else None)
+
+
+def _denoiser_file(config: ModelConfig) -> Path:
+    return resolve_path(str(config.denoiser), "model.denoiser")
+
+
+def _read_from_path(family: type[ImageModel], config: ModelConfig) -> list[str]:
+    """The components that are read from `model.path`: all but a denoiser that is in a file of its own."""
+    own = family.denoiser if config.denoiser else None
+    return [name for phase in family.phases for name in phase if name != own]
 
 
 def _described(family: type[ImageModel], path: str, revision: str | None) -> ModelFolder:
@@ -156,6 +193,21 @@ def scheduler_changes(family: type[ImageModel], path: str, prediction: str) -> d
         return changes_for(prediction, marked)
     except ValueError as error:
         raise ValueError(f"model.path: {path} cannot be used: {error}.") from None
+
+
+def distilled_of(config: ModelConfig) -> Distilled | None:
+    """How a model draws that was distilled to few steps, by its files; None: it was not."""
+    path = resolve_model(config.path)
+    family = family_of(path, config.revision)
+    return family.distilled(_described(family, path, config.revision))
+
+
+def has_unread_layers(config: ModelConfig) -> bool:
+    """Whether a training leaves some adapters without gradients; False of a model that cannot be found, too."""
+    try:
+        return family_of(resolve_model(config.path), config.revision).has_unread_layers
+    except ValueError:  # which is said when it is loaded
+        return False
 
 
 def about_prediction(config: ModelConfig) -> str:
@@ -185,10 +237,12 @@ def files_identity(config: ModelConfig) -> dict[str, str]:
         return {}
     files: dict[str, list[Path]] = {"model": [path]}
     if path.is_dir():
-        names = [name for phase in family_of(str(path)).phases for name in phase]
+        names = _read_from_path(family_of(str(path)), config)
         variant = PipelineFiles(str(path), path, names, config).variant
         files = {f"model's {name}": loaded_files(path / name, variant) for name in names}
         files["model's index"] = [path / INDEX]
+    if config.denoiser:
+        files["model's denoiser"] = [_denoiser_file(config)]
     if vae:
         files["model's vae"] = loaded_files(vae)
     return {f"the {name}": files_digest(found) for name, found in files.items()}
@@ -215,5 +269,5 @@ def is_complete(copy: str, config: ModelConfig) -> bool:
     """Whether a hub model's copy on this machine has all components: parts of it may have been downloaded alone."""
     if not (Path(copy) / INDEX).is_file():
         return False
-    names = [name for phase in family_of(copy).phases for name in phase]
+    names = _read_from_path(family_of(copy), config)
     return not missing_in(Path(copy), names) and PipelineFiles(copy, Path(copy), names, config).has_weights

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ class FlowModel(ImageModel):
     denoiser = "transformer"
     cell = 16  # 8 pixels per latent, two latents per token
     dtypes = ("float32", "bfloat16")
+    reads_denoisers = True
     patch: ClassVar[int] = 2  # the side of what the transformer takes for one token, in its latents
     chat: ClassVar[Mapping[str, Any]] = {"add_generation_prompt": True}  # how the chat template of prompts is filled in
 
@@ -54,7 +56,8 @@ class FlowModel(ImageModel):
         return self.settings.max_tokens
 
     def encode_images(self, pixels: Tensor) -> Latents:
-        return Latents(posterior_of(self.vae, pixels).mode().float(), None)
+        mode = posterior_of(self.vae, pixels).mode().float()
+        return Latents(mode.squeeze(2) if mode.ndim > pixels.ndim else mode, None)
 
     @torch.no_grad()
     def encode_for_drawing(self, prompt: Wording, negative_prompt: Wording | None) -> Prompt:
@@ -62,6 +65,16 @@ class FlowModel(ImageModel):
         assert not isinstance(negative_prompt, tuple)
         text, negative = self.encode_prompts([prompt, negative_prompt or ""])
         return {"text": text["text"], "negative": negative["text"]}
+
+    @abstractmethod
+    def prompt_inputs(self, encoded: Sequence[Prompt], guidance: float) -> dict[str, Any]:
+        """The arguments of the pipeline for prompts and guidance, which is 1 for none; see `pipeline_inputs`."""
+
+    def pipeline_inputs(
+        self, encoded: Sequence[Prompt], *, steps: int, guidance: float, width: int, height: int
+    ) -> dict[str, Any]:
+        levels = self.noise.schedule(steps, (height // self.downscale, width // self.downscale))
+        return {**self.prompt_inputs(encoded, guidance), "sigmas": levels, "width": width, "height": height}
 
     def make_pipeline(self, components: dict[str, Any]) -> Any:
         return super().make_pipeline({**components, "scheduler": self.noise.sampler()})

@@ -25,6 +25,7 @@ from dora_mm.core import TargetMap
 from dora_mm.data.images.buckets import Framing
 from dora_mm.data.images.latents import Latents
 from dora_mm.data.syntax import Wording
+from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.models.images.components import Components
 from dora_mm.models.images.new_tokens import NewTokens
 from dora_mm.models.images.noise import NoiseProcess
@@ -51,6 +52,21 @@ class SingleFile:
     scheduler: Callable[[Collection[str]], dict[str, Any]] = lambda names: {}
 
 
+@dataclass(frozen=True)
+class Distilled:
+    """What a model was distilled for.
+
+    Attributes:
+        steps: The denoising steps in which it draws.
+        guidance: The scale of guidance with which it draws; 1 is none.
+        sign: What of its files says that it was distilled.
+    """
+
+    steps: int
+    guidance: float
+    sign: str
+
+
 class ImageModel(ABC):
     """A text-to-image model with all that turns pictures and captions into losses, and prompts into pictures.
 
@@ -67,6 +83,8 @@ class ImageModel(ABC):
     maps: ClassVar[Mapping[str, str]]  # the target maps of the networks that can be adapted, the denoiser first
     cell: ClassVar[int]  # sides of pictures are multiples of this number of pixels
     vae_name: ClassVar[str] = "AutoencoderKL"  # the class of diffusers
+    # Of its config: channels of latents, and a list of its levels
+    vae_keys: ClassVar[tuple[str, str]] = ("latent_channels", "block_out_channels")
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")  # in which it computes what it should
     weighs_words: ClassVar[bool] = False  # whether `encode_for_drawing` takes prompts in pieces with weights
     rescales_guidance: ClassVar[bool] = False  # whether its pipeline takes `guidance_rescale`
@@ -74,6 +92,10 @@ class ImageModel(ABC):
     token_tables: ClassVar[Mapping[str, str]] = {}
     predictions: ClassVar[tuple[str, ...]] = ()  # what `model.prediction` can be beside "auto"
     single_file: ClassVar[SingleFile | None] = None  # how single checkpoints are read; None: the family has none
+
+    # Whether the target map has layers on which no loss depends, such as those of a text that nothing reads any more
+    has_unread_layers: ClassVar[bool] = False
+    reads_denoisers: ClassVar[bool] = False  # whether `model.denoiser` can be a file
 
     def __init__(self, components: Components, settings: Section | None = None):
         self.components = components
@@ -96,6 +118,11 @@ class ImageModel(ABC):
         """What is known of the family without this class."""
         return IMAGE_FAMILIES[cls.name]
 
+    @classmethod
+    def distilled(cls, files: ModelFolder) -> Distilled | None:
+        """How a model draws that was distilled to few steps, by its index and configs; None: it was not."""
+        return None
+
     @property
     def title(self) -> str:
         """The name of the family in messages."""
@@ -112,9 +139,11 @@ class ImageModel(ABC):
             raise ValueError(f"model.dtype: {self.title} needs {known}, not {config.dtype}.")
         if config.prediction not in ("auto", *self.predictions):
             raise ValueError(f"model.prediction: {self.title} predicts a velocity, nothing else: leave it out.")
+        if config.denoiser and not self.reads_denoisers:
+            raise ValueError(f"model.denoiser is not for {self.title}: give a whole checkpoint as model.path.")
         if config.vae:
             own = self.components.config("vae")
-            for key in ("latent_channels", "block_out_channels"):
+            for key in self.vae_keys:
                 given, wanted = (v if isinstance(v, int) else len(v) for v in (self.vae.config[key], own[key]))
                 if given != wanted:
                     raise ValueError(f"model.vae: {config.vae} does not fit the model: {key}: {given}, not {wanted}.")
@@ -178,9 +207,19 @@ class ImageModel(ABC):
         return self
 
     @property
-    def downscale(self) -> int:
-        """Pixels per latent, along one side."""
+    def vae_channels(self) -> int:
+        """Channels of the VAE's latents."""
+        return self.vae.config[self.vae_keys[0]]
+
+    @property
+    def vae_downscale(self) -> int:
+        """Pixels per latent of the VAE, along one side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent of the denoiser, along one side: some take patches of the VAE's latents for one."""
+        return self.vae_downscale
 
     def empty_denoiser(self) -> nn.Module:
         """The denoiser without its weights, on the meta device, where the model's files have configs; else itself."""
@@ -197,7 +236,8 @@ class ImageModel(ABC):
         tokenizers = [self.components[name] for name in self.components.names if name.startswith("tokenizer")]
         cut = [(each.backend_tokenizer.to_str(), each.model_max_length, each.chat_template) for each in tokenizers]
         encoders = [self.components.digest(name) for name in self.text_encoders]
-        found = [self.title, TEXT_LAYOUT, cut, encoders, self.settings.model_dump_json()]
+        settings = self.settings.model_dump_json(exclude=set(self.settings.only_training))
+        found = [self.title, TEXT_LAYOUT, cut, encoders, settings]
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
     @property

@@ -78,5 +78,7 @@ def decode_in_tiles(vae: Any) -> None:
     """Makes a VAE decode one picture at a time, in overlapping tiles of at most 512 pixels."""
     vae.enable_slicing()
     vae.enable_tiling()
+    if not hasattr(vae, "tile_sample_min_size"):  # of videos: its own tiles have 256 pixels
+        return
     vae.tile_sample_min_size = min(vae.tile_sample_min_size, TILE)
     vae.tile_latent_min_size = vae.tile_sample_min_size // 2 ** (len(vae.config.block_out_channels) - 1)

@@ -123,29 +123,40 @@ class Flow:
         """The noise levels (N,) at shares u (N,) of the way: what training draws from, and the steps of sampling.
 
         With s the shift, s u / (1 + (s - 1) u). It is fixed, or e^mu where mu rises with the number of tokens as in
-        diffusers' `FlowMatchEulerDiscreteScheduler` (Esser et al. 2024, arXiv 2403.03206, section 5.3.2).
+        diffusers' `FlowMatchEulerDiscreteScheduler` (Esser et al. 2024, arXiv 2403.03206, section 5.3.2). Where the
+        scheduler has a `shift_terminal`, levels are stretched so that the last step, at 1 / num_steps, has that one.
+
+        Args:
+            u: The shares.
+            num_tokens: The tokens of a picture.
+            num_steps: The steps of sampling; None: in training, which is as in infinitely many for the stretch.
         """
         shift = self.shift(num_tokens, num_steps)
-        return shift * u / (1 + (shift - 1) * u)
+
+        def shifted(at: Tensor) -> Tensor:
+            return shift * at / (1 + (shift - 1) * at)
+
+        if not (last := self.config.shift_terminal) or num_steps == 1:
+            return shifted(u)
+        least = shifted(torch.tensor(1 / num_steps if num_steps else 0.0))
+        return 1 - (1 - shifted(u)) * (1 - last) / (1 - least)
 
     def shift(self, num_tokens: int, num_steps: int | None = None) -> float:
         """The shift s for a number of tokens, in some families also of steps of sampling (None: in training)."""
+        if not self.config.use_dynamic_shifting:
+            return float(self.config.shift)
+        mu = self.mu(num_tokens, num_steps)
+        return math.exp(mu) if self.config.time_shift_type == "exponential" else mu
+
+    def mu(self, num_tokens: int, num_steps: int | None) -> float:
+        """What the shift follows from where it depends on the number of tokens, as the family's pipeline has it."""
         config = self.config
-        if not config.use_dynamic_shifting:
-            return float(config.shift)
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        mu = config.base_shift + slope * (num_tokens - config.base_image_seq_len)
-        return math.exp(mu) if config.time_shift_type == "exponential" else mu
+        return config.base_shift + slope * (num_tokens - config.base_image_seq_len)
 
     def schedule(self, num_steps: int, size: LatentSize) -> list[float]:
-        """The noise levels of sampling in `num_steps` steps, from noise; the last step ends at 0, which is left out.
-
-        Where the scheduler has a `shift_terminal`, they are stretched so that the last one is that.
-        """
-        levels = self.sigma(torch.linspace(1, 1 / num_steps, num_steps), self._num_tokens(size), num_steps)
-        if (last := self.config.shift_terminal) and num_steps > 1:
-            levels = 1 - (1 - levels) * (1 - last) / (1 - levels[-1])
-        return levels.tolist()
+        """The noise levels of sampling in `num_steps` steps, from noise; the last step ends at 0, which is left out."""
+        return self.sigma(torch.linspace(1, 1 / num_steps, num_steps), self._num_tokens(size), num_steps).tolist()
 
     def sampler(self) -> FlowMatchEulerDiscreteScheduler:
         """Diffusers' scheduler for the levels of `schedule`, which it must not move again."""

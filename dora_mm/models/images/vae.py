@@ -18,14 +18,25 @@ from dora_mm.core.functional import without_autocast
 def posterior_of(vae: Any, pixels: Tensor) -> Any:
     """The Gaussian that the VAE predicts for pictures (B, 3, H, W) in [-1, 1]."""
     with _in_its_precision(vae):
-        return vae.encode(pixels.to(get_module_execution_device(vae), vae.dtype)).latent_dist
+        return vae.encode(_as_frames(vae, pixels.to(get_module_execution_device(vae), vae.dtype))).latent_dist
+
+
+def pixels_of(vae: Any, latents: Tensor) -> Tensor:
+    """The pixels (B, 3, H, W) of latents (B, C, h, w), both as the VAE has them."""
+    pixels = vae.decode(_as_frames(vae, latents)).sample
+    return pixels.squeeze(2) if pixels.ndim > latents.ndim else pixels
+
+
+def _as_frames(vae: Any, x: Tensor) -> Tensor:
+    """Pixels or latents (B, C, h, w) as the VAE takes them: one of videos takes one frame (B, C, 1, h, w)."""
+    return x.unsqueeze(2) if isinstance(vae.encoder.conv_in, nn.Conv3d) else x
 
 
 @torch.no_grad()
 def decoded(vae: Any, latents: Tensor) -> list[Image.Image]:
     """The pictures of latents (B, C, h, w) that are as the VAE gives them, not as the denoiser expects them."""
     with _in_its_precision(vae):
-        pixels = vae.decode(latents.to(get_module_execution_device(vae), vae.dtype)).sample.float()
+        pixels = pixels_of(vae, latents.to(get_module_execution_device(vae), vae.dtype)).float()
     levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(level) for level in levels]
 
@@ -34,11 +45,12 @@ def decoded(vae: Any, latents: Tensor) -> list[Image.Image]:
 def _in_its_precision(vae: Any) -> Iterator[None]:
     """A context in which the VAE computes in float32 where it overflows in float16, which its config declares.
 
-    (`force_upcast`.) So it does where its weights are in bfloat16: in that alone the mean is off by twice as much, 0.41
-    instead of 0.20 of the posterior's deviation (16 pictures of bricks at 128 px). Autocast would undo it: it is off.
+    (`force_upcast`, which not every class has.) So it does where its weights are in bfloat16: in that alone the mean is
+    off by twice as much, 0.41 instead of 0.20 of the posterior's deviation (16 pictures of bricks at 128 px). Autocast
+    would undo it: it is off.
     """
     dtype = vae.dtype
-    upcast = dtype.itemsize < 4 and vae.config.force_upcast
+    upcast = dtype.itemsize < 4 and vae.config.get("force_upcast", True)
     if upcast:
         vae.float()
     try:

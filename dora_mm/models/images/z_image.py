@@ -12,10 +12,12 @@ from torch import Tensor
 from dora_mm.config.models import ModelConfig
 from dora_mm.data.images.buckets import Framing
 from dora_mm.data.syntax import Wording
+from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.models.images.flow_model import FlowModel
-from dora_mm.models.images.image_model import Prompt
+from dora_mm.models.images.image_model import Distilled, Prompt
 
 GROUP = 32  # tokens: the transformer fills prompts and pictures up to multiples of it
+SHIFT_OF_BASE = 6.0  # Turbo's is 3
 
 
 class ZImage(FlowModel):
@@ -24,6 +26,12 @@ class ZImage(FlowModel):
     name = "z_image"
     maps: ClassVar = {"transformer": "z-image"}
     chat: ClassVar = {"add_generation_prompt": True, "enable_thinking": True}
+
+    @classmethod
+    def distilled(cls, files: ModelFolder) -> Distilled | None:
+        """Turbo, which nothing but the shift of its scheduler tells from the base model."""
+        shift = files.config("scheduler").get("shift", 1.0)
+        return Distilled(8, 1.0, f"the shift of its scheduler, {shift:g}") if shift < SHIFT_OF_BASE else None
 
     def check(self, config: ModelConfig) -> None:
         super().check(config)
@@ -57,15 +65,9 @@ class ZImage(FlowModel):
         found = network(rows, 1 - time, [prompt["text"] for prompt in prompts], return_dict=False)[0]
         return -torch.stack(list(found)).squeeze(2)  # it predicts x - e
 
-    def pipeline_inputs(
-        self, encoded: Sequence[Prompt], *, steps: int, guidance: float, width: int, height: int
-    ) -> dict[str, Any]:
-        size = height // self.downscale, width // self.downscale
+    def prompt_inputs(self, encoded: Sequence[Prompt], guidance: float) -> dict[str, Any]:
         return {
             "prompt_embeds": [each["text"] for each in encoded],
             "negative_prompt_embeds": [each["negative"] for each in encoded],
             "guidance_scale": guidance - 1,  # the pipeline adds the difference to the prediction with the prompt
-            "sigmas": self.noise.schedule(steps, size),
-            "width": width,
-            "height": height,
         }

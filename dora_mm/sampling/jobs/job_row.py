@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationErro
 
 from dora_mm.config.latest import numbered_adapters
 from dora_mm.config.paths import find_path
-from dora_mm.config.pictures import PixelSize, Rescale, SchedulerName, Steps
+from dora_mm.config.pictures import NumSteps, PixelSize, Rescale, SchedulerName
 from dora_mm.config.schema import NonNegative, Section, Seed, Text
 from dora_mm.sampling.jobs.columns import column_of, parse_scheduler
 from dora_mm.sampling.strengths import HashableStrength, parse_strength, strength_text
@@ -111,7 +111,7 @@ class JobRow(Section):
     prompt: Text
     negative_prompt: str | None = None
     seed: Annotated[tuple[Seed, ...], BeforeValidator(parse_seeds)] | None = None
-    steps: Steps | None = None
+    steps: NumSteps | None = None
     guidance: Annotated[NonNegative, BeforeValidator(parse_number)] | None = None
     guidance_rescale: Annotated[Rescale, BeforeValidator(parse_number)] | None = None
     width: PixelSize | None = None

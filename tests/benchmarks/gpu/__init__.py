@@ -88,6 +88,7 @@ ENTRIES = (
     Entry("unet", ("torch", "diffusers"), 150, work_of("gpu.models", "run_unet")),
     Entry("grid", ("torch", "diffusers", "transformers", "pydantic", *JUDGE), 110, work_of("gpu.grid")),
     Entry("regional", ("torch", "diffusers", "pydantic"), 80, work_of("gpu.models", "run_regional")),
+    Entry("klein", ("torch", "diffusers", "peft"), 200, work_of("gpu.klein")),
     Entry("z_image", ("torch", "diffusers"), 80, work_of("gpu.models", "run_z_image")),
 )
 PACKAGES = ("torch", "triton", "peft", "pytest", "diffusers")

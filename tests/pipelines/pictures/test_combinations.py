@@ -1,4 +1,4 @@
-"""Everything that a training on pictures can be asked for, in any combination, resumed bit for bit."""
+"""Everything that a training on pictures can be asked for, of each family and in any combination, resumed by bits."""
 
 import copy
 import json
@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
+from dora_mm.adapting import compiled
 from dora_mm.cli import main
 from tests.data.images.pictures import write_pictures
+from tests.models.images.tiny_flows import EACH, FLOWS, NAMES
 
 TEXT = "text_encoders.attn"
 # By what is asked for: keys of the config with their values; FOLDER and OTHER stand for two folders
@@ -48,15 +50,29 @@ OPTIONS = {
     "caches": {"data.latent_cache": "SCRATCH/latents", "data.text_cache": "SCRATCH/text"},
 }
 EXCLUDES = {"caches": {"text encoders", "random crop"}}  # and so it is tried without these
+ALONE = {  # not with all others: what is compiled takes a minute
+    "held-out losses": {"data.valid": {"share": 0.4}, "evaluate": {"every": 2}},
+    "rates": {"adapter.parts": {"unet.attn": {"lr": 0.005}, "unet.cross": {"rank": 3}}},
+    "compiled": {"train.compile": True},
+}
+OF_FLOWS = OPTIONS.keys() - {"text encoders", "new tokens"}  # whose text encoders are frozen
 MAY_BE = st.sets(st.sampled_from(sorted(OPTIONS)))
 
 
-def config_of(names, model, folders, run):
-    """A training of three steps with these options, which saves a checkpoint after each."""
+def config_of(names, model, folders, run, section=()):
+    """A training of three steps with these options, which saves a checkpoint after each.
+
+    Args:
+        names: Those of the options.
+        model: The folder of the model.
+        folders: Those of pictures.
+        run: The run directory.
+        section: Further keys of `model`, for a flow model.
+    """
     config = {
         "pipeline": "train_diffusion",
         "output": str(run),
-        "model": {"path": str(model)},
+        "model": {"path": str(model), **dict(section)},
         "adapter": {"rank": 2, "parts": ["unet.attn"]},
         "data": {"folder": "FOLDER", "resolution": 64, "instance_prompt": "a TOK thing"},
         "optimizer": {"lr": 0.01},
@@ -64,7 +80,7 @@ def config_of(names, model, folders, run):
     }
     left_out = set().union(*(EXCLUDES.get(name, set()) for name in names))
     for name in sorted(names - left_out):
-        for key, value in copy.deepcopy(OPTIONS[name]).items():
+        for key, value in copy.deepcopy((OPTIONS | ALONE)[name]).items():
             section, _, leaf = key.partition(".")
             if leaf:
                 config[section][leaf] = value
@@ -74,15 +90,17 @@ def config_of(names, model, folders, run):
     text = json.dumps(config)
     for name, place in places.items():
         text = text.replace(name, str(place))
+    if (Path(model) / "transformer").is_dir():
+        text = text.replace("unet.attn", "transformer.attn").replace("unet.cross", "transformer.ff")
     return json.loads(text)
 
 
-def check_resumed(names, model, folders):
+def check_resumed(names, model, folders, section=()):
     """A run is put back to where a kill after its first checkpoint leaves it, resumed, and compared."""
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
         file = Path(scratch) / "train.yaml"
-        file.write_text(json.dumps(config_of(names, model, folders, run)))
+        file.write_text(json.dumps(config_of(names, model, folders, run, section)))
         assert main(["train", str(file), "--dry-run"]) == 0
         assert main(["train", str(file)]) == 0
         whole = {path.relative_to(run): load_file(path) for path in run.glob("adapter*/*.safetensors")}
@@ -96,6 +114,19 @@ def check_resumed(names, model, folders):
             resumed = load_file(run / path)
             assert tensors.keys() == resumed.keys()
             assert all((tensors[key] == resumed[key]).all() for key in tensors), (path, names)
+
+
+@pytest.fixture(autouse=True)
+def without_a_compiler(monkeypatch):
+    """Blocks are traced, forward and backward, and run by torch: that needs no C++ compiler."""
+    monkeypatch.setattr(compiled, "COMPILER", {"backend": "aot_eager"})
+
+
+@pytest.fixture(scope="module", params=FLOWS, ids=NAMES)
+def flow(request, tmp_path_factory):
+    """A tiny model of each family of flow models, and the keys of its section."""
+    folder = request.param.build(tmp_path_factory.mktemp(request.param.name) / "model")
+    return folder, {request.param.name: request.param.settings} if request.param.settings else {}
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +156,16 @@ def test_all_at_once_is_resumed_bit_for_bit(tiny_folder, folders, names):
 @given(MAY_BE)
 def test_any_combination_is_resumed_bit_for_bit(tiny_folder, folders, names):
     check_resumed(names, tiny_folder, folders)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(OF_FLOWS | ALONE.keys()))
+def test_each_is_resumed_bit_for_bit_over_a_flow_model(flow, folders, name):
+    model, section = flow
+    check_resumed({name}, model, folders, section)
+
+
+@pytest.mark.parametrize("flow", EACH, indirect=True, ids=NAMES)
+def test_all_at_once_over_a_flow_model_is_resumed_bit_for_bit(flow, folders):
+    model, section = flow
+    check_resumed(OF_FLOWS - {"random crop", "folders"}, model, folders, section)

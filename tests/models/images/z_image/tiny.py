@@ -20,7 +20,7 @@ TEMPLATE = """\
 """
 
 
-def build(folder: Path) -> Path:
+def build(folder: Path, *, is_distilled: bool = False) -> Path:
     """Saves the model as a folder of diffusers. Its VAE has 8 pixels per latent, as the published one."""
     tokenizer = qwen(pad_token="<|endoftext|>")
     tokenizer.chat_template = TEMPLATE
@@ -64,6 +64,6 @@ def build(folder: Path) -> Path:
             use_quant_conv=False,
             use_post_quant_conv=False,
         )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0 if is_distilled else 6.0)
     ZImagePipeline(scheduler, vae, text_encoder, tokenizer, transformer).save_pretrained(folder)
     return folder

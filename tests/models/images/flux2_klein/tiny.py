@@ -15,7 +15,7 @@ from tests.models.images.z_image.tiny import TEMPLATE
 from tests.models.vl.vlm.vocabularies import qwen
 
 
-def build(folder: Path) -> Path:
+def build(folder: Path, *, is_distilled: bool = False) -> Path:
     """Saves the model as a folder of diffusers. Its VAE has 8 pixels per latent, as the published one."""
     tokenizer = qwen(pad_token="<|endoftext|>")
     tokenizer.chat_template = TEMPLATE
@@ -52,5 +52,6 @@ def build(folder: Path) -> Path:
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
     )
-    Flux2KleinPipeline(scheduler, vae, text_encoder, tokenizer, transformer).save_pretrained(folder)
+    pipe = Flux2KleinPipeline(scheduler, vae, text_encoder, tokenizer, transformer, is_distilled=is_distilled)
+    pipe.save_pretrained(folder)
     return folder

@@ -1,6 +1,7 @@
 """FLUX.2 [klein]: a transformer of two streams, Qwen3 as its text encoder, and Flux.2's VAE."""
 
-import math
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
@@ -10,23 +11,38 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 
+from dora_mm.config.models import ModelConfig
+from dora_mm.config.paths import INDEX
 from dora_mm.data.images.buckets import Framing
+from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.models.images.flow_model import FlowModel
-from dora_mm.models.images.image_model import Prompt
+from dora_mm.models.images.image_model import Distilled, Prompt
 from dora_mm.models.images.noise import Flow
-
-STEPS = 50  # of the base model's pipeline: the shift of training is that of drawing in so many steps
 
 
 class KleinFlow(Flow):
-    """A shift that depends on the number of steps, too."""
+    """A shift that the authors fitted to the number of tokens and of steps.
 
-    def shift(self, num_tokens: int, num_steps: int | None = None) -> float:
-        return math.exp(compute_empirical_mu(num_tokens, num_steps or STEPS))
+    Args:
+        scheduler: The model's scheduler.
+        patch: As of `Flow`.
+        steps: The number of steps in which the pictures will be drawn that a training is for.
+    """
+
+    def __init__(self, scheduler: Any, patch: int, steps: int):
+        super().__init__(scheduler, patch)
+        self.steps = steps
+
+    def mu(self, num_tokens: int, num_steps: int | None) -> float:
+        return compute_empirical_mu(num_tokens, num_steps or self.steps)
 
 
 class Flux2Klein(FlowModel):
-    """FLUX.2 [klein] (Black Forest Labs, 2026): train the base models, not the ones distilled to four steps."""
+    """FLUX.2 [klein] (Black Forest Labs, 2026): the base models, and those distilled to four steps.
+
+    Its latents are patches of 2 x 2 of the VAE's, each of whose channels is normalised by what the VAE has counted.
+    Prompts are filled up to one length, and the transformer reads what fills them.
+    """
 
     name = "flux2_klein"
     vae_name = "AutoencoderKLFlux2"
@@ -34,14 +50,26 @@ class Flux2Klein(FlowModel):
     patch = 1  # its latents are patches already
     chat: ClassVar = {"add_generation_prompt": True, "enable_thinking": False}
 
+    @classmethod
+    def distilled(cls, files: ModelFolder) -> Distilled | None:
+        return Distilled(4, 1.0, f"is_distilled in its {INDEX}") if (files.index or {}).get("is_distilled") else None
+
+    def check(self, config: ModelConfig) -> None:
+        super().check(config)
+        channels = 4 * self.components.config("vae")["latent_channels"]
+        expected = self.components.config("transformer")["in_channels"]
+        if channels != expected:
+            raise ValueError(
+                f"model.path: {config.path}: its VAE gives {channels} channels, its transformer has {expected}."
+            )
+
     @property
     def downscale(self) -> int:
-        """Pixels per patch: the denoiser's latents are patches of the VAE's."""
-        return 2 * super().downscale
+        return 2 * self.vae_downscale
 
     @cached_property
     def noise(self) -> Flow:
-        return KleinFlow(self.scheduler, self.patch)
+        return KleinFlow(self.scheduler, self.patch, self.settings.shift_steps)
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Prompt]:
         """One by one, so that none depends on the others in the last bits."""
@@ -51,7 +79,6 @@ class Flux2Klein(FlowModel):
         return [{"text": encode(self.text_encoder, self.tokenizer, prompt, **settings)[0]} for prompt in prompts]
 
     def normalized(self, latents: Tensor) -> Tensor:
-        """As patches, each of whose channels has the mean and the variance that the VAE has counted."""
         patches = self.pipeline_class()._patchify_latents(latents)
         mean, variance = (t.view(1, -1, 1, 1).to(patches) for t in (self.vae.bn.running_mean, self.vae.bn.running_var))
         return (patches - mean) / (variance + self.vae.config.batch_norm_eps).sqrt()
@@ -70,17 +97,11 @@ class Flux2Klein(FlowModel):
         )[0]
         return found.transpose(1, 2).reshape(noised.shape)
 
-    def pipeline_inputs(
-        self, encoded: Sequence[Prompt], *, steps: int, guidance: float, width: int, height: int
-    ) -> dict[str, Any]:
-        size = height // self.downscale, width // self.downscale
+    def prompt_inputs(self, encoded: Sequence[Prompt], guidance: float) -> dict[str, Any]:
         return {
             "prompt_embeds": torch.stack([each["text"] for each in encoded]),
             "negative_prompt_embeds": torch.stack([each["negative"] for each in encoded]),
             "guidance_scale": guidance,
-            "sigmas": self.noise.schedule(steps, size),
-            "width": width,
-            "height": height,
         }
 
     def make_pipeline(self, components: dict[str, Any]) -> Any:

@@ -1,0 +1,92 @@
+"""Qwen-Image: a transformer of two streams, Qwen2.5-VL as its text encoder, and a VAE of videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers.utils.torch_utils import get_module_execution_device
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from dora_mm.data.images.buckets import Framing
+from dora_mm.data.syntax import Wording
+from dora_mm.models.images.flow_model import FlowModel
+from dora_mm.models.images.image_model import Prompt, pad_prompts
+
+RESOLUTION = 1024  # pixels: the pipeline's own; its VAE's config has none
+
+
+class QwenImage(FlowModel):
+    """Qwen-Image (Alibaba, 2025), of 20 billion parameters."""
+
+    name = "qwen_image"
+    vae_name = "AutoencoderKLQwenImage"
+    vae_keys = ("z_dim", "dim_mult")
+    maps: ClassVar = {"transformer": "qwen-image"}
+    has_unread_layers = True  # those of the text in the last block
+
+    @property
+    def resolution(self) -> int:
+        return self.components.config("vae").get("sample_size", RESOLUTION)
+
+    @property
+    def vae_downscale(self) -> int:
+        return 2 ** len(self.vae.config.temperal_downsample)
+
+    def num_tokens(self, prompt: str) -> int:
+        """Without those of the template before it, which are cut off."""
+        pipe = self._encoding(None)
+        return (
+            len(self.tokenizer(pipe.prompt_template_encode.format(prompt)).input_ids)
+            - pipe.prompt_template_encode_start_idx
+        )
+
+    def prompt_length(self, prompt: Wording) -> int:
+        """In tokens."""
+        assert isinstance(prompt, str)  # it does not `weigh_words`
+        return min(self.num_tokens(prompt), self.most_tokens)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Prompt]:
+        """One by one, so that none depends on the others in the last bits."""
+        pipe, device = self._encoding(self.text_encoder), get_module_execution_device(self.text_encoder)
+        settings: dict[str, Any] = {"device": device, "max_sequence_length": self.settings.max_tokens}
+        return [{"text": pipe.encode_prompt(prompt, **settings)[0][0]} for prompt in prompts]
+
+    def normalized(self, latents: Tensor) -> Tensor:
+        config = self.vae.config
+        mean, std = (
+            torch.tensor(each).view(1, -1, 1, 1).to(latents) for each in (config.latents_mean, config.latents_std)
+        )
+        return (latents - mean) / std
+
+    def predict(self, noised: Tensor, time: Tensor, prompts: Sequence[Prompt], framings: Sequence[Framing]) -> Tensor:
+        network = self.transformer
+        patches = pixel_unshuffle(noised.to(network.dtype), 2)
+        text, mask = pad_prompts(prompts, "text")
+        found = network(
+            hidden_states=patches.flatten(2).mT,
+            timestep=time,
+            guidance=None,
+            encoder_hidden_states=text.to(network.dtype),
+            encoder_hidden_states_mask=mask,
+            img_shapes=[[(1, *patches.shape[2:])]] * len(patches),  # a list for each row
+            return_dict=False,
+        )[0]
+        return pixel_shuffle(found.mT.reshape(patches.shape), 2)
+
+    def prompt_inputs(self, encoded: Sequence[Prompt], guidance: float) -> dict[str, Any]:
+        (text, mask), (negative, its_mask) = (pad_prompts(encoded, name) for name in ("text", "negative"))
+        return {
+            "prompt_embeds": text,
+            "prompt_embeds_mask": mask,
+            "negative_prompt_embeds": negative,
+            "negative_prompt_embeds_mask": its_mask,
+            "true_cfg_scale": guidance,
+        }
+
+    def _encoding(self, text_encoder: Any) -> Any:
+        """The pipeline with what encodes prompts, which has their template."""
+        parts: dict[str, Any] = {"scheduler": None, "vae": None, "transformer": None, "text_encoder": text_encoder}
+        return self.pipeline_class()(tokenizer=self.tokenizer, **parts)

@@ -1,0 +1,146 @@
+"""Tiny models of the families that predict velocities, and what plain diffusers makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline, QwenImagePipeline, ZImagePipeline
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from dora_mm.registries.image_families import IMAGE_FAMILIES
+from tests.models.images.flux2_klein import tiny as klein
+from tests.models.images.qwen_image import tiny as qwen_image
+from tests.models.images.z_image import tiny as z_image
+
+PROMPT = "a TOK icon of a red ball"
+SIZE = {"height": 64, "width": 64}
+
+
+@dataclass(frozen=True)
+class TinyFlow:
+    """A tiny model with random weights.
+
+    Attributes:
+        name: Its family.
+        build: Saves it as a folder of diffusers, also one that was distilled, with the same weights.
+        distilled: The steps of what is distilled of it, and what its files say of that; None: nothing is.
+        kind: Its pipeline of diffusers.
+        embeddings: The embeddings (L, D) that a pipeline makes of prompts.
+        unguided: The arguments of the pipeline for prompts, without guidance.
+        guided: Those for a prompt with guidance 5, in our count.
+        as_denoised: The latents that the pipeline's VAE gives, as the denoiser has them.
+        settings: The family's section in the trainings of tests.
+    """
+
+    name: str
+    build: Callable[..., Path]
+    distilled: tuple[int, str] | None
+    kind: Any
+    embeddings: Callable[[Any, list[str]], list[Tensor]]
+    unguided: Callable[[Any, list[str]], dict[str, Any]]
+    guided: Callable[[str], dict[str, Any]]
+    as_denoised: Callable[[Any, Tensor], Tensor]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Its name in messages."""
+        return IMAGE_FAMILIES[self.name].title
+
+    def plain(self, folder: Path) -> Any:
+        """The model in plain diffusers."""
+        pipe = self.kind.from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def latents(self, pipe: Any, prompts: list[str], seeds: list[int], steps: int) -> Tensor:
+        """What the pipeline has after these steps without guidance, as the denoiser has it."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        settings = {"num_inference_steps": steps, "generator": generators, "output_type": "latent", **SIZE}
+        return self.as_noised(pipe(**self.unguided(pipe, prompts), **settings).images, pipe)
+
+    def as_noised(self, latents: Tensor, pipe: Any) -> Tensor:
+        """The latents that the pipeline returns, as its denoiser has them."""
+        if self.kind is QwenImagePipeline:
+            return pipe._unpack_latents(latents, *SIZE.values(), pipe.vae_scale_factor)[:, :, 0]
+        return self.as_denoised(pipe, latents) if self.kind is Flux2KleinPipeline else latents
+
+    def start(self, shape: tuple[int, ...], seeds: list[int]) -> Tensor:
+        """The noise (B, C, h, w) that the pipeline draws."""
+        b, *rest = shape
+        shape = (b, 1, *rest) if self.kind is QwenImagePipeline else shape
+        return randn_tensor(shape, generator=[torch.Generator().manual_seed(seed) for seed in seeds]).view(b, *rest)
+
+    def drawn(self, pipe: Any, seed: int, steps: int = 2) -> Image.Image:
+        """The picture of the prompt, with guidance 5."""
+        settings = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed), **SIZE}
+        return pipe(**self.guided(PROMPT), **settings).images[0]
+
+
+def _patches(pipe: Any, latents: Tensor) -> Tensor:
+    """The 2 x 2 patches of latents, normalised by the VAE's own batch norm."""
+    return pipe.vae.bn(torch.nn.functional.pixel_unshuffle(latents, 2))
+
+
+def _of_z_image(pipe: Any, prompts: list[str]) -> list[Tensor]:
+    return pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)[0]
+
+
+def _of_qwen_image(pipe: Any, prompts: list[str]) -> list[Tensor]:
+    return [pipe.encode_prompt(prompt)[0][0] for prompt in prompts]
+
+
+def _by_channel(pipe: Any, latents: Tensor) -> Tensor:
+    mean, std = (
+        torch.tensor(each).view(1, -1, 1, 1) for each in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
+    )
+    return (latents - mean) / std
+
+
+FLOWS = (
+    TinyFlow(
+        "z_image",
+        z_image.build,
+        (8, "the shift of its scheduler, 3"),
+        ZImagePipeline,
+        _of_z_image,
+        lambda pipe, prompts: {
+            "prompt_embeds": _of_z_image(pipe, prompts),
+            "negative_prompt_embeds": [],
+            "guidance_scale": 0.0,
+        },
+        lambda prompt: {"prompt": prompt, "negative_prompt": "", "guidance_scale": 4.0},
+        lambda pipe, latents: (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor,
+    ),
+    TinyFlow(
+        "flux2_klein",
+        klein.build,
+        (4, "is_distilled in its model_index.json"),
+        Flux2KleinPipeline,
+        lambda pipe, prompts: list(pipe.encode_prompt(list(prompts), max_sequence_length=64)[0]),
+        lambda pipe, prompts: {"prompt": list(prompts), "guidance_scale": 1.0, "max_sequence_length": 64},
+        lambda prompt: {"prompt": prompt, "guidance_scale": 5.0, "max_sequence_length": 64},
+        _patches,
+        settings={"max_tokens": 64},
+    ),
+    TinyFlow(
+        "qwen_image",
+        qwen_image.build,
+        None,
+        QwenImagePipeline,
+        _of_qwen_image,
+        lambda pipe, prompts: {"prompt": list(prompts), "true_cfg_scale": 1.0},
+        lambda prompt: {"prompt": prompt, "negative_prompt": "", "true_cfg_scale": 5.0},
+        _by_channel,
+    ),
+)
+NAMES = [flow.name for flow in FLOWS]
+FAST = "flux2_klein"  # the one that everything is tried on in plain `make test`; the others are slow
+EACH = [flow if flow.name == FAST else pytest.param(flow, marks=pytest.mark.slow) for flow in FLOWS]
