@@ -27,7 +27,7 @@ from dora_mm.studies.campaigns.comparison import MethodComparison
 from dora_mm.studies.campaigns.subprocesses import TrainingProcess
 from dora_mm.utils.digest import file_digest, module_digest
 from samples.build.__main__ import main as build
-from tests.models.images.z_image import tiny as z_image
+from tests.models.images.tiny_flows import FLOWS, NAMES
 from tests.pipelines.killed import files_in
 
 compare = PIPELINES.load("compare")
@@ -288,7 +288,8 @@ def commands(monkeypatch):
 
 
 @pytest.mark.slow
-def test_another_family_is_compared_by_the_same_recipe(comparison, base, judge, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flow", FLOWS, ids=NAMES)
+def test_another_family_is_compared_by_the_same_recipe(flow, comparison, base, judge, tmp_path, monkeypatch):
     """The first training is copied for the others."""
     runs = []
 
@@ -302,7 +303,7 @@ def test_another_family_is_compared_by_the_same_recipe(comparison, base, judge, 
         return TrainingProcess(name, SimpleNamespace(returncode=0, poll=lambda: 0), log_file)
 
     monkeypatch.setattr(trainings, "start_process", trained_or_copied)
-    folder = z_image.build(tmp_path / "z-image")
+    folder = flow.build(tmp_path / "other")
     values = yaml.safe_load(Path(base).read_text()) | {"model": {"path": str(folder)}}
     own = judge_for(tmp_path / "judge", judge, folder)
     rates = {method: [1e-3, 1e-2, 1e-1] for method in ("lora", "dora")}
