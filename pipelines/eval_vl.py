@@ -28,6 +28,7 @@ from dora_mm.eval.vl.submissions import suffix, write_predictions
 from dora_mm.models.folders import settings_identity
 from dora_mm.models.vl.families import is_local, load_vl_model
 from dora_mm.models.vl.vl_model import VLModel
+from dora_mm.registries.suites import file_stem, suite_file
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.sampling.answers import answer_all, read_answers
 from dora_mm.tasks.preferences import KeptReference, Preferences
@@ -37,6 +38,7 @@ from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.train.validation import main_values
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.devices import default_device
+from dora_mm.utils.digest import files_digest
 from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -140,6 +142,7 @@ def inputs_of(
     """Digests of all that the config refers to, by a description of each."""
     inputs = data_of(splits) | dict(model.identity)
     inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
+    inputs |= {f"the suite {name}": files_digest([file]) for name in splits if (file := suite_file(name))}
     return inputs | ({"the adapter": digest_of_adapter(adapter)} if adapter else {})
 
 
@@ -148,7 +151,7 @@ def report_all(
 ) -> dict[str, VLScores]:
     """Scores the answers, writes all files of the run directory, and prints the report; returns the scores by task."""
     for name, rows in answered.items():
-        write_predictions(name, rows, run.path / f"predictions_{name}{suffix(name)}")
+        write_predictions(name, rows, run.path / f"predictions_{file_stem(name)}{suffix(name)}")
     # Some rows of Karpathy's VQA have no reference answer: they count as wrong, and a note gives their number.
     scored = {name: rows for name, rows in answered.items() if any(is_answered(example) for example, _ in rows)}
     scores = {name: score(name, rows) for name, rows in scored.items()}

@@ -200,11 +200,13 @@ class CaptionScorer:
         ascii_only: As in `score_captions`.
         group: As in `AnswerScorer`.
         grouping: As in `AnswerScorer`.
+        unit: As in `AnswerScorer`.
     """
 
     ascii_only: bool = False
     group: Callable[[Example], str | None] = lambda _: None
     grouping: str = ""
+    unit: Callable[[Example], str] = lambda example: example.id
 
     def score(self, predictions: Predictions, *, meteor: bool) -> VLScores:
         return score_captions(predictions, ascii_only=self.ascii_only, meteor=meteor)

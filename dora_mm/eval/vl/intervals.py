@@ -14,7 +14,11 @@ from dora_mm.eval.vl.metrics import scorer_of
 from dora_mm.registries.vl_tasks import TASKS
 
 MEAN = "mean"
-HEADINGS = {**{name: task.title for name, task in TASKS.items()}, MEAN: MEAN}
+
+
+def heading(key: str) -> str:
+    """The heading of a task in tables, or of the mean of several."""
+    return MEAN if key == MEAN else TASKS[key].title
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,14 @@ def answer_scores(task: str, answered: Sequence[Predictions]) -> AnswerScores | 
 
 
 def groups_of(task: str, examples: Iterable[Example]) -> tuple[str, ...]:
-    """Returns the group of each answer, (Q,): once per id, as captions are scored."""
-    return tuple({example.id: group_of(task, example) for example in examples}.values())
+    """Returns the group of each value, (Q,): once per id, as captions are scored, or per question of several rows."""
+    unit = scorer_of(task).unit
+    return tuple({unit(example): group_of(task, example) for example in examples}.values())
 
 
 def group_of(task: str, example: Example) -> str:
-    """Returns what the task's scorer groups rows by, else the images or clip; a row without is a group of its own."""
-    return scorer_of(task).group(example) or " ".join(example.images) or f"row {example.id}"
+    """Returns what rows are grouped by: the task's scorer, their own group, or images or clip; else each is one."""
+    return scorer_of(task).group(example) or example.group or " ".join(example.images) or f"row {example.id}"
 
 
 def group_cells(tasks: Sequence[AnswerScores]) -> np.ndarray:
@@ -129,7 +134,7 @@ def gain_over_question_only(
         question_only: Of the baseline (`question_only_answers`), by task.
     """
     found = intervals(minus(scores, question_only), differences=True)
-    gained = ", ".join(f"{HEADINGS[task]} {points(found[task])}" for task in question_only)
+    gained = ", ".join(f"{heading(task)} {points(found[task])}" for task in question_only)
     return f"{name}, less what questions alone give away (the answer that training gave most often): {gained} points."
 
 
