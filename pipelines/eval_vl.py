@@ -18,9 +18,10 @@ from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.splits import ValidationSet, open_validation, training_texts
-from dora_mm.eval.vl.intervals import answer_scores, gain_over_question_only, points
+from dora_mm.eval.vl.intervals import answer_scores, gain_over_question_only, points, precision_notes
 from dora_mm.eval.vl.metrics import QUESTION_ONLY, conclusion, report, score, score_row, task_table
 from dora_mm.eval.vl.pages import PageExample, PageSection, write_examples_page
+from dora_mm.eval.vl.predictions.scored import About, write_scored
 from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
 from dora_mm.eval.vl.same_answers import share_of_same
 from dora_mm.eval.vl.scores import VLScores, is_answered
@@ -50,8 +51,9 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     """Answers the splits, scores the answers and prints the report. Pairs are answered by their margins.
 
     Writes to the run directory: the answers of each task in predictions_<task> (in the format of its evaluation
-    server), scores.json, report.md, with `examples` examples.html, and with `same_as` same_answers.json; and in
-    answers/ those so far, from which the same evaluation goes on if `output` names it.
+    server) and scored_<task>.jsonl (for `dora-mm score`), scores.json, report.md, with `examples` examples.html, and
+    with `same_as` same_answers.json; and in answers/ those so far, from which the same evaluation goes on if `output`
+    names it.
 
     Args:
         config: The config; without `adapter` the bare model is scored.
@@ -75,11 +77,12 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     if folder:
         load_trained(model, folder, backend=config.backend)
     answers = answerers(model, splits, config.decode, Preferences(model, config.preference, bare))
-    with evaluation_run(config, inputs_of(config, model, splits, folder)) as run:
+    inputs = inputs_of(config, model, splits, folder)
+    with evaluation_run(config, inputs) as run:
         kept = run.path / ANSWERS
         asked = (answers, model.networks.values(), splits, config.decode.batch_size)
         answered = answer_all(*asked, folder=kept, content=model.content)
-        scores = report_all(config, run, answered, splits)
+        scores = report_all(config, run, answered, splits, inputs)
         if config.same_as:
             report_same(config.same_as, run, splits, earlier)
         print(f"\n{conclusion(scores, adapted=folder is not None)}")
@@ -147,7 +150,11 @@ def inputs_of(
 
 
 def report_all(
-    config: EvalVLConfig, run: RunDirectory, answered: dict[str, Predictions], splits: dict[str, ValidationSet]
+    config: EvalVLConfig,
+    run: RunDirectory,
+    answered: dict[str, Predictions],
+    splits: dict[str, ValidationSet],
+    inputs: Mapping[str, str],
 ) -> dict[str, VLScores]:
     """Scores the answers, writes all files of the run directory, and prints the report; returns the scores by task."""
     for name, rows in answered.items():
@@ -155,10 +162,31 @@ def report_all(
     # Some rows of Karpathy's VQA have no reference answer: they count as wrong, and a note gives their number.
     scored = {name: rows for name, rows in answered.items() if any(is_answered(example) for example, _ in rows)}
     scores = {name: score(name, rows) for name, rows in scored.items()}
+    write_scored_rows(config, run, answered, scores, inputs)
     scores = {name: with_question_only_accuracy(config, name, found, scored[name]) for name, found in scores.items()}
+    scores = {
+        name: replace(found, notes=(*found.notes, *precision_notes(name, scored[name])))
+        for name, found in scores.items()
+    }
     write_report(config, run, scores, [name for name in answered if name not in scored])
     write_page(config, run, answered, splits)
     return scores
+
+
+def write_scored_rows(
+    config: EvalVLConfig,
+    run: RunDirectory,
+    answered: dict[str, Predictions],
+    scores: Mapping[str, VLScores],
+    inputs: Mapping[str, str],
+) -> None:
+    """Writes scored_<task>.jsonl: all that `dora-mm score` needs to make the table again."""
+    prompts = getattr(config.model, "prompts", {})
+    settings = {"decode": config.decode.model_dump(mode="json"), "model": config.model.model_dump(mode="json")}
+    for name, rows in answered.items():
+        prompt = prompts.get(name, TASKS[name].prompt) or "{text}"
+        about = About(name, settings=settings, digests=inputs)
+        write_scored(run.path / f"scored_{file_stem(name)}.jsonl", rows, scores.get(name), about, prompt)
 
 
 def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScores, rows: Predictions) -> VLScores:

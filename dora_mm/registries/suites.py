@@ -7,13 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dora_mm.registries.readers import READERS
 from dora_mm.registries.registry import Registry
 from dora_mm.registries.scorers import SCORERS
 from dora_mm.registries.vl_task import VLTask
-from dora_mm.utils import yaml12
 from dora_mm.utils.messages import nearest
 
 FOLDER = Path(__file__).parent / "suites"
@@ -59,6 +56,12 @@ def packaged_suites() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in FOLDER.glob(f"*{SUFFIX}")))
 
 
+def suite_titles() -> dict[str, str]:
+    """What each suite of the package is: the first line of its file."""
+    files = {name: FOLDER / f"{name}{SUFFIX}" for name in packaged_suites()}
+    return {name: path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ") for name, path in files.items()}
+
+
 def suite_file(name: str) -> Path | None:
     """The file of a suite: one of the package by its name, or any by its path; None if the name is of none."""
     if name in packaged_suites():
@@ -78,6 +81,10 @@ def read_suite(path: Path) -> VLTask:
     Raises:
         ValueError: The file is not YAML, or a key of it is unknown, missing or of another type.
     """
+    import yaml  # here, since help imports nothing of others
+
+    from dora_mm.utils import yaml12
+
     try:
         found = yaml12.read(path.read_text(encoding="utf-8")).value
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

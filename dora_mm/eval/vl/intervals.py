@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.eval.statistics import Interval, mean_interval, share_interval
+from dora_mm.eval.statistics import Interval, groups_needed, mean_interval, share_interval
 from dora_mm.eval.vl.metrics import scorer_of
 from dora_mm.registries.vl_tasks import TASKS
 
@@ -141,3 +141,32 @@ def gain_over_question_only(
 def points(interval: Interval) -> str:
     """Returns an interval in points: "65.8 (64.9 to 66.7)"."""
     return interval.text("{:.1f}", 100.0)
+
+
+def precision_notes(task: str, predictions: Predictions, wished: float | None = None) -> list[str]:
+    """Returns sentences on how precisely a score is known: the 95 % interval of the main metric and of others, and n.
+
+    Args:
+        task: The task.
+        predictions: Examples with predictions.
+        wished: Half the width of the interval that is wished, in points; None: no number of answers is named.
+    """
+    scores, scorer = answer_scores(task, [predictions]), scorer_of(task)
+    if scores is None:
+        return []
+    unit = scorer.unit
+    main = scorer.score(predictions, meteor=False).main
+    answers, groups = len(scores.groups), len(set(scores.groups))
+    of_groups = f" in {groups:,} groups (an image, a document)" if groups < answers else ""
+    notes = [f"{main} {points(intervals({task: scores})[task])}: 95 % interval, n = {answers:,}{of_groups}"]
+    group = {unit(example): group_of(task, example) for example, _ in predictions}
+    others = scorer.intervals(predictions, [group[unit(example)] for example, _ in predictions])
+    notes += [f"{name} {points(interval)}: 95 % interval by the jackknife" for name, interval in others.items()]
+    if len(predictions) > 1 and not any(example.images or example.group for example, _ in predictions):
+        notes.append("images are not known, so that each row counts for itself: --data names what it is about")
+    needed = None if wished is None else groups_needed(group_cells([scores]), wished / 100)
+    if needed is not None:
+        more = f", in {needed:,} groups like these" if of_groups else ""
+        count = round(needed * answers / groups)
+        notes.append(f"an interval of +- {wished:g} points takes about {count:,} answers{more}")
+    return notes

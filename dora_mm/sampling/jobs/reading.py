@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from dora_mm.config.loader import about_run
 from dora_mm.config.paths import resolve_adapter
 from dora_mm.sampling.jobs.columns import SCHEDULE, SIZE, column_of, of_line, renamed
 from dora_mm.sampling.jobs.rows import JobRow, about_unknown, problem_of_value
-from dora_mm.utils.messages import first_line
+from dora_mm.utils.sheets import sheet_rows
 from dora_mm.utils.tables import decoded, read_table
 
 SUFFIXES = (".csv", ".tsv", ".xlsx", ".jsonl", ".txt")
@@ -103,48 +102,20 @@ def _check_header(names: Sequence[str]) -> list[str]:
 
 
 def _sheet_rows(path: Path, problems: list[str]) -> NumberedLines:
-    """The rows of the first sheet of an Excel file, as the text that a person sees in the cells.
+    """The rows of an Excel file.
 
     Raises:
-        ValueError: openpyxl is missing, the file is damaged, or a cell has no text to read.
+        ValueError: As in `sheet_rows`.
     """
-    try:
-        import openpyxl
-    except ModuleNotFoundError:
-        raise ValueError(
-            f"{path} needs the package openpyxl: pip install 'dora_mm[sheets]', or save it as CSV UTF-8"
-        ) from None
-    try:
-        sheets = [openpyxl.load_workbook(path, data_only=values).worksheets[0] for values in (True, False)]
-    except Exception as error:  # openpyxl raises anything for a file of another kind
-        raise ValueError(
-            f"{path} cannot be read as an Excel file ({first_line(error)}): save it as CSV UTF-8"
-        ) from None
     header: dict[int, str] = {}
-    for values, formulas in zip(*(sheet.iter_rows() for sheet in sheets), strict=True):
-        cells = {c.column: _cell(path, c, f) for c, f in zip(values, formulas, strict=True) if f.value is not None}
-        cells = {column: text for column, text in cells.items() if text.strip()}
-        if cells and not header:
+    for number, cells in sheet_rows(path):
+        if not header:
             header = cells
             if wrong := _check_header(list(header.values())):
                 problems += wrong
                 return
-        elif cells:
-            yield values[0].row, {header.get(column, f"column {column}"): text for column, text in cells.items()}
-
-
-def _cell(path: Path, cell: Any, formula: Any) -> str:
-    value = cell.value
-    place = f"{path}: cell {cell.coordinate}"
-    if value is None:
-        raise ValueError(
-            f"{place} is a formula without a saved value: open and save the file in Excel, or write values"
-        )
-    if cell.data_type == "e":
-        raise ValueError(f"{place} is {value}")
-    if isinstance(value, datetime | date | time):
-        raise ValueError(f"{place} is a date, which Excel makes of texts such as 1-8: format the column as text")
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+        else:
+            yield number, {header.get(column, f"column {column}"): text for column, text in cells.items()}
 
 
 def _row(values: Mapping[str, Any], line: int, problems: list[str]) -> JobRow | None:
