@@ -26,7 +26,7 @@ PATHS: dict[str | tuple[str, str], Wanted] = {
     **dict.fromkeys(("adapter", "source", "sources", "file", "path", "out", "runs"), ADAPTER),
     **{"predictions": RUN, "run": CHECKPOINT, ("gallery", "runs"): PICTURES, ("train", "resume"): CHECKPOINT},
 }
-WRITTEN = ("out", "output")
+WRITTEN = ("out", "output", "page")
 DEFAULTS_OF_JOBS = "configs/sdxl/jobs.yaml"
 
 

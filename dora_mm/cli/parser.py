@@ -294,6 +294,12 @@ def _add_score(commands: Any) -> None:
     command.add_argument("--partial", action="store_true", help="leave out rows that only one side has")
     precise = "also say how many answers an interval of +- POINTS takes"
     command.add_argument("--precision", metavar="POINTS", type=_above_zero, help=precise)
+    command.add_argument(
+        "--page", metavar="HTML", type=Path, help="write a page of all answers, of two files with changes"
+    )
+    command.add_argument(
+        "--images", metavar="FOLDER", help="the images, for --page; default: those that rows name in full"
+    )
     command.add_argument("--to", choices=("vlmevalkit", "lmms-eval"), help="write them for this tool, to --out")
     command.add_argument("--out", metavar="FILE", type=Path, help="a new file")
 

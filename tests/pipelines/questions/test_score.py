@@ -12,7 +12,7 @@ from dora_mm.eval.vl.metrics import score
 from dora_mm.eval.vl.predictions.reading import read_predictions
 from dora_mm.eval.vl.predictions.scored import About, write_scored
 from tests.data.vl import files
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.models.vl.vlm.vlm_rows import save_noise, write_pictures
 
 DOCUMENTS = [
     {
@@ -287,3 +287,28 @@ def test_ten_thousand_predictions_are_scored_within_seconds(tmp_path, capsys):
     started = time.process_time()
     run(capsys, path, "--suite", "docvqa", "--data", data)
     assert time.process_time() - started < 20
+
+
+def test_a_page_shows_all_rows_with_their_images_and_changes(data, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(4):
+        save_noise(pictures / f"{number}.png", number, 600, 400)
+    paths = [lines(tmp_path / "before.jsonl", WRONG), lines(tmp_path / "after.jsonl", ANSWERS)]
+    page = tmp_path / "page.html"
+    arguments = [*paths, "--suite", "docvqa", "--data", data, "--page", page, "--images", pictures]
+    assert f"page     {page}" in run(capsys, *arguments)
+    text = page.read_text(encoding="utf-8")
+    assert text.count('<article id="s0-') == 8
+    assert len(list((tmp_path / "page_images").iterdir())) == 4
+    assert 'src="page_images/00000_0.webp"' in text
+    assert "better 3" in text
+    assert "exists: name a new file" in run(capsys, *arguments, code=2)
+
+
+def test_images_that_are_missing_are_counted_and_named(data, tmp_path, capsys):
+    path = lines(tmp_path / "said.jsonl", WRONG)
+    page = ["--page", tmp_path / "page.html", "--images", tmp_path]
+    error = run(capsys, path, "--suite", "docvqa", "--data", data, *page, code=2)
+    assert "4 of 4 images are not in" in error
+    assert not (tmp_path / "page.html").exists()
