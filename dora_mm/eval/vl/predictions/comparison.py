@@ -1,6 +1,7 @@
 """Two predictions of the same rows: the paired difference with its interval and test, and the rows that changed."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dora_mm.data.vl.example import Predictions
@@ -75,11 +76,11 @@ def _by_kind(task: str, first: Predictions, second: Predictions) -> dict[str, tu
     return found
 
 
-def _changes(task: str, first: Predictions, second: Predictions):
+def _changes(task: str, first: Predictions, second: Predictions) -> Iterator[Change]:
     for (example, before), (_, after) in zip(first, second, strict=True):
-        scores = (score_row(task, example, before), score_row(task, example, after))
-        if scores[0] is not None and scores[1] is not None and scores[0] != scores[1]:
-            yield Change(example.id, before, after, scores)
+        was, now = score_row(task, example, before), score_row(task, example, after)
+        if was is not None and now is not None and was != now:
+            yield Change(example.id, before, after, (was, now))
 
 
 def comparison_report(found: PairedScores, names: tuple[str, str], shown: int = 10) -> str:

@@ -28,8 +28,7 @@ def write_vlmevalkit(path: Path, task: str, predictions: Predictions) -> None:
     header = ["index", "question", *letters, "answer", "category", "prediction"]
     for line, cells in enumerate([header, *(_cells(*row, len(letters)) for row in predictions)], 1):
         for column, value in enumerate(cells, 1):
-            cell = sheet.cell(line, column)
-            cell.value = value
+            cell = sheet.cell(line, column, value)
             if isinstance(value, str):
                 cell.data_type = "s"  # an answer such as "=1" is no formula
     write_atomically(path, lambda partial: book.save(partial))

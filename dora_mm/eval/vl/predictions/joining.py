@@ -73,11 +73,9 @@ def joined(file: PredictionFile, references: Sequence[Example] | None, *, partia
 
 def _check_targets(file: PredictionFile, known: Mapping[str, Example]) -> None:
     """Checks that the references that a file has itself are those of the data: else its numbers are of other rows."""
-    pairs = [(row, known[row.id]) for row in file.rows if row.example and row.id in known] if file.by_number else []
-    other = [
-        row.where for row, example in pairs if not {*row.example.answers} & {*example.answers, *example.raw_answers}
-    ]
-    if other and len(other) * 2 > len(pairs):
+    pairs = [(row.where, row.example, known[row.id]) for row in file.rows if row.example and row.id in known]
+    other = [where for where, said, example in pairs if not {*said.answers} & {*example.answers, *example.raw_answers}]
+    if file.by_number and len(other) * 2 > len(pairs):
         raise ValueError(
             f"{file.path}: {len(other)} of {len(pairs)} rows have another target than the row of this number in "
             f"the data ({named(other)}): it is another split, or in another order"

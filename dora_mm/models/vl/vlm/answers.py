@@ -15,13 +15,13 @@ from transformers import GenerationConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import Answer, Example, Turn
 from dora_mm.data.vl.rows import RowTooLongError
+from dora_mm.models.vl.vl_model import without_thought
 from dora_mm.models.vl.vlm.chat import THOUGHT, render
 from dora_mm.models.vl.vlm.network import VLMNetwork, naming
 from dora_mm.models.vl.vlm.rows import ExampleEncoder
 from dora_mm.registries.vl_tasks import TASKS
 
 log = logging.getLogger(__name__)
-THOUGHT_END = "</think>"
 SHORTEST = (Turn("user", "?", False), Turn("assistant", "!", True))
 
 
@@ -105,7 +105,7 @@ class VLMAnswers:
                 ids = self.network.generate(inputs, settings)
             texts = encoder.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
             for index, text in zip(group, texts, strict=True):
-                answers[index] = _without_thought(text, examples[index].answers).strip()
+                answers[index] = without_thought(text, examples[index].answers).strip()
         return answers
 
     @torch.no_grad()
@@ -153,10 +153,3 @@ def option_names(task: str, example: Example) -> Sequence[str]:
     if names is None:
         return ascii_uppercase[: len(example.options)]
     return [names.replace("{option}", option) for option in example.options]
-
-
-def _without_thought(text: str, references: Sequence[str]) -> str:
-    """An answer without the thought before it, unless the references have some."""
-    if any(THOUGHT_END in reference for reference in references):
-        return text
-    return text.rpartition(THOUGHT_END)[2]
