@@ -1,22 +1,20 @@
 """The config schema of evaluations whose answers come from a server. See schema.py for the rules."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from dora_mm.config.schema import (
     Count,
-    Items,
-    NonNegative,
     OutputFolder,
     PipelineConfig,
     Positive,
     Section,
-    Seed,
     Text,
     raise_problems,
 )
+from dora_mm.config.vl import DrawingConfig
 from dora_mm.config.vl_data import TaskName, VLDataConfig, missing_splits
 from dora_mm.registries.vl_tasks import TASKS
 
@@ -42,23 +40,6 @@ class ServerConfig(Section):
         return given.rstrip("/")
 
 
-class ServedDecodeConfig(Section):
-    """How the server answers."""
-
-    max_new_tokens: PositiveInt | None = None  # longest answer in tokens; null: what suits the task
-    temperature: NonNegative = 0.0  # 0: the likeliest token each time
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # only the likeliest tokens that have this share together
-    seed: Seed | None = None  # of what is drawn; null: the server's own
-    stop: Items[Text] = ()  # texts that end an answer, and are not part of it
-
-    @model_validator(mode="after")
-    def _drawing_is_on(self) -> "ServedDecodeConfig":
-        drawn = [key for key in ("top_p", "seed") if getattr(self, key) != type(self).model_fields[key].default]
-        if drawn and not self.temperature:
-            raise ValueError(f"{drawn[0]} has no effect with temperature 0, which draws nothing")
-        return self
-
-
 class EvalServerConfig(PipelineConfig):
     command: ClassVar[str] = "eval"
     pipeline: Literal["eval_server"]
@@ -66,7 +47,7 @@ class EvalServerConfig(PipelineConfig):
     server: ServerConfig
     prompts: dict[TaskName, Text] = Field(default_factory=dict)  # in place of the tasks' own; {text}: the question
     data: VLDataConfig
-    decode: ServedDecodeConfig = ServedDecodeConfig()
+    decode: DrawingConfig = DrawingConfig()
     examples: Count = 48  # examples of each task on the HTML page
 
     @model_validator(mode="after")

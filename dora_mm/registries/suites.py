@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent / "suites"
 SUFFIX = ".yaml"
 ANY = "any"  # of `images`: a row may have any number
 NEEDED = {"title": str, "readers": list, "metric": str, "prompt": str}
-OPTIONAL = {"plain": str, "max_answer": int, "images": (int, str), "row_mean": bool}
+OPTIONAL = {"plain": str, "max_answer": int, "images": (int, str), "row_mean": bool, "letters": bool}
 
 
 class TaskRegistry(Registry[VLTask]):
@@ -128,4 +128,5 @@ def _task(path: Path, found: Mapping[str, Any]) -> VLTask:
         plain=found.get("plain"),
         max_answer=found.get("max_answer", 16),
         row_mean=found.get("row_mean", False),
+        lettered=found.get("letters", False),
     )

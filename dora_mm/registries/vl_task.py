@@ -40,6 +40,7 @@ class VLTask:
         pairs: Whether rows have a rejected answer beside the chosen one, and the loss compares both.
         names: How an answer names an option, with {option} for it, where rows have options in words: it is written, and
             the first one in it counts; or the likeliest is the answer. None: rows have no such options.
+        lettered: Whether the letters of a row's options are answers, of which the likeliest can be taken.
         prompt: What chat models are asked, with {text} for the question; None: they do not do the task.
         plain: What models without a chat template are asked; None: what their class reads.
         max_answer: Tokens of the longest answer that chat models write.
@@ -57,6 +58,7 @@ class VLTask:
     chosen_from: tuple[str, ...] | None = None
     pairs: bool = False
     names: str | None = None
+    lettered: bool = False
     prompt: str | None = None
     plain: str | None = None
     max_answer: int = 16
@@ -65,7 +67,8 @@ class VLTask:
     @property
     def takes_candidates(self) -> bool:
         """Whether its answers may be restricted to those of the training data."""
-        return self.kind == "questions" and self.chosen_from is None and self.names is None
+        free = self.chosen_from is None and self.names is None and not self.lettered
+        return self.kind == "questions" and free
 
     @property
     def takes_beams(self) -> bool:

@@ -18,7 +18,8 @@ from typing import Any
 
 from PIL import Image
 
-from dora_mm.config.served import KEY_VARIABLE, ServedDecodeConfig, ServerConfig
+from dora_mm.config.served import KEY_VARIABLE, ServerConfig
+from dora_mm.config.vl import DrawingConfig
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import Answer, Example, Turn, pieces_of
 from dora_mm.data.vl.image_folder import image_path
@@ -142,7 +143,7 @@ class ServerAnswers:
         num_cut: How many answers were cut at the most tokens.
     """
 
-    def __init__(self, server: Server, model: str, decode: ServedDecodeConfig, prompts: Mapping[str, str]):
+    def __init__(self, server: Server, model: str, decode: DrawingConfig, prompts: Mapping[str, str]):
         self.server, self.model, self.decode, self.prompts = server, model, decode, prompts
         self.num_cut = 0
 
@@ -184,7 +185,7 @@ class ServerAnswers:
             "temperature": decode.temperature,
         }
         if decode.temperature:
-            body |= {"top_p": decode.top_p} | ({} if decode.seed is None else {"seed": decode.seed})
+            body |= {"top_p": decode.top_p, "seed": decode.seed}
         return body | ({"stop": list(decode.stop)} if decode.stop else {})
 
     def _messages(self, task: str, example: Example, folder: str | None) -> list[dict[str, Any]]:
