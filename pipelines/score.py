@@ -56,7 +56,7 @@ def main(
     files = [read_predictions(name) for name in predictions]
     task = task_of(files, suite)
     references = None if data is None else references_of(task, data, form, annotations, split)
-    answered = [joined(file, references, partial=partial) for file in files]
+    answered = [joined(task, file, references, partial=partial) for file in files]
     for file, rows in zip(files, answered, strict=True):
         print(f"## {file.path}: {file_stem(task)}\n\n{report_of(task, file, rows, precision)}\n")
     pairs = []

@@ -73,5 +73,6 @@ SCORER = mean_scorer(
         "ANLS": (_nearest(official), "script of rrc.cvc.uab.es: white space joined, edits divided by raw lengths"),
         "ANLS (mmf)": (_nearest(stripped), "mmf's STVQAANLSEvaluator: stripped, edits divided by those lengths"),
         "ANLS (pix2struct)": (_nearest(lowered), "pix2struct's anls_metric: white space counts, and 0.5 is 0"),
-    }
+    },
+    answers_alone=True,
 )

@@ -78,6 +78,8 @@ def _area(box: Box) -> float:
 
 def right_box(example: Example) -> tuple[Box, WidthHeight]:
     """The box of an example, and the size of its image in pixels."""
+    if not example.boxes:
+        raise ValueError(f"row {example.id} has no box to compare with: name the data with --data")
     given = json.loads(example.boxes)
     size = (given["size"][0], given["size"][1])
     return _scaled(given["bbox"][0], (1, 1) if given["norm1"] else size), size

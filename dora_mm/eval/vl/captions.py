@@ -208,6 +208,7 @@ class CaptionScorer:
         grouping: As in `AnswerScorer`.
         unit: As in `AnswerScorer`.
         intervals: As in `AnswerScorer`.
+        answers_alone: As in `AnswerScorer`.
     """
 
     ascii_only: bool = False
@@ -215,6 +216,7 @@ class CaptionScorer:
     grouping: str = ""
     unit: Callable[[Example], str] = lambda example: example.id
     intervals: Callable[[Predictions, Sequence[str]], dict[str, Interval]] = lambda *_: {}
+    answers_alone: bool = True
 
     def score(self, predictions: Predictions, *, meteor: bool) -> VLScores:
         return score_captions(predictions, ascii_only=self.ascii_only, meteor=meteor)

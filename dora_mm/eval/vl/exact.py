@@ -19,5 +19,6 @@ SCORER = mean_scorer(
     {
         "exact match": (strict, RULES["exact"]),
         "exact match (folded)": (folded, RULES["accuracy"]),
-    }
+    },
+    answers_alone=True,
 )

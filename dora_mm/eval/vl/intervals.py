@@ -161,7 +161,7 @@ def precision_notes(task: str, predictions: Predictions, wished: float | None = 
     notes = [f"{main} {points(intervals({task: scores})[task])}: 95 % interval, n = {answers:,}{of_groups}"]
     group = {unit(example): group_of(task, example) for example, _ in predictions}
     others = scorer.intervals(predictions, [group[unit(example)] for example, _ in predictions])
-    notes += [f"{name} {points(interval)}: 95 % interval by the jackknife" for name, interval in others.items()]
+    notes += [f"{name} {points(interval)}: 95 % interval" for name, interval in others.items() if interval.has_ends]
     if len(predictions) > 1 and not any(example.images or example.group for example, _ in predictions):
         notes.append("images are not known, so that each row counts for itself: --data names what it is about")
     needed = None if wished is None else groups_needed(group_cells([scores]), wished / 100)

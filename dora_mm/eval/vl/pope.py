@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.eval.statistics import Interval, jackknife
+from dora_mm.eval.statistics import Interval, jackknife, share_interval
+from dora_mm.eval.vl.intervals import AnswerScores, group_cells, variance_of_independent
 from dora_mm.eval.vl.scores import AnswerScorer, VLScores, by_kind, check_answered, percent
 
 NO = frozenset({"No", "no", "not"})
@@ -25,7 +26,7 @@ def says_yes(prediction: str) -> bool:
 
 def is_yes(example: Example) -> bool:
     """Whether the right answer is yes."""
-    return example.answers[0] != "no"
+    return example.answers[0].lower() != "no"  # as VLMEvalKit's files have it, too
 
 
 def row_accuracy(example: Example, prediction: str) -> float:
@@ -62,14 +63,34 @@ def outcomes(predictions: Predictions) -> np.ndarray:
 
 
 def share_intervals(predictions: Predictions, groups: Sequence[str]) -> dict[str, Interval]:
-    """Returns 95 % intervals of `shares` by the jackknife over groups of answers, such as those about one image."""
+    """Returns 95 % intervals of `shares` over groups of answers, such as those about one image.
+
+    Precision, recall and the share of yes are shares of some answers, and have the exact interval of such; F1 has that
+    of the jackknife, and none where no group changes it.
+    """
+    found = outcomes(predictions)
+    hits, alarms, _, missed = found.T.astype(bool)
+    parts = {"precision": (hits, hits | alarms), "recall": (hits, hits | missed)}
+    parts["share of yes"] = (hits | alarms, np.ones(len(found), bool))
+    names = np.array(groups)
+    each = {
+        name: share_of_answers(right[part], tuple(names[part])) for name, (right, part) in parts.items() if part.any()
+    }
+    return each | {"F1": _f1_interval(found, names)}
+
+
+def share_of_answers(right_Q: np.ndarray, groups: tuple[str, ...]) -> Interval:
+    """Returns the 95 % interval of the share of right answers, over groups."""
+    scores = AnswerScores(right_Q.astype(float)[:, None], groups)
+    return share_interval(group_cells([scores]), least=variance_of_independent([scores]))
+
+
+def _f1_interval(found: np.ndarray, groups: np.ndarray) -> Interval:
     _, numbers = np.unique(groups, return_inverse=True)
     counts = np.zeros((numbers.max() + 1, 4))
-    np.add.at(counts, numbers, outcomes(predictions))
-    names = shares(counts.sum(axis=0))
-    return {
-        name: jackknife([len(counts)], lambda kept, name=name: shares(counts[kept].sum(axis=0))[name]) for name in names
-    }
+    np.add.at(counts, numbers, found)
+    interval = jackknife([len(counts)], lambda kept: shares(counts[kept].sum(axis=0))["F1"])
+    return interval if interval.low < interval.high else Interval(interval.mean)
 
 
 def score_pope(predictions: Predictions) -> VLScores:
@@ -88,4 +109,4 @@ def score_pope(predictions: Predictions) -> VLScores:
     return VLScores("accuracy", metrics, by_kind(("category",), predictions, values), notes, rules)
 
 
-SCORER = AnswerScorer(score_pope, row_accuracy, intervals=share_intervals)
+SCORER = AnswerScorer(score_pope, row_accuracy, intervals=share_intervals, answers_alone=True)

@@ -54,5 +54,6 @@ SCORER = mean_scorer(
             "the same on answers without outer white space, as VLMEvalKit",
         ),
     },
+    answers_alone=True,
     notes=_notes,
 )

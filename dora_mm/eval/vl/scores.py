@@ -62,6 +62,7 @@ class AnswerScorer:
         group: What rows have in common that are not independent, beside their images; None: nothing.
         grouping: What `group` joins, for notes.
         unit: The id of the question that a row asks: one that several rows ask is right where all of them are.
+        answers_alone: Whether it needs nothing of a row but its answers, so that references are enough.
         intervals: 95 % intervals of metrics that are no means of answers, of predictions and the group of each.
     """
 
@@ -70,6 +71,7 @@ class AnswerScorer:
     group: Callable[[Example], str | None] = lambda _: None
     grouping: str = ""
     unit: Callable[[Example], str] = lambda example: example.id
+    answers_alone: bool = False
     intervals: Callable[[Predictions, Sequence[str]], dict[str, Interval]] = lambda *_: {}
 
     def score(self, predictions: Predictions, *, meteor: bool) -> VLScores:
@@ -96,6 +98,7 @@ def mean_scorer(
     rules: Mapping[str, tuple[Accuracy, str]],
     *,
     headings: Sequence[str] = (),
+    answers_alone: bool = False,
     notes: Callable[[Predictions, Sequence[float]], Sequence[str]] = lambda *_: (),
 ) -> AnswerScorer:
     """A scorer whose metrics are means over answers.
@@ -103,6 +106,7 @@ def mean_scorer(
     Args:
         rules: By the name of a metric, how it scores an answer, and a sentence that says so. The first is the main one.
         headings: What the kinds of an example are, in their order; none: types, of which it may have several.
+        answers_alone: As in `AnswerScorer`.
         notes: What else is to be said of predictions and the values of the main metric.
     """
     main, (accuracy, _) = next(iter(rules.items()))
@@ -118,7 +122,7 @@ def mean_scorer(
             {name: rule for name, (_, rule) in rules.items()},
         )
 
-    return AnswerScorer(compute, accuracy)
+    return AnswerScorer(compute, accuracy, answers_alone=answers_alone)
 
 
 def check_answered(predictions: Predictions, *, every: bool = True) -> None:

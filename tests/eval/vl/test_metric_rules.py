@@ -113,6 +113,11 @@ def test_all_that_has_no_word_of_no_is_yes(prediction):
     assert pope.says_yes(prediction)
 
 
+def test_yes_and_no_of_vlmevalkit_begin_with_a_capital():
+    assert not pope.is_yes(row("1", ("No",), "")[0])
+    assert score("pope", [row("1", ("No",), "No"), row("2", ("Yes",), "Yes")]).metrics["accuracy"] == 100
+
+
 def test_intervals_of_f1_are_over_images():
     rows = [row(str(n), ("yes" if n % 3 else "no",), "yes" if n % 2 else "no") for n in range(60)]
     each = pope.share_intervals(rows, [example.id for example, _ in rows])
@@ -122,9 +127,20 @@ def test_intervals_of_f1_are_over_images():
     assert pairs["F1"].low != each["F1"].low
 
 
+def test_a_share_of_all_is_not_certain():
+    rows = [row(str(n), ("yes",), "yes") for n in range(40)]
+    found = pope.share_intervals(rows, [example.id for example, _ in rows])
+    assert found["recall"].mean == 1.0
+    assert found["recall"].low == pytest.approx(0.9119, abs=1e-3)  # Clopper and Pearson
+    assert not found["F1"].has_ends
+    assert "precision" not in pope.share_intervals([row("1", ("yes",), "no")], ["1"])
+
+
 def test_formulas_of_ocrbench_have_no_spaces_and_keep_their_case():
     assert one("ocrbench", ("x ^ { 2 }",), "so x^{2}", kinds=("Formula", "HME100k"))["accuracy"] == 100
     assert one("ocrbench", ("x ^ { 2 }",), "so X^{2}", kinds=("Formula", "HME100k"))["accuracy"] == 0
+    vlmevalkit = ("Handwritten Mathematical Expression Recognition",)
+    assert one("ocrbench", ("x ^ { 2 }",), "so x^{2}", kinds=vlmevalkit)["accuracy"] == 100
     found = one("ocrbench", ("ABC",), "\uff41\uff42\uff43", kinds=("Regular Text Recognition", "IIIT5K"))
     assert (found["accuracy"], found["accuracy (full width folded)"]) == (0, 100)
 

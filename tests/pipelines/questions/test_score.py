@@ -172,6 +172,18 @@ def test_samples_of_another_order_are_refused(data, tmp_path, capsys):
     assert "8 of 8 rows have another target than the row of this number" in error
 
 
+def test_samples_without_options_are_no_answers_to_choices(tmp_path, capsys):
+    path = files.write_lines(tmp_path / "s.jsonl", [{"doc_id": 0, "target": "A", "filtered_resps": "A"}])
+    error = run(capsys, path, "--suite", "ai2d", code=2)
+    assert "has no options and kinds, which ai2d needs: name the data with --data" in error
+
+
+def test_the_text_of_a_question_is_not_taken_for_its_answer(data, tmp_path, capsys):
+    rows = [{"question_id": n, "text": "Where?", "answer": answer} for n, answer in enumerate(ANSWERS)]
+    path = files.write_lines(tmp_path / "said.jsonl", rows)
+    assert metric(run(capsys, path, "--suite", "docvqa", "--data", data)) == 100
+
+
 def test_an_error_of_a_server_is_no_answer(data, tmp_path, capsys):
     path = batch(tmp_path / "out.jsonl", WRONG)
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
@@ -245,6 +257,7 @@ def test_files_of_another_version_are_refused(tmp_path, capsys):
     assert "is of another version (predictions 9): this one reads predictions 1" in run(capsys, path, code=2)
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_a_suite_is_scored_again_from_its_rows(tiny_vlm, tmp_path, capsys):
     pictures = write_pictures(tmp_path)
     rows = [row | {"image": name} for row, name in zip(DOCUMENTS, ["wide.png", "tall.png"] * 4, strict=True)]

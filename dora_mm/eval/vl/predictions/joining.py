@@ -8,6 +8,7 @@ from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.readers import read_source, resolved
 from dora_mm.data.vl.rows import BadRows, count_of
+from dora_mm.eval.vl.metrics import scorer_of
 from dora_mm.eval.vl.predictions.reading import MOST_NAMED, PredictionFile
 from dora_mm.eval.vl.scores import is_answered
 from dora_mm.registries.vl_tasks import TASKS
@@ -43,16 +44,18 @@ def _format(task: str, data: str) -> str:
     return tables[0] if tables and Path(data).name.lower().endswith(TABLES) else forms[0]
 
 
-def joined(file: PredictionFile, references: Sequence[Example] | None, *, partial: bool) -> Predictions:
+def joined(task: str, file: PredictionFile, references: Sequence[Example] | None, *, partial: bool) -> Predictions:
     """The predictions of a file with the examples that they answer, in the order of these.
 
     Args:
+        task: The suite.
         file: The file.
         references: The rows of the data; None: those that the file has itself.
         partial: Whether rows that only one side has are left out.
 
     Raises:
-        ValueError: There are no references, or one side lacks rows of the other and `partial` is not set.
+        ValueError: There are no references, or less than the suite needs, or one side lacks rows of the other and
+            `partial` is not set.
     """
     if references is None:
         without = [row.where for row in file.rows if row.example is None or not is_answered(row.example)]
@@ -61,6 +64,8 @@ def joined(file: PredictionFile, references: Sequence[Example] | None, *, partia
                 f"{file.path}: {count_of(len(without), 'row')} of {len(file.rows)} have no references "
                 f"({named(without)}): name the data that they are answers to with --data"
             )
+        if file.by_number and not scorer_of(task).answers_alone:
+            raise ValueError(f"{file.path} has no options and kinds, which {task} needs: name the data with --data")
         return [(row.example, row.prediction) for row in file.rows if row.example is not None]
     if file.by_number:
         references = [replace(example, id=str(number)) for number, example in enumerate(references)]

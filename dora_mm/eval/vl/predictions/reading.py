@@ -23,7 +23,7 @@ from dora_mm.eval.vl.predictions.scored import About, about_of, example_of
 IDS = ("id", "question_id", "questionId", "index", "custom_id", "qid", "identifier", "image_id", "data_id")
 ANSWERS = (
     *("prediction", "predict", "pred", "pred_answer", "response", "output", "outputs", "generated_text", "completion"),
-    *("text", "caption", "answer"),
+    *("answer", "text", "caption"),  # a row with an answer may have the text of its question
 )
 MOST_NAMED = 5  # places in a message
 
