@@ -2,9 +2,8 @@
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,18 @@ from dora_mm.adapting.files import digest_of_adapter, load_trained, seed_of
 from dora_mm.config.paths import resolve_model, resolve_path
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.vl import EvalVLConfig
-from dora_mm.data.images.frames import is_video, stills
-from dora_mm.data.images.pixels import load_rgb
-from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.data.vl.image_folder import image_path
+from dora_mm.data.vl.example import Predictions
 from dora_mm.data.vl.splits import ValidationSet, open_validation, training_texts
 from dora_mm.eval.vl.intervals import answer_scores, gain_over_question_only, points
-from dora_mm.eval.vl.metrics import QUESTION_ONLY, conclusion, report, score, score_row, task_table
-from dora_mm.eval.vl.pages import PageExample, PageSection, write_examples_page
+from dora_mm.eval.vl.metrics import QUESTION_ONLY, conclusion
 from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
+from dora_mm.eval.vl.reports import write_answers, write_examples, write_report
 from dora_mm.eval.vl.same_answers import share_of_same
-from dora_mm.eval.vl.scores import VLScores, is_answered
-from dora_mm.eval.vl.submissions import suffix, write_predictions
+from dora_mm.eval.vl.scores import VLScores
 from dora_mm.models.folders import settings_identity
 from dora_mm.models.vl.families import is_local, load_vl_model
 from dora_mm.models.vl.vl_model import VLModel
+from dora_mm.registries.suites import suite_file
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.sampling.answers import answer_all, read_answers
 from dora_mm.tasks.preferences import KeptReference, Preferences
@@ -37,6 +33,7 @@ from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.train.validation import main_values
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.devices import default_device
+from dora_mm.utils.digest import files_digest
 from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -48,8 +45,9 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     """Answers the splits, scores the answers and prints the report. Pairs are answered by their margins.
 
     Writes to the run directory: the answers of each task in predictions_<task> (in the format of its evaluation
-    server), scores.json, report.md, with `examples` examples.html, and with `same_as` same_answers.json; and in
-    answers/ those so far, from which the same evaluation goes on if `output` names it.
+    server) and scored_<task>.jsonl (for `dora-mm score`), scores.json, report.md, with `examples` examples.html, and
+    with `same_as` same_answers.json; and in answers/ those so far, from which the same evaluation goes on if `output`
+    names it.
 
     Args:
         config: The config; without `adapter` the bare model is scored.
@@ -73,11 +71,12 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     if folder:
         load_trained(model, folder, backend=config.backend)
     answers = answerers(model, splits, config.decode, Preferences(model, config.preference, bare))
-    with evaluation_run(config, inputs_of(config, model, splits, folder)) as run:
+    inputs = inputs_of(config, model, splits, folder)
+    with evaluation_run(config, inputs) as run:
         kept = run.path / ANSWERS
         asked = (answers, model.networks.values(), splits, config.decode.batch_size)
         answered = answer_all(*asked, folder=kept, content=model.content)
-        scores = report_all(config, run, answered, splits)
+        scores = report_all(config, run, answered, splits, inputs)
         if config.same_as:
             report_same(config.same_as, run, splits, earlier)
         print(f"\n{conclusion(scores, adapted=folder is not None)}")
@@ -140,21 +139,25 @@ def inputs_of(
     """Digests of all that the config refers to, by a description of each."""
     inputs = data_of(splits) | dict(model.identity)
     inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
+    inputs |= {f"the suite {name}": files_digest([file]) for name in splits if (file := suite_file(name))}
     return inputs | ({"the adapter": digest_of_adapter(adapter)} if adapter else {})
 
 
 def report_all(
-    config: EvalVLConfig, run: RunDirectory, answered: dict[str, Predictions], splits: dict[str, ValidationSet]
+    config: EvalVLConfig,
+    run: RunDirectory,
+    answered: dict[str, Predictions],
+    splits: dict[str, ValidationSet],
+    inputs: Mapping[str, str],
 ) -> dict[str, VLScores]:
     """Scores the answers, writes all files of the run directory, and prints the report; returns the scores by task."""
-    for name, rows in answered.items():
-        write_predictions(name, rows, run.path / f"predictions_{name}{suffix(name)}")
-    # Some rows of Karpathy's VQA have no reference answer: they count as wrong, and a note gives their number.
-    scored = {name: rows for name, rows in answered.items() if any(is_answered(example) for example, _ in rows)}
-    scores = {name: score(name, rows) for name, rows in scored.items()}
-    scores = {name: with_question_only_accuracy(config, name, found, scored[name]) for name, found in scores.items()}
-    write_report(config, run, scores, [name for name in answered if name not in scored])
-    write_page(config, run, answered, splits)
+    settings = {"decode": config.decode.model_dump(mode="json"), "model": config.model.model_dump(mode="json")}
+    scores = write_answers(run.path, answered, settings, inputs, getattr(config.model, "prompts", {}))
+    scores = {name: with_question_only_accuracy(config, name, found, answered[name]) for name, found in scores.items()}
+    unscored = [name for name in answered if name not in scores]
+    write_report(run.path, config.name, scores, unscored, main_values(scores))
+    folders = {name: split.images for name, split in splits.items()}
+    write_examples(run.path, config.name, answered, folders, config.examples)
     return scores
 
 
@@ -178,50 +181,3 @@ def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScore
         notes.append(gain_over_question_only("These answers", {name: ours}, {name: guessed}))
     metrics = {**scores.metrics, QUESTION_ONLY: mean_accuracy(guesses)}
     return replace(scores, metrics=metrics, notes=tuple(notes))
-
-
-def write_report(config: EvalVLConfig, run: RunDirectory, scores: dict[str, VLScores], unscored: list[str]) -> None:
-    """Writes scores.json and report.md, and prints the report."""
-    values: dict[str, Any] = {name: {"task": name, **asdict(found)} for name, found in scores.items()}
-    write_text(run.path / "scores.json", json.dumps(values, indent=2) + "\n")
-    overall = ", ".join(f"{name} {value:.2f}" for name, value in main_values(scores).items())
-    texts = [
-        f"# {config.name}\n\n{overall}",
-        *([f"## all tasks\n\n{overview}"] if len(scores) > 1 and (overview := task_table(scores)) else []),
-        *(f"## {name}\n\n{report(name, found)}" for name, found in scores.items()),
-    ]
-    texts += [f"## {name}\n\nNo answers to compare with: predictions only." for name in unscored]
-    write_text(run.path / "report.md", "\n\n".join(texts) + "\n")
-    print("\n\n".join(texts[1:]))
-    print(f"\nreport   {run.path / 'report.md'}")
-
-
-def write_page(
-    config: EvalVLConfig, run: RunDirectory, answered: dict[str, Predictions], splits: dict[str, ValidationSet]
-) -> None:
-    """Writes examples.html: `examples` rows of every task, evenly spaced over its split."""
-    if not config.examples:
-        return
-    sections = []
-    for name, rows in answered.items():
-        chosen = rows[:: max(1, len(rows) // config.examples)][: config.examples]
-        examples = [
-            PageExample.from_example(
-                example,
-                prediction,
-                score_row(name, example, prediction),
-                load_images(name, example, splits[name].images),
-            )
-            for example, prediction in chosen
-        ]
-        sections.append(PageSection(name, examples))
-    write_examples_page(run.path / "examples.html", config.name, sections)
-    print(f"examples {run.path / 'examples.html'}")
-
-
-def load_images(task: str, example: Example, folder: str | None) -> list[Any]:
-    """The images of an example; none for videos, and where only features of images are known."""
-    if TASKS[task].clips or (folder is None and not all(map(os.path.isabs, example.images))):
-        return []
-    paths = [image_path(folder, name) for name in example.images]
-    return [still for path in paths for still in (stills(path) if is_video(path) else [load_rgb(path, "white")])]

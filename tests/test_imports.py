@@ -44,6 +44,7 @@ VL_TASKS = re.compile(rf"[\"']({'|'.join(TASKS)})[\"']")
 MAY_NAME_VL_TASKS = (  # the records of tasks; and of formats and metrics, some of which have the name of a task
     *("dora_mm/registries/", "dora_mm/config/vl_data.py", "dora_mm/data/vl/readers/"),
     *("dora_mm/eval/vl/captions.py", "dora_mm/eval/vl/submissions.py"),  # a key of their files
+    "dora_mm/eval/vl/predictions/reading.py",  # a key of other programs' files
     *("dora_mm/data/images/captions.py", "dora_mm/cli/"),  # a key of captions, a command
     "dora_mm/train/resuming.py",  # a section of configs
 )

@@ -24,9 +24,9 @@ PATHS: dict[str | tuple[str, str], Wanted] = {
     **dict.fromkeys(("config", "job_config", "resume", "replay", "images", "data", "folder", "output"), RUN),
     **dict.fromkeys(("model", "base", "tuned"), RUN),
     **dict.fromkeys(("adapter", "source", "sources", "file", "path", "out", "runs"), ADAPTER),
-    **{"run": CHECKPOINT, ("gallery", "runs"): PICTURES, ("train", "resume"): CHECKPOINT},
+    **{"predictions": RUN, "run": CHECKPOINT, ("gallery", "runs"): PICTURES, ("train", "resume"): CHECKPOINT},
 }
-WRITTEN = ("out", "output")
+WRITTEN = ("out", "output", "page")
 DEFAULTS_OF_JOBS = "configs/sdxl/jobs.yaml"
 
 

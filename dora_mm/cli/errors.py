@@ -4,7 +4,7 @@ import errno
 import sys
 from collections.abc import Iterator
 
-from dora_mm.utils.messages import ChangedFileError, compiler_problem, is_ours, raised_by_us, shown
+from dora_mm.utils.messages import ChangedFileError, ServerError, compiler_problem, is_ours, raised_by_us, shown
 
 LONGEST_LINE = 2000  # characters
 
@@ -33,7 +33,7 @@ def _message(error: Exception) -> str | None:
     compiler = sys.modules.get("torch._dynamo.exc")  # importing it takes seconds
     if compiler is not None and isinstance(error, compiler.TorchDynamoException):  # in a forward or a backward pass
         return f"train.compile: a block cannot be compiled ({compiler_problem(error)}): leave it out"
-    if isinstance(error, ChangedFileError) or (isinstance(error, ValueError) and raised_by_us(error)):
+    if isinstance(error, ChangedFileError | ServerError) or (isinstance(error, ValueError) and raised_by_us(error)):
         return str(error)
     return None
 

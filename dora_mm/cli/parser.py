@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from dora_mm import __version__
 from dora_mm.registries.image_families import IMAGE_FAMILIES
+from dora_mm.registries.suites import suite_titles
 from dora_mm.registries.tools import TARGETS, TOOLS, other_tools
 from dora_mm.utils.dtypes import full_name
 from dora_mm.utils.processes import reports_end
@@ -62,6 +63,7 @@ def build_parser() -> CommandParser:
         _add_average,
         _add_analyse,
         _add_tune,
+        _add_score,
         _add_ask,
         _add_caption,
         _add_configs,
@@ -270,6 +272,46 @@ def _add_extract(commands: Any) -> None:
     command.add_argument("out", metavar="OUT", help="a new file that ends in .safetensors, or a new folder")
     command.add_argument("--rank", metavar="R", type=_positive, required=True, help="of the adapter")
     command.add_argument("--to", metavar="TARGET", help="as in convert; default: diffusers, or peft for a single model")
+
+
+def _add_score(commands: Any) -> None:
+    command = commands.add_parser("score", help="score predictions of any program by the rule of a suite")
+    _list_in_help(command, "suites", suite_titles)
+    command.add_argument(
+        "predictions",
+        metavar="PREDICTIONS",
+        nargs="+",
+        help="ours, VLMEvalKit's .xlsx, lmms-eval's samples, or .jsonl, .csv, .tsv with an id and an answer; "
+        "further ones are compared with the first",
+    )
+    command.add_argument(
+        "--suite", metavar="NAME", help="one of those below, a task, or a suite's .yaml; default: theirs"
+    )
+    command.add_argument("--data", metavar="FILE", help="the questions with their answers; default: those in the files")
+    command.add_argument("--format", metavar="NAME", dest="form", help="of --data; default: that of the suite")
+    command.add_argument("--annotations", metavar="FILE", help="the answers, of --data that has a file for them")
+    command.add_argument("--split", metavar="NAME", help="of --data that has several")
+    command.add_argument("--partial", action="store_true", help="leave out rows that only one side has")
+    precise = "also say how many answers an interval of +- POINTS takes"
+    command.add_argument("--precision", metavar="POINTS", type=_above_zero, help=precise)
+    command.add_argument(
+        "--page", metavar="HTML", type=Path, help="write a page of all answers, of two files with changes"
+    )
+    command.add_argument(
+        "--images", metavar="FOLDER", help="the images, for --page; default: those that rows name in full"
+    )
+    command.add_argument("--to", choices=("vlmevalkit", "lmms-eval"), help="write them for this tool, to --out")
+    command.add_argument("--out", metavar="FILE", type=Path, help="a new file")
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
 
 
 def _add_ask(commands: Any) -> None:

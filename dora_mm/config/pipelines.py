@@ -32,6 +32,7 @@ SCHEMAS: Mapping[str, type[PipelineConfig]] = _Schemas(
     extract_features="config.vl:ExtractFeaturesConfig",
     train_vl="config.vl:TrainVLConfig",
     eval_vl="config.vl:EvalVLConfig",
+    eval_server="config.served:EvalServerConfig",
     compare="studies.config:CompareConfig",
     tune="studies.config:TuneConfig",
 )

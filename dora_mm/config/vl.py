@@ -14,11 +14,13 @@ from dora_mm.config.schema import (
     InputPath,
     Items,
     NewFolder,
+    NonNegative,
     OutputFolder,
     PipelineConfig,
     Positive,
     Section,
     Seed,
+    Text,
     raise_problems,
 )
 from dora_mm.config.training import (
@@ -37,13 +39,29 @@ from dora_mm.config.vl_data import Split, VLDataConfig, missing_splits
 from dora_mm.registries.vl_tasks import TASKS
 
 
-class DecodeConfig(Section):
+class DrawingConfig(Section):
+    """How tokens of answers are chosen, and where answers end."""
+
+    max_new_tokens: PositiveInt | None = None  # longest answer in tokens; null: what suits the task
+    temperature: NonNegative = 0.0  # 0: the likeliest token each time; above: tokens are drawn, and not with beams
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # only the likeliest tokens that have this share together
+    seed: Seed = 0  # of what is drawn
+    stop: Items[Text] = ()  # texts that end an answer, and are not part of it
+
+    @model_validator(mode="after")
+    def _drawing_is_on(self) -> "DrawingConfig":
+        drawn = [key for key in ("top_p", "seed") if getattr(self, key) != type(self).model_fields[key].default]
+        if drawn and not self.temperature:
+            raise ValueError(f"{drawn[0]} has no effect with temperature 0, which draws nothing")
+        return self
+
+
+class DecodeConfig(DrawingConfig):
     batch_size: PositiveInt = 64  # examples per batch
     # trie, rank: only answers in the training data; rank, where rows have options in words: only these
     answers: Literal["generate", "trie", "rank"] = "generate"
     min_answer_count: PositiveInt = 1  # trie, rank: how often an answer must occur in the training data
     beams: PositiveInt = 5  # beam search of captions and options in words; other answers are decoded greedily
-    max_new_tokens: PositiveInt | None = None  # longest answer in tokens; null: what suits the task
 
     def takes_candidates(self, task: str) -> bool:
         """Whether the answers of this task are chosen from a list of candidates."""
@@ -184,7 +202,9 @@ def _check_beside_weights(method: str, train: EpochTrainConfig) -> list[str]:
 def check_decoding(decode: DecodeConfig, data: VLDataConfig, section: str = "decode") -> list[str]:
     """Finds settings of answers that have no effect with the tasks of `data`; one message for each."""
     problems, tasks, default = [], [task.task for task in data.all_tasks], DecodeConfig()
-    if decode.beams != default.beams and not any(TASKS[task].takes_beams for task in tasks):
+    if decode.temperature and decode.beams != default.beams:
+        problems.append(f"{section}.beams has no effect with temperature, which draws single answers")
+    elif decode.beams != default.beams and not any(TASKS[task].takes_beams for task in tasks):
         problems.append(f"{section}.beams has no effect: no task has captions or options in words")
     candidates = any(decode.takes_candidates(task) for task in tasks)
     if decode.min_answer_count != default.min_answer_count and not candidates:

@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, mo
 
 from dora_mm.config.schema import Count, InputPath, Items, Positive, Section, Text, name_in, raise_problems
 from dora_mm.registries.readers import READERS, Key, Reader
+from dora_mm.registries.suites import file_stem
 from dora_mm.registries.vl_tasks import TASKS, tasks_of
 
 ColumnName = Literal[
@@ -195,7 +196,7 @@ class VLDataConfig(Section):
 
     @model_validator(mode="after")
     def _one_form_is_given(self) -> "VLDataConfig":
-        names = [task.task for task in self.tasks]
+        names = [file_stem(task.task) for task in self.tasks]
         short = [key for key in ("train", "more", "valid") if getattr(self, key)]
         problems = check_splits(self.task, self.train, self.valid, self.more)
         if len(set(names)) < len(names):

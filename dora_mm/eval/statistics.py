@@ -10,7 +10,7 @@ from math import isnan, nan
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import beta, t
+from scipy.stats import beta, binomtest, t
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
@@ -207,6 +207,50 @@ def holm(p_values: Sequence[float]) -> list[float]:
             largest = max(largest, min(1.0, (len(p_values) - place) * float(p_values[index])))
             corrected[index] = largest
     return corrected
+
+
+def paired_p(differences_KS: np.ndarray) -> tuple[float, bool]:
+    """Returns how likely a mean difference as far from 0 is where there is none.
+
+    Of single differences of -1, 0 and 1 by McNemar's exact test (1947): as many better as worse; else by the t test
+    that belongs to `mean_interval`.
+
+    Args:
+        differences_KS: One difference per group of answers and run, (K, S).
+
+    Returns:
+        The two-sided p, and whether it is that of the exact test.
+    """
+    K, S = differences_KS.shape
+    better, worse = int((differences_KS > 0).sum()), int((differences_KS < 0).sum())
+    if S == 1 and np.isin(differences_KS, (-1.0, 0.0, 1.0)).all():
+        return (float(binomtest(better, better + worse).pvalue) if better + worse else 1.0), True
+    if K < 2:
+        return 1.0, False
+    spread = mean_spread(differences_KS, over_runs=True)
+    mean = float(differences_KS.mean())
+    if not spread.variance:
+        return (1.0 if mean == 0 else 0.0), False
+    return float(2 * t.sf(abs(mean) / np.sqrt(spread.variance), spread.freedom)), False
+
+
+def groups_needed(values_KS: np.ndarray, half_width: float) -> int | None:
+    """Returns how many groups like these a 95 % t interval takes that is not wider than a wished one.
+
+    Args:
+        values_KS: One value per group and run, (K, S), of which the variance is known.
+        half_width: Half the width of the interval.
+
+    Returns:
+        The number of groups, of as many answers each; None where there are fewer than two, or all values are equal.
+    """
+    variance = float(values_KS.mean(axis=1).var(ddof=1)) if len(values_KS) > 1 else 0.0
+    if not variance:
+        return None
+    needed = max(2, int(variance * (t.ppf(1.0 - TAIL, np.inf) / half_width) ** 2))
+    while variance * t.ppf(1.0 - TAIL, needed - 1) ** 2 > needed * half_width**2:
+        needed += 1
+    return needed
 
 
 def jackknife(sizes: Sequence[int], statistic: Callable[..., float]) -> Interval:

@@ -37,6 +37,7 @@ HERE = "dora_mm.data.vl.readers"
 VL_T5 = "the data of VL-T5 (github.com/j-min/VL-T5)"
 VALUE = "the VALUE benchmark (github.com/VALUE-Leaderboard/DataRelease)"
 KARPATHY = "Karpathy's splits (cs.stanford.edu/people/karpathy/deepimagesent)"
+RRC = "Robust Reading Competition, rrc.cvc.uab.es/?ch="
 RECORDS = {
     "vqa_v2": Reader(f"{HERE}.vqa:read_vqa_v2", "visualqa.org", keys=("annotations",)),
     "vqa_karpathy": Reader(f"{HERE}.vqa:read_vqa_karpathy", VL_T5, keys=("annotations",)),
@@ -65,6 +66,25 @@ RECORDS = {
         keys=("split",),
         images="own",
     ),
+    "answers": Reader(
+        f"{HERE}.choices:read_answers",
+        "VLMEvalKit (github.com/open-compass/VLMEvalKit)",
+        keys=("split",),
+        images="own",
+    ),
+    "docvqa": Reader(f"{HERE}.text_in_pictures:read_docvqa", f"{RRC}17"),
+    "stvqa": Reader(f"{HERE}.text_in_pictures:read_stvqa", f"{RRC}11"),
+    "textvqa": Reader(f"{HERE}.text_in_pictures:read_textvqa", "textvqa.org"),
+    "ocrbench": Reader(f"{HERE}.text_in_pictures:read_ocrbench", "github.com/Yuliang-Liu/MultimodalOCR"),
+    "chartqa": Reader(f"{HERE}.charts:read_chartqa", "github.com/vis-nlp/ChartQA"),
+    "plotqa": Reader(f"{HERE}.charts:read_plotqa", "github.com/NiteshMethani/PlotQA"),
+    "mmmu": Reader(f"{HERE}.knowledge:read_mmmu", "MMMU/MMMU and MMMU/MMMU_Pro (huggingface.co)", images="own"),
+    "scienceqa": Reader(f"{HERE}.knowledge:read_scienceqa", "github.com/lupantech/ScienceQA", keys=("split",)),
+    "ai2d": Reader(f"{HERE}.knowledge:read_ai2d", "lmms-lab/ai2d (huggingface.co)", images="own"),
+    "aokvqa": Reader(f"{HERE}.knowledge:read_aokvqa", "github.com/allenai/aokvqa"),
+    "aokvqa_direct": Reader(f"{HERE}.knowledge:read_aokvqa_direct", "github.com/allenai/aokvqa"),
+    "pope": Reader(f"{HERE}.pope:read_pope", "github.com/AoiDragon/POPE"),
+    "refcoco": Reader(f"{HERE}.refcoco:read_refcoco", "Qwen-VL's eval_mm (github.com/QwenLM/Qwen-VL)"),
     "commonsense": Reader(
         f"{HERE}.commonsense:read_commonsense",
         "the data of LLM-Adapters (github.com/AGI-Edgerunners/LLM-Adapters)",

@@ -14,6 +14,7 @@ from dora_mm.core import fixed_parameters
 from dora_mm.data.vl.example import Answer, Example, Predictions
 from dora_mm.data.vl.rows import OnBadData, RowTooLongError
 from dora_mm.data.vl.splits import ValidationSet
+from dora_mm.registries.suites import file_stem
 from dora_mm.utils.atomic import append_text, write_text
 from dora_mm.utils.evaluating import evaluating, map_shared
 from dora_mm.utils.progress import Progress
@@ -58,7 +59,7 @@ def answer_all(
     with evaluating(networks) as together, fixed_parameters(together):
         found = {}
         for name, split in sets.items():
-            kept = folder and KeptAnswers(folder / f"{name}.jsonl", split, content)
+            kept = folder and KeptAnswers(folder / f"{file_stem(name)}.jsonl", split, content)
             found[name] = _answer_split(answers[name], split, batch_size, limit, name, process, kept)
         return found
 
@@ -203,7 +204,7 @@ def read_answers(folder: Path, task: str) -> list[tuple[str | None, str]]:
 
     The answer is None to a row that cannot be read.
     """
-    return list(_kept(folder / f"{task}.jsonl"))
+    return list(_kept(folder / f"{file_stem(task)}.jsonl"))
 
 
 def _kept(file: Path) -> Iterator[tuple[str | None, str]]:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from dora_mm.eval.images.scores import MEANS, Scores, format_interval, metric_cells
 from dora_mm.eval.statistics import Interval, columns, holm, paired_difference
-from dora_mm.eval.vl.intervals import HEADINGS, AnswerScores, intervals, minus, points
+from dora_mm.eval.vl.intervals import MEAN, AnswerScores, heading, intervals, minus, points
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.studies.variants import Variant, contrasts
 from dora_mm.utils.tables import csv_records, markdown_records, markdown_table
@@ -134,7 +134,7 @@ def vl_results_table(results: Sequence[Result]) -> str:
     return markdown_records(
         [
             {"": result.name, "trainable": result.entry("trainable_share", "{:.2f} %"), "learning rate": result.rate}
-            | {HEADINGS[key]: points(result.scores[key]) if key in result.scores else "" for key in keys}
+            | {heading(key): points(result.scores[key]) if key in result.scores else "" for key in keys}
             | {"seconds a step": result.entry("seconds_per_step", "{:.3f}")}
             | {"memory, MB": result.entry("peak_memory_mb", "{:,.0f}")}
             for result in results
@@ -166,7 +166,7 @@ def vl_contrasts_table(ranks: Sequence[int], scores: Mapping[Variant, Mapping[st
         ranks,
         scores,
         lambda first, second: intervals(minus(first, second), differences=True),
-        HEADINGS,
+        {key: heading(key) for key in _ordered(key for found in scores.values() for key in (*found, MEAN))},
         lambda _, interval: points(interval),
     )
 
@@ -174,7 +174,7 @@ def vl_contrasts_table(ranks: Sequence[int], scores: Mapping[Variant, Mapping[st
 def describe_sizes(scores: Mapping[str, AnswerScores]) -> str:
     """Returns the number of answers and of groups of every task, in words."""
     parts = [
-        f"{HEADINGS[task]} {len(found.groups):,} answers in {len(set(found.groups)):,} groups"
+        f"{heading(task)} {len(found.groups):,} answers in {len(set(found.groups)):,} groups"
         for task, found in scores.items()
     ]
     return "; ".join(parts)
@@ -188,7 +188,7 @@ def caption_notes(scores: Mapping[str, AnswerScores], tasks: Iterable[str]) -> l
             "CIDEr is the mean of the captions' CIDEr-D scores, so its interval is computed in the same way; the word "
             "frequencies come from the references of the split, which are the same for all."
         )
-    if missing := [HEADINGS[task] for task in tasks if task not in scores]:
+    if missing := [heading(task) for task in tasks if task not in scores]:
         notes.append(
             f"Not scored: {', '.join(missing)}. The tokenizer of caption metrics, a Java program, cannot run here."
         )
@@ -196,5 +196,10 @@ def caption_notes(scores: Mapping[str, AnswerScores], tasks: Iterable[str]) -> l
 
 
 def _keys(results: Sequence[Result]) -> list[str]:
-    """Returns the tasks that any of the results has scores of, in the order of HEADINGS."""
-    return [key for key in HEADINGS if any(key in result.scores for result in results)]
+    """Returns the tasks that any of the results has scores of, in the order of TASKS."""
+    return _ordered(key for result in results for key in result.scores)
+
+
+def _ordered(keys: Iterable[str]) -> list[str]:
+    places = {key: place for place, key in enumerate(TASKS)}
+    return sorted(dict.fromkeys(keys), key=lambda key: (key == MEAN, places.get(key, len(places))))

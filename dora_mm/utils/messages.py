@@ -18,6 +18,13 @@ class ChangedFileError(Exception):
     """
 
 
+class ServerError(Exception):
+    """A server that was asked does not answer.
+
+    It is no ValueError: a row that cannot be read may be left out, and one that nobody answered may not.
+    """
+
+
 def shown(text: object, most: int = 200) -> str:
     """A text on one line, with what a terminal would obey as escapes, and the beginning of one that is too long.
 

@@ -8,10 +8,12 @@ from dora_mm.eval.statistics import (
     Interval,
     columns,
     frechet_distance,
+    groups_needed,
     holm,
     jackknife,
     mean_interval,
     paired_difference,
+    paired_p,
     share_interval,
 )
 
@@ -187,3 +189,37 @@ def test_jackknife_over_runs_includes_their_differences():
     error = values.mean(axis=0).std(ddof=1) / np.sqrt(3)
     assert over_both.high - over_both.mean == pytest.approx(t.ppf(0.975, 2) * error, rel=0.03)
     assert over_both.high - over_both.low > 10 * (over_concepts.high - over_concepts.low)
+
+
+# --- paired tests and sizes ------------------------------------------------------------------------------------------
+
+
+def test_single_differences_are_tested_exactly():
+    differences = np.array([1.0] * 8 + [-1.0] + [0.0] * 20)[:, None]
+    p, exact = paired_p(differences)
+    assert exact
+    assert p == pytest.approx(2 * (1 + 9) / 2**9)  # at most one of nine is worse, on either side
+    assert paired_p(np.zeros((5, 1))) == (1.0, True)
+
+
+def test_other_differences_are_tested_by_t():
+    differences = np.random.default_rng(0).normal(0.3, 1.0, (40, 1))
+    p, exact = paired_p(differences)
+    assert not exact
+    assert p == pytest.approx(ttest_1samp(differences[:, 0], 0.0).pvalue)
+    excludes_zero = mean_interval(differences).low > 0 or mean_interval(differences).high < 0
+    assert (p < 0.05) == excludes_zero
+    assert paired_p(np.array([[0.5]])) == (1.0, False)
+
+
+def test_as_many_groups_as_a_wished_interval_takes():
+    values = np.random.default_rng(1).random((2000, 1))
+    needed = groups_needed(values, 0.05)
+    assert needed is not None
+    widths = [
+        (found.high - found.low) / 2
+        for found in (mean_interval(np.random.default_rng(seed).random((needed, 1))) for seed in range(50))
+    ]
+    assert np.mean(widths) == pytest.approx(0.05, rel=0.03)
+    assert groups_needed(np.ones((9, 1)), 0.05) is None
+    assert groups_needed(values, 0.5) == 4

@@ -103,4 +103,4 @@ def test_a_package_is_listed_beside_what_is_built_in(tmp_path):
     (tmp_path / "config.yaml").write_text("pipeline: eval_vl\ndata:\n  task: sms\n")
     done = run(package, "eval config.yaml")
     assert "line 3: data.task: must be 'vqa', " in done.stderr
-    assert "'openbookqa' or 'sums', got 'sms', did you mean 'sums'?" in done.stderr
+    assert "'textvqa' or 'sums', got 'sms', did you mean 'sums'?" in done.stderr

@@ -27,6 +27,7 @@ SCHEMA = pa.schema(
         "tools": pa.string(),
         "boxes": pa.string(),
         "rejected": pa.list_(TURN),
+        "group": pa.string(),
     }
 )
 CONVERSATIONS = ("turns", "rejected")  # its columns of turns

@@ -69,7 +69,8 @@ class Example:
             has no answers (a test split, or an empty label of the Karpathy form).
         scores: The training score of each of `answers`, from 0 to 1: min(1, 0.3 n) for a VQA answer that n people gave,
             1 in all other data sets.
-        raw_answers: The ten answers of VQA as the file has them; empty for formats that do not contain them.
+        raw_answers: The ten answers of VQA, TextVQA and A-OKVQA as the file has them; empty for formats that do not
+            contain them.
         kinds: The categories by which tables of scores are grouped: (answer_type, question_type) for VQA, (structural,
             semantic) for GQA, the type of each reference for video captions, (category,) for multiple choice; empty
             where the file has none.
@@ -82,9 +83,12 @@ class Example:
             none.
         boxes: JSON of what is in place of BOX and REF in the texts of a conversation: {"bbox": a list of lists of
             numbers, "ref": a list of texts, "norm1": whether the numbers are shares of width and height and not pixels,
-            "image": for each box the number of its image}; "" for none.
+            "image": for each box the number of its image}; "" for none. Of a question whose answer is a box also
+            "size", the width and height of its image in pixels.
         rejected: Of preferences, the turns of the same conversation with the rejected answer; `turns` are those with
             the chosen one. Only what follows the turns that both have is learned. Empty for all other data sets.
+        group: What rows have in common that are not independent, where that is more than an image: the document of a
+            page; "" for nothing.
     """
 
     id: str
@@ -100,6 +104,7 @@ class Example:
     tools: str = ""
     boxes: str = ""
     rejected: tuple[Turn, ...] = ()
+    group: str = ""
 
     def with_rejected(self) -> "Example":
         """The same conversation with the rejected answer in place of the chosen one."""

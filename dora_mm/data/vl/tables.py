@@ -35,7 +35,7 @@ from dora_mm.utils.digest import file_digest, known_digest
 from dora_mm.utils.progress import Progress
 
 log = logging.getLogger(__name__)
-LAYOUT = "8"  # increase it when the files or the rows of all readers change; a reader has its `version`
+LAYOUT = "9"  # increase it when the files or the rows of all readers change; a reader has its `version`
 BATCH_ROWS = 1000  # rows per Arrow record batch: the number held in memory while writing
 HASHED = 1 << 23  # bytes of a file that are hashed at a time, by each processor core
 STORED_IMAGES = "images"  # the subfolder of images that were embedded in data files

@@ -3,17 +3,23 @@
 Where the tokenizer cannot run, there are no metrics, only a note: scores on other tokens are not comparable.
 """
 
+from __future__ import annotations
+
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.vl.scores import VLScores, check_answered, table
 from dora_mm.utils.progress import tracked
+
+if TYPE_CHECKING:
+    from dora_mm.eval.statistics import Interval  # which needs scipy
 
 Tokens = dict[str, list[str]]  # id to tokenised captions, the tokens separated by single spaces
 
@@ -200,11 +206,17 @@ class CaptionScorer:
         ascii_only: As in `score_captions`.
         group: As in `AnswerScorer`.
         grouping: As in `AnswerScorer`.
+        unit: As in `AnswerScorer`.
+        intervals: As in `AnswerScorer`.
+        answers_alone: As in `AnswerScorer`.
     """
 
     ascii_only: bool = False
     group: Callable[[Example], str | None] = lambda _: None
     grouping: str = ""
+    unit: Callable[[Example], str] = lambda example: example.id
+    intervals: Callable[[Predictions, Sequence[str]], dict[str, Interval]] = lambda *_: {}
+    answers_alone: bool = True
 
     def score(self, predictions: Predictions, *, meteor: bool) -> VLScores:
         return score_captions(predictions, ascii_only=self.ascii_only, meteor=meteor)

@@ -4,6 +4,10 @@ from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.vl.scores import AnswerScorer, VLScores, check_answered, percent
 
 MARKS = " .,;:!?\"'"
+RULES = {
+    "accuracy": "without case, repeated white space and punctuation at the ends",
+    "exact": "letter by letter but for white space at the ends",
+}
 
 
 def normalized(answer: str) -> str:
@@ -33,7 +37,7 @@ def score_chat(predictions: Predictions) -> VLScores:
         "accuracy": percent([row_accuracy(example, prediction) for example, prediction in predictions]),
         "exact": percent([float(prediction.strip() == row.answers[0].strip()) for row, prediction in predictions]),
     }
-    return VLScores("accuracy", metrics)
+    return VLScores("accuracy", metrics, rules=RULES)
 
 
 SCORER = AnswerScorer(score_chat, row_accuracy)

@@ -9,6 +9,8 @@ from dora_mm.eval.vl.scores import AnswerScorer, VLScores, by_answer, by_kind, c
 
 LETTER = re.compile(r"\(?([A-Z])(?:[).:]|[).:]\s.*)?", re.DOTALL)  # "B", "B.", "(B)", "B. a red car"; not "A red car"
 
+RULE = "the letter of an option first, or alone, or the whole text of one; no judge"
+
 
 def chosen_letter(example: Example, prediction: str) -> str | None:
     """Returns the letter of the option that a prediction names: by its letter or by its text; None if it names none."""
@@ -39,7 +41,7 @@ def score_choice(predictions: Predictions) -> VLScores:
     tables = {**by_kind(("category",), predictions, values), "answer": by_answer(predictions, values)}
     invalid = sum(chosen_letter(example, prediction) is None for example, prediction in predictions)
     notes = (f"{invalid} of {len(predictions)} predictions name no option and count as wrong",) if invalid else ()
-    return VLScores("accuracy", {"accuracy": percent(values)}, tables, notes)
+    return VLScores("accuracy", {"accuracy": percent(values)}, tables, notes, {"accuracy": RULE})
 
 
 SCORER = AnswerScorer(score_choice, row_accuracy)

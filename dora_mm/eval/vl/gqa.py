@@ -1,11 +1,18 @@
-"""GQA accuracy: exact match, as in the official evaluation script."""
+"""GQA accuracy: exact match, as in the official evaluation script, and as other tools count it."""
 
 from dora_mm.data.vl.example import Predictions
+from dora_mm.eval.vl.exact import folded
 from dora_mm.eval.vl.scores import AnswerScorer, VLScores, by_kind, check_answered, exact_match, percent
+
+FOLDED = "accuracy (folded)"
+RULES = {
+    "accuracy": "GQA's eval.py: equal letter by letter; Yes. is not yes",
+    FOLDED: "without case and punctuation at the ends, as lmms-eval and LLaVA",
+}
 
 
 def score_gqa(predictions: Predictions) -> VLScores:
-    """Computes `accuracy`, with tables by `structural` and `semantic` type.
+    """Computes `accuracy`, with tables by `structural` and `semantic` type, and `accuracy (folded)`.
 
     Where the questions have types, also `open` (structural type "query") and `binary` (all others).
 
@@ -15,7 +22,7 @@ def score_gqa(predictions: Predictions) -> VLScores:
     check_answered(predictions)
     values = [exact_match(example, prediction) for example, prediction in predictions]
     tables = by_kind(("structural", "semantic"), predictions, values)
-    metrics = {"accuracy": percent(values)}
+    metrics = {"accuracy": percent(values), FOLDED: percent([folded(*row) for row in predictions])}
     for name, is_open in (("open", True), ("binary", False)):
         selected = [
             value
@@ -24,7 +31,7 @@ def score_gqa(predictions: Predictions) -> VLScores:
         ]
         if selected:
             metrics[name] = percent(selected)
-    return VLScores("accuracy", metrics, tables)
+    return VLScores("accuracy", metrics, tables, rules=RULES)
 
 
 SCORER = AnswerScorer(score_gqa, exact_match)

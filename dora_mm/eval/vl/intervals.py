@@ -9,12 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.eval.statistics import Interval, mean_interval, share_interval
+from dora_mm.eval.statistics import Interval, groups_needed, mean_interval, share_interval
 from dora_mm.eval.vl.metrics import scorer_of
 from dora_mm.registries.vl_tasks import TASKS
 
 MEAN = "mean"
-HEADINGS = {**{name: task.title for name, task in TASKS.items()}, MEAN: MEAN}
+
+
+def heading(key: str) -> str:
+    """The heading of a task in tables, or of the mean of several."""
+    return MEAN if key == MEAN else TASKS[key].title
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,14 @@ def answer_scores(task: str, answered: Sequence[Predictions]) -> AnswerScores | 
 
 
 def groups_of(task: str, examples: Iterable[Example]) -> tuple[str, ...]:
-    """Returns the group of each answer, (Q,): once per id, as captions are scored."""
-    return tuple({example.id: group_of(task, example) for example in examples}.values())
+    """Returns the group of each value, (Q,): once per id, as captions are scored, or per question of several rows."""
+    unit = scorer_of(task).unit
+    return tuple({unit(example): group_of(task, example) for example in examples}.values())
 
 
 def group_of(task: str, example: Example) -> str:
-    """Returns what the task's scorer groups rows by, else the images or clip; a row without is a group of its own."""
-    return scorer_of(task).group(example) or " ".join(example.images) or f"row {example.id}"
+    """Returns what rows are grouped by: the task's scorer, their own group, or images or clip; else each is one."""
+    return scorer_of(task).group(example) or example.group or " ".join(example.images) or f"row {example.id}"
 
 
 def group_cells(tasks: Sequence[AnswerScores]) -> np.ndarray:
@@ -129,10 +134,39 @@ def gain_over_question_only(
         question_only: Of the baseline (`question_only_answers`), by task.
     """
     found = intervals(minus(scores, question_only), differences=True)
-    gained = ", ".join(f"{HEADINGS[task]} {points(found[task])}" for task in question_only)
+    gained = ", ".join(f"{heading(task)} {points(found[task])}" for task in question_only)
     return f"{name}, less what questions alone give away (the answer that training gave most often): {gained} points."
 
 
 def points(interval: Interval) -> str:
     """Returns an interval in points: "65.8 (64.9 to 66.7)"."""
     return interval.text("{:.1f}", 100.0)
+
+
+def precision_notes(task: str, predictions: Predictions, wished: float | None = None) -> list[str]:
+    """Returns sentences on how precisely a score is known: the 95 % interval of the main metric and of others, and n.
+
+    Args:
+        task: The task.
+        predictions: Examples with predictions.
+        wished: Half the width of the interval that is wished, in points; None: no number of answers is named.
+    """
+    scores, scorer = answer_scores(task, [predictions]), scorer_of(task)
+    if scores is None:
+        return []
+    unit = scorer.unit
+    main = scorer.score(predictions, meteor=False).main
+    answers, groups = len(scores.groups), len(set(scores.groups))
+    of_groups = f" in {groups:,} groups (an image, a document)" if groups < answers else ""
+    notes = [f"{main} {points(intervals({task: scores})[task])}: 95 % interval, n = {answers:,}{of_groups}"]
+    group = {unit(example): group_of(task, example) for example, _ in predictions}
+    others = scorer.intervals(predictions, [group[unit(example)] for example, _ in predictions])
+    notes += [f"{name} {points(interval)}: 95 % interval" for name, interval in others.items() if interval.has_ends]
+    if len(predictions) > 1 and not any(example.images or example.group for example, _ in predictions):
+        notes.append("images are not known, so that each row counts for itself: --data names what it is about")
+    needed = None if wished is None else groups_needed(group_cells([scores]), wished / 100)
+    if needed is not None:
+        more = f", in {needed:,} groups like these" if of_groups else ""
+        count = round(needed * answers / groups)
+        notes.append(f"an interval of +- {wished:g} points takes about {count:,} answers{more}")
+    return notes

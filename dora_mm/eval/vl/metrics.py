@@ -57,8 +57,10 @@ def score_row(task: str, example: Example, prediction: str) -> float | None:
 
 
 def report(task: str, scores: VLScores) -> str:
-    """Returns metrics, tables and notes of a task as Markdown."""
-    parts = [markdown_table([task, "x 100"], [[name, f"{value:.2f}"] for name, value in scores.metrics.items()])]
+    """Returns metrics, with the rule of each, tables and notes of a task as Markdown."""
+    columns = [task, "x 100", *(["rule"] if scores.rules else [])]
+    rows = [[name, f"{value:.2f}", scores.rules.get(name, "")] for name, value in scores.metrics.items()]
+    parts = [markdown_table(columns, [row[: len(columns)] for row in rows])]
     for heading, groups in scores.tables.items():
         cells = [[name, f"{value:.2f}", f"{count:,}"] for name, (value, count) in groups.items()]
         parts.append(markdown_table([heading, scores.main, "rows"], cells))

@@ -1,13 +1,19 @@
 """The result of a vision-language metric: named numbers, tables by kind, and notes that must be printed with them."""
 
+from __future__ import annotations
+
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import fsum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dora_mm.data.vl.example import Example, Predictions
+
+if TYPE_CHECKING:
+    from dora_mm.eval.statistics import Interval  # which needs scipy
 
 Table = dict[str, tuple[float, int]]  # kind -> mean (x 100) and number of rows
 
@@ -21,12 +27,14 @@ class VLScores:
         metrics: By name. Metrics that could not be computed are missing, and a note gives the reason.
         tables: By heading, for instance `tables["answer_type"]["yes/no"]`.
         notes: Sentences to be printed with the scores.
+        rules: By what rule answers are right, by metric: whose script, and how answers are read.
     """
 
     main: str
     metrics: dict[str, float]
     tables: dict[str, Table] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    rules: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def value(self) -> float | None:
@@ -53,12 +61,18 @@ class AnswerScorer:
         accuracy: That of one prediction, 0 to 1.
         group: What rows have in common that are not independent, beside their images; None: nothing.
         grouping: What `group` joins, for notes.
+        unit: The id of the question that a row asks: one that several rows ask is right where all of them are.
+        answers_alone: Whether it needs nothing of a row but its answers, so that references are enough.
+        intervals: 95 % intervals of metrics that are no means of answers, of predictions and the group of each.
     """
 
     compute: Callable[[Predictions], VLScores]
     accuracy: Callable[[Example, str], float]
     group: Callable[[Example], str | None] = lambda _: None
     grouping: str = ""
+    unit: Callable[[Example], str] = lambda example: example.id
+    answers_alone: bool = False
+    intervals: Callable[[Predictions, Sequence[str]], dict[str, Interval]] = lambda *_: {}
 
     def score(self, predictions: Predictions, *, meteor: bool) -> VLScores:
         """All metrics of a split, see `score` in metrics.py."""
@@ -69,8 +83,46 @@ class AnswerScorer:
         return self.accuracy(example, prediction) if is_answered(example) else None
 
     def values(self, predictions: Predictions) -> np.ndarray:
-        """Values (Q,) whose mean is the main metric / 100; empty where it could not be computed."""
-        return np.array([self.row(example, prediction) or 0.0 for example, prediction in predictions])
+        """Values (Q,) whose mean is the main metric / 100, one per `unit`; empty where it could not be computed."""
+        found: dict[str, float] = {}
+        for example, prediction in predictions:
+            unit, value = self.unit(example), self.row(example, prediction) or 0.0
+            found[unit] = min(found.get(unit, value), value)
+        return np.array(list(found.values()))
+
+
+Accuracy = Callable[[Example, str], float]  # of one prediction, 0 to 1
+
+
+def mean_scorer(
+    rules: Mapping[str, tuple[Accuracy, str]],
+    *,
+    headings: Sequence[str] = (),
+    answers_alone: bool = False,
+    notes: Callable[[Predictions, Sequence[float]], Sequence[str]] = lambda *_: (),
+) -> AnswerScorer:
+    """A scorer whose metrics are means over answers.
+
+    Args:
+        rules: By the name of a metric, how it scores an answer, and a sentence that says so. The first is the main one.
+        headings: What the kinds of an example are, in their order; none: types, of which it may have several.
+        answers_alone: As in `AnswerScorer`.
+        notes: What else is to be said of predictions and the values of the main metric.
+    """
+    main, (accuracy, _) = next(iter(rules.items()))
+
+    def compute(predictions: Predictions) -> VLScores:
+        check_answered(predictions)
+        values = {name: [one(*row) for row in predictions] for name, (one, _) in rules.items()}
+        return VLScores(
+            main,
+            {name: percent(found) for name, found in values.items()},
+            by_kind(headings, predictions, values[main]) if headings else by_type(predictions, values[main]),
+            tuple(notes(predictions, values[main])),
+            {name: rule for name, (_, rule) in rules.items()},
+        )
+
+    return AnswerScorer(compute, accuracy, answers_alone=answers_alone)
 
 
 def check_answered(predictions: Predictions, *, every: bool = True) -> None:
@@ -108,6 +160,15 @@ def by_kind(headings: Sequence[str], predictions: Predictions, values: Sequence[
         for heading, kind in zip(headings, example.kinds, strict=False):
             grouped[heading][kind].append(value)
     return {heading: table(groups) for heading, groups in grouped.items() if groups}
+
+
+def by_type(predictions: Predictions, values: Sequence[float]) -> dict[str, Table]:
+    """Returns a table by `type`, in which a row is of each of its kinds; no table where no row has one."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for (example, _), value in zip(predictions, values, strict=True):
+        for kind in example.kinds:
+            groups[kind].append(value)
+    return {"type": table(groups)} if groups else {}
 
 
 def by_answer(predictions: Predictions, values: Sequence[float]) -> Table:

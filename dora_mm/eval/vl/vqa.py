@@ -13,6 +13,10 @@ from dora_mm.eval.vl.scores import AnswerScorer, VLScores, by_kind, check_answer
 
 Mode = Literal["official", "lavis"]
 LAVIS = "accuracy (lavis)"  # the name of the metric
+RULES = {
+    "accuracy": "VQA v2's vqaEval.py",
+    LAVIS: "the older script in LAVIS: the published scores of VL-BART and BLIP",
+}
 
 
 def vqa_accuracy(prediction: str, raw_answers: Sequence[str], mode: Mode = "official") -> float:
@@ -90,15 +94,13 @@ def score_vqa(predictions: Predictions) -> VLScores:
     if any(example.raw_answers for example, _ in predictions):
         metrics[LAVIS] = percent([row_accuracy(example, prediction, "lavis") for example, prediction in predictions])
     tables = by_kind(("answer_type", "question_type"), predictions, values)
-    return VLScores("accuracy", metrics, tables, _notes(predictions))
+    return VLScores("accuracy", metrics, tables, _notes(predictions), {name: RULES[name] for name in metrics})
 
 
 def _notes(predictions: Predictions) -> tuple[str, ...]:
     by_labels = sum(not example.raw_answers for example, _ in predictions)
     empty = sum(not is_answered(example) for example, _ in predictions)
     notes = []
-    if by_labels < len(predictions):
-        notes.append(f"accuracy: as the official script; {LAVIS}: as the published scores of VL-BART and BLIP")
     if by_labels:
         notes.append(
             f"{by_labels} of {len(predictions)} questions scored by their labels: the file does not contain ten "

@@ -25,6 +25,14 @@ from dora_mm.utils.losses import LossSum
 
 log = logging.getLogger(__name__)
 Target = tuple[str, float]  # a text to learn, and the weight of its row's loss
+THOUGHT_END = "</think>"
+
+
+def without_thought(text: str, references: Sequence[str]) -> str:
+    """An answer without the thought before it, unless the references have some."""
+    if any(THOUGHT_END in reference for reference in references):
+        return text
+    return text.rpartition(THOUGHT_END)[2]
 
 
 @dataclass(frozen=True)

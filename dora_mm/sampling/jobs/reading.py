@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,10 @@ from dora_mm.config.paths import resolve_adapter
 from dora_mm.sampling.jobs.columns import SCHEDULE, SIZE, column_of, of_line, renamed
 from dora_mm.sampling.jobs.job_row import JobRow, about_unknown, problem_of_value
 from dora_mm.utils.json_text import parse_json, read_bounded
-from dora_mm.utils.messages import first_line
+from dora_mm.utils.sheets import sheet_rows
 from dora_mm.utils.tables import decoded, read_table
 
 MOST_PICTURES = 200_000  # of a job
-MOST_BYTES = 64 * 2**20  # of the unpacked tables of an Excel file, some 500,000 rows
 SHOWN = 50  # problems
 SUFFIXES = (".csv", ".tsv", ".xlsx", ".jsonl", ".txt")
 
@@ -109,56 +106,20 @@ def _check_header(names: Sequence[str]) -> list[str]:
 
 
 def _sheet_rows(path: Path, problems: list[str]) -> NumberedLines:
-    """The rows of the first sheet of an Excel file, as the text that a person sees in the cells.
+    """The rows of an Excel file.
 
     Raises:
-        ValueError: openpyxl is missing, the file is damaged, or a cell has no text to read.
+        ValueError: As in `sheet_rows`.
     """
-    try:
-        import openpyxl
-    except ModuleNotFoundError:
-        raise ValueError(
-            f"{path} needs the package openpyxl: pip install 'dora_mm[sheets]', or save it as CSV UTF-8"
-        ) from None
-    try:
-        with zipfile.ZipFile(path) as packed:
-            if (size := sum(part.file_size for part in packed.infolist())) > MOST_BYTES:
-                raise ValueError(f"it unpacks to {size / 1e6:,.0f} MB, and at most {MOST_BYTES / 1e6:,.0f} are read")
-        books = [openpyxl.load_workbook(path, read_only=True, data_only=values) for values in (True, False)]
-        sheets = [book.worksheets[0] for book in books]
-        for sheet in sheets:
-            sheet.reset_dimensions()  # as the file says they are, rows would be filled up to them
-        both = zip(*(sheet.iter_rows() for sheet in sheets), strict=True)
-        rows = [[pair for pair in zip(*cells, strict=True) if pair[1].value is not None] for cells in both]
-    except Exception as error:  # openpyxl raises anything for a file of another kind
-        raise ValueError(
-            f"{path} cannot be read as an Excel file ({first_line(error)}): save it as CSV UTF-8"
-        ) from None
     header: dict[int, str] = {}
-    for row in rows:
-        cells = {formula.column: _cell(path, value, formula) for value, formula in row}
-        cells = {column: text for column, text in cells.items() if text.strip()}
-        if cells and not header:
+    for number, cells in sheet_rows(path):
+        if not header:
             header = cells
             if wrong := _check_header(list(header.values())):
                 problems += wrong
                 return
-        elif cells:
-            yield row[0][1].row, {header.get(column, f"column {column}"): text for column, text in cells.items()}
-
-
-def _cell(path: Path, cell: Any, formula: Any) -> str:
-    value = cell.value
-    place = f"{path}: cell {formula.coordinate}"
-    if value is None:
-        raise ValueError(
-            f"{place} is a formula without a saved value: open and save the file in Excel, or write values"
-        )
-    if cell.data_type == "e":
-        raise ValueError(f"{place} is {value}")
-    if isinstance(value, datetime | date | time):
-        raise ValueError(f"{place} is a date, which Excel makes of texts such as 1-8: format the column as text")
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+        else:
+            yield number, {header.get(column, f"column {column}"): text for column, text in cells.items()}
 
 
 def _row(values: Mapping[str, Any], line: int, problems: list[str]) -> JobRow | None:

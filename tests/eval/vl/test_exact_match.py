@@ -22,14 +22,20 @@ def test_gqa_is_exact_match_with_open_and_binary():
         row("4", "dog", "dog ", "query", "obj"),
     ]
     scores = score("gqa", rows)
-    assert scores.metrics == {"accuracy": 75.0, "open": 100.0, "binary": pytest.approx(200 / 3)}
+    assert scores.metrics == {
+        "accuracy": 75.0,
+        "accuracy (folded)": 100.0,
+        "open": 100.0,
+        "binary": pytest.approx(200 / 3),
+    }
+    assert "| accuracy (folded) | 100.00 | without case" in report("gqa", scores)
     assert scores.tables["semantic"] == {"attr": (50.0, 2), "obj": (100.0, 1), "rel": (100.0, 1)}
     assert scores.tables["structural"]["logical"] == (0.0, 1)
 
 
 def test_gqa_without_types_has_only_its_accuracy():
     scores = score("gqa", [row("1", "yes", "yes"), row("2", "no", "yes")])
-    assert (scores.metrics, scores.tables) == ({"accuracy": 50.0}, {})
+    assert (scores.metrics, scores.tables) == ({"accuracy": 50.0, "accuracy (folded)": 50.0}, {})
 
 
 def test_nlvr2_consistency_is_over_sentences():

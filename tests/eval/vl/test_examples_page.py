@@ -5,6 +5,7 @@ import html
 import io
 import json
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -184,3 +185,54 @@ def test_light_and_dark_rendering(page, tmp_path):
         assert near["blue"] > 1_000
     assert min(shots[False].getpixel((995, 5))) > 230
     assert max(shots[True].getpixel((995, 5))) < 40
+
+
+def compared_rows(count: int = 9) -> list[PageExample]:
+    before = [("cat", 1.0), ("dog", 0.0), ("cow", 0.0)]
+    return [PageExample(f"row {n}/ü", "Q?", "cat", (("cat", 1.0),), 1.0, (), before[n % 3]) for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("said", "score", "before", "change"),
+    [
+        ("cat", 1.0, ("cat", 1.0), None),
+        ("cat", 1.0, ("dog", 0.0), "better"),
+        ("cat", 0.3, ("dog", 1.0), "worse"),
+        ("cat", 0.0, ("dog", 0.0), "other"),
+        ("a caption", None, ("another", None), "other"),
+        ("cat", 1.0, None, None),
+    ],
+)
+def test_what_changed_between_two_runs(said, score, before, change):
+    assert PageExample("1", "", said, (), score, (), before).change == change
+
+
+def test_every_row_has_an_address(tmp_path):
+    path = tmp_path / "page.html"
+    write_examples_page(path, "two runs", [PageSection("VQA", compared_rows())])
+    tags = Reader(path.read_text(encoding="utf-8")).tags
+    ids = {attributes["id"] for tag, attributes in tags if tag == "article"}
+    links = {attributes["href"] for tag, attributes in tags if tag == "a"}
+    assert len(ids) == 9
+    assert {f"#{name}" for name in ids} <= links
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_changed_rows_are_shown_and_thousands_open_at_once(tmp_path):
+    path = tmp_path / "page.html"
+    write_examples_page(path, "two runs", [PageSection("VQA", compared_rows(5000))])
+    with browser.opened(tmp_path / "profile") as page:
+        started = time.monotonic()
+        page.open(path)
+        shown = "[...document.querySelectorAll('.card')].filter((node) => node.offsetParent !== null).length"
+        assert page.evaluate(shown) == 5000
+        assert time.monotonic() - started < 20  # 1.3 s on an idle processor
+        page.click("label[for=show-better]")
+        page.wait_for(f"{shown} === 3333")
+        page.evaluate("location.hash = document.querySelectorAll('.card')[4000].id")
+        page.wait_for("document.querySelector('.card:target').getBoundingClientRect().top < innerHeight")
+        for width in (360, 1200):
+            page.open(path, width=width)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.problems == []

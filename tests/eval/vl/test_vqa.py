@@ -178,8 +178,7 @@ def test_both_scores_are_reported_and_the_published_one_is_named():
     }
     assert scores.value == scores.metrics["accuracy"]
     text = report("vqa", scores)
-    assert "| accuracy (lavis) | 76.67 |" in text
-    assert "accuracy (lavis): as the published scores of VL-BART" in text
+    assert "| accuracy (lavis) | 76.67 | the older script in LAVIS: the published scores of VL-BART and BLIP |" in text
 
 
 def test_rows_without_the_ten_answers_are_scored_by_labels_with_a_note():
@@ -190,7 +189,7 @@ def test_rows_without_the_ten_answers_are_scored_by_labels_with_a_note():
     scores = score_vqa(rows)
     assert scores.metrics == {"accuracy": pytest.approx(65), "accuracy (lavis)": pytest.approx(65)}
     assert scores.tables == {}
-    assert "1 of 2 questions scored by their labels" in scores.notes[1]
+    assert "1 of 2 questions scored by their labels" in scores.notes[0]
 
 
 def test_a_question_with_an_empty_label_counts_as_wrong():

@@ -94,6 +94,8 @@ def test_answers_do_not_depend_on_the_batch(vlm, pictures):
     answer = vlm.answerer("vqa", DecodeConfig(max_new_tokens=5), ())
     rows = examples(3)
     assert answer(rows, str(pictures)) == [answer([row], str(pictures))[0] for row in rows]
+    drawn = vlm.answerer("vqa", DecodeConfig(max_new_tokens=5, temperature=1.0, top_p=0.9, seed=3), ())
+    assert drawn(rows, str(pictures)) == [drawn([row], str(pictures))[0] for row in rows]
     rank = vlm.answerer("choice", DecodeConfig(), ())
     assert rank([Example("c", ("wide.png",), "q", options=("x", "y"))], str(pictures))[0] in ("A", "B")
 

@@ -1,4 +1,4 @@
-"""The rows of one file of any kind: JSON, JSON lines, CSV, TSV, Parquet, Arrow, and archives of WebDataset.
+"""The rows of one file of any kind: JSON, JSON lines, CSV, TSV, Excel, Parquet, Arrow, and archives of WebDataset.
 
 What a file is, its first bytes say; of a table of text its name does.
 """
@@ -19,6 +19,7 @@ from dora_mm.data.vl.json_items import Item, check_encoding, json_lines, list_it
 from dora_mm.data.vl.readers.cells import table_lines
 from dora_mm.data.vl.rows import RowError
 from dora_mm.utils.messages import first_line
+from dora_mm.utils.sheets import sheet_rows
 
 ROWS = 64  # of a Parquet or Arrow file in memory at a time, with their images
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -39,6 +40,7 @@ def file_items(path: Path) -> Iterator[Item]:
         "list": list_items,
         "lines": json_lines,
         "table": _table_rows,
+        "sheet": _sheet_rows,
         "Parquet": _parquet_rows,
         "Arrow": _arrow_rows,
         "tar": _archive_rows,
@@ -47,7 +49,7 @@ def file_items(path: Path) -> Iterator[Item]:
 
 
 def kind_of_file(path: Path) -> str:
-    """What a file is: "list" or "lines" of JSON, "table", "Parquet", "Arrow" or "tar".
+    """What a file is: "list" or "lines" of JSON, "table", "sheet" of Excel, "Parquet", "Arrow" or "tar".
 
     Raises:
         ValueError: It cannot be read, is UTF-16, or is a pointer to a file that was not downloaded.
@@ -66,6 +68,8 @@ def kind_of_file(path: Path) -> str:
         return "Parquet"
     if start.startswith((ARROW_STREAM, ARROW_FILE)):
         return "Arrow"
+    if start.startswith(b"PK\x03\x04") and _name(path).endswith(".xlsx"):
+        return "sheet"
     if start[257:262] == b"ustar":
         return "tar"
     if _name(path).endswith((".csv", ".tsv")):
@@ -94,6 +98,22 @@ def _table_rows(path: Path) -> Iterator[Item]:
         else:
             yield where, RowError(f"has {len(cells)} cells, and the header {len(header)}")
     if where is None:
+        raise ValueError(f"{path} has no rows")
+
+
+def _sheet_rows(path: Path) -> Iterator[Item]:
+    """The rows of an Excel file by the names in its first one; an empty cell is null.
+
+    Raises:
+        ValueError: While iterating: the file is damaged or has no rows.
+    """
+    header: dict[int, str] = {}
+    number = 0
+    for number, cells in sheet_rows(path):
+        if header:
+            yield f"row {number}", {name: cells.get(column) for column, name in header.items()}
+        header = header or cells
+    if number < 2:
         raise ValueError(f"{path} has no rows")
 
 

@@ -6,22 +6,24 @@ import logging
 from collections.abc import Sequence
 from functools import cached_property, partial
 from string import ascii_uppercase
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import Answer, Example, Turn
 from dora_mm.data.vl.rows import RowTooLongError
+from dora_mm.models.vl.vl_model import without_thought
 from dora_mm.models.vl.vlm.chat import THOUGHT, render
+from dora_mm.models.vl.vlm.drawn import DrawnTokens, before_stop
 from dora_mm.models.vl.vlm.example_encoder import ExampleEncoder
 from dora_mm.models.vl.vlm.network import VLMNetwork, naming
 from dora_mm.registries.vl_tasks import TASKS
 
 log = logging.getLogger(__name__)
-THOUGHT_END = "</think>"
 SHORTEST = (Turn("user", "?", False), Turn("assistant", "!", True))
 
 
@@ -39,9 +41,10 @@ class VLMAnswers:
     def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
         """See `VLModel.answerer`."""
         record = TASKS[task]
-        if config.answers == "trie" and (config.takes_candidates(task) or record.names is not None):
+        optional = record.names is not None or record.lettered
+        if config.answers == "trie" and (config.takes_candidates(task) or optional):
             raise ValueError("answers: trie needs model.family vl_bart: use generate or rank")
-        if config.answers == "rank" and record.names is not None:
+        if config.answers == "rank" and optional:
             return partial(self.rank, task, (), config.batch_size)
         if record.chosen_from is not None:
             return partial(self.rank, task, record.chosen_from, config.batch_size)
@@ -49,9 +52,9 @@ class VLMAnswers:
             if not candidates:
                 raise ValueError(f"answers: {config.answers} needs candidate answers of {task}: set the task's train")
             return partial(self.rank, task, sorted(set(candidates)), config.batch_size)
-        beams = config.beams if record.takes_beams else 1
+        beams = config.beams if record.takes_beams and not config.temperature else 1
         settings = self.settings(config.max_new_tokens or record.max_answer + self._num_opening, beams)
-        return partial(self.generate, task, settings)
+        return partial(self.generate, task, settings, config)
 
     def settings(self, max_new_tokens: int, beams: int) -> GenerationConfig:
         """The model's own settings of generation, with these lengths and beams."""
@@ -84,7 +87,12 @@ class VLMAnswers:
 
     @torch.no_grad()
     def generate(
-        self, task: str, settings: GenerationConfig, examples: Sequence[Example], images: str | None
+        self,
+        task: str,
+        settings: GenerationConfig,
+        config: DecodeConfig,
+        examples: Sequence[Example],
+        images: str | None,
     ) -> list[str]:
         """The generated answer of each example.
 
@@ -102,11 +110,23 @@ class VLMAnswers:
         for group in encoder.groups(rows):
             inputs, _ = encoder.collate([rows[i] for i in group], left=encoder.form.continues)
             with naming(task, [examples[i].id for i in group]):
-                ids = self.network.generate(inputs, settings)
+                ids = self.network.generate(
+                    inputs, settings, **self._drawing(task, config, [examples[i] for i in group])
+                )
             texts = encoder.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
             for index, text in zip(group, texts, strict=True):
-                answers[index] = _without_thought(text, examples[index].answers).strip()
+                answers[index] = before_stop(without_thought(text, examples[index].answers), config.stop).strip()
         return answers
+
+    def _drawing(self, task: str, config: DecodeConfig, examples: Sequence[Example]) -> dict[str, Any]:
+        """Arguments of `generate` that greedy answers of full length do not need."""
+        found: dict[str, Any] = {}
+        if config.temperature:
+            rows = [f"{task} {example.id}" for example in examples]
+            found["logits_processor"] = LogitsProcessorList([DrawnTokens(config, rows)])
+        if config.stop:
+            found |= {"stop_strings": list(config.stop), "tokenizer": self.encoder.processor.tokenizer}
+        return found
 
     @torch.no_grad()
     def rank(
@@ -121,6 +141,8 @@ class VLMAnswers:
         answers = []
         for example in examples:
             candidates = known or option_names(task, example)
+            if not candidates:
+                raise ValueError(f"row {example.id} of {task} has no options to choose from: decode.answers: generate")
             parts = [candidates[start : start + batch_size] for start in range(0, len(candidates), batch_size)]
             losses = torch.cat([self._losses(task, example, images, part) for part in parts])
             answers.append(candidates[int(losses.argmin())])
@@ -153,10 +175,3 @@ def option_names(task: str, example: Example) -> Sequence[str]:
     if names is None:
         return ascii_uppercase[: len(example.options)]
     return [names.replace("{option}", option) for option in example.options]
-
-
-def _without_thought(text: str, references: Sequence[str]) -> str:
-    """An answer without the thought before it, unless the references have some."""
-    if any(THOUGHT_END in reference for reference in references):
-        return text
-    return text.rpartition(THOUGHT_END)[2]

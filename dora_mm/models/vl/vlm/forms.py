@@ -49,8 +49,15 @@ class Form(Protocol):
         """What the logits of each of the last T columns predict (B, T), IGNORED where nothing is learned."""
         ...
 
-    def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig) -> Tensor:
-        """The token ids (B, T) of the generated answers, without what was read."""
+    def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig, **more: Any) -> Tensor:
+        """The token ids (B, T) of the generated answers, without what was read.
+
+        Args:
+            model: The model.
+            inputs: What is read.
+            settings: Of generation.
+            **more: Further arguments of the class's `generate`.
+        """
         ...
 
 
@@ -66,8 +73,8 @@ class Continuation:
     def targets(self, labels: Tensor) -> Tensor:
         return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
-    def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig) -> Tensor:
-        ids = model.generate(**inputs, generation_config=settings)
+    def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig, **more: Any) -> Tensor:
+        ids = model.generate(**inputs, generation_config=settings, **more)
         return ids[:, inputs["input_ids"].shape[1] :]
 
 
@@ -90,11 +97,11 @@ class BlipCaptions:
     def targets(self, labels: Tensor) -> Tensor:
         return self._plain.targets(labels)
 
-    def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig) -> Tensor:
+    def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig, **more: Any) -> Tensor:
         """See `Form.generate`: the class takes the last token of a prompt for its end, and drops it."""
         begun = self._begun(inputs)
         ended = {name: torch.cat([begun[name], begun[name][:, -1:]], 1) for name in ("input_ids", "attention_mask")}
-        ids = model.generate(**begun | ended, generation_config=settings)
+        ids = model.generate(**begun | ended, generation_config=settings, **more)
         return ids[:, begun["input_ids"].shape[1] :]
 
     def _begun(self, inputs: Inputs) -> dict[str, Tensor]:
@@ -116,8 +123,8 @@ class OwnDecoder:
     def targets(self, labels: Tensor) -> Tensor:
         return labels
 
-    def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig) -> Tensor:
-        return model.generate(**inputs, generation_config=settings)
+    def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig, **more: Any) -> Tensor:
+        return model.generate(**inputs, generation_config=settings, **more)
 
 
 class BlipQuestions:
@@ -145,7 +152,7 @@ class BlipQuestions:
         """See `Form.targets`: the first label, the decoder's start token, is none."""
         return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
-    def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig) -> Tensor:
+    def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig, **more: Any) -> Tensor:
         hidden = self._read(model, inputs)
         start = torch.full((len(hidden), 1), self.start, device=hidden.device)
         ids = model.text_decoder.generate(
@@ -154,6 +161,7 @@ class BlipQuestions:
             encoder_hidden_states=hidden,
             encoder_attention_mask=inputs["attention_mask"],
             generation_config=settings,
+            **more,
         )
         return ids[:, 1:]
 

@@ -94,10 +94,10 @@ class VLMNetwork:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return sum((p.flatten()[:0].float().sum() for p in trained[-1:]), torch.zeros((), device=self.device))
 
-    def generate(self, inputs: Mapping[str, Tensor], settings: GenerationConfig) -> Tensor:
-        """The token ids (B, T) of the generated answers, without what was read."""
+    def generate(self, inputs: Mapping[str, Tensor], settings: GenerationConfig, **more: Any) -> Tensor:
+        """The token ids (B, T) of the generated answers, without what was read; see `Form.generate`."""
         with self._precision():
-            return self.form.generate(self.model, self.moved(inputs), settings)
+            return self.form.generate(self.model, self.moved(inputs), settings, **more)
 
     def moved(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs on the model's device; pixels in its dtype."""

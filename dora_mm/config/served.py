@@ -1,0 +1,66 @@
+"""The config schema of evaluations whose answers come from a server. See schema.py for the rules."""
+
+from typing import ClassVar, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from dora_mm.config.schema import (
+    Count,
+    OutputFolder,
+    PipelineConfig,
+    Positive,
+    Section,
+    Text,
+    raise_problems,
+)
+from dora_mm.config.vl import DrawingConfig
+from dora_mm.config.vl_data import TaskName, VLDataConfig, missing_splits
+from dora_mm.registries.vl_tasks import TASKS
+
+KEY_VARIABLE = "DORA_MM_API_KEY"  # of the environment: the server's key, which is recorded nowhere
+
+
+class ServerConfig(Section):
+    """A server that answers as OpenAI's does: vLLM, SGLang, llama.cpp. Its key comes from DORA_MM_API_KEY."""
+
+    url: Text  # what /chat/completions is behind, such as http://localhost:8000/v1
+    model: Text | None = None  # the name of the model there; null: the only one that it serves
+    at_once: PositiveInt = 8  # requests at a time
+    timeout: Positive = 600.0  # seconds for an answer
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address_without_secrets(cls, given: str) -> str:
+        parts = urlsplit(given)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"must be an address such as http://localhost:8000/v1, got {given!r}")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError(f"has more than a host and a path: a key belongs into the variable {KEY_VARIABLE}")
+        return given.rstrip("/")
+
+
+class EvalServerConfig(PipelineConfig):
+    command: ClassVar[str] = "eval"
+    pipeline: Literal["eval_server"]
+    output: OutputFolder | None = None  # the run directory; the same evaluation goes on in it; null: runs/<name>/<NNN>
+    server: ServerConfig
+    prompts: dict[TaskName, Text] = Field(default_factory=dict)  # in place of the tasks' own; {text}: the question
+    data: VLDataConfig
+    decode: DrawingConfig = DrawingConfig()
+    examples: Count = 48  # examples of each task on the HTML page
+
+    @model_validator(mode="after")
+    def _a_server_can_answer(self) -> "EvalServerConfig":
+        problems = missing_splits(self.data, "valid")
+        for task in self.data.all_tasks:
+            record, source = TASKS[task.task], task.source_of("valid")
+            if record.prompt is None or record.pairs or record.clips:
+                problems.append(f"{self.data.place(task.task)} is no task that a server answers")
+            elif source and record.images != 0 and source.images is None and source.reader.images == "named":
+                problems.append(f"{self.data.place(task.task)} has a source without images")
+        known = [task.task for task in self.data.all_tasks]
+        problems += [
+            f"prompts: {name} has no effect: data has no such task" for name in self.prompts if name not in known
+        ]
+        return raise_problems(self, problems)

@@ -1,0 +1,111 @@
+"""Our own files of predictions: all that a table of scores is made of, so that it can be made again from them alone.
+
+JSON lines. The first is about the whole: task, metric and rules, settings of the answers, digests of model, adapter and
+data. Each other one is a row: id, prompt, images, answer, references and score, and what else its metric needs.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dora_mm.data.vl.example import Example, Predictions, Turn
+from dora_mm.data.vl.rows import RowError
+from dora_mm.eval.vl.metrics import score_row
+from dora_mm.eval.vl.scores import VLScores
+from dora_mm.utils.atomic import write_text
+
+VERSION = "predictions 1"  # of the files; the value of the first line's key `dora_mm`
+SHOWN = ("id", "images", "answers")  # the fields of an example that a row has under names of its own
+DEFAULTS = Example("", (), "")
+
+
+@dataclass(frozen=True)
+class About:
+    """What is said of all rows of a file.
+
+    Attributes:
+        task: The task or suite.
+        metric: The main metric.
+        rules: By what rule answers are right, by metric.
+        settings: How the answers were made: sections of a config, by their names.
+        digests: Of model, adapter and data, by a description of each.
+    """
+
+    task: str
+    metric: str = ""
+    rules: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_scored(
+    path: Path, predictions: Predictions, scores: VLScores | None, about: About, prompt: str = "{text}"
+) -> None:
+    """Writes a file atomically.
+
+    Args:
+        path: The file.
+        predictions: Examples with predictions.
+        scores: Their scores, whose metric and rules the first line has; None: there are no references.
+        about: What else the first line has.
+        prompt: What is asked, with {text} for the question.
+    """
+    first = {"dora_mm": VERSION, **asdict(about)}
+    if scores is not None:
+        first |= {"metric": scores.main, "rules": dict(scores.rules)}
+    lines = [first, *(_line(about.task, prompt, *row) for row in predictions)]
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _line(task: str, prompt: str, example: Example, prediction: str) -> dict[str, Any]:
+    rest = {
+        column.name: value
+        for column in fields(Example)
+        if column.name not in SHOWN and (value := getattr(example, column.name)) != getattr(DEFAULTS, column.name)
+    }
+    return {
+        "id": example.id,
+        "prompt": prompt.replace("{text}", example.text),
+        "images": example.images,
+        "answer": prediction,
+        "references": example.answers,
+        "score": score_row(task, example, prediction),
+        "example": rest,
+    }
+
+
+def about_of(row: Any) -> About | None:
+    """What the first line of a file says; None if it is not one of ours.
+
+    Raises:
+        ValueError: It is of another version of this program.
+    """
+    if not isinstance(row, dict) or "dora_mm" not in row:
+        return None
+    known = {column.name for column in fields(About)}
+    if row["dora_mm"] != VERSION or not isinstance(row.get("task"), str):
+        raise ValueError(f"is of another version ({row['dora_mm']}): this one reads {VERSION}")
+    return About(**{key: value for key, value in row.items() if key in known})
+
+
+def example_of(row: Any) -> Example:
+    """The example of a row.
+
+    Raises:
+        RowError: The row is not one of ours.
+    """
+    try:
+        rest = {name: _frozen(value) for name, value in row["example"].items()}
+        for name in ("turns", "rejected"):
+            rest[name] = tuple(Turn(*turn) for turn in rest.get(name, ()))
+        return Example(
+            id=row["id"], images=tuple(row["images"]), answers=tuple(row["references"]), **{"text": "", **rest}
+        )
+    except (KeyError, TypeError, AttributeError):
+        raise RowError("is no row that this program has written") from None
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -1,0 +1,223 @@
+"""Answers of a server that speaks OpenAI's protocol: vLLM, SGLang, llama.cpp."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dora_mm.config.served import KEY_VARIABLE, ServerConfig
+from dora_mm.config.vl import DrawingConfig
+from dora_mm.data.images.pixels import load_rgb
+from dora_mm.data.vl.example import Answer, Example, Turn, pieces_of
+from dora_mm.data.vl.image_folder import image_path
+from dora_mm.data.vl.tables import ExampleTable
+from dora_mm.models.vl.vl_model import without_thought
+from dora_mm.registries.vl_tasks import TASKS
+from dora_mm.utils.messages import ServerError, shown
+
+log = logging.getLogger(__name__)
+WAITS = (1.0, 4.0, 15.0)  # seconds before each further try
+BUSY = (408, 425, 429, 500, 502, 503, 504)  # codes of servers that may answer later
+UNFIT = (400, 413, 422)  # codes for a request that is never answered, as one that is too long
+SENT_AS_THEY_ARE = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp"}
+UPRIGHT = (None, 1)  # values of the tag of orientation
+ORIENTATION = 0x0112
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A key and images go to the server that is named, and to no other."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+class Server:
+    """A server.
+
+    Args:
+        config: Where it is.
+    """
+
+    def __init__(self, config: ServerConfig):
+        self.config = config
+        self._key = os.environ.get(KEY_VARIABLE)
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    def model(self) -> str:
+        """The name of the model that answers.
+
+        Raises:
+            ServerError: It cannot be reached.
+            ValueError: It serves several models and none is named, or not the named one.
+        """
+        found = self._call("/models", None).get("data")
+        names = (
+            [str(each["id"]) for each in found if isinstance(each, dict) and "id" in each]
+            if isinstance(found, list)
+            else []
+        )
+        wanted = self.config.model
+        if wanted is None and len(names) == 1:
+            return names[0]
+        if wanted is None or (names and wanted not in names):
+            given = "does not say what it serves" if not names else f"serves {', '.join(map(shown, names))}"
+            raise ValueError(f"server.model: {self.config.url} {given}: name one of these")
+        return wanted
+
+    def answer(self, body: Mapping[str, Any]) -> tuple[str, bool]:
+        """The answer to a request, and whether it was cut at the most tokens.
+
+        Raises:
+            ServerError: The server does not answer.
+            ValueError: It refuses this request.
+        """
+        found = self._call("/chat/completions", body)
+        try:
+            choice = found["choices"][0]
+            return choice["message"]["content"] or "", choice.get("finish_reason") == "length"
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise ServerError(f"server.url: {self.config.url} answered without a message ({shown(found)})") from None
+
+    def _call(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+        content = None if body is None else json.dumps(body).encode()
+        for wait in (*WAITS, None):
+            request = urllib.request.Request(f"{self.config.url}{path}", content, headers)
+            try:
+                with self._opener.open(request, timeout=self.config.timeout) as answer:
+                    return _object(answer.read(), self.config.url)
+            except urllib.error.HTTPError as error:
+                if error.code in UNFIT:
+                    raise ValueError(self._refusal(error)) from None
+                if error.code not in BUSY or wait is None:
+                    raise ServerError(self._refusal(error)) from None
+                problem = f"code {error.code}"
+            except (OSError, TimeoutError) as error:  # no route, no server, no answer in time
+                problem = shown(getattr(error, "reason", error))
+                if wait is None:
+                    raise ServerError(f"server.url: {self.config.url} cannot be reached ({problem})") from None
+            log.info("%s: %s; tried again in %.0f s", self.config.url, problem, wait)
+            time.sleep(wait)
+        raise AssertionError("the last try returns or raises")
+
+    def _refusal(self, error: urllib.error.HTTPError) -> str:
+        if error.code in (401, 403):
+            return f"server.url: {self.config.url} wants a key: set the variable {KEY_VARIABLE} (code {error.code})"
+        said = error.read(2000).decode("utf-8", "replace")
+        return f"server.url: {self.config.url} refuses it with code {error.code}: {shown(said)}"
+
+
+def _object(content: bytes, url: str) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ServerError(f"server.url: {url} does not answer with JSON, as OpenAI's protocol does")
+    return found
+
+
+class ServerAnswers:
+    """Answers the examples of tasks by a server.
+
+    Args:
+        server: The server.
+        model: The name of the model there.
+        decode: How it answers.
+        prompts: The prompts of tasks that have others than their own.
+
+    Attributes:
+        num_cut: How many answers were cut at the most tokens.
+    """
+
+    def __init__(self, server: Server, model: str, decode: DrawingConfig, prompts: Mapping[str, str]):
+        self.server, self.model, self.decode, self.prompts = server, model, decode, prompts
+        self.num_cut = 0
+
+    def check_rows(self, table: ExampleTable) -> ExampleTable:
+        """A table of the rows that can be sent, those without videos, tools and boxes.
+
+        Raises:
+            ValueError: A row has some and the table's `on_bad_data` is "stop", or all have.
+        """
+        marked = table.has("boxes") & (table.lengths("turns") > 0)
+        for bad, what in ((table.filmed(), "a video"), (table.has("tools"), "tools"), (marked, "boxes in its texts")):
+            table = table.without(bad, f"has {what}, which are sent to no server")
+        return table
+
+    def answerer(self, task: str) -> Answer:
+        """What answers the examples of a task, as many at a time as the config says."""
+
+        def answer(example: Example, images: str | None) -> tuple[str, bool]:
+            try:
+                return self.server.answer(self.body(task, example, images))
+            except ValueError as error:
+                raise ValueError(f"row {example.id} of {task}: {error}") from error
+
+        def answers(examples: Sequence[Example], images: str | None) -> list[str]:
+            with ThreadPoolExecutor(self.server.config.at_once) as threads:
+                found = list(threads.map(partial(answer, images=images), examples))
+            self.num_cut += sum(is_cut for _, is_cut in found)
+            return [without_thought(text, row.answers).strip() for (text, _), row in zip(found, examples, strict=True)]
+
+        return answers
+
+    def body(self, task: str, example: Example, images: str | None) -> dict[str, Any]:
+        """The request for the answer to an example."""
+        decode = self.decode
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": self._messages(task, example, images),
+            "max_tokens": decode.max_new_tokens or TASKS[task].max_answer,
+            "temperature": decode.temperature,
+        }
+        if decode.temperature:
+            body |= {"top_p": decode.top_p, "seed": decode.seed}
+        return body | ({"stop": list(decode.stop)} if decode.stop else {})
+
+    def _messages(self, task: str, example: Example, folder: str | None) -> list[dict[str, Any]]:
+        pictures = iter([_image_item(image_path(folder, name)) for name in example.images])
+        if not example.turns:
+            prompt = self.prompts.get(task, TASKS[task].prompt) or "{text}"
+            text = prompt.replace("{text}", example.text)
+            return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+        turns = example.turns[:-1] if example.turns[-1].role == "assistant" else example.turns
+        return [_message(turn, pictures) for turn in turns]
+
+
+def _message(turn: Turn, pictures: Any) -> dict[str, Any]:
+    """A turn as a message: only those of a user have images, and other roles plain texts."""
+    pieces = pieces_of(turn.text)
+    if len(pieces) == 1:
+        return {"role": turn.role, "content": pieces[0]}
+    items = [next(pictures) if number % 2 else {"type": "text", "text": piece} for number, piece in enumerate(pieces)]
+    return {"role": turn.role, "content": [item for item in items if item.get("text") != ""]}
+
+
+def _image_item(path: Path) -> dict[str, Any]:
+    """An image file as an item of a message: as it is, or as PNG where it is turned, transparent or of another kind."""
+    content = path.read_bytes()
+    with Image.open(io.BytesIO(content)) as image:
+        kind = SENT_AS_THEY_ARE.get(image.format or "")
+        plain = image.mode in ("RGB", "L") and image.getexif().get(ORIENTATION) in UPRIGHT
+    if kind is None or not plain:
+        file = io.BytesIO()
+        load_rgb(path).save(file, "PNG")
+        kind, content = "png", file.getvalue()
+    return {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"},
+    }

@@ -1,0 +1,77 @@
+"""Scores a model where it is served, by an OpenAI-compatible server, on validation or test splits."""
+
+import logging
+from pathlib import Path
+
+from dora_mm.config.served import EvalServerConfig
+from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.image_folder import image_path
+from dora_mm.data.vl.splits import ValidationSet, open_split
+from dora_mm.eval.vl.reports import write_answers, write_examples, write_report
+from dora_mm.models.vl.server import Server, ServerAnswers
+from dora_mm.registries.suites import suite_file
+from dora_mm.sampling.answers import answer_all
+from dora_mm.train.run import check_reopened, evaluation_run
+from dora_mm.train.validation import main_values
+from dora_mm.utils.digest import files_digest
+
+log = logging.getLogger(__name__)
+ANSWERS = "answers"  # the folder of a run
+
+
+def main(config: EvalServerConfig, *, resume: Path | None = None) -> None:
+    """Answers the splits by the server, scores the answers and prints the report.
+
+    Writes to the run directory what `eval_vl` does; the same evaluation goes on from answers/ if `output` names it.
+
+    Args:
+        config: The config.
+        resume: Unused: the same command goes on.
+
+    Raises:
+        ServerError: The server does not answer.
+        ValueError: It refuses a row, the data cannot be used, or `output` is that of another evaluation.
+    """
+    server = Server(config.server)
+    served = ServerAnswers(server, server.model(), config.decode, config.prompts)
+    splits = splits_of(config, served)
+    inputs = inputs_of(served, splits)
+    check_reopened(config, inputs)
+    answers = {name: served.answerer(name) for name in splits}
+    with evaluation_run(config, inputs) as run:
+        kept = run.path / ANSWERS
+        answered = answer_all(answers, (), splits, config.server.at_once, folder=kept, content=images_digest)
+        if served.num_cut:
+            log.warning("%d answers were cut at the most tokens: see decode.max_new_tokens", served.num_cut)
+        settings = {"decode": config.decode.model_dump(mode="json"), "server": {"model": served.model}}
+        scores = write_answers(run.path, answered, settings, inputs, config.prompts)
+        unscored = [name for name in answered if name not in scores]
+        write_report(run.path, config.name, scores, unscored, main_values(scores))
+        folders = {name: split.images for name, split in splits.items()}
+        write_examples(run.path, config.name, answered, folders, config.examples)
+
+
+def splits_of(config: EvalServerConfig, served: ServerAnswers) -> dict[str, ValidationSet]:
+    """The rows of each task that can be sent.
+
+    Raises:
+        ValueError: As in `open_split`.
+    """
+    found = {}
+    for task in config.data.all_tasks:
+        source = task.source_of("valid")
+        assert source is not None
+        found[task.task] = ValidationSet(open_split(task, "valid", config.data, served), source.images)
+    return found
+
+
+def images_digest(example: Example, folder: str | None) -> str:
+    """Changes with the images of an example."""
+    return files_digest(image_path(folder, name) for name in example.images)
+
+
+def inputs_of(served: ServerAnswers, splits: dict[str, ValidationSet]) -> dict[str, str]:
+    """What the answers come from: the rows, the suites, and the name that the server gives its model."""
+    inputs = {f"the data of {name}": found.identity for name, found in splits.items()}
+    inputs |= {f"the suite {name}": files_digest([file]) for name in splits if (file := suite_file(name))}
+    return inputs | {"the model of the server": served.model}

@@ -1,0 +1,132 @@
+"""dora-mm score: predictions of any program by the rule of a suite, with intervals, and two of them compared."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dora_mm.config.paths import resolve_path
+from dora_mm.data.vl.example import Predictions
+from dora_mm.eval.vl.intervals import precision_notes
+from dora_mm.eval.vl.metrics import report, score
+from dora_mm.eval.vl.predictions.comparison import compared, comparison_report
+from dora_mm.eval.vl.predictions.exports import write_for
+from dora_mm.eval.vl.predictions.joining import joined, references_of, same_rows
+from dora_mm.eval.vl.predictions.pages import write_page
+from dora_mm.eval.vl.predictions.reading import PredictionFile, read_predictions
+from dora_mm.registries.suites import file_stem
+from dora_mm.registries.vl_tasks import TASKS
+
+
+def main(
+    predictions: Sequence[str],
+    *,
+    suite: str | None = None,
+    data: str | None = None,
+    form: str | None = None,
+    annotations: str | None = None,
+    split: str | None = None,
+    partial: bool = False,
+    precision: float | None = None,
+    page: Path | None = None,
+    images: str | None = None,
+    to: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Scores files of predictions and prints a report of each; the second and further ones are compared with the first.
+
+    Args:
+        predictions: The files.
+        suite: The suite or task; None: that of the files, which are ours.
+        data: The data file with the references; None: the files have them.
+        form: Its format; None: that of the suite.
+        annotations: The file of answers of formats that have one.
+        split: A split of the data file.
+        partial: Whether rows that only one side has are left out, and not refused.
+        precision: Half the width of a wished interval, in points, for which the number of answers is named.
+        page: A new page of all answers, of two files with what changed.
+        images: The folder of the images that it shows; None: those that rows name in full.
+        to: A tool for which the predictions are written to `out`.
+        out: A new file.
+
+    Raises:
+        ValueError: A file cannot be read, rows are bad, repeated or missing, or there are no references.
+    """
+    check_arguments(data, form, annotations, split)
+    check_written(predictions, page, images, to, out)
+    files = [read_predictions(name) for name in predictions]
+    task = task_of(files, suite)
+    references = None if data is None else references_of(task, data, form, annotations, split)
+    answered = [joined(task, file, references, partial=partial) for file in files]
+    for file, rows in zip(files, answered, strict=True):
+        print(f"## {file.path}: {file_stem(task)}\n\n{report_of(task, file, rows, precision)}\n")
+    pairs = []
+    for file, rows in zip(files[1:], answered[1:], strict=True):
+        names = (str(files[0].path), str(file.path))
+        pairs.append(same_rows(answered[0], rows, names, partial=partial))
+        print(f"## compared\n\n{comparison_report(compared(task, *pairs[-1]), names)}\n")
+    if page is not None:
+        before, rows = pairs[0] if pairs else (None, answered[0])
+        write_page(page, task, rows, before, images)
+        print(f"page     {page}")
+    if to is not None and out is not None:
+        write_for(to, out, file_stem(task), answered[0])
+        print(f"written  {out}")
+
+
+def check_arguments(data: str | None, form: str | None, annotations: str | None, split: str | None) -> None:
+    """Checks that what is said of the data file has one.
+
+    Raises:
+        ValueError: An argument would have no effect.
+    """
+    if data is None and (given := [name for name, value in named(form, annotations, split) if value is not None]):
+        raise ValueError(f"{given[0]} is of the data file: name it with --data")
+
+
+def check_written(
+    predictions: Sequence[str], page: Path | None, images: str | None, to: str | None, out: Path | None
+) -> None:
+    """Checks what is to be written.
+
+    Raises:
+        ValueError: An argument would have no effect, or lacks another one.
+    """
+    if images is not None and page is None:
+        raise ValueError("--images are for a page: --page ANSWERS.html")
+    if page is not None and len(predictions) > 2:
+        raise ValueError("--page shows one file of predictions, or two: name no more")
+    if images is not None:
+        resolve_path(images, "--images")
+    if (to is None) != (out is None):
+        raise ValueError("--to and --out belong together: --to vlmevalkit --out RESULTS.xlsx")
+    if to is not None and len(predictions) > 1:
+        raise ValueError("--to writes one file of predictions: name one")
+
+
+def named(form: str | None, annotations: str | None, split: str | None) -> list[tuple[str, str | None]]:
+    """Arguments of the data file by name."""
+    return [("--format", form), ("--annotations", annotations), ("--split", split)]
+
+
+def task_of(files: Sequence[PredictionFile], suite: str | None) -> str:
+    """The suite or task by which the files are scored.
+
+    Raises:
+        ValueError: It is unknown, or the files say none, or several.
+    """
+    said = {file.about.task: file for file in files if file.about}
+    if suite is None and len(said) != 1:
+        why = f"the files are of {' and '.join(said)}" if said else f"{files[0].path} does not say what it answers"
+        raise ValueError(f"{why}: name the suite with --suite, such as --suite docvqa")
+    try:
+        return TASKS.check(suite or next(iter(said)))
+    except ValueError as error:
+        raise ValueError(f"--suite: {error}") from None
+
+
+def report_of(task: str, file: PredictionFile, rows: Predictions, precision: float | None) -> str:
+    """Scores, rules, intervals and what is known of the answers, as Markdown."""
+    scores = score(task, rows)
+    notes = [*scores.notes, *precision_notes(task, rows, precision)]
+    about = [f"{name}: {value}" for name, value in (file.about.digests if file.about else {}).items()]
+    return report(file_stem(task), replace(scores, notes=(*notes, *about)))

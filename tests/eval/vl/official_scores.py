@@ -1,0 +1,243 @@
+"""Scores of the made-up answers by the official scripts, which official_scores.json keeps.
+
+`python -m tests.eval.vl.official_scores FOLDER` runs the scripts, unchanged and fetched by you, and writes the file:
+
+    anls.py          eval_mm/infographicsvqa_eval.py of QwenLM/Qwen-VL: that of rrc.cvc.uab.es
+    m4c.py           mmf/utils/m4c_evaluators.py of facebookresearch/mmf
+    pix2struct.py    pix2struct/metrics.py of google-research/pix2struct
+    mmmu.py, pro.py  mmmu/utils/eval_utils.py, mmmu-pro/evaluate.py of MMMU-Benchmark/MMMU
+    aokvqa.py        evaluation/eval_predictions.py of allenai/aokvqa
+    pope.py          evaluate.py of AoiDragon/POPE
+    ocrbench.py      OCRBench/example.py of Yuliang-Liu/MultimodalOCR
+    scienceqa.py     llava/eval/eval_science_qa.py of haotian-liu/LLaVA
+    matching.py      vlmeval/utils/matching_util.py of open-compass/VLMEvalKit
+    grounding.py     eval_mm/evaluate_grounding.py of QwenLM/Qwen-VL
+    rec.py           lmms_eval/tasks/refcoco/utils_rec.py of EvolvingLMMs-Lab/lmms-eval
+
+They need editdistance, pandas and loguru beside what is installed here. Where a script fails (a division by 0), or
+draws an option at random, there is no score: null.
+"""
+
+import ast
+import base64
+import json
+import re
+import runpy
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from string import ascii_uppercase
+from tempfile import TemporaryDirectory
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+from tests.eval.vl import made_up
+from tests.eval.vl.made_up import MadeUp
+
+FILE = Path(__file__).with_name("official_scores.json")
+
+
+def packed(scores: Sequence[float | None]) -> str:
+    """Scores as a short text, to six decimals."""
+    lines = "\n".join("" if score is None else f"{float(score):.6f}".rstrip("0").rstrip(".") for score in scores)
+    return base64.b85encode(zlib.compress(lines.encode(), 9)).decode()
+
+
+def unpacked(text: str) -> list[float | None]:
+    lines = zlib.decompress(base64.b85decode(text)).decode().split("\n")
+    return [float(line) if line else None for line in lines]
+
+
+def expected(name: str) -> list[float | None]:
+    """The scores of a script."""
+    return unpacked(json.loads(FILE.read_text())[name])
+
+
+# --- the scripts -----------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path, name: str, **stubs: Any) -> Any:
+    """A script as a module; of packages that it imports and that are not here, `stubs` are instead."""
+    kept = {key: sys.modules.get(key) for key in stubs}
+    sys.modules.update(stubs)
+    module = ModuleType(f"official_{name}")
+    text = (folder / f"{name}.py").read_text(encoding="utf-8").expandtabs(8)  # one mixes tabs and spaces, of Python 2
+    exec(compile(text, name, "exec"), module.__dict__)
+    for key in (key for key, found in kept.items() if found is None):
+        del sys.modules[key]
+    return module
+
+
+def block(folder: Path, name: str, mark: str, **given: Any) -> dict[str, Any]:
+    """Runs the innermost statement of a script that has a text in it, of scripts that are no functions."""
+    tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.For | ast.If) and mark in ast.unparse(node)]
+    statement = min(found, key=lambda node: len(ast.unparse(node)))
+    exec(compile(ast.Module([statement], []), name, "exec"), given)
+    return given
+
+
+def guarded(one: Callable[..., float | None]) -> Callable[..., float | None]:
+    """A function whose divisions by 0 and missing numbers are no score."""
+
+    def score(*arguments: Any) -> float | None:
+        try:
+            return one(*arguments)
+        except ZeroDivisionError:
+            return None
+
+    return score
+
+
+def site_anls(script: Any, rows: Sequence[MadeUp]) -> list[float]:
+    truth = {"data": [{"questionId": i, "question": "", "answers": row.references} for i, row in enumerate(rows)]}
+    said = [{"questionId": i, "answer": row.prediction} for i, row in enumerate(rows)]
+    with TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("truth", "said")]
+        for file, content in zip(files, (truth, said), strict=True):
+            file.write_text(json.dumps(content))
+        settings = SimpleNamespace(answer_types=False, anls_threshold=0.5)
+        found = script.evaluate_method(*map(str, files), settings)["per_sample_result"]
+    return [found[str(i)]["score"] for i in range(len(rows))]
+
+
+def documents(folder: Path) -> dict[str, list[float | None]]:
+    rows, ten = made_up.open_answers(1), made_up.open_answers(2, references=10)
+    m4c, pix2struct = (
+        load(folder, "m4c"),
+        load(folder, "pix2struct", **{f"pycocoevalcap.{name}": MagicMock() for name in ("cider.cider",)}),
+    )
+    textvqa, anls = m4c.TextVQAAccuracyEvaluator(), m4c.STVQAANLSEvaluator()
+
+    def entry(row: MadeUp) -> list[dict]:
+        return [{"pred_answer": row.prediction, "gt_answers": list(row.references)}]
+
+    near = pix2struct.relaxed_correctness
+    return {
+        "anls": site_anls(load(folder, "anls"), rows),
+        "anls_mmf": [guarded(anls.eval_pred_list)(entry(row)) for row in rows],
+        "anls_pix2struct": [
+            guarded(lambda row: max(pix2struct.anls_metric(t.lower(), row.prediction.lower()) for t in row.references))(
+                row
+            )
+            for row in rows
+        ],
+        "relaxed": [max(near(target, row.prediction) for target in row.references) for row in rows],
+        "textvqa": [textvqa.eval_pred_list(entry(row)) for row in ten],
+        "ocrbench": ocrbench(folder, rows),
+    }
+
+
+def ocrbench(folder: Path, rows: Sequence[MadeUp]) -> list[float]:
+    data = [
+        {"type": "", "dataset_name": row.kind, "answers": list(row.references), "predict": row.prediction}
+        for row in rows
+    ]
+    return [row["result"] for row in block(folder, "ocrbench", "data[i]['result'] = 0", data=data)["data"]]
+
+
+def letters(folder: Path) -> dict[str, list[float | None]]:
+    rows = made_up.choices(3)
+    mmmu = load(folder, "mmmu")
+    pro, matching = load(folder, "pro"), load(folder, "matching", **{"vlmeval.smp.log": MagicMock()})
+    mmmu.random = pro.random = SimpleNamespace(choice=lambda _: None)
+
+    def parsed(parse: Callable, row: MadeUp) -> float | None:
+        options = dict(zip(ascii_uppercase, row.options, strict=False))
+        found = parse(row.prediction, list(options), options)
+        return None if found is None else float(found == row.letter)
+
+    def inferred(row: MadeUp) -> float:
+        return float(
+            matching.can_infer(row.prediction, dict(zip(ascii_uppercase, row.options, strict=False))) == row.letter
+        )
+
+    words = made_up.open_answers(4)
+    return {
+        "mmmu": [parsed(mmmu.parse_multi_choice_response, row) for row in rows],
+        "mmmu_pro": [parsed(pro.parse_multi_choice_response, row) for row in rows],
+        "mmmu_open": [mmmu.eval_open(list(row.references), mmmu.parse_open_response(row.prediction)) for row in words],
+        "letters": [inferred(row) for row in rows],
+        "scienceqa": scienceqa(folder, rows),
+        "aokvqa": aokvqa(folder, rows),
+        "aokvqa_direct": direct(folder),
+    }
+
+
+def scienceqa(folder: Path, rows: Sequence[MadeUp]) -> list[float]:
+    problems = {
+        str(i): {"choices": row.options, "answer": ascii_uppercase.index(row.letter)} for i, row in enumerate(rows)
+    }
+    with TemporaryDirectory() as place:
+        files = {name: Path(place, name) for name in ("problems.json", "pid_splits.json", "said", "out", "result")}
+        files["problems.json"].write_text(json.dumps(problems))
+        files["pid_splits.json"].write_text(json.dumps({"test": list(problems)}))
+        said = [{"question_id": str(i), "text": row.prediction, "prompt": "<image>"} for i, row in enumerate(rows)]
+        said[0]["prompt"] = ""
+        files["said"].write_text("".join(json.dumps(row) + "\n" for row in said))
+        named = ("--base-dir", place, "--result-file", files["said"], "--output-file", files["out"])
+        sys.argv = ["", *map(str, named), "--output-result", str(files["result"])]
+        runpy.run_path(str(folder / "scienceqa.py"), run_name="__main__")
+        found = json.loads(files["result"].read_text())["results"]
+    return [float(found[key] == problems[key]["answer"]) for key in problems]
+
+
+def aokvqa(folder: Path, rows: Sequence[MadeUp]) -> list[float | None]:
+    """The script refuses all that is no choice."""
+    script = load(folder, "aokvqa", load_aokvqa=MagicMock())
+    found: list[float | None] = []
+    for row in rows:
+        question = {"question_id": "1", "choices": row.options, "correct_choice_idx": ascii_uppercase.index(row.letter)}
+        taken = row.prediction in row.options
+        scored = script.eval_aokvqa([question | {"direct_answers": []}], {"1": row.prediction}, True) if taken else None
+        found.append(None if scored is None else scored / 100)
+    return found
+
+
+def direct(folder: Path) -> list[float]:
+    script = load(folder, "aokvqa", load_aokvqa=MagicMock())
+    about = {"question_id": "1", "choices": [], "difficult_direct_answer": False}
+    rows = made_up.open_answers(2, references=10)
+    return [
+        script.eval_aokvqa([about | {"direct_answers": list(row.references)}], {"1": row.prediction}) / 100
+        for row in rows
+    ]
+
+
+def pope(folder: Path) -> dict[str, list[float | None]]:
+    rows = made_up.yes_or_no(5)
+    files = [
+        [json.dumps({"answer": row.prediction}) for row in rows],
+        [json.dumps({"label": row.references[0]}) for row in rows],
+    ]
+    names = {"open": lambda *_: files.pop(0), "print": lambda *_: None}
+    exec(compile((folder / "pope.py").read_text(), "pope", "exec"), names)
+    right = [said == label for said, label in zip(names["pred_list"], names["label_list"], strict=True)]
+    return {"pope": right, "pope_shares": [names[key] for key in ("precision", "recall", "f1", "yes_ratio")]}
+
+
+def boxes(folder: Path) -> dict[str, list[float | None]]:
+    rows, rec = made_up.boxed(6), load(folder, "rec", datasets=MagicMock())
+    script = load(folder, "grounding")
+    qwen = []
+    for row in rows:
+        output = {"answer": row.prediction, "gt_bbox": list(row.box), "hw": row.size[::-1]}
+        mark = "iou = iou.item()"
+        given = vars(script) | {"merged_outputs": [output], "PATTERN": re.compile(r"\((.*?)\),\((.*?)\)")}
+        qwen.append(block(folder, "grounding", mark, **given, correct=0, total_cnt=0)["correct"])
+    shares = [[value / row.size[place % 2] for place, value in enumerate(row.box)] for row in rows]
+    found = [
+        guarded(lambda row, share: rec.compute_accuracy(share, rec.parse_float_sequence_within(row.prediction)))(
+            row, share
+        )
+        for row, share in zip(rows, shares, strict=True)
+    ]
+    return {"boxes_qwen": qwen, "boxes_lmms": found}
+
+
+if __name__ == "__main__":
+    scripts = Path(sys.argv[1])
+    scores = documents(scripts) | letters(scripts) | pope(scripts) | boxes(scripts)
+    FILE.write_text(json.dumps({name: packed(found) for name, found in scores.items()}, indent=0) + "\n")

@@ -1,0 +1,200 @@
+"""What the rules of suites do where tools differ: raw lengths, percent signs, years, guesses, the share of yes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from dora_mm.data.vl.example import Example
+from dora_mm.eval.vl import anls, boxes, letters, mmmu, pope, relaxed
+from dora_mm.eval.vl.intervals import answer_scores, intervals
+from dora_mm.eval.vl.metrics import report, score
+
+
+def row(key: str, references: Sequence[str], prediction: str, **more: Any) -> tuple[Example, str]:
+    answers = tuple(references)
+    return Example(key, (f"{key}.png",), "?", answers, (1.0,) * len(answers), **more), prediction
+
+
+def one(suite: str, references: Sequence[str], prediction: str, **more: Any) -> dict[str, float]:
+    return score(suite, [row("1", references, prediction, **more)]).metrics
+
+
+def test_every_metric_of_a_suite_has_a_rule_in_its_table():
+    scores = score("docvqa", [row("1", ("a b",), "a  b")])
+    assert set(scores.rules) == set(scores.metrics)
+    assert "| ANLS | 100.00 | script of rrc.cvc.uab.es" in report("docvqa", scores)
+
+
+def test_a_double_space_changes_the_length_that_edits_are_divided_by():
+    assert anls.official("abcd", "abxd") == 0.75
+    assert anls.official("a b d", "a  b  x") == pytest.approx(1 - 1 / 7)
+    assert anls.stripped("a b d", "a  b  x") == pytest.approx(1 - 3 / 7)
+
+
+def test_a_similarity_below_a_half_is_nothing_and_empty_answers_are_equal():
+    assert anls.official("abcd", "abxy") == 0.5
+    assert anls.lowered("abcd", "abxy") == 0.0
+    assert anls.official("abcd", "axyz") == 0.0
+    assert anls.official("", "") == anls.stripped("", " ") == 1.0
+    assert anls.official("москва", "Москвы") == pytest.approx(5 / 6)
+
+
+@pytest.mark.parametrize(
+    ("reference", "prediction", "right"),
+    [
+        ("12", "12%", False),
+        ("12%", "12.5%", True),
+        ("0.12", "12%", True),
+        ("0", "0.0", False),  # a target of 0 has to be equal
+        ("0", "0", True),
+        ("1200", "1,200", False),
+        ("1,200", "1,200", True),
+        ("2019", "2010", True),  # a year, too, may be 5 % off
+        ("2019", "1900", False),
+        ("100", "105", True),
+        ("100", "105.1", False),
+        ("Blue", "blue", True),
+    ],
+)
+def test_numbers_may_be_five_percent_off(reference, prediction, right):
+    assert relaxed.is_near(reference, prediction) is right
+
+
+def test_years_that_are_right_by_the_tolerance_are_counted():
+    scores = score("chartqa", [row("1", ("2019",), "2010"), row("2", ("2019",), "2019"), row("3", ("7",), "7 ")])
+    assert scores.metrics["relaxed accuracy"] == pytest.approx(100)
+    assert scores.notes == ("1 answers are another year than the right one, and right by the 5 %",)
+
+
+def test_textvqa_takes_commas_and_question_marks_off_before_all_else():
+    ten = ("john's, inc?",) * 3 + ("x",) * 7
+    found = one("textvqa", ("a",), "John 's inc", raw_answers=ten)
+    assert found["accuracy"] == pytest.approx(90)
+    assert found["accuracy (VQA v2)"] == 0
+    with pytest.raises(ValueError, match="question 1: TextVQA accuracy is defined over ten answers, got 2"):
+        one("textvqa", ("a",), "a", raw_answers=("a", "b"))
+
+
+def test_where_mmmu_would_guess_the_answer_is_wrong_and_the_expected_gain_is_beside_it():
+    options = ("red", "green", "blue", "none of these")
+    rows = [row("1", ("B",), "It is (A) or maybe (B)", options=options, kinds=("Art",))]
+    rows += [row("2", ("B",), "green", options=options), row("3", ("C",), "no idea", options=options)]
+    scores = score("mmmu", rows)
+    assert scores.metrics["accuracy"] == pytest.approx(100 / 3)
+    assert scores.metrics["accuracy with guesses"] == pytest.approx(100 / 3 + 100 * (1 / 4 + 1 / 4) / 3)
+    assert scores.notes == ("2 of 3 answers name no option, where the script guesses",)
+
+
+def test_mmmu_and_mmmu_pro_read_letters_in_other_ways():
+    options = ("red", "green")
+    assert (mmmu.mmmu_letter("A.", options), mmmu.mmmu_letter("B. green", options)) == ("A", None)
+    assert (mmmu.pro_letter("B. green", options), mmmu.pro_letter("So Answer: B", options)) == ("B", "B")
+
+
+@pytest.mark.parametrize(
+    ("reference", "prediction", "right"),
+    [("3.14159", "so x = 3.14", True), ("1200", "The answer is 1,200.", True), ("nile", "It is the Nile river", True)],
+)
+def test_open_answers_of_mmmu(reference, prediction, right):
+    assert one("mmmu", (reference,), prediction)["accuracy"] == 100 * right
+
+
+def test_the_share_of_yes_is_of_what_the_model_says():
+    rows = [row(str(n), ("yes" if n % 2 else "no",), "Yes, there is." if n < 9 else "no") for n in range(10)]
+    scores = score("pope", rows)
+    assert scores.metrics["share of yes"] == pytest.approx(90)
+    assert scores.metrics["recall"] == pytest.approx(80)
+    assert scores.metrics["precision"] == pytest.approx(100 * 4 / 9)
+
+
+@pytest.mark.parametrize("prediction", ["", "NO", "No\nthere is none", "I see one"])
+def test_all_that_has_no_word_of_no_is_yes(prediction):
+    assert pope.says_yes(prediction)
+
+
+def test_yes_and_no_of_vlmevalkit_begin_with_a_capital():
+    assert not pope.is_yes(row("1", ("No",), "")[0])
+    assert score("pope", [row("1", ("No",), "No"), row("2", ("Yes",), "Yes")]).metrics["accuracy"] == 100
+
+
+def test_intervals_of_f1_are_over_images():
+    rows = [row(str(n), ("yes" if n % 3 else "no",), "yes" if n % 2 else "no") for n in range(60)]
+    each = pope.share_intervals(rows, [example.id for example, _ in rows])
+    pairs = pope.share_intervals(rows, [str(int(example.id) // 6) for example, _ in rows])
+    assert each["F1"].mean == pytest.approx(score("pope", rows).metrics["F1"] / 100)
+    assert each["F1"].low < each["F1"].mean < each["F1"].high
+    assert pairs["F1"].low != each["F1"].low
+
+
+def test_a_share_of_all_is_not_certain():
+    rows = [row(str(n), ("yes",), "yes") for n in range(40)]
+    found = pope.share_intervals(rows, [example.id for example, _ in rows])
+    assert found["recall"].mean == 1.0
+    assert found["recall"].low == pytest.approx(0.9119, abs=1e-3)  # Clopper and Pearson
+    assert not found["F1"].has_ends
+    assert "precision" not in pope.share_intervals([row("1", ("yes",), "no")], ["1"])
+
+
+def test_formulas_of_ocrbench_have_no_spaces_and_keep_their_case():
+    assert one("ocrbench", ("x ^ { 2 }",), "so x^{2}", kinds=("Formula", "HME100k"))["accuracy"] == 100
+    assert one("ocrbench", ("x ^ { 2 }",), "so X^{2}", kinds=("Formula", "HME100k"))["accuracy"] == 0
+    vlmevalkit = ("Handwritten Mathematical Expression Recognition",)
+    assert one("ocrbench", ("x ^ { 2 }",), "so x^{2}", kinds=vlmevalkit)["accuracy"] == 100
+    found = one("ocrbench", ("ABC",), "\uff41\uff42\uff43", kinds=("Regular Text Recognition", "IIIT5K"))
+    assert (found["accuracy"], found["accuracy (full width folded)"]) == (0, 100)
+
+
+def test_a_question_of_mmbench_counts_where_it_is_right_in_every_order():
+    options = ("a cat", "a dog")
+    rows = [row("7", ("A",), "A", options=options), row("1000007", ("B",), "B. a cat", options=options[::-1])]
+    rows += [row("8", ("A",), "A", options=options), row("1000008", ("B",), "A", options=options[::-1])]
+    scores = score("mmbench", rows)
+    assert scores.metrics == {"circular": 50.0, "accuracy": 75.0}
+    found = answer_scores("mmbench", [rows])
+    assert found is not None
+    assert (found.values_QS.shape, found.values_QS.mean()) == ((2, 1), 0.5)
+    assert intervals({"mmbench": found})["mmbench"].mean == 0.5
+    with pytest.raises(ValueError, match="question 9 has other orders of its options, but not the first"):
+        score("mmbench", [row("1000009", ("A",), "A", options=options)])
+
+
+def test_letters_without_a_judge():
+    options = ("a cat", "a dog")
+    assert letters.letter_of("I see a cat and a dog", options) is None
+    assert letters.letter_of("It is a dog", options) == "B"
+    assert letters.letter_of("Sorry, I can't help with images of people yet.", options) == letters.NONE
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "<box>(100,200),(500,600)</box>",
+        "<|box_start|>(100,200),(500,600)<|box_end|>",
+        "<box>[[100, 200, 500, 600]]</box>",
+        "[0.1, 0.2, 0.5, 0.6]",
+        "[64, 96, 320, 288]",
+        "<loc0205><loc0102><loc0614><loc0512> cat",
+        "<loc_100><loc_200><loc_500><loc_600>",
+    ],
+)
+def test_boxes_in_every_notation(answer):
+    assert boxes.box_of(answer, (640, 480)) == pytest.approx((0.1, 0.2, 0.5, 0.6), abs=1e-3)
+
+
+def test_half_an_overlap_is_enough():
+    assert boxes.overlap((0, 0, 1, 1), (0, 0, 1, 0.5)) == 0.5
+    assert boxes.overlap((0, 0, 0, 0), (0, 0, 0, 0)) == 0.0
+
+
+def test_a_question_of_aokvqa_is_answered_by_its_choice_or_its_letter():
+    options = ("B", "cat")
+    assert one("aokvqa", ("A",), "B", options=options)["accuracy"] == 100  # the text of the first choice
+    assert one("aokvqa", ("B",), "(B)", options=options)["accuracy"] == 100
+    assert one("aokvqa_direct", ("a",), "cat", raw_answers=("cat",) * 2 + ("Cat",) * 8)["accuracy"] == pytest.approx(
+        200 / 3
+    )
+
+
+def test_short_answers_with_and_without_folding():
+    assert one("short_answers", ("Paris",), "paris.") == {"exact match": 0.0, "exact match (folded)": 100.0}
