@@ -1,0 +1,150 @@
+"""What the commands took, as numbers in a file of JSON and as a page, beside what the dry run said."""
+
+import json
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dora_mm.utils.atomic import write_text
+from tests.rehearsal.measuring import Measured, Peak
+from tests.rehearsal.stages import BEFORE, STEPS, Stage
+
+NEAR = 0.15  # of the measured number
+PACKAGES = ("torch", "diffusers", "transformers", "peft")
+NUMBER = r"([\d,]+\.\d)"
+HEAD = """\
+# The rehearsal on {machine}
+
+`make rehearsal`: full-size models with random weights, in the layouts and dtypes of the published ones; {versions}. Seconds
+of the processor are those of all threads; memory is the peak beyond the libraries' own: anonymous (written by the process)
+and mapped (weights that are read as they lie on disk), each at its own time.
+"""
+
+
+def forecast(page: str) -> dict[str, float]:
+    """The MB that a dry run gives for a step, and for what comes before the steps.
+
+    Args:
+        page: What it has printed.
+    """
+    found = {STEPS: _number(rf"^together\b.* {NUMBER}$", page)}
+    beside = [_number(rf"^{start}.* {NUMBER}$", page) for start in ("captions, ", "VAE, a picture of \\d+ px encoded")]
+    if any(beside):
+        found[BEFORE] = max(beside)
+    return {name: size for name, size in found.items() if size}
+
+
+def _number(pattern: str, page: str) -> float:
+    found = re.search(pattern, page, re.MULTILINE)
+    return float(found[1].replace(",", "")) if found else 0.0
+
+
+def record(stages: Sequence[Stage], done: Sequence[Measured], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of one model."""
+    rows = [{"label": stage.label, **_values(found)} for stage, found in zip(stages, done, strict=False)]
+    said = next((forecast(d.output) for s, d in zip(stages, done, strict=False) if s.is_forecast), {})
+    peaks = next((found.peaks for stage, found in zip(stages, done, strict=False) if stage.killed), {})
+    compared = [
+        {"phase": name, "dry_run": size, "measured": round(_taken(peaks[name]), 1)}
+        for name, size in said.items()
+        if name in peaks
+    ]
+    return {**about, "stages": rows, "forecast": compared}
+
+
+def _values(found: Measured) -> dict[str, Any]:
+    values = asdict(found)
+    del values["output"]
+    values["peaks"] = {name: {k: round(v, 1) for k, v in peak.items()} for name, peak in values["peaks"].items()}
+    return values | {name: round(values[name], 1) for name in ("seconds", "processor_seconds", "written")}
+
+
+def _taken(peak: Peak) -> float:
+    return peak.card or peak.together
+
+
+def save(folder: Path, name: str, values: Mapping[str, Any]) -> Path:
+    """Puts the numbers of a model into the files of a machine; returns the page."""
+    file = folder / "rehearsal.json"
+    found = json.loads(file.read_text()) if file.exists() else {"models": {}}
+    found["machine"] = {"name": machine(), **{package: version(package) for package in PACKAGES}}
+    found["models"][name] = values
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(found, indent=1) + "\n")
+    page = folder / "rehearsal.md"
+    write_text(page, page_of(found))
+    return page
+
+
+def page_of(found: Mapping[str, Any]) -> str:
+    """The page of all models of a machine."""
+    about = dict(found["machine"])
+    name, versions = about.pop("name"), ", ".join(f"{package} {number}" for package, number in about.items())
+    sections = [HEAD.format(machine=name, versions=versions)]
+    sections += [_section(values) for values in found["models"].values()]
+    return "\n".join(sections)
+
+
+def _section(values: Mapping[str, Any]) -> str:
+    card = any(peak["card"] for stage in values["stages"] for peak in stage["peaks"].values())
+    columns = ["", "processor, s", "clock, s", "anonymous, MB", "mapped, MB", *["card, MB"] * card, "written, MB"]
+    rows = [_row(stage, name, card) for stage in values["stages"] for name in stage["peaks"]]
+    lines = [f"## {values['title']}", "", f"{values['disk']:,.0f} MB on disk. {values['settings']}", ""]
+    lines += _table(columns, rows)
+    if values["forecast"]:
+        off = [each["dry_run"] / each["measured"] - 1 for each in values["forecast"]]
+        rows = [
+            [each["phase"], f"{each['dry_run']:,.0f}", f"{each['measured']:,.0f}", f"{error:+.0%}", _reason(each, error)]
+            for each, error in zip(values["forecast"], off, strict=True)
+        ]
+        lines += ["", *_table(["memory, MB", "dry run", "measured", "off by", ""], rows)]
+    lines += [f"\nLeft out: {reason}" for reason in values["left_out"]]
+    return "\n".join(lines) + "\n"
+
+
+def _row(stage: Mapping[str, Any], phase: str, card: bool) -> list[str]:
+    """A line of a stage, or of one of its phases, of which the first has the time of all."""
+    peak, first = stage["peaks"][phase], phase == next(iter(stage["peaks"]))
+    label = stage["label"] if len(stage["peaks"]) == 1 else f"{stage['label']}: {phase}"
+    times = [f"{stage[key]:,.0f}" if first else "" for key in ("processor_seconds", "seconds")]
+    sizes = [f"{peak[key]:,.0f}" for key in ("anonymous", "mapped", *["card"] * card)]
+    return [label, *times, *sizes, f"{stage['written']:,.0f}" if first else ""]
+
+
+def _reason(each: Mapping[str, Any], error: float) -> str:
+    if abs(error) <= NEAR:
+        return ""
+    if each["phase"] == BEFORE:
+        return "a network that is converted is there twice while it is loaded, as the file and as its copy"
+    return "see below"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def machine() -> str:
+    """The GPU, or the make of the processor, with what is used of it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line.partition(":")[2].strip() for line in _processor().splitlines() if line.startswith("model name")]
+    return f"{len(names)} cores of an {names[0] if names else platform.machine()}"
+
+
+def _processor() -> str:
+    file = Path("/proc/cpuinfo")
+    return file.read_text() if file.exists() else ""
+
+
+def folder_name(machine: str) -> str:
+    """The folder of results, such as epyc_2_cores or nvidia_h100_80gb_hbm3."""
+    found = re.fullmatch(r"(\d+) cores of an (?:.*\b)?(EPYC|Xeon)\b.*", machine)
+    name = f"{found[2]}_{found[1]}_cores" if found else machine
+    return re.sub(r"\W+", "_", name).strip("_").lower()
