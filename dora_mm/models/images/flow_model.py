@@ -63,5 +63,9 @@ class FlowModel(ImageModel):
         text, negative = self.encode_prompts([prompt, negative_prompt or ""])
         return {"text": text["text"], "negative": negative["text"]}
 
+    @property
+    def sampling_scheduler(self) -> Any:
+        return self.noise.sampler()
+
     def make_pipeline(self, components: dict[str, Any]) -> Any:
-        return super().make_pipeline({**components, "scheduler": self.noise.sampler()})
+        return super().make_pipeline({**components, "scheduler": self.sampling_scheduler})
