@@ -83,7 +83,7 @@ class LoadedModel:
             raise ValueError(with_base(str(error), path, self.adapters[path], self.base.path)) from error
 
     def load(self, pictures: Sequence[Picture]) -> None:
-        """Loads all of the model; where that can be, text encoders encode the prompts and are freed before the denoiser.
+        """Loads the model; where that can be, text encoders encode the prompts and are freed before the denoiser comes.
 
         Raises:
             ValueError: Weights are missing or damaged.

@@ -44,7 +44,7 @@ class PictureSampler:
 
     @cached_property
     def pipe(self) -> Any:
-        """The pipeline of the model, all of which is loaded for it. Its scheduler is replaced while a batch is drawn."""
+        """The pipeline of the model, which is loaded for it. Its scheduler is replaced while a batch is drawn."""
         pipe = self.model.pipeline()
         self._prepare(pipe)
         return pipe

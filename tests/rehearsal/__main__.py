@@ -53,7 +53,8 @@ def tiny_sdxl(folder: Path) -> None:
 
 def pictures(family: str, model: str, *settings: str, texts: str | None = None) -> Callable[[int], list[Stage]]:
     """The commands of an image model by the size of pictures."""
-    return lambda side: stages.of_pictures(family, model, [f"data.resolution={side}", *SHORT, "sample.prompts=[]", *settings], texts)
+    given = (*SHORT, "sample.prompts=[]", *settings)
+    return lambda side: stages.of_pictures(family, model, [f"data.resolution={side}", *given], texts)
 
 
 def questions(*settings: str) -> Callable[[int], list[Stage]]:
@@ -175,11 +176,9 @@ def run_all(name: str, model: Model, folder: Path, results: Path, side: int) -> 
 
 
 def line_of(stage: Stage, found: Measured) -> str:
-    sizes = ", ".join(
-        f"{phase or 'peak'}: {peak.anonymous:,.0f} MB and {peak.mapped:,.0f} mapped"
-        for phase, peak in found.peaks.items()
-    )
-    return f"{stage.label:36} {found.processor_seconds:7.1f} s of the processor, {found.seconds:6.1f} by the clock; {sizes}"
+    sizes = [f"{name}: {peak.anonymous:,.0f} MB and {peak.mapped:,.0f} mapped" for name, peak in found.peaks.items()]
+    times = f"{found.processor_seconds:7.1f} s of the processor, {found.seconds:6.1f} by the clock"
+    return f"{stage.label:36} {times}; {', '.join(sizes)}"
 
 
 if __name__ == "__main__":

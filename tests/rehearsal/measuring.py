@@ -135,7 +135,9 @@ def status_of(pid: int) -> Mapping[str, float]:
 @cache
 def memory_of_libraries() -> tuple[float, float]:
     """What a process that has imported what all commands need has before anything is loaded, in MB."""
-    code = "import dora_mm.models.images.families, diffusers, transformers, peft; print(open('/proc/self/status').read())"
+    code = (
+        "import dora_mm.models.images.families, diffusers, transformers, peft; print(open('/proc/self/status').read())"
+    )
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     kilobytes = {line.split(":")[0]: line.split()[1] for line in output.splitlines() if line.startswith("Rss")}
     return int(kilobytes["RssAnon"]) * 1024 / 1e6, int(kilobytes["RssFile"]) * 1024 / 1e6

@@ -130,8 +130,11 @@ def qwen(folder: Path) -> None:
         tie_word_embeddings=True,
         **qwen_models.ids(tokenizer),
     )
-    kind = transformers.Qwen2_5_VLForConditionalGeneration
-    _save_vlm(folder, kind, config, processor, lambda n: n.replace("model.visual", "visual").replace("language_model.", ""))
+
+    def published(name: str) -> str:
+        return name.replace("model.visual", "visual").replace("language_model.", "")
+
+    _save_vlm(folder, transformers.Qwen2_5_VLForConditionalGeneration, config, processor, published)
 
 
 def _save_vlm(folder: Path, kind: Any, config: Any, processor: Any, published: Callable[[str], str]) -> None:

@@ -1,4 +1,4 @@
-"""Files of safetensors with random weights, drawn and written tensor by tensor: they take 1 GB of memory at any size."""
+"""Files of safetensors with random weights, drawn and written tensor by tensor, in 1 GB of memory at any size."""
 
 import json
 import math

@@ -1,0 +1,121 @@
+"""`make rehearsal`: files like published ones, what is measured of a process, the page; and all on tiny models."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from dora_mm.formats.files.header import TensorEntry
+from tests.rehearsal.measuring import Measured, Peak, memory_until_end
+from tests.rehearsal.report import folder_name, forecast, page_of, record, save
+from tests.rehearsal.single_file import unet_name, vae_name
+from tests.rehearsal.stages import BEFORE, STEPS, Stage
+from tests.rehearsal.weights import write_weights
+
+PAGE = """\
+memory                                                                      MB
+unet, 2,567,463,684 frozen in bfloat16                             cpu  5,134.9
+activations (checkpointed, an estimate by a step without numbers)  cpu    847.9
+together                                                           cpu  6,000.0
+with train.gradient_checkpointing=false the activations take 11,383.9 MB
+
+beside the steps                   weights, MB  activations  together
+captions, 4 at once                    1,635.4         39.8   1,675.2
+VAE, a picture of 1024 px encoded        167.3      2,697.0   2,864.3
+VAE, a picture of 1024 px decoded        167.3      3,697.0   3,864.3
+"""
+
+
+@pytest.mark.parametrize(
+    ("own", "published"),
+    [
+        ("time_embedding.linear_1.bias", "time_embed.0.bias"),
+        ("down_blocks.1.attentions.0.proj_in.weight", "input_blocks.4.1.proj_in.weight"),
+        ("down_blocks.0.downsamplers.0.conv.weight", "input_blocks.3.0.op.weight"),
+        ("mid_block.resnets.1.time_emb_proj.weight", "middle_block.2.emb_layers.1.weight"),
+        ("up_blocks.0.upsamplers.0.conv.weight", "output_blocks.2.2.conv.weight"),
+        ("up_blocks.2.resnets.2.conv_shortcut.weight", "output_blocks.8.0.skip_connection.weight"),
+    ],
+)
+def test_names_of_the_unet_in_a_single_file(own, published):
+    assert unet_name(own) == published
+
+
+@pytest.mark.parametrize(
+    ("own", "published"),
+    [
+        ("decoder.up_blocks.0.resnets.2.conv1.weight", "decoder.up.3.block.2.conv1.weight"),
+        ("encoder.down_blocks.2.downsamplers.0.conv.bias", "encoder.down.2.downsample.conv.bias"),
+        ("encoder.mid_block.attentions.0.to_out.0.weight", "encoder.mid.attn_1.proj_out.weight"),
+        ("decoder.conv_norm_out.weight", "decoder.norm_out.weight"),
+    ],
+)
+def test_names_of_the_vae_in_a_single_file(own, published):
+    assert vae_name(own) == published
+
+
+@pytest.mark.slow
+def test_the_single_file_has_as_many_tensors_as_the_published_one(tmp_path):
+    from tests.preview import full_size
+    from tests.rehearsal.models import _sdxl_specs, single_specs
+
+    found = single_specs(_sdxl_specs(full_size.sdxl(tmp_path / "configs")))
+    assert len(found) == 2515
+    assert found["conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"].shape == (3840, 1280)
+    assert found["first_stage_model.decoder.mid.attn_1.q.weight"].shape == (512, 512, 1, 1)
+
+
+def test_weights_are_written_in_shards_that_safetensors_reads(tmp_path):
+    specs = {f"layer.{n}.weight": TensorEntry(torch.bfloat16, (64, 256), 0) for n in range(3)}
+    write_weights(tmp_path, "model", specs | {"norm.bias": TensorEntry(torch.bfloat16, (64,), 0)}, most=70_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) == 2
+    with safe_open(tmp_path / index["layer.2.weight"], "pt") as file:
+        assert file.get_tensor("layer.2.weight").float().std() == pytest.approx(256**-0.5, rel=0.05)
+        assert not file.get_tensor("norm.bias").any()
+
+
+def test_the_memory_of_a_process_is_what_it_has_written():
+    code = "import time; block = bytearray(b'1') * 100_000_000; time.sleep(0.4)"
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        sizes = [anonymous for anonymous, _ in memory_until_end(process)]
+    assert 100 < max(sizes) < 130
+
+
+def test_a_forecast_is_read_from_the_page_of_a_dry_run():
+    assert forecast(PAGE) == {STEPS: 6000.0, BEFORE: 2864.3}
+    assert forecast("nothing") == {}
+
+
+def test_the_page_says_how_far_the_dry_run_is_off(tmp_path):
+    stages = [Stage("dry run", (), is_forecast=True), Stage("train, killed after a step", (), killed=True)]
+    peaks = {BEFORE: Peak(together=7000.0, anonymous=7000.0), STEPS: Peak(together=6100.0, anonymous=6100.0)}
+    done = [Measured("", 0, 1.0, 1.0, 0.0, {BEFORE: Peak()}, PAGE), Measured("", -9, 60.0, 90.0, 1.0, peaks)]
+    about = {"title": "A model", "disk": 7.0, "settings": "", "left_out": ["merge: no room."]}
+    page = save(tmp_path, "model", record(stages, done, about)).read_text()
+    assert "| steps | 6,000 | 6,100 | -2% |  |" in page
+    assert "| before the steps | 2,864 | 7,000 | -59% | a network" in page
+    assert "Left out: merge" in page
+    assert page == page_of(json.loads((tmp_path / "rehearsal.json").read_text()))
+
+
+def test_folders_are_named_by_the_machine():
+    assert folder_name("2 cores of an AMD EPYC") == "epyc_2_cores"
+    assert folder_name("2 cores of an Intel(R) Xeon(R) Processor") == "xeon_2_cores"
+    assert folder_name("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vlm", "sdxl", "z_image"])
+def test_the_commands_run_on_tiny_models(tmp_path, name):
+    from tests.rehearsal.__main__ import main
+
+    assert main([name, "--dry", "--output", str(tmp_path)]) == 0
+    stages = json.loads((tmp_path / "rehearsal.json").read_text())["models"][name]["stages"]
+    codes = {stage["label"]: stage["code"] for stage in stages}
+    assert codes.pop("train, killed after a step") == -9
+    assert not any(codes.values())
+    assert all(stage["processor_seconds"] > 0 for stage in stages)
