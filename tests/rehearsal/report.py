@@ -22,8 +22,8 @@ HEAD = """\
 # The rehearsal on {machine}
 
 `make rehearsal`: full-size models with random weights, in the layouts and dtypes of the published ones; {versions}.
-Seconds of the processor are those of all threads. Memory is the peak beyond the libraries' own: anonymous (written by the
-process) and mapped (weights that are read as they lie on disk), each at its own time; in the lower tables both together.
+Seconds of the processor are those of all threads. Memory is the peak beyond the libraries' own: anonymous (written by
+the process) and mapped (weights that are read as they lie on disk), each at its own time; the lower tables have both.
 """
 
 
