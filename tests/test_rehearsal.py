@@ -18,6 +18,7 @@ from tests.rehearsal.weights import write_weights
 PAGE = """\
 memory                                                                      MB
 unet, 2,567,463,684 frozen in bfloat16                             cpu  5,134.9
+12,277,760 trained                                                 cpu     49.1
 activations (checkpointed, an estimate by a step without numbers)  cpu    847.9
 together                                                           cpu  6,000.0
 with train.gradient_checkpointing=false the activations take 11,383.9 MB
@@ -86,18 +87,22 @@ def test_the_memory_of_a_process_is_what_it_has_written():
 
 
 def test_a_forecast_is_read_from_the_page_of_a_dry_run():
-    assert forecast(PAGE) == {STEPS: 6000.0, BEFORE: 2864.3}
+    assert forecast(PAGE) == {STEPS: 6000.0, BEFORE: 5184.0}
+    assert forecast(PAGE.replace("5,134.9", "1,000.0"))[BEFORE] == 2864.3
     assert forecast("nothing") == {}
 
 
 def test_the_page_says_how_far_the_dry_run_is_off(tmp_path):
-    stages = [Stage("dry run", (), is_forecast=True), Stage("train, killed after a step", (), killed=True)]
-    peaks = {BEFORE: Peak(together=7000.0, anonymous=7000.0), STEPS: Peak(together=6100.0, anonymous=6100.0)}
+    stages = [Stage("dry run", (), is_forecast=True), Stage("train, killed after a step", (), trains=True, killed=True)]
+    peaks = {
+        BEFORE: Peak(together=9000.0, anonymous=5000.0, mapped=4500.0),
+        STEPS: Peak(together=6100.0, anonymous=6100.0),
+    }
     done = [Measured("", 0, 1.0, 1.0, 0.0, {BEFORE: Peak()}, PAGE), Measured("", -9, 60.0, 90.0, 1.0, peaks)]
     about = {"title": "A model", "disk": 7.0, "settings": "", "left_out": ["merge: no room."]}
     page = save(tmp_path, "model", record(stages, done, about)).read_text()
-    assert "| steps | 6,000 | 6,100 | -2% |  |" in page
-    assert "| before the steps | 2,864 | 7,000 | -59% | a network" in page
+    assert "| steps | 6,000 | 6,100 | -2% |" in page
+    assert "| before the steps | 5,184 | 5,000 | +4% |" in page
     assert "Left out: merge" in page
     assert page == page_of(json.loads((tmp_path / "rehearsal.json").read_text()))
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHOWN = ("bus", "crown", "dog", "sun")  # of samples/3d_icon
 PICTURES, ROWS, PROMPTS = "pictures", "data.json", "one.txt"
 ON_PROCESSOR = ("backend=torch",)  # by which the dry run counts what a processor takes
-BEFORE, STEPS, RESUMED = "before the steps", "steps", "resumed"
+BEFORE, STEPS = "before the steps", "steps"
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,15 @@ class Stage:
     Attributes:
         label: What it is called in tables.
         arguments: Of `dora-mm`.
-        killed: It is a training, and is ended by SIGKILL once a checkpoint is there.
+        trains: It takes the steps that the dry run is about.
+        killed: It is ended by SIGKILL once a checkpoint is there.
         writes: What it leaves that is removed at once, beside the model as large as that.
         is_forecast: It is the dry run of the training that follows.
     """
 
     label: str
     arguments: tuple[str, ...]
+    trains: bool = False
     killed: bool = False
     writes: str | None = None
     is_forecast: bool = False
@@ -101,8 +104,8 @@ def _training(name: str, given: tuple[str, ...]) -> list[Stage]:
     file = f"{name}.yaml"
     return [
         Stage("dry run", ("train", file, "--dry-run", *given), is_forecast=True),
-        Stage("train, killed after a step", ("train", file, *given), killed=True),
-        Stage("resume, the second step", ("train", "--resume", f"runs/{name}/001")),
+        Stage("train, killed after a step", ("train", file, *given), trains=True, killed=True),
+        Stage("resume, the second step", ("train", "--resume", f"runs/{name}/001"), trains=True),
     ]
 
 
@@ -120,13 +123,12 @@ def run_stage(stage: Stage, folder: Path) -> Measured:
     """Runs a command, and removes the large copies that it writes."""
     log = folder / "logs" / f"{stage.label.replace(' ', '_').replace(',', '').replace(':', '')}.txt"
     log.parent.mkdir(exist_ok=True)
-    known = set(folder.glob("runs/*/*"))
+    started = time.time()
 
     def phase() -> str:
-        if "--resume" in stage.arguments:
-            return RESUMED
-        is_running = any((run / "metrics.jsonl").exists() for run in set(folder.glob("runs/*/*")) - known)
-        return STEPS if is_running else BEFORE
+        """The metrics are opened for the first step."""
+        is_open = any(file.stat().st_mtime > started for file in folder.glob("runs/*/*/metrics.jsonl"))
+        return STEPS if is_open else BEFORE
 
     def is_over() -> bool:
         return stage.killed and any(folder.glob("runs/*/*/checkpoints/step-*/*"))
