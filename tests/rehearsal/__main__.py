@@ -143,9 +143,8 @@ def rehearse(name: str, folder: Path, results: Path, given: argparse.Namespace) 
     try:
         if not (folder / "model").exists():
             (model.tiny if given.dry and model.tiny else model.build)(folder / "model")
-        shutil.rmtree(folder / "runs", ignore_errors=True)
-        for file in (*folder.glob("*.yaml"), *folder.glob("style*"), *folder.glob("peft*")):
-            shutil.rmtree(file) if file.is_dir() else file.unlink()
+        for path in [path for path in folder.iterdir() if path.name != "model"]:  # of an earlier run
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         prepare(folder)
         side = 64 if given.dry else 1024 if ON_CARD else model.side
         return run_all(name, model, folder, results, side)

@@ -2,19 +2,21 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
-from dora_mm.formats.files.header import TensorEntry
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.models.images.components import empty_network
+from tests.formats.files.single_files import ENCODERS, single_tensors
 from tests.models.vl.vlm import qwen_models, templates, vocabularies
 from tests.preview import full_size
-from tests.rehearsal.single_file import single_specs
-from tests.rehearsal.weights import Specs, specs_of, write_file, write_weights
+from tests.rehearsal.weights import specs_of, write_file, write_weights
 
+EMBEDDER, PLACES = "conditioner.embedders.0.transformer", "text_model.embeddings.position_ids"
 ROWS = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 IDEFICS = ["<fake_token_around_image>", "<image>", "<global-img>", *ROWS, "<end_of_utterance>"]
 QWEN_WORDS = 151_643  # before the special ones
@@ -26,40 +28,49 @@ QWEN += ["<|image_pad|>", "<|video_pad|>"]
 def sdxl(folder: Path) -> None:
     """SDXL base 1.0 as a folder of diffusers, in float16."""
     full_size.sdxl(folder)
-    _fill(folder, _sdxl_specs(folder))
+    _fill(folder, _sdxl_tensors(folder), torch.float16)
 
 
 def single(folder: Path) -> None:
     """SDXL base 1.0 as a single file, in float16."""
     folder.mkdir(parents=True)
-    described = full_size.sdxl(folder / "configs")
-    write_file(folder / "sd_xl_base_1.0.safetensors", single_specs(_sdxl_specs(described)))
+    with TemporaryDirectory() as described:
+        tensors = single_tensors(_sdxl_tensors(full_size.sdxl(Path(described) / "configs")))
+    tensors[f"{EMBEDDER}.{PLACES}"] = _places()
+    write_file(folder / "sd_xl_base_1.0.safetensors", specs_of(dict(sorted(tensors.items())), torch.float16))
 
 
-def _sdxl_specs(folder: Path) -> dict[str, Specs]:
-    """The tensors of each network by the names on the hub, with places of tokens that transformers does not read."""
-    found = _specs(folder, ("unet", "vae", "text_encoder", "text_encoder_2"), torch.float16)
-    for name in ("text_encoder", "text_encoder_2"):
-        own = {key if key.startswith("text_") else f"text_model.{key}": entry for key, entry in found[name].items()}
-        found[name] = {"text_model.embeddings.position_ids": TensorEntry(torch.int64, (1, 77), 0), **own}
+def _sdxl_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each network by the names on the hub."""
+    found = _tensors(folder, ("unet", "vae", *ENCODERS))
+    for name in ENCODERS:
+        found[name] = {key if key.startswith("text_") else f"text_model.{key}": t for key, t in found[name].items()}
     return found
+
+
+def _places() -> Tensor:
+    """Of tokens, which are in the published files, and are not read."""
+    return torch.empty(1, 77, dtype=torch.int64, device="meta")
 
 
 def z_image(folder: Path) -> None:
     """Z-Image as a folder of diffusers, in bfloat16."""
     full_size.z_image(folder)
-    _fill(folder, _specs(folder, ("transformer", "vae", "text_encoder"), torch.bfloat16))
+    _fill(folder, _tensors(folder, ("transformer", "vae", "text_encoder")), torch.bfloat16)
 
 
-def _specs(folder: Path, names: tuple[str, ...], dtype: torch.dtype) -> dict[str, Specs]:
+def _tensors(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+    """Those of networks, on the meta device."""
     files = ModelFolder(folder)
-    return {name: specs_of(empty_network(files, name, dtype), dtype) for name in names}
+    return {name: empty_network(files, name).state_dict(keep_vars=True) for name in names}
 
 
-def _fill(folder: Path, networks: Mapping[str, Specs]) -> None:
-    for name, specs in networks.items():
-        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-        write_weights(folder / name, stem, specs, 10**10)
+def _fill(folder: Path, networks: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype) -> None:
+    for name, tensors in networks.items():
+        is_text = name.startswith("text_encoder")
+        tensors = {**tensors, PLACES: _places()} if is_text and "text_encoder_2" in networks else tensors
+        stem = "model" if is_text else "diffusion_pytorch_model"
+        write_weights(folder / name, stem, specs_of(tensors, dtype), most=10**10)
 
 
 def smolvlm(folder: Path) -> None:
@@ -144,8 +155,8 @@ def _save_vlm(folder: Path, kind: Any, config: Any, processor: Any, published: C
     with torch.device("meta"):
         model = kind(config)
     model.tie_weights()
-    specs = {published(name): entry for name, entry in specs_of(model, torch.bfloat16).items()}
-    write_weights(folder, "model", specs)
+    tensors = {published(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    write_weights(folder, "model", specs_of(tensors, torch.bfloat16))
     of_text, tokenizer = config.get_text_config(), processor.tokenizer
     ids = {"bos_token_id": of_text.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     transformers.GenerationConfig(**ids, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)

@@ -132,7 +132,8 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     names = [line.partition(":")[2].strip() for line in _processor().splitlines() if line.startswith("model name")]
-    return f"{len(names)} cores of an {names[0] if names else platform.machine()}"
+    threads = "a thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
+    return f"{threads} on {len(names)} cores of an {names[0] if names else platform.machine()}"
 
 
 def _processor() -> str:
@@ -142,6 +143,6 @@ def _processor() -> str:
 
 def folder_name(machine: str) -> str:
     """The folder of results, such as epyc_2_cores or nvidia_h100_80gb_hbm3."""
-    found = re.fullmatch(r"(\d+) cores of an (?:.*\b)?(EPYC|Xeon)\b.*", machine)
+    found = re.search(r"(\d+) cores of an .*?\b(EPYC|Xeon)\b", machine)
     name = f"{found[2]}_{found[1]}_cores" if found else machine
     return re.sub(r"\W+", "_", name).strip("_").lower()

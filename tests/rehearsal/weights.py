@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dora_mm.formats.files.header import TensorEntry, write_header
 
@@ -17,10 +17,10 @@ POOL = 1 << 24  # numbers that all weights are pieces of
 SHARD = 5_000_000_000  # bytes, as the hub has them
 
 
-def specs_of(network: nn.Module, dtype: torch.dtype) -> dict[str, TensorEntry]:
-    """The tensors of a network in a file of this dtype; of tied ones the first."""
+def specs_of(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, TensorEntry]:
+    """Tensors of a network as they are in a file of this dtype; of tied ones the first."""
     found, seen = {}, set()
-    for name, tensor in network.state_dict(keep_vars=True).items():
+    for name, tensor in tensors.items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
             found[name] = TensorEntry(dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape), 0)
