@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo demo-vl demo-vlm test test-slow test-oldest bench gpu lint format samples clean
+.PHONY: demo demo-vl demo-vlm test test-slow test-oldest bench gpu rehearsal lint format samples clean
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -49,6 +49,9 @@ bench: $(READY)  ## what DoRA costs beside its peers on this machine; BENCH="--q
 
 gpu:  ## all that only a GPU can show, in 20 minutes, with what PYTHON has: no .venv; ONLY="trial block", SECONDS=600, DRY=1 on a CPU
 	$(PYTHON) -m tests.benchmarks.gpu $(ONLY) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(DRY),--dry)
+
+rehearsal: $(READY)  ## full-size models with random weights, 0.5 to 41 GB of disk one at a time; ONLY="vlm sdxl", KEEP=1, DRY=1
+	$(BIN)/python -m tests.rehearsal $(ONLY) $(if $(KEEP),--keep) $(if $(DRY),--dry)
 
 lint: $(READY)
 	$(BIN)/ruff check

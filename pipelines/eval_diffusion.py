@@ -78,8 +78,9 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
     loaded = load_model(pictures_config(config), [config.adapter.path] if config.adapter else [])
     model, device = loaded.model, loaded.model.device
     model.check_rescale(config.draw.guidance_rescale, "draw.guidance_rescale")
-    judge.check_model(model.resolution, module_digest(model.networks["vae"]))
+    judge.check_model(model.resolution, module_digest(model.vae))
     pictures = pictures_of(config, concepts)
+    loaded.load(pictures)
     loaded.check_adapters([picture for picture in pictures if picture.weights])
     encoder = Encoder(device)
     references = read_references(config.clip.images) if config.clip and config.clip.images else []

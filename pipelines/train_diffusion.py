@@ -252,7 +252,6 @@ def encode(
     sampler = PictureSampler(model)
     if not batches.prompts.needs_encoders:
         sampler.keep_prompts([(prompt, config.sample.negative_prompt) for prompt in config.sample.prompts])
-        model.components.release(model.text_encoders)
     return sampler
 
 

@@ -53,7 +53,7 @@ class TrainConfig(Section):
     compile: bool = False  # the repeated blocks of what is trained go through torch.compile, in the steps alone
     checkpoint_every: Count = 0  # optimizer steps between checkpoints; 0: only at the end and on interruption
     keep_checkpoints: PositiveInt = 2  # how many of the newest checkpoints are kept; older ones are deleted
-    log_every: PositiveInt = 10  # optimizer steps between two rows of metrics.jsonl
+    log_every: PositiveInt = 10  # optimizer steps between two rows of metrics.jsonl, which checkpoints have, too
     # Each of several processes keeps a part of the main network's frozen weights instead of all (docs/gpu.md)
     shard: bool = False
     # What shows the metrics beside metrics.jsonl; null: TensorBoard, where it is installed

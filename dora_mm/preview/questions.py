@@ -173,9 +173,10 @@ def largest_batch(task: str, rows: TrainingSet, lengths: RowLengths) -> LargestB
         lengths: The lengths of some of its rows.
     """
     order = np.argsort(-lengths.tokens_read, kind="stable")
-    chosen = order[~lengths.loses_answer[order]][: rows.batch_size]
-    if not len(chosen):
+    usable = order[~lengths.loses_answer[order]][: rows.batch_size]
+    if not len(usable):
         return None
+    chosen = np.resize(usable, rows.batch_size)  # of fewer rows than that, a batch has some again
     return LargestBatch(task, lengths.rows[chosen].tolist(), int(lengths.tokens_read[chosen[0]]))
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,20 @@ from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.models.hub import check_named_by
 from dora_mm.models.images.families import distilled_of, load_image_model
-from dora_mm.models.images.fitting import check_denoiser
+from dora_mm.models.images.fitting import changes_text, check_denoiser
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.images.memory import check_offload, save_memory
 from dora_mm.models.images.new_tokens import load_adapter, read_tokens
 from dora_mm.sampling.drawing import PictureJob, check_what_is_there, draw, plan, remove_adapters
 from dora_mm.sampling.jobs.picture import Picture
-from dora_mm.sampling.pictures import PictureSampler
+from dora_mm.sampling.pictures import MOST_ENCODED, PictureSampler
 from dora_mm.sampling.png import BaseModel
 from dora_mm.sampling.strengths import HashableStrength, to_load
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import data_digest, known_digest
 from dora_mm.utils.json_text import parse_json
 from dora_mm.utils.processes import ALONE, Processes
+from dora_mm.utils.progress import tracked
 
 log = logging.getLogger(__name__)
 EMBEDDED = ModelConfig(path=EMBEDDED_IMAGE_MODEL)
@@ -54,6 +55,8 @@ class LoadedModel:
         adapters: The files of the adapters, by the path that jobs name.
         environment: What else pictures depend on (see `png.Description`).
         forward: The implementation of adapted layers.
+        frees_text: Whether prompts can be encoded before the denoiser is loaded: no adapter changes what they become,
+            and networks do not wait in main memory for their turn.
     """
 
     model: ImageModel
@@ -62,6 +65,7 @@ class LoadedModel:
     adapters: Mapping[str, Path]
     environment: Mapping[str, Any]
     forward: Any
+    frees_text: bool
 
     @property
     def size(self) -> int:
@@ -79,6 +83,17 @@ class LoadedModel:
             load_adapter(self.model, self.adapters[path], strength=chosen, name=name, forward=self.forward)
         except ValueError as error:
             raise ValueError(with_base(str(error), path, self.adapters[path], self.base.path)) from error
+
+    def load(self, pictures: Sequence[Picture]) -> None:
+        """Loads the model; where that can be, text encoders encode the prompts and are freed before the denoiser comes.
+
+        Raises:
+            ValueError: Weights are missing or damaged.
+        """
+        prompts = dict.fromkeys(picture.prompts for picture in pictures)
+        if self.frees_text and len(prompts) <= MOST_ENCODED:
+            self.sampler.keep_prompts(tracked(list(prompts), "encoding prompts", unit="prompts"))
+        self.sampler.load()
 
     def check_adapters(self, pictures: Sequence[Picture]) -> None:
         """Loads every adapter once, or with each of its strengths by part.
@@ -116,6 +131,7 @@ class LoadedModel:
             )
         for picture in pictures:
             self.model.check_rescale(picture.guidance_rescale, f"row {picture.row}: guidance_rescale")
+        self.load(pictures)
         self.check_adapters(pictures)
         unguided = [picture for picture in pictures if picture.guidance <= WITHOUT_GUIDANCE]
         for key in ("negative_prompt", "guidance_rescale"):
@@ -220,34 +236,41 @@ def load_model(config: PicturesConfig, adapters: Iterable[str]) -> LoadedModel:
     chosen = config.model or model_of(files)
     warn_of_other_bases(files, chosen)
     model = load_image_model(chosen)
-    check_fit(model, files, chosen.path)
-    weights = " ".join(model.components.digest(name) for name in sorted(model.networks))
-    sampler = PictureSampler(model)
-    digest = hashlib.sha256(f"{weights} {settings_text(sampler.scheduler)}".encode()).hexdigest()
-    save_memory(sampler.pipe, config.memory, device)
+    changes = check_fit(model, files, chosen.path)
+    weights = " ".join(model.components.digest(name) for name in sorted(model.components.networks))
+    digest = hashlib.sha256(f"{weights} {settings_text(model.sampling_scheduler)}".encode()).hexdigest()
+    sampler = PictureSampler(model, partial(save_memory, config=config.memory, device=device))
+    stays = config.memory.offload == "none"  # on the device; else the pipeline moves networks there and back
+    if stays:
+        model.to(device)
     found = find_path(chosen.path)
     file_hash = known_digest(found) if found is not None and found.is_file() else None
     base = BaseModel(
         chosen.path, chosen.revision, chosen.vae, chosen.dtype, digest, file_hash, chosen.settings_of_pictures()
     )
     environment = {"backend": config.backend, "memory": config.memory.model_dump()}
-    return LoadedModel(model, sampler, base, files, environment, backend.select(config.backend))
+    frees_text = stays and not changes
+    return LoadedModel(model, sampler, base, files, environment, backend.select(config.backend), frees_text)
 
 
-def check_fit(model: ImageModel, files: Mapping[str, Path], base: str) -> None:
+def check_fit(model: ImageModel, files: Mapping[str, Path], base: str) -> bool:
     """Checks adapters against the configs of a model, before its weights are read.
+
+    Returns:
+        Whether one of them may change how prompts are encoded.
 
     Raises:
         ValueError: The denoiser lacks a module, or has it in another size.
     """
     if not files:
-        return
+        return False
     denoiser = model.empty_denoiser()
     for path, file in files.items():
         try:
             check_denoiser(AdapterFile(file), model, denoiser)
         except ValueError as error:
             raise ValueError(with_base(str(error), path, file, base)) from error
+    return any(changes_text(AdapterFile(file), model, denoiser) for file in files.values())
 
 
 def with_base(problem: str, path: str, file: Path, base: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from functools import cached_property, partial
 from typing import Any
@@ -34,31 +34,41 @@ class PictureSampler:
 
     Args:
         model: The model. Without text encoders it draws the prompts that were encoded before those were released.
+        prepare: Gets its pipeline ready, once it is needed.
     """
 
-    def __init__(self, model: ImageModel):
-        self.model = model
+    def __init__(self, model: ImageModel, prepare: Callable[[Any], object] = lambda pipe: None):
+        self.model, self._prepare = model, prepare
         self._schedulers: dict[str, Any] = {}
         self._encoded: dict[Prompts, Prompt] = {}
 
     @cached_property
     def pipe(self) -> Any:
-        """The pipeline of the model. Its scheduler is replaced while a batch is drawn with another one."""
-        return self.model.pipeline()
+        """The pipeline of the model, which is loaded for it. Its scheduler is replaced while a batch is drawn."""
+        pipe = self.model.pipeline()
+        self._prepare(pipe)
+        return pipe
 
     @cached_property
     def scheduler(self) -> Any:
         """The model's own scheduler."""
-        return self.pipe.scheduler
+        return self.model.sampling_scheduler
+
+    def load(self) -> None:
+        """Loads all that the model still lacks."""
+        assert self.pipe is not None
 
     def forget_prompts(self) -> None:
-        """Encodes prompts again from now on, since the text encoders were changed."""
-        self._encoded.clear()
+        """Encodes prompts again from now on, since the text encoders were changed; not where they were released."""
+        if not any(map(self.model.components.is_released, self.model.text_encoders)):
+            self._encoded.clear()
 
-    def keep_prompts(self, prompts: Sequence[Prompts]) -> None:
-        """Encodes the prompts of pictures ahead, so that the text encoders can be released."""
+    @torch.no_grad()
+    def keep_prompts(self, prompts: Iterable[Prompts]) -> None:
+        """Encodes the prompts of pictures, and frees the text encoders, before the denoiser is loaded."""
         for each in prompts:
             self._encode(each, most=len(self._encoded) + 1)
+        self.model.components.release(self.model.text_encoders)
 
     def length(self, prompts: Prompts) -> int:
         """The length of the longer one of a picture's prompts: pictures of a batch have the same."""

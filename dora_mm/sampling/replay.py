@@ -44,6 +44,7 @@ def replay_picture(file: Path, new_folder: Callable[[], Path]) -> tuple[Path, st
     loaded = load_model(pictures_config(description), [adapter.path for adapter in description.adapters])
     check_unchanged(description, loaded)
     job = job_of(description, loaded, new_folder(), file.name)
+    loaded.load(job.pictures)
     draw(job, loaded.sampler, loaded.load_adapter)
     write_manifest(job.folder, [job.entries()[description.position]])
     job.raise_failures()

@@ -175,8 +175,8 @@ class _TrainingRecord:
         return is_due(self.config, self.step)
 
     def log(self, progress: TrainingProgress, rate: float, norm: float) -> None:
-        """Writes a row of metrics where one belongs to this step."""
-        if self.metrics is not None and (self.step % self.config.log_every == 0 or self.step == self.config.steps):
+        """Writes a row of metrics where one, or a checkpoint, belongs to this step."""
+        if self.metrics is not None and (self.step % self.config.log_every == 0 or self.is_due):
             losses = {"loss": progress.mean_loss, "last_loss": progress.take_last_loss()}
             self.metrics.write(self.step, **losses, lr=rate, grad_norm=norm, seconds=progress.seconds)
 

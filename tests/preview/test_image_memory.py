@@ -122,3 +122,11 @@ def test_the_heads_of_the_recipes_have_what_the_dry_run_says(recipe, full_models
     assert f"steps take {together / 1e3:.1f} GB" in head
     size = re.search(r"GPU of (\d+) GB", head)
     assert size is None or together / 1e3 + CUDA < int(size[1])
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "sdxl/lego"])
+def test_the_first_hour_has_the_numbers_of_the_heads(recipe):
+    head = re.sub(r"\n# ?", " ", (Path("configs") / f"{recipe}.yaml").read_text().partition("\npipeline")[0])
+    steps = re.findall(r"steps take ([\d.]+) GB", head)[0]
+    row = re.findall(rf"^\| `{recipe}` \| ([\d.]+)", Path("docs/first_hour.md").read_text(), re.M)
+    assert row == [steps]

@@ -1,5 +1,7 @@
 """What is told of the lengths of rows before a training, from a sample that is encoded."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -20,6 +22,7 @@ from dora_mm.preview.lengths import (
     sample_table,
     spaced_rows,
 )
+from dora_mm.preview.questions import largest_batch
 from tests.data.vl.files import write_json
 from tests.models.vl.vlm.vlm_rows import write_pictures
 
@@ -166,3 +169,13 @@ def test_long_texts_are_counted(tiny_vlm, rows):
     short = VLM(VLMModelConfig(path=str(tiny_vlm("llava")), max_length=18))
     text = row_lines(short, {"chat": rows([1, 1, 2])})
     assert "1 row of 3 is longer than 18 tokens (model.max_length) and cut at the end" in text
+
+
+def test_of_fewer_rows_than_a_batch_some_are_there_again():
+    """As the training fills its batches: three rows in batches of eight took three times what was said."""
+    read = np.array([5, 9, 7])
+    zeros, loses = np.zeros(3, dtype=int), np.array([False, False, True])
+    found = RowLengths(np.array([0, 1, 2]), read, zeros, read, zeros, zeros, loses, 10, "model.max_length")
+    batch = largest_batch("chat", SimpleNamespace(batch_size=5), found)
+    assert batch is not None
+    assert (batch.rows, batch.num_computed, batch.length) == ([1, 0, 1, 0, 1], 5, 9)

@@ -110,10 +110,25 @@ def test_the_curves_go_on_from_the_last_checkpoint_after_a_kill(tmp_path):
     before = metrics(parts)
     small_training(parts, checkpoint_every=4).fit()
     after = metrics(parts)
-    assert [row["step"] for row in before] == [3, 6]
-    assert after[0] == before[0]
+    assert [row["step"] for row in before] == [3, 4, 6]
+    assert after[:2] == before[:2]
     assert but_for_seconds(after) == but_for_seconds(metrics(uninterrupted))
     assert [row["seconds"] for row in after] == sorted(row["seconds"] for row in after)
+
+
+def test_a_checkpoint_has_its_row_so_that_a_kill_after_few_steps_leaves_curves(tmp_path):
+    run = new_run(tmp_path / "run")
+    train = {"steps": 4, "log_every": 10, "checkpoint_every": 2}
+
+    def killed(step):
+        if step == 3:
+            raise RuntimeError  # saves nothing, as a kill
+
+    with pytest.raises(RuntimeError):
+        small_training(run, after_step=killed, **train).fit()
+    assert [row["step"] for row in metrics(run)] == [2]
+    small_training(run, **train).fit()
+    assert [row["step"] for row in metrics(run)] == [2, 4]
 
 
 def test_a_signal_during_a_step_loses_no_row(tmp_path, set_handler):
@@ -168,7 +183,7 @@ def test_a_resumed_run_logs_no_step_twice(tmp_path):
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')  # half a line
     small_training(run).fit()
-    assert [row["step"] for row in read_metrics(run.path / "metrics.jsonl")] == [3, 6, 9, 12]
+    assert [row["step"] for row in read_metrics(run.path / "metrics.jsonl")] == [2, 3, 4, 6, 9, 12]
 
 
 def test_a_checkpoint_is_saved_when_a_person_asks_for_it(tmp_path):

@@ -63,6 +63,11 @@ class Components:
         """The names of all components, loaded or not."""
         return [name for phase in self._phases for name in phase]
 
+    @property
+    def networks(self) -> list[str]:
+        """The names of those that have weights, loaded or not."""
+        return [name for name in self.names if is_network(name)]
+
     def __getitem__(self, name: str) -> Any:
         """A component, or None if it was released."""
         if name not in self._loaded and not self.is_released(name):
@@ -196,14 +201,14 @@ def missing_in(folder: Path, components: Iterable[str]) -> list[str]:
 def load_single_file(
     pipeline: Any, path: str, dtype: torch.dtype, configs: Path, others: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Loads all components of a pipeline of diffusers, most of them from a single checkpoint.
+    """Loads components of a pipeline of diffusers, most of them from a single checkpoint.
 
     Args:
         pipeline: The class of diffusers.
         path: The `.safetensors` file.
         dtype: The dtype of all networks.
         configs: A folder with the index and the configs of the pipeline.
-        others: The components that are not in the file.
+        others: The components that are not in the file, and None for those that are not wanted.
 
     Raises:
         ValueError: It lacks something, or is of another size than the configs.

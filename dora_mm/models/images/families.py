@@ -123,7 +123,8 @@ def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
         if single and empty:
             found = {**single.parts(), **load_components(pipeline, str(single.configs), ["scheduler"], names, dtype)}
         elif single:
-            found = load_single_file(pipeline, path, dtype, single.configs, single.parts())
+            unwanted: dict[str, Any] = {name: None for name in names if name not in wanted}
+            found = load_single_file(pipeline, path, dtype, single.configs, {**unwanted, **single.parts()})
         else:
             read = others if empty else [name for name in wanted if name in read_here]
             variant = "" if empty else own.variant

@@ -28,6 +28,20 @@ def denoiser_layers(file: AdapterFile, model: ImageModel, denoiser: nn.Module) -
             yield group.names[0].path, file.described_layer(module)
 
 
+def changes_text(file: AdapterFile, model: ImageModel, denoiser: nn.Module) -> bool:
+    """Whether prompts may be encoded otherwise with an adapter: it has more than adapters of the denoiser.
+
+    Args:
+        file: The adapter file.
+        model: The model.
+        denoiser: Its denoiser, see `ImageModel.empty_denoiser`.
+    """
+    names = ModelNames(file, {model.denoiser: denoiser})
+    groups, _ = file.groups([*file.modules, *file.biases], names)
+    of_denoiser = {m for m, group in groups.items() if {name.component for name in group.names} == {model.denoiser}}
+    return bool(file.embeddings or file.others or {*file.modules, *file.biases} - of_denoiser)
+
+
 def check_denoiser(file: AdapterFile, model: ImageModel, denoiser: nn.Module) -> None:
     """Checks that the modules which a file adapts are in the denoiser, with weights of the file's sizes.
 

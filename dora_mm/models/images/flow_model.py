@@ -76,5 +76,9 @@ class FlowModel(ImageModel):
         levels = self.noise.schedule(steps, (height // self.downscale, width // self.downscale))
         return {**self.prompt_inputs(encoded, guidance), "sigmas": levels, "width": width, "height": height}
 
+    @property
+    def sampling_scheduler(self) -> Any:
+        return self.noise.sampler()
+
     def make_pipeline(self, components: dict[str, Any]) -> Any:
-        return super().make_pipeline({**components, "scheduler": self.noise.sampler()})
+        return super().make_pipeline({**components, "scheduler": self.sampling_scheduler})

@@ -335,6 +335,11 @@ class ImageModel(ABC):
             height: In pixels.
         """
 
+    @property
+    def sampling_scheduler(self) -> Any:
+        """The model's own scheduler as its pipeline has it; no network is loaded for it."""
+        return self.scheduler
+
     def pipeline(self) -> Any:
         """A diffusers pipeline that shares these components (no copies), without those that were released."""
         pipe = self.make_pipeline({name: self.components[name] for name in self.components.names})

@@ -31,7 +31,7 @@ def save_memory(pipe: Any, config: MemoryConfig, device: torch.device) -> None:
     """Gets a pipeline ready to draw on a device; it may be adapted, and the adapters may be merged afterwards.
 
     Args:
-        pipe: The pipeline, on the CPU. Without `offload` its networks are moved to the device; with it, each network or
+        pipe: The pipeline. Without `offload` its networks are moved to the device; with it, each network or
             layer is moved there when it runs.
         config: The `memory` section.
         device: The device that pictures are drawn on.

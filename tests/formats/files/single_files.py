@@ -1,14 +1,15 @@
 """Checkpoints of whole models in one file, with the names of the code that SDXL was published with."""
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from dora_mm.formats.naming.names import owners
+
+ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def open_clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -63,21 +64,27 @@ def compvis_names(state: dict[str, torch.Tensor], levels: int) -> dict[str, torc
     return found
 
 
-def write_single_file(pipeline: Path, file: Path, markers: Sequence[str] = ()) -> Path:
-    """Writes the networks of an SDXL pipeline as one file in SGM's names, with marker tensors; returns the file."""
-    unet = load_file(pipeline / "unet/diffusion_pytorch_model.safetensors")
+def single_tensors(networks: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The tensors of the networks of an SDXL pipeline in SGM's names; they may be on the meta device."""
     own = {name.path: path for name, path in owners("sdxl").items()}
     tensors = {}
-    for key, tensor in unet.items():
+    for key, tensor in networks["unet"].items():
         path, _, end = key.rpartition(".")
         tensors[f"model.diffusion_model.{own[path]}.{end}"] = tensor
-    for key, tensor in load_file(pipeline / "text_encoder/model.safetensors").items():
+    for key, tensor in networks["text_encoder"].items():
         tensors[f"conditioner.embedders.0.transformer.text_model.{key.removeprefix('text_model.')}"] = tensor
-    for key, tensor in open_clip_names(load_file(pipeline / "text_encoder_2/model.safetensors")).items():
+    for key, tensor in open_clip_names(dict(networks["text_encoder_2"])).items():
         tensors[f"conditioner.embedders.1.model.{key}"] = tensor
-    levels = len(json.loads((pipeline / "vae/config.json").read_text())["block_out_channels"])
-    for key, tensor in compvis_names(load_file(pipeline / "vae/diffusion_pytorch_model.safetensors"), levels).items():
+    levels = len({key.split(".")[2] for key in networks["vae"] if key.startswith("decoder.up_blocks.")})
+    for key, tensor in compvis_names(dict(networks["vae"]), levels).items():
         tensors[f"first_stage_model.{key}"] = tensor
-    tensors |= {marker: torch.zeros(()) for marker in markers}
+    return tensors
+
+
+def write_single_file(pipeline: Path, file: Path, markers: Sequence[str] = ()) -> Path:
+    """Writes the networks of an SDXL pipeline as one file in SGM's names, with marker tensors; returns the file."""
+    stems = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model") | dict.fromkeys(ENCODERS, "model")
+    networks = {name: load_file(pipeline / name / f"{stem}.safetensors") for name, stem in stems.items()}
+    tensors = single_tensors(networks) | {marker: torch.zeros(()) for marker in markers}
     save_file(tensors, file, metadata={"modelspec.title": "tiny"})
     return file

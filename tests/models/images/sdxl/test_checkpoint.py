@@ -14,6 +14,7 @@ from dora_mm.config.loader import load_config
 from dora_mm.config.models import ModelConfig
 from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.models.architectures import networks_of
+from dora_mm.models.images import families
 from dora_mm.models.images.families import about_prediction, load_image_model
 from dora_mm.models.images.sdxl import checkpoint
 from dora_mm.models.images.sdxl.family import SDXL
@@ -90,6 +91,23 @@ def test_a_single_file_is_the_model_of_the_folder(single, folder):
     assert file.tokenizer("a bus").input_ids == folder.tokenizer("a bus").input_ids
     prompts = ["a flat icon of a bus"]
     assert torch.equal(file.encode_prompts(prompts)[0]["text"], folder.encode_prompts(prompts)[0]["text"])
+
+
+def test_a_single_file_is_loaded_part_by_part(single, monkeypatch):
+    """So that text encoders can be freed before the UNet is loaded."""
+    loads, own = [], families.load_single_file
+
+    def load(*args):
+        found = own(*args)
+        loads.append({name for name in found if name in ("unet", "vae", "text_encoder", "text_encoder_2")})
+        return found
+
+    monkeypatch.setattr(families, "load_single_file", load)
+    model = loaded(single())
+    model.encode_prompts(["a bus"])
+    assert loads[-1] == {"text_encoder", "text_encoder_2"}
+    assert not any("unet" in names for names in loads)
+    assert model.unet is not None
 
 
 @pytest.mark.parametrize(
