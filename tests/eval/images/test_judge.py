@@ -17,7 +17,6 @@ def gallery(features, concepts):
     return {style: part[rows] for style, part in features.items()}
 
 
-@pytest.mark.slow
 def test_judges_real_icons_correctly(judge, gallery, learned):
     for name in ("brick", "3d"):
         scores = judge.scores(gallery[name], learned, (0,))
@@ -57,7 +56,6 @@ def test_report_of_its_own_accuracy(judge):
     assert "brick 100.0%" in judge.describe()
 
 
-@pytest.mark.slow
 def test_artefacts_of_the_unet_are_not_taken_for_style(features, concepts, judge):
     """Flat icons that it took for 3D are classified as flat once it was fitted on denoised icons as well."""
     seen = np.array([concept.split == "judge" for concept in concepts])
