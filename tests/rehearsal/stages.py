@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ SHOWN = ("bus", "crown", "dog", "sun")  # of samples/3d_icon
 PICTURES, ROWS, PROMPTS = "pictures", "data.json", "one.txt"
 ON_PROCESSOR = ("backend=torch",)  # by which the dry run counts what a processor takes
 BEFORE, STEPS = "before the steps", "steps"
+OPENED = b". After a stop: dora-mm train"
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,10 @@ def run_stage(stage: Stage, folder: Path) -> Measured:
     """Runs a command, and removes the large copies that it writes."""
     log = folder / "logs" / f"{stage.label.replace(' ', '_').replace(',', '').replace(':', '')}.txt"
     log.parent.mkdir(exist_ok=True)
-    started = time.time()
 
     def phase() -> str:
-        """The metrics are opened for the first step."""
-        is_open = any(file.stat().st_mtime > started for file in folder.glob("runs/*/*/metrics.jsonl"))
-        return STEPS if is_open else BEFORE
+        """The run directory is opened, which is said, for the first step."""
+        return STEPS if OPENED in log.read_bytes() else BEFORE
 
     def is_over() -> bool:
         return stage.killed and any(folder.glob("runs/*/*/checkpoints/step-*/*"))
