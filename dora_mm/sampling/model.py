@@ -234,7 +234,7 @@ def load_model(config: PicturesConfig, adapters: Iterable[str]) -> LoadedModel:
     files, device = find_adapters(adapters), default_device()
     check_offload(config.memory, device)
     chosen = config.model or model_of(files)
-    warn_of_other_bases(files, chosen)
+    warn_of_other_bases(files, chosen, is_distilled=distilled_of(chosen) is not None)
     model = load_image_model(chosen)
     changes = check_fit(model, files, chosen.path)
     weights = " ".join(model.components.digest(name) for name in sorted(model.components.networks))
@@ -346,7 +346,7 @@ def family_settings(header: Mapping[str, str], path: str) -> dict[str, Any]:
     return found
 
 
-def warn_of_other_bases(files: Mapping[str, Path], model: ModelConfig) -> None:
+def warn_of_other_bases(files: Mapping[str, Path], model: ModelConfig, *, is_distilled: bool = False) -> None:
     """Names adapters that were trained on another model than the one that draws.
 
     Those of a base model are meant for what is distilled of it, too: that is said once.
@@ -357,7 +357,7 @@ def warn_of_other_bases(files: Mapping[str, Path], model: ModelConfig) -> None:
         trained_on = read_metadata(file).get("base_model")
         if trained_on and (find_path(trained_on) or trained_on) not in drawing:
             others[path] = trained_on
-    if others and distilled_of(model):
+    if others and is_distilled:
         bases = " and ".join(dict.fromkeys(others.values()))
         log.info("What was trained on %s is drawn with %s, which was distilled.", bases, model.path)
         return
