@@ -127,6 +127,6 @@ def task_of(files: Sequence[PredictionFile], suite: str | None) -> str:
 def report_of(task: str, file: PredictionFile, rows: Predictions, precision: float | None) -> str:
     """Scores, rules, intervals and what is known of the answers, as Markdown."""
     scores = score(task, rows)
-    notes = [*scores.notes, *precision_notes(task, rows, precision)]
+    notes = [*scores.notes, *precision_notes(task, rows, scores.main, precision)]
     about = [f"{name}: {value}" for name, value in (file.about.digests if file.about else {}).items()]
     return report(file_stem(task), replace(scores, notes=(*notes, *about)))

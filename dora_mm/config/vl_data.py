@@ -55,8 +55,8 @@ class SourceConfig(Section):
     # choices)
     images: InputPath | None = None
     subtitles: InputPath | None = None  # video formats only: a JSONL file; null: no subtitles
-    # coco_karpathy: train (includes restval), val or test; choices: a value of the column split, null: all rows; chat,
-    # preferences, captions: of a folder or a pattern, by the names of its files; null: it has but one
+    # coco_karpathy: train (includes restval), val or test; choices, answers, scienceqa: a value of the column split,
+    # null: all rows; chat, preferences, captions: of a folder or a pattern, by its files' names; null: it has but one
     split: Text | None = None
     columns: dict[ColumnName, Text] = Field(default_factory=dict)  # chat, preferences, captions: by our names
     weight: Positive = 1.0  # beside other sources of a training split: how often its rows are drawn; 2: twice an epoch

@@ -143,19 +143,19 @@ def points(interval: Interval) -> str:
     return interval.text("{:.1f}", 100.0)
 
 
-def precision_notes(task: str, predictions: Predictions, wished: float | None = None) -> list[str]:
+def precision_notes(task: str, predictions: Predictions, main: str, wished: float | None = None) -> list[str]:
     """Returns sentences on how precisely a score is known: the 95 % interval of the main metric and of others, and n.
 
     Args:
         task: The task.
         predictions: Examples with predictions.
+        main: The name of the main metric.
         wished: Half the width of the interval that is wished, in points; None: no number of answers is named.
     """
     scores, scorer = answer_scores(task, [predictions]), scorer_of(task)
     if scores is None:
         return []
     unit = scorer.unit
-    main = scorer.score(predictions, meteor=False).main
     answers, groups = len(scores.groups), len(set(scores.groups))
     of_groups = f" in {groups:,} groups (an image, a document)" if groups < answers else ""
     notes = [f"{main} {points(intervals({task: scores})[task])}: 95 % interval, n = {answers:,}{of_groups}"]

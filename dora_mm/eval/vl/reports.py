@@ -53,7 +53,7 @@ def write_answers(
         prompt = prompts.get(name, TASKS[name].prompt) or "{text}"
         write_scored(folder / f"scored_{stem}.jsonl", rows, scores, about, prompt)
         if scores is not None:
-            found[name] = replace(scores, notes=(*scores.notes, *precision_notes(name, rows)))
+            found[name] = replace(scores, notes=(*scores.notes, *precision_notes(name, rows, scores.main)))
     return found
 
 

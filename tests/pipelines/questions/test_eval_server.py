@@ -144,6 +144,7 @@ def test_a_stopped_evaluation_goes_on_and_asks_only_what_is_missing(server, conf
     assert server.bodies == []
 
 
+@pytest.mark.slow
 def test_rows_that_a_server_refuses_may_be_left_out(server, config, caplog):
     server.codes = [400, 400]  # a row in its batch, and alone
     assert main(["eval", config, "--set", "data.on_bad_data=skip", "server.at_once=1"]) == 0
@@ -169,6 +170,7 @@ def test_settings_of_answers_are_sent_and_kept(server, config, tmp_path):
     assert first["digests"]["the model of the server"] == "served-vlm"
 
 
+@pytest.mark.slow
 def test_answers_that_are_cut_are_counted(server, config, caplog):
     server.reason = "length"
     assert main(["eval", config]) == 0
@@ -192,6 +194,7 @@ def test_refusals_of_a_server(server, config, capsys, codes, message):
     assert error.splitlines()[-1].startswith("dora-mm: server.url: http://127.0.0.1:")
 
 
+@pytest.mark.slow
 def test_the_model_is_named_where_there_are_several(server, config, capsys):
     server.models = ["one", "two"]
     assert main(["eval", config]) == 2
@@ -216,6 +219,7 @@ def test_settings_that_cannot_be(config, capsys, setting, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there(config, capsys):
     assert main(["eval", config, "--set", "server.url=http://127.0.0.1:1/v1"]) == 2
     assert "server.url: http://127.0.0.1:1/v1 cannot be reached" in capsys.readouterr().err

@@ -8,7 +8,8 @@ files, the name of `source.file` and the split, since tables are cached by them;
 of its record. An image that is inside a file is yielded as a data URL (embedded.py); tables.py makes a file of it.
 
 To add a format: write its reader in this folder; add its record to dora_mm/registries/readers.py, its name to `formats`
-of the tasks that it serves (vl_tasks.py there), its file layout to tests/data/vl, and a row to the table of docs/vl.md.
+of the tasks that it serves (vl_tasks.py there), its file layout to tests/data/vl, and a row to the table of
+docs/vl.md or docs/scores.md.
 One more shape of `chat` is an entry of SHAPES in chat_shapes.py, with a function that takes a row apart; of
 `preferences` one of PAIR_SHAPES in preferences.py.
 """

@@ -67,10 +67,12 @@ def test_drawn_answers_of_a_model_differ_by_seed_and_stop(asked):
     assert asked("vqa", temperature=5.0, stop=(letter,))[0] == one[0].partition(letter)[0].strip()
 
 
+@pytest.mark.slow
 def test_captions_are_drawn_without_beams(asked):
     assert asked("caption", temperature=5.0) != asked("caption")
 
 
+@pytest.mark.slow
 def test_the_likeliest_letter_of_a_suite_is_its_answer(asked):
     assert set(asked("ai2d", answers="rank")) <= {"A", "B"}
     assert not set(asked("ai2d")) <= {"A", "B"}
@@ -78,6 +80,7 @@ def test_the_likeliest_letter_of_a_suite_is_its_answer(asked):
         asked("ai2d", answers="trie")
 
 
+@pytest.mark.slow
 def test_rows_without_options_have_no_likeliest_letter(tiny_vlm):
     vlm = VLM(VLMModelConfig(path=str(tiny_vlm("llava"))))
     rank = vlm.answerer("mmmu", DecodeConfig(answers="rank"), ())
