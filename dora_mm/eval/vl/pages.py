@@ -1,7 +1,7 @@
 """An HTML page of examples: images, question, prediction and reference answers, also of two runs side by side.
 
 One file without scripts that loads nothing from elsewhere: it can be opened from the disk, also on a phone, and sent to
-others. Images are in it, or beside it where there are many: 5,000 rows take a second to open.
+others. Images are in it, or beside it where there are many: 5,000 rows without pictures take two seconds to open.
 It is written without a library of templates: with jinja2 this file, a template and a style sheet have 206 lines
 together, 30 less, and there is a dependency more; the page of a gallery fills in five places and gains nothing.
 """

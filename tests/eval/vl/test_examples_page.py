@@ -227,7 +227,7 @@ def test_changed_rows_are_shown_and_thousands_open_at_once(tmp_path):
         page.open(path)
         shown = "[...document.querySelectorAll('.card')].filter((node) => node.offsetParent !== null).length"
         assert page.evaluate(shown) == 5000
-        assert time.monotonic() - started < 20  # 1.3 s on an idle processor
+        assert time.monotonic() - started < 20  # 2 s for all of it on a busy processor
         page.click("label[for=show-better]")
         page.wait_for(f"{shown} === 3333")
         page.evaluate("location.hash = document.querySelectorAll('.card')[4000].id")
