@@ -199,7 +199,7 @@ def write_merged(base: BaseWeights, target: Path, update: Mapping[Name, Tensor])
         place = base.place(name)
         changes[place.file.path].append((name, place))
     if base.source.is_file():
-        write_atomically(target, lambda partial: _copy(base.source, partial, changes[base.source], update))
+        write_atomically(target, lambda partial: _copy(base.source, partial, changes[base.source], update), is_new=True)
         return
     covered = {base.source, *(file.parent for file in base.files)}
     with written_at_once(target) as partial:
