@@ -63,6 +63,25 @@ def is_free(path: Path) -> bool:
     return not any(path.iterdir()) if path.is_dir() else not path.exists()
 
 
+def check_inside(file: Path, folder: Path) -> Path:
+    """Checks that a file of a folder is in it, and not in another place that a link leads to, before it is copied.
+
+    The hub's cache is no other place: snapshots/<commit> has links to blobs/.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: It is somewhere else.
+    """
+    real, places = file.resolve(), [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        places.append(folder.resolve().parents[1] / "blobs")
+    if not any(map(real.is_relative_to, places)):
+        raise ValueError(f"{file} is a link to {real}, outside of the model's folder: put a copy in its place")
+    return file
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Makes a hard link, which takes no room; a copy where the file system has none, or is another one."""
     target.parent.mkdir(parents=True, exist_ok=True)

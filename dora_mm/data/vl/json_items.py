@@ -12,6 +12,8 @@ from typing import Any, BinaryIO, cast
 
 import ijson
 
+from dora_mm.utils.json_text import check_no_device
+
 Item = tuple[str, Any]  # (place in the file, such as "line 3"; the value)
 ID_KEYS = ("question_id", "qid", "identifier", "clip_id", "vid_name", "cocoid", "id")
 
@@ -89,7 +91,9 @@ def open_data(path: Path) -> BinaryIO:
 
     Raises:
         OSError: It cannot be read.
+        ValueError: It is a pipe or a device.
     """
+    check_no_device(path)
     file = path.open("rb")
     packed = file.read(2) == b"\x1f\x8b"
     file.seek(0)
