@@ -158,7 +158,7 @@ class RunDirectory:
 
 
 def versions() -> dict[str, Any]:
-    """The versions of Python and of the packages that affect results, and the machine. None: not installed."""
+    """The versions of Python and of the packages that affect results, the machine and its threads. None: not there."""
     import torch  # here: folders are also claimed by what computes nothing
 
     found: dict[str, Any] = {
@@ -171,4 +171,5 @@ def versions() -> dict[str, Any]:
         except PackageNotFoundError:
             found[package] = None
     found["torch"] = torch.__version__  # includes the build, such as +cu130, which the package metadata omits
+    found["threads"] = torch.get_num_threads()  # sums are divided among them, and rounded in another order
     return found
