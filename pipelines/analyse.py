@@ -29,7 +29,7 @@ from dora_mm.studies.decomposition import (
 )
 from dora_mm.studies.plots import plot_patterns
 from dora_mm.utils.atomic import write_text
-from dora_mm.utils.run_directory import new_folder
+from dora_mm.utils.folders import new_folder
 from dora_mm.utils.tables import csv_records, markdown_records
 
 log = logging.getLogger(__name__)
@@ -75,23 +75,29 @@ def main(
     gradients = [row for name, run in folders.items() for row in gradient_rows(name, run)]
     scored = scored_trainings(points)
     related = relation_to_score(scored)
-    folder = new_folder("analysis", output)
     page = "\n\n".join([*paragraphs(patterns), *about_scores(related, len(scored)), *about_gradients(gradients)])
-    write_text(folder / "changes.csv", csv_records([row_of(point) for point in points]))
-    if scored:
-        write_text(folder / "scored_trainings.csv", csv_records([cells_of(each._asdict()) for each in scored]))
-    if related:
-        write_text(folder / "scores.csv", csv_records([relation_row(*each) for each in related.items()]))
-    if gradients:
-        write_text(folder / "gradients.csv", csv_records(gradients))
-    write_text(folder / "methods.csv", csv_records([numbers(method, found) for method, found in patterns.items()]))
-    write_text(folder / "analysis.md", f"# What training changed\n\n![dM over dD](changes.svg)\n\n{page}\n")
+    tables = {
+        "changes.csv": [row_of(point) for point in points],
+        "scored_trainings.csv": [cells_of(each._asdict()) for each in scored],
+        "scores.csv": [relation_row(*each) for each in related.items()],
+        "gradients.csv": gradients,
+        "methods.csv": [numbers(method, found) for method, found in patterns.items()],
+    }
+
+    def fill(folder: Path) -> None:
+        for name, rows in tables.items():
+            if rows:
+                write_text(folder / name, csv_records(rows))
+        write_text(folder / "analysis.md", f"# What training changed\n\n![dM over dD](changes.svg)\n\n{page}\n")
+        try:
+            plot_patterns(by_method, patterns, folder)
+        except ModuleNotFoundError as error:
+            log.warning("The figure is left out: it needs %s (pip install 'dora_mm[eval]').", error.name)
+
+    folder = new_folder("analysis", output, fill)
     print(f"{page}\n\npage     {folder / 'analysis.md'}")
-    try:
-        _, picture = plot_patterns(by_method, patterns, folder)
+    if (picture := folder / "changes.svg").exists():
         print(f"figure   {picture}")
-    except ModuleNotFoundError as error:
-        log.warning("The figure is left out: it needs %s (pip install 'dora_mm[eval]').", error.name)
 
 
 def grouped(points: Sequence[WeightPoint]) -> dict[str, list[WeightPoint]]:

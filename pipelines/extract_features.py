@@ -19,6 +19,7 @@ from dora_mm.data.images.pixels import SUFFIXES
 from dora_mm.data.vl.example import stem
 from dora_mm.models.vl.towers.tower import VisionTower, load_tower
 from dora_mm.utils.devices import default_device
+from dora_mm.utils.lock import only_writer
 from dora_mm.utils.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def main(config: ExtractFeaturesConfig, *, resume: Path | None = None) -> None:
 
     Raises:
         ValueError: A folder contains no images, two images have the same stem, an image cannot be read while
-            `on_bad_data` is `stop`, or `output` holds features of another tower or dtype.
+            `on_bad_data` is `stop`, or `output` holds features of another tower or dtype, or has another writer.
     """
     paths = find_images(config)
     tower = load_tower(config.vision).to(default_device())
@@ -46,7 +47,8 @@ def main(config: ExtractFeaturesConfig, *, resume: Path | None = None) -> None:
     dtype = getattr(torch, config.dtype)
     size = len(paths) * shape[0] * shape[1] * dtype.itemsize
     log.info("%s: %d x %d for each of %d images, %.0f MB in %s", tower.name, *shape, len(paths), size / 1e6, folder)
-    with FeatureWriter(folder, tower.identity, shape, dtype, tower.name) as writer:
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder), FeatureWriter(folder, tower.identity, shape, dtype, tower.name) as writer:
         num_before = len(writer)
         num_computed, problems = extract(config, tower, writer, paths)
     if problems:

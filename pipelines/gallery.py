@@ -5,10 +5,11 @@ from pathlib import Path
 
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.vl import TrainVLConfig
-from dora_mm.sampling.gallery import GALLERY, read_pictures, write_gallery
+from dora_mm.sampling.gallery import GALLERY, INDEX, read_pictures, write_gallery
 from dora_mm.sampling.gallery.training import training_config
 from dora_mm.sampling.next_steps import asking_command, drawing_command
-from dora_mm.utils.run_directory import RunDirectory, new_folder
+from dora_mm.utils.folders import new_folder
+from dora_mm.utils.run_directory import RunDirectory
 
 
 def main(runs: Sequence[Path], *, output: Path | None = None) -> None:
@@ -22,8 +23,12 @@ def main(runs: Sequence[Path], *, output: Path | None = None) -> None:
         ValueError: A run has no manifest or a damaged one, or the folder holds something else than a gallery.
     """
     entries = {run: read_pictures(run) for run in runs}
-    page = write_gallery(entries, output or default_folder(list(entries)))
-    print(f"gallery  {page}")
+    folder = output or (next(iter(entries)) / GALLERY if len(entries) == 1 else None)
+    if folder is None:
+        folder = new_folder("gallery", fill=lambda partial: write_gallery(entries, partial))
+    else:
+        write_gallery(entries, folder)
+    print(f"gallery  {folder / INDEX}")
     print(next_step(list(entries)))
 
 
@@ -36,7 +41,3 @@ def next_step(runs: Sequence[Path]) -> str:
         if isinstance(config, TrainVLConfig):
             return f"to ask   {asking_command(config, RunDirectory(run))}"
     return "to go on  open it, mark the best with f, save them as a job: dora-mm sample favourites.jsonl"
-
-
-def default_folder(runs: Sequence[Path]) -> Path:
-    return runs[0] / GALLERY if len(runs) == 1 else new_folder("gallery")

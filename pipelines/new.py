@@ -16,7 +16,8 @@ from dora_mm.models.hub import local_copy
 from dora_mm.preview.images import describe_captions, describe_length, describe_masks, describe_pictures, repeats_of
 from dora_mm.preview.look import describe_look
 from dora_mm.preview.machine import fitting, largest_card
-from dora_mm.utils.atomic import write_text
+from dora_mm.utils.atomic import already_there
+from dora_mm.utils.folders import written_together
 from dora_mm.utils.messages import nearest
 from dora_mm.utils.yaml12 import MISSING, KeyPath, edited
 
@@ -82,9 +83,8 @@ def main(
     if run_name(file) != file.stem:
         raise ValueError(f"NAME {name} cannot be that of a run: take letters, digits, - and _")
     draft = Draft(file, starting_recipe(family, model), images, data, model)
-    for path in (draft.file, draft.prompts):
-        if path.exists():
-            raise ValueError(f"{path} exists already: choose another name, or delete it")
+    if draft.file.exists():  # the last to appear; the prompts may be there after a kill
+        raise already_there(draft.file)
     start = load_config(draft.recipe)
     if isinstance(start, TrainDiffusionConfig):
         style(draft, start)
@@ -143,8 +143,7 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
         f"It started from {draft.recipe}, whose head says what memory it takes; so does --dry-run.\n"
         "The keys are explained in docs/train_pictures.md, those of data in docs/pictures_data.md."
     )
-    config: Any = write_config(draft, changes, about)
-    write_text(draft.prompts, "".join(f"{prompt}\n" for prompt in prompts))
+    config = write_files(draft, changes, about, prompts)
     uncaptioned = [image._replace(caption=instance) if image.source == UNCAPTIONED else image for image in images]
     print(describe_style(uncaptioned, config, word, start.train.steps))
     print(f"prompts   {prompts[0]}, ...\n\nwritten   {draft.file}, {draft.prompts}")
@@ -261,7 +260,7 @@ def questions(draft: Draft, start: TrainVLConfig) -> None:
         f"It started from {draft.recipe}, whose head says what memory it takes.\n"
         "--dry-run checks every row and shows some as the model sees them. Every key is explained in docs/vlm.md."
     )
-    config: Any = write_config(draft, changes, about)
+    config = write_files(draft, changes, about)
     where = f"images in {draft.images}" if has_images else "no row has an image"
     print(f"questions {num_rows} rows of {draft.data}, {shape}; {where}\n\nwritten   {draft.file}")
     asked = ["IMAGE", "QUESTION"] if has_images else ["QUESTION"]
@@ -278,12 +277,15 @@ def questions(draft: Draft, start: TrainVLConfig) -> None:
 # --- both ------------------------------------------------------------------------------------------------------------
 
 
-def write_config(draft: Draft, changes: Mapping[KeyPath, Any], about: str) -> Any:
-    """Writes the recipe with changes, under a head of its own, and reads it."""
+def write_files(draft: Draft, changes: Mapping[KeyPath, Any], about: str, prompts: Sequence[str] = ()) -> Any:
+    """Writes the prompts, if there are any, and the recipe with changes, under a head of its own, and reads that."""
     lines = resolve_path(draft.recipe).read_text(encoding="utf-8").split("\n")
     body = lines[next(number for number, line in enumerate(lines) if not line.startswith("#")) :]
     head = [f"# {line}".rstrip() for line in [f"dora-mm train {draft.file}", "", *about.split("\n")]]
-    write_text(draft.file, edited("\n".join([*head, *body]), changes))
+    with written_together(draft.file.parent, last=draft.file.name) as folder:
+        (folder / draft.file.name).write_text(edited("\n".join([*head, *body]), changes), encoding="utf-8")
+        if prompts:
+            (folder / draft.prompts.name).write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
     return load_config(draft.file)
 
 

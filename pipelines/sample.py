@@ -121,8 +121,15 @@ def replay(picture: Path, *, output: str | None = None) -> None:
         ValueError: The file does not say how it was drawn, or the model or an adapter has changed since.
     """
     from dora_mm.sampling.replay import replay_picture
-    from dora_mm.utils.run_directory import new_folder
+    from dora_mm.utils.folders import new_folder
 
-    drawn, difference = replay_picture(picture, lambda: new_folder("replay", output))
+    found = []
+
+    def fill(partial: Path) -> None:
+        drawn, difference = replay_picture(picture, partial)
+        found.extend((drawn.relative_to(partial), difference))
+
+    folder = new_folder("replay", output, fill)
+    drawn, difference = folder / found[0], found[1]
     print(f"picture   {drawn}")
     print("          " + (f"differs from {picture} {difference}" if difference else f"the same pixels as {picture}"))

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from dora_mm.config.latest import LATEST
 from dora_mm.config.schema import PathKind, PipelineConfig, Section
+from dora_mm.utils.json_text import check_no_device
 from dora_mm.utils.messages import nearest
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -47,10 +48,11 @@ def resolve_path(path: str | Path, key: str | None = None) -> Path:
         key: The config key that holds the path, for the error message.
 
     Raises:
-        ValueError: The path does not exist.
+        ValueError: The path does not exist, or is a pipe or a device.
     """
     found = find_path(path)
     if found is not None:
+        check_no_device(found, key or "")
         return found
     prefix = f"{key}: " if key else ""
     if str(path).startswith(INSTALLED):
@@ -75,6 +77,7 @@ def check_exists(path: Path, key: str) -> None:
     """
     if not path.exists():
         raise ValueError(f"{key}: {path} does not exist{_near(path)}")
+    check_no_device(path, key)
 
 
 def resolve_model(path: str, key: str = "model.path") -> str:

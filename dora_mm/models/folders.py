@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dora_mm.models.foreign import converted, instead_of, why_foreign
 from dora_mm.models.hub import local_copy
 from dora_mm.models.opening import WEIGHTS, loaded_files, opening, without_bars
 from dora_mm.utils.digest import files_digest, weights_digest
+from dora_mm.utils.folders import check_inside
 from dora_mm.utils.json_text import read_json
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -48,7 +49,9 @@ def read_config(path: str, revision: str | None = None, *, key: str = "") -> Pre
     """
     with opening(path, f"{path} is not a model of transformers, by its config.json", key=key, revision=revision):
         try:
-            return reading_part(AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False))
+            found = reading_part(AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False))
+            found.get_text_config().to_dict()  # a part of a config.json may be anything
+            return found
         except OSError:  # there is none, or the hub cannot be reached
             raise
         except Exception as error:  # of configs that are for other code, transformers raises anything
@@ -72,8 +75,10 @@ def model_class(config: PretrainedConfig, path: str) -> Any:
     names = getattr(config, "architectures", None) or []
     if not names:
         raise ValueError(f"{path} does not name its class: its config.json has no architectures")
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise ValueError(f"{path}: architectures in its config.json is no list of names: {names!r:.100}")
     found = getattr(transformers, names[0], None)
-    if found is None:
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ValueError(
             f"{path} is a {names[0]}, a class that transformers {transformers.__version__} does not have; "
             f"{instead_of(config.to_dict())}"
@@ -205,8 +210,10 @@ def write_copy(model: Any, source: Path, folder: Path) -> None:
         folder: An empty folder.
 
     Raises:
-        ValueError: Only some of the weights that were tied are different now.
+        ValueError: Only some of the weights that were tied are different now; or a file is a link to another place.
     """
+    for _ in _others(source):  # a link is refused before gigabytes are written
+        pass
     untied = _is_untied(model)
     files = weight_files(source)
     shards = {"max_shard_size": max(file.stat().st_size for file in files)} if len(files) > 1 else {}
@@ -271,14 +278,26 @@ def _is_weights(file: Path) -> bool:
 
 
 def _copy_others(source: Path, folder: Path) -> None:
-    """Copies all files but weights and adapters, and the subfolders without weights (of templates, tokenizers)."""
+    for file in _others(source):
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True, parents=True)
+        shutil.copyfile(file, target)
+
+
+def _others(source: Path) -> Iterator[Path]:
+    """All files but weights and adapters, and those of subfolders without weights (of templates, tokenizers).
+
+    Raises:
+        ValueError: One is a link to another place, and no copy of it is made.
+    """
     for entry in source.iterdir():
         if entry.name.startswith((".", "adapter_")):
             continue
         if entry.is_file() and (entry.name == SPEAKERS or not _is_weights(entry)):
-            shutil.copyfile(entry, folder / entry.name)
+            yield check_inside(entry, source)
         elif entry.is_dir() and not any(map(_is_weights, entry.rglob("*"))):
-            shutil.copytree(entry, folder / entry.name, copy_function=shutil.copyfile)
+            check_inside(entry, source)
+            yield from (check_inside(file, source) for file in entry.rglob("*") if file.is_file())
 
 
 def _edit_config(file: Path, dtype: str, untied: bool) -> None:

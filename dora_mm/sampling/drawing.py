@@ -36,10 +36,11 @@ from dora_mm.sampling.pictures import PictureSampler, UnusablePictureError
 from dora_mm.sampling.png import BaseModel, Description, UsedAdapter, read_description, save_picture
 from dora_mm.sampling.strengths import HashableStrength
 from dora_mm.utils.digest import file_digest
+from dora_mm.utils.folders import is_free
 from dora_mm.utils.lock import only_writer
 from dora_mm.utils.processes import ALONE, DividedWork, Processes
 from dora_mm.utils.progress import Progress
-from dora_mm.utils.run_directory import CONFIG, RunDirectory, is_unfinished, new_folder
+from dora_mm.utils.run_directory import CONFIG, RunDirectory
 
 log = logging.getLogger(__name__)
 SAMPLES = "samples"
@@ -66,14 +67,14 @@ def existing_run(config: PicturesConfig, resume: Path | None = None) -> Path | N
         ValueError: The directory holds something else than a run of this pipeline, or another process draws into it.
     """
     path = resume or Path(config.output or "").expanduser()
-    if path == Path() or not path.exists():
+    if path == Path() or is_free(path):
         return None
     saved = path / CONFIG
     if saved.is_file():
         pipeline = saved_values(path)["pipeline"]
         if pipeline != config.pipeline:
             raise ValueError(f"{path} is a run of {pipeline}, not of {config.pipeline}: choose another folder")
-    elif not is_unfinished(path):
+    else:
         raise ValueError(f"output {path} exists already and is not a run directory: choose another folder")
     with only_writer(path):  # refused now, and not once the model is loaded
         return path
@@ -90,9 +91,11 @@ def picture_run(config: PicturesConfig, path: Path | None) -> Iterator[RunDirect
     Raises:
         ValueError: Another process draws into the directory.
     """
-    run = RunDirectory(path or new_folder(config.name, config.output))
+    text, software = dump_config(config), about_layers(config.backend)
+    run = RunDirectory(path) if path else RunDirectory.create(config.name, text, config.output, {}, software)
     with only_writer(run.path):
-        run.write_about(dump_config(config), {}, about_layers(config.backend))
+        if path:
+            run.write_about(text, {}, software)
         go_on = f"dora-mm {config.command} --resume {shlex.quote(str(run.path))}"
         log.info("Run %s. After a stop: %s", run.path, go_on)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,7 +75,7 @@ def _entry(line: str, number: int) -> ManifestEntry:
     except ValidationError as error:
         found = error.errors()[0]
         raise ValueError(": ".join([f"line {number}", *map(str, found["loc"][:1]), found["msg"]])) from None
-    if "\0" in entry.file:
+    if re.search("[\0\ud800-\udfff]", entry.file):  # halves of surrogate pairs, too
         raise ValueError(f"line {number} names a file that cannot be")
     return entry
 

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dora_mm.sampling.strengths import HashableStrength, strength_text
 from dora_mm.utils.atomic import write_atomically
-from dora_mm.utils.json_text import parse_json
+from dora_mm.utils.json_text import check_no_device, parse_json
 
 JSON_CHUNK, A1111_CHUNK = "dora_mm", "parameters"
 VERSION = 2  # of the JSON
@@ -124,6 +124,7 @@ def read_description(path: Path) -> Description:
     Raises:
         ValueError: It is not a PNG file, is damaged, or was not saved by `save_picture`.
     """
+    check_no_device(path)
     try:
         with Image.open(path, formats=("PNG",)) as picture:
             picture.load()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -23,12 +22,12 @@ from dora_mm.sampling.png import Description, read_description
 NEEDED = ("steps", "guidance", "width", "height", "scheduler")
 
 
-def replay_picture(file: Path, new_folder: Callable[[], Path]) -> tuple[Path, str | None]:
+def replay_picture(file: Path, folder: Path) -> tuple[Path, str | None]:
     """Draws a picture again, in the batch that it was drawn in, since rounding depends on the batch.
 
     Args:
         file: A PNG file of a job.
-        new_folder: Creates the folder to write to; it is called when the model and the adapters are loaded.
+        folder: The folder to write to.
 
     Returns:
         The new file; and how its pixels differ from the old ones, or None where they are the same.
@@ -43,7 +42,7 @@ def replay_picture(file: Path, new_folder: Callable[[], Path]) -> tuple[Path, st
     check_named_by(str(file), description.model.vae)
     loaded = load_model(pictures_config(description), [adapter.path for adapter in description.adapters])
     check_unchanged(description, loaded)
-    job = job_of(description, loaded, new_folder(), file.name)
+    job = job_of(description, loaded, folder, file.name)
     loaded.load(job.pictures)
     draw(job, loaded.sampler, loaded.load_adapter)
     write_manifest(job.folder, [job.entries()[description.position]])

@@ -86,9 +86,14 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         check_lock(folder)  # who has taken the run over has removed what was half written in it
         raise
+    keep_newest(folder, keep)
+    return final
+
+
+def keep_newest(folder: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` checkpoints: after each new one, and of a run that was killed in between."""
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
-    return final
 
 
 def is_due(train: TrainConfig, step: int) -> bool:

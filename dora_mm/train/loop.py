@@ -15,7 +15,15 @@ from dora_mm.config.training import TrainConfig
 from dora_mm.core import fixed_parameters
 from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.tools import native
-from dora_mm.train.checkpoint import Stateful, checkpoints, is_due, last_step, load_checkpoint, save_checkpoint
+from dora_mm.train.checkpoint import (
+    Stateful,
+    checkpoints,
+    is_due,
+    keep_newest,
+    last_step,
+    load_checkpoint,
+    save_checkpoint,
+)
 from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.metrics import MetricsLog, TrainingProgress
 from dora_mm.train.optim import gradient_norm
@@ -168,6 +176,8 @@ class _TrainingRecord:
         found = checkpoints(run.checkpoints)
         self.step = self.first = load_checkpoint(found[-1], parameters, parts) if found else 0
         self.metrics = MetricsLog(run, self.first) if writes else None
+        if writes:
+            keep_newest(run.checkpoints, config.keep_checkpoints)  # a kill may have left one more
 
     @property
     def is_due(self) -> bool:

@@ -25,8 +25,9 @@ from dora_mm.train.processes import by_main_process
 from dora_mm.train.resuming import as_written, changed_values, started_config
 from dora_mm.train.trackers import chosen_trackers, started
 from dora_mm.utils.atomic import append_text, write_text
+from dora_mm.utils.folders import is_free
 from dora_mm.utils.lock import only_writer
-from dora_mm.utils.run_directory import CONFIG, SUMMARY, RunDirectory, is_unfinished
+from dora_mm.utils.run_directory import CONFIG, SUMMARY, RunDirectory
 
 log = logging.getLogger(__name__)
 PROCESSES = "the number of processes"  # an input like the data, since each takes a batch of its own
@@ -262,13 +263,11 @@ def reopen_run(
     """
     output = getattr(config, "output", None)
     folder = Path(output).expanduser() if output else None
-    if folder is None or not folder.exists():
+    if folder is None or is_free(folder):
         return None
     run = RunDirectory(folder)
     if not (folder / CONFIG).is_file():
-        if not is_unfinished(folder):
-            raise ValueError(f"output {folder} exists already and is not a run directory: choose another folder.")
-        run.write_about(dump_config(config), inputs, about_layers(getattr(config, "backend", None)))
+        raise ValueError(f"output {folder} exists already and is not a run directory: choose another folder.")
     differing = [key for key in differing_keys(started_config(folder, SCHEMAS), config) if key not in free]
     differing += run.changed_inputs(inputs)
     if differing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import json
 import os
@@ -16,8 +17,12 @@ from dora_mm.utils.partials import partial_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)  # of renames onto what exists
 
-def write_atomically(path: Path, write: Callable[[Path], object], *, flushes: bool = True) -> None:
+
+def write_atomically(
+    path: Path, write: Callable[[Path], object], *, flushes: bool = True, is_new: bool = False
+) -> None:
     """Writes a file under a temporary name in the same folder, flushes it to disk and renames it to `path`.
 
     Missing parent folders are created. After an error the temporary file is removed and an existing `path` is kept.
@@ -26,22 +31,25 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, flushes: bo
         path: The final file; it is replaced if it exists with other content, and else stays as it is, with its time.
         write: Called with the temporary path, to which it must write the content.
         flushes: Whether to wait for the disk. Without, a file may be damaged where the power fails.
+        is_new: Whether a file with other content is an error; see `claim`.
 
     Raises:
         OSError: The file cannot be written, for example because the disk is full.
-        ValueError: Another process has taken over the folder, of which this one was the only writer.
+        ValueError: Another process has taken over the folder, of which this one was the only writer; or the file
+            exists and has to be new.
     """
     check_lock(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
     try:
-        partial.unlink(missing_ok=True)  # a link, which would be followed
         partial.touch()
         write(partial)
         if flushes:
             flush(partial)
         check_lock(path)
-        if not (path.is_file() and filecmp.cmp(partial, path, shallow=False)):
+        if is_new:
+            claim(partial, path)
+        elif not is_same_file(partial, path):
             os.replace(partial, path)
     except FileNotFoundError:
         check_lock(path)  # who has taken the folder over has removed what was half written in it
@@ -50,6 +58,53 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, flushes: bo
         partial.unlink(missing_ok=True)
     if flushes:
         flush(path.parent)
+
+
+def claim(partial: Path, path: Path) -> None:
+    """Gives a file or folder that is complete its name, and replaces nothing, whoever writes at the same time.
+
+    Args:
+        partial: The file or folder; of a file a second name may remain.
+        path: Its name. A file with the same content is left by a command that was killed, and is no obstacle; nor is an
+            empty folder.
+
+    Raises:
+        ValueError: Something else has the name.
+        OSError: It cannot be had.
+    """
+    if is_same_file(partial, path):
+        return
+    try:
+        if partial.is_dir():
+            partial.rename(path)
+        else:
+            _link(partial, path)
+    except OSError as error:
+        if error.errno in _TAKEN:
+            raise already_there(path) from None
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the name that a person knows
+
+
+def already_there(path: Path) -> ValueError:
+    """The error where something else has the name of what is to be written."""
+    return ValueError(f"{path} exists already: name a new file or folder")
+
+
+def is_same_file(one: Path, other: Path) -> bool:
+    """Whether two paths are files with the same content."""
+    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+def _link(partial: Path, path: Path) -> None:
+    """Gives a file a second name, which must be new."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:  # the file system has no hard links
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.rename(partial, path)
 
 
 def write_text(path: Path, text: str) -> None:

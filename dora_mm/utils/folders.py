@@ -1,33 +1,85 @@
-"""Numbered folders, as runs have them, and folders that appear complete or not at all."""
+"""Folders that appear complete or not at all, under a name that nothing has: given ones, and numbered ones of runs."""
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dora_mm.utils.atomic import flush
+from dora_mm.utils.atomic import already_there, claim, flush, is_same_file
 from dora_mm.utils.partials import partial_of
 
 
-def claim_number(parent: Path) -> Path:
-    """Claims the next number by creating its folder, so that two runs that start together get different numbers.
+def new_folder(name: str, output: str | None = None, fill: Callable[[Path], object] = lambda folder: None) -> Path:
+    """Makes a folder, which appears with its content: `output`, or the next number in runs/`name`.
 
     Args:
-        parent: Holds the numbered folders; it is created if it is missing.
+        name: Of the runs that are numbered.
+        output: The folder instead; None: a number.
+        fill: Called with the temporary folder, to which it writes the content.
 
     Returns:
-        The new folder, such as `parent`/003.
+        The folder.
+
+    Raises:
+        ValueError: `output` exists already, or its parent is a file.
     """
-    parent.mkdir(parents=True, exist_ok=True)
+    path = Path("runs", name, "new") if output is None else Path(output).expanduser()
+    if output is not None and not is_free(path):
+        raise ValueError(
+            f"output {path} exists already: choose another folder, or leave output out to get a numbered one."
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"output {path} is inside a file, not a folder: choose another folder.") from None
+    except FileNotFoundError:  # its parents were made, so this is a place such as /proc, where there are no new folders
+        raise ValueError(f"output {path} cannot be made there: choose another folder.") from None
+    with partial_folder(path) as partial:
+        fill(partial)
+        _complete(partial)
+        if output is None:
+            path = _claim_number(partial, path.parent)
+        else:
+            claim(partial, path)
+    flush(path.parent)
+    return path
+
+
+def _claim_number(partial: Path, parent: Path) -> Path:
+    """Gives a folder the next number, so that two runs that start together get different ones."""
     number = max((int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=0) + 1
     while True:
         path = parent / f"{number:03d}"
         try:
-            path.mkdir()
+            claim(partial, path)
             return path
-        except FileExistsError:
+        except ValueError:
             number += 1
+
+
+def is_free(path: Path) -> bool:
+    """Whether nothing has the name of a new folder, or only an empty folder."""
+    return not any(path.iterdir()) if path.is_dir() else not path.exists()
+
+
+def check_inside(file: Path, folder: Path) -> Path:
+    """Checks that a file of a folder is in it, and not in another place that a link leads to, before it is copied.
+
+    The hub's cache is no other place: snapshots/<commit> has links to blobs/.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: It is somewhere else.
+    """
+    real, places = file.resolve(), [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        places.append(folder.resolve().parents[1] / "blobs")
+    if not any(map(real.is_relative_to, places)):
+        raise ValueError(f"{file} is a link to {real}, outside of the model's folder: put a copy in its place")
+    return file
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -40,19 +92,14 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def written_at_once(path: Path) -> Iterator[Path]:
-    """A context in which a folder is filled under a temporary name beside `path`, and at whose end it is renamed.
-
-    After an error the temporary folder is removed.
+def partial_folder(path: Path) -> Iterator[Path]:
+    """A context in which there is a folder under a temporary name beside `path`; what is in it at the end is removed.
 
     Args:
-        path: The final folder, which must not exist. Missing parents are created.
-
-    Yields:
-        The temporary folder.
+        path: What is written. Missing parents are created.
 
     Raises:
-        OSError: The folder cannot be written, or exists by now.
+        OSError: There can be no folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
@@ -62,12 +109,70 @@ def written_at_once(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     try:
         yield partial
-        permissions = partial.stat().st_mode & 0o666  # as the umask sets them; safetensors lets only the owner read
-        for file in (file for file in partial.rglob("*") if file.is_file()):
-            file.chmod(permissions)
-            flush(file)
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def written_at_once(path: Path) -> Iterator[Path]:
+    """A context in which a folder is filled under a temporary name beside `path`, and at whose end it is renamed.
+
+    After an error the temporary folder is removed.
+
+    Args:
+        path: The final folder, which must not exist or be empty. Missing parents are created.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        OSError: The folder cannot be written.
+        ValueError: It exists by now.
+    """
+    with partial_folder(path) as partial:
+        yield partial
+        _complete(partial)
+        claim(partial, path)
     flush(path.parent)
+
+
+@contextmanager
+def written_together(folder: Path, last: str) -> Iterator[Path]:
+    """A context in which new files of a folder are written; at its end a new folder appears with all of them.
+
+    In a folder that exists they appear one by one, so that after a kill the same command can be repeated.
+
+    Args:
+        folder: The folder.
+        last: The name of the file that appears last: what is there without it is incomplete.
+
+    Yields:
+        The temporary folder to write to.
+
+    Raises:
+        OSError: A file cannot be written.
+        ValueError: A file exists with other content. None is written then.
+    """
+    if is_free(folder):
+        with written_at_once(folder) as partial:
+            yield partial
+        return
+    with partial_folder(folder / last) as partial:
+        yield partial
+        _complete(partial)
+        files = sorted(partial.iterdir(), key=lambda file: (file.name == last, file.name))
+        targets = {file: folder / file.name for file in files}
+        for file, target in targets.items():
+            if target.exists() and not is_same_file(file, target):
+                raise already_there(target)
+        for file, target in targets.items():
+            claim(file, target)
+    flush(folder)
+
+
+def _complete(partial: Path) -> None:
+    """Waits until the files of a folder are on the disk, with the permissions that the umask sets."""
+    permissions = partial.stat().st_mode & 0o666  # safetensors lets only the owner read
+    for file in (file for file in partial.rglob("*") if file.is_file()):
+        file.chmod(permissions)
+        flush(file)

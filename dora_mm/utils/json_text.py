@@ -55,21 +55,36 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(read_bounded(path), str(path))
 
 
-def read_bounded(path: Path) -> bytes:
-    """Reads a file of at most `MAX_BYTES`.
+def read_bounded(path: Path, most: int = MAX_BYTES) -> bytes:
+    """Reads a file of at most so many bytes.
 
     Raises:
         ValueError: It cannot be read, or is larger.
     """
     try:
         size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise ValueError(f"{path} has {size} bytes, and at most {MAX_BYTES} are read")
-        if not path.is_file():  # a named pipe would wait for ever
-            raise ValueError(f"{path} is a folder or a device, not a file")
+        if size > most:
+            raise ValueError(f"{path} has {size} bytes, and at most {most} are read")
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, not a file")
+        check_no_device(path)
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def check_no_device(path: Path, key: str = "") -> None:
+    """Checks that a path is no named pipe, which would wait for ever, nor a device, which may have no end.
+
+    Args:
+        path: The path, which need not exist.
+        key: What named it, for the message.
+
+    Raises:
+        ValueError: It is.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{key}{': ' if key else ''}{path} is a pipe or a device, not a file")
 
 
 def finite(value: Any) -> Any:

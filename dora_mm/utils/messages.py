@@ -3,7 +3,8 @@
 import difflib
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 OURS = ("dora_mm", "samples")  # the top-level packages of our own code; samples/build exists in a checkout only
 # What a terminal obeys or does not show: control characters, among them line breaks, and what turns the direction of
@@ -45,6 +46,24 @@ def compiler_problem(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of its class if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def foreign_errors(problem: str) -> Iterator[None]:
+    """A context in which another library reads a file: whatever it raises becomes one sentence.
+
+    Args:
+        problem: The sentence, which names the file; what the library says follows in brackets.
+
+    Raises:
+        ValueError: The body raised an error; one of our own stays as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and raised_by_us(error):
+            raise
+        raise ValueError(f"{problem} ({shown(first_line(error))})") from error
 
 
 def raised_by_us(error: Exception) -> bool:

@@ -15,7 +15,9 @@ HOST = socket.gethostname()
 def partial_of(path: Path) -> Path:
     """The temporary name beside `path` to which this process writes it, after those of dead ones beside it are gone."""
     _remove_dead(path.parent)
-    return path.with_name(f".{path.name}.{_host_digest()}-{os.getpid()}{PARTIAL}")
+    partial = path.with_name(f".{path.name}.{_host_digest()}-{os.getpid()}{PARTIAL}")
+    _remove(partial)  # of a dead process that had the same number, or a link, which would be followed
+    return partial
 
 
 def remove_partials(folder: Path, unless: str) -> None:
@@ -55,7 +57,7 @@ def _host_digest() -> str:
 
 
 def _remove(partial: Path) -> None:
-    if partial.is_dir():
+    if partial.is_dir() and not partial.is_symlink():
         shutil.rmtree(partial, ignore_errors=True)
     else:
         partial.unlink(missing_ok=True)

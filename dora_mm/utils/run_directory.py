@@ -10,10 +10,9 @@ from typing import Any
 
 from dora_mm.utils import yaml12
 from dora_mm.utils.atomic import write_text
-from dora_mm.utils.folders import claim_number
+from dora_mm.utils.folders import new_folder
 from dora_mm.utils.json_text import read_json
-from dora_mm.utils.lock import LOCK, check_lock
-from dora_mm.utils.partials import PARTIAL
+from dora_mm.utils.lock import check_lock
 
 CONFIG, INPUTS, VERSIONS = "config.yaml", "inputs.json", "versions.json"
 SUMMARY = "summary.json"  # the last file that a training writes, so it marks a finished one
@@ -53,7 +52,7 @@ class RunDirectory:
         inputs: Mapping[str, str] | None = None,
         software: Mapping[str, str] | None = None,
     ) -> "RunDirectory":
-        """Creates a run directory that holds the resolved config and the versions of the software.
+        """Creates a run directory, which appears with the resolved config and the versions of the software.
 
         Args:
             name: The name of the run; without `output`, the directory is the next number in runs/`name`.
@@ -65,9 +64,11 @@ class RunDirectory:
         Raises:
             ValueError: `output` exists already, or its parent is a file.
         """
-        run = cls(new_folder(name, output))
-        run.write_about(config_text, inputs or {}, software or {})
-        return run
+
+        def fill(folder: Path) -> None:
+            cls(folder).write_about(config_text, inputs or {}, software or {})
+
+        return cls(new_folder(name, output, fill))
 
     @classmethod
     def resume(cls, path: Path, inputs: Mapping[str, str] | None = None) -> "RunDirectory":
@@ -156,38 +157,8 @@ class RunDirectory:
             file.unlink(missing_ok=True)
 
 
-def new_folder(name: str, output: str | None = None) -> Path:
-    """Creates a folder: `output`, or the next number in runs/`name`.
-
-    Raises:
-        ValueError: `output` exists already, or its parent is a file.
-    """
-    return _claim(Path(output).expanduser()) if output is not None else claim_number(Path("runs", name))
-
-
-def _claim(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True)
-    except FileExistsError:
-        raise ValueError(
-            f"output {path} exists already: choose another folder, or leave output out to get a numbered one."
-        ) from None
-    except NotADirectoryError:
-        raise ValueError(f"output {path} is inside a file, not a folder: choose another folder.") from None
-    except FileNotFoundError:  # its parents were made, so this is a place such as /proc, where there are no new folders
-        raise ValueError(f"output {path} cannot be made there: choose another folder.") from None
-    return path
-
-
-def is_unfinished(folder: Path) -> bool:
-    """Whether a folder has nothing but what a process that was killed may leave before it is a run directory."""
-    return folder.is_dir() and all(
-        entry.name in (VERSIONS, INPUTS, LOCK) or entry.suffix == PARTIAL for entry in folder.iterdir()
-    )
-
-
 def versions() -> dict[str, Any]:
-    """The versions of Python and of the packages that affect results, and the machine. None: not installed."""
+    """The versions of Python and of the packages that affect results, the machine and its threads. None: not there."""
     import torch  # here: folders are also claimed by what computes nothing
 
     from dora_mm.utils.devices import hardware_name
@@ -204,4 +175,5 @@ def versions() -> dict[str, Any]:
         except PackageNotFoundError:
             found[package] = None
     found["torch"] = torch.__version__  # includes the build, such as +cu130, which the package metadata omits
+    found["threads"] = torch.get_num_threads()  # sums are divided among them, and rounded in another order
     return found

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import dora_mm
 from dora_mm.utils.devices import hardware_name
-from dora_mm.utils.run_directory import new_folder
+from dora_mm.utils.folders import new_folder
 from tests.benchmarks.contenders import (
     CONTENDERS,
     Case,

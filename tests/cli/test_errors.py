@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from dora_mm import cli
+from dora_mm.cli import user_message
+from dora_mm.utils.messages import ChangedFileError
 
 ADAPTER = Path(__file__).parents[1] / "formats" / "fixtures" / "lycoris_out.safetensors"
 
@@ -112,7 +115,21 @@ def write_too_much():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def write_too_many_tensors():
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save_file({"a": torch.zeros(10_000)}, Path(folder, "a.safetensors"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 REFUSED = {
+    "a safetensors file that is too large": (
+        write_too_many_tensors,
+        "a file cannot be written or read: File too large",
+    ),
     "a folder that cannot be made": (make_folder, "/proc/dora_mm cannot be written or read: No such file or directory"),
     "a file that is too large": (write_too_much, "a file cannot be written or read: File too large"),
     "no permission": (
@@ -173,3 +190,12 @@ def test_what_a_terminal_would_obey_and_endless_names_are_shown_as_text(tmp_path
         printed = capsys.readouterr().err
         assert "\x1b" not in printed
         assert (len(printed.splitlines()), len(printed) < 3000) == (1, True)
+
+
+def test_a_report_is_a_screen_of_lines_and_a_count():
+    """An adapter with 30,000 unknown names would be 5.6 MB."""
+    names = [f"a.{number}.lora_A.weight" for number in range(30_000)]
+    message = user_message(ChangedFileError("\n  ".join(["a.safetensors: unknown", *names])))
+    assert message is not None
+    assert len(message) < 4000
+    assert message.endswith("and 29,941 more lines")

@@ -13,6 +13,7 @@ from dora_mm.cli import main
 from dora_mm.config.models import ModelConfig
 from dora_mm.core import adapter_parameters
 from dora_mm.models.images.families import load_image_model
+from dora_mm.recipes import PIPELINES
 from dora_mm.studies.campaigns.training_rows import TrainingRows, row_of
 from dora_mm.studies.campaigns.trainings import Training
 from dora_mm.studies.decomposition import weight_change
@@ -187,3 +188,16 @@ def test_mistakes(adapted, tiny_folder, tmp_path, monkeypatch, capsys, arguments
     assert main(["analyse", *given]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_stops_while_it_writes_is_repeated(adapted, tiny_folder, tmp_path, monkeypatch):
+    """The folder appears with all of its files."""
+    output = tmp_path / "new"
+    command = ["analyse", str(adapted[0] / "dora"), "--base", str(tiny_folder), "--output", str(output)]
+    with monkeypatch.context() as patch:
+        patch.setattr(PIPELINES.load("analyse"), "plot_patterns", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(command)
+    assert list(tmp_path.iterdir()) == []
+    assert main(command) == 0
+    assert {"changes.csv", "methods.csv", "analysis.md", "changes.svg"} <= {path.name for path in output.iterdir()}

@@ -216,6 +216,13 @@ def test_old_checkpoints_are_deleted(tmp_path):
     assert [path.name for path in checkpoints(run.checkpoints)] == ["step-000008", "step-000010", "step-000012"]
 
 
+def test_one_that_a_kill_left_is_deleted_when_the_run_goes_on(tmp_path):
+    run = new_run(tmp_path / "run")
+    small_training(run, checkpoint_every=2, keep_checkpoints=4).fit()
+    small_training(run, checkpoint_every=2, keep_checkpoints=2).fit()
+    assert [path.name for path in checkpoints(run.checkpoints)] == ["step-000010", "step-000012"]
+
+
 def test_an_unfinished_checkpoint_does_not_count(tmp_path):
     run = new_run(tmp_path / "run")
     partial = run.checkpoints / ".step-000005.partial"

@@ -156,6 +156,16 @@ def test_a_run_goes_on_with_other_software_and_says_so(train, tmp_path, caplog):
     assert said_aloud.endswith(f"not be those of an uninterrupted run: torch 2.0.0 is {torch.__version__}")
 
 
+def test_a_run_goes_on_with_other_threads_and_says_so(train, caplog):
+    """They divide sums among them, so that last bits differ."""
+    run = train()
+    file, threads = run.path / "versions.json", torch.get_num_threads()
+    file.write_text(file.read_text().replace(f'"threads": {threads}', f'"threads": {threads + 7}'))
+    train(resume=run.path)
+    (said_aloud,) = (record.message for record in caplog.records if record.levelname == "WARNING")
+    assert said_aloud.endswith(f"threads {threads + 7} is {threads}")
+
+
 def test_a_run_goes_on_with_other_kernels_and_says_so(train, monkeypatch, caplog):
     run = train()
     monkeypatch.setattr("dora_mm.backend.implementation", lambda backend: "triton 3.6.0")  # as on a GPU

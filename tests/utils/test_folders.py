@@ -1,8 +1,11 @@
 """Folders appear complete or not at all."""
 
+import os
+
 import pytest
 
-from dora_mm.utils.folders import claim_number, written_at_once
+from dora_mm.utils.atomic import claim, write_atomically
+from dora_mm.utils.folders import new_folder, written_at_once, written_together
 
 
 def test_a_folder_appears_at_the_end(tmp_path):
@@ -39,13 +42,75 @@ def test_a_folder_that_exists_by_now_is_kept(tmp_path):
             final.mkdir()
             (final / "file").write_text("old")
 
-    with pytest.raises(OSError, match="folder"):
+    with pytest.raises(ValueError, match="folder exists already"):
         write()
     assert (final / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_numbers_go_on(tmp_path):
-    assert claim_number(tmp_path / "runs").name == "001"
-    (tmp_path / "runs" / "007").mkdir()
-    assert claim_number(tmp_path / "runs").name == "008"
+def test_numbers_go_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    touch = lambda folder: (folder / "file").touch()  # noqa: E731
+    assert new_folder("a", fill=touch).name == "001"
+    (tmp_path / "runs" / "a" / "007").mkdir()
+    (tmp_path / "runs" / "a" / "007" / "file").touch()
+    assert new_folder("a", fill=touch).name == "008"
+
+
+def test_two_that_start_together_get_different_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def claim_late(partial, path):
+        if path.name == "001":
+            path.mkdir()
+            (path / "theirs").touch()
+        claim(partial, path)
+
+    monkeypatch.setattr("dora_mm.utils.folders.claim", claim_late)
+    assert new_folder("a", fill=lambda folder: (folder / "ours").touch()).name == "002"
+
+
+def test_a_named_folder_is_there_with_its_content_or_not_at_all(tmp_path):
+    def stop(folder):
+        (folder / "file").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        new_folder("a", str(tmp_path / "X"), stop)
+    assert list(tmp_path.iterdir()) == []
+    new_folder("a", str(tmp_path / "X"), lambda folder: (folder / "file").touch())
+    with pytest.raises(ValueError, match="output .*X exists already"):
+        new_folder("a", str(tmp_path / "X"))
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_new_file_replaces_none(tmp_path, monkeypatch, has_links):
+    def no_links(one, other):
+        raise OSError(1, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_links)
+    file = tmp_path / "file"
+    for _ in range(2):  # the same content is no obstacle
+        write_atomically(file, lambda partial: partial.write_text("one"), is_new=True)
+    with pytest.raises(ValueError, match="file exists already"):
+        write_atomically(file, lambda partial: partial.write_text("two"), is_new=True)
+    assert file.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_files_of_a_folder_that_exists(tmp_path):
+    """A kill between two is repeated; a file of a person's is an error, and then none is written."""
+    (tmp_path / "other").touch()
+    (tmp_path / "b").write_text("b")
+
+    def write(b):
+        with written_together(tmp_path, last="a") as partial:
+            (partial / "a").write_text("a")
+            (partial / "b").write_text(b)
+
+    with pytest.raises(ValueError, match="b exists already"):
+        write("c")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "other"]
+    write("b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "other"]

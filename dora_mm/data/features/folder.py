@@ -114,6 +114,8 @@ def open_shard(folder: Path, index: FeatureIndex, name: str) -> Shard:
         file: Any = safe_open(path, framework="pt").__enter__()  # stays open as long as its slice
         metadata = file.metadata() or {}
         names, digests = (parse_json(metadata[key], key, list) for key in ("names", "digests"))
+        if not all(isinstance(text, str) for text in (*names, *digests)):
+            raise ValueError("its names or digests are not texts")
         rows = file.get_slice(TENSOR)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is missing or damaged ({error}): {AGAIN}") from error

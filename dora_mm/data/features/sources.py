@@ -8,7 +8,6 @@ import hashlib
 import math
 import os
 import zipfile
-import zlib
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from dora_mm.data.features.folder import INDEX, FeatureFolder
 from dora_mm.data.seen import SeenFiles
+from dora_mm.utils.messages import foreign_errors
 
 H5_SUFFIXES = (".h5", ".hdf5")
 MOST_BYTES = 64 * 2**20  # of the features of an image; a feature map of 2,048 channels has 2 MB
@@ -161,38 +161,30 @@ class H5Features:
         self._file: Any = None
         self._process = -1
         file = self._open()
-        try:
+        with foreign_errors(f"{path} is damaged"):
             first = next((name for name in islice(file, 100) if self.__contains__(name)), None)
-        except (OSError, KeyError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error})") from error
         if first is None:
             raise ValueError(f"{path} has no groups with a dataset `features`")
         self.dim = channels(self._dataset(first).shape, path, first)
 
     def __contains__(self, name: str) -> bool:
         place = f"{name}/features"
-        return self._leads_out(place) or place in self._open()
+        with foreign_errors(f"{self.path} is damaged"):
+            return self._leads_out(place) or place in self._open()
 
     def read(self, name: str) -> Tensor:
         dataset = self._dataset(name)
-        try:
+        with foreign_errors(f"{self.path}: the features of {name} cannot be read"):
             values = dataset[()]
-        except (OSError, KeyError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{self.path}: the features of {name} cannot be read ({error})") from error
         return as_tokens(values, self.dim, self.path, name)
 
     def _dataset(self, name: str) -> Any:
         """The dataset of an image, all of which is in this file: HDF5 can have parts of it in any other."""
-        place = f"{name}/features"
-        if self._leads_out(place):
-            raise ValueError(f"{self.path}: the features of {name} are in another file, which is not opened")
-        try:
-            found = self._open()[place]
-            if found.is_virtual or found.external:
-                raise ValueError("they are in another file, which is not opened")
+        with foreign_errors(f"{self.path}: the features of {name} cannot be read"):
+            found = None if self._leads_out(place := f"{name}/features") else self._open()[place]
+            if found is None or found.is_virtual or found.external:
+                raise ValueError(f"{self.path}: the features of {name} are in another file, which is not opened")
             size = math.prod(map(max, found.shape, found.chunks or found.shape)) * found.dtype.itemsize
-        except (OSError, KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path}: the features of {name} cannot be read ({error})") from error
         if size > MOST_BYTES:
             raise ValueError(f"{self.path}: the features of {name} take {size:,} bytes, of at most {MOST_BYTES:,}")
         return found
@@ -216,10 +208,8 @@ class H5Features:
         if self._process != os.getpid():  # HDF5 handles do not survive a fork
             import h5py
 
-            try:
+            with foreign_errors(f"{self.path} is not a complete HDF5 file"):
                 self._file, self._process = h5py.File(self.path, "r"), os.getpid()
-            except OSError as error:
-                raise ValueError(f"{self.path} is not a complete HDF5 file ({error})") from error
         return self._file
 
     def __getstate__(self) -> dict[str, Any]:
@@ -244,23 +234,16 @@ class NpzFeatures:
         return self.path / f"{name}.npz"
 
     def _load(self, name: str) -> np.ndarray:
-        try:
-            with zipfile.ZipFile(self.where(name)) as packed:
+        file = self.where(name)
+        with foreign_errors(f"{file} has no readable array `features`"):
+            with zipfile.ZipFile(file) as packed:
                 if (size := packed.getinfo("features.npy").file_size) > MOST_BYTES:
-                    raise ValueError(f"it takes {size:,} bytes, of at most {MOST_BYTES:,}")
-            with np.load(self.where(name), allow_pickle=False) as arrays:
-                return arrays["features"]
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            EOFError,
-            MemoryError,
-            RuntimeError,
-            zlib.error,
-            zipfile.BadZipFile,
-        ) as error:
-            raise ValueError(f"{self.where(name)} has no readable array `features` ({error})") from error
+                    raise ValueError(f"{file}: the array takes {size:,} bytes, of at most {MOST_BYTES:,}")
+            with np.load(file, allow_pickle=False) as arrays:
+                found = arrays["features"]
+            if not isinstance(found, np.ndarray):  # numpy gives the bytes of what does not begin as arrays do
+                raise ValueError(f"{file} has no readable array `features`")
+            return found
 
 
 def channels(shape: tuple[int, ...], path: Path, name: str) -> int:

@@ -4,17 +4,20 @@ What looks like captions and is not read is found, too: otherwise its images wou
 """
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dora_mm.data.images.pixels import SUFFIXES
-from dora_mm.utils.json_text import parse_json
+from dora_mm.utils.json_text import parse_json, read_bounded
 from dora_mm.utils.tables import decoded, read_table
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 BESIDE = (".txt", ".caption")  # suffixes of files beside an image, in the order in which they are looked for
 KEYS = ("text", "prompt", "caption")  # of a row
+MOST_BYTES = 2**30  # of a metadata file: some four million rows
+MOST_CAPTION_BYTES = 2**20  # of the captions of an image
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 WORDS = ("caption", "metadata", "prompt", "tags", "dataset", "labels", "meta_")  # in names of files with captions
 DOCUMENTS = ("readme", "license", "licence", "notes", "sources", "prompts", "sample_prompts")  # a .txt that is none
@@ -92,8 +95,8 @@ class CaptionFiles:
 
     def _read_texts(self, path: Path) -> list[str]:
         try:
-            return _texts(path.read_text(encoding="utf-8-sig"), lines=self.lines)
-        except (OSError, UnicodeDecodeError) as error:
+            return _texts(read_bounded(path, MOST_CAPTION_BYTES).decode("utf-8-sig"), lines=self.lines)
+        except ValueError as error:
             self.problems.append(f"{path.name} cannot be read as UTF-8 text: {error}")
             return []
 
@@ -136,7 +139,8 @@ def read_metadata(file: Path, *, lines: bool = False) -> tuple[dict[Path, ImageC
     lines_of: dict[Path, int] = {}
     problems: list[str] = []
     try:
-        text = decoded(file.read_bytes()) if file.suffix == ".csv" else file.read_text(encoding="utf-8-sig")
+        content = read_bounded(file, MOST_BYTES)
+        text = decoded(content) if file.suffix == ".csv" else re.sub("\r\n?", "\n", content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return {}, [f"cannot be read as UTF-8 text: {error}"]
     except (OSError, ValueError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from dora_mm.formats.tools import export_of, tool_of
 from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
 from dora_mm.formats.tools.tool import Contents, Export, Written, write_file
 from dora_mm.registries.tools import TARGETS, no_entry
-from dora_mm.utils.folders import written_at_once
+from dora_mm.utils.folders import written_together
 from dora_mm.utils.progress import tracked
 
 
@@ -174,7 +173,7 @@ def written(layers: LayerReader, target: Path, settings: Settings) -> Conversion
     writer = _Writer(layers, export, settings)
     words = layers.beside().tokens if export.holds.tokens == "beside" else ()
     files = _new_files(target, export, words)
-    with _filled(files[0].parent) as folder:
+    with written_together(files[0].parent, last=files[0].name) as folder:
         check = _check(writer, layers, strict=not settings.allow_lossy and keep is None)
         writer.write(folder / files[0].name, check)
     usage = "; ".join(filter(None, (tool_of(name).usage(writer.axes) for name in export.read_by)))
@@ -224,22 +223,12 @@ def _new_files(target: Path, export: Export, words: Iterable[str]) -> list[Path]
     if export.file_name == PEFT_FILE and files[0].name != PEFT_FILE:
         raise ValueError(f"OUT {target} is a file, and PEFT's adapters are folders: leave .safetensors out")
     files += [file_beside(files[0].parent, word) for word in words]
-    if existing := [file for file in files if file.exists()]:
-        raise ValueError(f"OUT {existing[0]} exists already: name a new file or folder")
+    if files[0].exists():  # the last to appear; the others may be there after a kill
+        raise ValueError(f"OUT {files[0]} exists already: name a new file or folder")
     above = next(path for path in (folder, *folder.parents) if path.exists())
     if not above.is_dir():
         raise ValueError(f"OUT {target} cannot be made, since {above} is a file")
     return files
-
-
-@contextmanager
-def _filled(folder: Path) -> Iterator[Path]:
-    """Where the files of a folder are written: a new folder appears with all of them, or not at all."""
-    if folder.exists():
-        yield folder
-    else:
-        with written_at_once(folder) as partial:
-            yield partial
 
 
 class _Writer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,8 @@ from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import all_exports, export_of
 from dora_mm.formats.tools.tool import Written, write_file
+from dora_mm.utils.atomic import already_there
+from dora_mm.utils.folders import is_free, partial_folder, written_together
 from dora_mm.utils.progress import tracked
 
 HEADER_BYTES = 4096  # of a module, more than its keys and settings need
@@ -85,8 +86,8 @@ def extract(
     if to not in (None, *all_exports(), "comfy"):
         raise ValueError(f"there is no target {to!r}: use one of {', '.join(all_exports())}, comfy")
     target = Path(target)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise ValueError(f"{target} exists already: name a new file or folder")
+    if not is_free(target):
+        raise already_there(target)
     new, old = BaseWeights.open(tuned), BaseWeights.open(base)
     check_same_architecture(new, old)
     changed, left_out = changed_modules(new, old)
@@ -100,12 +101,13 @@ def extract(
     if to in (None, own):
         file = target if target.suffix == ".safetensors" else target / export_of(own).file_name
         files, usage = (file,), ""
-        errors = _write(file, new, old, changed, own, rank, about)
-        if file.name == export_of(own).file_name:
-            formats.write_card(file.parent)
+        with written_together(file.parent, last=file.name) as folder:
+            errors = _write(folder / file.name, new, old, changed, own, rank, about)
+            if file.name == export_of(own).file_name and is_free(file.parent):
+                formats.write_card(folder)
     else:
-        with tempfile.TemporaryDirectory(dir=_existing(target), prefix=".extract") as folder:
-            found = Path(folder) / export_of(own).file_name
+        with partial_folder(_existing(target) / "extracted") as folder:  # on the disk that has the room
+            found = folder / export_of(own).file_name
             errors = _write(found, new, old, changed, own, rank, about)
             try:
                 done = convert(found, target, to=to, base=base)

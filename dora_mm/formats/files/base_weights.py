@@ -16,7 +16,7 @@ from dora_mm.formats.files.places import STEMS, Converted, Found, NoWeightsError
 from dora_mm.formats.files.tensor_file import FORMAT_KEY, PICKLES, TensorFile, copy_around
 from dora_mm.formats.naming.names import Name, resolve
 from dora_mm.utils.atomic import write_atomically
-from dora_mm.utils.folders import written_at_once
+from dora_mm.utils.folders import check_inside, written_at_once
 from dora_mm.utils.messages import first_line
 from dora_mm.utils.progress import tracked
 
@@ -190,7 +190,7 @@ def write_merged(base: BaseWeights, target: Path, update: Mapping[Name, Tensor])
 
     Raises:
         ValueError: `target` exists or is of the wrong kind, or a weight is unknown, has another shape, or is tied
-            to another one that would change with it.
+            to another one that would change with it; or a file is a link to another place.
         OSError: It cannot be written.
     """
     _check_target(base, target)
@@ -199,12 +199,14 @@ def write_merged(base: BaseWeights, target: Path, update: Mapping[Name, Tensor])
         place = base.place(name)
         changes[place.file.path].append((name, place))
     if base.source.is_file():
-        write_atomically(target, lambda partial: _copy(base.source, partial, changes[base.source], update))
+        write_atomically(target, lambda partial: _copy(base.source, partial, changes[base.source], update), is_new=True)
         return
     covered = {base.source, *(file.parent for file in base.files)}
     with written_at_once(target) as partial:
         for path in _files_below(base.source):
             if path in base.files or path.parent not in covered or not _is_weight(path):
+                if path not in base.files:
+                    check_inside(path, base.source)
                 copy = partial / path.relative_to(base.source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 _copy(path, copy, changes.get(path, []), update)

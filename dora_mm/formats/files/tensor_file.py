@@ -166,7 +166,7 @@ def write_with_metadata(file: TensorFile, target: Path, metadata: Mapping[str, s
     """Writes a file with other metadata, byte for byte the same behind its header; it may take the file's own place.
 
     Raises:
-        ValueError: The header would be too long, or the file cannot be read.
+        ValueError: The header would be too long, the file cannot be read, or the target is another one that exists.
         OSError: The target cannot be written.
     """
     header = write_header(file.entries, metadata)
@@ -178,7 +178,7 @@ def write_with_metadata(file: TensorFile, target: Path, metadata: Mapping[str, s
             copy.write(header)
             copy.writelines(file.data())
 
-    write_atomically(target, write)
+    write_atomically(target, write, is_new=target != file.path)
 
 
 def pickle_error(path: Path) -> ValueError:

@@ -188,7 +188,7 @@ def alpha_in(config: Mapping[str, Any], path: str, rank: int) -> float:
 
     With rank-stabilised LoRA the update is scaled by alpha / sqrt(rank). Without metadata alpha is the rank.
     """
-    alpha = _of_module(config, "alpha_pattern", path, config.get("lora_alpha", rank))
+    alpha = finite_number("alpha", _of_module(config, "alpha_pattern", path, config.get("lora_alpha", rank)))
     return alpha * rank**0.5 if config.get("use_rslora") else alpha
 
 

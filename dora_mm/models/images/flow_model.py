@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+import dora_mm.models.chat_templates  # noqa: F401  bounds what models' files render
 from dora_mm.data.images.latents import Latents
 from dora_mm.data.syntax import Wording
 from dora_mm.models.images.image_model import ImageModel, Prompt

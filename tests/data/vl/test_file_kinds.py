@@ -254,3 +254,19 @@ def test_datasets_reads_the_same_archive(tmp_path):
     assert [{key: row[key] for key in ("jpg", "json", "txt")} | {"__key__": row["id"]} for row in ours] == [
         {key: row[key] for key in ("jpg", "json", "txt", "__key__")} for row in loaded
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl.gz", b" " * 10_000_000),
+        ("rows.json.gz", b'[{"id": "' + b"a" * 10_000_000 + b'"}]'),
+        ("rows.csv.gz", b"query,response\n" + b"a" * 10_000_000),
+    ],
+)
+def test_what_a_gzip_file_unpacks_to_is_bounded(name, content, tmp_path, monkeypatch):
+    """1.5 MB can be one line of 1.5 GB."""
+    monkeypatch.setattr("dora_mm.data.vl.json_items.LEAST_UNPACKED", 1_000_000)
+    (tmp_path / name).write_bytes(gzip.compress(content))
+    with pytest.raises(ValueError, match=f"{name} holds more than .* bytes, 100 times its own size"):
+        list(file_items(tmp_path / name))

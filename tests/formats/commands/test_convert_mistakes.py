@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 import dora_mm
 from dora_mm import load_adapter, verify
-from dora_mm.formats.commands.convert import convert
+from dora_mm.formats.commands.convert import Settings, convert, written
 from dora_mm.formats.naming.names import Name
+from dora_mm.formats.reader import LayerReader
 from tests.formats import toy
 from tests.formats.commands.test_convert import BASE, peft_base
 from tests.formats.commands.test_extract import save_model
@@ -99,6 +100,24 @@ def test_what_exists_is_not_overwritten(source, tmp_path):
     with pytest.raises(ValueError, match=r"OUT .*source\.safetensors exists already: name a new file"):
         convert(source, source, to="kohya")
     assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("out", ["out.safetensors", "new/out.safetensors"])
+def test_one_of_two_conversions_at_once_is_refused(source, tmp_path, out):
+    """The other has finished while this one computes."""
+    target, reader = tmp_path / out, LayerReader(source)
+    original = reader.fused
+
+    def fused(*arguments, **options):
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(b"theirs")
+        return original(*arguments, **options)
+
+    reader.fused = fused
+    with pytest.raises(ValueError, match=r"exists already: name a new file or folder"):
+        written(reader, target, Settings("kohya"))
+    assert target.read_bytes() == b"theirs"
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_several_networks_in_pefts_folder(source, tmp_path):

@@ -294,6 +294,14 @@ def test_a_bad_update_leaves_nothing_behind(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+def test_files_outside_of_the_model_are_not_copied(folder, tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    (folder / "unet" / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(ValueError, match=r"notes.txt is a link to .*secret.txt, outside"):
+        write_merged(BaseWeights.open(folder), tmp_path / "new", {})
+    assert not (tmp_path / "new").exists()
+
+
 def test_places_that_are_no_target(folder, single_file, tmp_path):
     folder_base, file_base = BaseWeights.open(folder), BaseWeights.open(single_file)
     for base, target, message in (

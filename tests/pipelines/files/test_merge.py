@@ -390,3 +390,27 @@ def test_a_model_of_the_hub_is_known_by_its_weights(tiny_vlm, tmp_path, monkeypa
     assert merge(name, adapter.parent, tmp_path / "merged", "--revision", "v1") == 0
     assert_same_layout(repository / "snapshots" / first, tmp_path / "merged")
     assert "cannot be reached" in refused(capsys, tmp_path / "other", "someone/else", adapter.parent)
+
+
+def test_files_outside_of_the_model_are_not_copied(tmp_path, capsys):
+    """A link to another place is refused by name; one inside of the folder is a file like others."""
+    base = llama(tmp_path / "base")
+    adapter, _ = llm_adapter(base, tmp_path / "adapter", ["q_proj"])
+    (tmp_path / "secret.txt").write_text("secret")
+    (base / "notes.md").symlink_to(base / "config.json")
+    assert merge(base, adapter, tmp_path / "first") == 0
+    for place in ("notes.txt", "templates/notes.txt"):
+        (base / place).parent.mkdir(exist_ok=True)
+        (base / place).symlink_to(tmp_path / "secret.txt")
+        assert merge(base, adapter, tmp_path / "out") == 2
+        assert f"{place} is a link to {tmp_path}/secret.txt, outside" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        (base / place).unlink()
+
+
+@pytest.mark.parametrize("named", [[5], 5, [None], ["set_seed"], ["AutoConfig"]])
+def test_architectures_that_are_no_classes_of_models(named, tmp_path, capsys):
+    base = llama(tmp_path / "base")
+    edit_config(base, lambda config: config.update(architectures=named))
+    assert main(["inspect", str(base)]) == 2
+    assert "architectures" in (message := capsys.readouterr().err) or "a class that transformers" in message

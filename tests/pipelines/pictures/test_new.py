@@ -191,6 +191,15 @@ def test_refusals_write_nothing(here, capsys, arguments, named):
     assert sorted(here.rglob("*")) == before
 
 
+def test_a_kill_between_the_two_files_is_repeated(here):
+    write_images(["a.png"], ["a sks drawing"])
+    made("style", "--images", "my images")
+    Path("style.yaml").unlink()  # the last to appear
+    assert made("style", "--images", "my images").train.steps
+    assert main(["new", "sdxl", "style", "--images", "my images"]) == 2
+    assert not list(here.glob(".*"))
+
+
 def test_every_start_is_a_packaged_config_and_all_of_them_are_listed(here, capsys):
     assert main(["configs"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("configs/")]

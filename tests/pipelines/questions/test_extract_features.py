@@ -15,6 +15,7 @@ from dora_mm.data.features.sources import open_features
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.models.vl.towers.tower import VisionTower, load_tower
 from dora_mm.recipes import PIPELINES
+from dora_mm.utils.lock import only_writer
 from tests.models.vl.towers.small import DIM
 
 extract_features = PIPELINES.load("extract_features")
@@ -66,6 +67,15 @@ def computed(monkeypatch):
 
     monkeypatch.setattr(VisionTower, "forward", counting)
     return sizes
+
+
+def test_a_folder_of_features_has_one_writer(config, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with only_writer(tmp_path / "out"):
+        assert run(config) == 2
+    assert "out has a writer already" in capsys.readouterr().err
+    assert run(config) == 0
+    assert not (tmp_path / "out" / ".lock").exists()
 
 
 def test_features_equal_the_output_of_the_tower(config, vision, images, tmp_path, computed):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
+import dora_mm.models.chat_templates  # noqa: F401  bounds what models' files render
 from dora_mm.data.vl.example import LEADING, Turn, pieces_of, plain_text
 
 Pieces = tuple[tuple[str, str], ...]  # of a turn: ("text", "What is it?"), or ("image", "") or ("video", "")

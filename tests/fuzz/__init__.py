@@ -1,0 +1,1 @@
+"""Mutated files through every door: `make fuzz`. See docs/reliability.md."""
