@@ -126,7 +126,10 @@ def write_too_many_tensors():
 
 
 REFUSED = {
-    "a safetensors file that is too large": (write_too_many_tensors, "a file cannot be written or read: File too large"),
+    "a safetensors file that is too large": (
+        write_too_many_tensors,
+        "a file cannot be written or read: File too large",
+    ),
     "a folder that cannot be made": (make_folder, "/proc/dora_mm cannot be written or read: No such file or directory"),
     "a file that is too large": (write_too_much, "a file cannot be written or read: File too large"),
     "no permission": (
