@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from dora_mm.utils.lock import NOFOLLOW, check_lock
-from dora_mm.utils.partials import partial_of
+from dora_mm.utils.partials import partial_of, remove_dead
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,9 +85,10 @@ def claim(partial: Path, path: Path) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error  # the name that a person knows
 
 
-def already_there(path: Path) -> ValueError:
-    """The error where something else has the name of what is to be written."""
-    return ValueError(f"{path} exists already: name a new file or folder")
+def already_there(path: Path, key: str = "") -> ValueError:
+    """The error where something else has the name of what is to be written; what dead processes left beside it goes."""
+    remove_dead(path.parent)
+    return ValueError(f"{key}{' ' if key else ''}{path} exists already: name a new file or folder")
 
 
 def is_same_file(one: Path, other: Path) -> bool:

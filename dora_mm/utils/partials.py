@@ -14,7 +14,7 @@ HOST = socket.gethostname()
 
 def partial_of(path: Path) -> Path:
     """The temporary name beside `path` to which this process writes it, after those of dead ones beside it are gone."""
-    _remove_dead(path.parent)
+    remove_dead(path.parent)
     partial = path.with_name(f".{path.name}.{_host_digest()}-{os.getpid()}{PARTIAL}")
     _remove(partial)  # of a dead process that had the same number, or a link, which would be followed
     return partial
@@ -44,7 +44,7 @@ def is_running(pid: int) -> bool:
 
 
 @functools.cache  # once in a process: a cache may have ten thousand files
-def _remove_dead(folder: Path) -> None:
+def remove_dead(folder: Path) -> None:
     """Removes what processes of this machine have left that run no more."""
     for partial in folder.glob(f".*.{_host_digest()}-*{PARTIAL}"):
         found = re.search(rf"-(\d+){re.escape(PARTIAL)}$", partial.name)

@@ -21,7 +21,7 @@ BATCH = 200
 SECONDS = 10  # of a case
 BYTES = 3 * 2**29  # of memory beyond that of the parent
 FILE_BYTES = 2**28
-LONGEST_LINE, MOST_CHARACTERS = 2100, 8000  # of a message: a screen, with lines of names out of files
+LONGEST_LINE, MOST_CHARACTERS = 2100, 12_000  # of a message: a screen, with lines of names out of files
 READ_ONLY = ("/dev/null", "/dev/urandom", "/proc", "/sys", "/etc")
 
 

@@ -11,7 +11,8 @@ from tests.fuzz.mutations import mutated
 
 ROOT = Path(__file__).parents[2]
 FOUND = {  # by doors: seeds that ended in a traceback once
-    "gallery": (1132,),  # half a surrogate pair in the name of a file
+    "gallery": (1132, 101592),  # half a surrogate pair in the name of a file; a picture of a gigabyte
+    "job jsonl": (101471,),  # a row that is wrong as a whole
     "peft_dora": (1006, 1036, 1297),  # an alpha that is no number
     "features": (1119,),  # the name of an image that is an object
     "features npz": (5, 15, 35),  # TokenError, and bytes in place of an array

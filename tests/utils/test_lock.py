@@ -142,7 +142,7 @@ def test_what_dead_processes_have_left_beside_an_output_goes(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
     host = partials.partial_of(tmp_path / "x").name.split(".")[-2].partition("-")[0]
-    partials._remove_dead.cache_clear()
+    partials.remove_dead.cache_clear()
     names = [f".out.{host}-{dead.pid}.partial", f".out.{host}-{os.getppid()}.partial", ".out.ffffffff-1.partial"]
     (tmp_path / names[0]).mkdir()
     for name in names[1:]:

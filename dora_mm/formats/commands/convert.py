@@ -29,6 +29,7 @@ from dora_mm.formats.tools import export_of, tool_of
 from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
 from dora_mm.formats.tools.tool import Contents, Export, Written, write_file
 from dora_mm.registries.tools import TARGETS, no_entry
+from dora_mm.utils.atomic import already_there
 from dora_mm.utils.folders import written_together
 from dora_mm.utils.progress import tracked
 
@@ -224,7 +225,7 @@ def _new_files(target: Path, export: Export, words: Iterable[str]) -> list[Path]
         raise ValueError(f"OUT {target} is a file, and PEFT's adapters are folders: leave .safetensors out")
     files += [file_beside(files[0].parent, word) for word in words]
     if files[0].exists():  # the last to appear; the others may be there after a kill
-        raise ValueError(f"OUT {files[0]} exists already: name a new file or folder")
+        raise already_there(files[0], "OUT")
     above = next(path for path in (folder, *folder.parents) if path.exists())
     if not above.is_dir():
         raise ValueError(f"OUT {target} cannot be made, since {above} is a file")

@@ -28,6 +28,7 @@ GALLERY, INDEX, PICTURES, THUMBNAILS = "gallery", "index.html", "pictures", "thu
 OWN = {INDEX, PICTURES, THUMBNAILS}
 LEFT_BY_DESKTOPS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # in every folder that was looked at
 FORMATS = {"PNG": (".png",), "WEBP": (".webp",), "JPEG": (".jpg", ".jpeg")}  # a browser shows all of them
+MOST_PIXELS = 80_000_000  # as of pictures that are trained on
 NOT_A_PICTURE = "its file is not a whole PNG, WebP or JPEG picture"
 
 
@@ -137,10 +138,12 @@ def _read(path: Path, *, decode: bool = True) -> Image.Image | None:
     """The picture; None where there is none, or where a browser would take the file for something else."""
     try:
         with Image.open(path, formats=tuple(FORMATS)) as image:
+            if image.width * image.height > MOST_PIXELS:
+                return None
             if decode:
                 image.load()
             return image if path.suffix.lower() in FORMATS[str(image.format)] else None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # whatever Pillow raises
+    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError):  # whatever Pillow raises
         return None
 
 

@@ -130,7 +130,7 @@ def _row(values: Mapping[str, Any], line: int, problems: list[str]) -> JobRow | 
         return row
     except ValidationError as error:
         for item in error.errors(include_url=False):
-            column = str(item["loc"][0])
+            column = str(item["loc"][0]) if item["loc"] else "the row"
             problems.append(f"line {line}: {problem_of_value(column, item)}")
     except ValueError as error:
         problems.append(f"line {line}: {error}")
