@@ -188,7 +188,8 @@ def alpha_in(config: Mapping[str, Any], path: str, rank: int) -> float:
 
     With rank-stabilised LoRA the update is scaled by alpha / sqrt(rank). Without metadata alpha is the rank.
     """
-    alpha = finite_number("alpha", _of_module(config, "alpha_pattern", path, config.get("lora_alpha", rank)))
+    found = _of_module(config, "alpha_pattern", path, config.get("lora_alpha"))
+    alpha = finite_number("alpha", rank if found is None else found)
     return alpha * rank**0.5 if config.get("use_rslora") else alpha
 
 
