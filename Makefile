@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo demo-vl demo-vlm test test-slow test-oldest fuzz bench gpu rehearsal lint format samples clean
+.PHONY: demo demo-vl demo-vlm test test-slow test-oldest fuzz kill bench gpu rehearsal lint format samples clean
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -46,6 +46,9 @@ test-oldest:  ## with the oldest releases that pyproject.toml admits, torch 2.6 
 
 fuzz: $(READY)  ## an hour of mutated files through every door, from a seed that no run had; FUZZ="--seed 3 --seconds 600"
 	$(BIN)/python -m tests.fuzz --seed $$(date +%s) $(FUZZ)
+
+kill: $(READY)  ## commands that write, killed at each file event and repeated
+	$(BIN)/python -m tests.kill
 
 bench: $(READY)  ## what DoRA costs beside its peers on this machine; BENCH="--quick" or "--all"
 	$(BIN)/python -m tests.benchmarks.bench_peers $(BENCH)

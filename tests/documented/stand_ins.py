@@ -44,6 +44,8 @@ def build(name: str, folder: Path, tiny_sdxl: Path, tiny_vlm: Callable[[str], Pa
         z_image.build(folder)
     elif name == "black-forest-labs/FLUX.2-klein-base-4B":
         klein.build(folder)
+    elif name == "black-forest-labs/FLUX.2-klein-4B":
+        klein.build(folder, is_distilled=True)
     elif name == "Qwen/Qwen-Image":
         qwen_image.build(folder)
     elif name == "facebook/bart-base":

@@ -60,9 +60,6 @@ COMMANDS: dict[str, Callable[[], object]] = {
     "convert beside others": command("convert", "adapter.safetensors", "here/a.safetensors", "--to", "kohya"),
     "convert to a folder": command("convert", "adapter.safetensors", "here", "--to", "diffusers"),
     "extract": command("extract", "tuned.safetensors", "base.safetensors", "out/e.safetensors", "--rank", "2"),
-    "extract to another form": command(
-        "extract", "tuned.safetensors", "base.safetensors", "e.safetensors", "--rank", "2", "--to", "onetrainer"
-    ),
     "analyse": command("analyse", "tuned.safetensors", "--base", "base.safetensors", "--output", "analysis"),
     "a run": lambda: RunDirectory.create("a", "seed: 1\n", "run/X", {"data": "0" * 64}),
 }

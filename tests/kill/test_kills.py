@@ -1,0 +1,15 @@
+"""Every command that writes can be killed at any file event, and repeated: in a process with one thread."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_kills():
+    command = [sys.executable, "-m", "tests.kill", "--each", "100"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 of them with other files" in done.stdout
