@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 import torch
 
 from dora_mm.formats.algebra.exact import new_weight
@@ -61,6 +62,7 @@ COMMANDS = """
 """
 
 
+@pytest.mark.slow
 def test_a_tool_of_another_package(tmp_path):
     files = {name: textwrap.dedent(text) for name, text in FILES.items()}
     points = {"tools.acme": "acme.records:TOOL", "targets.acme": "acme.records:TARGET"}

@@ -134,6 +134,7 @@ def test_a_flipped_bit_in_any_file_changes_no_result(start, tmp_path):
             shutil.rmtree(broken)
 
 
+@pytest.mark.slow
 def test_a_file_of_another_run_or_a_missing_one_changes_no_result(start, tmp_path):
     wanted, run = result(start("whole", stop=None)), start("run")
     other = start("other", seed=1)

@@ -99,7 +99,7 @@ def _merges(rank, by_layer):
             check_gradients(model, trained(method), rank, x)
 
 
-@pytest.mark.parametrize("by_layer", [True, False])
+@pytest.mark.parametrize("by_layer", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_merged_outputs_are_those_of_the_adapted_model(in_two_processes, by_layer):
     in_two_processes(_merges, by_layer)
 

@@ -166,6 +166,7 @@ def test_filters_at_the_width_of_a_phone(page, tmp_path):
     assert found["sideBySide"]
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_light_and_dark_rendering(page, tmp_path):
     shots = {}

@@ -117,9 +117,9 @@ def test_a_single_file_is_loaded_part_by_part(single, monkeypatch):
         (("v_pred",), "auto", ("v_prediction", False, "leading")),
         (("v_pred", "ztsnr"), "auto", ("v_prediction", True, "trailing")),
         (("v_pred", "ztsnr"), "epsilon", ("epsilon", False, "leading")),
-        ((), "v_prediction", ("v_prediction", False, "leading")),
-        (("ztsnr",), "v_prediction", ("v_prediction", True, "trailing")),
-        (("ztsnr",), "epsilon", ("epsilon", False, "leading")),
+        pytest.param((), "v_prediction", ("v_prediction", False, "leading"), marks=pytest.mark.slow),
+        pytest.param(("ztsnr",), "v_prediction", ("v_prediction", True, "trailing"), marks=pytest.mark.slow),
+        pytest.param(("ztsnr",), "epsilon", ("epsilon", False, "leading"), marks=pytest.mark.slow),
     ],
 )
 def test_marker_tensors_and_the_override(single, markers, prediction, expected):
