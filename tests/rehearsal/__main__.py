@@ -58,7 +58,9 @@ def pictures(family: str, model: str, *settings: str, texts: str | None = None) 
 
 
 def questions(*settings: str) -> Callable[[int], list[Stage]]:
-    return lambda _: stages.of_questions(["train.epochs=null", *SHORT, *settings])
+    """The commands of a model for questions by the size of pictures."""
+    given = ("train.epochs=null", *SHORT, *settings)
+    return lambda side: stages.of_questions([setting.format(side=side) for setting in given])
 
 
 NO_FLOAT8 = ("model.quantization=null", "adapter.cache=weights")
@@ -68,9 +70,9 @@ MODELS = {
         0.5,
         models.smolvlm,
         lambda folder: tiny_vlm.build("idefics3", folder),
-        questions("model.image_size=512", "train.batch_size=1", "data.valid=null"),
-        0,
-        "One row with an image of 512 px a step in float32, with checkpointing.",
+        questions("model.image_size={side}", "train.batch_size=1", "data.valid=null"),
+        512,
+        "One row with an image of {side} px a step in float32, with checkpointing.",
     ),
     "sdxl": Model(
         "SDXL base 1.0 as a folder, in float16",
