@@ -4,6 +4,7 @@ import os
 import statistics
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -109,17 +110,25 @@ def saved_bytes(forward: Callable[[], torch.Tensor], module: nn.Module, x: torch
         x: The input, which does not count.
     """
     excluded = {t.untyped_storage().data_ptr() for t in (*module.parameters(), x)}
-    saved: dict[int, int] = {}  # data pointer of a storage to its bytes
+    kept: weakref.WeakSet[_Saved] = weakref.WeakSet()  # parts of the graph that are freed in the pass leave it
 
-    def record(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def record(tensor: torch.Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        kept.add(saved)
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda saved: saved.tensor):
         y = forward()
     excluded.add(y.untyped_storage().data_ptr())
-    return sum(size for pointer, size in saved.items() if pointer not in excluded)
+    storages = {s.data_ptr(): s.nbytes() for s in (saved.tensor.untyped_storage() for saved in kept)}
+    return sum(size for pointer, size in storages.items() if pointer not in excluded)
+
+
+class _Saved:
+    """A tensor that a graph keeps."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
 
 
 def peak_bytes(action: Callable[[], object], device: torch.device) -> int:

@@ -99,11 +99,13 @@ def test_norms_of_large_weights_are_those_of_their_blocks(monkeypatch):
     assert relative_error(row_norms(W0, A, B, 2.5, False), rows.norm) < 3e-7
 
 
-def test_it_keeps_half_as_much_for_the_backward_pass():
+def test_it_keeps_one_output_for_the_backward_pass_where_peft_keeps_two():
+    """What of PEFT's graph is freed within the pass does not count; whether it did depended on addresses of memory."""
     theirs, x = adapted(nn.Linear(256, 512)), torch.randn(1024, 256, requires_grad=True)
     kept = [saved_bytes(lambda m=m: m(x), m, x) for m in (theirs, fused(theirs))]
-    assert kept[1] < 0.52 * kept[0]  # theirs has been 4.2 and 4.5 MB, ours 2.15
-    assert kept[1] < 1.1 * 4 * 1024 * (512 + 8)
+    output, small = 4 * 1024 * 512, 4 * 1024 * 8
+    assert kept[0] > 2 * output + small
+    assert kept[1] < 1.02 * (output + small)
 
 
 @pytest.mark.parametrize("adapters", [1, 2])
