@@ -64,6 +64,30 @@ def test_peft_loads_it_with_all_that_trained(tmp_path, inputs, method):
     assert theirs.peft_config["default"].base_model_name_or_path == "a/base"
 
 
+def test_peft_loads_whole_weights_of_some_layers_beside_adapters_of_others(tmp_path, inputs):
+    torch.manual_seed(1)
+    bare = small_vl_bart().requires_grad_(False)
+
+    def adapted():
+        model = copy.deepcopy(bare)
+        inject(model, ["q_proj", "v_proj"], DoRASpec(rank=2))
+        inject(model, ["fc1"], DoRASpec(method="full"))
+        return model
+
+    model = adapted()
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_adapter({"model": model}, tmp_path, format="peft")
+    expected = answer(model, inputs)
+    assert not torch.allclose(answer(bare, inputs), expected, atol=1e-2)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(bare), str(tmp_path)).eval()
+    torch.testing.assert_close(answer(theirs, inputs), expected, rtol=1e-4, atol=1e-4)
+    for ours in (bare, adapted()):
+        load_adapter({"model": ours}, tmp_path)
+        torch.testing.assert_close(answer(ours.eval(), inputs), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("use_dora", [True, False])
 def test_we_load_what_peft_saves(tmp_path, inputs, use_dora):
     bare, _, _ = trained()
