@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.data.images.pictures import write_pictures
+from tests.shared.data.pictures import write_pictures
 
 if TYPE_CHECKING:  # it loads diffusers, and the process that gives out tests to others does without
     from dora_mm.models.images.sdxl.family import SDXL
@@ -64,8 +64,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a model of tests/models/vl/vlm/tiny.py by name, built when first asked for; not to be changed."""
-    from tests.models.vl.vlm import tiny  # loads 16 classes of transformers
+    """The folder of a model of tests/shared/vl/tiny_vlm.py by name, built when first asked for; not to be changed."""
+    from tests.shared.vl import tiny_vlm as tiny  # loads 16 classes of transformers
 
     @cache
     def folder(name: str) -> Path:
@@ -76,8 +76,8 @@ def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def vision(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The `vision` section of a small tower, whose layers have the DIM channels of tests/models/vl/towers/small.py."""
-    from tests.models.vl.towers.small import small_tower  # loads timm
+    """The `vision` section of a small tower, whose layers have the DIM channels of tests/shared/vl/small_towers.py."""
+    from tests.shared.vl.small_towers import small_tower  # loads timm
 
     return small_tower(tmp_path_factory.mktemp("tower"))
 

@@ -14,7 +14,7 @@ from dora_mm.formats.tools import tool_of
 from dora_mm.registries.tools import TARGETS, TOOLS
 from tests.documented.exports import NO_DORA, WHOLE, Claim, claims, tools_in
 from tests.documented.texts import DOCS, ROOT, text_of
-from tests.formats import toy
+from tests.shared import toy
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 STATES = {name: toy.layer(name) for name in toy.UNET if "conv" not in name.path}  # which not every form holds

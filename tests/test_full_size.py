@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dora_mm import DoRASpec, adapter_parameters, inject
-from tests.targets.test_maps import full_size_unet
+from tests.shared.full_size import full_size_unet
 
 STEPS, SIDE = 2, 256 // 8
 LIMIT_GB = 16  # the weights take 10.3

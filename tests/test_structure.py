@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tests.test_imports import ROOT, SOURCES, imported
 
+OPEN_TO_ALL = {"shared", "documented", "benchmarks"}  # rooms whose helpers every test may use
+
 
 def titles(path: Path) -> set[str]:
     """The public classes and types that a file defines; what `TypeVar` makes has a meaning in its file alone."""
@@ -55,3 +57,15 @@ def file_of(name: str, files: dict[str, Path]) -> str | None:
     while name and name not in files:
         name = name.rpartition(".")[0]
     return name or None
+
+
+def test_rooms_of_tests_have_what_they_share_in_one_place():
+    """So that what moves in dora_mm moves its tests and no imports: helpers of several rooms lie in tests/shared."""
+    found = set()
+    for path in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "samples/build/tests").glob("*.py")]:
+        room = path.relative_to(ROOT).parts[1]
+        asked = {name for name in imported(path) if name.startswith("tests.") and ".conftest" not in name}
+        above = room.startswith("test_")  # those of the whole project, some of which are about a room
+        rooms = {room} | OPEN_TO_ALL | {file.stem for file in (ROOT / "tests").iterdir() if above}
+        found |= {f"{path.relative_to(ROOT)}: {name}" for name in asked if name.split(".")[1] not in rooms}
+    assert found == set()

@@ -127,7 +127,7 @@ def test_evaluation_is_as_without():
 
 def test_the_blocks_are_those_that_diffusers_or_the_map_name():
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
-    from tests.benchmarks.full_size import SMALL_SIZE
+    from tests.shared.full_size import SMALL_SIZE
 
     small = {"d_model": 8, "vocab_size": 20, "encoder_layers": 1, "decoder_layers": 2}
     small |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
@@ -142,7 +142,7 @@ def test_the_blocks_are_those_that_diffusers_or_the_map_name():
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "smolvlm", "florence2", "git", "blip2", "mllama"])
 def test_blocks_of_models_with_a_derived_map_hold_all_attention(name):
-    from tests.models.vl.vlm import tiny
+    from tests.shared.vl import tiny_vlm as tiny
 
     with torch.device("meta"), torch.random.fork_rng():
         model, _ = tiny.BUILDERS[name]()

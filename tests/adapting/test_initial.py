@@ -6,7 +6,7 @@ import pytest
 from dora_mm.adapting.initial import load_initial_folder
 from dora_mm.adapting.networks import TrainedNetworks
 from dora_mm.config.adapter import VLAdapterConfig
-from tests.models.vl.vl_bart.small import small_vl_bart
+from tests.shared.vl.small_vl_bart import small_vl_bart
 
 
 def test_a_weight_that_was_trained_apart_from_what_the_model_ties_to_it_is_refused(tmp_path):

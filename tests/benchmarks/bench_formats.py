@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 
 from dora_mm.core.targets import match_modules
 from dora_mm.targets.sdxl import UNET
-from tests.benchmarks.full_size import FULL_SIZE
 from tests.benchmarks.results_table import write_times
+from tests.shared.full_size import FULL_SIZE
 
 RANK = 16
 CONVERSIONS = ("diffusers", "kohya", "comfy", "diff", "merged")

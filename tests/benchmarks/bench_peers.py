@@ -34,9 +34,9 @@ from tests.benchmarks.contenders import (
     set_layers,
     trained,
 )
-from tests.benchmarks.full_size import random_unet
 from tests.benchmarks.results_table import Result, plot, table, write_results
 from tests.benchmarks.timing import alternate, peak_bytes, saved_bytes, seconds_of, summary
+from tests.shared.full_size import random_unet
 
 # (name, out, in, tokens, rank of the quick run). Tokens are those of a 1024 px image; cross-attention has 77 per image.
 LAYERS = (

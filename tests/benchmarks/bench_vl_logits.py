@@ -22,9 +22,9 @@ from dora_mm.data.vl.example import Example
 from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.models.vl.vlm.head import TargetLosses, cross_entropy, target_logits
-from tests.models.vl.vlm import tiny
-from tests.models.vl.vlm.vlm_rows import save_noise
-from tests.preview.peaks import peak_bytes
+from tests.shared.data.vlm_rows import save_noise
+from tests.shared.peaks import peak_bytes
+from tests.shared.vl import tiny_vlm as tiny
 
 VOCABULARY, ROWS, TOKENS, ROUNDS = 152_000, 8, 82, 3
 Loss = Callable[[Any, Tensor], Tensor]

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.models.vl.towers.small import DIM
-from tests.models.vl.vl_bart.small import small_bart, small_tokenizer
-from tests.pipelines.pictures.test_combinations import OPTIONS, config_of
+from tests.shared.images.combinations import OPTIONS, config_of
+from tests.shared.vl.small_towers import DIM
+from tests.shared.vl.small_vl_bart import small_bart, small_tokenizer
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -214,7 +214,7 @@ def test_options_of_a_training_on_pictures(both, tmp_path, tiny_folder, image_fo
 
 @pytest.mark.slow
 def test_z_image(both, tmp_path, image_folder):
-    from tests.models.images.z_image.tiny import build
+    from tests.shared.images.tiny_z_image import build
 
     model = build(tmp_path / "model")
     config = training(model, image_folder, ["transformer.attn", "transformer.ff"])

@@ -15,8 +15,8 @@ from dora_mm.core import functional as dora
 from dora_mm.core.forms import adapted_product, choose_form, merged_parts, split_weight
 from dora_mm.core.kinds import restore_layer
 from dora_mm.core.passes import Options
-from tests.core import reference
-from tests.core.reference import make, variants
+from tests.shared import reference
+from tests.shared.reference import make, variants
 
 FORMS = ("unmerged", "merged")
 

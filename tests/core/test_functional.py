@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_mm.core import functional as dora
-from tests.core import reference
-from tests.core.reference import make, variants
+from tests.shared import reference
+from tests.shared.reference import make, variants
 
 
 @settings(max_examples=40)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dora_mm import DoRASpec, adapter_parameters, inject
-from tests.core import reference
+from tests.shared import reference
 
 TOKENS = [2, 3000]  # either form
 METHODS = ["dora", "exact", "lora", "magnitude"]

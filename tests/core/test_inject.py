@@ -14,7 +14,7 @@ from dora_mm.core import (
     remove,
     set_strength,
 )
-from tests.core import reference
+from tests.shared import reference
 
 
 def model():

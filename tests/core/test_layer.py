@@ -11,7 +11,7 @@ from dora_mm.core import DoRASpec, adapt_layer, adapter_parameters, fixed_parame
 from dora_mm.core.functional import merged_weight
 from dora_mm.core.kinds import restore_layer
 from dora_mm.core.ops import ConvOp
-from tests.core import reference
+from tests.shared import reference
 
 SIZES = [(48, 36, 5), (48, 36, 1000), (333, 77, 19), (640, 640, 2048), (1280, 1280, 64)]  # out, in, tokens
 CONVS = {

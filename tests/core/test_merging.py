@@ -22,7 +22,7 @@ from dora_mm import (
     unmerge,
 )
 from dora_mm.core.functional import round_stochastically, seeded_generator
-from tests.core import reference
+from tests.shared import reference
 
 KEEP_BASE = pytest.mark.parametrize("keep_base", [True, False])
 SPEC = DoRASpec(rank=4)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dora_mm.core import DoRASpec, adapt_layer, fixed_parameters, inject, merge, remove, unmerge
-from tests.core import reference
+from tests.shared import reference
 
 LAYERS = {
     "embedding": lambda: nn.Embedding(20, 12),

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dora_mm.core import DoRASpec, adapt_layer, restore_layer
-from tests.core import reference
+from tests.shared import reference
 
 peft = pytest.importorskip("peft")
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from dora_mm import DoRASpec, core, inject, set_strength
-from tests.core import reference
+from tests.shared import reference
 
 SPEC = DoRASpec(rank=2)
 

@@ -8,7 +8,7 @@ from dora_mm import DoRASpec, inject, load_adapter, remove, save_adapter, set_st
 from dora_mm.core import adapted_layers
 from dora_mm.core.strength import strengths_of
 from dora_mm.targets import SHORT_NAMES
-from tests.core import reference
+from tests.shared import reference
 
 PATHS = [
     "unet.down_blocks.0.attn.to_q",

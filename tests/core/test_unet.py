@@ -10,7 +10,7 @@ import dora_mm
 from dora_mm import DoRASpec, adapter_parameters, fixed_parameters
 from dora_mm.core import adapted_layers
 from samples.build.pretraining.tiny_sdxl import build_unet
-from tests.core import reference
+from tests.shared import reference
 
 ALL_PARTS = ("attn", "cross", "ff", "conv")
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dora_mm.core import DoRASpec, adapt_layer, adapter_parameters, fixed_parameters, inject, merge
-from tests.core import reference
+from tests.shared import reference
 
 
 def trained(layer):

@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from dora_mm import DoRASpec, adapter_parameters, fixed_parameters, inject, load_adapter, merge, remove, save_adapter
-from tests.core import reference
+from tests.shared import reference
 
 TOKENS = [2, 3000]  # either form
 METHODS = ["dora", "lora"]

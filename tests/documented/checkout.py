@@ -22,7 +22,7 @@ from dora_mm.studies.campaigns.judges import LikenessJudge
 from tests.documented import data, stand_ins
 from tests.documented.cuts import cuts
 from tests.documented.texts import DOCS, ROOT, blocks, configs, head_commands, text_of
-from tests.formats.files.single_files import write_single_file
+from tests.shared.single_files import write_single_file
 
 MANY = 50  # pictures; of more, features are computed only of those that are needed
 WITH_CONFIG = ("train", "sample", "grid", "eval", "compare", "features", "tune")

@@ -8,9 +8,9 @@ import numpy as np
 
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import stem
-from tests.data.vl.files import vqa_annotation, write_json, write_lines
-from tests.models.vl.vlm.texts.text_rows import write_commonsense
-from tests.models.vl.vlm.vlm_rows import save_noise
+from tests.shared.data.text_rows import write_commonsense
+from tests.shared.data.vl_files import vqa_annotation, write_json, write_lines
+from tests.shared.data.vlm_rows import save_noise
 
 NUM_ROWS = 24  # of a file
 ANSWERS = ("red", "yes", "2")

@@ -32,9 +32,9 @@ from dora_mm import DoRASpec
 from dora_mm.cli import main as dora_mm_main
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.models.vl.vlm.family import VLM
-from tests.models.vl.vlm import templates
-from tests.models.vl.vlm.chat_models import IDEFICS_PIXELS, IDEFICS_TOKENS
-from tests.models.vl.vlm.sizes import text_config, tower
+from tests.shared.vl import templates
+from tests.shared.vl.chat_models import IDEFICS_PIXELS, IDEFICS_TOKENS
+from tests.shared.vl.sizes import text_config, tower
 
 LAYERS = 2
 

@@ -10,13 +10,13 @@ from dora_mm.config import load_config
 from dora_mm.config.models import VisionConfig
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.models.vl.towers import building as towers
-from tests.models.images.flux2_klein import tiny as klein
-from tests.models.images.qwen_image import tiny as qwen_image
-from tests.models.images.z_image import tiny as z_image
-from tests.models.vl.vl_bart.small import small_bart, small_tokenizer
-from tests.models.vl.vlm import tiny
-from tests.models.vl.vlm.texts.test_table_1 import SHARES
-from tests.pipelines.questions.test_vlm_recipes import MODELS
+from tests.shared.images import tiny_flux2_klein as klein
+from tests.shared.images import tiny_qwen_image as qwen_image
+from tests.shared.images import tiny_z_image as z_image
+from tests.shared.vl import tiny_vlm as tiny
+from tests.shared.vl.language_models import SHARES
+from tests.shared.vl.recipe_models import MODELS
+from tests.shared.vl.small_vl_bart import small_bart, small_tokenizer
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
@@ -67,7 +67,7 @@ def tower_weights(name: str) -> Path:
 
 
 def vlm_classes() -> dict[str, str]:
-    """The name of a tiny model (tests/models/vl/vlm/tiny.py) for each model that a recipe for questions trains."""
+    """The name of a tiny model (tests/shared/vl/tiny_vlm.py) for each model that a recipe for questions trains."""
     found = {"build/tiny-vlm": "fast_vlm", "build/smollm2": "llama"}
     recipes = {f"configs/vlm/{recipe}.yaml": kind for recipe, kind in MODELS.items()}
     recipes |= {f"configs/llm/{recipe}.yaml": "llama" for recipe in SHARES}

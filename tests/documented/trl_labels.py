@@ -18,10 +18,10 @@ from typing import Any
 from transformers import AutoProcessor
 
 from dora_mm.data.images.pixels import load_rgb
-from tests.models.vl.vlm import tiny
-from tests.models.vl.vlm.classes.rarest_models import UNTRAINED
-from tests.models.vl.vlm.texts.language_models import LANGUAGE_MODELS
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.vl import tiny_vlm as tiny
+from tests.shared.vl.language_models import LANGUAGE_MODELS
+from tests.shared.vl.rarest_models import UNTRAINED
 
 PAGE = Path(__file__).parents[1] / "models" / "vl" / "vlm" / "encoding" / "trl_labels.json"
 PUBLISHED = {  # TRL's name of a published template: the tiny model that reads with it

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 
 from dora_mm.data.images.pixels import load_rgb
 from tests.documented.trl_labels import processor_of
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_pictures
 
 PAGE = Path(__file__).parents[1] / "models" / "vl" / "vlm" / "encoding" / "trl_preferences.json"
 # Tiny models, and the token that ends their turns: on both sides no white space is behind it, which TRL would learn

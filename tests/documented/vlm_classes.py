@@ -26,10 +26,10 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.models.vl.vlm.image_limits import limits_of
 from dora_mm.models.vl.vlm.saved_limits import write_limits
-from tests.models.vl.vlm import tiny
-from tests.models.vl.vlm.classes.equalities import EXAMPLES, batch_of, learned_parts, losses, opened
-from tests.models.vl.vlm.classes.rarest_models import UNTRAINED
-from tests.models.vl.vlm.encoding.video_rows import reads_videos, write_visuals
+from tests.shared.data.video_rows import reads_videos, write_visuals
+from tests.shared.vl import tiny_vlm as tiny
+from tests.shared.vl.equalities import EXAMPLES, batch_of, learned_parts, losses, opened
+from tests.shared.vl.rarest_models import UNTRAINED
 
 PAGE = Path(__file__).parents[2] / "docs" / "vlm_classes.md"
 BLIP_VQA = "blip (questions)"  # the type of another class, too

@@ -20,8 +20,8 @@ from dora_mm.eval.gradients import (
 )
 from dora_mm.train.optim import build_optimizer
 from dora_mm.train.schedule import Schedule
-from tests.core import reference
-from tests.train.small import mean_of, new_run, small_training
+from tests.shared import reference
+from tests.shared.small_training import mean_of, new_run, small_training
 
 
 def weights(seed=0):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.formats import toy
+from tests.shared import toy
 
 
 @pytest.fixture

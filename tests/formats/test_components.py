@@ -12,7 +12,7 @@ from dora_mm import DoRASpec, inject, load_adapter, save_adapter
 from dora_mm.core import adapted_layers
 from dora_mm.formats.components import component_of
 from dora_mm.formats.tools.diffusers import FILE_NAME
-from tests.core import reference
+from tests.shared import reference
 
 UNET = {
     "sample_size": 8,

@@ -17,8 +17,8 @@ from dora_mm.config.adapter import AdapterConfig
 from dora_mm.core import adapted_layers
 from dora_mm.formats.files import tensor_file
 from dora_mm.formats.naming.names import Name, canonical
-from tests.core import reference
 from tests.formats.tools.test_diffusers import adapt, build, components, image
+from tests.shared import reference
 
 SPECS = {
     "dora": DoRASpec(rank=3, alpha=5, norm_grad="exact", dropout=0.25),

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from dora_mm import DoRASpec, adapter_parameters, convert, inject, save_adapter
 from dora_mm.cli import main
 from tests.documented.texts import ROOT, blocks, commands, text_of
-from tests.formats import toy
+from tests.shared import toy
 
 NUMBER = re.compile(r"\d\.\de[+-]\d\d|\d+\.\d(?=%| times)")
 BASE = "samples/tiny-sdxl"

@@ -8,8 +8,8 @@ from torch import distributed, multiprocessing, nn
 
 from dora_mm import DoRASpec, inject, load_adapter, save_adapter
 from dora_mm.core import adapted_layers
-from tests.core import reference
-from tests.two_processes import needs_fsdp
+from tests.shared import reference
+from tests.shared.two_processes import needs_fsdp
 
 pytestmark = needs_fsdp
 PROCESSES = 2

@@ -9,7 +9,7 @@ from torch import nn
 
 import dora_mm
 from dora_mm.core import DoRASpec, adapt_layer, adapter_parameters, merge
-from tests.core import reference
+from tests.shared import reference
 
 pytestmark = pytest.mark.gpu
 

@@ -26,7 +26,7 @@ from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear
 from dora_mm.kernels.operands import REST_FACTOR, operands  # noqa: E402
 from dora_mm.kernels.output_grad import output_grad  # noqa: E402
 from dora_mm.kernels.row_norm import row_norm  # noqa: E402
-from tests.core import reference  # noqa: E402
+from tests.shared import reference  # noqa: E402
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,7 +14,7 @@ from dora_mm.core import DoRASpec, adapt_layer, fixed_parameters
 from dora_mm.kernels import common, dora_linear, low_rank_matmul
 from dora_mm.peft import fixed_norms
 from tests.benchmarks.contenders import CONTENDERS
-from tests.core import reference
+from tests.shared import reference
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter is asked to run")
 NO_LAUNCH = (

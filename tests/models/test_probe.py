@@ -3,7 +3,7 @@
 import pytest
 
 from dora_mm.models.probe import load_probe
-from tests.models.vl.vlm import tiny
+from tests.shared.vl import tiny_vlm as tiny
 
 
 @pytest.mark.parametrize(("kind", "tiles"), [("smolvlm", 1), ("internvl", 1), ("qwen2_vl", 8)])

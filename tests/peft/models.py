@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import dora_mm
-from tests.core.reference import relative_error
+from tests.shared.reference import relative_error
 
 KINDS = {
     "Linear": lambda: nn.Linear(160, 128),

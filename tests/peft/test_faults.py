@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dora_mm
-from tests.core.reference import relative_error
 from tests.peft.models import train
+from tests.shared.reference import relative_error
 
 X = torch.randn(200, 64, generator=torch.Generator().manual_seed(2))
 

@@ -14,8 +14,8 @@ from dora_mm.core.functional import Adapter, row_gains
 from dora_mm.peft import fixed_norms, fuse
 from dora_mm.peft.formula import row_norms
 from tests.benchmarks.timing import saved_bytes
-from tests.core.reference import relative_error
 from tests.peft.models import KINDS, adapted, assert_as_exact, computed, example, fused
+from tests.shared.reference import relative_error
 
 DTYPES = {
     "float32": {},

@@ -14,8 +14,8 @@ from torch import nn
 
 import dora_mm
 from dora_mm.peft import fixed_norms, fuse, layers
-from tests.core.reference import relative_error
 from tests.peft.models import adapted, computed, example, fused, train
+from tests.shared.reference import relative_error
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ from torch import nn
 import dora_mm
 from dora_mm.core.wrappers.quantized import dequantized
 from dora_mm.peft import fixed_norms, fuse, layers
-from tests.core.reference import relative_error
-from tests.core.wrappers.test_quantized import int8, nf4, torchao_int8
 from tests.peft.models import computed, train
+from tests.shared.quantized import int8, nf4, torchao_int8
+from tests.shared.reference import relative_error
 
 pytestmark = pytest.mark.slow
 KINDS = {"nf4": nf4, "int8": int8, "torchao int8": torchao_int8}

@@ -12,9 +12,9 @@ import transformers
 from PIL import Image
 
 from dora_mm.peft import FusePeft, fuse
-from tests.core.reference import relative_error
-from tests.models.vl.vlm import chat_models, vocabularies
-from tests.models.vl.vlm.sizes import text_config
+from tests.shared.reference import relative_error
+from tests.shared.vl import chat_models, vocabularies
+from tests.shared.vl.sizes import text_config
 
 pytestmark = pytest.mark.slow
 STEPS = 20

@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 import dora_mm
 from dora_mm.peft import FusePeft, fixed_norms, fuse, layers
-from tests.core.reference import relative_error
 from tests.peft.test_steps import rows, tiny_llama, trained
-from tests.two_processes import needs_fsdp, run_in_two
+from tests.shared.reference import relative_error
+from tests.shared.two_processes import needs_fsdp, run_in_two
 
 pytestmark = pytest.mark.slow
 

@@ -13,10 +13,10 @@ from PIL import Image, ImageOps
 
 from dora_mm.cli import main
 from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
-from tests.data.vl.chats import messages, packed
-from tests.models.vl.vl_bart.small import small_bart, small_tokenizer
-from tests.models.vl.vlm.vlm_rows import write_pictures, write_questions
-from tests.pipelines.killed import assert_same_weights, files_in
+from tests.shared.data.chats import messages, packed
+from tests.shared.data.vlm_rows import write_pictures, write_questions
+from tests.shared.killed import assert_same_weights, files_in
+from tests.shared.vl.small_vl_bart import small_bart, small_tokenizer
 
 pytestmark = pytest.mark.slow
 

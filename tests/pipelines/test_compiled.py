@@ -15,10 +15,10 @@ from dora_mm.cli import main
 from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.train.checkpoint import checkpoints
 from dora_mm.train.metrics import read_metrics
-from tests.models.vl.towers.small import DIM
-from tests.models.vl.vl_bart.small import small_bart, small_tokenizer
-from tests.models.vl.vlm.vlm_rows import write_conversations, write_pictures
-from tests.pipelines.questions.test_train_vl import captions
+from tests.shared.data.vl_samples import captions
+from tests.shared.data.vlm_rows import write_conversations, write_pictures
+from tests.shared.vl.small_towers import DIM
+from tests.shared.vl.small_vl_bart import small_bart, small_tokenizer
 
 STEPS = 4
 TRAIN = {"steps": STEPS, "batch_size": 2, "checkpoint_every": 2, "keep_checkpoints": 9, "log_every": 1}

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from dora_mm.cli import main
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.metrics import read_metrics
-from tests.models.vl.vlm import tiny
-from tests.models.vl.vlm.vlm_rows import write_conversations, write_pictures
-from tests.pipelines.killed import assert_same_weights
 from tests.pipelines.processes import kill_all, launched, wait_for
+from tests.shared.data.vlm_rows import write_conversations, write_pictures
+from tests.shared.killed import assert_same_weights
+from tests.shared.vl import tiny_vlm as tiny
 
 STEPS, LAST = 3, "step-000003"
 

@@ -15,13 +15,13 @@ from dora_mm.cli import main
 from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.metrics import read_metrics
-from tests.data.images.pictures import write_pictures as write_noise
-from tests.data.vl.files import vqa_annotation, vqa_question, vqa_v2, write_json
-from tests.models.images.tiny_flows import FLOWS, NAMES, TinyFlow
-from tests.models.vl.vl_bart.small import DIM, TEXTS, small_bart, small_tokenizer
-from tests.models.vl.vlm import tiny
-from tests.models.vl.vlm.vlm_rows import write_conversations, write_pictures
 from tests.pipelines.processes import kill_all, launched, wait_for
+from tests.shared.data.pictures import write_pictures as write_noise
+from tests.shared.data.vl_files import vqa_annotation, vqa_question, vqa_v2, write_json
+from tests.shared.data.vlm_rows import write_conversations, write_pictures
+from tests.shared.images.tiny_flows import FLOWS, NAMES, TinyFlow
+from tests.shared.vl import tiny_vlm as tiny
+from tests.shared.vl.small_vl_bart import DIM, TEXTS, small_bart, small_tokenizer
 
 STEPS = 8
 

@@ -15,9 +15,9 @@ from dora_mm.cli import main
 from dora_mm.core import fixed_parameters
 from dora_mm.preview.simulation import Machine, simulated_peak
 from dora_mm.utils.losses import LossSum
-from tests.benchmarks.full_size import FULL_SIZE
-from tests.preview import full_size
-from tests.preview.peaks import peak_bytes
+from tests.shared import full_size_folders as full_size
+from tests.shared.full_size import FULL_SIZE
+from tests.shared.peaks import peak_bytes
 
 CUDA = 1.0  # GB that a process takes of a card beside its tensors, an estimate
 

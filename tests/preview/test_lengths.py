@@ -23,8 +23,8 @@ from dora_mm.preview.lengths import (
     spaced_rows,
 )
 from dora_mm.preview.questions import largest_batch
-from tests.data.vl.files import write_json
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.vl_files import write_json
+from tests.shared.data.vlm_rows import write_pictures
 
 
 @pytest.fixture(scope="module")

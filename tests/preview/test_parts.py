@@ -10,7 +10,7 @@ from dora_mm.config.models import VisionConfig, VLMModelConfig
 from dora_mm.config.training import OptimizerConfig
 from dora_mm.models.vl.families import structure_of
 from dora_mm.preview.parts import parts_table
-from tests.models.vl.vlm import tiny
+from tests.shared.vl import tiny_vlm as tiny
 
 PARTS = {
     "text.attn": {},

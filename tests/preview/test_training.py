@@ -10,7 +10,7 @@ from torch import nn
 from dora_mm.config.training import OptimizerConfig, TrainConfig
 from dora_mm.preview import training as preview
 from dora_mm.preview.training import measure_step, memory_table, optimizer_values, slow_hardware
-from tests.train.small import mean_of, small_training
+from tests.shared.small_training import mean_of, small_training
 
 
 def test_a_step_is_measured_with_what_it_keeps_for_the_backward_pass():

@@ -25,12 +25,12 @@ from dora_mm.targets import map_of
 from dora_mm.tasks.preferences import Preferences, pairs_of
 from dora_mm.train.setup import checkpoint_activations
 from dora_mm.utils.losses import LossSum
-from tests.models.vl.vlm import tiny
-from tests.models.vl.vlm.classes.equalities import EXAMPLES, batch_of, opened
-from tests.models.vl.vlm.classes.whole_models import WHOLE
-from tests.models.vl.vlm.vlm_rows import write_pictures
-from tests.preview.peaks import peak_bytes
-from tests.train.small import mean_of
+from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.peaks import peak_bytes
+from tests.shared.small_training import mean_of
+from tests.shared.vl import tiny_vlm as tiny
+from tests.shared.vl.equalities import EXAMPLES, batch_of, opened
+from tests.shared.vl.whole_models import WHOLE
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)

@@ -14,8 +14,8 @@ from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.reader import LayerReader
 from dora_mm.registries.tools import TARGETS, TOOLS, no_entry
 from tests.documented.texts import ROOT
-from tests.formats import toy
 from tests.registries.packages import outside_package
+from tests.shared import toy
 
 MODEL = ROOT / "samples/tiny-sdxl"
 FILES = {

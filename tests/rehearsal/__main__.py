@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 import tests.rehearsal as about
-from tests.models.images.z_image import tiny as tiny_z_image
-from tests.models.vl.vlm import tiny as tiny_vlm
 from tests.rehearsal import models, stages
 from tests.rehearsal.measuring import Measured
 from tests.rehearsal.report import folder_name, machine, record, save
 from tests.rehearsal.stages import ROOT, Stage, prepare, run_stage
+from tests.shared.images import tiny_z_image
+from tests.shared.vl import tiny_vlm
 
 SPARE = 4.0  # GB of the disk that stay free
 SHORT = ("train.steps=2", "train.checkpoint_every=1", "train.gradient_accumulation_steps=1")

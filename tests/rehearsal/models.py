@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.models.images.components import empty_network
-from tests.formats.files.single_files import ENCODERS, single_tensors
-from tests.models.vl.vlm import qwen_models, templates, vocabularies
-from tests.preview import full_size
 from tests.rehearsal.weights import specs_of, write_file, write_weights
+from tests.shared import full_size_folders as full_size
+from tests.shared.single_files import ENCODERS, single_tensors
+from tests.shared.vl import qwen_models, templates, vocabularies
 
 EMBEDDER, PLACES = "conditioner.embedders.0.transformer", "text_model.embeddings.position_ids"
 ROWS = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]

@@ -8,8 +8,8 @@ from PIL import Image
 
 from dora_mm.sampling.gallery import write_gallery
 from dora_mm.sampling.manifest import read_manifest, write_manifest
-from tests import browser
-from tests.sampling.test_gallery import entry
+from tests.shared import browser
+from tests.shared.pages import entry
 
 BARE, ADAPTED = (40, 90, 200), (220, 120, 30)
 

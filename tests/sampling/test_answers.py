@@ -9,7 +9,7 @@ from dora_mm.data.vl.rows import RowTooLongError
 from dora_mm.data.vl.splits import ValidationSet
 from dora_mm.models.vl.vl_bart.answering import Answerer
 from dora_mm.sampling.answers import answer_all
-from tests.models.vl.vl_bart.small import small_inputs, small_tokenizer, small_vl_bart
+from tests.shared.vl.small_vl_bart import small_inputs, small_tokenizer, small_vl_bart
 
 
 def test_predictions_keep_the_order_and_the_batches_do_not_matter():

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from dora_mm.config.models import ModelConfig
 from dora_mm.sampling.model import warn_of_other_bases
-from tests.formats import toy
+from tests.shared import toy
 
 
 def test_a_converted_file_has_the_name_of_its_base_alone(tiny_folder, tmp_path, caplog):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests import browser
 from tests.sampling.test_gallery_page import PROMPTS
+from tests.shared import browser
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is not installed")
 

@@ -13,9 +13,9 @@ from dora_mm.config import load_config
 from dora_mm.sampling.gallery import write_gallery
 from dora_mm.sampling.jobs.reading import read_job
 from dora_mm.sampling.manifest import read_manifest
-from tests import browser
 from tests.sampling.conftest import ADAPTED, BARE
-from tests.sampling.test_gallery import HOSTILE, entry, make_run
+from tests.shared import browser
+from tests.shared.pages import HOSTILE, entry, make_run
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is not installed")
 

@@ -16,9 +16,9 @@ from dora_mm.sampling.gallery import update_page
 from dora_mm.sampling.gallery.thumbnails import Thumbnails
 from dora_mm.sampling.manifest import read_manifest
 from dora_mm.utils.run_directory import RunDirectory
-from tests import browser
-from tests.sampling.test_gallery import data_of
 from tests.sampling.training_run import draw, make_training, picture, training_config, write_rows
+from tests.shared import browser
+from tests.shared.pages import data_of
 
 in_chromium = pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is not installed")
 

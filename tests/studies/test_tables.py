@@ -17,7 +17,7 @@ from dora_mm.studies.tables import (
     vl_results_table,
 )
 from dora_mm.studies.variants import FULL, Variant
-from tests.eval.vl.answers import random_scores
+from tests.shared.answers import random_scores
 
 LORA, DORA, HALF = Variant("lora", 4), Variant("dora", 4), Variant("dora", 2)
 

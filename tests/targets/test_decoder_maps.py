@@ -14,7 +14,7 @@ import dora_mm
 from dora_mm import DoRASpec, adapter_parameters, targets
 from dora_mm.core.targets import match_modules
 from dora_mm.targets.decoders import MIXTURES, TABLE
-from tests.core import reference
+from tests.shared import reference
 
 LAYERS = 2
 SIZES = {

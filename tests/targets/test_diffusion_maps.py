@@ -13,7 +13,7 @@ import dora_mm
 from dora_mm import DoRASpec, adapter_parameters, load_adapter, save_adapter, targets
 from dora_mm.core import adapted_layers
 from dora_mm.core.targets import match_modules
-from tests.core import reference
+from tests.shared import reference
 
 TIME = {f"time_text_embed.timestep_embedder.linear_{i}" for i in (1, 2)}
 POOLED = {f"time_text_embed.text_embedder.linear_{i}" for i in (1, 2)}

@@ -4,8 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -13,12 +11,7 @@ import dora_mm
 from dora_mm import DoRASpec, targets
 from dora_mm.core.targets import match_modules
 from samples.build.pretraining.tiny_sdxl import build_unet
-from tests.benchmarks.full_size import FULL_SIZE
-
-
-def full_size_unet():
-    with torch.device("meta"):
-        return UNet2DConditionModel(**FULL_SIZE)
+from tests.shared.full_size import full_size_unet
 
 
 def test_full_size_sdxl():

@@ -10,7 +10,7 @@ import dora_mm
 from dora_mm import DoRASpec, adapter_parameters, remove
 from dora_mm.config.models import VisionConfig
 from dora_mm.models.vl.towers.tower import load_tower, tower_map
-from tests.core import reference
+from tests.shared import reference
 
 VIT = {"image_size": 32, "layers": 3, "width": 24, "head_width": 8, "patch_size": 8}
 OF_TIMM = {"image_size": 224, "timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "linear"}

@@ -9,9 +9,9 @@ import dora_mm
 from dora_mm import DoRASpec, adapter_parameters, targets
 from dora_mm.core import adapted_layers
 from dora_mm.core.targets import parts_in
-from tests.core import reference
-from tests.models.vl.vlm import tiny
-from tests.models.vl.vlm.test_tiny import load, noise, scores
+from tests.shared import reference
+from tests.shared.vl import tiny_vlm as tiny
+from tests.shared.vl.tiny_passes import load, noise, scores
 
 LAST_BLOCK = {"model.vision_tower.encoder.layers.1.mlp.fc1", "model.vision_tower.encoder.layers.1.mlp.fc2"}
 LAST_BLOCK |= {f"model.vision_tower.encoder.layers.1.self_attn.{name}_proj" for name in ("q", "k", "v", "out")}

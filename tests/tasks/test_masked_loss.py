@@ -10,7 +10,7 @@ from dora_mm.data.images.folder import read_training_images
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
 from dora_mm.utils.randomness import generator
-from tests.data.images.test_masks import half, write_mask
+from tests.shared.data.pictures import half, write_mask
 
 
 @pytest.fixture

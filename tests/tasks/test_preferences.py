@@ -20,10 +20,10 @@ from dora_mm.data.vl.rows import RowTooLongError
 from dora_mm.data.vl.splits import TrainingSet
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.tasks.preferences import KeptReference, Preferences, pair_losses, pairs_of, without_adapters
-from tests.data.vl.chats import messages
-from tests.models.vl.vlm import tiny
-from tests.models.vl.vlm.vlm_rows import write_pictures
-from tests.pipelines.killed import assert_same_weights
+from tests.shared.data.chats import messages
+from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.killed import assert_same_weights
+from tests.shared.vl import tiny_vlm as tiny
 
 GROUPED = "mllama"  # whose rows are computed in groups of as many images
 FULL = {"rank": 2, "parts": {"text.attn": {}, "connector": {"method": "full"}}}

@@ -32,7 +32,7 @@ from dora_mm.train.weights import EMA, WeightAverage, result_of
 from dora_mm.utils.atomic import save_tensors
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.randomness import generator
-from tests.train.small import but_for_seconds
+from tests.shared.small_training import but_for_seconds
 
 STEPS = 7
 WITHOUT_GPU = tuple(name for name, kind in OPTIMIZERS.items() if not kind.needs_gpu)

@@ -19,7 +19,7 @@ from dora_mm.train.checkpoint import last_step
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.run import training_run
 from dora_mm.train.validation import Validation
-from tests.train.small import but_for_seconds, interrupt_at, small_training
+from tests.shared.small_training import but_for_seconds, interrupt_at, small_training
 
 CONFIG = """\
 pipeline: train_diffusion

@@ -16,7 +16,7 @@ from dora_mm.targets import find
 from dora_mm.train import optim
 from dora_mm.train.optim import OPTIMIZERS, averaged_point, build_optimizer, check_optimizer
 from dora_mm.train.weights import result_of, swapped
-from tests.models.vl.vl_bart.small import small_vl_bart
+from tests.shared.vl.small_vl_bart import small_vl_bart
 
 
 def decays(parameters, **settings) -> dict[str, float]:

@@ -22,7 +22,7 @@ from dora_mm.train.run import DivergedError
 from dora_mm.train.weights import result_of
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.run_directory import SAVE_NOW
-from tests.train.small import but_for_seconds, interrupt_at, metrics, new_run, small_training
+from tests.shared.small_training import but_for_seconds, interrupt_at, metrics, new_run, small_training
 
 OPTIMIZERS = {
     "adamw": {"lr": 0.05},

@@ -12,8 +12,8 @@ from dora_mm.config import load_config
 from dora_mm.config.training import OptimizerConfig
 from dora_mm.train.run import lower_rate, training_run
 from dora_mm.utils.lock import only_writer
-from tests.pipelines.killed import files_in
-from tests.train.small import interrupt_at, metrics, small_training
+from tests.shared.killed import files_in
+from tests.shared.small_training import interrupt_at, metrics, small_training
 
 CONFIG = """\
 pipeline: train_diffusion

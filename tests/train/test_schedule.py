@@ -8,7 +8,7 @@ from transformers.optimization import get_wsd_schedule
 
 from dora_mm.config.training import OptimizerConfig, ScheduleConfig, TrainConfig, check_training
 from dora_mm.train.schedule import Schedule
-from tests.train.small import metrics, new_run, small_training
+from tests.shared.small_training import metrics, new_run, small_training
 
 
 def extended(path, before, after, **settings):

@@ -18,7 +18,7 @@ from dora_mm.train.schedule import Schedule
 from dora_mm.train.weights import EMA, WeightAverage
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.run_directory import RunDirectory
-from tests.two_processes import needs_fsdp, run_in_two
+from tests.shared.two_processes import needs_fsdp, run_in_two
 
 STEPS = 4
 

@@ -13,7 +13,7 @@ from dora_mm.train.checkpoint import checkpoints
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.validation import Validation, main_values, other_values, overall, task_qualities
 from dora_mm.utils.run_directory import RunDirectory
-from tests.train.small import new_run, small_training
+from tests.shared.small_training import new_run, small_training
 
 
 def validation(run, rounds, saved=None, *, by=False, resumed_step=0, writes=True, **config) -> Validation:

@@ -19,7 +19,7 @@ from dora_mm.train.metrics import read_metrics
 from dora_mm.train.validation import Validation
 from dora_mm.train.weights import WeightAverage, result_of
 from dora_mm.utils.run_directory import RunDirectory
-from tests.train.small import but_for_seconds, interrupt_at, new_run, small_training
+from tests.shared.small_training import but_for_seconds, interrupt_at, new_run, small_training
 
 
 def test_the_average_is_that_of_a_few_lines():

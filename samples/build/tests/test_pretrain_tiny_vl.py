@@ -15,9 +15,9 @@ from dora_mm.models.vl.vl_bart.text import decode
 from dora_mm.models.vl.vl_bart.visual_inputs import VisionEncoder
 from samples.build.__main__ import main
 from samples.build.recipes.pretrain_tiny_vl import mask_words
-from tests.models.vl.towers.small import DIM, small_tower
-from tests.pipelines.killed import assert_same_weights, kill_after
-from tests.pipelines.questions.test_train_vl import ROOT, SAMPLES, captions, vqa
+from tests.shared.data.vl_samples import ROOT, SAMPLES, captions, vqa
+from tests.shared.killed import assert_same_weights, kill_after
+from tests.shared.vl.small_towers import DIM, small_tower
 
 VISION = {  # of the committed model
     "tower": "timm/tf_efficientnet_lite0",

@@ -19,10 +19,10 @@ from dora_mm import targets as maps
 from dora_mm.adapting import compiled
 from dora_mm.core import DoRASpec, adapter_parameters, fixed_parameters, inject
 from tests.benchmarks.contenders import Model, can_compile, contending_layers, fixed_bases, kept, set_layers, trained
-from tests.benchmarks.full_size import FULL_SIZE, SMALL_SIZE, random_unet
 from tests.benchmarks.gpu.layers import PEAK, STEP, WARM_UP
 from tests.benchmarks.gpu.run import Run, compared, report, show
 from tests.benchmarks.timing import alternate, peak_bytes, seconds_of
+from tests.shared.full_size import FULL_SIZE, SMALL_SIZE, random_unet
 
 RANK = 16
 LLAMA_3_8B: dict[str, Any] = {

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from dora_mm.core import Adapter
 from tests.benchmarks.contenders import Case, our_layer
 from tests.benchmarks.gpu.run import Row, Run, name_of, show
-from tests.core import reference
+from tests.shared import reference
 
 CASES = (  # an odd one, one for the single kernel, one for the vendor's product
     Case("odd sizes", 43, 86, 70, 5),

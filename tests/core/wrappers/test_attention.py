@@ -10,7 +10,7 @@ from torch import nn
 
 from dora_mm import load_adapter, save_adapter
 from dora_mm.core import DoRASpec, adapter_parameters, fixed_parameters, inject, merge, remove, set_strength, unmerge
-from tests.core import reference
+from tests.shared import reference
 
 ALL = ("q_proj", "k_proj", "v_proj", "out_proj")
 NAMES = [f"attn.{name}" for name in ALL]

@@ -9,31 +9,10 @@ from torch import nn
 from dora_mm import load_adapter, save_adapter
 from dora_mm.core import DoRASpec, fixed_parameters, inject, merge, remove, set_strength
 from dora_mm.core.wrappers.float8 import Float8Linear
-from tests.core import reference
+from tests.shared import reference
+from tests.shared.quantized import int8, nf4, torchao_int8
 
 SIZE = (48, 64)
-
-
-def nf4(base, compute_dtype=torch.float32):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    layer = bitsandbytes.nn.Linear4bit(64, 48, quant_type="nf4", compute_dtype=compute_dtype)
-    layer.weight.data = base.weight.data.clone()
-    layer.bias.data = base.bias.data.clone()
-    return layer.to("cpu")
-
-
-def int8(base):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    layer = bitsandbytes.nn.Linear8bitLt(64, 48, has_fp16_weights=False)
-    layer.weight.data, layer.bias.data = base.weight.data.clone(), base.bias.data.clone()
-    return layer.to("cpu")
-
-
-def torchao_int8(base):
-    torchao = pytest.importorskip("torchao.quantization")
-    net = nn.Sequential(copy.deepcopy(base))
-    torchao.quantize_(net, torchao.Int8WeightOnlyConfig())
-    return net[0]
 
 
 KINDS = {"nf4": nf4, "int8": int8, "torchao int8": torchao_int8, "float8": Float8Linear.of}

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from dora_mm import DoRASpec, adapter_parameters, fixed_parameters, inject, load_adapter, merge, save_adapter, unmerge
 from dora_mm.core.wrappers.sharded import shard_frozen
-from tests.core import reference
-from tests.two_processes import needs_fsdp, run_in_two
+from tests.shared import reference
+from tests.shared.two_processes import needs_fsdp, run_in_two
 
 pytestmark = needs_fsdp
 METHODS = ("dora", "lora")

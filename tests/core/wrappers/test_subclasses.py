@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dora_mm import DoRASpec, adapter_parameters, inject, merge, remove, unmerge
 from dora_mm.core.wrappers.subclasses import CALLS_SUPER
-from tests.core import reference
+from tests.shared import reference
 
 bart = pytest.importorskip("transformers.models.bart.modeling_bart")
 falcon = pytest.importorskip("transformers.models.falcon.modeling_falcon")

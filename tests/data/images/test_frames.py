@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dora_mm.data.images.frames import check_video, is_video, load_video, stills
-from tests.data.images.videos import number_of, write_timed_video, write_video
+from tests.shared.data.videos import number_of, write_timed_video, write_video
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])

@@ -12,16 +12,7 @@ from dora_mm.config.images import DataConfig
 from dora_mm.data.images.buckets import frame
 from dora_mm.data.images.folder import digest_of, read_captioned_images, read_images, uncaptioned_images
 from dora_mm.data.images.masks import MaskFile, load_mask, render_mask
-from tests.data.images.pictures import SIZES
-
-
-def write_mask(file, values):
-    Image.fromarray((np.asarray(values) * 255).astype(np.uint8)).save(file)
-
-
-def half(height, width):
-    """White on the left."""
-    return np.repeat((np.arange(width) < width // 2)[None], height, axis=0)
+from tests.shared.data.pictures import SIZES, half, write_mask
 
 
 def read(folder, masks="file"):

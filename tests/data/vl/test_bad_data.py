@@ -14,8 +14,9 @@ from dora_mm.data.vl.readers import read_source
 from dora_mm.data.vl.readers.video import split_subtitles
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import open_table
-from tests.data.vl import chats, files
-from tests.models.vl.vlm.texts.text_rows import question
+from tests.shared.data import chats
+from tests.shared.data import vl_files as files
+from tests.shared.data.text_rows import question
 
 TEN = ("net",) * 10
 

@@ -17,8 +17,8 @@ from dora_mm.data.vl.readers.chat import find_shape, read_chat
 from dora_mm.data.vl.report import data_report, quantiles, table_figures
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import open_table
-from tests.data.vl import chats
-from tests.data.vl.chats import (
+from tests.shared.data import chats
+from tests.shared.data.chats import (
     QA,
     as_json,
     as_lines,

@@ -10,7 +10,7 @@ from dora_mm.data.vl.example import Turn
 from dora_mm.data.vl.report import table_figures
 from dora_mm.data.vl.splits import open_training
 from dora_mm.data.vl.tables import open_table
-from tests.data.vl.chats import (
+from tests.shared.data.chats import (
     as_json,
     as_lines,
     as_parquet,

@@ -6,7 +6,7 @@ from dora_mm.data.vl.readers.chat import read_chat
 from dora_mm.data.vl.report import table_figures
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import open_table
-from tests.data.vl.chats import as_json, as_lines, items, llava, messages, refusal, said
+from tests.shared.data.chats import as_json, as_lines, items, llava, messages, refusal, said
 
 OTHER = [
     ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "has chosen: preferences are read by task: preference"),

@@ -10,7 +10,7 @@ from dora_mm.data.vl.example import IMAGE, Example
 from dora_mm.data.vl.readers.chat import find_shape
 from dora_mm.data.vl.tables import open_table
 from dora_mm.tasks.vl import draw_answer
-from tests.data.vl.chats import QA, as_json, as_lines, as_parquet, items, messages, only, read, refusal, said, turns
+from tests.shared.data.chats import QA, as_json, as_lines, as_parquet, items, messages, only, read, refusal, said, turns
 
 SHAPES = {
     "LLaVA": {"id": "x", "image": "a.jpg", "conversations": said(*QA)},

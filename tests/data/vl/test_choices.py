@@ -14,7 +14,7 @@ from dora_mm.data.vl.readers.choices import read_choices
 from dora_mm.data.vl.report import table_figures
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import open_table
-from tests.data.vl import chats
+from tests.shared.data import chats
 
 ROW = {"index": "1", "question": "What is it?", "A": "a dog", "B": "a cat", "answer": "B", "image_path": "a.jpg"}
 

@@ -17,7 +17,7 @@ from dora_mm.data.vl.readers import read_source
 from dora_mm.data.vl.readers.file_rows import file_items
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import open_table
-from tests.data.vl.chats import messages, packed, picture, read, refusal, turns
+from tests.shared.data.chats import messages, packed, picture, read, refusal, turns
 
 COLUMNS = {"query": "question", "response": "answer", "image": "picture"}
 DATASETS = {"reason": "datasets is not a dependency"}

@@ -12,7 +12,7 @@ from dora_mm.data.vl.arrow import record_batch
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.held_out import fitting, split_held_out
 from dora_mm.data.vl.tables import STORED_IMAGES, ExampleTable, open_table
-from tests.data.vl.chats import as_json, data_url, picture, said
+from tests.shared.data.chats import as_json, data_url, picture, said
 
 FEW = st.integers(0, 12).map(lambda number: f"{number}.png")
 ROWS = st.lists(st.tuples(st.lists(FEW, max_size=3), st.sampled_from("abc")), min_size=2, max_size=40)

@@ -10,7 +10,7 @@ from dora_mm.data.vl.readers.chat import read_chat
 from dora_mm.data.vl.readers.hub_files import files_of
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import open_table
-from tests.data.vl.chats import messages
+from tests.shared.data.chats import messages
 
 CARD = """---
 license: mit

@@ -9,7 +9,7 @@ from dora_mm.data.vl.readers.preferences import find_pair_shape, read_preference
 from dora_mm.data.vl.report import cheap_lengths
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import open_table
-from tests.data.vl.chats import as_json, as_lines, as_parquet, items, messages, said, turns
+from tests.shared.data.chats import as_json, as_lines, as_parquet, items, messages, said, turns
 
 Q, A, B = "What is it?", "A dog.", "I do not know."
 ASKED, CHOSEN, REJECTED = messages(f"<image>{Q}"), messages("", A)[1:], messages("", B)[1:]

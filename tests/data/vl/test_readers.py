@@ -12,8 +12,8 @@ from dora_mm.data.vl.readers import read_source
 from dora_mm.data.vl.readers.commonsense import named_option
 from dora_mm.data.vl.readers.video import split_subtitles, video_text
 from dora_mm.data.vl.rows import BadRows
-from tests.data.vl import files
-from tests.models.vl.vlm.texts.text_rows import question
+from tests.shared.data import vl_files as files
+from tests.shared.data.text_rows import question
 
 
 def read(source: SourceConfig) -> list[Example]:

@@ -9,7 +9,7 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import IMAGE, Example, Turn
 from dora_mm.data.vl.row_view import LONGEST, Piece, RowView
 from dora_mm.models.vl.vlm.family import VLM
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_pictures
 
 TURNS = (
     Turn("user", f"{IMAGE}\nWhat is it?", False),

@@ -11,7 +11,8 @@ from dora_mm.data.vl.readers import read_source
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import open_table
 from dora_mm.registries.vl_tasks import TASKS
-from tests.data.vl import chats, files, suite_files
+from tests.shared.data import chats, suite_files
+from tests.shared.data import vl_files as files
 
 
 def read(suite: str, folder: Path, **settings) -> list[Example]:

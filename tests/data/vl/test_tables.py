@@ -19,8 +19,9 @@ from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.splits import open_training, open_validation
 from dora_mm.data.vl.tables import BATCH_ROWS, open_table
 from dora_mm.registries.readers import READERS
-from tests.data.vl import chats, files, suite_files
-from tests.models.vl.vlm.texts.text_rows import question
+from tests.shared.data import chats, suite_files
+from tests.shared.data import vl_files as files
+from tests.shared.data.text_rows import question
 
 
 def many(folder: Path, count: int) -> SourceConfig:

@@ -27,8 +27,8 @@ from dora_mm.studies.campaigns.comparison import MethodComparison
 from dora_mm.studies.campaigns.subprocesses import TrainingProcess
 from dora_mm.utils.digest import file_digest, module_digest
 from samples.build.__main__ import main as build
-from tests.models.images.tiny_flows import FLOWS, NAMES
-from tests.pipelines.killed import files_in
+from tests.shared.images.tiny_flows import FLOWS, NAMES
+from tests.shared.killed import files_in
 
 compare = PIPELINES.load("compare")
 

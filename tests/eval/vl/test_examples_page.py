@@ -14,7 +14,7 @@ from PIL import Image
 
 from dora_mm.data.vl.example import Example, Turn
 from dora_mm.eval.vl.pages import PageExample, PageSection, data_uri, write_examples_page
-from tests import browser
+from tests.shared import browser
 
 RED, BLUE = (220, 40, 30), (30, 60, 220)
 LONG = "a very long caption of a kitchen with three bananas and a cat that sleeps by the window " * 3

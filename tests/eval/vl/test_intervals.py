@@ -16,7 +16,7 @@ from dora_mm.eval.vl.intervals import (
     points,
 )
 from dora_mm.eval.vl.metrics import score, scorer_of
-from tests.eval.vl.answers import random_scores
+from tests.shared.answers import random_scores
 
 
 def example(number: int, *answers: str, image: str = "a.jpg", raw: tuple[str, ...] = (), **changes) -> Example:

@@ -10,7 +10,7 @@ from dora_mm.formats.algebra.fit import Truncation, low_rank, resized
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.reader import LayerReader
 from dora_mm.formats.state import LayerState
-from tests.formats import toy
+from tests.shared import toy
 
 CONV = toy.UNET[4]
 

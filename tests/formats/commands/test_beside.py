@@ -11,7 +11,7 @@ from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.commands.convert import convert
 from dora_mm.formats.commands.inspection import inspect_file
 from dora_mm.formats.naming.names import Name
-from tests.formats import toy
+from tests.shared import toy
 
 RESNET = "down_blocks.1.resnets.0"
 KINDS = {"lora": {"algo": "lora", "dora_wd": True}, "full": {"algo": "full"}}

@@ -17,8 +17,8 @@ from dora_mm.formats.naming.names import Name
 from dora_mm.formats.reader import LayerReader
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import all_exports, export_of
-from tests.formats import toy
 from tests.formats.tools.test_tools import FIXTURES, path_of
+from tests.shared import toy
 
 EXACT = [target for target in all_exports() if target != "diff"]
 BASE = toy.base()

@@ -12,10 +12,10 @@ from dora_mm import load_adapter, verify
 from dora_mm.formats.commands.convert import Settings, convert, written
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.reader import LayerReader
-from tests.formats import toy
 from tests.formats.commands.test_convert import BASE, peft_base
 from tests.formats.commands.test_extract import save_model
 from tests.formats.tools.test_tools import FIXTURES
+from tests.shared import toy
 
 MISTAKES = [
     ({"to": "nosuch"}, "there is no target 'nosuch': use one of peft"),

@@ -14,7 +14,7 @@ from dora_mm.formats.algebra.fit import Truncation, fitted_adapter, low_rank
 from dora_mm.formats.commands.convert import convert
 from dora_mm.formats.commands.verify import verify
 from dora_mm.formats.naming.names import Name
-from tests.formats import toy
+from tests.shared import toy
 
 FILES = {
     "unet": "diffusion_pytorch_model.safetensors",

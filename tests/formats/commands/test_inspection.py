@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from dora_mm import cli
 from dora_mm.formats.commands.inspection import inspect_file
 from dora_mm.formats.tools.parts import kohya_tensors
-from tests.formats import toy
 from tests.formats.tools.test_tools import FILES, FIXTURES, path_of
+from tests.shared import toy
 
 BLOCK = "down_blocks_1_attentions_0_transformer_blocks_0"
 SGM = "input_blocks_4_1_transformer_blocks_0"

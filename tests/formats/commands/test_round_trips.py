@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from dora_mm.formats.commands.convert import convert
 from dora_mm.formats.naming.names import Name
-from tests.formats import toy
+from tests.shared import toy
 
 TOOLS = ("peft", "diffusers", "kohya", "comfy", "onetrainer", "ai-toolkit")
 OWN_NAMES = ("kohya", "comfy")

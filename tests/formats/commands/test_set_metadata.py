@@ -17,9 +17,9 @@ from dora_mm import cli
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.commands.set_metadata import set_metadata
 from dora_mm.formats.metadata import without_local_paths
-from tests.formats import toy
 from tests.formats.commands.test_convert import BASE
 from tests.formats.commands.test_extract import save_model
+from tests.shared import toy
 
 
 def own_hashes(path):

@@ -13,8 +13,8 @@ from dora_mm.formats.commands.verify import RIGHT, verify
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.tools.parts import kohya_tensors
 from dora_mm.registries.tools import other_tools
-from tests.formats import toy
 from tests.formats.tools.test_tools import FILES, path_of
+from tests.shared import toy
 
 BASE = toy.base()
 BASES = {True: {name: W0 for name, W0 in BASE.items() if name.component == "unet"}, False: BASE}

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPTextModel, LlamaC
 from dora_mm.formats.files.base_weights import BaseWeights, write_merged
 from dora_mm.formats.naming.names import Name, canonical
 from dora_mm.formats.naming.spellings import Names
-from tests.formats.files.single_files import write_single_file
+from tests.shared.single_files import write_single_file
 
 SAMPLE = Path("samples/tiny-sdxl")
 Q = Name("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q")

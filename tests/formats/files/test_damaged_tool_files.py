@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from dora_mm.formats.commands.inspection import inspect_file
 from dora_mm.formats.commands.verify import verify
-from tests.formats import toy
 from tests.formats.tools.test_tools import FILES, path_of
+from tests.shared import toy
 
 BASES = {True: {name: W0 for name, W0 in toy.base().items() if name.component == "unet"}, False: toy.base()}
 

@@ -21,8 +21,8 @@ from dora_mm.core import adapted_layers
 from dora_mm.formats.tools.diffusers import PEFT_METADATA
 from dora_mm.formats.tools.peft import CONFIG_NAME
 from dora_mm.formats.tools.peft_config import OUR_METADATA
-from tests.core import reference
-from tests.formats.toy import read_tensors
+from tests.shared import reference
+from tests.shared.toy import read_tensors
 
 FORMATS = ["diffusers", "peft", "native"]
 HEADERS = {

@@ -20,7 +20,7 @@ from diffusers.loaders import lora_conversion_utils, single_file_utils
 from dora_mm.formats.algebra.fused import split_rows
 from dora_mm.formats.naming.names import Name, architecture_of, canonical, own_table, owners
 from dora_mm.formats.naming.spellings import DIFFUSERS, KOHYA, ONETRAINER, PEFT, Names
-from tests.benchmarks.full_size import FULL_SIZE
+from tests.shared.full_size import FULL_SIZE
 
 
 def names_of(model: torch.nn.Module, component: str) -> list[Name]:

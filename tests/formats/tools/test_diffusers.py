@@ -15,7 +15,7 @@ from dora_mm import DoRASpec, adapter_parameters, inject, load_adapter, save_ada
 from dora_mm.core import adapted_layers
 from dora_mm.formats.tools.diffusers import FILE_NAME
 from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
-from tests.core import reference
+from tests.shared import reference
 
 FEW = (r"re:down_blocks\..*\.attn2\.to_k", r"re:mid_block\..*\.to_out\.0", r"re:up_blocks\..*\.conv1")
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")

@@ -14,8 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from dora_mm.formats.commands.convert import convert
-from tests.formats import toy
 from tests.formats.commands.test_convert import BASE, textbook
+from tests.shared import toy
 
 ROOT = Path(__file__).parents[3]
 STATES = {name: toy.state_of(name, number) for number, name in enumerate(toy.UNET)}

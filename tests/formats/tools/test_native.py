@@ -8,8 +8,8 @@ from transformers.pytorch_utils import Conv1D
 
 from dora_mm import DoRASpec, inject, load_adapter, save_adapter, set_strength
 from dora_mm.core import adapted_layers
-from tests.core import reference
-from tests.formats.toy import read_tensors
+from tests.shared import reference
+from tests.shared.toy import read_tensors
 
 
 def model():

@@ -13,7 +13,7 @@ from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.commands.inspection import inspect_file
 from dora_mm.formats.commands.verify import verify
 from dora_mm.formats.naming.names import Name
-from tests.formats import toy
+from tests.shared import toy
 
 PATH = f"{toy.BLOCK}.attn1.to_q"
 OUT = f"{toy.BLOCK}.attn1.to_out.0"

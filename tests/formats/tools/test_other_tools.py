@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from dora_mm import load_adapter, merge, set_strength
 from dora_mm.formats.commands.convert import convert
 from dora_mm.formats.naming.names import Name
-from tests.formats import toy
 from tests.formats.tools.test_tools import path_of
+from tests.shared import toy
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from dora_mm import DoRASpec, adapter_parameters, inject, load_adapter, merge, s
 from dora_mm.adapting.networks import parameters_by_name
 from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME
 from dora_mm.formats.tools.peft_config import OUR_METADATA
-from tests.formats.toy import read_tensors
-from tests.models.vl.vl_bart.small import small_inputs, small_vl_bart
+from tests.shared.toy import read_tensors
+from tests.shared.vl.small_vl_bart import small_inputs, small_vl_bart
 
 EXTRA_TRAINABLE = ("visual_embedding", "biases", "norms")
 

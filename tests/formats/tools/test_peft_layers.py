@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from dora_mm import DoRASpec, formats, inject, load_adapter, save_adapter
 from dora_mm.core import adapted_layers
 from dora_mm.formats.tools.peft_config import OUR_METADATA
-from tests.core import reference
+from tests.shared import reference
 
 TOKENS = torch.arange(12).view(2, 6)
 

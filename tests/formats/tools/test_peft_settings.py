@@ -13,7 +13,7 @@ from torch import nn
 from dora_mm import DoRASpec, inject, load_adapter, save_adapter
 from dora_mm.formats.tools.diffusers import FILE_NAME, PEFT_METADATA
 from dora_mm.formats.tools.peft import CONFIG_NAME
-from tests.formats.toy import read_tensors
+from tests.shared.toy import read_tensors
 
 
 def base():

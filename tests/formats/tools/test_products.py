@@ -14,7 +14,7 @@ from dora_mm.formats.commands.inspection import inspect_file
 from dora_mm.formats.commands.verify import RIGHT, verify
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.state import LayerState
-from tests.formats import toy
+from tests.shared import toy
 
 BASE = {name: W0 for name, W0 in toy.base().items() if name.component == "unet"}
 KINDS = {

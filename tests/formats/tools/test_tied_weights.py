@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dora_mm import load_adapter
-from tests.core import reference
+from tests.shared import reference
 
 IDS = torch.arange(10)[None]
 

@@ -10,7 +10,7 @@ from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.algebra.exact import new_weight
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.tools import tool_of
-from tests.formats import toy
+from tests.shared import toy
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 WRITTEN = {  # by the tool that wrote it

@@ -16,8 +16,8 @@ from dora_mm.formats.commands.loading import load_of
 from dora_mm.formats.naming.known import reading
 from dora_mm.formats.naming.names import canonical
 from dora_mm.registries.tools import TOOLS, other_tools
-from tests.formats import toy
 from tests.formats.naming.test_names import sdxl  # noqa: F401
+from tests.shared import toy
 
 MODULE = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 OTHER = "down_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q"

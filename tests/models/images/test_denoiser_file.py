@@ -15,7 +15,7 @@ from dora_mm.formats.adapter_file import find_file
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.formats.naming.names import owners
 from dora_mm.models.images.families import load_image_model
-from tests.models.images.tiny_flows import FLOWS, NAMES, PROMPT
+from tests.shared.images.tiny_flows import FLOWS, NAMES, PROMPT
 
 NORMS = {  # of both streams of klein, and of Z-Image: diffusers' name -> its authors'
     r"transformer_blocks\.(\d+)\.attn\.norm_(q|k)\.weight": r"double_blocks.\1.img_attn.norm.\2.scale",

@@ -18,8 +18,8 @@ from dora_mm.models.images.families import load_image_model
 from dora_mm.models.images.vae import decoded
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
-from tests.core import reference
-from tests.models.images.tiny_flows import FLOWS, NAMES, PROMPT
+from tests.shared import reference
+from tests.shared.images.tiny_flows import FLOWS, NAMES, PROMPT
 
 PROMPTS = [PROMPT, "", "Describe this image in detail. " * 3]
 

@@ -12,8 +12,7 @@ from dora_mm import DoRASpec, cli, convert, inject, load_adapter, merge, remove,
 from dora_mm.core import adapted_layers
 from dora_mm.formats.commands.inspection import misreaders
 from dora_mm.formats.files.base_weights import BaseWeights
-from tests.core import reference
-from tests.formats import toy
+from tests.shared import reference, toy
 
 BASE = Path("samples/tiny-sdxl")
 

@@ -33,10 +33,10 @@ from dora_mm.data.vl.example import Example
 from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.models.vl.vlm.head import target_logits
-from tests.models.vl.vl_bart.small import small_bart, small_tokenizer
-from tests.models.vl.vlm import vocabularies
-from tests.models.vl.vlm.sizes import LAYERS
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.vl import vocabularies
+from tests.shared.vl.sizes import LAYERS
+from tests.shared.vl.small_vl_bart import small_bart, small_tokenizer
 
 IDS = torch.tensor([[5, 17, 60, 33, 9, 120]])
 

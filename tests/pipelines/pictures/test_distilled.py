@@ -12,7 +12,7 @@ from dora_mm.cli import main
 from dora_mm.config.models import ModelConfig
 from dora_mm.models.images.families import distilled_of, load_image_model
 from dora_mm.models.images.image_model import Distilled
-from tests.models.images.tiny_flows import FLOWS, PROMPT
+from tests.shared.images.tiny_flows import FLOWS, PROMPT
 
 
 @pytest.fixture(params=[flow for flow in FLOWS if flow.distilled], ids=lambda flow: flow.name)

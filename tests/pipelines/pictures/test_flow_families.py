@@ -16,8 +16,8 @@ from dora_mm.config.models import ModelConfig, validated
 from dora_mm.core import adapted_layers
 from dora_mm.models.images.families import load_image_model
 from dora_mm.sampling.pictures import sample
-from tests.core import reference
-from tests.models.images.tiny_flows import EACH, NAMES, PROMPT, SIZE
+from tests.shared import reference
+from tests.shared.images.tiny_flows import EACH, NAMES, PROMPT, SIZE
 
 STEPS = 4
 

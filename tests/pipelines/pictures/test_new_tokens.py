@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dora_mm.cli import main
 from dora_mm.formats.adapter_file import AdapterFile
-from tests.data.images.pictures import write_pictures
+from tests.shared.data.pictures import write_pictures
 
 PROMPT = "a TOK icon of a bus"
 

@@ -25,7 +25,7 @@ from dora_mm.models.images.families import load_image_model
 from dora_mm.sampling.manifest import read_manifest
 from dora_mm.sampling.png import read_description
 from dora_mm.utils.lock import only_writer
-from tests.pipelines.killed import files_in
+from tests.shared.killed import files_in
 
 ROOT = Path(__file__).parents[3]
 

@@ -30,9 +30,9 @@ from dora_mm.train.checkpoint import checkpoints
 from dora_mm.train.metrics import read_metrics
 from dora_mm.utils.lock import only_writer
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
-from tests.pipelines.killed import files_in
 from tests.pipelines.pictures.test_sample import make_adapter
-from tests.sampling.test_gallery import data_of
+from tests.shared.killed import files_in
+from tests.shared.pages import data_of
 
 PROMPT = "a TOK icon of a bus"
 ADAPTER = "pytorch_lora_weights.safetensors"

@@ -16,7 +16,7 @@ from dora_mm.models.images.components import Components
 from dora_mm.models.images.families import load_image_model
 from dora_mm.models.images.sdxl.family import SDXL
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
-from tests.models.images.z_image.tiny import build
+from tests.shared.images.tiny_z_image import build
 
 PROMPT = "a TOK icon of a red ball"
 STEPS = 4

@@ -21,10 +21,10 @@ from dora_mm.core.targets import parts_in
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.tasks.vl import draw_answer
-from tests.data.vl.files import write_json
-from tests.models.vl.vlm import tiny
-from tests.models.vl.vlm.vlm_rows import SHAPES, write_conversations, write_pictures, write_questions
-from tests.pipelines.killed import assert_same_weights
+from tests.shared.data.vl_files import write_json
+from tests.shared.data.vlm_rows import SHAPES, write_conversations, write_pictures, write_questions
+from tests.shared.killed import assert_same_weights
+from tests.shared.vl import tiny_vlm as tiny
 
 FEW = ("llava", "qwen2_5_vl", "idefics3", "mllama", "paligemma", "florence2", "blip_vqa", "git")
 ALL = [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in (*tiny.NAMES, *tiny.NEWER)]

@@ -15,12 +15,12 @@ from dora_mm.config.vl import DecodeConfig, TrainVLConfig
 from dora_mm.data.vl.example import Example, Turn
 from dora_mm.models.vl.families import load_vl_model
 from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
-from tests.data.vl.chats import messages
-from tests.data.vl.files import write_json
-from tests.models.vl.towers.small import DIM
-from tests.models.vl.vl_bart.small import small_bart, small_tokenizer
-from tests.models.vl.vlm.vlm_rows import write_pictures
 from tests.pipelines.files.test_merge import llama
+from tests.shared.data.chats import messages
+from tests.shared.data.vl_files import write_json
+from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.vl.small_towers import DIM
+from tests.shared.vl.small_vl_bart import small_bart, small_tokenizer
 
 QUESTION = "What colour is the ball?"
 

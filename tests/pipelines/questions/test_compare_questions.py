@@ -25,7 +25,7 @@ from dora_mm.studies.campaigns.tuned import TunedQuestions
 from dora_mm.studies.config import CompareConfig, TuneConfig
 from dora_mm.studies.variants import FULL, Variant
 from dora_mm.utils.devices import hardware_name
-from tests.models.vl.vl_bart.small import DIM, small_bart, small_tokenizer
+from tests.shared.vl.small_vl_bart import DIM, small_bart, small_tokenizer
 
 SAMPLES = Path(__file__).parents[3] / "samples" / "vl"
 QUESTIONS = SAMPLES / "vqa" / "v2_OpenEnded_mscoco_val2014_questions.json"

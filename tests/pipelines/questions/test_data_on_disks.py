@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from dora_mm.cli import main
-from tests.data.vl.chats import messages
-from tests.data.vl.files import write_lines
 from tests.documented.trl_labels import PAGE
-from tests.models.vl.vlm.test_tools import ROWS
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.chats import messages
+from tests.shared.data.tool_rows import ROWS
+from tests.shared.data.vl_files import write_lines
+from tests.shared.data.vlm_rows import write_pictures
 
 TEMPLATES = json.loads(PAGE.read_text(encoding="utf-8"))["templates"]
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from dora_mm.cli import main
 from dora_mm.models.vl import server as served
-from tests.data.vl import files
-from tests.models.vl.vlm.vlm_rows import save_noise
+from tests.shared.data import vl_files as files
+from tests.shared.data.vlm_rows import save_noise
 
 KEY = "sk-never-recorded-4711"
 

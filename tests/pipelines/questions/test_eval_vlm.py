@@ -9,8 +9,8 @@ import yaml
 
 from dora_mm.cli import main
 from dora_mm.models.vl.vlm.answers import VLMAnswers
-from tests.models.vl.vlm.vlm_rows import write_pictures
 from tests.pipelines.files.test_merge import vlm_adapter
+from tests.shared.data.vlm_rows import write_pictures
 
 
 @pytest.fixture

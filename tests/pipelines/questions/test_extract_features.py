@@ -16,7 +16,7 @@ from dora_mm.data.images.pixels import load_rgb
 from dora_mm.models.vl.towers.tower import VisionTower, load_tower
 from dora_mm.recipes import PIPELINES
 from dora_mm.utils.lock import only_writer
-from tests.models.vl.towers.small import DIM
+from tests.shared.vl.small_towers import DIM
 
 extract_features = PIPELINES.load("extract_features")
 

@@ -12,8 +12,8 @@ from dora_mm.config.vl_data import VLDataConfig
 from dora_mm.data.vl.splits import open_training
 from dora_mm.preview.questions import AllRows
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
-from tests.models.vl.vlm.vlm_rows import save_noise
-from tests.pipelines.killed import assert_same_weights
+from tests.shared.data.vlm_rows import save_noise
+from tests.shared.killed import assert_same_weights
 
 NUM_IMAGES = 10  # with two rows each
 

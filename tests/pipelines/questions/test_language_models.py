@@ -12,11 +12,10 @@ from dora_mm.adapting.files import load_trained
 from dora_mm.cli import main
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.models.vl.vlm.family import VLM
-from tests.data.vl.files import write_json
-from tests.models.vl.vlm.texts.language_models import LANGUAGE_MODELS
-from tests.models.vl.vlm.texts.test_language_models import BALL, BOXES
-from tests.models.vl.vlm.texts.text_rows import question, write_commonsense, write_texts
-from tests.pipelines.killed import assert_same_weights
+from tests.shared.data.text_rows import BALL, BOXES, question, write_commonsense, write_texts
+from tests.shared.data.vl_files import write_json
+from tests.shared.killed import assert_same_weights
+from tests.shared.vl.language_models import LANGUAGE_MODELS
 
 EIGHT = ["boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
 
@@ -133,7 +132,7 @@ def test_what_needs_images_is_refused_with_one_sentence(tiny_vlm, tmp_path, caps
         assert main([*map(str, arguments)]) == 2
         return capsys.readouterr().err
 
-    from tests.models.vl.vlm.vlm_rows import write_conversations, write_pictures
+    from tests.shared.data.vlm_rows import write_conversations, write_pictures
 
     base, pictures = tiny_vlm("llama"), write_pictures(tmp_path)
     assert "reads no images: ask it without" in refused("ask", base, pictures / "wide.png", "What?")

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from dora_mm.cli import main
-from tests.data.vl.chats import items, messages, said
-from tests.data.vl.files import write_json
-from tests.models.vl.vlm.vlm_rows import write_pictures
-from tests.pipelines.killed import assert_same_weights, kill_after
+from tests.shared.data.chats import items, messages, said
+from tests.shared.data.vl_files import write_json
+from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.killed import assert_same_weights, kill_after
 
 STEPS = 12
 

@@ -11,8 +11,8 @@ from dora_mm.data.vl.example import Example
 from dora_mm.eval.vl.metrics import score
 from dora_mm.eval.vl.predictions.reading import read_predictions
 from dora_mm.eval.vl.predictions.scored import About, write_scored
-from tests.data.vl import files
-from tests.models.vl.vlm.vlm_rows import save_noise, write_pictures
+from tests.shared.data import vl_files as files
+from tests.shared.data.vlm_rows import save_noise, write_pictures
 
 DOCUMENTS = [
     {

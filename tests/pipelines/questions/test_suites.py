@@ -9,8 +9,8 @@ import yaml
 from dora_mm.cli import main
 from dora_mm.data.vl.readers import read_source
 from dora_mm.data.vl.rows import BadRows
-from tests.data.vl import suite_files
-from tests.models.vl.vlm.vlm_rows import save_noise
+from tests.shared.data import suite_files
+from tests.shared.data.vlm_rows import save_noise
 
 
 def config_of(suite: str, folder: Path, model: Path) -> Path:

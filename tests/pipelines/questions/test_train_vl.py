@@ -19,12 +19,11 @@ from dora_mm.config.models import VLBartModelConfig
 from dora_mm.models.vl.vl_bart.loading import from_bart, load_vl_bart, save_vl_bart
 from dora_mm.recipes import PIPELINES
 from dora_mm.train.metrics import read_metrics
-from tests.models.vl.towers.small import DIM
-from tests.models.vl.vl_bart.small import small_bart, small_tokenizer
-from tests.pipelines.killed import assert_same_weights, files_in, kill_after
+from tests.shared.data.vl_samples import captions, vqa
+from tests.shared.killed import assert_same_weights, files_in, kill_after
+from tests.shared.vl.small_towers import DIM
+from tests.shared.vl.small_vl_bart import small_bart, small_tokenizer
 
-ROOT = Path(__file__).parents[3]
-SAMPLES = ROOT / "samples" / "vl"
 EXTRA = ["visual_embedding", "biases", "norms"]
 
 
@@ -34,21 +33,6 @@ def model_folder(tmp_path_factory):
     torch.manual_seed(0)
     save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), DIM, "image"), small_tokenizer(), folder)
     return folder
-
-
-def vqa(split: str, limit: int) -> dict:
-    return {
-        "format": "vqa_v2",
-        "file": str(SAMPLES / f"vqa/v2_OpenEnded_mscoco_{split}2014_questions.json"),
-        "annotations": str(SAMPLES / f"vqa/v2_mscoco_{split}2014_annotations.json"),
-        "images": str(SAMPLES / "images"),
-        "limit": limit,
-    }
-
-
-def captions(split: str, limit: int) -> dict:
-    file = str(SAMPLES / f"captions/captions_{split}2014.json")
-    return {"format": "coco_captions", "file": file, "images": str(SAMPLES / "images"), "limit": limit}
 
 
 def short_training(folder: Path, model_folder: Path, vision: dict) -> dict:

@@ -10,8 +10,8 @@ import yaml
 from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
-from tests.data.vl.files import write_lines
-from tests.models.vl.vl_bart.small import DIM, small_bart, small_tokenizer
+from tests.shared.data.vl_files import write_lines
+from tests.shared.vl.small_vl_bart import DIM, small_bart, small_tokenizer
 
 CLIPS = ("clip0", "clip1", "clip2")
 

@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from dora_mm.cli import main
-from tests.data.images.videos import write_video
-from tests.data.vl.chats import messages
-from tests.models.vl.vlm.vlm_rows import write_pictures
-from tests.pipelines.killed import assert_same_weights
+from tests.shared.data.chats import messages
+from tests.shared.data.videos import write_video
+from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.killed import assert_same_weights
 
 
 @pytest.fixture(scope="module")

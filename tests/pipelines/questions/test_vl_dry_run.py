@@ -16,9 +16,9 @@ from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.tables import open_table
 from dora_mm.models.vl.vl_model import likeliest_answer
 from dora_mm.models.vl.vlm.family import VLM
-from tests.data.vl.files import write_json
-from tests.models.vl.vlm import tiny
-from tests.models.vl.vlm.vlm_rows import write_conversations, write_pictures, write_questions
+from tests.shared.data.vl_files import write_json
+from tests.shared.data.vlm_rows import write_conversations, write_pictures, write_questions
+from tests.shared.vl import tiny_vlm as tiny
 
 
 @pytest.fixture(scope="module")

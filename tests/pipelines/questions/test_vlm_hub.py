@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from dora_mm.cli import main
 from dora_mm.config.loader import load_config
 from dora_mm.formats import read
-from tests.models.vl.vlm.vlm_rows import write_conversations, write_pictures
+from tests.shared.data.vlm_rows import write_conversations, write_pictures
 
 NAME, FIRST, SECOND = "someone/tiny", "a" * 40, "b" * 40
 

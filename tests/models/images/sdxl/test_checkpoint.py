@@ -20,7 +20,7 @@ from dora_mm.models.images.sdxl import checkpoint
 from dora_mm.models.images.sdxl.family import SDXL
 from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
 from tests.conftest import SIZES
-from tests.formats.files.single_files import write_single_file
+from tests.shared.single_files import write_single_file
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 

@@ -6,7 +6,7 @@ import torch
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.models.vl.vl_bart.answering import Answerer, restricted_to
 from dora_mm.models.vl.vl_bart.text import decode, encode_targets
-from tests.models.vl.vl_bart.small import small_inputs, small_tokenizer, small_vl_bart
+from tests.shared.vl.small_vl_bart import small_inputs, small_tokenizer, small_vl_bart
 
 CANDIDATES = ("yes", "no", "two dogs", "two", "a red cat")
 

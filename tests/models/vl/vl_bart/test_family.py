@@ -19,7 +19,7 @@ from dora_mm.models.vl.vl_bart.text import decode
 from dora_mm.models.vl.vl_bart.visual_inputs import VisionEncoder, resize_frames
 from dora_mm.registries.vl_tasks import RECORDS, TASKS
 from dora_mm.tasks.vl import draw_answer
-from tests.models.vl.vl_bart.small import DIM, small_tokenizer, small_vl_bart
+from tests.shared.vl.small_vl_bart import DIM, small_tokenizer, small_vl_bart
 
 NAMES = ("a.png", "b.png", "c.png")
 

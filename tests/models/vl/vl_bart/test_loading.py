@@ -11,7 +11,7 @@ from dora_mm.config.models import VLBartModelConfig
 from dora_mm.models.vl.vl_bart.answering import restricted_to
 from dora_mm.models.vl.vl_bart.loading import empty_vl_bart, load_vl_bart, save_vl_bart
 from dora_mm.models.vl.vl_bart.text import decode, encode_targets
-from tests.models.vl.vl_bart.small import DIM, small_bart, small_inputs, small_tokenizer, small_vl_bart
+from tests.shared.vl.small_vl_bart import DIM, small_bart, small_inputs, small_tokenizer, small_vl_bart
 
 
 def test_a_saved_model_is_loaded_bit_for_bit(tmp_path):

@@ -10,7 +10,7 @@ from dora_mm.adapting.networks import parameters_by_name
 from dora_mm.models.vl.vl_bart.loading import BART_BASE, from_bart
 from dora_mm.models.vl.vl_bart.model import SENTINELS, VLInputs
 from dora_mm.models.vl.vl_bart.text import encode_targets
-from tests.models.vl.vl_bart.small import DIM, small_bart, small_inputs, small_tokenizer, small_vl_bart
+from tests.shared.vl.small_vl_bart import DIM, small_bart, small_inputs, small_tokenizer, small_vl_bart
 
 QUESTIONS = ["is there a red cat?", "what color is the bus?"]
 

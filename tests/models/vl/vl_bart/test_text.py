@@ -9,7 +9,7 @@ from dora_mm.models.vl.vl_bart.loading import from_bart
 from dora_mm.models.vl.vl_bart.model import VLInputs
 from dora_mm.models.vl.vl_bart.text import decode, encode_inputs, encode_targets, load_tokenizer
 from dora_mm.registries.vl_tasks import TASKS
-from tests.models.vl.vl_bart.small import DIM, small_bart, small_inputs, small_tokenizer
+from tests.shared.vl.small_vl_bart import DIM, small_bart, small_inputs, small_tokenizer
 
 LONG = "two dogs and a red cat " * 50
 

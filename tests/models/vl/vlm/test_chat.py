@@ -16,8 +16,8 @@ from dora_mm.models.vl.vlm.chat import chat_template, render, render_prompt
 from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.models.vl.vlm.loading import load_processor
-from tests.models.vl.vlm import templates
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.vl import templates
 
 TURNS = (
     Turn("user", f"{IMAGE}\nWhat is it?", False),

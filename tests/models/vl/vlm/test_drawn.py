@@ -8,7 +8,7 @@ from dora_mm.config.vl import DecodeConfig, DrawingConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vl.vlm.drawn import DrawnTokens, before_stop
 from dora_mm.models.vl.vlm.family import VLM
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_pictures
 
 READ = torch.zeros(1, 4, dtype=torch.long)
 

@@ -14,9 +14,9 @@ from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.models.vl.vlm.head import target_logits
 from dora_mm.tasks.vl import draw_answer
-from tests.data.vl.files import write_json
-from tests.models.vl.vlm import tiny
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.vl_files import write_json
+from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.vl import tiny_vlm as tiny
 
 
 @pytest.fixture(scope="module")

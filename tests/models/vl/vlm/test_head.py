@@ -14,10 +14,10 @@ from dora_mm.models.vl.vlm import head
 from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.head import TargetLosses, chunked_losses, cross_entropy, head_of, target_logits
 from tests.documented.vlm_classes import ALIASES, CLASSES, PAGE, REASONS, built, named, pictures_in
-from tests.models.vl.vlm.classes.equalities import EXAMPLES, batch_of, opened
-from tests.models.vl.vlm.classes.rarest_models import UNTRAINED
-from tests.models.vl.vlm.vlm_rows import write_pictures
-from tests.preview.peaks import peak_bytes
+from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.peaks import peak_bytes
+from tests.shared.vl.equalities import EXAMPLES, batch_of, opened
+from tests.shared.vl.rarest_models import UNTRAINED
 
 TRAINED = [kind for kind in CLASSES if kind not in (*ALIASES, *REASONS, *UNTRAINED)]
 BY_MECHANISM = {  # whether the head computes losses

@@ -19,8 +19,8 @@ from dora_mm.models.vl.vl_model import RowCounts
 from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.family import VLM, VLMBatch
 from dora_mm.tasks.vl import VLBatches
-from tests.data.vl.files import write_json
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.vl_files import write_json
+from tests.shared.data.vlm_rows import write_pictures
 
 FAULT = re.compile(r"row r2 of chat: \S+broken\.png is not a complete image")
 

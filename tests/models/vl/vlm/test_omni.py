@@ -16,9 +16,9 @@ from dora_mm import DoRASpec
 from dora_mm.cli import main
 from dora_mm.core import adapted_layers
 from dora_mm.models.vl.vlm.family import VLM
-from tests.core.reference import randomize
-from tests.models.vl.vlm.classes.equalities import EXAMPLES, batch_of, losses, opened
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.reference import randomize
+from tests.shared.vl.equalities import EXAMPLES, batch_of, losses, opened
 
 CLASSES = {
     "whole_qwen2_5_omni": Qwen2_5OmniForConditionalGeneration,

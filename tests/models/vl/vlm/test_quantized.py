@@ -9,7 +9,7 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vl.vlm.family import VLM
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_pictures
 
 PACKAGES = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "fp4": "bitsandbytes", "torchao_int8": "torchao"}
 ROW = Example("1", ("wide.png",), "What colour is it?", ("red",), (1.0,))

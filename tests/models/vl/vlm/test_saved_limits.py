@@ -11,7 +11,7 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.models.vl.vlm.saved_limits import write_limits
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_pictures
 
 
 @pytest.fixture(scope="module")

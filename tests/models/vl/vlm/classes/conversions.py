@@ -13,8 +13,8 @@ from dora_mm.core import adapted_layers
 from dora_mm.formats.commands.convert import convert
 from dora_mm.formats.commands.extract import extract
 from dora_mm.models.vl.vlm.family import VLM
-from tests.core.reference import randomize
-from tests.models.vl.vlm.classes.equalities import CLOSE, EXAMPLES, batch_of, losses, opened
+from tests.shared.reference import randomize
+from tests.shared.vl.equalities import CLOSE, EXAMPLES, batch_of, losses, opened
 
 WAYS = ("peft", "lora", "extract")  # the targets of `convert` that PEFT reads, and `extract`
 

@@ -6,8 +6,8 @@ import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from tests.documented.vlm_classes import ALIASES, CLASSES, HEAD, PAGE, row_of, takes_videos
-from tests.models.vl.vlm.classes.equalities import learned_parts
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.vl.equalities import learned_parts
 
 FAST = ("qwen2_5_vl", "paligemma", "florence2")  # the slow test below has all of them
 

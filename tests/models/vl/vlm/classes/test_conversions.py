@@ -9,8 +9,8 @@ import dora_mm
 from dora_mm.formats.commands.verify import verify
 from tests.documented.vlm_classes import ALIASES, CLASSES, REASONS, built, named, pictures_in
 from tests.models.vl.vlm.classes.conversions import adapted, conversions
-from tests.models.vl.vlm.classes.rarest_models import UNTRAINED
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.vl.rarest_models import UNTRAINED
 
 TRAINED = [kind for kind in CLASSES if kind not in (*ALIASES, *REASONS, *UNTRAINED)]
 LEFT_OUT = "PEFT would leave out"

@@ -17,10 +17,10 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import IMAGE, VIDEO, Example, Turn, pieces_of
 from dora_mm.models.vl.vlm.encoding import IGNORED, TokenRow
 from dora_mm.models.vl.vlm.family import VLM
-from tests.models.vl.vlm import tiny
-from tests.models.vl.vlm.classes.rarest_models import UNTRAINED
-from tests.models.vl.vlm.encoding.video_rows import write_visuals
-from tests.models.vl.vlm.texts.language_models import LANGUAGE_MODELS
+from tests.shared.data.video_rows import write_visuals
+from tests.shared.vl import tiny_vlm as tiny
+from tests.shared.vl.language_models import LANGUAGE_MODELS
+from tests.shared.vl.rarest_models import UNTRAINED
 
 NAMES = tuple(name for name in tiny.BUILDERS if name not in {*LANGUAGE_MODELS, *UNTRAINED})
 FILES = {IMAGE: ("wide.png", "square.png", "tall.png", "square.png"), VIDEO: ("long.mp4", "other.mp4")}

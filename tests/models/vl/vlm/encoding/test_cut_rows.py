@@ -12,10 +12,10 @@ from dora_mm.data.vl.example import IMAGE, VIDEO, Example, Turn
 from dora_mm.data.vl.rows import RowTooLongError
 from dora_mm.models.vl.vlm.encoding import IGNORED, TEXT_INPUTS, TokenRow
 from dora_mm.models.vl.vlm.family import VLM
-from tests.models.vl.vlm import tiny
 from tests.models.vl.vlm.encoding import cut_rows
 from tests.models.vl.vlm.encoding.cut_rows import Oracle, conversation, encoded, first_exchanges, opened, set_limit
-from tests.models.vl.vlm.encoding.video_rows import write_visuals
+from tests.shared.data.video_rows import write_visuals
+from tests.shared.vl import tiny_vlm as tiny
 
 # Of each mechanism one: positions of images, tiles, tiles of an image alone in its row, an image that is one token with
 # a mask per token, inputs per token of an own name.

@@ -10,8 +10,8 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from dora_mm.data.images.frames import frames_as_video, load_video
 from dora_mm.data.vl.example import Example, Turn
 from dora_mm.models.vl.vlm.boxes import with_boxes
-from tests.models.vl.vlm.encoding.video_rows import opened, write_visuals
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.video_rows import opened, write_visuals
+from tests.shared.data.vlm_rows import write_pictures
 
 # ms-swift's normalize_bbox, replace_bbox and replace_ref, of the box (25, 20, 50.4, 40) in 200 x 100 pixels
 EXPECTED = {

@@ -12,9 +12,9 @@ from dora_mm.data.vl.example import IMAGE, Example, Turn
 from dora_mm.data.vl.splits import ValidationSet
 from dora_mm.data.vl.tables import open_table
 from dora_mm.sampling.answers import answer_all
-from tests.data.vl.files import write_json
-from tests.models.vl.vlm import tiny
 from tests.models.vl.vlm.encoding.cut_rows import NAMES, WHOLE, opened, set_limit
+from tests.shared.data.vl_files import write_json
+from tests.shared.vl import tiny_vlm as tiny
 
 # Height and width, from one pixel to strips, and pictures that every class reads
 ODD = ((1, 1), (2, 500), (500, 2), (30, 9000), (9000, 30), (50, 20000), (20000, 50))

@@ -12,10 +12,10 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.tables import open_table
 from dora_mm.models.vl.vlm.family import VLM
-from tests.data.vl.files import write_json
 from tests.documented.trl_labels import PAGE, PUBLISHED, ROWS, repeated, row_of, runs, with_template
-from tests.models.vl.vlm.tiny import CHAT
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.vl_files import write_json
+from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.vl.tiny_vlm import CHAT
 
 THEIRS = json.loads(PAGE.read_text(encoding="utf-8"))
 BEHIND = ("", "\n")  # what TRL learns behind the token that ends a turn: the white space before the next turn

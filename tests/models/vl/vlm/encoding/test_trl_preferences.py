@@ -24,7 +24,7 @@ from tests.documented.trl_preferences import (
     set_values,
     without_white_space,
 )
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_pictures
 
 THEIRS = json.loads(PAGE.read_text(encoding="utf-8"))["models"]
 

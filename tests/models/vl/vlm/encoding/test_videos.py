@@ -8,9 +8,9 @@ import pytest
 from dora_mm.data.images.frames import load_video
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.tables import open_table
-from tests.data.images.videos import write_timed_video
-from tests.data.vl.chats import as_lines, messages
-from tests.models.vl.vlm.encoding.video_rows import ROWS, losses, opened, reads_videos, row, write_visuals
+from tests.shared.data.chats import as_lines, messages
+from tests.shared.data.video_rows import ROWS, losses, opened, reads_videos, row, write_visuals
+from tests.shared.data.videos import write_timed_video
 
 TAKE = (
     "qwen2_vl",

@@ -13,9 +13,8 @@ from dora_mm.cli import main
 from dora_mm.config.adapter import BESIDE_WEIGHTS
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.models.vl.vlm.family import VLM
-from tests.models.vl.vlm.texts.test_language_models import BALL, BOXES
-from tests.models.vl.vlm.texts.text_rows import write_texts
-from tests.pipelines.killed import assert_same_weights
+from tests.shared.data.text_rows import BALL, BOXES, write_texts
+from tests.shared.killed import assert_same_weights
 
 SERIES_OR_PARALLEL = "holds series or parallel adapters, not LoRA or DoRA: dora-mm train, eval and ask read such a file"
 

@@ -10,7 +10,7 @@ from dora_mm.adapting.networks import adapt
 from dora_mm.config import load_config
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.targets import map_of
-from tests.models.vl.vlm.texts.test_table_1 import SEVEN, THIRTEEN
+from tests.shared.vl.language_models import SEVEN, THIRTEEN
 
 METHODS = ("series", "parallel")
 SMALL = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}

@@ -10,12 +10,9 @@ from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import Example, Turn
 from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.family import VLM
-from tests.models.vl.vlm.texts.language_models import LANGUAGE_MODELS
+from tests.shared.data.text_rows import BALL, BOOL, BOXES, QUESTION
+from tests.shared.vl.language_models import LANGUAGE_MODELS
 
-BALL = Example("1", (), "What colour is the ball?", ("red",), (1.0,))
-BOXES = Example("2", (), "How many boxes are there in the picture?", ("two blue ones",), (1.0,))
-QUESTION = "is it?\n\nAnswer format: true/false"
-BOOL = Example("3", (), QUESTION, ("the correct answer is true",), (1.0,), options=("true", "false"))
 WRITTEN = {  # what is read and, between the marks, learned
     "llama": "<s> What colour is the ball?\n[red</s>]",
     "qwen2": "<|im_start|>user\nWhat colour is the ball?<|im_end|>\n<|im_start|>assistant\n[red<|im_end|>]\n",

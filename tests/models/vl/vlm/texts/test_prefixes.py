@@ -26,9 +26,8 @@ from dora_mm.models.vl.vlm.answers import VLMAnswers
 from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.targets import map_of
-from tests.models.vl.vlm.texts.language_models import LANGUAGE_MODELS
-from tests.models.vl.vlm.texts.test_language_models import BALL, BOOL, BOXES
-from tests.models.vl.vlm.texts.test_table_1 import SEVEN, THIRTEEN
+from tests.shared.data.text_rows import BALL, BOOL, BOXES
+from tests.shared.vl.language_models import LANGUAGE_MODELS, SEVEN, THIRTEEN
 
 SMALL = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
 

@@ -8,17 +8,7 @@ from dora_mm.adapting.networks import adapt
 from dora_mm.config import load_config
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.targets import map_of
-
-SEVEN = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-THIRTEEN = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
-EIGHT = SEVEN | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
-SHARES = {  # in percent: LoRA and DoRA at rank 32, and DoRA at rank 16
-    "llama_7b": (SEVEN, (0.826, 0.838, 0.427)),
-    "llama_13b": (THIRTEEN, (0.670, 0.681, 0.347)),
-    "llama2_7b": (SEVEN, (0.826, 0.838, 0.427)),
-    "llama3_8b": (EIGHT, (0.700, 0.710, 0.361)),  # the paper prints 0.35, without the magnitudes
-}
-
+from tests.shared.vl.language_models import SHARES
 
 SLOW = ("llama_13b", "llama2_7b")
 

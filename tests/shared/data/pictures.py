@@ -18,3 +18,12 @@ def write_pictures(folder: Path, count: int = 5, *, captions: bool = True) -> No
         rows.append(json.dumps({"file_name": f"{index}.png", "text": f"a TOK icon of thing {index}"}))
     if captions:
         (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def write_mask(file, values):
+    Image.fromarray((np.asarray(values) * 255).astype(np.uint8)).save(file)
+
+
+def half(height, width):
+    """White on the left."""
+    return np.repeat((np.arange(width) < width // 2)[None], height, axis=0)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from dora_mm.models.images.sdxl.checkpoint import CONFIGS
@@ -56,3 +57,8 @@ def random_unet(
     if checkpointing:
         unet.train().enable_gradient_checkpointing()
     return unet, lambda: unet(latents, 500, **conditions).sample.float().square().mean()
+
+
+def full_size_unet():
+    with torch.device("meta"):
+        return UNet2DConditionModel(**FULL_SIZE)

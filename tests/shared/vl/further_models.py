@@ -4,9 +4,9 @@ from typing import Any
 
 import transformers as hf
 
-from tests.models.vl.vlm import newer_models, vocabularies
-from tests.models.vl.vlm.newer_models import Tiny, tokenizer_with
-from tests.models.vl.vlm.qwen_models import (
+from tests.shared.vl import newer_models, vocabularies
+from tests.shared.vl.newer_models import Tiny, tokenizer_with
+from tests.shared.vl.qwen_models import (
     EXPERTS,
     IMAGE,
     LINEAR,
@@ -17,8 +17,8 @@ from tests.models.vl.vlm.qwen_models import (
     pixels_of,
     qwen_tokenizer,
 )
-from tests.models.vl.vlm.sizes import LAYERS, square, text_config, tower
-from tests.models.vl.vlm.templates import chatml
+from tests.shared.vl.sizes import LAYERS, square, text_config, tower
+from tests.shared.vl.templates import chatml
 
 CLIP = {"size": {"shortest_edge": 28}, "crop_size": square(28)}
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_nope_head_dim": 16}

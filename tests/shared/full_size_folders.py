@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dora_mm.models.images.sdxl.checkpoint import CONFIGS, tokenizers
-from tests.models.images.flux2_klein import tiny as tiny_klein
-from tests.models.images.qwen_image import tiny as tiny_qwen
-from tests.models.images.z_image import tiny as tiny_z_image
+from tests.shared.images import tiny_flux2_klein as tiny_klein
+from tests.shared.images import tiny_qwen_image as tiny_qwen
+from tests.shared.images import tiny_z_image
 
 Z_IMAGE = {  # of Tongyi-MAI/Z-Image
     "transformer": {"dim": 3840, "n_heads": 30, "n_kv_heads": 30, "n_layers": 30, "n_refiner_layers": 2},

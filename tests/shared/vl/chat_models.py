@@ -39,8 +39,8 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from tests.models.vl.vlm import templates, vocabularies
-from tests.models.vl.vlm.sizes import LAYERS, square, text_config, tower
+from tests.shared.vl import templates, vocabularies
+from tests.shared.vl.sizes import LAYERS, square, text_config, tower
 
 TILES = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 IDEFICS_TOKENS = ["<fake_token_around_image>", "<image>", "<global-img>", *TILES]

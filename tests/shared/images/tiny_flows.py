@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from dora_mm.registries.image_families import IMAGE_FAMILIES
-from tests.models.images.flux2_klein import tiny as klein
-from tests.models.images.qwen_image import tiny as qwen_image
-from tests.models.images.z_image import tiny as z_image
+from tests.shared.images import tiny_flux2_klein as klein
+from tests.shared.images import tiny_qwen_image as qwen_image
+from tests.shared.images import tiny_z_image as z_image
 
 PROMPT = "a TOK icon of a red ball"
 SIZE = {"height": 64, "width": 64}

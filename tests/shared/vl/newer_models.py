@@ -6,10 +6,10 @@ import transformers as hf
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from tests.models.vl.vlm import qwen_models, vocabularies
-from tests.models.vl.vlm.qwen_models import LINEAR, MROPE, SECTIONS, TOWER, pixels_of
-from tests.models.vl.vlm.sizes import LAYERS, SPREAD, square, text_config, tower
-from tests.models.vl.vlm.templates import chatml
+from tests.shared.vl import qwen_models, vocabularies
+from tests.shared.vl.qwen_models import LINEAR, MROPE, SECTIONS, TOWER, pixels_of
+from tests.shared.vl.sizes import LAYERS, SPREAD, square, text_config, tower
+from tests.shared.vl.templates import chatml
 
 Tiny = tuple[PreTrainedModel, ProcessorMixin]
 

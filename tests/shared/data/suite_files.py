@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dora_mm.config.vl_data import SourceConfig
-from tests.data.vl import chats, files
+from tests.shared.data import chats
+from tests.shared.data import vl_files as files
 
 DOCVQA = {
     "questionId": 337,

@@ -26,8 +26,8 @@ from transformers import (
     SiglipImageProcessor,
 )
 
-from tests.models.vl.vlm import vocabularies
-from tests.models.vl.vlm.sizes import LAYERS, SPREAD, square, text_config, tower
+from tests.shared.vl import vocabularies
+from tests.shared.vl.sizes import LAYERS, SPREAD, square, text_config, tower
 
 BART_SIZES = {"layers": 2, "attention_heads": 2, "ffn_dim": 48}
 

@@ -4,9 +4,18 @@ from pathlib import Path
 
 import torch
 
-from tests.models.vl.vlm import chat_models, newer_models, other_models, plain_models, qwen_models
-from tests.models.vl.vlm.classes import further_models, rare_models, rarest_models, whole_models
-from tests.models.vl.vlm.texts.language_models import LANGUAGE_MODELS
+from tests.shared.vl import (
+    chat_models,
+    further_models,
+    newer_models,
+    other_models,
+    plain_models,
+    qwen_models,
+    rare_models,
+    rarest_models,
+    whole_models,
+)
+from tests.shared.vl.language_models import LANGUAGE_MODELS
 
 CHAT = {  # with a chat template
     "llava": chat_models.llava,

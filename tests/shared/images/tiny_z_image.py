@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tests.models.vl.vlm.vocabularies import qwen
+from tests.shared.vl.vocabularies import qwen
 
 # For text it writes what the template of the published model writes.
 TEMPLATE = """\

@@ -4,11 +4,11 @@ from typing import Any
 
 import transformers as hf
 
-from tests.models.vl.vlm.classes.rarest_models import qwen2_5_omni, qwen3_omni
-from tests.models.vl.vlm.newer_models import Tiny, tokenizer_with
-from tests.models.vl.vlm.qwen_models import EXPERTS, MROPE, SECTIONS
-from tests.models.vl.vlm.sizes import LAYERS, TEXT, text_config
-from tests.models.vl.vlm.templates import PHI_4
+from tests.shared.vl.newer_models import Tiny, tokenizer_with
+from tests.shared.vl.qwen_models import EXPERTS, MROPE, SECTIONS
+from tests.shared.vl.rarest_models import qwen2_5_omni, qwen3_omni
+from tests.shared.vl.sizes import LAYERS, TEXT, text_config
+from tests.shared.vl.templates import PHI_4
 
 SPEECH = {"head_dim": 16, "vocab_size": 32}
 WAVES: dict[str, Any] = {

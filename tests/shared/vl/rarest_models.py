@@ -5,13 +5,13 @@ from typing import Any
 import transformers as hf
 from transformers import PreTrainedTokenizerBase
 
-from tests.models.vl.vlm import vocabularies
-from tests.models.vl.vlm.classes.further_models import CLIP
-from tests.models.vl.vlm.classes.rare_models import SLIDING
-from tests.models.vl.vlm.newer_models import Tiny, tokenizer_with
-from tests.models.vl.vlm.qwen_models import EXPERTS, MROPE, SECTIONS, TOWER, pixels_of
-from tests.models.vl.vlm.sizes import LAYERS, SPREAD, square, text_config
-from tests.models.vl.vlm.templates import chatml
+from tests.shared.vl import vocabularies
+from tests.shared.vl.further_models import CLIP
+from tests.shared.vl.newer_models import Tiny, tokenizer_with
+from tests.shared.vl.qwen_models import EXPERTS, MROPE, SECTIONS, TOWER, pixels_of
+from tests.shared.vl.rare_models import SLIDING
+from tests.shared.vl.sizes import LAYERS, SPREAD, square, text_config
+from tests.shared.vl.templates import chatml
 
 
 def inkling2(kind: str = "Inkling2", **others: Any) -> Tiny:

@@ -5,11 +5,11 @@ from typing import Any
 import transformers as hf
 from torch import nn
 
-from tests.models.vl.vlm import plain_models, vocabularies
-from tests.models.vl.vlm.newer_models import Tiny, glm, tokenizer_with
-from tests.models.vl.vlm.qwen_models import IMAGE, SECTIONS, TOWER, ids, pixels_of, qwen_tokenizer
-from tests.models.vl.vlm.sizes import LAYERS, square, text_config, tower
-from tests.models.vl.vlm.templates import chatml
+from tests.shared.vl import plain_models, vocabularies
+from tests.shared.vl.newer_models import Tiny, glm, tokenizer_with
+from tests.shared.vl.qwen_models import IMAGE, SECTIONS, TOWER, ids, pixels_of, qwen_tokenizer
+from tests.shared.vl.sizes import LAYERS, square, text_config, tower
+from tests.shared.vl.templates import chatml
 
 CLIP = {"size": {"shortest_edge": 28}, "crop_size": square(28)}
 IMAGE_TOKEN = chatml("<image>")

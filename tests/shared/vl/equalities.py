@@ -23,7 +23,7 @@ from dora_mm.core.functional import Adapter
 from dora_mm.core.wrappers.attention import PROJECTIONS, PackedProjection
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vl.vlm.family import VLM
-from tests.core.reference import merged_weight, randomize
+from tests.shared.reference import merged_weight, randomize
 
 EXAMPLES = (
     Example("1", ("wide.png",), "What colour is it?", ("red",), (1.0,)),

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.data.vl.files import vqa_annotation, vqa_question, write_json
+from tests.shared.data.vl_files import vqa_annotation, vqa_question, write_json
 
 SHAPES = {"wide.png": (40, 60), "tall.png": (70, 50), "square.png": (56, 56)}  # height, width
 

@@ -12,7 +12,7 @@ from diffusers import (
 )
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from tests.models.vl.vlm.vocabularies import qwen
+from tests.shared.vl.vocabularies import qwen
 
 
 def build(folder: Path) -> Path:

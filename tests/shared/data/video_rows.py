@@ -9,8 +9,8 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import IMAGE, VIDEO, Example, Turn
 from dora_mm.models.vl.vlm.family import VLM
-from tests.data.images.videos import write_video
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.videos import write_video
+from tests.shared.data.vlm_rows import write_pictures
 
 
 def write_visuals(folder: Path) -> Path:

@@ -11,8 +11,8 @@ from diffusers import (
 )
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tests.models.images.z_image.tiny import TEMPLATE
-from tests.models.vl.vlm.vocabularies import qwen
+from tests.shared.images.tiny_z_image import TEMPLATE
+from tests.shared.vl.vocabularies import qwen
 
 
 def build(folder: Path, *, is_distilled: bool = False) -> Path:

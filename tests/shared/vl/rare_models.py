@@ -6,12 +6,12 @@ import transformers as hf
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tests.models.vl.vlm import vocabularies
-from tests.models.vl.vlm.classes.further_models import CLIP, LATENT, ROUTED
-from tests.models.vl.vlm.newer_models import Tiny, tokenizer_with
-from tests.models.vl.vlm.qwen_models import IMAGE, SECTIONS, TOWER, pixels_of, qwen_tokenizer
-from tests.models.vl.vlm.sizes import LAYERS, square, text_config, tower
-from tests.models.vl.vlm.templates import chatml
+from tests.shared.vl import vocabularies
+from tests.shared.vl.further_models import CLIP, LATENT, ROUTED
+from tests.shared.vl.newer_models import Tiny, tokenizer_with
+from tests.shared.vl.qwen_models import IMAGE, SECTIONS, TOWER, pixels_of, qwen_tokenizer
+from tests.shared.vl.sizes import LAYERS, square, text_config, tower
+from tests.shared.vl.templates import chatml
 
 SLIDING = {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
 

@@ -21,9 +21,9 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from tests.models.vl.vlm import vocabularies
-from tests.models.vl.vlm.sizes import SPREAD, text_config
-from tests.models.vl.vlm.templates import chatml
+from tests.shared.vl import vocabularies
+from tests.shared.vl.sizes import SPREAD, text_config
+from tests.shared.vl.templates import chatml
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 SYSTEM = "You are a helpful assistant."
