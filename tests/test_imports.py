@@ -241,7 +241,7 @@ def test_pictures_are_trained_and_drawn_without_extras():
         run("""
         import builtins
         found = builtins.__import__
-        extras = {"scipy", "matplotlib", "timm", "pyarrow", "ijson", "h5py", "openpyxl", "av", "schedulefree"}
+        extras = {"scipy", "matplotlib", "timm", "pyarrow", "h5py", "openpyxl", "av", "schedulefree"}
 
         def import_(name, globals=None, locals=None, fromlist=(), level=0):
             own = (globals or {}).get("__name__", "").startswith(("dora_mm", "pipelines"))

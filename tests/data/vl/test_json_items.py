@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_mm.data.vl.json_items import json_lines, list_items, object_items, place, value_of
+from dora_mm.utils import json_stream
 
 VALUES = st.recursive(
     st.none()
@@ -63,10 +64,12 @@ def test_the_error_for_a_truncated_file_names_the_last_complete_item(path):
     with pytest.raises(ValueError, match=r"file\.json is truncated or not valid JSON after item 3 \(question_id 12\)"):
         list(list_items(path, "rows"))
     path.write_text('{"00": {}, "01": {')
-    with pytest.raises(ValueError, match=r"file\.json is truncated or not valid JSON after id '00', .* \(.*EOF\)"):
+    with pytest.raises(
+        ValueError, match=r"file\.json is truncated or not valid JSON after id '00', .* \(it ends too early\)"
+    ):
         list(object_items(path))
     path.write_text('{"rows')
-    with pytest.raises(ValueError, match=r"file\.json is truncated or not valid JSON \(.*EOF\)"):
+    with pytest.raises(ValueError, match=r"file\.json is truncated or not valid JSON \(it ends too early\)"):
         list(list_items(path, "rows"))
 
 
@@ -93,6 +96,51 @@ def test_utf_16_is_named(path, read):
     path.write_text('[{"id": 1}]', encoding="utf-16")
     with pytest.raises(ValueError, match=r"file\.json is UTF-16: save it as UTF-8"):
         list(read(path))
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "reason"),
+    [
+        (list_items, "[[1]," + "[" * 100_000, "nested too deeply"),
+        (list_items, '[[1],{"a' + "a" * 2**20 + '":' + "[" * 100_000, "nested too deeply"),
+        (object_items, '{"a": 1, "b":' + '{"a":' * 100_000, "nested too deeply"),
+        (lambda path: [value_of(path, "b")], '{"a":' * 100_000, "nested too deeply"),
+        (list_items, "[1, " + "1" * 5000 + "]", "4300 digits"),
+        (list_items, "[1, NaN]", "NaN"),
+        (list_items, '[1, "\n"]', "control character"),
+        (list_items, "[1 2]", "',' or ']' is missing"),
+        (list_items, "[1] 2", "something follows"),
+        (object_items, "{'a': 1}", "double quotes"),
+        (object_items, '{"a" 1}', "':' is missing"),
+    ],
+)
+def test_what_is_no_json_or_too_deep(path, read, content, reason):
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"file\.json is truncated or not valid JSON.*{reason}"):
+        list(read(path))
+
+
+@pytest.mark.parametrize("size", [1, 7, json_stream.CHUNK])
+def test_values_that_lie_across_what_is_read_at_a_time(path, monkeypatch, size):
+    values = ["é" * 50, 12345.5, {"\U0001f600": [True, None, -1e-300]}, 7]
+    monkeypatch.setattr(json_stream, "CHUNK", size)
+    path.write_text(json.dumps({"a": [values, {"rows": [0]}], "rows": values}, ensure_ascii=False))
+    assert [value for _, value in list_items(path, "rows")] == values
+
+
+def test_rows_are_bounded(path, monkeypatch):
+    monkeypatch.setattr(json_stream, "MOST_CHARACTERS", 2**17)
+    path.write_text(json.dumps(["a", "b" * 2**20]))
+    with pytest.raises(ValueError, match=r"file\.json .*after item 1, .*a value has more than 131,072 characters"):
+        list(list_items(path))
+    path.write_text(f'"a"\n"{"b" * 2**20}"\n')
+    with pytest.raises(ValueError, match=r"file\.json .*after line 1, .*a line has more than 131,072 bytes"):
+        list(json_lines(path))
+
+
+def test_half_of_a_surrogate_pair_is_a_question_mark(path):
+    path.write_text(r'["\ud83d\ude00", "a\ud800", "\\ud800"]')
+    assert [value for _, value in list_items(path)] == ["\U0001f600", "a?", r"\ud800"]
 
 
 def test_place_names_the_id_once(path):

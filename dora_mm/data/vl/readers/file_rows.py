@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic_core import from_json
 
 from dora_mm.data.vl.json_items import Item, check_encoding, json_lines, list_items, open_data
 from dora_mm.data.vl.readers.cells import table_lines
+from dora_mm.data.vl.readers.parquet import check_weight, parquet_batches
 from dora_mm.data.vl.rows import RowError
 from dora_mm.utils.messages import first_line
 from dora_mm.utils.sheets import sheet_rows
@@ -118,11 +118,7 @@ def _sheet_rows(path: Path) -> Iterator[Item]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Item]:
-    def batches() -> Iterator[pa.RecordBatch]:
-        with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(ROWS)
-
-    return _columnar_rows(path, "Parquet", batches())
+    return _columnar_rows(path, "Parquet", parquet_batches(path, ROWS))
 
 
 def _arrow_rows(path: Path) -> Iterator[Item]:
@@ -147,13 +143,15 @@ def _columnar_rows(path: Path, kind: str, batches: Iterable[pa.RecordBatch]) -> 
     """The rows of record batches, a few at a time.
 
     Raises:
-        ValueError: While iterating: the file is damaged or has no rows.
+        ValueError: While iterating: the file is damaged, has no rows, or so few would take more memory than the file.
     """
     number = 0
     try:
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
-            yield f"row {number}", row
+        for batch in batches:
+            check_weight(path, batch)
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         after = f" after row {number}, the last complete row" if number else ""
         raise ValueError(f"{path} is truncated or not a valid {kind} file{after} ({first_line(error)})") from None
