@@ -10,10 +10,11 @@ from dora_mm.data.vl.splits import ValidationSet, open_split
 from dora_mm.eval.vl.reports import write_answers, write_examples, write_report
 from dora_mm.models.vl.server import Server, ServerAnswers
 from dora_mm.registries.suites import suite_file
-from dora_mm.sampling.answers import answer_all
+from dora_mm.sampling.answers import AnswersFolder, answer_all
 from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.train.validation import main_values
 from dora_mm.utils.digest import files_digest
+from dora_mm.utils.processes import num_started
 
 log = logging.getLogger(__name__)
 ANSWERS = "answers"  # the folder of a run
@@ -30,8 +31,11 @@ def main(config: EvalServerConfig, *, resume: Path | None = None) -> None:
 
     Raises:
         ServerError: The server does not answer.
-        ValueError: It refuses a row, the data cannot be used, or `output` is that of another evaluation.
+        ValueError: It refuses a row, the data cannot be used, `output` is that of another evaluation, or several
+            processes were started.
     """
+    if num_started() > 1:
+        raise ValueError("eval_server asks server.at_once rows at a time in one process: start it without torchrun")
     server = Server(config.server)
     served = ServerAnswers(server, server.model(), config.decode, config.prompts)
     splits = splits_of(config, served)
@@ -39,8 +43,8 @@ def main(config: EvalServerConfig, *, resume: Path | None = None) -> None:
     check_reopened(config, inputs)
     answers = {name: served.answerer(name) for name in splits}
     with evaluation_run(config, inputs) as run:
-        kept = run.path / ANSWERS
-        answered = answer_all(answers, (), splits, config.server.at_once, folder=kept, content=images_digest)
+        kept = AnswersFolder(run.path / ANSWERS, images_digest)
+        answered = answer_all(answers, (), splits, config.server.at_once, folder=kept)
         if served.num_cut:
             log.warning("%d answers were cut at the most tokens: see decode.max_new_tokens", served.num_cut)
         settings = {"decode": config.decode.model_dump(mode="json"), "server": {"model": served.model}}

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from dora_mm.models.vl.families import is_local, load_vl_model
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.registries.suites import suite_file
 from dora_mm.registries.vl_tasks import TASKS
-from dora_mm.sampling.answers import answer_all, read_answers
+from dora_mm.sampling.answers import AnswersFolder, answer_all, read_answers
 from dora_mm.tasks.preferences import KeptReference, Preferences
 from dora_mm.tasks.vl import answerers
 from dora_mm.train.resuming import started_config
@@ -34,6 +35,7 @@ from dora_mm.train.validation import main_values
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import files_digest
+from dora_mm.utils.processes import divided, started_together
 from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -59,23 +61,27 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
             that of another evaluation.
     """
     folder = formats.adapter_folder(resolve_path(config.adapter, "adapter")) if config.adapter else None
-    seed = seed_of(folder) if folder else 0
+    seed, processes = seed_of(folder) if folder else 0, started_together()
+    mapped = partial(divided, processes)
     model = load_vl_model(config.model, config.vision, seed=seed, device=default_device())
     model.check(task.task for task in config.data.all_tasks)
-    splits = open_validation(config.data, config.decode, model)
-    if is_local(config.model, config.vision):  # before the weights are loaded
+    with processes.main_first():  # it writes the tables that the others open
+        splits = open_validation(config.data, config.decode, model)
+    if processes.is_main and is_local(config.model, config.vision):  # before the weights are loaded
         check_reopened(config, inputs_of(config, model, splits, folder))
     earlier = earlier_answers(config, data_of(splits), splits) if config.same_as else {}
     bare = KeptReference()
-    bare.compute(model, splits, config.decode.batch_size, on_bad_data=config.data.on_bad_data)
+    bare.compute(model, splits, config.decode.batch_size, on_bad_data=config.data.on_bad_data, mapped=mapped)
     if folder:
         load_trained(model, folder, backend=config.backend)
     answers = answerers(model, splits, config.decode, Preferences(model, config.preference, bare))
     inputs = inputs_of(config, model, splits, folder)
-    with evaluation_run(config, inputs) as run:
-        kept = run.path / ANSWERS
+    with processes.run(evaluation_run(config, inputs)) as run:
+        kept = AnswersFolder(run.path / ANSWERS, model.content, processes)
         asked = (answers, model.networks.values(), splits, config.decode.batch_size)
-        answered = answer_all(*asked, folder=kept, content=model.content)
+        answered = answer_all(*asked, mapped=mapped, folder=kept)
+        if not processes.is_main:
+            return
         scores = report_all(config, run, answered, splits, inputs)
         if config.same_as:
             report_same(config.same_as, run, splits, earlier)

@@ -54,6 +54,7 @@ from dora_mm.train.run import check_resumed, finished_run, training_run, trainin
 from dora_mm.train.setup import training_setup
 from dora_mm.train.validation import LOSS, SplitScores, Validation, log_scores, main_values, task_qualities
 from dora_mm.train.weights import EMA, WeightAverage, result_of
+from dora_mm.utils.evaluating import map_shared
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
@@ -191,7 +192,8 @@ def scoring_of(
     losses = RowLosses(model, splits, training, loss, **settings, limit=limit, process=process)
     asked = (answers, model.networks.values(), splits, config.evaluate.batch_size)
     # Where the model is sharded, all give all answers: how many passes one takes depends on its length.
-    answer = partial(answer_all, *asked, limit=limit, process=(0, 1) if config.train.shard else process)
+    mapped = map if config.train.shard else partial(map_shared, process=process)
+    answer = partial(answer_all, *asked, limit=limit, mapped=mapped)
     save = result(lambda file: save_answers(file, *asked))
     return SplitScores(accelerator, result(answer), partial(score_all, meteor=False), result(losses), save)
 
@@ -206,7 +208,8 @@ def keep_reference(
 ) -> None:
     """Computes what the model says of all pairs before its first step, which they are compared with from then on."""
     settings: dict[str, Any] = {"on_bad_data": config.data.on_bad_data, "precision": accelerator.autocast}
-    settings["process"] = (accelerator.process_index, accelerator.num_processes)
+    process = (accelerator.process_index, accelerator.num_processes)
+    settings["mapped"] = partial(map_shared, process=process, in_step=True)
     kept.compute(model, training, config.train.batch_size, **settings)
     kept.compute(model, splits, config.train.batch_size, limit=config.evaluate.limit, **settings)
 

@@ -6,6 +6,7 @@ import json
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -16,7 +17,8 @@ from dora_mm.data.vl.rows import OnBadData, RowTooLongError
 from dora_mm.data.vl.splits import ValidationSet
 from dora_mm.registries.suites import file_stem
 from dora_mm.utils.atomic import append_text, write_text
-from dora_mm.utils.evaluating import evaluating, map_shared
+from dora_mm.utils.evaluating import Map, evaluating
+from dora_mm.utils.processes import ALONE, Processes
 from dora_mm.utils.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -25,15 +27,29 @@ ContentOf = Callable[[Example, str | None], str]  # an example and the folder of
 MOST_REFERENCES = 5  # of a caption, or answers of VQA
 
 
+@dataclass(frozen=True)
+class AnswersFolder:
+    """Where answers are kept, from which the same evaluation goes on after one that was stopped.
+
+    Attributes:
+        path: The folder, which gets <task>.jsonl.
+        content: Says what the images of an example are, which are compared where answers were kept.
+        processes: Those that share the batches, of which the main one writes.
+    """
+
+    path: Path
+    content: ContentOf
+    processes: Processes = ALONE
+
+
 def answer_all(
     answers: Mapping[str, Answer],
     networks: Iterable[nn.Module],
     sets: Mapping[str, ValidationSet],
     batch_size: int,
     limit: int | None = None,
-    process: tuple[int, int] = (0, 1),
-    folder: Path | None = None,
-    content: ContentOf | None = None,
+    mapped: Map = map,
+    folder: AnswersFolder | None = None,
 ) -> dict[str, Predictions]:
     """Answers the rows of every split.
 
@@ -45,10 +61,8 @@ def answer_all(
         sets: The splits by task name.
         batch_size: Examples per batch.
         limit: Answers only this many rows of each split; None means all.
-        process: (index, count) if several processes share the batches.
-        folder: Keeps the answers, in <task>.jsonl, from which a process goes on after one that was stopped; None keeps
-            none.
-        content: Says what the images of an example are, which are compared where answers were kept; None: they are not.
+        mapped: Computes the answers to batches; other than `map` where several processes share them.
+        folder: Keeps the answers; None: nothing does.
 
     Returns:
         The examples with their answers, by task name, in the order of the splits.
@@ -59,8 +73,8 @@ def answer_all(
     with evaluating(networks) as together, fixed_parameters(together):
         found = {}
         for name, split in sets.items():
-            kept = folder and KeptAnswers(folder / f"{file_stem(name)}.jsonl", split, content)
-            found[name] = _answer_split(answers[name], split, batch_size, limit, name, process, kept)
+            kept = folder and KeptAnswers(folder, name, split)
+            found[name] = _answer_split(answers[name], split, batch_size, limit, name, mapped, kept)
         return found
 
 
@@ -75,7 +89,7 @@ def _answer_split(
     batch_size: int,
     limit: int | None,
     name: str,
-    process: tuple[int, int],
+    mapped: Map,
     kept: KeptAnswers | None,
 ) -> Predictions:
     """Answers the rows of a split in batches.
@@ -90,7 +104,7 @@ def _answer_split(
     batches = [range(start, min(start + batch_size, count)) for start in range(len(texts), count, batch_size)]
     with Progress(name, count, "rows", done=len(texts)) as progress:
 
-        def answers_of(rows: range) -> list[str | None]:
+        def answers_of(rows: range) -> tuple[list[str | None], list[str]]:
             examples = [table[row] for row in rows]
             try:
                 found: list[str | None] = list(answer(examples, split.images))
@@ -98,18 +112,20 @@ def _answer_split(
                 if table.on_bad_data == "stop" and not isinstance(error, RowTooLongError):
                     raise
                 found = _one_by_one(answer, examples, split.images, errors, table.on_bad_data)
-            if kept:
-                kept.add(rows, found)
             progress.advance(len(rows))
-            return found
+            return found, kept.contents(rows) if kept else []
 
-        texts += [text for found in map_shared(answers_of, batches, process) for text in found]
-    rows = [(table[row], text) for row, text in zip(range(count), texts, strict=True) if text is not None]
-    if count and not rows:
+        for found, contents in mapped(answers_of, batches):
+            if kept:
+                kept.add(found, contents)
+            texts += found
+            progress.done = max(progress.done, len(texts))  # others have answered, too
+    answered = [(table[row], text) for row, text in zip(range(count), texts, strict=True) if text is not None]
+    if count and not answered:
         raise errors[0] if errors else ValueError(f"no row of {name} could be read")
-    if len(rows) < count:
-        log.warning("%d of %d rows of %s could not be read, and were left out", count - len(rows), count, name)
-    return rows
+    if len(answered) < count:
+        log.warning("%d of %d rows of %s could not be read, and were left out", count - len(answered), count, name)
+    return answered
 
 
 def _one_by_one(
@@ -162,19 +178,23 @@ class KeptAnswers:
     Each line is of a row: its answer, None where it could not be read, what its images were, and a checksum.
 
     Args:
-        file: The file.
+        folder: Where it is.
+        task: The task.
         split: The split.
-        content: As in `answer_all`.
     """
 
-    def __init__(self, file: Path, split: ValidationSet, content: ContentOf | None):
-        self.file, self.split, self.content = file, split, content
+    def __init__(self, folder: AnswersFolder, task: str, split: ValidationSet):
+        self.file, self.folder, self.split = _file_of(folder.path, task), folder, split
 
     def whole_batches(self, batch_size: int, count: int) -> list[str | None]:
         """The answers of whole batches that an earlier process has kept; what follows them is cut off the file.
 
         They end before a row whose images are others now.
         """
+        processes = self.folder.processes
+        return processes.from_main(self._whole_batches(batch_size, count) if processes.is_main else [])
+
+    def _whole_batches(self, batch_size: int, count: int) -> list[str | None]:
         found: list[str | None] = []
         lines: list[str] = []
         for answer, content in _kept(self.file):
@@ -186,15 +206,18 @@ class KeptAnswers:
         write_text(self.file, "".join(lines[:size]))
         return found[:size]
 
-    def add(self, rows: Iterable[int], answers: Iterable[str | None]) -> None:
-        """Keeps the answers to rows, which follow those that are there."""
-        append_text(
-            self.file, "".join(_line(text, self._content(row)) for row, text in zip(rows, answers, strict=True))
-        )
+    def add(self, answers: Iterable[str | None], contents: Iterable[str]) -> None:
+        """Keeps the answers to rows, which follow those that are there, and what the images of each were."""
+        if self.folder.processes.is_main:
+            append_text(self.file, "".join(map(_line, answers, contents)))
+
+    def contents(self, rows: Iterable[int]) -> list[str]:
+        """What the images of rows are."""
+        return [self._content(row) for row in rows]
 
     def _content(self, row: int) -> str:
         try:
-            return self.content(self.split.table[row], self.split.images) if self.content else ""
+            return self.folder.content(self.split.table[row], self.split.images)
         except (OSError, ValueError):  # what cannot be read has no answer either
             return ""
 
@@ -204,7 +227,11 @@ def read_answers(folder: Path, task: str) -> list[tuple[str | None, str]]:
 
     The answer is None to a row that cannot be read.
     """
-    return list(_kept(folder / f"{file_stem(task)}.jsonl"))
+    return list(_kept(_file_of(folder, task)))
+
+
+def _file_of(folder: Path, task: str) -> Path:
+    return folder / f"{file_stem(task)}.jsonl"
 
 
 def _kept(file: Path) -> Iterator[tuple[str | None, str]]:

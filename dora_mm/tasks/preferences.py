@@ -28,9 +28,9 @@ from dora_mm.data.vl.splits import TrainingSet, ValidationSet
 from dora_mm.models.vl.vl_model import VLModel, likeliest_answer
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.tasks.held_out import Precision
-from dora_mm.utils.evaluating import evaluating, map_shared
+from dora_mm.utils.evaluating import Map, evaluating
 from dora_mm.utils.losses import LossSum
-from dora_mm.utils.progress import tracked
+from dora_mm.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 Reference = Callable[[Any], Tensor]  # a batch of pairs -> log-probabilities of chosen and rejected answers (2, B)
@@ -158,7 +158,7 @@ class KeptReference:
         on_bad_data: OnBadData,
         limit: int | None = None,
         precision: Precision = nullcontext,
-        process: tuple[int, int] = (0, 1),
+        mapped: Map = map,
     ) -> None:
         """Computes the log-probabilities of all pairs of some tables; those that cannot be encoded are left out.
 
@@ -169,7 +169,7 @@ class KeptReference:
             on_bad_data: See `VLModel.batch`.
             limit: At most so many rows of each; None: all.
             precision: Opens the autocast of the training.
-            process: (index, count) if several processes share the work.
+            mapped: Computes batches; other than `map` where several processes share them.
 
         Raises:
             ValueError: A row cannot be encoded and `on_bad_data` is "stop".
@@ -179,6 +179,7 @@ class KeptReference:
             batch = pairs_of(model, name, [found.table[row] for row in rows], found.images, on_bad_data)
             with precision():
                 chosen, rejected = -by_answer(model.row_losses(batch)[0])
+            progress.advance()
             return [*zip(map(_key, batch.examples), chosen.tolist(), rejected.tolist(), strict=True)]
 
         paired = {name: found for name, found in sets.items() if TASKS[name].pairs}
@@ -188,9 +189,10 @@ class KeptReference:
             for name, found in paired.items():
                 count = min(len(found.table), limit or len(found.table))
                 slices = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-                shown = tracked(slices, f"{name} by the model as it starts", "batches")
-                for values in map_shared(partial(known, name, found), shown, process, in_step=True):
-                    self._values |= {key: (chosen, rejected) for key, chosen, rejected in values}
+                with Progress(f"{name} by the model as it starts", len(slices), "batches") as progress:
+                    for done, values in enumerate(mapped(partial(known, name, found), slices), start=1):
+                        self._values |= {key: (chosen, rejected) for key, chosen, rejected in values}
+                        progress.done = max(progress.done, done)
 
     def state_dict(self) -> dict[str, Tensor]:
         keys = torch.tensor([*self._values], dtype=torch.int64)

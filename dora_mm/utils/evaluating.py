@@ -1,14 +1,16 @@
 """Evaluations in the middle of a training: networks in eval mode, and work that its processes share."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
+# The results of a function for items, in their order, in every process: `map`, or what divides them among processes
+Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 
 @contextlib.contextmanager

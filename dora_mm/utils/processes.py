@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from itertools import count as numbers
@@ -28,7 +28,9 @@ REPORTER = "reporter"  # the key of the process that says what has ended the com
 PAUSE = 0.05  # seconds between two looks into the store
 LONGEST_SEARCH = timedelta(seconds=60)  # for the store
 
+ItemT = TypeVar("ItemT")
 ValueT = TypeVar("ValueT")
+log = logging.getLogger(__name__)
 
 
 class OtherProcessError(ValueError):
@@ -70,6 +72,20 @@ class Processes:
             self.put(key, value)
             return value
         return self.wait_for(key)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Lets the main process run a block before the others, which then find the files that it has written.
+
+        Raises:
+            OtherProcessError: The main process, or another one, has stopped.
+        """
+        key = self.next_call()
+        if not self.is_main:
+            self.wait_for(key)
+        yield
+        if self.is_main and self.count > 1:
+            self.put(key, None)
 
     @contextmanager
     def run(self, opened: AbstractContextManager[RunDirectory]) -> Iterator[RunDirectory]:
@@ -181,6 +197,63 @@ class DividedWork:
                 result = self.processes.wait_for(key)
                 self._others.remove(number)
                 yield result
+
+
+def divided(processes: Processes, function: Callable[[ItemT], ValueT], items: Sequence[ItemT]) -> Iterator[ValueT]:
+    """The results of a function for items, in their order, in every process; each computes what is free.
+
+    The main process says what the others warn of meanwhile.
+
+    Args:
+        processes: The processes.
+        function: Computes a result that is the same after JSON has held it.
+        items: The same in all processes.
+
+    Raises:
+        OtherProcessError: A process has stopped.
+    """
+    if processes.count == 1:
+        yield from map(function, items)
+        return
+    share, name, next_one = DividedWork(processes, len(items)), processes.next_call(), 0
+    for number in share:
+        with nullcontext([]) if processes.is_main else _kept_warnings() as warnings:
+            result = function(items[number])
+        processes.put(f"{name}/{number}", [result, warnings])
+        while next_one < len(items) and processes.has(f"{name}/{next_one}"):
+            yield _said(processes.wait_for(f"{name}/{next_one}"))
+            next_one += 1
+    for number in range(next_one, len(items)):
+        yield _said(processes.wait_for(f"{name}/{number}"))
+
+
+def _said(found: tuple[ValueT, list[str]]) -> ValueT:
+    """A result, after what its process has warned of was said, which only the main one does."""
+    result, warnings = found
+    for text in warnings:
+        log.warning("%s", text)
+    return result
+
+
+@contextmanager
+def _kept_warnings() -> Iterator[list[str]]:
+    """The warnings of a process that says none, as long as the context is open."""
+    texts: list[str] = []
+    keeper = logging.Handler(logging.WARNING)
+    keeper.emit = lambda record: texts.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in OURS]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(keeper)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+    try:
+        yield texts
+    finally:
+        for logger, (level, propagates) in zip(loggers, before, strict=True):
+            logger.removeHandler(keeper)
+            logger.setLevel(level)
+            logger.propagate = propagates
 
 
 def num_started() -> int:

@@ -1,5 +1,6 @@
 """Processes that were started together, here two in one interpreter that meet in a store; and their devices."""
 
+import logging
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -10,7 +11,15 @@ from torch.distributed import HashStore
 from dora_mm import cli
 from dora_mm.utils import processes
 from dora_mm.utils.devices import default_device
-from dora_mm.utils.processes import ALONE, DividedWork, OtherProcessError, Processes, reports_end, started_together
+from dora_mm.utils.processes import (
+    ALONE,
+    DividedWork,
+    OtherProcessError,
+    Processes,
+    divided,
+    reports_end,
+    started_together,
+)
 from dora_mm.utils.run_directory import RunDirectory
 
 
@@ -65,6 +74,41 @@ def test_the_main_process_opens_a_run_and_the_others_go_into_it(two, tmp_path):
     with main.run(opened()) as run, other.run(opened()) as found:
         assert run.path == found.path == tmp_path
     assert entered == [1]
+
+
+def test_all_have_the_results_of_all_in_order_and_the_main_process_says_what_others_warn_of(two, caplog):
+    main, other = two
+
+    def double(item):
+        if item == 5:
+            logging.getLogger("dora_mm.data").warning("%d is odd", item)
+        return [2 * item, None]
+
+    theirs = divided(other, double, [4, 5, 6, 7])
+    assert [next(theirs), next(theirs)] == [[8, None], [10, None]]
+    caplog.clear()
+    ours = divided(main, double, [4, 5, 6, 7])
+    assert [next(ours) for _ in range(4)] == [[8, None], [10, None], [12, None], [14, None]]
+    assert caplog.messages == ["5 is odd"]
+    assert [*theirs] == [[12, None], [14, None]]
+    assert [*ours] == []
+    assert logging.getLogger("dora_mm").propagate
+
+
+def test_the_main_process_prepares_what_the_others_find(two, monkeypatch):
+    main, other = two
+    done = []
+
+    def prepare(seconds):  # while the other waits
+        with main.main_first():
+            done.append("main")
+
+    monkeypatch.setattr(processes, "time", SimpleNamespace(sleep=prepare))
+    with other.main_first():
+        done.append("other")
+    with ALONE.main_first():
+        pass
+    assert done == ["main", "other"]
 
 
 def wait_for_a_value(main, other):

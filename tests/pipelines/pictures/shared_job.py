@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,11 @@ from dora_mm.utils.processes import started_together
 WHOLE, SHARED = Path("whole"), Path("shared")
 
 
+def pictures(run: Path) -> list[Path]:
+    """The pictures of a run that are there, relative to it."""
+    return sorted(path.relative_to(run) for path in (run / "samples").rglob("*.png"))
+
+
 class Death(NamedTuple):
     """When processes are killed.
 
@@ -36,15 +41,17 @@ class Death(NamedTuple):
         ranks: Which ones.
         after: When so many pictures are there.
         seconds: Later than that.
+        there: What counts them, if they are no pictures.
     """
 
     ranks: Collection[int] = ()
     after: int = 0
     seconds: float = 0.0
+    there: Callable[[], int] = lambda: len(pictures(SHARED))
 
     def wait(self) -> None:
         """Waits for the moment, and kills this process."""
-        while len(pictures(SHARED)) < self.after:
+        while self.there() < self.after:
             time.sleep(0.005)
         time.sleep(self.seconds)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -69,11 +76,6 @@ def launch(arguments: list[str], count: int, death: Death) -> bool:
     except ChildFailedError:
         return False
     return True
-
-
-def pictures(run: Path) -> list[Path]:
-    """The pictures of a run that are there, relative to it."""
-    return sorted(path.relative_to(run) for path in (run / "samples").rglob("*.png"))
 
 
 def kill_at_random(arguments: list[str], kills: int, loading: float, drawing: float) -> int:
