@@ -45,7 +45,8 @@ differentiated and as a constant. along: the share of dL/dW' along the rows of V
 loses. condition and rank: the common logarithm of the condition number (12: at least that), and the effective rank, of
 the second moments over rows, of dL/dW' and (projected) of the exact dL/dV. random: the control, random rows in the
 place of V's, with the coefficients of V's in condition and rank: what any projection does to a gradient of few
-directions. magnitude: |dL/dm|."""
+directions. It is the mean over draws for each matrix, and sd their standard deviation, of condition that of the common
+logarithm. magnitude: |dL/dm|."""
 
 
 def main(

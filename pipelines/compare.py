@@ -2,8 +2,9 @@
 
 Every method at every rank gets its own learning rate: all candidates are trained once and scored on data for tuning;
 the best one is trained once per seed and scored on data that neither training nor tuning used. The training that won
-the tuning counts as the first of these, which may favour lucky ones. Every finished training is a row of a CSV file,
-and what it drew or answered are files in `output`, so an interrupted comparison resumes when it is started again.
+the tuning counts as the first of these, which may favour lucky ones; with `rate_seeds` the mean over several trainings
+of each candidate decides. Every finished training is a row of a CSV file, and what it drew or answered are files in
+`output`, so an interrupted comparison resumes when it is started again.
 """
 
 from pathlib import Path

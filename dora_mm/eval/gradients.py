@@ -9,7 +9,8 @@ With W' = diag(m / n) V, n the norms of the rows of V, and G = dL/dW':
 G is never needed to train; it is the sum over tokens of dY x^T, which takes a product of the size of the layer's own.
 
 A gradient of few tokens has few directions, and any matrix of full rank that is taken from it fills the rest. So what
-the projection does to the spectrum stands beside a control: the same coefficients, along random rows instead of V's.
+the projection does to the spectrum stands beside a control: the same coefficients, along random rows instead of V's,
+drawn several times for each matrix.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from dora_mm.utils.tables import csv_records
 log = logging.getLogger(__name__)
 FOLDER = "gradients"  # of a run; one file for each step
 MOST = 64  # matrices that are watched, evenly spaced: G has the size of the weight, in fp32
+DRAWS = 5  # of random rows for each matrix
 NEGLIGIBLE = 1e-12  # eigenvalues below this share of the largest one are rounding
 
 
@@ -53,14 +55,18 @@ class GradientShape(NamedTuple):
         exact: ||dL/dV|| / ||dL/dW'||.
         detached: The same with n as a constant.
         along: The root of the share of ||dL/dW'||^2 that points along the rows of V, which the projection takes away.
-        along_random: The same along random rows: the control.
+        along_random: The same along random rows: the control, a mean over DRAWS of them.
+        sd_along_random: Its standard deviation between draws.
         condition: The largest eigenvalue of the second moments of dL/dW' over rows, over the smallest. What is below
             10^-12 of the largest is rounding, and counts as that much: 10^12 says "at least".
         condition_projected: The same for dL/dV, exact.
-        condition_random: The same, with the parts along V's rows taken away along random rows instead: the control.
+        condition_random: The same, with the parts along V's rows taken away along random rows instead: the control, a
+            geometric mean over draws.
+        sd_condition_random: The standard deviation of its common logarithm between draws.
         rank: Their effective rank: exp of the entropy of the eigenvalues' shares (Roy and Vetterli, 2007).
         rank_projected: The same for dL/dV, exact.
-        rank_random: The same of the control.
+        rank_random: The same of the control, a mean over draws.
+        sd_rank_random: Its standard deviation between draws.
         magnitude: The mean over rows of |dL/dm|.
     """
 
@@ -69,22 +75,26 @@ class GradientShape(NamedTuple):
     detached: float
     along: float
     along_random: float
+    sd_along_random: float
     condition: float
     condition_projected: float
     condition_random: float
+    sd_condition_random: float
     rank: float
     rank_projected: float
     rank_random: float
+    sd_rank_random: float
     magnitude: float
 
 
-def gradient_shape(G: Tensor, V: Tensor, m: Tensor | None) -> GradientShape | None:
+def gradient_shape(G: Tensor, V: Tensor, m: Tensor | None, matrix: str) -> GradientShape | None:
     """Computes it in float64.
 
     Args:
         G: dL/dW' (O, I).
         V: The directions W0 + s B A (O, I).
         m: The magnitude (O,); None: the norms of V, as without a magnitude, where W' is V.
+        matrix: Its name, for random rows of its own.
 
     Returns:
         The numbers; None where the gradient is 0, or not finite, as in fp16 before the scale has settled.
@@ -96,31 +106,43 @@ def gradient_shape(G: Tensor, V: Tensor, m: Tensor | None) -> GradientShape | No
     n = torch.linalg.vector_norm(V, dim=1, keepdim=True)
     units = torch.where(n > 0, V / n, 0)
     gain = torch.ones_like(n) if m is None else torch.where(n > 0, m.double().unsqueeze(1) / n, 1)
-    random = random_units(G)
     dots = (G * units).sum(dim=1, keepdim=True)
     projected = gain * (G - dots * units)
     condition, rank = spectrum(G)
     condition_projected, rank_projected = spectrum(projected)
-    condition_random, rank_random = spectrum(gain * (G - dots * random))
+    drawn = torch.tensor(
+        [control(G, dots, gain, random_units(G, matrix, draw)) for draw in range(DRAWS)], dtype=torch.float64
+    )
+    means, spreads = drawn.mean(dim=0).tolist(), drawn.std(dim=0).tolist()
     return GradientShape(
-        float(norm),
-        float(torch.linalg.vector_norm(projected) / norm),
-        float(torch.linalg.vector_norm(gain * G) / norm),
-        float(torch.linalg.vector_norm(dots) / norm),
-        float(torch.linalg.vector_norm((G * random).sum(dim=1)) / norm),
-        condition,
-        condition_projected,
-        condition_random,
-        rank,
-        rank_projected,
-        rank_random,
-        float(dots.abs().mean()),
+        norm=float(norm),
+        exact=float(torch.linalg.vector_norm(projected) / norm),
+        detached=float(torch.linalg.vector_norm(gain * G) / norm),
+        along=float(torch.linalg.vector_norm(dots) / norm),
+        along_random=means[0],
+        sd_along_random=spreads[0],
+        condition=condition,
+        condition_projected=condition_projected,
+        condition_random=10 ** means[1],
+        sd_condition_random=spreads[1],
+        rank=rank,
+        rank_projected=rank_projected,
+        rank_random=means[2],
+        sd_rank_random=spreads[2],
+        magnitude=float(dots.abs().mean()),
     )
 
 
-def random_units(G: Tensor) -> Tensor:
-    """Random rows of length 1 in the shape of a matrix, equal for equal shapes and whatever a training has drawn."""
-    stream = generator(0, 0, "rows in the place of a weight's")
+def control(G: Tensor, dots: Tensor, gain: Tensor, rows: Tensor) -> tuple[float, float, float]:
+    """The share of G along other rows, and what taking `dots` along these leaves: log10 of the condition, and rank."""
+    along = torch.linalg.vector_norm((G * rows).sum(dim=1)) / torch.linalg.vector_norm(G)
+    condition, rank = spectrum(gain * (G - dots * rows))
+    return float(along), math.log10(condition), rank
+
+
+def random_units(G: Tensor, matrix: str, draw: int) -> Tensor:
+    """Random rows of length 1 in the shape of G: a function of the matrix's name and the number of the draw."""
+    stream = generator(0, draw, f"rows in the place of those of {matrix}")
     rows = torch.randn(G.shape, generator=stream, dtype=torch.float64).to(G)
     return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
 
@@ -184,7 +206,7 @@ class GradientWatch:
                 continue
             (adapter,) = layer.adapters()
             V, m = directions(as_matrix(layer.weight), adapter).cpu(), adapter.magnitude
-            shape = gradient_shape(self.sums[name] / scale, V, None if m is None else m.cpu())
+            shape = gradient_shape(self.sums[name] / scale, V, None if m is None else m.cpu(), name)
             if shape is not None:
                 about = {"method": method_of(layer.adaptation.spec)}
                 numbers = {key: f"{value:.6g}" for key, value in shape._asdict().items()}

@@ -145,7 +145,9 @@ class CompareConfig(CampaignConfig):
     # How scores depend on the rate is reported: every training gets reported scores, and the neighbours of the best
     # rate are trained with all seeds, too
     curves: bool = False
-    seeds: Annotated[Items[Seed], Field(min_length=2)] = (0, 1, 2)  # a training each; the first also for rates
+    seeds: Annotated[Items[Seed], Field(min_length=2)] = (0, 1, 2)  # a training each at the best rate
+    # A rate is chosen by the mean over so many of the first seeds, which are trained at all rates
+    rate_seeds: PositiveInt = 1
     pictures: ComparePicturesConfig | None = None  # what is compared: either these,
     questions: CompareQuestionsConfig | None = None  # or these
 
@@ -160,6 +162,8 @@ class CompareConfig(CampaignConfig):
     def _keys_agree(self) -> "CompareConfig":
         named = {"ranks names a rank": self.ranks, "seeds names a seed": self.seeds}
         problems = [f"{what} twice" for what, values in named.items() if len(set(values)) < len(values)]
+        if self.rate_seeds > len(self.seeds):
+            problems.append(f"rate_seeds: there are only {len(self.seeds)} seeds")
         odd = [rank for rank in self.ranks if rank % 2 and rank > 1]
         if self.half_ranks and odd:
             problems.append(f"ranks: {odd[0]} has no half: take an even rank, or set half_ranks: false")

@@ -17,10 +17,10 @@ EXPLAINED = """Score: {title}. As good: the rates around the highest score of th
 half the width of that score's interval, between rates interpolated along their logarithm; > and <: the band reaches the
 end of what was tried. Width: of that band in doublings of the rate. Around: the mean of the best rate and its two
 neighbours, which are others where best rates differ. In brackets: 95 % intervals over things or images and, where there
-are several, trainings; widths and best rates over things alone, since all rates have only the first seed in common.
-Differences are of the same things or images and the same seeds, which draw the same A, batches and noise; trainings of
-one seed are still no twins, least of all on different processors, whose rounding differs. p: of the difference at the
-best rates, and by Holm's correction for all of these."""
+are several, trainings; widths and best rates over things alone, of the first seed. Differences are of the same things
+or images and the same seeds, which draw the same A, batches and noise; trainings of one seed are still no twins, least
+of all on different processors, whose rounding differs. p: of the difference at the best rates, and by Holm's correction
+for all of these."""
 
 SCORES = (0.0, np.inf)  # the lowest and the highest possible one; CIDEr can be above 1
 

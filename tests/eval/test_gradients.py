@@ -10,6 +10,7 @@ from torch import nn
 from dora_mm.config.training import OptimizerConfig, ScheduleConfig
 from dora_mm.core import DoRASpec, adapter_parameters, inject
 from dora_mm.eval.gradients import (
+    DRAWS,
     GradientWatch,
     file_of,
     gradient_shape,
@@ -37,7 +38,7 @@ def test_it_is_autograd_of_the_formula():
     whole = magnitude[:, None] * leaf / leaf.norm(dim=1, keepdim=True)
     ((x @ whole.T) * dY).sum().backward()
     G = dY.T @ x
-    found = gradient_shape(G, V, m)
+    found = gradient_shape(G, V, m, "a")
     assert found.norm == pytest.approx(G.norm().item())
     assert found.exact == pytest.approx((leaf.grad.norm() / G.norm()).item())
     assert found.magnitude == pytest.approx(magnitude.grad.abs().mean().item())
@@ -49,33 +50,42 @@ def test_it_is_autograd_of_the_formula():
 
 def test_cases_by_hand():
     V = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
-    along = gradient_shape(V, V, None)
+    along = gradient_shape(V, V, None, "a")
     assert (along.along, along.exact, along.detached, along.rank_projected) == (1, 0, 1, 0)
-    across = gradient_shape(V[[1, 0]], V, torch.tensor([1.0, 2.0]))
+    across = gradient_shape(V[[1, 0]], V, torch.tensor([1.0, 2.0]), "a")
     assert (across.along, across.magnitude) == (0, 0)
     assert across.exact == across.detached == pytest.approx((0.25 + 16) ** 0.5 / 5**0.5)
     assert spectrum(torch.diag(torch.tensor([2.0, 2.0, 0.0])).double()) == pytest.approx((1e12, 2))
-    assert gradient_shape(torch.zeros(2, 2), V, None) is None
-    zeros = gradient_shape(torch.ones(2, 2), torch.zeros(2, 2), torch.zeros(2))
+    assert gradient_shape(torch.zeros(2, 2), V, None, "a") is None
+    zeros = gradient_shape(torch.ones(2, 2), torch.zeros(2, 2), torch.zeros(2), "a")
     assert (zeros.exact, zeros.along) == (1, 0)
 
 
 def test_the_control_takes_the_same_coefficients_along_random_rows():
     V, x, dY = weights()
-    m, G = torch.linspace(0.5, 2, 6, dtype=torch.float64), dY.T @ x
-    found, (n, R) = gradient_shape(G, V, m), (V.norm(dim=1), random_units(G))
-    control = (m / n)[:, None] * (G - ((G * V).sum(dim=1) / n)[:, None] * R)
-    assert spectrum(control) == pytest.approx((found.condition_random, found.rank_random))
-    assert found.along_random == pytest.approx(((G * R).sum(dim=1).norm() / G.norm()).item())
-    own = gradient_shape(G, 3 * R, m)  # V's rows are the random ones
-    assert own.condition_random == pytest.approx(own.condition_projected)
-    assert (own.rank_random, own.along_random) == pytest.approx((own.rank_projected, own.along))
+    m, G, n = torch.linspace(0.5, 2, 6, dtype=torch.float64), dY.T @ x, V.norm(dim=1)
+    found = gradient_shape(G, V, m, "a")
+    draws = []
+    for R in (random_units(G, "a", draw) for draw in range(DRAWS)):
+        condition, rank = spectrum((m / n)[:, None] * (G - ((G * V).sum(dim=1) / n)[:, None] * R))
+        draws.append((((G * R).sum(dim=1).norm() / G.norm()).item(), np.log10(condition), rank))
+    means, spreads = np.mean(draws, axis=0), np.std(draws, axis=0, ddof=1)
+    assert (found.along_random, np.log10(found.condition_random), found.rank_random) == pytest.approx(means)
+    assert (found.sd_along_random, found.sd_condition_random, found.sd_rank_random) == pytest.approx(spreads)
+    assert min(spreads) > 0
+
+
+def test_matrices_of_equal_shape_have_other_random_rows():
+    rows = [random_units(torch.empty(6, 9), matrix, draw) for matrix in ("a", "b") for draw in range(DRAWS)]
+    products = torch.stack([row.flatten() for row in rows]) @ torch.stack([row.flatten() for row in rows]).T / 6
+    assert (products - torch.eye(2 * DRAWS)).abs().max() < 0.6
+    assert torch.equal(rows[0], random_units(torch.ones(6, 9), "a", 0))
 
 
 def test_a_gradient_of_few_directions_is_filled_by_any_rows():
     stream = torch.Generator().manual_seed(4)
     G = torch.randn(24, 2, generator=stream) @ torch.randn(2, 40, generator=stream)
-    found = gradient_shape(G, torch.randn(24, 40, generator=stream), None)
+    found = gradient_shape(G, torch.randn(24, 40, generator=stream), None, "a")
     assert found.condition == pytest.approx(1e12)
     assert max(found.condition_projected, found.condition_random) < 1e9
     assert min(found.rank_projected, found.rank_random) > found.rank

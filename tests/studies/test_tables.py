@@ -1,17 +1,21 @@
-"""Tables that compare methods on vision-language tasks."""
+"""Tables that compare methods, on pictures and on vision-language tasks."""
 
 import csv
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dora_mm.eval.statistics import mean_interval
+from dora_mm.eval.images.scores import MEANS
+from dora_mm.eval.statistics import Interval, mean_interval
 from dora_mm.eval.vl.intervals import AnswerScores, intervals, points
 from dora_mm.studies.tables import (
     Result,
     contrasts_table,
     describe_sizes,
+    picture_results_csv,
+    picture_results_table,
     vl_contrasts_table,
     vl_results_csv,
     vl_results_table,
@@ -107,3 +111,15 @@ def test_the_csv_holds_the_same_numbers():
 def test_sizes():
     scores = {"vqa": random_scores(40, share=0.7), "caption": random_scores(40, prefix="c")}
     assert describe_sizes(scores).startswith(f"VQA {len(scores['vqa'].groups)} answers in 40 groups; CIDEr ")
+
+
+def test_the_committed_tables_of_pictures_are_as_they_are_written_now():
+    folder = Path("samples/comparison_3d")
+    text = (folder / "results.csv").read_text()
+    results = []
+    for row in csv.DictReader(io.StringIO(text)):
+        scores = {key: Interval(*(float(row[f"{key}_{end}"]) for end in ("mean", "low", "high"))) for key in MEANS}
+        summary = {"parameters": int(row["parameters"])} if row["parameters"] else {}
+        results.append(Result(row["name"], scores, row["learning_rate"], summary))
+    assert picture_results_csv(results) == text
+    assert picture_results_table(results) in (folder / "table.md").read_text()

@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache, partial
+from statistics import fmean
 from typing import Generic
 
 import numpy as np
@@ -34,14 +35,16 @@ class Campaign(Generic[ScoresT]):
     Args:
         config: The config.
         scoring: What is trained, and how it is scored.
-        seeds: Of the trainings; learning rates are chosen by the first.
+        seeds: Of the trainings.
+        rate_seeds: Learning rates are chosen by so many of the first seeds.
 
     Raises:
         ValueError: The folder belongs to another campaign, or the file of rows cannot be read.
     """
 
-    def __init__(self, config: CampaignConfig, scoring: Scoring[ScoresT], seeds: Sequence[int]):
-        self.config, self.scoring, self.seeds, self.inputs = config, scoring, seeds, scoring.inputs
+    def __init__(self, config: CampaignConfig, scoring: Scoring[ScoresT], seeds: Sequence[int], rate_seeds: int = 1):
+        self.config, self.scoring, self.inputs = config, scoring, scoring.inputs
+        self.seeds, self.rate_seeds = seeds, seeds[:rate_seeds]
         run = reopen_run(config, self.inputs, config.free_keys) or open_run(config, self.inputs)
         self.folder = run.path
         self.trainings = Trainings(self.folder, config.base, config.workers, scoring.overrides)
@@ -87,7 +90,7 @@ class Campaign(Generic[ScoresT]):
 
     def is_for_rates(self, training: Training) -> bool:
         """Whether learning rates are chosen by a training."""
-        return training.seed == self.seeds[0]
+        return training.seed in self.rate_seeds
 
     def score(self, training: Training, *, reported: bool) -> None:
         """Scores a finished training, and writes its row."""
@@ -106,6 +109,10 @@ class Campaign(Generic[ScoresT]):
         row = self.rows.get(training)
         assert row is not None, training.name
         return row
+
+    def value(self, variant: Variant, rate: float) -> float:
+        """The mean score by which a learning rate whose trainings are there is chosen."""
+        return fmean(self.row(Training(variant, rate, seed)).number for seed in self.rate_seeds)
 
     def machines(self, trainings: Sequence[Training]) -> str:
         """A sentence on what trainings that are there were made on, since rounding differs between processors."""

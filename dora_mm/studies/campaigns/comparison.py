@@ -34,7 +34,7 @@ class MethodComparison(Generic[ScoresT]):
 
     def __init__(self, config: CompareConfig, evaluation: Evaluation[ScoresT]):
         self.config, self.evaluation = config, evaluation
-        self.campaign = Campaign(config, evaluation, config.seeds)
+        self.campaign = Campaign(config, evaluation, config.seeds, config.rate_seeds)
         self.folder = self.campaign.folder
 
     def search(self) -> dict[Variant, dict[float, float]]:
@@ -47,15 +47,15 @@ class MethodComparison(Generic[ScoresT]):
             ValueError: A training reported a user's mistake.
             RuntimeError: A training failed in any other way.
         """
-        seed, reported = self.config.seeds[0], self.config.curves
+        seeds, reported = self.campaign.rate_seeds, self.config.curves
         candidates = candidate_rates(self.config.learning_rates, compared(self.config))
         found: dict[Variant, dict[float, float]] = {variant: {} for variant in candidates}
         pending = {variant: sorted(rates) for variant, rates in candidates.items()}
         for remaining in range(self.config.extra_rates, -1, -1):
-            trainings = [Training(variant, rate, seed) for variant, rates in pending.items() for rate in rates]
-            self.campaign.finish(trainings, reported=reported)
-            for training in trainings:
-                found[training.variant][training.rate] = self.campaign.row(training).number
+            rates = [(variant, rate) for variant, own in pending.items() for rate in own]
+            self.campaign.finish([Training(*each, seed) for seed in seeds for each in rates], reported=reported)
+            for variant, rate in rates:
+                found[variant][rate] = self.campaign.value(variant, rate)
             pending = {
                 variant: [beyond(tried, end) for end in self.open_ends(variant, tried)] if remaining else []
                 for variant, tried in found.items()
@@ -89,12 +89,19 @@ class MethodComparison(Generic[ScoresT]):
 
     def tried(self) -> dict[Variant, dict[float, float]]:
         """The rates of which there are rows, with their values, by variant; nothing is trained."""
-        found = {}
-        for variant in compared(self.config):
-            trainings = [Training(variant, rate, self.config.seeds[0]) for rate in self.campaign.rows.rates(variant)]
-            there = [each for each in trainings if self.campaign.is_there(each, reported=self.config.curves)]
-            found[variant] = {each.rate: self.campaign.row(each).number for each in there}
-        return found
+        return {
+            variant: {
+                rate: self.campaign.value(variant, rate)
+                for rate in self.campaign.rows.rates(variant)
+                if self.has_value(variant, rate)
+            }
+            for variant in compared(self.config)
+        }
+
+    def has_value(self, variant: Variant, rate: float) -> bool:
+        """Whether all trainings are there by which a rate is chosen."""
+        trainings = [Training(variant, rate, seed) for seed in self.campaign.rate_seeds]
+        return all(self.campaign.is_there(each, reported=self.config.curves) for each in trainings)
 
     def report(self, tried: Mapping[Variant, Mapping[float, float]]) -> None:
         """Writes table.md, results.csv, sheet.png and the curves, of what there are rows of, and prints the table.

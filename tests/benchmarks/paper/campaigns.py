@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -33,11 +34,13 @@ class Study:
         name: The model that was trained.
         rows: A row per training.
         cells: Returns a score per thing, or group of answers, of the scores of a row, (K,).
+        rate_seeds: The seeds by which rates were chosen.
     """
 
     name: str
     rows: Sequence[TrainingRow]
     cells: Callable[[str], np.ndarray]
+    rate_seeds: Sequence[int] = (0,)
 
     @cached_property
     def curves(self) -> dict[Variant, RateCurve]:
@@ -50,12 +53,20 @@ class Study:
 
     @cached_property
     def best(self) -> dict[Variant, float]:
-        """The learning rates that the first seed chose, on other things or questions than the reported ones."""
-        found: dict[Variant, dict[float, float]] = defaultdict(dict)
+        """The rates that `rate_seeds` chose by their mean, on other things or questions than the reported ones."""
+        return {variant: best_rate(rates) for variant, rates in self.tried.items()}
+
+    @cached_property
+    def tried(self) -> dict[Variant, dict[float, float]]:
+        """The mean by which each rate was chosen, of those that all `rate_seeds` have tried, by variant."""
+        found: dict[Variant, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
         for row in self.rows:
-            if row.value:
-                found[row.training.variant][row.training.rate] = row.number
-        return {variant: best_rate(rates) for variant, rates in found.items()}
+            if row.value and row.training.seed in self.rate_seeds:
+                found[row.training.variant][row.training.rate].append(row.number)
+        return {
+            variant: {rate: fmean(own) for rate, own in rates.items() if len(own) == len(self.rate_seeds)}
+            for variant, rates in found.items()
+        }
 
     @cached_property
     def preferred(self) -> dict[Variant, float]:
@@ -127,4 +138,5 @@ def scenes() -> tuple[Study, AnswerScores]:
     def cells(text: str) -> np.ndarray:
         return group_cells([AnswerScores(np.array(json.loads(text)["vqa"])[:, None], groups)])[:, 0]
 
-    return Study("VL-BART", rows_of("tuned_vl/trainings.csv"), cells), alone
+    seeds = config.seeds[: config.rate_seeds]
+    return Study("VL-BART", rows_of("tuned_vl/trainings.csv"), cells, seeds), alone

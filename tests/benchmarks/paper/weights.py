@@ -161,26 +161,26 @@ class Gradients:
 
 def projection_table(*steps: int) -> Records:
     """What the projection does to gradients of DoRA beside what random rows do, by step."""
+    return [row for step in steps for row in projection_rows(Gradients(step))]
+
+
+def projection_rows(gradients: Gradients) -> Records:
+    """Condition, effective rank and share along the rows, each with its control: the mean of each matrix's draws."""
     table = []
-    for gradients in map(Gradients, steps):
-        for name, title in (("condition", "condition (log10)"), ("rank", "effective rank")):
-            before, after, control = (gradients.values(f"{name}{end}") for end in ("", "_projected", "_random"))
-            sign = -1 if name == "condition" else 1  # a lower condition number is the better one
-            better = int((sign * control >= sign * after).sum())
-            table.append(
-                {"step": str(gradients.step), "": title}
-                | {"gradient": gradients.mean(before).text(), "projected": gradients.mean(after).text()}
-                | {"random rows": gradients.mean(control).text(), "less": gradients.mean(after - control).text()}
-                | {"random as good": f"{better} of {len(after)}"}
-            )
-        along, control = gradients.values("along"), gradients.values("along_random")
+    for name, title in (
+        ("condition", "condition (log10)"),
+        ("rank", "effective rank"),
+        ("along", "share along the rows"),
+    ):
+        control, projects = gradients.values(f"{name}_random"), name != "along"
+        own = gradients.values(f"{name}_projected" if projects else name)
+        as_good = control <= own if name == "condition" else control >= own  # the lower number is the better condition
         table.append(
-            {"step": str(gradients.step), "": "share along the rows", "gradient": gradients.mean(along).text()}
-            | {"projected": "-", "random rows": gradients.mean(control).text()}
-            | {
-                "less": gradients.mean(along - control).text(),
-                "random as good": f"{(control >= along).sum()} of {len(along)}",
-            }
+            {"step": str(gradients.step), "": title, "gradient": gradients.mean(gradients.values(name)).text()}
+            | {"projected": gradients.mean(own).text() if projects else "-"}
+            | {"random rows": gradients.mean(control).text()}
+            | {"sd of draws": f"{gradients.values(f'sd_{name}_random').mean():.2g}"}
+            | {"less": gradients.mean(own - control).text(), "random as good": f"{as_good.sum()} of {len(own)}"}
         )
     return table
 
