@@ -1,4 +1,4 @@
-"""Krea 2 (diffusers). `text` is what fuses the hidden states of the text encoder and brings them to the model's width."""
+"""Krea 2 (diffusers). `text` is what fuses the hidden states of its text encoder and brings them to its own width."""
 
 from dora_mm.targets.blocks import Block, compose
 from dora_mm.targets.flux import DEFAULT

@@ -11,6 +11,7 @@ from dora_mm.config.models import VisionConfig
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.models.vl.towers import building as towers
 from tests.models.images.flux2_klein import tiny as klein
+from tests.models.images.krea2 import tiny as krea2
 from tests.models.images.qwen_image import tiny as qwen_image
 from tests.models.images.z_image import tiny as z_image
 from tests.models.vl.vl_bart.small import small_bart, small_tokenizer
@@ -48,6 +49,10 @@ def build(name: str, folder: Path, tiny_sdxl: Path, tiny_vlm: Callable[[str], Pa
         klein.build(folder, is_distilled=True)
     elif name == "Qwen/Qwen-Image":
         qwen_image.build(folder)
+    elif name == "krea/Krea-2-Raw":
+        krea2.build(folder)
+    elif name == "krea/Krea-2-Turbo":
+        krea2.build(folder, is_distilled=True)
     elif name == "facebook/bart-base":
         tokenizer = small_tokenizer()
         small_bart(len(tokenizer)).save_pretrained(folder)

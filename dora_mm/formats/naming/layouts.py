@@ -230,7 +230,6 @@ Z_IMAGE = {
 }
 
 
-
 def _krea2_block(own: str, path: str) -> dict[str, str]:
     names = {"wq": "to_q", "wk": "to_k", "wv": "to_v", "wo": "to_out.0", "gate": "to_gate"}
     found = {f"{own}.attn.{name}": f"{path}.attn.{projection}" for name, projection in names.items()}

@@ -57,9 +57,9 @@ class TinyFlow:
         """Its name in messages."""
         return IMAGE_FAMILIES[self.name].title
 
-    def plain(self, folder: Path) -> Any:
+    def plain(self, folder: Path, **settings: Any) -> Any:
         """The model in plain diffusers."""
-        pipe = self.kind.from_pretrained(folder)
+        pipe = self.kind.from_pretrained(folder, **settings)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -53,9 +53,8 @@ def build(folder: Path, *, is_distilled: bool = False) -> Path:
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=4, max_image_seq_len=6400
     )
-    pipe = Krea2Pipeline(
-        scheduler, vae, text_encoder, tokenizer, transformer, text_encoder_select_layers=(1, 2, 4), is_distilled=is_distilled
-    )
+    components = (scheduler, vae, text_encoder, tokenizer, transformer)
+    pipe = Krea2Pipeline(*components, text_encoder_select_layers=(1, 2, 4), is_distilled=is_distilled)
     pipe.save_pretrained(folder)
     file = folder / "vae" / "config.json"  # the size of its pictures, which the published one leaves to the pipeline
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": 64}))
