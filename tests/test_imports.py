@@ -34,11 +34,12 @@ SOURCES = sorted(p for folder in ("dora_mm", "pipelines") for p in (ROOT / folde
 FAMILIES = re.compile(r"sdxl|vl_bart|vlbart|\bvl\b|\beyes\b|unet|tokenizer", re.IGNORECASE)
 ROOMS_WITHOUT_FAMILIES = ("tasks", "adapting", "eval", "sampling", "train", "preview", "studies", "pipelines")
 VL_FAMILIES = re.compile(r"vl_bart|vlbart|[\"']vlm[\"']|models\.vlm", re.IGNORECASE)
-IMAGE_FAMILIES = re.compile(r"sdxl|z[-_ ]?image|klein|qwen_image|Qwen-Image", re.IGNORECASE)
+IMAGE_FAMILIES = re.compile(r"sdxl|z[-_ ]?image|klein|qwen_image|Qwen-Image|krea", re.IGNORECASE)
 MAY_NAME_IMAGE_FAMILIES = (  # their own files, data about architectures and files, and examples
     *("dora_mm/targets/", "dora_mm/formats/", "dora_mm/config/", "dora_mm/cli/", "dora_mm/__init__.py"),
     *("dora_mm/models/images/sdxl/", "dora_mm/models/images/z_image.py", "dora_mm/models/images/flux2_klein.py"),
-    *("dora_mm/models/images/qwen_image.py", "dora_mm/registries/image_families.py"),
+    *("dora_mm/models/images/qwen_image.py", "dora_mm/models/images/krea2.py"),
+    "dora_mm/registries/image_families.py",
 )
 VL_TASKS = re.compile(rf"[\"']({'|'.join(TASKS)})[\"']")
 MAY_NAME_VL_TASKS = (  # the records of tasks; and of formats and metrics, some of which have the name of a task

@@ -18,6 +18,7 @@ REGEX = "re:"  # how patterns of paths begin that are regular expressions
 IMAGE_PARTS = (  # of all target maps of image models, with the network in front
     *("unet.attn", "unet.cross", "unet.ff", "unet.conv"),  # self-attention, cross-attention, feed-forward, convolutions
     *("transformer.attn", "transformer.ff", "transformer.mod"),  # mod: shifts, scales and gates from the time
+    "transformer.text",  # of Krea 2: what fuses the hidden states of its text encoder
     *("text_encoder.attn", "text_encoder.ff", "text_encoder_2.attn", "text_encoder_2.ff"),
 )
 BESIDE_WEIGHTS = ("series", "parallel", "prefix")  # methods that change no weight: a module of dora_mm/adapting each

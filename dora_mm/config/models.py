@@ -63,6 +63,13 @@ class QwenImageConfig(ImageFamilyConfig):
     max_tokens: Annotated[int, Field(gt=0, le=1024)] = 512  # of a prompt; text beyond is cut
 
 
+class Krea2Config(ImageFamilyConfig):
+    """What only Krea 2's models have."""
+
+    # Of a prompt, with the 5 of its template's end; text beyond is cut
+    max_tokens: Annotated[int, Field(gt=5)] = 512
+
+
 class ModelConfig(Section):
     """An image model; its files say of which family it is, and a section of another family is an error.
 

@@ -18,7 +18,7 @@ class ImageFamily:
         section: The class of its section, a subclass of `ImageFamilyConfig`, likewise.
         pipeline: The class of diffusers that the index of its models names.
         tensors: Each is the beginning of the name of a tensor in its single checkpoints; empty: these are not read.
-        denoiser: The beginning of the name of a tensor that files with its denoiser alone have; empty: not known.
+        denoiser: Beginnings of names of tensors: files with its denoiser alone have one of them; empty: not known.
         starts: The configs that `dora-mm new` starts from, by the GB of the card that each needs; 0: for a small model.
     """
 
@@ -27,7 +27,7 @@ class ImageFamily:
     section: str
     pipeline: str
     tensors: tuple[str, ...] = ()
-    denoiser: str = ""
+    denoiser: tuple[str, ...] = ()
     starts: Mapping[int, str] = field(default_factory=dict)
 
 
@@ -54,7 +54,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             place="dora_mm.models.images.z_image:ZImage",
             section="dora_mm.config.models:ZImageConfig",
             pipeline="ZImagePipeline",
-            denoiser="noise_refiner.",
+            denoiser=("noise_refiner.",),
             starts={12: "configs/z_image/style_12gb.yaml", 24: "configs/z_image/style.yaml"},
         ),
         "flux2_klein": ImageFamily(
@@ -62,7 +62,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             place="dora_mm.models.images.flux2_klein:Flux2Klein",
             section="dora_mm.config.models:Flux2KleinConfig",
             pipeline="Flux2KleinPipeline",
-            denoiser="double_stream_modulation_img.",
+            denoiser=("double_stream_modulation_img.",),
             starts={12: "configs/flux2_klein/style_12gb.yaml", 16: "configs/flux2_klein/style.yaml"},
         ),
         "qwen_image": ImageFamily(
@@ -70,8 +70,16 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             place="dora_mm.models.images.qwen_image:QwenImage",
             section="dora_mm.config.models:QwenImageConfig",
             pipeline="QwenImagePipeline",
-            denoiser="transformer_blocks.0.img_mod.1.",
+            denoiser=("transformer_blocks.0.img_mod.1.",),
             starts={32: "configs/qwen_image/style_32gb.yaml", 48: "configs/qwen_image/style.yaml"},
+        ),
+        "krea2": ImageFamily(
+            title="Krea 2",
+            place="dora_mm.models.images.krea2:Krea2",
+            section="dora_mm.config.models:Krea2Config",
+            pipeline="Krea2Pipeline",
+            denoiser=("txtfusion.", "text_fusion."),  # of its authors' files, and of diffusers
+            starts={24: "configs/krea2/style_24gb.yaml", 32: "configs/krea2/style.yaml"},
         ),
     },
 )

@@ -16,6 +16,7 @@ from dora_mm.targets import (
     decoders,
     derived,
     flux,
+    krea2,
     open_clip,
     qwen_image,
     sd3,
@@ -38,6 +39,7 @@ MAPS: dict[str, TargetMap] = {
     "flux2": flux.FLUX2,
     "sd3": sd3.SD3,
     "qwen-image": qwen_image.QWEN_IMAGE,
+    "krea2": krea2.KREA2,
     "z-image": z_image.Z_IMAGE,
 }
 
@@ -55,6 +57,7 @@ MODELS: dict[str, str] = {  # the map of a model type of transformers, or of a c
     "Flux2Transformer2DModel": "flux2",
     "SD3Transformer2DModel": "sd3",
     "QwenImageTransformer2DModel": "qwen-image",
+    "Krea2Transformer2DModel": "krea2",
     "ZImageTransformer2DModel": "z-image",
 }
 

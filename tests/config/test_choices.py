@@ -67,7 +67,7 @@ def test_axes_are_settings_of_a_picture():
 
 IMAGE_MODELS = {  # the target maps of the networks of image models
     "unet": ("sdxl-unet",),
-    "transformer": ("flux", "flux2", "sd3", "qwen-image", "z-image"),
+    "transformer": ("flux", "flux2", "sd3", "qwen-image", "krea2", "z-image"),
     "text_encoder": ("clip-text",),
     "text_encoder_2": ("clip-text",),
 }

@@ -11,6 +11,7 @@ from dora_mm.config.models import VisionConfig
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.models.vl.towers import building as towers
 from tests.shared.images import tiny_flux2_klein as klein
+from tests.shared.images import tiny_krea2 as krea2
 from tests.shared.images import tiny_qwen_image as qwen_image
 from tests.shared.images import tiny_z_image as z_image
 from tests.shared.vl import tiny_vlm as tiny
@@ -48,6 +49,10 @@ def build(name: str, folder: Path, tiny_sdxl: Path, tiny_vlm: Callable[[str], Pa
         klein.build(folder, is_distilled=True)
     elif name == "Qwen/Qwen-Image":
         qwen_image.build(folder)
+    elif name == "krea/Krea-2-Raw":
+        krea2.build(folder)
+    elif name == "krea/Krea-2-Turbo":
+        krea2.build(folder, is_distilled=True)
     elif name == "facebook/bart-base":
         tokenizer = small_tokenizer()
         small_bart(len(tokenizer)).save_pretrained(folder)

@@ -8,8 +8,8 @@ from typing import Any
 
 from dora_mm.models.images.sdxl.checkpoint import CONFIGS, tokenizers
 from tests.shared.images import tiny_flux2_klein as tiny_klein
+from tests.shared.images import tiny_krea2, tiny_z_image
 from tests.shared.images import tiny_qwen_image as tiny_qwen
-from tests.shared.images import tiny_z_image
 
 Z_IMAGE = {  # of Tongyi-MAI/Z-Image
     "transformer": {"dim": 3840, "n_heads": 30, "n_kv_heads": 30, "n_layers": 30, "n_refiner_layers": 2},
@@ -84,6 +84,43 @@ QWEN_IMAGE = {
 }
 QWEN_IMAGE["vae"] |= {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
 
+KREA2 = {  # of krea/Krea-2-Raw; its VAE is Qwen-Image's
+    "transformer": {
+        "in_channels": 64,
+        "num_layers": 28,
+        "attention_head_dim": 128,
+        "num_attention_heads": 48,
+        "num_key_value_heads": 12,
+        "intermediate_size": 16384,
+        "timestep_embed_dim": 256,
+        "text_hidden_dim": 2560,
+        "num_text_layers": 12,
+        "text_num_attention_heads": 20,
+        "text_num_key_value_heads": 20,
+        "text_intermediate_size": 6912,
+        "num_layerwise_text_blocks": 2,
+        "num_refiner_text_blocks": 2,
+        "axes_dims_rope": [32, 48, 48],
+    },
+    "text_encoder": {  # Qwen3-VL-4B
+        "text_config": {
+            **Z_IMAGE["text_encoder"],
+            "max_position_embeddings": 262_144,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+        },
+        "vision_config": {
+            "depth": 24,
+            "hidden_size": 1024,
+            "num_heads": 16,
+            "intermediate_size": 4096,
+            "out_hidden_size": 2560,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [5, 11, 17],
+        },
+    },
+    "vae": QWEN_IMAGE["vae"],
+}
+
 
 def sdxl(folder: Path) -> Path:
     """SDXL base 1.0."""
@@ -108,6 +145,15 @@ def qwen_image(folder: Path) -> Path:
     return _of_full_size(tiny_qwen.build(folder), QWEN_IMAGE)
 
 
+def krea2(folder: Path) -> Path:
+    """Krea 2, with the tokenizer of a small one."""
+    tiny_krea2.build(folder)
+    index = folder / "model_index.json"
+    layers = list(range(2, 36, 3))  # the hidden states that it reads
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"text_encoder_select_layers": layers}))
+    return _of_full_size(folder, KREA2)
+
+
 def _of_full_size(folder: Path, sizes: Mapping[str, Mapping[str, Any]]) -> Path:
     for weights in folder.rglob("*.safetensors"):
         weights.unlink()
@@ -119,4 +165,4 @@ def _of_full_size(folder: Path, sizes: Mapping[str, Mapping[str, Any]]) -> Path:
     return folder
 
 
-MAKERS = {"sdxl": sdxl, "z_image": z_image, "flux2_klein": flux2_klein, "qwen_image": qwen_image}
+MAKERS = {"sdxl": sdxl, "z_image": z_image, "flux2_klein": flux2_klein, "qwen_image": qwen_image, "krea2": krea2}

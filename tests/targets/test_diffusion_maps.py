@@ -22,7 +22,7 @@ ENDS = {"norm_out.linear", "proj_out"}
 EMBEDDERS = {"x_embedder", "context_embedder"}
 DUAL = {"dual_attention_layers": tuple(range(13)), "num_layers": 24, "qk_norm": "rms_norm"}
 
-# Class -> settings of the published size, the map, modules of attn, ff and mod, and the other linear layers.
+# Class -> settings of the published size, the map, modules of attn, ff, mod (and text), and the other linear layers.
 FULL_SIZE = {
     "FluxTransformer2DModel": ({}, "flux", (19 * 8 + 38 * 3, 19 * 4 + 38 * 2, 76), TIME | POOLED | EMBEDDERS | ENDS),
     "Flux2Transformer2DModel": ({}, "flux2", (8 * 8 + 48 * 2, 8 * 4, 3), GUIDANCE | EMBEDDERS | ENDS),
@@ -33,6 +33,12 @@ FULL_SIZE = {
         TIME | POOLED | {"context_embedder", "pos_embed.proj"} | ENDS,
     ),
     "QwenImageTransformer2DModel": ({}, "qwen-image", (480, 240, 120), TIME | {"img_in", "txt_in"} | ENDS),
+    "Krea2Transformer2DModel": (
+        {},
+        "krea2",
+        (28 * 5, 28 * 3, 1, 4 * 8 + 2),
+        {"img_in", "time_embed.linear_1", "time_embed.linear_2", "text_fusion.projector", "final_layer.linear"},
+    ),
     "ZImageTransformer2DModel": (
         {},
         "z-image",
@@ -67,6 +73,16 @@ def test_full_size_qwen_image():
     assert (report.num_modules, report.num_parameters) == (720, 109_486_080)
 
 
+def test_full_size_krea2():
+    """musubi-tuner's default are all 264 linear layers, as the authors recommend it."""
+    with torch.device("meta"):
+        model = diffusers.Krea2Transformer2DModel()
+    assert sum(p.numel() for p in model.parameters()) == 12_820_073_036
+    assert sum(isinstance(module, nn.Linear) for module in model.modules()) == 264
+    report = dora_mm.inject(model, "krea2", DoRASpec(rank=32))
+    assert (report.num_modules, report.num_parameters) == (224, 109_039_616)
+
+
 def test_full_size_klein():
     """The counts that PEFT publishes for rank 64 on 80 of its layers, and ours on all 100 of its blocks."""
     with torch.device("meta"):
@@ -93,7 +109,7 @@ def test_full_size(name):
     assert chosen is targets.find(expected_map) is targets.map_of({"_class_name": name})
     assert tuple(chosen.select().parts) == ("attn", "ff")
     taken = match_modules(model, chosen)
-    assert Counter(taken.values()) == dict(zip(("attn", "ff", "mod"), numbers, strict=True))
+    assert Counter(taken.values()) == dict(zip(("attn", "ff", "mod", "text"), numbers, strict=False))
     assert {path for path, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)} - set(taken) == left_out
 
 
@@ -171,6 +187,26 @@ def qwen_image():
     )
 
 
+def krea2():
+    return diffusers.Krea2Transformer2DModel(
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=48,
+        timestep_embed_dim=16,
+        text_hidden_dim=12,
+        num_text_layers=3,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=16,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(8, 4, 4),
+    )
+
+
 def z_image():
     return diffusers.ZImageTransformer2DModel(
         in_channels=4,
@@ -195,6 +231,10 @@ def inputs(model):
     kind, time = type(model).__name__, torch.tensor([0.3, 0.8])
     if kind == "ZImageTransformer2DModel":
         return {"x": [noise(4, 1, 4, 4) for _ in time], "t": time, "cap_feats": [noise(3, 12) for _ in time]}
+    if kind == "Krea2Transformer2DModel":
+        places = diffusers.Krea2Pipeline.prepare_position_ids(3, 4, 4, torch.device("cpu"))
+        text = {"timestep": time, "encoder_hidden_states": noise(2, 3, 3, 12), "position_ids": places}
+        return {"hidden_states": noise(2, 16, 4), **text}
     text = {"timestep": time, "encoder_hidden_states": noise(2, 3, 12)}
     if kind == "SD3Transformer2DModel":
         return {"hidden_states": noise(2, 4, 4, 4), "pooled_projections": noise(2, 10), **text}
@@ -220,6 +260,7 @@ TINY = {  # what builds it: the map, and the layers of the last block that get n
     flux2: ("flux2", set()),
     sd3: ("sd3", {"attn.add_q_proj"}),
     qwen_image: ("qwen-image", {"attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2"}),
+    krea2: ("krea2", set()),
     z_image: ("z-image", set()),
 }
 PIPELINES = {
@@ -227,6 +268,7 @@ PIPELINES = {
     flux2: diffusers.Flux2Pipeline,
     sd3: diffusers.StableDiffusion3Pipeline,
     qwen_image: diffusers.QwenImagePipeline,
+    krea2: diffusers.Krea2Pipeline,
     z_image: diffusers.ZImagePipeline,
 }
 
@@ -239,9 +281,15 @@ def build(builder):
     return model
 
 
-def adapted(builder, parts=("attn", "ff", "mod")):
+def every(builder):
+    """Its map, with all parts."""
+    found = targets.find(TINY[builder][0])
+    return found.select(list(found.parts))
+
+
+def adapted(builder):
     model = build(builder)
-    dora_mm.inject(model, TINY[builder][0], DoRASpec(rank=2, alpha=3), parts=parts)
+    dora_mm.inject(model, every(builder), DoRASpec(rank=2, alpha=3))
     for seed, layer in enumerate(adapted_layers(model).values()):
         reference.randomize(layer, seed=seed)
     return model
@@ -249,10 +297,10 @@ def adapted(builder, parts=("attn", "ff", "mod")):
 
 @pytest.mark.parametrize("builder", TINY)
 def test_a_fresh_adapter_changes_nothing_and_gradients_reach_every_layer(builder):
-    name, unreached = TINY[builder]
+    _, unreached = TINY[builder]
     model = build(builder).requires_grad_(False)  # torch's own choice of a product depends on it
     before = output(model)
-    dora_mm.inject(model, name, DoRASpec(rank=2), parts=("attn", "ff", "mod"))
+    dora_mm.inject(model, every(builder), DoRASpec(rank=2))
     assert torch.equal(output(model), before)
     model = adapted(builder)
     trained = adapter_parameters(model)

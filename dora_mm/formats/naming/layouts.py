@@ -229,6 +229,22 @@ Z_IMAGE = {
     **_z_image_block("context_refiner.#"),
 }
 
+
+def _krea2_block(own: str, path: str) -> dict[str, str]:
+    names = {"wq": "to_q", "wk": "to_k", "wv": "to_v", "wo": "to_out.0", "gate": "to_gate"}
+    found = {f"{own}.attn.{name}": f"{path}.attn.{projection}" for name, projection in names.items()}
+    return found | {f"{own}.mlp.{name}": f"{path}.ff.{name}" for name in ("gate", "up", "down")}
+
+
+KREA2 = {
+    **{"first": "img_in", "tmlp.0": "time_embed.linear_1", "tmlp.2": "time_embed.linear_2", "tproj.1": "time_mod_proj"},
+    **{"txtmlp.1": "txt_in.linear_1", "txtmlp.3": "txt_in.linear_2", "txtfusion.projector": "text_fusion.projector"},
+    **_krea2_block("txtfusion.layerwise_blocks.#", "text_fusion.layerwise_blocks.#"),
+    **_krea2_block("txtfusion.refiner_blocks.#", "text_fusion.refiner_blocks.#"),
+    **_krea2_block("blocks.#", "transformer_blocks.#"),
+    "last.linear": "final_layer.linear",
+}
+
 _CLIP_LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 CLIP_L = _same(
     "text_model.embeddings.token_embedding",
@@ -370,6 +386,7 @@ LAYOUTS = {
         "transformer", Z_IMAGE, "noise_refiner.0.attention.qkv.weight", optional="context_refiner.*adaLN"
     ),
     "qwen-image": Layout("transformer", QWEN_IMAGE, "transformer_blocks.0.img_mod.1.weight"),
+    "krea2": Layout("transformer", KREA2, "txtfusion.projector.weight"),
     "flux2": Layout("transformer", FLUX2, _FLUX2, optional=_GUIDANCE),
     "wan": Layout("transformer", WAN, "blocks.0.self_attn.q.weight", optional=".*image_embedder|.*add_[kv]_proj"),
     "hunyuan-video": Layout(

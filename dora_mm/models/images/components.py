@@ -157,7 +157,17 @@ def empty_network(
     with opening(str(files.path), f"the {kind.__name__} of {files.path} cannot be built", loads=False), META:
         is_of_diffusers = hasattr(kind, "from_config")
         network = kind.from_config(config) if is_of_diffusers else kind(kind.config_class.from_dict(config))
-    return nn.Module.to(network, dtype)  # diffusers' own `to` warns of what to keep in float32: nothing
+    nn.Module.to(network, dtype)  # diffusers' own `to` warns of what to keep in float32
+    for path, module in network.named_modules():
+        if keeps_float32(kind, path):
+            nn.Module.to(module, torch.float32)
+    return network
+
+
+def keeps_float32(kind: Any, path: str) -> bool:
+    """Whether a class of diffusers loads the weights below a path in float32, whatever the dtype of the others."""
+    kept = getattr(kind, "_keep_in_fp32_modules", None) if hasattr(kind, "from_config") else None
+    return not set(kept or ()).isdisjoint(path.split("."))
 
 
 def pipeline_class_of(path: str, revision: str | None) -> str:

@@ -21,6 +21,7 @@ from dora_mm.core import TargetMap
 from dora_mm.core.targets import match_modules
 from dora_mm.core.wrappers.float8 import STORED, Float8Linear
 from dora_mm.formats.files.tensor_file import TensorFile
+from dora_mm.models.images.components import keeps_float32
 from dora_mm.utils.json_text import parse_json
 
 PREFIX = re.compile(r"^(model\.)?diffusion_model\.")  # before all keys of files that ComfyUI saved
@@ -39,7 +40,8 @@ def load_denoiser(kind: Any, config: Mapping[str, Any], path: Path, dtype: torch
         kind: Its class of diffusers.
         config: Its config.
         path: The `.safetensors` file.
-        dtype: Of its weights; those in 8 bits are multiplied by their scales first.
+        dtype: Of its weights, but for those that the class keeps in float32; those in 8 bits are multiplied by their
+            scales first.
         kept: The layers whose weights stay in 8 bits where they are; None: none do.
 
     Raises:
@@ -59,7 +61,8 @@ def load_denoiser(kind: Any, config: Mapping[str, Any], path: Path, dtype: torch
         name = f"{layer}.weight"
         if weights[name].dtype == STORED:
             _keep(network, layer, weights.pop(name).clone(), by_row[name].clone())
-    state = {name: _dense(tensor, by_row.get(name), dtype) for name, tensor in weights.items()}
+    dtypes = {name: torch.float32 if keeps_float32(kind, name) else dtype for name in weights}
+    state = {name: _dense(tensor, by_row.get(name), dtypes[name]) for name, tensor in weights.items()}
     network.load_state_dict(state, strict=False, assign=True)
     return network
 

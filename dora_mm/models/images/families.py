@@ -69,7 +69,7 @@ def family_of(path: str, revision: str | None = None) -> type[ImageModel]:
 def _family_of_denoiser(names: Iterable[str]) -> str | None:
     """The title of the family that a file with the denoiser alone is of, by the names of its tensors."""
     names = [PREFIX.sub("", name) for name in names]
-    found = IMAGE_FAMILIES.first(lambda it: bool(it.denoiser) and any(name.startswith(it.denoiser) for name in names))
+    found = IMAGE_FAMILIES.first(lambda it: any(name.startswith(it.denoiser) for name in names))
     return IMAGE_FAMILIES[found].title if found else None
 
 

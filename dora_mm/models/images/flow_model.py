@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 import dora_mm.models.chat_templates  # noqa: F401  bounds what models' files render
+from dora_mm.config.paths import INDEX
 from dora_mm.data.images.latents import Latents
 from dora_mm.data.syntax import Wording
-from dora_mm.models.images.image_model import ImageModel, Prompt
+from dora_mm.formats.files.model_folder import ModelFolder
+from dora_mm.models.images.image_model import Distilled, ImageModel, Prompt
 from dora_mm.models.images.noise import Flow
 from dora_mm.models.images.vae import posterior_of
 
@@ -30,7 +32,15 @@ class FlowModel(ImageModel):
     dtypes = ("float32", "bfloat16")
     reads_denoisers = True
     patch: ClassVar[int] = 2  # the side of what the transformer takes for one token, in its latents
+    distilled_steps: ClassVar[int] = 0  # in which those draw whose index has `is_distilled`; 0: it says nothing
     chat: ClassVar[Mapping[str, Any]] = {"add_generation_prompt": True}  # how the chat template of prompts is filled in
+
+    @classmethod
+    def distilled(cls, files: ModelFolder) -> Distilled | None:
+        """What the index of its pipeline says was distilled, where that of the family says so."""
+        if not (cls.distilled_steps and (files.index or {}).get("is_distilled")):
+            return None
+        return Distilled(cls.distilled_steps, 1.0, f"is_distilled in its {INDEX}")
 
     @property
     def resolution(self) -> int:
@@ -82,4 +92,7 @@ class FlowModel(ImageModel):
         return self.noise.sampler()
 
     def make_pipeline(self, components: dict[str, Any]) -> Any:
-        return super().make_pipeline({**components, "scheduler": self.sampling_scheduler})
+        kind = self.pipeline_class()
+        _, options = kind._get_signature_keys(kind)
+        told = {key: value for key, value in self.components.index.items() if key in options}  # such as is_distilled
+        return super().make_pipeline({**told, **components, "scheduler": self.sampling_scheduler})

@@ -12,11 +12,9 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 
 from dora_mm.config.models import ModelConfig
-from dora_mm.config.paths import INDEX
 from dora_mm.data.images.buckets import Framing
-from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.models.images.flow_model import FlowModel
-from dora_mm.models.images.image_model import Distilled, Prompt
+from dora_mm.models.images.image_model import Prompt
 from dora_mm.models.images.noise import Flow
 
 
@@ -47,12 +45,9 @@ class Flux2Klein(FlowModel):
     name = "flux2_klein"
     vae_name = "AutoencoderKLFlux2"
     maps: ClassVar = {"transformer": "flux2"}
+    distilled_steps = 4
     patch = 1  # its latents are patches already
     chat: ClassVar = {"add_generation_prompt": True, "enable_thinking": False}
-
-    @classmethod
-    def distilled(cls, files: ModelFolder) -> Distilled | None:
-        return Distilled(4, 1.0, f"is_distilled in its {INDEX}") if (files.index or {}).get("is_distilled") else None
 
     def check(self, config: ModelConfig) -> None:
         super().check(config)
@@ -103,7 +98,3 @@ class Flux2Klein(FlowModel):
             "negative_prompt_embeds": torch.stack([each["negative"] for each in encoded]),
             "guidance_scale": guidance,
         }
-
-    def make_pipeline(self, components: dict[str, Any]) -> Any:
-        distilled = bool(self.components.index.get("is_distilled"))  # it then draws without guidance
-        return super().make_pipeline({**components, "is_distilled": distilled})

@@ -370,11 +370,11 @@ def pad_prompts(prompts: Sequence[Prompt], name: str) -> tuple[Tensor, Tensor | 
 
     Args:
         prompts: B prompts.
-        name: Which of their tensors, (L, D) each.
+        name: Which of their tensors, (L, ...) each.
 
     Returns:
-        The embeddings (B, L, D), L of the longest; and a mask (B, L) that is False where one is padded, or None if none
-        is.
+        The embeddings (B, L, ...), L of the longest; and a mask (B, L) that is False where one is padded, or None if
+        none is.
     """
     rows = [prompt[name] for prompt in prompts]
     lengths = [len(row) for row in rows]

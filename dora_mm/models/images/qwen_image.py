@@ -1,7 +1,11 @@
-"""Qwen-Image: a transformer of two streams, Qwen2.5-VL as its text encoder, and a VAE of videos."""
+"""Qwen-Image: a transformer of two streams, Qwen2.5-VL as its text encoder, and a VAE of videos.
+
+Krea 2 shares the VAE, the patches, and that its pipeline writes a template around prompts: `WithQwenVAE` has these.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,14 +22,11 @@ from dora_mm.models.images.image_model import Prompt, pad_prompts
 RESOLUTION = 1024  # pixels: the pipeline's own; its VAE's config has none
 
 
-class QwenImage(FlowModel):
-    """Qwen-Image (Alibaba, 2025), of 20 billion parameters."""
+class WithQwenVAE(FlowModel):
+    """A flow model over the latents of Qwen-Image's VAE, whose prompts are as long as they are, in a template."""
 
-    name = "qwen_image"
     vae_name = "AutoencoderKLQwenImage"
     vae_keys = ("z_dim", "dim_mult")
-    maps: ClassVar = {"transformer": "qwen-image"}
-    has_unread_layers = True  # those of the text in the last block
 
     @property
     def resolution(self) -> int:
@@ -35,24 +36,25 @@ class QwenImage(FlowModel):
     def vae_downscale(self) -> int:
         return 2 ** len(self.vae.config.temperal_downsample)
 
+    @abstractmethod
+    def in_template(self, pipe: Any, prompt: str) -> str:
+        """The prompt in the template of the pipeline."""
+
     def num_tokens(self, prompt: str) -> int:
         """Without those of the template before it, which are cut off."""
-        pipe = self._encoding(None)
-        return (
-            len(self.tokenizer(pipe.prompt_template_encode.format(prompt)).input_ids)
-            - pipe.prompt_template_encode_start_idx
-        )
+        pipe = self.encoding(None)
+        ids = self.tokenizer(self.in_template(pipe, prompt)).input_ids
+        return len(ids) - pipe.prompt_template_encode_start_idx
 
     def prompt_length(self, prompt: Wording) -> int:
         """In tokens."""
         assert isinstance(prompt, str)  # it does not `weigh_words`
         return min(self.num_tokens(prompt), self.most_tokens)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> list[Prompt]:
-        """One by one, so that none depends on the others in the last bits."""
-        pipe, device = self._encoding(self.text_encoder), get_module_execution_device(self.text_encoder)
-        settings: dict[str, Any] = {"device": device, "max_sequence_length": self.settings.max_tokens}
-        return [{"text": pipe.encode_prompt(prompt, **settings)[0][0]} for prompt in prompts]
+    def encoding(self, text_encoder: Any) -> Any:
+        """The pipeline with what encodes prompts, which has their template."""
+        parts = {"vae": None, "transformer": None, "text_encoder": text_encoder}
+        return self.make_pipeline({**parts, "tokenizer": self.tokenizer})
 
     def normalized(self, latents: Tensor) -> Tensor:
         config = self.vae.config
@@ -60,6 +62,23 @@ class QwenImage(FlowModel):
             torch.tensor(each).view(1, -1, 1, 1).to(latents) for each in (config.latents_mean, config.latents_std)
         )
         return (latents - mean) / std
+
+
+class QwenImage(WithQwenVAE):
+    """Qwen-Image (Alibaba, 2025), of 20 billion parameters."""
+
+    name = "qwen_image"
+    maps: ClassVar = {"transformer": "qwen-image"}
+    has_unread_layers = True  # those of the text in the last block
+
+    def in_template(self, pipe: Any, prompt: str) -> str:
+        return pipe.prompt_template_encode.format(prompt)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Prompt]:
+        """One by one, so that none depends on the others in the last bits."""
+        pipe, device = self.encoding(self.text_encoder), get_module_execution_device(self.text_encoder)
+        settings: dict[str, Any] = {"device": device, "max_sequence_length": self.settings.max_tokens}
+        return [{"text": pipe.encode_prompt(prompt, **settings)[0][0]} for prompt in prompts]
 
     def predict(self, noised: Tensor, time: Tensor, prompts: Sequence[Prompt], framings: Sequence[Framing]) -> Tensor:
         network = self.transformer
@@ -85,8 +104,3 @@ class QwenImage(FlowModel):
             "negative_prompt_embeds_mask": its_mask,
             "true_cfg_scale": guidance,
         }
-
-    def _encoding(self, text_encoder: Any) -> Any:
-        """The pipeline with what encodes prompts, which has their template."""
-        parts: dict[str, Any] = {"scheduler": None, "vae": None, "transformer": None, "text_encoder": text_encoder}
-        return self.pipeline_class()(tokenizer=self.tokenizer, **parts)

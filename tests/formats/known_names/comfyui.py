@@ -25,6 +25,7 @@ CONFIGS: Mapping[str, dict[str, Any]] = {  # of the networks of networks.py
     "flux": {"depth": 1, "depth_single_blocks": 1, "hidden_size": 8},
     "z-image": {"n_layers": 1, "n_refiner_layers": 1, "dim": 8},
     "qwen-image": {"num_layers": 1},
+    "krea2": {"layers": 1},
     "wan": {},
     "hunyuan-video": {"depth": 1, "depth_single_blocks": 1, "hidden_size": 8},
 }
@@ -38,6 +39,7 @@ _MODELS = {
     "flux2": "Flux2",
     "z-image": "Lumina2",
     "qwen-image": "QwenImage",
+    "krea2": "Krea2",
     "wan": "WAN21",
     "hunyuan-video": "HunyuanVideo",
 }

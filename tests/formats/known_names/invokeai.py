@@ -22,6 +22,7 @@ _BASES = {
     "flux2": "Flux2",
     "z-image": "ZImage",
     "qwen-image": "QwenImage",
+    "krea2": "Krea2",
     "wan": "Wan",
 }
 

@@ -29,6 +29,13 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # the place of the class, an
     "wan": ("wan.modules.model:WanModel", {"model_type": "i2v", "num_layers": 1, "attn_mode": "torch"}),
     "z-image": ("zimage.zimage_model:ZImageTransformer2DModel", {"n_layers": 1, "n_refiner_layers": 1}),
     "qwen-image": ("qwen_image.qwen_image_model:QwenImageTransformer2DModel", {"num_layers": 1}),
+    "krea2": (
+        "krea2.krea2_mmdit:SingleStreamDiT",
+        {
+            **{"features": 64, "tdim": 16, "txtdim": 40, "heads": 4, "multiplier": 2, "layers": 1, "patch": 2},
+            **{"channels": 4, "txtlayers": 2, "txtheads": 2, "txtkvheads": 2},
+        },
+    ),
     "flux2": ("flux_2.flux2_models:Flux2", _SHALLOW),
     "flux": ("flux.flux_models:Flux", {**_FLUX, **_SHALLOW}),
     "hunyuan-video": (
@@ -39,6 +46,7 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # the place of the class, an
         },
     ),
 }
+_PARAMS = {"Flux": "FluxParams", "Flux2": "Flux2Params", "SingleStreamDiT": "SingleMMDiTConfig"}
 _NETWORKS = {"flux": "lora_flux", "hunyuan-video": "lora"}  # of those that build one
 
 
@@ -87,5 +95,5 @@ def _network(place: str, settings: dict[str, Any]) -> nn.Module:
     module, _, name = place.partition(":")
     with patch("torch.cuda.current_device", lambda: 0), torch.device("meta"):  # a default of Wan's attention
         found = import_module(f"musubi_tuner.{module}")
-        params = getattr(found, {"Flux": "FluxParams", "Flux2": "Flux2Params"}.get(name, ""), None)
+        params = getattr(found, _PARAMS.get(name, ""), None)
         return getattr(found, name)(params(**settings)) if params else getattr(found, name)(**settings)

@@ -21,6 +21,7 @@ _MODELS = {  # the class of the model, the module of its loader, and the type
     "chroma": ("ChromaModel", "chroma.ChromaLoRALoader", "CHROMA_1"),
     "z-image": ("ZImageModel", "ZImageModelLoader", "Z_IMAGE"),
     "qwen-image": ("QwenModel", "qwen.QwenLoRALoader", "QWEN"),
+    "krea2": ("Krea2Model", "krea2.Krea2LoRALoader", "KREA_2"),
     "hunyuan-video": ("HunyuanVideoModel", "hunyuanVideo.HunyuanVideoLoRALoader", "HUNYUAN_VIDEO"),
 }
 

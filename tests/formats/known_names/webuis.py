@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from dora_mm.formats.naming.names import underscored
+from dora_mm.formats.naming.names import Name, owners, underscored
 from tests.formats.known_names import stubs
 from tests.formats.known_names.cases import Case, file_of, layout_of, paths_of, put
 from tests.formats.known_names.networks import TINY, component_of, network_of, text_encoder, wide
@@ -23,7 +23,17 @@ _SDNEXT = {  # what it calls the models that it loads adapters of by its own cod
     "flux2": "f2",
     "chroma": "chroma",
     "z-image": "zimage",
+    "krea2": "krea2",
 }
+_OWN_NAMES = ("krea2",)  # of which its network has the authors' names
+
+
+def _in_own_names(architecture: str) -> nn.Module:
+    """A network of layers under the authors' names."""
+    found, tiny = nn.Module(), network_of(architecture)
+    for path, group in paths_of(Case(architecture, "", "own")).items():
+        put(found, path, tiny.get_submodule(group.names[0].path))
+    return found
 
 
 class Automatic1111:
@@ -64,9 +74,7 @@ class Automatic1111:
     def _model(self, architecture: str) -> SimpleNamespace:
         """Its model, of layers under the authors' names."""
         network = nn.Module()
-        tiny = network_of(architecture)
-        for path, group in paths_of(Case(architecture, "", "own")).items():
-            put(network, f"diffusion_model.{path}", tiny.get_submodule(group.names[0].path))
+        network.diffusion_model = _in_own_names(architecture)
         encoders = [nn.Module(), nn.Module()]
         put(encoders[0], "transformer", text_encoder())
         for path in ("attn", "mlp.c_fc", "mlp.c_proj", "ln_1", "ln_2"):
@@ -92,6 +100,7 @@ class SDNext:
 
     def __init__(self, checkout: Path):
         own = ("pipelines.z_image.zimage_lora", "pipelines.flux.flux2_lora", "pipelines.chroma.chroma_lora")
+        own += ("pipelines.krea2.krea2_lora",)
         stubs.use(checkout, stubbed=("modules", "pipelines"), read=("modules.lora", *own))
         from modules import devices, sd_models, shared  # type: ignore
 
@@ -107,6 +116,7 @@ class SDNext:
             return set()
         network = (wide if architecture in ("flux", "chroma") else network_of)(architecture)
         tensors, _ = file_of(case, form, paths, None if case.names == "clip" else network)
+        network = _in_own_names(architecture) if architecture in _OWN_NAMES else network
         parts = {component_of(architecture): network}
         texts = zip(("text_encoder", "text_encoder_2"), TINY[architecture].text, strict=False)
         self.shared.sd_model = SimpleNamespace(**parts, **{name: text_encoder() for name, _ in texts})
@@ -119,10 +129,11 @@ class SDNext:
             found = self.load.load_safetensors("a", SimpleNamespace(filename=__file__))
         keys = set(found.modules) if found else set()
         groups = paths_of(case)
-        return {path for path in paths if keys >= {self._key(case, name.path) for name in groups[path].names}}
+        return {path for path in paths if keys >= {self._key(case, name) for name in groups[path].names}}
 
-    def _key(self, case: Case, path: str) -> str:
+    def _key(self, case: Case, name: Name) -> str:
         """What it calls a module."""
+        path = owners(case.architecture)[name] if case.architecture in _OWN_NAMES else name.path
         if case.names != "clip":
             return f"lora_{component_of(case.architecture)}_{underscored(path)}"
         first = "lora_te1_" if len(TINY[case.architecture].text) > 1 else "lora_te_"

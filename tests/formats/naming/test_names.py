@@ -9,6 +9,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     HunyuanVideoTransformer3DModel,
+    Krea2Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -132,7 +133,7 @@ def check_against_diffusers(model, convert):
     known = [
         n
         for n in names_of(model, "transformer")
-        if not re.search(r"\.norm_(added_)?[qk]$|_norm|norm[123]$|norms\.\d+$|cap_embedder.0", n.path)
+        if not re.search(r"\.norm_(added_)?[qk]$|_norm|norm[123]$|norms\.\d+$|\.norm$|cap_embedder.0", n.path)
     ]
     checkpoint, expected = Checkpoint(), {}
     names = Names(names_of(model, "transformer"))
@@ -237,6 +238,16 @@ def test_z_image_against_diffusers():
     )  # fmt: skip
     assert architecture_of(names_of(model, "transformer")) == "z-image"
     check_against_diffusers(model, single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers)
+
+
+def test_krea2_against_diffusers():
+    model = on_meta(
+        Krea2Transformer2DModel, num_layers=1, attention_head_dim=8, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=16, timestep_embed_dim=8, text_hidden_dim=8, num_text_layers=2, text_num_attention_heads=2,
+        text_num_key_value_heads=2, text_intermediate_size=8, axes_dims_rope=(4, 2, 2),
+    )  # fmt: skip
+    assert architecture_of(names_of(model, "transformer")) == "krea2"
+    check_against_diffusers(model, single_file_utils.convert_krea2_transformer_checkpoint_to_diffusers)
 
 
 def test_qwen_image_has_one_name_for_each_module():

@@ -17,13 +17,24 @@ from dora_mm.formats.naming.names import owners
 from dora_mm.models.images.families import load_image_model
 from tests.shared.images.tiny_flows import FLOWS, NAMES, PROMPT
 
-NORMS = {  # of both streams of klein, and of Z-Image: diffusers' name -> its authors'
+NORMS = {  # of both streams of klein, of Z-Image and Krea 2: diffusers' name -> its authors'
     r"transformer_blocks\.(\d+)\.attn\.norm_(q|k)\.weight": r"double_blocks.\1.img_attn.norm.\2.scale",
     r"transformer_blocks\.(\d+)\.attn\.norm_added_(q|k)\.weight": r"double_blocks.\1.txt_attn.norm.\2.scale",
     r"single_transformer_blocks\.(\d+)\.attn\.norm_(q|k)\.weight": r"single_blocks.\1.norm.\2.scale",
     r"(.*\.attention)\.norm_(q|k)\.weight": r"\1.\2_norm.weight",
 }
-OF_BLOCKS = r"(double_blocks|single_blocks|(single_)?transformer_blocks|layers|\w+_refiner)\.\d+\."
+KREA2 = {
+    r"transformer_blocks\.(.*)": r"blocks.\1",
+    r"text_fusion\.(.*)": r"txtfusion.\1",
+    r"txt_in\.norm\.weight": "txtmlp.0.scale",
+    r"final_layer\.norm\.weight": "last.norm.scale",
+    r"final_layer\.scale_shift_table": "last.modulation.lin",
+    r"(.*)\.attn\.norm_(q|k)\.weight": r"\1.attn.qknorm.\2norm.scale",
+    r"(.*)\.norm1\.weight": r"\1.prenorm.scale",
+    r"(.*)\.norm2\.weight": r"\1.postnorm.scale",
+    r"(.*)\.scale_shift_table": r"\1.mod.lin",
+}
+OF_BLOCKS = r"(double_blocks|single_blocks|blocks|(single_)?transformer_blocks|layers|\w+_refiner)\.\d+\."
 FUSED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 
 
@@ -35,21 +46,31 @@ def norm(name):
     return name
 
 
+def of_krea2(name):
+    """The name of a norm or of a table."""
+    for pattern, own in KREA2.items():
+        name = re.sub(f"^{pattern}$", own, name)
+    return name
+
+
 def authors(layout, state):
     """A transformer's weights by its authors' names, with their stacks of projections, and shift before scale."""
     tables, found, state = owners(layout), {}, dict(state)
+    stacks = () if layout == "krea2" else FUSED
     names = {name.path: own for name, own in tables.items()}
     for name in list(state):
         if name not in state:
             continue
         path, _, end = name.rpartition(".")
         block, _, layer = path.rpartition(".")
-        if stack := next((one for one in FUSED if layer in one), None):
+        if stack := next((one for one in stacks if layer in one), None):
             rows = [state.pop(f"{block}.{each}.{end}") for each in stack]
             found[f"{names[path]}.{end}"] = torch.cat(rows)
         elif path == "norm_out.linear":
             scale, shift = state.pop(name).chunk(2)
             found[f"{names[path]}.{end}"] = torch.cat([shift, scale])
+        elif layout == "krea2" and path not in names:  # of a block the table is a row
+            found[of_krea2(name)] = state.pop(name).flatten(0 if "blocks" in name else -1)
         else:
             found[f"{names[path]}.{end}" if path in names else norm(name)] = state.pop(name)
     return found
@@ -86,9 +107,14 @@ class Published:
     folder: object
     own: dict
     state: dict
+    half: dict
 
-    def load(self, file, **settings):
-        return load_image_model(ModelConfig(path=str(self.folder), denoiser=str(file), **settings))
+    def load(self, file, *, empty=False, **settings):
+        return load_image_model(ModelConfig(path=str(self.folder), denoiser=str(file), **settings), empty=empty)
+
+
+def dtypes_of(state):
+    return {name: tensor.dtype for name, tensor in state.items()}
 
 
 @pytest.fixture(scope="module", params=FLOWS, ids=NAMES)
@@ -97,9 +123,11 @@ def published(request, tmp_path_factory):
     folder = flow.build(tmp_path_factory.mktemp(flow.name) / "model")
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     state = load_file(weights)
+    half = flow.plain(folder, dtype=torch.bfloat16).transformer.state_dict()
     weights.unlink()
-    layout = {"z_image": "z-image", "flux2_klein": "flux2"}.get(flow.name)  # Qwen-Image's authors have diffusers' names
-    return Published(flow, folder, authors(layout, state) if layout else state, state)
+    # Qwen-Image's authors have diffusers' names
+    layout = {"z_image": "z-image", "flux2_klein": "flux2", "krea2": "krea2"}.get(flow.name)
+    return Published(flow, folder, authors(layout, state) if layout else state, state, half)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
@@ -112,7 +140,11 @@ def test_a_file_in_the_authors_names_is_the_denoiser(published, tmp_path, prefix
     assert all(torch.equal(found[name], tensor) for name, tensor in published.state.items())
     assert not any(parameter.requires_grad for parameter in network.parameters())
     half = published.load(tmp_path / "a.safetensors", dtype="bfloat16").transformer
-    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert dtypes_of(half.state_dict()) == dtypes_of(published.half)
+    assert all(torch.equal(tensor, published.half[name]) for name, tensor in half.state_dict().items())
+    assert (torch.float32 in dtypes_of(published.half).values()) == (published.flow.name == "krea2")
+    planned = published.load(tmp_path / "a.safetensors", dtype="bfloat16", empty=True).transformer
+    assert dtypes_of(planned.state_dict()) == dtypes_of(published.half)
     with pytest.raises(ValueError, match=rf"is the denoiser of {published.flow.title} alone: set model\.denoiser="):
         load_image_model(ModelConfig(path=str(tmp_path / "a.safetensors")))
 
@@ -124,7 +156,7 @@ def test_float8_with_scales_is_what_the_file_means(published, tmp_path, spelling
     dense = published.load(tmp_path / "a.safetensors").transformer
     for name, tensor in dense.state_dict().items():
         wanted = published.state[name]
-        if wanted.ndim == 2 and re.match(OF_BLOCKS, name):
+        if wanted.ndim == 2 and name.endswith(".weight") and re.match(OF_BLOCKS, name):
             assert not torch.equal(tensor, wanted)
             assert (tensor - wanted).abs().max() <= wanted.abs().max() / 16
         else:

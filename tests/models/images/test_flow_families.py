@@ -124,7 +124,7 @@ def test_latents_are_the_normalized_mode_and_decode_to_what_the_pipelines_do(flo
     prompts = PromptEncoder(model, trained=False)
     batches = CaptionedBatches(model, [image], prompts, data, batch_size=1, seed=0)
     pixels = render(load_rgb(image.path), batches._frame(0, False, None))[None]
-    frames = pixels.unsqueeze(2) if flow.name == "qwen_image" else pixels
+    frames = pixels.unsqueeze(2) if flow.is_over_frames else pixels
     mode = plain.vae.encode(frames).latent_dist.mode()
     pictures = plain.vae.decode(mode).sample.detach()
     mode, pictures = (each.flatten(1, -3) if each.ndim == 5 else each for each in (mode, pictures))

@@ -12,7 +12,7 @@ from dora_mm.cli import main
 from dora_mm.config.models import ModelConfig
 from dora_mm.models.images.families import distilled_of, load_image_model
 from dora_mm.models.images.image_model import Distilled
-from tests.shared.images.tiny_flows import FLOWS, PROMPT
+from tests.shared.images.tiny_flows import FLOWS, PROMPT, SIZE
 
 
 @pytest.fixture(params=[flow for flow in FLOWS if flow.distilled], ids=lambda flow: flow.name)
@@ -24,6 +24,16 @@ def test_files_say_that_a_model_was_distilled(flow, tmp_path):
     base, distilled = flow.build(tmp_path / "base"), flow.build(tmp_path / "distilled", is_distilled=True)
     assert distilled_of(ModelConfig(path=str(base))) is None
     assert distilled_of(ModelConfig(path=str(distilled))) == Distilled(flow.distilled[0], 1.0, flow.distilled[1])
+
+
+def test_its_noise_levels_are_those_of_its_pipeline(flow, tmp_path):
+    for name in ("base", "distilled"):
+        folder = flow.build(tmp_path / name, is_distilled=name == "distilled")
+        pipe, model = flow.plain(folder), load_image_model(ModelConfig(path=str(folder)))
+        flow.latents(pipe, [PROMPT], [1], steps=4)
+        side = SIZE["height"] // (8 if model.patch == 2 else 16)
+        levels = torch.tensor(model.noise.schedule(4, (side, side)))
+        torch.testing.assert_close(levels, pipe.scheduler.sigmas[:-1], atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow

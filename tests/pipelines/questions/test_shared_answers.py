@@ -2,11 +2,11 @@
 
 import pytest
 
-from tests.models.vl.vlm.vlm_rows import write_pictures
 from tests.pipelines.files.test_merge import vlm_adapter
 from tests.pipelines.pictures.test_sample import content
 from tests.pipelines.pictures.test_shared import python
 from tests.pipelines.questions.test_eval_vlm import config  # noqa: F401
+from tests.shared.data.vlm_rows import write_pictures
 
 pytestmark = pytest.mark.slow
 

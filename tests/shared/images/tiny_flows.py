@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, QwenImagePipeline, ZImagePipeline
+from diffusers import Flux2KleinPipeline, Krea2Pipeline, QwenImagePipeline, ZImagePipeline
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
 from dora_mm.registries.image_families import IMAGE_FAMILIES
 from tests.shared.images import tiny_flux2_klein as klein
+from tests.shared.images import tiny_krea2 as krea2
 from tests.shared.images import tiny_qwen_image as qwen_image
 from tests.shared.images import tiny_z_image as z_image
 
@@ -32,10 +33,11 @@ class TinyFlow:
         build: Saves it as a folder of diffusers, also one that was distilled, with the same weights.
         distilled: The steps of what is distilled of it, and what its files say of that; None: nothing is.
         kind: Its pipeline of diffusers.
-        embeddings: The embeddings (L, D) that a pipeline makes of prompts.
+        embeddings: The embeddings (L, ...) that a pipeline makes of prompts.
         unguided: The arguments of the pipeline for prompts, without guidance.
         guided: Those for a prompt with guidance 5, in our count.
         as_denoised: The latents that the pipeline's VAE gives, as the denoiser has them.
+        is_over_frames: Whether its VAE is one of videos.
         settings: The family's section in the trainings of tests.
     """
 
@@ -47,6 +49,7 @@ class TinyFlow:
     unguided: Callable[[Any, list[str]], dict[str, Any]]
     guided: Callable[[str], dict[str, Any]]
     as_denoised: Callable[[Any, Tensor], Tensor]
+    is_over_frames: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -54,9 +57,9 @@ class TinyFlow:
         """Its name in messages."""
         return IMAGE_FAMILIES[self.name].title
 
-    def plain(self, folder: Path) -> Any:
+    def plain(self, folder: Path, **settings: Any) -> Any:
         """The model in plain diffusers."""
-        pipe = self.kind.from_pretrained(folder)
+        pipe = self.kind.from_pretrained(folder, **settings)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -70,6 +73,8 @@ class TinyFlow:
         """The latents that the pipeline returns, as its denoiser has them."""
         if self.kind is QwenImagePipeline:
             return pipe._unpack_latents(latents, *SIZE.values(), pipe.vae_scale_factor)[:, :, 0]
+        if self.kind is Krea2Pipeline:
+            return pipe._unpack_latents(latents, *SIZE.values())[:, :, 0]
         return self.as_denoised(pipe, latents) if self.kind is Flux2KleinPipeline else latents
 
     def start(self, shape: tuple[int, ...], seeds: list[int]) -> Tensor:
@@ -95,6 +100,12 @@ def _of_z_image(pipe: Any, prompts: list[str]) -> list[Tensor]:
 
 def _of_qwen_image(pipe: Any, prompts: list[str]) -> list[Tensor]:
     return [pipe.encode_prompt(prompt)[0][0] for prompt in prompts]
+
+
+def _of_krea2(pipe: Any, prompts: list[str]) -> list[Tensor]:
+    """As the pipeline has them, filled up, without what fills them up."""
+    text, mask = pipe.encode_prompt(list(prompts))
+    return [row[kept] for row, kept in zip(text, mask, strict=True)]
 
 
 def _by_channel(pipe: Any, latents: Tensor) -> Tensor:
@@ -139,6 +150,18 @@ FLOWS = (
         lambda pipe, prompts: {"prompt": list(prompts), "true_cfg_scale": 1.0},
         lambda prompt: {"prompt": prompt, "negative_prompt": "", "true_cfg_scale": 5.0},
         _by_channel,
+        is_over_frames=True,
+    ),
+    TinyFlow(
+        "krea2",
+        krea2.build,
+        (8, "is_distilled in its model_index.json"),
+        Krea2Pipeline,
+        _of_krea2,
+        lambda pipe, prompts: {"prompt": list(prompts), "guidance_scale": 0.0},
+        lambda prompt: {"prompt": prompt, "negative_prompt": "", "guidance_scale": 4.0},
+        _by_channel,
+        is_over_frames=True,
     ),
 )
 NAMES = [flow.name for flow in FLOWS]
