@@ -2,7 +2,7 @@ import argparse
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,10 +51,12 @@ def tiny_sdxl(folder: Path) -> None:
     build_tiny_sdxl(**SIZES).pipeline().save_pretrained(folder)
 
 
-def pictures(family: str, model: str, *settings: str, texts: str | None = None) -> Callable[[int], list[Stage]]:
+def pictures(
+    family: str, model: str, *settings: str, further: Mapping[str, str] | None = None
+) -> Callable[[int], list[Stage]]:
     """The commands of an image model by the size of pictures."""
     given = (*SHORT, "sample.prompts=[]", *settings)
-    return lambda side: stages.of_pictures(family, model, [f"data.resolution={side}", *given], texts)
+    return lambda side: stages.of_pictures(family, model, [f"data.resolution={side}", *given], further or {})
 
 
 def questions(*settings: str) -> Callable[[int], list[Stage]]:
@@ -63,6 +65,7 @@ def questions(*settings: str) -> Callable[[int], list[Stage]]:
     return lambda side: stages.of_questions([setting.format(side=side) for setting in given])
 
 
+TEXT_ENCODERS = {"text encoders, too": "adapter.parts=[unet.attn,unet.cross,text_encoders.attn]"}
 NO_FLOAT8 = ("model.quantization=null", "adapter.cache=weights")
 MODELS = {
     "vlm": Model(
@@ -79,7 +82,7 @@ MODELS = {
         6.9,
         models.sdxl,
         tiny_sdxl,
-        pictures("sdxl", "model", *NO_FLOAT8, texts="[unet.attn,unet.cross,text_encoders.attn]"),
+        pictures("sdxl", "model", *NO_FLOAT8, further=TEXT_ENCODERS),
         256,
         "One picture of {side} px a step in bfloat16, with checkpointing.",
     ),
@@ -97,9 +100,9 @@ MODELS = {
         20.6,
         models.z_image,
         tiny_z_image.build,
-        pictures("z_image", "model"),
+        pictures("z_image", "model", further={"weights in bfloat16": "model.quantization=null"}),
         256,
-        "One picture of {side} px a step in bfloat16, with checkpointing.",
+        "As `new` writes it on a processor: weights in float8, one picture of {side} px a step, with checkpointing.",
     ),
     "qwen": Model(
         "Qwen2.5-VL-3B-Instruct, in bfloat16",

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,18 +57,18 @@ def prepare(folder: Path) -> None:
     (folder / PROMPTS).write_text(f"{chosen[0]['text']}\n")
 
 
-def of_pictures(family: str, model: str, settings: Sequence[str], texts: str | None = None) -> list[Stage]:
+def of_pictures(family: str, model: str, settings: Sequence[str], further: Mapping[str, str]) -> list[Stage]:
     """Those of an image model.
 
     Args:
         family: As `dora-mm new` calls it.
         model: The folder or file.
         settings: What the training is told beside what `new` has written.
-        texts: The parts with which text encoders are trained for a step, too; None: they cannot be.
+        further: Trainings of one step beside it: what they are, and the setting that makes them.
     """
     given, side = _set(*settings), next(each for each in settings if each.startswith("data.resolution")).split("=")[1]
     drawn = _set("adapter.path=runs/style/001", "steps=2", f"width={side}", f"height={side}")
-    found = [
+    return [
         Stage("new", ("new", family, "style", "--images", PICTURES, "--model", model)),
         Stage("dry run as written", ("train", "style.yaml", "--dry-run")),
         *_training("style", given),
@@ -78,11 +78,11 @@ def of_pictures(family: str, model: str, settings: Sequence[str], texts: str | N
         Stage("inspect", ("inspect", model)),
         Stage("inspect the adapter", ("inspect", "runs/style/001")),
         _merging(("convert", "runs/style/001"), ("--to", "merged", "--base", model), Path(model).suffix),
+        *(
+            Stage(f"train, {name}: 1 step", ("train", "style.yaml", *_set(*settings, setting, "train.steps=1")))
+            for name, setting in further.items()
+        ),
     ]
-    if texts:
-        parts = _set(*settings, f"adapter.parts={texts}", "train.steps=1")
-        found.append(Stage("train, text encoders, too: 1 step", ("train", "style.yaml", *parts)))
-    return found
 
 
 def of_questions(settings: Sequence[str]) -> list[Stage]:

@@ -37,7 +37,7 @@ def parquet_batches(path: Path, rows: int) -> Iterator[pa.RecordBatch]:
         yield from file.iter_batches(rows)
 
 
-class Column(NamedTuple):
+class ColumnPages(NamedTuple):
     """A column of a row group, by its pages.
 
     Attributes:
@@ -57,7 +57,7 @@ class Column(NamedTuple):
     nested: bool
 
 
-def _checked_columns(path: Path, file: pq.ParquetFile, group: int, rows: int) -> list[Column]:
+def _checked_columns(path: Path, file: pq.ParquetFile, group: int, rows: int) -> list[ColumnPages]:
     """Checks the pages of a row group; returns the columns whose shared texts may be too many."""
     most = most_bytes(path)
     with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -70,7 +70,7 @@ def _checked_columns(path: Path, file: pq.ParquetFile, group: int, rows: int) ->
     return [c for c in columns if c.shared] if sum(column.shared for column in columns) > most else []
 
 
-def _check_shared(path: Path, file: pq.ParquetFile, group: int, columns: list[Column], rows: int) -> None:
+def _check_shared(path: Path, file: pq.ParquetFile, group: int, columns: list[ColumnPages], rows: int) -> None:
     """Checks the sizes of texts in columns whose dictionaries are read as such: none is copied for each of its rows."""
     number, size = file.metadata.row_group(group).num_rows, sum(column.size for column in columns)
     together = max(rows, min(MOST_ROWS, LEAST_BYTES * number // (4 * max(size, 1))))
@@ -125,7 +125,7 @@ def _too_large(path: Path, what: str, most: int) -> ValueError:
     return ValueError(f"{path}: {what} would take more than {most:,} bytes of memory")
 
 
-def _column(path: Path, file: pq.ParquetFile, group: int, place: int, content: Any, rows: int) -> Column:
+def _column(path: Path, file: pq.ParquetFile, group: int, place: int, content: Any, rows: int) -> ColumnPages:
     chunk, column = file.metadata.row_group(group).column(place), file.schema.column(place)
     start = chunk.data_page_offset
     if chunk.has_dictionary_page and 0 < (chunk.dictionary_page_offset or 0) < start:
@@ -138,7 +138,7 @@ def _column(path: Path, file: pq.ParquetFile, group: int, place: int, content: A
     data = [page for page in found if page.kind in (DATA, DATA_2)]
     values, named = sum(page.values for page in data), sum(page.values for page in data if page.encoding in NAMED)
     nested, is_text = column.max_repetition_level > 0, chunk.physical_type == "BYTE_ARRAY"
-    return Column(
+    return ColumnPages(
         column.path,
         sum(page.size for page in found),
         dictionary + max((page.size for page in data), default=0),
