@@ -15,18 +15,19 @@ from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.vl import EvalVLConfig
 from dora_mm.data.vl.example import Predictions
 from dora_mm.data.vl.splits import ValidationSet, open_validation, training_texts
+from dora_mm.eval.vl.boxes import with_grids
 from dora_mm.eval.vl.intervals import answer_scores, gain_over_question_only, points
 from dora_mm.eval.vl.metrics import QUESTION_ONLY, conclusion
 from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
 from dora_mm.eval.vl.reports import write_answers, write_examples, write_report
-from dora_mm.eval.vl.same_answers import share_of_same
+from dora_mm.eval.vl.same_answers import share_of_others, share_of_same
 from dora_mm.eval.vl.scores import VLScores
 from dora_mm.models.folders import settings_identity
 from dora_mm.models.vl.families import is_local, load_vl_model
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.registries.suites import suite_file
 from dora_mm.registries.vl_tasks import TASKS
-from dora_mm.sampling.answers import AnswersFolder, answer_all, read_answers
+from dora_mm.sampling.answers import AnswersFolder, Twice, answer_all, answer_alone, read_answers
 from dora_mm.tasks.preferences import KeptReference, Preferences
 from dora_mm.tasks.vl import answerers
 from dora_mm.train.resuming import started_config
@@ -78,14 +79,33 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     inputs = inputs_of(config, model, splits, folder)
     with processes.run(evaluation_run(config, inputs)) as run:
         kept = AnswersFolder(run.path / ANSWERS, model.content, processes)
-        asked = (answers, model.networks.values(), splits, config.decode.batch_size)
-        answered = answer_all(*asked, mapped=mapped, folder=kept)
+        asked = (answers, model.networks.values(), splits)
+        answered = answer_all(*asked, config.decode.batch_size, mapped=mapped, folder=kept)
+        twice = answer_alone(*asked, answered, mapped) if batches_decide(config) else {}
         if not processes.is_main:
             return
-        scores = report_all(config, run, answered, splits, inputs)
+        answered = {name: with_grids(rows, model.box_grid) for name, rows in answered.items()}
+        scores = report_all(config, run, answered, splits, inputs, report_alone(twice, config.model.dtype))
         if config.same_as:
             report_same(config.same_as, run, splits, earlier)
         print(f"\n{conclusion(scores, adapted=folder is not None)}")
+
+
+def batches_decide(config: EvalVLConfig) -> bool:
+    """Whether the batch of a row may change its drawn answer: it changes logits by more than ties in half precision."""
+    decode = config.decode
+    is_half = config.model.dtype != "float32"
+    return is_half and decode.temperature > 0 and decode.answers == "generate" and decode.batch_size > 1
+
+
+def report_alone(twice: Mapping[str, Twice], dtype: str) -> dict[str, Any]:
+    """Prints which share of answers are others where each row is answered alone; returns it, by task."""
+    found: dict[str, Any] = {}
+    for name, rows in twice.items():
+        share, count = share_of_others(name, rows)
+        found[name] = {**share.as_dict(), "rows": count}
+        print(f"alone    {points(share)} % of {count:,} drawn answers of {name} are others without a batch ({dtype})")
+    return found
 
 
 def data_of(splits: Mapping[str, ValidationSet]) -> dict[str, str]:
@@ -155,9 +175,14 @@ def report_all(
     answered: dict[str, Predictions],
     splits: dict[str, ValidationSet],
     inputs: Mapping[str, str],
+    alone: Mapping[str, Any],
 ) -> dict[str, VLScores]:
-    """Scores the answers, writes all files of the run directory, and prints the report; returns the scores by task."""
+    """Scores the answers, writes all files of the run directory, and prints the report; returns the scores by task.
+
+    What `report_alone` returns is a part of the settings, under `others_alone`.
+    """
     settings = {"decode": config.decode.model_dump(mode="json"), "model": config.model.model_dump(mode="json")}
+    settings |= {"others_alone": alone} if alone else {}
     scores = write_answers(run.path, answered, settings, inputs, getattr(config.model, "prompts", {}))
     scores = {name: with_question_only_accuracy(config, name, found, answered[name]) for name, found in scores.items()}
     unscored = [name for name in answered if name not in scores]

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dora_mm.config.paths import resolve_path
+from dora_mm.config.paths import resolve_model, resolve_path
 from dora_mm.data.vl.example import Predictions
+from dora_mm.eval.vl.boxes import with_grids
 from dora_mm.eval.vl.intervals import precision_notes
 from dora_mm.eval.vl.metrics import report, score
 from dora_mm.eval.vl.predictions.comparison import compared, comparison_report
@@ -29,6 +30,7 @@ def main(
     precision: float | None = None,
     page: Path | None = None,
     images: str | None = None,
+    boxes: str | None = None,
     to: str | None = None,
     out: Path | None = None,
 ) -> None:
@@ -45,6 +47,7 @@ def main(
         precision: Half the width of a wished interval, in points, for which the number of answers is named.
         page: A new page of all answers, of two files with what changed.
         images: The folder of the images that it shows; None: those that rows name in full.
+        boxes: The model that wrote the boxes of answers, in whose notation they are read; None: as the rules say.
         to: A tool for which the predictions are written to `out`.
         out: A new file.
 
@@ -57,6 +60,8 @@ def main(
     task = task_of(files, suite)
     references = None if data is None else references_of(task, data, form, annotations, split)
     answered = [joined(task, file, references, partial=partial) for file in files]
+    if boxes is not None:
+        answered = [in_notation(boxes, task, rows) for rows in answered]
     for file, rows in zip(files, answered, strict=True):
         print(f"## {file.path}: {file_stem(task)}\n\n{report_of(task, file, rows, precision)}\n")
     pairs = []
@@ -71,6 +76,21 @@ def main(
     if to is not None and out is not None:
         write_for(to, out, file_stem(task), answered[0])
         print(f"written  {out}")
+
+
+def in_notation(model: str, task: str, rows: Predictions) -> Predictions:
+    """Rows whose boxes are read as a model writes them.
+
+    Raises:
+        ValueError: The rows have no boxes, or the model cannot be opened.
+    """
+    from dora_mm.models.vl.families import load_to_ask  # here, since it imports torch and transformers
+
+    settings = {"seed": 0, "trained_tower": False, "given": {"dtype": "float32"}, "device": "cpu"}
+    found = with_grids(rows, load_to_ask(resolve_model(model), None, **settings).box_grid)
+    if found == rows:
+        raise ValueError(f"--boxes {model}: no row of {task} has boxes, or its class has no notation: leave it out")
+    return found
 
 
 def check_arguments(data: str | None, form: str | None, annotations: str | None, split: str | None) -> None:

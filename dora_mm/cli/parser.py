@@ -300,6 +300,8 @@ def _add_score(commands: Any) -> None:
     command.add_argument(
         "--images", metavar="FOLDER", help="the images, for --page; default: those that rows name in full"
     )
+    notation = "the model that wrote the boxes of --suite refcoco; default: shares, 1,000 or pixels, by their form"
+    command.add_argument("--boxes", metavar="MODEL", help=notation)
     command.add_argument("--to", choices=("vlmevalkit", "lmms-eval"), help="write them for this tool, to --out")
     command.add_argument("--out", metavar="FILE", type=Path, help="a new file")
 

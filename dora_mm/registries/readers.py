@@ -85,6 +85,12 @@ RECORDS = {
     "aokvqa_direct": Reader(f"{HERE}.knowledge:read_aokvqa_direct", "github.com/allenai/aokvqa"),
     "pope": Reader(f"{HERE}.pope:read_pope", "github.com/AoiDragon/POPE"),
     "refcoco": Reader(f"{HERE}.refcoco:read_refcoco", "Qwen-VL's eval_mm (github.com/QwenLM/Qwen-VL)"),
+    "refcoco_refs": Reader(
+        f"{HERE}.refcoco:read_refs",
+        "github.com/lichengunc/refer",
+        keys=("annotations", "split"),
+        needs={"annotations": "boxes are in instances.json, and not in refs(...).p"},
+    ),
     "commonsense": Reader(
         f"{HERE}.commonsense:read_commonsense",
         "the data of LLM-Adapters (github.com/AGI-Edgerunners/LLM-Adapters)",

@@ -19,10 +19,12 @@ from dora_mm.registries.suites import file_stem
 from dora_mm.utils.atomic import append_text, write_text
 from dora_mm.utils.evaluating import Map, evaluating
 from dora_mm.utils.processes import ALONE, Processes
-from dora_mm.utils.progress import Progress
+from dora_mm.utils.progress import Progress, tracked
 
 log = logging.getLogger(__name__)
 FEW = 8  # rows of each split
+REPEATED = 100  # rows of each split at most that are answered a second time, each alone
+Twice = Sequence[tuple[Example, str, str]]  # rows with the answer of each in its batch, and alone
 ContentOf = Callable[[Example, str | None], str]  # an example and the folder of its images -> what they are
 MOST_REFERENCES = 5  # of a caption, or answers of VQA
 
@@ -76,6 +78,33 @@ def answer_all(
             kept = folder and KeptAnswers(folder, name, split)
             found[name] = _answer_split(answers[name], split, batch_size, limit, name, mapped, kept)
         return found
+
+
+def answer_alone(
+    answers: Mapping[str, Answer],
+    networks: Iterable[nn.Module],
+    sets: Mapping[str, ValidationSet],
+    answered: Mapping[str, Predictions],
+    mapped: Map = map,
+) -> dict[str, Twice]:
+    """Answers rows of every split again, each alone, evenly spaced over those that were answered.
+
+    Args:
+        answers: As in `answer_all`.
+        networks: As there.
+        sets: As there.
+        answered: What it returned.
+        mapped: As there.
+    """
+    found = {}
+    with evaluating(networks) as together, fixed_parameters(together):
+        for name, rows in answered.items():
+            chosen = [rows[number * len(rows) // REPEATED] for number in range(REPEATED)]
+            chosen = chosen if len(rows) > REPEATED else rows
+            alone = mapped(lambda row, name=name: answers[name]([row[0]], sets[name].images)[0], chosen)
+            shown = tracked(zip(chosen, alone, strict=True), f"{name}, each row alone", "rows", len(chosen))
+            found[name] = [(example, text, again) for (example, text), again in shown]
+    return found
 
 
 def num_answered(sets: Mapping[str, ValidationSet], limit: int | None) -> int:

@@ -1,6 +1,7 @@
 """How many answers of a model stay the same when it is served in another form, such as with a plain LoRA for a DoRA."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,3 +25,10 @@ def share_of_same(task: str, rows: Sequence[tuple[Example, str, str]]) -> tuple[
         same[example.id] = same.get(example.id, True) and answer == other
     scores = AnswerScores(np.array([list(same.values())], dtype=float).T, groups_of(task, [row for row, _, _ in rows]))
     return intervals({task: scores})[task], len(same)
+
+
+def share_of_others(task: str, rows: Sequence[tuple[Example, str, str]]) -> tuple[Interval, int]:
+    """The share of answers that differ, as in `share_of_same`."""
+    same, count = share_of_same(task, rows)
+    ends = {"low": 1 - same.high, "high": 1 - same.low} if same.has_ends else {}
+    return replace(same, mean=1 - same.mean, **ends), count

@@ -336,6 +336,14 @@ class VLModel(Protocol):
         """
         ...
 
+    def box_grid(self, size: tuple[int, int]) -> Sequence[int] | None:
+        """The width and height of which the numbers count in boxes that it writes; None: it is not known.
+
+        Args:
+            size: The width and height of the image in pixels.
+        """
+        ...
+
     def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
         """Builds the function that answers the examples of a task.
 

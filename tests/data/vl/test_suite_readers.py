@@ -1,6 +1,7 @@
 """The official files of suites, laid out as published, give the right examples."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,67 @@ def test_pope_and_refcoco(tmp_path):
     assert row.answers == ("[0.241, 0.467, 0.556, 0.745]",)
     about = json.loads(row.boxes)
     assert (about["bbox"], about["size"]) == ([suite_files.REFCOCO["bbox"]], [428, 640])
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_the_official_refs_of_refcoco(tmp_path, protocol):
+    source = suite_files.refs(tmp_path, protocol=protocol)
+    rows = list(read_source(source, BadRows("stop")))
+    assert [row.text for row in rows] == ["the lady", "lady with the blue shirt"] * 2
+    (first, second) = read_source(source.model_copy(update={"split": "testA"}), BadRows("stop"))
+    assert [first.id, second.id] == ["2", "3"]
+    (same,) = read("refcoco", tmp_path)
+    assert (second.text, second.answers, json.loads(second.boxes)) == (
+        "lady with the blue shirt",
+        same.answers,
+        json.loads(same.boxes),
+    )
+    assert second.images == ("COCO_train2014_000000581857.jpg",)
+    with pytest.raises(ValueError, match=r"refs\(unc\).p: has no split 'val', but testA, train"):
+        list(read_source(source.model_copy(update={"split": "val"}), BadRows("stop")))
+
+
+class Planted:
+    """Would create a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_no_code_of_a_pickle_file_runs(tmp_path, protocol):
+    planted = tmp_path / "planted"
+    source = suite_files.refs(tmp_path, [*suite_files.REFS, Planted(planted)], protocol)
+    with pytest.raises(ValueError, match="holds other things than lists, dicts, texts and numbers"):
+        list(read_source(source, BadRows("skip")))
+    assert not planted.exists()
+    pickle.loads(source.path.read_bytes())
+    assert planted.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ann_id": 9}, "item 1.*: has an image or a box that is not in instances.json"),
+        ({"sentences": "the lady"}, "item 1.*: sentence is not valid"),
+    ],
+)
+def test_refs_that_cannot_be_used_are_named(tmp_path, change, message):
+    with pytest.raises(ValueError, match=rf"refs\(unc\).p, {message}"):
+        list(read_source(suite_files.refs(tmp_path, [suite_files.REFS[0] | change]), BadRows("stop")))
+    bad = BadRows("skip")
+    assert len(list(read_source(suite_files.refs(tmp_path, [suite_files.REFS[0] | change, suite_files.REFS[1]]), bad)))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02]q\x00(K\x01", b"L9\n", b"h\x05.", b"<html>"])
+def test_a_damaged_pickle_file_is_named(tmp_path, content):
+    source = suite_files.refs(tmp_path)
+    source.path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"refs\(unc\).p: (is damaged|holds other things)"):
+        list(read_source(source, BadRows("stop")))
 
 
 def test_vlmevalkit_tables_with_answers_in_words(tmp_path):

@@ -130,7 +130,7 @@ def test_every_format_is_read_back_from_disk(tmp_path, form):
         split = "train" if form == "coco_karpathy" else None
         source = SourceConfig(format=form, file=str(writers[form]()), split=split)
     else:
-        source = suite_files.source(form, tmp_path)
+        source = suite_files.refs(tmp_path) if form == "refcoco_refs" else suite_files.source(form, tmp_path)
     table = open_table(source, tmp_path / "tables", on_bad_data="stop")
     assert list(table) == list(read_source(source, BadRows("stop")))
 

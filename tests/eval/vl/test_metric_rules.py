@@ -1,9 +1,13 @@
 """What the rules of suites do where tools differ: raw lengths, percent signs, years, guesses, the share of yes."""
 
+import json
+import random
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from dora_mm.data.vl.example import Example
 from dora_mm.eval.vl import anls, boxes, letters, mmmu, pope, relaxed
@@ -176,10 +180,54 @@ def test_letters_without_a_judge():
         "[64, 96, 320, 288]",
         "<loc0205><loc0102><loc0614><loc0512> cat",
         "<loc_100><loc_200><loc_500><loc_600>",
+        '[{"box_2d": [200, 100, 600, 500], "label": "cat"}]',
     ],
 )
 def test_boxes_in_every_notation(answer):
-    assert boxes.box_of(answer, (640, 480)) == pytest.approx((0.1, 0.2, 0.5, 0.6), abs=1e-3)
+    assert boxes.box_of(answer, boxes.ImageSizes((640, 480))) == pytest.approx((0.1, 0.2, 0.5, 0.6), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '```json\n[{"bbox_2d": [128, 84, 640, 252], "label": "cat"}]\n```',
+        "<|box_start|>(128,84),(640,252)<|box_end|>",
+        "[0.1, 0.2, 0.5, 0.6]",
+    ],
+)
+def test_numbers_are_of_what_the_class_counts_in(answer):
+    frame = boxes.ImageSizes((640, 480), (1280, 420))
+    assert boxes.box_of(answer, frame) == pytest.approx((0.1, 0.2, 0.5, 0.6), abs=1e-3)
+
+
+def test_tokens_of_boxes_are_read_as_by_their_own_processors():
+    from transformers.models.florence2.processing_florence2 import Florence2PostProcessor
+    from transformers.models.kosmos2.processing_kosmos2 import patch_index_to_coordinate
+
+    frame, stream = boxes.ImageSizes((640, 480)), random.Random(0)
+    florence = SimpleNamespace(quantize_bins=(1000, 1000))
+    for _ in range(200):
+        first, last = (stream.randrange(1024) for _ in range(2))
+        answer = f"<phrase>it</phrase><object><patch_index_{first:04}><patch_index_{last:04}></object>"
+        assert boxes.box_of(answer, frame) == pytest.approx(patch_index_to_coordinate(first, last, 32))
+        bins = [stream.randrange(1000) for _ in range(4)]
+        answer = f"it{''.join(f'<loc_{number}>' for number in bins)}"
+        pixels = Florence2PostProcessor.dequantize(florence, torch.tensor([bins]), frame.size)[0].tolist()  # pyright: ignore[reportArgumentType]
+        found = boxes.box_of(answer, frame)
+        assert found is not None
+        assert [int(share * frame.size[n % 2] + 1e-6) for n, share in enumerate(found)] == pixels  # which it cuts off
+
+
+def test_answers_whose_numbers_may_be_of_another_image_are_counted():
+    about = {"bbox": [[64, 96, 320, 288]], "norm1": False, "size": [640, 480]}
+    row = Example("1", ("a.jpg",), "it", ("[0.1, 0.2, 0.5, 0.6]",), boxes=json.dumps(about))
+    answers = ["[64, 96, 320, 288]", "[0.1, 0.2, 0.5, 0.6]", "none"]
+    scores = boxes.SCORER.score([(row, answer) for answer in answers], meteor=False)
+    assert scores.value == pytest.approx(200 / 3)
+    assert [note.partition(" are ")[0] for note in scores.notes][1] == "1 of 3 answers"
+    resized = boxes.with_grids([(row, "[128, 84, 640, 252]")], {(640, 480): (1280, 420)}.get)
+    scores = boxes.SCORER.score(resized, meteor=False)
+    assert (scores.value, scores.notes) == (100, ())
 
 
 def test_half_an_overlap_is_enough():

@@ -139,3 +139,28 @@ def test_only_an_evaluation_of_the_same_rows_is_compared_with(config, tmp_path, 
     shutil.copy(tall, wide)
     assert main(["eval", path, "--set", *again]) == 2
     assert "row 1, are not those of" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_share_of_drawn_answers_that_a_batch_changes_in_half_precision(config, tmp_path, capsys):
+    """Counted again from the answers of a run without batches; in float32 nothing is said, since none differ."""
+    images = [str(picture) for picture in sorted(write_pictures(tmp_path).glob("*.png"))] * 5
+    path = config(images, max_new_tokens=8, temperature=2.0)
+
+    def run(name, dtype, batch_size):
+        changes = [f"output={tmp_path / name}", f"model.dtype={dtype}", f"decode.batch_size={batch_size}"]
+        assert main(["eval", path, "--set", *changes]) == 0
+        first, *rows = map(json.loads, (tmp_path / name / "scored_chat.jsonl").read_text().splitlines())
+        return [row["answer"] for row in rows], first["settings"].get("others_alone"), capsys.readouterr().out
+
+    batched, others, printed = run("batched", "bfloat16", 16)
+    alone, none, unsaid = run("alone", "bfloat16", 1)
+    assert others["chat"]["rows"] == len(images)
+    share = sum(one != other for one, other in zip(batched, alone, strict=True)) / len(images)
+    assert share == pytest.approx(others["chat"]["mean"])
+    assert f"alone    {100 * share:.1f} (" in printed
+    assert "bfloat16" in printed
+    assert (none, "alone  " in unsaid) == (None, False)
+    exact, none, unsaid = run("exact", "float32", 16)
+    assert (none, "alone  " in unsaid) == (None, False)
+    assert exact == run("exact-alone", "float32", 1)[0]

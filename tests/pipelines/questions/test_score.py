@@ -232,6 +232,38 @@ def test_options_have_columns_in_a_table_for_vlmevalkit(tmp_path, capsys):
     assert metric(run(capsys, out, "--suite", "ai2d"), "accuracy") == 100
 
 
+@pytest.mark.parametrize(("kind", "scale"), [("qwen2_5_vl", None), ("qwen2_vl", 1000)])
+def test_boxes_are_read_as_the_class_of_a_model_writes_them(tmp_path, capsys, tiny_vlm, kind, scale):
+    """Of Qwen2.5-VL in pixels of the image that its processor makes, by its own function."""
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    from tests.shared.data.video_rows import opened
+
+    sizes = [(640, 428), (100, 300)]
+    rows = [
+        {"image": "a.jpg", "sent": "it", "bbox": [10.0, 40.0, 60.0, 250.0], "width": width, "height": height}
+        for width, height in sizes
+    ]
+    data = files.write_lines(tmp_path / "refcoco_val.jsonl", rows)
+    resizer = opened(tiny_vlm(kind)).rows.processor.image_processor
+    limits = {"min_pixels": resizer.size["shortest_edge"], "max_pixels": resizer.size["longest_edge"]}
+    said = []
+    for width, height in sizes:
+        side = resizer.patch_size * resizer.merge_size
+        rows_columns = (scale, scale) if scale else smart_resize(height, width, side, **limits)
+        x, y = rows_columns[1] / width, rows_columns[0] / height
+        said.append(f'[{{"bbox_2d": [{10 * x:.1f}, {40 * y:.1f}, {60 * x:.1f}, {250 * y:.1f}]}}]')
+    answers = lines(tmp_path / "answers.jsonl", said, key="id", name="prediction")
+    given = [answers, "--suite", "refcoco", "--data", data]
+    assert metric(run(capsys, *given, "--boxes", tiny_vlm(kind)), "accuracy") == 100
+    text = run(capsys, *given)
+    assert metric(text, "accuracy") < 100
+    assert "2 of 2 answers are read as pixels of the original image" in text
+    documents = [lines(tmp_path / "a.jsonl", ["x"], key="id"), "--suite", "docvqa", "--data"]
+    one = files.write_json(tmp_path / "one.json", {"dataset_name": "d", "data": [DOCUMENTS[0] | {"questionId": 0}]})
+    assert "no row of docvqa has boxes" in run(capsys, *documents, one, "--boxes", tiny_vlm(kind), code=2)
+
+
 def test_our_own_files_say_all_that_a_table_needs(tmp_path, capsys):
     """Ten answers, boxes and groups, too."""
     rows = [

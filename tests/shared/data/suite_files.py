@@ -1,5 +1,6 @@
 """Small files of suites in the layouts in which they are published, and sources that read them."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,38 @@ MAKERS: dict[str, tuple[str, Callable[[Path], Path]]] = {  # by suite: a format,
     "pope": ("pope", lambda folder: files.write_lines(folder / "coco_pope_adversarial.json", POPE)),
     "refcoco": ("refcoco", lambda folder: files.write_lines(folder / "refcoco_val.jsonl", [REFCOCO])),
 }
+
+
+REFS = [
+    {
+        "ann_id": 8,
+        "category_id": 1,
+        "file_name": "COCO_train2014_000000581857_16.jpg",
+        "image_id": 581857,
+        "ref_id": number,
+        "sent_ids": [2 * number, 2 * number + 1],
+        "sentences": [
+            {"raw": text.upper(), "sent": text, "sent_id": 2 * number + place, "tokens": text.split()}
+            for place, text in enumerate(("the lady", "lady with the blue shirt"))
+        ],
+        "split": split,
+    }
+    for number, split in enumerate(("train", "testA"))
+]
+INSTANCES = {
+    "annotations": [{"area": 1.0, "bbox": [103.0, 299.0, 135.0, 178.0], "category_id": 1, "id": 8, "image_id": 581857}],
+    "images": [
+        {"file_name": "COCO_train2014_000000581857.jpg", "height": 640, "id": 581857, "license": 1, "width": 428}
+    ],
+}
+
+
+def refs(folder: Path, content: Any = REFS, protocol: int = 0) -> SourceConfig:
+    """A source of the official files of RefCOCO, which Python 2 wrote by protocol 0."""
+    path = folder / "refs(unc).p"
+    path.write_bytes(pickle.dumps(content, protocol))
+    instances = files.write_json(folder / "instances.json", INSTANCES)
+    return SourceConfig(format="refcoco_refs", file=str(path), annotations=str(instances))
 
 
 def source(suite: str, folder: Path, **settings: Any) -> SourceConfig:

@@ -192,6 +192,9 @@ class VLBartModel:
     def content(self, example: Example, images: str | None) -> str:
         return " ".join(self.vision.digest(name, images) for name in example.images)
 
+    def box_grid(self, size: tuple[int, int]) -> None:
+        return None
+
     def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
         answer = Answerer(self.model, self.tokenizer, task, config, candidates)
         return lambda examples, images: answer(self.inputs(task, examples, images))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from functools import cached_property, partial
 from string import ascii_uppercase
@@ -24,6 +25,7 @@ from dora_mm.models.vl.vlm.network import VLMNetwork, naming
 from dora_mm.registries.vl_tasks import TASKS
 
 log = logging.getLogger(__name__)
+PLACE = re.compile(r"<(loc_?|patch_index_)\d+>")  # tokens of boxes, which some tokenizers count as special
 SHORTEST = (Turn("user", "?", False), Turn("assistant", "!", True))
 
 
@@ -113,10 +115,24 @@ class VLMAnswers:
                 ids = self.network.generate(
                     inputs, settings, **self._drawing(task, config, [examples[i] for i in group])
                 )
-            texts = encoder.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            for index, text in zip(group, texts, strict=True):
+            for index, text in zip(group, self._texts(ids), strict=True):
                 answers[index] = before_stop(without_thought(text, examples[index].answers), config.stop).strip()
         return answers
+
+    def _texts(self, ids: Tensor) -> list[str]:
+        """The texts of answers (B, T), without special tokens, but those of boxes."""
+        tokenizer = self.encoder.processor.tokenizer
+        if not self._places:
+            return tokenizer.batch_decode(ids, skip_special_tokens=True)
+        dropped = set(tokenizer.all_special_ids) - self._places
+        return tokenizer.batch_decode([[i for i in row if i not in dropped] for row in ids.tolist()])
+
+    @cached_property
+    def _places(self) -> set[int]:
+        """The tokens of boxes that the tokenizer counts as special."""
+        tokenizer = self.encoder.processor.tokenizer
+        special = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+        return {number for number, token in special if PLACE.fullmatch(token)}
 
     def _drawing(self, task: str, config: DecodeConfig, examples: Sequence[Example]) -> dict[str, Any]:
         """Arguments of `generate` that greedy answers of full length do not need."""

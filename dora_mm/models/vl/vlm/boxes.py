@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 from dora_mm.data.vl.example import BOX, REF, Turn, escaped
 
 SHARES = 1000  # of width and height, in which most models count
@@ -36,6 +38,7 @@ QWEN = BoxForm(lambda box: f"<|box_start|>{_points(box)}<|box_end|>", "<|object_
 INTERNVL = BoxForm(lambda box: f"<box>[{list(box)}]</box>", "<ref>{}</ref>")
 OTHERS = BoxForm(lambda box: f"[{_points(box)}]")
 FORMS = {"qwen2_5": QWEN._replace(in_pixels=True), "qwen": QWEN, "internvl": INTERNVL}  # by how a model_type begins
+COUNTING = (*FORMS, "glm4")  # classes that write boxes without being trained to, in the numbers of their form
 
 
 def with_boxes(turns: Sequence[Turn], boxes: str, images: Sequence[Any], processor: Any, model_type: str) -> list[Turn]:
@@ -52,7 +55,7 @@ def with_boxes(turns: Sequence[Turn], boxes: str, images: Sequence[Any], process
         ValueError: A box is on an image that the row does not have.
     """
     given, form = json.loads(boxes), form_of(model_type)
-    sizes = [_sizes(image, processor, form) for image in images]
+    sizes = [(image.size, _grid(image.size, processor, form)) for image in images]
     if given["bbox"] and max(given["image"]) >= len(images):
         raise ValueError(f"it has a box on image {max(given['image'])}, and {len(images)} images, counted from 0")
     scaled = [_scaled(box, sizes[n], given["norm1"]) for box, n in zip(given["bbox"], given["image"], strict=True)]
@@ -69,13 +72,24 @@ def form_of(model_type: str) -> BoxForm:
     return next((form for start, form in FORMS.items() if model_type.startswith(start)), OTHERS)
 
 
-def _sizes(image: Any, processor: Any, form: BoxForm) -> tuple[Numbers, Numbers]:
-    """The width and height of an image, and those of which the model counts."""
+def box_grid(size: tuple[int, int], processor: Any, model_type: str) -> Numbers | None:
+    """The width and height of which a class counts in the boxes that it writes; None: not known, or tokens say it.
+
+    Args:
+        size: Of the image, in pixels.
+        processor: The model's processor.
+        model_type: Its class, as in its config.
+    """
+    return _grid(size, processor, form_of(model_type)) if model_type.startswith(COUNTING) else None
+
+
+def _grid(size: tuple[int, int], processor: Any, form: BoxForm) -> Numbers:
+    """The width and height of which the model counts, in an image of this one."""
     if not form.in_pixels:
-        return image.size, (SHARES, SHARES)
+        return SHARES, SHARES
     resizer = processor.image_processor
-    _, rows, columns = resizer(images=[image], return_tensors="pt")["image_grid_thw"][0].tolist()
-    return image.size, (columns * resizer.patch_size, rows * resizer.patch_size)
+    _, rows, columns = resizer(images=[Image.new("RGB", size)], return_tensors="pt")["image_grid_thw"][0].tolist()
+    return columns * resizer.patch_size, rows * resizer.patch_size
 
 
 def _scaled(box: Sequence[float], sizes: tuple[Numbers, Numbers], is_share: bool) -> list[int]:

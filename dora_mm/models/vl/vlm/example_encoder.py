@@ -147,7 +147,7 @@ class ExampleEncoder:
         if self.plain is not None:
             return self._plain_row(self.plain, self.prompt(task, example.text), visuals[0], answer)
         turns = self.turns(task, example, answer)
-        if example.boxes:
+        if example.boxes and example.turns:
             turns = with_boxes(turns, example.boxes, visuals[0], self.processor, self.model_type)
         for text in (piece for turn in turns for piece in pieces_of(turn.text)[::2]):
             self.encoder.check_text(text)

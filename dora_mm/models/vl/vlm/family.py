@@ -25,6 +25,7 @@ from dora_mm.models.folders import empty_model, has_weights, model_class, read_c
 from dora_mm.models.opening import check_revision, commit_of
 from dora_mm.models.vl.vl_model import RowCounts, RowLengths, Structure, Target, VLModel, weighted_loss
 from dora_mm.models.vl.vlm.answers import VLMAnswers
+from dora_mm.models.vl.vlm.boxes import box_grid
 from dora_mm.models.vl.vlm.chat import chat_template
 from dora_mm.models.vl.vlm.encoding import TokenRow
 from dora_mm.models.vl.vlm.example_encoder import ExampleEncoder
@@ -225,8 +226,9 @@ class VLM:
             table = table.without(table.lengths("images") == 0, f"has no image, and {self.name} needs one")
         if self.plain.images == 1:
             table = table.without(table.lengths("images") > 1, f"has several images, and {self.name} reads one")
-        for column in ("tools", "boxes"):
-            table = table.without(table.has(column), f"has {column}, and {self.name} has no chat template")
+        marked = table.has("boxes") & (table.lengths("turns") > 0)
+        for bad, what in ((table.has("tools"), "tools"), (marked, "boxes in its texts")):
+            table = table.without(bad, f"has {what}, and {self.name} has no chat template")
         reason = f"has several turns before its answer, and {self.name} reads one: it has no chat template"
         turns = np.maximum(table.lengths("turns"), table.lengths("rejected"))
         return table.without(turns - table.lengths("answers") > 1, reason)
@@ -283,6 +285,9 @@ class VLM:
 
     def content(self, example: Example, images: str | None) -> str:
         return " ".join(self.files.digest(image_path(images, name)) for name in example.images)
+
+    def box_grid(self, size: tuple[int, int]) -> Sequence[int] | None:
+        return box_grid(size, self.questions.processor, self.model_config.model_type)
 
     def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
         return VLMAnswers(self.questions, self.network).answerer(task, config, candidates)

@@ -9,7 +9,10 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from dora_mm.data.images.frames import frames_as_video, load_video
 from dora_mm.data.vl.example import Example, Turn
+from dora_mm.data.vl.tables import open_table
+from dora_mm.models.vl.vlm.answers import VLMAnswers
 from dora_mm.models.vl.vlm.boxes import with_boxes
+from tests.shared.data import suite_files
 from tests.shared.data.video_rows import opened, write_visuals
 from tests.shared.data.vlm_rows import write_pictures
 
@@ -106,3 +109,19 @@ def test_of_many_frames_some_at_equal_distances_are_taken(folder, frames):
         ValueError, match=r"wide\.png is not of the size of .*frame0\.png: frames of a video are of one"
     ):
         frames_as_video([names[0], folder / "wide.png"], 1.0, 8)
+
+
+def test_a_model_without_a_chat_template_is_asked_where_things_are(tiny_vlm, tmp_path):
+    """RefCOCO's rows have a box to compare with, and none in their texts."""
+    table = open_table(suite_files.source("refcoco", tmp_path), tmp_path, on_bad_data="stop", check_images=False)
+    assert len(opened(tiny_vlm("paligemma")).check_rows(table)) == 1
+
+
+def test_tokens_of_boxes_stay_in_answers_where_they_are_special(tiny_vlm):
+    vlm = opened(tiny_vlm("florence2"))
+    tokenizer = vlm.questions.processor.tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<loc_7>", "<od>"]}, replace_extra_special_tokens=False)
+    ids = tokenizer("a dog<loc_7><loc_7><od>", return_tensors="pt")["input_ids"]
+    assert tokenizer.eos_token_id in ids
+    (text,) = VLMAnswers(vlm.questions, vlm.network)._texts(ids)
+    assert text == "a dog<loc_7><loc_7>"
