@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache, partial
 from statistics import fmean
 from typing import Generic
@@ -74,15 +74,23 @@ class Campaign(Generic[ScoresT]):
             ValueError: A training reported a user's mistake.
             RuntimeError: A training failed in any other way.
         """
-        missing = [training for training in trainings if not self.is_there(training, reported=reported)]
+        missing = [
+            training
+            for training in trainings
+            if not self.is_there(training, reported=reported)
+            or (self.is_for_rates(training) and not self.has_value(training))
+        ]
         self.trainings.train(missing, partial(self.score, reported=reported))
 
     def is_there(self, training: Training, *, reported: bool) -> bool:
-        """Whether a training has a row with all that is wanted of it."""
+        """Whether a training has a row, and reported scores where they are wanted."""
         row = self.rows.get(training)
-        if row is None or (reported and not row.scores and not row.has_diverged):
-            return False
-        return bool(row.value) or not self.is_for_rates(training)
+        return row is not None and (bool(row.scores) or row.has_diverged or not reported)
+
+    def has_value(self, training: Training) -> bool:
+        """Whether a training has a score by which rates are chosen."""
+        row = self.rows.get(training)
+        return row is not None and bool(row.value)
 
     def has_scores(self, training: Training) -> bool:
         """Whether a training is there with reported scores; one that has diverged has none."""
@@ -110,9 +118,16 @@ class Campaign(Generic[ScoresT]):
         assert row is not None, training.name
         return row
 
-    def value(self, variant: Variant, rate: float) -> float:
-        """The mean score by which a learning rate whose trainings are there is chosen."""
-        return fmean(self.row(Training(variant, rate, seed)).number for seed in self.rate_seeds)
+    def choosing(self, variant: Variant, rates: Iterable[float]) -> list[int]:
+        """The seeds by which one of these rates is chosen: those that have a value at each."""
+        return [
+            seed for seed in self.rate_seeds if all(self.has_value(Training(variant, rate, seed)) for rate in rates)
+        ]
+
+    def values(self, variant: Variant, rates: Collection[float]) -> dict[float, float]:
+        """The mean value of each rate over the same seeds: all that choose or, of rows alone, those that are there."""
+        seeds = self.choosing(variant, rates)
+        return {rate: fmean(self.row(Training(variant, rate, seed)).number for seed in seeds) for rate in rates}
 
     def machines(self, trainings: Sequence[Training]) -> str:
         """A sentence on what trainings that are there were made on, since rounding differs between processors."""

@@ -54,8 +54,7 @@ class MethodComparison(Generic[ScoresT]):
         for remaining in range(self.config.extra_rates, -1, -1):
             rates = [(variant, rate) for variant, own in pending.items() for rate in own]
             self.campaign.finish([Training(*each, seed) for seed in seeds for each in rates], reported=reported)
-            for variant, rate in rates:
-                found[variant][rate] = self.campaign.value(variant, rate)
+            found = {v: self.campaign.values(v, [*own, *pending[v]]) for v, own in found.items()}
             pending = {
                 variant: [beyond(tried, end) for end in self.open_ends(variant, tried)] if remaining else []
                 for variant, tried in found.items()
@@ -89,19 +88,13 @@ class MethodComparison(Generic[ScoresT]):
 
     def tried(self) -> dict[Variant, dict[float, float]]:
         """The rates of which there are rows, with their values, by variant; nothing is trained."""
-        return {
-            variant: {
-                rate: self.campaign.value(variant, rate)
-                for rate in self.campaign.rows.rates(variant)
-                if self.has_value(variant, rate)
-            }
-            for variant in compared(self.config)
-        }
+        return {variant: self.campaign.values(variant, self.tried_rates(variant)) for variant in compared(self.config)}
 
-    def has_value(self, variant: Variant, rate: float) -> bool:
-        """Whether all trainings are there by which a rate is chosen."""
-        trainings = [Training(variant, rate, seed) for seed in self.campaign.rate_seeds]
-        return all(self.campaign.is_there(each, reported=self.config.curves) for each in trainings)
+    def tried_rates(self, variant: Variant) -> list[float]:
+        """The rates of a variant that the first seed has tried, ascending."""
+        firsts = [Training(variant, rate, self.config.seeds[0]) for rate in self.campaign.rows.rates(variant)]
+        there = [each for each in firsts if self.campaign.is_there(each, reported=self.config.curves)]
+        return [each.rate for each in there if self.campaign.has_value(each)]
 
     def report(self, tried: Mapping[Variant, Mapping[float, float]]) -> None:
         """Writes table.md, results.csv, sheet.png and the curves, of what there are rows of, and prints the table.
@@ -131,7 +124,9 @@ class MethodComparison(Generic[ScoresT]):
         report = evaluation.report(self.folder, results, scores, {name: trained[variant] for name, variant in rows})
         curves = self.curves({variant: list(tried[variant]) for variant in chosen}, chosen)
         machines = self.campaign.machines(self.reported(tried))
-        text = "\n\n".join([*report.paragraphs, machines, *self.about_diverged(chosen), *curves])
+        text = "\n\n".join(
+            [*report.paragraphs, machines, *self.about_seeds(tried), *self.about_diverged(chosen), *curves]
+        )
         write_text(self.folder / "table.md", text + "\n")
         write_text(self.folder / "results.csv", report.csv)
         print(f"{text}\n\ntable    {self.folder / 'table.md'}")
@@ -144,6 +139,13 @@ class MethodComparison(Generic[ScoresT]):
         seeds = self.config.seeds
         trainings = [Training(v, rate, seed) for v, rates in tried.items() for rate in rates for seed in seeds]
         return [each for each in trainings if self.campaign.is_there(each, reported=True)]
+
+    def about_seeds(self, tried: Mapping[Variant, Mapping[float, float]]) -> list[str]:
+        """A sentence on how many seeds have chosen the rates, where they may be several."""
+        if self.config.rate_seeds == 1:
+            return []
+        counts = {str(v): len(self.campaign.choosing(v, rates)) for v, rates in tried.items() if rates}
+        return [f"Seeds whose mean has chosen a rate: {'; '.join(f'{name}: {n}' for name, n in counts.items())}."]
 
     def about_diverged(self, chosen: Mapping[Variant, RateChoice]) -> list[str]:
         """A sentence on the trainings at chosen rates that have diverged, whose seeds the tables leave out."""

@@ -53,20 +53,26 @@ class Study:
 
     @cached_property
     def best(self) -> dict[Variant, float]:
-        """The rates that `rate_seeds` chose by their mean, on other things or questions than the reported ones."""
-        return {variant: best_rate(rates) for variant, rates in self.tried.items()}
+        """The rates that were chosen, on other things or questions than the reported ones."""
+        return {variant: best_rate(self.tried(variant)) for variant in self.values}
 
     @cached_property
-    def tried(self) -> dict[Variant, dict[float, float]]:
-        """The mean by which each rate was chosen, of those that all `rate_seeds` have tried, by variant."""
-        found: dict[Variant, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    def values(self) -> dict[Variant, dict[float, dict[int, float]]]:
+        """What rates were chosen by, by variant, rate and seed."""
+        found: dict[Variant, dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
         for row in self.rows:
             if row.value and row.training.seed in self.rate_seeds:
-                found[row.training.variant][row.training.rate].append(row.number)
-        return {
-            variant: {rate: fmean(own) for rate, own in rates.items() if len(own) == len(self.rate_seeds)}
-            for variant, rates in found.items()
-        }
+                found[row.training.variant][row.training.rate][row.training.seed] = row.number
+        return found
+
+    def choosing(self, variant: Variant) -> list[int]:
+        """The seeds by which a rate was chosen: those that have tried all of them."""
+        return [seed for seed in self.rate_seeds if all(seed in own for own in self.values[variant].values())]
+
+    def tried(self, variant: Variant) -> dict[float, float]:
+        """The mean of these seeds by rate."""
+        seeds = self.choosing(variant)
+        return {rate: fmean(own[seed] for seed in seeds) for rate, own in self.values[variant].items()}
 
     @cached_property
     def preferred(self) -> dict[Variant, float]:

@@ -1,6 +1,7 @@
 """The tables of the page."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -71,7 +72,8 @@ def scores_table(study: Study) -> Records:
         low, high = study.curves[variant].band
         table.append(
             {"": f"{study.name}, {variant}", "parameters": f"{int(row.parameters):,}"}
-            | {"best rate": f"{study.best[variant]:g}", "seeds": str(len(study.at(variant).seeds))}
+            | {"best rate": f"{study.best[variant]:g}", "choosing seeds": str(len(study.choosing(variant)))}
+            | {"seeds": str(len(study.at(variant).seeds))}
             | {"score": shown(study.at(variant).interval), "as good": f"{2**low:.2g} to {2**high:.2g}"}
         )
     return table
@@ -105,20 +107,31 @@ def rank_1_table(study: Study) -> Records:
 
 
 def floor_table(study: Study, alone: AnswerScores) -> Records:
-    """The seeds at rank 1 at the rate that the first one chose and at the one that all prefer, and questions alone."""
+    """The trainings of rank 1 at the rates that one seed and several have chosen, beside questions alone."""
     given = intervals({"vqa": alone})["vqa"]
+    variants, by_one = (
+        [plain(method, 1) for method in ("lora", "dora")],
+        replace(study, rate_seeds=study.rate_seeds[:1]),
+    )
     table = []
-    for rate in sorted({f(plain(m, 1)) for m in ("lora", "dora") for f in (study.best.get, study.preferred.get)}):
-        for method in ("lora", "dora"):
-            point = study.at(plain(method, 1), rate)
+    for rate in sorted({each.best[variant] for each in (study, by_one) for variant in variants}):
+        for variant in variants:
+            point, values = study.at(variant, rate), study.values[variant][rate]
             seeds = point.cells_KS.mean(axis=0)
             below = int((seeds < alone.values_QS.mean()).sum())
             less = mean_interval(point.cells_KS - group_cells([alone]))
+            chosen_by = [values[seed] / 100 for seed in study.choosing(variant)]
             table.append(
-                {"": f"{NAMES[method]} at {rate:g}", "seeds": ", ".join(f"{seed:.3f}" for seed in seeds)}
-                | {"less questions alone": shown(less), "seeds below": f"{below} of {len(seeds)}"}
+                {"": f"{NAMES[variant.method]} at {rate:g}", "chosen by": three_digits(chosen_by)}
+                | {"reported": three_digits(seeds), "less questions alone": shown(less)}
+                | {"seeds below": f"{below} of {len(seeds)}"}
             )
-    return [*table, {"": "questions alone", "seeds": shown(given), "less questions alone": "-", "seeds below": "-"}]
+    blank = {"less questions alone": "-", "seeds below": "-"}
+    return [*table, {"": "questions alone", "chosen by": "-", "reported": shown(given)} | blank]
+
+
+def three_digits(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)
 
 
 def again_table(study: Study, again: Study) -> Records:

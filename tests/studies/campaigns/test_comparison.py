@@ -76,15 +76,22 @@ def test_rates_are_chosen_by_the_mean_of_these_seeds(comparison, trained):
     assert set(trained) == everything  # the best rate and its neighbours with all seeds
 
     trained.clear()
+    assert comparison("three", rate_seeds=3).tried() == one.tried()  # the other seeds' rows have no values
+    two = comparison("two", rate_seeds=2)
+    assert two.search()[DORA] == {1e-3: 40, 1e-2: 27.5, 1e-1: 20}
+    assert set(trained) == {training for training in everything if training.seed == 1}
     three = comparison("three", rate_seeds=3)
-    assert three.tried() == {LORA: {}, DORA: {}}  # the other seeds' rows have no values
-    assert three.search()[DORA] == {1e-3: 40, 1e-2: pytest.approx(65 / 3), 1e-1: 20}
-    assert set(trained) == {training for training in everything if training.seed}
+    assert three.tried() == two.tried()  # of rows alone: by the seeds that all rates have
+    assert three.about_seeds(three.tried()) == ["Seeds whose mean has chosen a rate: LoRA, rank 4: 2; DoRA, rank 4: 2."]
+
+    trained.clear()
+    assert three.search()[LORA] == {1e-3: 40, 1e-2: pytest.approx(65 / 3), 1e-1: 20}
+    assert set(trained) == {training for training in everything if training.seed == 2}
     trained.clear()
     three.train_chosen(three.tried())
     assert trained == []
     assert comparison("other", rate_seeds=3).tried() == three.tried()
-    assert max(three.tried()[LORA], key=three.tried()[LORA].__getitem__) == 1e-3
+    assert three.about_seeds(three.tried()) == ["Seeds whose mean has chosen a rate: LoRA, rank 4: 3; DoRA, rank 4: 3."]
 
 
 def test_there_must_be_so_many_seeds(comparison):
