@@ -10,9 +10,10 @@ import torch
 from diffusers import UNet2DConditionModel, ZImageTransformer2DModel
 from torch import nn
 
-from dora_mm import DoRASpec, adapter_parameters, inject
+from dora_mm import DoRASpec, adapter_parameters, inject, targets
 from dora_mm.cli import main
 from dora_mm.core import fixed_parameters
+from dora_mm.models.quantization import QUANTIZATIONS, quantize_layers
 from dora_mm.preview.simulation import Machine, simulated_peak
 from dora_mm.utils.losses import LossSum
 from tests.benchmarks.full_size import FULL_SIZE
@@ -51,7 +52,19 @@ def test_the_estimate_is_near_to_the_measured_peak_of_a_step(family, side, batch
     assert measured * 0.85 < estimated < measured * 1.15
 
 
-def peak_of(family: str, side: int, batch: int, half: bool, checkpointing: bool, device: str) -> int:
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_so_it_is_over_quantized_layers(name, checkpointing):
+    if package := QUANTIZATIONS[name].package:
+        pytest.importorskip(package)
+    measured, estimated = (peak_of("z_image", 32, 1, True, checkpointing, device, name) for device in ("cpu", "meta"))
+    assert measured * 0.85 < estimated < measured * 1.15
+
+
+def peak_of(
+    family: str, side: int, batch: int, half: bool, checkpointing: bool, device: str, quantized: str | None = None
+) -> int:
     """The bytes of a step: measured on the processor, estimated on the meta device."""
     torch.manual_seed(0)
     dtype, is_sdxl = torch.bfloat16 if half else torch.float32, family == "sdxl"
@@ -59,7 +72,10 @@ def peak_of(family: str, side: int, batch: int, half: bool, checkpointing: bool,
         network: Any = UNet2DConditionModel(**SDXL) if is_sdxl else ZImageTransformer2DModel(**Z_IMAGE)
         nn.Module.to(network.requires_grad_(False), dtype)
         inputs = inputs_of(network, side, batch)
-    inject(network, targets="sdxl-unet" if is_sdxl else "z-image", spec=DoRASpec(8), backend="torch")
+    chosen = targets.find("sdxl-unet" if is_sdxl else "z-image")
+    if quantized:
+        quantize_layers(network, chosen, quantized)
+    inject(network, targets=chosen, spec=DoRASpec(8), backend="torch")
     network.train()
     if checkpointing:
         network.enable_gradient_checkpointing()

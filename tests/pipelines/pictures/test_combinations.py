@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from dora_mm.adapting import compiled
 from dora_mm.cli import main
+from dora_mm.models.quantization import QUANTIZATIONS
 from tests.data.images.pictures import write_pictures
 from tests.models.images.tiny_flows import EACH, FLOWS, NAMES
 
@@ -55,6 +56,7 @@ ALONE = {  # not with all others: what is compiled takes a minute
     "rates": {"adapter.parts": {"unet.attn": {"lr": 0.005}, "unet.cross": {"rank": 3}}},
     "compiled": {"train.compile": True},
 }
+QUANTIZED = {name: {"model.quantization": name} for name, kind in QUANTIZATIONS.items() if kind.package}
 OF_FLOWS = OPTIONS.keys() - {"text encoders", "new tokens"}  # whose text encoders are frozen
 MAY_BE = st.sets(st.sampled_from(sorted(OPTIONS)))
 
@@ -80,7 +82,7 @@ def config_of(names, model, folders, run, section=()):
     }
     left_out = set().union(*(EXCLUDES.get(name, set()) for name in names))
     for name in sorted(names - left_out):
-        for key, value in copy.deepcopy((OPTIONS | ALONE)[name]).items():
+        for key, value in copy.deepcopy((OPTIONS | ALONE | QUANTIZED)[name]).items():
             section, _, leaf = key.partition(".")
             if leaf:
                 config[section][leaf] = value
@@ -163,6 +165,30 @@ def test_any_combination_is_resumed_bit_for_bit(tiny_folder, folders, names):
 def test_each_is_resumed_bit_for_bit_over_a_flow_model(flow, folders, name):
     model, section = flow
     check_resumed({name}, model, folders, section)
+
+
+WITH_QUANTIZED = {"masks", "preservation", "average", "caches"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_bases_are_resumed_bit_for_bit(flow, folders, name):
+    pytest.importorskip(QUANTIZATIONS[name].package)
+    model, section = flow
+    check_resumed({name, *WITH_QUANTIZED}, model, folders, section)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_bases_of_sdxl_are_resumed_bit_for_bit(tiny_folder, folders, name):
+    pytest.importorskip(QUANTIZATIONS[name].package)
+    check_resumed({name, *WITH_QUANTIZED}, tiny_folder, folders)
+
+
+@pytest.mark.slow
+def test_quantized_blocks_are_compiled(tiny_folder, folders):
+    pytest.importorskip("bitsandbytes")
+    check_resumed({"nf4", "compiled"}, tiny_folder, folders)
 
 
 @pytest.mark.parametrize("flow", EACH, indirect=True, ids=NAMES)
