@@ -116,8 +116,14 @@ def inputs_of(network: Any, side: int, batch: int) -> dict[str, Any]:
 
 
 SIZES = ("_24gb", "_16gb", "_12gb", "_8gb")
-OF_FLOWS = ("z_image/style", "z_image/style_12gb", "flux2_klein/style", "flux2_klein/style_12gb", "qwen_image/style")
-RECIPES = ["sdxl/3d_icon", *(f"sdxl/3d_icon{size}" for size in SIZES), "sdxl/lego", *OF_FLOWS, "qwen_image/style_32gb"]
+OF_FLOWS = {
+    "z_image": ("", "_12gb"),
+    "flux2_klein": ("", "_12gb"),
+    "qwen_image": ("", "_32gb", "_24gb"),
+    "krea2": ("", "_24gb", "_16gb"),
+}
+RECIPES = ["sdxl/3d_icon", *(f"sdxl/3d_icon{size}" for size in SIZES), "sdxl/lego"]
+RECIPES += [f"{family}/style{size}" for family, sizes in OF_FLOWS.items() for size in sizes]
 
 
 @pytest.fixture(scope="module")
