@@ -328,7 +328,7 @@ class TrainDiffusionConfig(PipelineConfig):
         problems += self._check_preserve(full=full)
         problems += self._check_text()
         if full and self.model.quantization:
-            problems.append("adapter.method full trains the base weights, which model.quantization stores in 8 bits")
+            problems.append("adapter.method full trains the base weights, which model.quantization rounds")
         if full and self.model.dtype != "float32":
             problems.append("adapter.method full trains the base weights, so model.dtype must be float32")
         if self.data.latent_cache is not None and self.data.crop == "random":

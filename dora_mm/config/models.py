@@ -86,8 +86,9 @@ class ModelConfig(Section):
     # all else is that of `path`. null: the model's own
     denoiser: InputPath | None = None
     dtype: Dtype = "float32"  # bfloat16 or float16, of the frozen weights; adapters are float32
-    # float8: the Linear layers of all parts of the denoiser are stored in 8 bits, each row with a scale; null: in dtype
-    quantization: Literal["float8"] | None = None
+    # The Linear layers of all parts of the denoiser in 8 or 4 bits: float8 has a scale for each row and needs no
+    # package, int8, nf4 and fp4 are of bitsandbytes, torchao_int8 of torchao; null: in dtype
+    quantization: Literal["float8", "int8", "torchao_int8", "nf4", "fp4"] | None = None
     # What an SDXL model predicts; auto: what its files say, of a single checkpoint its tensors v_pred and ztsnr
     prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
 

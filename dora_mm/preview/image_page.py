@@ -17,6 +17,7 @@ from dora_mm.data.images.folder import CaptionedImage
 from dora_mm.models.hub import UnreachableError
 from dora_mm.models.images.families import about_prediction, load_image_model, load_image_model_if_local
 from dora_mm.models.images.image_model import ImageModel
+from dora_mm.models.quantization import planned_bytes
 from dora_mm.preview.image_memory import (
     checkpointing_line,
     encode_without_numbers,
@@ -148,6 +149,7 @@ def estimated_sections(
     yield trained_section(config, model, trained)
     yield how_section(config, model, trained)
     details: dict[str, Any] = {"place": accelerator.device.type, "ema": config.ema is not None}
+    details["stored"] = planned_bytes(model.networks[model.denoiser])
     details["division"] = division(trained, model.target_maps) if config.train.shard else None
     checkpointing, simulated = config.train.gradient_checkpointing, (config, model, trained, batches, source)
     costs = {each: simulated_cost(*simulated, machine_of(config), checkpointing=each) for each in (False, True)}

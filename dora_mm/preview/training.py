@@ -1,12 +1,13 @@
 """What a training will cost, before it starts: memory by part, the time of a measured step, and slow hardware."""
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dora_mm.adapting.sharding import Division
 from dora_mm.config.training import EMAConfig, OptimizerConfig, ScheduleConfig, TrainConfig, ValidationConfig
@@ -124,15 +125,28 @@ def _peak_memory(device: torch.device) -> _Memory:
     return found
 
 
+def _storages(tensor: torch.Tensor) -> dict[int, int]:
+    """The bytes of what holds a tensor, by its place."""
+    storages = [part.untyped_storage() for part in _parts(tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor; of torchao's, which have no memory of their own, those inside."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
+
+
 def _kept_for_backward(accelerator, trained, config, seed, batch_at) -> int:
     """The bytes that the forward pass of one micro-batch keeps for its backward pass, parameters not counted."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in trained.parameters()}
+    known = {place for parameter in trained.parameters() for place in _storages(parameter)}
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept.update({place: size for place, size in _storages(tensor).items() if place not in known})
         return tensor
 
     single = config.model_copy(update={"gradient_accumulation_steps": 1})
@@ -145,7 +159,7 @@ def _kept_for_backward(accelerator, trained, config, seed, batch_at) -> int:
 
 def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """The memory that these tensors take."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(part.numel() * part.element_size() for tensor in tensors for part in _parts(tensor))
 
 
 def optimizer_values(config: OptimizerConfig) -> int:

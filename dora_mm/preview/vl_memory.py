@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from dora_mm.adapting.sharding import Division
 from dora_mm.config.vl import PreferenceConfig, TrainVLConfig
 from dora_mm.core import TargetMap
 from dora_mm.core.targets import match_modules, parts_in
+from dora_mm.models.quantization import stored_bytes
 from dora_mm.models.vl.families import structure_of
 from dora_mm.models.vl.vl_model import Structure, VLModel, weighted_loss
 from dora_mm.preview.questions import DataPreview, batch_of
@@ -28,7 +28,6 @@ from dora_mm.train.setup import checkpoint_activations
 from dora_mm.utils.losses import LossSum
 
 TOWER = "vision."  # how the names of the parts of a vision tower begin
-BITS = {"int8": 8.0, "torchao_int8": 8.0, "nf4": 4.13, "fp4": 4.13}  # of a weight, with the scales of its blocks
 
 
 def network_parts(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -118,7 +117,7 @@ def quantized_bytes(network: Any, quantization: str | None) -> dict[int, int]:
         return {}
     logits = network.get_output_embeddings()
     layers = (m for m in network.modules() if isinstance(m, nn.Linear) and m is not logits)
-    return {id(layer.weight): math.ceil(layer.weight.numel() * BITS[quantization] / 8) for layer in layers}
+    return {id(layer.weight): stored_bytes(layer.weight, quantization) for layer in layers}
 
 
 def estimated_cost(

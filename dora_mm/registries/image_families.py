@@ -71,7 +71,11 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             section="dora_mm.config.models:QwenImageConfig",
             pipeline="QwenImagePipeline",
             denoiser=("transformer_blocks.0.img_mod.1.",),
-            starts={32: "configs/qwen_image/style_32gb.yaml", 48: "configs/qwen_image/style.yaml"},
+            starts={
+                24: "configs/qwen_image/style_24gb.yaml",
+                32: "configs/qwen_image/style_32gb.yaml",
+                48: "configs/qwen_image/style.yaml",
+            },
         ),
         "krea2": ImageFamily(
             title="Krea 2",
@@ -79,7 +83,11 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             section="dora_mm.config.models:Krea2Config",
             pipeline="Krea2Pipeline",
             denoiser=("txtfusion.", "text_fusion."),  # of its authors' files, and of diffusers
-            starts={24: "configs/krea2/style_24gb.yaml", 32: "configs/krea2/style.yaml"},
+            starts={
+                16: "configs/krea2/style_16gb.yaml",
+                24: "configs/krea2/style_24gb.yaml",
+                32: "configs/krea2/style.yaml",
+            },
         ),
     },
 )

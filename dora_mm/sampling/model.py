@@ -232,8 +232,8 @@ def load_model(config: PicturesConfig, adapters: Iterable[str]) -> LoadedModel:
         ValueError: An adapter or the model cannot be found or loaded, or the adapters were trained on several models.
     """
     files, device = find_adapters(adapters), default_device()
-    check_offload(config.memory, device)
     chosen = config.model or model_of(files)
+    check_offload(config.memory, device, chosen.quantization)
     warn_of_other_bases(files, chosen, is_distilled=distilled_of(chosen) is not None)
     model = load_image_model(chosen)
     changes = check_fit(model, files, chosen.path)

@@ -18,9 +18,9 @@ from dora_mm.core.spec import CACHES, METHODS, NORM_GRADS
 from dora_mm.eval.images import concepts, style
 from dora_mm.models.folders import DTYPES
 from dora_mm.models.images.schedulers import SCHEDULERS
+from dora_mm.models.quantization import QUANTIZATIONS
 from dora_mm.models.vl.vl_bart.loading import VISUAL
 from dora_mm.preview.training import PRECISIONS
-from dora_mm.preview.vl_memory import BITS
 from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.targets import MAPS, derived
 from dora_mm.tasks.diffusion import DISTANCES
@@ -38,7 +38,8 @@ REGISTRIES: list[tuple[type[Section], str, Iterable[str]]] = [
     (LossConfig, "type", DISTANCES),
     (ModelConfig, "dtype", DTYPES),
     (VLMModelConfig, "dtype", DTYPES),
-    (VLMModelConfig, "quantization", BITS),
+    (VLMModelConfig, "quantization", QUANTIZATIONS.keys() - {"float8"}),
+    (ModelConfig, "quantization", QUANTIZATIONS),
     (VLBartModelConfig, "visual", VISUAL),
     (PicturesConfig, "scheduler", SCHEDULERS),
     (EvalDiffusionConfig, "style", style.CLASSES),

@@ -233,9 +233,11 @@ def test_two_processes_share_the_pairs_that_are_kept(folder):
         assert values == pytest.approx(known[1][key], rel=1e-5)
 
 
-def flow_pictures(folder, name: str, flow: TinyFlow, accumulated: int = 1, **train) -> str:
+def flow_pictures(
+    folder, name: str, flow: TinyFlow, accumulated: int = 1, *, quantization: str | None = None, **train
+) -> str:
     """A flow model held at the base model by prompts, with an average of its weights."""
-    section = {flow.name: flow.settings} if flow.settings else {}
+    section = {"quantization": quantization, **({flow.name: flow.settings} if flow.settings else {})}
     return write(
         folder,
         name,
@@ -262,3 +264,16 @@ def test_two_processes_train_a_flow_model_as_one_does_also_divided(folder, flow)
         assert process.wait(timeout=600) == 0, log.read_text()
     assert_equal_runs(folder / two, folder / one)
     assert_equal_runs(folder / divided, folder / one)
+
+
+@pytest.mark.slow
+def test_two_processes_divide_a_quantized_flow_model(folder):
+    pytest.importorskip("bitsandbytes")
+    flow = next(flow for flow in FLOWS if flow.name == "krea2")
+    flow.build(folder / flow.name)
+    assert main(["train", flow_pictures(folder, "nf4_one", flow, 2, quantization="nf4")]) == 0
+    divided = flow_pictures(folder, "nf4_divided", flow, quantization="nf4", shard=True)
+    log = folder / "nf4.log"
+    with launched(["train", divided], log=log) as process:
+        assert process.wait(timeout=600) == 0, log.read_text()
+    assert_equal_runs(folder / "nf4_divided", folder / "nf4_one")

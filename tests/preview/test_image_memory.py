@@ -10,9 +10,10 @@ import torch
 from diffusers import UNet2DConditionModel, ZImageTransformer2DModel
 from torch import nn
 
-from dora_mm import DoRASpec, adapter_parameters, inject
+from dora_mm import DoRASpec, adapter_parameters, inject, targets
 from dora_mm.cli import main
 from dora_mm.core import fixed_parameters
+from dora_mm.models.quantization import QUANTIZATIONS, quantize_layers
 from dora_mm.preview.simulation import Machine, simulated_peak
 from dora_mm.utils.losses import LossSum
 from tests.shared import full_size_folders as full_size
@@ -51,7 +52,19 @@ def test_the_estimate_is_near_to_the_measured_peak_of_a_step(family, side, batch
     assert measured * 0.85 < estimated < measured * 1.15
 
 
-def peak_of(family: str, side: int, batch: int, half: bool, checkpointing: bool, device: str) -> int:
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_so_it_is_over_quantized_layers(name, checkpointing):
+    if package := QUANTIZATIONS[name].package:
+        pytest.importorskip(package)
+    measured, estimated = (peak_of("z_image", 32, 1, True, checkpointing, device, name) for device in ("cpu", "meta"))
+    assert measured * 0.85 < estimated < measured * 1.15
+
+
+def peak_of(
+    family: str, side: int, batch: int, half: bool, checkpointing: bool, device: str, quantized: str | None = None
+) -> int:
     """The bytes of a step: measured on the processor, estimated on the meta device."""
     torch.manual_seed(0)
     dtype, is_sdxl = torch.bfloat16 if half else torch.float32, family == "sdxl"
@@ -59,7 +72,10 @@ def peak_of(family: str, side: int, batch: int, half: bool, checkpointing: bool,
         network: Any = UNet2DConditionModel(**SDXL) if is_sdxl else ZImageTransformer2DModel(**Z_IMAGE)
         nn.Module.to(network.requires_grad_(False), dtype)
         inputs = inputs_of(network, side, batch)
-    inject(network, targets="sdxl-unet" if is_sdxl else "z-image", spec=DoRASpec(8), backend="torch")
+    chosen = targets.find("sdxl-unet" if is_sdxl else "z-image")
+    if quantized:
+        quantize_layers(network, chosen, quantized)
+    inject(network, targets=chosen, spec=DoRASpec(8), backend="torch")
     network.train()
     if checkpointing:
         network.enable_gradient_checkpointing()
@@ -100,8 +116,14 @@ def inputs_of(network: Any, side: int, batch: int) -> dict[str, Any]:
 
 
 SIZES = ("_24gb", "_16gb", "_12gb", "_8gb")
-OF_FLOWS = ("z_image/style", "z_image/style_12gb", "flux2_klein/style", "flux2_klein/style_12gb", "qwen_image/style")
-RECIPES = ["sdxl/3d_icon", *(f"sdxl/3d_icon{size}" for size in SIZES), "sdxl/lego", *OF_FLOWS, "qwen_image/style_32gb"]
+OF_FLOWS = {
+    "z_image": ("", "_12gb"),
+    "flux2_klein": ("", "_12gb"),
+    "qwen_image": ("", "_32gb", "_24gb"),
+    "krea2": ("", "_24gb", "_16gb"),
+}
+RECIPES = ["sdxl/3d_icon", *(f"sdxl/3d_icon{size}" for size in SIZES), "sdxl/lego"]
+RECIPES += [f"{family}/style{size}" for family, sizes in OF_FLOWS.items() for size in sizes]
 
 
 @pytest.fixture(scope="module")

@@ -89,8 +89,8 @@ def _int8_parts(layer: Any) -> tuple[Tensor | None, Tensor | None]:
 
 def is_quantized(layer: nn.Module) -> bool:
     """Whether this is a quantised Linear that can be adapted."""
-    if type(layer) is Float8Linear:
-        return True
+    if isinstance(layer, Float8Linear):
+        return not isinstance(layer, AdaptedLayer)
     package = type(layer).__module__.partition(".")[0]
     if package == "bitsandbytes":
         return type(layer).__name__ in BITSANDBYTES

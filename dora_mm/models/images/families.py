@@ -28,10 +28,10 @@ from dora_mm.models.images.components import (
 )
 from dora_mm.models.images.denoiser_file import PREFIX, load_denoiser
 from dora_mm.models.images.image_model import Distilled, ImageModel
-from dora_mm.models.images.memory import store_in_float8
 from dora_mm.models.images.schedulers import changes_for
 from dora_mm.models.images.weights import PipelineFiles
 from dora_mm.models.opening import check_revision, described, loaded_files, opening
+from dora_mm.models.quantization import check_installed, quantize_layers
 from dora_mm.registries.image_families import IMAGE_FAMILIES, ImageFamily
 from dora_mm.registries.registry import load
 from dora_mm.utils.digest import files_digest
@@ -100,9 +100,11 @@ def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
 
     Raises:
         ValueError: The model or its VAE does not exist, lacks a component, is of no family here or does not fit the
-            section; the message names the key.
+            section, or a package is missing; the message names the key.
     """
     path, dtype = resolve_model(config.path), getattr(torch, config.dtype)
+    if config.quantization and not empty:
+        check_installed(config.quantization)
     check_revision(path, config.revision)
     family = family_of(path, config.revision)
     for name, _ in config.sections():
@@ -137,7 +139,7 @@ def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
             scheduler = found["scheduler"]
             found["scheduler"] = type(scheduler).from_config(scheduler.config, **changes)
         if config.quantization and family.denoiser in found:
-            store_in_float8(found[family.denoiser], targets.find(family.maps[family.denoiser]))
+            quantize_layers(found[family.denoiser], targets.find(family.maps[family.denoiser]), config.quantization)
         return found
 
     def weights(name: str) -> list[Path]:
@@ -162,7 +164,8 @@ def _denoiser_of_file(family: type[ImageModel], files: ModelFolder, config: Mode
     file, kept = _denoiser_file(config), targets.find(family.maps[family.denoiser])
     with opening(str(file), f"{file} cannot be loaded", key="model.denoiser"):
         kind, described = class_of(files, family.denoiser), files.config(family.denoiser)
-        return load_denoiser(kind, described, file, getattr(torch, config.dtype), kept if config.quantization else None)
+        stays = config.quantization == "float8"
+        return load_denoiser(kind, described, file, getattr(torch, config.dtype), kept if stays else None)
 
 
 def _denoiser_file(config: ModelConfig) -> Path:

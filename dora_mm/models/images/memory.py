@@ -3,28 +3,11 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from dora_mm.config.pictures import MemoryConfig
-from dora_mm.core import TargetMap
-from dora_mm.core.targets import match_modules
-from dora_mm.core.wrappers.float8 import Float8Linear
+from dora_mm.models.quantization import QUANTIZATIONS
 
 TILE = 512  # pixels; diffusers takes the VAE's own size, with which a picture of 1024 pixels is one tile
-
-
-def store_in_float8(network: nn.Module, targets: TargetMap) -> None:
-    """Stores the weights of all Linear layers that a target map knows in float8; other layers stay as they are.
-
-    Args:
-        network: The network, frozen and not adapted.
-        targets: Its target map.
-    """
-    for path in match_modules(network, targets.select(list(targets.parts))):
-        layer = network.get_submodule(path)
-        if type(layer) is nn.Linear:
-            parent, _, name = path.rpartition(".")
-            setattr(network.get_submodule(parent), name, Float8Linear.of(layer))
 
 
 def save_memory(pipe: Any, config: MemoryConfig, device: torch.device) -> None:
@@ -47,12 +30,24 @@ def save_memory(pipe: Any, config: MemoryConfig, device: torch.device) -> None:
     offload(pipe, config.offload, device)
 
 
-def check_offload(config: MemoryConfig, device: torch.device) -> None:
+def check_offload(config: MemoryConfig, device: torch.device, quantization: str | None = None) -> None:
     """Checks that networks can wait in main memory.
 
+    Args:
+        config: The `memory` section.
+        device: The device that pictures are drawn on.
+        quantization: The key `model.quantization`.
+
     Raises:
-        ValueError: `offload` is set, and the device is the CPU, where all weights are in main memory anyway.
+        ValueError: `offload` is set, and the device is the CPU, where all weights are in main memory anyway; or layers
+            would be moved without their scales.
     """
+    package = QUANTIZATIONS[quantization].package if quantization else ""
+    if config.offload == "layers" and package == "bitsandbytes":  # which keeps them beside the weight, not in a buffer
+        raise ValueError(
+            f"memory.offload: layers moves the weights of model.quantization {quantization} without their scales: set "
+            "it to model."
+        )
     if config.offload != "none" and device.type == "cpu":
         raise ValueError(
             f"memory.offload: {config.offload} needs a GPU, and there is none here: set it to none, which draws on the "

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from dora_mm.adapting import compiled
 from dora_mm.cli import main
+from dora_mm.models.quantization import QUANTIZATIONS
 from tests.shared.data.pictures import write_pictures
-from tests.shared.images.combinations import ALONE, EXCLUDES, OPTIONS, config_of
+from tests.shared.images.combinations import ALONE, EXCLUDES, OPTIONS, QUANTIZED, config_of
 from tests.shared.images.tiny_flows import EACH, FLOWS, NAMES
 
 OF_FLOWS = OPTIONS.keys() - {"text encoders", "new tokens"}  # whose text encoders are frozen
@@ -90,6 +91,32 @@ def test_any_combination_is_resumed_bit_for_bit(tiny_folder, folders, names):
 def test_each_is_resumed_bit_for_bit_over_a_flow_model(flow, folders, name):
     model, section = flow
     check_resumed({name}, model, folders, section)
+
+
+WITH_QUANTIZED = {"masks", "preservation", "average", "caches"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_bases_are_resumed_bit_for_bit(flow, folders, name):
+    pytest.importorskip(QUANTIZATIONS[name].package)
+    model, section = flow
+    check_resumed({name, *WITH_QUANTIZED}, model, folders, section)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_bases_of_sdxl_are_resumed_bit_for_bit(tiny_folder, folders, name):
+    pytest.importorskip(QUANTIZATIONS[name].package)
+    check_resumed({name, *WITH_QUANTIZED}, tiny_folder, folders)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flow", FLOWS[-1:], indirect=True, ids=NAMES[-1:])
+def test_quantized_blocks_are_compiled(flow, folders):
+    pytest.importorskip("bitsandbytes")
+    model, section = flow
+    check_resumed({"nf4", "compiled"}, model, folders, section)
 
 
 @pytest.mark.parametrize("flow", EACH, indirect=True, ids=NAMES)

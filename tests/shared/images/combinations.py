@@ -41,6 +41,7 @@ ALONE = {  # not with all others: what is compiled takes a minute
     "rates": {"adapter.parts": {"unet.attn": {"lr": 0.005}, "unet.cross": {"rank": 3}}},
     "compiled": {"train.compile": True},
 }
+QUANTIZED = {name: {"model.quantization": name} for name in ("nf4", "int8", "torchao_int8")}
 
 
 def config_of(names, model, folders, run, section=()):
@@ -64,7 +65,7 @@ def config_of(names, model, folders, run, section=()):
     }
     left_out = set().union(*(EXCLUDES.get(name, set()) for name in names))
     for name in sorted(names - left_out):
-        for key, value in copy.deepcopy((OPTIONS | ALONE)[name]).items():
+        for key, value in copy.deepcopy((OPTIONS | ALONE | QUANTIZED)[name]).items():
             section, _, leaf = key.partition(".")
             if leaf:
                 config[section][leaf] = value

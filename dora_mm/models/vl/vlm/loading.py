@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, ProcessorMixin
 from transformers.models.auto import modeling_auto as auto
 
@@ -16,6 +13,7 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.paths import resolve_model
 from dora_mm.models.folders import load_weights, model_class, read_config
 from dora_mm.models.opening import opening
+from dora_mm.models.quantization import config_for_transformers
 from dora_mm.models.vl.vlm.image_limits import limited_grid, set_limits
 from dora_mm.models.vl.vlm.texts import TextProcessor
 from dora_mm.models.vl.vlm.videos import check_video_keys
@@ -89,13 +87,15 @@ def load_vlm(config: VLMModelConfig, device: torch.device) -> Any:
     """
     path = resolve_model(config.path)
     kind = model_class(found := read_config(path, config.revision), path)
-    settings = {"attn_implementation": config.attn_implementation, "quantization_config": quantization(config)}
+    dtype, quantized = getattr(torch, config.dtype), config.quantization
+    told = config_for_transformers(quantized, dtype) if quantized else None
+    settings = {"attn_implementation": config.attn_implementation, "quantization_config": told}
     model, _ = load_weights(
         kind,
         path,
         config=found,
         revision=config.revision,
-        dtype=getattr(torch, config.dtype),
+        dtype=dtype,
         device_map={"": device},
         **{key: value for key, value in settings.items() if value is not None},
     )
@@ -116,29 +116,6 @@ def _with_image_outputs(module: Any, inputs: Any, output: Any) -> None:
     """Gives the output of Llama 4's text what transformers 5.24's class of text and images reads, which it lacks."""
     if not hasattr(output, "image_outputs"):
         output.image_outputs = None
-
-
-def quantization(config: VLMModelConfig) -> Any:
-    """The quantisation of the base weights that `model.quantization` names, as transformers' config; None for none.
-
-    Raises:
-        ValueError: The package that does it is not installed.
-    """
-    name = config.quantization
-    if name is None:
-        return None
-    package = "torchao" if name.startswith("torchao") else "bitsandbytes"
-    if find_spec(package) is None:
-        raise ValueError(f"model.quantization {name} needs {package}: pip install 'dora_mm[quant]'")
-    if package == "torchao":
-        quantizers: Any = import_module("torchao.quantization")
-        return transformers.TorchAoConfig(quantizers.Int8WeightOnlyConfig())
-    if name == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    dtype = getattr(torch, config.dtype)
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=name, bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
-    )
 
 
 def special_tokens(model: Any) -> GenerationConfig:

@@ -10,7 +10,8 @@ from torch import nn
 from dora_mm import DoRASpec, inject, targets
 from dora_mm.config.pictures import MemoryConfig
 from dora_mm.core.wrappers.float8 import Float8Linear
-from dora_mm.models.images.memory import decode_in_tiles, offload, save_memory, store_in_float8
+from dora_mm.models.images.memory import check_offload, decode_in_tiles, offload, save_memory
+from dora_mm.models.quantization import quantize_layers
 from dora_mm.sampling.before_after import at_strength
 from dora_mm.sampling.pictures import PictureSampler, sample
 
@@ -92,9 +93,17 @@ def test_offloading_needs_a_gpu(tiny, kind):
         save_memory(tiny.pipeline(), MemoryConfig(offload=kind), CPU)
 
 
+def test_layers_of_bitsandbytes_do_not_wait_in_main_memory():
+    """diffusers moves `weight.data` alone, and the scales in `weight.quant_state` stay where they are."""
+    with pytest.raises(ValueError, match=r"^memory\.offload: layers moves the weights of model\.quantization nf4"):
+        check_offload(MemoryConfig(offload="layers"), torch.device("cuda"), "nf4")
+    for kind, name in (("model", "nf4"), ("layers", "float8"), ("layers", None)):
+        check_offload(MemoryConfig(offload=kind), torch.device("cuda"), name)
+
+
 def test_float8_takes_the_linear_layers_of_all_parts_and_nothing_else(tiny):
     before, whole = draw(tiny), sum(parameter.nbytes for parameter in tiny.unet.parameters())
-    store_in_float8(tiny.unet, targets.find("sdxl-unet"))
+    quantize_layers(tiny.unet, targets.find("sdxl-unet"), "float8")
     stored = {path for path, module in tiny.unet.named_modules() if isinstance(module, Float8Linear)}
     dense = {path for path, module in tiny.unet.named_modules() if type(module) is nn.Linear}
     assert {path.rpartition(".")[2] for path in stored} >= {"to_q", "to_k", "to_v", "0", "proj", "2"}
