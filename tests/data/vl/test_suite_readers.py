@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
@@ -125,7 +126,7 @@ def test_the_official_refs_of_refcoco(tmp_path, protocol):
         json.loads(same.boxes),
     )
     assert second.images == ("COCO_train2014_000000581857.jpg",)
-    with pytest.raises(ValueError, match=r"refs\(unc\).p: has no split 'val', but testA, train"):
+    with pytest.raises(ValueError, match=r"refs\(unc\).p has no rows of the split 'val': it has testA, train"):
         list(read_source(source.model_copy(update={"split": "val"}), BadRows("stop")))
 
 
@@ -170,6 +171,37 @@ def test_a_damaged_pickle_file_is_named(tmp_path, content):
     source.path.write_bytes(content)
     with pytest.raises(ValueError, match=r"refs\(unc\).p: (is damaged|holds other things)"):
         list(read_source(source, BadRows("stop")))
+
+
+def test_the_diagrams_of_ai2d_have_letters_where_options_are_letters(tmp_path):
+    lettered, plain = read_source(suite_files.ai2d_questions(tmp_path), BadRows("stop"))
+    assert (plain.id, lettered.id) == ("3.png-0", "10.png-0")
+    assert (plain.images, plain.answers) == ((str(tmp_path / "images" / "3.png"),), ("C",))
+    assert plain.text == "Which one is it?\nA. a\nB. b\nC. C\nD. d"
+    assert (plain.group, lettered.group) == ("diagram 3.png", "diagram 10.png")
+    assert plain.kinds != lettered.kinds
+    source = suite_files.ai2d_questions(tmp_path)
+    table = open_table(source, tmp_path / "tables", on_bad_data="stop")
+    (drawn,) = (row for row in table if row.id == "10.png-0")
+    image = Image.open(drawn.images[0]).convert("RGB")
+    colours = {colour for _, colour in image.crop((20, 30, 80, 70)).getcolors(10_000)}
+    assert {(255, 255, 255), (0, 0, 0)} <= colours
+    assert (255, 0, 0) not in colours
+    assert image.getpixel((10, 10)) == (255, 0, 0)
+    for split, name in (("train", "3.png-0"), ("test", "10.png-0")):
+        settings = {"split": split, "annotations": str(tmp_path / "ai2d_test_ids.csv")}
+        assert [row.id for row in read_source(suite_files.ai2d_questions(tmp_path, **settings), BadRows("stop"))] == [
+            name
+        ]
+    with pytest.raises(ValueError, match="split is train or test, with annotations"):
+        list(read_source(suite_files.ai2d_questions(tmp_path, split="test"), BadRows("stop")))
+
+
+def test_a_diagram_without_its_letters_is_a_bad_row(tmp_path):
+    source, bad = suite_files.ai2d_questions(tmp_path), BadRows("skip")
+    (tmp_path / "annotations" / "10.png.json").unlink()
+    assert [row.id for row in read_source(source, bad)] == ["3.png-0"]
+    assert list(bad.found) == ["has letters in its diagram, whose image or annotations cannot be read"]
 
 
 def test_vlmevalkit_tables_with_answers_in_words(tmp_path):

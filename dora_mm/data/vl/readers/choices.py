@@ -152,6 +152,7 @@ def choice(
     images: tuple[str, ...] = (),
     hint: str = "",
     kinds: tuple[str, ...] = (),
+    group: str = "",
 ) -> Example:
     """A multiple choice question: its text is hint, question and options, a line each.
 
@@ -163,6 +164,7 @@ def choice(
         images: The names of its images.
         hint: What comes first.
         kinds: Its categories.
+        group: What it has in common with others.
 
     Raises:
         RowError: The answer is no letter of an option, or there are too many options.
@@ -174,7 +176,8 @@ def choice(
         raise RowError("has an answer that is not the letter of an option")
     text = "\n".join(filter(None, (hint, question, *map("{}. {}".format, letters, options))))
     answers = (answer,) if answer else ()
-    return Example(key, images, text, answers, (1.0,) * len(answers), kinds=kinds, options=tuple(options))
+    scores = (1.0,) * len(answers)
+    return Example(key, images, text, answers, scores, kinds=kinds, options=tuple(options), group=group)
 
 
 def _images(row: Mapping[str, str], shared: dict[str, str]) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ def read_scienceqa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
 
     def example(item: _NamedLesson) -> Example:
         row, key = item["value"], item["id"]
-        answer = _letter(row.get("answer"), row["choices"])
+        answer = letter_of(row.get("answer"), row["choices"])
         hint, image = row.get("hint", ""), row.get("image")
         names = (f"{row['split']}/{key}/{image}",) if image else ()
         kinds = (row.get("subject", ""), "image" if image else "text" if hint else "none", row.get("grade", ""))
@@ -125,7 +125,7 @@ def read_scienceqa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     return good_rows(path, of_the_split(), LESSON, example, bad)
 
 
-def _letter(number: int | None, options: list[str]) -> str:
+def letter_of(number: int | None, options: list[str]) -> str:
     """The letter of an option by its number, from 0; "" for none."""
     if number is None:
         return ""
@@ -149,7 +149,7 @@ def read_ai2d(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
         given = known.get("answer")
         if isinstance(given, str) and not given.isdecimal():
             raise RowError("has an answer that is not the number of an option")
-        answer = _letter(None if given is None else int(given), known["options"])
+        answer = letter_of(None if given is None else int(given), known["options"])
         images = () if row.get("image") is None else (image_of(row["image"]),)
         return choice(str(known["number"]), known["question"], known["options"], answer, images=images)
 
@@ -169,7 +169,7 @@ def read_aokvqa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     path = source.path
 
     def example(row: _Direct) -> Example:
-        answer = _letter(row.get("correct_choice_idx"), row["choices"])
+        answer = letter_of(row.get("correct_choice_idx"), row["choices"])
         return choice(row["question_id"], row["question"], row["choices"], answer, images=_coco(row["image_id"]))
 
     return good_rows(path, file_items(path), DIRECT, example, bad)
