@@ -67,12 +67,14 @@ RECORDS = {
         "VLMEvalKit (github.com/open-compass/VLMEvalKit)",
         keys=("split",),
         images="own",
+        version="1",
     ),
     "answers": Reader(
         f"{HERE}.choices:read_answers",
         "VLMEvalKit (github.com/open-compass/VLMEvalKit)",
         keys=("split",),
         images="own",
+        version="1",
     ),
     "docvqa": Reader(f"{HERE}.text_in_pictures:read_docvqa", f"{RRC}17"),
     "stvqa": Reader(f"{HERE}.text_in_pictures:read_stvqa", f"{RRC}11"),
@@ -80,7 +82,9 @@ RECORDS = {
     "ocrbench": Reader(f"{HERE}.text_in_pictures:read_ocrbench", "github.com/Yuliang-Liu/MultimodalOCR"),
     "chartqa": Reader(f"{HERE}.charts:read_chartqa", "github.com/vis-nlp/ChartQA"),
     "plotqa": Reader(f"{HERE}.charts:read_plotqa", "github.com/NiteshMethani/PlotQA"),
-    "mmmu": Reader(f"{HERE}.knowledge:read_mmmu", "MMMU/MMMU and MMMU/MMMU_Pro (huggingface.co)", images="own"),
+    "mmmu": Reader(
+        f"{HERE}.knowledge:read_mmmu", "MMMU/MMMU and MMMU/MMMU_Pro (huggingface.co)", images="own", version="1"
+    ),
     "scienceqa": Reader(f"{HERE}.knowledge:read_scienceqa", "github.com/lupantech/ScienceQA", keys=("split",)),
     "ai2d": Reader(f"{HERE}.knowledge:read_ai2d", "lmms-lab/ai2d (huggingface.co)", images="own"),
     "ai2d_questions": Reader(

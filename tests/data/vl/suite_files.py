@@ -126,7 +126,7 @@ def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def _image(colour: str = "red") -> dict[str, Any]:
+def image(colour: str = "red") -> dict[str, Any]:
     return {"bytes": chats.picture(colour), "path": None}
 
 
@@ -136,19 +136,19 @@ def mmmu(folder: Path) -> Path:
         "question": "What is <image 1>?",
         "options": "['a fresco', \"it's an oil\"]",
         "explanation": "",
-        "image_1": _image(),
+        "image_1": image(),
         "image_2": None,
         "answer": "B",
         "question_type": "multiple-choice",
     }
     words = {"id": "test_Math_2", "question": "How many?", "options": "[]", "answer": "['4', 'four']"}
     unknown = {"id": "test_Math_3", "question": "How many?", "options": "[]", "answer": "?"}
-    rows = [row, row | words | {"image_2": _image("blue")}, row | unknown]
+    rows = [row, row | words | {"image_2": image("blue")}, row | unknown]
     return parquet(folder / "validation-00000-of-00001.parquet", rows)
 
 
 def ai2d(folder: Path) -> Path:
-    rows = [{"question": "Which is a planet?", "options": ["a", "b", "c"], "answer": "2", "image": _image()}]
+    rows = [{"question": "Which is a planet?", "options": ["a", "b", "c"], "answer": "2", "image": image()}]
     return parquet(folder / "test.parquet", rows)
 
 

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from dora_mm.config.vl_data import SourceConfig
-from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.embedded import data_url
+from dora_mm.data.vl.example import Example, Turn
 from dora_mm.data.vl.readers import read_source
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import open_table
@@ -202,6 +203,32 @@ def test_a_diagram_without_its_letters_is_a_bad_row(tmp_path):
     (tmp_path / "annotations" / "10.png.json").unlink()
     assert [row.id for row in read_source(source, bad)] == ["3.png-0"]
     assert list(bad.found) == ["has letters in its diagram, whose image or annotations cannot be read"]
+
+
+def test_images_stand_where_a_question_of_mmmu_names_them(tmp_path):
+    """Out of order, twice, in options; those that are not named come first."""
+    names = [f"image_{number}" for number in (1, 2, 3)]
+    images = {name: suite_files.image(colour) for name, colour in zip(names, ("red", "green", "blue"), strict=True)}
+    row = {"id": "validation_Art_1", "question": "Is <image 3> like <image 1>?", "options": "['<image 3>', 'no']"}
+    path = suite_files.parquet(tmp_path / "a.parquet", [row | images | {"answer": "A"}])
+    (found,) = read_source(SourceConfig(format="mmmu", file=str(path)), BadRows("stop"))
+    asked = "<image>Is <image> like <image>?\nA. <image>\nB. no"
+    assert found.turns == (Turn("user", asked, False), Turn("assistant", "A", True))
+    red, green, blue = (data_url(images[name]["bytes"]) for name in names)
+    assert found.images == (green, blue, red, blue)
+    assert (found.text, found.answers) == ("Is <image 3> like <image 1>?\nA. <image 3>\nB. no", ("A",))
+    suite_files.parquet(path, [row | images | {"answer": "A", "question": "What is <image 4>?"}])
+    with pytest.raises(ValueError, match="row 1.*: names an image by a number that it does not have"):
+        list(read_source(SourceConfig(format="mmmu", file=str(path)), BadRows("stop")))
+
+
+def test_images_of_vlmevalkits_tables_stand_where_they_are_named(tmp_path):
+    path = files.write_text(
+        tmp_path / "MMMU_DEV_VAL.tsv",
+        "index\timage_path\tquestion\tA\tB\tanswer\n1\t['a.jpg', 'b.jpg']\t<image 2> or <image 1>?\tx\ty\tB\n",
+    )
+    (row,) = read_source(SourceConfig(format="choices", file=str(path)), BadRows("stop"))
+    assert (row.images, row.turns[0].text) == (("b.jpg", "a.jpg"), "<image> or <image>?\nA. x\nB. y")
 
 
 def test_vlmevalkit_tables_with_answers_in_words(tmp_path):

@@ -12,6 +12,7 @@ from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.embedded import decoded, image_name
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.readers.cells import table_lines
+from dora_mm.data.vl.readers.contents import interleaved
 from dora_mm.data.vl.readers.vqa_answers import NUM_ANSWERS
 from dora_mm.data.vl.rows import BadRows, RowError, good_rows
 
@@ -61,7 +62,7 @@ def _read(
         if len(cells) != len(header):
             raise RowError(f"has {len(cells)} cells, and the header {len(header)}")
         row = dict(zip(header, cells, strict=True))
-        return replace(make(row), images=_images(row, shared))
+        return interleaved(replace(make(row), images=_images(row, shared)))
 
     yield from good_rows(path, rows, CELLS, example, bad)
 

@@ -13,7 +13,7 @@ from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.json_items import Item, object_items
 from dora_mm.data.vl.readers.choices import choice, listed
-from dora_mm.data.vl.readers.contents import image_of
+from dora_mm.data.vl.readers.contents import image_of, interleaved
 from dora_mm.data.vl.readers.file_rows import file_items
 from dora_mm.data.vl.readers.vqa_answers import soft_scores
 from dora_mm.data.vl.rows import BadRows, Index, RowError, checked, good_rows
@@ -71,6 +71,8 @@ DISCIPLINE, ROW = TypeAdapter(_Discipline), TypeAdapter(dict[str, Any])
 def read_mmmu(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     """Reads every question of a Parquet file of MMMU or MMMU-Pro, with or without options.
 
+    An image stands where the question or an option names it, as `<image 2>`.
+
     Raises:
         ValueError: The file is damaged, or a row is bad and `bad` is set to "stop".
     """
@@ -87,8 +89,8 @@ def read_mmmu(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
         images = tuple(image_of(row[name]) for name in IMAGES if row.get(name) is not None)
         question, kinds = known.get("question") or "", (kind,) if kind else ()
         if options:
-            return choice(known["id"], question, options, "".join(answers), images=images, kinds=kinds)
-        return Example(known["id"], images, question, tuple(answers), (1.0,) * len(answers), kinds=kinds)
+            return interleaved(choice(known["id"], question, options, "".join(answers), images=images, kinds=kinds))
+        return interleaved(Example(known["id"], images, question, tuple(answers), (1.0,) * len(answers), kinds=kinds))
 
     return good_rows(path, file_items(path), ROW, example, bad)
 
