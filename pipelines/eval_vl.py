@@ -17,7 +17,7 @@ from dora_mm.data.vl.example import Predictions
 from dora_mm.data.vl.splits import ValidationSet, open_validation, training_texts
 from dora_mm.eval.vl.boxes import with_grids
 from dora_mm.eval.vl.intervals import answer_scores, gain_over_question_only, points
-from dora_mm.eval.vl.metrics import QUESTION_ONLY, conclusion
+from dora_mm.eval.vl.metrics import QUESTION_ONLY, QUESTION_ONLY_RULE, conclusion
 from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
 from dora_mm.eval.vl.reports import write_answers, write_examples, write_report
 from dora_mm.eval.vl.same_answers import share_of_others, share_of_same
@@ -211,4 +211,5 @@ def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScore
     if ours and guessed and len(set(ours.groups)) > 1:
         notes.append(gain_over_question_only("These answers", {name: ours}, {name: guessed}))
     metrics = {**scores.metrics, QUESTION_ONLY: mean_accuracy(guesses)}
-    return replace(scores, metrics=metrics, notes=tuple(notes))
+    rules = {**scores.rules, QUESTION_ONLY: QUESTION_ONLY_RULE}
+    return replace(scores, metrics=metrics, notes=tuple(notes), rules=rules)

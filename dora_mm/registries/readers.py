@@ -21,6 +21,7 @@ class Reader:
         images: Where rows have images: "named" as files of a folder; "own", inside them or by absolute paths, or named;
             "none": rows are texts.
         several: Whether `file` may also be a folder, a pattern of files or a list.
+        splits_rows: Whether `split` chooses rows, though there may be several files.
         version: Changes when the function makes other rows of the same files: tables on disk are made anew.
     """
 
@@ -31,6 +32,7 @@ class Reader:
     images: Literal["named", "own", "none"] = "named"
     several: bool = False
     version: str = ""
+    splits_rows: bool = False
 
 
 HERE = "dora_mm.data.vl.readers"
@@ -65,12 +67,14 @@ RECORDS = {
         "VLMEvalKit (github.com/open-compass/VLMEvalKit)",
         keys=("split",),
         images="own",
+        version="1",
     ),
     "answers": Reader(
         f"{HERE}.choices:read_answers",
         "VLMEvalKit (github.com/open-compass/VLMEvalKit)",
         keys=("split",),
         images="own",
+        version="1",
     ),
     "docvqa": Reader(f"{HERE}.text_in_pictures:read_docvqa", f"{RRC}17"),
     "stvqa": Reader(f"{HERE}.text_in_pictures:read_stvqa", f"{RRC}11"),
@@ -78,9 +82,19 @@ RECORDS = {
     "ocrbench": Reader(f"{HERE}.text_in_pictures:read_ocrbench", "github.com/Yuliang-Liu/MultimodalOCR"),
     "chartqa": Reader(f"{HERE}.charts:read_chartqa", "github.com/vis-nlp/ChartQA"),
     "plotqa": Reader(f"{HERE}.charts:read_plotqa", "github.com/NiteshMethani/PlotQA"),
-    "mmmu": Reader(f"{HERE}.knowledge:read_mmmu", "MMMU/MMMU and MMMU/MMMU_Pro (huggingface.co)", images="own"),
+    "mmmu": Reader(
+        f"{HERE}.knowledge:read_mmmu", "MMMU/MMMU and MMMU/MMMU_Pro (huggingface.co)", images="own", version="1"
+    ),
     "scienceqa": Reader(f"{HERE}.knowledge:read_scienceqa", "github.com/lupantech/ScienceQA", keys=("split",)),
     "ai2d": Reader(f"{HERE}.knowledge:read_ai2d", "lmms-lab/ai2d (huggingface.co)", images="own"),
+    "ai2d_questions": Reader(
+        f"{HERE}.diagrams:read_ai2d_questions",
+        "prior.allenai.org/projects/diagram-understanding",
+        keys=("annotations", "split"),
+        images="own",
+        several=True,
+        splits_rows=True,
+    ),
     "aokvqa": Reader(f"{HERE}.knowledge:read_aokvqa", "github.com/allenai/aokvqa"),
     "aokvqa_direct": Reader(f"{HERE}.knowledge:read_aokvqa_direct", "github.com/allenai/aokvqa"),
     "pope": Reader(f"{HERE}.pope:read_pope", "github.com/AoiDragon/POPE"),

@@ -27,6 +27,13 @@ def plain_text(text: str) -> str:
     return "".join(pieces_of(text)[::2])
 
 
+def leading(text: str) -> tuple[str, str]:
+    """The markers that begin a turn, with the line breaks behind them, and the rest of it."""
+    marks = LEADING.match(text)
+    end = marks.end() if marks else 0
+    return text[:end], text[end:]
+
+
 def escaped(text: str) -> str:
     """A text in which nothing is a marker, as that of a turn."""
     return text.replace(IMAGE, rf"\{IMAGE}").replace(VIDEO, rf"\{VIDEO}")
@@ -105,6 +112,11 @@ class Example:
     boxes: str = ""
     rejected: tuple[Turn, ...] = ()
     group: str = ""
+
+    @property
+    def asked(self) -> tuple[Turn, ...]:
+        """The turns in front of the answer that ends a conversation."""
+        return self.turns[:-1] if self.turns and self.turns[-1].role == "assistant" else self.turns
 
     def with_rejected(self) -> "Example":
         """The same conversation with the rejected answer in place of the chosen one."""

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dora_mm.utils.json_text import check_no_device
+from dora_mm.utils.json_text import read_bounded
 
+MOST = 2**28  # bytes; the refs of RefCOCO have some 20 million
 # What makes lists, tuples, dicts, texts, bytes, numbers, None and booleans, and nothing else: no class, function or
 # object is looked up, made or called. Without the operations that make room for a size which the file only claims.
 PLAIN = (
@@ -36,14 +37,12 @@ def read_plain_pickle(path: Path) -> Any:
     """What a pickle file holds, such as one that Python 2 wrote.
 
     Raises:
-        ValueError: It cannot be read, is damaged, or holds more than plain containers.
+        ValueError: It cannot be read, is too large or damaged, or holds more than plain containers.
     """
-    check_no_device(path)
+    content = io.BytesIO(read_bounded(path, MOST))
     try:
-        return _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="utf-8", errors="replace").load()
+        return _PlainUnpickler(content, encoding="utf-8", errors="replace").load()
     except KeyError:
         raise ValueError(f"{path}: holds other things than lists, dicts, texts and numbers, and is not read") from None
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
     except Exception as error:  # whatever damaged bytes lead to
         raise ValueError(f"{path}: is damaged, or no pickle file ({type(error).__name__})") from error

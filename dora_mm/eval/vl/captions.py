@@ -55,7 +55,9 @@ def score_captions(predictions: Predictions, *, ascii_only: bool = False, meteor
     references, found = split_scores(predictions, ascii_only=ascii_only, meteor=meteor)
     by_type = _by_type(predictions, list(references), found.per_caption)
     tables = {"type": table(by_type)} if by_type else {}
-    return VLScores("CIDEr", found.metrics, tables, score_notes(references, found))
+    tokens = "Penn Treebank tokens" + (", characters beyond ASCII as spaces, as VALUE" if ascii_only else "")
+    rules = {name: f"pycocoevalcap's {'CIDEr-D' if name == 'CIDEr' else name}, of {tokens}" for name in found.metrics}
+    return VLScores("CIDEr", found.metrics, tables, score_notes(references, found), rules)
 
 
 def split_scores(

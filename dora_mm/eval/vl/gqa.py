@@ -7,6 +7,8 @@ from dora_mm.eval.vl.scores import AnswerScorer, VLScores, by_kind, check_answer
 FOLDED = "accuracy (folded)"
 RULES = {
     "accuracy": "GQA's eval.py: equal letter by letter; Yes. is not yes",
+    "open": "the same, of questions of the structural type query",
+    "binary": "the same, of all others",
     FOLDED: "without case and punctuation at the ends, as lmms-eval and LLaVA",
 }
 
@@ -31,7 +33,7 @@ def score_gqa(predictions: Predictions) -> VLScores:
         ]
         if selected:
             metrics[name] = percent(selected)
-    return VLScores("accuracy", metrics, tables, rules=RULES)
+    return VLScores("accuracy", metrics, tables, rules={name: RULES[name] for name in metrics})
 
 
 SCORER = AnswerScorer(score_gqa, exact_match)

@@ -10,6 +10,7 @@ from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.utils.tables import markdown_table
 
 QUESTION_ONLY = "question-only accuracy"  # of answers that are guessed without any image
+QUESTION_ONLY_RULE = "the answer that training gave most often to the question, or to its first two words"
 
 
 def scorer_of(task: str) -> AnswerScorer | CaptionScorer:

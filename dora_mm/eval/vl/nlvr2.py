@@ -5,6 +5,11 @@ from collections import defaultdict
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.vl.scores import AnswerScorer, VLScores, check_answered, percent, table
 
+RULES = {
+    "accuracy": "NLVR2's metrics.py: true or false, in lower or upper case",
+    "consistency": "NLVR2's metrics.py: sentences that are right for every pair of images",
+}
+
 
 def row_accuracy(example: Example, prediction: str) -> float:
     """Returns 1 where the prediction is the answer, in lower or upper case, else 0."""
@@ -44,7 +49,7 @@ def score_nlvr2(predictions: Predictions) -> VLScores:
         sentences[sentence_of(example.id)].append(value)
         answers[example.answers[0]].append(value)
     metrics = {"accuracy": percent(values), "consistency": percent([min(group) for group in sentences.values()])}
-    return VLScores("accuracy", metrics, {"answer": table(answers)})
+    return VLScores("accuracy", metrics, {"answer": table(answers)}, rules=RULES)
 
 
 SCORER = AnswerScorer(score_nlvr2, row_accuracy, sentence_set, "all sentences of a set of NLVR2")

@@ -4,6 +4,7 @@ from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.readers.commonsense import named_option
 from dora_mm.eval.vl.scores import AnswerScorer, VLScores, check_answered, percent, table
 
+RULE = "LLM-Adapters' commonsense_evaluate.py: the option that is named first, in its own words"
 NEXT_RESPONSE = "### Response:"  # what follows this is of another answer, which a model makes up
 
 
@@ -30,7 +31,7 @@ def score_options(predictions: Predictions) -> VLScores:
         groups.setdefault(named_option(example.answers[0], example.options) or "", []).append(value)
     invalid = sum(chosen(example, prediction) is None for example, prediction in predictions)
     notes = (f"{invalid} of {len(predictions)} predictions name no option and count as wrong",) if invalid else ()
-    return VLScores("accuracy", {"accuracy": percent(values)}, {"answer": table(groups)}, notes)
+    return VLScores("accuracy", {"accuracy": percent(values)}, {"answer": table(groups)}, notes, {"accuracy": RULE})
 
 
 SCORER = AnswerScorer(score_options, row_accuracy)

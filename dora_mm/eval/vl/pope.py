@@ -105,7 +105,8 @@ def score_pope(predictions: Predictions) -> VLScores:
     metrics = {"accuracy": percent(values)} | {name: 100 * value for name, value in found.items()}
     neither = sum(not words_of(prediction) & (NO | YES) for _, prediction in predictions)
     notes = (f"{neither} of {len(predictions)} answers have neither word, and count as yes",) if neither else ()
-    rules = {"accuracy": RULE, "share of yes": "of the predictions"}
+    rules = dict.fromkeys(metrics, "the same, of answers that are yes")
+    rules |= {"accuracy": RULE, "share of yes": "the same, of all answers, and not of the truth"}
     return VLScores("accuracy", metrics, by_kind(("category",), predictions, values), notes, rules)
 
 

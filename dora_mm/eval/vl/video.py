@@ -5,6 +5,7 @@ import re
 from dora_mm.data.vl.example import Predictions
 from dora_mm.eval.vl.scores import AnswerScorer, VLScores, by_answer, check_answered, exact_match, percent
 
+RULE = "VALUE's tools: a and the number of the choice, letter by letter"
 CHOICE = re.compile(r"a(\d)")
 
 
@@ -26,7 +27,8 @@ def score_clip_choices(predictions: Predictions) -> VLScores:
     values = [exact_match(example, prediction) for example, prediction in predictions]
     invalid = sum(choice(prediction) is None for _, prediction in predictions)
     notes = (f"{invalid} of {len(predictions)} predictions name no choice and count as wrong",) if invalid else ()
-    return VLScores("accuracy", {"accuracy": percent(values)}, {"answer": by_answer(predictions, values)}, notes)
+    tables = {"answer": by_answer(predictions, values)}
+    return VLScores("accuracy", {"accuracy": percent(values)}, tables, notes, {"accuracy": RULE})
 
 
 SCORER = AnswerScorer(score_clip_choices, exact_match)

@@ -21,7 +21,7 @@ from PIL import Image
 from dora_mm.config.served import KEY_VARIABLE, ServerConfig
 from dora_mm.config.vl import DrawingConfig
 from dora_mm.data.images.pixels import load_rgb
-from dora_mm.data.vl.example import Answer, Example, Turn, pieces_of
+from dora_mm.data.vl.example import Answer, Example, Turn, leading, pieces_of
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.vl.vl_model import without_thought
@@ -190,12 +190,15 @@ class ServerAnswers:
 
     def _messages(self, task: str, example: Example, folder: str | None) -> list[dict[str, Any]]:
         pictures = iter([_image_item(image_path(folder, name)) for name in example.images])
+        prompt = self.prompts.get(task, TASKS[task].prompt) or "{text}"
         if not example.turns:
-            prompt = self.prompts.get(task, TASKS[task].prompt) or "{text}"
             text = prompt.replace("{text}", example.text)
             return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
-        turns = example.turns[:-1] if example.turns[-1].role == "assistant" else example.turns
-        return [_message(turn, pictures) for turn in turns]
+        if TASKS[task].kind == "conversations":
+            return [_message(turn, pictures) for turn in example.asked]
+        (question,) = example.asked
+        marks, text = leading(question.text)
+        return [_message(question._replace(text=marks + prompt.replace("{text}", text)), pictures)]
 
 
 def _message(turn: Turn, pictures: Any) -> dict[str, Any]:

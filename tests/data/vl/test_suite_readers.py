@@ -5,9 +5,11 @@ import pickle
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dora_mm.config.vl_data import SourceConfig
-from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.embedded import data_url
+from dora_mm.data.vl.example import Example, Turn
 from dora_mm.data.vl.readers import read_source
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import open_table
@@ -126,7 +128,7 @@ def test_the_official_refs_of_refcoco(tmp_path, protocol):
         json.loads(same.boxes),
     )
     assert second.images == ("COCO_train2014_000000581857.jpg",)
-    with pytest.raises(ValueError, match=r"refs\(unc\).p: has no split 'val', but testA, train"):
+    with pytest.raises(ValueError, match=r"refs\(unc\).p has no rows of the split 'val': it has testA, train"):
         list(read_source(source.model_copy(update={"split": "val"}), BadRows("stop")))
 
 
@@ -171,6 +173,63 @@ def test_a_damaged_pickle_file_is_named(tmp_path, content):
     source.path.write_bytes(content)
     with pytest.raises(ValueError, match=r"refs\(unc\).p: (is damaged|holds other things)"):
         list(read_source(source, BadRows("stop")))
+
+
+def test_the_diagrams_of_ai2d_have_letters_where_options_are_letters(tmp_path):
+    lettered, plain = read_source(suite_files.ai2d_questions(tmp_path), BadRows("stop"))
+    assert (plain.id, lettered.id) == ("3.png-0", "10.png-0")
+    assert (plain.images, plain.answers) == ((str(tmp_path / "images" / "3.png"),), ("C",))
+    assert plain.text == "Which one is it?\nA. a\nB. b\nC. C\nD. d"
+    assert (plain.group, lettered.group) == ("diagram 3.png", "diagram 10.png")
+    assert plain.kinds != lettered.kinds
+    source = suite_files.ai2d_questions(tmp_path)
+    table = open_table(source, tmp_path / "tables", on_bad_data="stop")
+    (drawn,) = (row for row in table if row.id == "10.png-0")
+    image = Image.open(drawn.images[0]).convert("RGB")
+    colours = {colour for _, colour in image.crop((20, 30, 80, 70)).getcolors(10_000)}
+    assert {(255, 255, 255), (0, 0, 0)} <= colours
+    assert (255, 0, 0) not in colours
+    assert image.getpixel((10, 10)) == (255, 0, 0)
+    for split, name in (("train", "3.png-0"), ("test", "10.png-0")):
+        settings = {"split": split, "annotations": str(tmp_path / "ai2d_test_ids.csv")}
+        assert [row.id for row in read_source(suite_files.ai2d_questions(tmp_path, **settings), BadRows("stop"))] == [
+            name
+        ]
+    with pytest.raises(ValueError, match="split is train or test, with annotations"):
+        list(read_source(suite_files.ai2d_questions(tmp_path, split="test"), BadRows("stop")))
+
+
+def test_a_diagram_without_its_letters_is_a_bad_row(tmp_path):
+    source, bad = suite_files.ai2d_questions(tmp_path), BadRows("skip")
+    (tmp_path / "annotations" / "10.png.json").unlink()
+    assert [row.id for row in read_source(source, bad)] == ["3.png-0"]
+    assert list(bad.found) == ["has letters in its diagram, whose image or annotations cannot be read"]
+
+
+def test_images_stand_where_a_question_of_mmmu_names_them(tmp_path):
+    """Out of order, twice, in options; those that are not named come first."""
+    names = [f"image_{number}" for number in (1, 2, 3)]
+    images = {name: suite_files.image(colour) for name, colour in zip(names, ("red", "green", "blue"), strict=True)}
+    row = {"id": "validation_Art_1", "question": "Is <image 3> like <image 1>?", "options": "['<image 3>', 'no']"}
+    path = suite_files.parquet(tmp_path / "a.parquet", [row | images | {"answer": "A"}])
+    (found,) = read_source(SourceConfig(format="mmmu", file=str(path)), BadRows("stop"))
+    asked = "<image>Is <image> like <image>?\nA. <image>\nB. no"
+    assert found.turns == (Turn("user", asked, False), Turn("assistant", "A", True))
+    red, green, blue = (data_url(images[name]["bytes"]) for name in names)
+    assert found.images == (green, blue, red, blue)
+    assert (found.text, found.answers) == ("Is <image 3> like <image 1>?\nA. <image 3>\nB. no", ("A",))
+    suite_files.parquet(path, [row | images | {"answer": "A", "question": "What is <image 4>?"}])
+    with pytest.raises(ValueError, match="row 1.*: names an image by a number that it does not have"):
+        list(read_source(SourceConfig(format="mmmu", file=str(path)), BadRows("stop")))
+
+
+def test_images_of_vlmevalkits_tables_stand_where_they_are_named(tmp_path):
+    path = files.write_text(
+        tmp_path / "MMMU_DEV_VAL.tsv",
+        "index\timage_path\tquestion\tA\tB\tanswer\n1\t['a.jpg', 'b.jpg']\t<image 2> or <image 1>?\tx\ty\tB\n",
+    )
+    (row,) = read_source(SourceConfig(format="choices", file=str(path)), BadRows("stop"))
+    assert (row.images, row.turns[0].text) == (("b.jpg", "a.jpg"), "<image> or <image>?\nA. x\nB. y")
 
 
 def test_vlmevalkit_tables_with_answers_in_words(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from dora_mm.data.vl.example import Example
-from dora_mm.eval.vl import anls, boxes, letters, mmmu, pope, relaxed
+from dora_mm.eval.vl import anls, boxes, captions, letters, mmmu, pope, relaxed
 from dora_mm.eval.vl.intervals import answer_scores, intervals
 from dora_mm.eval.vl.metrics import report, score
+from dora_mm.registries.scorers import SCORERS
+from dora_mm.registries.vl_tasks import TASKS
 
 
 def row(key: str, references: Sequence[str], prediction: str, **more: Any) -> tuple[Example, str]:
@@ -24,10 +27,41 @@ def one(suite: str, references: Sequence[str], prediction: str, **more: Any) -> 
     return score(suite, [row("1", references, prediction, **more)]).metrics
 
 
-def test_every_metric_of_a_suite_has_a_rule_in_its_table():
-    scores = score("docvqa", [row("1", ("a b",), "a  b")])
+BOX = json.dumps({"bbox": [[0, 0, 1, 1]], "norm1": True, "size": [9, 9]})
+MADE_UP: dict[str, dict[str, Any]] = {  # by scorer, what its rows need beside an answer
+    "vqa": {"raw_answers": ("yes",) * 10, "kinds": ("yes/no", "is")},
+    "textvqa": {"raw_answers": ("yes",) * 10},
+    "aokvqa_direct": {"raw_answers": ("yes",) * 10},
+    "gqa": {"kinds": ("query", "rel")},
+    "nlvr2": {"id": "dev-1-0-1"},
+    "clip_choices": {"answers": ("a1",)},
+    "options": {"options": ("true", "false"), "answers": ("true",)},
+    "boxes": {"boxes": BOX},
+    "mmmu": {"options": ("yes", "no"), "answers": ("A",)},
+}
+LETTERS = ("mmmu", "mmmu_pro", "letters", "circular", "choices", "scienceqa", "aokvqa")
+
+
+@pytest.mark.parametrize("scorer", sorted(set(SCORERS) - {"captions", "clip_captions"}))
+def test_every_metric_has_a_rule_in_its_table(scorer):
+    task = next(name for name, record in TASKS.items() if record.scorer == scorer)
+    made_up = MADE_UP["mmmu"] if scorer in LETTERS else MADE_UP.get(scorer, {})
+    example = replace(Example("1-2-3", ("a.png",), "?", ("yes",), (1.0,)), **made_up)
+    scores = score(task, [(example, "1.5" if scorer == "preferences" else "yes"), (replace(example, id="1-2-4"), "0")])
     assert set(scores.rules) == set(scores.metrics)
-    assert "| ANLS | 100.00 | script of rrc.cvc.uab.es" in report("docvqa", scores)
+    assert scores.main in scores.metrics
+    for name, rule in scores.rules.items():
+        assert rule
+        assert f"| {name} | {scores.metrics[name]:.2f} | {rule} |" in report(task, scores)
+
+
+@pytest.mark.parametrize(("task", "rule"), [("caption", "CIDEr-D, of Penn Treebank tokens"), ("tvc", "as VALUE")])
+def test_caption_metrics_have_rules(monkeypatch, task, rule):
+    found = captions.CaptionScores({"CIDEr": 1.0, "BLEU-4": 2.0}, (1.0,))
+    monkeypatch.setattr(captions, "caption_scores", lambda *_, **__: found)
+    scores = score(task, [row("1", ("a cat",), "a dog")])
+    assert set(scores.rules) == {"CIDEr", "BLEU-4"}
+    assert rule in scores.rules["CIDEr"]
 
 
 def test_a_double_space_changes_the_length_that_edits_are_divided_by():

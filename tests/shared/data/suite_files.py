@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from dora_mm.config.vl_data import SourceConfig
 from tests.shared.data import chats
@@ -126,7 +127,7 @@ def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def _image(colour: str = "red") -> dict[str, Any]:
+def image(colour: str = "red") -> dict[str, Any]:
     return {"bytes": chats.picture(colour), "path": None}
 
 
@@ -136,19 +137,19 @@ def mmmu(folder: Path) -> Path:
         "question": "What is <image 1>?",
         "options": "['a fresco', \"it's an oil\"]",
         "explanation": "",
-        "image_1": _image(),
+        "image_1": image(),
         "image_2": None,
         "answer": "B",
         "question_type": "multiple-choice",
     }
     words = {"id": "test_Math_2", "question": "How many?", "options": "[]", "answer": "['4', 'four']"}
     unknown = {"id": "test_Math_3", "question": "How many?", "options": "[]", "answer": "?"}
-    rows = [row, row | words | {"image_2": _image("blue")}, row | unknown]
+    rows = [row, row | words | {"image_2": image("blue")}, row | unknown]
     return parquet(folder / "validation-00000-of-00001.parquet", rows)
 
 
 def ai2d(folder: Path) -> Path:
-    rows = [{"question": "Which is a planet?", "options": ["a", "b", "c"], "answer": "2", "image": _image()}]
+    rows = [{"question": "Which is a planet?", "options": ["a", "b", "c"], "answer": "2", "image": image()}]
     return parquet(folder / "test.parquet", rows)
 
 
@@ -197,6 +198,23 @@ INSTANCES = {
         {"file_name": "COCO_train2014_000000581857.jpg", "height": 640, "id": 581857, "license": 1, "width": 428}
     ],
 }
+
+
+def ai2d_questions(folder: Path, **settings: Any) -> SourceConfig:
+    """A source of two diagrams of AI2D in the published folders: a question about texts, and one about letters."""
+    for name in ("images", "questions", "annotations"):
+        (folder / name).mkdir(exist_ok=True)
+    for number, is_lettered in ((3, False), (10, True)):
+        image = f"{number}.png"
+        Image.new("RGB", (200, 100), "red").save(folder / "images" / image)
+        about = {"abcLabel": is_lettered, "answerTexts": ["a", "b", "C", "d"], "correctAnswer": 2}
+        questions = {"Which one is it?": about | {"questionId": f"{image}-0"}}
+        files.write_json(folder / "questions" / f"{image}.json", {"imageName": image, "questions": questions})
+        label = {"labelId": "T0", "rectangle": [[20, 30], [80, 70]], "replacementText": "C", "value": "sun"}
+        content = {"text": {"T0": label}, "arrows": {}, "blobs": {}, "imageConsts": {}, "relationships": {}}
+        files.write_json(folder / "annotations" / f"{image}.json", content)
+    files.write_text(folder / "ai2d_test_ids.csv", "10\n11\n")
+    return SourceConfig(format="ai2d_questions", file=str(folder / "questions"), **settings)
 
 
 def refs(folder: Path, content: Any = REFS, protocol: int = 0) -> SourceConfig:

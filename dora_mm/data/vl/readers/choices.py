@@ -12,6 +12,7 @@ from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.embedded import decoded, image_name
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.readers.cells import table_lines
+from dora_mm.data.vl.readers.contents import interleaved
 from dora_mm.data.vl.readers.vqa_answers import NUM_ANSWERS
 from dora_mm.data.vl.rows import BadRows, RowError, good_rows
 
@@ -61,7 +62,7 @@ def _read(
         if len(cells) != len(header):
             raise RowError(f"has {len(cells)} cells, and the header {len(header)}")
         row = dict(zip(header, cells, strict=True))
-        return replace(make(row), images=_images(row, shared))
+        return interleaved(replace(make(row), images=_images(row, shared)))
 
     yield from good_rows(path, rows, CELLS, example, bad)
 
@@ -152,6 +153,7 @@ def choice(
     images: tuple[str, ...] = (),
     hint: str = "",
     kinds: tuple[str, ...] = (),
+    group: str = "",
 ) -> Example:
     """A multiple choice question: its text is hint, question and options, a line each.
 
@@ -163,6 +165,7 @@ def choice(
         images: The names of its images.
         hint: What comes first.
         kinds: Its categories.
+        group: What it has in common with others.
 
     Raises:
         RowError: The answer is no letter of an option, or there are too many options.
@@ -174,7 +177,8 @@ def choice(
         raise RowError("has an answer that is not the letter of an option")
     text = "\n".join(filter(None, (hint, question, *map("{}. {}".format, letters, options))))
     answers = (answer,) if answer else ()
-    return Example(key, images, text, answers, (1.0,) * len(answers), kinds=kinds, options=tuple(options))
+    scores = (1.0,) * len(answers)
+    return Example(key, images, text, answers, scores, kinds=kinds, options=tuple(options), group=group)
 
 
 def _images(row: Mapping[str, str], shared: dict[str, str]) -> tuple[str, ...]:

@@ -3,11 +3,12 @@
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from dora_mm.data.images.frames import VIDEO_SUFFIXES, is_video
 from dora_mm.data.vl.embedded import data_url, decoded, image_name
-from dora_mm.data.vl.example import ESCAPED, IMAGE, VIDEO
+from dora_mm.data.vl.example import ESCAPED, IMAGE, VIDEO, Example, Turn, escaped
 from dora_mm.data.vl.readers.conversation import Frames, ImagePlace
 from dora_mm.data.vl.rows import RowError
 
@@ -19,6 +20,7 @@ LOCATIONS = ("image", "path", "url", "base64", "image_url")  # keys of a content
 TEXT_ITEMS, IMAGE_ITEMS = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
 VIDEO_LOCATIONS = ("video", "path", "url", "video_url")
 
+NUMBERED = re.compile(r"<image[ _](\d+)>")  # in a question or its options, as MMMU has them: the place of an image
 Part = tuple[str, Sequence[ImagePlace]]  # a text with markers, and the images of these
 
 
@@ -36,6 +38,24 @@ def content_of(message: dict[str, Any]) -> Part:
         raise RowError("has a message whose content is neither a text nor a list")
     parts = [_item(item) for item in content]
     return "".join(text for text, _ in parts), [place for _, places in parts for place in places]
+
+
+def interleaved(example: Example) -> Example:
+    """An example whose images stand where its text names them by number; those that it does not name come first.
+
+    Raises:
+        RowError: It names one that it does not have.
+    """
+    numbers = [int(number) - 1 for number in NUMBERED.findall(example.text)]
+    if not numbers:
+        return example
+    if not all(0 <= number < len(example.images) for number in numbers):
+        raise RowError("names an image by a number that it does not have")
+    first = [image for number, image in enumerate(example.images) if number not in numbers]
+    asked = Turn("user", IMAGE * len(first) + NUMBERED.sub(IMAGE, escaped(example.text)), False)
+    said = [Turn("assistant", escaped(answer), True) for answer in example.answers[:1]]
+    images = (*first, *(example.images[number] for number in numbers))
+    return replace(example, images=images, turns=(asked, *said))
 
 
 def text_of(text: Any) -> Part:

@@ -35,7 +35,8 @@ def files_of_source(source: SourceConfig) -> list[Path]:
     Raises:
         ValueError: As in `files_of`.
     """
-    return [file for given in source.files for file in files_of(Path(given), source.split)]
+    split = None if source.reader.splits_rows else source.split
+    return [file for given in source.files for file in files_of(Path(given), split)]
 
 
 def files_of(path: Path, split: str | None = None) -> list[Path]:

@@ -13,7 +13,7 @@ from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.json_items import Item, object_items
 from dora_mm.data.vl.readers.choices import choice, listed
-from dora_mm.data.vl.readers.contents import image_of
+from dora_mm.data.vl.readers.contents import image_of, interleaved
 from dora_mm.data.vl.readers.file_rows import file_items
 from dora_mm.data.vl.readers.vqa_answers import soft_scores
 from dora_mm.data.vl.rows import BadRows, Index, RowError, checked, good_rows
@@ -71,6 +71,8 @@ DISCIPLINE, ROW = TypeAdapter(_Discipline), TypeAdapter(dict[str, Any])
 def read_mmmu(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     """Reads every question of a Parquet file of MMMU or MMMU-Pro, with or without options.
 
+    An image stands where the question or an option names it, as `<image 2>`.
+
     Raises:
         ValueError: The file is damaged, or a row is bad and `bad` is set to "stop".
     """
@@ -87,8 +89,8 @@ def read_mmmu(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
         images = tuple(image_of(row[name]) for name in IMAGES if row.get(name) is not None)
         question, kinds = known.get("question") or "", (kind,) if kind else ()
         if options:
-            return choice(known["id"], question, options, "".join(answers), images=images, kinds=kinds)
-        return Example(known["id"], images, question, tuple(answers), (1.0,) * len(answers), kinds=kinds)
+            return interleaved(choice(known["id"], question, options, "".join(answers), images=images, kinds=kinds))
+        return interleaved(Example(known["id"], images, question, tuple(answers), (1.0,) * len(answers), kinds=kinds))
 
     return good_rows(path, file_items(path), ROW, example, bad)
 
@@ -105,7 +107,7 @@ def read_scienceqa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
 
     def example(item: _NamedLesson) -> Example:
         row, key = item["value"], item["id"]
-        answer = _letter(row.get("answer"), row["choices"])
+        answer = letter_of(row.get("answer"), row["choices"])
         hint, image = row.get("hint", ""), row.get("image")
         names = (f"{row['split']}/{key}/{image}",) if image else ()
         kinds = (row.get("subject", ""), "image" if image else "text" if hint else "none", row.get("grade", ""))
@@ -125,7 +127,7 @@ def read_scienceqa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     return good_rows(path, of_the_split(), LESSON, example, bad)
 
 
-def _letter(number: int | None, options: list[str]) -> str:
+def letter_of(number: int | None, options: list[str]) -> str:
     """The letter of an option by its number, from 0; "" for none."""
     if number is None:
         return ""
@@ -149,7 +151,7 @@ def read_ai2d(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
         given = known.get("answer")
         if isinstance(given, str) and not given.isdecimal():
             raise RowError("has an answer that is not the number of an option")
-        answer = _letter(None if given is None else int(given), known["options"])
+        answer = letter_of(None if given is None else int(given), known["options"])
         images = () if row.get("image") is None else (image_of(row["image"]),)
         return choice(str(known["number"]), known["question"], known["options"], answer, images=images)
 
@@ -169,7 +171,7 @@ def read_aokvqa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     path = source.path
 
     def example(row: _Direct) -> Example:
-        answer = _letter(row.get("correct_choice_idx"), row["choices"])
+        answer = letter_of(row.get("correct_choice_idx"), row["choices"])
         return choice(row["question_id"], row["question"], row["choices"], answer, images=_coco(row["image_id"]))
 
     return good_rows(path, file_items(path), DIRECT, example, bad)

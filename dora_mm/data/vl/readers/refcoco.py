@@ -120,7 +120,7 @@ def _descriptions(path: Path, split: str | None) -> list[Item]:
         raise ValueError(f"{path}: is no list of refs")
     splits = sorted({str(ref.get("split")) for ref in refs})
     if split is not None and split not in splits:
-        raise ValueError(f"{path}: has no split {split!r}, but {', '.join(splits)}")
+        raise ValueError(f"{path} has no rows of the split {split!r}: it has {', '.join(splits)}")
     found = []
     for number, ref in enumerate(refs, 1):
         sentences = ref.get("sentences")

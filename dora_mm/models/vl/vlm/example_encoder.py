@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from torch import Tensor
 from dora_mm.data.images.frames import Video, frames_as_video, is_video, load_video
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.seen import SeenFiles
-from dora_mm.data.vl.example import IMAGE, VIDEO, Example, Turn, escaped, pieces_of
+from dora_mm.data.vl.example import IMAGE, VIDEO, Example, Turn, escaped, leading, pieces_of
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.models.vl.vl_model import likeliest_answer
 from dora_mm.models.vl.vlm.boxes import with_boxes
@@ -200,8 +199,10 @@ class ExampleEncoder:
     def turns(self, task: str, example: Example, answer: str | None) -> list[Turn]:
         """The conversation of an example: its own, or the task's prompt with the images in front."""
         if example.turns:
-            turns = [self._asked(task, turn) for turn in example.turns]
-            return turns[:-1] if answer is None and turns[-1].role == "assistant" else turns
+            if answer is not None and TASKS[task].kind == "conversations":
+                return [*example.turns]
+            said = [] if answer is None else [Turn("assistant", escaped(answer), True)]
+            return [*(self._asked(task, turn) for turn in example.asked), *said]
         said = [self.prompt(task, example.text), *([] if answer is None else [answer])]
         said = [escaped(text) for text in said]
         asked = "".join([*(VIDEO if is_video(name) else IMAGE for name in example.images), said[0]])
@@ -211,8 +212,8 @@ class ExampleEncoder:
         """A turn of a conversation; a question, of a task that asks questions, has its prompt."""
         if turn.role != "user" or TASKS[task].kind == "conversations":
             return turn
-        text = re.sub(rf"(?s).*({IMAGE}|{VIDEO})\n?", "", turn.text)
-        return turn._replace(text=turn.text.removesuffix(text) + self.prompt(task, text))
+        marks, text = leading(turn.text)
+        return turn._replace(text=marks + self.prompt(task, text))
 
     def prompt(self, task: str, text: str) -> str:
         """What the model is asked about an example with this text."""
