@@ -9,8 +9,8 @@ from dora_mm.data.vl.readers.contents import interleaved
 from dora_mm.models.vl.server import Server, ServerAnswers
 from dora_mm.models.vl.vlm.answers import VLMAnswers
 from dora_mm.registries.vl_tasks import TASKS
-from tests.models.vl.vlm.encoding.video_rows import opened
-from tests.models.vl.vlm.vlm_rows import write_pictures
+from tests.shared.data.video_rows import opened
+from tests.shared.data.vlm_rows import write_pictures
 
 PICTURES = ("wide.png", "tall.png")
 ROW = interleaved(
