@@ -61,6 +61,8 @@ def test_the_memory_of_a_process_is_what_it_has_written():
 def test_a_forecast_is_read_from_the_page_of_a_dry_run():
     assert forecast(PAGE) == {STEPS: 6000.0, BEFORE: 5184.0}
     assert forecast(PAGE.replace("5,134.9", "1,000.0"))[BEFORE] == 2864.3
+    before = "unet in bfloat16 in main memory, before it is stored in float8   5,134.9   0.0   5,134.9"
+    assert forecast(f"{PAGE.replace('5,134.9', '2,956.6')}{before}\n")[BEFORE] == 5134.9
     assert forecast("nothing") == {}
 
 

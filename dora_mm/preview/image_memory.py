@@ -78,7 +78,7 @@ def without_numbers(model: ImageModel) -> Iterator[Simulation]:
 
 
 def phases(config: TrainDiffusionConfig, model: ImageModel, captions: Sequence[str]) -> list[Phase]:
-    """What encoding captions and pictures takes, and what decoding a picture of the sheet does.
+    """What encoding captions and pictures takes, what decoding a picture of the sheet does, and quantising the denoiser.
 
     Args:
         config: The config.
@@ -97,6 +97,10 @@ def phases(config: TrainDiffusionConfig, model: ImageModel, captions: Sequence[s
         latents = torch.zeros(size, dtype=model.vae.dtype, device="meta")
         peak = _peak(model, lambda: pixels_of(model.vae, latents))
         found.append(Phase(f"VAE, a picture of {model.resolution} px decoded", vae, peak))
+    if (name := config.model.quantization) and config.model.denoiser is None:
+        numbers, dtype = sum(t.numel() for t in _tensors(model.networks[model.denoiser])), config.model.dtype
+        size = numbers * getattr(torch, dtype).itemsize
+        found.append(Phase(f"{model.denoiser} in {dtype} in main memory, before it is stored in {name}", size, 0))
     return found
 
 

@@ -139,11 +139,19 @@ def test_the_heads_of_the_recipes_have_what_the_dry_run_says(recipe, full_models
     given = [f"model.path={full_models[family]}", "model.vae=null"]
     given += ["data.folder=samples/3d_icon"] if family != "sdxl" else []
     assert main(["train", f"configs/{recipe}.yaml", "--dry-run", "--set", *given]) == 0
-    together = float(re.findall(r"^together .* ([\d,.]+)$", capsys.readouterr().out, re.M)[0].replace(",", ""))
+    page = capsys.readouterr().out
+    together = float(re.findall(r"^together .* ([\d,.]+)$", page, re.M)[0].replace(",", ""))
     head = re.sub(r"\n# ?", " ", (Path("configs") / f"{recipe}.yaml").read_text().partition("\npipeline")[0])
     assert f"steps take {together / 1e3:.1f} GB" in head
     size = re.search(r"GPU of (\d+) GB", head)
     assert size is None or together / 1e3 + CUDA < int(size[1])
+    if recipe == "z_image/style_12gb":  # 6.157 billion numbers
+        before = r"^transformer in bfloat16 in main memory, before it is stored in float8 .* ([\d,]+)\."
+        assert 12_310 < int(re.findall(before, page, re.M)[0].replace(",", "")) < 12_330
+    else:
+        assert ("before it is stored in" in page) == (
+            "quantization:" in (Path("configs") / f"{recipe}.yaml").read_text()
+        )
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "sdxl/lego"])

@@ -32,8 +32,8 @@ def forecast(page: str) -> dict[str, float]:
     Args:
         page: What it has printed.
     """
-    captions, pixels = r"^captions, \d.* {}$", r"^VAE, a picture of \d+ px encoded.* {}$"
-    beside = [size for pattern in (captions, pixels) for size in _numbers(pattern, page)]
+    rows = r"captions, \d", r"VAE, a picture of \d+ px encoded", r".* in main memory, before it is stored in"
+    beside = [size for pattern in rows for size in _numbers(f"^{pattern}.* {{}}$", page)]
     weights = _numbers(r"^.* frozen in .* {}$", page) + _numbers(r"^[\d,]+ trained .* {}$", page)
     found = {STEPS: sum(_numbers(r"^together\b.* {}$", page)), BEFORE: max([sum(weights), *beside])}
     return {name: size for name, size in found.items() if size}
