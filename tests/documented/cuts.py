@@ -1,11 +1,13 @@
 """What a documented command gets appended by `--set`, so that it takes seconds: fewer steps and rows, smaller sizes."""
 
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dora_mm.config import dump_config, load_config
 from dora_mm.config.schema import PipelineConfig
+from dora_mm.models.quantization import QUANTIZATIONS
 from tests.documented.data import NUM_ROWS
 
 STEPS = 2
@@ -76,6 +78,8 @@ def _cut(
             yield name, [STEPS]
         elif key == "max_new_tokens":
             yield name, 4
+        elif key == "quantization" and value and (package := QUANTIZATIONS[value].package) and not find_spec(package):
+            yield name, None
 
 
 def _cut_base(base: str, is_ours: Callable[[str], bool]) -> Path:

@@ -42,6 +42,7 @@ def denoiser_of(folder, name=None, **settings):
     return model, model.networks[model.denoiser]
 
 
+@pytest.mark.slow
 def test_the_linear_layers_of_all_parts_are_quantised_and_planned_as_large_as_they_are(folder, name):
     model, network = denoiser_of(folder, name)
     _, dense = denoiser_of(folder)
@@ -63,6 +64,7 @@ def test_the_linear_layers_of_all_parts_are_quantised_and_planned_as_large_as_th
         assert sizes[id(layer.weight)] == pytest.approx(found, rel=0.05, abs=8 * layer.out_features)
 
 
+@pytest.mark.slow
 def test_adapters_learn_and_a_fresh_one_changes_what_rounding_does(folder, name):
     model, network = denoiser_of(folder, name)
     prompts = model.encode_prompts(["a red ball", "a cat"])

@@ -15,7 +15,11 @@ from dora_mm.models.images.image_model import Distilled
 from tests.shared.images.tiny_flows import FLOWS, PROMPT, SIZE
 
 
-@pytest.fixture(params=[flow for flow in FLOWS if flow.distilled], ids=lambda flow: flow.name)
+DISTILLED = [flow for flow in FLOWS if flow.distilled]
+ONE_FAST = [*(pytest.param(flow, marks=pytest.mark.slow) for flow in DISTILLED[:-1]), DISTILLED[-1]]  # of Krea 2
+
+
+@pytest.fixture(params=DISTILLED, ids=lambda flow: flow.name)
 def flow(request):
     return request.param
 
@@ -26,6 +30,7 @@ def test_files_say_that_a_model_was_distilled(flow, tmp_path):
     assert distilled_of(ModelConfig(path=str(distilled))) == Distilled(flow.distilled[0], 1.0, flow.distilled[1])
 
 
+@pytest.mark.parametrize("flow", ONE_FAST, indirect=True, ids=lambda flow: flow.name)
 def test_its_noise_levels_are_those_of_its_pipeline(flow, tmp_path):
     for name in ("base", "distilled"):
         folder = flow.build(tmp_path / name, is_distilled=name == "distilled")
