@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -16,6 +17,7 @@ from tests.models.images.z_image import tiny as z_image
 from tests.models.vl.vl_bart.small import small_bart, small_tokenizer
 from tests.models.vl.vlm import tiny
 from tests.models.vl.vlm.texts.test_table_1 import SHARES
+from tests.pipelines.questions.local_server import started
 from tests.pipelines.questions.test_vlm_recipes import MODELS
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -77,3 +79,9 @@ def vlm_classes() -> dict[str, str]:
         found[config.model.path] = kind
     assert set(found.values()) <= set(tiny.BUILDERS)
     return found
+
+
+@cache
+def server() -> str:
+    """The address of a server of OpenAI's protocol."""
+    return f"http://127.0.0.1:{started().server_port}/v1"
