@@ -14,6 +14,7 @@ from dora_mm.config import find_path, load_config
 from dora_mm.config.latest import LATEST, numbered
 from dora_mm.config.paths import paths_in
 from dora_mm.config.schema import PathKind, PipelineConfig, Section
+from dora_mm.config.served import EvalServerConfig
 from dora_mm.config.vl import ExtractFeaturesConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.image_folder import ImageFolder
@@ -75,6 +76,7 @@ class Checkout:
             overrides = self._few_images(config)
         elif config:
             overrides = cuts(config, self.ours.__contains__)
+            overrides += [f"server.url={stand_ins.server()}"] if isinstance(config, EvalServerConfig) else []
         elif "--resume" in arguments and any(argument.startswith("train.steps=") for argument in arguments):
             before = load_config(Path(numbered(arguments[arguments.index("--resume") + 1])) / "config.yaml")
             overrides = [f"train.steps={before.model_dump()['train']['steps'] + 1}"]

@@ -212,6 +212,15 @@ def _commonsense(file: Path) -> None:
     write_commonsense(file, NUM_ROWS)
 
 
+def _docvqa(file: Path) -> None:
+    rows = [
+        {"questionId": number, "question": "What is it?", "image": f"documents/{number // 2}.png", "docId": number // 4}
+        | {"answers": [ANSWERS[number % 3]]}
+        for number in range(NUM_ROWS)
+    ]
+    write_json(file, {"data": rows})
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
     "chat": _chat,
     "preferences": _preferences,
@@ -224,4 +233,5 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "video_qa": _video_qa,
     "video_captions": _video_captions,
     "commonsense": _commonsense,
+    "docvqa": _docvqa,
 }

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -10,6 +11,9 @@ from dora_mm.config import load_config
 from dora_mm.config.models import VisionConfig
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.models.vl.towers import building as towers
+from tests.models.vl.vlm.texts.test_table_1 import SHARES
+from tests.pipelines.questions.local_server import started
+from tests.pipelines.questions.test_vlm_recipes import MODELS
 from tests.shared.images import tiny_flux2_klein as klein
 from tests.shared.images import tiny_krea2 as krea2
 from tests.shared.images import tiny_qwen_image as qwen_image
@@ -82,3 +86,9 @@ def vlm_classes() -> dict[str, str]:
         found[config.model.path] = kind
     assert set(found.values()) <= set(tiny.BUILDERS)
     return found
+
+
+@cache
+def server() -> str:
+    """The address of a server of OpenAI's protocol."""
+    return f"http://127.0.0.1:{started().server_port}/v1"

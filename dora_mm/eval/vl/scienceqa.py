@@ -32,14 +32,18 @@ def _llava(example: Example, prediction: str) -> float:
     return float(letter_of(prediction) == example.answers[0])
 
 
-def _own(example: Example, prediction: str) -> float:
+def own_accuracy(example: Example, prediction: str) -> float:
+    """Returns 1 where the answer is right by ScienceQA's own script, else 0."""
     return float(_stated(prediction.strip()) == example.answers[0])
 
 
 SCORER = mean_scorer(
     {
         "accuracy": (_llava, "LLaVA's eval_science_qa.py: B, B. text or once The answer is B.; all else is wrong"),
-        "accuracy (own script)": (_own, "ScienceQA's run_gpt3.py: The answer is B. once; where it guesses: wrong"),
+        "accuracy (own script)": (
+            own_accuracy,
+            "ScienceQA's run_gpt3.py: The answer is B. once; where it guesses: wrong",
+        ),
     },
     headings=("subject", "context", "grade"),
 )

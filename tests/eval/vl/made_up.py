@@ -275,6 +275,18 @@ def yes_or_no(seed: int) -> list[MadeUp]:
     return [MadeUp(draw.pick(SAID).replace("{}", draw.pick(TEXTS)), (draw.pick(("yes", "no")),)) for _ in range(NUM)]
 
 
+def true_or_false(seed: int) -> list[tuple[str, MadeUp]]:
+    """Answers about pairs of images with their ids: up to four pairs of a sentence, two sentences of a set."""
+    draw = Source(seed)
+    said = ("True", "true", "TRUE", "False", "false", "false ", "yes", "", "true.", "Trues", "\uff54rue")
+    names = [f"dev-{number // 8}-{number % 4}-{number // 4 % 2}" for number in range(NUM)]
+    rows = []
+    for name in names:
+        right = draw.pick(("True", "False"))
+        rows.append((name, MadeUp(right if draw.random() < 0.7 else draw.pick(said), (right,))))
+    return rows
+
+
 def boxed(seed: int) -> list[MadeUp]:
     """Boxes as models write them, near to the right one or not."""
     draw = Source(seed)

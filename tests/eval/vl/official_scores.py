@@ -13,6 +13,11 @@
     matching.py      vlmeval/utils/matching_util.py of open-compass/VLMEvalKit
     grounding.py     eval_mm/evaluate_grounding.py of QwenLM/Qwen-VL
     rec.py           lmms_eval/tasks/refcoco/utils_rec.py of EvolvingLMMs-Lab/lmms-eval
+    ocrbench_lmms.py lmms_eval/tasks/ocrbench/utils.py of the same, of August 2026
+    vqa_eval.py      vlmeval/dataset/utils/vqa_eval.py of open-compass/VLMEvalKit
+    circular.py      vlmeval/dataset/utils/multiple_choice.py of the same
+    run_gpt3.py      models/run_gpt3.py of lupantech/ScienceQA
+    nlvr2.py         nlvr2/eval/metrics.py of lil-lab/nlvr
 
 They need editdistance, pandas and loguru beside what is installed here. Where a script fails (a division by 0), or
 draws an option at random, there is no score: null.
@@ -20,12 +25,14 @@ draws an option at random, there is no score: null.
 
 import ast
 import base64
+import io
 import json
 import re
 import runpy
 import sys
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from string import ascii_uppercase
 from tempfile import TemporaryDirectory
@@ -125,9 +132,26 @@ def documents(folder: Path) -> dict[str, list[float | None]]:
             for row in rows
         ],
         "relaxed": [max(near(target, row.prediction) for target in row.references) for row in rows],
+        "relaxed_stripped": relaxed_stripped(folder, rows),
         "textvqa": [textvqa.eval_pred_list(entry(row)) for row in ten],
         "ocrbench": ocrbench(folder, rows),
+        "ocrbench_folded": ocrbench_folded(folder, rows),
     }
+
+
+def relaxed_stripped(folder: Path, rows: Sequence[MadeUp]) -> list[float]:
+    smp = SimpleNamespace(istype=lambda *_: True, listinstr=None, process_punctuation=None)
+    script = load(folder, "vqa_eval", **{"vlmeval": MagicMock(), "vlmeval.smp": smp})
+    asked = [{"answer": repr(list(row.references)), "prediction": row.prediction} for row in rows]
+    return [max(script.process_line(line, "relaxed_accuracy")["match"]) for line in asked]
+
+
+def ocrbench_folded(folder: Path, rows: Sequence[MadeUp]) -> list[float]:
+    names = ("lmms_eval", "lmms_eval.tasks", "lmms_eval.tasks._task_utils", "lmms_eval.tasks._task_utils.file_utils")
+    script = load(folder, "ocrbench_lmms", **{name: MagicMock() for name in names})
+    docs = [{"answer": list(row.references), "dataset": row.kind, "question_type": ""} for row in rows]
+    found = [script.ocrbench_process_results(doc, [row.prediction]) for doc, row in zip(docs, rows, strict=True)]
+    return [each["ocrbench_accuracy"]["score"] for each in found]
 
 
 def ocrbench(folder: Path, rows: Sequence[MadeUp]) -> list[float]:
@@ -160,10 +184,49 @@ def letters(folder: Path) -> dict[str, list[float | None]]:
         "mmmu_pro": [parsed(pro.parse_multi_choice_response, row) for row in rows],
         "mmmu_open": [mmmu.eval_open(list(row.references), mmmu.parse_open_response(row.prediction)) for row in words],
         "letters": [inferred(row) for row in rows],
+        "circular": circular(folder, rows, matching),
         "scienceqa": scienceqa(folder, rows),
+        "scienceqa_own": scienceqa_own(folder, rows),
         "aokvqa": aokvqa(folder, rows),
         "aokvqa_direct": direct(folder),
     }
+
+
+class Frame(list):
+    """Rows as the script reads them of a table of pandas."""
+
+    @property
+    def iloc(self) -> list:
+        return self
+
+
+def circular(folder: Path, rows: Sequence[MadeUp], matching: Any) -> list[float]:
+    """Of pairs of rows, as if they were the orders of one question; what the script leaves to a judge is wrong."""
+    names = ("vlmeval", "vlmeval.smp", "vlmeval.smp.vlm", "vlmeval.utils")
+    script = load(folder, "circular", **{name: MagicMock() for name in names})
+    script.can_infer = matching.can_infer
+    asked = [
+        {"GT": row.letter, "prediction": row.prediction} | dict(zip(ascii_uppercase, row.options, strict=False))
+        for row in rows
+    ]
+    groups = [Frame(asked[start : start + 2]) for start in range(0, len(asked), 2)]
+    return [float((script.prefetch_circular_group(group) or {"hit": 0})["hit"]) for group in groups]
+
+
+def scienceqa_own(folder: Path, rows: Sequence[MadeUp]) -> list[float | None]:
+    """The script draws a letter where it finds none."""
+    openai, said = MagicMock(), []
+    openai.Completion.create = lambda **_: {"choices": [{"text": said[-1]}]}
+    stubs = {"models": MagicMock(), "models.base_prompt": SimpleNamespace(__all__=[]), "openai": openai}
+    script = load(folder, "run_gpt3", **stubs)
+    script.random = SimpleNamespace(choice=lambda _: None)
+    found: list[float | None] = []
+    for row in rows:
+        said.append(row.prediction)
+        letter, _ = script.get_gpt3_result("", MagicMock())
+        place = script.get_pred_idx(letter, row.options, list(ascii_uppercase[:5]))
+        found.append(None if place is None else float(ascii_uppercase[place] == row.letter))
+    return found
 
 
 def scienceqa(folder: Path, rows: Sequence[MadeUp]) -> list[float]:
@@ -218,6 +281,20 @@ def pope(folder: Path) -> dict[str, list[float | None]]:
     return {"pope": right, "pope_shares": [names[key] for key in ("precision", "recall", "f1", "yes_ratio")]}
 
 
+def nlvr2(folder: Path) -> dict[str, list[float | None]]:
+    """Precision and consistency, which the script prints."""
+    rows = made_up.true_or_false(7)
+    with TemporaryDirectory() as place:
+        said, truth = Path(place, "said.csv"), Path(place, "truth.jsonl")
+        said.write_text("".join(f"{name},{row.prediction}\n" for name, row in rows))
+        labels = [json.dumps({"identifier": name, "label": row.references[0]}) for name, row in rows]
+        truth.write_text("\n".join(labels))
+        sys.argv = ["", str(said), str(truth)]
+        with redirect_stdout(io.StringIO()) as printed:
+            runpy.run_path(str(folder / "nlvr2.py"), run_name="__main__")
+    return {"nlvr2_shares": [float(line.partition("=")[2]) for line in printed.getvalue().split()]}
+
+
 def boxes(folder: Path) -> dict[str, list[float | None]]:
     rows, rec = made_up.boxed(6), load(folder, "rec", datasets=MagicMock())
     script = load(folder, "grounding")
@@ -239,5 +316,5 @@ def boxes(folder: Path) -> dict[str, list[float | None]]:
 
 if __name__ == "__main__":
     scripts = Path(sys.argv[1])
-    scores = documents(scripts) | letters(scripts) | pope(scripts) | boxes(scripts)
+    scores = documents(scripts) | letters(scripts) | pope(scripts) | boxes(scripts) | nlvr2(scripts)
     FILE.write_text(json.dumps({name: packed(found) for name, found in scores.items()}, indent=0) + "\n")

@@ -1,11 +1,25 @@
 """Scores of answers equal those of the official scripts, of which official_scores.json keeps the results."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from dora_mm.data.vl.example import Example
-from dora_mm.eval.vl import anls, aokvqa, boxes, letters, mmmu, ocrbench, pope, relaxed, scienceqa, textvqa
+from dora_mm.eval.vl import (
+    anls,
+    aokvqa,
+    boxes,
+    circular,
+    letters,
+    mmmu,
+    nlvr2,
+    ocrbench,
+    pope,
+    relaxed,
+    scienceqa,
+    textvqa,
+)
 from tests.eval.vl import made_up
 from tests.eval.vl.made_up import MadeUp
 from tests.eval.vl.official_scores import expected
@@ -32,13 +46,16 @@ METRICS = {
     "anls_mmf": (OPEN, lambda row, text: max(anls.stripped(answer, text) for answer in row.answers)),
     "anls_pix2struct": (OPEN, lambda row, text: max(anls.lowered(answer, text) for answer in row.answers)),
     "relaxed": (OPEN, lambda row, text: relaxed.SCORER.row(row, text)),
+    "relaxed_stripped": (OPEN, lambda row, text: relaxed.SCORER.row(row, text.strip())),
     "textvqa": (TEN, textvqa.row_accuracy),
     "ocrbench": (OPEN, ocrbench.row_accuracy),
+    "ocrbench_folded": (OPEN, ocrbench.folded_accuracy),
     "mmmu": (CHOICES, lambda row, text: mmmu.SCORER.row(row, text)),
     "mmmu_pro": (CHOICES, lambda row, text: mmmu.PRO.row(row, text)),
     "mmmu_open": (WORDS, lambda row, text: mmmu.SCORER.row(row, text)),
     "letters": (CHOICES, letters.row_accuracy),
     "scienceqa": (CHOICES, lambda row, text: scienceqa.SCORER.row(row, text)),
+    "scienceqa_own": (CHOICES, scienceqa.own_accuracy),
     "aokvqa": (CHOICES, lambda row, text: aokvqa.SCORER.row(row, text)),
     "aokvqa_direct": (TEN, lambda row, text: aokvqa.DIRECT.row(row, text)),
     "pope": (YES_OR_NO, pope.row_accuracy),
@@ -72,3 +89,17 @@ def test_no_letter_is_found_just_where_the_official_parser_would_guess():
 def test_precision_recall_f1_and_the_share_of_yes_are_those_of_the_official_script():
     counts = pope.outcomes([(example(row), row.prediction) for row in YES_OR_NO]).sum(axis=0)
     assert list(pope.shares(counts).values()) == pytest.approx(expected("pope_shares"), abs=1e-6)
+
+
+def test_questions_in_several_orders_are_right_as_by_the_official_script():
+    names = [str(number // 2 + number % 2 * circular.ORDERS) for number in range(len(CHOICES))]
+    rows = [(replace(example(row), id=name), row.prediction) for name, row in zip(names, CHOICES, strict=True)]
+    official = expected("circular")
+    assert circular.SCORER.values(rows).tolist() == official
+    assert 0 < sum(filter(None, official)) < len(official) == made_up.NUM / 2
+
+
+def test_accuracy_and_consistency_of_nlvr2_are_those_of_the_official_script():
+    rows = [(replace(example(row), id=name), row.prediction) for name, row in made_up.true_or_false(7)]
+    found = nlvr2.score_nlvr2(rows).metrics
+    assert list(found.values()) == pytest.approx([100 * share for share in expected("nlvr2_shares")], abs=1e-4)

@@ -1,0 +1,57 @@
+"""A server of the tests' own, which answers as vLLM does."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers as vLLM does; `server` of the test says how."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.reply(200, {"object": "list", "data": [{"id": name} for name in self.server.models]})
+
+    def do_POST(self) -> None:
+        own = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with own.lock:
+            own.keys.add(self.headers.get("Authorization"))
+            code = own.codes.pop(0) if own.codes else 200
+            if code == 200:
+                own.bodies.append(body)
+        if code == 302:
+            self.send_response(302)
+            self.send_header("Location", "http://127.0.0.1:1/elsewhere")
+            self.end_headers()
+        elif code != 200:
+            self.reply(code, {"error": {"message": "this model's maximum context length is 8 tokens"}})
+        else:
+            said = own.say(body)
+            choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": own.reason}
+            self.reply(200, {"choices": [choice]})
+
+    def reply(self, code: int, content: Any) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+
+def text_of(body: dict[str, Any]) -> str:
+    content = body["messages"][-1]["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def started() -> Any:
+    """A server in a thread; its attributes say how it answers, and what it was asked."""
+    own: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    own.models, own.codes, own.bodies, own.keys, own.reason = ["served-vlm"], [], [], set(), "stop"
+    own.lock = threading.Lock()
+    own.say = lambda body: "No." if "cat" in text_of(body) else "<think>a dog?</think>Yes"
+    threading.Thread(target=own.serve_forever, args=(0.02,), daemon=True).start()
+    return own
