@@ -78,7 +78,7 @@ def without_numbers(model: ImageModel) -> Iterator[Simulation]:
 
 
 def phases(config: TrainDiffusionConfig, model: ImageModel, captions: Sequence[str]) -> list[Phase]:
-    """What encoding captions and pictures takes, what decoding a picture of the sheet does, and quantising the denoiser.
+    """What encoding captions and pictures takes, what decoding one of the sheet does, and quantising the denoiser.
 
     Args:
         config: The config.

@@ -64,7 +64,8 @@ def test_the_one_task_is_chat_unless_it_is_named(tmp_path):
         (f"tasks: [{', '.join(f'{{task: gqa, valid: {GQA}}}' for _ in 'ab')}]", "data: tasks names a task twice"),
         (
             "valid: {format: vqa_v2, file: a, split: dev}",
-            "split is only for format coco_karpathy, chat, preferences, captions, choices, answers and scienceqa, not "
+            "split is only for format coco_karpathy, chat, preferences, captions, choices, answers, scienceqa, "
+            "ai2d_questions and refcoco_refs, not "
             "for vqa_v2",
         ),
         ("valid: {format: chats, file: a}", "data.valid.format: must be 'vqa_v2', "),

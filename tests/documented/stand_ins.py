@@ -11,13 +11,11 @@ from dora_mm.config import load_config
 from dora_mm.config.models import VisionConfig
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.models.vl.towers import building as towers
-from tests.models.vl.vlm.texts.test_table_1 import SHARES
-from tests.pipelines.questions.local_server import started
-from tests.pipelines.questions.test_vlm_recipes import MODELS
 from tests.shared.images import tiny_flux2_klein as klein
 from tests.shared.images import tiny_krea2 as krea2
 from tests.shared.images import tiny_qwen_image as qwen_image
 from tests.shared.images import tiny_z_image as z_image
+from tests.shared.local_server import started
 from tests.shared.vl import tiny_vlm as tiny
 from tests.shared.vl.language_models import SHARES
 from tests.shared.vl.recipe_models import MODELS

@@ -12,9 +12,9 @@ from PIL import Image
 
 from dora_mm.cli import main
 from dora_mm.models.vl import server as served
-from tests.pipelines.questions.local_server import started, text_of
 from tests.shared.data import vl_files as files
 from tests.shared.data.vlm_rows import save_noise
+from tests.shared.local_server import started, text_of
 
 KEY = "sk-never-recorded-4711"
 
