@@ -14,7 +14,6 @@ from dora_mm.models.images.families import distilled_of, load_image_model
 from dora_mm.models.images.image_model import Distilled
 from tests.models.images.tiny_flows import FLOWS, PROMPT, SIZE
 
-
 DISTILLED = [flow for flow in FLOWS if flow.distilled]
 ONE_FAST = [*(pytest.param(flow, marks=pytest.mark.slow) for flow in DISTILLED[:-1]), DISTILLED[-1]]  # of Krea 2
 
