@@ -30,7 +30,7 @@ test: $(READY)  ## two workers, a thread each: faster than two threads for model
 
 test-slow: $(READY)  ## quantised bases and TRL come from folders of their own: peft and diffusers import the former wherever they are
 	$(BIN)/python -m pytest -m slow -s
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/quant "bitsandbytes>=0.46" "torchao>=0.14"
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/quant "bitsandbytes>=0.48" "torchao>=0.14"
 	PYTHONPATH=build/quant $(BIN)/python -m pytest tests/core/wrappers/test_quantized.py \
 		tests/core/wrappers/test_sharded.py tests/models/vl/vlm/test_quantized.py
 	PYTHONPATH=build/quant $(BIN)/python -m pytest -m slow -k quantized tests/peft/test_quantized.py \

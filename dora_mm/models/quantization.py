@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -14,12 +15,15 @@ from dora_mm.core import TargetMap
 from dora_mm.core.targets import match_modules
 from dora_mm.core.wrappers.float8 import Float8Linear
 
+CPU = torch.device("cpu")
+LEAST = {"bitsandbytes": (0, 48), "torchao": (0, 14)}  # 0.46 of the former rounds what is rounded already again
+
 
 class Quantization(NamedTuple):
     """A kind of quantisation.
 
     Attributes:
-        package: What does it; empty: nothing but torch.
+        package: What does it, a key of LEAST; empty: nothing but torch.
         bits: Of a weight, with the scales of its blocks or rows.
     """
 
@@ -48,11 +52,16 @@ def check_installed(name: str) -> None:
         name: A key of QUANTIZATIONS.
 
     Raises:
-        ValueError: The package that does it is not installed.
+        ValueError: The package that does it is not installed, or too old.
     """
     package = QUANTIZATIONS[name].package
-    if package and find_spec(package) is None:
-        raise ValueError(f"model.quantization {name} needs {package}: pip install 'dora_mm[quant]'")
+    if package and (not find_spec(package) or _version(package) < LEAST[package]):
+        least = ".".join(map(str, LEAST[package]))
+        raise ValueError(f"model.quantization {name} needs {package} {least} or newer: pip install 'dora_mm[quant]'")
+
+
+def _version(package: str) -> tuple[int, ...]:
+    return tuple(map(int, version(package).split(".")[:2]))
 
 
 def config_for_transformers(name: str, dtype: torch.dtype) -> Any:
@@ -63,7 +72,7 @@ def config_for_transformers(name: str, dtype: torch.dtype) -> Any:
         dtype: Of the products.
 
     Raises:
-        ValueError: The package that does it is not installed.
+        ValueError: The package that does it is not installed, or too old.
     """
     import transformers
 
@@ -77,7 +86,7 @@ def config_for_transformers(name: str, dtype: torch.dtype) -> Any:
     )
 
 
-def quantize_layers(network: nn.Module, targets: TargetMap, name: str) -> None:
+def quantize_layers(network: nn.Module, targets: TargetMap, name: str, device: torch.device = CPU) -> None:
     """Quantises all Linear layers that a target map knows, one by one; other layers stay as they are.
 
     diffusers' own quantisation needs a GPU, and would take layers that no adapter reaches, such as those at both ends.
@@ -86,26 +95,27 @@ def quantize_layers(network: nn.Module, targets: TargetMap, name: str) -> None:
         network: The network, frozen and not adapted. On the meta device its layers get the sizes that they will have.
         targets: Its target map.
         name: A key of QUANTIZATIONS.
+        device: Where it will be: packages round a weight there, since not all can move what they have rounded.
     """
     for path in match_modules(network, targets.select(list(targets.parts))):
         layer = network.get_submodule(path)
         if type(layer) is nn.Linear:
-            network.set_submodule(path, _quantized(layer, name))
+            network.set_submodule(path, _quantized(layer, name, device))
 
 
-def _quantized(layer: nn.Linear, name: str) -> nn.Module:
+def _quantized(layer: nn.Linear, name: str, device: torch.device) -> nn.Module:
     if name == "float8":
         return Float8Linear.of(layer)
     if layer.weight.is_meta:
         return PlannedLinear.planned(layer, name)
     if name == "torchao_int8":
-        _torchao().quantize_(holder := nn.Sequential(layer), _torchao().Int8WeightOnlyConfig())
+        _torchao().quantize_(holder := nn.Sequential(layer.to(device)), _torchao().Int8WeightOnlyConfig())
         return holder[0].requires_grad_(False)
-    return _of_bitsandbytes(layer, name).train(layer.training)
+    return _of_bitsandbytes(layer, name).to(device).train(layer.training)
 
 
 def _of_bitsandbytes(layer: nn.Linear, name: str) -> nn.Module:
-    """A layer of bitsandbytes, which quantises it when it is moved, also to where it is."""
+    """A layer of bitsandbytes, which rounds its weight when it is moved, also to where it is."""
     modules = import_module("bitsandbytes.nn")
     size, bias, W = (layer.in_features, layer.out_features), layer.bias is not None, layer.weight.detach()
     with torch.device("meta"):
@@ -116,10 +126,10 @@ def _of_bitsandbytes(layer: nn.Linear, name: str) -> nn.Module:
     if name == "int8":
         found.weight = modules.Int8Params(W, requires_grad=False, has_fp16_weights=False)
     else:
-        found.weight = modules.Params4bit(W, quant_type=name)
+        found.weight = modules.Params4bit(W, quant_type=name, module=found)  # which keeps the scales, too
         found.support_avx512bf16_for_cpu = False  # evaluated on a processor it would round its scales for good
     found.bias = layer.bias
-    return found.to(layer.weight.device)
+    return found
 
 
 def _torchao() -> Any:

@@ -110,6 +110,10 @@ class Components:
             self._released.add(name)
             self._loaded.pop(name, None)
 
+    def device_of(self, name: str) -> torch.device:
+        """Where a network is put when it is loaded."""
+        return torch.device("cpu") if name in self._unmoved else self.device
+
     def is_released(self, name: str) -> bool:
         return name in self._released
 
@@ -124,7 +128,7 @@ class Components:
         if not isinstance(component, nn.Module):
             return component
         component.requires_grad_(False).eval()
-        return component if name in self._unmoved else component.to(self.device)
+        return component.to(self.device_of(name))
 
 
 def is_network(name: str) -> bool:

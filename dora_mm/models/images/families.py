@@ -139,7 +139,8 @@ def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
             scheduler = found["scheduler"]
             found["scheduler"] = type(scheduler).from_config(scheduler.config, **changes)
         if config.quantization and family.denoiser in found:
-            quantize_layers(found[family.denoiser], targets.find(family.maps[family.denoiser]), config.quantization)
+            layers, place = targets.find(family.maps[family.denoiser]), components.device_of(family.denoiser)
+            quantize_layers(found[family.denoiser], layers, config.quantization, place)
         return found
 
     def weights(name: str) -> list[Path]:

@@ -43,10 +43,11 @@ def check_offload(config: MemoryConfig, device: torch.device, quantization: str 
             would be moved without their scales.
     """
     package = QUANTIZATIONS[quantization].package if quantization else ""
-    if config.offload == "layers" and package == "bitsandbytes":  # which keeps them beside the weight, not in a buffer
+    moves = ("none",) if quantization == "int8" else ("none", "model")
+    if package == "bitsandbytes" and config.offload not in moves:  # its scales are beside the weight, not in a buffer
         raise ValueError(
-            f"memory.offload: layers moves the weights of model.quantization {quantization} without their scales: set "
-            "it to model."
+            f"memory.offload: {config.offload} moves the weights of model.quantization {quantization} without their "
+            f"scales: set it to {moves[-1]}."
         )
     if config.offload != "none" and device.type == "cpu":
         raise ValueError(

@@ -13,7 +13,7 @@ from dora_mm.core.wrappers.float8 import Float8Linear
 from dora_mm.core.wrappers.quantized import dequantized, is_quantized
 from dora_mm.data.images.buckets import Framing
 from dora_mm.models.images.families import load_image_model
-from dora_mm.models.quantization import QUANTIZATIONS, PlannedLinear, planned_bytes, quantize_layers
+from dora_mm.models.quantization import QUANTIZATIONS, PlannedLinear, check_installed, planned_bytes, quantize_layers
 from dora_mm.preview.training import num_bytes
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from tests.shared.images.tiny_flows import FLOWS, NAMES
@@ -94,10 +94,18 @@ def test_adapters_learn_and_a_fresh_one_changes_what_rounding_does(folder, name)
 def test_without_its_package_one_sentence_says_what_to_install(tiny_folder, monkeypatch):
     monkeypatch.setattr("dora_mm.models.quantization.find_spec", lambda name: None)
     for name, package in PACKAGES.items():
-        said = rf"^model\.quantization {name} needs {package}: pip install 'dora_mm\[quant\]'$"
+        said = rf"^model\.quantization {name} needs {package} 0\.\d+ or newer: pip install 'dora_mm\[quant\]'$"
         with pytest.raises(ValueError, match=said):
             load_image_model(ModelConfig(path=str(tiny_folder), quantization=name))
         load_image_model(ModelConfig(path=str(tiny_folder), quantization=name), empty=True)  # a dry run needs none
+
+
+def test_a_package_that_is_too_old_is_refused(monkeypatch):
+    monkeypatch.setattr("dora_mm.models.quantization.find_spec", lambda name: name)
+    monkeypatch.setattr("dora_mm.models.quantization.version", lambda name: "0.46.1")
+    with pytest.raises(ValueError, match=r"int8 needs bitsandbytes 0\.48 or newer"):
+        check_installed("int8")
+    check_installed("torchao_int8")
 
 
 def test_what_stands_for_4_bits_is_counted_as_such():

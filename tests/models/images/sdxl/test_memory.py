@@ -94,10 +94,12 @@ def test_offloading_needs_a_gpu(tiny, kind):
 
 
 def test_layers_of_bitsandbytes_do_not_wait_in_main_memory():
-    """diffusers moves `weight.data` alone, and the scales in `weight.quant_state` stay where they are."""
-    with pytest.raises(ValueError, match=r"^memory\.offload: layers moves the weights of model\.quantization nf4"):
-        check_offload(MemoryConfig(offload="layers"), torch.device("cuda"), "nf4")
-    for kind, name in (("model", "nf4"), ("layers", "float8"), ("layers", None)):
+    """diffusers moves `weight.data` alone: the scales in `weight.quant_state` and `weight.SCB` stay where they are."""
+    for kind, name in (("layers", "nf4"), ("layers", "int8"), ("model", "int8")):
+        said = rf"^memory\.offload: {kind} moves the weights of model\.quantization {name} without their scales"
+        with pytest.raises(ValueError, match=said):
+            check_offload(MemoryConfig(offload=kind), torch.device("cuda"), name)
+    for kind, name in (("model", "nf4"), ("layers", "float8"), ("layers", None), ("layers", "torchao_int8")):
         check_offload(MemoryConfig(offload=kind), torch.device("cuda"), name)
 
 
