@@ -57,7 +57,8 @@ def score_captions(predictions: Predictions, *, ascii_only: bool = False, meteor
     tables = {"type": table(by_type)} if by_type else {}
     tokens = "Penn Treebank tokens" + (", characters beyond ASCII as spaces, as VALUE" if ascii_only else "")
     rules = {name: f"pycocoevalcap's {'CIDEr-D' if name == 'CIDEr' else name}, of {tokens}" for name in found.metrics}
-    return VLScores("CIDEr", found.metrics, tables, score_notes(references, found), rules)
+    counts = dict.fromkeys(found.metrics, len(references))
+    return VLScores("CIDEr", found.metrics, tables, score_notes(references, found), rules, counts=counts)
 
 
 def split_scores(

@@ -45,6 +45,7 @@ def score_circular(predictions: Predictions) -> VLScores:
             "circular": "right in all orders; VLMEvalKit's can_infer: one letter or one option's text; no judge",
             "accuracy": "the same of single rows",
         },
+        counts={"circular": len(groups)},
     )
 
 

@@ -25,6 +25,7 @@ def score_gqa(predictions: Predictions) -> VLScores:
     values = [exact_match(example, prediction) for example, prediction in predictions]
     tables = by_kind(("structural", "semantic"), predictions, values)
     metrics = {"accuracy": percent(values), FOLDED: percent([folded(*row) for row in predictions])}
+    counts = {}
     for name, is_open in (("open", True), ("binary", False)):
         selected = [
             value
@@ -32,8 +33,8 @@ def score_gqa(predictions: Predictions) -> VLScores:
             if example.kinds and (example.kinds[0] == "query") == is_open
         ]
         if selected:
-            metrics[name] = percent(selected)
-    return VLScores("accuracy", metrics, tables, rules={name: RULES[name] for name in metrics})
+            metrics[name], counts[name] = percent(selected), len(selected)
+    return VLScores("accuracy", metrics, tables, rules={name: RULES[name] for name in metrics}, counts=counts)
 
 
 SCORER = AnswerScorer(score_gqa, exact_match)

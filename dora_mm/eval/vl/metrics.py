@@ -1,6 +1,7 @@
 """The metrics of all vision-language tasks behind one function."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.vl.captions import CaptionScorer
@@ -29,7 +30,7 @@ def score(task: str, predictions: Predictions, *, meteor: bool = True) -> VLScor
     Raises:
         ValueError: There are no predictions, or an example has no answers or answers that do not fit the task.
     """
-    return scorer_of(task).score(predictions, meteor=meteor)
+    return replace(scorer_of(task).score(predictions, meteor=meteor), num=len(predictions))
 
 
 def score_all(predictions: Mapping[str, Predictions], *, meteor: bool = True) -> dict[str, VLScores]:
@@ -58,10 +59,15 @@ def score_row(task: str, example: Example, prediction: str) -> float | None:
 
 
 def report(task: str, scores: VLScores) -> str:
-    """Returns metrics, with the rule of each, tables and notes of a task as Markdown."""
-    columns = [task, "x 100", *(["rule"] if scores.rules else [])]
-    rows = [[name, f"{value:.2f}", scores.rules.get(name, "")] for name, value in scores.metrics.items()]
-    parts = [markdown_table(columns, [row[: len(columns)] for row in rows])]
+    """Returns metrics, with the rule of each and what it is a mean of, tables and notes of a task as Markdown."""
+    columns = [task, "x 100", *(["rule"] if scores.rules else []), *(["n"] if scores.num else [])]
+    rows = []
+    for name, value in scores.metrics.items():
+        rule = [scores.rules.get(name, "")] if scores.rules else []
+        rows.append(
+            [name, f"{value:.2f}", *rule, *([f"{scores.counts.get(name, scores.num):,}"] if scores.num else [])]
+        )
+    parts = [markdown_table(columns, rows)]
     for heading, groups in scores.tables.items():
         cells = [[name, f"{value:.2f}", f"{count:,}"] for name, (value, count) in groups.items()]
         parts.append(markdown_table([heading, scores.main, "rows"], cells))

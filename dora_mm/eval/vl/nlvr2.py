@@ -49,7 +49,8 @@ def score_nlvr2(predictions: Predictions) -> VLScores:
         sentences[sentence_of(example.id)].append(value)
         answers[example.answers[0]].append(value)
     metrics = {"accuracy": percent(values), "consistency": percent([min(group) for group in sentences.values()])}
-    return VLScores("accuracy", metrics, {"answer": table(answers)}, rules=RULES)
+    counts = {"consistency": len(sentences)}
+    return VLScores("accuracy", metrics, {"answer": table(answers)}, rules=RULES, counts=counts)
 
 
 SCORER = AnswerScorer(score_nlvr2, row_accuracy, sentence_set, "all sentences of a set of NLVR2")

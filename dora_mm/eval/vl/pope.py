@@ -101,13 +101,15 @@ def score_pope(predictions: Predictions) -> VLScores:
     """
     check_answered(predictions)
     values = [row_accuracy(*row) for row in predictions]
-    found = shares(outcomes(predictions).sum(axis=0))
+    hits, alarms, _, missed = counts = outcomes(predictions).sum(axis=0)
+    found = shares(counts)
     metrics = {"accuracy": percent(values)} | {name: 100 * value for name, value in found.items()}
     neither = sum(not words_of(prediction) & (NO | YES) for _, prediction in predictions)
     notes = (f"{neither} of {len(predictions)} answers have neither word, and count as yes",) if neither else ()
     rules = dict.fromkeys(metrics, "the same, of answers that are yes")
     rules |= {"accuracy": RULE, "share of yes": "the same, of all answers, and not of the truth"}
-    return VLScores("accuracy", metrics, by_kind(("category",), predictions, values), notes, rules)
+    of_some = {"precision": int(hits + alarms), "recall": int(hits + missed)}
+    return VLScores("accuracy", metrics, by_kind(("category",), predictions, values), notes, rules, counts=of_some)
 
 
 SCORER = AnswerScorer(score_pope, row_accuracy, intervals=share_intervals, answers_alone=True)

@@ -28,6 +28,8 @@ class VLScores:
         tables: By heading, for instance `tables["answer_type"]["yes/no"]`.
         notes: Sentences to be printed with the scores.
         rules: By what rule answers are right, by metric: whose script, and how answers are read.
+        num: How many answers were scored; 0: not known.
+        counts: Of how many answers, questions or sentences a metric is a mean, where that is another number.
     """
 
     main: str
@@ -35,6 +37,8 @@ class VLScores:
     tables: dict[str, Table] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     rules: Mapping[str, str] = field(default_factory=dict)
+    num: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def value(self) -> float | None:

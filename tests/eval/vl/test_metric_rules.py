@@ -52,7 +52,9 @@ def test_every_metric_has_a_rule_in_its_table(scorer):
     assert scores.main in scores.metrics
     for name, rule in scores.rules.items():
         assert rule
-        assert f"| {name} | {scores.metrics[name]:.2f} | {rule} |" in report(task, scores)
+        assert f"| {name} | {scores.metrics[name]:.2f} | {rule} | {scores.counts.get(name, 2)} |" in report(
+            task, scores
+        )
 
 
 @pytest.mark.parametrize(("task", "rule"), [("caption", "CIDEr-D, of Penn Treebank tokens"), ("tvc", "as VALUE")])
@@ -60,7 +62,7 @@ def test_caption_metrics_have_rules(monkeypatch, task, rule):
     found = captions.CaptionScores({"CIDEr": 1.0, "BLEU-4": 2.0}, (1.0,))
     monkeypatch.setattr(captions, "caption_scores", lambda *_, **__: found)
     scores = score(task, [row("1", ("a cat",), "a dog")])
-    assert set(scores.rules) == {"CIDEr", "BLEU-4"}
+    assert set(scores.rules) == set(scores.counts) == {"CIDEr", "BLEU-4"}
     assert rule in scores.rules["CIDEr"]
 
 
@@ -280,3 +282,15 @@ def test_a_question_of_aokvqa_is_answered_by_its_choice_or_its_letter():
 
 def test_short_answers_with_and_without_folding():
     assert one("short_answers", ("Paris",), "paris.") == {"exact match": 0.0, "exact match (folded)": 100.0}
+
+
+def test_metrics_of_some_answers_say_of_how_many():
+    asked = [row(str(number), ("yes" if number else "no",), "yes" if number < 2 else "no") for number in range(4)]
+    assert score("pope", asked).counts == {"precision": 2, "recall": 3}
+    typed = [row(str(number), ("yes",), "yes", kinds=("query" if number else "verify", "rel")) for number in range(4)]
+    scores = score("gqa", typed)
+    assert (scores.num, scores.counts) == (4, {"open": 3, "binary": 1})
+    pairs = [
+        (replace(row("1", ("True",), "True")[0], id=f"dev-1-{number}-{number // 2}"), "True") for number in range(4)
+    ]
+    assert score("nlvr2", pairs).counts == {"consistency": 2}
