@@ -1,166 +1,224 @@
-"""Kills commands that write, at each file event in turn, and repeats them: python -m tests.kill --each 100.
+"""Disturbs commands that write, at each file event in turn and then at random, and repeats them: make kill.
 
-After the repetition the files are those of a command that was not killed, and nothing else is left.
+After the repetition the files are those of a command that was not disturbed, and nothing else is left.
 """
 
 import os
 
 os.environ |= {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}  # before they are loaded
-os.environ |= {"HF_HUB_OFFLINE": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false", "MPLBACKEND": "agg"}
 
 import argparse
+import csv
 import logging
+import mmap
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 
-import torch
-from PIL import Image
-from safetensors.torch import save_file
+import matplotlib.pyplot  # noqa: F401  what the commands load later is imported once, by the parent
 
 import dora_mm.formats.commands.extract
-import dora_mm.models.images.families  # noqa: F401  imported once, by the parent
-from dora_mm.cli import main as dora_mm_main
-from dora_mm.utils.run_directory import RunDirectory
+import dora_mm.models.images.families
+import dora_mm.studies.plots  # noqa: F401
+from dora_mm.recipes import PIPELINES
+from tests.kill.commands import COMMANDS, Command, files_of, prepare
+from tests.kill.disturbances import DISTURBANCES, KILLED, Disturbance, counting, disturb, other_input
 
-FIXTURES = Path(__file__).parents[1] / "formats" / "fixtures"
-ATTENTION = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1"
-EVENTS = ("os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.truncate", "shutil.rmtree")
-UNEQUAL = (".svg", ".png")  # of matplotlib, with a date in them
-
-
-def prepare() -> None:
-    """What the commands read, in the current directory."""
-    Path("pictures").mkdir()
-    for number in range(3):
-        Image.new("RGB", (64, 64), (60 * number, 90, 160)).save(f"pictures/{number}.png")
-        Path(f"pictures/{number}.txt").write_text(f"a sks drawing of thing {number}")
-    shutil.copy(FIXTURES / "lycoris_out.safetensors", "adapter.safetensors")
-    weights = {f"{ATTENTION}.to_{name}.weight": torch.eye(8) * (1 + place) for place, name in enumerate("qkv")}
-    save_file(weights, "base.safetensors", {"format": "pt"})
-    save_file({name: W + 0.1 * torch.outer(W[0], W[1] + 1) for name, W in weights.items()}, "tuned.safetensors")
-    Path("here").mkdir()
-    Path("here/other.txt").write_text("of a person's")
-
-
-def command(*arguments: str) -> Callable[[], object]:
-    def run() -> None:
-        code = dora_mm_main(list(arguments))
-        assert code == 0, f"exit code {code}"
-
-    return run
-
-
-COMMANDS: dict[str, Callable[[], object]] = {
-    "new": command("new", "sdxl", "style", "--images", "pictures"),
-    "convert to a file": command("convert", "adapter.safetensors", "out/a.safetensors", "--to", "kohya"),
-    "convert beside others": command("convert", "adapter.safetensors", "here/a.safetensors", "--to", "kohya"),
-    "convert to a folder": command("convert", "adapter.safetensors", "here", "--to", "diffusers"),
-    "extract": command("extract", "tuned.safetensors", "base.safetensors", "out/e.safetensors", "--rank", "2"),
-    "analyse": command("analyse", "tuned.safetensors", "--base", "base.safetensors", "--output", "analysis"),
-    "a run": lambda: RunDirectory.create("a", "seed: 1\n", "run/X", {"data": "0" * 64}),
-}
+RECIPES = (
+    "new",
+    "convert",
+    "extract",
+    "combine",
+    "analyse",
+    "gallery",
+    "extract_features",
+    "sample",
+    "train_diffusion",
+)
+Files = dict[str, bytes]
+EVENTS = memoryview(mmap.mmap(-1, 4)).cast("i")  # of a whole command, which a child counts here
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kill", description=__doc__)
-    parser.add_argument("--each", type=int, default=100, help="the most kills of each command")
+    parser.add_argument("--each", type=int, default=100, help="kills of each command; a fifth of those that take long")
+    parser.add_argument("--others", type=int, default=20, help="events at which each other thing happens")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--commands", nargs="*", help="only these")
+    parser.add_argument("--things", nargs="*", help="only these, such as SIGKILL")
+    parser.add_argument("--output", type=Path, help="a CSV file: how often what happened to which command")
     given = parser.parse_args()
-    bad, total = [], 0
+    rows, bad = [], []
     with tempfile.TemporaryDirectory(prefix="kill") as name:
-        root = Path(name)
-        prepared = root / "prepared"
-        prepared.mkdir()
-        assert in_child(prepare, prepared) == 0
-        for what, run in COMMANDS.items():
-            if what in (given.commands or COMMANDS):
-                found, kills = killed(what, run, prepared, root, given.each)
-                print(f"{what}: {kills} kills, {len(found)} of them with other files", flush=True)
-                bad, total = bad + found, total + kills
-    print("\n".join([*bad, f"{total} kills, {len(bad)} of them with other files"]))
+        root = Path(name).resolve()
+        os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+        (root / "prepared").mkdir()
+        assert in_child(prepare, root / "prepared") == 0
+        for what in given.commands or COMMANDS:
+            bench = Bench(what, COMMANDS[what], root, given.seed)
+            for thing in given.things or DISTURBANCES:
+                most = given.each if thing == "SIGKILL" else given.others
+                number, found = bench.disturbed(thing, max(most // 5, 1) if COMMANDS[what].is_long else most)
+                rows.append({"command": what, "what happens": thing, "times": number, "other files": len(found)})
+                print("\n".join([*found, f"{what}: {thing}, {number} times"]), flush=True)
+                bad += found
+    if given.output:
+        with given.output.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+    print(f"{sum(row['times'] for row in rows)} disturbances from seed {given.seed}, {len(bad)} with other files")
     return 1 if bad else 0
 
 
-def killed(what: str, run: Callable[[], object], prepared: Path, root: Path, most: int) -> tuple[list[str], int]:
-    """Kills a command at each event in turn; returns what was wrong, and the number of kills."""
-    bad: list[str] = []
-    whole = fresh(prepared, root / "whole")
-    assert in_child(run, whole) == 0, f"{what} fails"
-    expected = files_of(whole)
-    for event in range(most):
-        folder = fresh(prepared, root / "killed")
-        if in_child(run, folder, event) != -signal.SIGKILL:
-            return bad, event
-        code = in_child(run, folder)
-        left = files_of(folder)
-        if code == 2 and expected == left:
-            continue  # it had ended but for its last event
-        if code or left != expected:
-            names = sorted(name for name in {*left, *expected} if left.get(name) != expected.get(name))
-            bad.append(
-                f"{what}, killed at event {event}: exit code {code}, other files: {', '.join(names[:5]) or 'none'}"
-            )
-    return bad, most
+class Bench:
+    """One command, and the files of its undisturbed runs: with its inputs, and with another one."""
+
+    def __init__(self, name: str, command: Command, root: Path, seed: int):
+        self.name, self.command, self.root, self.random = name, command, root, Random(f"{name} {seed}")
+        begin = time.monotonic()
+        self.whole = self._whole()
+        self.seconds, self.events = time.monotonic() - begin, EVENTS[0]
+        assert self._whole() == self.whole, f"{name} does not repeat itself"
+        self.other = self._whole(other_input)
+
+    def disturbed(self, thing: str, most: int) -> tuple[int, list[str]]:
+        """Disturbs it so often; returns how often, and what was wrong.
+
+        At events in turn, or as many of them as are wanted, evenly spread; SIGKILL also between them, at random.
+        """
+        what, bad, number = DISTURBANCES[thing], list[str](), 0
+        for moment in self._moments(thing, most):
+            folder, number = fresh(self.root), number + 1
+            code = in_child(self.command.run, folder, self._hook(what, folder, moment), moment)
+            bad += [f"{self.name}, {thing} at {moment}: {problem}" for problem in self._problems(what, folder, code)]
+        return number, bad
+
+    def _moments(self, thing: str, most: int) -> Iterator[int | float]:
+        """Numbers of events, and seconds."""
+        yield from range(0, self.events, -(-self.events // most))
+        if thing == "SIGKILL":
+            yield from (self.random.uniform(0, self.seconds) for _ in range(most - self.events))
+
+    def _problems(self, what: Disturbance, folder: Path, code: int) -> Iterator[str]:
+        right = [self.whole, self.other] if what.stays else [self.whole]
+        if code not in (*what.codes, 0):
+            yield f"exit code {code}"
+        restore(self.root / "prepared", folder)
+        if code == 0:
+            yield from self._differences(right, folder, "at once")
+            return
+        again = in_child(self.command.again or self.command.run, folder)
+        if again == 2 and what.stays and not list(folder.rglob("*.partial")):
+            return  # it is said that an input has changed
+        if again == 2 and not list(self._differences(right, folder, "")):
+            return  # it had ended but for its last event
+        if again:
+            yield f"exit code {again} of the repetition"
+        yield from self._differences(right[-1:] if what.stays else right, folder, "repeated")
+
+    def _differences(self, right: list[Files], folder: Path, when: str) -> Iterator[str]:
+        left = self._files(folder)
+        if left not in right:
+            closest = min(right, key=lambda files: len(names_of_differences(files, left)))
+            yield f"{when}: other files: {', '.join(names_of_differences(closest, left)[:5])}"
+
+    def _whole(self, change: Callable | None = None) -> Files:
+        folder = fresh(self.root)
+        if change:
+            assert in_child(lambda: change(self.command), folder) == 0
+        EVENTS[0], said = 0, self.root / "said"
+        assert in_child(self.command.run, folder, counting(folder, EVENTS), said=said) == 0, said.read_text()
+        return self._files(folder)
+
+    def _files(self, folder: Path) -> Files:
+        """Those that it wrote, and what lay there: but for the one that is another input."""
+        return {name: what for name, what in files_of(folder, self.command.times).items() if name != self.command.reads}
+
+    def _hook(self, what: Disturbance, folder: Path, moment: int | float) -> Callable | None:
+        if isinstance(moment, float):
+            return None
+        return disturb(folder, what, self.command, moment)
 
 
-def fresh(prepared: Path, folder: Path) -> Path:
+def names_of_differences(one: Files, other: Files) -> list[str]:
+    return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
+
+
+def fresh(root: Path) -> Path:
+    """The prepared folder, anew: always in the same place, since files name others by their paths."""
+    folder = root / "work"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(prepared, folder)
+    shutil.copytree(root / "prepared", folder)
     return folder
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    """All files and folders with their contents, hidden ones among them."""
-    paths = sorted(folder.rglob("*"))
-    return {
-        str(path.relative_to(folder)): b"" if path.is_dir() or path.suffix in UNEQUAL else path.read_bytes()
-        for path in paths
-        if path.name != "versions.json"
-    }
+def restore(prepared: Path, folder: Path) -> None:
+    """What a folder that vanished has held."""
+    for path in prepared.rglob("*"):
+        target = folder / path.relative_to(prepared)
+        if path.is_file() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
 
 
-def in_child(run: Callable[[], object], folder: Path, kill_at: int | None = None) -> int:
-    """Runs a function in a folder, and kills it at a file event there; returns its exit code, or minus the signal."""
+def in_child(
+    run: Callable[[], object],
+    folder: Path,
+    hook: Callable | None = None,
+    seconds: int | float = 0,
+    said: str | Path = os.devnull,
+) -> int:
+    """Runs a function in a folder, and an audit hook or a kill with it; returns its exit code, or minus the signal.
+
+    Args:
+        run: The function.
+        folder: The folder.
+        hook: The hook.
+        seconds: The time until the kill, as a float.
+        said: Where what it prints goes.
+    """
     assert len(os.listdir("/proc/self/task")) == 1, "a second thread would be missing in the child"
     if not (child := os.fork()):
         code = 1
         try:
             os.chdir(folder)
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), 1)
-                os.dup2(nowhere.fileno(), 2)
-            if kill_at is not None:
-                kill_at_event(str(folder.resolve()), kill_at)
+            with open(said, "w") as output:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
+            if hook:
+                sys.addaudithook(hook)
             run()
             code = 0
-        except (AssertionError, ValueError) as error:
-            code = 2 if isinstance(error, ValueError) or str(error) == "exit code 2" else 1
+        except KeyboardInterrupt:
+            code = 130
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except ValueError:
+            code = 2
+        except OSError as error:
+            code = 2 if error.filename is not None else 1
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(code)
-    status = os.waitpid(child, 0)[1]
-    return os.waitstatus_to_exitcode(status)
-
-
-def kill_at_event(folder: str, number: int) -> None:
-    """Kills this process before the event of this number, from 0, that changes something in a folder."""
-    count = 0
-
-    def hook(event: str, arguments: tuple) -> None:
-        nonlocal count
-        writes = event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
-        if (writes or event in EVENTS) and os.path.abspath(os.fsdecode(arguments[0])).startswith(folder):
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 1
-
-    sys.addaudithook(hook)
+    if isinstance(seconds, float):
+        time.sleep(seconds)
+        os.kill(child, -KILLED)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
-    torch.manual_seed(0)
+    for recipe in (*RECIPES, "train_diffusion"):
+        PIPELINES.load(recipe)
     sys.exit(main())

@@ -196,7 +196,7 @@ class H5Features:
         file, parts = self._open(), place.split("/")
         paths = ("/".join(parts[:number]) for number in range(1, len(parts) + 1))
         try:
-            links = [file.get(path, getlink=True) for path in paths]
+            links = (file.get(path, getlink=True) for path in paths)  # none behind one that leads out, which follows it
             return any(link is not None and not isinstance(link, h5py.HardLink) for link in links)
         except (KeyError, RuntimeError, ValueError):  # there is nothing
             return False
