@@ -16,7 +16,7 @@ from dora_mm.cli import main as dora_mm_main
 from dora_mm.sampling.manifest import ManifestEntry, write_manifest
 from dora_mm.utils.run_directory import RunDirectory
 from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
-from tests.models.vl.towers.small import small_tower
+from tests.shared.vl.small_towers import small_tower
 
 FIXTURES = Path(__file__).parents[1] / "formats" / "fixtures"
 ATTENTION = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1"

@@ -15,8 +15,8 @@ import yaml
 
 from dora_mm.cli import main
 from dora_mm.utils.run_directory import RunDirectory
-from tests.models.vl.vlm.vlm_rows import write_pictures, write_questions
 from tests.pipelines.test_changed_data import stopped, vl_bart  # noqa: F401  a fixture
+from tests.shared.data.vlm_rows import write_pictures, write_questions
 
 pytestmark = pytest.mark.slow
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
