@@ -11,7 +11,7 @@ from diffusers import (
 )
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tests.models.images.z_image.tiny import TEMPLATE
+from samples.build.pretraining.tiny_z_image import TEMPLATE
 from tests.models.vl.vlm.vocabularies import qwen
 
 
