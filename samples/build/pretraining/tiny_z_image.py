@@ -111,9 +111,10 @@ def train_tokenizer(texts: Iterable[str], num_merges: int) -> Qwen2Tokenizer:
     )
     bpe.train_from_iterator([*texts, "user\n", "assistant\n"] * 2, trainer)
     found = json.loads(bpe.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in found["merges"]]  # annotated as texts
     tokenizer = Qwen2Tokenizer(
         vocab=found["vocab"],
-        merges=[tuple(pair) for pair in found["merges"]],
+        merges=merges,
         eos_token=END_TURN,
         pad_token=END,
         additional_special_tokens=[START_TURN, END_TURN],
@@ -138,8 +139,7 @@ def save(model: ZImage, folder: Path) -> None:
     """
     halved = {name: copy.deepcopy(network).half() for name, network in model.networks.items() if name != "vae"}
     components = {name: model.components[name] for name in model.components.names}
-    pipe = ZImage(Components.of(**{**components, **halved})).pipeline()
-    pipe.save_pretrained(folder)
+    model.pipeline_class()(**{**components, **halved}).save_pretrained(folder)  # with its own scheduler
     for weights in (folder / "vae").glob("*.safetensors"):
         weights.unlink()
     # diffusers loads in float32 by default, transformers in the dtype of the config: both must be the same.

@@ -29,7 +29,7 @@ from samples.build.pretraining.batches import batch_indices
 from samples.build.pretraining.icons import DEFAULT_STYLE, Icon, caption, load_pixels, read_icons, to_signed
 from samples.build.pretraining.stages import train_stage
 from samples.build.pretraining.tiny_z_image import build_tiny_z_image, encode, save
-from samples.build.schema import PretrainTinyZImageConfig
+from samples.build.schema import PretrainStage, PretrainTinyZImageConfig
 
 log = logging.getLogger(__name__)
 CAPTIONS = 40  # of each icon, which the tokenizer is trained on
@@ -113,7 +113,8 @@ def train(config: PretrainTinyZImageConfig, model: ZImage, icons: list[Icon], ru
                 average.restore(parameters)
 
     hooks = {"after_step": after_step, "observe": observe}
-    train_stage(config.seed, config, trained, loss, batch_at, run, {"ema": average}, **hooks)
+    stage = PretrainStage(optimizer=config.optimizer, schedule=config.schedule, train=config.train)
+    train_stage(config.seed, stage, trained, loss, batch_at, run, {"ema": average}, **hooks)
     average.copy_to(parameters)
     model.freeze()
 

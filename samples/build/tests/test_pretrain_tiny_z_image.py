@@ -13,15 +13,18 @@ from safetensors.torch import load_file
 
 from dora_mm.eval.images.concepts import Concept
 from dora_mm.eval.images.judge import Judge
+from dora_mm.formats.files.model_folder import ModelFolder
+from dora_mm.models.images.z_image import ZImage
 from samples.build.__main__ import main
 from samples.build.icons.sets import read_concepts
 from samples.build.packages import SAMPLES
 from samples.build.pretraining.icons import DEFAULT_STYLE, Icon, caption
 from samples.build.pretraining.tiny_sdxl import build_vae
-from samples.build.pretraining.tiny_z_image import build_tiny_z_image, encode
+from samples.build.pretraining.tiny_z_image import build_tiny_z_image, encode, save
 from samples.build.recipes.pretrain_tiny_z_image import GROUP, of_things, short_caption
 
 CAPTIONS = ["a flat icon of a bus", "a bus", "an icon of a very long owl, in the style of zool", ""]
+PARTS = ("transformer", "text_encoder")
 NAMES = {"bus": "lego", "owl": "report", "key": "report", "tent": "report", "rose": "tune", "lock": None}
 
 
@@ -65,8 +68,7 @@ def config(tmp_path):
 
 
 def weights(run):
-    parts = ("transformer", "text_encoder")
-    return {part: load_file(next((run / "tiny-z-image" / part).glob("*.safetensors"))) for part in parts}
+    return {part: load_file(next((run / "tiny-z-image" / part).glob("*.safetensors"))) for part in PARTS}
 
 
 def test_captions_are_encoded_in_a_batch_as_one_by_one_and_with_gradients(model):
@@ -83,6 +85,14 @@ def test_the_tokenizer_keeps_every_text(model):
         assert model.tokenizer.decode(model.tokenizer(text).input_ids) == text
     turn = model.tokenizer.apply_chat_template([{"role": "user", "content": "a bus"}], tokenize=False, **model.chat)
     assert turn == "<|im_start|>user\na bus<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_saved_model_has_the_scheduler_of_the_base_model_and_no_weights_of_the_vae(model, tmp_path):
+    save(model, tmp_path)
+    assert ZImage.distilled(ModelFolder(tmp_path)) is None
+    assert not list((tmp_path / "vae").glob("*.safetensors"))
+    stored = {part: load_file(next((tmp_path / part).glob("*.safetensors"))) for part in PARTS}
+    assert {tensor.dtype for part in stored.values() for tensor in part.values()} == {torch.float16}
 
 
 def test_no_caption_takes_a_second_group_of_tokens(model):
@@ -106,13 +116,11 @@ def test_plain_diffusers_loads_the_model_and_resuming_is_exact(config, tmp_path)
     assert main(["train", str(config("whole"))]) == 0
     run = tmp_path / "whole"
     folder = run / "tiny-z-image"
-    assert not list((folder / "vae").glob("*.safetensors"))
     pipe = ZImagePipeline.from_pretrained(folder, vae=AutoencoderKL.from_pretrained(tmp_path / "vae"))
     assert pipe.text_encoder.dtype == pipe.transformer.dtype == torch.float32
     assert pipe("an owl", num_inference_steps=2, height=64, width=64).images[0].size == (64, 64)
     assert Image.open(run / "sheet.png").width > 100
     stored = weights(run)
-    assert {tensor.dtype for part in stored.values() for tensor in part.values()} == {torch.float16}
 
     assert main(["train", str(config("parts"))]) == 0
     run = tmp_path / "parts"
