@@ -3,17 +3,20 @@
 from pathlib import Path
 
 import pytest
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, ZImagePipeline
 
 from dora_mm.config import load_config
 from dora_mm.config.models import ModelConfig
 from dora_mm.data.images.folder import read_captioned_images
 from dora_mm.eval.images.judge import Judge
+from dora_mm.eval.images.prompts import fill
 from dora_mm.models.images.families import load_image_model
+from dora_mm.models.images.z_image import GROUP
 from dora_mm.utils.digest import module_digest
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "samples" / "tiny-sdxl"
+FLOW_MODEL = ROOT / "samples" / "tiny-z-image"
 
 
 def test_the_embedded_model_is_small_and_works_in_plain_diffusers():
@@ -29,6 +32,30 @@ def test_the_judge_was_fitted_for_the_embedded_model_and_has_no_shortcomings():
     model = load_image_model(ModelConfig(path=str(MODEL)))
     judge.check_model(model.resolution, module_digest(model.vae))
     assert judge.shortcomings() == []
+
+
+def test_the_embedded_flow_model_is_small_and_works_in_plain_diffusers_with_the_vae_of_the_other():
+    assert sum(file.stat().st_size for file in FLOW_MODEL.rglob("*") if file.is_file()) <= 3.3e6
+    assert not [file for file in FLOW_MODEL.rglob("*") if file.suffix in (".bin", ".pt", ".pkl")]
+    pipe = ZImagePipeline.from_pretrained(FLOW_MODEL, vae=AutoencoderKL.from_pretrained(MODEL / "vae"))
+    image = pipe("a flat icon of a bus", num_inference_steps=1, height=128, width=128).images[0]
+    assert image.size == (128, 128)
+
+
+def test_the_judge_fits_the_embedded_flow_model_and_its_prompts_are_of_one_length():
+    config = load_config(ROOT / "configs" / "z_image" / "eval_demo.yaml")
+    judge = Judge.load(ROOT / config.judge)
+    model = load_image_model(config.model)
+    judge.check_model(model.resolution, module_digest(model.vae))
+    drawn = [*judge.choose("lego"), *judge.choose(config.concepts.role, config.concepts.count)]
+    for prompt in (config.prompt, config.flat_prompt):  # it was pretrained with one group of tokens alone
+        assert all(model.num_tokens(fill(prompt, concept)) <= GROUP for concept in drawn)
+
+
+def test_the_embedded_flow_model_says_where_its_vae_is_missing():
+    model = load_image_model(ModelConfig(path=str(FLOW_MODEL)))
+    with pytest.raises(ValueError, match=r"tiny-z-image has no weights of its VAE: set model\.vae to a folder"):
+        model.components["vae"]
 
 
 @pytest.mark.parametrize(("name", "role", "count"), [("tiny_3d_icon", "icon3d", 23), ("tiny_lego", "lego", 61)])

@@ -81,6 +81,50 @@ class PretrainTinyConfig(PipelineConfig):
         return raise_problems(self, problems)
 
 
+class TinyZImageConfig(Section):
+    """Sizes of the embedded Z-Image."""
+
+    num_merges: Annotated[int, Field(ge=0, le=4096)] = 600  # byte-pair merges of its tokenizer
+    text_width: Annotated[int, Field(gt=0, multiple_of=16)] = 64  # of the text encoder
+    width: PositiveInt = 112  # of the transformer
+    layers: PositiveInt = 3  # of the transformer, that read picture and prompt
+    heads: PositiveInt = 4  # attention heads of each layer
+
+    @model_validator(mode="after")
+    def _heads_are_even(self) -> "TinyZImageConfig":
+        if self.width % (2 * self.heads) or self.width // self.heads < 6:
+            raise ValueError(f"width ({self.width}) must give each of the heads ({self.heads}) an even number from 6")
+        return self
+
+
+class PretrainTinyZImageConfig(PipelineConfig):
+    """Pretrains the embedded Z-Image: transformer and text encoder, around a trained VAE."""
+
+    command: ClassVar[str] = "train"
+    pipeline: Literal["pretrain_tiny_z_image"]
+    seed: Seed = 0
+    output: Text | None = None
+    icons: Text = "build/icons"  # the folder that `python -m samples.build icons` makes
+    vae: Text = "samples/tiny-sdxl/vae"  # the folder of the VAE, whose weights are not saved with the model
+    # How many of the 237 things that adapters are scored on, beside those of samples/lego: what eval_diffusion chooses
+    # with the same concepts.count, or with one that divides it
+    reported: PositiveInt = 48
+    model: TinyZImageConfig = TinyZImageConfig()
+    loss: LossConfig = LossConfig()
+    caption_dropout: Share = 0.1  # share of the training images without a caption, for classifier-free guidance
+    unnamed_style: Share = 0.75  # of the icons, whose captions do not name the style
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    compile: bool = False  # the transformer's blocks by torch.compile, which needs a C++ compiler
+    ema_decay: Share = 0.999  # of the averaged weights, which are saved
+    sample: SheetConfig = SheetConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "PretrainTinyZImageConfig":
+        return raise_problems(self, check_training(self.optimizer, self.schedule, self.train))
+
+
 class FitJudgeConfig(PipelineConfig):
     """Fits the judge on the real icons, for one model."""
 
@@ -152,6 +196,7 @@ class PretrainTinyVLMConfig(PipelineConfig):
 
 SCHEMAS: dict[str, type[PipelineConfig]] = {
     "pretrain_tiny": PretrainTinyConfig,
+    "pretrain_tiny_z_image": PretrainTinyZImageConfig,
     "pretrain_tiny_vl": PretrainTinyVLConfig,
     "pretrain_tiny_vlm": PretrainTinyVLMConfig,
     "fit_judge": FitJudgeConfig,

@@ -129,6 +129,8 @@ def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
             found = load_single_file(pipeline, path, dtype, single.configs, {**unwanted, **single.parts()})
         else:
             read = others if empty else [name for name in wanted if name in read_here]
+            if "vae" in read and Path(path).is_dir() and not own.weights("vae"):
+                raise ValueError(f"model.path: {path} has no weights of its VAE: set model.vae to a folder with them.")
             variant = "" if empty else own.variant
             found = load_components(pipeline, own.fetch(read), read, names, dtype, variant) if read else {}
         if config.denoiser and family.denoiser in wanted and not empty:

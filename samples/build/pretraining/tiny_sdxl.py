@@ -66,6 +66,7 @@ def build_vae(resolution: int, channels: tuple[int, ...], latent_channels: int) 
         latent_channels=latent_channels,
         norm_num_groups=8,
         sample_size=resolution,
+        shift_factor=0.0,  # which Z-Image reads, too
         force_upcast=True,
     )
 

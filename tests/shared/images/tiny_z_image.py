@@ -6,18 +6,8 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from samples.build.pretraining.tiny_z_image import TEMPLATE
 from tests.shared.vl.vocabularies import qwen
-
-# For text it writes what the template of the published model writes.
-TEMPLATE = """\
-{%- for message in messages -%}
-{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{ '<|im_start|>assistant\\n' }}
-{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}
-{%- endif -%}
-"""
 
 
 def build(folder: Path, *, is_distilled: bool = False) -> Path:
