@@ -12,7 +12,6 @@ from diffusers import (
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from samples.build.pretraining.tiny_z_image import TEMPLATE
-from tests.shared.images.tiny_z_image import TEMPLATE
 from tests.shared.vl.vocabularies import qwen
 
 
