@@ -115,6 +115,7 @@ def inputs_of(network: Any, side: int, batch: int) -> dict[str, Any]:
     return {"sample": torch.randn(batch, 4, side, side), "timestep": torch.full((batch,), 500), **more}
 
 
+ENCODED = (("longest", "tokens"), ("encoded", "MB"))
 SIZES = ("_24gb", "_16gb", "_12gb", "_8gb")
 OF_FLOWS = {
     "z_image": ("", "_12gb"),
@@ -139,11 +140,15 @@ def test_the_heads_of_the_recipes_have_what_the_dry_run_says(recipe, full_models
     given = [f"model.path={full_models[family]}", "model.vae=null"]
     given += ["data.folder=samples/3d_icon"] if family != "sdxl" else []
     assert main(["train", f"configs/{recipe}.yaml", "--dry-run", "--set", *given]) == 0
-    together = float(re.findall(r"^together .* ([\d,.]+)$", capsys.readouterr().out, re.M)[0].replace(",", ""))
+    said = capsys.readouterr().out
+    together = float(re.findall(r"^together .* ([\d,.]+)$", said, re.M)[0].replace(",", ""))
     head = re.sub(r"\n# ?", " ", (Path("configs") / f"{recipe}.yaml").read_text().partition("\npipeline")[0])
     assert f"steps take {together / 1e3:.1f} GB" in head
     size = re.search(r"GPU of (\d+) GB", head)
     assert size is None or together / 1e3 + CUDA < int(size[1])
+    if family == "krea2":  # of each token it keeps twelve states of 2,560 numbers in bfloat16
+        (longest,), (kept,) = (re.findall(rf"^{word} .*? ([\d.]+) {unit}", said, re.M) for word, unit in ENCODED)
+        assert 0.8 < float(kept) * 1e6 / (23 * int(longest) * 12 * 2560 * 2) <= 1  # of 23 captions
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "sdxl/lego"])
