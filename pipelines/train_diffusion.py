@@ -80,7 +80,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         check_can_shard(accelerator, config.train)
         if config.train.compile:
             check_compiler(accelerator.device)
-        whole = bool(config.model.quantization) or not config.train.shard  # its scales are not divided
+        whole = bool(config.model.quantization) or not config.train.shard  # what is rounded is divided on its device
         model = load_image_model(config.model).to(accelerator.device, denoiser=whole)
         model.check_rescale(config.sample.guidance_rescale, "sample.guidance_rescale")
         check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is read and encoded

@@ -115,6 +115,7 @@ def inputs_of(network: Any, side: int, batch: int) -> dict[str, Any]:
     return {"sample": torch.randn(batch, 4, side, side), "timestep": torch.full((batch,), 500), **more}
 
 
+ENCODED = (("longest", "tokens"), ("encoded", "MB"))
 SIZES = ("_24gb", "_16gb", "_12gb", "_8gb")
 OF_FLOWS = {
     "z_image": ("", "_12gb"),
@@ -152,6 +153,9 @@ def test_the_heads_of_the_recipes_have_what_the_dry_run_says(recipe, full_models
         assert ("before it is stored in" in page) == (
             "quantization:" in (Path("configs") / f"{recipe}.yaml").read_text()
         )
+    if family == "krea2":  # of each token it keeps twelve states of 2,560 numbers in bfloat16
+        (longest,), (kept,) = (re.findall(rf"^{word} .*? ([\d.]+) {unit}", page, re.M) for word, unit in ENCODED)
+        assert 0.8 < float(kept) * 1e6 / (23 * int(longest) * 12 * 2560 * 2) <= 1  # of 23 captions
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "sdxl/lego"])
