@@ -23,7 +23,7 @@ from dora_mm.data.vl.rows import BadRows, Index, RowError, checked, good_rows
 from dora_mm.utils.json_text import read_bounded, read_json
 
 LARGEST = 100  # pixels of a letter
-Point = Annotated[list[float], Field(min_length=2, max_length=2)]
+Corner = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
 class _Question(TypedDict):
@@ -42,7 +42,7 @@ class _Asked(TypedDict):
 
 
 class _Label(TypedDict):
-    rectangle: Annotated[list[Point], Field(min_length=2, max_length=2)]
+    rectangle: Annotated[list[Corner], Field(min_length=2, max_length=2)]
     replacementText: Text
 
 
