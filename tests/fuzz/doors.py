@@ -24,6 +24,7 @@ from dora_mm.data.features.folder import FeatureWriter
 from dora_mm.data.features.sources import open_features
 from dora_mm.data.images.folder import read_captioned_images
 from dora_mm.data.images.pixels import load_rgb
+from dora_mm.data.vl.readers import read_source
 from dora_mm.data.vl.readers.chat import read_chat
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.formats.commands.convert import convert
@@ -44,6 +45,7 @@ from dora_mm.utils.lock import only_writer
 from dora_mm.utils.partials import HOST
 from dora_mm.utils.run_directory import RunDirectory
 from dora_mm.utils.tables import csv_records
+from tests.shared.data import suite_files
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "formats" / "fixtures"
@@ -164,6 +166,11 @@ def read_rows(name: str) -> Callable[[Path], object]:
         list(read_chat(SourceConfig(format="chat", file=str(folder / name)), BadRows("skip")))
 
     return read
+
+
+def read_refs(folder: Path) -> None:
+    about = {"file": str(folder / "refs(unc).p"), "annotations": str(folder / "instances.json")}
+    list(read_source(SourceConfig(format="refcoco_refs", **about), BadRows("skip")))
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -287,6 +294,7 @@ DOORS: tuple[Door, ...] = (
     adapter("lycoris_tucker", "lycoris_tucker.safetensors"),
     adapter("diffusers", "a/pytorch_lora_weights.safetensors"),
     adapter("peft_dora", "a/adapter_model.safetensors", "a/adapter_config.json"),
+    Door("refs", suite_files.refs, ("refs(unc).p", "instances.json"), read_refs),
     Door("model", make_model, ("model.safetensors",), read_model),
     Door("features", make_features, ("own/index.json", "own/features-00001.safetensors"), read_features("own")),
     Door("features npz", make_npz, ("own/image0.npz", "own/image1.npz"), read_features("own")),

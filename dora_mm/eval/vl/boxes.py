@@ -31,7 +31,7 @@ THOUSAND = (1000.0, 1000.0)
 QWEN = re.compile(r"\((.*?)\),\((.*?)\)")
 
 
-class ImageSizes(NamedTuple):
+class BoxScale(NamedTuple):
     """What the numbers of a box are of.
 
     Attributes:
@@ -43,7 +43,7 @@ class ImageSizes(NamedTuple):
     grid: WidthHeight | None = None
 
 
-def box_of(answer: str, frame: ImageSizes) -> Box | None:
+def box_of(answer: str, scale: BoxScale) -> Box | None:
     """Returns the first box in an answer, by its notation; None if it has none.
 
     Numbers that are at most 1 are shares. Others are of what the class counts in; where that is not known, points and
@@ -52,10 +52,10 @@ def box_of(answer: str, frame: ImageSizes) -> Box | None:
     for pattern, read in ((PALIGEMMA, _paligemma), (FLORENCE, _florence), (KOSMOS, _kosmos), (GEMMA, _gemma)):
         if found := pattern.search(answer):
             return read(*map(float, found.groups()))
-    for pattern, usual in ((POINTS, THOUSAND), (NESTED, THOUSAND), (PLAIN, frame.size)):
+    for pattern, usual in ((POINTS, THOUSAND), (NESTED, THOUSAND), (PLAIN, scale.size)):
         if found := pattern.search(answer):
             numbers = [float(text) for text in found.groups()]
-            return _scaled(numbers, (1, 1) if max(numbers) <= 1 else frame.grid or usual)
+            return _scaled(numbers, (1, 1) if max(numbers) <= 1 else scale.grid or usual)
     return None
 
 
@@ -78,7 +78,7 @@ def _kosmos(first: float, last: float) -> Box:
     return _scaled((x1 + inset, y1 + inset, x2 + 1 - inset, y2 + 1 - inset), (PATCHES, PATCHES))
 
 
-def qwen_box(answer: str, frame: ImageSizes) -> Box | None:
+def qwen_box(answer: str, scale: BoxScale) -> Box | None:
     """Returns the first box as Qwen-VL's script reads it: two points of 999 steps."""
     try:
         first, second = QWEN.findall(answer)[0]
@@ -88,7 +88,7 @@ def qwen_box(answer: str, frame: ImageSizes) -> Box | None:
     return _scaled((x1, y1, x2, y2), (999, 999))
 
 
-def share_box(answer: str, frame: ImageSizes) -> Box | None:
+def share_box(answer: str, scale: BoxScale) -> Box | None:
     """Returns the first box as lmms-eval reads it: four shares in square brackets."""
     found = PLAIN.search(answer)
     return _scaled([float(text) for text in found.groups()], (1, 1)) if found else None
@@ -112,14 +112,14 @@ def _area(box: Box) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def right_box(example: Example) -> tuple[Box, ImageSizes]:
+def right_box(example: Example) -> tuple[Box, BoxScale]:
     """The box of an example, and what those of answers are of."""
     if not example.boxes:
         raise ValueError(f"row {example.id} has no box to compare with: name the data with --data")
     given = json.loads(example.boxes)
     size = (given["size"][0], given["size"][1])
     grid = (given["grid"][0], given["grid"][1]) if given.get("grid") else None
-    return _scaled(given["bbox"][0], (1, 1) if given["norm1"] else size), ImageSizes(size, grid)
+    return _scaled(given["bbox"][0], (1, 1) if given["norm1"] else size), BoxScale(size, grid)
 
 
 def with_grids(rows: Predictions, grid_of: Callable[[tuple[int, int]], Sequence[int] | None]) -> Predictions:
@@ -139,20 +139,20 @@ def with_grids(rows: Predictions, grid_of: Callable[[tuple[int, int]], Sequence[
     return [(known(example), prediction) for example, prediction in rows]
 
 
-def reads(read: Callable[[str, ImageSizes], Box | None]) -> Callable[[Example, str], float]:
+def reads(read: Callable[[str, BoxScale], Box | None]) -> Callable[[Example, str], float]:
     def accuracy(example: Example, prediction: str) -> float:
-        right, frame = right_box(example)
-        found = read(prediction, frame)
+        right, scale = right_box(example)
+        found = read(prediction, scale)
         return float(found is not None and overlap(found, right) >= ENOUGH)
 
     return accuracy
 
 
 def _notes(predictions: Predictions, values: Sequence[float]) -> list[str]:
-    frames = [right_box(example)[1] for example, _ in predictions]
-    boxes = [box_of(text, frame) for (_, text), frame in zip(predictions, frames, strict=True)]
-    larger = [ImageSizes((2 * frame.size[0], 2 * frame.size[1]), frame.grid) for frame in frames]
-    moved = [box_of(text, frame) for (_, text), frame in zip(predictions, larger, strict=True)]
+    scales = [right_box(example)[1] for example, _ in predictions]
+    boxes = [box_of(text, scale) for (_, text), scale in zip(predictions, scales, strict=True)]
+    larger = [BoxScale((2 * scale.size[0], 2 * scale.size[1]), scale.grid) for scale in scales]
+    moved = [box_of(text, scale) for (_, text), scale in zip(predictions, larger, strict=True)]
     in_pixels = sum(box != other for box, other in zip(boxes, moved, strict=True))
     notes = [f"{boxes.count(None)} of {len(boxes)} answers have no box, and are wrong"] if None in boxes else []
     read = f"{in_pixels} of {len(boxes)} answers are read as pixels of the original image: --boxes MODEL, if its class"

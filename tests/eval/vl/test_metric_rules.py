@@ -220,7 +220,7 @@ def test_letters_without_a_judge():
     ],
 )
 def test_boxes_in_every_notation(answer):
-    assert boxes.box_of(answer, boxes.ImageSizes((640, 480))) == pytest.approx((0.1, 0.2, 0.5, 0.6), abs=1e-3)
+    assert boxes.box_of(answer, boxes.BoxScale((640, 480))) == pytest.approx((0.1, 0.2, 0.5, 0.6), abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_boxes_in_every_notation(answer):
     ],
 )
 def test_numbers_are_of_what_the_class_counts_in(answer):
-    frame = boxes.ImageSizes((640, 480), (1280, 420))
+    frame = boxes.BoxScale((640, 480), (1280, 420))
     assert boxes.box_of(answer, frame) == pytest.approx((0.1, 0.2, 0.5, 0.6), abs=1e-3)
 
 
@@ -240,7 +240,7 @@ def test_tokens_of_boxes_are_read_as_by_their_own_processors():
     from transformers.models.florence2.processing_florence2 import Florence2PostProcessor
     from transformers.models.kosmos2.processing_kosmos2 import patch_index_to_coordinate
 
-    frame, stream = boxes.ImageSizes((640, 480)), random.Random(0)
+    frame, stream = boxes.BoxScale((640, 480)), random.Random(0)
     florence = SimpleNamespace(quantize_bins=(1000, 1000))
     for _ in range(200):
         first, last = (stream.randrange(1024) for _ in range(2))
