@@ -69,10 +69,13 @@ def test_a_forecast_is_read_from_the_page_of_a_dry_run():
 def test_the_page_says_how_far_the_dry_run_is_off(tmp_path):
     stages = [Stage("dry run", (), is_forecast=True), Stage("train, killed after a step", (), trains=True, killed=True)]
     peaks = {
-        BEFORE: Peak(together=9000.0, anonymous=5000.0, mapped=4500.0),
-        STEPS: Peak(together=6100.0, anonymous=6100.0),
+        BEFORE: Peak(anonymous=5000.0, mapped=4500.0),
+        STEPS: Peak(anonymous=6000.0, mapped=100.0),
     }
-    done = [Measured("", 0, 1.0, 1.0, 0.0, {BEFORE: Peak()}, PAGE), Measured("", -9, 60.0, 90.0, 1.0, peaks)]
+    first = {**peaks, BEFORE: Peak(anonymous=5000.0, mapped=9000.0)}  # which computes digests
+    stages.append(Stage("resume", (), trains=True))
+    done = [Measured("", 0, 1.0, 1.0, 0.0, {BEFORE: Peak()}, PAGE), Measured("", -9, 60.0, 90.0, 1.0, first)]
+    done.append(Measured("", 0, 60.0, 90.0, 1.0, peaks))
     about = {"title": "A model", "disk": 7.0, "settings": "", "left_out": ["merge: no room."]}
     page = save(tmp_path, "model", record(stages, done, about)).read_text()
     assert "| steps | 6,000 | 6,100 | -2% |" in page

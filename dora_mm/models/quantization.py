@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dora_mm.core import TargetMap
 from dora_mm.core.targets import match_modules
 from dora_mm.core.wrappers.float8 import Float8Linear
+from dora_mm.core.wrappers.quantized import is_quantized
 
 CPU = torch.device("cpu")
 LEAST = {"bitsandbytes": (0, 48), "torchao": (0, 14)}  # 0.46 of the former rounds what is rounded already again
@@ -101,6 +102,10 @@ def quantize_layers(network: nn.Module, targets: TargetMap, name: str, device: t
         layer = network.get_submodule(path)
         if type(layer) is nn.Linear:
             network.set_submodule(path, _quantized(layer, name, device))
+    stored = {id(layer.weight) for layer in network.modules() if is_quantized(layer)}
+    for tensor in (*network.parameters(), *network.buffers()):
+        if id(tensor) not in stored:  # a view of the file, all of which would stay mapped
+            tensor.data = tensor.data.clone()
 
 
 def _quantized(layer: nn.Linear, name: str, device: torch.device) -> nn.Module:

@@ -22,22 +22,19 @@ OPTIONS = {  # blocks of 1 MB and more go back to the system when they are freed
 
 @dataclass
 class Peak:
-    """The most that was there at once, in MB; all but `together` each at its own time.
+    """The most that was there, in MB, each at its own time.
 
     Attributes:
-        together: Anonymous and mapped memory of the processor, beyond the libraries.
-        anonymous: Memory that the process has written.
+        anonymous: Memory that the process has written, beyond the libraries, as the next.
         mapped: Files that are mapped, such as weights that are read as they lie on disk.
         card: Memory of the GPU beyond what was taken before the command.
     """
 
-    together: float = 0.0
     anonymous: float = 0.0
     mapped: float = 0.0
     card: float = 0.0
 
     def raise_to(self, anonymous: float, mapped: float, card: float) -> None:
-        self.together = max(self.together, anonymous + mapped)
         self.anonymous, self.mapped = max(self.anonymous, anonymous), max(self.mapped, mapped)
         self.card = max(self.card, card)
 

@@ -21,8 +21,10 @@ HEAD = """\
 
 `make rehearsal`: full-size models with random weights, in the layouts and dtypes of the published ones; {versions}.
 Seconds of the processor are those of all threads. Memory is the peak beyond the libraries' own: anonymous (written by
-the process) and mapped (files that are read as they lie on disk), each at its own time. The lower tables have both
-together in steps, and the larger one before them, where a file that is converted is mapped beside its copy.
+the process) and mapped (files that are read as they lie on disk), each at its own time. The lower tables have the sum
+of both in steps: pages of files that are dropped where memory is short are still needed. Before the steps they have
+the larger one, since a file that is converted is mapped beside its copy, of the resumed training: the first one maps
+all files once more for their digests, which are remembered.
 """
 
 
@@ -53,6 +55,7 @@ def record(stages: Sequence[Stage], done: Sequence[Measured], about: Mapping[str
     for stage, found in zip(stages, done, strict=False):
         for name, peak in found.peaks.items() if stage.trains else ():
             peaks[name].append(peak)
+    peaks[BEFORE] = peaks[BEFORE][-1:]  # of the last training, when digests of files are remembered
     compared = [
         {"phase": name, "dry_run": size, "measured": round(max(_taken(name, peak) for peak in peaks[name]), 1)}
         for name, size in said.items()
@@ -69,8 +72,8 @@ def _values(found: Measured) -> dict[str, Any]:
 
 
 def _taken(phase: str, peak: Peak) -> float:
-    """Before the steps not both: a file that is converted is mapped beside its copy, and such pages can be dropped."""
-    return peak.card or (max(peak.anonymous, peak.mapped) if phase == BEFORE else peak.together)
+    """Before the steps not both: a file that is converted is mapped beside its copy."""
+    return peak.card or (max if phase == BEFORE else sum)((peak.anonymous, peak.mapped))
 
 
 def save(folder: Path, name: str, values: Mapping[str, Any]) -> Path:

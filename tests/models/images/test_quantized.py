@@ -1,5 +1,8 @@
 """Denoisers of all families with quantised layers, where bitsandbytes and torchao are installed (make test-slow)."""
 
+import gc
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -40,6 +43,20 @@ def name(request):
 def denoiser_of(folder, name=None, **settings):
     model = load_image_model(ModelConfig(path=str(folder), quantization=name), **settings)
     return model, model.networks[model.denoiser]
+
+
+def test_the_file_of_a_quantised_denoiser_is_let_go(tiny_folder):
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("this system does not show what a process maps")
+    file = str(tiny_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    dense = denoiser_of(tiny_folder)
+    assert file in maps.read_text()
+    del dense
+    gc.collect()
+    kept = denoiser_of(tiny_folder, "float8")
+    assert file not in maps.read_text()
+    del kept
 
 
 @pytest.mark.slow
