@@ -210,3 +210,10 @@ def test_conversations_and_pictures_of_other_kinds(server, tmp_path):
     ]
     assert [(picture.format, picture.size) for picture in pictures] == [("PNG", (8, 4)), ("PNG", (4, 8))]
     assert pictures[0].convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_several_processes_ask_no_server(server, config, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["eval", config]) == 2
+    assert "server.at_once rows at a time in one process" in capsys.readouterr().err
+    assert server.bodies == []
