@@ -27,6 +27,7 @@ from dora_mm.train.trackers import chosen_trackers, started
 from dora_mm.utils.atomic import append_text, write_text
 from dora_mm.utils.folders import is_free
 from dora_mm.utils.lock import only_writer
+from dora_mm.utils.partials import PARTIAL
 from dora_mm.utils.run_directory import CONFIG, SUMMARY, RunDirectory
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,8 @@ def finished_run(path: Path | None, config: PipelineConfig, *results: str) -> Ru
     run = RunDirectory(path)
     adapters = [run.adapter, *([run.adapter_ema] if getattr(config, "ema", None) else [])]
     there = all((path / name).exists() for name in (SUMMARY, *results))
-    if not there or not all(any(folder.rglob("*.safetensors")) for folder in adapters):
+    half_written = any(path.rglob(f".*{PARTIAL}"))  # the page, which comes last
+    if half_written or not there or not all(any(folder.rglob("*.safetensors")) for folder in adapters):
         return None
     if changed_values(started_config(path, {config.pipeline: type(config)}), config):
         return None

@@ -75,6 +75,7 @@ def other_input(command: Command) -> None:
         content = bytearray(path.read_bytes())
         content[-2] ^= 8  # of the last value
         new.write_bytes(content)
+    os.utime(new, (1e9, 1e9))  # names of thumbnails depend on it
     new.rename(path)
 
 

@@ -14,6 +14,7 @@ from dora_mm.cli import main
 from dora_mm.sampling.gallery import write_gallery
 from dora_mm.sampling.gallery.data import GalleryPicture, befores, gallery_data, groups
 from dora_mm.sampling.manifest import read_manifest, write_manifest
+from dora_mm.utils import partials
 from tests.shared.pages import HOSTILE, data_of, entry, make_run
 
 
@@ -179,9 +180,13 @@ def test_the_gallery_of_one_run_lies_in_it_and_is_replaced(tmp_path, capsys, mon
     assert after.endswith(": dora-mm sample favourites.jsonl")
     (run / "gallery" / ".DS_Store").touch()  # macOS leaves it in folders that were looked at
     make_run(run, [entry()])
-    for left in (".gallery.partial", ".gallery.old"):  # by a command that was killed
-        (run / left).mkdir()
-        (run / left / "index.html").touch()
+    monkeypatch.setattr("os.getpid", lambda: 2**30)  # of a command that was killed
+    for left in (partials.partial_of(run / name) for name in ("gallery", "gallery.old")):
+        left.mkdir()
+        (left / "index.html").touch()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    partials.remove_dead.cache_clear()  # as in another process
     assert main(["gallery", "runs/mine/001"]) == 0
     assert len(data_of(page)["pictures"]) == 1
     assert sorted(path.name for path in page.parent.iterdir()) == ["index.html", "pictures"]

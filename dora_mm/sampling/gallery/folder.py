@@ -20,7 +20,8 @@ from dora_mm.sampling.gallery.thumbnails import SIDE, Thumbnails
 from dora_mm.sampling.gallery.training import about_training, read_pictures, training_config, training_pictures
 from dora_mm.sampling.manifest import MANIFEST, ManifestEntry
 from dora_mm.utils.atomic import write_text
-from dora_mm.utils.folders import link_or_copy
+from dora_mm.utils.folders import link_or_copy, partial_folder
+from dora_mm.utils.partials import partial_of
 from dora_mm.utils.progress import tracked
 
 log = logging.getLogger(__name__)
@@ -160,18 +161,13 @@ def _replacing(folder: Path) -> Iterator[Path]:
     """Yields a folder beside `folder`, which takes its place when the context ends without an error."""
     _check_folder(folder)
     folder = folder.resolve()
-    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
-    for left in (partial, old):  # by a command that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    old = partial_of(folder.with_name(f"{folder.name}.old"))
+    with partial_folder(folder) as partial:
         yield partial
         if folder.exists():
             os.replace(folder, old)
         os.replace(partial, folder)
         shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_folder(folder: Path) -> None:
