@@ -109,25 +109,18 @@ def rank_1_table(study: Study) -> Records:
 def floor_table(study: Study, alone: AnswerScores) -> Records:
     """The trainings of rank 1 at the rates that one seed and several have chosen, beside questions alone."""
     given = intervals({"vqa": alone})["vqa"]
-    variants, by_one = (
-        [plain(method, 1) for method in ("lora", "dora")],
-        replace(study, rate_seeds=study.rate_seeds[:1]),
-    )
-    table = []
+    variants, table = [plain(method, 1) for method in ("lora", "dora")], []
+    by_one = replace(study, rate_seeds=study.rate_seeds[:1])
     for rate in sorted({each.best[variant] for each in (study, by_one) for variant in variants}):
         for variant in variants:
             point, values = study.at(variant, rate), study.values[variant][rate]
-            seeds = point.cells_KS.mean(axis=0)
-            below = int((seeds < alone.values_QS.mean()).sum())
             less = mean_interval(point.cells_KS - group_cells([alone]))
             chosen_by = [values[seed] / 100 for seed in study.choosing(variant)]
             table.append(
                 {"": f"{NAMES[variant.method]} at {rate:g}", "chosen by": three_digits(chosen_by)}
-                | {"reported": three_digits(seeds), "less questions alone": shown(less)}
-                | {"seeds below": f"{below} of {len(seeds)}"}
+                | {"reported": three_digits(point.cells_KS.mean(axis=0)), "less questions alone": shown(less)}
             )
-    blank = {"less questions alone": "-", "seeds below": "-"}
-    return [*table, {"": "questions alone", "chosen by": "-", "reported": shown(given)} | blank]
+    return [*table, {"": "questions alone", "chosen by": "-", "reported": shown(given), "less questions alone": "-"}]
 
 
 def three_digits(values: Iterable[float]) -> str:
