@@ -156,7 +156,8 @@ class PlannedLinear(Float8Linear):
     def planned(cls, layer: nn.Linear, name: str) -> PlannedLinear:
         """What stands for a Linear with this quantisation."""
         W = layer.weight
-        found = cls.stored(layer, torch.empty_like(W, dtype=torch.int8), W.new_empty(len(W), 1, dtype=torch.float32))
+        stored, scale = torch.empty_like(W, dtype=torch.int8), W.new_empty(len(W), 1, dtype=torch.float32)
+        found: Any = cls.stored(layer, stored, scale)
         found.num_bytes = stored_bytes(W, name)
         found.restored = torch.float32 if name == "int8" else W.dtype
         return found
