@@ -10,7 +10,7 @@ import torch
 
 from dora_mm import targets
 from dora_mm.config.models import ModelConfig
-from dora_mm.config.paths import INDEX, resolve_model, resolve_path
+from dora_mm.config.paths import CONFIG, INDEX, resolve_model, resolve_path
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.models.hub import local_copy
 from dora_mm.models.images.components import (
@@ -129,7 +129,7 @@ def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
             found = load_single_file(pipeline, path, dtype, single.configs, {**unwanted, **single.parts()})
         else:
             read = others if empty else [name for name in wanted if name in read_here]
-            if "vae" in read and Path(path).is_dir() and not own.weights("vae"):
+            if "vae" in read and Path(path).is_dir() and set(own.here["vae"]) == {CONFIG}:
                 raise ValueError(f"model.path: {path} has no weights of its VAE: set model.vae to a folder with them.")
             variant = "" if empty else own.variant
             found = load_components(pipeline, own.fetch(read), read, names, dtype, variant) if read else {}

@@ -53,7 +53,16 @@ def main(config: PretrainTinyZImageConfig, *, resume: Path | None = None) -> Non
     vae = load_vae(AutoencoderKL, resolve_path(config.vae, "vae"))
     stream = generator(config.seed, 0, "tokenizer")
     texts = [caption(icon, stream, config.unnamed_style) for icon in icons for _ in range(CAPTIONS)]
-    model = build_tiny_z_image(vae, texts, seed=config.seed, **config.model.model_dump())
+    model = build_tiny_z_image(
+        vae,
+        texts,
+        seed=config.seed,
+        num_merges=config.model.num_merges,
+        text_width=config.model.text_width,
+        width=config.model.width,
+        layers=config.model.layers,
+        heads=config.model.heads,
+    )
     run = (
         RunDirectory.resume(resume) if resume else RunDirectory.create(config.name, dump_config(config), config.output)
     )
