@@ -2,7 +2,7 @@ import argparse
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def tiny_sdxl(folder: Path) -> None:
 
 
 def pictures(
-    family: str, model: str, *settings: str, further: Mapping[str, str] | None = None
+    family: str, model: str, *settings: str, further: Mapping[str, Sequence[str]] | None = None
 ) -> Callable[[int], list[Stage]]:
     """The commands of an image model by the size of pictures."""
     given = (*SHORT, "sample.prompts=[]", *settings)
@@ -65,7 +65,8 @@ def questions(*settings: str) -> Callable[[int], list[Stage]]:
     return lambda side: stages.of_questions([setting.format(side=side) for setting in given])
 
 
-TEXT_ENCODERS = {"text encoders, too": "adapter.parts=[unet.attn,unet.cross,text_encoders.attn]"}
+TEXT_ENCODERS = {"text encoders, too": ["adapter.parts=[unet.attn,unet.cross,text_encoders.attn]"]}
+IN_BFLOAT16 = {"weights in bfloat16": ["model.quantization=null", "adapter.cache=norms"]}  # keeps no W'
 NO_FLOAT8 = ("model.quantization=null", "adapter.cache=weights")
 MODELS = {
     "vlm": Model(
@@ -100,7 +101,7 @@ MODELS = {
         20.6,
         models.z_image,
         tiny_z_image.build,
-        pictures("z_image", "model", further={"weights in bfloat16": "model.quantization=null"}),
+        pictures("z_image", "model", further=IN_BFLOAT16),
         256,
         "As `new` writes it on a processor: weights in float8, one picture of {side} px a step, with checkpointing.",
     ),

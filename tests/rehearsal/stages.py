@@ -57,14 +57,14 @@ def prepare(folder: Path) -> None:
     (folder / PROMPTS).write_text(f"{chosen[0]['text']}\n")
 
 
-def of_pictures(family: str, model: str, settings: Sequence[str], further: Mapping[str, str]) -> list[Stage]:
+def of_pictures(family: str, model: str, settings: Sequence[str], further: Mapping[str, Sequence[str]]) -> list[Stage]:
     """Those of an image model.
 
     Args:
         family: As `dora-mm new` calls it.
         model: The folder or file.
         settings: What the training is told beside what `new` has written.
-        further: Trainings of one step beside it: what they are, and the setting that makes them.
+        further: Trainings of one step beside it: what they are, and the settings that make them.
     """
     given, side = _set(*settings), next(each for each in settings if each.startswith("data.resolution")).split("=")[1]
     drawn = _set("adapter.path=runs/style/001", "steps=2", f"width={side}", f"height={side}")
@@ -79,8 +79,8 @@ def of_pictures(family: str, model: str, settings: Sequence[str], further: Mappi
         Stage("inspect the adapter", ("inspect", "runs/style/001")),
         _merging(("convert", "runs/style/001"), ("--to", "merged", "--base", model), Path(model).suffix),
         *(
-            Stage(f"train, {name}: 1 step", ("train", "style.yaml", *_set(*settings, setting, "train.steps=1")))
-            for name, setting in further.items()
+            Stage(f"train, {name}: 1 step", ("train", "style.yaml", *_set(*settings, *more, "train.steps=1")))
+            for name, more in further.items()
         ),
     ]
 
