@@ -49,8 +49,8 @@ test-oldest:  ## with the oldest releases that pyproject.toml admits, torch 2.6 
 fuzz: $(READY)  ## an hour of mutated files through every door, from a seed that no run had; FUZZ="--seed 3 --seconds 600"
 	$(BIN)/python -m tests.fuzz --seed $$(date +%s) $(FUZZ)
 
-kill: $(READY)  ## commands that write, killed at each file event and repeated
-	$(BIN)/python -m tests.kill
+kill: $(READY)  ## commands that write, disturbed at each file event and repeated; KILL="--each 20 --commands train"
+	$(BIN)/python -m tests.kill $(KILL)
 
 bench: $(READY)  ## what DoRA costs beside its peers on this machine; BENCH="--quick" or "--all"
 	$(BIN)/python -m tests.benchmarks.bench_peers $(BENCH)

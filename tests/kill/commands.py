@@ -123,9 +123,7 @@ COMMANDS: dict[str, Command] = {
         command("extract", "tuned.safetensors", "base.safetensors", "out/e.safetensors", "--rank", "2"),
         "tuned.safetensors",
     ),
-    "combine": Command(
-        command("combine", "lora", "lora", "out/c.safetensors", "--to", "kohya"), "lora/adapter_model.safetensors"
-    ),
+    "combine": Command(command("combine", "lora", "lora", "out/c", "--to", "peft"), "lora/adapter_model.safetensors"),
     "analyse": Command(
         command("analyse", "tuned.safetensors", "--base", "base.safetensors", "--output", "out/analysis"),
         "tuned.safetensors",
