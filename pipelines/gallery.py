@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.vl import TrainVLConfig
-from dora_mm.sampling.gallery import GALLERY, INDEX, read_pictures, write_gallery
+from dora_mm.sampling.gallery import GALLERY, INDEX, fill_gallery, read_pictures, write_gallery
 from dora_mm.sampling.gallery.training import training_config
 from dora_mm.sampling.next_steps import asking_command, drawing_command
 from dora_mm.utils.folders import new_folder
@@ -25,7 +25,7 @@ def main(runs: Sequence[Path], *, output: Path | None = None) -> None:
     entries = {run: read_pictures(run) for run in runs}
     folder = output or (next(iter(entries)) / GALLERY if len(entries) == 1 else None)
     if folder is None:
-        folder = new_folder("gallery", fill=lambda partial: write_gallery(entries, partial))
+        folder = new_folder("gallery", fill=lambda partial: fill_gallery(entries, partial, partial))
     else:
         write_gallery(entries, folder)
     print(f"gallery  {folder / INDEX}")

@@ -23,7 +23,7 @@ from dora_mm.models.foreign import converted, instead_of, why_foreign
 from dora_mm.models.hub import local_copy
 from dora_mm.models.opening import WEIGHTS, loaded_files, opening, without_bars
 from dora_mm.utils.digest import files_digest, weights_digest
-from dora_mm.utils.folders import check_inside
+from dora_mm.utils.folders import BEGUN, check_inside
 from dora_mm.utils.json_text import read_json
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -220,7 +220,7 @@ def write_copy(model: Any, source: Path, folder: Path) -> None:
     with without_bars():
         model.save_pretrained(folder, **shards)
     for file in folder.iterdir():
-        if not _is_weights(file):
+        if not _is_weights(file) and file.name != BEGUN:
             file.unlink()
     if model.config.model_type in BESIDE:
         _add_weights(BESIDE[model.config.model_type], source, folder)

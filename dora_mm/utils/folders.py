@@ -9,6 +9,8 @@ from pathlib import Path
 from dora_mm.utils.atomic import already_there, claim, flush, is_same_file
 from dora_mm.utils.partials import partial_of
 
+BEGUN = ".begun"  # the first file of a folder that is being filled: writers make missing folders, a removed one, too
+
 
 def new_folder(name: str, output: str | None = None, fill: Callable[[Path], object] = lambda folder: None) -> Path:
     """Makes a folder, which appears with its content: `output`, or the next number in runs/`name`.
@@ -37,7 +39,7 @@ def new_folder(name: str, output: str | None = None, fill: Callable[[Path], obje
         raise ValueError(f"output {path} cannot be made there: choose another folder.") from None
     with partial_folder(path) as partial:
         fill(partial)
-        _complete(partial)
+        complete(partial)
         if output is None:
             path = _claim_number(partial, path.parent)
         else:
@@ -105,6 +107,7 @@ def partial_folder(path: Path) -> Iterator[Path]:
     partial = partial_of(path)
     try:
         partial.mkdir()
+        (partial / BEGUN).touch()
     except OSError as error:  # a message has the name that a person knows
         raise OSError(error.errno, error.strerror, str(path)) from error
     try:
@@ -131,7 +134,7 @@ def written_at_once(path: Path) -> Iterator[Path]:
     """
     with partial_folder(path) as partial:
         yield partial
-        _complete(partial)
+        complete(partial)
         claim(partial, path)
     flush(path.parent)
 
@@ -159,7 +162,7 @@ def written_together(folder: Path, last: str) -> Iterator[Path]:
         return
     with partial_folder(folder / last) as partial:
         yield partial
-        _complete(partial)
+        complete(partial)
         files = sorted(partial.iterdir(), key=lambda file: (file.name == last, file.name))
         targets = {file: folder / file.name for file in files}
         for file, target in targets.items():
@@ -170,8 +173,16 @@ def written_together(folder: Path, last: str) -> Iterator[Path]:
     flush(folder)
 
 
-def _complete(partial: Path) -> None:
-    """Waits until the files of a folder are on the disk, with the permissions that the umask sets."""
+def complete(partial: Path) -> None:
+    """Waits until the files of a folder are on the disk, with the permissions that the umask sets.
+
+    Raises:
+        ValueError: The folder was removed meanwhile, so that the first of its files are missing.
+    """
+    try:
+        (partial / BEGUN).unlink()
+    except FileNotFoundError:
+        raise ValueError(f"{partial.parent} was removed while files were written to it: start again") from None
     permissions = partial.stat().st_mode & 0o666  # safetensors lets only the owner read
     for file in (file for file in partial.rglob("*") if file.is_file()):
         file.chmod(permissions)

@@ -105,9 +105,8 @@ def make_run() -> None:
     RunDirectory.create("a", "seed: 1\n", "out/run", {"data": str(digest)})
 
 
-OURS = (
-    r"versions\.json|metrics|summary\.json|events\.out|tensorboard|manifest\.jsonl|checkpoint\.json|state\.pt|\.html$"
-)
+OURS = r"thumbnails/|versions\.json|metrics|summary|events\.out|manifest|checkpoint\.json|state\.pt|\.html$"
+NAMED_BY_TIME = r"events\.out.*|[0-9a-f]{16}(?=\.webp$)"  # a page shows pictures as they are now, under such names
 COMMANDS: dict[str, Command] = {
     "new": Command(command("new", "sdxl", "style", "--images", "pictures"), "pictures/0.png"),
     "convert to a file": Command(
@@ -138,8 +137,11 @@ COMMANDS: dict[str, Command] = {
 
 def files_of(folder: Path, times: str) -> dict[str, bytes]:
     """All files and folders with their contents, hidden ones among them; of those with times the name alone."""
-    paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))}
-    return {
-        re.sub(r"events\.out\S+", "events", name): b"" if path.is_dir() or re.search(times, name) else path.read_bytes()
-        for name, path in paths.items()
-    }
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        has_time = re.search(times, name)
+        found[re.sub(NAMED_BY_TIME, "", name) if has_time else name] = (
+            b"" if path.is_dir() or has_time else path.read_bytes()
+        )
+    return found

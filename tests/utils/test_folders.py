@@ -1,10 +1,11 @@
 """Folders appear complete or not at all."""
 
 import os
+import shutil
 
 import pytest
 
-from dora_mm.utils.atomic import claim, write_atomically
+from dora_mm.utils.atomic import claim, write_atomically, write_text
 from dora_mm.utils.folders import new_folder, written_at_once, written_together
 
 
@@ -114,3 +115,14 @@ def test_files_of_a_folder_that_exists(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "other"]
     write("b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "other"]
+
+
+def test_a_folder_that_is_removed_while_it_is_filled_is_not_there_with_a_part_of_its_files(tmp_path):
+    def fill(folder):
+        (folder / "first").touch()
+        shutil.rmtree(tmp_path / "out")
+        write_text(folder / "second", "made with its parents")
+
+    with pytest.raises(ValueError, match="out was removed while files were written to it"):
+        new_folder("", str(tmp_path / "out" / "new"), fill)
+    assert not list((tmp_path / "out").iterdir())

@@ -20,7 +20,7 @@ from dora_mm.sampling.gallery.thumbnails import SIDE, Thumbnails
 from dora_mm.sampling.gallery.training import about_training, read_pictures, training_config, training_pictures
 from dora_mm.sampling.manifest import MANIFEST, ManifestEntry
 from dora_mm.utils.atomic import write_text
-from dora_mm.utils.folders import link_or_copy, partial_folder
+from dora_mm.utils.folders import complete, link_or_copy, partial_folder
 from dora_mm.utils.partials import partial_of
 from dora_mm.utils.progress import tracked
 
@@ -49,15 +49,29 @@ def write_gallery(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path) ->
     Raises:
         ValueError: The folder holds something else, or a manifest names a file outside of its run.
     """
+    with _replacing(folder) as partial:
+        fill_gallery(runs, partial, folder)
+    return folder / INDEX
+
+
+def fill_gallery(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path, earlier: Path) -> None:
+    """Writes the files of a gallery into a folder.
+
+    Args:
+        runs: As in `write_gallery`.
+        folder: A folder without any of them.
+        earlier: Where the earlier gallery is, whose thumbnails are taken over, if there is one.
+
+    Raises:
+        ValueError: A manifest names a file outside of its run.
+    """
     for run, entries in runs.items():
         _check_files(run, entries)
-    with _replacing(folder) as partial:
-        thumbnails = Thumbnails(partial / THUMBNAILS, folder / THUMBNAILS)
-        data = gallery_data(_add_all(runs, partial, thumbnails))
-        configs = {run: config for run in runs if (config := training_config(run))}
-        trainings = [_add_training(run, config, partial, thumbnails) for run, config in configs.items()]
-        write_text(partial / INDEX, page({**data, "trainings": plain(trainings)}))
-    return folder / INDEX
+    thumbnails = Thumbnails(folder / THUMBNAILS, earlier / THUMBNAILS)
+    data = gallery_data(_add_all(runs, folder, thumbnails))
+    configs = {run: config for run in runs if (config := training_config(run))}
+    trainings = [_add_training(run, config, folder, thumbnails) for run, config in configs.items()]
+    write_text(folder / INDEX, page({**data, "trainings": plain(trainings)}))
 
 
 def update_page(run: Path) -> None:
@@ -164,6 +178,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
     old = partial_of(folder.with_name(f"{folder.name}.old"))
     with partial_folder(folder) as partial:
         yield partial
+        complete(partial)
         if folder.exists():
             os.replace(folder, old)
         os.replace(partial, folder)
