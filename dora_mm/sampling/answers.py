@@ -18,6 +18,7 @@ from dora_mm.data.vl.splits import ValidationSet
 from dora_mm.registries.suites import file_stem
 from dora_mm.utils.atomic import append_text, write_text
 from dora_mm.utils.evaluating import Map, evaluating
+from dora_mm.utils.json_text import parse_json
 from dora_mm.utils.processes import ALONE, Processes
 from dora_mm.utils.progress import Progress, tracked
 
@@ -267,7 +268,7 @@ def _kept(file: Path) -> Iterator[tuple[str | None, str]]:
     """The lines of a file of answers, up to one that a killed process did not finish, or a damaged one."""
     for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
-            answer, content, checksum = json.loads(line)
+            answer, content, checksum = parse_json(line, file.name, list)
         except (ValueError, TypeError):
             return
         if checksum != _checksum(answer, content):

@@ -14,6 +14,8 @@ FOUND = {  # by doors: seeds that ended in a traceback once
     "gallery": (1132, 101592),  # half a surrogate pair in the name of a file; a picture of a gigabyte
     "job jsonl": (101471,),  # a row that is wrong as a whole
     "peft_dora": (1006, 1036, 1297),  # an alpha that is no number
+    "rows parquet": (1796060437,),  # damaged statistics, at which pyarrow ended the process
+    "run": (1796060711,),  # an answer that is nested 100,000 deep
     "features": (1119,),  # the name of an image that is an object
     "features npz": (5, 15, 35),  # TokenError, and bytes in place of an array
     "features h5": (4, 5, 108),  # KeyError and RuntimeError of HDF5's

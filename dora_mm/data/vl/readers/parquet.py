@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +30,12 @@ def parquet_batches(path: Path, rows: int) -> Iterator[pa.RecordBatch]:
     """
     with pq.ParquetFile(path) as file:
         texts = [column.path for column in file.schema if column.physical_type == "BYTE_ARRAY"]
-    with pq.ParquetFile(path, read_dictionary=texts) as file:
-        for group in range(file.num_row_groups):
-            if shared := _checked_columns(path, file, group, rows):
-                _check_shared(path, file, group, shared, rows)
+    with pq.ParquetFile(path, read_dictionary=texts) as file, path.open("rb") as opened:
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for group in range(file.num_row_groups):
+                if shared := _checked_columns(path, file, group, content, rows):
+                    _check_shared(path, file, group, shared, rows)
+        _footer.cache_clear()
     with pq.ParquetFile(path) as file:
         yield from file.iter_batches(rows)
 
@@ -57,11 +60,10 @@ class ColumnPages(NamedTuple):
     nested: bool
 
 
-def _checked_columns(path: Path, file: pq.ParquetFile, group: int, rows: int) -> list[ColumnPages]:
+def _checked_columns(path: Path, file: pq.ParquetFile, group: int, content: mmap.mmap, rows: int) -> list[ColumnPages]:
     """Checks the pages of a row group; returns the columns whose shared texts may be too many."""
     most = most_bytes(path)
-    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        columns = [_column(path, file, group, place, content, rows) for place in range(file.metadata.num_columns)]
+    columns = [_column(path, file, group, place, content, rows) for place in range(file.metadata.num_columns)]
     if sum(column.largest for column in columns) > most:
         raise _too_large(path, f"row group {group}", most)
     for column in columns:
@@ -72,7 +74,7 @@ def _checked_columns(path: Path, file: pq.ParquetFile, group: int, rows: int) ->
 
 def _check_shared(path: Path, file: pq.ParquetFile, group: int, columns: list[ColumnPages], rows: int) -> None:
     """Checks the sizes of texts in columns whose dictionaries are read as such: none is copied for each of its rows."""
-    number, size = file.metadata.row_group(group).num_rows, sum(column.size for column in columns)
+    number, size = file.metadata.num_rows // file.num_row_groups, sum(column.size for column in columns)
     together = max(rows, min(MOST_ROWS, LEAST_BYTES * number // (4 * max(size, 1))))
     names = [column.path for column in columns]
     for batch in file.iter_batches(together, row_groups=[group], columns=names):
@@ -126,18 +128,17 @@ def _too_large(path: Path, what: str, most: int) -> ValueError:
 
 
 def _column(path: Path, file: pq.ParquetFile, group: int, place: int, content: Any, rows: int) -> ColumnPages:
-    chunk, column = file.metadata.row_group(group).column(place), file.schema.column(place)
-    start = chunk.data_page_offset
-    if chunk.has_dictionary_page and 0 < (chunk.dictionary_page_offset or 0) < start:
-        start = chunk.dictionary_page_offset
+    column = file.schema.column(place)
     try:
-        found = [*_pages(content, start, start + chunk.total_compressed_size)]
+        chunk = _footer(content)[4][group][1][place][3]
+        start = min(place for place in (chunk[9], chunk.get(11, 0)) if place > 0)
+        found = [*_pages(content, start, start + chunk[7])]
     except (LookupError, TypeError, AttributeError, RecursionError, ValueError):  # as a header of other types brings
         raise ValueError(f"{path} is damaged: row group {group} has no pages of {column.path} there") from None
     dictionary = max((page.size for page in found if page.kind == DICTIONARY), default=0)
     data = [page for page in found if page.kind in (DATA, DATA_2)]
     values, named = sum(page.values for page in data), sum(page.values for page in data if page.encoding in NAMED)
-    nested, is_text = column.max_repetition_level > 0, chunk.physical_type == "BYTE_ARRAY"
+    nested, is_text = column.max_repetition_level > 0, column.physical_type == "BYTE_ARRAY"
     return ColumnPages(
         column.path,
         sum(page.size for page in found),
@@ -146,6 +147,12 @@ def _column(path: Path, file: pq.ParquetFile, group: int, place: int, content: A
         dictionary * (named if nested else min(named, rows)) * is_text,
         nested,
     )
+
+
+@lru_cache(maxsize=1)  # of the file that is open: it is asked for each column
+def _footer(content: mmap.mmap) -> dict[int, Any]:
+    """The metadata of a file: pyarrow's own of a column ends the process where its statistics are damaged."""
+    return _Compact(content, len(content) - 8 - int.from_bytes(content[-8:-4], "little")).struct()
 
 
 class Page(NamedTuple):
@@ -199,9 +206,8 @@ class _Compact:
             return None
         if kind in (9, 10):
             head = self._byte()
-            for _ in range(head >> 4 if head >> 4 < 15 else self._unsigned()):
-                self._value(3 if head & 15 in (1, 2) else head & 15)
-            return None
+            count = head >> 4 if head >> 4 < 15 else self._unsigned()
+            return [self._value(3 if head & 15 in (1, 2) else head & 15) for _ in range(count)]
         if kind == 12:
             return self.struct()
         raise ValueError("no page")
