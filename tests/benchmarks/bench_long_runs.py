@@ -111,9 +111,9 @@ def pictures(folder: Path) -> dict[str, Any]:
 
 
 def vl_bart(folder: Path) -> dict[str, Any]:
-    from tests.pipelines.test_changed_data import vl_bart as model_and_data
     from tests.shared.data.vlm_rows import write_pictures, write_questions
     from tests.shared.vl.small_towers import DIM, small_tower
+    from tests.shared.vl.small_vl_bart import vl_bart as model_and_data
 
     (folder / "data").mkdir()
     questions = write_questions(folder / "data", write_pictures(folder / "data"))

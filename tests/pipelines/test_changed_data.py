@@ -12,11 +12,10 @@ import yaml
 from PIL import Image, ImageOps
 
 from dora_mm.cli import main
-from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from tests.shared.data.chats import messages, packed
 from tests.shared.data.vlm_rows import write_pictures, write_questions
 from tests.shared.killed import assert_same_weights, files_in
-from tests.shared.vl.small_vl_bart import small_bart, small_tokenizer
+from tests.shared.vl.small_vl_bart import vl_bart
 
 pytestmark = pytest.mark.slow
 
@@ -43,14 +42,6 @@ def stopped(tmp_path):
         return stopped
 
     return run
-
-
-def vl_bart(folder: Path, dim: int, vision: dict, questions: dict) -> dict:
-    torch.manual_seed(0)
-    save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), dim, "image"), small_tokenizer(), folder / "model")
-    model = {"family": "vl_bart", "path": str(folder / "model")}
-    data = {"tasks": [{"task": "vqa", **{key: questions[key] for key in ("train", "valid")}}]}
-    return {"model": model, "vision": vision, "data": data}
 
 
 def goes_on(run: Path) -> None:

@@ -15,8 +15,8 @@ import yaml
 
 from dora_mm.cli import main
 from dora_mm.utils.run_directory import RunDirectory
-from tests.pipelines.test_changed_data import stopped, vl_bart  # noqa: F401  a fixture
 from tests.shared.data.vlm_rows import write_pictures, write_questions
+from tests.shared.vl.small_vl_bart import vl_bart
 
 pytestmark = pytest.mark.slow
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
@@ -137,7 +137,7 @@ def test_a_job(tmp_path, tiny_folder, reads):
     assert str(job.resolve()) in opened
 
 
-def test_a_training_of_questions(stopped, tmp_path, vision, reads):  # noqa: F811
+def test_a_training_of_questions(stopped, tmp_path, vision, reads):
     (tmp_path / "pictures").mkdir()
     data = tmp_path / "pictures"
     config = vl_bart(tmp_path, 72, vision, write_questions(data, write_pictures(data)))

@@ -1,11 +1,12 @@
 """A VL-BART small enough to build in a moment, and its tokenizer."""
 
 from functools import cache
+from pathlib import Path
 
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, BartTokenizer
 
-from dora_mm.models.vl.vl_bart.loading import from_bart
+from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.models.vl.vl_bart.model import VLBart, VLInputs
 from dora_mm.models.vl.vl_bart.text import encode_inputs
 from samples.build.pretraining.tokenizer import train_tokenizer
@@ -44,3 +45,12 @@ def small_inputs(texts: list[str], images: int = 1, side: int = 7) -> VLInputs:
     features = torch.randn(len(texts), images, side * side, DIM)
     visual_mask = torch.ones(len(texts), images * 36, dtype=torch.long)
     return VLInputs(ids, torch.cat([mask, visual_mask], dim=1), features)
+
+
+def vl_bart(folder: Path, dim: int, vision: dict, questions: dict) -> dict:
+    """The sections `model`, `vision` and `data` of a training of the small model, saved in a folder."""
+    torch.manual_seed(0)
+    save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), dim, "image"), small_tokenizer(), folder / "model")
+    model = {"family": "vl_bart", "path": str(folder / "model")}
+    data = {"tasks": [{"task": "vqa", **{key: questions[key] for key in ("train", "valid")}}]}
+    return {"model": model, "vision": vision, "data": data}
