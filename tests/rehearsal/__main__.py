@@ -163,7 +163,7 @@ def run_all(name: str, model: Model, folder: Path, results: Path, side: int) -> 
     """Runs the commands of a model one after the other; one that fails stops them."""
     size = sum(file.stat().st_size for file in (folder / "model").rglob("*") if file.is_file()) / 1e6
     values = {"title": model.title, "disk": size, "settings": model.settings.format(side=side)}
-    done, kept, left_out, page = [], [], [], results
+    done, kept, left_out = [], [], []
     for stage in model.stages(side):
         if stage.writes and shutil.disk_usage(folder).free / 1e6 < size + SPARE * 1e3:
             left_out.append(f"{stage.label}: it writes another {size / 1e3:.1f} GB, for which there was no room.")
@@ -175,7 +175,8 @@ def run_all(name: str, model: Model, folder: Path, results: Path, side: int) -> 
             return 1
         kept.append(stage)
         done.append(found)
-        page = save(results, name, record(kept, done, {**values, "left_out": left_out}))
+        save(results, name, record(kept, done, {**values, "left_out": left_out}))
+    page = save(results, name, record(kept, done, {**values, "left_out": left_out}))  # with what is left out at the end
     print(f"results in {page}", flush=True)
     return 0
 

@@ -101,7 +101,8 @@ def test_a_file_is_a_path_or_a_list_of_paths(file):
     with pytest.raises(ValueError, match=r"must be a path, or a list of paths, got "):
         SourceConfig.model_validate({"format": "chat", "file": file})
     with pytest.raises(
-        ValueError, match=r"a list of files is only for format chat, preferences, captions and ai2d_questions, not for vqa_v2"
+        ValueError,
+        match=r"a list of files is only for format chat, preferences, captions and ai2d_questions, not for vqa_v2",
     ):
         SourceConfig.model_validate({"format": "vqa_v2", "file": ["a", "b"]})
 
