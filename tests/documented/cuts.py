@@ -12,8 +12,8 @@ from tests.documented.data import NUM_ROWS
 
 STEPS = 2
 ROWS = NUM_ROWS // 2  # of a split
-HIGHEST = {
-    "rate_seeds": 1,  # of a key, in whatever section it is
+HIGHEST = {  # of a key, in whatever section it is
+    "rate_seeds": 1,
     "steps": STEPS,
     "checkpoint_every": 1,
     "batch_size": 4,
