@@ -1,7 +1,10 @@
 """What a training on pictures will see: pictures by bucket, captions, and how often each picture is seen."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from dora_mm.config.images import DataConfig, TrainDiffusionConfig
 from dora_mm.config.models import ModelConfig
@@ -9,12 +12,13 @@ from dora_mm.config.training import TrainConfig, ValidationConfig
 from dora_mm.data.images.folder import CaptionedImage, bucket_of, contains_word, resolution_of
 from dora_mm.data.images.wording import FIXED, all_unchanged, rendered, unchanged
 from dora_mm.data.syntax import syntax_in
-from dora_mm.models.images.families import distilled_of
-from dora_mm.models.images.image_model import ImageModel
 from dora_mm.preview.look import describe_look
 from dora_mm.preview.training import when
-from dora_mm.tasks.image_batches import CaptionedBatches
-from dora_mm.tasks.preservation import PreservingBatches
+
+if TYPE_CHECKING:  # with diffusers, which takes seconds to load: `new` describes pictures without a model
+    from dora_mm.models.images.image_model import ImageModel
+    from dora_mm.tasks.image_batches import CaptionedBatches
+    from dora_mm.tasks.preservation import PreservingBatches
 
 # Steps x batch / pictures of the DoRA paper's two styles (the configs 3d_icon.yaml and lego.yaml).
 RECIPES = {"3d_icon": 1000 * 3 / 23, "lego": 1000 * 3 / 61}
@@ -242,6 +246,8 @@ def remark_on_length(repeats: Sequence[float], train: TrainConfig, num_processes
 
 def remark_on_distilled(config: ModelConfig) -> list[str]:
     """What a training does to a model that was distilled to few steps; of other models nothing."""
+    from dora_mm.models.images.families import distilled_of
+
     found = distilled_of(config)
     if found is None:
         return []

@@ -16,6 +16,8 @@ from dora_mm.data.images.shared_words import MOST_WITHOUT
 MOST_NAMES = 8  # of pictures in a line, and lines of one kind
 ALIKE = 0.98  # correlation of the colours in 16 x 16 parts: copies have 0.99 (JPEG, other sizes), other pictures 0.93
 LOOK_BYTES = 3 * CELLS**2
+COARSE = 4  # parts of a side by which most pictures are told apart
+ROUNDING = 1e-4  # of these, at most
 BLOCK = 1000  # pictures that are compared with all others at once
 FLAT = 1.0  # levels: pictures whose parts differ less are plain grey, and like nothing
 SMALL = 0.25  # of the pixels of the resolution
@@ -79,12 +81,29 @@ def _alike(images: Sequence[CaptionedImage]) -> Iterator[tuple[int, int]]:
     cells_NC -= cells_NC.mean(axis=1, keepdims=True)
     lengths = np.linalg.norm(cells_NC, axis=1, keepdims=True)
     cells_NC /= np.where(lengths > FLAT * LOOK_BYTES**0.5, lengths, np.inf)
+    coarse_NK = _coarse(cells_NC)
     for start in range(0, len(images), BLOCK):
-        alike = cells_NC[start : start + BLOCK] @ cells_NC[: start + BLOCK].T >= ALIKE
-        firsts = np.tril(alike, start - 1).argmax(axis=1)
-        for other, one in enumerate(firsts, start):
-            if alike[other - start, one] and one < other and images[one].digest != images[other].digest:
-                yield int(one), other
+        end = start + BLOCK
+        near = np.tril(coarse_NK[start:end] @ coarse_NK[:end].T >= ALIKE - ROUNDING, start - 1)
+        rows = np.flatnonzero(near.any(axis=1))
+        alike = near[rows] & (cells_NC[start + rows] @ cells_NC[:end].T >= ALIKE)
+        for row, found in zip(rows, alike, strict=True):
+            one, other = int(found.argmax()), int(start + row)
+            if found[one] and images[one].digest != images[other].digest:
+                yield one, other
+
+
+def _coarse(cells_NC: np.ndarray) -> np.ndarray:
+    """Fewer numbers (N, K) of each picture, whose products are no smaller than those of its cells.
+
+    They are its means in 4 x 4 parts, a projection of the cells, and the length of what that leaves out: by Cauchy and
+    Schwarz the product of two rests is at most that of their lengths. By these alone few pictures are alike that are
+    not, so that 20,000 take 0.6 s of a core instead of 3.
+    """
+    side = CELLS // COARSE
+    parts = cells_NC.reshape(-1, COARSE, side, COARSE, side, 3).mean(axis=(2, 4)).reshape(len(cells_NC), -1) * side
+    rest = np.einsum("nc,nc->n", cells_NC, cells_NC) - np.einsum("nk,nk->n", parts, parts)
+    return np.column_stack([parts, np.sqrt(rest.clip(0))])
 
 
 def small(images: Sequence[CaptionedImage], data: DataConfig) -> list[str]:

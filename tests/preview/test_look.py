@@ -1,6 +1,7 @@
 """What a dry run and a new config say of pictures to look at."""
 
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from dora_mm.config.images import DataConfig
-from dora_mm.data.images.folder import read_images
-from dora_mm.data.images.look import look_at
+from dora_mm.data.images.folder import CaptionedImage, read_images
+from dora_mm.data.images.look import Look, look_at
 from dora_mm.preview import look
 from dora_mm.preview.look import describe_look
 
@@ -66,6 +67,38 @@ def test_pictures_that_are_nearly_the_same_are_named(folder, caplog):
     assert found[1] == f"          z brighter.png is nearly {second}.png"
     assert len([line for line in found if "nearly" in line]) == 2
     assert f"identical to another image of the folder: z same.png to {second}.png" in caplog.text
+
+
+def test_pictures_that_are_nearly_the_same_are_found_as_by_all_products():
+    """Smooth, noisy and flat pictures, in more than one block, with copies that are about as like as `ALIKE` asks."""
+    draws, count = np.random.default_rng(0), look.BLOCK + 200
+    smooth = draws.random((count, 4, 4, 3)).repeat(4, axis=1).repeat(4, axis=2)
+    pictures = smooth * draws.random((count, 1, 1, 1)) + draws.random((count, 16, 16, 3)) * draws.random(
+        (count, 1, 1, 1)
+    )
+    pictures[::100] = 0.5
+    copied = draws.permutation(count)[:300]
+    strength = draws.uniform(0.05, 0.4, (300, 1, 1, 1)) * pictures[copied].std(axis=(1, 2, 3), keepdims=True)
+    pictures[draws.permutation(count)[:300]] = pictures[copied] + strength * draws.standard_normal((300, 16, 16, 3))
+    levels = (pictures / pictures.max() * 255).clip(0, 255).astype(np.uint8)
+    images = [
+        CaptionedImage(Path(f"{i}.png"), "", (16, 16), str(i), look=Look(levels[i].tobytes(), 0.0))
+        for i in range(count)
+    ]
+
+    centred = levels.reshape(count, -1) - levels.reshape(count, -1).mean(axis=1, keepdims=True)
+    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
+    centred /= np.where(lengths > look.FLAT * look.LOOK_BYTES**0.5, lengths, np.inf)
+    first_of = {}
+    for other, alike in enumerate(centred @ centred.T >= look.ALIKE):
+        if ones := np.flatnonzero(alike[:other]).tolist():
+            first_of[other] = first_of.get(ones[0], ones[0])
+    named = {}
+    for line in look.near_duplicates(images):
+        others, first = re.fullmatch(r"(.*) (?:are|is) nearly (\d+)\.png", line).groups()
+        named |= {int(other.removesuffix(".png")): int(first) for other in others.split(", ")}
+    assert named == first_of
+    assert 50 < len(named) < 290
 
 
 @pytest.mark.usefixtures("no_encoder")

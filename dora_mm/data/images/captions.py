@@ -20,6 +20,7 @@ MOST_BYTES = 2**30  # of a metadata file: some four million rows
 MOST_CAPTION_BYTES = 2**20  # of the captions of an image
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 WORDS = ("caption", "metadata", "prompt", "tags", "dataset", "labels", "meta_")  # in names of files with captions
+HALVES = re.compile("[\ud800-\udfff]")  # of surrogate pairs
 DOCUMENTS = ("readme", "license", "licence", "notes", "sources", "prompts", "sample_prompts")  # a .txt that is none
 
 
@@ -146,9 +147,11 @@ def read_metadata(file: Path, *, lines: bool = False) -> tuple[dict[Path, ImageC
     except (OSError, ValueError) as error:
         return {}, [str(error)]
     read = _csv_rows if file.suffix == ".csv" else _json_rows
+    root, real_root = file.parent, file.parent.resolve()
     for number, row in read(text, problems):
         try:
-            path, texts = _of_row(file.parent, row)
+            name, texts = _of_row(row)
+            path = _inside(root, real_root, name)
             if path in captions:
                 raise ValueError(f"names {path.name} again (first in line {lines_of[path]})")
             captions[path], lines_of[path] = _as_caption(texts, file.name, lines=lines), number
@@ -177,7 +180,8 @@ def _as_caption(texts: Sequence[str], source: str, *, lines: bool) -> ImageCapti
     return ImageCaption(first, source, tuple(others))
 
 
-def _of_row(root: Path, row: Any) -> tuple[Path, Sequence[str]]:
+def _of_row(row: Any) -> tuple[str, Sequence[str]]:
+    """The name of an image, and its captions."""
     name = row.get("file_name") if isinstance(row, Mapping) else None
     if not isinstance(name, str) or not name:
         raise ValueError("must be an object with the key file_name")
@@ -187,17 +191,17 @@ def _of_row(root: Path, row: Any) -> tuple[Path, Sequence[str]]:
         raise ValueError("has a caption that is not text")
     if len({tuple(text.strip() for text in texts) for texts in captions.values()}) > 1:
         raise ValueError(f"has different values for {' and '.join(captions)}: keep one")
-    return _inside(root, name), next(iter(captions.values()), [])
+    return name, next(iter(captions.values()), [])
 
 
-def _inside(root: Path, name: str) -> Path:
+def _inside(root: Path, real_root: Path, name: str) -> Path:
     """The path of an image named in a metadata file; `..`, absolute paths and links must not leave the folder."""
     path = root / os.path.normpath(name)
     try:
         real = path.resolve()
     except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL byte
         raise ValueError(f"names {name!r}, which is not a valid path") from None
-    if not real.is_relative_to(root.resolve()):
+    if not real.is_relative_to(real_root):
         raise ValueError(f"names {name}, which is outside the folder: copy the image into it")
     if not real.is_file():
         raise ValueError(f"names {name}, which does not exist")
@@ -206,4 +210,4 @@ def _inside(root: Path, name: str) -> Path:
 
 def _is_text(text: str) -> bool:
     """Whether the text is valid Unicode, without half a surrogate pair, which JSON can contain."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    return not HALVES.search(text)

@@ -7,12 +7,11 @@ its images 10 times in every epoch.
 import hashlib
 import json
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,10 +115,11 @@ def read_captioned_images(
         raise ValueError(_no_images(root, deeper, key))
 
     images, uncaptioned = [], []
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes outside of Python's lock
-        mask_files = [found_masks.of_image(path) for path in paths]
-        content_of = partial(_content, root=root if subfolders else None, masks=masks, look=look)
-        contents = threads.map(content_of, paths, mask_files)
+    mask_files = [found_masks.of_image(path) for path in paths]
+    content_of = partial(_content, root=root if subfolders else None, masks=masks, look=look)
+    with ThreadPool() as threads:  # Pillow decodes outside of Python's lock
+        at_once = 1 + len(paths) // 1000  # handing over each of many small images takes as long as reading it
+        contents = threads.imap(content_of, zip(paths, mask_files, strict=True), at_once)
         shown = tracked(contents, "reading images", "images", len(paths))
         for path, mask_file, content in zip(paths, mask_files, shown, strict=True):
             found = files.of_image(path)
@@ -277,9 +277,10 @@ def _no_images(root: Path, deeper: Sequence[Path], key: str) -> str:
 
 
 def _content(
-    path: Path, mask_file: MaskFile | None, root: Path | None, masks: str | None, *, look: bool
+    found: tuple[Path, MaskFile | None], root: Path | None, masks: str | None, *, look: bool
 ) -> tuple[Size, str, str, float, Look | None] | ValueError:
     """Size, digest, mask, repeats and look of an image, which is decoded in full, or why it cannot be used."""
+    path, mask_file = found
     try:
         repeats = 1 if root is None else _repeats(root, path)
         image: Image.Image = load_rgb(path)
