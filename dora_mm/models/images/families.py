@@ -113,7 +113,8 @@ def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
             raise ValueError(f"model.{name}: {path} is {found}, not {given}: leave it out.")
     names = [name for phase in family.phases for name in phase]
     read_here = _read_from_path(family, config)
-    if Path(path).is_dir() and (missing := missing_in(Path(path), read_here)):
+    described_here = [*read_here, *(["vae"] if config.vae else [])]  # its config says what another one has to fit
+    if Path(path).is_dir() and (missing := missing_in(Path(path), described_here)):
         raise ValueError(f"model.path: {path} is incomplete: it lacks {', '.join(missing)}.")
     changes = scheduler_changes(family, path, config.prediction)
     single = family.single_file if Path(path).is_file() else None
@@ -176,9 +177,9 @@ def _denoiser_file(config: ModelConfig) -> Path:
 
 
 def _read_from_path(family: type[ImageModel], config: ModelConfig) -> list[str]:
-    """The components that are read from `model.path`: all but a denoiser that is in a file of its own."""
-    own = family.denoiser if config.denoiser else None
-    return [name for phase in family.phases for name in phase if name != own]
+    """The components that are read from `model.path`: all but a denoiser and a VAE that are elsewhere."""
+    elsewhere = {family.denoiser if config.denoiser else None, "vae" if config.vae else None}
+    return [name for phase in family.phases for name in phase if name not in elsewhere]
 
 
 def _described(family: type[ImageModel], path: str, revision: str | None) -> ModelFolder:

@@ -12,7 +12,7 @@ from dora_mm.cli import main
 from dora_mm.config.models import ModelConfig
 from dora_mm.formats import read
 from dora_mm.models import hub as hub_module
-from dora_mm.models.images.families import load_image_model
+from dora_mm.models.images.families import load_image_model, load_image_model_if_local
 from dora_mm.models.opening import commit_of
 
 NAME, FIRST, SECOND = "someone/tiny-sdxl", "a" * 40, "b" * 40
@@ -48,6 +48,17 @@ def test_a_revision_is_loaded_and_its_commit_is_known(hub):
     assert commit_of(str(hub / FIRST)) is None
     with pytest.raises(ValueError, match=rf"^model\.path: {NAME} \(revision v2\) is not on this machine"):
         load_image_model(ModelConfig(path=NAME, revision="v2"))
+
+
+def test_with_another_vae_a_copy_needs_none_of_its_own(hub, tiny_folder):
+    """Its weights are not downloaded, so that the dry run said that the model was not on this machine."""
+    for file in (hub / SECOND / "vae").glob("*.safetensors"):
+        file.unlink()
+    assert load_image_model_if_local(ModelConfig(path=NAME)) is None
+    found = load_image_model_if_local(ModelConfig(path=NAME, vae=str(tiny_folder / "vae")))
+    assert found is not None
+    theirs = load_image_model(ModelConfig(path=str(tiny_folder)))
+    assert torch.equal(found.vae.encoder.conv_in.weight, theirs.vae.encoder.conv_in.weight)
 
 
 def test_a_local_model_has_no_revisions(tiny_folder):
