@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -54,6 +54,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--commands", nargs="*", help="only these")
     parser.add_argument("--things", nargs="*", help="only these, such as SIGKILL")
+    parser.add_argument("--events", type=int, nargs="*", help="only at these, from 0; from the last one, if negative")
     parser.add_argument("--output", type=Path, help="a CSV file: how often what happened to which command")
     given = parser.parse_args()
     rows, bad = [], []
@@ -66,7 +67,8 @@ def main() -> int:
             bench = Bench(what, COMMANDS[what], root, given.seed)
             for thing in given.things or DISTURBANCES:
                 most = given.each if thing == "SIGKILL" else given.others
-                number, found = bench.disturbed(thing, max(most // 5, 1) if COMMANDS[what].is_long else most)
+                most = max(most // 5, 1) if COMMANDS[what].is_long else most
+                number, found = bench.disturbed(thing, bench.moments(thing, most, given.events))
                 rows.append({"command": what, "what happens": thing, "times": number, "other files": len(found)})
                 print("\n".join([*found, f"{what}: {thing}, {number} times"]), flush=True)
                 bad += found
@@ -90,20 +92,26 @@ class Bench:
         assert self._whole() == self.whole, f"{name} does not repeat itself"
         self.other = self._whole(other_input)
 
-    def disturbed(self, thing: str, most: int) -> tuple[int, list[str]]:
-        """Disturbs it so often; returns how often, and what was wrong.
-
-        At events in turn, or as many of them as are wanted, evenly spread; SIGKILL also between them, at random.
-        """
+    def disturbed(self, thing: str, moments: Iterable[int | float]) -> tuple[int, list[str]]:
+        """Disturbs it at each of these moments; returns how often, and what was wrong."""
         what, bad, number = DISTURBANCES[thing], list[str](), 0
-        for moment in self._moments(thing, most):
+        for moment in moments:
             folder, number = fresh(self.root), number + 1
             code = in_child(self.command.run, folder, self._hook(what, folder, moment), moment)
             bad += [f"{self.name}, {thing} at {moment}: {problem}" for problem in self._problems(what, folder, code)]
         return number, bad
 
-    def _moments(self, thing: str, most: int) -> Iterator[int | float]:
-        """Numbers of events, and seconds."""
+    def moments(self, thing: str, most: int, chosen: Sequence[int] | None) -> Iterator[int | float]:
+        """When it is disturbed: numbers of events, and seconds.
+
+        Args:
+            thing: What happens. SIGKILL happens at random, too, where there are fewer events.
+            most: As many events as this, evenly spread.
+            chosen: These events instead; negative ones are counted from the last one.
+        """
+        if chosen is not None:
+            yield from sorted({event % self.events for event in chosen})
+            return
         yield from range(0, self.events, -(-self.events // most))
         if thing == "SIGKILL":
             yield from (self.random.uniform(0, self.seconds) for _ in range(most - self.events))
