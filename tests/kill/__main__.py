@@ -29,7 +29,7 @@ import dora_mm.models.images.families
 import dora_mm.studies.plots  # noqa: F401
 from dora_mm.cli.errors import user_message
 from dora_mm.recipes import PIPELINES
-from tests.kill.commands import COMMANDS, Command, files_of, prepare
+from tests.kill.commands import COMMANDS, THUMBNAIL, Command, files_of, prepare
 from tests.kill.disturbances import DISTURBANCES, KILLED, Disturbance, counting, disturb, other_input
 
 RECIPES = (
@@ -117,7 +117,7 @@ class Bench:
             yield from (self.random.uniform(0, self.seconds) for _ in range(most - self.events))
 
     def _problems(self, what: Disturbance, folder: Path, code: int) -> Iterator[str]:
-        right = [self.whole, self.other] if what.stays else [self.whole]
+        right = [self.whole, with_thumbnails(self.whole, self.other), self.other] if what.stays else [self.whole]
         if code not in (*what.codes, 0):
             yield f"exit code {code}"
         restore(self.root / "prepared", folder)
@@ -163,6 +163,12 @@ def names_of_differences(one: Files, other: Files) -> list[str]:
     return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
 
 
+def with_thumbnails(files: Files, shown: Files) -> Files:
+    """The files of a training whose pictures changed when they were read: a page shows pictures as they are now."""
+    others = {name: what for name, what in files.items() if not THUMBNAIL(name)}
+    return others | {name: what for name, what in shown.items() if THUMBNAIL(name)}
+
+
 def fresh(root: Path) -> Path:
     """The prepared folder, anew: always in the same place, since files name others by their paths."""
     folder = root / "work"
@@ -177,7 +183,7 @@ def restore(prepared: Path, folder: Path) -> None:
         target = folder / path.relative_to(prepared)
         if path.is_file() and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, target)
+            shutil.copy2(path, target)
 
 
 def in_child(

@@ -103,10 +103,10 @@ def _add_training(
 ) -> dict[str, Any]:
     """What the page knows of a training, with the thumbnails of its training pictures."""
     sources, note = training_pictures(config)
-    for source in sources:
-        if not thumbnails.has(source) and (image := _read(source)):
-            thumbnails.add(source, image)
     shown = [(source.name, thumbnails.path(source)) for source in sources]
+    for source, (_, file) in zip(sources, shown, strict=True):
+        if not thumbnails.has(file) and (image := _read(source)):
+            thumbnails.add(file, image)
     pictures = [{"name": name, "file": _address(file, folder)} for name, file in shown if file.is_file()]
     return {**about_training(run, config, summary), "pictures": pictures, "note": note}
 
@@ -146,7 +146,8 @@ def _add(run: Path, number: int, entry: ManifestEntry, folder: Path, thumbnails:
     name = Path(str(number), source.relative_to(run.resolve()))
     if not source.is_file():
         return GalleryPicture(str(run), replace(entry, status="missing", reason="its file is not there any more"))
-    known = thumbnails.has(source)  # then it was decoded before
+    small = thumbnails.path(source)
+    known = thumbnails.has(small)  # then it was decoded before
     image = _read(source, decode=not known)
     if image is None:
         return GalleryPicture(str(run), replace(entry, status="failed", reason=NOT_A_PICTURE))
@@ -156,8 +157,8 @@ def _add(run: Path, number: int, entry: ManifestEntry, folder: Path, thumbnails:
     file = thumbnail = _address(copy, folder)
     if max(image.size) > SIDE:
         if not known:
-            thumbnails.add(source, image)
-        thumbnail = _address(thumbnails.path(source), folder)
+            thumbnails.add(small, image)
+        thumbnail = _address(small, folder)
     return GalleryPicture(str(run), entry, file, thumbnail, image.size)
 
 
