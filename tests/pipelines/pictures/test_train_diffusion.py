@@ -529,6 +529,11 @@ CHANGED = {  # what is named in the message
     "the model's text_encoder_2": "model/text_encoder_2/model.safetensors",
     "the model's tokenizer": "model/tokenizer/tokenizer_config.json",
     "the initial adapter": f"first/adapter/{ADAPTER}",
+    "the number of processes": "run/inputs.json",
+}
+REPLACED = {  # in files whose last character says nothing
+    "pictures/metadata.jsonl": (b"thing 3", b"thing three"),
+    "run/inputs.json": (b'processes": "1"', b'processes": "2"'),
 }
 
 
@@ -542,7 +547,8 @@ def test_a_run_is_resumed_with_the_same_inputs_only(config, tmp_path, tiny_folde
     for what, name in CHANGED.items():
         file, before = tmp_path / name, (tmp_path / name).read_bytes()
         flipped = before[:-1] + bytes([before[-1] ^ 1]) if file.suffix == ".safetensors" else before + b"\n"
-        file.write_bytes(flipped if "pictures" not in name else before.replace(b"thing 3", b"thing three"))
+        file.write_bytes(before.replace(*REPLACED[name]) if name in REPLACED else flipped)
+        assert file.read_bytes() != before
         assert main(resume) == 2
         assert f"{tmp_path / 'run'} cannot be resumed: {what} changed since" in capsys.readouterr().err
         file.write_bytes(before)
