@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from random import Random
 
@@ -55,6 +56,7 @@ def main() -> int:
     parser.add_argument("--commands", nargs="*", help="only these")
     parser.add_argument("--things", nargs="*", help="only these, such as SIGKILL")
     parser.add_argument("--events", type=int, nargs="*", help="only at these, from 0; from the last one, if negative")
+    parser.add_argument("--kills", type=int, help="so many of all commands together, at random events; nothing else")
     parser.add_argument("--output", type=Path, help="a CSV file: how often what happened to which command")
     given = parser.parse_args()
     rows, bad = [], []
@@ -63,12 +65,15 @@ def main() -> int:
         os.environ["XDG_CACHE_HOME"] = str(root / "cache")
         (root / "prepared").mkdir()
         assert in_child(prepare, root / "prepared") == 0
-        for what in given.commands or COMMANDS:
-            bench = Bench(what, COMMANDS[what], root, given.seed)
-            for thing in given.things or DISTURBANCES:
+        names = given.commands or list(COMMANDS)
+        for place, what in enumerate(names):
+            bench, events = Bench(what, COMMANDS[what], root, given.seed), given.events
+            if given.kills:
+                events = bench.random.sample(range(bench.events), len(range(place, given.kills, len(names))))
+            for thing in ["SIGKILL"] if given.kills else given.things or DISTURBANCES:
                 most = given.each if thing == "SIGKILL" else given.others
                 most = max(most // 5, 1) if COMMANDS[what].is_long else most
-                number, found = bench.disturbed(thing, bench.moments(thing, most, given.events))
+                number, found = bench.disturbed(thing, bench.moments(thing, most, events))
                 rows.append({"command": what, "what happens": thing, "times": number, "other files": len(found)})
                 print("\n".join([*found, f"{what}: {thing}, {number} times"]), flush=True)
                 bad += found
@@ -82,7 +87,7 @@ def main() -> int:
 
 
 class Bench:
-    """One command, and the files of its undisturbed runs: with its inputs, and with another one."""
+    """One command, and the files of its undisturbed runs."""
 
     def __init__(self, name: str, command: Command, root: Path, seed: int):
         self.name, self.command, self.root, self.random = name, command, root, Random(f"{name} {seed}")
@@ -90,7 +95,11 @@ class Bench:
         self.whole = self._whole()
         self.seconds, self.events = time.monotonic() - begin, EVENTS[0]
         assert self._whole() == self.whole, f"{name} does not repeat itself"
-        self.other = self._whole(other_input)
+
+    @cached_property
+    def other(self) -> Files:
+        """The files with another input."""
+        return self._whole(other_input)
 
     def disturbed(self, thing: str, moments: Iterable[int | float]) -> tuple[int, list[str]]:
         """Disturbs it at each of these moments; returns how often, and what was wrong."""
