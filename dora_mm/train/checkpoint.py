@@ -18,7 +18,7 @@ from dora_mm.formats.tools.native import FILE_NAME
 from dora_mm.utils.atomic import flush
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.json_text import parse_json
-from dora_mm.utils.lock import check_lock
+from dora_mm.utils.lock import check_lock, make_folder
 from dora_mm.utils.messages import first_line
 from dora_mm.utils.partials import partial_of
 from dora_mm.utils.tensor_writer import write_tensor_file
@@ -69,7 +69,7 @@ def save_checkpoint(
     final = folder / f"step-{step:06d}"
     partial = partial_of(final)
     shutil.rmtree(partial, ignore_errors=True)  # left behind by a killed run
-    partial.mkdir(parents=True)
+    make_folder(partial)
     try:
         write_tensor_file(partial / WEIGHTS, parameters, header or {})
         with (partial / STATE).open("wb") as file:  # given a path, torch's error does not say that the disk is full

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from dora_mm.utils.lock import NOFOLLOW, check_lock
+from dora_mm.utils.lock import NOFOLLOW, check_lock, make_folder
 from dora_mm.utils.partials import partial_of, remove_dead
 
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)  # of renames onto what exists
@@ -33,7 +33,7 @@ def write_atomically(
             exists and has to be new.
     """
     check_lock(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = partial_of(path)
     try:
         partial.touch()

@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from dora_mm.utils.folders import link_or_copy
+from dora_mm.utils.lock import make_folder
 
 SIDE = 512  # pixels of a thumbnail's longer side: sharp on a screen of twice the density; some 25 kB
 
@@ -42,7 +43,7 @@ class Thumbnails:
         upright = ImageOps.exif_transpose(image)
         small = upright.convert("RGBA" if image.has_transparency_data else "RGB")
         small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         small.save(path, "WEBP", quality=82, method=2)
 
 
