@@ -72,7 +72,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     # The last layer of a text encoder may be unused: its adapters get no gradients. So may new tokens be in a batch.
     unused = config.trains_text or has_unread_layers(config.model)
     accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
-    if run := finished_run(resume, config, *(["sheet.png"] if config.sample.prompts else [])):
+    if run := finished_run(accelerator, resume, config, *(["sheet.png"] if config.sample.prompts else [])):
         print_results(config, run)
         return
     if not dry_run:
@@ -298,16 +298,17 @@ def write_results(
     steps: int,
     validate: Validation | None,
 ) -> None:
-    """Writes summary.json and the page, and prints the summary with the paths of the adapter, sheet and page."""
+    """Writes the page and summary.json, and prints the summary with the paths of the adapter, sheet and page."""
     num_parameters = sum(parameter.numel() for parameter in parameters.values())
     size = formats.find_file(run.adapter).stat().st_size
     details: dict[str, Any] = {"adapter_mb": round(size / 1e6, 2)}
     if validate:
         details |= {name: round(value, 5) for name, value in validate.rows[-1].items() if name != "step"}
         details["best_step"] = validate.best_step
-    write_summary(run, training_summary(run, config.adapter, num_parameters, steps, **details))
+    summary = training_summary(run, config.adapter, num_parameters, steps, **details)
     if config.sample.prompts:
-        update_page(run.path)
+        update_page(run.path, summary)
+    write_summary(run, summary)
     print()
     print_results(config, run)
 

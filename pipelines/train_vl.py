@@ -86,7 +86,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         return
     unused = not config.model.uses_all_parameters
     accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
-    if finished := finished_run(resume, config):
+    if finished := finished_run(accelerator, resume, config):
         print(f"adapter  {finished.adapter}")
         return
     check_optimizer(config.optimizer, accelerator.device)

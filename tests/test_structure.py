@@ -52,6 +52,12 @@ def test_no_files_import_each_other():
     TopologicalSorter(graph).prepare()  # raises a CycleError that names them
 
 
+def test_no_file_is_written_by_the_safetensors_library():
+    """It writes to a temporary file whose name is not ours, so that nobody removes it after a kill."""
+    theirs = {"safetensors.torch.save_file", "safetensors.numpy.save_file", "safetensors.serialize_file"}
+    assert [str(path.relative_to(ROOT)) for path in SOURCES if theirs & set(imported(path))] == []
+
+
 def file_of(name: str, files: dict[str, Path]) -> str | None:
     """The file that an imported name is in: the longest beginning of it that is a module of ours."""
     while name and name not in files:

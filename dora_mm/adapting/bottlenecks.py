@@ -22,8 +22,8 @@ from dora_mm.core.targets import blocks_of, match_modules
 from dora_mm.formats.adapter_file import find_file
 from dora_mm.formats.files.tensor_file import TensorFile
 from dora_mm.formats.tools.native import FILE_NAME
-from dora_mm.utils.atomic import save_tensors
 from dora_mm.utils.randomness import generator
+from dora_mm.utils.tensor_writer import save_tensors
 
 KEY, SIZE_KEY = "dora_mm_bottleneck", "dora_mm_bottleneck_size"  # of the header: the method, and the size
 SETTINGS = (KEY, SIZE_KEY)  # of the header, that are computed with

@@ -21,9 +21,10 @@ from dora_mm.core import TargetMap
 from dora_mm.formats.adapter_file import find_file
 from dora_mm.formats.files.tensor_file import TensorFile
 from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME
-from dora_mm.utils.atomic import save_tensors, write_text
+from dora_mm.utils.atomic import write_text
 from dora_mm.utils.json_text import read_json
 from dora_mm.utils.randomness import generator
+from dora_mm.utils.tensor_writer import save_tensors
 
 KEY, KIND = "prompt_embeddings", "PREFIX_TUNING"  # of PEFT: the one key of a file, and its `peft_type`
 SETTINGS = (KEY,)  # of the header, that are computed with

@@ -29,7 +29,8 @@ from dora_mm.formats.tokens import TokenRows, bundled, write_beside
 from dora_mm.formats.tools import FORMATS
 from dora_mm.formats.tools.tool import Contents, Format
 from dora_mm.registries.tools import TOOLS
-from dora_mm.utils.atomic import save_tensors, write_text
+from dora_mm.utils.atomic import write_text
+from dora_mm.utils.tensor_writer import save_tensors
 
 log = logging.getLogger(__name__)
 _EMBEDDING = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}  # as PEFT calls them

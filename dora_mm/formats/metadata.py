@@ -11,6 +11,7 @@ from dora_mm.config.paths import find_path
 from dora_mm.formats.files.header import write_header
 from dora_mm.formats.files.tensor_file import TensorFile
 from dora_mm.utils.json_text import parse_json
+from dora_mm.utils.tensor_writer import in_order
 
 MODELS = ("base_model", "base_vae", "extracted_from", "ss_sd_model_name", "ss_vae_name")  # keys of models
 PEFT_CONFIG, PEFT_BASE = "adapter_config.json", "base_model_name_or_path"
@@ -19,9 +20,6 @@ _LOCAL = re.compile(  # a path from its root, home, drive, server or a folder wi
     r"""(?<![\w.:/\\~-])(?:~[/\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\+|/(?=[^\s/"',\]}]+/))[^"'\n,\]}]*"""
 )
 _WINDOW = slice(0x100000, 0x110000)  # the bytes of a file that the legacy hash is of
-_DTYPES = (  # the order of tensors in what the safetensors library writes; then by name
-    *("I64", "F64", "C64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
-)
 
 
 def without_local_paths(header: Mapping[str, str]) -> dict[str, str]:
@@ -67,7 +65,7 @@ def hashes(file: TensorFile, metadata: Mapping[str, str]) -> dict[str, str]:
 
 def _window(file: TensorFile, metadata: Mapping[str, str]) -> Iterator[bytes]:
     """The bytes of `_WINDOW` of the file as the safetensors library would write it."""
-    order = sorted(file.entries, key=lambda key: (_DTYPES.index(file.entries[key].dtype_name), key))
+    order = in_order({key: entry.dtype_name for key, entry in file.entries.items()})
     place = len(write_header({key: file.entries[key] for key in order}, metadata))
     for key in order:
         entry = file.entries[key]

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from dora_mm.formats.files.tensor_file import TensorFile
-from dora_mm.utils.atomic import save_tensors
 from dora_mm.utils.json_text import parse_json
+from dora_mm.utils.tensor_writer import save_tensors
 
 TokenRows = Mapping[str, Mapping[str, Tensor]]  # the rows (N, D) by word, and then by table
 EMBEDDINGS = re.compile(r"bundle_emb\.|emb_params$|clip_[lg]$|.*string_to_param")  # of tokens that were trained

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -25,6 +24,7 @@ from dora_mm.models.opening import WEIGHTS, loaded_files, opening, without_bars
 from dora_mm.utils.digest import files_digest, weights_digest
 from dora_mm.utils.folders import BEGUN, check_inside
 from dora_mm.utils.json_text import read_json
+from dora_mm.utils.tensor_writer import write_tensor_file
 
 DTYPES = ("float32", "bfloat16", "float16")
 BESIDE = {  # what a folder holds beside the part that reads and writes text, by the type of that part: what speaks
@@ -246,7 +246,7 @@ def _add_weights(prefixes: tuple[str, ...], source: Path, folder: Path) -> None:
         if number > len(written):
             with safe_open(file, framework="pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in _names_in(file, prefixes)}
-            save_file(tensors, target, {"format": "pt"})
+            write_tensor_file(target, tensors, {"format": "pt"})
         elif file != target:
             file.rename(target)
         map_of |= dict.fromkeys(_names_in(target), target.name)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -15,6 +16,7 @@ from dora_mm.sampling.jobs.job_row import adapters_text
 from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.sampling.labels import drawn_labels
 from dora_mm.utils.atomic import write_atomically
+from dora_mm.utils.progress import tracked
 
 LARGEST_CELL = 384  # pixels: a sheet is for looking at all of them, not at one
 PICTURES_PER_SHEET = 60
@@ -36,11 +38,11 @@ def save_sheets(job: PictureJob) -> list[Path]:
     """
     columns = shared_columns(job.pictures)
     pages = table_pages(job, columns) if columns else contact_pages(job)
-    files = []
-    for number, page in enumerate(pages, 1):
+    files = []  # each is drawn when it is saved: one of large pictures has 30 MB, and a long job hundreds of them
+    for number, drawn in enumerate(tracked(pages, "sheets", "sheets"), 1):
         name = "sheet.png" if len(pages) == 1 else f"sheet-{number:0{max(2, len(str(len(pages))))}d}.png"
         files.append(job.folder / name)
-        save_atomically(files[-1], page)
+        save_atomically(files[-1], drawn())
     for file in set(job.folder.glob("sheet*.png")) - set(files):  # of an earlier, larger version of the job
         file.unlink()
     return files
@@ -65,8 +67,8 @@ def shared_columns(pictures: Sequence[Picture]) -> list[Column]:
     return [(None, strength) for strength in strengths] if not others and len(first) > MOST_COLUMNS else first
 
 
-def table_pages(job: PictureJob, columns: Sequence[Column]) -> list[Image.Image]:
-    """Draws the sheets of a job with prompts down, and seeds and strengths across."""
+def table_pages(job: PictureJob, columns: Sequence[Column]) -> list[Callable[[], Image.Image]]:
+    """The sheets of a job with prompts down, and seeds and strengths across."""
     num_strengths = len({strength for _, strength in columns})
     seeds_per_page = max(MOST_COLUMNS // num_strengths, 1)
     num_pages = math.ceil(len(columns) / num_strengths / seeds_per_page)
@@ -80,7 +82,7 @@ def table_pages(job: PictureJob, columns: Sequence[Column]) -> list[Image.Image]
         for left in range(0, len(columns), width):
             chosen = columns[left : left + width]
             rows = [range(start + left, start + left + len(chosen)) for start in starts[top : top + height]]
-            pages.append(table(job, rows, labels[top : top + height], chosen))
+            pages.append(partial(table, job, rows, labels[top : top + height], chosen))
     return pages
 
 
@@ -98,17 +100,18 @@ def table(
     return beside([sheet(pictures[i : i + size], labels[i : i + size], heads) for i in starts]) if count > 1 else whole
 
 
-def contact_pages(job: PictureJob) -> list[Image.Image]:
-    """Draws the sheets of a job in reading order."""
+def contact_pages(job: PictureJob) -> list[Callable[[], Image.Image]]:
+    """The sheets of a job in reading order."""
     shown = differing(job.pictures, (*OTHERS, *OWN))
     labels = drawn_labels([label(picture, shown) for picture in job.pictures])
-    pages = []
-    for start in range(0, len(labels), PICTURES_PER_SHEET):
-        indices = range(start, min(start + PICTURES_PER_SHEET, len(labels)))
-        columns = min(CONTACT_COLUMNS, len(indices))
-        pictures = [thumbnail_of(job, index) for index in indices]
-        pages.append(contact_sheet(pictures, [labels[index] for index in indices], columns=columns))
-    return pages
+    starts = range(0, len(labels), PICTURES_PER_SHEET)
+    return [partial(contact_page, job, start, labels[start : start + PICTURES_PER_SHEET]) for start in starts]
+
+
+def contact_page(job: PictureJob, start: int, labels: Sequence[str]) -> Image.Image:
+    """Draws the pictures of a job from one of them on, with these labels."""
+    pictures = [thumbnail_of(job, index) for index in range(start, start + len(labels))]
+    return contact_sheet(pictures, labels, columns=min(CONTACT_COLUMNS, len(labels)))
 
 
 def differing(pictures: Sequence[Picture], names: Sequence[str]) -> list[str]:

@@ -15,12 +15,13 @@ from torch import nn
 from dora_mm.config.training import TrainConfig
 from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.tools.native import FILE_NAME
-from dora_mm.utils.atomic import flush, write_tensor_file
+from dora_mm.utils.atomic import flush
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.json_text import parse_json
-from dora_mm.utils.lock import check_lock
+from dora_mm.utils.lock import check_lock, make_folder
 from dora_mm.utils.messages import first_line
 from dora_mm.utils.partials import partial_of
+from dora_mm.utils.tensor_writer import write_tensor_file
 
 log = logging.getLogger(__name__)
 WEIGHTS, STATE, ABOUT = FILE_NAME, "state.pt", "checkpoint.json"  # the weights are also an adapter file
@@ -61,14 +62,14 @@ def save_checkpoint(
 
     Raises:
         OSError: The checkpoint cannot be written, for example because the disk is full; no partial one remains.
-            Safetensors and torch may wrap it in another exception.
+            Torch may wrap it in another exception.
         ValueError: Another process has taken over the run.
     """
     check_lock(folder)
     final = folder / f"step-{step:06d}"
     partial = partial_of(final)
     shutil.rmtree(partial, ignore_errors=True)  # left behind by a killed run
-    partial.mkdir(parents=True)
+    make_folder(partial)
     try:
         write_tensor_file(partial / WEIGHTS, parameters, header or {})
         with (partial / STATE).open("wb") as file:  # given a path, torch's error does not say that the disk is full

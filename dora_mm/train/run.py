@@ -26,8 +26,7 @@ from dora_mm.train.resuming import as_written, changed_values, started_config
 from dora_mm.train.trackers import chosen_trackers, started
 from dora_mm.utils.atomic import append_text, write_text
 from dora_mm.utils.folders import is_free
-from dora_mm.utils.lock import only_writer
-from dora_mm.utils.partials import PARTIAL
+from dora_mm.utils.lock import LOCK, only_writer
 from dora_mm.utils.run_directory import CONFIG, SUMMARY, RunDirectory
 
 log = logging.getLogger(__name__)
@@ -121,27 +120,36 @@ def _with_processes(accelerator: Accelerator, inputs: Mapping[str, str]) -> dict
     return {**inputs, PROCESSES: str(accelerator.num_processes)}
 
 
-def finished_run(path: Path | None, config: PipelineConfig, *results: str) -> RunDirectory | None:
+def finished_run(
+    accelerator: Accelerator, path: Path | None, config: PipelineConfig, *results: str
+) -> RunDirectory | None:
     """The run to resume, if it has ended with this config, so that nothing is left to do; it then says so.
 
     Args:
+        accelerator: The main process removes what a kill has left behind the last file.
         path: The run directory; None: a new run starts.
         config: The config that it is resumed with.
         results: The names of the files in it, beside the adapter, that a person may have deleted to have them again.
 
     Raises:
-        ValueError: `inputs.json` is missing or damaged.
+        ValueError: `inputs.json` is missing or damaged; or another process writes to the run.
     """
     if path is None:
         return None
     run = RunDirectory(path)
     adapters = [run.adapter, *([run.adapter_ema] if getattr(config, "ema", None) else [])]
     there = all((path / name).exists() for name in (SUMMARY, *results))
-    half_written = any(path.rglob(f".*{PARTIAL}"))  # the page, which comes last
-    if half_written or not there or not all(any(folder.rglob("*.safetensors")) for folder in adapters):
+    if not there or not all(any(folder.rglob("*.safetensors")) for folder in adapters):
         return None
     if changed_values(started_config(path, {config.pipeline: type(config)}), config):
         return None
+
+    def clean() -> None:
+        if (path / LOCK).exists():
+            with only_writer(path):
+                pass
+
+    by_main_process(accelerator, clean)
     done = last_step(run.checkpoints)
     patience = getattr(getattr(config, "evaluate", None), "patience", None)
     longer = twice_as_long(config, done) + (" evaluate.patience=null" if patience else "")

@@ -10,7 +10,9 @@ from typing import Any
 
 from accelerate import tracking
 
+from dora_mm.utils.lock import check_lock
 from dora_mm.utils.messages import first_line
+from dora_mm.utils.run_directory import CONFIG
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +91,7 @@ def _tracker(name: str, run: Path, config: Mapping[str, Any], step: int) -> Any:
         "wandb": {"name": title, "id": same_run, "resume": "allow", "dir": str(run), "config": dict(config)},
         "trackio": {"name": title, "resume": "allow", "config": dict(config)},
     }
+    check_lock(run / CONFIG)  # TensorBoard would make a folder anew that was removed
     try:
         kind: Any = tracking.LOGGER_TYPE_TO_CLASS[name]
         tracker = kind("tensorboard" if name == "tensorboard" else project, **settings[name])

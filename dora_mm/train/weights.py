@@ -13,9 +13,9 @@ from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.train.checkpoint import WEIGHTS, checkpoints, damage, step_of
 from dora_mm.train.optim import averaged_point
 from dora_mm.utils import yaml12
-from dora_mm.utils.atomic import save_tensors
 from dora_mm.utils.lock import only_writer
 from dora_mm.utils.run_directory import CONFIG
+from dora_mm.utils.tensor_writer import save_tensors
 
 EMA = "ema"
 

@@ -1,21 +1,15 @@
 """Atomic file writes: a file appears complete or not at all."""
 
-from __future__ import annotations
-
 import errno
 import filecmp
-import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
-from dora_mm.utils.lock import NOFOLLOW, check_lock
+from dora_mm.utils.lock import NOFOLLOW, check_lock, make_folder
 from dora_mm.utils.partials import partial_of, remove_dead
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)  # of renames onto what exists
 
@@ -39,7 +33,7 @@ def write_atomically(
             exists and has to be new.
     """
     check_lock(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = partial_of(path)
     try:
         partial.touch()
@@ -142,39 +136,3 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, flushes: bool = True
-) -> None:
-    """Writes a safetensors file; see `write_tensor_file` and `write_atomically`."""
-    write_atomically(path, lambda partial: write_tensor_file(partial, tensors, metadata), flushes=flushes)
-
-
-def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file; the same tensors and entries give the same bytes, in whatever order they are given.
-
-    Args:
-        path: The file; it is replaced if it exists.
-        tensors: Tensors on any device by name; they may be views or share memory.
-        metadata: Text entries of the file's header.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
-    from safetensors.torch import save_file  # here, so that commands which only write text need not load torch
-
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    path.touch()
-    permissions = path.stat().st_mode  # by the umask: safetensors creates files that only their owner can read
-    save_file(contiguous, path, metadata=dict(metadata))
-    path.chmod(permissions)
-    with path.open("r+b") as file:  # safetensors writes the entries in another order in each process
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        if "__metadata__" in header:
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
-        assert len(ordered) == size, path
-        file.seek(8)
-        file.write(ordered)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dora_mm.utils.atomic import already_there, claim, flush, is_same_file
+from dora_mm.utils.lock import make_folder
 from dora_mm.utils.partials import partial_of
 
 BEGUN = ".begun"  # the first file of a folder that is being filled: writers make missing folders, a removed one, too
@@ -86,7 +87,7 @@ def check_inside(file: Path, folder: Path) -> Path:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Makes a hard link, which takes no room; a copy where the file system has none, or is another one."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     try:
         os.link(source, target)
     except OSError:
@@ -103,7 +104,7 @@ def partial_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: There can be no folder.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = partial_of(path)
     try:
         partial.mkdir()

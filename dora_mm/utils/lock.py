@@ -213,3 +213,25 @@ def check_lock(path: Path) -> None:
         for folder, lock in list(_held.items()):
             if folder in parents:
                 lock.check()
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder with its parents; but not anew one of which this process is the only writer, which was removed.
+
+    Raises:
+        ValueError: Such a folder was removed, or another process has taken it over.
+        OSError: The folder cannot be made.
+    """
+    path = folder.absolute()
+    held = [each for each in _held if path.is_relative_to(each)]
+    if not held:
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    top = max(held, key=lambda each: len(each.parts))
+    try:
+        for level in reversed([path, *path.parents]):
+            if top in level.parents and not level.is_dir():
+                level.mkdir(exist_ok=True)
+    except FileNotFoundError:
+        check_lock(path)
+        raise

@@ -15,7 +15,7 @@ from dora_mm.utils.json_text import read_json
 from dora_mm.utils.lock import check_lock
 
 CONFIG, INPUTS, VERSIONS = "config.yaml", "inputs.json", "versions.json"
-SUMMARY = "summary.json"  # the last file that a training writes, so it marks a finished one
+SUMMARY = "summary.json"  # the last file that a training writes, its page included, so it marks a finished one
 SAMPLE_NOW, SAVE_NOW = "sample-now", "save-now"  # files by which a person asks a training for a sheet, or a checkpoint
 REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 

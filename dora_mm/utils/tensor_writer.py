@@ -1,9 +1,9 @@
-"""A safetensors file that is written tensor by tensor, so that memory holds one tensor at a time."""
+"""Safetensors files, without the writer of the library: it has a temporary file of its own, which a kill leaves."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -12,7 +12,49 @@ from dora_mm.utils.atomic import write_atomically
 if TYPE_CHECKING:
     from torch import Tensor
 
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64"}
+METADATA = "__metadata__"  # where the text entries of a header are
+DTYPES = {  # torch's names by those in headers, in the order in which the library writes tensors
+    "I64": "int64",
+    "F64": "float64",
+    "C64": "complex64",
+    "F32": "float32",
+    "I32": "int32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "I16": "int16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+_NAMES = {f"torch.{name}": short for short, name in DTYPES.items()}
+_Place = tuple[str, Sequence[int], int]  # of a tensor: its dtype in headers, its shape, its bytes
+
+
+def header_bytes(places: Iterable[tuple[str, _Place]], metadata: Mapping[str, str], room: int = 0) -> bytes:
+    """The beginning of a file whose tensors lie one behind the other.
+
+    Args:
+        places: What is said of each tensor, by its name, in their order.
+        metadata: Text entries of the header.
+        room: The length of the header's text; 0: as long as it is. What it does not need is filled with spaces.
+    """
+    found: dict[str, Any] = {METADATA: dict(sorted(metadata.items()))}
+    end = 0
+    for name, (dtype, shape, size) in places:
+        begin, end = end, end + size
+        found[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode()
+    room = room or len(text) + -len(text) % 8
+    assert len(text) <= room, (len(text), room)
+    return room.to_bytes(8, "little") + text.ljust(room)
+
+
+def in_order(dtypes: Mapping[str, str]) -> list[str]:
+    """The names of tensors in the order in which the safetensors library writes them, from their dtypes in headers."""
+    place = {dtype: number for number, dtype in enumerate(DTYPES)}
+    return sorted(dtypes, key=lambda name: (place[dtypes[name]], name))
 
 
 class TensorWriter:
@@ -27,8 +69,7 @@ class TensorWriter:
     def __init__(self, file: BinaryIO, room: int):
         self._file = file
         self._room = -(-room // 8) * 8
-        self._entries: dict[str, Any] = {}
-        self._end = 0
+        self._places: dict[str, _Place] = {}
         file.write(bytes(8 + self._room))
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -37,24 +78,26 @@ class TensorWriter:
         Raises:
             ValueError: There is a tensor of this name already.
         """
-        import torch  # here, so that commands which only write text need not load torch
-
-        if name in self._entries:
+        if name in self._places:
             raise ValueError(f"two tensors would be called {name}")
-        flat = tensor.detach().cpu().contiguous()
-        begin, self._end = self._end, self._end + flat.numel() * flat.element_size()
-        dtype = _DTYPES[str(flat.dtype).removeprefix("torch.")]
-        self._entries[name] = {"dtype": dtype, "shape": list(flat.shape), "data_offsets": [begin, self._end]}
-        self._file.write(flat.reshape(-1).view(torch.uint8).numpy().data)
+        self._places[name] = _place(tensor)
+        _write(self._file, tensor)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Writes the header."""
-        header = json.dumps(
-            {"__metadata__": dict(sorted(metadata.items())), **self._entries}, separators=(",", ":")
-        ).encode()
-        assert len(header) <= self._room, (len(header), self._room)
+        header = header_bytes(self._places.items(), metadata, self._room)
         self._file.seek(0)
-        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        self._file.write(header)
+
+
+def _place(tensor: Tensor) -> _Place:
+    return _NAMES[str(tensor.dtype)], tensor.shape, tensor.numel() * tensor.element_size()
+
+
+def _write(file: BinaryIO, tensor: Tensor) -> None:
+    import torch  # here, so that commands which only write text need not load torch
+
+    file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_tensors(path: Path, room: int, write: Callable[[TensorWriter], Mapping[str, str]]) -> None:
@@ -75,3 +118,29 @@ def write_tensors(path: Path, room: int, write: Callable[[TensorWriter], Mapping
             writer.finish(write(writer))
 
     write_atomically(path, run)
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, flushes: bool = True
+) -> None:
+    """Writes a safetensors file; see `write_tensor_file` and `write_atomically`."""
+    write_atomically(path, lambda partial: write_tensor_file(partial, tensors, metadata), flushes=flushes)
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file; the same tensors and entries give the same bytes, in whatever order they are given.
+
+    Args:
+        path: The file; it is replaced if it exists.
+        tensors: Tensors on any device by name; they may be views or share memory.
+        metadata: Text entries of the file's header.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    places = {name: _place(tensor) for name, tensor in tensors.items()}
+    order = in_order({name: dtype for name, (dtype, _, _) in places.items()})
+    with path.open("wb") as file:
+        file.write(header_bytes(((name, places[name]) for name in order), metadata))
+        for name in order:
+            _write(file, tensors[name])

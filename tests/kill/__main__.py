@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from random import Random
 
@@ -29,7 +30,7 @@ import dora_mm.models.images.families
 import dora_mm.studies.plots  # noqa: F401
 from dora_mm.cli.errors import user_message
 from dora_mm.recipes import PIPELINES
-from tests.kill.commands import COMMANDS, Command, files_of, prepare
+from tests.kill.commands import COMMANDS, THUMBNAIL, Command, files_of, prepare
 from tests.kill.disturbances import DISTURBANCES, KILLED, Disturbance, counting, disturb, other_input
 
 RECIPES = (
@@ -54,6 +55,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--commands", nargs="*", help="only these")
     parser.add_argument("--things", nargs="*", help="only these, such as SIGKILL")
+    parser.add_argument("--events", type=int, nargs="*", help="only at these, from 0; from the last one, if negative")
+    parser.add_argument("--kills", type=int, help="so many of all commands together, at random events; nothing else")
     parser.add_argument("--output", type=Path, help="a CSV file: how often what happened to which command")
     given = parser.parse_args()
     rows, bad = [], []
@@ -62,11 +65,15 @@ def main() -> int:
         os.environ["XDG_CACHE_HOME"] = str(root / "cache")
         (root / "prepared").mkdir()
         assert in_child(prepare, root / "prepared") == 0
-        for what in given.commands or COMMANDS:
-            bench = Bench(what, COMMANDS[what], root, given.seed)
-            for thing in given.things or DISTURBANCES:
+        names = given.commands or list(COMMANDS)
+        for place, what in enumerate(names):
+            bench, events = Bench(what, COMMANDS[what], root, given.seed), given.events
+            if given.kills:
+                events = bench.random.sample(range(bench.events), len(range(place, given.kills, len(names))))
+            for thing in ["SIGKILL"] if given.kills else given.things or DISTURBANCES:
                 most = given.each if thing == "SIGKILL" else given.others
-                number, found = bench.disturbed(thing, max(most // 5, 1) if COMMANDS[what].is_long else most)
+                most = max(most // 5, 1) if COMMANDS[what].is_long else most
+                number, found = bench.disturbed(thing, bench.moments(thing, most, events))
                 rows.append({"command": what, "what happens": thing, "times": number, "other files": len(found)})
                 print("\n".join([*found, f"{what}: {thing}, {number} times"]), flush=True)
                 bad += found
@@ -80,7 +87,7 @@ def main() -> int:
 
 
 class Bench:
-    """One command, and the files of its undisturbed runs: with its inputs, and with another one."""
+    """One command, and the files of its undisturbed runs."""
 
     def __init__(self, name: str, command: Command, root: Path, seed: int):
         self.name, self.command, self.root, self.random = name, command, root, Random(f"{name} {seed}")
@@ -88,28 +95,38 @@ class Bench:
         self.whole = self._whole()
         self.seconds, self.events = time.monotonic() - begin, EVENTS[0]
         assert self._whole() == self.whole, f"{name} does not repeat itself"
-        self.other = self._whole(other_input)
 
-    def disturbed(self, thing: str, most: int) -> tuple[int, list[str]]:
-        """Disturbs it so often; returns how often, and what was wrong.
+    @cached_property
+    def other(self) -> Files:
+        """The files with another input."""
+        return self._whole(other_input)
 
-        At events in turn, or as many of them as are wanted, evenly spread; SIGKILL also between them, at random.
-        """
+    def disturbed(self, thing: str, moments: Iterable[int | float]) -> tuple[int, list[str]]:
+        """Disturbs it at each of these moments; returns how often, and what was wrong."""
         what, bad, number = DISTURBANCES[thing], list[str](), 0
-        for moment in self._moments(thing, most):
+        for moment in moments:
             folder, number = fresh(self.root), number + 1
             code = in_child(self.command.run, folder, self._hook(what, folder, moment), moment)
             bad += [f"{self.name}, {thing} at {moment}: {problem}" for problem in self._problems(what, folder, code)]
         return number, bad
 
-    def _moments(self, thing: str, most: int) -> Iterator[int | float]:
-        """Numbers of events, and seconds."""
+    def moments(self, thing: str, most: int, chosen: Sequence[int] | None) -> Iterator[int | float]:
+        """When it is disturbed: numbers of events, and seconds.
+
+        Args:
+            thing: What happens. SIGKILL happens at random, too, where there are fewer events.
+            most: As many events as this, evenly spread.
+            chosen: These events instead; negative ones are counted from the last one.
+        """
+        if chosen is not None:
+            yield from sorted({event % self.events for event in chosen})
+            return
         yield from range(0, self.events, -(-self.events // most))
         if thing == "SIGKILL":
             yield from (self.random.uniform(0, self.seconds) for _ in range(most - self.events))
 
     def _problems(self, what: Disturbance, folder: Path, code: int) -> Iterator[str]:
-        right = [self.whole, self.other] if what.stays else [self.whole]
+        right = [self.whole, with_thumbnails(self.whole, self.other), self.other] if what.stays else [self.whole]
         if code not in (*what.codes, 0):
             yield f"exit code {code}"
         restore(self.root / "prepared", folder)
@@ -155,6 +172,12 @@ def names_of_differences(one: Files, other: Files) -> list[str]:
     return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
 
 
+def with_thumbnails(files: Files, shown: Files) -> Files:
+    """The files of a training whose pictures changed when they were read: a page shows pictures as they are now."""
+    others = {name: what for name, what in files.items() if not THUMBNAIL(name)}
+    return others | {name: what for name, what in shown.items() if THUMBNAIL(name)}
+
+
 def fresh(root: Path) -> Path:
     """The prepared folder, anew: always in the same place, since files name others by their paths."""
     folder = root / "work"
@@ -169,7 +192,7 @@ def restore(prepared: Path, folder: Path) -> None:
         target = folder / path.relative_to(prepared)
         if path.is_file() and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, target)
+            shutil.copy2(path, target)
 
 
 def in_child(

@@ -105,8 +105,9 @@ def make_run() -> None:
     RunDirectory.create("a", "seed: 1\n", "out/run", {"data": str(digest)})
 
 
-OURS = r"thumbnails/|versions\.json|metrics|summary|events\.out|manifest|checkpoint\.json|state\.pt|\.html$"
-NAMED_BY_TIME = r"events\.out.*|[0-9a-f]{16}(?=\.webp$)"  # a page shows pictures as they are now, under such names
+OURS = r"versions\.json|metrics|summary|events\.out|manifest|checkpoint\.json|state\.pt|\.html$"
+NAMED_BY_TIME = r"events\.out.*"
+THUMBNAIL = re.compile(r"/thumbnails/[0-9a-f]{16}\.webp$").search  # of a picture, named by its path, time and size
 COMMANDS: dict[str, Command] = {
     "new": Command(command("new", "sdxl", "style", "--images", "pictures"), "pictures/0.png"),
     "convert to a file": Command(

@@ -213,8 +213,16 @@ def test_two_processes_equal_one_with_the_whole_batch(folder, tiny_folder, capsy
     shown = (folder / "second.log").read_text()
     assert shown.count("parameters (") == 3  # three runs: only the main process informs
     assert json.loads((folder / "chat_two" / "summary.json").read_text())["steps"] == STEPS
-    assert main(["train", "--resume", str(folder / "chat_two"), "--set", f"train.steps={STEPS + 1}"]) == 2
-    assert "cannot be resumed: the number of processes changed" in capsys.readouterr().err
+    longer = ["--set", f"train.steps={STEPS + 1}"]
+    for name in ("chat_two", "bart_two", "sdxl_two"):
+        assert main(["train", "--resume", str(folder / name), *longer]) == 2
+        assert f"{name} cannot be resumed: the number of processes changed" in capsys.readouterr().err
+    for name in ("chat_one", "bart_one", "sdxl_one"):
+        with launched(["train", "--resume", str(folder / name), *longer], log=folder / "third.log") as process:
+            assert process.wait(timeout=300) != 0
+        said = (folder / "third.log").read_text()
+        assert said.count(f"{name} cannot be resumed: the number of processes changed") == 1
+        assert last_step(folder / name / "checkpoints") == STEPS
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The labelled sheets of jobs: what goes across and down, and what labels say."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -63,6 +64,19 @@ def test_more_seeds_than_fit_go_to_other_sheets_of_one_width(drawn):
     assert [len(top) for _, top in tables] == [14, 14, 12]
     assert tables[1][1][0] == "seed 7, no adapter"
     assert len(sizes) == 3
+
+
+@pytest.mark.parametrize("pictures", [table(130, [0], [1.0]), table(90, [0, 1], [1.0])], ids=["contact", "table"])
+def test_one_sheet_is_in_memory_at_a_time(tmp_path, monkeypatch, pictures):
+    save, before = sheets.save_atomically, []
+
+    def save_alone(file, picture):
+        assert not before or before[-1]() is None
+        before.append(weakref.ref(picture))
+        save(file, picture)
+
+    monkeypatch.setattr(sheets, "save_atomically", save_alone)
+    assert len(save_sheets(job_of(tmp_path, pictures))) == len(before) == 3
 
 
 def test_many_rows_stand_in_blocks_beside_each_other(drawn):

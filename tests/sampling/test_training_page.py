@@ -11,8 +11,8 @@ from dora_mm.cli.commands import take_job
 from dora_mm.cli.parser import build_parser
 from dora_mm.config import load_config
 from dora_mm.config.loader import dump_config
+from dora_mm.sampling.gallery import folder, update_page
 from dora_mm.sampling.gallery import training as about
-from dora_mm.sampling.gallery import update_page
 from dora_mm.sampling.gallery.thumbnails import Thumbnails
 from dora_mm.sampling.manifest import read_manifest
 from dora_mm.utils.run_directory import RunDirectory
@@ -185,16 +185,38 @@ def test_large_pictures_are_decoded_for_the_first_page_alone(tmp_path, monkeypat
     write_rows(run.path / "manifest.jsonl", rows)
     scaled, add = [], Thumbnails.add
     monkeypatch.setattr(
-        Thumbnails, "add", lambda self, source, image: scaled.append(source.name) or add(self, source, image)
+        Thumbnails, "add", lambda self, path, image: scaled.append(image.size) or add(self, path, image)
     )
     update_page(run.path)
-    assert sorted(scaled) == ["0.png", "1.png", "2.png"]
+    assert scaled == [(600, 600)] * 3
     Image.new("RGB", (700, 600), "red").save(run.path / "1.png")
     update_page(run.path)
-    assert sorted(scaled) == ["0.png", "1.png", "1.png", "2.png"]  # the one that has changed
+    assert scaled[3:] == [(700, 600)]  # the one that has changed
     shown = data_of(run.path / "gallery" / "index.html")["pictures"]
     assert [item["size"] for item in shown] == [[600, 600], [700, 600], [600, 600]]
     assert len(list((run.path / "gallery" / "thumbnails").iterdir())) == 3
+
+
+def test_a_picture_that_changes_while_it_is_read_has_its_own_thumbnail_on_the_next_page(tmp_path, monkeypatch):
+    run, read = make_training(tmp_path / "run", drawn=()), folder._read
+    write_rows(
+        run.path / "manifest.jsonl",
+        [{"row": 1, "file": "1.png", "status": "done", "batch": 1, "settings": {"prompt": "a", "adapter": None}}],
+    )
+    Image.new("RGB", (600, 600), "red").save(run.path / "1.png")
+
+    def read_and_change(path, **settings):
+        found = read(path, **settings)
+        Image.new("RGB", (700, 600), "blue").save(path)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "_read", read_and_change)
+        update_page(run.path)
+    update_page(run.path)
+    (thumbnail,) = (run.path / "gallery" / "thumbnails").iterdir()
+    red, _, blue = Image.open(thumbnail).convert("RGB").getpixel((0, 0))
+    assert blue > red
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------

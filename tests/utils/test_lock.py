@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_mm.utils import lock, partials
+from dora_mm.utils import atomic, lock, partials
 from dora_mm.utils.atomic import write_atomically, write_text
 from dora_mm.utils.lock import LOCK, FolderLock, check_lock, only_writer
 
@@ -127,6 +128,21 @@ def test_a_write_elsewhere_does_not_depend_on_the_lock(tmp_path):
         with pytest.raises(ValueError, match=r"its .lock is gone, .* writes nothing more"):
             write_text(tmp_path / "run" / "folder" / "file", "text")
     assert not (tmp_path / "run" / "folder").exists()
+
+
+@pytest.mark.parametrize("name", ["file", "folder/file"])
+def test_a_folder_that_is_removed_while_it_is_written_to_is_not_made_anew(tmp_path, monkeypatch, name):
+    (tmp_path / "run").mkdir()
+
+    def vanish(path):  # behind the first check of a write
+        monkeypatch.undo()
+        shutil.rmtree(tmp_path / "run")
+
+    with only_writer(tmp_path / "run"):
+        monkeypatch.setattr(atomic, "check_lock", vanish)
+        with pytest.raises(ValueError, match=r"its .lock is gone"):
+            write_text(tmp_path / "run" / name, "text")
+    assert not (tmp_path / "run").exists()
 
 
 def test_who_is_stopped_while_it_writes_finds_its_file_gone(tmp_path, elsewhere, monkeypatch):

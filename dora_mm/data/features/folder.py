@@ -21,8 +21,9 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dora_mm.utils.atomic import save_tensors, write_text
+from dora_mm.utils.atomic import write_text
 from dora_mm.utils.json_text import parse_json, read_bounded
+from dora_mm.utils.tensor_writer import save_tensors
 
 log = logging.getLogger(__name__)
 INDEX = "index.json"

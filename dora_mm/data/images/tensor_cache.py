@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dora_mm.utils.atomic import save_tensors
+from dora_mm.utils.tensor_writer import save_tensors
 
 log = logging.getLogger(__name__)
 

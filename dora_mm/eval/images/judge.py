@@ -20,7 +20,7 @@ from dora_mm.eval.images.encoder import Features
 from dora_mm.eval.images.scores import Scores, write_json
 from dora_mm.eval.images.style import CLASSES, StyleClassifier, StyleSpace
 from dora_mm.eval.statistics import Gaussian
-from dora_mm.utils.atomic import save_tensors
+from dora_mm.utils.tensor_writer import save_tensors
 
 FILES = TENSORS, DESCRIPTION = "judge.safetensors", "judge.json"
 REQUIRED = {"brick": 0.95, "3d against fluent flat": 0.90}  # accuracies that its scores need to mean anything

@@ -16,27 +16,13 @@ import torch
 
 from dora_mm.utils.json_text import unique_members
 from dora_mm.utils.messages import UNSEEN, shown
+from dora_mm.utils.tensor_writer import DTYPES, METADATA, header_bytes
 
 LONGEST_NAME = 1000  # characters
 _LONGEST_ENTRY = 1000  # characters of what is said about a tensor
 _MAX_DIMENSIONS = 8
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, of_torch) for name, of_torch in DTYPES.items()}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_METADATA = "__metadata__"
 _BEGIN = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*(\}[ \t\n\r]*)?")
 _COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
 _NEXT = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
@@ -84,31 +70,26 @@ def parse_header(header: bytes, size: int) -> tuple[dict[str, TensorEntry], dict
     start = 8 + len(header)
 
     def value(text: str, place: int, key: str) -> tuple[Any, int]:
-        is_metadata = key == _METADATA and text[place : place + 1] == "{"
+        is_metadata = key == METADATA and text[place : place + 1] == "{"
         return _members(text, place, _text) if is_metadata else _entry(text, place, key, start)
 
     try:
         text = header.decode()
         del header
         found, end = _members(text, 0, value)
+        metadata = found.pop(METADATA, {})
+        "".join([*metadata, *metadata.values()]).encode()  # half a surrogate pair, which no other reader takes
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"its header is not valid JSON: {error}") from error
     if end != len(text):
         raise DamagedError("its header is not valid JSON: something follows it")
-    metadata = found.pop(_METADATA, {})
     return _in_order(found, start, size), metadata
 
 
 def write_header(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
     """The beginning of a file whose tensors lie one behind the other, in the order of the entries."""
-    found: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))}
-    end = 0
-    for key, entry in entries.items():
-        offsets = [end, end := end + entry.num_bytes]
-        found[key] = {"dtype": entry.dtype_name, "shape": list(entry.shape), "data_offsets": offsets}
-    text = json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode()
-    padded = text.ljust(-(-len(text) // 8) * 8)
-    return len(padded).to_bytes(8, "little") + padded
+    places = ((key, (entry.dtype_name, entry.shape, entry.num_bytes)) for key, entry in entries.items())
+    return header_bytes(places, metadata)
 
 
 def _in_order(found: dict[str, TensorEntry], start: int, size: int) -> dict[str, TensorEntry]:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -54,13 +55,19 @@ def write_gallery(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path) ->
     return folder / INDEX
 
 
-def fill_gallery(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path, earlier: Path) -> None:
+def fill_gallery(
+    runs: Mapping[Path, Sequence[ManifestEntry]],
+    folder: Path,
+    earlier: Path,
+    summaries: Mapping[Path, Mapping[str, Any]] = MappingProxyType({}),
+) -> None:
     """Writes the files of a gallery into a folder.
 
     Args:
         runs: As in `write_gallery`.
         folder: A folder without any of them.
         earlier: Where the earlier gallery is, whose thumbnails are taken over, if there is one.
+        summaries: Those of trainings that write them after the page, by their run directories.
 
     Raises:
         ValueError: A manifest names a file outside of its run.
@@ -70,33 +77,38 @@ def fill_gallery(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path, ear
     thumbnails = Thumbnails(folder / THUMBNAILS, earlier / THUMBNAILS)
     data = gallery_data(_add_all(runs, folder, thumbnails))
     configs = {run: config for run in runs if (config := training_config(run))}
-    trainings = [_add_training(run, config, folder, thumbnails) for run, config in configs.items()]
+    trainings = [_add_training(run, config, folder, thumbnails, summaries.get(run)) for run, config in configs.items()]
     write_text(folder / INDEX, page({**data, "trainings": plain(trainings)}))
 
 
-def update_page(run: Path) -> None:
+def update_page(run: Path, summary: Mapping[str, Any] | None = None) -> None:
     """Writes the gallery of a training in its run directory; where that cannot be, the training goes on without.
 
     Args:
         run: The run directory.
+        summary: Of one that has ended, which writes it after the page; None: it goes on.
     """
     new = not (run / GALLERY / INDEX).exists()
     try:
-        page = write_gallery({run: read_pictures(run)}, run / GALLERY)
+        with _replacing(run / GALLERY) as partial:
+            fill_gallery({run: read_pictures(run)}, partial, run / GALLERY, {run: summary} if summary else {})
+        page = run / GALLERY / INDEX
         log.log(logging.INFO if new else logging.DEBUG, "page     %s, written anew with each sheet", page)
     except (OSError, ValueError) as error:  # a full disk, a file of somebody's in the folder
         log.warning("The page of the training was not written: %s", error)
 
 
-def _add_training(run: Path, config: PipelineConfig, folder: Path, thumbnails: Thumbnails) -> dict[str, Any]:
+def _add_training(
+    run: Path, config: PipelineConfig, folder: Path, thumbnails: Thumbnails, summary: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """What the page knows of a training, with the thumbnails of its training pictures."""
     sources, note = training_pictures(config)
-    for source in sources:
-        if not thumbnails.has(source) and (image := _read(source)):
-            thumbnails.add(source, image)
     shown = [(source.name, thumbnails.path(source)) for source in sources]
+    for source, (_, file) in zip(sources, shown, strict=True):
+        if not thumbnails.has(file) and (image := _read(source)):
+            thumbnails.add(file, image)
     pictures = [{"name": name, "file": _address(file, folder)} for name, file in shown if file.is_file()]
-    return {**about_training(run, config), "pictures": pictures, "note": note}
+    return {**about_training(run, config, summary), "pictures": pictures, "note": note}
 
 
 def _check_files(run: Path, entries: Sequence[ManifestEntry]) -> None:
@@ -134,7 +146,8 @@ def _add(run: Path, number: int, entry: ManifestEntry, folder: Path, thumbnails:
     name = Path(str(number), source.relative_to(run.resolve()))
     if not source.is_file():
         return GalleryPicture(str(run), replace(entry, status="missing", reason="its file is not there any more"))
-    known = thumbnails.has(source)  # then it was decoded before
+    small = thumbnails.path(source)
+    known = thumbnails.has(small)  # then it was decoded before
     image = _read(source, decode=not known)
     if image is None:
         return GalleryPicture(str(run), replace(entry, status="failed", reason=NOT_A_PICTURE))
@@ -144,8 +157,8 @@ def _add(run: Path, number: int, entry: ManifestEntry, folder: Path, thumbnails:
     file = thumbnail = _address(copy, folder)
     if max(image.size) > SIDE:
         if not known:
-            thumbnails.add(source, image)
-        thumbnail = _address(thumbnails.path(source), folder)
+            thumbnails.add(small, image)
+        thumbnail = _address(small, folder)
     return GalleryPicture(str(run), entry, file, thumbnail, image.size)
 
 

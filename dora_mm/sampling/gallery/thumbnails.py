@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from dora_mm.utils.folders import link_or_copy
+from dora_mm.utils.lock import make_folder
 
 SIDE = 512  # pixels of a thumbnail's longer side: sharp on a screen of twice the density; some 25 kB
 
@@ -21,29 +22,29 @@ class Thumbnails:
     def __init__(self, folder: Path, earlier: Path):
         self.folder, self.earlier = folder, earlier
 
-    def has(self, source: Path) -> bool:
-        """Takes over the thumbnail of a picture from the earlier gallery; False: it has none of the file as it is."""
-        kept = self.earlier / _name(source)
-        if kept.is_file() and not (self.folder / kept.name).exists():
-            link_or_copy(kept, self.folder / kept.name)
+    def path(self, source: Path) -> Path:
+        """Where the thumbnail of a picture as it is now is, or will be: to be asked before the picture is read."""
+        return self.folder / _name(source)
+
+    def has(self, path: Path) -> bool:
+        """Takes over a thumbnail from the earlier gallery; False: it has none of the picture as it is."""
+        kept = self.earlier / path.name
+        if kept.is_file() and not path.exists():
+            link_or_copy(kept, path)
         return kept.is_file()
 
-    def add(self, source: Path, image: Image.Image) -> None:
+    def add(self, path: Path, image: Image.Image) -> None:
         """Saves the thumbnail of a picture.
 
         Args:
-            source: The file of the picture.
-            image: Its pixels.
+            path: Where it will be.
+            image: The pixels of the picture.
         """
         upright = ImageOps.exif_transpose(image)
         small = upright.convert("RGBA" if image.has_transparency_data else "RGB")
         small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        small.save(self.folder / _name(source), "WEBP", quality=82, method=2)
-
-    def path(self, source: Path) -> Path:
-        """Where the thumbnail of a picture is, or will be."""
-        return self.folder / _name(source)
+        make_folder(self.folder)
+        small.save(path, "WEBP", quality=82, method=2)
 
 
 def _name(source: Path) -> str:

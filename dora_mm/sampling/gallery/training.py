@@ -64,10 +64,16 @@ def training_config(path: Path) -> PipelineConfig | None:
         raise ValueError(f"{path / CONFIG} is not as the training wrote it ({problems})") from None
 
 
-def about_training(path: Path, config: PipelineConfig) -> dict[str, Any]:
-    """What the page knows of a training, as plain values, but for its pictures."""
+def about_training(path: Path, config: PipelineConfig, summary: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What the page knows of a training, as plain values, but for its pictures.
+
+    Args:
+        path: The run directory.
+        config: The config of the training.
+        summary: Its summary, where that is written after the page; None: the one that is there, if it has ended.
+    """
     run, rows = RunDirectory(path), rows_until(path / "metrics.jsonl")
-    summary = _summary(path)
+    summary = _summary(path) if summary is None else summary
     done = summary.get("steps") or max((row["step"] for row in rows), default=0)
     steps = config.train.steps  # type: ignore[attr-defined]
     kept = {step: str(folder) for step, folder in _checkpoints(run)}

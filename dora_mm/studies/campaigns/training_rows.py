@@ -197,7 +197,6 @@ class TrainingRows:
         """Writes rows into the file, in place of those of the same trainings."""
         added = {row.training.name: row for row in rows}
         self.found = {**self._read(), **added}  # what others have added since stays
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         rows = [replace(row, scores=packed(row.scores)) for row in sorted(self.found.values(), key=_order)]
         write_text(self.file, csv_records([asdict(row) for row in rows]))
 

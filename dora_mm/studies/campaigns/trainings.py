@@ -14,6 +14,7 @@ import torch
 from dora_mm.studies.campaigns.subprocesses import TrainingProcess, run_processes, start_process
 from dora_mm.studies.variants import Variant
 from dora_mm.train.run import DIVERGED
+from dora_mm.utils.lock import LOCK
 from dora_mm.utils.run_directory import SUMMARY, VERSIONS
 
 log = logging.getLogger(__name__)
@@ -72,8 +73,9 @@ class Trainings:
         return (self.run(training) / DIVERGED).is_file()
 
     def is_finished(self, training: Training) -> bool:
-        """Whether there is nothing left to train."""
-        return (self.run(training) / SUMMARY).is_file() or self.has_diverged(training)
+        """Whether there is nothing left to train, and the last process that did so came to its end."""
+        has_ended = (self.run(training) / SUMMARY).is_file() or self.has_diverged(training)
+        return has_ended and not (self.run(training) / LOCK).exists()
 
     def train(self, trainings: Iterable[Training], finished: Callable[[Training], None]) -> None:
         """Runs the trainings that are not finished, and resumes those that were interrupted.
@@ -90,10 +92,12 @@ class Trainings:
         unfinished = [training for training in by_name.values() if not self.is_finished(training)]
         for training in by_name.values():
             if training not in unfinished:
+                self._delete_unneeded(training.name)  # a kill may have come before
                 finished(training)
 
         def succeeded(process: TrainingProcess) -> None:
-            self._delete_unneeded(process)
+            self._delete_unneeded(process.name)
+            log.info("Trained %s.", process.name)
             finished(by_name[process.name])
 
         if unfinished:
@@ -111,7 +115,6 @@ class Trainings:
         threads = max(1, torch.get_num_threads() // self.workers)
         return start_process(training.name, arguments, self.folder / "logs" / f"{training.name}.txt", threads)
 
-    def _delete_unneeded(self, training: TrainingProcess) -> None:
+    def _delete_unneeded(self, training: str) -> None:
         for name in DELETED_WHEN_FINISHED:
-            shutil.rmtree(self.folder / "runs" / training.name / name, ignore_errors=True)
-        log.info("Trained %s.", training.name)
+            shutil.rmtree(self.folder / "runs" / training / name, ignore_errors=True)

@@ -20,8 +20,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from dora_mm.config.loader import dump_config
-from dora_mm.utils.atomic import save_tensors, write_atomically
+from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.run_directory import RunDirectory
+from dora_mm.utils.tensor_writer import save_tensors
 from samples.build.packages import ROOT
 from samples.build.pretraining.batches import batch_indices
 from samples.build.pretraining.shared_image import SharedImageBatch, SharedImageTask, row_of

@@ -72,6 +72,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         ("{}".encode("utf-16"), "not valid JSON"),
         ([], "its header is not a JSON object"),
         ({"__metadata__": {"a": 1}}, "not a table of texts"),
+        ({"__metadata__": {"a": "\ud800"}}, "not valid JSON"),
         ({"x": 1}, "does not describe x"),
         ({"x": entry(dtype="F13")}, "x has the unknown dtype F13"),
         ({"x": entry(dtype=["F32"])}, "unknown dtype"),

@@ -25,10 +25,11 @@ from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.models.images import families
 from dora_mm.recipes import PIPELINES
+from dora_mm.sampling.gallery import folder as gallery_folder
 from dora_mm.sampling.manifest import read_manifest
 from dora_mm.train.checkpoint import checkpoints
 from dora_mm.train.metrics import read_metrics
-from dora_mm.utils.lock import only_writer
+from dora_mm.utils.lock import LOCK, only_writer
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 from tests.pipelines.pictures.test_sample import make_adapter
 from tests.shared.killed import files_in
@@ -396,9 +397,10 @@ def test_a_finished_run_is_extended(config, tmp_path, caplog, capsys):
     assert longer in caplog.text
     assert f"to draw  dora-mm sample --set adapter.path={run}" in capsys.readouterr().out
     assert files_in(run) == before
-    (run / ".gallery.old.5bce98f7-1.partial").mkdir()  # by a kill in the writing of the page, which comes last
+    (run / LOCK).touch()  # a kill behind the last file, and one in the middle of a request
+    (run / ".sheet.png.5bce98f7-1.partial").touch()
     assert main(["train", "--resume", str(run)]) == 0
-    assert not list(run.glob(".*.partial"))
+    assert files_in(run) == before
     assert main(["train", "--resume", str(run), "--set", "train.steps=2", "adapter.strength=0.5"]) == 0
     assert load_config(run / "config.yaml").train.steps == 2
     assert json.loads((run / "summary.json").read_text())["steps"] == 2
@@ -409,6 +411,19 @@ def test_a_finished_run_is_extended(config, tmp_path, caplog, capsys):
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert main(["train", "--resume", str(run), "--set", "optimizer.eps=1.0"]) == 2
     assert "optimizer.eps cannot change from null to 1.0" in capsys.readouterr().err
+
+
+def test_a_training_that_is_stopped_at_its_last_page_has_it_when_it_is_resumed(config, tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    path, run = config(train__steps=1, adapter__parts=["unet.attn"], sample__steps=1), str(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(gallery_folder, "fill_gallery", stop)
+        assert main(["train", str(path)]) == 130
+    assert main(["train", "--resume", run]) == 0
+    (about,) = data_of(tmp_path / "run" / "gallery" / "index.html")["trainings"]
+    assert about["finished"]
 
 
 def test_the_printed_command_draws_the_pictures_of_the_sheet(config, tmp_path, capsys, caplog, monkeypatch):
@@ -514,6 +529,11 @@ CHANGED = {  # what is named in the message
     "the model's text_encoder_2": "model/text_encoder_2/model.safetensors",
     "the model's tokenizer": "model/tokenizer/tokenizer_config.json",
     "the initial adapter": f"first/adapter/{ADAPTER}",
+    "the number of processes": "run/inputs.json",
+}
+REPLACED = {  # in files whose last character says nothing
+    "pictures/metadata.jsonl": (b"thing 3", b"thing three"),
+    "run/inputs.json": (b'processes": "1"', b'processes": "2"'),
 }
 
 
@@ -527,7 +547,8 @@ def test_a_run_is_resumed_with_the_same_inputs_only(config, tmp_path, tiny_folde
     for what, name in CHANGED.items():
         file, before = tmp_path / name, (tmp_path / name).read_bytes()
         flipped = before[:-1] + bytes([before[-1] ^ 1]) if file.suffix == ".safetensors" else before + b"\n"
-        file.write_bytes(flipped if "pictures" not in name else before.replace(b"thing 3", b"thing three"))
+        file.write_bytes(before.replace(*REPLACED[name]) if name in REPLACED else flipped)
+        assert file.read_bytes() != before
         assert main(resume) == 2
         assert f"{tmp_path / 'run'} cannot be resumed: {what} changed since" in capsys.readouterr().err
         file.write_bytes(before)

@@ -14,6 +14,7 @@ from dora_mm.studies.campaigns import trainings as module
 from dora_mm.studies.campaigns.subprocesses import TrainingProcess, check_process, start_process
 from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.variants import Variant
+from dora_mm.utils.lock import LOCK
 
 LORA = Variant("lora", 2)
 
@@ -46,9 +47,15 @@ def test_an_interrupted_training_is_resumed(trainings, monkeypatch):
     assert commands[-1] == ["train", "--resume", str(run)]
     assert not (run / "checkpoints").exists()
     (run / "summary.json").touch()
-    trainings.train([training], finished.append)
-    assert len(commands) == 3
-    assert finished == [training] * 4
+    (run / LOCK).touch()
+    trainings.train([training], finished.append)  # killed behind its last file
+    assert commands[3:] == [["train", "--resume", str(run)]]
+    (run / LOCK).unlink()
+    (run / "checkpoints").mkdir()
+    trainings.train([training], finished.append)  # the campaign was killed when the training had ended
+    assert not (run / "checkpoints").exists()
+    assert len(commands) == 4
+    assert finished == [training] * 5
 
 
 class Stub:
