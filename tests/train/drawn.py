@@ -29,9 +29,9 @@ from dora_mm.train.run import training_run
 from dora_mm.train.schedule import Schedule
 from dora_mm.train.validation import OVERALL, STAGE, Validation
 from dora_mm.train.weights import EMA, WeightAverage, result_of
-from dora_mm.utils.atomic import save_tensors
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.randomness import generator
+from dora_mm.utils.tensor_writer import save_tensors
 from tests.shared.small_training import but_for_seconds
 
 STEPS = 7
