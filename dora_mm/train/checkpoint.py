@@ -69,7 +69,8 @@ def save_checkpoint(
     final = folder / f"step-{step:06d}"
     partial = partial_of(final)
     shutil.rmtree(partial, ignore_errors=True)  # left behind by a killed run
-    make_folder(partial)
+    make_folder(partial.parent)
+    partial.mkdir()
     try:
         write_tensor_file(partial / WEIGHTS, parameters, header or {})
         with (partial / STATE).open("wb") as file:  # given a path, torch's error does not say that the disk is full

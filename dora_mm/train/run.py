@@ -146,7 +146,7 @@ def finished_run(
 
     def clean() -> None:
         if (path / LOCK).exists():
-            with only_writer(path):
+            with contextlib.suppress(OSError), only_writer(path):  # a copy on a disk that is read-only stays as it is
                 pass
 
     by_main_process(accelerator, clean)

@@ -191,7 +191,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: Another process writes to it; the message says who.
     """
-    path = folder.absolute()
+    path = folder.resolve()
     lock = FolderLock(folder)
     _held[path] = lock
     try:
@@ -209,9 +209,9 @@ def check_lock(path: Path) -> None:
         ValueError: Another process has taken the folder over.
     """
     if _held:
-        parents = path.absolute().parents
+        parent = path.parent.resolve()  # a page is written where the run really is
         for folder, lock in list(_held.items()):
-            if folder in parents:
+            if parent.is_relative_to(folder):
                 lock.check()
 
 
@@ -222,7 +222,7 @@ def make_folder(folder: Path) -> None:
         ValueError: Such a folder was removed, or another process has taken it over.
         OSError: The folder cannot be made.
     """
-    path = folder.absolute()
+    path = folder.resolve()
     held = [each for each in _held if path.is_relative_to(each)]
     if not held:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 
 METADATA = "__metadata__"  # where the text entries of a header are
 DTYPES = {  # torch's names by those in headers, in the order in which the library writes tensors
+    "U64": "uint64",
     "I64": "int64",
     "F64": "float64",
     "C64": "complex64",
     "F32": "float32",
+    "U32": "uint32",
     "I32": "int32",
     "BF16": "bfloat16",
     "F16": "float16",
+    "U16": "uint16",
     "I16": "int16",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
@@ -76,11 +79,11 @@ class TensorWriter:
         """Writes a tensor.
 
         Raises:
-            ValueError: There is a tensor of this name already.
+            ValueError: There is a tensor of this name already, or it is of a dtype that is not written.
         """
         if name in self._places:
             raise ValueError(f"two tensors would be called {name}")
-        self._places[name] = _place(tensor)
+        self._places[name] = _place(name, tensor)
         _write(self._file, tensor)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
@@ -90,14 +93,19 @@ class TensorWriter:
         self._file.write(header)
 
 
-def _place(tensor: Tensor) -> _Place:
-    return _NAMES[str(tensor.dtype)], tensor.shape, tensor.numel() * tensor.element_size()
+def _place(name: str, tensor: Tensor) -> _Place:
+    dtype = _NAMES.get(str(tensor.dtype))
+    if dtype is None:
+        raise ValueError(f"{name} is of {tensor.dtype}, which is not written")
+    return dtype, tensor.shape, tensor.numel() * tensor.element_size()
 
 
 def _write(file: BinaryIO, tensor: Tensor) -> None:
     import torch  # here, so that commands which only write text need not load torch
 
-    file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    file.write(
+        tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    )
 
 
 def write_tensors(path: Path, room: int, write: Callable[[TensorWriter], Mapping[str, str]]) -> None:
@@ -137,8 +145,9 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
     Raises:
         OSError: The file cannot be written.
+        ValueError: A tensor is of a dtype that is not written.
     """
-    places = {name: _place(tensor) for name, tensor in tensors.items()}
+    places = {name: _place(name, tensor) for name, tensor in tensors.items()}
     order = in_order({name: dtype for name, (dtype, _, _) in places.items()})
     with path.open("wb") as file:
         file.write(header_bytes(((name, places[name]) for name in order), metadata))

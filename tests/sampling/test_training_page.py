@@ -1,10 +1,11 @@
 """The page of a training: what is kept of each sheet, what the page knows, and how it looks and behaves in Chromium."""
 
 import shlex
+import struct
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dora_mm.cli import main
 from dora_mm.cli.commands import take_job
@@ -195,6 +196,21 @@ def test_large_pictures_are_decoded_for_the_first_page_alone(tmp_path, monkeypat
     shown = data_of(run.path / "gallery" / "index.html")["pictures"]
     assert [item["size"] for item in shown] == [[600, 600], [700, 600], [600, 600]]
     assert len(list((run.path / "gallery" / "thumbnails").iterdir())) == 3
+
+
+def test_a_picture_with_damaged_exif_has_a_thumbnail_all_the_same(tmp_path):
+    """Pillow raises a TypeError where it is to be turned, which ended the training before its summary."""
+    turned, white_point = struct.pack(">HHIHH", 0x112, 3, 1, 6, 0), struct.pack(">HHII", 0x13E, 2, 6, 38)
+    exif = struct.pack(">2sHIH", b"MM", 42, 8, 2) + turned + white_point + bytes(4) + b"text.\0"  # and no numbers
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif)
+    thumbnails = Thumbnails(tmp_path / "thumbnails", tmp_path / "earlier")
+    path = thumbnails.path(tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as image:
+        with pytest.raises(TypeError):
+            ImageOps.exif_transpose(image)
+        thumbnails.add(path, image)
+    with Image.open(path) as small:
+        assert small.size == (40, 30)
 
 
 def test_a_picture_that_changes_while_it_is_read_has_its_own_thumbnail_on_the_next_page(tmp_path, monkeypatch):

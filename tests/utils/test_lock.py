@@ -181,3 +181,15 @@ def test_a_lock_that_is_a_link_writes_to_no_other_file(tmp_path, link):
     with pytest.raises(ValueError, match="is a link"), only_writer(tmp_path / "run"):
         pass
     assert not (tmp_path / "missing").exists()
+
+
+def test_a_folder_behind_a_link_is_protected_like_others(tmp_path):
+    """Galleries are written under the real path of a run, and macOS has /tmp behind a link."""
+    (tmp_path / "real" / "run").mkdir(parents=True)
+    os.symlink(tmp_path / "real", tmp_path / "runs")
+    with only_writer(tmp_path / "runs" / "run"):
+        shutil.rmtree(tmp_path / "real" / "run")
+        for root in ("runs", "real"):
+            with pytest.raises(ValueError, match=r"its \.lock is gone"):
+                write_text(tmp_path / root / "run" / "folder" / "file", "text")
+    assert list((tmp_path / "real").iterdir()) == []

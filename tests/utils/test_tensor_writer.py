@@ -1,7 +1,6 @@
 """Files of safetensors are those of the library, and a kill leaves nothing that the next writer does not remove."""
 
 import os
-import resource
 import signal
 
 import pytest
@@ -25,17 +24,36 @@ def test_files_are_those_of_the_library(tmp_path):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no such signal")
 def test_what_is_killed_in_the_middle_of_a_file_leaves_nothing_when_it_is_repeated(tmp_path):
+    import resource
+
     if not (child := os.fork()):
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ends it while it writes the byte behind the limit
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        save_tensors(tmp_path / "file", {"a": torch.zeros(100_000)}, {})
-        os._exit(0)
+        try:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ends it while it writes the byte behind the limit
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+            save_tensors(tmp_path / "file", {"a": torch.zeros(100_000)}, {})
+        finally:
+            os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGXFSZ
     assert list(tmp_path.iterdir())
     with only_writer(tmp_path):
         save_tensors(tmp_path / "file", {"a": torch.zeros(100_000)}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_dtype_that_is_not_written_is_refused_by_name(tmp_path):
+    """It was a KeyError, for example where the weights of a whole model are copied."""
+    with pytest.raises(ValueError, match=r"^a\.scale is of torch\.complex128, which is not written$"):
+        save_tensors(tmp_path / "file", {"a.scale": torch.ones(1, dtype=torch.complex128)}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_that_are_conjugated_when_they_are_read(tmp_path):
+    turned = torch.tensor([1 + 2j, 3 - 1j]).conj()
+    save_tensors(tmp_path / "file", {"a": turned, "b": turned.imag}, {})
+    found = load_file(tmp_path / "file")
+    assert torch.equal(found["a"], turned)
+    assert torch.equal(found["b"], turned.imag)
 
 
 def test_tensors_that_share_memory_or_are_not_contiguous(tmp_path):

@@ -7,13 +7,15 @@ its images 10 times in every epoch.
 import hashlib
 import json
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from multiprocessing.pool import ThreadPool
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from PIL import Image
 
@@ -41,6 +43,9 @@ MOST_NAMED = 8  # files in one message
 _AS_MASKS = "images with the names of those in"  # as masks have
 _USING_MASKS = "if they are masks, name it in data.mask.folder, or as masks of its folder in data.folders"
 REPEATS = re.compile(r"(\d+)_.*")  # kohya's name of a folder whose images are repeated
+
+
+_Content: TypeAlias = tuple[Size, str, str, float, Look | None]
 
 
 class CaptionedImage(NamedTuple):
@@ -116,10 +121,12 @@ def read_captioned_images(
 
     images, uncaptioned = [], []
     mask_files = [found_masks.of_image(path) for path in paths]
-    content_of = partial(_content, root=root if subfolders else None, masks=masks, look=look)
-    with ThreadPool() as threads:  # Pillow decodes outside of Python's lock
-        at_once = 1 + len(paths) // 1000  # handing over each of many small images takes as long as reading it
-        contents = threads.imap(content_of, zip(paths, mask_files, strict=True), at_once)
+    content_of = partial(_contents, root=root if subfolders else None, masks=masks, look=look)
+    at_once = 1 + len(paths) // 1000  # handing over each of many small images takes as long as reading it
+    starts = range(0, len(paths), at_once)
+    several = [list(zip(paths[at : at + at_once], mask_files[at : at + at_once], strict=True)) for at in starts]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes outside of Python's lock
+        contents = chain.from_iterable(threads.map(content_of, several))
         shown = tracked(contents, "reading images", "images", len(paths))
         for path, mask_file, content in zip(paths, mask_files, shown, strict=True):
             found = files.of_image(path)
@@ -276,11 +283,14 @@ def _no_images(root: Path, deeper: Sequence[Path], key: str) -> str:
     )
 
 
+def _contents(images: Iterable[tuple[Path, MaskFile | None]], **settings: Any) -> list[_Content | ValueError]:
+    return [_content(path, mask_file, **settings) for path, mask_file in images]
+
+
 def _content(
-    found: tuple[Path, MaskFile | None], root: Path | None, masks: str | None, *, look: bool
-) -> tuple[Size, str, str, float, Look | None] | ValueError:
+    path: Path, mask_file: MaskFile | None, root: Path | None, masks: str | None, *, look: bool
+) -> _Content | ValueError:
     """Size, digest, mask, repeats and look of an image, which is decoded in full, or why it cannot be used."""
-    path, mask_file = found
     try:
         repeats = 1 if root is None else _repeats(root, path)
         image: Image.Image = load_rgb(path)

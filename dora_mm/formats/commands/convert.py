@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -281,7 +282,8 @@ class _Writer:
     def room(self, more: Iterable[tuple[str, Tensor]]) -> int:
         """More than the header can need: at most four tensors of a module, and the settings."""
         keys = [*self.groups, *(key for key, _ in more)]
-        return 4096 + sum(4 * (len(key) + 130) for key in keys) + 2 * sum(map(len, self.layers.header.values()))
+        entries = [json.dumps(key) for key in keys]  # longer than in UTF-8
+        return 4096 + sum(4 * (len(entry) + 130) for entry in entries) + 2 * len(json.dumps(dict(self.layers.header)))
 
     def prepared(self, layer: LayerState, W0: Tensor) -> LayerState:
         """The adapter in the form that `Export.write` takes."""

@@ -93,7 +93,7 @@ def _renamed(network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by the names of diffusers, whose own function takes stacked ones apart by rows."""
     if tensors.keys() <= network.state_dict().keys():
         return dict(tensors)
-    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES  # a second, which others need not wait
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES  # it takes a second to import
 
     rename = SINGLE_FILE_LOADABLE_CLASSES[type(network).__name__]["checkpoint_mapping_fn"]
     return rename(checkpoint=dict(tensors), config=network.config)

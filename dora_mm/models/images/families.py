@@ -113,8 +113,7 @@ def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
             raise ValueError(f"model.{name}: {path} is {found}, not {given}: leave it out.")
     names = [name for phase in family.phases for name in phase]
     read_here = _read_from_path(family, config)
-    described_here = [*read_here, *(["vae"] if config.vae else [])]  # its config says what another one has to fit
-    if Path(path).is_dir() and (missing := missing_in(Path(path), described_here)):
+    if Path(path).is_dir() and (missing := missing_in(Path(path), _described_in_path(family, config))):
         raise ValueError(f"model.path: {path} is incomplete: it lacks {', '.join(missing)}.")
     changes = scheduler_changes(family, path, config.prediction)
     single = family.single_file if Path(path).is_file() else None
@@ -180,6 +179,11 @@ def _read_from_path(family: type[ImageModel], config: ModelConfig) -> list[str]:
     """The components that are read from `model.path`: all but a denoiser and a VAE that are elsewhere."""
     elsewhere = {family.denoiser if config.denoiser else None, "vae" if config.vae else None}
     return [name for phase in family.phases for name in phase if name not in elsewhere]
+
+
+def _described_in_path(family: type[ImageModel], config: ModelConfig) -> list[str]:
+    """The components that have to have a folder in `model.path`: what another VAE has to fit is in its own config."""
+    return [*_read_from_path(family, config), *(["vae"] if config.vae else [])]
 
 
 def _described(family: type[ImageModel], path: str, revision: str | None) -> ModelFolder:
@@ -277,5 +281,9 @@ def is_complete(copy: str, config: ModelConfig) -> bool:
     """Whether a hub model's copy on this machine has all components: parts of it may have been downloaded alone."""
     if not (Path(copy) / INDEX).is_file():
         return False
-    names = _read_from_path(family_of(copy), config)
-    return not missing_in(Path(copy), names) and PipelineFiles(copy, Path(copy), names, config).has_weights
+    family = family_of(copy)
+    names = _read_from_path(family, config)
+    return (
+        not missing_in(Path(copy), _described_in_path(family, config))
+        and PipelineFiles(copy, Path(copy), names, config).has_weights
+    )

@@ -40,7 +40,10 @@ class Thumbnails:
             path: Where it will be.
             image: The pixels of the picture.
         """
-        upright = ImageOps.exif_transpose(image)
+        try:
+            upright = ImageOps.exif_transpose(image)
+        except Exception:  # damaged EXIF, which browsers ignore, too: struct.error, TypeError, SyntaxError and more
+            upright = image
         small = upright.convert("RGBA" if image.has_transparency_data else "RGB")
         small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
         make_folder(self.folder)

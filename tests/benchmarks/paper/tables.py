@@ -40,7 +40,7 @@ def everything() -> str:
     sdxl, (vl, alone) = bricks("tuned/trainings.csv", "candidates/trainings.csv"), scenes()
     again = {
         "SDXL, rank 1, again with AVX2": (sdxl, rows_of("tuned/avx2.csv")),
-        "VL-BART, before on another processor": (vl, rows_of("tuned_vl/elsewhere.csv")),
+        "VL-BART, before, where is not known": (vl, rows_of("tuned_vl/elsewhere.csv")),
     }
     sections = {
         "What training changed": pattern_table(),

@@ -63,6 +63,17 @@ def test_a_written_file_is_recognised_as_its_tools(to, tmp_path):
     check_weights(file, states, base={name: BASE[name] for name in states})
 
 
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+def test_a_header_of_many_bytes_a_character_has_room(to, tmp_path):
+    """Tags in Chinese ended in an AssertionError when all tensors had been written."""
+    states = {toy.UNET[0]: toy.layer(toy.UNET[0], alpha=3.0)}
+    path = toy.write_source(tmp_path / "source.safetensors", states)
+    header = {**safe_open(path, "pt").metadata(), "tags": "\u56fe" * 20_000, "note": "\x01" * 5_000}
+    save_file(load_file(path), path, header)
+    (file,) = convert(path, tmp_path / "new", to=to).files
+    assert safe_open(file, "pt").metadata()["note"] == header["note"]
+
+
 @pytest.mark.parametrize("to", [to for to in EXACT if not export_of(to).needs_base and to != "peft"])
 def test_without_a_base(to, tmp_path):
     """Formulas are checked on random weights, and the result is the same."""

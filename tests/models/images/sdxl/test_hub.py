@@ -52,13 +52,15 @@ def test_a_revision_is_loaded_and_its_commit_is_known(hub):
 
 def test_with_another_vae_a_copy_needs_none_of_its_own(hub, tiny_folder):
     """Its weights are not downloaded, so that the dry run said that the model was not on this machine."""
-    for file in (hub / SECOND / "vae").glob("*.safetensors"):
-        file.unlink()
+    (vae,) = (hub / SECOND / "vae").glob("*.safetensors")
+    vae.unlink()
     assert load_image_model_if_local(ModelConfig(path=NAME)) is None
     found = load_image_model_if_local(ModelConfig(path=NAME, vae=str(tiny_folder / "vae")))
     assert found is not None
     theirs = load_image_model(ModelConfig(path=str(tiny_folder)))
     assert torch.equal(found.vae.encoder.conv_in.weight, theirs.vae.encoder.conv_in.weight)
+    shutil.rmtree(vae.parent)  # what says which VAE fits is needed
+    assert load_image_model_if_local(ModelConfig(path=NAME, vae=str(tiny_folder / "vae"))) is None
 
 
 def test_a_local_model_has_no_revisions(tiny_folder):
