@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image, ImageOps
 
 from dora_mm.cli import main
@@ -18,30 +17,6 @@ from tests.shared.killed import assert_same_weights, files_in
 from tests.shared.vl.small_vl_bart import vl_bart
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def stopped(tmp_path):
-    """Trains; returns the run as a stop after its second step leaves it."""
-
-    def run(**values) -> Path:
-        config = {
-            "pipeline": "train_vl",
-            "output": str(tmp_path / "whole"),
-            "adapter": {"rank": 2},
-            "optimizer": {"lr": 0.02},
-            "train": {"steps": 4, "batch_size": 2, "checkpoint_every": 2, "log_every": 1},
-            **values,
-        }
-        config["data"] |= {"tables": str(tmp_path / "tables")}
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-        assert main(["train", str(tmp_path / "config.yaml")]) == 0
-        stopped = shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
-        shutil.rmtree(stopped / "checkpoints" / "step-000004")
-        (stopped / "summary.json").unlink()
-        return stopped
-
-    return run
 
 
 def goes_on(run: Path) -> None:
