@@ -40,7 +40,7 @@ def everything() -> str:
     sdxl, (vl, alone) = bricks("tuned/trainings.csv", "candidates/trainings.csv"), scenes()
     again = {
         "SDXL, rank 1, AVX2": (sdxl, rows_of("tuned/avx2.csv")),
-        "SDXL, settings, older": (sdxl, rows_of("tuned/elsewhere.csv")),
+        "SDXL, settings, older": (sdxl, rows_of("tuned/elsewhere.csv") + rows_of("candidates/elsewhere.csv")),
         "VL-BART, older": (vl, rows_of("tuned_vl/elsewhere.csv")),
     }
     sections = {
