@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from dora_mm.data.images.folder import digest_of, read_captioned_images
+from dora_mm.utils.digest import file_digest
 
 
 @pytest.fixture
@@ -55,6 +56,21 @@ def test_images_are_in_order_with_their_upright_size_and_digest(folder):
     assert [image.size for image in images] == [(6, 8), (8, 6), (6, 8)]
     assert len({image.digest for image in images}) == 3
     assert images == read_captioned_images(str(folder), instance_prompt="x")
+
+
+@pytest.mark.parametrize("side", [8, 160])
+def test_large_images_which_threads_read_are_as_small_ones(tmp_path, side):
+    """The files of the larger ones have 77 kB, being noise."""
+    for number in range(6):
+        Image.frombytes("RGB", (side, side + number), os.urandom(3 * side * (side + number))).save(
+            tmp_path / f"{number}.png"
+        )
+    images = read_captioned_images(tmp_path, instance_prompt="x")
+    assert [image.size for image in images] == [(side + number, side) for number in range(6)]
+    assert [image.digest for image in images] == [file_digest(tmp_path / f"{number}.png") for number in range(6)]
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"1\.png is not a complete image"):
+        read_captioned_images(tmp_path, instance_prompt="x")
 
 
 def test_no_warning_if_all_images_take_the_instance_prompt(folder, caplog):
