@@ -24,7 +24,7 @@ from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_images
 from dora_mm.data.images.held_out import hold_out, part_of
 from dora_mm.eval.gradients import measuring
-from dora_mm.models.images.families import files_identity, has_unread_layers, load_image_model
+from dora_mm.models.images.families import has_unread_layers, identity_of, load_image_model
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.preview.image_page import image_page
 from dora_mm.preview.images import remark_on_captions, remark_on_distilled, remark_on_length, repeats_of
@@ -128,7 +128,7 @@ def inputs_of(
     class_images: list[CaptionedImage],
 ) -> dict[str, str]:
     """Digests of all that the config refers to, by a description of each; of a hub model, once it was downloaded."""
-    inputs = {"the pictures and captions": digest_of(images), **files_identity(config.model)}
+    inputs = {"the pictures and captions": digest_of(images), **identity_of(config.model).inputs}
     inputs |= initial_identity(config.adapter, formats.adapter_digest)
     others = {"the held-out pictures": held, "the pictures to preserve": class_images}
     return inputs | {name: digest_of(found) for name, found in others.items() if found}

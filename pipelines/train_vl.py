@@ -16,14 +16,12 @@ from dora_mm.adapting.initial import initial_identity, load_initial_folder
 from dora_mm.adapting.networks import TrainedNetworks, adapt
 from dora_mm.adapting.parts import MODEL
 from dora_mm.adapting.sharding import division
-from dora_mm.config.paths import resolve_model
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.vl.example import Answer
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet, open_training, open_validation
 from dora_mm.eval.gradients import measuring
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
-from dora_mm.models.folders import settings_identity
 from dora_mm.models.vl.families import is_local, load_vl_model, pinned
 from dora_mm.models.vl.vl_model import VLModel, check_in_step
 from dora_mm.preview.lengths import row_lines
@@ -152,7 +150,7 @@ def prepare(config: TrainVLConfig, model: VLModel, accelerator: Accelerator) -> 
     """Adapts the model, loads `init_from`, and divides the model among the processes where the config wants that."""
     trained = adapt(model.networks, model.target_maps, config.adapter, seed=config.seed, backend=config.backend)
     if config.adapter.init_from:
-        load_initial_folder(trained, config.adapter, model.identity)
+        load_initial_folder(trained, config.adapter, model.identity.weights)
     if config.train.shard:
         reaches_all = config.model.uses_all_parameters
         division(trained, model.target_maps, reaches_all=reaches_all).apply(accelerator.device)
@@ -166,10 +164,9 @@ def prepare(config: TrainVLConfig, model: VLModel, accelerator: Accelerator) -> 
 
 def inputs_of(
     config: TrainVLConfig, model: VLModel, training: Mapping[str, TrainingSet], splits: Mapping[str, ValidationSet]
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """Digests of all that the config refers to, by a description of each."""
-    inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | dict(model.identity)
-    inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
+    inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | model.identity.inputs
     for name, split in splits.items():  # by which the best adapter is chosen, and when to stop
         inputs[f"the validation data of {name}"] = split.identity
     return inputs | initial_identity(config.adapter, digest_of_adapter)

@@ -374,7 +374,7 @@ def test_comparison_is_not_resumed_with_other_weights_or_another_judge(
     tiny.pipeline().save_pretrained(other)
     values = yaml.safe_load(Path(base).read_text())
     write(tmp_path / "elsewhere.yaml", {**values, "loss": {}, "model": {"path": str(other)}})
-    with pytest.raises(ValueError, match="the model's unet:"):
+    with pytest.raises(ValueError, match="the weights of unet:"):
         open_campaign(comparison(base=str(tmp_path / "elsewhere.yaml")))
 
 

@@ -525,9 +525,9 @@ def test_a_hub_that_cannot_be_reached(config, capsys):
 
 CHANGED = {  # what is named in the message
     "the pictures and captions": "pictures/metadata.jsonl",
-    "the model's unet": "model/unet/diffusion_pytorch_model.safetensors",
-    "the model's text_encoder_2": "model/text_encoder_2/model.safetensors",
-    "the model's tokenizer": "model/tokenizer/tokenizer_config.json",
+    "the weights of unet": "model/unet/diffusion_pytorch_model.safetensors",
+    "the weights of text_encoder_2": "model/text_encoder_2/model.safetensors",
+    "tokenizer/tokenizer_config.json of the model": "model/tokenizer/tokenizer_config.json",
     "the initial adapter": f"first/adapter/{ADAPTER}",
     "the number of processes": "run/inputs.json",
 }
@@ -559,10 +559,10 @@ def test_a_run_that_cannot_be_resumed_is_refused_before_its_model_is_loaded(conf
     model = shutil.copytree(tiny_folder, tmp_path / "model")
     settings = {"sample__prompts": [], "train__steps": 1, "model__path": str(model), "adapter__parts": ["unet.attn"]}
     assert main(["train", str(config(**settings))]) == 0
-    (model / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"cut")  # loading it would be another error
+    (model / "unet/config.json").write_text("{}")  # loading it would be another error
     resume = ["train", "--resume", str(tmp_path / "run"), "--set", "train.steps=2"]
     assert main(resume) == 2
-    assert "run cannot be resumed: the model's unet changed since" in capsys.readouterr().err
+    assert "run cannot be resumed: unet/config.json of the model changed since" in capsys.readouterr().err
     with only_writer(tmp_path / "run"):
         assert main(resume) == 2
     assert "run has a writer already, process" in capsys.readouterr().err

@@ -4,6 +4,7 @@ JSON lines. The first is about the whole: task, metric and rules, settings of th
 data. Each other one is a row: id, prompt, images, answer, references and score, and what else its metric needs.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -30,14 +31,24 @@ class About:
         metric: The main metric.
         rules: By what rule answers are right, by metric.
         settings: How the answers were made: sections of a config, by their names.
-        digests: Of model, adapter and data, by a description of each.
+        digests: Of model, adapter and data, by a description of each; of the files of a model, by their paths.
     """
 
     task: str
     metric: str = ""
     rules: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    digests: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> list[str]:
+        """A line for each digest; one for all files of a model."""
+        found = {name: value if isinstance(value, str) else _digest(value) for name, value in self.digests.items()}
+        return [f"{name}: {digest}" for name, digest in found.items()]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_scored(
