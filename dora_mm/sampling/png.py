@@ -49,12 +49,13 @@ class BaseModel:
     files: Mapping[str, str] | None = None
 
     def changes(self, before: BaseModel) -> list[str]:
-        """The names of the files that differ from those of a picture; "the weights" where these or their dtype do.
+        """The names of the files that differ from those of an earlier picture, and "the weights" where these do.
 
-        Pictures that do not say their model's files are compared by the weights and the scheduler.
+        Pictures that do not name the files of their model are compared by the weights and the scheduler.
         """
         files = changed_names(before.files, self.files) if before.files is not None and self.files is not None else []
-        return files or (["the weights"] if self.digest != before.digest else [])
+        explained = any(file.startswith("scheduler/") for file in files)  # whose settings are in the digest, too
+        return files + (["the weights"] if self.digest != before.digest and not explained else [])
 
 
 @dataclass(frozen=True)
