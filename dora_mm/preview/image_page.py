@@ -74,7 +74,7 @@ def image_page(
         yield from slow_hardware(accelerator, None)
         return
     check_fit(config, model)
-    networks, done = list(model.networks.values()), finished_steps(resume)
+    networks = list(model.networks.values())
     why_not = first_problem(problems, (OPTIMIZER, QUANTIZATION))
     why_not = why_not or why_not_measured(accelerator, networks, shard=config.train.shard)
     if not why_not:
@@ -83,9 +83,10 @@ def image_page(
         else:
             model = found.to(accelerator.device)
     data = describe_data(images, config, model, accelerator.num_processes, held, class_images)
-    data = "\n".join([data, *left_lines(config.train.steps, done)])
+    data = "\n".join([data, *left_lines(resume, config.train.steps)])
     settings = (config, given, model, images, class_images, accelerator, data)
-    yield from estimated_sections(*settings) if why_not else measured_sections(*settings, config.train.steps - done)
+    left = config.train.steps - finished_steps(resume)
+    yield from estimated_sections(*settings) if why_not else measured_sections(*settings, left)
     if why_not:
         yield f"time      not measured: {why_not}"
     yield from slow_hardware(accelerator, networks)

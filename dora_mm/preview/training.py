@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from dora_mm.core import fixed_parameters
 from dora_mm.registries.optimizers import OPTIMIZERS
 from dora_mm.train.loop import LossModule, accumulate, update
 from dora_mm.train.optim import build_optimizer
-from dora_mm.train.preflight import Problems, stop_at
+from dora_mm.train.preflight import Problems, finished_steps, stop_at
+from dora_mm.train.run import check_length
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.messages import raised_by_us
 from dora_mm.utils.progress import Progress, duration
@@ -277,8 +279,19 @@ def time_line(cost: StepCost, steps: int, left_out: str) -> str:
     return f"time      {cost.seconds:.2f} s a step (measured), {shown} for {steps:,} steps, {left_out} not included"
 
 
-def left_lines(steps: int, done: int) -> list[str]:
-    """A line with the steps that are left of a training, where some are finished; else nothing."""
+def left_lines(resume: Path | None, steps: int) -> list[str]:
+    """A line with the steps that are left of a training, where some are finished; else nothing.
+
+    Args:
+        resume: The run directory to resume; None: a new run would start.
+        steps: The length of the training.
+
+    Raises:
+        ValueError: The run has finished more.
+    """
+    done = finished_steps(resume)
+    if resume:
+        check_length(resume, done, steps)
     return [f"left      {steps - done:,} of {steps:,} steps: {done:,} are finished"] if done else []
 
 

@@ -86,7 +86,7 @@ def vl_page(
     if model and len(data.sets) == len(config.data.all_tasks):
         accumulated = config.train.gradient_accumulation_steps
         batches = VLBatches(model, data.sets, seed=config.seed, on_bad_data="skip", accumulated=accumulated)
-    yield from length_sections(config, batches, finished_steps(resume))
+    yield from length_sections(config, batches, resume)
     if config.train.compile:
         yield compiled_line(trained.networks, structure.target_maps)
     yield from reference_section(config)
@@ -142,12 +142,12 @@ def trained_section(config: TrainVLConfig, structure: Structure, trained: Traine
     return "\n".join([trained.share, table, *about])
 
 
-def length_sections(config: TrainVLConfig, batches: VLBatches | None, done: int) -> Iterator[str]:
+def length_sections(config: TrainVLConfig, batches: VLBatches | None, resume: Path | None) -> Iterator[str]:
     """Steps and epochs, optimizer and schedule; nothing where the number of rows is not known."""
     if batches:
         per_epoch = batches.steps_per_epoch
         length = with_steps(config.train, config.schedule, per_epoch)
-        yield "\n".join([length_line(length, per_epoch), *left_lines(length.steps, done)])
+        yield "\n".join([length_line(length, per_epoch), *left_lines(resume, length.steps)])
         yield optimizer_line(config.optimizer, config.schedule, length.steps, config.ema)
 
 

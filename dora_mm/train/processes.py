@@ -28,6 +28,7 @@ SWITCHES = {
     **dict.fromkeys((f"ACCELERATE_USE_{each}" for each in ("FSDP", "DEEPSPEED", "MEGATRON_LM")), "train.shard"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": "train.shard",
     "ACCELERATE_DOWNCAST_BF16": "train.mixed_precision",
+    "ACCELERATE_INIT_INCLUDE_BUFFERS": "model.path",  # diffusers would leave out what files of weights do not hold
 }
 
 

@@ -8,7 +8,7 @@ from transformers.optimization import get_wsd_schedule
 
 from dora_mm.config.training import OptimizerConfig, ScheduleConfig, TrainConfig, check_training
 from dora_mm.train.schedule import Schedule
-from tests.shared.small_training import metrics, new_run, small_training
+from tests.shared.small_training import interrupt_at, metrics, new_run, small_training
 
 
 def extended(path, before, after, **settings):
@@ -20,12 +20,37 @@ def extended(path, before, after, **settings):
     return training, run
 
 
-def test_a_constant_rate_makes_an_extended_run_equal_to_a_longer_one(tmp_path, caplog):
-    training, _ = extended(tmp_path / "parts", 5, 12, schedule="constant")
-    longer = small_training(new_run(tmp_path / "longer"), steps=12, schedule="constant")
+@pytest.mark.parametrize("warmup", [None, {"warmup_steps": 3}])
+def test_a_constant_rate_makes_an_extended_run_equal_to_a_longer_one(tmp_path, caplog, warmup):
+    training, _ = extended(tmp_path / "parts", 5, 12, schedule="constant", warmup=warmup)
+    longer = small_training(new_run(tmp_path / "longer"), steps=12, schedule="constant", warmup=warmup)
     longer.fit()
     for one, two in zip(training.network.parameters(), longer.network.parameters(), strict=True):
         assert torch.equal(one, two)
+    assert [each for each in caplog.records if each.levelname == "WARNING"] == []
+
+
+@pytest.mark.parametrize("name", ["constant", "warmup_stable_decay"])
+def test_a_share_of_steps_that_warm_up_makes_other_rates(tmp_path, caplog, name):
+    """A share of 0.03 is no step of 10, and one of 20."""
+    extended(tmp_path / "parts", 10, 20, schedule=name, warmup={"warmup_ratio": 0.03})
+    assert f"schedule.name {name} now ends at step 20" in caplog.text
+    assert "the 10 finished steps had the rates of a run of 10, so the result is not that of 20 steps" in caplog.text
+
+
+def test_a_share_that_warms_up_the_same_steps_does_not(tmp_path, caplog):
+    extended(tmp_path / "parts", 10, 11, schedule="constant", warmup={"warmup_ratio": 0.2})
+    assert [each for each in caplog.records if each.levelname == "WARNING"] == []
+
+
+def test_a_run_that_was_extended_before_is_resumed_without_a_word(tmp_path, caplog):
+    settings = {"schedule": "constant", "warmup": {"warmup_ratio": 0.03}}
+    run = new_run(tmp_path / "run")
+    small_training(run, steps=10, **settings).fit()
+    with pytest.raises(KeyboardInterrupt):
+        small_training(run, steps=20, after_step=interrupt_at(15), **settings).fit()
+    caplog.clear()
+    small_training(run, steps=20, **settings).fit()
     assert [each for each in caplog.records if each.levelname == "WARNING"] == []
 
 
