@@ -8,7 +8,7 @@ from transformers.optimization import get_wsd_schedule
 
 from dora_mm.config.training import OptimizerConfig, ScheduleConfig, TrainConfig, check_training
 from dora_mm.train.schedule import Schedule
-from tests.shared.small_training import interrupt_at, metrics, new_run, small_training
+from tests.shared.small_training import metrics, new_run, small_training
 
 
 def extended(path, before, after, **settings):
@@ -27,30 +27,6 @@ def test_a_constant_rate_makes_an_extended_run_equal_to_a_longer_one(tmp_path, c
     longer.fit()
     for one, two in zip(training.network.parameters(), longer.network.parameters(), strict=True):
         assert torch.equal(one, two)
-    assert [each for each in caplog.records if each.levelname == "WARNING"] == []
-
-
-@pytest.mark.parametrize("name", ["constant", "warmup_stable_decay"])
-def test_a_share_of_steps_that_warm_up_makes_other_rates(tmp_path, caplog, name):
-    """A share of 0.03 is no step of 10, and one of 20."""
-    extended(tmp_path / "parts", 10, 20, schedule=name, warmup={"warmup_ratio": 0.03})
-    assert f"schedule.name {name} now ends at step 20" in caplog.text
-    assert "the 10 finished steps had the rates of a run of 10, so the result is not that of 20 steps" in caplog.text
-
-
-def test_a_share_that_warms_up_the_same_steps_does_not(tmp_path, caplog):
-    extended(tmp_path / "parts", 10, 11, schedule="constant", warmup={"warmup_ratio": 0.2})
-    assert [each for each in caplog.records if each.levelname == "WARNING"] == []
-
-
-def test_a_run_that_was_extended_before_is_resumed_without_a_word(tmp_path, caplog):
-    settings = {"schedule": "constant", "warmup": {"warmup_ratio": 0.03}}
-    run = new_run(tmp_path / "run")
-    small_training(run, steps=10, **settings).fit()
-    with pytest.raises(KeyboardInterrupt):
-        small_training(run, steps=20, after_step=interrupt_at(15), **settings).fit()
-    caplog.clear()
-    small_training(run, steps=20, **settings).fit()
     assert [each for each in caplog.records if each.levelname == "WARNING"] == []
 
 
@@ -80,6 +56,46 @@ def test_an_extended_run_is_not_warmed_up_again(tmp_path):
 def test_no_warning_while_the_rate_is_constant(tmp_path, caplog):
     extended(tmp_path / "run", 4, 8, schedule="warmup_stable_decay", warmup={"decay_ratio": 0.01})
     assert [each for each in caplog.records if each.levelname == "WARNING"] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "other"),
+    [
+        ({"name": "constant"}, (10, 10, 20), False),
+        ({"name": "constant", "warmup_steps": 5}, (10, 10, 20), False),
+        ({"name": "constant", "warmup_steps": 5}, (10, 3, 20), False),
+        ({"name": "constant", "warmup_ratio": 0.03}, (10, 10, 20), True),  # no step of 10, and one of 20
+        ({"name": "constant", "warmup_ratio": 0.2}, (10, 10, 11), False),  # two steps of both
+        ({"name": "constant", "warmup_ratio": 0.5}, (10, 4, 20), True),
+        ({"name": "constant", "warmup_ratio": 0.5}, (10, 1, 20), False),  # the first step has the rate 0
+        ({"name": "warmup_stable_decay", "decay_ratio": 0.2}, (10, 8, 20), False),
+        ({"name": "warmup_stable_decay", "decay_ratio": 0.2}, (10, 10, 20), True),
+        ({"name": "warmup_stable_decay", "warmup_ratio": 0.1, "decay_ratio": 0.2}, (10, 8, 20), True),
+        ({"name": "cosine"}, (10, 10, 20), True),
+        ({"name": "cosine"}, (10, 1, 20), False),
+        ({"name": "cosine", "warmup_steps": 5}, (10, 5, 20), False),
+        ({"name": "linear"}, (10, 5, 20), True),
+    ],
+)
+def test_a_warning_comes_where_finished_steps_had_other_rates(settings, steps, other, caplog):
+    before, done, after = steps
+    stopped = gone_on(Schedule(sgd(), ScheduleConfig(**settings), before), done)
+    longer = Schedule(sgd(), ScheduleConfig(**settings), after)
+    of_longer = [longer.factor(step) for step in range(done)]
+    longer.load_state_dict(stopped.state_dict())
+    assert ([stopped.factor(step) for step in range(done)] != of_longer) == other
+    assert ([record.levelname for record in caplog.records] == ["WARNING"]) == other
+    caplog.clear()
+    again = Schedule(sgd(), ScheduleConfig(**settings), after)
+    again.load_state_dict(gone_on(longer, 2).state_dict())
+    assert caplog.messages == []  # said once
+
+
+def gone_on(schedule, steps):
+    for _ in range(steps):
+        schedule.optimizer.step()
+        schedule.step()
+    return schedule
 
 
 def rates(schedule) -> list[float]:
