@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from dora_mm import formats
-from dora_mm.adapting.compiled import check_compiler, compile_blocks
+from dora_mm.adapting.compiled import compile_blocks
 from dora_mm.adapting.files import digest_of_adapter, remarks_on_files, save_trained
 from dora_mm.adapting.initial import initial_identity, load_initial_folder
 from dora_mm.adapting.networks import TrainedNetworks, adapt
@@ -18,14 +18,14 @@ from dora_mm.adapting.parts import MODEL
 from dora_mm.adapting.sharding import division
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.vl.example import Answer
-from dora_mm.data.vl.splits import TrainingSet, ValidationSet, open_training, open_validation
+from dora_mm.data.vl.splits import TrainingSet, ValidationSet, check_data, open_training, open_validation
 from dora_mm.eval.gradients import measuring
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
 from dora_mm.models.vl.families import is_local, load_vl_model, pinned
 from dora_mm.models.vl.vl_model import VLModel, check_in_step
 from dora_mm.preview.lengths import row_lines
-from dora_mm.preview.training import slow_hardware
+from dora_mm.preview.training import print_page, slow_hardware
 from dora_mm.preview.vl_page import vl_page
 from dora_mm.sampling.answers import answer_all, num_answered, save_answers
 from dora_mm.sampling.next_steps import asking_command
@@ -36,11 +36,11 @@ from dora_mm.train.checkpoint import is_due, last_step
 from dora_mm.train.cost import peak_memory_mb, seconds_per_step
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
-from dora_mm.train.optim import check_optimizer, with_steps
+from dora_mm.train.optim import with_steps
 from dora_mm.train.prefetch import Prefetcher
+from dora_mm.train.preflight import preflight, stop_at
 from dora_mm.train.processes import (
     answering,
-    check_can_shard,
     highest,
     join_processes,
     main_process_first,
@@ -71,26 +71,24 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         config: The config.
         resume: The run directory to resume from its last checkpoint; None starts a new run.
         dry_run: Only print what would be trained, which data would be read or is missing, how the model sees it, and
-            what it would cost.
+            what it would cost, and report why it would be refused.
         decode: Of a dry run, whether it decodes all pictures.
 
     Raises:
         ValueError: The data, the model, the initial adapter or the output folder cannot be used. A new run directory
             is created only after these checks.
     """
-    if dry_run:
-        for section in vl_page(config, decode=decode):
-            print(section, end="\n\n", flush=True)
-        return
     unused = not config.model.uses_all_parameters
-    accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
+    accelerator = join_processes(config.train, find_unused_parameters=unused)
+    if dry_run:
+        problems = preflight(accelerator, config, resume)
+        page = vl_page(config, accelerator, problems, resume, decode=decode)
+        print_page(page, problems, shown=accelerator.is_main_process)
+        return
     if finished := finished_run(accelerator, resume, config):
         print(f"adapter  {finished.adapter}")
         return
-    check_optimizer(config.optimizer, accelerator.device)
-    check_can_shard(accelerator, config.train)
-    if config.train.compile:
-        check_compiler(accelerator.device)
+    stop_at(preflight(accelerator, config, resume, partial(check_rows, config, accelerator)))
     config = config.model_copy(update={"model": pinned(config.model)})  # a resumed run reads what this one has read
     model = load(config, accelerator)
     with main_process_first(accelerator):  # it writes the tables that the others open
@@ -128,6 +126,12 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         if preferences.kept and not last_step(run.checkpoints):
             keep_reference(preferences.kept, config, model, accelerator, training, splits)
         train(config, run, model, trained, accelerator, batches, parts, splits, scoring, preferences.kept)
+
+
+def check_rows(config: TrainVLConfig, accelerator: Accelerator) -> None:
+    """Checks all rows as far as that needs no model."""
+    with main_process_first(accelerator):
+        check_data(config.data, config.evaluate, config.train.batch_size)
 
 
 def load(config: TrainVLConfig, accelerator: Accelerator) -> VLModel:
