@@ -35,6 +35,7 @@ from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.tasks.held_out import by_loss
 from dora_mm.tasks.preferences import preferences_of
 from dora_mm.tasks.vl import VLBatches
+from dora_mm.train.day import dated, day_for
 from dora_mm.train.optim import check_optimizer, lacks_gpu, with_steps
 from dora_mm.train.setup import training_setup
 
@@ -120,7 +121,9 @@ def open_model(config: TrainVLConfig, accelerator: Accelerator) -> tuple[VLModel
         return None, False
     settings: dict[str, Any] = {"seed": config.seed, "device": accelerator.device}
     settings["trained_tower"] = bool(config.adapter.vision_parts)
-    model, has_weights = load_vl_model_if_local(config.model, config.vision, **settings)
+    model, has_weights = load_vl_model_if_local(
+        dated(config, day_for(config.model, None)).model, config.vision, **settings
+    )
     if model:
         model.check(task.task for task in config.data.all_tasks)
     return model, has_weights

@@ -15,6 +15,7 @@ from dora_mm.utils.json_text import read_json
 from dora_mm.utils.lock import check_lock
 
 CONFIG, INPUTS, VERSIONS = "config.yaml", "inputs.json", "versions.json"
+DAY = "day"  # in inputs.json: that on which the run began, of models whose chat templates may ask; it is not compared
 SUMMARY = "summary.json"  # the last file that a training writes, its page included, so it marks a finished one
 SAMPLE_NOW, SAVE_NOW = "sample-now", "save-now"  # files by which a person asks a training for a sheet, or a checkpoint
 REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
@@ -122,7 +123,7 @@ class RunDirectory:
     def changed_inputs(self, inputs: Mapping[str, str]) -> list[str]:
         """The descriptions of the inputs whose digest differs from the one that the run was started with."""
         before = self.inputs if inputs else {}
-        return [name for name, digest in inputs.items() if before.get(name) != digest]
+        return [name for name, digest in inputs.items() if name != DAY and before.get(name) != digest]
 
     def changed_versions(self, software: Mapping[str, str]) -> list[str]:
         """What of the software is not as it was when the run was started, such as "torch 2.12.0 is 2.13.0".

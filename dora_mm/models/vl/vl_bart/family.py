@@ -33,6 +33,7 @@ from dora_mm.models.vl.vl_bart.visual_inputs import VisionEncoder
 from dora_mm.models.vl.vl_model import RowCounts, Structure, Target, VLModel, likeliest_answer, weighted_loss
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.targets import find
+from dora_mm.utils.day import Day
 from dora_mm.utils.digest import module_digest
 from dora_mm.utils.losses import LossSum
 
@@ -76,6 +77,7 @@ class VLBartModel:
         self.model, self.tokenizer, self.vision, self.config = model, tokenizer, vision, config
         # of the weights as they were loaded: an adapter changes them
         self._identity = {"base_digest": module_digest(model), "vision_digest": vision.identity}
+        self.day = Day()  # which nothing asks for
         self.counts = RowCounts()  # all 0: texts have the lengths of their task, which count as no cut
 
     @classmethod
