@@ -70,9 +70,8 @@ def main(
         trained_tower=bool(run and run.adapter.vision_parts),
         given={key: value for key, value in (("dtype", dtype), ("revision", revision)) if value},
         device=default_device(),
-        day=today(),
+        today=today(),
     )
-    vl.day.source = "today"
     _check(vl, path, files, then, system)
     task = asked_task(vl, run)
     usual, behind = _opening_of(run, task) if run is not None and vl.converses else (None, "")

@@ -60,9 +60,8 @@ def main(
         return
     path = resolve_model(model, "--model")
     given = {key: value for key, value in (("dtype", dtype), ("revision", revision)) if value}
-    settings: dict[str, Any] = {"seed": 0, "trained_tower": False, "device": default_device(), "day": today()}
+    settings: dict[str, Any] = {"seed": 0, "trained_tower": False, "device": default_device(), "today": today()}
     vl = load_to_ask(path, None, given=given, **settings)
-    vl.day.source = "today"
     without = write_captions(vl, images, prompt, file, DecodeConfig(max_new_tokens=max_new_tokens), batch_size)
     print(f"{len(images) - len(without)} captions in {file}, {num_captioned} images had theirs")
     if without:
