@@ -7,6 +7,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from dora_mm.adapting.files import header_of
@@ -15,6 +16,7 @@ from dora_mm.models.vl.vlm.answers import VLMAnswers
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.studies.campaigns import subprocesses, trainings
 from dora_mm.studies.campaigns.subprocesses import TrainingProcess
+from dora_mm.tasks.preferences import Preferences
 from tests.shared.clock import Clock
 from tests.shared.data.text_rows import write_texts
 from tests.shared.data.vl_files import write_json
@@ -99,6 +101,26 @@ def test_a_training_goes_on_three_days_later_with_its_rows(base, tmp_path, clock
     assert yaml.safe_load((stopped / "config.yaml").read_text())["model"]["date"] is None
     card = (stopped / "adapter" / "README.md").read_text()
     assert f"The day of its rows, which the chat template asks for: {FIRST}." in card
+
+
+@pytest.mark.slow
+def test_pairs_are_compared_with_the_reference_of_the_first_day(base, tmp_path, clock, monkeypatch):
+    pairs = [{"prompt": f"{word}?", "chosen": "It is.", "rejected": "no"} for word in ("Is it", "Red", "Warm", "Two")]
+    source = {"format": "preferences", "file": str(write_json(tmp_path / "pairs.json", pairs))}
+    data = {"task": "preference", "train": source}
+    config = training(tmp_path, base, data=data)
+    settings = ["adapter.extra_trainable=[norms]", "train.checkpoint_every=1"]
+    assert main(["train", config, "--set", *settings]) == 0
+    stopped = tmp_path / "stopped"
+    go_on = interrupt(monkeypatch, Preferences, "loss", 2)
+    assert main(["train", config, "--set", *settings, f"output={stopped}"]) == 130
+    go_on()
+    clock.pass_days(3)
+    assert main(["train", "--resume", str(stopped)]) == 0
+    assert_same_weights("step-000004", tmp_path / "whole", stopped)
+    state = torch.load(stopped / "checkpoints" / "step-000004" / "state.pt", weights_only=True)
+    assert len(state["reference"]["keys"]) == len(pairs)
+    assert state["row counts"]["day"] == FIRST
 
 
 @pytest.mark.slow
