@@ -7,6 +7,7 @@ from dora_mm.config.served import EvalServerConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.splits import ValidationSet, open_split
+from dora_mm.eval.vl.predictions.scored import UNKNOWN
 from dora_mm.eval.vl.reports import write_answers, write_examples, write_report
 from dora_mm.models.vl.server import Server, ServerAnswers
 from dora_mm.registries.suites import suite_file
@@ -48,7 +49,8 @@ def main(config: EvalServerConfig, *, resume: Path | None = None) -> None:
         if served.num_cut:
             log.warning("%d answers were cut at the most tokens: see decode.max_new_tokens", served.num_cut)
         settings = {"decode": config.decode.model_dump(mode="json"), "server": {"model": served.model}}
-        scores = write_answers(run.path, answered, settings, inputs, config.prompts)
+        log.info("The day that the chat template of the server gets, if it asks for one, is not known here")
+        scores = write_answers(run.path, answered, settings, inputs, config.prompts, UNKNOWN)
         unscored = [name for name in answered if name not in scores]
         write_report(run.path, config.name, scores, unscored, main_values(scores))
         folders = {name: split.images for name, split in splits.items()}

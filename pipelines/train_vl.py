@@ -34,6 +34,7 @@ from dora_mm.tasks.preferences import KeptReference, preferences_of
 from dora_mm.tasks.vl import VLBatches, answerers
 from dora_mm.train.checkpoint import is_due, last_step
 from dora_mm.train.cost import peak_memory_mb, seconds_per_step
+from dora_mm.train.day import RunDay, dated, day_for, started_on
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import with_steps
@@ -41,6 +42,7 @@ from dora_mm.train.prefetch import Prefetcher
 from dora_mm.train.preflight import preflight, stop_at
 from dora_mm.train.processes import (
     answering,
+    from_main_process,
     highest,
     join_processes,
     main_process_first,
@@ -90,7 +92,9 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         return
     stop_at(preflight(accelerator, config, resume, partial(check_rows, config, accelerator)))
     config = config.model_copy(update={"model": pinned(config.model)})  # a resumed run reads what this one has read
-    model = load(config, accelerator)
+    day: RunDay = from_main_process(day_for(config.model, resume))
+    model = load(dated(config, day), accelerator)
+    model.day.source = day.source
     with main_process_first(accelerator):  # it writes the tables that the others open
         training = open_training(config.data, config.train.batch_size, model)
         rows = row_lines(model, training)
@@ -122,6 +126,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     inputs = inputs_of(config, model, training, splits)
     losses, result = preferences.loss, result_of(parts["optimizer"])
     scoring = scoring_of(config, model, accelerator, training, splits, answers, losses, result)
+    inputs |= started_on(model.day)
     with training_run(accelerator, config, inputs, resume, parts["config"], {COUNTS: model.counts}) as run:
         if preferences.kept and not last_step(run.checkpoints):
             keep_reference(preferences.kept, config, model, accelerator, training, splits)
@@ -246,12 +251,12 @@ def train(
                     scoring.save_answers(run.samples / f"step-{step:06d}.jsonl" if main_process else None)
         if validate.is_due(step, parts["config"].steps):
             log_scores(step, validate(step))
-            model.counts.longest = highest(model.counts.longest, accelerator)
+            share_counts(model, accelerator)
 
     def after_step(step: int) -> None:
         if average:
             average.update(step)
-        model.counts.longest = highest(model.counts.longest, accelerator)
+        share_counts(model, accelerator)
         if is_due(parts["config"], step):
             share_seen(accelerator, model.files)
 
@@ -277,6 +282,12 @@ def train(
     details["validation_rows_left_out"] = num_answered(splits, config.evaluate.limit) - scoring.num_rows
     if main_process:
         finish(config, run, model, trained, validate, scoring.scores, details)
+
+
+def share_counts(model: VLModel, accelerator: Accelerator) -> None:
+    """Tells every process what the others have read: the longest row, and whether one had the day."""
+    seen = [model.counts.longest, model.day.asked]
+    model.counts.longest, model.day.asked = highest(seen, accelerator)
 
 
 def finish(
@@ -313,6 +324,7 @@ def finish(
         **{name: round(value, 2) for name, value in main_values(scores).items()},
         **losses,
         **({"best_step": validate.best_step} if validate.best_step is not None else {}),
+        **({"day": model.day.recorded} if model.day.recorded else {}),
     )
     write_summary(run, summary)
     for name, found in scores.items():

@@ -49,6 +49,7 @@ def save_trained(trained: TrainedNetworks, config: TrainVLConfig, model: VLModel
     """
     about = {"base_model": config.model.path, "seed": str(config.seed), "config": dump_config(config)}
     about |= {**model.identity.weights, "pipeline_tag": model.pipeline_tag}
+    about |= {"day": model.day.recorded} if model.day.recorded else {}
     if beside := BESIDE.get(config.adapter.method):
         beside.save(trained.networks[MODEL], config.adapter.method, config.adapter.rank, about, folder)
         return

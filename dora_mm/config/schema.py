@@ -7,6 +7,7 @@ defined in these modules and nowhere else. In the comments, null is YAML's null,
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from enum import Enum
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -74,6 +75,16 @@ Dtype = Annotated[Literal["float32", "bfloat16", "float16"], ByShortName]
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def _iso_date(text: str) -> str:
+    try:
+        return date.fromisoformat(text).isoformat()  # 20261201 is written as 2026-12-01
+    except ValueError:
+        raise ValueError("is no day such as 2026-12-01") from None
+
+
+IsoDate = Annotated[str, AfterValidator(_iso_date)]
 
 
 def name_in(registry: Registry[Any]) -> AfterValidator:

@@ -29,6 +29,7 @@ from dora_mm.registries.vl_families import VL_FAMILIES
 
 CPU = torch.device("cpu")
 QUESTION = "What does the image show?"
+DATE = "2026-12-01"  # of the row, which is the same on any day
 ANSWER = "The image shows a small red house beside two large green trees, under a blue sky without any clouds."
 
 
@@ -88,7 +89,7 @@ def load_probe(path: str, revision: str | None, dtype: str) -> Probe:
     """
     config = read_config(path, revision)
     commit = commit_of(path, revision)
-    settings = VLMModelConfig.model_validate({"path": path, "revision": commit, "dtype": dtype})
+    settings = VLMModelConfig.model_validate({"path": path, "revision": commit, "dtype": dtype, "date": DATE})
     if hasattr(config, "vision_config"):
         vlm = VLM(settings)
         in_fewest_tiles(vlm.rows.encoder.processor, config)

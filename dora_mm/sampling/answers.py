@@ -6,7 +6,8 @@ import json
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 
 from torch import nn
@@ -17,6 +18,7 @@ from dora_mm.data.vl.rows import OnBadData, RowTooLongError
 from dora_mm.data.vl.splits import ValidationSet
 from dora_mm.registries.suites import file_stem
 from dora_mm.utils.atomic import append_text, write_text
+from dora_mm.utils.day import Day
 from dora_mm.utils.evaluating import Map, evaluating
 from dora_mm.utils.json_text import parse_json
 from dora_mm.utils.processes import ALONE, Processes
@@ -38,11 +40,13 @@ class AnswersFolder:
         path: The folder, which gets <task>.jsonl.
         content: Says what the images of an example are, which are compared where answers were kept.
         processes: Those that share the batches, of which the main one writes.
+        day: The day that chat templates may ask for, which is compared where they did.
     """
 
     path: Path
     content: ContentOf
     processes: Processes = ALONE
+    day: Day = field(default_factory=Day)
 
 
 def answer_all(
@@ -134,7 +138,8 @@ def _answer_split(
     batches = [range(start, min(start + batch_size, count)) for start in range(len(texts), count, batch_size)]
     with Progress(name, count, "rows", done=len(texts)) as progress:
 
-        def answers_of(rows: range) -> tuple[list[str | None], list[str]]:
+        def answers_of(rows: range) -> tuple[list[str | None], list[str], str | None]:
+            asked = kept.folder.day.asked if kept else 0
             examples = [table[row] for row in rows]
             try:
                 found: list[str | None] = list(answer(examples, split.images))
@@ -143,11 +148,12 @@ def _answer_split(
                     raise
                 found = _one_by_one(answer, examples, split.images, errors, table.on_bad_data)
             progress.advance(len(rows))
-            return found, kept.contents(rows) if kept else []
+            day = kept.folder.day.date if kept and kept.folder.day.asked > asked else None
+            return found, kept.contents(rows) if kept else [], day
 
-        for found, contents in mapped(answers_of, batches):
+        for found, contents, day in mapped(answers_of, batches):
             if kept:
-                kept.add(found, contents)
+                kept.add(found, contents, day)
             texts += found
             progress.done = max(progress.done, len(texts))  # others have answered, too
     answered = [(table[row], text) for row, text in zip(range(count), texts, strict=True) if text is not None]
@@ -205,7 +211,8 @@ def save_answers(
 class KeptAnswers:
     """The answers to the rows of a split in a file, from which a process goes on after one that was stopped.
 
-    Each line is of a row: its answer, None where it could not be read, what its images were, and a checksum.
+    Each line is of a row: its answer, None where it could not be read, what its images were, the day where the chat
+    template of its batch asked for it, and a checksum.
 
     Args:
         folder: Where it is.
@@ -219,7 +226,7 @@ class KeptAnswers:
     def whole_batches(self, batch_size: int, count: int) -> list[str | None]:
         """The answers of whole batches that an earlier process has kept; what follows them is cut off the file.
 
-        They end before a row whose images are others now.
+        They end before a row whose images are others now, or whose day is.
         """
         processes = self.folder.processes
         return processes.from_main(self._whole_batches(batch_size, count) if processes.is_main else [])
@@ -227,19 +234,22 @@ class KeptAnswers:
     def _whole_batches(self, batch_size: int, count: int) -> list[str | None]:
         found: list[str | None] = []
         lines: list[str] = []
-        for answer, content in _kept(self.file):
-            if len(found) == count or content != self._content(len(found)):
+        ours = self.folder.day
+        for answer, content, day in _kept(self.file):
+            if len(found) == count or content != self._content(len(found)) or day not in (None, ours.date):
                 break
             found.append(answer)
-            lines.append(_line(answer, content))
+            lines.append(_line(answer, content, day))
+            ours.asked += day is not None
         size = count if len(found) == count else len(found) // batch_size * batch_size
         write_text(self.file, "".join(lines[:size]))
         return found[:size]
 
-    def add(self, answers: Iterable[str | None], contents: Iterable[str]) -> None:
-        """Keeps the answers to rows, which follow those that are there, and what the images of each were."""
+    def add(self, answers: Iterable[str | None], contents: Iterable[str], day: str | None) -> None:
+        """Keeps the answers to rows, which follow those that are there, what the images of each were, and their day."""
+        self.folder.day.asked += day is not None  # another process may have rendered them
         if self.folder.processes.is_main:
-            append_text(self.file, "".join(map(_line, answers, contents)))
+            append_text(self.file, "".join(map(_line, answers, contents, repeat(day))))
 
     def contents(self, rows: Iterable[int]) -> list[str]:
         """What the images of rows are."""
@@ -257,28 +267,30 @@ def read_answers(folder: Path, task: str) -> list[tuple[str | None, str]]:
 
     The answer is None to a row that cannot be read.
     """
-    return list(_kept(_file_of(folder, task)))
+    return [(answer, content) for answer, content, _ in _kept(_file_of(folder, task))]
 
 
 def _file_of(folder: Path, task: str) -> Path:
     return folder / f"{file_stem(task)}.jsonl"
 
 
-def _kept(file: Path) -> Iterator[tuple[str | None, str]]:
+def _kept(file: Path) -> Iterator[tuple[str | None, str, str | None]]:
     """The lines of a file of answers, up to one that a killed process did not finish, or a damaged one."""
     for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
-            answer, content, checksum = parse_json(line, file.name, list)
+            *row, checksum = parse_json(line, file.name, list)
+            answer, content, day = row if len(row) == 3 else (*row, None)
         except (ValueError, TypeError):
             return
-        if checksum != _checksum(answer, content):
+        if checksum != _checksum(row):
             return
-        yield answer, content
+        yield answer, content, day
 
 
-def _line(answer: str | None, content: str) -> str:
-    return json.dumps([answer, content, _checksum(answer, content)]) + "\n"
+def _line(answer: str | None, content: str, day: str | None) -> str:
+    row = [answer, content, *([day] if day else [])]
+    return json.dumps([*row, _checksum(row)]) + "\n"
 
 
-def _checksum(answer: str | None, content: str) -> int:
-    return zlib.crc32(json.dumps([answer, content]).encode())
+def _checksum(row: Sequence[str | None]) -> int:
+    return zlib.crc32(json.dumps(row).encode())

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -21,6 +21,7 @@ from dora_mm.data.seen import SeenFiles
 from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
+ValueT = TypeVar("ValueT")
 LONGEST_WAIT = timedelta(hours=12)  # of the other processes for the main one, such as for a validation
 
 # What accelerate, transformers and PEFT read as switches, without an argument that says no; and the key that decides
@@ -188,12 +189,17 @@ def summed(numbers: list[int], accelerator: Accelerator) -> list[int]:
     return found.tolist()
 
 
-def highest(number: int, accelerator: Accelerator) -> int:
-    """The highest of a number of all processes."""
+def highest(numbers: list[int], accelerator: Accelerator) -> list[int]:
+    """The highest of each of some numbers over all processes."""
     if accelerator.num_processes == 1:
-        return number
-    found: Any = accelerator.gather(torch.tensor([number], device=accelerator.device))
-    return int(found.max())
+        return numbers
+    found: Any = accelerator.gather(torch.tensor([numbers], device=accelerator.device))
+    return found.amax(dim=0).tolist()
+
+
+def from_main_process(value: ValueT) -> ValueT:
+    """The value of the main process, in each of those that were joined."""
+    return broadcast_object_list([value])[0]
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from dora_mm.utils.lock import check_lock
 MODEL, WEIGHTS_OF = "the model", "the weights of "  # inputs: the files of a model, and the start of names of weights
 CONFIG, INPUTS, VERSIONS = "config.yaml", "inputs.json", "versions.json"
 WEIGHTS_IN_HEADERS = {"base_digest": "the weights of the model", "vision_digest": "the vision tower"}  # keys of both
+DAY = "day"  # in inputs.json: that on which the run began, of models whose chat templates may ask; it is not compared
 SUMMARY = "summary.json"  # the last file that a training writes, its page included, so it marks a finished one
 SAMPLE_NOW, SAVE_NOW = "sample-now", "save-now"  # files by which a person asks a training for a sheet, or a checkpoint
 REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
@@ -134,7 +135,7 @@ class RunDirectory:
         for name, now in inputs.items():
             if name == MODEL:
                 changed += [f"{file} of {MODEL}" for file in changed_names(before[MODEL], now)]
-            elif before.get(name) != now:
+            elif name != DAY and before.get(name) != now:
                 changed.append(WEIGHTS_IN_HEADERS.get(name, name))
         return changed
 

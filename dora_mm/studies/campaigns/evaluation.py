@@ -16,6 +16,7 @@ from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.config import CompareConfig
 from dora_mm.studies.tables import Result
 from dora_mm.studies.variants import Variant, variants
+from dora_mm.utils.day import Day
 
 ScoresT = TypeVar("ScoresT")
 ConfigT = TypeVar("ConfigT", TrainDiffusionConfig, TrainVLConfig)
@@ -37,6 +38,7 @@ class Scoring(Protocol[ScoresT]):
     """
 
     score_title: str  # what `cells` are, for figures and tables
+    day: Day  # what chat templates may ask for, the same in all trainings and evaluations
 
     @property
     def inputs(self) -> Mapping[str, Any]:

@@ -89,7 +89,7 @@ class LikenessJudge:
 
     def __init__(self, trained: TunedPictures, clip_model: str | None):
         self.trained, base = trained, trained.base
-        self.inputs, self.overrides = trained.inputs, trained.overrides
+        self.inputs, self.overrides, self.day = trained.inputs, trained.overrides, trained.day
         self.images = images_of_training(base.data)
         self.prompts = prompts_in_style(base, self.images)
         self.seeds: tuple[int, ...] = EvalStyleConfig.model_fields["seeds"].default
@@ -214,7 +214,7 @@ class AnswerJudge(HighestScore):
         from dora_mm.studies.campaigns.answers import AnsweredSplits  # it needs the extra vl
 
         self.trained, base = trained, trained.base
-        self.inputs, self.overrides = trained.inputs, trained.overrides
+        self.inputs, self.overrides, self.day = trained.inputs, trained.overrides, trained.day
         self.splits = AnsweredSplits(base, trained.model, base.data, base.evaluate, base.evaluate.limit)
         self.scores = self.splits.scores
 
@@ -247,7 +247,7 @@ class LossJudge(HighestScore):
 
     def __init__(self, trained: TunedTrainings):
         self.trained = trained
-        self.inputs, self.overrides = trained.inputs, trained.overrides
+        self.inputs, self.overrides, self.day = trained.inputs, trained.overrides, trained.day
 
     def value(self, trainings: Trainings, training: Training) -> float:
         """Higher is better."""

@@ -32,6 +32,7 @@ from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.config import CompareConfig, ComparePicturesConfig
 from dora_mm.studies.tables import Result, picture_contrasts_table, picture_results_csv, picture_results_table
 from dora_mm.studies.variants import Variant
+from dora_mm.utils.day import Day
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import module_digest
 
@@ -54,7 +55,7 @@ class PictureEvaluation:
     score_title = "probability of the style / rank of the thing"
 
     def __init__(self, config: CompareConfig, settings: ComparePicturesConfig):
-        self.config, self.settings = config, settings
+        self.config, self.settings, self.day = config, settings, Day()
         self.base = load_base(config, TrainDiffusionConfig, "train_diffusion")
         check_trainings(config, self.overrides)
         judge = resolve_path(settings.judge, "pictures.judge")

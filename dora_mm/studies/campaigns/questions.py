@@ -41,6 +41,7 @@ from dora_mm.studies.tables import (
     vl_results_table,
 )
 from dora_mm.studies.variants import Variant
+from dora_mm.train.day import dated, day_for
 from dora_mm.train.validation import overall
 from dora_mm.utils.devices import default_device
 
@@ -67,7 +68,11 @@ class QuestionEvaluation:
         check_base(config, self.base, settings)
         check_trainings(config, self.overrides)
         self.data = reported_data(settings, self.base)
-        self.model = load_bare(config, self.base, settings)  # keeps the visual tokens, which all trainings share
+        day = day_for(self.base.model, config.output)
+        # keeps the visual tokens, which all trainings share
+        self.model = load_bare(config, dated(self.base, day), settings)
+        self.day = self.model.day
+        self.day.source = day.source
         self.splits = AnsweredSplits(self.base, self.model, self.data, settings.decode)
         self.scored, self.scores = self.splits.scored, self.splits.scores
         check_reported(config, self.base, settings, self.splits.sets)

@@ -15,7 +15,7 @@ from dora_mm.studies.campaigns.trainings import Training
 from dora_mm.studies.config import CampaignConfig
 from dora_mm.studies.variants import Variant
 from dora_mm.utils.atomic import write_text
-from dora_mm.utils.run_directory import REPORTED_PACKAGES
+from dora_mm.utils.run_directory import DAY, REPORTED_PACKAGES
 from dora_mm.utils.tables import csv_records
 
 FAILED = "diverged"  # in place of the value of a training whose loss or weights were not finite
@@ -40,7 +40,7 @@ class TrainingRow:
         peak_memory_mb: In 2^20 bytes.
         processor: That of the training, or its GPU; with the next two, what decides how its numbers are rounded.
         threads: Those of the processor.
-        software: The versions of what it was trained with.
+        software: The versions of what it was trained with, and its day where a chat template asked for it.
         digest: Of the training's config and inputs, and of how it is scored.
         scores: The reported scores as JSON; in the file, where they are most of it, `packed`.
     """
@@ -72,6 +72,11 @@ class TrainingRow:
     def has_diverged(self) -> bool:
         """Whether the training has no result: it then counts as one whose scores are 0."""
         return self.value == FAILED
+
+    @property
+    def day(self) -> str:
+        """The day that the chat template got; empty: it did not ask."""
+        return next((text.split()[1] for text in self.software.split(", ") if text.startswith(f"{DAY} ")), "")
 
     @property
     def number(self) -> float:
@@ -107,7 +112,7 @@ def row_of(
         digest: Of its config and inputs.
     """
     variant = training.variant
-    software = {name: version for name, version in versions.items() if name in REPORTED_PACKAGES and version}
+    software = {name: version for name, version in versions.items() if name in (*REPORTED_PACKAGES, DAY) and version}
     return TrainingRow(
         method=variant.method,
         rank=str(variant.rank or ""),

@@ -44,12 +44,14 @@ class Trainings:
         base: The path of the config that all trainings share.
         workers: How many trainings run at a time.
         overrides: Returns the `key=value` overrides of `base` for one training.
+        day: `model.date` of all of them, in ISO format; None: their models have no such key.
     """
 
     folder: Path
     base: str
     workers: int
     overrides: Callable[[Training], list[str]]
+    day: str | None = None
 
     def run(self, training: Training) -> Path:
         """The run directory of a training."""
@@ -111,6 +113,7 @@ class Trainings:
         else:
             shutil.rmtree(folder, ignore_errors=True)
             settings = [*self.overrides(training), f"output={folder}"]
+            settings += [f"model.date={self.day}"] if self.day else []
             arguments = ["train", self.base, *(item for text in settings for item in ("--set", text))]
         threads = max(1, torch.get_num_threads() // self.workers)
         return start_process(training.name, arguments, self.folder / "logs" / f"{training.name}.txt", threads)

@@ -18,7 +18,9 @@ from dora_mm.studies.campaigns.halving import Candidate, lengths
 from dora_mm.studies.campaigns.trainings import Training
 from dora_mm.studies.config import TuneConfig
 from dora_mm.studies.variants import Variant
+from dora_mm.train.day import dated, day_for
 from dora_mm.train.validation import LOSS
+from dora_mm.utils.day import Day
 from dora_mm.utils.yaml12 import KeyPath
 
 KeyChanges = dict[KeyPath, Any]
@@ -36,6 +38,7 @@ class TunedTrainings(Protocol):
     """What is trained, without how it is judged."""
 
     steps: int  # the length of the base config's training, in optimizer steps
+    day: Day  # what chat templates may ask for, the same in all trainings
 
     @property
     def base(self) -> Any:
@@ -68,7 +71,7 @@ class TunedPictures:
     """
 
     def __init__(self, config: TuneConfig, base: TrainDiffusionConfig):
-        self.config, self.base, self.steps = config, base, base.train.steps
+        self.config, self.base, self.steps, self.day = config, base, base.train.steps, Day()
         self.images = read_training_images(base.data)
         self.held = hold_out(self.images, base.data)[1]
         if config.judge == "held_out" and not self.held:
@@ -113,7 +116,11 @@ class TunedQuestions:
             raise ValueError(f"{config.base} has no valid split of {missing[0]}, by which rates are judged: data.valid")
         self.config, self.base = config, base
         tower, device = bool(base.adapter.vision_parts), default_device()
-        self.model = load_vl_model(pinned(base.model), base.vision, seed=base.seed, trained_tower=tower, device=device)
+        day, settings = day_for(base.model, config.output), {"trained_tower": tower, "device": device}
+        section = dated(base, day).model
+        self.model = load_vl_model(pinned(section), base.vision, seed=base.seed, **settings)
+        self.day = self.model.day
+        self.day.source = day.source
         self.model.check(task.task for task in base.data.all_tasks)
         training = open_training(base.data, base.train.batch_size, self.model)
         splits = open_validation(base.data, base.evaluate, self.model, answered=True)

@@ -18,6 +18,7 @@ from dora_mm.eval.vl.scores import VLScores
 from dora_mm.utils.atomic import write_text
 
 VERSION = "predictions 1"  # of the files; the value of the first line's key `dora_mm`
+UNKNOWN = "unknown"  # the day
 SHOWN = ("id", "images", "answers")  # the fields of an example that a row has under names of its own
 DEFAULTS = Example("", (), "")
 
@@ -32,6 +33,7 @@ class About:
         rules: By what rule answers are right, by metric.
         settings: How the answers were made: sections of a config, by their names.
         digests: Of model, adapter and data, by a description of each; of the files of a model, by their paths.
+        day: What the chat template got that asked for the day; UNKNOWN of a server's; "": it did not ask.
     """
 
     task: str
@@ -39,6 +41,7 @@ class About:
     rules: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     digests: Mapping[str, Any] = field(default_factory=dict)
+    day: str = ""
 
     @property
     def inputs(self) -> list[str]:
@@ -64,6 +67,8 @@ def write_scored(
         prompt: What is asked, with {text} for the question.
     """
     first = {"dora_mm": VERSION, **asdict(about)}
+    if not about.day:
+        del first["day"]
     if scores is not None:
         first |= {"metric": scores.main, "rules": dict(scores.rules)}
     lines = [first, *(_line(about.task, prompt, *row) for row in predictions)]

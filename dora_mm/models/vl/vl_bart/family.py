@@ -34,6 +34,7 @@ from dora_mm.models.vl.vl_bart.visual_inputs import VisionEncoder
 from dora_mm.models.vl.vl_model import RowCounts, Structure, Target, VLModel, likeliest_answer, weighted_loss
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.targets import find
+from dora_mm.utils.day import Day
 from dora_mm.utils.digest import module_digest
 from dora_mm.utils.losses import LossSum
 
@@ -79,6 +80,7 @@ class VLBartModel:
         weights = {"base_digest": module_digest(model), "vision_digest": vision.identity}
         folder = local_copy(resolve_model(config[0].path)) if config else None
         self._identity = ModelIdentity(weights, digests_of(folder) if folder else {})
+        self.day = Day()  # which nothing asks for
         self.counts = RowCounts()  # all 0: texts have the lengths of their task, which count as no cut
 
     @classmethod
