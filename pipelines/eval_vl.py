@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_mm import formats
+from dora_mm.backend import about_layers
 from dora_mm.adapting.files import digest_of_adapter, load_trained, seed_of
 from dora_mm.config.paths import resolve_model, resolve_path
 from dora_mm.config.pipelines import SCHEMAS
@@ -27,13 +28,14 @@ from dora_mm.models.vl.families import is_local, load_vl_model
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.registries.suites import suite_file
 from dora_mm.registries.vl_tasks import TASKS
-from dora_mm.sampling.answers import AnswersFolder, Twice, answer_all, answer_alone, read_answers
+from dora_mm.sampling.answers import AnswersFolder, KeptAnswer, Twice, answer_all, answer_alone, by_circumstances, mixed_circumstances, read_answers
 from dora_mm.tasks.preferences import KeptReference, Preferences
 from dora_mm.tasks.vl import answerers
 from dora_mm.train.resuming import started_config
 from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.train.validation import main_values
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.circumstances import about_kept, circumstances
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import files_digest
 from dora_mm.utils.processes import divided, started_together
@@ -41,7 +43,6 @@ from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 ANSWERS = "answers"  # the folder of a run
-Kept = Sequence[tuple[str | None, str]]  # the answers to rows, each with what its images were
 
 
 def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
@@ -78,7 +79,8 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     answers = answerers(model, splits, config.decode, Preferences(model, config.preference, bare))
     inputs = inputs_of(config, model, splits, folder)
     with processes.run(evaluation_run(config, inputs)) as run:
-        kept = AnswersFolder(run.path / ANSWERS, model.content, processes)
+        now = circumstances(about_layers(config.backend))
+        kept = AnswersFolder(run.path / ANSWERS, model.content, processes, now)
         asked = (answers, model.networks.values(), splits)
         answered = answer_all(*asked, config.decode.batch_size, mapped=mapped, folder=kept)
         twice = answer_alone(*asked, answered, mapped) if batches_decide(config) else {}
@@ -115,7 +117,7 @@ def data_of(splits: Mapping[str, ValidationSet]) -> dict[str, str]:
 
 def earlier_answers(
     config: EvalVLConfig, data: Mapping[str, str], splits: Mapping[str, ValidationSet]
-) -> Mapping[str, Kept]:
+) -> Mapping[str, Sequence[KeptAnswer]]:
     """The answers of the evaluation that `same_as` names, by task.
 
     Raises:
@@ -137,7 +139,7 @@ def earlier_answers(
 
 
 def report_same(
-    other: str, run: RunDirectory, splits: Mapping[str, ValidationSet], earlier: Mapping[str, Kept]
+    other: str, run: RunDirectory, splits: Mapping[str, ValidationSet], earlier: Mapping[str, Sequence[KeptAnswer]]
 ) -> None:
     """Prints how many answers are those of another evaluation, and writes it to same_answers.json.
 
@@ -146,16 +148,19 @@ def report_same(
     """
     found: dict[str, Any] = {}
     for name, split in splits.items():
-        both = zip(read_answers(run.path / ANSWERS, name), earlier[name], strict=True)
+        answers = read_answers(run.path / ANSWERS, name)
+        both = zip(answers, earlier[name], strict=True)
         rows = []
-        for row, ((ours, images), (theirs, before)) in enumerate(both):
-            if images != before:
+        for row, (ours, theirs) in enumerate(both):
+            if ours.content != theirs.content:
                 raise ValueError(f"same_as: the images of {name}, row {split.table[row].id}, are not those of {other}")
-            if ours is not None and theirs is not None:
-                rows.append((split.table[row], ours, theirs))
+            if ours.text is not None and theirs.text is not None:
+                rows.append((split.table[row], ours.text, theirs.text))
         share, count = share_of_same(name, rows)
         found[name] = {**share.as_dict(), "rows": count}
         print(f"same     {points(share)} % of {count:,} answers of {name} are those of {other}")
+        if answers and (said := about_kept(by_circumstances(earlier[name]), answers[-1].circumstances, f"of {other}")):
+            log.warning(said)
     write_text(run.path / "same_answers.json", json.dumps({"same_as": other, **found}, indent=2) + "\n")
 
 
@@ -183,7 +188,8 @@ def report_all(
     """
     settings = {"decode": config.decode.model_dump(mode="json"), "model": config.model.model_dump(mode="json")}
     settings |= {"others_alone": alone} if alone else {}
-    scores = write_answers(run.path, answered, settings, inputs, getattr(config.model, "prompts", {}))
+    notes = {name: mixed_circumstances(run.path / ANSWERS, name) for name in answered}
+    scores = write_answers(run.path, answered, settings, inputs, getattr(config.model, "prompts", {}), notes)
     scores = {name: with_question_only_accuracy(config, name, found, answered[name]) for name, found in scores.items()}
     unscored = [name for name in answered if name not in scores]
     write_report(run.path, config.name, scores, unscored, main_values(scores))

@@ -6,8 +6,10 @@ import json
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
@@ -17,6 +19,7 @@ from dora_mm.data.vl.rows import OnBadData, RowTooLongError
 from dora_mm.data.vl.splits import ValidationSet
 from dora_mm.registries.suites import file_stem
 from dora_mm.utils.atomic import append_text, write_text
+from dora_mm.utils.circumstances import NOTHING, Record, about_kept, circumstances
 from dora_mm.utils.evaluating import Map, evaluating
 from dora_mm.utils.json_text import parse_json
 from dora_mm.utils.processes import ALONE, Processes
@@ -38,11 +41,27 @@ class AnswersFolder:
         path: The folder, which gets <task>.jsonl.
         content: Says what the images of an example are, which are compared where answers were kept.
         processes: Those that share the batches, of which the main one writes.
+        circumstances: Those of answers that are added.
     """
 
     path: Path
     content: ContentOf
     processes: Processes = ALONE
+    circumstances: Record = field(default_factory=circumstances)
+
+
+class KeptAnswer(NamedTuple):
+    """The answer to a row in a file.
+
+    Attributes:
+        text: The answer; None: the row could not be read.
+        content: What its images were.
+        circumstances: Those under which it was given.
+    """
+
+    text: str | None
+    content: str
+    circumstances: Record = NOTHING
 
 
 def answer_all(
@@ -205,7 +224,8 @@ def save_answers(
 class KeptAnswers:
     """The answers to the rows of a split in a file, from which a process goes on after one that was stopped.
 
-    Each line is of a row: its answer, None where it could not be read, what its images were, and a checksum.
+    Each line is of a row: its answer, None where it could not be read, what its images were, and a checksum. A line of
+    another kind, an object, has the circumstances of the rows that follow.
 
     Args:
         folder: Where it is.
@@ -214,7 +234,8 @@ class KeptAnswers:
     """
 
     def __init__(self, folder: AnswersFolder, task: str, split: ValidationSet):
-        self.file, self.folder, self.split = _file_of(folder.path, task), folder, split
+        self.file, self.folder, self.split, self.task = _file_of(folder.path, task), folder, split, task
+        self._last = NOTHING  # the circumstances of the last row of the file
 
     def whole_batches(self, batch_size: int, count: int) -> list[str | None]:
         """The answers of whole batches that an earlier process has kept; what follows them is cut off the file.
@@ -225,21 +246,25 @@ class KeptAnswers:
         return processes.from_main(self._whole_batches(batch_size, count) if processes.is_main else [])
 
     def _whole_batches(self, batch_size: int, count: int) -> list[str | None]:
-        found: list[str | None] = []
-        lines: list[str] = []
-        for answer, content in _kept(self.file):
-            if len(found) == count or content != self._content(len(found)):
+        found: list[KeptAnswer] = []
+        for row in _kept(self.file):
+            if len(found) == count or row.content != self._content(len(found)):
                 break
-            found.append(answer)
-            lines.append(_line(answer, content))
-        size = count if len(found) == count else len(found) // batch_size * batch_size
-        write_text(self.file, "".join(lines[:size]))
-        return found[:size]
+            found.append(row)
+        found = found if len(found) == count else found[: len(found) // batch_size * batch_size]
+        write_text(self.file, _text(found, NOTHING))
+        self._last = found[-1].circumstances if found else NOTHING
+        if said := about_kept(by_circumstances(found), self.folder.circumstances, f"kept answers of {self.task}"):
+            log.warning(said)
+        return [row.text for row in found]
 
     def add(self, answers: Iterable[str | None], contents: Iterable[str]) -> None:
         """Keeps the answers to rows, which follow those that are there, and what the images of each were."""
         if self.folder.processes.is_main:
-            append_text(self.file, "".join(map(_line, answers, contents)))
+            now = self.folder.circumstances
+            rows = [KeptAnswer(text, content, now) for text, content in zip(answers, contents, strict=True)]
+            append_text(self.file, _text(rows, self._last))
+            self._last = now
 
     def contents(self, rows: Iterable[int]) -> list[str]:
         """What the images of rows are."""
@@ -252,32 +277,51 @@ class KeptAnswers:
             return ""
 
 
-def read_answers(folder: Path, task: str) -> list[tuple[str | None, str]]:
-    """The answers to the rows of a task that `answer_all` has kept in a folder, and what the images of each were.
-
-    The answer is None to a row that cannot be read.
-    """
+def read_answers(folder: Path, task: str) -> list[KeptAnswer]:
+    """The answers to the rows of a task that `answer_all` has kept in a folder."""
     return list(_kept(_file_of(folder, task)))
+
+
+def mixed_circumstances(folder: Path, task: str) -> str:
+    """A sentence on answers in a folder that were given under other circumstances than the last; empty: none were."""
+    rows = read_answers(folder, task)
+    return about_kept(by_circumstances(rows), rows[-1].circumstances, "answers") if rows else ""
+
+
+def by_circumstances(rows: Iterable[KeptAnswer]) -> list[tuple[Record, int]]:
+    """The circumstances of rows, each with the number of rows one behind the other that have them."""
+    return [(now, len(list(same))) for now, same in groupby(row.circumstances for row in rows)]
 
 
 def _file_of(folder: Path, task: str) -> Path:
     return folder / f"{file_stem(task)}.jsonl"
 
 
-def _kept(file: Path) -> Iterator[tuple[str | None, str]]:
-    """The lines of a file of answers, up to one that a killed process did not finish, or a damaged one."""
+def _kept(file: Path) -> Iterator[KeptAnswer]:
+    """The rows of a file of answers, up to one that a killed process did not finish, or a damaged line."""
+    now: Record = NOTHING
     for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
-            answer, content, checksum = parse_json(line, file.name, list)
-        except (ValueError, TypeError):
+            found = parse_json(line, file.name, object)
+            if isinstance(found, dict):
+                now = dict(found["circumstances"])
+                continue
+            answer, content, checksum = found
+        except (ValueError, TypeError, KeyError):
             return
         if checksum != _checksum(answer, content):
             return
-        yield answer, content
+        yield KeptAnswer(answer, content, now)
 
 
-def _line(answer: str | None, content: str) -> str:
-    return json.dumps([answer, content, _checksum(answer, content)]) + "\n"
+def _text(rows: Iterable[KeptAnswer], before: Record) -> str:
+    """The lines of rows, which follow one of the circumstances `before`."""
+    lines = []
+    for answer, content, now in rows:
+        lines += [] if now == before else [json.dumps({"circumstances": dict(now)})]
+        lines.append(json.dumps([answer, content, _checksum(answer, content)]))
+        before = now
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _checksum(answer: str | None, content: str) -> int:
