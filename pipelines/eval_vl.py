@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dora_mm import formats
-from dora_mm.backend import about_layers
 from dora_mm.adapting.files import digest_of_adapter, load_trained, seed_of
+from dora_mm.backend import about_layers
 from dora_mm.config.paths import resolve_model, resolve_path
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.vl import EvalVLConfig
@@ -28,14 +28,23 @@ from dora_mm.models.vl.families import is_local, load_vl_model
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.registries.suites import suite_file
 from dora_mm.registries.vl_tasks import TASKS
-from dora_mm.sampling.answers import AnswersFolder, KeptAnswer, Twice, answer_all, answer_alone, by_circumstances, mixed_circumstances, read_answers
+from dora_mm.sampling.answers import (
+    AnswersFolder,
+    KeptAnswer,
+    Twice,
+    answer_all,
+    answer_alone,
+    by_circumstances,
+    mixed_circumstances,
+    read_answers,
+)
 from dora_mm.tasks.preferences import KeptReference, Preferences
 from dora_mm.tasks.vl import answerers
 from dora_mm.train.resuming import started_config
 from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.train.validation import main_values
 from dora_mm.utils.atomic import write_text
-from dora_mm.utils.circumstances import about_kept, circumstances
+from dora_mm.utils.circumstances import NOTHING, about_kept, circumstances
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import files_digest
 from dora_mm.utils.processes import divided, started_together
@@ -159,7 +168,8 @@ def report_same(
         share, count = share_of_same(name, rows)
         found[name] = {**share.as_dict(), "rows": count}
         print(f"same     {points(share)} % of {count:,} answers of {name} are those of {other}")
-        if answers and (said := about_kept(by_circumstances(earlier[name]), answers[-1].circumstances, f"of {other}")):
+        now = answers[-1].circumstances if answers else NOTHING
+        if said := about_kept(by_circumstances(earlier[name]), now, f"answers of {other}"):
             log.warning(said)
     write_text(run.path / "same_answers.json", json.dumps({"same_as": other, **found}, indent=2) + "\n")
 

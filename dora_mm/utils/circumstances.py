@@ -6,15 +6,14 @@ whatever goes on from these says in one sentence what differs.
 
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from types import MappingProxyType
 
 from dora_mm.utils.messages import shown
 
-Value = str | int | None  # None: not installed, or not set
-Record = Mapping[str, Value]
+Record = Mapping[str, str | int | None]  # None: not installed, or not set
 NOTHING: Record = MappingProxyType({})  # of what was kept before there were records
 
 # The packages whose code makes numbers, or the texts and pixels that become numbers: it computes, decodes images and
@@ -45,7 +44,7 @@ VARIABLES = (
 )
 
 
-def circumstances(more: Record = NOTHING) -> dict[str, Value]:
+def circumstances(more: Record = NOTHING) -> dict[str, str | int | None]:
     """The record of this process.
 
     Args:
@@ -80,10 +79,11 @@ def differences(before: Record, now: Record) -> list[str]:
     An entry that one of them lacks is none: it was kept by a release that did not record it.
     """
     both = [name for name in now if name in before and before[name] != now[name]]
-    return [f"{name} {_text(before[name])} is {_text(now[name])}" for name in both]
+    return [f"{name} {text_of(before[name])} is {text_of(now[name])}" for name in both]
 
 
-def _text(value: Value) -> str:
+def text_of(value: str | int | None) -> str:
+    """A value of a record on one line."""
     return "none" if value is None else shown(value)
 
 
@@ -106,6 +106,10 @@ def about_kept(kept: Iterable[tuple[Record, int]], now: Record, things: str) -> 
         now: The record of what goes on from them.
         things: The kept things, in the plural.
     """
-    records = [(differences(record, now), count) for record, count in kept]
-    others, total = sum(count for found, count in records if found), sum(count for _, count in records)
-    return sentence(f"{others} of {total} {things} were", chain.from_iterable(found for found, _ in records))
+    return about_differing([(differences(record, now), count) for record, count in kept], things)
+
+
+def about_differing(kept: Sequence[tuple[Sequence[str], int]], things: str) -> str:
+    """The same of what is kept by its differences from what goes on."""
+    others, total = sum(count for found, count in kept if found), sum(count for _, count in kept)
+    return sentence(f"{others} of {total} {things} were", chain.from_iterable(found for found, _ in kept))

@@ -252,7 +252,7 @@ def read_run(folder: Path) -> None:
     saved_values(run.path)
     load_config(run.path / "config.yaml")
     with only_writer(run.path):
-        run.changed_versions({})
+        run.go_on(0)
         damage(run.checkpoints / "step-000002")
         MetricsLog(run, 2).close()
     read_answers(run.path, "chat")
