@@ -47,9 +47,7 @@ def replay_picture(file: Path, folder: Path) -> tuple[Path, str | None]:
     loaded = load_model(pictures_config(description), [adapter.path for adapter in description.adapters])
     check_unchanged(description, loaded)
     job = job_of(description, loaded, folder, file.name)
-    now = job.descriptions[description.position].circumstances
-    if said := sentence(f"{file} was", differences(description.circumstances, now)):
-        log.warning(said)
+    report_circumstances(file, description, job)
     loaded.load(job.pictures)
     draw(job, loaded.sampler, loaded.load_adapter)
     write_manifest(job.folder, [job.entries()[description.position]])
@@ -128,6 +126,13 @@ def job_of(description: Description, loaded: LoadedModel, folder: Path, name: st
     job.names = [name if index == description.position else f"{index}-{name}" for index in range(len(pictures))]
     job.done = dict.fromkeys((index for index in range(len(pictures)) if index != description.position), "")
     return job
+
+
+def report_circumstances(file: Path, description: Description, job: PictureJob) -> None:
+    """Says which circumstances are not those under which a picture was drawn."""
+    now = job.descriptions[description.position].circumstances
+    if said := sentence(f"{file} was", differences(description.circumstances, now)):
+        log.warning(said)
 
 
 def difference(one: Path, other: Path) -> str | None:

@@ -7,6 +7,7 @@ whatever goes on from these says in one sentence what differs.
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from types import MappingProxyType
@@ -59,14 +60,16 @@ def circumstances(more: Record = NOTHING) -> dict[str, str | int | None]:
         "machine": f"{platform.system()} {platform.machine()}",
         "processor": hardware_name(),
         "threads": torch.get_num_threads(),  # sums are divided among them, and rounded in another order
-        **{package: _version(package) for package in PACKAGES},
+        **{package: installed(package) for package in PACKAGES},
         "torch": torch.__version__,  # includes the build, such as +cu130, which the package metadata omits
         **{variable: os.environ.get(variable) for variable in VARIABLES},
         **more,
     }
 
 
-def _version(package: str) -> str | None:
+@cache
+def installed(package: str) -> str | None:
+    """The version of a package; None: it is not installed. All of them take 14 ms, once."""
     try:
         return version(package)
     except PackageNotFoundError:
