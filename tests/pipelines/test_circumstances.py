@@ -34,6 +34,7 @@ def test_a_training_of_pictures_and_what_it_has_kept(tmp_path, tiny_folder, imag
         "model": {"path": str(tiny_folder)},
         "adapter": {"rank": 2},
         "data": data,
+        "optimizer": {"lr": 0.01},
         "train": {"steps": 2, "batch_size": 2},
         "sample": {"prompts": []},
     }

@@ -23,8 +23,7 @@ from dora_mm.sampling.drawing import check_what_is_there, plan
 from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.sampling.png import BaseModel, read_description, save_picture
 from dora_mm.sampling.replay import report_circumstances
-from dora_mm.studies.campaigns.campaign import Campaign
-from dora_mm.studies.campaigns.kept import keep_circumstances, kept_circumstances
+from dora_mm.studies.campaigns.kept import about_results, keep_circumstances
 from dora_mm.studies.campaigns.training_rows import TrainingRows, row_of
 from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.variants import Variant
@@ -195,20 +194,16 @@ def features(folder):
 
 def campaign(folder):
     """Comparisons and searches: one training has a row, one a run, and scores are there."""
-    found = Campaign.__new__(Campaign)
-    found.trainings = Trainings(folder, "base.yaml", 1, lambda training: [])
-    found.rows = TrainingRows(folder / "rows.csv", lambda training: "")
-    found.now, found._reported = circumstances(), set()
-    other = replace(TRAINING, seed=1)
-    if not found.rows.found:
+    trainings = Trainings(folder, "base.yaml", 1, lambda training: [])
+    rows, other = TrainingRows(folder / "rows.csv", lambda training: ""), replace(TRAINING, seed=1)
+    if not rows.found:
         about = {"value": 0.5, "scores": "", "summary": {}, "digest": ""}
-        found.rows.add([row_of(TRAINING, circumstances=[found.now_of_trainings], **about)])
-        RunDirectory.create("demo", "seed: 1\n", str(found.trainings.run(other)))
+        rows.add([row_of(TRAINING, circumstances=[trainings.now], **about)])
+        RunDirectory.create("demo", "seed: 1\n", str(trainings.run(other)))
         (folder / "scores").mkdir()
         (folder / "scores" / "bare.json").write_text("[]")
         keep_circumstances(folder / "scores" / "bare.json")
-    found._kept = kept_circumstances(folder)
-    found.report_circumstances([TRAINING, other])
+    logging.warning(about_results(trainings, rows))
 
 
 COMMANDS = {

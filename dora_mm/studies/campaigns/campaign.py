@@ -19,14 +19,13 @@ import torch
 
 from dora_mm.config.loader import load_config
 from dora_mm.studies.campaigns.evaluation import ScoresT, Scoring
-from dora_mm.studies.campaigns.kept import kept_circumstances
-from dora_mm.studies.campaigns.training_rows import FAILED, TrainingRow, TrainingRows, as_cells, row_of, rows_file
+from dora_mm.studies.campaigns.kept import about_results
+from dora_mm.studies.campaigns.training_rows import FAILED, TrainingRow, TrainingRows, row_of, rows_file
 from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.config import CampaignConfig
 from dora_mm.studies.curves import RateCurve
 from dora_mm.studies.variants import Variant
 from dora_mm.train.run import open_run, reopen_run
-from dora_mm.utils.circumstances import Record, about_differing, circumstances, differences
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +50,8 @@ class Campaign(Generic[ScoresT]):
         self.folder = run.path
         self.trainings = Trainings(self.folder, config.base, config.workers, scoring.overrides)
         self.rows = TrainingRows(rows_file(config, self.folder), cache(self.digest))
-        self.now = circumstances()
-        self._kept, self._reported = kept_circumstances(self.folder), set[Training]()
+        if said := about_results(self.trainings, self.rows):
+            log.warning(said)
 
     def digest(self, training: Training) -> str:
         """The digest of all that a row depends on: the training's config, its inputs, and how it is scored.
@@ -84,29 +83,7 @@ class Campaign(Generic[ScoresT]):
             if not self.is_there(training, reported=reported)
             or (self.is_for_rates(training) and not self.has_value(training))
         ]
-        self.report_circumstances(trainings)
         self.trainings.train(missing, partial(self.score, reported=reported))
-
-    def report_circumstances(self, trainings: Sequence[Training]) -> None:
-        """Says once which of these trainings, and of all scores and answers in the folder, have other circumstances."""
-        now = self.now_of_trainings
-        found = [differences(record, self.now) for record in self._kept]
-        for training in dict.fromkeys(trainings):
-            if training in self._reported:
-                continue
-            if row := self.rows.get(training):
-                found.append(differences(row.circumstances, as_cells([now])))
-            elif steps := self.trainings.circumstances(training):
-                found.append([each for record in steps for each in differences(record, now)])
-        self._reported.update(trainings)
-        self._kept = []
-        if said := about_differing([(each, 1) for each in found], "kept trainings, scores and answers"):
-            log.warning(said)
-
-    @property
-    def now_of_trainings(self) -> Record:
-        """The circumstances of trainings that start now: each has its share of the threads."""
-        return {**self.now, "threads": self.trainings.threads}
 
     def is_there(self, training: Training, *, reported: bool) -> bool:
         """Whether a training has a row, and reported scores where they are wanted."""
@@ -136,7 +113,7 @@ class Campaign(Generic[ScoresT]):
             scores = self.scoring.scored(self.trainings, training) if reported else ""
         torch.cuda.empty_cache()  # the next training is another process, which needs what scoring took
         about = {"summary": self.trainings.summary(training), "digest": self.rows.digest(training)}
-        about["circumstances"] = [*self.trainings.circumstances(training), self.now_of_trainings]
+        about["circumstances"] = [*self.trainings.circumstances(training.name), self.trainings.now]
         self.rows.add([row_of(training, value=value, scores=scores, **about)])
 
     def row(self, training: Training) -> TrainingRow:

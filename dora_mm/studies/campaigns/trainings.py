@@ -14,7 +14,7 @@ import torch
 from dora_mm.studies.campaigns.subprocesses import TrainingProcess, run_processes, start_process
 from dora_mm.studies.variants import Variant
 from dora_mm.train.run import DIVERGED
-from dora_mm.utils.circumstances import Record
+from dora_mm.utils.circumstances import Record, circumstances
 from dora_mm.utils.lock import LOCK
 from dora_mm.utils.run_directory import SUMMARY, VERSIONS, RunDirectory
 
@@ -70,9 +70,14 @@ class Trainings:
         """Those of each training."""
         return max(1, torch.get_num_threads() // self.workers)
 
-    def circumstances(self, training: Training) -> list[Record]:
+    @property
+    def now(self) -> Record:
+        """The circumstances of trainings that start now."""
+        return {**circumstances(), "threads": self.threads}
+
+    def circumstances(self, name: str) -> list[Record]:
         """Those of the steps of a training, in their order; none of one that has not begun."""
-        run = RunDirectory(self.run(training))
+        run = RunDirectory(self.folder / "runs" / name)
         return list(run.circumstances().values()) if (run.path / VERSIONS).is_file() else []
 
     def has_diverged(self, training: Training) -> bool:

@@ -100,7 +100,7 @@ def test_a_search_that_is_stopped_goes_on_and_trains_nothing_twice(
     caplog.clear()
     assert main(command) == 0
     (said,) = (message for message in caplog.messages if "circumstances" in message)
-    assert said.startswith("8 of 8 kept trainings, scores and answers were computed under other circumstances")
+    assert said.startswith("9 of 9 kept trainings, scores and answers were computed under other circumstances")
     monkeypatch.delenv("MKL_CBWR")
 
     del started[:]
