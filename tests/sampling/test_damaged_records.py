@@ -72,6 +72,13 @@ def test_a_description_is_read_as_it_was_written(tmp_path):
     check_complete(found, tmp_path / "a.png")
 
 
+def test_a_description_of_before_has_the_circumstances_that_it_named(tmp_path):
+    values = asdict(DESCRIPTION)
+    values["software"] = values.pop("circumstances")
+    found = read_description(picture(tmp_path / "a.png", json.dumps({"version": VERSION, **values})))
+    assert found == DESCRIPTION
+
+
 @pytest.mark.parametrize(
     "text",
     [

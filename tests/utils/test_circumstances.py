@@ -18,13 +18,13 @@ from dora_mm.data.features.folder import FeatureWriter
 from dora_mm.data.images.tensor_cache import TensorCache
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.splits import ValidationSet
-from dora_mm.sampling.answers import AnswersFolder, answer_all, mixed_circumstances
+from dora_mm.sampling.answers import AnswersFolder, answer_all, mixed_circumstances, read_answers
 from dora_mm.sampling.drawing import check_what_is_there, plan
 from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.sampling.png import BaseModel, read_description, save_picture
 from dora_mm.sampling.replay import report_circumstances
 from dora_mm.studies.campaigns.kept import about_results, keep_circumstances
-from dora_mm.studies.campaigns.training_rows import TrainingRows, row_of
+from dora_mm.studies.campaigns.training_rows import TrainingRows, as_cells, row_of
 from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.variants import Variant
 from dora_mm.utils import circumstances as module
@@ -86,8 +86,11 @@ def test_the_steps_of_a_training_keep_their_own(tmp_path, monkeypatch):
     monkeypatch.setenv("MKL_CBWR", "AVX2")
     assert run.go_on(0) == ""  # stopped before its first checkpoint
     assert run.circumstances() == {0: circumstances()}
-    (run.path / "circumstances.json").write_text('{"soon": {}}')
-    assert run.go_on(3).endswith("has no circumstances of a step under soon")
+    for damaged, problem in (('{"soon": {}}', "no circumstances of a step under soon"), ("[]", "is not a JSON object")):
+        (run.path / "circumstances.json").write_text(damaged)
+        said = run.go_on(3)
+        assert said.startswith("The circumstances of the finished steps are not known: ")
+        assert said.endswith(problem)
 
 
 def test_answers_of_several_circumstances_are_named(tmp_path, monkeypatch):
@@ -110,6 +113,19 @@ def test_answers_of_several_circumstances_are_named(tmp_path, monkeypatch):
     answered(6)
     assert mixed_circumstances(tmp_path, "chat") == ""
     assert (tmp_path / "chat.jsonl").read_text().splitlines()[:2] == old[:2]
+    for damaged in ("{", "{}", '{"circumstances": 5}', '{"circumstances": [1]}'):
+        (tmp_path / "chat.jsonl").write_text("\n".join([*old[:2], damaged, *old[2:]]) + "\n")
+        assert len(read_answers(tmp_path, "chat")) == 2
+
+
+def test_rows_of_comparisons_of_before_are_compared_by_what_they_have():
+    file = ROOT / "tests/benchmarks/results/paper/tuned/trainings.csv"
+    rows = TrainingRows(file, lambda training: "").found.values()
+    found = next(row.circumstances for row in rows if row.software)
+    assert {"processor", "threads", "torch", "numpy"} <= {*found}
+    now = {**as_cells([circumstances()]), **found}
+    assert differences(found, now) == []
+    assert differences(found, {**now, "torch": "9"}) == [f"torch {found['torch']} is 9"]
 
 
 # --- every circumstance, and every command that goes on --------------------------------------------------------------
