@@ -10,6 +10,7 @@ from typing import Any
 
 from dora_mm import formats
 from dora_mm.adapting.files import digest_of_adapter, header_of, load_trained, seed_of
+from dora_mm.backend import about_layers
 from dora_mm.config.paths import resolve_path
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.vl import EvalVLConfig
@@ -26,7 +27,16 @@ from dora_mm.models.vl.families import is_local, load_vl_model
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.registries.suites import suite_file
 from dora_mm.registries.vl_tasks import TASKS
-from dora_mm.sampling.answers import AnswersFolder, Twice, answer_all, answer_alone, read_answers
+from dora_mm.sampling.answers import (
+    AnswersFolder,
+    KeptAnswer,
+    Twice,
+    answer_all,
+    answer_alone,
+    by_circumstances,
+    mixed_circumstances,
+    read_answers,
+)
 from dora_mm.tasks.preferences import KeptReference, Preferences
 from dora_mm.tasks.vl import answerers
 from dora_mm.train.day import RunDay, dated, day_for, day_of_run, started_on
@@ -34,6 +44,7 @@ from dora_mm.train.resuming import started_config
 from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.train.validation import main_values
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.circumstances import NOTHING, about_kept, circumstances
 from dora_mm.utils.day import Day, today
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import files_digest
@@ -42,7 +53,6 @@ from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 ANSWERS = "answers"  # the folder of a run
-Kept = Sequence[tuple[str | None, str]]  # the answers to rows, each with what its images were
 
 
 def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
@@ -81,7 +91,8 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     answers = answerers(model, splits, config.decode, Preferences(model, config.preference, bare))
     inputs = inputs_of(config, model, splits, folder)
     with processes.run(evaluation_run(config, inputs | started_on(model.day))) as run:
-        kept = AnswersFolder(run.path / ANSWERS, model.content, processes, model.day)
+        now = circumstances(about_layers(config.backend))
+        kept = AnswersFolder(run.path / ANSWERS, model.content, processes, model.day, now)
         asked = (answers, model.networks.values(), splits)
         answered = answer_all(*asked, config.decode.batch_size, mapped=mapped, folder=kept)
         twice = answer_alone(*asked, answered, mapped) if batches_decide(config) else {}
@@ -126,7 +137,7 @@ def data_of(splits: Mapping[str, ValidationSet]) -> dict[str, str]:
 
 def earlier_answers(
     config: EvalVLConfig, data: Mapping[str, str], splits: Mapping[str, ValidationSet]
-) -> Mapping[str, Kept]:
+) -> Mapping[str, Sequence[KeptAnswer]]:
     """The answers of the evaluation that `same_as` names, by task.
 
     Raises:
@@ -148,7 +159,11 @@ def earlier_answers(
 
 
 def report_same(
-    other: str, run: RunDirectory, splits: Mapping[str, ValidationSet], earlier: Mapping[str, Kept], day: Day
+    other: str,
+    run: RunDirectory,
+    splits: Mapping[str, ValidationSet],
+    earlier: Mapping[str, Sequence[KeptAnswer]],
+    day: Day,
 ) -> None:
     """Prints how many answers are those of another evaluation, and writes it to same_answers.json.
 
@@ -159,16 +174,20 @@ def report_same(
     """
     found: dict[str, Any] = {}
     for name, split in splits.items():
-        both = zip(read_answers(run.path / ANSWERS, name), earlier[name], strict=True)
+        answers = read_answers(run.path / ANSWERS, name)
+        both = zip(answers, earlier[name], strict=True)
         rows = []
-        for row, ((ours, images), (theirs, before)) in enumerate(both):
-            if images != before:
+        for row, (ours, theirs) in enumerate(both):
+            if ours.content != theirs.content:
                 raise ValueError(f"same_as: the images of {name}, row {split.table[row].id}, are not those of {other}")
-            if ours is not None and theirs is not None:
-                rows.append((split.table[row], ours, theirs))
+            if ours.text is not None and theirs.text is not None:
+                rows.append((split.table[row], ours.text, theirs.text))
         share, count = share_of_same(name, rows)
         found[name] = {**share.as_dict(), "rows": count}
         print(f"same     {points(share)} % of {count:,} answers of {name} are those of {other}")
+        now = answers[-1].circumstances if answers else NOTHING
+        if said := about_kept(by_circumstances(earlier[name]), now, f"answers of {other}"):
+            log.warning(said)
     theirs = day_of_run(resolve_path(other, "same_as")).date
     if day.asked and day.date != theirs:
         found["days"] = [day.date, theirs]
@@ -200,7 +219,8 @@ def report_all(
     """
     settings = {"decode": config.decode.model_dump(mode="json"), "model": config.model.model_dump(mode="json")}
     settings |= {"others_alone": alone} if alone else {}
-    scores = write_answers(run.path, answered, settings, inputs, getattr(config.model, "prompts", {}), day)
+    notes = {name: mixed_circumstances(run.path / ANSWERS, name) for name in answered}
+    scores = write_answers(run.path, answered, settings, inputs, getattr(config.model, "prompts", {}), notes, day)
     scores = {name: with_question_only_accuracy(config, name, found, answered[name]) for name, found in scores.items()}
     unscored = [name for name in answered if name not in scores]
     write_report(run.path, config.name, scores, unscored, main_values(scores))

@@ -7,8 +7,9 @@ import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
@@ -18,6 +19,7 @@ from dora_mm.data.vl.rows import OnBadData, RowTooLongError
 from dora_mm.data.vl.splits import ValidationSet
 from dora_mm.registries.suites import file_stem
 from dora_mm.utils.atomic import append_text, write_text
+from dora_mm.utils.circumstances import NOTHING, Record, about_kept, circumstances
 from dora_mm.utils.day import Day
 from dora_mm.utils.evaluating import Map, evaluating
 from dora_mm.utils.json_text import parse_json
@@ -41,12 +43,30 @@ class AnswersFolder:
         content: Says what the images of an example are, which are compared where answers were kept.
         processes: Those that share the batches, of which the main one writes.
         day: The day that chat templates may ask for, which is compared where they did.
+        circumstances: Those of answers that are added.
     """
 
     path: Path
     content: ContentOf
     processes: Processes = ALONE
     day: Day = field(default_factory=Day)
+    circumstances: Record = field(default_factory=circumstances)
+
+
+class KeptAnswer(NamedTuple):
+    """The answer to a row in a file.
+
+    Attributes:
+        text: The answer; None: the row could not be read.
+        content: What its images were.
+        circumstances: Those under which it was given.
+        day: The day of its batch where a chat template asked for it.
+    """
+
+    text: str | None
+    content: str
+    circumstances: Record = NOTHING
+    day: str | None = None
 
 
 def answer_all(
@@ -212,7 +232,8 @@ class KeptAnswers:
     """The answers to the rows of a split in a file, from which a process goes on after one that was stopped.
 
     Each line is of a row: its answer, None where it could not be read, what its images were, the day where the chat
-    template of its batch asked for it, and a checksum.
+    template of its batch asked for it, and a checksum. A line of another kind, an object, has the circumstances of the
+    rows that follow.
 
     Args:
         folder: Where it is.
@@ -221,7 +242,8 @@ class KeptAnswers:
     """
 
     def __init__(self, folder: AnswersFolder, task: str, split: ValidationSet):
-        self.file, self.folder, self.split = _file_of(folder.path, task), folder, split
+        self.file, self.folder, self.split, self.task = _file_of(folder.path, task), folder, split, task
+        self._last = NOTHING  # the circumstances of the last row of the file
 
     def whole_batches(self, batch_size: int, count: int) -> list[str | None]:
         """The answers of whole batches that an earlier process has kept; what follows them is cut off the file.
@@ -232,24 +254,28 @@ class KeptAnswers:
         return processes.from_main(self._whole_batches(batch_size, count) if processes.is_main else [])
 
     def _whole_batches(self, batch_size: int, count: int) -> list[str | None]:
-        found: list[str | None] = []
-        lines: list[str] = []
+        found: list[KeptAnswer] = []
         ours = self.folder.day
-        for answer, content, day in _kept(self.file):
-            if len(found) == count or content != self._content(len(found)) or day not in (None, ours.date):
+        for row in _kept(self.file):
+            if len(found) == count or row.content != self._content(len(found)) or row.day not in (None, ours.date):
                 break
-            found.append(answer)
-            lines.append(_line(answer, content, day))
-            ours.asked += day is not None
-        size = count if len(found) == count else len(found) // batch_size * batch_size
-        write_text(self.file, "".join(lines[:size]))
-        return found[:size]
+            found.append(row)
+        found = found if len(found) == count else found[: len(found) // batch_size * batch_size]
+        write_text(self.file, _text(found, NOTHING))
+        self._last = found[-1].circumstances if found else NOTHING
+        ours.asked += sum(row.day is not None for row in found)
+        if said := about_kept(by_circumstances(found), self.folder.circumstances, f"kept answers of {self.task}"):
+            log.warning(said)
+        return [row.text for row in found]
 
     def add(self, answers: Iterable[str | None], contents: Iterable[str], day: str | None) -> None:
         """Keeps the answers to rows, which follow those that are there, what the images of each were, and their day."""
         self.folder.day.asked += day is not None  # another process may have rendered them
         if self.folder.processes.is_main:
-            append_text(self.file, "".join(map(_line, answers, contents, repeat(day))))
+            now = self.folder.circumstances
+            rows = [KeptAnswer(text, content, now, day) for text, content in zip(answers, contents, strict=True)]
+            append_text(self.file, _text(rows, self._last))
+            self._last = now
 
     def contents(self, rows: Iterable[int]) -> list[str]:
         """What the images of rows are."""
@@ -262,34 +288,53 @@ class KeptAnswers:
             return ""
 
 
-def read_answers(folder: Path, task: str) -> list[tuple[str | None, str]]:
-    """The answers to the rows of a task that `answer_all` has kept in a folder, and what the images of each were.
+def read_answers(folder: Path, task: str) -> list[KeptAnswer]:
+    """The answers to the rows of a task that `answer_all` has kept in a folder."""
+    return list(_kept(_file_of(folder, task)))
 
-    The answer is None to a row that cannot be read.
-    """
-    return [(answer, content) for answer, content, _ in _kept(_file_of(folder, task))]
+
+def mixed_circumstances(folder: Path, task: str) -> str:
+    """A sentence on answers in a folder that were given under other circumstances than the last; empty: none were."""
+    rows = read_answers(folder, task)
+    return about_kept(by_circumstances(rows), rows[-1].circumstances, "answers") if rows else ""
+
+
+def by_circumstances(rows: Iterable[KeptAnswer]) -> list[tuple[Record, int]]:
+    """The circumstances of rows, each with the number of rows one behind the other that have them."""
+    return [(now, len(list(same))) for now, same in groupby(row.circumstances for row in rows)]
 
 
 def _file_of(folder: Path, task: str) -> Path:
     return folder / f"{file_stem(task)}.jsonl"
 
 
-def _kept(file: Path) -> Iterator[tuple[str | None, str, str | None]]:
-    """The lines of a file of answers, up to one that a killed process did not finish, or a damaged one."""
+def _kept(file: Path) -> Iterator[KeptAnswer]:
+    """The rows of a file of answers, up to one that a killed process did not finish, or a damaged line."""
+    now: Record = NOTHING
     for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
-            *row, checksum = parse_json(line, file.name, list)
+            found = parse_json(line, file.name, object)
+            if isinstance(found, dict):
+                now = dict(found["circumstances"])
+                continue
+            *row, checksum = found
             answer, content, day = row if len(row) == 3 else (*row, None)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, KeyError):
             return
         if checksum != _checksum(row):
             return
-        yield answer, content, day
+        yield KeptAnswer(answer, content, now, day)
 
 
-def _line(answer: str | None, content: str, day: str | None) -> str:
-    row = [answer, content, *([day] if day else [])]
-    return json.dumps([*row, _checksum(row)]) + "\n"
+def _text(rows: Iterable[KeptAnswer], before: Record) -> str:
+    """The lines of rows, which follow one of the circumstances `before`."""
+    lines = []
+    for text, content, now, day in rows:
+        lines += [] if now == before else [json.dumps({"circumstances": dict(now)})]
+        row = [text, content, *([day] if day else [])]
+        lines.append(json.dumps([*row, _checksum(row)]))
+        before = now
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _checksum(row: Sequence[str | None]) -> int:

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.sampling.pictures import MOST_ENCODED, PictureSampler
 from dora_mm.sampling.png import BaseModel
 from dora_mm.sampling.strengths import HashableStrength, to_load
+from dora_mm.utils.circumstances import circumstances
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import data_digest, known_digest
 from dora_mm.utils.json_text import parse_json
@@ -41,7 +41,6 @@ from dora_mm.utils.progress import tracked
 log = logging.getLogger(__name__)
 EMBEDDED = ModelConfig(path=EMBEDDED_IMAGE_MODEL)
 SETTINGS = "base_settings"  # the key of a header
-SOFTWARE = ("dora_mm", "torch", "diffusers", "transformers")
 
 
 @dataclass
@@ -202,7 +201,7 @@ class LoadedModel:
             model=self.base,
             adapters=self.adapter_hashes(),
             environment=self.environment,
-            software={name: version(name) for name in SOFTWARE},
+            now=circumstances(backend.about_layers(self.environment["backend"])),
         )
 
     def draw(

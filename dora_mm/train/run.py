@@ -165,7 +165,7 @@ def lower_rate(config: PipelineConfig) -> str:
 
 
 def go_on(run: RunDirectory, config: PipelineConfig, steps: int, deciding: Mapping[str, Stateful]) -> None:
-    """Prepares a run to be resumed: its newest checkpoint that is intact, its config, a word on other software.
+    """Prepares a run to be resumed: its newest checkpoint that is intact, its config, a word on other circumstances.
 
     Raises:
         ValueError: No checkpoint is intact, or the run has more than `steps` finished steps, or one of `deciding` does
@@ -177,10 +177,8 @@ def go_on(run: RunDirectory, config: PipelineConfig, steps: int, deciding: Mappi
     if done:
         load_parts(checkpoints(run.checkpoints)[-1], deciding)
     change_config(run, config)
-    if changed := run.changed_versions(about_layers(getattr(config, "backend", None))):
-        log.warning(
-            "With other software the last bits may not be those of an uninterrupted run: %s", ", ".join(changed)
-        )
+    if said := run.go_on(done, about_layers(getattr(config, "backend", None))):
+        log.warning(said)
 
 
 def check_length(path: Path, done: int, steps: int) -> None:

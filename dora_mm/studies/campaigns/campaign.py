@@ -19,6 +19,7 @@ import torch
 
 from dora_mm.config.loader import load_config
 from dora_mm.studies.campaigns.evaluation import ScoresT, Scoring
+from dora_mm.studies.campaigns.kept import about_results
 from dora_mm.studies.campaigns.training_rows import FAILED, TrainingRow, TrainingRows, row_of, rows_file
 from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.config import CampaignConfig
@@ -52,6 +53,8 @@ class Campaign(Generic[ScoresT]):
         self.folder, day = run.path, scoring.day.date
         self.trainings = Trainings(self.folder, config.base, config.workers, scoring.overrides, day)
         self.rows = TrainingRows(rows_file(config, self.folder), cache(self.digest))
+        if said := about_results(self.trainings, self.rows):
+            log.warning(said)
 
     def digest(self, training: Training) -> str:
         """The digest of all that a row depends on: the training's config, its inputs, and how it is scored.
@@ -112,10 +115,11 @@ class Campaign(Generic[ScoresT]):
             value = self.scoring.value(self.trainings, training) if self.is_for_rates(training) else None
             scores = self.scoring.scored(self.trainings, training) if reported else ""
         torch.cuda.empty_cache()  # the next training is another process, which needs what scoring took
-        about = {"summary": self.trainings.summary(training), "versions": self.trainings.versions(training)}
-        if day := about["summary"].get(DAY):
-            about["versions"][DAY] = day
-        self.rows.add([row_of(training, value=value, scores=scores, digest=self.rows.digest(training), **about)])
+        about = {"summary": self.trainings.summary(training), "digest": self.rows.digest(training)}
+        day = about["summary"].get(DAY)
+        days = [{DAY: day}] if day else []
+        about["circumstances"] = [*self.trainings.circumstances(training.name), self.trainings.now, *days]
+        self.rows.add([row_of(training, value=value, scores=scores, **about)])
 
     def row(self, training: Training) -> TrainingRow:
         """The row of a training that is there."""

@@ -28,6 +28,7 @@ from dora_mm.sampling.before_after import sample_merged
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.sheets import save_atomically
 from dora_mm.studies.campaigns.evaluation import Report, check_trainings, common_overrides, load_base, num_trainings
+from dora_mm.studies.campaigns.kept import SCORES, keep_circumstances
 from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.config import CompareConfig, ComparePicturesConfig
 from dora_mm.studies.tables import Result, picture_contrasts_table, picture_results_csv, picture_results_table
@@ -152,7 +153,7 @@ class PictureEvaluation:
             adapter: The adapter folder to draw with; None draws with the bare model.
         """
         stem = file_stem(name, choice)
-        path = folder / "scores" / f"{stem}.json"
+        path = folder / SCORES / f"{stem}.json"
         if not path.is_file():
             concepts = self.concepts[choice.role]
             model = self.load_model()
@@ -163,6 +164,7 @@ class PictureEvaluation:
             images = sample_merged(model, prompts, [seed for _, seed in cells], self.settings.draw, stem)
             for (concept, seed), image in zip(cells, images, strict=True):
                 save_atomically(folder / "pictures" / stem / f"{concept.code}-seed{seed}.png", image)
+            keep_circumstances(path)
             self.judge.scores(self.encoder(images), concepts, seeds).save(path)
         return Scores.load(path)  # rounded, as a resumed campaign reads them
 

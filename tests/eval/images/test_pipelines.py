@@ -190,7 +190,7 @@ def check_manifest(folder: Path, scores: Scores) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """All files of a run but the versions of the software."""
+    """All files of a run."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
@@ -228,6 +228,13 @@ def test_an_evaluation_that_was_stopped_goes_on_in_its_folder(evaluation, tmp_pa
     assert rows[3:] == [{"bare_model"}]
     shutil.rmtree(folder / "earlier")
     assert files_of(folder) == whole
+    assert "circumstances" not in caplog.text
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    assert main(["eval", evaluation()]) == 0
+    assert files_of(folder) == whole
+    other = "computed under other circumstances, which may change last bits: MKL_CBWR none is COMPATIBLE"
+    assert f"12 of 12 pictures that are there were {other}" in caplog.messages
+    monkeypatch.delenv("MKL_CBWR")
     assert main(["eval", evaluation(style="brick")]) == 2
     assert "was started with different values of style: choose another folder" in capsys.readouterr().err
 
@@ -317,7 +324,7 @@ def test_another_family_is_compared_by_the_same_recipe(flow, comparison, base, j
 
 
 @pytest.mark.slow
-def test_comparison_trains_scores_and_reports(comparison, tmp_path, commands, capsys):
+def test_comparison_trains_scores_and_reports(comparison, tmp_path, commands, capsys, monkeypatch, caplog):
     config = comparison(extra_rates=0)
     assert main(["compare", config]) == 0
     # full, LoRA 2, DoRA 1 and 2: three rates each, and one more run at the best rate for the second seed
@@ -351,6 +358,14 @@ def test_comparison_trains_scores_and_reports(comparison, tmp_path, commands, ca
     assert main(["compare", config]) == 0
     assert commands == []
     assert (folder / "table.md").read_text() == before
+
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    caplog.clear()
+    assert main(["compare", config]) == 0
+    monkeypatch.delenv("MKL_CBWR")
+    (said,) = (message for message in caplog.messages if "circumstances" in message)
+    kept = 16 + len(list((folder / "scores").iterdir()))  # trainings and scores
+    assert said.startswith(f"{kept} of {kept} kept trainings, scores and answers were computed under other circum")
 
     free = {"workers": 2, "pictures": {"columns": 1}}  # these do not change the results
     assert main(["compare", comparison(extra_rates=0, **free)]) == 0

@@ -50,7 +50,7 @@ def trained(monkeypatch):
             finished(training)
 
     monkeypatch.setattr(Trainings, "train", train)
-    monkeypatch.setattr(Trainings, "versions", lambda self, training: {})
+    monkeypatch.setattr(Trainings, "circumstances", lambda self, training: [])
     monkeypatch.setattr(Campaign, "digest", lambda self, training: "")
     return found
 
