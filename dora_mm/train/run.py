@@ -26,6 +26,7 @@ from dora_mm.train.resuming import as_written, changed_values, started_config
 from dora_mm.train.trackers import chosen_trackers, started
 from dora_mm.utils.atomic import append_text, write_text
 from dora_mm.utils.folders import is_free
+from dora_mm.utils.home import expanded
 from dora_mm.utils.lock import LOCK, only_writer
 from dora_mm.utils.run_directory import CONFIG, SUMMARY, RunDirectory
 
@@ -272,7 +273,7 @@ def reopen_run(
         ValueError: It is no run directory, or that of a run with another config or other inputs.
     """
     output = getattr(config, "output", None)
-    folder = Path(output).expanduser() if output else None
+    folder = expanded(output) if output else None
     if folder is None or is_free(folder):
         return None
     run = RunDirectory(folder)
@@ -298,7 +299,7 @@ def check_reopened(config: PipelineConfig, inputs: Mapping[str, str]) -> None:
         ValueError: See `evaluation_run`.
     """
     output = getattr(config, "output", None)
-    if output and (Path(output).expanduser() / CONFIG).is_file() and (run := reopen_run(config, inputs)):
+    if output and (expanded(output) / CONFIG).is_file() and (run := reopen_run(config, inputs)):
         with only_writer(run.path):
             pass
 

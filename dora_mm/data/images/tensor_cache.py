@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dora_mm.utils.home import expanded
 from dora_mm.utils.tensor_writer import save_tensors
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ class TensorCache:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder).expanduser()
+        self.folder = expanded(folder)
 
     def path(self, key: str) -> Path:
         """The file of a key, a SHA-256 in hex."""

@@ -15,6 +15,7 @@ from dora_mm.studies.campaigns.trainings import Training
 from dora_mm.studies.config import CampaignConfig
 from dora_mm.studies.variants import Variant
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.home import expanded
 from dora_mm.utils.run_directory import REPORTED_PACKAGES
 from dora_mm.utils.tables import csv_records
 
@@ -143,7 +144,7 @@ def unpacked(cell: str) -> str:
 
 def rows_file(config: CampaignConfig, folder: Path) -> Path:
     """The file of rows of a campaign in this folder."""
-    return Path(config.rows).expanduser() if config.rows else folder / "trainings.csv"
+    return expanded(config.rows) if config.rows else folder / "trainings.csv"
 
 
 class TrainingRows:
