@@ -62,11 +62,11 @@ class Trainings:
     def summary(self, training: Training) -> dict[str, Any]:
         """The summary.json of a finished training; empty: it has diverged."""
         file = self.run(training) / SUMMARY
-        return json.loads(file.read_text()) if file.is_file() else {}
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def versions(self, training: Training) -> dict[str, Any]:
         """The versions.json of a training: the software and the machine that it was started with."""
-        return json.loads((self.run(training) / VERSIONS).read_text())
+        return json.loads((self.run(training) / VERSIONS).read_text(encoding="utf-8"))
 
     def has_diverged(self, training: Training) -> bool:
         """Whether a training ended since its loss or weights were not finite: its rate is too high."""
