@@ -267,7 +267,8 @@ def reopen_run(
     Args:
         config: The config.
         inputs: Digests of the data and models that the config refers to, by a description of each.
-        free: The keys of the config that change no result.
+        free: The keys of the config that change no result. `output` is another one, which is not named here: a folder
+            may have been renamed or copied.
 
     Raises:
         ValueError: It is no run directory, or that of a run with another config or other inputs.
@@ -279,7 +280,8 @@ def reopen_run(
     run = RunDirectory(folder)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"output {folder} exists already and is not a run directory: choose another folder.")
-    differing = [key for key in differing_keys(started_config(folder, SCHEMAS), config) if key not in free]
+    changed = differing_keys(started_config(folder, SCHEMAS), config)
+    differing = [key for key in changed if key not in (*free, "output")]
     differing += run.changed_inputs(inputs)
     if differing:
         raise ValueError(

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from dora_mm.utils.atomic import append_text, write_atomically, write_text
 from dora_mm.utils import partials
+from dora_mm.utils.atomic import append_text, write_atomically, write_text
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
