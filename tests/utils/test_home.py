@@ -46,7 +46,7 @@ def test_a_large_file_has_a_digest_all_the_same(tmp_path, monkeypatch, homeless)
         ["train", "configs/sdxl/demo.yaml", "--set", "output=~/mine"],
         ["sample", "--set", "prompts=[a]", "output=~/out"],
         ["convert", "~/adapter", "out", "--to", "kohya"],
-        ["new", "~/mine"],
+        ["new", "sdxl", "~/mine"],
         ["gallery", "~/runs/latest"],
     ],
 )
