@@ -98,7 +98,7 @@ def _remembered(files: Sequence[Path], kind: str, compute: Callable[[], str]) ->
     """
     about = _facts(files)
     folder = cache_folder()
-    if folder is None or sum(state[0] for _, *state in about) < REMEMBERED:
+    if folder is None or sum(size for _, (size, *_) in about) < REMEMBERED:
         return compute()
     memory = folder / "digests" / hashlib.sha256(repr((kind, about)).encode()).hexdigest()
     with contextlib.suppress(OSError, UnicodeDecodeError):
@@ -121,5 +121,5 @@ def file_state(path: Path) -> tuple[int, int, int, int]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
-def _facts(files: Sequence[Path]) -> list[tuple[str | int, ...]]:
-    return [(str(path), *file_state(path)) for path in (file.resolve() for file in files)]
+def _facts(files: Sequence[Path]) -> list[tuple[str, tuple[int, int, int, int]]]:
+    return [(str(path), file_state(path)) for path in (file.resolve() for file in files)]
