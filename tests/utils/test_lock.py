@@ -83,7 +83,7 @@ def test_a_process_that_was_stopped_writes_nothing_after_another_machine_has_tak
 ):
     assert "last sign of life was 0 s ago" in refused(tmp_path)
     os.kill(writer.pid, signal.SIGSTOP)
-    time.sleep(0.1)
+    os.waitpid(writer.pid, os.WUNTRACED)  # until all of its threads have stopped
     old = (tmp_path / LOCK).stat().st_mtime - 50
     os.utime(tmp_path / LOCK, (old, old))
     assert re.search("last sign of life was 5[0-2] s ago", refused(tmp_path))
