@@ -1,13 +1,13 @@
 """dora-mm combine: several adapters as one, checked with the formula of the tool that it is for."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dora_mm.config.paths import resolve_adapter, resolve_model
 from dora_mm.formats.commands.combine import combine
 from dora_mm.formats.commands.described import described
 from dora_mm.models.opening import base_of
+from dora_mm.utils.home import expanded
 
 
 def main(sources: Sequence[str], out: str, to: str, *, base: str | None = None, **settings: Any) -> None:
@@ -28,7 +28,7 @@ def main(sources: Sequence[str], out: str, to: str, *, base: str | None = None, 
     files = [resolve_adapter(source, "A") for source in sources]
     named = {base_of(file) for file in files}
     model = resolve_model(base, "--base") if base is not None else named.pop() if len(named) == 1 else None
-    done = combine(files, Path(out).expanduser(), to=to, base=model, **settings)
+    done = combine(files, expanded(out), to=to, base=model, **settings)
     if base is None and model is not None:
         print(f"base     {model}, as the headers say")
     print(described(done, to))

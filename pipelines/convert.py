@@ -1,12 +1,12 @@
 """dora-mm convert: an adapter file in the form of another tool, checked with that tool's formula."""
 
-from pathlib import Path
 from typing import Any
 
 from dora_mm.config.paths import resolve_adapter, resolve_model
 from dora_mm.formats.commands.convert import convert
 from dora_mm.formats.commands.described import described
 from dora_mm.models.opening import base_of
+from dora_mm.utils.home import expanded
 
 
 def main(source: str, out: str, to: str, *, base: str | None = None, **settings: Any) -> None:
@@ -25,7 +25,7 @@ def main(source: str, out: str, to: str, *, base: str | None = None, **settings:
     """
     file = resolve_adapter(source, "IN")
     model = base_of(file) if base is None else resolve_model(base, "--base")
-    done = convert(file, Path(out).expanduser(), to=to, base=model, **settings)
+    done = convert(file, expanded(out), to=to, base=model, **settings)
     if base is None and model is not None:
         print(f"base     {model}, as the header says")
     print(described(done, to))

@@ -1,10 +1,9 @@
 """dora-mm extract: a DoRA from two checkpoints, a base model and a model that was fine-tuned from it."""
 
-from pathlib import Path
-
 from dora_mm.config.paths import resolve_model
 from dora_mm.formats.commands.extract import Extraction, extract
 from dora_mm.formats.commands.inspection import misreaders
+from dora_mm.utils.home import expanded
 from dora_mm.utils.tables import aligned_columns
 
 SHOWN = 5  # modules whose errors are named
@@ -24,7 +23,7 @@ def main(tuned: str, base: str, out: str, *, rank: int, to: str | None = None) -
         ValueError: A model cannot be read, the two do not belong together, or OUT exists or cannot hold the adapter.
     """
     models = (resolve_model(tuned, "TUNED"), resolve_model(base, "BASE"))
-    done = extract(*models, Path(out).expanduser(), rank=rank, to=to)
+    done = extract(*models, expanded(out), rank=rank, to=to)
     print(report(done))
     if done.usage:
         print(f"\nuse  {done.usage}")

@@ -19,6 +19,7 @@ from dora_mm.data.images.pixels import SUFFIXES
 from dora_mm.data.vl.example import stem
 from dora_mm.models.vl.towers.tower import VisionTower, load_tower
 from dora_mm.utils.devices import default_device
+from dora_mm.utils.home import expanded
 from dora_mm.utils.lock import only_writer
 from dora_mm.utils.progress import Progress
 
@@ -42,7 +43,7 @@ def main(config: ExtractFeaturesConfig, *, resume: Path | None = None) -> None:
     """
     paths = find_images(config)
     tower = load_tower(config.vision).to(default_device())
-    folder = Path(config.output).expanduser()
+    folder = expanded(config.output)
     shape = (tower.num_tokens, tower.feature_dim)
     dtype = getattr(torch, config.dtype)
     size = len(paths) * shape[0] * shape[1] * dtype.itemsize

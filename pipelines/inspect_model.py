@@ -26,6 +26,7 @@ from dora_mm.sampling.png import read_description
 from dora_mm.sampling.strengths import strength_text
 from dora_mm.targets import DERIVED, find, map_of
 from dora_mm.targets.derived import NAME, about_experts, about_left_out
+from dora_mm.utils.home import expanded
 from dora_mm.utils.messages import shown
 from dora_mm.utils.tables import aligned_columns
 
@@ -73,7 +74,7 @@ def main(
     if metadata is not None:
         if file is None or targets or base or as_json or header:
             raise ValueError("--set-metadata is for an adapter file, and goes with no other option but --out")
-        print(describe_edit(set_metadata(file, parse_entries(metadata), Path(out).expanduser() if out else None)))
+        print(describe_edit(set_metadata(file, parse_entries(metadata), expanded(out) if out else None)))
         return
     if (base or as_json or header) and (file is None or file.suffix.lower() == ".png"):
         raise ValueError(f"--base, --json and --header are for adapter files, and {path} is none: leave them out")

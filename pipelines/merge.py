@@ -17,6 +17,7 @@ from dora_mm.models.probe import Probe, checked_config, largest_difference, load
 from dora_mm.models.vl.vlm.saved_limits import write_limits
 from dora_mm.utils.digest import module_digest
 from dora_mm.utils.folders import written_at_once
+from dora_mm.utils.home import expanded
 from dora_mm.utils.progress import Progress
 
 BOUND = 1e-4  # of the largest logit: how far merging in float32 may move any of them
@@ -71,7 +72,7 @@ def new_folder(out: str) -> Path:
         ValueError: It exists, or cannot be made.
     """
     check_folder(out, "OUT", must_be_new=False)
-    folder = Path(out).expanduser()
+    folder = expanded(out)
     if folder.exists():
         raise ValueError(f"OUT {folder} exists already: name a new folder")
     return folder

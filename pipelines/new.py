@@ -18,6 +18,7 @@ from dora_mm.preview.look import describe_look
 from dora_mm.preview.machine import fitting, largest_card
 from dora_mm.utils.atomic import already_there
 from dora_mm.utils.folders import written_together
+from dora_mm.utils.home import expanded
 from dora_mm.utils.messages import nearest
 from dora_mm.utils.yaml12 import MISSING, KeyPath, edited
 
@@ -79,7 +80,7 @@ def main(
         resolve_path(images, "--images")
     if model is not None:
         resolve_model(model, "--model")
-    file = Path(f"{name.removesuffix('.yaml')}.yaml").expanduser()
+    file = expanded(f"{name.removesuffix('.yaml')}.yaml")
     if run_name(file) != file.stem:
         raise ValueError(f"NAME {name} cannot be that of a run: take letters, digits, - and _")
     draft = Draft(file, starting_recipe(family, model), images, data, model)

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from dora_mm.cli.errors import user_message
 from dora_mm.cli.other_forms import right_form
 from dora_mm.cli.parser import build_parser
+from dora_mm.cli.streams import open_streams
 from dora_mm.utils.messages import OURS, nearest
 from dora_mm.utils.processes import reports_end
 
@@ -41,33 +43,13 @@ def main(argv: Sequence[str] | None = None, recipes: "Recipes | None" = None) ->
     Returns:
         The exit code: 0 done, 2 a user's mistake (one message on standard error), 130 and 143 interrupted.
     """
-    parser = build_parser()
-    commands = parser.commands
+    open_streams()
     given = sys.argv[1:] if argv is None else argv
-    if not given:
-        parser.print_help(sys.stderr)
-        parser.exit(USER_ERROR)
-    if not given[0].startswith("-") and given[0] not in commands:
-        close = nearest(given[0], commands) or f"; there are {', '.join(commands)}"
-        parser.error(f"there is no command {given[0]!r}{close}")
-    arguments, unknown = parser.parse_known_args(given)
-    if unknown:
-        usage = commands[arguments.command].format_usage()
-        parser.error(right_form(unknown, given, usage) or f"unrecognized arguments: {' '.join(unknown)}")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    for name in OURS:
-        logging.getLogger(name).setLevel(logging.INFO)
     try:
-        _check_encoding(given)
-        if arguments.command in SLOW_TO_START and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
-            print(f"dora-mm {arguments.command}: starting ...", file=sys.stderr, flush=True)  # torch takes seconds
-        with _sigterm_raises():
-            from dora_mm.cli.commands import run  # here, since it imports pydantic
-
-            run(arguments, recipes)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `head`, say, has read enough; at its end Python would write the rest once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        try:
+            _run(given, recipes)
+        finally:  # also of a help text: the disk may be full
+            sys.stdout.flush()
     except KeyboardInterrupt as interruption:
         terminated = isinstance(interruption, Termination)
         if reports_end():
@@ -81,6 +63,36 @@ def main(argv: Sequence[str] | None = None, recipes: "Recipes | None" = None) ->
             print(f"dora-mm: {message}", file=sys.stderr)
         return BUG if message is None else USER_ERROR
     return DONE
+
+
+def _run(given: Sequence[str], recipes: "Recipes | None") -> None:
+    arguments = _parsed(given)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for name in OURS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    _check_encoding(given)
+    if arguments.command in SLOW_TO_START and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        print(f"dora-mm {arguments.command}: starting ...", file=sys.stderr, flush=True)  # torch takes seconds
+    with _sigterm_raises():
+        from dora_mm.cli.commands import run  # here, since it imports pydantic
+
+        run(arguments, recipes)
+
+
+def _parsed(given: Sequence[str]) -> Namespace:
+    parser = build_parser()
+    commands = parser.commands
+    if not given:
+        parser.print_help(sys.stderr)
+        parser.exit(USER_ERROR)
+    if not given[0].startswith("-") and given[0] not in commands:
+        close = nearest(given[0], commands) or f"; there are {', '.join(commands)}"
+        parser.error(f"there is no command {given[0]!r}{close}")
+    arguments, unknown = parser.parse_known_args(given)
+    if unknown:
+        usage = commands[arguments.command].format_usage()
+        parser.error(right_form(unknown, given, usage) or f"unrecognized arguments: {' '.join(unknown)}")
+    return arguments
 
 
 def _check_encoding(argv: Sequence[str]) -> None:

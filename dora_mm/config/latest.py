@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from dora_mm.utils.home import expanded
+
 LATEST = "latest"
 
 
@@ -36,11 +38,11 @@ def numbered(path: str, wanted: Wanted = RUN, *, new: bool = False) -> str:
         ValueError: There are runs, and none of them has it.
     """
     before, after = _around(path)
-    if not before.parts or Path(path).expanduser().exists():
+    if not before.parts or expanded(path).exists():
         return path
     inside = not new and after.parts
     patterns = (str(after),) if inside else wanted.patterns
-    runs = list(_runs(before.expanduser()))
+    runs = list(_runs(expanded(before)))
     for run in runs:
         if any(True for pattern in patterns for _ in run.glob(pattern)):
             return str(before / run.name / after)

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from dora_mm.config.latest import LATEST
 from dora_mm.config.schema import PathKind, PipelineConfig, Section
+from dora_mm.utils.home import expanded
 from dora_mm.utils.json_text import check_no_device
 from dora_mm.utils.messages import nearest
 
@@ -31,12 +32,12 @@ def find_path(path: str | Path) -> Path | None:
     if str(path).startswith(INSTALLED):
         return _in_package(str(path).removeprefix(INSTALLED))
     try:
-        wanted = Path(path).expanduser()
+        wanted = expanded(path)
         if wanted.exists() or ("*" in str(path) and glob(str(wanted), recursive=True)):
             return wanted
         packaged = _packaged(wanted)
         return packaged if not wanted.is_absolute() and packaged.exists() else None
-    except (OSError, RuntimeError):  # too long, or in a folder that may not be entered; or ~name of nobody
+    except (OSError, ValueError):  # too long, or in a folder that may not be entered; or ~name of nobody
         return None
 
 
@@ -55,6 +56,7 @@ def resolve_path(path: str | Path, key: str | None = None) -> Path:
         check_no_device(found, key or "")
         return found
     prefix = f"{key}: " if key else ""
+    expanded(path, prefix)  # there may be no home folder
     if str(path).startswith(INSTALLED):
         raise ValueError(f"{prefix}{path} does not exist: the package is not installed, or has no such file")
     if Path(path).parts[:1] == ("samples",) and not Path("samples").is_dir():
@@ -180,13 +182,11 @@ def check_folder(path: str, key: str, *, must_be_new: bool) -> None:
         ValueError: It exists although it must not, a part of its path is a file, too long or not writable.
     """
     try:
-        folder = Path(path).expanduser()
+        folder = expanded(path, f"{key} ")
         exists = folder.exists()
         parent = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     except OSError as error:
         raise ValueError(f"{key} {path} cannot be made: {error.strerror}") from None
-    except RuntimeError:
-        raise ValueError(f"{key} {path} cannot be made: there is no user {Path(path).parts[0][1:]}") from None
     if folder.name == LATEST:
         raise ValueError(f"{key} {path}: {LATEST} means the last numbered run, and there is none: name another folder.")
     if exists and must_be_new:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dora_mm.utils.digest import file_digest
+from dora_mm.utils.digest import file_digest, file_state
 from dora_mm.utils.messages import ChangedFileError
 
 DIGEST_BYTES = 16  # of SHA-256, that are kept
@@ -36,7 +36,7 @@ class SeenFiles:
         self._digests = np.empty((0, DIGEST_BYTES), np.uint8)
         self._new: dict[int, bytes] = {}  # that are not in the arrays yet
         self._unshared: dict[int, bytes] = {}
-        self._hashed: dict[str, tuple[int, int, int]] = {}  # the state of large files whose digest was compared
+        self._hashed: dict[str, tuple[int, ...]] = {}  # the state of large files whose digest was compared
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -55,8 +55,7 @@ class SeenFiles:
 
     def check(self, path: Path) -> None:
         """Compares a file that something else reads, and that may be large: once for each state of it."""
-        found = path.stat()
-        state = (found.st_size, found.st_mtime_ns, found.st_ino)
+        state = file_state(path)
         if self._hashed.get(str(path)) != state:
             self.compare(path, bytes.fromhex(file_digest(path)))
             self._hashed[str(path)] = state

@@ -38,6 +38,7 @@ from dora_mm.sampling.strengths import HashableStrength
 from dora_mm.utils.circumstances import Record, about_kept
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.folders import is_free
+from dora_mm.utils.home import expanded
 from dora_mm.utils.lock import only_writer
 from dora_mm.utils.processes import ALONE, DividedWork, Processes
 from dora_mm.utils.progress import Progress
@@ -67,7 +68,7 @@ def existing_run(config: PicturesConfig, resume: Path | None = None) -> Path | N
     Raises:
         ValueError: The directory holds something else than a run of this pipeline, or another process draws into it.
     """
-    path = resume or Path(config.output or "").expanduser()
+    path = resume or expanded(config.output or "")
     if path == Path() or is_free(path):
         return None
     saved = path / CONFIG

@@ -19,7 +19,7 @@ from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.reader import LayerReader
 from dora_mm.studies.decomposition import WeightPoint, weight_change
-from dora_mm.utils.json_text import parse_json
+from dora_mm.utils.json_text import read_json
 from dora_mm.utils.progress import tracked
 
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # of transformers 5
@@ -176,7 +176,7 @@ def _of_model(source: TrainedSource, base: BaseWeights, modules: re.Pattern[str]
 def stores_transposed(base: BaseWeights) -> bool:
     """Whether a model of transformers keeps its layers as Conv1D, with weights (I, O)."""
     file = base.source / "config.json"
-    return file.is_file() and parse_json(file.read_text(), str(file), dict).get("model_type") in _CONV1D_MODELS
+    return file.is_file() and read_json(file).get("model_type") in _CONV1D_MODELS
 
 
 def _is_wanted(name: Name, modules: re.Pattern[str] | None) -> bool:

@@ -67,29 +67,36 @@ def save_checkpoint(
     """
     check_lock(folder)
     final = folder / f"step-{step:06d}"
-    partial = partial_of(final)
-    shutil.rmtree(partial, ignore_errors=True)  # left behind by a killed run
-    make_folder(partial.parent)
-    partial.mkdir()
+    make_folder(folder)
     try:
-        write_tensor_file(partial / WEIGHTS, parameters, header or {})
-        with (partial / STATE).open("wb") as file:  # given a path, torch's error does not say that the disk is full
-            torch.save({name: part.state_dict() for name, part in parts.items()}, file)
-        digests = {name: file_digest(partial / name) for name in (WEIGHTS, STATE)}
-        (partial / ABOUT).write_text(json.dumps({"step": step, "digests": digests}))
-        for file in partial.iterdir():
-            flush(file)
-        check_lock(folder)
-        if final.exists():  # a resumed run repeats this step with the same bits
-            shutil.rmtree(final)
-        os.rename(partial, final)
-        flush(folder)
+        with partial_of(final, is_folder=True) as partial:
+            _write_files(partial, step, parameters, parts, header or {})
+            check_lock(folder)
+            if final.exists():  # a resumed run repeats this step with the same bits
+                shutil.rmtree(final)
+            os.rename(partial, final)
+            flush(folder)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
         check_lock(folder)  # who has taken the run over has removed what was half written in it
         raise
     keep_newest(folder, keep)
     return final
+
+
+def _write_files(
+    folder: Path,
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    parts: Mapping[str, Stateful],
+    header: Mapping[str, str],
+) -> None:
+    write_tensor_file(folder / WEIGHTS, parameters, header)
+    with (folder / STATE).open("wb") as file:  # given a path, torch's error does not say that the disk is full
+        torch.save({name: part.state_dict() for name, part in parts.items()}, file)
+    digests = {name: file_digest(folder / name) for name in (WEIGHTS, STATE)}
+    (folder / ABOUT).write_text(json.dumps({"step": step, "digests": digests}), encoding="utf-8")
+    for file in folder.iterdir():
+        flush(file)
 
 
 def keep_newest(folder: Path, keep: int) -> None:

@@ -29,7 +29,7 @@ def peak_memory_mb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     if STATUS.exists():  # on Linux, ru_maxrss starts at the resident size of the parent process
-        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        line = next(line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 2**10
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset / 2**20

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.utils.day import Day, today
+from dora_mm.utils.home import expanded
 from dora_mm.utils.run_directory import CONFIG, DAY, RunDirectory
 
 ConfigT = TypeVar("ConfigT", bound=PipelineConfig)
@@ -44,7 +45,7 @@ def day_for(model: Any, folder: str | Path | None, trained: RunDay | None = None
     """
     if given := getattr(model, "date", None):
         return RunDay(given, "as model.date says")
-    run = Path(folder).expanduser() if folder else None
+    run = expanded(folder) if folder else None
     if run is not None and (run / CONFIG).is_file():
         return day_of_run(run)
     return trained or RunDay(today(), "today (model.date gives another day)")

@@ -26,6 +26,7 @@ from dora_mm.train.resuming import as_written, changed_values, started_config
 from dora_mm.train.trackers import chosen_trackers, started
 from dora_mm.utils.atomic import append_text, write_text
 from dora_mm.utils.folders import is_free
+from dora_mm.utils.home import expanded
 from dora_mm.utils.lock import LOCK, only_writer
 from dora_mm.utils.run_directory import CONFIG, SUMMARY, RunDirectory
 
@@ -273,19 +274,21 @@ def reopen_run(
     Args:
         config: The config.
         inputs: Digests of the data and models that the config refers to, by a description of each.
-        free: The keys of the config that change no result.
+        free: The keys of the config that change no result. `output` is another one, which is not named here: a folder
+            may have been renamed or copied.
 
     Raises:
         ValueError: It is no run directory, or that of a run with another config or other inputs.
     """
     output = getattr(config, "output", None)
-    folder = Path(output).expanduser() if output else None
+    folder = expanded(output) if output else None
     if folder is None or is_free(folder):
         return None
     run = RunDirectory(folder)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"output {folder} exists already and is not a run directory: choose another folder.")
-    differing = [key for key in differing_keys(started_config(folder, SCHEMAS), config) if key not in free]
+    changed = differing_keys(started_config(folder, SCHEMAS), config)
+    differing = [key for key in changed if key not in (*free, "output")]
     differing += run.changed_inputs(inputs)
     if differing:
         raise ValueError(
@@ -305,7 +308,7 @@ def check_reopened(config: PipelineConfig, inputs: Mapping[str, str]) -> None:
         ValueError: See `evaluation_run`.
     """
     output = getattr(config, "output", None)
-    if output and (Path(output).expanduser() / CONFIG).is_file() and (run := reopen_run(config, inputs)):
+    if output and (expanded(output) / CONFIG).is_file() and (run := reopen_run(config, inputs)):
         with only_writer(run.path):
             pass
 

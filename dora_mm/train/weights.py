@@ -103,7 +103,7 @@ def average_checkpoints(run: Path, last: int | None = None) -> tuple[list[int], 
     """
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run} is not a run directory: it has no {CONFIG}")
-    optimizer = yaml12.read((run / CONFIG).read_text()).value.get("optimizer", {})
+    optimizer = yaml12.read((run / CONFIG).read_text(encoding="utf-8")).value.get("optimizer", {})
     if optimizer.get("name") == "schedule_free":
         raise ValueError(f"{run}: the result of optimizer.name schedule_free is an average already, in its adapter/")
     kept = checkpoints(run / "checkpoints")[-(last or 0) :]

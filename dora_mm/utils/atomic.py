@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from dora_mm.utils.lock import NOFOLLOW, check_lock, make_folder
-from dora_mm.utils.partials import partial_of, remove_dead
+from dora_mm.utils.lock import check_lock, make_folder
+from dora_mm.utils.partials import NOFOLLOW, partial_of, remove_dead
 
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)  # of renames onto what exists
 
@@ -34,22 +34,19 @@ def write_atomically(
     """
     check_lock(path)
     make_folder(path.parent)
-    partial = partial_of(path)
     try:
-        partial.touch()
-        write(partial)
-        if flushes:
-            flush(partial)
-        check_lock(path)
-        if is_new:
-            claim(partial, path)
-        elif not is_same_file(partial, path):
-            os.replace(partial, path)
+        with partial_of(path) as partial:
+            write(partial)
+            if flushes:
+                flush(partial)
+            check_lock(path)
+            if is_new:
+                claim(partial, path)
+            elif not is_same_file(partial, path):
+                os.replace(partial, path)
     except FileNotFoundError:
         check_lock(path)  # who has taken the folder over has removed what was half written in it
         raise
-    finally:
-        partial.unlink(missing_ok=True)
     if flushes:
         flush(path.parent)
 

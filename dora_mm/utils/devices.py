@@ -34,7 +34,7 @@ def hardware_name() -> str:
 def processor_name() -> str:
     """The processor and the widest instructions that torch uses, such as "AMD EPYC, family 26, model 2, AVX512"."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
     except OSError:
         lines = []
     about = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.home import cache_folder
 from dora_mm.utils.progress import BYTES, Progress, tracked
 
 REMEMBERED = 1 << 26  # bytes; a digest of less takes 0.04 s
@@ -91,16 +91,16 @@ def files_digest(files: Iterable[Path]) -> str:
 
 
 def _remembered(files: Sequence[Path], kind: str, compute: Callable[[], str]) -> str:
-    """A digest that large files have at their place, size, time and inode: they are read once.
+    """A digest that large files have as long as their state stays the same: they are read once.
 
     It is kept in a file of its own under `~/.cache/dora_mm/digests` (or $XDG_CACHE_HOME), so that processes which
-    write at the same time do not disturb each other.
+    write at the same time do not disturb each other. Without a home folder nothing is kept.
     """
     about = _facts(files)
-    if sum(size for _, size, *_ in about) < REMEMBERED:
+    folder = cache_folder()
+    if folder is None or sum(size for _, (size, *_) in about) < REMEMBERED:
         return compute()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dora_mm" / "digests"
-    memory = cache / hashlib.sha256(repr((kind, about)).encode()).hexdigest()
+    memory = folder / "digests" / hashlib.sha256(repr((kind, about)).encode()).hexdigest()
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if re.fullmatch("[0-9a-f]{64}", found := memory.read_text(encoding="utf-8")):
             return found
@@ -111,6 +111,15 @@ def _remembered(files: Sequence[Path], kind: str, compute: Callable[[], str]) ->
     return digest
 
 
-def _facts(files: Sequence[Path]) -> list[tuple[str, int, int, int]]:
-    paths = [file.resolve() for file in files]
-    return [(str(path), (found := path.stat()).st_size, found.st_mtime_ns, found.st_ino) for path in paths]
+def file_state(path: Path) -> tuple[int, int, int, int]:
+    """The size, times and inode of a file, which change with its content.
+
+    The time of its last change (ctime) is one of them, since no program sets it: the other one is put back by whoever
+    copies, unpacks or edits with care. A new name or link of the file changes it, too, and then the file is read again.
+    """
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def _facts(files: Sequence[Path]) -> list[tuple[str, tuple[int, int, int, int]]]:
+    return [(str(path), file_state(path)) for path in (file.resolve() for file in files)]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dora_mm.utils.atomic import already_there, claim, flush, is_same_file
+from dora_mm.utils.home import expanded
 from dora_mm.utils.lock import make_folder
 from dora_mm.utils.partials import partial_of
 
@@ -27,7 +28,7 @@ def new_folder(name: str, output: str | None = None, fill: Callable[[Path], obje
     Raises:
         ValueError: `output` exists already, or its parent is a file.
     """
-    path = Path("runs", name, "new") if output is None else Path(output).expanduser()
+    path = Path("runs", name, "new") if output is None else expanded(output)
     if output is not None and not is_free(path):
         raise ValueError(
             f"output {path} exists already: choose another folder, or leave output out to get a numbered one."
@@ -105,16 +106,9 @@ def partial_folder(path: Path) -> Iterator[Path]:
         OSError: There can be no folder.
     """
     make_folder(path.parent)
-    partial = partial_of(path)
-    try:
-        partial.mkdir()
+    with partial_of(path, is_folder=True) as partial:
         (partial / BEGUN).touch()
-    except OSError as error:  # a message has the name that a person knows
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    try:
         yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

@@ -1,37 +1,32 @@
 """One writer per folder: a lock of the operating system, which ends with its process, and a sign of life.
 
 The lock (`flock`) counts on its machine, and on others where the file system has locks for all of them. For machines
-that do not see it there is the file: it names the writer, which touches it every 10 s.
+that do not see it there is the file: it names the writer, which touches it every 10 s. The number of its process is for
+people: in another container it means another process, or none.
 """
 
 import json
 import logging
 import os
+import socket
 import stat
 import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from errno import EACCES, EAGAIN, ELOOP
+from errno import ELOOP
 from pathlib import Path
 from typing import NamedTuple
 
-from dora_mm.utils import partials
 from dora_mm.utils.json_text import read_json
-from dora_mm.utils.partials import is_running, remove_partials
-
-try:
-    import fcntl
-except ImportError:  # on Windows, where the file alone says who writes
-    fcntl = None
+from dora_mm.utils.partials import NOFOLLOW, NONBLOCK, fcntl, machine, remove_partials, time_on, try_lock
 
 log = logging.getLogger(__name__)
 LOCK = ".lock"  # the name of the file
 HEARTBEAT = 10.0  # seconds from one sign of life to the next
-SILENCE = 60.0  # seconds without one, after which the writer of another machine counts as dead
-
-NOFOLLOW, NONBLOCK = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)  # Windows has neither
+SILENCE = 60.0  # seconds without one, after which a writer counts as dead whose lock is not seen
+HOST = socket.gethostname()
 
 _held: dict[Path, "FolderLock"] = {}  # the locks of this process, by their folders
 
@@ -40,6 +35,7 @@ class Writer(NamedTuple):
     """Who writes to a folder, as its lock file says."""
 
     host: str
+    machine: str  # where its lock is seen
     process: int
     since: str
     token: str  # no other writer's
@@ -61,7 +57,7 @@ class FolderLock:
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / LOCK
         since = datetime.now().isoformat(sep=" ", timespec="seconds")
-        self.writer = Writer(partials.HOST, os.getpid(), since, uuid.uuid4().hex)
+        self.writer = Writer(HOST, machine(), os.getpid(), since, uuid.uuid4().hex)
         self._descriptor, is_locked = self._opened()
         try:
             self._check_free(is_locked)
@@ -103,10 +99,7 @@ class FolderLock:
         """A descriptor of the file; and whether that is locked now, None where the file system has no locks."""
         while True:
             descriptor = self._own_file()
-            try:
-                is_locked = _lock(descriptor)
-            except OSError as error:
-                is_locked = False if error.errno in (EAGAIN, EACCES) else None
+            is_locked = try_lock(descriptor)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), self.path.stat()):
                     return descriptor, is_locked
@@ -128,31 +121,17 @@ class FolderLock:
 
     def _check_free(self, is_locked: bool | None) -> None:
         found = self._read()
-        if is_locked and (found is None or found.host == self.writer.host):
+        if is_locked and (found is None or found.machine == self.writer.machine):
             return  # the lock of a process ends with it
-        silence = self._silence()
-        if is_locked is not None and not is_locked:
-            is_alive = True
-        elif found and found.host == self.writer.host:
-            is_alive = is_running(found.process)
-        else:
-            is_alive = found is not None and silence < SILENCE
-        if is_alive:
+        silence = max(0.0, time_on(self.folder) - self.path.stat().st_mtime)
+        if is_locked is False or (found is not None and silence < SILENCE):
+            later = "" if is_locked is False else f" After {SILENCE:.0f} s without one it counts as dead."
             raise ValueError(
                 f"{self.folder} has a writer already, {found or 'a process'}, whose last sign of life was "
-                f"{silence:.0f} s ago: wait for its end, or end it first."
+                f"{silence:.0f} s ago: wait for its end, or end it first.{later}"
             )
         if found:
             log.warning("Taking over %s: %s has been silent for %.0f s.", self.folder, found, silence)
-
-    def _silence(self) -> float:
-        """Seconds since the last sign of life, by the clock of the file system: those of machines differ."""
-        probe = self.path.with_name(f"{LOCK}.{self.writer.token}{partials.PARTIAL}")
-        probe.touch()
-        try:
-            return max(0.0, probe.stat().st_mtime - self.path.stat().st_mtime)
-        finally:
-            probe.unlink()
 
     def _read(self) -> Writer | None:
         """Who writes; None where the file does not say it."""
@@ -170,18 +149,6 @@ class FolderLock:
                 return
             except OSError:  # a network file system that is away for a moment
                 continue
-
-
-def _lock(descriptor: int) -> bool | None:
-    """Locks a file; None where there are no such locks.
-
-    Raises:
-        OSError: Another process has locked it, or the file system has no locks.
-    """
-    if fcntl is None:
-        return None
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return True
 
 
 @contextmanager

@@ -57,7 +57,7 @@ class Progress:
         self.label, self.total, self.unit, self.done, self.note = label, total, unit, done, ""
         self._first, self._keep, self._said = done, keep, False
         self._shown = not hidden and log.isEnabledFor(logging.INFO)
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()  # None where it was closed
         self._ended = threading.Event()
 
     def __enter__(self) -> "Progress":

@@ -84,7 +84,7 @@ def fetch(package: str) -> None:
     PACKAGES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=PACKAGES) as folder:
         command = ["npm", "pack", "--silent", "--pack-destination", folder, package]
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         if result.returncode:
             raise ValueError(f"npm pack {package} failed (is there a network?): {last_line(result.stderr)}")
         (Path(folder) / archive_of(package).name).rename(archive_of(package))

@@ -42,7 +42,7 @@ from dora_mm.studies.campaigns.training_rows import TrainingRow, TrainingRows, p
 from dora_mm.train.checkpoint import damage
 from dora_mm.train.metrics import MetricsLog
 from dora_mm.utils.lock import only_writer
-from dora_mm.utils.partials import HOST
+from dora_mm.utils.partials import machine
 from dora_mm.utils.run_directory import RunDirectory
 from dora_mm.utils.tables import csv_records
 from tests.shared.data import suite_files
@@ -242,7 +242,9 @@ def make_run(folder: Path) -> None:
     for name in ("trained_weights.safetensors", "state.pt"):
         (checkpoint / name).write_bytes(b"state")
     (checkpoint / "checkpoint.json").write_text(json.dumps({"step": 2, "digests": {}}))
-    (run.path / ".lock").write_text(json.dumps({"host": HOST, "process": 2**22, "since": "b", "token": "c"}))
+    (run.path / ".lock").write_text(
+        json.dumps({"host": "a", "machine": machine(), "process": 2**22, "since": "b", "token": "c"})
+    )
     (run.path / "circumstances.json").write_text(json.dumps({"1": {"torch": "2.0", "threads": 1}}))
     (run.path / "chat.jsonl").write_text('{"circumstances": {"torch": "2.0"}}\n["a dog", "0", 1]\n')
 

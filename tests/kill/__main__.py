@@ -25,8 +25,8 @@ from random import Random
 
 import matplotlib.pyplot  # noqa: F401  what the commands load later is imported once, by the parent
 
-import dora_mm.formats.commands.extract
-import dora_mm.models.images.families
+import dora_mm.formats.commands.extract  # noqa: F401
+import dora_mm.models.images.families  # noqa: F401
 import dora_mm.studies.plots  # noqa: F401
 from dora_mm.cli.errors import user_message
 from dora_mm.recipes import PIPELINES

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch._dynamo  # which an optimizer would import in each process
+import torch._dynamo  # noqa: F401  which an optimizer would import in each process
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F

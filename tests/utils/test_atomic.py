@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from dora_mm.utils import partials
 from dora_mm.utils.atomic import append_text, write_atomically, write_text
-from dora_mm.utils.partials import partial_of
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
@@ -33,10 +33,12 @@ def test_a_file_that_has_this_content_already_keeps_its_time(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_what_a_link_leads_to_is_not_written_to(tmp_path):
+def test_what_a_link_leads_to_is_not_written_to(tmp_path, monkeypatch):
+    names = iter(["taken", "free"])
+    monkeypatch.setattr(partials.secrets, "token_hex", lambda size: next(names))
     target = tmp_path / "target"
     target.write_text("precious")
-    for name in ("whole", "appended", partial_of(tmp_path / "whole").name):
+    for name in ("whole", "appended", f".whole.{partials.machine()}-taken.partial"):
         (tmp_path / name).symlink_to(target)
     write_text(tmp_path / "whole", "text")
     assert (tmp_path / "whole").read_text() == "text"

@@ -1,8 +1,13 @@
+import os
+
+import pytest
 import torch
 from safetensors.torch import save_file
 
+from dora_mm.data.seen import SeenFiles
 from dora_mm.utils import digest
-from dora_mm.utils.digest import files_digest, module_digest, weights_digest
+from dora_mm.utils.digest import file_digest, files_digest, module_digest, weights_digest
+from dora_mm.utils.messages import ChangedFileError
 
 
 def test_the_digest_changes_with_dtype_and_values():
@@ -46,3 +51,30 @@ def test_the_digest_of_a_large_file_is_remembered_by_its_place_size_and_time(tmp
     assert [files_digest([file]) == small, len(read)] == [False, 3]
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # no folder can be made there
     assert [files_digest([file]) == small, len(read)] == [False, 4]
+
+
+def edit_in_place(file):
+    """Other bytes in the same file, whose size and time stay."""
+    before = file.stat()
+    with file.open("r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        opened.write(b"1")
+    while file.stat().st_ctime_ns == before.st_ctime_ns:  # the clock of some file systems has steps of 10 ms
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+
+
+def test_an_edit_in_place_whose_time_was_put_back_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(digest, "REMEMBERED", 100)
+    file, seen = tmp_path / "model.safetensors", SeenFiles()
+    save_file({"a": torch.zeros(100)}, file)
+    before = files_digest([file]), weights_digest([file]), file_digest(file)
+    seen.check(file)
+    edit_in_place(file)
+    after = files_digest([file]), weights_digest([file]), file_digest(file)
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False] * 3
+    with pytest.raises(ChangedFileError):
+        seen.check(file)

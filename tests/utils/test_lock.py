@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_mm.utils import atomic, lock, partials
+from dora_mm.utils import atomic, lock
 from dora_mm.utils.atomic import write_atomically, write_text
 from dora_mm.utils.lock import LOCK, FolderLock, check_lock, only_writer
 
@@ -50,7 +51,8 @@ def writer(tmp_path):
 @pytest.fixture
 def elsewhere(monkeypatch):
     """As if this process ran on another machine, which does not see the locks of this one."""
-    monkeypatch.setattr(partials, "HOST", "elsewhere")
+    monkeypatch.setattr(lock, "HOST", "elsewhere")
+    monkeypatch.setattr(lock, "machine", lambda: "another")
     monkeypatch.setattr(fcntl, "flock", lambda descriptor, how: None)
 
 
@@ -61,7 +63,9 @@ def refused(folder) -> str:
 
 
 def test_a_second_writer_is_told_who_the_first_one_is(writer, tmp_path):
-    assert f"{tmp_path} has a writer already, process {writer.pid} on {partials.HOST} (since 2" in refused(tmp_path)
+    assert f"{tmp_path} has a writer already, process {writer.pid} on {socket.gethostname()} (since 2" in refused(
+        tmp_path
+    )
 
 
 def test_the_lock_ends_with_its_process(writer, tmp_path):
@@ -79,8 +83,8 @@ def test_a_process_that_was_stopped_writes_nothing_after_another_machine_has_tak
 ):
     assert "last sign of life was 0 s ago" in refused(tmp_path)
     os.kill(writer.pid, signal.SIGSTOP)
-    time.sleep(0.1)
-    old = time.time() - 50
+    os.waitpid(writer.pid, os.WUNTRACED)  # until all of its threads have stopped
+    old = (tmp_path / LOCK).stat().st_mtime - 50
     os.utime(tmp_path / LOCK, (old, old))
     assert re.search("last sign of life was 5[0-2] s ago", refused(tmp_path))
     old -= 11
@@ -98,16 +102,34 @@ def test_a_process_that_was_stopped_writes_nothing_after_another_machine_has_tak
         check_lock(tmp_path / "written")  # the other one has left it
 
 
-def test_without_locks_of_the_file_system_a_process_of_this_machine_is_looked_up(writer, tmp_path, monkeypatch):
-    def no_locks(descriptor, how):
+@pytest.fixture
+def no_locks(monkeypatch):
+    """As on a file system without locks."""
+
+    def refuse(descriptor, how):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    assert f"process {writer.pid}" in refused(tmp_path)
-    writer.kill()
-    writer.wait()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.mark.parametrize("process", [os.getpid(), 2**30], ids=["a number of another", "a number of none"])
+def test_without_locks_of_the_file_system_the_sign_of_life_counts(tmp_path, no_locks, monkeypatch, process):
+    """The number of a process means another one in each container, or none."""
+    with monkeypatch.context() as other:
+        other.setattr("os.getpid", lambda: process)
+        living = FolderLock(tmp_path)
+    assert "After 60 s without one it counts as dead." in refused(tmp_path)
+    living._released.set()  # it dies, and leaves the file
+    old = (tmp_path / LOCK).stat().st_mtime - 61
+    os.utime(tmp_path / LOCK, (old, old))
     with only_writer(tmp_path):
         check_lock(tmp_path / "written")
+
+
+def test_a_lock_of_another_machine_with_the_same_name_is_not_taken_for_a_dead_one(writer, tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda descriptor, how: None)  # the locks of the other one are not seen
+    monkeypatch.setattr(lock, "machine", lambda: "another")
+    assert f"process {writer.pid} on {socket.gethostname()}" in refused(tmp_path)
 
 
 def test_signs_of_life_go_on(tmp_path, monkeypatch):
@@ -148,23 +170,10 @@ def test_a_folder_that_is_removed_while_it_is_written_to_is_not_made_anew(tmp_pa
 def test_who_is_stopped_while_it_writes_finds_its_file_gone(tmp_path, elsewhere, monkeypatch):
     def taken_over(partial):
         partial.unlink()
-        (tmp_path / LOCK).write_text('{"host": "there", "process": 7, "since": "now", "token": "1"}')
+        (tmp_path / LOCK).write_text('{"host": "there", "machine": "0", "process": 7, "since": "now", "token": "1"}')
 
     with only_writer(tmp_path), pytest.raises(ValueError, match=r"process 7 on there .* has taken it over"):
         write_atomically(tmp_path / "file", taken_over)
-
-
-def test_what_dead_processes_have_left_beside_an_output_goes(tmp_path):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    host = partials.partial_of(tmp_path / "x").name.split(".")[-2].partition("-")[0]
-    partials.remove_dead.cache_clear()
-    names = [f".out.{host}-{dead.pid}.partial", f".out.{host}-{os.getppid()}.partial", ".out.ffffffff-1.partial"]
-    (tmp_path / names[0]).mkdir()
-    for name in names[1:]:
-        (tmp_path / name).touch()
-    write_text(tmp_path / "out", "text")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "out"])
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link, lambda target, path: os.mkfifo(path)])

@@ -25,13 +25,13 @@ def test_run_directories_are_numbered_and_never_reused(tmp_path, monkeypatch):
 
 def test_the_processor_has_its_family_where_linux_says_it(monkeypatch):
     text = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\nflags\t: fpu\n\nprocessor\t: 1\n"
-    monkeypatch.setattr("pathlib.Path.read_text", lambda path: text)
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path, encoding: text)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
     assert processor_name() == "AMD EPYC, family 25, model 1, AVX2"
 
 
 def test_a_processor_without_proc_has_a_name(monkeypatch):
-    def missing(path):
+    def missing(path, encoding):
         raise FileNotFoundError(path)
 
     monkeypatch.setattr("pathlib.Path.read_text", missing)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dora_mm.data.features.folder import INDEX, FeatureFolder
 from dora_mm.data.seen import SeenFiles
+from dora_mm.utils.home import expanded
 from dora_mm.utils.messages import foreign_errors
 
 H5_SUFFIXES = (".h5", ".hdf5")
@@ -139,7 +140,7 @@ def open_features(paths: Sequence[str | Path], files: SeenFiles | None = None) -
         ValueError: A path is missing, of an unknown kind, broken, or has another number of channels.
     """
     assert paths
-    return FeatureStore([_open(Path(path).expanduser()) for path in paths], files)
+    return FeatureStore([_open(expanded(path)) for path in paths], files)
 
 
 def _open(path: Path) -> Source:

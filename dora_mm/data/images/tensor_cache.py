@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dora_mm.utils.circumstances import NOTHING, Record, about_kept, circumstances
+from dora_mm.utils.home import expanded
 from dora_mm.utils.json_text import parse_json
 from dora_mm.utils.tensor_writer import save_tensors
 
@@ -28,7 +29,7 @@ class TensorCache:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder).expanduser()
+        self.folder = expanded(folder)
         self._reported: set[str] = set()
 
     def path(self, key: str) -> Path:

@@ -119,12 +119,9 @@ class ImageStore:
         path = self.folder / content_name(content, suffix)
         if path.name not in self.names and not (path.is_file() and path.read_bytes() == content):
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = partial_of(path)
-            try:
+            with partial_of(path) as partial:
                 partial.write_bytes(content)
                 os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
             self._written.append(path)
         self.names.add(path.name)
         return str(path)

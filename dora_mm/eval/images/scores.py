@@ -87,7 +87,7 @@ class Scores:
     @classmethod
     def load(cls, path: Path) -> "Scores":
         """Reads what `save` wrote."""
-        return cls.from_json(path.read_text())
+        return cls.from_json(path.read_text(encoding="utf-8"))
 
     @classmethod
     def from_json(cls, text: str) -> "Scores":

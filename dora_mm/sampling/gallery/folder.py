@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -188,14 +187,13 @@ def _replacing(folder: Path) -> Iterator[Path]:
     """Yields a folder beside `folder`, which takes its place when the context ends without an error."""
     _check_folder(folder)
     folder = folder.resolve()
-    old = partial_of(folder.with_name(f"{folder.name}.old"))
     with partial_folder(folder) as partial:
         yield partial
         complete(partial)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with partial_of(folder.with_name(f"{folder.name}.old"), is_folder=True) as old:
+            if folder.exists():
+                os.replace(folder, old / folder.name)
+            os.replace(partial, folder)
 
 
 def _check_folder(folder: Path) -> None:

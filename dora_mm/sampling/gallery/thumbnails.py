@@ -51,7 +51,10 @@ class Thumbnails:
 
 
 def _name(source: Path) -> str:
-    """A name that a picture has as long as its file stays the same, by path, time and size."""
+    """A name that a picture has as long as its file stays the same, by path, time and size.
+
+    Its ctime is none of them: links to the picture change it, which galleries make and remove.
+    """
     about = source.stat()
     text = f"{source.resolve()} {about.st_mtime_ns} {about.st_size}"
     return f"{hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:16]}.webp"

@@ -38,7 +38,7 @@ def start_process(name: str, arguments: list[str], log_file: Path, threads: int)
         threads: The number of CPU threads that the subprocess uses.
     """
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("w") as output:
+    with log_file.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "dora_mm", *arguments],
             stdout=output,
@@ -57,7 +57,7 @@ def check_process(training: TrainingProcess) -> None:
     """
     status = training.process.returncode
     if status == 2:
-        message = training.log_file.read_text().strip().splitlines()[-1]
+        message = training.log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
         raise ValueError(f"the training {training.name} failed: {message}")
     if status != 0:
         raise RuntimeError(

@@ -17,6 +17,7 @@ from dora_mm.studies.config import CampaignConfig
 from dora_mm.studies.variants import Variant
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.circumstances import Record, text_of
+from dora_mm.utils.home import expanded
 from dora_mm.utils.run_directory import DAY
 from dora_mm.utils.tables import csv_records
 
@@ -166,7 +167,7 @@ def unpacked(cell: str) -> str:
 
 def rows_file(config: CampaignConfig, folder: Path) -> Path:
     """The file of rows of a campaign in this folder."""
-    return Path(config.rows).expanduser() if config.rows else folder / "trainings.csv"
+    return expanded(config.rows) if config.rows else folder / "trainings.csv"
 
 
 class TrainingRows:

@@ -65,7 +65,7 @@ class Trainings:
     def summary(self, training: Training) -> dict[str, Any]:
         """The summary.json of a finished training; empty: it has diverged."""
         file = self.run(training) / SUMMARY
-        return json.loads(file.read_text()) if file.is_file() else {}
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     @property
     def threads(self) -> int:

@@ -138,7 +138,7 @@ def draw_bricks(sheet: list[Concept], icon_set: IconSet) -> list[Image.Image]:
         model.write_text(ldraw_sheet(grids, SHEET_COLUMNS, STUDS))
         size = ["-w", str(SHEET_PIXELS), "-h", str(SHEET_PIXELS)]
         command = ["xvfb-run", "-a", "leocad", str(model), "-i", str(picture), *size, *LEOCAD]
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         if result.returncode or not picture.exists():
             raise ValueError(f"leocad rendered nothing: {packages.last_line(result.stderr + result.stdout)}")
         sheet_picture = Image.open(picture).convert("RGBA")

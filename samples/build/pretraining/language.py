@@ -68,7 +68,9 @@ def download(package: str) -> None:
     """
     PACKAGES.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    result = subprocess.run([*command, "--dest", str(PACKAGES), package], capture_output=True, text=True)
+    result = subprocess.run(
+        [*command, "--dest", str(PACKAGES), package], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if result.returncode:
         raise ValueError(f"pip download {package} failed (is there a network?): {last_line(result.stderr)}")
 

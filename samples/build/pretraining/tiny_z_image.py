@@ -144,4 +144,7 @@ def save(model: ZImage, folder: Path) -> None:
         weights.unlink()
     # diffusers loads in float32 by default, transformers in the dtype of the config: both must be the same.
     file = folder / "text_encoder" / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    file.write_text(
+        json.dumps({**json.loads(file.read_text(encoding="utf-8")), "dtype": "float32"}, indent=2) + "\n",
+        encoding="utf-8",
+    )

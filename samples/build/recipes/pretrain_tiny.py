@@ -263,7 +263,10 @@ def save_model(model: SDXL, folder: Path) -> None:
     # diffusers loads in float32 by default, transformers in the dtype of the config: both must be the same.
     for name in ("text_encoder", "text_encoder_2"):
         file = folder / name / "config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
+        file.write_text(
+            json.dumps({**json.loads(file.read_text(encoding="utf-8")), "dtype": "float32"}, indent=2) + "\n",
+            encoding="utf-8",
+        )
 
 
 def draw_sheet(config: PretrainTinyConfig, model: SDXL, path: Path) -> None:

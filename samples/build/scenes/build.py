@@ -73,7 +73,7 @@ def build_scenes(concepts: list[Concept]) -> None:
 
 def load_artist(concepts: list[Concept]) -> tuple[list[Thing], Artist]:
     """The objects of scenes, and what draws them."""
-    rows = [json.loads(line) for line in (SAMPLES / "things.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (SAMPLES / "things.jsonl").read_text(encoding="utf-8").splitlines()]
     codes = {concept.name: concept.code for concept in concepts}
     rows = [{**row, "code": codes[row.pop("icon", row["name"])]} for row in rows]
     icons = read_scene_icons({row["name"]: row["code"] for row in rows}, concepts)

@@ -78,6 +78,10 @@ def test_an_evaluation_that_was_stopped_goes_on_in_its_folder(config, tmp_path, 
         assert main(["eval", path]) == 0
         assert sizes == remaining
         assert files_of(folder) == whole
+    sizes.clear()
+    copied = shutil.copytree(folder, tmp_path / "another name")
+    assert main(["eval", path, "--set", f"output={copied}"]) == 0
+    assert (sizes, files_of(copied)) == ([], whole)
     shutil.copy(tmp_path / "tall.png", tmp_path / "wide.png")  # what was said of the old one is said anew
     sizes.clear()
     assert main(["eval", path]) == 0
