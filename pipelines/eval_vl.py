@@ -10,7 +10,7 @@ from typing import Any
 
 from dora_mm import formats
 from dora_mm.adapting.files import digest_of_adapter, header_of, load_trained, seed_of
-from dora_mm.config.paths import resolve_model, resolve_path
+from dora_mm.config.paths import resolve_path
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.vl import EvalVLConfig
 from dora_mm.data.vl.example import Predictions
@@ -22,7 +22,6 @@ from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
 from dora_mm.eval.vl.reports import write_answers, write_examples, write_report
 from dora_mm.eval.vl.same_answers import share_of_others, share_of_same
 from dora_mm.eval.vl.scores import VLScores
-from dora_mm.models.folders import settings_identity
 from dora_mm.models.vl.families import is_local, load_vl_model
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.registries.suites import suite_file
@@ -179,10 +178,9 @@ def report_same(
 
 def inputs_of(
     config: EvalVLConfig, model: VLModel, splits: Mapping[str, ValidationSet], adapter: Path | None
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """Digests of all that the config refers to, by a description of each."""
-    inputs = data_of(splits) | dict(model.identity)
-    inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
+    inputs = data_of(splits) | model.identity.inputs
     inputs |= {f"the suite {name}": files_digest([file]) for name in splits if (file := suite_file(name))}
     return inputs | ({"the adapter": digest_of_adapter(adapter)} if adapter else {})
 
@@ -192,7 +190,7 @@ def report_all(
     run: RunDirectory,
     answered: dict[str, Predictions],
     splits: dict[str, ValidationSet],
-    inputs: Mapping[str, str],
+    inputs: Mapping[str, Any],
     alone: Mapping[str, Any],
     day: str,
 ) -> dict[str, VLScores]:

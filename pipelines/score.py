@@ -158,6 +158,4 @@ def report_of(task: str, file: PredictionFile, rows: Predictions, precision: flo
     """Scores, rules, intervals and what is known of the answers, as Markdown."""
     scores = score(task, rows)
     notes = [*scores.notes, *precision_notes(task, rows, scores.main, precision)]
-    about = [f"{name}: {value}" for name, value in (file.about.digests if file.about else {}).items()]
-    about += [f"day of the chat template: {file.about.day}"] if file.about and file.about.day else []
-    return report(file_stem(task), replace(scores, notes=(*notes, *about)))
+    return report(file_stem(task), replace(scores, notes=(*notes, *(file.about.inputs if file.about else ()))))

@@ -116,7 +116,6 @@ class PipelineConfig(Section):
     command: ClassVar[str]  # the dora-mm command that runs this pipeline
     # Keys and sections on which the finished steps of a run do not depend; None: a resumed run finds out by itself
     changeable: ClassVar[tuple[str, ...] | None] = ()
-    dry_run_lists_missing: ClassVar[bool] = False  # a dry run reports missing files itself, and so may lack any of them
     pipeline: Text  # the recipe that reads this config
     name: Annotated[
         str, Field(pattern=r"^[\w][\w.+-]*$", max_length=200)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.models.folders import read_config, weights_identity
+from dora_mm.models.folders import identity_of, read_config
 from dora_mm.models.hub import local_copy
 from dora_mm.models.opening import commit_of
 from dora_mm.models.vl.families import family_of_folder
@@ -103,7 +103,7 @@ def load_probe(path: str, revision: str | None, dtype: str) -> Probe:
         )  # aligned: those read from a file are not, which changes last bits of products
     folder = local_copy(path, commit)
     assert folder is not None
-    return Probe(model, row, weights_identity(path, commit), folder)
+    return Probe(model, row, identity_of(path, commit).weights, folder)
 
 
 def _picture_row(vlm: VLM) -> TokenRow:

@@ -227,19 +227,20 @@ def check_what_is_there(job: PictureJob) -> None:
     log and kept in `earlier/`; they stay until their picture is drawn again. Others of a batch are not such settings.
     Files that do not belong to the job are named, and stay.
     """
-    stale, damaged, entries = [], [], recorded(job.folder)
+    stale, damaged, entries, changes = [], [], recorded(job.folder), {}
     for index, name in enumerate(job.names):
         file = job.file(index)
         if not file.exists():
             continue
         try:
-            same = read_description(file).is_drawn_like(job.descriptions[index])
+            before, now = read_description(file), job.descriptions[index]
         except ValueError:
             damaged.append(name)
             continue
         digest, entry = file_digest(file), entries.get(f"{SAMPLES}/{name}")
-        if not same:
+        if not before.is_drawn_like(now):
             stale.append(name)
+            changes |= dict.fromkeys(now.model.changes(before.model))
         elif entry and entry.digest != digest:
             damaged.append(name)
         else:
@@ -249,8 +250,9 @@ def check_what_is_there(job: PictureJob) -> None:
     others = sorted({f.relative_to(samples).as_posix() for f in samples.rglob("*.png")} - known)
     earlier = job.folder / EARLIER
     keep_earlier(job.folder, [f"{SAMPLES}/{name}" for name in stale + damaged])
+    other = f"another model ({', '.join(changes)} changed)" if changes else "other settings"
     for names, what in (
-        (stale, f"were drawn with other settings: they are kept in {earlier}, and drawn again"),
+        (stale, f"were drawn with {other}: they are kept in {earlier}, and drawn again"),
         (damaged, f"are damaged, changed or no pictures of a job: they are kept in {earlier}, and drawn again"),
         (others, "do not belong to the job, and stay as they are"),
     ):

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from dora_mm.sampling.strengths import HashableStrength, strength_text
 from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.json_text import check_no_device, parse_json
+from dora_mm.utils.run_directory import changed_names
 
 JSON_CHUNK, A1111_CHUNK = "dora_mm", "parameters"
 VERSION = 2  # of the JSON
@@ -35,6 +36,7 @@ class BaseModel:
         digest: SHA-256 of its weights and of the settings of its scheduler, in hex.
         file_digest: SHA-256 of a single file, by which A1111 and Civitai find it; None for a folder or hub name.
         settings: Those of its family that are not the defaults, by the key of their section.
+        files: Digests of its other files, see `ModelIdentity.files`; None: the picture does not say them.
     """
 
     path: str
@@ -44,6 +46,16 @@ class BaseModel:
     digest: str
     file_digest: str | None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] | None = None
+
+    def changes(self, before: BaseModel) -> list[str]:
+        """The names of the files that differ from those of an earlier picture, and "the weights" where these do.
+
+        Pictures that do not name the files of their model are compared by the weights and the scheduler.
+        """
+        files = changed_names(before.files, self.files) if before.files is not None and self.files is not None else []
+        explained = any(file.startswith("scheduler/") for file in files)  # whose settings are in the digest, too
+        return files + (["the weights"] if self.digest != before.digest and not explained else [])
 
 
 @dataclass(frozen=True)
@@ -90,11 +102,11 @@ class Description:
 
         The versions of the software and the paths of the weights do not count.
         """
-        return self._own() == other._own()
+        return self._own() == other._own() and not self.model.changes(other.model)
 
     def _own(self) -> Description:
         """The picture alone. Weights count by their digests: paths are written in several ways, and files may move."""
-        model = replace(self.model, path="", revision=None, vae=None, file_digest=None)
+        model = replace(self.model, path="", revision=None, vae=None, digest="", file_digest=None, files=None)
         adapters = tuple(replace(adapter, path="", hash="") for adapter in self.adapters)
         batch = self.batch[self.position : self.position + 1]
         return replace(self, model=model, adapters=adapters, batch=batch, position=0, software={})

@@ -89,13 +89,13 @@ def pictures_config(description: Description) -> PicturesConfig:
 
 
 def check_unchanged(description: Description, loaded: LoadedModel) -> None:
-    """Compares the weights that were loaded with those that a picture was drawn with.
+    """Compares the model and the adapters that were loaded with those that a picture was drawn with.
 
     Raises:
         ValueError: The base model or an adapter is another one now.
     """
-    if loaded.base.digest != description.model.digest:
-        raise ValueError(f"the model {loaded.base.path} has changed since the picture was drawn")
+    if changes := loaded.base.changes(description.model):
+        raise ValueError(f"the model {loaded.base.path} has changed since the picture was drawn: {', '.join(changes)}")
     hashes = loaded.adapter_hashes()
     for adapter in description.adapters:
         if hashes[adapter.path][0] != adapter.digest:

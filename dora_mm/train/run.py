@@ -173,8 +173,7 @@ def go_on(run: RunDirectory, config: PipelineConfig, steps: int, deciding: Mappi
     """
     set_damaged_aside(run.checkpoints)
     done = last_step(run.checkpoints)
-    if steps < done:
-        raise ValueError(f"train.steps: {run.path} has finished {done} steps, so it cannot end at {steps}")
+    check_length(run.path, done, steps)
     if done:
         load_parts(checkpoints(run.checkpoints)[-1], deciding)
     change_config(run, config)
@@ -182,6 +181,16 @@ def go_on(run: RunDirectory, config: PipelineConfig, steps: int, deciding: Mappi
         log.warning(
             "With other software the last bits may not be those of an uninterrupted run: %s", ", ".join(changed)
         )
+
+
+def check_length(path: Path, done: int, steps: int) -> None:
+    """Checks that a run can end at this step.
+
+    Raises:
+        ValueError: It has finished more.
+    """
+    if steps < done:
+        raise ValueError(f"train.steps: {path} has finished {done} steps, so it cannot end at {steps}")
 
 
 def change_config(run: RunDirectory, config: PipelineConfig) -> None:

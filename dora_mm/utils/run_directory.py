@@ -14,8 +14,10 @@ from dora_mm.utils.folders import new_folder
 from dora_mm.utils.json_text import read_json
 from dora_mm.utils.lock import check_lock
 
+MODEL, WEIGHTS_OF = "the model", "the weights of "  # inputs: the files of a model, and the start of names of weights
 CONFIG, INPUTS, VERSIONS = "config.yaml", "inputs.json", "versions.json"
 DAY = "day"  # in inputs.json: that on which the run began, of models whose chat templates may ask; it is not compared
+WEIGHTS_IN_HEADERS = {"base_digest": "the weights of the model", "vision_digest": "the vision tower"}  # keys of both
 SUMMARY = "summary.json"  # the last file that a training writes, its page included, so it marks a finished one
 SAMPLE_NOW, SAVE_NOW = "sample-now", "save-now"  # files by which a person asks a training for a sheet, or a checkpoint
 REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
@@ -120,10 +122,22 @@ class RunDirectory:
             problem = str(error)
         raise ValueError(f"{file} is missing or damaged ({problem}): the run cannot go on without it.")
 
-    def changed_inputs(self, inputs: Mapping[str, str]) -> list[str]:
-        """The descriptions of the inputs whose digest differs from the one that the run was started with."""
+    def changed_inputs(self, inputs: Mapping[str, Any]) -> list[str]:
+        """The descriptions of the inputs that are not those that the run was started with; each file of a model is one.
+
+        Args:
+            inputs: Some of the inputs. What runs of before did not record of a model is not compared.
+        """
         before = self.inputs if inputs else {}
-        return [name for name, digest in inputs.items() if name != DAY and before.get(name) != digest]
+        if MODEL not in before:
+            inputs = {name: now for name, now in inputs.items() if name != MODEL and not name.startswith(WEIGHTS_OF)}
+        changed = []
+        for name, now in inputs.items():
+            if name == MODEL:
+                changed += [f"{file} of {MODEL}" for file in changed_names(before[MODEL], now)]
+            elif name != DAY and before.get(name) != now:
+                changed.append(WEIGHTS_IN_HEADERS.get(name, name))
+        return changed
 
     def changed_versions(self, software: Mapping[str, str]) -> list[str]:
         """What of the software is not as it was when the run was started, such as "torch 2.12.0 is 2.13.0".
@@ -156,6 +170,11 @@ class RunDirectory:
         if asked:
             check_lock(file)
             file.unlink(missing_ok=True)
+
+
+def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names whose values differ, or that only one of them has."""
+    return [name for name in {**before, **now} if before.get(name) != now.get(name)]
 
 
 def versions() -> dict[str, Any]:

@@ -28,7 +28,7 @@ def write_answers(
     folder: Path,
     answered: Answered,
     settings: Mapping[str, Any],
-    digests: Mapping[str, str],
+    digests: Mapping[str, Any],
     prompts: Mapping[str, str],
     day: str = "",
 ) -> dict[str, VLScores]:

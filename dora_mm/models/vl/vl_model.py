@@ -20,6 +20,7 @@ from dora_mm.data.vl.row_view import RowView
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet
 from dora_mm.data.vl.tables import ExampleTable
+from dora_mm.models.identity import ModelIdentity
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.utils.day import Day
 from dora_mm.utils.losses import LossSum
@@ -193,8 +194,8 @@ class VLModel(Protocol):
         ...
 
     @property
-    def identity(self) -> Mapping[str, str]:
-        """Digests of the base weights, and of all else on which an adapter depends, by keys of an adapter's header."""
+    def identity(self) -> ModelIdentity:
+        """The content of all that it was loaded from; the names of weights are keys of an adapter's header."""
         ...
 
     @property

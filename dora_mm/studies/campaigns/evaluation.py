@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -41,7 +41,7 @@ class Scoring(Protocol[ScoresT]):
     day: Day  # what chat templates may ask for, the same in all trainings and evaluations
 
     @property
-    def inputs(self) -> Mapping[str, str]:
+    def inputs(self) -> Mapping[str, Any]:
         """Digests of the data and models that the config refers to, by a description of each."""
         ...
 

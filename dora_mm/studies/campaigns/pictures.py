@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,7 +21,7 @@ from dora_mm.eval.images.judge import FILES, Judge, spaced_concepts
 from dora_mm.eval.images.prompts import fill
 from dora_mm.eval.images.scores import Scores, concatenate_seeds, mean_metrics
 from dora_mm.eval.statistics import Interval
-from dora_mm.models.images.families import load_image_model
+from dora_mm.models.images.families import identity_of, load_image_model
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.images.new_tokens import load_adapter
 from dora_mm.sampling.before_after import sample_merged
@@ -67,7 +68,7 @@ class PictureEvaluation:
         model.check_rescale(self.settings.draw.guidance_rescale, "pictures.draw.guidance_rescale")
         self.judge.check_model(model.resolution, module_digest(model.networks["vae"]))
         self.encoder = Encoder(self.device)
-        self.inputs: Mapping[str, str] = {
+        self.inputs: Mapping[str, Any] = {
             "base": dump_config(self.base),
             "the pictures and captions": digest_of(read_training_images(self.base.data)),
             **{
@@ -78,7 +79,7 @@ class PictureEvaluation:
                 )
                 if images
             },
-            **{f"the model's {name}": module_digest(network) for name, network in model.networks.items()},
+            **identity_of(self.base.model).inputs,
             "the judge's files": hashlib.sha256(b"".join((judge / name).read_bytes() for name in FILES)).hexdigest(),
         }
 

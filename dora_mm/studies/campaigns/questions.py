@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -77,8 +78,8 @@ class QuestionEvaluation:
         check_reported(config, self.base, settings, self.splits.sets)
 
     @property
-    def inputs(self) -> Mapping[str, str]:
-        """The identity of what the config names: the base config, the model, the vision tower and all examples."""
+    def inputs(self) -> Mapping[str, Any]:
+        """The content of what the config names: the base config, the model, the vision tower and all examples."""
         rows = {
             f"the {split} of {task.task}": open_texts(source, self.base.data).content_identity
             for task in self.base.data.all_tasks
@@ -86,7 +87,7 @@ class QuestionEvaluation:
         }
         sets = self.splits.sets.items()
         reported = {f"the reported split of {name}": found.table.content_identity for name, found in sets}
-        return {"base": dump_config(self.base), **self.model.identity, **rows, **reported}
+        return {"base": dump_config(self.base), **self.model.identity.inputs, **rows, **reported}
 
     def overrides(self, training: Training) -> list[str]:
         """The overrides of one training; every update has the scaling of the base's."""

@@ -13,7 +13,7 @@ from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.images.folder import digest_of, read_images, read_training_images
 from dora_mm.data.images.held_out import hold_out
 from dora_mm.formats import adapter_digest
-from dora_mm.models.images.families import files_identity
+from dora_mm.models.images.families import identity_of
 from dora_mm.studies.campaigns.halving import Candidate, lengths
 from dora_mm.studies.campaigns.trainings import Training
 from dora_mm.studies.config import TuneConfig
@@ -46,7 +46,7 @@ class TunedTrainings(Protocol):
         ...
 
     @property
-    def inputs(self) -> Mapping[str, str]:
+    def inputs(self) -> Mapping[str, Any]:
         """Digests of the data and models that the config refers to, by a description of each."""
         ...
 
@@ -78,13 +78,13 @@ class TunedPictures:
             raise ValueError(f"--judge held_out: {config.base} holds no pictures out: --set data.valid.share=0.1")
 
     @property
-    def inputs(self) -> Mapping[str, str]:
+    def inputs(self) -> Mapping[str, Any]:
         """As of a training: the pictures, the model's files, and an initial adapter."""
         found = {"base": dump_config(self.base), "the pictures and captions": digest_of(self.images)}
         preserved = read_images(self.base.data, "preserve")
         others = {"the held-out pictures": self.held, "the pictures to preserve": preserved}
         found |= {what: digest_of(images) for what, images in others.items() if images}
-        return found | files_identity(self.base.model) | initial_identity(self.base.adapter, adapter_digest)
+        return found | identity_of(self.base.model).inputs | initial_identity(self.base.adapter, adapter_digest)
 
     def overrides(self, training: Training) -> list[str]:
         """The overrides for one training, which draws no sheets."""
@@ -131,10 +131,10 @@ class TunedQuestions:
         self.rows |= {f"the validation data of {name}": found.identity for name, found in splits.items()}
 
     @property
-    def inputs(self) -> Mapping[str, str]:
+    def inputs(self) -> Mapping[str, Any]:
         """As of a training: the rows of both splits, the model, and an initial adapter."""
         initial = initial_identity(self.base.adapter, digest_of_adapter)
-        return {"base": dump_config(self.base), **self.rows, **self.model.identity, **initial}
+        return {"base": dump_config(self.base), **self.rows, **self.model.identity.inputs, **initial}
 
     def overrides(self, training: Training) -> list[str]:
         """The overrides for one training."""

@@ -27,6 +27,7 @@ from dora_mm.studies.campaigns.comparison import MethodComparison
 from dora_mm.studies.campaigns.subprocesses import TrainingProcess
 from dora_mm.utils.digest import file_digest, module_digest
 from samples.build.__main__ import main as build
+from tests.shared.edits import edits, named
 from tests.shared.images.tiny_flows import FLOWS, NAMES
 from tests.shared.killed import files_in
 
@@ -374,8 +375,35 @@ def test_comparison_is_not_resumed_with_other_weights_or_another_judge(
     tiny.pipeline().save_pretrained(other)
     values = yaml.safe_load(Path(base).read_text())
     write(tmp_path / "elsewhere.yaml", {**values, "loss": {}, "model": {"path": str(other)}})
-    with pytest.raises(ValueError, match="the model's unet:"):
+    with pytest.raises(ValueError, match="the weights of unet:"):
         open_campaign(comparison(base=str(tmp_path / "elsewhere.yaml")))
+
+
+@pytest.mark.slow
+def test_a_comparison_refuses_each_edited_file_of_its_model(comparison, base, tiny_folder, tmp_path):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    write(Path(base), yaml.safe_load(Path(base).read_text()) | {"model": {"path": str(model)}})
+    open_campaign(comparison())
+    for file in edits(model):
+        if file == "vae/diffusion_pytorch_model.safetensors":
+            with pytest.raises(ValueError, match="judge: it was fitted for images of 64 px and another VAE"):
+                open_campaign(comparison())
+        elif name := named(file):
+            with pytest.raises(ValueError, match=f"was started with different values of {name}: choose"):
+                open_campaign(comparison())
+        else:
+            open_campaign(comparison())
+
+
+@pytest.mark.slow
+def test_an_evaluation_refuses_each_edited_file_of_its_model(evaluation, tiny_folder, tmp_path, capsys):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    command = ["eval", evaluation(model={"path": str(model)}, concepts={"role": "report", "count": 3, "seeds": [0]})]
+    assert main(command) == 0
+    for file in edits(model):
+        name = named(file)
+        assert main(command) == (2 if name else 0)
+        assert not name or f"was started with different values of {name}: choose" in capsys.readouterr().err
 
 
 def test_comparison_reports_mistakes(comparison, base, capsys, tmp_path):

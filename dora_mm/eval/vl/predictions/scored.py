@@ -4,6 +4,7 @@ JSON lines. The first is about the whole: task, metric and rules, settings of th
 data. Each other one is a row: id, prompt, images, answer, references and score, and what else its metric needs.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -31,7 +32,7 @@ class About:
         metric: The main metric.
         rules: By what rule answers are right, by metric.
         settings: How the answers were made: sections of a config, by their names.
-        digests: Of model, adapter and data, by a description of each.
+        digests: Of model, adapter and data, by a description of each; of the files of a model, by their paths.
         day: What the chat template got that asked for the day; UNKNOWN of a server's; "": it did not ask.
     """
 
@@ -39,8 +40,19 @@ class About:
     metric: str = ""
     rules: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    digests: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, Any] = field(default_factory=dict)
     day: str = ""
+
+    @property
+    def inputs(self) -> list[str]:
+        """A line for each digest, of which all files of a model have one, and for the day."""
+        found = {name: value if isinstance(value, str) else _digest(value) for name, value in self.digests.items()}
+        found |= {"the day of the chat template": self.day} if self.day else {}
+        return [f"{name}: {value}" for name, value in found.items()]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_scored(

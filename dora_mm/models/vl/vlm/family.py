@@ -21,7 +21,8 @@ from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.row_view import RowView
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.tables import ExampleTable
-from dora_mm.models.folders import empty_model, has_weights, model_class, read_config, saved_dtype, weights_identity
+from dora_mm.models.folders import empty_model, has_weights, identity_of, model_class, read_config, saved_dtype
+from dora_mm.models.identity import ModelIdentity
 from dora_mm.models.opening import check_revision, commit_of
 from dora_mm.models.vl.vl_model import RowCounts, RowLengths, Structure, Target, VLModel, weighted_loss
 from dora_mm.models.vl.vlm.answers import VLMAnswers
@@ -196,12 +197,12 @@ class VLM:
             )
 
     @property
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> ModelIdentity:
         return self._identity
 
     @cached_property
-    def _identity(self) -> dict[str, str]:
-        return weights_identity(self.path, self.commit)
+    def _identity(self) -> ModelIdentity:
+        return identity_of(self.path, self.commit)
 
     def fresh(self, seed: int) -> VLModel:
         return type(self)(self.config, self.network.loads_to, self.day)
