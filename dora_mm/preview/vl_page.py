@@ -77,8 +77,7 @@ def vl_page(
     yield trained_section(config, structure, trained)
     yield needed
     unmeasured = first_problem(problems, (OPTIMIZER, QUANTIZATION))
-    on_its_day = dated(config, day_for(config.model, resume))
-    model, has_weights = (None, False) if QUANTIZATION in problems else open_model(on_its_day, accelerator)
+    model, has_weights = (None, False) if QUANTIZATION in problems else open_model(config, accelerator, resume)
     data = preview_data(config, model, colour=sys.stdout.isatty(), decode=decode)
     problems[ROWS] = data.problems
     yield from data.sections
@@ -121,8 +120,10 @@ def adapted(model: VLModel | Structure, config: TrainVLConfig) -> TrainedNetwork
     return adapt(model.networks, model.target_maps, config.adapter, seed=config.seed, backend=config.backend)
 
 
-def open_model(config: TrainVLConfig, accelerator: Accelerator) -> tuple[VLModel | None, bool]:
+def open_model(config: TrainVLConfig, accelerator: Accelerator, resume: Path | None) -> tuple[VLModel | None, bool]:
     """The model where it is on this machine and some data is there, too; and whether it has its weights.
+
+    Its rows have the day of the run to resume.
 
     Raises:
         ValueError: It does not do a task of the config.
@@ -131,7 +132,8 @@ def open_model(config: TrainVLConfig, accelerator: Accelerator) -> tuple[VLModel
         return None, False
     settings: dict[str, Any] = {"seed": config.seed, "device": accelerator.device}
     settings["trained_tower"] = bool(config.adapter.vision_parts)
-    model, has_weights = load_vl_model_if_local(config.model, config.vision, **settings)
+    section = dated(config, day_for(config.model, resume)).model
+    model, has_weights = load_vl_model_if_local(section, config.vision, **settings)
     if model:
         model.check(task.task for task in config.data.all_tasks)
     return model, has_weights

@@ -20,8 +20,8 @@ from dora_mm.core.wrappers.sharded import is_sharded
 from dora_mm.data.seen import SeenFiles
 from dora_mm.utils.run_directory import RunDirectory
 
-ValueT = TypeVar("ValueT")
 log = logging.getLogger(__name__)
+ValueT = TypeVar("ValueT")
 LONGEST_WAIT = timedelta(hours=12)  # of the other processes for the main one, such as for a validation
 
 # What accelerate, transformers and PEFT read as switches, without an argument that says no; and the key that decides

@@ -16,8 +16,8 @@ from dora_mm.utils.lock import check_lock
 
 MODEL, WEIGHTS_OF = "the model", "the weights of "  # inputs: the files of a model, and the start of names of weights
 CONFIG, INPUTS, VERSIONS = "config.yaml", "inputs.json", "versions.json"
-DAY = "day"  # in inputs.json: that on which the run began, of models whose chat templates may ask; it is not compared
 WEIGHTS_IN_HEADERS = {"base_digest": "the weights of the model", "vision_digest": "the vision tower"}  # keys of both
+DAY = "day"  # in inputs.json: that on which the run began, of models whose chat templates may ask; it is not compared
 SUMMARY = "summary.json"  # the last file that a training writes, its page included, so it marks a finished one
 SAMPLE_NOW, SAVE_NOW = "sample-now", "save-now"  # files by which a person asks a training for a sheet, or a checkpoint
 REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")

@@ -174,7 +174,7 @@ def test_two_results_of_different_days_say_so(base, tmp_path, clock, capsys):
     both = [str(tmp_path / run / "scored_chat.jsonl") for run in ("whole", "later")]
     assert main(["score", *both]) == 0
     printed = capsys.readouterr().out
-    assert f"the day of the chat template: {LATER}" in printed
+    assert f"day of the chat template: {LATER}" in printed
     assert f"The day that the chat template got: {FIRST} in {both[0]}, {LATER} in {both[1]}." in printed
 
 

@@ -45,10 +45,9 @@ class About:
 
     @property
     def inputs(self) -> list[str]:
-        """A line for each digest, of which all files of a model have one, and for the day."""
+        """A line for each digest; one for all files of a model."""
         found = {name: value if isinstance(value, str) else _digest(value) for name, value in self.digests.items()}
-        found |= {"the day of the chat template": self.day} if self.day else {}
-        return [f"{name}: {value}" for name, value in found.items()]
+        return [f"{name}: {digest}" for name, digest in found.items()]
 
 
 def _digest(value: Any) -> str:
