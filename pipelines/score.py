@@ -1,6 +1,6 @@
 """dora-mm score: predictions of any program by the rule of a suite, with intervals, and two of them compared."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from dora_mm.eval.vl.predictions.pages import write_page
 from dora_mm.eval.vl.predictions.reading import PredictionFile, read_predictions
 from dora_mm.registries.suites import file_stem
 from dora_mm.registries.vl_tasks import TASKS
+from dora_mm.utils.run_directory import changed_inputs
 
 
 def main(
@@ -69,7 +70,7 @@ def main(
         names = (str(files[0].path), str(file.path))
         pairs.append(same_rows(answered[0], rows, names, partial=partial))
         print(f"## compared\n\n{comparison_report(compared(task, *pairs[-1]), names)}\n")
-        if remark := about_days(files[0], file):
+        for remark in about_differences(files[0], file):
             print(f"{remark}\n")
     if page is not None:
         before, rows = pairs[0] if pairs else (None, answered[0])
@@ -146,12 +147,15 @@ def task_of(files: Sequence[PredictionFile], suite: str | None) -> str:
         raise ValueError(f"--suite: {error}") from None
 
 
-def about_days(one: PredictionFile, other: PredictionFile) -> str | None:
-    """A sentence on two files whose rows had different days; None: they had one, or nobody asked for it."""
-    if not (one.about and other.about) or one.about.day == other.about.day:
-        return None
-    first, second = (file.about.day or "none" for file in (one, other) if file.about)
-    return f"The day that the chat template got: {first} in {one.path}, {second} in {other.path}."
+def about_differences(one: PredictionFile, other: PredictionFile) -> Iterator[str]:
+    """A sentence on the inputs of two files that differ, and one on their days."""
+    if not (one.about and other.about):
+        return
+    if names := changed_inputs(one.about.digests, other.about.digests):
+        yield f"The answers were made with different {' and '.join(names)}."
+    first, second = (about.day or "none" for about in (one.about, other.about))
+    if first != second:
+        yield f"The day that the chat template got: {first} in {one.path}, {second} in {other.path}."
 
 
 def report_of(task: str, file: PredictionFile, rows: Predictions, precision: float | None) -> str:

@@ -121,21 +121,8 @@ class RunDirectory:
         raise ValueError(f"{file} is missing or damaged ({problem}): the run cannot go on without it.")
 
     def changed_inputs(self, inputs: Mapping[str, Any]) -> list[str]:
-        """The descriptions of the inputs that are not those that the run was started with; each file of a model is one.
-
-        Args:
-            inputs: Some of the inputs. What runs of before did not record of a model is not compared.
-        """
-        before = self.inputs if inputs else {}
-        if MODEL not in before:
-            inputs = {name: now for name, now in inputs.items() if name != MODEL and not name.startswith(WEIGHTS_OF)}
-        changed = []
-        for name, now in inputs.items():
-            if name == MODEL:
-                changed += [f"{file} of {MODEL}" for file in changed_names(before[MODEL], now)]
-            elif name != DAY and before.get(name) != now:
-                changed.append(WEIGHTS_IN_HEADERS.get(name, name))
-        return changed
+        """The descriptions of those of some inputs that are not as the run was started with."""
+        return changed_inputs(self.inputs, inputs) if inputs else []
 
     def circumstances(self) -> dict[int, Record]:
         """The circumstances of the steps, by the number of the first of them, from 0; in ascending order.
@@ -193,6 +180,24 @@ class RunDirectory:
         if asked:
             check_lock(file)
             file.unlink(missing_ok=True)
+
+
+def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The descriptions of the inputs that differ, in words; each file of a model is one.
+
+    Args:
+        before: The inputs of a run, or of answers. What those of before did not record of a model is not compared.
+        now: Some of the inputs.
+    """
+    if MODEL not in before:
+        now = {name: value for name, value in now.items() if name != MODEL and not name.startswith(WEIGHTS_OF)}
+    changed = []
+    for name, value in now.items():
+        if name == MODEL:
+            changed += [f"{file} of {MODEL}" for file in changed_names(before[MODEL], value)]
+        elif name != DAY and before.get(name) != value:
+            changed.append(WEIGHTS_IN_HEADERS.get(name, name))
+    return changed
 
 
 def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

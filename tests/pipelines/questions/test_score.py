@@ -44,6 +44,19 @@ def run(capsys, *arguments: str, code: int = 0) -> str:
     return found.err if code else found.out
 
 
+def test_what_the_answers_of_two_files_were_made_with_is_compared_by_name(tmp_path, capsys):
+    rows = [(Example(str(n), (), "what?", (word,)), word) for n, word in enumerate(("a", "b", "c"))]
+    found = score("docvqa", rows)
+    inputs = {"base_digest": "w", "the model": {"chat_template.jinja": "a", "config.json": "b"}, "the adapter": "d"}
+    other = {**inputs, "the model": {**inputs["the model"], "chat_template.jinja": "z"}, "the adapter": "e"}
+    both = [tmp_path / "one.jsonl", tmp_path / "other.jsonl"]
+    for file, digests in zip(both, (inputs, other), strict=True):
+        write_scored(file, rows, found, About("docvqa", digests=digests))
+    printed = run(capsys, *both)
+    assert "The answers were made with different chat_template.jinja of the model and the adapter." in printed
+    assert "different" not in run(capsys, both[0], both[0]).partition("## compared")[2]
+
+
 def metric(text: str, name: str = "ANLS") -> float:
     (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
     return float(row.split("|")[2])
