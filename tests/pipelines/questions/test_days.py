@@ -80,6 +80,11 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def days_of(kept):
+    """The days of the answers in a file, whose other lines have circumstances."""
+    return [row[2] for row in rows_of(kept) if isinstance(row, list)]
+
+
 def test_a_training_goes_on_three_days_later_with_its_rows(base, tmp_path, clock, monkeypatch, caplog):
     caplog.set_level("INFO")
     config = training(tmp_path, base)
@@ -153,11 +158,11 @@ def test_an_evaluation_goes_on_three_days_later_with_its_answers(base, tmp_path,
     assert found == whole
     assert json.loads(found.splitlines()[0])["day"] == FIRST
     kept = tmp_path / "stopped" / "answers" / "chat.jsonl"
-    assert [row[2] for row in rows_of(kept)] == [FIRST] * 2
+    assert days_of(kept) == [FIRST] * 2
     inputs = tmp_path / "stopped" / "inputs.json"
     inputs.write_text(inputs.read_text().replace(f'"day": "{FIRST}"', f'"day": "{LATER}"'))
     assert main(["eval", path, "--set", *stopped]) == 0  # nothing that was answered on another day is taken
-    assert [row[2] for row in rows_of(kept)] == [LATER] * 2
+    assert days_of(kept) == [LATER] * 2
 
 
 @pytest.mark.slow
