@@ -532,7 +532,7 @@ def test_a_job_file_may_have_any_name(job, tiny_folder):
             "--resume training: the run is one of dora-mm train: dora-mm train --resume training",
         ),
         (["out", "--set", "output=~nobody-at-all/x"], "output ~nobody-at-all/x: there is no user nobody-at-all"),
-        (["out", "--set", "adapter.path=~nobody-at-all/x"], "adapter.path: ~nobody-at-all/x does not exist"),
+        (["out", "--set", "adapter.path=~nobody-at-all/x"], "adapter.path: ~nobody-at-all/x: there is no user nobody"),
     ],
 )
 def test_paths_that_are_no_jobs(tmp_path, monkeypatch, capsys, arguments, message):
