@@ -194,13 +194,18 @@ def test_rows_are_checked_without_a_model(bad_rows, tmp_path, monkeypatch, capsy
 def test_a_dry_run_reports_all_that_is_wrong(config, tmp_path, monkeypatch, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "file").touch()
-    path = config("llava", train={"steps": 3, "batch_size": 2, "shard": True, "track": ["trackio"]})
-    assert main(["train", path, "--dry-run", "--set", "adapter.cache=norms"]) == 2
+    for module in ("dora_mm.models.quantization", "dora_mm.train.trackers"):
+        monkeypatch.setattr(f"{module}.find_spec", lambda name: None)
+    path = config("llava", train={"steps": 3, "batch_size": 2, "shard": True, "track": ["wandb"]})
+    settings = ["adapter.cache=norms", "model.quantization=nf4"]
+    settings += ["model.dtype=bfloat16", "train.mixed_precision=bf16"]
+    assert main(["train", path, "--dry-run", "--set", *settings]) == 2
     text, error = capsys.readouterr()
-    assert "3 problems stop this training:" in error
-    for reason in ("output ", "train.track: trackio needs the package", "train.shard divides the model"):
+    assert "4 problems stop this training:" in error
+    for reason in ("output ", "train.track: wandb", "train.shard divides", "model.quantization nf4 needs"):
         assert f"\n  {reason}" in error
-    assert "whole rows" in text
+    assert row_of(text, "rows  ") == ["4", "2"]
+    assert "sharded over" in text
     assert "to start" not in text
 
 
