@@ -31,6 +31,6 @@ def test_every_python_that_is_promised_is_one_that_the_dependencies_admit():
 
 def test_classifiers_and_tools_begin_with_the_oldest_python():
     oldest = min(admitted(PROJECT["requires-python"]), key=RELEASES.index)
-    assert NAMED == RELEASES[RELEASES.index(oldest) :][: len(NAMED)]
+    assert RELEASES[RELEASES.index(oldest) :][: len(NAMED)] == NAMED
     assert TOOL["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
     assert TOOL["pyright"]["pythonVersion"] == oldest
