@@ -14,6 +14,7 @@ import time
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ ODD = BUILD / "été 東京"
 COPY = ODD / "dora mm"
 FAST = ("config", "data", "utils", "cli", "registries")
 PACKAGES = ("--editable", ".[dev]", "pytest-random-order")
-PYTEST = ("-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider")
+PYTEST = ("-m", "pytest", "-v", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider")
 ROW = "{:8}{:25}{:>8}{:>8}{:>8}{:>9}"
 
 
@@ -91,10 +92,8 @@ def main() -> int:
             print(ROW.format(version, condition.name, *numbers, round(time.monotonic() - begin)), flush=True)
             bad += [log] if counts["failed"] else []
     for log in bad:
-        lines = log.read_text("utf-8", "replace").splitlines()
-        print(
-            f"\n{log.relative_to(ROOT)}:", *(line for line in lines if line.startswith(("FAILED", "ERROR"))), sep="\n"
-        )
+        failed = re.findall(r"(?m)^(?:FAILED|ERROR) .*", log.read_text("utf-8", "replace"))
+        print(f"\n{log.relative_to(ROOT)}:", *failed, sep="\n")
     return 1 if bad or not found else 0
 
 
@@ -184,13 +183,15 @@ def run(python: Path, condition: Condition, tests: Sequence[str], log: Path, sec
         settings = {"cwd": condition.folder, "env": variables, "stdout": said, "stderr": said}
         process = subprocess.Popen(command, start_new_session=True, **settings)
         try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
-    last = re.findall(r"^.*\d \w+ in [\d.]+s.*$", log.read_text("utf-8", "replace"), re.MULTILINE)[-1:]
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    last = re.findall(r"(?m)^.*\d \w+ in [\d.]+s.*$", log.read_text("utf-8", "replace"))[-1:]
     counts = Counter({kind: int(number) for number, kind in re.findall(r"(\d+) ([a-z]+)", "".join(last))})
-    counts["failed"] += counts["error"] + counts["errors"] or (code != 0 and not counts["failed"])
+    counts["failed"] += counts["error"] + counts["errors"]
+    counts["failed"] = counts["failed"] or int(process.wait() != 0)
     return counts
 
 
