@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from collections import Counter
@@ -20,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "elsewhere"
-ODD = BUILD / "été 東京"
+ODD = Path(tempfile.gettempdir()) / f"été 東京 {os.getpid()}"
 COPY = ODD / "dora mm"
 FAST = ("config", "data", "utils", "cli", "registries")
 PACKAGES = ("--editable", ".[dev]", "pytest-random-order")
@@ -79,9 +80,20 @@ def main() -> int:
     parser.add_argument("--tests", nargs="*", help="these files and folders instead of all and of the fast ones")
     parser.add_argument("--seconds", type=float, default=900, help="for each Python, after which its pass is ended")
     given = parser.parse_args()
-    copy()
-    here, bad = list(usable((*DAYS, *OTHERS))), []
-    found = list(pythons(given.pythons))
+    here, found = list(usable((*DAYS, *OTHERS))), list(pythons(given.pythons))
+    try:
+        copy()
+        bad = list(measured(given, here, found))
+    finally:
+        shutil.rmtree(ODD, ignore_errors=True)
+    for log in bad:
+        failed = re.findall(r"(?m)^(?:FAILED|ERROR) .*", log.read_text("utf-8", "replace"))
+        print(f"\n{log.relative_to(ROOT)}:", *failed, sep="\n")
+    return 1 if bad or not found else 0
+
+
+def measured(given: argparse.Namespace, here: Sequence[Condition], found: Sequence[tuple[str, str]]) -> Iterator[Path]:
+    """Runs all passes and prints a line for each; the logs of those that failed."""
     print(ROW.format("Python", "conditions", "passed", "failed", "skipped", "seconds"), flush=True)
     for version, command in found:
         python, end = environment(version, command), time.monotonic() + given.seconds
@@ -90,11 +102,8 @@ def main() -> int:
             counts = run(python, condition, tests, log, end - begin)
             numbers = (counts[kind] for kind in ("passed", "failed", "skipped"))
             print(ROW.format(version, condition.name, *numbers, round(time.monotonic() - begin)), flush=True)
-            bad += [log] if counts["failed"] else []
-    for log in bad:
-        failed = re.findall(r"(?m)^(?:FAILED|ERROR) .*", log.read_text("utf-8", "replace"))
-        print(f"\n{log.relative_to(ROOT)}:", *failed, sep="\n")
-    return 1 if bad or not found else 0
+            if counts["failed"]:
+                yield log
 
 
 def promised() -> list[str]:
@@ -136,7 +145,6 @@ def environment(version: str, command: str) -> Path:
 
 def copy() -> None:
     """The checkout's files in a path with spaces and other letters."""
-    shutil.rmtree(ODD, ignore_errors=True)
     listed = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     names = os.fsdecode(subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout)
     for name in filter(lambda name: (ROOT / name).is_file(), names.rstrip("\0").split("\0")):

@@ -1,6 +1,7 @@
 """What `make test-elsewhere` changes about a suite, seen by a suite of one test; and what is left out there."""
 
 import json
+import os
 import re
 import sys
 from dataclasses import replace
@@ -39,7 +40,9 @@ SEEN = {
 
 
 @pytest.fixture
-def suite(tmp_path):
+def suite(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name == "LD_PRELOAD" or "FAKETIME" in name]:
+        monkeypatch.delenv(name)  # this test may run under faketime itself
     (tmp_path / "test_suite.py").write_text(SUITE, encoding="utf-8")
     return tmp_path
 
