@@ -132,7 +132,7 @@ def save_adapter(
         format: "diffusers" (read by diffusers' `load_lora_weights`), "peft" (read by `PeftModel.from_pretrained`, for a
             single model), or "native", our own, which holds any method on any layer.
         metadata: Additional entries for the header of the file. The model card has those that are called `base_model`,
-            `base_revision`, `instance_prompt`, `license`, `pipeline_tag` and `config`.
+            `base_revision`, `instance_prompt`, `license`, `pipeline_tag`, `day` and `config`.
         extra_parameters: Names of parameters that were trained in addition to the adapters (biases, norms), for "peft"
             and "native" and a single model.
         strength: The strength of the adapter that becomes strength 1 in the file, for every tool that reads it. The

@@ -63,7 +63,7 @@ def implementation(backend: str) -> str:
 
 
 def about_layers(backend: str | None) -> dict[str, str]:
-    """What the versions of a run say of its adapted layers; nothing where its config has no backend."""
+    """The entry of `circumstances` for adapted layers; empty where a config has no backend."""
     return {} if backend is None else {"adapted layers": implementation(backend)}
 
 

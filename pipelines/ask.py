@@ -14,6 +14,7 @@ from dora_mm.data.vl.splits import usual_opening
 from dora_mm.models.vl.families import load_to_ask
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.registries.vl_tasks import TASKS
+from dora_mm.utils.day import today
 from dora_mm.utils.devices import default_device
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ def main(
         trained_tower=bool(run and run.adapter.vision_parts),
         given={key: value for key, value in (("dtype", dtype), ("revision", revision)) if value},
         device=default_device(),
+        today=today(),
     )
     _check(vl, path, files, then, system)
     task = asked_task(vl, run)

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dora_mm.config.paths import resolve_model, resolve_path
 from dora_mm.config.vl import DecodeConfig
@@ -14,6 +15,7 @@ from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vl.families import load_to_ask
 from dora_mm.models.vl.vl_model import VLModel
+from dora_mm.utils.day import today
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.progress import tracked
 
@@ -58,7 +60,8 @@ def main(
         return
     path = resolve_model(model, "--model")
     given = {key: value for key, value in (("dtype", dtype), ("revision", revision)) if value}
-    vl = load_to_ask(path, None, seed=0, trained_tower=False, given=given, device=default_device())
+    settings: dict[str, Any] = {"seed": 0, "trained_tower": False, "device": default_device(), "today": today()}
+    vl = load_to_ask(path, None, given=given, **settings)
     without = write_captions(vl, images, prompt, file, DecodeConfig(max_new_tokens=max_new_tokens), batch_size)
     print(f"{len(images) - len(without)} captions in {file}, {num_captioned} images had theirs")
     if without:

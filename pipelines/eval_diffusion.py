@@ -33,7 +33,7 @@ from dora_mm.eval.statistics import Interval, mean_interval
 from dora_mm.formats.adapter_file import find_file
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.formats.identity import adapter_digest
-from dora_mm.models.images.families import files_identity
+from dora_mm.models.images.families import identity_of
 from dora_mm.sampling.drawing import PictureJob
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.jobs.job_row import Weights
@@ -99,7 +99,7 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
 
 def inputs_of(config: EvalDiffusionConfig) -> dict[str, str]:
     """Digests of all that the config refers to, by a description of each; of a hub model, once it was downloaded."""
-    inputs = files_identity(config.model)
+    inputs = identity_of(config.model).inputs
     inputs["the judge"] = files_digest(resolve_path(config.judge, "judge").glob("judge.*"))
     if config.adapter:
         inputs["the adapter"] = adapter_digest(resolve_path(config.adapter.path, "adapter.path"))

@@ -7,10 +7,11 @@ from dora_mm.config.served import EvalServerConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.splits import ValidationSet, open_split
+from dora_mm.eval.vl.predictions.scored import UNKNOWN
 from dora_mm.eval.vl.reports import write_answers, write_examples, write_report
 from dora_mm.models.vl.server import Server, ServerAnswers
 from dora_mm.registries.suites import suite_file
-from dora_mm.sampling.answers import AnswersFolder, answer_all
+from dora_mm.sampling.answers import AnswersFolder, answer_all, mixed_circumstances
 from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.train.validation import main_values
 from dora_mm.utils.digest import files_digest
@@ -48,7 +49,9 @@ def main(config: EvalServerConfig, *, resume: Path | None = None) -> None:
         if served.num_cut:
             log.warning("%d answers were cut at the most tokens: see decode.max_new_tokens", served.num_cut)
         settings = {"decode": config.decode.model_dump(mode="json"), "server": {"model": served.model}}
-        scores = write_answers(run.path, answered, settings, inputs, config.prompts)
+        log.info("The day that the chat template of the server gets, if it asks for one, is not known here")
+        notes = {name: mixed_circumstances(kept.path, name) for name in answered}
+        scores = write_answers(run.path, answered, settings, inputs, config.prompts, notes, UNKNOWN)
         unscored = [name for name in answered if name not in scores]
         write_report(run.path, config.name, scores, unscored, main_values(scores))
         folders = {name: split.images for name, split in splits.items()}

@@ -23,7 +23,7 @@ from dora_mm.data.images.shared_words import PLACEHOLDER, THINGS
 from dora_mm.eval.images import own_style
 from dora_mm.eval.images.scores import scores_per_image, write_json
 from dora_mm.formats.identity import adapter_digest
-from dora_mm.models.images.families import files_identity
+from dora_mm.models.images.families import identity_of
 from dora_mm.sampling.drawing import PictureJob
 from dora_mm.sampling.grids import below, sheet
 from dora_mm.sampling.jobs.picture import Picture, template
@@ -69,7 +69,7 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
     config, base = with_usual_settings(config, adapter), config.model or model_of(adapter)
     inputs = {"the adapter": adapter_digest(resolve_path(config.adapter.path, "adapter.path"))}
     if processes.is_main:
-        check_reopened(config, inputs | files_identity(base))
+        check_reopened(config, inputs | identity_of(base).inputs)
     loaded = load_model(config, {config.adapter.path})
     trained = training_of(loaded.adapters[config.adapter.path])
     images = training_images(config, trained)
@@ -77,7 +77,7 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
     pictures = pictures_of(config, styled + plain)
     loaded.check(pictures)
     vectors = vectors_by(loaded.model.device, config.clip_model, config.timm_model)
-    inputs |= {**files_identity(base), "the training pictures": digest_of(images)}
+    inputs |= {**identity_of(base).inputs, "the training pictures": digest_of(images)}
     with processes.run(evaluation_run(config, inputs)) as run:
         job = loaded.draw(run.path, pictures, config.batch_size, processes)
         if not processes.is_main:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dora_mm import formats
-from dora_mm.adapting.files import digest_of_adapter, load_trained, seed_of
-from dora_mm.config.paths import resolve_model, resolve_path
+from dora_mm.adapting.files import digest_of_adapter, header_of, load_trained, seed_of
+from dora_mm.backend import about_layers
+from dora_mm.config.paths import resolve_path
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.vl import EvalVLConfig
 from dora_mm.data.vl.example import Predictions
@@ -22,18 +23,29 @@ from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
 from dora_mm.eval.vl.reports import write_answers, write_examples, write_report
 from dora_mm.eval.vl.same_answers import share_of_others, share_of_same
 from dora_mm.eval.vl.scores import VLScores
-from dora_mm.models.folders import settings_identity
 from dora_mm.models.vl.families import is_local, load_vl_model
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.registries.suites import suite_file
 from dora_mm.registries.vl_tasks import TASKS
-from dora_mm.sampling.answers import AnswersFolder, Twice, answer_all, answer_alone, read_answers
+from dora_mm.sampling.answers import (
+    AnswersFolder,
+    KeptAnswer,
+    Twice,
+    answer_all,
+    answer_alone,
+    by_circumstances,
+    mixed_circumstances,
+    read_answers,
+)
 from dora_mm.tasks.preferences import KeptReference, Preferences
 from dora_mm.tasks.vl import answerers
+from dora_mm.train.day import RunDay, dated, day_for, day_of_run, started_on
 from dora_mm.train.resuming import started_config
 from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.train.validation import main_values
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.circumstances import NOTHING, about_kept, circumstances
+from dora_mm.utils.day import Day, today
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import files_digest
 from dora_mm.utils.processes import divided, started_together
@@ -41,7 +53,6 @@ from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 ANSWERS = "answers"  # the folder of a run
-Kept = Sequence[tuple[str | None, str]]  # the answers to rows, each with what its images were
 
 
 def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
@@ -64,7 +75,9 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     folder = formats.adapter_folder(resolve_path(config.adapter, "adapter")) if config.adapter else None
     seed, processes = seed_of(folder) if folder else 0, started_together()
     mapped = partial(divided, processes)
-    model = load_vl_model(config.model, config.vision, seed=seed, device=default_device())
+    day = RunDay(*processes.from_main(day_for(config.model, config.output, day_of_adapter(folder) if folder else None)))
+    model = load_vl_model(dated(config, day).model, config.vision, seed=seed, device=default_device())
+    model.day.source = day.source
     model.check(task.task for task in config.data.all_tasks)
     with processes.main_first():  # it writes the tables that the others open
         splits = open_validation(config.data, config.decode, model)
@@ -77,18 +90,27 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
         load_trained(model, folder, backend=config.backend)
     answers = answerers(model, splits, config.decode, Preferences(model, config.preference, bare))
     inputs = inputs_of(config, model, splits, folder)
-    with processes.run(evaluation_run(config, inputs)) as run:
-        kept = AnswersFolder(run.path / ANSWERS, model.content, processes)
+    with processes.run(evaluation_run(config, inputs | started_on(model.day))) as run:
+        now = circumstances(about_layers(config.backend))
+        kept = AnswersFolder(run.path / ANSWERS, model.content, processes, model.day, now)
         asked = (answers, model.networks.values(), splits)
         answered = answer_all(*asked, config.decode.batch_size, mapped=mapped, folder=kept)
         twice = answer_alone(*asked, answered, mapped) if batches_decide(config) else {}
         if not processes.is_main:
             return
         answered = {name: with_grids(rows, model.box_grid) for name, rows in answered.items()}
-        scores = report_all(config, run, answered, splits, inputs, report_alone(twice, config.model.dtype))
+        alone = report_alone(twice, config.model.dtype)
+        scores = report_all(config, run, answered, splits, inputs, alone, model.day.recorded or "")
         if config.same_as:
-            report_same(config.same_as, run, splits, earlier)
+            report_same(config.same_as, run, splits, earlier, model.day)
         print(f"\n{conclusion(scores, adapted=folder is not None)}")
+
+
+def day_of_adapter(folder: Path) -> RunDay:
+    """The day that an adapter has learned rows of; today where its header has none."""
+    if day := header_of(folder).get("day"):
+        return RunDay(day, "that of the adapter")
+    return RunDay(today(), "today, since the adapter names no day (model.date gives one)")
 
 
 def batches_decide(config: EvalVLConfig) -> bool:
@@ -115,7 +137,7 @@ def data_of(splits: Mapping[str, ValidationSet]) -> dict[str, str]:
 
 def earlier_answers(
     config: EvalVLConfig, data: Mapping[str, str], splits: Mapping[str, ValidationSet]
-) -> Mapping[str, Kept]:
+) -> Mapping[str, Sequence[KeptAnswer]]:
     """The answers of the evaluation that `same_as` names, by task.
 
     Raises:
@@ -137,34 +159,47 @@ def earlier_answers(
 
 
 def report_same(
-    other: str, run: RunDirectory, splits: Mapping[str, ValidationSet], earlier: Mapping[str, Kept]
+    other: str,
+    run: RunDirectory,
+    splits: Mapping[str, ValidationSet],
+    earlier: Mapping[str, Sequence[KeptAnswer]],
+    day: Day,
 ) -> None:
     """Prints how many answers are those of another evaluation, and writes it to same_answers.json.
+
+    Of rows with a day, it also says where the other evaluation had another one.
 
     Raises:
         ValueError: An image is another one now.
     """
     found: dict[str, Any] = {}
     for name, split in splits.items():
-        both = zip(read_answers(run.path / ANSWERS, name), earlier[name], strict=True)
+        answers = read_answers(run.path / ANSWERS, name)
+        both = zip(answers, earlier[name], strict=True)
         rows = []
-        for row, ((ours, images), (theirs, before)) in enumerate(both):
-            if images != before:
+        for row, (ours, theirs) in enumerate(both):
+            if ours.content != theirs.content:
                 raise ValueError(f"same_as: the images of {name}, row {split.table[row].id}, are not those of {other}")
-            if ours is not None and theirs is not None:
-                rows.append((split.table[row], ours, theirs))
+            if ours.text is not None and theirs.text is not None:
+                rows.append((split.table[row], ours.text, theirs.text))
         share, count = share_of_same(name, rows)
         found[name] = {**share.as_dict(), "rows": count}
         print(f"same     {points(share)} % of {count:,} answers of {name} are those of {other}")
+        now = answers[-1].circumstances if answers else NOTHING
+        if said := about_kept(by_circumstances(earlier[name]), now, f"answers of {other}"):
+            log.warning(said)
+    theirs = day_of_run(resolve_path(other, "same_as")).date
+    if day.asked and day.date != theirs:
+        found["days"] = [day.date, theirs]
+        print(f"same     the chat template asks for the day: rows have {day.date} here, and {theirs} in {other}")
     write_text(run.path / "same_answers.json", json.dumps({"same_as": other, **found}, indent=2) + "\n")
 
 
 def inputs_of(
     config: EvalVLConfig, model: VLModel, splits: Mapping[str, ValidationSet], adapter: Path | None
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """Digests of all that the config refers to, by a description of each."""
-    inputs = data_of(splits) | dict(model.identity)
-    inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
+    inputs = data_of(splits) | model.identity.inputs
     inputs |= {f"the suite {name}": files_digest([file]) for name in splits if (file := suite_file(name))}
     return inputs | ({"the adapter": digest_of_adapter(adapter)} if adapter else {})
 
@@ -174,16 +209,18 @@ def report_all(
     run: RunDirectory,
     answered: dict[str, Predictions],
     splits: dict[str, ValidationSet],
-    inputs: Mapping[str, str],
+    inputs: Mapping[str, Any],
     alone: Mapping[str, Any],
+    day: str,
 ) -> dict[str, VLScores]:
     """Scores the answers, writes all files of the run directory, and prints the report; returns the scores by task.
 
-    What `report_alone` returns is a part of the settings, under `others_alone`.
+    What `report_alone` returns is a part of the settings, under `others_alone`. The day is that of `About`.
     """
     settings = {"decode": config.decode.model_dump(mode="json"), "model": config.model.model_dump(mode="json")}
     settings |= {"others_alone": alone} if alone else {}
-    scores = write_answers(run.path, answered, settings, inputs, getattr(config.model, "prompts", {}))
+    notes = {name: mixed_circumstances(run.path / ANSWERS, name) for name in answered}
+    scores = write_answers(run.path, answered, settings, inputs, getattr(config.model, "prompts", {}), notes, day)
     scores = {name: with_question_only_accuracy(config, name, found, answered[name]) for name, found in scores.items()}
     unscored = [name for name in answered if name not in scores]
     write_report(run.path, config.name, scores, unscored, main_values(scores))

@@ -118,9 +118,9 @@ def describe_picture(file: Path) -> str:
     }
     first = {"prompt": prompt, "negative prompt": negative_prompt, "seed": seed}
     batch = {"batch": f"picture {description.position + 1} of {len(description.batch)}"}
-    software = {f"version of {name}": value for name, value in description.software.items()}
-    lines = {**first, **description.settings, **adapters, **model, **batch, **description.environment, **software}
-    return aligned_columns([(name, str(value)) for name, value in lines.items() if value is not None], num_text=2)
+    groups = (first, description.settings, adapters, model, batch, description.environment, description.circumstances)
+    lines = [line for group in groups for line in group.items()]
+    return aligned_columns([(name, str(value)) for name, value in lines if value is not None], num_text=2)
 
 
 # --- adapter files ---------------------------------------------------------------------------------------------------

@@ -69,6 +69,8 @@ def main(
         names = (str(files[0].path), str(file.path))
         pairs.append(same_rows(answered[0], rows, names, partial=partial))
         print(f"## compared\n\n{comparison_report(compared(task, *pairs[-1]), names)}\n")
+        if remark := about_days(files[0], file):
+            print(f"{remark}\n")
     if page is not None:
         before, rows = pairs[0] if pairs else (None, answered[0])
         write_page(page, task, rows, before, images)
@@ -144,9 +146,18 @@ def task_of(files: Sequence[PredictionFile], suite: str | None) -> str:
         raise ValueError(f"--suite: {error}") from None
 
 
+def about_days(one: PredictionFile, other: PredictionFile) -> str | None:
+    """A sentence on two files whose rows had different days; None: they had one, or nobody asked for it."""
+    if not (one.about and other.about) or one.about.day == other.about.day:
+        return None
+    first, second = (file.about.day or "none" for file in (one, other) if file.about)
+    return f"The day that the chat template got: {first} in {one.path}, {second} in {other.path}."
+
+
 def report_of(task: str, file: PredictionFile, rows: Predictions, precision: float | None) -> str:
     """Scores, rules, intervals and what is known of the answers, as Markdown."""
     scores = score(task, rows)
     notes = [*scores.notes, *precision_notes(task, rows, scores.main, precision)]
-    about = [f"{name}: {value}" for name, value in (file.about.digests if file.about else {}).items()]
+    about = file.about.inputs if file.about else []
+    about += [f"day of the chat template: {file.about.day}"] if file.about and file.about.day else []
     return report(file_stem(task), replace(scores, notes=(*notes, *about)))

@@ -13,22 +13,21 @@ from torch import nn
 
 from dora_mm import formats
 from dora_mm.adapting import new_tokens
-from dora_mm.adapting.compiled import check_compiler, compile_blocks
+from dora_mm.adapting.compiled import compile_blocks
 from dora_mm.adapting.files import about_image_adapter, save_image_adapter
-from dora_mm.adapting.images import adapt_image_model, bare, check_initial_file
+from dora_mm.adapting.images import adapt_image_model, bare, check_fit
 from dora_mm.adapting.initial import initial_identity
 from dora_mm.adapting.networks import train_mode
-from dora_mm.adapting.parts import check_names
 from dora_mm.adapting.sharding import division
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_images
 from dora_mm.data.images.held_out import hold_out, part_of
 from dora_mm.eval.gradients import measuring
-from dora_mm.models.images.families import files_identity, has_unread_layers, load_image_model
+from dora_mm.models.images.families import has_unread_layers, identity_of, load_image_model
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.preview.image_page import image_page
 from dora_mm.preview.images import remark_on_captions, remark_on_distilled, remark_on_length, repeats_of
-from dora_mm.preview.training import slow_hardware
+from dora_mm.preview.training import print_page, slow_hardware
 from dora_mm.sampling.before_after import add_pictures, before_after_sheet, keep_pictures
 from dora_mm.sampling.gallery import GALLERY, INDEX, update_page
 from dora_mm.sampling.next_steps import drawing_command
@@ -40,8 +39,8 @@ from dora_mm.tasks.image_batches import CaptionedBatches, captioned_batches, fre
 from dora_mm.tasks.preservation import PreservingBatches, preserving
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
-from dora_mm.train.optim import check_optimizer
-from dora_mm.train.processes import answering, check_can_shard, join_processes, takes_part
+from dora_mm.train.preflight import preflight, stop_at
+from dora_mm.train.processes import answering, join_processes, takes_part
 from dora_mm.train.run import check_resumed, finished_run, training_run, training_summary, write_summary
 from dora_mm.train.setup import training_setup
 from dora_mm.train.validation import Validation, held_out_loss
@@ -63,7 +62,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     Args:
         config: The config.
         resume: The run directory to resume from its last checkpoint; None starts a new run.
-        dry_run: Only print what would be trained and what it would cost; nothing is written.
+        dry_run: Only print what would be trained and what it would cost, and report why it would be refused; nothing is
+            written.
 
     Raises:
         ValueError: The images, the model, the initial adapter or the output folder cannot be used. A new run directory
@@ -71,26 +71,21 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     """
     # The last layer of a text encoder may be unused: its adapters get no gradients. So may new tokens be in a batch.
     unused = config.trains_text or has_unread_layers(config.model)
-    accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
+    accelerator = join_processes(config.train, find_unused_parameters=unused)
+    if dry_run:
+        problems = preflight(accelerator, config, resume)
+        page = image_page(config, accelerator, problems, resume)
+        print_page(page, problems, shown=accelerator.is_main_process)
+        return
     if run := finished_run(accelerator, resume, config, *(["sheet.png"] if config.sample.prompts else [])):
         print_results(config, run)
         return
-    if not dry_run:
-        check_optimizer(config.optimizer, accelerator.device)
-        check_can_shard(accelerator, config.train)
-        if config.train.compile:
-            check_compiler(accelerator.device)
-        whole = bool(config.model.quantization) or not config.train.shard  # what is rounded is divided on its device
-        model = load_image_model(config.model).to(accelerator.device, denoiser=whole)
-        model.check_rescale(config.sample.guidance_rescale, "sample.guidance_rescale")
-        check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is read and encoded
-        check_initial_file(config.adapter, model)
-    images, held = hold_out(read_images(config.data, "train", look=dry_run), config.data)
+    stop_at(preflight(accelerator, config, resume))
+    whole = bool(config.model.quantization) or not config.train.shard  # what is rounded is divided on its device
+    model = load_image_model(config.model).to(accelerator.device, denoiser=whole)  # each network when it is asked for
+    check_fit(config, model)
+    images, held = hold_out(read_images(config.data, "train"), config.data)
     class_images = read_images(config.data, "preserve")
-    if dry_run:
-        for section in image_page(config, images, held, class_images, accelerator):
-            print(section, end="\n\n", flush=True)
-        return
     if resume is not None:
         check_resumed(accelerator, resume, inputs_of(config, images, held, class_images))
     task = DiffusionTask(model, config.loss)
@@ -128,7 +123,7 @@ def inputs_of(
     class_images: list[CaptionedImage],
 ) -> dict[str, str]:
     """Digests of all that the config refers to, by a description of each; of a hub model, once it was downloaded."""
-    inputs = {"the pictures and captions": digest_of(images), **files_identity(config.model)}
+    inputs = {"the pictures and captions": digest_of(images), **identity_of(config.model).inputs}
     inputs |= initial_identity(config.adapter, formats.adapter_digest)
     others = {"the held-out pictures": held, "the pictures to preserve": class_images}
     return inputs | {name: digest_of(found) for name, found in others.items() if found}

@@ -10,24 +10,22 @@ import torch
 from accelerate import Accelerator
 
 from dora_mm import formats
-from dora_mm.adapting.compiled import check_compiler, compile_blocks
+from dora_mm.adapting.compiled import compile_blocks
 from dora_mm.adapting.files import digest_of_adapter, remarks_on_files, save_trained
 from dora_mm.adapting.initial import initial_identity, load_initial_folder
 from dora_mm.adapting.networks import TrainedNetworks, adapt
 from dora_mm.adapting.parts import MODEL
 from dora_mm.adapting.sharding import division
-from dora_mm.config.paths import resolve_model
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.vl.example import Answer
-from dora_mm.data.vl.splits import TrainingSet, ValidationSet, open_training, open_validation
+from dora_mm.data.vl.splits import TrainingSet, ValidationSet, check_data, open_training, open_validation
 from dora_mm.eval.gradients import measuring
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
-from dora_mm.models.folders import settings_identity
 from dora_mm.models.vl.families import is_local, load_vl_model, pinned
 from dora_mm.models.vl.vl_model import VLModel, check_in_step
 from dora_mm.preview.lengths import row_lines
-from dora_mm.preview.training import slow_hardware
+from dora_mm.preview.training import print_page, slow_hardware
 from dora_mm.preview.vl_page import vl_page
 from dora_mm.sampling.answers import answer_all, num_answered, save_answers
 from dora_mm.sampling.next_steps import asking_command
@@ -36,13 +34,15 @@ from dora_mm.tasks.preferences import KeptReference, preferences_of
 from dora_mm.tasks.vl import VLBatches, answerers
 from dora_mm.train.checkpoint import is_due, last_step
 from dora_mm.train.cost import peak_memory_mb, seconds_per_step
+from dora_mm.train.day import RunDay, dated, day_for, started_on
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
-from dora_mm.train.optim import check_optimizer, with_steps
+from dora_mm.train.optim import with_steps
 from dora_mm.train.prefetch import Prefetcher
+from dora_mm.train.preflight import preflight, stop_at
 from dora_mm.train.processes import (
     answering,
-    check_can_shard,
+    from_main_process,
     highest,
     join_processes,
     main_process_first,
@@ -73,28 +73,28 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         config: The config.
         resume: The run directory to resume from its last checkpoint; None starts a new run.
         dry_run: Only print what would be trained, which data would be read or is missing, how the model sees it, and
-            what it would cost.
+            what it would cost, and report why it would be refused.
         decode: Of a dry run, whether it decodes all pictures.
 
     Raises:
         ValueError: The data, the model, the initial adapter or the output folder cannot be used. A new run directory
             is created only after these checks.
     """
-    if dry_run:
-        for section in vl_page(config, decode=decode):
-            print(section, end="\n\n", flush=True)
-        return
     unused = not config.model.uses_all_parameters
-    accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
+    accelerator = join_processes(config.train, find_unused_parameters=unused)
+    if dry_run:
+        problems = preflight(accelerator, config, resume)
+        page = vl_page(config, accelerator, problems, resume, decode=decode)
+        print_page(page, problems, shown=accelerator.is_main_process)
+        return
     if finished := finished_run(accelerator, resume, config):
         print(f"adapter  {finished.adapter}")
         return
-    check_optimizer(config.optimizer, accelerator.device)
-    check_can_shard(accelerator, config.train)
-    if config.train.compile:
-        check_compiler(accelerator.device)
+    stop_at(preflight(accelerator, config, resume, partial(check_rows, config, accelerator)))
     config = config.model_copy(update={"model": pinned(config.model)})  # a resumed run reads what this one has read
-    model = load(config, accelerator)
+    day: RunDay = from_main_process(day_for(config.model, resume))
+    model = load(dated(config, day), accelerator)
+    model.day.source = day.source
     with main_process_first(accelerator):  # it writes the tables that the others open
         training = open_training(config.data, config.train.batch_size, model)
         rows = row_lines(model, training)
@@ -126,10 +126,17 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     inputs = inputs_of(config, model, training, splits)
     losses, result = preferences.loss, result_of(parts["optimizer"])
     scoring = scoring_of(config, model, accelerator, training, splits, answers, losses, result)
+    inputs |= started_on(model.day)
     with training_run(accelerator, config, inputs, resume, parts["config"], {COUNTS: model.counts}) as run:
         if preferences.kept and not last_step(run.checkpoints):
             keep_reference(preferences.kept, config, model, accelerator, training, splits)
         train(config, run, model, trained, accelerator, batches, parts, splits, scoring, preferences.kept)
+
+
+def check_rows(config: TrainVLConfig, accelerator: Accelerator) -> None:
+    """Checks all rows as far as that needs no model."""
+    with main_process_first(accelerator):
+        check_data(config.data, config.evaluate, config.train.batch_size)
 
 
 def load(config: TrainVLConfig, accelerator: Accelerator) -> VLModel:
@@ -152,7 +159,7 @@ def prepare(config: TrainVLConfig, model: VLModel, accelerator: Accelerator) -> 
     """Adapts the model, loads `init_from`, and divides the model among the processes where the config wants that."""
     trained = adapt(model.networks, model.target_maps, config.adapter, seed=config.seed, backend=config.backend)
     if config.adapter.init_from:
-        load_initial_folder(trained, config.adapter, model.identity)
+        load_initial_folder(trained, config.adapter, model.identity.weights)
     if config.train.shard:
         reaches_all = config.model.uses_all_parameters
         division(trained, model.target_maps, reaches_all=reaches_all).apply(accelerator.device)
@@ -166,10 +173,9 @@ def prepare(config: TrainVLConfig, model: VLModel, accelerator: Accelerator) -> 
 
 def inputs_of(
     config: TrainVLConfig, model: VLModel, training: Mapping[str, TrainingSet], splits: Mapping[str, ValidationSet]
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """Digests of all that the config refers to, by a description of each."""
-    inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | dict(model.identity)
-    inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
+    inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | model.identity.inputs
     for name, split in splits.items():  # by which the best adapter is chosen, and when to stop
         inputs[f"the validation data of {name}"] = split.identity
     return inputs | initial_identity(config.adapter, digest_of_adapter)
@@ -245,12 +251,12 @@ def train(
                     scoring.save_answers(run.samples / f"step-{step:06d}.jsonl" if main_process else None)
         if validate.is_due(step, parts["config"].steps):
             log_scores(step, validate(step))
-            model.counts.longest = highest(model.counts.longest, accelerator)
+            share_counts(model, accelerator)
 
     def after_step(step: int) -> None:
         if average:
             average.update(step)
-        model.counts.longest = highest(model.counts.longest, accelerator)
+        share_counts(model, accelerator)
         if is_due(parts["config"], step):
             share_seen(accelerator, model.files)
 
@@ -276,6 +282,12 @@ def train(
     details["validation_rows_left_out"] = num_answered(splits, config.evaluate.limit) - scoring.num_rows
     if main_process:
         finish(config, run, model, trained, validate, scoring.scores, details)
+
+
+def share_counts(model: VLModel, accelerator: Accelerator) -> None:
+    """Tells every process what the others have read: the longest row, and whether one had the day."""
+    seen = [model.counts.longest, model.day.asked]
+    model.counts.longest, model.day.asked = highest(seen, accelerator)
 
 
 def finish(
@@ -312,6 +324,7 @@ def finish(
         **{name: round(value, 2) for name, value in main_values(scores).items()},
         **losses,
         **({"best_step": validate.best_step} if validate.best_step is not None else {}),
+        **({"day": model.day.recorded} if model.day.recorded else {}),
     )
     write_summary(run, summary)
     for name, found in scores.items():

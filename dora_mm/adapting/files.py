@@ -48,7 +48,8 @@ def save_trained(trained: TrainedNetworks, config: TrainVLConfig, model: VLModel
         folder: Where to save.
     """
     about = {"base_model": config.model.path, "seed": str(config.seed), "config": dump_config(config)}
-    about |= {**model.identity, "pipeline_tag": model.pipeline_tag}
+    about |= {**model.identity.weights, "pipeline_tag": model.pipeline_tag}
+    about |= {"day": model.day.recorded} if model.day.recorded else {}
     if beside := BESIDE.get(config.adapter.method):
         beside.save(trained.networks[MODEL], config.adapter.method, config.adapter.rank, about, folder)
         return
@@ -137,7 +138,7 @@ def check_identity(folder: Path, metadata: Mapping[str, str], here: Mapping[str,
     Args:
         folder: The adapter's folder, for the message.
         metadata: The header of the adapter file.
-        here: The identity of the loaded model, by the keys of IDENTITIES. What either side lacks is not compared.
+        here: The weights of the loaded model, by the keys of IDENTITIES. What either side lacks is not compared.
 
     Raises:
         ValueError: The adapter was trained with another base model or vision tower.
@@ -206,11 +207,11 @@ def load_trained(model: VLModel, path: Path, *, backend: str) -> None:
     folder = formats.adapter_folder(path)
     beside, header = _beside_weights(path)
     if beside:
-        check_identity(folder, header, model.identity)
+        check_identity(folder, header, model.identity.weights)
         beside.load(model.networks[MODEL], model.target_maps[MODEL], path)
         return
     files = files_in(folder)
-    check_identity(folder, formats.read(files[MODEL])[1], model.identity)
+    check_identity(folder, formats.read(files[MODEL])[1], model.identity.weights)
     if missing := sorted(set(files) - set(model.networks)):
         raise ValueError(
             f"{folder} adapts the {missing[0]} tower too: remove vision.features, so that the tower encodes the images"

@@ -9,7 +9,7 @@ from dora_mm.adapting import networks
 from dora_mm.adapting.initial import check_settings, load_initial_file
 from dora_mm.adapting.networks import TrainedNetworks, spec_of
 from dora_mm.adapting.new_tokens import load_initial_tokens, train_tokens
-from dora_mm.adapting.parts import select_modules
+from dora_mm.adapting.parts import check_names, select_modules
 from dora_mm.config.adapter import EACH_TEXT_ENCODER, AdapterConfig
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.paths import resolve_path
@@ -27,6 +27,17 @@ def adapt_image_model(model: ImageModel, config: TrainDiffusionConfig) -> Traine
         load_initial_file(found, config.adapter, config.backend)
         load_initial_tokens(config.tokens, model, config.adapter)
     return found
+
+
+def check_fit(config: TrainDiffusionConfig, model: ImageModel) -> None:
+    """Checks what a config says of an image model whose weights are not loaded yet.
+
+    Raises:
+        ValueError: It has no such part, another shape than `adapter.init_from`, or no rescale of guidance.
+    """
+    model.check_rescale(config.sample.guidance_rescale, "sample.guidance_rescale")
+    check_names(config.adapter, model.target_maps)
+    check_initial_file(config.adapter, model)
 
 
 def check_initial_file(config: AdapterConfig, model: ImageModel) -> None:

@@ -96,7 +96,7 @@ def load_initial_folder(trained: TrainedNetworks, config: AdapterConfig, identit
     Args:
         trained: What the config trains, freshly injected.
         config: The `adapter` section.
-        identity: The identity of the loaded model, see `check_identity`.
+        identity: The weights of the loaded model, see `check_identity`.
 
     Raises:
         ValueError: The adapter was trained with another base model or vision tower, or holds parameters that this run

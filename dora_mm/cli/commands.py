@@ -17,6 +17,7 @@ from dora_mm.config.schema import PipelineConfig
 from dora_mm.recipes import PIPELINES, Recipes
 from dora_mm.registries.tools import TARGETS, no_entry
 from dora_mm.train.resuming import check_changes, nearest_run, started_config
+from dora_mm.utils.processes import num_started
 
 T = TypeVar("T", str, Path)
 # The arguments that are paths, with what `runs/NAME/latest` has to have; those of `set` are in the types of configs
@@ -197,7 +198,7 @@ def _run_config(arguments: Namespace, recipes: Recipes) -> None:
     config = _config(arguments, recipes)
     if config.command != arguments.command:
         raise ValueError(_needs_command(config.command, arguments))
-    if not (arguments.dry_run and config.dry_run_lists_missing):
+    if not arguments.dry_run:  # which reports paths with all else (dora_mm.train.preflight)
         check_paths(config, new_run=arguments.resume is None)
     model: Any = getattr(config, "model", None)
     if hasattr(model, "path") and arguments.resume is None and not arguments.dry_run:  # some make a new model
@@ -209,11 +210,19 @@ def _run_config(arguments: Namespace, recipes: Recipes) -> None:
     for name in asked:
         if name not in inspect.signature(main).parameters:
             raise ValueError(f"--{name.replace('_', '-')}: the recipe {config.pipeline} does not support it")
-    main(config, **(asked or {"resume": arguments.resume}))
-    if arguments.dry_run:
-        overrides = [_as_read(override, config) for override in arguments.overrides]
-        words = ["train", arguments.config, *(["--set", *overrides] if overrides else [])]
-        print(f"\nto start  dora-mm {shlex.join(words)}")
+    resumed = {"resume": arguments.resume} if arguments.resume is not None or not asked else {}
+    main(config, **asked, **resumed)
+    if arguments.dry_run and num_started() == 1:  # the command that has started several is not known
+        print(f"\n{_without_dry_run(arguments, config)}")
+
+
+def _without_dry_run(arguments: Namespace, config: PipelineConfig) -> str:
+    """A line with the command that trains as a dry run has said."""
+    overrides = [_as_read(override, config) for override in arguments.overrides]
+    words = [arguments.config] if arguments.config else []
+    words += ["--resume", str(arguments.resume)] if arguments.resume else []
+    words += ["--set", *overrides] if overrides else []
+    return f"{'to go on' if arguments.resume else 'to start'}  dora-mm train {shlex.join(words)}"
 
 
 def _as_read(override: str, config: PipelineConfig) -> str:

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator
 from pydantic.fields import FieldInfo
 
-from dora_mm.config.schema import Dtype, InputPath, Items, ModelPath, Positive, Section, SectionChoice, SectionT, Text
+from dora_mm.config.schema import (
+    Dtype,
+    InputPath,
+    IsoDate,
+    Items,
+    ModelPath,
+    Positive,
+    Section,
+    SectionChoice,
+    SectionT,
+    Text,
+)
 from dora_mm.config.vl_data import TaskName
 from dora_mm.registries.image_families import IMAGE_FAMILIES
 from dora_mm.registries.registry import load
@@ -148,8 +159,8 @@ class VisionConfig(Section):
 class VLFamilyConfig(Section):
     """The model section of a family of vision-language models, with what is known of the family before it is loaded.
 
-    Those of families have `family` (the family's name), `path`, `revision`, `dtype`, `quantization` and `prompts`, as
-    keys, or as class variables what these always are.
+    Those of families have `family` (the family's name), `path`, `revision`, `dtype`, `quantization`, `prompts` and
+    `date`, as keys, or as class variables what these always are.
     """
 
     own_tower: ClassVar[bool]  # it encodes images itself; False: with the tower or features of the `vision` section
@@ -183,6 +194,8 @@ class VLMModelConfig(VLFamilyConfig):
     max_length: PositiveInt | None = None  # tokens per row of a training; longer ones are cut; null: positions
     loss_over: Literal["answers", "prompts and answers"] = "answers"  # the tokens that are learned; of images never
     prompts: dict[TaskName, Text] = Field(default_factory=dict)  # of a task, with {text} for the question
+    # Such as 2026-12-01: what a chat template gets that asks for the day; null: the day on which the run began
+    date: IsoDate | None = None
 
     @field_validator("prompts")
     @classmethod
@@ -204,6 +217,7 @@ class VLBartModelConfig(VLFamilyConfig):
     dtype: ClassVar[str] = "float32"
     quantization: ClassVar[None] = None
     prompts: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    date: ClassVar[None] = None
 
     family: Literal["vl_bart"]
     path: ModelPath  # a saved VL-BART or a plain BART: a folder or a hub name

@@ -141,17 +141,31 @@ def check_paths(config: PipelineConfig, *, new_run: bool) -> None:
     Raises:
         ValueError: A path cannot be used; the message names its key.
     """
-    for key, kind, path in paths_in(config):
-        if kind is PathKind.INPUT:
-            resolve_path(path, key)
-        elif kind is PathKind.ADAPTER:
-            resolve_adapter(path, key)
-        elif kind is PathKind.MODEL:
-            resolve_model(path, key)
-        elif new_run:
-            check_folder(path, key, must_be_new=kind is PathKind.NEW_FOLDER)
-    if new_run and getattr(config, "output", "") is None:
-        check_folder(f"runs/{config.name}", "the run directory", must_be_new=False)
+    for problem in path_problems(config, new_run=new_run):
+        raise ValueError(problem)
+
+
+def path_problems(config: PipelineConfig, *, new_run: bool) -> Iterator[str]:
+    """Why paths of a config cannot be used, a sentence each; see `check_paths`."""
+    paths = list(paths_in(config))
+    if getattr(config, "output", "") is None:
+        paths.append(("the run directory", PathKind.FOLDER, f"runs/{config.name}"))
+    for key, kind, path in paths:
+        try:
+            _check_path(key, kind, path, new_run=new_run)
+        except ValueError as error:
+            yield str(error)
+
+
+def _check_path(key: str, kind: PathKind, path: str, *, new_run: bool) -> None:
+    if kind is PathKind.INPUT:
+        resolve_path(path, key)
+    elif kind is PathKind.ADAPTER:
+        resolve_adapter(path, key)
+    elif kind is PathKind.MODEL:
+        resolve_model(path, key)
+    elif new_run:
+        check_folder(path, key, must_be_new=kind is PathKind.NEW_FOLDER)
 
 
 def check_folder(path: str, key: str, *, must_be_new: bool) -> None:

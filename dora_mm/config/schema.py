@@ -7,6 +7,7 @@ defined in these modules and nowhere else. In the comments, null is YAML's null,
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from enum import Enum
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -76,6 +77,16 @@ Dtype = Annotated[Literal["float32", "bfloat16", "float16"], ByShortName]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
+def _iso_date(text: str) -> str:
+    try:
+        return date.fromisoformat(text).isoformat()  # 20261201 is written as 2026-12-01
+    except ValueError:
+        raise ValueError("is no day such as 2026-12-01") from None
+
+
+IsoDate = Annotated[str, AfterValidator(_iso_date)]
+
+
 def name_in(registry: Registry[Any]) -> AfterValidator:
     """What annotates a key whose text is the name of a record: one that is none is refused with the nearest."""
     return AfterValidator(registry.check)
@@ -105,7 +116,6 @@ class PipelineConfig(Section):
     command: ClassVar[str]  # the dora-mm command that runs this pipeline
     # Keys and sections on which the finished steps of a run do not depend; None: a resumed run finds out by itself
     changeable: ClassVar[tuple[str, ...] | None] = ()
-    dry_run_lists_missing: ClassVar[bool] = False  # a dry run reports missing files itself, and so may lack any of them
     pipeline: Text  # the recipe that reads this config
     name: Annotated[
         str, Field(pattern=r"^[\w][\w.+-]*$", max_length=200)

@@ -109,7 +109,6 @@ class TrainVLConfig(PipelineConfig):
         "evaluate.patience",
         "model.max_length",  # where it cuts no row in another way that was seen: see `RowCounts`
     )
-    dry_run_lists_missing: ClassVar[bool] = True
     pipeline: Literal["train_vl"]
     seed: Seed = 0  # seed of everything random in the run
     output: NewFolder | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>

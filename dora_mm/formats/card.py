@@ -47,7 +47,7 @@ def write_card(
         format: The format of its file.
         state: The adapter.
         metadata: The header of the file. The card has `base_model`, `base_revision`, `instance_prompt`, `license`,
-            `pipeline_tag` and `config`, each as far as it is there.
+            `pipeline_tag`, `day` and `config`, each as far as it is there.
         pictures: What was drawn with the adapter.
         scores: What it scored.
     """
@@ -133,6 +133,8 @@ def _text(
         rows = [[task, metric, f"{value:.2f}"] for task, (metric, value) in scores.items()]
         parts.append(f"## Scores\n\n{markdown_table(['task', 'metric', 'value'], rows)}")
     parts.append(f"## Training\n\n{_settings(state)}")
+    if day := metadata.get("day"):
+        parts.append(f"The day of its rows, which the chat template asks for: {day}.")
     if config := metadata.get("config"):
         parts.append(f"The config of the training, for `dora-mm train`:\n\n```yaml\n{config.strip()}\n```")
     return "\n\n".join(parts)

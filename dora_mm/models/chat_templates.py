@@ -1,8 +1,10 @@
 """Bounds for chat templates: programs out of models' files, which transformers renders in a sandbox of jinja2's.
 
 That sandbox keeps a template from the machine, but not from loops that never end and texts of gigabytes. Here every
-loop, call, product and text is counted before it is made. Importing this file bounds all templates that the process
-compiles from then on: transformers builds its environment inside of a function, from the class that is replaced.
+loop, call, product and text is counted before it is made. Nor does the sandbox keep them from the clock: here they get
+the day that is set by `rendering_on`, so that a row is the same whenever it is rendered. Importing this file does both
+for all templates that the process compiles from then on: transformers builds its environment inside of a function, from
+the class that is replaced.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,6 +22,8 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 from transformers.utils import chat_template_utils
+
+from dora_mm.utils.day import Day, midnight
 
 MOST_STEPS = 10_000_000  # of the loops of a rendering
 CALL = 20  # the steps of a call, which takes some 15 us
@@ -49,6 +54,34 @@ class Spent:
 
 
 _spent: ContextVar[Spent | None] = ContextVar("spent", default=None)
+_day: ContextVar[Day | None] = ContextVar("day", default=None)
+
+
+@contextmanager
+def rendering_on(day: Day) -> Iterator[None]:
+    """A context in which templates that ask for the day get this one, in the thread that opens it."""
+    before = _day.set(day)
+    try:
+        yield
+    finally:
+        _day.reset(before)
+
+
+def strftime_now(format: str) -> str:
+    """The function of this name that templates call, in place of transformers' own, which reads the clock.
+
+    It looks up the day when it is called: compiled templates are cached.
+
+    Raises:
+        ValueError: No day is set, as for the prompts of pictures.
+    """
+    if (day := _day.get()) is None:
+        raise ValueError(
+            "the chat template asks for the day, which only rows of vision-language and language models have: take a "
+            "text encoder whose template does not"
+        )
+    _check_size(12 * len(format))  # of two characters become 24 at most
+    return midnight(day.ask(), format)
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -60,6 +93,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(*args, **kwargs)
         self.filters = _Filters(self.filters)
         self.finalize = _printable
+        self.globals = _Globals(self.globals)
         self.template_class = _Template
         del self.globals["lipsum"]  # paragraphs of any length
 
@@ -119,6 +153,13 @@ class _Bounding(NodeTransformer):
 
 def _call(name: str, arguments: list[Any], node: nodes.Node) -> nodes.Call:
     return nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None, lineno=node.lineno)
+
+
+class _Globals(dict):
+    """What templates may call by name; the clock, which transformers adds later, is replaced."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, strftime_now if name == "strftime_now" else value)
 
 
 class _Filters(dict):

@@ -20,8 +20,9 @@ from dora_mm.formats.files.model_class import reading_part
 from dora_mm.formats.files.variants import choose_variant, with_variant
 from dora_mm.models.foreign import converted, instead_of, why_foreign
 from dora_mm.models.hub import local_copy
-from dora_mm.models.opening import WEIGHTS, loaded_files, opening, without_bars
-from dora_mm.utils.digest import files_digest, weights_digest
+from dora_mm.models.identity import ModelIdentity, digests_of
+from dora_mm.models.opening import is_weights, opening, without_bars
+from dora_mm.utils.digest import weights_digest
 from dora_mm.utils.folders import BEGUN, check_inside
 from dora_mm.utils.json_text import read_json
 from dora_mm.utils.tensor_writer import write_tensor_file
@@ -160,29 +161,18 @@ def has_weights(path: str, revision: str | None = None) -> bool:
     return folder is not None and all(file.is_file() for file in weight_files(folder))
 
 
-def weights_identity(path: str, commit: str | None) -> dict[str, str]:
-    """What identifies the weights of a model that could be loaded, by a key of an adapter's header.
+def identity_of(path: str, commit: str | None) -> ModelIdentity:
+    """The identity of a model of transformers that could be loaded.
 
     A commit would not do: a folder with the same weights has none, and one that edits a README has others.
 
     Args:
         path: Its local folder or hub name.
         commit: The commit of a hub model; None for a local one.
-
-    Returns:
-        A digest of the weights as its files have them, which does not depend on the dtype or quantisation in which they
-        are loaded.
     """
     folder = local_copy(path, commit)
     assert folder is not None
-    return {"base_digest": weights_digest(weight_files(folder))}
-
-
-def settings_identity(path: str, revision: str | None) -> dict[str, str]:
-    """A digest of a model's files but its weights (config, tokenizer, processor, chat template), by a description."""
-    folder = local_copy(path, revision)
-    assert folder is not None
-    return {"the settings of the model": files_digest(file for file in loaded_files(folder) if not _is_weights(file))}
+    return ModelIdentity({"base_digest": weights_digest(weight_files(folder))}, digests_of(folder))
 
 
 def saved_dtype(path: str, config: PretrainedConfig) -> str:
@@ -220,7 +210,7 @@ def write_copy(model: Any, source: Path, folder: Path) -> None:
     with without_bars():
         model.save_pretrained(folder, **shards)
     for file in folder.iterdir():
-        if not _is_weights(file) and file.name != BEGUN:
+        if not is_weights(file) and file.name != BEGUN:
             file.unlink()
     if model.config.model_type in BESIDE:
         _add_weights(BESIDE[model.config.model_type], source, folder)
@@ -273,10 +263,6 @@ def _is_untied(model: Any) -> bool:
     return bool(different)
 
 
-def _is_weights(file: Path) -> bool:
-    return file.suffix in WEIGHTS or file.name.endswith(".index.json")
-
-
 def _copy_others(source: Path, folder: Path) -> None:
     for file in _others(source):
         target = folder / file.relative_to(source)
@@ -293,9 +279,9 @@ def _others(source: Path) -> Iterator[Path]:
     for entry in source.iterdir():
         if entry.name.startswith((".", "adapter_")):
             continue
-        if entry.is_file() and (entry.name == SPEAKERS or not _is_weights(entry)):
+        if entry.is_file() and (entry.name == SPEAKERS or not is_weights(entry)):
             yield check_inside(entry, source)
-        elif entry.is_dir() and not any(map(_is_weights, entry.rglob("*"))):
+        elif entry.is_dir() and not any(map(is_weights, entry.rglob("*"))):
             check_inside(entry, source)
             yield from (check_inside(file, source) for file in entry.rglob("*") if file.is_file())
 

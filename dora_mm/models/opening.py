@@ -141,6 +141,11 @@ def loaded_files(folder: Path, variant: str | None = None) -> list[Path]:
     return [files[name] for name in of_variant(files, chosen)]
 
 
+def is_weights(file: Path) -> bool:
+    """Whether a file has weights, or says which files of a folder have them."""
+    return file.suffix in WEIGHTS or file.name.endswith(".index.json")
+
+
 def commit_of(path: str, revision: str | None = None) -> str | None:
     """The commit of a hub repository as it was loaded, from the hub's cache on this machine.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.models.folders import read_config, weights_identity
+from dora_mm.models.folders import identity_of, read_config
 from dora_mm.models.hub import local_copy
 from dora_mm.models.opening import commit_of
 from dora_mm.models.vl.families import family_of_folder
@@ -29,6 +29,7 @@ from dora_mm.registries.vl_families import VL_FAMILIES
 
 CPU = torch.device("cpu")
 QUESTION = "What does the image show?"
+DATE = "2026-12-01"  # of the row, which is the same on any day
 ANSWER = "The image shows a small red house beside two large green trees, under a blue sky without any clouds."
 
 
@@ -88,7 +89,7 @@ def load_probe(path: str, revision: str | None, dtype: str) -> Probe:
     """
     config = read_config(path, revision)
     commit = commit_of(path, revision)
-    settings = VLMModelConfig.model_validate({"path": path, "revision": commit, "dtype": dtype})
+    settings = VLMModelConfig.model_validate({"path": path, "revision": commit, "dtype": dtype, "date": DATE})
     if hasattr(config, "vision_config"):
         vlm = VLM(settings)
         in_fewest_tiles(vlm.rows.encoder.processor, config)
@@ -102,7 +103,7 @@ def load_probe(path: str, revision: str | None, dtype: str) -> Probe:
         )  # aligned: those read from a file are not, which changes last bits of products
     folder = local_copy(path, commit)
     assert folder is not None
-    return Probe(model, row, weights_identity(path, commit), folder)
+    return Probe(model, row, identity_of(path, commit).weights, folder)
 
 
 def _picture_row(vlm: VLM) -> TokenRow:

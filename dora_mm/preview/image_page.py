@@ -1,6 +1,7 @@
 """The page of a dry run of a training on pictures."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,12 +9,13 @@ from accelerate import Accelerator
 
 from dora_mm import formats
 from dora_mm.adapting.compiled import compiled_line
-from dora_mm.adapting.images import adapt_image_model
+from dora_mm.adapting.images import adapt_image_model, check_fit
 from dora_mm.adapting.networks import TrainedNetworks
 from dora_mm.adapting.new_tokens import start_tokens, token_networks, tokens_lines
 from dora_mm.adapting.sharding import division
 from dora_mm.config.images import DataConfig, TrainDiffusionConfig
-from dora_mm.data.images.folder import CaptionedImage
+from dora_mm.data.images.folder import CaptionedImage, read_images
+from dora_mm.data.images.held_out import hold_out
 from dora_mm.models.hub import UnreachableError
 from dora_mm.models.images.families import about_prediction, load_image_model, load_image_model_if_local
 from dora_mm.models.images.image_model import ImageModel
@@ -30,6 +32,7 @@ from dora_mm.preview.image_memory import (
 from dora_mm.preview.images import describe_data, describe_encoded, describe_latents
 from dora_mm.preview.parts import parts_table
 from dora_mm.preview.training import (
+    left_lines,
     measure_step,
     memory_table,
     optimizer_line,
@@ -40,16 +43,12 @@ from dora_mm.preview.training import (
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches, captioned_batches, free_vae
 from dora_mm.tasks.preservation import PreservingBatches, preserving
-from dora_mm.train.optim import check_optimizer, lacks_gpu
+from dora_mm.train.preflight import OPTIMIZER, QUANTIZATION, Problems, finished_steps, first_problem
 from dora_mm.train.setup import training_setup
 
 
 def image_page(
-    config: TrainDiffusionConfig,
-    images: Sequence[CaptionedImage],
-    held: Sequence[CaptionedImage],
-    class_images: Sequence[CaptionedImage],
-    accelerator: Accelerator,
+    config: TrainDiffusionConfig, accelerator: Accelerator, problems: Problems, resume: Path | None = None
 ) -> Iterator[str]:
     """Sections of text: the data, the modules, the memory and the time.
 
@@ -57,33 +56,37 @@ def image_page(
 
     Args:
         config: The config.
-        images: Those that are trained on.
-        held: Those that are held out.
-        class_images: Those of folders of role preserve.
         accelerator: Knows the device, the mixed precision and the processes.
+        problems: Those found by `preflight`.
+        resume: The run directory to resume; None: a new run would start.
+
+    Raises:
+        ValueError: The pictures cannot be read, or the config does not fit the model.
     """
     given, writes_nothing = config.data, {"latent_cache": None, "text_cache": None}
     config = config.model_copy(update={"data": given.model_copy(update=writes_nothing)})
-    if without_gpu := lacks_gpu(config.optimizer, accelerator.device):
-        yield without_gpu
-    else:
-        check_optimizer(config.optimizer, accelerator.device)
+    images, held = hold_out(read_images(config.data, "train", look=True), config.data)
+    class_images = read_images(config.data, "preserve")
     try:
         model = load_image_model(config.model, empty=True)
     except UnreachableError:
         yield describe_data(images, config, None, accelerator.num_processes, held, class_images)
         yield from slow_hardware(accelerator, None)
         return
+    check_fit(config, model)
     networks = list(model.networks.values())
-    why_not = without_gpu or why_not_measured(accelerator, networks, shard=config.train.shard)
+    why_not = first_problem(problems, (OPTIMIZER, QUANTIZATION))
+    why_not = why_not or why_not_measured(accelerator, networks, shard=config.train.shard)
     if not why_not:
         if (found := load_image_model_if_local(config.model)) is None:
             why_not = f"the weights of {config.model.path} are not on this machine"
         else:
             model = found.to(accelerator.device)
     data = describe_data(images, config, model, accelerator.num_processes, held, class_images)
-    sections = estimated_sections if why_not else measured_sections
-    yield from sections(config, given, model, images, class_images, accelerator, data)
+    data = "\n".join([data, *left_lines(resume, config.train.steps)])
+    settings = (config, given, model, images, class_images, accelerator, data)
+    left = config.train.steps - finished_steps(resume)
+    yield from estimated_sections(*settings) if why_not else measured_sections(*settings, left)
     if why_not:
         yield f"time      not measured: {why_not}"
     yield from slow_hardware(accelerator, networks)
@@ -97,6 +100,7 @@ def measured_sections(
     class_images: Sequence[CaptionedImage],
     accelerator: Accelerator,
     data: str,
+    steps: int,
 ) -> Iterator[str]:
     """The data, the modules, and the memory and time of a step that is taken.
 
@@ -108,6 +112,7 @@ def measured_sections(
         class_images: Those of folders of role preserve.
         accelerator: Knows the device, the mixed precision and the processes.
         data: What is said of the data.
+        steps: Those that are left.
     """
     start_tokens(config.tokens, model, images, config.data.captions, config.seed)
     batches, source = batches_of(config, model, images, class_images, accelerator)
@@ -123,7 +128,7 @@ def measured_sections(
     loss, others = DiffusionTask(model, config.loss).loss, token_networks(config.tokens, model)
     cost = measure_step(**training_setup(accelerator, config, config.train, trained, loss, others), batch_at=source)
     yield memory_table(model.networks, trained.parameters, config.optimizer, cost, ema=config.ema is not None)
-    yield time_line(cost, config.train.steps, "drawing pictures")
+    yield time_line(cost, steps, "drawing pictures")
 
 
 def estimated_sections(

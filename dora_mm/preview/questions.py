@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +21,8 @@ from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.readers import FILES, paths_under
 from dora_mm.data.vl.report import SKIPPED, data_report, table_figures
 from dora_mm.data.vl.row_view import CLOSE, OPEN
-from dora_mm.data.vl.rows import MAX_PLACES
-from dora_mm.data.vl.splits import TrainingSet, open_split, open_training
+from dora_mm.data.vl.rows import MAX_PLACES, quiet
+from dora_mm.data.vl.splits import AllRows, TrainingSet, open_split, open_training
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.vl.vl_model import RowLengths, VLModel, likeliest_answer
 from dora_mm.preview.lengths import RowSample, check_sample, sample_lengths, sample_table
@@ -81,13 +79,6 @@ class LargestBatch(NamedTuple):
         return f"{self.num_computed:,} rows of {self.length:,} tokens"
 
 
-class AllRows:
-    """Takes every row, where the model that would check them is not there."""
-
-    def check_rows(self, table: ExampleTable) -> ExampleTable:
-        return table
-
-
 def preview_data(
     config: TrainVLConfig, model: VLModel | None, *, colour: bool = False, decode: bool = False
 ) -> DataPreview:
@@ -104,7 +95,7 @@ def preview_data(
     found, tables, figures = DataPreview(), {}, {}
     pictures: dict[str, tuple[ExampleTable, str | None]] = {}
     skipping = config.model_copy(update={"data": config.data.model_copy(update={"on_bad_data": "skip"})})
-    with _quiet():
+    with quiet():
         for task, split, source in present_splits(config):
             name = f"{task.task} {split}"
             try:
@@ -185,18 +176,6 @@ def batch_of(model: VLModel, sets: Mapping[str, TrainingSet], batch: LargestBatc
     rows = sets[batch.task]
     examples = [rows.table[row] for row in batch.rows]
     return model.batch(batch.task, examples, rows.images, [(likeliest_answer(example), 1.0) for example in examples])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings of skipped rows, which are part of the report."""
-    logger = logging.getLogger("dora_mm.data.vl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _figures(source: SourceConfig, table: ExampleTable) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,10 @@ from dora_mm.core import fixed_parameters
 from dora_mm.registries.optimizers import OPTIMIZERS
 from dora_mm.train.loop import LossModule, accumulate, update
 from dora_mm.train.optim import build_optimizer
+from dora_mm.train.preflight import Problems, finished_steps, stop_at
+from dora_mm.train.run import check_length
 from dora_mm.utils.losses import LossSum
+from dora_mm.utils.messages import raised_by_us
 from dora_mm.utils.progress import Progress, duration
 from dora_mm.utils.tables import aligned_columns
 
@@ -28,6 +32,28 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOO_SLOW = "a step of this model takes minutes to hours without a GPU"
 SHARDED = "a step of a sharded model takes all of its processes"
 MEASURED, KEPT = "measured", "an estimate: what a step keeps for its backward pass"
+
+
+def print_page(sections: Iterable[str], problems: Problems, *, shown: bool = True) -> None:
+    """Prints the page of a dry run, and then reports why the training would be refused.
+
+    Args:
+        sections: The sections of the page. An error that ends them early is reported with the others.
+        problems: Those found ahead of the page, which may add some.
+        shown: Whether to print the page; of several processes one does.
+
+    Raises:
+        ValueError: The training would be refused; the message has all problems.
+    """
+    try:
+        for section in sections:
+            if shown:
+                print(section, end="\n\n", flush=True)
+    except ValueError as error:
+        if not raised_by_us(error):  # a bug
+            raise
+        problems = {**problems, "page": [str(error)]}
+    stop_at(problems)
 
 
 class StepCost(NamedTuple):
@@ -251,6 +277,22 @@ def time_line(cost: StepCost, steps: int, left_out: str) -> str:
     assert cost.seconds is not None
     shown = duration(cost.seconds * steps)
     return f"time      {cost.seconds:.2f} s a step (measured), {shown} for {steps:,} steps, {left_out} not included"
+
+
+def left_lines(resume: Path | None, steps: int) -> list[str]:
+    """A line with the steps that are left of a training, where some are finished; else nothing.
+
+    Args:
+        resume: The run directory to resume; None: a new run would start.
+        steps: The length of the training.
+
+    Raises:
+        ValueError: The run has finished more.
+    """
+    done = finished_steps(resume)
+    if resume:
+        check_length(resume, done, steps)
+    return [f"left      {steps - done:,} of {steps:,} steps: {done:,} are finished"] if done else []
 
 
 def length_line(train: TrainConfig, steps_per_epoch: int) -> str:

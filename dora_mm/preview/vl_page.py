@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from dora_mm.models.vl.vl_model import Structure, VLModel, check_in_step
 from dora_mm.preview.parts import about_untouched, parts_table
 from dora_mm.preview.questions import DataPreview, batch_of, present_splits, preview_data
 from dora_mm.preview.training import (
+    left_lines,
     length_line,
     measure_accumulated,
     memory_table,
@@ -35,39 +37,49 @@ from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.tasks.held_out import by_loss
 from dora_mm.tasks.preferences import preferences_of
 from dora_mm.tasks.vl import VLBatches
-from dora_mm.train.optim import check_optimizer, lacks_gpu, with_steps
+from dora_mm.train.day import dated, day_for
+from dora_mm.train.optim import with_steps
+from dora_mm.train.preflight import OPTIMIZER, QUANTIZATION, ROWS, Problems, finished_steps, first_problem
 from dora_mm.train.setup import training_setup
 
 
-def vl_page(config: TrainVLConfig, *, decode: bool = False) -> Iterator[str]:
+def vl_page(
+    config: TrainVLConfig,
+    accelerator: Accelerator,
+    problems: Problems,
+    resume: Path | None = None,
+    *,
+    decode: bool = False,
+) -> Iterator[str]:
     """Sections of text: what would be trained, the data, rows as the model sees them, memory and time.
 
     Neither the weights nor the data need be there; what depends on them is then left out.
 
     Args:
         config: The config.
+        accelerator: Knows the device, the mixed precision and the processes.
+        problems: Those found by `preflight`; what is wrong with the rows is added.
+        resume: The run directory to resume; None: a new run would start.
         decode: Whether to decode all pictures.
 
     Raises:
-        ValueError: After all sections: a training would stop, because of its data.
+        ValueError: The config does not fit the model.
     """
-    accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
-    if without_gpu := lacks_gpu(config.optimizer, accelerator.device):
-        yield without_gpu
-    else:
-        check_optimizer(config.optimizer, accelerator.device)
     needed = data_needed(config.data, config.vision, config.model.path)
     try:
         structure = structure_of(config.model, config.vision, tower=bool(config.adapter.vision_parts))
     except UnreachableError as error:
-        sections = preview_data(config, None, decode=decode).sections
-        yield from [str(error), needed, *sections, *slow_hardware(accelerator, None)]
+        data = preview_data(config, None, decode=decode)
+        problems[ROWS] = data.problems
+        yield from [str(error), needed, *data.sections, *slow_hardware(accelerator, None)]
         return
     trained = adapted(structure, config)
     yield trained_section(config, structure, trained)
     yield needed
-    model, has_weights = open_model(config, accelerator)
+    unmeasured = first_problem(problems, (OPTIMIZER, QUANTIZATION))
+    model, has_weights = (None, False) if QUANTIZATION in problems else open_model(config, accelerator, resume)
     data = preview_data(config, model, colour=sys.stdout.isatty(), decode=decode)
+    problems[ROWS] = data.problems
     yield from data.sections
     if config.train.shard and model:
         check_in_step(model, data.sets)
@@ -75,7 +87,7 @@ def vl_page(config: TrainVLConfig, *, decode: bool = False) -> Iterator[str]:
     if model and len(data.sets) == len(config.data.all_tasks):
         accumulated = config.train.gradient_accumulation_steps
         batches = VLBatches(model, data.sets, seed=config.seed, on_bad_data="skip", accumulated=accumulated)
-    yield from length_sections(config, batches)
+    yield from length_sections(config, batches, resume)
     if config.train.compile:
         yield compiled_line(trained.networks, structure.target_maps)
     yield from reference_section(config)
@@ -85,14 +97,14 @@ def vl_page(config: TrainVLConfig, *, decode: bool = False) -> Iterator[str]:
         batch = batch_of(model, data.sets, data.largest)
         beside = tower_work(structure.networks[MODEL], structure.target_maps[MODEL], batch)
         work = {"num_tokens": data.largest.num_tokens, "beside": beside}
-    why_not = without_gpu or why_not_measured(accelerator, networks, shard=shard, **work)
+    why_not = unmeasured or why_not_measured(accelerator, networks, shard=shard, **work)
     if batches is None:
         why_not = "not all training data can be read"
     elif not why_not and not has_weights:
         why_not = f"the weights of {config.model.path} are not on this machine"
     if batches and not why_not:
         try:
-            yield measured_cost(config, accelerator, batches, data)
+            yield measured_cost(config, accelerator, batches, data, finished_steps(resume))
         except torch.OutOfMemoryError:
             why_not = "a step does not fit into the memory of this GPU"
     if why_not:
@@ -101,8 +113,6 @@ def vl_page(config: TrainVLConfig, *, decode: bool = False) -> Iterator[str]:
         yield estimated_cost(config, accelerator, structure, trained, model, data, divided)
         yield f"time      not measured: {why_not}"
     yield from slow_hardware(accelerator, trained.networks.values())
-    if data.problems:
-        raise ValueError(data.problems[0])
 
 
 def adapted(model: VLModel | Structure, config: TrainVLConfig) -> TrainedNetworks:
@@ -110,8 +120,10 @@ def adapted(model: VLModel | Structure, config: TrainVLConfig) -> TrainedNetwork
     return adapt(model.networks, model.target_maps, config.adapter, seed=config.seed, backend=config.backend)
 
 
-def open_model(config: TrainVLConfig, accelerator: Accelerator) -> tuple[VLModel | None, bool]:
+def open_model(config: TrainVLConfig, accelerator: Accelerator, resume: Path | None) -> tuple[VLModel | None, bool]:
     """The model where it is on this machine and some data is there, too; and whether it has its weights.
+
+    Its rows have the day of the run to resume.
 
     Raises:
         ValueError: It does not do a task of the config.
@@ -120,7 +132,8 @@ def open_model(config: TrainVLConfig, accelerator: Accelerator) -> tuple[VLModel
         return None, False
     settings: dict[str, Any] = {"seed": config.seed, "device": accelerator.device}
     settings["trained_tower"] = bool(config.adapter.vision_parts)
-    model, has_weights = load_vl_model_if_local(config.model, config.vision, **settings)
+    section = dated(config, day_for(config.model, resume)).model
+    model, has_weights = load_vl_model_if_local(section, config.vision, **settings)
     if model:
         model.check(task.task for task in config.data.all_tasks)
     return model, has_weights
@@ -133,12 +146,12 @@ def trained_section(config: TrainVLConfig, structure: Structure, trained: Traine
     return "\n".join([trained.share, table, *about])
 
 
-def length_sections(config: TrainVLConfig, batches: VLBatches | None) -> Iterator[str]:
+def length_sections(config: TrainVLConfig, batches: VLBatches | None, resume: Path | None) -> Iterator[str]:
     """Steps and epochs, optimizer and schedule; nothing where the number of rows is not known."""
     if batches:
         per_epoch = batches.steps_per_epoch
         length = with_steps(config.train, config.schedule, per_epoch)
-        yield length_line(length, per_epoch)
+        yield "\n".join([length_line(length, per_epoch), *left_lines(resume, length.steps)])
         yield optimizer_line(config.optimizer, config.schedule, length.steps, config.ema)
 
 
@@ -158,7 +171,9 @@ def validation_sections(config: TrainVLConfig) -> Iterator[str]:
         yield f"validated {when(config.evaluate)}; the best adapter of {by}"
 
 
-def measured_cost(config: TrainVLConfig, accelerator: Accelerator, batches: VLBatches, data: DataPreview) -> str:
+def measured_cost(
+    config: TrainVLConfig, accelerator: Accelerator, batches: VLBatches, data: DataPreview, done: int
+) -> str:
     """Memory and time of a training, by a short step of it; the memory with the longest rows."""
     model = batches.model
     trained = adapted(model, config)
@@ -171,4 +186,4 @@ def measured_cost(config: TrainVLConfig, accelerator: Accelerator, batches: VLBa
     cost = measure_accumulated(parts, batches, prepared=model.prepares_batches, largest=largest)
     ema = config.ema is not None
     memory = memory_table(network_parts(model.networks), trained.parameters, config.optimizer, cost, ema=ema)
-    return f"{memory}\n\n{time_line(cost, train.steps, 'validation')}"
+    return f"{memory}\n\n{time_line(cost, train.steps - done, 'validation')}"

@@ -6,8 +6,10 @@ import json
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
@@ -17,6 +19,8 @@ from dora_mm.data.vl.rows import OnBadData, RowTooLongError
 from dora_mm.data.vl.splits import ValidationSet
 from dora_mm.registries.suites import file_stem
 from dora_mm.utils.atomic import append_text, write_text
+from dora_mm.utils.circumstances import NOTHING, Record, about_kept, circumstances
+from dora_mm.utils.day import Day
 from dora_mm.utils.evaluating import Map, evaluating
 from dora_mm.utils.json_text import parse_json
 from dora_mm.utils.processes import ALONE, Processes
@@ -38,11 +42,31 @@ class AnswersFolder:
         path: The folder, which gets <task>.jsonl.
         content: Says what the images of an example are, which are compared where answers were kept.
         processes: Those that share the batches, of which the main one writes.
+        day: The day that chat templates may ask for, which is compared where they did.
+        circumstances: Those of answers that are added.
     """
 
     path: Path
     content: ContentOf
     processes: Processes = ALONE
+    day: Day = field(default_factory=Day)
+    circumstances: Record = field(default_factory=circumstances)
+
+
+class KeptAnswer(NamedTuple):
+    """The answer to a row in a file.
+
+    Attributes:
+        text: The answer; None: the row could not be read.
+        content: What its images were.
+        circumstances: Those under which it was given.
+        day: The day of its batch where a chat template asked for it.
+    """
+
+    text: str | None
+    content: str
+    circumstances: Record = NOTHING
+    day: str | None = None
 
 
 def answer_all(
@@ -134,7 +158,8 @@ def _answer_split(
     batches = [range(start, min(start + batch_size, count)) for start in range(len(texts), count, batch_size)]
     with Progress(name, count, "rows", done=len(texts)) as progress:
 
-        def answers_of(rows: range) -> tuple[list[str | None], list[str]]:
+        def answers_of(rows: range) -> tuple[list[str | None], list[str], str | None]:
+            asked = kept.folder.day.asked if kept else 0
             examples = [table[row] for row in rows]
             try:
                 found: list[str | None] = list(answer(examples, split.images))
@@ -143,11 +168,12 @@ def _answer_split(
                     raise
                 found = _one_by_one(answer, examples, split.images, errors, table.on_bad_data)
             progress.advance(len(rows))
-            return found, kept.contents(rows) if kept else []
+            day = kept.folder.day.date if kept and kept.folder.day.asked > asked else None
+            return found, kept.contents(rows) if kept else [], day
 
-        for found, contents in mapped(answers_of, batches):
+        for found, contents, day in mapped(answers_of, batches):
             if kept:
-                kept.add(found, contents)
+                kept.add(found, contents, day)
             texts += found
             progress.done = max(progress.done, len(texts))  # others have answered, too
     answered = [(table[row], text) for row, text in zip(range(count), texts, strict=True) if text is not None]
@@ -205,7 +231,9 @@ def save_answers(
 class KeptAnswers:
     """The answers to the rows of a split in a file, from which a process goes on after one that was stopped.
 
-    Each line is of a row: its answer, None where it could not be read, what its images were, and a checksum.
+    Each line is of a row: its answer, None where it could not be read, what its images were, the day where the chat
+    template of its batch asked for it, and a checksum. A line of another kind, an object, has the circumstances of the
+    rows that follow.
 
     Args:
         folder: Where it is.
@@ -214,32 +242,40 @@ class KeptAnswers:
     """
 
     def __init__(self, folder: AnswersFolder, task: str, split: ValidationSet):
-        self.file, self.folder, self.split = _file_of(folder.path, task), folder, split
+        self.file, self.folder, self.split, self.task = _file_of(folder.path, task), folder, split, task
+        self._last = NOTHING  # the circumstances of the last row of the file
 
     def whole_batches(self, batch_size: int, count: int) -> list[str | None]:
         """The answers of whole batches that an earlier process has kept; what follows them is cut off the file.
 
-        They end before a row whose images are others now.
+        They end before a row whose images are others now, or whose day is.
         """
         processes = self.folder.processes
         return processes.from_main(self._whole_batches(batch_size, count) if processes.is_main else [])
 
     def _whole_batches(self, batch_size: int, count: int) -> list[str | None]:
-        found: list[str | None] = []
-        lines: list[str] = []
-        for answer, content in _kept(self.file):
-            if len(found) == count or content != self._content(len(found)):
+        found: list[KeptAnswer] = []
+        ours = self.folder.day
+        for row in _kept(self.file):
+            if len(found) == count or row.content != self._content(len(found)) or row.day not in (None, ours.date):
                 break
-            found.append(answer)
-            lines.append(_line(answer, content))
-        size = count if len(found) == count else len(found) // batch_size * batch_size
-        write_text(self.file, "".join(lines[:size]))
-        return found[:size]
+            found.append(row)
+        found = found if len(found) == count else found[: len(found) // batch_size * batch_size]
+        write_text(self.file, _text(found, NOTHING))
+        self._last = found[-1].circumstances if found else NOTHING
+        ours.asked += sum(row.day is not None for row in found)
+        if said := about_kept(by_circumstances(found), self.folder.circumstances, f"kept answers of {self.task}"):
+            log.warning(said)
+        return [row.text for row in found]
 
-    def add(self, answers: Iterable[str | None], contents: Iterable[str]) -> None:
-        """Keeps the answers to rows, which follow those that are there, and what the images of each were."""
+    def add(self, answers: Iterable[str | None], contents: Iterable[str], day: str | None) -> None:
+        """Keeps the answers to rows, which follow those that are there, what the images of each were, and their day."""
+        self.folder.day.asked += day is not None  # another process may have rendered them
         if self.folder.processes.is_main:
-            append_text(self.file, "".join(map(_line, answers, contents)))
+            now = self.folder.circumstances
+            rows = [KeptAnswer(text, content, now, day) for text, content in zip(answers, contents, strict=True)]
+            append_text(self.file, _text(rows, self._last))
+            self._last = now
 
     def contents(self, rows: Iterable[int]) -> list[str]:
         """What the images of rows are."""
@@ -252,33 +288,54 @@ class KeptAnswers:
             return ""
 
 
-def read_answers(folder: Path, task: str) -> list[tuple[str | None, str]]:
-    """The answers to the rows of a task that `answer_all` has kept in a folder, and what the images of each were.
-
-    The answer is None to a row that cannot be read.
-    """
+def read_answers(folder: Path, task: str) -> list[KeptAnswer]:
+    """The answers to the rows of a task that `answer_all` has kept in a folder."""
     return list(_kept(_file_of(folder, task)))
+
+
+def mixed_circumstances(folder: Path, task: str) -> str:
+    """A sentence on answers in a folder that were given under other circumstances than the last; empty: none were."""
+    rows = read_answers(folder, task)
+    return about_kept(by_circumstances(rows), rows[-1].circumstances, "answers") if rows else ""
+
+
+def by_circumstances(rows: Iterable[KeptAnswer]) -> list[tuple[Record, int]]:
+    """The circumstances of rows, each with the number of rows one behind the other that have them."""
+    return [(now, len(list(same))) for now, same in groupby(row.circumstances for row in rows)]
 
 
 def _file_of(folder: Path, task: str) -> Path:
     return folder / f"{file_stem(task)}.jsonl"
 
 
-def _kept(file: Path) -> Iterator[tuple[str | None, str]]:
-    """The lines of a file of answers, up to one that a killed process did not finish, or a damaged one."""
+def _kept(file: Path) -> Iterator[KeptAnswer]:
+    """The rows of a file of answers, up to one that a killed process did not finish, or a damaged line."""
+    now: Record = NOTHING
     for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
-            answer, content, checksum = parse_json(line, file.name, list)
-        except (ValueError, TypeError):
+            found = parse_json(line, file.name, object)
+            if isinstance(found, dict):
+                now = dict(found["circumstances"])
+                continue
+            *row, checksum = found
+            answer, content, day = row if len(row) == 3 else (*row, None)
+        except (ValueError, TypeError, KeyError):
             return
-        if checksum != _checksum(answer, content):
+        if checksum != _checksum(row):
             return
-        yield answer, content
+        yield KeptAnswer(answer, content, now, day)
 
 
-def _line(answer: str | None, content: str) -> str:
-    return json.dumps([answer, content, _checksum(answer, content)]) + "\n"
+def _text(rows: Iterable[KeptAnswer], before: Record) -> str:
+    """The lines of rows, which follow one of the circumstances `before`."""
+    lines = []
+    for text, content, now, day in rows:
+        lines += [] if now == before else [json.dumps({"circumstances": dict(now)})]
+        row = [text, content, *([day] if day else [])]
+        lines.append(json.dumps([*row, _checksum(row)]))
+        before = now
+    return "".join(f"{line}\n" for line in lines)
 
 
-def _checksum(answer: str | None, content: str) -> int:
-    return zlib.crc32(json.dumps([answer, content]).encode())
+def _checksum(row: Sequence[str | None]) -> int:
+    return zlib.crc32(json.dumps(row).encode())

@@ -35,6 +35,7 @@ from dora_mm.sampling.manifest import (
 from dora_mm.sampling.pictures import PictureSampler, UnusablePictureError
 from dora_mm.sampling.png import BaseModel, Description, UsedAdapter, read_description, save_picture
 from dora_mm.sampling.strengths import HashableStrength
+from dora_mm.utils.circumstances import Record, about_kept
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.folders import is_free
 from dora_mm.utils.lock import only_writer
@@ -91,11 +92,12 @@ def picture_run(config: PicturesConfig, path: Path | None) -> Iterator[RunDirect
     Raises:
         ValueError: Another process draws into the directory.
     """
-    text, software = dump_config(config), about_layers(config.backend)
-    run = RunDirectory(path) if path else RunDirectory.create(config.name, text, config.output, {}, software)
+    text = dump_config(config)
+    layers = about_layers(config.backend)
+    run = RunDirectory(path) if path else RunDirectory.create(config.name, text, config.output, layers=layers)
     with only_writer(run.path):
         if path:
-            run.write_about(text, {}, software)
+            run.write_config(text, {})
         go_on = f"dora-mm {config.command} --resume {shlex.quote(str(run.path))}"
         log.info("Run %s. After a stop: %s", run.path, go_on)
         try:
@@ -189,7 +191,7 @@ def plan(
     model: BaseModel,
     adapters: Mapping[str, tuple[str, str]],
     environment: Mapping[str, Any],
-    software: Mapping[str, str | None],
+    now: Record,
 ) -> PictureJob:
     """Plans the batches of a job, and describes every picture.
 
@@ -201,7 +203,7 @@ def plan(
         model: The base model.
         adapters: The two hashes of each adapter (see `png.UsedAdapter`), by the path that the pictures have.
         environment: See `png.Description`.
-        software: See `png.Description`.
+        now: The circumstances.
     """
     groups = batches(pictures, batch_size, length)
     descriptions = {
@@ -212,7 +214,7 @@ def plan(
             tuple((pictures[i].prompt, pictures[i].negative_prompt, pictures[i].seed) for i in group),
             position,
             environment,
-            software,
+            now,
         )
         for group in groups
         for position, index in enumerate(group)
@@ -224,33 +226,36 @@ def check_what_is_there(job: PictureJob) -> None:
     """Finds the pictures of a job that were drawn already, and verifies their files.
 
     Files that are damaged or changed, or that an earlier version of the job drew with other settings, are named in the
-    log and kept in `earlier/`; they stay until their picture is drawn again. Others of a batch are not such settings.
-    Files that do not belong to the job are named, and stay.
+    log and kept in `earlier/`; they stay until their picture is drawn again. Others of a batch are not such settings,
+    nor are other circumstances, which are said. Files that do not belong to the job are named, and stay.
     """
-    stale, damaged, entries = [], [], recorded(job.folder)
+    stale, damaged, kept, changes, entries = [], [], [], {}, recorded(job.folder)
     for index, name in enumerate(job.names):
         file = job.file(index)
         if not file.exists():
             continue
         try:
-            same = read_description(file).is_drawn_like(job.descriptions[index])
+            before, now = read_description(file), job.descriptions[index]
         except ValueError:
             damaged.append(name)
             continue
         digest, entry = file_digest(file), entries.get(f"{SAMPLES}/{name}")
-        if not same:
+        if not before.is_drawn_like(now):
             stale.append(name)
+            changes |= dict.fromkeys(now.model.changes(before.model))
         elif entry and entry.digest != digest:
             damaged.append(name)
         else:
             job.done[index] = digest
             job.scores[index] = entry.scores if entry else {}
+            kept.append((before.circumstances, 1))
     samples, known = job.folder / SAMPLES, set(job.names)
     others = sorted({f.relative_to(samples).as_posix() for f in samples.rglob("*.png")} - known)
     earlier = job.folder / EARLIER
     keep_earlier(job.folder, [f"{SAMPLES}/{name}" for name in stale + damaged])
+    other = f"another model ({', '.join(changes)} changed)" if changes else "other settings"
     for names, what in (
-        (stale, f"were drawn with other settings: they are kept in {earlier}, and drawn again"),
+        (stale, f"were drawn with {other}: they are kept in {earlier}, and drawn again"),
         (damaged, f"are damaged, changed or no pictures of a job: they are kept in {earlier}, and drawn again"),
         (others, "do not belong to the job, and stay as they are"),
     ):
@@ -259,6 +264,8 @@ def check_what_is_there(job: PictureJob) -> None:
             log.warning("%d files in %s %s: %s", len(names), samples, what, shown)
     if job.done:
         log.info("%d of %d pictures are there already.", len(job.done), len(job.pictures))
+        if said := about_kept(kept, job.descriptions[0].circumstances, "pictures that are there"):
+            log.warning(said)
 
 
 def draw(job: PictureJob, sampler: PictureSampler, load: LoadAdapter, processes: Processes = ALONE) -> None:

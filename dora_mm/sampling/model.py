@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from dora_mm.config.pictures import WITHOUT_GUIDANCE, PicturesConfig
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.models.hub import check_named_by
-from dora_mm.models.images.families import distilled_of, load_image_model
+from dora_mm.models.images.families import distilled_of, identity_of, load_image_model
 from dora_mm.models.images.fitting import changes_text, check_denoiser
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.images.memory import check_offload, save_memory
@@ -32,6 +31,7 @@ from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.sampling.pictures import MOST_ENCODED, PictureSampler
 from dora_mm.sampling.png import BaseModel
 from dora_mm.sampling.strengths import HashableStrength, to_load
+from dora_mm.utils.circumstances import circumstances
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import data_digest, known_digest
 from dora_mm.utils.json_text import parse_json
@@ -41,7 +41,6 @@ from dora_mm.utils.progress import tracked
 log = logging.getLogger(__name__)
 EMBEDDED = ModelConfig(path=EMBEDDED_IMAGE_MODEL)
 SETTINGS = "base_settings"  # the key of a header
-SOFTWARE = ("dora_mm", "torch", "diffusers", "transformers")
 
 
 @dataclass
@@ -202,7 +201,7 @@ class LoadedModel:
             model=self.base,
             adapters=self.adapter_hashes(),
             environment=self.environment,
-            software={name: version(name) for name in SOFTWARE},
+            now=circumstances(backend.about_layers(self.environment["backend"])),
         )
 
     def draw(
@@ -246,7 +245,8 @@ def load_model(config: PicturesConfig, adapters: Iterable[str]) -> LoadedModel:
     found = find_path(chosen.path)
     file_hash = known_digest(found) if found is not None and found.is_file() else None
     base = BaseModel(
-        chosen.path, chosen.revision, chosen.vae, chosen.dtype, digest, file_hash, chosen.settings_of_pictures()
+        *(chosen.path, chosen.revision, chosen.vae, chosen.dtype, digest, file_hash, chosen.settings_of_pictures()),
+        files=identity_of(chosen).files,
     )
     environment = {"backend": config.backend, "memory": config.memory.model_dump()}
     frees_text = stays and not changes

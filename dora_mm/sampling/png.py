@@ -1,6 +1,6 @@
 """What a PNG file says about its picture: our JSON, from which it can be drawn again, and the text that A1111 writes.
 
-Nothing in it depends on when or where the picture was saved, so that the same job gives the same files.
+Nothing in it depends on when the picture was saved, so that the same job gives the same files on the same machine.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import PIL
 from PIL import Image, PngImagePlugin
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 
 from dora_mm.sampling.strengths import HashableStrength, strength_text
 from dora_mm.utils.atomic import write_atomically
+from dora_mm.utils.circumstances import Record
 from dora_mm.utils.json_text import check_no_device, parse_json
+from dora_mm.utils.run_directory import changed_names
 
 JSON_CHUNK, A1111_CHUNK = "dora_mm", "parameters"
 VERSION = 2  # of the JSON
@@ -35,6 +37,7 @@ class BaseModel:
         digest: SHA-256 of its weights and of the settings of its scheduler, in hex.
         file_digest: SHA-256 of a single file, by which A1111 and Civitai find it; None for a folder or hub name.
         settings: Those of its family that are not the defaults, by the key of their section.
+        files: Digests of its other files, see `ModelIdentity.files`; None: the picture does not say them.
     """
 
     path: str
@@ -44,6 +47,16 @@ class BaseModel:
     digest: str
     file_digest: str | None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] | None = None
+
+    def changes(self, before: BaseModel) -> list[str]:
+        """The names of the files that differ from those of an earlier picture, and "the weights" where these do.
+
+        Pictures that do not name the files of their model are compared by the weights and the scheduler.
+        """
+        files = changed_names(before.files, self.files) if before.files is not None and self.files is not None else []
+        explained = any(file.startswith("scheduler/") for file in files)  # whose settings are in the digest, too
+        return files + (["the weights"] if self.digest != before.digest and not explained else [])
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ class Description:
         batch: Prompt, negative prompt and seed of all pictures of its batch: rounding depends on them.
         position: Which of them it is, from 0.
         environment: How the products were computed: backend, and the settings that save memory.
-        software: The versions of the packages that affect pictures.
+        circumstances: See `utils.circumstances`; earlier files have some of them, as `software`.
     """
 
     model: BaseModel
@@ -83,21 +96,21 @@ class Description:
     batch: tuple[tuple[str, str | None, int], ...]
     position: int
     environment: Mapping[str, Any]
-    software: Mapping[str, str | None]
+    circumstances: Annotated[Record, Field(validation_alias=AliasChoices("circumstances", "software"))]
 
     def is_drawn_like(self, other: Description) -> bool:
         """Whether the pictures are the same, up to rounding by the others of their batches.
 
-        The versions of the software and the paths of the weights do not count.
+        The circumstances and the paths of the weights do not count.
         """
-        return self._own() == other._own()
+        return self._own() == other._own() and not self.model.changes(other.model)
 
     def _own(self) -> Description:
         """The picture alone. Weights count by their digests: paths are written in several ways, and files may move."""
-        model = replace(self.model, path="", revision=None, vae=None, file_digest=None)
+        model = replace(self.model, path="", revision=None, vae=None, digest="", file_digest=None, files=None)
         adapters = tuple(replace(adapter, path="", hash="") for adapter in self.adapters)
         batch = self.batch[self.position : self.position + 1]
-        return replace(self, model=model, adapters=adapters, batch=batch, position=0, software={})
+        return replace(self, model=model, adapters=adapters, batch=batch, position=0, circumstances={})
 
 
 DESCRIPTION = TypeAdapter(Description)
@@ -176,7 +189,7 @@ def parameters_text(description: Description, scheduler: str) -> str:
         named = [(_name(adapter.path), adapter) for adapter in description.adapters]
         entries["Lora hashes"] = ", ".join(f"{name}: {adapter.hash}" for name, adapter in named)
         entries["Lora strengths"] = ", ".join(f"{name}: {strength_text(adapter.strength)}" for name, adapter in named)
-    entries["Version"] = f"dora_mm {description.software.get('dora_mm')}"
+    entries["Version"] = f"dora_mm {description.circumstances.get('dora_mm')}"
     lines = [prompt, f"Negative prompt: {negative_prompt}"] if negative_prompt else [prompt]
     return "\n".join([*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in entries.items())])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import get_args
 
@@ -18,7 +19,9 @@ from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.sampling.manifest import write_manifest
 from dora_mm.sampling.model import LoadedModel, load_model
 from dora_mm.sampling.png import Description, read_description
+from dora_mm.utils.circumstances import differences, sentence
 
+log = logging.getLogger(__name__)
 NEEDED = ("steps", "guidance", "width", "height", "scheduler")
 
 
@@ -30,7 +33,8 @@ def replay_picture(file: Path, folder: Path) -> tuple[Path, str | None]:
         folder: The folder to write to.
 
     Returns:
-        The new file; and how its pixels differ from the old ones, or None where they are the same.
+        The new file; and how its pixels differ from the old ones, or None where they are the same. Other circumstances
+        are said in the log.
 
     Raises:
         ValueError: The file does not say how it was drawn, the model or an adapter has changed since, or the picture
@@ -43,6 +47,7 @@ def replay_picture(file: Path, folder: Path) -> tuple[Path, str | None]:
     loaded = load_model(pictures_config(description), [adapter.path for adapter in description.adapters])
     check_unchanged(description, loaded)
     job = job_of(description, loaded, folder, file.name)
+    report_circumstances(file, description, job)
     loaded.load(job.pictures)
     draw(job, loaded.sampler, loaded.load_adapter)
     write_manifest(job.folder, [job.entries()[description.position]])
@@ -89,13 +94,13 @@ def pictures_config(description: Description) -> PicturesConfig:
 
 
 def check_unchanged(description: Description, loaded: LoadedModel) -> None:
-    """Compares the weights that were loaded with those that a picture was drawn with.
+    """Compares the model and the adapters that were loaded with those that a picture was drawn with.
 
     Raises:
         ValueError: The base model or an adapter is another one now.
     """
-    if loaded.base.digest != description.model.digest:
-        raise ValueError(f"the model {loaded.base.path} has changed since the picture was drawn")
+    if changes := loaded.base.changes(description.model):
+        raise ValueError(f"the model {loaded.base.path} has changed since the picture was drawn: {', '.join(changes)}")
     hashes = loaded.adapter_hashes()
     for adapter in description.adapters:
         if hashes[adapter.path][0] != adapter.digest:
@@ -121,6 +126,13 @@ def job_of(description: Description, loaded: LoadedModel, folder: Path, name: st
     job.names = [name if index == description.position else f"{index}-{name}" for index in range(len(pictures))]
     job.done = dict.fromkeys((index for index in range(len(pictures)) if index != description.position), "")
     return job
+
+
+def report_circumstances(file: Path, description: Description, job: PictureJob) -> None:
+    """Says which circumstances are not those under which a picture was drawn."""
+    now = job.descriptions[description.position].circumstances
+    if said := sentence(f"{file} was", differences(description.circumstances, now)):
+        log.warning(said)
 
 
 def difference(one: Path, other: Path) -> str | None:

@@ -55,8 +55,10 @@ class PromptEncoder:
         """Encodes captions ahead of training, so that the text encoders can be released; none that changes."""
         captions = [caption for caption in captions if not self.changes(caption)]
         if self._files is not None:
-            missing = [each for each in dict.fromkeys(captions) if not self._files.has(self._key(each))]
-            for caption in tracked(missing, "encoding captions", "captions"):
+            keys = {caption: self._key(caption) for caption in dict.fromkeys(captions)}
+            missing = {caption for caption, key in keys.items() if not self._files.has(key)}
+            self._files.report((key for caption, key in keys.items() if caption not in missing), "encoded captions")
+            for caption in tracked([each for each in keys if each in missing], "encoding captions", "captions"):
                 self._write(caption)
             return
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._cache]
@@ -168,11 +170,15 @@ class CaptionedBatches:
             varies = self.config.captions is not None or any(image.more for image in self.images)
             self.prompts.keep([*self.captions(num_batches), ""], 1 if varies else 16)
         if self.config.crop == "center":
+            kept = []
             for index in tracked(range(len(self.images)), "encoding images", "images"):
                 for flip in (False, True) if self.config.flip else (False,):
                     framing = self._frame(index, flip, None)
-                    if not self.cache.has(self._key(index, framing)):
+                    if self.cache.has(key := self._key(index, framing)):
+                        kept.append(key)
+                    else:
                         self._latents(index, framing)
+            self.cache.report(kept)
 
     def captions(self, num_batches: int | None = None) -> list[str]:
         """All captions of a training of so many batches, each once; None: those of `fixed` batches."""

@@ -139,7 +139,7 @@ class KeptReference:
     """What the model as a training starts says of all pairs; a part of the checkpoints of that training.
 
     It serves where the weights at the start are not those without adapters. A pair is known by its conversations and
-    the names of its images.
+    the names of its images; the day of its rows is that of the checkpoint, see `RowCounts`.
     """
 
     def __init__(self):

@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,7 +20,17 @@ from dora_mm.core.wrappers.sharded import is_sharded
 from dora_mm.data.seen import SeenFiles
 from dora_mm.utils.run_directory import RunDirectory
 
+log = logging.getLogger(__name__)
+ValueT = TypeVar("ValueT")
 LONGEST_WAIT = timedelta(hours=12)  # of the other processes for the main one, such as for a validation
+
+# What accelerate, transformers and PEFT read as switches, without an argument that says no; and the key that decides
+SWITCHES = {
+    **dict.fromkeys((f"ACCELERATE_USE_{each}" for each in ("FSDP", "DEEPSPEED", "MEGATRON_LM")), "train.shard"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "train.shard",
+    "ACCELERATE_DOWNCAST_BF16": "train.mixed_precision",
+    "ACCELERATE_INIT_INCLUDE_BUFFERS": "model.path",  # diffusers would leave out what files of weights do not hold
+}
 
 
 @dataclass
@@ -34,13 +44,14 @@ class GradientSharing(DistributedDataParallelKwargs):
     init_sync: bool = True
 
 
-def join_processes(mixed_precision: str, *, find_unused_parameters: bool = False) -> Accelerator:
+def join_processes(train: TrainConfig, *, find_unused_parameters: bool = False) -> Accelerator:
     """Joins the processes that were started together, on GPUs or on the CPU; the usual case is a single one.
 
-    From then on only the main process informs; the others only warn.
+    From then on only the main process informs; the others only warn. The environment says which devices there are; how
+    to train, which `accelerate launch` puts there as well, the config says.
 
     Args:
-        mixed_precision: "no", "bf16" or "fp16".
+        train: The `train` section of the config.
         find_unused_parameters: Whether a step may leave trained parameters without a gradient, as DDP has to know.
 
     Raises:
@@ -52,7 +63,16 @@ def join_processes(mixed_precision: str, *, find_unused_parameters: bool = False
     ]
     # Without a GPU accelerate joins processes only if it is told that they are to use the CPU.
     on_cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=handlers)
+    overridden = _overridden(train)
+    for name in SWITCHES:
+        os.environ.pop(name, None)
+    accelerator = Accelerator(
+        mixed_precision=train.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop accumulates by itself
+        dynamo_backend="no",  # as it compiles
+        cpu=on_cpu,
+        kwargs_handlers=handlers,
+    )
     started = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != started:
         raise ValueError(
@@ -61,7 +81,24 @@ def join_processes(mixed_precision: str, *, find_unused_parameters: bool = False
         )
     if not accelerator.is_main_process:
         logging.getLogger("dora_mm").setLevel(logging.WARNING)
+    elif overridden:
+        log.warning("The config decides how to train, so these variables have no effect: %s", ", ".join(overridden))
     return accelerator
+
+
+def _overridden(train: TrainConfig) -> list[str]:
+    """The variables of accelerate that say something else than a config, each with the key that decides instead."""
+    decided = {
+        "ACCELERATE_MIXED_PRECISION": ("train.mixed_precision", train.mixed_precision),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+            "train.gradient_accumulation_steps",
+            str(train.gradient_accumulation_steps),
+        ),
+        "ACCELERATE_DYNAMO_BACKEND": ("train.compile", "no"),
+        **{name: (key, "false") for name, key in SWITCHES.items()},
+    }
+    given = {name: os.environ.get(name, value) for name, (_, value) in decided.items()}
+    return [f"{name}={given[name]} ({key})" for name, (key, value) in decided.items() if given[name].lower() != value]
 
 
 def check_can_shard(accelerator: Accelerator, train: TrainConfig) -> None:
@@ -152,12 +189,17 @@ def summed(numbers: list[int], accelerator: Accelerator) -> list[int]:
     return found.tolist()
 
 
-def highest(number: int, accelerator: Accelerator) -> int:
-    """The highest of a number of all processes."""
+def highest(numbers: list[int], accelerator: Accelerator) -> list[int]:
+    """The highest of each of some numbers over all processes."""
     if accelerator.num_processes == 1:
-        return number
-    found: Any = accelerator.gather(torch.tensor([number], device=accelerator.device))
-    return int(found.max())
+        return numbers
+    found: Any = accelerator.gather(torch.tensor([numbers], device=accelerator.device))
+    return found.amax(dim=0).tolist()
+
+
+def from_main_process(value: ValueT) -> ValueT:
+    """The value of the main process, in each of those that were joined."""
+    return broadcast_object_list([value])[0]
 
 
 @contextlib.contextmanager

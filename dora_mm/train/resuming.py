@@ -18,6 +18,7 @@ REASONS = {  # why the other keys and sections may not change
     "output": "it names the folder of a new run, and this run stays where it is",
     "seed": "order and noise of the finished steps came from the old one",
     "backend": "the finished steps were computed by the old one, and the other one rounds differently",
+    "model.date": "the finished steps have read rows of the old day, which of null is that on which the run began",
     "model": "the checkpoints belong to the old model",
     "vision": "the checkpoints belong to the old vision tower",
     "adapter": "the checkpoints hold an adapter with the old settings",
@@ -71,7 +72,7 @@ def check_changes(where: str, before: PipelineConfig, after: PipelineConfig) -> 
     if not refused:
         return
     sentences = [
-        f"{key} cannot change from {as_written(old)} to {as_written(new)}: {REASONS[key.partition('.')[0]]}"
+        f"{key} cannot change from {as_written(old)} to {as_written(new)}: {_reason(key)}"
         for key, (old, new) in refused.items()
     ]
     allowed = f"--resume may change {', '.join(changeable)}" if changeable else "--resume changes no key"
@@ -79,6 +80,10 @@ def check_changes(where: str, before: PipelineConfig, after: PipelineConfig) -> 
     if len(sentences) == 1:
         raise ValueError(f"{where}: {sentences[0]} ({advice})")
     raise ValueError("\n  ".join([f"{where}: {len(sentences)} keys cannot change ({advice})", *sentences]))
+
+
+def _reason(key: str) -> str:
+    return REASONS.get(key) or REASONS[key.partition(".")[0]]
 
 
 def nearest_run(path: Path) -> str:

@@ -165,7 +165,7 @@ def lower_rate(config: PipelineConfig) -> str:
 
 
 def go_on(run: RunDirectory, config: PipelineConfig, steps: int, deciding: Mapping[str, Stateful]) -> None:
-    """Prepares a run to be resumed: its newest checkpoint that is intact, its config, a word on other software.
+    """Prepares a run to be resumed: its newest checkpoint that is intact, its config, a word on other circumstances.
 
     Raises:
         ValueError: No checkpoint is intact, or the run has more than `steps` finished steps, or one of `deciding` does
@@ -173,15 +173,22 @@ def go_on(run: RunDirectory, config: PipelineConfig, steps: int, deciding: Mappi
     """
     set_damaged_aside(run.checkpoints)
     done = last_step(run.checkpoints)
-    if steps < done:
-        raise ValueError(f"train.steps: {run.path} has finished {done} steps, so it cannot end at {steps}")
+    check_length(run.path, done, steps)
     if done:
         load_parts(checkpoints(run.checkpoints)[-1], deciding)
     change_config(run, config)
-    if changed := run.changed_versions(about_layers(getattr(config, "backend", None))):
-        log.warning(
-            "With other software the last bits may not be those of an uninterrupted run: %s", ", ".join(changed)
-        )
+    if said := run.go_on(done, about_layers(getattr(config, "backend", None))):
+        log.warning(said)
+
+
+def check_length(path: Path, done: int, steps: int) -> None:
+    """Checks that a run can end at this step.
+
+    Raises:
+        ValueError: It has finished more.
+    """
+    if steps < done:
+        raise ValueError(f"train.steps: {path} has finished {done} steps, so it cannot end at {steps}")
 
 
 def change_config(run: RunDirectory, config: PipelineConfig) -> None:

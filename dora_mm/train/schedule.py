@@ -69,16 +69,17 @@ class Schedule(LRScheduler):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned, except for the learning rates and the length."""
-        rates, steps = self.base_lrs, self.steps
+        rates, steps, done = self.base_lrs, self.steps, state_dict["last_epoch"]
+        from_the_start = [self.factor(step) for step in range(done)]
         super().load_state_dict(state_dict)
-        before = [self.factor(step) for step in range(self.last_epoch)]
+        before = [self.factor(step) for step in range(done)]
         old_steps, self.base_lrs, self.steps = self.steps, rates, steps
         self._last_lr = self.get_lr()
         for group, first, rate in zip(self.optimizer.param_groups, rates, self._last_lr, strict=True):
             group |= {"initial_lr": first, "lr": rate}
-        if before != [self.factor(step) for step in range(self.last_epoch)]:
+        if steps != old_steps and before != from_the_start:
             log.warning(
                 "schedule.name %s now ends at step %d: the rate goes on at %.2e, but the %d finished steps had the "
                 "rates of a run of %d, so the result is not that of %d steps from the start.",
-                *(self.name, steps, self._last_lr[0], self.last_epoch, old_steps, steps),
+                *(self.name, steps, self._last_lr[0], done, old_steps, steps),
             )

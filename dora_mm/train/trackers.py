@@ -25,9 +25,10 @@ def chosen_trackers(names: Sequence[str] | None) -> list[str]:
     """
     if names is None:
         return ["tensorboard"] if find_spec("tensorboard") else []
-    for name in names:
-        if find_spec(name) is None:
-            raise ValueError(f"train.track: {name} needs the package {name}: pip install {name}")
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise ValueError(
+            "; ".join(f"train.track: {name} needs the package {name}: pip install {name}" for name in missing)
+        )
     return list(names)
 
 

@@ -1,23 +1,28 @@
 """Run directories: runs/<name>/<NNN>, numbered and never overwritten."""
 
 import json
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from dora_mm.utils import yaml12
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.circumstances import NOTHING, Record, about_kept, circumstances
 from dora_mm.utils.folders import new_folder
 from dora_mm.utils.json_text import read_json
 from dora_mm.utils.lock import check_lock
+from dora_mm.utils.messages import shown
 
-CONFIG, INPUTS, VERSIONS = "config.yaml", "inputs.json", "versions.json"
+MODEL, WEIGHTS_OF = "the model", "the weights of "  # inputs: the files of a model, and the start of names of weights
+WEIGHTS_IN_HEADERS = {"base_digest": "the weights of the model", "vision_digest": "the vision tower"}  # keys of both
+DAY = "day"  # in inputs.json: that on which the run began, of models whose chat templates may ask; it is not compared
+CONFIG, INPUTS = "config.yaml", "inputs.json"
+VERSIONS = "versions.json"  # the circumstances of the start
+CONTINUED = "circumstances.json"  # those of continuations, by the number of the steps before them
 SUMMARY = "summary.json"  # the last file that a training writes, its page included, so it marks a finished one
 SAMPLE_NOW, SAVE_NOW = "sample-now", "save-now"  # files by which a person asks a training for a sheet, or a checkpoint
-REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
 
 class RunDirectory:
@@ -50,23 +55,24 @@ class RunDirectory:
         config_text: str,
         output: str | None = None,
         inputs: Mapping[str, str] | None = None,
-        software: Mapping[str, str] | None = None,
+        layers: Record = NOTHING,
     ) -> "RunDirectory":
-        """Creates a run directory, which appears with the resolved config and the versions of the software.
+        """Creates a run directory, which appears with the resolved config and the circumstances of its start.
 
         Args:
             name: The name of the run; without `output`, the directory is the next number in runs/`name`.
             config_text: The resolved config as YAML.
             output: The directory to create instead.
             inputs: Digests of the data and models that the config refers to, by a description of each.
-            software: What `versions` does not know of the software.
+            layers: What runs the adapted layers: `backend.about_layers`.
 
         Raises:
             ValueError: `output` exists already, or its parent is a file.
         """
 
         def fill(folder: Path) -> None:
-            cls(folder).write_about(config_text, inputs or {}, software or {})
+            write_text(folder / VERSIONS, json.dumps(circumstances(layers), indent=2) + "\n")
+            cls(folder).write_config(config_text, inputs or {})
 
         return cls(new_folder(name, output, fill))
 
@@ -88,16 +94,11 @@ class RunDirectory:
             raise ValueError(f"{path} cannot be resumed: {' and '.join(changed)} changed since it was started.")
         return run
 
-    def write_about(self, config_text: str, inputs: Mapping[str, str], software: Mapping[str, str]) -> None:
-        """Writes the resolved config, the versions of the software and the digests of the inputs.
+    def write_config(self, config_text: str, inputs: Mapping[str, Any]) -> None:
+        """Writes the resolved config and the digests of the inputs.
 
         The config is also one of the inputs, by which `config.yaml` is compared: a person may edit that.
         """
-        write_text(self.path / VERSIONS, json.dumps({**versions(), **software}, indent=2) + "\n")
-        self.write_config(config_text, inputs)
-
-    def write_config(self, config_text: str, inputs: Mapping[str, Any]) -> None:
-        """Writes the resolved config and the inputs."""
         about = {**inputs, CONFIG: yaml12.read(config_text).value}
         write_text(self.path / INPUTS, json.dumps(about, indent=2) + "\n")
         write_text(self.path / CONFIG, config_text)  # last, because this file marks the folder as a run directory
@@ -119,23 +120,60 @@ class RunDirectory:
             problem = str(error)
         raise ValueError(f"{file} is missing or damaged ({problem}): the run cannot go on without it.")
 
-    def changed_inputs(self, inputs: Mapping[str, str]) -> list[str]:
-        """The descriptions of the inputs whose digest differs from the one that the run was started with."""
-        before = self.inputs if inputs else {}
-        return [name for name, digest in inputs.items() if before.get(name) != digest]
-
-    def changed_versions(self, software: Mapping[str, str]) -> list[str]:
-        """What of the software is not as it was when the run was started, such as "torch 2.12.0 is 2.13.0".
+    def changed_inputs(self, inputs: Mapping[str, Any]) -> list[str]:
+        """The descriptions of the inputs that are not those that the run was started with; each file of a model is one.
 
         Args:
-            software: As given to `create`.
+            inputs: Some of the inputs. What runs of before did not record of a model is not compared.
         """
+        before = self.inputs if inputs else {}
+        if MODEL not in before:
+            inputs = {name: now for name, now in inputs.items() if name != MODEL and not name.startswith(WEIGHTS_OF)}
+        changed = []
+        for name, now in inputs.items():
+            if name == MODEL:
+                changed += [f"{file} of {MODEL}" for file in changed_names(before[MODEL], now)]
+            elif name != DAY and before.get(name) != now:
+                changed.append(WEIGHTS_IN_HEADERS.get(name, name))
+        return changed
+
+    def circumstances(self) -> dict[int, Record]:
+        """The circumstances of the steps, by the number of the first of them, from 0; in ascending order.
+
+        Raises:
+            ValueError: A file of them is missing or damaged.
+        """
+        file = self.path / CONTINUED
+        found = {"0": read_json(self.path / VERSIONS), **(read_json(file) if file.exists() else {})}
+        if wrong := [step for step, record in found.items() if not (step.isdecimal() and isinstance(record, dict))]:
+            raise ValueError(f"{file} has no circumstances of a step under {shown(wrong[0])}")
+        return dict(sorted((int(step), record) for step, record in found.items()))
+
+    def go_on(self, done: int, layers: Record = NOTHING) -> str:
+        """Records the circumstances of a continuation where they are not those of the last finished step.
+
+        Args:
+            done: The number of finished steps.
+            layers: As given to `create`.
+
+        Returns:
+            A sentence on the finished steps that were computed under others; empty: none was.
+        """
+        now = circumstances(layers)
         try:
-            before = read_json(self.path / VERSIONS)
+            before, problem = self.circumstances(), ""
         except ValueError as error:
-            return [f"{VERSIONS} cannot be read ({error})"]
-        now = {**versions(), **software}
-        return [f"{name} {before.get(name)} is {now.get(name)}" for name in now if before.get(name) != now[name]]
+            before, problem = {0: NOTHING}, f"The circumstances of the finished steps are not known: {error}"
+        finished = {step: record for step, record in before.items() if step < done}
+        counts = (last - first for first, last in pairwise([*finished, done]))
+        said = problem or about_kept(zip(finished.values(), counts, strict=True), now, "finished steps")
+        after = finished if finished and finished[max(finished)] == now else {**finished, done: now}
+        if after != before:
+            write_text(
+                self.path / CONTINUED,
+                json.dumps({step: after[step] for step in after if step or not done}, indent=2) + "\n",
+            )
+        return said
 
     def stage(self, name: str) -> "RunDirectory":
         """Creates a subfolder, with separate checkpoints and metrics, for one stage of a run that has several."""
@@ -157,23 +195,6 @@ class RunDirectory:
             file.unlink(missing_ok=True)
 
 
-def versions() -> dict[str, Any]:
-    """The versions of Python and of the packages that affect results, the machine and its threads. None: not there."""
-    import torch  # here: folders are also claimed by what computes nothing
-
-    from dora_mm.utils.devices import hardware_name
-
-    found: dict[str, Any] = {
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "processor": hardware_name(),
-        "threads": torch.get_num_threads(),
-    }
-    for package in REPORTED_PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    found["torch"] = torch.__version__  # includes the build, such as +cu130, which the package metadata omits
-    found["threads"] = torch.get_num_threads()  # sums are divided among them, and rounded in another order
-    return found
+def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names whose values differ, or that only one of them has."""
+    return [name for name in {**before, **now} if before.get(name) != now.get(name)]

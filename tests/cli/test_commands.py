@@ -180,7 +180,6 @@ WRONG = {  # by the command line: what the one sentence contains
     "train nosuch.yaml": "nosuch.yaml does not exist",
     "train --resume nosuch": "nosuch is not a run directory",
     "train CONFIG --set data.folder=nosuch": "data.folder: nosuch does not exist",
-    "train CONFIG --dry-run --set data.folder=nosuch": "data.folder: nosuch does not exist",
     "train CONFIG --set model.path=./nosuch": "model.path: ./nosuch does not exist",
     "train CONFIG --set adapter.init_from=nosuch": "adapter.init_from: nosuch does not exist",
     "train CONFIG --set output=FOLDER": "exists already: choose another folder",

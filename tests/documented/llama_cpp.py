@@ -93,7 +93,7 @@ def write_adapter(base: Path, folder: Path) -> None:
     print(f"adapted: {dora_mm.inject(vlm.model, [linear], DoRASpec(rank=4)).num_modules} modules")
     for parameter in dora_mm.adapter_parameters(vlm.model).values():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    dora_mm.save_adapter({"model": vlm.model}, folder, format="peft", metadata=vlm.identity)
+    dora_mm.save_adapter({"model": vlm.model}, folder, format="peft", metadata=vlm.identity.weights)
 
 
 def compare(gguf: Any, merged: dict[str, Tensor], base: dict[str, Tensor], found: dict[str, Tensor]) -> None:

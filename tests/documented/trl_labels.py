@@ -3,6 +3,7 @@
 `python -m tests.documented.trl_labels` writes it where `trl` is installed, with the templates of published models that
 TRL carries: as they are published, which is how we read them, and with its marks of what the assistant says, which is
 how it finds labels. Of every class with a chat template it writes the labels of prompts and their completions, too.
+The file says on which day it was written, since some templates write the day into rows, which TRL takes from the clock.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Sequence
+from datetime import date
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,7 @@ def page(folder: Path) -> dict[str, Any]:
             }
     return {
         "trl": trl.__version__,
+        "date": date.today().isoformat(),
         "templates": templates,
         "answers": answers,
         "completions": dict(sorted(completions.items())),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import shutil
@@ -100,6 +101,9 @@ REFUSED = {  # of types whose tiny model is refused, each with the message
     "idefics": ("has no chat template; reads lists of texts and images", "has no chat template"),
     "kosmos-2.5": ("has no chat template; reads the text of a page, or its Markdown", "has no chat template"),
 }
+CLOCK = re.compile(r"\b(datetime|date|time)\b")
+NOW = ("now", "utcnow", "today", "time", "time_ns")
+GIVEN = {"strftime": 2, "localtime": 1, "gmtime": 1, "ctime": 1}  # the arguments with which these read no clock
 LIMITS = {"image_size": 64, "min_pixels": 784, "max_pixels": 14_000, "max_tiles": 1}  # for the tiny models
 HEAD = """# Which classes train
 
@@ -123,9 +127,35 @@ Losses are computed from the hidden states of the tokens with loss alone, in chu
 of these tokens at once, since their classes go on with them: they scale, cap, mask or widen them
 ([memory](vlm.md#memory)). So it is with all whose config sets `final_logit_softcapping`.
 
+No processor or tokenizer reads a clock in its own Python, by a look at the sources of all of them; chat templates that
+ask for the day get [that of the run](vlm.md#the-day).
+
 | type | class | trains | parts, or why not | videos | limits of images |
 |---|---|---|---|---|---|
 """
+
+
+def clock_readers() -> list[str]:
+    """The places in transformers' processors and tokenizers that read a clock."""
+    folder = Path(transformers.__file__).parent
+    kinds = ("processing", "tokenization", "image_processing", "video_processing", "feature_extraction")
+    files = [file for kind in kinds for file in (*folder.glob(f"{kind}*.py"), *folder.glob(f"models/*/{kind}*.py"))]
+    return [place for file in files for place in clock_calls(file)]
+
+
+def clock_calls(file: Path) -> list[str]:
+    """The calls in a Python file that read a clock; strftime, localtime and gmtime do so where they get no time."""
+    text = file.read_text(encoding="utf-8")
+    if not CLOCK.search(text):
+        return []
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).rpartition(".")[2]
+            reads = name in NOW or len(node.args) < GIVEN.get(name, 0)
+            if reads and CLOCK.search(ast.unparse(node.func)):
+                found.append(f"{file.name}:{node.lineno}: {ast.unparse(node)}")
+    return found
 
 
 def required(function: Callable[..., Any]) -> list[str]:

@@ -243,7 +243,8 @@ def make_run(folder: Path) -> None:
         (checkpoint / name).write_bytes(b"state")
     (checkpoint / "checkpoint.json").write_text(json.dumps({"step": 2, "digests": {}}))
     (run.path / ".lock").write_text(json.dumps({"host": HOST, "process": 2**22, "since": "b", "token": "c"}))
-    (run.path / "chat.jsonl").write_text('["a dog", "0", 1]\n')
+    (run.path / "circumstances.json").write_text(json.dumps({"1": {"torch": "2.0", "threads": 1}}))
+    (run.path / "chat.jsonl").write_text('{"circumstances": {"torch": "2.0"}}\n["a dog", "0", 1]\n')
 
 
 def read_run(folder: Path) -> None:
@@ -252,7 +253,7 @@ def read_run(folder: Path) -> None:
     saved_values(run.path)
     load_config(run.path / "config.yaml")
     with only_writer(run.path):
-        run.changed_versions({})
+        run.go_on(2)
         damage(run.checkpoints / "step-000002")
         MetricsLog(run, 2).close()
     read_answers(run.path, "chat")

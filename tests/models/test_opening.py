@@ -9,12 +9,13 @@ from safetensors.torch import save_file
 
 from dora_mm.config.models import ModelConfig, VLBartModelConfig, VLMModelConfig
 from dora_mm.models import hub
-from dora_mm.models.folders import settings_identity
+from dora_mm.models.folders import identity_of as identity_of_folder
 from dora_mm.models.hub import UnreachableError, hub_answers, local_copy
-from dora_mm.models.images.families import files_identity, load_image_model
+from dora_mm.models.images.families import identity_of, load_image_model
 from dora_mm.models.opening import base_of, loaded_files, opening
 from dora_mm.models.vl.vl_bart.loading import load_vl_bart
 from dora_mm.models.vl.vlm.loading import load_processor, load_vlm
+from dora_mm.utils.run_directory import changed_names
 
 SENTENCE = r"owner/nothing is not on this machine, and the hub \(huggingface.co\) cannot be reached: .*local folder"
 
@@ -132,12 +133,13 @@ def test_local_copies(tmp_path):
     assert local_copy("owner/nothing") is None
 
 
-def test_what_identifies_a_model_is_all_that_is_loaded_of_it(tiny_folder, tmp_path):
+def test_the_identity_of_an_image_model_is_all_that_is_loaded_of_it(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
-    before = files_identity(ModelConfig(path=str(folder)))
-    assert {"the model's unet", "the model's text_encoder", "the model's tokenizer_2", "the model's index"} <= set(
-        before
-    )
+    before = identity_of(ModelConfig(path=str(folder)))
+    networks = {"unet", "vae", "text_encoder", "text_encoder_2"}
+    assert set(before.weights) == {f"the weights of {name}" for name in networks}
+    assert {"model_index.json", "unet/config.json", "scheduler/scheduler_config.json"} <= set(before.files)
+    assert {name.partition("/")[0] for name in before.files} > {"tokenizer", "tokenizer_2"}
     unet = folder / "unet"
     weights = unet / "diffusion_pytorch_model.safetensors"
     for name in (
@@ -148,29 +150,32 @@ def test_what_identifies_a_model_is_all_that_is_loaded_of_it(tiny_folder, tmp_pa
     ):
         shutil.copy(weights, unet / name)
     assert sorted(file.name for file in loaded_files(unet)) == ["config.json", weights.name]
-    assert files_identity(ModelConfig(path=str(folder))) == before
+    assert identity_of(ModelConfig(path=str(folder))) == before
     (unet / "config.json").write_text((unet / "config.json").read_text() + "\n")
-    after = files_identity(ModelConfig(path=str(folder)))
-    assert [name for name in before if after[name] != before[name]] == ["the model's unet"]
-    other = files_identity(ModelConfig(path=str(folder), vae=str(unet)))
-    assert [name for name in before if after[name] != other[name]] == ["the model's vae"]
-    assert list(files_identity(ModelConfig(path=str(weights)))) == ["the model"]
+    after = identity_of(ModelConfig(path=str(folder)))
+    assert changed_names(before.files, after.files) == ["unet/config.json"]
+    assert after.weights == before.weights
+    other = identity_of(ModelConfig(path=str(folder), vae=str(unet)))
+    assert changed_names(after.weights, other.weights) == ["the weights of vae"]
+    assert changed_names(after.files, other.files) == ["model.vae/config.json"]
 
 
-def test_the_settings_of_a_model_are_all_its_files_but_the_weights(tmp_path):
-    for name in (
-        "config.json",
-        "chat_template.jinja",
-        "tokenizer.json",
-        "model.safetensors",
-        "model.safetensors.index.json",
-    ):
+def test_the_files_of_a_model_are_all_but_the_weights(tmp_path):
+    for name in ("config.json", "chat_template.jinja", "tokenizer.json", "model.safetensors.index.json"):
         (tmp_path / name).write_text(name)
-    before = settings_identity(str(tmp_path), None)
-    (tmp_path / "model.safetensors").write_text("other weights, which have a digest of their own")
-    assert settings_identity(str(tmp_path), None) == before
-    (tmp_path / "chat_template.jinja").write_text("another one")
-    assert settings_identity(str(tmp_path), None) != before
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool.jinja").write_text("one of several templates")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    before = identity_of_folder(str(tmp_path), None)
+    templates = ["additional_chat_templates/tool.jinja", "chat_template.jinja"]
+    assert sorted(before.files) == [*templates, "config.json", "tokenizer.json"]
+    save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    after = identity_of_folder(str(tmp_path), None)
+    assert after.files == before.files
+    assert after.weights != before.weights
+    for name in templates:
+        (tmp_path / name).write_text("another one")
+    assert changed_names(before.files, identity_of_folder(str(tmp_path), None).files) == templates
 
 
 def test_the_base_model_of_an_adapter_is_that_of_its_header_where_it_is_here(tmp_path):

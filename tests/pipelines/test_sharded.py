@@ -130,8 +130,10 @@ def test_pictures(folder, capsys):
         resumed = unfinished(folder / name, f"resumed_{name}")
         run_both(folder, ["train", "--resume", str(resumed)])
         assert_same_runs(resumed, folder / name)
-    assert main(["train", str(folder / "divided.yaml"), "--set", f"output={folder / 'dry'}", "--dry-run"]) == 0
-    assert "sharded over  MB in each" in capsys.readouterr().out
+    assert main(["train", str(folder / "divided.yaml"), "--set", f"output={folder / 'dry'}", "--dry-run"]) == 2
+    shown, error = capsys.readouterr()
+    assert "sharded over  MB in each" in shown
+    assert "this is the only one: start several" in error
     assert main(pictures(folder, "alone", shard=True)) == 2
     assert "this is the only one: start several" in capsys.readouterr().err
 

@@ -72,13 +72,20 @@ def test_a_description_is_read_as_it_was_written(tmp_path):
     check_complete(found, tmp_path / "a.png")
 
 
+def test_a_description_of_before_has_the_circumstances_that_it_named(tmp_path):
+    values = asdict(DESCRIPTION)
+    values["software"] = values.pop("circumstances")
+    found = read_description(picture(tmp_path / "a.png", json.dumps({"version": VERSION, **values})))
+    assert found == DESCRIPTION
+
+
 @pytest.mark.parametrize(
     "text",
     [
         *(text_of(DESCRIPTION, position=value) for value in (2, -1, None, "x", {"a": 1})),
         *(text_of(DESCRIPTION, batch=value) for value in ([], [[1, 2, 3]], "x", [["a", None]])),
         *(text_of(DESCRIPTION, environment=value) for value in (None, 5, [1])),
-        *(text_of(DESCRIPTION, software=value) for value in (None, 5, [1], {"torch": 2})),
+        *(text_of(DESCRIPTION, circumstances=value) for value in (None, 5, [1], {"torch": [2]})),
         *(text_of(DESCRIPTION, settings=value) for value in (None, 5, [1])),
         text_of(DESCRIPTION, model={"path": 5}),
         text_of(DESCRIPTION, adapters=[{"path": "a", "strength": "much", "digest": "", "hash": ""}]),

@@ -50,7 +50,7 @@ def job(tmp_path):
     def planned(name):
         pictures = [replace(PICTURE, row=number + 1, prompt=str(number), seed=number) for number in range(13)]
         model = BaseModel("model", None, None, "float32", "0", None, {})
-        about = {"adapters": {}, "environment": {}, "software": {}}
+        about = {"adapters": {}, "environment": {}, "now": {}}
         return plan(tmp_path / name, pictures, lambda picture: 1, batch_size=3, model=model, **about)
 
     return planned

@@ -109,7 +109,7 @@ def draw(number: int) -> tuple[DrawnConfig, list[Kill]]:
 
 def train(config: DrawnConfig, run: Path, end: Path, resume: bool, kill: Kill | None) -> None:
     """Trains to the end, or to where it is killed; `end` receives what only the process itself knows."""
-    accelerator = join_processes("no")
+    accelerator = join_processes(config.train)
     rank, count = accelerator.process_index, accelerator.num_processes
     killer = Killer(kill if kill and kill.rank == rank else None)
     torch.manual_seed(0)

@@ -20,9 +20,10 @@ def extended(path, before, after, **settings):
     return training, run
 
 
-def test_a_constant_rate_makes_an_extended_run_equal_to_a_longer_one(tmp_path, caplog):
-    training, _ = extended(tmp_path / "parts", 5, 12, schedule="constant")
-    longer = small_training(new_run(tmp_path / "longer"), steps=12, schedule="constant")
+@pytest.mark.parametrize("warmup", [None, {"warmup_steps": 3}])
+def test_a_constant_rate_makes_an_extended_run_equal_to_a_longer_one(tmp_path, caplog, warmup):
+    training, _ = extended(tmp_path / "parts", 5, 12, schedule="constant", warmup=warmup)
+    longer = small_training(new_run(tmp_path / "longer"), steps=12, schedule="constant", warmup=warmup)
     longer.fit()
     for one, two in zip(training.network.parameters(), longer.network.parameters(), strict=True):
         assert torch.equal(one, two)
@@ -55,6 +56,46 @@ def test_an_extended_run_is_not_warmed_up_again(tmp_path):
 def test_no_warning_while_the_rate_is_constant(tmp_path, caplog):
     extended(tmp_path / "run", 4, 8, schedule="warmup_stable_decay", warmup={"decay_ratio": 0.01})
     assert [each for each in caplog.records if each.levelname == "WARNING"] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "other"),
+    [
+        ({"name": "constant"}, (10, 10, 20), False),
+        ({"name": "constant", "warmup_steps": 5}, (10, 10, 20), False),
+        ({"name": "constant", "warmup_steps": 5}, (10, 3, 20), False),
+        ({"name": "constant", "warmup_ratio": 0.03}, (10, 10, 20), True),  # no step of 10, and one of 20
+        ({"name": "constant", "warmup_ratio": 0.2}, (10, 10, 11), False),  # two steps of both
+        ({"name": "constant", "warmup_ratio": 0.5}, (10, 4, 20), True),
+        ({"name": "constant", "warmup_ratio": 0.5}, (10, 1, 20), False),  # the first step has the rate 0
+        ({"name": "warmup_stable_decay", "decay_ratio": 0.2}, (10, 8, 20), False),
+        ({"name": "warmup_stable_decay", "decay_ratio": 0.2}, (10, 10, 20), True),
+        ({"name": "warmup_stable_decay", "warmup_ratio": 0.1, "decay_ratio": 0.2}, (10, 8, 20), True),
+        ({"name": "cosine"}, (10, 10, 20), True),
+        ({"name": "cosine"}, (10, 1, 20), False),
+        ({"name": "cosine", "warmup_steps": 5}, (10, 5, 20), False),
+        ({"name": "linear"}, (10, 5, 20), True),
+    ],
+)
+def test_a_warning_comes_where_finished_steps_had_other_rates(settings, steps, other, caplog):
+    before, done, after = steps
+    stopped = gone_on(Schedule(sgd(), ScheduleConfig(**settings), before), done)
+    longer = Schedule(sgd(), ScheduleConfig(**settings), after)
+    of_longer = [longer.factor(step) for step in range(done)]
+    longer.load_state_dict(stopped.state_dict())
+    assert ([stopped.factor(step) for step in range(done)] != of_longer) == other
+    assert ([record.levelname for record in caplog.records] == ["WARNING"]) == other
+    caplog.clear()
+    again = Schedule(sgd(), ScheduleConfig(**settings), after)
+    again.load_state_dict(gone_on(longer, 2).state_dict())
+    assert caplog.messages == []  # said once
+
+
+def gone_on(schedule, steps):
+    for _ in range(steps):
+        schedule.optimizer.step()
+        schedule.step()
+    return schedule
 
 
 def rates(schedule) -> list[float]:

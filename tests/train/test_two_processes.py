@@ -66,7 +66,7 @@ def train(
 
 
 def _trains(rank, folder):
-    assert highest(3 - rank, Accelerator(cpu=True)) == highest(2 + rank, Accelerator(cpu=True)) == 3
+    assert highest([3 - rank, 2 + rank], Accelerator(cpu=True)) == [3, 3]
 
     def run(name):
         return RunDirectory(folder / name)

@@ -1,7 +1,8 @@
 """A folder of visual features: shards of one tensor each, and an index that records how they were computed.
 
     index.json                       identity of the tower, sizes, and the number of rows of each shard
-    features-00001.safetensors       "features" (N, S, D); metadata: identity, names and digests of the N images
+    features-00001.safetensors       "features" (N, S, D); metadata: identity, names and digests of the N images, and
+                                     the circumstances under which they were computed
 
 A shard is valid once the index lists it, so that an interruption loses one shard at most. If an image was computed
 again, it is in several shards and the last one takes precedence.
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.circumstances import Record, about_kept, circumstances
 from dora_mm.utils.json_text import parse_json, read_bounded
 from dora_mm.utils.tensor_writer import save_tensors
 
@@ -66,6 +68,7 @@ class Shard(NamedTuple):
     names: list[str]
     digests: list[str]  # of the image files
     rows: Any  # a lazy safetensors slice of (N, S, D)
+    circumstances: Record
 
 
 def image_digest(path: Path) -> str:
@@ -117,6 +120,7 @@ def open_shard(folder: Path, index: FeatureIndex, name: str) -> Shard:
         names, digests = (parse_json(metadata[key], key, list) for key in ("names", "digests"))
         if not all(isinstance(text, str) for text in (*names, *digests)):
             raise ValueError("its names or digests are not texts")
+        about = parse_json(metadata.get("circumstances", "{}"), "circumstances")
         rows = file.get_slice(TENSOR)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is missing or damaged ({error}): {AGAIN}") from error
@@ -128,7 +132,7 @@ def open_shard(folder: Path, index: FeatureIndex, name: str) -> Shard:
     if rows.get_shape() != expected or not len(names) == len(digests) == expected[0]:
         found = f"{len(names)} names and features of {tuple(rows.get_shape())}"
         raise ValueError(f"{path} has {found}, but {INDEX} requires {tuple(expected)}: delete it and {AGAIN}")
-    return Shard(names, digests, rows)
+    return Shard(names, digests, rows, about)
 
 
 class FeatureFolder:
@@ -184,7 +188,7 @@ class FeatureWriter:
     """Adds features to a folder, shard by shard; existing features are kept.
 
     As a context manager it writes the remaining features on exit. A damaged shard is removed from the index with a
-    warning, so that its images are computed again.
+    warning, so that its images are computed again. Another warning says which were computed under other circumstances.
 
     Args:
         folder: The folder; created if missing.
@@ -211,6 +215,7 @@ class FeatureWriter:
             index = self._matching(index, read_index(folder))
         elif stray := sorted(folder.glob("features-*.safetensors")):
             raise ValueError(f"output: {folder} contains {stray[0].name} but no {INDEX}: name another folder")
+        self._now = circumstances()
         self.index, self._digests = self._intact(index)
         self.index.save(folder)
         self._pending: dict[str, tuple[str, Tensor]] = {}
@@ -257,6 +262,7 @@ class FeatureWriter:
         names = list(self._pending)
         digests, rows = zip(*self._pending.values(), strict=True)
         metadata = {"identity": self.index.identity, "names": json.dumps(names), "digests": json.dumps(digests)}
+        metadata["circumstances"] = json.dumps(self._now)
         numbers = [int("0" + "".join(filter(str.isdigit, Path(name).stem))) for name in self.index.shards]
         file = f"features-{max(numbers, default=0) + 1:05d}.safetensors"
         save_tensors(self.folder / file, {TENSOR: torch.stack(rows)}, metadata)
@@ -277,7 +283,7 @@ class FeatureWriter:
     def _intact(self, index: FeatureIndex) -> tuple[FeatureIndex, dict[str, str]]:
         """The index reduced to intact shards, and the digests of their images by name."""
         digests: dict[str, str] = {}
-        intact = {}
+        intact, kept = {}, []
         for name, count in index.shards.items():
             try:
                 shard = open_shard(self.folder, index, name)
@@ -286,4 +292,7 @@ class FeatureWriter:
                 continue
             digests.update(zip(shard.names, shard.digests, strict=True))
             intact[name] = count
+            kept.append((shard.circumstances, count))
+        if said := about_kept(kept, self._now, f"features in {self.folder}"):
+            log.warning(said)
         return replace(index, shards=intact), digests

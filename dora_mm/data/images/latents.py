@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,6 +76,11 @@ class LatentCache:
     def has(self, key: str) -> bool:
         """Whether latents of this key are kept; those in a file may turn out to be damaged when they are read."""
         return key in self.memory if self.files is None else self.files.has(key)
+
+    def report(self, keys: Iterable[str]) -> None:
+        """Says which latents in files were computed under other circumstances."""
+        if self.files is not None:
+            self.files.report(keys, "latents")
 
     def get(self, key: str, compute: Callable[[], Latents], source: object = "") -> Latents:
         """The latents with this key, computed if they are missing or damaged.

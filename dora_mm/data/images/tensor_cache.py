@@ -1,13 +1,20 @@
-"""Tensors in files by content: each file is checked when it is read, and appears as a whole or not at all."""
+"""Tensors in files by content: each file is checked when it is read, and appears as a whole or not at all.
+
+Each has the circumstances under which its tensors were computed.
+"""
 
 import hashlib
+import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dora_mm.utils.circumstances import NOTHING, Record, about_kept, circumstances
+from dora_mm.utils.json_text import parse_json
 from dora_mm.utils.tensor_writer import save_tensors
 
 log = logging.getLogger(__name__)
@@ -22,6 +29,7 @@ class TensorCache:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
+        self._reported: set[str] = set()
 
     def path(self, key: str) -> Path:
         """The file of a key, a SHA-256 in hex."""
@@ -52,7 +60,32 @@ class TensorCache:
         """Keeps tensors, on any device."""
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         # Waiting for the disk takes up to 55 ms a file; a damaged one is computed again
-        save_tensors(self.path(key), kept, {"sha256": _checksum(kept)}, flushes=False)
+        about = {"sha256": _checksum(kept), "circumstances": json.dumps(self._now)}
+        save_tensors(self.path(key), kept, about, flushes=False)
+
+    @cached_property
+    def _now(self) -> Record:
+        return circumstances()
+
+    def report(self, keys: Iterable[str], things: str) -> None:
+        """Says once which tensors were computed under other circumstances.
+
+        Args:
+            keys: The keys of those that are kept.
+            things: What they are, in the plural.
+        """
+        new = list(dict.fromkeys(key for key in keys if key not in self._reported))
+        self._reported.update(new)
+        if said := about_kept(((self._circumstances(key), 1) for key in new), self._now, f"{things} in {self.folder}"):
+            log.warning(said)
+
+    def _circumstances(self, key: str) -> Record:
+        """Those of a key; none of a file that is damaged, which is computed again when it is read."""
+        try:
+            with safe_open(self.path(key), framework="pt") as file:
+                return parse_json((file.metadata() or {}).get("circumstances", "{}"), key)
+        except (SafetensorError, OSError, ValueError):
+            return NOTHING
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:

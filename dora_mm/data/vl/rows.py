@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
@@ -19,6 +20,18 @@ Id = Index | Text
 Score = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 OnBadData = Literal["stop", "skip"]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A context without the warnings of skipped rows, where these are reported otherwise."""
+    logger = logging.getLogger("dora_mm.data.vl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class HasId(Protocol):

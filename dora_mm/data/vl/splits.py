@@ -21,7 +21,7 @@ from dora_mm.data.vl.held_out import split_held_out
 from dora_mm.data.vl.joining import joined
 from dora_mm.data.vl.readers import read_source, resolved
 from dora_mm.data.vl.report import cheap_lengths
-from dora_mm.data.vl.rows import BadRows
+from dora_mm.data.vl.rows import BadRows, quiet
 from dora_mm.data.vl.tables import ExampleTable, open_table
 from dora_mm.registries.vl_tasks import TASKS
 
@@ -40,6 +40,13 @@ class RowCheck(Protocol):
             ValueError: A row cannot be read and the table's `on_bad_data` is "stop", or none can.
         """
         ...
+
+
+class AllRows:
+    """Takes every row, where the model that would check them is not there."""
+
+    def check_rows(self, table: ExampleTable) -> ExampleTable:
+        return table
 
 
 @dataclass(frozen=True)
@@ -233,6 +240,22 @@ def open_validation(
             images = images_of(task) if isinstance(task.valid, HeldOutConfig) else source.images
             found[task.task] = ValidationSet(table, images, candidates)
     return found
+
+
+def check_data(data: VLDataConfig, decode: DecodeConfig, batch_size: int) -> None:
+    """Reads all that a training reads of its data without a model, which is usually loaded for minutes first.
+
+    Args:
+        data: The `data` section of a config.
+        decode: The `decode` section.
+        batch_size: Rows per batch for tasks that do not set their own.
+
+    Raises:
+        ValueError: As in `open_training` and `open_validation`.
+    """
+    with quiet():  # warnings come when the rows are read for the model
+        open_training(data, batch_size, AllRows())
+        open_validation(data, decode, AllRows(), answered=True)
 
 
 def usual_opening(task: VLTaskConfig) -> tuple[str | None, str]:

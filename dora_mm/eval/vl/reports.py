@@ -28,8 +28,10 @@ def write_answers(
     folder: Path,
     answered: Answered,
     settings: Mapping[str, Any],
-    digests: Mapping[str, str],
+    digests: Mapping[str, Any],
     prompts: Mapping[str, str],
+    notes: Mapping[str, str],
+    day: str = "",
 ) -> dict[str, VLScores]:
     """Scores answers, and writes predictions_<task> and scored_<task>.jsonl of every task.
 
@@ -39,6 +41,8 @@ def write_answers(
         settings: How they were made: sections of the config, by their names.
         digests: Of model, adapter and data, by a description of each.
         prompts: The prompts of tasks that have others than their own.
+        notes: A sentence by task on answers that were given under other circumstances; empty: none were.
+        day: See `About`.
 
     Returns:
         The scores of the tasks that have references, each with how precisely it is known.
@@ -49,11 +53,13 @@ def write_answers(
         write_predictions(name, rows, folder / f"predictions_{stem}{suffix(name)}")
         # Some rows of Karpathy's VQA have no reference answer: they count as wrong, and a note gives their number.
         scores = score(name, rows) if any(is_answered(example) for example, _ in rows) else None
-        about = About(name, settings=settings, digests=digests)
+        mixed = {"circumstances": notes[name]} if notes[name] else {}
+        about = About(name, settings={**settings, **mixed}, digests=digests, day=day)
         prompt = prompts.get(name, TASKS[name].prompt) or "{text}"
         write_scored(folder / f"scored_{stem}.jsonl", rows, scores, about, prompt)
         if scores is not None:
-            found[name] = replace(scores, notes=(*scores.notes, *precision_notes(name, rows, scores.main)))
+            precision = precision_notes(name, rows, scores.main)
+            found[name] = replace(scores, notes=(*scores.notes, *precision, *mixed.values()))
     return found
 
 

@@ -13,6 +13,7 @@ from dora_mm.config.models import ModelConfig
 from dora_mm.config.paths import CONFIG, INDEX, resolve_model, resolve_path
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.models.hub import local_copy
+from dora_mm.models.identity import ModelIdentity, digests_of, weights_of
 from dora_mm.models.images.components import (
     META,
     Components,
@@ -30,11 +31,11 @@ from dora_mm.models.images.denoiser_file import PREFIX, load_denoiser
 from dora_mm.models.images.image_model import Distilled, ImageModel
 from dora_mm.models.images.schedulers import changes_for
 from dora_mm.models.images.weights import PipelineFiles
-from dora_mm.models.opening import check_revision, described, loaded_files, opening
+from dora_mm.models.opening import check_revision, described, is_weights, loaded_files, opening
 from dora_mm.models.quantization import check_installed, quantize_layers
 from dora_mm.registries.image_families import IMAGE_FAMILIES, ImageFamily
 from dora_mm.registries.registry import load
-from dora_mm.utils.digest import files_digest
+from dora_mm.utils.digest import weights_digest
 
 
 def family_of(path: str, revision: str | None = None) -> type[ImageModel]:
@@ -237,27 +238,36 @@ def about_prediction(config: ModelConfig) -> str:
     return f"{line}, as {'its marker tensors say' if config.prediction == 'auto' else 'model.prediction says'}"
 
 
-def files_identity(config: ModelConfig) -> dict[str, str]:
-    """Digests of the files that a model is loaded from, by a description of each; nothing before it was downloaded.
+def identity_of(config: ModelConfig) -> ModelIdentity:
+    """The identity of the image model that a config's `model` section names.
 
-    Args:
-        config: The `model` section of a config.
+    A network that a file or folder of its own replaces still has its config in `model.path`.
+
+    Raises:
+        ValueError: There is no such model, or a file of it is damaged; the message names the key.
     """
     path = local_copy(resolve_model(config.path), config.revision)
     vae = local_copy(resolve_model(config.vae, "model.vae")) if config.vae else None
     if path is None or (config.vae and vae is None):
-        return {}
-    files: dict[str, list[Path]] = {"model": [path]}
+        return ModelIdentity()
+    family = family_of(str(path))
+    weights, files = {"checkpoint": [path]}, {}
     if path.is_dir():
-        names = _read_from_path(family_of(str(path)), config)
-        variant = PipelineFiles(str(path), path, names, config).variant
-        files = {f"model's {name}": loaded_files(path / name, variant) for name in names}
-        files["model's index"] = [path / INDEX]
+        names = _read_from_path(family, config)
+        own = PipelineFiles(str(path), path, names, config)
+        weights = {name: own.weights(name) for name in names if is_network(name)}
+        files = digests_of(path, names=[INDEX])
+        for phase in family.phases:
+            for name in phase:
+                files |= digests_of(path / name, f"{name}/", [] if name in names else [CONFIG])
     if config.denoiser:
-        files["model's denoiser"] = [_denoiser_file(config)]
+        weights[family.denoiser] = [_denoiser_file(config)]
     if vae:
-        files["model's vae"] = loaded_files(vae)
-    return {f"the {name}": files_digest(found) for name, found in files.items()}
+        weights["vae"] = [file for file in loaded_files(vae) if is_weights(file)]
+        files |= digests_of(vae, "model.vae/")
+    if not all(weights.values()):  # of a hub model, the configs alone may be here
+        return ModelIdentity()
+    return ModelIdentity({weights_of(name): weights_digest(found) for name, found in weights.items()}, files)
 
 
 def load_image_model_if_local(config: ModelConfig) -> ImageModel | None:

@@ -232,10 +232,10 @@ class ImageModel(ABC):
 
     @property
     def text_identity(self) -> str:
-        """What encoded captions depend on besides their text: tokenizers, encoders with their dtype, settings."""
+        """What encoded captions depend on besides their text: tokenizers, encoders with configs and dtype, settings."""
         tokenizers = [self.components[name] for name in self.components.names if name.startswith("tokenizer")]
         cut = [(each.backend_tokenizer.to_str(), each.model_max_length, each.chat_template) for each in tokenizers]
-        encoders = [self.components.digest(name) for name in self.text_encoders]
+        encoders = [(self.components.digest(name), str(self.components.config(name))) for name in self.text_encoders]
         settings = self.settings.model_dump_json(exclude=set(self.settings.only_training))
         found = [self.title, TEXT_LAYOUT, cut, encoders, settings]
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()

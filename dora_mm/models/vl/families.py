@@ -67,6 +67,7 @@ def load_to_ask(
     trained_tower: bool,
     given: Mapping[str, str],
     device: torch.device | str,
+    today: str | None = None,
 ) -> VLModel:
     """Loads a model for a single question, with the settings of the run that trained an adapter of it.
 
@@ -77,6 +78,7 @@ def load_to_ask(
         trained_tower: The run adapts a vision tower beside the model.
         given: A `dtype` or `revision` that replaces that of the run.
         device: Where the model computes.
+        today: The day that its chat template may ask for, in ISO format; None: it is not asked anything.
 
     Raises:
         ValueError: The model cannot be loaded, or needs a run and there is none.
@@ -85,9 +87,11 @@ def load_to_ask(
     family, section = load(VL_FAMILIES[name].place), load(VL_FAMILIES[name].section)
     model, vision = run if run and run[0].family == name else (None, VisionConfig())
     settings = {"path": path, **family.settings_to_ask(path, model, given)}
+    settings |= {"date": today} if "date" in section.model_fields else {}
     model = model.model_copy(update=settings) if model else section.model_validate({"family": name, **settings})
     vision = vision.model_copy(update={"features": ()})
     loaded = load_vl_model(model, vision, seed=seed, trained_tower=trained_tower, device=device)
+    loaded.day.source = "today"
     if not loaded.converses:  # those that do take any question
         loaded.check([loaded.question_task])
     return loaded

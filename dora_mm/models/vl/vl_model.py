@@ -20,7 +20,9 @@ from dora_mm.data.vl.row_view import RowView
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet
 from dora_mm.data.vl.tables import ExampleTable
+from dora_mm.models.identity import ModelIdentity
 from dora_mm.registries.vl_tasks import TASKS
+from dora_mm.utils.day import Day
 from dora_mm.utils.losses import LossSum
 
 log = logging.getLogger(__name__)
@@ -65,12 +67,13 @@ class RowLengths:
 
 
 class RowCounts:
-    """The rows of a training's batches that are not learned as they are: a part of its checkpoints.
+    """The rows of a training's batches that are not learned as they are, and their day: a part of its checkpoints.
 
     Of several processes the first one writes checkpoints, and each goes on from its numbers.
 
     Args:
         limit: The number of tokens that a row may have; 0: rows have no such limit.
+        day: What chat templates may ask for.
 
     Attributes:
         num_cut: How many lost text or whole exchanges, because they were too long.
@@ -78,8 +81,8 @@ class RowCounts:
         longest: The tokens of the longest row, before it was cut, whose loss was computed, also in a validation.
     """
 
-    def __init__(self, limit: int = 0):
-        self.limit = limit
+    def __init__(self, limit: int = 0, day: Day | None = None):
+        self.limit, self.day = limit, day or Day()
         self.num_cut = self.num_left_out = self.longest = 0
         self._named: set[str] = set()
 
@@ -97,15 +100,24 @@ class RowCounts:
                 self._named.add(sentence)
                 log.warning("%s; left out of its batch", sentence)
 
-    def state_dict(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in ("num_cut", "num_left_out", "longest", "limit")}
+    def state_dict(self) -> dict[str, Any]:
+        found = {name: getattr(self, name) for name in ("num_cut", "num_left_out", "longest", "limit")}
+        return found | ({"day": self.day.recorded} if self.day.recorded else {})
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from the numbers of a checkpoint.
 
         Raises:
-            ValueError: Rows may have another length now, and one that was seen would be cut in another way.
+            ValueError: Rows may have another length now, and one that was seen would be cut in another way; or the
+                finished steps have read rows of another day.
         """
+        if day := state_dict.get("day"):
+            if day != self.day.date:
+                raise ValueError(
+                    f"model.date: the finished steps have read rows of {day}, and rows have {self.day.date} now: go on "
+                    f"with {day}, or start a new run"
+                )
+            self.day.asked = max(1, self.day.asked)
         before, longest = state_dict["limit"], state_dict["longest"]
         if before != self.limit and longest > min(before, self.limit):
             raise ValueError(
@@ -182,8 +194,8 @@ class VLModel(Protocol):
         ...
 
     @property
-    def identity(self) -> Mapping[str, str]:
-        """Digests of the base weights, and of all else on which an adapter depends, by keys of an adapter's header."""
+    def identity(self) -> ModelIdentity:
+        """The content of all that it was loaded from; the names of weights are keys of an adapter's header."""
         ...
 
     @property
@@ -194,6 +206,11 @@ class VLModel(Protocol):
     @property
     def files(self) -> SeenFiles:
         """The content of the images, videos or features that it has read: a part of the checkpoints of a training."""
+        ...
+
+    @property
+    def day(self) -> Day:
+        """The day that its chat template may ask for, and how often it has."""
         ...
 
     @property

@@ -15,6 +15,7 @@ from dora_mm.data.vl.splits import open_validation
 from dora_mm.eval.vl.intervals import AnswerScores, answer_scores, groups_of
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.sampling.answers import answer_all
+from dora_mm.studies.campaigns.kept import ANSWERS, keep_circumstances
 from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.tasks.vl import answerers
 from dora_mm.utils.atomic import write_text
@@ -76,11 +77,12 @@ class AnsweredSplits:
             seed: The seed of the training.
             adapter: The adapter folder to answer with; None answers with the bare model.
         """
-        path = folder / "answers" / f"{name}.json"
+        path = folder / ANSWERS / f"{name}.json"
         if not path.is_file():
             log.info("Answers of %s:", name)
             found = self.answer(adapter, seed)
             texts = {task: [prediction for _, prediction in rows] for task, rows in found.items()}
+            keep_circumstances(path)
             write_text(path, json.dumps(texts) + "\n")
         texts = json.loads(path.read_text(encoding="utf-8"))
         return {task: list(zip(rows, texts[task], strict=True)) for task, rows in self.examples.items()}

@@ -19,12 +19,15 @@ import torch
 
 from dora_mm.config.loader import load_config
 from dora_mm.studies.campaigns.evaluation import ScoresT, Scoring
+from dora_mm.studies.campaigns.kept import about_results
 from dora_mm.studies.campaigns.training_rows import FAILED, TrainingRow, TrainingRows, row_of, rows_file
 from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.config import CampaignConfig
 from dora_mm.studies.curves import RateCurve
 from dora_mm.studies.variants import Variant
+from dora_mm.train.day import started_on
 from dora_mm.train.run import open_run, reopen_run
+from dora_mm.utils.run_directory import DAY
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +48,13 @@ class Campaign(Generic[ScoresT]):
     def __init__(self, config: CampaignConfig, scoring: Scoring[ScoresT], seeds: Sequence[int], rate_seeds: int = 1):
         self.config, self.scoring, self.inputs = config, scoring, scoring.inputs
         self.seeds, self.rate_seeds = seeds, seeds[:rate_seeds]
-        run = reopen_run(config, self.inputs, config.free_keys) or open_run(config, self.inputs)
-        self.folder = run.path
-        self.trainings = Trainings(self.folder, config.base, config.workers, scoring.overrides)
+        run = reopen_run(config, self.inputs, config.free_keys)
+        run = run or open_run(config, {**self.inputs, **started_on(scoring.day)})
+        self.folder, day = run.path, scoring.day.date
+        self.trainings = Trainings(self.folder, config.base, config.workers, scoring.overrides, day)
         self.rows = TrainingRows(rows_file(config, self.folder), cache(self.digest))
+        if said := about_results(self.trainings, self.rows):
+            log.warning(said)
 
     def digest(self, training: Training) -> str:
         """The digest of all that a row depends on: the training's config, its inputs, and how it is scored.
@@ -109,8 +115,11 @@ class Campaign(Generic[ScoresT]):
             value = self.scoring.value(self.trainings, training) if self.is_for_rates(training) else None
             scores = self.scoring.scored(self.trainings, training) if reported else ""
         torch.cuda.empty_cache()  # the next training is another process, which needs what scoring took
-        about = {"summary": self.trainings.summary(training), "versions": self.trainings.versions(training)}
-        self.rows.add([row_of(training, value=value, scores=scores, digest=self.rows.digest(training), **about)])
+        about = {"summary": self.trainings.summary(training), "digest": self.rows.digest(training)}
+        day = about["summary"].get(DAY)
+        days = [{DAY: day}] if day else []
+        about["circumstances"] = [*self.trainings.circumstances(training.name), self.trainings.now, *days]
+        self.rows.add([row_of(training, value=value, scores=scores, **about)])
 
     def row(self, training: Training) -> TrainingRow:
         """The row of a training that is there."""
@@ -135,7 +144,12 @@ class Campaign(Generic[ScoresT]):
             f"{row.processor}, threads {row.threads}" if row.processor else "not recorded"
             for row in map(self.row, trainings)
         )
-        return f"Trained on: {'; '.join(f'{place}: {count}' for place, count in places.most_common())}."
+        found = f"Trained on: {'; '.join(f'{place}: {count}' for place, count in places.most_common())}."
+        days = Counter(row.day for row in map(self.row, trainings))
+        if set(days) == {""}:
+            return found
+        named = "; ".join(f"{day or 'none'}: {count}" for day, count in sorted(days.items()))
+        return f"{found} The chat template got the day {named}."
 
     def scores(self, repeated: Sequence[Training]) -> ScoresT:
         """The reported scores of trainings that differ in nothing but the seed."""

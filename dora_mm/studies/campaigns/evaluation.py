@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -16,6 +16,7 @@ from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.config import CompareConfig
 from dora_mm.studies.tables import Result
 from dora_mm.studies.variants import Variant, variants
+from dora_mm.utils.day import Day
 
 ScoresT = TypeVar("ScoresT")
 ConfigT = TypeVar("ConfigT", TrainDiffusionConfig, TrainVLConfig)
@@ -37,9 +38,10 @@ class Scoring(Protocol[ScoresT]):
     """
 
     score_title: str  # what `cells` are, for figures and tables
+    day: Day  # what chat templates may ask for, the same in all trainings and evaluations
 
     @property
-    def inputs(self) -> Mapping[str, str]:
+    def inputs(self) -> Mapping[str, Any]:
         """Digests of the data and models that the config refers to, by a description of each."""
         ...
 

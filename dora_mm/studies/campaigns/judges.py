@@ -21,6 +21,7 @@ from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.own_style import images_of_training, prompts_in_style, vectors_by
 from dora_mm.sampling.sheets import save_atomically, thumbnail
 from dora_mm.studies.campaigns.evaluation import Scoring
+from dora_mm.studies.campaigns.kept import SCORES, keep_circumstances
 from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.campaigns.tuned import TunedPictures, TunedQuestions, TunedTrainings
 from dora_mm.utils.atomic import write_text
@@ -89,7 +90,7 @@ class LikenessJudge:
 
     def __init__(self, trained: TunedPictures, clip_model: str | None):
         self.trained, base = trained, trained.base
-        self.inputs, self.overrides = trained.inputs, trained.overrides
+        self.inputs, self.overrides, self.day = trained.inputs, trained.overrides, trained.day
         self.images = images_of_training(base.data)
         self.prompts = prompts_in_style(base, self.images)
         self.seeds: tuple[int, ...] = EvalStyleConfig.model_fields["seeds"].default
@@ -117,13 +118,14 @@ class LikenessJudge:
             name: The name of the training or of the bare model, for file names.
             adapter: The adapter folder to draw with; None draws with the bare model.
         """
-        file = folder / "scores" / f"{name}.json"
+        file = folder / SCORES / f"{name}.json"
         if not file.is_file():
             images = self.drawn(adapter, name)
             for number, image in enumerate(images):
                 prompt, seed = divmod(number, len(self.seeds))
                 save_atomically(self.picture(folder, name, prompt, self.seeds[seed]), image)
             found = scores_of(self.vectors.of_images(images), self.training_MD, len(self.seeds)).cells[LIKENESS]
+            keep_circumstances(file)
             write_text(file, json.dumps(found.reshape(-1, len(self.seeds)).mean(axis=1).round(6).tolist()) + "\n")
         return file.read_text(encoding="utf-8").strip()
 
@@ -214,7 +216,7 @@ class AnswerJudge(HighestScore):
         from dora_mm.studies.campaigns.answers import AnsweredSplits  # it needs the extra vl
 
         self.trained, base = trained, trained.base
-        self.inputs, self.overrides = trained.inputs, trained.overrides
+        self.inputs, self.overrides, self.day = trained.inputs, trained.overrides, trained.day
         self.splits = AnsweredSplits(base, trained.model, base.data, base.evaluate, base.evaluate.limit)
         self.scores = self.splits.scores
 
@@ -247,7 +249,7 @@ class LossJudge(HighestScore):
 
     def __init__(self, trained: TunedTrainings):
         self.trained = trained
-        self.inputs, self.overrides = trained.inputs, trained.overrides
+        self.inputs, self.overrides, self.day = trained.inputs, trained.overrides, trained.day
 
     def value(self, trainings: Trainings, training: Training) -> float:
         """Higher is better."""

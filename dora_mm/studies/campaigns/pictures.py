@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,17 +21,19 @@ from dora_mm.eval.images.judge import FILES, Judge, spaced_concepts
 from dora_mm.eval.images.prompts import fill
 from dora_mm.eval.images.scores import Scores, concatenate_seeds, mean_metrics
 from dora_mm.eval.statistics import Interval
-from dora_mm.models.images.families import load_image_model
+from dora_mm.models.images.families import identity_of, load_image_model
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.images.new_tokens import load_adapter
 from dora_mm.sampling.before_after import sample_merged
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.sheets import save_atomically
 from dora_mm.studies.campaigns.evaluation import Report, check_trainings, common_overrides, load_base, num_trainings
+from dora_mm.studies.campaigns.kept import SCORES, keep_circumstances
 from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.config import CompareConfig, ComparePicturesConfig
 from dora_mm.studies.tables import Result, picture_contrasts_table, picture_results_csv, picture_results_table
 from dora_mm.studies.variants import Variant
+from dora_mm.utils.day import Day
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import module_digest
 
@@ -53,7 +56,7 @@ class PictureEvaluation:
     score_title = "probability of the style / rank of the thing"
 
     def __init__(self, config: CompareConfig, settings: ComparePicturesConfig):
-        self.config, self.settings = config, settings
+        self.config, self.settings, self.day = config, settings, Day()
         self.base = load_base(config, TrainDiffusionConfig, "train_diffusion")
         check_trainings(config, self.overrides)
         judge = resolve_path(settings.judge, "pictures.judge")
@@ -66,7 +69,7 @@ class PictureEvaluation:
         model.check_rescale(self.settings.draw.guidance_rescale, "pictures.draw.guidance_rescale")
         self.judge.check_model(model.resolution, module_digest(model.networks["vae"]))
         self.encoder = Encoder(self.device)
-        self.inputs: Mapping[str, str] = {
+        self.inputs: Mapping[str, Any] = {
             "base": dump_config(self.base),
             "the pictures and captions": digest_of(read_training_images(self.base.data)),
             **{
@@ -77,7 +80,7 @@ class PictureEvaluation:
                 )
                 if images
             },
-            **{f"the model's {name}": module_digest(network) for name, network in model.networks.items()},
+            **identity_of(self.base.model).inputs,
             "the judge's files": hashlib.sha256(b"".join((judge / name).read_bytes() for name in FILES)).hexdigest(),
         }
 
@@ -150,7 +153,7 @@ class PictureEvaluation:
             adapter: The adapter folder to draw with; None draws with the bare model.
         """
         stem = file_stem(name, choice)
-        path = folder / "scores" / f"{stem}.json"
+        path = folder / SCORES / f"{stem}.json"
         if not path.is_file():
             concepts = self.concepts[choice.role]
             model = self.load_model()
@@ -161,6 +164,7 @@ class PictureEvaluation:
             images = sample_merged(model, prompts, [seed for _, seed in cells], self.settings.draw, stem)
             for (concept, seed), image in zip(cells, images, strict=True):
                 save_atomically(folder / "pictures" / stem / f"{concept.code}-seed{seed}.png", image)
+            keep_circumstances(path)
             self.judge.scores(self.encoder(images), concepts, seeds).save(path)
         return Scores.load(path)  # rounded, as a resumed campaign reads them
 

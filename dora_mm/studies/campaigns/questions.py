@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,7 @@ from dora_mm.studies.tables import (
     vl_results_table,
 )
 from dora_mm.studies.variants import Variant
+from dora_mm.train.day import dated, day_for
 from dora_mm.train.validation import overall
 from dora_mm.utils.devices import default_device
 
@@ -66,14 +68,18 @@ class QuestionEvaluation:
         check_base(config, self.base, settings)
         check_trainings(config, self.overrides)
         self.data = reported_data(settings, self.base)
-        self.model = load_bare(config, self.base, settings)  # keeps the visual tokens, which all trainings share
+        day = day_for(self.base.model, config.output)
+        # keeps the visual tokens, which all trainings share
+        self.model = load_bare(config, dated(self.base, day), settings)
+        self.day = self.model.day
+        self.day.source = day.source
         self.splits = AnsweredSplits(self.base, self.model, self.data, settings.decode)
         self.scored, self.scores = self.splits.scored, self.splits.scores
         check_reported(config, self.base, settings, self.splits.sets)
 
     @property
-    def inputs(self) -> Mapping[str, str]:
-        """The identity of what the config names: the base config, the model, the vision tower and all examples."""
+    def inputs(self) -> Mapping[str, Any]:
+        """The content of what the config names: the base config, the model, the vision tower and all examples."""
         rows = {
             f"the {split} of {task.task}": open_texts(source, self.base.data).content_identity
             for task in self.base.data.all_tasks
@@ -81,7 +87,7 @@ class QuestionEvaluation:
         }
         sets = self.splits.sets.items()
         reported = {f"the reported split of {name}": found.table.content_identity for name, found in sets}
-        return {"base": dump_config(self.base), **self.model.identity, **rows, **reported}
+        return {"base": dump_config(self.base), **self.model.identity.inputs, **rows, **reported}
 
     def overrides(self, training: Training) -> list[str]:
         """The overrides of one training; every update has the scaling of the base's."""

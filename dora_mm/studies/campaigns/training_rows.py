@@ -6,8 +6,9 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from dora_mm.studies.campaigns.trainings import Training
 from dora_mm.studies.config import CampaignConfig
 from dora_mm.studies.variants import Variant
 from dora_mm.utils.atomic import write_text
-from dora_mm.utils.run_directory import REPORTED_PACKAGES
+from dora_mm.utils.circumstances import Record, text_of
+from dora_mm.utils.run_directory import DAY
 from dora_mm.utils.tables import csv_records
 
 FAILED = "diverged"  # in place of the value of a training whose loss or weights were not finite
@@ -40,7 +42,8 @@ class TrainingRow:
         peak_memory_mb: In 2^20 bytes.
         processor: That of the training, or its GPU; with the next two, what decides how its numbers are rounded.
         threads: Those of the processor.
-        software: The versions of what it was trained with.
+        software: All other circumstances of the training and its scores, "torch 2.13.0, numpy 2.4", and the day
+            where a chat template asked for it; earlier rows have the versions of some packages.
         digest: Of the training's config and inputs, and of how it is scored.
         scores: The reported scores as JSON; in the file, where they are most of it, `packed`.
     """
@@ -74,6 +77,11 @@ class TrainingRow:
         return self.value == FAILED
 
     @property
+    def day(self) -> str:
+        """The day that the chat template got; empty: it did not ask."""
+        return next((text.split()[1] for text in self.software.split(", ") if text.startswith(f"{DAY} ")), "")
+
+    @property
     def number(self) -> float:
         """The score by which learning rates are chosen."""
         return 0.0 if self.has_diverged else float(self.value)
@@ -82,6 +90,20 @@ class TrainingRow:
     def summary(self) -> dict[str, Any]:
         """The entries of its summary.json that reports need."""
         return {key: json.loads(text) for key in KEPT if (text := getattr(self, key))}
+
+    @property
+    def circumstances(self) -> Record:
+        """Those that the row has, as `as_cells`."""
+        entries = (entry.partition(" ") for entry in self.software.split(", "))
+        cells = {"processor": self.processor, "threads": self.threads, **{name: text for name, _, text in entries}}
+        return {name: text for name, text in cells.items() if text}
+
+
+def as_cells(records: Sequence[Record]) -> dict[str, str]:
+    """Circumstances as rows have them: all values of a name as one text, without what runs the adapted layers."""
+    names = [name for name in dict.fromkeys(chain(*records)) if " " not in name]
+    values = {name: [text_of(record[name]) for record in records if name in record] for name in names}
+    return {name: " and ".join(dict.fromkeys(found)).replace(", ", ",") for name, found in values.items()}
 
 
 COLUMNS = tuple(field.name for field in fields(TrainingRow))
@@ -93,7 +115,7 @@ def row_of(
     value: float | str | None,
     scores: str,
     summary: Mapping[str, Any],
-    versions: Mapping[str, Any],
+    circumstances: Sequence[Record],
     digest: str,
 ) -> TrainingRow:
     """The row of a training.
@@ -103,11 +125,12 @@ def row_of(
         value: The score by which rates are chosen, or FAILED; None: it is not used for that.
         scores: The reported scores as JSON; empty: it is not reported.
         summary: Its summary.json.
-        versions: Its versions.json.
+        circumstances: Those of its steps and of its scores.
         digest: Of its config and inputs.
     """
     variant = training.variant
-    software = {name: version for name, version in versions.items() if name in REPORTED_PACKAGES and version}
+    cells = as_cells(circumstances)
+    processor, threads = cells.pop("processor", ""), cells.pop("threads", "")
     return TrainingRow(
         method=variant.method,
         rank=str(variant.rank or ""),
@@ -115,9 +138,9 @@ def row_of(
         rate=repr(training.rate),
         seed=str(training.seed),
         value=value if isinstance(value, str) else "" if value is None else f"{value:.6g}",
-        processor=str(versions.get("processor", "")),
-        threads=str(versions.get("threads", "")),
-        software=", ".join(f"{name} {version}" for name, version in software.items()),
+        processor=processor,
+        threads=threads,
+        software=", ".join(f"{name} {value}" for name, value in cells.items()),
         digest=digest,
         scores=scores,
         **{key: json.dumps(summary[key]) if key in summary else "" for key in KEPT},

@@ -14,8 +14,9 @@ import torch
 from dora_mm.studies.campaigns.subprocesses import TrainingProcess, run_processes, start_process
 from dora_mm.studies.variants import Variant
 from dora_mm.train.run import DIVERGED
+from dora_mm.utils.circumstances import Record, circumstances
 from dora_mm.utils.lock import LOCK
-from dora_mm.utils.run_directory import SUMMARY, VERSIONS
+from dora_mm.utils.run_directory import SUMMARY, VERSIONS, RunDirectory
 
 log = logging.getLogger(__name__)
 DELETED_WHEN_FINISHED = ("checkpoints", "best")  # only the final adapter is needed
@@ -44,12 +45,14 @@ class Trainings:
         base: The path of the config that all trainings share.
         workers: How many trainings run at a time.
         overrides: Returns the `key=value` overrides of `base` for one training.
+        day: `model.date` of all of them, in ISO format; None: their models have no such key.
     """
 
     folder: Path
     base: str
     workers: int
     overrides: Callable[[Training], list[str]]
+    day: str | None = None
 
     def run(self, training: Training) -> Path:
         """The run directory of a training."""
@@ -64,9 +67,20 @@ class Trainings:
         file = self.run(training) / SUMMARY
         return json.loads(file.read_text()) if file.is_file() else {}
 
-    def versions(self, training: Training) -> dict[str, Any]:
-        """The versions.json of a training: the software and the machine that it was started with."""
-        return json.loads((self.run(training) / VERSIONS).read_text())
+    @property
+    def threads(self) -> int:
+        """Those of each training."""
+        return max(1, torch.get_num_threads() // self.workers)
+
+    @property
+    def now(self) -> Record:
+        """The circumstances of trainings that start now."""
+        return {**circumstances(), "threads": self.threads}
+
+    def circumstances(self, name: str) -> list[Record]:
+        """Those of the steps of a training, in their order; none of one that has not begun."""
+        run = RunDirectory(self.folder / "runs" / name)
+        return list(run.circumstances().values()) if (run.path / VERSIONS).is_file() else []
 
     def has_diverged(self, training: Training) -> bool:
         """Whether a training ended since its loss or weights were not finite: its rate is too high."""
@@ -111,9 +125,9 @@ class Trainings:
         else:
             shutil.rmtree(folder, ignore_errors=True)
             settings = [*self.overrides(training), f"output={folder}"]
+            settings += [f"model.date={self.day}"] if self.day else []
             arguments = ["train", self.base, *(item for text in settings for item in ("--set", text))]
-        threads = max(1, torch.get_num_threads() // self.workers)
-        return start_process(training.name, arguments, self.folder / "logs" / f"{training.name}.txt", threads)
+        return start_process(training.name, arguments, self.folder / "logs" / f"{training.name}.txt", self.threads)
 
     def _delete_unneeded(self, training: str) -> None:
         for name in DELETED_WHEN_FINISHED:

@@ -13,12 +13,14 @@ from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.images.folder import digest_of, read_images, read_training_images
 from dora_mm.data.images.held_out import hold_out
 from dora_mm.formats import adapter_digest
-from dora_mm.models.images.families import files_identity
+from dora_mm.models.images.families import identity_of
 from dora_mm.studies.campaigns.halving import Candidate, lengths
 from dora_mm.studies.campaigns.trainings import Training
 from dora_mm.studies.config import TuneConfig
 from dora_mm.studies.variants import Variant
+from dora_mm.train.day import dated, day_for
 from dora_mm.train.validation import LOSS
+from dora_mm.utils.day import Day
 from dora_mm.utils.yaml12 import KeyPath
 
 KeyChanges = dict[KeyPath, Any]
@@ -36,6 +38,7 @@ class TunedTrainings(Protocol):
     """What is trained, without how it is judged."""
 
     steps: int  # the length of the base config's training, in optimizer steps
+    day: Day  # what chat templates may ask for, the same in all trainings
 
     @property
     def base(self) -> Any:
@@ -43,7 +46,7 @@ class TunedTrainings(Protocol):
         ...
 
     @property
-    def inputs(self) -> Mapping[str, str]:
+    def inputs(self) -> Mapping[str, Any]:
         """Digests of the data and models that the config refers to, by a description of each."""
         ...
 
@@ -68,20 +71,20 @@ class TunedPictures:
     """
 
     def __init__(self, config: TuneConfig, base: TrainDiffusionConfig):
-        self.config, self.base, self.steps = config, base, base.train.steps
+        self.config, self.base, self.steps, self.day = config, base, base.train.steps, Day()
         self.images = read_training_images(base.data)
         self.held = hold_out(self.images, base.data)[1]
         if config.judge == "held_out" and not self.held:
             raise ValueError(f"--judge held_out: {config.base} holds no pictures out: --set data.valid.share=0.1")
 
     @property
-    def inputs(self) -> Mapping[str, str]:
+    def inputs(self) -> Mapping[str, Any]:
         """As of a training: the pictures, the model's files, and an initial adapter."""
         found = {"base": dump_config(self.base), "the pictures and captions": digest_of(self.images)}
         preserved = read_images(self.base.data, "preserve")
         others = {"the held-out pictures": self.held, "the pictures to preserve": preserved}
         found |= {what: digest_of(images) for what, images in others.items() if images}
-        return found | files_identity(self.base.model) | initial_identity(self.base.adapter, adapter_digest)
+        return found | identity_of(self.base.model).inputs | initial_identity(self.base.adapter, adapter_digest)
 
     def overrides(self, training: Training) -> list[str]:
         """The overrides for one training, which draws no sheets."""
@@ -113,7 +116,11 @@ class TunedQuestions:
             raise ValueError(f"{config.base} has no valid split of {missing[0]}, by which rates are judged: data.valid")
         self.config, self.base = config, base
         tower, device = bool(base.adapter.vision_parts), default_device()
-        self.model = load_vl_model(pinned(base.model), base.vision, seed=base.seed, trained_tower=tower, device=device)
+        day, settings = day_for(base.model, config.output), {"trained_tower": tower, "device": device}
+        section = dated(base, day).model
+        self.model = load_vl_model(pinned(section), base.vision, seed=base.seed, **settings)
+        self.day = self.model.day
+        self.day.source = day.source
         self.model.check(task.task for task in base.data.all_tasks)
         training = open_training(base.data, base.train.batch_size, self.model)
         splits = open_validation(base.data, base.evaluate, self.model, answered=True)
@@ -124,10 +131,10 @@ class TunedQuestions:
         self.rows |= {f"the validation data of {name}": found.identity for name, found in splits.items()}
 
     @property
-    def inputs(self) -> Mapping[str, str]:
+    def inputs(self) -> Mapping[str, Any]:
         """As of a training: the rows of both splits, the model, and an initial adapter."""
         initial = initial_identity(self.base.adapter, digest_of_adapter)
-        return {"base": dump_config(self.base), **self.rows, **self.model.identity, **initial}
+        return {"base": dump_config(self.base), **self.rows, **self.model.identity.inputs, **initial}
 
     def overrides(self, training: Training) -> list[str]:
         """The overrides for one training."""

@@ -62,7 +62,7 @@ class Tuning:
         trainings = {each: training_of(self.base, each, steps) for each in candidates}
         missing = [each for each in trainings.values() if not self.campaign.is_there(each, reported=True)]
         log.info("Trainings of %d steps: %d, of which %d are to do", steps, len(trainings), len(missing))
-        self.campaign.finish(missing, reported=True)
+        self.campaign.finish(list(trainings.values()), reported=True)
         rows = {each: self.campaign.row(training) for each, training in trainings.items()}
         scores = {each: -inf if row.has_diverged else row.number for each, row in rows.items()}
         if len(scores) > 1 and len(set(scores.values())) == 1 and -inf not in scores.values():

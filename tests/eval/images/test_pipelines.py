@@ -27,6 +27,7 @@ from dora_mm.studies.campaigns.comparison import MethodComparison
 from dora_mm.studies.campaigns.subprocesses import TrainingProcess
 from dora_mm.utils.digest import file_digest, module_digest
 from samples.build.__main__ import main as build
+from tests.shared.edits import edits, named
 from tests.shared.images.tiny_flows import FLOWS, NAMES
 from tests.shared.killed import files_in
 
@@ -189,7 +190,7 @@ def check_manifest(folder: Path, scores: Scores) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """All files of a run but the versions of the software."""
+    """All files of a run."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
@@ -227,6 +228,13 @@ def test_an_evaluation_that_was_stopped_goes_on_in_its_folder(evaluation, tmp_pa
     assert rows[3:] == [{"bare_model"}]
     shutil.rmtree(folder / "earlier")
     assert files_of(folder) == whole
+    assert "circumstances" not in caplog.text
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    assert main(["eval", evaluation()]) == 0
+    assert files_of(folder) == whole
+    other = "computed under other circumstances, which may change last bits: MKL_CBWR none is COMPATIBLE"
+    assert f"12 of 12 pictures that are there were {other}" in caplog.messages
+    monkeypatch.delenv("MKL_CBWR")
     assert main(["eval", evaluation(style="brick")]) == 2
     assert "was started with different values of style: choose another folder" in capsys.readouterr().err
 
@@ -316,7 +324,7 @@ def test_another_family_is_compared_by_the_same_recipe(flow, comparison, base, j
 
 
 @pytest.mark.slow
-def test_comparison_trains_scores_and_reports(comparison, tmp_path, commands, capsys):
+def test_comparison_trains_scores_and_reports(comparison, tmp_path, commands, capsys, monkeypatch, caplog):
     config = comparison(extra_rates=0)
     assert main(["compare", config]) == 0
     # full, LoRA 2, DoRA 1 and 2: three rates each, and one more run at the best rate for the second seed
@@ -351,6 +359,14 @@ def test_comparison_trains_scores_and_reports(comparison, tmp_path, commands, ca
     assert commands == []
     assert (folder / "table.md").read_text() == before
 
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    caplog.clear()
+    assert main(["compare", config]) == 0
+    monkeypatch.delenv("MKL_CBWR")
+    (said,) = (message for message in caplog.messages if "circumstances" in message)
+    kept = 16 + len(list((folder / "scores").iterdir()))  # trainings and scores
+    assert said.startswith(f"{kept} of {kept} kept trainings, scores and answers were computed under other circum")
+
     free = {"workers": 2, "pictures": {"columns": 1}}  # these do not change the results
     assert main(["compare", comparison(extra_rates=0, **free)]) == 0
     assert main(["compare", comparison(extra_rates=0, steps=2)]) == 2
@@ -374,8 +390,35 @@ def test_comparison_is_not_resumed_with_other_weights_or_another_judge(
     tiny.pipeline().save_pretrained(other)
     values = yaml.safe_load(Path(base).read_text())
     write(tmp_path / "elsewhere.yaml", {**values, "loss": {}, "model": {"path": str(other)}})
-    with pytest.raises(ValueError, match="the model's unet:"):
+    with pytest.raises(ValueError, match="the weights of unet:"):
         open_campaign(comparison(base=str(tmp_path / "elsewhere.yaml")))
+
+
+@pytest.mark.slow
+def test_a_comparison_refuses_each_edited_file_of_its_model(comparison, base, tiny_folder, tmp_path):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    write(Path(base), yaml.safe_load(Path(base).read_text()) | {"model": {"path": str(model)}})
+    open_campaign(comparison())
+    for file in edits(model):
+        if file == "vae/diffusion_pytorch_model.safetensors":
+            with pytest.raises(ValueError, match="judge: it was fitted for images of 64 px and another VAE"):
+                open_campaign(comparison())
+        elif name := named(file):
+            with pytest.raises(ValueError, match=f"was started with different values of {name}: choose"):
+                open_campaign(comparison())
+        else:
+            open_campaign(comparison())
+
+
+@pytest.mark.slow
+def test_an_evaluation_refuses_each_edited_file_of_its_model(evaluation, tiny_folder, tmp_path, capsys):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    command = ["eval", evaluation(model={"path": str(model)}, concepts={"role": "report", "count": 3, "seeds": [0]})]
+    assert main(command) == 0
+    for file in edits(model):
+        name = named(file)
+        assert main(command) == (2 if name else 0)
+        assert not name or f"was started with different values of {name}: choose" in capsys.readouterr().err
 
 
 def test_comparison_reports_mistakes(comparison, base, capsys, tmp_path):

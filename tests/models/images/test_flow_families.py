@@ -71,6 +71,16 @@ def randomized(model):
         reference.randomize(layer, size=0.3, seed=seed)
 
 
+def test_a_text_encoder_whose_chat_template_asks_for_the_day_is_refused(model, monkeypatch):
+    """Pictures have no day: none that is published asks, and a clock would change pictures silently."""
+    if not model.tokenizer.chat_template:
+        pytest.skip("its prompts are read without a chat template")
+    asking = model.tokenizer.chat_template + "{{ strftime_now('%Y') }}"
+    monkeypatch.setattr(model.tokenizer, "chat_template", asking)
+    with pytest.raises(ValueError, match="the chat template asks for the day"):
+        model.encode_prompts([PROMPT])
+
+
 def test_prompts_are_encoded_as_the_pipeline_does(flow, model, plain):
     theirs = flow.embeddings(plain, PROMPTS)
     for ours, expected in zip(model.encode_prompts(PROMPTS), theirs, strict=True):

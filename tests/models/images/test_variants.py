@@ -9,9 +9,10 @@ from diffusers import StableDiffusionXLPipeline
 
 from dora_mm.config.models import ModelConfig, VLMModelConfig
 from dora_mm.formats.files.base_weights import BaseWeights
-from dora_mm.models.folders import weight_files, weights_identity
+from dora_mm.models.folders import identity_of as identity_of_folder
+from dora_mm.models.folders import weight_files
 from dora_mm.models.images import weights as files
-from dora_mm.models.images.families import files_identity, load_image_model, load_image_model_if_local
+from dora_mm.models.images.families import identity_of, load_image_model, load_image_model_if_local
 from dora_mm.models.images.weights import by_component, chosen_variant, download_line, wanted_files
 from dora_mm.models.vl.vlm.loading import load_vlm
 
@@ -63,7 +64,8 @@ def test_a_folder_of_a_variant_alone_is_loaded(half, tiny_folder):
         own = found.networks[name].state_dict()
         assert all(torch.equal(own[key], value) for key, value in network.state_dict().items())
     assert found.vae_identity.endswith("float16 None")
-    assert files_identity(config)["the model's unet"] != files_identity(config)["the model's vae"]
+    weights = identity_of(config).weights
+    assert weights["the weights of unet"] != weights["the weights of vae"]
 
 
 def test_its_digest_is_that_of_what_is_loaded(half, tiny_folder, tmp_path):
@@ -73,9 +75,8 @@ def test_its_digest_is_that_of_what_is_loaded(half, tiny_folder, tmp_path):
     assert load_image_model(plain).vae_identity == load_image_model(ModelConfig(path=str(tiny_folder))).vae_identity
     assert load_image_model(chosen).vae_identity == load_image_model(ModelConfig(path=str(half))).vae_identity
     assert load_image_model(chosen).unet.conv_in.weight.half().equal(load_image_model(plain).unet.conv_in.weight.half())
-    unet = "the model's unet"
-    assert files_identity(plain)[unet] == files_identity(ModelConfig(path=str(tiny_folder)))[unet]
-    assert files_identity(chosen)[unet] != files_identity(plain)[unet]
+    assert identity_of(plain).weights == identity_of(ModelConfig(path=str(tiny_folder))).weights
+    assert identity_of(chosen).weights["the weights of unet"] != identity_of(plain).weights["the weights of unet"]
 
 
 def test_a_variant_that_is_not_there_is_named(half):
@@ -91,7 +92,7 @@ def test_a_model_of_transformers(tiny_vlm, tmp_path):
     assert all(".fp16-0" in file.name for file in weight_files(copy))
     found = load_vlm(VLMModelConfig(path=str(copy)), torch.device("cpu")).state_dict()
     assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
-    assert weights_identity(str(copy), None) == weights_identity(str(folder), None)
+    assert identity_of_folder(str(copy), None).weights == identity_of_folder(str(folder), None).weights
 
 
 @pytest.mark.parametrize(("dtype", "variant", "size"), [("bfloat16", "fp16", 6.9), ("float32", "", 13.9)])

@@ -60,7 +60,7 @@ def vlm_adapter(path: Path, folder: Path, extra: tuple[str, ...] = (), dtype: st
     for name in extra:
         vlm.model.get_parameter(name).data += 0.1
     return dora_mm.save_adapter(
-        {"model": vlm.model}, folder, format="peft", metadata=vlm.identity, extra_parameters=extra
+        {"model": vlm.model}, folder, format="peft", metadata=vlm.identity.weights, extra_parameters=extra
     ).parent
 
 
@@ -383,7 +383,9 @@ def test_a_model_of_the_hub_is_known_by_its_weights(tiny_vlm, tmp_path, monkeypa
     assert vlm.identity == VLM(VLMModelConfig(path=str(tiny_vlm("llava")))).identity
     assert vlm.identity == VLM(VLMModelConfig(path=name, revision="v2")).identity
     dora_mm.inject(vlm.model, vlm.target_maps["model"], DoRASpec(rank=2))
-    adapter = dora_mm.save_adapter({"model": vlm.model}, tmp_path / "adapter", format="peft", metadata=vlm.identity)
+    adapter = dora_mm.save_adapter(
+        {"model": vlm.model}, tmp_path / "adapter", format="peft", metadata=vlm.identity.weights
+    )
     assert "another base model" in refused(capsys, tmp_path / "merged", name, adapter.parent)
     assert "another base model" in refused(capsys, tmp_path / "merged", other, adapter.parent)
     assert merge(tiny_vlm("llava"), adapter.parent, tmp_path / "from_a_folder") == 0

@@ -228,6 +228,22 @@ def test_a_replayed_picture_has_the_same_pixels(job, style, tmp_path, capsys):
     assert main(["sample", "--replay", str(copy), "--set", "steps=3"]) == 2
 
 
+def test_pictures_of_other_circumstances_stay_and_are_named(job, tiny_folder, tmp_path, monkeypatch, caplog, capsys):
+    settings = {"model__path": str(tiny_folder), "steps": 1}
+    first = job({"prompt": "a bus"}, **settings) / "samples" / "0001-seed0.png"
+    before = first.read_bytes()
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    job({"prompt": "a bus"}, {"prompt": "a cat"}, **settings)
+    assert first.read_bytes() == before
+    assert main(["sample", "--replay", str(first), "--set", "output=again"]) == 0
+    other = "computed under other circumstances, which may change last bits: MKL_CBWR none is COMPATIBLE"
+    said = [message for message in caplog.messages if "circumstances" in message]
+    assert said == [f"1 of 1 pictures that are there were {other}", f"{first} was {other}"]
+    capsys.readouterr()
+    assert main(["inspect", str(first.with_name("0002-seed0.png"))]) == 0
+    assert ["MKL_CBWR", "COMPATIBLE"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
 def test_a_replay_notices_changed_weights(job, tiny_folder, tmp_path, capsys):
     make_adapter(tiny_folder, tmp_path / "style", seed=0)
     run = job({"prompt": "a bus"}, adapter__path="style", steps=1)

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import weakref
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dora_mm.adapting import compiled
 from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.models.images import families
@@ -498,11 +501,91 @@ def test_a_dry_run_loads_nothing_of_a_large_model_on_a_processor(
 
 
 def test_a_dry_run_with_a_hub_model_that_is_not_here_describes_the_data(config, capsys):
-    assert main(["train", str(config(model__path="owner/nothing")), "--dry-run"]) == 0
-    printed = capsys.readouterr().out
+    assert main(["train", str(config(model__path="owner/nothing")), "--dry-run"]) == 2
+    printed, error = capsys.readouterr()
+    assert "model.path: owner/nothing is not on this machine, and the hub (huggingface.co) cannot be reached" in error
     assert "captions  5 from metadata.jsonl" in printed
     assert "21 characters: a TOK icon of thing" in printed
     assert "owner/nothing is not on this machine: modules, memory and time are left out" in printed
+
+
+REFUSED = (  # why, for a training in one process on a processor
+    "output RUN exists already: choose another folder",
+    "train.track: wandb needs the package wandb: pip install wandb",
+    "optimizer.name adamw_8bit steps on a GPU only",
+    "train.compile: torch.compile does not work here",
+    "model.quantization nf4 needs bitsandbytes",
+)
+
+
+@pytest.fixture
+def wrong(config, tmp_path, monkeypatch):
+    """A config with all of these, on a machine without the packages."""
+
+    def find(name, package=None):
+        return None if name in ("bitsandbytes", "wandb") else find_spec(name, package)
+
+    for module in ("dora_mm.models.quantization", "dora_mm.train.trackers"):
+        monkeypatch.setattr(f"{module}.find_spec", find)
+    monkeypatch.setattr(compiled, "COMPILER", {"backend": "no such backend"})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "file").touch()
+    return config(
+        model__quantization="nf4",
+        adapter__parts=["unet.attn"],
+        optimizer={"name": "adamw_8bit", "lr": 0.01},
+        train__compile=True,
+        train__track=["wandb"],
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of 8 bits are refused without a GPU")
+def test_all_reasons_why_a_training_is_refused_are_in_one_report(wrong, tmp_path, monkeypatch, capsys):
+    """Its dry run has the same, behind all that can be said without a step; the training reads nothing."""
+    reasons = [reason.replace("RUN", str(tmp_path / "run")) for reason in REFUSED]
+    assert main(["train", str(wrong), "--dry-run"]) == 2
+    printed, error = capsys.readouterr()
+    _, *report = error[error.index("5 problems stop this training:") :].splitlines()
+    assert all(line.startswith(f"  {reason}") for line, reason in zip(report, reasons, strict=True))
+    assert "time      not measured: optimizer.name adamw_8bit steps on a GPU only" in printed
+    assert "optimizer state (adamw_8bit, 2 numbers of 8 bits each)" in " ".join(printed.split())
+    for words in ("pictures  5 in", "unet.attn", "compiled", "activations (not checkpointed", "VAE, a pict"):
+        assert words in printed
+    assert "to start" not in printed
+
+    recipe = PIPELINES.load("train_diffusion")
+    for name in ("read_images", "load_image_model"):
+        monkeypatch.delattr(recipe, name)
+    assert main(["train", str(wrong), "--set", f"output={tmp_path / 'new'}"]) == 2
+    error = capsys.readouterr().err
+    assert "4 problems stop this training:" in error
+    assert all(reason in error for reason in reasons[1:])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_dry_run_reports_paths_with_all_else(config, tmp_path, capsys):
+    settings = {"data__folder": str(tmp_path / "nothing"), "adapter__init_from": str(tmp_path / "none")}
+    assert main(["train", str(config(**settings, train__track=["trackio"])), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    for words in (f"data.folder: {tmp_path / 'nothing'} does not", f"adapter.init_from: {tmp_path / 'none'} does not"):
+        assert error.count(words) == 1
+    assert "train.track: trackio needs the package trackio" in error
+
+
+def test_a_dry_run_of_a_run_that_goes_on_counts_what_is_left(config, tmp_path, capsys):
+    path = str(config(sample__prompts=[], adapter__parts=["unet.attn"], train__steps=2))
+    assert main(["train", path]) == 0
+    run, before = tmp_path / "run", files_in(tmp_path)
+    capsys.readouterr()
+    command = ["train", "--resume", str(run), "--set", "train.steps=5"]
+    assert main([*command, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "left      3 of 5 steps: 2 are finished" in printed
+    assert re.search(r"a step \(measured\), \S+ s for 3 steps", printed)
+    assert printed.splitlines()[-1] == f"to go on  dora-mm {shlex.join(command)}"
+    assert files_in(tmp_path) == before
+    assert main([*command[:-1], "train.steps=1", "--dry-run"]) == 2
+    assert f"train.steps: {run} has finished 2 steps, so it cannot end at 1" in capsys.readouterr().err
 
 
 def test_warnings_before_a_long_training(config, caplog, monkeypatch):
@@ -525,9 +608,9 @@ def test_a_hub_that_cannot_be_reached(config, capsys):
 
 CHANGED = {  # what is named in the message
     "the pictures and captions": "pictures/metadata.jsonl",
-    "the model's unet": "model/unet/diffusion_pytorch_model.safetensors",
-    "the model's text_encoder_2": "model/text_encoder_2/model.safetensors",
-    "the model's tokenizer": "model/tokenizer/tokenizer_config.json",
+    "the weights of unet": "model/unet/diffusion_pytorch_model.safetensors",
+    "the weights of text_encoder_2": "model/text_encoder_2/model.safetensors",
+    "tokenizer/tokenizer_config.json of the model": "model/tokenizer/tokenizer_config.json",
     "the initial adapter": f"first/adapter/{ADAPTER}",
     "the number of processes": "run/inputs.json",
 }
@@ -559,33 +642,13 @@ def test_a_run_that_cannot_be_resumed_is_refused_before_its_model_is_loaded(conf
     model = shutil.copytree(tiny_folder, tmp_path / "model")
     settings = {"sample__prompts": [], "train__steps": 1, "model__path": str(model), "adapter__parts": ["unet.attn"]}
     assert main(["train", str(config(**settings))]) == 0
-    (model / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"cut")  # loading it would be another error
+    (model / "unet/config.json").write_text("{}")  # loading it would be another error
     resume = ["train", "--resume", str(tmp_path / "run"), "--set", "train.steps=2"]
     assert main(resume) == 2
-    assert "run cannot be resumed: the model's unet changed since" in capsys.readouterr().err
+    assert "run cannot be resumed: unet/config.json of the model changed since" in capsys.readouterr().err
     with only_writer(tmp_path / "run"):
         assert main(resume) == 2
     assert "run has a writer already, process" in capsys.readouterr().err
-
-
-def test_an_optimizer_that_needs_a_gpu_is_refused_before_anything_is_read(config, monkeypatch, capsys):
-    """A dry run without that GPU says so first, and all that can be said without a step."""
-    path = str(config(optimizer={"name": "adamw_8bit", "lr": 0.01}, adapter__parts=["unet.attn"]))
-    sentence = "optimizer.name adamw_8bit steps on a GPU only, and this training is on cpu: choose adamw"
-    assert main(["train", path, "--dry-run"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith(sentence)
-    assert f"time      not measured: {sentence}" in printed
-    assert "optimizer state (adamw_8bit, 2 numbers of 8 bits each)" in " ".join(printed.split())
-    if not torch.cuda.is_available():
-        assert all(
-            words in printed for words in ("activations (not checkpointed", "the activations take", "VAE, a pict")
-        )
-    recipe = PIPELINES.load("train_diffusion")
-    for name in ("read_images", "load_image_model"):
-        monkeypatch.delattr(recipe, name)
-    assert main(["train", path]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == f"dora-mm: {sentence}"
 
 
 def test_an_initial_adapter_of_another_rank_is_refused_before_weights_are_read(config, tiny_folder, tmp_path, capsys):

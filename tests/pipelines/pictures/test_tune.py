@@ -52,7 +52,9 @@ def started(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_search_that_is_stopped_goes_on_and_trains_nothing_twice(style, started, tmp_path, monkeypatch, capsys):
+def test_a_search_that_is_stopped_goes_on_and_trains_nothing_twice(
+    style, started, tmp_path, monkeypatch, capsys, caplog
+):
     folder = tmp_path / "search"
     command = ["tune", str(style), "--rates", "1e-3", "1e-2", "1e-1", "--set", "seed=3", "--output", str(folder)]
     drawn = judges.LikenessJudge.drawn
@@ -94,6 +96,13 @@ def test_a_search_that_is_stopped_goes_on_and_trains_nothing_twice(style, starte
     assert str(folder / "runs" / started[3] / "adapter") in printed
     for name in ("table.md", "curves.csv", "curves.svg", "curves.png", "sheet.png"):
         assert (folder / name).is_file()
+
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    caplog.clear()
+    assert main(command) == 0
+    (said,) = (message for message in caplog.messages if "circumstances" in message)
+    assert said.startswith("9 of 9 kept trainings, scores and answers were computed under other circumstances")
+    monkeypatch.delenv("MKL_CBWR")
 
     del started[:]
     more = ["tune", str(style), "--rates", "1e-3", "1e-2", "1e-1", "3e-2", *command[-4:]]

@@ -121,7 +121,7 @@ def test_a_run_that_cannot_be_resumed_is_refused_before_its_model_is_loaded(tiny
     resume = ["train", "--resume", str(tmp_path / "run"), "--set", "train.steps=2"]
     save_file({"one": torch.ones(1)}, base / "model.safetensors")  # loading it would be another error
     assert main(resume) == 2
-    assert "run cannot be resumed: base_digest changed since" in capsys.readouterr().err
+    assert "run cannot be resumed: the weights of the model changed since" in capsys.readouterr().err
     (base / "model.safetensors").write_bytes(b"cut")
     assert main(resume) == 2
     assert "model.safetensors is damaged: " in capsys.readouterr().err

@@ -17,6 +17,7 @@ from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.studies.campaigns import subprocesses, trainings
 from dora_mm.studies.campaigns import training_rows as module
 from dora_mm.studies.campaigns.answers import AnsweredSplits
+from dora_mm.studies.campaigns.comparison import MethodComparison
 from dora_mm.studies.campaigns.judges import AnswerJudge
 from dora_mm.studies.campaigns.questions import QuestionEvaluation, ValidationSet, shared_images
 from dora_mm.studies.campaigns.subprocesses import TrainingProcess
@@ -25,6 +26,7 @@ from dora_mm.studies.campaigns.tuned import TunedQuestions
 from dora_mm.studies.config import CompareConfig, TuneConfig
 from dora_mm.studies.variants import FULL, Variant
 from dora_mm.utils.devices import hardware_name
+from tests.shared.edits import edits, named
 from tests.shared.vl.small_vl_bart import DIM, small_bart, small_tokenizer
 
 SAMPLES = Path(__file__).parents[3] / "samples" / "vl"
@@ -150,6 +152,25 @@ def evaluation_of(path: str) -> QuestionEvaluation:
     assert isinstance(config, CompareConfig)
     assert config.questions is not None
     return QuestionEvaluation(config, config.questions)
+
+
+@pytest.mark.slow
+def test_each_edited_file_of_the_model_is_refused(comparison, base, tmp_path, model_folder):
+    """That of a VL-BART; its weights have one digest for all."""
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    path = comparison(base=base(model={"family": "vl_bart", "path": str(model)}))
+
+    def opened() -> None:
+        config = load_config(path)
+        MethodComparison(config, evaluation_of(path))
+
+    opened()
+    for file in edits(model):
+        if name := named(file):
+            with pytest.raises(ValueError, match=f"was started with different values of {name}: choose"):
+                opened()
+        else:
+            opened()
 
 
 def trainings_in(folder: Path, path: str, evaluation: QuestionEvaluation) -> Trainings:

@@ -69,10 +69,10 @@ def test_an_evaluation_that_was_stopped_goes_on_in_its_folder(config, tmp_path, 
     monkeypatch.setattr(VLMAnswers, "answerer", counted)
     assert main(["eval", path]) == 130
     lines = kept.read_text().splitlines(keepends=True)
-    assert len(lines) == 4
+    assert len(lines) == 5  # the first has the circumstances
     stop_after = None
-    damaged = [*lines[:3], lines[3].replace("[", "[1")]
-    for left, remaining in ((lines, [2, 1]), (damaged, [2, 2, 1]), ([*lines[:2], '["'], [2, 2, 1])):
+    damaged = [*lines[:4], lines[4].replace("[", "[1")]
+    for left, remaining in ((lines, [2, 1]), (damaged, [2, 2, 1]), ([*lines[:3], '["'], [2, 2, 1])):
         kept.write_text("".join(left))
         sizes.clear()
         assert main(["eval", path]) == 0
@@ -85,6 +85,21 @@ def test_an_evaluation_that_was_stopped_goes_on_in_its_folder(config, tmp_path, 
     config([str(tmp_path / "wide.png")] * 6, batch_size=2)
     assert main(["eval", path]) == 2
     assert "was started with different values of the data of chat: choose another folder" in capsys.readouterr().err
+
+
+def test_answers_of_other_circumstances_stay_and_are_named(config, tmp_path, monkeypatch, caplog):
+    kept = tmp_path / "run" / "answers" / "chat.jsonl"
+    path = config([str(write_pictures(tmp_path) / "wide.png")] * 5, batch_size=2)
+    assert main(["eval", path]) == 0
+    kept.write_text("".join(kept.read_text().splitlines(keepends=True)[:3]))  # stopped after a batch
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    assert main(["eval", path]) == 0
+    other = "computed under other circumstances, which may change last bits: "
+    said = [message for message in caplog.messages if "circumstances" in message]
+    assert said == [f"2 of 2 kept answers of chat were {other}MKL_CBWR none is COMPATIBLE"]
+    mixed = f"2 of 5 answers were {other}MKL_CBWR none is COMPATIBLE"
+    for name in ("report.md", "scores.json", "scored_chat.jsonl"):
+        assert mixed in (tmp_path / "run" / name).read_text()
 
 
 def test_the_share_of_answers_that_stay_the_same(config, tmp_path, tiny_vlm, capsys):

@@ -279,8 +279,9 @@ def test_an_adapted_tower_that_peft_cannot_hold(config, tmp_path, open_clip_towe
 
 
 def test_a_dry_run_shows_trained_parameters_and_missing_data(capsys):
-    assert main(["train", "configs/vl_bart/image_dora.yaml", "--dry-run"]) == 0
-    shown = capsys.readouterr().out
+    assert main(["train", "configs/vl_bart/image_dora.yaml", "--dry-run"]) == 2
+    shown, error = capsys.readouterr()
+    assert "data/vqa/karpathy_train.json does not exist" in error
     assert "trainable 8,838,912 of 148,262,400 parameters" in shown
     assert "text.qv" in shown
     assert "data/vqa/karpathy_train.json" in shown
@@ -291,7 +292,7 @@ def test_a_dry_run_shows_trained_parameters_and_missing_data(capsys):
     "name", ["image_dora", "image_lora", "image_lora_published", "image_ft", "video_dora", "video_lora", "video_ft"]
 )
 def test_every_full_size_run_has_a_dry_run(name, capsys):
-    assert main(["train", f"configs/vl_bart/{name}.yaml", "--dry-run"]) == 0
+    assert main(["train", f"configs/vl_bart/{name}.yaml", "--dry-run"]) == 2  # there are no data
     trained = capsys.readouterr().out.split("parameters")[0]
     expected = {
         "image_dora": "8,838,912 of 148,262,400",

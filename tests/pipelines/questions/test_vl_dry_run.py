@@ -16,6 +16,7 @@ from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.tables import open_table
 from dora_mm.models.vl.vl_model import likeliest_answer
 from dora_mm.models.vl.vlm.family import VLM
+from dora_mm.recipes import PIPELINES
 from tests.shared.data.vl_files import write_json
 from tests.shared.data.vlm_rows import write_conversations, write_pictures, write_questions
 from tests.shared.vl import tiny_vlm as tiny
@@ -104,14 +105,19 @@ def test_experts_that_stay_as_they_are_are_named(extra, config, capsys):
 
 
 def test_neither_model_nor_data_need_be_there(capsys):
-    text = printed(capsys, "configs/vlm/llava_1_5_7b.yaml")
+    assert main(["train", "configs/vlm/llava_1_5_7b.yaml", "--dry-run"]) == 2
+    text, error = capsys.readouterr()
     assert "llava-hf/llava-1.5-7b-hf is not on this machine" in text
     assert re.search(r"chat train file +data/train.json +missing: a file or folder of your own", text)
+    assert "to start" not in text
+    assert "problems stop this training:" in error
+    assert "data.train.file: data/train.json does not exist" in error
+    assert "model.path: llava-hf/llava-1.5-7b-hf is not on this machine, and the hub" in error
 
 
 def test_without_data_the_parts_and_their_memory_are_shown(config, tmp_path, capsys):
     missing = {"format": "chat", "file": str(tmp_path / "none.json"), "images": str(tmp_path)}
-    text = printed(capsys, config("llava", data={"train": missing, "valid": None}))
+    text = printed(capsys, config("llava", data={"train": missing, "valid": None}), code=2)
     assert re.search(r"chat train file +.+none.json +missing", text)
     assert row_of(text, "text.attn")[1] == "dora"
     assert "together, without activations" in text
@@ -168,6 +174,34 @@ def test_a_dry_run_names_all_bad_rows_at_once(bad_rows, capsys):
     )
     assert "a training would stop there, at the first of 2 bad rows (data.on_bad_data: skip leaves them out)" in error
     assert main(["train", bad_rows("skip"), "--dry-run"]) == 0
+
+
+def test_rows_are_checked_without_a_model(bad_rows, tmp_path, monkeypatch, capsys):
+    """A dry run where the model is not, and a training before it loads one."""
+    recipe, path = PIPELINES.load("train_vl"), bad_rows("stop")
+    assert main(["train", path, "--dry-run", "--set", "model.path=owner/nothing"]) == 2
+    text, error = capsys.readouterr()
+    assert row_of(text, "bad rows  ") == ["1"]
+    assert re.search(r"chat\.json, item 5 \(id '4'\): has 2 images, but 1 <image> marker; a training would stop", error)
+    assert "model.path: owner/nothing is not on this machine" in error
+    monkeypatch.delattr(recipe, "load_vl_model")
+    assert main(["train", path]) == 2
+    assert "item 5 (id '4'): has 2 images" in capsys.readouterr().err
+    with pytest.raises(NameError, match="load_vl_model"):  # nothing is wrong then
+        main(["train", bad_rows("skip")])
+
+
+def test_a_dry_run_reports_all_that_is_wrong(config, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "file").touch()
+    path = config("llava", train={"steps": 3, "batch_size": 2, "shard": True, "track": ["trackio"]})
+    assert main(["train", path, "--dry-run", "--set", "adapter.cache=norms"]) == 2
+    text, error = capsys.readouterr()
+    assert "3 problems stop this training:" in error
+    for reason in ("output ", "train.track: trackio needs the package", "train.shard divides the model"):
+        assert f"\n  {reason}" in error
+    assert "whole rows" in text
+    assert "to start" not in text
 
 
 def test_a_training_stops_at_them_or_leaves_them_out_and_counts(bad_rows, tmp_path, capsys, caplog):

@@ -224,6 +224,31 @@ TEXT = """\
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
 
+# The day is in all rows, as in Llama 3.2's, or in those without a system turn, as in Mistral Small 3.1's, and with the
+# time of the day.
+DATED = {
+    "llama": """\
+{%- if not date_string is defined -%}
+{%- if strftime_now is defined -%}{%- set date_string = strftime_now("%d %b %Y") -%}
+{%- else -%}{%- set date_string = "26 Jul 2024" -%}{%- endif -%}
+{%- endif -%}
+{{ '<|im_start|>system\\nCutting Knowledge Date: December 2023\\nToday Date: ' + date_string + '<|im_end|>\\n' }}
+""",
+    "mistral": """\
+{%- set today = strftime_now("%Y-%m-%d") -%}
+{%- set default_system_message = "The current date is " + today + "." -%}
+{%- if messages[0]['role'] != 'system' -%}
+{{ '<|im_start|>system\\n' + default_system_message + '<|im_end|>\\n' }}
+{%- endif -%}
+""",
+    "hour": """\
+{%- if messages[0]['role'] != 'system' -%}
+{{ '<|im_start|>system\\nIt is ' + strftime_now("%A, %B %-d, %Y, %H:%M:%S") + '.<|im_end|>\\n' }}
+{%- endif -%}
+""",
+}
+DATED = {name: template + TEXT for name, template in DATED.items()}
+
 # Contents are texts, images their tokens in them, and an end of sequence follows a conversation that asks for nothing.
 PHI_4 = """\
 {%- for message in messages -%}

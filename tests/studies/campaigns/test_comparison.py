@@ -11,6 +11,7 @@ from dora_mm.studies.campaigns.comparison import MethodComparison
 from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.config import CompareConfig
 from dora_mm.studies.variants import Variant
+from dora_mm.utils.day import Day
 
 RATES = [1e-3, 1e-2, 1e-1]
 VALUES = {1e-3: (30, 50, 40), 1e-2: (45, 10, 10), 1e-1: (20, 20, 20)}  # by rate and seed: 0.01 has one lucky seed
@@ -20,7 +21,7 @@ LORA, DORA = Variant("lora", 4), Variant("dora", 4)
 class Table:
     """Scores trainings by VALUES."""
 
-    inputs, score_title = {}, "score"
+    inputs, score_title, day = {}, "score", Day()
 
     def overrides(self, training):
         return [f"seed={training.seed}", f"optimizer.lr={training.rate}", f"adapter.method={training.variant.method}"]
@@ -49,7 +50,7 @@ def trained(monkeypatch):
             finished(training)
 
     monkeypatch.setattr(Trainings, "train", train)
-    monkeypatch.setattr(Trainings, "versions", lambda self, training: {})
+    monkeypatch.setattr(Trainings, "circumstances", lambda self, training: [])
     monkeypatch.setattr(Campaign, "digest", lambda self, training: "")
     return found
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dora_mm.studies.campaigns.training_rows import FAILED, TrainingRows, row_of
+from dora_mm.studies.campaigns.training_rows import FAILED, TrainingRows, as_cells, row_of
 from dora_mm.studies.campaigns.trainings import Training
 from dora_mm.studies.variants import FULL, Variant
 
@@ -21,9 +21,9 @@ def rows(file, digest="abc"):
 def test_rows_survive_their_file(tmp_path):
     file = tmp_path / "folder" / "rows.csv"
     mine, others = rows(file), rows(file)
-    mine.add([row_of(ONE, value=0.5, scores='{"a": [1, 2]}', summary=SUMMARY, versions=VERSIONS, digest="abc")])
-    others.add([row_of(TWO, value=None, scores="", summary={}, versions={}, digest="abc")])
-    mine.add([row_of(THREE, value=FAILED, scores="", summary={}, versions={}, digest="abc")])
+    mine.add([row_of(ONE, value=0.5, scores='{"a": [1, 2]}', summary=SUMMARY, circumstances=[VERSIONS], digest="abc")])
+    others.add([row_of(TWO, value=None, scores="", summary={}, circumstances=[], digest="abc")])
+    mine.add([row_of(THREE, value=FAILED, scores="", summary={}, circumstances=[], digest="abc")])
     found = rows(file)
     one, two, three = (found.get(training) for training in (ONE, TWO, THREE))
     assert one is not None
@@ -31,7 +31,9 @@ def test_rows_survive_their_file(tmp_path):
     assert three is not None
     assert [row.training for row in (one, two, three)] == [ONE, TWO, THREE]
     assert (one.number, one.scores, one.summary) == (0.5, '{"a": [1, 2]}', {"parameters": 12, "seconds": 1.5})
-    assert (one.processor, one.threads, one.software) == ("AMD EPYC", "2", "torch 2.13.0, numpy 2.4")
+    assert (one.processor, one.threads) == ("AMD EPYC", "2")
+    assert one.software == "python 3.12, torch 2.13.0, numpy 2.4, peft none"
+    assert one.circumstances == as_cells([VERSIONS])
     assert two.processor == two.threads == two.software == ""
     assert (two.value, two.has_diverged) == ("", False)
     assert (three.number, three.has_diverged) == (0.0, True)
@@ -42,7 +44,7 @@ def test_rows_survive_their_file(tmp_path):
 
 def test_scores_take_a_fraction_of_their_length(tmp_path):
     file, scores = tmp_path / "rows.csv", json.dumps([{"question": i, "score": i / 7} for i in range(300)])
-    rows(file).add([row_of(ONE, value=0.5, scores=scores, summary=SUMMARY, versions=VERSIONS, digest="abc")])
+    rows(file).add([row_of(ONE, value=0.5, scores=scores, summary=SUMMARY, circumstances=[VERSIONS], digest="abc")])
     assert len(file.read_text()) < len(scores) / 2
     found = rows(file).get(ONE)
     assert found is not None
@@ -51,7 +53,7 @@ def test_scores_take_a_fraction_of_their_length(tmp_path):
 
 def test_other_files_and_rows_are_refused(tmp_path):
     file = tmp_path / "rows.csv"
-    rows(file).add([row_of(ONE, value=0.5, scores="", summary=SUMMARY, versions=VERSIONS, digest="abc")])
+    rows(file).add([row_of(ONE, value=0.5, scores="", summary=SUMMARY, circumstances=[VERSIONS], digest="abc")])
     with pytest.raises(ValueError, match=r"dora-r4-b4-lr0.00123457-seed0 of another config, other data"):
         rows(file, "other").get(ONE)
     whole = file.read_text()

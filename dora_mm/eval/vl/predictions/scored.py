@@ -4,6 +4,7 @@ JSON lines. The first is about the whole: task, metric and rules, settings of th
 data. Each other one is a row: id, prompt, images, answer, references and score, and what else its metric needs.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -17,6 +18,7 @@ from dora_mm.eval.vl.scores import VLScores
 from dora_mm.utils.atomic import write_text
 
 VERSION = "predictions 1"  # of the files; the value of the first line's key `dora_mm`
+UNKNOWN = "unknown"  # the day
 SHOWN = ("id", "images", "answers")  # the fields of an example that a row has under names of its own
 DEFAULTS = Example("", (), "")
 
@@ -30,14 +32,26 @@ class About:
         metric: The main metric.
         rules: By what rule answers are right, by metric.
         settings: How the answers were made: sections of a config, by their names.
-        digests: Of model, adapter and data, by a description of each.
+        digests: Of model, adapter and data, by a description of each; of the files of a model, by their paths.
+        day: What the chat template got that asked for the day; UNKNOWN of a server's; "": it did not ask.
     """
 
     task: str
     metric: str = ""
     rules: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    digests: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, Any] = field(default_factory=dict)
+    day: str = ""
+
+    @property
+    def inputs(self) -> list[str]:
+        """A line for each digest; one for all files of a model."""
+        found = {name: value if isinstance(value, str) else _digest(value) for name, value in self.digests.items()}
+        return [f"{name}: {digest}" for name, digest in found.items()]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_scored(
@@ -53,6 +67,8 @@ def write_scored(
         prompt: What is asked, with {text} for the question.
     """
     first = {"dora_mm": VERSION, **asdict(about)}
+    if not about.day:
+        del first["day"]
     if scores is not None:
         first |= {"metric": scores.main, "rules": dict(scores.rules)}
     lines = [first, *(_line(about.task, prompt, *row) for row in predictions)]

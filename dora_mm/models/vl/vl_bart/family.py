@@ -24,6 +24,7 @@ from dora_mm.data.vl.row_view import Piece, RowView
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.hub import local_copy
+from dora_mm.models.identity import ModelIdentity, digests_of
 from dora_mm.models.vl.towers.tower import load_tower, tower_map
 from dora_mm.models.vl.vl_bart.answering import Answerer
 from dora_mm.models.vl.vl_bart.loading import empty_vl_bart, load_vl_bart
@@ -33,6 +34,7 @@ from dora_mm.models.vl.vl_bart.visual_inputs import VisionEncoder
 from dora_mm.models.vl.vl_model import RowCounts, Structure, Target, VLModel, likeliest_answer, weighted_loss
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.targets import find
+from dora_mm.utils.day import Day
 from dora_mm.utils.digest import module_digest
 from dora_mm.utils.losses import LossSum
 
@@ -75,7 +77,10 @@ class VLBartModel:
     ):
         self.model, self.tokenizer, self.vision, self.config = model, tokenizer, vision, config
         # of the weights as they were loaded: an adapter changes them
-        self._identity = {"base_digest": module_digest(model), "vision_digest": vision.identity}
+        weights = {"base_digest": module_digest(model), "vision_digest": vision.identity}
+        folder = local_copy(resolve_model(config[0].path)) if config else None
+        self._identity = ModelIdentity(weights, digests_of(folder) if folder else {})
+        self.day = Day()  # which nothing asks for
         self.counts = RowCounts()  # all 0: texts have the lengths of their task, which count as no cut
 
     @classmethod
@@ -170,7 +175,7 @@ class VLBartModel:
         return self.vision.files
 
     @property
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> ModelIdentity:
         return self._identity
 
     def check_rows(self, table: ExampleTable) -> ExampleTable:

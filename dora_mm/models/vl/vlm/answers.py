@@ -17,12 +17,14 @@ from transformers import GenerationConfig, LogitsProcessorList
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import Answer, Example, Turn
 from dora_mm.data.vl.rows import RowTooLongError
+from dora_mm.models.chat_templates import rendering_on
 from dora_mm.models.vl.vl_model import without_thought
-from dora_mm.models.vl.vlm.chat import THOUGHT, render
+from dora_mm.models.vl.vlm.chat import THOUGHT, ChatText, render
 from dora_mm.models.vl.vlm.drawn import DrawnTokens, before_stop
 from dora_mm.models.vl.vlm.example_encoder import ExampleEncoder
 from dora_mm.models.vl.vlm.network import VLMNetwork, naming
 from dora_mm.registries.vl_tasks import TASKS
+from dora_mm.utils.day import Day
 
 log = logging.getLogger(__name__)
 PLACE = re.compile(r"<(loc_?|patch_index_)\d+>")  # tokens of boxes, which some tokenizers count as special
@@ -69,12 +71,18 @@ class VLMAnswers:
         return settings
 
     @cached_property
+    def _shortest(self) -> ChatText:
+        """A short exchange as text; it is no row, so that it does not count whether it has the day."""
+        with rendering_on(Day(self.encoder.day.date)):
+            return render(self.encoder.processor, SHORTEST)
+
+    @cached_property
     def _turn_end(self) -> list[int]:
         """The token that ends a turn of the model in its chat template."""
         tokenizer = self.encoder.processor.tokenizer
         if self.encoder.plain is not None:
             return [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
-        text, [(start, end)], _ = render(self.encoder.processor, SHORTEST)
+        text, [(start, end)], _ = self._shortest
         return tokenizer(text[start:end], add_special_tokens=False)["input_ids"][-1:]
 
     @cached_property
@@ -83,7 +91,7 @@ class VLMAnswers:
         tokenizer = self.encoder.processor.tokenizer
         if self.encoder.plain is not None:
             return 0
-        text, [(start, end)], _ = render(self.encoder.processor, SHORTEST)
+        text, [(start, end)], _ = self._shortest
         opening = text[start:end].partition(SHORTEST[1].text)[0]
         return len(tokenizer(opening, add_special_tokens=False)["input_ids"]) if THOUGHT.search(opening) else 0
 

@@ -368,5 +368,7 @@ def _apply(
     try:
         settings = {"chat_template": template, "add_generation_prompt": ask} | ({"tools": tools} if tools else {})
         return processor.apply_chat_template(messages, tokenize=False, **settings)
+    except AssertionError:  # no day was set, which is no fault of the conversation
+        raise
     except Exception as error:  # templates raise jinja2's errors, and whatever their filters do
         raise ValueError(f"the chat template refuses a conversation: {' '.join(str(error).split())[:300]}") from error

@@ -16,6 +16,7 @@ from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.seen import SeenFiles
 from dora_mm.data.vl.example import IMAGE, VIDEO, Example, Turn, escaped, leading, pieces_of
 from dora_mm.data.vl.image_folder import image_path
+from dora_mm.models.chat_templates import rendering_on
 from dora_mm.models.vl.vl_model import likeliest_answer
 from dora_mm.models.vl.vlm.boxes import with_boxes
 from dora_mm.models.vl.vlm.chat import ChatText, is_asked, render, render_prompt
@@ -23,6 +24,7 @@ from dora_mm.models.vl.vlm.encoding import RowEncoder, TokenRow, collate
 from dora_mm.models.vl.vlm.forms import Form
 from dora_mm.models.vl.vlm.prompts import ALONE, EITHER, SAME_IMAGES, SAME_LENGTH, PlainPrompts
 from dora_mm.registries.vl_tasks import TASKS
+from dora_mm.utils.day import Day
 
 
 class Exchange(NamedTuple):
@@ -60,6 +62,7 @@ class ExampleEncoder:
         fps: Frames that are read of a second of a video.
         max_frames: The most that are read of a video.
         files: Knows the content of images and videos that were read before.
+        day: The day that its chat template may ask for.
         learns_prompts: All text of a row has loss, and not only its answers.
     """
 
@@ -75,13 +78,14 @@ class ExampleEncoder:
         fps: float,
         max_frames: int,
         files: SeenFiles,
+        day: Day,
         *,
         learns_prompts: bool = False,
     ):
         self.processor, self.model_type, self.form, self.plain = processor, config.model_type, form, plain
         self.prompts, self.max_length, self.limit_from = prompts, max_length, limit_from
         self.encoder = RowEncoder(processor, config, max_length, limit_from, learns_prompts=learns_prompts)
-        self.fps, self.max_frames, self.files = fps, max_frames, files
+        self.fps, self.max_frames, self.files, self.day = fps, max_frames, files, day
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
@@ -151,7 +155,9 @@ class ExampleEncoder:
         for text in (piece for turn in turns for piece in pieces_of(turn.text)[::2]):
             self.encoder.check_text(text)
         if answer is None:
-            return self.encoder.question(render_prompt(self.processor, turns, example.tools), *visuals)
+            with rendering_on(self.day):
+                prompt = render_prompt(self.processor, turns, example.tools)
+            return self.encoder.question(prompt, *visuals)
         return self._conversation(exchanges_of(turns, *visuals), example.tools)
 
     def _conversation(self, exchanges: Sequence[Exchange], tools: str) -> TokenRow:
@@ -176,7 +182,12 @@ class ExampleEncoder:
 
     def _rendered(self, exchanges: Sequence[Exchange], tools: str) -> TokenRow:
         turns, images, videos = (list(chain.from_iterable(parts)) for parts in zip(*exchanges, strict=True))
-        return self.encoder.conversation(render(self.processor, turns, tools), images, videos)
+        return self.encoder.conversation(self.render(turns, tools), images, videos)
+
+    def render(self, turns: Sequence[Turn], tools: str = "") -> ChatText:
+        """A conversation as text, on the day of the run; see `chat.render`."""
+        with rendering_on(self.day):  # here, since batches are prepared in a thread
+            return render(self.processor, turns, tools)
 
     def _plain_row(self, plain: PlainPrompts, asked: str, pictures: list[Any], answer: str | None) -> TokenRow:
         if plain.images == 0:

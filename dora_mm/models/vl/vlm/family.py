@@ -21,7 +21,8 @@ from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.row_view import RowView
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.tables import ExampleTable
-from dora_mm.models.folders import empty_model, has_weights, model_class, read_config, saved_dtype, weights_identity
+from dora_mm.models.folders import empty_model, has_weights, identity_of, model_class, read_config, saved_dtype
+from dora_mm.models.identity import ModelIdentity
 from dora_mm.models.opening import check_revision, commit_of
 from dora_mm.models.vl.vl_model import RowCounts, RowLengths, Structure, Target, VLModel, weighted_loss
 from dora_mm.models.vl.vlm.answers import VLMAnswers
@@ -37,6 +38,7 @@ from dora_mm.models.vl.vlm.videos import FPS, MAX_FRAMES
 from dora_mm.models.vl.vlm.view import row_lengths, row_view
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.targets import map_of
+from dora_mm.utils.day import Day
 from dora_mm.utils.losses import LossSum
 
 LONGEST = 1 << 20  # tokens per row of a model whose config has no limit
@@ -76,6 +78,7 @@ class VLM:
     Args:
         config: The `model` section.
         device: Where its weights are read to.
+        day: What its chat template may ask for; None: the day of the config.
 
     Attributes:
         rows: Makes the rows of a training, which have at most `model.max_length` tokens.
@@ -86,6 +89,7 @@ class VLM:
         commit: The commit of a hub model; None for a local one.
         counts: See `VLModel.counts`.
         files: See `VLModel.files`.
+        day: See `VLModel.day`.
 
     Raises:
         ValueError: The model or its processor cannot be loaded; a folder is given with a revision; or its class has
@@ -96,7 +100,7 @@ class VLM:
     prepares_batches = True
     question_task = "chat"
 
-    def __init__(self, config: VLMModelConfig, device: torch.device | str = "cpu"):
+    def __init__(self, config: VLMModelConfig, device: torch.device | str = "cpu", day: Day | None = None):
         self.path = resolve_model(config.path)
         check_revision(self.path, config.revision)
         self.model_config: Any = read_config(self.path, config.revision)
@@ -117,14 +121,14 @@ class VLM:
         limit = min(config.max_length or positions, positions)
         key = "model.max_length" if limit == config.max_length else "the model's positions"
         reads = (processor, self.model_config, form, self.plain, config.prompts)
-        self.files = SeenFiles()
-        frames = (config.fps or FPS, config.max_frames or MAX_FRAMES, self.files)
+        self.files, self.day = SeenFiles(), day or Day(config.date)
+        frames = (config.fps or FPS, config.max_frames or MAX_FRAMES, self.files, self.day)
         if (learns_prompts := config.loss_over == "prompts and answers") and not form.continues:
             raise ValueError(f"model.loss_over: {self.name} reads its prompts, but does not write them: leave it out")
         self.rows = ExampleEncoder(*reads, limit, key, *frames, learns_prompts=learns_prompts)
         self.questions = ExampleEncoder(*reads, positions, "the model's positions", *frames)
         self.network = VLMNetwork(self.config, form, torch.device(device))
-        self.counts = RowCounts(limit)
+        self.counts = RowCounts(limit, self.day)
 
     @classmethod
     def load(
@@ -193,15 +197,15 @@ class VLM:
             )
 
     @property
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> ModelIdentity:
         return self._identity
 
     @cached_property
-    def _identity(self) -> dict[str, str]:
-        return weights_identity(self.path, self.commit)
+    def _identity(self) -> ModelIdentity:
+        return identity_of(self.path, self.commit)
 
     def fresh(self, seed: int) -> VLModel:
-        return type(self)(self.config, self.network.loads_to)
+        return type(self)(self.config, self.network.loads_to, self.day)
 
     def check(self, tasks: Iterable[str]) -> None:
         for task in tasks:

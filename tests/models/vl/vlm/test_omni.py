@@ -56,7 +56,7 @@ def adapted(base: Path, adapter: Path) -> VLM:
     dora_mm.inject(vlm.model, vlm.target_maps["model"], DoRASpec(rank=2))
     for seed, layer in enumerate(adapted_layers(vlm.model).values()):
         randomize(layer, seed=seed)
-    dora_mm.save_adapter({"model": vlm.model}, adapter, format="peft", metadata=vlm.identity)
+    dora_mm.save_adapter({"model": vlm.model}, adapter, format="peft", metadata=vlm.identity.weights)
     return vlm
 
 

@@ -6,9 +6,11 @@ from functools import cache
 import pytest
 
 from dora_mm.config.models import VLMModelConfig
+from dora_mm.models.chat_templates import rendering_on
 from dora_mm.models.vl.vlm.chat import render, render_prompt
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.models.vl.vlm.loading import load_processor
+from dora_mm.utils.day import Day
 from tests.documented.trl_labels import PAGE, PUBLISHED, with_template
 from tests.shared.data.chats import as_lines, only
 from tests.shared.data.tool_rows import ANSWER, ROWS, SAID, TOOL
@@ -26,6 +28,13 @@ def processor_of(tiny_vlm):
         return with_template(processor, name, TEMPLATES[name])
 
     return loaded
+
+
+@pytest.fixture(autouse=True)
+def some_day():
+    """For the template that writes it."""
+    with rendering_on(Day("2026-12-01")):
+        yield
 
 
 def without_ids(example):

@@ -5,7 +5,16 @@ import re
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from tests.documented.vlm_classes import ALIASES, CLASSES, HEAD, PAGE, row_of, takes_videos
+from tests.documented.vlm_classes import (
+    ALIASES,
+    CLASSES,
+    HEAD,
+    PAGE,
+    clock_calls,
+    clock_readers,
+    row_of,
+    takes_videos,
+)
 from tests.shared.data.vlm_rows import write_pictures
 from tests.shared.vl.equalities import learned_parts
 
@@ -28,6 +37,15 @@ def test_what_an_adapter_computes_is_what_autograd_batches_merging_and_peft_do(n
 @pytest.mark.parametrize("kind", CLASSES)
 def test_the_table_of_classes_is_what_the_tiny_models_do(kind, folder):
     assert row_of(kind, folder) in PAGE.read_text(encoding="utf-8").splitlines()
+
+
+def test_no_processor_reads_a_clock(tmp_path):
+    """Dates come from chat templates alone; the look is shown to see what it looks for."""
+    assert clock_readers() == []
+    calls = ("datetime.now()", "datetime.date.today()", "time.time()", "time.strftime('%d')", "time.gmtime()")
+    others = ("time.gmtime(3)", "time.strftime('%d', then)", "datetime.strptime(text, form)")
+    (tmp_path / "processing.py").write_text("\n".join([*others, *calls]))
+    assert [call.split(": ")[1] for call in clock_calls(tmp_path / "processing.py")] == [*calls]
 
 
 def test_the_table_names_all_classes_and_the_pages_count_those_that_train():

@@ -56,6 +56,11 @@ def rows(tmp_path_factory):
     return str(folder), {table[index].id: table[index] for index in range(len(table))}
 
 
+def opened(folder) -> VLM:
+    """A model that reads on the day on which TRL has."""
+    return VLM(VLMModelConfig(path=str(folder), date=THEIRS["date"]))
+
+
 def whole(tokenizer, ids) -> str:
     """The text of token ids, but for white space and the ends of answers."""
     text = tokenizer.decode(ids).replace(tokenizer.eos_token or "</s>", "").removeprefix(tokenizer.bos_token or "<s>")
@@ -92,7 +97,7 @@ def flat(ids) -> list[int]:
 
 @pytest.mark.parametrize("name", THEIRS["templates"])
 def test_rows_are_read_and_learned_as_trl_does_under_published_templates(name, tiny_vlm, rows):
-    vlm, (pictures, examples) = VLM(VLMModelConfig(path=str(tiny_vlm(PUBLISHED[name])))), rows
+    vlm, (pictures, examples) = opened(tiny_vlm(PUBLISHED[name])), rows
     tokenizer = with_template(vlm.rows.processor, name, THEIRS["templates"][name]).tokenizer
     for row, example in examples.items():
         found, theirs = vlm.rows.row("chat", example, pictures, ""), THEIRS["answers"][name][row]
@@ -109,7 +114,7 @@ def test_rows_are_read_and_learned_as_trl_does_under_published_templates(name, t
     "name", [name if name in CHAT else pytest.param(name, marks=pytest.mark.slow) for name in THEIRS["completions"]]
 )
 def test_rows_are_read_and_their_completions_learned_as_trl_does(name, tiny_vlm, rows):
-    vlm, (pictures, examples) = VLM(VLMModelConfig(path=str(tiny_vlm(name)))), rows
+    vlm, (pictures, examples) = opened(tiny_vlm(name)), rows
     tokenizer = vlm.rows.processor.tokenizer
     for row, theirs in THEIRS["completions"][name].items():
         if isinstance(theirs, str):

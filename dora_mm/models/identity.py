@@ -1,0 +1,61 @@
+"""The identity of a model: digests of everything that loading reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dora_mm.models.opening import is_weights
+from dora_mm.utils.digest import known_digest
+from dora_mm.utils.run_directory import MODEL, WEIGHTS_OF
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """The content of everything that a model is loaded from; empty for a hub model that was not downloaded yet.
+
+    Attributes:
+        weights: Digests of the tensors, in whatever files and dtype they are loaded, by a key of an adapter's header or
+            by the network, as `weights_of` names it.
+        files: Digests of all other files that are read (configs, index, tokenizers, processors, chat templates,
+            generation config, scheduler), by the path in the model's folder.
+    """
+
+    weights: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The entries of a run's inputs."""
+        return {**self.weights, MODEL: dict(self.files)} if self.weights else {}
+
+
+def weights_of(network: str) -> str:
+    """The name of the weights of a network of an image model."""
+    return f"{WEIGHTS_OF}{network}"
+
+
+def digests_of(folder: Path, prefix: str = "", names: Iterable[str] = ()) -> dict[str, str]:
+    """Digests of the files of a folder that loading reads beside the weights, by prefix and path in the folder.
+
+    Args:
+        folder: The folder of a model, or of a component.
+        prefix: A text in front of the paths, such as "unet/".
+        names: The only files; none: all.
+    """
+    found = [folder / name for name in names] if names else _read_files(folder)
+    files = sorted(file for file in found if file.is_file())  # parts of a hub model may not be here yet
+    return {f"{prefix}{file.relative_to(folder).as_posix()}": known_digest(file) for file in files}
+
+
+def _read_files(folder: Path) -> Iterator[Path]:
+    """All files but weights, what is hidden and texts for people; also of subfolders of templates and tokenizers."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.name.startswith((".", "README")):
+            continue
+        if not entry.is_dir() and not is_weights(entry):
+            yield entry
+        elif entry.is_dir() and not any(map(is_weights, entry.rglob("*"))):
+            yield from (file for file in entry.rglob("*") if file.is_file())

@@ -1,0 +1,38 @@
+"""The circumstances of what a campaign keeps: rows of trainings, runs, and files of scores and answers."""
+
+import json
+from pathlib import Path
+
+from dora_mm.studies.campaigns.training_rows import TrainingRows, as_cells
+from dora_mm.studies.campaigns.trainings import Trainings
+from dora_mm.utils.atomic import write_text
+from dora_mm.utils.circumstances import NOTHING, Record, about_differing, circumstances, differences
+from dora_mm.utils.json_text import read_json
+
+ANSWERS, SCORES = "answers", "scores"  # folders of a campaign
+FOLDER = "circumstances"  # has those of answers/NAME.json in answers/NAME.json
+
+
+def keep_circumstances(file: Path) -> None:
+    """Writes down under which circumstances a file of answers or scores is computed, which is written after it."""
+    write_text(_beside(file), json.dumps(circumstances(), indent=2) + "\n")
+
+
+def about_results(trainings: Trainings, rows: TrainingRows) -> str:
+    """A sentence on what was kept under other circumstances, of all rows and of all that the folder has; or empty."""
+    found = [differences(row.circumstances, as_cells([trainings.now])) for row in rows.found.values()]
+    for run in sorted((trainings.folder / "runs").glob("*")):
+        if run.name not in rows.found and (steps := trainings.circumstances(run.name)):
+            found.append([each for record in steps for each in differences(record, trainings.now)])
+    found += [differences(record, circumstances()) for record in _kept_circumstances(trainings.folder)]
+    return about_differing([(each, 1) for each in found], "kept trainings, scores and answers")
+
+
+def _kept_circumstances(campaign: Path) -> list[Record]:
+    """Those of each file of answers and scores in the folder of a campaign; none where they were not written down."""
+    files = (file for name in (ANSWERS, SCORES) for file in sorted((campaign / name).glob("*.json")))
+    return [read_json(beside) if (beside := _beside(file)).is_file() else NOTHING for file in files]
+
+
+def _beside(file: Path) -> Path:
+    return file.parent.parent / FOLDER / file.parent.name / file.name
