@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo demo-vl demo-vlm test test-slow test-oldest fuzz kill bench gpu rehearsal lint format samples clean
+.PHONY: demo demo-vl demo-vlm test test-slow test-oldest test-elsewhere fuzz kill bench gpu rehearsal lint format samples clean
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -45,6 +45,9 @@ test-oldest:  ## with the oldest releases that pyproject.toml admits, torch 2.6 
 	build/oldest/bin/uv pip install --quiet --python build/oldest/bin/python --resolution lowest-direct \
 		--only-binary resvg-py --editable ".[test,eval,optim,track,samples,vl]"
 	OMP_NUM_THREADS=1 build/oldest/bin/python -m pytest -n 2 --dist worksteal
+
+test-elsewhere:  ## on other days, locales, paths and Pythons, 15 minutes each: 6 GB in build/elsewhere; ELSEWHERE="--pythons 3.13"
+	$(PYTHON) -m tests.elsewhere $(ELSEWHERE)
 
 fuzz: $(READY)  ## an hour of mutated files through every door, from a seed that no run had; FUZZ="--seed 3 --seconds 600"
 	$(BIN)/python -m tests.fuzz --seed $$(date +%s) $(FUZZ)

@@ -282,7 +282,7 @@ def write_files(draft: Draft, changes: Mapping[KeyPath, Any], about: str, prompt
     """Writes the prompts, if there are any, and the recipe with changes, under a head of its own, and reads that."""
     lines = resolve_path(draft.recipe).read_text(encoding="utf-8").split("\n")
     body = lines[next(number for number, line in enumerate(lines) if not line.startswith("#")) :]
-    head = [f"# {line}".rstrip() for line in [f"dora-mm train {draft.file}", "", *about.split("\n")]]
+    head = [f"# {line}".rstrip() for line in [f"dora-mm train {shlex.quote(str(draft.file))}", "", *about.split("\n")]]
     with written_together(draft.file.parent, last=draft.file.name) as folder:
         (folder / draft.file.name).write_text(edited("\n".join([*head, *body]), changes), encoding="utf-8")
         if prompts:

@@ -99,7 +99,8 @@ def check_same_job(config: JobConfig, run: Path) -> None:
     if before and after and Path(str(before)).name != Path(after).name:
         raise ValueError(
             f"output {run} has the pictures of {before}, and those of {after} would replace them: choose another "
-            f"folder, or, if it is the same job under a new name: dora-mm sample {after} --resume {run}"
+            f"folder, or, if it is the same job under a new name: "
+            f"dora-mm sample {shlex.quote(after)} --resume {shlex.quote(str(run))}"
         )
 
 

@@ -259,6 +259,6 @@ def _config_of_run(arguments: Namespace, recipes: Recipes) -> PipelineConfig:
 def _needs_command(name: str, arguments: Namespace) -> str:
     command = f"dora-mm {name}"
     if arguments.config is not None:
-        return f"{arguments.config} needs another command: {command} {arguments.config}"
-    advice = f"{command} --resume {arguments.resume}" if name in RESUMABLE else "it cannot be resumed"
+        return f"{arguments.config} needs another command: {command} {shlex.quote(arguments.config)}"
+    advice = f"{command} --resume {shlex.quote(str(arguments.resume))}" if name in RESUMABLE else "it cannot be resumed"
     return f"--resume {arguments.resume}: the run is one of {command}: {advice}"

@@ -1,3 +1,4 @@
+import shlex
 import subprocess
 import sys
 
@@ -29,9 +30,9 @@ def test_mistakes_in_a_config_give_one_report_and_exit_code_2(config, pipeline, 
 
 @pytest.mark.parametrize("command", ["sample", "eval", "features"])
 def test_a_config_of_another_command_is_refused(config, pipeline, capsys, command):
-    recipe = pipeline()
+    recipe, config = pipeline(), config.rename(config.with_name("my recipe.yaml"))
     assert cli.main([command, str(config)]) == 2
-    assert f"needs another command: dora-mm train {config}" in capsys.readouterr().err
+    assert f"needs another command: dora-mm train {shlex.quote(str(config))}" in capsys.readouterr().err
     assert recipe.calls == []
 
 
@@ -169,7 +170,7 @@ def test_a_run_directory_that_is_nearly_right_is_proposed(run, capsys):
         assert cli.main(["train", "--resume", str(wrong)]) == 2
         assert f"did you mean '{run}'?" in capsys.readouterr().err
     assert cli.main(["train", str(run)]) == 2
-    assert f"dora-mm train --resume {run} goes on" in capsys.readouterr().err
+    assert f"dora-mm train --resume {shlex.quote(str(run))} goes on" in capsys.readouterr().err
 
 
 # --- mistakes that are found before anything large is imported -------------------------------------------------------
@@ -227,7 +228,7 @@ def test_a_mistake_in_the_command_line_gives_one_sentence(config, tmp_path, caps
 
 
 def words(line, config, tmp_path):
-    return filled(line, config, tmp_path).split(" ")
+    return [filled(word, config, tmp_path) for word in line.split(" ")]
 
 
 def filled(line, config, tmp_path):

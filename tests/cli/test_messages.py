@@ -174,7 +174,7 @@ def said(words, capsys):
         code = end.code
     assert code == 2
     line = capsys.readouterr().err.splitlines()[-1].removeprefix("dora-mm: ")
-    return re.sub(r"^\S+configs/sdxl/\w+\.yaml: (--set .*?: (?=[\w.]+: ))?", "", line)
+    return re.sub(r"^.+configs/sdxl/\w+\.yaml: (--set .*?: (?=[\w.]+: ))?", "", line)
 
 
 @pytest.mark.parametrize(("line", "sentence"), WRONG)

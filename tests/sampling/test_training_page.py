@@ -141,7 +141,8 @@ def test_a_training_without_pictures_and_data_has_a_page(tmp_path, monkeypatch, 
     (training,) = found["trainings"]
     assert training["note"].startswith("data.folder: pictures does not exist")
     assert training["next"] == {
-        "after a stop": f"dora-mm train --resume {run.path}", "a sheet now": f"touch {run.path}/sample-now",
+        "after a stop": f"dora-mm train --resume {shlex.quote(str(run.path))}",
+        "a sheet now": f"touch {shlex.quote(str(run.path / 'sample-now'))}",
     }  # fmt: skip
     (run.path / "config.yaml").write_text("pipeline: train_diffusion\nmodel: 7\n")
     assert main(["gallery", str(run.path)]) == 2

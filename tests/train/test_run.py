@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
@@ -52,7 +53,7 @@ def said(caplog):
 
 def test_a_run_says_where_it_is_and_how_to_go_on_at_its_start_and_end(train, tmp_path, caplog):
     train()
-    how = f"dora-mm train --resume {tmp_path / 'run'}"
+    how = f"dora-mm train --resume {shlex.quote(str(tmp_path / 'run'))}"
     assert said(caplog) == [
         f"Run {tmp_path / 'run'}. After a stop: {how}",
         f"\nRun {tmp_path / 'run'} is finished. To train longer: {how} --set train.steps=24",
@@ -84,7 +85,8 @@ def test_a_run_says_how_to_go_on_when_it_stops(train, tmp_path, caplog, stop):
         train(**settings)
     run = tmp_path / "run"
     lower = " --set optimizer.lr=1e-05" if stop == "a loss that is not finite" else ""
-    assert said(caplog)[-1] == f"\nRun {run} has stopped, {kept}. To go on: dora-mm train --resume {run}{lower}"
+    how = f"dora-mm train --resume {shlex.quote(str(run))}{lower}"
+    assert said(caplog)[-1] == f"\nRun {run} has stopped, {kept}. To go on: {how}"
     assert len(said(caplog)) == 2
 
 

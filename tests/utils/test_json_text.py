@@ -18,7 +18,7 @@ def no_file(request, tmp_path, monkeypatch):
     """Makes a path something that would never end, in the current directory."""
     monkeypatch.chdir(tmp_path)
     previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
-    signal.alarm(20)
+    signal.alarm(120)  # a slow machine needs some of it to import
 
     def make(name):
         if request.param == "a pipe":

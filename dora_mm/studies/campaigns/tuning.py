@@ -197,7 +197,7 @@ def write_tuned(config: TuneConfig, base: Any, chosen: Candidate, file: Path) ->
     for text in config.overrides:
         key, _, value = text.partition("=")
         given[tuple(int(part) if part.isdigit() else part for part in key.split("."))] = read(value).value
-    head = f"# dora-mm train {file}\n#\n# {config.base}, with what dora-mm tune has chosen.\n"
+    head = f"# dora-mm train {shlex.quote(str(file))}\n#\n# {config.base}, with what dora-mm tune has chosen.\n"
     text = edited(resolve_path(config.base).read_text(encoding="utf-8-sig"), given | changes)
     write_text(file, f"{head}#\n{text}" if text.startswith("#") else head + text)
     try:

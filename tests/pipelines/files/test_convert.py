@@ -83,7 +83,8 @@ def test_verify_shows_every_tool(adapter, tmp_path, capsys):
     code, output, _ = run(capsys, "verify", tmp_path / "a.safetensors", "--base", BASE)
     assert code == 0
     said, ends, _, rows, measure = output.strip().split("\n\n")
-    assert f"Forge: dora-mm convert {tmp_path}/a.safetensors OUT --to comfy --base {BASE}" in ends
+    command = ["dora-mm", "convert", str(tmp_path / "a.safetensors"), "OUT", "--to", "comfy", "--base", str(BASE)]
+    assert f"Forge: {shlex.join(command)}" in ends
     kinds = [line[:8].strip() for line in said.splitlines()]
     assert kinds == sorted(kinds, key=("right", "wrong", "not read").index)
     assert re.search(r"^right    .*\bSD\.Next.*: loads all 219 modules$", said, re.MULTILINE)

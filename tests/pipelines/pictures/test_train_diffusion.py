@@ -391,14 +391,14 @@ def test_a_finished_run_is_extended(config, tmp_path, caplog, capsys):
     caplog.set_level("INFO")
     run, settings = tmp_path / "run", {"sample__prompts": [], "adapter__parts": ["unet.attn"]}
     assert main(["train", str(config(**settings, train__steps=1))]) == 0
-    longer = f"dora-mm train --resume {run} --set train.steps=2"
+    longer = f"dora-mm train --resume {shlex.quote(str(run))} --set train.steps=2"
     assert longer in caplog.text
     before = files_in(run)
     caplog.clear()
     assert main(["train", "--resume", str(run)]) == 0
     assert f"Run {run} is finished: nothing is left to do, and nothing was written." in caplog.messages
     assert longer in caplog.text
-    assert f"to draw  dora-mm sample --set adapter.path={run}" in capsys.readouterr().out
+    assert f"to draw  dora-mm sample --set {shlex.quote(f'adapter.path={run}')}" in capsys.readouterr().out
     assert files_in(run) == before
     (run / LOCK).touch()  # a kill behind the last file, and one in the middle of a request
     (run / ".sheet.png.5bce98f7-1.partial").touch()

@@ -1,6 +1,7 @@
 """A search for a learning rate on a tiny model with random weights: stopped, repeated, with other rates, by loss."""
 
 import csv
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_a_search_that_is_stopped_goes_on_and_trains_nothing_twice(
     chosen = load_config(folder / "tuned.yaml")
     assert (chosen.name, chosen.seed, chosen.train.steps) == ("style", 3, 4)
     assert f"lr{chosen.optimizer.lr:g}-" in started[3]
-    assert printed.endswith(f"dora-mm train {folder / 'tuned.yaml'}\n")
+    assert printed.endswith(f"dora-mm train {shlex.quote(str(folder / 'tuned.yaml'))}\n")
     assert str(folder / "runs" / started[3] / "adapter") in printed
     for name in ("table.md", "curves.csv", "curves.svg", "curves.png", "sheet.png"):
         assert (folder / name).is_file()

@@ -126,7 +126,7 @@ def test_bad_images_stop_the_run_or_are_named(config, images, tmp_path, capsys, 
     (images / "1" / "broken.jpg").write_bytes(b"not an image")
     (images / "1" / "empty.png").write_bytes(b"")
     assert run(config) == 2
-    assert re.fullmatch(r"dora-mm: images: \S+broken.jpg is not a complete image \(.*\): replace or delete it\n",
+    assert re.fullmatch(r"dora-mm: images: .+broken.jpg is not a complete image \(.*\): replace or delete it\n",
                         capsys.readouterr().err)  # fmt: skip
     assert run(config, "on_bad_data=skip") == 0
     assert "2 images were skipped" in caplog.text

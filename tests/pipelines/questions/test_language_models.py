@@ -1,6 +1,7 @@
 """Decoder language models through the pipelines: trained, resumed, scored, asked, merged, and loaded by PEFT."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -52,7 +53,8 @@ def test_a_run_resumes_exactly_and_its_adapter_leaves(name, tiny_vlm, tmp_path, 
     assert main(["train", config, "--dry-run"]) == 0
     assert "text.attn" in capsys.readouterr().out
     assert main(["train", config]) == 0
-    assert f"dora-mm ask {base} QUESTION --adapter {tmp_path / 'whole'}" in capsys.readouterr().out
+    asking = ["dora-mm", "ask", str(base), "QUESTION", "--adapter", str(tmp_path / "whole")]
+    assert shlex.join(asking) in capsys.readouterr().out
     killed = shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     for left in ("checkpoints/step-000004", "adapter", "validation", "best"):
         shutil.rmtree(killed / left)

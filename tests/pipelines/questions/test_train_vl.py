@@ -1,6 +1,7 @@
 """From the committed scenes to an adapter and its scores, through the command line."""
 
 import json
+import shlex
 import shutil
 from contextlib import redirect_stdout
 from io import StringIO
@@ -126,7 +127,8 @@ def test_a_finished_run_that_is_resumed_writes_nothing(finished, caplog):
     caplog.set_level("INFO")
     before = files_in(finished / "run")
     assert main(["train", "--resume", str(finished / "run")]) == 0
-    assert f"To train longer: dora-mm train --resume {finished / 'run'} --set train.steps=8" in caplog.messages
+    how = f"dora-mm train --resume {shlex.quote(str(finished / 'run'))}"
+    assert f"To train longer: {how} --set train.steps=8" in caplog.messages
     assert files_in(finished / "run") == before
 
 
@@ -179,7 +181,7 @@ def test_a_finished_run_is_extended_by_epochs_and_checkpoints_activations(config
     changes = {"data": {"tables": str(tmp_path / "tables"), "tasks": tasks}, "schedule": {"name": "constant"}}
     run = tmp_path / "run"
     assert main(["train", str(config(**changes, train={"epochs": 1, "batch_size": 4}))]) == 0
-    assert f"dora-mm train --resume {run} --set train.epochs=2" in caplog.text
+    assert f"dora-mm train --resume {shlex.quote(str(run))} --set train.epochs=2" in caplog.text
     overrides = ["train.epochs=2", "train.gradient_checkpointing=true"]
     assert main(["train", "--resume", str(run), "--set", *overrides]) == 0
     longer = config(**changes, train={"epochs": 2, "batch_size": 4}, output=str(tmp_path / "longer"))

@@ -118,7 +118,7 @@ def test_neither_model_nor_data_need_be_there(capsys):
 def test_without_data_the_parts_and_their_memory_are_shown(config, tmp_path, capsys):
     missing = {"format": "chat", "file": str(tmp_path / "none.json"), "images": str(tmp_path)}
     text = printed(capsys, config("llava", data={"train": missing, "valid": None}), code=2)
-    assert re.search(r"chat train file +\S+none.json +missing", text)
+    assert re.search(r"chat train file +.+none.json +missing", text)
     assert row_of(text, "text.attn")[1] == "dora"
     assert "together, without activations" in text
     assert "time      not measured: not all training data can be read" in text

@@ -1,5 +1,6 @@
 """What a candidate changes of a training, and the config with what was chosen."""
 
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -79,7 +80,7 @@ def test_alpha_stays_with_scaling_sqrt(file):
 def test_the_config_with_what_was_chosen_is_the_persons_with_its_comments(file, overrides, tmp_path):
     config = search(file, overrides=overrides)
     base = load_config(file, overrides)
-    written = write_tuned(config, base, Candidate(4, 3.2e-3), tmp_path / "tuned.yaml")
+    written = write_tuned(config, base, Candidate(4, 3.2e-3), tmp_path / "that was tuned.yaml")
     found = load_config(written)
     keys = {"optimizer.lr", "optimizer.magnitude_lr", "adapter.rank", "adapter.alpha"}
     keys |= {"tokens.TOK.lr", "adapter.parts.text_encoder.attn.lr"}
@@ -87,7 +88,7 @@ def test_the_config_with_what_was_chosen_is_the_persons_with_its_comments(file, 
     assert (found.name, found.optimizer.lr, found.adapter.rank, found.adapter.alpha) == ("style", 3.2e-3, 4, 8.0)
     has_comments = "schedule.warmup_ratio=0.1" not in overrides  # it takes the place of warmup_steps
     assert ("# to be found" in written.read_text()) == has_comments
-    assert written.read_text().startswith(f"# dora-mm train {written}\n")
+    assert written.read_text().startswith(f"# dora-mm train {shlex.quote(str(written))}\n")
 
 
 def test_ranks_of_parts_would_hide_those_that_are_tried(file):

@@ -1,10 +1,10 @@
 """COCO captions, in the official files and in Karpathy's single file of all splits; one Example per image."""
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NotRequired
 
 from pydantic import TypeAdapter
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from dora_mm.config.schema import Text
 from dora_mm.config.vl_data import SourceConfig

@@ -1,9 +1,10 @@
 """GQA: compositional questions with one answer each, in the official files and in VL-T5's."""
 
 from collections.abc import Iterator
+from typing import NotRequired
 
 from pydantic import TypeAdapter
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from dora_mm.config.schema import Text
 from dora_mm.config.vl_data import SourceConfig

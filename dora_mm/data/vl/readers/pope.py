@@ -1,9 +1,10 @@
 """POPE: questions of yes and no about objects, in its own JSON lines."""
 
 from collections.abc import Iterator
+from typing import NotRequired
 
 from pydantic import TypeAdapter
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from dora_mm.config.schema import Text
 from dora_mm.config.vl_data import SourceConfig

@@ -22,7 +22,7 @@ from dora_mm.tasks.vl import VLBatches
 from tests.shared.data.vl_files import write_json
 from tests.shared.data.vlm_rows import write_pictures
 
-FAULT = re.compile(r"row r2 of chat: \S+broken\.png is not a complete image")
+FAULT = re.compile(r"row r2 of chat: .+broken\.png is not a complete image")
 
 
 @pytest.fixture
