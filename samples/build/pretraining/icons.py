@@ -81,7 +81,7 @@ def load_pixels(icons: Sequence[Icon], resolution: int) -> torch.Tensor:
     pixels = np.empty((len(icons), resolution, resolution, 3), dtype=np.uint8)
     for index, icon in enumerate(icons):
         with Image.open(icon.path) as image:
-            pixels[index] = image.convert("RGB").resize((resolution, resolution), Image.Resampling.LANCZOS)
+            pixels[index] = np.asarray(image.convert("RGB").resize((resolution, resolution), Image.Resampling.LANCZOS))
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
