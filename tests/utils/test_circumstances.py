@@ -2,12 +2,12 @@
 
 import logging
 import platform
+import tomllib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
-import tomllib
 import torch
 from packaging.requirements import Requirement
 from PIL import Image
