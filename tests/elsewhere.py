@@ -21,7 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "elsewhere"
-ODD = Path(tempfile.gettempdir()) / f"été 東京 {os.getpid()}"
+TEMPORARY = Path(tempfile.gettempdir()) / f"elsewhere-{os.getpid()}"  # on another day pytest takes others' for old
+ODD = TEMPORARY / "été 東京"
 COPY = ODD / "dora mm"
 FAST = ("config", "data", "utils", "cli", "registries")
 PACKAGES = ("--editable", ".[dev]", "pytest-random-order")
@@ -47,8 +48,8 @@ class Condition:
 
 
 def day(date: str) -> Condition:
-    """Threads wait by the monotonic clock, which stays as it is; the times of files are moved with the day."""
-    return Condition(date, ("faketime", "--exclude-monotonic", date), ("-m", "not slow and not gpu and not file_times"))
+    """Files keep their true times, and threads wait by the monotonic clock, which stays as it is."""
+    return Condition(date, ("env", "NO_FAKE_STAT=1", "faketime", "--exclude-monotonic", date))
 
 
 def variable(name: str, value: object) -> Condition:
@@ -85,7 +86,7 @@ def main() -> int:
         copy()
         bad = list(measured(given, here, found))
     finally:
-        shutil.rmtree(ODD, ignore_errors=True)
+        shutil.rmtree(TEMPORARY, ignore_errors=True)
     for log in bad:
         failed = re.findall(r"(?m)^(?:FAILED|ERROR) .*", log.read_text("utf-8", "replace"))
         print(f"\n{log.relative_to(ROOT)}:", *failed, sep="\n")
@@ -186,7 +187,7 @@ def at_once(conditions: Sequence[Condition]) -> Condition:
 def run(python: Path, condition: Condition, tests: Sequence[str], log: Path, seconds: float) -> Counter[str]:
     """One pass of the tests, which is ended after this time; the numbers of its outcomes."""
     command = [*condition.wrapper, python, *PYTEST, *condition.options, *tests]
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "", "TMPDIR": str(TEMPORARY)}
     with log.open("wb") as said:
         settings = {"cwd": condition.folder, "env": variables, "stdout": said, "stderr": said}
         process = subprocess.Popen(command, start_new_session=True, **settings)

@@ -78,7 +78,6 @@ def test_the_lock_ends_with_its_process(writer, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["written"]
 
 
-@pytest.mark.file_times
 def test_a_process_that_was_stopped_writes_nothing_after_another_machine_has_taken_over(
     writer, tmp_path, elsewhere, caplog
 ):
