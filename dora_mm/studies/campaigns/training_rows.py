@@ -22,6 +22,7 @@ from dora_mm.utils.run_directory import DAY
 from dora_mm.utils.tables import csv_records
 
 FAILED = "diverged"  # in place of the value of a training whose loss or weights were not finite
+OWN_COLUMNS = ("processor", "threads")  # of circumstances; all others are in one cell, with commas between them
 KEPT = ("parameters", "trainable_share", "seconds", "seconds_per_step", "peak_memory_mb")  # of summary.json
 
 
@@ -104,7 +105,8 @@ def as_cells(records: Sequence[Record]) -> dict[str, str]:
     """Circumstances as rows have them: all values of a name as one text, without what runs the adapted layers."""
     names = [name for name in dict.fromkeys(chain(*records)) if " " not in name]
     values = {name: [text_of(record[name]) for record in records if name in record] for name in names}
-    return {name: " and ".join(dict.fromkeys(found)).replace(", ", ",") for name, found in values.items()}
+    cells = {name: " and ".join(dict.fromkeys(found)) for name, found in values.items()}
+    return {name: text if name in OWN_COLUMNS else text.replace(", ", ",") for name, text in cells.items()}
 
 
 COLUMNS = tuple(field.name for field in fields(TrainingRow))

@@ -6,8 +6,21 @@ from pathlib import Path
 import pytest
 
 from dora_mm.cli import main
+from dora_mm.config import load_config
+from dora_mm.recipes import PIPELINES
+from dora_mm.studies.campaigns.comparison import MethodComparison
 
 PAPER = Path("tests/benchmarks/results/paper")
+
+
+@pytest.mark.slow
+def test_the_rows_of_pictures(tmp_path):
+    rows = shutil.copy(PAPER / "tuned" / "trainings.csv", tmp_path / "trainings.csv")
+    config = load_config("configs/sdxl/tuned.yaml", [f"rows={rows}", f"output={tmp_path / 'out'}"])
+    campaign = MethodComparison(config, PIPELINES.load("compare").build_evaluation(config)).campaign
+    found = campaign.rows.found.values()
+    assert found
+    assert [row.training.name for row in found if row.digest != campaign.digest(row.training)] == []
 
 
 @pytest.mark.slow

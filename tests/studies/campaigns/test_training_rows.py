@@ -10,7 +10,8 @@ from dora_mm.studies.variants import FULL, Variant
 
 ONE = Training(Variant("dora", 4, "b4"), 1.2345678e-3, 0)
 TWO, THREE = Training(FULL, 1e-3, 1), Training(Variant("lora", 16), 0.5, 0)
-VERSIONS = {"processor": "AMD EPYC", "threads": 2, "python": "3.12", "torch": "2.13.0", "numpy": "2.4", "peft": None}
+PROCESSOR = "AMD EPYC, family 26, model 2, AVX512"
+VERSIONS = {"processor": PROCESSOR, "threads": 2, "python": "3.12", "torch": "2.13.0", "numpy": "2.4", "peft": None}
 SUMMARY = {"parameters": 12, "seconds": 1.5, "loss": 3.0}
 
 
@@ -31,7 +32,7 @@ def test_rows_survive_their_file(tmp_path):
     assert three is not None
     assert [row.training for row in (one, two, three)] == [ONE, TWO, THREE]
     assert (one.number, one.scores, one.summary) == (0.5, '{"a": [1, 2]}', {"parameters": 12, "seconds": 1.5})
-    assert (one.processor, one.threads) == ("AMD EPYC", "2")
+    assert (one.processor, one.threads) == (PROCESSOR, "2")
     assert one.software == "python 3.12, torch 2.13.0, numpy 2.4, peft none"
     assert one.circumstances == as_cells([VERSIONS])
     assert two.processor == two.threads == two.software == ""
