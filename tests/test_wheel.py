@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(*command, cwd, **variables):
     command = [str(part) for part in command]
-    environ = {**os.environ, **variables}
+    environ = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"} | variables
     done = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, done.stderr
 

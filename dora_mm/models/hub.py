@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from dora_mm.config.paths import HUB_NAME
+from dora_mm.utils.home import SHORT
 
 LONGEST_WAIT = 5.0  # seconds for an answer of the hub
 
@@ -46,10 +47,25 @@ def check_hub(path: str, revision: str | None = None, *, key: str = "") -> None:
 
     Raises:
         UnreachableError: It cannot.
+        ValueError: It would have no place on this machine.
     """
-    of_hub = HUB_NAME.fullmatch(path) and not Path(path).exists()
-    if of_hub and not hub_answers() and local_copy(path, revision) is None:
+    if not HUB_NAME.fullmatch(path) or Path(path).exists():
+        return
+    if not hub_answers() and local_copy(path, revision) is None:
         raise unreachable(path, revision, key)
+    if not has_cache():
+        start = f"{key}: " if key else ""
+        raise ValueError(
+            f"{start}{named(path, revision)} is a model of the hub, and this user has no home folder to keep it in: "
+            "set HF_HOME to a folder"
+        )
+
+
+def has_cache() -> bool:
+    """Whether models of the hub have a place on this machine; without a home folder its name still begins with `~`."""
+    from huggingface_hub import constants
+
+    return not constants.HF_HUB_CACHE.startswith(SHORT)
 
 
 @cache
@@ -89,6 +105,8 @@ def local_copy(path: str, revision: str | None = None) -> Path | None:
     """
     if Path(path).exists():
         return Path(path)
+    if not has_cache():
+        return None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

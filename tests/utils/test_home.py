@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from dora_mm.cli import main
 from dora_mm.config.latest import numbered
+from dora_mm.models import hub
 from dora_mm.utils import digest
 from dora_mm.utils.digest import file_digest, files_digest
 from dora_mm.utils.folders import new_folder
@@ -54,6 +55,17 @@ def test_a_path_in_the_home_folder_is_refused_in_one_sentence(command, homeless,
     assert main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "this user has no home folder: set HOME, or write the path out" in line
+
+
+def test_models_of_the_hub_have_no_place(homeless, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    assert hub.local_copy("owner/name") is None
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
+    with pytest.raises(hub.UnreachableError, match=r"model\.path: owner/name is not on this machine"):
+        hub.check_hub("owner/name", key="model.path")
+    monkeypatch.setattr(hub, "hub_answers", lambda: True)
+    with pytest.raises(ValueError, match=r"model\.path: owner/name is a model of the hub.* set HF_HOME"):
+        hub.check_hub("owner/name", key="model.path")
 
 
 def test_what_is_said_of_it(homeless):
