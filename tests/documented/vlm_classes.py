@@ -136,11 +136,11 @@ ask for the day get [that of the run](vlm.md#the-day).
 
 
 def clock_readers() -> list[str]:
-    """The places in transformers' processors and tokenizers that read a clock."""
+    """The calls in transformers' processors and tokenizers that read a clock."""
     folder = Path(transformers.__file__).parent
     kinds = ("processing", "tokenization", "image_processing", "video_processing", "feature_extraction")
     files = [file for kind in kinds for file in (*folder.glob(f"{kind}*.py"), *folder.glob(f"models/*/{kind}*.py"))]
-    return [place for file in files for place in clock_calls(file)]
+    return [call for file in files for call in clock_calls(file)]
 
 
 def clock_calls(file: Path) -> list[str]:
