@@ -127,8 +127,8 @@ Losses are computed from the hidden states of the tokens with loss alone, in chu
 of these tokens at once, since their classes go on with them: they scale, cap, mask or widen them
 ([memory](vlm.md#memory)). So it is with all whose config sets `final_logit_softcapping`.
 
-No processor or tokenizer reads a clock in its own Python, by a look at the sources of all of them; chat templates that
-ask for the day get [that of the run](vlm.md#the-day).
+No processor or tokenizer of transformers reads a clock in its own Python: the sources of all were searched. Chat
+templates that ask for the day get [that of the run](vlm.md#the-day).
 
 | type | class | trains | parts, or why not | videos | limits of images |
 |---|---|---|---|---|---|
