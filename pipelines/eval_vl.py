@@ -167,7 +167,7 @@ def report_same(
 ) -> None:
     """Prints how many answers are those of another evaluation, and writes it to same_answers.json.
 
-    Of rows with a day, it also says where the other evaluation had another one.
+    If the rows have a day, it also reports where that of the other evaluation differs.
 
     Raises:
         ValueError: An image is another one now.
@@ -186,8 +186,8 @@ def report_same(
         found[name] = {**share.as_dict(), "rows": count}
         print(f"same     {points(share)} % of {count:,} answers of {name} are those of {other}")
         now = answers[-1].circumstances if answers else NOTHING
-        if said := about_kept(by_circumstances(earlier[name]), now, f"answers of {other}"):
-            log.warning(said)
+        if message := about_kept(by_circumstances(earlier[name]), now, f"answers of {other}"):
+            log.warning(message)
     theirs = day_of_run(resolve_path(other, "same_as")).date
     if day.asked and day.date != theirs:
         found["days"] = [day.date, theirs]

@@ -285,7 +285,7 @@ def train(
 
 
 def share_counts(model: VLModel, accelerator: Accelerator) -> None:
-    """Tells every process what the others have read: the longest row, and whether one had the day."""
+    """Shares the length of the longest row among the processes, and whether a row had the day."""
     seen = [model.counts.longest, model.day.asked]
     model.counts.longest, model.day.asked = highest(seen, accelerator)
 

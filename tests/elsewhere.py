@@ -121,7 +121,7 @@ def works(*command: str) -> bool:
 
 
 def pythons(versions: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Those of these versions that are here, with their commands: on PATH or among pyenv's."""
+    """The versions that are installed here, on PATH or among pyenv's, with their commands."""
     own = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     for version in versions:
         commands = [f"python{version}", *map(str, sorted(own.glob(f"{version}.*/bin/python")))]
@@ -154,7 +154,7 @@ def copy() -> None:
 
 
 def usable(conditions: Iterable[Condition]) -> Iterator[Condition]:
-    """Those that can be had here."""
+    """The conditions that this machine can provide."""
     for condition in conditions:
         if works(*condition.wrapper, "true"):
             yield condition
@@ -188,8 +188,8 @@ def run(python: Path, condition: Condition, tests: Sequence[str], log: Path, sec
     """One pass of the tests, which is ended after this time; the numbers of its outcomes."""
     command = [*condition.wrapper, python, *PYTEST, *condition.options, *tests]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "", "TMPDIR": str(TEMPORARY)}
-    with log.open("wb") as said:
-        settings = {"cwd": condition.folder, "env": variables, "stdout": said, "stderr": said}
+    with log.open("wb") as output:
+        settings = {"cwd": condition.folder, "env": variables, "stdout": output, "stderr": output}
         process = subprocess.Popen(command, start_new_session=True, **settings)
         try:
             with suppress(subprocess.TimeoutExpired):

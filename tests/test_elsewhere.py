@@ -1,4 +1,4 @@
-"""What `make test-elsewhere` changes about a suite, seen by a suite of two tests."""
+"""The conditions of `make test-elsewhere`, as a suite of two tests meets them."""
 
 import json
 import os

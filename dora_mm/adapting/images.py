@@ -30,10 +30,10 @@ def adapt_image_model(model: ImageModel, config: TrainDiffusionConfig) -> Traine
 
 
 def check_fit(config: TrainDiffusionConfig, model: ImageModel) -> None:
-    """Checks what a config says of an image model whose weights are not loaded yet.
+    """Checks a config against an image model whose weights are not loaded yet.
 
     Raises:
-        ValueError: It has no such part, another shape than `adapter.init_from`, or no rescale of guidance.
+        ValueError: The model lacks a named part or rescaled guidance, or `adapter.init_from` has another shape.
     """
     model.check_rescale(config.sample.guidance_rescale, "sample.guidance_rescale")
     check_names(config.adapter, model.target_maps)

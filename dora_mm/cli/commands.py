@@ -198,7 +198,7 @@ def _run_config(arguments: Namespace, recipes: Recipes) -> None:
     config = _config(arguments, recipes)
     if config.command != arguments.command:
         raise ValueError(_needs_command(config.command, arguments))
-    if not arguments.dry_run:  # which reports paths with all else (dora_mm.train.preflight)
+    if not arguments.dry_run:  # a dry run reports paths with all other problems: dora_mm.train.preflight
         check_paths(config, new_run=arguments.resume is None)
     model: Any = getattr(config, "model", None)
     if hasattr(model, "path") and arguments.resume is None and not arguments.dry_run:  # some make a new model
@@ -212,12 +212,12 @@ def _run_config(arguments: Namespace, recipes: Recipes) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: the recipe {config.pipeline} does not support it")
     resumed = {"resume": arguments.resume} if arguments.resume is not None or not asked else {}
     main(config, **asked, **resumed)
-    if arguments.dry_run and num_started() == 1:  # the command that has started several is not known
+    if arguments.dry_run and num_started() == 1:  # the command that started several processes is not known
         print(f"\n{_without_dry_run(arguments, config)}")
 
 
 def _without_dry_run(arguments: Namespace, config: PipelineConfig) -> str:
-    """A line with the command that trains as a dry run has said."""
+    """A line with the command that starts, or resumes, the training of a dry run."""
     overrides = [_as_read(override, config) for override in arguments.overrides]
     words = [arguments.config] if arguments.config else []
     words += ["--resume", str(arguments.resume)] if arguments.resume else []

@@ -1,4 +1,4 @@
-"""Standard output and error, which may be closed or lose their reader: the work goes on, and is saved, without them."""
+"""Standard output and error, which may be closed or lose their reader: the work goes on without them."""
 
 import io
 import os
@@ -21,9 +21,9 @@ def open_streams() -> None:
 
 
 class _LastingStream(io.FileIO):
-    """A standard stream that leads nowhere once nothing can be written to it.
+    """A standard stream that is redirected to the null device once it cannot be written to.
 
-    Standard output says so once where it is more than a reader who has seen enough, such as a full disk.
+    On standard output the error is raised, once, unless the reader has merely gone: the disk may be full.
     """
 
     def __init__(self, number: int):
@@ -60,7 +60,7 @@ def _lasting(stream: TextIO | None, number: int) -> TextIO:
 
 
 def _drop(number: int) -> None:
-    """Lets a stream lead nowhere, also for what this process starts."""
+    """Redirects a stream to the null device, also for processes that this one starts."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     if nowhere == number:
         os.set_inheritable(number, True)

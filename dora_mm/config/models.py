@@ -194,7 +194,7 @@ class VLMModelConfig(VLFamilyConfig):
     max_length: PositiveInt | None = None  # tokens per row of a training; longer ones are cut; null: positions
     loss_over: Literal["answers", "prompts and answers"] = "answers"  # the tokens that are learned; of images never
     prompts: dict[TaskName, Text] = Field(default_factory=dict)  # of a task, with {text} for the question
-    # Such as 2026-12-01: what a chat template gets that asks for the day; null: the day on which the run began
+    # The day for chat templates that ask for it, such as 2026-12-01; null: the day on which the run began
     date: IsoDate | None = None
 
     @field_validator("prompts")

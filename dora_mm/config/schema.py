@@ -81,7 +81,7 @@ def _iso_date(text: str) -> str:
     try:
         return date.fromisoformat(text).isoformat()  # 20261201 is written as 2026-12-01
     except ValueError:
-        raise ValueError("is no day such as 2026-12-01") from None
+        raise ValueError("is not a date such as 2026-12-01") from None
 
 
 IsoDate = Annotated[str, AfterValidator(_iso_date)]

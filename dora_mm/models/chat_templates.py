@@ -68,7 +68,7 @@ def rendering_on(day: Day) -> Iterator[None]:
 
 
 def strftime_now(format: str) -> str:
-    """The function of this name that templates call, in place of transformers' own, which reads the clock.
+    """Replaces the function of this name that transformers gives to templates, which reads the clock.
 
     It looks up the day when it is called: compiled templates are cached.
 
@@ -156,7 +156,7 @@ def _call(name: str, arguments: list[Any], node: nodes.Node) -> nodes.Call:
 
 
 class _Globals(dict):
-    """What templates may call by name; the clock, which transformers adds later, is replaced."""
+    """The globals of templates; the `strftime_now` that transformers adds later is replaced."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(name, strftime_now if name == "strftime_now" else value)

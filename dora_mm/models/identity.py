@@ -51,7 +51,7 @@ def digests_of(folder: Path, prefix: str = "", names: Iterable[str] = ()) -> dic
 
 
 def _read_files(folder: Path) -> Iterator[Path]:
-    """All files but weights, what is hidden and texts for people; also of subfolders of templates and tokenizers."""
+    """All files but weights, hidden files and READMEs; also those in subfolders without weights."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.name.startswith((".", "README")):
             continue

@@ -142,7 +142,7 @@ def loaded_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 
 def is_weights(file: Path) -> bool:
-    """Whether a file has weights, or says which files of a folder have them."""
+    """Whether a file has weights, or is the index of files that have them."""
     return file.suffix in WEIGHTS or file.name.endswith(".index.json")
 
 

@@ -112,7 +112,7 @@ def measured_sections(
         class_images: Those of folders of role preserve.
         accelerator: Knows the device, the mixed precision and the processes.
         data: What is said of the data.
-        steps: Those that are left.
+        steps: The number of steps that are left.
     """
     start_tokens(config.tokens, model, images, config.data.captions, config.seed)
     batches, source = batches_of(config, model, images, class_images, accelerator)

@@ -43,7 +43,7 @@ class AnswersFolder:
         content: Says what the images of an example are, which are compared where answers were kept.
         processes: Those that share the batches, of which the main one writes.
         day: The day that chat templates may ask for, which is compared where they did.
-        circumstances: Those of answers that are added.
+        circumstances: The circumstances of answers that are added.
     """
 
     path: Path
@@ -58,8 +58,8 @@ class KeptAnswer(NamedTuple):
 
     Attributes:
         text: The answer; None: the row could not be read.
-        content: What its images were.
-        circumstances: Those under which it was given.
+        content: The content of its images, see `AnswersFolder`.
+        circumstances: The circumstances under which it was given.
         day: The day of its batch where a chat template asked for it.
     """
 
@@ -264,8 +264,8 @@ class KeptAnswers:
         write_text(self.file, _text(found, NOTHING))
         self._last = found[-1].circumstances if found else NOTHING
         ours.asked += sum(row.day is not None for row in found)
-        if said := about_kept(by_circumstances(found), self.folder.circumstances, f"kept answers of {self.task}"):
-            log.warning(said)
+        if message := about_kept(by_circumstances(found), self.folder.circumstances, f"kept answers of {self.task}"):
+            log.warning(message)
         return [row.text for row in found]
 
     def add(self, answers: Iterable[str | None], contents: Iterable[str], day: str | None) -> None:
@@ -300,7 +300,7 @@ def mixed_circumstances(folder: Path, task: str) -> str:
 
 
 def by_circumstances(rows: Iterable[KeptAnswer]) -> list[tuple[Record, int]]:
-    """The circumstances of rows, each with the number of rows one behind the other that have them."""
+    """The circumstances of rows, each with the number of consecutive rows that have them."""
     return [(now, len(list(same))) for now, same in groupby(row.circumstances for row in rows)]
 
 
@@ -327,7 +327,7 @@ def _kept(file: Path) -> Iterator[KeptAnswer]:
 
 
 def _text(rows: Iterable[KeptAnswer], before: Record) -> str:
-    """The lines of rows, which follow one of the circumstances `before`."""
+    """The lines of rows that follow a row with the circumstances `before`."""
     lines = []
     for text, content, now, day in rows:
         lines += [] if now == before else [json.dumps({"circumstances": dict(now)})]

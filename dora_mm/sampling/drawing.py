@@ -228,7 +228,7 @@ def check_what_is_there(job: PictureJob) -> None:
 
     Files that are damaged or changed, or that an earlier version of the job drew with other settings, are named in the
     log and kept in `earlier/`; they stay until their picture is drawn again. Others of a batch are not such settings,
-    nor are other circumstances, which are said. Files that do not belong to the job are named, and stay.
+    nor are other circumstances, which are reported. Files that do not belong to the job are named, and stay.
     """
     stale, damaged, kept, changes, entries = [], [], [], {}, recorded(job.folder)
     for index, name in enumerate(job.names):
@@ -265,8 +265,8 @@ def check_what_is_there(job: PictureJob) -> None:
             log.warning("%d files in %s %s: %s", len(names), samples, what, shown)
     if job.done:
         log.info("%d of %d pictures are there already.", len(job.done), len(job.pictures))
-        if said := about_kept(kept, job.descriptions[0].circumstances, "pictures that are there"):
-            log.warning(said)
+        if message := about_kept(kept, job.descriptions[0].circumstances, "pictures that are there"):
+            log.warning(message)
 
 
 def draw(job: PictureJob, sampler: PictureSampler, load: LoadAdapter, processes: Processes = ALONE) -> None:

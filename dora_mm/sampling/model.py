@@ -21,7 +21,7 @@ from dora_mm.config.pictures import WITHOUT_GUIDANCE, PicturesConfig
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.models.hub import check_named_by
-from dora_mm.models.images.families import distilled_of, identity_of, load_image_model
+from dora_mm.models.images.families import distilled_of, file_digests, load_image_model
 from dora_mm.models.images.fitting import changes_text, check_denoiser
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.images.memory import check_offload, save_memory
@@ -246,7 +246,7 @@ def load_model(config: PicturesConfig, adapters: Iterable[str]) -> LoadedModel:
     file_hash = known_digest(found) if found is not None and found.is_file() else None
     base = BaseModel(
         *(chosen.path, chosen.revision, chosen.vae, chosen.dtype, digest, file_hash, chosen.settings_of_pictures()),
-        files=identity_of(chosen).files,
+        files=file_digests(chosen),
     )
     environment = {"backend": config.backend, "memory": config.memory.model_dump()}
     frees_text = stays and not changes

@@ -37,7 +37,7 @@ class BaseModel:
         digest: SHA-256 of its weights and of the settings of its scheduler, in hex.
         file_digest: SHA-256 of a single file, by which A1111 and Civitai find it; None for a folder or hub name.
         settings: Those of its family that are not the defaults, by the key of their section.
-        files: Digests of its other files, see `ModelIdentity.files`; None: the picture does not say them.
+        files: Digests of its other files, see `ModelIdentity.files`; None: the picture has none.
     """
 
     path: str

@@ -34,7 +34,7 @@ def replay_picture(file: Path, folder: Path) -> tuple[Path, str | None]:
 
     Returns:
         The new file; and how its pixels differ from the old ones, or None where they are the same. Other circumstances
-        are said in the log.
+        are reported in the log.
 
     Raises:
         ValueError: The file does not say how it was drawn, the model or an adapter has changed since, or the picture
@@ -129,10 +129,10 @@ def job_of(description: Description, loaded: LoadedModel, folder: Path, name: st
 
 
 def report_circumstances(file: Path, description: Description, job: PictureJob) -> None:
-    """Says which circumstances are not those under which a picture was drawn."""
+    """Warns of circumstances that differ from those under which a picture was drawn."""
     now = job.descriptions[description.position].circumstances
-    if said := sentence(f"{file} was", differences(description.circumstances, now)):
-        log.warning(said)
+    if message := sentence(f"{file} was", differences(description.circumstances, now)):
+        log.warning(message)
 
 
 def difference(one: Path, other: Path) -> str | None:

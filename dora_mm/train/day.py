@@ -52,7 +52,7 @@ def day_for(model: Any, folder: str | Path | None, trained: RunDay | None = None
 
 
 def dated(config: ConfigT, day: RunDay) -> ConfigT:
-    """A config that loads its model with this day. What is saved is the other one: the day makes no other run."""
+    """A copy of a config, to load its model with this day. Runs save the original: the day makes no other run."""
     model: Any = getattr(config, "model", None)
     if "date" not in type(model).model_fields:
         return config

@@ -37,8 +37,8 @@ def preflight(accelerator: Accelerator, config: Any, resume: Path | None, rows: 
             minutes. None: the caller reads them.
 
     Returns:
-        The problems, of any process: none of them goes on before all were checked, so that the output folder which one
-        makes is in no other's way.
+        The problems of all processes. Each waits until all were checked, so that none finds the output folder that
+        another one has made.
     """
     found = {PATHS: list(path_problems(config, new_run=resume is None))}
     found |= {name: _problems(check) for name, check in checks(accelerator, config, resume).items()}

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 ValueT = TypeVar("ValueT")
 LONGEST_WAIT = timedelta(hours=12)  # of the other processes for the main one, such as for a validation
 
-# What accelerate, transformers and PEFT read as switches, without an argument that says no; and the key that decides
+# Variables that accelerate, transformers and PEFT read as switches and no argument overrides; and the key that decides
 SWITCHES = {
     **dict.fromkeys((f"ACCELERATE_USE_{each}" for each in ("FSDP", "DEEPSPEED", "MEGATRON_LM")), "train.shard"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": "train.shard",
@@ -47,8 +47,8 @@ class GradientSharing(DistributedDataParallelKwargs):
 def join_processes(train: TrainConfig, *, find_unused_parameters: bool = False) -> Accelerator:
     """Joins the processes that were started together, on GPUs or on the CPU; the usual case is a single one.
 
-    From then on only the main process informs; the others only warn. The environment says which devices there are; how
-    to train, which `accelerate launch` puts there as well, the config says.
+    From then on only the main process informs; the others only warn. The environment decides on which devices to train,
+    and the config how: variables of `accelerate launch` that contradict it have no effect.
 
     Args:
         train: The `train` section of the config.
@@ -69,7 +69,7 @@ def join_processes(train: TrainConfig, *, find_unused_parameters: bool = False) 
     accelerator = Accelerator(
         mixed_precision=train.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop accumulates by itself
-        dynamo_backend="no",  # as it compiles
+        dynamo_backend="no",  # the recipes compile by themselves
         cpu=on_cpu,
         kwargs_handlers=handlers,
     )
@@ -87,7 +87,7 @@ def join_processes(train: TrainConfig, *, find_unused_parameters: bool = False) 
 
 
 def _overridden(train: TrainConfig) -> list[str]:
-    """The variables of accelerate that say something else than a config, each with the key that decides instead."""
+    """The variables of accelerate that differ from a config, each with the key that decides instead."""
     decided = {
         "ACCELERATE_MIXED_PRECISION": ("train.mixed_precision", train.mixed_precision),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (

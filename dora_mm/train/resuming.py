@@ -18,7 +18,7 @@ REASONS = {  # why the other keys and sections may not change
     "output": "it names the folder of a new run, and this run stays where it is",
     "seed": "order and noise of the finished steps came from the old one",
     "backend": "the finished steps were computed by the old one, and the other one rounds differently",
-    "model.date": "the finished steps have read rows of the old day, which of null is that on which the run began",
+    "model.date": "the finished steps have read rows of the old day (null: the day on which the run began)",
     "model": "the checkpoints belong to the old model",
     "vision": "the checkpoints belong to the old vision tower",
     "adapter": "the checkpoints hold an adapter with the old settings",

@@ -166,7 +166,7 @@ def lower_rate(config: PipelineConfig) -> str:
 
 
 def go_on(run: RunDirectory, config: PipelineConfig, steps: int, deciding: Mapping[str, Stateful]) -> None:
-    """Prepares a run to be resumed: its newest checkpoint that is intact, its config, a word on other circumstances.
+    """Prepares a run to be resumed: its newest intact checkpoint, its config, a warning of other circumstances.
 
     Raises:
         ValueError: No checkpoint is intact, or the run has more than `steps` finished steps, or one of `deciding` does
@@ -178,8 +178,8 @@ def go_on(run: RunDirectory, config: PipelineConfig, steps: int, deciding: Mappi
     if done:
         load_parts(checkpoints(run.checkpoints)[-1], deciding)
     change_config(run, config)
-    if said := run.go_on(done, about_layers(getattr(config, "backend", None))):
-        log.warning(said)
+    if message := run.go_on(done, about_layers(getattr(config, "backend", None))):
+        log.warning(message)
 
 
 def check_length(path: Path, done: int, steps: int) -> None:
@@ -274,8 +274,8 @@ def reopen_run(
     Args:
         config: The config.
         inputs: Digests of the data and models that the config refers to, by a description of each.
-        free: The keys of the config that change no result. `output` is another one, which is not named here: a folder
-            may have been renamed or copied.
+        free: The keys of the config that change no result, without `output`, which is always one: a folder may have
+            been renamed or copied.
 
     Raises:
         ValueError: It is no run directory, or that of a run with another config or other inputs.

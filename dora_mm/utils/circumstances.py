@@ -1,7 +1,7 @@
-"""The circumstances of a result: what decides its last bits beside its inputs, and is no part of them.
+"""The circumstances of a result: all that decides its last bits besides its inputs.
 
-One record says them, a JSON object of names and values. It is kept with each row, picture or number that is kept, and
-whatever goes on from these says in one sentence what differs.
+A record of them is a JSON object of names and values. It is kept with each row, picture or number that is kept, and a
+command that goes on from these reports in one sentence which values differ.
 """
 
 import os
@@ -51,7 +51,7 @@ def circumstances(more: Record = NOTHING) -> dict[str, str | int | None]:
     Args:
         more: Entries that other modules know, such as `backend.about_layers`.
     """
-    import torch  # here: folders are also claimed by what computes nothing
+    import torch  # here, since commands that compute nothing use run directories, too
 
     from dora_mm.utils.devices import hardware_name
 
@@ -79,7 +79,7 @@ def installed(package: str) -> str | None:
 def differences(before: Record, now: Record) -> list[str]:
     """The differences of two records, each as in "torch 2.12.0 is 2.13.0".
 
-    An entry that one of them lacks is none: it was kept by a release that did not record it.
+    An entry that only one of them has is not compared: the other is of a release that did not record it.
     """
     both = [name for name in now if name in before and before[name] != now[name]]
     return [f"{name} {text_of(before[name])} is {text_of(now[name])}" for name in both]
@@ -94,7 +94,7 @@ def sentence(subject: str, found: Iterable[str]) -> str:
     """The one sentence on other circumstances; empty where nothing differs.
 
     Args:
-        subject: Whose they are, with its verb: "3 of 8 pictures were".
+        subject: The subject and the verb of the sentence: "3 of 8 pictures were".
         found: From `differences`.
     """
     named = ", ".join(dict.fromkeys(found))
@@ -113,6 +113,6 @@ def about_kept(kept: Iterable[tuple[Record, int]], now: Record, things: str) -> 
 
 
 def about_differing(kept: Sequence[tuple[Sequence[str], int]], things: str) -> str:
-    """The same of what is kept by its differences from what goes on."""
+    """The sentence of `about_kept`, from the differences instead of the records."""
     others, total = sum(count for found, count in kept if found), sum(count for _, count in kept)
     return sentence(f"{others} of {total} {things} were", chain.from_iterable(found for found, _ in kept))

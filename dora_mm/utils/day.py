@@ -15,11 +15,11 @@ MONTHS = (
     *("July", "August", "September", "October", "November", "December"),
 )
 DIRECTIVE = re.compile(r"%([-_0^#]?)[EO]?([A-Za-z%])")
-WHOLE = {"c": "%a %b %e %H:%M:%S %Y", "x": "%m/%d/%y", "X": "%H:%M:%S", "r": "%I:%M:%S %p"}  # in the C locale
+COMPOSITES = {"c": "%a %b %e %H:%M:%S %Y", "x": "%m/%d/%y", "X": "%H:%M:%S", "r": "%I:%M:%S %p"}  # in the C locale
 
 
 def today() -> str:
-    """The local day, in ISO format. Nothing else asks a clock for the day of a run."""
+    """The local day, in ISO format. Nothing else reads the clock for the day of a run."""
     return date.today().isoformat()
 
 
@@ -29,8 +29,8 @@ class Day:
 
     Attributes:
         date: In ISO format; None: nothing may ask for it.
-        asked: How often chat templates have asked for it; those of processes that a training resumes count as one.
-        source: Where it is from, which is reported when a template first asks.
+        asked: How often chat templates have asked for it; all that asked before a resumption count as one.
+        source: The origin of the day, which is reported when a template first asks.
     """
 
     date: str | None = None
@@ -60,8 +60,8 @@ def midnight(day: date, format: str) -> str:
 
     def written(found: re.Match[str]) -> str:
         flag, letter = found.groups()
-        if letter in WHOLE:
-            return midnight(day, WHOLE[letter])
+        if letter in COMPOSITES:
+            return midnight(day, COMPOSITES[letter])
         if letter in words:
             return words[letter].upper() if flag == "^" else words[letter]
         return moment.strftime(f"%{flag}{letter}")

@@ -7,7 +7,7 @@ SHORT = "~"  # how paths in it begin
 
 
 def expanded(path: str | Path, prefix: str = "") -> Path:
-    """A path that a person has typed, with the home folder in the place of `~` or `~name`.
+    """A path that a person has typed, with `~` or `~name` replaced by the home folder.
 
     Args:
         path: The path.
@@ -25,7 +25,7 @@ def expanded(path: str | Path, prefix: str = "") -> Path:
 
 
 def cache_folder() -> Path | None:
-    """Where files are kept that only save time: in $XDG_CACHE_HOME, or ~/.cache; None where there is no home folder."""
+    """The folder of our caches, in $XDG_CACHE_HOME or ~/.cache; None where there is no home folder."""
     try:
         return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dora_mm"
     except ValueError:

@@ -38,7 +38,7 @@ def partial_of(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
     What has the temporary name at the end is removed.
 
     Args:
-        path: The name that it shall get; its folder exists.
+        path: The final name; its folder exists.
         is_folder: Whether to make a folder, not a file.
 
     Yields:
@@ -53,7 +53,7 @@ def partial_of(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
         with ExitStack() as locks:  # closed before the name goes: NFS gives an open file another name instead
             while True:
                 partial = _new(path, is_folder)
-                # one that looks for dead ones may have locked or removed it in between
+                # `remove_dead` of another process may have locked or removed it in between
                 if locks.enter_context(_lock_of(partial)) is not False and partial.exists():
                     break
             yield partial
@@ -107,9 +107,9 @@ def try_lock(descriptor: int) -> bool | None:
 
 @functools.cache
 def machine() -> str:
-    """A short name of the system that runs, which is another one after a reboot: its processes see each other's locks.
+    """A short name of the running system, whose processes see each other's locks; another one after each reboot.
 
-    Host names do not tell: the containers of a machine may have several, and two machines the same.
+    Host names would not do: the containers of a machine may have several, and two machines the same.
     """
     try:
         name = _BOOT.read_text(encoding="utf-8").strip()

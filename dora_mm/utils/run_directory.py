@@ -153,14 +153,14 @@ class RunDirectory:
             before, problem = {0: NOTHING}, f"The circumstances of the finished steps are not known: {error}"
         finished = {step: record for step, record in before.items() if step < done}
         counts = (last - first for first, last in pairwise([*finished, done]))
-        said = problem or about_kept(zip(finished.values(), counts, strict=True), now, "finished steps")
+        message = problem or about_kept(zip(finished.values(), counts, strict=True), now, "finished steps")
         after = finished if finished and finished[max(finished)] == now else {**finished, done: now}
         if after != before:
             write_text(
                 self.path / CONTINUED,
                 json.dumps({step: after[step] for step in after if step or not done}, indent=2) + "\n",
             )
-        return said
+        return message
 
     def stage(self, name: str) -> "RunDirectory":
         """Creates a subfolder, with separate checkpoints and metrics, for one stage of a run that has several."""
@@ -186,7 +186,7 @@ def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     """The descriptions of the inputs that differ, in words; each file of a model is one.
 
     Args:
-        before: The inputs of a run, or of answers. What those of before did not record of a model is not compared.
+        before: The inputs of a run, or of answers. Parts of a model that these lack are not compared.
         now: Some of the inputs.
     """
     if MODEL not in before:

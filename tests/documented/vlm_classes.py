@@ -127,8 +127,8 @@ Losses are computed from the hidden states of the tokens with loss alone, in chu
 of these tokens at once, since their classes go on with them: they scale, cap, mask or widen them
 ([memory](vlm.md#memory)). So it is with all whose config sets `final_logit_softcapping`.
 
-No processor or tokenizer reads a clock in its own Python, by a look at the sources of all of them; chat templates that
-ask for the day get [that of the run](vlm.md#the-day).
+No processor or tokenizer of transformers reads a clock in its own Python: the sources of all were searched. Chat
+templates that ask for the day get [that of the run](vlm.md#the-day).
 
 | type | class | trains | parts, or why not | videos | limits of images |
 |---|---|---|---|---|---|
@@ -136,11 +136,11 @@ ask for the day get [that of the run](vlm.md#the-day).
 
 
 def clock_readers() -> list[str]:
-    """The places in transformers' processors and tokenizers that read a clock."""
+    """The calls in transformers' processors and tokenizers that read a clock."""
     folder = Path(transformers.__file__).parent
     kinds = ("processing", "tokenization", "image_processing", "video_processing", "feature_extraction")
     files = [file for kind in kinds for file in (*folder.glob(f"{kind}*.py"), *folder.glob(f"models/*/{kind}*.py"))]
-    return [place for file in files for place in clock_calls(file)]
+    return [call for file in files for call in clock_calls(file)]
 
 
 def clock_calls(file: Path) -> list[str]:

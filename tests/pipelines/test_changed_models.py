@@ -48,7 +48,7 @@ def written(path: Path, **values: object) -> str:
 
 
 def refused(command: list[str], capsys: pytest.CaptureFixture) -> str:
-    """What a command says that goes on; empty where it does."""
+    """The error of a command that is repeated; empty where it goes on."""
     capsys.readouterr()
     code, said = main(command), capsys.readouterr().err
     assert code in (0, 2), said

@@ -14,7 +14,7 @@ OTHER = "computed under other circumstances, which may change last bits: MKL_CBW
 
 
 def resumed(run, monkeypatch, caplog, *changes):
-    """What a training says of circumstances when it goes on with another variable, and what it has recorded."""
+    """The warnings and the records of a training that goes on with another variable."""
     start = json.loads((run / "versions.json").read_text())
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
     caplog.clear()

@@ -1,4 +1,4 @@
-"""The record of circumstances: what it has, and that every command which goes on says what differs."""
+"""The record of circumstances: its entries, and the report of every command that goes on."""
 
 import logging
 import platform
@@ -67,7 +67,7 @@ def test_what_an_old_record_lacks_is_no_difference():
 
 
 def test_the_steps_of_a_training_keep_their_own(tmp_path, monkeypatch):
-    """Those of steps that were lost, with their checkpoints, are forgotten."""
+    """The circumstances of lost steps are forgotten with their checkpoints."""
     run = RunDirectory.create("demo", "seed: 1\n", output=str(tmp_path / "run"))
     start = circumstances()
     assert run.go_on(4) == ""

@@ -1,4 +1,4 @@
-"""A process without a home folder keeps no digests, and is told so where a person has typed `~`."""
+"""A process without a home folder keeps no digests, and refuses a path with `~`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What is half written belongs to a process as long as that lives, in whatever container, and goes after its death."""
+"""A half-written file belongs to a process while that lives, in any container, and is removed after its death."""
 
 import os
 import shutil

@@ -188,7 +188,7 @@ class FeatureWriter:
     """Adds features to a folder, shard by shard; existing features are kept.
 
     As a context manager it writes the remaining features on exit. A damaged shard is removed from the index with a
-    warning, so that its images are computed again. Another warning says which were computed under other circumstances.
+    warning, so that its images are computed again. Another warning reports features of other circumstances.
 
     Args:
         folder: The folder; created if missing.
@@ -293,6 +293,6 @@ class FeatureWriter:
             digests.update(zip(shard.names, shard.digests, strict=True))
             intact[name] = count
             kept.append((shard.circumstances, count))
-        if said := about_kept(kept, self._now, f"features in {self.folder}"):
-            log.warning(said)
+        if message := about_kept(kept, self._now, f"features in {self.folder}"):
+            log.warning(message)
         return replace(index, shards=intact), digests

@@ -78,7 +78,7 @@ class LatentCache:
         return key in self.memory if self.files is None else self.files.has(key)
 
     def report(self, keys: Iterable[str]) -> None:
-        """Says which latents in files were computed under other circumstances."""
+        """Warns of latents in files that were computed under other circumstances."""
         if self.files is not None:
             self.files.report(keys, "latents")
 

@@ -69,19 +69,20 @@ class TensorCache:
         return circumstances()
 
     def report(self, keys: Iterable[str], things: str) -> None:
-        """Says once which tensors were computed under other circumstances.
+        """Warns once of tensors that were computed under other circumstances.
 
         Args:
-            keys: The keys of those that are kept.
-            things: What they are, in the plural.
+            keys: The keys of kept tensors.
+            things: The noun for them in the warning, in the plural.
         """
         new = list(dict.fromkeys(key for key in keys if key not in self._reported))
         self._reported.update(new)
-        if said := about_kept(((self._circumstances(key), 1) for key in new), self._now, f"{things} in {self.folder}"):
-            log.warning(said)
+        kept = ((self._circumstances(key), 1) for key in new)
+        if message := about_kept(kept, self._now, f"{things} in {self.folder}"):
+            log.warning(message)
 
     def _circumstances(self, key: str) -> Record:
-        """Those of a key; none of a file that is damaged, which is computed again when it is read."""
+        """The circumstances of a key; NOTHING for a damaged file, which is computed again when it is read."""
         try:
             with safe_open(self.path(key), framework="pt") as file:
                 return parse_json((file.metadata() or {}).get("circumstances", "{}"), key)

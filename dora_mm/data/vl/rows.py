@@ -24,7 +24,7 @@ OnBadData = Literal["stop", "skip"]
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """A context without the warnings of skipped rows, where these are reported otherwise."""
+    """A context without the warnings of skipped rows, for callers that report these in another way."""
     logger = logging.getLogger("dora_mm.data.vl")
     level = logger.level
     logger.setLevel(logging.ERROR)

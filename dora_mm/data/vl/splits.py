@@ -43,7 +43,7 @@ class RowCheck(Protocol):
 
 
 class AllRows:
-    """Takes every row, where the model that would check them is not there."""
+    """A check that accepts every row, for data that are read without a model."""
 
     def check_rows(self, table: ExampleTable) -> ExampleTable:
         return table
@@ -243,7 +243,7 @@ def open_validation(
 
 
 def check_data(data: VLDataConfig, decode: DecodeConfig, batch_size: int) -> None:
-    """Reads all that a training reads of its data without a model, which is usually loaded for minutes first.
+    """Reads the data of a training as far as that needs no model, since loading one takes minutes.
 
     Args:
         data: The `data` section of a config.

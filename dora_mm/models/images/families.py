@@ -241,33 +241,53 @@ def about_prediction(config: ModelConfig) -> str:
 def identity_of(config: ModelConfig) -> ModelIdentity:
     """The identity of the image model that a config's `model` section names.
 
-    A network that a file or folder of its own replaces still has its config in `model.path`.
-
     Raises:
         ValueError: There is no such model, or a file of it is damaged; the message names the key.
     """
-    path = local_copy(resolve_model(config.path), config.revision)
-    vae = local_copy(resolve_model(config.vae, "model.vae")) if config.vae else None
-    if path is None or (config.vae and vae is None):
+    weights = _weight_files(config)
+    if not weights or not all(weights.values()):  # of a hub model, the configs alone may be here
         return ModelIdentity()
+    digests = {weights_of(name): weights_digest(found) for name, found in weights.items()}
+    return ModelIdentity(digests, file_digests(config))
+
+
+def file_digests(config: ModelConfig) -> dict[str, str]:
+    """Digests of the files of an image model beside the weights, see `ModelIdentity.files`.
+
+    A network that a file or folder of its own replaces still has its config in `model.path`. A single checkpoint has
+    no such files: its configs are its family's.
+    """
+    path, vae = _copies(config)
+    if path is None or path.is_file():
+        return digests_of(vae, "model.vae/") if vae else {}
     family = family_of(str(path))
-    weights, files = {"checkpoint": [path]}, {}
+    own, found = _read_from_path(family, config), digests_of(path, names=[INDEX])
+    for name in (name for phase in family.phases for name in phase):
+        found |= digests_of(path / name, f"{name}/", [] if name in own else [CONFIG])
+    return found | (digests_of(vae, "model.vae/") if vae else {})
+
+
+def _weight_files(config: ModelConfig) -> dict[str, list[Path]]:
+    """The files with the weights of each network; empty: something was not downloaded yet."""
+    path, vae = _copies(config)
+    if path is None or (config.vae and vae is None):
+        return {}
+    family, found = family_of(str(path)), {"checkpoint": [path]}
     if path.is_dir():
         names = _read_from_path(family, config)
         own = PipelineFiles(str(path), path, names, config)
-        weights = {name: own.weights(name) for name in names if is_network(name)}
-        files = digests_of(path, names=[INDEX])
-        for phase in family.phases:
-            for name in phase:
-                files |= digests_of(path / name, f"{name}/", [] if name in names else [CONFIG])
+        found = {name: own.weights(name) for name in names if is_network(name)}
     if config.denoiser:
-        weights[family.denoiser] = [_denoiser_file(config)]
+        found[family.denoiser] = [_denoiser_file(config)]
     if vae:
-        weights["vae"] = [file for file in loaded_files(vae) if is_weights(file)]
-        files |= digests_of(vae, "model.vae/")
-    if not all(weights.values()):  # of a hub model, the configs alone may be here
-        return ModelIdentity()
-    return ModelIdentity({weights_of(name): weights_digest(found) for name, found in weights.items()}, files)
+        found["vae"] = [file for file in loaded_files(vae) if is_weights(file)]
+    return found
+
+
+def _copies(config: ModelConfig) -> tuple[Path | None, Path | None]:
+    """What is here of `model.path` and of `model.vae`."""
+    vae = local_copy(resolve_model(config.vae, "model.vae")) if config.vae else None
+    return local_copy(resolve_model(config.path), config.revision), vae
 
 
 def load_image_model_if_local(config: ModelConfig) -> ImageModel | None:

@@ -232,7 +232,7 @@ class ImageModel(ABC):
 
     @property
     def text_identity(self) -> str:
-        """What encoded captions depend on besides their text: tokenizers, encoders with configs and dtype, settings."""
+        """Digest of all inputs of encoded captions but their text: tokenizers, encoders, configs, dtype, settings."""
         tokenizers = [self.components[name] for name in self.components.names if name.startswith("tokenizer")]
         cut = [(each.backend_tokenizer.to_str(), each.model_max_length, each.chat_template) for each in tokenizers]
         encoders = [(self.components.digest(name), str(self.components.config(name))) for name in self.text_encoders]

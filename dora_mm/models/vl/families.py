@@ -78,7 +78,7 @@ def load_to_ask(
         trained_tower: The run adapts a vision tower beside the model.
         given: A `dtype` or `revision` that replaces that of the run.
         device: Where the model computes.
-        today: The day that its chat template may ask for, in ISO format; None: it is not asked anything.
+        today: The day that its chat template may ask for, in ISO format; None: no row is rendered.
 
     Raises:
         ValueError: The model cannot be loaded, or needs a run and there is none.

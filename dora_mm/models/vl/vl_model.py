@@ -73,7 +73,7 @@ class RowCounts:
 
     Args:
         limit: The number of tokens that a row may have; 0: rows have no such limit.
-        day: What chat templates may ask for.
+        day: The day for chat templates that ask for it.
 
     Attributes:
         num_cut: How many lost text or whole exchanges, because they were too long.

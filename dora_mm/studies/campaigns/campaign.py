@@ -53,8 +53,8 @@ class Campaign(Generic[ScoresT]):
         self.folder, day = run.path, scoring.day.date
         self.trainings = Trainings(self.folder, config.base, config.workers, scoring.overrides, day)
         self.rows = TrainingRows(rows_file(config, self.folder), cache(self.digest))
-        if said := about_results(self.trainings, self.rows):
-            log.warning(said)
+        if message := about_results(self.trainings, self.rows):
+            log.warning(message)
 
     def digest(self, training: Training) -> str:
         """The digest of all that a row depends on: the training's config, its inputs, and how it is scored.

@@ -38,7 +38,7 @@ class Scoring(Protocol[ScoresT]):
     """
 
     score_title: str  # what `cells` are, for figures and tables
-    day: Day  # what chat templates may ask for, the same in all trainings and evaluations
+    day: Day  # for chat templates that ask for it, the same in all trainings and evaluations
 
     @property
     def inputs(self) -> Mapping[str, Any]:

@@ -10,16 +10,16 @@ from dora_mm.utils.circumstances import NOTHING, Record, about_differing, circum
 from dora_mm.utils.json_text import read_json
 
 ANSWERS, SCORES = "answers", "scores"  # folders of a campaign
-FOLDER = "circumstances"  # has those of answers/NAME.json in answers/NAME.json
+FOLDER = "circumstances"  # the file answers/NAME.json in it has the circumstances of answers/NAME.json
 
 
 def keep_circumstances(file: Path) -> None:
-    """Writes down under which circumstances a file of answers or scores is computed, which is written after it."""
+    """Writes the circumstances of a file of answers or scores, ahead of the file itself."""
     write_text(_beside(file), json.dumps(circumstances(), indent=2) + "\n")
 
 
 def about_results(trainings: Trainings, rows: TrainingRows) -> str:
-    """A sentence on what was kept under other circumstances, of all rows and of all that the folder has; or empty."""
+    """A sentence on the rows, runs and files that were computed under other circumstances; empty: none were."""
     found = [differences(row.circumstances, as_cells([trainings.now])) for row in rows.found.values()]
     for run in sorted((trainings.folder / "runs").glob("*")):
         if run.name not in rows.found and (steps := trainings.circumstances(run.name)):
@@ -29,7 +29,7 @@ def about_results(trainings: Trainings, rows: TrainingRows) -> str:
 
 
 def _kept_circumstances(campaign: Path) -> list[Record]:
-    """Those of each file of answers and scores in the folder of a campaign; none where they were not written down."""
+    """The circumstances of each file of answers and scores of a campaign; NOTHING where they were not recorded."""
     files = (file for name in (ANSWERS, SCORES) for file in sorted((campaign / name).glob("*.json")))
     return [read_json(beside) if (beside := _beside(file)).is_file() else NOTHING for file in files]
 

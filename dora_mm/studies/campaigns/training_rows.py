@@ -95,7 +95,7 @@ class TrainingRow:
 
     @property
     def circumstances(self) -> Record:
-        """Those that the row has, as `as_cells`."""
+        """The circumstances in the row, in the form of `as_cells`."""
         entries = (entry.partition(" ") for entry in self.software.split(", "))
         cells = {"processor": self.processor, "threads": self.threads, **{name: text for name, _, text in entries}}
         return {name: text for name, text in cells.items() if text}
@@ -128,7 +128,7 @@ def row_of(
         value: The score by which rates are chosen, or FAILED; None: it is not used for that.
         scores: The reported scores as JSON; empty: it is not reported.
         summary: Its summary.json.
-        circumstances: Those of its steps and of its scores.
+        circumstances: The records of its steps and of its scores.
         digest: Of its config and inputs.
     """
     variant = training.variant

@@ -69,7 +69,7 @@ class Trainings:
 
     @property
     def threads(self) -> int:
-        """Those of each training."""
+        """The number of threads of each training."""
         return max(1, torch.get_num_threads() // self.workers)
 
     @property
@@ -78,7 +78,7 @@ class Trainings:
         return {**circumstances(), "threads": self.threads}
 
     def circumstances(self, name: str) -> list[Record]:
-        """Those of the steps of a training, in their order; none of one that has not begun."""
+        """The records of the steps of a training, in their order; empty before it has begun."""
         run = RunDirectory(self.folder / "runs" / name)
         return list(run.circumstances().values()) if (run.path / VERSIONS).is_file() else []
 

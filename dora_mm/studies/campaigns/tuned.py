@@ -38,7 +38,7 @@ class TunedTrainings(Protocol):
     """What is trained, without how it is judged."""
 
     steps: int  # the length of the base config's training, in optimizer steps
-    day: Day  # what chat templates may ask for, the same in all trainings
+    day: Day  # for chat templates that ask for it, the same in all trainings
 
     @property
     def base(self) -> Any:

@@ -18,7 +18,7 @@ from dora_mm.eval.vl.scores import VLScores
 from dora_mm.utils.atomic import write_text
 
 VERSION = "predictions 1"  # of the files; the value of the first line's key `dora_mm`
-UNKNOWN = "unknown"  # the day
+UNKNOWN = "unknown"  # the day of the chat template of a server
 SHOWN = ("id", "images", "answers")  # the fields of an example that a row has under names of its own
 DEFAULTS = Example("", (), "")
 
@@ -33,7 +33,7 @@ class About:
         rules: By what rule answers are right, by metric.
         settings: How the answers were made: sections of a config, by their names.
         digests: Of model, adapter and data, by a description of each; of the files of a model, by their paths.
-        day: What the chat template got that asked for the day; UNKNOWN of a server's; "": it did not ask.
+        day: The day for which the chat template asked; UNKNOWN for that of a server; "": it did not ask.
     """
 
     task: str

@@ -72,7 +72,7 @@ class VLMAnswers:
 
     @cached_property
     def _shortest(self) -> ChatText:
-        """A short exchange as text; it is no row, so that it does not count whether it has the day."""
+        """A short exchange as text. It is not a row, so `Day.asked` does not count it."""
         with rendering_on(Day(self.encoder.day.date)):
             return render(self.encoder.processor, SHORTEST)
 

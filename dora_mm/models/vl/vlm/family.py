@@ -78,7 +78,7 @@ class VLM:
     Args:
         config: The `model` section.
         device: Where its weights are read to.
-        day: What its chat template may ask for; None: the day of the config.
+        day: The day for a chat template that asks for it; None: that of the config.
 
     Attributes:
         rows: Makes the rows of a training, which have at most `model.max_length` tokens.

@@ -118,5 +118,5 @@ def test_a_checkpoint_goes_on_with_its_day_alone(tiny_vlm):
 @pytest.mark.parametrize(("given", "kept"), [("2026-12-01", "2026-12-01"), ("20261201", "2026-12-01")])
 def test_the_date_of_a_config_is_a_day(given, kept):
     assert VLMModelConfig(path="model", date=given).date == kept
-    with pytest.raises(ValueError, match="is no day such as 2026-12-01"):
+    with pytest.raises(ValueError, match="is not a date such as 2026-12-01"):
         VLMModelConfig(path="model", date="yesterday")
