@@ -51,9 +51,10 @@ def check_hub(path: str, revision: str | None = None, *, key: str = "") -> None:
     """
     if not HUB_NAME.fullmatch(path) or Path(path).exists():
         return
-    if not hub_answers() and local_copy(path, revision) is None:
-        raise unreachable(path, revision, key)
-    if not has_cache():
+    if not hub_answers():
+        if local_copy(path, revision) is None:
+            raise unreachable(path, revision, key)
+    elif not has_cache():
         start = f"{key}: " if key else ""
         raise ValueError(
             f"{start}{named(path, revision)} is a model of the hub, and this user has no home folder to keep it in: "
