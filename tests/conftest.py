@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never leave the machine
@@ -24,6 +25,9 @@ if TYPE_CHECKING:  # it loads diffusers, and the process that gives out tests to
 
 settings.register_profile("untimed", deadline=None)  # a first example pays for what is loaded once
 settings.load_profile("untimed")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background: tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 gc.disable()  # until all tests and what they import are there: they stay, and no search of garbage pays for them
 
