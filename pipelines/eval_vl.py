@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,10 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
 def day_of_adapter(folder: Path) -> RunDay:
     """The day that an adapter has learned rows of; today where its header has none."""
     if day := header_of(folder).get("day"):
-        return RunDay(day, "that of the adapter")
+        try:
+            return RunDay(date.fromisoformat(day).isoformat(), "that of the adapter")
+        except ValueError:
+            raise ValueError(f"{folder} names a day in its header that is none: {day!r:.50}; set model.date") from None
     return RunDay(today(), "today, since the adapter names no day (model.date gives one)")
 
 
@@ -188,8 +192,7 @@ def report_same(
         now = answers[-1].circumstances if answers else NOTHING
         if message := about_kept(by_circumstances(earlier[name]), now, f"answers of {other}"):
             log.warning(message)
-    theirs = day_of_run(resolve_path(other, "same_as")).date
-    if day.asked and day.date != theirs:
+    if day.asked and day.date != (theirs := day_of_run(resolve_path(other, "same_as")).date):
         found["days"] = [day.date, theirs]
         print(f"same     the chat template asks for the day: rows have {day.date} here, and {theirs} in {other}")
     write_text(run.path / "same_answers.json", json.dumps({"same_as": other, **found}, indent=2) + "\n")

@@ -16,7 +16,7 @@ from dora_mm.eval.vl.predictions.pages import write_page
 from dora_mm.eval.vl.predictions.reading import PredictionFile, read_predictions
 from dora_mm.registries.suites import file_stem
 from dora_mm.registries.vl_tasks import TASKS
-from dora_mm.utils.run_directory import changed_inputs
+from dora_mm.utils.run_directory import differing_inputs
 
 
 def main(
@@ -151,8 +151,9 @@ def about_differences(one: PredictionFile, other: PredictionFile) -> Iterator[st
     """A sentence on the inputs of two files that differ, and one on their days."""
     if not (one.about and other.about):
         return
-    if names := changed_inputs(one.about.digests, other.about.digests):
-        yield f"The answers were made with different {' and '.join(names)}."
+    both = one.about.digests, other.about.digests
+    if names := dict.fromkeys([*differing_inputs(*both), *differing_inputs(*both[::-1])]):
+        yield f"Not the same in {one.path} and {other.path}: {', '.join(names)}."
     first, second = (about.day or "none" for about in (one.about, other.about))
     if first != second:
         yield f"The day that the chat template got: {first} in {one.path}, {second} in {other.path}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,12 @@ from typing import Any
 from dora_mm.models.opening import is_weights
 from dora_mm.utils.digest import known_digest
 from dora_mm.utils.run_directory import MODEL, WEIGHTS_OF
+
+TEMPLATES = "additional_chat_templates"  # transformers' subfolder; runs and logs may lie in others of a model's folder
+# Files for people and other programs, which no loading reads; code of a repository is never run
+UNREAD = re.compile(
+    r"\.|README|LICEN[CS]E|NOTICE|USE_POLICY|.*\.(md|py|pdf|png|jpe?g|gif|webp|xml|onnx_data|mlmodel|log)$"
+)
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,7 @@ def digests_of(folder: Path, prefix: str = "", names: Iterable[str] = ()) -> dic
 
 
 def _read_files(folder: Path) -> Iterator[Path]:
-    """All files but weights, hidden files and READMEs; also those in subfolders without weights."""
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        if entry.name.startswith((".", "README")):
-            continue
-        if not entry.is_dir() and not is_weights(entry):
+    """All files but weights and `UNREAD`, also those in the subfolder of further chat templates."""
+    for entry in (*folder.glob("*"), *folder.glob(f"{TEMPLATES}/*")):
+        if entry.is_file() and not is_weights(entry) and not UNREAD.match(entry.name):
             yield entry
-        elif entry.is_dir() and not any(map(is_weights, entry.rglob("*"))):
-            yield from (file for file in entry.rglob("*") if file.is_file())

@@ -246,7 +246,7 @@ def load_model(config: PicturesConfig, adapters: Iterable[str]) -> LoadedModel:
     file_hash = known_digest(found) if found is not None and found.is_file() else None
     base = BaseModel(
         *(chosen.path, chosen.revision, chosen.vae, chosen.dtype, digest, file_hash, chosen.settings_of_pictures()),
-        files=file_digests(chosen),
+        files=file_digests(chosen) or None,  # a single checkpoint has none
     )
     environment = {"backend": config.backend, "memory": config.memory.model_dump()}
     frees_text = stays and not changes

@@ -54,7 +54,7 @@ class BaseModel:
 
         Pictures that do not name the files of their model are compared by the weights and the scheduler.
         """
-        files = changed_names(before.files, self.files) if before.files is not None and self.files is not None else []
+        files = changed_names(before.files, self.files) if before.files and self.files else []
         explained = any(file.startswith("scheduler/") for file in files)  # whose settings are in the digest, too
         return files + (["the weights"] if self.digest != before.digest and not explained else [])
 

@@ -35,10 +35,10 @@ class Writer(NamedTuple):
     """Who writes to a folder, as its lock file says."""
 
     host: str
-    machine: str  # where its lock is seen
     process: int
     since: str
     token: str  # no other writer's
+    machine: str = ""  # where its lock is seen; earlier releases did not name it
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host} (since {self.since})"
@@ -57,7 +57,7 @@ class FolderLock:
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / LOCK
         since = datetime.now().isoformat(sep=" ", timespec="seconds")
-        self.writer = Writer(HOST, machine(), os.getpid(), since, uuid.uuid4().hex)
+        self.writer = Writer(HOST, os.getpid(), since, uuid.uuid4().hex, machine())
         self._descriptor, is_locked = self._opened()
         try:
             self._check_free(is_locked)

@@ -28,6 +28,7 @@ PARTIAL = ".partial"  # how temporary names end
 # only takes room on the disk
 ABANDONED = 24 * 3600.0
 NOFOLLOW, NONBLOCK = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)  # Windows has neither
+UNLOCKED = "unlocked"  # in the name of a file that goes by its age alone, since SMB lets nobody write to a locked one
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -52,10 +53,15 @@ def partial_of(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
     try:
         with ExitStack() as locks:  # closed before the name goes: NFS gives an open file another name instead
             while True:
-                partial = _new(path, is_folder)
+                partial = _new(path, is_folder, machine())
                 # `remove_dead` of another process may have locked or removed it in between
-                if locks.enter_context(_lock_of(partial)) is not False and partial.exists():
+                is_locked = locks.enter_context(_lock_of(partial))
+                if is_locked is not False and partial.exists():
                     break
+            if is_locked and not is_folder and _shuts_out(partial):
+                locks.close()
+                _remove(partial)
+                partial = _new(path, is_folder, UNLOCKED)
             yield partial
     finally:
         if partial is not None:
@@ -84,6 +90,10 @@ def remove_partials(folder: Path, unless: str) -> None:
 def remove_dead(folder: Path) -> None:
     """Removes what dead processes have left in a folder."""
     for partial in folder.glob(f".*{PARTIAL}"):
+        if f".{UNLOCKED}-" in partial.name:
+            if _silence(partial) > ABANDONED:
+                _remove(partial)
+            continue
         is_ours = f".{machine()}-" in partial.name
         with _lock_of(partial) as is_locked:
             if (is_locked and is_ours) or (is_locked is not False and _silence(partial) > ABANDONED):
@@ -128,9 +138,9 @@ def time_on(folder: Path) -> float:
         return os.fstat(probe.fileno()).st_mtime
 
 
-def _new(path: Path, is_folder: bool) -> Path:
+def _new(path: Path, is_folder: bool, owner: str) -> Path:
     while True:
-        partial = path.with_name(f".{path.name}.{machine()}-{secrets.token_hex(4)}{PARTIAL}")
+        partial = path.with_name(f".{path.name}.{owner}-{secrets.token_hex(4)}{PARTIAL}")
         try:
             if is_folder:
                 partial.mkdir()
@@ -156,6 +166,17 @@ def _lock_of(partial: Path) -> Iterator[bool | None]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _shuts_out(partial: Path) -> bool:
+    """Whether the lock of a file keeps its own process from writing to it by another descriptor, as on SMB."""
+    try:
+        with partial.open("r+b", buffering=0) as other:
+            other.write(b"\0")
+            other.truncate(0)
+    except PermissionError:
+        return True
+    return False
 
 
 def _silence(partial: Path) -> float:

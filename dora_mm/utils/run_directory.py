@@ -1,6 +1,7 @@
 """Run directories: runs/<name>/<NNN>, numbered and never overwritten."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -15,7 +16,8 @@ from dora_mm.utils.json_text import read_json
 from dora_mm.utils.lock import check_lock
 from dora_mm.utils.messages import shown
 
-MODEL, WEIGHTS_OF = "the model", "the weights of "  # inputs: the files of a model, and the start of names of weights
+log = logging.getLogger(__name__)
+MODEL, WEIGHTS_OF = "files of the model", "the weights of "  # in inputs.json: a key, and the start of further ones
 WEIGHTS_IN_HEADERS = {"base_digest": "the weights of the model", "vision_digest": "the vision tower"}  # keys of both
 DAY = "day"  # in inputs.json: that on which the run began, of models whose chat templates may ask; it is not compared
 CONFIG, INPUTS = "config.yaml", "inputs.json"
@@ -122,7 +124,13 @@ class RunDirectory:
 
     def changed_inputs(self, inputs: Mapping[str, Any]) -> list[str]:
         """The descriptions of those of some inputs that are not as the run was started with."""
-        return changed_inputs(self.inputs, inputs) if inputs else []
+        if not inputs:
+            return []
+        before = self.inputs
+        if MODEL in inputs and not isinstance(before.get(MODEL), Mapping):
+            sentence = "%s was started by a release that did not record each file of a model: these are not compared"
+            log.warning(sentence, self.path)
+        return differing_inputs(before, inputs)
 
     def circumstances(self) -> dict[int, Record]:
         """The circumstances of the steps, by the number of the first of them, from 0; in ascending order.
@@ -151,6 +159,8 @@ class RunDirectory:
             before, problem = self.circumstances(), ""
         except ValueError as error:
             before, problem = {0: NOTHING}, f"The circumstances of the finished steps are not known: {error}"
+            if (file := self.path / CONTINUED).exists():
+                file.rename(file.with_name(f"damaged-{CONTINUED}"))  # what of it can be read stays
         finished = {step: record for step, record in before.items() if step < done}
         counts = (last - first for first, last in pairwise([*finished, done]))
         message = problem or about_kept(zip(finished.values(), counts, strict=True), now, "finished steps")
@@ -182,19 +192,19 @@ class RunDirectory:
             file.unlink(missing_ok=True)
 
 
-def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differing_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The descriptions of the inputs that differ, in words; each file of a model is one.
 
     Args:
         before: The inputs of a run, or of answers. Parts of a model that these lack are not compared.
         now: Some of the inputs.
     """
-    if MODEL not in before:
+    if not isinstance(before.get(MODEL), Mapping):
         now = {name: value for name, value in now.items() if name != MODEL and not name.startswith(WEIGHTS_OF)}
     changed = []
     for name, value in now.items():
         if name == MODEL:
-            changed += [f"{file} of {MODEL}" for file in changed_names(before[MODEL], value)]
+            changed += [f"{file} of the model" for file in changed_names(before[MODEL], value)]
         elif name != DAY and before.get(name) != value:
             changed.append(WEIGHTS_IN_HEADERS.get(name, name))
     return changed

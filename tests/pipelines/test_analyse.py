@@ -124,7 +124,9 @@ def test_a_campaign_shows_its_trainings_with_their_scores(run, tmp_path, capsys,
     campaign.mkdir()
     trainings = [Training(Variant("dora", 2), float(rate), 0) for rate in values]
     scored = dict(zip(trainings, values.values(), strict=True)) | {Training(Variant("dora", 2), 0.01, 1): None}
-    rows = [row_of(each, value=value, scores="", summary={}, versions={}, digest="") for each, value in scored.items()]
+    rows = [
+        row_of(each, value=value, scores="", summary={}, circumstances=[], digest="") for each, value in scored.items()
+    ]
     TrainingRows(campaign / "trainings.csv", lambda _: "").add(rows)
     saved = {
         "pipeline": "compare",

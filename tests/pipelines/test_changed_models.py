@@ -91,14 +91,24 @@ def test_a_file_that_was_removed_or_added_is_named(vlm, tmp_path):
     assert after == ["chat_template.jinja of the model", "template.jinja of the model"]
 
 
-def test_runs_of_before_are_compared_by_what_they_recorded(vlm, tiny_folder, tmp_path):
+def test_runs_of_before_are_compared_by_what_they_recorded(vlm, tiny_folder, tmp_path, caplog):
     inputs = identity_of_folder(str(vlm), None).inputs
     old = {name: digest for name, digest in inputs.items() if name != MODEL}
     run = RunDirectory.create("a", "pipeline: sample\n", str(tmp_path / "run"), old)
     assert not run.changed_inputs(inputs)
     assert run.changed_inputs({**inputs, "base_digest": "another"}) == ["the weights of the model"]
-    images = RunDirectory.create("a", "pipeline: sample\n", str(tmp_path / "images"), {"the model's unet": "a digest"})
+    before = {"the model's unet": "a digest", "the model": "that of a single checkpoint"}
+    images = RunDirectory.create("a", "pipeline: sample\n", str(tmp_path / "images"), before)
     assert not images.changed_inputs(identity_of(ModelConfig(path=str(tiny_folder))).inputs)
+    assert f"{images.path} was started by a release that did not record each file of a model" in caplog.text
+
+
+def test_a_run_inside_of_a_models_folder_is_no_part_of_it(vlm):
+    before = identity_of_folder(str(vlm), None)
+    for name in ("LICENSE.txt", "USE_POLICY.md", "model.onnx_data", "runs/a/config.yaml", "logs/events.out"):
+        (vlm / name).parent.mkdir(parents=True, exist_ok=True)
+        (vlm / name).write_text("not of the model")
+    assert identity_of_folder(str(vlm), None) == before
 
 
 # --- what goes on -----------------------------------------------------------------------------------------------------

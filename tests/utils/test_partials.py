@@ -95,9 +95,7 @@ def test_what_no_lock_tells_goes_by_its_age(tmp_path, monkeypatch, has_locks):
         raise OSError(37, "No locks available")
 
     def leave(name: str, age: float) -> None:
-        monkeypatch.setattr(partials, "machine", lambda: "another")
-        folder = partials._new(tmp_path / name, is_folder=True)
-        monkeypatch.undo()
+        folder = partials._new(tmp_path / name, is_folder=True, owner="another")
         (folder / "file").touch()
         for path in (folder / "file", folder):
             os.utime(path, (path.stat().st_mtime - age,) * 2)
@@ -115,8 +113,8 @@ def test_what_no_lock_tells_goes_by_its_age(tmp_path, monkeypatch, has_locks):
 def test_a_partial_that_is_removed_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
     made, new = [], partials._new
 
-    def removed_at_once(path, is_folder):
-        made.append(new(path, is_folder))
+    def removed_at_once(*about):
+        made.append(new(*about))
         if len(made) == 1:
             remove_dead.cache_clear()
             remove_dead(tmp_path)  # by another process, which sees no lock yet
@@ -127,6 +125,19 @@ def test_a_partial_that_is_removed_before_it_is_locked_is_made_again(tmp_path, m
         assert [path.is_dir() for path in made] == [False, True]
         assert partial == made[1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_a_locked_file_cannot_be_written_to_it_goes_by_its_age(tmp_path, monkeypatch):
+    """On SMB nobody writes to a locked file but through the descriptor that locks it."""
+    monkeypatch.setattr(partials, "_shuts_out", lambda partial: True)
+    with partial_of(tmp_path / "file") as partial:
+        remove_dead.cache_clear()
+        remove_dead(tmp_path)
+        assert list(tmp_path.iterdir()) == [partial]
+        os.utime(partial, (partial.stat().st_mtime - ABANDONED - 100,) * 2)
+        remove_dead.cache_clear()
+        remove_dead(tmp_path)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_link_leads_to_stays(tmp_path):

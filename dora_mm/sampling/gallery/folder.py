@@ -193,7 +193,12 @@ def _replacing(folder: Path) -> Iterator[Path]:
         with partial_of(folder.with_name(f"{folder.name}.old"), is_folder=True) as old:
             if folder.exists():
                 os.replace(folder, old / folder.name)
-            os.replace(partial, folder)
+            try:
+                os.replace(partial, folder)
+            except BaseException:  # the earlier one would go with its temporary folder
+                if (old / folder.name).exists():
+                    os.replace(old / folder.name, folder)
+                raise
 
 
 def _check_folder(folder: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_resumed_run_has_the_same_split_and_notices_another_one(config, tmp_pa
     assert main(["train", "--resume", str(tmp_path / "short"), "--set", "train.steps=2"]) == 0
     assert_same_weights("step-000002", tmp_path / "run", tmp_path / "short")
     inputs = json.loads((tmp_path / "run" / "inputs.json").read_text())
-    assert {"base_digest", "the data of chat", "the model"} <= set(inputs)
+    assert {"base_digest", "the data of chat", "files of the model"} <= set(inputs)
     assert main(["train", "--resume", str(tmp_path / "run"), "--set", "train.steps=3", "data.valid.share=0.1"]) == 2
     assert "data.valid.share cannot change from 0.3 to 0.1" in capsys.readouterr().err
     rows = json.loads((tmp_path / "rows.json").read_text())

@@ -11,6 +11,7 @@ from dora_mm.data.vl.example import Example
 from dora_mm.eval.vl.metrics import score
 from dora_mm.eval.vl.predictions.reading import read_predictions
 from dora_mm.eval.vl.predictions.scored import About, write_scored
+from dora_mm.utils.run_directory import MODEL
 from tests.shared.data import vl_files as files
 from tests.shared.data.vlm_rows import save_noise, write_pictures
 
@@ -47,14 +48,15 @@ def run(capsys, *arguments: str, code: int = 0) -> str:
 def test_what_the_answers_of_two_files_were_made_with_is_compared_by_name(tmp_path, capsys):
     rows = [(Example(str(n), (), "what?", (word,)), word) for n, word in enumerate(("a", "b", "c"))]
     found = score("docvqa", rows)
-    inputs = {"base_digest": "w", "the model": {"chat_template.jinja": "a", "config.json": "b"}, "the adapter": "d"}
-    other = {**inputs, "the model": {**inputs["the model"], "chat_template.jinja": "z"}, "the adapter": "e"}
+    inputs = {"base_digest": "w", MODEL: {"chat_template.jinja": "a", "config.json": "b"}}
+    other = {**inputs, MODEL: {**inputs[MODEL], "chat_template.jinja": "z"}, "the adapter": "e"}
     both = [tmp_path / "one.jsonl", tmp_path / "other.jsonl"]
     for file, digests in zip(both, (inputs, other), strict=True):
         write_scored(file, rows, found, About("docvqa", digests=digests))
-    printed = run(capsys, *both)
-    assert "The answers were made with different chat_template.jinja of the model and the adapter." in printed
-    assert "different" not in run(capsys, both[0], both[0]).partition("## compared")[2]
+    for one, another in (both, both[::-1]):
+        same = f"Not the same in {one} and {another}"
+        assert f"{same}: chat_template.jinja of the model, the adapter." in run(capsys, one, another)
+    assert "Not the same" not in run(capsys, both[0], both[0])
 
 
 def metric(text: str, name: str = "ANLS") -> float:
