@@ -4,8 +4,12 @@ import gc
 import os
 import signal
 import sys
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never leave the machine
+if "PYTEST_XDIST_WORKER" not in os.environ:  # which models of the hub are on it is all the same; workers inherit this
+    HUB = tempfile.TemporaryDirectory(prefix="hub")
+    os.environ["HF_HOME"] = HUB.name
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU, kernels run in the interpreter; read when imported
 

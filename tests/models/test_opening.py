@@ -117,7 +117,6 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_for_no_file(monkeypatch, t
 
 def test_other_errors_have_other_messages(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "hub_answers", lambda: True)
-    monkeypatch.setattr(hub, "has_cache", lambda: True)
     problem, offline = "it cannot be loaded", OSError("no config")
     offline.__cause__ = ConnectionError("offline")
     with pytest.raises(ValueError, match="^it cannot be loaded: damaged$"), opening("owner/nothing", problem):
