@@ -151,7 +151,7 @@ def written_together(folder: Path, last: str) -> Iterator[Path]:
         OSError: A file cannot be written.
         ValueError: A file exists with other content. None is written then.
     """
-    if is_free(folder):
+    if not folder.exists():  # an empty one keeps its permissions
         with written_at_once(folder) as partial:
             yield partial
         return

@@ -126,3 +126,13 @@ def test_a_folder_that_is_removed_while_it_is_filled_is_not_there_with_a_part_of
     with pytest.raises(ValueError, match="out was removed while files were written to it"):
         new_folder("", str(tmp_path / "out" / "new"), fill)
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_empty_folder_keeps_its_permissions(tmp_path):
+    """It was replaced by a new one, which everybody may read."""
+    folder = tmp_path / "private"
+    folder.mkdir(0o700)
+    with written_together(folder, "a") as partial:
+        (partial / "a").write_text("x")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert [path.name for path in folder.iterdir()] == ["a"]
