@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_mm.core.forms import Forward
+from dora_mm.core.inference import KeptPasses
 from dora_mm.core.passes import PassCache
 from dora_mm.core.spec import DoRASpec
 
@@ -45,6 +46,7 @@ class Adaptation:
         caches: Inside `fixed_parameters`, what that keeps, by dtype and device of the product and by inference mode.
         asks: Whether the last pass found no update, see `PassCache`.
         num_passes: Inside `fixed_parameters`, the number of passes; None where only the base weight is fixed.
+        kept: Outside of it, what passes of inference share.
     """
 
     base_class: type[nn.Module]
@@ -63,10 +65,11 @@ class Adaptation:
     caches: dict[Hashable, PassCache] | None = None
     asks: bool = True
     num_passes: float | None = None
+    kept: KeptPasses | None = None
 
     def forget(self, *, base: bool = False) -> None:
         """Forgets what passes found, where an adapter was changed, or with `base` the weight."""
-        self.asks = True
+        self.asks, self.kept = True, None
         if base:
             self.caches = None
         self.end_passes()
@@ -78,4 +81,4 @@ class Adaptation:
             cache.rows = cache.merged = cache.has_update = None
 
     def __getstate__(self):
-        return {**self.__dict__, "caches": None, "num_passes": None}
+        return {**self.__dict__, "caches": None, "num_passes": None, "kept": None}

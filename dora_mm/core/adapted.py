@@ -20,6 +20,7 @@ from dora_mm.core.functional import (
     seeded_generator,
     shares,
 )
+from dora_mm.core.inference import KeptPasses, is_inference, versions_of
 from dora_mm.core.ops import Op
 from dora_mm.core.parameters import AdapterParameters
 from dora_mm.core.passes import Options, PassCache
@@ -141,14 +142,32 @@ class AdaptedLayer(AdapterParameters):
         weight = self.tensor("weight")
         return product_dtype(weight), weight.device, inference
 
-    def pass_cache(self, caches: dict[Hashable, PassCache]) -> PassCache:
-        """What `fixed_parameters` keeps for a pass, one of `caches`."""
+    def pass_cache(self, caches: dict[Hashable, PassCache], *, keeps: bool) -> PassCache:
+        """What is kept for a pass, one of `caches`; `keeps` as in `PassCache`."""
         key = self.pass_key()
         cache = caches.get(key)
         if cache is None:
             cache = caches[key] = PassCache(keeps_base=True)
-        cache.keeps = self.adaptation.num_passes is not None
+        cache.keeps = keeps
         return cache
+
+    def kept_passes(self) -> KeptPasses | None:
+        """What passes of inference share, as long as no parameter changes; None for another pass.
+
+        A pass of training discards it, since trainers may write to `.data`, which no version counts.
+        """
+        state = self.adaptation
+        if not is_inference(self):
+            state.kept = None
+            return None
+        own = map(self.tensor, ("weight", "bias", *ADAPTER_NAMES))
+        versions = versions_of((*own, *(t for other in state.stacked.values() for t in other.tensors.values())))
+        if versions is None:
+            return None
+        made_of = versions, state.spec, state.strength, *((s.spec, s.strength) for s in state.stacked.values())
+        if state.kept is None or state.kept.made_of != made_of:
+            state.kept = KeptPasses(made_of, self.adapters(), {})
+        return state.kept
 
     def keep_norm(self) -> None:
         """Computes n0 ahead of a compiled pass, where `fixed_parameters` keeps it.
@@ -157,7 +176,7 @@ class AdaptedLayer(AdapterParameters):
         """
         caches = self.adaptation.caches
         if caches is not None and not self.is_base():
-            cache = self.pass_cache(caches)
+            cache = self.pass_cache(caches, keeps=self.adaptation.num_passes is not None)
             if cache.n0 is None and self.magnitude is not None:
                 cache.n0 = row_norm(self.matrix.detach())
 
@@ -173,6 +192,11 @@ class AdaptedLayer(AdapterParameters):
         """Runs the forward function on x: see `forms.adapted_product`."""
         state, bias = self.adaptation, self.tensor("bias") if use_bias else None
         is_compiling = torch.compiler.is_compiling()
+        kept = None if is_compiling or state.caches is not None else self.kept_passes()
+        if kept is not None:
+            cache = self.pass_cache(kept.caches, keeps=True)
+            options = Options(op, cache=cache, keep_weight=False, dtype=dtype, is_inference=True)
+            return state.forward(x, self.matrix, bias, kept.adapters, options)
         adapters, options = self.adapters(), self.options(op, dtype, restore, is_compiling=is_compiling)
         cache = options.cache
         if is_compiling or cache is None:
@@ -194,8 +218,9 @@ class AdaptedLayer(AdapterParameters):
         """The options of a pass."""
         state, spec = self.adaptation, self.adaptation.spec
         dropout, keep_weight = spec.dropout if self.training else 0.0, restore is None and spec.cache == "weights"
-        num_passes = 1.0 if state.num_passes is None else state.num_passes
-        cache = PassCache(keeps=False) if state.caches is None else self.pass_cache(state.caches)
+        num_passes, cache = 1.0 if state.num_passes is None else state.num_passes, PassCache(keeps=False)
+        if state.caches is not None:
+            cache = self.pass_cache(state.caches, keeps=state.num_passes is not None)
         if is_compiling:  # a pass that reads what another one left would be another graph: only n0 is read
             cache, num_passes = PassCache(cache.n0, keeps=False), 1.0
         # by position, which takes half as long as by name

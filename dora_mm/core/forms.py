@@ -36,6 +36,7 @@ from dora_mm.core.functional import (
     product_dtype,
     without_autocast,
 )
+from dora_mm.core.ops import Op
 from dora_mm.core.passes import Options, PassCache, SavedPass, load, save, with_tensors
 from dora_mm.core.steps import TORCH_STEPS, Steps, adapter_gradients, bias_grad, has_magnitude
 
@@ -60,6 +61,7 @@ def choose_form(
     has_magnitude: bool = True,
     dropout: bool = False,
     num_passes: float = 1.0,
+    is_inference: bool = False,
 ) -> Literal["merged", "unmerged"]:
     """Chooses the form of a layer whose W(t) may be built. It depends on nothing that another pass leaves behind.
 
@@ -74,15 +76,16 @@ def choose_form(
         joins: Whether the branch can be part of the product, see `Op.can_join`.
         has_magnitude: Whether any adapter has a magnitude.
         dropout: Whether entries of x are dropped in the update.
-        num_passes: How many forward passes one W(t) serves; infinite in inference.
+        num_passes: How many forward passes one W(t) serves.
+        is_inference: See `Options`: a sum may be rounded twice, and norms are known from an earlier pass.
     """
     if dropout and has_magnitude:
         return "merged"  # either form has two large products, and this one rounds their sum once
-    if half:
+    if half and not is_inference:
         return "unmerged" if joins and not has_magnitude else "merged"
     build = num_out * num_in * (rank + BUILD_COST)
     unmerged = num_tokens * (rank * (num_out + num_in) + UNMERGED_COST * num_out)
-    norm = num_out * num_in * rank if has_magnitude else 0  # W0 A^T; where W(t) is built, its norm is one pass
+    norm = num_out * num_in * rank if has_magnitude and not is_inference else 0  # W0 A^T; where W(t) is built, its norm is one pass
     return "unmerged" if dropout or num_passes * unmerged + norm < build else "merged"
 
 
@@ -194,12 +197,7 @@ class MergedForm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Options, dtype, adapters, x, dropped, weight, bias, *tensors):
         op, source, (*own, main, rest) = options.op, x if dropped is None else dropped, tensors
-        if rest is None:
-            y = op(x, main, bias)
-        elif main.dtype.itemsize < 4:  # one sum, rounded once
-            y = op(op.concatenate(x, source), torch.cat([main, rest], 1), bias)
-        else:
-            y = op(x, main, bias).add_(op(source, rest, None))
+        y = merged_product(op, x, source, main, rest, bias)
         _, _, _, needs_x, needs_dropped, *_ = ctx.needs_input_grad
         keeps_weight = options.keep_weight and (needs_x or needs_dropped)
         kept = (main if dropped is None else rest) if keeps_weight else None
@@ -221,6 +219,17 @@ class MergedForm(torch.autograd.Function):
         dX, d_dropped = (dX, d_update) if has_dropout else (d_update, None)
         db = bias_grad(saved, dY) if saved.needs_bias else None
         return None, None, None, dX, d_dropped, None, db, *gradients, None, None
+
+
+def merged_product(
+    op: Op, x: Tensor, source: Tensor, main: Tensor, rest: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Computes x main^T + `source` rest^T + b; in half precision as one sum, which is rounded once."""
+    if rest is None:
+        return op(x, main, bias)
+    if main.dtype.itemsize < 4:
+        return op(op.concatenate(x, source), torch.cat([main, rest], 1), bias)
+    return op(x, main, bias).add_(op(source, rest, None))
 
 
 def built_again(saved: SavedPass) -> Tensor:
@@ -268,6 +277,9 @@ def adapted_product(
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     cache = options.cache or PassCache()
     rows, merged, operand = cache.rows, None, None
+    if options.is_inference:
+        with without_autocast(weight.device):
+            return inferred_product(x, weight, bias, adapters, options, dtype, cache, steps)
     with without_autocast(weight.device):
         dropped = F.dropout(x, options.dropout) if options.dropout else None
         if form_of(x, weight, adapters, options, dtype, steps) == "merged":
@@ -291,6 +303,27 @@ def adapted_product(
         return UnmergedForm.apply(*call, *own, operand, steps)
 
 
+def inferred_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    options: Options,
+    dtype: torch.dtype,
+    cache: PassCache,
+    steps: Steps,
+) -> Tensor:
+    """Computes `adapted_product` where there is no backward pass; `cache` serves until a parameter changes."""
+    if form_of(x, weight, adapters, options, dtype, steps) == "merged":
+        (main, rest), cache.rows = merged_parts(weight, adapters, cache.rows, dtype)
+        return merged_product(options.op, x, x, main, rest if rest is not None and cache.finds_update(rest) else None, bias)
+    if cache.inference is None:
+        cache.rows, operand = steps.prepare(weight, adapters, cache, dtype)
+        own = [adapter._replace(rows=found) for adapter, found in zip(adapters, cache.rows, strict=True)]
+        cache.inference = steps.keep(options, dtype, bias, own, operand)
+    return steps.infer(options, dtype, x, weight, bias, cache.inference)
+
+
 TORCH: Forward = adapted_product
 
 
@@ -311,4 +344,5 @@ def form_of(
         has_magnitude=has_magnitude(adapters),
         dropout=options.dropout > 0,
         num_passes=options.num_passes if options.keep_weight else 1.0,
+        is_inference=options.is_inference,
     )

@@ -20,7 +20,8 @@ FIRST_MAGNITUDE = 9  # the place of the first adapter's m among them
 class PassCache:
     """What one pass computes and others may use, for products in one dtype.
 
-    `fixed_parameters` opens one per layer; outside of it, one serves a single pass. `adapted_product` fills it.
+    `fixed_parameters` opens one per layer; outside of it, one serves a single pass, or passes of inference as long as
+    parameters stay. `adapted_product` fills it.
 
     Attributes:
         n0: The row norms of the weight (O,), where a pass has needed them.
@@ -30,6 +31,7 @@ class PassCache:
         keeps_base: Whether n0 serves other passes, too.
         asks: Whether an earlier pass may have found no update. Only then it is worth waiting for a GPU to know.
         has_update: Whether the adapters differ from fresh ones, where a pass has asked.
+        inference: What `Steps.keep` has left for passes of inference in the unmerged form.
     """
 
     n0: Tensor | None = None
@@ -39,6 +41,7 @@ class PassCache:
     keeps_base: bool = False
     asks: bool = True
     has_update: bool | None = None
+    inference: Any = None
 
     def finds_update(self, t: Tensor) -> bool:
         """Whether an update differs from 0, or has to be taken as one that does: a recorded graph reads no values.
@@ -68,6 +71,8 @@ class Options(NamedTuple):
         num_passes: How many forward passes the cache serves; may be infinite.
         dtype: The dtype of the product outside autocast, where it is not that of the weight.
         restore: Returns the weight again in the backward pass, where it was made for this pass and must not be kept.
+        is_inference: Whether there is no backward pass, and `cache` serves as many passes as are made until a parameter
+            changes. W(t) is not kept for them.
     """
 
     op: Op = LINEAR
@@ -78,6 +83,7 @@ class Options(NamedTuple):
     num_passes: float = 1.0
     dtype: torch.dtype | None = None
     restore: Callable[[], Tensor] | None = None
+    is_inference: bool = False
 
 
 class SavedPass(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from dora_mm.core.functional import (
     row_gains,
     row_norm,
 )
+from dora_mm.core.inference import InferenceFactors, unmerged_inference
 from dora_mm.core.ops import Op, per_row, row_sums, sum_tokens
 from dora_mm.core.passes import Options, PassCache, SavedPass
 
@@ -102,6 +104,25 @@ class Steps:
         if (options.cache or PassCache()).finds_update(B):
             x, W0 = op.join(x, W0, h, cast(B, dtype))
         return op(x, W0, bias), h
+
+    def keep(
+        self,
+        options: Options,
+        dtype: torch.dtype,
+        bias: Tensor | None,
+        adapters: Sequence[Adapter],
+        operand: Tensor | None,
+    ) -> Any:
+        """Computes what `infer` needs besides x, W0 and b, from adapters with n and g; `operand` as in `product`."""
+        (A, B), gain = branch(adapters), base_gain(adapters)
+        shift = None if bias is None or gain is None else torch.addcmul(bias, gain, bias, value=-1)
+        return InferenceFactors(A, B, gain, shift)
+
+    def infer(
+        self, options: Options, dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, kept: Any
+    ) -> Tensor:
+        """Computes the output of a pass without gradients; `kept` is what `keep` has computed."""
+        return unmerged_inference(options.op, x, cast(weight, dtype), bias, kept)
 
     def gradients(
         self, saved: SavedPass, dY: Tensor

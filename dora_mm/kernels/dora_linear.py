@@ -77,6 +77,12 @@ class TritonSteps(Steps):
         y = low_rank_linear(rows, W0, bias, gain, h, B, scaling, not usual, vendor)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], W0.shape[0]), h
 
+    def keep(self, options, dtype, bias, adapters, operand):
+        return adapters, operand
+
+    def infer(self, options, dtype, x, weight, bias, kept):
+        return self.product(options, dtype, x, x, weight, bias, *kept)[0]
+
     def unmerged_grad_input(self, op, dY, x, weight, base_gain, u, A):
         d = as_rows(dY)
         vendor = vendor_is_faster(d, weight.shape[0], back=True)  # in fp32 no tile of our kernel fits into a card

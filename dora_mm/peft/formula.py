@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dora_mm import backend
@@ -23,35 +24,79 @@ from dora_mm.core.passes import PassCache
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Scaled(torch.autograd.Function):
-    """z, computed in fp32 and rounded once, from y, b, h, B and m, in which it is differentiable.
+class RowFactors(NamedTuple):
+    """What a pass needs of the rows of one adapter, all in at least fp32.
 
-    `gain` and `divisor` are those of `gains`, or None: then W0 and A are given, as for `row_norms`.
+    Attributes:
+        gain: g (O,).
+        divisor: What dm is divided by (O,): n, infinite where it is 0.
+        shift: (1 - g) b (O,); None without a bias.
+        factors: s g (O, 1); None where kernels of ours compute it, and so is the next.
+        scaled_B: s g B (O, R).
+    """
+
+    gain: Tensor
+    divisor: Tensor
+    shift: Tensor | None
+    factors: Tensor | None
+    scaled_B: Tensor | None
+
+
+class Scaled(torch.autograd.Function):
+    """z, computed in fp32 and rounded once, from y, b, h, B, m and `base`, in which it is differentiable.
+
+    With dropout y is the product of what it leaves of x, and z is the change that an adapter makes to `base`, the
+    output of the layer itself: z = base + (g - 1) (y - b) + h (s g B)^T. Without, `base` is None.
+
+    `rows` are kept `RowFactors`, or None: then W0 and A are given, as for `row_norms`.
     """
 
     @staticmethod
-    def forward(ctx: Any, op: Op, y, bias, h, B, magnitude, gain, divisor, W0, A, transposed, scaling, dtype):
+    def forward(ctx: Any, op: Op, y, bias, h, B, magnitude, base, rows, W0, A, transposed, scaling, dtype):
         with without_autocast(y.device):
-            if gain is None:
-                gain, divisor = gains(W0, A, B, magnitude, scaling, transposed)
-            shift = None if bias is None else torch.addcmul(bias, gain, bias, value=-1)
-            in_triton = runs_in_triton(op, y)
-            if in_triton:
-                z, factors = triton_output(y, shift, gain, h, B, scaling, dtype), ()
-            else:
-                factors = (gain * scaling).unsqueeze(1)
-                factors = factors, B * factors
-                z = torch_output(op, y, shift, gain, h, factors[1], dtype)
-        ctx.op, ctx.scaling, ctx.in_triton = op, scaling, in_triton
-        ctx.save_for_backward(y, bias, h, B, divisor, gain, *factors)
+            in_triton = base is None and runs_in_triton(op, y)
+            if rows is None:
+                rows = row_factors(W0, A, B, magnitude, bias, scaling, transposed)
+            if rows.scaled_B is None and not in_triton:
+                rows = with_products(rows, B, scaling)
+            z = output(op, y, h, B, rows, scaling, dtype, base)
+        ctx.op, ctx.scaling, ctx.in_triton, ctx.base_dtype = op, scaling, in_triton, None if base is None else base.dtype
+        own = () if in_triton else (rows.factors, rows.scaled_B)
+        ctx.save_for_backward(y, bias, h, B, rows.divisor, rows.gain, *own)
         return z
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dz: Tensor):
-        compute = triton_gradients if ctx.in_triton else torch_gradients
-        found = compute(ctx.op, ctx.scaling, dz, ctx.needs_input_grad[1:6], *ctx.saved_tensors)
-        return None, *found, *[None] * 7
+        if ctx.in_triton:
+            found = triton_gradients(ctx.op, ctx.scaling, dz, ctx.needs_input_grad[1:6], *ctx.saved_tensors)
+        else:
+            y, bias, h, B, divisor, gain, *own = ctx.saved_tensors
+            multiplier = gain if ctx.base_dtype is None else gain - 1
+            given = y, bias, h, B, divisor, gain, multiplier, *own
+            found = torch_gradients(ctx.op, ctx.scaling, dz, ctx.needs_input_grad[1:6], *given)
+        return None, *found, None if ctx.base_dtype is None else cast(dz, ctx.base_dtype), *[None] * 6
+
+
+def output(op: Op, y, h, B, rows: RowFactors, scaling: float, dtype: torch.dtype, base: Tensor | None = None) -> Tensor:
+    """Computes z: see `Scaled`."""
+    if rows.scaled_B is None:
+        return triton_output(y, rows.shift, rows.gain, h, B, scaling, dtype)
+    gain = rows.gain if base is None else rows.gain - 1
+    return torch_output(op, y, rows.shift, gain, h, rows.scaled_B, dtype, base)
+
+
+def row_factors(W0, A, B, m, bias, scaling: float, transposed: bool) -> RowFactors:
+    """Computes g, n and (1 - g) b from the parameters as they are; see `gains`."""
+    gain, divisor = gains(W0, A, B, m, scaling, transposed)
+    shift = None if bias is None else torch.addcmul(bias, gain, bias, value=-1)
+    return RowFactors(gain, divisor, shift, None, None)
+
+
+def with_products(rows: RowFactors, B: Tensor, scaling: float) -> RowFactors:
+    """Adds s g and s g B."""
+    factors = (rows.gain * scaling).unsqueeze(1)
+    return RowFactors(rows.gain, rows.divisor, rows.shift, factors, B * factors)
 
 
 def gains(W0: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -78,22 +123,33 @@ def gains(W0: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float, transpose
 # --- in plain torch --------------------------------------------------------------------------------------------------
 
 
-def torch_output(op, y, shift, gain, h, scaled_B, dtype) -> Tensor:
-    """Returns z = g y + `shift` + h `scaled_B`^T in `dtype`."""
-    g = per_row(op, gain, y)
+def torch_output(op, y, shift, gain, h, scaled_B, dtype, base=None) -> Tensor:
+    """Returns `base` + `gain` y + `shift` + h `scaled_B`^T in `dtype`."""
+    if op is LINEAR and base is None and y.numel() <= BLOCK:
+        # Few tokens: each call counts, and a product with R rows in bf16 takes three times as long as one in fp32.
+        z = y * gain if shift is None else torch.addcmul(shift, y, gain)
+        return cast(z.add_(F.linear(cast(h, z.dtype), scaled_B)), dtype)
+    g, is_half = per_row(op, gain, y), op is LINEAR and h.dtype.itemsize < 4
     shift = None if shift is None else per_row(op, shift, y)
-    is_half = op is LINEAR and h.dtype.itemsize < 4
     operand = cast(scaled_B, h.dtype).t() if is_half else scaled_B
 
-    def output(y: Tensor, h: Tensor) -> Tensor:
+    def sum_of(y: Tensor, h: Tensor, base: Tensor | None = None) -> Tensor:
         z = y * g if shift is None else torch.addcmul(shift, y, g)
+        if base is not None:
+            z = z.add_(base)
         return z.add_(h @ operand) if is_half else op.add_expanded(z, cast(h, z.dtype), operand)
 
-    return in_blocks(op, output, dtype, y, h)
+
+    return in_blocks(op, sum_of, dtype, *((y, h) if base is None else (y, h, base)))
 
 
-def torch_gradients(op, scaling, dz, needs, y, bias, h, B, divisor, gain, factors, scaled_B) -> Sequence[Tensor | None]:
-    """Returns the gradients of y, b, h, B and m that are needed; those of h and B are products in the dtype of h."""
+def torch_gradients(
+    op, scaling, dz, needs, y, bias, h, B, divisor, gain, multiplier, factors, scaled_B
+) -> Sequence[Tensor | None]:
+    """Returns the gradients of y, which z has `multiplier` times, b, h, B and m that are needed.
+
+    Those of h and B are products in the dtype of h.
+    """
     needs_y, needs_bias, needs_h, needs_B, needs_m = needs
     operand, product, dh, dm, dy = cast(scaled_B, h.dtype), None, [], None, None
     for some_dz, some_h in blocks(op, dz.dtype != h.dtype, dz, h):
@@ -107,7 +163,7 @@ def torch_gradients(op, scaling, dz, needs, y, bias, h, B, divisor, gain, factor
         sums, _ = row_sums(op, dz, y, bias, wants_squares=False)
         dm = torch.add(sums, (product * B).sum(1), alpha=scaling).div_(divisor)
     if needs_y:
-        g = per_row(op, gain, dz)
+        g = per_row(op, multiplier, dz)
         dy = in_blocks(op, lambda d: d * g, y.dtype, dz)
     dbias = (1 - gain) * sum_tokens(op, dz) if needs_bias else None
     dB = product * factors if needs_B and product is not None else None

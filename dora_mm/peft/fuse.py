@@ -14,7 +14,6 @@ from torch import nn
 
 from dora_mm import backend
 from dora_mm.peft.layers import (
-    DROPS,
     FusedConv1d,
     FusedConv2d,
     FusedConv3d,
@@ -40,6 +39,7 @@ KNOWN = {f"peft.tuners.lora.layer.{name}" for name in ("Linear", "Embedding", "C
 # The smallest weight whose layer runs fused on a processor: below 128 x 128 a pass of ours takes 1.0 to 1.2 times as
 # long as PEFT's own (one thread of an AMD EPYC; fp32, bf16 and autocast; 1 to 256 tokens): there is nothing to gain.
 CROSSING = 2**14
+DROPOUT = "take a second large product in training, for lora_dropout: with 0 a step costs about half"
 Adapters = list[tuple[str, str]]
 
 
@@ -49,16 +49,20 @@ class FuseReport:
 
     Attributes:
         fused: The adapters that run fused.
+        with_dropout: Those of them that drop entries of their inputs in training.
         at_times: Why some of these run PEFT's own code in some passes, as things are now.
         stock: Why the others stay PEFT's.
     """
 
     fused: Adapters = field(default_factory=list)
+    with_dropout: Adapters = field(default_factory=list)
     at_times: dict[str, Adapters] = field(default_factory=dict)
     stock: dict[str, Adapters] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"DoRA of {shown(self.fused)} runs fused"]
+        if self.with_dropout:
+            lines.append(f"  {shown(self.with_dropout)} of these {DROPOUT}")
         lines += [f"  {shown(some)} of these run PEFT's own code with {why}" for why, some in self.at_times.items()]
         lines += [f"{shown(some)} stay PEFT's: {why}" for why, some in self.stock.items()]
         return "\n".join([*lines, "Adapters that are added later stay PEFT's until fuse_peft is called again."])
@@ -100,7 +104,9 @@ def fuse_peft(model: nn.Module) -> FuseReport:
         if not isinstance(variant, FusedDoRA):
             layer.lora_variant[name] = FUSED[type(variant)]()
         report.fused.append((path, name))
-        now = DROPS if drops(layer, name) else read(layer, name)
+        now = read(layer, name)
+        if drops(layer, name):
+            report.with_dropout.append((path, name))
         if isinstance(now, str):
             report.at_times.setdefault(now, []).append((path, name))
     return report

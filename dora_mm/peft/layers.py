@@ -9,14 +9,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import dora, variants
+from peft.tuners.lora import variants
 from torch import Tensor, nn
 
+from dora_mm.core.inference import is_inference, versions_of
 from dora_mm.core.ops import LINEAR, ConvOp, Op
 from dora_mm.core.wrappers.quantized import dequantized
-from dora_mm.peft.formula import Scaled, gains
+from dora_mm.peft.formula import RowFactors, Scaled, output, row_factors, runs_in_triton, with_products
 
-DROPS = "dropout in training, where a second large product is taken"
+PADS = "dropout in training over a convolution whose padding is not zeros, where PEFT's own product pads with zeros"
 NOT_AT_HAND = (
     "parameters that are sharded (but not where FSDP2 gathers them for the pass), offloaded, parametrized or of an "
     "unknown class"
@@ -34,11 +35,15 @@ class PassTensors(NamedTuple):
     magnitude: Any
     scaling: float
     transposed: bool
+    dropout: nn.Module | None
 
-    def state(self) -> tuple[Any, ...]:
-        """What most changes of what g depends on change; writing to `.data` does not."""
-        tensors = (self.weight, self.A, self.B, self.magnitude)
-        return (self.scaling, *(t.data_ptr() for t in tensors), *(t._version for t in tensors))
+    def state(self) -> tuple[Any, ...] | None:
+        """What most changes of what g depends on change; writing to `.data` does not.
+
+        None where tensors do not count their changes, as those that were made in inference mode.
+        """
+        versions = versions_of((self.weight, self.A, self.B, self.magnitude, self.bias))
+        return None if versions is None else (self.scaling, versions)
 
 
 def read(layer: Any, name: str) -> PassTensors | str:
@@ -46,25 +51,26 @@ def read(layer: Any, name: str) -> PassTensors | str:
 
     Modules and parameters come from their dictionaries: attributes of a Module take several times as long.
     """
-    own = layer._modules
+    own, base, dropout = layer._modules, layer.get_base_layer(), None
     magnitude, is_embedding = own["lora_magnitude_vector"]._modules[name], name not in own["lora_A"]._modules
     if is_embedding:
         A, B, hooked = layer.lora_embedding_A[name], layer.lora_embedding_B[name], has_hooks(magnitude)
     else:
         if layer.training and drops(layer, name):
-            return DROPS
+            dropout = own["lora_dropout"]._modules[name]
+            if getattr(base, "padding_mode", "zeros") != "zeros":
+                return PADS
         reduces, expands = own["lora_A"]._modules[name], own["lora_B"]._modules[name]
         A, B = reduces._parameters.get("weight"), expands._parameters.get("weight")
         hooked = has_hooks(magnitude) or has_hooks(expands) or has_hooks(reduces)
     if hooked:
         return HOOKS
-    base = layer.get_base_layer()
     weight, m = base._parameters.get("weight"), magnitude._parameters.get("weight")
     at_hand = is_at_hand(A) and is_at_hand(B) and is_at_hand(m) and (is_at_hand(weight) or is_quantized(weight))
     if not at_hand or hasattr(m, "ds_id"):  # DeepSpeed's ZeRO-3 gathers a module's parameters for its own pass only
         return NOT_AT_HAND
     transposed = is_embedding or getattr(layer, "fan_in_fan_out", False)
-    return PassTensors(weight, base._parameters.get("bias"), A, B, m, layer.scaling[name], transposed)
+    return PassTensors(weight, base._parameters.get("bias"), A, B, m, layer.scaling[name], transposed, dropout)
 
 
 def tensors_of(layer: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,21 +104,21 @@ def is_quantized(weight: Any) -> bool:
     return type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao.")
 
 
-class StepRows(NamedTuple):
-    """What `gains` computes, and the state of the parameters that it is of."""
+class KeptRows(NamedTuple):
+    """What one pass has computed for others, and the state of the parameters that it is of."""
 
-    gain: Tensor
-    divisor: Tensor
+    rows: RowFactors
     state: tuple[Any, ...]
 
 
-@torch.no_grad()
-def rows_of(layer: Any, found: PassTensors) -> StepRows:
-    """Computes g from the parameters as they are."""
-    with torch.autocast(found.A.device.type, enabled=False):
+def rows_of(op: Op, layer: Any, found: PassTensors) -> RowFactors:
+    """Computes what a pass needs of its rows from the parameters as they are, also for passes with gradients."""
+    device = found.A.device.type
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         W0 = found.weight if is_at_hand(found.weight) else dequantized(layer.get_base_layer())
         A, B, m = found.A.flatten(1), found.B.flatten(1), found.magnitude.flatten()
-        return StepRows(*gains(W0.flatten(1), A, B, m, found.scaling, found.transposed), found.state())
+        rows = row_factors(W0.flatten(1), A, B, m, found.bias, found.scaling, found.transposed)
+        return rows if runs_in_triton(op, A) else with_products(rows, B, found.scaling)
 
 
 class FusedDoRA:
@@ -120,11 +126,13 @@ class FusedDoRA:
 
     Attributes:
         op: What the layer does with h.
-        step_rows: What all passes inside `fixed_norms` share.
+        is_fixed: Whether parameters do not change: inside `fixed_norms`.
+        kept: What passes inside of it share, and those of inference.
     """
 
     op: Op = LINEAR
-    step_rows: StepRows | None = None
+    is_fixed: bool = False
+    kept: KeptRows | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a layer is in no context."""
@@ -136,38 +144,41 @@ class FusedDoRA:
         if isinstance(found, str):
             stock: Any = super()
             return stock.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
-        h, rows = self.reduced(module, active_adapter, x), self.rows(module, active_adapter, found)
-        if rows is None and not is_at_hand(found.weight):  # torch.compile cannot trace this
-            rows = rows_of(module, found)
-        gain, divisor, W0, A = None, None, None, None
+        y, base, dtype = result, None, output_dtype(module, result, found.magnitude)
+        if found.dropout is not None:
+            x, base = found.dropout(x), result
+            y = base_output(module.get_base_layer(), found.weight, x)
+        h, B = self.reduced(module, active_adapter, x), found.B.flatten(1)
+        rows = self.rows(module, found)
+        if rows is not None and not torch.is_grad_enabled():
+            return output(self.op, y, h, B, rows, found.scaling, dtype, base)
+        m, W0, A = found.magnitude.flatten(), None, None
         if rows is None:
             W0, A = found.weight.flatten(1), found.A.flatten(1)
-        else:
-            gain, divisor, _ = rows
-        B, m, dtype = found.B.flatten(1), found.magnitude.flatten(), output_dtype(module, result, found.magnitude)
-        given = gain, divisor, W0, A, found.transposed, found.scaling, dtype
-        return Scaled.apply(self.op, result, found.bias, h, B, m, *given)
+        given = rows, W0, A, found.transposed, found.scaling, dtype
+        return Scaled.apply(self.op, y, found.bias, h, B, m, base, *given)
 
     def reduced(self, layer: Any, name: str, x: Tensor) -> Tensor:
         """Returns h, as PEFT computes it."""
         return layer.lora_A[name](x)
 
-    def rows(self, layer: Any, name: str, found: PassTensors) -> StepRows | None:
-        """Returns what is kept, if it is of the parameters as they are; else None."""
-        kept = self.step_rows
-        if kept is not None and (torch.compiler.is_compiling() or kept.state == found.state()):
-            return kept
-        cache = layer.lora_magnitude_vector[name]
-        if not dora.ENABLE_DORA_CACHING or cache.training:
-            if cache._dora_cache:
-                cache._cache_clear()
+    def rows(self, layer: Any, found: PassTensors) -> RowFactors | None:
+        """Returns what is kept, if it is of the parameters as they are; else None, where the pass can compute it.
+
+        A pass of training drops what one of inference has kept: trainers may write to `.data`. So FSDP2 may, which
+        gathers parameters in each pass, into the same memory: with several processes inference keeps nothing.
+        """
+        kept = self.kept
+        if not torch.compiler.is_compiling():  # a graph cannot see that parameters have changed
+            if (self.is_fixed or is_inference(layer)) and (state := found.state()):
+                if kept is None or kept.state != state:
+                    self.kept = kept = KeptRows(rows_of(self.op, layer, found), state)
+                return kept.rows
+            if kept is not None:
+                self.kept = None
+        if is_at_hand(found.weight):
             return None
-        key = f"fused-rows-{name}"  # as PEFT itself keeps norms in inference
-        kept = cache._cache_get(key, None)
-        if kept is None or kept.state != found.state():
-            kept = rows_of(layer, found)
-            cache._cache_store(key, kept)
-        return kept
+        return rows_of(self.op, layer, found)  # torch.compile cannot trace quantised weights
 
 
 class FusedLinear(FusedDoRA, variants.DoraLinearVariant):
@@ -199,6 +210,14 @@ class FusedConv3d(FusedDoRA, variants.DoraConv3dVariant):
     """DoRA of Conv3d."""
 
     op = ConvOp((1, 1, 1), (0, 0, 0), (1, 1, 1))
+
+
+def base_output(base: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    """The output of a base layer, without its hooks: they were called in this pass.
+
+    PEFT casts x to the dtype of A. Layers in 4 and 8 bits cast it themselves.
+    """
+    return type(base).forward(base, x.to(weight.dtype) if weight.is_floating_point() else x)
 
 
 def output_dtype(layer: Any, y: Tensor, magnitude: Tensor) -> torch.dtype:

@@ -4,44 +4,60 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from dora_mm.peft.fuse import FuseReport, fuse_peft, fused_of
-from dora_mm.peft.layers import PassTensors, read, rows_of
+from dora_mm.peft.layers import PassTensors, read
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def fixed_norms(model: nn.Module) -> Iterator[None]:
-    """A context in which base weights and adapters do not change: row norms are computed once, when it opens.
+    """A context in which base weights and adapters do not change: each row norm is computed once, when a pass needs it.
 
     It goes around the passes from one `optimizer.step()` to the next. A pass that finds a parameter changed computes
-    its own norm, and a warning at the end says that an adapter changed. Where parameters are not at hand when it opens
-    (FSDP2 gathers them in each pass), every pass computes its own.
+    its norm again, and a warning at the end says that an adapter changed. Where parameters are not at hand when it
+    opens (FSDP2 gathers them in each pass), and under torch.compile, every pass computes its own.
 
     Args:
         model: A model after `fuse_peft`.
     """
-    kept, tensors = [], []
-    for layer, name in fused_of(model):
-        found = read(layer, name)
-        if name in layer.active_adapters and isinstance(found, PassTensors):
-            kept.append(layer.lora_variant[name])
-            kept[-1].step_rows = rows_of(layer, found)
-            tensors += found.A, found.B, found.magnitude
-    before = lengths(tensors)
+    fixed = _FixedNorms(model)
     try:
         yield
-        if not torch.equal(before, lengths(tensors)):
-            log.warning("adapters changed while their row norms were kept: close fixed_norms before optimizer.step()")
+        fixed.warn_of_changes()
     finally:
-        for variant in kept:
-            variant.step_rows = None
+        fixed.close()
+
+
+class _FixedNorms:
+    """What `fixed_norms` opens and closes."""
+
+    def __init__(self, model: nn.Module):
+        self.variants, self.tensors = [], []
+        for layer, name in fused_of(model):
+            found = read(layer, name)
+            if name in layer.active_adapters and isinstance(found, PassTensors):
+                self.variants.append(layer.lora_variant[name])
+                self.tensors += found.A, found.B, found.magnitude
+        for variant in self.variants:
+            variant.is_fixed, variant.kept = True, None
+        self.before = lengths(self.tensors)
+
+    def warn_of_changes(self) -> None:
+        """Warns where an adapter is not what it was."""
+        if not torch.equal(self.before, lengths(self.tensors)):
+            log.warning("adapters changed while their row norms were kept: close fixed_norms before optimizer.step()")
+
+    def close(self) -> None:
+        """Forgets the norms."""
+        for variant in self.variants:
+            variant.is_fixed, variant.kept = False, None
 
 
 @torch.no_grad()
@@ -62,25 +78,38 @@ class FusePeft(TrainerCallback):
     """
 
     report: FuseReport | None = None
-
-    def __init__(self) -> None:
-        self._step = ExitStack()
+    _fixed: _FixedNorms | None = None
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         """Fuses the model."""
+        self._forget()
         self.report = fuse_peft(model)
         if state.is_world_process_zero:
             print(self.report)
 
     def on_step_begin(self, args, state, control, model, **kwargs):
-        """Computes the row norms."""
-        self._step.close()
-        self._step.enter_context(fixed_norms(model))
+        """Keeps row norms from here on, for the passes of the first step."""
+        self._keep(model)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Forgets them before parameters change."""
-        self._step.close()
+        if self._fixed is not None:
+            self._fixed.warn_of_changes()
+        self._forget()
+
+    def on_optimizer_step(self, args, state, control, model, **kwargs):
+        """Keeps those of the next step, which evaluations and generations before it use, too."""
+        self._keep(model)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Forgets them where training ended within a step."""
-        self._step.close()
+        """Forgets them; `load_best_model_at_end` may have loaded other parameters."""
+        self._forget()
+
+    def _keep(self, model: nn.Module) -> None:
+        if self._fixed is None:
+            self._fixed = _FixedNorms(model)
+
+    def _forget(self) -> None:
+        if self._fixed is not None:
+            self._fixed.close()
+        self._fixed = None

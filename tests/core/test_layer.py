@@ -48,9 +48,9 @@ def test_fresh_linear_changes_no_bit(method, dtype, autocast):
         base, layer = reference.linear(inner, out, dtype=dtype, method=method)
         x = torch.randn(tokens, inner).to(dtype)
         expected = run(base, x, autocast)
-        found = run(layer, x, autocast)
-        assert found.dtype == expected.dtype
-        assert torch.equal(found, expected), (out, inner, tokens)
+        for found in run(layer, x, autocast), run(layer.eval(), x, autocast), run(layer, x, autocast):
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, expected), (out, inner, tokens)
 
 
 @pytest.mark.parametrize("name", CONVS)
@@ -62,6 +62,7 @@ def test_fresh_convolution_changes_no_bit(name, dtype, autocast):
     for method in ("dora", "lora"):
         layer = adapt_layer(copy.deepcopy(base), DoRASpec(rank=2, method=method))
         assert torch.equal(run(layer, x, autocast), run(base, x, autocast))
+        assert torch.equal(run(layer.eval(), x, autocast), run(base, x, autocast))
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed"])

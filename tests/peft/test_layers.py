@@ -8,7 +8,6 @@ import pickle
 import peft
 import pytest
 import torch
-from peft.helpers import DoraCaching
 from peft.tuners.lora import variants
 from torch import nn
 
@@ -72,8 +71,8 @@ def test_the_report_names_what_runs_fused_and_what_does_not():
     report = dora_mm.fuse_peft(ours)
     assert str(report).splitlines() == [
         "DoRA of 5 layers (1 embed, 2 up, 2 down) runs fused",
-        "  2 layers (1 up, 1 down) of these run PEFT's own code with dropout in training, where a second large "
-        "product is taken",
+        "  2 layers (1 up, 1 down) of these take a second large product in training, for lora_dropout: with 0 a step "
+        "costs about half",
         "1 layers (1 up) stay PEFT's: LoRA without a magnitude",
         "Adapters that are added later stay PEFT's until fuse_peft is called again.",
     ]
@@ -213,7 +212,7 @@ def test_copies_and_pickles_run_fused(passes):
         passes.clear()
         assert_same(model, theirs, IDS)
         assert len(passes) == 3
-        assert all(layer.lora_variant[name].step_rows is None for layer, name in fuse.fused_of(model))
+        assert not any(layer.lora_variant[name].is_fixed for layer, name in fuse.fused_of(model))
         train(model, seed=7)
         assert relative_error(model(IDS), theirs(IDS)) > 1e-3  # its own parameters, not those of the original
 
@@ -238,16 +237,19 @@ def test_hooks_of_other_modules_are_pefts(name, passes):
     assert len(called) >= 2
 
 
-def test_dropout_in_training_is_pefts(passes):
-    theirs, ours = twins(lora_dropout=0.4)
-    found = []
+def test_dropout_over_a_padding_that_peft_leaves_out_is_pefts(passes):
+    theirs = adapted(nn.Conv2d(16, 128, 3, padding=1, padding_mode="circular"), lora_dropout=0.4)
+    ours, found = copy.deepcopy(theirs), []
+    assert "  1 layers (1 layer) of these run PEFT's own code with dropout in training over a convolution whose" in str(
+        dora_mm.fuse_peft(ours)
+    )
     for model in (theirs, ours):
         torch.manual_seed(3)
-        found.append(model.train()(IDS))
-    assert relative_error(*found) < 1e-6
-    assert len(passes) == 1  # the embedding, whose dropout PEFT leaves out with DoRA
-    assert relative_error(ours.eval()(IDS), theirs.eval()(IDS)) < 1e-6
-    assert len(passes) == 4
+        found.append(model.train()(example("Conv2d")))
+    assert torch.equal(*found)
+    assert passes == []
+    assert relative_error(ours.eval()(example("Conv2d")), theirs.eval()(example("Conv2d"))) < 1e-6
+    assert len(passes) == 1
 
 
 def test_offloaded_weights_are_pefts(passes):
@@ -284,21 +286,20 @@ def test_embeddings_that_scale_what_they_look_up():
     assert_same(fused(theirs), theirs, example("Embedding"))
 
 
-def test_norms_that_peft_caches_in_inference(monkeypatch):
-    theirs, ours = twins()
-    counted = []
-    rows_of = layers.rows_of
-    monkeypatch.setattr(layers, "rows_of", lambda *given: (counted.append(given), rows_of(*given))[1])
-    ours.eval()
-    with DoraCaching():
-        for _ in range(3):
+def test_the_caches_of_peft_stay_empty():
+    """PEFT keeps a dense B A of each layer there; a fused pass keeps no more than (O, R) numbers."""
+    helpers = pytest.importorskip("peft.helpers")
+    if not hasattr(helpers, "DoraCaching"):
+        pytest.skip("this release of PEFT has no cache for DoRA")
+    theirs, ours = (model.eval() for model in twins())
+    with helpers.DoraCaching(), torch.no_grad():
+        for _ in range(2):
             assert relative_error(ours(IDS), theirs(IDS)) < 1e-6
-        assert len(counted) == 3  # one per layer
-    for model in (theirs, ours):
-        train(model, seed=5)
-    assert relative_error(ours(IDS), theirs(IDS)) < 1e-6
-    with DoraCaching():
-        assert relative_error(ours(IDS), theirs(IDS)) < 1e-6
+    for _, layer, name in fuse.adapters_of(ours):
+        if name in layer.lora_magnitude_vector:
+            assert layer.lora_magnitude_vector[name]._dora_cache == {}
+            kept = layer.lora_variant[name].kept
+            assert kept is None or sum(t.numel() for t in kept.rows if t is not None) < 50 * 24
 
 
 def test_inference():

@@ -45,6 +45,10 @@ def test_norms_are_computed_once(norms):
     with fixed_norms(ours):
         for _ in range(3):
             assert all(map(torch.equal, computed(ours, x), expected))
+        with torch.inference_mode():
+            ours.eval()(x)
+        ours.train()
+        assert all(map(torch.equal, computed(ours, x), expected))
     assert len(norms) == 2
     computed(ours, x)
     assert len(norms) == 4
@@ -105,6 +109,7 @@ def test_layers_of_pefts_own_and_adapters_that_are_not_active_are_left_out(norms
     model = fused(adapted("Linear", 2))
     model.base_model.set_adapter(["1"])
     with fixed_norms(model):
+        model(example("Linear"))
         assert len(norms) == 1
     with fixed_norms(nn.Linear(2, 2)):
         pass
@@ -133,7 +138,7 @@ def trained(folder, model, callbacks=(), **settings):
     given = {"max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "learning_rate": 1e-2}
     given |= {"logging_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
     arguments = transformers.TrainingArguments(output_dir=str(folder), **given | settings)
-    trainer = transformers.Trainer(model, arguments, train_dataset=rows(), callbacks=list(callbacks))
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows(), eval_dataset=rows(8), callbacks=list(callbacks))
     trainer.train()
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
@@ -155,6 +160,43 @@ def test_the_trainer(tmp_path, norms, capsys):
     plain = peft.PeftModel.from_pretrained(tiny_llama().unload(), tmp_path / "adapter")
     ids = rows(2)[0]["input_ids"][None]
     assert relative_error(plain(ids).logits, ours(ids).logits) < 1e-5
+
+
+def test_evaluations_share_the_norms_of_the_next_step(tmp_path, norms, caplog):
+    """And the best model, which is loaded at the end, is no change that is warned of."""
+    ours = tiny_llama()
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    with caplog.at_level(logging.WARNING):
+        trained(tmp_path, ours, [FusePeft()], load_best_model_at_end=True, **settings)
+    assert len(norms) == 7 * 14  # once before each of six steps, and once after the last, for its evaluation
+    assert [record for record in caplog.records if record.name.startswith("dora_mm")] == []
+
+
+def test_inference_keeps_norms_until_a_parameter_changes(norms):
+    ours, x = fused(adapted("Linear", 2)).eval(), example("Linear")
+    twin = copy.deepcopy(ours)
+    dora_mm.unfuse_peft(twin)
+    for context in (torch.no_grad(), torch.inference_mode(), torch.no_grad()):
+        with context:
+            assert relative_error(ours(x), twin(x)) < 1e-6
+    assert len(norms) == 2
+    for change in (lambda p: p.mul_(1.5), lambda p: setattr(p, "data", p * 2)):
+        for model in (ours, twin):
+            with torch.no_grad():
+                change(model.base_model.model.layer.lora_B["0"].weight)
+        with torch.no_grad():
+            assert relative_error(ours(x), twin(x)) < 1e-6
+    assert len(norms) == 4
+
+
+def test_a_pass_of_training_forgets_norms_since_trainers_may_write_to_data():
+    ours, x = fused(adapted("Linear")), example("Linear")
+    with torch.no_grad():
+        ours.eval()(x)
+    ours.base_model.model.layer.lora_B["0"].weight.data.mul_(2)
+    ours.train()(x)
+    with torch.no_grad():
+        assert relative_error(ours.eval()(x), copy.deepcopy(ours)(x)) < 1e-6
 
 
 def test_a_training_that_ends_within_a_step_leaves_nothing_behind(tmp_path):

@@ -1,0 +1,120 @@
+"""Passes in eval mode without gradients: what they keep, when they compute it again, and how exact they are."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dora_mm.core import DoRASpec, adapt_layer
+from tests.core.test_layer import CONVS, conv_input
+from tests.core.test_work_once import CHANGES, expected
+from tests.shared import reference
+
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
+WRITES = (".data", "average", "base")  # to `.data`, which no version counts
+
+
+def trained_layer():
+    return reference.randomize(reference.linear(32, 24)[1]).eval()
+
+
+@torch.no_grad()
+def infer(layer, x):
+    return layer(x)
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_norms_are_computed_once(inference_mode):
+    layer, x, counts = trained_layer(), torch.randn(5, 32), []
+    with torch.inference_mode(inference_mode), torch.no_grad():
+        for _ in range(3):
+            with reference.NewTensors() as allocated:
+                layer(x)
+            counts.append(allocated.shapes.count((4, 4)))  # A A^T
+    assert counts == [1, 0, 0]
+
+
+def test_no_weight_is_kept():
+    """With many tokens W(t) is built, and goes after the pass: a model in eval mode takes no more memory."""
+    layer, x = trained_layer(), torch.randn(3000, 32)
+    with reference.NewTensors() as allocated:
+        for _ in range(2):
+            infer(layer, x)
+    assert allocated.shapes.count((24, 32)) >= 2
+    assert allocated.num_alive((24, 32)) == 0
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("tokens", [3, 3000])  # either form
+def test_a_change_between_passes_has_an_effect(change, tokens):
+    """Also one that is written to `.data`, once a pass of training has been made."""
+    layer, x = trained_layer(), torch.randn(tokens, 32)
+    infer(layer, x)
+    CHANGES[change](layer)
+    if change in WRITES:
+        layer.train()(x)
+        layer.eval()
+    x = x.to(layer.weight.dtype)
+    assert reference.relative_error(infer(layer, x), expected(layer, x)) < 1e-6
+
+
+@pytest.mark.parametrize("change", ["stack", "bias", "parameter"])
+def test_other_changes_have_an_effect(change):
+    layer, x = trained_layer(), torch.randn(3, 32)
+    infer(layer, x)
+    if change == "stack":
+        layer.stack("x", layer.adaptation.spec, layer.adapter_tensors(), 0.5)
+    elif change == "bias":
+        with torch.no_grad():
+            layer.bias.add_(1)
+    else:
+        layer.magnitude = nn.Parameter(layer.magnitude.detach() * 2)
+    assert torch.equal(infer(layer, x), infer(copy.deepcopy(layer), x))
+    if change != "stack":
+        assert reference.relative_error(infer(layer, x), expected(layer, x)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
+@pytest.mark.parametrize("name", ["linear", "plain", "groups", "1d", "embedding"])
+def test_outputs(name, method, dtype):
+    """As exact as those of training, with one adapter and with two, at several strengths, autocast or not."""
+    torch.manual_seed(0)
+    base = {"linear": nn.Linear(40, 48), "embedding": nn.Embedding(40, 48), **CONVS}[name].to(dtype)
+    layer = reference.randomize(adapt_layer(copy.deepcopy(base), DoRASpec(rank=4, method=method), path="layer"))
+    wide = {"linear": torch.randn(700, 40), "embedding": torch.randint(0, 40, (9, 5))}
+    for strengths in ((1.0,), (0.5, -2.0)):
+        if len(strengths) == 2:
+            layer.stack("x", layer.adaptation.spec, layer.adapter_tensors(), strengths[1])
+            layer.adaptation.strength = strengths[0]
+        x = wide.get(name)
+        x = conv_input(base) if x is None else x
+        for given in (x[:1], x):
+            given = given if name == "embedding" else given.to(dtype)
+            exact = copy.deepcopy(layer).double()
+            right = infer(exact.train(), given if name == "embedding" else given.double())
+            for autocast in (False, True):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    own, found = infer(layer.train(), given), infer(layer.eval(), given)
+                assert found.dtype == own.dtype
+                assert found.shape == own.shape
+                bound = 2 * reference.relative_error(own, right) + UNIT[found.dtype]
+                assert reference.relative_error(found, right) <= bound
+
+
+def test_parameters_that_were_made_in_inference_mode():
+    with torch.inference_mode():
+        layer = trained_layer()
+        x = torch.randn(3, 32)
+        layer(x)
+        layer.lora_B.mul_(2)
+        assert reference.relative_error(layer(x), expected(layer, x)) < 1e-6
+
+
+def test_a_copy_keeps_nothing_of_the_original():
+    layer, x = trained_layer(), torch.randn(3, 32)
+    infer(layer, x)
+    twin = copy.deepcopy(layer)
+    CHANGES[".data"](twin)
+    assert reference.relative_error(infer(twin, x), expected(twin, x)) < 1e-6
