@@ -74,6 +74,9 @@ def _run(given: Sequence[str], recipes: "Recipes | None") -> None:
     if arguments.command in SLOW_TO_START and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         print(f"dora-mm {arguments.command}: starting ...", file=sys.stderr, flush=True)  # torch takes seconds
     with _sigterm_raises():
+        from dora_mm.utils.requirements import check_command
+
+        check_command(arguments.command)
         from dora_mm.cli.commands import run  # here, since it imports pydantic
 
         run(arguments, recipes)

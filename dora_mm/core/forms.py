@@ -85,7 +85,9 @@ def choose_form(
         return "unmerged" if joins and not has_magnitude else "merged"
     build = num_out * num_in * (rank + BUILD_COST)
     unmerged = num_tokens * (rank * (num_out + num_in) + UNMERGED_COST * num_out)
-    norm = num_out * num_in * rank if has_magnitude and not is_inference else 0  # W0 A^T; where W(t) is built, its norm is one pass
+    norm = (
+        num_out * num_in * rank if has_magnitude and not is_inference else 0
+    )  # W0 A^T; where W(t) is built, its norm is one pass
     return "unmerged" if dropout or num_passes * unmerged + norm < build else "merged"
 
 
@@ -221,9 +223,7 @@ class MergedForm(torch.autograd.Function):
         return None, None, None, dX, d_dropped, None, db, *gradients, None, None
 
 
-def merged_product(
-    op: Op, x: Tensor, source: Tensor, main: Tensor, rest: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def merged_product(op: Op, x: Tensor, source: Tensor, main: Tensor, rest: Tensor | None, bias: Tensor | None) -> Tensor:
     """Computes x main^T + `source` rest^T + b; in half precision as one sum, which is rounded once."""
     if rest is None:
         return op(x, main, bias)
@@ -316,7 +316,9 @@ def inferred_product(
     """Computes `adapted_product` where there is no backward pass; `cache` serves until a parameter changes."""
     if form_of(x, weight, adapters, options, dtype, steps) == "merged":
         (main, rest), cache.rows = merged_parts(weight, adapters, cache.rows, dtype)
-        return merged_product(options.op, x, x, main, rest if rest is not None and cache.finds_update(rest) else None, bias)
+        return merged_product(
+            options.op, x, x, main, rest if rest is not None and cache.finds_update(rest) else None, bias
+        )
     if cache.inference is None:
         cache.rows, operand = steps.prepare(weight, adapters, cache, dtype)
         own = [adapter._replace(rows=found) for adapter, found in zip(adapters, cache.rows, strict=True)]

@@ -60,7 +60,12 @@ class Scaled(torch.autograd.Function):
             if rows.scaled_B is None and not in_triton:
                 rows = with_products(rows, B, scaling)
             z = output(op, y, h, B, rows, scaling, dtype, base)
-        ctx.op, ctx.scaling, ctx.in_triton, ctx.base_dtype = op, scaling, in_triton, None if base is None else base.dtype
+        ctx.op, ctx.scaling, ctx.in_triton, ctx.base_dtype = (
+            op,
+            scaling,
+            in_triton,
+            None if base is None else base.dtype,
+        )
         own = () if in_triton else (rows.factors, rows.scaled_B)
         ctx.save_for_backward(y, bias, h, B, rows.divisor, rows.gain, *own)
         return z
@@ -138,7 +143,6 @@ def torch_output(op, y, shift, gain, h, scaled_B, dtype, base=None) -> Tensor:
         if base is not None:
             z = z.add_(base)
         return z.add_(h @ operand) if is_half else op.add_expanded(z, cast(h, z.dtype), operand)
-
 
     return in_blocks(op, sum_of, dtype, *((y, h) if base is None else (y, h, base)))
 

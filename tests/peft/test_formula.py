@@ -49,7 +49,7 @@ class Mask(nn.Module):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "Embedding"])
 def test_outputs_and_gradients_with_dropout(kind, dtype):
-    """PEFT's embeddings leave dropout out with DoRA, and its convolutions in bfloat16 fail in a product with float32."""
+    """Not of embeddings, where PEFT leaves dropout out, nor where its own convolutions multiply bfloat16 by float32."""
     x = example(kind, DTYPES[dtype].get("dtype", torch.float32))
     for adapters in (1, 2):
         theirs = adapted(kind, adapters, lora_dropout=0.3, **DTYPES[dtype])

@@ -138,7 +138,9 @@ def trained(folder, model, callbacks=(), **settings):
     given = {"max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "learning_rate": 1e-2}
     given |= {"logging_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
     arguments = transformers.TrainingArguments(output_dir=str(folder), **given | settings)
-    trainer = transformers.Trainer(model, arguments, train_dataset=rows(), eval_dataset=rows(8), callbacks=list(callbacks))
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=rows(), eval_dataset=rows(8), callbacks=list(callbacks)
+    )
     trainer.train()
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 

@@ -6,6 +6,7 @@ from dora_mm.cli import main
 from dora_mm.preview import machine
 from dora_mm.preview.machine import CardInfo
 from dora_mm.recipes import PIPELINES
+from dora_mm.utils import requirements
 
 check = PIPELINES.load("check")
 
@@ -37,13 +38,13 @@ def test_the_recipe_that_fits_a_card(capsys, monkeypatch, memory, recipe):
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(capsys, monkeypatch):
-    versions = {"timm": None, "peft": "0.1"}
-    installed = check.installed
-    monkeypatch.setattr(check, "installed", lambda name: versions.get(name, installed(name)))
-    assert main(["check"]) == 2
-    captured = capsys.readouterr()
-    assert "timm is not installed: pip install 'dora_mm[eval]'" in captured.out
-    assert "peft 0.1 is not >=0.20" in captured.err
+    versions = {"timm": None, "transformers": "5.6.0"}
+    installed = requirements.installed
+    monkeypatch.setattr(requirements, "installed", lambda name: versions.get(name, installed(name)))
+    assert main(["check"]) == 0
+    printed = capsys.readouterr().out
+    assert "timm>=1.0.22 (not installed): pip install 'dora_mm[eval]'" in printed
+    assert "transformers>=5.24 (5.6.0 is installed): pip install 'dora_mm[recipes]'" in printed
 
 
 def test_a_card_that_torch_cannot_use_is_said(monkeypatch):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.utils.messages import first_line
+from dora_mm.utils.requirements import check_extra
 
 THINKERS = {  # of models that also speak: the class of the part that reads and writes text, by their type
     "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
@@ -56,6 +57,7 @@ def empty_model(folder: ModelFolder) -> Any:
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(config.get("model_type"), str):
         return None
+    check_extra("recipes", f"{folder.path}, a model of transformers,")
     import transformers
 
     kind = getattr(transformers, THINKERS.get(config["model_type"], str(names[0])), None)
