@@ -20,12 +20,13 @@ from dora_mm.peft.layers import (
     FusedDoRA,
     FusedEmbedding,
     FusedLinear,
+    PassTensors,
     drops,
+    is_sometimes_small,
     read,
-    tensors_of,
 )
 
-TESTED = (0, 20), (0, 21)  # the oldest and the newest release of PEFT whose variants are known to be the same
+TESTED = (0, 18), (0, 21)  # the oldest and the newest release of PEFT whose variants are known to be the same
 FUSED = {
     variants.DoraLinearVariant: FusedLinear,
     variants.DoraEmbeddingVariant: FusedEmbedding,
@@ -36,9 +37,7 @@ FUSED = {
 KNOWN = {f"peft.tuners.lora.layer.{name}" for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")} | {
     f"peft.tuners.lora.{name}" for name in ("bnb.Linear4bit", "bnb.Linear8bitLt", "torchao.TorchaoLoraLinear")
 }
-# The smallest weight whose layer runs fused on a processor: below 128 x 128 a pass of ours takes 1.0 to 1.2 times as
-# long as PEFT's own (one thread of an AMD EPYC; fp32, bf16 and autocast; 1 to 256 tokens): there is nothing to gain.
-CROSSING = 2**14
+SMALL = "few weights for their tokens on a processor, in training without fixed_norms: PEFT's own passes are as fast"
 DROPOUT = "take a second large product in training, for lora_dropout: with 0 a step costs about half"
 Adapters = list[tuple[str, str]]
 
@@ -105,6 +104,9 @@ def fuse_peft(model: nn.Module) -> FuseReport:
             layer.lora_variant[name] = FUSED[type(variant)]()
         report.fused.append((path, name))
         now = read(layer, name)
+        if isinstance(now, PassTensors) and is_sometimes_small(now):
+            layer.lora_variant[name].has_zero_rows = bool((now.magnitude == 0).any())
+            now = now if layer.lora_variant[name].has_zero_rows else SMALL
         if drops(layer, name):
             report.with_dropout.append((path, name))
         if isinstance(now, str):
@@ -153,9 +155,6 @@ def why_stock(layer: Any, name: str, variant: Any) -> str | None:
         return f"the class {kind.__name__} is not known here"
     if getattr(layer.get_base_layer(), "groups", 1) > 1:
         return "PEFT's norm of a convolution with groups is not that of its weight"
-    A, B, m = tensors_of(layer, name)
-    if A[0].numel() * len(B) < CROSSING and m.device.type == "cpu" and bool((m != 0).all()):  # else NaN in PEFT
-        return f"below {CROSSING} weights PEFT's own passes are as fast on a processor"
     return None
 
 

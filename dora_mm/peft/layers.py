@@ -73,12 +73,25 @@ def read(layer: Any, name: str) -> PassTensors | str:
     return PassTensors(weight, base._parameters.get("bias"), A, B, m, layer.scaling[name], transposed, dropout)
 
 
-def tensors_of(layer: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B and m of an adapter, wherever they are."""
-    m = layer.lora_magnitude_vector[name].weight
-    if name in layer.lora_A:
-        return layer.lora_A[name].weight, layer.lora_B[name].weight, m
-    return layer.lora_embedding_A[name], layer.lora_embedding_B[name], m
+def num_weights(A: Tensor, B: Tensor) -> int:
+    """The number of weights of a layer, also of a quantised one."""
+    return A.numel() // max(A.shape[0], 1) * B.shape[0]
+
+
+def crossing(dtype: torch.dtype, tokens: int) -> int:
+    """The number of weights from which on a fused pass that computes its norms is faster than PEFT's, on a processor.
+
+    Args:
+        dtype: That of the layer's output.
+        tokens: T.
+    """
+    return 2**14
+
+
+def is_sometimes_small(found: PassTensors) -> bool:
+    """Whether some passes of a layer may be as fast in PEFT's own code: see `crossing`."""
+    most = max(crossing(dtype, tokens) for dtype in (torch.float32, torch.bfloat16) for tokens in (1, 2**20))
+    return found.magnitude.device.type == "cpu" and num_weights(found.A, found.B) < most
 
 
 def has_hooks(module: Any) -> bool:
@@ -126,22 +139,25 @@ class FusedDoRA:
 
     Attributes:
         op: What the layer does with h.
+        has_zero_rows: Whether the weight has some, whose outputs are NaN in PEFT.
         is_fixed: Whether parameters do not change: inside `fixed_norms`.
         kept: What passes inside of it share, and those of inference.
     """
 
     op: Op = LINEAR
+    has_zero_rows: bool = False
     is_fixed: bool = False
     kept: KeptRows | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a layer is in no context."""
-        return {}
+        return {"has_zero_rows": self.has_zero_rows}
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """The output of an adapter, `result` being that of the base layer or of the adapter before. PEFT calls it."""
         found = read(module, active_adapter)
-        if isinstance(found, str):
+        rows = None if isinstance(found, str) else self.rows(module, found)
+        if isinstance(found, str) or (rows is None and self.is_small(found, result)):
             stock: Any = super()
             return stock.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
         y, base, dtype = result, None, output_dtype(module, result, found.magnitude)
@@ -149,7 +165,6 @@ class FusedDoRA:
             x, base = found.dropout(x), result
             y = base_output(module.get_base_layer(), found.weight, x)
         h, B = self.reduced(module, active_adapter, x), found.B.flatten(1)
-        rows = self.rows(module, found)
         if rows is not None and not torch.is_grad_enabled():
             return output(self.op, y, h, B, rows, found.scaling, dtype, base)
         m, W0, A = found.magnitude.flatten(), None, None
@@ -161,6 +176,13 @@ class FusedDoRA:
     def reduced(self, layer: Any, name: str, x: Tensor) -> Tensor:
         """Returns h, as PEFT computes it."""
         return layer.lora_A[name](x)
+
+    def is_small(self, found: PassTensors, result: Tensor) -> bool:
+        """Whether PEFT's own pass is as fast as one that computes its norms."""
+        if self.has_zero_rows or result.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        size = num_weights(found.A, found.B)
+        return size < crossing(result.dtype, result.numel() // max(found.magnitude.numel(), 1))
 
     def rows(self, layer: Any, found: PassTensors) -> RowFactors | None:
         """Returns what is kept, if it is of the parameters as they are; else None, where the pass can compute it.

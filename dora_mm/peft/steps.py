@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,9 @@ class FusePeft(TrainerCallback):
 
     report: FuseReport | None = None
     _fixed: _FixedNorms | None = None
+
+    def __init__(self, *_: Any):
+        """Takes what trainers give to callbacks that they make themselves (ms-swift: arguments and trainer)."""
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         """Fuses the model."""

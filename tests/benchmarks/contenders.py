@@ -46,16 +46,12 @@ def peft_layer(base: nn.Linear, rank: int, use_dora: bool) -> nn.Module:
 
 
 def fused_layer(base: nn.Linear, rank: int, runs_in: str = "auto") -> nn.Module:
-    """PEFT's layer with DoRA after `fuse_peft`; layers too small for it are fused, too."""
-    from unittest import mock
-
+    """PEFT's layer with DoRA after `fuse_peft`."""
     from dora_mm import fuse_peft
-    from dora_mm.peft import fuse
 
     backend.select(runs_in)
     holder = nn.ModuleDict({"layer": peft_layer(base, rank, use_dora=True)})
-    with mock.patch.object(fuse, "CROSSING", 0):
-        fuse_peft(holder)
+    fuse_peft(holder)
     return holder["layer"]
 
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dora_mm import backend, fuse_peft
 from dora_mm.core.functional import Adapter, row_gains
-from dora_mm.peft import fixed_norms, fuse
+from dora_mm.peft import fixed_norms, layers
 from dora_mm.peft.formula import row_norms
 from tests.benchmarks.timing import saved_bytes
 from tests.peft.models import KINDS, adapted, assert_as_exact, computed, example, fused
@@ -194,10 +194,18 @@ def test_compiled(kind, autocast):
     assert_as_exact(computed(ours, x, autocast, compiled), computed(theirs, x, autocast), exact)
 
 
-def test_small_layers_stay_pefts(monkeypatch):
-    theirs = adapted(nn.Linear(64, 64))
-    report = fuse_peft(theirs)
-    assert report.fused == []
-    assert "below 16384 weights PEFT's own passes are as fast" in str(report)
-    monkeypatch.setattr(fuse, "CROSSING", 0)
-    assert fuse_peft(theirs).fused == [("base_model.model.layer", "0")]
+def test_small_layers_run_pefts_own_passes_in_training(monkeypatch):
+    """Passes that are fused agree with it up to rounding, and not by bits: inside `fixed_norms`, and in inference."""
+    monkeypatch.setattr(layers, "crossing", lambda dtype, tokens: 2**14 if tokens < 1000 else 0)
+    theirs, few, many = adapted(nn.Linear(64, 64)), torch.randn(3, 64), torch.randn(2000, 64)
+    ours = copy.deepcopy(theirs)
+    report = fuse_peft(ours)
+    assert report.fused == [("base_model.model.layer", "0")]
+    assert "  1 layers (1 layer) of these run PEFT's own code with few weights for their tokens" in str(report)
+    assert torch.equal(ours(few), theirs(few))
+    assert not torch.equal(ours(many), theirs(many))
+    with fixed_norms(ours):
+        assert not torch.equal(ours(few), theirs(few))
+    with torch.no_grad():
+        assert not torch.equal(ours.eval()(few), theirs.eval()(few))
+        assert relative_error(ours(few), theirs(few)) < 1e-6

@@ -9,18 +9,13 @@ from torch import nn
 
 import dora_mm
 from dora_mm.core.wrappers.quantized import dequantized
-from dora_mm.peft import fixed_norms, fuse, layers
+from dora_mm.peft import fixed_norms, layers
 from tests.peft.models import computed, train
 from tests.shared.quantized import int8, nf4, torchao_int8
 from tests.shared.reference import relative_error
 
 pytestmark = pytest.mark.slow
 KINDS = {"nf4": nf4, "int8": int8, "torchao int8": torchao_int8}
-
-
-@pytest.fixture(autouse=True)
-def fuses_all_sizes(monkeypatch):
-    monkeypatch.setattr(fuse, "CROSSING", 0)
 
 
 class Net(nn.Module):

@@ -10,14 +10,9 @@ import transformers
 from torch import nn
 
 import dora_mm
-from dora_mm.peft import FusePeft, fixed_norms, formula, fuse
+from dora_mm.peft import FusePeft, fixed_norms, formula
 from tests.peft.models import adapted, computed, example, fused, train
 from tests.shared.reference import relative_error
-
-
-@pytest.fixture(autouse=True)
-def fuses_all_sizes(monkeypatch):
-    monkeypatch.setattr(fuse, "CROSSING", 0)
 
 
 @pytest.fixture

@@ -20,11 +20,6 @@ pytestmark = pytest.mark.slow
 STEPS = 20
 
 
-@pytest.fixture(autouse=True)
-def fuses_all_sizes(monkeypatch):
-    monkeypatch.setattr(fuse, "CROSSING", 0)
-
-
 def language_model():
     tokenizer = vocabularies.llama3(eos_token="<|begin_of_text|>", pad_token="<|begin_of_text|>")
     config = transformers.LlamaConfig(**text_config(tokenizer, "llama"))

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def train_in_trainer(rank, folder):
-    fuse.CROSSING = 0
+    layers.crossing = lambda *_: 0
     for name, callbacks in (("peft", []), ("fused", [FusePeft()])):
         model = tiny_llama()
         losses = trained(folder, model, callbacks, max_steps=20, ddp_backend="gloo")
@@ -41,7 +41,7 @@ def test_the_trainer(tmp_path):
 def train_sharded(rank, folder):
     from torch.distributed.fsdp import fully_shard
 
-    fuse.CROSSING = 0
+    layers.crossing = lambda *_: 0
     passes = []
     apply = layers.Scaled.apply
     layers.Scaled.apply = lambda *given: (passes.append(given), apply(*given))[1]
@@ -77,7 +77,7 @@ def train_each_layer_sharded(rank, folder):
     """A and B are sharded on their own, as PEFT's policy for FSDP has it: B is not whole where a pass would read it."""
     from torch.distributed.fsdp import fully_shard
 
-    fuse.CROSSING = 0
+    layers.crossing = lambda *_: 0
     ours = tiny_llama()
     twin = copy.deepcopy(ours)
     for _, layer, name in fuse.adapters_of(ours):
