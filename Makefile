@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo demo-vl demo-vlm test test-slow test-oldest test-elsewhere fuzz kill bench gpu rehearsal lint format samples clean
+.PHONY: demo demo-vl demo-vlm test test-slow test-oldest test-elsewhere test-beside fuzz kill bench gpu rehearsal lint format samples clean
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -39,12 +39,18 @@ test-slow: $(READY)  ## quantised bases and TRL come from folders of their own: 
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/trl trl datasets dill multiprocess xxhash pandas
 	PYTHONPATH=build/trl $(BIN)/python -m pytest -m slow tests/peft/test_trl.py
 
-test-oldest:  ## with the oldest releases that pyproject.toml admits, torch 2.6 among them: 6 GB in build/oldest
-	@test -x build/oldest/bin/python || $(PYTHON) -m venv build/oldest
-	build/oldest/bin/python -m pip install --quiet uv
-	build/oldest/bin/uv pip install --quiet --python build/oldest/bin/python --resolution lowest-direct \
+test-oldest:  ## with the oldest releases that pyproject.toml admits, of the base and of the recipes: 10 GB in build/oldest
+	@for each in base recipes; do test -x build/oldest/$$each/bin/python || $(PYTHON) -m venv build/oldest/$$each; \
+		build/oldest/$$each/bin/python -m pip install --quiet uv; done
+	build/oldest/base/bin/uv pip install --quiet --python build/oldest/base/bin/python --resolution lowest-direct \
+		--editable . pytest==8.4.2 hypothesis==6.140.0 pillow==12.0.0
+	OMP_NUM_THREADS=1 build/oldest/base/bin/python -m pytest tests/core tests/peft/test_formula.py tests/peft/test_layers.py
+	build/oldest/recipes/bin/uv pip install --quiet --python build/oldest/recipes/bin/python --resolution lowest-direct \
 		--only-binary resvg-py --editable ".[test,eval,optim,track,samples,vl]"
-	OMP_NUM_THREADS=1 build/oldest/bin/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 build/oldest/recipes/bin/python -m pytest -n 2 --dist worksteal
+
+test-beside:  ## pip beside other trainers, and fuse_peft with the releases that they pin: 5 GB in build/beside
+	$(PYTHON) -m tests.beside $(BESIDE)
 
 test-elsewhere:  ## on other days, locales, paths and Pythons, 15 minutes each: 6 GB in build/elsewhere; ELSEWHERE="--pythons 3.13"
 	$(PYTHON) -m tests.elsewhere $(ELSEWHERE)

@@ -5,6 +5,7 @@
 `gpu`: layers of 16 x 16 in bf16 on a processor, whose arithmetic does not count. Of ours the path of a GPU runs, with
 our launches left out: a Triton kernel does nothing, and the vendor's product only allocates. On a GPU each launch costs
 some ten microseconds more, PEFT's and ours alike. `cpu`: small layers in fp32 in plain torch, with all they do.
+PEFT's layer after `fuse_peft` is measured with norms that each pass computes, and inside `fixed_norms`.
 
 All layers are measured in one process, in turns of seven passes, with base weights fixed as in the training loop. A
 repeat is the median of its rounds. host.csv gets microseconds: the median of the repeats, the least and the largest.
@@ -26,13 +27,16 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from dora_mm import backend
 from dora_mm.core import TORCH, DoRASpec, Forward, adapt_layer, fixed_parameters
+from dora_mm.peft import fixed_norms
 from tests.benchmarks.contenders import CONTENDERS, DENSE, fixed_bases, trained
 from tests.benchmarks.results_table import write_rows
 
 RANK = 16
 IN_A_ROW = 7  # passes per turn, as many as a block has layers: in a model, a layer's code is in the processor's caches
 PEERS = ("frozen", "PEFT LoRA", "PEFT DoRA")
+FUSED = ("PEFT DoRA, fused", "PEFT DoRA, fused, norms kept")
 SMALL = ((16, 16), (64, 64), (256, 64))  # features, tokens
 KERNELS = ("adapter_grads", "low_rank_add", "low_rank_matmul", "operands", "output_grad", "row_norm")
 Row = dict[str, Any]
@@ -58,6 +62,9 @@ def without_launches(*, vendor: bool) -> Iterator[Forward]:
     def allocated(a: Tensor, b: Tensor) -> Tensor:
         return torch.empty(a.shape[0], b.shape[1])
 
+    from dora_mm.kernels import common
+    from dora_mm.peft import layers
+
     replaced = {"INTERPRETED": True, "float_product": allocated, "vendor_is_faster": lambda *_, **__: vendor}
     with contextlib.ExitStack() as stack:
         for name, value in replaced.items():
@@ -65,6 +72,9 @@ def without_launches(*, vendor: bool) -> Iterator[Forward]:
         stack.enter_context(mock.patch.object(kernels.low_rank_matmul, "float_product", allocated))
         for name in KERNELS:
             stack.enter_context(mock.patch.object(getattr(kernels, name), f"_{name}", Launch()))
+        stack.enter_context(mock.patch.object(common, "float_product", allocated))
+        stack.enter_context(mock.patch.dict(backend.CHOSEN, {False: dora_linear.TRITON}))
+        stack.enter_context(mock.patch.object(layers, "crossing", return_value=0))
         stack.enter_context(mock.patch.object(torch.cuda, "device_of", contextlib.nullcontext))
         yield dora_linear.TRITON
 
@@ -106,6 +116,8 @@ def contending(base: nn.Linear, forward: Forward) -> dict[str, nn.Module]:
     """The layers by name, all over the weight of `base`."""
     base.requires_grad_(False)
     layers = {name: CONTENDERS[name](base, RANK).train() for name in PEERS}
+    for name in FUSED:
+        layers[name] = CONTENDERS["PEFT DoRA, fused"](base, RANK).train()
     layers["dense B@A"] = DENSE["dense B@A"](base, RANK)
     for method, name in (("lora", "our LoRA"), ("dora", "our DoRA")):
         layer = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
@@ -118,7 +130,7 @@ def timed(path: str, layers: dict[str, nn.Module], x: Tensor, repeats: int, roun
     """A row per layer and direction."""
     x, dY = x.requires_grad_(), torch.ones_like(x)
     medians: dict[tuple[str, str], list[float]] = {}
-    with fixed_bases(layers.values()):
+    with fixed_bases(layers.values()), fixed_norms(layers[FUSED[1]]):
         for _ in range(repeats):
             seconds: dict[tuple[str, str], list[float]] = {}
             for _ in range(rounds):

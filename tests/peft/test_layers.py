@@ -330,10 +330,9 @@ def test_adapters_of_a_model_of_transformers():
 
 
 def test_adapters_of_diffusers():
-    from diffusers import UNet2DConditionModel
-
+    diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
+    unet = diffusers.UNet2DConditionModel(
         sample_size=8, block_out_channels=(32, 32), layers_per_block=1, cross_attention_dim=16, norm_num_groups=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=8,
