@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_mm.core.functional import Adapter, adapter_dtype, cast
 from dora_mm.core.ops import BLOCK, LINEAR, Op, per_row
@@ -88,12 +89,15 @@ def is_inference(module: nn.Module) -> bool:
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
+PLAIN = (Tensor, nn.Parameter)  # subclasses may consist of other tensors, and have no address of their own
+
+
 def versions_of(tensors: Iterable[Any]) -> Hashable | None:
     """What a change of tensors changes, unless it is written to their `.data`; Nones among them are left out.
 
     None where no version is counted, as of tensors that were made in inference mode.
     """
-    found: list[int] = []
+    found = [STEPS.count()]
     for t in tensors:
         if t is not None:
             if t.is_inference():
@@ -102,4 +106,20 @@ def versions_of(tensors: Iterable[Any]) -> Hashable | None:
     return tuple(found)
 
 
-PLAIN = (Tensor, nn.Parameter)  # subclasses may consist of other tensors, and have no address of their own
+class StepCounter:
+    """Counts the steps of all optimizers from its first use on: torch's fused ones change no version."""
+
+    def __init__(self) -> None:
+        self.number, self.hook = 0, None
+
+    def count(self) -> int:
+        """The number of steps so far."""
+        if self.hook is None:
+            self.hook = register_optimizer_step_post_hook(self.add)
+        return self.number
+
+    def add(self, *_: Any) -> None:
+        self.number += 1
+
+
+STEPS = StepCounter()

@@ -19,8 +19,8 @@ from dora_mm.peft.formula import RowFactors, Scaled, output, row_factors, runs_i
 
 PADS = "dropout in training over a convolution whose padding is not zeros, where PEFT's own product pads with zeros"
 NOT_AT_HAND = (
-    "parameters that are sharded (but not where FSDP2 gathers them for the pass), offloaded, parametrized or of an "
-    "unknown class"
+    "parameters that are sharded (but not where FSDP2 gathers them for the pass), offloaded, parametrized, in float8, "
+    "or of an unknown class"
 )
 HOOKS = "hooks on lora_A, lora_B or lora_magnitude_vector, which a fused pass would not call as PEFT's does"
 
@@ -108,8 +108,12 @@ def drops(layer: Any, name: str) -> bool:
 
 
 def is_at_hand(t: Any) -> bool:
-    """Whether a parameter is a plain one with all its numbers: no DTensor, not on `meta`, not of size 0."""
-    return type(t) is nn.Parameter and t.is_floating_point() and not t.is_meta and t.numel() > 0
+    """Whether a parameter is a plain one with all its numbers: no DTensor, not on `meta`, not of size 0.
+
+    Those in 8 bits are not: their scales lie elsewhere.
+    """
+    is_plain = type(t) is nn.Parameter and t.is_floating_point() and t.dtype.itemsize > 1
+    return is_plain and not t.is_meta and t.numel() > 0
 
 
 def is_quantized(weight: Any) -> bool:

@@ -103,6 +103,18 @@ def test_outputs(name, method, dtype):
                 assert reference.relative_error(found, right) <= bound
 
 
+@pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_a_step_after_a_pass_of_inference_has_an_effect(how):
+    """torch's fused optimizers change no version."""
+    layer, x = trained_layer(), torch.randn(3, 32)
+    optimizer = torch.optim.AdamW(layer.adapter_tensors().values(), lr=0.1, **how)
+    layer(x).square().sum().backward()
+    before = infer(layer, x)
+    optimizer.step()
+    assert reference.relative_error(infer(layer, x), before) > 1e-2
+    assert reference.relative_error(infer(layer, x), expected(layer, x)) < 1e-6
+
+
 def test_parameters_that_were_made_in_inference_mode():
     with torch.inference_mode():
         layer = trained_layer()

@@ -1,6 +1,7 @@
 """Small models that PEFT has adapted, with trained values, and what they compute."""
 
 import copy
+import inspect
 
 import peft
 import torch
@@ -32,10 +33,18 @@ def adapted(kind, adapters=1, *, upcast=True, dtype=torch.float32, **settings):
     config = peft.LoraConfig(target_modules=["layer"], **given)
     model = peft.get_peft_model(net.to(dtype), config, adapter_name="0", autocast_adapter_dtype=upcast)
     for number in range(1, adapters):
-        model.add_adapter(str(number), config, autocast_adapter_dtype=upcast)
+        add_adapter(model, str(number), config, upcast)
     model.base_model.set_adapter([str(number) for number in range(adapters)])
     train(model)
     return model
+
+
+def add_adapter(model, name, config, upcast):
+    if "autocast_adapter_dtype" in inspect.signature(model.add_adapter).parameters:
+        model.add_adapter(name, config, autocast_adapter_dtype=upcast)
+    else:  # PEFT 0.18
+        model.add_adapter(name, config)
+        model.base_model._cast_adapter_dtype(adapter_name=name, autocast_adapter_dtype=upcast)
 
 
 def train(model, seed=0):

@@ -268,6 +268,14 @@ def test_weights_that_are_parametrized_are_pefts(passes):
     assert len(passes) == 2
 
 
+def test_weights_in_float8_are_pefts():
+    """Their scales lie where the model has them, and PEFT's own code may have been taught where."""
+    model = adapted("Linear")
+    base = model.base_model.model.layer.base_layer
+    base.weight = nn.Parameter(base.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    assert "in float8" in str(dora_mm.fuse_peft(model))
+
+
 def test_embeddings_that_scale_what_they_look_up():
     class Scaling(nn.Embedding):
         def __init__(self):

@@ -1,5 +1,6 @@
 """Row norms once per optimizer step, and transformers' Trainer with the callback."""
 
+import contextlib
 import copy
 import logging
 
@@ -184,6 +185,20 @@ def test_inference_keeps_norms_until_a_parameter_changes(norms):
         with torch.no_grad():
             assert relative_error(ours(x), twin(x)) < 1e-6
     assert len(norms) == 4
+
+
+@pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}], ids=str)
+@pytest.mark.parametrize("is_fixed", [False, True])
+def test_a_step_of_an_optimizer_between_passes_has_an_effect(is_fixed, how):
+    """torch's fused optimizers change no version. Within `fixed_norms` a warning says that the step is."""
+    ours, x = fused(adapted("Linear")), example("Linear")
+    optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=0.1, **how)
+    with fixed_norms(ours) if is_fixed else contextlib.nullcontext():
+        ours(x).square().mean().backward()
+        with torch.no_grad():
+            ours.eval()(x)
+            optimizer.step()
+            assert relative_error(ours(x), copy.deepcopy(ours)(x)) < 1e-6
 
 
 def test_a_pass_of_training_forgets_norms_since_trainers_may_write_to_data():
