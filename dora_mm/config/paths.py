@@ -183,8 +183,8 @@ def check_folder(path: str, key: str, *, must_be_new: bool) -> None:
     """
     try:
         folder = expanded(path, f"{key} ")
-        exists = folder.exists()
-        parent = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        exists = _exists(folder)
+        parent = next(each for each in (folder, *folder.absolute().parents) if _exists(each))
     except OSError as error:
         raise ValueError(f"{key} {path} cannot be made: {error.strerror}") from None
     if folder.name == LATEST:
@@ -197,6 +197,15 @@ def check_folder(path: str, key: str, *, must_be_new: bool) -> None:
         raise ValueError(f"{key} {path} is inside a file, not a folder: choose another folder.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"{key} {path} cannot be made: {parent} is not writable for you")
+
+
+def _exists(path: Path) -> bool:
+    """`path.exists()`, but a name that is too long is an error in each Python: 3.14 says that there is no such file."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def paths_in(section: Section, prefix: str = "") -> Iterator[tuple[str, PathKind, str]]:
