@@ -81,11 +81,15 @@ def num_weights(A: Tensor, B: Tensor) -> int:
 def crossing(dtype: torch.dtype, tokens: int) -> int:
     """The number of weights from which on a fused pass that computes its norms is faster than PEFT's, on a processor.
 
+    It errs on PEFT's side: on one thread of an AMD EPYC, with AVX-512 and limited to AVX2, no pass above it is slower
+    than PEFT's (tests/benchmarks/results/crossing); a layer of 64 x 64 takes 1.0 to 1.2 times as long.
+
     Args:
         dtype: That of the layer's output.
         tokens: T.
     """
-    return 2**14
+    single = 2**16 if tokens < 256 else 2**15 if tokens < 1024 else 2**14
+    return single if dtype.itemsize >= 4 else 2 * single
 
 
 def is_sometimes_small(found: PassTensors) -> bool:

@@ -34,6 +34,7 @@ from tests.benchmarks.contenders import (
     set_layers,
     trained,
 )
+from tests.benchmarks.contenders import contenders as all_contenders
 from tests.benchmarks.results_table import Result, plot, table, write_results
 from tests.benchmarks.timing import alternate, peak_bytes, saved_bytes, seconds_of, summary
 from tests.shared.full_size import random_unet
@@ -228,6 +229,7 @@ def bench_model(
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
+MIXED = "bfloat16_float32"  # of the base, of PEFT's adapters
 REPEATS = {"quick": 15, "default": 9, "all": 15}
 MODEL_REPEATS = {"quick": 0, "default": 7, "all": 7}
 
@@ -242,32 +244,36 @@ def main(given: Sequence[str] | None = None) -> None:
         extents.add_argument(f"--{name}", action="store_const", const=name, dest="extent", default="default", help=what)
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "autocast"),
-        help="bfloat16 is the default on a GPU; autocast is bfloat16 over weights in float32",
+        choices=("float32", "bfloat16", MIXED, "autocast"),
+        help=f"bfloat16 is the default on a GPU; {MIXED} has weights in bfloat16 and PEFT's adapters in float32, as "
+        "PEFT makes them; autocast is bfloat16 over weights in float32",
     )
+    parser.add_argument("--dropout", type=float, default=0.0, help="of all adapters; of single layers only")
     parser.add_argument("--output", metavar="FOLDER", help="a new folder; default: a numbered folder in runs/bench")
     arguments = parser.parse_args(given)
     try:
         folder = new_folder("bench", arguments.output)
     except ValueError as error:
         parser.error(str(error))
-    measure(folder, arguments.extent, arguments.dtype)
+    measure(folder, arguments.extent, arguments.dtype, arguments.dropout)
 
 
-def measure(folder: Path, extent: str, dtype: str | None) -> None:
+def measure(folder: Path, extent: str, dtype: str | None, dropout: float = 0.0) -> None:
     """Measures everything.
 
     Args:
         folder: Where the results go.
         extent: "quick" (layers only, under two minutes on two cores), "default" (at most half an hour), or "all".
-        dtype: The name of a torch dtype, or autocast; None selects float32 on a CPU and bfloat16 on a GPU.
+        dtype: The name of a torch dtype, MIXED or autocast; None selects float32 on a CPU and bfloat16 on a GPU.
+        dropout: Of the adapters of single layers.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     autocast = dtype == "autocast"
-    found = torch.float32 if autocast else getattr(torch, dtype)
+    found = torch.float32 if autocast else getattr(torch, dtype.partition("_")[0])
     cases, steps = layer_cases(extent), models(extent, device)
-    contenders = CONTENDERS | COMPILED if extent != "quick" and can_compile(device) else CONTENDERS
+    contenders = all_contenders(dropout=dropout, in_float32=dtype == MIXED)
+    contenders |= COMPILED if extent != "quick" and can_compile(device) else {}
     (folder / "machine.json").write_text(json.dumps(machine(device, dtype), indent=2) + "\n")
     results: list[Result] = []
     rounds = 2 * (REPEATS[extent] + 1) * len(cases) + (MODEL_REPEATS[extent] + 1) * len(steps)

@@ -34,32 +34,38 @@ class Case:
     rank: int
 
 
-def peft_layer(base: nn.Linear, rank: int, use_dora: bool) -> nn.Module:
+def peft_layer(
+    base: nn.Linear, rank: int, use_dora: bool, dropout: float = 0.0, *, in_float32: bool = False
+) -> nn.Module:
     """PEFT's layer around `base`.
 
-    A, B and m have the dtype of the base, in which PEFT's layers are fastest; `get_peft_model` would make them fp32.
+    A, B and m have the dtype of the base, in which PEFT's layers are fastest, or float32 where that is asked for, as
+    `get_peft_model` makes them unless told otherwise.
     """
     import peft
 
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, use_dora=use_dora, target_modules=["0"])
-    return peft.inject_adapter_in_model(config, nn.Sequential(base)).get_submodule("0")
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, use_dora=use_dora, lora_dropout=dropout, target_modules=["0"])
+    layer = peft.inject_adapter_in_model(config, nn.Sequential(base)).get_submodule("0")
+    for parameter in trained(layer) if in_float32 else ():
+        parameter.data = parameter.data.float()
+    return layer
 
 
-def fused_layer(base: nn.Linear, rank: int, runs_in: str = "auto") -> nn.Module:
+def fused_layer(base: nn.Linear, rank: int, runs_in: str = "auto", **settings: Any) -> nn.Module:
     """PEFT's layer with DoRA after `fuse_peft`."""
     from dora_mm import fuse_peft
 
     backend.select(runs_in)
-    holder = nn.ModuleDict({"layer": peft_layer(base, rank, use_dora=True)})
+    holder = nn.ModuleDict({"layer": peft_layer(base, rank, use_dora=True, **settings)})
     fuse_peft(holder)
     return holder["layer"]
 
 
-def our_layer(base: nn.Linear, rank: int, method: str, runs_in: str = "auto") -> nn.Module:
+def our_layer(base: nn.Linear, rank: int, method: str, runs_in: str = "auto", dropout: float = 0.0) -> nn.Module:
     """Our layer, over the weight of `base`, in the backend `runs_in`."""
     layer = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     layer.weight, layer.bias = base.weight, base.bias
-    return adapt_layer(layer, DoRASpec(rank, method=method), forward=backend.select(runs_in))
+    return adapt_layer(layer, DoRASpec(rank, method=method, dropout=dropout), forward=backend.select(runs_in))
 
 
 class DenseDoRA(nn.Module):
@@ -91,14 +97,22 @@ class DenseDoRA(nn.Module):
 
 Build = Callable[[nn.Linear, int], nn.Module]
 Contenders = dict[str, Build]
-CONTENDERS: Contenders = {
-    "frozen": lambda base, rank: base,
-    "PEFT LoRA": partial(peft_layer, use_dora=False),
-    "PEFT DoRA": partial(peft_layer, use_dora=True),
-    "PEFT DoRA, fused": fused_layer,
-    "our LoRA": partial(our_layer, method="lora"),
-    "our DoRA": partial(our_layer, method="dora"),
-}
+
+
+def contenders(*, dropout: float = 0.0, in_float32: bool = False) -> Contenders:
+    """How each contender builds its layer; see `peft_layer`. Our adapters are in float32 always."""
+    of_peft: dict[str, Any] = {"dropout": dropout, "in_float32": in_float32}
+    return {
+        "frozen": lambda base, rank: base,
+        "PEFT LoRA": partial(peft_layer, use_dora=False, **of_peft),
+        "PEFT DoRA": partial(peft_layer, use_dora=True, **of_peft),
+        "PEFT DoRA, fused": partial(fused_layer, **of_peft),
+        "our LoRA": partial(our_layer, method="lora", dropout=dropout),
+        "our DoRA": partial(our_layer, method="dora", dropout=dropout),
+    }
+
+
+CONTENDERS: Contenders = contenders()
 DENSE: Contenders = {
     "dense B@A": partial(DenseDoRA, merged=False),
     "dense W'": partial(DenseDoRA, merged=True),

@@ -1,8 +1,10 @@
 """A fused pass agrees with the formula in float64 at least as well as PEFT's own does."""
 
 import copy
+import csv
 import itertools
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from tests.benchmarks.timing import saved_bytes
 from tests.peft.models import KINDS, adapted, assert_as_exact, computed, example, fused
 from tests.shared.reference import relative_error
 
+CROSSING = layers.crossing  # the fixture of this folder replaces it
 DTYPES = {
     "float32": {},
     "bfloat16": {"dtype": torch.bfloat16, "upcast": False},
@@ -192,6 +195,20 @@ def test_compiled(kind, autocast):
     torch.compiler.reset()
     compiled = torch.compile(ours, fullgraph=True)
     assert_as_exact(computed(ours, x, autocast, compiled), computed(theirs, x, autocast), exact)
+
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "crossing"
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.csv")), ids=lambda file: file.stem)
+def test_above_the_crossing_point_no_machine_was_slower_than_peft(file):
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    for row in rows:
+        dtype = torch.float32 if row["dtype"] == "float32" else torch.bfloat16
+        if int(row["side"]) ** 2 >= CROSSING(dtype, int(row["tokens"])):
+            assert float(row["ratio"]) <= 1, row
+    assert len(rows) == 160
 
 
 def test_small_layers_run_pefts_own_passes_in_training(monkeypatch):
