@@ -39,7 +39,9 @@ def _adapter_grads(
             r = start + tl.arange(0, BLOCK_R)
             mask = is_row[:, None] & (r < rank)[None, :]
             value = tl.load(product + rows[:, None] * padded_rank + r[None, :], mask=mask, other=0.0)
-            tl.store(dB + rows[:, None] * rank + r[None, :], value * factor[:, None], mask=mask)
+            tl.store(
+                dB + rows[:, None] * rank + r[None, :], (value * factor[:, None]).to(dB.dtype.element_ty), mask=mask
+            )
             if ADDS_BRANCH:
                 own += value * tl.load(B + rows[:, None] * stride_b + r[None, :] * stride_br, mask=mask, other=0.0)
         if ADDS_BRANCH:
@@ -47,7 +49,7 @@ def _adapter_grads(
             share = tl.div_rn(scaling * tl.sum(own, 1), tl.where(n == 0.0, 1.0, n))
             magnitude_grad += tl.where(n == 0.0, 0.0, share)
     if HAS_DOTS:
-        tl.store(dm + rows, magnitude_grad, mask=is_row)
+        tl.store(dm + rows, magnitude_grad.to(dm.dtype.element_ty), mask=is_row)
 
 
 @operator("dora_mm::adapter_grads")
@@ -59,6 +61,7 @@ def adapter_grads(
     scaling: float,
     B: Tensor | None = None,
     norm: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Computes dB = s g (dY^T h), and dm as the sum of its parts, in a fixed order.
 
@@ -73,15 +76,16 @@ def adapter_grads(
         scaling: s.
         B: B (O, R), or None.
         norm: n (O,) in fp32, or None; nothing is added where it is 0.
+        dtype: That of the results, to which they are rounded once.
 
     Returns:
-        dB (O, R) and dm (O,) in fp32, contiguous; empty where there is nothing to compute them from.
+        dB (O, R) and dm (O,) in `dtype`, contiguous; empty where there is nothing to compute them from.
     """
     given = product if product is not None else dots
     assert given is not None
     num_out = given.shape[0] if dots is None else dots.shape[1]
-    dB = given.new_empty((0, 0) if product is None else (num_out, rank))
-    dm = given.new_empty(0 if dots is None else num_out)
+    dB = given.new_empty((0, 0) if product is None else (num_out, rank), dtype=dtype)
+    dm = given.new_empty(0 if dots is None else num_out, dtype=dtype)
     with torch.cuda.device_of(given):
         _adapter_grads[(num_blocks(num_out, BLOCK_O),)](
             product, dots, gain, B, norm, dB, dm,
@@ -95,9 +99,9 @@ def adapter_grads(
 
 
 @adapter_grads.register_fake
-def _(product, rank, dots, gain, scaling, B=None, norm=None):
+def _(product, rank, dots, gain, scaling, B=None, norm=None, dtype=torch.float32):
     given = product if product is not None else dots
     assert given is not None
     num_out = given.shape[0] if dots is None else dots.shape[1]
-    dB = given.new_empty((0, 0) if product is None else (num_out, rank))
-    return dB, given.new_empty(0 if dots is None else num_out)
+    dB = given.new_empty((0, 0) if product is None else (num_out, rank), dtype=dtype)
+    return dB, given.new_empty(0 if dots is None else num_out, dtype=dtype)

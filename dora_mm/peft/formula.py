@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_mm import backend
-from dora_mm.core.functional import Adapter, adapter_dtype, can_read, cast, first_order, without_autocast
+from dora_mm.core.functional import adapter_dtype, can_read, cast, first_order, without_autocast
 from dora_mm.core.ops import BLOCK, LINEAR, Op, as_rows, per_row, row_sums, sum_tokens
-from dora_mm.core.passes import PassCache
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,47 +47,49 @@ class Scaled(torch.autograd.Function):
     With dropout y is the product of what it leaves of x, and z is the change that an adapter makes to `base`, the
     output of the layer itself: z = base + (g - 1) (y - b) + h (s g B)^T. Without, `base` is None.
 
-    `rows` are kept `RowFactors`, or None: then W0 and A are given, as for `row_norms`.
+    `rows` are the `RowFactors` of the parameters.
     """
 
     @staticmethod
-    def forward(ctx: Any, op: Op, y, bias, h, B, magnitude, base, rows, W0, A, transposed, scaling, dtype):
-        with without_autocast(y.device):
-            in_triton = base is None and runs_in_triton(op, y)
-            if rows is None:
-                rows = row_factors(W0, A, B, magnitude, bias, scaling, transposed)
-            if rows.scaled_B is None and not in_triton:
-                rows = with_products(rows, B, scaling)
-            z = output(op, y, h, B, rows, scaling, dtype, base)
-        ctx.op, ctx.scaling, ctx.in_triton, ctx.base_dtype = (
-            op,
-            scaling,
-            in_triton,
-            None if base is None else base.dtype,
-        )
-        own = () if in_triton else (rows.factors, rows.scaled_B)
+    def forward(ctx: Any, op: Op, y, bias, h, B, magnitude, base, rows: RowFactors, scaling: float, dtype):
+        rows = prepared(op, y, B, rows, scaling, base)
+        ctx.op, ctx.scaling, ctx.base_dtype = op, scaling, None if base is None else base.dtype
+        ctx.in_triton = rows.scaled_B is None
+        own = () if ctx.in_triton else (rows.factors, rows.scaled_B)
         ctx.save_for_backward(y, bias, h, B, rows.divisor, rows.gain, *own)
-        return z
+        return output(op, y, h, B, rows, scaling, dtype, base)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dz: Tensor):
+        y, bias, h, B, divisor, gain, *own = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:6]
         if ctx.in_triton:
-            found = triton_gradients(ctx.op, ctx.scaling, dz, ctx.needs_input_grad[1:6], *ctx.saved_tensors)
+            from dora_mm.kernels import scaled
+
+            found = scaled.gradients(ctx.scaling, dz, needs, y, bias, h, B, divisor, gain)
         else:
-            y, bias, h, B, divisor, gain, *own = ctx.saved_tensors
             multiplier = gain if ctx.base_dtype is None else gain - 1
             given = y, bias, h, B, divisor, gain, multiplier, *own
-            found = torch_gradients(ctx.op, ctx.scaling, dz, ctx.needs_input_grad[1:6], *given)
-        return None, *found, None if ctx.base_dtype is None else cast(dz, ctx.base_dtype), *[None] * 6
+            found = torch_gradients(ctx.op, ctx.scaling, dz, needs, *given)
+        return None, *found, None if ctx.base_dtype is None else cast(dz, ctx.base_dtype), None, None, None
+
+
+def prepared(op: Op, y: Tensor, B: Tensor, rows: RowFactors, scaling: float, base: Tensor | None) -> RowFactors:
+    """Adds the products to rows, unless they have them or the pass runs in our kernels."""
+    is_ready = rows.scaled_B is not None or (base is None and runs_in_triton(op, y))
+    return rows if is_ready else with_products(rows, B, scaling)
 
 
 def output(op: Op, y, h, B, rows: RowFactors, scaling: float, dtype: torch.dtype, base: Tensor | None = None) -> Tensor:
-    """Computes z: see `Scaled`."""
+    """Computes z from rows that are `prepared`: see `Scaled`."""
     if rows.scaled_B is None:
-        return triton_output(y, rows.shift, rows.gain, h, B, scaling, dtype)
+        from dora_mm.kernels import scaled
+
+        return scaled.output(y, rows.shift, rows.gain, h, B, scaling, dtype)
     gain = rows.gain if base is None else rows.gain - 1
-    return torch_output(op, y, rows.shift, gain, h, rows.scaled_B, dtype, base)
+    with without_autocast(y.device):
+        return torch_output(op, y, rows.shift, gain, h, rows.scaled_B, dtype, base)
 
 
 def row_factors(W0, A, B, m, bias, scaling: float, transposed: bool) -> RowFactors:
@@ -116,13 +117,20 @@ def gains(W0: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float, transpose
         transposed: See W0.
     """
     if runs_in_triton(LINEAR, W0):
-        return triton_gains(W0.t() if transposed else W0, A, B, m, scaling)
+        from dora_mm.kernels import scaled
+
+        return scaled.gains(W0.t() if transposed else W0, A, B, m, scaling)
     norm = row_norms(W0, A, B, scaling, transposed)
     gain = m / norm
     if norm.device.type == "cpu" and can_read(norm) and norm.min().item() > 0:
         return gain, norm
     is_zero = norm == 0
     return gain.masked_fill_(is_zero, 1), norm.masked_fill(is_zero, math.inf)
+
+
+def runs_in_triton(op: Op, t: Tensor) -> bool:
+    """Whether passes over a tensor run in our kernels: those of a Linear, where the backend has chosen them."""
+    return op is LINEAR and backend.CHOSEN[t.is_cuda] is not backend.TORCH and t.dtype in KERNEL_DTYPES
 
 
 # --- in plain torch --------------------------------------------------------------------------------------------------
@@ -227,49 +235,3 @@ def row_norms(W0: Tensor, A: Tensor, B: Tensor, scaling: float, transposed: bool
     at_once = max(1, BLOCK // W0.shape[1])
     found = [norms(*part) for part in zip(W0.split(at_once), left.split(at_once), strict=True)]
     return torch.linalg.vector_norm(torch.stack(found), dim=0) if transposed else torch.cat(found)
-
-
-# --- in our kernels --------------------------------------------------------------------------------------------------
-
-
-def runs_in_triton(op: Op, t: Tensor) -> bool:
-    """Whether passes over a tensor run in our kernels: those of a Linear, where the backend has chosen them."""
-    return op is LINEAR and backend.CHOSEN[t.is_cuda] is not backend.TORCH and t.dtype in KERNEL_DTYPES
-
-
-def triton_output(y, shift, gain, h, B, scaling, dtype) -> Tensor:
-    """`torch_output` in one pass over y."""
-    from dora_mm.kernels.low_rank_add import low_rank_add
-
-    return low_rank_add(as_rows(y), shift, gain, as_rows(h), B, scaling, dtype).view(y.shape)
-
-
-def triton_gradients(op, scaling, dz, needs, y, bias, h, B, divisor, gain) -> Sequence[Tensor | None]:
-    """`torch_gradients` with one pass over dz and y."""
-    from dora_mm.kernels.adapter_grads import adapter_grads
-    from dora_mm.kernels.common import float_product
-    from dora_mm.kernels.output_grad import output_grad
-
-    needs_y, needs_bias, needs_h, needs_B, needs_m = needs
-    d, rows, dB, dm = as_rows(dz), as_rows(h), None, None
-    of_rows = bias, divisor, divisor, gain
-    scaled, dots, operand = output_grad(d, as_rows(y), None, None, rows, B, *of_rows, scaling, needs_y, needs_m)
-    dy = cast(scaled, y.dtype).view(y.shape) if needs_y else None
-    d = cast(d, h.dtype)
-    dh = (d @ operand).view(h.shape) if needs_h else None
-    if needs_B or needs_m:
-        product = float_product(d.t(), rows)
-        own = (B, divisor) if needs_m else ()
-        dB, dm = adapter_grads(product, B.shape[1], dots if needs_m else None, gain, scaling, *own)
-    dbias = (1 - gain) * sum_tokens(op, dz) if needs_bias else None
-    return dy, dbias, dh, dB if needs_B else None, dm if needs_m else None
-
-
-def triton_gains(W0: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """`gains` by the kernels of our layers, which build no dense sum; n is 0 where it is, which the others know."""
-    from dora_mm.kernels.dora_linear import TRITON_STEPS
-
-    A, B, m = (cast(t, torch.float32) for t in (A, B, m))
-    rows, _ = TRITON_STEPS.row_gains(W0, Adapter(A, B, m, scaling), PassCache())
-    assert rows is not None
-    return rows.gain, rows.norm

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from dora_mm.core.inference import is_inference, versions_of
 from dora_mm.core.ops import LINEAR, ConvOp, Op
 from dora_mm.core.wrappers.quantized import dequantized
-from dora_mm.peft.formula import RowFactors, Scaled, output, row_factors, runs_in_triton, with_products
+from dora_mm.peft.formula import RowFactors, Scaled, output, prepared, row_factors, runs_in_triton, with_products
 
+DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 PADS = "dropout in training over a convolution whose padding is not zeros, where PEFT's own product pads with zeros"
 NOT_AT_HAND = (
     "parameters that are sharded (but not where FSDP2 gathers them for the pass), offloaded, parametrized, in float8, "
@@ -51,7 +52,8 @@ def read(layer: Any, name: str) -> PassTensors | str:
 
     Modules and parameters come from their dictionaries: attributes of a Module take several times as long.
     """
-    own, base, dropout = layer._modules, layer.get_base_layer(), None
+    own, dropout = layer._modules, None
+    base = own["base_layer"] if "base_layer" not in own["base_layer"]._modules else layer.get_base_layer()
     magnitude, is_embedding = own["lora_magnitude_vector"]._modules[name], name not in own["lora_A"]._modules
     if is_embedding:
         A, B, hooked = layer.lora_embedding_A[name], layer.lora_embedding_B[name], has_hooks(magnitude)
@@ -116,8 +118,7 @@ def is_at_hand(t: Any) -> bool:
 
     Those in 8 bits are not: their scales lie elsewhere.
     """
-    is_plain = type(t) is nn.Parameter and t.is_floating_point() and t.dtype.itemsize > 1
-    return is_plain and not t.is_meta and t.numel() > 0
+    return type(t) is nn.Parameter and t.dtype in DTYPES and not t.is_meta and t.numel() > 0
 
 
 def is_quantized(weight: Any) -> bool:
@@ -164,8 +165,8 @@ class FusedDoRA:
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """The output of an adapter, `result` being that of the base layer or of the adapter before. PEFT calls it."""
         found = read(module, active_adapter)
-        rows = None if isinstance(found, str) else self.rows(module, found)
-        if isinstance(found, str) or (rows is None and self.is_small(found, result)):
+        kept = None if isinstance(found, str) else self.kept_rows(module, found)
+        if isinstance(found, str) or (kept is None and self.is_small(found, result)):
             stock: Any = super()
             return stock.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
         y, base, dtype = result, None, output_dtype(module, result, found.magnitude)
@@ -173,42 +174,41 @@ class FusedDoRA:
             x, base = found.dropout(x), result
             y = base_output(module.get_base_layer(), found.weight, x)
         h, B = self.reduced(module, active_adapter, x), found.B.flatten(1)
-        if rows is not None and not torch.is_grad_enabled():
+        rows = rows_of(self.op, module, found) if kept is None else kept
+        if not torch.is_grad_enabled():
+            rows = prepared(self.op, y, B, rows, found.scaling, base)
             return output(self.op, y, h, B, rows, found.scaling, dtype, base)
-        m, W0, A = found.magnitude.flatten(), None, None
-        if rows is None:
-            W0, A = found.weight.flatten(1), found.A.flatten(1)
-        given = rows, W0, A, found.transposed, found.scaling, dtype
-        return Scaled.apply(self.op, y, found.bias, h, B, m, base, *given)
+        return Scaled.apply(self.op, y, found.bias, h, B, found.magnitude.flatten(), base, rows, found.scaling, dtype)
 
     def reduced(self, layer: Any, name: str, x: Tensor) -> Tensor:
         """Returns h, as PEFT computes it."""
-        return layer.lora_A[name](x)
+        return layer._modules["lora_A"]._modules[name](x)
 
     def is_small(self, found: PassTensors, result: Tensor) -> bool:
         """Whether PEFT's own pass is as fast as one that computes its norms."""
         if self.has_zero_rows or result.device.type != "cpu" or torch.compiler.is_compiling():
             return False
+        if not is_at_hand(found.weight):
+            return False
         size = num_weights(found.A, found.B)
         return size < crossing(result.dtype, result.numel() // max(found.magnitude.numel(), 1))
 
-    def rows(self, layer: Any, found: PassTensors) -> RowFactors | None:
-        """Returns what is kept, if it is of the parameters as they are; else None, where the pass can compute it.
+    def kept_rows(self, layer: Any, found: PassTensors) -> RowFactors | None:
+        """Returns what passes share, if parameters are as they were; None where this pass computes it for itself.
 
         A pass of training drops what one of inference has kept: trainers may write to `.data`. So FSDP2 may, which
         gathers parameters in each pass, into the same memory: with several processes inference keeps nothing.
         """
         kept = self.kept
-        if not torch.compiler.is_compiling():  # a graph cannot see that parameters have changed
-            if (self.is_fixed or is_inference(layer)) and (state := found.state()):
-                if kept is None or kept.state != state:
-                    self.kept = kept = KeptRows(rows_of(self.op, layer, found), state)
-                return kept.rows
-            if kept is not None:
-                self.kept = None
-        if is_at_hand(found.weight):
+        if torch.compiler.is_compiling():  # a graph cannot see that parameters have changed
             return None
-        return rows_of(self.op, layer, found)  # torch.compile cannot trace quantised weights
+        if (self.is_fixed or is_inference(layer)) and (state := found.state()):
+            if kept is None or kept.state != state:
+                self.kept = kept = KeptRows(rows_of(self.op, layer, found), state)
+            return kept.rows
+        if kept is not None:
+            self.kept = None
+        return None
 
 
 class FusedLinear(FusedDoRA, variants.DoraLinearVariant):

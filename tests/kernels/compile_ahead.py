@@ -35,7 +35,7 @@ from dora_mm.core.ops import LINEAR
 from dora_mm.core.passes import Options, PassCache
 from dora_mm.kernels import adapter_grads, cards, dora_linear, low_rank_add, low_rank_matmul, operands, output_grad
 from dora_mm.kernels import row_norm as norms
-from dora_mm.peft.formula import Scaled
+from dora_mm.peft.formula import Scaled, row_factors
 
 
 class Target(NamedTuple):
@@ -148,7 +148,8 @@ def step_of_peft(case: Case) -> None:
     A, B, m = tensor(case.rank, num_in), tensor(num_out, case.rank), tensor(num_out)
     for dtype in {case.dtype, torch.float32}:
         h = tensor(tokens, case.rank, dtype=dtype)
-        z = Scaled.apply(LINEAR, y, bias, h, B, m, None, None, W0, A, False, 2.0, case.dtype)
+        rows = row_factors(W0, A.detach(), B.detach(), m.detach(), bias, 2.0, transposed=False)
+        z = Scaled.apply(LINEAR, y, bias, h, B, m, None, rows, 2.0, case.dtype)
         torch.autograd.grad(z, [y, h, B, m], torch.empty_like(z))
 
 

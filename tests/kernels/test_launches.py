@@ -150,12 +150,13 @@ def test_another_strength_prepares_no_operand(launches):
 
 
 @pytest.mark.parametrize(
-    ("contender", "expected"), [("PEFT LoRA", (5, 7)), ("PEFT DoRA", (17, 16)), ("PEFT DoRA, fused", (10, 10))]
+    ("contender", "expected"), [("PEFT LoRA", (5, 7)), ("PEFT DoRA", (17, 16)), ("PEFT DoRA, fused", (10, 8))]
 )
 def test_a_step_of_peft(launches, monkeypatch, contender, expected):
     """A, B and m in half precision; three of the ten forward copy them in fp32."""
     monkeypatch.setitem(backend.CHOSEN, False, dora_linear.TRITON)
     monkeypatch.setattr("dora_mm.peft.formula.can_read", lambda t: False)  # as on a GPU
+    monkeypatch.setattr("dora_mm.peft.layers.crossing", lambda *_: 0)
     base = nn.Linear(48, 32, bias=False, dtype=torch.float16).requires_grad_(False)
     model = nn.ModuleDict({"layer": CONTENDERS[contender](base, 4)})
     layer, x = model["layer"], torch.randn(20, 48, dtype=torch.float16, requires_grad=True)
@@ -174,4 +175,5 @@ def test_a_step_of_peft(launches, monkeypatch, contender, expected):
     if contender == "PEFT DoRA, fused":
         assert launches.names.count("output_grad") == launches.names.count("low_rank_add") == 1
         with fixed_norms(model):
-            assert count() == (3, 10)
+            count()  # the first pass computes the norms
+            assert count() == (3, 8)
