@@ -12,6 +12,7 @@ import torch
 from peft.tuners.lora import variants
 from torch import Tensor, nn
 
+from dora_mm.core.functional import without_autocast
 from dora_mm.core.inference import is_inference, versions_of
 from dora_mm.core.ops import LINEAR, ConvOp, Op
 from dora_mm.core.wrappers.quantized import dequantized
@@ -134,9 +135,8 @@ class KeptRows(NamedTuple):
 
 
 def rows_of(op: Op, layer: Any, found: PassTensors) -> RowFactors:
-    """Computes what a pass needs of its rows from the parameters as they are, also for passes with gradients."""
-    device = found.A.device.type
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+    """Computes what a pass needs of its rows from the parameters as they are."""
+    with torch.no_grad(), without_autocast(found.A.device):
         W0 = found.weight if is_at_hand(found.weight) else dequantized(layer.get_base_layer())
         A, B, m = found.A.flatten(1), found.B.flatten(1), found.magnitude.flatten()
         rows = row_factors(W0.flatten(1), A, B, m, found.bias, found.scaling, found.transposed)
@@ -204,7 +204,8 @@ class FusedDoRA:
             return None
         if (self.is_fixed or is_inference(layer)) and (state := found.state()):
             if kept is None or kept.state != state:
-                self.kept = kept = KeptRows(rows_of(self.op, layer, found), state)
+                with torch.inference_mode(False):  # passes with gradients may use them, too
+                    self.kept = kept = KeptRows(rows_of(self.op, layer, found), state)
             return kept.rows
         if kept is not None:
             self.kept = None

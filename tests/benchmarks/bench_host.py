@@ -57,22 +57,20 @@ def without_launches(*, vendor: bool) -> Iterator[Forward]:
         vendor: Whether it takes the vendor's product and a pass, or our one kernel.
     """
     from dora_mm import kernels
-    from dora_mm.kernels import dora_linear
+    from dora_mm.kernels import dora_linear, scaled
+    from dora_mm.peft import layers
 
     def allocated(a: Tensor, b: Tensor) -> Tensor:
         return torch.empty(a.shape[0], b.shape[1])
-
-    from dora_mm.kernels import common
-    from dora_mm.peft import layers
 
     replaced = {"INTERPRETED": True, "float_product": allocated, "vendor_is_faster": lambda *_, **__: vendor}
     with contextlib.ExitStack() as stack:
         for name, value in replaced.items():
             stack.enter_context(mock.patch.object(dora_linear, name, value))
-        stack.enter_context(mock.patch.object(kernels.low_rank_matmul, "float_product", allocated))
+        for module in (kernels.low_rank_matmul, scaled):
+            stack.enter_context(mock.patch.object(module, "float_product", allocated))
         for name in KERNELS:
             stack.enter_context(mock.patch.object(getattr(kernels, name), f"_{name}", Launch()))
-        stack.enter_context(mock.patch.object(common, "float_product", allocated))
         stack.enter_context(mock.patch.dict(backend.CHOSEN, {False: dora_linear.TRITON}))
         stack.enter_context(mock.patch.object(layers, "crossing", return_value=0))
         stack.enter_context(mock.patch.object(torch.cuda, "device_of", contextlib.nullcontext))

@@ -11,7 +11,7 @@ from triton.runtime import interpreter
 
 from dora_mm import backend
 from dora_mm.core import DoRASpec, adapt_layer, fixed_parameters
-from dora_mm.kernels import common, dora_linear, low_rank_matmul
+from dora_mm.kernels import dora_linear, low_rank_matmul, scaled
 from dora_mm.peft import fixed_norms
 from tests.benchmarks.contenders import CONTENDERS
 from tests.shared import reference
@@ -62,7 +62,7 @@ def launches(monkeypatch):
     called = found.apart(lambda executor, *_: executor.fn.__name__.strip("_"), execute)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *args, **kwargs: called(*args, **kwargs))
     product = found.apart("float_product", dora_linear.float_product)  # an operator on a GPU, three on a CPU
-    for module in (common, dora_linear, low_rank_matmul):
+    for module in (dora_linear, low_rank_matmul, scaled):
         monkeypatch.setattr(module, "float_product", product)
     return found
 
