@@ -42,8 +42,7 @@ def compile_blocks(networks: Mapping[str, nn.Module], target_maps: Mapping[str, 
         for block in repeated_blocks(network, target_maps[component]):
             block.forward = in_training(block, torch.compile(block.forward, **COMPILER))
     config: Any = torch._dynamo.config
-    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the latter in torch 2.6
-    setattr(config, limit, max(getattr(config, limit), MOST_GRAPHS))
+    config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
 
 
 def compiled_line(networks: Mapping[str, nn.Module], target_maps: Mapping[str, TargetMap]) -> str:

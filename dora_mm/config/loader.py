@@ -19,6 +19,8 @@ from dora_mm.utils import yaml12
 from dora_mm.utils.messages import first_line, nearest
 from dora_mm.utils.yaml12 import MISSING, KeyPath
 
+OPTION = "--set"
+
 
 class ConfigError(ValueError):
     """All problems of one config, one per line.
@@ -30,10 +32,11 @@ class ConfigError(ValueError):
     def __init__(self, path: Path, problems: Sequence[Problem]):
         self.problems = tuple(problems)
         lines = [str(problem) for problem in self.problems]
+        file = "" if all(problem.where.startswith(OPTION) for problem in self.problems) else f"{path}: "
         if len(lines) == 1:
-            super().__init__(f"{path}: {lines[0]}")
+            super().__init__(file + lines[0])
         else:
-            super().__init__("\n  ".join([f"{path}: {len(lines)} problems", *lines]))
+            super().__init__("\n  ".join([f"{file}{len(lines)} problems", *lines]))
 
 
 def load_config(
@@ -161,7 +164,7 @@ def _read(file: Path) -> yaml12.Document:
 
 def _override(values: dict[str, Any], origins: dict[KeyPath, str], override: str) -> KeyPath | Problem:
     """Applies `key.sub=value` to `values`, records its origin in `origins`, and returns the path of the key."""
-    origin = f"--set {override:.300}"
+    origin = f"{OPTION} {override:.300}"
     dotted, equals, text = override.partition("=")
     if not equals or not all(dotted.split(".")):
         return Problem(origin, "", "must have the form key.sub=value")

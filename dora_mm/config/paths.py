@@ -65,10 +65,13 @@ def resolve_path(path: str | Path, key: str | None = None) -> Path:
             f"{prefix}{path} does not exist: samples/ is only part of a checkout of dora_mm, so run this from one"
             + (other if key == "model.path" else "")
         )
-    close = _near(Path(path))
-    listed = "" if key else ", which dora-mm configs lists"
-    where = "" if Path(path).is_absolute() else f", neither in {Path.cwd()} nor in the packaged configs{listed}"
-    raise ValueError(f"{prefix}{path} does not exist{where}{close}")
+    if "://" in str(path):
+        raise ValueError(f"{prefix}{path} is a URL: download the file, and name that")
+    where = "" if Path(path).is_absolute() else f" in {Path.cwd()}"
+    if where and Path(path).suffix == ".yaml":
+        listed = "" if key else ", which dora-mm configs lists"
+        where = f", neither{where} nor in the packaged configs{listed}"
+    raise ValueError(f"{prefix}{path} does not exist{where}{_near(Path(path))}")
 
 
 def check_exists(path: Path, key: str) -> None:

@@ -25,6 +25,7 @@ def test_mistakes_in_a_config_give_one_report_and_exit_code_2(config, pipeline, 
     assert printed.out == ""
     assert "did you mean 'steps'" in printed.err
     assert "adapter.rank" in printed.err
+    assert str(config) not in printed.err  # the file is right
     assert "Traceback" not in printed.err
 
 

@@ -119,12 +119,23 @@ WRONG = [  # what is typed, and the sentence, without how that of a config begin
     ),
     (
         "sample p.txt --set adapter.path=runs/style/012",
-        "adapter.path: runs/style/012 does not exist, neither in FOLDER nor in the packaged configs; the "
-        "last one in runs/style is 001",
+        "adapter.path: runs/style/012 does not exist in FOLDER; the last one in runs/style is 001",
     ),
     (
         "sample p.txt --set adapter.path=runs/nope/012",
-        "adapter.path: runs/nope/012 does not exist, neither in FOLDER nor in the packaged configs",
+        "adapter.path: runs/nope/012 does not exist in FOLDER",
+    ),
+    (
+        "sample p.txt --set adapter.path=https://example.org/style.safetensors",
+        "adapter.path: https://example.org/style.safetensors is a URL: download the file, and name that",
+    ),
+    (
+        "train configs/nope.yaml",
+        "configs/nope.yaml does not exist, neither in FOLDER nor in the packaged configs, which dora-mm configs lists",
+    ),
+    (
+        "train CONFIG --set train.stesp=7",
+        "train.stesp: unknown key, did you mean 'steps'?",
     ),
     (
         "train CONFIG --set train.steps=10 schedule.warmup_steps=20",
@@ -174,7 +185,7 @@ def said(words, capsys):
         code = end.code
     assert code == 2
     line = capsys.readouterr().err.splitlines()[-1].removeprefix("dora-mm: ")
-    return re.sub(r"^.+configs/sdxl/\w+\.yaml: (--set .*?: (?=[\w.]+: ))?", "", line)
+    return re.sub(r"^(.+configs/sdxl/\w+\.yaml: |--set .*?: (?=[\w.]+: ))", "", line)
 
 
 @pytest.mark.parametrize(("line", "sentence"), WRONG)
