@@ -23,6 +23,7 @@ KINDS = {
     "LoHa of Tucker": {"algo": "loha", "use_tucker": True},
     "LoKr": {"algo": "lokr", "factor": 4},
     "LoKr with both factored": {"algo": "lokr", "factor": 4, "decompose_both": True, "linear_dim": 1, "conv_dim": 1},
+    "LoKr with a factor of one number": {"algo": "lokr", "factor": 1, "full_matrix": True},
     "LoKr with both whole": {"algo": "lokr", "factor": 4, "full_matrix": True},
     "LoKr with a magnitude": {"algo": "lokr", "factor": 4, "dora_wd": True},
     "LoKr with a magnitude of columns": {"algo": "lokr", "factor": 4, "dora_wd": True, "wd_on_output": False},
