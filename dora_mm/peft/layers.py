@@ -84,8 +84,8 @@ def num_weights(A: Tensor, B: Tensor) -> int:
 def crossing(dtype: torch.dtype, tokens: int) -> int:
     """The number of weights from which on a fused pass that computes its norms is faster than PEFT's, on a processor.
 
-    It errs on PEFT's side: on one thread of an AMD EPYC, with AVX-512 and limited to AVX2, no pass above it is slower
-    than PEFT's (tests/benchmarks/results/crossing); a layer of 64 x 64 takes 1.0 to 1.2 times as long.
+    It errs on PEFT's side: on one thread of two AMD EPYC, Zen 4 (with AVX-512, and limited to AVX2) and Zen 5, no pass
+    above it takes more than 1.01 times PEFT's (tests/benchmarks/results/crossing).
 
     Args:
         dtype: That of the layer's output.

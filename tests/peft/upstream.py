@@ -2,8 +2,9 @@
 
     python -m tests.peft.upstream CHECKOUT [-n WORKERS]
 
-The checkout has to be of the installed release. With the line, every adapter runs fused as soon as PEFT has added it,
-however small its layer is. What passes without the line has to pass with it; the exit code is 1 otherwise.
+The checkout has to be of the installed release, beside what its tests import (diffusers, parameterized, pytest-xdist,
+scipy). With the line, every adapter runs fused as soon as PEFT has added it,
+however small its layer is. What passes without the line has to pass with it; the exit code is 1 otherwise, and where nothing passes.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def main() -> int:
     print("without the line:", dict(Counter(without.values())))
     print("with the line:   ", dict(Counter(line.values())))
     print(f"passed without it alone: {len(worse)}", *worse, sep="\n  ")
-    return int(bool(worse))
+    return int(bool(worse) or "passed" not in without.values())
 
 
 if __name__ == "__main__":
