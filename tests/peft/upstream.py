@@ -3,8 +3,8 @@
     python -m tests.peft.upstream CHECKOUT [-n WORKERS]
 
 The checkout has to be of the installed release, beside what its tests import (diffusers, parameterized, pytest-xdist,
-scipy). With the line, every adapter runs fused as soon as PEFT has added it,
-however small its layer is. What passes without the line has to pass with it; the exit code is 1 otherwise, and where nothing passes.
+scipy). With the line, every adapter runs fused as soon as PEFT has added it, however small its layer is. What passes
+without the line has to pass with it, and something has to pass; the exit code is 1 otherwise.
 """
 
 import argparse
