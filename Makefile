@@ -44,7 +44,8 @@ test-oldest:  ## with the oldest releases that pyproject.toml admits, of the bas
 		build/oldest/$$each/bin/python -m pip install --quiet uv; done
 	build/oldest/base/bin/uv pip install --quiet --python build/oldest/base/bin/python --resolution lowest-direct \
 		--editable . pytest==8.4.2 hypothesis==6.140.0 pillow==12.0.0
-	OMP_NUM_THREADS=1 build/oldest/base/bin/python -m pytest tests/core tests/peft/test_formula.py tests/peft/test_layers.py
+	OMP_NUM_THREADS=1 build/oldest/base/bin/python -m pytest tests/core tests/peft/test_formula.py tests/peft/test_layers.py \
+		--ignore tests/core/test_unet.py
 	build/oldest/recipes/bin/uv pip install --quiet --python build/oldest/recipes/bin/python --resolution lowest-direct \
 		--only-binary resvg-py --editable ".[test,eval,optim,track,samples,vl]"
 	OMP_NUM_THREADS=1 build/oldest/recipes/bin/python -m pytest -n 2 --dist worksteal

@@ -13,6 +13,7 @@ from dora_mm.core.adaptation import ADAPTER_NAMES, StackedAdapter
 from dora_mm.core.functional import (
     Adapter,
     adapter_dtype,
+    can_read,
     merged_weight,
     product_dtype,
     round_stochastically,
@@ -20,7 +21,7 @@ from dora_mm.core.functional import (
     seeded_generator,
     shares,
 )
-from dora_mm.core.inference import KeptPasses, is_inference, versions_of
+from dora_mm.core.inference import KeptPasses, is_inference, storages_of, versions_of
 from dora_mm.core.ops import Op
 from dora_mm.core.parameters import AdapterParameters
 from dora_mm.core.passes import Options, PassCache
@@ -142,9 +143,9 @@ class AdaptedLayer(AdapterParameters):
         weight = self.tensor("weight")
         return product_dtype(weight), weight.device, inference
 
-    def pass_cache(self, caches: dict[Hashable, PassCache], *, keeps: bool) -> PassCache:
-        """What is kept for a pass, one of `caches`; `keeps` as in `PassCache`."""
-        key = self.pass_key()
+    def pass_cache(self, caches: dict[Hashable, PassCache], *, keeps: bool, dtype: Any = None) -> PassCache:
+        """What is kept for a pass, one of `caches`; `keeps` as in `PassCache`, `dtype` where the pass has its own."""
+        key = (*self.pass_key(), dtype)
         cache = caches.get(key)
         if cache is None:
             cache = caches[key] = PassCache(keeps_base=True)
@@ -160,14 +161,16 @@ class AdaptedLayer(AdapterParameters):
         if not is_inference(self):
             state.kept = None
             return None
-        own = map(self.tensor, ("weight", "bias", *ADAPTER_NAMES))
-        versions = versions_of((*own, *(t for other in state.stacked.values() for t in other.tensors.values())))
+        own = [self.tensor(name) for name in ("weight", "bias", *ADAPTER_NAMES)]
+        own += [t for other in state.stacked.values() for t in other.tensors.values()]
+        versions = versions_of(own)
         if versions is None:
             return None
         made_of = versions, state.spec, state.strength, *((s.spec, s.strength) for s in state.stacked.values())
-        if state.kept is None or state.kept.made_of != made_of:
-            state.kept = KeptPasses(made_of, self.adapters(), {})
-        return state.kept
+        kept = state.kept  # replicas of DataParallel share the state
+        if kept is None or kept.made_of != made_of:
+            state.kept = kept = KeptPasses(made_of, self.adapters(), {}, storages_of(own))
+        return kept
 
     def keep_norm(self) -> None:
         """Computes n0 ahead of a compiled pass, where `fixed_parameters` keeps it.
@@ -192,9 +195,9 @@ class AdaptedLayer(AdapterParameters):
         """Runs the forward function on x: see `forms.adapted_product`."""
         state, bias = self.adaptation, self.tensor("bias") if use_bias else None
         is_compiling = torch.compiler.is_compiling()
-        kept = None if is_compiling or state.caches is not None else self.kept_passes()
+        kept = self.kept_passes() if state.caches is None and can_read(x) else None
         if kept is not None:
-            cache = self.pass_cache(kept.caches, keeps=True)
+            cache = self.pass_cache(kept.caches, keeps=True, dtype=dtype)
             options = Options(op, cache=cache, keep_weight=False, dtype=dtype, is_inference=True)
             return state.forward(x, self.matrix, bias, kept.adapters, options)
         adapters, options = self.adapters(), self.options(op, dtype, restore, is_compiling=is_compiling)

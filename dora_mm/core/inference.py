@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_mm.core.functional import Adapter, adapter_dtype, cast
@@ -22,11 +23,13 @@ class KeptPasses(NamedTuple):
         made_of: The versions of the parameters that it was computed from, see `versions_of`, settings and strengths.
         adapters: The adapters.
         caches: What is kept, by dtype and device of the product and by inference mode.
+        storages: See `storages_of`.
     """
 
     made_of: Hashable
     adapters: Sequence[Adapter]
     caches: dict[Hashable, PassCache]
+    storages: Sequence[StorageWeakRef]
 
 
 class InferenceFactors(NamedTuple):
@@ -95,6 +98,8 @@ PLAIN = (Tensor, nn.Parameter)  # subclasses may consist of other tensors, and h
 def versions_of(tensors: Iterable[Any]) -> Hashable | None:
     """What a change of tensors changes, unless it is written to their `.data`; Nones among them are left out.
 
+    It is compared while `storages_of` them are held.
+
     None where no version is counted, as of tensors that were made in inference mode.
     """
     found = [STEPS.count()]
@@ -102,12 +107,25 @@ def versions_of(tensors: Iterable[Any]) -> Hashable | None:
         if t is not None:
             if t.is_inference():
                 return None
-            found += id(t), t.data_ptr() if type(t) in PLAIN else 0, t._version
+            if type(t) in PLAIN:
+                found += t.data_ptr(), t.untyped_storage()._cdata
+            found += id(t), t._version
     return tuple(found)
 
 
+def storages_of(tensors: Iterable[Any]) -> list[StorageWeakRef]:
+    """Weak references to the storages of tensors: what holds them keeps memory from being taken for the same again.
+
+    They hold no numbers. (References to the tensors themselves would keep `torch.utils.swap_tensors` from its work.)
+    """
+    return [StorageWeakRef(t.untyped_storage()) for t in tensors if type(t) in PLAIN]
+
+
 class StepCounter:
-    """Counts the steps of all optimizers from its first use on: torch's fused ones change no version."""
+    """Counts the steps of all optimizers of torch from its first use on: the fused ones change no version.
+
+    Those of a subclass that leaves out `Optimizer.__init__` are not counted.
+    """
 
     def __init__(self) -> None:
         self.number, self.hook = 0, None

@@ -25,8 +25,8 @@ def output(y, shift, gain, h, B, scaling: float, dtype: torch.dtype) -> Tensor:
     return low_rank_add(as_rows(y), shift, gain, as_rows(h), B, scaling, dtype).view(y.shape)
 
 
-def gradients(scaling, dz, needs, y, bias, h, B, divisor, gain) -> Sequence[Tensor | None]:
-    """Returns the gradients of y, b, h, B and m that are needed."""
+def gradients(scaling, dz, needs, y, bias, h, B, divisor, gain, dtype) -> Sequence[Tensor | None]:
+    """Returns the gradients of y, b, h, B and m that are needed, those of B and m in `dtype`."""
     needs_y, needs_bias, needs_h, needs_B, needs_m = needs
     d, rows, dB, dm = as_rows(dz), as_rows(h), None, None
     of_rows = bias, divisor, divisor, gain
@@ -38,7 +38,7 @@ def gradients(scaling, dz, needs, y, bias, h, B, divisor, gain) -> Sequence[Tens
     if needs_B or needs_m:
         product = float_product(d.t(), rows)
         own = (dots, gain, scaling, B, divisor) if needs_m else (None, gain, scaling, None, None)
-        dB, dm = adapter_grads(product, B.shape[1], *own, B.dtype)
+        dB, dm = adapter_grads(product, B.shape[1], *own, dtype)
     return dy, dbias, dh, dB if needs_B else None, dm if needs_m else None
 
 

@@ -28,7 +28,7 @@ class RowFactors(NamedTuple):
 
     Attributes:
         gain: g (O,).
-        divisor: What dm is divided by (O,): n, infinite where it is 0.
+        divisor: What dm is divided by (O,): n, infinite where it is 0 (0 where kernels of ours divide).
         shift: (1 - g) b (O,); None without a bias.
         factors: s g (O, 1); None where kernels of ours compute it, and so is the next.
         scaled_B: s g B (O, R).
@@ -55,6 +55,7 @@ class Scaled(torch.autograd.Function):
         rows = prepared(op, y, B, rows, scaling, base)
         ctx.op, ctx.scaling, ctx.base_dtype = op, scaling, None if base is None else base.dtype
         ctx.in_triton = rows.scaled_B is None
+        ctx.dtype = B.dtype if magnitude.dtype == B.dtype else rows.gain.dtype
         own = () if ctx.in_triton else (rows.factors, rows.scaled_B)
         ctx.save_for_backward(y, bias, h, B, rows.divisor, rows.gain, *own)
         return output(op, y, h, B, rows, scaling, dtype, base)
@@ -67,7 +68,7 @@ class Scaled(torch.autograd.Function):
         if ctx.in_triton:
             from dora_mm.kernels import scaled
 
-            found = scaled.gradients(ctx.scaling, dz, needs, y, bias, h, B, divisor, gain)
+            found = scaled.gradients(ctx.scaling, dz, needs, y, bias, h, B, divisor, gain, ctx.dtype)
         else:
             multiplier = gain if ctx.base_dtype is None else gain - 1
             given = y, bias, h, B, divisor, gain, multiplier, *own
@@ -101,8 +102,10 @@ def row_factors(W0, A, B, m, bias, scaling: float, transposed: bool) -> RowFacto
 
 def with_products(rows: RowFactors, B: Tensor, scaling: float) -> RowFactors:
     """Adds s g and s g B."""
-    factors = (rows.gain * scaling).unsqueeze(1)
-    return RowFactors(rows.gain, rows.divisor, rows.shift, factors, B * factors)
+    divisor, factors = rows.divisor, (rows.gain * scaling).unsqueeze(1)
+    if runs_in_triton(LINEAR, divisor):  # from our kernels, which leave 0
+        divisor = divisor.masked_fill(divisor == 0, math.inf)
+    return RowFactors(rows.gain, divisor, rows.shift, factors, B * factors)
 
 
 def gains(W0: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float, transposed: bool) -> tuple[Tensor, Tensor]:

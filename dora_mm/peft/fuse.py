@@ -22,6 +22,7 @@ from dora_mm.peft.layers import (
     FusedLinear,
     PassTensors,
     drops,
+    has_zero_rows,
     is_sometimes_small,
     read,
 )
@@ -78,7 +79,8 @@ def fuse_peft(model: nn.Module) -> FuseReport:
     """Makes DoRA in the layers of PEFT cost nearly what LoRA does, in any model that PEFT has adapted, in place.
 
     Outputs and gradients are PEFT's up to rounding, and rows of zeros stay finite. Parameters, state dicts, files and
-    all that PEFT does with its layers stay as they are. To call it again is harmless.
+    all that PEFT does with its layers stay as they are. To call it again is harmless, and forgets the norms that
+    passes in eval mode have kept.
 
     Args:
         model: A PeftModel, or a model with adapters of `add_adapter` of transformers or diffusers.
@@ -101,12 +103,13 @@ def fuse_peft(model: nn.Module) -> FuseReport:
             report.stock.setdefault(why, []).append((path, name))
             continue
         if not isinstance(variant, FusedDoRA):
-            layer.lora_variant[name] = FUSED[type(variant)]()
+            layer.lora_variant[name] = variant = FUSED[type(variant)]()
+        variant.kept = None
         report.fused.append((path, name))
         now = read(layer, name)
         if isinstance(now, PassTensors) and is_sometimes_small(now):
-            layer.lora_variant[name].has_zero_rows = bool((now.magnitude == 0).any())
-            now = now if layer.lora_variant[name].has_zero_rows else SMALL
+            variant.has_zero_rows = has_zero_rows(now)
+            now = now if variant.has_zero_rows else SMALL
         if drops(layer, name):
             report.with_dropout.append((path, name))
         if isinstance(now, str):

@@ -6,14 +6,16 @@ its own, which merge, unmerge and initialise as they do. PEFT says that this pla
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import variants
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from dora_mm.core.functional import without_autocast
-from dora_mm.core.inference import is_inference, versions_of
+from dora_mm.core.functional import can_read, without_autocast
+from dora_mm.core.inference import is_inference, storages_of, versions_of
 from dora_mm.core.ops import LINEAR, ConvOp, Op
 from dora_mm.core.wrappers.quantized import dequantized
 from dora_mm.peft.formula import RowFactors, Scaled, output, prepared, row_factors, runs_in_triton, with_products
@@ -39,13 +41,10 @@ class PassTensors(NamedTuple):
     transposed: bool
     dropout: nn.Module | None
 
-    def state(self) -> tuple[Any, ...] | None:
-        """What most changes of what g depends on change; writing to `.data` does not.
-
-        None where tensors do not count their changes, as those that were made in inference mode.
-        """
-        versions = versions_of((self.weight, self.A, self.B, self.magnitude, self.bias))
-        return None if versions is None else (self.scaling, versions)
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """What g and (1 - g) b depend on, beside the scaling."""
+        return self.weight, self.A, self.B, self.magnitude, self.bias
 
 
 def read(layer: Any, name: str) -> PassTensors | str:
@@ -98,7 +97,13 @@ def crossing(dtype: torch.dtype, tokens: int) -> int:
 def is_sometimes_small(found: PassTensors) -> bool:
     """Whether some passes of a layer may be as fast in PEFT's own code: see `crossing`."""
     most = max(crossing(dtype, tokens) for dtype in (torch.float32, torch.bfloat16) for tokens in (1, 2**20))
-    return found.magnitude.device.type == "cpu" and num_weights(found.A, found.B) < most
+    is_on_cpu = found.magnitude.device.type == "cpu" and is_at_hand(found.weight)
+    return is_on_cpu and num_weights(found.A, found.B) < most
+
+
+def has_zero_rows(found: PassTensors) -> bool:
+    """Whether rows of the base weight, which is at hand, are zeros."""
+    return bool((found.weight.flatten(1) == 0).all(0 if found.transposed else 1).any())
 
 
 def has_hooks(module: Any) -> bool:
@@ -128,10 +133,18 @@ def is_quantized(weight: Any) -> bool:
 
 
 class KeptRows(NamedTuple):
-    """What one pass has computed for others, and the state of the parameters that it is of."""
+    """What one pass has computed for others.
+
+    Attributes:
+        rows: What they share.
+        state: What it was computed from: scaling and versions of the parameters, see `versions_of`, and whether in
+            training, which takes nothing from evaluations: they may run with averages that are written to `.data`.
+        storages: See `storages_of`.
+    """
 
     rows: RowFactors
     state: tuple[Any, ...]
+    storages: Sequence[StorageWeakRef]
 
 
 def rows_of(op: Op, layer: Any, found: PassTensors) -> RowFactors:
@@ -148,7 +161,7 @@ class FusedDoRA:
 
     Attributes:
         op: What the layer does with h.
-        has_zero_rows: Whether the weight has some, whose outputs are NaN in PEFT.
+        has_zero_rows: Whether a small weight had some when it was fused; their outputs are NaN in PEFT.
         is_fixed: Whether parameters do not change: inside `fixed_norms`.
         kept: What passes inside of it share, and those of inference.
     """
@@ -199,17 +212,20 @@ class FusedDoRA:
         A pass of training drops what one of inference has kept: trainers may write to `.data`. So FSDP2 may, which
         gathers parameters in each pass, into the same memory: with several processes inference keeps nothing.
         """
-        kept = self.kept
-        if torch.compiler.is_compiling():  # a graph cannot see that parameters have changed
+        if not can_read(found.A):  # graphs, of torch.compile and of CUDA, cannot see that parameters have changed
             return None
-        if (self.is_fixed or is_inference(layer)) and (state := found.state()):
-            if kept is None or kept.state != state:
-                with torch.inference_mode(False):  # passes with gradients may use them, too
-                    self.kept = kept = KeptRows(rows_of(self.op, layer, found), state)
-            return kept.rows
-        if kept is not None:
-            self.kept = None
-        return None
+        kept, versions = self.kept, None
+        if self.is_fixed or is_inference(layer):
+            versions = versions_of(found.tensors)
+        if versions is None:
+            if kept is not None:
+                self.kept = None
+            return None
+        state = layer.training, found.scaling, versions
+        if kept is None or kept.state != state:
+            with torch.inference_mode(False):  # passes with gradients may use them, too
+                self.kept = kept = KeptRows(rows_of(self.op, layer, found), state, storages_of(found.tensors))
+        return kept.rows
 
 
 class FusedLinear(FusedDoRA, variants.DoraLinearVariant):

@@ -55,7 +55,7 @@ def check_extra(extra: str, what: str) -> None:
         ValueError: A package is missing or too old.
     """
     found = {
-        unmet.name: f"{unmet} ({problem})" for name in {BASE, extra} for unmet, problem in unmet_requirements(name)
+        unmet.name: f"{unmet} ({problem})" for name in (BASE, extra) for unmet, problem in unmet_requirements(name)
     }
     if found:
         wanted = f"dora_mm[{extra}]" if extra else "dora_mm"

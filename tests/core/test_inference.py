@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dora_mm.core import DoRASpec, adapt_layer
+from dora_mm.core import DoRASpec, adapt_layer, inject
+from dora_mm.core.wrappers.float8 import Float8Linear
 from tests.core.test_layer import CONVS, conv_input
 from tests.core.test_work_once import CHANGES, expected
 from tests.shared import reference
@@ -59,15 +60,15 @@ def test_a_change_between_passes_has_an_effect(change, tokens):
     assert reference.relative_error(infer(layer, x), expected(layer, x)) < 1e-6
 
 
-@pytest.mark.parametrize("change", ["stack", "bias", "parameter"])
+@pytest.mark.parametrize("change", ["stack", "bias", "weight", "parameter"])
 def test_other_changes_have_an_effect(change):
     layer, x = trained_layer(), torch.randn(3, 32)
     infer(layer, x)
     if change == "stack":
         layer.stack("x", layer.adaptation.spec, layer.adapter_tensors(), 0.5)
-    elif change == "bias":
+    elif change in ("bias", "weight"):
         with torch.no_grad():
-            layer.bias.add_(1)
+            getattr(layer, change).add_(1)
     else:
         layer.magnitude = nn.Parameter(layer.magnitude.detach() * 2)
     assert torch.equal(infer(layer, x), infer(copy.deepcopy(layer), x))
@@ -128,5 +129,33 @@ def test_a_copy_keeps_nothing_of_the_original():
     layer, x = trained_layer(), torch.randn(3, 32)
     infer(layer, x)
     twin = copy.deepcopy(layer)
+    assert twin.adaptation.kept is None
     CHANGES[".data"](twin)
     assert reference.relative_error(infer(twin, x), expected(twin, x)) < 1e-6
+
+
+@pytest.mark.parametrize("replace", ["data", "parameter"])
+def test_memory_that_is_taken_again_is_no_sign_of_the_same_numbers(replace):
+    """An allocator gives what was freed to the next tensor of that size."""
+    layer, x = trained_layer(), torch.randn(3, 32)
+    for _ in range(6):
+        drawn = torch.randn_like(layer.lora_B)
+        if replace == "data":
+            layer.lora_B.data = drawn
+        else:
+            del layer.lora_B
+            layer.lora_B = nn.Parameter(drawn)
+        del drawn
+        assert reference.relative_error(infer(layer, x), expected(layer, x)) < 1e-6
+
+
+def test_passes_in_other_dtypes_share_nothing():
+    """A weight in float8 multiplies in the dtype of its input."""
+    base = nn.Linear(32, 24)
+    nn.init.constant_(base.bias, 100.1)
+    model = nn.Sequential(Float8Linear.of(base)).requires_grad_(False)
+    layer = reference.randomize(inject(model, ["0"], DoRASpec(4)) and model[0]).eval()
+    x = torch.randn(3, 32)
+    alone = infer(copy.deepcopy(layer), x)
+    infer(layer, x.bfloat16())
+    assert torch.equal(infer(layer, x), alone)

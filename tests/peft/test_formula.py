@@ -109,13 +109,21 @@ def test_a_bias_that_is_trained():
     assert_as_exact(computed(fused(theirs), x), computed(theirs, x), exact)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("in_triton", [False, True])
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Embedding", "Conv2d"])
-def test_rows_of_zeros_stay_finite(kind):
+def test_rows_of_zeros_stay_finite(kind, in_triton, dropout, monkeypatch):
     """Whatever the size of the layer; PEFT's outputs are NaN."""
+    monkeypatch.setattr(layers, "crossing", CROSSING)
+    if in_triton:
+        pytest.importorskip("triton")
+        from dora_mm.kernels.dora_linear import TRITON
+
+        monkeypatch.setitem(backend.CHOSEN, False, TRITON)
     layer = KINDS[kind]()
     with torch.no_grad():
         (layer.weight[:, :5] if kind in ("Conv1D", "Embedding") else layer.weight[:5]).zero_()
-    theirs = adapted(layer, fan_in_fan_out=kind == "Conv1D", init_lora_weights=True)
+    theirs = adapted(layer, fan_in_fan_out=kind == "Conv1D", init_lora_weights=True, lora_dropout=dropout)
     for name, parameter in theirs.named_parameters():
         if "lora_B" in name or "embedding_A" in name:
             nn.init.zeros_(parameter)

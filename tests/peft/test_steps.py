@@ -41,23 +41,40 @@ def test_norms_are_computed_once(norms):
     with fixed_norms(ours):
         for _ in range(3):
             assert all(map(torch.equal, computed(ours, x), expected))
-        with torch.inference_mode():
-            ours.eval()(x)
-        ours.train()
-        assert all(map(torch.equal, computed(ours, x), expected))
     assert len(norms) == 2
     computed(ours, x)
     assert len(norms) == 4
 
 
-@pytest.mark.parametrize("change", ["A", "B", "magnitude", "weight", "scaling"])
+def test_training_takes_no_norms_of_an_evaluation(norms):
+    """Which may run with averages that are written to `.data`, and back, as diffusers' EMAModel does."""
+    ours, x = fused(adapted("Linear")), example("Linear")
+    expected, weight = computed(ours, x), ours.base_model.model.layer.lora_B["0"].weight
+    norms.clear()
+    with fixed_norms(ours):
+        assert all(map(torch.equal, computed(ours, x), expected))
+        own = weight.detach().clone()
+        weight.data.copy_(own * 3)
+        with torch.inference_mode():
+            assert torch.equal(ours.eval()(x), fused(copy.deepcopy(ours))(x))
+        weight.data.copy_(own)
+        ours.train()
+        for _ in range(2):
+            assert all(map(torch.equal, computed(ours, x), expected))
+    assert len(norms) == 4  # of which one is the copy's
+
+
+@pytest.mark.parametrize("change", ["A", "B", "magnitude", "weight", "scaling", "bias"])
 def test_a_pass_sees_what_was_changed_inside(change):
     ours, x = fused(adapted("Linear")), example("Linear")
     layer = ours.base_model.model.layer
+    layer.base_layer.bias.data.fill_(0.5)
     with fixed_norms(ours), torch.no_grad():
         ours(x)
         if change == "scaling":
             layer.set_scale("0", 3.0)
+        elif change == "bias":
+            layer.base_layer.bias.mul_(-3)
         else:
             modules = {"A": layer.lora_A["0"], "B": layer.lora_B["0"], "weight": layer.base_layer}
             modules["magnitude"] = layer.lora_magnitude_vector["0"]
@@ -160,13 +177,13 @@ def test_the_trainer(tmp_path, norms, capsys):
     assert relative_error(plain(ids).logits, ours(ids).logits) < 1e-5
 
 
-def test_evaluations_share_the_norms_of_the_next_step(tmp_path, norms, caplog):
+def test_an_evaluation_computes_norms_once(tmp_path, norms, caplog):
     """And the best model, which is loaded at the end, is no change that is warned of."""
     ours = tiny_llama()
     settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     with caplog.at_level(logging.WARNING):
         trained(tmp_path, ours, [FusePeft()], load_best_model_at_end=True, **settings)
-    assert len(norms) == 7 * 14  # once before each of six steps, and once after the last, for its evaluation
+    assert len(norms) == (6 + 3) * 14  # of six steps, and of three evaluations
     assert [record for record in caplog.records if record.name.startswith("dora_mm")] == []
 
 
@@ -185,6 +202,42 @@ def test_inference_keeps_norms_until_a_parameter_changes(norms):
         with torch.no_grad():
             assert relative_error(ours(x), twin(x)) < 1e-6
     assert len(norms) == 4
+
+
+@pytest.mark.parametrize("replace", ["data", "parameter"])
+def test_memory_that_is_taken_again_is_no_sign_of_the_same_numbers(replace):
+    """An allocator gives what was freed to the next tensor of that size."""
+    ours, x = fused(adapted("Linear")).eval(), example("Linear")
+    module = ours.base_model.model.layer.lora_B["0"]
+    for number in range(6):
+        drawn = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(number))
+        if replace == "data":
+            module.weight.data = drawn
+        else:
+            del module.weight
+            module.weight = nn.Parameter(drawn)
+        del drawn
+        with torch.no_grad():
+            assert torch.equal(ours(x), copy.deepcopy(ours)(x))
+
+
+def test_norms_that_inference_mode_has_computed_serve_training():
+    ours, x = fused(adapted("Linear")), example("Linear")
+    expected = computed(ours, x)
+    with fixed_norms(ours):
+        with torch.inference_mode():
+            ours(x)
+        assert all(map(torch.equal, computed(ours, x), expected))
+
+
+def test_several_processes_keep_nothing_in_inference(norms, monkeypatch):
+    """FSDP2 gathers parameters into the same memory in each pass."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    ours, x = fused(adapted("Linear")).eval(), example("Linear")
+    with torch.no_grad():
+        for _ in range(3):
+            ours(x)
+    assert len(norms) == 3
 
 
 @pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}], ids=str)
