@@ -102,7 +102,7 @@ class FusePeft(TrainerCallback):
         self._forget()
 
     def on_optimizer_step(self, args, state, control, model, **kwargs):
-        """Keeps those of the next step, which evaluations and generations before it use, too."""
+        """Keeps those of the next step."""
         self._keep(model)
 
     def on_train_end(self, args, state, control, **kwargs):
