@@ -9,9 +9,10 @@ DELIMITERS = ",;\t|"
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, without a trailing newline."""
+    """A Markdown table, without a trailing newline; a `|` in a cell is escaped."""
     lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in escaped)])
 
 
 def markdown_records(records: Sequence[Mapping[str, str]]) -> str:

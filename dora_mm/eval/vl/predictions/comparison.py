@@ -103,5 +103,5 @@ def comparison_report(found: PairedScores, names: tuple[str, str], shown: int = 
 
 
 def _cell(text: str) -> str:
-    line = " ".join(text.split()).replace("|", "\\|")
+    line = " ".join(text.split())
     return line if len(line) <= 60 else f"{line[:57]}..."
