@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from dora_mm.config import load_config, resolve_model, resolve_path, run_name
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.models import starts
+from dora_mm.config.paths import find_path
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.images.folder import CaptionedImage, read_captioned_images
 from dora_mm.data.images.masks import by_kind
@@ -88,6 +89,7 @@ def main(
         raise already_there(draft.file)
     start = load_config(draft.recipe)
     if isinstance(start, TrainDiffusionConfig):
+        check_family(model, family)
         style(draft, start)
     else:
         assert isinstance(start, TrainVLConfig)
@@ -111,6 +113,21 @@ def folder_of_images(draft: Draft) -> str:
     if draft.images is None:
         raise ValueError("--images is missing: the folder of your pictures")
     return draft.images
+
+
+def check_family(model: str | None, family: str) -> None:
+    """Checks that an image model on this machine is one that `train` accepts in a config of a family.
+
+    Raises:
+        ValueError: It is of another family, or of none.
+    """
+    if model is None or find_path(model) is None:
+        return
+    from dora_mm.models.images.families import family_of  # after the checks of what needs no diffusers
+
+    found = family_of(resolve_model(model)).name
+    if found != family:
+        raise ValueError(f"--model: {model} is of the family {found}: dora-mm new {found} NAME starts from its recipe")
 
 
 def is_small(model: str) -> bool:

@@ -191,6 +191,18 @@ def test_refusals_write_nothing(here, capsys, arguments, named):
     assert sorted(here.rglob("*")) == before
 
 
+def test_a_model_that_train_refuses_is_refused(here, tiny_folder, capsys):
+    write_images(["a.png"])
+    given = ["a", "--images", "my images", "--model"]
+    assert main(["new", "z_image", *given, str(tiny_folder)]) == 2
+    assert f"--model: {tiny_folder} is of the family sdxl: dora-mm new sdxl" in capsys.readouterr().err
+    Path("edit").mkdir()
+    Path("edit", "model_index.json").write_text('{"_class_name": "QwenImageEditPlusPipeline"}')
+    assert main(["new", "qwen_image", *given, "edit"]) == 2
+    assert "is a QwenImageEditPlusPipeline, which is no family of image models here" in capsys.readouterr().err
+    assert not Path("a.yaml").exists()
+
+
 def test_a_kill_between_the_two_files_is_repeated(here):
     write_images(["a.png"], ["a sks drawing"])
     made("style", "--images", "my images")
