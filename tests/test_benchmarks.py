@@ -44,7 +44,7 @@ def test_host_times(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(bench_host, "SMALL", ((16, 4),))
     rows = bench_host.measure(repeats=1, rounds=1)
-    contenders = {"frozen", "PEFT LoRA", "PEFT DoRA", "dense B@A", "our LoRA", "our DoRA"}
+    contenders = {"frozen", "PEFT LoRA", "PEFT DoRA", "dense B@A", "our LoRA", "our DoRA", *bench_host.FUSED}
     assert {row["contender"] for row in rows} == contenders
     assert {row["path"] for row in rows} == {"gpu, product and pass", "gpu, one kernel", "cpu"}
     assert len(rows) == 3 * 2 * len(contenders)

@@ -71,7 +71,7 @@ def test_public_names_document_their_parameters(name):
     public = getattr(dora_mm, name)
     text = inspect.getdoc(public) or ""
     assert text.splitlines()[0].endswith(".")
-    parameters = [p for p in inspect.signature(public).parameters if p != "self"]
+    parameters = [p for p in inspect.signature(public).parameters if p not in ("self", "_")]
     section = "Attributes:" if inspect.isclass(public) else "Args:"
     documented = re.findall(r"^    (\w+): ", text.partition(section)[2], re.MULTILINE)
     assert [p for p in parameters if p not in documented] == []

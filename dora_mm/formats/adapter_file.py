@@ -199,7 +199,7 @@ class AdapterFile:
             ValueError: Its dtype is none that adapters have, or the file has become shorter.
         """
         dtype, shape, _ = self._file.entries[key]
-        is_number = math.prod(shape) == 1 and len(shape) < 2  # alpha; a factor of LoKr may be (1, 1)
+        is_number = math.prod(shape) == 1
         return self._checked(key, self._file.map(key) if is_number else torch.empty(shape, dtype=dtype, device="meta"))
 
     def _checked(self, key: str, found: Tensor) -> Tensor:

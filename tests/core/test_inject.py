@@ -46,6 +46,18 @@ def test_only_adapted_weights_are_frozen_and_remove_restores_them():
     assert {name: p.requires_grad for name, p in net.named_parameters()} == before
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_tied_weights_are_trained_again_once_both_adapters_are_removed(at_once):
+    net = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
+    net["b"].weight = net["a"].weight
+    for targets in [["a", "b"]] if at_once else [["a"], ["b"]]:
+        inject(net, targets, DoRASpec(rank=2))
+    assert not net["a"].weight.requires_grad
+    remove(net)
+    assert net["a"].weight is net["b"].weight
+    assert net["a"].weight.requires_grad
+
+
 def test_a_shared_module_is_adapted_once_and_everywhere():
     shared = nn.Linear(4, 4)
     net = nn.ModuleDict({"a": shared, "b": nn.ModuleDict({"c": shared})})

@@ -46,6 +46,8 @@ def change(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     Raises:
         ValueError: The shapes of the factors do not fit each other.
     """
+    if any(t.is_meta for t in parts.values()):  # as a header describes them, but for a factor that is one number
+        parts = {name: t.to("meta") for name, t in parts.items()}
     try:
         if "hada_w1_a" in parts:
             return _factor(parts, "hada_w1", "hada_t1") * _factor(parts, "hada_w2", "hada_t2"), None

@@ -22,7 +22,8 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 
 def build(seed=0):
-    return build_tiny_sdxl(
+    """A model in eval mode, as models are that make images."""
+    model = build_tiny_sdxl(
         seed=seed,
         resolution=32,
         num_merges=50,
@@ -33,6 +34,9 @@ def build(seed=0):
         text_widths=(16, 32),
         text_depths=(2, 3),
     )
+    for part in components(model).values():
+        part.eval()
+    return model
 
 
 def components(model):
@@ -178,8 +182,6 @@ def test_an_adapted_model_takes_the_values(saved, tmp_path):
         0.1,
         "exact",
     )
-    for part in components(model).values():
-        part.eval()
     assert np.array_equal(image(model.pipeline()), expected)
 
 
