@@ -66,6 +66,16 @@ def test_norm_of_rows_that_are_tiny_compared_to_their_update(size):
     assert reference.relative_error(norm_of(W0, A, B), expected) < 3e-7
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scaling", [0.5, 2.0])
+def test_norm_of_a_weight_in_half_precision(dtype, scaling):
+    """A and B stay in float32: what of them is rounded for the product with the weight is added in a second one."""
+    W0, A, B = torch.randn(64, 256).to(dtype), torch.randn(8, 256), torch.randn(64, 8)
+    expected = (W0.double() + scaling * B.double() @ A.double()).norm(dim=1)
+    found = dora.updated_norm(W0, A, B, scaling, dora.row_norm(W0))
+    assert reference.relative_error(found, expected) < 3e-7
+
+
 @pytest.mark.parametrize(
     ("change", "regular"),
     [({}, True), ({"m": 0.0}, False), ({"m": -1.0}, False), ({"m": 1e-3}, False), ({"W0": 0.0}, False)],

@@ -106,6 +106,27 @@ def test_merge_at_strength_0_is_the_base():
     assert torch.equal(layer.weight, base.weight)
 
 
+@pytest.mark.parametrize("strength", [1.5, -0.5])
+def test_merge_at_other_strengths(strength):
+    base, layer = reference.linear(8, 6)
+    reference.randomize(layer)
+    expected = base.weight + strength * (reference.merged_weight(base.weight, layer.adapters()[0]) - base.weight)
+    layer.set_strength(strength)
+    merge(layer)
+    torch.testing.assert_close(layer.weight.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_merged_layer_that_is_cast_is_unmerged_in_its_new_dtype(dtype):
+    base, layer = reference.linear(8, 6)
+    reference.randomize(layer)
+    merge(layer)
+    layer.to(dtype)
+    unmerge(layer)
+    assert torch.equal(layer.weight, base.weight.to(dtype))
+    assert layer(torch.ones(2, 8, dtype=dtype)).dtype == dtype
+
+
 def test_merge_without_keeping_the_base():
     base, layer = reference.linear(8, 6)
     reference.randomize(layer)

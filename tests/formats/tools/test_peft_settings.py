@@ -155,6 +155,14 @@ def test_settings_that_change_nothing_are_loaded(tmp_path, key, use_dora):
     assert not torch.allclose(output(ours), output(base()))
 
 
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_rslora_divides_by_the_root_of_the_rank_of_each_layer(tmp_path, use_dora):
+    theirs = peft_folder(tmp_path, use_rslora=True, rank_pattern={"layers.1.fc": 9}, use_dora=use_dora)
+    ours = base()
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(output(ours), output(theirs))
+
+
 def test_every_setting_of_peft_was_looked_at():
     """A new release may add settings: see whether they change what is computed from the same tensors."""
     described = {"base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type"}
