@@ -3,6 +3,7 @@
 # ruff: noqa: RUF001
 
 import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from dora_mm.sampling.grids import LINE, contact_sheet, sheet
 from dora_mm.sampling.labels import FONT, font_of, numbered_labels, wrap
+from dora_mm.sampling.sheets import save_grid
 
 RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
 
@@ -72,6 +74,15 @@ def test_rows_are_as_high_and_columns_as_wide_as_their_pictures():
     smaller = sheet([[picture(RED, 512, 512)], [picture(GREEN, 256, 256)]], ["1", "2"], ["a"])
     assert (size(smaller, RED), size(smaller, GREEN)) == ((512, 512), (256, 256))  # sizes can be compared
     assert smaller.height - box(smaller, GREEN)[3] == 8
+
+
+def test_the_pictures_of_a_grid_are_row_by_row(tmp_path, monkeypatch):
+    colours = [RED, GREEN, BLUE, YELLOW, (0, 255, 255), (255, 0, 255)]
+    monkeypatch.setattr("dora_mm.sampling.sheets.thumbnail_of", lambda job, index: picture(job.pictures[index]))
+    save_grid(SimpleNamespace(pictures=colours), tmp_path / "sheet.png", ["1", "2"], ["a", "b", "c"])
+    boxes = [box(Image.open(tmp_path / "sheet.png"), colour) for colour in colours]
+    assert boxes[0][1] == boxes[1][1] == boxes[2][1] < boxes[3][1] == boxes[4][1] == boxes[5][1]
+    assert boxes[0][0] == boxes[3][0] < boxes[1][0] == boxes[4][0] < boxes[2][0] == boxes[5][0]
 
 
 def test_the_column_of_labels_is_as_wide_as_needed():

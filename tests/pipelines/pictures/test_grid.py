@@ -7,8 +7,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from dora_mm import load_adapter
 from dora_mm.cli import main
+from dora_mm.config.models import ModelConfig
+from dora_mm.models.images.families import load_image_model
 from dora_mm.sampling.manifest import read_manifest
+from dora_mm.sampling.pictures import sample
 from tests.pipelines.pictures.test_sample import make_adapter
 
 
@@ -59,10 +63,15 @@ def test_a_column_is_without_adapter(grid, styles, tmp_path):
     assert Image.open(tmp_path / "out" / "sheet.png").width > 3 * 128
 
 
-def test_an_axis_of_adapters(grid, styles):
-    both = f"{styles[0]}:0.5+{styles[1]}:0.5"
+def test_an_axis_of_adapters(grid, styles, tiny_folder):
+    both = f"{styles[0]}:0.25+{styles[1]}:1.5"
     ((base, one, other, mixed),) = grid(4, prompt="a bus", columns={"name": "adapter", "values": [*styles, both]})
     assert not any(same(first, second) for first, second in [(base, one), (one, other), (other, mixed), (one, mixed)])
+    model = load_image_model(ModelConfig(path=str(tiny_folder)))
+    for style, strength in zip(styles, (0.25, 1.5), strict=True):
+        load_adapter(model.adaptable, style, name=style[-1], strength=strength)
+    right = sample(model, ["a bus"], [0], steps=1)[0]
+    assert np.abs(pixels(mixed) - np.asarray(right, dtype=np.int64)).max() <= 1
 
 
 def test_adapters_as_rows_get_a_row_without(grid, styles):
