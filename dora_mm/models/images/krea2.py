@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
-import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
@@ -14,7 +13,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from dora_mm.data.images.buckets import Framing
 from dora_mm.models.images.image_model import Prompt, pad_prompts
 from dora_mm.models.images.noise import Flow
-from dora_mm.models.images.qwen_image import WithQwenVAE
+from dora_mm.models.images.qwen_image import WithQwenVAE, full_mask
 
 MU_OF_TURBO = 1.15  # its pipeline's own, for pictures of all sizes
 
@@ -70,8 +69,7 @@ class Krea2(WithQwenVAE):
         """All of one length, since the pipeline takes the places of negative prompts from the others."""
         rows = [{"text": each[name]} for name in ("text", "negative") for each in encoded]
         text, mask = pad_prompts(rows, "text")
-        mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if mask is None else mask
-        (prompts, negative), (kept, its_kept) = text.chunk(2), mask.chunk(2)
+        (prompts, negative), (kept, its_kept) = text.chunk(2), full_mask(text, mask).chunk(2)
         return {
             "prompt_embeds": prompts,
             "prompt_embeds_mask": kept,

@@ -64,6 +64,11 @@ class WithQwenVAE(FlowModel):
         return (latents - mean) / std
 
 
+def full_mask(text: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask (B, L) of a batch of embeddings (B, L, ...), True where nothing is padded: pipelines ask for one."""
+    return torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if mask is None else mask
+
+
 class QwenImage(WithQwenVAE):
     """Qwen-Image (Alibaba, 2025), of 20 billion parameters."""
 
@@ -99,8 +104,8 @@ class QwenImage(WithQwenVAE):
         (text, mask), (negative, its_mask) = (pad_prompts(encoded, name) for name in ("text", "negative"))
         return {
             "prompt_embeds": text,
-            "prompt_embeds_mask": mask,
+            "prompt_embeds_mask": full_mask(text, mask),
             "negative_prompt_embeds": negative,
-            "negative_prompt_embeds_mask": its_mask,
+            "negative_prompt_embeds_mask": full_mask(negative, its_mask),
             "true_cfg_scale": guidance,
         }

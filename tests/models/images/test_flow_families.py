@@ -1,9 +1,11 @@
 """What families of flow models compute, against the pipelines of diffusers and a few lines of plain torch."""
 
+import logging
 import re
 from functools import cache
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from dora_mm.data.images.folder import read_training_images
 from dora_mm.data.images.pixels import load_rgb, render
 from dora_mm.models.images.families import load_image_model
 from dora_mm.models.images.vae import decoded
+from dora_mm.sampling.pictures import sample
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
 from tests.shared import reference
@@ -103,6 +106,14 @@ def test_eulers_steps_of_predict_are_the_pipelines_latents(flow, model, plain):
         for now, after in pairwise([*model.noise.schedule(3, x.shape[2:]), 0.0]):
             x += (after - now) * model.predict(x, torch.full((2,), now), encoded, [])
     torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_guidance_is_that_of_the_pipeline_without_a_warning(flow, model, plain, caplog, monkeypatch):
+    theirs = flow.drawn(plain, 1)
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    (ours,) = sample(model, [PROMPT], [1], steps=2, guidance=5.0)
+    assert np.abs(np.asarray(ours, np.int64) - np.asarray(theirs, np.int64)).max() <= 2
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("diffusers.pipelines")] == []
 
 
 def test_captions_of_a_batch_do_not_change_each_other(model):
