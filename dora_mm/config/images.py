@@ -21,6 +21,7 @@ from dora_mm.config.schema import (
     Seed,
     Share,
     Text,
+    name_in,
     raise_problems,
 )
 from dora_mm.config.training import (
@@ -34,6 +35,7 @@ from dora_mm.config.training import (
     check_training,
     check_validation,
 )
+from dora_mm.registries.loss_weightings import LOSS_WEIGHTINGS
 
 
 def bucket_step(resolution: int) -> int:
@@ -223,7 +225,7 @@ class LossConfig(Section):
     timestep_mean: float | None = None  # of logit_normal (null: 0), before any shift, and of log_snr (null: -6)
     timestep_std: Positive | None = None  # of logit_normal (null: 1) and log_snr (null: 2)
     # Of models that predict velocity, by noise level s: sigma_sqrt: 1 / s^2; cosmap: 2 / (pi (1 - 2 s + 2 s^2))
-    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
+    weighting: Annotated[str, name_in(LOSS_WEIGHTINGS)] = "none"
 
     @field_validator("min_snr_gamma")
     @classmethod
@@ -243,6 +245,10 @@ class LossConfig(Section):
                 problems.append(f"{key} is of timesteps logit_normal or log_snr: set one of them, or leave it out")
         if self.delta is not None and self.type != "huber":
             problems.append(f"delta has no effect on type {self.type}: set type=huber, or leave it out")
+        if self.weighting != "none" and self.min_snr_gamma not in ("auto", None):
+            problems.append(
+                f"weighting {self.weighting} and min_snr_gamma both weight timesteps: leave one of them out"
+            )
         return raise_problems(self, problems)
 
 

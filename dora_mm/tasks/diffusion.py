@@ -10,6 +10,8 @@ from dora_mm.config.images import LossConfig
 from dora_mm.core import base_model
 from dora_mm.data.images.buckets import Framing
 from dora_mm.models.images.image_model import ImageModel, Prompt
+from dora_mm.registries.loss_weightings import LOSS_WEIGHTINGS
+from dora_mm.registries.registry import load
 from dora_mm.utils.losses import LossSum
 
 GAMMA = 5.0  # of Min-SNR, where a config leaves it to us: that of its authors
@@ -28,11 +30,15 @@ DISTANCES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {  # of a 
     "huber": pseudo_huber,
 }
 
-WEIGHTINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of noise levels (Esser et al. 2024, section 3.1)
-    "none": torch.ones_like,
-    "sigma_sqrt": lambda sigma: sigma**-2.0,
-    "cosmap": lambda sigma: 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2)),
-}
+
+def sigma_sqrt(sigma: torch.Tensor) -> torch.Tensor:
+    """Loss weights of noise levels (Esser et al. 2024, section 3.1)."""
+    return sigma**-2.0
+
+
+def cosmap(sigma: torch.Tensor) -> torch.Tensor:
+    """Loss weights of noise levels, likewise."""
+    return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
 
 
 @dataclass(frozen=True)
@@ -63,16 +69,23 @@ class DiffusionTask:
 
     def __init__(self, model: ImageModel, config: LossConfig):
         self.model, self.noise, self.config = model, model.noise, config
-        is_flow = self.noise.prediction == "velocity"
-        self.gamma = (None if is_flow else GAMMA) if config.min_snr_gamma == "auto" else config.min_snr_gamma
+        self.is_flow = is_flow = self.noise.prediction == "velocity"
+        has_own = is_flow or config.weighting != "none"
+        self.gamma = (None if has_own else GAMMA) if config.min_snr_gamma == "auto" else config.min_snr_gamma
         for key, value in (("min_snr_gamma", self.gamma), ("noise_offset", config.noise_offset)):
             if is_flow and value:
                 raise ValueError(
                     f"loss.{key} is for models that predict noise or v, and {model.title} does not: leave it out"
                 )
-        for key, value in (("weighting", config.weighting), ("timesteps", config.timesteps)):
-            if not is_flow and value in ("sigma_sqrt", "cosmap", "log_snr"):
-                raise ValueError(f"loss.{key}: {value} is for models that predict a velocity, not for {model.title}")
+        if not is_flow and config.timesteps == "log_snr":
+            raise ValueError(f"loss.timesteps: log_snr is for models that predict a velocity, not for {model.title}")
+        weighting = LOSS_WEIGHTINGS[config.weighting]
+        if ("flow" if is_flow else "noise") not in weighting.models:
+            predicted = "noise or v" if is_flow else "a velocity"
+            raise ValueError(
+                f"loss.weighting: {config.weighting} is for models that predict {predicted}, not for {model.title}"
+            )
+        self.weighting: Callable[[torch.Tensor], torch.Tensor] = load(weighting.import_path)
         uniform = config.timestep_bias or not is_flow
         self.timesteps = ("uniform" if uniform else "logit_normal") if config.timesteps == "auto" else config.timesteps
 
@@ -176,7 +189,7 @@ class DiffusionTask:
         With gamma that of Hang et al. 2023 (arXiv 2303.09556); else by the `weighting` of the config.
         """
         if self.gamma is None:
-            return WEIGHTINGS[self.config.weighting](times.float())
+            return self.weighting(times.float() if self.is_flow else self.noise.signal_to_noise(times))
         return min_snr_weight(self.noise.signal_to_noise(times), float(self.gamma), self.noise.prediction)
 
     def _predict(self, batch: ConditionedLatents, noised: torch.Tensor, times: torch.Tensor) -> torch.Tensor:

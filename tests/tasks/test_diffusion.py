@@ -1,5 +1,7 @@
 """The diffusion loss against its closed form and diffusers' schedulers."""
 
+import sys
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
@@ -12,7 +14,9 @@ from hypothesis import strategies as st
 from dora_mm.config.images import LossConfig
 from dora_mm.models.images.flux2_klein import KleinFlow
 from dora_mm.models.images.noise import Diffusion, Flow
+from dora_mm.registries.loss_weightings import LOSS_WEIGHTINGS
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask, min_snr_weight
+from tests.registries.packages import outside_package
 
 
 class RecordingModel:
@@ -261,6 +265,39 @@ def test_weights_of_a_flow_are_those_of_diffusers(weighting):
     t = torch.linspace(0.01, 1, 50)
     found = make_task(lambda noisy, t: noisy, "velocity", weighting=weighting).weights(t)
     torch.testing.assert_close(found, compute_loss_weighting_for_sd3(weighting, t))
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """Another package's weightings: `soft` of noise and v, `late` of flows."""
+    records = {"soft": ("soft", "noise"), "late": ("late", "flow")}
+    lines = ["from dora_mm.registries.loss_weightings import LossWeighting"]
+    lines += [
+        f"{name.upper()} = LossWeighting('weightings:{f}', frozenset({{'{m}'}}))" for name, (f, m) in records.items()
+    ]
+    lines += ["def soft(snr):", "    return 1 / (1 + snr)", "def late(sigma):", "    return 1 - sigma"]
+    entries = {f"loss_weightings.{name}": f"weightings:{name.upper()}" for name in records}
+    monkeypatch.syspath_prepend(outside_package(tmp_path, {"weightings.py": "\n".join(lines)}, entries))
+    yield
+    sys.modules.pop("weightings", None)
+    vars(LOSS_WEIGHTINGS).pop("_added", None)
+    LOSS_WEIGHTINGS._loaded.clear()
+
+
+def test_weightings_of_another_package(outside):
+    vars(LOSS_WEIGHTINGS).pop("_added", None)
+    noise = make_task(lambda noisy, t: noisy, "epsilon", weighting="soft")
+    t = torch.tensor([0, 500, 999])
+    torch.testing.assert_close(noise.weights(t), 1 / (1 + noise.noise.signal_to_noise(t)))
+    t = torch.tensor([0.25, 1.0])
+    assert make_task(lambda noisy, t: noisy, "velocity", weighting="late").weights(t).tolist() == [0.75, 0.0]
+    for prediction, name, predicted in (("velocity", "soft", "noise or v"), ("v_prediction", "late", "a velocity")):
+        with pytest.raises(ValueError, match=rf"loss\.weighting: {name} is for models that predict {predicted}"):
+            make_task(lambda noisy, t: noisy, prediction, weighting=name)
+    with pytest.raises(ValueError, match="weighting soft and min_snr_gamma both weight timesteps"):
+        LossConfig(weighting="soft", min_snr_gamma=5.0)
+    with pytest.raises(ValueError, match="did you mean 'cosmap'"):
+        LossConfig(weighting="cosmp")
 
 
 @pytest.mark.parametrize(("key", "value"), [("weighting", "cosmap"), ("timesteps", "log_snr")])
