@@ -246,9 +246,7 @@ class LossConfig(Section):
         if self.delta is not None and self.type != "huber":
             problems.append(f"delta has no effect on type {self.type}: set type=huber, or leave it out")
         if self.weighting != "none" and self.min_snr_gamma not in ("auto", None):
-            problems.append(
-                f"weighting {self.weighting} and min_snr_gamma both weight timesteps: leave one of them out"
-            )
+            problems.append(f"weighting {self.weighting} and min_snr_gamma exclude each other: leave one of them out")
         return raise_problems(self, problems)
 
 

@@ -23,11 +23,12 @@ class LossWeighting:
 
 
 FLOW: frozenset[Literal["flow", "noise"]] = frozenset({"flow"})
+BOTH: frozenset[Literal["flow", "noise"]] = frozenset({"flow", "noise"})
 LOSS_WEIGHTINGS: Registry[LossWeighting] = Registry(
     "loss_weightings",
     "loss weighting",
     {
-        "none": LossWeighting("torch:ones_like", FLOW | {"noise"}),
+        "none": LossWeighting("torch:ones_like", BOTH),
         "sigma_sqrt": LossWeighting("dora_mm.tasks.diffusion:sigma_sqrt", FLOW),
         "cosmap": LossWeighting("dora_mm.tasks.diffusion:cosmap", FLOW),
     },
