@@ -16,14 +16,14 @@ def main(sources: Sequence[str], out: str, to: str, *, base: str | None = None, 
     Args:
         sources: Adapter files of any tool, their folders or run directories.
         out: A file that ends in .safetensors, or a folder.
-        to: A name in `dora_mm.registries.tools.TARGETS`.
+        to: A name in `dora_mm.registries.tools.EXPORT_FORMATS`.
         base: The model: a folder, a single-file checkpoint or a hub name; None: the one that all files name, where it
             is on this machine.
         settings: The other arguments of `dora_mm.formats.commands.combine.combine`.
 
     Raises:
         ValueError: An adapter, the model or a setting cannot be used, the adapters do not belong together, or the
-            target cannot hold their sum.
+            format cannot hold their sum.
     """
     files = [resolve_adapter(source, "A") for source in sources]
     named = {base_of(file) for file in files}

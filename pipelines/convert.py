@@ -15,13 +15,13 @@ def main(source: str, out: str, to: str, *, base: str | None = None, **settings:
     Args:
         source: An adapter file of any tool, its folder or run directory.
         out: A file that ends in .safetensors, or a folder.
-        to: A name in `dora_mm.registries.tools.TARGETS`.
+        to: A name in `dora_mm.registries.tools.EXPORT_FORMATS`.
         base: The model: a folder, a single-file checkpoint or a hub name; None: the one that the file
             names, where it is on this machine.
         settings: The other arguments of `dora_mm.formats.commands.convert.convert`.
 
     Raises:
-        ValueError: The adapter, the model or a setting cannot be used, or the target cannot hold the adapter.
+        ValueError: The adapter, the model or a setting cannot be used, or the format cannot hold the adapter.
     """
     file = resolve_adapter(source, "IN")
     model = base_of(file) if base is None else resolve_model(base, "--base")

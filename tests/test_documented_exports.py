@@ -11,7 +11,7 @@ from dora_mm.formats.commands.convert import convert
 from dora_mm.formats.commands.verify import verify
 from dora_mm.formats.naming.known import rows
 from dora_mm.formats.tools import tool_of
-from dora_mm.registries.tools import TARGETS, TOOLS
+from dora_mm.registries.tools import EXPORT_FORMATS, TOOLS
 from tests.documented.exports import NO_DORA, WHOLE, Claim, claims, tools_in
 from tests.documented.texts import DOCS, ROOT, text_of
 from tests.shared import toy
@@ -109,10 +109,10 @@ def test_wrong_ones_are_found(errors):
 
 def test_what_the_program_prints(errors):
     """The help of `convert`, and the target that it names for a program."""
-    for target, record in TARGETS.items():
+    for target, record in EXPORT_FORMATS.items():
         assert wrong(Claim(record.title, (target,), tools_in(record.title)), errors) == [], target
     of_sdxl = {row.tool for row in rows() if row.architecture in ("sdxl", "*")}  # musubi-tuner has others alone
-    named = {tool: record.target for tool, record in TOOLS.items() if record.target}
+    named = {tool: record.export_format for tool, record in TOOLS.items() if record.export_format}
     judged = {tool: target for tool, target in named.items() if tool_of(tool).table in ("", *of_sdxl)}
     assert named.keys() - judged.keys() == {"musubi"}
     assert all(reads(tool, target, errors) for tool, target in judged.items())

@@ -15,7 +15,7 @@ from dora_mm.config.overridden import value_at
 from dora_mm.config.paths import INDEX, check_exists, check_paths
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.recipes import PIPELINES, Recipes
-from dora_mm.registries.tools import TARGETS, no_entry
+from dora_mm.registries.tools import EXPORT_FORMATS, no_entry
 from dora_mm.train.resuming import check_changes, nearest_run, started_config
 from dora_mm.utils.processes import num_started
 
@@ -143,8 +143,8 @@ def _check_transformers(arguments: Namespace) -> None:
 
 
 def _check_target(arguments: Namespace) -> None:
-    if arguments.to not in TARGETS:
-        raise ValueError(no_entry("target", arguments.to, f"one of {', '.join(TARGETS)}"))
+    if arguments.to not in EXPORT_FORMATS:
+        raise ValueError(no_entry("export format", arguments.to, f"one of {', '.join(EXPORT_FORMATS)}"))
 
 
 def _check_base(arguments: Namespace) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from dora_mm import __version__
 from dora_mm.registries.image_families import IMAGE_FAMILIES
 from dora_mm.registries.suites import suite_titles
-from dora_mm.registries.tools import TARGETS, TOOLS, other_tools
+from dora_mm.registries.tools import EXPORT_FORMATS, TOOLS, other_tools
 from dora_mm.utils.dtypes import full_name
 from dora_mm.utils.processes import reports_end
 
@@ -177,7 +177,7 @@ def _add_merge(commands: Any) -> None:
 
 def _add_convert(commands: Any) -> None:
     command = commands.add_parser("convert", help="write an adapter in the form of another tool")
-    _list_in_help(command, "targets", lambda: {name: record.title for name, record in TARGETS.items()})
+    _list_in_help(command, "export formats", lambda: {name: record.title for name, record in EXPORT_FORMATS.items()})
     command.add_argument("source", metavar="IN", help="an adapter file of any tool, its folder or run directory")
     command.add_argument("out", metavar="OUT", help="a file that ends in .safetensors, or a folder")
     command.add_argument("--to", metavar="TARGET", required=True, help="one of those below")
@@ -189,7 +189,7 @@ def _add_convert(commands: Any) -> None:
 
 def _add_combine(commands: Any) -> None:
     command = commands.add_parser("combine", help="write the sum of several adapters as one")
-    _list_in_help(command, "targets", lambda: {name: record.title for name, record in TARGETS.items()})
+    _list_in_help(command, "export formats", lambda: {name: record.title for name, record in EXPORT_FORMATS.items()})
     command.add_argument(
         "sources",
         metavar="A",

@@ -1,4 +1,4 @@
-"""The tools whose adapter files are read, and the targets that `convert` writes, by name."""
+"""The tools whose adapter files are read, and the export formats that `convert` writes, by name."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class ToolRecord(NamedTuple):
         title: What people call it.
         tool: The place of its `Tool`, `module:object`; empty where it loads plain LoRA alone.
         version: The version whose rules are written down: a release, or the month and commit of its code.
-        target: The target for those who ask for one of its name.
+        export_format: The export format for those who ask for one of its name.
         aliases: Other names that people give it.
     """
 
     title: str
     tool: str = ""
     version: str = ""
-    target: str = ""
+    export_format: str = ""
     aliases: tuple[str, ...] = ()
 
 
-class TargetRecord(NamedTuple):
-    """A form of file that `convert` writes.
+class ExportFormat(NamedTuple):
+    """A format of files that `convert` writes.
 
     Attributes:
         title: What it is, and who reads it.
@@ -63,21 +63,21 @@ _BUILT_IN = {
 }
 _MOST_USED = ("comfy", "diffusers", "forge", "kohya")
 TOOLS = Registry("tools", "tool", _BUILT_IN)
-TARGETS = Registry(
-    "targets",
-    "target",
+EXPORT_FORMATS = Registry(
+    "export_formats",
+    "export format",
     {
-        "peft": TargetRecord("a folder of PEFT", f"{_TOOLS}.peft:EXPORT"),
-        "diffusers": TargetRecord("pytorch_lora_weights.safetensors of diffusers", f"{_TOOLS}.diffusers:EXPORT"),
-        "kohya": TargetRecord("LyCORIS, sd-scripts and SD.Next", f"{_TOOLS}.kohya:EXPORT"),
-        "comfy": TargetRecord("one file for ComfyUI, reForge and Forge", f"{_TOOLS}.comfy:EXPORT"),
-        "diff": TargetRecord(
+        "peft": ExportFormat("a folder of PEFT", f"{_TOOLS}.peft:EXPORT"),
+        "diffusers": ExportFormat("pytorch_lora_weights.safetensors of diffusers", f"{_TOOLS}.diffusers:EXPORT"),
+        "kohya": ExportFormat("LyCORIS, sd-scripts and SD.Next", f"{_TOOLS}.kohya:EXPORT"),
+        "comfy": ExportFormat("one file for ComfyUI, reForge and Forge", f"{_TOOLS}.comfy:EXPORT"),
+        "diff": ExportFormat(
             "the change of each weight: large, and read by all web UIs", f"{_TOOLS}.comfy:EXPORT_DIFF"
         ),
-        "lora": TargetRecord("plain LoRA, which keeps as much as --rank or --energy says"),
-        "merged": TargetRecord("a copy of the model with the new weights"),
-        "onetrainer": TargetRecord("to go on with training in OneTrainer", f"{_TOOLS}.onetrainer:EXPORT"),
-        "ai-toolkit": TargetRecord("to go on with training in ai-toolkit", f"{_TOOLS}.ai_toolkit:EXPORT"),
+        "lora": ExportFormat("plain LoRA, which keeps as much as --rank or --energy says"),
+        "merged": ExportFormat("a copy of the model with the new weights"),
+        "onetrainer": ExportFormat("to go on with training in OneTrainer", f"{_TOOLS}.onetrainer:EXPORT"),
+        "ai-toolkit": ExportFormat("to go on with training in ai-toolkit", f"{_TOOLS}.ai_toolkit:EXPORT"),
     },
 )
 
@@ -102,13 +102,13 @@ def tool_called(name: str) -> str:
 
 
 def no_entry(kind: str, name: str, known: str) -> str:
-    """The message for a tool or target that is not here; for a program without DoRA it has the way out."""
+    """The message for a tool or export format that is not here; for a program without DoRA it has the way out."""
     record = TOOLS.get(tool_called(name))
     if record and not record.tool:
         return (
             f"{record.title} loads no DoRA: merge the adapter into its model with dora-mm merge MODEL ADAPTER OUT, or "
             "make a plain LoRA with dora-mm convert IN OUT --to lora --rank 32 --base MODEL"
         )
-    if kind == "target" and record and record.target:
-        return f"there is no target {name!r}: what it reads is written with --to {record.target}"
+    if kind == "export format" and record and record.export_format:
+        return f"there is no export format {name!r}: what it reads is written with --to {record.export_format}"
     return f"there is no {kind} {name!r}: use {known}"

@@ -207,7 +207,9 @@ WRONG = {  # by the command line: what the one sentence contains
     "train CONFIG --set model.path=RUNS/001": "RUNS/001 is an adapter (LoRA or DoRA), not a model",
     "ask LORA FILE what?": "MODEL: LORA is an adapter (LoRA or DoRA), not a model",
     "merge PIPE LORA out": "PIPE is a model of diffusers, and merge writes folders of transformers: dora-mm convert",
-    "convert LORA out.safetensors --to a1111": "there is no target 'a1111': what it reads is written with --to diff",
+    "convert LORA out.safetensors --to a1111": (
+        "there is no export format 'a1111': what it reads is written with --to diff"
+    ),
     "convert nosuch out.safetensors --to kohya": "IN: nosuch does not exist",
     "convert RUNS out.safetensors --to kohya": "IN: RUNS is a folder of runs",
     "convert LORA out.safetensors --to kohya --base LORA": "--base: LORA is an adapter",

@@ -10,7 +10,7 @@ from dora_mm.config.report import all_keys
 from dora_mm.formats.tools import export_of
 from dora_mm.recipes import PIPELINES
 from dora_mm.registries.other_trainers import KEYS
-from dora_mm.registries.tools import TARGETS, TOOLS, other_tools
+from dora_mm.registries.tools import EXPORT_FORMATS, TOOLS, other_tools
 
 COMMANDS = {  # with the recipes of those that take no config
     "train": None,
@@ -48,7 +48,7 @@ def test_help_is_quick_and_loads_no_torch():
         assert f"usage: dora-mm {command} " in done.stdout
 
 
-@pytest.mark.parametrize(("command", "names"), [("convert", TARGETS), ("verify", other_tools())])
+@pytest.mark.parametrize(("command", "names"), [("convert", EXPORT_FORMATS), ("verify", other_tools())])
 def test_help_lists_all_targets_and_tools(command, names, capsys):
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
@@ -122,8 +122,8 @@ def test_flags_of_other_trainers_are_keys_of_the_training():
 
 
 def test_targets_for_programs_are_those_that_they_read():
-    named = {name: record.target for name, record in TOOLS.items() if record.target}
-    assert all(name in export_of(target).read_by for name, target in named.items() if TARGETS[target].export)
+    named = {name: record.export_format for name, record in TOOLS.items() if record.export_format}
+    assert all(name in export_of(target).read_by for name, target in named.items() if EXPORT_FORMATS[target].export)
 
 
 @pytest.mark.parametrize(

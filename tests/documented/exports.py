@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dora_mm.registries.tools import TARGETS
+from dora_mm.registries.tools import EXPORT_FORMATS
 from tests.documented.texts import FENCE, PROGRAM, is_synopsis
 
 WEB_UIS = ("comfy", "forge", "a1111", "sdnext", "invokeai")
@@ -84,7 +84,7 @@ def _of_tables(text: str) -> Iterator[Claim]:
             continue
         heads = [number for number, cell in enumerate(cells) if "`convert --to`" in cell]
         column = heads[0] if heads else column
-        first = [name for name in re.findall(r"`([^`]+)`", cells[0]) if name in TARGETS]
+        first = [name for name in re.findall(r"`([^`]+)`", cells[0]) if name in EXPORT_FORMATS]
         if heads:
             continue
         if column is not None:

@@ -12,7 +12,7 @@ import torch
 from dora_mm.formats.algebra.exact import new_weight
 from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.reader import LayerReader
-from dora_mm.registries.tools import TARGETS, TOOLS, no_entry
+from dora_mm.registries.tools import EXPORT_FORMATS, TOOLS, no_entry
 from tests.documented.texts import ROOT
 from tests.registries.packages import outside_package
 from tests.shared import toy
@@ -21,10 +21,10 @@ MODEL = ROOT / "samples/tiny-sdxl"
 FILES = {
     "acme/__init__.py": "",
     "acme/records.py": """
-        from dora_mm.registries.tools import TargetRecord, ToolRecord
+        from dora_mm.registries.tools import ExportFormat, ToolRecord
 
         TOOL = ToolRecord("Acme Trainer", "acme.tool:TOOL", "1.0", "acme", ("acme-trainer",))
-        TARGET = TargetRecord("to go on with training in Acme Trainer", "acme.tool:EXPORT")
+        TARGET = ExportFormat("to go on with training in Acme Trainer", "acme.tool:EXPORT")
     """,
     "acme/tool.py": '''
         """kohya's names and keys, but for the magnitude."""
@@ -65,7 +65,7 @@ COMMANDS = """
 @pytest.mark.slow
 def test_a_tool_of_another_package(tmp_path):
     files = {name: textwrap.dedent(text) for name, text in FILES.items()}
-    points = {"tools.acme": "acme.records:TOOL", "targets.acme": "acme.records:TARGET"}
+    points = {"tools.acme": "acme.records:TOOL", "export_formats.acme": "acme.records:TARGET"}
     outside = outside_package(tmp_path / "outside", files, points)
     weights = BaseWeights.open(MODEL)
     names = [name for name in weights if name.path.endswith("attentions.0.transformer_blocks.0.attn2.to_k")]
@@ -98,7 +98,7 @@ def test_a_tool_of_another_package(tmp_path):
     assert "OUT --to acme --base" in lost
     assert re.search(r"\n  acme +to go on with training in Acme Trainer\n", targets)
     assert re.search(r"\n  acme +Acme Trainer\n", tools)
-    assert "there is no target 'Acme-Trainer': what it reads is written with --to acme\n" in done.stderr
+    assert "there is no export format 'Acme-Trainer': what it reads is written with --to acme\n" in done.stderr
     files = [LayerReader(path, None, None) for path in (source, tmp_path / "back.safetensors")]
     for name in names:
         wanted, found = (new_weight(file.layer(name), base[name]) for file in files)
@@ -106,5 +106,5 @@ def test_a_tool_of_another_package(tmp_path):
 
 
 def test_without_the_package_its_names_are_unknown():
-    assert "acme" not in {*TOOLS, *TARGETS}
-    assert no_entry("target", "acme", "peft") == "there is no target 'acme': use peft"
+    assert "acme" not in {*TOOLS, *EXPORT_FORMATS}
+    assert no_entry("export format", "acme", "peft") == "there is no export format 'acme': use peft"

@@ -45,7 +45,7 @@ def combine(
     Args:
         sources: The adapter files of any tool, or their folders: at least two.
         target_path: See `convert`.
-        to: A name in `registries.tools.TARGETS`.
+        to: A name in `registries.tools.EXPORT_FORMATS`.
         weights: The weight of each adapter, any finite number; None: 1.
         base: The model, as in `convert`; modules with magnitudes need it.
         axis: The axis of the magnitudes whose shape does not say it.
@@ -60,7 +60,7 @@ def combine(
 
     Raises:
         ValueError: An adapter, the model or a setting cannot be used, the adapters are for different models, or the
-            target cannot hold their sum. Nothing is written then.
+            format cannot hold their sum. Nothing is written then.
     """
     settings = Settings(to, allow_lossy, 1.0, rank, energy, spectral, dtype)
     settings.check()

@@ -29,7 +29,7 @@ from dora_mm.formats.tokens import file_beside, write_beside
 from dora_mm.formats.tools import export_of, tool_of
 from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
 from dora_mm.formats.tools.tool import Contents, Export, Written, write_file
-from dora_mm.registries.tools import TARGETS, no_entry
+from dora_mm.registries.tools import EXPORT_FORMATS, no_entry
 from dora_mm.utils.atomic import already_there
 from dora_mm.utils.folders import written_together
 from dora_mm.utils.progress import tracked
@@ -78,15 +78,15 @@ class Settings:
 
     def check(self) -> None:
         """Checks what needs no file. Raises ValueError where a setting cannot be used."""
-        if self.to not in TARGETS:
-            raise ValueError(no_entry("target", self.to, f"one of {', '.join(TARGETS)}"))
+        if self.to not in EXPORT_FORMATS:
+            raise ValueError(no_entry("export format", self.to, f"one of {', '.join(EXPORT_FORMATS)}"))
         fits = {"--rank": self.rank, "--energy": self.energy, "--spectral": self.spectral}
         given = {**fits, "--dtype": self.dtype, "--allow-lossy": self.allow_lossy or None}
         unused = {"merged": (*fits, "--dtype"), "diff": (*fits,), "lora": ("--allow-lossy",)}.get(self.to, ())
         if useless := [option for option in unused if given[option] is not None]:
             raise ValueError(f"{useless[0]} has no effect on --to {self.to}: leave it out")
         if self.to == "lora" and self.keep is None:
-            raise ValueError("target lora needs its rank: give --rank, or what to keep with --energy or --spectral")
+            raise ValueError("--to lora needs a rank: give --rank, or what to keep with --energy or --spectral")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"the rank must be at least 1, not {self.rank}")
         if self.energy is not None and not 0 < self.energy <= 1:
@@ -121,17 +121,17 @@ def convert(
     Args:
         source: The adapter file of any tool, or its folder.
         target_path: A file where it ends in `.safetensors`, else a folder; for `merged` whatever the base is.
-        to: A name in `registries.tools.TARGETS`.
-        base: The model: a folder, a single-file checkpoint, a hub name, or weights by name. The targets comfy,
+        to: A name in `registries.tools.EXPORT_FORMATS`.
+        base: The model: a folder, a single-file checkpoint, a hub name, or weights by name. The formats comfy,
             diff and merged need it, and all others for some adapters; the errors are then those on this
             model.
         axis: The axis of the magnitudes, `out` or `in`, where their shape does not say it.
         allow_lossy: Whether to write a file from which the tool computes something else at strength 1.
         strength: The strength of the adapter that becomes strength 1.
-        rank: The largest rank. Modules of a higher one, and those that the target has no place for, become the closest
+        rank: The largest rank. Modules of a higher one, and those that the format cannot hold, become the closest
             adapter of this rank: plain LoRA stays plain LoRA and needs no base, all else becomes DoRA, or plain LoRA
-            for target lora.
-        energy: Of plain LoRA and for target lora, the share of ||W' - W0||^2 to keep in each module.
+            for lora.
+        energy: Of plain LoRA and for lora, the share of ||W' - W0||^2 to keep in each module.
         spectral: The same by the spectral norm: the share of it that what is left out may have.
         dtype: float32, float16 or bfloat16; None: float16 for diff, else float32.
 
@@ -139,7 +139,7 @@ def convert(
         The files, and what the tools compute from them.
 
     Raises:
-        ValueError: The adapter, the model or a setting cannot be used, or the target cannot hold the adapter. Nothing
+        ValueError: The adapter, the model or a setting cannot be used, or the format cannot hold the adapter. Nothing
             is written then.
     """
     settings = Settings(to, allow_lossy, strength, rank, energy, spectral, dtype)
@@ -150,9 +150,9 @@ def convert(
 
 
 def check_base(to: str, given: bool) -> None:
-    """Raises ValueError where a target needs the base model, and none is given."""
+    """Raises ValueError where an export format needs the base model, and none is given."""
     if not given and (to == "merged" or (to != "lora" and export_of(to).needs_base)):
-        raise ValueError(f"target {to} needs the base model: give it with --base")
+        raise ValueError(f"--to {to} needs the base model: give it with --base")
 
 
 @torch.no_grad()
@@ -160,7 +160,7 @@ def written(layers: LayerReader, target: Path, settings: Settings) -> Conversion
     """Writes an adapter, or the sum of several, with settings that have been checked; see `convert`."""
     to, keep = settings.to, settings.keep
     if to == "lora" and layers.weights is None and not layers.is_plain():
-        raise ValueError("target lora needs the base model for what is no plain LoRA: give it with --base")
+        raise ValueError("--to lora needs the base model for what is no plain LoRA: give it with --base")
     if to == "merged":
         left_out = beside.leave_out(layers, to, None, allow_lossy=settings.allow_lossy)
         errors = write_with_adapter(layers, target, settings.strength)
@@ -186,7 +186,7 @@ def written(layers: LayerReader, target: Path, settings: Settings) -> Conversion
 
 
 def _export(to: str, layers: LayerReader) -> Export:
-    """The form of the file; that of target lora is PEFT's for a single model and kohya's for a pipeline.
+    """The form of the file; that of lora is PEFT's for a single model and kohya's for a pipeline.
 
     Raises:
         ValueError: The form holds one network, and the adapter has several.
@@ -202,7 +202,7 @@ def _export(to: str, layers: LayerReader) -> Export:
         )
     if to == "peft" and len(networks) > 1:
         found = ", ".join(networks)
-        raise ValueError(f"{layers.path} adapts {found}, and a folder of PEFT's holds one: use another target")
+        raise ValueError(f"{layers.path} adapts {found}, and a folder of PEFT's holds one: use another format")
     return export_of(to)
 
 
@@ -320,7 +320,7 @@ class _Writer:
         """The closest DoRA of a rank, for what the form has no place for."""
         if self.keep is None:
             raise ValueError(
-                f"{problem}, which this target cannot hold: use --to merged or --to diff, or fit it anew with --rank"
+                f"{problem}, which this format cannot hold: use --to merged or --to diff, or fit it anew with --rank"
             )
         if self.keep.rank is None or not self.keep.is_rank:
             raise ValueError(

@@ -29,13 +29,13 @@ def cure(file: AdapterFile, tool: str, names: Collection[Name], layers: LayerRea
         names: The modules that the file adapts.
         layers: What `convert` would read of it, on the base model; None where that is not known.
     """
-    target = _target(file, tool, names, layers)
-    if target is None:
+    to = _export_format(file, tool, names, layers)
+    if to is None:
         return ""
-    holds, given = all_exports()[target].holds, layers.axis if layers else None
+    holds, given = all_exports()[to].holds, layers.axis if layers else None
     axes = {given if given and axis == "?" else axis for axis in map(file.axis, file.modules)}
     fits = ("in" in axes and not holds.columns) or (_has_no_rank(file) and not holds.diffs)
-    return f"--to {target}" + (f" --rank {NEW_RANK}" if fits else "") + (f" --axis {given}" if given else "")
+    return f"--to {to}" + (f" --rank {NEW_RANK}" if fits else "") + (f" --axis {given}" if given else "")
 
 
 def _has_no_rank(file: AdapterFile) -> bool:
@@ -43,8 +43,8 @@ def _has_no_rank(file: AdapterFile) -> bool:
     return any(found.keys() & NO_LOW_RANK for module, found in file.modules.items() if not file.is_norm(module))
 
 
-def _target(file: AdapterFile, tool: str, names: Collection[Name], layers: LayerReader | None) -> str | None:
-    """The first target for the tool that has a place for what the file holds, under names that the tool knows."""
+def _export_format(file: AdapterFile, tool: str, names: Collection[Name], layers: LayerReader | None) -> str | None:
+    """The first export format for the tool that can hold what is in the file, under names that the tool knows."""
     components = {name.component for name in names}
     convolutions = any(len(file.shape(key)) > 2 for endings in file.modules.values() for key in endings.values())
     possible = {
@@ -63,14 +63,12 @@ def _target(file: AdapterFile, tool: str, names: Collection[Name], layers: Layer
     return next((name for name, export in for_it.items() if _fits(tool, name, export, names, layers, plain)), None)
 
 
-def _fits(
-    tool: str, target: str, export: Export, names: Collection[Name], layers: LayerReader | None, plain: bool
-) -> bool:
-    """Whether a target takes all that a file holds, and a tool all that it writes."""
+def _fits(tool: str, to: str, export: Export, names: Collection[Name], layers: LayerReader | None, plain: bool) -> bool:
+    """Whether an export format takes all that a file holds, and a tool all that it writes."""
     known = (layers.weights if layers else None) or ()
     try:
         written = Names(known).write(names, export.spelling)
-        keys = _beside(target, export, layers) if layers else []
+        keys = _beside(to, export, layers) if layers else []
     except ValueError:
         return False
     if keys and tool_of(tool).refuses({module: {} for module in written}, keys, {}):
@@ -78,17 +76,17 @@ def _fits(
     return tool in readers_of((tool,), export, written, architecture_of(known) or architecture_of(names), plain=plain)
 
 
-def _beside(target: str, export: Export, layers: LayerReader) -> list[str]:
-    """The keys of what a target writes that belongs to no module.
+def _beside(to: str, export: Export, layers: LayerReader) -> list[str]:
+    """The keys that an export format writes and that belong to no module.
 
     Raises:
         ValueError: It has no place for what the file holds, or PEFT's class none for the modules.
     """
     if any(map(layers.transposed, layers.names())):
         raise ValueError("the base stores a weight transposed")
-    if target == "peft":
+    if to == "peft":
         check_peft_takes(layers.weights, layers.names(), "dora" if layers.any_magnitude() else "lora")
-    beside.leave_out(layers, target, export, allow_lossy=False)
+    beside.leave_out(layers, to, export, allow_lossy=False)
     keys = list(layers.beside().embeddings) if export.holds.tokens == "inside" else []
     if export.holds.beside:
         keys += [key for key, _ in beside.bias_tensors(layers, export.spelling, 1.0, torch.float32)]

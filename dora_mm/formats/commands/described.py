@@ -16,7 +16,7 @@ def described(done: Conversion, to: str) -> str:
 
     Args:
         done: What was written.
-        to: The target.
+        to: The export format.
     """
     lines = [f"written  {file}, {done.num_modules} modules" for file in done.files]
     if done.ranks:

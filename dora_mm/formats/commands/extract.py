@@ -72,7 +72,7 @@ def extract(
         base: The model that it was fine-tuned from, in any of these forms.
         target: A new file where it ends in `.safetensors`, else a new folder.
         rank: R; modules with fewer rows or columns get a smaller one.
-        to: A target of `convert`; None: diffusers for the networks of a pipeline, else PEFT.
+        to: An export format of `convert`; None: diffusers for the networks of a pipeline, else PEFT.
 
     Returns:
         The file, and how far off the adapter is.
@@ -84,7 +84,7 @@ def extract(
     if rank < 1:
         raise ValueError(f"the rank must be at least 1, not {rank}")
     if to not in (None, *all_exports(), "comfy"):
-        raise ValueError(f"there is no target {to!r}: use one of {', '.join(all_exports())}, comfy")
+        raise ValueError(f"there is no export format {to!r}: use one of {', '.join(all_exports())}, comfy")
     target = Path(target)
     if not is_free(target):
         raise already_there(target)

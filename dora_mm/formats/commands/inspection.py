@@ -160,11 +160,11 @@ def inspect_file(
 
 
 def misreaders(path: Path, to: str) -> str:
-    """The tools that load a file of a target for web UIs and misread it, each with the target that it needs instead.
+    """The tools that load a file of a format for web UIs and misread it, each with the format that it needs instead.
 
     Args:
         path: The file that was written.
-        to: The target.
+        to: The export format.
 
     Returns:
         The end of a sentence that begins with "not for"; empty where there are none.

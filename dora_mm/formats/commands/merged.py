@@ -27,7 +27,7 @@ def write_with_adapter(layers: LayerReader, target: Path, strength: float) -> To
         ValueError: The base is no model in files, a new weight is not finite, or the target exists.
     """
     if not isinstance(layers.weights, BaseWeights):
-        raise ValueError("target merged needs the base model as a folder, a file or a hub name: give it with --base")
+        raise ValueError("--to merged needs the base model as a folder, a file or a hub name: give it with --base")
     merged = _MergedWeights(layers, layers.weights, strength)
     write_merged(layers.weights, target, merged)
     return merged.errors()

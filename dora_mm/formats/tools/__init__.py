@@ -11,7 +11,7 @@ from functools import cache
 from dora_mm.formats.tools import diffusers, native, peft
 from dora_mm.formats.tools.tool import Export, Format, Tool
 from dora_mm.registries.registry import load
-from dora_mm.registries.tools import TARGETS, TOOLS, readers
+from dora_mm.registries.tools import EXPORT_FORMATS, TOOLS, readers
 
 FORMATS: dict[str, Format] = {"diffusers": diffusers.FORMAT, "peft": peft.FORMAT, "native": native.FORMAT}
 
@@ -23,9 +23,9 @@ def tool_of(name: str) -> Tool:
 
 
 @cache
-def export_of(target: str) -> Export:
-    """The form of a target by its name in the registry, where it has one of its own."""
-    return load(TARGETS[target].export)
+def export_of(name: str) -> Export:
+    """The `Export` of an export format by its name, where it has one of its own."""
+    return load(EXPORT_FORMATS[name].export)
 
 
 @cache
@@ -36,5 +36,5 @@ def all_tools() -> dict[str, Tool]:
 
 @cache
 def all_exports() -> dict[str, Export]:
-    """The forms of all targets that have one of their own."""
-    return {name: export_of(name) for name, record in TARGETS.items() if record.export}
+    """The `Export` of each export format that has one of its own."""
+    return {name: export_of(name) for name, record in EXPORT_FORMATS.items() if record.export}

@@ -291,8 +291,8 @@ MISTAKES = [
     ({"weights": [1.0]}, "--weights has 1 numbers for 2 adapters"),
     ({"weights": [1.0, float("inf")]}, "--weights are finite numbers, not inf"),
     ({"base": None}, "the sum depends on the weights of the base model: give it with --base"),
-    ({"to": "diff", "base": None}, "target diff needs the base model"),
-    ({"to": "lora"}, "target lora needs its rank"),
+    ({"to": "diff", "base": None}, "--to diff needs the base model"),
+    ({"to": "lora"}, "--to lora needs a rank"),
     ({"axis": "in"}, "no magnitude whose axis is unclear"),
 ]
 
@@ -333,7 +333,7 @@ def test_the_command(tmp_path, capsys):
     assert f"written  {out}, 5 modules\nrank     3\n" in printed
     assert "largest errors" in printed
     assert cli.main(["combine", *files, str(tmp_path / "x"), "--to", "nosuch"]) == 2
-    assert "there is no target 'nosuch'" in capsys.readouterr().err
+    assert "there is no export format 'nosuch'" in capsys.readouterr().err
 
 
 # --- other sides -----------------------------------------------------------------------------------------------------

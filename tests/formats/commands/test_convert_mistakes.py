@@ -18,11 +18,11 @@ from tests.formats.tools.test_tools import FIXTURES
 from tests.shared import toy
 
 MISTAKES = [
-    ({"to": "nosuch"}, "there is no target 'nosuch': use one of peft"),
-    ({"to": "comfyui"}, "there is no target 'comfyui': what it reads is written with --to comfy"),
-    ({"to": "diff"}, "target diff needs the base model: give it with --base"),
-    ({"to": "lora", "base": BASE}, "target lora needs its rank: give --rank, or what to keep"),
-    ({"to": "lora", "rank": 4}, "target lora needs the base model for what is no plain LoRA"),
+    ({"to": "nosuch"}, "there is no export format 'nosuch': use one of peft"),
+    ({"to": "comfyui"}, "there is no export format 'comfyui': what it reads is written with --to comfy"),
+    ({"to": "diff"}, "--to diff needs the base model: give it with --base"),
+    ({"to": "lora", "base": BASE}, "--to lora needs a rank: give --rank, or what to keep"),
+    ({"to": "lora", "rank": 4}, "--to lora needs the base model for what is no plain LoRA"),
     ({"to": "lora", "base": BASE, "rank": 0}, "the rank must be at least 1"),
     ({"to": "lora", "base": BASE, "energy": 1.5}, "--energy is the share of the update to keep"),
     ({"to": "lora", "base": BASE, "spectral": 1.0}, "--spectral is the share that may be lost"),
@@ -34,7 +34,7 @@ MISTAKES = [
     ({"to": "kohya", "axis": "in"}, "no magnitude whose axis is unclear: leave --axis out"),
     ({"to": "kohya", "dtype": "float8"}, "--dtype is one of float32"),
     ({"to": "kohya", "strength": float("nan")}, "the strength must be a finite number"),
-    ({"to": "merged", "base": BASE}, "target merged needs the base model as a folder"),
+    ({"to": "merged", "base": BASE}, "--to merged needs the base model as a folder"),
 ]
 
 

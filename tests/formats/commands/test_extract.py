@@ -268,7 +268,7 @@ def test_the_command(models, tmp_path, capsys):
     assert main(["extract", str(tuned), str(base), f"{out}3.safetensors", "--rank", "4", "--to", "onetrainer"]) == 0
     assert "set OneTrainer's option" in capsys.readouterr().out
     assert main(["extract", str(tuned), str(base), f"{out}2", "--rank", "4", "--to", "nosuch"]) == 2
-    assert "there is no target 'nosuch': use one of peft, diffusers, kohya" in capsys.readouterr().err
+    assert "there is no export format 'nosuch': use one of peft, diffusers, kohya" in capsys.readouterr().err
 
 
 def test_a_single_model_becomes_a_peft_folder(tmp_path):

@@ -98,7 +98,7 @@ def test_it_is_named_and_judged(trained, request):
     assert (set(verdicts["comfy"].findings) == {RIGHT}) == (not request.node.name.endswith("with a magnitude]"))
     right = {tool for tool, verdict in verdicts.items() if set(verdict.findings) == {RIGHT}}
     assert set(inspect_file(path).works_in) == right
-    with pytest.raises(ValueError, match="target cannot hold"):
+    with pytest.raises(ValueError, match="format cannot hold"):
         convert(path, path.with_name("b.safetensors"), to="diffusers", base=BASE)
     assert "has no low rank" in str(AdapterFile(path).why_not_trainable())
 

@@ -169,8 +169,8 @@ def test_onetrainer_says_which_option_fits(adapter, tmp_path, capsys):
 
 
 MISTAKES = [
-    (("convert", "{a}", "{out}", "--to", "comfyui"), "there is no target 'comfyui'"),
-    (("convert", "{a}", "{out}", "--to", "diff"), "target diff needs the base model"),
+    (("convert", "{a}", "{out}", "--to", "comfyui"), "there is no export format 'comfyui'"),
+    (("convert", "{a}", "{out}", "--to", "diff"), "--to diff needs the base model"),
     (("convert", "missing.safetensors", "{out}", "--to", "kohya"), "missing.safetensors"),
     (("convert", "{a}", "{out}", "--to", "peft", "--base", "nowhere"), "nowhere"),
     (("verify", "{a}", "--tool", "comfyuj", "--base", "samples/tiny-sdxl"), "there is no tool 'comfyuj'"),
