@@ -9,9 +9,9 @@ from diffusers import Flux2KleinPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.registries.packages import outside_package
 from tests.registries.test_outside_package import run
 from tests.shared.images.tiny_flux2_klein import build
+from tests.shared.packages import outside_package
 
 PROMPT = "a TOK icon of a red ball"
 RECORD = """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.registries.packages import outside_package
+from tests.shared.packages import outside_package
 
 ROOT = Path(__file__).parents[2]
 SUMS = '''

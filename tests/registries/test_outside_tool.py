@@ -14,8 +14,8 @@ from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.reader import LayerReader
 from dora_mm.registries.tools import EXPORT_FORMATS, TOOLS, no_entry
 from tests.documented.texts import ROOT
-from tests.registries.packages import outside_package
 from tests.shared import toy
+from tests.shared.packages import outside_package
 
 MODEL = ROOT / "samples/tiny-sdxl"
 FILES = {

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tests.registries.packages import outside_package
 from tests.registries.test_outside_package import run
 from tests.shared.data.vlm_rows import write_pictures, write_questions
+from tests.shared.packages import outside_package
 
 RECORD = '''
 """Models of transformers that end each answer with a text of their section."""

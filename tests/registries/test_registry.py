@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from dora_mm.config.report import describe
 from dora_mm.config.schema import Section, name_in
 from dora_mm.registries.registry import Registry, load
-from tests.registries.packages import outside_package
+from tests.shared.packages import outside_package
 
 
 def shapes() -> Registry:

@@ -16,7 +16,7 @@ from dora_mm.models.images.flux2_klein import KleinFlow
 from dora_mm.models.images.noise import Diffusion, Flow
 from dora_mm.registries.loss_weightings import LOSS_WEIGHTINGS
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask, min_snr_weight
-from tests.registries.packages import outside_package
+from tests.shared.packages import outside_package
 
 
 class RecordingModel:
