@@ -199,9 +199,8 @@ class FusedDoRA:
 
     def is_small(self, found: PassTensors, result: Tensor) -> bool:
         """Whether PEFT's own pass is as fast as one that computes its norms."""
-        if self.has_zero_rows or result.device.type != "cpu" or torch.compiler.is_compiling():
-            return False
-        if not is_at_hand(found.weight):
+        is_on_cpu = result.device.type == "cpu" and not torch.compiler.is_compiling()
+        if self.has_zero_rows or not is_on_cpu or not is_at_hand(found.weight):
             return False
         size = num_weights(found.A, found.B)
         return size < crossing(result.dtype, result.numel() // max(found.magnitude.numel(), 1))

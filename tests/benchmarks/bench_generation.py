@@ -27,7 +27,7 @@ from tests.benchmarks.results_table import write_rows
 
 SIZES = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 1000}
 RANK = 16
-EXPORT_FORMATS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DTYPES = {  # dtype of the base, whether PEFT's adapters are cast up to float32, as it does unless told otherwise
     "float32": (torch.float32, True),
     "bfloat16": (torch.bfloat16, False),
@@ -42,7 +42,7 @@ def llama(dtype: torch.dtype) -> nn.Module:
 
 
 def with_peft(dtype: torch.dtype, upcast: bool, use_dora: bool) -> nn.Module:
-    config = peft.LoraConfig(r=RANK, use_dora=use_dora, target_modules=EXPORT_FORMATS)
+    config = peft.LoraConfig(r=RANK, use_dora=use_dora, target_modules=TARGETS)
     return trained(peft.get_peft_model(llama(dtype), config, autocast_adapter_dtype=upcast))
 
 
@@ -54,7 +54,7 @@ def fused(dtype: torch.dtype, upcast: bool) -> nn.Module:
 
 def ours(dtype: torch.dtype, merge: bool) -> nn.Module:
     model = llama(dtype)
-    dora_mm.inject(model, targets=EXPORT_FORMATS, spec=dora_mm.DoRASpec(rank=RANK))
+    dora_mm.inject(model, targets=TARGETS, spec=dora_mm.DoRASpec(rank=RANK))
     trained(model)
     if merge:
         dora_mm.merge(model)

@@ -27,7 +27,7 @@ from dora_mm.models.vl.vl_bart.model import VLBart, VLInputs
 from tests.benchmarks.results_table import time_row, write_times
 
 ROUNDS = {1: 15, 4: 7}  # number of rounds, by the number of passes per step
-EXPORT_FORMATS = r"model\.(encoder|decoder)\.layers\.\d+\.(self_attn|encoder_attn)\.(q|v)_proj"
+TARGETS = r"model\.(encoder|decoder)\.layers\.\d+\.(self_attn|encoder_attn)\.(q|v)_proj"
 EXTRA_TRAINABLE = ("visual_embedding", "biases", "norms")
 
 
@@ -49,7 +49,7 @@ def ours(model: VLBart):
 
 def peers(model: VLBart, *, use_dora: bool):
     extra = list(parameters_by_name(model, EXTRA_TRAINABLE).values())
-    config = peft.LoraConfig(r=128, lora_alpha=128, target_modules=EXPORT_FORMATS, use_dora=use_dora)
+    config = peft.LoraConfig(r=128, lora_alpha=128, target_modules=TARGETS, use_dora=use_dora)
     wrapped = peft.get_peft_model(model, config)
     return wrapped, [*extra, *(p for p in wrapped.parameters() if p.requires_grad)]
 

@@ -25,7 +25,7 @@ from tests.shared.data.vlm_rows import write_pictures
 PAGE = Path(__file__).parents[1] / "models" / "vl" / "vlm" / "encoding" / "trl_preferences.json"
 # Tiny models, and the token that ends their turns: on both sides no white space is behind it, which TRL would learn
 MODELS = {"qwen2_5_vl": "<|im_end|>", "gemma3": "<end_of_turn>", "llava_next": "<|im_end|>"}
-EXPORT_FORMATS = r".*(language_model|text).*\.(q_proj|v_proj)"
+TARGETS = r".*(language_model|text).*\.(q_proj|v_proj)"
 SETTINGS: dict[str, dict[str, Any]] = {  # ours, by a name
     "sigmoid": {},
     "beta": {"beta": 0.5},
@@ -105,7 +105,7 @@ def trainer_of(model: Any, processor: Any, rows: list[dict[str, Any]], folder: P
         report_to=[],
         remove_unused_columns=False,
     )
-    adapter = LoraConfig(r=2, lora_alpha=2, use_dora=True, target_modules=EXPORT_FORMATS)
+    adapter = LoraConfig(r=2, lora_alpha=2, use_dora=True, target_modules=TARGETS)
     data = Dataset.from_list([{**row, "images": []} for row in rows])
     return DPOTrainer(model, args=arguments, train_dataset=data, processing_class=processor, peft_config=adapter)
 

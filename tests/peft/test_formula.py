@@ -190,6 +190,30 @@ def test_one_graph_without_breaks():
             assert relative_error(compiled(x), ours(x)) < 1e-6
 
 
+def test_an_eager_evaluation_leads_to_no_other_graph():
+    ours, x, graphs = fused(adapted("Linear")).eval(), example("Linear"), []
+    torch.compiler.reset()
+    compiled = torch.compile(ours, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    with torch.no_grad():
+        compiled(x)
+        ours(x)  # keeps its norms
+        compiled(x)
+    assert len(graphs) == 1
+
+
+def test_the_gradient_of_a_magnitude_in_float32_is_not_rounded_to_half_precision(monkeypatch):
+    pytest.importorskip("triton")
+    from dora_mm.kernels.dora_linear import TRITON
+
+    ours = fused(adapted("Linear").half())
+    magnitude = ours.base_model.model.layer.lora_magnitude_vector["0"].float().weight
+    x = example("Linear").half()
+    monkeypatch.setitem(backend.CHOSEN, False, TRITON)
+    (dm,) = torch.autograd.grad(ours(x).float().square().sum(), magnitude)
+    assert dm.dtype == torch.float32
+    assert not torch.equal(dm, dm.half().float())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "autocast"),

@@ -15,11 +15,11 @@ from dora_mm.data.vl.tables import open_table
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.tasks.preferences import Preferences, pairs_of, without_adapters
 from tests.documented.trl_preferences import (
-    EXPORT_FORMATS,
     MODELS,
     PAGE,
     PAIRS,
     SETTINGS,
+    TARGETS,
     WITH_GRADIENTS,
     set_values,
     without_white_space,
@@ -40,7 +40,7 @@ def test_losses_margins_and_gradients_are_those_of_trl(name, tiny_vlm, pictures,
     source = SourceConfig(format="preferences", file=str(tmp_path / "pairs.jsonl"), images=str(pictures))
     vlm = VLM(VLMModelConfig(path=str(tiny_vlm(name))))
     without_white_space(vlm.rows.processor, MODELS[name])
-    config = VLAdapterConfig.model_validate({"rank": 2, "parts": [f"re:{EXPORT_FORMATS}"]})
+    config = VLAdapterConfig.model_validate({"rank": 2, "parts": [f"re:{TARGETS}"]})
     adapt(vlm.networks, vlm.target_maps, config, seed=0, backend="torch")
     ours = dora_mm.adapter_parameters(vlm.model)
     names = THEIRS[name]["sigmoid"]["gradients"]
