@@ -94,8 +94,8 @@ def load_triton() -> tuple[Forward | None, str]:
         The forward function and "", or None and the reason why Triton does not work here.
     """
     try:
-        from dora_mm.kernels.cards import look_at
         from dora_mm.kernels.dora_linear import TRITON
+        from dora_mm.kernels.gpus import look_at
 
         if torch.cuda.is_available() and (has := torch.cuda.get_device_capability()) < LEAST_CAPABILITY:
             return None, f"it needs compute capability 8.0, and {torch.cuda.get_device_name()} has {has[0]}.{has[1]}"
@@ -117,9 +117,9 @@ def _agrees_with_torch(function: Forward) -> bool:
     odd, even = (40, 70, 86, 5), (300, 256, 272, 80)  # tokens, in, out, rank
     trials = [(torch.float32, odd), (torch.float16, odd)]
     if torch.cuda.is_available():  # Triton's interpreter has no bf16, and is slow for large sizes
-        from dora_mm.kernels.cards import card
+        from dora_mm.kernels.gpus import gpu
 
-        chosen = card(torch.empty(0, device="cuda"))
+        chosen = gpu(torch.empty(0, device="cuda"))
         large = (300, chosen.vendor_from, chosen.vendor_from_back, 80)
         trials = [(d, sizes) for d in (torch.float32, torch.float16, torch.bfloat16) for sizes in (odd, even, large)]
     for dtype, sizes in trials:
@@ -137,9 +137,9 @@ def _trial(
     from dora_mm.core.functional import Adapter
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    drawn = torch.Generator().manual_seed(0)
+    stream = torch.Generator().manual_seed(0)
     sizes = ((tokens, num_in), (num_out, num_in), (rank, num_in), (num_out, rank))
-    x, W0, A, B = (torch.randn(*size, generator=drawn, device="cpu").to(device) for size in sizes)
+    x, W0, A, B = (torch.randn(*size, generator=stream, device="cpu").to(device) for size in sizes)
     x, W0, m = x.to(dtype), W0.to(dtype), W0.norm(dim=1) * 1.1
     trained = [t.requires_grad_() for t in (x, A, B, m)]
     y = function(x, W0, None, [Adapter(A, B, m)], Options())

@@ -14,7 +14,7 @@ import numpy as np
 
 from dora_mm.config.loader import load_config
 from dora_mm.eval.gradients import GradientShape, read_gradients
-from dora_mm.eval.statistics import Interval, columns
+from dora_mm.eval.statistics import ConfidenceInterval, columns
 from dora_mm.studies.analysis import distinct_names, find_sources, read_points
 from dora_mm.studies.campaigns.training_rows import TrainingRows, rows_file
 from dora_mm.studies.config import CampaignConfig
@@ -97,8 +97,8 @@ def main(
 
     folder = new_folder("analysis", output, fill)
     print(f"{page}\n\npage     {folder / 'analysis.md'}")
-    if (picture := folder / "changes.svg").exists():
-        print(f"figure   {picture}")
+    if (image := folder / "changes.svg").exists():
+        print(f"figure   {image}")
 
 
 def grouped(points: Sequence[WeightPoint]) -> dict[str, list[WeightPoint]]:
@@ -148,8 +148,8 @@ def relation_row(name: str, found: Relation) -> dict[str, str]:
     return {"of_each_training": name, **cells}
 
 
-def six_digits(interval: Interval | None) -> dict[str, str]:
-    return columns(interval, "{:.6g}")
+def six_digits(ci: ConfidenceInterval | None) -> dict[str, str]:
+    return columns(ci, "{:.6g}")
 
 
 def scores_of(path: str) -> dict[str, float]:
@@ -186,8 +186,8 @@ def about_gradients(rows: Sequence[Mapping[str, str]]) -> list[str]:
     return [GRADIENTS, markdown_records(table)]
 
 
-def shown(interval: Interval | None) -> str:
-    return "-" if interval is None else interval.text("{:.3g}")
+def shown(ci: ConfidenceInterval | None) -> str:
+    return "-" if ci is None else ci.text("{:.3g}")
 
 
 def cells_of(values: Mapping[str, str | float]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from dora_mm.data.images.frames import VIDEO_SUFFIXES, check_video, is_video
 from dora_mm.data.images.pixels import SUFFIXES, load_rgb
 from dora_mm.data.vl.example import IMAGE, VIDEO, Answer, Example, Turn, escaped
 from dora_mm.data.vl.splits import usual_opening
-from dora_mm.models.vl.families import load_to_ask
+from dora_mm.models.vl.families import load_for_questions
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.utils.day import today
@@ -63,7 +63,7 @@ def main(
         raise ValueError("QUESTION is empty" if not question.strip() else "--then is empty")
     folder = formats.adapter_folder(resolve_path(adapter, "--adapter")) if adapter else None
     run = saved_config(folder) if folder else None
-    vl = load_to_ask(
+    vl = load_for_questions(
         path,
         (run.model, run.vision) if run else None,
         seed=seed_of(folder) if folder and run else 0,
@@ -73,7 +73,7 @@ def main(
         today=today(),
     )
     _check(vl, path, files, then, system)
-    task = asked_task(vl, run)
+    task = requested_task(vl, run)
     usual, behind = _opening_of(run, task) if run is not None and vl.converses else (None, "")
     opening = (usual if system is None else system, behind)
     answer = vl.answerer(task, DecodeConfig(max_new_tokens=max_new_tokens), ())
@@ -82,9 +82,9 @@ def main(
         print("\n".join(bare))
         return
     load_trained(vl, folder, backend="auto")
-    for asked, before, after in zip(questions, bare, conversed(answer, questions, files, *opening), strict=True):
+    for prompt, before, after in zip(questions, bare, conversed(answer, questions, files, *opening), strict=True):
         if then:
-            print(f"question:        {asked}")
+            print(f"question:        {prompt}")
         print(f"without adapter: {before}")
         print(f"with adapter:    {after}")
 
@@ -104,11 +104,11 @@ def _check(vl: VLModel, path: str, files: Sequence[str], then: Sequence[str], sy
         raise ValueError(f"{key}: {path} has no chat template, and reads a single question")
 
 
-def asked_task(vl: VLModel, run: TrainVLConfig | None) -> str:
+def requested_task(vl: VLModel, run: TrainVLConfig | None) -> str:
     """The task as which a question is asked: that of the run, conversations before others, where it asks questions."""
     tasks = [task.task for task in run.data.all_tasks] if run else []
-    asked = [task for task in tasks if TASKS[task].chosen_from is None and "{text}" in (TASKS[task].prompt or "")]
-    return min(asked, key=lambda task: TASKS[task].kind != "conversations", default=vl.question_task)
+    prompt = [task for task in tasks if TASKS[task].chosen_from is None and "{text}" in (TASKS[task].prompt or "")]
+    return min(prompt, key=lambda task: TASKS[task].kind != "conversations", default=vl.question_task)
 
 
 def _opening_of(run: TrainVLConfig, task: str) -> tuple[str | None, str]:

@@ -13,7 +13,7 @@ from dora_mm.data.images.captions import METADATA
 from dora_mm.data.images.folder import uncaptioned_images
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import Example
-from dora_mm.models.vl.families import load_to_ask
+from dora_mm.models.vl.families import load_for_questions
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.utils.day import today
 from dora_mm.utils.devices import default_device
@@ -61,7 +61,7 @@ def main(
     path = resolve_model(model, "--model")
     given = {key: value for key, value in (("dtype", dtype), ("revision", revision)) if value}
     settings: dict[str, Any] = {"seed": 0, "trained_tower": False, "device": default_device(), "today": today()}
-    vl = load_to_ask(path, None, given=given, **settings)
+    vl = load_for_questions(path, None, given=given, **settings)
     without = write_captions(vl, images, prompt, file, DecodeConfig(max_new_tokens=max_new_tokens), batch_size)
     print(f"{len(images) - len(without)} captions in {file}, {num_captioned} images had theirs")
     if without:

@@ -20,20 +20,20 @@ def main() -> None:
     import psutil
     import torch
 
-    from dora_mm.preview.machine import cards, largest_card
+    from dora_mm.preview.machine import gpus, largest_gpu
 
     memory, disk = psutil.virtual_memory().total / 2**30, shutil.disk_usage(Path.cwd()).free / 2**30
     print(f"machine   {psutil.cpu_count()} cores, {memory:.0f} GB of memory, {disk:.0f} GB free on this disk")
-    for card in cards():
-        print(f"gpu       {card.name}, {card.memory:.1f} GB, {card.precision}")
-    if not cards():
-        print(f"gpu       {without_card(torch.__version__)}")
+    for gpu in gpus():
+        print(f"gpu       {gpu.name}, {gpu.memory:.1f} GB, {gpu.precision}")
+    if not gpus():
+        print(f"gpu       {without_gpu(torch.__version__)}")
     print(f"torch     {torch.__version__}")
     print(f"packages  {', '.join(f'{name} {installed(name)}' for name in SHOWN)}")
     print_missing()
-    card = largest_card()
+    gpu = largest_gpu()
     for family, recipes in starts().items():
-        print(f"recipe    {family:<8} {recipe_line(recipes, card.memory if card else 0)}")
+        print(f"recipe    {family:<8} {recipe_line(recipes, gpu.memory if gpu else 0)}")
 
 
 def print_missing() -> None:
@@ -44,7 +44,7 @@ def print_missing() -> None:
             print(f"{what:<9} {', '.join(problems)}: pip install 'dora_mm[{extra}]'")
 
 
-def without_card(torch_version: str) -> str:
+def without_gpu(torch_version: str) -> str:
     """Why there is no GPU, as far as it can be told."""
     if shutil.which("nvidia-smi") and "+cpu" in torch_version:
         return f"one that torch {torch_version} cannot use: install a build for it, {CUDA_BUILDS}"

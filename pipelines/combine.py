@@ -5,7 +5,7 @@ from typing import Any
 
 from dora_mm.config.paths import resolve_adapter, resolve_model
 from dora_mm.formats.commands.combine import combine
-from dora_mm.formats.commands.described import described
+from dora_mm.formats.commands.conversion_text import conversion_text
 from dora_mm.models.opening import base_of
 from dora_mm.utils.home import expanded
 
@@ -31,4 +31,4 @@ def main(sources: Sequence[str], out: str, to: str, *, base: str | None = None, 
     done = combine(files, expanded(out), to=to, base=model, **settings)
     if base is None and model is not None:
         print(f"base     {model}, as the headers say")
-    print(described(done, to))
+    print(conversion_text(done, to))

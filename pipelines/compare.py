@@ -11,8 +11,8 @@ from pathlib import Path
 
 from dora_mm.studies.campaigns.comparison import MethodComparison
 from dora_mm.studies.campaigns.evaluation import Evaluation
-from dora_mm.studies.campaigns.pictures import PictureEvaluation
-from dora_mm.studies.campaigns.questions import QuestionEvaluation
+from dora_mm.studies.campaigns.images import ImageEvaluation
+from dora_mm.studies.campaigns.vl import VLEvaluation
 from dora_mm.studies.config import CompareConfig
 from dora_mm.utils.lock import only_writer
 
@@ -47,7 +47,7 @@ def main(config: CompareConfig, *, resume: Path | None = None, report: bool = Fa
 
 def build_evaluation(config: CompareConfig) -> Evaluation:
     """Builds what the trainings have in common and how they are scored, and checks all that the config names."""
-    if config.pictures is not None:
-        return PictureEvaluation(config, config.pictures)
-    assert config.questions is not None
-    return QuestionEvaluation(config, config.questions)
+    if config.images is not None:
+        return ImageEvaluation(config, config.images)
+    assert config.vl is not None
+    return VLEvaluation(config, config.vl)

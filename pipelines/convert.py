@@ -3,8 +3,8 @@
 from typing import Any
 
 from dora_mm.config.paths import resolve_adapter, resolve_model
+from dora_mm.formats.commands.conversion_text import conversion_text
 from dora_mm.formats.commands.convert import convert
-from dora_mm.formats.commands.described import described
 from dora_mm.models.opening import base_of
 from dora_mm.utils.home import expanded
 
@@ -28,4 +28,4 @@ def main(source: str, out: str, to: str, *, base: str | None = None, **settings:
     done = convert(file, expanded(out), to=to, base=model, **settings)
     if base is None and model is not None:
         print(f"base     {model}, as the header says")
-    print(described(done, to))
+    print(conversion_text(done, to))

@@ -1,6 +1,6 @@
 """Scores a style adapter: does it draw in the style, and does it still draw what the prompt names?
 
-A fitted judge (`fit_judge`) scores images of things that no adapter was trained on, drawn by the bare model (with
+A fitted judge (`fit_classifier`) scores images of things that no adapter was trained on, drawn by the bare model (with
 prompts that it knows, and with the adapter's prompts) and by the adapter. The table has 95 % intervals over things.
 """
 
@@ -13,34 +13,34 @@ from typing import get_args
 
 from PIL import Image
 
+from dora_mm.config.generation import ClassifiedStyle, EvalDiffusionConfig, ImageGenerationConfig
 from dora_mm.config.paths import resolve_adapter, resolve_model, resolve_path
-from dora_mm.config.pictures import EvalDiffusionConfig, JudgedStyle, PicturesConfig
 from dora_mm.data.images.pixels import load_rgb
+from dora_mm.eval.images.classifier import Classifier
 from dora_mm.eval.images.clip import ClipSimilarity, read_references
 from dora_mm.eval.images.concepts import Concept
 from dora_mm.eval.images.encoder import Encoder
-from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.images.prompts import fill
 from dora_mm.eval.images.scores import (
     conclusion,
-    format_interval,
+    format_ci,
     metrics_table,
     scores_per_image,
     summarize,
     write_json,
 )
-from dora_mm.eval.statistics import Interval, mean_interval
+from dora_mm.eval.statistics import ConfidenceInterval, mean_ci
 from dora_mm.formats.adapter_file import find_file
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.formats.identity import adapter_digest
 from dora_mm.models.images.families import identity_of
-from dora_mm.sampling.drawing import PictureJob
-from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.jobs.job_row import Weights
-from dora_mm.sampling.jobs.picture import Picture
+from dora_mm.sampling.batch.prompt_row import Weights
+from dora_mm.sampling.batch.requests import ImageRequest
+from dora_mm.sampling.contact_sheets import save_atomically
+from dora_mm.sampling.generating import BatchGeneration
+from dora_mm.sampling.grids import image_grid
 from dora_mm.sampling.manifest import write_manifest
 from dora_mm.sampling.model import load_model
-from dora_mm.sampling.sheets import save_atomically
 from dora_mm.sampling.strengths import as_strength
 from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.utils import yaml12
@@ -51,7 +51,7 @@ from dora_mm.utils.run_directory import RunDirectory
 from dora_mm.utils.tables import markdown_table
 
 log = logging.getLogger(__name__)
-SHEET_COLUMNS = 10
+CONTACT_SHEET_COLUMNS = 10
 BARE_FLAT, BARE, ADAPTER = "bare model, flat prompts", "bare model", "adapter"
 
 
@@ -71,28 +71,28 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
             for another model. The run directory is created only after these checks. Or `output` is that of another
             evaluation, or some images could not be drawn; all others are then.
     """
-    processes, judge = started_together(), Judge.load(resolve_path(config.judge, "judge"))
-    concepts = judge.choose(config.concepts.role, config.concepts.count)
+    processes, classifier = started_together(), Classifier.load(resolve_path(config.classifier, "judge"))
+    concepts = classifier.choose(config.concepts.role, config.concepts.count)
     if processes.is_main:
         check_reopened(config, inputs_of(config))
-    loaded = load_model(pictures_config(config), [config.adapter.path] if config.adapter else [])
+    loaded = load_model(generation_config(config), [config.adapter.path] if config.adapter else [])
     model, device = loaded.model, loaded.model.device
-    model.check_rescale(config.draw.guidance_rescale, "draw.guidance_rescale")
-    judge.check_model(model.resolution, module_digest(model.vae))
-    pictures = pictures_of(config, concepts)
-    loaded.load(pictures)
-    loaded.check_adapters([picture for picture in pictures if picture.weights])
+    model.check_rescale(config.sampling.guidance_rescale, "sampling.guidance_rescale")
+    classifier.check_model(model.resolution, module_digest(model.vae))
+    requests = requests_of(config, concepts)
+    loaded.load(requests)
+    loaded.check_adapters([request for request in requests if request.weights])
     encoder = Encoder(device)
     references = read_references(config.clip.images) if config.clip and config.clip.images else []
     clip = ClipSimilarity(resolve_model(config.clip.path, "clip.path"), device) if config.clip else None
     if other := about_style(config):
         log.warning(other)
     with processes.run(evaluation_run(config, inputs_of(config))) as run:
-        job = loaded.draw(run.path, pictures, config.draw.batch_size, processes)
+        generation = loaded.generate(run.path, requests, config.sampling.batch_size, processes)
         if not processes.is_main:
             return
-        job.raise_failures()
-        score(config, run, judge, encoder, clip, references, concepts, job)
+        generation.raise_failures()
+        score(config, run, classifier, encoder, clip, references, concepts, generation)
     if other:
         log.warning(other)
 
@@ -100,15 +100,15 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
 def inputs_of(config: EvalDiffusionConfig) -> dict[str, str]:
     """Digests of all that the config refers to, by a description of each; of a hub model, once it was downloaded."""
     inputs = identity_of(config.model).inputs
-    inputs["the judge"] = files_digest(resolve_path(config.judge, "judge").glob("judge.*"))
+    inputs["the judge"] = files_digest(resolve_path(config.classifier, "judge").glob("judge.*"))
     if config.adapter:
         inputs["the adapter"] = adapter_digest(resolve_path(config.adapter.path, "adapter.path"))
     return inputs
 
 
-def pictures_config(config: EvalDiffusionConfig) -> PicturesConfig:
+def generation_config(config: EvalDiffusionConfig) -> ImageGenerationConfig:
     """The config of the model that the pictures are drawn with."""
-    return PicturesConfig(pipeline=config.pipeline, name=config.name, model=config.model)
+    return ImageGenerationConfig(pipeline=config.pipeline, name=config.name, model=config.model)
 
 
 def about_style(config: EvalDiffusionConfig) -> str:
@@ -122,7 +122,7 @@ def about_style(config: EvalDiffusionConfig) -> str:
     own = [each for each in folders if isinstance(each, str) and Path(each).parts[:1] != ("samples",)]
     if not own:
         return ""
-    styles = ", ".join(get_args(JudgedStyle))
+    styles = ", ".join(get_args(ClassifiedStyle))
     return (
         f"The judge knows the styles {styles} alone: it scores what {config.adapter.path} has learned from {own[0]} as "
         f"{config.style}, so a low share says nothing of a style of your own"
@@ -132,45 +132,45 @@ def about_style(config: EvalDiffusionConfig) -> str:
 def score(
     config: EvalDiffusionConfig,
     run: RunDirectory,
-    judge: Judge,
+    classifier: Classifier,
     encoder: Encoder,
     clip: ClipSimilarity | None,
     references: list[Image.Image],
     concepts: list[Concept],
-    job: PictureJob,
+    generation: BatchGeneration,
 ) -> None:
     """Scores the pictures, writes all files of the run directory but the pictures, and prints the table."""
     seeds = config.concepts.seeds
-    images, cosines = images_of(job, 3 if config.adapter else 2), {}
+    images, cosines = images_of(generation, 3 if config.adapter else 2), {}
     if clip and config.clip:
         texts = [fill(config.clip.text, concept) for concept in concepts for _ in seeds]
-        cosines = {name: clip.cosines(drawn, texts, references) for name, drawn in images.items()}
+        cosines = {name: clip.cosines(generated, texts, references) for name, generated in images.items()}
     metrics, scored = {}, []
-    for name, drawn in images.items():
-        scores = judge.scores(encoder(drawn), concepts, seeds)
+    for name, generated in images.items():
+        scores = classifier.scores(encoder(generated), concepts, seeds)
         scores.save(run.path / "scores" / f"{file_name(name)}.json")
         # Also for the bare model on flat prompts, which should be flat: how much of the style the judge sees in it.
-        metrics[name] = summarize(scores, config.style, judge.style_space, over_seeds=False)
+        metrics[name] = summarize(scores, config.style, classifier.style_space, over_seeds=False)
         scored += scores_per_image(scores.cells(config.style) | cosines.get(name, {}))
-    job.scores = dict(enumerate(scored))
-    write_manifest(run.path, job.entries())
+    generation.scores = dict(enumerate(scored))
+    write_manifest(run.path, generation.entries())
     similarity = {
-        name: {key: mean_interval(values.reshape(-1, len(seeds)), over_runs=False) for key, values in row.items()}
+        name: {key: mean_ci(values.reshape(-1, len(seeds)), over_runs=False) for key, values in row.items()}
         for name, row in cosines.items()
     }
-    report(config, run, judge, metrics, similarity)
-    save_sheet(run, images, concepts, len(seeds))
+    report(config, run, classifier, metrics, similarity)
+    save_contact_sheet(run, images, concepts, len(seeds))
     print(f"\n{conclusion(metrics[BARE], metrics.get(ADAPTER))}")
 
 
-def pictures_of(config: EvalDiffusionConfig, concepts: Sequence[Concept]) -> list[Picture]:
+def requests_of(config: EvalDiffusionConfig, concepts: Sequence[Concept]) -> list[ImageRequest]:
     """The pictures of all rows of the table: samples/<row of the table>/<concept>-seed<seed>.png.
 
     The adapter's are the last ones, since weights of method full replace those of the base.
     """
-    draw = config.draw
-    settings = draw.negative_prompt, 0, draw.steps, draw.guidance, None, None, None
-    common = Picture(0, "", *settings, (), 1.0, draw.guidance_rescale)
+    sampling = config.sampling
+    settings = sampling.negative_prompt, 0, sampling.steps, sampling.guidance, None, None, None
+    common = ImageRequest(0, "", *settings, (), 1.0, sampling.guidance_rescale)
     rows: list[tuple[str, str, Weights]] = [(BARE_FLAT, config.flat_prompt, ()), (BARE, config.prompt, ())]
     if config.adapter:
         rows.append((ADAPTER, config.prompt, ((config.adapter.path, as_strength(config.adapter.strength)),)))
@@ -189,10 +189,10 @@ def pictures_of(config: EvalDiffusionConfig, concepts: Sequence[Concept]) -> lis
     ]
 
 
-def images_of(job: PictureJob, num_rows: int) -> dict[str, list[Image.Image]]:
+def images_of(generation: BatchGeneration, num_rows: int) -> dict[str, list[Image.Image]]:
     """The pictures of a job by the row of the table."""
     names = (BARE_FLAT, BARE, ADAPTER)[:num_rows]
-    images = [load_rgb(job.file(index), "white") for index in range(len(job.pictures))]
+    images = [load_rgb(generation.file(index), "white") for index in range(len(generation.requests))]
     length = len(images) // num_rows
     return {name: images[number * length : (number + 1) * length] for number, name in enumerate(names)}
 
@@ -204,36 +204,36 @@ def file_name(row: str) -> str:
 def report(
     config: EvalDiffusionConfig,
     run: RunDirectory,
-    judge: Judge,
-    metrics: dict[str, dict[str, Interval]],
-    similarity: dict[str, dict[str, Interval]],
+    classifier: Classifier,
+    metrics: dict[str, dict[str, ConfidenceInterval]],
+    similarity: dict[str, dict[str, ConfidenceInterval]],
 ) -> None:
     """Writes table.md and metrics.json, and prints the table."""
-    count = judge.choose(config.concepts.role, config.concepts.count)
+    count = classifier.choose(config.concepts.role, config.concepts.count)
     lines = [
         f"style {config.style}: {len(count)} things x {len(config.concepts.seeds)} seeds, 95 % intervals over things",
         metrics_table(metrics),
-        judge.describe(),
+        classifier.describe(),
     ]
     if similarity:
         headings = list(next(iter(similarity.values())))
-        rows = [[name, *(format_interval(cells[key], False) for key in headings)] for name, cells in similarity.items()]
+        rows = [[name, *(format_ci(cells[key], False) for key in headings)] for name, cells in similarity.items()]
         lines.insert(2, markdown_table(["", *headings], rows))
     text = "\n\n".join(lines)
     write_text(run.path / "table.md", text + "\n")
     values = {name: {key: value.as_dict() for key, value in cells.items()} for name, cells in metrics.items()}
     for name, cells in similarity.items():
         values[name] |= {key: value.as_dict() for key, value in cells.items()}
-    write_json(run.path / "metrics.json", {"style": config.style, "rows": values, "judge": judge.report})
+    write_json(run.path / "metrics.json", {"style": config.style, "rows": values, "classifier": classifier.report})
     print(text)
     print(f"\ntable    {run.path / 'table.md'}")
 
 
-def save_sheet(
+def save_contact_sheet(
     run: RunDirectory, images: dict[str, list[Image.Image]], concepts: list[Concept], num_seeds: int
 ) -> None:
     """Saves a sheet with the first concepts and the first seed: one row for each row of the table."""
-    columns = concepts[:SHEET_COLUMNS]
-    rows = [drawn[: len(columns) * num_seeds : num_seeds] for drawn in images.values()]
-    save_atomically(run.sheet, sheet(rows, list(images), [concept.name for concept in columns]))
-    print(f"sheet    {run.sheet}")
+    columns = concepts[:CONTACT_SHEET_COLUMNS]
+    rows = [generated[: len(columns) * num_seeds : num_seeds] for generated in images.values()]
+    save_atomically(run.contact_sheet, image_grid(rows, list(images), [concept.name for concept in columns]))
+    print(f"sheet    {run.contact_sheet}")

@@ -36,7 +36,7 @@ def main(config: EvalServerConfig, *, resume: Path | None = None) -> None:
             processes were started.
     """
     if num_started() > 1:
-        raise ValueError("eval_server asks server.at_once rows at a time in one process: start it without torchrun")
+        raise ValueError("eval_server asks server.concurrency rows at a time in one process: start it without torchrun")
     server = Server(config.server)
     served = ServerAnswers(server, server.model(), config.decode, config.prompts)
     splits = splits_of(config, served)
@@ -45,7 +45,7 @@ def main(config: EvalServerConfig, *, resume: Path | None = None) -> None:
     answers = {name: served.answerer(name) for name in splits}
     with evaluation_run(config, inputs) as run:
         kept = AnswersFolder(run.path / ANSWERS, images_digest)
-        answered = answer_all(answers, (), splits, config.server.at_once, folder=kept)
+        answered = answer_all(answers, (), splits, config.server.concurrency, folder=kept)
         if served.num_cut:
             log.warning("%d answers were cut at the most tokens: see decode.max_new_tokens", served.num_cut)
         settings = {"decode": config.decode.model_dump(mode="json"), "server": {"model": served.model}}

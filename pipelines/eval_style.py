@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dora_mm.config.generation import EvalStyleConfig
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.paths import resolve_path
-from dora_mm.config.pictures import EvalStyleConfig
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_captioned_images
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.images.shared_words import PLACEHOLDER, THINGS
@@ -24,14 +24,14 @@ from dora_mm.eval.images import own_style
 from dora_mm.eval.images.scores import scores_per_image, write_json
 from dora_mm.formats.identity import adapter_digest
 from dora_mm.models.images.families import identity_of
-from dora_mm.sampling.drawing import PictureJob
-from dora_mm.sampling.grids import below, sheet
-from dora_mm.sampling.jobs.picture import Picture, template
+from dora_mm.sampling.batch.requests import ImageRequest, template
+from dora_mm.sampling.contact_sheets import label, save_atomically, thumbnail
+from dora_mm.sampling.generating import BatchGeneration
+from dora_mm.sampling.grids import below, image_grid
 from dora_mm.sampling.manifest import write_manifest
 from dora_mm.sampling.model import find_adapters, load_model, model_of
 from dora_mm.sampling.own_style import Vectors, images_of_training, prompts_in_style, vectors_by
 from dora_mm.sampling.reconstructed import reconstructed
-from dora_mm.sampling.sheets import label, save_atomically, thumbnail
 from dora_mm.sampling.trainings import training_of, with_usual_settings
 from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.utils.atomic import write_text
@@ -40,7 +40,7 @@ from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 BARE, ADAPTER, TRAINING, DIFFERENCE = "bare model", "adapter", "training pictures", "adapter minus bare"
-STYLED, PLAIN = "prompts in the style", "prompts without it"
+STYLED, STYLE_FREE = "prompts in the style", "prompts without it"
 SHOWN = 5  # of the best and the worst
 BACKGROUND = "white"  # of transparent pictures
 MEANING = (
@@ -73,18 +73,18 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
     loaded = load_model(config, {config.adapter.path})
     trained = training_of(loaded.adapters[config.adapter.path])
     images = training_images(config, trained)
-    styled, plain = prompts_of(config, trained, images)
-    pictures = pictures_of(config, styled + plain)
-    loaded.check(pictures)
+    styled, style_free = prompts_of(config, trained, images)
+    requests = requests_of(config, styled + style_free)
+    loaded.check(requests)
     vectors = vectors_by(loaded.model.device, config.clip_model, config.timm_model)
     inputs |= {**identity_of(base).inputs, "the training pictures": digest_of(images)}
     with processes.run(evaluation_run(config, inputs)) as run:
-        job = loaded.draw(run.path, pictures, config.batch_size, processes)
+        generation = loaded.generate(run.path, requests, config.batch_size, processes)
         if not processes.is_main:
             return
-        job.raise_failures()
+        generation.raise_failures()
         training = vectors.of_images(reconstructed(loaded.model, images, BACKGROUND))
-        score(config, run, job, vectors, training, images, styled, plain)
+        score(config, run, generation, vectors, training, images, styled, style_free)
 
 
 # --- what is drawn ---------------------------------------------------------------------------------------------------
@@ -107,10 +107,10 @@ def prompts_of(
     config: EvalStyleConfig, trained: TrainDiffusionConfig | None, images: Sequence[CaptionedImage]
 ) -> tuple[list[str], list[str]]:
     """The prompts in the style, and those without it: the config's, or what the training and its captions suggest."""
-    return list(config.prompts) or prompts_in_style(trained, images), list(config.plain_prompts or THINGS)
+    return list(config.prompts) or prompts_in_style(trained, images), list(config.prompts_without_style or THINGS)
 
 
-def pictures_of(config: EvalStyleConfig, prompts: Sequence[str]) -> list[Picture]:
+def requests_of(config: EvalStyleConfig, prompts: Sequence[str]) -> list[ImageRequest]:
     """Every prompt with every seed, first by the bare model, then by the adapted one."""
     common = template(config)
     return [
@@ -127,35 +127,37 @@ def pictures_of(config: EvalStyleConfig, prompts: Sequence[str]) -> list[Picture
 def score(
     config: EvalStyleConfig,
     run: RunDirectory,
-    job: PictureJob,
+    generation: BatchGeneration,
     vectors: Vectors,
     training: np.ndarray,
     images: Sequence[CaptionedImage],
     styled: Sequence[str],
-    plain: Sequence[str],
+    style_free: Sequence[str],
 ) -> None:
     """Scores the pictures, and writes and prints the table."""
     num_seeds, cut = len(config.seeds), len(styled) * len(config.seeds)
-    drawn = vectors.of_images([load_rgb(job.file(index), BACKGROUND) for index in range(len(job.pictures))])
-    bare, adapted = np.split(drawn, 2)
+    generated = vectors.of_images(
+        [load_rgb(generation.file(index), BACKGROUND) for index in range(len(generation.requests))]
+    )
+    bare, adapted = np.split(generated, 2)
     rows, cells = {}, {}
-    for part, prompts, chosen in ((STYLED, styled, slice(None, cut)), (PLAIN, plain, slice(cut, None))):
+    for part, prompts, chosen in ((STYLED, styled, slice(None, cut)), (STYLE_FREE, style_free, slice(cut, None))):
         texts = np.repeat(vectors.of_texts(prompts), num_seeds, axis=0) if vectors.of_texts else None
         both = {
             BARE: own_style.scores_of(bare[chosen], training, num_seeds, texts),
             ADAPTER: own_style.scores_of(adapted[chosen], training, num_seeds, texts, bare[chosen]),
         }
         cells |= {f"{name}, {part}": found.cells for name, found in both.items()}
-        rows |= {f"{name}, {part}": own_style.intervals(found) for name, found in both.items()}
+        rows |= {f"{name}, {part}": own_style.confidence_intervals(found) for name, found in both.items()}
         rows[f"{DIFFERENCE}, {part}"] = own_style.differences(both[ADAPTER], both[BARE])
-    rows[TRAINING] = own_style.intervals(own_style.among_themselves(training))
-    order = [f"{name}, {part}" for name in (BARE, ADAPTER) for part in (STYLED, PLAIN)]
-    job.scores = dict(enumerate(each for name in order for each in scores_per_image(cells[name])))
-    write_manifest(run.path, job.entries())
+    rows[TRAINING] = own_style.confidence_intervals(own_style.among_themselves(training))
+    order = [f"{name}, {part}" for name in (BARE, ADAPTER) for part in (STYLED, STYLE_FREE)]
+    generation.scores = dict(enumerate(each for name in order for each in scores_per_image(cells[name])))
+    write_manifest(run.path, generation.entries())
     report(config, run, rows, vectors.about, len(images))
     likeness = cells[f"{ADAPTER}, {STYLED}"][own_style.LIKENESS]
-    save_extremes(run, job, likeness, images, (adapted[:cut] @ training.T).argmax(axis=1))
-    added = [rows[f"{DIFFERENCE}, {part}"] for part in (STYLED, PLAIN)]
+    save_extremes(run, generation, likeness, images, (adapted[:cut] @ training.T).argmax(axis=1))
+    added = [rows[f"{DIFFERENCE}, {part}"] for part in (STYLED, STYLE_FREE)]
     nearest = [rows[name][own_style.NEAREST] for name in (f"{ADAPTER}, {STYLED}", TRAINING)]
     print(f"\n{own_style.conclusion(*added, *nearest)}")
 
@@ -172,34 +174,38 @@ def report(config: EvalStyleConfig, run: RunDirectory, rows: Any, about: str, nu
 
 
 def save_extremes(
-    run: RunDirectory, job: PictureJob, scores: np.ndarray, images: Sequence[CaptionedImage], nearest: np.ndarray
+    run: RunDirectory,
+    generation: BatchGeneration,
+    scores: np.ndarray,
+    images: Sequence[CaptionedImage],
+    nearest: np.ndarray,
 ) -> None:
     """Saves a sheet of the adapter's pictures most and least like the training pictures, with these.
 
     Args:
         run: The run directory.
-        job: The pictures.
+        generation: The pictures.
         scores: The likeness of each of the adapter's pictures in the style.
         images: The training pictures.
         nearest: The number of the training picture that is nearest to each.
     """
-    first = len(job.pictures) // 2
+    first = len(generation.requests) // 2
     order = np.argsort(-scores)
     shown = min(SHOWN, (len(order) + 1) // 2)
-    seeds = len({picture.seed for picture in job.pictures}) > 1
+    seeds = len({request.seed for request in generation.requests}) > 1
     parts = []
     for title, chosen in (("most like the training", order[:shown]), ("least like the training", order[::-1][:shown])):
-        drawn = {"no adapter": chosen, f"adapter: {title}": first + chosen}
-        rows = [[thumbnail(job.file(int(index))) for index in indices] for indices in drawn.values()]
+        generated = {"no adapter": chosen, f"adapter: {title}": first + chosen}
+        rows = [[thumbnail(generation.file(int(index))) for index in indices] for indices in generated.values()]
         rows.append([training_thumbnail(images[int(nearest[index])].path, rows[1][0].size) for index in chosen])
-        labels = [label(job.pictures[index], ["seed"] if seeds else []) for index in chosen]
-        parts.append(sheet(rows, [*drawn, "the training picture that is nearest to it"], labels))
-    save_atomically(run.sheet, below(parts))
-    print(f"sheet    {run.sheet}\nto look  dora-mm gallery {shlex.quote(str(run.path))}")
+        labels = [label(generation.requests[index], ["seed"] if seeds else []) for index in chosen]
+        parts.append(image_grid(rows, [*generated, "the training picture that is nearest to it"], labels))
+    save_atomically(run.contact_sheet, below(parts))
+    print(f"sheet    {run.contact_sheet}\nto look  dora-mm gallery {shlex.quote(str(run.path))}")
 
 
 def training_thumbnail(path: Path, size: tuple[int, int]) -> Image.Image:
     """A training picture, as large as the drawn ones at most."""
-    picture = load_rgb(path, BACKGROUND)
-    picture.thumbnail(size, Image.Resampling.LANCZOS)
-    return picture
+    request = load_rgb(path, BACKGROUND)
+    request.thumbnail(size, Image.Resampling.LANCZOS)
+    return request

@@ -18,7 +18,7 @@ from dora_mm.config.vl import EvalVLConfig
 from dora_mm.data.vl.example import Predictions
 from dora_mm.data.vl.splits import ValidationSet, open_validation, training_texts
 from dora_mm.eval.vl.boxes import with_grids
-from dora_mm.eval.vl.intervals import answer_scores, gain_over_question_only, points
+from dora_mm.eval.vl.confidence_intervals import answer_scores, gain_over_question_only, points
 from dora_mm.eval.vl.metrics import QUESTION_ONLY, QUESTION_ONLY_RULE, conclusion
 from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
 from dora_mm.eval.vl.reports import write_answers, write_examples, write_report
@@ -33,7 +33,7 @@ from dora_mm.sampling.answers import (
     KeptAnswer,
     Twice,
     answer_all,
-    answer_alone,
+    answer_unbatched,
     by_circumstances,
     mixed_circumstances,
     read_answers,
@@ -94,14 +94,14 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     with processes.run(evaluation_run(config, inputs | started_on(model.day))) as run:
         now = circumstances(about_layers(config.backend))
         kept = AnswersFolder(run.path / ANSWERS, model.content, processes, model.day, now)
-        asked = (answers, model.networks.values(), splits)
-        answered = answer_all(*asked, config.decode.batch_size, mapped=mapped, folder=kept)
-        twice = answer_alone(*asked, answered, mapped) if batches_decide(config) else {}
+        arguments = (answers, model.networks.values(), splits)
+        answered = answer_all(*arguments, config.decode.batch_size, mapped=mapped, folder=kept)
+        twice = answer_unbatched(*arguments, answered, mapped) if batches_decide(config) else {}
         if not processes.is_main:
             return
         answered = {name: with_grids(rows, model.box_grid) for name, rows in answered.items()}
-        alone = report_alone(twice, config.model.dtype)
-        scores = report_all(config, run, answered, splits, inputs, alone, model.day.recorded or "")
+        unbatched = report_single_process(twice, config.model.dtype)
+        scores = report_all(config, run, answered, splits, inputs, unbatched, model.day.recorded or "")
         if config.same_as:
             report_same(config.same_as, run, splits, earlier, model.day)
         print(f"\n{conclusion(scores, adapted=folder is not None)}")
@@ -124,7 +124,7 @@ def batches_decide(config: EvalVLConfig) -> bool:
     return is_half and decode.temperature > 0 and decode.answers == "generate" and decode.batch_size > 1
 
 
-def report_alone(twice: Mapping[str, Twice], dtype: str) -> dict[str, Any]:
+def report_single_process(twice: Mapping[str, Twice], dtype: str) -> dict[str, Any]:
     """Prints which share of answers are others where each row is answered alone; returns it, by task."""
     found: dict[str, Any] = {}
     for name, rows in twice.items():
@@ -192,7 +192,7 @@ def report_same(
         now = answers[-1].circumstances if answers else NOTHING
         if message := about_kept(by_circumstances(earlier[name]), now, f"answers of {other}"):
             log.warning(message)
-    if day.asked and day.date != (theirs := day_of_run(resolve_path(other, "same_as")).date):
+    if day.num_requests and day.date != (theirs := day_of_run(resolve_path(other, "same_as")).date):
         found["days"] = [day.date, theirs]
         print(f"same     the chat template asks for the day: rows have {day.date} here, and {theirs} in {other}")
     write_text(run.path / "same_answers.json", json.dumps({"same_as": other, **found}, indent=2) + "\n")
@@ -213,15 +213,15 @@ def report_all(
     answered: dict[str, Predictions],
     splits: dict[str, ValidationSet],
     inputs: Mapping[str, Any],
-    alone: Mapping[str, Any],
+    unbatched: Mapping[str, Any],
     day: str,
 ) -> dict[str, VLScores]:
     """Scores the answers, writes all files of the run directory, and prints the report; returns the scores by task.
 
-    What `report_alone` returns is a part of the settings, under `others_alone`. The day is that of `About`.
+    What `report_single_process` returns is a part of the settings, under `others_alone`. The day is that of `About`.
     """
     settings = {"decode": config.decode.model_dump(mode="json"), "model": config.model.model_dump(mode="json")}
-    settings |= {"others_alone": alone} if alone else {}
+    settings |= {"others_alone": unbatched} if unbatched else {}
     notes = {name: mixed_circumstances(run.path / ANSWERS, name) for name in answered}
     scores = write_answers(run.path, answered, settings, inputs, getattr(config.model, "prompts", {}), notes, day)
     scores = {name: with_question_only_accuracy(config, name, found, answered[name]) for name, found in scores.items()}

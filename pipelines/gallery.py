@@ -5,9 +5,9 @@ from pathlib import Path
 
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.vl import TrainVLConfig
-from dora_mm.sampling.gallery import GALLERY, INDEX, fill_gallery, read_pictures, write_gallery
+from dora_mm.sampling.gallery import GALLERY, INDEX, fill_gallery, read_images, write_gallery
 from dora_mm.sampling.gallery.training import training_config
-from dora_mm.sampling.next_steps import asking_command, drawing_command
+from dora_mm.sampling.next_steps import asking_command, sampling_command
 from dora_mm.utils.folders import new_folder
 from dora_mm.utils.run_directory import RunDirectory
 
@@ -22,7 +22,7 @@ def main(runs: Sequence[Path], *, output: Path | None = None) -> None:
     Raises:
         ValueError: A run has no manifest or a damaged one, or the folder holds something else than a gallery.
     """
-    entries = {run: read_pictures(run) for run in runs}
+    entries = {run: read_images(run) for run in runs}
     folder = output or (next(iter(entries)) / GALLERY if len(entries) == 1 else None)
     if folder is None:
         folder = new_folder("gallery", fill=lambda partial: fill_gallery(entries, partial, partial))
@@ -37,7 +37,7 @@ def next_step(runs: Sequence[Path]) -> str:
     for run in runs:
         config = training_config(run)
         if isinstance(config, TrainDiffusionConfig):
-            return f"to draw  {drawing_command(config, RunDirectory(run))}"
+            return f"to draw  {sampling_command(config, RunDirectory(run))}"
         if isinstance(config, TrainVLConfig):
             return f"to ask   {asking_command(config, RunDirectory(run))}"
     return "to go on  open it, mark the best with f, save them as a job: dora-mm sample favourites.jsonl"

@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from dora_mm.config import load_config
+from dora_mm.config.generation import GridConfig
 from dora_mm.config.paths import resolve_path
-from dora_mm.config.pictures import GridConfig
 from dora_mm.sampling.axes import cells_of, with_base_model
-from dora_mm.sampling.drawing import existing_run, picture_run
-from dora_mm.sampling.jobs.picture import about_bare, template
-from dora_mm.sampling.jobs.prompts import with_alternatives
+from dora_mm.sampling.batch.prompts import with_alternatives
+from dora_mm.sampling.batch.requests import about_bare, template
+from dora_mm.sampling.contact_sheets import save_grid
+from dora_mm.sampling.generating import existing_run, generation_run
 from dora_mm.sampling.model import find_adapters, load_model
-from dora_mm.sampling.sheets import save_grid
 from dora_mm.sampling.strengths import as_strength, scaled, strength_text
 from dora_mm.sampling.trainings import with_usual_settings
 from dora_mm.train.checkpoint import checkpoints, step_of
@@ -47,21 +47,21 @@ def main(config: GridConfig, *, resume: Path | None = None) -> None:
     adapters = {path for cell in cells for path, _ in cell.get("adapters", template(config).adapters)}
     config = with_usual_settings(config, find_adapters(adapters))
     common = template(config, prompt=config.prompt or "", seed=config.seed)
-    pictures = with_alternatives([replace(common, row=number, **cell) for number, cell in enumerate(cells, 1)])
+    requests = with_alternatives([replace(common, row=number, **cell) for number, cell in enumerate(cells, 1)])
     loaded = load_model(config, adapters)
-    loaded.check(pictures)
-    if bare := about_bare([p for p in pictures if not p.adapters and p.strength and not has_adapters], pictures):
+    loaded.check(requests)
+    if bare := about_bare([p for p in requests if not p.adapters and p.strength and not has_adapters], requests):
         log.warning(bare)
-    with processes.run(picture_run(config, found)) as run:
-        job = loaded.draw(run.path, pictures, config.batch_size, processes)
+    with processes.run(generation_run(config, found)) as run:
+        generation = loaded.generate(run.path, requests, config.batch_size, processes)
         if not processes.is_main:
             return
-        save_grid(job, run.sheet, [label for label, _ in rows], [label for label, _ in columns])
-        print(f"images    {len(job.done)} of {len(pictures)} in {run.samples}\nsheet     {run.sheet}")
+        save_grid(generation, run.contact_sheet, [label for label, _ in rows], [label for label, _ in columns])
+        print(f"images    {len(generation.done)} of {len(requests)} in {run.samples}\nsheet     {run.contact_sheet}")
         print(f"to look   dora-mm gallery {shlex.quote(str(run.path))}")
         if bare:
             log.warning(bare)
-        job.raise_failures()
+        generation.raise_failures()
 
 
 def checkpoint_folders(config: GridConfig) -> dict[str, str]:

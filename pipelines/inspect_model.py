@@ -18,11 +18,11 @@ from dora_mm.core import DoRASpec, InjectReport, TargetMap, inject
 from dora_mm.core.targets import match_modules, parts_in
 from dora_mm.formats.commands.inspection import Inspection, inspect_file
 from dora_mm.formats.commands.set_metadata import Edited, parse_entries, set_metadata
-from dora_mm.formats.files.places import STEMS
+from dora_mm.formats.files.locations import STEMS
 from dora_mm.formats.files.tensor_file import PICKLES
 from dora_mm.models.architectures import Network, networks_of
 from dora_mm.registries.tools import TOOLS
-from dora_mm.sampling.png import read_description
+from dora_mm.sampling.png import read_metadata
 from dora_mm.sampling.strengths import strength_text
 from dora_mm.targets import DERIVED, find, map_of
 from dora_mm.targets.derived import NAME, about_experts, about_left_out
@@ -79,10 +79,10 @@ def main(
     if (base or as_json or header) and (file is None or file.suffix.lower() == ".png"):
         raise ValueError(f"--base, --json and --header are for adapter files, and {path} is none: leave them out")
     if file is not None and file.suffix.lower() == ".png":
-        print(describe_picture(file))
+        print(describe_generated_image(file))
         return
-    if file is not None and (described := describe_single_file(file, targets)):
-        print(described)
+    if file is not None and (text_of := describe_single_file(file, targets)):
+        print(text_of)
     elif file is None:
         print(describe_model(resolve_model(path, "MODEL"), targets))
     elif targets is not None:
@@ -108,18 +108,18 @@ def adapter_file(path: str) -> Path | None:
     return formats.find_file(found) if others and not has_model else None
 
 
-def describe_picture(file: Path) -> str:
+def describe_generated_image(file: Path) -> str:
     """How a picture was drawn, with a line per setting."""
-    description = read_description(file)
-    prompt, negative_prompt, seed = description.batch[description.position]
-    model = {f"model {name}": value for name, value in vars(description.model).items() if value is not None}
+    metadata = read_metadata(file)
+    prompt, negative_prompt, seed = metadata.batch[metadata.position]
+    model = {f"model {name}": value for name, value in vars(metadata.model).items() if value is not None}
     adapters = {
         f"adapter {number}": f"{adapter.path} at strength {strength_text(adapter.strength)}, SHA-256 {adapter.digest}"
-        for number, adapter in enumerate(description.adapters, 1)
+        for number, adapter in enumerate(metadata.adapters, 1)
     }
     first = {"prompt": prompt, "negative prompt": negative_prompt, "seed": seed}
-    batch = {"batch": f"picture {description.position + 1} of {len(description.batch)}"}
-    groups = (first, description.settings, adapters, model, batch, description.environment, description.circumstances)
+    batch = {"batch": f"picture {metadata.position + 1} of {len(metadata.batch)}"}
+    groups = (first, metadata.settings, adapters, model, batch, metadata.environment, metadata.circumstances)
     lines = [line for group in groups for line in group.items()]
     return aligned_columns([(name, str(value)) for name, value in lines if value is not None], num_text=2)
 

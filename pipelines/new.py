@@ -14,9 +14,9 @@ from dora_mm.data.images.folder import CaptionedImage, read_captioned_images
 from dora_mm.data.images.masks import by_kind
 from dora_mm.data.images.shared_words import PLACEHOLDER, example_prompts, shared_word
 from dora_mm.models.hub import local_copy
-from dora_mm.preview.images import describe_captions, describe_length, describe_masks, describe_pictures, repeats_of
+from dora_mm.preview.images import describe_captions, describe_images, describe_length, describe_masks, repeats_of
 from dora_mm.preview.look import describe_look
-from dora_mm.preview.machine import fitting, largest_card
+from dora_mm.preview.machine import fitting, largest_gpu
 from dora_mm.utils.atomic import already_there
 from dora_mm.utils.folders import written_together
 from dora_mm.utils.home import expanded
@@ -25,7 +25,7 @@ from dora_mm.utils.yaml12 import MISSING, KeyPath, edited
 
 Changes = dict[KeyPath, Any]
 SMALL = 1e9  # bytes of the weights of a model that is trained on a processor
-STYLE_PICTURES = (23, 61)  # the numbers of pictures that the recipes' steps are for
+STYLE_IMAGES = (23, 61)  # the numbers of pictures that the recipes' steps are for
 FEWEST_STEPS, MOST_STEPS = 50, 10_000
 MOST_BETWEEN = 250  # steps from one checkpoint to the next: what a stop can lose
 FEW_ROWS = 1000  # of questions: fewer are seen three times
@@ -93,7 +93,7 @@ def main(
         style(draft, start)
     else:
         assert isinstance(start, TrainVLConfig)
-        questions(draft, start)
+        vl(draft, start)
 
 
 def starting_recipe(family: str, model: str | None) -> str:
@@ -105,7 +105,7 @@ def starting_recipe(family: str, model: str | None) -> str:
         return of_model[0]
     if model is not None and 0 in recipes and is_small(model):
         return recipes[0]
-    return fitting({size: recipe for size, recipe in recipes.items() if size}, largest_card())
+    return fitting({size: recipe for size, recipe in recipes.items() if size}, largest_gpu())
 
 
 def folder_of_images(draft: Draft) -> str:
@@ -166,14 +166,14 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
     print(describe_style(uncaptioned, config, word, start.train.steps))
     print(f"prompts   {prompts[0]}, ...\n\nwritten   {draft.file}, {draft.prompts}")
     seeds = [f"seeds={list(config.sample.seeds)}"] if config.sample.seeds != (0,) else []
-    sheet = ["sample", draft.prompts, "--set", f"adapter.path={draft.run}", *seeds, "strengths=[0, 1]"]
-    drawn = f"runs/{draft.prompts.stem}/001"
+    contact_sheet = ["sample", draft.prompts, "--set", f"adapter.path={draft.run}", *seeds, "strengths=[0, 1]"]
+    sampled = f"runs/{draft.prompts.stem}/001"
     print_next(
         config,
         {
             "--dry-run first: what it takes": ["train", draft.file],
-            "without and with the adapter": sheet,
-            "a page of all pictures": ["gallery", drawn],
+            "without and with the adapter": contact_sheet,
+            "a page of all pictures": ["gallery", sampled],
         },
     )
 
@@ -190,8 +190,8 @@ def style_changes(draft: Draft, start: TrainDiffusionConfig, num_images: int, pr
         changes[("sample", "prompts")] = list(prompts)
     if start.sample.every:
         changes[("sample", "every")] = steps // 4
-    card = largest_card()
-    if card and card.precision == "fp16" and start.model.dtype == "bfloat16":
+    gpu = largest_gpu()
+    if gpu and gpu.precision == "fp16" and start.model.dtype == "bfloat16":
         changes |= {("model", "dtype"): "float16", ("train", "mixed_precision"): "fp16"}
     if draft.model not in (None, start.model.path):
         changes |= {("model", "path"): draft.model, ("model", "vae"): MISSING}  # it has a VAE of its own
@@ -205,7 +205,7 @@ def describe_style(
     num_captions = sum(image.source != UNCAPTIONED for image in images)
     return "\n".join(
         [
-            describe_pictures(images, config.data),
+            describe_images(images, config.data),
             describe_captions(images, config.data, None),
             *(f"{line}: data.mask; null trains on all of each picture" for line in describe_masks(images, config.data)),
             *describe_look(images, config.data),
@@ -231,7 +231,7 @@ def steps_for(num_images: int, steps: int) -> int:
 
 def steps_in_proportion(num_images: int, steps: int) -> int:
     """The steps in which each picture is seen as often as in the recipe."""
-    few, many = STYLE_PICTURES
+    few, many = STYLE_IMAGES
     return 50 * round(steps * num_images / min(max(num_images, few), many) / 50)
 
 
@@ -248,7 +248,7 @@ def remark_on_steps(num_images: int, steps: int) -> list[str]:
 # --- questions -------------------------------------------------------------------------------------------------------
 
 
-def questions(draft: Draft, start: TrainVLConfig) -> None:
+def vl(draft: Draft, start: TrainVLConfig) -> None:
     """Writes the config of a training on conversations."""
     from dora_mm.data.vl.readers.chat import find_shape, read_chat  # these need the extra vl
     from dora_mm.data.vl.readers.file_rows import file_items
@@ -271,7 +271,7 @@ def questions(draft: Draft, start: TrainVLConfig) -> None:
         changes[("model", "path")] = draft.model
     if not has_images:  # nothing passes the connector that some recipes train; a language model has none, and no images
         changes |= {("model", "max_pixels"): MISSING, ("adapter", "parts"): MISSING}
-    if largest_card() is None:  # many processors emulate half precision
+    if largest_gpu() is None:  # many processors emulate half precision
         changes |= {("model", "dtype"): "float32", ("train", "mixed_precision"): "no"}
     about = (
         f"{num_rows} rows of {draft.data}{f' about the images in {draft.images}' if has_images else ''}.\n"
@@ -281,12 +281,12 @@ def questions(draft: Draft, start: TrainVLConfig) -> None:
     config = write_files(draft, changes, about)
     where = f"images in {draft.images}" if has_images else "no row has an image"
     print(f"questions {num_rows} rows of {draft.data}, {shape}; {where}\n\nwritten   {draft.file}")
-    asked = ["IMAGE", "QUESTION"] if has_images else ["QUESTION"]
+    question = ["IMAGE", "QUESTION"] if has_images else ["QUESTION"]
     print_next(
         config,
         {
             "--dry-run first: every row is checked": ["train", draft.file],
-            "without and with the adapter": ["ask", config.model.path, *asked, "--adapter", draft.run],
+            "without and with the adapter": ["ask", config.model.path, *question, "--adapter", draft.run],
             "for transformers and vLLM": ["merge", config.model.path, draft.run, "merged"],
         },
     )

@@ -5,12 +5,14 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from dora_mm.config.generation import BatchGenerationConfig
 from dora_mm.config.loader import saved_values
 from dora_mm.config.paths import resolve_adapter, resolve_path
-from dora_mm.config.pictures import JobConfig
-from dora_mm.sampling.jobs.job_row import JobRow
-from dora_mm.sampling.jobs.picture import (
-    Picture,
+from dora_mm.sampling.batch.prompt_row import PromptRow
+from dora_mm.sampling.batch.prompts import check_syntax, with_alternatives
+from dora_mm.sampling.batch.reading import read_prompts_file
+from dora_mm.sampling.batch.requests import (
+    ImageRequest,
     about_bare,
     check_strengths,
     expand,
@@ -18,8 +20,6 @@ from dora_mm.sampling.jobs.picture import (
     template,
     without_adapter,
 )
-from dora_mm.sampling.jobs.prompts import check_syntax, with_alternatives
-from dora_mm.sampling.jobs.reading import read_job
 from dora_mm.utils.processes import started_together
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ STRENGTHS = (
 )
 
 
-def main(config: JobConfig, *, resume: Path | None = None) -> None:
+def main(config: BatchGenerationConfig, *, resume: Path | None = None) -> None:
     """Draws the images that are not there yet.
 
     Writes to the run directory: the images in samples/, manifest.jsonl, and the sheets. A run directory of this
@@ -45,50 +45,50 @@ def main(config: JobConfig, *, resume: Path | None = None) -> None:
     """
     rows = read_rows(config)
     check_strengths(rows, config)
-    pictures = pictures_of(config, rows)
-    check_syntax(pictures)
-    file_names(pictures)
-    adapters = {path for picture in pictures for path, _ in picture.adapters}
+    requests = requests_of(config, rows)
+    check_syntax(requests)
+    file_names(requests)
+    adapters = {path for request in requests for path, _ in request.adapters}
     for path in sorted(adapters):
         resolve_adapter(path, "adapter")
 
     # torch and diffusers are imported here, since that takes seconds: mistakes in a job file are found before
-    from dora_mm.sampling.drawing import existing_run, picture_run
+    from dora_mm.sampling.contact_sheets import save_contact_sheets
+    from dora_mm.sampling.generating import existing_run, generation_run
     from dora_mm.sampling.model import find_adapters, load_model
-    from dora_mm.sampling.sheets import save_sheets
     from dora_mm.sampling.trainings import with_usual_settings
 
     processes = started_together()
     found = existing_run(config, resume) if processes.is_main else None
     if found and resume is None:
-        check_same_job(config, found)
+        check_same_prompts_file(config, found)
     config = with_usual_settings(config, find_adapters(adapters))
-    pictures = with_alternatives(pictures_of(config, rows))
+    requests = with_alternatives(requests_of(config, rows))
     loaded = load_model(config, adapters)
-    loaded.check(pictures)
-    if any(strength != 1 for picture in pictures for _, strength in picture.weights):
+    loaded.check(requests)
+    if any(strength != 1 for request in requests for _, strength in request.weights):
         log.info(STRENGTHS)
-    if bare := about_bare(without_adapter(rows, pictures), pictures):
+    if bare := about_bare(without_adapter(rows, requests), requests):
         log.warning(bare)
-    with processes.run(picture_run(config, found)) as run:
-        job = loaded.draw(run.path, pictures, config.batch_size, processes)
+    with processes.run(generation_run(config, found)) as run:
+        generation = loaded.generate(run.path, requests, config.batch_size, processes)
         if not processes.is_main:
             return
-        print(f"images    {len(job.done)} of {len(pictures)} in {run.samples}")
-        for file in save_sheets(job) if config.sheet else ():
+        print(f"images    {len(generation.done)} of {len(requests)} in {run.samples}")
+        for file in save_contact_sheets(generation) if config.contact_sheet else ():
             print(f"sheet     {file}")
         print(f"to look   dora-mm gallery {shlex.quote(str(run.path))}")
         if bare:
             log.warning(bare)
-        job.raise_failures()
+        generation.raise_failures()
 
 
-def pictures_of(config: JobConfig, rows: Sequence[JobRow]) -> list[Picture]:
+def requests_of(config: BatchGenerationConfig, rows: Sequence[PromptRow]) -> list[ImageRequest]:
     """The pictures of a job."""
     return expand(rows, template(config), config.seeds, config.strengths or (1.0,))
 
 
-def check_same_job(config: JobConfig, run: Path) -> None:
+def check_same_prompts_file(config: BatchGenerationConfig, run: Path) -> None:
     """Checks that a run directory that `output` names belongs to the same job file: another one has other pictures.
 
     Raises:
@@ -104,33 +104,33 @@ def check_same_job(config: JobConfig, run: Path) -> None:
         )
 
 
-def read_rows(config: JobConfig) -> list[JobRow]:
+def read_rows(config: BatchGenerationConfig) -> list[PromptRow]:
     """The rows of the job file, or else the prompts of the config."""
     if config.prompts_file is not None:
-        return read_job(resolve_path(config.prompts_file, "prompts_file"))
-    return [JobRow(prompt=prompt) for prompt in config.prompts]
+        return read_prompts_file(resolve_path(config.prompts_file, "prompts_file"))
+    return [PromptRow(prompt=prompt) for prompt in config.prompts]
 
 
-def replay(picture: Path, *, output: str | None = None) -> None:
+def replay(request: Path, *, output: str | None = None) -> None:
     """Draws a picture again from what its file says, in the batch that it was drawn in.
 
     Args:
-        picture: A PNG file that `main` has saved.
+        request: A PNG file that `main` has saved.
         output: The folder to write to; None: a numbered folder in runs/replay.
 
     Raises:
         ValueError: The file does not say how it was drawn, or the model or an adapter has changed since.
     """
-    from dora_mm.sampling.replay import replay_picture
+    from dora_mm.sampling.replay import replay_image
     from dora_mm.utils.folders import new_folder
 
     found = []
 
     def fill(partial: Path) -> None:
-        drawn, difference = replay_picture(picture, partial)
-        found.extend((drawn.relative_to(partial), difference))
+        generated, difference = replay_image(request, partial)
+        found.extend((generated.relative_to(partial), difference))
 
     folder = new_folder("replay", output, fill)
-    drawn, difference = folder / found[0], found[1]
-    print(f"picture   {drawn}")
-    print("          " + (f"differs from {picture} {difference}" if difference else f"the same pixels as {picture}"))
+    generated, difference = folder / found[0], found[1]
+    print(f"picture   {generated}")
+    print("          " + (f"differs from {request} {difference}" if difference else f"the same pixels as {request}"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from dora_mm.config.paths import resolve_model, resolve_path
 from dora_mm.data.vl.example import Predictions
 from dora_mm.eval.vl.boxes import with_grids
-from dora_mm.eval.vl.intervals import precision_notes
+from dora_mm.eval.vl.confidence_intervals import precision_notes
 from dora_mm.eval.vl.metrics import report, score
 from dora_mm.eval.vl.predictions.comparison import compared, comparison_report
 from dora_mm.eval.vl.predictions.exports import write_for
@@ -87,10 +87,10 @@ def in_notation(model: str, task: str, rows: Predictions) -> Predictions:
     Raises:
         ValueError: The rows have no boxes, or the model cannot be opened.
     """
-    from dora_mm.models.vl.families import load_to_ask  # here, since it imports torch and transformers
+    from dora_mm.models.vl.families import load_for_questions  # here, since it imports torch and transformers
 
     settings = {"seed": 0, "trained_tower": False, "given": {"dtype": "float32"}, "device": "cpu"}
-    found = with_grids(rows, load_to_ask(resolve_model(model), None, **settings).box_grid)
+    found = with_grids(rows, load_for_questions(resolve_model(model), None, **settings).box_grid)
     if found == rows:
         raise ValueError(f"--boxes {model}: no row of {task} has boxes, or its class has no notation: leave it out")
     return found
@@ -137,12 +137,14 @@ def task_of(files: Sequence[PredictionFile], suite: str | None) -> str:
     Raises:
         ValueError: It is unknown, or the files say none, or several.
     """
-    said = {file.about.task: file for file in files if file.about}
-    if suite is None and len(said) != 1:
-        why = f"the files are of {' and '.join(said)}" if said else f"{files[0].path} does not say what it answers"
+    by_task = {file.about.task: file for file in files if file.about}
+    if suite is None and len(by_task) != 1:
+        why = (
+            f"the files are of {' and '.join(by_task)}" if by_task else f"{files[0].path} does not say what it answers"
+        )
         raise ValueError(f"{why}: name the suite with --suite, such as --suite docvqa")
     try:
-        return TASKS.check(suite or next(iter(said)))
+        return TASKS.check(suite or next(iter(by_task)))
     except ValueError as error:
         raise ValueError(f"--suite: {error}") from None
 

@@ -28,13 +28,13 @@ from dora_mm.models.images.image_model import ImageModel
 from dora_mm.preview.image_page import image_page
 from dora_mm.preview.images import remark_on_captions, remark_on_distilled, remark_on_length, repeats_of
 from dora_mm.preview.training import print_page, slow_hardware
-from dora_mm.sampling.before_after import add_pictures, before_after_sheet, keep_pictures
+from dora_mm.sampling.before_after import add_images, before_after_contact_sheet, keep_images
+from dora_mm.sampling.contact_sheets import save_atomically
 from dora_mm.sampling.gallery import GALLERY, INDEX, update_page
-from dora_mm.sampling.next_steps import drawing_command
-from dora_mm.sampling.pictures import PictureSampler
-from dora_mm.sampling.sheets import save_atomically
+from dora_mm.sampling.image_sampler import ImageSampler
+from dora_mm.sampling.next_steps import sampling_command
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
-from dora_mm.tasks.held_out import PictureLosses
+from dora_mm.tasks.held_out import ImageLosses
 from dora_mm.tasks.image_batches import CaptionedBatches, captioned_batches, free_vae
 from dora_mm.tasks.preservation import PreservingBatches, preserving
 from dora_mm.train.checkpoint import last_step
@@ -81,13 +81,17 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         print_results(config, run)
         return
     stop_at(preflight(accelerator, config, resume))
-    whole = bool(config.model.quantization) or not config.train.shard  # what is rounded is divided on its device
-    model = load_image_model(config.model).to(accelerator.device, denoiser=whole)  # each network when it is asked for
+    on_one_device = (
+        bool(config.model.quantization) or not config.train.shard
+    )  # what is rounded is divided on its device
+    model = load_image_model(config.model).to(
+        accelerator.device, denoiser=on_one_device
+    )  # each network when it is asked for
     check_fit(config, model)
-    images, held = hold_out(read_images(config.data, "train"), config.data)
+    images, held_out = hold_out(read_images(config.data, "train"), config.data)
     class_images = read_images(config.data, "preserve")
     if resume is not None:
-        check_resumed(accelerator, resume, inputs_of(config, images, held, class_images))
+        check_resumed(accelerator, resume, inputs_of(config, images, held_out, class_images))
     task = DiffusionTask(model, config.loss)
     new_tokens.start_tokens(config.tokens, model, images, config.data.captions, config.seed)
     remarks = slow_hardware(accelerator, [model.empty_denoiser()])
@@ -98,7 +102,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     process = (accelerator.process_index, accelerator.num_processes)
     batches = captioned_batches(config, model, images, process)
     source = preserving(batches, config, class_images)
-    losses = fixed_losses(config, task, batches, held, accelerator) if held else None
+    losses = fixed_losses(config, task, batches, held_out, accelerator) if held_out else None
     sampler = encode(config, model, batches, source, losses)
     trained = adapt_image_model(model, config)
     if config.train.shard:
@@ -111,7 +115,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     if remark := formats.about_format(trained.adapted, "diffusers"):
         log.warning("%s", remark)
     free_vae(model, config.data)
-    inputs = inputs_of(config, images, held, class_images)
+    inputs = inputs_of(config, images, held_out, class_images)
     with training_run(accelerator, config, inputs, resume, config.train) as run:
         train(config, run, trained.adapted, training, source, sampler, losses)
 
@@ -119,13 +123,13 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
 def inputs_of(
     config: TrainDiffusionConfig,
     images: list[CaptionedImage],
-    held: list[CaptionedImage],
+    held_out: list[CaptionedImage],
     class_images: list[CaptionedImage],
 ) -> dict[str, str]:
     """Digests of all that the config refers to, by a description of each; of a hub model, once it was downloaded."""
     inputs = {"the pictures and captions": digest_of(images), **identity_of(config.model).inputs}
     inputs |= initial_identity(config.adapter, formats.adapter_digest)
-    others = {"the held-out pictures": held, "the pictures to preserve": class_images}
+    others = {"the held-out pictures": held_out, "the pictures to preserve": class_images}
     return inputs | {name: digest_of(found) for name, found in others.items() if found}
 
 
@@ -135,14 +139,14 @@ def train(
     adapted: Networks,
     training: dict[str, Any],
     batches: Callable[[int], ConditionedLatents],
-    sampler: PictureSampler,
-    losses: PictureLosses | None,
+    sampler: ImageSampler,
+    losses: ImageLosses | None,
 ) -> None:
     """Trains, validates, draws and saves, in a run directory that is open."""
     accelerator, result = training["accelerator"], result_of(training["optimizer"])
     joins, writes = takes_part(accelerator, config.train), accelerator.is_main_process
     average = WeightAverage(training["parameters"], config.ema.decay) if config.ema else None
-    draw = result(partial(draw_sheet, config, run, sampler, adapted, average, writes=writes))
+    save_sheet = result(partial(save_contact_sheet, config, run, sampler, adapted, average, writes=writes))
     about = about_image_adapter(config, sampler.model)
     write = result(partial(save_image_adapter, config, adapted, sampler.model.new_tokens, about))
     measure = result(partial(losses, list(adapted.values()))) if losses else None
@@ -150,23 +154,23 @@ def train(
     as_base = partial(bare, adapted.values(), sampler.model)
     validate = held_out_loss(run, config.evaluate, measure, as_base, saves, average, writes=writes) if measure else None
 
-    def observe(step: int) -> None:
+    def on_step_end(step: int) -> None:
         if validate and validate.is_due(step, config.train.steps):
             log_losses(step, validate(step))
         if not joins:
             return
         due = config.sample.every and step % config.sample.every == 0 and step < config.train.steps
-        with answering(accelerator, config.train, run, SAMPLE_NOW) as asked:
-            if due or asked:
-                draw(step, run.samples / f"step-{step:06d}.png")
+        with answering(accelerator, config.train, run, SAMPLE_NOW) as requested:
+            if due or requested:
+                save_sheet(step, run.samples / f"step-{step:06d}.png")
                 if writes and config.sample.prompts:
                     update_page(run.path)
 
     if config.sample.every and not last_step(run.checkpoints):
-        observe(0)  # so that what goes wrong in drawing does so before the training
-    is_over = validate.is_over if validate else lambda: False
-    hooks = {"observe": observe, "after_step": average.update if average else None, "is_over": is_over}
-    hooks["around_passes"] = measuring(training["networks"], config.train.gradients_at if writes else (), run.path)
+        on_step_end(0)  # so that what goes wrong in drawing does so before the training
+    should_stop = validate.should_stop if validate else lambda: False
+    hooks = {"on_step_end": on_step_end, "after_step": average.update if average else None, "should_stop": should_stop}
+    hooks["wrap_gradients"] = measuring(training["networks"], config.train.gradients_at if writes else (), run.path)
     hooks["before_step"] = new_tokens.stopping(config.train, training["parameters"])
     state = {EMA: average} if average else {}
     done = fit(run=run, **training, batch_at=batches, **hooks, state=state, metadata=about)
@@ -174,7 +178,7 @@ def train(
         log_losses(done, validate(done))
         validate.close()
     if joins:
-        finish(config, run, write, partial(draw, done), average, writes=writes)
+        finish(config, run, write, partial(save_sheet, done), average, writes=writes)
     if writes:
         write_results(config, run, training["parameters"], done, validate)
 
@@ -183,7 +187,7 @@ def finish(
     config: TrainDiffusionConfig,
     run: RunDirectory,
     write: Callable[[Path], None],
-    draw: Callable[[Path], Mapping[str, list[Image.Image]]],
+    save_sheet: Callable[[Path], Mapping[str, list[Image.Image]]],
     average: WeightAverage | None,
     *,
     writes: bool,
@@ -192,25 +196,25 @@ def finish(
     write(run.adapter)
     if average:
         average.applied()(write)(run.adapter_ema)
-    pictures = draw(run.sheet)
+    images = save_sheet(run.contact_sheet)
     if writes:
-        add_pictures(config, run.adapter, pictures.get("after", []))
+        add_images(config, run.adapter, images.get("after", []))
         if average:
-            add_pictures(config, run.adapter_ema, pictures.get("average", []))
+            add_images(config, run.adapter_ema, images.get("average", []))
 
 
 def fixed_losses(
     config: TrainDiffusionConfig,
     task: DiffusionTask,
     batches: CaptionedBatches,
-    held: list[CaptionedImage],
+    held_out: list[CaptionedImage],
     accelerator: Accelerator,
-) -> PictureLosses:
+) -> ImageLosses:
     """The loss of the held-out pictures, and of as many that are trained on, which shows what is only remembered."""
     data = config.data.model_copy(update={"crop": "center", "flip": False})
     size = config.train.batch_size
-    parts = {"held_out_loss": held, "trained_loss": part_of(batches.images, len(held))}
-    return PictureLosses(
+    parts = {"held_out_loss": held_out, "trained_loss": part_of(batches.images, len(held_out))}
+    return ImageLosses(
         task,
         {
             name: CaptionedBatches(task.model, images, batches.prompts, data, batch_size=size, seed=config.seed)
@@ -232,8 +236,8 @@ def encode(
     model: ImageModel,
     batches: CaptionedBatches,
     source: CaptionedBatches | PreservingBatches,
-    losses: PictureLosses | None,
-) -> PictureSampler:
+    losses: ImageLosses | None,
+) -> ImageSampler:
     """Encodes ahead of training what stays the same, and frees the text encoders where they are frozen.
 
     So they never lie in memory together with the denoiser, which is loaded when it is first asked for.
@@ -245,16 +249,16 @@ def encode(
         each.encode_all(config.train.steps * config.train.gradient_accumulation_steps)
     for part in losses.parts.values() if losses else ():
         part.encode_all()
-    sampler = PictureSampler(model)
+    sampler = ImageSampler(model)
     if not batches.prompts.needs_encoders:
         sampler.keep_prompts([(prompt, config.sample.negative_prompt) for prompt in config.sample.prompts])
     return sampler
 
 
-def draw_sheet(
+def save_contact_sheet(
     config: TrainDiffusionConfig,
     run: RunDirectory,
-    sampler: PictureSampler,
+    sampler: ImageSampler,
     adapted: Networks,
     average: WeightAverage | None,
     step: int,
@@ -267,7 +271,7 @@ def draw_sheet(
     If it writes, it saves the sheet to `path`, and each of the pictures in samples/.
 
     Returns:
-        As `before_after_sheet`; nothing without prompts.
+        As `before_after_contact_sheet`; nothing without prompts.
     """
     if not config.sample.prompts:
         return {}
@@ -277,13 +281,15 @@ def draw_sheet(
     settings: dict[str, Any] = {"strength": config.adapter.strength, "full": "full" in config.adapter.methods}
     settings["average"] = average and average.applied
     # where text changes, prompts are encoded anew for each sheet
-    sheet, pictures = before_after_sheet(model if config.trains_text else sampler, adapted, config.sample, **settings)
+    contact_sheet, images = before_after_contact_sheet(
+        model if config.trains_text else sampler, adapted, config.sample, **settings
+    )
     if writes:
-        save_atomically(path, sheet)
-        keep_pictures(run, config, step, pictures)
+        save_atomically(path, contact_sheet)
+        keep_images(run, config, step, images)
     free_vae(model, config.data)
     train_mode(adapted.values())
-    return pictures
+    return images
 
 
 def write_results(
@@ -311,8 +317,8 @@ def write_results(
 def print_results(config: TrainDiffusionConfig, run: RunDirectory) -> None:
     """Prints where the adapter, the sheet and the page are, and how to draw with the adapter."""
     print(f"adapter  {run.adapter}")
-    if run.sheet.exists():
-        print(f"sheet    {run.sheet}")
+    if run.contact_sheet.exists():
+        print(f"sheet    {run.contact_sheet}")
     if (page := run.path / GALLERY / INDEX).exists():
         print(f"page     {page}")
-    print(f"to draw  {drawing_command(config, run)}")
+    print(f"to draw  {sampling_command(config, run)}")

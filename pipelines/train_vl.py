@@ -196,11 +196,11 @@ def scoring_of(
     limit = config.evaluate.limit
     settings: dict[str, Any] = {"on_bad_data": config.data.on_bad_data, "precision": accelerator.autocast}
     losses = RowLosses(model, splits, training, loss, **settings, limit=limit, process=process)
-    asked = (answers, model.networks.values(), splits, config.evaluate.batch_size)
+    requested = (answers, model.networks.values(), splits, config.evaluate.batch_size)
     # Where the model is sharded, all give all answers: how many passes one takes depends on its length.
     mapped = map if config.train.shard else partial(map_shared, process=process)
-    answer = partial(answer_all, *asked, limit=limit, mapped=mapped)
-    save = result(lambda file: save_answers(file, *asked))
+    answer = partial(answer_all, *requested, limit=limit, mapped=mapped)
+    save = result(lambda file: save_answers(file, *requested))
     return SplitScores(accelerator, result(answer), partial(score_all, meteor=False), result(losses), save)
 
 
@@ -244,10 +244,10 @@ def train(
         run, config.evaluate, measure, qualities, write if joins else None, resumed, writes=main_process
     )
 
-    def observe(step: int) -> None:
+    def on_step_end(step: int) -> None:
         if joins:
-            with answering(accelerator, config.train, run, SAMPLE_NOW) as asked:
-                if asked:
+            with answering(accelerator, config.train, run, SAMPLE_NOW) as requested:
+                if requested:
                     scoring.save_answers(run.samples / f"step-{step:06d}.jsonl" if main_process else None)
         if validate.is_due(step, parts["config"].steps):
             log_scores(step, validate(step))
@@ -266,10 +266,10 @@ def train(
             **parts,
             batch_at=batch_at,
             state=state | ({EMA: average} if average else {}),
-            around_passes=measuring(trained.networks, config.train.gradients_at if main_process else (), run.path),
+            wrap_gradients=measuring(trained.networks, config.train.gradients_at if main_process else (), run.path),
             after_step=after_step,
-            observe=observe,
-            is_over=validate.is_over,
+            on_step_end=on_step_end,
+            should_stop=validate.should_stop,
         )
     details = {"peak_memory_mb": round(peak_memory_mb())}  # of the training, without the last validation
     counts = summed([model.counts.num_cut, model.counts.num_left_out], accelerator)  # not learned as they are
@@ -286,8 +286,8 @@ def train(
 
 def share_counts(model: VLModel, accelerator: Accelerator) -> None:
     """Shares the length of the longest row among the processes, and whether a row had the day."""
-    seen = [model.counts.longest, model.day.asked]
-    model.counts.longest, model.day.asked = highest(seen, accelerator)
+    seen = [model.counts.longest, model.day.num_requests]
+    model.counts.longest, model.day.num_requests = highest(seen, accelerator)
 
 
 def finish(
@@ -309,7 +309,7 @@ def finish(
             log.warning("%d rows of the training's batches %s", details[key], fate)
     if MODEL in trained.reports:
         main = {name: (found.main, found.value) for name, found in scores.items() if found.value is not None}
-        formats.write_card(run.adapter, scores=main)
+        formats.write_model_card(run.adapter, scores=main)
     values = validate.rows[-1]
     losses = {f"{name}_{LOSS}": round(values[f"{name}/{LOSS}"], 4) for name in scores}
     losses |= {name.replace("/", "_"): round(value, 4) for name, value in values.items() if name.startswith(f"{EMA}/")}
@@ -330,5 +330,5 @@ def finish(
     for name, found in scores.items():
         print(f"\n{report(name, found)}")
     print(f"\nadapter  {run.adapter}")
-    asked = "IMAGE QUESTION" if model.reads_images else "QUESTION"
-    print(f"to ask   {asking_command(config, run, asked)}")
+    requested = "IMAGE QUESTION" if model.reads_images else "QUESTION"
+    print(f"to ask   {asking_command(config, run, requested)}")

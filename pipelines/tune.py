@@ -15,8 +15,13 @@ from dora_mm.config.paths import check_paths
 from dora_mm.config.report import describe
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.registries.optimizers import OPTIMIZERS
-from dora_mm.studies.campaigns.judges import AnswerJudge, LikenessJudge, LossJudge, RateJudge
-from dora_mm.studies.campaigns.tuned import RANKED, TunedPictures, TunedQuestions
+from dora_mm.studies.campaigns.selection_metrics import (
+    AnswerScoreMetric,
+    HeldOutLossMetric,
+    SelectionMetric,
+    StyleSimilarityMetric,
+)
+from dora_mm.studies.campaigns.tuned import RANKED, TunedImages, TunedVL
 from dora_mm.studies.campaigns.tuning import Tuning
 from dora_mm.studies.config import TuneConfig
 from dora_mm.utils.lock import only_writer
@@ -31,7 +36,7 @@ def main(
     overrides: Sequence[str] = (),
     rates: Sequence[float] | None = None,
     ranks: Sequence[int] | None = None,
-    judge: str = "score",
+    selection_metric: str = "score",
     clip_model: str | None = None,
     output: str | None = None,
 ) -> None:
@@ -45,7 +50,7 @@ def main(
         overrides: Of the training's config, as `--set` takes them.
         rates: The learning rates; None: half decades around that of the config, and more where the ends are as good.
         ranks: The ranks; None: that of the config.
-        judge: score or held_out.
+        selection_metric: score or held_out.
         clip_model: An open_clip model that looks at pictures; None: the embedded encoder.
         output: The folder; None: runs/NAME_tune.
 
@@ -57,14 +62,14 @@ def main(
     """
     given = load_config(config, overrides)
     if isinstance(given, TuneConfig):
-        if any((rates, ranks, clip_model, output, judge != "score")):
+        if any((rates, ranks, clip_model, output, selection_metric != "score")):
             raise ValueError(f"{config} is a search with its own settings: --set changes them")
         settings, base = given, load_config(given.base, given.overrides)
     else:
-        settings, base = search_of(given, config, overrides, rates, ranks, judge, clip_model, output), given
+        settings, base = search_of(given, config, overrides, rates, ranks, selection_metric, clip_model, output), given
     check_paths(settings, new_run=True)
     check_paths(base, new_run=False)
-    tuning = Tuning(settings, build_judge(settings, base))
+    tuning = Tuning(settings, build_selection_metric(settings, base))
     with only_writer(tuning.folder):
         tuning.report(tuning.search())
 
@@ -75,7 +80,7 @@ def search_of(
     overrides: Sequence[str],
     rates: Sequence[float] | None,
     ranks: Sequence[int] | None,
-    judge: str,
+    selection_metric: str,
     clip_model: str | None,
     output: str | None,
 ) -> TuneConfig:
@@ -93,7 +98,7 @@ def search_of(
         "rates": list(rates or default_rates(base, path, ranks)),
         "ranks": list(ranks or ()),
         "extra_rates": 0 if rates or base.optimizer.name == "prodigy" else EXTRA_RATES,
-        "judge": judge,
+        "selection_metric": selection_metric,
         "clip_model": clip_model,
     }
     try:
@@ -118,13 +123,17 @@ def default_rates(base: TrainDiffusionConfig | TrainVLConfig, path: str, ranks: 
     return [rate for rate in found if record.least_lr <= rate < record.most_lr]
 
 
-def build_judge(config: TuneConfig, base: Any) -> RateJudge:
+def build_selection_metric(config: TuneConfig, base: Any) -> SelectionMetric:
     """Builds what is trained and how it is scored, and checks all that the configs name."""
-    is_picture = isinstance(base, TrainDiffusionConfig)
-    if config.clip_model and not is_picture:
+    is_image = isinstance(base, TrainDiffusionConfig)
+    if config.clip_model and not is_image:
         raise ValueError("--clip-model judges pictures, and this training has none")
-    if is_picture:
-        trained = TunedPictures(config, base)
-        return LossJudge(trained) if config.judge == "held_out" else LikenessJudge(trained, config.clip_model)
-    questions = TunedQuestions(config, base)
-    return LossJudge(questions) if config.judge == "held_out" else AnswerJudge(questions)
+    if is_image:
+        trained = TunedImages(config, base)
+        return (
+            HeldOutLossMetric(trained)
+            if config.selection_metric == "held_out"
+            else StyleSimilarityMetric(trained, config.clip_model)
+        )
+    vl = TunedVL(config, base)
+    return HeldOutLossMetric(vl) if config.selection_metric == "held_out" else AnswerScoreMetric(vl)

@@ -60,12 +60,12 @@ def overview(verdicts: list[Verdict]) -> str:
     """A line for all tools that make the same of the file: first those that compute what it means."""
     found = {kind: defaultdict[str, list[str]](list) for kind in KINDS}
     for verdict in verdicts:
-        kind, what = judged(verdict)
+        kind, what = verdict_text(verdict)
         found[kind][what].append(verdict.title)
     return "\n".join(f"{kind:<8} {', '.join(titles)}: {what}" for kind in KINDS for what, titles in found[kind].items())
 
 
-def judged(verdict: Verdict) -> tuple[str, str]:
+def verdict_text(verdict: Verdict) -> tuple[str, str]:
     """What a tool makes of the file: one of KINDS, and what there is to say of it."""
     counts = verdict.findings
     total = counts.total() - counts[NOT_FOUND]

@@ -22,7 +22,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.shared.data.pictures import write_pictures
+from tests.shared.data.images_made import write_images
 
 if TYPE_CHECKING:  # it loads diffusers, and the process that gives out tests to others does without
     from dora_mm.models.images.sdxl.family import SDXL
@@ -95,7 +95,7 @@ def image_folder(tmp_path: Path) -> Path:
     """Five pictures of two shapes with captions."""
     folder = tmp_path / "pictures"
     folder.mkdir()
-    write_pictures(folder)
+    write_images(folder)
     return folder
 
 

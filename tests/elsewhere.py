@@ -168,13 +168,13 @@ def passes(
     """The conditions of this Python and the tests in each: all at once, on one of the days in turn, then each alone."""
     fast = tests or [f"tests/{folder}" for folder in FAST]
     of_it = DAYS[promised().index(version) % len(DAYS)]
-    whole = at_once([condition for condition in (of_it, *OTHERS) if condition in here])
+    whole = concurrency([condition for condition in (of_it, *OTHERS) if condition in here])
     for condition, chosen in [(whole, tests or []), *((condition, fast) for condition in (*here, ENCODINGS))]:
         if condition.name.startswith(tuple(only or [""])):
             yield condition, chosen
 
 
-def at_once(conditions: Sequence[Condition]) -> Condition:
+def concurrency(conditions: Sequence[Condition]) -> Condition:
     day = next((condition.name for condition in conditions if condition in DAYS), "today")
     return Condition(
         f"all at once, {day}",

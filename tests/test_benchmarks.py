@@ -36,8 +36,8 @@ def test_a_small_case_end_to_end(autocast, tmp_path):
     assert len(results_table.table(results, made_on).splitlines()) == 5
     pytest.importorskip("matplotlib")
     results_table.plot(results, made_on, tmp_path / "times.png")
-    with Image.open(tmp_path / "times.png") as picture:
-        assert picture.width == 990
+    with Image.open(tmp_path / "times.png") as image:
+        assert image.width == 990
 
 
 def test_host_times(monkeypatch):

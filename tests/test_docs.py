@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_mm.cli.commands import take_job
+from dora_mm.cli.commands import take_prompts_file
 from dora_mm.cli.parser import build_parser
 from dora_mm.config import load_config
 from dora_mm.config.models import starts
@@ -119,7 +119,7 @@ def check_command(arguments: list[str], schemas: dict | None = None) -> None:
     """
     parsed = build_parser().parse_args(arguments)
     if getattr(parsed, "command", None) == "sample":
-        take_job(parsed)
+        take_prompts_file(parsed)
     if config := getattr(parsed, "config", None):
         given = {"schemas": schemas} if schemas else {}
         loaded = load_config(ROOT / config, parsed.overrides, **given)

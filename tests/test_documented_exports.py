@@ -43,20 +43,20 @@ def reads(tool: str, target: str, errors) -> bool:
     return errors(target)[tool] < BOUND
 
 
-def wrong(claim: Claim, errors) -> list[str]:
+def wrong(reserve: Claim, errors) -> list[str]:
     """The tools of a claim that read none of its targets."""
-    return [tool for tool in claim.tools if not any(reads(tool, target, errors) for target in claim.targets)]
+    return [tool for tool in reserve.tools if not any(reads(tool, target, errors) for target in reserve.targets)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_the_named_tools_read_what_the_page_says(page, errors):
-    found = [(claim.text, wrong(claim, errors)) for claim in claims(text_of(page))]
-    assert [claim for claim in found if claim[1]] == []
+    found = [(reserve.text, wrong(reserve, errors)) for reserve in claims(text_of(page))]
+    assert [reserve for reserve in found if reserve[1]] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_every_export_says_for_which_tool_it_is(page):
-    assert [claim.text for claim in claims(text_of(page)) if "dora-mm " in claim.text and not claim.tools] == []
+    assert [reserve.text for reserve in claims(text_of(page)) if "dora-mm " in reserve.text and not reserve.tools] == []
 
 
 def test_claims_of_all_kinds_are_found():
@@ -94,7 +94,7 @@ SGLang `--to kohya`.
 
 
 def test_wrong_ones_are_found(errors):
-    found = [(claim.targets, wrong(claim, errors)) for claim in claims(WRONG)]
+    found = [(reserve.targets, wrong(reserve, errors)) for reserve in claims(WRONG)]
     assert len(found) == 11
     assert [(targets, tools) for targets, tools in found if tools] == [
         (("kohya",), ["invokeai"]),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import elsewhere
-from tests.elsewhere import DAYS, ENCODINGS, OTHERS, Condition, at_once, passes, run, usable
+from tests.elsewhere import DAYS, ENCODINGS, OTHERS, Condition, concurrency, passes, run, usable
 
 SUITE = """
 import datetime, json, os, pathlib, sys, time
@@ -50,7 +50,7 @@ def suite(tmp_path, monkeypatch):
 def test_all_conditions_are_there_at_once(suite):
     here = list(usable(condition for condition in (*DAYS, *OTHERS) if condition.name in SEEN))
     assert {"TZ", "LC_ALL", "umask 077", "no HOME"} <= {condition.name for condition in here}
-    everything = at_once(here)
+    everything = concurrency(here)
     condition = replace(everything, options=(*everything.options, "-n", "0"), folder=suite)
     counts = run(Path(sys.executable), condition, [], suite / "log", 60)
     assert (counts["passed"], counts["failed"]) == (1, 1)

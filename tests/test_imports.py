@@ -192,7 +192,7 @@ def test_only_its_room_knows_the_layers_of_peft():
         ("dora_mm.models.images.sdxl.family", "dora_mm.data.images.folder", True),
         ("dora_mm.data.images.folder", "dora_mm.models.images.sdxl.family", False),
         ("dora_mm.models.images.sdxl.family", "dora_mm.eval.images.style", False),
-        ("dora_mm.tasks.diffusion", "dora_mm.sampling.pictures", False),
+        ("dora_mm.tasks.diffusion", "dora_mm.sampling.image_sampler", False),
         ("dora_mm.tasks.diffusion", "dora_mm.train.loop", False),
         ("dora_mm.train.loop", "dora_mm.studies.curves", False),
         ("dora_mm.preview.training", "dora_mm.studies.curves", False),
@@ -239,7 +239,7 @@ def test_the_package_is_lazy_and_core_loads_neither_triton_nor_diffusers_nor_tra
 
 
 @pytest.mark.slow
-def test_pictures_are_trained_and_drawn_without_extras():
+def test_images_are_trained_and_drawn_without_extras():
     """What `pip install dora_mm` alone installs is enough for them, and for files of adapters."""
     assert (
         run("""

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, ZImagePipeline
 from dora_mm.config import load_config
 from dora_mm.config.models import ModelConfig
 from dora_mm.data.images.folder import read_captioned_images
-from dora_mm.eval.images.judge import Judge
+from dora_mm.eval.images.classifier import Classifier
 from dora_mm.eval.images.prompts import fill
 from dora_mm.models.images.families import load_image_model
 from dora_mm.models.images.z_image import GROUP
@@ -27,11 +27,11 @@ def test_the_embedded_model_is_small_and_works_in_plain_diffusers():
     assert image.size == (128, 128)
 
 
-def test_the_judge_was_fitted_for_the_embedded_model_and_has_no_shortcomings():
-    judge = Judge.load(ROOT / "samples" / "judge")
+def test_the_classifier_was_fitted_for_the_embedded_model_and_has_no_shortcomings():
+    classifier = Classifier.load(ROOT / "samples" / "judge")
     model = load_image_model(ModelConfig(path=str(MODEL)))
-    judge.check_model(model.resolution, module_digest(model.vae))
-    assert judge.shortcomings() == []
+    classifier.check_model(model.resolution, module_digest(model.vae))
+    assert classifier.shortcomings() == []
 
 
 def test_the_embedded_flow_model_is_small_and_works_in_plain_diffusers_with_the_vae_of_the_other():
@@ -42,12 +42,12 @@ def test_the_embedded_flow_model_is_small_and_works_in_plain_diffusers_with_the_
     assert image.size == (128, 128)
 
 
-def test_the_judge_fits_the_embedded_flow_model_and_its_prompts_are_of_one_length():
+def test_the_classifier_fits_the_embedded_flow_model_and_its_prompts_are_of_one_length():
     config = load_config(ROOT / "configs" / "z_image" / "eval_demo.yaml")
-    judge = Judge.load(ROOT / config.judge)
+    classifier = Classifier.load(ROOT / config.classifier)
     model = load_image_model(config.model)
-    judge.check_model(model.resolution, module_digest(model.vae))
-    drawn = [*judge.choose("lego"), *judge.choose(config.concepts.role, config.concepts.count)]
+    classifier.check_model(model.resolution, module_digest(model.vae))
+    drawn = [*classifier.choose("lego"), *classifier.choose(config.concepts.role, config.concepts.count)]
     for prompt in (config.prompt, config.flat_prompt):  # it was pretrained with one group of tokens alone
         assert all(model.num_tokens(fill(prompt, concept)) <= GROUP for concept in drawn)
 
@@ -64,8 +64,8 @@ def test_training_concepts_are_never_reported(name, role, count):
     images = read_captioned_images(
         ROOT / data.folder, instance_prompt=data.instance_prompt, placeholder=data.placeholder
     )
-    judge = Judge.load(ROOT / "samples" / "judge")
-    trained = {concept.name.replace(" ", "_").lower() for concept in judge.choose(role)}
+    classifier = Classifier.load(ROOT / "samples" / "judge")
+    trained = {concept.name.replace(" ", "_").lower() for concept in classifier.choose(role)}
     assert len(images) == count
     assert {image.path.stem for image in images} <= trained
-    assert not trained & {concept.name.replace(" ", "_").lower() for concept in judge.choose("report")}
+    assert not trained & {concept.name.replace(" ", "_").lower() for concept in classifier.choose("report")}

@@ -51,8 +51,8 @@ class Bottleneck(nn.Module):
         if self.down.weight.is_meta:
             return
         bound = self.down.in_features**-0.5
-        drawn = torch.rand(self.down.weight.shape, generator=generator(seed, 0, f"bottleneck {path}"))
-        self.down.weight.data.copy_((2 * drawn - 1) * bound)
+        uniform = torch.rand(self.down.weight.shape, generator=generator(seed, 0, f"bottleneck {path}"))
+        self.down.weight.data.copy_((2 * uniform - 1) * bound)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def attach(network: nn.Module, targets: TargetMap, method: str, size: int, seed:
         ValueError: The model has no MLPs that can have bottlenecks.
     """
     found = {}
-    for path, (size_in, size_out, device) in places(network, targets, method).items():
+    for path, (size_in, size_out, device) in insertion_points(network, targets, method).items():
         host = network.get_submodule(path)
         added = Bottleneck(size_in, size, size_out, device)
         added.start(seed, path)
@@ -94,7 +94,7 @@ def _parallel(host: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output + host.bottleneck(inputs[0])
 
 
-def places(network: nn.Module, targets: TargetMap, method: str) -> dict[str, tuple[int, int, torch.device]]:
+def insertion_points(network: nn.Module, targets: TargetMap, method: str) -> dict[str, tuple[int, int, torch.device]]:
     """The modules that get a bottleneck, by path, with the features of its input and output, and its device.
 
     Raises:

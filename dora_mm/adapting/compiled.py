@@ -58,12 +58,12 @@ def compiled_line(networks: Mapping[str, nn.Module], target_maps: Mapping[str, T
 
 def in_training(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
     """The forward function of a block: compiled in training mode, else as it was."""
-    plain, layers = block.forward, [module for module in block.modules() if isinstance(module, AdaptedLayer)]
+    forward_pass, layers = block.forward, [module for module in block.modules() if isinstance(module, AdaptedLayer)]
 
-    @functools.wraps(plain)
+    @functools.wraps(forward_pass)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not block.training:
-            return plain(*args, **kwargs)
+            return forward_pass(*args, **kwargs)
         for layer in layers:
             layer.keep_norm()
         return compiled(*args, **kwargs)

@@ -15,7 +15,7 @@ from yaml import YAMLError
 import dora_mm
 from dora_mm import backend as backends
 from dora_mm import formats
-from dora_mm.adapting.networks import BESIDE, TrainedNetworks, to_float32
+from dora_mm.adapting.networks import METHOD_MODULES, TrainedNetworks, to_float32
 from dora_mm.adapting.parts import MODEL
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.loader import dump_config
@@ -50,8 +50,8 @@ def save_trained(trained: TrainedNetworks, config: TrainVLConfig, model: VLModel
     about = {"base_model": config.model.path, "seed": str(config.seed), "config": dump_config(config)}
     about |= {**model.identity.weights, "pipeline_tag": model.pipeline_tag}
     about |= {"day": model.day.recorded} if model.day.recorded else {}
-    if beside := BESIDE.get(config.adapter.method):
-        beside.save(trained.networks[MODEL], config.adapter.method, config.adapter.rank, about, folder)
+    if methods := METHOD_MODULES.get(config.adapter.method):
+        methods.save(trained.networks[MODEL], config.adapter.method, config.adapter.rank, about, folder)
         return
     if config.model.revision:
         about["base_revision"] = config.model.revision
@@ -73,7 +73,7 @@ def about_image_adapter(config: TrainDiffusionConfig, model: ImageModel) -> dict
         "base_revision": commit_of(resolve_model(config.model.path), config.model.revision),
         "base_vae": config.model.vae,
         "base_dtype": config.model.dtype,
-        "base_settings": json.dumps(settings) if (settings := config.model.settings_of_pictures()) else None,
+        "base_settings": json.dumps(settings) if (settings := config.model.generation_settings()) else None,
     }
     return {
         **{key: value for key, value in base.items() if value},
@@ -122,9 +122,9 @@ def digest_of_adapter(path: Path) -> str:
     Raises:
         ValueError: There is no adapter, or a file is damaged.
     """
-    beside, header = _beside_weights(path)
-    if beside:
-        about = [weights_digest([formats.find_file(path)]), {key: header.get(key) for key in beside.SETTINGS}]
+    methods, header = _extra_weights(path)
+    if methods:
+        about = [weights_digest([formats.find_file(path)]), {key: header.get(key) for key in methods.SETTINGS}]
     else:
         files = files_in(formats.adapter_folder(path))
         digests = {name: formats.adapter_digest(file) for name, file in files.items()}
@@ -169,12 +169,12 @@ def header_of(path: Path) -> dict[str, str]:
     Raises:
         ValueError: There is no adapter.
     """
-    return _beside_weights(path)[1] or dict(formats.read(path)[1])
+    return _extra_weights(path)[1] or dict(formats.read(path)[1])
 
 
-def _beside_weights(path: Path) -> tuple[Any, dict[str, str]]:
+def _extra_weights(path: Path) -> tuple[Any, dict[str, str]]:
     """What loads the adapter at a path that changes no weight, and its header; (None, {}): it is another adapter."""
-    found = ((kind, kind.header_in(path)) for kind in dict.fromkeys(BESIDE.values()))
+    found = ((kind, kind.header_in(path)) for kind in dict.fromkeys(METHOD_MODULES.values()))
     return next(((kind, header) for kind, header in found if header is not None), (None, {}))
 
 
@@ -205,10 +205,10 @@ def load_trained(model: VLModel, path: Path, *, backend: str) -> None:
         ValueError: The adapter belongs to another model, or adapts a network that this one does not have.
     """
     folder = formats.adapter_folder(path)
-    beside, header = _beside_weights(path)
-    if beside:
+    methods, header = _extra_weights(path)
+    if methods:
         check_identity(folder, header, model.identity.weights)
-        beside.load(model.networks[MODEL], model.target_maps[MODEL], path)
+        methods.load(model.networks[MODEL], model.target_maps[MODEL], path)
         return
     files = files_in(folder)
     check_identity(folder, formats.read(files[MODEL])[1], model.identity.weights)

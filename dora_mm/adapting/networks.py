@@ -20,7 +20,11 @@ from dora_mm.core.inject import inject_paths
 from dora_mm.core.targets import matches
 from dora_mm.core.wrappers.quantized import is_quantized
 
-BESIDE = {"series": bottlenecks, "parallel": bottlenecks, "prefix": prefixes}  # by the method, which changes no weight
+METHOD_MODULES = {
+    "series": bottlenecks,
+    "parallel": bottlenecks,
+    "prefix": prefixes,
+}  # by the method, which changes no weight
 
 
 @dataclass
@@ -102,8 +106,8 @@ def adapt(
         ValueError: The model has no such part; or a part cannot be adapted like this.
     """
     main = next(iter(target_maps))
-    if beside := BESIDE.get(config.method):
-        added = beside.attach(networks[main], target_maps[main], config.method, config.rank, seed)
+    if methods := METHOD_MODULES.get(config.method):
+        added = methods.attach(networks[main], target_maps[main], config.method, config.rank, seed)
         return TrainedNetworks({main: networks[main]}, parameters={f"{main}.{name}": p for name, p in added.items()})
     selection = select_modules(config, networks, target_maps)
     found = TrainedNetworks({name: networks[name] for name in target_maps if name == main or name in selection})

@@ -91,9 +91,9 @@ def _start(word: str, config: TokenConfig, model: ImageModel, table: str, seed: 
             raise ValueError(f"tokens.{word}: init {config.init!r} has {len(ids)} tokens, {wanted}")
         return weight[ids].clone()
     stream = generator(seed, 0, f"new token {word} of {table}")
-    drawn = torch.randn(config.count or NUM_TOKENS, weight.shape[1], generator=stream)
+    normal = torch.randn(config.count or NUM_TOKENS, weight.shape[1], generator=stream)
     length = weight.norm(dim=1).mean().cpu()
-    return drawn * (length / drawn.norm(dim=1, keepdim=True))
+    return normal * (length / normal.norm(dim=1, keepdim=True))
 
 
 def train_tokens(tokens: Configs, model: ImageModel, trained: TrainedNetworks) -> None:

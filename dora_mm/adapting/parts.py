@@ -15,8 +15,8 @@ from torch import nn
 
 from dora_mm.config.adapter import (
     ALL_LINEAR,
-    BESIDE_WEIGHTS,
     EACH_TEXT_ENCODER,
+    EXTRA_WEIGHT_MODULES,
     FROZEN,
     TEXT_ENCODERS,
     AdapterConfig,
@@ -75,7 +75,7 @@ def select_modules(
     Raises:
         ValueError: The model has no such part or module, or two patterns take the same one.
     """
-    if config.method in BESIDE_WEIGHTS:
+    if config.method in EXTRA_WEIGHT_MODULES:
         return {}
     main, targets = next(iter(target_maps.items()))
     names = config.all_parts([full_name(main, part) for part in targets.select().parts])
@@ -118,16 +118,16 @@ def _parts(
     Raises:
         ValueError: The model has no such part, and it is not frozen.
     """
-    places = {
+    modules_by_name = {
         full_name(component, part): (component, part)
         for component, targets in target_maps.items()
         for part in parts_in(networks[component], targets)
     }
     found = {}
     for name, settings in names.items():
-        meant = [place for each in _meant(name, target_maps) if (place := places.get(each))]
+        meant = [modules for each in _meant(name, target_maps) if (modules := modules_by_name.get(each))]
         if not meant and settings.method != FROZEN:
-            raise ValueError(f"adapter.parts: this model has no part {name}; it has {', '.join(places)}")
+            raise ValueError(f"adapter.parts: this model has no part {name}; it has {', '.join(modules_by_name)}")
         found |= dict.fromkeys(meant, settings)
     return found
 

@@ -107,8 +107,8 @@ def _behind_prefix(peft: Any, network: Any, args: Any, inputs: dict[str, Any]) -
             f"has {limit} positions"
         )
     if "position_ids" in inspect.signature(network.forward).parameters:
-        places = (mask.long().cumsum(1) - 1).clamp(min=0)  # without the padding in front
-        inputs["position_ids"] = size + places[:, -ids.shape[1] :]
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # without the padding in front
+        inputs["position_ids"] = size + positions[:, -ids.shape[1] :]
     inputs["attention_mask"] = torch.cat([mask.new_ones(len(mask), size), mask], 1)
     return args, inputs
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from dora_mm.cli.parser import RESUMABLE
 from dora_mm.config import find_path, load_config, resolve_adapter, resolve_model, resolve_path, run_name
-from dora_mm.config.latest import ADAPTER, CHECKPOINT, LATEST, PICTURES, RUN, Wanted, numbered
+from dora_mm.config.latest import ADAPTER, CHECKPOINT, IMAGES, LATEST, RUN, Wanted, numbered
 from dora_mm.config.overridden import value_at
 from dora_mm.config.paths import INDEX, check_exists, check_paths
 from dora_mm.config.schema import PipelineConfig
@@ -22,13 +22,13 @@ from dora_mm.utils.processes import num_started
 T = TypeVar("T", str, Path)
 # The arguments that are paths, with what `runs/NAME/latest` has to have; those of `set` are in the types of configs
 PATHS: dict[str | tuple[str, str], Wanted] = {
-    **dict.fromkeys(("config", "job_config", "resume", "replay", "images", "data", "folder", "output"), RUN),
+    **dict.fromkeys(("config", "prompts_config", "resume", "replay", "images", "data", "folder", "output"), RUN),
     **dict.fromkeys(("model", "base", "tuned"), RUN),
     **dict.fromkeys(("adapter", "source", "sources", "file", "path", "out", "runs"), ADAPTER),
-    **{"predictions": RUN, "run": CHECKPOINT, ("gallery", "runs"): PICTURES, ("train", "resume"): CHECKPOINT},
+    **{"predictions": RUN, "run": CHECKPOINT, ("gallery", "runs"): IMAGES, ("train", "resume"): CHECKPOINT},
 }
 WRITTEN = ("out", "output", "page")
-DEFAULTS_OF_JOBS = "configs/sdxl/jobs.yaml"
+GENERATION_DEFAULTS = "configs/sdxl/jobs.yaml"
 
 
 def run(arguments: Namespace, recipes: Recipes | None = None) -> None:
@@ -43,7 +43,7 @@ def run(arguments: Namespace, recipes: Recipes | None = None) -> None:
         case "sample" if arguments.replay is not None:
             _replay(arguments)
         case "sample":
-            take_job(arguments)
+            take_prompts_file(arguments)
             _run_config(arguments, recipes or PIPELINES)
         case "train" | "grid" | "eval" | "compare" | "features":
             _run_config(arguments, recipes or PIPELINES)
@@ -169,7 +169,7 @@ def _replay(arguments: Namespace) -> None:
     PIPELINES.load("sample").replay(arguments.replay, output=output)
 
 
-def take_job(arguments: Namespace) -> None:
+def take_prompts_file(arguments: Namespace) -> None:
     """Puts the config of a job file in its place, and the file into the overrides; a config stays as it is.
 
     Args:
@@ -181,16 +181,16 @@ def take_job(arguments: Namespace) -> None:
     job = arguments.config
     if job is not None and Path(job).suffix.lower() not in (".yaml", ".yml"):
         given = {"prompts_file": job, "name": run_name(job)}
-        arguments.config = arguments.job_config or DEFAULTS_OF_JOBS
-        if arguments.resume is not None and arguments.job_config is None:
+        arguments.config = arguments.prompts_config or GENERATION_DEFAULTS
+        if arguments.resume is not None and arguments.prompts_config is None:
             arguments.config = None  # the run's own
             del given["name"]
         # not as ASCII: YAML reads the two escapes of an emoji as two characters
         texts = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
         arguments.overrides = [*texts, *arguments.overrides]
-    elif job is None and arguments.overrides and arguments.resume is None and arguments.job_config is None:
-        arguments.config = DEFAULTS_OF_JOBS  # the overrides have the prompts
-    elif arguments.job_config is not None:
+    elif job is None and arguments.overrides and arguments.resume is None and arguments.prompts_config is None:
+        arguments.config = GENERATION_DEFAULTS  # the overrides have the prompts
+    elif arguments.prompts_config is not None:
         raise ValueError("--config belongs to a job file: dora-mm sample JOBS.csv --config CONFIG")
 
 

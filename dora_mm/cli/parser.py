@@ -85,7 +85,9 @@ def _add_config_command(commands: Any, name: str, what: str) -> None:
     if name in RESUMABLE:
         command.add_argument("--resume", metavar="RUN_DIR", type=Path, help="go on with a run that was stopped")
     if name == "sample":
-        command.add_argument("--config", metavar="CONFIG", dest="job_config", help="the settings that JOBS leaves out")
+        command.add_argument(
+            "--config", metavar="CONFIG", dest="prompts_config", help="the settings that JOBS leaves out"
+        )
         command.add_argument("--replay", metavar="PNG", type=Path, help="draw an image again as its file says")
     if name == "train":
         command.add_argument(
@@ -252,7 +254,7 @@ def _add_tune(commands: Any) -> None:
     ranks = "the ranks; default: that of the config"
     command.add_argument("--ranks", metavar="R", type=_positive, nargs="+", help=ranks)
     command.add_argument(
-        "--judge",
+        "--selection-metric",
         choices=("score", "held_out"),
         default="score",
         help="score: likeness to the training pictures, or that of the answers; held_out: the held-out loss",

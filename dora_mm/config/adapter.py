@@ -21,7 +21,11 @@ IMAGE_PARTS = (  # of all target maps of image models, with the network in front
     "transformer.text",  # of Krea 2: what fuses the hidden states of its text encoder
     *("text_encoder.attn", "text_encoder.ff", "text_encoder_2.attn", "text_encoder_2.ff"),
 )
-BESIDE_WEIGHTS = ("series", "parallel", "prefix")  # methods that change no weight: a module of dora_mm/adapting each
+EXTRA_WEIGHT_MODULES = (
+    "series",
+    "parallel",
+    "prefix",
+)  # methods that change no weight: a module of dora_mm/adapting each
 VL_PARTS = (  # of all target maps of vision-language models
     *("text.attn", "text.mlp", "vision.attn", "vision.mlp", "connector", "cross"),
     *("text.qv", "text.ko", "cross.qv", "cross.ko"),  # of vl_bart, instead of text.attn and cross
@@ -166,7 +170,7 @@ class VLAdapterConfig(AdapterConfig):
     @property
     def starts_as_base(self) -> bool:
         """Whether the model as the training starts is the model without its adapters, at any later time, too."""
-        own = self.init_from or self.extra_trainable or self.method in BESIDE_WEIGHTS
+        own = self.init_from or self.extra_trainable or self.method in EXTRA_WEIGHT_MODULES
         return not own and "full" not in self.methods
 
 
@@ -206,7 +210,7 @@ def check_adapter(adapter: AdapterConfig, optimizer: OptimizerConfig) -> list[st
         problems.append(f"adapter.dropout has no effect: {where} has no A and B")
     if not magnitudes and adapter.norm_grad != "detached":
         problems.append(f"adapter.norm_grad has no effect: {where} has no magnitudes")
-    if adapter.method in BESIDE_WEIGHTS:
+    if adapter.method in EXTRA_WEIGHT_MODULES:
         unused = {
             "parts": adapter.parts,
             "alpha": adapter.alpha != adapter.rank,

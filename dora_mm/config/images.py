@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
 from dora_mm.config.adapter import ImageAdapterConfig, check_adapter
+from dora_mm.config.generation import LARGEST_SIZE, SampleConfig
 from dora_mm.config.models import ModelConfig
-from dora_mm.config.pictures import LARGEST_SIZE, SampleConfig
 from dora_mm.config.schema import (
     Backend,
     Count,

@@ -23,7 +23,7 @@ class Wanted(NamedTuple):
 RUN = Wanted("a config.yaml", ("config.yaml",))
 ADAPTER = Wanted("an adapter", ("adapter/*.safetensors", "*.safetensors"))
 CHECKPOINT = Wanted("a checkpoint", ("checkpoints/step-*",))
-PICTURES = Wanted("pictures", ("manifest.jsonl", "samples/*.png", "sheet*.png"))
+IMAGES = Wanted("pictures", ("manifest.jsonl", "samples/*.png", "sheet*.png"))
 
 
 def numbered(path: str, wanted: Wanted = RUN, *, new: bool = False) -> str:
@@ -37,7 +37,7 @@ def numbered(path: str, wanted: Wanted = RUN, *, new: bool = False) -> str:
     Raises:
         ValueError: There are runs, and none of them has it.
     """
-    before, after = _around(path)
+    before, after = _run_around(path)
     if not before.parts or expanded(path).exists():
         return path
     inside = not new and after.parts
@@ -65,13 +65,13 @@ def _numbered_adapter(text: str) -> str:
     return f"{numbered(path, ADAPTER)}:{strength}"
 
 
-def _around(path: str) -> tuple[Path, Path]:
+def _run_around(path: str) -> tuple[Path, Path]:
     """What is before `latest` in a path, and behind it; nothing before it where it is not there."""
     parts = Path(path).parts
     if LATEST not in parts:
         return Path(), Path()
-    place = parts.index(LATEST)
-    return Path(*parts[:place]), Path(*parts[place + 1 :])
+    index = parts.index(LATEST)
+    return Path(*parts[:index]), Path(*parts[index + 1 :])
 
 
 def _runs(folder: Path) -> Iterator[Path]:

@@ -107,7 +107,7 @@ class ModelConfig(Section):
         """The sections of families that are given, by the name of the family."""
         yield from ((name, section) for name, section in self if isinstance(section, ImageFamilyConfig))
 
-    def settings_of_pictures(self) -> dict[str, Any]:
+    def generation_settings(self) -> dict[str, Any]:
         """The settings beside the files on which pictures depend, and that are not the defaults, by section and key."""
         own = self.model_dump(include={"prediction", "quantization", "denoiser"}, exclude_defaults=True)
         found = {

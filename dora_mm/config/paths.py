@@ -217,11 +217,11 @@ def paths_in(section: Section, prefix: str = "") -> Iterator[tuple[str, PathKind
         value, key = getattr(section, name), f"{prefix}{name}"
         kind = next((mark for mark in (*field.metadata, *_marks(field.annotation)) if isinstance(mark, PathKind)), None)
         for position, item in enumerate(value if isinstance(value, tuple) else (value,)):
-            place = f"{key}[{position}]" if isinstance(value, tuple) else key
+            path = f"{key}[{position}]" if isinstance(value, tuple) else key
             if isinstance(item, Section):
-                yield from paths_in(item, f"{place}.")
+                yield from paths_in(item, f"{path}.")
             elif kind is not None and item is not None:
-                yield place, kind, item
+                yield path, kind, item
 
 
 def _marks(annotation: Any) -> Iterator[Any]:

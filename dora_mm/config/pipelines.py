@@ -9,26 +9,26 @@ from dora_mm.config.schema import PipelineConfig
 class _Schemas(Mapping[str, type[PipelineConfig]]):
     """Schemas that are imported when they are asked for: commands without a config start without pydantic's work."""
 
-    def __init__(self, **places: str):
-        self._places = places
+    def __init__(self, **import_paths: str):
+        self._import_paths = import_paths
 
     def __getitem__(self, name: str) -> type[PipelineConfig]:
-        module, _, schema = self._places[name].partition(":")
+        module, _, schema = self._import_paths[name].partition(":")
         return getattr(import_module(f"dora_mm.{module}"), schema)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._import_paths)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._import_paths)
 
 
 SCHEMAS: Mapping[str, type[PipelineConfig]] = _Schemas(
     train_diffusion="config.images:TrainDiffusionConfig",
-    sample="config.pictures:JobConfig",
-    grid="config.pictures:GridConfig",
-    eval_diffusion="config.pictures:EvalDiffusionConfig",
-    eval_style="config.pictures:EvalStyleConfig",
+    sample="config.generation:BatchGenerationConfig",
+    grid="config.generation:GridConfig",
+    eval_diffusion="config.generation:EvalDiffusionConfig",
+    eval_style="config.generation:EvalStyleConfig",
     extract_features="config.vl:ExtractFeaturesConfig",
     train_vl="config.vl:TrainVLConfig",
     eval_vl="config.vl:EvalVLConfig",

@@ -57,10 +57,10 @@ def describe(error: ValidationError, schema: type[Section], origins: Mapping[Key
     """
     problems = []
     for item in error.errors(include_url=False):
-        place = _place(schema, item["loc"])
-        path = (*place.path, place.choice.key) if place.choice and item["type"] in _TAGS else place.path
+        location = _location(schema, item["loc"])
+        path = (*location.path, location.choice.key) if location.choice and item["type"] in _TAGS else location.path
         origin, key = _origin(path, origins), dotted_key(path)
-        message, example = _message(item, place, schema), _example(item, place)
+        message, example = _message(item, location, schema), _example(item, location)
         if example and origin.startswith("--set"):
             message += f": --set {shlex.quote(f'{key}={example}')}"
         elif example:
@@ -92,13 +92,13 @@ def _origin(path: KeyPath, origins: Mapping[KeyPath, str]) -> str:
     return ""
 
 
-def _message(item: Any, place: _Place, schema: type[Section]) -> str:
+def _message(item: Any, location: _Location, schema: type[Section]) -> str:
     kind, given, context = item["type"], item["input"], item.get("ctx", {})
     if kind == "extra_forbidden":
-        return _of_another_class(place) or f"unknown key{_suggestion(place, schema)}"
-    if kind in _TAGS and place.choice:
-        given, kind = given[place.choice.key], "literal_error"
-        context = {"expected": " or ".join(map(repr, place.choice.classes))}
+        return _of_another_class(location) or f"unknown key{_suggestion(location, schema)}"
+    if kind in _TAGS and location.choice:
+        given, kind = given[location.choice.key], "literal_error"
+        context = {"expected": " or ".join(map(repr, location.choice.classes))}
     if kind == "missing":
         return "is missing"
     if kind == "value_error":
@@ -118,15 +118,15 @@ def _message(item: Any, place: _Place, schema: type[Section]) -> str:
     return f"{text[0].lower()}{text[1:]}, got {given!r}"
 
 
-def _example(item: Any, place: _Place) -> str:
+def _example(item: Any, location: _Location) -> str:
     """A value that a key may have in the place of one of another type; empty where none is known."""
     kind, given = item["type"], item["input"]
-    if kind == "tuple_type" and isinstance(given, str | int | float) and not _is_section(_inside(place.value, 0)):
+    if kind == "tuple_type" and isinstance(given, str | int | float) and not _is_section(_inside(location.value, 0)):
         return f"[{', '.join(part.strip() for part in str(given).split(','))}]"
-    if kind == "model_type" and _is_section(place.value):
-        return _example_of_section(place.value, given)
-    if kind == "float_type" and isinstance(place.default, float):
-        return f"{place.default:g}"
+    if kind == "model_type" and _is_section(location.value):
+        return _example_of_section(location.value, given)
+    if kind == "float_type" and isinstance(location.default, float):
+        return f"{location.default:g}"
     return ""
 
 
@@ -144,11 +144,13 @@ def _quoted(expected: str) -> list[str]:
     return expected.split("'")[1::2]
 
 
-def _suggestion(place: _Place, schema: type[Section]) -> str:
+def _suggestion(location: _Location, schema: type[Section]) -> str:
     """Suggests a similar key of the same section, else the same key in another section, else lists the keys."""
-    name = str(place.path[-1])
-    siblings = list(place.section.model_fields) if place.section else []
-    others = [key for section in place.choice.classes.values() for key in section.model_fields] if place.choice else []
+    name = str(location.path[-1])
+    siblings = list(location.section.model_fields) if location.section else []
+    others = (
+        [key for section in location.choice.classes.values() for key in section.model_fields] if location.choice else []
+    )
     elsewhere = [key for key in all_keys(schema) if key.split(".")[-1] == name and ANY_NAME not in key]
     if not elsewhere and (ours := key_of(name)) in all_keys(schema):
         return f", which is {ours} here"
@@ -159,13 +161,13 @@ def _suggestion(place: _Place, schema: type[Section]) -> str:
     return f"; this section has {', '.join(siblings)}" if siblings else ""
 
 
-def _of_another_class(place: _Place) -> str:
+def _of_another_class(location: _Location) -> str:
     """What is wrong with a key of a section that only another class of this section has; empty if none has it."""
-    if place.choice is None:
+    if location.choice is None:
         return ""
-    key, classes = place.choice
-    others = [tag for tag, section in classes.items() if place.path[-1] in section.model_fields]
-    chosen = next(tag for tag, section in classes.items() if section is place.section)
+    key, classes = location.choice
+    others = [tag for tag, section in classes.items() if location.path[-1] in section.model_fields]
+    chosen = next(tag for tag, section in classes.items() if section is location.section)
     return f"is for {key} {' and '.join(others)}, not {chosen}" if others else ""
 
 
@@ -176,7 +178,7 @@ class _Choice(NamedTuple):
     classes: Mapping[str, type[Section]]
 
 
-class _Place(NamedTuple):
+class _Location(NamedTuple):
     """Where in a schema an error is.
 
     Attributes:
@@ -194,7 +196,7 @@ class _Place(NamedTuple):
     default: Any
 
 
-def _place(schema: type[Section], location: Sequence[str | int]) -> _Place:
+def _location(schema: type[Section], location: Sequence[str | int]) -> _Location:
     path: list[str | int] = []
     value: Any = schema  # the type of what the next part of the location is in
     section = choice = chosen = section_choice = None
@@ -209,7 +211,7 @@ def _place(schema: type[Section], location: Sequence[str | int]) -> _Place:
         value, chosen = _inside(value, part), None
         choice = _choice_in(value)
     field = section.model_fields.get(str(path[-1])) if section and path else None
-    return _Place(tuple(path), section, choice or section_choice, value, field and field.default)
+    return _Location(tuple(path), section, choice or section_choice, value, field and field.default)
 
 
 def _is_alternative(value: Any, part: str | int) -> bool:

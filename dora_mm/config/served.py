@@ -14,7 +14,7 @@ from dora_mm.config.schema import (
     Text,
     raise_problems,
 )
-from dora_mm.config.vl import DrawingConfig
+from dora_mm.config.vl import TextSamplingConfig
 from dora_mm.config.vl_data import TaskName, VLDataConfig, missing_splits
 from dora_mm.registries.vl_tasks import TASKS
 
@@ -26,7 +26,7 @@ class ServerConfig(Section):
 
     url: Text  # what /chat/completions is behind, such as http://localhost:8000/v1
     model: Text | None = None  # the name of the model there; null: the only one that it serves
-    at_once: PositiveInt = 8  # requests at a time
+    concurrency: PositiveInt = 8  # requests at a time
     timeout: Positive = 600.0  # seconds for an answer
 
     @field_validator("url")
@@ -47,7 +47,7 @@ class EvalServerConfig(PipelineConfig):
     server: ServerConfig
     prompts: dict[TaskName, Text] = Field(default_factory=dict)  # in place of the tasks' own; {text}: the question
     data: VLDataConfig
-    decode: DrawingConfig = DrawingConfig()
+    decode: TextSamplingConfig = TextSamplingConfig()
     examples: Count = 48  # examples of each task on the HTML page
 
     @model_validator(mode="after")
@@ -56,9 +56,9 @@ class EvalServerConfig(PipelineConfig):
         for task in self.data.all_tasks:
             record, source = TASKS[task.task], task.source_of("valid")
             if record.prompt is None or record.pairs or record.clips:
-                problems.append(f"{self.data.place(task.task)} is no task that a server answers")
+                problems.append(f"{self.data.key_of(task.task)} is no task that a server answers")
             elif source and record.images != 0 and source.images is None and source.reader.images == "named":
-                problems.append(f"{self.data.place(task.task)} has a source without images")
+                problems.append(f"{self.data.key_of(task.task)} has a source without images")
         known = [task.task for task in self.data.all_tasks]
         problems += [
             f"prompts: {name} has no effect: data has no such task" for name in self.prompts if name not in known

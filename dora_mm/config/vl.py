@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from dora_mm.config.adapter import BESIDE_WEIGHTS, VLAdapterConfig, check_adapter
+from dora_mm.config.adapter import EXTRA_WEIGHT_MODULES, VLAdapterConfig, check_adapter
 from dora_mm.config.models import VisionConfig, VLModelConfig
 from dora_mm.config.schema import (
     AdapterPath,
@@ -39,7 +39,7 @@ from dora_mm.config.vl_data import Split, VLDataConfig, missing_splits
 from dora_mm.registries.vl_tasks import TASKS
 
 
-class DrawingConfig(Section):
+class TextSamplingConfig(Section):
     """How tokens of answers are chosen, and where answers end."""
 
     max_new_tokens: PositiveInt | None = None  # longest answer in tokens; null: what suits the task
@@ -49,14 +49,14 @@ class DrawingConfig(Section):
     stop: Items[Text] = ()  # texts that end an answer, and are not part of it
 
     @model_validator(mode="after")
-    def _drawing_is_on(self) -> "DrawingConfig":
-        drawn = [key for key in ("top_p", "seed") if getattr(self, key) != type(self).model_fields[key].default]
-        if drawn and not self.temperature:
-            raise ValueError(f"{drawn[0]} has no effect with temperature 0, which draws nothing")
+    def _sampling_is_on(self) -> "TextSamplingConfig":
+        sampling_keys = [key for key in ("top_p", "seed") if getattr(self, key) != type(self).model_fields[key].default]
+        if sampling_keys and not self.temperature:
+            raise ValueError(f"{sampling_keys[0]} has no effect with temperature 0, which draws nothing")
         return self
 
 
-class DecodeConfig(DrawingConfig):
+class DecodeConfig(TextSamplingConfig):
     batch_size: PositiveInt = 64  # examples per batch
     # trie, rank: only answers in the training data; rank, where rows have options in words: only these
     answers: Literal["generate", "trie", "rank"] = "generate"
@@ -94,7 +94,7 @@ class PreferenceConfig(Section):
         return self
 
 
-class QuestionTrainConfig(EpochTrainConfig, AdapterTrainConfig):
+class VLTrainConfig(EpochTrainConfig, AdapterTrainConfig):
     """A training of adapters, in steps or in passes over the questions."""
 
 
@@ -121,7 +121,7 @@ class TrainVLConfig(PipelineConfig):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EMAConfig | None = None  # an average of the weights, saved in adapter-ema/; null: none
-    train: QuestionTrainConfig
+    train: VLTrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
@@ -129,8 +129,8 @@ class TrainVLConfig(PipelineConfig):
         problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype, self.ema)
         problems += check_adapter(self.adapter, self.optimizer)
         problems += check_sharding(self.train, self.adapter.cache, self.model.quantization)
-        if self.adapter.method in BESIDE_WEIGHTS:
-            problems += _check_beside_weights(self.adapter.method, self.train)
+        if self.adapter.method in EXTRA_WEIGHT_MODULES:
+            problems += _check_extra_weights(self.adapter.method, self.train)
         if self.train.gradients_at and self.model.quantization:
             problems.append("train.gradients_at is not for model.quantization, whose layers have no whole weights")
         if self.train.shard and self.data.on_bad_data == "skip":
@@ -187,7 +187,7 @@ class ExtractFeaturesConfig(PipelineConfig):
     on_bad_data: Literal["stop", "skip"] = "stop"  # skip: bad images are left out, counted and listed
 
 
-def _check_beside_weights(method: str, train: EpochTrainConfig) -> list[str]:
+def _check_extra_weights(method: str, train: EpochTrainConfig) -> list[str]:
     """Finds settings that a method which changes no weight does not go with; one message per problem.
 
     Gradient checkpointing drops the cache that a prefix is in, and compiled blocks were not tried with one.
@@ -240,12 +240,12 @@ def check_visual_inputs(
         if vision != VisionConfig():
             return ["vision is for model.family vl_bart: the other models bring their own tower"]
         if clips:
-            return [f"{data.place(clips[0])} has clips, which only model.family vl_bart reads"]
-        return [f"{data.place(missing[0])} has a source without images"] if missing else []
+            return [f"{data.key_of(clips[0])} has clips, which only model.family vl_bart reads"]
+        return [f"{data.key_of(missing[0])} has a source without images"] if missing else []
     if clips and len(clips) < len(data.all_tasks):
         return ["data.tasks mixes image tasks and video tasks: a model handles only one kind"]
     if clips and not vision.features:
         return [f"vision.features is missing: {clips[0]} reads video clips as features"]
     if missing and not vision.features:
-        return [f"{data.place(missing[0])} has a source without images, and vision.features is empty"]
+        return [f"{data.key_of(missing[0])} has a source without images, and vision.features is empty"]
     return []

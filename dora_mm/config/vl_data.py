@@ -218,7 +218,7 @@ class VLDataConfig(Section):
         """These settings with other tasks."""
         return self.model_copy(update={"tasks": tasks, "task": "chat", "train": None, "more": (), "valid": None})
 
-    def place(self, task: str, section: str = "data") -> str:
+    def key_of(self, task: str, section: str = "data") -> str:
         """How the config names a task, for messages: "data.tasks: vqa", or "data" for the only one."""
         return f"{section}.tasks: {task}" if self.tasks else section
 
@@ -249,4 +249,4 @@ def check_splits(
 def missing_splits(data: VLDataConfig, split: Split, section: str = "data") -> list[str]:
     """Finds tasks without this split; one message per problem, each naming the key as the config has it."""
     missing = [task.task for task in data.all_tasks if getattr(task, split) is None]
-    return [f"{data.place(task, section)} has no {split} split" for task in missing]
+    return [f"{data.key_of(task, section)} has no {split} split" for task in missing]

@@ -44,7 +44,7 @@ class Adaptation:
         merged: Whether the weight is W(t).
         base_weight: While merged, the base weight as stored, unless it was not kept.
         caches: Inside `fixed_parameters`, what that keeps, by dtype and device of the product and by inference mode.
-        asks: Whether the last pass found no update, see `PassCache`.
+        checks_update: Whether the last pass found no update, see `PassCache`.
         num_passes: Inside `fixed_parameters`, the number of passes; None where only the base weight is fixed.
         kept: Outside of it, what passes of inference share.
     """
@@ -63,13 +63,13 @@ class Adaptation:
     merged: bool = False
     base_weight: Tensor | None = None
     caches: dict[Hashable, PassCache] | None = None
-    asks: bool = True
+    checks_update: bool = True
     num_passes: float | None = None
     kept: KeptPasses | None = None
 
     def forget(self, *, base: bool = False) -> None:
         """Forgets what passes found, where an adapter was changed, or with `base` the weight."""
-        self.asks, self.kept = True, None
+        self.checks_update, self.kept = True, None
         if base:
             self.caches = None
         self.end_passes()

@@ -26,7 +26,7 @@ from dora_mm.core.ops import Op
 from dora_mm.core.parameters import AdapterParameters
 from dora_mm.core.passes import Options, PassCache
 from dora_mm.core.spec import DoRASpec, finite_number
-from dora_mm.core.wrappers.sharded import is_sharded, whole, write
+from dora_mm.core.wrappers.sharded import gathered, is_sharded, write
 
 NOT_STACKED = "cannot hold several adapters: method full replaces the weight itself"
 
@@ -40,7 +40,7 @@ class AdaptedLayer(AdapterParameters):
 
     parameter_names = (*ADAPTER_NAMES, "weight")
     base_class: type[nn.Module] = nn.Module  # the class of the layers that it adapts, see `class_for`
-    not_whole: str | None = None  # why the weight itself cannot be trained, after the path of the layer
+    not_full: str | None = None  # why the weight itself cannot be trained, after the path of the layer
 
     def __init__(self, *_: Any, **__: Any):
         raise TypeError(f"a {type(self).__name__} is made from a base layer: use inject or adapt_layer")
@@ -48,7 +48,7 @@ class AdaptedLayer(AdapterParameters):
     @classmethod
     def class_for(cls, layer: nn.Module) -> type[AdaptedLayer] | None:
         """The class that adapts a layer: this one, or one made from it; None where it does not adapt such a layer."""
-        return cls if type(layer) is cls.base_class and has_plain_weight(layer) else None
+        return cls if type(layer) is cls.base_class and has_dense_weight(layer) else None
 
     @classmethod
     def why_not(cls, layer: nn.Module, path: str, spec: DoRASpec) -> str | None:
@@ -204,10 +204,10 @@ class AdaptedLayer(AdapterParameters):
         cache = options.cache
         if is_compiling or cache is None:
             return state.forward(x, self.matrix, bias, adapters, options)
-        cache.asks = state.asks
+        cache.checks_update = state.checks_update
         y = state.forward(x, self.matrix, bias, adapters, options)
-        if cache.asks != state.asks:
-            state.asks = cache.asks
+        if cache.checks_update != state.checks_update:
+            state.checks_update = cache.checks_update
         return y
 
     def options(
@@ -239,9 +239,9 @@ class AdaptedLayer(AdapterParameters):
     def check_can_merge(self) -> None:
         """Raises ValueError where the layer is merged already, or its weight cannot be replaced."""
         self.check_not_merged()
-        self.check_plain()
+        self.check_unpacked()
 
-    def check_plain(self) -> None:
+    def check_unpacked(self) -> None:
         """Raises ValueError where A, B, m or the weight are no longer parameters of the layer."""
         for name in self.parameter_names:
             if name not in self._parameters:
@@ -261,8 +261,8 @@ class AdaptedLayer(AdapterParameters):
             ValueError: See `check_can_merge`.
         """
         self.check_can_merge()
-        W0, state = whole(self.matrix), self.adaptation
-        adapters = [a.with_tensors(*(None if t is None else whole(t) for t in a[:3])) for a in self.adapters()]
+        W0, state = gathered(self.matrix), self.adaptation
+        adapters = [a.with_tensors(*(None if t is None else gathered(t) for t in a[:3])) for a in self.adapters()]
         W = merged_weight(W0, adapters)
         merged, sums = W, (0.0, 0.0)
         if W.dtype != W0.dtype:
@@ -294,7 +294,7 @@ class AdaptedLayer(AdapterParameters):
             base.data = base.data.to(self.weight.device, self.weight.dtype)
             self.weight = base
         else:
-            write(self.weight, whole(base))
+            write(self.weight, gathered(base))
 
     def check_can_unmerge(self) -> None:
         """Raises ValueError where the base weight was not kept."""
@@ -323,7 +323,7 @@ class AdaptedLayer(AdapterParameters):
         return f"{super().extra_repr()}, method={spec.method}{rank}"
 
 
-def has_plain_weight(layer: nn.Module) -> bool:
+def has_dense_weight(layer: nn.Module) -> bool:
     """False where the weight is of a subclass of Tensor, whose products compute something else."""
     weight = getattr(layer, "weight", None)
     return not isinstance(weight, Tensor) or type(weight) in (Tensor, nn.Parameter)

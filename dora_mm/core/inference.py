@@ -92,7 +92,7 @@ def is_inference(module: nn.Module) -> bool:
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
-PLAIN = (Tensor, nn.Parameter)  # subclasses may consist of other tensors, and have no address of their own
+DENSE_TYPES = (Tensor, nn.Parameter)  # subclasses may consist of other tensors, and have no address of their own
 
 
 def versions_of(tensors: Iterable[Any]) -> Hashable | None:
@@ -107,7 +107,7 @@ def versions_of(tensors: Iterable[Any]) -> Hashable | None:
         if t is not None:
             if t.is_inference():
                 return None
-            if type(t) in PLAIN:
+            if type(t) in DENSE_TYPES:
                 found += t.data_ptr(), t.untyped_storage()._cdata
             found += id(t), t._version
     return tuple(found)
@@ -118,7 +118,7 @@ def storages_of(tensors: Iterable[Any]) -> list[StorageWeakRef]:
 
     They hold no numbers. (References to the tensors themselves would keep `torch.utils.swap_tensors` from its work.)
     """
-    return [StorageWeakRef(t.untyped_storage()) for t in tensors if type(t) in PLAIN]
+    return [StorageWeakRef(t.untyped_storage()) for t in tensors if type(t) in DENSE_TYPES]
 
 
 class StepCounter:

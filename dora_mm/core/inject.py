@@ -243,7 +243,7 @@ def remove(model: nn.Module) -> None:
     """
     layers = adapted_layers(model).values()
     for layer in layers:
-        layer.check_plain()
+        layer.check_unpacked()
     for layer in layers:
         restore_layer(layer)
     _restore_attentions(model)

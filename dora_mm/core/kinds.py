@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from dora_mm.core.adaptation import ADAPTER_NAMES, Adaptation
-from dora_mm.core.adapted import AdaptedLayer, has_plain_weight
+from dora_mm.core.adapted import AdaptedLayer, has_dense_weight
 from dora_mm.core.forms import TORCH, Forward
+from dora_mm.core.full_weight import TrainedWeight
 from dora_mm.core.layer import DoRAConv1d, DoRAConv2d, DoRAConv3d, DoRAEmbedding, DoRALinear, DoRATransposedLinear
 from dora_mm.core.spec import DoRASpec
-from dora_mm.core.whole import TrainedWeight
 from dora_mm.core.wrappers.attention import DoRAPackedProjection
 from dora_mm.core.wrappers.quantized import DoRAQuantized
 from dora_mm.core.wrappers.subclasses import KNOWN, class_for_subclass, subclass
@@ -38,7 +38,7 @@ def adapted_class(layer: nn.Module, method: str = "dora") -> type[AdaptedLayer] 
 def not_adaptable(layer: nn.Module) -> str:
     """What a layer is for which there is no adapted class, for an error message: of its class alone."""
     base = next((known for known in KNOWN if isinstance(layer, known)), None)
-    if base is None or not has_plain_weight(layer):
+    if base is None or not has_dense_weight(layer):
         return f"a {type(layer).__name__}, which cannot be adapted ({ADAPTABLE} can)"
     return (
         f"a {type(layer).__name__}, which cannot be adapted: it is a {base.__name__} with a forward of its own, which "

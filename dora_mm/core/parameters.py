@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dora_mm.core.adaptation import ADAPTER_NAMES, Adaptation
 from dora_mm.core.functional import adapter_dtype, row_norm, seeded_generator
-from dora_mm.core.wrappers.sharded import is_sharded, whole, write
+from dora_mm.core.wrappers.sharded import gathered, is_sharded, write
 
 
 class AdapterParameters(nn.Module):
@@ -59,13 +59,13 @@ class AdapterParameters(nn.Module):
             raise ValueError(
                 f"{self.adaptation.path} was merged with keep_base=False: only strength 1 does not need the base"
             )
-        return whole(self.matrix if base is None else self.as_stored(base))
+        return gathered(self.matrix if base is None else self.as_stored(base))
 
     # --- a fresh adapter ---
 
     def reset_adapter(self) -> None:
         """Draws A from (seed, path), and sets B to 0 and m to the row norms: the layer computes what its base does."""
-        W0, state = whole(self.matrix), self.adaptation
+        W0, state = gathered(self.matrix), self.adaptation
         state.forget()
         dtype, fan_in = adapter_dtype(W0.dtype), W0[0].numel()
         if state.spec.method in ("dora", "lora"):
@@ -88,7 +88,7 @@ class AdapterParameters(nn.Module):
         state = self.adaptation
         state.made_for = self.weight.device, self.weight.dtype
         if state.spec.method in ("dora", "magnitude"):
-            state.first_magnitude = row_norm(whole(self.matrix))
+            state.first_magnitude = row_norm(gathered(self.matrix))
 
     def _set(self, name: str, value: Tensor) -> None:
         parameter = getattr(self, name)
@@ -102,11 +102,11 @@ class AdapterParameters(nn.Module):
     def is_fresh(self) -> bool:
         """Whether A, B and m were not trained: B is 0 and m is what it was set to."""
         first = self.adaptation.first_magnitude
-        if self.lora_B is not None and bool(whole(self.lora_B).any()):
+        if self.lora_B is not None and bool(gathered(self.lora_B).any()):
             return False
         if self.magnitude is None or first is None:
             return True
-        m = whole(self.magnitude)
+        m = gathered(self.magnitude)
         first = first.to(m)
         return bool(((m == first) | (m.isnan() & first.isnan())).all())
 

@@ -29,7 +29,7 @@ class PassCache:
         merged: W(t), as `forms.split_weight` returns it.
         keeps: Whether a pass may leave here what depends on the adapters: not where only the base weight is fixed.
         keeps_base: Whether n0 serves other passes, too.
-        asks: Whether an earlier pass may have found no update. Only then it is worth waiting for a GPU to know.
+        checks_update: Whether an earlier pass may have found no update. Only then waiting for a GPU to know pays.
         has_update: Whether the adapters differ from fresh ones, where a pass has asked.
         inference: What `Steps.keep` has left for passes of inference in the unmerged form.
     """
@@ -39,7 +39,7 @@ class PassCache:
     merged: tuple[Tensor, Tensor | None] | None = None
     keeps: bool = True
     keeps_base: bool = False
-    asks: bool = True
+    checks_update: bool = True
     has_update: bool | None = None
     inference: Any = None
 
@@ -49,12 +49,12 @@ class PassCache:
         A fresh adapter's is left out, since it may change the order of summation even so (in bf16 for 640 x 640 with
         2048 tokens it does). A trained one does not wait for a GPU to say that it is one.
         """
-        if not can_read(t) or (t.device.type != "cpu" and not self.asks):
+        if not can_read(t) or (t.device.type != "cpu" and not self.checks_update):
             return True
         found = any_nonzero(t) if self.has_update is None else self.has_update
         if self.keeps:
             self.has_update = found
-        self.asks = not found
+        self.checks_update = not found
         return found
 
 

@@ -30,8 +30,8 @@ def strengths_of(
     def pieces(path: str) -> tuple[str, ...]:
         return tuple((short or {}).get(piece, piece) for piece in path.split(".")) if path else ()
 
-    places = {pieces(name): finite_number(f"the strength of {name}", value) for name, value in strength.items()}
-    if len(places) < len(strength):
+    strengths = {pieces(name): finite_number(f"the strength of {name}", value) for name, value in strength.items()}
+    if len(strengths) < len(strength):
         raise ValueError(f"strength has two names for one place: {', '.join(strength)}")
     prefixes = {path: [pieces(path)[:length] for length in range(len(pieces(path)), -1, -1)] for path in paths}
     known = {prefix for found in prefixes.values() for prefix in found}
@@ -39,4 +39,4 @@ def strengths_of(
         if pieces(name) not in known:
             near = get_close_matches(name, sorted({".".join(prefix) for prefix in known if prefix}), n=3, cutoff=0.0)
             raise ValueError(f"strength: no adapted module is in {name!r}, the nearest names are {', '.join(near)}")
-    return {path: next((places[p] for p in found if p in places), 1.0) for path, found in prefixes.items()}
+    return {path: next((strengths[p] for p in found if p in strengths), 1.0) for path, found in prefixes.items()}

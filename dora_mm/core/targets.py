@@ -130,14 +130,14 @@ def matching(pattern: str, modules: Mapping[str, nn.Module], where: str) -> list
     wrong = next((path for path in found if not adaptable(modules[path])), None)
     if wrong is not None:
         raise ValueError(
-            f"{described(pattern, where)} matches {wrong or 'the model itself'}, {not_adaptable(modules[wrong])}"
+            f"{pattern_text(pattern, where)} matches {wrong or 'the model itself'}, {not_adaptable(modules[wrong])}"
         )
     if not found:
-        raise ValueError(f"{described(pattern, where)} matches no module; nearest: {_nearest(pattern, modules)}")
+        raise ValueError(f"{pattern_text(pattern, where)} matches no module; nearest: {_nearest(pattern, modules)}")
     return found
 
 
-def described(pattern: str, where: str, limit: int = 60) -> str:
+def pattern_text(pattern: str, where: str, limit: int = 60) -> str:
     """A pattern for a message, cut if it is long; `where` says where it is from."""
     shown = pattern if len(pattern) <= limit else f"{pattern[:limit]}..."
     return f"pattern {shown!r} of {where}"
@@ -150,7 +150,7 @@ def matches(pattern: str, path: str, where: str) -> bool:
     try:
         return re.fullmatch(pattern[3:], path) is not None
     except re.error as error:
-        raise ValueError(f"{described(pattern, where)} is not a valid regular expression: {error}") from error
+        raise ValueError(f"{pattern_text(pattern, where)} is not a valid regular expression: {error}") from error
 
 
 def adaptable(module: nn.Module) -> bool:

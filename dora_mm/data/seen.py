@@ -30,9 +30,7 @@ class SeenFiles:
     """
 
     def __init__(self):
-        self._places = np.empty(
-            0, np.uint64
-        )  # sorted; with 64 bits, two of a million are alike once in 40 million runs
+        self._keys = np.empty(0, np.uint64)  # sorted; with 64 bits, two of a million are alike once in 40 million runs
         self._digests = np.empty((0, DIGEST_BYTES), np.uint8)
         self._new: dict[int, bytes] = {}  # that are not in the arrays yet
         self._unshared: dict[int, bytes] = {}
@@ -40,7 +38,7 @@ class SeenFiles:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._places) + len(self._new)
+        return len(self._keys) + len(self._new)
 
     def read(self, path: Path) -> bytes:
         """The content of a file.
@@ -70,12 +68,12 @@ class SeenFiles:
         """
         if not what and (named := BY_CONTENT.fullmatch(path.name)):
             return named[1]
-        place = _place(path, what)
+        key = _key(path, what)
         with self._lock:
-            known = self._known(place)
+            known = self._known(key)
         if known is None:
             (read or partial(self.check, path))()
-            known = self._known(place)
+            known = self._known(key)
         assert known is not None, path
         return known.hex()
 
@@ -98,11 +96,11 @@ class SeenFiles:
                     "--resume RUN), which makes it again from the data file"
                 )
             return
-        place = _place(path, what)
+        key = _key(path, what)
         with self._lock:
-            before = self._known(place)
+            before = self._known(key)
             if before is None:
-                self._new[place] = self._unshared[place] = digest
+                self._new[key] = self._unshared[key] = digest
                 if len(self._new) >= MOST_NEW:
                     self._merge()
         if before is not None and before != digest:
@@ -121,12 +119,12 @@ class SeenFiles:
             ChangedFileError: A file was another one there.
         """
         with self._lock:
-            for place, digest in found.items():
-                before = self._known(place)
+            for key, digest in found.items():
+                before = self._known(key)
                 if before is not None and before != digest:
                     raise changed("a file of the data")
                 if before is None:
-                    self._new[place] = digest
+                    self._new[key] = digest
             self._merge()
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,22 +132,22 @@ class SeenFiles:
 
         with self._lock:
             self._merge()
-            return {"places": torch.from_numpy(self._places.view(np.int64)), "digests": torch.from_numpy(self._digests)}
+            return {"places": torch.from_numpy(self._keys.view(np.int64)), "digests": torch.from_numpy(self._digests)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on with what an earlier process has read; what this one has read already is compared with it."""
         with self._lock:
             self._merge()
-            places, digests = self._places, self._digests
-            self._places = state_dict["places"].numpy().view(np.uint64)
+            keys, digests = self._keys, self._digests
+            self._keys = state_dict["places"].numpy().view(np.uint64)
             self._digests = state_dict["digests"].numpy()
-        self.add({int(place): digest.tobytes() for place, digest in zip(places, digests, strict=True)})
+        self.add({int(key): digest.tobytes() for key, digest in zip(keys, digests, strict=True)})
 
-    def _known(self, place: int) -> bytes | None:
-        if (found := self._new.get(place)) is not None:
+    def _known(self, key: int) -> bytes | None:
+        if (found := self._new.get(key)) is not None:
             return found
-        index = int(np.searchsorted(self._places, np.uint64(place)))
-        known = index < len(self._places) and int(self._places[index]) == place
+        index = int(np.searchsorted(self._keys, np.uint64(key)))
+        known = index < len(self._keys) and int(self._keys[index]) == key
         return self._digests[index].tobytes() if known else None
 
     def _merge(self) -> None:
@@ -157,9 +155,9 @@ class SeenFiles:
         if not self._new:
             return
         new = np.frombuffer(b"".join(self._new.values()), np.uint8).reshape(-1, DIGEST_BYTES)
-        places = np.concatenate([self._places, np.fromiter(self._new, np.uint64, len(self._new))])
-        order = np.argsort(places, kind="stable")
-        self._places, self._digests = places[order], np.concatenate([self._digests, new])[order]
+        keys = np.concatenate([self._keys, np.fromiter(self._new, np.uint64, len(self._new))])
+        order = np.argsort(keys, kind="stable")
+        self._keys, self._digests = keys[order], np.concatenate([self._digests, new])[order]
         self._new = {}
 
 
@@ -189,7 +187,7 @@ def read_as(path: Path, digest: str) -> bytes:
     return content
 
 
-def _place(path: Path, what: str) -> int:
-    place = os.path.abspath(path).removeprefix(f"{os.getcwd()}{os.sep}")
-    name = f"{place}\0{what}".encode("utf-8", "surrogateescape")
+def _key(path: Path, what: str) -> int:
+    key = os.path.abspath(path).removeprefix(f"{os.getcwd()}{os.sep}")
+    name = f"{key}\0{what}".encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")

@@ -38,7 +38,7 @@ from dora_mm.utils.tables import csv_records
 log = logging.getLogger(__name__)
 FOLDER = "gradients"  # of a run; one file for each step
 MOST = 64  # matrices that are watched, evenly spaced: G has the size of the weight, in fp32
-DRAWS = 5  # of random rows for each matrix
+NUM_SAMPLES = 5  # of random rows for each matrix
 NEGLIGIBLE = 1e-12  # eigenvalues below this share of the largest one are rounding
 
 
@@ -55,7 +55,7 @@ class GradientShape(NamedTuple):
         exact: ||dL/dV|| / ||dL/dW'||.
         detached: The same with n as a constant.
         along: The root of the share of ||dL/dW'||^2 that points along the rows of V, which the projection takes away.
-        along_random: The same along random rows: the control, a mean over DRAWS of them.
+        along_random: The same along random rows: the control, a mean over NUM_SAMPLES of them.
         sd_along_random: Its standard deviation between draws.
         condition: The largest eigenvalue of the second moments of dL/dW' over rows, over the smallest. What is below
             10^-12 of the largest is rounding, and counts as that much: 10^12 says "at least".
@@ -110,10 +110,10 @@ def gradient_shape(G: Tensor, V: Tensor, m: Tensor | None, matrix: str) -> Gradi
     projected = gain * (G - dots * units)
     condition, rank = spectrum(G)
     condition_projected, rank_projected = spectrum(projected)
-    drawn = torch.tensor(
-        [control(G, dots, gain, random_units(G, matrix, draw)) for draw in range(DRAWS)], dtype=torch.float64
+    samples = torch.tensor(
+        [control(G, dots, gain, random_units(G, matrix, sample)) for sample in range(NUM_SAMPLES)], dtype=torch.float64
     )
-    means, spreads = drawn.mean(dim=0).tolist(), drawn.std(dim=0).tolist()
+    means, spreads = samples.mean(dim=0).tolist(), samples.std(dim=0).tolist()
     return GradientShape(
         norm=float(norm),
         exact=float(torch.linalg.vector_norm(projected) / norm),
@@ -140,9 +140,9 @@ def control(G: Tensor, dots: Tensor, gain: Tensor, rows: Tensor) -> tuple[float,
     return float(along), math.log10(condition), rank
 
 
-def random_units(G: Tensor, matrix: str, draw: int) -> Tensor:
+def random_units(G: Tensor, matrix: str, sample: int) -> Tensor:
     """Random rows of length 1 in the shape of G: a function of the matrix's name and the number of the draw."""
-    stream = generator(0, draw, f"rows in the place of those of {matrix}")
+    stream = generator(0, sample, f"rows in the place of those of {matrix}")
     rows = torch.randn(G.shape, generator=stream, dtype=torch.float64).to(G)
     return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
 
@@ -234,7 +234,7 @@ def measuring(
         run: The run directory.
     """
 
-    def around_passes(step: int, passes: Callable[[], PassResult]) -> PassResult:
+    def wrap_gradients(step: int, passes: Callable[[], PassResult]) -> PassResult:
         if step not in steps:
             return passes()
         watch = GradientWatch(networks)
@@ -243,7 +243,7 @@ def measuring(
         watch.write(file_of(run, step), result.scale)
         return result
 
-    return around_passes
+    return wrap_gradients
 
 
 def read_gradients(run: Path) -> dict[int, list[dict[str, str]]]:

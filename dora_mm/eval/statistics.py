@@ -18,7 +18,7 @@ TAIL = (1.0 - LEVEL) / 2
 
 
 @dataclass(frozen=True)
-class Interval:
+class ConfidenceInterval:
     """An estimate with its 95 % confidence interval.
 
     Attributes:
@@ -54,9 +54,9 @@ class Interval:
         return f"{ends[0]} ({ends[1]} to {ends[2]})" if self.has_ends else ends[0]
 
 
-def columns(interval: Interval | None, form: str, scale: float = 1.0) -> dict[str, str]:
+def columns(ci: ConfidenceInterval | None, form: str, scale: float = 1.0) -> dict[str, str]:
     """The estimate and its ends times `scale` as cells of a CSV file, which are empty where there is none."""
-    found = interval.as_dict() if interval else dict.fromkeys(("mean", "low", "high"))
+    found = ci.as_dict() if ci else dict.fromkeys(("mean", "low", "high"))
     return {name: "" if value is None else form.format(scale * value) for name, value in found.items()}
 
 
@@ -66,10 +66,10 @@ class Spread(NamedTuple):
     variance: float
     freedom: float
 
-    def around(self, mean: float, bounds: tuple[float, float] = (-np.inf, np.inf)) -> Interval:
+    def ci_around(self, mean: float, bounds: tuple[float, float] = (-np.inf, np.inf)) -> ConfidenceInterval:
         """The t interval of an estimate, clipped to its lowest and highest possible value."""
         half_width = float(t.ppf(1.0 - TAIL, self.freedom) * np.sqrt(self.variance))
-        return Interval(mean, max(mean - half_width, bounds[0]), min(mean + half_width, bounds[1]))
+        return ConfidenceInterval(mean, max(mean - half_width, bounds[0]), min(mean + half_width, bounds[1]))
 
     def p_value(self, mean: float) -> float:
         """The two-sided p value of the t test that the truth is 0."""
@@ -78,9 +78,9 @@ class Spread(NamedTuple):
         return float(2 * t.sf(abs(mean) / np.sqrt(self.variance), self.freedom))
 
 
-def mean_interval(
+def mean_ci(
     values_KS: np.ndarray, *, over_runs: bool = True, bounds: tuple[float, float] = (-np.inf, np.inf)
-) -> Interval:
+) -> ConfidenceInterval:
     """Returns the 95 % t interval of the mean: what other concepts, and other training runs, would give.
 
     Where all values are -1, all 0 or all 1, as differences of shares can be, it is the binomial one of K concepts.
@@ -99,16 +99,16 @@ def mean_interval(
     """
     mean, K = float(values_KS.mean()), len(values_KS)
     if K < 2:
-        return Interval(mean)
+        return ConfidenceInterval(mean)
     if mean in (-1.0, 0.0, 1.0) and np.all(values_KS == mean):
         half_width = 1.0 - _least_share(K)
         p = 2 * 0.5**K if mean else 1.0  # of the sign test
-        return Interval(mean, max(mean - half_width, bounds[0]), min(mean + half_width, 1.0), p)
+        return ConfidenceInterval(mean, max(mean - half_width, bounds[0]), min(mean + half_width, 1.0), p)
     spread = mean_spread(values_KS, over_runs=over_runs)
-    return replace(spread.around(mean, bounds), p=spread.p_value(mean))
+    return replace(spread.ci_around(mean, bounds), p=spread.p_value(mean))
 
 
-def share_interval(values_KS: np.ndarray, *, over_runs: bool = True, least: float | None = None) -> Interval:
+def share_ci(values_KS: np.ndarray, *, over_runs: bool = True, least: float | None = None) -> ConfidenceInterval:
     """Returns the 95 % interval of a share: the exact binomial one (Clopper and Pearson, 1934) of K values of 0 or 1.
 
     With several seeds or runs it is that of the number of independent values with the same variance of the mean (Korn
@@ -120,7 +120,7 @@ def share_interval(values_KS: np.ndarray, *, over_runs: bool = True, least: floa
 
     Args:
         values_KS: One value from 0 to 1 per concept and seed, (K, S).
-        over_runs: As in `mean_interval`.
+        over_runs: As in `mean_ci`.
         least: The variance that the mean has at least, that of independent values; None: of these.
 
     Returns:
@@ -128,17 +128,17 @@ def share_interval(values_KS: np.ndarray, *, over_runs: bool = True, least: floa
     """
     mean, K = float(values_KS.mean()), len(values_KS)
     if K < 2:
-        return Interval(mean)
+        return ConfidenceInterval(mean)
     possible = _least_share(K)
     if mean in (0.0, 1.0):
-        return Interval(mean, mean * possible, mean + (1.0 - mean) * (1.0 - possible))
+        return ConfidenceInterval(mean, mean * possible, mean + (1.0 - mean) * (1.0 - possible))
     spread = mean_spread(values_KS, over_runs=over_runs)
     variance = max(spread.variance, float(values_KS.var()) / (values_KS.size - 1) if least is None else least)
     known = (t.ppf(1.0 - TAIL, K - 1) / t.ppf(1.0 - TAIL, spread.freedom)) ** 2
     trials = mean * (1.0 - mean) / variance * K / (K - 1) * known if variance else K
     hits = mean * trials
     low, high = beta.ppf(TAIL, hits, trials - hits + 1.0), beta.ppf(1.0 - TAIL, hits + 1.0, trials - hits)
-    return Interval(mean, min(float(low), possible), max(float(high), 1.0 - possible))
+    return ConfidenceInterval(mean, min(float(low), possible), max(float(high), 1.0 - possible))
 
 
 def _least_share(K: int) -> float:
@@ -155,7 +155,7 @@ def mean_spread(values_KS: np.ndarray, *, over_runs: bool) -> Spread:
 
     Args:
         values_KS: One value per concept and seed, (K, S), of two concepts or more.
-        over_runs: As in `mean_interval`.
+        over_runs: As in `mean_ci`.
     """
     K, S = values_KS.shape
     mean, rows, columns = values_KS.mean(), values_KS.mean(axis=1), values_KS.mean(axis=0)
@@ -180,8 +180,8 @@ def combined(parts: Sequence[Spread], shared: float = 0.0) -> Spread:
     return Spread(variance, max(variance**2 / weight, least) if weight else least)
 
 
-def paired_difference(first_KS: np.ndarray, second_KS: np.ndarray) -> Interval:
-    """Returns the 95 % interval of first - second: `mean_interval` of the differences.
+def paired_difference(first_KS: np.ndarray, second_KS: np.ndarray) -> ConfidenceInterval:
+    """Returns the 95 % interval of first - second: `mean_ci` of the differences.
 
     Args:
         first_KS: One value per concept and run, (K, S).
@@ -192,7 +192,7 @@ def paired_difference(first_KS: np.ndarray, second_KS: np.ndarray) -> Interval:
     """
     if first_KS.shape != second_KS.shape:
         raise ValueError(f"paired scores need the same concepts and seeds, got {first_KS.shape} and {second_KS.shape}")
-    return mean_interval(first_KS - second_KS)
+    return mean_ci(first_KS - second_KS)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -202,9 +202,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     not known (NaN) stays so, and counts as a test.
     """
     corrected, largest = [nan] * len(p_values), 0.0
-    for place, index in enumerate(np.argsort(p_values)):  # NaN comes last
+    for rank, index in enumerate(np.argsort(p_values)):  # NaN comes last
         if not isnan(p_values[index]):
-            largest = max(largest, min(1.0, (len(p_values) - place) * float(p_values[index])))
+            largest = max(largest, min(1.0, (len(p_values) - rank) * float(p_values[index])))
             corrected[index] = largest
     return corrected
 
@@ -213,7 +213,7 @@ def paired_p(differences_KS: np.ndarray) -> tuple[float, bool]:
     """Returns how likely a mean difference as far from 0 is where there is none.
 
     Of single differences of -1, 0 and 1 by McNemar's exact test (1947): as many better as worse; else by the t test
-    that belongs to `mean_interval`.
+    that belongs to `mean_ci`.
 
     Args:
         differences_KS: One difference per group of answers and run, (K, S).
@@ -253,11 +253,11 @@ def groups_needed(values_KS: np.ndarray, half_width: float) -> int | None:
     return needed
 
 
-def jackknife(sizes: Sequence[int], statistic: Callable[..., float]) -> Interval:
+def jackknife(sizes: Sequence[int], statistic: Callable[..., float]) -> ConfidenceInterval:
     """Returns a statistic of all data with its 95 % t interval by the jackknife.
 
     For statistics that repeated rows change, as they do a mean over pairs of pictures in bootstrap resamples. Of a mean
-    it is `mean_interval` over the same rows.
+    it is `mean_ci` over the same rows.
 
     Of variety, and of likeness among pictures, it misses 2.6 to 4.8 % (nominal 5) with 5 to 60 prompts or pictures; the
     percentile bootstrap over pictures 15 to 48 %, since each is in many pairs.
@@ -272,7 +272,7 @@ def jackknife(sizes: Sequence[int], statistic: Callable[..., float]) -> Interval
     every = [np.arange(size) for size in sizes]
     value = statistic(*every)
     if min(sizes) < 2:
-        return Interval(value)
+        return ConfidenceInterval(value)
     parts = []
     for axis, size in enumerate(sizes):
         left_out = [
@@ -280,7 +280,7 @@ def jackknife(sizes: Sequence[int], statistic: Callable[..., float]) -> Interval
             for index in range(size)
         ]
         parts.append(Spread((size - 1) * float(np.var(left_out)), size - 1))
-    return combined(parts).around(value)
+    return combined(parts).ci_around(value)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dora_mm.formats.adapter_file import AdapterFile, adapter_folder, find_file
-    from dora_mm.formats.adapters import about_format, format_for, load, remove_other_formats, save, write_card
+    from dora_mm.formats.adapters import about_format, format_for, load, remove_other_formats, save, write_model_card
     from dora_mm.formats.identity import adapter_digest
     from dora_mm.formats.reader import read
     from dora_mm.formats.tools import FORMATS
@@ -29,7 +29,7 @@ __all__ = [
     "read",
     "remove_other_formats",
     "save",
-    "write_card",
+    "write_model_card",
 ]
 _ELSEWHERE = {"FORMATS": "tools", "adapter_digest": "identity", "read": "reader"}
 _ELSEWHERE |= dict.fromkeys(("AdapterFile", "adapter_folder", "find_file"), "adapter_file")

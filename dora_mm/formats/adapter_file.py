@@ -20,11 +20,11 @@ from dora_mm.formats.files.tensor_file import PICKLES, TensorFile, pickle_error
 from dora_mm.formats.naming.names import ModuleGroup, Name, canonical
 from dora_mm.formats.naming.spellings import Namer
 from dora_mm.formats.state import LayerState, with_settings
-from dora_mm.formats.tokens import EMBEDDINGS, keys_by_word, read_beside
+from dora_mm.formats.tokens import EMBEDDINGS, keys_by_word, read_token_file
 from dora_mm.formats.tools import FORMATS, all_tools, tool_of
 from dora_mm.formats.tools.methods import Method, other_method
 from dora_mm.formats.tools.parts import NO_LOW_RANK, axes_that_fit
-from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME, config_beside, method_beside
+from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME, companion_method, config_next_to
 from dora_mm.formats.tools.tool import Tool
 from dora_mm.registries.tools import TOOLS
 from dora_mm.utils.json_text import read_bounded
@@ -75,13 +75,13 @@ class AdapterFile:
         if CONFIG_NAME not in self.header and (method := other_method(self.others)):
             raise self._holds(method)
         with located(str(self.path)):
-            self._beside = read_beside(self.path, self.header)
-        self.embeddings += self._beside
+            self._extras = read_token_file(self.path, self.header)
+        self.embeddings += self._extras
 
     def _detect(self) -> str:
         keys = list(self._file.entries)
         with located(str(self.path)):
-            method = method_beside(self.header)
+            method = companion_method(self.header)
         if method:
             raise self._holds(method)
         found = next((name for name, tool in all_tools().items() if tool.wrote(keys, self.header)), None)
@@ -138,7 +138,7 @@ class AdapterFile:
     @property
     def unnamed(self) -> list[str]:
         """The keys of the file itself that belong to no module."""
-        return [*(key for key in self.embeddings if key not in self._beside), *self.biases.values(), *self.others]
+        return [*(key for key in self.embeddings if key not in self._extras), *self.biases.values(), *self.others]
 
     @property
     def tokens(self) -> dict[str, dict[str, str]]:
@@ -161,10 +161,10 @@ class AdapterFile:
             ValueError: A module or a parameter is missing.
         """
         adapted = (self.named(module) for module in self.modules)
-        held = {canonical(*name) for name in (*adapted, *self.parameters.values()) if name is not None}
+        known = {canonical(*name) for name in (*adapted, *self.parameters.values()) if name is not None}
         with located(str(self.path)):
             missing = (
-                name for name in tool_of(self.tool).in_header.listed(self.header) if canonical(*name) not in held
+                name for name in tool_of(self.tool).in_header.listed(self.header) if canonical(*name) not in known
             )
             if name := next(missing, None):
                 which = ".".join(filter(None, name))
@@ -172,12 +172,12 @@ class AdapterFile:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor."""
-        file, own = self._place(key)
+        file, own = self._file_and_key(key)
         return file.entries[own].shape
 
-    def _place(self, key: str) -> tuple[TensorFile, str]:
+    def _file_and_key(self, key: str) -> tuple[TensorFile, str]:
         """The file that holds a tensor, and its key there."""
-        return self._beside.get(key, (self._file, key))
+        return self._extras.get(key, (self._file, key))
 
     def tensor(self, key: str, *, mapped: bool = False) -> Tensor:
         """Reads a tensor.
@@ -189,10 +189,10 @@ class AdapterFile:
         Raises:
             ValueError: Its dtype is none that adapters have, or the file has become shorter.
         """
-        file, own = self._place(key)
+        file, own = self._file_and_key(key)
         return self._checked(key, file.map(own) if mapped else file.read(own))
 
-    def described(self, key: str) -> Tensor:
+    def shape_of(self, key: str) -> Tensor:
         """A tensor as the header describes it, without values; a single number has its value.
 
         Raises:
@@ -214,8 +214,8 @@ class AdapterFile:
 
     def not_finite(self) -> list[str]:
         """The keys of tensors with values that are NaN or infinite; reads the whole file, with a bar."""
-        beside = ((key, self.tensor(key)) for key in self._beside)
-        return [*self._file.not_finite(), *(key for key, rows in beside if not rows.isfinite().all())]
+        extras = ((key, self.tensor(key)) for key in self._extras)
+        return [*self._file.not_finite(), *(key for key, rows in extras if not rows.isfinite().all())]
 
     def parts(self, module: str, tool: Tool, read: Callable[[str], Tensor] | None = None) -> dict[str, Tensor]:
         """The tensors of a module by role, as a tool's form has them; empty where it does not know the module.
@@ -246,19 +246,19 @@ class AdapterFile:
             ValueError: Tensors are missing, do not fit each other, belong to another method or contradict the header,
                 the axis is not clear, or a value is NaN or infinite.
         """
-        self.described_layer(module, axis)
+        self.layer_shapes(module, axis)
         layer = self._layer(module, axis, partial(self.tensor, mapped=mapped))
         if not mapped and (name := first_not_finite(layer.tensors.items())):
             raise ValueError(f"its {name} has values that are NaN or infinite")
         return layer
 
-    def described_layer(self, module: str, axis: str | None = None) -> LayerState:
+    def layer_shapes(self, module: str, axis: str | None = None) -> LayerState:
         """The adapter of a module as the header describes it, without values; raises what `layer` does."""
         tool, keys = tool_of(self.tool), self.modules[module]
         unread = [ending for ending, key in keys.items() if ending not in tool.parts and key not in self.parameters]
         if unread:
             raise ValueError(f"it has {min(unread)}, which {TOOLS[self.tool].title} does not write")
-        layer = self._layer(module, axis, self.described)
+        layer = self._layer(module, axis, self.shape_of)
         if "lora_A" in layer.tensors:
             A, B = layer.tensors["lora_A"], layer.tensors["lora_B"]
             if (rank := len(A)) > max(MOST_RANK, len(B), A[0].numel()):
@@ -350,7 +350,7 @@ class AdapterFile:
         if any(ending.startswith("lora_embedding") for ending in self.modules[module]):
             return True
         with located(str(self.path)):
-            return CONFIG_NAME in self.header and bool(config_beside(self.header).get("fan_in_fan_out"))
+            return CONFIG_NAME in self.header and bool(config_next_to(self.header).get("fan_in_fan_out"))
 
 
 def find_file(path: Path) -> Path:

@@ -16,7 +16,7 @@ from dora_mm.core.inject import InjectReport
 from dora_mm.core.layer import DoRATransposedLinear
 from dora_mm.core.strength import Strength
 from dora_mm.core.wrappers.sharded import is_sharded
-from dora_mm.formats import card
+from dora_mm.formats import model_card
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.algebra.exact import unfolded, with_strength
 from dora_mm.formats.components import components_to_load, components_to_save
@@ -25,7 +25,7 @@ from dora_mm.formats.models import from_models, into_models, weight_shape
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.reader import opened, read
 from dora_mm.formats.state import AdapterState, LayerState, joined
-from dora_mm.formats.tokens import TokenRows, bundled, write_beside
+from dora_mm.formats.tokens import TokenRows, bundled, write_token_file
 from dora_mm.formats.tools import FORMATS
 from dora_mm.formats.tools.tool import Contents, Format
 from dora_mm.registries.tools import TOOLS
@@ -91,24 +91,24 @@ def save(
     if format not in FORMATS:
         raise ValueError(f"there is no adapter format {format!r}: use {', '.join(FORMATS)}")
     form = FORMATS[format]
-    place = form.export.holds.tokens
+    storage = form.export.holds.tokens
     components = components_to_save(model, form.components, format)
     state = _at_strength(from_models(components, extra_parameters), components, strength)
     state = replace(state, tokens=tokens or {})
     if form.parameter is not None and not form.export.holds.diffs:
-        _move_whole_weights(state)
+        _move_full_weights(state)
     if problem := why_not(format, components):
         raise ValueError(problem)
-    if state.tokens and not place:
+    if state.tokens and not storage:
         raise ValueError(f"the {format} format has no place for the new token {next(iter(state.tokens))}: use native")
     if name := first_not_finite(state.tensors()):
         raise ValueError(f"{name} has values that are NaN or infinite, so the adapter was not saved")
     sharded = any(is_sharded(parameter) for m in components.values() for parameter in m.parameters())
     try:
         if not sharded or distributed.get_rank() == 0:
-            beside = write_beside(folder, state.tokens)
-            _write(state, components, folder, format, {**metadata, **(beside if place == "beside" else {})})
-            card.write_card(folder, format, state, metadata)
+            token_header = write_token_file(folder, state.tokens)
+            _write(state, components, folder, format, {**metadata, **(token_header if storage == "separate" else {})})
+            model_card.write_model_card(folder, format, state, metadata)
     finally:
         if sharded:
             distributed.barrier()  # the others may read the file next, and must not wait forever after an error
@@ -130,11 +130,11 @@ def _at_strength(state: AdapterState, components: Mapping[str, nn.Module], stren
     return state
 
 
-def _move_whole_weights(state: AdapterState) -> None:
+def _move_full_weights(state: AdapterState) -> None:
     """Makes weights of method `full` extra parameters, for a form that has adapters and these alone."""
     for component, layers in state.layers.items():
-        whole = [path for path, layer in layers.items() if layer.spec.method == "full"]
-        found = {f"{path}.weight": layers.pop(path).tensors["weight"] for path in whole}
+        full_layers = [path for path, layer in layers.items() if layer.spec.method == "full"]
+        found = {f"{path}.weight": layers.pop(path).tensors["weight"] for path in full_layers}
         if found:
             state.parameters[component] = state.parameters.get(component, {}) | found
 
@@ -178,12 +178,14 @@ def _tensors(form: Format, name: Name, layer: LayerState, module: nn.Module) -> 
     return {f"{module_name}.{ending}": tensor for ending, tensor in found.items()}
 
 
-def write_card(folder: Path, *, pictures: card.CardPictures = (), scores: card.CardScores | None = None) -> None:
-    """Writes the model card of a saved adapter again, with pictures and scores: see `card.write_card`.
+def write_model_card(
+    folder: Path, *, images: model_card.ModelCardImages = (), scores: model_card.ModelCardScores | None = None
+) -> None:
+    """Writes the model card of a saved adapter again, with pictures and scores: see `card.write_model_card`.
 
     Args:
         folder: The folder of the adapter.
-        pictures: Prompts, each with the path of a picture in the folder.
+        images: Prompts, each with the path of a picture in the folder.
         scores: The name of the metric and its value, by task.
 
     Raises:
@@ -191,7 +193,7 @@ def write_card(folder: Path, *, pictures: card.CardPictures = (), scores: card.C
     """
     file = AdapterFile(folder)
     format = next(name for name, form in FORMATS.items() if file.path.name == form.file_name)
-    card.write_card(folder, format, *read(file), pictures, scores)
+    model_card.write_model_card(folder, format, *read(file), images, scores)
 
 
 def remove_other_formats(file: Path) -> None:

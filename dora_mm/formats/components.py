@@ -54,16 +54,16 @@ def components_to_load(model: nn.Module | Mapping[str, nn.Module], file: Adapter
         file: The adapter file.
     """
     own = [name for module in file.modules if (name := file.named(module)) is not None]
-    held = (
+    names_in_file = (
         {name.component for name in own} if own else {key.partition(".")[0] for key in file.modules} & _CLASSES.keys()
     )
-    held -= {""}  # of PEFT's files
+    names_in_file -= {""}  # of PEFT's files
     if isinstance(model, Mapping):
-        fitting = {name: m for name, m in model.items() if own and not held and _has_module(m, own[0])}
+        fitting = {name: m for name, m in model.items() if own and not names_in_file and _has_module(m, own[0])}
         return fitting if len(fitting) == 1 else dict(model)
     name = component_of(model)
-    if name not in held and len(held) == 1:
-        return {held.pop(): model}
+    if name not in names_in_file and len(names_in_file) == 1:
+        return {names_in_file.pop(): model}
     return {name or UNNAMED: model}
 
 

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 from dora_mm.formats.adapter_file import AdapterFile, located
-from dora_mm.formats.tokens import BESIDE_KEY
+from dora_mm.formats.tokens import EXTRA_FILE_KEY
 from dora_mm.formats.tools import tool_of
 from dora_mm.utils.digest import weights_digest
 from dora_mm.utils.json_text import parse_json
 
-_SAID = ("method", "rank", "alpha", "use_dora")  # in headers, beside what only a training reads
+_SETTINGS = ("method", "rank", "alpha", "use_dora")  # in headers, beside what only a training reads
 
 
 def adapter_digest(source: Path | AdapterFile) -> str:
@@ -30,13 +30,15 @@ def adapter_digest(source: Path | AdapterFile) -> str:
     tool = tool_of(file.tool)
     modules = {}
     for module in sorted(file.modules):
-        said = {} if file.is_parameter(module) else dict(file.settings(module))
+        known = {} if file.is_parameter(module) else dict(file.settings(module))
         with located(str(file.path)):
-            alpha = file.parts(module, tool, file.described).get("alpha")
-        settings = {key: said[key] for key in _SAID if key in said}
+            alpha = file.parts(module, tool, file.shape_of).get("alpha")
+        settings = {key: known[key] for key in _SETTINGS if key in known}
         modules[module] = [settings, None if alpha is None else float(alpha), file.transposed(module)]
     unties = tool.in_header.unties
     parameters = {key: [*name, unties(file.header, name)] for key, name in sorted(file.parameters.items())}
-    words = parse_json(file.header.get(BESIDE_KEY, "{}"), f"its header key {BESIDE_KEY}")  # checked with the file
+    words = parse_json(
+        file.header.get(EXTRA_FILE_KEY, "{}"), f"its header key {EXTRA_FILE_KEY}"
+    )  # checked with the file
     about = [file.tool, weights_digest([file.path]), modules, parameters, words]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

@@ -66,10 +66,10 @@ def hashes(file: TensorFile, metadata: Mapping[str, str]) -> dict[str, str]:
 def _window(file: TensorFile, metadata: Mapping[str, str]) -> Iterator[bytes]:
     """The bytes of `_WINDOW` of the file as the safetensors library would write it."""
     order = in_order({key: entry.dtype_name for key, entry in file.entries.items()})
-    place = len(write_header({key: file.entries[key] for key in order}, metadata))
+    offset = len(write_header({key: file.entries[key] for key in order}, metadata))
     for key in order:
         entry = file.entries[key]
-        first, last = max(place, _WINDOW.start), min(place + entry.num_bytes, _WINDOW.stop)
+        first, last = max(offset, _WINDOW.start), min(offset + entry.num_bytes, _WINDOW.stop)
         if first < last:
-            yield file.read_bytes(entry.offset + first - place, last - first)
-        place += entry.num_bytes
+            yield file.read_bytes(entry.offset + first - offset, last - first)
+        offset += entry.num_bytes

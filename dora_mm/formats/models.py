@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.forms import TORCH, Forward
+from dora_mm.core.full_weight import TrainedWeight
 from dora_mm.core.inject import InjectReport, describe, inject_paths
 from dora_mm.core.kinds import adapted_class
 from dora_mm.core.layer import TransposedLayer
 from dora_mm.core.spec import DoRASpec
 from dora_mm.core.strength import Strength, strengths_of
-from dora_mm.core.whole import TrainedWeight
 from dora_mm.core.wrappers.attention import PackedProjection, with_projections
 from dora_mm.core.wrappers.quantized import DoRAQuantized, is_quantized
-from dora_mm.core.wrappers.sharded import reshard, whole, write
+from dora_mm.core.wrappers.sharded import gathered, reshard, write
 from dora_mm.formats.state import AdapterState, LayerState, check_finite, joined
 from dora_mm.targets import SHORT_NAMES
 
@@ -52,14 +52,14 @@ def from_models(components: Mapping[str, nn.Module], extra_parameters: Sequence[
         if len(components) != 1:
             raise ValueError(f"extra_parameters belong to a single model, and {', '.join(components)} were given")
         component, model = next(iter(components.items()))
-        state.parameters[component] = {name: whole(model.get_parameter(name)) for name in extra_parameters}
+        state.parameters[component] = {name: gathered(model.get_parameter(name)) for name in extra_parameters}
     if not state.layers:
         raise ValueError(f"nothing to save: no layer of {', '.join(components)} is adapted")
     return state
 
 
 def _state_of(layer: AdaptedLayer) -> LayerState:
-    tensors = {name: whole(tensor) for name, tensor in layer.adapter_tensors().items()}
+    tensors = {name: gathered(tensor) for name, tensor in layer.adapter_tensors().items()}
     return LayerState(layer.adaptation.spec, tensors)
 
 
@@ -100,8 +100,8 @@ def into_models(
     paths = [joined(c, path) for c, layers in state.layers.items() for path in layers]
     strengths = strengths_of(strength, paths, SHORT_NAMES)
     for component, layers in state.layers.items():
-        whole = state.parameters.get(component, {})
-        _check_component(layers, component, components[component], source, strengths, name, whole)
+        gathered = state.parameters.get(component, {})
+        _check_component(layers, component, components[component], source, strengths, name, gathered)
     for component, parameters in state.parameters.items():
         untied = state.untied.get(component, set())
         _check_parameters(parameters, untied, components[component], source, strength, name)

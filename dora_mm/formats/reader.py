@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.spec import DoRASpec
 from dora_mm.core.wrappers.quantized import DoRAQuantized, dequantized, is_quantized
-from dora_mm.core.wrappers.sharded import whole
+from dora_mm.core.wrappers.sharded import gathered
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra import exact, fused
 from dora_mm.formats.components import UNNAMED
@@ -34,7 +34,7 @@ class Bias(NamedTuple):
     of_norm: bool
 
 
-class Beside(NamedTuple):
+class Extras(NamedTuple):
     """What a file holds beside low-rank adapters.
 
     Attributes:
@@ -65,7 +65,7 @@ class LayerReader:
         weights: The base model; None where it is not known.
         axis: The axis of the magnitudes, where their shape does not say it.
         namer: What the names of modules in the file stand for; None: what `weights` says.
-        whole: Whether extra parameters are beside the adapters, and values are read when they are used, not before.
+        reads_extras: Whether extra parameters are read with the adapters, and values only when they are used.
 
     Raises:
         ValueError: The file cannot be read, belongs to another model, or holds more than adapters.
@@ -78,28 +78,28 @@ class LayerReader:
         axis: str | None = None,
         namer: Namer | None = None,
         *,
-        whole: bool = False,
+        reads_extras: bool = False,
     ):
         self.file = opened(source)
         if axis is not None:
             self.file.check_axis()
-        self.weights, self.axis, self.whole = weights, axis, whole
-        held = self.file.parameters if whole else ()
-        if lost := [key for key in self.file.others if key not in held]:
+        self.weights, self.axis, self.reads_extras = weights, axis, reads_extras
+        adapted = self.file.parameters if reads_extras else ()
+        if lost := [key for key in self.file.others if key not in adapted]:
             raise ValueError(f"{self.file.path} also holds {lost[0]}, which belongs to no adapter, and would be lost")
-        modules = [module for module in self.file.modules if not (held and self.file.is_parameter(module))]
+        modules = [module for module in self.file.modules if not (adapted and self.file.is_parameter(module))]
         self._namer = namer or Names(weights or ())
         groups, missing = self.file.groups(modules, self._namer)
         if missing:
             raise self.file.not_found(missing)
-        if not whole:
+        if not reads_extras:
             check_headers(self.file, groups, weights, axis)
-        self._places: dict[Name, tuple[str, ModuleGroup]] = {}
+        self._modules: dict[Name, tuple[str, ModuleGroup]] = {}
         for module, group in groups.items():
             for name in group.names:
-                if name in self._places:
-                    raise ValueError(f"{self.file.path} adapts {name} twice, as {self._places[name][0]} and {module}")
-                self._places[name] = module, group
+                if name in self._modules:
+                    raise ValueError(f"{self.file.path} adapts {name} twice, as {self._modules[name][0]} and {module}")
+                self._modules[name] = module, group
         self._last: tuple[str, list[LayerState]] = "", []
 
     @property
@@ -114,11 +114,11 @@ class LayerReader:
 
     def names(self) -> list[Name]:
         """The adapted modules, in the order of the file."""
-        return list(self._places)
+        return list(self._modules)
 
     def leave_out(self, modules: Collection[str]) -> None:
         """Leaves modules of the file out."""
-        self._places = {name: place for name, place in self._places.items() if place[0] not in modules}
+        self._modules = {name: place for name, place in self._modules.items() if place[0] not in modules}
 
     def biases(self) -> dict[str, Name]:
         """The modules of whose biases the file has a difference, by their names in it."""
@@ -127,7 +127,7 @@ class LayerReader:
             raise self.file.not_found(missing)
         return {module: name for module, group in groups.items() for name in group.names}
 
-    def beside(self) -> Beside:
+    def extras(self) -> Extras:
         """What the file holds beside low-rank adapters."""
         file = self.file
         norms = tuple(module for module in file.modules if file.is_norm(module))
@@ -135,7 +135,7 @@ class LayerReader:
             file.biases[module]: Bias(name, file.tensor(file.biases[module]).float(), module in norms)
             for module, name in self.biases().items()
         }
-        return Beside(norms, biases, {key: file.tensor(key) for key in file.embeddings})
+        return Extras(norms, biases, {key: file.tensor(key) for key in file.embeddings})
 
     def any_magnitude(self) -> bool:
         """Whether a module has a magnitude, from the keys alone."""
@@ -144,24 +144,24 @@ class LayerReader:
 
     def is_norm(self, name: Name) -> bool:
         """Whether the adapter of a module is the difference of a norm."""
-        return self.file.is_norm(self._places[name][0])
+        return self.file.is_norm(self._modules[name][0])
 
-    def is_plain(self) -> bool:
+    def has_no_magnitude(self) -> bool:
         """Whether all modules but norms are plain LoRA, from the keys alone: what they add depends on no base."""
         endings = {ending for found in self.file.modules.values() for ending in found}
         return not self.any_magnitude() and not endings & NO_LOW_RANK
 
     def layer(self, name: Name) -> LayerState:
         """The adapter of a module; of a fused one its part."""
-        module, group = self._places[name]
+        module, group = self._modules[name]
         if self._last[0] != module:
             with located(f"{self.file.path}: {module}"):
-                self._last = module, fused.split(group, self.file.layer(module, self.axis, mapped=self.whole))
+                self._last = module, fused.split(group, self.file.layer(module, self.axis, mapped=self.reads_extras))
         return self._last[1][group.names.index(name)]
 
     def transposed(self, name: Name) -> bool:
         """Whether the base stores the weight (I, O)."""
-        return name in self._places and self.file.transposed(self._places[name][0])
+        return name in self._modules and self.file.transposed(self._modules[name][0])
 
     def base(self, name: Name, *, as_stored: bool = False) -> Tensor:
         """W0 in fp32, with O first; where no base model is known, a random weight whose rows fit the magnitude.
@@ -180,11 +180,11 @@ class LayerReader:
         if group.is_stored_so and as_stored:
             W0 = self.base(group.names[0], as_stored=True)
             return exact.fitted(self.layer(group.names[0]), W0), W0
-        W0s = [self.base(name) if name in self._places else self._untouched(name) for name in group.names]
+        W0s = [self.base(name) if name in self._modules else self._untouched(name) for name in group.names]
         if group.is_stored_so:
             return exact.fitted(self.layer(group.names[0]), W0s[0]), W0s[0]
         layers = [
-            exact.fitted(self.layer(name), W0) if name in self._places else None
+            exact.fitted(self.layer(name), W0) if name in self._modules else None
             for name, W0 in zip(group.names, W0s, strict=True)
         ]
         dora = any(layer is not None and "magnitude" in layer.tensors for layer in layers)
@@ -209,7 +209,7 @@ def check_headers(
     """
     for module, group in groups.items():
         with located(f"{file.path}: {module}"):
-            layer = file.described_layer(module, axis)
+            layer = file.layer_shapes(module, axis)
             if isinstance(weights, BaseWeights) and group.is_stored_so:
                 shape = weights.shape(group.names[0])
                 W0 = torch.empty(shape[::-1] if file.transposed(module) else shape, device="meta")
@@ -241,7 +241,7 @@ def read(
     file = opened(source)
     file.check_complete()
     namer = ModelNames(file, models or {})
-    reader = LayerReader(file, namer.weights, namer=namer, whole=True)
+    reader = LayerReader(file, namer.weights, namer=namer, reads_extras=True)
     rows = {word: {table: file.tensor(key) for table, key in keys.items()} for word, keys in file.tokens.items()}
     state = AdapterState({}, tokens=rows)
     for name in reader.names():
@@ -315,7 +315,7 @@ class ModelWeights(Mapping[Name, Tensor]):
     def __getitem__(self, name: Name) -> Tensor:
         module = self._modules[name]
         quantized = isinstance(module, DoRAQuantized) or is_quantized(module)
-        return (dequantized(module) if quantized else whole(module.get_parameter("weight"))).cpu()
+        return (dequantized(module) if quantized else gathered(module.get_parameter("weight"))).cpu()
 
     def __iter__(self) -> Iterator[Name]:
         return iter(self._modules)

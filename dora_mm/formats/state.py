@@ -62,27 +62,29 @@ class AdapterState:
         yield from bundled(self.tokens).items()
 
 
-def with_settings(layer: LayerState, said: Mapping[str, Any]) -> LayerState:
+def with_settings(layer: LayerState, header_settings: Mapping[str, Any]) -> LayerState:
     """An adapter with what the header of its file says beside the tensors.
 
     A `magnitude` keeps A and B, zeros, where the file has them.
 
     Args:
         layer: The adapter, as its tensors are.
-        said: `method`, `rank`, `alpha`, `dropout`, `norm_grad` and PEFT's `use_dora`, as far as the header has them.
+        header_settings: `method`, `rank`, `alpha`, `dropout`, `norm_grad` and PEFT's `use_dora`, those of the header.
 
     Raises:
         ValueError: A setting is invalid, or contradicts the tensors or another one.
     """
     found, magnitude = layer.spec.method, "magnitude" in layer.tensors
-    if said.get("use_dora", magnitude) != magnitude:
+    if header_settings.get("use_dora", magnitude) != magnitude:
         raise ValueError(
             "it has a magnitude, but its header says that it is plain LoRA" if magnitude else "its magnitude is missing"
         )
-    method = said.get("method", found)
+    method = header_settings.get("method", found)
     if method != found and (method, found) != ("magnitude", "dora"):
         raise ValueError(f"its header says method {method!s:.50}, and its tensors are those of method {found}")
-    settings = {key: said[key] for key in ("rank", "alpha", "dropout", "norm_grad") if key in said}
+    settings = {
+        key: header_settings[key] for key in ("rank", "alpha", "dropout", "norm_grad") if key in header_settings
+    }
     try:
         spec = replace(layer.spec, method=method, **settings)
     except (TypeError, ValueError) as error:

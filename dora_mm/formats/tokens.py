@@ -25,7 +25,7 @@ from dora_mm.utils.tensor_writer import save_tensors
 TokenRows = Mapping[str, Mapping[str, Tensor]]  # the rows (N, D) by word, and then by table
 EMBEDDINGS = re.compile(r"bundle_emb\.|emb_params$|clip_[lg]$|.*string_to_param")  # of tokens that were trained
 BUNDLE = "bundle_emb."
-BESIDE_KEY = "dora_mm_tokens"  # of a header: the words whose rows are in files beside it, with their digests
+EXTRA_FILE_KEY = "dora_mm_tokens"  # of a header: the words whose rows are in files beside it, with their digests
 _BUNDLED = re.compile(rf"{re.escape(BUNDLE)}(?P<word>.+)\.(?P<table>\w+)")
 _FILE_NAME = re.compile(r"[^/\\:*?\"<>|\x00-\x1f.][^/\\:*?\"<>|\x00-\x1f]*")
 
@@ -57,7 +57,7 @@ def digest_of_rows(rows: Mapping[str, Tensor]) -> str:
 # --- files beside an adapter file ------------------------------------------------------------------------------------
 
 
-def file_beside(folder: Path, word: str) -> Path:
+def token_file(folder: Path, word: str) -> Path:
     """The file of a word's rows.
 
     Raises:
@@ -68,26 +68,26 @@ def file_beside(folder: Path, word: str) -> Path:
     return folder / f"{word}.safetensors"
 
 
-def write_beside(folder: Path, tokens: TokenRows) -> dict[str, str]:
+def write_token_file(folder: Path, tokens: TokenRows) -> dict[str, str]:
     """Writes a file for each word.
 
     Returns:
         The entry of the adapter file's header that belongs to them; nothing without words.
     """
     for word, rows in tokens.items():
-        save_tensors(file_beside(folder, word), rows, {"format": "pt"})
-    return {BESIDE_KEY: json.dumps({word: digest_of_rows(rows) for word, rows in tokens.items()})} if tokens else {}
+        save_tensors(token_file(folder, word), rows, {"format": "pt"})
+    return {EXTRA_FILE_KEY: json.dumps({word: digest_of_rows(rows) for word, rows in tokens.items()})} if tokens else {}
 
 
-def read_beside(file: Path, header: Mapping[str, str]) -> dict[str, tuple[TensorFile, str]]:
+def read_token_file(file: Path, header: Mapping[str, str]) -> dict[str, tuple[TensorFile, str]]:
     """The rows that a header says are beside its file, as their keys inside would be: the file and the key of each.
 
     Raises:
         ValueError: A file is missing or damaged, or does not hold the rows that were saved with the adapter.
     """
     found: dict[str, tuple[TensorFile, str]] = {}
-    for word, digest in parse_json(header.get(BESIDE_KEY, "{}"), f"its header key {BESIDE_KEY}").items():
-        path = file_beside(file.parent, word)
+    for word, digest in parse_json(header.get(EXTRA_FILE_KEY, "{}"), f"its header key {EXTRA_FILE_KEY}").items():
+        path = token_file(file.parent, word)
         if not path.is_file():
             raise ValueError(f"{file} was trained with the new token {word}, and {path.name} is not beside it")
         rows = TensorFile(path)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_mm.kernels.cards import card, has_float_output
+from dora_mm.kernels.gpus import gpu, has_float_output
 
 MIN_DOT = 16  # the smallest inner size of a product of tiles
 
@@ -28,7 +28,7 @@ def padded_rank(rank: int) -> int:
 
 def rank_block(rank: int, t: Tensor) -> int:
     """How many of the R ranks one step processes: 16 or 32 (16 in fp32, and on cards of AMD)."""
-    most = card(t).max_rank_block if t.dtype.itemsize < 4 else MIN_DOT
+    most = gpu(t).max_rank_block if t.dtype.itemsize < 4 else MIN_DOT
     return max(MIN_DOT, min(most, 1 << (rank - 1).bit_length()))
 
 

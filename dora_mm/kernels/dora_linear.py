@@ -15,8 +15,8 @@ from dora_mm.core.passes import Options
 from dora_mm.core.steps import Steps, base_gain, bias_grad, branch, has_magnitude
 from dora_mm.kernels import row_norm as norms
 from dora_mm.kernels.adapter_grads import adapter_grads
-from dora_mm.kernels.cards import has_float_output, vendor_is_faster
 from dora_mm.kernels.common import float_product
+from dora_mm.kernels.gpus import has_float_output, vendor_is_faster
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear
 from dora_mm.kernels.operands import operands
 from dora_mm.kernels.output_grad import output_grad

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_mm.kernels.cards import ODD, card
 from dora_mm.kernels.common import add_low_rank, float_product, num_blocks, operator, rank_block, tile_order
+from dora_mm.kernels.gpus import ODD, gpu
 from dora_mm.kernels.low_rank_add import low_rank_add
 
 GROUP = 8  # rows of tiles that share the columns of W in the L2 cache
@@ -71,7 +71,7 @@ def _launch(x, W, stride_wn, stride_wk, N, h, B, stride_bn, stride_br, scaling, 
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    chosen = (card(x).tile_back if gain_in else card(x).tile) if K % 16 == 0 and N % 16 == 0 else ODD
+    chosen = (gpu(x).tile_back if gain_in else gpu(x).tile) if K % 16 == 0 and N % 16 == 0 else ODD
     rank = 0 if B is None else B.shape[1]
     with torch.cuda.device_of(x):
         _low_rank_matmul[(num_blocks(M, chosen["BLOCK_M"]) * num_blocks(N, chosen["BLOCK_N"]),)](

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_mm.config.paths import CONFIG, INDEX
 from dora_mm.formats.files.model_class import THINKERS
-from dora_mm.models.opening import WEIGHTS, described, opening
+from dora_mm.models.opening import WEIGHTS, opened_folder, opening
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,7 +63,7 @@ def networks_of(path: str) -> dict[str, Network]:
     Raises:
         ValueError: It is no model, a config is damaged, or the hub cannot be reached.
     """
-    folder = described(path)
+    folder = opened_folder(path)
     if folder.index is not None:
         names = [name for name in folder.components if (folder.path / name / CONFIG).is_file()]
         return {name: Network(str(folder.path / name), folder.config(name)) for name in names}

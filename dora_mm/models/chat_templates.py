@@ -81,7 +81,7 @@ def strftime_now(format: str) -> str:
             "text encoder whose template does not"
         )
     _check_size(12 * len(format))  # of two characters become 24 at most
-    return midnight(day.ask(), format)
+    return midnight(day.request(), format)
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):

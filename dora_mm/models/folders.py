@@ -28,7 +28,7 @@ from dora_mm.utils.json_text import read_json
 from dora_mm.utils.tensor_writer import write_tensor_file
 
 DTYPES = ("float32", "bfloat16", "float16")
-BESIDE = {  # what a folder holds beside the part that reads and writes text, by the type of that part: what speaks
+SPEECH_WEIGHTS = {  # the parts that speak, by the model type of the part that reads and writes text
     "qwen2_5_omni_thinker": ("talker.", "token2wav."),
     "qwen3_omni_moe_thinker": ("talker.", "code2wav."),
 }
@@ -212,8 +212,8 @@ def write_copy(model: Any, source: Path, folder: Path) -> None:
     for file in folder.iterdir():
         if not is_weights(file) and file.name != BEGUN:
             file.unlink()
-    if model.config.model_type in BESIDE:
-        _add_weights(BESIDE[model.config.model_type], source, folder)
+    if model.config.model_type in SPEECH_WEIGHTS:
+        _add_weights(SPEECH_WEIGHTS[model.config.model_type], source, folder)
     _copy_others(source, folder)
     _edit_config(folder / "config.json", str(model.dtype).removeprefix("torch."), untied)
 

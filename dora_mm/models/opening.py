@@ -56,8 +56,8 @@ def opening(
     except Exception as error:
         if not Path(name).exists() and any(_is_connection(cause) for cause in _causes(error)):
             raise unreachable(name, revision, key) from error
-        asks = "trust_remote_code=True" in str(error)  # nothing here could pass it
-        reason = f"it needs {OWN_CODE}" if asks else " ".join(str(error).split())[:LONGEST_REASON]
+        needs_remote_code = "trust_remote_code=True" in str(error)  # nothing here could pass it
+        reason = f"it needs {OWN_CODE}" if needs_remote_code else " ".join(str(error).split())[:LONGEST_REASON]
         raise ValueError(f"{start}{problem}: {reason}") from error
 
 
@@ -88,7 +88,7 @@ def check_revision(path: str, revision: str | None) -> None:
         raise ValueError(f"model.revision: {path} is not a model of the hub, so it has no revisions: leave it out.")
 
 
-def described(path: str, revision: str | None = None, *, key: str = "") -> ModelFolder:
+def opened_folder(path: str, revision: str | None = None, *, key: str = "") -> ModelFolder:
     """The folder of a model, by its JSON files; of a hub model these alone are downloaded, where they are not here.
 
     Args:

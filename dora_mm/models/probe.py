@@ -93,7 +93,7 @@ def load_probe(path: str, revision: str | None, dtype: str) -> Probe:
     if hasattr(config, "vision_config"):
         vlm = VLM(settings)
         in_fewest_tiles(vlm.rows.encoder.processor, config)
-        model, row = vlm.model, _picture_row(vlm)
+        model, row = vlm.model, _image_row(vlm)
     else:
         row = _text_row(load_tokenizer(path, commit))
         model = load_vlm(settings, CPU)
@@ -106,7 +106,7 @@ def load_probe(path: str, revision: str | None, dtype: str) -> Probe:
     return Probe(model, row, identity_of(path, commit).weights, folder)
 
 
-def _picture_row(vlm: VLM) -> TokenRow:
+def _image_row(vlm: VLM) -> TokenRow:
     with TemporaryDirectory() as folder:
         file = Path(folder) / "gradients.png"
         rows, columns = np.indices((96, 128), dtype=np.uint8)

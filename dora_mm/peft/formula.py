@@ -235,6 +235,6 @@ def row_norms(W0: Tensor, A: Tensor, B: Tensor, scaling: float, transposed: bool
 
     if torch.compiler.is_compiling() or W0.device.type != "cpu" or W0.numel() <= BLOCK:
         return norms(W0, left)
-    at_once = max(1, BLOCK // W0.shape[1])
-    found = [norms(*part) for part in zip(W0.split(at_once), left.split(at_once), strict=True)]
+    concurrency = max(1, BLOCK // W0.shape[1])
+    found = [norms(*part) for part in zip(W0.split(concurrency), left.split(concurrency), strict=True)]
     return torch.linalg.vector_norm(torch.stack(found), dim=0) if transposed else torch.cat(found)

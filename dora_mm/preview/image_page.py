@@ -65,12 +65,12 @@ def image_page(
     """
     given, writes_nothing = config.data, {"latent_cache": None, "text_cache": None}
     config = config.model_copy(update={"data": given.model_copy(update=writes_nothing)})
-    images, held = hold_out(read_images(config.data, "train", look=True), config.data)
+    images, held_out = hold_out(read_images(config.data, "train", look=True), config.data)
     class_images = read_images(config.data, "preserve")
     try:
         model = load_image_model(config.model, empty=True)
     except UnreachableError:
-        yield describe_data(images, config, None, accelerator.num_processes, held, class_images)
+        yield describe_data(images, config, None, accelerator.num_processes, held_out, class_images)
         yield from slow_hardware(accelerator, None)
         return
     check_fit(config, model)
@@ -82,7 +82,7 @@ def image_page(
             why_not = f"the weights of {config.model.path} are not on this machine"
         else:
             model = found.to(accelerator.device)
-    data = describe_data(images, config, model, accelerator.num_processes, held, class_images)
+    data = describe_data(images, config, model, accelerator.num_processes, held_out, class_images)
     data = "\n".join([data, *left_lines(resume, config.train.steps)])
     settings = (config, given, model, images, class_images, accelerator, data)
     left = config.train.steps - finished_steps(resume)
@@ -147,13 +147,13 @@ def estimated_sections(
     captions = source.captions(num_batches(config))
     encode_without_numbers(model, batches, source, captions)
     yield encoded_section(data, config, given, batches, source)
-    beside = phases(config, model, captions)
+    other_phases = phases(config, model, captions)
     if not batches.prompts.needs_encoders:
         model.components.release(model.text_encoders)
     trained = adapt_image_model(model, config)
     yield trained_section(config, model, trained)
     yield how_section(config, model, trained)
-    details: dict[str, Any] = {"place": accelerator.device.type, "ema": config.ema is not None}
+    details: dict[str, Any] = {"target_device": accelerator.device.type, "ema": config.ema is not None}
     details["stored"] = planned_bytes(model.networks[model.denoiser])
     details["division"] = division(trained, model.target_maps) if config.train.shard else None
     checkpointing, simulated = config.train.gradient_checkpointing, (config, model, trained, batches, source)
@@ -161,7 +161,7 @@ def estimated_sections(
     in_steps = {name: n for name, n in model.networks.items() if name != "vae" or config.data.crop == "random"}
     memory = memory_table(in_steps, trained.parameters, config.optimizer, costs[checkpointing], **details)
     yield f"{memory}\n{checkpointing_line(costs, checkpointing)}"
-    yield phases_table(beside)
+    yield phases_table(other_phases)
 
 
 def batches_of(

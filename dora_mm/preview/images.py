@@ -33,7 +33,7 @@ def describe_data(
     config: TrainDiffusionConfig,
     model: ImageModel | None,
     num_processes: int = 1,
-    held: Sequence[CaptionedImage] = (),
+    held_out: Sequence[CaptionedImage] = (),
     class_images: Sequence[CaptionedImage] = (),
 ) -> str:
     """Lines about the pictures, their captions, and how often the training shows each picture.
@@ -43,19 +43,19 @@ def describe_data(
         config: The config of the training.
         model: Its tokenizer counts the tokens of the captions; None: characters are counted.
         num_processes: The number of processes that train.
-        held: The held-out images.
+        held_out: The held-out images.
         class_images: Those of folders of role preserve.
     """
     num_tokens = model.num_tokens if model else None
     return "\n".join(
         [
-            describe_pictures(images, config.data),
+            describe_images(images, config.data),
             describe_captions(images, config.data, num_tokens),
             *describe_rendered(images, config),
             *describe_masks(images, config.data),
             *describe_look(images, config.data),
             *describe_preserved(config, class_images),
-            *([describe_held_out(held, config.evaluate)] if held else []),
+            *([describe_held_out(held_out, config.evaluate)] if held_out else []),
             describe_length(repeats_of(images), config.train, num_processes),
             *remark_on_length(repeats_of(images), config.train, num_processes),
             *(remark_on_distilled(config.model) if model else []),
@@ -65,7 +65,7 @@ def describe_data(
     )
 
 
-def describe_pictures(images: Sequence[CaptionedImage], data: DataConfig) -> str:
+def describe_images(images: Sequence[CaptionedImage], data: DataConfig) -> str:
     """Lines with the number of pictures, their sizes, the bucket that each goes to, and their repeats."""
     buckets = Counter(bucket_of(image, data) for image in images)
     smaller = sum(h * w < 0.9 * resolution_of(image, data) ** 2 for image in images for h, w in (image.size,))
@@ -156,9 +156,9 @@ def describe_latents(batches: CaptionedBatches, data: DataConfig) -> list[str]:
     folder = data.latent_cache
     count, each = len(batches.images) * (2 if batches.config.flip else 1), batches.cache.bytes_each
     size = each * count if each else 0
-    place = f"in {folder}" if folder else "in main memory"
-    place += "; data.latent_cache keeps them on the disk" if size > LARGE_CACHE and not folder else ""
-    return [f"latents   {count:,} ahead of the steps{f', {size / 1e6:,.1f} MB' if size else ''} {place}"]
+    where = f"in {folder}" if folder else "in main memory"
+    where += "; data.latent_cache keeps them on the disk" if size > LARGE_CACHE and not folder else ""
+    return [f"latents   {count:,} ahead of the steps{f', {size / 1e6:,.1f} MB' if size else ''} {where}"]
 
 
 def describe_encoded(batches: CaptionedBatches | PreservingBatches, num_batches: int, data: DataConfig) -> list[str]:
@@ -174,25 +174,27 @@ def describe_encoded(batches: CaptionedBatches | PreservingBatches, num_batches:
         return []
     each = batches.prompts.bytes_per_caption
     size = f", {each * len(texts) / 1e6:,.1f} MB" if each else ""
-    place = f"in {data.text_cache}" if data.text_cache else "in main memory"
-    return [f"encoded   {len(texts):,} captions ahead of the steps{size} {place}"]
+    where = f"in {data.text_cache}" if data.text_cache else "in main memory"
+    return [f"encoded   {len(texts):,} captions ahead of the steps{size} {where}"]
 
 
 def describe_preserved(config: TrainDiffusionConfig, class_images: Sequence[CaptionedImage]) -> list[str]:
     """A line with the prompts on which the model is held, and how often; none without the section `preserve`."""
-    held = config.preserve
-    if held is None:
+    held_out = config.preserve
+    if held_out is None:
         return []
-    prompt = held.prompt if held.prompt is None else repr(held.prompt)
+    prompt = held_out.prompt if held_out.prompt is None else repr(held_out.prompt)
     what = f"{len(class_images)} pictures" if class_images else prompt or f"captions without {config.data.placeholder}"
-    often = "every step" if held.every == 1 else f"every {held.every} steps"
-    return [f"preserve  {what}, loss x {held.weight:g}, {often}: two more forward passes and a backward pass"]
+    often = "every step" if held_out.every == 1 else f"every {held_out.every} steps"
+    return [f"preserve  {what}, loss x {held_out.weight:g}, {often}: two more forward passes and a backward pass"]
 
 
-def describe_held_out(held: Sequence[CaptionedImage], evaluate: ValidationConfig) -> str:
+def describe_held_out(held_out: Sequence[CaptionedImage], evaluate: ValidationConfig) -> str:
     """A line with the pictures that are not trained on, and when their loss is computed."""
-    names = ", ".join(image.path.name for image in held[:MOST_NAMES]) + (", ..." if len(held) > MOST_NAMES else "")
-    return f"held out  {len(held)} ({names}), their loss {when(evaluate)}"
+    names = ", ".join(image.path.name for image in held_out[:MOST_NAMES]) + (
+        ", ..." if len(held_out) > MOST_NAMES else ""
+    )
+    return f"held out  {len(held_out)} ({names}), their loss {when(evaluate)}"
 
 
 def repeats_of(images: Sequence[CaptionedImage]) -> list[float]:
@@ -200,7 +202,7 @@ def repeats_of(images: Sequence[CaptionedImage]) -> list[float]:
     return [image.repeats for image in images]
 
 
-def views_per_picture(repeats: Sequence[float], train: TrainConfig, num_processes: int = 1) -> tuple[float, float]:
+def views_per_image(repeats: Sequence[float], train: TrainConfig, num_processes: int = 1) -> tuple[float, float]:
     """How often a training shows the picture that it shows least, and the one that it shows most."""
     places = train.steps * train.batch_size * train.gradient_accumulation_steps * num_processes
     return places * min(repeats) / sum(repeats), places * max(repeats) / sum(repeats)
@@ -219,7 +221,7 @@ def describe_length(repeats: Sequence[float], train: TrainConfig, num_processes:
         train: The `train` section.
         num_processes: The number of processes that train.
     """
-    least, most = views_per_picture(repeats, train, num_processes)
+    least, most = views_per_image(repeats, train, num_processes)
     views = times(least) if least == most else f"{times(least)} to {times(most)}"
     shown = f"{len(repeats)} pictures"
     shown = shown if least == most else f"{sum(repeats):g} places of {shown} in an epoch"
@@ -231,7 +233,7 @@ def describe_length(repeats: Sequence[float], train: TrainConfig, num_processes:
 
 def remark_on_length(repeats: Sequence[float], train: TrainConfig, num_processes: int = 1) -> list[str]:
     """A warning, if every picture is seen far less or far more often than in the recipes; else nothing."""
-    least, most = views_per_picture(repeats, train, num_processes)
+    least, most = views_per_image(repeats, train, num_processes)
     low, high = min(RECIPES.values()) / FAR, max(RECIPES.values()) * FAR
     if low <= most and least <= high:
         return []

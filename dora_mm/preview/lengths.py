@@ -36,7 +36,7 @@ class RowSample:
     spaced: np.ndarray
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether all rows were encoded that can be."""
         return len(self.lengths.rows) + len(self.lengths.bad) == self.total
 
@@ -102,7 +102,7 @@ def row_lines(model: VLModel, sets: Mapping[str, TrainingSet]) -> str:
 def sample_table(name: str, sample: RowSample) -> str:
     """A text table of the quantiles of the lengths, and sentences on rows that are too long."""
     lengths = sample.lengths
-    number = f"all {sample.total:,} rows" if sample.is_whole else f"{len(lengths.rows):,} of {sample.total:,} rows"
+    number = f"all {sample.total:,} rows" if sample.is_complete else f"{len(lengths.rows):,} of {sample.total:,} rows"
     heading = f"lengths of {name} in tokens, {number} encoded"
     if not len(lengths.rows):
         return heading
@@ -111,7 +111,7 @@ def sample_table(name: str, sample: RowSample) -> str:
     rows += [(share, *_quantiles(lengths.image_tokens, sample.spaced))] if lengths.image_tokens.any() else []
     table = aligned_columns([(heading, *QUANTILES, "max"), *rows], num_text=1)
     how = f"quantiles of {sample.spaced.sum():,} evenly spaced rows; max also of those with the most text and images"
-    return "\n".join([table, *([] if sample.is_whole else [how]), *remarks(lengths)])
+    return "\n".join([table, *([] if sample.is_complete else [how]), *remarks(lengths)])
 
 
 def sample_line(name: str, table: ExampleTable, sample: RowSample | None) -> str:
@@ -126,7 +126,7 @@ def sample_line(name: str, table: ExampleTable, sample: RowSample | None) -> str
     parts = [f"{name}: {len(table):,} rows" + (f" ({num_skipped:,} skipped)" if num_skipped else "")]
     if sample is not None and len(sample.lengths.rows):
         lengths = sample.lengths
-        number = "" if sample.is_whole else f" of {len(lengths.rows):,} rows encoded"
+        number = "" if sample.is_complete else f" of {len(lengths.rows):,} rows encoded"
         _, middle, _, high, longest = _quantiles(lengths.tokens, sample.spaced)
         share = f", {100 * _image_share(sample):.0f} % for images" if lengths.image_tokens.any() else ""
         parts.append(f"tokens{number}: 50 % {middle}, 99 % {high}, at most {longest}{share}")
@@ -147,8 +147,8 @@ def remarks(lengths: RowLengths) -> list[str]:
             by_exchange = int((lengths.exchanges_cut > 0).sum())
             sentence += f", {_rows(by_exchange)} by whole exchanges with their images ({exchanges:,} in all)"
         if lost:
-            whole = "loses its whole answer and is" if lost == 1 else "lose their whole answers and are"
-            sentence += f", and {_rows(lost)} {whole} left out"
+            complete = "loses its whole answer and is" if lost == 1 else "lose their whole answers and are"
+            sentence += f", and {_rows(lost)} {complete} left out"
         sentences.append(sentence)
     if bad := len(lengths.bad):
         sentences.append(f"{_rows(bad)} of {total:,} cannot be encoded, and {'is' if bad == 1 else 'are'} left out")

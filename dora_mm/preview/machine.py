@@ -9,7 +9,7 @@ T = TypeVar("T")
 SPARE = 1.5  # GB of a card that its name counts and torch does not: a card of 24 GB has 22.5 to 23.7
 
 
-class CardInfo(NamedTuple):
+class GPUInfo(NamedTuple):
     """A GPU, or another accelerator."""
 
     name: str
@@ -17,27 +17,27 @@ class CardInfo(NamedTuple):
     precision: str  # the best half precision
 
 
-def cards() -> list[CardInfo]:
+def gpus() -> list[GPUInfo]:
     """The CUDA (or ROCm) devices that torch can use."""
     found = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         about = torch.cuda.get_device_properties(index)
         bf16 = about.major >= 8 or torch.version.hip is not None  # earlier ones emulate it
-        found.append(CardInfo(about.name, about.total_memory / 2**30, "bf16" if bf16 else "fp16"))
+        found.append(GPUInfo(about.name, about.total_memory / 2**30, "bf16" if bf16 else "fp16"))
     return found
 
 
-def largest_card() -> CardInfo | None:
+def largest_gpu() -> GPUInfo | None:
     """The card with the most memory; None without one."""
-    return max(cards(), key=lambda card: card.memory, default=None)
+    return max(gpus(), key=lambda gpu: gpu.memory, default=None)
 
 
-def fitting(recipes: Mapping[int, T], card: CardInfo | None) -> T:
+def fitting(recipes: Mapping[int, T], gpu: GPUInfo | None) -> T:
     """What needs the most memory that the card has; the least without a card, or where it has less.
 
     Args:
         recipes: By the GB that they need, at least one.
-        card: The card.
+        gpu: The card.
     """
-    memory = card.memory + SPARE if card else 0
+    memory = gpu.memory + SPARE if gpu else 0
     return recipes[max((size for size in recipes if size <= memory), default=min(recipes))]

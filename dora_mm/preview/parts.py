@@ -9,7 +9,7 @@ from torch import nn
 from dora_mm.adapting.initial import FROM_FILE
 from dora_mm.adapting.networks import TrainedNetworks, extra_names, parameters_by_name
 from dora_mm.adapting.parts import full_name, select_modules
-from dora_mm.config.adapter import BESIDE_WEIGHTS, AdapterConfig, PartConfig
+from dora_mm.config.adapter import EXTRA_WEIGHT_MODULES, AdapterConfig, PartConfig
 from dora_mm.config.training import OptimizerConfig
 from dora_mm.core import TargetMap
 from dora_mm.core.targets import match_modules, parts_in
@@ -43,7 +43,7 @@ def parts_table(
         of_file = [module.path for module in report.modules if module.part == FROM_FILE] if report else []
         taken = set(of_file)
         for name, (chosen, paths) in selection.get(component, {}).items():
-            names = _trained_in(trained, component, paths, whole=chosen.method == "full")
+            names = _trained_in(trained, component, paths, full=chosen.method == "full")
             shown = full_name(component, name) if name in targets.parts else name
             rows.append((shown, leaves(paths), *_settings(chosen, optimizer), *_counts(paths, names)))
             counted |= names.keys()
@@ -53,10 +53,10 @@ def parts_table(
             if paths := [path for path in found if path not in taken]:
                 frozen.append((full_name(component, part), leaves(paths), "frozen", "", "", "", f"{len(paths):,}", ""))
         if of_file:
-            names = _trained_in(trained, component, of_file, whole=False)
+            names = _trained_in(trained, component, of_file, full=False)
             about = ("as in the file", "", "", _rate(optimizer.lr))
             rows.append((full_name(component, FROM_FILE), leaves(of_file), *about, *_counts(of_file, names)))
-    if adapter.method in BESIDE_WEIGHTS:
+    if adapter.method in EXTRA_WEIGHT_MODULES:
         added = dict.fromkeys(name.rsplit(".", 2)[0] for name in trained.parameters)  # without down.weight, for example
         hosts, _, names = zip(*(path.rpartition(".") for path in added), strict=True)
         about = (adapter.method, f"{adapter.rank}", "", _rate(optimizer.lr))
@@ -81,14 +81,14 @@ def about_untouched(
 
 
 def _trained_in(
-    trained: TrainedNetworks, component: str, paths: Iterable[str], *, whole: bool
+    trained: TrainedNetworks, component: str, paths: Iterable[str], *, full: bool
 ) -> dict[str, nn.Parameter]:
     """The trained parameters of modules: of their adapters, or (`whole`) the modules' own."""
     known, found = set(trained.extra.get(component, ())), {}
     for path in paths:
         for name, parameter in trained.networks[component].get_submodule(path).named_parameters():
             key = f"{component}.{path}.{name}"
-            if key in trained.parameters and (whole or f"{path}.{name}" not in known):
+            if key in trained.parameters and (full or f"{path}.{name}" not in known):
                 found[key] = parameter
     return found
 

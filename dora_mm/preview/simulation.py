@@ -31,7 +31,7 @@ from dora_mm.core.steps import Steps, branch, has_magnitude
 from dora_mm.utils.losses import LossSum
 
 META = torch.device("meta")
-BY_PLACES = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_")
+INDEX_ARGUMENTS = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_")
 # What autocast computes in half precision, and on a GPU in float32, as far as networks do it: see ATen/autocast_mode.h
 AUTOCAST = {F: ("linear", "conv1d", "conv2d", "conv3d"), torch: ("matmul", "mm", "bmm", "addmm", "baddbmm")}
 IN_FLOAT = {F: ("layer_norm", "group_norm", "rms_norm", "softmax", "log_softmax", "interpolate"), torch: ("softmax",)}
@@ -168,8 +168,8 @@ class Simulation(TorchDispatchMode):
             return torch.zeros((), dtype=torch.bool)
         if name == "nonzero":
             return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.long, device=META)
-        if name in BY_PLACES:
-            args = (args[0], [place for index in args[1] for place in _places(index)], *args[2:])
+        if name in INDEX_ARGUMENTS:
+            args = (args[0], [argument for index in args[1] for argument in _indices(index)], *args[2:])
         args, kwargs = tree_map_only(Tensor, _without_numbers, (args, kwargs))
         if name == "_grouped_mm":  # of experts; on the meta device it takes bfloat16 alone
             return _grouped_product(*args[:3])
@@ -205,7 +205,7 @@ def _on_processor(func: Any, found: list[Tensor], kwargs: dict[str, Any]) -> dic
     return {**kwargs, "device": torch.device("cpu")} if found or counts else kwargs
 
 
-def _places(index: Tensor | None) -> Iterable[Tensor | None]:
+def _indices(index: Tensor | None) -> Iterable[Tensor | None]:
     """The places of an index that may be a mask; all of one without numbers are taken for True."""
     if index is None or index.dtype not in (torch.bool, torch.uint8):
         return [index]
@@ -266,8 +266,8 @@ def fused_attention(machine: Machine) -> Iterator[None]:
     def attention(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **more: Any
     ) -> Tensor:
-        plain = not machine.is_gpu and (dropout_p > 0 or (attn_mask is not None and attn_mask.requires_grad))
-        if not query.is_meta or query.dim() != 4 or plain:
+        is_unfused = not machine.is_gpu and (dropout_p > 0 or (attn_mask is not None and attn_mask.requires_grad))
+        if not query.is_meta or query.dim() != 4 or is_unfused:
             return own(query, key, value, attn_mask, dropout_p, **more)
         if dtype is not None and torch.is_grad_enabled():
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

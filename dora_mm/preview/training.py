@@ -168,11 +168,13 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _kept_for_backward(accelerator, trained, config, seed, batch_at) -> int:
     """The bytes that the forward pass of one micro-batch keeps for its backward pass, parameters not counted."""
-    known = {place for parameter in trained.parameters() for place in _storages(parameter)}
+    known = {target_device for parameter in trained.parameters() for target_device in _storages(parameter)}
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept.update({place: size for place, size in _storages(tensor).items() if place not in known})
+        kept.update(
+            {target_device: size for target_device, size in _storages(tensor).items() if target_device not in known}
+        )
         return tensor
 
     single = config.model_copy(update={"gradient_accumulation_steps": 1})
@@ -207,7 +209,7 @@ def memory_table(
     cost: StepCost | None,
     *,
     stored: Mapping[int, int] | None = None,
-    place: str | None = None,
+    target_device: str | None = None,
     ema: bool = False,
     division: Division | None = None,
 ) -> str:
@@ -219,7 +221,7 @@ def memory_table(
         optimizer: The `optimizer` section of the config.
         cost: The cost of a step; None: the activations are left out.
         stored: The bytes of weights that will be quantised, by `id`.
-        place: The device where a training of networks on the meta device would have them.
+        target_device: The device where a training of networks on the meta device would have them.
         ema: Whether an average of the trained parameters is kept.
         division: How processes divide the main network; None: they do not.
     """
@@ -235,8 +237,8 @@ def memory_table(
     if cost is not None:
         rows.append((f"activations ({cost.source})", device, cost.activations))
     total = sum(size for _, where, size in rows if where == device)
-    rows = [(name, place or where, size) for name, where, size in rows]
-    rows.append(("together" if cost else "together, without activations", place or device, total))
+    rows = [(name, target_device or where, size) for name, where, size in rows]
+    rows.append(("together" if cost else "together, without activations", target_device or device, total))
     table = aligned_columns([("memory", "", "MB"), *((n, w, f"{s / 1e6:,.1f}") for n, w, s in rows)], num_text=2)
     return table if division is None else f"{table}\n\n{sharded_table(total, *division.sizes(stored or {}))}"
 
@@ -305,8 +307,8 @@ def length_line(train: TrainConfig, steps_per_epoch: int) -> str:
     count = train.gradient_accumulation_steps
     of_several = f" of {count} batches" if count > 1 else ""
     epochs = f"{train.steps / steps_per_epoch:.3g}"
-    whole, each = (f"{number:,} step{'s' if number > 1 else ''}" for number in (train.steps, steps_per_epoch))
-    return f"length    {whole}{of_several}, {epochs} epoch{'s' if epochs != '1' else ''} of {each}"
+    total, each = (f"{number:,} step{'s' if number > 1 else ''}" for number in (train.steps, steps_per_epoch))
+    return f"length    {total}{of_several}, {epochs} epoch{'s' if epochs != '1' else ''} of {each}"
 
 
 def optimizer_line(
@@ -333,7 +335,7 @@ def when(evaluate: ValidationConfig) -> str:
 
 
 def why_not_measured(
-    accelerator: Accelerator, networks: Iterable[nn.Module], *, shard: bool, num_tokens: int = 1, beside: int = 0
+    accelerator: Accelerator, networks: Iterable[nn.Module], *, shard: bool, num_tokens: int = 1, tower_work: int = 0
 ) -> str | None:
     """Why a step of these networks is not measured ahead of a training; None: it is.
 
@@ -342,12 +344,12 @@ def why_not_measured(
         networks: The networks.
         shard: Whether processes divide them.
         num_tokens: The tokens of a batch, where a step takes longer for more of them.
-        beside: Parameters times patches of a tower, which may have many for few tokens.
+        tower_work: Parameters times patches of a tower, which may have many for few tokens.
     """
     if shard:
         return SHARDED
     size = _num_parameters(networks)
-    short = accelerator.device.type != "cpu" or (size < LARGE and size * num_tokens + beside < LONG)
+    short = accelerator.device.type != "cpu" or (size < LARGE and size * num_tokens + tower_work < LONG)
     return None if short else TOO_SLOW
 
 

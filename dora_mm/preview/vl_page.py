@@ -20,7 +20,6 @@ from dora_mm.models.hub import UnreachableError
 from dora_mm.models.vl.families import load_vl_model_if_local, structure_of
 from dora_mm.models.vl.vl_model import Structure, VLModel, check_in_step
 from dora_mm.preview.parts import about_untouched, parts_table
-from dora_mm.preview.questions import DataPreview, batch_of, present_splits, preview_data
 from dora_mm.preview.training import (
     left_lines,
     length_line,
@@ -32,6 +31,7 @@ from dora_mm.preview.training import (
     when,
     why_not_measured,
 )
+from dora_mm.preview.vl_data import DataPreview, batch_of, present_splits, preview_data
 from dora_mm.preview.vl_memory import estimated_cost, network_parts, tower_work
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.tasks.held_out import by_loss
@@ -95,8 +95,8 @@ def vl_page(
     shard, networks, work = config.train.shard, trained.networks.values(), {}
     if model and data.largest:
         batch = batch_of(model, data.sets, data.largest)
-        beside = tower_work(structure.networks[MODEL], structure.target_maps[MODEL], batch)
-        work = {"num_tokens": data.largest.num_tokens, "beside": beside}
+        tower = tower_work(structure.networks[MODEL], structure.target_maps[MODEL], batch)
+        work = {"num_tokens": data.largest.num_tokens, "tower_work": tower}
     why_not = unmeasured or why_not_measured(accelerator, networks, shard=shard, **work)
     if batches is None:
         why_not = "not all training data can be read"

@@ -14,7 +14,7 @@ class ImageFamily:
 
     Attributes:
         title: Its name in messages.
-        place: Its class, a subclass of `ImageModel`, as `module:class`.
+        import_path: Its class, a subclass of `ImageModel`, as `module:class`.
         section: The class of its section, a subclass of `ImageFamilyConfig`, likewise.
         pipeline: The class of diffusers that the index of its models names.
         tensors: Each is the beginning of the name of a tensor in its single checkpoints; empty: these are not read.
@@ -23,7 +23,7 @@ class ImageFamily:
     """
 
     title: str
-    place: str
+    import_path: str
     section: str
     pipeline: str
     tensors: tuple[str, ...] = ()
@@ -37,7 +37,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
     {
         "sdxl": ImageFamily(
             title="SDXL",
-            place="dora_mm.models.images.sdxl.family:SDXL",
+            import_path="dora_mm.models.images.sdxl.family:SDXL",
             section="dora_mm.config.models:SDXLConfig",
             pipeline="StableDiffusionXLPipeline",
             tensors=("model.diffusion_model.label_emb.", "conditioner.embedders.1."),
@@ -51,7 +51,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
         ),
         "z_image": ImageFamily(
             title="Z-Image",
-            place="dora_mm.models.images.z_image:ZImage",
+            import_path="dora_mm.models.images.z_image:ZImage",
             section="dora_mm.config.models:ZImageConfig",
             pipeline="ZImagePipeline",
             denoiser=("noise_refiner.",),
@@ -59,7 +59,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
         ),
         "flux2_klein": ImageFamily(
             title="FLUX.2 klein",
-            place="dora_mm.models.images.flux2_klein:Flux2Klein",
+            import_path="dora_mm.models.images.flux2_klein:Flux2Klein",
             section="dora_mm.config.models:Flux2KleinConfig",
             pipeline="Flux2KleinPipeline",
             denoiser=("double_stream_modulation_img.",),
@@ -67,7 +67,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
         ),
         "qwen_image": ImageFamily(
             title="Qwen-Image",
-            place="dora_mm.models.images.qwen_image:QwenImage",
+            import_path="dora_mm.models.images.qwen_image:QwenImage",
             section="dora_mm.config.models:QwenImageConfig",
             pipeline="QwenImagePipeline",
             denoiser=("transformer_blocks.0.img_mod.1.",),
@@ -79,7 +79,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
         ),
         "krea2": ImageFamily(
             title="Krea 2",
-            place="dora_mm.models.images.krea2:Krea2",
+            import_path="dora_mm.models.images.krea2:Krea2",
             section="dora_mm.config.models:Krea2Config",
             pipeline="Krea2Pipeline",
             denoiser=("txtfusion.", "text_fusion."),  # of its authors' files, and of diffusers

@@ -15,7 +15,7 @@ class Optimizer:
     """An optimizer.
 
     Attributes:
-        place: Its class, as `module:class`.
+        import_path: Its class, as `module:class`.
         settings: Arguments of the class, where a config does not give them.
         install: What installs the module, for messages; empty for torch's own.
         needs_gpu: Whether it steps on a GPU only.
@@ -24,7 +24,7 @@ class Optimizer:
         most_lr: From it on a training is destroyed, likewise.
     """
 
-    place: str
+    import_path: str
     settings: Mapping[str, Any]
     install: str = ""
     needs_gpu: bool = False

@@ -29,11 +29,11 @@ class Registry(Mapping[str, T], Generic[T]):
         kind: What its entry points begin with, such as `optimizers`.
         one: What one is called in messages.
         records: The built-in ones.
-        places: Built-in ones whose records need large imports, by their places; `load` loads them when they are used.
+        import_paths: Those of built-in records that need large imports; `load` loads them when they are used.
     """
 
-    def __init__(self, kind: str, one: str, records: Mapping[str, T] = NONE, places: Mapping[str, str] = NONE):
-        self.kind, self.one, self._records, self._places = kind, one, records, places
+    def __init__(self, kind: str, one: str, records: Mapping[str, T] = NONE, import_paths: Mapping[str, str] = NONE):
+        self.kind, self.one, self._records, self._import_paths = kind, one, records, import_paths
         self._loaded: dict[str, T] = {}
 
     @cached_property
@@ -55,7 +55,9 @@ class Registry(Mapping[str, T], Generic[T]):
         if name in self._records:
             return self._records[name]
         if name not in self._loaded:
-            self._loaded[name] = load(self._places[name]) if name in self._places else self._load_added(name)
+            self._loaded[name] = (
+                load(self._import_paths[name]) if name in self._import_paths else self._load_added(name)
+            )
         return self._loaded[name]
 
     def _load_added(self, name: str) -> T:
@@ -66,10 +68,10 @@ class Registry(Mapping[str, T], Generic[T]):
             raise ValueError(f"{self.one} {name}: {point.value} cannot be imported: {error}") from error
 
     def __contains__(self, name: object) -> bool:
-        return name in self._records or name in self._places or name in self._added
+        return name in self._records or name in self._import_paths or name in self._added
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys((*self._records, *self._places, *self._added)))
+        return iter(dict.fromkeys((*self._records, *self._import_paths, *self._added)))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -99,7 +101,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return name
 
 
-def load(place: str) -> Any:
+def load(import_path: str) -> Any:
     """Imports an object by its place, `module:object`."""
-    module, _, name = place.partition(":")
+    module, _, name = import_path.partition(":")
     return getattr(import_module(module), name)

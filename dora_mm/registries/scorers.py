@@ -8,7 +8,7 @@ HERE = "dora_mm.eval.vl"
 SCORERS: Registry[Any] = Registry(
     "scorers",
     "scorer",
-    places={
+    import_paths={
         "vqa": f"{HERE}.vqa:SCORER",
         "gqa": f"{HERE}.gqa:SCORER",
         "nlvr2": f"{HERE}.nlvr2:SCORER",

@@ -125,7 +125,7 @@ def _task(path: Path, found: Mapping[str, Any]) -> VLTask:
         submission="answers",
         images=None if images == ANY else int(images),
         prompt=found["prompt"],
-        plain=found.get("plain"),
+        fallback=found.get("plain"),
         max_answer=found.get("max_answer", 16),
         row_mean=found.get("row_mean", False),
         lettered=found.get("letters", False),

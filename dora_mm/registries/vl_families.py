@@ -14,14 +14,14 @@ class VLFamily:
 
     Attributes:
         title: Its name in messages.
-        place: Its class, which implements `VLModel`, as `module:class`.
+        import_path: Its class, which implements `VLModel`, as `module:class`.
         section: The class of its `model` section, a subclass of `VLFamilyConfig`, likewise.
         model_types: What `model_type` is in the config.json of folders that no other family reads.
         starts: The configs that `dora-mm new` starts from, by the GB of the card that each needs.
     """
 
     title: str
-    place: str
+    import_path: str
     section: str
     model_types: tuple[str, ...] = ()
     starts: Mapping[int, str] = field(default_factory=dict)
@@ -34,7 +34,7 @@ VL_FAMILIES: Registry[VLFamily] = Registry(
     {
         DEFAULT: VLFamily(
             title="model of transformers",
-            place="dora_mm.models.vl.vlm.family:VLM",
+            import_path="dora_mm.models.vl.vlm.family:VLM",
             section="dora_mm.config.models:VLMModelConfig",
             starts={
                 5: "configs/vlm/smolvlm_256m.yaml",
@@ -46,7 +46,7 @@ VL_FAMILIES: Registry[VLFamily] = Registry(
         ),
         "vl_bart": VLFamily(
             title="VL-BART",
-            place="dora_mm.models.vl.vl_bart.family:VLBartModel",
+            import_path="dora_mm.models.vl.vl_bart.family:VLBartModel",
             section="dora_mm.config.models:VLBartModelConfig",
             model_types=("vl_bart",),
         ),

@@ -42,7 +42,7 @@ class VLTask:
             the first one in it counts; or the likeliest is the answer. None: rows have no such options.
         lettered: Whether the letters of a row's options are answers, of which the likeliest can be taken.
         prompt: What chat models are asked, with {text} for the question; None: they do not do the task.
-        plain: What models without a chat template are asked; None: what their class reads.
+        fallback: What models without a chat template are asked; None: what their class reads.
         max_answer: Tokens of the longest answer that chat models write.
         bart: What VL-BART reads and writes; None: it does not do the task.
     """
@@ -60,7 +60,7 @@ class VLTask:
     names: str | None = None
     lettered: bool = False
     prompt: str | None = None
-    plain: str | None = None
+    fallback: str | None = None
     max_answer: int = 16
     bart: BartText | None = None
 

@@ -21,7 +21,7 @@ def commonsense(title: str) -> VLTask:
         images=0,
         names="the correct answer is {option}",
         prompt="{text}",
-        plain=ALPACA,
+        fallback=ALPACA,
         max_answer=32,
     )
 

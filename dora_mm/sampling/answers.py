@@ -23,7 +23,7 @@ from dora_mm.utils.circumstances import NOTHING, Record, about_kept, circumstanc
 from dora_mm.utils.day import Day
 from dora_mm.utils.evaluating import Map, evaluating
 from dora_mm.utils.json_text import parse_json
-from dora_mm.utils.processes import ALONE, Processes
+from dora_mm.utils.processes import SINGLE_PROCESS, Processes
 from dora_mm.utils.progress import Progress, tracked
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class AnswersFolder:
 
     path: Path
     content: ContentOf
-    processes: Processes = ALONE
+    processes: Processes = SINGLE_PROCESS
     day: Day = field(default_factory=Day)
     circumstances: Record = field(default_factory=circumstances)
 
@@ -105,7 +105,7 @@ def answer_all(
         return found
 
 
-def answer_alone(
+def answer_unbatched(
     answers: Mapping[str, Answer],
     networks: Iterable[nn.Module],
     sets: Mapping[str, ValidationSet],
@@ -126,8 +126,8 @@ def answer_alone(
         for name, rows in answered.items():
             chosen = [rows[number * len(rows) // REPEATED] for number in range(REPEATED)]
             chosen = chosen if len(rows) > REPEATED else rows
-            alone = mapped(lambda row, name=name: answers[name]([row[0]], sets[name].images)[0], chosen)
-            shown = tracked(zip(chosen, alone, strict=True), f"{name}, each row alone", "rows", len(chosen))
+            unbatched = mapped(lambda row, name=name: answers[name]([row[0]], sets[name].images)[0], chosen)
+            shown = tracked(zip(chosen, unbatched, strict=True), f"{name}, each row alone", "rows", len(chosen))
             found[name] = [(example, text, again) for (example, text), again in shown]
     return found
 
@@ -153,13 +153,13 @@ def _answer_split(
     """
     table = split.table
     count = len(table) if limit is None else min(limit, len(table))
-    texts = kept.whole_batches(batch_size, count) if kept else []
+    texts = kept.full_batches(batch_size, count) if kept else []
     errors: list[ValueError] = []
     batches = [range(start, min(start + batch_size, count)) for start in range(len(texts), count, batch_size)]
     with Progress(name, count, "rows", done=len(texts)) as progress:
 
         def answers_of(rows: range) -> tuple[list[str | None], list[str], str | None]:
-            asked = kept.folder.day.asked if kept else 0
+            num_requests = kept.folder.day.num_requests if kept else 0
             examples = [table[row] for row in rows]
             try:
                 found: list[str | None] = list(answer(examples, split.images))
@@ -168,7 +168,7 @@ def _answer_split(
                     raise
                 found = _one_by_one(answer, examples, split.images, errors, table.on_bad_data)
             progress.advance(len(rows))
-            day = kept.folder.day.date if kept and kept.folder.day.asked > asked else None
+            day = kept.folder.day.date if kept and kept.folder.day.num_requests > num_requests else None
             return found, kept.contents(rows) if kept else [], day
 
         for found, contents, day in mapped(answers_of, batches):
@@ -245,15 +245,15 @@ class KeptAnswers:
         self.file, self.folder, self.split, self.task = _file_of(folder.path, task), folder, split, task
         self._last = NOTHING  # the circumstances of the last row of the file
 
-    def whole_batches(self, batch_size: int, count: int) -> list[str | None]:
+    def full_batches(self, batch_size: int, count: int) -> list[str | None]:
         """The answers of whole batches that an earlier process has kept; what follows them is cut off the file.
 
         They end before a row whose images are others now, or whose day is.
         """
         processes = self.folder.processes
-        return processes.from_main(self._whole_batches(batch_size, count) if processes.is_main else [])
+        return processes.from_main(self._full_batches(batch_size, count) if processes.is_main else [])
 
-    def _whole_batches(self, batch_size: int, count: int) -> list[str | None]:
+    def _full_batches(self, batch_size: int, count: int) -> list[str | None]:
         found: list[KeptAnswer] = []
         ours = self.folder.day
         for row in _kept(self.file):
@@ -263,14 +263,14 @@ class KeptAnswers:
         found = found if len(found) == count else found[: len(found) // batch_size * batch_size]
         write_text(self.file, _text(found, NOTHING))
         self._last = found[-1].circumstances if found else NOTHING
-        ours.asked += sum(row.day is not None for row in found)
+        ours.num_requests += sum(row.day is not None for row in found)
         if message := about_kept(by_circumstances(found), self.folder.circumstances, f"kept answers of {self.task}"):
             log.warning(message)
         return [row.text for row in found]
 
     def add(self, answers: Iterable[str | None], contents: Iterable[str], day: str | None) -> None:
         """Keeps the answers to rows, which follow those that are there, what the images of each were, and their day."""
-        self.folder.day.asked += day is not None  # another process may have rendered them
+        self.folder.day.num_requests += day is not None  # another process may have rendered them
         if self.folder.processes.is_main:
             now = self.folder.circumstances
             rows = [KeptAnswer(text, content, now, day) for text, content in zip(answers, contents, strict=True)]

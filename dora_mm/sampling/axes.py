@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dora_mm.config.pictures import Axis, GridConfig
-from dora_mm.sampling.jobs.job_row import adapters_text, parse_adapters, parse_setting
+from dora_mm.config.generation import Axis, GridConfig
+from dora_mm.sampling.batch.prompt_row import adapters_text, parse_adapters, parse_setting
 
 WITHOUT = "no adapter"
 OF_ADAPTERS = ("strength", "adapter", "checkpoint")  # axes along which there is a picture without adapter
@@ -16,7 +16,7 @@ Cell = tuple[str, Mapping[str, Any]]  # a label, and the fields of a Picture tha
 
 
 def cells_of(axis: Axis | None, checkpoints: Mapping[str, str]) -> list[Cell]:
-    """The values of an axis, each with its label and the fields of a `Picture` that it sets.
+    """The values of an axis, each with its label and the fields of a `ImageRequest` that it sets.
 
     Args:
         axis: The axis; None has one value, which sets nothing.

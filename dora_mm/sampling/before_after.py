@@ -9,15 +9,15 @@ from PIL import Image
 from torch import nn
 
 from dora_mm import formats
+from dora_mm.config.generation import ImageSamplingConfig, SampleConfig
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.pictures import DrawConfig, SampleConfig
 from dora_mm.core import set_strength
 from dora_mm.core.inject import merged_adapters
 from dora_mm.models.images.image_model import ImageModel
-from dora_mm.sampling.grids import sheet
+from dora_mm.sampling.contact_sheets import save_atomically
+from dora_mm.sampling.grids import image_grid
+from dora_mm.sampling.image_sampler import ImageSampler, sample
 from dora_mm.sampling.manifest import ManifestEntry, readable_entries, write_manifest
-from dora_mm.sampling.pictures import PictureSampler, sample
-from dora_mm.sampling.sheets import save_atomically
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.run_directory import RunDirectory
 
@@ -25,7 +25,7 @@ MOST_SHOWN = 6  # pictures in a model card: of 1024 pixels, each has 1.5 MB
 
 
 def sample_merged(
-    model: ImageModel, prompts: Sequence[str], seeds: Sequence[int], settings: DrawConfig, description: str
+    model: ImageModel, prompts: Sequence[str], seeds: Sequence[int], settings: ImageSamplingConfig, metadata: str
 ) -> list[Image.Image]:
     """Samples one picture per pair of prompt and seed, with the adapters that the model has, merged.
 
@@ -34,7 +34,7 @@ def sample_merged(
         prompts: The prompts.
         seeds: A seed for each.
         settings: Steps, guidance, negative prompt and batch size.
-        description: Label of the progress bar.
+        metadata: Label of the progress bar.
     """
     with merged_adapters(model.networks.values()):
         return sample(
@@ -46,12 +46,12 @@ def sample_merged(
             guidance_rescale=settings.guidance_rescale,
             negative_prompt=settings.negative_prompt,
             batch_size=settings.batch_size,
-            description=description,
+            metadata=metadata,
         )
 
 
 def at_strength(
-    model: ImageModel | PictureSampler,
+    model: ImageModel | ImageSampler,
     adapted: Mapping[str, nn.Module],
     strength: float,
     prompts: list[str],
@@ -73,13 +73,13 @@ def at_strength(
     """
     for network in adapted.values():
         set_strength(network, strength)
-    own = model.model if isinstance(model, PictureSampler) else model
+    own = model.model if isinstance(model, ImageSampler) else model
     with merged_adapters(adapted.values()), own.new_tokens.off() if strength == 0 else nullcontext():
         return sample(model, prompts, seeds, **settings)
 
 
-def before_after_sheet(
-    model: ImageModel | PictureSampler,
+def before_after_contact_sheet(
+    model: ImageModel | ImageSampler,
     adapted: Mapping[str, nn.Module],
     config: SampleConfig,
     *,
@@ -110,25 +110,25 @@ def before_after_sheet(
     settings = config.model_dump(include={"steps", "guidance", "guidance_rescale", "negative_prompt", "batch_size"})
     kinds = {"before": 0.0} if config.before_after and not full else {}
     kinds |= {"after": strength} | ({"average": strength} if average else {})
-    drawn = {}
+    generated = {}
     for label, shown in kinds.items():
         with average() if average and label == "average" else nullcontext():
             if full:
-                drawn[label] = sample(model, jobs, seeds, description=label, **settings)
+                generated[label] = sample(model, jobs, seeds, metadata=label, **settings)
             else:
-                drawn[label] = at_strength(model, adapted, shown, jobs, seeds, description=label, **settings)
+                generated[label] = at_strength(model, adapted, shown, jobs, seeds, metadata=label, **settings)
     for network in () if full else adapted.values():
         set_strength(network, 1.0)  # training resumes at this strength
     rows, labels = [], []
     for index, seed in enumerate(config.seeds):
-        for label, pictures in drawn.items():
-            rows.append(pictures[index * len(prompts) : (index + 1) * len(prompts)])
+        for label, images in generated.items():
+            rows.append(images[index * len(prompts) : (index + 1) * len(prompts)])
             labels.append(label if len(config.seeds) == 1 else f"{label}, seed {seed}")
-    return sheet(rows, labels, prompts), drawn
+    return image_grid(rows, labels, prompts), generated
 
 
-def keep_pictures(
-    run: RunDirectory, config: TrainDiffusionConfig, step: int, drawn: Mapping[str, Sequence[Image.Image]]
+def keep_images(
+    run: RunDirectory, config: TrainDiffusionConfig, step: int, generated: Mapping[str, Sequence[Image.Image]]
 ) -> None:
     """Saves the pictures of a sheet one by one, with a manifest of all steps, of which a gallery is made.
 
@@ -139,20 +139,20 @@ def keep_pictures(
         run: The run directory of the training.
         config: The config of the training.
         step: The number of finished steps.
-        drawn: As `before_after_sheet` returns it.
+        generated: As `before_after_contact_sheet` returns it.
     """
     entries = [entry for entry in readable_entries(run.path) if (entry.settings.get("step") or 0) <= step]
     found = {entry.file: entry for entry in entries}
     there = [entry.settings for entry in entries if entry.settings["adapter"] is None]
-    fresh = step == 0 and "before" in drawn and not config.adapter.init_from and not config.tokens
-    for label in ["before"] if fresh else drawn:
-        for index, picture in enumerate(drawn[label]):
-            settings = settings_of(run, config, step, label, index, picture.size)
+    fresh = step == 0 and "before" in generated and not config.adapter.init_from and not config.tokens
+    for label in ["before"] if fresh else generated:
+        for index, image in enumerate(generated[label]):
+            settings = settings_of(run, config, step, label, index, image.size)
             if settings in there:
                 continue
             row, ending = index % len(config.sample.prompts) + 1, "" if label == "after" else f"-{label}"
             file = run.samples / f"step-{step:06d}" / f"{row:04d}-seed{settings['seed']}{ending}.png"
-            save_atomically(file, picture)
+            save_atomically(file, image)
             name = file.relative_to(run.path).as_posix()
             found[name] = ManifestEntry(row, name, "done", 1, settings, file_digest(file))
     write_manifest(run.path, found.values())
@@ -177,10 +177,10 @@ def settings_of(
     }
 
 
-def add_pictures(config: TrainDiffusionConfig, folder: Path, pictures: list[Image.Image]) -> None:
+def add_images(config: TrainDiffusionConfig, folder: Path, images: list[Image.Image]) -> None:
     """Saves the first pictures beside the adapter, and shows them in its model card."""
     shown = []
-    for number, (prompt, picture) in enumerate(zip(config.sample.prompts[:MOST_SHOWN], pictures, strict=False), 1):
+    for number, (prompt, image) in enumerate(zip(config.sample.prompts[:MOST_SHOWN], images, strict=False), 1):
         shown.append((prompt, f"pictures/{number}.png"))
-        save_atomically(folder / shown[-1][1], picture)
-    formats.write_card(folder, pictures=shown)
+        save_atomically(folder / shown[-1][1], image)
+    formats.write_model_card(folder, images=shown)

@@ -7,7 +7,7 @@ from itertools import chain
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dora_mm.sampling.labels import drawn_labels, font_of, wrap
+from dora_mm.sampling.labels import font_of, printable_labels, wrap
 
 MARGIN = 8  # pixels around everything
 SMALLEST = 128  # pixels: pictures of which no side is longer are enlarged, so that labels fit
@@ -16,7 +16,7 @@ MAX_LINES = 8  # of a label; the whole text is in the manifest and in the galler
 INK, LINE, PAPER = "#222222", "#888888", "white"
 
 
-def sheet(
+def image_grid(
     rows: Sequence[Sequence[Image.Image | None]],
     row_labels: Sequence[str],
     column_labels: Sequence[str],
@@ -42,26 +42,28 @@ def sheet(
     if not rows or not columns or len(rows) != len(row_labels) or any(len(row) != columns for row in rows):
         raise ValueError("A sheet needs one label per row and per column, and equally many pictures in each row.")
     table = _Table.of(rows)
-    left = [table.wrapped(label, max(SMALLEST, *table.widths)) for label in drawn_labels(row_labels)]
-    top = [table.wrapped(label, width) for label, width in zip(drawn_labels(column_labels), table.widths, strict=True)]
+    left = [table.wrapped(label, max(SMALLEST, *table.widths)) for label in printable_labels(row_labels)]
+    top = [
+        table.wrapped(label, width) for label, width in zip(printable_labels(column_labels), table.widths, strict=True)
+    ]
     heights = [max(height, table.text_height(label)) for height, label in zip(table.heights, left, strict=True)]
     label_width = math.ceil(max((table.font.getlength(line) for line in chain(*left)), default=0))
     xs = _starts(table.widths, MARGIN + (label_width + MARGIN if label_width else 0))
     head = max(table.text_height(label) for label in top)
     ys = _starts(heights, MARGIN + (head + MARGIN // 2 if head else 0))
     page = Image.new("RGB", (xs[-1], ys[-1]), PAPER)
-    draw = ImageDraw.Draw(page)
+    canvas = ImageDraw.Draw(page)
     for x, width, label in zip(xs, table.widths, top, strict=False):
-        table.write(draw, label, x + width / 2, MARGIN + head - table.text_height(label), "ma")
+        table.write(canvas, label, x + width / 2, MARGIN + head - table.text_height(label), "ma")
     for y, height, label, row in zip(ys, heights, left, rows, strict=False):
-        table.write(draw, label, MARGIN, y + (height - table.text_height(label)) / 2, "la")
-        for x, width, picture in zip(xs, table.widths, row, strict=False):
-            table.place(page, picture, (x, y, width, height))
+        table.write(canvas, label, MARGIN, y + (height - table.text_height(label)) / 2, "la")
+        for x, width, image in zip(xs, table.widths, row, strict=False):
+            table.paste(page, image, (x, y, width, height))
     return page
 
 
 def contact_sheet(
-    pictures: Sequence[Image.Image | None],
+    images: Sequence[Image.Image | None],
     labels: Sequence[str],
     *,
     columns: int | None = None,
@@ -69,7 +71,7 @@ def contact_sheet(
     """Arranges pictures in reading order, with a label under each.
 
     Args:
-        pictures: The pictures; None is shown as failed.
+        images: The pictures; None is shown as failed.
         labels: A label per picture; one that the font cannot draw is shown as a number, as in `sheet`.
         columns: Pictures per row; None takes as many as make the sheet about square, at most 8.
 
@@ -79,25 +81,25 @@ def contact_sheet(
     Raises:
         ValueError: There are no pictures, or not as many labels.
     """
-    if not pictures or len(pictures) != len(labels):
+    if not images or len(images) != len(labels):
         raise ValueError("A contact sheet needs pictures, and one label for each.")
-    columns = min(columns or min(8, math.ceil(math.sqrt(len(pictures)))), len(pictures))
-    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    columns = min(columns or min(8, math.ceil(math.sqrt(len(images)))), len(images))
+    rows = [images[start : start + columns] for start in range(0, len(images), columns)]
     table = _Table.of(rows)
-    texts = [table.wrapped(text, table.widths[i % columns]) for i, text in enumerate(drawn_labels(labels))]
+    texts = [table.wrapped(text, table.widths[i % columns]) for i, text in enumerate(printable_labels(labels))]
     under = [texts[start : start + columns] for start in range(0, len(texts), columns)]
     heights = [h + max(map(table.text_height, row)) + MARGIN // 2 for h, row in zip(table.heights, under, strict=True)]
     xs, ys = _starts(table.widths, MARGIN), _starts(heights, MARGIN)
     page = Image.new("RGB", (xs[-1], ys[-1]), PAPER)
-    draw = ImageDraw.Draw(page)
+    canvas = ImageDraw.Draw(page)
     for y, height, row, row_texts in zip(ys, table.heights, rows, under, strict=False):
-        for x, width, picture, text in zip(xs, table.widths, row, row_texts, strict=False):
-            table.place(page, picture, (x, y, width, height))
-            table.write(draw, text, x + width / 2, y + height + MARGIN // 2, "ma")
+        for x, width, image, text in zip(xs, table.widths, row, row_texts, strict=False):
+            table.paste(page, image, (x, y, width, height))
+            table.write(canvas, text, x + width / 2, y + height + MARGIN // 2, "ma")
     return page
 
 
-def beside(pages: Sequence[Image.Image]) -> Image.Image:
+def side_by_side(pages: Sequence[Image.Image]) -> Image.Image:
     """Arranges sheets beside each other, RGB."""
     return _joined(pages, across=True)
 
@@ -128,12 +130,12 @@ class _Table:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[Image.Image | None]]) -> "_Table":
-        longest = max((max(picture.size) for row in rows for picture in row if picture), default=SMALLEST)
+        longest = max((max(image.size) for row in rows for image in row if image), default=SMALLEST)
         cell = min(max(SMALLEST, longest), max(SMALLEST // 2, LONGEST // max(len(rows), len(rows[0]))))
         scale = cell / longest
         columns = [[row[i] for row in rows if i < len(row)] for i in range(len(rows[0]))]
-        widths = [max((_scaled(picture.width, scale) for picture in each if picture), default=0) for each in columns]
-        heights = [max((_scaled(picture.height, scale) for picture in row if picture), default=0) for row in rows]
+        widths = [max((_scaled(image.width, scale) for image in each if image), default=0) for each in columns]
+        heights = [max((_scaled(image.height, scale) for image in row if image), default=0) for row in rows]
         return cls(cell, scale, _filled(widths, cell), _filled(heights, cell), font_of(max(12, cell // 16)))
 
     @property
@@ -146,20 +148,20 @@ class _Table:
     def text_height(self, lines: list[str]) -> int:
         return self.line_height * len(lines)
 
-    def write(self, draw: ImageDraw.ImageDraw, lines: list[str], x: float, y: float, anchor: str) -> None:
+    def write(self, canvas: ImageDraw.ImageDraw, lines: list[str], x: float, y: float, anchor: str) -> None:
         for number, line in enumerate(lines):
-            draw.text((x, y + number * self.line_height), line, INK, self.font, anchor=anchor)
+            canvas.text((x, y + number * self.line_height), line, INK, self.font, anchor=anchor)
 
-    def place(self, page: Image.Image, picture: Image.Image | None, box: tuple[int, int, int, int]) -> None:
+    def paste(self, page: Image.Image, image: Image.Image | None, box: tuple[int, int, int, int]) -> None:
         """Puts a picture into the middle of a cell (x, y, width, height), or says that it failed."""
         x, y, width, height = box
-        if picture is None:
-            draw = ImageDraw.Draw(page)
-            draw.rectangle((x, y, x + width - 1, y + height - 1), outline=LINE)
-            draw.text((x + width / 2, y + height / 2), "failed", LINE, self.font, anchor="mm")
+        if image is None:
+            canvas = ImageDraw.Draw(page)
+            canvas.rectangle((x, y, x + width - 1, y + height - 1), outline=LINE)
+            canvas.text((x + width / 2, y + height / 2), "failed", LINE, self.font, anchor="mm")
             return
-        size = _scaled(picture.width, self.scale), _scaled(picture.height, self.scale)
-        resized = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        size = _scaled(image.width, self.scale), _scaled(image.height, self.scale)
+        resized = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
         page.paste(resized, (x + (width - size[0]) // 2, y + (height - size[1]) // 2))
 
 

@@ -30,7 +30,7 @@ def numbered_labels(labels: Sequence[str]) -> dict[int, str]:
     return {number: label for number, label in enumerate(labels, 1) if not all(map(_has_glyph, _composed(label)))}
 
 
-def drawn_labels(labels: Sequence[str]) -> list[str]:
+def printable_labels(labels: Sequence[str]) -> list[str]:
     """What a sheet shows for labels: the label, or its number where `numbered_labels` has it."""
     numbered = numbered_labels(labels)
     return [f"#{number}" if number in numbered else _composed(label) for number, label in enumerate(labels, 1)]
@@ -43,8 +43,8 @@ def _composed(label: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _has_glyph(character: str) -> bool:
-    drawn: list[Any] = [font_of(32).getmask(each) for each in (character, MISSING)]
-    return bytes(drawn[0]) != bytes(drawn[1])
+    generated: list[Any] = [font_of(32).getmask(each) for each in (character, MISSING)]
+    return bytes(generated[0]) != bytes(generated[1])
 
 
 def wrap(text: str, width: float, font: ImageFont.FreeTypeFont, max_lines: int) -> list[str]:

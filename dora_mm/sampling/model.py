@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dora_mm import backend, formats
+from dora_mm.config.generation import WITHOUT_GUIDANCE, ImageGenerationConfig
 from dora_mm.config.models import EMBEDDED_IMAGE_MODEL, ModelConfig, validated
 from dora_mm.config.paths import find_path, resolve_adapter, resolve_model
-from dora_mm.config.pictures import WITHOUT_GUIDANCE, PicturesConfig
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.models.hub import check_named_by
@@ -26,16 +26,16 @@ from dora_mm.models.images.fitting import changes_text, check_denoiser
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.images.memory import check_offload, save_memory
 from dora_mm.models.images.new_tokens import load_adapter, read_tokens
-from dora_mm.sampling.drawing import PictureJob, check_what_is_there, draw, plan, remove_adapters
-from dora_mm.sampling.jobs.picture import Picture
-from dora_mm.sampling.pictures import MOST_ENCODED, PictureSampler
+from dora_mm.sampling.batch.requests import ImageRequest
+from dora_mm.sampling.generating import BatchGeneration, check_what_is_there, generate, plan, remove_adapters
+from dora_mm.sampling.image_sampler import MOST_ENCODED, ImageSampler
 from dora_mm.sampling.png import BaseModel
 from dora_mm.sampling.strengths import HashableStrength, to_load
 from dora_mm.utils.circumstances import circumstances
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import data_digest, known_digest
 from dora_mm.utils.json_text import parse_json
-from dora_mm.utils.processes import ALONE, Processes
+from dora_mm.utils.processes import SINGLE_PROCESS, Processes
 from dora_mm.utils.progress import tracked
 
 log = logging.getLogger(__name__)
@@ -52,14 +52,14 @@ class LoadedModel:
         sampler: Draws with it.
         base: What pictures say about it.
         adapters: The files of the adapters, by the path that jobs name.
-        environment: What else pictures depend on (see `png.Description`).
+        environment: What else pictures depend on (see `png.GenerationMetadata`).
         forward: The implementation of adapted layers.
         frees_text: Whether prompts can be encoded before the denoiser is loaded: no adapter changes what they become,
             and networks do not wait in main memory for their turn.
     """
 
     model: ImageModel
-    sampler: PictureSampler
+    sampler: ImageSampler
     base: BaseModel
     adapters: Mapping[str, Path]
     environment: Mapping[str, Any]
@@ -83,25 +83,25 @@ class LoadedModel:
         except ValueError as error:
             raise ValueError(with_base(str(error), path, self.adapters[path], self.base.path)) from error
 
-    def load(self, pictures: Sequence[Picture]) -> None:
+    def load(self, requests: Sequence[ImageRequest]) -> None:
         """Loads the model; where that can be, text encoders encode the prompts and are freed before the denoiser comes.
 
         Raises:
             ValueError: Weights are missing or damaged.
         """
-        prompts = dict.fromkeys(picture.prompts for picture in pictures)
+        prompts = dict.fromkeys(request.prompts for request in requests)
         if self.frees_text and len(prompts) <= MOST_ENCODED:
             self.sampler.keep_prompts(tracked(list(prompts), "encoding prompts", unit="prompts"))
         self.sampler.load()
 
-    def check_adapters(self, pictures: Sequence[Picture]) -> None:
+    def check_adapters(self, requests: Sequence[ImageRequest]) -> None:
         """Loads every adapter once, or with each of its strengths by part.
 
         Raises:
             ValueError: An adapter does not fit the model; or it replaces weights of the base, and a job has pictures
                 without it, or at another strength.
         """
-        combinations = {picture.weights for picture in pictures}
+        combinations = {request.weights for request in requests}
         for path in self.adapters:
             if not replaces_weights(self.adapters[path]):
                 used = {strength for weights in combinations for name, strength in weights if name == path}
@@ -116,68 +116,68 @@ class LoadedModel:
                     "drawn at another strength than 1, nor beside other adapters or pictures without it"
                 )
 
-    def check(self, pictures: Sequence[Picture]) -> None:
+    def check(self, requests: Sequence[ImageRequest]) -> None:
         """Checks that pictures can be drawn.
 
         Raises:
             ValueError: A size, a scheduler, a setting or an adapter does not fit the model.
         """
-        self.check_sizes(pictures)
-        self.check_schedulers(pictures)
-        if any(picture.prompt_syntax != "plain" for picture in pictures) and not self.model.weighs_words:
+        self.check_sizes(requests)
+        self.check_schedulers(requests)
+        if any(request.prompt_syntax != "plain" for request in requests) and not self.model.weighs_words:
             raise ValueError(
                 f"prompt_syntax a1111 is not for {self.model.title}, whose encoder takes no weights: use plain"
             )
-        for picture in pictures:
-            self.model.check_rescale(picture.guidance_rescale, f"row {picture.row}: guidance_rescale")
-        self.load(pictures)
-        self.check_adapters(pictures)
-        unguided = [picture for picture in pictures if picture.guidance <= WITHOUT_GUIDANCE]
+        for request in requests:
+            self.model.check_rescale(request.guidance_rescale, f"row {request.row}: guidance_rescale")
+        self.load(requests)
+        self.check_adapters(requests)
+        unguided = [request for request in requests if request.guidance <= WITHOUT_GUIDANCE]
         for key in ("negative_prompt", "guidance_rescale"):
-            if found := [picture for picture in unguided if getattr(picture, key)]:
+            if found := [request for request in unguided if getattr(request, key)]:
                 log.warning("%d pictures have a %s without effect: their guidance is at most 1", len(found), key)
-        prompts = [text for p in pictures for text in (p.prompt, p.negative_prompt) if text]
+        prompts = [text for p in requests for text in (p.prompt, p.negative_prompt) if text]
         if cut := self.model.cut(list(dict.fromkeys(prompts))):
             most = self.model.most_tokens
             log.warning("%d prompts have more than %d tokens and lose their end, the first: %s", len(cut), most, cut[0])
 
-    def check_sizes(self, pictures: Sequence[Picture]) -> None:
+    def check_sizes(self, requests: Sequence[ImageRequest]) -> None:
         """Checks that the model can draw pictures of these sizes.
 
         Raises:
             ValueError: A side is not a multiple of the model's cell.
         """
         cell = self.model.cell
-        for picture in pictures:
-            for name, side in (("width", picture.width), ("height", picture.height)):
+        for request in requests:
+            for name, side in (("width", request.width), ("height", request.height)):
                 if side is not None and side % cell:
                     raise ValueError(
-                        f"row {picture.row}: {name} {side} must be a multiple of {cell} for {self.model.title}"
+                        f"row {request.row}: {name} {side} must be a multiple of {cell} for {self.model.title}"
                     )
 
-    def check_schedulers(self, pictures: Sequence[Picture]) -> None:
+    def check_schedulers(self, requests: Sequence[ImageRequest]) -> None:
         """Checks that the schedulers can take as many steps as are asked of them.
 
         Raises:
             ValueError: One cannot: LCM's takes at most 50, and others as many as the model has noise levels. Or it is
                 not for this model.
         """
-        rows = {(picture.scheduler, picture.steps): picture.row for picture in reversed(pictures)}
+        rows = {(request.scheduler, request.steps): request.row for request in reversed(requests)}
         for (scheduler, steps), row in rows.items():
             if problem := self.sampler.why_not(scheduler, steps):
                 raise ValueError(f"row {row}: {problem}")
 
-    def prompt_length(self, picture: Picture) -> int:
+    def prompt_length(self, request: ImageRequest) -> int:
         """The length of a picture's prompts, with the new tokens of its adapters.
 
         Raises:
             ValueError: Two of them have the same.
         """
-        for path, _ in picture.weights:
+        for path, _ in request.weights:
             for word, rows in self.new_tokens[path].items():
                 self.model.new_tokens.add(word, rows)
         try:
-            return self.sampler.length(picture.prompts)
+            return self.sampler.length(request.prompts)
         finally:
             self.model.new_tokens.clear()
 
@@ -190,9 +190,9 @@ class LoadedModel:
         """The two hashes of each adapter (see `png.UsedAdapter`), by the path that jobs name."""
         return {path: (formats.adapter_digest(file), data_digest(file)[:12]) for path, file in self.adapters.items()}
 
-    def plan(self, folder: Path, pictures: Sequence[Picture], batch_size: int) -> PictureJob:
+    def plan(self, folder: Path, requests: Sequence[ImageRequest], batch_size: int) -> BatchGeneration:
         """Plans the batches of a job: see `drawing.plan`. Pictures without a size get the model's own."""
-        sized = [replace(p, width=p.width or self.size, height=p.height or self.size) for p in pictures]
+        sized = [replace(p, width=p.width or self.size, height=p.height or self.size) for p in requests]
         return plan(
             folder,
             sized,
@@ -204,23 +204,23 @@ class LoadedModel:
             now=circumstances(backend.about_layers(self.environment["backend"])),
         )
 
-    def draw(
-        self, folder: Path, pictures: Sequence[Picture], batch_size: int, processes: Processes = ALONE
-    ) -> PictureJob:
+    def generate(
+        self, folder: Path, requests: Sequence[ImageRequest], batch_size: int, processes: Processes = SINGLE_PROCESS
+    ) -> BatchGeneration:
         """Draws the pictures of a job that are not in its run directory yet, in the processes that share them.
 
         Returns:
             The job; in the main process with what has become of all pictures.
         """
-        job = self.plan(folder, pictures, batch_size)
+        generation = self.plan(folder, requests, batch_size)
         if processes.is_main:
-            check_what_is_there(job)
-        job.done = dict(processes.from_main(list(job.done.items())))
-        draw(job, self.sampler, self.load_adapter, processes)
-        return job
+            check_what_is_there(generation)
+        generation.done = dict(processes.from_main(list(generation.done.items())))
+        generate(generation, self.sampler, self.load_adapter, processes)
+        return generation
 
 
-def load_model(config: PicturesConfig, adapters: Iterable[str]) -> LoadedModel:
+def load_model(config: ImageGenerationConfig, adapters: Iterable[str]) -> LoadedModel:
     """Finds adapters and loads the base model.
 
     Args:
@@ -238,14 +238,14 @@ def load_model(config: PicturesConfig, adapters: Iterable[str]) -> LoadedModel:
     changes = check_fit(model, files, chosen.path)
     weights = " ".join(model.components.digest(name) for name in sorted(model.components.networks))
     digest = hashlib.sha256(f"{weights} {settings_text(model.sampling_scheduler)}".encode()).hexdigest()
-    sampler = PictureSampler(model, partial(save_memory, config=config.memory, device=device))
+    sampler = ImageSampler(model, partial(save_memory, config=config.memory, device=device))
     stays = config.memory.offload == "none"  # on the device; else the pipeline moves networks there and back
     if stays:
         model.to(device)
     found = find_path(chosen.path)
     file_hash = known_digest(found) if found is not None and found.is_file() else None
     base = BaseModel(
-        *(chosen.path, chosen.revision, chosen.vae, chosen.dtype, digest, file_hash, chosen.settings_of_pictures()),
+        *(chosen.path, chosen.revision, chosen.vae, chosen.dtype, digest, file_hash, chosen.generation_settings()),
         files=file_digests(chosen) or None,  # a single checkpoint has none
     )
     environment = {"backend": config.backend, "memory": config.memory.model_dump()}
@@ -283,8 +283,8 @@ def settings_text(scheduler: Any) -> str:
     """The class of a model's own scheduler, and what its file says: what later releases add by default is no change."""
     config = scheduler.config
     added = set(config.get("_use_default_values", ()))
-    said = {key: value for key, value in config.items() if key[0] != "_" and key not in added}
-    return f"{type(scheduler).__name__} {json.dumps(said, sort_keys=True, default=str)}"
+    settings = {key: value for key, value in config.items() if key[0] != "_" and key not in added}
+    return f"{type(scheduler).__name__} {json.dumps(settings, sort_keys=True, default=str)}"
 
 
 def find_adapters(paths: Iterable[str]) -> dict[str, Path]:
@@ -351,11 +351,11 @@ def warn_of_other_bases(files: Mapping[str, Path], model: ModelConfig, *, is_dis
 
     Those of a base model are meant for what is distilled of it, too: that is said once.
     """
-    drawing = (find_path(model.path) or model.path, Path(model.path).name)  # converted files have the name alone
+    generating = (find_path(model.path) or model.path, Path(model.path).name)  # converted files have the name alone
     others: dict[str, str] = {}
     for path, file in files.items():
         trained_on = read_metadata(file).get("base_model")
-        if trained_on and (find_path(trained_on) or trained_on) not in drawing:
+        if trained_on and (find_path(trained_on) or trained_on) not in generating:
             others[path] = trained_on
     if others and is_distilled:
         bases = " and ".join(dict.fromkeys(others.values()))

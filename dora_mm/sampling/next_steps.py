@@ -5,15 +5,15 @@ import shlex
 from pathlib import Path
 
 from dora_mm.config.commands import resuming, twice_as_long
+from dora_mm.config.generation import BatchGenerationConfig
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.paths import packaged_configs
-from dora_mm.config.pictures import JobConfig
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
 
-def drawing_command(config: TrainDiffusionConfig, run: RunDirectory) -> str:
+def sampling_command(config: TrainDiffusionConfig, run: RunDirectory) -> str:
     """Draws with the adapter: the prompts that `dora-mm new` has written beside the config, or the first of its own.
 
     The seeds are those of the sheet, as are the settings that the adapter's file says: see `with_usual_settings`.
@@ -25,7 +25,7 @@ def drawing_command(config: TrainDiffusionConfig, run: RunDirectory) -> str:
     if not prompts.is_file():
         prompt = next(iter(config.sample.prompts), config.data.instance_prompt or "a lighthouse")
         words.append(f"prompts=[{json.dumps(prompt, ensure_ascii=False)}]")
-    if config.sample.seeds != JobConfig.model_fields["seeds"].default:
+    if config.sample.seeds != BatchGenerationConfig.model_fields["seeds"].default:
         words.append(f"seeds={list(config.sample.seeds)}")
     if "full" not in config.adapter.methods:  # the base is replaced
         words.append("strengths=[0, 1]")
@@ -38,9 +38,9 @@ def scoring_command(run: RunDirectory) -> str:
     return shlex.join(["dora-mm", "eval", config, "--set", f"adapter.path={run.path}"])
 
 
-def asking_command(config: TrainVLConfig, run: RunDirectory, asked: str = "[IMAGE] QUESTION") -> str:
+def asking_command(config: TrainVLConfig, run: RunDirectory, request: str = "[IMAGE] QUESTION") -> str:
     """Asks a model with its adapter; a person replaces the words in capitals."""
-    return f"dora-mm ask {shlex.quote(config.model.path)} {asked} --adapter {shlex.quote(str(run.path))}"
+    return f"dora-mm ask {shlex.quote(config.model.path)} {request} --adapter {shlex.quote(str(run.path))}"
 
 
 def next_steps(config: PipelineConfig, run: RunDirectory, done: int, *, finished: bool) -> dict[str, str]:
@@ -53,12 +53,12 @@ def next_steps(config: PipelineConfig, run: RunDirectory, done: int, *, finished
         finished: Whether the training has ended.
     """
     if not finished:
-        asked = "answers now" if isinstance(config, TrainVLConfig) else "a sheet now"
-        return {"after a stop": resuming(run), asked: f"touch {shlex.quote(str(run.path / SAMPLE_NOW))}"}
+        request = "answers now" if isinstance(config, TrainVLConfig) else "a sheet now"
+        return {"after a stop": resuming(run), request: f"touch {shlex.quote(str(run.path / SAMPLE_NOW))}"}
     patience = " evaluate.patience=null" if getattr(getattr(config, "evaluate", None), "patience", None) else ""
     found = {}
     if isinstance(config, TrainDiffusionConfig):
-        found = {"draw with it": drawing_command(config, run), "score its style": scoring_command(run)}
+        found = {"draw with it": sampling_command(config, run), "score its style": scoring_command(run)}
     elif isinstance(config, TrainVLConfig):
         found = {"ask it": asking_command(config, run)}
     return found | {"train it longer": f"{resuming(run)} --set {twice_as_long(config, done)}{patience}"}

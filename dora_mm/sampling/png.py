@@ -77,7 +77,7 @@ class UsedAdapter:
 
 
 @dataclass(frozen=True)
-class Description:
+class GenerationMetadata:
     """All that a picture was drawn with.
 
     Attributes:
@@ -98,14 +98,14 @@ class Description:
     environment: Mapping[str, Any]
     circumstances: Annotated[Record, Field(validation_alias=AliasChoices("circumstances", "software"))]
 
-    def is_drawn_like(self, other: Description) -> bool:
+    def is_same_image_as(self, other: GenerationMetadata) -> bool:
         """Whether the pictures are the same, up to rounding by the others of their batches.
 
         The circumstances and the paths of the weights do not count.
         """
         return self._own() == other._own() and not self.model.changes(other.model)
 
-    def _own(self) -> Description:
+    def _own(self) -> GenerationMetadata:
         """The picture alone. Weights count by their digests: paths are written in several ways, and files may move."""
         model = replace(self.model, path="", revision=None, vae=None, digest="", file_digest=None, files=None)
         adapters = tuple(replace(adapter, path="", hash="") for adapter in self.adapters)
@@ -113,35 +113,35 @@ class Description:
         return replace(self, model=model, adapters=adapters, batch=batch, position=0, circumstances={})
 
 
-DESCRIPTION = TypeAdapter(Description)
+METADATA = TypeAdapter(GenerationMetadata)
 
 
-def save_picture(path: Path, picture: Image.Image, description: Description, scheduler: str) -> None:
+def save_image(path: Path, image: Image.Image, metadata: GenerationMetadata, scheduler: str) -> None:
     """Saves a PNG file atomically, with what it was drawn with.
 
     Args:
         path: The file; it is replaced where it exists.
-        picture: The picture.
-        description: What it was drawn with.
+        image: The picture.
+        metadata: What it was drawn with.
         scheduler: The scheduler's name in A1111, such as "DPM++ 2M Karras".
     """
     info = PngImagePlugin.PngInfo()
-    info.add_text(A1111_CHUNK, parameters_text(description, scheduler))
-    info.add_itxt(JSON_CHUNK, json.dumps({"version": VERSION, **asdict(description)}, ensure_ascii=False))
-    write_atomically(path, lambda partial: picture.save(partial, "PNG", pnginfo=info))
+    info.add_text(A1111_CHUNK, parameters_text(metadata, scheduler))
+    info.add_itxt(JSON_CHUNK, json.dumps({"version": VERSION, **asdict(metadata)}, ensure_ascii=False))
+    write_atomically(path, lambda partial: image.save(partial, "PNG", pnginfo=info))
 
 
-def read_description(path: Path) -> Description:
+def read_metadata(path: Path) -> GenerationMetadata:
     """Reads what a picture was drawn with. The whole file is checked.
 
     Raises:
-        ValueError: It is not a PNG file, is damaged, or was not saved by `save_picture`.
+        ValueError: It is not a PNG file, is damaged, or was not saved by `save_image`.
     """
     check_no_device(path)
     try:
-        with Image.open(path, formats=("PNG",)) as picture:
-            picture.load()
-            text = getattr(picture, "text", {}).get(JSON_CHUNK)
+        with Image.open(path, formats=("PNG",)) as image:
+            image.load()
+            text = getattr(image, "text", {}).get(JSON_CHUNK)
     except (OSError, SyntaxError, ValueError, PIL.UnidentifiedImageError) as error:
         raise ValueError(f"{path} is not a PNG picture, or is damaged ({error})") from None
     if text is None:
@@ -149,30 +149,30 @@ def read_description(path: Path) -> Description:
     try:
         if parse_json(text, "it").get("version") != VERSION:
             raise ValueError("another version")
-        description = DESCRIPTION.validate_json(text, strict=True)
+        metadata = METADATA.validate_json(text, strict=True)
     except ValidationError as error:
         found = error.errors()[0]
         problem = ": ".join([".".join(map(str, found["loc"])), found["msg"]])
         raise ValueError(f"the text chunk {JSON_CHUNK} of {path} cannot be read ({problem})") from None
     except ValueError as error:
         raise ValueError(f"the text chunk {JSON_CHUNK} of {path} cannot be read ({error})") from None
-    if not 0 <= description.position < len(description.batch):
+    if not 0 <= metadata.position < len(metadata.batch):
         raise ValueError(f"the text chunk {JSON_CHUNK} of {path} cannot be read (its batch has no such position)")
-    return description
+    return metadata
 
 
 # --- as A1111 and Civitai read it ------------------------------------------------------------------------------------
 
 
-def parameters_text(description: Description, scheduler: str) -> str:
+def parameters_text(metadata: GenerationMetadata, scheduler: str) -> str:
     """The text that A1111 writes as `parameters`, and that Civitai and others read.
 
     Args:
-        description: What the picture was drawn with.
+        metadata: What the picture was drawn with.
         scheduler: The scheduler's name in A1111.
     """
-    prompt, negative_prompt, seed = description.batch[description.position]
-    settings, model = description.settings, description.model
+    prompt, negative_prompt, seed = metadata.batch[metadata.position]
+    settings, model = metadata.settings, metadata.model
     name, kind = _schedule(scheduler)
     entries: dict[str, Any] = {
         "Steps": settings["steps"],
@@ -185,11 +185,11 @@ def parameters_text(description: Description, scheduler: str) -> str:
         **({"Model hash": model.file_digest[:10]} if model.file_digest else {}),
         "Model": _stem(Path(model.path).name),
     }
-    if description.adapters:
-        named = [(_name(adapter.path), adapter) for adapter in description.adapters]
+    if metadata.adapters:
+        named = [(_name(adapter.path), adapter) for adapter in metadata.adapters]
         entries["Lora hashes"] = ", ".join(f"{name}: {adapter.hash}" for name, adapter in named)
         entries["Lora strengths"] = ", ".join(f"{name}: {strength_text(adapter.strength)}" for name, adapter in named)
-    entries["Version"] = f"dora_mm {description.circumstances.get('dora_mm')}"
+    entries["Version"] = f"dora_mm {metadata.circumstances.get('dora_mm')}"
     lines = [prompt, f"Negative prompt: {negative_prompt}"] if negative_prompt else [prompt]
     return "\n".join([*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in entries.items())])
 

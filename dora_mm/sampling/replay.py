@@ -10,22 +10,22 @@ import numpy as np
 from PIL import Image
 from pydantic import ValidationError
 
+from dora_mm.config.generation import ImageGenerationConfig, MemoryConfig, PromptSyntax
 from dora_mm.config.models import ModelConfig, validated
-from dora_mm.config.pictures import MemoryConfig, PicturesConfig, PromptSyntax
 from dora_mm.models.hub import check_named_by
-from dora_mm.sampling.drawing import PictureJob, draw
-from dora_mm.sampling.jobs.job_row import JobRow
-from dora_mm.sampling.jobs.picture import Picture
+from dora_mm.sampling.batch.prompt_row import PromptRow
+from dora_mm.sampling.batch.requests import ImageRequest
+from dora_mm.sampling.generating import BatchGeneration, generate
 from dora_mm.sampling.manifest import write_manifest
 from dora_mm.sampling.model import LoadedModel, load_model
-from dora_mm.sampling.png import Description, read_description
+from dora_mm.sampling.png import GenerationMetadata, read_metadata
 from dora_mm.utils.circumstances import differences, sentence
 
 log = logging.getLogger(__name__)
 NEEDED = ("steps", "guidance", "width", "height", "scheduler")
 
 
-def replay_picture(file: Path, folder: Path) -> tuple[Path, str | None]:
+def replay_image(file: Path, folder: Path) -> tuple[Path, str | None]:
     """Draws a picture again, in the batch that it was drawn in, since rounding depends on the batch.
 
     Args:
@@ -40,36 +40,36 @@ def replay_picture(file: Path, folder: Path) -> tuple[Path, str | None]:
         ValueError: The file does not say how it was drawn, the model or an adapter has changed since, or the picture
             cannot be drawn.
     """
-    description = read_description(file)
-    check_complete(description, file)
-    check_named_by(str(file), description.model.path, description.model.revision)
-    check_named_by(str(file), description.model.vae)
-    loaded = load_model(pictures_config(description), [adapter.path for adapter in description.adapters])
-    check_unchanged(description, loaded)
-    job = job_of(description, loaded, folder, file.name)
-    report_circumstances(file, description, job)
-    loaded.load(job.pictures)
-    draw(job, loaded.sampler, loaded.load_adapter)
-    write_manifest(job.folder, [job.entries()[description.position]])
-    job.raise_failures()
-    drawn = job.file(description.position)
-    return drawn, difference(file, drawn)
+    metadata = read_metadata(file)
+    check_complete(metadata, file)
+    check_named_by(str(file), metadata.model.path, metadata.model.revision)
+    check_named_by(str(file), metadata.model.vae)
+    loaded = load_model(generation_config(metadata), [adapter.path for adapter in metadata.adapters])
+    check_unchanged(metadata, loaded)
+    generation = batch_of_metadata(metadata, loaded, folder, file.name)
+    report_circumstances(file, metadata, generation)
+    loaded.load(generation.requests)
+    generate(generation, loaded.sampler, loaded.load_adapter)
+    write_manifest(generation.folder, [generation.entries()[metadata.position]])
+    generation.raise_failures()
+    generated = generation.file(metadata.position)
+    return generated, difference(file, generated)
 
 
-def check_complete(description: Description, file: Path) -> None:
+def check_complete(metadata: GenerationMetadata, file: Path) -> None:
     """Checks that a file says all that a picture is drawn with, in the types that a job has.
 
     Raises:
         ValueError: It does not.
     """
     try:
-        settings = dict(description.settings)
+        settings = dict(metadata.settings)
         if settings.pop("prompt_syntax", "plain") not in get_args(PromptSyntax):
             raise ValueError("its prompt_syntax is unknown")
-        row = JobRow.model_validate({"prompt": "a", **settings})
+        row = PromptRow.model_validate({"prompt": "a", **settings})
         if lacking := [name for name in NEEDED if name not in row.model_fields_set]:
             raise ValueError(f"settings lack {lacking[0]}")
-        pictures_config(description)
+        generation_config(metadata)
     except ValidationError as error:
         found = error.errors()[0]
         problem = ": ".join([".".join(map(str, found["loc"])), found["msg"]])
@@ -78,60 +78,60 @@ def check_complete(description: Description, file: Path) -> None:
         raise ValueError(f"{file} cannot be drawn again ({error})") from None
 
 
-def pictures_config(description: Description) -> PicturesConfig:
+def generation_config(metadata: GenerationMetadata) -> ImageGenerationConfig:
     """The config of the model that a picture was drawn with."""
-    model = description.model
-    return PicturesConfig(
+    model = metadata.model
+    return ImageGenerationConfig(
         pipeline="sample",
         name="replay",
-        backend=description.environment["backend"],
+        backend=metadata.environment["backend"],
         model=validated(
             ModelConfig,
             {"path": model.path, "revision": model.revision, "vae": model.vae, "dtype": model.dtype, **model.settings},
         ),
-        memory=MemoryConfig(**description.environment["memory"]),
+        memory=MemoryConfig(**metadata.environment["memory"]),
     )
 
 
-def check_unchanged(description: Description, loaded: LoadedModel) -> None:
+def check_unchanged(metadata: GenerationMetadata, loaded: LoadedModel) -> None:
     """Compares the model and the adapters that were loaded with those that a picture was drawn with.
 
     Raises:
         ValueError: The base model or an adapter is another one now.
     """
-    if changes := loaded.base.changes(description.model):
+    if changes := loaded.base.changes(metadata.model):
         raise ValueError(f"the model {loaded.base.path} has changed since the picture was drawn: {', '.join(changes)}")
     hashes = loaded.adapter_hashes()
-    for adapter in description.adapters:
+    for adapter in metadata.adapters:
         if hashes[adapter.path][0] != adapter.digest:
             raise ValueError(f"the adapter {adapter.path} has changed since the picture was drawn")
 
 
-def job_of(description: Description, loaded: LoadedModel, folder: Path, name: str) -> PictureJob:
+def batch_of_metadata(metadata: GenerationMetadata, loaded: LoadedModel, folder: Path, name: str) -> BatchGeneration:
     """A job of the batch of a picture, of which only this picture is missing."""
-    adapters = tuple((adapter.path, adapter.strength) for adapter in description.adapters)
-    pictures = [
-        Picture(
+    adapters = tuple((adapter.path, adapter.strength) for adapter in metadata.adapters)
+    requests = [
+        ImageRequest(
             row=1,
             prompt=prompt,
             negative_prompt=negative_prompt,
             seed=seed,
             adapters=adapters,
             strength=1.0,
-            **description.settings,
+            **metadata.settings,
         )
-        for prompt, negative_prompt, seed in description.batch
+        for prompt, negative_prompt, seed in metadata.batch
     ]
-    job = loaded.plan(folder, pictures, len(pictures))
-    job.names = [name if index == description.position else f"{index}-{name}" for index in range(len(pictures))]
-    job.done = dict.fromkeys((index for index in range(len(pictures)) if index != description.position), "")
-    return job
+    generation = loaded.plan(folder, requests, len(requests))
+    generation.names = [name if index == metadata.position else f"{index}-{name}" for index in range(len(requests))]
+    generation.done = dict.fromkeys((index for index in range(len(requests)) if index != metadata.position), "")
+    return generation
 
 
-def report_circumstances(file: Path, description: Description, job: PictureJob) -> None:
+def report_circumstances(file: Path, metadata: GenerationMetadata, generation: BatchGeneration) -> None:
     """Warns of circumstances that differ from those under which a picture was drawn."""
-    now = job.descriptions[description.position].circumstances
-    if message := sentence(f"{file} was", differences(description.circumstances, now)):
+    now = generation.metadata[metadata.position].circumstances
+    if message := sentence(f"{file} was", differences(metadata.circumstances, now)):
         log.warning(message)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 HashableStrength = float | tuple[tuple[str, float], ...]  # the second: numbers by the names of parts, "" for all others
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
-_PLACE = rf"[\w.]*={_NUMBER}"
+_PAIR = rf"[\w.]*={_NUMBER}"
 
 
 def as_strength(value: float | Mapping[str, float]) -> HashableStrength:
@@ -44,6 +44,6 @@ def parse_strength(text: str) -> HashableStrength | None:
     """Reads `0.7` or `unet.down=0.5,text_encoder=1`; None where the text is neither."""
     if re.fullmatch(_NUMBER, text, re.I):
         return float(text)
-    if re.fullmatch(f"{_PLACE}(?:,{_PLACE})*", text, re.I):
+    if re.fullmatch(f"{_PAIR}(?:,{_PAIR})*", text, re.I):
         return tuple((name, float(value)) for name, _, value in (place.partition("=") for place in text.split(",")))
     return None

@@ -10,22 +10,22 @@ from typing import TypeVar
 import yaml
 from pydantic import ValidationError
 
+from dora_mm.config.generation import ImageGenerationConfig, SampleConfig
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.models import validated
-from dora_mm.config.pictures import PicturesConfig, SampleConfig
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.models.images.families import distilled_of
 from dora_mm.sampling.model import model_of
 from dora_mm.utils import yaml12
 
 log = logging.getLogger(__name__)
-OF_SHEETS = (
+OF_CONTACT_SHEETS = (
     "steps",
     "guidance",
     "guidance_rescale",
     "negative_prompt",
 )  # keys that `sample` of a training and configs of pictures share
-PicturesT = TypeVar("PicturesT", bound=PicturesConfig)
+ImagesT = TypeVar("ImagesT", bound=ImageGenerationConfig)
 
 
 def training_of(file: Path) -> TrainDiffusionConfig | None:
@@ -36,7 +36,7 @@ def training_of(file: Path) -> TrainDiffusionConfig | None:
         return None
 
 
-def sheets_of(file: Path) -> SampleConfig | None:
+def contact_sheets_of(file: Path) -> SampleConfig | None:
     """The `sample` section of an adapter's training, which an earlier version may have written; None: it has none."""
     try:
         values = yaml12.read(read_metadata(file)["config"]).value
@@ -45,19 +45,19 @@ def sheets_of(file: Path) -> SampleConfig | None:
         return None
 
 
-def with_usual_settings(config: PicturesT, adapters: Mapping[str, Path]) -> PicturesT:
+def with_usual_settings(config: ImagesT, adapters: Mapping[str, Path]) -> ImagesT:
     """Draws as a distilled model does, else as in the sheets of a training, as far as a config leaves out how.
 
     Args:
         config: The config of the pictures.
-        adapters: The files of all adapters that are drawn with; see `as_in_sheets`.
+        adapters: The files of all adapters that are drawn with; see `as_in_contact_sheets`.
 
     Raises:
         ValueError: There is no model, or the adapters name none.
     """
     model = config.model or model_of(adapters)
     if (found := distilled_of(model)) is None:
-        return as_in_sheets(config, adapters)
+        return as_in_contact_sheets(config, adapters)
     own = {"steps": found.steps, "guidance": found.guidance}
     chosen = {key: value for key, value in own.items() if key not in config.model_fields_set}
     if chosen:
@@ -66,7 +66,7 @@ def with_usual_settings(config: PicturesT, adapters: Mapping[str, Path]) -> Pict
     return config.model_copy(update=chosen)
 
 
-def as_in_sheets(config: PicturesT, adapters: Mapping[str, Path]) -> PicturesT:
+def as_in_contact_sheets(config: ImagesT, adapters: Mapping[str, Path]) -> ImagesT:
     """Draws as the sheets of a training were drawn, as far as a config leaves out how.
 
     Args:
@@ -77,9 +77,9 @@ def as_in_sheets(config: PicturesT, adapters: Mapping[str, Path]) -> PicturesT:
     Returns:
         The config, with the steps, guidance, its rescale and negative prompt of the training where it gives none.
     """
-    sheets = [found for file in adapters.values() if (found := sheets_of(file))]
+    sheets = [found for file in adapters.values() if (found := contact_sheets_of(file))]
     chosen = {}
-    for key in OF_SHEETS:
+    for key in OF_CONTACT_SHEETS:
         values = list(dict.fromkeys(getattr(found, key) for found in sheets))
         if key in config.model_fields_set or not values:
             continue

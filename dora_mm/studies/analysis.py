@@ -114,10 +114,10 @@ def distinct_names(sources: Sequence[TrainedSource]) -> list[TrainedSource]:
     Raises:
         ValueError: A path was given twice.
     """
-    places = [Path(source.path).resolve() for source in sources]
-    for place in places:
-        if places.count(place) > 1:
-            raise ValueError(f"{place} is given twice")
+    paths = [Path(source.path).resolve() for source in sources]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(f"{path} is given twice")
     runs = list(dict.fromkeys(Path(source.run).resolve() for source in sources))
     names = {run: run.as_posix() for run in runs}
     for length in range(max(len(run.parts) for run in runs), 0, -1):
@@ -149,7 +149,7 @@ def read_points(source: TrainedSource, modules: re.Pattern[str] | None = None) -
 
 
 def _of_adapter(source: TrainedSource, base: BaseWeights, modules: re.Pattern[str] | None) -> Iterator[WeightPoint]:
-    reader = LayerReader(source.path, base, whole=True)
+    reader = LayerReader(source.path, base, reads_extras=True)
     if stores_transposed(base) and not all(reader.transposed(name) for name in reader.names()):
         raise ValueError(f"{source.path}: {_TRANSPOSED}, which only folders of PEFT say: give RUN/adapter")
     names = [name for name in reader.names() if _is_wanted(name, modules)]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from dora_mm.config.pictures import ConceptChoice, DrawConfig, JudgedStyle, RoleConfig, check_templates
+from dora_mm.config.generation import ClassifiedStyle, ConceptChoice, ImageSamplingConfig, RoleConfig, check_templates
 from dora_mm.config.schema import (
     Count,
     InputPath,
@@ -91,27 +91,27 @@ class VariantConfig(Section):
         return raise_problems(self, problems)
 
 
-class ComparePicturesConfig(Section):
+class CompareImagesConfig(Section):
     """Adapters of a style, scored by a judge on things that they were not trained on."""
 
-    judge: InputPath  # the folder of a fitted judge
-    style: JudgedStyle  # the target style
+    classifier: InputPath  # the folder of a fitted judge
+    style: ClassifiedStyle  # the target style
     prompt: Text  # asks for the target style; {thing} is replaced by the concept
     flat_prompt: Text = "a flat icon of {thing}"  # asks for the style that the base model knows
     tune: ConceptChoice = ConceptChoice(role="tune", count=24, seeds=(0, 1))  # learning rates are chosen on these
     report: RoleConfig = RoleConfig()  # the reported scores; a training draws each of them once, with its own seed
-    draw: DrawConfig = DrawConfig()
+    sampling: ImageSamplingConfig = ImageSamplingConfig()
     columns: PositiveInt = 8  # concepts shown in the sheet
 
     @model_validator(mode="after")
-    def _keys_agree(self) -> "ComparePicturesConfig":
+    def _keys_agree(self) -> "CompareImagesConfig":
         problems = check_templates(prompt=self.prompt, flat_prompt=self.flat_prompt)
         if self.tune.role == self.report.role:
             problems.append("tune.role and report.role must differ: rates must not be chosen on the reported concepts")
         return raise_problems(self, problems)
 
 
-class CompareQuestionsConfig(Section):
+class CompareVLConfig(Section):
     """Tasks of base, scored on other rows; learning rates are chosen on the valid splits of base."""
 
     report: VLDataConfig  # the reported scores are on its valid splits
@@ -119,12 +119,12 @@ class CompareQuestionsConfig(Section):
     decode: DecodeConfig = DecodeConfig()
 
     @model_validator(mode="after")
-    def _keys_agree(self) -> "CompareQuestionsConfig":
+    def _keys_agree(self) -> "CompareVLConfig":
         problems = missing_splits(self.report, "valid", "report") + check_decoding(self.decode, self.report)
         for task in self.report.all_tasks:
             if task.train is not None or task.batch_size is not None or task.weight != 1.0:
-                place = self.report.place(task.task, "report")
-                problems.append(f"{place} may only have valid: base configures its training")
+                key = self.report.key_of(task.task, "report")
+                problems.append(f"{key} may only have valid: base configures its training")
         return raise_problems(self, problems)
 
 
@@ -132,7 +132,7 @@ class CompareConfig(CampaignConfig):
     """Compares the base model, full fine-tuning, LoRA, DoRA and DoRA at half rank, each at its best learning rate."""
 
     command: ClassVar[str] = "compare"
-    free_keys: ClassVar[tuple[str, ...]] = (*CampaignConfig.free_keys, "pictures.columns")
+    free_keys: ClassVar[tuple[str, ...]] = (*CampaignConfig.free_keys, "images.columns")
     pipeline: Literal["compare"]
     steps: PositiveInt  # optimizer steps of every training
     ranks: Annotated[Items[PositiveInt], Field(min_length=1)] = (8,)  # of LoRA and DoRA
@@ -148,13 +148,13 @@ class CompareConfig(CampaignConfig):
     seeds: Annotated[Items[Seed], Field(min_length=2)] = (0, 1, 2)  # a training each at the best rate
     # A rate is chosen by the mean over so many of the first seeds, which are trained at all rates
     rate_seeds: PositiveInt = 1
-    pictures: ComparePicturesConfig | None = None  # what is compared: either these,
-    questions: CompareQuestionsConfig | None = None  # or these
+    images: CompareImagesConfig | None = None  # what is compared: either these,
+    vl: CompareVLConfig | None = None  # or these
 
     @property
     def scored(self) -> dict[str, Any]:
         """The section of what is compared; keys that have their defaults do not count."""
-        section = self.pictures or self.questions
+        section = self.images or self.vl
         assert section is not None
         return section.model_dump(mode="json", exclude_defaults=True, exclude={"columns"})
 
@@ -174,8 +174,8 @@ class CompareConfig(CampaignConfig):
             for variant in self.variants
             if variant.rank not in self.ranks
         ]
-        if (self.pictures is None) == (self.questions is None):
-            problems.append("give either pictures or questions: what is compared")
+        if (self.images is None) == (self.vl is None):
+            problems.append("give either images or vl: what is compared")
         return raise_problems(self, problems)
 
 
@@ -195,13 +195,13 @@ class TuneConfig(CampaignConfig):
     extra_rates: Count = 0  # more candidates, a factor apart, while the lowest or the highest rate is as good as any
     # score: likeness to the training pictures, or the score of the answers to the valid splits; held_out: the held-out
     # loss, which favours low rates in the middle of a schedule
-    judge: Literal["score", "held_out"] = "score"
+    selection_metric: Literal["score", "held_out"] = "score"
     clip_model: ModelPath | None = None  # a folder or hub name of open_clip, for pictures; null: the embedded encoder
 
     @property
     def scored(self) -> dict[str, Any]:
         """What judges."""
-        return {"judge": self.judge, "clip_model": self.clip_model}
+        return {"selection_metric": self.selection_metric, "clip_model": self.clip_model}
 
     @model_validator(mode="after")
     def _can_choose(self) -> "TuneConfig":
@@ -209,6 +209,6 @@ class TuneConfig(CampaignConfig):
         problems = [f"{what} twice" for what, values in named.items() if len(set(values)) < len(values)]
         if len(self.rates) * max(1, len(self.ranks)) < 2:
             problems.append("one rate at one rank leaves nothing to choose: give several of either")
-        if self.clip_model and self.judge != "score":
+        if self.clip_model and self.selection_metric != "score":
             problems.append("clip_model has no effect: judge held_out looks at no pictures")
         return raise_problems(self, problems)

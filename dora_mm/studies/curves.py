@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dora_mm.eval.statistics import LEVEL, NUM_RESAMPLES, Interval, columns, holm, mean_interval, paired_difference
+from dora_mm.eval.statistics import LEVEL, NUM_RESAMPLES, ConfidenceInterval, columns, holm, mean_ci, paired_difference
 from dora_mm.studies.variants import NAMES, Variant, contrasts
 from dora_mm.utils.tables import csv_records, markdown_records
 
@@ -36,9 +36,9 @@ class CurvePoint(NamedTuple):
         return self.cells_KS[:, [self.seeds.index(seed) for seed in seeds]]
 
     @property
-    def interval(self) -> Interval:
+    def ci(self) -> ConfidenceInterval:
         """The mean score with its interval."""
-        return mean_interval(self.cells_KS, bounds=SCORES)
+        return mean_ci(self.cells_KS, bounds=SCORES)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class RateCurve:
     def half_width(self) -> float:
         """Half the width of the interval of the highest score of the first seed."""
         highest = self.first_KR[:, [int(self.first_KR.mean(axis=0).argmax())]]
-        found = mean_interval(highest, bounds=SCORES)
+        found = mean_ci(highest, bounds=SCORES)
         return (found.high - found.low) / 2
 
     @property
@@ -91,11 +91,11 @@ class RateCurve:
         ends = ((rates[0], low <= self.log2_rates[0]), (rates[-1], high >= self.log2_rates[-1]))
         return [rate for rate, is_open in ends if is_open]
 
-    def around(self, rate: float) -> CurvePoint:
+    def ci_around(self, rate: float) -> CurvePoint:
         """The mean of the scores at a rate and its neighbours, of the seeds that all of these have."""
         rates = list(self.points)
-        place = rates.index(rate)
-        near = [self.points[each] for each in rates[max(place - 1, 0) : place + 2]]
+        index = rates.index(rate)
+        near = [self.points[each] for each in rates[max(index - 1, 0) : index + 2]]
         seeds = common_seeds(near)
         return CurvePoint(np.mean([point.of(seeds) for point in near], axis=0), seeds)
 
@@ -105,7 +105,7 @@ def common_seeds(points: Sequence[CurvePoint]) -> tuple[int, ...]:
     return tuple(seed for seed in points[0].seeds if all(seed in point.seeds for point in points))
 
 
-def difference(first: CurvePoint, second: CurvePoint) -> Interval:
+def difference(first: CurvePoint, second: CurvePoint) -> ConfidenceInterval:
     """The paired difference first - second over the seeds that both have."""
     seeds = common_seeds([first, second])
     return paired_difference(first.of(seeds), second.of(seeds))
@@ -153,13 +153,13 @@ def widths(curve: RateCurve) -> tuple[float, np.ndarray]:
     return curve.band[1] - curve.band[0], high - low
 
 
-def percentiles(value: float, resamples: np.ndarray) -> Interval:
+def percentiles(value: float, resamples: np.ndarray) -> ConfidenceInterval:
     """A value with the percentile interval of its resamples."""
     low, high = np.quantile(resamples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(value, float(low), float(high))
+    return ConfidenceInterval(value, float(low), float(high))
 
 
-def rate_per_doubling(curves: Mapping[int, RateCurve]) -> Interval:
+def rate_per_doubling(curves: Mapping[int, RateCurve]) -> ConfidenceInterval:
     """By how many doublings the rate of the highest score moves per doubling of the rank: the least-squares slope.
 
     Args:
@@ -181,7 +181,7 @@ def curves_csv(curves: Mapping[Variant, RateCurve]) -> str:
                 "learning_rate": f"{rate:g}",
                 "trainings": str(len(point.seeds)),
                 "first_seed": f"{point.cells_KS[:, 0].mean():.4f}",
-                **columns(point.interval, "{:.4f}"),
+                **columns(point.ci, "{:.4f}"),
             }
             for variant, curve in curves.items()
             for rate, point in curve.points.items()
@@ -220,7 +220,7 @@ def curves_paragraphs(
 
 def chosen_differences(
     curves: Mapping[Variant, RateCurve], best: Mapping[Variant, float], ranks: Sequence[int]
-) -> list[Interval]:
+) -> list[ConfidenceInterval]:
     """The paired difference of each contrast, each method at its best rate."""
     return [
         difference(curves[first].points[best[first]], curves[second].points[best[second]])
@@ -228,7 +228,7 @@ def chosen_differences(
     ]
 
 
-def with_holm(differences: Sequence[Interval]) -> list[str]:
+def with_holm(differences: Sequence[ConfidenceInterval]) -> list[str]:
     """P values as text, with what Holm's correction makes of them together: "0.0035 (0.021)"."""
     p_values = [each.p for each in differences]
     return [f"{p:.2g} ({corrected:.2g})" for p, corrected in zip(p_values, holm(p_values), strict=True)]
@@ -243,8 +243,8 @@ def _about(variant: Variant, curve: RateCurve, rate: float, width: tuple[float, 
         "": str(variant),
         "best rate": f"{rate:g}",
         "trainings": str(len(point.seeds)),
-        "score": shown(point.interval),
-        "around": shown(curve.around(rate).interval),
+        "score": shown(point.ci),
+        "around": shown(curve.ci_around(rate).ci),
         "as good": f"{below}{2**low:.2g} to {2**high:.2g}{above}",
         "width": shown(percentiles(*width), 1),
     }
@@ -271,18 +271,18 @@ def _compared(
         "difference": f"{first} - {second}",
         "each at its best rate": at(best[first], best[second]),
         "p (Holm)": p,
-        "around": marked(difference(ours.around(best[first]), theirs.around(best[second]))),
+        "around": marked(difference(ours.ci_around(best[first]), theirs.ci_around(best[second]))),
         "both at the first one's": at(best[first], best[first]),
         "both at the second one's": at(best[second], best[second]),
         "width": marked(width, 1),
     }
 
 
-def shown(interval: Interval, digits: int = 3) -> str:
+def shown(ci: ConfidenceInterval, digits: int = 3) -> str:
     """Returns "0.512 (0.401 to 0.623)"."""
-    return interval.text(f"{{:.{digits}f}}")
+    return ci.text(f"{{:.{digits}f}}")
 
 
-def marked(interval: Interval, digits: int = 3) -> str:
+def marked(ci: ConfidenceInterval, digits: int = 3) -> str:
     """The interval, with a ! where it excludes 0."""
-    return shown(interval, digits) + " !" * interval.excludes_zero
+    return shown(ci, digits) + " !" * ci.excludes_zero

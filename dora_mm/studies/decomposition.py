@@ -15,7 +15,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from dora_mm.eval.statistics import Interval, jackknife
+from dora_mm.eval.statistics import ConfidenceInterval, jackknife
 
 _BLOCK = 1 << 18  # entries that are in float64 at a time: larger blocks get new pages from the system each time
 
@@ -90,10 +90,10 @@ class ChangePattern:
     num_runs: int
     num_matrices: int
     num_points: int
-    slope: Interval | None
-    correlation: Interval | None
-    dM: Interval
-    dD: Interval
+    slope: ConfidenceInterval | None
+    correlation: ConfidenceInterval | None
+    dM: ConfidenceInterval
+    dD: ConfidenceInterval
 
 
 def pattern(points: Sequence[WeightPoint]) -> ChangePattern:
@@ -107,7 +107,7 @@ def pattern(points: Sequence[WeightPoint]) -> ChangePattern:
     final = last_steps(points)
     at_end = np.array([point.step == final[point.run] for point in points])
 
-    def interval(statistic: Callable[[np.ndarray], float], chosen: np.ndarray) -> Interval:
+    def ci(statistic: Callable[[np.ndarray], float], chosen: np.ndarray) -> ConfidenceInterval:
         return over_matrices_and_runs(statistic, values[chosen], matrices[chosen], runs[chosen])
 
     num_matrices = len(set(matrices))
@@ -117,15 +117,15 @@ def pattern(points: Sequence[WeightPoint]) -> ChangePattern:
         len(set(runs)),
         num_matrices,
         len(points),
-        interval(slope, everything) if related else None,
-        interval(correlation, everything) if related else None,
-        *(interval(lambda some, column=column: float(some[:, column].mean()), at_end) for column in (1, 0)),
+        ci(slope, everything) if related else None,
+        ci(correlation, everything) if related else None,
+        *(ci(lambda some, column=column: float(some[:, column].mean()), at_end) for column in (1, 0)),
     )
 
 
 def over_matrices_and_runs(
     statistic: Callable[[np.ndarray], float], values: np.ndarray, matrices: np.ndarray, runs: np.ndarray
-) -> Interval:
+) -> ConfidenceInterval:
     """A statistic with the interval of the jackknife over matrices and, where there are several, over runs.
 
     Args:
@@ -139,13 +139,13 @@ def over_matrices_and_runs(
     """
     names = [np.unique(matrices), np.unique(runs)]
     if len(names[0]) < 2:
-        return Interval(float(statistic(values)))
+        return ConfidenceInterval(float(statistic(values)))
     axes = list(zip((matrices, runs), names, strict=True))[: 2 if len(names[1]) > 1 else 1]
 
     def of_some(*kept: np.ndarray) -> float:
         chosen = np.ones(len(values), dtype=bool)
-        for (place, every), indices in zip(axes, kept, strict=True):
-            chosen &= np.isin(place, every[indices])
+        for (labels, every), indices in zip(axes, kept, strict=True):
+            chosen &= np.isin(labels, every[indices])
         return float(statistic(values[chosen]))
 
     return jackknife([len(every) for _, every in axes], of_some)
@@ -212,8 +212,8 @@ def scored_trainings(points: Sequence[WeightPoint]) -> list[ScoredTraining]:
 class Relation(NamedTuple):
     """Correlations of something with the scores of trainings, with 95 % intervals of the jackknife over these."""
 
-    ranks: Interval  # Spearman's: of all that goes up or down together
-    pearson: Interval  # of what lies on a line, which a few trainings that failed can decide
+    ranks: ConfidenceInterval  # Spearman's: of all that goes up or down together
+    pearson: ConfidenceInterval  # of what lies on a line, which a few trainings that failed can decide
 
 
 def relation_to_score(trainings: Sequence[ScoredTraining]) -> dict[str, Relation]:

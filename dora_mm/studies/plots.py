@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dora_mm.eval.statistics import Interval, mean_interval
+from dora_mm.eval.statistics import ConfidenceInterval, mean_ci
 from dora_mm.studies.curves import SCORES, RateCurve
 from dora_mm.studies.decomposition import ChangePattern, WeightPoint
 from dora_mm.studies.variants import NAMES, Variant
@@ -109,40 +109,47 @@ def plot_curves(
         panel.set_title(f"rank {rank}" if rank else "", fontsize="medium")
         panel.set_xlabel("learning rate")
         is_crowded = len(panel.get_legend_handles_labels()[0]) > CROWDED
-        beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if is_crowded else {}
-        panel.legend(fontsize="small", frameon=False, **beside)
+        outside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if is_crowded else {}
+        panel.legend(fontsize="small", frameon=False, **outside)
     for panel in panels[::columns]:
         panel.set_ylabel(title, fontsize="small")
     for panel in panels[len(ranks) :]:
         panel.set_axis_off()
     files = _saved(figure, folder / "curves")
-    are_plain = len(ranks) > 1 and not all(variant.setting for variant in curves)
-    return files + (_plot_ranks(curves, best, title, folder) if are_plain else [])
+    are_decimal = len(ranks) > 1 and not all(variant.setting for variant in curves)
+    return files + (_plot_ranks(curves, best, title, folder) if are_decimal else [])
 
 
 def _plot_curve(panel: Any, curve: RateCurve, label: str, *, with_band: bool) -> None:
     means = curve.first_KR.mean(axis=0)
-    intervals = [mean_interval(column[:, None], bounds=SCORES) for column in curve.first_KR.T]
+    confidence_intervals = [mean_ci(column[:, None], bounds=SCORES) for column in curve.first_KR.T]
     (line,) = panel.plot(list(curve.points), means, label=label, linewidth=1.2)
-    ends = [interval.low for interval in intervals], [interval.high for interval in intervals]
+    ends = [ci.low for ci in confidence_intervals], [ci.high for ci in confidence_intervals]
     panel.fill_between(list(curve.points), *ends, color=line.get_color(), alpha=0.12, linewidth=0)
     has_dots = len(curve.points) == 1
-    repeated = {rate: point.interval for rate, point in curve.points.items() if len(point.seeds) > 1 or has_dots}
-    _plot_intervals(panel, repeated, line.get_color())
+    repeated = {rate: point.ci for rate, point in curve.points.items() if len(point.seeds) > 1 or has_dots}
+    _plot_confidence_intervals(panel, repeated, line.get_color())
     if with_band:
         low, high = curve.band
         panel.axvspan(2**low, 2**high, color=line.get_color(), alpha=0.1, linewidth=0, label=f"as good, {label}")
 
 
-def _plot_intervals(
-    panel: Any, intervals: Mapping[float, Interval], color: str, label: str = "", style: str = ""
+def _plot_confidence_intervals(
+    panel: Any, confidence_intervals: Mapping[float, ConfidenceInterval], color: str, label: str = "", style: str = ""
 ) -> None:
-    means = np.array([interval.mean for interval in intervals.values()])
-    ends = [(interval.mean - interval.low, interval.high - interval.mean) for interval in intervals.values()]
-    if intervals:
+    means = np.array([ci.mean for ci in confidence_intervals.values()])
+    ends = [(ci.mean - ci.low, ci.high - ci.mean) for ci in confidence_intervals.values()]
+    if confidence_intervals:
         bars = np.array(ends).T
         panel.errorbar(
-            list(intervals), means, yerr=bars, fmt=f"o{style}", color=color, markersize=3, capsize=2, label=label
+            list(confidence_intervals),
+            means,
+            yerr=bars,
+            fmt=f"o{style}",
+            color=color,
+            markersize=3,
+            capsize=2,
+            label=label,
         )
 
 
@@ -154,9 +161,9 @@ def _plot_ranks(
     figure = Figure(figsize=(0.6 + 1.3 * SIDE, 0.6 + SIDE), layout="constrained")
     panel = figure.subplots()
     for number, method in enumerate(("lora", "dora")):
-        own = {v.rank: c.points[best[v]].interval for v, c in curves.items() if v.method == method and not v.setting}
+        own = {v.rank: c.points[best[v]].ci for v, c in curves.items() if v.method == method and not v.setting}
         by_rank = {float(rank): own[rank] for rank in sorted(rank for rank in own if rank)}
-        _plot_intervals(panel, by_rank, f"C{number}", NAMES[method], "-")
+        _plot_confidence_intervals(panel, by_rank, f"C{number}", NAMES[method], "-")
     ranks = sorted({variant.rank for variant in curves if variant.rank})
     panel.set_xscale("log", base=2)
     panel.set_xticks(ranks, labels=[str(rank) for rank in ranks])

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from dora_mm.eval.images.scores import MEANS, Scores, format_interval, metric_cells
-from dora_mm.eval.statistics import Interval, columns, holm, paired_difference
-from dora_mm.eval.vl.intervals import MEAN, AnswerScores, heading, intervals, minus, points
+from dora_mm.eval.images.scores import MEANS, Scores, format_ci, metric_cells
+from dora_mm.eval.statistics import ConfidenceInterval, columns, holm, paired_difference
+from dora_mm.eval.vl.confidence_intervals import MEAN, AnswerScores, confidence_intervals, heading, minus, points
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.studies.variants import Variant, contrasts
 from dora_mm.utils.tables import csv_records, markdown_records, markdown_table
@@ -29,7 +29,7 @@ class Result:
     """
 
     name: str
-    scores: Mapping[str, Interval]
+    scores: Mapping[str, ConfidenceInterval]
     rate: str = ""
     summary: Mapping[str, Any] = field(default_factory=dict)
 
@@ -45,9 +45,9 @@ class Result:
 def contrasts_table(
     ranks: Sequence[int],
     scores: Mapping[Variant, ScoresT],
-    subtract: Callable[[ScoresT, ScoresT], Mapping[str, Interval]],
+    subtract: Callable[[ScoresT, ScoresT], Mapping[str, ConfidenceInterval]],
     headings: Mapping[str, str],
-    show: Callable[[str, Interval], str],
+    show: Callable[[str, ConfidenceInterval], str],
 ) -> str:
     """Returns a Markdown table of paired differences, and notes how many intervals exclude 0.
 
@@ -65,10 +65,10 @@ def contrasts_table(
     }
     keys = [key for key in headings if any(key in found for found in differences.values())]
     cells = [(name, key, found[key]) for name, found in differences.items() for key in keys]
-    corrected = holm([interval.p for *_, interval in cells])
+    corrected = holm([ci.p for *_, ci in cells])
     marks = {
-        (name, key): " !!" if p < LEAST else " !" if interval.excludes_zero else ""
-        for (name, key, interval), p in zip(cells, corrected, strict=True)
+        (name, key): " !!" if p < LEAST else " !" if ci.excludes_zero else ""
+        for (name, key, ci), p in zip(cells, corrected, strict=True)
     }
     rows = [[name, *(show(key, found[key]) + marks[name, key] for key in keys)] for name, found in differences.items()]
     note = (
@@ -82,7 +82,7 @@ def contrasts_table(
 # --- of pictures ---------------------------------------------------------------------------------------------------
 
 
-def picture_results_table(results: Sequence[Result]) -> str:
+def image_results_table(results: Sequence[Result]) -> str:
     """Returns a Markdown table with a row per result and a column per metric."""
     return markdown_records(
         [
@@ -93,7 +93,7 @@ def picture_results_table(results: Sequence[Result]) -> str:
     )
 
 
-def picture_results_csv(results: Sequence[Result]) -> str:
+def image_results_csv(results: Sequence[Result]) -> str:
     """Returns the table as CSV, with columns for mean, lower and upper end of every metric."""
     records = []
     for result in results:
@@ -104,7 +104,7 @@ def picture_results_csv(results: Sequence[Result]) -> str:
     return csv_records(records)
 
 
-def picture_contrasts_table(ranks: Sequence[int], scores: Mapping[Variant, Scores], style: str) -> str:
+def image_contrasts_table(ranks: Sequence[int], scores: Mapping[Variant, Scores], style: str) -> str:
     """Returns a Markdown table of paired differences, with intervals over concepts and training runs.
 
     Args:
@@ -113,7 +113,7 @@ def picture_contrasts_table(ranks: Sequence[int], scores: Mapping[Variant, Score
         style: The wanted class.
     """
 
-    def subtract(first: Scores, second: Scores) -> dict[str, Interval]:
+    def subtract(first: Scores, second: Scores) -> dict[str, ConfidenceInterval]:
         ours, theirs = metric_cells(first, style), metric_cells(second, style)
         return {key: paired_difference(ours[key], theirs[key]) for key in ours}
 
@@ -121,8 +121,8 @@ def picture_contrasts_table(ranks: Sequence[int], scores: Mapping[Variant, Score
     return contrasts_table(ranks, scores, subtract, headings, _share)
 
 
-def _share(key: str, interval: Interval) -> str:
-    return format_interval(interval, MEANS[key][1])
+def _share(key: str, ci: ConfidenceInterval) -> str:
+    return format_ci(ci, MEANS[key][1])
 
 
 # --- of answers ----------------------------------------------------------------------------------------------------
@@ -165,9 +165,9 @@ def vl_contrasts_table(ranks: Sequence[int], scores: Mapping[Variant, Mapping[st
     return contrasts_table(
         ranks,
         scores,
-        lambda first, second: intervals(minus(first, second), differences=True),
+        lambda first, second: confidence_intervals(minus(first, second), differences=True),
         {key: heading(key) for key in _ordered(key for found in scores.values() for key in (*found, MEAN))},
-        lambda _, interval: points(interval),
+        lambda _, ci: points(ci),
     )
 
 
@@ -201,5 +201,5 @@ def _keys(results: Sequence[Result]) -> list[str]:
 
 
 def _ordered(keys: Iterable[str]) -> list[str]:
-    places = {key: place for place, key in enumerate(TASKS)}
-    return sorted(dict.fromkeys(keys), key=lambda key: (key == MEAN, places.get(key, len(places))))
+    order = {key: index for index, key in enumerate(TASKS)}
+    return sorted(dict.fromkeys(keys), key=lambda key: (key == MEAN, order.get(key, len(order))))

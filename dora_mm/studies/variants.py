@@ -34,7 +34,7 @@ class Variant:
         return "-".join([self.method, *([f"r{self.rank}"] if self.rank else []), *filter(None, [setting])])
 
     @property
-    def plain(self) -> "Variant":
+    def default(self) -> "Variant":
         """The method at this rank without further settings."""
         return Variant(self.method, self.rank)
 
@@ -64,7 +64,7 @@ def contrasts(ranks: Sequence[int], trained: Collection[Variant]) -> list[tuple[
         if rank > 1:
             pairs.append((Variant("dora", rank // 2), lora))
         pairs += [(dora, FULL), (lora, FULL)]
-    pairs += [(variant, variant.plain) for variant in trained if variant.setting]
+    pairs += [(variant, variant.default) for variant in trained if variant.setting]
     return [(first, second) for first, second in pairs if first in trained and second in trained]
 
 

@@ -100,12 +100,12 @@ def map_of(model: Any) -> TargetMap:
     """
     config = getattr(model, "config", model)
     keys = ("model_type", "_class_name")
-    told = [config.get(key) if isinstance(config, Mapping) else getattr(config, key, None) for key in keys]
-    names = [str(name) for name in (*told, type(model).__name__) if name]
+    names_in_config = [config.get(key) if isinstance(config, Mapping) else getattr(config, key, None) for key in keys]
+    names = [str(name) for name in (*names_in_config, type(model).__name__) if name]
     found = next((MODELS[name] for name in names if name in MODELS), None)
     if found is not None:
         return MAPS[found]
-    if isinstance(model, nn.Module) and told[0]:
+    if isinstance(model, nn.Module) and names_in_config[0]:
         return derived.derive(model)
     close = difflib.get_close_matches(names[0], MODELS, n=3, cutoff=0.0)
     raise ValueError(f"there is no target map for {names[0]}; nearest: {', '.join(close)}")

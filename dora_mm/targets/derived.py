@@ -59,8 +59,8 @@ def derive(model: Any) -> TargetMap:
     if not groups["text.attn"] or not hasattr(model.config.get_text_config(), "vocab_size"):
         raise ValueError(f"no target map can be derived for {type(model).__name__}: it has no blocks that read text")
     parts = {part: _patterns(names, structure.modules) for part, names in groups.items() if names}
-    around = (re.match(r"(.*\.)?N(?=\.)", name) for part in ATTENTION for name in groups[part])
-    blocks = dict.fromkeys(f"re:{_any_number(found[0])}" for found in around if found)
+    prefixes = (re.match(r"(.*\.)?N(?=\.)", name) for part in ATTENTION for name in groups[part])
+    blocks = dict.fromkeys(f"re:{_any_number(found[0])}" for found in prefixes if found)
     default = [part for part in PARTS[:2] if part in parts]
     return TargetMap(NAME, parts, dict.fromkeys(blocks, NO_COUNTS), default)
 
@@ -147,7 +147,7 @@ class _Structure:
         self.modules = with_projections(dict(model.named_modules()))
         self.head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         attention = [path for path, module in self.modules.items() if _kind_of(type(module).__name__) == "attn"]
-        self.lists = {above for path in attention for above in _lists_around(path)}
+        self.lists = {above for path in attention for above in _enclosing_lists(path)}
         self.areas = self._areas_of_models(model)
 
     def part(self, path: str) -> str | None:
@@ -157,9 +157,9 @@ class _Structure:
             return None
         root = next(above for above in _above(path) if above in self.areas)
         area, below = self.areas[root], path.removeprefix(root)
-        in_blocks = any(around in self.lists for around in _lists_around(path) if len(around) > len(root))
+        in_blocks = any(prefixes in self.lists for prefixes in _enclosing_lists(path) if len(prefixes) > len(root))
         if isinstance(module, CONVOLUTIONS):
-            is_block = area == "vision" and any(_lists_around(path)) and not re.search(PIXELS, below)
+            is_block = area == "vision" and any(_enclosing_lists(path)) and not re.search(PIXELS, below)
             return f"vision.{self._kind(path, root) or 'mlp'}" if is_block else None
         if in_blocks and area in ("text", "vision"):
             kind = self._kind(path, root) or self._kind_by_shape(module, root)
@@ -172,7 +172,7 @@ class _Structure:
         """Whether a layer outside of blocks is between a tower and the text; of texts without a config, by its name."""
         below = path.removeprefix(root)
         if area == "vision":
-            pools = any(re.search(POOLED, name, re.I) for name in self._around(path, root))
+            pools = any(re.search(POOLED, name, re.I) for name in self._prefix_of(path, root))
             return not pools and not re.search(PIXELS, below)
         if area == "text":
             return not root and re.search(AREAS["vision"] + "|visual", below) is not None
@@ -182,7 +182,7 @@ class _Structure:
         """What a layer is part of: "attn", "mlp" or "router"; None where no name says it."""
         if _kind_of(path.rpartition(".")[2]) == "router":
             return "router"
-        return next((kind for name in self._around(path, root) if (kind := _kind_of(name))), None)
+        return next((kind for name in self._prefix_of(path, root) if (kind := _kind_of(name))), None)
 
     def _kind_by_shape(self, module: nn.Module, root: str) -> str | None:
         """The kind "mlp" for a layer from the width of the text to a larger one, or back."""
@@ -193,9 +193,9 @@ class _Structure:
         return "mlp" if min(sizes) == width < max(sizes) else None
 
     def _crosses(self, path: str, root: str) -> bool:
-        return any(re.search(CROSS, name, re.I) for name in self._around(path, root))
+        return any(re.search(CROSS, name, re.I) for name in self._prefix_of(path, root))
 
-    def _around(self, path: str, root: str) -> Iterator[str]:
+    def _prefix_of(self, path: str, root: str) -> Iterator[str]:
         """The classes around a module and their names in the model, up to one at `root`, the nearest first."""
         for above in _above(path)[1:]:
             if len(above) <= len(root):
@@ -217,7 +217,7 @@ class _Structure:
 
     def _is_model(self, path: str, module: nn.Module) -> bool:
         """Whether a module with a config is a model: single layers may have one, too."""
-        has_blocks = any(around.startswith(f"{path}.") for around in self.lists)
+        has_blocks = any(prefixes.startswith(f"{path}.") for prefixes in self.lists)
         return bool(path) and (has_blocks or hasattr(module, "get_input_embeddings"))
 
 
@@ -255,6 +255,6 @@ def _above(path: str) -> list[str]:
     return [".".join(pieces[:length]) for length in range(len(pieces), -1, -1)]
 
 
-def _lists_around(path: str) -> list[str]:
+def _enclosing_lists(path: str) -> list[str]:
     """The paths of the numbered lists that a module is in, the nearest first."""
     return [above.rpartition(".")[0] for above in _above(path) if above.rpartition(".")[2].isdigit()]

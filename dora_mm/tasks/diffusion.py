@@ -52,8 +52,8 @@ class ConditionedLatents:
     masks: torch.Tensor | None = None  # (B, h, w) how much each latent counts, up to 1; None: all alike
     # B captions as the base model reads them: outside the masks its prediction is the target; None: nothing is
     base_prompts: Sequence[Prompt] | None = None
-    held: "ConditionedLatents | None" = None  # where the base model's prediction is the target; None: nowhere
-    held_weight: float = 0.0  # of the sum of these losses
+    preserved: "ConditionedLatents | None" = None  # where the base model's prediction is the target; None: nowhere
+    preserved_weight: float = 0.0  # of the sum of these losses
 
 
 class DiffusionTask:
@@ -98,14 +98,17 @@ class DiffusionTask:
             batch: B images.
             generator: Source of the noise and of the times.
         """
-        noise, times = self.draw_noise(batch.latents, generator), self._times(batch.latents, generator)
+        noise, times = self.sample_noise(batch.latents, generator), self._times(batch.latents, generator)
         each = self.losses(batch, noise, times)
         weights = torch.ones_like(each) if batch.weights is None else batch.weights.to(each)
         total = (weights * each).sum()
-        if (held := batch.held) is not None:
-            if held.latents is not batch.latents:  # pictures of their own
-                noise, times = self.draw_noise(held.latents, generator), self._times(held.latents, generator)
-            total = total + batch.held_weight * self.changes(held, noise, times).sum()
+        if (preserved := batch.preserved) is not None:
+            if preserved.latents is not batch.latents:  # pictures of their own
+                noise, times = (
+                    self.sample_noise(preserved.latents, generator),
+                    self._times(preserved.latents, generator),
+                )
+            total = total + batch.preserved_weight * self.changes(preserved, noise, times).sum()
         return LossSum(total, weights.sum())
 
     def changes(self, batch: ConditionedLatents, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
@@ -180,7 +183,7 @@ class DiffusionTask:
         Returns:
             The estimated latents (B, C, h, w).
         """
-        noised = self.noise.noised(batch.latents, self.draw_noise(batch.latents, generator), times)
+        noised = self.noise.noised(batch.latents, self.sample_noise(batch.latents, generator), times)
         return self.noise.clean(noised, self._predict(batch, noised, times).float(), times)
 
     def weights(self, times: torch.Tensor) -> torch.Tensor:
@@ -203,15 +206,15 @@ class DiffusionTask:
             return torch.randint(self.noise.num_steps, (count,), generator=generator, device=device)
         return self.times_at(torch.rand(count, generator=generator, device=device), size)
 
-    def draw_noise(self, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def sample_noise(self, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Noise for latents (B, C, h, w), on their device, with the offset of the config."""
 
-        def draw(*shape: int) -> torch.Tensor:
+        def sample(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator, device=generator.device).to(latents.device)
 
-        noise = draw(*latents.shape)
+        noise = sample(*latents.shape)
         if self.config.noise_offset:
-            noise = noise + self.config.noise_offset * draw(*latents.shape[:2], 1, 1)
+            noise = noise + self.config.noise_offset * sample(*latents.shape[:2], 1, 1)
         return noise
 
 

@@ -33,7 +33,7 @@ NUM_TIMES = 8  # of each picture; a loss depends more on the time than on the pi
 Precision = Callable[..., AbstractContextManager[Any]]  # opens the autocast of a training
 
 
-class PictureLosses:
+class ImageLosses:
     """The loss of fixed pictures: each at 8 times, with noise that depends on (picture, number of the time) alone.
 
     The times are in the middle of eight equal shares of all times that a training draws, so that the mean is close to
@@ -81,7 +81,9 @@ class PictureLosses:
         with self.precision():
             batch = part.fixed([index for index, _ in rows])
             noise = [
-                self.task.draw_noise(latents[None], generator(0, number, f"fixed noise of {part.images[index].digest}"))
+                self.task.sample_noise(
+                    latents[None], generator(0, number, f"fixed noise of {part.images[index].digest}")
+                )
                 for latents, (index, number) in zip(batch.latents, rows, strict=True)
             ]
             shares = torch.tensor([(number + 0.5) / NUM_TIMES for _, number in rows])

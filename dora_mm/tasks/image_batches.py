@@ -200,9 +200,9 @@ class CaptionedBatches:
         framings = [self._frame(row, self._flipped(stream), stream) for row in rows]
         latents = [self._latents(row, framing) for row, framing in zip(rows, framings, strict=True)]
         captions, dropped = self._captions(number), self._dropped(number)
-        drawn = together(latents).draw(generator(self.seed, number, "latents"))
+        sampled = together(latents).sample(generator(self.seed, number, "latents"))
         return ConditionedLatents(
-            self.model.normalized(drawn).to(self.model.device),
+            self.model.normalized(sampled).to(self.model.device),
             self.encode(captions, dropped),
             framings,
             self.weights[rows],
@@ -228,7 +228,7 @@ class CaptionedBatches:
         framings, latents = [self._frame(row, False, None) for row in rows], []
         for row, framing in zip(rows, framings, strict=True):
             stream = generator(0, 0, f"fixed latents of {self.images[row].digest}")
-            latents.append(self._latents(row, framing).draw(stream))
+            latents.append(self._latents(row, framing).sample(stream))
         prompts = self.prompts([unchanged(self.images[row], self.config.captions) for row in rows])
         normalized = self.model.normalized(torch.stack(latents)).to(self.model.device)
         return ConditionedLatents(normalized, prompts, framings, masks=self._masks_of(rows, framings))

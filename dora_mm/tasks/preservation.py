@@ -43,8 +43,8 @@ class PreservingBatches:
     def captions(self, num_batches: int) -> list[str]:
         """All captions of a training of so many batches, and those that are held, each once."""
         own = self.batches.captions(num_batches)
-        held = self.class_images.captions(num_batches) if self.class_images else map(self._prompt, own)
-        return list(dict.fromkeys([*own, *held]))
+        preserved = self.class_images.captions(num_batches) if self.class_images else map(self._prompt, own)
+        return list(dict.fromkeys([*own, *preserved]))
 
     def encode_all(self, num_batches: int) -> None:
         """Encodes ahead what stays the same, but for the batches of the training."""
@@ -58,8 +58,8 @@ class PreservingBatches:
         batch, step = self.batches(number), number // self.micro_batches
         if step % self.config.every:
             return batch
-        held = self._of_class_images(number) if self.class_images else self._of_batch(batch, number)
-        return replace(batch, held=held, held_weight=self.config.weight * self._ratio(step))
+        preserved = self._of_class_images(number) if self.class_images else self._of_batch(batch, number)
+        return replace(batch, preserved=preserved, preserved_weight=self.config.weight * self._ratio(step))
 
     def _of_class_images(self, number: int) -> ConditionedLatents:
         assert self.class_images is not None
@@ -83,8 +83,8 @@ class PreservingBatches:
         """The divisor of the training's losses in a step, over the number of pictures that are held."""
         numbers = range(step * self.micro_batches, (step + 1) * self.micro_batches)
         own = [self.batches.counts(number) for number in numbers]
-        held = [self.class_images.counts(number) for number in numbers] if self.class_images else own
-        return sum(weight for weight, _ in own) / sum(count for _, count in held)
+        preserved = [self.class_images.counts(number) for number in numbers] if self.class_images else own
+        return sum(weight for weight, _ in own) / sum(count for _, count in preserved)
 
 
 def preserving(
@@ -103,9 +103,9 @@ def preserving(
     captions = config.data.captions and config.data.captions.model_copy(update={"prefix": None, "suffix": None})
     data = config.data.model_copy(update={"mask": None, "caption_dropout": 0.0, "captions": captions})
     own: Any = {"batch_size": batches.batch_size, "seed": batches.seed, "process": batches.process}
-    held = CaptionedBatches(batches.model, class_images, batches.prompts, data, **own) if class_images else None
+    preserved = CaptionedBatches(batches.model, class_images, batches.prompts, data, **own) if class_images else None
     return PreservingBatches(
-        batches, config.preserve, config.data.placeholder, held, config.train.gradient_accumulation_steps
+        batches, config.preserve, config.data.placeholder, preserved, config.train.gradient_accumulation_steps
     )
 
 

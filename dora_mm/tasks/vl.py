@@ -94,12 +94,12 @@ class VLBatches:
         step, micro = divmod(number, self.accumulated)
         name, rows = self.order(step)
         training_set = self.sets[name]
-        draws = torch.rand(len(rows), generator=generator(self.seed, step, "answers")).tolist()
+        uniforms = torch.rand(len(rows), generator=generator(self.seed, step, "answers")).tolist()
         index, num_processes = self.process
         start = (micro * num_processes + index) * training_set.batch_size
         share = slice(start, start + training_set.batch_size)
         examples = [training_set.table[row] for row in rows[share]]
-        targets = [draw_answer(example, draw) for example, draw in zip(examples, draws[share], strict=True)]
+        targets = [sample_answer(example, uniform) for example, uniform in zip(examples, uniforms[share], strict=True)]
         return self.model.batch(name, examples, training_set.images, targets, on_bad_data=self.on_bad_data)
 
 
@@ -110,12 +110,12 @@ def _rows(name: str, rows: TrainingSet, seed: int) -> int | Mixture:
     return Mixture(name, rows.table.by_source(), rows.source_weights, seed=seed)
 
 
-def draw_answer(example: Example, draw: float) -> Target:
+def sample_answer(example: Example, uniform: float) -> Target:
     """Draws an answer in proportion to the scores.
 
     Args:
         example: The example.
-        draw: A random number, from 0 to below 1.
+        uniform: A random number, from 0 to below 1.
 
     Returns:
         The answer with its score, or ("", 0.0) if all scores are 0; ("", 1.0) of a conversation that ends with a
@@ -126,5 +126,5 @@ def draw_answer(example: Example, draw: float) -> Target:
     totals = list(accumulate(example.scores))
     if not totals or not totals[-1]:
         return "", 0.0
-    index = bisect_right(totals, draw * totals[-1])
+    index = bisect_right(totals, uniform * totals[-1])
     return example.answers[index], float(example.scores[index])

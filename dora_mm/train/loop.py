@@ -56,13 +56,13 @@ def fit(
     loss: Callable[[Any, torch.Generator], LossSum],
     state: Mapping[str, Stateful] | None = None,
     before_step: Hook | None = None,
-    around_passes: Callable[[int, Passes], PassResult] = lambda step, passes: passes(),
+    wrap_gradients: Callable[[int, Passes], PassResult] = lambda step, passes: passes(),
     after_step: Hook | None = None,
-    observe: Hook | None = None,
-    is_over: Callable[[], bool] = lambda: False,
+    on_step_end: Hook | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
     metadata: Mapping[str, str] | None = None,
 ) -> int:
-    """Trains until `config.steps` optimizer steps are done, or `is_over` says so.
+    """Trains until `config.steps` optimizer steps are done, or `should_stop` says so.
 
     If the run directory holds checkpoints, training resumes from the newest one. The contents of a batch depend only
     on its number, and all randomness of the loss comes from (seed, batch number), so a resumed run repeats an
@@ -84,12 +84,12 @@ def fit(
         state: Further objects that a checkpoint must restore, such as an EMA, by name.
         before_step: Called with the number of finished steps ahead of each step; for what depends on that number alone,
             such as parameters that are trained up to some step.
-        around_passes: Called with the same number and with what computes the gradients of the step, which it has to
+        wrap_gradients: Called with the same number and with what computes the gradients of the step, which it has to
             call once, and whose result it returns: it may read what the passes compute, and changes none of it.
         after_step: Called with the number of finished steps; for work that belongs to the step, such as an EMA update.
-        observe: Called after `after_step` with the same number; for work that does not affect training, such as
+        on_step_end: Called after `after_step` with the same number; for work that does not affect training, such as
             validation. A call that was interrupted is repeated by the resumed run.
-        is_over: Whether to stop, asked before each step; a resumed run must get the same answers.
+        should_stop: Whether to stop, asked before each step; a resumed run must get the same answers.
         metadata: What the headers of adapter files have, for the checkpoints, whose weights are adapter files as well.
 
     Returns:
@@ -118,12 +118,12 @@ def fit(
         passes = fixed_parameters(trained.networks, num_passes=config.gradient_accumulation_steps)
         compute = partial(accumulate, accelerator, shared, config, seed, record.step, batch_at)
         with passes:
-            value = around_passes(record.step, compute).loss
+            value = wrap_gradients(record.step, compute).loss
         if record.step == record.first and accelerator.is_main_process:
             _warn_of_unreached(parameters)
         norm = update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
         record.step += 1
-        pending.interrupted = observe is not None  # from now on, also by a signal during this step
+        pending.interrupted = on_step_end is not None  # from now on, also by a signal during this step
         _check_finite(value, record.step)
         progress.advance(value, rate)
         record.log(progress, rate, norm)
@@ -133,14 +133,14 @@ def fit(
     interrupt = DeferredInterrupt()
     try:
         with fixed_parameters(trained.networks, base_only=True):  # the base weights are never trained here
-            pending.run(observe, record.step, only_interrupted=True)
-            while record.step < config.steps and not is_over():
+            pending.run(on_step_end, record.step, only_interrupted=True)
+            while record.step < config.steps and not should_stop():
                 with interrupt:
                     take_step()
-                if record.is_due:  # before `observe` scores or draws them
+                if record.is_due:  # before `on_step_end` scores or draws them
                     record.check_trained()
-                pending.run(observe, record.step)
-                record.save_if_wanted(is_over)
+                pending.run(on_step_end, record.step)
+                record.save_if_wanted(should_stop)
     except KeyboardInterrupt:
         record.save_interrupted()
         raise
@@ -193,12 +193,12 @@ class _TrainingRecord:
     def check_trained(self) -> None:
         _check_trained(self.parameters, self.step, last_step(self.run.checkpoints))
 
-    def save_if_wanted(self, is_over: Callable[[], bool]) -> None:
+    def save_if_wanted(self, should_stop: Callable[[], bool]) -> None:
         """Saves a checkpoint where one is due, or asked for by a person, or the last one."""
         if self.metrics is None:
             return
-        with self.run.answering(SAVE_NOW) as asked:
-            wanted = asked or is_over()
+        with self.run.answering(SAVE_NOW) as requested:
+            wanted = requested or should_stop()
             if wanted and not self.is_due:
                 self.check_trained()
             if self.is_due or wanted:
@@ -244,7 +244,7 @@ def _warn_of_unreached(parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 class _PendingHook:
-    """Remembers in a checkpoint that `observe` was interrupted, so that a resumed run calls it again."""
+    """Remembers in a checkpoint that `on_step_end` was interrupted, so that a resumed run calls it again."""
 
     def __init__(self):
         self.interrupted = False
@@ -301,9 +301,9 @@ def accumulate(
     for micro in range(micro_batches):
         number = step * micro_batches + micro
         # Of all batches, as one process would number them: it then draws the same.
-        whole_number = number * accelerator.num_processes + accelerator.process_index
-        stream = generator(seed, whole_number, "loss 0", accelerator.device)
-        dropout_seed = generator(seed, whole_number, "dropout 0").initial_seed()
+        num_batches = number * accelerator.num_processes + accelerator.process_index
+        stream = generator(seed, num_batches, "loss 0", accelerator.device)
+        dropout_seed = generator(seed, num_batches, "dropout 0").initial_seed()
         last = micro + 1 == micro_batches
         gradient_sync = contextlib.nullcontext() if last else accelerator.no_sync(trained)
         with seeded_dropout(dropout_seed, accelerator.device), gradient_sync:
@@ -314,11 +314,11 @@ def accumulate(
             # DDP takes the mean of the gradients over processes, not their sum
             accelerator.backward(loss.total * accelerator.num_processes / expected / micro_batches)
         sums += torch.stack([loss.total.detach().float(), loss.count.float()])
-    whole = LossSum(*_over_processes(accelerator, sums))
-    correction = (micro_batches * expected / whole.divisor).item() if micro_batches > 1 else 1.0
+    total = LossSum(*_over_processes(accelerator, sums))
+    correction = (micro_batches * expected / total.divisor).item() if micro_batches > 1 else 1.0
     _scale_gradients(trained, correction)
     scale = accelerator.num_processes * (accelerator.scaler.get_scale() if accelerator.scaler else 1)
-    return PassResult(whole.mean.item(), scale / correction)
+    return PassResult(total.mean.item(), scale / correction)
 
 
 def _over_processes(accelerator: Accelerator, values: torch.Tensor) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from dora_mm.utils.atomic import flush, open_to_append, write_text
 from dora_mm.utils.lock import check_lock
-from dora_mm.utils.metric_rows import whole_rows
+from dora_mm.utils.metric_rows import complete_rows
 from dora_mm.utils.progress import Progress
 from dora_mm.utils.run_directory import RunDirectory
 
@@ -34,7 +34,7 @@ class MetricsLog:
         self.path = run.path / "metrics.jsonl"
         self._digest_file = run.path / "metrics.sha256"
         self._trackers, self._prefix = run.trackers, run.prefix
-        kept = whole_rows(resumed_step, self._intact_bytes())
+        kept = complete_rows(resumed_step, self._intact_bytes())
         self._digest, self._num_bytes = hashlib.sha256(kept), len(kept)
         if self.path.exists():
             self._write_digest()  # first: it is also that of the longer file
@@ -119,7 +119,7 @@ class TrainingProgress:
         self._progress.note = f"loss {self.mean_loss:.4f}, lr {rate:.1e}"
         self._progress.advance()
         if self._step % self._every == 0 and self._step < self._total:
-            self._progress.say()
+            self._progress.report()
 
     def take_last_loss(self) -> float:
         """The mean loss of the steps since the last call."""

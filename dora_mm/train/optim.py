@@ -112,9 +112,9 @@ def _settings(config: OptimizerConfig, optimizer_class: Any) -> dict[str, Any]:
 
 def _imported(optimizer: Optimizer) -> Any:
     try:
-        return load(optimizer.place)
+        return load(optimizer.import_path)
     except ImportError:
-        package = re.split(r"[.:]", optimizer.place)[0]
+        package = re.split(r"[.:]", optimizer.import_path)[0]
         raise ValueError(
             f"this optimizer.name needs the package {package}: pip install {optimizer.install or package}"
         ) from None

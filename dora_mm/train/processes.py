@@ -205,5 +205,5 @@ def from_main_process(value: ValueT) -> ValueT:
 @contextlib.contextmanager
 def answering(accelerator: Accelerator, train: TrainConfig, run: RunDirectory, request: str) -> Iterator[bool]:
     """As `run.answering`, in each process that takes part; the main one knows what is asked for."""
-    with run.answering(request) if accelerator.is_main_process else contextlib.nullcontext(False) as asked:
-        yield broadcast_object_list([asked])[0] if train.shard else asked
+    with run.answering(request) if accelerator.is_main_process else contextlib.nullcontext(False) as requested:
+        yield broadcast_object_list([requested])[0] if train.shard else requested

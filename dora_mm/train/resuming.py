@@ -89,8 +89,8 @@ def _reason(key: str) -> str:
 def nearest_run(path: Path) -> str:
     """The text ", did you mean ...?" with the run directory around a path or the last one in it; empty if none is."""
     inside = sorted(file.parent for file in path.glob("*/config.yaml")) if path.is_dir() else []
-    around = [folder for folder in path.parents if (folder / "config.yaml").is_file()]
-    found = [*around[:1], *inside[-1:]]
+    enclosing = [folder for folder in path.parents if (folder / "config.yaml").is_file()]
+    found = [*enclosing[:1], *inside[-1:]]
     return f", did you mean {str(found[0])!r}?" if found else ""
 
 

@@ -78,15 +78,17 @@ def training_run(
 
         by_main_process(accelerator, prepare)
         done = last_step(run.checkpoints)
-        say = log.info if accelerator.is_main_process else log.debug
-        say("%s. After a stop: %s", f"Run {run.path}" + (f", at step {done} of {steps}" if done else ""), resuming(run))
+        report = log.info if accelerator.is_main_process else log.debug
+        report(
+            "%s. After a stop: %s", f"Run {run.path}" + (f", at step {done} of {steps}" if done else ""), resuming(run)
+        )
         try:
             yield run
         except BaseException as error:
             done = last_step(run.checkpoints)
             kept = f"saved at step {done} of {steps}" if done else "nothing saved yet"
             how = f"{resuming(run)} --set {lower_rate(config)}" if isinstance(error, DivergedError) else resuming(run)
-            say("\nRun %s has stopped, %s. To go on: %s", run.path, kept, how)
+            report("\nRun %s has stopped, %s. To go on: %s", run.path, kept, how)
             if isinstance(error, DivergedError) and accelerator.is_main_process:
                 write_text(run.path / DIVERGED, f"{error}\n")
             raise
@@ -94,7 +96,7 @@ def training_run(
             longer, early = "evaluate.patience=null", f" early, at step {done} of {steps} (evaluate.patience)"
         else:
             longer, early = twice_as_long(config, steps), ""
-        say("\nRun %s is finished%s. To train longer: %s --set %s", run.path, early, resuming(run), longer)
+        report("\nRun %s is finished%s. To train longer: %s --set %s", run.path, early, resuming(run), longer)
 
 
 def check_resumed(accelerator: Accelerator, path: Path, inputs: Mapping[str, str]) -> None:
@@ -221,7 +223,7 @@ def _keep_results(run: RunDirectory, name: str) -> None:
     numbers = (f"{name}-{number}" for number in range(2, 10_000))
     folder = next(f for f in map(run.path.joinpath, (name, *numbers)) if not (f / SUMMARY).exists())
     folder.mkdir(exist_ok=True)
-    results = (run.adapter, run.adapter_ema, run.sheet, run.path / SUMMARY)
+    results = (run.adapter, run.adapter_ema, run.contact_sheet, run.path / SUMMARY)
     for result in results:  # the summary last: it says that the run is finished
         if result.exists():
             result.rename(folder / result.name)

@@ -103,7 +103,7 @@ class Validation:
         """The step with the highest overall quality, the first of several; None: there is none."""
         return max(found, key=found.__getitem__) if (found := self._overall()) else None
 
-    def is_over(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether the last validations, as many as `evaluate.patience`, were all not better than one before them."""
         best, patience = self.best_step, self.config.patience
         return best is not None and patience is not None and sum(step > best for step in self._overall()) >= patience
@@ -230,11 +230,11 @@ def held_out_loss(
         writes: As in `Validation`.
     """
 
-    def beside_base() -> dict[str, float]:
+    def relative_to_base() -> dict[str, float]:
         base, found = validation.rows[0], measure()
         return found | {f"{name}_minus_base": value - base[name] for name, value in found.items()}
 
-    done, values = last_step(run.checkpoints), average.measured(beside_base) if average else beside_base
+    done, values = last_step(run.checkpoints), average.measured(relative_to_base) if average else relative_to_base
     validation = Validation(run, config, values, by_held_out_loss, saves, done, writes=writes)
     if not validation.rows:
         with as_base():

@@ -25,7 +25,7 @@ def write_atomically(
         path: The final file; it is replaced if it exists with other content, and else stays as it is, with its time.
         write: Called with the temporary path, to which it must write the content.
         flushes: Whether to wait for the disk. Without, a file may be damaged where the power fails.
-        is_new: Whether a file with other content is an error; see `claim`.
+        is_new: Whether a file with other content is an error; see `reserve`.
 
     Raises:
         OSError: The file cannot be written, for example because the disk is full.
@@ -41,7 +41,7 @@ def write_atomically(
                 flush(partial)
             check_lock(path)
             if is_new:
-                claim(partial, path)
+                reserve(partial, path)
             elif not is_same_file(partial, path):
                 os.replace(partial, path)
     except FileNotFoundError:
@@ -51,7 +51,7 @@ def write_atomically(
         flush(path.parent)
 
 
-def claim(partial: Path, path: Path) -> None:
+def reserve(partial: Path, path: Path) -> None:
     """Gives a file or folder that is complete its name, and replaces nothing, whoever writes at the same time.
 
     Args:

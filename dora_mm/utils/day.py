@@ -29,25 +29,25 @@ class Day:
 
     Attributes:
         date: In ISO format; None: nothing may ask for it.
-        asked: How often chat templates have asked for it; all that asked before a resumption count as one.
+        num_requests: How often chat templates have asked for it; all that asked before a resumption count as one.
         source: The origin of the day, which is reported when a template first asks.
     """
 
     date: str | None = None
-    asked: int = 0
+    num_requests: int = 0
     source: str = ""
 
     @property
     def recorded(self) -> str | None:
         """The day where a template has asked for it, in ISO format."""
-        return self.date if self.asked else None
+        return self.date if self.num_requests else None
 
-    def ask(self) -> date:
+    def request(self) -> date:
         """The day, for a chat template."""
         assert self.date is not None, "a chat template asks for the day, and model.date was not filled in"
-        if not self.asked and self.source:
+        if not self.num_requests and self.source:
             log.info("The chat template asks for the day: rows have %s, %s", self.date, self.source)
-        self.asked += 1
+        self.num_requests += 1
         return date.fromisoformat(self.date)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dora_mm.utils.atomic import already_there, claim, flush, is_same_file
+from dora_mm.utils.atomic import already_there, flush, is_same_file, reserve
 from dora_mm.utils.home import expanded
 from dora_mm.utils.lock import make_folder
 from dora_mm.utils.partials import partial_of
@@ -43,20 +43,20 @@ def new_folder(name: str, output: str | None = None, fill: Callable[[Path], obje
         fill(partial)
         complete(partial)
         if output is None:
-            path = _claim_number(partial, path.parent)
+            path = _reserve_number(partial, path.parent)
         else:
-            claim(partial, path)
+            reserve(partial, path)
     flush(path.parent)
     return path
 
 
-def _claim_number(partial: Path, parent: Path) -> Path:
+def _reserve_number(partial: Path, parent: Path) -> Path:
     """Gives a folder the next number, so that two runs that start together get different ones."""
     number = max((int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=0) + 1
     while True:
         path = parent / f"{number:03d}"
         try:
-            claim(partial, path)
+            reserve(partial, path)
             return path
         except ValueError:
             number += 1
@@ -78,10 +78,10 @@ def check_inside(file: Path, folder: Path) -> Path:
     Raises:
         ValueError: It is somewhere else.
     """
-    real, places = file.resolve(), [folder.resolve()]
+    real, allowed = file.resolve(), [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":
-        places.append(folder.resolve().parents[1] / "blobs")
-    if not any(map(real.is_relative_to, places)):
+        allowed.append(folder.resolve().parents[1] / "blobs")
+    if not any(map(real.is_relative_to, allowed)):
         raise ValueError(f"{file} is a link to {real}, outside of the model's folder: put a copy in its place")
     return file
 
@@ -130,7 +130,7 @@ def written_at_once(path: Path) -> Iterator[Path]:
     with partial_folder(path) as partial:
         yield partial
         complete(partial)
-        claim(partial, path)
+        reserve(partial, path)
     flush(path.parent)
 
 
@@ -164,7 +164,7 @@ def written_together(folder: Path, last: str) -> Iterator[Path]:
             if target.exists() and not is_same_file(file, target):
                 raise already_there(target)
         for file, target in targets.items():
-            claim(file, target)
+            reserve(file, target)
     flush(folder)
 
 

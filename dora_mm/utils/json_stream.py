@@ -106,12 +106,12 @@ class JSONStream:
 
     def _next(self) -> str:
         """Goes to the next character that is no space; "" at the end of the file."""
-        while (place := SPACE(self._text, self._at).end()) == len(self._text):  # type: ignore[union-attr]
-            self._at = place
+        while (position := SPACE(self._text, self._at).end()) == len(self._text):  # type: ignore[union-attr]
+            self._at = position
             if not self._more():
                 return ""
-        self._at = place
-        return self._text[place]
+        self._at = position
+        return self._text[position]
 
     def _more(self) -> bool:
         """Reads on, as much as there is in front: a value of any length takes linear time. False at the end."""

@@ -190,11 +190,11 @@ def make_folder(folder: Path) -> None:
         OSError: The folder cannot be made.
     """
     path = folder.resolve()
-    held = [each for each in _held if path.is_relative_to(each)]
-    if not held:
+    lock = [each for each in _held if path.is_relative_to(each)]
+    if not lock:
         folder.mkdir(parents=True, exist_ok=True)
         return
-    top = max(held, key=lambda each: len(each.parts))
+    top = max(lock, key=lambda each: len(each.parts))
     try:
         for level in reversed([path, *path.parents]):
             if top in level.parents and not level.is_dir():

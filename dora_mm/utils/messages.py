@@ -33,9 +33,9 @@ def shown(text: object, most: int = 200) -> str:
         text: The text, or what has one.
         most: The number of characters that are shown.
     """
-    whole = str(text)
-    line = UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), whole[:most])
-    return line if len(whole) <= most else f"{line} ... ({len(whole)} characters)"
+    full_text = str(text)
+    line = UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), full_text[:most])
+    return line if len(full_text) <= most else f"{line} ... ({len(full_text)} characters)"
 
 
 def compiler_problem(error: BaseException) -> str:

@@ -11,10 +11,10 @@ from dora_mm.utils.json_text import parse_json
 def rows_until(path: Path, step: float = math.inf) -> list[dict[str, Any]]:
     """The rows up to a step of a metrics.jsonl file that a killed process may have left; none without a file."""
     rows = path.read_bytes() if path.exists() else b""
-    return [json.loads(row) for row in whole_rows(step, rows).splitlines()]
+    return [json.loads(row) for row in complete_rows(step, rows).splitlines()]
 
 
-def whole_rows(step: float, rows: bytes) -> bytes:
+def complete_rows(step: float, rows: bytes) -> bytes:
     """The rows up to a step. The last one ends it, too, if a process was killed while it wrote that."""
     kept = []
     for row in rows.splitlines(keepends=True):

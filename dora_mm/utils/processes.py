@@ -148,7 +148,7 @@ class Processes:
             return self.is_main
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 
 
 class DividedWork:
@@ -177,12 +177,12 @@ class DividedWork:
                 yield number
             last = number
 
-    def tell(self, number: int, result: Any) -> None:
+    def report(self, number: int, result: Any) -> None:
         """Tells the main process what has come of a piece, which JSON can hold."""
         if not self.processes.is_main:
             self.processes.put(f"{self._name}/{number}", result)
 
-    def told(self, *, wait: bool = False) -> Iterator[Any]:
+    def reported(self, *, wait: bool = False) -> Iterator[Any]:
         """In the main process, what has come of pieces of others since the last call.
 
         Args:
@@ -221,13 +221,13 @@ def divided(processes: Processes, function: Callable[[ItemT], ValueT], items: Se
             result = function(items[number])
         processes.put(f"{name}/{number}", [result, warnings])
         while next_one < len(items) and processes.has(f"{name}/{next_one}"):
-            yield _said(processes.wait_for(f"{name}/{next_one}"))
+            yield _reported(processes.wait_for(f"{name}/{next_one}"))
             next_one += 1
     for number in range(next_one, len(items)):
-        yield _said(processes.wait_for(f"{name}/{number}"))
+        yield _reported(processes.wait_for(f"{name}/{number}"))
 
 
-def _said(found: tuple[ValueT, list[str]]) -> ValueT:
+def _reported(found: tuple[ValueT, list[str]]) -> ValueT:
     """A result, after what its process has warned of was said, which only the main one does."""
     result, warnings = found
     for text in warnings:
@@ -269,7 +269,7 @@ def started_together() -> Processes:
         ValueError: They cannot reach each other.
     """
     if num_started() == 1:
-        return ALONE
+        return SINGLE_PROCESS
     from torch.distributed import PrefixStore, rendezvous
 
     try:

@@ -55,7 +55,7 @@ class Progress:
         keep: bool = False,
     ):
         self.label, self.total, self.unit, self.done, self.note = label, total, unit, done, ""
-        self._first, self._keep, self._said = done, keep, False
+        self._first, self._keep, self._reported_at = done, keep, False
         self._shown = not hidden and log.isEnabledFor(logging.INFO)
         self._terminal = sys.stderr is not None and sys.stderr.isatty()  # None where it was closed
         self._ended = threading.Event()
@@ -75,8 +75,8 @@ class Progress:
             return
         self._thread.join()
         Progress._open.remove(self)
-        if (self._said or self._keep) and not any(error):
-            self.say()
+        if (self._reported_at or self._keep) and not any(error):
+            self.report()
 
     def advance(self, count: float = 1) -> None:
         """Counts items that are done."""
@@ -93,10 +93,10 @@ class Progress:
         yield reach
         reach(1)
 
-    def say(self) -> None:
+    def report(self) -> None:
         """Logs a line now, unless there is a bar; the next one comes ten seconds later."""
         if self._shown and not self._terminal:
-            self._said, self._next_line = True, time.monotonic() + NEXT_LINE
+            self._reported_at, self._next_line = True, time.monotonic() + NEXT_LINE
             log.info("%s", self.line())
 
     def line(self) -> str:
@@ -125,7 +125,7 @@ class Progress:
     def _show_lines(self) -> None:
         while not self._ended.wait(max(0.1, self._next_line - time.monotonic())):
             if Progress._open[-1] is self and time.monotonic() >= self._next_line:
-                self.say()
+                self.report()
 
     def _show_bar(self) -> None:
         if self._ended.wait(BAR_AFTER):

@@ -35,7 +35,7 @@ class RunDirectory:
         checkpoints: The folder of checkpoints.
         adapter: The folder of the final adapter.
         samples: The folder of sampled images.
-        sheet: The contact sheet, a PNG file: pictures of the bare model, of the adapter, and of the average.
+        contact_sheet: The contact sheet, a PNG file: pictures of the bare model, of the adapter, and of the average.
         adapter_ema: The folder of the average of the adapters of all steps.
         trackers: What metrics are also shown by, such as TensorBoard; see `dora_mm.train.trackers`.
         prefix: What the names of metrics begin with there, of the stage of a run.
@@ -47,7 +47,7 @@ class RunDirectory:
     checkpoints = property(lambda self: self.path / "checkpoints")
     adapter = property(lambda self: self.path / "adapter")
     samples = property(lambda self: self.path / "samples")
-    sheet = property(lambda self: self.path / "sheet.png")
+    contact_sheet = property(lambda self: self.path / "sheet.png")
     adapter_ema = property(lambda self: self.path / "adapter-ema")
 
     @classmethod
@@ -185,9 +185,9 @@ class RunDirectory:
             Whether that is asked for. The file goes at the end, so that a request is answered after an interruption.
         """
         file = self.path / request
-        asked = file.exists()
-        yield asked
-        if asked:
+        requested = file.exists()
+        yield requested
+        if requested:
             check_lock(file)
             file.unlink(missing_ok=True)
 

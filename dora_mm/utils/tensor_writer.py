@@ -32,20 +32,20 @@ DTYPES = {  # torch's names by those in headers, in the order in which the libra
     "BOOL": "bool",
 }
 _NAMES = {f"torch.{name}": short for short, name in DTYPES.items()}
-_Place = tuple[str, Sequence[int], int]  # of a tensor: its dtype in headers, its shape, its bytes
+_TensorSpec = tuple[str, Sequence[int], int]  # of a tensor: its dtype in headers, its shape, its bytes
 
 
-def header_bytes(places: Iterable[tuple[str, _Place]], metadata: Mapping[str, str], room: int = 0) -> bytes:
+def header_bytes(specs: Iterable[tuple[str, _TensorSpec]], metadata: Mapping[str, str], room: int = 0) -> bytes:
     """The beginning of a file whose tensors lie one behind the other.
 
     Args:
-        places: What is said of each tensor, by its name, in their order.
+        specs: What is said of each tensor, by its name, in their order.
         metadata: Text entries of the header.
         room: The length of the header's text; 0: as long as it is. What it does not need is filled with spaces.
     """
     found: dict[str, Any] = {METADATA: dict(sorted(metadata.items()))}
     end = 0
-    for name, (dtype, shape, size) in places:
+    for name, (dtype, shape, size) in specs:
         begin, end = end, end + size
         found[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode()
@@ -56,8 +56,8 @@ def header_bytes(places: Iterable[tuple[str, _Place]], metadata: Mapping[str, st
 
 def in_order(dtypes: Mapping[str, str]) -> list[str]:
     """The names of tensors in the order in which the safetensors library writes them, from their dtypes in headers."""
-    place = {dtype: number for number, dtype in enumerate(DTYPES)}
-    return sorted(dtypes, key=lambda name: (place[dtypes[name]], name))
+    order = {dtype: number for number, dtype in enumerate(DTYPES)}
+    return sorted(dtypes, key=lambda name: (order[dtypes[name]], name))
 
 
 class TensorWriter:
@@ -72,7 +72,7 @@ class TensorWriter:
     def __init__(self, file: BinaryIO, room: int):
         self._file = file
         self._room = -(-room // 8) * 8
-        self._places: dict[str, _Place] = {}
+        self._specs: dict[str, _TensorSpec] = {}
         file.write(bytes(8 + self._room))
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -81,19 +81,19 @@ class TensorWriter:
         Raises:
             ValueError: There is a tensor of this name already, or it is of a dtype that is not written.
         """
-        if name in self._places:
+        if name in self._specs:
             raise ValueError(f"two tensors would be called {name}")
-        self._places[name] = _place(name, tensor)
+        self._specs[name] = _spec(name, tensor)
         _write(self._file, tensor)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Writes the header."""
-        header = header_bytes(self._places.items(), metadata, self._room)
+        header = header_bytes(self._specs.items(), metadata, self._room)
         self._file.seek(0)
         self._file.write(header)
 
 
-def _place(name: str, tensor: Tensor) -> _Place:
+def _spec(name: str, tensor: Tensor) -> _TensorSpec:
     dtype = _NAMES.get(str(tensor.dtype))
     if dtype is None:
         raise ValueError(f"{name} is of {tensor.dtype}, which is not written")
@@ -147,9 +147,9 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         OSError: The file cannot be written.
         ValueError: A tensor is of a dtype that is not written.
     """
-    places = {name: _place(name, tensor) for name, tensor in tensors.items()}
-    order = in_order({name: dtype for name, (dtype, _, _) in places.items()})
+    specs = {name: _spec(name, tensor) for name, tensor in tensors.items()}
+    order = in_order({name: dtype for name, (dtype, _, _) in specs.items()})
     with path.open("wb") as file:
-        file.write(header_bytes(((name, places[name]) for name in order), metadata))
+        file.write(header_bytes(((name, specs[name]) for name in order), metadata))
         for name in order:
             _write(file, tensors[name])

@@ -4,9 +4,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from dora_mm.config.generation import ContactSheetConfig, PixelSize
 from dora_mm.config.images import LossConfig
 from dora_mm.config.models import ModelConfig, VisionConfig
-from dora_mm.config.pictures import PixelSize, SheetConfig
 from dora_mm.config.schema import Items, PipelineConfig, Section, Seed, Share, Text, raise_problems
 from dora_mm.config.training import (
     EpochTrainConfig,
@@ -63,7 +63,7 @@ class PretrainTinyConfig(PipelineConfig):
     caption_dropout: Share = 0.1  # share of the training images without a caption, for classifier-free guidance
     unnamed_style: Share = 0.75  # of the flat icons, whose captions do not name the style: flat becomes the default
     ema_decay: Share = 0.999  # of the averaged weights, which are saved
-    sample: SheetConfig = SheetConfig()
+    sample: ContactSheetConfig = ContactSheetConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "PretrainTinyConfig":
@@ -118,14 +118,14 @@ class PretrainTinyZImageConfig(PipelineConfig):
     train: TrainConfig
     compile: bool = False  # the transformer's blocks by torch.compile, which needs a C++ compiler
     ema_decay: Share = 0.999  # of the averaged weights, which are saved
-    sample: SheetConfig = SheetConfig()
+    sample: ContactSheetConfig = ContactSheetConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "PretrainTinyZImageConfig":
         return raise_problems(self, check_training(self.optimizer, self.schedule, self.train))
 
 
-class FitJudgeConfig(PipelineConfig):
+class FitClassifierConfig(PipelineConfig):
     """Fits the judge on the real icons, for one model."""
 
     command: ClassVar[str] = "eval"
@@ -199,5 +199,5 @@ SCHEMAS: dict[str, type[PipelineConfig]] = {
     "pretrain_tiny_z_image": PretrainTinyZImageConfig,
     "pretrain_tiny_vl": PretrainTinyVLConfig,
     "pretrain_tiny_vlm": PretrainTinyVLMConfig,
-    "fit_judge": FitJudgeConfig,
+    "fit_judge": FitClassifierConfig,
 }

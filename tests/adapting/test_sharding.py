@@ -42,7 +42,7 @@ def test_blocks_without_trained_parameters_are_not(llava):
         division(*llava(connector={}), reaches_all=False)
 
 
-def test_the_main_network_of_pictures_is_divided(tiny):
+def test_the_main_network_of_images_is_divided(tiny):
     config = ImageAdapterConfig.model_validate({"rank": 2, "parts": ["unet.attn", "text_encoder.attn"]})
     trained = adapt(tiny.adaptable, tiny.target_maps, config, seed=0, backend="torch")
     found = division(trained, tiny.target_maps)
@@ -67,7 +67,7 @@ def test_each_process_holds_its_part_and_what_it_has_gathered(llava):
 
 @pytest.mark.parametrize(("name", "differ"), [("llava", False), ("git", True), ("mllama", True)])
 def test_classes_that_compute_in_groups_do_not_keep_step(tiny_vlm, name, differ):
-    why = VLM(VLMModelConfig(path=str(tiny_vlm(name)))).why_not_in_step
+    why = VLM(VLMModelConfig(path=str(tiny_vlm(name)))).nonuniform_reason
     assert (why is not None) == differ
     assert why is None or "computes the rows of a batch in groups" in why
 

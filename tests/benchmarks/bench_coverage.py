@@ -14,35 +14,37 @@ import numpy as np
 from scipy.stats import norm
 
 from dora_mm.eval.images import own_style
+from dora_mm.eval.images.classifier import Classifier
 from dora_mm.eval.images.concepts import unit_rows
-from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.statistics import (
     LEVEL,
+    ConfidenceInterval,
     Gaussian,
-    Interval,
     Spread,
     frechet_distance,
-    mean_interval,
-    share_interval,
+    mean_ci,
+    share_ci,
 )
 from dora_mm.utils.tables import csv_records
 
 RESULTS = Path(__file__).parent / "results" / "coverage"
 RESAMPLES = 500
-Intervals = dict[str, Callable[[np.ndarray], Interval]]
+ConfidenceIntervals = dict[str, Callable[[np.ndarray], ConfidenceInterval]]
 
 
-def bootstrapped(values_K: np.ndarray, rng: np.random.Generator) -> Interval:
+def bootstrapped(values_K: np.ndarray, rng: np.random.Generator) -> ConfidenceInterval:
     """The percentile bootstrap of a mean."""
     count = len(values_K)
     found = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count @ values_K
-    return Interval(float(values_K.mean()), *np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    return ConfidenceInterval(float(values_K.mean()), *np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
 
 
-def of_means(rng: np.random.Generator) -> Iterator[tuple[dict[str, str], float, Callable[[], np.ndarray], Intervals]]:
+def of_means(
+    rng: np.random.Generator,
+) -> Iterator[tuple[dict[str, str], float, Callable[[], np.ndarray], ConfidenceIntervals]]:
     """Means over concepts of two seeds each, normal and skewed, and over concepts and three runs."""
-    methods: Intervals = {
-        "ours": lambda values: mean_interval(values, over_runs=False),
+    methods: ConfidenceIntervals = {
+        "ours": lambda values: mean_ci(values, over_runs=False),
         "bootstrap": lambda values: bootstrapped(values.mean(axis=1), rng),
     }
     for shape, K in product(("normal", "skewed"), (5, 8, 24, 40)):
@@ -58,15 +60,17 @@ def of_means(rng: np.random.Generator) -> Iterator[tuple[dict[str, str], float, 
             return concepts * rng.normal(size=(40, 1)) + runs * rng.normal(size=(1, 3)) + rng.normal(size=(40, 3))
 
         about = {"of": f"mean over runs that differ by {runs}, concepts by {concepts}", "concepts": "40", "seeds": "3"}
-        yield about, 0.0, crossed, {"ours": mean_interval}
+        yield about, 0.0, crossed, {"ours": mean_ci}
 
 
-def of_shares(rng: np.random.Generator) -> Iterator[tuple[dict[str, str], float, Callable[[], np.ndarray], Intervals]]:
+def of_shares(
+    rng: np.random.Generator,
+) -> Iterator[tuple[dict[str, str], float, Callable[[], np.ndarray], ConfidenceIntervals]]:
     """Shares of concepts that differ, in a probit model: of one seed, three seeds, and three runs that differ."""
     for over_runs in (False, True):
-        methods: Intervals = {
-            "ours": lambda values, over_runs=over_runs: share_interval(values, over_runs=over_runs),
-            "t": lambda values, over_runs=over_runs: mean_interval(values, over_runs=over_runs, bounds=(0.0, 1.0)),
+        methods: ConfidenceIntervals = {
+            "ours": lambda values, over_runs=over_runs: share_ci(values, over_runs=over_runs),
+            "t": lambda values, over_runs=over_runs: mean_ci(values, over_runs=over_runs, bounds=(0.0, 1.0)),
         }
         if not over_runs:
             methods["bootstrap"] = lambda values: bootstrapped(values.mean(axis=1), rng)
@@ -91,7 +95,9 @@ def of_shares(rng: np.random.Generator) -> Iterator[tuple[dict[str, str], float,
             yield about, share, draw, methods
 
 
-def of_pairs(rng: np.random.Generator) -> Iterator[tuple[dict[str, str], float, Callable[[], np.ndarray], Intervals]]:
+def of_pairs(
+    rng: np.random.Generator,
+) -> Iterator[tuple[dict[str, str], float, Callable[[], np.ndarray], ConfidenceIntervals]]:
     """Variety of drawn pictures, and likeness of training pictures among themselves, of vectors with 64 dimensions."""
 
     def vectors(K: int, S: int) -> np.ndarray:
@@ -108,12 +114,12 @@ def of_pairs(rng: np.random.Generator) -> Iterator[tuple[dict[str, str], float, 
         def mean(drawn_ND: np.ndarray, rows: np.ndarray, name: str = name, S: int = S) -> float:
             return scores(drawn_ND, S).mean(name, rows)
 
-        def over_pictures(drawn_ND: np.ndarray, name: str = name, S: int = S) -> Interval:
+        def over_images(drawn_ND: np.ndarray, name: str = name, S: int = S) -> ConfidenceInterval:
             return bootstrapped(scores(drawn_ND, S).cells[name].reshape(-1, S).mean(axis=1), rng)
 
-        methods: Intervals = {
-            "ours": lambda drawn_ND, name=name, S=S: own_style.intervals(scores(drawn_ND, S))[name],
-            "bootstrap": over_pictures,
+        methods: ConfidenceIntervals = {
+            "ours": lambda drawn_ND, name=name, S=S: own_style.confidence_intervals(scores(drawn_ND, S))[name],
+            "bootstrap": over_images,
         }
         truth = float(np.mean([mean(vectors(K, S), np.arange(K)) for _ in range(4000)]))
         about = {"of": f"{name} of pictures", "concepts": str(K), "seeds": str(S)}
@@ -123,7 +129,7 @@ def of_pairs(rng: np.random.Generator) -> Iterator[tuple[dict[str, str], float, 
 SCALES = np.linspace(1.0, 0.0, 64) ** 2  # of the dimensions: few matter, as those of encoders do
 
 
-def interval_rows(num: int, seed: int) -> list[dict[str, str]]:
+def ci_rows(num: int, seed: int) -> list[dict[str, str]]:
     """A row per setting."""
     rows = []
     for number, family in enumerate((of_means, of_shares, of_pairs)):
@@ -137,7 +143,7 @@ def interval_rows(num: int, seed: int) -> list[dict[str, str]]:
     return rows
 
 
-def measured(found: list[Interval], truth: float, name: str) -> dict[str, str]:
+def measured(found: list[ConfidenceInterval], truth: float, name: str) -> dict[str, str]:
     """The share of intervals that miss, and their mean width; empty without any."""
     missed = [not each.low - 1e-12 <= truth <= each.high + 1e-12 for each in found]
     widths = [each.high - each.low for each in found]
@@ -150,7 +156,7 @@ def measured(found: list[Interval], truth: float, name: str) -> dict[str, str]:
 def frechet_rows(num: int, seed: int) -> list[dict[str, str]]:
     """The Fréchet distance of pictures whose distribution is that of the judge's style, or half as wide."""
     rng, rows = np.random.default_rng(seed), []
-    for style, real in Judge.load(Path("samples/judge")).style_space.real.items():
+    for style, real in Classifier.load(Path("samples/judge")).style_space.real.items():
         for scale, count in product((1.0, 0.5), (24, 40, 120)):
             drawn = Gaussian(real.mean, scale * real.covariance)
             truth, plain, corrected = frechet_distance(drawn, real), [], []
@@ -162,8 +168,8 @@ def frechet_rows(num: int, seed: int) -> list[dict[str, str]]:
 
                 left_out = [distance(np.delete(np.arange(count), index)) for index in range(count)]
                 spread = Spread((count - 1) * float(np.var(left_out)), count - 1)
-                plain.append(spread.around(distance(np.arange(count))))
-                corrected.append(spread.around(count * plain[-1].mean - (count - 1) * float(np.mean(left_out))))
+                plain.append(spread.ci_around(distance(np.arange(count))))
+                corrected.append(spread.ci_around(count * plain[-1].mean - (count - 1) * float(np.mean(left_out))))
             row = {"style": style, "variance": str(scale), "pictures": str(count), "truth": f"{truth:.1f}"}
             for name, found in (("plain", plain), ("corrected", corrected)):
                 row |= {f"{name}_mean": f"{np.mean([each.mean for each in found]):.1f}", **measured(found, truth, name)}
@@ -177,7 +183,7 @@ def main() -> None:
     parser.add_argument("--simulations", type=int, default=1000, help="of each setting")
     arguments = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "intervals.csv").write_text(csv_records(interval_rows(arguments.simulations, seed=0)))
+    (RESULTS / "intervals.csv").write_text(csv_records(ci_rows(arguments.simulations, seed=0)))
     (RESULTS / "frechet.csv").write_text(csv_records(frechet_rows(max(arguments.simulations // 10, 1), seed=1)))
 
 

@@ -93,14 +93,14 @@ def last_step(file: Path) -> int:
     return max((json.loads(line).get("step", 0) for line in lines), default=0)
 
 
-def pictures(folder: Path) -> dict[str, Any]:
+def images(folder: Path) -> dict[str, Any]:
     from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
     from tests.conftest import SIZES
-    from tests.shared.data.pictures import write_pictures
+    from tests.shared.data.images_made import write_images
 
     build_tiny_sdxl(**SIZES).pipeline().save_pretrained(folder / "model")
     (folder / "pictures").mkdir()
-    write_pictures(folder / "pictures")
+    write_images(folder / "pictures")
     return {
         "pipeline": "train_diffusion",
         "model": {"path": str(folder / "model")},
@@ -111,12 +111,12 @@ def pictures(folder: Path) -> dict[str, Any]:
 
 
 def vl_bart(folder: Path) -> dict[str, Any]:
-    from tests.shared.data.vlm_rows import write_pictures, write_questions
+    from tests.shared.data.vlm_rows import write_images, write_questions
     from tests.shared.vl.small_towers import DIM, small_tower
     from tests.shared.vl.small_vl_bart import vl_bart as model_and_data
 
     (folder / "data").mkdir()
-    questions = write_questions(folder / "data", write_pictures(folder / "data"))
+    questions = write_questions(folder / "data", write_images(folder / "data"))
     found = model_and_data(folder, DIM, small_tower(folder), questions)
     data = found["data"] | {"tables": str(folder / "tables")}
     data["tasks"] = [{**task, "valid": questions["valid"]} for task in data["tasks"]]
@@ -124,17 +124,17 @@ def vl_bart(folder: Path) -> dict[str, Any]:
 
 
 def vlm(folder: Path) -> dict[str, Any]:
-    from tests.shared.data.vlm_rows import write_pictures, write_questions
+    from tests.shared.data.vlm_rows import write_images, write_questions
     from tests.shared.vl import tiny_vlm as tiny
 
     (folder / "data").mkdir()
-    questions = write_questions(folder / "data", write_pictures(folder / "data"))
+    questions = write_questions(folder / "data", write_images(folder / "data"))
     model = tiny.build("qwen2_5_vl", folder / "model")
     data = {**questions, "tables": str(folder / "tables")}
     return {"pipeline": "train_vl", "model": {"path": str(model)}, "adapter": {"rank": 4}, "data": data}
 
 
-TRAININGS: dict[str, Callable[[Path], dict[str, Any]]] = {"pictures": pictures, "vl_bart": vl_bart, "vlm": vlm}
+TRAININGS: dict[str, Callable[[Path], dict[str, Any]]] = {"pictures": images, "vl_bart": vl_bart, "vlm": vlm}
 
 if __name__ == "__main__":
     main()

@@ -17,8 +17,8 @@ from dora_mm.adapting.files import load_trained
 from dora_mm.config import load_config
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.vl.splits import open_validation
-from dora_mm.eval.statistics import mean_interval, share_interval
-from dora_mm.eval.vl.intervals import points
+from dora_mm.eval.statistics import mean_ci, share_ci
+from dora_mm.eval.vl.confidence_intervals import points
 from dora_mm.models.vl.families import load_vl_model
 from dora_mm.tasks.preferences import KeptReference
 
@@ -41,8 +41,8 @@ def main(run: Path) -> None:
     after = margins()
     share = (before > 0).astype(float), (after > 0).astype(float)
     for name, values in (("before", share[0]), ("after", share[1]), ("gained more", (after > before).astype(float))):
-        print(f"{name:<12} {points(share_interval(values))}")
-    print(f"{'difference':<12} {points(mean_interval(share[1] - share[0]))}")
+        print(f"{name:<12} {points(share_ci(values))}")
+    print(f"{'difference':<12} {points(mean_ci(share[1] - share[0]))}")
 
 
 if __name__ == "__main__":

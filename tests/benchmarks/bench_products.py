@@ -1,4 +1,4 @@
-"""For the table in dora_mm/kernels/cards.py: our single kernel against the vendor's product and a pass.
+"""For the table in dora_mm/kernels/gpus.py: our single kernel against the vendor's product and a pass.
 
 An entry of `make gpu`. For each shape and direction it measures, alternating: only the vendor's product, rounded (the
 limit), our single kernel (low_rank_matmul), and the vendor's product in fp32 followed by low_rank_add. They are
@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dora_mm.kernels.cards import card
+from dora_mm.kernels.gpus import gpu
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear
 from dora_mm.kernels.output_grad import output_grad
 from dora_mm.utils.tables import aligned_columns
@@ -106,7 +106,7 @@ def suggestions(rows: list[Row], device: Tensor) -> list[str]:
     lines = []
     for name, direction, inner in (("vendor_from", "forward", "in"), ("vendor_from_back", "backward", "out")):
         own = [row for row in rows if row["direction"] == direction]
-        now = getattr(card(device), name)
+        now = getattr(gpu(device), name)
         lines.append(f"{name} is {now}; the {len(own)} shapes suggest {threshold(own, inner):g}")
     return lines
 

@@ -20,11 +20,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from dora_mm import DoRASpec, adapter_parameters, inject, save_adapter
+from dora_mm.config.generation import ImageGenerationConfig
 from dora_mm.config.models import ModelConfig
-from dora_mm.config.pictures import PicturesConfig
 from dora_mm.models.images.families import load_image_model
-from dora_mm.sampling.drawing import adapted, draw_batch
-from dora_mm.sampling.jobs.picture import Picture
+from dora_mm.sampling.batch.requests import ImageRequest
+from dora_mm.sampling.generating import adapted, generate_batch
 from dora_mm.sampling.model import load_model
 from tests.benchmarks.results_table import time_row, write_times
 from tests.benchmarks.timing import alternate
@@ -69,25 +69,25 @@ def draw_plainly(pipe: StableDiffusionXLPipeline, folder: Path) -> float:
     started = time.perf_counter()
     settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": SIDE, "width": SIDE}
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
-    for number, picture in enumerate(pipe(PROMPTS, generator=generators, **settings).images):
-        picture.save(folder / f"{number}.png")
+    for number, image in enumerate(pipe(PROMPTS, generator=generators, **settings).images):
+        image.save(folder / f"{number}.png")
     return (time.perf_counter() - started) / len(PROMPTS)
 
 
 def time_drawing(adapter: Path, folder: Path) -> dict[str, list[float]]:
     """Seconds per picture."""
-    loaded = load_model(PicturesConfig(pipeline="sample", name="bench"), [str(adapter)])
-    pictures = [
-        Picture(number, prompt, None, number, STEPS, GUIDANCE, None, None, None, ((str(adapter), 1.0),), 1.0)
+    loaded = load_model(ImageGenerationConfig(pipeline="sample", name="bench"), [str(adapter)])
+    images = [
+        ImageRequest(number, prompt, None, number, STEPS, GUIDANCE, None, None, None, ((str(adapter), 1.0),), 1.0)
         for number, prompt in enumerate(PROMPTS)
     ]
-    job = loaded.plan(folder, pictures, len(pictures))
+    job = loaded.plan(folder, images, len(images))
 
     def draw_job() -> float:
         started = time.perf_counter()
         job.done.clear()
         loaded.sampler.forget_prompts()
-        draw_batch(job, job.batches[0], loaded.sampler)
+        generate_batch(job, job.batches[0], loaded.sampler)
         return (time.perf_counter() - started) / len(PROMPTS)
 
     pipes = {
@@ -107,7 +107,7 @@ def time_starts(adapter: Path, folder: Path) -> dict[str, list[float]]:
     script, jobs = folder / "script.py", folder / "jobs.jsonl"
     script.write_text(SCRIPT)
     jobs.write_text(json.dumps({"prompt": PROMPTS[0], "adapter": str(adapter)}))
-    command = [sys.executable, "-m", "dora_mm", "sample", str(jobs), "--set", "sheet=false", f"steps={STEPS}"]
+    command = [sys.executable, "-m", "dora_mm", "sample", str(jobs), "--set", "contact_sheet=false", f"steps={STEPS}"]
 
     def run(*arguments: str) -> float:
         started = time.perf_counter()

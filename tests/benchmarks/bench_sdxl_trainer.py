@@ -27,7 +27,7 @@ from tests.benchmarks.results_table import write_times
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 CAPTION = "a TOK icon, in the style of TOK"
-NUM_PICTURES, BATCH, RANK, RESOLUTION, RATE = 20, 4, 8, 128, 1e-3  # whole batches, since the script keeps smaller ones
+NUM_IMAGES, BATCH, RANK, RESOLUTION, RATE = 20, 4, 8, 128, 1e-3  # whole batches, since the script keeps smaller ones
 WARM = 5  # steps that are not counted
 VARIANTS = {  # arguments of the script and of dora-mm
     "LoRA": ([], ["adapter.method=lora"]),
@@ -58,10 +58,10 @@ def main() -> None:
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pictures = folder / "pictures"
-        pictures.mkdir()
-        for picture in sorted((SAMPLES / "3d_icon").glob("*.webp"))[:NUM_PICTURES]:
-            shutil.copy(picture, pictures)
+        images = folder / "pictures"
+        images.mkdir()
+        for image in sorted((SAMPLES / "3d_icon").glob("*.webp"))[:NUM_IMAGES]:
+            shutil.copy(image, images)
         for _ in range(given.repeats):
             for variant, (theirs, ours) in VARIANTS.items():
                 for trainer, arguments in (
@@ -106,12 +106,12 @@ def run(arguments: Sequence[str], folder: Path) -> dict[str, float]:
     shutil.rmtree(folder / "run", ignore_errors=True)
     report = folder / "report.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(SAMPLES.parent)}
-    command = [sys.executable, "-c", f"from {__spec__.name} import observe; observe()", str(report), *arguments]
+    command = [sys.executable, "-c", f"from {__spec__.name} import watch; watch()", str(report), *arguments]
     subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
     return json.loads(report.read_text())
 
 
-def observe() -> None:
+def watch() -> None:
     """Runs a script or a module, whose arguments follow, and writes what its steps and the process took."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 

@@ -104,7 +104,7 @@ def time_steps(folder: str, examples: list[Example], rank: int, size: int) -> di
 def time_answers(folder: str, examples: list[Example], max_new_tokens: int) -> dict[str, list[float]]:
     """Until all have max_new_tokens (no answer ends before), which is what batches of long answers cost."""
     vlm = VLM(VLMModelConfig(path=folder))
-    answers = VLMAnswers(vlm.questions, vlm.network)
+    answers = VLMAnswers(vlm.prompts, vlm.network)
     settings = answers.settings(max_new_tokens, 1)
     settings.min_new_tokens = max_new_tokens
     times: dict[str, list[float]] = {f"{max_new_tokens} tokens, {how}": [] for how in ("batches of 8", "one by one")}

@@ -16,7 +16,7 @@ import numpy as np
 from dora_mm.config import load_config
 from dora_mm.config.vl import EvalVLConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.eval.vl.intervals import AnswerScores, intervals, minus
+from dora_mm.eval.vl.confidence_intervals import AnswerScores, confidence_intervals, minus
 from dora_mm.eval.vl.options import row_accuracy
 from dora_mm.utils.tables import csv_records
 
@@ -60,7 +60,7 @@ def accuracy(row: dict[str, str], answer: str) -> float:
 
 
 def record(name: str, task: str, scores: dict[str, AnswerScores], *, differences: bool = False) -> dict[str, str]:
-    found = intervals(scores, differences=differences)[task]
+    found = confidence_intervals(scores, differences=differences)[task]
     ends = {end: f"{100 * value:.2f}" for end, value in found.as_dict().items()}
     num_rows = sum(len(scores[each].groups) for each in (ROWS if task == "mean" else [task]))
     return {"run": name, "task": task, "rows": str(num_rows)} | ends

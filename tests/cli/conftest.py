@@ -21,10 +21,10 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "pictures"
+    images.mkdir()
     path = tmp_path / "mine.yaml"
-    path.write_text(CONFIG.replace("PICTURES", str(pictures)))
+    path.write_text(CONFIG.replace("PICTURES", str(images)))
     return path
 
 

@@ -198,7 +198,7 @@ WRONG = {  # by the command line: what the one sentence contains
     "train CONFIG --set data.folder=\udcff": "'data.folder=\\udcff' is not valid UTF-8",
     "train \udcff.yaml": "is not valid UTF-8",
     "train --resume \udcff": "is not valid UTF-8",
-    "eval EVAL": "judge: nosuch does not exist",
+    "eval EVAL": "classifier: nosuch does not exist",
     "sample SAMPLE --set adapter.path=nosuch": "adapter.path: nosuch does not exist",
     "inspect nosuch.safetensors": "nosuch.safetensors does not exist",
     "sample SAMPLE --set adapter.path=RUNS": "adapter.path: RUNS is a folder of runs, not one of them, did you mean",
@@ -218,7 +218,7 @@ WRONG = {  # by the command line: what the one sentence contains
 }
 
 SAMPLE = "pipeline: sample\nmodel: {path: some/model}\nprompts: [a bus]\n"
-EVAL = "pipeline: eval_diffusion\nmodel: {path: some/model}\njudge: nosuch\nstyle: 3d\nprompt: '{thing}'\n"
+EVAL = "pipeline: eval_diffusion\nmodel: {path: some/model}\nclassifier: nosuch\nstyle: 3d\nprompt: '{thing}'\n"
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "numpy", "PIL.Image")
 
 

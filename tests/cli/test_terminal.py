@@ -74,7 +74,7 @@ def test_work_has_a_bar_on_a_terminal(monkeypatch, caplog):
                 on_step(0.55)
                 time.sleep(0.2)
             drawing.advance(30)
-            drawing.say()  # is for pipes
+            drawing.report()  # is for pipes
         monkeypatch.undo()
     shown = read_all(ours)
     assert "loading a model [00:0" in shown

@@ -8,9 +8,9 @@ import pytest
 from dora_mm.adapting.parts import full_name
 from dora_mm.backend import BACKENDS
 from dora_mm.config.adapter import IMAGE_PARTS, VL_PARTS, AdapterConfig, PartConfig
+from dora_mm.config.generation import Axis, ConceptChoice, EvalDiffusionConfig, ImageGenerationConfig
 from dora_mm.config.images import LossConfig
 from dora_mm.config.models import ModelConfig, VLBartModelConfig, VLMModelConfig
-from dora_mm.config.pictures import Axis, ConceptChoice, EvalDiffusionConfig, PicturesConfig
 from dora_mm.config.schema import Section
 from dora_mm.config.training import ScheduleConfig, TrainConfig
 from dora_mm.config.vl import TrainVLConfig
@@ -21,7 +21,7 @@ from dora_mm.models.images.schedulers import SCHEDULERS
 from dora_mm.models.quantization import QUANTIZATIONS
 from dora_mm.models.vl.vl_bart.loading import VISUAL
 from dora_mm.preview.training import PRECISIONS
-from dora_mm.sampling.jobs.picture import Picture
+from dora_mm.sampling.batch.requests import ImageRequest
 from dora_mm.targets import MAPS, derived
 from dora_mm.tasks.diffusion import DISTANCES
 from dora_mm.train.schedule import SHAPES
@@ -32,7 +32,7 @@ REGISTRIES: list[tuple[type[Section], str, Iterable[str]]] = [
     (AdapterConfig, "cache", CACHES),
     (PartConfig, "method", (*METHODS, "frozen")),
     (TrainVLConfig, "backend", BACKENDS),
-    (PicturesConfig, "backend", BACKENDS),
+    (ImageGenerationConfig, "backend", BACKENDS),
     (ScheduleConfig, "name", SHAPES),
     (TrainConfig, "mixed_precision", ("no", *PRECISIONS)),
     (LossConfig, "type", DISTANCES),
@@ -41,7 +41,7 @@ REGISTRIES: list[tuple[type[Section], str, Iterable[str]]] = [
     (VLMModelConfig, "quantization", QUANTIZATIONS.keys() - {"float8"}),
     (ModelConfig, "quantization", QUANTIZATIONS),
     (VLBartModelConfig, "visual", VISUAL),
-    (PicturesConfig, "scheduler", SCHEDULERS),
+    (ImageGenerationConfig, "scheduler", SCHEDULERS),
     (EvalDiffusionConfig, "style", style.CLASSES),
     (ConceptChoice, "role", (*concepts.ROLES, "all")),
 ]
@@ -60,10 +60,10 @@ def test_a_key_has_the_choices_of_its_registry(section, key, registry):
     assert choices(section.model_fields[key].annotation) == set(registry)
 
 
-def test_axes_are_settings_of_a_picture():
+def test_axes_are_settings_of_a_image():
     """But for the size, which is two of them, and for adapters, one of which or a checkpoint a cell names."""
     others = {"size", "adapter", "checkpoint"}
-    assert choices(Axis.model_fields["name"].annotation) - others <= set(Picture.__dataclass_fields__)
+    assert choices(Axis.model_fields["name"].annotation) - others <= set(ImageRequest.__dataclass_fields__)
 
 
 IMAGE_MODELS = {  # the target maps of the networks of image models

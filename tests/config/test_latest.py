@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from dora_mm.cli.commands import number_paths
-from dora_mm.config.latest import ADAPTER, CHECKPOINT, PICTURES, numbered, numbered_adapters
+from dora_mm.config.latest import ADAPTER, CHECKPOINT, IMAGES, numbered, numbered_adapters
 from dora_mm.config.loader import ConfigError, dump_config, load_config
 from dora_mm.config.paths import check_paths
-from dora_mm.sampling.jobs.job_row import parse_adapters
+from dora_mm.sampling.batch.prompt_row import parse_adapters
 
 STYLE = "runs/style"
 
@@ -37,7 +37,7 @@ def runs(tmp_path, monkeypatch):
     [
         ("runs/style/latest", ADAPTER, "runs/style/009"),
         ("runs/style/latest", CHECKPOINT, "runs/style/010"),
-        ("runs/style/latest", PICTURES, "runs/style/010"),
+        ("runs/style/latest", IMAGES, "runs/style/010"),
         ("runs/style/latest/", CHECKPOINT, "runs/style/010"),
         ("runs/style/latest/sheet.png", ADAPTER, "runs/style/009/sheet.png"),
         ("runs/style/latest/sheet*.png", ADAPTER, "runs/style/010/sheet*.png"),

@@ -34,7 +34,7 @@ def test_one_task_needs_no_list(tmp_path):
     listed = load(tmp_path, f"tasks: [{{task: gqa, valid: {GQA}}}]")
     assert short.data.all_tasks == listed.data.all_tasks == listed.data.tasks
     assert short.data.tasks == ()
-    assert [short.data.place("gqa"), listed.data.place("gqa")] == ["data", "data.tasks: gqa"]
+    assert [short.data.key_of("gqa"), listed.data.key_of("gqa")] == ["data", "data.tasks: gqa"]
     tasks = listed.data.tasks
     assert short.data.with_tasks(tasks).all_tasks == tasks
     for config in (short, listed):

@@ -46,11 +46,11 @@ def test_only_adapted_weights_are_frozen_and_remove_restores_them():
     assert {name: p.requires_grad for name, p in net.named_parameters()} == before
 
 
-@pytest.mark.parametrize("at_once", [False, True])
-def test_tied_weights_are_trained_again_once_both_adapters_are_removed(at_once):
+@pytest.mark.parametrize("concurrency", [False, True])
+def test_tied_weights_are_trained_again_once_both_adapters_are_removed(concurrency):
     net = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
     net["b"].weight = net["a"].weight
-    for targets in [["a", "b"]] if at_once else [["a"], ["b"]]:
+    for targets in [["a", "b"]] if concurrency else [["a"], ["b"]]:
         inject(net, targets, DoRASpec(rank=2))
     assert not net["a"].weight.requires_grad
     remove(net)

@@ -216,9 +216,9 @@ def test_a_trained_layer_does_not_ask_again_in_each_step():
             reference.randomize(layer)
         with fixed_parameters(layer, num_passes=1):
             layer(x)
-        assert layer.adaptation.asks is not is_trained
+        assert layer.adaptation.checks_update is not is_trained
     layer.reset_adapter()
-    assert layer.adaptation.asks
+    assert layer.adaptation.checks_update
 
 
 def another_parameter(layer):

@@ -101,7 +101,7 @@ def test_a_large_file_is_hashed_once_for_each_of_its_states(file, monkeypatch):
         files.check(file)
 
 
-def test_a_copy_of_an_embedded_picture_says_itself_what_it_is(file):
+def test_a_copy_of_an_embedded_image_says_itself_what_it_is(file):
     copy = file.with_name(content_name(b"one", "png"))
     copy.write_bytes(b"one")
     assert SeenFiles().read(copy) == b"one"

@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from dora_mm.cli import main
-from dora_mm.cli.commands import take_job
+from dora_mm.cli.commands import take_prompts_file
 from dora_mm.cli.parser import build_parser
 from dora_mm.config import find_path, load_config
 from dora_mm.config.latest import LATEST, numbered
@@ -19,7 +19,7 @@ from dora_mm.config.vl import ExtractFeaturesConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.image_folder import ImageFolder
 from dora_mm.data.vl.tables import open_table
-from dora_mm.studies.campaigns.judges import LikenessJudge
+from dora_mm.studies.campaigns.selection_metrics import StyleSimilarityMetric
 from tests.documented import data, stand_ins
 from tests.documented.cuts import cuts
 from tests.documented.texts import DOCS, ROOT, blocks, configs, head_commands, text_of
@@ -58,7 +58,7 @@ class Checkout:
         parsed = build_parser().parse_args(arguments)
         config = None
         if parsed.command == "sample":
-            take_job(parsed)
+            take_prompts_file(parsed)
         if parsed.command in WITH_CONFIG and parsed.config:
             config = load_config(parsed.config, parsed.overrides)
             self.provide_all(config, dry_run=getattr(parsed, "dry_run", False))
@@ -67,7 +67,7 @@ class Checkout:
             for path in given if isinstance(given, list) else [given] if given else []:
                 self.provide(str(path))
         AcceleratorState._reset_state(reset_partial_state=True)
-        with patch.object(LikenessJudge, "has_learned", return_value=True):  # nothing is, in two steps
+        with patch.object(StyleSimilarityMetric, "has_learned", return_value=True):  # nothing is, in two steps
             return main([*arguments, *self.cuts(arguments, config)])
 
     def cuts(self, arguments: list[str], config: PipelineConfig | None) -> list[str]:
@@ -92,7 +92,7 @@ class Checkout:
             missing = [folder for folder in config.images if find_path(folder) is None]
             names = images_of(self._readers(str(config.output))) if missing else []
             for number, folder in enumerate(missing):  # each has its share
-                data.write_pictures(Path(folder), names[number :: len(missing)])
+                data.write_images(Path(folder), names[number :: len(missing)])
             return
         for source in sources_in(config):
             self._write_data(source)
@@ -121,7 +121,7 @@ class Checkout:
         elif name == "my_images":
             data.write_captioned(path)
         elif path.suffix == ".jpg":
-            data.write_pictures(path.parent, [path.name])
+            data.write_images(path.parent, [path.name])
         elif name == "jobs.csv":
             shown = [block for document in DOCS for block in blocks(text_of(document)) if block.startswith("prompt,")]
             path.write_text(shown[0])
@@ -153,7 +153,7 @@ class Checkout:
             return
         data.write_source(source)
         if source.images:
-            data.write_pictures(Path(source.images), images_of([source]))
+            data.write_images(Path(source.images), images_of([source]))
 
     def _provide_features(self, folder: str, config: PipelineConfig, *, dry_run: bool) -> None:
         """Makes features by the documented command that writes this folder; where there is none, random ones."""
@@ -222,7 +222,7 @@ def makers() -> dict[str, list[str]]:
         for arguments in head_commands(text_of(path)):
             parsed = build_parser().parse_args(arguments)
             if parsed.command == "sample":
-                take_job(parsed)
+                take_prompts_file(parsed)
             config = load_config(ROOT / parsed.config, parsed.overrides)
             folder = config.output if isinstance(config, ExtractFeaturesConfig) else f"runs/{config.name}"
             found.setdefault(folder, arguments)

@@ -32,7 +32,7 @@ def write_source(source: SourceConfig) -> None:
         write_lines(Path(source.subtitles), rows)
 
 
-def write_pictures(folder: Path, names: Iterable[str]) -> None:
+def write_images(folder: Path, names: Iterable[str]) -> None:
     """Writes pictures of noise, as far as they are missing."""
     for number, name in enumerate(names):
         path = folder / name
@@ -53,7 +53,7 @@ def write_features(folder: Path, images: Iterable[str], dim: int) -> None:
 def write_captioned(folder: Path) -> None:
     """Writes twenty pictures, half of them with captions in `metadata.jsonl`, and half in text files."""
     names = [f"{number:02}.png" for number in range(20)]
-    write_pictures(folder, names)
+    write_images(folder, names)
     rows = [{"file_name": name, "text": f"a TOK icon of thing {name[:2]}"} for name in names[:10]]
     write_lines(folder / "metadata.jsonl", rows)
     for name in names[10:]:

@@ -20,7 +20,7 @@ from typing import Any
 from transformers import AutoProcessor
 
 from dora_mm.data.images.pixels import load_rgb
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 from tests.shared.vl import tiny_vlm as tiny
 from tests.shared.vl.language_models import LANGUAGE_MODELS
 from tests.shared.vl.rarest_models import UNTRAINED
@@ -40,7 +40,7 @@ PUBLISHED = {  # TRL's name of a published template: the tiny model that reads w
 }
 MARKED = {"lfm2_2_5_vl"}  # published with marks
 TOKENS = {"llava_next": ["</s>"], "muse_glimmer": ["<|start|>", "<|message|>", "<|eot|>"]}  # of templates
-PICTURES = ("wide.png", "tall.png", "square.png")
+IMAGES = ("wide.png", "tall.png", "square.png")
 Runs = list[tuple[int, list[int]]]  # of labels that follow each other: where they start, and their ids
 
 
@@ -83,7 +83,7 @@ ROWS = {  # messages as TRL takes them; the images are the first of PICTURES
 def row_of(name: str) -> dict[str, Any]:
     """A row as a file has it: its messages, and the names of its images."""
     count = sum(item["type"] == "image" for message in ROWS[name] for item in message["content"])
-    return {"messages": ROWS[name], "images": [*PICTURES[:count]]}
+    return {"messages": ROWS[name], "images": [*IMAGES[:count]]}
 
 
 def runs(labels: Sequence[int]) -> Runs:
@@ -166,10 +166,10 @@ def parted(messages: Sequence[dict[str, Any]]) -> dict[str, Sequence[dict[str, A
 
 
 def images_of(name: str, folder: Path) -> list[Any]:
-    return [load_rgb(folder / picture) for picture in row_of(name)["images"]]
+    return [load_rgb(folder / image) for image in row_of(name)["images"]]
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        found = page(write_pictures(Path(folder)))
+        found = page(write_images(Path(folder)))
     PAGE.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")

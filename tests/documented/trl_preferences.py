@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 
 from dora_mm.data.images.pixels import load_rgb
 from tests.documented.trl_labels import processor_of
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 
 PAGE = Path(__file__).parents[1] / "models" / "vl" / "vlm" / "encoding" / "trl_preferences.json"
 # Tiny models, and the token that ends their turns: on both sides no white space is behind it, which TRL would learn
@@ -150,5 +150,5 @@ def page(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
-        content = page(write_pictures(Path(place)))
+        content = page(write_images(Path(place)))
     PAGE.write_text(json.dumps(content) + "\n", encoding="utf-8")

@@ -192,7 +192,7 @@ def row_of(kind: str, folder: Path) -> str:
         text = refusal(own, folder) if own in UNTRAINED else listed(tried(own, folder))
     trains = "no" if own in REASONS or own in UNTRAINED else "yes"
     limits = listed(limits_by(own, folder)) if trains == "yes" else ""
-    videos = "yes" if trains == "yes" and reads_videos(built(named(own), folder), pictures_in(folder)) else ""
+    videos = "yes" if trains == "yes" and reads_videos(built(named(own), folder), images_in(folder)) else ""
     return f"| `{kind}` | `{CLASSES[kind]}` | {trains} | {text} | {videos} | {limits} |"
 
 
@@ -206,19 +206,19 @@ def limits_by(kind: str, folder: Path) -> list[str]:
     vlm = opened(base)
     for key in limits_of(vlm.rows.processor, vlm.model_config):
         limited = VLM(VLMModelConfig.model_validate({"path": str(base), key: LIMITS[key]}))
-        assert losses(limited, batch_of(limited, pictures_in(folder), EXAMPLES[:1])).isfinite().all(), key
+        assert losses(limited, batch_of(limited, images_in(folder), EXAMPLES[:1])).isfinite().all(), key
         copy = shutil.copytree(base, folder / "limited" / base.name, dirs_exist_ok=True)
         assert write_limits(copy, limited.config), key
         found.append(key)
     return found
 
 
-def pictures_in(folder: Path) -> Path:
-    pictures = folder / "pictures"
-    if not pictures.exists():
-        pictures.mkdir()
-        write_visuals(pictures)
-    return pictures
+def images_in(folder: Path) -> Path:
+    images = folder / "pictures"
+    if not images.exists():
+        images.mkdir()
+        write_visuals(images)
+    return images
 
 
 def named(kind: str) -> str:
@@ -234,14 +234,14 @@ def built(name: str, folder: Path) -> Path:
 def tried(kind: str, folder: Path) -> list[str]:
     """The parts of a type's tiny model that have gradients, after all its equalities were checked."""
     with tempfile.TemporaryDirectory() as scratch:
-        return learned_parts(built(named(kind), folder), pictures_in(folder), Path(scratch))
+        return learned_parts(built(named(kind), folder), images_in(folder), Path(scratch))
 
 
 def refusal(kind: str, folder: Path) -> str:
     """Why a type's tiny model does not train, after its row was refused."""
     text, message = REFUSED[kind]
     with pytest.raises(ValueError, match=re.escape(message)):
-        batch_of(opened(built(kind, folder)), pictures_in(folder), EXAMPLES)
+        batch_of(opened(built(kind, folder)), images_in(folder), EXAMPLES)
     return text
 
 

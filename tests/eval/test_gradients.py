@@ -10,7 +10,7 @@ from torch import nn
 from dora_mm.config.training import OptimizerConfig, ScheduleConfig
 from dora_mm.core import DoRASpec, adapter_parameters, inject
 from dora_mm.eval.gradients import (
-    DRAWS,
+    NUM_SAMPLES,
     GradientWatch,
     file_of,
     gradient_shape,
@@ -66,7 +66,7 @@ def test_the_control_takes_the_same_coefficients_along_random_rows():
     m, G, n = torch.linspace(0.5, 2, 6, dtype=torch.float64), dY.T @ x, V.norm(dim=1)
     found = gradient_shape(G, V, m, "a")
     draws = []
-    for R in (random_units(G, "a", draw) for draw in range(DRAWS)):
+    for R in (random_units(G, "a", draw) for draw in range(NUM_SAMPLES)):
         condition, rank = spectrum((m / n)[:, None] * (G - ((G * V).sum(dim=1) / n)[:, None] * R))
         draws.append((((G * R).sum(dim=1).norm() / G.norm()).item(), np.log10(condition), rank))
     means, spreads = np.mean(draws, axis=0), np.std(draws, axis=0, ddof=1)
@@ -76,9 +76,9 @@ def test_the_control_takes_the_same_coefficients_along_random_rows():
 
 
 def test_matrices_of_equal_shape_have_other_random_rows():
-    rows = [random_units(torch.empty(6, 9), matrix, draw) for matrix in ("a", "b") for draw in range(DRAWS)]
+    rows = [random_units(torch.empty(6, 9), matrix, draw) for matrix in ("a", "b") for draw in range(NUM_SAMPLES)]
     products = torch.stack([row.flatten() for row in rows]) @ torch.stack([row.flatten() for row in rows]).T / 6
-    assert (products - torch.eye(2 * DRAWS)).abs().max() < 0.6
+    assert (products - torch.eye(2 * NUM_SAMPLES)).abs().max() < 0.6
     assert torch.equal(rows[0], random_units(torch.ones(6, 9), "a", 0))
 
 
@@ -173,7 +173,7 @@ def test_they_are_of_the_loss_of_a_whole_step_and_change_no_bit_of_it(tmp_path):
     for sizes in ((32,), (2, 30)):
         run, plain = (new_run(tmp_path / f"{name}-{len(sizes)}") for name in ("watched", "plain"))
         training, other = adapted_training(run, sizes), adapted_training(plain, sizes)
-        training.fit(around_passes=measuring(training.parts["networks"], [0], run.path))
+        training.fit(wrap_gradients=measuring(training.parts["networks"], [0], run.path))
         other.fit()
         for name, parameter in training.parts["parameters"].items():
             assert torch.equal(parameter, other.parts["parameters"][name])

@@ -32,11 +32,11 @@ from dora_mm.formats.commands.inspection import inspect_file
 from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.files.tensor_file import TensorFile
 from dora_mm.sampling.answers import read_answers
+from dora_mm.sampling.batch.reading import read_prompts_file
 from dora_mm.sampling.gallery import write_gallery
-from dora_mm.sampling.gallery.training import read_pictures
-from dora_mm.sampling.jobs.reading import read_job
+from dora_mm.sampling.gallery.training import read_images as read_shown_images
 from dora_mm.sampling.manifest import ManifestEntry, write_manifest
-from dora_mm.sampling.png import BaseModel, Description, UsedAdapter, read_description, save_picture
+from dora_mm.sampling.png import BaseModel, GenerationMetadata, UsedAdapter, read_metadata, save_image
 from dora_mm.sampling.replay import check_complete
 from dora_mm.studies.campaigns.training_rows import TrainingRow, TrainingRows, packed
 from dora_mm.train.checkpoint import damage
@@ -55,7 +55,7 @@ ROWS = [
     {"id": n, "messages": [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": "A dog."}]}
     for n in range(4)
 ]
-PICTURES = ("0.png", "1.jpg", "2.webp")
+IMAGES = ("0.png", "1.jpg", "2.webp")
 JOBS = [
     {"prompt": "a bus", "seed": "0-3", "steps": 4, "width": 64, "height": 64, "guidance": 5.5},
     {"prompt": "a cat", "seed": "7", "steps": 8, "width": 64, "height": 96, "guidance": 1.0},
@@ -200,17 +200,17 @@ def make_job(folder: Path) -> None:
     book.save(folder / "job.xlsx")
 
 
-def make_picture(folder: Path) -> None:
+def make_image(folder: Path) -> None:
     model = BaseModel("tiny", None, None, "float32", "0" * 64, None)
     environment = {"backend": "torch", "memory": {}, "device": "cpu"}
     settings = {"steps": 4, "guidance": 5.0, "width": 64, "height": 64, "scheduler": "euler"}
     adapters = (UsedAdapter("a.safetensors", 1.0, "0" * 64, "0" * 12),)
-    found = Description(model, adapters, settings, (("a bus", None, 0),), 0, environment, {"torch": "2"})
-    save_picture(folder / "picture.png", Image.new("RGB", (8, 8)), found, "euler")
+    found = GenerationMetadata(model, adapters, settings, (("a bus", None, 0),), 0, environment, {"torch": "2"})
+    save_image(folder / "picture.png", Image.new("RGB", (8, 8)), found, "euler")
 
 
-def read_picture(folder: Path) -> None:
-    check_complete(read_description(folder / "picture.png"), folder / "picture.png")
+def read_image(folder: Path) -> None:
+    check_complete(read_metadata(folder / "picture.png"), folder / "picture.png")
 
 
 def make_gallery(folder: Path) -> None:
@@ -224,7 +224,7 @@ def make_gallery(folder: Path) -> None:
 
 
 def read_gallery(folder: Path) -> None:
-    write_gallery({folder: read_pictures(folder)}, folder / "gallery")
+    write_gallery({folder: read_shown_images(folder)}, folder / "gallery")
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -285,12 +285,12 @@ def adapter(name: str, file: str, *others: str) -> Door:
 DOORS: tuple[Door, ...] = (
     Door("config", lambda folder: shutil.copy(RECIPE, folder), (RECIPE.name,), lambda f: load_config(f / RECIPE.name)),
     Door("typed", lambda f: (f / "typed.txt").write_text(TYPED), ("typed.txt",), read_typed),
-    *(Door(f"job {end}", make_job, (f"job.{end}",), lambda f, end=end: read_job(f / f"job.{end}"))
+    *(Door(f"job {end}", make_job, (f"job.{end}",), lambda f, end=end: read_prompts_file(f / f"job.{end}"))
       for end in ("csv", "jsonl", "txt", "xlsx")),
     Door("gallery", make_gallery, ("manifest.jsonl", "manifest.jsonl", "1.png"), read_gallery),
-    Door("picture", make_picture, ("picture.png",), read_picture),
-    Door("images", make_images, ("metadata.jsonl", "0.txt", *PICTURES), read_images),
-    Door("image", make_images, PICTURES, lambda f: [load_rgb(f / name) for name in PICTURES]),
+    Door("picture", make_image, ("picture.png",), read_image),
+    Door("images", make_images, ("metadata.jsonl", "0.txt", *IMAGES), read_images),
+    Door("image", make_images, IMAGES, lambda f: [load_rgb(f / name) for name in IMAGES]),
     *(Door(f"rows {end}", make_rows, (f"rows.{end}",), read_rows(f"rows.{end}"))
       for end in ("json", "jsonl", "json.gz", "jsonl.gz", "csv", "parquet", "arrow")),
     adapter("lycoris_out", "lycoris_out.safetensors"),

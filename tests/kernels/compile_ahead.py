@@ -33,7 +33,7 @@ from dora_mm import backend, kernels
 from dora_mm.core import Adapter
 from dora_mm.core.ops import LINEAR
 from dora_mm.core.passes import Options, PassCache
-from dora_mm.kernels import adapter_grads, cards, dora_linear, low_rank_add, low_rank_matmul, operands, output_grad
+from dora_mm.kernels import adapter_grads, dora_linear, gpus, low_rank_add, low_rank_matmul, operands, output_grad
 from dora_mm.kernels import row_norm as norms
 from dora_mm.peft.formula import Scaled, row_factors
 
@@ -44,24 +44,24 @@ class Target(NamedTuple):
     Attributes:
         name: As NVIDIA and AMD call it.
         gpu: The same for Triton.
-        card: What is chosen for it.
+        gpu_spec: What is chosen for it.
         shared: The KiB of shared memory that a block may have (CUDA C++ Programming Guide; CDNA 3 and RDNA 3 ISA).
     """
 
     name: str
     gpu: GPUTarget
-    card: cards.Card
+    gpu_spec: gpus.GPU
     shared: int
 
 
 def nvidia(capability: int, shared: int) -> Target:
-    card = cards.card_of((capability // 10, capability % 10))
-    return Target(f"sm_{capability}", GPUTarget("cuda", capability, 32), card, shared)
+    gpu_spec = gpus.gpu_of((capability // 10, capability % 10))
+    return Target(f"sm_{capability}", GPUTarget("cuda", capability, 32), gpu_spec, shared)
 
 
 TARGETS = [nvidia(80, 163), nvidia(86, 99), nvidia(89, 99), nvidia(90, 227), nvidia(100, 227), nvidia(120, 99)]
 TARGETS += [
-    Target(name, GPUTarget("hip", name, lanes), cards.AMD, 64) for name, lanes in (("gfx942", 64), ("gfx1100", 32))
+    Target(name, GPUTarget("hip", name, lanes), gpus.AMD, 64) for name, lanes in (("gfx942", 64), ("gfx1100", 32))
 ]
 EVEN, ODD = (4096, 4096, 1280), (577, 1004, 1285)  # tokens, in, out
 KERNELS = {module: f"_{module.__name__.rpartition('.')[2]}" for module in (
@@ -102,14 +102,14 @@ class Recorder:
         return lambda *args, **options: self.launches.append((self.kernel, args, options))
 
 
-def launches_of(case: Case, card: cards.Card) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+def launches_of(case: Case, gpu_spec: gpus.GPU) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """The launches of a step of the layer on a card: with either product, and with and without n0 and the output."""
     found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     with contextlib.ExitStack() as stack:
         for module, name in KERNELS.items():
             stack.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name), found)))
-        for module in (low_rank_matmul, kernels.common, cards):
-            stack.enter_context(mock.patch.object(module, "card", return_value=card))
+        for module in (low_rank_matmul, kernels.common, gpus):
+            stack.enter_context(mock.patch.object(module, "gpu", return_value=gpu_spec))
         stack.enter_context(mock.patch.object(dora_linear, "INTERPRETED", True))
         for vendor in (False, True):
             chosen = vendor or case.dtype == torch.float32
@@ -201,7 +201,7 @@ def rows_of(targets: list[Target], cases: list[Case]) -> Iterator[dict[str, Any]
     for target in targets:
         seen = set()
         for case in cases:
-            for kernel, args, options in launches_of(case, target.card):
+            for kernel, args, options in launches_of(case, target.gpu_spec):
                 source, compiler, key = specialized(kernel, args, options)
                 if key in seen:
                     continue
@@ -222,7 +222,7 @@ if __name__ == "__main__":
     parser.add_argument("--cards", nargs="*", help="names of cards; those of the tests by default")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    names = given.cards or ([t.name for t in TARGETS] if given.all else ["sm_80", "sm_89", "sm_90"])
+    names = given.gpus or ([t.name for t in TARGETS] if given.all else ["sm_80", "sm_89", "sm_90"])
     found = []
     writer = None
     with given.output.open("w", newline="") if given.output else contextlib.nullcontext() as file:

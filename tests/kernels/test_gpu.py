@@ -51,13 +51,13 @@ def convolutions(dtype=torch.bfloat16):
     return net
 
 
-def pictures(dtype=torch.bfloat16):
+def images(dtype=torch.bfloat16):
     return [torch.randn(2, channels, 20, 20, device="cuda", dtype=dtype) for channels in (16, 24)]
 
 
 @pytest.mark.parametrize(
     ("build", "draw"),
-    [(network, inputs), (functools.partial(network, norm_grad="exact"), inputs), (convolutions, pictures)],
+    [(network, inputs), (functools.partial(network, norm_grad="exact"), inputs), (convolutions, images)],
 )
 def test_a_step_in_a_cuda_graph(build, draw):
     """Nothing in forward or backward waits for the GPU, and nothing is read back from it."""

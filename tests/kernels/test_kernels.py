@@ -18,9 +18,9 @@ from dora_mm.core.functional import updated_norm  # noqa: E402
 from dora_mm.core.passes import Options  # noqa: E402
 from dora_mm.kernels import dora_linear  # noqa: E402
 from dora_mm.kernels.adapter_grads import adapter_grads  # noqa: E402
-from dora_mm.kernels.cards import card_of, vendor_is_faster  # noqa: E402
 from dora_mm.kernels.common import float_product, num_blocks, padded_rank, rank_block  # noqa: E402
 from dora_mm.kernels.dora_linear import TRITON  # noqa: E402
+from dora_mm.kernels.gpus import gpu_of, vendor_is_faster  # noqa: E402
 from dora_mm.kernels.low_rank_add import low_rank_add  # noqa: E402
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear  # noqa: E402
 from dora_mm.kernels.operands import REST_FACTOR, operands  # noqa: E402
@@ -434,9 +434,9 @@ def test_a_pass_calls_no_slow_helper_of_triton(monkeypatch):
     layer(random(70, 40).requires_grad_()).sum().backward()
 
 
-def test_a_card_that_is_older_than_the_table_has_choices():
+def test_a_gpu_that_is_older_than_the_table_has_choices():
     """It may be the second in a machine, and must not keep the first from running kernels."""
-    assert card_of((7, 5)) == card_of((8, 0))
+    assert gpu_of((7, 5)) == gpu_of((8, 0))
 
 
 def test_sizes_of_launches():

@@ -32,10 +32,10 @@ def vision_language_model():
     drawn = np.random.default_rng(0)
     rows = []
     for number in range(40):
-        picture = Image.fromarray(drawn.integers(0, 255, (28, 28, 3), dtype=np.uint8))
+        image = Image.fromarray(drawn.integers(0, 255, (28, 28, 3), dtype=np.uint8))
         prompt = [{"role": "user", "content": f"How many? {number}"}]
         rows.append(
-            {"images": [picture], "prompt": prompt, "completion": [{"role": "assistant", "content": str(number)}]}
+            {"images": [image], "prompt": prompt, "completion": [{"role": "assistant", "content": str(number)}]}
         )
     return model, processor, rows
 

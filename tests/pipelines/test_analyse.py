@@ -137,9 +137,9 @@ def test_a_campaign_shows_its_trainings_with_their_scores(run, tmp_path, capsys,
         "seeds": [0, 1],
     }
     rates = {method: [1e-3, 1e-2, 1e-1] for method in ("lora", "dora")}
-    judged = {"judge": "j", "style": "3d", "prompt": "a TOK icon of {thing}"}
+    judged = {"classifier": "j", "style": "3d", "prompt": "a TOK icon of {thing}"}
     judged |= {"tune": {"role": "tune"}, "report": {"role": "report", "count": 3}}
-    saved |= {"learning_rates": rates, "pictures": judged}
+    saved |= {"learning_rates": rates, "images": judged}
     (campaign / "config.yaml").write_text(yaml.safe_dump(saved))
     for rate in (*values, "0.01-seed1"):
         name = f"dora-r2-lr{rate}" if "seed" in rate else f"dora-r2-lr{rate}-seed0"

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from dora_mm.cli import main
 from tests.shared.data.chats import messages, packed
-from tests.shared.data.vlm_rows import write_pictures, write_questions
+from tests.shared.data.vlm_rows import write_images, write_questions
 from tests.shared.killed import assert_same_weights, files_in
 from tests.shared.vl.small_vl_bart import vl_bart
 
@@ -24,25 +24,25 @@ def goes_on(run: Path) -> None:
     assert_same_weights("step-000004", run.with_name("whole"), run)
 
 
-def test_pictures_of_a_tower(stopped, tmp_path, vision, capsys):
+def test_images_of_a_tower(stopped, tmp_path, vision, capsys):
     (tmp_path / "pictures").mkdir()
-    pictures = write_pictures(tmp_path / "pictures")
-    run = stopped(**vl_bart(tmp_path, 72, vision, write_questions(tmp_path, pictures)))
-    kept = shutil.copytree(pictures, tmp_path / "kept")
-    for file in pictures.iterdir():
+    images = write_images(tmp_path / "pictures")
+    run = stopped(**vl_bart(tmp_path, 72, vision, write_questions(tmp_path, images)))
+    kept = shutil.copytree(images, tmp_path / "kept")
+    for file in images.iterdir():
         ImageOps.invert(Image.open(file)).save(file)
     assert main(["train", "--resume", str(run)]) == 2
-    assert f"{pictures}/" in (message := capsys.readouterr().err)
+    assert f"{images}/" in (message := capsys.readouterr().err)
     assert "is not as it was when this run read it first: restore it" in message
-    shutil.rmtree(pictures)
-    shutil.copytree(kept, pictures, copy_function=shutil.copyfile)  # of another time
+    shutil.rmtree(images)
+    shutil.copytree(kept, images, copy_function=shutil.copyfile)  # of another time
     goes_on(run)
 
 
 def test_features(stopped, tmp_path, capsys):
     (tmp_path / "pictures").mkdir()
-    pictures = write_pictures(tmp_path / "pictures")
-    values = {file.stem: np.random.default_rng(n).normal(size=(4, 6)) for n, file in enumerate(pictures.iterdir())}
+    images = write_images(tmp_path / "pictures")
+    values = {file.stem: np.random.default_rng(n).normal(size=(4, 6)) for n, file in enumerate(images.iterdir())}
 
     def save(factor: int) -> None:
         (tmp_path / "features").mkdir(exist_ok=True)
@@ -51,7 +51,7 @@ def test_features(stopped, tmp_path, capsys):
 
     save(1)
     vision = {"features": [str(tmp_path / "features")]}
-    run = stopped(**vl_bart(tmp_path, 6, vision, write_questions(tmp_path, pictures)))
+    run = stopped(**vl_bart(tmp_path, 6, vision, write_questions(tmp_path, images)))
     save(2)
     assert main(["train", "--resume", str(run)]) == 2
     assert f"{tmp_path / 'features'}, the features of COCO_val" in capsys.readouterr().err
@@ -59,10 +59,10 @@ def test_features(stopped, tmp_path, capsys):
     goes_on(run)
 
 
-def test_embedded_pictures_and_rows_of_the_validation(stopped, tmp_path, tiny_vlm, capsys):
+def test_embedded_images_and_rows_of_the_validation(stopped, tmp_path, tiny_vlm, capsys):
     (tmp_path / "pictures").mkdir()
-    pictures = [packed(file.read_bytes()) for file in sorted(write_pictures(tmp_path / "pictures").iterdir())]
-    rows = [{"images": [each], "messages": messages("<image>What?", "noise")} for each in pictures]
+    images = [packed(file.read_bytes()) for file in sorted(write_images(tmp_path / "pictures").iterdir())]
+    rows = [{"images": [each], "messages": messages("<image>What?", "noise")} for each in images]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     (tmp_path / "valid.json").write_text(json.dumps(rows[:2]))
     source = {"format": "chat", "file": str(tmp_path / "rows.json")}
@@ -88,7 +88,7 @@ def test_embedded_pictures_and_rows_of_the_validation(stopped, tmp_path, tiny_vl
 def test_a_table_that_was_edited_is_made_again(stopped, tmp_path, tiny_vlm, caplog):
     """An edited word, and flipped bits all over it, at which a reader of Arrow would end the process."""
     (tmp_path / "pictures").mkdir()
-    data = write_questions(tmp_path, write_pictures(tmp_path / "pictures"))
+    data = write_questions(tmp_path, write_images(tmp_path / "pictures"))
     run = stopped(model={"path": str(tiny_vlm("blip_vqa"))}, data=data)
     copy = shutil.copytree(run, tmp_path / "again")
     for table in (tmp_path / "tables").glob("*.arrow"):
@@ -110,7 +110,7 @@ def test_a_run_goes_on_with_another_length_of_rows_where_none_that_it_read_is_cu
     tiny_vlm, stopped, tmp_path, capsys
 ):
     """As a run that had it from its start; a refused one leaves its files as they were."""
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     model = {"path": str(tiny_vlm("llava")), "max_length": 60}
     run = stopped(model=model, data=write_questions(tmp_path, tmp_path), evaluate={"every": 1, "max_new_tokens": 2})
     longest = torch.load(run / "checkpoints/step-000002/state.pt", weights_only=True)["row counts"]["longest"]

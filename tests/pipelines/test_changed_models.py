@@ -15,7 +15,7 @@ from dora_mm.models.images.families import identity_of
 from dora_mm.recipes import PIPELINES
 from dora_mm.studies.campaigns.tuning import Tuning
 from dora_mm.utils.run_directory import MODEL, RunDirectory
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 from tests.shared.edits import edits, named
 from tests.shared.images.tiny_flows import FLOWS
 
@@ -135,9 +135,9 @@ def style(tmp_path, image_folder):
 @pytest.fixture
 def questions(tmp_path, vlm):
     """The values of a training on questions."""
-    picture = write_pictures(tmp_path) / "wide.png"
+    image = write_images(tmp_path) / "wide.png"
     said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "noise"}]
-    (tmp_path / "rows.json").write_text(json.dumps([{"image": str(picture), "conversations": said}] * 2))
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": str(image), "conversations": said}] * 2))
     source = {"format": "chat", "file": str(tmp_path / "rows.json")}
     return {
         "pipeline": "train_vl",
@@ -154,7 +154,7 @@ def search(config: str, folder: Path) -> None:
     """Opens a search for a learning rate as `dora-mm tune` does before its first training."""
     base = load_config(config)
     settings = tune.search_of(base, config, (), [0.01, 0.02], None, "score", None, str(folder))
-    Tuning(settings, tune.build_judge(settings, base))
+    Tuning(settings, tune.build_selection_metric(settings, base))
 
 
 def check_search(model: Path, config: str, folder: Path) -> None:
@@ -169,7 +169,7 @@ def check_search(model: Path, config: str, folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_training_of_pictures(family, image_model, style, tmp_path, capsys):
+def test_a_training_of_images(family, image_model, style, tmp_path, capsys):
     model = image_model(family)
     values = style(model) | {"output": str(tmp_path / "run"), "sample": {"prompts": []}}
     assert main(["train", written(tmp_path / "a.yaml", **values)]) == 0
@@ -178,7 +178,7 @@ def test_a_training_of_pictures(family, image_model, style, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_search_of_pictures(family, image_model, style, tmp_path):
+def test_a_search_of_images(family, image_model, style, tmp_path):
     model = image_model(family)
     values = style(model) | {"sample": {"prompts": ["a TOK bus"], "steps": 1}}
     check_search(model, written(tmp_path / "a.yaml", **values), tmp_path / "search")
@@ -186,18 +186,18 @@ def test_a_search_of_pictures(family, image_model, style, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pictures_are_drawn_again_and_not_replayed(family, image_model, tmp_path, monkeypatch, capsys, caplog):
+def test_images_are_drawn_again_and_not_replayed(family, image_model, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     model = image_model(family)
     settings = {"model": {"path": str(model)}, "prompts": ["a bus"], "steps": 1, "width": 64, "height": 64}
-    sample = written(tmp_path / "a.yaml", pipeline="sample", output="out", sheet=False, **settings)
+    sample = written(tmp_path / "a.yaml", pipeline="sample", output="out", contact_sheet=False, **settings)
     axes = {"rows": {"name": "prompt", "values": ["a bus"]}, "columns": {"name": "seed", "values": [0]}}
     rest = {key: value for key, value in settings.items() if key != "prompts"}
     grid = written(tmp_path / "b.yaml", pipeline="grid", output="grid", **rest, **axes)
     assert main(["sample", sample]) == 0
     assert main(["grid", grid]) == 0
-    (picture,) = (tmp_path / "out" / "samples").glob("*.png")
-    first = shutil.copy(picture, tmp_path / "first.png")
+    (image,) = (tmp_path / "out" / "samples").glob("*.png")
+    first = shutil.copy(image, tmp_path / "first.png")
     for file in edits(model):
         name = named(file)
         said = refused(["sample", "--replay", str(first)], capsys)
@@ -219,7 +219,7 @@ def test_an_evaluation_of_a_style(family, image_model, style, tmp_path, capsys):
     model = image_model(family)
     values = style(model) | {"output": str(tmp_path / "run"), "sample": {"prompts": []}}
     assert main(["train", written(tmp_path / "a.yaml", **values)]) == 0
-    drawing = {"prompts": ["a TOK bus"], "plain_prompts": ["a cat"], "seeds": [0], "steps": 1}
+    drawing = {"prompts": ["a TOK bus"], "prompts_without_style": ["a cat"], "seeds": [0], "steps": 1}
     scored = {"pipeline": "eval_style", "adapter": {"path": str(tmp_path / "run")}, "output": str(tmp_path / "scores")}
     command = ["eval", written(tmp_path / "b.yaml", **scored, **drawing)]
     assert main(command) == 0

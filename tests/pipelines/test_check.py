@@ -4,7 +4,7 @@ import pytest
 
 from dora_mm.cli import main
 from dora_mm.preview import machine
-from dora_mm.preview.machine import CardInfo
+from dora_mm.preview.machine import GPUInfo
 from dora_mm.recipes import PIPELINES
 from dora_mm.utils import requirements
 
@@ -17,8 +17,8 @@ def lines(capsys) -> dict[str, str]:
     return {" ".join(line.split()[: 2 if line.startswith("recipe") else 1]): line for line in printed}
 
 
-def test_a_machine_without_a_card(capsys, monkeypatch):
-    monkeypatch.setattr(machine, "cards", list)
+def test_a_machine_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(machine, "gpus", list)
     assert main(["check"]) == 0
     found = lines(capsys)
     assert found["gpu"].startswith("gpu       none")
@@ -29,8 +29,8 @@ def test_a_machine_without_a_card(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("memory", "recipe"), [(11.6, "12gb"), (15.7, "16gb"), (23.6, "24gb"), (7.6, "8gb"), (5.6, "needs a card")]
 )
-def test_the_recipe_that_fits_a_card(capsys, monkeypatch, memory, recipe):
-    monkeypatch.setattr(machine, "cards", lambda: [CardInfo("a card", memory, "fp16")])
+def test_the_recipe_that_fits_a_gpu(capsys, monkeypatch, memory, recipe):
+    monkeypatch.setattr(machine, "gpus", lambda: [GPUInfo("a card", memory, "fp16")])
     assert main(["check"]) == 0
     found = lines(capsys)
     assert found["gpu"] == f"gpu       a card, {memory} GB, fp16"
@@ -47,6 +47,6 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(capsys, 
     assert "transformers>=5.24 (5.6.0 is installed): pip install 'dora_mm[recipes]'" in printed
 
 
-def test_a_card_that_torch_cannot_use_is_said(monkeypatch):
+def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch):
     monkeypatch.setattr(check.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    assert "torch 2.13.0+cpu cannot use" in check.without_card("2.13.0+cpu")
+    assert "torch 2.13.0+cpu cannot use" in check.without_gpu("2.13.0+cpu")

@@ -7,7 +7,7 @@ import yaml
 
 from dora_mm.cli import main
 from tests.shared.data.chats import messages
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 
 pytestmark = pytest.mark.slow
 OTHER = "computed under other circumstances, which may change last bits: MKL_CBWR none is COMPATIBLE"
@@ -25,7 +25,7 @@ def resumed(run, monkeypatch, caplog, *changes):
     return [message for message in caplog.messages if "circumstances" in message]
 
 
-def test_a_training_of_pictures_and_what_it_has_kept(tmp_path, tiny_folder, image_folder, monkeypatch, caplog):
+def test_a_training_of_images_and_what_it_has_kept(tmp_path, tiny_folder, image_folder, monkeypatch, caplog):
     latents, texts = tmp_path / "latents", tmp_path / "texts"
     data = {"folder": str(image_folder), "resolution": 64, "latent_cache": str(latents), "text_cache": str(texts)}
     values = {
@@ -52,8 +52,8 @@ def test_a_training_of_pictures_and_what_it_has_kept(tmp_path, tiny_folder, imag
 
 
 def test_a_training_of_questions(stopped, tmp_path, tiny_vlm, monkeypatch, caplog):
-    pictures = sorted(write_pictures(tmp_path).glob("*.png"))
-    rows = [{"images": [str(each)], "messages": messages("<image>What?", "noise")} for each in pictures]
+    images = sorted(write_images(tmp_path).glob("*.png"))
+    rows = [{"images": [str(each)], "messages": messages("<image>What?", "noise")} for each in images]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     data = {"train": {"format": "chat", "file": str(tmp_path / "rows.json")}}
     run = stopped(model={"path": str(tiny_vlm("qwen2_5_vl"))}, data=data)

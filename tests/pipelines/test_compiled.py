@@ -16,7 +16,7 @@ from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.train.checkpoint import checkpoints
 from dora_mm.train.metrics import read_metrics
 from tests.shared.data.vl_samples import captions
-from tests.shared.data.vlm_rows import write_conversations, write_pictures
+from tests.shared.data.vlm_rows import write_conversations, write_images
 from tests.shared.vl.small_towers import DIM
 from tests.shared.vl.small_vl_bart import small_bart, small_tokenizer
 
@@ -25,7 +25,7 @@ TRAIN = {"steps": STEPS, "batch_size": 2, "checkpoint_every": 2, "keep_checkpoin
 
 
 @pytest.fixture
-def pictures_config(tmp_path, tiny_folder, image_folder):
+def images_config(tmp_path, tiny_folder, image_folder):
     """SDXL on pictures of two shapes, with held-out ones and sheets."""
     return {
         "pipeline": "train_diffusion",
@@ -45,7 +45,7 @@ def chat_config(tmp_path, tiny_vlm):
         "pipeline": "train_vl",
         "model": {"path": str(tiny_vlm("llava")), "max_length": 64},
         "adapter": {"rank": 2, "parts": ["text.mlp"]},
-        "data": {**write_conversations(tmp_path, write_pictures(tmp_path))},
+        "data": {**write_conversations(tmp_path, write_images(tmp_path))},
         "train": TRAIN,
         "evaluate": {"every": 2, "max_new_tokens": 3},
     }
@@ -67,7 +67,7 @@ def bart_config(tmp_path, vision):
     }
 
 
-BLOCKS = {"pictures": "BasicTransformerBlock of unet", "chat": "LlamaDecoderLayer of model", "bart": "BartEncoderLayer"}
+BLOCKS = {"images": "BasicTransformerBlock of unet", "chat": "LlamaDecoderLayer of model", "bart": "BartEncoderLayer"}
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_a_training_is_as_without_and_resumes(name, request, tmp_path):
         runs[run] = tmp_path / run
         more = {"compile": run == "compiled"}
         config = {**values, "optimizer": {"lr": 0.01}, "output": str(runs[run]), "train": {**values["train"], **more}}
-        if name != "pictures":
+        if name != "images":
             config["data"] = {**values["data"], "tables": str(tmp_path / "tables")}
         (tmp_path / f"{run}.yaml").write_text(yaml.safe_dump(config))
         assert main(["train", str(tmp_path / f"{run}.yaml")]) == 0
@@ -109,7 +109,7 @@ def test_a_training_is_as_without_and_resumes(name, request, tmp_path):
         assert [key for key in again if not torch.equal(again[key], weights[1][key])] == []
 
 
-@pytest.mark.parametrize("name", ["pictures", "chat"])
+@pytest.mark.parametrize("name", ["images", "chat"])
 def test_a_dry_run_says_what_is_compiled_and_a_training_keeps_all_names(name, request, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compiled, "COMPILER", {"disable": True})  # a wrapper without anything inside
     values = request.getfixturevalue(f"{name}_config")

@@ -15,7 +15,7 @@ import yaml
 
 from dora_mm.cli import main
 from dora_mm.utils.run_directory import RunDirectory
-from tests.shared.data.vlm_rows import write_pictures, write_questions
+from tests.shared.data.vlm_rows import write_images, write_questions
 from tests.shared.vl.small_vl_bart import vl_bart
 
 pytestmark = pytest.mark.slow
@@ -80,7 +80,7 @@ def again(run: Path) -> list[str]:
 
 
 @pytest.fixture
-def pictures(tmp_path, tiny_folder, image_folder):
+def images(tmp_path, tiny_folder, image_folder):
     """A training of pictures with all that it may read, and what it has left behind its second step."""
     model = shutil.copytree(tiny_folder, tmp_path / "model")
     train = {"steps": 4, "batch_size": 2, "checkpoint_every": 2, "keep_checkpoints": 9}
@@ -101,14 +101,14 @@ def pictures(tmp_path, tiny_folder, image_folder):
     return {"RUN": tmp_path / "run", "DATA": image_folder, "MODEL": model, "ADAPTER": tmp_path / "a"}
 
 
-def test_a_training_of_pictures(pictures, reads):
+def test_a_training_of_images(images, reads):
     """Another content of any file of others that it reads is refused, or makes no difference."""
-    resume = again(pictures["RUN"])
-    kept = {folder: shutil.copytree(folder, folder.with_name(f"kept {folder.name}")) for folder in pictures.values()}
+    resume = again(images["RUN"])
+    kept = {folder: shutil.copytree(folder, folder.with_name(f"kept {folder.name}")) for folder in images.values()}
     with reads() as opened:
         assert main(resume) == 0
-    assert unlisted(opened, **pictures) == []
-    result = pictures["RUN"] / "adapter" / "pytorch_lora_weights.safetensors"
+    assert unlisted(opened, **images) == []
+    result = images["RUN"] / "adapter" / "pytorch_lora_weights.safetensors"
     right, inputs = result.read_bytes(), [Path(name) for name in opened if "/run/" not in name]
     changed = [file for file in inputs if file.is_file() and any(file.is_relative_to(f.resolve()) for f in kept)]
     assert len(changed) > 10
@@ -140,7 +140,7 @@ def test_a_job(tmp_path, tiny_folder, reads):
 def test_a_training_of_questions(stopped, tmp_path, vision, reads):
     (tmp_path / "pictures").mkdir()
     data = tmp_path / "pictures"
-    config = vl_bart(tmp_path, 72, vision, write_questions(data, write_pictures(data)))
+    config = vl_bart(tmp_path, 72, vision, write_questions(data, write_images(data)))
     run = stopped(**config)
     with reads() as opened:
         assert main(["train", "--resume", str(run)]) == 0
@@ -150,7 +150,7 @@ def test_a_training_of_questions(stopped, tmp_path, vision, reads):
 
 def test_an_evaluation_of_questions(tmp_path, tiny_vlm, reads):
     (tmp_path / "pictures").mkdir()
-    questions = write_questions(tmp_path / "pictures", write_pictures(tmp_path / "pictures"))
+    questions = write_questions(tmp_path / "pictures", write_images(tmp_path / "pictures"))
     values = {
         "pipeline": "eval_vl",
         "output": str(tmp_path / "run"),
@@ -168,7 +168,7 @@ def test_an_evaluation_of_questions(tmp_path, tiny_vlm, reads):
 
 def test_features(tmp_path, vision, reads):
     (tmp_path / "pictures").mkdir()
-    write_pictures(tmp_path / "pictures")
+    write_images(tmp_path / "pictures")
     images = [str(tmp_path / "pictures")]
     values = {"pipeline": "extract_features", "output": str(tmp_path / "features"), "images": images, "vision": vision}
     command = ["features", written(tmp_path / "config.yaml", **values)]
@@ -179,7 +179,7 @@ def test_features(tmp_path, vision, reads):
     assert unlisted(opened, FEATURES=tmp_path / "features", DATA=tmp_path / "pictures", TOWER=tower) == []
 
 
-def test_a_reader_that_is_not_on_the_list_is_named(pictures, reads, monkeypatch):
+def test_a_reader_that_is_not_on_the_list_is_named(images, reads, monkeypatch):
     """One that is made up: a note in the run decides the seed."""
     resumed = RunDirectory.resume
 
@@ -188,7 +188,7 @@ def test_a_reader_that_is_not_on_the_list_is_named(pictures, reads, monkeypatch)
         return resumed(path, *arguments)
 
     monkeypatch.setattr(RunDirectory, "resume", with_note)
-    (pictures["RUN"] / "note.json").write_text('{"seed": 3}')
+    (images["RUN"] / "note.json").write_text('{"seed": 3}')
     with reads() as opened:
-        assert main(again(pictures["RUN"])) == 0
-    assert unlisted(opened, **pictures) == ["RUN/note.json"]
+        assert main(again(images["RUN"])) == 0
+    assert unlisted(opened, **images) == ["RUN/note.json"]

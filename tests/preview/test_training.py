@@ -83,7 +83,9 @@ def test_tensors_of_several_networks_count_once_and_quantised_ones_as_they_will_
     optimizer = OptimizerConfig(name="adamw_8bit", lr=1.0)
     cost = preview.StepCost(None, 5_000_000, "an estimate")
     stored = {id(inner.weight): 5_000}
-    table = memory_table({"inner": inner, "outer": outer}, trained, optimizer, cost, stored=stored, place="cuda")
+    table = memory_table(
+        {"inner": inner, "outer": outer}, trained, optimizer, cost, stored=stored, target_device="cuda"
+    )
     assert [line.split() for line in table.splitlines()[1:]] == [
         ["inner,", "10,000", "frozen", "in", "float32", "cuda", "0.0"],
         ["outer,", "1,000", "frozen", "in", "float32", "cuda", "0.0"],
@@ -139,7 +141,7 @@ def test_a_step_of_many_tokens_is_not_measured_on_a_processor():
         network = nn.Linear(10_000, 10_000)
     assert preview.why_not_measured(accelerator(), [network], shard=False, num_tokens=1000) is None
     assert preview.why_not_measured(accelerator(), [network], shard=False, num_tokens=10_000) == preview.TOO_SLOW
-    work = {"num_tokens": 1000, "beside": 10**12}  # of a tower whose patches become few tokens
+    work = {"num_tokens": 1000, "tower_work": 10**12}  # of a tower whose patches become few tokens
     assert preview.why_not_measured(accelerator(), [network], shard=False, **work) == preview.TOO_SLOW
     assert preview.why_not_measured(accelerator(device="cuda"), [network], shard=False, num_tokens=10_000) is None
     assert preview.why_not_measured(accelerator(device="cuda"), [network], shard=True) == preview.SHARDED

@@ -25,12 +25,12 @@ from dora_mm.targets import map_of
 from dora_mm.tasks.preferences import Preferences, pairs_of
 from dora_mm.train.setup import checkpoint_activations
 from dora_mm.utils.losses import LossSum
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 from tests.shared.peaks import peak_bytes
 from tests.shared.small_training import mean_of
 from tests.shared.vl import tiny_vlm as tiny
 from tests.shared.vl.equalities import EXAMPLES, batch_of, opened
-from tests.shared.vl.whole_models import WHOLE
+from tests.shared.vl.full_models import WHOLE
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -151,7 +151,7 @@ OTHERS = (name for name in (*tiny.NAMES, *tiny.NEWER, *tiny.OTHERS, *WHOLE) if n
 def test_a_step_without_numbers_takes_what_one_of_the_class_does(name, tiny_vlm, tmp_path):
     """Also what a class decides by its inputs: places of images, groups of patches, masks, experts."""
     vlm = opened(tiny_vlm(name))
-    batch = batch_of(vlm, write_pictures(tmp_path), EXAMPLES)
+    batch = batch_of(vlm, write_images(tmp_path), EXAMPLES)
     low, high = UNLIKE.get(name, (0.85, 1.15))
     assert low < estimated_of_measured(vlm, batch, partial(vlm.loss, generator=torch.Generator())) < high
 
@@ -160,7 +160,7 @@ def test_a_step_without_numbers_takes_what_one_of_the_class_does(name, tiny_vlm,
 def test_the_patches_of_a_tower_count(name, tiny_vlm, tmp_path):
     """Of the tower's own layers, by the patches that they see: a hook counts these."""
     vlm = opened(tiny_vlm(name))
-    batch = batch_of(vlm, write_pictures(tmp_path), EXAMPLES)
+    batch = batch_of(vlm, write_images(tmp_path), EXAMPLES)
     targets, network = vlm.target_maps["model"], vlm.networks["model"]
     paths = match_modules(network, targets.select([p for p in parts_in(network, targets) if p == "vision.attn"]))
     seen = 0
@@ -179,12 +179,12 @@ def test_the_patches_of_a_tower_count(name, tiny_vlm, tmp_path):
 
 
 def test_a_step_of_pairs_takes_both_answers(tiny_vlm, tmp_path):
-    vlm, pictures = opened(tiny_vlm("qwen2_5_vl")), str(write_pictures(tmp_path))
+    vlm, images = opened(tiny_vlm("qwen2_5_vl")), str(write_images(tmp_path))
     asked = [Turn("user", f"{IMAGE}What is it?", False)]
     chosen, rejected = ((*asked, Turn("assistant", text, True)) for text in ("red", "blue, or another colour"))
     example = Example("r0", ("wide.png",), "", ("red",), (1.0,), turns=chosen, rejected=rejected)
     pairs = Preferences(vlm, PreferenceConfig(), lambda batch: torch.zeros(()))
-    batch = pairs_of(vlm, "preference", [example] * 2, pictures, "stop")
+    batch = pairs_of(vlm, "preference", [example] * 2, images, "stop")
     assert 0.85 < estimated_of_measured(vlm, batch, partial(pairs.loss, generator=torch.Generator())) < 1.15
 
 

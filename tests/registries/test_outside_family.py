@@ -25,7 +25,7 @@ class SmallKleinConfig(Flux2KleinConfig):
 
 FAMILY = ImageFamily(
     title="small klein",
-    place="small_klein_model:SmallKlein",
+    import_path="small_klein_model:SmallKlein",
     section="small_klein:SmallKleinConfig",
     pipeline="SmallKleinPipeline",
 )

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.registries.test_outside_package import run
-from tests.shared.data.vlm_rows import write_pictures, write_questions
+from tests.shared.data.vlm_rows import write_images, write_questions
 from tests.shared.packages import outside_package
 
 RECORD = '''
@@ -44,9 +44,9 @@ def package(tmp_path):
 
 @pytest.mark.slow
 def test_a_family_is_trained_resumed_scored_and_asked(package, tiny_vlm, tmp_path):
-    base, pictures = tiny_vlm("llava"), tmp_path / "pictures"
-    pictures.mkdir()
-    data = {"task": "vqa", "tables": "tables", **write_questions(tmp_path, write_pictures(pictures))}
+    base, images = tiny_vlm("llava"), tmp_path / "pictures"
+    images.mkdir()
+    data = {"task": "vqa", "tables": "tables", **write_questions(tmp_path, write_images(images))}
     train = {
         "pipeline": "train_vl",
         "model": {"path": str(base), **SIGNED},
@@ -78,7 +78,7 @@ def test_a_family_is_trained_resumed_scored_and_asked(package, tiny_vlm, tmp_pat
     answers = json.loads((tmp_path / "scored" / "predictions_vqa.json").read_text())
     assert answers
     assert all(answer["answer"].endswith("(signed)") for answer in answers)
-    asked = run(package, f"ask {base} {pictures / 'wide.png'} Colour? --adapter trained --max-new-tokens 2")
+    asked = run(package, f"ask {base} {images / 'wide.png'} Colour? --adapter trained --max-new-tokens 2")
     assert asked.returncode == 0, asked.stderr
     assert [line.endswith("(signed)") for line in asked.stdout.splitlines()] == [True, True]
     refused = run(package, "eval other.yaml --set output=other")

@@ -14,7 +14,7 @@ from tests.shared.packages import outside_package
 
 def shapes() -> Registry:
     """Of this project a record and a place; a package may add others."""
-    return Registry("shapes", "shape", {"round": 0}, places={"square": "string:ascii_uppercase"})
+    return Registry("shapes", "shape", {"round": 0}, import_paths={"square": "string:ascii_uppercase"})
 
 
 @pytest.fixture

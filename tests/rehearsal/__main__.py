@@ -18,7 +18,7 @@ from tests.shared.vl import tiny_vlm
 
 SPARE = 4.0  # GB of the disk that stay free
 SHORT = ("train.steps=2", "train.checkpoint_every=1", "train.gradient_accumulation_steps=1")
-ON_CARD = torch.cuda.is_available()
+ON_GPU = torch.cuda.is_available()
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ def tiny_sdxl(folder: Path) -> None:
     build_tiny_sdxl(**SIZES).pipeline().save_pretrained(folder)
 
 
-def pictures(
+def images(
     family: str, model: str, *settings: str, further: Mapping[str, Sequence[str]] | None = None
 ) -> Callable[[int], list[Stage]]:
     """The commands of an image model by the size of pictures."""
     given = (*SHORT, "sample.prompts=[]", *settings)
-    return lambda side: stages.of_pictures(family, model, [f"data.resolution={side}", *given], further or {})
+    return lambda side: stages.of_images(family, model, [f"data.resolution={side}", *given], further or {})
 
 
 def questions(*settings: str) -> Callable[[int], list[Stage]]:
@@ -83,7 +83,7 @@ MODELS = {
         6.9,
         models.sdxl,
         tiny_sdxl,
-        pictures("sdxl", "model", *NO_FLOAT8, further=TEXT_ENCODERS),
+        images("sdxl", "model", *NO_FLOAT8, further=TEXT_ENCODERS),
         256,
         "One picture of {side} px a step in bfloat16, with checkpointing.",
     ),
@@ -92,7 +92,7 @@ MODELS = {
         6.9,
         models.single,
         None,
-        pictures("sdxl", "model/sd_xl_base_1.0.safetensors"),
+        images("sdxl", "model/sd_xl_base_1.0.safetensors"),
         256,
         "As `new` writes it on a processor: the UNet in float8, one picture of {side} px a step, with checkpointing.",
     ),
@@ -101,7 +101,7 @@ MODELS = {
         20.6,
         models.z_image,
         tiny_z_image.build,
-        pictures("z_image", "model", further=IN_BFLOAT16),
+        images("z_image", "model", further=IN_BFLOAT16),
         256,
         "As `new` writes it on a processor: weights in float8, one picture of {side} px a step, with checkpointing.",
     ),
@@ -152,7 +152,7 @@ def rehearse(name: str, folder: Path, results: Path, given: argparse.Namespace) 
         for path in [path for path in folder.iterdir() if path.name != "model"]:  # of an earlier run
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         prepare(folder)
-        side = 64 if given.dry else 1024 if ON_CARD else model.side
+        side = 64 if given.dry else 1024 if ON_GPU else model.side
         return run_all(name, model, folder, results, side)
     finally:
         if not given.keep:

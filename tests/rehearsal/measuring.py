@@ -27,16 +27,16 @@ class Peak:
     Attributes:
         anonymous: Memory that the process has written, beyond the libraries, as the next.
         mapped: Files that are mapped, such as weights that are read as they lie on disk.
-        card: Memory of the GPU beyond what was taken before the command.
+        gpu: Memory of the GPU beyond what was taken before the command.
     """
 
     anonymous: float = 0.0
     mapped: float = 0.0
-    card: float = 0.0
+    gpu: float = 0.0
 
-    def raise_to(self, anonymous: float, mapped: float, card: float) -> None:
+    def raise_to(self, anonymous: float, mapped: float, gpu: float) -> None:
         self.anonymous, self.mapped = max(self.anonymous, anonymous), max(self.mapped, mapped)
-        self.card = max(self.card, card)
+        self.gpu = max(self.gpu, gpu)
 
 
 @dataclass
@@ -74,7 +74,7 @@ def measured(
     log: Path,
     *,
     phase: Callable[[], str] = lambda: "",
-    is_over: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Measured:
     """Runs `dora-mm` and looks at its memory until it ends.
 
@@ -83,9 +83,9 @@ def measured(
         folder: Where it runs.
         log: The file that gets its output.
         phase: Names what it is doing now.
-        is_over: When to end it by SIGKILL.
+        should_stop: When to end it by SIGKILL.
     """
-    libraries, before, started = memory_of_libraries(), card_memory(), time.monotonic()
+    libraries, before, started = memory_of_libraries(), gpu_memory(), time.monotonic()
     peaks: dict[str, Peak] = {}
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -96,9 +96,9 @@ def measured(
             stderr=subprocess.STDOUT,
         )
         for anonymous, mapped in memory_until_end(process):
-            sizes = max(0.0, anonymous - libraries[0]), max(0.0, mapped - libraries[1]), card_memory() - before
+            sizes = max(0.0, anonymous - libraries[0]), max(0.0, mapped - libraries[1]), gpu_memory() - before
             peaks.setdefault(phase(), Peak()).raise_to(*sizes)
-            if is_over():
+            if should_stop():
                 process.send_signal(signal.SIGKILL)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -140,7 +140,7 @@ def memory_of_libraries() -> tuple[float, float]:
     return int(kilobytes["RssAnon"]) * 1024 / 1e6, int(kilobytes["RssFile"]) * 1024 / 1e6
 
 
-def card_memory() -> float:
+def gpu_memory() -> float:
     """What is taken of the GPU by all processes, in MB; 0 without one."""
     if not torch.cuda.is_available():
         return 0.0

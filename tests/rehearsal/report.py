@@ -73,7 +73,7 @@ def _values(found: Measured) -> dict[str, Any]:
 
 def _taken(phase: str, peak: Peak) -> float:
     """Before the steps not both: a file that is converted is mapped beside its copy."""
-    return peak.card or (max if phase == BEFORE else sum)((peak.anonymous, peak.mapped))
+    return peak.gpu or (max if phase == BEFORE else sum)((peak.anonymous, peak.mapped))
 
 
 def save(folder: Path, name: str, values: Mapping[str, Any]) -> Path:
@@ -99,9 +99,9 @@ def page_of(found: Mapping[str, Any]) -> str:
 
 
 def _section(values: Mapping[str, Any]) -> str:
-    card = any(peak["card"] for stage in values["stages"] for peak in stage["peaks"].values())
-    columns = ["", "processor, s", "clock, s", "anonymous, MB", "mapped, MB", *["card, MB"] * card, "written, MB"]
-    rows = [_row(stage, name, card) for stage in values["stages"] for name in stage["peaks"]]
+    gpu = any(peak["gpu"] for stage in values["stages"] for peak in stage["peaks"].values())
+    columns = ["", "processor, s", "clock, s", "anonymous, MB", "mapped, MB", *["card, MB"] * gpu, "written, MB"]
+    rows = [_row(stage, name, gpu) for stage in values["stages"] for name in stage["peaks"]]
     lines = [f"## {values['title']}", "", f"{values['disk']:,.0f} MB on disk. {values['settings']}", ""]
     lines += _table(columns, rows)
     if values["forecast"]:
@@ -111,12 +111,12 @@ def _section(values: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(stage: Mapping[str, Any], phase: str, card: bool) -> list[str]:
+def _row(stage: Mapping[str, Any], phase: str, gpu: bool) -> list[str]:
     """A line of a stage, or of one of its phases, of which the first has the time of all."""
     peak, first = stage["peaks"][phase], phase == next(iter(stage["peaks"]))
     label = stage["label"] if len(stage["peaks"]) == 1 else f"{stage['label']}: {phase}"
     times = [f"{stage[key]:,.0f}" if first else "" for key in ("processor_seconds", "seconds")]
-    sizes = [f"{peak[key]:,.0f}" for key in ("anonymous", "mapped", *["card"] * card)]
+    sizes = [f"{peak[key]:,.0f}" for key in ("anonymous", "mapped", *["gpu"] * gpu)]
     return [label, *times, *sizes, f"{stage['written']:,.0f}" if first else ""]
 
 

@@ -13,7 +13,7 @@ from tests.rehearsal.measuring import Measured, measured
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN = ("bus", "crown", "dog", "sun")  # of samples/3d_icon
-PICTURES, ROWS, PROMPTS = "pictures", "data.json", "one.txt"
+IMAGES, ROWS, PROMPTS = "pictures", "data.json", "one.txt"
 ON_PROCESSOR = ("backend=torch",)  # by which the dry run counts what a processor takes
 BEFORE, STEPS = "before the steps", "steps"
 OPENED = b". After a stop: dora-mm train"
@@ -42,13 +42,13 @@ class Stage:
 
 def prepare(folder: Path) -> None:
     """Copies pictures with captions, and writes rows of questions and a file of one prompt."""
-    source, pictures = ROOT / "samples/3d_icon", folder / PICTURES
-    pictures.mkdir(parents=True, exist_ok=True)
+    source, images = ROOT / "samples/3d_icon", folder / IMAGES
+    images.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in (source / "metadata.jsonl").read_text().splitlines()]
     chosen = [row for row in rows if row["file_name"].partition(".")[0] in SHOWN]
     for row in chosen:
-        shutil.copy(source / row["file_name"], pictures)
-    (pictures / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+        shutil.copy(source / row["file_name"], images)
+    (images / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     asked = {"from": "human", "value": "<image>\nWhat is it?"}
     conversations: list[Any] = [
         {"image": row["file_name"], "conversations": [asked, {"from": "gpt", "value": row["text"]}]} for row in chosen
@@ -57,7 +57,7 @@ def prepare(folder: Path) -> None:
     (folder / PROMPTS).write_text(f"{chosen[0]['text']}\n")
 
 
-def of_pictures(family: str, model: str, settings: Sequence[str], further: Mapping[str, Sequence[str]]) -> list[Stage]:
+def of_images(family: str, model: str, settings: Sequence[str], further: Mapping[str, Sequence[str]]) -> list[Stage]:
     """Those of an image model.
 
     Args:
@@ -69,7 +69,7 @@ def of_pictures(family: str, model: str, settings: Sequence[str], further: Mappi
     given, side = _set(*settings), next(each for each in settings if each.startswith("data.resolution")).split("=")[1]
     drawn = _set("adapter.path=runs/style/001", "steps=2", f"width={side}", f"height={side}")
     return [
-        Stage("new", ("new", family, "style", "--images", PICTURES, "--model", model)),
+        Stage("new", ("new", family, "style", "--images", IMAGES, "--model", model)),
         Stage("dry run as written", ("train", "style.yaml", "--dry-run")),
         *_training("style", given),
         Stage("sample, a picture of 2 steps", ("sample", PROMPTS, *drawn)),
@@ -87,9 +87,9 @@ def of_pictures(family: str, model: str, settings: Sequence[str], further: Mappi
 
 def of_questions(settings: Sequence[str]) -> list[Stage]:
     """Those of a vision-language model in `model`."""
-    run, asked = "runs/questions/001", ("ask", "model", f"{PICTURES}/bus.webp", "What is it?")
+    run, asked = "runs/questions/001", ("ask", "model", f"{IMAGES}/bus.webp", "What is it?")
     return [
-        Stage("new", ("new", "vlm", "questions", "--images", PICTURES, "--data", ROWS, "--model", "model")),
+        Stage("new", ("new", "vlm", "questions", "--images", IMAGES, "--data", ROWS, "--model", "model")),
         *_training("questions", _set(*settings)),
         Stage("ask", (*asked, "--adapter", run, "--max-new-tokens", "4")),
         Stage("convert", ("convert", run, "peft", "--to", "peft")),
@@ -128,10 +128,10 @@ def run_stage(stage: Stage, folder: Path) -> Measured:
         """The run directory is opened, which is said, for the first step."""
         return STEPS if OPENED in log.read_bytes() else BEFORE
 
-    def is_over() -> bool:
+    def should_stop() -> bool:
         return stage.killed and any(folder.glob("runs/*/*/checkpoints/step-*/*"))
 
-    found = measured(stage.arguments, folder, log, phase=phase, is_over=is_over)
+    found = measured(stage.arguments, folder, log, phase=phase, should_stop=should_stop)
     for path in [folder / stage.writes] if stage.writes else ():
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return found

@@ -27,10 +27,10 @@ def test_predictions_keep_the_order_and_the_batches_do_not_matter():
     def predict(batch_size, limit=None):
         return answer_all({"vqa": answer}, [], {"vqa": split}, batch_size, limit)["vqa"]
 
-    at_once, batched = predict(7), predict(3)
-    assert [example.id for example, _ in at_once] == [str(i) for i in range(7)]
-    assert at_once == batched
-    assert predict(64, 2) == at_once[:2]
+    concurrency, batched = predict(7), predict(3)
+    assert [example.id for example, _ in concurrency] == [str(i) for i in range(7)]
+    assert concurrency == batched
+    assert predict(64, 2) == concurrency[:2]
 
 
 @pytest.mark.parametrize("on_bad_data", ["stop", "skip"])

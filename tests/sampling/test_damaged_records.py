@@ -8,11 +8,11 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from dora_mm.sampling.manifest import MANIFEST, ManifestEntry, read_manifest, write_manifest
-from dora_mm.sampling.png import JSON_CHUNK, VERSION, BaseModel, Description, UsedAdapter, read_description
+from dora_mm.sampling.png import JSON_CHUNK, VERSION, BaseModel, GenerationMetadata, UsedAdapter, read_metadata
 from dora_mm.sampling.replay import check_complete
 
 ENTRY = ManifestEntry(1, "samples/0001.png", "done", 1, {"prompt": "a \ud800"}, "ab", None, {"likeness": 0.5})
-DESCRIPTION = Description(
+DESCRIPTION = GenerationMetadata(
     BaseModel("model", None, None, "float32", "ab", None),
     (UsedAdapter("adapter", 1.0, "cd", "ef"),),
     {"steps": 2, "guidance": 3.0, "width": 64, "height": 64, "scheduler": None},
@@ -55,19 +55,19 @@ def test_a_damaged_manifest_is_refused(line, tmp_path):
     assert len(str(raised.value)) < 2000
 
 
-def picture(file: Path, text: str) -> Path:
+def image(file: Path, text: str) -> Path:
     info = PngImagePlugin.PngInfo()
     info.add_itxt(JSON_CHUNK, text)
     Image.new("RGB", (8, 8)).save(file, pnginfo=info)
     return file
 
 
-def text_of(description: Description, **values) -> str:
+def text_of(description: GenerationMetadata, **values) -> str:
     return json.dumps({"version": VERSION, **asdict(description), **values})
 
 
 def test_a_description_is_read_as_it_was_written(tmp_path):
-    found = read_description(picture(tmp_path / "a.png", text_of(DESCRIPTION)))
+    found = read_metadata(image(tmp_path / "a.png", text_of(DESCRIPTION)))
     assert found == DESCRIPTION
     check_complete(found, tmp_path / "a.png")
 
@@ -75,7 +75,7 @@ def test_a_description_is_read_as_it_was_written(tmp_path):
 def test_a_description_of_before_has_the_circumstances_that_it_named(tmp_path):
     values = asdict(DESCRIPTION)
     values["software"] = values.pop("circumstances")
-    found = read_description(picture(tmp_path / "a.png", json.dumps({"version": VERSION, **values})))
+    found = read_metadata(image(tmp_path / "a.png", json.dumps({"version": VERSION, **values})))
     assert found == DESCRIPTION
 
 
@@ -97,7 +97,7 @@ def test_a_description_of_before_has_the_circumstances_that_it_named(tmp_path):
 )
 def test_a_damaged_description_is_refused(text, tmp_path):
     with pytest.raises(ValueError, match="the text chunk dora_mm of .* cannot be read"):
-        read_description(picture(tmp_path / "a.png", text))
+        read_metadata(image(tmp_path / "a.png", text))
 
 
 @pytest.mark.parametrize(

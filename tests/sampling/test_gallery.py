@@ -12,21 +12,21 @@ from PIL import Image
 
 from dora_mm.cli import main
 from dora_mm.sampling.gallery import write_gallery
-from dora_mm.sampling.gallery.data import GalleryPicture, befores, gallery_data, groups
+from dora_mm.sampling.gallery.data import GalleryImage, befores, gallery_data, groups
 from dora_mm.sampling.manifest import read_manifest, write_manifest
 from dora_mm.utils import partials
 from tests.shared.pages import HOSTILE, data_of, entry, make_run
 
 
-def shown(run: str, **settings) -> GalleryPicture:
-    return GalleryPicture(run, entry(**settings), file="1.png", thumbnail="1.png", size=(8, 8))
+def shown(run: str, **settings) -> GalleryImage:
+    return GalleryImage(run, entry(**settings), file="1.png", thumbnail="1.png", size=(8, 8))
 
 
 # --- what belongs together --------------------------------------------------------------------------------------------
 
 
-def test_before_is_the_same_picture_without_an_adapter():
-    pictures = [
+def test_before_is_the_same_image_without_an_adapter():
+    images = [
         shown("a"),
         shown("a", adapter="x", strength=1.0, adapter_digest="d1", label="adapted"),
         shown("a", adapter="x", strength=0.5, adapter_digest="d1"),
@@ -37,50 +37,50 @@ def test_before_is_the_same_picture_without_an_adapter():
         shown("b", adapter="y", strength=1.0, adapter_digest="d2"),
     ]
     # digests do not count, a setting that only pictures with an adapter have neither; the last is in the other run
-    assert befores(pictures) == [None, 0, 0, None, None, None, 5, 0]
+    assert befores(images) == [None, 0, 0, None, None, None, 5, 0]
 
 
 def test_before_is_taken_from_the_same_run_where_it_can_be():
-    pictures = [shown("a"), shown("b"), shown("b", adapter="x", strength=1.0)]
-    assert befores(pictures) == [None, None, 1]
+    images = [shown("a"), shown("b"), shown("b", adapter="x", strength=1.0)]
+    assert befores(images) == [None, None, 1]
 
 
 def test_other_settings_tell_befores_apart_if_both_sides_have_them():
-    pictures = [shown("a", style="3d"), shown("a", style="flat"), shown("a", style="flat", adapter="x", strength=1.0)]
-    assert befores(pictures) == [None, None, 1]
+    images = [shown("a", style="3d"), shown("a", style="flat"), shown("a", style="flat", adapter="x", strength=1.0)]
+    assert befores(images) == [None, None, 1]
 
 
-def test_a_picture_that_was_not_drawn_is_no_before():
-    missing = GalleryPicture("a", entry(status="failed", reason="black"))
+def test_a_image_that_was_not_drawn_is_no_before():
+    missing = GalleryImage("a", entry(status="failed", reason="black"))
     assert befores([missing, shown("a", adapter="x", strength=1.0)]) == [None, None]
 
 
-def test_pictures_of_runs_with_an_adapter_each_are_side_by_side():
+def test_images_of_runs_with_an_adapter_each_are_side_by_side():
     settings = [{}, {"adapter": "ADAPTER", "strength": 1.0}, {"adapter": "ADAPTER", "strength": 1.0, "seed": 1}]
-    pictures = [
+    images = [
         shown(run, **{name: run if value == "ADAPTER" else value for name, value in row.items()})
         for run in ("one", "two")
         for row in settings
     ]
-    assert groups(pictures) == [0, 1, 2, 0, 1, 2]
+    assert groups(images) == [0, 1, 2, 0, 1, 2]
 
 
-def test_pictures_of_runs_that_share_adapters_are_told_apart_by_them():
-    pictures = [shown(run, adapter=name, strength=1.0) for run in ("one", "two") for name in ("x", "y")]
-    assert groups(pictures) == [0, 1, 0, 1]
+def test_images_of_runs_that_share_adapters_are_told_apart_by_them():
+    images = [shown(run, adapter=name, strength=1.0) for run in ("one", "two") for name in ("x", "y")]
+    assert groups(images) == [0, 1, 0, 1]
 
 
 def test_columns_and_exact_values():
     large = 2**63 + 1
-    pictures = [
-        GalleryPicture("a", entry(seed=large, scores={"log-odds": 1.5}, sizes=[1, {"a": 2}])),
-        GalleryPicture("a", entry(2, seed=3, scores={"log-odds": float("nan")})),
+    images = [
+        GalleryImage("a", entry(seed=large, scores={"log-odds": 1.5}, sizes=[1, {"a": 2}])),
+        GalleryImage("a", entry(2, seed=3, scores={"log-odds": float("nan")})),
     ]
-    data = gallery_data(pictures)
+    data = gallery_data(images)
     columns = {column["name"]: column for column in data["columns"]}
     assert [name for name, column in columns.items() if column["varies"]] == ["seed", "sizes", "log-odds"]
     assert columns["log-odds"]["kind"] == "score"
-    rows = [dict(zip(columns, picture["values"], strict=True)) for picture in data["pictures"]]
+    rows = [dict(zip(columns, image["values"], strict=True)) for image in data["pictures"]]
     assert [row["seed"] for row in rows] == [str(large), 3]  # JavaScript would round it
     assert [row["log-odds"] for row in rows] == [1.5, "nan"]
     assert [row["sizes"] for row in rows] == [[1, {"a": 2}], None]
@@ -98,7 +98,7 @@ def test_hostile_texts_stay_data(tmp_path):
     assert "<!--" not in text
     data = data_of(page)
     names = [column["name"] for column in data["columns"]]
-    assert [picture["values"][names.index("prompt")] for picture in data["pictures"]] == HOSTILE
+    assert [image["values"][names.index("prompt")] for image in data["pictures"]] == HOSTILE
     assert set(HOSTILE) <= set(names)
 
 
@@ -142,7 +142,7 @@ def test_every_entry_is_listed_and_what_cannot_be_shown_has_its_reason(tmp_path)
     write_manifest(run, entries)
     data = data_of(write_gallery({run: read_manifest(run)}, tmp_path / "gallery"))
     status = [column["kind"] for column in data["columns"]].index("status")
-    found = [(picture["values"][status], picture["reason"], picture["file"]) for picture in data["pictures"]]
+    found = [(image["values"][status], image["reason"], image["file"]) for image in data["pictures"]]
     assert found[0] == ("done", None, "pictures/1/1.png")
     assert found[1] == ("missing", "its file is not there any more", None)
     assert found[2] == found[3] == ("failed", "its file is not a whole PNG, WebP or JPEG picture", None)
@@ -151,7 +151,7 @@ def test_every_entry_is_listed_and_what_cannot_be_shown_has_its_reason(tmp_path)
     assert [path.name for path in (tmp_path / "gallery" / "pictures").rglob("*.*")] == ["1.png"]
 
 
-def test_large_pictures_have_thumbnails_and_the_originals_stay_whole(tmp_path):
+def test_large_images_have_thumbnails_and_the_originals_stay_whole(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     Image.new("RGB", (1024, 640), "red").save(run / "1.png")
@@ -211,7 +211,7 @@ def test_the_gallery_of_several_runs_is_numbered(tmp_path, capsys, monkeypatch):
         assert main(["gallery", *runs, runs[0]]) == 0
         page = Path("runs/gallery", number, "index.html")
         assert str(page) in capsys.readouterr().out
-        assert [picture["values"][0] for picture in data_of(page)["pictures"]] == runs
+        assert [image["values"][0] for image in data_of(page)["pictures"]] == runs
     assert main(["gallery", *runs, "--output", "here/there"]) == 0
     assert Path("here/there/index.html").is_file()
 
@@ -230,7 +230,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path, capsys):
         assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_run_without_pictures_is_refused(tmp_path, capsys, monkeypatch):
+def test_a_run_without_images_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run(Path("run"), [entry()])
     Path("other").mkdir()

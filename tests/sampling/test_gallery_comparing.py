@@ -19,13 +19,13 @@ def test_both_sides_of_a_pair_are_named(one, tmp_path):
     assert left_at < one.evaluate("document.querySelector('.pair').clientWidth / 2") < right_at
 
 
-def test_search_looks_at_all_that_a_card_shows(one):
+def test_search_looks_at_all_that_a_gpu_shows(one):
     for words, count in {"no adapter": 4, "strength 1": 3, "one/001 cat": 1, "seed 3 no": 1, "BLACK failed": 1}.items():
         one.evaluate(f"find('search').value = {words!r}; find('search').dispatchEvent(new Event('input'))")
         assert (words, len(one.evaluate(PROMPTS))) == (words, count)
 
 
-def test_any_two_pictures_are_compared(one):
+def test_any_two_images_are_compared(one):
     names = "[...document.querySelectorAll('#compare .tag')].map((node) => node.textContent)"
     one.evaluate("document.querySelector('.grid li:nth-child(2) .card').focus()")
     one.press("c")
@@ -45,7 +45,7 @@ def test_any_two_pictures_are_compared(one):
     assert one.problems == []
 
 
-def test_a_link_opens_one_picture_whatever_is_shown(one, tmp_path):
+def test_a_link_opens_one_image_whatever_is_shown(one, tmp_path):
     one.click(".grid li:nth-child(3) .card")
     link = one.evaluate("location.href")
     assert link.endswith("index.html#pictures/1/bare/2.png")
@@ -64,7 +64,7 @@ def test_a_link_opens_one_picture_whatever_is_shown(one, tmp_path):
     assert one.problems == []
 
 
-def test_the_size_of_cards_and_the_list_of_keys(one):
+def test_the_size_of_gpus_and_the_list_of_keys(one):
     width = "document.querySelector('.card').getBoundingClientRect().width"
     before = one.evaluate(width)
     one.evaluate("find('size').value = 24; find('size').dispatchEvent(new Event('input'))")

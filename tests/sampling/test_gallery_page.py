@@ -5,13 +5,13 @@ import shlex
 import shutil
 
 import pytest
+from dora_mm.sampling.batch.reading import read_prompts_file
 from PIL import Image
 
-from dora_mm.cli.commands import take_job
+from dora_mm.cli.commands import take_prompts_file
 from dora_mm.cli.parser import build_parser
 from dora_mm.config import load_config
 from dora_mm.sampling.gallery import write_gallery
-from dora_mm.sampling.jobs.reading import read_job
 from dora_mm.sampling.manifest import read_manifest
 from tests.sampling.conftest import ADAPTED, BARE
 from tests.shared import browser
@@ -40,7 +40,7 @@ def choose(page: browser.Page, name: str, value: str) -> None:
     page.evaluate(CHOOSE.format(json.dumps(name), json.dumps(value)))
 
 
-def test_all_pictures_and_failures_are_shown(one):
+def test_all_images_and_failures_are_shown(one):
     assert one.evaluate(PROMPTS) == ["a bus", "a bus", "a cat", "a cat", "a key", "a key", "a hat"]
     assert one.evaluate("document.querySelector('.missing').innerText") == "failed\nthe picture is black"
     assert one.evaluate("document.querySelector('#count').textContent") == "7 pictures, 1 not drawn"
@@ -219,7 +219,7 @@ def test_favourites_stay_and_become_a_job(one, tmp_path, monkeypatch):
     (tmp_path / "favourites.jsonl").write_text(one.evaluate("saved.text()"))
     (tmp_path / "runs/one/001/adapter").mkdir(parents=True)  # a job's paths are looked for when it is read
     monkeypatch.chdir(tmp_path)
-    first, second = read_job(tmp_path / "favourites.jsonl")
+    first, second = read_prompts_file(tmp_path / "favourites.jsonl")
     assert (first.prompt, first.seed, first.strength) == ("a bus", (1,), 1)
     assert first.adapter == (("runs/one/001/adapter", 1.0),)
     assert (second.prompt, second.adapter) == ("a cat", None)
@@ -241,7 +241,7 @@ def test_prompt_and_command_are_copied_by_one_click(one):
         *('adapter.path="runs/one/001/adapter"', "strengths=[1]"),
     ]
     arguments = build_parser().parse_args(words[1:])
-    take_job(arguments)
+    take_prompts_file(arguments)
     assert load_config(arguments.config, arguments.overrides).prompts == ("a cat",)
 
 

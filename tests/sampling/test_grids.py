@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_mm.sampling.grids import LINE, contact_sheet, sheet
+from dora_mm.sampling.contact_sheets import save_grid
+from dora_mm.sampling.grids import LINE, contact_sheet, image_grid
 from dora_mm.sampling.labels import FONT, font_of, numbered_labels, wrap
-from dora_mm.sampling.sheets import save_grid
 
 RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
 
 
-def picture(colour, width=128, height=128):
+def image(colour, width=128, height=128):
     return Image.new("RGB", (width, height), colour)
 
 
@@ -49,7 +49,7 @@ def test_labels_in_latin_greek_and_cyrillic_are_drawn(language):
     label = LABELS[language]
     assert numbered_labels([label, unicodedata.normalize("NFD", label)]) == {}
     page, plain, decomposed = (
-        sheet([[picture(RED)]], [text], ["a"]) for text in (label, "", unicodedata.normalize("NFD", label))
+        image_grid([[image(RED)]], [text], ["a"]) for text in (label, "", unicodedata.normalize("NFD", label))
     )
     assert page.width > plain.width
     assert page.tobytes() == decomposed.tobytes()
@@ -58,36 +58,36 @@ def test_labels_in_latin_greek_and_cyrillic_are_drawn(language):
 @pytest.mark.parametrize("label", ["トキ風のバス", "مرحبا", "a bus 🚌", "חתול", "\ud800"])
 def test_other_labels_are_numbers(label):
     assert numbered_labels(["a bus", label, "a cat"]) == {2: label}
-    rows = [[picture(RED)]] * 3
-    shown = sheet(rows, ["a bus", "#2", "a cat"], ["a"])
-    assert sheet(rows, ["a bus", label, "a cat"], ["a"]).tobytes() == shown.tobytes()
+    rows = [[image(RED)]] * 3
+    shown = image_grid(rows, ["a bus", "#2", "a cat"], ["a"])
+    assert image_grid(rows, ["a bus", label, "a cat"], ["a"]).tobytes() == shown.tobytes()
 
 
-def test_rows_are_as_high_and_columns_as_wide_as_their_pictures():
-    page = sheet([[picture(RED, 160, 240), picture(GREEN, 240, 160)]], ["seed 1"], ["a", "b"])
+def test_rows_are_as_high_and_columns_as_wide_as_their_images():
+    page = image_grid([[image(RED, 160, 240), image(GREEN, 240, 160)]], ["seed 1"], ["a", "b"])
     assert size(page, RED) == (160, 240)
     assert size(page, GREEN) == (240, 160)
     assert box(page, GREEN)[0] - box(page, RED)[2] == 8
-    portraits = sheet([[picture(RED, 96, 144)], [picture(GREEN, 96, 144)]], ["1", "2"], ["a"])
+    portraits = image_grid([[image(RED, 96, 144)], [image(GREEN, 96, 144)]], ["1", "2"], ["a"])
     assert box(portraits, GREEN)[1] - box(portraits, RED)[3] == 8
     assert portraits.width < 96 + 40
-    smaller = sheet([[picture(RED, 512, 512)], [picture(GREEN, 256, 256)]], ["1", "2"], ["a"])
+    smaller = image_grid([[image(RED, 512, 512)], [image(GREEN, 256, 256)]], ["1", "2"], ["a"])
     assert (size(smaller, RED), size(smaller, GREEN)) == ((512, 512), (256, 256))  # sizes can be compared
     assert smaller.height - box(smaller, GREEN)[3] == 8
 
 
-def test_the_pictures_of_a_grid_are_row_by_row(tmp_path, monkeypatch):
+def test_the_images_of_a_grid_are_row_by_row(tmp_path, monkeypatch):
     colours = [RED, GREEN, BLUE, YELLOW, (0, 255, 255), (255, 0, 255)]
-    monkeypatch.setattr("dora_mm.sampling.sheets.thumbnail_of", lambda job, index: picture(job.pictures[index]))
-    save_grid(SimpleNamespace(pictures=colours), tmp_path / "sheet.png", ["1", "2"], ["a", "b", "c"])
+    monkeypatch.setattr("dora_mm.sampling.contact_sheets.thumbnail_of", lambda job, index: image(job.requests[index]))
+    save_grid(SimpleNamespace(requests=colours), tmp_path / "sheet.png", ["1", "2"], ["a", "b", "c"])
     boxes = [box(Image.open(tmp_path / "sheet.png"), colour) for colour in colours]
     assert boxes[0][1] == boxes[1][1] == boxes[2][1] < boxes[3][1] == boxes[4][1] == boxes[5][1]
     assert boxes[0][0] == boxes[3][0] < boxes[1][0] == boxes[4][0] < boxes[2][0] == boxes[5][0]
 
 
 def test_the_column_of_labels_is_as_wide_as_needed():
-    short, long = (sheet([[picture(RED)]], [label], [""]) for label in ("1", "a TOK icon of a flying saucer " * 9))
-    none = sheet([[picture(RED)]], [""], [""])
+    short, long = (image_grid([[image(RED)]], [label], [""]) for label in ("1", "a TOK icon of a flying saucer " * 9))
+    none = image_grid([[image(RED)]], [""], [""])
     assert none.size == (144, 144)
     assert none.width < short.width < none.width + 24
     assert none.width + 100 < long.width <= none.width + 128 + 8
@@ -107,8 +107,8 @@ def test_words_without_end_are_broken_and_long_texts_end():
     assert wrap(" ", 120, font, 2) == []
 
 
-def test_missing_pictures_are_outlined():
-    page = sheet([[picture(RED, 80, 120), None], [None, None]], ["1", "2"], ["a", "b"])
+def test_missing_images_are_outlined():
+    page = image_grid([[image(RED, 80, 120), None], [None, None]], ["1", "2"], ["a", "b"])
     grey = tuple(int(LINE[i : i + 2], 16) for i in (1, 3, 5))
     left, top, right, bottom = box(page, grey)
     assert right - left >= 2 * 85 + 8
@@ -119,19 +119,19 @@ def test_missing_pictures_are_outlined():
 
 def test_a_contact_sheet_is_in_reading_order():
     colours = [RED, GREEN, BLUE, YELLOW]
-    page = contact_sheet([picture(colour) for colour in colours], ["1", "2", "3", "4"], columns=3)
+    page = contact_sheet([image(colour) for colour in colours], ["1", "2", "3", "4"], columns=3)
     boxes = [box(page, colour) for colour in colours]
     assert boxes[0][1] == boxes[1][1] == boxes[2][1] < boxes[3][1]
     assert boxes[0][0] == boxes[3][0] < boxes[1][0] < boxes[2][0]
     ink = (np.asarray(page.convert("L")) < 60).nonzero()[0]
     assert boxes[3][3] < ink.max() < page.height  # the last label is under its picture
-    assert contact_sheet([picture(RED)] * 4, ["1"] * 4).width == 2 * 128 + 24
+    assert contact_sheet([image(RED)] * 4, ["1"] * 4).width == 2 * 128 + 24
     with pytest.raises(ValueError, match="one label for each"):
-        contact_sheet([picture(RED)], [])
+        contact_sheet([image(RED)], [])
 
 
-def test_many_large_pictures_make_a_sheet_that_opens():
-    page = sheet([[picture(RED, 1024, 1024)]] * 40, [""] * 40, ["a"])
+def test_many_large_images_make_a_sheet_that_opens():
+    page = image_grid([[image(RED, 1024, 1024)]] * 40, [""] * 40, ["a"])
     assert max(page.size) < 20_000
 
 

@@ -10,17 +10,17 @@ import torch
 from PIL import Image
 
 from dora_mm import DoRASpec, inject, save_adapter
+from dora_mm.config.generation import ImageGenerationConfig
 from dora_mm.config.models import ModelConfig
-from dora_mm.config.pictures import PicturesConfig
 from dora_mm.core import adapter_parameters
 from dora_mm.models.images import families
 from dora_mm.models.images.families import load_image_model
 from dora_mm.sampling import model as sampling_model
-from dora_mm.sampling.jobs.picture import Picture
+from dora_mm.sampling.batch.requests import ImageRequest
 from dora_mm.sampling.model import load_model
 
 SETTINGS = {"seed": 3, "steps": 2, "guidance": 4.0, "width": 64, "height": 64, "scheduler": None, "strength": 1.0}
-PICTURE = Picture(row=1, prompt="a bus", negative_prompt="red", adapters=(), **SETTINGS)
+IMAGE = ImageRequest(row=1, prompt="a bus", negative_prompt="red", adapters=(), **SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +56,13 @@ def loading(monkeypatch):
 
 
 def drawn(folder, adapters, tmp_path, name):
-    config = PicturesConfig(pipeline="sample", name="job", model=ModelConfig(path=str(folder)))
+    config = ImageGenerationConfig(pipeline="sample", name="job", model=ModelConfig(path=str(folder)))
     weights = tuple((path, 1.0) for path in adapters)
-    pictures = [PICTURE, replace(PICTURE, row=2, prompt="a cat", negative_prompt=None, adapters=weights)]
+    images = [IMAGE, replace(IMAGE, row=2, prompt="a cat", negative_prompt=None, adapters=weights)]
     loaded = load_model(config, adapters)
-    loaded.check(pictures)
+    loaded.check(images)
     (tmp_path / name).mkdir()
-    job = loaded.draw(tmp_path / name, pictures, 2)
+    job = loaded.generate(tmp_path / name, images, 2)
     job.raise_failures()
     return [np.asarray(Image.open(job.file(index))) for index in range(2)]
 
@@ -80,6 +80,6 @@ def test_text_encoders_are_freed_before_the_denoiser_is_loaded(tiny_folder, adap
 
 
 def test_an_adapter_of_a_text_encoder_keeps_it(tiny_folder, adapters, loading, tmp_path):
-    pictures = drawn(tiny_folder, [adapters["text_encoder"]], tmp_path, "adapted")
+    images = drawn(tiny_folder, [adapters["text_encoder"]], tmp_path, "adapted")
     assert ("unet", True) in loading
-    assert not np.array_equal(*pictures)
+    assert not np.array_equal(*images)

@@ -4,11 +4,11 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dora_mm.sampling.png import BaseModel, Description, UsedAdapter, parameters_text, read_description
+from dora_mm.sampling.png import BaseModel, GenerationMetadata, UsedAdapter, parameters_text, read_metadata
 
 
 def description(model, *adapters):
-    return Description(
+    return GenerationMetadata(
         BaseModel(model, None, None, "float32", "0" * 64, "1" * 64 if model.endswith(".safetensors") else None),
         tuple(UsedAdapter(path, 1.0, "1" * 64, "1" * 12) for path in adapters),
         {"steps": 1, "guidance": 5.0, "width": 64, "height": 64, "scheduler": None},
@@ -47,8 +47,8 @@ def test_every_path_of_an_adapter_has_a_name(path, name):
 
 def test_weights_are_compared_by_their_digests():
     one, other = description("a", "runs/x"), description("/work/a", "/work/runs/x")
-    assert one.is_drawn_like(other)
-    assert not one.is_drawn_like(description("a"))
+    assert one.is_same_image_as(other)
+    assert not one.is_same_image_as(description("a"))
 
 
 @pytest.mark.parametrize("text", ["[]", "1", "{}", '{"version": 1}', "no JSON"])
@@ -57,4 +57,4 @@ def test_a_text_chunk_that_is_no_description_is_refused(tmp_path, text):
     information.add_itxt("dora_mm", text)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=information)
     with pytest.raises(ValueError, match="cannot be read"):
-        read_description(tmp_path / "a.png")
+        read_metadata(tmp_path / "a.png")

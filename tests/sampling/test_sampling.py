@@ -9,19 +9,19 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from dora_mm import DoRASpec, inject
-from dora_mm.config.pictures import SampleConfig
+from dora_mm.config.generation import SampleConfig
 from dora_mm.core import adapted_layers
-from dora_mm.sampling.before_after import at_strength, before_after_sheet
-from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.pictures import PictureSampler, sample
+from dora_mm.sampling.before_after import at_strength, before_after_contact_sheet
+from dora_mm.sampling.grids import image_grid
+from dora_mm.sampling.image_sampler import ImageSampler, sample
 from dora_mm.train.weights import swapped
 
 
-def pixels(picture):
-    return np.asarray(picture, dtype=np.int64)
+def pixels(image):
+    return np.asarray(image, dtype=np.int64)
 
 
-def test_a_picture_does_not_depend_on_its_batch(tiny):
+def test_a_image_does_not_depend_on_its_batch(tiny):
     prompts, seeds = ["a bus", "a cat", "a key"], [5, 2, 9]
     together = sample(tiny, prompts, seeds, steps=2, batch_size=3)
     alone = [sample(tiny, [p], [s], steps=2)[0] for p, s in zip(prompts, seeds, strict=True)]
@@ -110,7 +110,7 @@ def test_a_sheet_is_drawn_at_the_configured_strength(tiny):
     for before_after in (False, True):
         for strength in (0.0, 1.0):
             config = SampleConfig(prompts=["a bus"], steps=2, before_after=before_after)
-            page, _ = before_after_sheet(tiny, {"unet": tiny.unet}, config, strength=strength)
+            page, _ = before_after_contact_sheet(tiny, {"unet": tiny.unet}, config, strength=strength)
             pages[before_after, strength] = page
     assert np.abs(pixels(pages[False, 0.0]) - pixels(pages[False, 1.0])).max() > 5
     assert pages[True, 1.0].height > pages[False, 1.0].height
@@ -123,33 +123,35 @@ def test_a_sheet_shows_the_bare_model_the_adapter_and_the_average_with_the_same_
     for parameter in trained:
         torch.nn.init.normal_(parameter, std=0.3)
     config, networks = SampleConfig(prompts=["a bus"], steps=2, seeds=[3]), {"unet": tiny.unet}
-    page, drawn = before_after_sheet(tiny, networks, config, average=lambda: swapped({p: p / 2 for p in trained}))
+    page, drawn = before_after_contact_sheet(
+        tiny, networks, config, average=lambda: swapped({p: p / 2 for p in trained})
+    )
     assert list(drawn) == ["before", "after", "average"]
-    (two_rows, alone) = before_after_sheet(tiny, networks, config)
+    (two_rows, alone) = before_after_contact_sheet(tiny, networks, config)
     assert page.height > two_rows.height
     assert all(np.array_equal(drawn[label][0], alone[label][0]) for label in ("before", "after"))
     for parameter in trained:
         parameter.data /= 2
-    _, halved = before_after_sheet(tiny, networks, config)
+    _, halved = before_after_contact_sheet(tiny, networks, config)
     assert np.array_equal(drawn["average"][0], halved["after"][0])
     assert not np.array_equal(drawn["average"][0], drawn["after"][0])
 
 
-def test_the_steps_of_a_picture_are_told_and_change_nothing(tiny):
-    sampler, told = PictureSampler(tiny), []
+def test_the_steps_of_a_image_are_told_and_change_nothing(tiny):
+    sampler, told = ImageSampler(tiny), []
     settings = {"steps": 4, "guidance": 3.0, "width": 64, "height": 64}
-    (picture,) = sampler.draw([("a bus", None)], [0], **settings, on_step=told.append)
+    (image,) = sampler.generate([("a bus", None)], [0], **settings, on_step=told.append)
     assert told == [0.25, 0.5, 0.75, 1]
-    (same,) = sampler.draw([("a bus", None)], [0], **settings)
-    assert np.array_equal(picture, same)
+    (same,) = sampler.generate([("a bus", None)], [0], **settings)
+    assert np.array_equal(image, same)
 
 
-def test_a_sheet_contains_every_picture():
+def test_a_sheet_contains_every_image():
     colours = [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 0)]]
     rows = [[Image.new("RGB", (200, 100), colour) for colour in row] for row in colours]
-    page = sheet(rows, ["one", "two"], ["a very long label that must be wrapped", "b"])
+    page = image_grid(rows, ["one", "two"], ["a very long label that must be wrapped", "b"])
     found = {colour for _, colour in page.getcolors(1 << 20)}
     assert {colour for row in colours for colour in row} <= found
     assert page.width > 400
     with pytest.raises(ValueError, match="label"):
-        sheet(rows, ["one"], ["a", "b"])
+        image_grid(rows, ["one"], ["a", "b"])

@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 from torch.distributed import HashStore
 
-from dora_mm.sampling.drawing import draw, plan
-from dora_mm.sampling.jobs.picture import Picture
+from dora_mm.sampling.batch.requests import ImageRequest
+from dora_mm.sampling.generating import generate, plan
+from dora_mm.sampling.image_sampler import UnusableImageError
 from dora_mm.sampling.manifest import read_manifest
-from dora_mm.sampling.pictures import UnusablePictureError
 from dora_mm.sampling.png import BaseModel
-from dora_mm.utils.processes import ALONE, OtherProcessError, Processes
+from dora_mm.utils.processes import SINGLE_PROCESS, OtherProcessError, Processes
 
-PICTURE = Picture(0, "", None, 0, 1, 1.0, 8, 8, None, (), 1.0)
+IMAGE = ImageRequest(0, "", None, 0, 1, 1.0, 8, 8, None, (), 1.0)
 
 
 class Sampler:
@@ -36,22 +36,22 @@ class Sampler:
     def scheduler_title(self, name):
         return "Euler"
 
-    def draw(self, prompts, seeds, **settings):
+    def generate(self, prompts, seeds, **settings):
         if self.start and not self.drawn:
             self.start.wait(20)
         if self.fails:
             raise ValueError("no more")
         self.drawn.append(tuple(seeds))
-        return [Image.new("RGB", (8, 8), (s, 0, 0)) if s != 7 else UnusablePictureError("is black") for s in seeds]
+        return [Image.new("RGB", (8, 8), (s, 0, 0)) if s != 7 else UnusableImageError("is black") for s in seeds]
 
 
 @pytest.fixture
 def job(tmp_path):
     def planned(name):
-        pictures = [replace(PICTURE, row=number + 1, prompt=str(number), seed=number) for number in range(13)]
+        images = [replace(IMAGE, row=number + 1, prompt=str(number), seed=number) for number in range(13)]
         model = BaseModel("model", None, None, "float32", "0", None, {})
         about = {"adapters": {}, "environment": {}, "now": {}}
-        return plan(tmp_path / name, pictures, lambda picture: 1, batch_size=3, model=model, **about)
+        return plan(tmp_path / name, images, lambda image: 1, batch_size=3, model=model, **about)
 
     return planned
 
@@ -62,7 +62,7 @@ def draw_in_two(jobs, samplers):
 
     def run(index):
         try:
-            draw(jobs[index], samplers[index], print, Processes(store, index, 2))
+            generate(jobs[index], samplers[index], print, Processes(store, index, 2))
         except ValueError as error:
             errors[index] = error
             Processes(store, index, 2).reports()
@@ -81,7 +81,7 @@ def files_of(run):
 
 def test_two_processes_draw_the_batches_and_the_files_of_one(job, tmp_path):
     whole, alone = job("whole"), Sampler()
-    draw(whole, alone, print, ALONE)
+    generate(whole, alone, print, SINGLE_PROCESS)
     jobs, start = [job("shared"), job("shared")], threading.Barrier(2)
     samplers = [Sampler(start), Sampler(start)]
     assert draw_in_two(jobs, samplers) == [None, None]

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from dora_mm.cli import main
-from dora_mm.cli.commands import take_job
+from dora_mm.cli.commands import take_prompts_file
 from dora_mm.cli.parser import build_parser
 from dora_mm.config import load_config
 from dora_mm.config.loader import dump_config
@@ -17,7 +17,7 @@ from dora_mm.sampling.gallery import training as about
 from dora_mm.sampling.gallery.thumbnails import Thumbnails
 from dora_mm.sampling.manifest import read_manifest
 from dora_mm.utils.run_directory import RunDirectory
-from tests.sampling.training_run import draw, make_training, picture, training_config, write_rows
+from tests.sampling.training_run import draw, image, make_training, training_config, write_rows
 from tests.shared import browser
 from tests.shared.pages import data_of
 
@@ -31,7 +31,7 @@ def steps_of(run: RunDirectory) -> list[int | None]:
     return [entry.settings["step"] for entry in read_manifest(run.path) if entry.settings["seed"] == 0][::2]
 
 
-def test_each_picture_of_a_sheet_is_kept_with_its_settings_and_those_of_the_base_model_once(tmp_path):
+def test_each_image_of_a_sheet_is_kept_with_its_settings_and_those_of_the_base_model_once(tmp_path):
     run = make_training(tmp_path / "run", drawn=(0, 10, 40))
     entries = read_manifest(run.path)
     assert steps_of(run) == [None, 10, 40]  # a fresh adapter draws what the base model does
@@ -52,7 +52,7 @@ def test_steps_behind_the_one_that_a_run_resumed_from_are_drawn_again(tmp_path):
     assert steps_of(run) == [None, 10, 20, 40]
 
 
-def test_other_prompts_of_a_resumed_run_replace_no_picture(tmp_path):
+def test_other_prompts_of_a_resumed_run_replace_no_image(tmp_path):
     run = make_training(tmp_path / "run", drawn=(10,))
     draw(run, training_config(sample={"prompts": ["a key"], "seeds": [0]}), 20)
     entries = [(entry.settings["prompt"], entry.settings["step"]) for entry in read_manifest(run.path)]
@@ -66,7 +66,7 @@ def test_an_adapter_that_begins_with_another_one_is_shown_before_its_first_step(
     assert steps_of(run) == [None, 0]
 
 
-def test_the_average_has_pictures_of_its_own_and_full_training_no_strength(tmp_path):
+def test_the_average_has_images_of_its_own_and_full_training_no_strength(tmp_path):
     run = RunDirectory(tmp_path / "run")
     draw(run, training_config(), 10, ("before", "after", "average"))
     adapters = [entry.settings["adapter"] for entry in read_manifest(run.path)][::4]
@@ -117,13 +117,13 @@ def test_settings_are_those_that_are_looked_for_and_those_that_were_changed(tmp_
     assert not {"train.compile", "sample.prompts", "name"} & set(found)
 
 
-def test_training_pictures_are_spread_over_the_folder_without_masks(tmp_path, monkeypatch):
+def test_training_images_are_spread_over_the_folder_without_masks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("pictures").mkdir()
     for number in range(48):
-        picture((number, 0, 0)).save(f"pictures/{number:02d}.png")
-    picture((0, 0, 0)).save("pictures/00.mask.png")
-    found, note = about.training_pictures(training_config())
+        image((number, 0, 0)).save(f"pictures/{number:02d}.png")
+    image((0, 0, 0)).save("pictures/00.mask.png")
+    found, note = about.training_images(training_config())
     assert [path.name for path in found] == [f"{number:02d}.png" for number in range(0, 48, 2)]
     assert note == "24 of 48"
     shown = training_of(make_training(Path("run"), drawn=()).path)["pictures"]
@@ -132,7 +132,7 @@ def test_training_pictures_are_spread_over_the_folder_without_masks(tmp_path, mo
         assert thumbnail.size == (16, 16)
 
 
-def test_a_training_without_pictures_and_data_has_a_page(tmp_path, monkeypatch, capsys):
+def test_a_training_without_images_and_data_has_a_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = make_training(tmp_path / "run", drawn=(), finished=False)
     assert main(["gallery", str(run.path)]) == 0
@@ -174,7 +174,7 @@ def test_a_page_that_cannot_be_written_does_not_end_the_training(tmp_path, caplo
     assert [path.name for path in (run.path / "gallery").iterdir()] == ["notes.txt"]
 
 
-def test_large_pictures_are_decoded_for_the_first_page_alone(tmp_path, monkeypatch):
+def test_large_images_are_decoded_for_the_first_page_alone(tmp_path, monkeypatch):
     run = make_training(tmp_path / "run", drawn=())
     large = tmp_path / "pictures"
     large.mkdir()
@@ -199,7 +199,7 @@ def test_large_pictures_are_decoded_for_the_first_page_alone(tmp_path, monkeypat
     assert len(list((run.path / "gallery" / "thumbnails").iterdir())) == 3
 
 
-def test_a_picture_with_damaged_exif_has_a_thumbnail_all_the_same(tmp_path):
+def test_a_image_with_damaged_exif_has_a_thumbnail_all_the_same(tmp_path):
     """Pillow raises a TypeError where it is to be turned, which ended the training before its summary."""
     turned, white_point = struct.pack(">HHIHH", 0x112, 3, 1, 6, 0), struct.pack(">HHII", 0x13E, 2, 6, 38)
     exif = struct.pack(">2sHIH", b"MM", 42, 8, 2) + turned + white_point + bytes(4) + b"text.\0"  # and no numbers
@@ -214,7 +214,7 @@ def test_a_picture_with_damaged_exif_has_a_thumbnail_all_the_same(tmp_path):
         assert small.size == (40, 30)
 
 
-def test_a_picture_that_changes_while_it_is_read_has_its_own_thumbnail_on_the_next_page(tmp_path, monkeypatch):
+def test_a_image_that_changes_while_it_is_read_has_its_own_thumbnail_on_the_next_page(tmp_path, monkeypatch):
     run, read = make_training(tmp_path / "run", drawn=()), folder._read
     write_rows(
         run.path / "manifest.jsonl",
@@ -251,7 +251,7 @@ def page(chromium, tmp_path, monkeypatch) -> browser.Page:
     """The page of a finished training, opened."""
     monkeypatch.chdir(tmp_path)
     Path("pictures").mkdir()
-    picture((250, 0, 0)).save("pictures/one.png")
+    image((250, 0, 0)).save("pictures/one.png")
     run = make_training(Path("runs/style/001"))
     assert main(["gallery", str(run.path)]) == 0
     chromium.problems.clear()
@@ -301,7 +301,7 @@ def test_curves_have_the_checkpoints_and_follow_the_slider(page):
 
 
 @in_chromium
-def test_settings_training_pictures_and_commands(page):
+def test_settings_training_images_and_commands(page):
     assert "optimizer.lr\n0.01" in page.evaluate("document.querySelector('.settings').innerText")
     decoded = "document.querySelector('.learned img').decode().then(() => document.querySelector('.learned img').alt)"
     assert page.evaluate(decoded) == "one.png"
@@ -311,12 +311,12 @@ def test_settings_training_pictures_and_commands(page):
     words = shlex.split(page.evaluate("navigator.clipboard.readText()"))
     arguments = build_parser().parse_args(words[1:])
     Path("runs/style/001/adapter/adapter_model.safetensors").touch()
-    take_job(arguments)
+    take_prompts_file(arguments)
     assert load_config(arguments.config, arguments.overrides).seeds == (0, 5)
 
 
 @in_chromium
-def test_a_picture_is_drawn_again_with_the_checkpoint_of_its_step(page):
+def test_a_image_is_drawn_again_with_the_checkpoint_of_its_step(page):
     page.click(".steps .card")
     commands = {}
     for step in (40, 20, 10):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.loader import dump_config
-from dora_mm.sampling.before_after import keep_pictures
+from dora_mm.sampling.before_after import keep_images
 from dora_mm.utils.run_directory import RunDirectory
 
 PROMPTS = ("a bus", "a cat")
@@ -31,7 +31,7 @@ def training_config(**sections: dict[str, Any]) -> TrainDiffusionConfig:
     return TrainDiffusionConfig.model_validate(values)
 
 
-def picture(colour: Sequence[int]) -> Image.Image:
+def image(colour: Sequence[int]) -> Image.Image:
     return Image.new("RGB", (16, 16), tuple(colour))
 
 
@@ -41,7 +41,7 @@ def draw(
     """Saves the pictures of a sheet, in a colour for each label and step."""
     count = len(config.sample.prompts) * len(config.sample.seeds)
     colours = {"before": (0, 0, 250), "after": (step, 200, 0), "average": (step, 0, 0)}
-    keep_pictures(run, config, step, {label: [picture(colours[label])] * count for label in labels})
+    keep_images(run, config, step, {label: [image(colours[label])] * count for label in labels})
 
 
 def make_training(

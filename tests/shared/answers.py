@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dora_mm.eval.vl.intervals import AnswerScores
+from dora_mm.eval.vl.confidence_intervals import AnswerScores
 
 
 def random_scores(groups: int, runs: int = 3, seed: int = 0, share: float = 0.6, size: int = 7, prefix: str = ""):

@@ -56,7 +56,7 @@ def test_differences_are_paired_over_the_seeds_that_both_have():
 
 def test_the_mean_around_a_rate_has_the_seeds_of_all_three():
     points = {1.0: CurvePoint(np.full((3, 2), 1.0), (0, 1)), 2.0: CurvePoint(np.full((3, 2), 2.0), (0, 1))}
-    found = RateCurve({**points, 4.0: CurvePoint(np.full((3, 1), 6.0), (0,))}).around(2.0)
+    found = RateCurve({**points, 4.0: CurvePoint(np.full((3, 1), 6.0), (0,))}).ci_around(2.0)
     assert found.seeds == (0,)
     assert found.cells_KS.tolist() == [[3.0]] * 3
 

@@ -80,7 +80,7 @@ def test_slope_and_correlation_are_those_of_all_matrices_and_steps():
 
 
 @pytest.mark.slow
-def test_intervals_cover_the_slope_as_often_as_they_say():
+def test_confidence_intervals_cover_the_slope_as_often_as_they_say():
     """Points of one matrix share an offset, and those of one training another."""
     covered, rng = 0, np.random.default_rng(1)
     for _ in range(200):

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from dora_mm.eval.images.scores import MEANS
-from dora_mm.eval.statistics import Interval, mean_interval
-from dora_mm.eval.vl.intervals import AnswerScores, intervals, points
+from dora_mm.eval.statistics import ConfidenceInterval, mean_ci
+from dora_mm.eval.vl.confidence_intervals import AnswerScores, confidence_intervals, points
 from dora_mm.studies.tables import (
     Result,
     contrasts_table,
     describe_sizes,
-    picture_results_csv,
-    picture_results_table,
+    image_results_csv,
+    image_results_table,
     vl_contrasts_table,
     vl_results_csv,
     vl_results_table,
@@ -59,7 +59,7 @@ def test_what_holm_leaves_has_a_mark_of_its_own():
     noise = 0.02 * 50**0.5 * (noise - noise.mean()) / noise.std(ddof=1)  # the mean has a standard error of 0.02
 
     def shifted(by):
-        return mean_interval((by + noise)[:, None])
+        return mean_ci((by + noise)[:, None])
 
     found = {(dora, LORA): by for dora, by in ((DORA, 0.044), (HALF, 0.2))}
     table = contrasts_table(
@@ -67,7 +67,7 @@ def test_what_holm_leaves_has_a_mark_of_its_own():
         {LORA: LORA, DORA: DORA, HALF: HALF},
         lambda first, second: {"a": shifted(found[first, second])} | {f"k{i}": shifted(0.0) for i in range(8)},
         {"a": "A"} | {f"k{i}": f"K{i}" for i in range(8)},
-        lambda _, interval: interval.text("{:.2f}"),
+        lambda _, ci: ci.text("{:.2f}"),
     )
     one, other = table.splitlines()[2:4]
     assert one.startswith("| DoRA, rank 4 - LoRA, rank 4 | 0.04 (0.00 to 0.08) ! |")
@@ -81,8 +81,8 @@ def results() -> list[Result]:
     single = {"vqa": AnswerScores(scores["vqa"].values_QS[:, :1], scores["vqa"].groups)}
     summary = {"parameters": 1234567, "trainable_share": 5.9617, "seconds_per_step": 0.1234, "peak_memory_mb": 2048.4}
     return [
-        Result("untrained base", intervals(single)),
-        Result("DoRA, rank 4", intervals(scores), "0.001*", summary),
+        Result("untrained base", confidence_intervals(single)),
+        Result("DoRA, rank 4", confidence_intervals(scores), "0.001*", summary),
     ]
 
 
@@ -113,13 +113,15 @@ def test_sizes():
     assert describe_sizes(scores).startswith(f"VQA {len(scores['vqa'].groups)} answers in 40 groups; CIDEr ")
 
 
-def test_the_committed_tables_of_pictures_are_as_they_are_written_now():
+def test_the_committed_tables_of_images_are_as_they_are_written_now():
     folder = Path("samples/comparison_3d")
     text = (folder / "results.csv").read_text()
     results = []
     for row in csv.DictReader(io.StringIO(text)):
-        scores = {key: Interval(*(float(row[f"{key}_{end}"]) for end in ("mean", "low", "high"))) for key in MEANS}
+        scores = {
+            key: ConfidenceInterval(*(float(row[f"{key}_{end}"]) for end in ("mean", "low", "high"))) for key in MEANS
+        }
         summary = {"parameters": int(row["parameters"])} if row["parameters"] else {}
         results.append(Result(row["name"], scores, row["learning_rate"], summary))
-    assert picture_results_csv(results) == text
-    assert picture_results_table(results) in (folder / "table.md").read_text()
+    assert image_results_csv(results) == text
+    assert image_results_table(results) in (folder / "table.md").read_text()

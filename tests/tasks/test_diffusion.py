@@ -108,7 +108,7 @@ def test_the_loss_is_a_function_of_its_generator():
 def test_noise_offset_moves_whole_channels():
     batch = make_batch(64)
     task = make_task(lambda noisy, times: noisy, noise_offset=1.0)
-    noise = task.draw_noise(batch.latents, torch.Generator().manual_seed(0))
+    noise = task.sample_noise(batch.latents, torch.Generator().manual_seed(0))
     assert noise.mean(dim=(2, 3)).std() > 0.8
 
 
@@ -225,7 +225,7 @@ def test_training_draws_from_the_levels_of_infinitely_many_steps(name):
     assert (flow_of(name, steps=4)[0].shift(1024) != flow.shift(1024)) == (name == "klein")
 
 
-def test_a_flow_at_its_ends_is_the_picture_and_the_noise():
+def test_a_flow_at_its_ends_is_the_image_and_the_noise():
     flow, x, e = PROCESSES["velocity"], torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     assert torch.equal(flow.noised(x, e, torch.zeros(2)), x)
     assert torch.equal(flow.noised(x, e, torch.ones(2)), e)

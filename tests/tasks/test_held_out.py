@@ -10,7 +10,7 @@ from dora_mm.data.images.folder import read_training_images
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
-from dora_mm.tasks.held_out import NUM_TIMES, PictureLosses, RowLosses
+from dora_mm.tasks.held_out import NUM_TIMES, ImageLosses, RowLosses
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.randomness import generator
@@ -25,11 +25,11 @@ def part(tiny, image_folder):
 
 def measure(part, *, batch_size=3, **config) -> float:
     task = DiffusionTask(part.model, LossConfig(**config))
-    losses = PictureLosses(task, {"loss": part}, batch_size=batch_size, precision=nullcontext)
+    losses = ImageLosses(task, {"loss": part}, batch_size=batch_size, precision=nullcontext)
     return losses([part.model.unet])["loss"]
 
 
-def test_it_is_the_mean_over_pictures_and_stratified_times_with_their_own_noise(part):
+def test_it_is_the_mean_over_images_and_stratified_times_with_their_own_noise(part):
     task, expected = DiffusionTask(part.model, LossConfig()), []
     with torch.no_grad():
         for index, image in enumerate(part.images):
@@ -102,9 +102,9 @@ def test_processes_share_the_batches_and_all_know_the_result(monkeypatch, part):
         monkeypatch.setattr("accelerate.utils.gather_object", lambda own: shares.append(own) or own)
         task = DiffusionTask(part.model, LossConfig())
         process = {"batch_size": 3, "precision": nullcontext, "process": (index, 2)}
-        PictureLosses(task, {"loss": part}, **process)([part.model.unet])
+        ImageLosses(task, {"loss": part}, **process)([part.model.unet])
     together = [*shares[0], *shares[1]]
     monkeypatch.setattr("accelerate.utils.gather_object", lambda own: together)
-    losses = PictureLosses(task, {"loss": part}, batch_size=3, precision=nullcontext, process=(0, 2))
+    losses = ImageLosses(task, {"loss": part}, batch_size=3, precision=nullcontext, process=(0, 2))
     assert losses([part.model.unet]) == {"loss": whole}
     assert len(shares[0]) + len(shares[1]) == len(losses.batches["loss"])

@@ -64,7 +64,7 @@ def test_cached_latents_equal_fresh_ones(tiny, image_folder):
     assert not torch.equal(all_batches(0).latents, all_batches(3).latents)  # drawn again
 
 
-def test_a_picture_that_has_changed_since_the_start_is_not_trained_on(tiny, image_folder):
+def test_a_image_that_has_changed_since_the_start_is_not_trained_on(tiny, image_folder):
     all_batches = batches(tiny, image_folder, crop="random")
     name = all_batches.images[0].path
     Image.new("RGB", (64, 64), "red").save(name)
@@ -265,7 +265,7 @@ def test_kept_latents_are_not_read_before_they_are_needed(tiny, image_folder, tm
 
 
 @pytest.mark.slow
-def test_thousands_of_pictures_take_a_bounded_memory(tiny, tmp_path):
+def test_thousands_of_images_take_a_bounded_memory(tiny, tmp_path):
     """A start keeps the name, size, digest and place in the order of a picture, and neither pixels nor latents."""
     settings = {"latent_cache": str(tmp_path / "latents"), "instance_prompt": "a thing"}
     peaks = []

@@ -10,7 +10,7 @@ from dora_mm.data.images.folder import read_training_images
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
 from dora_mm.utils.randomness import generator
-from tests.shared.data.pictures import half, write_mask
+from tests.shared.data.images_made import half, write_mask
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def adapt(tiny, *networks):
 
 def drawn(task, batch):
     stream = generator(0, 0, "test")
-    return task.draw_noise(batch.latents, stream), torch.tensor([100, 500, 900])
+    return task.sample_noise(batch.latents, stream), torch.tensor([100, 500, 900])
 
 
 def test_each_image_has_the_mean_over_its_own_mask(tiny, masked):

@@ -21,7 +21,7 @@ from dora_mm.data.vl.splits import TrainingSet
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.tasks.preferences import KeptReference, Preferences, pair_losses, pairs_of, without_adapters
 from tests.shared.data.chats import messages
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 from tests.shared.killed import assert_same_weights
 from tests.shared.vl import tiny_vlm as tiny
 
@@ -30,8 +30,8 @@ FULL = {"rank": 2, "parts": {"text.attn": {}, "connector": {"method": "full"}}}
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return str(write_pictures(tmp_path_factory.mktemp("pictures")))
+def images(tmp_path_factory):
+    return str(write_images(tmp_path_factory.mktemp("pictures")))
 
 
 def example(number: int, images: tuple[str, ...], chosen: str, rejected: str) -> Example:
@@ -83,10 +83,10 @@ ALL = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for 
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_fresh_adapter_prefers_nothing_bit_for_bit_and_the_reference_stays(name, tiny_vlm, pictures):
+def test_a_fresh_adapter_prefers_nothing_bit_for_bit_and_the_reference_stays(name, tiny_vlm, images):
     vlm = model(tiny_vlm, name)
     rows = [row for row in ROWS if vlm.reads_several or len(row.images) == 1]
-    batch = pairs_of(vlm, "preference", rows, pictures, "stop")
+    batch = pairs_of(vlm, "preference", rows, images, "stop")
     preferences = Preferences(vlm, PreferenceConfig(), without_adapters(vlm))
     before = preferences.reference(batch)
     assert torch.equal(preferences.margins(batch), torch.zeros(len(rows)))
@@ -98,17 +98,17 @@ def test_a_fresh_adapter_prefers_nothing_bit_for_bit_and_the_reference_stays(nam
     assert torch.equal(preferences.reference(batch), before)
     margins = preferences.margins(batch)
     assert margins.abs().min() > 1e-4
-    alone = [preferences.margins(pairs_of(vlm, "preference", [row], pictures, "stop")) for row in rows]
+    alone = [preferences.margins(pairs_of(vlm, "preference", [row], images, "stop")) for row in rows]
     torch.testing.assert_close(margins, torch.cat(alone), rtol=1e-4, atol=1e-5)
     swapped = [replace(row.with_rejected(), rejected=row.turns) for row in rows]
-    other = preferences.margins(pairs_of(vlm, "preference", swapped, pictures, "stop"))
+    other = preferences.margins(pairs_of(vlm, "preference", swapped, images, "stop"))
     torch.testing.assert_close(other, -margins, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_kept_is_what_the_model_said_at_the_start_and_survives_a_checkpoint(tiny_vlm, pictures):
+def test_what_is_kept_is_what_the_model_said_at_the_start_and_survives_a_checkpoint(tiny_vlm, images):
     vlm = model(tiny_vlm, config=FULL)
-    batch = pairs_of(vlm, "preference", ROWS, pictures, "stop")
-    sets = {"preference": replace(table(ROWS)["preference"], images=pictures)}
+    batch = pairs_of(vlm, "preference", ROWS, images, "stop")
+    sets = {"preference": replace(table(ROWS)["preference"], images=images)}
     kept = KeptReference()
     kept.compute(vlm, sets, 2, on_bad_data="stop")
     preferences = Preferences(vlm, PreferenceConfig(beta=1.0), kept)
@@ -122,10 +122,10 @@ def test_what_is_kept_is_what_the_model_said_at_the_start_and_survives_a_checkpo
     again.load_state_dict(kept.state_dict())
     assert torch.equal(again(batch), kept(batch))
     with pytest.raises(KeyError):
-        again(pairs_of(vlm, "preference", [example(0, (), "a", "b")], pictures, "stop"))
+        again(pairs_of(vlm, "preference", [example(0, (), "a", "b")], images, "stop"))
 
 
-def test_a_pair_loses_both_answers_or_none(tiny_vlm, pictures):
+def test_a_pair_loses_both_answers_or_none(tiny_vlm, images):
     """The rejected answer of r1 has room, and its question has not with the chosen one."""
     long = Turn("user", "What? " * 40, False)
     rows = [ROWS[0], replace(ROWS[1], turns=(ROWS[1].turns[0], ROWS[1].turns[1], long, Turn("assistant", "x", True)))]
@@ -133,18 +133,18 @@ def test_a_pair_loses_both_answers_or_none(tiny_vlm, pictures):
         rows[1], turns=tuple(turn._replace(loss=number == 3) for number, turn in enumerate(rows[1].turns))
     )
     vlm = model(tiny_vlm, max_length=60)
-    batch = pairs_of(vlm, "preference", rows, pictures, "stop")
+    batch = pairs_of(vlm, "preference", rows, images, "stop")
     assert [row.id for row in batch.examples] == ["0"]
     assert batch.left_out[0].startswith("row 1 of preference: its whole answer is beyond 60 tokens")
     preferences = Preferences(vlm, PreferenceConfig(), without_adapters(vlm))
     assert preferences.loss(batch, torch.Generator()).count.item() == 1
-    none = pairs_of(vlm, "preference", rows[1:], pictures, "stop")
+    none = pairs_of(vlm, "preference", rows[1:], images, "stop")
     loss = preferences.loss(none, torch.Generator())
     loss.total.backward()
     assert (loss.total.item(), loss.count.item()) == (0, 0)
     assert (vlm.counts.num_left_out, vlm.counts.num_cut) == (2, 0)
     with pytest.raises(RowTooLongError, match="row 1 of preference: one of its answers is beyond"):
-        preferences.answer("preference", rows[1:], pictures)
+        preferences.answer("preference", rows[1:], images)
 
 
 BAD = [
@@ -178,7 +178,7 @@ def test_what_starts_as_the_base_model():
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
-def write_config(folder, base, pictures, **changes) -> list[str]:
+def write_config(folder, base, images, **changes) -> list[str]:
     """A config of pairs; returns the command that trains it."""
     rows = [
         {
@@ -191,7 +191,7 @@ def write_config(folder, base, pictures, **changes) -> list[str]:
         for number, row in enumerate([*ROWS, example(3, (), "two", "three of them")])
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = {"format": "preferences", "file": str(folder / "pairs.jsonl"), "images": pictures}
+    source = {"format": "preferences", "file": str(folder / "pairs.jsonl"), "images": images}
     config = {
         "pipeline": "train_vl",
         "model": {"path": str(base)},
@@ -215,9 +215,9 @@ def rows_of(file) -> list[dict]:
 
 
 @pytest.mark.parametrize("adapter", [FULL, pytest.param({"rank": 2}, marks=pytest.mark.slow)], ids=["kept", "fresh"])
-def test_a_run_resumes_exactly(adapter, tiny_vlm, pictures, tmp_path, capsys):
+def test_a_run_resumes_exactly(adapter, tiny_vlm, images, tmp_path, capsys):
     """What is kept was computed before the first step; the resumed run reads it from its checkpoint."""
-    command = write_config(tmp_path, tiny_vlm("qwen2_5_vl"), pictures, adapter=adapter)
+    command = write_config(tmp_path, tiny_vlm("qwen2_5_vl"), images, adapter=adapter)
     whole = tmp_path / "whole"
     assert main([*command, "--set", f"output={whole}"]) == 0
     first = rows_of(whole / "metrics.jsonl")[0]
@@ -261,8 +261,8 @@ def test_a_run_resumes_exactly(adapter, tiny_vlm, pictures, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_from_an_adapter_starts_from_what_that_says(tiny_vlm, pictures, tmp_path):
-    command = write_config(tmp_path, tiny_vlm("qwen2_5_vl"), pictures)
+def test_a_run_from_an_adapter_starts_from_what_that_says(tiny_vlm, images, tmp_path):
+    command = write_config(tmp_path, tiny_vlm("qwen2_5_vl"), images)
     assert main([*command, "--set", f"output={tmp_path / 'first'}"]) == 0
     again = ["--set", f"output={tmp_path / 'second'}", f"adapter.init_from={tmp_path / 'first'}"]
     assert main([*command, *again]) == 0
@@ -271,8 +271,8 @@ def test_a_run_from_an_adapter_starts_from_what_that_says(tiny_vlm, pictures, tm
     assert last["last_loss"] < math.log(2)
 
 
-def test_the_dry_run_shows_both_answers_and_what_they_are_compared_with(tiny_vlm, pictures, tmp_path, capsys):
-    command = write_config(tmp_path, tiny_vlm("qwen2_5_vl"), pictures)
+def test_the_dry_run_shows_both_answers_and_what_they_are_compared_with(tiny_vlm, images, tmp_path, capsys):
+    command = write_config(tmp_path, tiny_vlm("qwen2_5_vl"), images)
     assert main([*command, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "row r0 of preference, the chosen answer; wide.png" in shown

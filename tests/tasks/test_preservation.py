@@ -83,12 +83,12 @@ def test_a_step_minimises_the_sum_of_two_means(tiny, image_folder, plain, networ
         for number in numbers:
             batch, stream = source(number), generator(1, number, "loss")
             noise, times = (
-                task.draw_noise(batch.latents, stream),
+                task.sample_noise(batch.latents, stream),
                 torch.randint(1000, (len(batch.latents),), generator=stream),
             )
-            held = batch.held
+            held = batch.preserved
             if own_images:
-                noise = task.draw_noise(held.latents, stream)
+                noise = task.sample_noise(held.latents, stream)
                 times = torch.randint(1000, (len(held.latents),), generator=stream)
             texts = source.class_images.captions_of(number) if own_images else batches.captions_of(number)
             assert all(("TOK" in text) != own_images for text in texts)
@@ -131,7 +131,7 @@ def test_a_fresh_adapter_changes_nothing(tiny, image_folder):
     task, batch = DiffusionTask(tiny, config.loss), source(0)
     with torch.no_grad():
         noise, times = torch.randn_like(batch.latents), torch.tensor([7, 900])[: len(batch.latents)]
-        assert (task.changes(batch.held, noise, times) == 0).all()
+        assert (task.changes(batch.preserved, noise, times) == 0).all()
         assert torch.equal(losses_of(task, source, [0])[0].total, losses_of(task, batches, [0])[0].total)
 
 
@@ -141,12 +141,12 @@ def test_only_some_steps_hold_and_all_prompts_are_encoded_ahead(tiny, image_fold
     for each in (batches, source):
         each.encode_all(6)
     tiny.components.release(tiny.text_encoders)
-    assert [source(number).held is not None for number in range(6)] == [True, True, False, False, True, True]
+    assert [source(number).preserved is not None for number in range(6)] == [True, True, False, False, True, True]
 
 
 def test_the_empty_prompt_is_that_of_dropped_captions(tiny, image_folder):
     _, source = sources(tiny, config_of(image_folder, {"prompt": ""}))
-    held = source(0).held
+    held = source(0).preserved
     assert tiny.unconditional == "zeros"
     assert all(not prompt["text"].any() for prompt in held.prompts)
 
@@ -159,8 +159,8 @@ def test_several_processes_hold_what_one_does(tiny, image_folder):
     for number in range(4):
         batch = sources(tiny, two, process=(number % 2, 2))[1](number // 2)
         expected = whole(number)
-        assert torch.equal(batch.held.latents, expected.held.latents)
-        assert batch.held_weight == expected.held_weight
+        assert torch.equal(batch.preserved.latents, expected.preserved.latents)
+        assert batch.preserved_weight == expected.preserved_weight
 
 
 @pytest.mark.parametrize(

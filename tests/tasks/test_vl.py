@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.splits import TrainingSet
-from dora_mm.tasks.vl import VLBatches, draw_answer
+from dora_mm.tasks.vl import VLBatches, sample_answer
 
 
 class Recorder:
@@ -60,12 +60,12 @@ def test_processes_and_micro_batches_share_the_batches_of_one_with_larger_ones(n
 
 def test_answers_are_drawn_in_proportion_to_their_scores():
     row = example(0, ("yes", "never", "no"), (1.0, 0.0, 0.3))
-    drawn = [draw_answer(row, (number + 0.5) / 1300) for number in range(1300)]
+    drawn = [sample_answer(row, (number + 0.5) / 1300) for number in range(1300)]
     assert drawn == [("yes", 1.0)] * 1000 + [("no", 0.3)] * 300
 
 
 @given(st.lists(st.sampled_from([0.0, 0.3, 0.6, 0.9, 1.0]), max_size=6), st.floats(0, 1, exclude_max=True))
 def test_an_answer_without_score_is_never_drawn(scores, draw):
-    answer, score = draw_answer(example(0, map(str, range(len(scores))), scores), draw)
+    answer, score = sample_answer(example(0, map(str, range(len(scores))), scores), draw)
     assert (score > 0) == any(scores)
     assert score == (scores[int(answer)] if answer else 0.0)

@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from dora_mm.utils.partials import PARTIAL
-from tests.train.drawn import differences, draw, everything, launch
+from tests.train.random_runs import differences, everything, launch, random_run_of
 
 FEW = 1  # in one process; number 1 is in two, 2 and 3 have the other two optimizers
 
@@ -15,7 +15,7 @@ def test_killed_and_resumed_it_is_as_uninterrupted(number, tmp_path):
     """Real processes, and SIGKILL: in a loss, behind a step, before a validation, or in the writing of a checkpoint."""
     for package in ("schedulefree", "prodigyopt"):
         pytest.importorskip(package)
-    config, kills = draw(number)
+    config, kills = random_run_of(number)
     whole, run, what = tmp_path / "whole", tmp_path / "killed", f"{config}, {kills}"
     assert launch(config, whole, tmp_path / "whole-end") == [0] * config.num_processes, what
     codes = []

@@ -67,7 +67,7 @@ def train(config, *, resume=None, stop=None):
 
         done = last_step(run.checkpoints)
         validate = Validation(run, ValidationConfig(every=3), measure, dict, lambda folder: None, done)
-        training.fit(observe=lambda step: validate.is_due(step, config.train.steps + 1) and validate(step))
+        training.fit(on_step_end=lambda step: validate.is_due(step, config.train.steps + 1) and validate(step))
 
 
 @pytest.fixture

@@ -46,12 +46,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, name, stop):
     def train(run, **settings):
         found, results = small_training(run, **shared, **settings), []
 
-        def observe(step):
+        def on_step_end(step):
             with result_of(found.optimizer):
                 results.append([p.detach().clone() for p in found.network.parameters()])
 
         try:
-            assert found.fit(observe=observe) == 12
+            assert found.fit(on_step_end=on_step_end) == 12
         finally:
             found.result = results[-1] if results else None
             trainings.append(found)

@@ -60,12 +60,12 @@ def test_it_is_over_after_as_many_validations_without_a_better_one_as_patience_s
     over = []
     for step in range(1, 7):
         validate(step)
-        over.append(validate.is_over())
+        over.append(validate.should_stop())
     assert over == [False, False, False, False, True, False]
     never = validation(new_run(tmp_path / "never"), ROUNDS, every=2)
     for step in range(1, 7):
         never(step)
-        assert not never.is_over()
+        assert not never.should_stop()
 
 
 def test_a_resumed_validation_and_one_that_only_reads_decide_as_the_first(tmp_path):
@@ -76,9 +76,9 @@ def test_a_resumed_validation_and_one_that_only_reads_decide_as_the_first(tmp_pa
     validate.close()
     for settings in ({"writes": False}, {}):  # the second one drops the last row
         early = validation(run, ROUNDS[4:], resumed_step=4, every=2, patience=3, **settings)
-        assert not early.is_over()
+        assert not early.should_stop()
         early(5)
-        assert early.is_over()
+        assert early.should_stop()
     assert [row["step"] for row in read_metrics(run.path / "validation" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
@@ -96,13 +96,13 @@ def test_a_training_ends_early_and_a_resumed_one_stays_ended(tmp_path, stop):
             run, ValidationConfig(every=2, **config), lambda: next(values), qualities, lambda _: None, resumed
         )
 
-        def observe(step):
+        def on_step_end(step):
             if validate.is_due(step, 12):
                 validate(step)
             if interrupted and step == stop:
                 raise KeyboardInterrupt
 
-        return small_training(run, schedule="constant").fit(observe=observe, is_over=validate.is_over)
+        return small_training(run, schedule="constant").fit(on_step_end=on_step_end, should_stop=validate.should_stop)
 
     assert train(tmp_path / "run", patience=2) == 6
     assert train(tmp_path / "run", patience=2) == 6

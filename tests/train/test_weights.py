@@ -70,7 +70,7 @@ def train(path, ema: float | None, patience: int | None, stop: int | None = None
     qualities = lambda row: {"overall": -row["loss"]}  # noqa: E731
     validate = Validation(run, config, measured, qualities, lambda folder: None, last_step(run.checkpoints))
 
-    def observe(step: int) -> None:
+    def on_step_end(step: int) -> None:
         if validate.is_due(step, 12):
             validate(step)
             training.network.train()
@@ -78,7 +78,7 @@ def train(path, ema: float | None, patience: int | None, stop: int | None = None
             interrupt_at(stop)(step)
 
     hooks = {"after_step": average.update, "state": {"ema": average}} if average else {"after_step": None}
-    training.fit(observe=observe, is_over=validate.is_over, **hooks)
+    training.fit(on_step_end=on_step_end, should_stop=validate.should_stop, **hooks)
     validate.close()
 
 

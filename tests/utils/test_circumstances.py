@@ -19,9 +19,9 @@ from dora_mm.data.images.tensor_cache import TensorCache
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.splits import ValidationSet
 from dora_mm.sampling.answers import AnswersFolder, answer_all, mixed_circumstances, read_answers
-from dora_mm.sampling.drawing import check_what_is_there, plan
-from dora_mm.sampling.jobs.picture import Picture
-from dora_mm.sampling.png import BaseModel, read_description, save_picture
+from dora_mm.sampling.batch.requests import ImageRequest
+from dora_mm.sampling.generating import check_what_is_there, plan
+from dora_mm.sampling.png import BaseModel, read_metadata, save_image
 from dora_mm.sampling.replay import report_circumstances
 from dora_mm.studies.campaigns.kept import about_results, keep_circumstances
 from dora_mm.studies.campaigns.training_rows import TrainingRows, as_cells, row_of
@@ -43,7 +43,7 @@ INDIRECT = (  # what our dependencies bring or take where it is there
     *("dora_mm", "torchvision", "tokenizers", "sentencepiece", "tiktoken", "mistral_common", "ftfy", "regex", "jinja2"),
     *("flash_attn", "kernels"),
 )
-PICTURE = Picture(1, "a bus", None, 0, 2, 5.0, 64, 64, None, (), 1.0)
+IMAGE = ImageRequest(1, "a bus", None, 0, 2, 5.0, 64, 64, None, (), 1.0)
 TRAINING = Training(Variant("dora", 4), 1e-3, 0)
 
 
@@ -168,8 +168,8 @@ def train(folder):
 def planned(folder):
     model = BaseModel("model", None, None, "float32", "0", None)
     now = circumstances(about_layers("auto"))
-    pictures = [PICTURE, replace(PICTURE, row=2)]
-    return plan(folder, pictures, lambda _: 1, batch_size=1, model=model, adapters={}, environment={}, now=now)
+    images = [IMAGE, replace(IMAGE, row=2)]
+    return plan(folder, images, lambda _: 1, batch_size=1, model=model, adapters={}, environment={}, now=now)
 
 
 def sample(folder):
@@ -177,7 +177,7 @@ def sample(folder):
     job = planned(folder)
     if not job.file(0).exists():
         job.file(0).parent.mkdir()
-        save_picture(job.file(0), Image.new("RGB", (8, 8)), job.descriptions[0], "Euler")
+        save_image(job.file(0), Image.new("RGB", (8, 8)), job.metadata[0], "Euler")
     check_what_is_there(job)
     assert list(job.done) == [0]  # it stays
 
@@ -185,7 +185,7 @@ def sample(folder):
 def replay(folder):
     job = planned(folder)
     sample(folder)
-    report_circumstances(job.file(0), read_description(job.file(0)), job)
+    report_circumstances(job.file(0), read_metadata(job.file(0)), job)
 
 
 def evaluate(folder):

@@ -33,4 +33,4 @@ def test_it_depends_on_no_locale_and_no_time_zone(monkeypatch):
 
 def test_a_day_that_was_not_filled_in_is_a_bug():
     with pytest.raises(AssertionError, match=r"model\.date was not filled in"):
-        Day().ask()
+        Day().request()

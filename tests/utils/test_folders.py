@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from dora_mm.utils.atomic import claim, write_atomically, write_text
+from dora_mm.utils.atomic import reserve, write_atomically, write_text
 from dora_mm.utils.folders import new_folder, written_at_once, written_together
 
 
@@ -65,9 +65,9 @@ def test_two_that_start_together_get_different_numbers(tmp_path, monkeypatch):
         if path.name == "001":
             path.mkdir()
             (path / "theirs").touch()
-        claim(partial, path)
+        reserve(partial, path)
 
-    monkeypatch.setattr("dora_mm.utils.folders.claim", claim_late)
+    monkeypatch.setattr("dora_mm.utils.folders.reserve", claim_late)
     assert new_folder("a", fill=lambda folder: (folder / "ours").touch()).name == "002"
 
 

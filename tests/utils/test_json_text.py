@@ -61,7 +61,7 @@ def test_what_is_named(no_file, name, capsys):
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "a.txt", "b.png"])
-def test_what_is_in_a_folder_of_pictures(no_file, name, image_folder, capsys):
+def test_what_is_in_a_folder_of_images(no_file, name, image_folder, capsys):
     (image_folder / name).unlink(missing_ok=True)
     no_file(image_folder / name)
     code = main(["new", "sdxl", "mine", "--images", str(image_folder)])

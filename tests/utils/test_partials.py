@@ -54,7 +54,7 @@ def write_half(tmp_path):
         process.wait()
 
 
-def write_beside(folder: Path) -> None:
+def write_next_to(folder: Path) -> None:
     """Writes a file, as a process does that has written none there yet."""
     remove_dead.cache_clear()
     write_text(folder / "other", "text")
@@ -62,11 +62,11 @@ def write_beside(folder: Path) -> None:
 
 def test_what_another_container_writes_is_left_alone(tmp_path, write_half):
     process = write_half(2**30)  # no process here has that number
-    write_beside(tmp_path)
+    write_next_to(tmp_path)
     assert half_written(tmp_path) == ["file", "folder"]
     process.kill()
     process.wait()
-    write_beside(tmp_path)
+    write_next_to(tmp_path)
     assert half_written(tmp_path) == []
 
 
@@ -74,7 +74,7 @@ def test_what_a_dead_process_has_left_goes_although_its_number_is_given_again(tm
     process = write_half(os.getpid())
     process.send_signal(signal.SIGKILL)
     process.wait()
-    write_beside(tmp_path)
+    write_next_to(tmp_path)
     assert half_written(tmp_path) == []
 
 
@@ -83,8 +83,8 @@ def test_two_namespaces_of_processes(tmp_path, write_half):
     if subprocess.run([*NEW_CONTAINER, "true"], capture_output=True, check=False).returncode:
         pytest.skip(NO_CONTAINERS)
     write_half(3, *NEW_CONTAINER)
-    program = "import sys\nfrom pathlib import Path\nfrom tests.utils.test_partials import write_beside\n"
-    code = f"{program}write_beside(Path(sys.argv[1]))"
+    program = "import sys\nfrom pathlib import Path\nfrom tests.utils.test_partials import write_next_to\n"
+    code = f"{program}write_next_to(Path(sys.argv[1]))"
     subprocess.run([*NEW_CONTAINER, sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
     assert half_written(tmp_path) == ["file", "folder"]
 
@@ -106,7 +106,7 @@ def test_what_no_lock_tells_goes_by_its_age(tmp_path, monkeypatch, has_locks):
     os.utime(next(tmp_path.glob(".written.*/file")))  # a part of it was written just now
     if not has_locks:
         monkeypatch.setattr(partials.fcntl, "flock", refuse)
-    write_beside(tmp_path)
+    write_next_to(tmp_path)
     assert half_written(tmp_path) == ["new", "written"]
 
 
@@ -143,5 +143,5 @@ def test_where_a_locked_file_cannot_be_written_to_it_goes_by_its_age(tmp_path, m
 def test_what_a_link_leads_to_stays(tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / f".link.{partials.machine()}-1.partial").symlink_to(tmp_path / "precious")
-    write_beside(tmp_path)
+    write_next_to(tmp_path)
     assert (tmp_path / "precious").is_dir()

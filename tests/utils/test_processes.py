@@ -12,7 +12,7 @@ from dora_mm import cli
 from dora_mm.utils import processes
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.processes import (
-    ALONE,
+    SINGLE_PROCESS,
     DividedWork,
     OtherProcessError,
     Processes,
@@ -43,23 +43,23 @@ def test_each_piece_is_done_by_one_process_and_the_main_one_hears_of_all(two):
     main, other = (DividedWork(each, 5) for each in two)
     ours, theirs = iter(main), iter(other)
     assert [next(theirs), next(ours), next(theirs)] == [0, 1, 2]
-    other.tell(0, {"a": [1, None]})
-    assert list(main.told()) == [{"a": [1, None]}]
-    assert list(main.told()) == []
+    other.report(0, {"a": [1, None]})
+    assert list(main.reported()) == [{"a": [1, None]}]
+    assert list(main.reported()) == []
     assert [*ours] == [3, 4]
     assert [*theirs] == []
-    other.tell(2, "second")
-    assert list(main.told(wait=True)) == ["second"]
-    assert list(other.told(wait=True)) == []
+    other.report(2, "second")
+    assert list(main.reported(wait=True)) == ["second"]
+    assert list(other.reported(wait=True)) == []
 
 
 def test_one_process_does_all_and_needs_no_store():
-    share = DividedWork(ALONE, 3)
+    share = DividedWork(SINGLE_PROCESS, 3)
     assert [*share] == [0, 1, 2]
-    share.tell(0, "done")
-    assert list(share.told(wait=True)) == []
-    assert ALONE.from_main("value") == "value"
-    assert ALONE.reports()
+    share.report(0, "done")
+    assert list(share.reported(wait=True)) == []
+    assert SINGLE_PROCESS.from_main("value") == "value"
+    assert SINGLE_PROCESS.reports()
 
 
 def test_the_main_process_opens_a_run_and_the_others_go_into_it(two, tmp_path):
@@ -106,7 +106,7 @@ def test_the_main_process_prepares_what_the_others_find(two, monkeypatch):
     monkeypatch.setattr(processes, "time", SimpleNamespace(sleep=prepare))
     with other.main_first():
         done.append("other")
-    with ALONE.main_first():
+    with SINGLE_PROCESS.main_first():
         pass
     assert done == ["main", "other"]
 
@@ -122,7 +122,7 @@ def wait_for_a_piece(main, other):
 def wait_for_a_result(main, other):
     share = DividedWork(main, 2)
     share._others = [0]
-    list(share.told(wait=True))
+    list(share.reported(wait=True))
 
 
 @pytest.mark.parametrize("wait", [wait_for_a_value, wait_for_a_piece, wait_for_a_result])

@@ -63,7 +63,7 @@ class DoRAPackedProjection(AdaptedLayer, PackedProjection):
     matrix = PackedProjection.matrix
     parameter_names = ADAPTER_NAMES  # the weight is the attention's
     base_class = PackedProjection
-    not_whole = "is a part of in_proj_weight, all of which method full would train"
+    not_full = "is a part of in_proj_weight, all of which method full would train"
 
     def forward(self, x: Tensor) -> Tensor:
         return PackedProjection.forward(self, x) if self.is_base() else self.adapted_product(x, LINEAR)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.ops import LINEAR
 from dora_mm.core.wrappers.float8 import Float8Linear
-from dora_mm.core.wrappers.sharded import whole
+from dora_mm.core.wrappers.sharded import gathered
 from dora_mm.core.wrappers.subclasses import subclass
 
 BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
@@ -22,7 +22,7 @@ BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
 class DoRAQuantized(AdaptedLayer):
     """A mixin for the class of the base layer, see `subclass`. Multiplies in the dtype of its input."""
 
-    not_whole = "is quantised, and method full trains weights: load the model in float32"
+    not_full = "is quantised, and method full trains weights: load the model in float32"
 
     @classmethod
     def class_for(cls, layer):
@@ -66,7 +66,7 @@ def dequantized(layer: nn.Module) -> Tensor:
     if kind == "Int8Params":
         return sys.modules["bitsandbytes"].functional.int8_vectorwise_dequant(*_int8_parts(layer))
     if getattr(layer, "quant_state", None) is not None:  # of 4 bits; FSDP2 gives the layer a weight without its class
-        return sys.modules["bitsandbytes"].functional.dequantize_4bit(whole(weight), layer.quant_state)
+        return sys.modules["bitsandbytes"].functional.dequantize_4bit(gathered(weight), layer.quant_state)
     return weight.dequantize()
 
 

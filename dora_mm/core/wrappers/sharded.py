@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def shard_frozen(
-    network: nn.Module, blocks: Iterable[nn.Module], whole: Collection[nn.Parameter], device: torch.device
+    network: nn.Module, blocks: Iterable[nn.Module], gathered: Collection[nn.Parameter], device: torch.device
 ) -> None:
     """Divides the parameters of a network among all processes, but for some that each keeps whole: the trained ones.
 
@@ -25,7 +25,7 @@ def shard_frozen(
     Args:
         network: The network, adapted, on any device.
         blocks: Modules of it, inner ones before those around them.
-        whole: The parameters that stay whole.
+        gathered: The parameters that stay whole.
         device: Where the network computes.
 
     Raises:
@@ -36,7 +36,7 @@ def shard_frozen(
 
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
         raise ValueError(f"torch {torch.__version__} cannot leave the trained parameters whole: shard with a newer one")
-    ignored = {*whole, *(p for p in network.parameters() if p.dim() == 0)}  # fully_shard takes no scalars
+    ignored = {*gathered, *(p for p in network.parameters() if p.dim() == 0)}  # fully_shard takes no scalars
     for parameter in ignored:
         parameter.data = parameter.data.to(device)
     for module in network.modules():
@@ -55,7 +55,7 @@ def is_sharded(t: Tensor) -> bool:
     return hasattr(t, "full_tensor")
 
 
-def whole(t: Tensor) -> Tensor:
+def gathered(t: Tensor) -> Tensor:
     """Returns all of a tensor, gathered where it is sharded; detached."""
     t = t.detach()
     return t.full_tensor() if is_sharded(t) else t  # pyright: ignore[reportAttributeAccessIssue]

@@ -6,7 +6,7 @@ import functools
 
 from torch import Tensor, nn
 
-from dora_mm.core.adapted import AdaptedLayer, has_plain_weight
+from dora_mm.core.adapted import AdaptedLayer, has_dense_weight
 from dora_mm.core.layer import DoRAConv1d, DoRAConv2d, DoRAConv3d, DoRAEmbedding, DoRALinear
 from dora_mm.core.ops import LINEAR
 
@@ -68,7 +68,7 @@ def class_for_subclass(layer: nn.Module) -> type[AdaptedLayer] | None:
     """
     base = type(layer)
     known = next((kind for kind in KNOWN if isinstance(layer, kind)), None)
-    if known is None or base is known or not has_plain_weight(layer):
+    if known is None or base is known or not has_dense_weight(layer):
         return None
     if "weight" not in layer._parameters:
         return KNOWN[known]  # a weight_norm, say, which `why_not` refuses with its reason

@@ -155,25 +155,25 @@ class FeatureFolder:
         self.index = read_index(folder)
         self.dim = self.index.dim
         self._shards: dict[str, Shard] = {}
-        self._places: dict[str, tuple[str, int]] = {}
+        self._rows: dict[str, tuple[str, int]] = {}
         for shard in self.index.shards:
             for row, name in enumerate(self._open(shard).names):
-                self._places[name] = (shard, row)
+                self._rows[name] = (shard, row)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._rows
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._rows)
 
     def read(self, name: str) -> Tensor:
         """The features of an image, (S, D) in the stored dtype."""
-        shard, row = self._places[name]
+        shard, row = self._rows[name]
         return self._open(shard).rows[row]
 
     def where(self, name: str) -> Path:
         """The shard that contains these features."""
-        return self.path / self._places[name][0]
+        return self.path / self._rows[name][0]
 
     def _open(self, shard: str) -> Shard:
         if shard not in self._shards:

@@ -98,7 +98,7 @@ class FeatureStore:
         stored = source.read(name)
         if self.files is not None:
             content = stored.contiguous().view(torch.uint8).numpy().data
-            self.files.compare(source.path, hashlib.sha256(content).digest(), _described(name))
+            self.files.compare(source.path, hashlib.sha256(content).digest(), _as_described(name))
         features = stored.float()
         if features.dim() != 2 or features.shape[1] != self.dim or not len(features):
             raise ValueError(
@@ -115,7 +115,7 @@ class FeatureStore:
             ValueError: As when they are read.
         """
         assert self.files is not None
-        return self.files.digest(self._source(name).path, _described(name), partial(self.__getitem__, name))
+        return self.files.digest(self._source(name).path, _as_described(name), partial(self.__getitem__, name))
 
     def _source(self, name: str) -> Source:
         source = next((source for source in self.sources if name in source), None)
@@ -125,7 +125,7 @@ class FeatureStore:
         return source
 
 
-def _described(name: str) -> str:
+def _as_described(name: str) -> str:
     return f"the features of {name}"
 
 
@@ -169,9 +169,9 @@ class H5Features:
         self.dim = channels(self._dataset(first).shape, path, first)
 
     def __contains__(self, name: str) -> bool:
-        place = f"{name}/features"
+        key = f"{name}/features"
         with foreign_errors(f"{self.path} is damaged"):
-            return self._leads_out(place) or place in self._open()
+            return self._leads_out(key) or key in self._open()
 
     def read(self, name: str) -> Tensor:
         dataset = self._dataset(name)
@@ -182,7 +182,7 @@ class H5Features:
     def _dataset(self, name: str) -> Any:
         """The dataset of an image, all of which is in this file: HDF5 can have parts of it in any other."""
         with foreign_errors(f"{self.path}: the features of {name} cannot be read"):
-            found = None if self._leads_out(place := f"{name}/features") else self._open()[place]
+            found = None if self._leads_out(key := f"{name}/features") else self._open()[key]
             if found is None or found.is_virtual or found.external:
                 raise ValueError(f"{self.path}: the features of {name} are in another file, which is not opened")
             size = math.prod(map(max, found.shape, found.chunks or found.shape)) * found.dtype.itemsize
@@ -190,11 +190,11 @@ class H5Features:
             raise ValueError(f"{self.path}: the features of {name} take {size:,} bytes, of at most {MOST_BYTES:,}")
         return found
 
-    def _leads_out(self, place: str) -> bool:
+    def _leads_out(self, key: str) -> bool:
         """Whether there is a link on the way to a dataset, which may lead to another file; it is not followed."""
         import h5py
 
-        file, parts = self._open(), place.split("/")
+        file, parts = self._open(), key.split("/")
         paths = ("/".join(parts[:number]) for number in range(1, len(parts) + 1))
         try:
             links = (file.get(path, getlink=True) for path in paths)  # none behind one that leads out, which follows it

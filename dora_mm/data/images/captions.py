@@ -14,7 +14,7 @@ from dora_mm.utils.json_text import parse_json, read_bounded
 from dora_mm.utils.tables import decoded, read_table
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-BESIDE = (".txt", ".caption")  # suffixes of files beside an image, in the order in which they are looked for
+CAPTION_SUFFIXES = (".txt", ".caption")  # suffixes of files beside an image, in the order in which they are looked for
 KEYS = ("text", "prompt", "caption")  # of a row
 MOST_BYTES = 2**30  # of a metadata file: some four million rows
 MOST_CAPTION_BYTES = 2**20  # of the captions of an image
@@ -51,18 +51,18 @@ class CaptionFiles:
         self.rows: dict[Path, ImageCaption] = {}
         self.problems: list[str] = []
         self.unused: dict[Path, str] = {}
-        self._beside: dict[Path, list[Path]] = {}  # by the path of the image without its suffix
+        self._caption_files: dict[Path, list[Path]] = {}  # by the path of the image without its suffix
         for path in entries:
-            if path.suffix.lower() in BESIDE and path.is_file():
-                self._beside.setdefault(path.with_suffix(""), []).append(path)
+            if path.suffix.lower() in CAPTION_SUFFIXES and path.is_file():
+                self._caption_files.setdefault(path.with_suffix(""), []).append(path)
         for path in sorted((p for p in entries if p.name in METADATA), key=lambda path: (len(path.parts), path.name)):
             self._read_metadata(path)
 
     def of_image(self, image: Path) -> ImageCaption | None:
         """The caption of an image: that of a metadata file, else of a file beside it; None where there is none."""
         found = [caption for caption in (self.rows.get(image),) if caption and caption.text]
-        files = self._beside.get(image.with_suffix(""), [])
-        for path in sorted(files, key=lambda path: BESIDE.index(path.suffix.lower())):
+        files = self._caption_files.get(image.with_suffix(""), [])
+        for path in sorted(files, key=lambda path: CAPTION_SUFFIXES.index(path.suffix.lower())):
             texts = self._read_texts(path)
             if not found and texts:
                 found.append(ImageCaption(texts[0], path.suffix.lower(), tuple(texts[1:])))
@@ -117,7 +117,7 @@ def _why_unused(path: Path, stems: set[Path], names: set[str]) -> str:
     suffix, stem = path.suffix.lower(), path.stem
     if not suffix or path.name.startswith("."):
         return ""
-    if suffix in BESIDE and path.with_suffix("") not in stems:
+    if suffix in CAPTION_SUFFIXES and path.with_suffix("") not in stems:
         if is_image(stem) and path.with_suffix("").is_file():
             return f"the caption of {stem} is read from {Path(stem).stem}.txt"
         return "" if stem.lower() in DOCUMENTS else "no image has this name"

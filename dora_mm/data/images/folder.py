@@ -20,7 +20,7 @@ from PIL import Image
 from dora_mm.config import resolve_path
 from dora_mm.config.images import CaptionConfig, DataConfig
 from dora_mm.data.images.buckets import Size, choose_bucket
-from dora_mm.data.images.captions import BESIDE, METADATA, CaptionFiles, is_image
+from dora_mm.data.images.captions import CAPTION_SUFFIXES, METADATA, CaptionFiles, is_image
 from dora_mm.data.images.listing import entries_of, folders_in
 from dora_mm.data.images.look import Look, look_at
 from dora_mm.data.images.masks import (
@@ -383,7 +383,7 @@ def _log_notes(entries: Sequence[Path], images: list[CaptionedImage], deeper: Se
     folders = {path.parent for path in deeper}
     folders |= {folder for path in folders for folder in path.parents}
     stems = {image.path.with_suffix("") for image in images}
-    captions = {path for path in entries if path.suffix.lower() in BESIDE and path.with_suffix("") in stems}
+    captions = {path for path in entries if path.suffix.lower() in CAPTION_SUFFIXES and path.with_suffix("") in stems}
     used = captions | folders | {path for path in entries if path.name in METADATA or is_image(path.name)}
     others = [path for path in entries if path not in used]
     if others:

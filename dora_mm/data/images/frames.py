@@ -195,8 +195,10 @@ def _duration(container: Any, stream: Any) -> float:
     if stated := _stated_duration(container, stream):
         return stated
     if container.duration:
-        whole = (container.duration - (container.start_time or 0)) / 1e6  # Matroska counts from 0, not from the start
-        return whole if whole > 0 else container.duration / 1e6
+        duration = (
+            container.duration - (container.start_time or 0)
+        ) / 1e6  # Matroska counts from 0, not from the start
+        return duration if duration > 0 else container.duration / 1e6
     times = [packet.pts for packet in container.demux(video=0) if packet.pts is not None]
     container.seek(0)
     return float((max(times) - min(times)) * stream.time_base) if times else 0.0

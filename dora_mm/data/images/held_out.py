@@ -27,11 +27,11 @@ def hold_out(images: Sequence[CaptionedImage], data: DataConfig) -> tuple[list[C
     """
     valid = data.valid
     if valid is None:
-        held = read_images(data, "validate")
-        _warn_of_both(images, held, "folders of role validate")
-        return list(images), held
+        held_out = read_images(data, "validate")
+        _warn_of_both(images, held_out, "folders of role validate")
+        return list(images), held_out
     if valid.folder is not None:
-        held = read_captioned_images(
+        held_out = read_captioned_images(
             valid.folder,
             instance_prompt=data.instance_prompt,
             subfolders=data.subfolders,
@@ -40,8 +40,8 @@ def hold_out(images: Sequence[CaptionedImage], data: DataConfig) -> tuple[list[C
             lines=data.captions is not None and data.captions.lines,
             masks=data.mask and data.mask.source,
         )
-        _warn_of_both(images, held, valid.folder)
-        return list(images), held[: valid.limit]
+        _warn_of_both(images, held_out, valid.folder)
+        return list(images), held_out[: valid.limit]
     assert valid.share is not None
     digests = sorted({image.digest for image in images})
     if len(digests) < 2:
@@ -52,8 +52,8 @@ def hold_out(images: Sequence[CaptionedImage], data: DataConfig) -> tuple[list[C
     return [image for image in images if image.digest not in chosen], [i for i in images if i.digest in chosen]
 
 
-def _warn_of_both(images: Sequence[CaptionedImage], held: Sequence[CaptionedImage], name: str) -> None:
-    if both := {image.digest for image in images} & {image.digest for image in held}:
+def _warn_of_both(images: Sequence[CaptionedImage], held_out: Sequence[CaptionedImage], name: str) -> None:
+    if both := {image.digest for image in images} & {image.digest for image in held_out}:
         log.warning("%d of the images in %s are also trained on", len(both), name)
 
 

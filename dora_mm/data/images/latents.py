@@ -30,7 +30,7 @@ class Latents(NamedTuple):
         """Those that there are, by name."""
         return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
 
-    def draw(self, generator: torch.Generator | None) -> torch.Tensor:
+    def sample(self, generator: torch.Generator | None) -> torch.Tensor:
         """A sample; the mean without a generator or a variance. The noise is made on the generator's device."""
         if generator is None or self.logvar is None:
             return self.mean

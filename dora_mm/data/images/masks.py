@@ -73,14 +73,14 @@ class MaskFiles:
     """The masks of the images of a folder.
 
     Args:
-        beside: Those beside the images, by the path of the image without its suffix.
+        by_image: Those beside the images, by the path of the image without its suffix.
         root: The folder of the images.
         folder: A folder of masks, each at the path of its image but for the suffix; None: there is none.
         files: All files in that folder.
     """
 
-    def __init__(self, beside: dict[Path, list[MaskFile]], root: Path, folder: Path | None, files: Iterable[Path]):
-        self._found = {image: list(masks) for image, masks in beside.items()}
+    def __init__(self, by_image: dict[Path, list[MaskFile]], root: Path, folder: Path | None, files: Iterable[Path]):
+        self._found = {image: list(masks) for image, masks in by_image.items()}
         for path in files:
             if folder and is_image(path.name):
                 image = (root / path.relative_to(folder)).with_suffix("")
@@ -123,8 +123,8 @@ def folders_of_masks(images: Collection[Path]) -> dict[Path, Path]:
     found = {}
     for folder, names in stems.items():
         if match := MASK_FOLDER.fullmatch(folder.name):
-            places = [folder.with_name(match[1])] if match[1] else []
-            masked = next((place for place in (*places, folder.parent) if names <= stems.get(place, set())), None)
+            folders = [folder.with_name(match[1])] if match[1] else []
+            masked = next((place for place in (*folders, folder.parent) if names <= stems.get(place, set())), None)
             found |= {folder: masked} if masked else {}
     return found
 
@@ -202,8 +202,8 @@ def no_masks(source: str) -> str:
     """Why no image has a mask of a source."""
     if source == ALPHA:
         return "no image is transparent anywhere, and data.mask.source alpha takes the mask from that"
-    beside = " or ".join(f"cat{ending}.png" for ending in ENDINGS)
-    return f"no image has a mask: that of cat.jpg is {beside} beside it, or cat.png in the folder data.mask.folder"
+    by_image = " or ".join(f"cat{ending}.png" for ending in ENDINGS)
+    return f"no image has a mask: that of cat.jpg is {by_image} beside it, or cat.png in the folder data.mask.folder"
 
 
 def render_mask(mask: Image.Image, framing: Framing, size: Size) -> torch.Tensor:

@@ -22,7 +22,7 @@ class Frame(NamedTuple):
     before: str
     after: str
 
-    def around(self, thing: str) -> str:
+    def filled(self, thing: str) -> str:
         """A prompt for a thing."""
         return f"{self.before} {thing}{self.after}".strip(" ,")
 
@@ -82,4 +82,4 @@ def example_prompts(captions: Sequence[str], word: str | None) -> list[str]:
     frame = shared_frame(captions)
     if word is not None and word not in f"{frame.before} {frame.after}":
         frame = Frame(f"{word},", "") if captions[0].startswith(word) else Frame("", f", {word}")
-    return [frame.around(thing) for thing in things[:NUM_PROMPTS]]
+    return [frame.filled(thing) for thing in things[:NUM_PROMPTS]]

@@ -28,8 +28,8 @@ def rendered(image: CaptionedImage, config: CaptionConfig | None, seed: int, epo
     text = captions[int(torch.randint(len(captions), (), generator=stream))]
     if config is None:
         return text
-    drawn = int(torch.randint(2**31, (), generator=stream))
-    return _framed(_shuffled, text, config, drawn, stream)
+    chosen = int(torch.randint(2**31, (), generator=stream))
+    return _framed(_shuffled, text, config, chosen, stream)
 
 
 def unchanged(image: CaptionedImage, config: CaptionConfig | None) -> str:
@@ -42,11 +42,11 @@ def all_unchanged(image: CaptionedImage, config: CaptionConfig | None) -> list[s
     return [unchanged(image._replace(caption=text), config) for text in (image.caption, *image.more)]
 
 
-def _framed(order, text: str, config: CaptionConfig, drawn: int, stream: torch.Generator | None) -> str:
+def _framed(order, text: str, config: CaptionConfig, chosen: int, stream: torch.Generator | None) -> str:
     """A caption between prefix and suffix, which stay; `order` says what becomes of its tags."""
     parts = [config.prefix or "", text, config.suffix or ""]
     if config.alternatives:
-        parts = [alternatives(part, drawn + number) for number, part in enumerate(parts)]
+        parts = [alternatives(part, chosen + number) for number, part in enumerate(parts)]
     parts[1] = order(parts[1], config, stream)
     return " ".join(part for part in parts if part)
 

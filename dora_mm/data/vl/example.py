@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 IMAGE, VIDEO = "<image>", "<video>"  # inside the text of a user's or system turn: the place of the next one
 ESCAPED = (rf"\{IMAGE}", rf"\{VIDEO}")  # stand for the text of the markers themselves
 BOX, REF = "<bbox>", "<ref-object>"  # inside any turn, of rows with boxes: the place of the next, or of what is in it
-PLACE = re.compile(r"(?<!\\)<(image|video)>")
+PLACEHOLDER = re.compile(r"(?<!\\)<(image|video)>")
 LEADING = re.compile(r"(?:<(?:image|video)>(?:\r?\n)?)+")  # markers that begin a turn, and the line breaks behind them
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -17,7 +17,7 @@ def pieces_of(text: str) -> list[str]:
     """The texts of a turn, with escaped markers as the text that they stand for; "image" or "video" between two."""
     if "<" not in text:
         return [text]
-    found = PLACE.split(text)
+    found = PLACEHOLDER.split(text)
     found[::2] = [piece.replace(rf"\{IMAGE}", IMAGE).replace(rf"\{VIDEO}", VIDEO) for piece in found[::2]]
     return found
 
@@ -114,14 +114,14 @@ class Example:
     group: str = ""
 
     @property
-    def asked(self) -> tuple[Turn, ...]:
+    def prompt_turns(self) -> tuple[Turn, ...]:
         """The turns in front of the answer that ends a conversation."""
         return self.turns[:-1] if self.turns and self.turns[-1].role == "assistant" else self.turns
 
     def with_rejected(self) -> "Example":
         """The same conversation with the rejected answer in place of the chosen one."""
-        said = (plain_text(self.rejected[-1].text),)
-        return replace(self, turns=self.rejected, answers=said, scores=(1.0,), rejected=())
+        answers = (plain_text(self.rejected[-1].text),)
+        return replace(self, turns=self.rejected, answers=answers, scores=(1.0,), rejected=())
 
 
 Predictions = Sequence[tuple[Example, str]]  # each example with the model's answer

@@ -45,9 +45,9 @@ def split_held_out(
     order = sorted(range(len(keys)), key=lambda group: _digest(keys[group]))
     wanted = min(max(1, round(config.share * len(table))), config.limit or len(table), len(table) - 1)
     chosen = np.array(order)[fitting(np.bincount(groups)[order], wanted)]
-    is_held = np.isin(groups, chosen)
-    held = table.select(np.flatnonzero(is_held)[: config.limit])
-    return table.select(np.flatnonzero(~is_held)), replace(held, skipped={})
+    is_held_out = np.isin(groups, chosen)
+    held_out = table.select(np.flatnonzero(is_held_out)[: config.limit])
+    return table.select(np.flatnonzero(~is_held_out)), replace(held_out, skipped={})
 
 
 def row_groups(keys: Sequence[Sequence[str]]) -> tuple[np.ndarray, list[str]]:
@@ -93,8 +93,8 @@ def _keys(table: ExampleTable, images: str | None) -> list[list[str]]:
     roots = [resolve_path(images, "images").absolute()] if images is not None else []
     prefixes = [f"{root}{os.sep}" for root in (*roots, (table.path.parent / STORED_IMAGES).absolute())]
     keys = [[_without(prefixes, name) for name in names] for names in table.image_lists()]
-    alone = [row for row, names in enumerate(keys) if not names]
-    for row, content in zip(alone, table.select(alone).contents(), strict=True):
+    without_images = [row for row, names in enumerate(keys) if not names]
+    for row, content in zip(without_images, table.select(without_images).contents(), strict=True):
         keys[row] = [_digest(repr(content))]
     return keys
 

@@ -33,11 +33,11 @@ def joined(parts: Sequence[tuple[ExampleTable, str | None]]) -> ExampleTable:
     return ExampleTable(
         path=first.path.with_name(f"joined-{hashlib.blake2b(names.encode(), digest_size=16).hexdigest()}.arrow"),
         file=f"{first.file} and {len(parts) - 1} more",
-        batches=_told_apart([[*_located(table, folder)] for table, folder in parts]),
+        batches=_disambiguated([[*_located(table, folder)] for table, folder in parts]),
         rows=np.concatenate([table.rows + start for (table, _), start in zip(parts, starts, strict=True)]),
         on_bad_data=first.on_bad_data,
         skipped={
-            reason: [place for table, _ in parts for place in table.skipped.get(reason, ())]
+            reason: [marker for table, _ in parts for marker in table.skipped.get(reason, ())]
             for reason in dict.fromkeys(reason for table, _ in parts for reason in table.skipped)
         },
         origins=tuple((start, table.file) for (table, _), start in zip(parts, starts, strict=True)),
@@ -45,7 +45,7 @@ def joined(parts: Sequence[tuple[ExampleTable, str | None]]) -> ExampleTable:
     )
 
 
-def _told_apart(parts: Sequence[Sequence[pa.RecordBatch]]) -> list[pa.RecordBatch]:
+def _disambiguated(parts: Sequence[Sequence[pa.RecordBatch]]) -> list[pa.RecordBatch]:
     """The record batches of several tables, with ids that differ from those of the tables before."""
     found, earlier = [], set[str]()
     for number, batches in enumerate(parts, 1):
@@ -60,15 +60,15 @@ def _told_apart(parts: Sequence[Sequence[pa.RecordBatch]]) -> list[pa.RecordBatc
 
 def _located(table: ExampleTable, folder: str | None) -> Iterator[pa.RecordBatch]:
     """The record batches of a table with the absolute paths of its images."""
-    places: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for batch in table.batches:
         images: Any = batch["images"]
         names: Any = images.flatten().dictionary_encode()
         distinct: list[str] = names.dictionary.to_pylist()
-        for name in set(distinct) - places.keys():
-            path = table.places.get(name, name)
-            places[name] = str(image_path(folder, path).absolute()) if folder else path
-        found = pa.array([places[name] for name in distinct], pa.string()).take(names.indices)
+        for name in set(distinct) - paths.keys():
+            path = table.image_paths.get(name, name)
+            paths[name] = str(image_path(folder, path).absolute()) if folder else path
+        found = pa.array([paths[name] for name in distinct], pa.string()).take(names.indices)
         offsets = pa.array([*accumulate(images.value_lengths().to_pylist(), initial=0)], pa.int32())
         moved = {"images": pa.ListArray.from_arrays(offsets, found)}
         yield pa.RecordBatch.from_arrays([moved.get(name, batch[name]) for name in SCHEMA.names], schema=SCHEMA)

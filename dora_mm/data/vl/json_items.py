@@ -171,7 +171,7 @@ def check_encoding(path: Path, start: bytes) -> None:
         raise ValueError(f"{path} is UTF-16: save it as UTF-8")
 
 
-def place(path: Path, where: str, item: Any = None) -> str:
+def location(path: Path, where: str, item: Any = None) -> str:
     """The description of a row in messages, such as "questions.json, item 3 (question_id 17)"."""
     known = [f"{key} {item[key]!r}" for key in ID_KEYS if isinstance(item, dict) and key in item]
     return f"{path}, {where}" + (f" ({known[0]})" if known and known[0] != where else "")
@@ -194,7 +194,7 @@ def _guarded(
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        where = "" if last is None else place(path, *last).removeprefix(f"{path}, ")
+        where = "" if last is None else location(path, *last).removeprefix(f"{path}, ")
         after = f" after {where}, the last complete item" if where else ""
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is not UTF-8"
         raise ValueError(f"{path} is truncated or not valid JSON{after} ({reason})") from None

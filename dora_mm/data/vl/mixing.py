@@ -71,13 +71,13 @@ class TaskBatches:
 
     def _grouped_rows(self, task: str, number: int) -> list[int]:
         """As `_rows`, of GROUPED batches that have the same rows together, sorted by length and cut anew."""
-        group, place = divmod(number, GROUPED)
+        group, index = divmod(number, GROUPED)
         order = torch.randperm(GROUPED, generator=generator(self._seed, group, f"order of batches of {task}"))
-        start = int(order[place]) * self._batch_sizes[task]
+        start = int(order[index]) * self._batch_sizes[task]
         if self._last[:2] != (task, group):
             rows = [row for n in range(group * GROUPED, (group + 1) * GROUPED) for row in self._rows(task, n)]
             by_length = np.argsort(self._lengths[task][rows], kind="stable")
-            self._last = (task, group, [rows[place] for place in by_length.tolist()])
+            self._last = (task, group, [rows[index] for index in by_length.tolist()])
         return self._last[2][start : start + self._batch_sizes[task]]
 
     def _rows(self, task: str, number: int) -> list[int]:

@@ -55,7 +55,7 @@ def table_figures(source: SourceConfig, table: ExampleTable) -> dict[str, str]:
             found["empty answers, not learned"] = f"{empty:,}"
     shares = " / ".join(f"{share:.0%}" for share in QUANTILES)
     found[f"characters per row ({shares})"] = quantiles(per_row(table, characters))
-    return found | {f"{SKIPPED}{reason}": f"{len(places):,}" for reason, places in table.skipped.items()}
+    return found | {f"{SKIPPED}{reason}": f"{len(locations):,}" for reason, locations in table.skipped.items()}
 
 
 def per_row(table: ExampleTable, values: Callable[[pa.RecordBatch], np.ndarray]) -> np.ndarray:

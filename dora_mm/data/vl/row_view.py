@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 OPEN, CLOSE = "⟦", "⟧"  # around tokens that carry loss
-GREEN, CYAN, PLAIN = "\x1b[1;32m", "\x1b[36m", "\x1b[0m"  # of a terminal: tokens that carry loss, images, all else
+GREEN, CYAN, RESET = "\x1b[1;32m", "\x1b[36m", "\x1b[0m"  # of a terminal: tokens that carry loss, images, all else
 LONGEST = 2000  # characters of a piece; the middle of a longer one is left out
 
 
@@ -65,7 +65,7 @@ def _marked_piece(piece: Piece, colour: bool) -> str:
     if not colour or not (piece.learned or piece.is_image):
         return marked
     start = GREEN if piece.learned else CYAN
-    return "\n".join(f"{start}{line}{PLAIN}" if line else "" for line in marked.split("\n"))  # margins have no colour
+    return "\n".join(f"{start}{line}{RESET}" if line else "" for line in marked.split("\n"))  # margins have no colour
 
 
 def shortened(text: str) -> str:

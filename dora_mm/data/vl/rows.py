@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, Protocol, TypeVar
 from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
 from dora_mm.config.schema import Text
-from dora_mm.data.vl.json_items import Item, place
+from dora_mm.data.vl.json_items import Item, location
 
 log = logging.getLogger(__name__)
-MAX_PLACES = 5  # listed per reason in a warning; the JSON file next to the table lists all
+MAX_ROWS_NAMED = 5  # listed per reason in a warning; the JSON file next to the table lists all
 
 Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Index = Annotated[int, Field(ge=0)]
@@ -66,7 +66,7 @@ class BadRows:
 
     def __init__(self, on_bad_data: OnBadData, found: Mapping[str, list[str]] | None = None) -> None:
         self.on_bad_data = on_bad_data
-        self.found = {reason: [*places] for reason, places in (found or {}).items()}
+        self.found = {reason: [*locations] for reason, locations in (found or {}).items()}
 
     def add(self, where: str, reason: str) -> None:
         """Records a bad row.
@@ -110,7 +110,7 @@ def good_rows(
             if row.id in seen:
                 raise RowError("has a duplicate id")
         except RowError as error:
-            bad.add(place(path, where, item), str(error))
+            bad.add(location(path, where, item), str(error))
         else:
             seen.add(row.id)
             yield row
@@ -151,7 +151,7 @@ def warn_skipped(skipped: dict[str, list[str]]) -> None:
     """Logs one warning with the number and the first places of skipped rows by reason; nothing if there are none."""
     if skipped:
         reasons = [
-            f"{len(places)} x {reason} ({'; '.join(places[:MAX_PLACES])}{'; ...' if len(places) > MAX_PLACES else ''})"
-            for reason, places in skipped.items()
+            f"{len(found)} x {reason} ({'; '.join(found[:MAX_ROWS_NAMED] + ['...'] * (len(found) > MAX_ROWS_NAMED))})"
+            for reason, found in skipped.items()
         ]
         log.warning("Skipped rows: %s", ", ".join(reasons))

@@ -112,8 +112,8 @@ def open_split(task: VLTaskConfig, split: Split, data: VLDataConfig, model: RowC
         return model.check_rows(table)
     halves = _halves(task, data)
     if split == "valid":
-        rows, held = sum(map(len, halves.values())), len(halves["valid"])
-        log.info("%s: %s of %s rows are held out for validation", source.title, f"{held:,}", f"{rows:,}")
+        rows, num_held_out = sum(map(len, halves.values())), len(halves["valid"])
+        log.info("%s: %s of %s rows are held out for validation", source.title, f"{num_held_out:,}", f"{rows:,}")
     return model.check_rows(halves[split])
 
 
@@ -121,8 +121,8 @@ def _halves(task: VLTaskConfig, data: VLDataConfig) -> dict[Split, ExampleTable]
     """The rows of the training split that are trained on, and those that are held out, before any model checks them."""
     assert task.train is not None
     assert isinstance(task.valid, HeldOutConfig)
-    trained, held = split_held_out(_trained(task, data), task.valid, images_of(task))
-    return {"train": trained, "valid": held}
+    trained, num_held_out = split_held_out(_trained(task, data), task.valid, images_of(task))
+    return {"train": trained, "valid": num_held_out}
 
 
 def _table(source: SourceConfig, data: VLDataConfig) -> ExampleTable:
@@ -275,8 +275,8 @@ def usual_opening(task: VLTaskConfig) -> tuple[str | None, str]:
     for example in islice(read_source(source, BadRows("skip")), PEEKED):
         first = example.turns[0]
         systems[first.text if first.role == "system" else None] += 1
-        asked = next(turn.text for turn in example.turns if turn.role == "user")
-        if leading := LEADING.match(asked):
+        first_prompt = next(turn.text for turn in example.turns if turn.role == "user")
+        if leading := LEADING.match(first_prompt):
             breaks["\n" if leading[0].endswith("\n") else ""] += 1
     return _usual(systems, None), _usual(breaks, "")
 

@@ -52,7 +52,7 @@ class ExampleTable(Sequence[Example]):
         rows: Which rows of the file are in this table, in the table's order.
         on_bad_data: What `with_images` does with rows whose images are missing.
         skipped: The places of skipped rows, by reason.
-        places: The path of an image by its name, for images in subfolders.
+        image_paths: The path of an image by its name, for images in subfolders.
         picked: For each row, which of its answers is the only one here; None: all of them.
         origins: Of several files joined: the first row of each, and its name.
         content: The digest of the source files and of what is read of them, whatever the layout of tables is.
@@ -64,7 +64,7 @@ class ExampleTable(Sequence[Example]):
     rows: np.ndarray
     on_bad_data: OnBadData
     skipped: dict[str, list[str]] = field(default_factory=dict)
-    places: dict[str, str] = field(default_factory=dict)
+    image_paths: dict[str, str] = field(default_factory=dict)
     picked: np.ndarray | None = None
     origins: tuple[tuple[int, str], ...] = ()
     content: str = ""
@@ -85,9 +85,9 @@ class ExampleTable(Sequence[Example]):
         if self.picked is not None:
             answer = self.picked[index]
             example = replace(example, answers=(example.answers[answer],), scores=(example.scores[answer],))
-        if not self.places:
+        if not self.image_paths:
             return example
-        return replace(example, images=tuple(self.places.get(name, name) for name in example.images))
+        return replace(example, images=tuple(self.image_paths.get(name, name) for name in example.images))
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -148,12 +148,12 @@ class ExampleTable(Sequence[Example]):
 
     def images(self) -> list[str]:
         """The distinct names of all images, sorted."""
-        return sorted(self.places.get(name, name) for name in self._names())
+        return sorted(self.image_paths.get(name, name) for name in self._names())
 
     def image_lists(self) -> list[list[str]]:
         """The names of the images of each row."""
         rows: list[list[str]] = self._column("images").to_pylist()
-        return [[self.places.get(name, name) for name in names] for names in rows]
+        return [[self.image_paths.get(name, name) for name in names] for names in rows]
 
     def contents(self) -> list[tuple[Any, ...]]:
         """What each row has beside its id and its images, in plain lists and dictionaries."""
@@ -174,9 +174,9 @@ class ExampleTable(Sequence[Example]):
         missing = {name for name, path in found.items() if path is None}
         if found and len(missing) == len(found):
             raise ValueError(f"{self.file}: none of its {len(missing)} images is in {where} (one is {min(missing)})")
-        places = {name: path for name, path in found.items() if path is not None and path != name}
+        image_paths = {name: path for name, path in found.items() if path is not None and path != name}
         kept, skipped = self._without(missing, where) if missing else (np.arange(len(self)), self.skipped)
-        return replace(self._at(kept), skipped=skipped, places=self.places | places)
+        return replace(self._at(kept), skipped=skipped, image_paths=self.image_paths | image_paths)
 
     def have(self, chosen: Callable[[str], bool]) -> np.ndarray:
         """Whether each row has an image whose name is chosen."""
@@ -198,8 +198,8 @@ class ExampleTable(Sequence[Example]):
         """How many turns of the assistant have neither text nor calls, in all rows. They are not learned."""
         turns = self._column("turns").flatten()
         roles, texts, calls = (turns.field(name).to_numpy(zero_copy_only=False) for name in ("role", "text", "calls"))
-        said = zip(roles, texts, calls, strict=True)
-        return sum(role == "assistant" and not (text.strip() or call) for role, text, call in said)
+        parts = zip(roles, texts, calls, strict=True)
+        return sum(role == "assistant" and not (text.strip() or call) for role, text, call in parts)
 
     def lengths(self, column: str) -> np.ndarray:
         """How many entries each row has in a column of lists, such as "images" or "turns"."""
@@ -286,9 +286,9 @@ def open_table(
         table = _open(path, source, on_bad_data)
         assert table is not None
     table = replace(table, content=content)
-    for reason, places in table.skipped.items():
+    for reason, image_paths in table.skipped.items():
         if on_bad_data == "stop":  # the file was written with on_bad_data "skip"
-            raise ValueError(f"{places[0]}: {reason}")
+            raise ValueError(f"{image_paths[0]}: {reason}")
     if listing is not None and (found := listing.result()):
         table = table.with_images(*found)
     warn_skipped(table.skipped)

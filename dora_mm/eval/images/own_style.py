@@ -13,7 +13,7 @@ from PIL import Image
 
 from dora_mm.eval.images.concepts import unit_rows
 from dora_mm.eval.images.encoder import Encoder
-from dora_mm.eval.statistics import Interval, jackknife
+from dora_mm.eval.statistics import ConfidenceInterval, jackknife
 from dora_mm.utils.tables import markdown_table
 
 LIKENESS, NEAREST, VARIETY, TEXT, DRIFT = "likeness", "nearest", "variety", "prompt", "drift"
@@ -88,7 +88,7 @@ def nearest_other(cosines_NN: np.ndarray) -> np.ndarray:
 
 
 def scores_of(
-    drawn_ND: np.ndarray,
+    generated_ND: np.ndarray,
     training_MD: np.ndarray,
     num_seeds: int,
     texts_ND: np.ndarray | None = None,
@@ -97,20 +97,20 @@ def scores_of(
     """All scores of drawn pictures.
 
     Args:
-        drawn_ND: The pictures.
+        generated_ND: The pictures.
         training_MD: The training pictures.
         num_seeds: Pictures of each prompt, which follow each other.
         texts_ND: The prompt of each; None: the encoder reads none.
         bare_ND: The bare model's picture for each; None: these are the bare model's.
     """
-    cosines_NM = drawn_ND @ training_MD.T
+    cosines_NM = generated_ND @ training_MD.T
     single = {LIKENESS: cosines_NM.mean(axis=1), NEAREST: cosines_NM.max(axis=1)}
     if texts_ND is not None:
-        single[TEXT] = (drawn_ND * texts_ND).sum(axis=1)
+        single[TEXT] = (generated_ND * texts_ND).sum(axis=1)
     if bare_ND is not None:
-        single[DRIFT] = 1 - (drawn_ND * bare_ND).sum(axis=1)
-    pairwise = {VARIETY: variety} if len(drawn_ND) > 1 else {}
-    return StyleScores(single, pairwise, drawn_ND @ drawn_ND.T, num_seeds)
+        single[DRIFT] = 1 - (generated_ND * bare_ND).sum(axis=1)
+    pairwise = {VARIETY: variety} if len(generated_ND) > 1 else {}
+    return StyleScores(single, pairwise, generated_ND @ generated_ND.T, num_seeds)
 
 
 def among_themselves(training_MD: np.ndarray) -> StyleScores:
@@ -119,13 +119,13 @@ def among_themselves(training_MD: np.ndarray) -> StyleScores:
     return StyleScores({}, pairwise, training_MD @ training_MD.T, num_seeds=1)
 
 
-def intervals(scores: StyleScores) -> dict[str, Interval]:
+def confidence_intervals(scores: StyleScores) -> dict[str, ConfidenceInterval]:
     """The means of all scores, with 95 % intervals over prompts: see `jackknife`."""
     names = [*scores.single, *scores.pairwise]
     return {name: jackknife([scores.num_prompts], partial(scores.mean, name)) for name in names}
 
 
-def differences(first: StyleScores, second: StyleScores) -> dict[str, Interval]:
+def differences(first: StyleScores, second: StyleScores) -> dict[str, ConfidenceInterval]:
     """The differences of the scores that both have, of the same prompts and seeds, with 95 % intervals over prompts."""
 
     def difference(name: str, prompts: np.ndarray) -> float:
@@ -137,34 +137,36 @@ def differences(first: StyleScores, second: StyleScores) -> dict[str, Interval]:
 
 
 def conclusion(
-    styled: Mapping[str, Interval],
-    plain: Mapping[str, Interval],
-    nearest: Interval,
-    nearest_of_training: Interval,
+    styled: Mapping[str, ConfidenceInterval],
+    style_free: Mapping[str, ConfidenceInterval],
+    nearest: ConfidenceInterval,
+    nearest_of_training: ConfidenceInterval,
 ) -> str:
     """What the scores mean and what to do about it, in sentences.
 
     Args:
         styled: The adapter's scores minus the bare model's, of prompts in the style.
-        plain: Those of prompts that do not ask for it.
+        style_free: Those of prompts that do not ask for it.
         nearest: The adapter's likeness to the nearest training picture, of prompts in the style.
         nearest_of_training: That of the training pictures with each other.
     """
-    gained, leaked = styled[LIKENESS], plain[LIKENESS]
+    gained, leaked = styled[LIKENESS], style_free[LIKENESS]
     amount = f"{gained.mean:+.3f} ({gained.low:+.3f} to {gained.high:+.3f}) likeness"
     if gained.high < 0:
         return f"The adapter leads away from the training pictures ({amount}): try a lower rate, or fewer steps."
     if gained.low <= 0:
         return f"These pictures show no style of the adapter ({amount}): train longer, or score more prompts and seeds."
-    said = [f"The adapter draws closer to the training pictures than the bare model ({amount})."]
+    sentences = [f"The adapter draws closer to the training pictures than the bare model ({amount})."]
     if nearest.low > nearest_of_training.high:
-        said.append("It copies single ones: take an earlier checkpoint, or more pictures.")
+        sentences.append("It copies single ones: take an earlier checkpoint, or more pictures.")
     if leaked.low > 0 and leaked.mean > gained.mean / 2:
-        said.append("It does so without being asked, too: put a word for the style into captions, or lower strength.")
-    return " ".join(said) if said[1:] else f"{said[0]} Look at the pictures, and keep it."
+        sentences.append(
+            "It does so without being asked, too: put a word for the style into captions, or lower strength."
+        )
+    return " ".join(sentences) if sentences[1:] else f"{sentences[0]} Look at the pictures, and keep it."
 
 
-def own_style_table(rows: Mapping[str, Mapping[str, Interval]]) -> str:
+def own_style_table(rows: Mapping[str, Mapping[str, ConfidenceInterval]]) -> str:
     """A Markdown table with a row per name and a column per score; "-" where a row has none."""
     shown = [name for name in HEADINGS if any(name in row for row in rows.values())]
     body = [[name, *(row[key].text(DIGITS) if key in row else "-" for key in shown)] for name, row in rows.items()]

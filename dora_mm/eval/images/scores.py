@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dora_mm.eval.images.style import CLASSES, StyleSpace, log_odds
-from dora_mm.eval.statistics import Interval, mean_interval, share_interval
+from dora_mm.eval.statistics import ConfidenceInterval, mean_ci, share_ci
 from dora_mm.utils.atomic import write_atomically, write_text
 from dora_mm.utils.tables import markdown_table
 
@@ -134,7 +134,7 @@ METRICS = {  # key: heading, whether it is a share (printed in per cent)
 MEANS = {key: about for key, about in METRICS.items() if key != "frechet"}  # over images, so that they have intervals
 
 
-def summarize(scores: Scores, name: str, space: StyleSpace, *, over_seeds: bool) -> dict[str, Interval]:
+def summarize(scores: Scores, name: str, space: StyleSpace, *, over_seeds: bool) -> dict[str, ConfidenceInterval]:
     """Returns every metric with its 95 % interval, by the keys of METRICS.
 
     The Fréchet distance has none: that of few pictures lies far above the truth, by an amount that depends on it.
@@ -147,11 +147,11 @@ def summarize(scores: Scores, name: str, space: StyleSpace, *, over_seeds: bool)
     """
     assert scores.projected is not None
     found = mean_metrics(scores, name, over_seeds=over_seeds)
-    found["frechet"] = Interval(space.distance(_flat(scores.projected), name))
+    found["frechet"] = ConfidenceInterval(space.distance(_flat(scores.projected), name))
     return {key: found[key] for key in METRICS}
 
 
-def mean_metrics(scores: Scores, name: str, *, over_seeds: bool) -> dict[str, Interval]:
+def mean_metrics(scores: Scores, name: str, *, over_seeds: bool) -> dict[str, ConfidenceInterval]:
     """Returns the metrics that are means over images with their 95 % intervals, by the keys of MEANS.
 
     Args:
@@ -161,7 +161,7 @@ def mean_metrics(scores: Scores, name: str, *, over_seeds: bool) -> dict[str, In
             over concepts.
     """
     return {
-        key: (share_interval if MEANS[key][1] else mean_interval)(values, over_runs=over_seeds)
+        key: (share_ci if MEANS[key][1] else mean_ci)(values, over_runs=over_seeds)
         for key, values in metric_cells(scores, name).items()
     }
 
@@ -182,7 +182,7 @@ def scores_per_image(cells: Mapping[str, np.ndarray]) -> list[dict[str, float]]:
     return [dict(zip(cells, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def conclusion(bare: Mapping[str, Interval], adapted: Mapping[str, Interval] | None) -> str:
+def conclusion(bare: Mapping[str, ConfidenceInterval], adapted: Mapping[str, ConfidenceInterval] | None) -> str:
     """What the metrics of a style mean and what to do about it, in sentences.
 
     Args:
@@ -192,7 +192,7 @@ def conclusion(bare: Mapping[str, Interval], adapted: Mapping[str, Interval] | N
     if adapted is None:
         return "These are the bare model's pictures: --set adapter.path=RUN scores a training beside them."
     before, after = bare["both"], adapted["both"]
-    shares = " against ".join(format_interval(found, share=True) for found in (after, before))
+    shares = " against ".join(format_ci(found, share=True) for found in (after, before))
     right = f"style and thing are right in {shares} of the pictures"
     if after.low <= before.high and after.high >= before.low:
         more = "score more things (concepts.count) or seeds, or train longer"
@@ -209,16 +209,15 @@ def _flat(x_KSD: np.ndarray) -> np.ndarray:
     return x_KSD.reshape(-1, x_KSD.shape[-1])
 
 
-def format_interval(interval: Interval, share: bool) -> str:
+def format_ci(ci: ConfidenceInterval, share: bool) -> str:
     """Returns "83 % (74 to 91)" for a share, or else "2.31 (1.80 to 2.77)"."""
-    return interval.text("{:.0f}", 100.0).replace(" (", " % (") if share else interval.text()
+    return ci.text("{:.0f}", 100.0).replace(" (", " % (") if share else ci.text()
 
 
-def metrics_table(rows: dict[str, dict[str, Interval]]) -> str:
+def metrics_table(rows: dict[str, dict[str, ConfidenceInterval]]) -> str:
     """Returns a Markdown table with a row per name and a column per metric, with their intervals."""
     headings = ["", *(heading for heading, _ in METRICS.values())]
     body = [
-        [name, *(format_interval(found[key], share) for key, (_, share) in METRICS.items())]
-        for name, found in rows.items()
+        [name, *(format_ci(found[key], share) for key, (_, share) in METRICS.items())] for name, found in rows.items()
     ]
     return markdown_table(headings, body)

@@ -74,5 +74,5 @@ SCORER = mean_scorer(
         "ANLS (mmf)": (_nearest(stripped), "mmf's STVQAANLSEvaluator: stripped, edits divided by those lengths"),
         "ANLS (pix2struct)": (_nearest(lowered), "pix2struct's anls_metric: white space counts, and 0.5 is 0"),
     },
-    answers_alone=True,
+    scores_answers_only=True,
 )

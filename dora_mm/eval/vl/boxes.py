@@ -25,7 +25,7 @@ KOSMOS = re.compile(r"<patch_index_(\d{4})>\s*<patch_index_(\d{4})>")  # first a
 GEMMA = re.compile(rf'"box_2d"\s*:\s*\[{FOUR}\]')  # y1, x1, y2, x2 of 1,000
 POINTS = re.compile(rf"\({NUMBER},{NUMBER}\)\s*,\s*\({NUMBER},{NUMBER}\)")  # of Qwen-VL and others
 NESTED = re.compile(rf"\[\[{FOUR}\]")  # of InternVL
-PLAIN = re.compile(rf"\[{FOUR}\]")
+BRACKETED = re.compile(rf"\[{FOUR}\]")
 PATCHES = 32  # of Kosmos-2, on each side
 THOUSAND = (1000.0, 1000.0)
 QWEN = re.compile(r"\((.*?)\),\((.*?)\)")
@@ -52,7 +52,7 @@ def box_of(answer: str, scale: BoxScale) -> Box | None:
     for pattern, read in ((PALIGEMMA, _paligemma), (FLORENCE, _florence), (KOSMOS, _kosmos), (GEMMA, _gemma)):
         if found := pattern.search(answer):
             return read(*map(float, found.groups()))
-    for pattern, usual in ((POINTS, THOUSAND), (NESTED, THOUSAND), (PLAIN, scale.size)):
+    for pattern, usual in ((POINTS, THOUSAND), (NESTED, THOUSAND), (BRACKETED, scale.size)):
         if found := pattern.search(answer):
             numbers = [float(text) for text in found.groups()]
             return _scaled(numbers, (1, 1) if max(numbers) <= 1 else scale.grid or usual)
@@ -90,13 +90,13 @@ def qwen_box(answer: str, scale: BoxScale) -> Box | None:
 
 def share_box(answer: str, scale: BoxScale) -> Box | None:
     """Returns the first box as lmms-eval reads it: four shares in square brackets."""
-    found = PLAIN.search(answer)
+    found = BRACKETED.search(answer)
     return _scaled([float(text) for text in found.groups()], (1, 1)) if found else None
 
 
-def _scaled(box: Sequence[float], whole: WidthHeight) -> Box:
+def _scaled(box: Sequence[float], size: WidthHeight) -> Box:
     x1, y1, x2, y2 = box
-    return x1 / whole[0], y1 / whole[1], x2 / whole[0], y2 / whole[1]
+    return x1 / size[0], y1 / size[1], x2 / size[0], y2 / size[1]
 
 
 def overlap(first: Box, second: Box) -> float:

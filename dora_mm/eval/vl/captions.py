@@ -19,7 +19,7 @@ from dora_mm.eval.vl.scores import VLScores, check_answered, table
 from dora_mm.utils.progress import tracked
 
 if TYPE_CHECKING:
-    from dora_mm.eval.statistics import Interval  # which needs scipy
+    from dora_mm.eval.statistics import ConfidenceInterval  # which needs scipy
 
 Tokens = dict[str, list[str]]  # id to tokenised captions, the tokens separated by single spaces
 
@@ -210,16 +210,16 @@ class CaptionScorer:
         group: As in `AnswerScorer`.
         grouping: As in `AnswerScorer`.
         unit: As in `AnswerScorer`.
-        intervals: As in `AnswerScorer`.
-        answers_alone: As in `AnswerScorer`.
+        confidence_intervals: As in `AnswerScorer`.
+        scores_answers_only: As in `AnswerScorer`.
     """
 
     ascii_only: bool = False
     group: Callable[[Example], str | None] = lambda _: None
     grouping: str = ""
     unit: Callable[[Example], str] = lambda example: example.id
-    intervals: Callable[[Predictions, Sequence[str]], dict[str, Interval]] = lambda *_: {}
-    answers_alone: bool = True
+    confidence_intervals: Callable[[Predictions, Sequence[str]], dict[str, ConfidenceInterval]] = lambda *_: {}
+    scores_answers_only: bool = True
 
     def score(self, predictions: Predictions, *, meteor: bool) -> VLScores:
         return score_captions(predictions, ascii_only=self.ascii_only, meteor=meteor)

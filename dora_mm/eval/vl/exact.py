@@ -20,5 +20,5 @@ SCORER = mean_scorer(
         "exact match": (strict, RULES["exact"]),
         "exact match (folded)": (folded, RULES["accuracy"]),
     },
-    answers_alone=True,
+    scores_answers_only=True,
 )

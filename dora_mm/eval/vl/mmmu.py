@@ -33,8 +33,8 @@ def mmmu_letter(answer: str, options: Sequence[str]) -> str | None:
 
 def pro_letter(answer: str, options: Sequence[str]) -> str | None:
     """Returns the letter that MMMU-Pro's parser finds; None where it would draw one."""
-    _, mark, said = answer.rpartition("Answer:")
-    named = [letter for letter in ascii_uppercase[: len(options)] if mark and letter in said]
+    _, mark, letters = answer.rpartition("Answer:")
+    named = [letter for letter in ascii_uppercase[: len(options)] if mark and letter in letters]
     return named[0] if len(named) == 1 else _letter(answer, options, PRO_FORMS)
 
 
@@ -43,9 +43,9 @@ def _letter(answer: str, options: Sequence[str], forms: Sequence[tuple[str, str]
         answer = answer.strip(mark)
     text = f" {answer} "
     letters = ascii_uppercase[: len(options)]
-    for form, place in forms:
+    for form, template in forms:
         if found := [letter for letter in letters if form.format(letter) in text]:
-            return max(found, key=lambda letter: text.rfind(place.format(letter)))
+            return max(found, key=lambda letter: text.rfind(template.format(letter)))
     lowered = text.lower()
     texts = {letter: option.lower() for letter, option in zip(letters, options, strict=True)}
     if len(text.split()) < FEWEST_WORDS:
@@ -65,10 +65,10 @@ def values_of(text: str) -> list[Value]:
 
 def open_values(answer: str) -> set[Value]:
     """The values that an answer in words may mean: what is behind words such as "is", and the numbers in it."""
-    whole = answer.strip().strip(".").lower()
-    *earlier, last = whole.split("\n")
+    full_text = answer.strip().strip(".").lower()
+    *earlier, last = full_text.split("\n")
     keys = [_behind(line, BEFORE_KEYS) for line in earlier] + [_behind(last, (*BEFORE_KEYS, "="))]
-    texts = [key for key in keys if key and key not in TRIVIAL] or [whole]
+    texts = [key for key in keys if key and key not in TRIVIAL] or [full_text]
     numbers = [number for text in texts for pattern in NUMBERS for number in pattern.findall(text)]
     return {value for text in (*texts, *numbers) for value in values_of(text)}
 
@@ -99,14 +99,16 @@ def _scorer(letter_of, rule: str) -> AnswerScorer:
     def compute(predictions: Predictions) -> VLScores:
         check_answered(predictions)
         values = [accuracy(*row) for row in predictions]
-        drawn = [len(row.options) for row, text in predictions if row.options and not letter_of(text, row.options)]
-        guessed = 100 * sum(1 / count for count in drawn) / len(predictions)
+        num_options = [
+            len(row.options) for row, text in predictions if row.options and not letter_of(text, row.options)
+        ]
+        guessed = 100 * sum(1 / count for count in num_options) / len(predictions)
         metrics = {"accuracy": percent(values), "accuracy with guesses": percent(values) + guessed}
         rules: Mapping[str, str] = {
             "accuracy": f"{rule}; an answer that names no option is wrong",
             "accuracy with guesses": "the same, plus what its random guesses give on average",
         }
-        notes = (f"{len(drawn)} of {len(predictions)} answers name no option, where the script guesses",)
+        notes = (f"{len(num_options)} of {len(predictions)} answers name no option, where the script guesses",)
         return VLScores("accuracy", metrics, by_kind(("subject",), predictions, values), notes, rules)
 
     return AnswerScorer(compute, accuracy)

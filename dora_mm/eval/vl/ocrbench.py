@@ -25,8 +25,8 @@ def _folded(text: str) -> str:
 def _is_in(read: Callable[[str], str]) -> Callable[[Example, str], float]:
     def accuracy(example: Example, prediction: str) -> float:
         form = _formula if FORMULAS.intersection(example.kinds) else read
-        said = form(prediction)
-        return float(any(form(answer) in said for answer in example.answers))
+        text = form(prediction)
+        return float(any(form(answer) in text for answer in example.answers))
 
     return accuracy
 

@@ -60,8 +60,10 @@ class PageExample:
     ) -> "PageExample":
         """Takes name, question and answers from `example`; the question of a conversation is all of it."""
         answers = tuple(zip(example.answers, example.scores, strict=True))
-        asked = example.turns[: len(example.turns) - len(answers)]
-        question = "\n".join(f"{turn.role}: {turn.text}" for turn in asked) if len(asked) > 1 else example.text
+        prompt_turns = example.turns[: len(example.turns) - len(answers)]
+        question = (
+            "\n".join(f"{turn.role}: {turn.text}" for turn in prompt_turns) if len(prompt_turns) > 1 else example.text
+        )
         return cls(example.id, question, prediction, answers, score, tuple(images), before)
 
     @property
@@ -136,10 +138,10 @@ def _links(sections: Sequence[PageSection]) -> str:
 
 
 def _section(number: int, section: PageSection) -> str:
-    cards = "\n".join(_card(f"s{number}-{_anchor(example.name)}", example) for example in section.examples)
+    entries = "\n".join(_entry(f"s{number}-{_anchor(example.name)}", example) for example in section.examples)
     note = f'<p class="note">{_text(section.note)}</p>' if section.note else ""
     heading = f"<h2>{_text(section.title)}</h2>{note}"
-    return f'<section id="s{number}">\n{heading}\n<div class="cards">\n{cards}\n</div>\n</section>'
+    return f'<section id="s{number}">\n{heading}\n<div class="cards">\n{entries}\n</div>\n</section>'
 
 
 def _anchor(name: str) -> str:
@@ -147,7 +149,7 @@ def _anchor(name: str) -> str:
     return quote(name.encode("utf-8", "replace").decode("utf-8"), safe="").replace("%", "_")
 
 
-def _card(anchor: str, example: PageExample) -> str:
+def _entry(anchor: str, example: PageExample) -> str:
     verdict = example.verdict
     mark = ""
     if verdict is not None:
@@ -171,8 +173,8 @@ def _before(example: PageExample) -> str:
     text, score = example.before
     number = "" if score is None else f" ({score:.1f})"
     mark = f'<span class="mark">{CHANGES[example.change]}</span>'
-    said = _text(text) or "<i>(nothing)</i>"
-    return f'<p class="before"><span><small>before</small> <span dir="auto">{said}</span>{number}</span>{mark}</p>\n'
+    content = _text(text) or "<i>(nothing)</i>"
+    return f'<p class="before"><span><small>before</small> <span dir="auto">{content}</span>{number}</span>{mark}</p>\n'
 
 
 def _answer(answer: str, score: float | None) -> str:

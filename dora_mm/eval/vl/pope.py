@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.eval.statistics import Interval, jackknife, share_interval
-from dora_mm.eval.vl.intervals import AnswerScores, group_cells, variance_of_independent
+from dora_mm.eval.statistics import ConfidenceInterval, jackknife, share_ci
+from dora_mm.eval.vl.confidence_intervals import AnswerScores, group_cells, variance_of_independent
 from dora_mm.eval.vl.scores import AnswerScorer, VLScores, by_kind, check_answered, percent
 
 NO = frozenset({"No", "no", "not"})
@@ -57,12 +57,12 @@ def outcomes(predictions: Predictions) -> np.ndarray:
     """What each answer is, one-hot in the order of `shares`, (Q, 4)."""
     found = np.zeros((len(predictions), 4), int)
     for row, (example, prediction) in enumerate(predictions):
-        said = says_yes(prediction)
-        found[row, 2 * (not said) + (said != is_yes(example))] = 1
+        answered_yes = says_yes(prediction)
+        found[row, 2 * (not answered_yes) + (answered_yes != is_yes(example))] = 1
     return found
 
 
-def share_intervals(predictions: Predictions, groups: Sequence[str]) -> dict[str, Interval]:
+def share_confidence_intervals(predictions: Predictions, groups: Sequence[str]) -> dict[str, ConfidenceInterval]:
     """Returns 95 % intervals of `shares` over groups of answers, such as those about one image.
 
     Precision, recall and the share of yes are shares of some answers, and have the exact interval of such; F1 has that
@@ -76,21 +76,21 @@ def share_intervals(predictions: Predictions, groups: Sequence[str]) -> dict[str
     each = {
         name: share_of_answers(right[part], tuple(names[part])) for name, (right, part) in parts.items() if part.any()
     }
-    return each | {"F1": _f1_interval(found, names)}
+    return each | {"F1": _f1_ci(found, names)}
 
 
-def share_of_answers(right_Q: np.ndarray, groups: tuple[str, ...]) -> Interval:
+def share_of_answers(right_Q: np.ndarray, groups: tuple[str, ...]) -> ConfidenceInterval:
     """Returns the 95 % interval of the share of right answers, over groups."""
     scores = AnswerScores(right_Q.astype(float)[:, None], groups)
-    return share_interval(group_cells([scores]), least=variance_of_independent([scores]))
+    return share_ci(group_cells([scores]), least=variance_of_independent([scores]))
 
 
-def _f1_interval(found: np.ndarray, groups: np.ndarray) -> Interval:
+def _f1_ci(found: np.ndarray, groups: np.ndarray) -> ConfidenceInterval:
     _, numbers = np.unique(groups, return_inverse=True)
     counts = np.zeros((numbers.max() + 1, 4))
     np.add.at(counts, numbers, found)
-    interval = jackknife([len(counts)], lambda kept: shares(counts[kept].sum(axis=0))["F1"])
-    return interval if interval.low < interval.high else Interval(interval.mean)
+    ci = jackknife([len(counts)], lambda kept: shares(counts[kept].sum(axis=0))["F1"])
+    return ci if ci.low < ci.high else ConfidenceInterval(ci.mean)
 
 
 def score_pope(predictions: Predictions) -> VLScores:
@@ -112,4 +112,6 @@ def score_pope(predictions: Predictions) -> VLScores:
     return VLScores("accuracy", metrics, by_kind(("category",), predictions, values), notes, rules, counts=of_some)
 
 
-SCORER = AnswerScorer(score_pope, row_accuracy, intervals=share_intervals, answers_alone=True)
+SCORER = AnswerScorer(
+    score_pope, row_accuracy, confidence_intervals=share_confidence_intervals, scores_answers_only=True
+)

@@ -54,6 +54,6 @@ SCORER = mean_scorer(
             "the same on answers without outer white space, as VLMEvalKit",
         ),
     },
-    answers_alone=True,
+    scores_answers_only=True,
     notes=_notes,
 )

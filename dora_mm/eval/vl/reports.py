@@ -11,7 +11,7 @@ from dora_mm.data.images.frames import is_video, stills
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.image_folder import image_path
-from dora_mm.eval.vl.intervals import precision_notes
+from dora_mm.eval.vl.confidence_intervals import precision_notes
 from dora_mm.eval.vl.metrics import report, score, score_row, task_table
 from dora_mm.eval.vl.pages import PageExample, PageSection, write_examples_page
 from dora_mm.eval.vl.predictions.scored import About, write_scored

@@ -13,7 +13,7 @@ import numpy as np
 from dora_mm.data.vl.example import Example, Predictions
 
 if TYPE_CHECKING:
-    from dora_mm.eval.statistics import Interval  # which needs scipy
+    from dora_mm.eval.statistics import ConfidenceInterval  # which needs scipy
 
 Table = dict[str, tuple[float, int]]  # kind -> mean (x 100) and number of rows
 
@@ -66,8 +66,9 @@ class AnswerScorer:
         group: What rows have in common that are not independent, beside their images; None: nothing.
         grouping: What `group` joins, for notes.
         unit: The id of the question that a row asks: one that several rows ask is right where all of them are.
-        answers_alone: Whether it needs nothing of a row but its answers, so that references are enough.
-        intervals: 95 % intervals of metrics that are no means of answers, of predictions and the group of each.
+        scores_answers_only: Whether it needs nothing of a row but its answers, so that references are enough.
+        confidence_intervals: 95 % confidence intervals of metrics that are no means of answers, from predictions and
+            the group of each.
     """
 
     compute: Callable[[Predictions], VLScores]
@@ -75,8 +76,8 @@ class AnswerScorer:
     group: Callable[[Example], str | None] = lambda _: None
     grouping: str = ""
     unit: Callable[[Example], str] = lambda example: example.id
-    answers_alone: bool = False
-    intervals: Callable[[Predictions, Sequence[str]], dict[str, Interval]] = lambda *_: {}
+    scores_answers_only: bool = False
+    confidence_intervals: Callable[[Predictions, Sequence[str]], dict[str, ConfidenceInterval]] = lambda *_: {}
 
     def score(self, predictions: Predictions, *, meteor: bool) -> VLScores:
         """All metrics of a split, see `score` in metrics.py."""
@@ -102,7 +103,7 @@ def mean_scorer(
     rules: Mapping[str, tuple[Accuracy, str]],
     *,
     headings: Sequence[str] = (),
-    answers_alone: bool = False,
+    scores_answers_only: bool = False,
     notes: Callable[[Predictions, Sequence[float]], Sequence[str]] = lambda *_: (),
 ) -> AnswerScorer:
     """A scorer whose metrics are means over answers.
@@ -110,7 +111,7 @@ def mean_scorer(
     Args:
         rules: By the name of a metric, how it scores an answer, and a sentence that says so. The first is the main one.
         headings: What the kinds of an example are, in their order; none: types, of which it may have several.
-        answers_alone: As in `AnswerScorer`.
+        scores_answers_only: As in `AnswerScorer`.
         notes: What else is to be said of predictions and the values of the main metric.
     """
     main, (accuracy, _) = next(iter(rules.items()))
@@ -126,7 +127,7 @@ def mean_scorer(
             {name: rule for name, (_, rule) in rules.items()},
         )
 
-    return AnswerScorer(compute, accuracy, answers_alone=answers_alone)
+    return AnswerScorer(compute, accuracy, scores_answers_only=scores_answers_only)
 
 
 def check_answered(predictions: Predictions, *, every: bool = True) -> None:

@@ -192,7 +192,7 @@ def summed(terms: Sequence[tuple[LayerState, float]], weight: Tensor | None) -> 
 
     Args:
         terms: The adapters, in the shape of the weight (see `fitted`), and their strengths.
-        weight: W0, with O first; None where no term depends on it (see `is_plain`).
+        weight: W0, with O first; None where no term depends on it (see `has_no_magnitude`).
 
     Raises:
         ValueError: e is 0 in some row, which no adapter can express.
@@ -238,7 +238,7 @@ def _change(layer: LayerState, W0: Tensor | None, dtype: torch.dtype) -> Tensor:
     """W' - W0, without the rounding of W0 where it does not depend on that."""
     if layer.tensors.keys() == {"diff"}:
         return layer.tensors["diff"].to(dtype)
-    if is_plain(layer):
+    if has_no_magnitude(layer):
         A, B = (layer.tensors[name].to(dtype) for name in ("lora_A", "lora_B"))
         return (layer.spec.scaling * B @ A.flatten(1)).view(-1, *A.shape[1:])
     assert W0 is not None
@@ -263,7 +263,7 @@ def _side_by_side(
     return LayerState(spec, {"lora_A": torch.cat(As), "lora_B": torch.cat(Bs, 1)} if As else {}, axis)
 
 
-def is_plain(layer: LayerState) -> bool:
+def has_no_magnitude(layer: LayerState) -> bool:
     """Whether it is plain LoRA, whose change depends on no base weight."""
     return layer.tensors.keys() == {"lora_A", "lora_B"}
 

@@ -67,7 +67,7 @@ def low_rank(D: Tensor, keep: Truncation) -> LayerState:
         U, S, Vh = _leading_values(matrix, keep.rank)
     else:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return _plain(U, S, Vh, keep, D.shape[1:])
+    return _as_lora(U, S, Vh, keep, D.shape[1:])
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def resized(layer: LayerState, keep: Truncation) -> LayerState:
     Q, R = torch.linalg.qr(B)
     P, T = torch.linalg.qr(A.flatten(1).T)
     U, S, Vh = torch.linalg.svd(layer.spec.scaling * R @ T.T, full_matrices=False)
-    return _plain(Q @ U, S, Vh @ P.T, keep, A.shape[1:])
+    return _as_lora(Q @ U, S, Vh @ P.T, keep, A.shape[1:])
 
 
 def _leading_values(D: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,15 +96,15 @@ def _leading_values(D: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     for step in range(MOST_STEPS):
         Z = torch.linalg.qr((D_Z.T @ D).T).Q  # faster than D.T @ D_Z
         D_Z = D @ Z
-        held = float(torch.linalg.eigvalsh(_gram(D_Z))[-rank:].sum())
-        if step + 1 >= FEWEST_STEPS and held - before <= 2 * ENOUGH * (size - held) + ROUNDING * size:
+        energy = float(torch.linalg.eigvalsh(_gram(D_Z))[-rank:].sum())
+        if step + 1 >= FEWEST_STEPS and energy - before <= 2 * ENOUGH * (size - energy) + ROUNDING * size:
             break
-        before = held
+        before = energy
     U, S, Vh = torch.linalg.svd(D_Z, full_matrices=False)
     return U, S, Vh @ Z.T
 
 
-def _plain(U: Tensor, S: Tensor, Vh: Tensor, keep: Truncation, inner: torch.Size) -> LayerState:
+def _as_lora(U: Tensor, S: Tensor, Vh: Tensor, keep: Truncation, inner: torch.Size) -> LayerState:
     """The first terms of U diag(S) Vh as B and A (R, *inner), in fp32."""
     rank = keep.kept(S)
     root = S[:rank].sqrt()

@@ -15,7 +15,7 @@ from dora_mm.formats.algebra import exact
 from dora_mm.formats.commands.convert import Conversion, Settings, check_base, written
 from dora_mm.formats.commands.verify import open_base
 from dora_mm.formats.naming.names import NETWORKS, ModuleGroup, Name
-from dora_mm.formats.reader import Beside, Bias, LayerReader
+from dora_mm.formats.reader import Bias, Extras, LayerReader
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import FORMATS
 from dora_mm.formats.tools.peft import CONFIG_NAME
@@ -110,13 +110,13 @@ class Sum(LayerReader):
 
     def __init__(self, readers: Sequence[LayerReader], strengths: Sequence[float]):
         self.readers = readers
-        self.weights, self.axis, self.whole = readers[0].weights, None, False
+        self.weights, self.axis, self.reads_extras = readers[0].weights, None, False
         self._terms: dict[Name, list[tuple[LayerReader, float]]] = defaultdict(list)
         for reader, strength in zip(readers, strengths, strict=True):
             for name in reader.names():
                 self._terms[name].append((reader, strength))
-        self._places = {name: (str(name), ModuleGroup((name,))) for name in self._terms}
-        self._beside = _beside(readers, strengths)
+        self._modules = {name: (str(name), ModuleGroup((name,))) for name in self._terms}
+        self._extras = _extras(readers, strengths)
         self._header = _header([reader.file for reader in readers], strengths)
 
     @property
@@ -129,17 +129,17 @@ class Sum(LayerReader):
         """What the headers have in common, and what was combined."""
         return self._header
 
-    def beside(self) -> Beside:
+    def extras(self) -> Extras:
         """What the files hold beside low-rank adapters; new tokens have no strength."""
-        return self._beside
+        return self._extras
 
     def any_magnitude(self) -> bool:
         """Whether a module of an adapter has a magnitude."""
         return any(reader.any_magnitude() for reader in self.readers)
 
-    def is_plain(self) -> bool:
-        """See `LayerReader.is_plain`."""
-        return all(reader.is_plain() for reader in self.readers)
+    def has_no_magnitude(self) -> bool:
+        """See `LayerReader.has_no_magnitude`."""
+        return all(reader.has_no_magnitude() for reader in self.readers)
 
     def transposed(self, name: Name) -> bool:
         """Whether the base stores the weight (I, O)."""
@@ -152,7 +152,7 @@ class Sum(LayerReader):
         if len(terms) == 1 and terms[0][1] == 1:
             return terms[0][0]
         with located(f"{self.path}: {name}"):
-            if all(exact.is_plain(layer) or layer.tensors.keys() == {"diff"} for layer, _ in terms):
+            if all(exact.has_no_magnitude(layer) or layer.tensors.keys() == {"diff"} for layer, _ in terms):
                 return exact.summed(_of_one_shape(terms), None)
             if self.weights is None:
                 raise ValueError("the sum depends on the weights of the base model: give it with --base")
@@ -172,10 +172,10 @@ def _of_one_shape(terms: Sequence[tuple[LayerState, float]]) -> list[tuple[Layer
     return [(exact.fitted(layer, W0), strength) for layer, strength in terms]
 
 
-def _beside(readers: Sequence[LayerReader], strengths: Sequence[float]) -> Beside:
+def _extras(readers: Sequence[LayerReader], strengths: Sequence[float]) -> Extras:
     norms, biases, embeddings = {}, {}, {}
     for reader, strength in zip(readers, strengths, strict=True):
-        found = reader.beside()
+        found = reader.extras()
         norms |= {str(name): None for name in reader.names() if reader.is_norm(name)}
         for bias in found.biases.values():
             key, change = f"{bias.name}.bias", strength * bias.change
@@ -186,7 +186,7 @@ def _beside(readers: Sequence[LayerReader], strengths: Sequence[float]) -> Besid
                     f"{reader.path} and another adapter have different rows for {key}, and a new token has one set of "
                     "them: train one with another word"
                 )
-    return Beside(tuple(norms), biases, embeddings)
+    return Extras(tuple(norms), biases, embeddings)
 
 
 def _header(files: Sequence[AdapterFile], strengths: Sequence[float]) -> dict[str, str]:

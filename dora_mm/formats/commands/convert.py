@@ -15,7 +15,7 @@ from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.adapter_file import located
 from dora_mm.formats.algebra import exact
 from dora_mm.formats.algebra.fit import Truncation, fitted_adapter, low_rank, resized
-from dora_mm.formats.commands import beside
+from dora_mm.formats.commands import extras
 from dora_mm.formats.commands.export_check import DTYPES, ExportCheck, ToolErrors, check_peft_takes
 from dora_mm.formats.commands.loading import readers_of
 from dora_mm.formats.commands.merged import write_with_adapter
@@ -25,7 +25,7 @@ from dora_mm.formats.naming.names import ModuleGroup, Name, architecture_of
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.reader import LayerReader
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tokens import file_beside, write_beside
+from dora_mm.formats.tokens import token_file, write_token_file
 from dora_mm.formats.tools import export_of, tool_of
 from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
 from dora_mm.formats.tools.tool import Contents, Export, Written, write_file
@@ -159,10 +159,10 @@ def check_base(to: str, given: bool) -> None:
 def written(layers: LayerReader, target: Path, settings: Settings) -> Conversion:
     """Writes an adapter, or the sum of several, with settings that have been checked; see `convert`."""
     to, keep = settings.to, settings.keep
-    if to == "lora" and layers.weights is None and not layers.is_plain():
+    if to == "lora" and layers.weights is None and not layers.has_no_magnitude():
         raise ValueError("--to lora needs the base model for what is no plain LoRA: give it with --base")
     if to == "merged":
-        left_out = beside.leave_out(layers, to, None, allow_lossy=settings.allow_lossy)
+        left_out = extras.leave_out(layers, to, None, allow_lossy=settings.allow_lossy)
         errors = write_with_adapter(layers, target, settings.strength)
         return Conversion((target,), len(layers.names()), (errors,), left_out=left_out)
     export = _export(to, layers)
@@ -171,9 +171,9 @@ def written(layers: LayerReader, target: Path, settings: Settings) -> Conversion
             method = "lora" if to == "lora" or not layers.any_magnitude() else "dora"
             names = [name for name in layers.names() if not layers.transposed(name)]  # those are refused for that
             check_peft_takes(layers.weights, names, method)
-    left_out = beside.leave_out(layers, to, export, allow_lossy=settings.allow_lossy)
+    left_out = extras.leave_out(layers, to, export, allow_lossy=settings.allow_lossy)
     writer = _Writer(layers, export, settings)
-    words = layers.beside().tokens if export.holds.tokens == "beside" else ()
+    words = layers.extras().tokens if export.holds.tokens == "separate" else ()
     files = _new_files(target, export, words)
     with written_together(files[0].parent, last=files[0].name) as folder:
         check = _check(writer, layers, strict=not settings.allow_lossy and keep is None)
@@ -208,9 +208,9 @@ def _export(to: str, layers: LayerReader) -> Export:
 
 def _check(writer: _Writer, layers: LayerReader, *, strict: bool) -> ExportCheck:
     """The check by the tools that know the names."""
-    export, plain = writer.export, writer.settings.to == "lora" or not layers.any_magnitude()
+    export, as_lora = writer.export, writer.settings.to == "lora" or not layers.any_magnitude()
     architecture = architecture_of(layers.weights or layers.names())
-    export = replace(export, read_by=readers_of(export.read_by, export, writer.groups, architecture, plain=plain))
+    export = replace(export, read_by=readers_of(export.read_by, export, writer.groups, architecture, is_lora=as_lora))
     advice = "use --to merged" if export.difference else "use --to merged or --to diff, or --allow-lossy"
     return ExportCheck(export, len(layers.names()), writer.dtype, strict=strict, advice=advice)
 
@@ -224,7 +224,7 @@ def _new_files(target: Path, export: Export, words: Iterable[str]) -> list[Path]
     files = [folder / (own or f"{stem}.safetensors")]
     if export.file_name == PEFT_FILE and files[0].name != PEFT_FILE:
         raise ValueError(f"OUT {target} is a file, and PEFT's adapters are folders: leave .safetensors out")
-    files += [file_beside(files[0].parent, word) for word in words]
+    files += [token_file(files[0].parent, word) for word in words]
     if files[0].exists():  # the last to appear; the others may be there after a kill
         raise already_there(files[0], "OUT")
     above = next(path for path in (folder, *folder.parents) if path.exists())
@@ -247,11 +247,11 @@ class _Writer:
 
     def write(self, file: Path, check: ExportCheck) -> None:
         """Writes the file."""
-        found, place = self.layers.beside(), self.export.holds.tokens
-        more = list(found.embeddings.items()) if place == "inside" else []
-        if self.export.holds.beside:
-            more += beside.bias_tensors(self.layers, self.export.spelling, self.settings.strength, self.dtype)
-        header = write_beside(file.parent, found.tokens) if place == "beside" else {}
+        found, storage = self.layers.extras(), self.export.holds.tokens
+        more = list(found.embeddings.items()) if storage == "inside" else []
+        if self.export.holds.extras:
+            more += extras.bias_tensors(self.layers, self.export.spelling, self.settings.strength, self.dtype)
+        header = write_token_file(file.parent, found.tokens) if storage == "separate" else {}
         written = Written(self.export, file, more, header)
         write_file(written, self._modules(file.name, check), self.layers.header, room=self.room(more))
 
@@ -290,10 +290,10 @@ class _Writer:
         export, strength = self.export, self.settings.strength
         if export.difference:
             return LayerState(DoRASpec(method="full"), {"diff": self.unfilled(W0.shape)})
-        if self.keep and exact.is_plain(layer):
+        if self.keep and exact.has_no_magnitude(layer):
             layer, strength = self.shortened(exact.summed([(layer, strength)], None), self.keep), 1.0
         elif self.settings.to == "lora":
-            return self.plain(layer, W0)
+            return self.as_lora(layer, W0)
         problem = self.problem(layer)
         if problem is not None:
             return self.fitted(problem, layer, W0)
@@ -306,7 +306,7 @@ class _Writer:
         """Plain LoRA with fewer singular values, where it has more than are kept."""
         return layer if keep.is_rank and layer.spec.rank <= (keep.rank or 0) else resized(layer, keep)
 
-    def plain(self, layer: LayerState, W0: Tensor) -> LayerState:
+    def as_lora(self, layer: LayerState, W0: Tensor) -> LayerState:
         """The closest plain LoRA of what is none."""
         assert self.keep is not None
         if W0.dim() == 1:  # of a norm

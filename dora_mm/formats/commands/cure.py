@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 
 from dora_mm.formats.adapter_file import AdapterFile
-from dora_mm.formats.commands import beside
+from dora_mm.formats.commands import extras
 from dora_mm.formats.commands.export_check import check_peft_takes
 from dora_mm.formats.commands.loading import readers_of
 from dora_mm.formats.naming.names import Name, architecture_of
@@ -54,29 +54,33 @@ def _export_format(file: AdapterFile, tool: str, names: Collection[Name], layers
         and (name != "peft" or len(components) == 1)
         and (export.holds.convolutions or not convolutions)
     }
-    plain = not any(map(file.axis, file.modules))
+    is_lora = not any(map(file.axis, file.modules))
     for_it = {name: export for name, export in possible.items() if tool in export.read_by}
     parts = tool_of(tool).parts
     reads_kohya = "lora_down.weight" in parts and ("diff" in parts or not _has_no_rank(file))
-    if plain and tool != "diffusers" and "kohya" in possible and reads_kohya:
+    if is_lora and tool != "diffusers" and "kohya" in possible and reads_kohya:
         for_it = {"kohya": possible["kohya"], **for_it}  # which all compute alike
-    return next((name for name, export in for_it.items() if _fits(tool, name, export, names, layers, plain)), None)
+    return next((name for name, export in for_it.items() if _fits(tool, name, export, names, layers, is_lora)), None)
 
 
-def _fits(tool: str, to: str, export: Export, names: Collection[Name], layers: LayerReader | None, plain: bool) -> bool:
+def _fits(
+    tool: str, to: str, export: Export, names: Collection[Name], layers: LayerReader | None, is_lora: bool
+) -> bool:
     """Whether an export format takes all that a file holds, and a tool all that it writes."""
     known = (layers.weights if layers else None) or ()
     try:
         written = Names(known).write(names, export.spelling)
-        keys = _beside(to, export, layers) if layers else []
+        keys = _with_extras(to, export, layers) if layers else []
     except ValueError:
         return False
     if keys and tool_of(tool).refuses({module: {} for module in written}, keys, {}):
         return False
-    return tool in readers_of((tool,), export, written, architecture_of(known) or architecture_of(names), plain=plain)
+    return tool in readers_of(
+        (tool,), export, written, architecture_of(known) or architecture_of(names), is_lora=is_lora
+    )
 
 
-def _beside(to: str, export: Export, layers: LayerReader) -> list[str]:
+def _with_extras(to: str, export: Export, layers: LayerReader) -> list[str]:
     """The keys that an export format writes and that belong to no module.
 
     Raises:
@@ -86,8 +90,8 @@ def _beside(to: str, export: Export, layers: LayerReader) -> list[str]:
         raise ValueError("the base stores a weight transposed")
     if to == "peft":
         check_peft_takes(layers.weights, layers.names(), "dora" if layers.any_magnitude() else "lora")
-    beside.leave_out(layers, to, export, allow_lossy=False)
-    keys = list(layers.beside().embeddings) if export.holds.tokens == "inside" else []
-    if export.holds.beside:
-        keys += [key for key, _ in beside.bias_tensors(layers, export.spelling, 1.0, torch.float32)]
+    extras.leave_out(layers, to, export, allow_lossy=False)
+    keys = list(layers.extras().embeddings) if export.holds.tokens == "inside" else []
+    if export.holds.extras:
+        keys += [key for key, _ in extras.bias_tensors(layers, export.spelling, 1.0, torch.float32)]
     return keys

@@ -104,7 +104,7 @@ def extract(
         with written_together(file.parent, last=file.name) as folder:
             errors = _write(folder / file.name, new, old, changed, own, rank, about)
             if file.name == export_of(own).file_name and is_free(file.parent):
-                formats.write_card(folder)
+                formats.write_model_card(folder)
     else:
         with partial_folder(_existing(target) / "extracted") as folder:  # on the disk that has the room
             found = folder / export_of(own).file_name

@@ -220,9 +220,9 @@ def _module(file: AdapterFile, module: str, namer: Names) -> ModuleInfo:
     shapes = {role: file.shape(key) for role, key in keys.items()}
     component, path = _name(namer, module)
     method = _method(file, module, shapes)
-    held = ["m"] if method == "magnitude" else [role for role in shapes if role != "alpha"]
+    stored = ["m"] if method == "magnitude" else [role for role in shapes if role != "alpha"]
     rank = shapes["A"][0] if "A" in shapes and shapes["A"] and method != "magnitude" else None
-    size = sum(math.prod(shapes[role]) for role in held)
+    size = sum(math.prod(shapes[role]) for role in stored)
     alpha, axis = _alpha(file, module, rank, keys.get("alpha")), file.axis(module) if "m" in shapes else ""
     return ModuleInfo(module, component, path, method, rank, alpha, axis, size)
 

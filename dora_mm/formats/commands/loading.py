@@ -58,7 +58,7 @@ def known_modules(
 
 
 def readers_of(
-    tools: Collection[str], export: Export, modules: Collection[str], architecture: str | None, *, plain: bool
+    tools: Collection[str], export: Export, modules: Collection[str], architecture: str | None, *, is_lora: bool
 ) -> tuple[str, ...]:
     """Those of some tools that know all names which an export gives to modules.
 
@@ -67,13 +67,13 @@ def readers_of(
         export: The export.
         modules: The names in its file.
         architecture: That of the model.
-        plain: Whether none of the modules has a magnitude.
+        is_lora: Whether none of the modules has a magnitude.
     """
     one = {"lora_A": torch.ones(1, 2), "lora_B": torch.ones(2, 1), "magnitude": torch.ones(2)}
     layer = LayerState(DoRASpec(1), one)
     if export.difference:
         layer = LayerState(DoRASpec(method="full"), {"diff": torch.ones(2, 2)})
-    elif plain:
+    elif is_lora:
         layer = LayerState(DoRASpec(1, method="lora"), {name: one[name] for name in ("lora_A", "lora_B")})
     W0 = torch.ones(2, 2)
     found = {module: export.tensors(module, layer, W0) for module in modules}

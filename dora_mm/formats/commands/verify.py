@@ -241,8 +241,8 @@ def _verdicts(
     """||W' - W0||, and the verdicts of tools, by name with what each loads of the file."""
     tensors = adapter.tensors(module)
     readers = [name for name, load in loads.items() if not load.refusal and module in load.lost]
-    whole = {name: tool_of(name).loaded(module, tensors, adapter.header) for name in readers}
-    parts = {name: without(whole[name], loads[name].lost[module]) for name in readers}
+    complete = {name: tool_of(name).loaded(module, tensors, adapter.header) for name in readers}
+    parts = {name: without(complete[name], loads[name].lost[module]) for name in readers}
     read = [ToolLoad(name, found) for name, found in parts.items() if is_read(found)]
     found = weight_errors(read, W0, state)
     errors = {load.tool: error for load, error in zip(read, found.errors, strict=True)}

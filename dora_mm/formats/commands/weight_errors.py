@@ -19,7 +19,7 @@ from dora_mm.formats.tools.parts import Parts, rows_of_parts, without_magnitude
 
 BOUND = 1e-5  # of the update; fp32 adds what it loses beside a large W0
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
-_WHOLE = slice(None)
+_FULL = slice(None)
 
 
 class ToolLoad(NamedTuple):
@@ -68,7 +68,7 @@ def weight_errors(
     steps = [_step_of(load) for load in loads]
     by_rows = [layer.axis == "out" and _is_by_rows(load, len(W0)) for load in loads]
     size, norm, errors = 0.0, 0.0, [0.0] * len(loads)
-    for split, blocks in ((False, [_WHOLE]), (True, row_blocks(W0))):
+    for split, blocks in ((False, [_FULL]), (True, row_blocks(W0))):
         chosen = [number for number, found in enumerate(by_rows) if found == split]
         if chosen or (not loads and split == (layer.axis == "out")):
             some = [(steps[number], loads[number].strength) for number in chosen]
@@ -140,7 +140,7 @@ def _in_blocks(
     def of_rows(rows: slice) -> list[float]:
         """The same of some rows, for loads that are unlike; its tensors make room for those of the next rows."""
         base = W0[rows].to(adapter_dtype(W0.dtype))
-        block = _Block(rows, base, layer if rows == _WHOLE else rows_of(layer, rows), strength, own)
+        block = _Block(rows, base, layer if rows == _FULL else rows_of(layer, rows), strength, own)
         sizes = block.sizes(None if change is None else change[rows])
         return [*sizes, *(block.error(step, t) for step, t in unlike.values())]
 
@@ -195,13 +195,13 @@ class _Block:
     def _weight(self, step: _Step, strength: float) -> Tensor:
         key = (step.key, strength)
         if key not in self._weights:
-            m = step.m if step.m is None else step.m[self.rows] if self.rows != _WHOLE else step.m
+            m = step.m if step.m is None else step.m[self.rows] if self.rows != _FULL else step.m
             self._weights[key] = step.formula(self._update(step), m, strength)
         return self._weights[key]
 
     def _update(self, step: _Step) -> Update:
         if step.update not in self._updates:
-            parts = step.parts if self.rows == _WHOLE else rows_of_parts(step.parts, self.rows)
+            parts = step.parts if self.rows == _FULL else rows_of_parts(step.parts, self.rows)
             self._updates[step.update] = Update(parts, self.W0)
         return self._updates[step.update]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dora_mm.formats.files.checks import DTYPES
 from dora_mm.formats.files.header import TensorEntry
-from dora_mm.formats.files.places import STEMS, Converted, Found, NoWeightsError, Place, in_file, in_folder
+from dora_mm.formats.files.locations import STEMS, Converted, Found, NoWeightsError, TensorLocation, in_file, in_folder
 from dora_mm.formats.files.tensor_file import FORMAT_KEY, PICKLES, TensorFile, copy_around
 from dora_mm.formats.naming.names import Name, resolve
 from dora_mm.utils.atomic import write_atomically
@@ -40,8 +40,8 @@ class BaseWeights(Mapping[Name, Tensor]):
     def __init__(self, source: Path, found: Found):
         self.source, self.model = source, found.model
         self.files = frozenset(found.files)
-        self._places = found.places
-        self._uses = Counter(self._places.values())
+        self._spans = found.locations
+        self._uses = Counter(self._spans.values())
 
     @classmethod
     def open(cls, path: str | Path, revision: str | None = None) -> BaseWeights:
@@ -73,31 +73,31 @@ class BaseWeights(Mapping[Name, Tensor]):
             KeyError: There is no such module; `find` has a message for people.
             ValueError: The weight is quantised, or the file cannot be read.
         """
-        place = self._places[name]
-        _check_dtype(name, place)
-        return place.read()
+        span = self._spans[name]
+        _check_dtype(name, span)
+        return span.read()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return name in self._spans
 
     def __iter__(self) -> Iterator[Name]:
-        return iter(self._places)
+        return iter(self._spans)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._spans)
 
     def shape(self, name: Name) -> tuple[int, ...]:
         """The shape of W0, from the header."""
-        return self._places[name].shape
+        return self._spans[name].shape
 
     def dtype(self, name: Name) -> torch.dtype:
         """The dtype of W0, from the header."""
-        return self._places[name].dtype
+        return self._spans[name].dtype
 
     def has_module(self, name: Name) -> bool:
         """Whether a weight is that of a module: some classes stack experts, or the rows of projections."""
-        place = self._places[name]
-        return isinstance(place, Converted) or place.has_module
+        span = self._spans[name]
+        return isinstance(span, Converted) or span.has_module
 
     def find(self, name: Name) -> Name:
         """The name under which these weights have a module.
@@ -107,40 +107,40 @@ class BaseWeights(Mapping[Name, Tensor]):
         Raises:
             ValueError: There is no such module, or there are several; the message has the nearest names.
         """
-        return resolve(name, self._places)
+        return resolve(name, self._spans)
 
-    def place(self, name: Name) -> Place:
+    def span(self, name: Name) -> TensorLocation:
         """Where a weight is stored that can be replaced.
 
         Raises:
             ValueError: There is no such module, it is quantised, transformers makes it from other tensors, or another
                 module shares its weight.
         """
-        place = self._places[self.find(name)]
-        _check_dtype(name, place)
-        if isinstance(place, Converted):
-            kind = type(place.converter.model).__name__
+        span = self._spans[self.find(name)]
+        _check_dtype(name, span)
+        if isinstance(span, Converted):
+            kind = type(span.converter.model).__name__
             problem = f"{self.source} stores {name} in another form than {kind} has it"
             raise ValueError(f"{problem}: use dora-mm merge, which loads the model")
-        if self._uses[place] > 1:
-            names = " and ".join(str(other) for other, shared in self._places.items() if shared == place)
+        if self._uses[span] > 1:
+            names = " and ".join(str(other) for other, shared in self._spans.items() if shared == span)
             raise ValueError(f"{self.source} cannot be merged: {names} share one weight")
-        return place
+        return span
 
 
 def _of_file(file: TensorFile) -> Found:
     key = next(filter(_OF_ADAPTERS.search, file.entries), None)
     if key or FORMAT_KEY in file.metadata:
         raise ValueError(f"{file.path} is not a model but an adapter: it has {key or FORMAT_KEY}")
-    if not (found := in_file(file)).places:
+    if not (found := in_file(file)).locations:
         raise NoWeightsError(f"{file.path} has no weights of a model")
     return found
 
 
-def _check_dtype(name: Name, place: Place | Converted) -> None:
-    if place.dtype not in DTYPES:
+def _check_dtype(name: Name, span: TensorLocation | Converted) -> None:
+    if span.dtype not in DTYPES:
         raise ValueError(
-            f"{place.file.path} stores {name} as {place.dtype}: use the model in 16 or 32 bits, not quantised"
+            f"{span.file.path} stores {name} as {span.dtype}: use the model in 16 or 32 bits, not quantised"
         )
 
 
@@ -194,10 +194,10 @@ def write_merged(base: BaseWeights, target: Path, update: Mapping[Name, Tensor])
         OSError: It cannot be written.
     """
     _check_target(base, target)
-    changes: dict[Path, list[tuple[Name, Place]]] = defaultdict(list)
+    changes: dict[Path, list[tuple[Name, TensorLocation]]] = defaultdict(list)
     for name in update:
-        place = base.place(name)
-        changes[place.file.path].append((name, place))
+        span = base.span(name)
+        changes[span.file.path].append((name, span))
     if base.source.is_file():
         write_atomically(target, lambda partial: _copy(base.source, partial, changes[base.source], update), is_new=True)
         return
@@ -233,28 +233,30 @@ def _is_weight(path: Path) -> bool:
     return path.name.endswith(_OTHER_WEIGHTS) or ".safetensors.index." in path.name
 
 
-def _copy(source: Path, target: Path, changes: list[tuple[Name, Place]], update: Mapping[Name, Tensor]) -> None:
+def _copy(
+    source: Path, target: Path, changes: list[tuple[Name, TensorLocation]], update: Mapping[Name, Tensor]
+) -> None:
     """A copy of a file with other weights; each byte is written once."""
-    order = [(piece, name, place) for name, place in changes for piece in place.pieces]
+    order = [(piece, name, span) for name, span in changes for piece in span.pieces]
     copy_around(source, target, _in_order(sorted(order, key=lambda one: (one[0].offset, one[0].num_bytes)), update))
 
 
 def _in_order(
-    order: list[tuple[TensorEntry, Name, Place]], update: Mapping[Name, Tensor]
+    order: list[tuple[TensorEntry, Name, TensorLocation]], update: Mapping[Name, Tensor]
 ) -> Iterator[tuple[TensorEntry, Tensor]]:
     """The new values in the order of a file; the rows of a weight may lie between those of others."""
     waiting: dict[TensorEntry, Tensor] = {}
-    for piece, name, place in tracked(order, "merging", "modules"):
+    for piece, name, span in tracked(order, "merging", "modules"):
         if piece not in waiting:
-            waiting |= _pieces(name, place, update[name])
+            waiting |= _pieces(name, span, update[name])
         yield piece, waiting.pop(piece)
 
 
-def _pieces(name: Name, place: Place, weight: Tensor) -> dict[TensorEntry, Tensor]:
+def _pieces(name: Name, span: TensorLocation, weight: Tensor) -> dict[TensorEntry, Tensor]:
     """The parts of a new weight as they are in the file."""
-    if tuple(weight.shape) != place.shape:
-        raise ValueError(f"the new weight of {name} has shape {tuple(weight.shape)} instead of {place.shape}")
-    weight = weight.detach().cpu().to(place.entry.dtype)
-    weight = weight.T if place.transposed else weight
-    parts = [weight] if place.ranges is None else weight.split([piece.shape[0] for piece in place.pieces])
-    return dict(zip(place.pieces, parts, strict=True))
+    if tuple(weight.shape) != span.shape:
+        raise ValueError(f"the new weight of {name} has shape {tuple(weight.shape)} instead of {span.shape}")
+    weight = weight.detach().cpu().to(span.entry.dtype)
+    weight = weight.T if span.transposed else weight
+    parts = [weight] if span.ranges is None else weight.split([piece.shape[0] for piece in span.pieces])
+    return dict(zip(span.pieces, parts, strict=True))

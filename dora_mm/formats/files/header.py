@@ -69,9 +69,9 @@ def parse_header(header: bytes, size: int) -> tuple[dict[str, TensorEntry], dict
     """
     start = 8 + len(header)
 
-    def value(text: str, place: int, key: str) -> tuple[Any, int]:
-        is_metadata = key == METADATA and text[place : place + 1] == "{"
-        return _members(text, place, _text) if is_metadata else _entry(text, place, key, start)
+    def value(text: str, position: int, key: str) -> tuple[Any, int]:
+        is_metadata = key == METADATA and text[position : position + 1] == "{"
+        return _members(text, position, _text) if is_metadata else _entry(text, position, key, start)
 
     try:
         text = header.decode()
@@ -88,8 +88,8 @@ def parse_header(header: bytes, size: int) -> tuple[dict[str, TensorEntry], dict
 
 def write_header(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
     """The beginning of a file whose tensors lie one behind the other, in the order of the entries."""
-    places = ((key, (entry.dtype_name, entry.shape, entry.num_bytes)) for key, entry in entries.items())
-    return header_bytes(places, metadata)
+    rows = ((key, (entry.dtype_name, entry.shape, entry.num_bytes)) for key, entry in entries.items())
+    return header_bytes(rows, metadata)
 
 
 def _in_order(found: dict[str, TensorEntry], start: int, size: int) -> dict[str, TensorEntry]:
@@ -112,43 +112,43 @@ def _first_gap(entries: dict[str, TensorEntry], start: int, size: int) -> str:
     return "" if offset == size else f"it has {size} bytes, and its header describes {offset}"
 
 
-def _members(text: str, place: int, value: Callable[[str, int, str], tuple[T, int]]) -> tuple[dict[str, T], int]:
+def _members(text: str, position: int, value: Callable[[str, int, str], tuple[T, int]]) -> tuple[dict[str, T], int]:
     """The object at a place of a text, and where it ends; `value` says that of the value at a place, by its key."""
-    if not (begin := _BEGIN.match(text, place)):
+    if not (begin := _BEGIN.match(text, position)):
         raise DamagedError("its header is not a JSON object")
     found: dict[str, T] = {}
-    place, ended = begin.end(), bool(begin[1])
+    position, ended = begin.end(), bool(begin[1])
     while not ended:
-        key, place = _text(text, place)
+        key, position = _text(text, position)
         if key in found:
             raise DamagedError(f"its header has {shown(key)} twice")
-        place = _end_of(_COLON, text, place).end()
-        found[key], place = value(text, place, key)
-        after = _end_of(_NEXT, text, place)
-        place, ended = after.end(), after[1] == "}"
-    return found, place
+        position = _end_of(_COLON, text, position).end()
+        found[key], position = value(text, position, key)
+        after = _end_of(_NEXT, text, position)
+        position, ended = after.end(), after[1] == "}"
+    return found, position
 
 
-def _end_of(pattern: re.Pattern[str], text: str, place: int) -> re.Match[str]:
-    if not (found := pattern.match(text, place)):
-        raise DamagedError(f"its header is not valid JSON at character {place}")
+def _end_of(pattern: re.Pattern[str], text: str, position: int) -> re.Match[str]:
+    if not (found := pattern.match(text, position)):
+        raise DamagedError(f"its header is not valid JSON at character {position}")
     return found
 
 
-def _text(text: str, place: int, key: str = "") -> tuple[str, int]:
-    if text[place : place + 1] != '"':
+def _text(text: str, position: int, key: str = "") -> tuple[str, int]:
+    if text[position : position + 1] != '"':
         raise DamagedError(
             "the metadata of its header is not a table of texts" if key else "its header is not valid JSON"
         )
-    return _read_value(text, place)
+    return _read_value(text, position)
 
 
-def _entry(text: str, place: int, key: str, start: int) -> tuple[TensorEntry, int]:
+def _entry(text: str, position: int, key: str, start: int) -> tuple[TensorEntry, int]:
     """What is said about a tensor; its place is counted from the first byte after the header, at `start`."""
     if len(key) > LONGEST_NAME or (not key.isprintable() and UNSEEN.search(key)):
         raise DamagedError(f"no module has the name of its tensor {shown(key)}")
-    end = text.find("}", place, place + _LONGEST_ENTRY) + 1
-    fields = _read_value(text[place:end])[0] if end and text[place : place + 1] == "{" else {}
+    end = text.find("}", position, position + _LONGEST_ENTRY) + 1
+    fields = _read_value(text[position:end])[0] if end and text[position : position + 1] == "{" else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS or not _naturals(offsets) or len(offsets) != 2:
         raise DamagedError(f"the header does not describe {shown(key)}")

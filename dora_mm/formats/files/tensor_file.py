@@ -84,7 +84,7 @@ class TensorFile:
         """
         start = next((entry.offset for entry in self.entries.values()), 0)
         end = start + sum(entry.num_bytes for entry in self.entries.values())
-        yield from (self.read_bytes(place, min(_PIECE, end - place)) for place in range(start, end, _PIECE))
+        yield from (self.read_bytes(offset, min(_PIECE, end - offset)) for offset in range(start, end, _PIECE))
 
     def read_bytes(self, offset: int, length: int) -> bytes:
         """Bytes of the file.
@@ -205,8 +205,8 @@ def copy_around(source: Path, target: Path, new: Iterable[tuple[TensorEntry, Ten
     with source.open("rb", buffering=0) as old, target.open("wb", buffering=0) as copy:
 
         def copy_until(end: int) -> None:
-            for place in range(old.tell(), end, _PIECE):
-                piece = buffer[: min(_PIECE, end - place)]
+            for offset in range(old.tell(), end, _PIECE):
+                piece = buffer[: min(_PIECE, end - offset)]
                 try:
                     _fill(old, piece)
                 except DamagedError as error:

@@ -334,8 +334,8 @@ def _unet(attention_first: bool) -> dict[str, str]:
         for layer in range(_LAYERS + 1):
             found |= _resnet(f"output_blocks.{first + layer}.0", f"{up}.resnets.{layer}")
             found |= _attention(f"output_blocks.{first + layer}.1", f"{up}.attentions.{layer}")
-        for place in (1, 2) if level == 0 and not attention_first else (2, 1):
-            found[f"output_blocks.{first + _LAYERS}.{place}.conv"] = f"{up}.upsamplers.0.conv"
+        for index in (1, 2) if level == 0 and not attention_first else (2, 1):
+            found[f"output_blocks.{first + _LAYERS}.{index}.conv"] = f"{up}.upsamplers.0.conv"
     return found
 
 

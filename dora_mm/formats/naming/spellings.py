@@ -199,8 +199,8 @@ class Names:
         for name in names:
             style = spelling.styles.get(name.component)
             if style is None:
-                held = ", ".join(spelling.styles)
-                raise ValueError(f"{spelling.name} files have no name for {name}: they hold {held}")
+                styles = ", ".join(spelling.styles)
+                raise ValueError(f"{spelling.name} files have no name for {name}: they hold {styles}")
             path, group = _own(name, layout) if style.own else (name.path, ModuleGroup((name,)))
             if style.own and layout and spelling.table:
                 path = _known(path, group, layout, style, spelling.table)

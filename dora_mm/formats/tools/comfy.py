@@ -63,7 +63,7 @@ EXPORT = Export(
     write,
     COMFY,
     read_by=("comfy", "forge"),
-    holds=Holds(beside=True),
+    holds=Holds(extras=True),
     header=lambda contents: {TARGET_KEY: "comfy"},
     needs_base=True,
 )
@@ -71,7 +71,7 @@ EXPORT_DIFF = Export(
     kohya_tensors,
     COMFY,
     read_by=("comfy", "a1111", "sdnext", "invokeai", "kohya"),
-    holds=Holds(beside=True),
+    holds=Holds(extras=True),
     needs_base=True,
     difference=True,
 )

@@ -101,7 +101,7 @@ def why_not(components: Mapping[str, nn.Module]) -> str | None:
     for component, model in components.items():
         if component not in COMPONENTS:
             return f"the diffusers format has no component {component!r}: it has {', '.join(COMPONENTS)}"
-        if reason := peft_config.why_not_held(component, model):
+        if reason := peft_config.unsupported_reason(component, model):
             return reason
     return None
 
@@ -153,7 +153,7 @@ EXPORT = Export(
     DIFFUSERS,
     read_by=("diffusers",),
     # tokens are beside it, since its loader raises an error at a key without `lora`
-    holds=Holds(columns=False, diffs=False, both_methods=False, tokens="beside"),
+    holds=Holds(columns=False, diffs=False, both_methods=False, tokens="separate"),
     header=header,
     file_name=FILE_NAME,
     ending=ending,

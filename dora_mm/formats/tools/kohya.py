@@ -30,4 +30,4 @@ TOOL = Tool(
         rf"{KOHYA_NAMES.pattern}.*\.(lora_down\.weight|diff|hada_w1_a|lokr_w\d(_a)?|a1\.weight|w_norm)$"
     ),
 )
-EXPORT = Export(kohya_tensors, KOHYA, read_by=("kohya", "sdnext"), holds=Holds(beside=True))
+EXPORT = Export(kohya_tensors, KOHYA, read_by=("kohya", "sdnext"), holds=Holds(extras=True))

@@ -90,8 +90,8 @@ _ONE = re.compile("|".join(rf"(?P<_{n}>{method.keys})" for n, method in enumerat
 def other_method(keys: Collection[str]) -> Method | None:
     """The method of a file, or of a module, by a key that is not read here; None where there is none."""
     for key in keys:
-        for place in (0, *(found.end() for found in re.finditer(r"\.", key))):
-            if found := _ONE.fullmatch(key, place):
+        for position in (0, *(found.end() for found in re.finditer(r"\.", key))):
+            if found := _ONE.fullmatch(key, position):
                 return list(METHODS.values())[int(str(found.lastgroup)[1:])]
     return None
 

@@ -36,10 +36,10 @@ def matching_key(patterns: Mapping[str, Any], path: str) -> str | None:
 
 
 def _matches(pattern: str, path: str) -> bool:
-    text, is_whole = _parsed(pattern)
+    text, is_anchored = _parsed(pattern)
     if "*" not in text:
-        return path == text or (not is_whole and path.endswith(text) and path[-len(text) - 1] == ".")
-    return fnmatchcase(path, text) or (not is_whole and fnmatchcase(path, f"*.{text}"))
+        return path == text or (not is_anchored and path.endswith(text) and path[-len(text) - 1] == ".")
+    return fnmatchcase(path, text) or (not is_anchored and fnmatchcase(path, f"*.{text}"))
 
 
 @lru_cache(maxsize=4096)

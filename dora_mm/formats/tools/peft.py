@@ -75,20 +75,20 @@ def named(module: str) -> Name | None:
 
 
 def alpha(header: Header, module: str, rank: int) -> float | None:
-    return peft_config.alpha_in(config_beside(header, "LORA"), NAMES.sub("", module), rank)
+    return peft_config.alpha_in(config_next_to(header, "LORA"), NAMES.sub("", module), rank)
 
 
 def scaling(header: Header, module: str) -> float:
-    return peft_config.scaling_in(config_beside(header, "LOHA", "LOKR"), NAMES.sub("", module))
+    return peft_config.scaling_in(config_next_to(header, "LOHA", "LOKR"), NAMES.sub("", module))
 
 
 def settings(header: Header, module: str) -> Mapping[str, Any]:
-    return peft_config.settings_in(config_beside(header), peft_config.own_header(header))
+    return peft_config.settings_in(config_next_to(header), peft_config.own_header(header))
 
 
 def listed(header: Header) -> Iterator[Name]:
     if ours := peft_config.own_header(header):  # the target_modules of others may be patterns
-        modules, extra = config_beside(header).get("target_modules") or [], ours.get("parameters", [])
+        modules, extra = config_next_to(header).get("target_modules") or [], ours.get("parameters", [])
         yield from (Name("", name) for name in (*peft_config.listed_names(modules), *peft_config.listed_names(extra)))
 
 
@@ -104,7 +104,7 @@ def unties(header: Header, name: Name) -> bool:
 
     A head that the base ties to a copied embedding keeps the old weight.
     """
-    copied = tuple(peft_config.listed_names(config_beside(header).get("modules_to_save") or []))
+    copied = tuple(peft_config.listed_names(config_next_to(header).get("modules_to_save") or []))
     parts = name.path.split(".")
     return any(".".join(parts[:count]).endswith(copied) for count in range(1, len(parts)))
 
@@ -115,14 +115,14 @@ def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
     return ""
 
 
-def method_beside(header: Header) -> Method | None:
+def companion_method(header: Header) -> Method | None:
     """The method that PEFT's settings beside the weights name; None where there are none, or it is read."""
     if CONFIG_NAME not in header:
         return None
     return method_of_type(str(parse_json(header[CONFIG_NAME], CONFIG_NAME).get("peft_type")))
 
 
-def config_beside(header: Header, *types: str) -> dict[str, Any]:
+def config_next_to(header: Header, *types: str) -> dict[str, Any]:
     """PEFT's settings, which are a file beside the weights.
 
     Args:
@@ -162,7 +162,7 @@ def read(parts: Parts, axis: str | None) -> LayerState:
 def why_not(components: Mapping[str, nn.Module]) -> str | None:
     if len(components) != 1:
         return f"PEFT's format holds the adapter of one model, and {', '.join(components)} were given"
-    return peft_config.why_not_held(*next(iter(components.items())))
+    return peft_config.unsupported_reason(*next(iter(components.items())))
 
 
 def write(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ _MISREAD = {
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def why_not_held(component: str, model: nn.Module) -> str | None:
+def unsupported_reason(component: str, model: nn.Module) -> str | None:
     """Why PEFT would not compute the same function from a file, or None where it would.
 
     Args:

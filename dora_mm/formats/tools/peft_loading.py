@@ -52,8 +52,10 @@ def left_out(model: nn.Module, config: Mapping[str, Any] | Path, shapes: Mapping
     missing = [key for key in result.missing_keys if mark in key]
     if not missing and not result.unexpected_keys:
         return []
-    held = {_module(name, mark) for name, _ in adapted.named_parameters() if mark in name}
-    return sorted({_module(key, mark) for key in tensors} - held.difference(_module(key, mark) for key in missing))
+    adapted_modules = {_module(name, mark) for name, _ in adapted.named_parameters() if mark in name}
+    return sorted(
+        {_module(key, mark) for key in tensors} - adapted_modules.difference(_module(key, mark) for key in missing)
+    )
 
 
 def left_out_of(model: nn.Module, specs: Mapping[str, DoRASpec]) -> list[str]:

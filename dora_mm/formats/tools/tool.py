@@ -157,7 +157,7 @@ class Holds:
         columns: Magnitudes of input columns.
         diffs: Differences of weights.
         convolutions: Convolutions.
-        beside: Differences of norms and biases.
+        extras: Differences of norms and biases.
         alpha: Any alpha; else B is scaled so that alpha is the rank, which tools that do not read it take.
         both_methods: Modules without a magnitude beside others with one; else all get one.
         tokens: Rows of new tokens: `inside` the file, `beside` it in files of their own, or nowhere (empty).
@@ -166,10 +166,10 @@ class Holds:
     columns: bool = True
     diffs: bool = True
     convolutions: bool = True
-    beside: bool = False
+    extras: bool = False
     alpha: bool = False
     both_methods: bool = True
-    tokens: Literal["inside", "beside", ""] = "inside"
+    tokens: Literal["inside", "separate", ""] = "inside"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dora_mm.config.paths import CONFIG, INDEX
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.formats.files.variants import choose_variant
 from dora_mm.models.hub import local_copy
-from dora_mm.models.opening import described, opening
+from dora_mm.models.opening import opened_folder, opening
 from dora_mm.utils.digest import module_digest, weights_digest
 
 META = torch.device("meta")
@@ -184,7 +184,7 @@ def pipeline_class_of(path: str, revision: str | None) -> str:
     Raises:
         ValueError: There is no index, it is damaged, or the hub cannot be reached.
     """
-    folder = described(path, revision, key="model.path")
+    folder = opened_folder(path, revision, key="model.path")
     if folder.index is None:
         found = sorted(each.name for each in folder.path.iterdir() if folder.has_config(each.name))
         inside = f"has {', '.join(found)}, but no {INDEX}" if found else f"has no {INDEX}"
@@ -273,7 +273,7 @@ def load_vae(kind: Any, path: str | Path, dtype: torch.dtype = torch.float32, *,
         ValueError: There is none, or it cannot be loaded.
     """
     if empty:
-        files = described(str(path), key="model.vae")
+        files = opened_folder(str(path), key="model.vae")
         if not files.has_config():
             raise ValueError(f"model.vae: {path} cannot be loaded: it has no {CONFIG}")
         return empty_network(files, dtype=dtype, kind=kind).requires_grad_(False).eval()

@@ -101,11 +101,11 @@ def _renamed(network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_forms(file: TensorFile) -> None:
     """Raises ValueError where layers are quantised in another way than to float8."""
-    described = list(parse_json(file.metadata.get(HEADER, "{}"), HEADER).get("layers", {}).values())
+    layers = list(parse_json(file.metadata.get(HEADER, "{}"), HEADER).get("layers", {}).values())
     for key in file.entries:
         if key.endswith(".comfy_quant"):
-            described.append(parse_json(bytes(file.read(key).tolist()), key))
-    forms = {str(layer.get("format")) for layer in described if isinstance(layer, dict)} - set(KNOWN)
+            layers.append(parse_json(bytes(file.read(key).tolist()), key))
+    forms = {str(layer.get("format")) for layer in layers if isinstance(layer, dict)} - set(KNOWN)
     forms |= {str(entry.dtype) for key, entry in file.entries.items() if key.endswith(".weight")} - READ
     if forms:
         found = ", ".join(sorted(forms))

@@ -31,7 +31,7 @@ from dora_mm.models.images.denoiser_file import PREFIX, load_denoiser
 from dora_mm.models.images.image_model import Distilled, ImageModel
 from dora_mm.models.images.schedulers import changes_for
 from dora_mm.models.images.weights import PipelineFiles
-from dora_mm.models.opening import check_revision, described, is_weights, loaded_files, opening
+from dora_mm.models.opening import check_revision, is_weights, loaded_files, opened_folder, opening
 from dora_mm.models.quantization import check_installed, quantize_layers
 from dora_mm.registries.image_families import IMAGE_FAMILIES, ImageFamily
 from dora_mm.registries.registry import load
@@ -51,10 +51,10 @@ def family_of(path: str, revision: str | None = None) -> type[ImageModel]:
     if Path(path).is_file():
         if found := family_of_file(Path(path)):
             return found
-        if alone := _family_of_denoiser(tensor_names(Path(path))):
+        if denoiser_family := _family_of_denoiser(tensor_names(Path(path))):
             raise ValueError(
-                f"model.path: {path} is the denoiser of {alone} alone: set model.denoiser={path}, and model.path to a "
-                "folder or hub name of the model."
+                f"model.path: {path} is the denoiser of {denoiser_family} alone: set model.denoiser={path}, and "
+                "model.path to a folder or hub name of the model."
             )
         files = " and ".join(family.title for family in IMAGE_FAMILIES.values() if family.tensors)
         raise ValueError(
@@ -62,7 +62,7 @@ def family_of(path: str, revision: str | None = None) -> type[ImageModel]:
         )
     pipeline = pipeline_class_of(path, revision)
     if name := IMAGE_FAMILIES.first(lambda family: family.pipeline == pipeline):
-        return load(IMAGE_FAMILIES[name].place)
+        return load(IMAGE_FAMILIES[name].import_path)
     known = ", ".join(f"{family.title} ({family.pipeline})" for family in IMAGE_FAMILIES.values())
     raise ValueError(f"model.path: {path} is a {pipeline}, which is no family of image models here; there are {known}.")
 
@@ -87,7 +87,7 @@ def family_of_file(file: Path) -> type[ImageModel] | None:
         return bool(starts) and all(any(name.startswith(start) for name in names) for start in starts)
 
     found = IMAGE_FAMILIES.first(fits)
-    return load(IMAGE_FAMILIES[found].place) if found else None
+    return load(IMAGE_FAMILIES[found].import_path) if found else None
 
 
 def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
@@ -114,11 +114,11 @@ def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
             raise ValueError(f"model.{name}: {path} is {found}, not {given}: leave it out.")
     names = [name for phase in family.phases for name in phase]
     read_here = _read_from_path(family, config)
-    if Path(path).is_dir() and (missing := missing_in(Path(path), _described_in_path(family, config))):
+    if Path(path).is_dir() and (missing := missing_in(Path(path), _named_in_path(family, config))):
         raise ValueError(f"model.path: {path} is incomplete: it lacks {', '.join(missing)}.")
     changes = scheduler_changes(family, path, config.prediction)
     single = family.single_file if Path(path).is_file() else None
-    files = _described(family, path, config.revision)
+    files = _opened_folder(family, path, config.revision)
     own = PipelineFiles(path, files.path, read_here, config)
 
     def load(wanted: Sequence[str]) -> dict[str, Any]:
@@ -142,8 +142,8 @@ def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
             scheduler = found["scheduler"]
             found["scheduler"] = type(scheduler).from_config(scheduler.config, **changes)
         if config.quantization and family.denoiser in found:
-            layers, place = targets.find(family.maps[family.denoiser]), components.device_of(family.denoiser)
-            quantize_layers(found[family.denoiser], layers, config.quantization, place)
+            layers, device = targets.find(family.maps[family.denoiser]), components.device_of(family.denoiser)
+            quantize_layers(found[family.denoiser], layers, config.quantization, device)
         return found
 
     def weights(name: str) -> list[Path]:
@@ -167,9 +167,9 @@ def _denoiser_of_file(family: type[ImageModel], files: ModelFolder, config: Mode
     """The denoiser of `model.denoiser`; see `load_denoiser`."""
     file, kept = _denoiser_file(config), targets.find(family.maps[family.denoiser])
     with opening(str(file), f"{file} cannot be loaded", key="model.denoiser"):
-        kind, described = class_of(files, family.denoiser), files.config(family.denoiser)
+        kind, file_config = class_of(files, family.denoiser), files.config(family.denoiser)
         stays = config.quantization == "float8"
-        return load_denoiser(kind, described, file, getattr(torch, config.dtype), kept if stays else None)
+        return load_denoiser(kind, file_config, file, getattr(torch, config.dtype), kept if stays else None)
 
 
 def _denoiser_file(config: ModelConfig) -> Path:
@@ -182,16 +182,16 @@ def _read_from_path(family: type[ImageModel], config: ModelConfig) -> list[str]:
     return [name for phase in family.phases for name in phase if name not in elsewhere]
 
 
-def _described_in_path(family: type[ImageModel], config: ModelConfig) -> list[str]:
+def _named_in_path(family: type[ImageModel], config: ModelConfig) -> list[str]:
     """The components that have to have a folder in `model.path`: what another VAE has to fit is in its own config."""
     return [*_read_from_path(family, config), *(["vae"] if config.vae else [])]
 
 
-def _described(family: type[ImageModel], path: str, revision: str | None) -> ModelFolder:
+def _opened_folder(family: type[ImageModel], path: str, revision: str | None) -> ModelFolder:
     """The index and configs of a model; a single checkpoint lacks them, and its family has them."""
     if family.single_file and Path(path).is_file():
         return ModelFolder(family.single_file.configs)
-    return described(path, revision, key="model.path")
+    return opened_folder(path, revision, key="model.path")
 
 
 def scheduler_changes(family: type[ImageModel], path: str, prediction: str) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def distilled_of(config: ModelConfig) -> Distilled | None:
     """How a model draws that was distilled to few steps, by its files; None: it was not."""
     path = resolve_model(config.path)
     family = family_of(path, config.revision)
-    return family.distilled(_described(family, path, config.revision))
+    return family.distilled(_opened_folder(family, path, config.revision))
 
 
 def has_unread_layers(config: ModelConfig) -> bool:
@@ -228,7 +228,7 @@ def about_prediction(config: ModelConfig) -> str:
     path = resolve_model(config.path)
     family = family_of(path, config.revision)
     changes = scheduler_changes(family, path, config.prediction)
-    own = _described(family, path, config.revision).config("scheduler")
+    own = _opened_folder(family, path, config.revision).config("scheduler")
     found = {**own, **changes}
     line = f"{family.record().title} that predicts {found.get('prediction_type', 'a velocity')}"
     if found.get("rescale_betas_zero_snr"):
@@ -314,6 +314,6 @@ def is_complete(copy: str, config: ModelConfig) -> bool:
     family = family_of(copy)
     names = _read_from_path(family, config)
     return (
-        not missing_in(Path(copy), _described_in_path(family, config))
+        not missing_in(Path(copy), _named_in_path(family, config))
         and PipelineFiles(copy, Path(copy), names, config).has_weights
     )

@@ -25,7 +25,7 @@ def denoiser_layers(file: AdapterFile, model: ImageModel, denoiser: nn.Module) -
     groups, _ = file.groups(list(file.modules), ModelNames(file, {model.denoiser: denoiser}))
     for module, group in groups.items():
         if len(group.names) == 1 and group.names[0].component == model.denoiser:
-            yield group.names[0].path, file.described_layer(module)
+            yield group.names[0].path, file.layer_shapes(module)
 
 
 def changes_text(file: AdapterFile, model: ImageModel, denoiser: nn.Module) -> bool:

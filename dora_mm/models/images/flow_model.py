@@ -71,7 +71,7 @@ class FlowModel(ImageModel):
         return Latents(mode.squeeze(2) if mode.ndim > pixels.ndim else mode, None)
 
     @torch.no_grad()
-    def encode_for_drawing(self, prompt: Wording, negative_prompt: Wording | None) -> Prompt:
+    def encode_for_sampling(self, prompt: Wording, negative_prompt: Wording | None) -> Prompt:
         assert isinstance(prompt, str)  # it does not `weigh_words`
         assert not isinstance(negative_prompt, tuple)
         text, negative = self.encode_prompts([prompt, negative_prompt or ""])
@@ -94,5 +94,5 @@ class FlowModel(ImageModel):
     def make_pipeline(self, components: dict[str, Any]) -> Any:
         kind = self.pipeline_class()
         _, options = kind._get_signature_keys(kind)
-        told = {key: value for key, value in self.components.index.items() if key in options}  # such as is_distilled
-        return super().make_pipeline({**told, **components, "scheduler": self.sampling_scheduler})
+        known = {key: value for key, value in self.components.index.items() if key in options}  # such as is_distilled
+        return super().make_pipeline({**known, **components, "scheduler": self.sampling_scheduler})

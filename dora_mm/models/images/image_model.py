@@ -313,7 +313,7 @@ class ImageModel(ABC):
             raise ValueError(f"{key} is not for {self.title}, whose pipeline does not take it: leave it out")
 
     @abstractmethod
-    def encode_for_drawing(self, prompt: Wording, negative_prompt: Wording | None) -> Prompt:
+    def encode_for_sampling(self, prompt: Wording, negative_prompt: Wording | None) -> Prompt:
         """Encodes the prompts of one picture, for `pipeline_inputs`.
 
         Args:
@@ -328,7 +328,7 @@ class ImageModel(ABC):
         """The arguments of the pipeline for a batch of pictures.
 
         Args:
-            encoded: From `encode_for_drawing`, one per picture, of prompts of one length.
+            encoded: From `encode_for_sampling`, one per picture, of prompts of one length.
             steps: The number of denoising steps.
             guidance: The scale of classifier-free guidance; 1 is none.
             width: In pixels.

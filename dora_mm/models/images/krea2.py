@@ -54,13 +54,13 @@ class Krea2(WithQwenVAE):
         network = self.transformer
         patches = pixel_unshuffle(noised.to(network.dtype), 2)
         text, mask = pad_prompts(prompts, "text")
-        places = self.pipeline_class().prepare_position_ids(text.shape[1], *patches.shape[2:], device=noised.device)
+        positions = self.pipeline_class().prepare_position_ids(text.shape[1], *patches.shape[2:], device=noised.device)
         found = network(
             hidden_states=patches.flatten(2).mT,
             timestep=time,
             encoder_hidden_states=text.to(network.dtype),
             encoder_attention_mask=mask,
-            position_ids=places,
+            position_ids=positions,
             return_dict=False,
         )[0]
         return pixel_shuffle(found.mT.reshape(patches.shape), 2)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from dora_mm.config.pictures import MemoryConfig
+from dora_mm.config.generation import MemoryConfig
 from dora_mm.models.quantization import QUANTIZATIONS
 
 TILE = 512  # pixels; diffusers takes the VAE's own size, with which a picture of 1024 pixels is one tile

@@ -99,7 +99,7 @@ class NewTokens(nn.Module):
         return [-1 - first - number for number in range(self.counts[word])]
 
     @contextmanager
-    def beside(self, embedding: nn.Module, table: str, ids: Tensor) -> Iterator[Tensor]:
+    def appended(self, embedding: nn.Module, table: str, ids: Tensor) -> Iterator[Tensor]:
         """A context in which an embedding looks up the rows of new tokens, too.
 
         Args:

@@ -13,8 +13,8 @@ from typing import Any
 from dora_mm.utils.messages import nearest
 
 log = logging.getLogger(__name__)
-PLAIN = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-KARRAS = {**PLAIN, "use_karras_sigmas": True}
+NO_SIGMA_SCHEDULE = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+KARRAS = {**NO_SIGMA_SCHEDULE, "use_karras_sigmas": True}
 DPM = {"solver_order": 2, "algorithm_type": "dpmsolver++"}
 DPM_SDE = {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"}
 # The defaults of diffusers are for pixels in [-1, 1]. Latents are larger, and the last step ends at the first timestep.
@@ -38,13 +38,13 @@ class Scheduler:
 
 # As in diffusers' table of A1111's names: https://huggingface.co/docs/diffusers/api/schedulers/overview
 SCHEDULERS = {
-    "euler": Scheduler("EulerDiscreteScheduler", "Euler", PLAIN),
+    "euler": Scheduler("EulerDiscreteScheduler", "Euler", NO_SIGMA_SCHEDULE),
     "euler_a": Scheduler("EulerAncestralDiscreteScheduler", "Euler a"),
-    "dpmpp_2m": Scheduler("DPMSolverMultistepScheduler", "DPM++ 2M", {**DPM, **PLAIN}),
+    "dpmpp_2m": Scheduler("DPMSolverMultistepScheduler", "DPM++ 2M", {**DPM, **NO_SIGMA_SCHEDULE}),
     "dpmpp_2m_karras": Scheduler("DPMSolverMultistepScheduler", "DPM++ 2M Karras", {**DPM, **KARRAS}),
-    "dpmpp_2m_sde": Scheduler("DPMSolverMultistepScheduler", "DPM++ 2M SDE", {**DPM_SDE, **PLAIN}),
+    "dpmpp_2m_sde": Scheduler("DPMSolverMultistepScheduler", "DPM++ 2M SDE", {**DPM_SDE, **NO_SIGMA_SCHEDULE}),
     "dpmpp_2m_sde_karras": Scheduler("DPMSolverMultistepScheduler", "DPM++ 2M SDE Karras", {**DPM_SDE, **KARRAS}),
-    "unipc": Scheduler("UniPCMultistepScheduler", "UniPC", PLAIN),
+    "unipc": Scheduler("UniPCMultistepScheduler", "UniPC", NO_SIGMA_SCHEDULE),
     "ddim": Scheduler("DDIMScheduler", "DDIM", LATENTS),
     "lcm": Scheduler("LCMScheduler", "LCM", LATENTS),  # for models distilled to a few steps, and at most 50
 }

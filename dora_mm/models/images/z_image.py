@@ -35,8 +35,10 @@ class ZImage(FlowModel):
 
     def check(self, config: ModelConfig) -> None:
         super().check(config)
-        places = self.components.config("transformer")["axes_lens"][0]  # of prompt and picture, one after the other
-        most = (places - 2) // GROUP * GROUP
+        num_positions = self.components.config("transformer")["axes_lens"][
+            0
+        ]  # of prompt and picture, one after the other
+        most = (num_positions - 2) // GROUP * GROUP
         if self.settings.max_tokens > most:
             raise ValueError(f"model.z_image.max_tokens must be at most {most} for {config.path}.")
 

@@ -21,7 +21,7 @@ from dora_mm.registries.vl_families import DEFAULT, VL_FAMILIES
 
 def family_of(model: VLModelConfig) -> type[VLModel]:
     """The family that a config names."""
-    return load(VL_FAMILIES[model.family].place)
+    return load(VL_FAMILIES[model.family].import_path)
 
 
 def family_of_folder(path: str) -> str | None:
@@ -59,7 +59,7 @@ def load_vl_model(
     return family_of(model).load(model, vision, seed=seed, trained_tower=trained_tower, device=device)
 
 
-def load_to_ask(
+def load_for_questions(
     path: str,
     run: tuple[VLModelConfig, VisionConfig] | None,
     *,
@@ -84,9 +84,9 @@ def load_to_ask(
         ValueError: The model cannot be loaded, or needs a run and there is none.
     """
     name = family_of_folder(path) or (run[0].family if run else DEFAULT)
-    family, section = load(VL_FAMILIES[name].place), load(VL_FAMILIES[name].section)
+    family, section = load(VL_FAMILIES[name].import_path), load(VL_FAMILIES[name].section)
     model, vision = run if run and run[0].family == name else (None, VisionConfig())
-    settings = {"path": path, **family.settings_to_ask(path, model, given)}
+    settings = {"path": path, **family.interactive_settings(path, model, given)}
     settings |= {"date": today} if "date" in section.model_fields else {}
     model = model.model_copy(update=settings) if model else section.model_validate({"family": name, **settings})
     vision = vision.model_copy(update={"features": ()})

@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from dora_mm.config.served import KEY_VARIABLE, ServerConfig
-from dora_mm.config.vl import DrawingConfig
+from dora_mm.config.vl import TextSamplingConfig
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import Answer, Example, Turn, leading, pieces_of
 from dora_mm.data.vl.image_folder import image_path
@@ -116,8 +116,8 @@ class Server:
     def _refusal(self, error: urllib.error.HTTPError) -> str:
         if error.code in (401, 403):
             return f"server.url: {self.config.url} wants a key: set the variable {KEY_VARIABLE} (code {error.code})"
-        said = error.read(2000).decode("utf-8", "replace")
-        return f"server.url: {self.config.url} refuses it with code {error.code}: {shown(said)}"
+        body = error.read(2000).decode("utf-8", "replace")
+        return f"server.url: {self.config.url} refuses it with code {error.code}: {shown(body)}"
 
 
 def _object(content: bytes, url: str) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class ServerAnswers:
         num_cut: How many answers were cut at the most tokens.
     """
 
-    def __init__(self, server: Server, model: str, decode: DrawingConfig, prompts: Mapping[str, str]):
+    def __init__(self, server: Server, model: str, decode: TextSamplingConfig, prompts: Mapping[str, str]):
         self.server, self.model, self.decode, self.prompts = server, model, decode, prompts
         self.num_cut = 0
 
@@ -168,7 +168,7 @@ class ServerAnswers:
                 raise ValueError(f"row {example.id} of {task}: {error}") from error
 
         def answers(examples: Sequence[Example], images: str | None) -> list[str]:
-            with ThreadPoolExecutor(self.server.config.at_once) as threads:
+            with ThreadPoolExecutor(self.server.config.concurrency) as threads:
                 found = list(threads.map(partial(answer, images=images), examples))
             self.num_cut += sum(is_cut for _, is_cut in found)
             return [without_thought(text, row.answers).strip() for (text, _), row in zip(found, examples, strict=True)]
@@ -189,24 +189,24 @@ class ServerAnswers:
         return body | ({"stop": list(decode.stop)} if decode.stop else {})
 
     def _messages(self, task: str, example: Example, folder: str | None) -> list[dict[str, Any]]:
-        pictures = iter([_image_item(image_path(folder, name)) for name in example.images])
+        images = iter([_image_item(image_path(folder, name)) for name in example.images])
         prompt = self.prompts.get(task, TASKS[task].prompt) or "{text}"
         if not example.turns:
             text = prompt.replace("{text}", example.text)
-            return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+            return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
         if TASKS[task].kind == "conversations":
-            return [_message(turn, pictures) for turn in example.asked]
-        (question,) = example.asked
+            return [_message(turn, images) for turn in example.prompt_turns]
+        (question,) = example.prompt_turns
         marks, text = leading(question.text)
-        return [_message(question._replace(text=marks + prompt.replace("{text}", text)), pictures)]
+        return [_message(question._replace(text=marks + prompt.replace("{text}", text)), images)]
 
 
-def _message(turn: Turn, pictures: Any) -> dict[str, Any]:
+def _message(turn: Turn, images: Any) -> dict[str, Any]:
     """A turn as a message: only those of a user have images, and other roles plain texts."""
     pieces = pieces_of(turn.text)
     if len(pieces) == 1:
         return {"role": turn.role, "content": pieces[0]}
-    items = [next(pictures) if number % 2 else {"type": "text", "text": piece} for number, piece in enumerate(pieces)]
+    items = [next(images) if number % 2 else {"type": "text", "text": piece} for number, piece in enumerate(pieces)]
     return {"role": turn.role, "content": [item for item in items if item.get("text") != ""]}
 
 
@@ -215,8 +215,8 @@ def _image_item(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     with Image.open(io.BytesIO(content)) as image:
         kind = SENT_AS_THEY_ARE.get(image.format or "")
-        plain = image.mode in ("RGB", "L") and image.getexif().get(ORIENTATION) in UPRIGHT
-    if kind is None or not plain:
+        is_upright_rgb = image.mode in ("RGB", "L") and image.getexif().get(ORIENTATION) in UPRIGHT
+    if kind is None or not is_upright_rgb:
         file = io.BytesIO()
         load_rgb(path).save(file, "PNG")
         kind, content = "png", file.getvalue()

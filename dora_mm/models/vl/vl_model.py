@@ -117,7 +117,7 @@ class RowCounts:
                     f"model.date: the finished steps have read rows of {day}, and rows have {self.day.date} now: go on "
                     f"with {day}, or start a new run"
                 )
-            self.day.asked = max(1, self.day.asked)
+            self.day.num_requests = max(1, self.day.num_requests)
         before, longest = state_dict["limit"], state_dict["longest"]
         if before != self.limit and longest > min(before, self.limit):
             raise ValueError(
@@ -160,7 +160,7 @@ class VLModel(Protocol):
         ...
 
     @classmethod
-    def settings_to_ask(cls, path: str, run: Any | None, given: Mapping[str, str]) -> dict[str, Any]:
+    def interactive_settings(cls, path: str, run: Any | None, given: Mapping[str, str]) -> dict[str, Any]:
         """What a single question changes in the `model` section of a run, or the section's keys without a run.
 
         Args:
@@ -244,7 +244,7 @@ class VLModel(Protocol):
         ...
 
     @property
-    def why_not_in_step(self) -> str | None:
+    def nonuniform_reason(self) -> str | None:
         """Why several processes may not run the same modules in the same order, each with a batch; None if they do."""
         ...
 
@@ -403,7 +403,7 @@ def check_in_step(model: VLModel, *sets: Mapping[str, TrainingSet | ValidationSe
     Raises:
         ValueError: They do not.
     """
-    if why := model.why_not_in_step:
+    if why := model.nonuniform_reason:
         raise ValueError(f"train.shard: {why}, and the processes have to gather a block at the same time: leave it out")
     for name, found in (item for each in sets for item in each.items()):
         model.check_in_step(name, found.table, found.images)

@@ -1,6 +1,6 @@
 """Galleries: a folder with one HTML page and its pictures, made from the manifests of runs, that opens from disk."""
 
 from dora_mm.sampling.gallery.folder import GALLERY, INDEX, fill_gallery, update_page, write_gallery
-from dora_mm.sampling.gallery.training import read_pictures
+from dora_mm.sampling.gallery.training import read_images
 
-__all__ = ["GALLERY", "INDEX", "fill_gallery", "read_pictures", "update_page", "write_gallery"]
+__all__ = ["GALLERY", "INDEX", "fill_gallery", "read_images", "update_page", "write_gallery"]

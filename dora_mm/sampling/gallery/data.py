@@ -17,7 +17,7 @@ LARGEST_INTEGER = 2**53  # JavaScript rounds larger ones: seeds may be
 
 
 @dataclass(frozen=True)
-class GalleryPicture:
+class GalleryImage:
     """One picture of a gallery.
 
     Attributes:
@@ -35,39 +35,39 @@ class GalleryPicture:
     size: tuple[int, int] | None = None
 
 
-def gallery_data(pictures: Sequence[GalleryPicture]) -> dict[str, Any]:
+def gallery_data(images: Sequence[GalleryImage]) -> dict[str, Any]:
     """Returns all that the page knows, as plain values that JSON and JavaScript hold exactly.
 
     Every picture has its `values` in the order of `columns`; `before` is the number of the same picture without an
     adapter, and pictures of several runs that have the same `group` differ in nothing but the run.
     """
-    settings = dict.fromkeys(name for picture in pictures for name in picture.entry.settings)
-    scores = dict.fromkeys(name for picture in pictures for name in picture.entry.scores)
-    columns: list[tuple[str, str, Callable[[GalleryPicture], Any]]] = [
-        ("run", "run", lambda picture: picture.run),
-        ("status", "status", lambda picture: picture.entry.status),
-        *((name, "setting", lambda picture, name=name: picture.entry.settings.get(name)) for name in settings),
-        *((name, "score", lambda picture, name=name: picture.entry.scores.get(name)) for name in scores),
+    settings = dict.fromkeys(name for image in images for name in image.entry.settings)
+    scores = dict.fromkeys(name for image in images for name in image.entry.scores)
+    columns: list[tuple[str, str, Callable[[GalleryImage], Any]]] = [
+        ("run", "run", lambda image: image.run),
+        ("status", "status", lambda image: image.entry.status),
+        *((name, "setting", lambda image, name=name: image.entry.settings.get(name)) for name in settings),
+        *((name, "score", lambda image, name=name: image.entry.scores.get(name)) for name in scores),
     ]
-    values = [[plain(value(picture)) for _, _, value in columns] for picture in pictures]
-    kept = zip(pictures, values, befores(pictures), groups(pictures), strict=True)
+    values = [[json_value(value(image)) for _, _, value in columns] for image in images]
+    kept = zip(images, values, befores(images), groups(images), strict=True)
     return {
         "columns": [
             {"name": name, "kind": kind, "varies": len({_text(row[index]) for row in values}) > 1}
             for index, (name, kind, _) in enumerate(columns)
         ],
-        "pictures": [_picture(picture, row, before, group) for picture, row, before, group in kept],
+        "pictures": [_image(image, row, before, group) for image, row, before, group in kept],
     }
 
 
-def _picture(picture: GalleryPicture, values: list[Any], before: int | None, group: int) -> dict[str, Any]:
+def _image(image: GalleryImage, values: list[Any], before: int | None, group: int) -> dict[str, Any]:
     return {
         "values": values,
-        "path": picture.entry.file,
-        "file": picture.file,
-        "thumbnail": picture.thumbnail,
-        "size": picture.size,
-        "reason": picture.entry.reason,
+        "path": image.entry.file,
+        "file": image.file,
+        "thumbnail": image.thumbnail,
+        "size": image.size,
+        "reason": image.entry.reason,
         "before": before,
         "group": group,
     }
@@ -76,60 +76,60 @@ def _picture(picture: GalleryPicture, values: list[Any], before: int | None, gro
 # --- pictures that belong together ------------------------------------------------------------------------------------
 
 
-def befores(pictures: Sequence[GalleryPicture]) -> list[int | None]:
+def befores(images: Sequence[GalleryImage]) -> list[int | None]:
     """Finds, for every picture with an adapter, the number of the same picture without one.
 
     One of the same run is preferred. Without an adapter means that `adapter` is None or that `strength` is 0.
     """
     key = matching(
-        pictures, lambda picture: _is_bare(picture.entry), ("adapter", "strength"), always=(*ALWAYS_EQUAL, "model")
+        images, lambda image: _is_bare(image.entry), ("adapter", "strength"), always=(*ALWAYS_EQUAL, "model")
     )
     bare: dict[tuple[str, str | None], int] = {}
-    for number, picture in enumerate(pictures):
-        if picture.file and _is_bare(picture.entry):
-            for run in (picture.run, None):
-                bare.setdefault((key(picture), run), number)
+    for number, image in enumerate(images):
+        if image.file and _is_bare(image.entry):
+            for run in (image.run, None):
+                bare.setdefault((key(image), run), number)
 
-    def before(picture: GalleryPicture) -> int | None:
-        if not picture.file or _is_bare(picture.entry):
+    def before(image: GalleryImage) -> int | None:
+        if not image.file or _is_bare(image.entry):
             return None
-        return bare.get((key(picture), picture.run), bare.get((key(picture), None)))
+        return bare.get((key(image), image.run), bare.get((key(image), None)))
 
-    return [before(picture) for picture in pictures]
+    return [before(image) for image in images]
 
 
-def groups(pictures: Sequence[GalleryPicture]) -> list[int]:
+def groups(images: Sequence[GalleryImage]) -> list[int]:
     """Numbers the pictures so that those of several runs with the same settings have the same number."""
-    key = matching(pictures, lambda picture: picture.run)
+    key = matching(images, lambda image: image.run)
     numbers: dict[tuple[str, bool], int] = {}
-    return [numbers.setdefault((key(picture), _is_bare(picture.entry)), len(numbers)) for picture in pictures]
+    return [numbers.setdefault((key(image), _is_bare(image.entry)), len(numbers)) for image in images]
 
 
 def matching(
-    pictures: Sequence[GalleryPicture],
-    side: Callable[[GalleryPicture], Hashable],
+    images: Sequence[GalleryImage],
+    side: Callable[[GalleryImage], Hashable],
     apart: tuple[str, ...] = (),
     always: Sequence[str] = ALWAYS_EQUAL,
-) -> Callable[[GalleryPicture], str]:
+) -> Callable[[GalleryImage], str]:
     """Returns a function whose value is equal for pictures of different sides that should be compared.
 
     Args:
-        pictures: All pictures.
+        images: All pictures.
         side: What tells the sides apart, such as the run.
         apart: What the names of settings that may differ begin with.
         always: Settings that are compared in any case. Another one is left out where no two sides share a value of it,
             as when every run has an adapter of its own.
     """
-    names = dict.fromkeys(name for picture in pictures for name in picture.entry.settings if not name.startswith(apart))
-    compared = [name for name in names if name in always or not _is_tied(name, pictures, side)]
-    return lambda picture: _text([picture.entry.settings.get(name) for name in compared])
+    names = dict.fromkeys(name for image in images for name in image.entry.settings if not name.startswith(apart))
+    compared = [name for name in names if name in always or not _is_tied(name, images, side)]
+    return lambda image: _text([image.entry.settings.get(name) for name in compared])
 
 
-def _is_tied(name: str, pictures: Sequence[GalleryPicture], side: Callable[[GalleryPicture], Hashable]) -> bool:
+def _is_tied(name: str, images: Sequence[GalleryImage], side: Callable[[GalleryImage], Hashable]) -> bool:
     sides: dict[str, Hashable] = {}
-    for picture in pictures:
-        value = picture.entry.settings.get(name)
-        if value is not None and sides.setdefault(_text(value), side(picture)) != side(picture):
+    for image in images:
+        value = image.entry.settings.get(name)
+        if value is not None and sides.setdefault(_text(value), side(image)) != side(image):
             return False
     return True
 
@@ -142,12 +142,12 @@ def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """A value as JSON and JavaScript hold it: NaN, infinities and large integers become text."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [json_value(item) for item in value]
     if value is None or isinstance(value, str | bool):
         return value
     return value if abs(value) <= LARGEST_INTEGER else str(value)

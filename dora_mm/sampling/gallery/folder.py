@@ -14,10 +14,10 @@ from urllib.parse import quote
 from PIL import Image
 
 from dora_mm.config.schema import PipelineConfig
-from dora_mm.sampling.gallery.data import GalleryPicture, gallery_data, plain
+from dora_mm.sampling.gallery.data import GalleryImage, gallery_data, json_value
 from dora_mm.sampling.gallery.page import GENERATOR, page
 from dora_mm.sampling.gallery.thumbnails import SIDE, Thumbnails
-from dora_mm.sampling.gallery.training import about_training, read_pictures, training_config, training_pictures
+from dora_mm.sampling.gallery.training import about_training, read_images, training_config, training_images
 from dora_mm.sampling.manifest import MANIFEST, ManifestEntry
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.folders import complete, link_or_copy, partial_folder
@@ -25,12 +25,12 @@ from dora_mm.utils.partials import partial_of
 from dora_mm.utils.progress import tracked
 
 log = logging.getLogger(__name__)
-GALLERY, INDEX, PICTURES, THUMBNAILS = "gallery", "index.html", "pictures", "thumbnails"
-OWN = {INDEX, PICTURES, THUMBNAILS}
+GALLERY, INDEX, IMAGES, THUMBNAILS = "gallery", "index.html", "pictures", "thumbnails"
+OWN = {INDEX, IMAGES, THUMBNAILS}
 LEFT_BY_DESKTOPS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # in every folder that was looked at
 FORMATS = {"PNG": (".png",), "WEBP": (".webp",), "JPEG": (".jpg", ".jpeg")}  # a browser shows all of them
 MOST_PIXELS = 80_000_000  # as of pictures that are trained on
-NOT_A_PICTURE = "its file is not a whole PNG, WebP or JPEG picture"
+NOT_A_IMAGE = "its file is not a whole PNG, WebP or JPEG picture"
 
 
 def write_gallery(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path) -> Path:
@@ -40,7 +40,7 @@ def write_gallery(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path) ->
     curves, the settings, some training pictures and what to type next.
 
     Args:
-        runs: The entries of each run directory, as `read_pictures` returns them.
+        runs: The entries of each run directory, as `read_images` returns them.
         folder: Where to write: a folder that does not exist, is empty, or holds an earlier gallery.
 
     Returns:
@@ -77,7 +77,7 @@ def fill_gallery(
     data = gallery_data(_add_all(runs, folder, thumbnails))
     configs = {run: config for run in runs if (config := training_config(run))}
     trainings = [_add_training(run, config, folder, thumbnails, summaries.get(run)) for run, config in configs.items()]
-    write_text(folder / INDEX, page({**data, "trainings": plain(trainings)}))
+    write_text(folder / INDEX, page({**data, "trainings": json_value(trainings)}))
 
 
 def update_page(run: Path, summary: Mapping[str, Any] | None = None) -> None:
@@ -90,7 +90,7 @@ def update_page(run: Path, summary: Mapping[str, Any] | None = None) -> None:
     new = not (run / GALLERY / INDEX).exists()
     try:
         with _replacing(run / GALLERY) as partial:
-            fill_gallery({run: read_pictures(run)}, partial, run / GALLERY, {run: summary} if summary else {})
+            fill_gallery({run: read_images(run)}, partial, run / GALLERY, {run: summary} if summary else {})
         page = run / GALLERY / INDEX
         log.log(logging.INFO if new else logging.DEBUG, "page     %s, written anew with each sheet", page)
     except (OSError, ValueError) as error:  # a full disk, a file of somebody's in the folder
@@ -101,13 +101,13 @@ def _add_training(
     run: Path, config: PipelineConfig, folder: Path, thumbnails: Thumbnails, summary: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What the page knows of a training, with the thumbnails of its training pictures."""
-    sources, note = training_pictures(config)
+    sources, note = training_images(config)
     shown = [(source.name, thumbnails.path(source)) for source in sources]
     for source, (_, file) in zip(sources, shown, strict=True):
         if not thumbnails.has(file) and (image := _read(source)):
             thumbnails.add(file, image)
-    pictures = [{"name": name, "file": _address(file, folder)} for name, file in shown if file.is_file()]
-    return {**about_training(run, config, summary), "pictures": pictures, "note": note}
+    images = [{"name": name, "file": _address(file, folder)} for name, file in shown if file.is_file()]
+    return {**about_training(run, config, summary), "pictures": images, "note": note}
 
 
 def _check_files(run: Path, entries: Sequence[ManifestEntry]) -> None:
@@ -121,9 +121,7 @@ def _check_files(run: Path, entries: Sequence[ManifestEntry]) -> None:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _add_all(
-    runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path, thumbnails: Thumbnails
-) -> list[GalleryPicture]:
+def _add_all(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path, thumbnails: Thumbnails) -> list[GalleryImage]:
     with ThreadPoolExecutor() as threads:  # Pillow lets others run while it decodes, scales and encodes
         added = [
             threads.submit(_add, run, number, entry, folder, thumbnails)
@@ -137,20 +135,20 @@ def _add_all(
             raise
 
 
-def _add(run: Path, number: int, entry: ManifestEntry, folder: Path, thumbnails: Thumbnails) -> GalleryPicture:
+def _add(run: Path, number: int, entry: ManifestEntry, folder: Path, thumbnails: Thumbnails) -> GalleryImage:
     """Puts the picture of an entry into the folder, with a thumbnail if it is large."""
     if entry.status != "done":
-        return GalleryPicture(str(run), entry)
+        return GalleryImage(str(run), entry)
     source = (run / entry.file).resolve()
     name = Path(str(number), source.relative_to(run.resolve()))
     if not source.is_file():
-        return GalleryPicture(str(run), replace(entry, status="missing", reason="its file is not there any more"))
+        return GalleryImage(str(run), replace(entry, status="missing", reason="its file is not there any more"))
     small = thumbnails.path(source)
     known = thumbnails.has(small)  # then it was decoded before
     image = _read(source, decode=not known)
     if image is None:
-        return GalleryPicture(str(run), replace(entry, status="failed", reason=NOT_A_PICTURE))
-    copy = folder / PICTURES / name
+        return GalleryImage(str(run), replace(entry, status="failed", reason=NOT_A_IMAGE))
+    copy = folder / IMAGES / name
     if not copy.exists():  # two entries may name the same file
         link_or_copy(source, copy)
     file = thumbnail = _address(copy, folder)
@@ -158,7 +156,7 @@ def _add(run: Path, number: int, entry: ManifestEntry, folder: Path, thumbnails:
         if not known:
             thumbnails.add(small, image)
         thumbnail = _address(small, folder)
-    return GalleryPicture(str(run), entry, file, thumbnail, image.size)
+    return GalleryImage(str(run), entry, file, thumbnail, image.size)
 
 
 def _read(path: Path, *, decode: bool = True) -> Image.Image | None:

@@ -22,7 +22,7 @@ from dora_mm.utils.metric_rows import rows_until
 from dora_mm.utils.run_directory import CONFIG, SUMMARY, RunDirectory
 
 MOST_POINTS = 400  # of a curve: more are averaged, one for some two pixels
-MOST_TRAINING_PICTURES = 24
+MOST_TRAINING_IMAGES = 24
 LEGIBLE = 100  # points that are seen one by one; a curve of more is also shown smoothed
 SMOOTHED_OVER = 20  # a curve is smoothed over this part of it
 LOSS = "loss"
@@ -35,7 +35,7 @@ SHOWN_ELSEWHERE = ("pipeline", "name", "output", "sample.prompts")
 Point = tuple[float, float]  # step and value
 
 
-def read_pictures(path: Path) -> list[ManifestEntry]:
+def read_images(path: Path) -> list[ManifestEntry]:
     """The pictures of a run, by its manifest; none of a training that drew none.
 
     Raises:
@@ -135,8 +135,8 @@ def charts(training: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[s
         ],
         "score": [_curve(name, "validation", _points(validation, name)) for name in scores],
     }
-    drawn = {name: [curve for curve in found if curve["points"]] for name, found in curves.items()}
-    return [{"name": name, "curves": found} for name, found in drawn.items() if found]
+    charted = {name: [curve for curve in found if curve["points"]] for name, found in curves.items()}
+    return [{"name": name, "curves": found} for name, found in charted.items() if found]
 
 
 def _curve(name: str, kind: str, points: list[Point]) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def _text(value: Any) -> str:
 # --- pictures and answers ---------------------------------------------------------------------------------------------
 
 
-def training_pictures(config: PipelineConfig) -> tuple[list[Path], str | None]:
+def training_images(config: PipelineConfig) -> tuple[list[Path], str | None]:
     """Some of the pictures that a training learns from, evenly spaced; none of questions.
 
     Returns:
@@ -209,8 +209,8 @@ def training_pictures(config: PipelineConfig) -> tuple[list[Path], str | None]:
         found = image_files(config.data, "train")
     except ValueError as error:
         return [], f"{first_line(error)}."
-    step = max(len(found) / MOST_TRAINING_PICTURES, 1)
-    shown = [found[int(number * step)] for number in range(min(len(found), MOST_TRAINING_PICTURES))]
+    step = max(len(found) / MOST_TRAINING_IMAGES, 1)
+    shown = [found[int(number * step)] for number in range(min(len(found), MOST_TRAINING_IMAGES))]
     return shown, f"{len(shown)} of {len(found)}" if len(shown) < len(found) else None
 
 

@@ -12,7 +12,7 @@ from dora_mm.config.vl import DecodeConfig, TrainVLConfig
 from dora_mm.config.vl_data import VLDataConfig
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.splits import open_validation
-from dora_mm.eval.vl.intervals import AnswerScores, answer_scores, groups_of
+from dora_mm.eval.vl.confidence_intervals import AnswerScores, answer_scores, groups_of
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.sampling.answers import answer_all
 from dora_mm.studies.campaigns.kept import ANSWERS, keep_circumstances

@@ -140,11 +140,11 @@ class Campaign(Generic[ScoresT]):
 
     def machines(self, trainings: Sequence[Training]) -> str:
         """A sentence on what trainings that are there were made on, since rounding differs between processors."""
-        places = Counter(
+        hosts = Counter(
             f"{row.processor}, threads {row.threads}" if row.processor else "not recorded"
             for row in map(self.row, trainings)
         )
-        found = f"Trained on: {'; '.join(f'{place}: {count}' for place, count in places.most_common())}."
+        found = f"Trained on: {'; '.join(f'{host}: {count}' for host, count in hosts.most_common())}."
         days = Counter(row.day for row in map(self.row, trainings))
         if set(days) == {""}:
             return found

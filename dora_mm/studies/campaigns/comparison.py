@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, Generic
 
-from dora_mm.sampling.sheets import save_atomically
+from dora_mm.sampling.contact_sheets import save_atomically
 from dora_mm.studies.campaigns.campaign import Campaign
 from dora_mm.studies.campaigns.evaluation import Evaluation, ScoresT, compared
 from dora_mm.studies.campaigns.rates import RateChoice, best_rate, beyond, candidate_rates, choice_of, with_neighbours
@@ -63,8 +63,8 @@ class MethodComparison(Generic[ScoresT]):
 
     def open_ends(self, variant: Variant, tried: Mapping[float, float]) -> list[float]:
         """The lowest and the highest rate, as far as better ones may lie outside, with curves also those as good."""
-        drawn = self.config.curves and any(tried.values())
-        open_ends = self.campaign.curve(variant, list(tried)).open_ends() if drawn else []
+        has_curves = self.config.curves and any(tried.values())
+        open_ends = self.campaign.curve(variant, list(tried)).open_ends() if has_curves else []
         return [end for end in (min(tried), max(tried)) if end == best_rate(tried) or end in open_ends]
 
     def train_chosen(self, tried: Mapping[Variant, Mapping[float, float]]) -> None:
@@ -120,7 +120,9 @@ class MethodComparison(Generic[ScoresT]):
         results, rows = [*evaluation.baselines(self.folder)], table_rows(self.config.ranks, trained)
         for name, variant in rows:
             summary = self.summary(trained[variant])
-            results.append(Result(name, evaluation.intervals(scores[variant]), str(chosen[variant]), summary))
+            results.append(
+                Result(name, evaluation.confidence_intervals(scores[variant]), str(chosen[variant]), summary)
+            )
         report = evaluation.report(self.folder, results, scores, {name: trained[variant] for name, variant in rows})
         curves = self.curves({variant: list(tried[variant]) for variant in chosen}, chosen)
         machines = self.campaign.machines(self.reported(tried))
@@ -130,8 +132,8 @@ class MethodComparison(Generic[ScoresT]):
         write_text(self.folder / "table.md", text + "\n")
         write_text(self.folder / "results.csv", report.csv)
         print(f"{text}\n\ntable    {self.folder / 'table.md'}")
-        if report.sheet:
-            save_atomically(self.folder / "sheet.png", report.sheet)
+        if report.contact_sheet:
+            save_atomically(self.folder / "sheet.png", report.contact_sheet)
             print(f"sheet    {self.folder / 'sheet.png'}")
 
     def reported(self, tried: Mapping[Variant, Mapping[float, float]]) -> list[Training]:

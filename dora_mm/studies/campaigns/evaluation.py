@@ -11,7 +11,7 @@ from dora_mm.config.adapter import PartConfig
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.loader import load_config
 from dora_mm.config.vl import TrainVLConfig
-from dora_mm.eval.statistics import Interval
+from dora_mm.eval.statistics import ConfidenceInterval
 from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.config import CompareConfig
 from dora_mm.studies.tables import Result
@@ -27,7 +27,7 @@ class Report(NamedTuple):
 
     paragraphs: Sequence[str]
     csv: str
-    sheet: Image.Image | None = None
+    contact_sheet: Image.Image | None = None
 
 
 class Scoring(Protocol[ScoresT]):
@@ -77,7 +77,7 @@ class Evaluation(Scoring[ScoresT], Protocol[ScoresT]):
         """The rows of what is not trained, such as the bare model."""
         ...
 
-    def intervals(self, scores: ScoresT) -> Mapping[str, Interval]:
+    def confidence_intervals(self, scores: ScoresT) -> Mapping[str, ConfidenceInterval]:
         """The intervals of these scores, by metric."""
         ...
 
@@ -101,8 +101,8 @@ class Evaluation(Scoring[ScoresT], Protocol[ScoresT]):
 
 def compared(config: CompareConfig) -> list[Variant]:
     """What is trained: full fine-tuning only where it has learning rates."""
-    plain = variants(config.ranks, full=config.learning_rates.full is not None, half=config.half_ranks)
-    return [*plain, *(Variant(each.method, each.rank, each.name) for each in config.variants)]
+    unnamed = variants(config.ranks, full=config.learning_rates.full is not None, half=config.half_ranks)
+    return [*unnamed, *(Variant(each.method, each.rank, each.name) for each in config.variants)]
 
 
 def num_trainings(trained: Mapping[str, Sequence[Training]]) -> int:

@@ -15,7 +15,7 @@ FOLDER = "circumstances"  # the file answers/NAME.json in it has the circumstanc
 
 def keep_circumstances(file: Path) -> None:
     """Writes the circumstances of a file of answers or scores, ahead of the file itself."""
-    write_text(_beside(file), json.dumps(circumstances(), indent=2) + "\n")
+    write_text(_record_of(file), json.dumps(circumstances(), indent=2) + "\n")
 
 
 def about_results(trainings: Trainings, rows: TrainingRows) -> str:
@@ -31,8 +31,8 @@ def about_results(trainings: Trainings, rows: TrainingRows) -> str:
 def _kept_circumstances(campaign: Path) -> list[Record]:
     """The circumstances of each file of answers and scores of a campaign; NOTHING where they were not recorded."""
     files = (file for name in (ANSWERS, SCORES) for file in sorted((campaign / name).glob("*.json")))
-    return [read_json(beside) if (beside := _beside(file)).is_file() else NOTHING for file in files]
+    return [read_json(record) if (record := _record_of(file)).is_file() else NOTHING for file in files]
 
 
-def _beside(file: Path) -> Path:
+def _record_of(file: Path) -> Path:
     return file.parent.parent / FOLDER / file.parent.name / file.name

@@ -55,5 +55,5 @@ def beyond(tried: Iterable[float], end: float) -> float:
 def with_neighbours(tried: Sequence[float], rate: float) -> list[float]:
     """A learning rate, and the next lower and the next higher one that were tried, ascending."""
     ordered = sorted(tried)
-    place = ordered.index(rate)
-    return ordered[max(place - 1, 0) : place + 2]
+    index = ordered.index(rate)
+    return ordered[max(index - 1, 0) : index + 2]

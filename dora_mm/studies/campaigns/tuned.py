@@ -59,7 +59,7 @@ class TunedTrainings(Protocol):
         ...
 
 
-class TunedPictures:
+class TunedImages:
     """Trainings of adapters of pictures.
 
     Args:
@@ -73,16 +73,18 @@ class TunedPictures:
     def __init__(self, config: TuneConfig, base: TrainDiffusionConfig):
         self.config, self.base, self.steps, self.day = config, base, base.train.steps, Day()
         self.images = read_training_images(base.data)
-        self.held = hold_out(self.images, base.data)[1]
-        if config.judge == "held_out" and not self.held:
-            raise ValueError(f"--judge held_out: {config.base} holds no pictures out: --set data.valid.share=0.1")
+        self.held_out = hold_out(self.images, base.data)[1]
+        if config.selection_metric == "held_out" and not self.held_out:
+            raise ValueError(
+                f"--selection-metric held_out: {config.base} holds no images out: --set data.valid.share=0.1"
+            )
 
     @property
     def inputs(self) -> Mapping[str, Any]:
         """As of a training: the pictures, the model's files, and an initial adapter."""
         found = {"base": dump_config(self.base), "the pictures and captions": digest_of(self.images)}
         preserved = read_images(self.base.data, "preserve")
-        others = {"the held-out pictures": self.held, "the pictures to preserve": preserved}
+        others = {"the held-out pictures": self.held_out, "the pictures to preserve": preserved}
         found |= {what: digest_of(images) for what, images in others.items() if images}
         return found | identity_of(self.base.model).inputs | initial_identity(self.base.adapter, adapter_digest)
 
@@ -95,7 +97,7 @@ class TunedPictures:
         return summary[f"held_out_{LOSS}"]
 
 
-class TunedQuestions:
+class TunedVL:
     """Trainings on questions, answers and conversations.
 
     Args:
@@ -187,9 +189,9 @@ def as_overrides(base: Section, changes: KeyChanges) -> list[str]:
         if len(parents) == 1:
             found[f"{parents[0]}.{key}"] = value
         else:
-            whole = sections["adapter"]["parts"] if parents[0] == "adapter" else sections["tokens"]
-            whole[parents[-1]][key] = value
-            found[".".join(map(str, parents[:-1]))] = whole
+            full = sections["adapter"]["parts"] if parents[0] == "adapter" else sections["tokens"]
+            full[parents[-1]][key] = value
+            found[".".join(map(str, parents[:-1]))] = full
     return [f"{key}={json.dumps(value)}" for key, value in found.items()]
 
 

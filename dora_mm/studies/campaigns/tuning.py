@@ -10,10 +10,10 @@ from typing import Any
 from dora_mm.config.loader import ConfigError, differing_keys, dump_config, load_config
 from dora_mm.config.paths import resolve_path
 from dora_mm.registries.optimizers import OPTIMIZERS
-from dora_mm.sampling.sheets import save_atomically
+from dora_mm.sampling.contact_sheets import save_atomically
 from dora_mm.studies.campaigns.campaign import Campaign
 from dora_mm.studies.campaigns.halving import Candidate, Rung, halving
-from dora_mm.studies.campaigns.judges import RateJudge
+from dora_mm.studies.campaigns.selection_metrics import SelectionMetric
 from dora_mm.studies.campaigns.trainings import Training
 from dora_mm.studies.campaigns.tuned import RANKED, as_overrides, changes_for, check_trainings, training_of
 from dora_mm.studies.config import TuneConfig
@@ -32,18 +32,18 @@ class Tuning:
 
     Args:
         config: The config.
-        judge: What is trained, and how it is scored.
+        selection_metric: What is trained, and how it is scored.
 
     Raises:
         ValueError: The config of a training is invalid; also as in `Campaign`.
     """
 
-    def __init__(self, config: TuneConfig, judge: RateJudge):
-        self.config, self.judge, self.base = config, judge, judge.trained.base
+    def __init__(self, config: TuneConfig, selection_metric: SelectionMetric):
+        self.config, self.selection_metric, self.base = config, selection_metric, selection_metric.trained.base
         ranks = (config.ranks or (self.base.adapter.rank,)) if self.base.adapter.method in RANKED else (None,)
         self.candidates = [Candidate(rank, rate) for rank in ranks for rate in config.rates]
-        check_trainings(config, judge.trained, self.candidates)
-        self.campaign = Campaign(config, judge, (self.base.seed,))
+        check_trainings(config, selection_metric.trained, self.candidates)
+        self.campaign = Campaign(config, selection_metric, (self.base.seed,))
         self.folder = self.campaign.folder
 
     def search(self) -> list[Rung]:
@@ -55,7 +55,7 @@ class Tuning:
         """
         record = OPTIMIZERS[self.base.optimizer.name]
         settings: dict[str, Any] = {"extra": self.config.extra_rates, "rates": (record.least_lr, record.most_lr)}
-        return halving(self.candidates, self.judge.trained.steps, self.measure, **settings)
+        return halving(self.candidates, self.selection_metric.trained.steps, self.measure, **settings)
 
     def measure(self, steps: int, candidates: Sequence[Candidate]) -> Rung:
         """Trains candidates for so many steps, and scores them."""
@@ -68,12 +68,17 @@ class Tuning:
         if len(scores) > 1 and len(set(scores.values())) == 1 and -inf not in scores.values():
             raise ValueError(
                 f"all {len(scores)} trainings of {steps} steps have the score {next(iter(scores.values())):g}, which "
-                "says nothing about their rates: --judge held_out, or more train.steps"
+                "says nothing about their rates: --selection-metric held_out, or more train.steps"
             )
         highest = max(scores.values())
         if highest == -inf:
             return Rung(steps, scores)
-        rung = Rung(steps, scores, self.judge.slack(self.folder, highest), self.judge.has_learned(self.folder, highest))
+        rung = Rung(
+            steps,
+            scores,
+            self.selection_metric.slack(self.folder, highest),
+            self.selection_metric.has_learned(self.folder, highest),
+        )
         if not rung.learned:
             log.info("None of %d steps has learned anything: all that are trained for longer tell more", steps)
         return rung
@@ -99,11 +104,11 @@ class Tuning:
         print(f"{text}\n\ntable    {self.folder / 'table.md'}")
         try:
             best = dict.fromkeys(curves, chosen.rate)
-            for file in plot_curves(curves, best, self.judge.score_title, self.folder, band_of=compared):
+            for file in plot_curves(curves, best, self.selection_metric.score_title, self.folder, band_of=compared):
                 print(f"figure   {file}")
         except ModuleNotFoundError as error:
             log.warning("The figures are left out: they need %s (pip install 'dora_mm[eval]').", error.name)
-        if (page := self.judge.sheet(self.folder, trained)) is not None:
+        if (page := self.selection_metric.contact_sheet(self.folder, trained)) is not None:
             save_atomically(self.folder / "sheet.png", page)
             print(f"sheet    {self.folder / 'sheet.png'}")
         if not rungs[-1].learned:
@@ -127,10 +132,10 @@ class Tuning:
 
     def about(self) -> str:
         """What the table shows."""
-        judge = self.judge
-        brackets = f" In brackets: 95 % intervals over {judge.groups}." if judge.groups else ""
-        about = f"Score: {judge.score_title}, of trainings whose schedule ends at their last step.{brackets}"
-        return f"{about} {judge.remark(self.folder)}".strip()
+        selection_metric = self.selection_metric
+        brackets = f" In brackets: 95 % intervals over {selection_metric.groups}." if selection_metric.groups else ""
+        about = f"Score: {selection_metric.score_title}, of trainings whose schedule ends at their last step.{brackets}"
+        return f"{about} {selection_metric.remark(self.folder)}".strip()
 
     def table(self, rungs: Sequence[Rung]) -> list[dict[str, str]]:
         """A row per training."""
@@ -147,16 +152,16 @@ class Tuning:
         """The score of a training, with its interval where it has one."""
         if rung.scores[candidate] == -inf:
             return "diverged"
-        if not self.judge.groups:
+        if not self.selection_metric.groups:
             return f"{rung.scores[candidate]:.5f}"
         training = training_of(self.base, candidate, rung.steps)
-        return shown(self.campaign.curve(training.variant, [training.rate]).points[training.rate].interval)
+        return shown(self.campaign.curve(training.variant, [training.rate]).points[training.rate].ci)
 
     def compared(self, rungs: Sequence[Rung], curves: dict[Variant, RateCurve]) -> Variant | None:
         """The longest trainings of the chosen rank that several rates have; None: there are none, or no intervals."""
         variants = [training_of(self.base, rungs[-1].order[0], rung.steps).variant for rung in reversed(rungs)]
         several = [each for each in variants if each in curves and len(curves[each].points) > 1]
-        return several[0] if several and self.judge.groups else None
+        return several[0] if several and self.selection_metric.groups else None
 
     def about_band(self, curve: RateCurve, variant: Variant) -> str:
         """Which rates are as good in these trainings."""

@@ -38,7 +38,7 @@ SIZE = 256  # side of every image in pixels
 # Longer side of a brick model. With a margin of one stud, a stud is 8 pixels of 128: it remains visible, and it is the
 # patch that the embedded VAE encodes as one latent.
 STUDS = 14
-MODELS_PER_SHEET, SHEET_COLUMNS, SHEET_PIXELS = 16, 4, 1800  # LeoCAD takes 0.8 s to start and 0.1 s per model
+MODELS_PER_SHEET, CONTACT_SHEET_COLUMNS, SHEET_PIXELS = 16, 4, 1800  # LeoCAD takes 0.8 s to start and 0.1 s per model
 ELEVATION = 65  # of the camera, in degrees: the icon keeps its outline, and the bricks have height
 LEOCAD = [
     "--camera-angles",
@@ -75,7 +75,7 @@ def main() -> None:
     build_icons(concepts)
 
 
-def missing_pictures(style: str, concepts: list[Concept]) -> list[Concept]:
+def missing_images(style: str, concepts: list[Concept]) -> list[Concept]:
     """The concepts without an image in this style."""
     return [concept for concept in concepts if not (ICONS / style / f"{concept.code}.webp").exists()]
 
@@ -95,18 +95,18 @@ def build_icons(concepts: list[Concept]) -> None:
 def draw_svgs(style: str, archive: Path, concepts: list[Concept]) -> None:
     """Makes build/icons/<style>: the SVG icons of one set, rendered on white."""
     icon_set = packages.read_icon_set(archive, concepts)
-    for concept in progress(missing_pictures(style, concepts), style):
-        save_picture(on_white(render_svg(icon_set.svg(concept.code), SIZE)), style, concept)
+    for concept in progress(missing_images(style, concepts), style):
+        save_image(on_white(render_svg(icon_set.svg(concept.code), SIZE)), style, concept)
 
 
 def copy_3d(archive: Path, concepts: list[Concept]) -> None:
     """Makes build/icons/3d: the rendered icons (WebP with transparency), on white."""
-    missing = missing_pictures("3d", concepts)
+    missing = missing_images("3d", concepts)
     if not missing:
         return
     by_code = {codepoint_key(Path(name).stem): file for name, file in packages.read_archive(archive, ".webp").items()}
     for concept in progress(missing, "3d"):
-        save_picture(on_white(Image.open(io.BytesIO(by_code[concept.code]))), "3d", concept)
+        save_image(on_white(Image.open(io.BytesIO(by_code[concept.code]))), "3d", concept)
 
 
 def build_bricks(archive: Path, concepts: list[Concept]) -> None:
@@ -115,15 +115,15 @@ def build_bricks(archive: Path, concepts: list[Concept]) -> None:
     A sheet always has the same models, even if only some of its images are missing, so that an image does not depend on
     which files existed before.
     """
-    missing = missing_pictures("brick", concepts)
+    missing = missing_images("brick", concepts)
     if not missing:
         return
     icon_set = packages.read_icon_set(archive, concepts)
     sheets = [concepts[start : start + MODELS_PER_SHEET] for start in range(0, len(concepts), MODELS_PER_SHEET)]
     for sheet in progress([sheet for sheet in sheets if not set(missing).isdisjoint(sheet)], "brick"):
-        for concept, picture in zip(sheet, draw_bricks(sheet, icon_set), strict=True):
+        for concept, image in zip(sheet, draw_bricks(sheet, icon_set), strict=True):
             if concept in missing:
-                save_picture(picture, "brick", concept)
+                save_image(image, "brick", concept)
 
 
 def draw_bricks(sheet: list[Concept], icon_set: IconSet) -> list[Image.Image]:
@@ -134,30 +134,30 @@ def draw_bricks(sheet: list[Concept], icon_set: IconSet) -> list[Image.Image]:
     """
     grids = [brick_grid(render_svg(icon_set.svg(concept.code), 2 * SIZE), STUDS) for concept in sheet]
     with tempfile.TemporaryDirectory() as folder:
-        model, picture = Path(folder) / "sheet.ldr", Path(folder) / "sheet.png"
-        model.write_text(ldraw_sheet(grids, SHEET_COLUMNS, STUDS))
+        model, image = Path(folder) / "sheet.ldr", Path(folder) / "sheet.png"
+        model.write_text(ldraw_sheet(grids, CONTACT_SHEET_COLUMNS, STUDS))
         size = ["-w", str(SHEET_PIXELS), "-h", str(SHEET_PIXELS)]
-        command = ["xvfb-run", "-a", "leocad", str(model), "-i", str(picture), *size, *LEOCAD]
+        command = ["xvfb-run", "-a", "leocad", str(model), "-i", str(image), *size, *LEOCAD]
         result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
-        if result.returncode or not picture.exists():
+        if result.returncode or not image.exists():
             raise ValueError(f"leocad rendered nothing: {packages.last_line(result.stderr + result.stdout)}")
-        sheet_picture = Image.open(picture).convert("RGBA")
-    return cut_sheet(sheet_picture, grids, SHEET_COLUMNS, STUDS, SIZE, squeeze=math.sin(math.radians(ELEVATION)))
+        sheet_image = Image.open(image).convert("RGBA")
+    return cut_sheet(sheet_image, grids, CONTACT_SHEET_COLUMNS, STUDS, SIZE, squeeze=math.sin(math.radians(ELEVATION)))
 
 
-def write_sample_set(folder: Path, pictures: Path, concepts: list[Concept], caption: str) -> None:
+def write_sample_set(folder: Path, images: Path, concepts: list[Concept], caption: str) -> None:
     """Writes an image folder to train on, and deletes images in it that are not part of the set.
 
     Args:
         folder: Receives the images under readable names, and metadata.jsonl with their captions.
-        pictures: The folder with the icons of one style.
+        images: The folder with the icons of one style.
         concepts: Which of them.
         caption: The caption of every image, with {thing} for the concept's name and its article.
     """
     rows = []
     for concept in sorted(concepts, key=lambda concept: concept.name):
         file_name = concept.name.replace(" ", "_") + ".webp"
-        write_changed(folder / file_name, (pictures / f"{concept.code}.webp").read_bytes())
+        write_changed(folder / file_name, (images / f"{concept.code}.webp").read_bytes())
         rows.append({"file_name": file_name, "text": caption.format(thing=with_article(concept.name))})
     write_changed(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     kept = {row["file_name"] for row in rows}
@@ -165,7 +165,7 @@ def write_sample_set(folder: Path, pictures: Path, concepts: list[Concept], capt
         stale.unlink()
 
 
-def save_picture(picture: Image.Image, style: str, concept: Concept) -> None:
+def save_image(image: Image.Image, style: str, concept: Concept) -> None:
     buffer = io.BytesIO()
-    picture.save(buffer, "webp", quality=WEBP_QUALITY.get(style, DEFAULT_QUALITY), method=6)
+    image.save(buffer, "webp", quality=WEBP_QUALITY.get(style, DEFAULT_QUALITY), method=6)
     write_changed(ICONS / style / f"{concept.code}.webp", buffer.getvalue())

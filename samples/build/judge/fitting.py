@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from dora_mm.eval.images.classifier import Classifier
 from dora_mm.eval.images.concepts import Concept
 from dora_mm.eval.images.encoder import Features, concatenate
-from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.images.style import CLASSES, STYLES, StyleClassifier, StyleSpace
-from dora_mm.eval.statistics import share_interval
+from dora_mm.eval.statistics import share_ci
 from samples.build.judge.concepts import fit_concepts
 from samples.build.judge.styles import class_of, fit_styles
 
@@ -17,12 +17,12 @@ from samples.build.judge.styles import class_of, fit_styles
 REFERENCE_SIZE = 120
 
 
-def fit_judge(
+def fit_classifier(
     concepts: Sequence[Concept],
     features: Mapping[str, Features],
     origin: Mapping[str, Any] | None = None,
     denoised: Mapping[str, Features] | None = None,
-) -> Judge:
+) -> Classifier:
     """Fits a judge on real icons.
 
     Classifier, style space and concept axes are fitted on the concepts of split "judge"; the gallery consists of the
@@ -46,8 +46,10 @@ def fit_judge(
     """
     split = {name: np.array([concept.split == name for concept in concepts]) for name in ("judge", "pretrain")}
     codes = {name: [c.code for c in concepts if c.split == name] for name in split}
-    judge_features, gallery_features = ({style: features[style][split[name]] for style in STYLES} for name in split)
-    fitted = [judge_features, *([denoised] if denoised else [])]
+    classifier_features, gallery_features = (
+        {style: features[style][split[name]] for style in STYLES} for name in split
+    )
+    fitted = [classifier_features, *([denoised] if denoised else [])]
     parts = {style: concatenate([part[style] for part in fitted]) for style in STYLES}
     owners = dict.fromkeys(STYLES, codes["judge"] * len(fitted))
     count = len(codes["judge"])
@@ -73,15 +75,15 @@ def fit_judge(
         "frechet": _references(classifier, style_space, gallery_features),
     }
     gallery = tuple(concept for concept in concepts if concept.split == "pretrain")
-    return Judge(classifier, style_space, concept_space, gallery, report, dict(origin or {}))
+    return Classifier(classifier, style_space, concept_space, gallery, report, dict(origin or {}))
 
 
 def _accuracy(predicted: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
     correct = {style: predicted[style] == list(CLASSES).index(class_of(style)) for style in STYLES}
-    intervals = {style: share_interval(hits[:, None].astype(float)) for style, hits in correct.items()}
+    confidence_intervals = {style: share_ci(hits[:, None].astype(float)) for style, hits in correct.items()}
     pair = np.stack([correct["3d"], correct["flat"]], axis=1).astype(float)
-    intervals["3d against fluent flat"] = share_interval(pair, over_runs=False)
-    return {name: interval.as_dict() for name, interval in intervals.items()}
+    confidence_intervals["3d against fluent flat"] = share_ci(pair, over_runs=False)
+    return {name: ci.as_dict() for name, ci in confidence_intervals.items()}
 
 
 def _references(classifier: StyleClassifier, space: StyleSpace, features: Mapping[str, Features]) -> dict[str, Any]:

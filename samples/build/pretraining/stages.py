@@ -35,7 +35,7 @@ def train_stage(
         batch_at: Number of a micro-batch -> the batch.
         run: The directory of the stage.
         state: Further objects with a state dict, for the checkpoints.
-        **hooks: `after_step` and `observe` of `fit`.
+        **hooks: `after_step` and `on_step_end` of `fit`.
     """
     accelerator = Accelerator(mixed_precision=stage.train.mixed_precision)
     parameters = {

@@ -25,14 +25,14 @@ from dora_mm.train.run import open_run
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import module_digest
 from dora_mm.utils.randomness import generator
-from samples.build.judge.fitting import fit_judge
+from samples.build.judge.fitting import fit_classifier
 from samples.build.pretraining.icons import Icon, load_pixels, read_icons, to_signed
-from samples.build.schema import FitJudgeConfig
+from samples.build.schema import FitClassifierConfig
 
 log = logging.getLogger(__name__)
 
 
-def main(config: FitJudgeConfig, *, resume: Path | None = None) -> None:
+def main(config: FitClassifierConfig, *, resume: Path | None = None) -> None:
     """Fits the judge and prints its report.
 
     Writes judge.safetensors and judge.json to the run directory.
@@ -48,8 +48,8 @@ def main(config: FitJudgeConfig, *, resume: Path | None = None) -> None:
     model = load_image_model(config.model).to(device)
     run = open_run(config)
 
-    num_judge = sum(concept.split == "judge" for concept in concepts)
-    times = torch.randint(1, config.max_time + 1, (num_judge,), generator=generator(0, 0, "times"))
+    num_classifier = sum(concept.split == "judge" for concept in concepts)
+    times = torch.randint(1, config.max_time + 1, (num_classifier,), generator=generator(0, 0, "times"))
     features, denoised = {}, {}
     for style in STYLES:
         features[style] = encoder(
@@ -61,9 +61,9 @@ def main(config: FitJudgeConfig, *, resume: Path | None = None) -> None:
         )
     log.info("fitting")
     origin = {"model": config.model.path, "resolution": model.resolution, "vae": module_digest(model.vae)}
-    judge = fit_judge(concepts, features, origin, denoised)
-    judge.save(run.path)
-    print(judge.describe())
+    classifier = fit_classifier(concepts, features, origin, denoised)
+    classifier.save(run.path)
+    print(classifier.describe())
     print(f"judge    {run.path}")
 
 

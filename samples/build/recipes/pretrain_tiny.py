@@ -27,8 +27,8 @@ from dora_mm.models.images.families import load_image_model
 from dora_mm.models.images.image_model import Prompt
 from dora_mm.models.images.sdxl.encoding import encode_images, encode_tokens, tokenize
 from dora_mm.models.images.sdxl.family import SDXL
-from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.pictures import sample
+from dora_mm.sampling.grids import image_grid
+from dora_mm.sampling.image_sampler import sample
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from dora_mm.utils.randomness import generator
 from dora_mm.utils.run_directory import RunDirectory
@@ -87,7 +87,7 @@ def main(config: PretrainTinyConfig, *, resume: Path | None = None) -> None:
     if config.decoder:
         train_decoder(config, config.decoder, model, all_icons, run.stage("decoder"))
     show(config, model, run)
-    log.info("The model is in %s, sample images are in %s.", run.path / "tiny-sdxl", run.sheet)
+    log.info("The model is in %s, sample images are in %s.", run.path / "tiny-sdxl", run.contact_sheet)
 
 
 def trained_vae(config: PretrainTinyConfig) -> Any:
@@ -159,7 +159,7 @@ def train_unet(
         ids, ids_2 = tokenize(model, [caption(icons[row], stream, config.unnamed_style) for row in rows])
         kept = torch.rand(size, generator=stream) >= config.caption_dropout
         sides = torch.randint(ORIGINAL_SIDES[0], ORIGINAL_SIDES[1] + 1, (size,), generator=stream).tolist()
-        latents = Latents(mean[rows], logvar[rows]).draw(generator(config.seed, number, "latents"))
+        latents = Latents(mean[rows], logvar[rows]).sample(generator(config.seed, number, "latents"))
         return {
             "latents": model.normalized(latents),
             "ids": ids,
@@ -186,7 +186,7 @@ def train_unet(
         parameters = [p for network in trained.values() for p in network.parameters()]
         average.step(parameters)
 
-    def observe(step: int) -> None:
+    def on_step_end(step: int) -> None:
         parameters = [p for network in trained.values() for p in network.parameters()]
         if config.sample.every and step % config.sample.every == 0 and step < stage.train.steps:
             average.to(device)
@@ -197,7 +197,7 @@ def train_unet(
             finally:  # an interruption writes a checkpoint, which must contain the weights that are trained
                 average.restore(parameters)
 
-    hooks = {"after_step": after_step, "observe": observe}
+    hooks = {"after_step": after_step, "on_step_end": on_step_end}
     train_stage(config.seed, stage, trained, loss, batch_at, run.stage("unet"), {"ema": average}, **hooks)
     average.copy_to([p for network in trained.values() for p in network.parameters()])
     model.freeze()
@@ -217,7 +217,7 @@ def train_decoder(
 
     def batch_at(number: int) -> tuple[torch.Tensor, ConditionedLatents]:
         rows = torch.tensor(batch_indices(len(icons), size, number, config.seed))
-        latents = model.normalized(Latents(mean[rows], logvar[rows]).draw(generator(config.seed, number, "latents")))
+        latents = model.normalized(Latents(mean[rows], logvar[rows]).sample(generator(config.seed, number, "latents")))
         return to_signed(pixels[rows]), ConditionedLatents(latents, as_prompts(prompt, pooled), framings)
 
     task = DecodingTask(model.vae, DiffusionTask(model, config.loss), stage.max_time)
@@ -252,7 +252,7 @@ def show(config: PretrainTinyConfig, model: SDXL, run: RunDirectory, step: int |
     save_model(model, run.path / "tiny-sdxl")
     if config.sample.prompts:
         run.samples.mkdir(exist_ok=True)
-        draw_sheet(config, model, run.sheet if step is None else run.samples / f"step-{step:06d}.png")
+        save_contact_sheet(config, model, run.contact_sheet if step is None else run.samples / f"step-{step:06d}.png")
 
 
 def save_model(model: SDXL, folder: Path) -> None:
@@ -269,7 +269,7 @@ def save_model(model: SDXL, folder: Path) -> None:
         )
 
 
-def draw_sheet(config: PretrainTinyConfig, model: SDXL, path: Path) -> None:
+def save_contact_sheet(config: PretrainTinyConfig, model: SDXL, path: Path) -> None:
     """Samples an image for each prompt and seed, and saves them as one contact sheet."""
     prompts, seeds = list(config.sample.prompts), config.sample.seeds
     images = sample(
@@ -282,4 +282,4 @@ def draw_sheet(config: PretrainTinyConfig, model: SDXL, path: Path) -> None:
         batch_size=config.sample.batch_size,
     )
     rows = [images[start : start + len(prompts)] for start in range(0, len(images), len(prompts))]
-    sheet(rows, [f"seed {seed}" for seed in seeds], prompts).save(path)
+    image_grid(rows, [f"seed {seed}" for seed in seeds], prompts).save(path)

@@ -31,7 +31,7 @@ from dora_mm.models.vl.vl_bart.model import VLBart, VLBartConfig
 from dora_mm.models.vl.vl_bart.visual_inputs import VisionEncoder
 from dora_mm.models.vl.vl_model import Target
 from dora_mm.sampling.answers import answer_all
-from dora_mm.tasks.vl import answerers, draw_answer
+from dora_mm.tasks.vl import answerers, sample_answer
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer, with_steps
@@ -96,7 +96,7 @@ def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
     by_metric = partial(task_qualities, {"caption": False})
     validate = Validation(run, config.evaluate, measure, by_metric, write, last_step(run.checkpoints))
 
-    def observe(step: int) -> None:
+    def on_step_end(step: int) -> None:
         if validate.is_due(step, train.steps):
             log.info("step %d: %s", step, validate(step) or "no scores of captions without Java")
 
@@ -111,8 +111,8 @@ def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
         schedule=schedule,
         batch_at=partial(caption_batch, config, task, rows, order),
         loss=task.loss,
-        observe=observe,
-        is_over=validate.is_over,
+        on_step_end=on_step_end,
+        should_stop=validate.should_stop,
     )
     validate(done)
     print(report("caption", scores["caption"]))
@@ -167,7 +167,7 @@ def caption_batch(
 
 def draw_example(example: Example, config: PretrainTinyVLConfig, stream: torch.Generator) -> tuple[Example, Target]:
     """An example with what to learn of it: one caption of the image, or the words that are masked in that caption."""
-    caption, _ = draw_answer(example, draw(stream))
+    caption, _ = sample_answer(example, draw(stream))
     text, target = mask_words(caption, stream) if draw(stream) < config.fill_share else ("", caption)
     return replace(example, text=text), (target, 1.0)
 

@@ -118,10 +118,10 @@ def save_array(path: Path, array: np.ndarray) -> None:
         np.save(stream, array)
 
 
-def compressed(picture: Image.Image) -> Image.Image:
+def compressed(image: Image.Image) -> Image.Image:
     """An image as it is after it was saved in samples/vl."""
     content = io.BytesIO()
-    picture.save(content, "jpeg", quality=JPEG_QUALITY)
+    image.save(content, "jpeg", quality=JPEG_QUALITY)
     return Image.open(content).convert("RGB")
 
 

@@ -17,11 +17,11 @@ from diffusers.training_utils import EMAModel
 from dora_mm.config.loader import dump_config
 from dora_mm.config.paths import resolve_path
 from dora_mm.data.images.buckets import Framing
-from dora_mm.eval.images.judge import spaced_concepts
+from dora_mm.eval.images.classifier import spaced_concepts
 from dora_mm.models.images.components import load_vae
 from dora_mm.models.images.z_image import GROUP, ZImage
-from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.pictures import sample
+from dora_mm.sampling.grids import image_grid
+from dora_mm.sampling.image_sampler import sample
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from dora_mm.utils.randomness import generator
 from dora_mm.utils.run_directory import RunDirectory
@@ -69,7 +69,7 @@ def main(config: PretrainTinyZImageConfig, *, resume: Path | None = None) -> Non
     model.to(Accelerator(mixed_precision=config.train.mixed_precision).device).freeze()
     train(config, model, icons, run)
     show(config, model, run)
-    log.info("The model is in %s, sample images are in %s.", run.path / "tiny-z-image", run.sheet)
+    log.info("The model is in %s, sample images are in %s.", run.path / "tiny-z-image", run.contact_sheet)
 
 
 def of_things(icons: Sequence[Icon], reported: int) -> list[Icon]:
@@ -111,7 +111,7 @@ def train(config: PretrainTinyZImageConfig, model: ZImage, icons: list[Icon], ru
         average.to(model.device)  # restored from a checkpoint, it is on the CPU
         average.step(parameters)
 
-    def observe(step: int) -> None:
+    def on_step_end(step: int) -> None:
         if config.sample.every and step % config.sample.every == 0 and step < config.train.steps:
             average.to(model.device)
             average.store(parameters)
@@ -121,7 +121,7 @@ def train(config: PretrainTinyZImageConfig, model: ZImage, icons: list[Icon], ru
             finally:  # an interruption writes a checkpoint, which must contain the weights that are trained
                 average.restore(parameters)
 
-    hooks = {"after_step": after_step, "observe": observe}
+    hooks = {"after_step": after_step, "on_step_end": on_step_end}
     stage = PretrainStage(optimizer=config.optimizer, schedule=config.schedule, train=config.train)
     train_stage(config.seed, stage, trained, loss, batch_at, run, {"ema": average}, **hooks)
     average.copy_to(parameters)
@@ -159,5 +159,5 @@ def show(config: PretrainTinyZImageConfig, model: ZImage, run: RunDirectory, ste
         batch_size=config.sample.batch_size,
     )
     rows = [images[start : start + len(prompts)] for start in range(0, len(images), len(prompts))]
-    path = run.sheet if step is None else run.samples / f"step-{step:06d}.png"
-    sheet(rows, [f"seed {seed}" for seed in seeds], prompts).save(path)
+    path = run.contact_sheet if step is None else run.samples / f"step-{step:06d}.png"
+    image_grid(rows, [f"seed {seed}" for seed in seeds], prompts).save(path)

@@ -101,7 +101,7 @@ def frames(clip: Clip) -> Iterator[Scene]:
             yield replace(shot.scene, objects=tuple(moved))
 
 
-def frame_features(pictures: Sequence[Image.Image]) -> np.ndarray:
+def frame_features(images: Sequence[Image.Image]) -> np.ndarray:
     """Computes the features of frames.
 
     A feature is a fixed random projection (of signs) of the mean colours of GRID x GRID cells and of their deviations
@@ -109,14 +109,14 @@ def frame_features(pictures: Sequence[Image.Image]) -> np.ndarray:
     every machine.
 
     Args:
-        pictures: T images of frames.
+        images: T images of frames.
 
     Returns:
         (T, 512) float16.
     """
     stream = random.Random("features of frames")
-    cells = np.stack([np.asarray(p.convert("RGB").resize((GRID, GRID), Image.Resampling.BOX)) for p in pictures])
-    flat = cells.reshape(len(pictures), -1).astype(np.int64) - 128
+    cells = np.stack([np.asarray(p.convert("RGB").resize((GRID, GRID), Image.Resampling.BOX)) for p in images])
+    flat = cells.reshape(len(images), -1).astype(np.int64) - 128
     statistics = np.concatenate([flat, np.abs(flat - flat.mean(axis=1, keepdims=True).astype(np.int64))], axis=1)
     signs = np.array([stream.choice((-1, 1)) for _ in range(statistics.shape[1] * WIDTH)])
     return (statistics @ signs.reshape(statistics.shape[1], WIDTH) / 4096).astype(np.float16)

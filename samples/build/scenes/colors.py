@@ -42,13 +42,13 @@ MOST = 0.6  # share of an object that one named colour must cover to be its colo
 OTHER = 0.25  # share that the second most frequent colour may cover
 
 
-def color_shares(picture: Image.Image) -> dict[str, float]:
+def color_shares(image: Image.Image) -> dict[str, float]:
     """The named colours of an image: name -> share of the opaque pixels, largest first.
 
     Raises:
         ValueError: No pixel is opaque.
     """
-    rgba_HW4 = np.asarray(picture.convert("RGBA"))
+    rgba_HW4 = np.asarray(image.convert("RGBA"))
     opaque = rgba_HW4[..., 3] > 127
     if not opaque.any():
         raise ValueError("an image without an opaque pixel has no colour")
@@ -67,23 +67,23 @@ def color_shares(picture: Image.Image) -> dict[str, float]:
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
-def color_of(picture: Image.Image) -> str | None:
+def color_of(image: Image.Image) -> str | None:
     """The named colour that covers most of the opaque pixels; None for a multi-coloured image."""
-    (name, share), *others = color_shares(picture).items()
+    (name, share), *others = color_shares(image).items()
     return name if share >= MOST and (not others or others[0][1] <= OTHER) else None
 
 
-def paint(picture: Image.Image, color: str) -> Image.Image:
+def paint(image: Image.Image, color: str) -> Image.Image:
     """Replaces the main hue of an image by a colour of PAINTS; light, shade and other hues do not change.
 
     An image without a hue to replace is returned unchanged; `color_of` shows whether the result has the colour.
     """
-    rgba_HW4 = np.asarray(picture.convert("RGBA"))
+    rgba_HW4 = np.asarray(image.convert("RGBA"))
     hsv_HW3 = to_hsv(rgba_HW4[..., :3])
     hue, saturation, value = np.moveaxis(hsv_HW3, -1, 0)
     weight = saturation * value * (rgba_HW4[..., 3] > 127) * (saturation > 0.25)
     if weight.sum() < 0.01 * weight.size:
-        return picture
+        return image
     histogram = np.bincount((hue * 36).astype(int).ravel() % 36, weights=weight.ravel(), minlength=36)
     smooth = histogram + np.roll(histogram, 1) + np.roll(histogram, -1)
     main = (int(smooth.argmax()) + 0.5) / 36

@@ -64,28 +64,28 @@ def write_sets(folder: Path, things: Sequence[Thing], artist: Artist, sizes: Siz
         artist: Draws the scenes.
         sizes: The sizes of the data set.
     """
-    pictures: dict[str, list[tuple[str, Scene]]] = {"images": [], "gqa/images": [], "nlvr2/images": []}
-    for split, (num_pictures, num_questions) in sizes.vqa.items():
-        for name, content in vqa_files(things, split, num_pictures, num_questions).items():
+    images: dict[str, list[tuple[str, Scene]]] = {"images": [], "gqa/images": [], "nlvr2/images": []}
+    for split, (num_images, num_questions) in sizes.vqa.items():
+        for name, content in vqa_files(things, split, num_images, num_questions).items():
             write_json(folder / name, content)
-        scenes = scenes_of(things, "vqa", split, num_pictures)
+        scenes = scenes_of(things, "vqa", split, num_images)
         rows = preference_rows(captions_file(split, scenes))
         write_text(folder / f"preferences/preferences_{split}2014.jsonl", "".join(dump(row) + "\n" for row in rows))
-        pictures["images"] += [(coco_name(split, scene), scene) for scene in scenes]
+        images["images"] += [(coco_name(split, scene), scene) for scene in scenes]
     if sizes.pretrain:
         scenes = scenes_of(things, "captions", "pretrain", sizes.pretrain)
         write_json(folder / "captions/captions_pretrain2014.json", captions_file("pretrain", scenes))
-        pictures["images"] += [(coco_name("pretrain", scene), scene) for scene in scenes]
-    for split, (num_pictures, num_questions) in sizes.gqa.items():
-        entries = gqa_file(things, split, num_pictures, num_questions)
+        images["images"] += [(coco_name("pretrain", scene), scene) for scene in scenes]
+    for split, (num_images, num_questions) in sizes.gqa.items():
+        entries = gqa_file(things, split, num_images, num_questions)
         write_json(folder / f"gqa/{split}_balanced_questions.json", entries)
-        scenes = scenes_of(things, "gqa", split, num_pictures)
-        pictures["gqa/images"] += [(f"{gqa_id(split, scene)}.jpg", scene) for scene in scenes]
+        scenes = scenes_of(things, "gqa", split, num_images)
+        images["gqa/images"] += [(f"{gqa_id(split, scene)}.jpg", scene) for scene in scenes]
     for split, num_sets in sizes.nlvr2.items():
         rows, pair_images = nlvr2_file(things, split, num_sets)
         write_text(folder / f"nlvr2/{split}.json", "".join(dump(row) + "\n" for row in rows))
-        pictures["nlvr2/images"] += pair_images
-    for name, scenes in pictures.items():
+        images["nlvr2/images"] += pair_images
+    for name, scenes in images.items():
         draw_all(folder / name, scenes, artist)
 
 
@@ -101,18 +101,18 @@ def write_json(path: Path, content: Any) -> None:
 def draw_all(folder: Path, scenes: Sequence[tuple[str, Scene]], artist: Artist) -> None:
     """Draws scenes into a folder, each under its name, and deletes all other files there."""
     for name, scene in tqdm(scenes, desc=f"{folder.parent.name}/{folder.name}", disable=None):
-        picture = artist.draw(scene)
-        write_atomically(folder / name, lambda path, name=name, picture=picture: save(picture, path, name))
+        image = artist.draw(scene)
+        write_atomically(folder / name, lambda path, name=name, image=image: save(image, path, name))
     names = {name for name, _ in scenes}
     for stale in [path for path in folder.iterdir() if path.name not in names]:
         stale.unlink()
 
 
-def save(picture: Image.Image, path: Path, name: str) -> None:
+def save(image: Image.Image, path: Path, name: str) -> None:
     if name.endswith(".png"):
-        picture.quantize(PNG_COLORS, dither=Image.Dither.NONE).save(path, "png", optimize=True)
+        image.quantize(PNG_COLORS, dither=Image.Dither.NONE).save(path, "png", optimize=True)
     else:
-        picture.save(path, "jpeg", quality=JPEG_QUALITY, optimize=True)
+        image.save(path, "jpeg", quality=JPEG_QUALITY, optimize=True)
 
 
 def scenes_of(things: Sequence[Thing], task: str, split: str, number: int) -> list[Scene]:
@@ -135,9 +135,9 @@ def coco_name(split: str, scene: Scene) -> str:
     return f"COCO_{split}2014_{coco_id(split, scene):012d}.jpg"
 
 
-def vqa_files(things: Sequence[Thing], split: str, num_pictures: int, num_questions: int) -> dict[str, Any]:
+def vqa_files(things: Sequence[Thing], split: str, num_images: int, num_questions: int) -> dict[str, Any]:
     """VQA v2's questions and annotations and COCO's captions of a split: file name -> content."""
-    scenes = scenes_of(things, "vqa", split, num_pictures)
+    scenes = scenes_of(things, "vqa", split, num_images)
     chosen = vqa_questions(things, scenes, num_questions, SEED)
     annotations = list(vqa_annotations(chosen, [coco_id(split, question.scene) for question in chosen], SEED))
     questions = [{key: row[key] for key in ("image_id", "question", "question_id")} for row in annotations]
@@ -185,9 +185,9 @@ def gqa_id(split: str, scene: Scene) -> str:
     return str(2_000_000 + FIRST_IDS[split] + scene.index)
 
 
-def gqa_file(things: Sequence[Thing], split: str, num_pictures: int, num_questions: int) -> dict[str, Any]:
+def gqa_file(things: Sequence[Thing], split: str, num_images: int, num_questions: int) -> dict[str, Any]:
     """The content of GQA's file of questions of a split."""
-    scenes = scenes_of(things, "gqa", split, num_pictures)
+    scenes = scenes_of(things, "gqa", split, num_images)
     chosen = gqa_questions(things, scenes, num_questions, SEED)
     return gqa_entries(chosen, [gqa_id(split, question.scene) for question in chosen], 10 * FIRST_IDS[split])
 

@@ -90,10 +90,10 @@ class Artist:
 
     def draw(self, scene: Scene) -> Image.Image:
         """Draws a scene as an RGB image of SIZE x SIZE."""
-        picture = self.background(scene.background)
+        image = self.background(scene.background)
         for placed in scene.objects:
-            self.put(picture, placed, rim=scene.background.name != "plain")
-        return picture
+            self.put(image, placed, rim=scene.background.name != "plain")
+        return image
 
     def background(self, background: Background) -> Image.Image:
         """Draws a background as an RGB image of SIZE x SIZE."""
@@ -103,11 +103,11 @@ class Artist:
         left, top = (int(part * (side - SIZE + 1)) for part, side in zip(background.offset, photo.size, strict=True))
         return photo.crop((left, top, left + SIZE, top + SIZE))
 
-    def put(self, picture: Image.Image, placed: Placed, rim: bool) -> None:
+    def put(self, image: Image.Image, placed: Placed, rim: bool) -> None:
         """Draws one object into an image.
 
         Args:
-            picture: The RGB image, changed in place.
+            image: The RGB image, changed in place.
             placed: The object.
             rim: Whether to add a white rim like that of a sticker, which separates the object from a photo.
         """
@@ -115,18 +115,18 @@ class Artist:
         scale = placed.size / max(icon.size)
         icon = icon.resize([max(round(side * scale), 1) for side in icon.size], Image.Resampling.LANCZOS)
         icon = ImageOps.mirror(icon) if placed.mirrored else icon
-        layer = Image.new("RGBA", picture.size)
+        layer = Image.new("RGBA", image.size)
         layer.paste(icon, (placed.x - icon.width // 2, placed.y - icon.height // 2))
         alpha = layer.getchannel("A")
         if rim:
             solid = alpha.point([0] * 128 + [255] * 128)  # a faint glow around an icon gets no rim
             alpha = solid.filter(ImageFilter.MaxFilter(5)).filter(ImageFilter.GaussianBlur(0.6))
-        shadow = Image.new("L", picture.size)
+        shadow = Image.new("L", image.size)
         shadow.paste(alpha.filter(ImageFilter.GaussianBlur(3)).point([int(a * SHADOW) for a in range(256)]), (1, 3))
-        picture.paste((0, 0, 0), mask=shadow)
+        image.paste((0, 0, 0), mask=shadow)
         if rim:
-            picture.paste((255, 255, 255), mask=alpha)
-        picture.paste(layer.convert("RGB"), mask=layer.getchannel("A"))
+            image.paste((255, 255, 255), mask=alpha)
+        image.paste(layer.convert("RGB"), mask=layer.getchannel("A"))
 
     def _painted(self, style: str, name: str, color: str | None) -> Image.Image:
         icon = self.icons[style, name]

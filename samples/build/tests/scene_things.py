@@ -12,8 +12,8 @@ KINDS = ("animal", "animal", "fruit", "fruit", "tool", "tool", None, None)
 
 
 def shape(name: str, fill: tuple[int, int, int], size: int = 60) -> Image.Image:
-    picture = Image.new("RGBA", (size, size))
-    pen, end = ImageDraw.Draw(picture), size - 1
+    image = Image.new("RGBA", (size, size))
+    pen, end = ImageDraw.Draw(image), size - 1
     outlines = {
         "wedge": [(0, end), (end, end), (end // 2, 0)],
         "gem": [(end // 2, 0), (end, end // 2), (end // 2, end), (0, end // 2)],
@@ -24,7 +24,7 @@ def shape(name: str, fill: tuple[int, int, int], size: int = 60) -> Image.Image:
         pen.polygon(outlines[name], fill=fill)
     else:
         pen.ellipse((0, 0, end, end), fill=fill)
-    return picture
+    return image
 
 
 def some_things(*more: str) -> tuple[Thing, ...]:

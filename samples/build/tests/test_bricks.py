@@ -10,8 +10,8 @@ RED, WHITE, BLACK, GREEN = 4, 15, 0, 2
 
 
 def canvas(size=(260, 260)):
-    picture = Image.new("RGBA", size, (0, 0, 0, 0))
-    return picture, ImageDraw.Draw(picture)
+    image = Image.new("RGBA", size, (0, 0, 0, 0))
+    return image, ImageDraw.Draw(image)
 
 
 def test_lab_of_known_colours():
@@ -21,49 +21,49 @@ def test_lab_of_known_colours():
 
 @pytest.mark.parametrize("code", [code for code in PALETTE if code != 85])  # deep violet is replaced by black
 def test_every_palette_colour_gives_its_brick(code):
-    picture, draw = canvas()
+    image, draw = canvas()
     draw.rectangle((0, 0, 259, 259), fill=PALETTE[code])
-    assert set(brick_grid(picture, 4).ravel()) == {code}
+    assert set(brick_grid(image, 4).ravel()) == {code}
 
 
 def test_grid_fits_the_opaque_part():
-    picture, draw = canvas()
+    image, draw = canvas()
     draw.rectangle((40, 100, 169, 164), fill=PALETTE[RED])  # 130 x 65 pixels inside the image
-    grid = brick_grid(picture, 13)
+    grid = brick_grid(image, 13)
     assert grid.shape in {(6, 13), (7, 13)}
     assert (grid == RED).all()
 
 
 def test_holes_stay_open_and_shapes_keep_their_position():
-    picture, draw = canvas()
+    image, draw = canvas()
     draw.rectangle((0, 0, 259, 259), fill=PALETTE[GREEN])
     draw.rectangle((100, 100, 159, 159), fill=(0, 0, 0, 0))
     draw.rectangle((0, 0, 259, 19), fill=PALETTE[WHITE])
-    grid = brick_grid(picture, 13)
+    grid = brick_grid(image, 13)
     assert (grid[0] == WHITE).all()
     assert (grid[5:8, 5:8] == EMPTY).all()
     assert (grid == EMPTY).sum() == 9
 
 
 def test_a_small_eye_survives_the_face_around_it():
-    picture, draw = canvas()
+    image, draw = canvas()
     draw.rectangle((0, 0, 259, 259), fill=PALETTE[WHITE])
     draw.rectangle((60, 60, 79, 66), fill=PALETTE[BLACK])  # a third of one brick
-    assert brick_grid(picture, 13)[3, 3] == BLACK
+    assert brick_grid(image, 13)[3, 3] == BLACK
 
 
 def test_thin_lines_are_not_interrupted():
-    picture, draw = canvas()
+    image, draw = canvas()
     draw.line((0, 0, 259, 259), fill=PALETTE[RED], width=9)  # less than half of any brick
-    grid = brick_grid(picture, 13)
+    grid = brick_grid(image, 13)
     assert (np.diag(grid) == RED).all()
 
 
 def test_deep_violet_becomes_black_and_brown_stays_brown():
-    picture, draw = canvas()
+    image, draw = canvas()
     draw.rectangle((0, 0, 129, 259), fill=(49, 37, 84))
     draw.rectangle((130, 0, 259, 259), fill=PALETTE[70])
-    assert set(brick_grid(picture, 2).ravel()) == {BLACK, 70}
+    assert set(brick_grid(image, 2).ravel()) == {BLACK, 70}
 
 
 def test_an_empty_icon_raises():
@@ -85,13 +85,13 @@ def draw_from_above(ldraw: str, pixels_per_stud: float, squeeze: float) -> Image
     """What an orthographic renderer would draw: flat squares, squeezed by the tilt of the camera."""
     bricks = [line.split() for line in ldraw.splitlines() if line.startswith("1 ")]
     xs, ys = [int(b[2]) // 20 for b in bricks], [-int(b[4]) // 20 for b in bricks]
-    picture = Image.new("RGBA", (2000, 2000), (0, 0, 0, 0))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGBA", (2000, 2000), (0, 0, 0, 0))
+    draw = ImageDraw.Draw(image)
     for brick, x, y in zip(bricks, xs, ys, strict=True):
         left, top = 30 + (x - min(xs)) * pixels_per_stud, 50 + (y - min(ys)) * pixels_per_stud * squeeze
         box = (left, top, left + pixels_per_stud - 1, top + pixels_per_stud * squeeze - 1)
         draw.rectangle(box, fill=PALETTE[int(brick[1])])
-    return picture
+    return image
 
 
 def test_every_sculpture_is_aligned_with_the_grid_of_its_image():

@@ -14,12 +14,12 @@ def test_a_paint_is_called_by_its_name(name):
 
 
 def test_a_multi_coloured_image_has_no_colour():
-    picture = shape("box", PAINTS["red"])
-    picture.paste(PAINTS["blue"], (0, 0, 60, 20))
-    assert color_of(picture) is None
-    assert color_shares(picture) == pytest.approx({"red": 2 / 3, "blue": 1 / 3})
-    picture.paste(PAINTS["red"], (0, 0, 60, 14))  # a tenth is left
-    assert color_of(picture) == "red"
+    image = shape("box", PAINTS["red"])
+    image.paste(PAINTS["blue"], (0, 0, 60, 20))
+    assert color_of(image) is None
+    assert color_shares(image) == pytest.approx({"red": 2 / 3, "blue": 1 / 3})
+    image.paste(PAINTS["red"], (0, 0, 60, 14))  # a tenth is left
+    assert color_of(image) == "red"
 
 
 def test_only_opaque_pixels_count():
@@ -31,18 +31,18 @@ def test_only_opaque_pixels_count():
 @pytest.mark.parametrize("color", PAINTS)
 @pytest.mark.parametrize("before", ["red", "yellow", "blue"])
 def test_paint_changes_the_main_hue_and_keeps_shape_and_other_colours(before, color):
-    picture = shape("box", PAINTS[before])
-    picture.paste((20, 20, 20), (0, 0, 60, 8))
-    painted = paint(picture, color)
+    image = shape("box", PAINTS[before])
+    image.paste((20, 20, 20), (0, 0, 60, 8))
+    painted = paint(image, color)
     assert color_of(painted) == color
     assert painted.getpixel((30, 4)) == (20, 20, 20, 255)
-    assert np.array_equal(np.asarray(painted)[..., 3], np.asarray(picture)[..., 3])
+    assert np.array_equal(np.asarray(painted)[..., 3], np.asarray(image)[..., 3])
 
 
 def test_paint_keeps_light_and_shade():
-    picture = shape("box", (200, 30, 30))
-    picture.paste((120, 18, 18), (0, 30, 60, 60))
-    painted = paint(picture, "blue")
+    image = shape("box", (200, 30, 30))
+    image.paste((120, 18, 18), (0, 30, 60, 60))
+    painted = paint(image, "blue")
     assert sum(painted.getpixel((5, 5))) > sum(painted.getpixel((5, 50))) + 60
     assert color_of(painted) == "blue"
 

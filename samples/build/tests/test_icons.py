@@ -92,11 +92,11 @@ def test_icon_set_finds_icons_by_key_and_through_aliases():
 
 def test_render_svg_and_on_white():
     pytest.importorskip("resvg_py", reason="resvg_py is not installed: pip install 'dora_mm[samples]'")
-    picture = render_svg(red_square().svg("2b1b"), 64)
-    assert (picture.size, picture.mode) == ((64, 64), "RGBA")
-    assert picture.getpixel((10, 30)) == (255, 0, 0, 255)
-    assert picture.getpixel((60, 30))[3] == 0
-    assert on_white(picture).getpixel((60, 30)) == (255, 255, 255)
+    image = render_svg(red_square().svg("2b1b"), 64)
+    assert (image.size, image.mode) == ((64, 64), "RGBA")
+    assert image.getpixel((10, 30)) == (255, 0, 0, 255)
+    assert image.getpixel((60, 30))[3] == 0
+    assert on_white(image).getpixel((60, 30)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(
@@ -108,17 +108,17 @@ def test_render_svg_and_on_white():
 )
 def test_sample_folders_are_complete(concepts, folder, role, count, start):
     rows = [json.loads(line) for line in (SAMPLES / folder / "metadata.jsonl").read_text().splitlines()]
-    pictures = sorted(path.name for path in (SAMPLES / folder).glob("*.webp"))
+    images = sorted(path.name for path in (SAMPLES / folder).glob("*.webp"))
     names = {concept.name for concept in concepts if concept.role == role}
     assert len(rows) == count
-    assert [row["file_name"] for row in rows] == pictures
-    assert {name.removesuffix(".webp").replace("_", " ") for name in pictures} == names
+    assert [row["file_name"] for row in rows] == images
+    assert {name.removesuffix(".webp").replace("_", " ") for name in images} == names
     for row in rows:
         assert row["text"].startswith(start)
         assert row["file_name"].removesuffix(".webp").replace("_", " ") in row["text"]
         path = SAMPLES / folder / row["file_name"]
         assert path.stat().st_size < 25_000
-        with Image.open(path) as picture:
-            assert (picture.size, picture.mode) == ((256, 256), "RGB")
-            assert min(picture.getpixel((0, 0))) > 250  # on white
+        with Image.open(path) as image:
+            assert (image.size, image.mode) == ((256, 256), "RGB")
+            assert min(image.getpixel((0, 0))) > 250  # on white
     assert (SAMPLES / folder / "SOURCES.md").exists()

@@ -59,7 +59,7 @@ def test_rank_counts_the_nearer_concepts(fitted_space):
     similarities = space.similarities(gallery["two"][:5])
     assert similarities.shape == (5, 40)
     order = np.argsort(-similarities, axis=1)
-    for picture in range(5):
+    for image in range(5):
         for place in (0, 3, 39):
-            code = codes[order[picture, place]]
-            assert space.ranks(gallery["two"][picture : picture + 1], [code]) == [place + 1]
+            code = codes[order[image, place]]
+            assert space.ranks(gallery["two"][image : image + 1], [code]) == [place + 1]

@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL, ZImagePipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from dora_mm.eval.images.classifier import Classifier
 from dora_mm.eval.images.concepts import Concept
-from dora_mm.eval.images.judge import Judge
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.models.images.z_image import ZImage
 from samples.build.__main__ import main
@@ -104,11 +104,11 @@ def test_no_caption_takes_a_second_group_of_tokens(model):
 
 
 def test_the_things_are_those_of_the_brick_images_and_those_that_an_evaluation_chooses():
-    judge = Judge.load(SAMPLES / "judge")
+    classifier = Classifier.load(SAMPLES / "judge")
     concepts = [c for c in read_concepts(SAMPLES / "concepts.jsonl") if c.split == "pretrain"]
     icons = of_things([Icon(concept, DEFAULT_STYLE, Path()) for concept in concepts], 48)
-    assert [icon.concept for icon in icons] == [*judge.choose("lego"), *judge.choose("report", 48)]
-    assert set(judge.choose("report", 24)) < {icon.concept for icon in icons}
+    assert [icon.concept for icon in icons] == [*classifier.choose("lego"), *classifier.choose("report", 48)]
+    assert set(classifier.choose("report", 24)) < {icon.concept for icon in icons}
 
 
 @pytest.mark.slow

@@ -58,17 +58,17 @@ def test_it_is_small_has_no_pickles_and_names_its_sources():
 
 
 def test_the_generator_reproduces_every_file_of_questions(things):
-    for split, (num_pictures, num_questions) in SIZES.vqa.items():
-        for name, content in vqa_files(things, split, num_pictures, num_questions).items():
+    for split, (num_images, num_questions) in SIZES.vqa.items():
+        for name, content in vqa_files(things, split, num_images, num_questions).items():
             assert json.loads((VL / name).read_text()) == content, name
         lines = (VL / f"preferences/preferences_{split}2014.jsonl").read_text().splitlines()
         pairs = [json.loads(line) for line in lines]
         assert pairs == preference_rows(json.loads((VL / f"captions/captions_{split}2014.json").read_text()))
         assert Counter(pair["chosen"] for pair in pairs) == Counter(pair["rejected"] for pair in pairs)
         assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
-    for split, (num_pictures, num_questions) in SIZES.gqa.items():
+    for split, (num_images, num_questions) in SIZES.gqa.items():
         stored = json.loads((VL / f"gqa/{split}_balanced_questions.json").read_text())
-        assert stored == gqa_file(things, split, num_pictures, num_questions)
+        assert stored == gqa_file(things, split, num_images, num_questions)
     for split, num_sets in SIZES.nlvr2.items():
         stored = [json.loads(line) for line in (VL / f"nlvr2/{split}.json").read_text().splitlines()]
         assert stored == nlvr2_file(things, split, num_sets)[0]
@@ -116,9 +116,9 @@ def test_the_answer_cannot_be_guessed_from_the_question():
 
 def test_training_and_validation_share_no_scene(things):
     seen = [scenes_of(things, "vqa", split, number) for split, (number, _) in SIZES.vqa.items()]
-    pictures = [{scene.objects for scene in scenes} for scenes in seen]
-    assert not pictures[0] & pictures[1]
-    assert [len(objects) for objects in pictures] == [number for number, _ in SIZES.vqa.values()]
+    images = [{scene.objects for scene in scenes} for scenes in seen]
+    assert not images[0] & images[1]
+    assert [len(objects) for objects in images] == [number for number, _ in SIZES.vqa.values()]
     sets = [{made.pairs for made in pair_sets(things, SEED, f"nlvr2/{split}", 2)} for split in SIZES.nlvr2]
     assert not set.intersection(*sets)
 
@@ -129,15 +129,15 @@ def test_images_show_the_colours_of_their_scenes(things):
     for scene in scenes_of(things, "vqa", "val", SIZES.vqa["val"][0]):
         with Image.open(VL / "images" / coco_name("val", scene)) as file:
             assert (file.size, file.mode, file.format) == ((SIZE, SIZE), "RGB", "JPEG")
-            picture = file.copy()
+            image = file.copy()
         if scene.background.color:
-            pixels = np.asarray(picture, dtype=int)
+            pixels = np.asarray(image, dtype=int)
             similar = np.abs(pixels - PALE[scene.background.color]).max(axis=-1) < 8
             assert similar.mean() > 0.2, scene.index
         for placed in scene.objects:
             if placed.painted and placed.color in PAINTS:
                 reach = placed.size // 2
-                around = picture.crop((placed.x - reach, placed.y - reach, placed.x + reach, placed.y + reach))
+                around = image.crop((placed.x - reach, placed.y - reach, placed.x + reach, placed.y + reach))
                 assert color_shares(around).get(placed.color, 0) > 0.05, (scene.index, placed.name, placed.color)
                 checked += 1
     assert checked > 150

@@ -48,10 +48,10 @@ def test_answers_are_those_of_the_shot_in_the_span():
 
 def test_features_are_reproducible_and_differ_between_frames():
     artist = Artist(shape_icons(), plain_photos())
-    pictures = [artist.draw(scene) for scene in frames(make_clip(THINGS, 0, "train", 0))]
-    features = frame_features(pictures)
-    assert (features.shape, features.dtype) == ((len(pictures), 512), np.float16)
-    assert np.array_equal(features[3:5], frame_features(pictures[3:5]))
+    images = [artist.draw(scene) for scene in frames(make_clip(THINGS, 0, "train", 0))]
+    features = frame_features(images)
+    assert (features.shape, features.dtype) == ((len(images), 512), np.float16)
+    assert np.array_equal(features[3:5], frame_features(images[3:5]))
     assert np.isfinite(features).all()
     assert np.abs(features[0].astype(float) - features[-1]).max() > 0.1
 

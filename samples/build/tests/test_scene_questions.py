@@ -137,12 +137,12 @@ def test_answers_are_balanced_within_every_text():
         most = answers.most_common(2)
         assert len(most) == 2, group
         assert most[0][1] == most[1][1], (group, answers)
-    per_picture = Counter(question.scene.index for question in chosen)
-    assert len(per_picture) > 290
-    assert max(per_picture.values()) < 15
+    per_image = Counter(question.scene.index for question in chosen)
+    assert len(per_image) > 290
+    assert max(per_image.values()) < 15
 
 
-def test_balanced_takes_answers_in_equal_numbers_and_spreads_them_over_pictures():
+def test_balanced_takes_answers_in_equal_numbers_and_spreads_them_over_images():
     scene = scenes("one", 1)[0]
     others = [Scene("t", index, Background("plain", "red"), None, scene.objects) for index in range(30)]
     candidates = [Question(other, "exist", "Is it?", "yes" if other.index < 20 else "no") for other in others]
@@ -248,10 +248,10 @@ def gqa_truth(scene: Scene, text: str) -> str | None:
 
 
 def test_gqa_answers_are_true_and_balanced():
-    pictures = scenes("gqa", 250)
-    chosen = gqa_questions(THINGS, pictures, 2000, 0)
+    images = scenes("gqa", 250)
+    chosen = gqa_questions(THINGS, images, 2000, 0)
     assert {question.family for question in chosen} == {
-        question.family for question in gqa_questions(THINGS, pictures, 400, 1)
+        question.family for question in gqa_questions(THINGS, images, 400, 1)
     }
     groups: dict[str, Counter[str]] = defaultdict(Counter)
     for question in chosen:

@@ -121,9 +121,9 @@ def test_images_show_objects_at_their_position_in_their_colour():
     artist = Artist(shape_icons(), plain_photos())
     for index in range(40):
         scene = make_scene([thing for thing in THINGS if thing.name != "bar"], 0, "train", index)
-        picture = artist.draw(scene)
-        assert (picture.size, picture.mode) == ((SIZE, SIZE), "RGB")
-        pixels = np.asarray(picture, dtype=int)
+        image = artist.draw(scene)
+        assert (image.size, image.mode) == ((SIZE, SIZE), "RGB")
+        pixels = np.asarray(image, dtype=int)
         behind = PALE[scene.background.color] if scene.background.color else (90, 90, 90)
         free = np.ones((SIZE, SIZE), dtype=bool)
         for placed in scene.objects:

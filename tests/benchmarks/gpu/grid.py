@@ -13,7 +13,7 @@ from tests.benchmarks.gpu.run import Run
 CONFIG = ROOT / "configs" / "sdxl" / "tuned.yaml"
 FIRST = ["ranks=[1]", "seeds=[0, 1]", "variants=[]", "extra_rates=0", "workers=4"]  # five rates, the best ones twice
 TINY = ["steps=21", "learning_rates.lora=[0.001, 0.01, 0.1]", "learning_rates.dora=[0.001, 0.01, 0.1]", "workers=1"]
-TINY += ["pictures.tune.count=3", "pictures.report.count=3", "pictures.draw.steps=1"]
+TINY += ["images.tune.count=3", "images.report.count=3", "images.sampling.steps=1"]
 
 
 def run(run: Run) -> None:

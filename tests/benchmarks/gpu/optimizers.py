@@ -23,7 +23,7 @@ def run(run: Run) -> None:
     for name, kind in OPTIMIZERS.items():
         if run.dry and (kind.needs_gpu or kind.install):
             continue
-        if not is_there(package := kind.place.partition(":")[0].partition(".")[0]):
+        if not is_there(package := kind.import_path.partition(":")[0].partition(".")[0]):
             run.leave_out(f"{name}: it needs {package}")
             continue
         with run.trying("our loop", name), tempfile.TemporaryDirectory() as folder:

@@ -139,8 +139,8 @@ class Run:
 
     @cached_property
     def machine(self) -> Row:
-        card = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "none, a dry run"
-        return {"card": card, **{package: installed(package) for package in ("torch", "triton", "peft")}}
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "none, a dry run"
+        return {"card": gpu, **{package: installed(package) for package in ("torch", "triton", "peft")}}
 
 
 def is_ours(contender: str) -> bool:

@@ -14,8 +14,8 @@ from dora_mm.config.loader import load_config
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.vl.splits import open_texts, training_texts
 from dora_mm.eval.images.scores import Scores
-from dora_mm.eval.statistics import Interval
-from dora_mm.eval.vl.intervals import AnswerScores, answer_scores, group_cells, groups_of
+from dora_mm.eval.statistics import ConfidenceInterval
+from dora_mm.eval.vl.confidence_intervals import AnswerScores, answer_scores, group_cells, groups_of
 from dora_mm.eval.vl.question_only import question_only_answers
 from dora_mm.studies.campaigns.rates import best_rate
 from dora_mm.studies.campaigns.training_rows import TrainingRow, TrainingRows
@@ -100,13 +100,13 @@ class Study:
 
     def around(self, variant: Variant) -> CurvePoint:
         """The scores at the best rate and its neighbours."""
-        return self.curves[variant].around(self.best[variant])
+        return self.curves[variant].ci_around(self.best[variant])
 
-    def less(self, first: Variant, second: Variant, rate: float | None = None) -> Interval:
+    def less(self, first: Variant, second: Variant, rate: float | None = None) -> ConfidenceInterval:
         """The paired difference of two variants at a rate; None: each at its best one."""
         return difference(self.at(first, rate), self.at(second, rate))
 
-    def width_less(self, first: Variant, second: Variant) -> Interval:
+    def width_less(self, first: Variant, second: Variant) -> ConfidenceInterval:
         """The difference of the widths of two bands."""
         (ours, resampled), (theirs, others) = self.widths[first], self.widths[second]
         return percentiles(ours - theirs, resampled - others)
@@ -131,10 +131,10 @@ def scenes() -> tuple[Study, AnswerScores]:
     """The campaign on questions about scenes, and the scores of answers to the reported ones without the image."""
     config = load_config("configs/vl_bart/tuned.yaml")
     assert isinstance(config, CompareConfig)
-    assert config.questions is not None
+    assert config.vl is not None
     base = load_config(config.base)
     assert isinstance(base, TrainVLConfig)
-    (task,), (reported,) = base.data.all_tasks, config.questions.report.all_tasks
+    (task,), (reported,) = base.data.all_tasks, config.vl.report.all_tasks
     assert reported.valid is not None
     questions = list(open_texts(reported.valid, base.data))
     guesses = question_only_answers(training_texts(task, base.data), questions)

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from dora_mm.eval.statistics import Interval, mean_interval
-from dora_mm.eval.vl.intervals import AnswerScores, group_cells, intervals
+from dora_mm.eval.statistics import ConfidenceInterval, mean_ci
+from dora_mm.eval.vl.confidence_intervals import AnswerScores, confidence_intervals, group_cells
 from dora_mm.studies.campaigns.training_rows import TrainingRow
 from dora_mm.studies.curves import difference, rate_per_doubling, shown, with_holm
 from dora_mm.studies.variants import NAMES, Variant
@@ -79,7 +79,7 @@ def scores_table(study: Study) -> Records:
             {"": f"{study.name}, {variant}", "parameters": f"{int(row.parameters):,}"}
             | {"best rate": f"{study.best[variant]:g}", "choosing seeds": str(len(study.choosing(variant)))}
             | {"seeds": str(len(study.at(variant).seeds))}
-            | {"score": shown(study.at(variant).interval), "as good": f"{2**low:.2g} to {2**high:.2g}"}
+            | {"score": shown(study.at(variant).ci), "as good": f"{2**low:.2g} to {2**high:.2g}"}
         )
     return table
 
@@ -113,13 +113,13 @@ def rank_1_table(study: Study) -> Records:
 
 def floor_table(study: Study, alone: AnswerScores) -> Records:
     """The trainings of rank 1 at the rates that one seed and several have chosen, beside questions alone."""
-    given = intervals({"vqa": alone})["vqa"]
+    given = confidence_intervals({"vqa": alone})["vqa"]
     variants, table = [plain(method, 1) for method in ("lora", "dora")], []
     by_one = replace(study, rate_seeds=study.rate_seeds[:1])
     for rate in sorted({each.best[variant] for each in (study, by_one) for variant in variants}):
         for variant in variants:
             point, values = study.at(variant, rate), study.values[variant][rate]
-            less = mean_interval(point.cells_KS - group_cells([alone]))
+            less = mean_ci(point.cells_KS - group_cells([alone]))
             chosen_by = [values[seed] / 100 for seed in study.choosing(variant)]
             table.append(
                 {"": f"{NAMES[variant.method]} at {rate:g}", "chosen by": three_digits(chosen_by)}
@@ -204,5 +204,8 @@ def moves(study: Study) -> str:
 def wordnet_table() -> Records:
     """The scores of a language model on questions made from WordNet, in points."""
     rows = [row for row in records("wordnet.csv") if row["task"] == "mean"]
-    texts = {row["run"]: Interval(*(float(row[end]) for end in ("mean", "low", "high"))).text("{:.1f}") for row in rows}
+    texts = {
+        row["run"]: ConfidenceInterval(*(float(row[end]) for end in ("mean", "low", "high"))).text("{:.1f}")
+        for row in rows
+    }
     return [{"SmolLM2-135M": run, "points": text} for run, text in texts.items()]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dora_mm.eval.statistics import Interval, mean_interval
+from dora_mm.eval.statistics import ConfidenceInterval, mean_ci
 from dora_mm.studies.decomposition import WeightPoint, correlation, over_matrices_and_runs, pattern, relation
 from tests.benchmarks.paper.campaigns import RESULTS
 
@@ -58,7 +58,9 @@ def pattern_table() -> Records:
     return table
 
 
-def pattern_row(title: str, related: Interval | None, dM: Interval, dD: Interval) -> dict[str, str]:
+def pattern_row(
+    title: str, related: ConfidenceInterval | None, dM: ConfidenceInterval, dD: ConfidenceInterval
+) -> dict[str, str]:
     assert related is not None
     sizes = {"dM": dM.text("{:.4f}"), "dD": dD.text("{:.4f}")}
     return {"": title, "correlation": related.text("{:.2f}"), **sizes}
@@ -76,7 +78,7 @@ def mean_of(column: int) -> Callable[[np.ndarray], float]:
 
 def of_two(
     first: Sequence[WeightPoint], second: Sequence[WeightPoint], statistic: Callable[[np.ndarray], float]
-) -> Interval:
+) -> ConfidenceInterval:
     """A statistic of (dD, dM) of one method less that of another, over the same matrices and seeds."""
     points = [*first, *second]
     values = np.array([(point.dD, point.dM, place < len(first)) for place, point in enumerate(points)])
@@ -99,15 +101,15 @@ def ratios_at_equal_rates() -> Records:
             found[run.split("-")[1].removeprefix("r")].append((logs[0], logs[1]))
     return [
         {"rank": rank, "pairs": str(len(own))}
-        | {name: exponential(mean_interval(np.array(own)[:, [column]])) for column, name in enumerate(("dM", "dD"))}
+        | {name: exponential(mean_ci(np.array(own)[:, [column]])) for column, name in enumerate(("dM", "dD"))}
         for rank, own in sorted(found.items(), key=lambda item: int(item[0]))
     ]
 
 
-def exponential(interval: Interval) -> str:
+def exponential(ci: ConfidenceInterval) -> str:
     """The interval of a ratio of that of its logarithm."""
-    ends = np.exp([interval.mean, interval.low, interval.high])
-    return Interval(*map(float, ends)).text("{:.2f}")
+    ends = np.exp([ci.mean, ci.low, ci.high])
+    return ConfidenceInterval(*map(float, ends)).text("{:.2f}")
 
 
 # --- what goes with the score ----------------------------------------------------------------------------------------
@@ -154,7 +156,7 @@ class Gradients:
         found = np.array([float(row[name]) for row in self.rows])
         return np.log10(found) if name.startswith("condition") else found
 
-    def mean(self, values: np.ndarray) -> Interval:
+    def mean(self, values: np.ndarray) -> ConfidenceInterval:
         """Their mean with the interval over matrices and trainings."""
         return over_matrices_and_runs(lambda some: float(some.mean()), values, self.matrices, self.runs)
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from dora_mm.config.images import DataConfig, LossConfig
 from dora_mm.data.images.folder import bucket_of, digest_of, read_training_images
 from dora_mm.data.images.held_out import hold_out
-from dora_mm.preview.images import describe_pictures
+from dora_mm.preview.images import describe_images
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
 from dora_mm.utils.losses import LossSum
@@ -40,7 +40,7 @@ def test_each_folder_has_its_own_settings(places):
     assert {image.source for image in images[5:]} == {"data.folders[1].prompt"}
     assert bucket_of(images[0], config) == (64, 64)
     assert bucket_of(images[5], config) == (96, 96)
-    lines = describe_pictures(images, config).splitlines()
+    lines = describe_images(images, config).splitlines()
     assert lines[:3] == [
         "pictures  7 in 2 folders",
         f"          5 in {one}, 2.5 times in an epoch",
@@ -120,7 +120,7 @@ def test_weights_are_in_the_sum_and_in_the_count(tiny, places):
     with torch.no_grad():
         loss = task.loss(batch, generator(1, 0, "loss"))
         stream = generator(1, 0, "loss")
-        noise = task.draw_noise(batch.latents, stream)
+        noise = task.sample_noise(batch.latents, stream)
         each = task.losses(batch, noise, torch.randint(1000, (len(noise),), generator=stream))
     weights = torch.tensor([{0: 3.0, 1: 0.25}[images[row].folder] for row in batches.order(number)])
     torch.testing.assert_close(loss.mean, (weights * each).sum() / weights.sum())

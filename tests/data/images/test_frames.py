@@ -44,7 +44,7 @@ def test_what_is_no_video_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
-def test_the_duration_is_that_of_the_pictures_from_the_first_one(tmp_path, suffix):
+def test_the_duration_is_that_of_the_images_from_the_first_one(tmp_path, suffix):
     later = load_video(write_timed_video(tmp_path / f"a{suffix}", range(5000, 7000, 100)), 1, 16)
     beside = load_video(write_video(tmp_path / f"b{suffix}", sound=5), 1, 16)
     for video in (later, beside):

@@ -42,7 +42,7 @@ def test_a_family_that_trains_on_the_mode_keeps_no_variance(cache):
         found = cache.get("aa11", compute)
         assert torch.equal(found.mean, mode.mean)
         assert found.logvar is None
-        assert found.draw(torch.Generator()) is found.mean
+        assert found.sample(torch.Generator()) is found.mean
 
 
 def test_a_folder_is_used_by_the_next_run(tmp_path):

@@ -12,7 +12,7 @@ from dora_mm.config.images import DataConfig
 from dora_mm.data.images.buckets import frame
 from dora_mm.data.images.folder import digest_of, read_captioned_images, read_images, uncaptioned_images
 from dora_mm.data.images.masks import MaskFile, load_mask, render_mask
-from tests.shared.data.pictures import SIZES, half, write_mask
+from tests.shared.data.images_made import SIZES, half, write_mask
 
 
 def read(folder, masks="file"):

@@ -242,7 +242,7 @@ CONTENTS = {
     "commonsense": [question(0), question(1)],
     "chat": [
         {"id": 1, "image": "a.jpg", "conversations": chats.said("<image>Q", "A")},
-        {"conversations": chats.said("Q", "A", loss=None), "images": [chats.packed(chats.picture())]},
+        {"conversations": chats.said("Q", "A", loss=None), "images": [chats.packed(chats.image())]},
     ],
 }
 INTACT = {
@@ -252,7 +252,7 @@ INTACT = {
     for form, content in CONTENTS.items()
 }
 INTACT["choices"] = b'index\tquestion\tA\tB\tanswer\timage\n1\t"Q\nq"\ta\tb\tA\t2\n2\tQ\ta\tb\t\t' + (
-    chats.packed(chats.picture()).encode() + b"\n"
+    chats.packed(chats.image()).encode() + b"\n"
 )
 INSERTIONS = (
     st.binary(max_size=3)

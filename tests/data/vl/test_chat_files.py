@@ -108,7 +108,7 @@ def test_a_file_is_a_path_or_a_list_of_paths(file):
 
 
 def test_embedded_images_become_files_named_by_their_content(tmp_path):
-    red, blue = chats.picture(), chats.picture("blue", "JPEG")
+    red, blue = chats.image(), chats.image("blue", "JPEG")
     given = [
         chats.packed(red),
         chats.data_url(blue, "jpeg"),
@@ -133,7 +133,7 @@ def test_embedded_images_become_files_named_by_their_content(tmp_path):
 
 
 def test_parquet_with_the_bytes_of_images(tmp_path):
-    red, blue = chats.picture(), chats.picture("blue")
+    red, blue = chats.image(), chats.image("blue")
     stored = [{"bytes": red, "path": None}, {"bytes": None, "path": "a.jpg"}, {"bytes": blue, "path": "b.png"}]
     rows = [{"images": [image], "messages": messages(items({}, "Q"), items("A"))} for image in stored]
     rows.append({"images": [], "messages": messages(items("Q"), items("A"))})
@@ -150,7 +150,7 @@ def test_parquet_with_the_bytes_of_images(tmp_path):
 
 
 def test_embedded_images_that_are_gone_are_written_again(tmp_path, caplog):
-    source = as_lines(tmp_path, [{"image": chats.packed(chats.picture()), "messages": messages("<image>Q", "A")}])
+    source = as_lines(tmp_path, [{"image": chats.packed(chats.image()), "messages": messages("<image>Q", "A")}])
     (row,) = open_table(source, tmp_path / "tables", on_bad_data="stop")
     (stored,) = (tmp_path / "tables" / "images").iterdir()
     stored.unlink()
@@ -160,7 +160,7 @@ def test_embedded_images_that_are_gone_are_written_again(tmp_path, caplog):
     stored.write_bytes(bytes(stored.stat().st_size))
     next((tmp_path / "tables").glob("*.json")).unlink()  # the table is made again
     (row,) = open_table(source, tmp_path / "tables", on_bad_data="stop")
-    assert stored.read_bytes() == chats.picture()
+    assert stored.read_bytes() == chats.image()
     (tmp_path / "tables").rename(tmp_path / "moved")
     (moved,) = open_table(source, tmp_path / "moved", on_bad_data="stop")
     assert moved.images == (str(tmp_path / "moved" / "images" / stored.name),)

@@ -15,10 +15,10 @@ from tests.shared.data.chats import (
     as_lines,
     as_parquet,
     data_url,
+    image,
     items,
     messages,
     only,
-    picture,
     read,
     said,
     turns,
@@ -41,7 +41,7 @@ def test_each_trainer_says_in_its_way_which_answers_are_learned(tmp_path, key, n
 
 
 def test_openai_s_items_and_the_developer(tmp_path):
-    url = data_url(picture())
+    url = data_url(image())
     row = {
         "messages": [
             {"role": "developer", "content": "Be brief."},
@@ -131,7 +131,7 @@ def test_frames_of_a_video_are_a_list_of_images(tmp_path):
         found = only(as_lines(tmp_path, [row]))
         assert (found.images, found.frames) == (images, sizes)
     for name in frames:
-        (tmp_path / name).write_bytes(picture())
+        (tmp_path / name).write_bytes(image())
     source = as_lines(tmp_path, [rows[1][0]], images=str(tmp_path))
     table = open_table(source, tmp_path / "tables", on_bad_data="stop")
     assert (table[0].frames, table.filmed().tolist()) == ((3,), [True])

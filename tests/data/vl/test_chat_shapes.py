@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dora_mm.data.vl.example import IMAGE, Example
 from dora_mm.data.vl.readers.chat import find_shape
 from dora_mm.data.vl.tables import open_table
-from dora_mm.tasks.vl import draw_answer
+from dora_mm.tasks.vl import sample_answer
 from tests.shared.data.chats import QA, as_json, as_lines, as_parquet, items, messages, only, read, refusal, said, turns
 
 SHAPES = {
@@ -183,8 +183,8 @@ def test_a_conversation_that_ends_with_a_question_is_trained_on_its_earlier_answ
     table = open_table(as_json(tmp_path, rows), tmp_path / "tables", on_bad_data="stop")
     assert [row.id for row in table.answered()] == ["1", "3"]
     assert [row.id for row in table[::-1].answered()] == ["3", "1"]
-    assert draw_answer(table[0], 0.5) == ("", 1.0)
-    assert draw_answer(table[1], 0.5) == ("", 0.0)
+    assert sample_answer(table[0], 0.5) == ("", 1.0)
+    assert sample_answer(table[1], 0.5) == ("", 0.0)
 
 
 def test_videos_are_shown_where_their_markers_are_or_first(tmp_path):

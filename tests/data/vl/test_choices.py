@@ -64,7 +64,7 @@ def test_the_text_has_hint_question_and_options(tmp_path):
 
 
 def test_images_in_base64_lists_of_them_and_references(tmp_path):
-    red, blue = chats.packed(chats.picture()), chats.packed(chats.picture("blue"))
+    red, blue = chats.packed(chats.image()), chats.packed(chats.image("blue"))
     rows = [
         ROW | {"index": "7", "image": "9"},
         ROW | {"index": "8", "image": str([red, blue])},
@@ -74,8 +74,8 @@ def test_images_in_base64_lists_of_them_and_references(tmp_path):
     source = table(tmp_path, rows)
     found = {row.id: row.images for row in read(source)}
     assert found == {
-        "7": (chats.data_url(chats.picture()),),
-        "8": (chats.data_url(chats.picture()), chats.data_url(chats.picture("blue"))),
+        "7": (chats.data_url(chats.image()),),
+        "8": (chats.data_url(chats.image()), chats.data_url(chats.image("blue"))),
         "9": found["7"],
         "10": ("a.jpg", "b.jpg"),
     }
@@ -83,7 +83,7 @@ def test_images_in_base64_lists_of_them_and_references(tmp_path):
     (tmp_path / "b.jpg").touch()
     source = source.model_copy(update={"images": str(tmp_path)})
     stored = open_table(source, tmp_path / "tables", on_bad_data="stop")
-    assert Path(stored[0].images[0]).read_bytes() == chats.picture()
+    assert Path(stored[0].images[0]).read_bytes() == chats.image()
     assert stored[2].images == stored[0].images
     assert stored[0].options == ("a dog", "a cat")
     assert table_figures(source, stored)["images per row (lowest / median / highest)"] == "1 / 2 / 2"

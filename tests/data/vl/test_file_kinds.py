@@ -17,7 +17,7 @@ from dora_mm.data.vl.readers import read_source
 from dora_mm.data.vl.readers.file_rows import file_items
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import open_table
-from tests.shared.data.chats import messages, packed, picture, read, refusal, turns
+from tests.shared.data.chats import image, messages, packed, read, refusal, turns
 
 COLUMNS = {"query": "question", "response": "answer", "image": "picture"}
 DATASETS = {"reason": "datasets is not a dependency"}
@@ -50,7 +50,7 @@ def image_folder(folder: Path, rows: list[dict[str, Any]], metadata: str = "meta
     ]
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(picture())
+        (folder / name).write_bytes(image())
     if metadata.endswith(".csv"):
         write_table(folder / metadata, rows)
     else:
@@ -177,7 +177,7 @@ def test_datasets_reads_the_same_folder_of_images(tmp_path):
 
 # --- Arrow -----------------------------------------------------------------------------------------------------------
 
-ROWS = [{"images": [{"bytes": picture(), "path": None}], "messages": messages("<image>Q", f"A{n}")} for n in range(130)]
+ROWS = [{"images": [{"bytes": image(), "path": None}], "messages": messages("<image>Q", f"A{n}")} for n in range(130)]
 
 
 @pytest.mark.parametrize("kind", ["stream", "file"])
@@ -188,7 +188,7 @@ def test_arrow_files_are_read_as_they_are(tmp_path, kind):
         out.write_table(table, 100)
     found = examples(path, tmp_path / "tables")
     assert [row.answers for row in found] == [(f"A{n}",) for n in range(130)]
-    assert Path(found[0].images[0]).read_bytes() == picture()
+    assert Path(found[0].images[0]).read_bytes() == image()
     path.write_bytes(path.read_bytes()[:2000])
     assert refusal(SourceConfig(format="chat", file=str(path))).startswith(" is truncated or not a valid Arrow file")
 
@@ -217,11 +217,11 @@ def test_folders_of_save_to_disk_are_read_and_nothing_is_copied(tmp_path, monkey
 # --- archives --------------------------------------------------------------------------------------------------------
 
 ARCHIVE = {
-    "a/0001.jpg": picture("red", "JPEG"),
+    "a/0001.jpg": image("red", "JPEG"),
     "a/0001.json": json.dumps({"conversations": [{"from": "human", "value": "<image>Q"}, {"from": "gpt", "value": "A"}],
                                "image": "0001.jpg"}).encode(),
-    "a/0002.left.png": picture("blue"),
-    "a/0002.right.png": picture("green"),
+    "a/0002.left.png": image("blue"),
+    "a/0002.right.png": image("green"),
     "a/0002.json": json.dumps({"messages": messages("<image> or <image>?", "B")}).encode(),
 }  # fmt: skip
 
@@ -230,14 +230,14 @@ def test_archives_of_webdataset(tmp_path):
     path = write_archive(tmp_path / "00000.tar", ARCHIVE)
     first, *_ = read(SourceConfig(format="chat", file=str(path), columns={}))
     assert (first.id, first.turns) == ("a/0001", turns("<image>Q", "A"))
-    assert first.images == (f"data:image/jpeg;base64,{packed(picture('red', 'JPEG'))}",)
+    assert first.images == (f"data:image/jpeg;base64,{packed(image('red', 'JPEG'))}",)
     path.write_bytes(path.read_bytes()[:700])
     assert refusal(SourceConfig(format="chat", file=str(path))).startswith(" is truncated or not a valid archive")
 
 
 def test_archives_are_rows_unless_a_table_is_beside_them(tmp_path):
     (folder := tmp_path / "folder").mkdir()
-    captions = {f"{n}.{kind}": content for n in range(2) for kind, content in (("jpg", picture()), ("txt", b"A dot."))}
+    captions = {f"{n}.{kind}": content for n in range(2) for kind, content in (("jpg", image()), ("txt", b"A dot."))}
     write_archive(folder / "00000.tar", captions)
     assert [row.answers for row in examples(folder, tmp_path / "tables", "captions")] == [("A dot.",)] * 2
     (folder / "rows.jsonl").write_text(json.dumps({"messages": messages("Q", "A")}))
@@ -247,7 +247,7 @@ def test_archives_are_rows_unless_a_table_is_beside_them(tmp_path):
 def test_datasets_reads_the_same_archive(tmp_path):
     datasets = pytest.importorskip("datasets", **DATASETS)
     files = {f"{n}.{kind}": content for n in range(3) for kind, content in (
-        ("jpg", picture("red", "JPEG")), ("json", json.dumps({"n": n}).encode()), ("txt", b"text"))}  # fmt: skip
+        ("jpg", image("red", "JPEG")), ("json", json.dumps({"n": n}).encode()), ("txt", b"text"))}  # fmt: skip
     path = write_archive(tmp_path / "train.tar", files)
     loaded = datasets.load_dataset("webdataset", data_files=str(path), split="train", streaming=True).decode(False)
     ours = [row for _, row in file_items(path)]

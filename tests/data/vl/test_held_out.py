@@ -12,7 +12,7 @@ from dora_mm.data.vl.arrow import record_batch
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.held_out import fitting, split_held_out
 from dora_mm.data.vl.tables import STORED_IMAGES, ExampleTable, open_table
-from tests.shared.data.chats import as_json, data_url, picture, said
+from tests.shared.data.chats import as_json, data_url, image, said
 
 FEW = st.integers(0, 12).map(lambda number: f"{number}.png")
 ROWS = st.lists(st.tuples(st.lists(FEW, max_size=3), st.sampled_from("abc")), min_size=2, max_size=40)
@@ -96,8 +96,8 @@ def test_the_choice_does_not_depend_on_the_names_of_folders(tmp_path):
         (folder / "images").mkdir(parents=True)
         rows = []
         for number in range(20):
-            (folder / "images" / f"{number}.png").write_bytes(picture())
-            embedded = data_url(picture(f"#{number:06x}"))
+            (folder / "images" / f"{number}.png").write_bytes(image())
+            embedded = data_url(image(f"#{number:06x}"))
             rows += [{"id": number, "image": f"{prefix}{number}.png", "conversations": said("<image>a", "b")}]
             rows += [{"id": 100 + number, "image": embedded, "conversations": said("<image>a", "b")}]
         source = as_json(folder, rows, images=str(folder / "images"))
@@ -114,7 +114,7 @@ def test_the_choice_does_not_depend_on_the_names_of_folders(tmp_path):
 
 def test_skipped_rows_are_told_of_the_training_side_alone(tmp_path):
     for name in "abc":
-        (tmp_path / f"{name}.png").write_bytes(picture())
+        (tmp_path / f"{name}.png").write_bytes(image())
     rows = [{"image": f"{name}.png", "conversations": said("<image>a", "b")} for name in "abcd"]
     source = as_json(tmp_path, rows, images=str(tmp_path))
     table = open_table(source, tmp_path / "tables", on_bad_data="skip")

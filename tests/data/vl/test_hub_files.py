@@ -12,7 +12,7 @@ from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import open_table
 from tests.shared.data.chats import messages
 
-CARD = """---
+GPU = """---
 license: mit
 configs:
 - config_name: default
@@ -56,7 +56,7 @@ LAYOUTS = {  # the files of a folder, and the splits that they are
     "one split": (["chartqa/train-00000-of-00001.jsonl"], {"train": ["chartqa/train-00000-of-00001.jsonl"]}),
     "hidden": ([".cache/train.jsonl", "__x/train.jsonl", ".train.jsonl", "a.jsonl"], {"train": ["a.jsonl"]}),
     "a card": (
-        ["rows/part-1.jsonl", "rows/part-2.jsonl", "rows/held.jsonl", "rows/more.jsonl", "rows/test.jsonl", CARD],
+        ["rows/part-1.jsonl", "rows/part-2.jsonl", "rows/held.jsonl", "rows/more.jsonl", "rows/test.jsonl", GPU],
         {"train": ["rows/part-1.jsonl", "rows/part-2.jsonl"], "test": ["rows/held.jsonl", "rows/more.jsonl"]},
     ),
     "a card with a default": (["vqa/a.jsonl", "ocr/b.jsonl", DEFAULT], {"train": ["ocr/b.jsonl"]}),

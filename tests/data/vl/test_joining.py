@@ -8,7 +8,7 @@ import pytest
 from dora_mm.config.vl_data import SourceConfig, VLDataConfig
 from dora_mm.data.vl.mixing import Mixture, TaskBatches
 from dora_mm.data.vl.splits import open_split, open_training, training_texts
-from dora_mm.preview.questions import AllRows
+from dora_mm.preview.vl_data import AllRows
 from tests.shared.data.chats import as_json, as_lines, messages, said
 
 

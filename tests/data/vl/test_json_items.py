@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_mm.data.vl.json_items import json_lines, list_items, object_items, place, value_of
+from dora_mm.data.vl.json_items import json_lines, list_items, location, object_items, value_of
 from dora_mm.utils import json_stream
 
 VALUES = st.recursive(
@@ -144,6 +144,6 @@ def test_half_of_a_surrogate_pair_is_a_question_mark(path):
 
 
 def test_place_names_the_id_once(path):
-    assert place(path, "item 3", {"id": 5, "question_id": 7}) == f"{path}, item 3 (question_id 7)"
-    assert place(path, "id '5'", {"id": "5", "value": 1}) == f"{path}, id '5'"
-    assert place(path, "line 2", b"{}") == f"{path}, line 2"
+    assert location(path, "item 3", {"id": 5, "question_id": 7}) == f"{path}, item 3 (question_id 7)"
+    assert location(path, "id '5'", {"id": "5", "value": 1}) == f"{path}, id '5'"
+    assert location(path, "line 2", b"{}") == f"{path}, line 2"

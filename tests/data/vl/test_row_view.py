@@ -9,7 +9,7 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import IMAGE, Example, Turn
 from dora_mm.data.vl.row_view import LONGEST, Piece, RowView
 from dora_mm.models.vl.vlm.family import VLM
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 
 TURNS = (
     Turn("user", f"{IMAGE}\nWhat is it?", False),
@@ -65,8 +65,8 @@ ANSWERED = {
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return str(write_pictures(tmp_path_factory.mktemp("pictures")))
+def images(tmp_path_factory):
+    return str(write_images(tmp_path_factory.mktemp("pictures")))
 
 
 def model(folder, **settings) -> VLM:
@@ -74,50 +74,50 @@ def model(folder, **settings) -> VLM:
 
 
 @pytest.mark.parametrize(("name", "expected"), SHOWN.items())
-def test_a_conversation(name, expected, tiny_vlm, pictures):
-    heading, _, text = model(tiny_vlm(name)).row_view("chat", CHAT, pictures).text().partition("\n")
+def test_a_conversation(name, expected, tiny_vlm, images):
+    heading, _, text = model(tiny_vlm(name)).row_view("chat", CHAT, images).text().partition("\n")
     assert text == expected
     assert re.fullmatch(r"\d+ tokens, \d+ for images, \d+ with loss", heading)
 
 
 @pytest.mark.parametrize(("name", "expected"), ANSWERED.items())
-def test_a_question_with_its_likeliest_answer(name, expected, tiny_vlm, pictures):
-    assert model(tiny_vlm(name)).row_view("vqa", QUESTION, pictures).text().partition("\n")[2] == expected
+def test_a_question_with_its_likeliest_answer(name, expected, tiny_vlm, images):
+    assert model(tiny_vlm(name)).row_view("vqa", QUESTION, images).text().partition("\n")[2] == expected
 
 
-def test_the_heading_counts_and_tells_what_was_cut(tiny_vlm, pictures):
-    whole = model(tiny_vlm("llava")).row_view("chat", CHAT, pictures)
-    row = model(tiny_vlm("llava")).rows.row("chat", CHAT, pictures, "")
+def test_the_heading_counts_and_tells_what_was_cut(tiny_vlm, images):
+    whole = model(tiny_vlm("llava")).row_view("chat", CHAT, images)
+    row = model(tiny_vlm("llava")).rows.row("chat", CHAT, images, "")
     learned = int((row.labels >= 0).sum())
     assert whole.heading == f"{row.length} tokens, 4 for images, {learned} with loss"
-    cut = model(tiny_vlm("llava"), max_length=row.length - 3).row_view("chat", CHAT, pictures)
-    left = model(tiny_vlm("llava")).row_view("chat", replace(CHAT, turns=TURNS[:-2]), pictures)
+    cut = model(tiny_vlm("llava"), max_length=row.length - 3).row_view("chat", CHAT, images)
+    left = model(tiny_vlm("llava")).row_view("chat", replace(CHAT, turns=TURNS[:-2]), images)
     length = int(left.heading.split()[0])
     assert cut.heading == f"{left.heading}, {row.length - length} cut at the end, beyond {row.length - 3} " + (
         "(model.max_length): the last exchange"
     )
     assert whole.text().endswith("⟦ Nothing.</s>⟧ ")
     assert cut.text().partition("\n")[2] == left.text().partition("\n")[2]
-    lost = model(tiny_vlm("llava"), max_length=7).row_view("chat", CHAT, pictures)
+    lost = model(tiny_vlm("llava"), max_length=7).row_view("chat", CHAT, images)
     end = "beyond 7 (model.max_length): the last exchange, left out: nothing of its answers is left"
     assert lost.heading.endswith(end)
 
 
-def test_the_heading_of_a_text_that_was_cut(tiny_vlm, pictures):
+def test_the_heading_of_a_text_that_was_cut(tiny_vlm, images):
     said = replace(CHAT, images=(), turns=(TURNS[0]._replace(text="What is it?"), *TURNS[1:]))
-    row = model(tiny_vlm("llava")).rows.row("chat", said, pictures, "")
+    row = model(tiny_vlm("llava")).rows.row("chat", said, images, "")
     learned = int((row.labels >= 0).sum())
-    cut = model(tiny_vlm("llava"), max_length=row.length - 3).row_view("chat", said, pictures)
+    cut = model(tiny_vlm("llava"), max_length=row.length - 3).row_view("chat", said, images)
     assert cut.heading == f"{row.length - 3} tokens, 0 for images, {learned - 2} with loss, " + (
         f"3 cut at the end, beyond {row.length - 3} (model.max_length)"
     )
     assert re.search("⟦ Noth[ing]*⟧$", cut.text())
 
 
-def test_turns_without_loss_are_not_marked(tiny_vlm, pictures):
+def test_turns_without_loss_are_not_marked(tiny_vlm, images):
     turns = (TURNS[0], TURNS[1]._replace(loss=False), *TURNS[2:])
     example = Example("1", ("wide.png",), "q", ("Nothing.",), (1.0,), turns=turns)
-    text = model(tiny_vlm("qwen3_vl")).row_view("chat", example, pictures).text()
+    text = model(tiny_vlm("qwen3_vl")).row_view("chat", example, images).text()
     assert text.count("⟦") == 1
     assert "⟦Nothing.<|im_end|>⟧" in text
 

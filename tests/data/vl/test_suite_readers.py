@@ -66,7 +66,7 @@ def test_questions_of_mmmu_have_options_or_words(tmp_path):
     choice, words, unknown = read("mmmu", tmp_path)
     assert choice.text == "What is <image 1>?\nA. a fresco\nB. it's an oil"
     assert (choice.answers, choice.options, choice.kinds) == (("B",), ("a fresco", "it's an oil"), ("Art_Theory",))
-    assert choice.images == (chats.data_url(chats.picture("red")),)
+    assert choice.images == (chats.data_url(chats.image("red")),)
     assert (words.answers, words.options, len(words.images)) == (("4", "four"), (), 2)
     assert unknown.answers == ()
 

@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
+from dora_mm.eval.images.classifier import Classifier
 from dora_mm.eval.images.concepts import Concept
 from dora_mm.eval.images.encoder import Encoder, Features
-from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.images.style import STYLES
-from samples.build.judge.fitting import fit_judge
+from samples.build.judge.fitting import fit_classifier
 
 SIDE = 64
-NUM_JUDGE, NUM_PRETRAIN = 15, 12
+NUM_CLASSIFIER, NUM_PRETRAIN = 15, 12
 ROLES = ("report", "tune")
 
 
 def make_concepts() -> list[Concept]:
-    judged = [Concept(f"a{index:02d}", f"judged thing {index}", "Objects", "judge") for index in range(NUM_JUDGE)]
+    judged = [Concept(f"a{index:02d}", f"judged thing {index}", "Objects", "judge") for index in range(NUM_CLASSIFIER)]
     learned = [
         Concept(f"b{index:02d}", f"thing {index}", "Objects", "pretrain", ROLES[index % 2])
         for index in range(NUM_PRETRAIN)
@@ -87,8 +87,8 @@ def features(encoder: Encoder, icons: Path, concepts: list[Concept]) -> dict[str
 
 
 @pytest.fixture(scope="session")
-def judge(features: dict[str, Features], concepts: list[Concept]) -> Judge:
-    return fit_judge(concepts, features, {"model": "none", "resolution": SIDE, "vae": "none"})
+def classifier(features: dict[str, Features], concepts: list[Concept]) -> Classifier:
+    return fit_classifier(concepts, features, {"model": "none", "resolution": SIDE, "vae": "none"})
 
 
 @pytest.fixture(scope="session")

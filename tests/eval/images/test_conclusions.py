@@ -3,13 +3,17 @@
 import pytest
 
 from dora_mm.eval.images import own_style, scores
-from dora_mm.eval.statistics import Interval
+from dora_mm.eval.statistics import ConfidenceInterval
 from dora_mm.eval.vl import metrics
 from dora_mm.eval.vl.scores import VLScores
 
-NONE = Interval(0.0, -0.1, 0.1)
-UP, DOWN, SLIGHTLY = Interval(0.2, 0.1, 0.3), Interval(-0.2, -0.3, -0.1), Interval(0.05, 0.01, 0.09)
-FAR, NEAR = Interval(0.5, 0.4, 0.6), Interval(0.9, 0.8, 1.0)
+NONE = ConfidenceInterval(0.0, -0.1, 0.1)
+UP, DOWN, SLIGHTLY = (
+    ConfidenceInterval(0.2, 0.1, 0.3),
+    ConfidenceInterval(-0.2, -0.3, -0.1),
+    ConfidenceInterval(0.05, 0.01, 0.09),
+)
+FAR, NEAR = ConfidenceInterval(0.5, 0.4, 0.6), ConfidenceInterval(0.9, 0.8, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +43,7 @@ def test_an_own_style(styled, plain, nearest, said):
     ],
 )
 def test_a_judged_style(after, style, said):
-    adapted = {"both": after, "style": Interval(style, 0, 1), "concept": Interval(0.8, 0, 1)}
+    adapted = {"both": after, "style": ConfidenceInterval(style, 0, 1), "concept": ConfidenceInterval(0.8, 0, 1)}
     found = scores.conclusion({"both": FAR}, adapted)
     assert [part for part in said if part not in found] == []
     assert "adapter.path=RUN" in scores.conclusion({"both": FAR}, None)

@@ -8,13 +8,13 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from dora_mm.config.pictures import AdapterChoice, EvalStyleConfig
+from dora_mm.config.generation import AdapterChoice, EvalStyleConfig
 from dora_mm.data.images.buckets import choose_bucket, frame
 from dora_mm.data.images.folder import read_captioned_images
 from dora_mm.data.images.pixels import load_rgb, render
 from dora_mm.eval.images import own_style
 from dora_mm.eval.images.concepts import unit_rows
-from dora_mm.eval.statistics import mean_interval
+from dora_mm.eval.statistics import mean_ci
 from dora_mm.sampling.own_style import vectors_by
 from dora_mm.sampling.reconstructed import reconstructed
 
@@ -38,11 +38,11 @@ def test_variety_and_drift():
     assert own_style.VARIETY not in cells_of([X], [X])  # of one picture
 
 
-def test_training_pictures_are_compared_with_the_others():
+def test_training_images_are_compared_with_the_others():
     found = own_style.among_themselves(np.stack([X, X, Y])).cells
     np.testing.assert_allclose(found[own_style.LIKENESS], [0.5, 0.5, 0])
     np.testing.assert_allclose(found[own_style.NEAREST], [1, 1, 0])
-    assert own_style.intervals(own_style.among_themselves(X[None])) == {}
+    assert own_style.confidence_intervals(own_style.among_themselves(X[None])) == {}
 
 
 def test_differences_are_paired_and_rows_show_what_they_have():
@@ -52,7 +52,7 @@ def test_differences_are_paired_and_rows_show_what_they_have():
     found = own_style.differences(adapted, bare)
     assert set(found) == {own_style.LIKENESS, own_style.NEAREST, own_style.VARIETY}
     assert found[own_style.LIKENESS].low <= 0 <= found[own_style.LIKENESS].high
-    rows = {"bare": own_style.intervals(bare), "adapter": own_style.intervals(adapted)}
+    rows = {"bare": own_style.confidence_intervals(bare), "adapter": own_style.confidence_intervals(adapted)}
     assert rows["adapter"][own_style.DRIFT].mean == pytest.approx(0)
     bare_line = own_style.own_style_table(rows).splitlines()[2]
     assert bare_line.endswith("| - |")
@@ -67,29 +67,29 @@ def drawn(rng, num_prompts, num_seeds):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "num_pictures", "num_seeds"),
+    ("name", "num_images", "num_seeds"),
     [(own_style.VARIETY, 8, 2), (own_style.LIKENESS, 20, 1), (own_style.NEAREST, 20, 1)],
 )
-def test_intervals_of_pairs_of_pictures_cover_the_truth(name, num_pictures, num_seeds):
+def test_confidence_intervals_of_pairs_of_images_cover_the_truth(name, num_images, num_seeds):
     """The bootstrap over pictures misses 26 to 43 %: a picture is in many pairs."""
     rng = np.random.default_rng(2)
 
     def scores():
-        vectors = drawn(rng, num_pictures, num_seeds)
+        vectors = drawn(rng, num_images, num_seeds)
         few = own_style.scores_of(vectors, vectors[:1], num_seeds)
         return few if num_seeds > 1 else own_style.among_themselves(vectors)
 
-    truth = np.mean([scores().mean(name, np.arange(num_pictures)) for _ in range(4000)])
-    found = [own_style.intervals(scores())[name] for _ in range(1000)]
+    truth = np.mean([scores().mean(name, np.arange(num_images)) for _ in range(4000)])
+    found = [own_style.confidence_intervals(scores())[name] for _ in range(1000)]
     assert 0.005 < np.mean([not each.low <= truth <= each.high for each in found]) < 0.075
 
 
-def test_the_interval_of_variety_is_that_of_pairs_and_not_of_pictures():
+def test_the_ci_of_variety_is_that_of_pairs_and_not_of_images():
     scores = own_style.scores_of(drawn(np.random.default_rng(1), 8, 2), np.eye(16)[:2], 2)
-    found, cells = own_style.intervals(scores)[own_style.VARIETY], scores.cells[own_style.VARIETY]
+    found, cells = own_style.confidence_intervals(scores)[own_style.VARIETY], scores.cells[own_style.VARIETY]
     assert found.mean == pytest.approx(cells.mean())
-    of_pictures = mean_interval(cells.reshape(-1, 2), over_runs=False)
-    assert found.high - found.low > 1.5 * (of_pictures.high - of_pictures.low)
+    of_images = mean_ci(cells.reshape(-1, 2), over_runs=False)
+    assert found.high - found.low > 1.5 * (of_images.high - of_images.low)
 
 
 def test_a_model_of_timm_with_its_own_preprocessing(timm_folder, tmp_path):
@@ -114,25 +114,25 @@ def test_a_model_of_timm_with_its_own_preprocessing(timm_folder, tmp_path):
         )
 
 
-def test_training_pictures_are_seen_through_the_size_and_the_vae_of_the_model(tiny, image_folder):
+def test_training_images_are_seen_through_the_size_and_the_vae_of_the_model(tiny, image_folder):
     """Encoded and decoded by diffusers' own VAE, at the size to which a training brings them."""
     images = read_captioned_images(image_folder, instance_prompt="a")
     found = reconstructed(tiny, images, "white")
-    for image, picture in zip(images, found, strict=True):
+    for image, loaded_image in zip(images, found, strict=True):
         framing = frame(image.size, choose_bucket(image.size, tiny.resolution))
         with torch.no_grad():
             latents = tiny.vae.encode(render(load_rgb(image.path), framing)[None]).latent_dist.mode()
             expected = VaeImageProcessor().postprocess(tiny.vae.decode(latents).sample)[0]
-        assert np.abs(np.asarray(picture, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
-        assert picture.size == framing.target_size[::-1]
+        assert np.abs(np.asarray(loaded_image, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
+        assert loaded_image.size == framing.target_size[::-1]
 
 
 def test_an_open_clip_model_reads_the_prompts_too(clip_folder, tmp_path):
     vectors = vectors_by(torch.device("cpu"), str(clip_folder))
     images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
-    pictures, texts = vectors.of_images(images), vectors.of_texts(["red", "blue"])
-    np.testing.assert_allclose(np.linalg.norm(np.concatenate([pictures, texts]), axis=1), 1, rtol=1e-5)
-    row = own_style.intervals(own_style.scores_of(pictures, pictures, 1, texts))
+    loaded_images, texts = vectors.of_images(images), vectors.of_texts(["red", "blue"])
+    np.testing.assert_allclose(np.linalg.norm(np.concatenate([loaded_images, texts]), axis=1), 1, rtol=1e-5)
+    row = own_style.confidence_intervals(own_style.scores_of(loaded_images, loaded_images, 1, texts))
     assert "likeness to the prompt" in own_style.own_style_table({"bare": row})
     with pytest.raises(ValueError, match="clip_model: "):
         vectors_by(torch.device("cpu"), str(tmp_path))

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.config.models import ModelConfig
-from dora_mm.eval.images.judge import Judge
+from dora_mm.eval.images.classifier import Classifier
 from dora_mm.eval.images.scores import Scores
 from dora_mm.models.images.families import load_image_model
 from dora_mm.recipes import PIPELINES
-from dora_mm.sampling import drawing
-from dora_mm.sampling.gallery.data import GalleryPicture, befores
+from dora_mm.sampling import generating
+from dora_mm.sampling.gallery.data import GalleryImage, befores
 from dora_mm.sampling.manifest import read_manifest
 from dora_mm.studies.campaigns import trainings
 from dora_mm.studies.campaigns.comparison import MethodComparison
@@ -42,18 +42,18 @@ def write(path, values):
     return str(path)
 
 
-def judge_for(folder: Path, judge: Judge, model: Path) -> Path:
+def classifier_for(folder: Path, classifier: Classifier, model: Path) -> Path:
     """Saves a judge as one for the VAE of a model."""
     found = load_image_model(ModelConfig(path=str(model)))
     origin = {"model": str(model), "resolution": 64, "vae": module_digest(found.vae)}
-    replace(judge, origin=origin).save(folder)
+    replace(classifier, origin=origin).save(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory, tiny_folder, judge):
+def fitted(tmp_path_factory, tiny_folder, classifier):
     """A judge for the random model, fitted on icons as they are."""
-    return judge_for(tmp_path_factory.mktemp("judge"), judge, tiny_folder)
+    return classifier_for(tmp_path_factory.mktemp("judge"), classifier, tiny_folder)
 
 
 @pytest.fixture
@@ -77,11 +77,11 @@ def evaluation(tmp_path, tiny_folder, fitted):
             "pipeline": "eval_diffusion",
             "output": str(tmp_path / "scores"),
             "model": {"path": str(tiny_folder)},
-            "judge": str(fitted),
+            "classifier": str(fitted),
             "style": "3d",
             "prompt": PROMPT,
             "concepts": {"role": "report", "count": 3, "seeds": [0, 1]},
-            "draw": {"steps": 2, "batch_size": 6},
+            "sampling": {"steps": 2, "batch_size": 6},
         }
         return write(tmp_path / "eval.yaml", {**values, **changes})
 
@@ -90,7 +90,7 @@ def evaluation(tmp_path, tiny_folder, fitted):
 
 @pytest.fixture
 def comparison(tmp_path, base, fitted):
-    def config(pictures=None, **changes):
+    def config(images=None, **changes):
         rates = [1e-3, 1e-2, 1e-1]
         values = {
             "pipeline": "compare",
@@ -102,30 +102,30 @@ def comparison(tmp_path, base, fitted):
             "seeds": [0, 1],
         }
         judged = {
-            "judge": str(fitted),
+            "classifier": str(fitted),
             "style": "brick",
             "prompt": PROMPT,
             "tune": {"role": "tune", "count": None, "seeds": [0]},
             "report": {"role": "report", "count": 3},
-            "draw": {"steps": 1, "batch_size": 6},
+            "sampling": {"steps": 1, "batch_size": 6},
             "columns": 2,
         }
-        values["pictures"] = {**judged, **(pictures or {})}
+        values["images"] = {**judged, **(images or {})}
         return write(tmp_path / "compare.yaml", {**values, **changes})
 
     return config
 
 
 @pytest.mark.slow
-def test_fit_judge_writes_a_judge_and_reports_its_accuracy(tmp_path, tiny_folder, icons):
+def test_fit_classifier_writes_a_classifier_and_reports_its_accuracy(tmp_path, tiny_folder, icons):
     values = {"pipeline": "fit_judge", "model": {"path": str(tiny_folder)}, "icons": str(icons)}
     output = tmp_path / "judge"
     assert build(["eval", write(tmp_path / "judge.yaml", {**values, "output": str(output)})]) == 0
-    judge = Judge.load(output)
-    assert judge.origin["resolution"] == 64
+    classifier = Classifier.load(output)
+    assert classifier.origin["resolution"] == 64
     assert (output / "config.yaml").is_file()
     # a random VAE removes bricks and shading, so the judge is not accurate enough
-    assert judge.shortcomings()
+    assert classifier.shortcomings()
 
 
 def test_eval_scores_the_bare_model_and_an_adapter(evaluation, base, tmp_path, capsys, caplog):
@@ -184,8 +184,8 @@ def check_manifest(folder: Path, scores: Scores) -> None:
     assert [entry.scores["right thing"] for entry in adapted] == scores.recognised().flatten().tolist()
     found = [entry.scores["log-odds of the style"] for entry in adapted]
     assert found == pytest.approx(scores.log_odds("3d").flatten().tolist(), abs=1e-3)
-    pictures = [GalleryPicture("run", entry, file=entry.file) for entry in entries]
-    assert befores(pictures) == [None] * 12 + list(range(6, 12))
+    images = [GalleryImage("run", entry, file=entry.file) for entry in entries]
+    assert befores(images) == [None] * 12 + list(range(6, 12))
     assert [entry.settings["prompt"] for entry in bare] == [entry.settings["prompt"] for entry in adapted]
 
 
@@ -203,7 +203,7 @@ def test_an_evaluation_that_was_stopped_goes_on_in_its_folder(evaluation, tmp_pa
     assert main(["eval", evaluation()]) == 0
     assert files_in(folder) == before
     shutil.rmtree(folder)
-    draw, save = drawing.draw_batch, drawing.save_picture
+    draw, save = generating.generate_batch, generating.save_image
 
     def counted(job, batch, sampler, on_step=None):
         rows.append({job.names[index].partition("/")[0] for index in batch})
@@ -214,16 +214,16 @@ def test_an_evaluation_that_was_stopped_goes_on_in_its_folder(evaluation, tmp_pa
             raise KeyboardInterrupt
         save(file, *arguments)
 
-    monkeypatch.setattr(drawing, "draw_batch", counted)
-    monkeypatch.setattr(drawing, "save_picture", stopped)
+    monkeypatch.setattr(generating, "draw_batch", counted)
+    monkeypatch.setattr(generating, "save_picture", stopped)
     assert main(["eval", evaluation()]) == 130
     assert len(list(folder.rglob("*-seed*.png"))) == 6 + 1
-    monkeypatch.setattr(drawing, "save_picture", save)
+    monkeypatch.setattr(generating, "save_picture", save)
     assert main(["eval", evaluation()]) == 0
     assert rows == [{"bare_model_flat_prompts"}, {"bare_model"}, {"bare_model"}]
     assert files_of(folder) == whole
-    picture = next((folder / "samples" / "bare_model").iterdir())
-    picture.write_bytes(picture.read_bytes()[:-1])
+    image = next((folder / "samples" / "bare_model").iterdir())
+    image.write_bytes(image.read_bytes()[:-1])
     assert main(["eval", evaluation()]) == 0
     assert rows[3:] == [{"bare_model"}]
     shutil.rmtree(folder / "earlier")
@@ -254,7 +254,7 @@ def test_eval_without_an_adapter_and_with_clip(evaluation, tmp_path, image_folde
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"judge": "nowhere"}, "judge: nowhere does not exist"),
+        ({"classifier": "nowhere"}, "classifier: nowhere does not exist"),
         ({"prompt": "a TOK icon"}, "prompt must contain {thing} once"),
         ({"concepts": {"role": "report", "count": 7}}, "has 6 with role report, not 7"),
         ({"adapter": {"path": "nowhere"}}, "adapter.path: nowhere does not exist"),
@@ -274,7 +274,7 @@ def test_eval_reports_mistakes_before_it_generates_images(evaluation, tmp_path, 
     assert not (tmp_path / "scores").exists()
 
 
-def test_eval_rejects_the_judge_of_another_model(evaluation, tmp_path, tiny, capsys):
+def test_eval_rejects_the_classifier_of_another_model(evaluation, tmp_path, tiny, capsys):
     tiny.vae.decoder.conv_in.bias.data += 0.1
     tiny.pipeline().save_pretrained(tmp_path / "other")
     assert main(["eval", evaluation(model={"path": str(tmp_path / "other")})]) == 2
@@ -297,7 +297,7 @@ def commands(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flow", FLOWS, ids=NAMES)
-def test_another_family_is_compared_by_the_same_recipe(flow, comparison, base, judge, tmp_path, monkeypatch):
+def test_another_family_is_compared_by_the_same_recipe(flow, comparison, base, classifier, tmp_path, monkeypatch):
     """The first training is copied for the others."""
     runs = []
 
@@ -313,10 +313,10 @@ def test_another_family_is_compared_by_the_same_recipe(flow, comparison, base, j
     monkeypatch.setattr(trainings, "start_process", trained_or_copied)
     folder = flow.build(tmp_path / "other")
     values = yaml.safe_load(Path(base).read_text()) | {"model": {"path": str(folder)}}
-    own = judge_for(tmp_path / "judge", judge, folder)
+    own = classifier_for(tmp_path / "judge", classifier, folder)
     rates = {method: [1e-3, 1e-2, 1e-1] for method in ("lora", "dora")}
     settings = {"extra_rates": 0, "half_ranks": False, "learning_rates": rates}
-    config = comparison({"judge": str(own)}, base=write(tmp_path / "other.yaml", values), **settings)
+    config = comparison({"classifier": str(own)}, base=write(tmp_path / "other.yaml", values), **settings)
     assert main(["compare", config]) == 0
     assert len(runs) == 2 * (3 + 1)
     rows = list(csv.DictReader((tmp_path / "campaign" / "results.csv").open()))
@@ -367,7 +367,7 @@ def test_comparison_trains_scores_and_reports(comparison, tmp_path, commands, ca
     kept = 16 + len(list((folder / "scores").iterdir()))  # trainings and scores
     assert said.startswith(f"{kept} of {kept} kept trainings, scores and answers were computed under other circum")
 
-    free = {"workers": 2, "pictures": {"columns": 1}}  # these do not change the results
+    free = {"workers": 2, "images": {"columns": 1}}  # these do not change the results
     assert main(["compare", comparison(extra_rates=0, **free)]) == 0
     assert main(["compare", comparison(extra_rates=0, steps=2)]) == 2
     assert "different values of steps" in capsys.readouterr().err
@@ -378,7 +378,7 @@ def open_campaign(path: str) -> MethodComparison:
     return MethodComparison(config, compare.build_evaluation(config))
 
 
-def test_comparison_is_not_resumed_with_other_weights_or_another_judge(
+def test_comparison_is_not_resumed_with_other_weights_or_another_classifier(
     comparison, base, fitted, tmp_path, tiny, capsys
 ):
     open_campaign(comparison())
@@ -401,7 +401,7 @@ def test_a_comparison_refuses_each_edited_file_of_its_model(comparison, base, ti
     open_campaign(comparison())
     for file in edits(model):
         if file == "vae/diffusion_pytorch_model.safetensors":
-            with pytest.raises(ValueError, match="judge: it was fitted for images of 64 px and another VAE"):
+            with pytest.raises(ValueError, match="classifier: fitted for images of 64 px and another VAE"):
                 open_campaign(comparison())
         elif name := named(file):
             with pytest.raises(ValueError, match=f"was started with different values of {name}: choose"):
@@ -424,10 +424,10 @@ def test_an_evaluation_refuses_each_edited_file_of_its_model(evaluation, tiny_fo
 def test_comparison_reports_mistakes(comparison, base, capsys, tmp_path):
     assert main(["compare", comparison(base="configs/sdxl/eval_tiny.yaml")]) == 2
     assert "is a config of eval_diffusion" in capsys.readouterr().err
-    assert main(["compare", comparison(pictures={"tune": {"role": "report", "count": 3}})]) == 2
-    assert "pictures: tune.role and report.role must differ" in capsys.readouterr().err
-    assert main(["compare", comparison(questions={"report": {"valid": {"format": "chat", "file": base}}})]) == 2
-    assert "give either pictures or questions" in capsys.readouterr().err
+    assert main(["compare", comparison(images={"tune": {"role": "report", "count": 3}})]) == 2
+    assert "images: tune.role and report.role must differ" in capsys.readouterr().err
+    assert main(["compare", comparison(vl={"report": {"valid": {"format": "chat", "file": base}}})]) == 2
+    assert "give either images or vl" in capsys.readouterr().err
     values = yaml.safe_load(Path(base).read_text())
     values["adapter"]["parts"] = {"unet.attn": {"rank": 1}}
     assert main(["compare", comparison(base=write(tmp_path / "ranks.yaml", values))]) == 2

@@ -12,7 +12,7 @@ import torch
 
 from dora_mm.data.vl.example import Example
 from dora_mm.eval.vl import anls, boxes, captions, letters, mmmu, pope, relaxed
-from dora_mm.eval.vl.intervals import answer_scores, intervals
+from dora_mm.eval.vl.confidence_intervals import answer_scores, confidence_intervals
 from dora_mm.eval.vl.metrics import report, score
 from dora_mm.registries.scorers import SCORERS
 from dora_mm.registries.vl_tasks import TASKS
@@ -158,10 +158,10 @@ def test_yes_and_no_of_vlmevalkit_begin_with_a_capital():
     assert score("pope", [row("1", ("No",), "No"), row("2", ("Yes",), "Yes")]).metrics["accuracy"] == 100
 
 
-def test_intervals_of_f1_are_over_images():
+def test_confidence_intervals_of_f1_are_over_images():
     rows = [row(str(n), ("yes" if n % 3 else "no",), "yes" if n % 2 else "no") for n in range(60)]
-    each = pope.share_intervals(rows, [example.id for example, _ in rows])
-    pairs = pope.share_intervals(rows, [str(int(example.id) // 6) for example, _ in rows])
+    each = pope.share_confidence_intervals(rows, [example.id for example, _ in rows])
+    pairs = pope.share_confidence_intervals(rows, [str(int(example.id) // 6) for example, _ in rows])
     assert each["F1"].mean == pytest.approx(score("pope", rows).metrics["F1"] / 100)
     assert each["F1"].low < each["F1"].mean < each["F1"].high
     assert pairs["F1"].low != each["F1"].low
@@ -169,11 +169,11 @@ def test_intervals_of_f1_are_over_images():
 
 def test_a_share_of_all_is_not_certain():
     rows = [row(str(n), ("yes",), "yes") for n in range(40)]
-    found = pope.share_intervals(rows, [example.id for example, _ in rows])
+    found = pope.share_confidence_intervals(rows, [example.id for example, _ in rows])
     assert found["recall"].mean == 1.0
     assert found["recall"].low == pytest.approx(0.9119, abs=1e-3)  # Clopper and Pearson
     assert not found["F1"].has_ends
-    assert "precision" not in pope.share_intervals([row("1", ("yes",), "no")], ["1"])
+    assert "precision" not in pope.share_confidence_intervals([row("1", ("yes",), "no")], ["1"])
 
 
 def test_formulas_of_ocrbench_have_no_spaces_and_keep_their_case():
@@ -194,12 +194,12 @@ def test_a_question_of_mmbench_counts_where_it_is_right_in_every_order():
     found = answer_scores("mmbench", [rows])
     assert found is not None
     assert (found.values_QS.shape, found.values_QS.mean()) == ((2, 1), 0.5)
-    assert intervals({"mmbench": found})["mmbench"].mean == 0.5
+    assert confidence_intervals({"mmbench": found})["mmbench"].mean == 0.5
     with pytest.raises(ValueError, match="question 9 has other orders of its options, but not the first"):
         score("mmbench", [row("1000009", ("A",), "A", options=options)])
 
 
-def test_letters_without_a_judge():
+def test_letters_without_a_classifier():
     options = ("a cat", "a dog")
     assert letters.letter_of("I see a cat and a dog", options) is None
     assert letters.letter_of("It is a dog", options) == "B"

@@ -14,11 +14,11 @@ from dora_mm import cli, combine, convert
 from dora_mm.core import adapted_layers
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.state import LayerState
-from tests.formats.commands.test_beside import BASE as WITH_NORMS
-from tests.formats.commands.test_beside import check as check_norms
-from tests.formats.commands.test_beside import trained as trained
 from tests.formats.commands.test_convert import BASE, textbook, weights_of
 from tests.formats.commands.test_extract import save_model
+from tests.formats.commands.test_extras import BASE as WITH_NORMS
+from tests.formats.commands.test_extras import check as check_norms
+from tests.formats.commands.test_extras import trained as trained
 from tests.shared import toy
 
 WEIGHTS = (0.7, -0.4, 1.0)

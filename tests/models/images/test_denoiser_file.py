@@ -205,14 +205,21 @@ def test_a_training_over_a_file_says_so_and_is_drawn_with_it(published, tmp_path
     assert main(["train", str(tmp_path / "train.yaml")]) == 0
     adapter = tmp_path / "run" / "adapter"
     assert json.loads(read_metadata(find_file(adapter))["base_settings"]) == {"denoiser": str(file)}
-    job = ["sample", "--set", f"adapter.path={tmp_path / 'run'}", f"prompts=[{PROMPT}]", "steps=1", "sheet=false"]
+    job = [
+        "sample",
+        "--set",
+        f"adapter.path={tmp_path / 'run'}",
+        f"prompts=[{PROMPT}]",
+        "steps=1",
+        "contact_sheet=false",
+    ]
     assert main([*job, f"output={tmp_path / 'job'}"]) == 0
-    picture = tmp_path / "job" / "samples" / "0001-seed0.png"
-    assert main(["sample", "--replay", str(picture), "--set", f"output={tmp_path / 'again'}"]) == 0
+    image = tmp_path / "job" / "samples" / "0001-seed0.png"
+    assert main(["sample", "--replay", str(image), "--set", f"output={tmp_path / 'again'}"]) == 0
     capsys.readouterr()
     assert main(["verify", str(adapter), "--tool", "diffusers", "--json"]) == 0
     (verdict,) = json.loads(capsys.readouterr().out)
     assert set(verdict["findings"]) == {"right"}
     save_file({key: 2 * tensor for key, tensor in published.own.items()}, file)
-    assert main(["sample", "--replay", str(picture), "--set", f"output={tmp_path / 'other'}"]) == 2
+    assert main(["sample", "--replay", str(image), "--set", f"output={tmp_path / 'other'}"]) == 2
     assert "has changed since the picture was drawn" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from dora_mm.data.images.folder import read_training_images
 from dora_mm.data.images.pixels import load_rgb, render
 from dora_mm.models.images.families import load_image_model
 from dora_mm.models.images.vae import decoded
-from dora_mm.sampling.pictures import sample
+from dora_mm.sampling.image_sampler import sample
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
 from tests.shared import reference
@@ -100,7 +100,7 @@ def test_prompts_are_encoded_as_the_pipeline_does(flow, model, plain):
 def test_eulers_steps_of_predict_are_the_pipelines_latents(flow, model, plain):
     prompts, seeds = [PROMPT, "a cat"], [1, 2]
     expected = flow.latents(plain, prompts, seeds, steps=3)
-    encoded = [model.encode_for_drawing(prompt, None) for prompt in prompts]
+    encoded = [model.encode_for_sampling(prompt, None) for prompt in prompts]
     x = flow.start(tuple(expected.shape), seeds)
     with torch.no_grad():
         for now, after in pairwise([*model.noise.schedule(3, x.shape[2:]), 0.0]):
@@ -147,11 +147,11 @@ def test_latents_are_the_normalized_mode_and_decode_to_what_the_pipelines_do(flo
     pixels = render(load_rgb(image.path), batches._frame(0, False, None))[None]
     frames = pixels.unsqueeze(2) if flow.is_over_frames else pixels
     mode = plain.vae.encode(frames).latent_dist.mode()
-    pictures = plain.vae.decode(mode).sample.detach()
-    mode, pictures = (each.flatten(1, -3) if each.ndim == 5 else each for each in (mode, pictures))
+    images = plain.vae.decode(mode).sample.detach()
+    mode, images = (each.flatten(1, -3) if each.ndim == 5 else each for each in (mode, images))
     torch.testing.assert_close(batches(0).latents, flow.as_denoised(plain, mode), atol=1e-5, rtol=1e-5)
     ours = decoded(model.vae, model.encode_images(pixels).mean)[0]
-    (theirs,) = plain.image_processor.postprocess(pictures)
+    (theirs,) = plain.image_processor.postprocess(images)
     assert list(ours.getdata()) == list(theirs.getdata())
 
 

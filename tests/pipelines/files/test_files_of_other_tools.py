@@ -119,12 +119,12 @@ def test_every_exact_file_computes_what_the_original_does(to, model, files, want
             remove(network)
 
 
-def pictures(run):
+def images(run):
     return [np.asarray(Image.open(path).convert("RGB"), int) for path in sorted((run / "samples").iterdir())]
 
 
 @pytest.mark.slow
-def test_they_draw_the_same_pictures(files, convolutions, tmp_path):
+def test_they_draw_the_same_images(files, convolutions, tmp_path):
     """Also convolutions, other strengths by part, and strength 0."""
     cells = {to: "+".join(map(str, files(to))) for to in DRAWN}
     weak = "unet.down=0.5,text_encoder=0"
@@ -136,13 +136,13 @@ def test_they_draw_the_same_pictures(files, convolutions, tmp_path):
     (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = ["steps=2", "width=64", "height=64", "batch_size=1", f"output={tmp_path / 'out'}"]
     assert main(["sample", str(tmp_path / "jobs.jsonl"), "--set", *settings]) == 0
-    original, kohya, comfy, *drawn, base, zero_kohya, zero_comfy = pictures(tmp_path / "out")
+    original, kohya, comfy, *drawn, base, zero_kohya, zero_comfy = images(tmp_path / "out")
     weak_original, weak_kohya, conv_original, conv_kohya = drawn
     same = [(original, kohya), (original, comfy), (weak_original, weak_kohya), (conv_original, conv_kohya)]
     assert all(np.abs(one - other).max() <= 1 for one, other in same)
     different = [original, weak_original, conv_original, base]
     assert all(np.abs(one - other).max() > 9 for one, other in combinations(different, 2))
-    assert all((picture == base).all() for picture in (zero_kohya, zero_comfy))
+    assert all((image == base).all() for image in (zero_kohya, zero_comfy))
 
 
 def test_a_peft_file_belongs_to_the_network_that_has_its_modules(model, tmp_path):
@@ -248,7 +248,7 @@ def test_a_lora_of_kohya_is_drawn_and_trained_on(kohya, image_folder, tmp_path):
     (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = [f"model.path={BASE}", "steps=2", "width=64", "height=64", f"output={tmp_path / 'out'}"]
     assert main(["sample", str(tmp_path / "jobs.jsonl"), "--set", *settings]) == 0
-    theirs, ours, zero, base = pictures(tmp_path / "out")
+    theirs, ours, zero, base = images(tmp_path / "out")
     assert np.abs(theirs - ours).max() <= 1
     assert np.abs(theirs - base).max() > 9
     assert (zero == base).all()

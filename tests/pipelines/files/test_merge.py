@@ -33,7 +33,7 @@ from dora_mm.data.vl.example import Example
 from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.models.vl.vlm.head import target_logits
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 from tests.shared.vl import vocabularies
 from tests.shared.vl.sizes import LAYERS
 from tests.shared.vl.small_vl_bart import small_bart, small_tokenizer
@@ -42,8 +42,8 @@ IDS = torch.tensor([[5, 17, 60, 33, 9, 120]])
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
 def perturb(model: torch.nn.Module, scale: float = 0.05) -> None:
@@ -65,8 +65,8 @@ def vlm_adapter(path: Path, folder: Path, extra: tuple[str, ...] = (), dtype: st
 
 
 @torch.no_grad()
-def vlm_logits(vlm: VLM, pictures: Path) -> torch.Tensor:
-    row = vlm.rows.row("vqa", Example("x", ("wide.png",), "What colour is the ball?"), str(pictures), "dark red")
+def vlm_logits(vlm: VLM, images: Path) -> torch.Tensor:
+    row = vlm.rows.row("vqa", Example("x", ("wide.png",), "What colour is the ball?"), str(images), "dark red")
     inputs, labels = vlm.rows.collate([row])
     return target_logits(vlm.network.form, vlm.model, vlm.network.moved(inputs), labels)[0].float()
 
@@ -148,7 +148,7 @@ def refused(capsys: pytest.CaptureFixture, out: Path, *arguments: object) -> str
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("llava", "paligemma", "blip_vqa")),
     ],
 )
-def test_the_folder_is_the_base_models_with_the_answers_of_peft(name, tiny_vlm, pictures, tmp_path, capsys):
+def test_the_folder_is_the_base_models_with_the_answers_of_peft(name, tiny_vlm, images, tmp_path, capsys):
     base = tiny_vlm(name)
     adapter = vlm_adapter(base, tmp_path / "adapter")
     capsys.readouterr()
@@ -159,10 +159,10 @@ def test_the_folder_is_the_base_models_with_the_answers_of_peft(name, tiny_vlm, 
     assert_same_layout(base, tmp_path / "merged")
 
     theirs = VLM(VLMModelConfig(path=str(base)))
-    bare = vlm_logits(theirs, pictures)
+    bare = vlm_logits(theirs, images)
     PeftModel.from_pretrained(theirs.model, adapter)
-    expected = vlm_logits(theirs, pictures)
-    merged = vlm_logits(VLM(VLMModelConfig(path=str(tmp_path / "merged"))), pictures)
+    expected = vlm_logits(theirs, images)
+    merged = vlm_logits(VLM(VLMModelConfig(path=str(tmp_path / "merged"))), images)
     assert (merged - bare).abs().max() > 1e-2
     torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
 
@@ -187,7 +187,7 @@ def test_an_older_layout_of_the_weights_is_kept(tiny_vlm, tmp_path):
     assert_same_layout(base, tmp_path / "merged")
 
 
-def test_half_precision(tiny_vlm, pictures, tmp_path, capsys):
+def test_half_precision(tiny_vlm, images, tmp_path, capsys):
     base = shutil.copytree(tiny_vlm("qwen2_5_vl"), tmp_path / "base")
     edit_config(base, lambda config: config["text_config"].update(torch_dtype="float32"))  # as older versions write it
     adapter = vlm_adapter(base, tmp_path / "adapter")
@@ -197,7 +197,7 @@ def test_half_precision(tiny_vlm, pictures, tmp_path, capsys):
     config = json.loads((tmp_path / "half" / "config.json").read_text())
     assert (config["dtype"], config["text_config"]["torch_dtype"]) == ("bfloat16", "bfloat16")
     assert merge(base, adapter, tmp_path / "whole") == 0
-    logits = [vlm_logits(VLM(VLMModelConfig(path=str(tmp_path / name))), pictures) for name in ("whole", "half")]
+    logits = [vlm_logits(VLM(VLMModelConfig(path=str(tmp_path / name))), images) for name in ("whole", "half")]
     assert (logits[0] - logits[1]).abs().max() < 0.1 * logits[0].abs().max()
 
     again = vlm_adapter(tmp_path / "half", tmp_path / "second", dtype="float32")  # trained in another dtype

@@ -17,7 +17,7 @@ from dora_mm.data.vl.readers.chat import read_chat
 from dora_mm.data.vl.rows import BadRows
 
 
-def picture(colour: str = "red", kind: str = "PNG") -> bytes:
+def image(colour: str = "red", kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (3, 2), colour).save(file, kind)
     return file.getvalue()

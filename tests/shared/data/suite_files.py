@@ -128,7 +128,7 @@ def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def image(colour: str = "red") -> dict[str, Any]:
-    return {"bytes": chats.picture(colour), "path": None}
+    return {"bytes": chats.image(colour), "path": None}
 
 
 def mmmu(folder: Path) -> Path:

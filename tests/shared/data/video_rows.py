@@ -10,12 +10,12 @@ from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import IMAGE, VIDEO, Example, Turn
 from dora_mm.models.vl.vlm.family import VLM
 from tests.shared.data.videos import write_video
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 
 
 def write_visuals(folder: Path) -> Path:
     """Pictures and videos, of two lengths."""
-    write_pictures(folder)
+    write_images(folder)
     for name, frames in (("short.mp4", 10), ("long.mp4", 40), ("other.mp4", 40)):
         write_video(folder / name, frames=frames, seed=len(name))
     return folder

@@ -16,7 +16,7 @@ def save_noise(path: Path, seed: int, height: int, width: int) -> None:
     Image.fromarray(noise).save(path)
 
 
-def write_pictures(folder: Path) -> Path:
+def write_images(folder: Path) -> Path:
     """The pictures of SHAPES, and four with the names of COCO's validation images."""
     for seed, (name, shape) in enumerate(SHAPES.items()):
         save_noise(folder / name, seed, *shape)
@@ -25,7 +25,7 @@ def write_pictures(folder: Path) -> Path:
     return folder
 
 
-def write_conversations(folder: Path, pictures: Path) -> dict[str, Any]:
+def write_conversations(folder: Path, images: Path) -> dict[str, Any]:
     """The `data` section of conversations in LLaVA's shape: with no, one and two images, and of two turns."""
     rows = [
         ({"image": "wide.png"}, [("<image>\nWhat is it?", "noise"), ("Which colour has it?", "all of them")]),
@@ -37,7 +37,7 @@ def write_conversations(folder: Path, pictures: Path) -> dict[str, Any]:
         {"id": str(number), **image, "conversations": [m for asked, told in turns for m in _messages(asked, told)]}
         for number, (image, turns) in enumerate(rows)
     ]
-    source = {"format": "chat", "file": str(write_json(folder / "chat.json", said)), "images": str(pictures)}
+    source = {"format": "chat", "file": str(write_json(folder / "chat.json", said)), "images": str(images)}
     return {"train": source, "valid": {**source, "limit": 2}}
 
 
@@ -45,7 +45,7 @@ def _messages(asked: str, told: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": asked}, {"from": "gpt", "value": told}]
 
 
-def write_questions(folder: Path, pictures: Path) -> dict[str, Any]:
+def write_questions(folder: Path, images: Path) -> dict[str, Any]:
     """The `data` section of four questions in VQA v2's files."""
     colours = ("red", "green", "blue", "grey")
     questions = [vqa_question(number, question="What colour is it?") for number in range(4)]
@@ -56,6 +56,6 @@ def write_questions(folder: Path, pictures: Path) -> dict[str, Any]:
         "format": "vqa_v2",
         "file": str(write_json(folder / name, {**about, "questions": questions})),
         "annotations": str(write_json(folder / "v2_annotations.json", {"annotations": annotations})),
-        "images": str(pictures),
+        "images": str(images),
     }
     return {"task": "vqa", "train": source, "valid": {**source, "limit": 2}}

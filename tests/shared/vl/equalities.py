@@ -34,19 +34,19 @@ EXPERTS = ("glm4v_moe",)
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
 
-def learned_parts(base: Path, pictures: Path, scratch: Path) -> list[str]:
+def learned_parts(base: Path, images: Path, scratch: Path) -> list[str]:
     """Checks the equalities of a class.
 
     Args:
         base: The folder of a tiny model.
-        pictures: The folder of the pictures of EXAMPLES.
+        images: The folder of the pictures of EXAMPLES.
         scratch: An empty folder.
 
     Returns:
         The parts of its target map that have gradients.
     """
     vlm = opened(base)
-    batch = batch_of(vlm, pictures, EXAMPLES)
+    batch = batch_of(vlm, images, EXAMPLES)
     bare = losses(vlm, batch)
     parts = list(vlm.target_maps["model"].parts)
     config = VLAdapterConfig.model_validate({"rank": 2, "parts": parts})
@@ -58,10 +58,10 @@ def learned_parts(base: Path, pictures: Path, scratch: Path) -> list[str]:
     gradients = check_gradients(vlm, opened(base), batch, trained)
     ours = losses(vlm, batch)
     assert (ours - bare).abs().max() > 1e-3
-    alone = [losses(vlm, batch_of(vlm, pictures, [example])) for example in EXAMPLES]
+    alone = [losses(vlm, batch_of(vlm, images, [example])) for example in EXAMPLES]
     torch.testing.assert_close(torch.cat(alone), ours, **CLOSE)
     answer = vlm.answerer("vqa", DecodeConfig(max_new_tokens=3), ())
-    assert answer(EXAMPLES, str(pictures)) == [answer([example], str(pictures))[0] for example in EXAMPLES]
+    assert answer(EXAMPLES, str(images)) == [answer([example], str(images))[0] for example in EXAMPLES]
     check_peft(vlm, opened(base), batch, scratch)
     dora_mm.merge(vlm.model)
     torch.testing.assert_close(losses(vlm, batch), ours, **CLOSE)
@@ -74,8 +74,8 @@ def opened(base: Path) -> VLM:
     return VLM(VLMModelConfig(path=str(base)))
 
 
-def batch_of(vlm: VLM, pictures: Path, examples) -> Any:
-    return vlm.batch("vqa", examples, str(pictures), [(example.answers[0], 1.0) for example in examples])
+def batch_of(vlm: VLM, images: Path, examples) -> Any:
+    return vlm.batch("vqa", examples, str(images), [(example.answers[0], 1.0) for example in examples])
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from typing import Any
 import transformers as hf
 from torch import nn
 
-from tests.shared.vl import plain_models, vocabularies
+from tests.shared.vl import templateless_models, vocabularies
 from tests.shared.vl.newer_models import Tiny, glm, tokenizer_with
 from tests.shared.vl.qwen_models import IMAGE, SECTIONS, TOWER, ids, pixels_of, qwen_tokenizer
 from tests.shared.vl.sizes import LAYERS, square, text_config, tower
@@ -97,7 +97,7 @@ def vipllava() -> Tiny:
 
 
 def instructblip() -> Tiny:
-    model, processor = plain_models.blip2()
+    model, processor = templateless_models.blip2()
     found = model.config
     settings = {"num_query_tokens": 4, "image_token_index": found.image_token_id}
     config = hf.InstructBlipConfig(

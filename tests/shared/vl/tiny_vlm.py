@@ -6,14 +6,14 @@ import torch
 
 from tests.shared.vl import (
     chat_models,
+    full_models,
     further_models,
     newer_models,
     other_models,
-    plain_models,
     qwen_models,
     rare_models,
     rarest_models,
-    whole_models,
+    templateless_models,
 )
 from tests.shared.vl.language_models import LANGUAGE_MODELS
 
@@ -31,15 +31,15 @@ CHAT = {  # with a chat template
     "fast_vlm": chat_models.fast_vlm,
 }
 PLAIN = {  # without
-    "paligemma": plain_models.paligemma,
-    "florence2": plain_models.florence2,
-    "blip_vqa": plain_models.blip_vqa,
-    "blip2": plain_models.blip2,
-    "git": plain_models.git,
+    "paligemma": templateless_models.paligemma,
+    "florence2": templateless_models.florence2,
+    "blip_vqa": templateless_models.blip_vqa,
+    "blip2": templateless_models.blip2,
+    "git": templateless_models.git,
 }
-NEWER = newer_models.NEWER | other_models.OTHERS | {"blip_caption": plain_models.blip_caption}  # in slow tests
+NEWER = newer_models.NEWER | other_models.OTHERS | {"blip_caption": templateless_models.blip_caption}  # in slow tests
 OTHERS = further_models.FURTHER | rare_models.RARE | rarest_models.RAREST  # in one slow test
-BUILDERS = CHAT | PLAIN | NEWER | OTHERS | rarest_models.UNTRAINED | whole_models.WHOLE | LANGUAGE_MODELS
+BUILDERS = CHAT | PLAIN | NEWER | OTHERS | rarest_models.UNTRAINED | full_models.WHOLE | LANGUAGE_MODELS
 NAMES = (*CHAT, *PLAIN)
 
 

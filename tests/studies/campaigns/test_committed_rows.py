@@ -14,7 +14,7 @@ PAPER = Path("tests/benchmarks/results/paper")
 
 
 @pytest.mark.slow
-def test_the_rows_of_pictures(tmp_path):
+def test_the_rows_of_images(tmp_path):
     rows = shutil.copy(PAPER / "tuned" / "trainings.csv", tmp_path / "trainings.csv")
     config = load_config("configs/sdxl/tuned.yaml", [f"rows={rows}", f"output={tmp_path / 'out'}"])
     campaign = MethodComparison(config, PIPELINES.load("compare").build_evaluation(config)).campaign

@@ -5,7 +5,7 @@ from math import inf
 import pytest
 
 from dora_mm.studies.campaigns.halving import Candidate, Rung, halving, lengths
-from dora_mm.studies.campaigns.judges import KEPT
+from dora_mm.studies.campaigns.selection_metrics import KEPT
 
 # Likeness of the embedded SDXL model's bricks (DoRA, rank 4, seed 0) by steps and rate, and of the bare model; and what
 # the judge of docs/studies/paper.md has for the same trainings.
@@ -16,7 +16,7 @@ LIKENESS = {
 }
 BARE = 0.7695
 SLACK = {steps: (max(own.values()) - BARE) * (1 - KEPT) for steps, own in LIKENESS.items()}
-JUDGE = {0.0032: 0.085, 0.0056: 0.407, 0.01: 0.591, 0.018: 0.413, 0.032: 0.000}
+CLASSIFIER = {0.0032: 0.085, 0.0056: 0.407, 0.01: 0.591, 0.018: 0.413, 0.032: 0.000}
 BAND = (0.0053, 0.014)  # "as good" of DoRA at rank 4 there
 
 
@@ -43,10 +43,10 @@ def candidates(*rates, rank=4):
 
 def test_recorded_scores_give_a_rate_within_the_band_at_a_quarter_of_the_cost():
     measure = Recorded(LIKENESS, SLACK)
-    rungs = halving(candidates(*JUDGE), 60, measure)
+    rungs = halving(candidates(*CLASSIFIER), 60, measure)
     chosen = rungs[-1].order[0].rate
     assert BAND[0] <= chosen <= BAND[1]
-    assert chosen == max(JUDGE, key=JUDGE.__getitem__)
+    assert chosen == max(CLASSIFIER, key=CLASSIFIER.__getitem__)
     assert [len(rung.scores) for rung in rungs] == [5, 2, 1]
     assert measure.steps == 3.25 * 60  # the curve took 14 trainings
     assert max(LIKENESS[60], key=LIKENESS[60].__getitem__) > BAND[1]  # the highest likeness would not do

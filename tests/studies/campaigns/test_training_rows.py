@@ -39,7 +39,7 @@ def test_rows_survive_their_file(tmp_path):
     assert (two.value, two.has_diverged) == ("", False)
     assert (three.number, three.has_diverged) == (0.0, True)
     assert found.rates(ONE.variant) == [ONE.rate]
-    assert found.rates(ONE.variant.plain) == []
+    assert found.rates(ONE.variant.default) == []
     assert found.get(Training(FULL, 1e-3, 2)) is None
 
 

@@ -17,7 +17,7 @@ from pydantic_core import from_json
 
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.data.vl.json_items import place
+from dora_mm.data.vl.json_items import location
 from dora_mm.data.vl.readers.chat_shapes import CAPTIONS, SHAPES, JsonRow, Shape, captions_of, images_of, shape_of
 from dora_mm.data.vl.readers.conversation import conversation
 from dora_mm.data.vl.readers.file_rows import file_items
@@ -106,7 +106,7 @@ def _file_rows(
             row = _row(path, item, columns)
             example = make(row, _new_id(row.get("id"), f"{file}{where}", seen))
         except RowError as error:
-            bad.add(place(path, where, item), str(error))
+            bad.add(location(path, where, item), str(error))
         else:
             seen.add(example.id)
             yield example
@@ -194,12 +194,12 @@ def _with_files(row: JsonRow, path: Path) -> JsonRow:
         name = key.removesuffix("file_names" if many else "file_name").removesuffix("_")
         names = _listed(value) if many and isinstance(value, str) else value
         found[name or ("images" if many else "image")] = (
-            [_beside(path, one) for one in names] if isinstance(names, list) else _beside(path, names)
+            [_next_to(path, one) for one in names] if isinstance(names, list) else _next_to(path, names)
         )
     return found
 
 
-def _beside(path: Path, name: Any) -> str:
+def _next_to(path: Path, name: Any) -> str:
     """The path of a file by its name in the metadata beside it."""
     if not isinstance(name, str) or "://" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise RowError("has a `file_name` that is not the name of a file beside the metadata or below it")

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from dora_mm.data.images.frames import is_video
 from dora_mm.data.vl.readers.boxes import boxes_of
 from dora_mm.data.vl.readers.contents import LOCATIONS, content_of, image_of, text_of, video_name
-from dora_mm.data.vl.readers.conversation import Dialogue, ImagePlace
+from dora_mm.data.vl.readers.conversation import Dialogue, ImageReference
 from dora_mm.data.vl.readers.tools import tools_of, with_calls
 from dora_mm.data.vl.rows import RowError
 
@@ -55,14 +55,14 @@ class Shape(NamedTuple):
 def read_turns(row: JsonRow) -> Dialogue:
     """Reads a row with a list of turns, which say `from` whom they are or have a `role`."""
     if "conversations" in row:
-        return _with_keys(row, _said(row["conversations"], speaker="from"))
-    return _with_keys(row, _said(row.get("messages")))
+        return _with_keys(row, _dialogue(row["conversations"], speaker="from"))
+    return _with_keys(row, _dialogue(row.get("messages")))
 
 
 def read_prompt(row: JsonRow) -> Dialogue:
     """Reads a row of TRL with `prompt` and `completion`: as there, the answers inside the prompt carry no loss."""
     prompt, completion = (
-        _said([{"role": role, "content": given}] if isinstance(given, str) else given or [])
+        _dialogue([{"role": role, "content": given}] if isinstance(given, str) else given or [])
         for given, role in ((row.get("prompt"), "user"), (row.get("completion"), "assistant"))
     )
     prompt.losses[:] = [False if loss is None else loss for loss in prompt.losses]
@@ -79,8 +79,8 @@ def read_texts(row: JsonRow) -> Dialogue:
 
 def read_alpaca(row: JsonRow) -> Dialogue:
     """Reads a row with `instruction` and `output`; `input` follows the instruction, and `history` is before it."""
-    asked = "\n".join(text for text in _strings(row, "instruction", "input") if text)
-    return _with_keys(row, _exchanged([*_history(row), (asked, row.get("output"))]))
+    instruction = "\n".join(text for text in _strings(row, "instruction", "input") if text)
+    return _with_keys(row, _exchanged([*_history(row), (instruction, row.get("output"))]))
 
 
 def read_query(row: JsonRow) -> Dialogue:
@@ -183,25 +183,25 @@ def _loss(turn: JsonRow) -> bool | None:
     return found.pop() if found else None
 
 
-def _said(turns: Any, speaker: str = "role") -> Dialogue:
+def _dialogue(turns: Any, speaker: str = "role") -> Dialogue:
     """What turns say; `speaker` is the key that says whose turn it is, unless the first has the other one."""
     first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
     if "from" in first or (speaker == "from" and "role" not in first):
-        said = Dialogue(_texts(turns, "from"), *_marked(_texts(turns, "value"), _losses(turns)))
-        return with_calls(said, turns)
+        turns_read = Dialogue(_texts(turns, "from"), *_marked(_texts(turns, "value"), _losses(turns)))
+        return with_calls(turns_read, turns)
     names = _texts(turns, "role")
     contents = [content_of(message) for message in turns]
-    texts, places = [text for text, _ in contents], [found for _, found in contents]
-    return with_calls(Dialogue(names, texts, _losses(turns), places, [], []), turns)
+    texts, references = [text for text, _ in contents], [found for _, found in contents]
+    return with_calls(Dialogue(names, texts, _losses(turns), references, [], []), turns)
 
 
 def _marked(texts: list[str], losses: list[bool | None]) -> tuple[list[str], list[bool | None], list[Any], Any, Any]:
     """What a `Dialogue` has beside its names."""
-    places: list[Sequence[ImagePlace]] = [()] * len(texts)
+    references: list[Sequence[ImageReference]] = [()] * len(texts)
     for number, text in enumerate(texts):
         if "<" in text:  # few have: a call for each would take as long as all else
-            texts[number], places[number] = text_of(text)
-    return texts, losses, places, [], []
+            texts[number], references[number] = text_of(text)
+    return texts, losses, references, [], []
 
 
 def _exchanged(pairs: Any) -> Dialogue:
@@ -209,8 +209,8 @@ def _exchanged(pairs: Any) -> Dialogue:
     turns = [(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
     turns = turns[:-1] if turns and turns[-1][1] is None else turns
     contents = [text_of(text) for _, text in turns]
-    texts, places = [text for text, _ in contents], [found for _, found in contents]
-    return Dialogue([role for role, _ in turns], texts, [None] * len(turns), places, [], [])
+    texts, references = [text for text, _ in contents], [found for _, found in contents]
+    return Dialogue([role for role, _ in turns], texts, [None] * len(turns), references, [], [])
 
 
 def _history(row: JsonRow) -> list[Any]:
@@ -229,24 +229,24 @@ def _strings(row: JsonRow, *keys: str) -> list[str]:
     return found
 
 
-def _with_keys(row: JsonRow, said: Dialogue) -> Dialogue:
+def _with_keys(row: JsonRow, turns_read: Dialogue) -> Dialogue:
     """What a row says, with the images, videos and the system turn that are keys of the row."""
     if not REFUSED.isdisjoint(row):
         _check_unread(row)
-    said.images.extend(images_of(row))
-    said.videos.extend(map(video_name, _videos(row)))
+    turns_read.images.extend(images_of(row))
+    turns_read.videos.extend(map(video_name, _videos(row)))
     if tools := row.get("tools"):
-        said = said._replace(tools=tools_of(tools))
+        turns_read = turns_read._replace(tools=tools_of(tools))
     if not _is_empty(boxes := row.get("objects")):
-        said = said._replace(boxes=boxes_of(boxes))
+        turns_read = turns_read._replace(boxes=boxes_of(boxes))
     if row.get("system"):
-        text, places = text_of(*_texts([row], "system"))
-        said.names.insert(0, "system")
-        said.texts.insert(0, text)
-        said.losses.insert(0, None)
-        said.places.insert(0, places)
-        said = said._replace(calls=["", *said.calls] if said.calls else ())
-    return said
+        text, references = text_of(*_texts([row], "system"))
+        turns_read.names.insert(0, "system")
+        turns_read.texts.insert(0, text)
+        turns_read.losses.insert(0, None)
+        turns_read.references.insert(0, references)
+        turns_read = turns_read._replace(calls=["", *turns_read.calls] if turns_read.calls else ())
+    return turns_read
 
 
 def _videos(row: JsonRow) -> list[Any]:

@@ -82,8 +82,8 @@ def _header(path: Path, needed: Sequence[str], split: str | None) -> list[str]:
             f"between the columns {', '.join(needed)} and so on"
         )
     if split:
-        place = header.index("split")
-        splits = {row[place] for _, row in rows if len(row) > place}
+        index = header.index("split")
+        splits = {row[index] for _, row in rows if len(row) > index}
         if split not in splits:
             raise ValueError(f"{path} has no rows of the split {split!r}: it has {', '.join(sorted(splits)) or 'none'}")
     return header

@@ -9,7 +9,7 @@ from typing import Any
 from dora_mm.data.images.frames import VIDEO_SUFFIXES, is_video
 from dora_mm.data.vl.embedded import data_url, decoded, image_name
 from dora_mm.data.vl.example import ESCAPED, IMAGE, VIDEO, Example, Turn, escaped
-from dora_mm.data.vl.readers.conversation import Frames, ImagePlace
+from dora_mm.data.vl.readers.conversation import Frames, ImageReference
 from dora_mm.data.vl.rows import RowError
 
 UNREAD = ("train_detail", "loss_scale")  # keys of a message that must be empty: parts and weights of an answer
@@ -21,7 +21,7 @@ TEXT_ITEMS, IMAGE_ITEMS = ("text", "input_text", "output_text"), ("image", "imag
 VIDEO_LOCATIONS = ("video", "path", "url", "video_url")
 
 NUMBERED = re.compile(r"<image[ _](\d+)>")  # in a question or its options, as MMMU has them: the place of an image
-Part = tuple[str, Sequence[ImagePlace]]  # a text with markers, and the images of these
+Part = tuple[str, Sequence[ImageReference]]  # a text with markers, and the images of these
 
 
 def content_of(message: dict[str, Any]) -> Part:
@@ -37,7 +37,7 @@ def content_of(message: dict[str, Any]) -> Part:
     if not isinstance(content, list):
         raise RowError("has a message whose content is neither a text nor a list")
     parts = [_item(item) for item in content]
-    return "".join(text for text, _ in parts), [place for _, places in parts for place in places]
+    return "".join(text for text, _ in parts), [reference for _, references in parts for reference in references]
 
 
 def interleaved(example: Example) -> Example:
@@ -52,10 +52,10 @@ def interleaved(example: Example) -> Example:
     if not all(0 <= number < len(example.images) for number in numbers):
         raise RowError("names an image by a number that it does not have")
     first = [image for number, image in enumerate(example.images) if number not in numbers]
-    asked = Turn("user", IMAGE * len(first) + NUMBERED.sub(IMAGE, escaped(example.text)), False)
-    said = [Turn("assistant", escaped(answer), True) for answer in example.answers[:1]]
+    prompt = Turn("user", IMAGE * len(first) + NUMBERED.sub(IMAGE, escaped(example.text)), False)
+    answers = [Turn("assistant", escaped(answer), True) for answer in example.answers[:1]]
     images = (*first, *(example.images[number] for number in numbers))
-    return replace(example, images=images, turns=(asked, *said))
+    return replace(example, images=images, turns=(prompt, *answers))
 
 
 def text_of(text: Any) -> Part:
@@ -65,7 +65,7 @@ def text_of(text: Any) -> Part:
     number = text.count(IMAGE)
     if number == text.count("<") and "\\" not in text:  # most texts; a search takes ten times as long
         return text, [None] * number
-    places: list[ImagePlace] = []
+    references: list[ImageReference] = []
 
     def marked(found: re.Match[str]) -> str:
         if found[0][0] == "\\":
@@ -73,15 +73,15 @@ def text_of(text: Any) -> Part:
         if found["unread"]:
             raise RowError("has a <audio> marker, but sounds are not read; a backslash makes it text")
         if found["video"]:
-            places.append(VIDEO)
+            references.append(VIDEO)
             return VIDEO
         if found["number"]:
-            places.append(int(found["number"]) - 1)
+            references.append(int(found["number"]) - 1)
         else:
-            places.append(None if found["path"] is None else image_of(found["path"].strip()))
+            references.append(None if found["path"] is None else image_of(found["path"].strip()))
         return IMAGE
 
-    return MARKS.sub(marked, text), places
+    return MARKS.sub(marked, text), references
 
 
 def _item(item: Any) -> Part:

@@ -5,7 +5,7 @@ from functools import lru_cache
 from itertools import chain, pairwise
 from typing import NamedTuple
 
-from dora_mm.data.vl.example import BOX, IMAGE, PLACE, REF, VIDEO, Example, Role, Turn, plain_text
+from dora_mm.data.vl.example import BOX, IMAGE, PLACEHOLDER, REF, VIDEO, Example, Role, Turn, plain_text
 from dora_mm.data.vl.readers.boxes import check_boxes
 from dora_mm.data.vl.rows import RowError, count_of
 
@@ -23,7 +23,7 @@ ROLES: dict[str, Role] = {  # in lower case
 }
 Frames = tuple[str, ...]  # the images of a video
 # Of a marker's image: its own one, the number of one of the row, or None: the next of the row; VIDEO: its next video
-ImagePlace = str | Frames | int | None
+ImageReference = str | Frames | int | None
 
 
 class Dialogue(NamedTuple):
@@ -33,7 +33,7 @@ class Dialogue(NamedTuple):
         names: Who says it, in the words of the file.
         texts: With IMAGE and VIDEO markers, and ESCAPED ones where the text has these.
         losses: Whether it is learned; None where the file does not say so.
-        places: The images of the turn's markers.
+        references: The images of the turn's markers.
         images: The images that are keys of the row, as paths or data URLs.
         videos: The videos that are keys of the row, as paths, or as the paths or data URLs of their frames.
         calls: The calls of tools, see `Turn`; empty where no turn has any.
@@ -44,7 +44,7 @@ class Dialogue(NamedTuple):
     names: list[str]
     texts: list[str]
     losses: list[bool | None]
-    places: list[Sequence[ImagePlace]]
+    references: list[Sequence[ImageReference]]
     images: list[str]
     videos: list[str | Frames]
     calls: Sequence[str] = ()
@@ -55,7 +55,7 @@ class Dialogue(NamedTuple):
         """The turns of both."""
         turns = (self.names + other.names, self.texts + other.texts, self.losses + other.losses)
         files = (self.images + other.images, self.videos + other.videos)
-        return Dialogue(*turns, self.places + other.places, *files, self.all_calls + other.all_calls)
+        return Dialogue(*turns, self.references + other.references, *files, self.all_calls + other.all_calls)
 
     @property
     def all_calls(self) -> list[str]:
@@ -63,7 +63,7 @@ class Dialogue(NamedTuple):
         return [*self.calls] or [""] * len(self.names)
 
 
-def conversation(said: Dialogue, name: str) -> Example:
+def conversation(dialogue: Dialogue, name: str) -> Example:
     """A conversation as an example.
 
     Only the assistant's turns carry loss: all that are not empty, or those of them of which the file says so.
@@ -72,35 +72,37 @@ def conversation(said: Dialogue, name: str) -> Example:
     alone and as many IMAGE markers, these are the places of its videos, as in LLaVA's files.
 
     Args:
-        said: Its turns and images.
+        dialogue: Its turns and images.
         name: Its id.
 
     Raises:
         RowError: The turns are in an order that is none, one of another than the assistant is empty, an image or loss
             is where none can be, or there are not as many images, videos or boxes as markers.
     """
-    roles = _roles(tuple(said.names))
-    texts, places = said.texts, [*chain.from_iterable(said.places)]
-    if places and any(found and role == "assistant" for role, found in zip(roles, said.places, strict=True)):
+    roles = _roles(tuple(dialogue.names))
+    texts, references = dialogue.texts, [*chain.from_iterable(dialogue.references)]
+    if references and any(
+        found and role == "assistant" for role, found in zip(roles, dialogue.references, strict=True)
+    ):
         raise RowError(
             "has an image in a turn of the assistant, which can only have text (with a backslash, it is text)"
         )
-    if said.videos and not said.images and places == [None] * len(said.videos):
-        texts, places = [PLACE.sub(VIDEO, text) for text in texts], [VIDEO] * len(places)
-    shown = _in_order(said.images, said.videos, places)
-    if not places and shown:
+    if dialogue.videos and not dialogue.images and references == [None] * len(dialogue.videos):
+        texts, references = [PLACEHOLDER.sub(VIDEO, text) for text in texts], [VIDEO] * len(references)
+    shown = _in_order(dialogue.images, dialogue.videos, references)
+    if not references and shown:
         first = roles.index("user")
-        marked = IMAGE * len(said.images) + VIDEO * len(said.videos) + texts[first]
+        marked = IMAGE * len(dialogue.images) + VIDEO * len(dialogue.videos) + texts[first]
         texts = [*texts[:first], marked, *texts[first + 1 :]]
-    losses = said.losses
+    losses = dialogue.losses
     if not all(texts) or any(map(str.isspace, texts)):
-        losses = _without_empty(roles, texts, losses, said.all_calls)
-    if said.boxes:
-        check_boxes(said.boxes, texts)
-    answers, learned = _answers(roles, texts, said), _learned(roles, losses)
+        losses = _without_empty(roles, texts, losses, dialogue.all_calls)
+    if dialogue.boxes:
+        check_boxes(dialogue.boxes, texts)
+    answers, learned = _answers(roles, texts, dialogue), _learned(roles, losses)
     if answers and True not in learned:
         raise RowError("has `loss: false` for every answer")
-    turns = zip(roles, texts, learned, said.all_calls, strict=True)
+    turns = zip(roles, texts, learned, dialogue.all_calls, strict=True)
     question = plain_text(texts[-2 if roles[-1] == "assistant" and len(texts) > 1 else -1]).strip()
     images, frames = _files(shown)
     return Example(
@@ -111,16 +113,16 @@ def conversation(said: Dialogue, name: str) -> Example:
         (1.0,) * len(answers),
         turns=tuple(map(Turn._make, turns)),  # faster than Turn()
         frames=frames,
-        tools=said.tools,
-        boxes=said.boxes,
+        tools=dialogue.tools,
+        boxes=dialogue.boxes,
     )
 
 
-def _answers(roles: Sequence[Role], texts: Sequence[str], said: Dialogue) -> tuple[str, ...]:
+def _answers(roles: Sequence[Role], texts: Sequence[str], dialogue: Dialogue) -> tuple[str, ...]:
     """The last turn, if it is the assistant's and a text: calls and boxes are written as each model writes them."""
-    if roles[-1] != "assistant" or not texts[-1].strip() or (said.calls and said.calls[-1]):
+    if roles[-1] != "assistant" or not texts[-1].strip() or (dialogue.calls and dialogue.calls[-1]):
         return ()
-    return () if said.boxes and (BOX in texts[-1] or REF in texts[-1]) else (plain_text(texts[-1]),)
+    return () if dialogue.boxes and (BOX in texts[-1] or REF in texts[-1]) else (plain_text(texts[-1]),)
 
 
 def _files(shown: Sequence[str | Frames]) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -137,16 +139,16 @@ def _roles(names: tuple[str, ...]) -> tuple[Role, ...]:
     Whether the user may speak twice in a row, or the assistant first, a model's chat template says.
     """
     roles: list[Role] = [_role(name) for name in names]
-    said = roles[1:] if roles[:1] == ["system"] else roles
-    if not said:
+    dialogue = roles[1:] if roles[:1] == ["system"] else roles
+    if not dialogue:
         raise RowError("has no turns")
-    if "system" in said:
+    if "system" in dialogue:
         raise RowError("has a system turn that is not the first")
-    if said[0] == "tool":
+    if dialogue[0] == "tool":
         raise RowError("begins with a tool")
-    if "user" not in said:
+    if "user" not in dialogue:
         raise RowError("has no turn of the user")
-    for role, following in pairwise(said):
+    for role, following in pairwise(dialogue):
         if role == following == "assistant":
             raise RowError("has two turns of the assistant in a row")
         if (role, following) in (("user", "tool"), ("tool", "user")):
@@ -169,36 +171,48 @@ def _without_empty(
     nobody = [role for role, is_empty in zip(roles, empty, strict=True) if is_empty and role != "assistant"]
     if nobody:
         raise RowError(f"has an empty turn of the {nobody[0]}")
-    said = [role == "assistant" if loss is None else loss for role, loss in zip(roles, losses, strict=True)]
-    return [loss and not is_empty for loss, is_empty in zip(said, empty, strict=True)] if any(empty) else losses
+    dialogue = [role == "assistant" if loss is None else loss for role, loss in zip(roles, losses, strict=True)]
+    return [loss and not is_empty for loss, is_empty in zip(dialogue, empty, strict=True)] if any(empty) else losses
 
 
-def _in_order(images: list[str], videos: list[str | Frames], places: Sequence[ImagePlace]) -> Sequence[str | Frames]:
+def _in_order(
+    images: list[str], videos: list[str | Frames], references: Sequence[ImageReference]
+) -> Sequence[str | Frames]:
     """The images and videos in the order of their markers."""
-    if not places or (not videos and places.count(None) == len(places) == len(images)):
+    if not references or (not videos and references.count(None) == len(references) == len(images)):
         return [*images, *videos]
-    if places.count(VIDEO) != len(videos):
-        raise RowError(f"has {count_of(len(videos), 'video')}, but {count_of(places.count(VIDEO), f'{VIDEO} marker')}")
-    following = iter(videos)
-    places = [next(following) if place == VIDEO else place for place in places]
-    if numbers := {place for place in places if isinstance(place, int)}:
-        return _by_number(images, places, numbers)
-    num_own = len(places) - places.count(None)
-    if len(images) + num_own != len(places):
+    if references.count(VIDEO) != len(videos):
         raise RowError(
-            f"has {count_of(len(images) + num_own, 'image')}, but {count_of(len(places), f'{IMAGE} marker')}"
+            f"has {count_of(len(videos), 'video')}, but {count_of(references.count(VIDEO), f'{VIDEO} marker')}"
+        )
+    following = iter(videos)
+    references = [next(following) if reference == VIDEO else reference for reference in references]
+    if numbers := {reference for reference in references if isinstance(reference, int)}:
+        return _by_number(images, references, numbers)
+    num_own = len(references) - references.count(None)
+    if len(images) + num_own != len(references):
+        raise RowError(
+            f"has {count_of(len(images) + num_own, 'image')}, but {count_of(len(references), f'{IMAGE} marker')}"
         )
     remaining = iter(images)
-    return [next(remaining) if place is None else place for place in places if not isinstance(place, int)]
+    return [
+        next(remaining) if reference is None else reference
+        for reference in references
+        if not isinstance(reference, int)
+    ]
 
 
-def _by_number(images: list[str], places: Sequence[ImagePlace], numbers: set[int]) -> list[str | Frames]:
+def _by_number(images: list[str], references: Sequence[ImageReference], numbers: set[int]) -> list[str | Frames]:
     """The images in the order of their markers, which have numbers."""
-    if None in places:
+    if None in references:
         raise RowError("has markers of images with a number and others without")
     if numbers != set(range(len(images))):
         raise RowError("has markers of images with numbers that are not those of its images")
-    return [images[place] if isinstance(place, int) else place for place in places if place is not None]
+    return [
+        images[reference] if isinstance(reference, int) else reference
+        for reference in references
+        if reference is not None
+    ]
 
 
 def _learned(roles: tuple[Role, ...], losses: list[bool | None]) -> Sequence[bool]:

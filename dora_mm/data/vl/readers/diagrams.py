@@ -33,7 +33,7 @@ class _Question(TypedDict):
     questionId: Text
 
 
-class _Asked(TypedDict):
+class _Row(TypedDict):
     question_id: Text
     question: Text
     image: Text
@@ -50,7 +50,7 @@ class _Labels(TypedDict):
     text: dict[str, _Label]
 
 
-ASKED, LABELS = TypeAdapter(_Asked), TypeAdapter(_Labels)
+ROW, LABELS = TypeAdapter(_Row), TypeAdapter(_Labels)
 
 
 def read_ai2d_questions(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
@@ -65,7 +65,7 @@ def read_ai2d_questions(source: SourceConfig, bad: BadRows) -> Iterator[Example]
     """
     tested = _tested(source)
 
-    def example(row: _Asked) -> Example:
+    def example(row: _Row) -> Example:
         about, folder, name = row["about"], Path(row["folder"]), row["image"]
         file = folder / "images" / name
         image = _with_letters(file, folder / "annotations" / f"{name}.json") if about["abcLabel"] else str(file)
@@ -84,7 +84,7 @@ def read_ai2d_questions(source: SourceConfig, bad: BadRows) -> Iterator[Example]
             if tested is None or (path.name.partition(".")[0] in tested) == (source.split == "test"):
                 yield from _questions(path)
 
-    return good_rows(source.path, items(), ASKED, example, bad)
+    return good_rows(source.path, items(), ROW, example, bad)
 
 
 def _tested(source: SourceConfig) -> set[str] | None:
@@ -117,10 +117,10 @@ def _with_letters(image: Path, annotations: Path) -> str:
         RowError: One of the files is missing, or not what it should be.
     """
     try:
-        labels, drawn = checked(LABELS, read_json(annotations)), load_rgb(image, "white")
+        labels, lettered = checked(LABELS, read_json(annotations)), load_rgb(image, "white")
     except ValueError as error:
         raise RowError("has letters in its diagram, whose image or annotations cannot be read") from error
-    brush = ImageDraw.Draw(drawn)
+    brush = ImageDraw.Draw(lettered)
     for label in labels["text"].values():
         (left, top), (right, bottom) = label["rectangle"]
         if right > left and bottom > top:
@@ -129,7 +129,7 @@ def _with_letters(image: Path, annotations: Path) -> str:
             font = _font(label["replacementText"], right - left, bottom - top)
             brush.text(middle, label["replacementText"], fill="black", anchor="mm", font=font)
     file = io.BytesIO()
-    drawn.save(file, "PNG")
+    lettered.save(file, "PNG")
     return data_url(file.getvalue())
 
 

@@ -19,7 +19,7 @@ from dora_mm.data.vl.readers.cells import table_lines
 from dora_mm.data.vl.readers.parquet import check_weight, parquet_batches
 from dora_mm.data.vl.rows import RowError
 from dora_mm.utils.messages import first_line
-from dora_mm.utils.sheets import sheet_rows
+from dora_mm.utils.spreadsheets import spreadsheet_rows
 
 ROWS = 64  # of a Parquet or Arrow file in memory at a time, with their images
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -40,7 +40,7 @@ def file_items(path: Path) -> Iterator[Item]:
         "list": list_items,
         "lines": json_lines,
         "table": _table_rows,
-        "sheet": _sheet_rows,
+        "sheet": _spreadsheet_rows,
         "Parquet": _parquet_rows,
         "Arrow": _arrow_rows,
         "tar": _archive_rows,
@@ -101,7 +101,7 @@ def _table_rows(path: Path) -> Iterator[Item]:
         raise ValueError(f"{path} has no rows")
 
 
-def _sheet_rows(path: Path) -> Iterator[Item]:
+def _spreadsheet_rows(path: Path) -> Iterator[Item]:
     """The rows of an Excel file by the names in its first one; an empty cell is null.
 
     Raises:
@@ -109,7 +109,7 @@ def _sheet_rows(path: Path) -> Iterator[Item]:
     """
     header: dict[int, str] = {}
     number = 0
-    for number, cells in sheet_rows(path):
+    for number, cells in spreadsheet_rows(path):
         if header:
             yield f"row {number}", {name: cells.get(column) for column, name in header.items()}
         header = header or cells
@@ -128,11 +128,11 @@ def _arrow_rows(path: Path) -> Iterator[Item]:
         with pa.memory_map(str(path)) as file:
             if file.read(len(ARROW_FILE)) == ARROW_FILE:
                 reader: Any = pa.ipc.open_file(file)
-                whole: Iterable[pa.RecordBatch] = map(reader.get_batch, range(reader.num_record_batches))
+                record_batches: Iterable[pa.RecordBatch] = map(reader.get_batch, range(reader.num_record_batches))
             else:
                 file.seek(0)
-                whole = pa.ipc.open_stream(file)
-            for batch in whole:
+                record_batches = pa.ipc.open_stream(file)
+            for batch in record_batches:
                 batch.validate(full=True)  # what is mapped is trusted: damaged, it would end the process
                 yield from (batch.slice(start, ROWS) for start in range(0, batch.num_rows, ROWS))
 

@@ -63,7 +63,7 @@ class ColumnPages(NamedTuple):
 def _checked_columns(path: Path, file: pq.ParquetFile, group: int, content: mmap.mmap, rows: int) -> list[ColumnPages]:
     """Checks the pages of a row group; returns the columns whose shared texts may be too many."""
     most = most_bytes(path)
-    columns = [_column(path, file, group, place, content, rows) for place in range(file.metadata.num_columns)]
+    columns = [_column(path, file, group, position, content, rows) for position in range(file.metadata.num_columns)]
     if sum(column.largest for column in columns) > most:
         raise _too_large(path, f"row group {group}", most)
     for column in columns:
@@ -104,7 +104,7 @@ def weight(values: Any) -> int:
         return sum(map(weight, values.columns)) + OBJECT * values.num_rows
     kind = values.type
     if pa.types.is_struct(kind):
-        return OBJECT * len(values) + sum(weight(values.field(place)) for place in range(kind.num_fields))
+        return OBJECT * len(values) + sum(weight(values.field(position)) for position in range(kind.num_fields))
     if pa.types.is_map(kind):
         return VALUE * len(values) + weight(pc.list_flatten(values.cast(pa.list_(kind.field(0)))))
     if _is_list(kind):
@@ -127,11 +127,11 @@ def _too_large(path: Path, what: str, most: int) -> ValueError:
     return ValueError(f"{path}: {what} would take more than {most:,} bytes of memory")
 
 
-def _column(path: Path, file: pq.ParquetFile, group: int, place: int, content: Any, rows: int) -> ColumnPages:
-    column = file.schema.column(place)
+def _column(path: Path, file: pq.ParquetFile, group: int, position: int, content: Any, rows: int) -> ColumnPages:
+    column = file.schema.column(position)
     try:
-        chunk = _footer(content)[4][group][1][place][3]
-        start = min(place for place in (chunk[9], chunk.get(11, 0)) if place > 0)
+        chunk = _footer(content)[4][group][1][position][3]
+        start = min(position for position in (chunk[9], chunk.get(11, 0)) if position > 0)
         found = [*_pages(content, start, start + chunk[7])]
     except (LookupError, TypeError, AttributeError, RecursionError, ValueError):  # as a header of other types brings
         raise ValueError(f"{path} is damaged: row group {group} has no pages of {column.path} there") from None
@@ -164,10 +164,10 @@ class Page(NamedTuple):
     encoding: int
 
 
-def _pages(content: Any, place: int, end: int) -> Iterator[Page]:
+def _pages(content: Any, position: int, end: int) -> Iterator[Page]:
     """The pages between two places of a file."""
-    while place < end:
-        reader = _Compact(content, place)
+    while position < end:
+        reader = _Compact(content, position)
         header = reader.struct()
         kind, size, packed = header[1], header[2], header[3]
         details = header.get({DATA: 5, DICTIONARY: 7, DATA_2: 8}.get(kind, 0), {})
@@ -175,7 +175,7 @@ def _pages(content: Any, place: int, end: int) -> Iterator[Page]:
         if min(size, packed, page.values) < 0:
             raise ValueError("no page")
         yield page
-        place = reader.place + packed
+        position = reader.position + packed
 
 
 class _Compact:
@@ -184,8 +184,8 @@ class _Compact:
     Raises IndexError at the end of the file.
     """
 
-    def __init__(self, content: Any, place: int):
-        self._content, self.place = content, place
+    def __init__(self, content: Any, position: int):
+        self._content, self.position = content, position
 
     def struct(self) -> dict[int, Any]:
         """The fields of a struct by their numbers."""
@@ -213,11 +213,11 @@ class _Compact:
         raise ValueError("no page")
 
     def _byte(self) -> int:
-        self.place += 1
-        return self._content[self.place - 1]
+        self.position += 1
+        return self._content[self.position - 1]
 
     def _skip(self, size: int) -> None:
-        self.place += size
+        self.position += size
 
     def _unsigned(self) -> int:
         value = shift = 0

@@ -78,17 +78,19 @@ def pair(chosen: Example, rejected: Example) -> Example:
     shared = next((n for n, (ours, theirs) in enumerate(turns) if ours[:2] + ours[3:] != theirs[:2] + theirs[3:]), None)
     if shared is None:
         shared = min(len(chosen.turns), len(rejected.turns))
-    said = {name: _learned(found.turns, shared, name) for name, found in zip(ANSWERS, (chosen, rejected), strict=True)}
+    turns_of = {
+        name: _learned(found.turns, shared, name) for name, found in zip(ANSWERS, (chosen, rejected), strict=True)
+    }
     return Example(
         chosen.id,
         chosen.images,
         chosen.text,
         chosen.answers,
         chosen.scores,
-        turns=said["chosen"],
+        turns=turns_of["chosen"],
         frames=chosen.frames,
         tools=chosen.tools,
-        rejected=said["rejected"],
+        rejected=turns_of["rejected"],
     )
 
 
@@ -114,12 +116,12 @@ def _read(row: JsonRow, name: str) -> Example:
 
 def prompts(row: JsonRow) -> tuple[JsonRow, JsonRow]:
     """Divides a row of TRL with a prompt. Where that is a text, the answers may be whole conversations with it."""
-    if isinstance(row.get("prompt"), str) and all(map(_is_whole, _answers(row))):
-        return whole(row)
+    if isinstance(row.get("prompt"), str) and all(map(_is_full, _answers(row))):
+        return full_conversation(row)
     return _each(row, "completion", _answers(row))
 
 
-def whole(row: JsonRow) -> tuple[JsonRow, JsonRow]:
+def full_conversation(row: JsonRow) -> tuple[JsonRow, JsonRow]:
     """Divides a row of TRL whose answers are whole conversations."""
     return _each({key: value for key, value in row.items() if key != "prompt"}, "messages", _answers(row))
 
@@ -129,8 +131,8 @@ def continued(row: JsonRow) -> tuple[JsonRow, JsonRow]:
     key = "conversations" if "conversations" in row else "messages"
     turns = _list(row, key)
     speaker, text = ("from", "value") if turns and "from" in turns[0] else ("role", "content")
-    said = [{speaker: "assistant", text: one} if isinstance(one, str) else one for one in _answers(row)]
-    return _each(row, key, [[*turns, *(one if isinstance(one, list) else [one])] for one in said])
+    turns_of = [{speaker: "assistant", text: one} if isinstance(one, str) else one for one in _answers(row)]
+    return _each(row, key, [[*turns, *(one if isinstance(one, list) else [one])] for one in turns_of])
 
 
 def instructions(row: JsonRow) -> tuple[JsonRow, JsonRow]:
@@ -138,7 +140,7 @@ def instructions(row: JsonRow) -> tuple[JsonRow, JsonRow]:
     return _each(row, "output", _answers(row))
 
 
-def questions(row: JsonRow) -> tuple[JsonRow, JsonRow]:
+def prompt_and_answers(row: JsonRow) -> tuple[JsonRow, JsonRow]:
     """Divides a row with `query`."""
     return _each(row, "response", _answers(row))
 
@@ -162,17 +164,17 @@ def swift(row: JsonRow) -> tuple[JsonRow, JsonRow]:
     if not turns:
         raise RowError(f"has no turns in `{key}`")
     text = "value" if "from" in turns[-1] else "content"
-    said = answer if isinstance(answer, list) else [{**turns[-1], text: answer}]
-    return chosen, {**chosen, key: [*turns[:-1], *said]}
+    turns_of = answer if isinstance(answer, list) else [{**turns[-1], text: answer}]
+    return chosen, {**chosen, key: [*turns[:-1], *turns_of]}
 
 
 TRL = PairShape("TRL (prompt, chosen, rejected)", prompts)
-TRL_WHOLE = PairShape("TRL (chosen, rejected)", whole)
+TRL_FULL = PairShape("TRL (chosen, rejected)", full_conversation)
 SWIFT = PairShape("ms-swift (messages, rejected_response or rejected_messages)", swift)
 LLAMA_FACTORY = PairShape("LLaMA-Factory (conversations or messages, chosen, rejected)", continued)
 ALPACA = PairShape("LLaMA-Factory (instruction, chosen, rejected)", instructions)
-QUERY = PairShape("query, chosen, rejected", questions)
-PAIR_SHAPES = (TRL, TRL_WHOLE, SWIFT, LLAMA_FACTORY, ALPACA, QUERY)
+QUERY = PairShape("query, chosen, rejected", prompt_and_answers)
+PAIR_SHAPES = (TRL, TRL_FULL, SWIFT, LLAMA_FACTORY, ALPACA, QUERY)
 
 
 def pair_shape_of(row: JsonRow) -> PairShape | None:
@@ -183,13 +185,13 @@ def pair_shape_of(row: JsonRow) -> PairShape | None:
         return None
     if isinstance(row.get("prompt"), list):
         return TRL
-    if _is_whole(row["chosen"]):
-        return TRL_WHOLE
+    if _is_full(row["chosen"]):
+        return TRL_FULL
     by_key = {"conversations": LLAMA_FACTORY, "instruction": ALPACA, "query": QUERY, "prompt": TRL}
     return next((shape for key, shape in {**by_key, "messages": LLAMA_FACTORY}.items() if key in row), None)
 
 
-def _is_whole(answer: Any) -> bool:
+def _is_full(answer: Any) -> bool:
     """Whether an answer is a conversation, with the question in front."""
     first = answer[0] if isinstance(answer, list) and answer else None
     speaker = first.get("role", first.get("from")) if isinstance(first, dict) else None

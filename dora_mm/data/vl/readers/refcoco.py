@@ -10,9 +10,9 @@ from typing_extensions import TypedDict
 
 from dora_mm.config.schema import Text
 from dora_mm.config.vl_data import SourceConfig
+from dora_mm.data.vl.data_pickle import read_data_pickle
 from dora_mm.data.vl.example import Example
-from dora_mm.data.vl.json_items import Item, json_lines, list_items, place
-from dora_mm.data.vl.plain_pickle import read_plain_pickle
+from dora_mm.data.vl.json_items import Item, json_lines, list_items, location
 from dora_mm.data.vl.rows import BadRows, Index, RowError, checked, good_rows
 
 Pixels = Annotated[int, Field(gt=0)]
@@ -72,18 +72,18 @@ def read_refcoco(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
 
     def example(item: _Numbered) -> Example:
         row = checked(LINE, item["line"])
-        return _described(str(item["number"]), row["image"], row["sent"], row["bbox"], (row["width"], row["height"]))
+        return _with_box(str(item["number"]), row["image"], row["sent"], row["bbox"], (row["width"], row["height"]))
 
     rows = ((where, {"number": number, "line": line}) for number, (where, line) in enumerate(json_lines(path)))
     return good_rows(path, rows, ROW, example, bad)
 
 
-def _described(name: str, image: str, text: str, box: Sequence[float], size: tuple[int, int]) -> Example:
+def _with_box(name: str, image: str, text: str, box: Sequence[float], size: tuple[int, int]) -> Example:
     """An example of a box (x1, y1, x2, y2) in pixels."""
     x1, y1, x2, y2 = box
     if not (0 <= x1 < x2 <= size[0] and 0 <= y1 < y2 <= size[1]):
         raise RowError("has a bbox that is no box (x1, y1, x2, y2) inside of its image")
-    shares = [f"{value / size[place % 2]:.3f}" for place, value in enumerate(box)]
+    shares = [f"{value / size[location % 2]:.3f}" for location, value in enumerate(box)]
     about = {"bbox": [[*box]], "ref": [], "norm1": False, "image": [0], "size": size}
     return Example(name, (image,), text, (f"[{', '.join(shares)}]",), (1.0,), boxes=json.dumps(about))
 
@@ -108,14 +108,14 @@ def read_refs(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
         (x, y, width, height), size = box["bbox"], (image["width"], image["height"])
         inside = (x, y, min(x + width, size[0]), min(y + height, size[1]))
         sentence = row["sentence"]
-        return _described(str(sentence["sent_id"]), image["file_name"], sentence["sent"], inside, size)
+        return _with_box(str(sentence["sent_id"]), image["file_name"], sentence["sent"], inside, size)
 
     return good_rows(path, descriptions, DESCRIPTION, example, bad)
 
 
 def _descriptions(path: Path, split: str | None) -> list[Item]:
     """The descriptions of a split, each with the numbers of its image and its box."""
-    refs = read_plain_pickle(path)
+    refs = read_data_pickle(path)
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
         raise ValueError(f"{path}: is no list of refs")
     splits = sorted({str(ref.get("split")) for ref in refs})
@@ -141,5 +141,5 @@ def _by_id(path: Path, member: str, schema: TypeAdapter[RowT], bad: BadRows) -> 
             row = checked(schema, item)
             found[row["id"]] = row
         except RowError as error:
-            bad.add(place(path, where, item), str(error))
+            bad.add(location(path, where, item), str(error))
     return found

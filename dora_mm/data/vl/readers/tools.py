@@ -28,16 +28,16 @@ def tools_of(given: Any) -> str:
     return json.dumps(_without_nulls(tools), ensure_ascii=False) if tools else ""
 
 
-def with_calls(said: Dialogue, messages: Sequence[Any]) -> Dialogue:
+def with_calls(dialogue: Dialogue, messages: Sequence[Any]) -> Dialogue:
     """A dialogue with the calls of its messages. Calls that are turns join the assistant's in front of them, if any.
 
     Raises:
         RowError: A call is none, or is another's than the assistant's.
     """
-    if CALLS.isdisjoint(said.names) and not any(message.get("tool_calls") for message in messages):
-        return said
-    found = Dialogue([], [], [], [], said.images, said.videos, calls := [])
-    for name, text, loss, places, message in zip(*said[:4], messages, strict=True):
+    if CALLS.isdisjoint(dialogue.names) and not any(message.get("tool_calls") for message in messages):
+        return dialogue
+    found = Dialogue([], [], [], [], dialogue.images, dialogue.videos, calls := [])
+    for name, text, loss, references, message in zip(*dialogue[:4], messages, strict=True):
         is_call = name in CALLS
         own = _calls(text if is_call else message.get("tool_calls") or [])
         if own and not is_call and ROLES.get(name.lower()) != "assistant":
@@ -49,7 +49,7 @@ def with_calls(said: Dialogue, messages: Sequence[Any]) -> Dialogue:
         found.names.append("assistant" if is_call else name)
         found.texts.append("" if is_call else text)
         found.losses.append(loss)
-        found.places.append(() if is_call else places)
+        found.references.append(() if is_call else references)
         calls.append(own)
     return found._replace(calls=[json.dumps(own, ensure_ascii=False) if own else "" for own in calls])
 

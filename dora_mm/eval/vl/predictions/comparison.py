@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dora_mm.data.vl.example import Predictions
-from dora_mm.eval.statistics import Interval, paired_p
-from dora_mm.eval.vl.intervals import answer_scores, group_cells, intervals, points
+from dora_mm.eval.statistics import ConfidenceInterval, paired_p
+from dora_mm.eval.vl.confidence_intervals import answer_scores, confidence_intervals, group_cells, points
 from dora_mm.eval.vl.metrics import score_row
 from dora_mm.utils.tables import markdown_table
 
@@ -34,11 +34,11 @@ class PairedScores:
         changes: The rows whose score changed.
     """
 
-    difference: Interval
+    difference: ConfidenceInterval
     p: float
     exact: bool
     num: tuple[int, int]
-    kinds: dict[str, tuple[Interval, int]]
+    kinds: dict[str, tuple[ConfidenceInterval, int]]
     changes: tuple[Change, ...]
 
 
@@ -54,7 +54,7 @@ def compared(task: str, first: Predictions, second: Predictions) -> PairedScores
     less = theirs.minus(ours)
     p, exact = paired_p(group_cells([less]))
     return PairedScores(
-        intervals({task: less}, differences=True)[task],
+        confidence_intervals({task: less}, differences=True)[task],
         p,
         exact,
         (len(less.groups), len(set(less.groups))),
@@ -63,7 +63,7 @@ def compared(task: str, first: Predictions, second: Predictions) -> PairedScores
     )
 
 
-def _by_kind(task: str, first: Predictions, second: Predictions) -> dict[str, tuple[Interval, int]]:
+def _by_kind(task: str, first: Predictions, second: Predictions) -> dict[str, tuple[ConfidenceInterval, int]]:
     rows: dict[str, list[int]] = defaultdict(list)
     for number, (example, _) in enumerate(first):
         for kind in dict.fromkeys(example.kinds):
@@ -72,7 +72,7 @@ def _by_kind(task: str, first: Predictions, second: Predictions) -> dict[str, tu
     for kind, numbers in sorted(rows.items()):
         ours, theirs = (answer_scores(task, [[side[n] for n in numbers]]) for side in (first, second))
         if ours is not None and theirs is not None:
-            found[kind] = (intervals({task: theirs.minus(ours)}, differences=True)[task], len(numbers))
+            found[kind] = (confidence_intervals({task: theirs.minus(ours)}, differences=True)[task], len(numbers))
     return found
 
 
@@ -93,7 +93,7 @@ def comparison_report(found: PairedScores, names: tuple[str, str], shown: int = 
         f"{better:,} rows better, {len(found.changes) - better:,} worse"
     ]
     if found.kinds:
-        cells = [[kind, points(interval), f"{count:,}"] for kind, (interval, count) in found.kinds.items()]
+        cells = [[kind, points(ci), f"{count:,}"] for kind, (ci, count) in found.kinds.items()]
         parts.append(markdown_table(["kind", "difference, points (95 %)", "rows"], cells))
     if found.changes:
         rows = [[c.id, _cell(c.before), _cell(c.after), f"{c.scores[0]:g} to {c.scores[1]:g}"] for c in found.changes]

@@ -64,22 +64,26 @@ def joined(task: str, file: PredictionFile, references: Sequence[Example] | None
                 f"{file.path}: {count_of(len(without), 'row')} of {len(file.rows)} have no references "
                 f"({named(without)}): name the data that they are answers to with --data"
             )
-        if file.by_number and not scorer_of(task).answers_alone:
+        if file.by_number and not scorer_of(task).scores_answers_only:
             raise ValueError(f"{file.path} has no options and kinds, which {task} needs: name the data with --data")
         return [(row.example, row.prediction) for row in file.rows if row.example is not None]
     if file.by_number:
         references = [replace(example, id=str(number)) for number, example in enumerate(references)]
     known = {example.id: example for example in references}
-    said = {row.id: row.prediction for row in file.rows}
-    check_same(said, known, f"{file.path}", "the data", partial=partial)
+    predictions = {row.id: row.prediction for row in file.rows}
+    check_same(predictions, known, f"{file.path}", "the data", partial=partial)
     _check_targets(file, known)
-    return [(example, said[key]) for key, example in known.items() if key in said]
+    return [(example, predictions[key]) for key, example in known.items() if key in predictions]
 
 
 def _check_targets(file: PredictionFile, known: Mapping[str, Example]) -> None:
     """Checks that the references that a file has itself are those of the data: else its numbers are of other rows."""
     pairs = [(row.where, row.example, known[row.id]) for row in file.rows if row.example and row.id in known]
-    other = [where for where, said, example in pairs if not {*said.answers} & {*example.answers, *example.raw_answers}]
+    other = [
+        where
+        for where, predictions, example in pairs
+        if not {*predictions.answers} & {*example.answers, *example.raw_answers}
+    ]
     if file.by_number and len(other) * 2 > len(pairs):
         raise ValueError(
             f"{file.path}: {len(other)} of {len(pairs)} rows have another target than the row of this number in "
@@ -130,6 +134,6 @@ def _only(one: Iterable[str], other: Collection[str], lacks: str, of: str) -> li
     return [f"{lacks} {count_of(len(missing), 'row')} of {of} ({named(missing)})"] if missing else []
 
 
-def named(places: Sequence[str]) -> str:
+def named(locations: Sequence[str]) -> str:
     """The first of some places or ids."""
-    return ", ".join(places[:MOST_NAMED]) + (", ..." if len(places) > MOST_NAMED else "")
+    return ", ".join(locations[:MOST_NAMED]) + (", ..." if len(locations) > MOST_NAMED else "")

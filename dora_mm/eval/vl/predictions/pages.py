@@ -34,13 +34,13 @@ def write_page(
         ValueError: The page or its folder exists, or images are missing in `images`; their number and some are named.
     """
     folder = path.with_name(f"{path.stem}_images")
-    for place in (path, folder):
-        if place.exists():
-            raise ValueError(f"--page: {place} exists: name a new file")
+    for page_path in (path, folder):
+        if page_path.exists():
+            raise ValueError(f"--page: {page_path} exists: name a new file")
     paths = _found([example for example, _ in predictions], images)
     shown = _thumbnails(folder, paths)
     earlier = [None] * len(predictions) if before is None else [text for _, text in before]
-    cards = [
+    gpus = [
         PageExample.from_example(
             example,
             text,
@@ -51,7 +51,7 @@ def write_page(
         for (example, text), was in zip(predictions, earlier, strict=True)
     ]
     title = file_stem(task)
-    write_examples_page(path, title, [PageSection(title, cards)])
+    write_examples_page(path, title, [PageSection(title, gpus)])
 
 
 def _found(examples: Sequence[Example], images: str | None) -> dict[str, Path]:

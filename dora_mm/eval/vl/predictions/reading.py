@@ -14,7 +14,7 @@ from pydantic_core import from_json
 
 from dora_mm.config.paths import resolve_path
 from dora_mm.data.vl.example import Example
-from dora_mm.data.vl.json_items import Item, place
+from dora_mm.data.vl.json_items import Item, location
 from dora_mm.data.vl.readers.choices import answer_cells, listed
 from dora_mm.data.vl.readers.file_rows import file_items
 from dora_mm.data.vl.rows import RowError
@@ -88,7 +88,7 @@ def read_predictions(name: str) -> PredictionFile:
         head = _parsed(first[1])
         about = about_of(head)
     except ValueError as error:
-        raise ValueError(f"{place(path, first[0])}: {error}") from None
+        raise ValueError(f"{location(path, first[0])}: {error}") from None
     kind = OURS if about else _kind_of(head)
     rows = _rows(path, kind, items if about else chain([first], items))
     if not rows:
@@ -126,13 +126,13 @@ def _rows(path: Path, kind: str, items: Iterable[Item]) -> tuple[AnsweredRow, ..
         except RowError as error:
             bad.setdefault(str(error), []).append(where)
     if bad:
-        reasons = [f"{len(places)} x {reason} ({_some(places)})" for reason, places in bad.items()]
+        reasons = [f"{len(locations)} x {reason} ({_some(locations)})" for reason, locations in bad.items()]
         raise ValueError(f"{path}: {sum(map(len, bad.values()))} rows cannot be scored: {', '.join(reasons)}")
     return tuple(found.values())
 
 
-def _some(places: list[str]) -> str:
-    return "; ".join(places[:MOST_NAMED]) + ("; ..." if len(places) > MOST_NAMED else "")
+def _some(locations: list[str]) -> str:
+    return "; ".join(locations[:MOST_NAMED]) + ("; ..." if len(locations) > MOST_NAMED else "")
 
 
 def _object(row: Any) -> Mapping[str, Any]:
@@ -172,10 +172,10 @@ def _lmms_eval(row: Mapping[str, Any], where: str) -> AnsweredRow:
 
 def _batch(row: Mapping[str, Any], where: str) -> AnsweredRow:
     try:
-        said = row["response"]["body"]["choices"][0]["message"]["content"]
+        content = row["response"]["body"]["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
         raise RowError("has no answer of the server, but an error") from None
-    return AnsweredRow(str(row["custom_id"]), _text(said), None, where)
+    return AnsweredRow(str(row["custom_id"]), _text(content), None, where)
 
 
 def _columns(row: Mapping[str, Any], where: str) -> AnsweredRow:

@@ -51,4 +51,9 @@ def scheduler_settings(names: Collection[str]) -> dict[str, Any]:
     """
     if found := [name for name in OF_EDM if name in names]:
         raise ValueError(f"it is a model of EDM ({found[0]} is in it), which is neither trained nor drawn with here")
-    return {key: value for marker, says in MARKERS.items() if marker in names for key, value in says.items()}
+    return {
+        key: value
+        for marker, names_prediction in MARKERS.items()
+        if marker in names
+        for key, value in names_prediction.items()
+    }

@@ -81,8 +81,8 @@ def _chunks_of_part(
         words.extend(first + word for word in of_words)
         weights.extend([weight] * len(found))
 
-    for whole, weight in pieces:
-        for text, behind in new_tokens.pieces(whole) if new_tokens else [(whole, [])]:
+    for full_text, weight in pieces:
+        for text, behind in new_tokens.pieces(full_text) if new_tokens else [(full_text, [])]:
             encoded = tokenizer(text, add_special_tokens=False, verbose=False)
             take(encoded.input_ids, encoded.word_ids(), weight)
             take(behind, [0] * len(behind), weight)
@@ -127,7 +127,10 @@ def encode_tokens(model: Any, ids: torch.Tensor, ids_2: torch.Tensor) -> tuple[t
     embeddings, pooled = [], []
     length = model.tokenizer.model_max_length
     for chunk, chunk_2 in zip(ids.split(length, dim=1), ids_2.split(length, dim=1), strict=True):
-        with _beside(model, encoder, "clip_l", chunk) as known, _beside(model, encoder_2, "clip_g", chunk_2) as known_2:
+        with (
+            _with_new_tokens(model, encoder, "clip_l", chunk) as known,
+            _with_new_tokens(model, encoder_2, "clip_g", chunk_2) as known_2,
+        ):
             output = encoder(known.to(device), output_hidden_states=True)
             output_2 = encoder_2(known_2.to(device_2), output_hidden_states=True)
         embeddings.append(torch.cat([output.hidden_states[-2], output_2.hidden_states[-2]], dim=-1))
@@ -135,10 +138,10 @@ def encode_tokens(model: Any, ids: torch.Tensor, ids_2: torch.Tensor) -> tuple[t
     return torch.cat(embeddings, dim=1), pooled[0]
 
 
-def _beside(model: Any, encoder: Any, table: str, ids: torch.Tensor) -> AbstractContextManager[torch.Tensor]:
+def _with_new_tokens(model: Any, encoder: Any, table: str, ids: torch.Tensor) -> AbstractContextManager[torch.Tensor]:
     """Where an encoder reads new tokens, too; its ids are then those of the others."""
     new_tokens = getattr(model, "new_tokens", None)
-    return new_tokens.beside(encoder.get_input_embeddings(), table, ids) if new_tokens else nullcontext(ids)
+    return new_tokens.appended(encoder.get_input_embeddings(), table, ids) if new_tokens else nullcontext(ids)
 
 
 def encode_prompts(

@@ -75,7 +75,7 @@ class SDXL(ImageModel):
             added_cond_kwargs={"text_embeds": pooled, "time_ids": torch.stack(sizes).to(noised.device)},
         ).sample
 
-    def encode_for_drawing(self, prompt: Wording, negative_prompt: Wording | None) -> Prompt:
+    def encode_for_sampling(self, prompt: Wording, negative_prompt: Wording | None) -> Prompt:
         return encoding.encode_for_pipeline(self, prompt, negative_prompt)
 
     def pipeline_inputs(

@@ -42,7 +42,7 @@ def rename_keys(published: dict[str, torch.Tensor], model: Any) -> dict[str, tor
         "_bn2": "bn3",
     }
     separable = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-    places = [f"blocks.{i}.{j}" for i, stage in enumerate(model.blocks) for j in range(len(stage))]
+    blocks = [f"blocks.{i}.{j}" for i, stage in enumerate(model.blocks) for j in range(len(stage))]
     renamed = {}
     for key, value in published.items():
         if not key.startswith("_blocks."):
@@ -51,5 +51,5 @@ def rename_keys(published: dict[str, torch.Tensor], model: Any) -> dict[str, tor
             continue
         _, index, module, rest = key.split(".", 3)
         inner = expanding if f"_blocks.{index}._expand_conv.weight" in published else separable
-        renamed[f"{places[int(index)]}.{inner[module]}.{rest}"] = value
+        renamed[f"{blocks[int(index)]}.{inner[module]}.{rest}"] = value
     return renamed

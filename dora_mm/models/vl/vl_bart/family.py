@@ -117,7 +117,7 @@ class VLBartModel:
         return cls(model.to(device), tokenizer, vision.to(device), (config, vision_config))
 
     @classmethod
-    def settings_to_ask(cls, path: str, run: VLBartModelConfig | None, given: Mapping[str, str]) -> dict[str, Any]:
+    def interactive_settings(cls, path: str, run: VLBartModelConfig | None, given: Mapping[str, str]) -> dict[str, Any]:
         if given:
             raise ValueError(f"--dtype and --revision are not for {path}, a VL-BART")
         if run is None:
@@ -164,10 +164,10 @@ class VLBartModel:
         return vl_bart_maps(self.vision.tower)
 
     def check_in_step(self, task: str, table: ExampleTable, images: str | None) -> None:
-        raise ValueError(f"train.shard: {self.why_not_in_step}: leave it out")
+        raise ValueError(f"train.shard: {self.nonuniform_reason}: leave it out")
 
     @property
-    def why_not_in_step(self) -> str:
+    def nonuniform_reason(self) -> str:
         return "VL-BART, which fits on any card, runs its encoder and its decoder as networks of their own"
 
     @property

@@ -60,11 +60,11 @@ def _room(length: int, max_positions: int) -> int:
 def _input_ids(tokenizer: BartTokenizer, task: str, text: str, before: str, room: int) -> list[int]:
     prompt = bart_text(task).prompt
     if not TASKS[task].clips:
-        ids = plain_ids(tokenizer, prompt + text)[:room]
+        ids = unpadded_ids(tokenizer, prompt + text)[:room]
     else:
         # In byte-level BPE the space between two pieces belongs to the second.
-        question = plain_ids(tokenizer, (" " if before else "") + f"{text} {prompt}".strip())[-room:]
-        ids = plain_ids(tokenizer, before)[: room - len(question)] + question
+        question = unpadded_ids(tokenizer, (" " if before else "") + f"{text} {prompt}".strip())[-room:]
+        ids = unpadded_ids(tokenizer, before)[: room - len(question)] + question
     return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
 
 
@@ -82,7 +82,7 @@ def encode_targets(tokenizer: BartTokenizer, task: str, answers: Sequence[str], 
     """
     room = _room(bart_text(task).max_target, max_positions)
     rows = [
-        [tokenizer.bos_token_id, *plain_ids(tokenizer, answer)[:room], tokenizer.eos_token_id] for answer in answers
+        [tokenizer.bos_token_id, *unpadded_ids(tokenizer, answer)[:room], tokenizer.eos_token_id] for answer in answers
     ]
     return pad(rows, tokenizer.pad_token_id)
 
@@ -92,7 +92,7 @@ def decode(tokenizer: BartTokenizer, ids: Tensor) -> list[str]:
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-def plain_ids(tokenizer: BartTokenizer, text: str) -> list[int]:
+def unpadded_ids(tokenizer: BartTokenizer, text: str) -> list[int]:
     """Token ids without <s> and </s>, and without a warning about length."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 

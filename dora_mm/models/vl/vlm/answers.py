@@ -20,14 +20,14 @@ from dora_mm.data.vl.rows import RowTooLongError
 from dora_mm.models.chat_templates import rendering_on
 from dora_mm.models.vl.vl_model import without_thought
 from dora_mm.models.vl.vlm.chat import THOUGHT, ChatText, render
-from dora_mm.models.vl.vlm.drawn import DrawnTokens, before_stop
 from dora_mm.models.vl.vlm.example_encoder import ExampleEncoder
 from dora_mm.models.vl.vlm.network import VLMNetwork, naming
+from dora_mm.models.vl.vlm.sampled import SampledTokens, before_stop
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.utils.day import Day
 
 log = logging.getLogger(__name__)
-PLACE = re.compile(r"<(loc_?|patch_index_)\d+>")  # tokens of boxes, which some tokenizers count as special
+PLACEHOLDER = re.compile(r"<(loc_?|patch_index_)\d+>")  # tokens of boxes, which some tokenizers count as special
 SHORTEST = (Turn("user", "?", False), Turn("assistant", "!", True))
 
 
@@ -72,7 +72,7 @@ class VLMAnswers:
 
     @cached_property
     def _shortest(self) -> ChatText:
-        """A short exchange as text. It is not a row, so `Day.asked` does not count it."""
+        """A short exchange as text. It is not a row, so `Day.num_requests` does not count it."""
         with rendering_on(Day(self.encoder.day.date)):
             return render(self.encoder.processor, SHORTEST)
 
@@ -80,7 +80,7 @@ class VLMAnswers:
     def _turn_end(self) -> list[int]:
         """The token that ends a turn of the model in its chat template."""
         tokenizer = self.encoder.processor.tokenizer
-        if self.encoder.plain is not None:
+        if self.encoder.fallback is not None:
             return [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
         text, [(start, end)], _ = self._shortest
         return tokenizer(text[start:end], add_special_tokens=False)["input_ids"][-1:]
@@ -89,7 +89,7 @@ class VLMAnswers:
     def _num_opening(self) -> int:
         """The tokens that a model writes before a short answer: those that end an empty thought, in some templates."""
         tokenizer = self.encoder.processor.tokenizer
-        if self.encoder.plain is not None:
+        if self.encoder.fallback is not None:
             return 0
         text, [(start, end)], _ = self._shortest
         opening = text[start:end].partition(SHORTEST[1].text)[0]
@@ -121,7 +121,7 @@ class VLMAnswers:
             inputs, _ = encoder.collate([rows[i] for i in group], left=encoder.form.continues)
             with naming(task, [examples[i].id for i in group]):
                 ids = self.network.generate(
-                    inputs, settings, **self._drawing(task, config, [examples[i] for i in group])
+                    inputs, settings, **self._sampling(task, config, [examples[i] for i in group])
                 )
             for index, text in zip(group, self._texts(ids), strict=True):
                 answers[index] = before_stop(without_thought(text, examples[index].answers), config.stop).strip()
@@ -130,24 +130,24 @@ class VLMAnswers:
     def _texts(self, ids: Tensor) -> list[str]:
         """The texts of answers (B, T), without special tokens, but those of boxes."""
         tokenizer = self.encoder.processor.tokenizer
-        if not self._places:
+        if not self._placeholder_ids:
             return tokenizer.batch_decode(ids, skip_special_tokens=True)
-        dropped = set(tokenizer.all_special_ids) - self._places
+        dropped = set(tokenizer.all_special_ids) - self._placeholder_ids
         return tokenizer.batch_decode([[i for i in row if i not in dropped] for row in ids.tolist()])
 
     @cached_property
-    def _places(self) -> set[int]:
+    def _placeholder_ids(self) -> set[int]:
         """The tokens of boxes that the tokenizer counts as special."""
         tokenizer = self.encoder.processor.tokenizer
         special = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
-        return {number for number, token in special if PLACE.fullmatch(token)}
+        return {number for number, token in special if PLACEHOLDER.fullmatch(token)}
 
-    def _drawing(self, task: str, config: DecodeConfig, examples: Sequence[Example]) -> dict[str, Any]:
+    def _sampling(self, task: str, config: DecodeConfig, examples: Sequence[Example]) -> dict[str, Any]:
         """Arguments of `generate` that greedy answers of full length do not need."""
         found: dict[str, Any] = {}
         if config.temperature:
             rows = [f"{task} {example.id}" for example in examples]
-            found["logits_processor"] = LogitsProcessorList([DrawnTokens(config, rows)])
+            found["logits_processor"] = LogitsProcessorList([SampledTokens(config, rows)])
         if config.stop:
             found |= {"stop_strings": list(config.stop), "tokenizer": self.encoder.processor.tokenizer}
         return found

@@ -93,5 +93,5 @@ def _grid(size: tuple[int, int], processor: Any, form: BoxForm) -> Numbers:
 
 
 def _scaled(box: Sequence[float], sizes: tuple[Numbers, Numbers], is_share: bool) -> list[int]:
-    whole, wanted = (1, 1) if is_share else sizes[0], sizes[1]
-    return [round(value / whole[place % 2] * wanted[place % 2]) for place, value in enumerate(box)]
+    size, wanted = (1, 1) if is_share else sizes[0], sizes[1]
+    return [round(value / size[index % 2] * wanted[index % 2]) for index, value in enumerate(box)]

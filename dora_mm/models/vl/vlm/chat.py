@@ -77,18 +77,18 @@ def render(processor: Any, turns: Sequence[Turn], tools: str = "") -> ChatText:
     text, spans, ends, done, rest = "", [], [], "", ""
     for number in numbers:
         found = template.exchange(turns[: number + 1], turns[number + 1 : numbers[-1]])
-        text += found.asked.removeprefix(done)
-        if turns[number].loss and found.is_whole:
-            spans.append((len(text), len(text) + len(found.said)))
-        text, done, rest = text + found.said, found.end, found.rest
-        ends += [len(text)] if is_asked(turns[:number]) else []
+        text += found.prompt.removeprefix(done)
+        if turns[number].loss and found.is_complete:
+            spans.append((len(text), len(text) + len(found.answer_text)))
+        text, done, rest = text + found.answer_text, found.end, found.rest
+        ends += [len(text)] if is_prompt(turns[:number]) else []
     if not spans and any(turn.loss for turn in turns):
         learned = next(turn.text for turn in turns if turn.loss)
         raise ValueError(f"the chat template does not render this answer as it is: {learned[:80]!r}")
     return ChatText(text + rest, tuple(spans), tuple(ends))
 
 
-def is_asked(turns: Sequence[Turn]) -> bool:
+def is_prompt(turns: Sequence[Turn]) -> bool:
     """Whether anything is asked in these turns. What the assistant says before that is of the first exchange."""
     return any(turn.role in ("user", "tool") for turn in turns)
 
@@ -99,25 +99,25 @@ def render_prompt(processor: Any, turns: Sequence[Turn], tools: str = "") -> str
     Raises:
         ValueError: The template refuses the conversation, or leaves out a text of it, a tool or a call.
     """
-    return _Template(processor, turns, tools).apply(turns, ask=True)
+    return _Template(processor, turns, tools).apply(turns, generation_prompt=True)
 
 
 class _Exchange(NamedTuple):
     """An answer and what comes before it.
 
     Attributes:
-        asked: What is between the answer before and this one.
-        said: The answer, from where the model begins to write to the end of its turn.
+        prompt: What is between the answer before and this one.
+        answer_text: The answer, from where the model begins to write to the end of its turn.
         end: What `said` ends with and the template puts in front of the next question.
         rest: The white space behind it, where no turn follows.
-        is_whole: Whether the answer is rendered as it was given.
+        is_complete: Whether the answer is rendered as it was given.
     """
 
-    asked: str
-    said: str
+    prompt: str
+    answer_text: str
     end: str
     rest: str = ""
-    is_whole: bool = True
+    is_complete: bool = True
 
 
 class _Template:
@@ -125,30 +125,30 @@ class _Template:
 
     Args:
         processor: The processor.
-        asked: The turns in front of an answer.
+        prompt: The turns in front of an answer.
         tools: The tools of the conversation; see `Example`.
 
     Raises:
         ValueError: The template refuses the conversation, or leaves out a text of it.
     """
 
-    def __init__(self, processor: Any, asked: Sequence[Turn], tools: str = ""):
+    def __init__(self, processor: Any, prompt: Sequence[Turn], tools: str = ""):
         self.processor, self.tools = processor, json.loads(tools) if tools else None
         template = chat_template(processor, tools=bool(tools))
         assert template is not None  # others read one question
         self.template = template
         tokenizer = processor.tokenizer
         self.tokens = tuple(filter(None, (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())))
-        shape = tuple((turn.role, tuple(kind for kind, _ in _pieces(turn.text))) for turn in asked)
+        shape = tuple((turn.role, tuple(kind for kind, _ in _pieces(turn.text))) for turn in prompt)
         self.content, self.breaks = _readable_content(processor, self.template, shape)
 
-    def apply(self, turns: Sequence[Turn], *, ask: bool = False) -> str:
+    def apply(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> str:
         """Renders turns; with `ask`, what begins the model's next turn follows.
 
         Raises:
             ValueError: The template refuses them, or leaves out a tool or a call.
         """
-        rendered = _apply(self.processor, self.template, list(map(self._message, turns)), ask, self.tools)
+        rendered = _apply(self.processor, self.template, list(map(self._message, turns)), generation_prompt, self.tools)
         calls = [call for turn in turns if turn.calls for call in json.loads(turn.calls)]
         for one in [*(self.tools or ()), *calls]:
             if one["function"]["name"] not in rendered:
@@ -167,25 +167,29 @@ class _Template:
         """The last turn of these, an answer, as it is rendered; `later` are the turns that follow up to another one."""
         marked, answer = _marked(turns), turns[-1]
         text = plain_text(answer.text).strip()
-        alone = self.apply(marked)
-        prompt = self.apply(marked[:-1], ask=True) if len(marked) > 1 else alone.partition(marked[-1].text)[0]
-        whole_tail = alone.rpartition(marked[-1].text)[2].rstrip()
-        tail = self._before_others(whole_tail, marked, later) if later else whole_tail
+        answer_only = self.apply(marked)
+        prompt = (
+            self.apply(marked[:-1], generation_prompt=True)
+            if len(marked) > 1
+            else answer_only.partition(marked[-1].text)[0]
+        )
+        full_tail = answer_only.rpartition(marked[-1].text)[2].rstrip()
+        tail = self._before_others(full_tail, marked, later) if later else full_tail
         if later and "think" in text:
             read, history = self._history(marked, answer, later)
             if not _occurs(text, history):
-                return _Exchange(read, history + tail, tail, is_whole=False)
+                return _Exchange(read, history + tail, tail, is_complete=False)
         answered = self.apply([*marked[:-1], answer])
-        if tail != whole_tail:
-            answered = answered.rstrip().removesuffix(whole_tail) + tail
-        said = _said(prompt, answered, plain_text(answer.text), tail)
-        if not _occurs(text, said):
+        if tail != full_tail:
+            answered = answered.rstrip().removesuffix(full_tail) + tail
+        answer_text = _answer_text(prompt, answered, plain_text(answer.text), tail)
+        if not _occurs(text, answer_text):
             raise ValueError(f"the chat template does not render this answer as it is: {text[:80]!r}")
         rest, end = answered[len(answered.rstrip()) :], tail
         if not tail.endswith(self.tokens):
             end = self._end(marked)
-            said += end
-        return _Exchange(_behind(prompt, marked[:-1]), said, end, rest)
+            answer_text += end
+        return _Exchange(_behind(prompt, marked[:-1]), answer_text, end, rest)
 
     def _before_others(self, tail: str, marked: Sequence[Turn], later: Sequence[Turn]) -> str:
         """What ends an answer, without the end of the whole conversation where others follow (Phi-4)."""
@@ -198,9 +202,9 @@ class _Template:
     def _history(self, marked: Sequence[Turn], answer: Turn, later: Sequence[Turn]) -> tuple[str, str]:
         """What is in front of an answer, and the answer, where others follow."""
         following = _marked([*marked, *later])[len(marked) :]
-        before, _, behind = self.apply([*marked, *following], ask=True).partition(marked[-1].text)
-        whole = self.apply([*marked[:-1], answer, *following], ask=True)
-        return _behind(before, marked[:-1]), whole[len(before) : len(whole) - len(behind)]
+        before, _, behind = self.apply([*marked, *following], generation_prompt=True).partition(marked[-1].text)
+        full_text = self.apply([*marked[:-1], answer, *following], generation_prompt=True)
+        return _behind(before, marked[:-1]), full_text[len(before) : len(full_text) - len(behind)]
 
     def _end(self, marked: Sequence[Turn]) -> str:
         """What ends an answer behind which the template puts no special token: the one that begins the next turn."""
@@ -231,15 +235,15 @@ def _behind(text: str, marked: Sequence[Turn]) -> str:
     return behind
 
 
-def _said(prompt: str, answered: str, text: str, tail: str) -> str:
+def _answer_text(prompt: str, answered: str, text: str, tail: str) -> str:
     """What is written from the prompt on to the end of the turn; "" if that does not end with the answer."""
-    whole = answered.rstrip()
+    full_text = answered.rstrip()
     if answered.startswith(prompt):
-        return whole[len(prompt) :]
-    body = whole.removesuffix(tail)
+        return full_text[len(prompt) :]
+    body = full_text.removesuffix(tail)
     if not body.endswith(text):  # white space around it is trimmed
         body, text = body.rstrip(), text.strip()
-    return whole[len(body) - len(text) :] if body.endswith(text) else ""
+    return full_text[len(body) - len(text) :] if body.endswith(text) else ""
 
 
 def _occurs(text: str, rendered: str) -> bool:
@@ -309,25 +313,25 @@ def _readable_content(
         ValueError: The template refuses the conversation, or leaves out a text of it in each form.
     """
     marks: list[Pieces] = [
-        tuple((kind, f"@@{number} {place}@@" if kind == "text" else "") for place, kind in enumerate(kinds))
+        tuple((kind, f"@@{number} {index}@@" if kind == "text" else "") for index, kind in enumerate(kinds))
         for number, (_, kinds) in enumerate(shape)
     ]
     roles, answer, problem = [role for role, _ in shape], (("text", "@@answer@@"),), None
     for content in CONTENTS:
         try:
-            said = zip([*roles, "assistant"], [*marks, answer], strict=True)
-            messages = [{"role": role, "content": content(pieces, processor)} for role, pieces in said]
-            asked = _apply(processor, template, messages[:-1], True)
+            answer_text = zip([*roles, "assistant"], [*marks, answer], strict=True)
+            messages = [{"role": role, "content": content(pieces, processor)} for role, pieces in answer_text]
+            prompt = _apply(processor, template, messages[:-1], True)
             answered = _apply(processor, template, messages, False)
         except ValueError as error:
             if type(error.__cause__) is TemplateError:  # as templates raise it that refuse a conversation
                 raise
             problem = problem or error
             continue
-        lost = [role for role, pieces in zip(roles, marks, strict=True) if not _shown(pieces, asked)]
+        lost = [role for role, pieces in zip(roles, marks, strict=True) if not _shown(pieces, prompt)]
         lost += [] if _shown(answer, answered) else ["assistant"]
-        if not lost and _all_videos_shown(marks, asked, processor):
-            return content, _breaks(marks, asked)
+        if not lost and _all_videos_shown(marks, prompt, processor):
+            return content, _breaks(marks, prompt)
         what = f"the text of a turn of the {lost[0]}" if lost else "a video"
         problem = problem or ValueError(f"the chat template leaves out {what}")
     assert problem is not None
@@ -357,7 +361,7 @@ def _apply(
     processor: Any,
     template: str,
     messages: Sequence[dict[str, Any]],
-    ask: bool,
+    generation_prompt: bool,
     tools: Sequence[dict[str, Any]] | None = None,
 ) -> str:
     """Applies a chat template.
@@ -366,7 +370,9 @@ def _apply(
         ValueError: The template refuses the conversation, for example its order of roles.
     """
     try:
-        settings = {"chat_template": template, "add_generation_prompt": ask} | ({"tools": tools} if tools else {})
+        settings = {"chat_template": template, "add_generation_prompt": generation_prompt} | (
+            {"tools": tools} if tools else {}
+        )
         return processor.apply_chat_template(messages, tokenize=False, **settings)
     except AssertionError:  # no day was set, which is no fault of the conversation
         raise

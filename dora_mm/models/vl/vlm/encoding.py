@@ -15,7 +15,15 @@ from torch import Tensor
 from dora_mm.data.images.frames import Video
 from dora_mm.models.vl.vlm.chat import ChatText, chat_template
 from dora_mm.models.vl.vlm.features import check_features
-from dora_mm.models.vl.vlm.places import CHANGED, ImageSpan, RecordingTokenizer, image_spans, inside, moved, overlap
+from dora_mm.models.vl.vlm.placeholders import (
+    CHANGED,
+    ImageSpan,
+    RecordingTokenizer,
+    image_spans,
+    inside,
+    moved,
+    overlap,
+)
 from dora_mm.models.vl.vlm.videos import reads_videos, video_inputs
 from dora_mm.utils.messages import first_line
 
@@ -114,26 +122,26 @@ class RowEncoder:
             if token in text:
                 raise ValueError(f"the text has {token}, which this model reads as {meaning}: write it otherwise")
 
-    def conversation(self, said: ChatText, images: Sequence[Any], videos: Sequence[Video] = ()) -> TokenRow:
+    def conversation(self, chat: ChatText, images: Sequence[Any], videos: Sequence[Video] = ()) -> TokenRow:
         """A rendered conversation as a row whose answers have loss.
 
         Args:
-            said: The conversation, with the processor's token in the place of each image and video.
+            chat: The conversation, with the processor's token in the place of each image and video.
             images: Its images, PIL, in the order of the text.
             videos: Its videos, in the order of the text.
 
         Raises:
             ValueError: The numbers of images and of places for them differ, or the processor changes what is learned.
         """
-        inputs, spans, expanded = self._process(said.text, images, videos)
+        inputs, spans, expanded = self._process(chat.text, images, videos)
         offsets = inputs.pop("offset_mapping")[0]
         learned = torch.zeros(len(offsets), dtype=torch.bool)
-        for start, end in said.spans:
-            place = moved(start, spans), moved(end, spans)
-            if expanded[slice(*place)] != said.text[start:end]:
+        for start, end in chat.spans:
+            span = moved(start, spans), moved(end, spans)
+            if expanded[slice(*span)] != chat.text[start:end]:
                 raise ValueError(CHANGED)
-            learned |= overlap(offsets, *place)
-        ends = [int((offsets[:, 0] < moved(end, spans)).sum()) for end in said.ends]
+            learned |= overlap(offsets, *span)
+        ends = [int((offsets[:, 0] < moved(end, spans)).sum()) for end in chat.ends]
         return self._row(inputs, learned, inside(offsets, spans), len(images), ends)
 
     def question(
@@ -190,7 +198,7 @@ class RowEncoder:
             ValueError: The numbers of images and of places for them differ, the processor fails at the row, or writes
                 other numbers of tokens than the model makes features.
         """
-        self._check_places(text, {"image": len(images), "video": len(videos)})
+        self._check_placeholders(text, {"image": len(images), "video": len(videos)})
         bos = self.tokenizer.bos_token  # a text that begins as a sequence does gets no special tokens once more
         settings = {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
         settings |= video_inputs(self.processor, videos) if videos else {}
@@ -210,17 +218,19 @@ class RowEncoder:
             raise ValueError(f"the model's processor fails at it ({kind}{first_line(error)})") from error
         check_features(self.config, found)
         found.pop("video_metadata", None)
-        said = found.pop("text_replacement_offsets", ())  # of each text; none without images
+        chat = found.pop("text_replacement_offsets", ())  # of each text; none without images
         tokens = [token for kind in self.kinds if (token := self._token(kind)) is not None]
-        spans = image_spans(text, recorder.text, tokens, [*said[0]] if len(said) else [])
+        spans = image_spans(text, recorder.text, tokens, [*chat[0]] if len(chat) else [])
         return dict(found), spans, recorder.text
 
-    def _check_places(self, text: str, counts: dict[str, int]) -> None:
+    def _check_placeholders(self, text: str, counts: dict[str, int]) -> None:
         for kind in self.kinds:
             token, count = self._token(kind), counts[kind]
-            places = None if token is None else text.count(token)
-            if places not in (None, 0, count) or (count and places == 0 and chat_template(self.processor)):
-                raise ValueError(f"the text has {places} places for {kind}s, and the row has {count} {kind}s")
+            num_placeholders = None if token is None else text.count(token)
+            if num_placeholders not in (None, 0, count) or (
+                count and num_placeholders == 0 and chat_template(self.processor)
+            ):
+                raise ValueError(f"the text has {num_placeholders} places for {kind}s, and the row has {count} {kind}s")
 
     def _row(
         self,

@@ -19,10 +19,10 @@ from dora_mm.data.vl.image_folder import image_path
 from dora_mm.models.chat_templates import rendering_on
 from dora_mm.models.vl.vl_model import likeliest_answer
 from dora_mm.models.vl.vlm.boxes import with_boxes
-from dora_mm.models.vl.vlm.chat import ChatText, is_asked, render, render_prompt
+from dora_mm.models.vl.vlm.chat import ChatText, is_prompt, render, render_prompt
 from dora_mm.models.vl.vlm.encoding import RowEncoder, TokenRow, collate
 from dora_mm.models.vl.vlm.forms import Form
-from dora_mm.models.vl.vlm.prompts import ALONE, EITHER, SAME_IMAGES, SAME_LENGTH, PlainPrompts
+from dora_mm.models.vl.vlm.prompts import EITHER, SAME_IMAGES, SAME_LENGTH, UNBATCHED_MODELS, FallbackPrompts
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.utils.day import Day
 
@@ -39,12 +39,12 @@ def exchanges_of(turns: Sequence[Turn], images: Sequence[Any], videos: Sequence[
     """The exchanges of a conversation. A question at its end, which has no answer, is in none."""
     found, start, num_images, num_videos = [], 0, 0, 0
     for end, turn in enumerate(turns, 1):
-        said = turns[start:end]
-        if turn.role == "assistant" and is_asked(said):
-            kinds = [kind for each in said for kind in pieces_of(each.text)[1::2]]
+        turns_of_exchange = turns[start:end]
+        if turn.role == "assistant" and is_prompt(turns_of_exchange):
+            kinds = [kind for each in turns_of_exchange for kind in pieces_of(each.text)[1::2]]
             first, start = (num_images, num_videos), end
             num_images, num_videos = num_images + kinds.count("image"), num_videos + kinds.count("video")
-            found.append(Exchange(said, images[first[0] : num_images], videos[first[1] : num_videos]))
+            found.append(Exchange(turns_of_exchange, images[first[0] : num_images], videos[first[1] : num_videos]))
     return found
 
 
@@ -55,7 +55,7 @@ class ExampleEncoder:
         processor: The model's processor.
         config: The model's config.
         form: How it computes answers.
-        plain: What it reads without a chat template; None: its processor has one.
+        fallback: What it reads without a chat template; None: its processor has one.
         prompts: Prompts that replace those of tasks.
         max_length: The number of tokens that a row may have.
         limit_from: What sets that number: a key of the config, or the model.
@@ -71,7 +71,7 @@ class ExampleEncoder:
         processor: Any,
         config: Any,
         form: Form,
-        plain: PlainPrompts | None,
+        fallback: FallbackPrompts | None,
         prompts: Mapping[Any, str],
         max_length: int,
         limit_from: str,
@@ -82,7 +82,7 @@ class ExampleEncoder:
         *,
         learns_prompts: bool = False,
     ):
-        self.processor, self.model_type, self.form, self.plain = processor, config.model_type, form, plain
+        self.processor, self.model_type, self.form, self.fallback = processor, config.model_type, form, fallback
         self.prompts, self.max_length, self.limit_from = prompts, max_length, limit_from
         self.encoder = RowEncoder(processor, config, max_length, limit_from, learns_prompts=learns_prompts)
         self.fps, self.max_frames, self.files, self.day = fps, max_frames, files, day
@@ -114,12 +114,12 @@ class ExampleEncoder:
         """One example with each of several answers; see `row`."""
         return self._rows(task, folder, [(example, answer) for answer in answers])
 
-    def _rows(self, task: str, folder: str | None, asked: Sequence[tuple[Example, str | None]]) -> list[TokenRow]:
+    def _rows(self, task: str, folder: str | None, requests: Sequence[tuple[Example, str | None]]) -> list[TokenRow]:
         """Examples of the same images, each with an answer; see `row`."""
-        first, _ = asked[0]
+        first, _ = requests[0]
         try:
             visuals = self._visuals(first, folder)
-            return [self._row(task, example, visuals, answer) for example, answer in asked]
+            return [self._row(task, example, visuals, answer) for example, answer in requests]
         except ValueError as error:
             raise ValueError(f"row {first.id} of {task}: {error}") from error
 
@@ -147,8 +147,8 @@ class ExampleEncoder:
         return load_video(file, self.fps, self.max_frames, self.files.check)
 
     def _row(self, task: str, example: Example, visuals: tuple[list[Any], list[Video]], answer: str | None) -> TokenRow:
-        if self.plain is not None:
-            return self._plain_row(self.plain, self.prompt(task, example.text), visuals[0], answer)
+        if self.fallback is not None:
+            return self._fallback_row(self.fallback, self.prompt(task, example.text), visuals[0], answer)
         turns = self.turns(task, example, answer)
         if example.boxes and example.turns:
             turns = with_boxes(turns, example.boxes, visuals[0], self.processor, self.model_type)
@@ -165,17 +165,17 @@ class ExampleEncoder:
 
         One exchange that has none by itself is cut at its end, as texts are: it loses a part of its answer.
         """
-        row = whole = self._rendered(exchanges, tools)
+        row = full_row = self._rendered(exchanges, tools)
         kept = exchanges
         while row.num_exchanges < len(kept) > 1 and any(each.images or each.videos for each in exchanges):
             kept = exchanges[: max(1, row.num_exchanges)]
             row = self._rendered(kept, tools)
         if kept is exchanges:
-            return whole
+            return full_row
         return replace(
             row,
-            num_cut=whole.length + whole.num_cut - row.length,
-            num_image_cut=whole.num_image_tokens + whole.num_image_cut - row.num_image_tokens,
+            num_cut=full_row.length + full_row.num_cut - row.length,
+            num_image_cut=full_row.num_image_tokens + full_row.num_image_cut - row.num_image_tokens,
             num_exchanges_cut=len(exchanges) - len(kept),
             loses_answer=row.loses_answer or not any(each.turns[-1].loss for each in kept),
         )
@@ -189,37 +189,39 @@ class ExampleEncoder:
         with rendering_on(self.day):  # here, since batches are prepared in a thread
             return render(self.processor, turns, tools)
 
-    def _plain_row(self, plain: PlainPrompts, asked: str, pictures: list[Any], answer: str | None) -> TokenRow:
-        if plain.images == 0:
-            return self._text_row(asked if asked[-1:].isspace() else asked + plain.separator, answer)
-        self.encoder.check_text(f"{asked}{plain.separator}{answer or ''}")
-        text = (self.processor.image_token * len(pictures) if plain.image_token else "") + asked
+    def _fallback_row(
+        self, fallback: FallbackPrompts, requests: str, images: list[Any], answer: str | None
+    ) -> TokenRow:
+        if fallback.images == 0:
+            return self._text_row(requests if requests[-1:].isspace() else requests + fallback.separator, answer)
+        self.encoder.check_text(f"{requests}{fallback.separator}{answer or ''}")
+        text = (self.processor.image_token * len(images) if fallback.image_token else "") + requests
         if self.form.continues:
-            return self.encoder.question(text, pictures, answer=None if answer is None else plain.separator + answer)
-        row = self.encoder.question(text, pictures, ends=True)
+            return self.encoder.question(text, images, answer=None if answer is None else fallback.separator + answer)
+        row = self.encoder.question(text, images, ends=True)
         labels = self.encoder.decoder_target(answer or "", self.form.start)
         return replace(row, labels=labels, loses_answer=row.num_cut > 0)  # its question is whole, or it is left out
 
-    def _text_row(self, asked: str, answer: str | None) -> TokenRow:
+    def _text_row(self, requests: str, answer: str | None) -> TokenRow:
         """A text that is tokenized as a whole, as language models are trained, answer and end included."""
         if answer is None:
-            return self.encoder.question(asked, ())
-        text = f"{asked}{answer}{self.processor.tokenizer.eos_token or ''}"
-        return self.encoder.conversation(ChatText(text, ((len(asked), len(text)),)), ())
+            return self.encoder.question(requests, ())
+        text = f"{requests}{answer}{self.processor.tokenizer.eos_token or ''}"
+        return self.encoder.conversation(ChatText(text, ((len(requests), len(text)),)), ())
 
     def turns(self, task: str, example: Example, answer: str | None) -> list[Turn]:
         """The conversation of an example: its own, or the task's prompt with the images in front."""
         if example.turns:
             if answer is not None and TASKS[task].kind == "conversations":
                 return [*example.turns]
-            said = [] if answer is None else [Turn("assistant", escaped(answer), True)]
-            return [*(self._asked(task, turn) for turn in example.asked), *said]
-        said = [self.prompt(task, example.text), *([] if answer is None else [answer])]
-        said = [escaped(text) for text in said]
-        asked = "".join([*(VIDEO if is_video(name) else IMAGE for name in example.images), said[0]])
-        return [Turn("user", asked, False), *(Turn("assistant", text, True) for text in said[1:])]
+            turns_of_exchange = [] if answer is None else [Turn("assistant", escaped(answer), True)]
+            return [*(self._prompt_turns(task, turn) for turn in example.prompt_turns), *turns_of_exchange]
+        turns_of_exchange = [self.prompt(task, example.text), *([] if answer is None else [answer])]
+        turns_of_exchange = [escaped(text) for text in turns_of_exchange]
+        requests = "".join([*(VIDEO if is_video(name) else IMAGE for name in example.images), turns_of_exchange[0]])
+        return [Turn("user", requests, False), *(Turn("assistant", text, True) for text in turns_of_exchange[1:])]
 
-    def _asked(self, task: str, turn: Turn) -> Turn:
+    def _prompt_turns(self, task: str, turn: Turn) -> Turn:
         """A turn of a conversation; a question, of a task that asks questions, has its prompt."""
         if turn.role != "user" or TASKS[task].kind == "conversations":
             return turn
@@ -228,7 +230,7 @@ class ExampleEncoder:
 
     def prompt(self, task: str, text: str) -> str:
         """What the model is asked about an example with this text."""
-        known = self.plain.prompt(TASKS[task]) if self.plain else TASKS[task].prompt
+        known = self.fallback.prompt(TASKS[task]) if self.fallback else TASKS[task].prompt
         prompt = self.prompts.get(task, known)
         assert prompt is not None, task  # see `VLM.check`
         return prompt.replace("{text}", text)
@@ -238,7 +240,7 @@ class ExampleEncoder:
     @property
     def num_groups_differ(self) -> bool:
         """Whether `groups` may find several of any rows, and so more in one batch than in another."""
-        return self.model_type in {*SAME_IMAGES, *SAME_LENGTH, *ALONE}
+        return self.model_type in {*SAME_IMAGES, *SAME_LENGTH, *UNBATCHED_MODELS}
 
     def videos_differ(self, row: TokenRow) -> bool:
         """Whether `groups` may find several in rows with videos: each length of their frames, or images apart."""
@@ -251,7 +253,9 @@ class ExampleEncoder:
             images = row.num_images if self.model_type in SAME_IMAGES else None
             length = row.length if self.model_type in SAME_LENGTH else None
             filmed = "pixel_values_videos" in row.inputs if self.model_type in EITHER else None
-            groups[images, length, row.frames, filmed, index if self.model_type in ALONE else None].append(index)
+            groups[images, length, row.frames, filmed, index if self.model_type in UNBATCHED_MODELS else None].append(
+                index
+            )
         return list(groups.values())
 
     def collate(self, rows: Sequence[TokenRow], *, left: bool = False) -> tuple[dict[str, Tensor], Tensor]:

@@ -33,7 +33,7 @@ from dora_mm.models.vl.vlm.example_encoder import ExampleEncoder
 from dora_mm.models.vl.vlm.forms import form_of
 from dora_mm.models.vl.vlm.loading import completed, load_processor
 from dora_mm.models.vl.vlm.network import VLMNetwork, naming
-from dora_mm.models.vl.vlm.prompts import PLAIN, TEXTS
+from dora_mm.models.vl.vlm.prompts import FALLBACK_PROMPTS, TEXTS
 from dora_mm.models.vl.vlm.videos import FPS, MAX_FRAMES
 from dora_mm.models.vl.vlm.view import row_lengths, row_view
 from dora_mm.registries.vl_tasks import TASKS
@@ -82,10 +82,10 @@ class VLM:
 
     Attributes:
         rows: Makes the rows of a training, which have at most `model.max_length` tokens.
-        questions: Makes rows to answer, which are only as short as the model's positions: without its end a question
+        prompts: Makes rows to answer, which are only as short as the model's positions: without its end a question
             asks for something else.
         network: Computes with the weights.
-        plain: What a model without a chat template can read; None for those that have one.
+        fallback: What a model without a chat template can read; None for those that have one.
         commit: The commit of a hub model; None for a local one.
         counts: See `VLModel.counts`.
         files: See `VLModel.files`.
@@ -109,24 +109,24 @@ class VLM:
         self.name = model_class(self.model_config, self.path).__name__  # for messages
         processor: Any = load_processor(self.config, self.model_config)
         self.reads_images = processor.image_processor is not None
-        plain = PLAIN.get(self.model_config.model_type) if self.reads_images else TEXTS
+        fallback = FALLBACK_PROMPTS.get(self.model_config.model_type) if self.reads_images else TEXTS
         has_template = chat_template(processor) is not None
-        self.plain = None if has_template else plain
-        if self.plain is None and not has_template:
+        self.fallback = None if has_template else fallback
+        if self.fallback is None and not has_template:
             raise ValueError(
-                f"model.path: {self.path}, a {self.name}, has no chat template, and is none of {list(PLAIN)}"
+                f"model.path: {self.path}, a {self.name}, has no chat template, and is none of {list(FALLBACK_PROMPTS)}"
             )
         form = form_of(self.name, self.model_config)
         positions = getattr(self.model_config.get_text_config(), "max_position_embeddings", None) or LONGEST
         limit = min(config.max_length or positions, positions)
         key = "model.max_length" if limit == config.max_length else "the model's positions"
-        reads = (processor, self.model_config, form, self.plain, config.prompts)
+        reads = (processor, self.model_config, form, self.fallback, config.prompts)
         self.files, self.day = SeenFiles(), day or Day(config.date)
         frames = (config.fps or FPS, config.max_frames or MAX_FRAMES, self.files, self.day)
         if (learns_prompts := config.loss_over == "prompts and answers") and not form.continues:
             raise ValueError(f"model.loss_over: {self.name} reads its prompts, but does not write them: leave it out")
         self.rows = ExampleEncoder(*reads, limit, key, *frames, learns_prompts=learns_prompts)
-        self.questions = ExampleEncoder(*reads, positions, "the model's positions", *frames)
+        self.prompts = ExampleEncoder(*reads, positions, "the model's positions", *frames)
         self.network = VLMNetwork(self.config, form, torch.device(device))
         self.counts = RowCounts(limit, self.day)
 
@@ -137,7 +137,7 @@ class VLM:
         return cls(config, device)
 
     @classmethod
-    def settings_to_ask(cls, path: str, run: VLMModelConfig | None, given: Mapping[str, str]) -> dict[str, Any]:
+    def interactive_settings(cls, path: str, run: VLMModelConfig | None, given: Mapping[str, str]) -> dict[str, Any]:
         if run is not None:
             return {**given} if resolve_model(run.path) == path else {"revision": None, **given}
         return {**given, "dtype": given.get("dtype") or saved_dtype(path, read_config(path, given.get("revision")))}
@@ -168,7 +168,7 @@ class VLM:
 
     @property
     def reads_several(self) -> bool:
-        return self.plain is None or self.plain.images is None
+        return self.fallback is None or self.fallback.images is None
 
     @property
     def pipeline_tag(self) -> str:
@@ -176,10 +176,10 @@ class VLM:
 
     @property
     def converses(self) -> bool:
-        return self.plain is None
+        return self.fallback is None
 
     @property
-    def why_not_in_step(self) -> str | None:
+    def nonuniform_reason(self) -> str | None:
         if self.rows.num_groups_differ:
             return f"{self.name} computes the rows of a batch in groups, as many as they differ"
         return None
@@ -214,9 +214,9 @@ class VLM:
                 raise ValueError(f"data: the task {task} needs model.family vl_bart, not a model of transformers")
             if record.images and not self.reads_images:
                 raise ValueError(f"data: {self.name} reads no images, and the rows of {task} have them")
-            if record.kind == "conversations" and self.plain is None and task in self.config.prompts:
+            if record.kind == "conversations" and self.fallback is None and task in self.config.prompts:
                 raise ValueError(f"model.prompts: {task} has no effect, since conversations are read as they are")
-            if record.images == 2 and self.plain and self.plain.images == 1:
+            if record.images == 2 and self.fallback and self.fallback.images == 1:
                 raise ValueError(f"data: {self.name} reads one image per row, and {task} has two")
 
     def check_rows(self, table: ExampleTable) -> ExampleTable:
@@ -224,11 +224,11 @@ class VLM:
             table = table.without(table.lengths("images") > 0, f"has an image, and {self.name} reads none")
         elif "video" not in self.rows.encoder.kinds:
             table = table.without(table.filmed(), f"has a video, and {self.name} reads none")
-        if self.plain is None:
+        if self.fallback is None:
             return table
         if self.reads_images:
             table = table.without(table.lengths("images") == 0, f"has no image, and {self.name} needs one")
-        if self.plain.images == 1:
+        if self.fallback.images == 1:
             table = table.without(table.lengths("images") > 1, f"has several images, and {self.name} reads one")
         marked = table.has("boxes") & (table.lengths("turns") > 0)
         for bad, what in ((table.has("tools"), "tools"), (marked, "boxes in its texts")):
@@ -268,8 +268,8 @@ class VLM:
         return VLMBatch(task, tuple(groups), weights, kept, num_cut, tuple(left_out), longest)
 
     def _why_left_out(self, row: TokenRow) -> str:
-        whole = row.num_image_tokens + row.num_image_cut
-        images = f"; {whole} of its {row.length + row.num_cut} are images" if whole else ""
+        num_tokens = row.num_image_tokens + row.num_image_cut
+        images = f"; {num_tokens} of its {row.length + row.num_cut} are images" if num_tokens else ""
         return f"its whole answer is beyond {self.rows.max_length} tokens ({self.rows.limit_from}){images}"
 
     def row_losses(self, batch: VLMBatch) -> tuple[Tensor, Tensor]:
@@ -291,10 +291,10 @@ class VLM:
         return " ".join(self.files.digest(image_path(images, name)) for name in example.images)
 
     def box_grid(self, size: tuple[int, int]) -> Sequence[int] | None:
-        return box_grid(size, self.questions.processor, self.model_config.model_type)
+        return box_grid(size, self.prompts.processor, self.model_config.model_type)
 
     def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
-        return VLMAnswers(self.questions, self.network).answerer(task, config, candidates)
+        return VLMAnswers(self.prompts, self.network).answerer(task, config, candidates)
 
 
 def row_losses(network: VLMNetwork, batch: VLMBatch) -> tuple[Tensor, Tensor]:

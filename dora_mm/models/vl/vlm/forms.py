@@ -89,13 +89,13 @@ class BlipCaptions:
     start = None
 
     def __init__(self, start: int):
-        self._first, self._plain = start, Continuation()
+        self._first, self._forward = start, Continuation()
 
     def logits(self, model: Any, inputs: Inputs, labels: Tensor) -> Tensor:
-        return self._plain.logits(model, self._begun(inputs), labels)
+        return self._forward.logits(model, self._begun(inputs), labels)
 
     def targets(self, labels: Tensor) -> Tensor:
-        return self._plain.targets(labels)
+        return self._forward.targets(labels)
 
     def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig, **more: Any) -> Tensor:
         """See `Form.generate`: the class takes the last token of a prompt for its end, and drops it."""
@@ -127,7 +127,7 @@ class OwnDecoder:
         return model.generate(**inputs, generation_config=settings, **more)
 
 
-class BlipQuestions:
+class BlipVQA:
     """BlipForQuestionAnswering, whose own output has neither logits nor losses by row.
 
     Args:
@@ -179,7 +179,7 @@ class BlipQuestions:
 def form_of(name: str, config: Any) -> Form:
     """The form of a model, by the name of its class and its config."""
     if name == "BlipForQuestionAnswering":
-        return BlipQuestions(config.text_config.bos_token_id)
+        return BlipVQA(config.text_config.bos_token_id)
     if name == "BlipForConditionalGeneration":
         return BlipCaptions(config.text_config.bos_token_id)
     if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:

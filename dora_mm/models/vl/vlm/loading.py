@@ -88,8 +88,8 @@ def load_vlm(config: VLMModelConfig, device: torch.device) -> Any:
     path = resolve_model(config.path)
     kind = model_class(found := read_config(path, config.revision), path)
     dtype, quantized = getattr(torch, config.dtype), config.quantization
-    told = config_for_transformers(quantized, dtype) if quantized else None
-    settings = {"attn_implementation": config.attn_implementation, "quantization_config": told}
+    quantization = config_for_transformers(quantized, dtype) if quantized else None
+    settings = {"attn_implementation": config.attn_implementation, "quantization_config": quantization}
     model, _ = load_weights(
         kind,
         path,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from dora_mm.registries.vl_tasks import VLTask
 
 
-class PlainPrompts(NamedTuple):
+class FallbackPrompts(NamedTuple):
     """What a model without a chat template reads.
 
     Attributes:
@@ -27,23 +27,23 @@ class PlainPrompts(NamedTuple):
 
     def prompt(self, task: VLTask) -> str:
         """What it is asked in a task, with {text} for the question; that of a conversation is asked as it is."""
-        if task.plain is not None:
-            return task.plain
+        if task.fallback is not None:
+            return task.fallback
         return {"questions": self.question, "captions": self.caption, "conversations": "{text}"}[task.kind]
 
 
-BLIP_2 = PlainPrompts("Question: {text} Answer:", "a photo of", separator=" ")
-TEXTS = PlainPrompts(images=0, separator="\n")  # of language models
-PLAIN = {  # by model_type
-    "paligemma": PlainPrompts("answer en {text}", "caption en", image_token=True, images=None),
-    "blip": PlainPrompts(),
+BLIP_2 = FallbackPrompts("Question: {text} Answer:", "a photo of", separator=" ")
+TEXTS = FallbackPrompts(images=0, separator="\n")  # of language models
+FALLBACK_PROMPTS = {  # by model_type
+    "paligemma": FallbackPrompts("answer en {text}", "caption en", image_token=True, images=None),
+    "blip": FallbackPrompts(),
     "blip-2": BLIP_2,
     "instructblip": BLIP_2,
-    "git": PlainPrompts(),
-    "chameleon": PlainPrompts(image_token=True, images=None),
-    "fuyu": PlainPrompts(caption="Generate a coco-style caption.\n", separator="\x04"),
-    "kosmos-2": PlainPrompts("Question: {text} Answer:", "An image of", separator=" "),
-    "florence2": PlainPrompts(caption="What does the image describe?"),
+    "git": FallbackPrompts(),
+    "chameleon": FallbackPrompts(image_token=True, images=None),
+    "fuyu": FallbackPrompts(caption="Generate a coco-style caption.\n", separator="\x04"),
+    "kosmos-2": FallbackPrompts("Question: {text} Answer:", "An image of", separator=" "),
+    "florence2": FallbackPrompts(caption="What does the image describe?"),
 }
 # Classes that raise on a batch of rows with different numbers of images: such rows are computed apart.
 SAME_IMAGES = ("mllama",)
@@ -52,7 +52,7 @@ SAME_IMAGES = ("mllama",)
 SAME_LENGTH = ("git", "blip")
 # Classes whose images are not told apart by row, so that each row is computed by itself: MiniCPM-V's stand side by side
 # in one, and Molmo's are found by their place among all patches of a batch.
-ALONE = ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "molmo2", "emu3")
+UNBATCHED_MODELS = ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "molmo2", "emu3")
 # Classes that read images or videos, not both at once: SmolVLM's processor drops the images of a row that has a video,
 # and GLM's models take the frames of videos in a batch for images.
 EITHER = ("smolvlm", "glm4v", "glm4v_moe", "glm46v", "glm_ocr")

@@ -56,7 +56,7 @@ def row_lengths(
 
 def row_view(encoder: ExampleEncoder, task: str, example: Example, images: str | None) -> RowView:
     """A row as the model sees it; see `VLModel.row_view`."""
-    asked = encoder.day.asked
+    num_requests = encoder.day.num_requests
     row = encoder.row(task, example, images, likeliest_answer(example))
     tokenizer, form = encoder.processor.tokenizer, encoder.form
     ids, labels = row.inputs["input_ids"][0].tolist(), row.labels.tolist()
@@ -73,7 +73,7 @@ def row_view(encoder: ExampleEncoder, task: str, example: Example, images: str |
         last = f": the last {row.num_exchanges_cut:,} exchanges" if row.num_exchanges_cut > 1 else ": the last exchange"
         parts.append(f"{row.num_cut:,} cut at the end, {limit}{last if row.num_exchanges_cut else ''}")
         parts += ["left out: nothing of its answers is left"] if row.loses_answer else []
-    parts += [f"dated {encoder.day.date} (model.date)"] if encoder.day.asked > asked else []
+    parts += [f"dated {encoder.day.date} (model.date)"] if encoder.day.num_requests > num_requests else []
     return RowView(", ".join(parts), read, written)
 
 

@@ -177,9 +177,9 @@ def test_inspect_says_what_a_single_file_predicts(single, capsys):
     assert "text_encoder_2" in out
 
 
-def test_the_choice_is_part_of_what_pictures_depend_on():
-    assert ModelConfig(path="a").settings_of_pictures() == {}
-    assert ModelConfig(path="a", prediction="epsilon").settings_of_pictures() == {"prediction": "epsilon"}
+def test_the_choice_is_part_of_what_images_depend_on():
+    assert ModelConfig(path="a").generation_settings() == {}
+    assert ModelConfig(path="a", prediction="epsilon").generation_settings() == {"prediction": "epsilon"}
 
 
 @pytest.mark.slow

@@ -8,18 +8,18 @@ from diffusers.models.attention_processor import SlicedAttnProcessor
 from torch import nn
 
 from dora_mm import DoRASpec, inject, targets
-from dora_mm.config.pictures import MemoryConfig
+from dora_mm.config.generation import MemoryConfig
 from dora_mm.core.wrappers.float8 import Float8Linear
 from dora_mm.models.images.memory import check_offload, decode_in_tiles, offload, save_memory
 from dora_mm.models.quantization import quantize_layers
 from dora_mm.sampling.before_after import at_strength
-from dora_mm.sampling.pictures import PictureSampler, sample
+from dora_mm.sampling.image_sampler import ImageSampler, sample
 
 CPU = torch.device("cpu")
 
 
-def pixels(pictures):
-    return np.stack([np.asarray(picture, dtype=np.int64) for picture in pictures])
+def pixels(images):
+    return np.stack([np.asarray(image, dtype=np.int64) for image in images])
 
 
 def draw(model, **settings):
@@ -28,7 +28,7 @@ def draw(model, **settings):
 
 def test_the_vae_decodes_in_tiles(tiny, monkeypatch):
     whole = draw(tiny, height=160, width=160)
-    sampler, sizes = PictureSampler(tiny), []
+    sampler, sizes = ImageSampler(tiny), []
     decoder = tiny.vae.decoder.forward
     monkeypatch.setattr(tiny.vae.decoder, "forward", lambda z: sizes.append(tuple(z.shape)) or decoder(z))
     save_memory(sampler.pipe, MemoryConfig(vae_tiling=True), CPU)
@@ -41,7 +41,7 @@ def test_the_vae_decodes_in_tiles(tiny, monkeypatch):
     assert np.corrcoef(tiled.ravel(), whole.ravel())[0, 1] > 0.7 > np.corrcoef(whole[0].ravel(), whole[1].ravel())[0, 1]
 
 
-def test_tiles_are_smaller_than_a_picture_of_full_sdxl():
+def test_tiles_are_smaller_than_a_image_of_full_sdxl():
     with torch.device("meta"):
         vae = AutoencoderKL(
             block_out_channels=(32, 32, 32, 32),
@@ -54,7 +54,7 @@ def test_tiles_are_smaller_than_a_picture_of_full_sdxl():
 
 
 def test_attention_in_slices_draws_the_same(tiny):
-    whole, sampler = draw(tiny), PictureSampler(tiny)
+    whole, sampler = draw(tiny), ImageSampler(tiny)
     save_memory(sampler.pipe, MemoryConfig(attention_slicing=True), CPU)
     assert any(isinstance(each, SlicedAttnProcessor) for each in tiny.unet.attn_processors.values())
     assert np.abs(draw(sampler) - whole).max() <= 1
@@ -77,10 +77,10 @@ def test_offloaded_networks_draw_the_same_and_merge(tiny, kind, dtype):
             for strength in (0.0, 1.0, 0.0)
         ]
 
-    before, sampler = draw_at(tiny), PictureSampler(tiny)
-    embeddings = tiny.encode_for_drawing("a bus", "red")
+    before, sampler = draw_at(tiny), ImageSampler(tiny)
+    embeddings = tiny.encode_for_sampling("a bus", "red")
     offload(sampler.pipe, kind, CPU)
-    assert all(torch.equal(t, embeddings[name]) for name, t in tiny.encode_for_drawing("a bus", "red").items())
+    assert all(torch.equal(t, embeddings[name]) for name, t in tiny.encode_for_sampling("a bus", "red").items())
     after = draw_at(sampler)
     for one, two in zip(before, after, strict=True):
         assert np.abs(one - two).max() <= 1

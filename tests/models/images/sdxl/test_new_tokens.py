@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from dora_mm.adapting.new_tokens import add_tokens, check_tokens
 from dora_mm.config.images import TokenConfig
-from dora_mm.formats.tokens import write_beside
+from dora_mm.formats.tokens import write_token_file
 from dora_mm.models.images.components import Components
 from dora_mm.models.images.new_tokens import check_rows
 from dora_mm.models.images.sdxl import encoding
@@ -93,8 +93,8 @@ def test_tokens_of_a_word_stay_in_one_chunk_and_share_its_weight(tiny):
     first, second = ids.split(size + 2, dim=1)
     assert not (first < 0).any()
     assert second[0, 1:3].tolist() == [-1, -2]
-    heavy = tiny.encode_for_drawing(WEIGHTED, None)["prompt_embeds"]
-    plain = tiny.encode_for_drawing("a TOK icon of TOK", None)["prompt_embeds"]
+    heavy = tiny.encode_for_sampling(WEIGHTED, None)["prompt_embeds"]
+    plain = tiny.encode_for_sampling("a TOK icon of TOK", None)["prompt_embeds"]
     assert not torch.equal(heavy, plain)
 
 
@@ -117,7 +117,7 @@ def test_rows_start_as_words(tiny):
 
 def test_diffusers_loads_the_file_and_reads_the_same_prompts(tiny, tiny_folder, tmp_path):
     with_tokens(tiny, TOK={"count": 3})
-    write_beside(tmp_path, tiny.new_tokens.by_word())
+    write_token_file(tmp_path, tiny.new_tokens.by_word())
     rows = load_file(tmp_path / "TOK.safetensors")
     pipe = StableDiffusionXLPipeline.from_pretrained(tiny_folder)
     for table, number in (("clip_l", ""), ("clip_g", "_2")):
@@ -127,7 +127,7 @@ def test_diffusers_loads_the_file_and_reads_the_same_prompts(tiny, tiny_folder, 
     theirs, _, pooled, _ = pipe.encode_prompt(
         "a <s0><s1><s2> icon, in the style of <s0><s1><s2>", do_classifier_free_guidance=False
     )
-    ours = tiny.encode_for_drawing("a TOK icon, in the style of TOK", None)
+    ours = tiny.encode_for_sampling("a TOK icon, in the style of TOK", None)
     torch.testing.assert_close(ours["prompt_embeds"], theirs)
     torch.testing.assert_close(ours["pooled_prompt_embeds"], pooled)
 

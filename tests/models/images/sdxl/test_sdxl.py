@@ -200,8 +200,8 @@ def test_latents_are_normalised_as_the_pipelines_decoding_inverts_it(tiny):
 def test_drawn_latents_follow_the_posterior(tiny):
     pixels = torch.rand(1, 3, 64, 64) * 2 - 1
     latents = tiny.encode_images(pixels)
-    assert torch.equal(latents.draw(None), latents.mean)
-    draws = torch.cat([latents.draw(torch.Generator().manual_seed(i)) for i in range(400)])
+    assert torch.equal(latents.sample(None), latents.mean)
+    draws = torch.cat([latents.sample(torch.Generator().manual_seed(i)) for i in range(400)])
     assert torch.allclose(draws.std(0), (0.5 * latents.logvar[0]).exp(), rtol=0.2)
 
 

@@ -18,7 +18,7 @@ from dora_mm.models.vl.vl_bart.family import VLBartModel
 from dora_mm.models.vl.vl_bart.text import decode
 from dora_mm.models.vl.vl_bart.visual_inputs import VisionEncoder, resize_frames
 from dora_mm.registries.vl_tasks import RECORDS, TASKS
-from dora_mm.tasks.vl import draw_answer
+from dora_mm.tasks.vl import sample_answer
 from tests.shared.vl.small_vl_bart import DIM, small_tokenizer, small_vl_bart
 
 NAMES = ("a.png", "b.png", "c.png")
@@ -68,7 +68,7 @@ def stream() -> torch.Generator:
 
 
 def batch_of(task, name: str, rows):
-    return task.batch(name, rows, None, [draw_answer(row, 0.5) for row in rows])
+    return task.batch(name, rows, None, [sample_answer(row, 0.5) for row in rows])
 
 
 def reference_losses(task, batch):

@@ -16,7 +16,7 @@ from dora_mm.models.vl.vlm.chat import chat_template, render, render_prompt
 from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.models.vl.vlm.loading import load_processor
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 from tests.shared.vl import templates
 
 TURNS = (
@@ -47,8 +47,8 @@ TEXTS = {  # what is learned is between [ and ]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture
@@ -122,10 +122,10 @@ def vlm(folder, **settings) -> VLM:
 
 
 @pytest.mark.parametrize("name", [*TEXTS, "gemma3", "internvl", "qwen3_vl", "idefics3", "fast_vlm"])
-def test_the_labels_are_the_answers_and_their_ends(name, tiny_vlm, pictures):
+def test_the_labels_are_the_answers_and_their_ends(name, tiny_vlm, images):
     model = vlm(tiny_vlm(name))
     row = model.rows.row(
-        "chat", Example("1", ("wide.png",), "And this?", ("Nothing.",), (1.0,), turns=TURNS), pictures, ""
+        "chat", Example("1", ("wide.png",), "And this?", ("Nothing.",), (1.0,), turns=TURNS), images, ""
     )
     learned = model.rows.processor.tokenizer.decode(row.labels[row.labels != IGNORED])
     ends = {"llava": "</s>", "mllama": "<|eot_id|>", "gemma3": "<end_of_turn>"}
@@ -240,7 +240,7 @@ def test_thoughts_that_a_template_drops_from_earlier_turns_are_not_learned_and_a
 def test_a_short_answer_has_room_to_end_its_thought_which_is_no_part_of_it(tiny_vlm, monkeypatch):
     model = vlm(tiny_vlm("qwen2_5_vl"))
     longest = []
-    written = torch.tensor([model.questions.processor.tokenizer("\n</think>\n\nred")["input_ids"]])
+    written = torch.tensor([model.prompts.processor.tokenizer("\n</think>\n\nred")["input_ids"]])
 
     def generate(inputs, settings):
         longest.append(settings.max_new_tokens)
@@ -251,9 +251,9 @@ def test_a_short_answer_has_room_to_end_its_thought_which_is_no_part_of_it(tiny_
     assert model.answerer("vqa", DecodeConfig(), ())([row], None) == ["red"]
     thought = replace(row, answers=("<think>x</think>red",))
     assert model.answerer("chat", DecodeConfig(), ())([thought], None) == ["</think>\n\nred"]
-    model.questions.processor.chat_template = templates.QWEN3_5
+    model.prompts.processor.chat_template = templates.QWEN3_5
     assert model.answerer("vqa", DecodeConfig(), ())([row], None) == ["red"]
-    opening = model.questions.processor.tokenizer("\n</think>\n\n")["input_ids"]
+    opening = model.prompts.processor.tokenizer("\n</think>\n\n")["input_ids"]
     assert longest == [16, 256, 16 + len(opening)]
 
 

@@ -13,8 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dora_mm.models.vl.vlm import head
 from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.head import TargetLosses, chunked_losses, cross_entropy, head_of, target_logits
-from tests.documented.vlm_classes import ALIASES, CLASSES, PAGE, REASONS, built, named, pictures_in
-from tests.shared.data.vlm_rows import write_pictures
+from tests.documented.vlm_classes import ALIASES, CLASSES, PAGE, REASONS, built, images_in, named
+from tests.shared.data.vlm_rows import write_images
 from tests.shared.peaks import peak_bytes
 from tests.shared.vl.equalities import EXAMPLES, batch_of, opened
 from tests.shared.vl.rarest_models import UNTRAINED
@@ -34,8 +34,8 @@ BY_MECHANISM = {  # whether the head computes losses
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
 def losses_of_all_logits(vlm, inputs, labels):
@@ -49,10 +49,10 @@ def losses_of_all_logits(vlm, inputs, labels):
     return losses.sum(-1)
 
 
-def prepared(base, pictures):
+def prepared(base, images):
     """A model all of whose weights have gradients, in float64 where its class computes in that, and a batch."""
     vlm = opened(base)
-    batch = batch_of(vlm, pictures, EXAMPLES)
+    batch = batch_of(vlm, images, EXAMPLES)
     vlm.model.requires_grad_(True).double()
     try:
         with torch.no_grad():
@@ -71,9 +71,9 @@ def in_dtype_of(vlm, batch):
     ]
 
 
-def check(base, pictures, monkeypatch) -> bool:
+def check(base, images, monkeypatch) -> bool:
     """Compares losses and gradients, whole and in chunks of three tokens; returns whether the head computed them."""
-    vlm, groups = prepared(base, pictures)
+    vlm, groups = prepared(base, images)
     values = list(vlm.model.parameters())
     precision = 1e-12 if vlm.model.dtype == torch.float64 else 2e-6
     for size in (head.CHUNK, 3 * head_of(vlm.model).out_features):
@@ -101,8 +101,8 @@ MECHANISMS = [pytest.param(*m, marks=() if m[0] in FAST else pytest.mark.slow) f
 
 
 @pytest.mark.parametrize(("name", "in_chunks"), MECHANISMS)
-def test_losses_and_gradients_are_those_of_all_logits(name, in_chunks, tiny_vlm, pictures, monkeypatch):
-    assert check(tiny_vlm(name), pictures, monkeypatch) == in_chunks
+def test_losses_and_gradients_are_those_of_all_logits(name, in_chunks, tiny_vlm, images, monkeypatch):
+    assert check(tiny_vlm(name), images, monkeypatch) == in_chunks
 
 
 @pytest.mark.slow
@@ -111,14 +111,14 @@ def test_losses_and_gradients_of_every_class(kind, tmp_path_factory, monkeypatch
     folder = tmp_path_factory.getbasetemp() / "classes"
     folder.mkdir(exist_ok=True)
     (listed,) = re.findall(r"in chunks; of (.*?) from all logits", PAGE.read_text(encoding="utf-8"), re.S)
-    assert check(built(named(kind), folder), pictures_in(folder), monkeypatch) == (f"`{kind}`" not in listed)
+    assert check(built(named(kind), folder), images_in(folder), monkeypatch) == (f"`{kind}`" not in listed)
 
 
 @pytest.mark.parametrize("name", ["llava_next", "florence2"])
-def test_the_head_is_given_the_states_of_target_tokens_alone(name, tiny_vlm, pictures):
+def test_the_head_is_given_the_states_of_target_tokens_alone(name, tiny_vlm, images):
     """Rows with pictures of different sizes: it was given the union of their columns, or all of them."""
     vlm = opened(tiny_vlm(name))
-    ((inputs, labels, _),) = batch_of(vlm, pictures, EXAMPLES).groups
+    ((inputs, labels, _),) = batch_of(vlm, images, EXAMPLES).groups
     shapes = []
     head_of(vlm.model).register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape)))
     with torch.no_grad():
@@ -131,10 +131,10 @@ def test_the_head_is_given_the_states_of_target_tokens_alone(name, tiny_vlm, pic
 
 @pytest.mark.parametrize("name", ["chameleon", pytest.param("granite4_vision", marks=pytest.mark.slow)])
 def test_a_class_that_goes_on_with_its_logits_unknown_to_us_is_found_in_its_first_pass(
-    name, tiny_vlm, pictures, monkeypatch
+    name, tiny_vlm, images, monkeypatch
 ):
     vlm = opened(tiny_vlm(name))
-    ((inputs, labels, _),) = batch_of(vlm, pictures, EXAMPLES).groups
+    ((inputs, labels, _),) = batch_of(vlm, images, EXAMPLES).groups
     with torch.no_grad():
         expected = TargetLosses(vlm.network.form, vlm.model)(inputs, labels)[0]
         monkeypatch.setattr(head, "SHAPE_LOGITS", ())

@@ -20,7 +20,7 @@ from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.family import VLM, VLMBatch
 from dora_mm.tasks.vl import VLBatches
 from tests.shared.data.vl_files import write_json
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 
 FAULT = re.compile(r"row r2 of chat: .+broken\.png is not a complete image")
 
@@ -28,8 +28,8 @@ FAULT = re.compile(r"row r2 of chat: .+broken\.png is not a complete image")
 @pytest.fixture
 def rows(tmp_path):
     """Makes a training set of seven rows, r2 with so many images or a broken one, and batches of this size."""
-    pictures = write_pictures(tmp_path)
-    (pictures / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    loaded_images = write_images(tmp_path)
+    (loaded_images / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
 
     def make(images: int | None, batch_size: int) -> TrainingSet:
         said = [
@@ -44,8 +44,8 @@ def rows(tmp_path):
             for number, count in enumerate([1, 0, images, 1, 2, 1, 1])
         ]
         file = str(write_json(tmp_path / "chat.json", said))
-        source = SourceConfig(format="chat", file=file, images=str(pictures))
-        return TrainingSet(open_table(source, tmp_path / "tables", on_bad_data="skip"), str(pictures), batch_size)
+        source = SourceConfig(format="chat", file=file, images=str(loaded_images))
+        return TrainingSet(open_table(source, tmp_path / "tables", on_bad_data="skip"), str(loaded_images), batch_size)
 
     return make
 

@@ -16,7 +16,7 @@ from dora_mm import DoRASpec
 from dora_mm.cli import main
 from dora_mm.core import adapted_layers
 from dora_mm.models.vl.vlm.family import VLM
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 from tests.shared.reference import randomize
 from tests.shared.vl.equalities import EXAMPLES, batch_of, losses, opened
 
@@ -28,10 +28,10 @@ NAMES = ["whole_qwen2_5_omni", pytest.param("whole_qwen3_omni", marks=pytest.mar
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
-    return write_pictures(folder)
+    return write_images(folder)
 
 
 @pytest.fixture(params=NAMES)
@@ -60,7 +60,7 @@ def adapted(base: Path, adapter: Path) -> VLM:
     return vlm
 
 
-def test_the_thinker_of_a_published_folder_is_what_trains(published, pictures):
+def test_the_thinker_of_a_published_folder_is_what_trains(published, images):
     """What is equal of its adapters is tried with the table of classes."""
     vlm, theirs = opened(published), opened(published)
     theirs.network.model = whole_of(published).thinker
@@ -68,20 +68,20 @@ def test_the_thinker_of_a_published_folder_is_what_trains(published, pictures):
     expected, found = theirs.model.state_dict(), vlm.model.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
-    batch = batch_of(vlm, pictures, EXAMPLES)
+    batch = batch_of(vlm, images, EXAMPLES)
     assert torch.equal(losses(vlm, batch), losses(theirs, batch))
     assert {"text.attn", "vision.attn", "vision.mlp", "connector"} <= vlm.target_maps["model"].parts.keys()
 
 
 @pytest.mark.slow
-def test_peft_loads_the_adapter_onto_the_thinker_of_the_whole_model(published, pictures, tmp_path):
+def test_peft_loads_the_adapter_onto_the_thinker_of_the_whole_model(published, images, tmp_path):
     vlm, theirs = adapted(published, tmp_path / "adapter"), opened(published)
     theirs.network.model = PeftModel.from_pretrained(whole_of(published).thinker, tmp_path / "adapter")
-    batch = batch_of(vlm, pictures, EXAMPLES)
+    batch = batch_of(vlm, images, EXAMPLES)
     torch.testing.assert_close(losses(theirs, batch), losses(vlm, batch), rtol=1e-4, atol=1e-4)
 
 
-def test_the_merged_folder_is_the_whole_model(published, pictures, tmp_path):
+def test_the_merged_folder_is_the_whole_model(published, images, tmp_path):
     vlm, merged = adapted(published, tmp_path / "adapter"), tmp_path / "merged" / published.name
     merged.parent.mkdir()
     assert main(["merge", str(published), str(tmp_path / "adapter"), str(merged)]) == 0
@@ -96,7 +96,7 @@ def test_the_merged_folder_is_the_whole_model(published, pictures, tmp_path):
     assert (merged / "config.json").read_bytes() == (published / "config.json").read_bytes()
     whole, theirs = whole_of(merged), opened(published)
     theirs.network.model = whole.thinker
-    batch = batch_of(vlm, pictures, EXAMPLES)
+    batch = batch_of(vlm, images, EXAMPLES)
     torch.testing.assert_close(losses(theirs, batch), losses(vlm, batch), rtol=1e-4, atol=1e-4)
 
 

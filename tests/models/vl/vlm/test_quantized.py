@@ -9,7 +9,7 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vl.vlm.family import VLM
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 
 PACKAGES = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "fp4": "bitsandbytes", "torchao_int8": "torchao"}
 ROW = Example("1", ("wide.png",), "What colour is it?", ("red",), (1.0,))
@@ -28,8 +28,8 @@ def loss(vlm: VLM, batch) -> float:
 def test_adapters_learn_on_quantised_weights(name, tiny_vlm, tmp_path):
     vlm = quantised(tiny_vlm("llava"), name)
     vlm.model.train()  # bitsandbytes evaluates 4-bit weights on a CPU in another layout, which these are too small for
-    pictures = str(write_pictures(tmp_path))
-    batch = vlm.batch("vqa", [ROW], pictures, [("red", 1.0)])
+    images = str(write_images(tmp_path))
+    batch = vlm.batch("vqa", [ROW], images, [("red", 1.0)])
     before = loss(vlm, batch)
     config = VLAdapterConfig.model_validate({"rank": 2, "parts": ["text.attn", "text.mlp"]})
     trained = adapt(vlm.networks, vlm.target_maps, config, seed=0, backend="torch")
@@ -42,7 +42,7 @@ def test_adapters_learn_on_quantised_weights(name, tiny_vlm, tmp_path):
     assert loss(vlm, batch) < before
     if name.endswith("4"):
         return
-    assert isinstance(vlm.answerer("vqa", DecodeConfig(max_new_tokens=3), ())([ROW], pictures)[0], str)
+    assert isinstance(vlm.answerer("vqa", DecodeConfig(max_new_tokens=3), ())([ROW], images)[0], str)
 
 
 def test_a_quantised_part_is_not_trained_itself(tiny_vlm):

@@ -11,12 +11,12 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.models.vl.vlm.saved_limits import write_limits
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
 def copied(base: Path, folder: Path) -> Path:
@@ -32,7 +32,7 @@ def copied(base: Path, folder: Path) -> Path:
         ("llava_onevision", {"max_tiles": 1}),
     ],
 )
-def test_a_folder_reads_images_as_the_training_did(name, limit, tiny_vlm, pictures, tmp_path):
+def test_a_folder_reads_images_as_the_training_did(name, limit, tiny_vlm, images, tmp_path):
     folder = copied(tiny_vlm(name), tmp_path / "merged")
     trained = VLMModelConfig.model_validate({"path": str(tiny_vlm(name)), **limit})
     before = VLM(VLMModelConfig(path=str(folder)))
@@ -40,8 +40,7 @@ def test_a_folder_reads_images_as_the_training_did(name, limit, tiny_vlm, pictur
     after = VLM(VLMModelConfig(path=str(folder)))
     row = Example("1", ("tall.png",), "What is this?")
     counts = [
-        vlm.rows.row(vlm.question_task, row, str(pictures), "").num_image_tokens
-        for vlm in (before, VLM(trained), after)
+        vlm.rows.row(vlm.question_task, row, str(images), "").num_image_tokens for vlm in (before, VLM(trained), after)
     ]
     assert counts[2] == counts[1] < counts[0]
 

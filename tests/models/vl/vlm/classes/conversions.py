@@ -29,12 +29,12 @@ def adapted(base: Path) -> VLM:
     return vlm
 
 
-def conversions(base: Path, pictures: Path, scratch: Path) -> tuple[int, dict[str, int | str]]:
+def conversions(base: Path, images: Path, scratch: Path) -> tuple[int, dict[str, int | str]]:
     """Writes the adapter of a class for PEFT in each of WAYS, and loads what was written in PEFT.
 
     Args:
         base: The folder of a tiny model.
-        pictures: The folder of the pictures of EXAMPLES.
+        images: The folder of the pictures of EXAMPLES.
         scratch: An empty folder.
 
     Returns:
@@ -42,7 +42,7 @@ def conversions(base: Path, pictures: Path, scratch: Path) -> tuple[int, dict[st
         what our model does, or why nothing was written.
     """
     vlm = adapted(base)
-    count, batch = len(adapted_layers(vlm.model)), batch_of(vlm, pictures, EXAMPLES)
+    count, batch = len(adapted_layers(vlm.model)), batch_of(vlm, images, EXAMPLES)
     expected = losses(vlm, batch)
     dora_mm.save_adapter(vlm.networks, scratch / "native", format="native")
     dora_mm.merge(vlm.model, keep_base=False)

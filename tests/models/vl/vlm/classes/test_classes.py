@@ -15,7 +15,7 @@ from tests.documented.vlm_classes import (
     row_of,
     takes_videos,
 )
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 from tests.shared.vl.equalities import learned_parts
 
 FAST = ("qwen2_5_vl", "paligemma", "florence2")  # the slow test below has all of them
@@ -28,9 +28,9 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", FAST)
 def test_what_an_adapter_computes_is_what_autograd_batches_merging_and_peft_do(name, tiny_vlm, tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    assert learned_parts(tiny_vlm(name), write_pictures(pictures), tmp_path / "adapter")
+    images = tmp_path / "pictures"
+    images.mkdir()
+    assert learned_parts(tiny_vlm(name), write_images(images), tmp_path / "adapter")
 
 
 @pytest.mark.slow

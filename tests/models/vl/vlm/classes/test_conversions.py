@@ -7,9 +7,9 @@ from safetensors.torch import load_file, save_file
 
 import dora_mm
 from dora_mm.formats.commands.verify import verify
-from tests.documented.vlm_classes import ALIASES, CLASSES, REASONS, built, named, pictures_in
+from tests.documented.vlm_classes import ALIASES, CLASSES, REASONS, built, images_in, named
 from tests.models.vl.vlm.classes.conversions import adapted, conversions
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 from tests.shared.vl.rarest_models import UNTRAINED
 
 TRAINED = [kind for kind in CLASSES if kind not in (*ALIASES, *REASONS, *UNTRAINED)]
@@ -30,17 +30,17 @@ BY_MECHANISM = {  # how the names of a checkpoint become those of the class
 }
 
 
-def check(kind, base, pictures, scratch):
-    count, found = conversions(base, pictures, scratch)
+def check(kind, base, images, scratch):
+    count, found = conversions(base, images, scratch)
     for (target, result), reason in zip(found.items(), PEFT_CANNOT.get(kind, ("",) * 3), strict=True):
         assert reason in result if reason else result == count, target
 
 
 @pytest.mark.parametrize("name", BY_MECHANISM)
 def test_peft_takes_all_modules_and_computes_what_our_model_does(name, tiny_vlm, tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    check(name, tiny_vlm(name), write_pictures(pictures), tmp_path)
+    images = tmp_path / "pictures"
+    images.mkdir()
+    check(name, tiny_vlm(name), write_images(images), tmp_path)
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def test_peft_takes_all_modules_and_computes_what_our_model_does(name, tiny_vlm,
 def test_peft_takes_all_modules_of_every_class(kind, tmp_path_factory, tmp_path):
     folder = tmp_path_factory.getbasetemp() / "classes"
     folder.mkdir(exist_ok=True)
-    check(kind, built(named(kind), folder), pictures_in(folder), tmp_path)
+    check(kind, built(named(kind), folder), images_in(folder), tmp_path)
 
 
 def test_verify_sees_the_names_of_a_checkpoint_that_peft_does_not_know(tiny_vlm, tmp_path):

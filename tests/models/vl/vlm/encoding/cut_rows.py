@@ -62,10 +62,10 @@ def first_exchanges(example: Example, count: int) -> Example:
     return Example(example.id, example.images[:num_files], "", (turns[-1].text,), (1.0,), turns=turns)
 
 
-def encoded(vlm: VLM, example: Example, pictures: str, limit: int = WHOLE) -> TokenRow:
+def encoded(vlm: VLM, example: Example, images: str, limit: int = WHOLE) -> TokenRow:
     """A row of at most so many tokens."""
     set_limit(vlm, limit)
-    return vlm.rows.row("chat", example, pictures, "")
+    return vlm.rows.row("chat", example, images, "")
 
 
 def set_limit(vlm: VLM, limit: int) -> None:
@@ -90,9 +90,9 @@ class Oracle:
     has_images: bool
 
     @classmethod
-    def of(cls, vlm: VLM, example: Example, pictures: str) -> Oracle:
+    def of(cls, vlm: VLM, example: Example, images: str) -> Oracle:
         count = sum(turn.role == "assistant" for turn in example.turns)
-        rows = [encoded(vlm, first_exchanges(example, number), pictures) for number in range(1, count + 1)]
+        rows = [encoded(vlm, first_exchanges(example, number), images) for number in range(1, count + 1)]
         return cls(rows, bool(example.images))
 
     def left(self, limit: int) -> tuple[TokenRow, int]:
@@ -127,25 +127,25 @@ def end_of(row: TokenRow) -> int:
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        pictures = str(write_visuals(folder))
+        images = str(write_visuals(folder))
         print("class", *ROWS, sep=" | ")
         for name in NAMES:
             vlm = opened(tiny.build(name, folder / name))
-            if vlm.plain is None:
-                print(name, *(cell(vlm, conversation(counts), pictures) for counts in ROWS.values()), sep=" | ")
+            if vlm.fallback is None:
+                print(name, *(cell(vlm, conversation(counts), images) for counts in ROWS.values()), sep=" | ")
 
 
 @torch.no_grad()
-def cell(vlm: VLM, example: Example, pictures: str) -> str:
+def cell(vlm: VLM, example: Example, images: str) -> str:
     """How many labels are learned of those that have room at all limits of a conversation, and what was raised."""
-    oracle = Oracle.of(vlm, example, pictures)
+    oracle = Oracle.of(vlm, example, images)
     learned, room, raised = 0, 0, []
     for limit in oracle.limits():
         set_limit(vlm, limit)
         has_room = sum(label != IGNORED for label in oracle.labels(limit))
         room += has_room
         try:
-            batch = vlm.batch("chat", [example], pictures, [("", 1.0)])
+            batch = vlm.batch("chat", [example], images, [("", 1.0)])
             assert torch.isfinite(vlm.loss(batch, torch.Generator()).total)
             learned += min(has_room, sum(int((labels != IGNORED).sum()) for _, labels, _ in batch.groups))
         except Exception as error:  # whatever a class raises is what the table is about

@@ -43,19 +43,19 @@ def check_is_start(row: TokenRow, whole: TokenRow, limit: int) -> None:
 
 
 @torch.no_grad()
-def check_cut(vlm: VLM, example: Example, pictures: str, limits=()) -> None:
+def check_cut(vlm: VLM, example: Example, images: str, limits=()) -> None:
     """Checks what is left of a conversation at each length, by rows of its first exchanges, and what is computed."""
-    oracle = Oracle.of(vlm, example, pictures)
+    oracle = Oracle.of(vlm, example, images)
     limits = limits or oracle.limits()
     for limit in limits:
         set_limit(vlm, limit)
-        batch = vlm.batch("chat", [example], pictures, [("", 1.0)])
+        batch = vlm.batch("chat", [example], images, [("", 1.0)])
         loss = vlm.loss(batch, torch.Generator())
         assert loss.mean.isfinite()
         assert int(loss.count) == sum(label != IGNORED for label in oracle.labels(limit))
         assert (len(batch.groups), len(batch.left_out)) == ((1, 0) if loss.count else (0, 1))
     for limit in limits:
-        row, (whole, count) = encoded(vlm, example, pictures, limit), oracle.left(limit)
+        row, (whole, count) = encoded(vlm, example, images, limit), oracle.left(limit)
         if row.loses_answer:
             assert all(label == IGNORED for label in oracle.labels(limit))
         else:
@@ -76,7 +76,7 @@ def test_whole_exchanges_go_until_the_rest_fits(name, tiny_vlm, folder):
 @pytest.mark.parametrize("name", cut_rows.NAMES)
 def test_every_class_learns_what_has_room_of_rows_with_up_to_four_images(name, tmp_path, folder):
     vlm = opened(tiny.build(name, tmp_path))
-    if vlm.plain is not None:
+    if vlm.fallback is not None:
         pytest.skip("it has no chat template")
     for counts in cut_rows.ROWS.values():
         check_cut(vlm, conversation(counts), str(folder))
@@ -125,11 +125,11 @@ def test_prompts_that_have_loss_are_cut_as_texts_up_to_an_image_that_has_no_room
 def test_a_row_whose_learned_answers_all_go_is_left_out(tiny_vlm, folder):
     for over in ("answers", "prompts and answers"):
         vlm = VLM(VLMModelConfig.model_validate({"path": str(tiny_vlm("llava")), "loss_over": over}))
-        example, pictures = conversation((1, 1, 1), unlearned=[0]), str(folder)
-        lengths = [encoded(vlm, first_exchanges(conversation((1, 1, 1)), n), pictures).length for n in (1, 2)]
+        example, images = conversation((1, 1, 1), unlearned=[0]), str(folder)
+        lengths = [encoded(vlm, first_exchanges(conversation((1, 1, 1)), n), images).length for n in (1, 2)]
         for limit, left_out in ((lengths[0], True), (lengths[1], False)):
             set_limit(vlm, limit)
-            batch = vlm.batch("chat", [example], pictures, [("", 1.0)])
+            batch = vlm.batch("chat", [example], images, [("", 1.0)])
             assert len(batch.left_out) == left_out
             assert batch.num_cut == (not left_out)
 
@@ -186,11 +186,11 @@ def test_a_question_whose_images_have_no_room_is_not_answered(tiny_vlm, folder):
     vlm = opened(tiny_vlm("qwen2_5_vl"))
     asked = conversation((1, 1, 1))
     answer = vlm.answerer("chat", DecodeConfig(max_new_tokens=2), ())
-    whole = vlm.questions.row("chat", asked, str(folder), None)
+    whole = vlm.prompts.row("chat", asked, str(folder), None)
     last = int(whole.is_image.nonzero()[-1])
-    vlm.questions.max_length = vlm.questions.encoder.max_length = last + 1
+    vlm.prompts.max_length = vlm.prompts.encoder.max_length = last + 1
     assert len(answer([asked], str(folder))) == 1
-    vlm.questions.max_length = vlm.questions.encoder.max_length = last
+    vlm.prompts.max_length = vlm.prompts.encoder.max_length = last
     with pytest.raises(
         RowTooLongError, match=rf"row r of chat: its images are longer than the model's {last} positions"
     ):

@@ -14,7 +14,7 @@ from dora_mm.models.vl.vlm.answers import VLMAnswers
 from dora_mm.models.vl.vlm.boxes import with_boxes
 from tests.shared.data import suite_files
 from tests.shared.data.video_rows import opened, write_visuals
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 
 # ms-swift's normalize_bbox, replace_bbox and replace_ref, of the box (25, 20, 50.4, 40) in 200 x 100 pixels
 EXPECTED = {
@@ -26,13 +26,13 @@ EXPECTED = {
 BOXES = {"bbox": [[25, 20, 50.4, 40]], "ref": ["a dog"], "norm1": False, "image": [0]}
 SHARES = BOXES | {"bbox": [[0.125, 0.2, 0.252, 0.4]], "norm1": True}
 MARKED = (Turn("user", "<image>Where is it?", False), Turn("assistant", "<ref-object><bbox>", True))
-PICTURE = Image.new("RGB", (200, 100))
+IMAGE = Image.new("RGB", (200, 100))
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 @pytest.mark.parametrize("boxes", [BOXES, SHARES])
 def test_boxes_have_the_form_of_the_model(name, boxes):
-    assert with_boxes(MARKED, json.dumps(boxes), [PICTURE], None, name)[1].text == EXPECTED[name]
+    assert with_boxes(MARKED, json.dumps(boxes), [IMAGE], None, name)[1].text == EXPECTED[name]
 
 
 def test_boxes_of_qwen2_5_vl_are_pixels_of_the_resized_image(tiny_vlm):
@@ -40,22 +40,22 @@ def test_boxes_of_qwen2_5_vl_are_pixels_of_the_resized_image(tiny_vlm):
     resizer = processor.image_processor
     limits = {"min_pixels": resizer.size["shortest_edge"], "max_pixels": resizer.size["longest_edge"]}
     height, width = smart_resize(100, 200, resizer.patch_size * resizer.merge_size, **limits)
-    (_, answer) = with_boxes(MARKED, json.dumps(BOXES), [PICTURE], processor, "qwen2_5_vl")
+    (_, answer) = with_boxes(MARKED, json.dumps(BOXES), [IMAGE], processor, "qwen2_5_vl")
     expected = [round(share * side) for share, side in zip(SHARES["bbox"][0], (width, height) * 2, strict=True)]
     assert answer.text.endswith("<|box_start|>({},{}),({},{})<|box_end|>".format(*expected))
-    assert (width, height) != PICTURE.size
+    assert (width, height) != IMAGE.size
 
 
 def test_a_point_a_second_image_and_a_wrong_one():
     boxes = BOXES | {"bbox": [[5, 5]], "image": [1]}
-    images = [PICTURE, Image.new("RGB", (10, 50))]
+    images = [IMAGE, Image.new("RGB", (10, 50))]
     assert with_boxes(MARKED, json.dumps(boxes), images, None, "llava")[1].text == "a dog[(500,100)]"
     with pytest.raises(ValueError, match="it has a box on image 1, and 1 images, counted from 0"):
         with_boxes(MARKED, json.dumps(boxes), images[:1], None, "llava")
 
 
 def test_a_row_with_boxes_is_learned_with_their_numbers(tiny_vlm, tmp_path):
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     rows = opened(tiny_vlm("qwen3_vl")).rows
     example = Example("1", ("wide.png",), "", turns=MARKED, boxes=json.dumps(SHARES))
     row = rows.row("chat", example, str(tmp_path), "")
@@ -119,9 +119,9 @@ def test_a_model_without_a_chat_template_is_asked_where_things_are(tiny_vlm, tmp
 
 def test_tokens_of_boxes_stay_in_answers_where_they_are_special(tiny_vlm):
     vlm = opened(tiny_vlm("florence2"))
-    tokenizer = vlm.questions.processor.tokenizer
+    tokenizer = vlm.prompts.processor.tokenizer
     tokenizer.add_special_tokens({"additional_special_tokens": ["<loc_7>", "<od>"]}, replace_extra_special_tokens=False)
     ids = tokenizer("a dog<loc_7><loc_7><od>", return_tensors="pt")["input_ids"]
     assert tokenizer.eos_token_id in ids
-    (text,) = VLMAnswers(vlm.questions, vlm.network)._texts(ids)
+    (text,) = VLMAnswers(vlm.prompts, vlm.network)._texts(ids)
     assert text == "a dog<loc_7><loc_7>"

@@ -14,7 +14,7 @@ from dora_mm.data.vl.tables import open_table
 from dora_mm.models.vl.vlm.family import VLM
 from tests.documented.trl_labels import PAGE, PUBLISHED, ROWS, repeated, row_of, runs, with_template
 from tests.shared.data.vl_files import write_json
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 from tests.shared.vl.tiny_vlm import CHAT
 
 THEIRS = json.loads(PAGE.read_text(encoding="utf-8"))
@@ -49,7 +49,7 @@ BROKEN = ("break", "breaks")
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """The folder of the pictures, and the examples that are read from a file of the rows that TRL had."""
-    folder = write_pictures(tmp_path_factory.mktemp("pictures"))
+    folder = write_images(tmp_path_factory.mktemp("pictures"))
     file = write_json(folder / "chat.json", [{"id": name, **row_of(name)} for name in ROWS])
     source = SourceConfig(format="chat", file=str(file), images=str(folder))
     table = open_table(source, folder / "tables", on_bad_data="stop")
@@ -97,10 +97,10 @@ def flat(ids) -> list[int]:
 
 @pytest.mark.parametrize("name", THEIRS["templates"])
 def test_rows_are_read_and_learned_as_trl_does_under_published_templates(name, tiny_vlm, rows):
-    vlm, (pictures, examples) = opened(tiny_vlm(PUBLISHED[name])), rows
+    vlm, (images, examples) = opened(tiny_vlm(PUBLISHED[name])), rows
     tokenizer = with_template(vlm.rows.processor, name, THEIRS["templates"][name]).tokenizer
     for row, example in examples.items():
-        found, theirs = vlm.rows.row("chat", example, pictures, ""), THEIRS["answers"][name][row]
+        found, theirs = vlm.rows.row("chat", example, images, ""), THEIRS["answers"][name][row]
         ids, learned = found.inputs["input_ids"][0].tolist(), runs(found.labels.tolist())
         exact = name not in BREAKING or row not in BROKEN
         check_ids(ids, flat(theirs["ids"]), tokenizer, exact=exact)
@@ -114,14 +114,14 @@ def test_rows_are_read_and_learned_as_trl_does_under_published_templates(name, t
     "name", [name if name in CHAT else pytest.param(name, marks=pytest.mark.slow) for name in THEIRS["completions"]]
 )
 def test_rows_are_read_and_their_completions_learned_as_trl_does(name, tiny_vlm, rows):
-    vlm, (pictures, examples) = opened(tiny_vlm(name)), rows
+    vlm, (images, examples) = opened(tiny_vlm(name)), rows
     tokenizer = vlm.rows.processor.tokenizer
     for row, theirs in THEIRS["completions"][name].items():
         if isinstance(theirs, str):
             with pytest.raises(ValueError, match="refuses a conversation"):
-                vlm.rows.row("chat", examples[row], pictures, "")
+                vlm.rows.row("chat", examples[row], images, "")
             continue
-        found = vlm.rows.row("chat", examples[row], pictures, "")
+        found = vlm.rows.row("chat", examples[row], images, "")
         ids, (start, learned) = found.inputs["input_ids"][0].tolist(), runs(found.labels.tolist())[-1]
         (their_start, their_learned), their_ids = theirs["labels"][0], flat(theirs["ids"])
         if name == "llava":  # whose template ends answers by a space, so that TRL's models never learn to stop

@@ -24,20 +24,20 @@ from tests.documented.trl_preferences import (
     set_values,
     without_white_space,
 )
-from tests.shared.data.vlm_rows import write_pictures
+from tests.shared.data.vlm_rows import write_images
 
 THEIRS = json.loads(PAGE.read_text(encoding="utf-8"))["models"]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_losses_margins_and_gradients_are_those_of_trl(name, tiny_vlm, pictures, tmp_path):
+def test_losses_margins_and_gradients_are_those_of_trl(name, tiny_vlm, images, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-    source = SourceConfig(format="preferences", file=str(tmp_path / "pairs.jsonl"), images=str(pictures))
+    source = SourceConfig(format="preferences", file=str(tmp_path / "pairs.jsonl"), images=str(images))
     vlm = VLM(VLMModelConfig(path=str(tiny_vlm(name))))
     without_white_space(vlm.rows.processor, MODELS[name])
     config = VLAdapterConfig.model_validate({"rank": 2, "parts": [f"re:{TARGETS}"]})
@@ -47,7 +47,7 @@ def test_losses_margins_and_gradients_are_those_of_trl(name, tiny_vlm, pictures,
     assert ours.keys() == names.keys()
     set_values({parameter: ours[parameter] for parameter in names})
     table = open_table(source, tmp_path / "tables", on_bad_data="stop")
-    batch = pairs_of(vlm, "preference", list(table), str(pictures), "stop")
+    batch = pairs_of(vlm, "preference", list(table), str(images), "stop")
     for label, settings in SETTINGS.items():
         theirs = THEIRS[name][label]
         preferences = Preferences(vlm, PreferenceConfig(**settings), without_adapters(vlm))

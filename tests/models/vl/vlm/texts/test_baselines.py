@@ -8,9 +8,9 @@ import torch
 import yaml
 
 from dora_mm.adapting.files import load_trained
-from dora_mm.adapting.networks import BESIDE
+from dora_mm.adapting.networks import METHOD_MODULES
 from dora_mm.cli import main
-from dora_mm.config.adapter import BESIDE_WEIGHTS
+from dora_mm.config.adapter import EXTRA_WEIGHT_MODULES
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.models.vl.vlm.family import VLM
 from tests.shared.data.text_rows import BALL, BOXES, write_texts
@@ -20,7 +20,7 @@ SERIES_OR_PARALLEL = "holds series or parallel adapters, not LoRA or DoRA: dora-
 
 
 def test_every_method_of_the_config_has_its_module():
-    assert tuple(BESIDE) == BESIDE_WEIGHTS
+    assert tuple(METHOD_MODULES) == EXTRA_WEIGHT_MODULES
 
 
 @pytest.mark.parametrize(

@@ -83,10 +83,10 @@ def test_loss_and_gradient_are_those_of_peft(name, open_model):
 def test_answers_are_the_likeliest_tokens_and_do_not_depend_on_the_batch(name, open_model):
     vlm = open_model(name)
     prefixed(vlm)
-    row = vlm.questions.row("chat", BALL, None, None)
+    row = vlm.prompts.row("chat", BALL, None, None)
     ids = row.inputs["input_ids"]
-    inputs, _ = vlm.questions.collate([row])
-    answer = vlm.network.generate(inputs, VLMAnswers(vlm.questions, vlm.network).settings(5, 1))
+    inputs, _ = vlm.prompts.collate([row])
+    answer = vlm.network.generate(inputs, VLMAnswers(vlm.prompts, vlm.network).settings(5, 1))
     for token in answer[0]:
         assert int(vlm.model(input_ids=ids, use_cache=False).logits[0, -1].argmax()) == int(token)
         ids = torch.cat([ids, token[None, None]], 1)

@@ -1,0 +1,263 @@
+"""The configs of drawing pictures (jobs, grids, the sheets of a training) and of scoring them. See schema.py."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
+
+from dora_mm.config.latest import numbered_adapters
+from dora_mm.config.models import ModelConfig
+from dora_mm.config.schema import (
+    AdapterPath,
+    Backend,
+    Count,
+    InputPath,
+    Items,
+    ModelPath,
+    NonNegative,
+    OutputFolder,
+    PipelineConfig,
+    Section,
+    Seed,
+    Text,
+    raise_problems,
+)
+
+WITHOUT_GUIDANCE = 1.0  # up to this scale of guidance the negative prompt is not looked at, by any family
+LARGEST_SIZE = 8192  # pixels of a side
+
+
+def _checked_size(size: int) -> int:
+    if size % 8 or not 16 <= size <= LARGEST_SIZE:
+        raise ValueError(f"must be a multiple of 8 from 16 to {LARGEST_SIZE}, got {size}")
+    return size
+
+
+PixelSize = Annotated[int, AfterValidator(_checked_size)]  # SDXL's VAE maps 8 x 8 pixels to one latent
+NumSteps = Annotated[int, Field(gt=0, le=10_000)]  # of a scheduler; those of training are 1,000
+Rescale = Annotated[float, Field(ge=0, le=1)]  # how much of the contrast that guidance adds is taken back
+
+
+class ContactSheetConfig(Section):
+    """The images that a training run samples."""
+
+    prompts: Items[Text] = ()  # empty: no images
+    negative_prompt: str | None = None  # null: none
+    seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one image per prompt and seed
+    every: Count = 0  # optimizer steps between sheets; 0: only at the end
+    steps: NumSteps = 25  # denoising steps
+    guidance: NonNegative = 5.0  # classifier-free guidance scale
+    guidance_rescale: Rescale = 0.0  # against the contrast that guidance adds; 0.7 for zero terminal SNR
+    batch_size: PositiveInt = 1  # images per batch
+
+    @model_validator(mode="after")
+    def _guidance_has_an_effect(self) -> "ContactSheetConfig":
+        for key in ("negative_prompt", "guidance_rescale") if self.guidance <= WITHOUT_GUIDANCE else ():
+            if getattr(self, key) not in (None, 0.0):
+                raise ValueError(f"{key} has no effect at guidance {self.guidance:g}: leave it out")
+        return self
+
+
+class SampleConfig(ContactSheetConfig):
+    """The images of a training, beside those of the base model."""
+
+    before_after: bool = True  # sheets also show images of the base model without the adapter
+
+
+class AdapterChoice(Section):
+    """An adapter that is there, and how much of it counts."""
+
+    path: AdapterPath  # the adapter file, its folder or a run
+    # Scales the update: 0 is the base model, 1 the trained one. Or by part and block: {unet.down: 0.5, text_encoder: 0}
+    strength: float | dict[str, float] = 1.0
+
+
+class MemoryConfig(Section):
+    """What pictures take less memory with, and more time."""
+
+    # Where the weights wait: model: in main memory, but for the network that runs; layers: but for the layer that runs
+    offload: Literal["none", "model", "layers"] = "none"
+    vae_tiling: bool = False  # the VAE decodes one picture at a time, in overlapping tiles of 512 pixels
+    attention_slicing: bool = False  # attention in two steps; only where torch has no fused attention (Apple's MPS)
+
+
+SchedulerName = Literal[
+    "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "dpmpp_2m_sde_karras", "unipc", "ddim", "lcm"
+]  # the names in models/schedulers.py
+
+
+PromptSyntax = Literal["plain", "a1111"]
+
+
+class ImageGenerationConfig(PipelineConfig):
+    """What all pipelines share that draw pictures for prompts."""
+
+    changeable: ClassVar[tuple[str, ...] | None] = None  # every picture is compared with what it should be
+    output: OutputFolder | None = None  # the run directory; one of the same pipeline goes on; null: runs/<name>/<NNN>
+    backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
+    model: ModelConfig | None = None  # null: the model that the adapter's file names; without adapter the embedded one
+    memory: MemoryConfig = MemoryConfig()
+    adapter: AdapterChoice | None = None  # null: the base model
+    # plain: prompts are text; a1111: with weights such as (word:1.3), alternatives {a|b} by seed, and BREAK
+    prompt_syntax: PromptSyntax = "plain"
+    # Left out, these four are those of the sheets of the adapter's training, where its file says them
+    negative_prompt: str | None = None  # null: none
+    steps: NumSteps = 25  # denoising steps
+    guidance: NonNegative = 5.0  # classifier-free guidance scale
+    guidance_rescale: Rescale = 0.0  # against the contrast that guidance adds; 0.7 for zero terminal SNR
+    scheduler: SchedulerName | None = None  # null: the model's own
+    height: PixelSize | None = None  # pixels; null: the model's native size
+    width: PixelSize | None = None  # pixels; null: the model's native size
+    batch_size: PositiveInt = 1  # images per batch
+
+
+class BatchGenerationConfig(ImageGenerationConfig):
+    """A job of pictures: prompts or a file of rows, each with all seeds and strengths."""
+
+    command: ClassVar[str] = "sample"
+    pipeline: Literal["sample"]
+    prompts: Items[Text] = ()
+    prompts_file: InputPath | None = None  # .csv, .tsv, .xlsx, .jsonl or .txt, a column per setting; replaces `prompts`
+    seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one image per prompt and seed
+    # One image for each; they multiply the adapter's. null: 1, and images without adapter are those of the bare model
+    strengths: Annotated[Items[float], Field(min_length=1)] | None = None
+    contact_sheet: bool = True  # whether to save labelled sheets of all images
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> "BatchGenerationConfig":
+        problems = []
+        if not self.prompts and self.prompts_file is None:
+            problems.append("give prompts or prompts_file")
+        return raise_problems(self, problems)
+
+
+AxisName = Literal["prompt", "seed", "strength", "adapter", "checkpoint", "scheduler", "steps", "guidance", "size"]
+
+
+class Axis(Section):
+    """What differs from one row or column of a grid to the next."""
+
+    name: AxisName  # size: 1024 or 832x1216; checkpoint: a step of the run that adapter.path names
+    values: Items[str | int | float] = ()  # empty, for checkpoint alone: all that the run has kept
+
+    @model_validator(mode="before")
+    @classmethod
+    def _latest_runs_have_their_number(cls, values: Any) -> Any:
+        given = values.get("values") if isinstance(values, dict) and values.get("name") == "adapter" else None
+        if not isinstance(given, list):
+            return values
+        return {**values, "values": [numbered_adapters(each) if isinstance(each, str) else each for each in given]}
+
+
+class GridConfig(ImageGenerationConfig):
+    """A table of pictures over the values of one or two settings."""
+
+    command: ClassVar[str] = "grid"
+    pipeline: Literal["grid"]
+    prompt: Text | None = None  # null: an axis has the prompts
+    seed: Seed = 0
+    rows: Axis | None = None  # null: one row
+    columns: Axis
+    without_adapter: bool = True  # whether the first column is drawn without adapter
+
+    @model_validator(mode="after")
+    def _axes_agree(self) -> "GridConfig":
+        names = [axis.name for axis in (self.rows, self.columns) if axis]
+        problems = []
+        if len(set(names)) < len(names):
+            problems.append(f"rows and columns are both {names[0]}")
+        if ("prompt" in names) == (self.prompt is not None):
+            problems.append("give either prompt or an axis of prompts")
+        if "adapter" in names and (self.adapter or "checkpoint" in names):
+            problems.append("an axis of adapters needs no adapter and no axis of checkpoints")
+        if {"strength", "checkpoint"} & set(names) and not self.adapter and "adapter" not in names:
+            problems.append("an axis of strengths or checkpoints needs an adapter")
+        for key, axis in (("rows", self.rows), ("columns", self.columns)):
+            if axis and not axis.values and axis.name != "checkpoint":
+                problems.append(f"{key}.values is empty")
+        return raise_problems(self, problems)
+
+
+# --- pictures that are scored ---------------------------------------------------------------------------------------
+
+
+class RoleConfig(Section):
+    """Which of the judge's concepts are drawn."""
+
+    role: Literal["report", "tune", "icon3d", "lego", "all"] = "report"  # report: in no training set
+    # How many concepts, evenly spaced over the list; null: all of the role. At least three: a concept held out of three
+    # leaves two, the fewest that have a covariance.
+    count: Annotated[int, Field(ge=3)] | None = 40
+
+
+class ConceptChoice(RoleConfig):
+    """Which of the judge's concepts are drawn, and with which seeds."""
+
+    seeds: Annotated[Items[Seed], Field(min_length=1)] = (0, 1, 2)  # one image per concept and seed
+
+
+class ImageSamplingConfig(Section):
+    """How pictures are drawn that are scored."""
+
+    steps: NumSteps = 20  # denoising steps
+    guidance: NonNegative = 5.0  # classifier-free guidance scale
+    guidance_rescale: Rescale = 0.0  # against the contrast that guidance adds; 0.7 for zero terminal SNR
+    negative_prompt: str | None = None  # null: none
+    batch_size: PositiveInt = 16  # images per batch
+
+
+class ClipConfig(Section):
+    """CLIP similarity, with weights that the user supplies."""
+
+    path: Text  # a folder with an open_clip config and weights, or a hub name
+    text: Text = "a picture of {thing}"  # the text that an image is compared with
+    images: InputPath | None = None  # a folder of images in the target style; null: no image similarity
+
+
+ClassifiedStyle = Literal["flat", "3d", "brick"]
+
+
+class EvalDiffusionConfig(PipelineConfig):
+    """Pictures of things that no adapter was trained on, and the scores that the judge gives them."""
+
+    command: ClassVar[str] = "eval"
+    pipeline: Literal["eval_diffusion"]
+    output: OutputFolder | None = None  # the run directory; the same evaluation goes on in it; null: runs/<name>/<NNN>
+    model: ModelConfig
+    adapter: AdapterChoice | None = None  # null: only the base model
+    classifier: InputPath  # the folder of a fitted judge
+    style: ClassifiedStyle  # the target style
+    prompt: Text  # asks for the target style; {thing} is replaced by the concept
+    flat_prompt: Text = "a flat icon of {thing}"  # asks for the style that the base model knows
+    concepts: ConceptChoice = ConceptChoice()
+    sampling: ImageSamplingConfig = ImageSamplingConfig()
+    clip: ClipConfig | None = None  # null: no CLIP similarity
+
+    @model_validator(mode="after")
+    def _prompts_name_the_thing(self) -> "EvalDiffusionConfig":
+        problems = check_templates(prompt=self.prompt, flat_prompt=self.flat_prompt)
+        return raise_problems(self, problems + (check_templates(**{"clip.text": self.clip.text}) if self.clip else []))
+
+
+class EvalStyleConfig(ImageGenerationConfig):
+    """Pictures by the bare model and an adapter, and how like the training pictures they are."""
+
+    command: ClassVar[str] = "eval"
+    pipeline: Literal["eval_style"]
+    adapter: AdapterChoice  # pyright: ignore[reportGeneralTypeIssues]  (without a default: here it is required)
+    images: InputPath | None = None  # the pictures of the style; null: those that the adapter was trained on
+    prompts: Items[Text] = ()  # in the style; empty: those of the training, and some in the words of its captions
+    prompts_without_style: Items[Text] = ()  # that do not ask for the style; empty: six things
+    seeds: Annotated[Items[Seed], Field(min_length=1)] = (0, 1)  # one image per prompt and seed
+    clip_model: ModelPath | None = None  # a folder or hub name of open_clip; null: the embedded encoder
+    timm_model: ModelPath | None = None  # a folder or hub name of timm, such as of DINOv2, instead; null: none
+
+    @model_validator(mode="after")
+    def _has_one_encoder(self) -> "EvalStyleConfig":
+        if self.clip_model and self.timm_model:
+            raise ValueError("give either clip_model or timm_model")
+        return self
+
+
+def check_templates(**templates: str) -> list[str]:
+    """Finds prompts, given by their config keys, that lack {thing}; one message per problem."""
+    return [f"{key} must contain {{thing}} once" for key, text in templates.items() if text.count("{thing}") != 1]

@@ -1,0 +1,55 @@
+"""What a person reads after a conversion."""
+
+from __future__ import annotations
+
+from dora_mm.formats.commands.convert import Conversion
+from dora_mm.formats.commands.export_check import ToolErrors
+from dora_mm.formats.commands.extras import named
+from dora_mm.formats.commands.inspection import misreaders
+from dora_mm.utils.tables import aligned_columns
+
+SHOWN = 5  # modules whose errors are named
+
+
+def conversion_text(done: Conversion, to: str) -> str:
+    """The files, what has to be known of them, and what the tools compute from them.
+
+    Args:
+        done: What was written.
+        to: The export format.
+    """
+    lines = [f"written  {file}, {done.num_modules} modules" for file in done.files]
+    if done.ranks:
+        low, middle, high = done.ranks[0], done.ranks[len(done.ranks) // 2], done.ranks[-1]
+        lines.append(f"rank     {low}" if low == high else f"rank     {low} to {high}, {middle} in the middle")
+    if done.left_out:
+        lines.append(f"left out {named(done.left_out)}")
+    if done.usage:
+        lines.append(f"use      {done.usage}")
+    if others := misreaders(done.files[0], to):
+        lines.append(f"not for  {others}")
+    if done.errors:
+        lines += ["", table(done)]
+        worst = max(done.errors, key=lambda errors: errors.overall)
+        if done.ranks or worst.overall > 1e-2:
+            lines += ["", worst_modules(worst)]
+    return "\n".join(lines)
+
+
+def table(done: Conversion) -> str:
+    """The errors of every tool, by strength; of several strengths only where a tool has them."""
+    others = [t for errors in done.errors for t in errors.at] if done.on_base else []  # they depend on the base
+    strengths = sorted({1.0, *others})
+    rows = [("error with", *(f"strength {t:g}" for t in strengths))]
+    for errors in done.errors:
+        found = {1.0: errors.overall, **errors.at}
+        rows.append((errors.tool, *(f"{found[t]:.1e}" if t in found else "-" for t in strengths)))
+    where = "of the update on the base model" if done.on_base else "of the update, on random weights: no --base"
+    return f"{aligned_columns(rows, num_text=1)}\n({where})"
+
+
+def worst_modules(errors: ToolErrors) -> str:
+    """The modules with the largest errors."""
+    worst = sorted(errors.layers.items(), key=lambda item: -item[1])[:SHOWN]
+    rows = [("largest errors", ""), *((module, f"{error:.1e}") for module, error in worst)]
+    return aligned_columns(rows, num_text=1)

@@ -1,0 +1,236 @@
+"""dora-mm new: a config that fits one's own pictures or questions, and trains as it is; dora-mm configs."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dora_mm.cli import main
+from dora_mm.config import load_config
+from dora_mm.config.images import MaskConfig
+from dora_mm.config.models import starts
+from dora_mm.data.images.folder import read_training_images
+from dora_mm.preview import machine
+from dora_mm.preview.machine import GPUInfo
+from tests.documented.texts import ROOT, configs
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_images(names, captions=()):
+    for number, name in enumerate(names):
+        path = Path("my images", name)
+        path.parent.mkdir(exist_ok=True)
+        Image.new("CMYK" if name.endswith(".jpg") else "RGB", (80 + 9 * number, 64), number).save(path)
+        if number < len(captions):
+            path.with_suffix(".txt").write_text(captions[number])
+
+
+def made(name: str, *arguments: str, family: str = "sdxl"):
+    assert main(["new", family, name, *arguments]) == 0
+    return load_config(f"{name}.yaml")
+
+
+def test_a_style_from_captioned_images_of_several_formats(here, capsys):
+    captions = [f"a sks2 drawing of a {thing} at night" for thing in ("bus", "cat", "key")]
+    write_images(["a.png", "b.jpg", "c.webp"], captions)
+    config = made("style", "--images", "my images")
+    printed = capsys.readouterr().out
+    assert (config.data.placeholder, config.data.instance_prompt) == ("sks2", None)
+    assert config.train.steps == 150  # 1000 are for 23 pictures and more
+    assert Path("style_prompts.txt").read_text().split("\n")[0] == "a sks2 drawing of a lighthouse at night"
+    assert "trigger   sks2" in printed
+    assert "3 from <name>.txt" in printed
+    assert "hf download stabilityai/stable-diffusion-xl-base-1.0" in printed
+    commands = [line.partition("  #")[0].strip() for line in printed.splitlines() if line.startswith("  dora-mm")]
+    assert [shlex.split(command)[1:3] for command in commands] == [
+        ["train", "style.yaml"],
+        ["sample", "style_prompts.txt"],
+        ["gallery", "runs/style_prompts/001"],
+    ]
+    text = Path("style.yaml").read_text()
+    assert text.startswith("# dora-mm train style.yaml\n#\n# A style from 3 pictures in my images")
+    assert "# multiplies the learning rate" in text  # the recipe's comments
+    assert config.sample.prompts == ()  # the recipe for 12 GB draws no sheets
+
+
+def test_a_large_folder_has_a_limit_of_steps_and_of_what_a_stop_can_lose(here, capsys):
+    Path("many").mkdir()
+    for number in range(640):
+        Image.new("RGB", (16, 16), number).save(f"many/{number}.bmp")
+    train = made("large", "--images", "many").train
+    assert (train.steps, train.checkpoint_every) == (10_000, 250)
+    assert "steps     10,000, where 10,500 would show each of the 640 pictures as often" in capsys.readouterr().out
+
+
+def test_images_without_captions_get_a_word(here, capsys):
+    write_images(["a.png", "b.png"])
+    config = made("plain", "--images", "my images")
+    assert config.data.instance_prompt == "a picture in the style of TOK"
+    assert config.data.placeholder == "TOK"
+    assert "TOK" in Path("plain_prompts.txt").read_text()
+    capsys.readouterr()
+    write_images(["c.png", "d.png"], ["a hat", "two cats"])
+    mixed = made("mixed", "--images", "my images")
+    assert (mixed.data.placeholder, mixed.data.instance_prompt) == (None, "a picture")
+    assert "No word is in all captions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", [".mask.png", "-masklabel.png"])
+def test_masks_are_told_from_images_and_used(here, capsys, caplog, ending):
+    """OneTrainer's were counted as pictures, and trained on under the style's prompt."""
+    write_images(["a.png", "b.jpg", "c.webp"])
+    for name, size in (("a", (80, 64)), ("c", (98, 64))):
+        Image.new("L", size, 255).save(f"my images/{name}{ending}")
+    Image.new("L", (80, 64), 255).save("my images/a-condlabel.png")
+    config = made("masked", "--images", "my images")
+    assert config.data.mask == MaskConfig()
+    assert [bool(image.mask) for image in read_training_images(config.data)] == [True, False, True]
+    printed = capsys.readouterr().out
+    assert "pictures  3 in my images" in printed
+    assert f"masks     2 of 3 (NAME{ending}), floor 0.1: data.mask; null trains on all of each picture" in printed
+    assert "1 image (a-condlabel.png) is what OneTrainer or ai-toolkit conditions on, and not used" in caplog.text
+    assert main(["train", "masked.yaml", "--dry-run", "--set", "data.mask=null"]) == 2  # SDXL is not here
+    assert f"masks     2 of 3 (NAME{ending}), not used: data.mask={{}} uses them" in capsys.readouterr().out
+    Image.new("L", (80, 64), 255).save(f"my images/gone{ending}")
+    assert main(["new", "sdxl", "other", "--images", "my images"]) == 2
+    assert f"1 image (gone{ending}) is the mask of no image" in capsys.readouterr().err
+    assert not Path("other.yaml").exists()
+
+
+def test_a_small_model_gets_the_recipe_of_one(here, tiny_folder, capsys):
+    write_images(["a.png", "b.jpg"], ["a sks bus", "a sks cat"])
+    config = made("small", "--images", "my images", "--model", str(tiny_folder))
+    assert config.model.path == str(tiny_folder)
+    assert (config.data.resolution, len(config.sample.prompts)) == (128, 4)
+    assert [image.caption for image in read_training_images(config.data)] == ["a sks bus", "a sks cat"]
+    assert "is not on this machine" not in capsys.readouterr().out
+
+
+def test_the_recipe_is_that_of_the_gpu(here, monkeypatch):
+    write_images(["a.png"], ["a sks bus"])
+    for memory, sheets in ((23.6, True), (15.8, True), (11.6, False), (6.0, False)):
+        monkeypatch.setattr(machine, "gpus", lambda memory=memory: [GPUInfo("a card", memory, "bf16")])
+        config = made(f"style{int(memory)}", "--images", "my images")
+        assert (config.train.batch_size, bool(config.sample.prompts)) == (1, sheets)
+        assert config.train.gradient_checkpointing == (memory < 20)
+    assert config.adapter.cache == "norms"
+    assert (config.model.dtype, config.train.mixed_precision) == ("bfloat16", "bf16")
+    monkeypatch.setattr(machine, "gpus", lambda: [GPUInfo("an older card", 15.8, "fp16")])
+    config = made("older", "--images", "my images")
+    assert (config.model.dtype, config.train.mixed_precision) == ("float16", "fp16")
+
+
+def test_questions(here, capsys):
+    write_images(["a.png"])
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A bus."}]
+    Path("my.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}] * 30))
+    config = made("qa", "--data", "my.json", "--images", "my images", family="vlm")
+    assert (config.data.train.file, config.data.train.images) == ("my.json", "my images")
+    assert "connector" in config.adapter.parts
+    assert (config.train.epochs, config.model.dtype) == (3, "float32")
+    printed = capsys.readouterr().out
+    assert "30 rows of my.json, LLaVA" in printed
+    assert "dora-mm ask HuggingFaceTB/SmolVLM-256M-Instruct IMAGE QUESTION --adapter runs/qa/001" in printed
+    other = made("other", "--data", "my.json", "--images", "my images", "--model", "google/gemma-3-4b-it", family="vlm")
+    assert other.model.path == "google/gemma-3-4b-it"
+
+
+def test_questions_without_images(here, capsys):
+    turns = [{"from": "human", "value": "What is red?"}, {"from": "gpt", "value": "A bus."}]
+    rows = [{"conversations": turns}] * 3
+    Path("texts.json").write_text(json.dumps(rows))
+    config = made("texts", "--data", "texts.json", family="vlm")
+    assert (config.data.train.file, config.data.train.images) == ("texts.json", None)
+    assert not config.adapter.parts  # the model's default ones
+    printed = capsys.readouterr().out
+    assert "no row has an image" in printed
+    assert "dora-mm ask HuggingFaceTB/SmolVLM-256M-Instruct QUESTION --adapter runs/texts/001" in printed
+    assert "images in" not in Path("texts.yaml").read_text().partition("pipeline:")[0]
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A bus."}]
+    Path("texts.json").write_text(json.dumps([*rows, {"image": "a.png", "conversations": turns}]))
+    assert main(["new", "vlm", "some", "--data", "texts.json"]) == 2
+    assert "--images is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpu", [None, GPUInfo("a large card", 80.0, "bf16")])
+def test_questions_for_a_language_model(here, tiny_vlm, gpu, monkeypatch):
+    """It has no connector, which the recipe without a card trains, and no images, which that of a large card limits."""
+    monkeypatch.setattr(machine, "gpus", lambda: [gpu] if gpu else [])
+    turns = [[{"from": "human", "value": f"What is {n}?"}, {"from": "gpt", "value": "A bus."}] for n in range(30)]
+    Path("texts.json").write_text(json.dumps([{"conversations": each} for each in turns]))
+    config = made("lm", "--data", "texts.json", "--model", str(tiny_vlm("qwen2")), family="vlm")
+    assert not config.adapter.parts
+    assert main(["train", "lm.yaml", "--dry-run", "--set", "model.dtype=float32", "train.mixed_precision=no"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["sdlx", "a", "--images", "my images"], "did you mean 'sdxl'"),
+        (["sdxl", "a"], "--images is missing"),
+        (["sdxl", "a", "--images", "elsewhere"], "--images: elsewhere does not exist"),
+        (["sdxl", "a b", "--images", "my images"], "NAME a b"),
+        (["sdxl", "there", "--images", "my images"], "there_prompts.txt exists already"),
+        (["vlm", "a", "--images", "my images"], "--data is missing"),
+        (["sdxl", "a", "--images", "my images", "--model", "no.safetensors"], "--model: no.safetensors does not exist"),
+    ],
+)
+def test_refusals_write_nothing(here, capsys, arguments, named):
+    write_images(["a.png"])
+    Path("there_prompts.txt").touch()
+    before = sorted(here.rglob("*"))
+    assert main(["new", *arguments]) == 2
+    assert named in capsys.readouterr().err
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_model_that_train_refuses_is_refused(here, tiny_folder, capsys):
+    write_images(["a.png"])
+    given = ["a", "--images", "my images", "--model"]
+    assert main(["new", "z_image", *given, str(tiny_folder)]) == 2
+    assert f"--model: {tiny_folder} is of the family sdxl: dora-mm new sdxl" in capsys.readouterr().err
+    Path("edit").mkdir()
+    Path("edit", "model_index.json").write_text('{"_class_name": "QwenImageEditPlusPipeline"}')
+    assert main(["new", "qwen_image", *given, "edit"]) == 2
+    assert "is a QwenImageEditPlusPipeline, which is no family of image models here" in capsys.readouterr().err
+    assert not Path("a.yaml").exists()
+
+
+def test_a_kill_between_the_two_files_is_repeated(here):
+    write_images(["a.png"], ["a sks drawing"])
+    made("style", "--images", "my images")
+    Path("style.yaml").unlink()  # the last to appear
+    assert made("style", "--images", "my images").train.steps
+    assert main(["new", "sdxl", "style", "--images", "my images"]) == 2
+    assert not list(here.glob(".*"))
+
+
+def test_every_start_is_a_packaged_config_and_all_of_them_are_listed(here, capsys):
+    assert main(["configs"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("configs/")]
+    assert listed == [str(path.relative_to(ROOT)) for path in configs()]
+    assert {recipe for recipes in starts().values() for recipe in recipes.values()} <= set(listed)
+
+
+def test_the_refusal_of_a_placeholder_names_the_keys_that_solve_it(here, tiny_folder, capsys):
+    write_images(["a.png"], ["a bus"])
+    style = ["configs/sdxl/tiny_3d_icon.yaml", "--set", "data.folder=my images", f"model.path={tiny_folder}"]
+    assert main(["train", *style]) == 2
+    message = capsys.readouterr().err
+    assert "data.placeholder" in message
+    assert "data.instance_prompt" in message
+
+
+def test_a_job_without_a_model_asks_for_one(here, capsys):
+    Path("jobs.txt").write_text("a bus\n")
+    assert main(["sample", "jobs.txt"]) == 2
+    assert "--set model.path=MODEL" in capsys.readouterr().err
+    assert main(["train", "configs/sdxl/3d_ikon.yaml"]) == 2
+    assert "dora-mm configs" in capsys.readouterr().err
