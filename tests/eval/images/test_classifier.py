@@ -95,11 +95,11 @@ def test_a_folder_without_a_valid_classifier_is_named(classifier, tmp_path):
         Classifier.load(tmp_path / "nowhere")
     classifier.save(tmp_path)
     (tmp_path / "judge.json").write_text("{}")
-    with pytest.raises(ValueError, match=rf"classifier: {tmp_path} contains no valid judge.*fit one"):
+    with pytest.raises(ValueError, match=rf"classifier: {tmp_path} contains no valid classifier.*fit one"):
         Classifier.load(tmp_path)
     classifier.save(tmp_path)
     (tmp_path / "judge.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match=rf"classifier: {tmp_path} contains no valid judge.*fit one"):
+    with pytest.raises(ValueError, match=rf"classifier: {tmp_path} contains no valid classifier.*fit one"):
         Classifier.load(tmp_path)
 
 

@@ -1,6 +1,6 @@
 """Runs a job of pictures whole; and again in forked processes that are killed, each at another point, then to its end.
 
-python -m tests.pipelines.images.killed_job NUMBERS JOBS ARGUMENT...    NUMBERS of POINTS: 0,2,5
+python -m tests.pipelines.images.killed_generation NUMBERS JOBS ARGUMENT...    NUMBERS of POINTS: 0,2,5
 """
 
 import os

@@ -1,6 +1,6 @@
 """Runs a command in one process; and again in processes of torchrun that are killed at random moments, then to its end.
 
-python -m tests.pipelines.images.shared_job KILLS RECIPE COMMAND ARGUMENT...
+python -m tests.pipelines.images.shared_generation KILLS RECIPE COMMAND ARGUMENT...
 
 The agent of torchrun forks the processes here, from one that has imported everything: a new interpreter takes seconds.
 Prints how often some pictures were there at that moment, but not all.

@@ -554,7 +554,7 @@ def test_a_job_that_is_killed_ends_with_the_same_files(style, tmp_path):
     settings = ["--set", f"adapter.path={style}", "steps=2", "batch_size=4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.pipelines.images.killed_job", points, "jobs.csv", *settings],
+        [sys.executable, "-m", "tests.pipelines.images.killed_generation", points, "jobs.csv", *settings],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

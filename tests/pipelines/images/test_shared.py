@@ -23,7 +23,7 @@ def python(folder, *arguments):
 
 def share(folder, kills, recipe, *command):
     """The files of a run that one process has drawn, and of one that was shared, and killed that many times."""
-    done = python(folder, "tests.pipelines.images.shared_job", kills, recipe, *command)
+    done = python(folder, "tests.pipelines.images.shared_generation", kills, recipe, *command)
     assert done.returncode == 0, done.stderr[-5000:]
     (between,) = [int(line) for line in done.stdout.splitlines() if line.isdecimal()]
     return content(folder / "whole"), content(folder / "shared"), between

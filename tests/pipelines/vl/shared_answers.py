@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import transformers  # noqa: F401
-from tests.pipelines.images.shared_generation import SHARED, WHOLE, Death, launch
 
 from dora_mm.recipes import PIPELINES
+from tests.pipelines.images.shared_generation import SHARED, WHOLE, Death, launch
 
 
 def num_answers(run: Path = SHARED) -> int:

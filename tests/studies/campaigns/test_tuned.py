@@ -109,7 +109,7 @@ def test_ranks_of_parts_would_hide_those_that_are_tried(file):
         ({}, ["--rates", "1e-3"], "one rate at one rank leaves nothing to choose"),
         ({}, ["--rates", "1e-3", "1e-3"], "rates names a rate twice"),
         ({}, ["--selection-metric", "held_out", "--clip-model", "samples"], "clip_model has no effect"),
-        ({}, ["--selection-metric", "held_out"], "holds no pictures out: --set data.valid.share=0.1"),
+        ({}, ["--selection-metric", "held_out"], "holds no images out: --set data.valid.share=0.1"),
         ({}, ["--set", "adapter.method=magnitude", "--ranks", "2", "4"], "adapter.method magnitude has no rank"),
         ({}, ["--set", "optimiser.lr=1"], "did you mean 'optimizer'"),
     ],
