@@ -140,10 +140,10 @@ def band(log2_rates: np.ndarray, means_NR: np.ndarray, depth: float) -> np.ndarr
     return np.stack([ends(-1), ends(1)])
 
 
-def resampled_means(cells_KR: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Bootstrap resamples of the mean over things, (N, R); equal things and seeds give paired resamples."""
+def resampled_means(cells_KR: np.ndarray) -> np.ndarray:
+    """Bootstrap resamples of the mean over things, (N, R); equal things give paired resamples."""
     num_things = len(cells_KR)
-    counts = np.random.default_rng(seed).multinomial(num_things, np.full(num_things, 1 / num_things), NUM_RESAMPLES)
+    counts = np.random.default_rng(0).multinomial(num_things, np.full(num_things, 1 / num_things), NUM_RESAMPLES)
     return counts / num_things @ cells_KR
 
 

@@ -1,4 +1,7 @@
-"""JSON of any length, one value of a list or an object at a time: each of bounded size and depth."""
+"""JSON of any length, one value of a list or an object at a time: each of bounded size and depth.
+
+ijson has no bounds: it builds a row of any size, nested as deeply as the file says.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 The lock (`flock`) counts on its machine, and on others where the file system has locks for all of them. For machines
 that do not see it there is the file: it names the writer, which touches it every 10 s. The number of its process is for
-people: in another container it means another process, or none.
+people: in another container it means another process, or none. (filelock has no sign of life: without locks of the file
+system two machines would write to one folder.)
 """
 
 import json

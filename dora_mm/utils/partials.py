@@ -3,7 +3,7 @@
 A process locks what it writes (`flock`). The lock ends with the process, and all containers of a machine see it,
 whatever they call the process. Other machines may not see it (NFS has no locks of folders between them, and some
 network file systems have none of files): what another machine has left goes by its age, as all does where there are no
-locks.
+locks. (filelock locks a file beside the one that is written, which stays, and knows no ages.)
 """
 
 import functools

@@ -2,7 +2,8 @@
 
 A training computes in them together (`dora_mm.train.processes`). These need no more than a word of each other, so they
 form no process group: they meet in the store of keys that torchrun keeps. So one that waits can be interrupted, and
-another number of them can go on.
+another number of them can go on. accelerate needs that group, and divides work beforehand: here a process that is
+faster does more of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""How far work is that takes more than a few seconds: a bar in a terminal, elsewhere a line every ten seconds."""
+"""How far work is that takes more than a few seconds: a bar in a terminal, elsewhere a line every ten seconds.
+
+The bar is tqdm's, which elsewhere has no lines for a log, and shows nothing while a single item takes long.
+"""
 
 import logging
 import sys

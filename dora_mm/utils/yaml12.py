@@ -1,6 +1,8 @@
 """YAML with plain scalars by the rules of YAML 1.2, and with the line number and duplicates of keys.
 
-PyYAML follows YAML 1.1, where `no` is False, `1e-4` a string, `010` the number 8 and `2024-01-01` a date.
+PyYAML follows YAML 1.1, where `no` is False, `1e-4` a string, `010` the number 8 and `2024-01-01` a date. ruamel.yaml
+reads 1.2, but takes aliases and tags, writes what 1.1 reads as another type, and changes more of an edited document
+than its values.
 """
 
 import re

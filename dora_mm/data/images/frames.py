@@ -121,13 +121,13 @@ def check_video(path: str | Path) -> None:
         _check_end(container, container.streams.video[0], last[0][1])
 
 
-def stills(path: str | Path, count: int = 4) -> list[Image.Image]:
-    """A few frames of a video, to look at.
+def stills(path: str | Path) -> list[Image.Image]:
+    """Four frames of a video, to look at.
 
     Raises:
         ValueError: As `load_video`.
     """
-    return [Image.fromarray(frame) for frame in load_video(path, float(count), count).frames]
+    return [Image.fromarray(frame) for frame in load_video(path, 4.0, 4).frames]
 
 
 def _timed(container: Any) -> Iterator[tuple[float, Any]]:

@@ -17,23 +17,22 @@ class TimmEncoder:
     Args:
         path: A local folder as timm saves it (config.json and model.safetensors), or a hub name (`owner/name`).
         device: Where the model runs.
-        key: The config key that names it, for messages.
 
     Raises:
         ValueError: The folder contains no model of timm, or the hub cannot be reached.
     """
 
-    def __init__(self, path: str, device: str | torch.device = "cpu", key: str = "timm_model"):
+    def __init__(self, path: str, device: str | torch.device = "cpu"):
         import timm
         from timm.data import create_transform, resolve_model_data_config
 
         is_folder = Path(path).is_dir()
         if is_folder and not any(Path(path).glob("*.safetensors")):
             raise ValueError(
-                f"{key}: {path} contains no weights (model.safetensors): name a folder that timm has saved"
+                f"timm_model: {path} contains no weights (model.safetensors): name a folder that timm has saved"
             )
         self.device = torch.device(device)
-        with opening(path, f"{path} cannot be loaded", key=key):
+        with opening(path, f"{path} cannot be loaded", key="timm_model"):
             name = f"local-dir:{path}" if is_folder else f"hf-hub:{path}"
             self.model: Any = timm.create_model(name, pretrained=True, num_classes=0).to(self.device).eval()
         self.preprocess: Any = create_transform(**resolve_model_data_config(self.model), is_training=False)

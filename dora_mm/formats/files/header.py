@@ -1,7 +1,8 @@
 """The header of a safetensors file, which anybody may have written, parsed one member at a time.
 
 So memory holds its text and what it says about each tensor, whatever else a text of that length may hold: the json
-module builds all of it, and keeps the last of two members of one name.
+module builds all of it, and keeps the last of two members of one name. The safetensors library does so, too, and takes
+names that no module has: of any length, and with characters that a terminal obeys.
 """
 
 from __future__ import annotations

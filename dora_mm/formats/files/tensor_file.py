@@ -3,7 +3,8 @@
     8 bytes: the length of the header, little-endian | the header, JSON | the tensors' bytes, without gaps
 
 Memory holds one tensor, whatever the size of the file. The safetensors library does not tell where in the file a tensor
-is, which is needed to replace it in a copy, and sets other bounds.
+is, which is needed to replace it in a copy; and its process ends where a file becomes shorter while it is read (SIGBUS,
+since it maps the file into memory).
 """
 
 from __future__ import annotations

@@ -46,7 +46,6 @@ class RowLengths:
         tokens: The tokens of each before anything is cut (N,).
         image_tokens: How many of these stand for images (N,).
         tokens_read: How many of them the model reads (N,); 0 of a row that is left out.
-        image_tokens_read: How many of these stand for images (N,).
         exchanges_cut: How many whole exchanges, the last ones of a conversation, each loses (N,).
         loses_answer: Whether nothing of the answers is left of a row that is cut, which is left out (N,), bool.
         limit: The number of tokens that a row may have.
@@ -58,7 +57,6 @@ class RowLengths:
     tokens: np.ndarray
     image_tokens: np.ndarray
     tokens_read: np.ndarray
-    image_tokens_read: np.ndarray
     exchanges_cut: np.ndarray
     loses_answer: np.ndarray
     limit: int

@@ -49,6 +49,16 @@ def test_small_files_of_large_rows_are_one_sentence(tmp_path, column, options, r
         assert len(list(file_items(file))) == 1
 
 
+def test_a_row_group_may_unpack_to_more_than_its_pages_may(tmp_path):
+    """pyarrow says of a column only what all its pages unpack to, by which real files would be refused."""
+    file = tmp_path / "rows.parquet"
+    texts = [f"{number} " + "a" * 20_000 for number in range(1500)]
+    options = {"use_dictionary": False, "write_batch_size": 64}
+    pq.write_table(pa.table({"a": texts}), file, compression="zstd", **options)
+    assert pq.ParquetFile(file).metadata.row_group(0).total_byte_size > parquet.most_bytes(file)
+    assert [row["a"] for _, row in file_items(file)] == texts
+
+
 def test_rows_of_arrow_files_that_share_a_text(tmp_path):
     file = tmp_path / "rows.arrow"
     table = pa.table({"a": shared(500)})

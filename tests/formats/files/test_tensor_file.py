@@ -145,6 +145,17 @@ def test_values_that_are_not_finite_are_found_in_any_piece(tmp_path, monkeypatch
         assert (first_not_finite([(key, tensor)]) == key) == (key in expected)
 
 
+def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path):
+    """The library maps files into memory, and such a one ends its process (SIGBUS)."""
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({"x": torch.zeros(2**20)}, path)
+    file = TensorFile(path)
+    os.truncate(path, 4096)
+    for read in (lambda: file.read("x"), file.not_finite, lambda: list(file.data())):
+        with pytest.raises(ValueError, match="cannot be read: it ends too early"):
+            read()
+
+
 @pytest.mark.parametrize("name", ["x.bin", "x.ckpt", "x.pt", "x.pth", "x.pkl"])
 def test_pickles_are_refused(tmp_path, name):
     torch.save({"x": torch.zeros(2)}, tmp_path / name)

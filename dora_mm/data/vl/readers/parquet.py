@@ -1,4 +1,8 @@
-"""Record batches of Parquet files within bounds: pages and texts can hold a thousand times what they take in a file."""
+"""Record batches of Parquet files within bounds: pages and texts can hold a thousand times what they take in a file.
+
+The headers of pages are read here, since pyarrow says only what the pages of a column unpack to together, by which
+real files would be refused, and ends the process where the statistics of a footer are damaged.
+"""
 
 from __future__ import annotations
 

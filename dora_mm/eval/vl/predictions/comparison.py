@@ -10,6 +10,8 @@ from dora_mm.eval.vl.confidence_intervals import answer_scores, confidence_inter
 from dora_mm.eval.vl.metrics import score_row
 from dora_mm.utils.tables import markdown_table
 
+MOST_SHOWN = 10  # rows
+
 
 @dataclass(frozen=True)
 class Change:
@@ -83,7 +85,7 @@ def _changes(task: str, first: Predictions, second: Predictions) -> Iterator[Cha
             yield Change(example.id, before, after, (was, now))
 
 
-def comparison_report(found: PairedScores, names: tuple[str, str], shown: int = 10) -> str:
+def comparison_report(found: PairedScores, names: tuple[str, str]) -> str:
     """The comparison as Markdown."""
     better = sum(change.scores[1] > change.scores[0] for change in found.changes)
     answers, groups = found.num
@@ -97,8 +99,12 @@ def comparison_report(found: PairedScores, names: tuple[str, str], shown: int = 
         parts.append(markdown_table(["kind", "difference, points (95 %)", "rows"], cells))
     if found.changes:
         rows = [[c.id, _cell(c.before), _cell(c.after), f"{c.scores[0]:g} to {c.scores[1]:g}"] for c in found.changes]
-        heading = f"The first {shown} of {len(found.changes):,} changed rows" if len(rows) > shown else "Changed rows"
-        parts.append(f"{heading}:\n\n" + markdown_table(["id", names[0], names[1], "score"], rows[:shown]))
+        heading = (
+            f"The first {MOST_SHOWN} of {len(found.changes):,} changed rows"
+            if len(rows) > MOST_SHOWN
+            else "Changed rows"
+        )
+        parts.append(f"{heading}:\n\n" + markdown_table(["id", names[0], names[1], "score"], rows[:MOST_SHOWN]))
     return "\n\n".join(parts)
 
 

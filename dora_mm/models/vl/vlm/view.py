@@ -45,7 +45,6 @@ def row_lengths(
         tokens=numbers(row.length + row.num_cut for row in found),
         image_tokens=numbers(row.num_image_tokens + row.num_image_cut for row in found),
         tokens_read=numbers(row.length for row in found) * ~lost,
-        image_tokens_read=numbers(row.num_image_tokens for row in found) * ~lost,
         exchanges_cut=numbers(row.num_exchanges_cut for row in found),
         loses_answer=lost,
         limit=encoder.max_length,
