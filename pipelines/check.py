@@ -48,11 +48,11 @@ def without_gpu(torch_version: str) -> str:
     """Why there is no GPU, as far as it can be told."""
     if shutil.which("nvidia-smi") and "+cpu" in torch_version:
         return f"one that torch {torch_version} cannot use: install a build for it, {CUDA_BUILDS}"
-    return "none: small models and pictures of a few steps only; for full size see docs/install.md"
+    return "none: small models and images of a few steps only; for full size see docs/install.md"
 
 
 def recipe_line(recipes: Mapping[int, str], memory: float) -> str:
-    """The recipe that fits a card, or what it takes."""
+    """The recipe that fits a GPU, or what it takes."""
     from dora_mm.preview.machine import SPARE
 
     sizes = [size for size in recipes if size and size <= memory + SPARE]

@@ -1,4 +1,4 @@
-"""Compares the bare model, full fine-tuning, LoRA and DoRA (also at half the rank), on pictures or on questions.
+"""Compares the bare model, full fine-tuning, LoRA and DoRA (also at half the rank), on images or on questions.
 
 Every method at every rank gets its own learning rate: all candidates are trained once and scored on data for tuning;
 the best one is trained once per seed and scored on data that neither training nor tuning used. The training that won
@@ -20,9 +20,9 @@ from dora_mm.utils.lock import only_writer
 def main(config: CompareConfig, *, resume: Path | None = None, report: bool = False) -> None:
     """Runs what is missing of the comparison, and prints the table.
 
-    Writes to the folder `output`: table.md, results.csv and (pictures) sheet.png, with `curves` curves.csv and figures,
+    Writes to the folder `output`: table.md, results.csv and (images) sheet.png, with `curves` curves.csv and figures,
     the rows of all trainings in trainings.csv, or in `rows`; the trainings in runs/, their output in logs/,
-    and what was drawn or answered in pictures/ and scores/ or in answers/.
+    and what was generated or answered in pictures/ and scores/ or in answers/.
 
     Args:
         config: The config.

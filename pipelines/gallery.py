@@ -1,4 +1,4 @@
-"""dora-mm gallery: the pictures of finished runs on one page, to filter, sort and compare them in a browser."""
+"""dora-mm gallery: the images of finished runs on one page, to filter, sort and compare them in a browser."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,11 +33,11 @@ def main(runs: Sequence[Path], *, output: Path | None = None) -> None:
 
 
 def next_step(runs: Sequence[Path]) -> str:
-    """What to do with the page: a training is used, and of other pictures the best are drawn again."""
+    """What to do with the page: a training is used, and of other images the best are generated again."""
     for run in runs:
         config = training_config(run)
         if isinstance(config, TrainDiffusionConfig):
-            return f"to draw  {sampling_command(config, RunDirectory(run))}"
+            return f"to generate  {sampling_command(config, RunDirectory(run))}"
         if isinstance(config, TrainVLConfig):
             return f"to ask   {asking_command(config, RunDirectory(run))}"
     return "to go on  open it, mark the best with f, save them as a job: dora-mm sample favourites.jsonl"

@@ -1,4 +1,4 @@
-"""Draws a labelled grid: what one or two settings do to a picture, beside the base model without adapter."""
+"""Draws a labelled grid: what one or two settings do to an image, beside the base model without adapter."""
 
 import logging
 import shlex
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def main(config: GridConfig, *, resume: Path | None = None) -> None:
-    """Draws the pictures of the grid that are not there yet.
+    """Generates the images of the grid that are not there yet.
 
     Writes to the run directory: the images in samples/, manifest.jsonl, and sheet.png.
 
@@ -34,7 +34,7 @@ def main(config: GridConfig, *, resume: Path | None = None) -> None:
 
     Raises:
         ValueError: The model or an adapter cannot be used, or a value does not fit its axis; the run directory is
-            created only after these checks. Or some images could not be drawn; all others are then.
+            created only after these checks. Or some images could not be generated; all others are then.
     """
     processes = started_together()
     found = existing_run(config, resume) if processes.is_main else None

@@ -1,4 +1,4 @@
-"""dora-mm inspect: what an adapter file or a picture says, or which modules of a model a target map selects."""
+"""dora-mm inspect: what an adapter file or an image says, or which modules of a model a target map selects."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def main(
     metadata: Sequence[str] | None = None,
     out: str | None = None,
 ) -> None:
-    """Prints what an adapter file holds, how a picture was drawn, or what the target maps select in a model.
+    """Prints what an adapter file holds, how an image was drawn, or what the target maps select in a model.
 
     Args:
         path: An adapter file, its folder or its run directory; a PNG file that `dora-mm sample` drew; or a model of
@@ -60,7 +60,7 @@ def main(
         out: The new file with these entries; None: the file itself.
 
     Raises:
-        ValueError: The file is not an adapter or such a picture, the path is not a model, or there is no such target
+        ValueError: The file is not an adapter or such an image, the path is not a model, or there is no such target
             map, or none for it.
     """
     file = adapter_file(path)
@@ -109,7 +109,7 @@ def adapter_file(path: str) -> Path | None:
 
 
 def describe_generated_image(file: Path) -> str:
-    """How a picture was drawn, with a line per setting."""
+    """How an image was drawn, with a line per setting."""
     metadata = read_metadata(file)
     prompt, negative_prompt, seed = metadata.batch[metadata.position]
     model = {f"model {name}": value for name, value in vars(metadata.model).items() if value is not None}
@@ -118,7 +118,7 @@ def describe_generated_image(file: Path) -> str:
         for number, adapter in enumerate(metadata.adapters, 1)
     }
     first = {"prompt": prompt, "negative prompt": negative_prompt, "seed": seed}
-    batch = {"batch": f"picture {metadata.position + 1} of {len(metadata.batch)}"}
+    batch = {"batch": f"image {metadata.position + 1} of {len(metadata.batch)}"}
     groups = (first, metadata.settings, adapters, model, batch, metadata.environment, metadata.circumstances)
     lines = [line for group in groups for line in group.items()]
     return aligned_columns([(name, str(value)) for name, value in lines if value is not None], num_text=2)

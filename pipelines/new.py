@@ -1,4 +1,4 @@
-"""dora-mm new: a config of one's own, from a packaged recipe and from what one's pictures and captions are."""
+"""dora-mm new: a config of one's own, from a packaged recipe and from what one's images and captions are."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from dora_mm.utils.yaml12 import MISSING, KeyPath, edited
 
 Changes = dict[KeyPath, Any]
 SMALL = 1e9  # bytes of the weights of a model that is trained on a processor
-STYLE_IMAGES = (23, 61)  # the numbers of pictures that the recipes' steps are for
+STYLE_IMAGES = (23, 61)  # the numbers of images that the recipes' steps are for
 FEWEST_STEPS, MOST_STEPS = 50, 10_000
 MOST_BETWEEN = 250  # steps from one checkpoint to the next: what a stop can lose
 FEW_ROWS = 1000  # of questions: fewer are seen three times
@@ -63,7 +63,7 @@ class Draft(NamedTuple):
 def main(
     family: str, name: str, *, images: str | None = None, data: str | None = None, model: str | None = None
 ) -> None:
-    """Writes NAME.yaml and, for pictures, NAME_prompts.txt, and prints what was found and what comes next.
+    """Writes NAME.yaml and, for images, NAME_prompts.txt, and prints what was found and what comes next.
 
     Args:
         family: A key of `starts()`.
@@ -73,7 +73,7 @@ def main(
         model: The model: a folder, a file or a hub name; None: the recipe's.
 
     Raises:
-        ValueError: There is no such family, a file exists already, or the pictures or the model cannot be used.
+        ValueError: There is no such family, a file exists already, or the images or the model cannot be used.
     """
     if family not in (known := starts()):
         raise ValueError(f"there is no family {family!r}{nearest(family, known)}: choose from {', '.join(known)}")
@@ -111,7 +111,7 @@ def starting_recipe(family: str, model: str | None) -> str:
 def folder_of_images(draft: Draft) -> str:
     """The folder of images, which has to be given."""
     if draft.images is None:
-        raise ValueError("--images is missing: the folder of your pictures")
+        raise ValueError("--images is missing: the folder of your images")
     return draft.images
 
 
@@ -137,7 +137,7 @@ def is_small(model: str) -> bool:
     return 0 < sum(file.stat().st_size for file in files) < SMALL
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------------------------
 
 
 def style(draft: Draft, start: TrainDiffusionConfig) -> None:
@@ -149,17 +149,17 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
     images = read_captioned_images(folder, instance_prompt=PLACEHOLDER, key="--images", masks=masks, look=True)
     captions = [image.caption for image in images if image.source != UNCAPTIONED]
     word = shared_word(captions) if captions else PLACEHOLDER
-    instance = f"a picture in the style of {word}" if word else "a picture"
-    prompts = example_prompts(captions or [f"a picture of {thing} in the style of {word}" for thing in "ab"], word)
+    instance = f"an image in the style of {word}" if word else "an image"
+    prompts = example_prompts(captions or [f"an image of {thing} in the style of {word}" for thing in "ab"], word)
     changes = style_changes(draft, start, len(images), prompts)
     changes[("data", "placeholder")] = word or MISSING
     changes[("data", "instance_prompt")] = instance if len(captions) < len(images) else MISSING
     if masks:
         changes[("data", "mask")] = {}
     about = (
-        f"A style from {len(images)} pictures in {draft.images}. {remark_on(word, len(captions))}\n"
+        f"A style from {len(images)} images in {draft.images}. {remark_on(word, len(captions))}\n"
         f"It started from {draft.recipe}, whose head says what memory it takes; so does --dry-run.\n"
-        "The keys are explained in docs/train_pictures.md, those of data in docs/pictures_data.md."
+        "The keys are explained in docs/train_images.md, those of data in docs/image_data.md."
     )
     config = write_files(draft, changes, about, prompts)
     uncaptioned = [image._replace(caption=instance) if image.source == UNCAPTIONED else image for image in images]
@@ -173,7 +173,7 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
         {
             "--dry-run first: what it takes": ["train", draft.file],
             "without and with the adapter": contact_sheet,
-            "a page of all pictures": ["gallery", sampled],
+            "a page of all images": ["gallery", sampled],
         },
     )
 
@@ -207,7 +207,7 @@ def describe_style(
         [
             describe_images(images, config.data),
             describe_captions(images, config.data, None),
-            *(f"{line}: data.mask; null trains on all of each picture" for line in describe_masks(images, config.data)),
+            *(f"{line}: data.mask; null trains on all of each image" for line in describe_masks(images, config.data)),
             *describe_look(images, config.data),
             f"trigger   {remark_on(word, num_captions)}",
             describe_length(repeats_of(images), config.train),
@@ -219,28 +219,28 @@ def describe_style(
 def remark_on(word: str | None, num_captions: int) -> str:
     """What the word of the style means for prompts."""
     if word is None:
-        return "No word is in all captions, so every picture will show the style: to call it, add a word to each."
+        return "No word is in all captions, so every image will show the style: to call it, add a word to each."
     where = "is in the captions" if num_captions else "stands for the style, since there are no captions"
     return f"{word} {where}: prompts need it, too."
 
 
 def steps_for(num_images: int, steps: int) -> int:
-    """The recipe's steps for as many pictures as it was made for, in proportion for others, within limits."""
+    """The recipe's steps for as many images as it was made for, in proportion for others, within limits."""
     return min(max(FEWEST_STEPS, steps_in_proportion(num_images, steps)), MOST_STEPS)
 
 
 def steps_in_proportion(num_images: int, steps: int) -> int:
-    """The steps in which each picture is seen as often as in the recipe."""
+    """The steps in which each image is seen as often as in the recipe."""
     few, many = STYLE_IMAGES
     return 50 * round(steps * num_images / min(max(num_images, few), many) / 50)
 
 
 def remark_on_steps(num_images: int, steps: int) -> list[str]:
-    """A line where there are so many pictures that each is seen less often than in the recipe."""
+    """A line where there are so many images that each is seen less often than in the recipe."""
     if (proportional := steps_in_proportion(num_images, steps)) <= MOST_STEPS:
         return []
     return [
-        f"steps     {MOST_STEPS:,}, where {proportional:,} would show each of the {num_images:,} pictures as often as "
+        f"steps     {MOST_STEPS:,}, where {proportional:,} would show each of the {num_images:,} images as often as "
         "in the recipe: a style is learned long before, and train.steps can be raised when the run is resumed"
     ]
 

@@ -25,12 +25,12 @@ from dora_mm.utils.processes import started_together
 log = logging.getLogger(__name__)
 STRENGTHS = (
     "Strengths are linear here: W0 + t (W' - W0). diffusers' set_adapters and PEFT scale only the low-rank part of "
-    "DoRA, so between 0 and 1 the same number draws another picture there (docs/draw_pictures.md)."
+    "DoRA, so between 0 and 1 the same number generates another image there (docs/generate_images.md)."
 )
 
 
 def main(config: BatchGenerationConfig, *, resume: Path | None = None) -> None:
-    """Draws the images that are not there yet.
+    """Generates the images that are not there yet.
 
     Writes to the run directory: the images in samples/, manifest.jsonl, and the sheets. A run directory of this
     pipeline that `output` or `resume` names goes on.
@@ -40,8 +40,8 @@ def main(config: BatchGenerationConfig, *, resume: Path | None = None) -> None:
         resume: The run directory to go on with.
 
     Raises:
-        ValueError: The job file, the model or an adapter cannot be used; the run directory is created only after these
-            checks. Or some images could not be drawn; all others are then.
+        ValueError: The prompts file, the model or an adapter cannot be used; the run directory is created only after
+            these checks. Or some images could not be generated; all others are then.
     """
     rows = read_rows(config)
     check_strengths(rows, config)
@@ -52,7 +52,7 @@ def main(config: BatchGenerationConfig, *, resume: Path | None = None) -> None:
     for path in sorted(adapters):
         resolve_adapter(path, "adapter")
 
-    # torch and diffusers are imported here, since that takes seconds: mistakes in a job file are found before
+    # torch and diffusers are imported here, since that takes seconds: mistakes in a prompts file are found before
     from dora_mm.sampling.contact_sheets import save_contact_sheets
     from dora_mm.sampling.generating import existing_run, generation_run
     from dora_mm.sampling.model import find_adapters, load_model
@@ -76,7 +76,7 @@ def main(config: BatchGenerationConfig, *, resume: Path | None = None) -> None:
             return
         print(f"images    {len(generation.done)} of {len(requests)} in {run.samples}")
         for file in save_contact_sheets(generation) if config.contact_sheet else ():
-            print(f"sheet     {file}")
+            print(f"contact sheet     {file}")
         print(f"to look   dora-mm gallery {shlex.quote(str(run.path))}")
         if bare:
             log.warning(bare)
@@ -84,12 +84,12 @@ def main(config: BatchGenerationConfig, *, resume: Path | None = None) -> None:
 
 
 def requests_of(config: BatchGenerationConfig, rows: Sequence[PromptRow]) -> list[ImageRequest]:
-    """The pictures of a job."""
+    """The images of a job."""
     return expand(rows, template(config), config.seeds, config.strengths or (1.0,))
 
 
 def check_same_prompts_file(config: BatchGenerationConfig, run: Path) -> None:
-    """Checks that a run directory that `output` names belongs to the same job file: another one has other pictures.
+    """Checks that a run directory that `output` names belongs to the same prompts file: another one has other images.
 
     Raises:
         ValueError: It belongs to another one.
@@ -98,28 +98,28 @@ def check_same_prompts_file(config: BatchGenerationConfig, run: Path) -> None:
     after = config.prompts_file
     if before and after and Path(str(before)).name != Path(after).name:
         raise ValueError(
-            f"output {run} has the pictures of {before}, and those of {after} would replace them: choose another "
+            f"output {run} has the images of {before}, and those of {after} would replace them: choose another "
             f"folder, or, if it is the same job under a new name: "
             f"dora-mm sample {shlex.quote(after)} --resume {shlex.quote(str(run))}"
         )
 
 
 def read_rows(config: BatchGenerationConfig) -> list[PromptRow]:
-    """The rows of the job file, or else the prompts of the config."""
+    """The rows of the prompts file, or else the prompts of the config."""
     if config.prompts_file is not None:
         return read_prompts_file(resolve_path(config.prompts_file, "prompts_file"))
     return [PromptRow(prompt=prompt) for prompt in config.prompts]
 
 
 def replay(request: Path, *, output: str | None = None) -> None:
-    """Draws a picture again from what its file says, in the batch that it was drawn in.
+    """Generates an image again from what its file says, in the batch that it was generated in.
 
     Args:
         request: A PNG file that `main` has saved.
         output: The folder to write to; None: a numbered folder in runs/replay.
 
     Raises:
-        ValueError: The file does not say how it was drawn, or the model or an adapter has changed since.
+        ValueError: The file does not say how it was generated, or the model or an adapter has changed since.
     """
     from dora_mm.sampling.replay import replay_image
     from dora_mm.utils.folders import new_folder
@@ -132,5 +132,5 @@ def replay(request: Path, *, output: str | None = None) -> None:
 
     folder = new_folder("replay", output, fill)
     generated, difference = folder / found[0], found[1]
-    print(f"picture   {generated}")
+    print(f"image   {generated}")
     print("          " + (f"differs from {request} {difference}" if difference else f"the same pixels as {request}"))

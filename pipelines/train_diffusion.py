@@ -1,4 +1,4 @@
-"""Trains an adapter of an image model on a folder of captioned images, and draws images without and with it."""
+"""Trains an adapter of an image model on a folder of captioned images, and generates images without and with it."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -55,9 +55,9 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     """Trains the adapter.
 
     Writes to the run directory: checkpoints/, metrics.jsonl, the final adapter in adapter/, summary.json, sheet.png
-    with the sample prompts without and with the adapter, and, with `sample.every`, earlier such sheets in samples/, the
-    first one before the first step. `touch RUN/sample-now` asks for one after the next step. With each sheet, gallery/
-    is written anew, the page of the training.
+    with the sample prompts without and with the adapter, and, with `sample.every`, earlier such contact sheets in
+    samples/, the first one before the first step. `touch RUN/sample-now` asks for one after the next step. With each
+    contact sheet, gallery/ is written anew, the page of the training.
 
     Args:
         config: The config.
@@ -142,7 +142,7 @@ def train(
     sampler: ImageSampler,
     losses: ImageLosses | None,
 ) -> None:
-    """Trains, validates, draws and saves, in a run directory that is open."""
+    """Trains, validates, generates and saves, in a run directory that is open."""
     accelerator, result = training["accelerator"], result_of(training["optimizer"])
     joins, writes = takes_part(accelerator, config.train), accelerator.is_main_process
     average = WeightAverage(training["parameters"], config.ema.decay) if config.ema else None
@@ -167,7 +167,7 @@ def train(
                     update_page(run.path)
 
     if config.sample.every and not last_step(run.checkpoints):
-        on_step_end(0)  # so that what goes wrong in drawing does so before the training
+        on_step_end(0)  # so that what goes wrong in generating does so before the training
     should_stop = validate.should_stop if validate else lambda: False
     hooks = {"on_step_end": on_step_end, "after_step": average.update if average else None, "should_stop": should_stop}
     hooks["wrap_gradients"] = measuring(training["networks"], config.train.gradients_at if writes else (), run.path)
@@ -192,7 +192,7 @@ def finish(
     *,
     writes: bool,
 ) -> None:
-    """Saves the adapter and that of the average, and a sheet of both."""
+    """Saves the adapter and that of the average, and a contact sheet of both."""
     write(run.adapter)
     if average:
         average.applied()(write)(run.adapter_ema)
@@ -243,7 +243,7 @@ def encode(
     So they never lie in memory together with the denoiser, which is loaded when it is first asked for.
 
     Returns:
-        What draws the sheets, with their prompts encoded.
+        What generates the contact sheets, with their prompts encoded.
     """
     for each in dict.fromkeys([batches, source]):
         each.encode_all(config.train.steps * config.train.gradient_accumulation_steps)
@@ -266,9 +266,9 @@ def save_contact_sheet(
     *,
     writes: bool,
 ) -> Mapping[str, list[Image.Image]]:
-    """Draws the prompts of the config by the bare model, the adapter and its average.
+    """Generates the prompts of the config by the bare model, the adapter and its average.
 
-    If it writes, it saves the sheet to `path`, and each of the pictures in samples/.
+    If it writes, it saves the contact sheet to `path`, and each of the images in samples/.
 
     Returns:
         As `before_after_contact_sheet`; nothing without prompts.
@@ -280,7 +280,7 @@ def save_contact_sheet(
     model = sampler.model.to(sampler.model.device)
     settings: dict[str, Any] = {"strength": config.adapter.strength, "full": "full" in config.adapter.methods}
     settings["average"] = average and average.applied
-    # where text changes, prompts are encoded anew for each sheet
+    # where text changes, prompts are encoded anew for each contact sheet
     contact_sheet, images = before_after_contact_sheet(
         model if config.trains_text else sampler, adapted, config.sample, **settings
     )
@@ -299,7 +299,7 @@ def write_results(
     steps: int,
     validate: Validation | None,
 ) -> None:
-    """Writes the page and summary.json, and prints the summary with the paths of the adapter, sheet and page."""
+    """Writes the page and summary.json, and prints the summary with the paths of adapter, contact sheet and page."""
     num_parameters = sum(parameter.numel() for parameter in parameters.values())
     size = formats.find_file(run.adapter).stat().st_size
     details: dict[str, Any] = {"adapter_mb": round(size / 1e6, 2)}
@@ -315,10 +315,10 @@ def write_results(
 
 
 def print_results(config: TrainDiffusionConfig, run: RunDirectory) -> None:
-    """Prints where the adapter, the sheet and the page are, and how to draw with the adapter."""
+    """Prints where the adapter, the contact sheet and the page are, and how to generate with the adapter."""
     print(f"adapter  {run.adapter}")
     if run.contact_sheet.exists():
-        print(f"sheet    {run.contact_sheet}")
+        print(f"contact sheet    {run.contact_sheet}")
     if (page := run.path / GALLERY / INDEX).exists():
         print(f"page     {page}")
-    print(f"to draw  {sampling_command(config, run)}")
+    print(f"to generate  {sampling_command(config, run)}")

@@ -74,7 +74,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         resume: The run directory to resume from its last checkpoint; None starts a new run.
         dry_run: Only print what would be trained, which data would be read or is missing, how the model sees it, and
             what it would cost, and report why it would be refused.
-        decode: Of a dry run, whether it decodes all pictures.
+        decode: Of a dry run, whether it decodes all images.
 
     Raises:
         ValueError: The data, the model, the initial adapter or the output folder cannot be used. A new run directory

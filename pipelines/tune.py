@@ -1,4 +1,4 @@
-"""dora-mm tune: finds a learning rate, and a rank if asked, for a training of pictures or questions.
+"""dora-mm tune: finds a learning rate, and a rank if asked, for a training of images or questions.
 
 Candidates are trained by successive halving, each length a whole schedule, and judged as `eval` judges one's own style,
 or by the score of the answers to the valid splits. The same command goes on after a stop, with other rates, too.
@@ -42,8 +42,8 @@ def main(
 ) -> None:
     """Runs what is missing of the search, and prints its table, what was chosen, and the next command.
 
-    Writes to the folder: table.md, curves.csv with figures, tuned.yaml, of pictures sheet.png; the rows of all
-    trainings in trainings.csv, the trainings in runs/, their output in logs/, and what was drawn or answered.
+    Writes to the folder: table.md, curves.csv with figures, tuned.yaml, of images sheet.png; the rows of all
+    trainings in trainings.csv, the trainings in runs/, their output in logs/, and what was generated or answered.
 
     Args:
         config: The config of the training, or that of an earlier search.
@@ -51,7 +51,7 @@ def main(
         rates: The learning rates; None: half decades around that of the config, and more where the ends are as good.
         ranks: The ranks; None: that of the config.
         selection_metric: score or held_out.
-        clip_model: An open_clip model that looks at pictures; None: the embedded encoder.
+        clip_model: An open_clip model that looks at images; None: the embedded encoder.
         output: The folder; None: runs/NAME_tune.
 
     Raises:
@@ -127,7 +127,7 @@ def build_selection_metric(config: TuneConfig, base: Any) -> SelectionMetric:
     """Builds what is trained and how it is scored, and checks all that the configs name."""
     is_image = isinstance(base, TrainDiffusionConfig)
     if config.clip_model and not is_image:
-        raise ValueError("--clip-model judges pictures, and this training has none")
+        raise ValueError("--clip-model judges images, and this training has none")
     if is_image:
         trained = TunedImages(config, base)
         return (

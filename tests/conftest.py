@@ -1,4 +1,4 @@
-"""Tiny models with random weights that whole pipelines run on, and pictures."""
+"""Tiny models with random weights that whole pipelines run on, and images."""
 
 import gc
 import os
@@ -92,7 +92,7 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
-    """Five pictures of two shapes with captions."""
+    """Five images of two shapes with captions."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     write_images(folder)

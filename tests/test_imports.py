@@ -107,7 +107,7 @@ def test_the_document_has_the_same_rows():
 
 @pytest.mark.parametrize(("room", "allowed"), [("train", set()), ("studies/campaigns", {"vl"})])
 def test_training_names_no_family_of_models(room, allowed):
-    """Campaigns know pictures from questions (the folders `vl`), and the loop not even that."""
+    """Campaigns know images from questions (the folders `vl`), and the loop not even that."""
     paths = (ROOT / "dora_mm" / room).rglob("*.py")
     found = {name_of(path): set(FAMILIES.findall(text_of(path))) - allowed for path in paths}
     assert found
@@ -216,7 +216,7 @@ def run(code: str) -> str:
 def test_the_package_is_lazy_and_core_loads_neither_triton_nor_diffusers_nor_transformers():
     """`import dora_mm` loads neither torch nor anything of ours until a name is used.
 
-    Of what core loads only what it adds counts, because torch may import triton. `new`, which looks at pictures, starts
+    Of what core loads only what it adds counts, because torch may import triton. `new`, which looks at images, starts
     without diffusers, too.
     """
     assert run("""

@@ -24,8 +24,8 @@ with train.gradient_checkpointing=false the activations take 11,383.9 MB
 
 beside the steps                   weights, MB  activations  together
 captions, 4 at once                    1,635.4         39.8   1,675.2
-VAE, a picture of 1024 px encoded        167.3      2,697.0   2,864.3
-VAE, a picture of 1024 px decoded        167.3      3,697.0   3,864.3
+VAE, an image of 1024 px encoded        167.3      2,697.0   2,864.3
+VAE, an image of 1024 px decoded        167.3      3,697.0   3,864.3
 """
 
 

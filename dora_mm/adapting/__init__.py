@@ -1,1 +1,1 @@
-"""What a config's `adapter` section trains of a model's networks, of pictures and of questions alike, and its files."""
+"""What a config's `adapter` section trains of a model's networks, of images and of questions alike, and its files."""

@@ -1,7 +1,7 @@
 """Regional compilation: torch.compile of the blocks that a network repeats, in the passes of a training alone.
 
 Blocks of a kind share one graph, so that a model compiles in the time of one block. Whatever a network does in
-evaluation mode (validations, pictures, answers) is done without: it would be a graph for each of their shapes.
+evaluation mode (validations, images, answers) is done without: it would be a graph for each of their shapes.
 """
 
 import functools

@@ -30,7 +30,7 @@ from dora_mm.utils import yaml12
 from dora_mm.utils.digest import weights_digest
 
 if TYPE_CHECKING:
-    from dora_mm.models.vl.vl_model import VLModel  # which needs the extra vl, and those who train pictures have none
+    from dora_mm.models.vl.vl_model import VLModel  # which needs the extra vl, and those who train images have none
 
 IDENTITIES = {  # keys of an adapter's header
     "base_digest": "model.path: another base model",

@@ -170,7 +170,7 @@ def _replay(arguments: Namespace) -> None:
 
 
 def take_prompts_file(arguments: Namespace) -> None:
-    """Puts the config of a job file in its place, and the file into the overrides; a config stays as it is.
+    """Puts the config of a prompts file in its place, and the file into the overrides; a config stays as it is.
 
     Args:
         arguments: The parsed arguments of `sample`; they are changed.
@@ -191,7 +191,7 @@ def take_prompts_file(arguments: Namespace) -> None:
     elif job is None and arguments.overrides and arguments.resume is None and arguments.prompts_config is None:
         arguments.config = GENERATION_DEFAULTS  # the overrides have the prompts
     elif arguments.prompts_config is not None:
-        raise ValueError("--config belongs to a job file: dora-mm sample JOBS.csv --config CONFIG")
+        raise ValueError("--config belongs to a prompts file: dora-mm sample JOBS.csv --config CONFIG")
 
 
 def _run_config(arguments: Namespace, recipes: Recipes) -> None:

@@ -44,7 +44,7 @@ def build_parser() -> CommandParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
     for name, what in (
         ("train", "train an adapter, or a small base model"),
-        ("sample", "draw images for the prompts of a job"),
+        ("sample", "generate images for the prompts of a job"),
         ("grid", "draw a labelled grid of what two settings do"),
         ("eval", "evaluate a model and its adapter"),
         ("compare", "compare methods, each tuned, by many trainings"),
@@ -88,13 +88,13 @@ def _add_config_command(commands: Any, name: str, what: str) -> None:
         command.add_argument(
             "--config", metavar="CONFIG", dest="prompts_config", help="the settings that JOBS leaves out"
         )
-        command.add_argument("--replay", metavar="PNG", type=Path, help="draw an image again as its file says")
+        command.add_argument("--replay", metavar="PNG", type=Path, help="generate an image again as its file says")
     if name == "train":
         command.add_argument(
             "--dry-run", action="store_true", help="only print what would be trained, and what data would be read"
         )
         command.add_argument(
-            "--decode", action="store_true", help="with --dry-run: decode all pictures, and name those that are broken"
+            "--decode", action="store_true", help="with --dry-run: decode all images, and name those that are broken"
         )
     if name == "compare":
         command.add_argument(
@@ -135,8 +135,8 @@ def _add_check(commands: Any) -> None:
 
 
 def _add_gallery(commands: Any) -> None:
-    command = commands.add_parser("gallery", help="make one page of all pictures of runs, to look at in a browser")
-    command.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run directory with pictures")
+    command = commands.add_parser("gallery", help="make one page of all images of runs, to look at in a browser")
+    command.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run directory with images")
     command.add_argument(
         "--output",
         metavar="FOLDER",
@@ -257,9 +257,9 @@ def _add_tune(commands: Any) -> None:
         "--selection-metric",
         choices=("score", "held_out"),
         default="score",
-        help="score: likeness to the training pictures, or that of the answers; held_out: the held-out loss",
+        help="score: likeness to the training images, or that of the answers; held_out: the held-out loss",
     )
-    clip = "an open_clip model that judges pictures; default: the embedded encoder"
+    clip = "an open_clip model that judges images; default: the embedded encoder"
     command.add_argument("--clip-model", metavar="MODEL", help=clip)
     command.add_argument("--output", metavar="FOLDER", help="one that exists goes on; default: runs/NAME_tune")
     _add_overrides(command)

@@ -142,7 +142,9 @@ class ImageAdapterConfig(AdapterConfig):
     known_parts: ClassVar[tuple[str, ...]] = (*IMAGE_PARTS, f"{TEXT_ENCODERS}.attn", f"{TEXT_ENCODERS}.ff")
     full_trains_biases: ClassVar[bool] = False
 
-    strength: Positive = 1.0  # scales the trained update once: the result is strength 1 of the saved file and of sheets
+    strength: Positive = (
+        1.0  # scales the trained update once: the result is strength 1 of the saved file and of contact sheets
+    )
 
     @property
     def trains_text_encoders(self) -> bool:

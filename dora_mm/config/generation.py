@@ -1,4 +1,4 @@
-"""The configs of drawing pictures (jobs, grids, the sheets of a training) and of scoring them. See schema.py."""
+"""The configs of image generation (batches, grids, the samples of a training) and of its scores. See schema.py."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -43,7 +43,7 @@ class ContactSheetConfig(Section):
     prompts: Items[Text] = ()  # empty: no images
     negative_prompt: str | None = None  # null: none
     seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one image per prompt and seed
-    every: Count = 0  # optimizer steps between sheets; 0: only at the end
+    every: Count = 0  # optimizer steps between contact sheets; 0: only at the end
     steps: NumSteps = 25  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale
     guidance_rescale: Rescale = 0.0  # against the contrast that guidance adds; 0.7 for zero terminal SNR
@@ -60,7 +60,7 @@ class ContactSheetConfig(Section):
 class SampleConfig(ContactSheetConfig):
     """The images of a training, beside those of the base model."""
 
-    before_after: bool = True  # sheets also show images of the base model without the adapter
+    before_after: bool = True  # contact sheets also show images of the base model without the adapter
 
 
 class AdapterChoice(Section):
@@ -72,11 +72,11 @@ class AdapterChoice(Section):
 
 
 class MemoryConfig(Section):
-    """What pictures take less memory with, and more time."""
+    """What images take less memory with, and more time."""
 
     # Where the weights wait: model: in main memory, but for the network that runs; layers: but for the layer that runs
     offload: Literal["none", "model", "layers"] = "none"
-    vae_tiling: bool = False  # the VAE decodes one picture at a time, in overlapping tiles of 512 pixels
+    vae_tiling: bool = False  # the VAE decodes one image at a time, in overlapping tiles of 512 pixels
     attention_slicing: bool = False  # attention in two steps; only where torch has no fused attention (Apple's MPS)
 
 
@@ -89,9 +89,9 @@ PromptSyntax = Literal["plain", "a1111"]
 
 
 class ImageGenerationConfig(PipelineConfig):
-    """What all pipelines share that draw pictures for prompts."""
+    """What all pipelines share that draw images for prompts."""
 
-    changeable: ClassVar[tuple[str, ...] | None] = None  # every picture is compared with what it should be
+    changeable: ClassVar[tuple[str, ...] | None] = None  # every image is compared with what it should be
     output: OutputFolder | None = None  # the run directory; one of the same pipeline goes on; null: runs/<name>/<NNN>
     backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
     model: ModelConfig | None = None  # null: the model that the adapter's file names; without adapter the embedded one
@@ -99,7 +99,7 @@ class ImageGenerationConfig(PipelineConfig):
     adapter: AdapterChoice | None = None  # null: the base model
     # plain: prompts are text; a1111: with weights such as (word:1.3), alternatives {a|b} by seed, and BREAK
     prompt_syntax: PromptSyntax = "plain"
-    # Left out, these four are those of the sheets of the adapter's training, where its file says them
+    # Left out, these four are those of the contact sheets of the adapter's training, where its file says them
     negative_prompt: str | None = None  # null: none
     steps: NumSteps = 25  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale
@@ -111,7 +111,7 @@ class ImageGenerationConfig(PipelineConfig):
 
 
 class BatchGenerationConfig(ImageGenerationConfig):
-    """A job of pictures: prompts or a file of rows, each with all seeds and strengths."""
+    """A job of images: prompts or a file of rows, each with all seeds and strengths."""
 
     command: ClassVar[str] = "sample"
     pipeline: Literal["sample"]
@@ -120,7 +120,7 @@ class BatchGenerationConfig(ImageGenerationConfig):
     seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one image per prompt and seed
     # One image for each; they multiply the adapter's. null: 1, and images without adapter are those of the bare model
     strengths: Annotated[Items[float], Field(min_length=1)] | None = None
-    contact_sheet: bool = True  # whether to save labelled sheets of all images
+    contact_sheet: bool = True  # whether to save labelled contact sheets of all images
 
     @model_validator(mode="after")
     def _has_prompts(self) -> "BatchGenerationConfig":
@@ -149,7 +149,7 @@ class Axis(Section):
 
 
 class GridConfig(ImageGenerationConfig):
-    """A table of pictures over the values of one or two settings."""
+    """A table of images over the values of one or two settings."""
 
     command: ClassVar[str] = "grid"
     pipeline: Literal["grid"]
@@ -157,7 +157,7 @@ class GridConfig(ImageGenerationConfig):
     seed: Seed = 0
     rows: Axis | None = None  # null: one row
     columns: Axis
-    without_adapter: bool = True  # whether the first column is drawn without adapter
+    without_adapter: bool = True  # whether the first column is generated without adapter
 
     @model_validator(mode="after")
     def _axes_agree(self) -> "GridConfig":
@@ -177,11 +177,11 @@ class GridConfig(ImageGenerationConfig):
         return raise_problems(self, problems)
 
 
-# --- pictures that are scored ---------------------------------------------------------------------------------------
+# --- images that are scored ---------------------------------------------------------------------------------------
 
 
 class RoleConfig(Section):
-    """Which of the judge's concepts are drawn."""
+    """Which of the classifier's concepts are generated."""
 
     role: Literal["report", "tune", "icon3d", "lego", "all"] = "report"  # report: in no training set
     # How many concepts, evenly spaced over the list; null: all of the role. At least three: a concept held out of three
@@ -190,13 +190,13 @@ class RoleConfig(Section):
 
 
 class ConceptChoice(RoleConfig):
-    """Which of the judge's concepts are drawn, and with which seeds."""
+    """Which of the classifier's concepts are generated, and with which seeds."""
 
     seeds: Annotated[Items[Seed], Field(min_length=1)] = (0, 1, 2)  # one image per concept and seed
 
 
 class ImageSamplingConfig(Section):
-    """How pictures are drawn that are scored."""
+    """How images are generated that are scored."""
 
     steps: NumSteps = 20  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale
@@ -209,7 +209,7 @@ class ClipConfig(Section):
     """CLIP similarity, with weights that the user supplies."""
 
     path: Text  # a folder with an open_clip config and weights, or a hub name
-    text: Text = "a picture of {thing}"  # the text that an image is compared with
+    text: Text = "an image of {thing}"  # the text that an image is compared with
     images: InputPath | None = None  # a folder of images in the target style; null: no image similarity
 
 
@@ -217,14 +217,14 @@ ClassifiedStyle = Literal["flat", "3d", "brick"]
 
 
 class EvalDiffusionConfig(PipelineConfig):
-    """Pictures of things that no adapter was trained on, and the scores that the judge gives them."""
+    """Images of things that no adapter was trained on, and the scores that the classifier gives them."""
 
     command: ClassVar[str] = "eval"
     pipeline: Literal["eval_diffusion"]
     output: OutputFolder | None = None  # the run directory; the same evaluation goes on in it; null: runs/<name>/<NNN>
     model: ModelConfig
     adapter: AdapterChoice | None = None  # null: only the base model
-    classifier: InputPath  # the folder of a fitted judge
+    classifier: InputPath  # the folder of a fitted classifier
     style: ClassifiedStyle  # the target style
     prompt: Text  # asks for the target style; {thing} is replaced by the concept
     flat_prompt: Text = "a flat icon of {thing}"  # asks for the style that the base model knows
@@ -239,12 +239,12 @@ class EvalDiffusionConfig(PipelineConfig):
 
 
 class EvalStyleConfig(ImageGenerationConfig):
-    """Pictures by the bare model and an adapter, and how like the training pictures they are."""
+    """Images by the bare model and an adapter, and how like the training images they are."""
 
     command: ClassVar[str] = "eval"
     pipeline: Literal["eval_style"]
     adapter: AdapterChoice  # pyright: ignore[reportGeneralTypeIssues]  (without a default: here it is required)
-    images: InputPath | None = None  # the pictures of the style; null: those that the adapter was trained on
+    images: InputPath | None = None  # the images of the style; null: those that the adapter was trained on
     prompts: Items[Text] = ()  # in the style; empty: those of the training, and some in the words of its captions
     prompts_without_style: Items[Text] = ()  # that do not ask for the style; empty: six things
     seeds: Annotated[Items[Seed], Field(min_length=1)] = (0, 1)  # one image per prompt and seed

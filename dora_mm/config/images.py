@@ -253,12 +253,12 @@ class LossConfig(Section):
 class PreserveConfig(Section):
     """Holds the model at what it is without adapter, on prompts that should not change.
 
-    A loss of its own: the distance (`loss.type`) of the prediction from that of the base model, mean over its pictures,
-    times `weight`, beside the mean over the training's. Its pictures are those of the batch, at the same noise, or
+    A loss of its own: the distance (`loss.type`) of the prediction from that of the base model, mean over its images,
+    times `weight`, beside the mean over the training's. Its images are those of the batch, at the same noise, or
     those of folders of role preserve.
     """
 
-    # Of these pictures: "" for no prompt, or a class such as "an icon"; null: their captions without data.placeholder,
+    # Of these images: "" for no prompt, or a class such as "an icon"; null: their captions without data.placeholder,
     # and of folders of role preserve their captions
     prompt: str | None = None
     weight: NonNegative = 1.0

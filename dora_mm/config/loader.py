@@ -91,7 +91,7 @@ def load_config(
 
 
 def run_name(file: str | Path) -> str:
-    """The name of the runs of a config or job file: that of the file, as far as a folder can have it."""
+    """The name of the runs of a config or prompts file: that of the file, as far as a folder can have it."""
     return re.sub(r"[^\w.+-]+", "-", Path(file).stem).lstrip("-.+") or "run"
 
 

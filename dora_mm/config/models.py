@@ -31,7 +31,7 @@ EMBEDDED_IMAGE_MODEL = "samples/tiny-sdxl"  # draws where nothing names a model
 
 
 def starts() -> dict[str, Mapping[int, str]]:
-    """The recipes that `dora-mm new` starts from, by family and by the GB of the card that each needs."""
+    """The recipes that `dora-mm new` starts from, by family and by the GB of the GPU that each needs."""
     families = (*IMAGE_FAMILIES.items(), *VL_FAMILIES.items())
     return {name: family.starts for name, family in families if family.starts}
 
@@ -39,7 +39,7 @@ def starts() -> dict[str, Mapping[int, str]]:
 class ImageFamilyConfig(Section):
     """What only the models of one family of image models have."""
 
-    only_training: ClassVar[frozenset[str]] = frozenset()  # keys on which pictures do not depend
+    only_training: ClassVar[frozenset[str]] = frozenset()  # keys on which images do not depend
 
 
 class SDXLConfig(ImageFamilyConfig):
@@ -108,7 +108,7 @@ class ModelConfig(Section):
         yield from ((name, section) for name, section in self if isinstance(section, ImageFamilyConfig))
 
     def generation_settings(self) -> dict[str, Any]:
-        """The settings beside the files on which pictures depend, and that are not the defaults, by section and key."""
+        """The settings beside the files on which images depend, and that are not the defaults, by section and key."""
         own = self.model_dump(include={"prediction", "quantization", "denoiser"}, exclude_defaults=True)
         found = {
             name: section.model_dump(exclude_defaults=True, exclude=set(section.only_training))
@@ -188,7 +188,7 @@ class VLMModelConfig(VLFamilyConfig):
     min_pixels: PositiveInt | None = None  # of an image, where the processor keeps its shape (Qwen-VL)
     max_pixels: PositiveInt | None = None  # as min_pixels, or where it bounds the number of patches (LFM2-VL)
     image_size: PositiveInt | None = None  # the longer side in pixels (Idefics3, Pixtral)
-    max_tiles: PositiveInt | None = None  # into which an image is cut, without the small picture of the whole
+    max_tiles: PositiveInt | None = None  # into which an image is cut, without the small image of the whole
     fps: Positive | None = None  # frames that are read of a second of a video; null: 1
     max_frames: Annotated[int, Field(ge=2)] | None = None  # the most that are read of a video; null: 16
     max_length: PositiveInt | None = None  # tokens per row of a training; longer ones are cut; null: positions

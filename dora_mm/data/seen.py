@@ -18,7 +18,7 @@ from dora_mm.utils.messages import ChangedFileError
 
 DIGEST_BYTES = 16  # of SHA-256, that are kept
 MOST_NEW = 1 << 14  # files between two merges
-BY_CONTENT = re.compile(r"sha256-([0-9a-f]{32})\.\w+")  # the name of a copy of an embedded picture: see `content_name`
+BY_CONTENT = re.compile(r"sha256-([0-9a-f]{32})\.\w+")  # the name of a copy of an embedded image: see `content_name`
 
 
 class SeenFiles:
@@ -92,7 +92,7 @@ class SeenFiles:
         if not what and (named := BY_CONTENT.fullmatch(path.name)):
             if named[1] != digest.hex():
                 raise ChangedFileError(
-                    f"{path}, a copy of an embedded picture, is damaged: delete it and start again (a training with "
+                    f"{path}, a copy of an embedded image, is damaged: delete it and start again (a training with "
                     "--resume RUN), which makes it again from the data file"
                 )
             return
@@ -128,7 +128,7 @@ class SeenFiles:
             self._merge()
 
     def state_dict(self) -> dict[str, Any]:
-        import torch  # here, so that what reads pictures alone need not load it
+        import torch  # here, so that what reads images alone need not load it
 
         with self._lock:
             self._merge()

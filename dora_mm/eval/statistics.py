@@ -256,11 +256,11 @@ def groups_needed(values_KS: np.ndarray, half_width: float) -> int | None:
 def jackknife(sizes: Sequence[int], statistic: Callable[..., float]) -> ConfidenceInterval:
     """Returns a statistic of all data with its 95 % t interval by the jackknife.
 
-    For statistics that repeated rows change, as they do a mean over pairs of pictures in bootstrap resamples. Of a mean
+    For statistics that repeated rows change, as they do a mean over pairs of images in bootstrap resamples. Of a mean
     it is `mean_ci` over the same rows.
 
-    Of variety, and of likeness among pictures, it misses 2.6 to 4.8 % (nominal 5) with 5 to 60 prompts or pictures; the
-    percentile bootstrap over pictures 15 to 48 %, since each is in many pairs.
+    Of variety, and of likeness among images, it misses 2.6 to 4.8 % (nominal 5) with 5 to 60 prompts or images; the
+    percentile bootstrap over images 15 to 48 %, since each is in many pairs.
 
     Args:
         sizes: The length of each axis along which rows are left out (prompts, runs). Variances of the axes are added.
@@ -309,8 +309,8 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     singular covariances of few samples are fine. An estimate from N samples is too large by about tr(C) / N and a term
     that falls like D / N: compare sets of equal size only, and in few dimensions.
 
-    It has no interval. 24 pictures with the distribution of a style of the judge have 62 to 101 instead of 0, and
-    around the bias-corrected estimate the jackknife misses 13 to 32 % instead of 5 (of 40 pictures 3 to 13 %, of 120 at
+    It has no interval. 24 images with the distribution of a style of the classifier have 62 to 101 instead of 0, and
+    around the bias-corrected estimate the jackknife misses 13 to 32 % instead of 5 (of 40 images 3 to 13 %, of 120 at
     most 6).
     """
     values, vectors = np.linalg.eigh(first.covariance)

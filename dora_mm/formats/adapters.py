@@ -181,11 +181,11 @@ def _tensors(form: Format, name: Name, layer: LayerState, module: nn.Module) -> 
 def write_model_card(
     folder: Path, *, images: model_card.ModelCardImages = (), scores: model_card.ModelCardScores | None = None
 ) -> None:
-    """Writes the model card of a saved adapter again, with pictures and scores: see `card.write_model_card`.
+    """Writes the model card of a saved adapter again, with images and scores: see `card.write_model_card`.
 
     Args:
         folder: The folder of the adapter.
-        images: Prompts, each with the path of a picture in the folder.
+        images: Prompts, each with the path of an image in the folder.
         scores: The name of the metric and its value, by task.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What an adapter is, whatever its file looks like: a digest by which pictures, answers and runs know it again."""
+"""What an adapter is, whatever its file looks like: a digest by which images, answers and runs know it again."""
 
 from __future__ import annotations
 

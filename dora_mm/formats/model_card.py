@@ -28,7 +28,7 @@ AUTO_CLASSES = {  # of transformers, by what a base model is for
     "text-generation": "AutoModelForCausalLM",
 }
 
-ModelCardImages = Sequence[tuple[str, str]]  # prompts, each with a picture's path in the folder
+ModelCardImages = Sequence[tuple[str, str]]  # prompts, each with an image's path in the folder
 ModelCardScores = Mapping[str, tuple[str, float]]  # by task: the name of the metric, and its value
 
 
@@ -46,7 +46,7 @@ def write_model_card(
         folder: The folder of the adapter.
         format: The format of its file.
         state: The adapter.
-        metadata: The header of the file. The card has `base_model`, `base_revision`, `instance_prompt`, `license`,
+        metadata: The header of the file. The GPU has `base_model`, `base_revision`, `instance_prompt`, `license`,
             `pipeline_tag`, `day` and `config`, each as far as it is there.
         images: What was drawn with the adapter.
         scores: What it scored.

@@ -27,7 +27,7 @@ def padded_rank(rank: int) -> int:
 
 
 def rank_block(rank: int, t: Tensor) -> int:
-    """How many of the R ranks one step processes: 16 or 32 (16 in fp32, and on cards of AMD)."""
+    """How many of the R ranks one step processes: 16 or 32 (16 in fp32, and on GPUs of AMD)."""
     most = gpu(t).max_rank_block if t.dtype.itemsize < 4 else MIN_DOT
     return max(MIN_DOT, min(most, 1 << (rank - 1).bit_length()))
 

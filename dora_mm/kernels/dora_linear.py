@@ -85,7 +85,7 @@ class TritonSteps(Steps):
 
     def unmerged_grad_input(self, op, dY, x, weight, base_gain, u, A):
         d = as_rows(dY)
-        vendor = vendor_is_faster(d, weight.shape[0], back=True)  # in fp32 no tile of our kernel fits into a card
+        vendor = vendor_is_faster(d, weight.shape[0], back=True)  # in fp32 no tile of our kernel fits into a GPU
         if vendor and base_gain is not None:
             d, base_gain = (d * base_gain).to(d.dtype), None
         dX = low_rank_grad_input(d, weight, base_gain, u, A, vendor)

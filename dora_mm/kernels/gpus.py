@@ -1,4 +1,4 @@
-"""What is chosen per card: the tiles of our kernel, and from which inner size on the vendor's product is faster.
+"""What is chosen per GPU: the tiles of our kernel, and from which inner size on the vendor's product is faster.
 
 The vendor's library (cuBLAS, hipBLAS) multiplies faster than Triton does, but its result has to stay in fp32 until
 gain, branch and bias are applied, and low_rank_add then reads it again: 10 bytes of traffic per entry of y, where our
@@ -37,7 +37,7 @@ def tile(rows: int, columns: int, inner: int, num_warps: int, num_stages: int) -
     }  # fmt: skip
 
 
-# By compute capability; a card takes the entry at or below its own. None of them was measured here. Tiles of 8.0, 8.6
+# By compute capability; a GPU takes the entry at or below its own. None of them was measured here. Tiles of 8.0, 8.6
 # and 9.0: those that LoRAFusion (arXiv 2510.00206) found best for the same product on A100, RTX 3090 and H100. The
 # others are the largest with which the product spills nothing, and that fit into the card's shared memory
 # (tests/kernels/compile_ahead.py).
@@ -76,7 +76,7 @@ def look_at(index: int) -> None:
 
 
 def gpu_of(capability: tuple[int, int]) -> GPU:
-    """The choices for a compute capability; below 8.0 those of 8.0, since such a card may be beside a newer one."""
+    """The choices for a compute capability; below 8.0 those of 8.0, since such a GPU may be beside a newer one."""
     if torch.version.hip:
         return AMD
     return GPUS[max((known for known in GPUS if known <= capability), default=(8, 0))]

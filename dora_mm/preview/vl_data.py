@@ -84,13 +84,13 @@ def preview_data(
 ) -> DataPreview:
     """Reads all data of a config that is there. Bad rows are found also where a training stops at the first one.
 
-    Those that only encoding shows are found in the sample of `sample_lengths`; all pictures are decoded if asked for.
+    Those that only encoding shows are found in the sample of `sample_lengths`; all images are decoded if asked for.
 
     Args:
         config: The config.
         model: The model, whose weights are not needed; None: lengths and rows as it sees them are left out.
         colour: Whether to mark rows with the colours of a terminal.
-        decode: Whether to decode all pictures.
+        decode: Whether to decode all images.
     """
     found, tables, figures = DataPreview(), {}, {}
     images: dict[str, tuple[ExampleTable, str | None]] = {}
@@ -116,7 +116,7 @@ def preview_data(
     found.sections += [bad_row_list(skipped)] if skipped else []
     if decode and not config.vision.features:
         count, broken = broken_images(images)
-        found.sections.append("\n  ".join([f"{len(broken):,} of {count:,} pictures are broken", *broken]))
+        found.sections.append("\n  ".join([f"{len(broken):,} of {count:,} images are broken", *broken]))
         if broken and config.data.on_bad_data == "stop":
             found.problems.append(f"{broken[0]}; a training would stop there ({LEAVES_OUT})")
     found.sections += [sample_table(task, sample) for task, sample in found.samples.items()]
@@ -207,17 +207,17 @@ def first_bad_row(skipped: Skipped) -> str:
 
 
 def broken_images(tables: Mapping[str, tuple[ExampleTable, str | None]]) -> tuple[int, list[str]]:
-    """Decodes the pictures of splits, each with the folder of its pictures.
+    """Decodes the images of splits, each with the folder of its images.
 
     Returns:
-        How many pictures there are, and a line on each that cannot be decoded, with its rows.
+        How many images there are, and a line on each that cannot be decoded, with its rows.
     """
     names = {
         name: {image: image_path(folder, image) for image in table.images()} for name, (table, folder) in tables.items()
     }
     paths = sorted({path for of_split in names.values() for path in of_split.values()})
     with ThreadPoolExecutor() as pool:
-        shown = tracked(pool.map(_why_broken, paths), "decoding pictures", "pictures", len(paths))
+        shown = tracked(pool.map(_why_broken, paths), "decoding images", "pictures", len(paths))
         reasons = {path: reason for path, reason in zip(paths, shown, strict=True) if reason}
     rows: dict[Path, list[str]] = defaultdict(list)
     for name, (table, _) in tables.items() if reasons else ():

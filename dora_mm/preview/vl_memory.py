@@ -60,7 +60,7 @@ def tower_work(network: Any, targets: TargetMap, batch: Any) -> int:
     size = sum(parameter.numel() for layer in layers for parameter in layer.parameters(recurse=False))
     inputs = (pair for given, *_ in getattr(batch, "groups", ()) for pair in given.items())
     pixels = [tensor for name, tensor in inputs if name.startswith("pixel_values")]
-    # of Qwen a row is a patch: of others the last sides are those of a picture
+    # of Qwen a row is a patch: of others the last sides are those of an image
     return size * sum(len(t) if t.dim() == 2 else t.numel() // (3 * side**2) for t in pixels)
 
 

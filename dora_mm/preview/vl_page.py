@@ -60,7 +60,7 @@ def vl_page(
         accelerator: Knows the device, the mixed precision and the processes.
         problems: Those found by `preflight`; what is wrong with the rows is added.
         resume: The run directory to resume; None: a new run would start.
-        decode: Whether to decode all pictures.
+        decode: Whether to decode all images.
 
     Raises:
         ValueError: The config does not fit the model.

@@ -19,7 +19,7 @@ class ImageFamily:
         pipeline: The class of diffusers that the index of its models names.
         tensors: Each is the beginning of the name of a tensor in its single checkpoints; empty: these are not read.
         denoiser: Beginnings of names of tensors: files with its denoiser alone have one of them; empty: not known.
-        starts: The configs that `dora-mm new` starts from, by the GB of the card that each needs; 0: for a small model.
+        starts: The configs that `dora-mm new` starts from, by the GB of the GPU that each needs; 0: for a small model.
     """
 
     title: str

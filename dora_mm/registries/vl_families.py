@@ -17,7 +17,7 @@ class VLFamily:
         import_path: Its class, which implements `VLModel`, as `module:class`.
         section: The class of its `model` section, a subclass of `VLFamilyConfig`, likewise.
         model_types: What `model_type` is in the config.json of folders that no other family reads.
-        starts: The configs that `dora-mm new` starts from, by the GB of the card that each needs.
+        starts: The configs that `dora-mm new` starts from, by the GB of the GPU that each needs.
     """
 
     title: str

@@ -1,1 +1,1 @@
-"""Sampling: pictures from diffusion models, and answers from vision-language models."""
+"""Sampling: images from diffusion models, and answers from vision-language models."""

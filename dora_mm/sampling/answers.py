@@ -148,7 +148,7 @@ def _answer_split(
 ) -> Predictions:
     """Answers the rows of a split in batches.
 
-    A row that cannot be read, since its picture is damaged, say, is named and left out where the table's `on_bad_data`
+    A row that cannot be read, since its image is damaged, say, is named and left out where the table's `on_bad_data`
     is "skip", as in a training; one that is too long for the model in either mode.
     """
     table = split.table

@@ -1,4 +1,4 @@
-"""The axes of a grid: what each value of a setting changes in a picture."""
+"""The axes of a grid: what each value of a setting changes in an image."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dora_mm.config.generation import Axis, GridConfig
 from dora_mm.sampling.batch.prompt_row import adapters_text, parse_adapters, parse_setting
 
 WITHOUT = "no adapter"
-OF_ADAPTERS = ("strength", "adapter", "checkpoint")  # axes along which there is a picture without adapter
+OF_ADAPTERS = ("strength", "adapter", "checkpoint")  # axes along which there is an image without adapter
 
-Cell = tuple[str, Mapping[str, Any]]  # a label, and the fields of a Picture that it sets
+Cell = tuple[str, Mapping[str, Any]]  # a label, and the fields of a Image that it sets
 
 
 def cells_of(axis: Axis | None, checkpoints: Mapping[str, str]) -> list[Cell]:
@@ -32,7 +32,7 @@ def cells_of(axis: Axis | None, checkpoints: Mapping[str, str]) -> list[Cell]:
 
 
 def with_base_model(config: GridConfig, rows: list[Cell], columns: list[Cell]) -> tuple[list[Cell], list[Cell]]:
-    """Adds the pictures without adapter: a first row or column, of the axis that is about adapters.
+    """Adds the images without adapter: a first row or column, of the axis that is about adapters.
 
     Without such an axis it is a column with the first column's settings.
     """

@@ -1,4 +1,4 @@
-"""What a training shows of its adapter: a sheet without and with it, each of its pictures, some of them in its card."""
+"""The samples of a training: a contact sheet without and with the adapter, its images, and those of the model card."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,13 +21,13 @@ from dora_mm.sampling.manifest import ManifestEntry, readable_entries, write_man
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.run_directory import RunDirectory
 
-MOST_SHOWN = 6  # pictures in a model card: of 1024 pixels, each has 1.5 MB
+MOST_SHOWN = 6  # images in a model card: of 1024 pixels, each has 1.5 MB
 
 
 def sample_merged(
     model: ImageModel, prompts: Sequence[str], seeds: Sequence[int], settings: ImageSamplingConfig, metadata: str
 ) -> list[Image.Image]:
-    """Samples one picture per pair of prompt and seed, with the adapters that the model has, merged.
+    """Samples one image per pair of prompt and seed, with the adapters that the model has, merged.
 
     Args:
         model: The model, adapted or not.
@@ -61,7 +61,7 @@ def at_strength(
     """Samples with all adapters at one strength; the strength stays set afterwards.
 
     Args:
-        model: The model, or what draws with it, if its text encoders are not adapted.
+        model: The model, or what generates with it, if its text encoders are not adapted.
         adapted: The adapted networks of the model, by name.
         strength: The strength of every adapter; 0 is the base model, which reads new tokens as plain words.
         prompts: The prompts.
@@ -69,7 +69,7 @@ def at_strength(
         **settings: Further arguments of `sample`.
 
     Returns:
-        One picture per prompt.
+        One image per prompt.
     """
     for network in adapted.values():
         set_strength(network, strength)
@@ -87,13 +87,13 @@ def before_after_contact_sheet(
     full: bool = False,
     average: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> tuple[Image.Image, dict[str, list[Image.Image]]]:
-    """Draws a sheet with one column per prompt and for each seed a row of the adapter's pictures.
+    """Generates a contact sheet with one column per prompt and for each seed a row of the adapter's images.
 
     Above it is a row of the base model's, if `config.before_after` is set, and below it one of the average's, where
     there is one: all with the same seed. Afterwards the strength of all adapters is 1.
 
     Args:
-        model: The model, or what draws with it, if its text encoders are not adapted.
+        model: The model, or what generates with it, if its text encoders are not adapted.
         adapted: The adapted networks of the model, by name.
         config: The `sample` section: prompts, seeds and settings.
         strength: The strength of the adapter.
@@ -102,8 +102,8 @@ def before_after_contact_sheet(
         average: Opens a context in which the adapters are those of an average; None: there is none.
 
     Returns:
-        The sheet, and by the label of a row (before, after, average) its pictures: of each prompt with the first seed,
-        then with the next one.
+        The contact sheet, and by the label of a row (before, after, average) its images: of each prompt with the first
+        seed, then with the next one.
     """
     prompts = list(config.prompts)
     jobs, seeds = prompts * len(config.seeds), [seed for seed in config.seeds for _ in prompts]
@@ -130,10 +130,10 @@ def before_after_contact_sheet(
 def keep_images(
     run: RunDirectory, config: TrainDiffusionConfig, step: int, generated: Mapping[str, Sequence[Image.Image]]
 ) -> None:
-    """Saves the pictures of a sheet one by one, with a manifest of all steps, of which a gallery is made.
+    """Saves the images of a contact sheet one by one, with a manifest of all steps, of which a gallery is made.
 
-    Pictures of the base model are saved once, and of a fresh adapter, which draws the same, none are. Those of later
-    steps are left out of the manifest from now on: the training was stopped, and will draw them again.
+    Images of the base model are saved once, and of a fresh adapter, which generates the same, none are. Those of later
+    steps are left out of the manifest from now on: the training was stopped, and will generate them again.
 
     Args:
         run: The run directory of the training.
@@ -161,7 +161,7 @@ def keep_images(
 def settings_of(
     run: RunDirectory, config: TrainDiffusionConfig, step: int, label: str, index: int, size: tuple[int, int]
 ) -> dict[str, Any]:
-    """What a picture of a sheet was drawn with; one of the base model belongs to no step."""
+    """What an image of a contact sheet was generated with; one of the base model belongs to no step."""
     sheets, (width, height) = config.sample, size
     adapter = {"before": None, "after": run.path, "average": run.adapter_ema}[label]
     strength = None if adapter is None or "full" in config.adapter.methods else config.adapter.strength
@@ -178,7 +178,7 @@ def settings_of(
 
 
 def add_images(config: TrainDiffusionConfig, folder: Path, images: list[Image.Image]) -> None:
-    """Saves the first pictures beside the adapter, and shows them in its model card."""
+    """Saves the first images beside the adapter, and shows them in its model card."""
     shown = []
     for number, (prompt, image) in enumerate(zip(config.sample.prompts[:MOST_SHOWN], images, strict=False), 1):
         shown.append((prompt, f"pictures/{number}.png"))

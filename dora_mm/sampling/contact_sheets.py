@@ -1,4 +1,4 @@
-"""The labelled sheets of a job: its pictures at a glance."""
+"""The labelled contact sheets of a job: its images at a glance."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from dora_mm.sampling.labels import printable_labels
 from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.progress import tracked
 
-LARGEST_CELL = 384  # pixels: a sheet is for looking at all of them, not at one
+LARGEST_CELL = 384  # pixels: a contact sheet is for looking at all of them, not at one
 IMAGES_PER_CONTACT_SHEET = 60
 CONTACT_COLUMNS = 6
-MOST_COLUMNS = 16  # of a table: more seeds go to another sheet
-TALLEST = 1.25  # times the width of a sheet
+MOST_COLUMNS = 16  # of a table: more seeds go to another contact sheet
+TALLEST = 1.25  # times the width of a contact sheet
 Column = tuple[int | None, float]  # the seed and the strength of a column; without a seed rows have it
 OWN = ("seed", "strength")  # what a row of a job has several of, which are then its columns
 OTHERS = ("adapters", "negative_prompt", "steps", "guidance", "guidance_rescale", "scheduler", "width", "height")
 
 
 def save_contact_sheets(generation: BatchGeneration) -> list[Path]:
-    """Saves the sheets of a job: sheet.png, or sheet-01.png and so on where there are many pictures.
+    """Saves the sheets of a job: sheet.png, or sheet-01.png and so on where there are many images.
 
-    Where all rows were drawn with the same seeds and strengths, and with several, those are the columns.
+    Where all rows were generated with the same seeds and strengths, and with several, those are the columns.
 
     Returns:
         The files.
     """
     columns = shared_columns(generation.requests)
     pages = table_pages(generation, columns) if columns else contact_pages(generation)
-    files = []  # each is drawn when it is saved: one of large pictures has 30 MB, and a long job hundreds of them
+    files = []  # each is generated when it is saved: one of large images has 30 MB, and a long job hundreds of them
     for number, generated in enumerate(tracked(pages, "sheets", "sheets"), 1):
         name = "sheet.png" if len(pages) == 1 else f"sheet-{number:0{max(2, len(str(len(pages))))}d}.png"
         files.append(generation.folder / name)
@@ -68,7 +68,7 @@ def shared_columns(requests: Sequence[ImageRequest]) -> list[Column]:
 
 
 def table_pages(generation: BatchGeneration, columns: Sequence[Column]) -> list[Callable[[], Image.Image]]:
-    """The sheets of a job with prompts down, and seeds and strengths across."""
+    """The contact sheets of a job with prompts down, and seeds and strengths across."""
     num_strengths = len({strength for _, strength in columns})
     seeds_per_page = max(MOST_COLUMNS // num_strengths, 1)
     num_pages = math.ceil(len(columns) / num_strengths / seeds_per_page)
@@ -89,7 +89,7 @@ def table_pages(generation: BatchGeneration, columns: Sequence[Column]) -> list[
 def table(
     generation: BatchGeneration, rows: Sequence[Sequence[int]], labels: Sequence[str], columns: Sequence[Column]
 ) -> Image.Image:
-    """Draws rows of pictures under common columns; many rows of few pictures in several blocks beside each other."""
+    """Generates rows of images under common columns; many rows of few images in several blocks beside each other."""
     own = differing(generation.requests, OWN)
     heads = [column_label(seed, strength, own) for seed, strength in columns]
     requests = [[thumbnail_of(generation, index) for index in row] for row in rows]
@@ -105,7 +105,7 @@ def table(
 
 
 def contact_pages(generation: BatchGeneration) -> list[Callable[[], Image.Image]]:
-    """The sheets of a job in reading order."""
+    """The contact sheets of a job in reading order."""
     shown = differing(generation.requests, (*OTHERS, *OWN))
     labels = printable_labels([label(request, shown) for request in generation.requests])
     starts = range(0, len(labels), IMAGES_PER_CONTACT_SHEET)
@@ -115,7 +115,7 @@ def contact_pages(generation: BatchGeneration) -> list[Callable[[], Image.Image]
 
 
 def contact_page(generation: BatchGeneration, start: int, labels: Sequence[str]) -> Image.Image:
-    """Draws the pictures of a job from one of them on, with these labels."""
+    """Draws the images of a job from one of them on, with these labels."""
     requests = [thumbnail_of(generation, index) for index in range(start, start + len(labels))]
     return contact_sheet(requests, labels, columns=min(CONTACT_COLUMNS, len(labels)))
 
@@ -126,12 +126,12 @@ def differing(requests: Sequence[ImageRequest], names: Sequence[str]) -> list[st
 
 
 def thumbnail_of(generation: BatchGeneration, index: int) -> Image.Image | None:
-    """A picture of a job, scaled down to a cell; None if it was not drawn."""
+    """An image of a job, scaled down to a cell; None if it was not generated."""
     return thumbnail(generation.file(index)) if index in generation.done else None
 
 
 def thumbnail(file: Path) -> Image.Image:
-    """A picture, scaled down to a cell."""
+    """An image, scaled down to a cell."""
     with Image.open(file) as request:
         small = request.convert("RGB")
     small.thumbnail((LARGEST_CELL, LARGEST_CELL), Image.Resampling.LANCZOS)
@@ -139,7 +139,7 @@ def thumbnail(file: Path) -> Image.Image:
 
 
 def label(request: ImageRequest, shown: Sequence[str]) -> str:
-    """The label of a picture or row: its prompt, and the settings that are shown, in words."""
+    """The label of an image or row: its prompt, and the settings that are shown, in words."""
     parts = [request.prompt]
     if "adapters" in shown or "strength" in shown:
         parts += _about_adapters(request, shown)
@@ -182,7 +182,7 @@ def save_atomically(file: Path, request: Image.Image) -> None:
 
 
 def save_grid(generation: BatchGeneration, file: Path, row_labels: Sequence[str], column_labels: Sequence[str]) -> None:
-    """Saves the sheet of a job whose pictures are the cells of a grid, row by row."""
+    """Saves the contact sheet of a job whose images are the cells of a grid, row by row."""
     requests = [thumbnail_of(generation, index) for index in range(len(generation.requests))]
     width = len(column_labels)
     rows = [requests[start : start + width] for start in range(0, len(requests), width)]

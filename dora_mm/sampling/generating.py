@@ -1,4 +1,4 @@
-"""Draws the pictures of a job into a run directory, and goes on where an earlier process has stopped."""
+"""Generates the images of a job into a run directory, and goes on where an earlier process has stopped."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SAMPLES = "samples"
 SECONDS_BETWEEN_MANIFESTS = 5.0
 MOST_NAMED = 5  # files in one message
 
-ImageOutcome = tuple[int, str | None, str | None]  # the index of a picture, the digest of its file, or why it failed
+ImageOutcome = tuple[int, str | None, str | None]  # the index of an image, the digest of its file, or why it failed
 Counted = Callable[[Iterable[Sequence[int]]], object]
 Reached = Callable[[int, float], object]
 LoadAdapter = Callable[[str, HashableStrength, str], object]  # loads the adapter of a path, at a strength, under a name
@@ -66,7 +66,8 @@ def existing_run(config: ImageGenerationConfig, resume: Path | None = None) -> P
         The directory; None where a new one is needed.
 
     Raises:
-        ValueError: The directory holds something else than a run of this pipeline, or another process draws into it.
+        ValueError: The directory holds something else than a run of this pipeline, or another process generates into
+            it.
     """
     path = resume or expanded(config.output or "")
     if path == Path() or is_free(path):
@@ -84,14 +85,14 @@ def existing_run(config: ImageGenerationConfig, resume: Path | None = None) -> P
 
 @contextmanager
 def generation_run(config: ImageGenerationConfig, path: Path | None) -> Iterator[RunDirectory]:
-    """Opens the run directory of a job of pictures, and says how to go on: at the start and at every stop.
+    """Opens the run directory of a batch generation, and says how to go on: at the start and at every stop.
 
     Args:
         config: The config. Where it differs from the one in the directory, it replaces that.
         path: The directory that `existing_run` has found; None creates one.
 
     Raises:
-        ValueError: Another process draws into the directory.
+        ValueError: Another process generates into the directory.
     """
     text = dump_config(config)
     layers = about_layers(config.backend)
@@ -104,22 +105,22 @@ def generation_run(config: ImageGenerationConfig, path: Path | None) -> Iterator
         try:
             yield run
         except BaseException:
-            log.info("\nRun %s has stopped; its pictures so far are kept. To go on: %s", run.path, go_on)
+            log.info("\nRun %s has stopped; its images so far are kept. To go on: %s", run.path, go_on)
             raise
 
 
 @dataclass
 class BatchGeneration:
-    """The pictures of a job, and what has become of them.
+    """The images of a job, and what has become of them.
 
     Attributes:
         folder: The run directory.
-        requests: The pictures.
+        requests: The images.
         names: The name of each one's file.
-        batches: The indices of the pictures of each batch.
-        metadata: What each is drawn with.
-        done: The digests of the files that are there, by the index of the picture.
-        failed: Why others could not be drawn, by index.
+        batches: The indices of the images of each batch.
+        metadata: What each is generated with.
+        done: The digests of the files that are there, by the index of the image.
+        failed: Why others could not be generated, by index.
         scores: What they have scored, by index and the name of the score.
     """
 
@@ -133,11 +134,11 @@ class BatchGeneration:
     scores: dict[int, Mapping[str, float]] = field(default_factory=dict)
 
     def file(self, index: int) -> Path:
-        """The file of a picture."""
+        """The file of an image."""
         return self.folder / SAMPLES / self.names[index]
 
     def entries(self) -> list[ManifestEntry]:
-        """The entries of the manifest, in the order of the pictures."""
+        """The entries of the manifest, in the order of the images."""
         batch_of = {index: number for number, batch in enumerate(self.batches, 1) for index in batch}
         return [
             ManifestEntry(
@@ -154,23 +155,23 @@ class BatchGeneration:
         ]
 
     def outcomes(self, batch: Sequence[int]) -> list[ImageOutcome]:
-        """What has become of the pictures of a batch."""
+        """What has become of the images of a batch."""
         return [(index, self.done.get(index), self.failed.get(index)) for index in batch]
 
     def note(self, outcomes: Sequence[ImageOutcome]) -> list[int]:
-        """Notes what has become of the pictures of a batch in another process; returns their indices."""
+        """Notes what has become of the images of a batch in another process; returns their indices."""
         self.done |= {index: digest for index, digest, _ in outcomes if digest is not None}
         self.failed |= {index: reason for index, _, reason in outcomes if reason is not None}
         return [index for index, _, _ in outcomes]
 
     def raise_failures(self) -> None:
-        """Raises ValueError where pictures could not be drawn; the message names the first of them."""
+        """Raises ValueError where images could not be generated; the message names the first of them."""
         if not self.failed:
             return
         reasons = [f"row {self.requests[i].row} ({self.names[i]}) {reason}" for i, reason in self.failed.items()]
         more = f", and {len(reasons) - MOST_NAMED} more" if len(reasons) > MOST_NAMED else ""
         raise ValueError(
-            f"{len(reasons)} of {len(self.requests)} pictures could not be drawn, see {self.folder / MANIFEST}: "
+            f"{len(reasons)} of {len(self.requests)} images could not be generated, see {self.folder / MANIFEST}: "
             + "; ".join(reasons[:MOST_NAMED])
             + more
         )
@@ -194,15 +195,15 @@ def plan(
     environment: Mapping[str, Any],
     now: Record,
 ) -> BatchGeneration:
-    """Plans the batches of a job, and describes every picture.
+    """Plans the batches of a job, and describes every image.
 
     Args:
         folder: The run directory.
-        requests: The pictures.
-        length: Tells the length of a picture's prompts: pictures of a batch have the same.
-        batch_size: The largest number of pictures in a batch.
+        requests: The images.
+        length: Tells the length of an image's prompts: images of a batch have the same.
+        batch_size: The largest number of images in a batch.
         model: The base model.
-        adapters: The two hashes of each adapter (see `png.UsedAdapter`), by the path that the pictures have.
+        adapters: The two hashes of each adapter (see `png.UsedAdapter`), by the path that the images have.
         environment: See `png.GenerationMetadata`.
         now: The circumstances.
     """
@@ -224,10 +225,10 @@ def plan(
 
 
 def check_what_is_there(generation: BatchGeneration) -> None:
-    """Finds the pictures of a job that were drawn already, and verifies their files.
+    """Finds the images of a job that were generated already, and verifies their files.
 
     Files that are damaged or changed, or that an earlier version of the job drew with other settings, are named in the
-    log and kept in `earlier/`; they stay until their picture is drawn again. Others of a batch are not such settings,
+    log and kept in `earlier/`; they stay until their image is generated again. Others of a batch are not such settings,
     nor are other circumstances, which are reported. Files that do not belong to the job are named, and stay.
     """
     stale, damaged, kept, changes, entries = [], [], [], {}, recorded(generation.folder)
@@ -256,15 +257,15 @@ def check_what_is_there(generation: BatchGeneration) -> None:
     keep_earlier(generation.folder, [f"{SAMPLES}/{name}" for name in stale + damaged])
     other = f"another model ({', '.join(changes)} changed)" if changes else "other settings"
     for names, what in (
-        (stale, f"were drawn with {other}: they are kept in {earlier}, and drawn again"),
-        (damaged, f"are damaged, changed or no pictures of a job: they are kept in {earlier}, and drawn again"),
+        (stale, f"were generated with {other}: they are kept in {earlier}, and generated again"),
+        (damaged, f"are damaged, changed or no images of a job: they are kept in {earlier}, and generated again"),
         (others, "do not belong to the job, and stay as they are"),
     ):
         if names:
             shown = ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
             log.warning("%d files in %s %s: %s", len(names), samples, what, shown)
     if generation.done:
-        log.info("%d of %d pictures are there already.", len(generation.done), len(generation.requests))
+        log.info("%d of %d images are there already.", len(generation.done), len(generation.requests))
         if message := about_kept(kept, generation.metadata[0].circumstances, "pictures that are there"):
             log.warning(message)
 
@@ -272,14 +273,14 @@ def check_what_is_there(generation: BatchGeneration) -> None:
 def generate(
     generation: BatchGeneration, sampler: ImageSampler, load: LoadAdapter, processes: Processes = SINGLE_PROCESS
 ) -> None:
-    """Draws the pictures that are missing, and writes the manifest.
+    """Generates the images that are missing, and writes the manifest.
 
-    A batch with a missing picture is drawn as a whole, since rounding depends on the batch. Every picture is saved the
-    moment it exists. Pictures that cannot be used, or have no room in memory, are noted in `job.failed`.
+    A batch with a missing image is generated as a whole, since rounding depends on the batch. Every image is saved the
+    moment it exists. Images that cannot be used, or have no room in memory, are noted in `job.failed`.
 
     Args:
         generation: The images, after `check_what_is_there`; afterwards the main process knows the outcome of each.
-        sampler: Draws the batches.
+        sampler: Generates the batches.
         load: Loads an adapter into its model.
         processes: Those that share the batches.
     """
@@ -303,14 +304,14 @@ def generate(
 
 @contextmanager
 def written_down(generation: BatchGeneration, total: int) -> Iterator[tuple[Counted, Reached]]:
-    """A context in which the manifest follows what becomes of pictures, and a bar counts them.
+    """A context in which the manifest follows what becomes of images, and a bar counts them.
 
     Args:
         generation: The job.
-        total: The number of pictures that are drawn.
+        total: The number of images that are generated.
 
     Yields:
-        What counts batches that have been drawn, and what takes the size of one and the share of it that is done.
+        What counts batches that have been generated, and what takes the size of one and the share of it that is done.
     """
     generated = 0
     write_manifest(generation.folder, generation.entries())
@@ -322,7 +323,7 @@ def written_down(generation: BatchGeneration, total: int) -> Iterator[tuple[Coun
         progress.done = generated
         if (started := time.monotonic()) > next_manifest:
             write_manifest(generation.folder, generation.entries())
-            seconds = time.monotonic() - started  # half a second for 10,000 pictures
+            seconds = time.monotonic() - started  # half a second for 10,000 images
             next_manifest = started + max(SECONDS_BETWEEN_MANIFESTS, 100 * seconds)
 
     def reach(size: int, share: float) -> None:
@@ -367,7 +368,7 @@ def generate_batch(
     sampler: ImageSampler,
     on_step: Callable[[float], object] | None = None,
 ) -> None:
-    """Draws one batch, and saves the pictures of it that are missing; `on_step` is that of `ImageSampler.draw`."""
+    """Generates one batch, and saves the images of it that are missing; `on_step` is that of `ImageSampler.draw`."""
     requests = [generation.requests[index] for index in batch]
     settings = requests[0].settings
     prompts = [request.prompts for request in requests]

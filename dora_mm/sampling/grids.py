@@ -1,4 +1,4 @@
-"""Labelled sheets of pictures: a table with labels at its sides, and pictures in reading order."""
+"""Labelled contact sheets of images: a table with labels at its sides, and images in reading order."""
 
 import math
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from dora_mm.sampling.labels import font_of, printable_labels, wrap
 
 MARGIN = 8  # pixels around everything
-SMALLEST = 128  # pixels: pictures of which no side is longer are enlarged, so that labels fit
-LONGEST = 16_000  # pixels: many pictures are made smaller, for sheets that programs open
+SMALLEST = 128  # pixels: images of which no side is longer are enlarged, so that labels fit
+LONGEST = 16_000  # pixels: many images are made smaller, for contact sheets that programs open
 MAX_LINES = 8  # of a label; the whole text is in the manifest and in the gallery
 INK, LINE, PAPER = "#222222", "#888888", "white"
 
@@ -21,26 +21,26 @@ def image_grid(
     row_labels: Sequence[str],
     column_labels: Sequence[str],
 ) -> Image.Image:
-    """Arranges pictures in rows and columns, with labels at the left and at the top.
+    """Arranges images in rows and columns, with labels at the left and at the top.
 
-    All pictures are scaled by one factor: to their own size, the largest to at least 128 pixels, and to less where many
-    would make a side of the sheet longer than 16,000. A column is as wide as its widest picture, a row as high as its
-    highest. A label that the font cannot draw is shown as a number: see `numbered_labels`.
+    All images are scaled by one factor: to their own size, the largest to at least 128 pixels, and to less where many
+    would make a side of the contact sheet longer than 16,000. A column is as wide as its widest image, a row as high as
+    its highest. A label that the font cannot draw is shown as a number: see `numbered_labels`.
 
     Args:
-        rows: The pictures, equally many in each row; None is shown as failed.
+        rows: The images, equally many in each row; None is shown as failed.
         row_labels: A label per row.
         column_labels: A label per column.
 
     Returns:
-        The sheet, RGB.
+        The contact sheet, RGB.
 
     Raises:
         ValueError: The numbers of rows, columns and labels do not agree.
     """
     columns = len(column_labels)
     if not rows or not columns or len(rows) != len(row_labels) or any(len(row) != columns for row in rows):
-        raise ValueError("A sheet needs one label per row and per column, and equally many pictures in each row.")
+        raise ValueError("A contact sheet needs one label per row and per column, and equally many images in each row.")
     table = _Table.of(rows)
     left = [table.wrapped(label, max(SMALLEST, *table.widths)) for label in printable_labels(row_labels)]
     top = [
@@ -68,21 +68,21 @@ def contact_sheet(
     *,
     columns: int | None = None,
 ) -> Image.Image:
-    """Arranges pictures in reading order, with a label under each.
+    """Arranges images in reading order, with a label under each.
 
     Args:
-        images: The pictures; None is shown as failed.
-        labels: A label per picture; one that the font cannot draw is shown as a number, as in `sheet`.
-        columns: Pictures per row; None takes as many as make the sheet about square, at most 8.
+        images: The images; None is shown as failed.
+        labels: A label per image; one that the font cannot draw is shown as a number, as in `sheet`.
+        columns: Images per row; None takes as many as make the contact sheet about square, at most 8.
 
     Returns:
-        The sheet, RGB.
+        The contact sheet, RGB.
 
     Raises:
-        ValueError: There are no pictures, or not as many labels.
+        ValueError: There are no images, or not as many labels.
     """
     if not images or len(images) != len(labels):
-        raise ValueError("A contact sheet needs pictures, and one label for each.")
+        raise ValueError("A contact sheet needs images, and one label for each.")
     columns = min(columns or min(8, math.ceil(math.sqrt(len(images)))), len(images))
     rows = [images[start : start + columns] for start in range(0, len(images), columns)]
     table = _Table.of(rows)
@@ -100,12 +100,12 @@ def contact_sheet(
 
 
 def side_by_side(pages: Sequence[Image.Image]) -> Image.Image:
-    """Arranges sheets beside each other, RGB."""
+    """Arranges contact sheets beside each other, RGB."""
     return _joined(pages, across=True)
 
 
 def below(pages: Sequence[Image.Image]) -> Image.Image:
-    """Arranges sheets below each other, RGB."""
+    """Arranges contact sheets below each other, RGB."""
     return _joined(pages, across=False)
 
 
@@ -120,9 +120,9 @@ def _joined(pages: Sequence[Image.Image], *, across: bool) -> Image.Image:
 
 @dataclass(frozen=True)
 class _Table:
-    """The sizes of a table of pictures, in pixels, and its font."""
+    """The sizes of a table of images, in pixels, and its font."""
 
-    cell: int  # the longest side of the largest picture
+    cell: int  # the longest side of the largest image
     scale: float
     widths: list[int]
     heights: list[int]
@@ -153,7 +153,7 @@ class _Table:
             canvas.text((x, y + number * self.line_height), line, INK, self.font, anchor=anchor)
 
     def paste(self, page: Image.Image, image: Image.Image | None, box: tuple[int, int, int, int]) -> None:
-        """Puts a picture into the middle of a cell (x, y, width, height), or says that it failed."""
+        """Puts an image into the middle of a cell (x, y, width, height), or says that it failed."""
         x, y, width, height = box
         if image is None:
             canvas = ImageDraw.Draw(page)
@@ -170,7 +170,7 @@ def _scaled(length: int, scale: float) -> int:
 
 
 def _filled(lengths: list[int], default: int) -> list[int]:
-    """Rows or columns without any picture are as large as the largest other one."""
+    """Rows or columns without any image are as large as the largest other one."""
     return [length or max(lengths) or default for length in lengths]
 
 

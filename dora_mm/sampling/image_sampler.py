@@ -1,4 +1,4 @@
-"""Draws pictures in batches; a picture depends only on its prompts, its seed and the settings."""
+"""Generates images in batches; an image depends only on its prompts, its seed and the settings."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from dora_mm.models.images.schedulers import make_scheduler, title_of
 from dora_mm.utils.progress import Progress
 
 log = logging.getLogger(__name__)
-MOST_ENCODED = 256  # pictures whose prompts are kept: some 1 MB each in models of full size
+MOST_ENCODED = 256  # images whose prompts are kept: some 1 MB each in models of full size
 
-Prompts = tuple[Wording, Wording | None]  # of one picture: the prompt, and the negative prompt or None
+Prompts = tuple[Wording, Wording | None]  # of one image: the prompt, and the negative prompt or None
 
 
 class UnusableImageError(ValueError):
-    """A picture that has values which are not numbers, or is black."""
+    """An image that has values which are not numbers, or is black."""
 
 
 class ImageSampler:
-    """Draws batches of pictures, each with its own noise.
+    """Draws batches of images, each with its own noise.
 
-    A picture does not depend on the others of its batch, up to rounding in the larger products.
+    An image does not depend on the others of its batch, up to rounding in the larger products.
 
     Args:
-        model: The model. Without text encoders it draws the prompts that were encoded before those were released.
+        model: The model. Without text encoders it generates the prompts that were encoded before those were released.
         prepare: Gets its pipeline ready, once it is needed.
     """
 
@@ -65,13 +65,13 @@ class ImageSampler:
 
     @torch.no_grad()
     def keep_prompts(self, prompts: Iterable[Prompts]) -> None:
-        """Encodes the prompts of pictures, and frees the text encoders, before the denoiser is loaded."""
+        """Encodes the prompts of images, and frees the text encoders, before the denoiser is loaded."""
         for each in prompts:
             self._encode(each, most=len(self._encoded) + 1)
         self.model.components.release(self.model.text_encoders)
 
     def length(self, prompts: Prompts) -> int:
-        """The length of the longer one of a picture's prompts: pictures of a batch have the same."""
+        """The length of the longer one of an image's prompts: images of a batch have the same."""
         return max(self.model.prompt_length(text) for text in prompts if text is not None)
 
     def scheduler_title(self, name: str | None) -> str:
@@ -79,7 +79,7 @@ class ImageSampler:
         return title_of(self._scheduler(name))
 
     def why_not(self, scheduler: str | None, steps: int) -> str | None:
-        """Why a scheduler (None: the model's own) cannot draw in this number of steps; None if it can."""
+        """Why a scheduler (None: the model's own) cannot generate in this number of steps; None if it can."""
         try:
             made = self._scheduler(scheduler)
         except ValueError as error:
@@ -104,10 +104,10 @@ class ImageSampler:
         guidance_rescale: float = 0.0,
         on_step: Callable[[float], object] | None = None,
     ) -> list[Image.Image | UnusableImageError]:
-        """Draws a batch of pictures.
+        """Generates a batch of images.
 
         Args:
-            prompts: The prompts of each picture; all have the same `length`.
+            prompts: The prompts of each image; all have the same `length`.
             seeds: The seed of each.
             steps: The number of denoising steps.
             guidance: The scale of classifier-free guidance.
@@ -119,7 +119,7 @@ class ImageSampler:
             on_step: Called after each denoising step with the share of them that is done.
 
         Returns:
-            The pictures, with an error in the place of each that cannot be used.
+            The images, with an error in the place of each that cannot be used.
         """
         self.pipe.scheduler = self._scheduler(scheduler)
         encoded = [self._encode(each) for each in prompts]
@@ -144,7 +144,7 @@ class ImageSampler:
         return self._schedulers[name]
 
     def _encode(self, prompts: Prompts, most: int = MOST_ENCODED) -> Prompt:
-        """Encodes the prompts of one picture alone, so that they do not depend on the batch in the last bits."""
+        """Encodes the prompts of one image alone, so that they do not depend on the batch in the last bits."""
         if prompts not in self._encoded:
             if len(self._encoded) >= most:
                 del self._encoded[next(iter(self._encoded))]
@@ -162,7 +162,7 @@ def _after_step(on_step: Callable[[float], object], pipe: Any, index: int, _time
 
 
 def problem_of(pixels: Tensor) -> UnusableImageError | None:
-    """Says why a picture (3, H, W) cannot be used; None where it can."""
+    """Says why an image (3, H, W) cannot be used; None where it can."""
     if not pixels.isfinite().all():
         return UnusableImageError(
             "has values that are not numbers (NaN): in half precision some models need another VAE, see model.vae"
@@ -184,23 +184,23 @@ def sample(
     width: int | None = None,
     metadata: str | None = None,
 ) -> list[Image.Image]:
-    """Samples one picture per pair of prompt and seed, all with the same settings.
+    """Samples one image per pair of prompt and seed, all with the same settings.
 
     Args:
-        model: The model, or what draws with it.
+        model: The model, or what generates with it.
         prompts: The prompts.
         seeds: A seed for each prompt.
         steps: The number of denoising steps.
         guidance: The scale of classifier-free guidance.
         guidance_rescale: How much of the contrast that it adds is taken back, 0 to 1.
-        negative_prompt: For all pictures. None is what the model takes without one; "" is the encoded empty text.
-        batch_size: Pictures per batch.
+        negative_prompt: For all images. None is what the model takes without one; "" is the encoded empty text.
+        batch_size: Images per batch.
         height: In pixels; None is the model's own.
         width: In pixels; None is the model's own.
         metadata: What the progress is called; None shows none.
 
     Returns:
-        The pictures, in the order of the prompts. Those that cannot be used are black, and named in the log.
+        The images, in the order of the prompts. Those that cannot be used are black, and named in the log.
     """
     sampler = model if isinstance(model, ImageSampler) else ImageSampler(model)
     side = sampler.model.resolution
@@ -221,6 +221,6 @@ def sample(
                 images |= zip(batch, generated, strict=True)
     for index, image in images.items():
         if isinstance(image, UnusableImageError):
-            log.warning("The picture of %r with seed %d %s.", prompts[index], seeds[index], image)
+            log.warning("The image of %r with seed %d %s.", prompts[index], seeds[index], image)
             images[index] = Image.new("RGB", (settings["width"], settings["height"]))
     return [images[index] for index in range(len(items))]

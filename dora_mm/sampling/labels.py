@@ -1,4 +1,4 @@
-"""The text on sheets: a font of our own, so that a label looks the same everywhere, and wrapping to a width."""
+"""The text on contact sheets: a font of our own, so that a label looks the same everywhere, and wrapping to a width."""
 
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -19,10 +19,10 @@ def font_of(size: int) -> ImageFont.FreeTypeFont:
 
 
 def numbered_labels(labels: Sequence[str]) -> dict[int, str]:
-    """The labels that a sheet shows as a number, because the font lacks a character of theirs (CJK, Arabic, emoji).
+    """The labels that are shown as a number, because the font lacks a character of theirs (CJK, Arabic, emoji).
 
     Args:
-        labels: The labels of the rows or columns of a sheet, or of its pictures.
+        labels: The labels of the rows or columns of a contact sheet, or of its images.
 
     Returns:
         The labels by their numbers, from 1: number 3 is shown as "#3".
@@ -31,7 +31,7 @@ def numbered_labels(labels: Sequence[str]) -> dict[int, str]:
 
 
 def printable_labels(labels: Sequence[str]) -> list[str]:
-    """What a sheet shows for labels: the label, or its number where `numbered_labels` has it."""
+    """What a contact sheet shows for labels: the label, or its number where `numbered_labels` has it."""
     numbered = numbered_labels(labels)
     return [f"#{number}" if number in numbered else _composed(label) for number, label in enumerate(labels, 1)]
 

@@ -1,4 +1,4 @@
-"""The manifest of a run that draws pictures, with a line of JSON per picture, and what becomes of replaced ones."""
+"""The manifest of a run that draws images, with a line of JSON per image, and what becomes of replaced ones."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from dora_mm.utils.folders import link_or_copy, written_at_once
 from dora_mm.utils.json_text import parse_json
 
 MANIFEST = "manifest.jsonl"
-EARLIER = "earlier"  # the folder in a run of pictures that were replaced, by number
+EARLIER = "earlier"  # the folder in a run of images that were replaced, by number
 
 
 @dataclass(frozen=True)
 class ManifestEntry:
-    """One picture of a run.
+    """One image of a run.
 
     Attributes:
         row: The number of its row in the job, from 1.
         file: Its path, relative to the run directory.
-        status: "done"; "failed", with a reason; or "missing", as long as it was not drawn.
+        status: "done"; "failed", with a reason; or "missing", as long as it was not generated.
         batch: The number of its batch, from 1.
-        settings: All that it was drawn with, by name: prompt, negative_prompt, seed, steps, guidance, width, height,
-            scheduler, model, adapter, strength, and further ones.
-        digest: SHA-256 of the file, in hex; None where it was not drawn.
+        settings: All that it was generated with, by name: prompt, negative_prompt, seed, steps, guidance, width,
+            height, scheduler, model, adapter, strength, and further ones.
+        digest: SHA-256 of the file, in hex; None where it was not generated.
         reason: Why it failed.
         scores: What it scored, by the name of the score.
     """
@@ -61,7 +61,7 @@ def read_manifest(run: Path) -> list[ManifestEntry]:
     """
     file = run / MANIFEST
     if not file.is_file():
-        raise ValueError(f"{run} is not a run that drew pictures: it has no {MANIFEST}")
+        raise ValueError(f"{run} is not a run that drew images: it has no {MANIFEST}")
     try:
         lines = enumerate(file.read_text(encoding="utf-8").split("\n"), 1)
         return [_entry(line, number) for number, line in lines if line]
@@ -94,13 +94,13 @@ def readable_entries(folder: Path) -> list[ManifestEntry]:
 
 
 def keep_earlier(run: Path, files: Iterable[str]) -> Path | None:
-    """Keeps files of a run that are going to be replaced: `earlier/<NNN>` has them, its sheets and a manifest.
+    """Keeps files of a run that are going to be replaced: `earlier/<NNN>` has them, its contact sheets and a manifest.
 
     It appears complete or not at all, and what an interrupted process has kept is not kept again.
 
     Args:
         run: The run directory.
-        files: The paths of the pictures, relative to it.
+        files: The paths of the images, relative to it.
 
     Returns:
         The folder, which a gallery reads as it does a run; None if all of them are kept already.

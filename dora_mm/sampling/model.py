@@ -1,4 +1,4 @@
-"""What a job draws with: the base model, its adapters, and how both are found."""
+"""What a job generates with: the base model, its adapters, and how both are found."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ SETTINGS = "base_settings"  # the key of a header
 
 @dataclass
 class LoadedModel:
-    """A base model that draws jobs, with or without adapters.
+    """A base model that generates jobs, with or without adapters.
 
     Attributes:
         model: The model, not adapted.
-        sampler: Draws with it.
-        base: What pictures say about it.
+        sampler: Generates with it.
+        base: What images say about it.
         adapters: The files of the adapters, by the path that jobs name.
-        environment: What else pictures depend on (see `png.GenerationMetadata`).
+        environment: What else images depend on (see `png.GenerationMetadata`).
         forward: The implementation of adapted layers.
         frees_text: Whether prompts can be encoded before the denoiser is loaded: no adapter changes what they become,
             and networks do not wait in main memory for their turn.
@@ -68,7 +68,7 @@ class LoadedModel:
 
     @property
     def size(self) -> int:
-        """The side of the model's own pictures, in pixels."""
+        """The side of the model's own images, in pixels."""
         return self.model.resolution
 
     def load_adapter(self, path: str, strength: HashableStrength, name: str) -> None:
@@ -98,7 +98,7 @@ class LoadedModel:
         """Loads every adapter once, or with each of its strengths by part.
 
         Raises:
-            ValueError: An adapter does not fit the model; or it replaces weights of the base, and a job has pictures
+            ValueError: An adapter does not fit the model; or it replaces weights of the base, and a job has images
                 without it, or at another strength.
         """
         combinations = {request.weights for request in requests}
@@ -113,11 +113,11 @@ class LoadedModel:
             elif combinations != {((path, 1.0),)}:
                 raise ValueError(
                     f"{path} holds weights that replace those of the base (method full, biases or norms): it cannot be "
-                    "drawn at another strength than 1, nor beside other adapters or pictures without it"
+                    "generated at another strength than 1, nor beside other adapters or images without it"
                 )
 
     def check(self, requests: Sequence[ImageRequest]) -> None:
-        """Checks that pictures can be drawn.
+        """Checks that images can be generated.
 
         Raises:
             ValueError: A size, a scheduler, a setting or an adapter does not fit the model.
@@ -135,14 +135,14 @@ class LoadedModel:
         unguided = [request for request in requests if request.guidance <= WITHOUT_GUIDANCE]
         for key in ("negative_prompt", "guidance_rescale"):
             if found := [request for request in unguided if getattr(request, key)]:
-                log.warning("%d pictures have a %s without effect: their guidance is at most 1", len(found), key)
+                log.warning("%d images have a %s without effect: their guidance is at most 1", len(found), key)
         prompts = [text for p in requests for text in (p.prompt, p.negative_prompt) if text]
         if cut := self.model.cut(list(dict.fromkeys(prompts))):
             most = self.model.most_tokens
             log.warning("%d prompts have more than %d tokens and lose their end, the first: %s", len(cut), most, cut[0])
 
     def check_sizes(self, requests: Sequence[ImageRequest]) -> None:
-        """Checks that the model can draw pictures of these sizes.
+        """Checks that the model can generate images of these sizes.
 
         Raises:
             ValueError: A side is not a multiple of the model's cell.
@@ -168,7 +168,7 @@ class LoadedModel:
                 raise ValueError(f"row {row}: {problem}")
 
     def prompt_length(self, request: ImageRequest) -> int:
-        """The length of a picture's prompts, with the new tokens of its adapters.
+        """The length of an image's prompts, with the new tokens of its adapters.
 
         Raises:
             ValueError: Two of them have the same.
@@ -191,7 +191,7 @@ class LoadedModel:
         return {path: (formats.adapter_digest(file), data_digest(file)[:12]) for path, file in self.adapters.items()}
 
     def plan(self, folder: Path, requests: Sequence[ImageRequest], batch_size: int) -> BatchGeneration:
-        """Plans the batches of a job: see `drawing.plan`. Pictures without a size get the model's own."""
+        """Plans the batches of a job: see `drawing.plan`. Images without a size get the model's own."""
         sized = [replace(p, width=p.width or self.size, height=p.height or self.size) for p in requests]
         return plan(
             folder,
@@ -207,10 +207,10 @@ class LoadedModel:
     def generate(
         self, folder: Path, requests: Sequence[ImageRequest], batch_size: int, processes: Processes = SINGLE_PROCESS
     ) -> BatchGeneration:
-        """Draws the pictures of a job that are not in its run directory yet, in the processes that share them.
+        """Generates the images of a job that are not in its run directory yet, in the processes that share them.
 
         Returns:
-            The job; in the main process with what has become of all pictures.
+            The job; in the main process with what has become of all images.
         """
         generation = self.plan(folder, requests, batch_size)
         if processes.is_main:
@@ -347,7 +347,7 @@ def family_settings(header: Mapping[str, str], path: str) -> dict[str, Any]:
 
 
 def warn_of_other_bases(files: Mapping[str, Path], model: ModelConfig, *, is_distilled: bool = False) -> None:
-    """Names adapters that were trained on another model than the one that draws.
+    """Names adapters that were trained on another model than the one that generates.
 
     Those of a base model are meant for what is distilled of it, too: that is said once.
     """
@@ -359,7 +359,7 @@ def warn_of_other_bases(files: Mapping[str, Path], model: ModelConfig, *, is_dis
             others[path] = trained_on
     if others and is_distilled:
         bases = " and ".join(dict.fromkeys(others.values()))
-        log.info("What was trained on %s is drawn with %s, which was distilled.", bases, model.path)
+        log.info("What was trained on %s is generated with %s, which was distilled.", bases, model.path)
         return
     for path, trained_on in others.items():
         log.warning("%s was trained on %s, and is used with %s.", path, trained_on, model.path)

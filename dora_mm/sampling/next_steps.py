@@ -14,9 +14,10 @@ from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
 
 def sampling_command(config: TrainDiffusionConfig, run: RunDirectory) -> str:
-    """Draws with the adapter: the prompts that `dora-mm new` has written beside the config, or the first of its own.
+    """The command that samples the adapter: the prompts file that `dora-mm new` has written, or the config's prompts.
 
-    The seeds are those of the sheet, as are the settings that the adapter's file says: see `with_usual_settings`.
+    The seeds are those of the contact sheet, as are the settings that the adapter's file says: see
+    `with_usual_settings`.
     """
     words, prompts = ["dora-mm", "sample"], Path(f"{config.name}_prompts.txt")
     if prompts.is_file():
@@ -33,7 +34,7 @@ def sampling_command(config: TrainDiffusionConfig, run: RunDirectory) -> str:
 
 
 def scoring_command(run: RunDirectory) -> str:
-    """Scores an adapter of pictures by the training pictures, without a judge."""
+    """Scores an adapter of images by the training images, without a judge."""
     config = next(name for name in packaged_configs() if name.endswith("/eval_style.yaml"))
     return shlex.join(["dora-mm", "eval", config, "--set", f"adapter.path={run.path}"])
 
@@ -53,12 +54,12 @@ def next_steps(config: PipelineConfig, run: RunDirectory, done: int, *, finished
         finished: Whether the training has ended.
     """
     if not finished:
-        request = "answers now" if isinstance(config, TrainVLConfig) else "a sheet now"
+        request = "answers now" if isinstance(config, TrainVLConfig) else "a contact sheet now"
         return {"after a stop": resuming(run), request: f"touch {shlex.quote(str(run.path / SAMPLE_NOW))}"}
     patience = " evaluate.patience=null" if getattr(getattr(config, "evaluate", None), "patience", None) else ""
     found = {}
     if isinstance(config, TrainDiffusionConfig):
-        found = {"draw with it": sampling_command(config, run), "score its style": scoring_command(run)}
+        found = {"generate with it": sampling_command(config, run), "score its style": scoring_command(run)}
     elif isinstance(config, TrainVLConfig):
         found = {"ask it": asking_command(config, run)}
     return found | {"train it longer": f"{resuming(run)} --set {twice_as_long(config, done)}{patience}"}

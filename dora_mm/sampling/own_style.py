@@ -1,4 +1,4 @@
-"""What an adapter of one's own style is judged by: its training pictures, prompts in their words, and an encoder."""
+"""What an adapter of one's own style is judged by: its training images, prompts in their words, and an encoder."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,12 +19,12 @@ from dora_mm.eval.images.timm_encoder import TimmEncoder
 
 EMBEDDED = (
     "encoder: EfficientNet-Lite0, trained on photographs of things; it reads no prompts, and its cosines are high for "
-    "all pictures: compare rows, not numbers. clip_model or timm_model (DINOv2) names a better one."
+    "all images: compare rows, not numbers. clip_model or timm_model (DINOv2) names a better one."
 )
 
 
 class Vectors(NamedTuple):
-    """What looks at pictures: unit vectors of images and, with CLIP, of texts."""
+    """What looks at images: unit vectors of images and, with CLIP, of texts."""
 
     of_images: Callable[[Sequence[Image.Image]], np.ndarray]
     of_texts: Callable[[Sequence[str]], np.ndarray] | None
@@ -47,7 +47,7 @@ def vectors_by(device: torch.device, clip_model: str | None = None, timm_model: 
 
 
 def images_of_training(data: DataConfig) -> list[CaptionedImage]:
-    """The pictures of a training, with or without captions, which drawn ones are compared with.
+    """The images of a training, with or without captions, which generated ones are compared with.
 
     Raises:
         ValueError: They cannot be read.
@@ -57,7 +57,7 @@ def images_of_training(data: DataConfig) -> list[CaptionedImage]:
 
 
 def prompts_in_style(trained: TrainDiffusionConfig | None, images: Sequence[CaptionedImage]) -> list[str]:
-    """The prompts of a training's sheets, and some for things that no caption names in the words of the captions."""
+    """The prompts of a training's samples, and some for things that no caption names, worded as the captions are."""
     captions = [image.caption for image in images]
     word = trained.data.placeholder if trained else shared_word(captions)
     own = trained.sample.prompts if trained else ()

@@ -1,6 +1,6 @@
-"""What a PNG file says about its picture: our JSON, from which it can be drawn again, and the text that A1111 writes.
+"""What a PNG file says about its image: our JSON, from which it can be generated again, and the text that A1111 writes.
 
-Nothing in it depends on when the picture was saved, so that the same job gives the same files on the same machine.
+Nothing in it depends on when the image was saved, so that the same job gives the same files on the same machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VERSION = 2  # of the JSON
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base model of a picture.
+    """The base model of an image.
 
     Attributes:
         path: A folder, a file or a hub name, as it was given.
@@ -37,7 +37,7 @@ class BaseModel:
         digest: SHA-256 of its weights and of the settings of its scheduler, in hex.
         file_digest: SHA-256 of a single file, by which A1111 and Civitai find it; None for a folder or hub name.
         settings: Those of its family that are not the defaults, by the key of their section.
-        files: Digests of its other files, see `ModelIdentity.files`; None: the picture has none.
+        files: Digests of its other files, see `ModelIdentity.files`; None: the image has none.
     """
 
     path: str
@@ -50,9 +50,9 @@ class BaseModel:
     files: Mapping[str, str] | None = None
 
     def changes(self, before: BaseModel) -> list[str]:
-        """The names of the files that differ from those of an earlier picture, and "the weights" where these do.
+        """The names of the files that differ from those of an earlier image, and "the weights" where these do.
 
-        Pictures that do not name the files of their model are compared by the weights and the scheduler.
+        Images that do not name the files of their model are compared by the weights and the scheduler.
         """
         files = changed_names(before.files, self.files) if before.files and self.files else []
         explained = any(file.startswith("scheduler/") for file in files)  # whose settings are in the digest, too
@@ -61,7 +61,7 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class UsedAdapter:
-    """An adapter of a picture.
+    """An adapter of an image.
 
     Attributes:
         path: Its file or folder, as it was given.
@@ -78,13 +78,13 @@ class UsedAdapter:
 
 @dataclass(frozen=True)
 class GenerationMetadata:
-    """All that a picture was drawn with.
+    """All that an image was generated with.
 
     Attributes:
         model: The base model.
         adapters: The adapters.
         settings: Steps, guidance, width, height and scheduler.
-        batch: Prompt, negative prompt and seed of all pictures of its batch: rounding depends on them.
+        batch: Prompt, negative prompt and seed of all images of its batch: rounding depends on them.
         position: Which of them it is, from 0.
         environment: How the products were computed: backend, and the settings that save memory.
         circumstances: See `utils.circumstances`; earlier files have some of them, as `software`.
@@ -99,14 +99,14 @@ class GenerationMetadata:
     circumstances: Annotated[Record, Field(validation_alias=AliasChoices("circumstances", "software"))]
 
     def is_same_image_as(self, other: GenerationMetadata) -> bool:
-        """Whether the pictures are the same, up to rounding by the others of their batches.
+        """Whether the images are the same, up to rounding by the others of their batches.
 
         The circumstances and the paths of the weights do not count.
         """
         return self._own() == other._own() and not self.model.changes(other.model)
 
     def _own(self) -> GenerationMetadata:
-        """The picture alone. Weights count by their digests: paths are written in several ways, and files may move."""
+        """The image alone. Weights count by their digests: paths are written in several ways, and files may move."""
         model = replace(self.model, path="", revision=None, vae=None, digest="", file_digest=None, files=None)
         adapters = tuple(replace(adapter, path="", hash="") for adapter in self.adapters)
         batch = self.batch[self.position : self.position + 1]
@@ -117,12 +117,12 @@ METADATA = TypeAdapter(GenerationMetadata)
 
 
 def save_image(path: Path, image: Image.Image, metadata: GenerationMetadata, scheduler: str) -> None:
-    """Saves a PNG file atomically, with what it was drawn with.
+    """Saves a PNG file atomically, with what it was generated with.
 
     Args:
         path: The file; it is replaced where it exists.
-        image: The picture.
-        metadata: What it was drawn with.
+        image: The image.
+        metadata: What it was generated with.
         scheduler: The scheduler's name in A1111, such as "DPM++ 2M Karras".
     """
     info = PngImagePlugin.PngInfo()
@@ -132,7 +132,7 @@ def save_image(path: Path, image: Image.Image, metadata: GenerationMetadata, sch
 
 
 def read_metadata(path: Path) -> GenerationMetadata:
-    """Reads what a picture was drawn with. The whole file is checked.
+    """Reads what an image was generated with. The whole file is checked.
 
     Raises:
         ValueError: It is not a PNG file, is damaged, or was not saved by `save_image`.
@@ -143,9 +143,9 @@ def read_metadata(path: Path) -> GenerationMetadata:
             image.load()
             text = getattr(image, "text", {}).get(JSON_CHUNK)
     except (OSError, SyntaxError, ValueError, PIL.UnidentifiedImageError) as error:
-        raise ValueError(f"{path} is not a PNG picture, or is damaged ({error})") from None
+        raise ValueError(f"{path} is not a PNG image, or is damaged ({error})") from None
     if text is None:
-        raise ValueError(f"{path} was not drawn by dora-mm sample: it has no text chunk {JSON_CHUNK}")
+        raise ValueError(f"{path} was not generated by dora-mm sample: it has no text chunk {JSON_CHUNK}")
     try:
         if parse_json(text, "it").get("version") != VERSION:
             raise ValueError("another version")
@@ -168,7 +168,7 @@ def parameters_text(metadata: GenerationMetadata, scheduler: str) -> str:
     """The text that A1111 writes as `parameters`, and that Civitai and others read.
 
     Args:
-        metadata: What the picture was drawn with.
+        metadata: What the image was generated with.
         scheduler: The scheduler's name in A1111.
     """
     prompt, negative_prompt, seed = metadata.batch[metadata.position]

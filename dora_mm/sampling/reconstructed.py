@@ -1,4 +1,4 @@
-"""Training pictures as the model could draw them at best: of its size, and through its VAE."""
+"""Training images as the model could generate them at best: of its size, and through its VAE."""
 
 from collections.abc import Sequence
 
@@ -14,18 +14,18 @@ from dora_mm.utils.progress import tracked
 
 
 def reconstructed(model: ImageModel, images: Sequence[CaptionedImage], background: str) -> list[Image.Image]:
-    """Brings pictures to the model's size, as a training does, and through its VAE.
+    """Brings images to the model's size, as a training does, and through its VAE.
 
-    What the VAE loses, and sizes in which the model does not draw, would tell drawn pictures from the originals,
-    however well they are drawn.
+    What the VAE loses, and sizes in which the model does not draw, would tell drawn images from the originals,
+    however well they are generated.
 
     Args:
         model: The model.
-        images: The pictures.
+        images: The images.
         background: What is behind transparent ones.
     """
     found = []
-    for image in tracked(images, "training pictures", "pictures"):
+    for image in tracked(images, "training images", "pictures"):
         framing = frame(image.size, choose_bucket(image.size, model.resolution))
         pixels: torch.Tensor = render(load_rgb(image.path, background), framing)
         found += decoded(model.vae, model.encode_images(pixels[None]).mean)

@@ -1,4 +1,4 @@
-"""Draws a picture again from what its PNG file says."""
+"""Generates an image again from what its PNG file says."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEEDED = ("steps", "guidance", "width", "height", "scheduler")
 
 
 def replay_image(file: Path, folder: Path) -> tuple[Path, str | None]:
-    """Draws a picture again, in the batch that it was drawn in, since rounding depends on the batch.
+    """Generates an image again, in the batch that it was generated in, since rounding depends on the batch.
 
     Args:
         file: A PNG file of a job.
@@ -37,8 +37,8 @@ def replay_image(file: Path, folder: Path) -> tuple[Path, str | None]:
         are reported in the log.
 
     Raises:
-        ValueError: The file does not say how it was drawn, the model or an adapter has changed since, or the picture
-            cannot be drawn.
+        ValueError: The file does not say how it was generated, the model or an adapter has changed since, or the image
+            cannot be generated.
     """
     metadata = read_metadata(file)
     check_complete(metadata, file)
@@ -57,7 +57,7 @@ def replay_image(file: Path, folder: Path) -> tuple[Path, str | None]:
 
 
 def check_complete(metadata: GenerationMetadata, file: Path) -> None:
-    """Checks that a file says all that a picture is drawn with, in the types that a job has.
+    """Checks that a file says all that an image is generated with, in the types that a job has.
 
     Raises:
         ValueError: It does not.
@@ -73,13 +73,13 @@ def check_complete(metadata: GenerationMetadata, file: Path) -> None:
     except ValidationError as error:
         found = error.errors()[0]
         problem = ": ".join([".".join(map(str, found["loc"])), found["msg"]])
-        raise ValueError(f"{file} cannot be drawn again ({problem})") from None
+        raise ValueError(f"{file} cannot be generated again ({problem})") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} cannot be drawn again ({error})") from None
+        raise ValueError(f"{file} cannot be generated again ({error})") from None
 
 
 def generation_config(metadata: GenerationMetadata) -> ImageGenerationConfig:
-    """The config of the model that a picture was drawn with."""
+    """The config of the model that an image was generated with."""
     model = metadata.model
     return ImageGenerationConfig(
         pipeline="sample",
@@ -94,21 +94,23 @@ def generation_config(metadata: GenerationMetadata) -> ImageGenerationConfig:
 
 
 def check_unchanged(metadata: GenerationMetadata, loaded: LoadedModel) -> None:
-    """Compares the model and the adapters that were loaded with those that a picture was drawn with.
+    """Compares the model and the adapters that were loaded with those that an image was generated with.
 
     Raises:
         ValueError: The base model or an adapter is another one now.
     """
     if changes := loaded.base.changes(metadata.model):
-        raise ValueError(f"the model {loaded.base.path} has changed since the picture was drawn: {', '.join(changes)}")
+        raise ValueError(
+            f"the model {loaded.base.path} has changed since the image was generated: {', '.join(changes)}"
+        )
     hashes = loaded.adapter_hashes()
     for adapter in metadata.adapters:
         if hashes[adapter.path][0] != adapter.digest:
-            raise ValueError(f"the adapter {adapter.path} has changed since the picture was drawn")
+            raise ValueError(f"the adapter {adapter.path} has changed since the image was generated")
 
 
 def batch_of_metadata(metadata: GenerationMetadata, loaded: LoadedModel, folder: Path, name: str) -> BatchGeneration:
-    """A job of the batch of a picture, of which only this picture is missing."""
+    """A job of the batch of an image, of which only this image is missing."""
     adapters = tuple((adapter.path, adapter.strength) for adapter in metadata.adapters)
     requests = [
         ImageRequest(
@@ -129,14 +131,14 @@ def batch_of_metadata(metadata: GenerationMetadata, loaded: LoadedModel, folder:
 
 
 def report_circumstances(file: Path, metadata: GenerationMetadata, generation: BatchGeneration) -> None:
-    """Warns of circumstances that differ from those under which a picture was drawn."""
+    """Warns of circumstances that differ from those under which an image was generated."""
     now = generation.metadata[metadata.position].circumstances
     if message := sentence(f"{file} was", differences(metadata.circumstances, now)):
         log.warning(message)
 
 
 def difference(one: Path, other: Path) -> str | None:
-    """How the pixels of two pictures differ, or None."""
+    """How the pixels of two images differ, or None."""
     first, second = (np.asarray(Image.open(path).convert("RGB"), dtype=np.int16) for path in (one, other))
     if first.shape != second.shape:
         return "in its size"

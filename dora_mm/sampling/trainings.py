@@ -1,4 +1,4 @@
-"""What an adapter's file says of its training, and pictures that are drawn as the sheets of that were."""
+"""What an adapter's file says of its training, and images that are generated as the contact sheets of that were."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OF_CONTACT_SHEETS = (
     "guidance",
     "guidance_rescale",
     "negative_prompt",
-)  # keys that `sample` of a training and configs of pictures share
+)  # keys that `sample` of a training and configs of images share
 ImagesT = TypeVar("ImagesT", bound=ImageGenerationConfig)
 
 
@@ -46,11 +46,11 @@ def contact_sheets_of(file: Path) -> SampleConfig | None:
 
 
 def with_usual_settings(config: ImagesT, adapters: Mapping[str, Path]) -> ImagesT:
-    """Draws as a distilled model does, else as in the sheets of a training, as far as a config leaves out how.
+    """Fills settings that a config leaves out: a distilled model's own, else those of the training's samples.
 
     Args:
-        config: The config of the pictures.
-        adapters: The files of all adapters that are drawn with; see `as_in_contact_sheets`.
+        config: The config of the images.
+        adapters: The files of all adapters that are generated with; see `as_in_contact_sheets`.
 
     Raises:
         ValueError: There is no model, or the adapters name none.
@@ -62,16 +62,16 @@ def with_usual_settings(config: ImagesT, adapters: Mapping[str, Path]) -> Images
     chosen = {key: value for key, value in own.items() if key not in config.model_fields_set}
     if chosen:
         shown = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
-        log.info("%s was distilled (%s), and so it draws with %s", model.path, found.sign, shown)
+        log.info("%s was distilled (%s), and so it generates with %s", model.path, found.sign, shown)
     return config.model_copy(update=chosen)
 
 
 def as_in_contact_sheets(config: ImagesT, adapters: Mapping[str, Path]) -> ImagesT:
-    """Draws as the sheets of a training were drawn, as far as a config leaves out how.
+    """Generates as the contact sheets of a training were generated, as far as a config leaves out how.
 
     Args:
-        config: The config of the pictures.
-        adapters: The files of all adapters that are drawn with. Where their trainings differ in a key, the config's
+        config: The config of the images.
+        adapters: The files of all adapters that are generated with. Where their trainings differ in a key, the config's
             default holds, and a warning says so.
 
     Returns:
@@ -87,9 +87,9 @@ def as_in_contact_sheets(config: ImagesT, adapters: Mapping[str, Path]) -> Image
             chosen[key] = values[0]
         else:
             found, own = " and ".join(map(_text, values)), _text(getattr(config, key))
-            log.warning("The trainings of these adapters drew with %s %s, and this draws with %s", key, found, own)
+            log.warning("The trainings of these adapters drew with %s %s, and this generates with %s", key, found, own)
     if shown := [f"{key} {_text(value)}" for key, value in chosen.items() if value not in (None, 0.0)]:
-        log.info("Drawn as the sheets of the training: %s", ", ".join(shown))
+        log.info("Generated as the contact sheets of the training: %s", ", ".join(shown))
     return config.model_copy(update=chosen)
 
 

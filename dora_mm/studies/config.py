@@ -1,4 +1,4 @@
-"""The configs of campaigns, on pictures or on questions: comparisons of methods, and the search for a learning rate.
+"""The configs of campaigns, on images or on questions: comparisons of methods, and the search for a learning rate.
 
 See config/schema.py for the rules.
 """
@@ -33,7 +33,7 @@ class CampaignConfig(PipelineConfig):
     free_keys: ClassVar[tuple[str, ...]] = ("workers", "name", "rows")  # those that change no row
 
     output: OutputFolder  # the campaign's folder; one that exists is resumed
-    base: InputPath  # the config that all trainings share: of train_diffusion for pictures, of train_vl for questions
+    base: InputPath  # the config that all trainings share: of train_diffusion for images, of train_vl for questions
     # A CSV file with a row for each finished training, from which a campaign goes on without the rest of its folder, on
     # any machine; null: trainings.csv in output
     rows: Text | None = None
@@ -92,16 +92,16 @@ class VariantConfig(Section):
 
 
 class CompareImagesConfig(Section):
-    """Adapters of a style, scored by a judge on things that they were not trained on."""
+    """Adapters of a style, scored by a classifier on things that they were not trained on."""
 
-    classifier: InputPath  # the folder of a fitted judge
+    classifier: InputPath  # the folder of a fitted classifier
     style: ClassifiedStyle  # the target style
     prompt: Text  # asks for the target style; {thing} is replaced by the concept
     flat_prompt: Text = "a flat icon of {thing}"  # asks for the style that the base model knows
     tune: ConceptChoice = ConceptChoice(role="tune", count=24, seeds=(0, 1))  # learning rates are chosen on these
-    report: RoleConfig = RoleConfig()  # the reported scores; a training draws each of them once, with its own seed
+    report: RoleConfig = RoleConfig()  # the reported scores; a training generates each of them once, with its own seed
     sampling: ImageSamplingConfig = ImageSamplingConfig()
-    columns: PositiveInt = 8  # concepts shown in the sheet
+    columns: PositiveInt = 8  # concepts shown in the contact sheet
 
     @model_validator(mode="after")
     def _keys_agree(self) -> "CompareImagesConfig":
@@ -193,10 +193,10 @@ class TuneConfig(CampaignConfig):
     rates: Annotated[Items[Positive], Field(min_length=1)]  # the candidates for optimizer.lr, at every rank
     ranks: Items[PositiveInt] = ()  # the candidates for adapter.rank; empty: base's
     extra_rates: Count = 0  # more candidates, a factor apart, while the lowest or the highest rate is as good as any
-    # score: likeness to the training pictures, or the score of the answers to the valid splits; held_out: the held-out
+    # score: likeness to the training images, or the score of the answers to the valid splits; held_out: the held-out
     # loss, which favours low rates in the middle of a schedule
     selection_metric: Literal["score", "held_out"] = "score"
-    clip_model: ModelPath | None = None  # a folder or hub name of open_clip, for pictures; null: the embedded encoder
+    clip_model: ModelPath | None = None  # a folder or hub name of open_clip, for images; null: the embedded encoder
 
     @property
     def scored(self) -> dict[str, Any]:
@@ -210,5 +210,5 @@ class TuneConfig(CampaignConfig):
         if len(self.rates) * max(1, len(self.ranks)) < 2:
             problems.append("one rate at one rank leaves nothing to choose: give several of either")
         if self.clip_model and self.selection_metric != "score":
-            problems.append("clip_model has no effect: judge held_out looks at no pictures")
+            problems.append("clip_model has no effect: judge held_out looks at no images")
         return raise_problems(self, problems)

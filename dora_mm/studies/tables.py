@@ -1,4 +1,4 @@
-"""Tables of campaigns: all methods with their scores, and paired differences, of pictures and of answers."""
+"""Tables of campaigns: all methods with their scores, and paired differences, of images and of answers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +55,7 @@ def contrasts_table(
 
     Args:
         ranks: The ranks that are compared.
-        scores: Of every variant, of the same pictures or questions and the same seeds.
+        scores: Of every variant, of the same images or questions and the same seeds.
         subtract: Returns the difference of two scores by metric.
         headings: The heading of every metric; those that no difference has get no column.
         show: Formats the interval of a metric.
@@ -79,7 +79,7 @@ def contrasts_table(
     return markdown_table(["difference", *(headings[key] for key in keys)], rows) + f"\n\n{note}"
 
 
-# --- of pictures ---------------------------------------------------------------------------------------------------
+# --- of images ---------------------------------------------------------------------------------------------------
 
 
 def image_results_table(results: Sequence[Result]) -> str:

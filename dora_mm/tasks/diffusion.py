@@ -103,7 +103,7 @@ class DiffusionTask:
         weights = torch.ones_like(each) if batch.weights is None else batch.weights.to(each)
         total = (weights * each).sum()
         if (preserved := batch.preserved) is not None:
-            if preserved.latents is not batch.latents:  # pictures of their own
+            if preserved.latents is not batch.latents:  # images of their own
                 noise, times = (
                     self.sample_noise(preserved.latents, generator),
                     self._times(preserved.latents, generator),

@@ -23,26 +23,26 @@ from dora_mm.utils.losses import LossSum
 from dora_mm.utils.progress import tracked
 from dora_mm.utils.randomness import generator
 
-if TYPE_CHECKING:  # these need the extra vl, and those who train pictures have none
+if TYPE_CHECKING:  # these need the extra vl, and those who train images have none
     from dora_mm.data.vl.rows import OnBadData
     from dora_mm.data.vl.splits import TrainingSet, ValidationSet
     from dora_mm.data.vl.tables import ExampleTable
     from dora_mm.models.vl.vl_model import VLModel
 
-NUM_TIMES = 8  # of each picture; a loss depends more on the time than on the picture
+NUM_TIMES = 8  # of each image; a loss depends more on the time than on the image
 Precision = Callable[..., AbstractContextManager[Any]]  # opens the autocast of a training
 
 
 class ImageLosses:
-    """The loss of fixed pictures: each at 8 times, with noise that depends on (picture, number of the time) alone.
+    """The loss of fixed images: each at 8 times, with noise that depends on (image, number of the time) alone.
 
     The times are in the middle of eight equal shares of all times that a training draws, so that the mean is close to
     that of the training's loss; captions are never dropped.
 
     Args:
         task: The loss of a training.
-        parts: The pictures by the name of their loss, with settings under which nothing is drawn.
-        batch_size: Pictures per pass.
+        parts: The images by the name of their loss, with settings under which nothing is drawn.
+        batch_size: Images per pass.
         precision: Opens the autocast of the training.
         process: (index, count) if several processes share the work.
     """
@@ -71,7 +71,7 @@ class ImageLosses:
         return found
 
     def _batches(self, part: CaptionedBatches, batch_size: int) -> list[list[tuple[int, int]]]:
-        """Batches of (picture, number of its time), each of pictures of one size."""
+        """Batches of (image, number of its time), each of images of one size."""
         groups = defaultdict(list)
         for index, bucket in enumerate(part.buckets):
             groups[bucket] += [(index, number) for number in range(NUM_TIMES)]

@@ -1,4 +1,4 @@
-"""What the adapter should leave as it is: pictures with prompts on which the base model's prediction is the target."""
+"""What the adapter should leave as it is: images with prompts on which the base model's prediction is the target."""
 
 import re
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class PreservingBatches:
         batches: Those of the training.
         config: The `preserve` section.
         placeholder: The word that captions lose where the section has no prompt.
-        class_images: Batches of pictures with captions of their own; None: those of the training are taken.
+        class_images: Batches of images with captions of their own; None: those of the training are taken.
         micro_batches: Those of an optimizer step.
     """
 
@@ -80,7 +80,7 @@ class PreservingBatches:
         return without_word(caption, self.placeholder)
 
     def _ratio(self, step: int) -> float:
-        """The divisor of the training's losses in a step, over the number of pictures that are held."""
+        """The divisor of the training's losses in a step, over the number of images that are held."""
         numbers = range(step * self.micro_batches, (step + 1) * self.micro_batches)
         own = [self.batches.counts(number) for number in numbers]
         preserved = [self.class_images.counts(number) for number in numbers] if self.class_images else own

@@ -81,7 +81,7 @@ def check_optimizer(config: OptimizerConfig, device: torch.device) -> None:
         return
     try:
         optimizer.step()
-    except Exception as error:  # whatever its package raises on a card that it was not built for
+    except Exception as error:  # whatever its package raises on a GPU that it was not built for
         raise ValueError(
             f"optimizer.name {config.name} does not run on this GPU ({first_line(error)}): choose another one"
         ) from None

@@ -197,8 +197,8 @@ def check_length(path: Path, done: int, steps: int) -> None:
 def change_config(run: RunDirectory, config: PipelineConfig) -> None:
     """Saves the config of a resumed run where it differs from that of its start.
 
-    The changes are recorded in changes.jsonl. The results of a finished run (adapter, sheet and summary) move to the
-    subfolder step-NNNNNN.
+    The changes are recorded in changes.jsonl. The results of a finished run (adapter, contact sheet and summary) move
+    to the subfolder step-NNNNNN.
 
     Args:
         run: The run directory.

@@ -1,6 +1,6 @@
 """The circumstances of a result: all that decides its last bits besides its inputs.
 
-A record of them is a JSON object of names and values. It is kept with each row, picture or number that is kept, and a
+A record of them is a JSON object of names and values. It is kept with each row, image or number that is kept, and a
 command that goes on from these reports in one sentence which values differ.
 """
 
@@ -94,7 +94,7 @@ def sentence(subject: str, found: Iterable[str]) -> str:
     """The one sentence on other circumstances; empty where nothing differs.
 
     Args:
-        subject: The subject and the verb of the sentence: "3 of 8 pictures were".
+        subject: The subject and the verb of the sentence: "3 of 8 images were".
         found: From `differences`.
     """
     named = ", ".join(dict.fromkeys(found))

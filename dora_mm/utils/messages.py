@@ -15,7 +15,7 @@ UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u
 class ChangedFileError(Exception):
     """A file of the data is another one than the one that was read before.
 
-    It is no ValueError: a row or picture that cannot be read may be left out, and this one would be, silently.
+    It is no ValueError: a row or image that cannot be read may be left out, and this one would be, silently.
     """
 
 

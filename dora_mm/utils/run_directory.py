@@ -24,7 +24,10 @@ CONFIG, INPUTS = "config.yaml", "inputs.json"
 VERSIONS = "versions.json"  # the circumstances of the start
 CONTINUED = "circumstances.json"  # those of continuations, by the number of the steps before them
 SUMMARY = "summary.json"  # the last file that a training writes, its page included, so it marks a finished one
-SAMPLE_NOW, SAVE_NOW = "sample-now", "save-now"  # files by which a person asks a training for a sheet, or a checkpoint
+SAMPLE_NOW, SAVE_NOW = (
+    "sample-now",
+    "save-now",
+)  # files by which a person asks a training for a contact sheet, or a checkpoint
 
 
 class RunDirectory:
@@ -35,7 +38,7 @@ class RunDirectory:
         checkpoints: The folder of checkpoints.
         adapter: The folder of the final adapter.
         samples: The folder of sampled images.
-        contact_sheet: The contact sheet, a PNG file: pictures of the bare model, of the adapter, and of the average.
+        contact_sheet: The contact sheet, a PNG file: images of the bare model, of the adapter, and of the average.
         adapter_ema: The folder of the average of the adapters of all steps.
         trackers: What metrics are also shown by, such as TensorBoard; see `dora_mm.train.trackers`.
         prefix: What the names of metrics begin with there, of the stage of a run.

@@ -12,7 +12,7 @@ MOST_BYTES = 64 * 2**20  # of the unpacked tables, some 500,000 rows
 
 
 def spreadsheet_rows(path: Path) -> Iterator[tuple[int, dict[int, str]]]:
-    """The rows of the first sheet of a file that have any text: the number of each, and its cells by column.
+    """The rows of the first contact sheet of a file that have any text: the number of each, and its cells by column.
 
     Raises:
         ValueError: openpyxl is missing, the file is damaged, or a cell has no text to read.
@@ -21,7 +21,7 @@ def spreadsheet_rows(path: Path) -> Iterator[tuple[int, dict[int, str]]]:
         import openpyxl
     except ModuleNotFoundError:
         raise ValueError(
-            f"{path} needs the package openpyxl: pip install 'dora_mm[sheets]', or save it as CSV UTF-8"
+            f"{path} needs the package openpyxl: pip install 'dora_mm[contact sheets]', or save it as CSV UTF-8"
         ) from None
     try:
         with zipfile.ZipFile(path) as packed:

@@ -92,12 +92,12 @@ WRONG = [  # what is typed, and the sentence, without how that of a config begin
     ),
     (
         "sample RUN",
-        "RUN is the run of a training: dora-mm sample --set adapter.path=RUN 'prompts=[...]' draws with "
+        "RUN is the run of a training: dora-mm sample --set adapter.path=RUN 'prompts=[...]' generates with "
         "its adapter, and dora-mm train --resume RUN goes on with it",
     ),
     (
         "train RUN",
-        "RUN is the run of a training: dora-mm sample --set adapter.path=RUN 'prompts=[...]' draws with "
+        "RUN is the run of a training: dora-mm sample --set adapter.path=RUN 'prompts=[...]' generates with "
         "its adapter, and dora-mm train --resume RUN goes on with it",
     ),
     (

@@ -106,7 +106,7 @@ def test_the_version():
         ("trian a.yaml", "error: there is no command 'trian', did you mean 'train'?\n"),
         ("zzz", "error: there is no command 'zzz'; there are train, sample, grid,"),
         ("train a.yaml --unheard-of", "unrecognized arguments: --unheard-of"),
-        ("", "draw images for the prompts of a job"),
+        ("", "generate images for the prompts of a job"),
     ],
 )
 def test_what_is_meant_by_an_argument_of_another_form_is_named(arguments, message, capsys):

@@ -78,8 +78,8 @@ def test_work_has_a_bar_on_a_terminal(monkeypatch, caplog):
         monkeypatch.undo()
     shown = read_all(ours)
     assert "loading a model [00:0" in shown
-    assert "drawing:  14%|" in shown
+    assert "generating:  14%|" in shown
     assert "| 6/40 [00:0" in shown
     assert "loss 0.5" in shown
-    assert shown.rstrip("\r\n").rpartition("\r")[2].startswith("drawing: 100%|")
+    assert shown.rstrip("\r\n").rpartition("\r")[2].startswith("generating: 100%|")
     assert not caplog.messages

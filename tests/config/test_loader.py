@@ -21,7 +21,7 @@ model:
 adapter:
   rank: 4
 data:
-  folder: pictures
+  folder: images
   resolution: 128
 optimizer:
   lr: 1e-4

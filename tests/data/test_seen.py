@@ -106,7 +106,7 @@ def test_a_copy_of_an_embedded_image_says_itself_what_it_is(file):
     copy.write_bytes(b"one")
     assert SeenFiles().read(copy) == b"one"
     copy.write_bytes(b"two")
-    with pytest.raises(ChangedFileError, match=f"{copy.name}, a copy of an embedded picture, is damaged: delete it"):
+    with pytest.raises(ChangedFileError, match=f"{copy.name}, a copy of an embedded image, is damaged: delete it"):
         SeenFiles().read(copy)
 
 

@@ -25,7 +25,7 @@ from tests.documented.cuts import cuts
 from tests.documented.texts import DOCS, ROOT, blocks, configs, head_commands, text_of
 from tests.shared.single_files import write_single_file
 
-MANY = 50  # pictures; of more, features are computed only of those that are needed
+MANY = 50  # images; of more, features are computed only of those that are needed
 WITH_CONFIG = ("train", "sample", "grid", "eval", "compare", "features", "tune")
 INPUTS = (
     *("source", "sources", "model", "adapter", "file", "base", "tuned", "path", "folder", "images", "runs", "resume"),
@@ -146,7 +146,7 @@ class Checkout:
             assert self.run(self.makers[str(run.parent)]) == 0
 
     def _write_data(self, source: SourceConfig) -> None:
-        """Writes the files of a source, and its pictures."""
+        """Writes the files of a source, and its images."""
         if find_path(source.file) is None:
             self.ours.add(source.file)
         if source.file not in self.ours:
@@ -166,7 +166,7 @@ class Checkout:
             data.write_features(Path(folder), images_of(sources_in(config)), dim)
 
     def _few_images(self, config: ExtractFeaturesConfig) -> list[str]:
-        """Overrides with folders of the pictures that documented configs need features of, and with random weights."""
+        """Overrides with folders of the images that documented configs need features of, and with random weights."""
         names, few = images_of(self._readers(str(config.output))), []
         for number, folder in enumerate(map(find_path, config.images)):
             assert folder is not None

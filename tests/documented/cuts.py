@@ -22,7 +22,7 @@ HIGHEST = {  # of a key, in whatever section it is
     "extra_rates": 0,
 }
 LOWEST_COUNT = 3  # of concepts, and of learning rates
-SIDE = 64  # pixels of a picture
+SIDE = 64  # pixels of an image
 
 
 def cuts(config: PipelineConfig, is_ours: Callable[[str], bool]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Small data in the documented layouts: files of every format that configs name, pictures and features."""
+"""Small data in the documented layouts: files of every format that configs name, images and features."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -33,7 +33,7 @@ def write_source(source: SourceConfig) -> None:
 
 
 def write_images(folder: Path, names: Iterable[str]) -> None:
-    """Writes pictures of noise, as far as they are missing."""
+    """Writes images of noise, as far as they are missing."""
     for number, name in enumerate(names):
         path = folder / name
         if not path.exists():
@@ -51,7 +51,7 @@ def write_features(folder: Path, images: Iterable[str], dim: int) -> None:
 
 
 def write_captioned(folder: Path) -> None:
-    """Writes twenty pictures, half of them with captions in `metadata.jsonl`, and half in text files."""
+    """Writes twenty images, half of them with captions in `metadata.jsonl`, and half in text files."""
     names = [f"{number:02}.png" for number in range(20)]
     write_images(folder, names)
     rows = [{"file_name": name, "text": f"a TOK icon of thing {name[:2]}"} for name in names[:10]]
@@ -93,7 +93,7 @@ def _question_id(file: str | Path, number: int) -> int:
 
 
 def _chat(file: Path) -> None:
-    """Conversations in LLaVA's shape, two about each picture."""
+    """Conversations in LLaVA's shape, two about each image."""
     rows = [
         {
             "id": str(number),
@@ -109,7 +109,7 @@ def _chat(file: Path) -> None:
 
 
 def _preferences(file: Path) -> None:
-    """Pairs of answers in TRL's shape, two about each picture."""
+    """Pairs of answers in TRL's shape, two about each image."""
     rows = [
         {
             "images": [f"{number // 2}.png"],

@@ -182,7 +182,7 @@ def row_of(kind: str, folder: Path) -> str:
 
     Args:
         kind: A key of CLASSES.
-        folder: For the tiny model, its adapter and pictures.
+        folder: For the tiny model, its adapter and images.
     """
     own = ALIASES.get(kind, kind)
     if own in REASONS:

@@ -173,7 +173,7 @@ def read_refs(folder: Path) -> None:
     list(read_source(SourceConfig(format="refcoco_refs", **about), BadRows("skip")))
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 def make_images(folder: Path) -> None:

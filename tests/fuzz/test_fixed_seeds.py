@@ -11,7 +11,7 @@ from tests.fuzz.mutations import mutated
 
 ROOT = Path(__file__).parents[2]
 FOUND = {  # by doors: seeds that ended in a traceback once
-    "gallery": (1132, 101592),  # half a surrogate pair in the name of a file; a picture of a gigabyte
+    "gallery": (1132, 101592),  # half a surrogate pair in the name of a file; an image of a gigabyte
     "job jsonl": (101471,),  # a row that is wrong as a whole
     "peft_dora": (1006, 1036, 1297),  # an alpha that is no number
     "rows parquet": (1796060437,),  # damaged statistics, at which pyarrow ended the process

@@ -49,14 +49,14 @@ AUTOCAST = (
     "matmul",
 )
 AUTOCAST += ("conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input", "scaled_dot_product_attention")
-# By themselves they make an empty tensor and let it grow, and the size of a tensor of the card is fixed.
+# By themselves they make an empty tensor and let it grow, and the size of a tensor of the GPU is fixed.
 FACTORIES = ("arange", "arange.start", "arange.start_step", "eye", "eye.m", "tril_indices", "triu_indices")
 OWN_KERNELS = ("silu_backward", "mish_backward", "native_channel_shuffle")  # the CPU has; elsewhere torch composes them
 FLASH = 1  # of torch._fused_sdp_choice
 
 
 class TwoDevicesError(RuntimeError):
-    """An operation met tensors of the card and of the CPU."""
+    """An operation met tensors of the GPU and of the CPU."""
 
 
 class GpuTensor(Tensor):
@@ -124,7 +124,7 @@ def _held(value: Any) -> Any:
 
 
 def _on_gpu(value: Any, given: dict[int, GpuTensor]) -> Any:
-    """A result as a tensor of the card: the one that was given, where the operation changes it in place."""
+    """A result as a tensor of the GPU: the one that was given, where the operation changes it in place."""
     if not isinstance(value, Tensor):
         return value
     if id(value) not in given:
@@ -142,7 +142,7 @@ def _refuse_two_devices(func: Any, args: Any, kwargs: Any) -> None:
         raise TwoDevicesError(f"{func} over two devices: {shown}")
     drawn_by = kwargs.get("generator")
     if drawn_by is not None and places.get(drawn_by._cdata) != NAME:
-        raise TwoDevicesError(f"{func} on the card with a generator of the CPU")
+        raise TwoDevicesError(f"{func} on the GPU with a generator of the CPU")
 
 
 waits: Counter[str] = Counter()

@@ -1,7 +1,7 @@
-"""Runs commands of dora-mm on one side of a comparison: `python -m tests.gpu.run card|cpu COMMANDS.json RESULTS.json`.
+"""Runs commands of dora-mm on one side of a comparison: `python -m tests.gpu.run GPU|cpu COMMANDS.json RESULTS.json`.
 
 COMMANDS.json is a list of lists of words. RESULTS.json receives, per command, its exit code, its error, and what came
-back from the card, and how often. On the CPU, a bias is added behind the gain of a layer, as on every accelerator: see
+back from the GPU, and how often. On the CPU, a bias is added behind the gain of a layer, as on every accelerator: see
 `core/steps.py`.
 """
 

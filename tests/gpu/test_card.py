@@ -1,4 +1,4 @@
-"""The recipes on a card without hardware: a tensor on the wrong device raises, and results are the CPU's by bits."""
+"""The recipes on a GPU without hardware: a tensor on the wrong device raises, and results are the CPU's by bits."""
 
 import json
 import os
@@ -42,7 +42,7 @@ Runs = dict[str, list[dict[str, Any]]]
 
 @pytest.fixture
 def both(tmp_path) -> Callable[..., Runs]:
-    """Runs commands on the card and on the CPU, each in a folder of its own; returns what they did."""
+    """Runs commands on the GPU and on the CPU, each in a folder of its own; returns what they did."""
 
     def run(*commands: list[Any]) -> Runs:
         words = []
@@ -121,7 +121,7 @@ from tests.gpu import device
 device.install()
 from dora_mm.core import DoRASpec, inject, steps
 
-steps.is_divisor = lambda gain: False  # as on the card
+steps.is_divisor = lambda gain: False  # as on the GPU
 def trained(place):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 8), nn.SiLU(), nn.Linear(8, 4)).to(place)

@@ -1,4 +1,4 @@
-"""Compiles every launch of a step for cards that are not in this machine, and reports what each kernel takes.
+"""Compiles every launch of a step for GPUs that are not in this machine, and reports what each kernel takes.
 
     python -m tests.kernels.compile_ahead [--all] [--output FILE.csv]
 
@@ -39,7 +39,7 @@ from dora_mm.peft.formula import Scaled, row_factors
 
 
 class Target(NamedTuple):
-    """A card to compile for.
+    """A GPU to compile for.
 
     Attributes:
         name: As NVIDIA and AMD call it.
@@ -103,7 +103,7 @@ class Recorder:
 
 
 def launches_of(case: Case, gpu_spec: gpus.GPU) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """The launches of a step of the layer on a card: with either product, and with and without n0 and the output."""
+    """The launches of a step of the layer on a GPU: with either product, and with and without n0 and the output."""
     found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     with contextlib.ExitStack() as stack:
         for module, name in KERNELS.items():
@@ -219,7 +219,7 @@ def rows_of(targets: list[Target], cases: list[Case]) -> Iterator[dict[str, Any]
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true")
-    parser.add_argument("--cards", nargs="*", help="names of cards; those of the tests by default")
+    parser.add_argument("--cards", nargs="*", help="names of GPUs; those of the tests by default")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     names = given.gpus or ([t.name for t in TARGETS] if given.all else ["sm_80", "sm_89", "sm_90"])

@@ -173,7 +173,7 @@ def names_of_differences(one: Files, other: Files) -> list[str]:
 
 
 def with_thumbnails(files: Files, shown: Files) -> Files:
-    """The files of a training whose pictures changed when they were read: a page shows pictures as they are now."""
+    """The files of a training whose images changed when they were read: a page shows images as they are now."""
     others = {name: what for name, what in files.items() if not THUMBNAIL(name)}
     return others | {name: what for name, what in shown.items() if THUMBNAIL(name)}
 

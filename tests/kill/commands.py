@@ -107,7 +107,7 @@ def make_run() -> None:
 
 OURS = r"versions\.json|metrics|summary|events\.out|manifest|checkpoint\.json|state\.pt|\.html$"
 NAMED_BY_TIME = r"events\.out.*"
-THUMBNAIL = re.compile(r"/thumbnails/[0-9a-f]{16}\.webp$").search  # of a picture, named by its path, time and size
+THUMBNAIL = re.compile(r"/thumbnails/[0-9a-f]{16}\.webp$").search  # of an image, named by its path, time and size
 COMMANDS: dict[str, Command] = {
     "new": Command(command("new", "sdxl", "style", "--images", "pictures"), "pictures/0.png"),
     "convert to a file": Command(

@@ -78,7 +78,7 @@ def test_embedded_images_and_rows_of_the_validation(stopped, tmp_path, tiny_vlm,
     for file, content in copies.items():
         file.write_bytes(content[:-20] + bytes(20))  # of the same size
     assert main(["train", "--resume", str(run)]) == 2
-    assert "a copy of an embedded picture, is damaged: delete it and start again" in capsys.readouterr().err
+    assert "a copy of an embedded image, is damaged: delete it and start again" in capsys.readouterr().err
     for file in copies:
         file.unlink()
     goes_on(run)

@@ -116,7 +116,7 @@ def test_a_run_inside_of_a_models_folder_is_no_part_of_it(vlm):
 
 @pytest.fixture
 def style(tmp_path, image_folder):
-    """The values of a training of pictures."""
+    """The values of a training of images."""
 
     def values(model: Path, steps: int = 1) -> dict:
         data = {"folder": str(image_folder), "resolution": 64, "placeholder": "TOK", "valid": {"share": 0.3}}
@@ -204,7 +204,7 @@ def test_images_are_drawn_again_and_not_replayed(family, image_model, tmp_path, 
         assert bool(said) == bool(name)
         changed = "the weights" if file.endswith(".safetensors") else file
         if name:
-            assert f"has changed since the picture was drawn: {changed}" in said
+            assert f"has changed since the image was drawn: {changed}" in said
         for command in (["sample", sample], ["grid", grid]) if name else ():
             caplog.clear()
             assert main(command) == 0

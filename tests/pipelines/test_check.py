@@ -27,13 +27,13 @@ def test_a_machine_without_a_gpu(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("memory", "recipe"), [(11.6, "12gb"), (15.7, "16gb"), (23.6, "24gb"), (7.6, "8gb"), (5.6, "needs a card")]
+    ("memory", "recipe"), [(11.6, "12gb"), (15.7, "16gb"), (23.6, "24gb"), (7.6, "8gb"), (5.6, "needs a GPU")]
 )
 def test_the_recipe_that_fits_a_gpu(capsys, monkeypatch, memory, recipe):
-    monkeypatch.setattr(machine, "gpus", lambda: [GPUInfo("a card", memory, "fp16")])
+    monkeypatch.setattr(machine, "gpus", lambda: [GPUInfo("a GPU", memory, "fp16")])
     assert main(["check"]) == 0
     found = lines(capsys)
-    assert found["gpu"] == f"gpu       a card, {memory} GB, fp16"
+    assert found["gpu"] == f"gpu       a GPU, {memory} GB, fp16"
     assert recipe in found["recipe sdxl"]
 
 

@@ -26,7 +26,7 @@ TRAIN = {"steps": STEPS, "batch_size": 2, "checkpoint_every": 2, "keep_checkpoin
 
 @pytest.fixture
 def images_config(tmp_path, tiny_folder, image_folder):
-    """SDXL on pictures of two shapes, with held-out ones and sheets."""
+    """SDXL on images of two shapes, with held-out ones and sheets."""
     return {
         "pipeline": "train_diffusion",
         "model": {"path": str(tiny_folder)},

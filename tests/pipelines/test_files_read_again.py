@@ -81,7 +81,7 @@ def again(run: Path) -> list[str]:
 
 @pytest.fixture
 def images(tmp_path, tiny_folder, image_folder):
-    """A training of pictures with all that it may read, and what it has left behind its second step."""
+    """A training of images with all that it may read, and what it has left behind its second step."""
     model = shutil.copytree(tiny_folder, tmp_path / "model")
     train = {"steps": 4, "batch_size": 2, "checkpoint_every": 2, "keep_checkpoints": 9}
     values = {

@@ -32,7 +32,7 @@ def write(folder: Path, name: str, train: dict, **values) -> list[str]:
 
 
 def images(folder: Path, name: str, **train) -> list[str]:
-    """Pictures of two shapes, a held-out one, and sheets on the way; a text encoder is trained, too."""
+    """Images of two shapes, a held-out one, and contact sheets on the way; a text encoder is trained, too."""
     return write(
         folder,
         name,
@@ -89,7 +89,7 @@ def curves(run: Path) -> list[dict]:
 
 
 def assert_same_runs(one: Path, other: Path) -> None:
-    """Curves, weights, averages, adapters and sheets bit for bit."""
+    """Curves, weights, averages, adapters and contact sheets bit for bit."""
     assert curves(one) == curves(other)
     assert_same_weights(LAST, one, other)
     states = [torch.load(run / "checkpoints" / LAST / "state.pt", weights_only=True)["ema"] for run in (one, other)]

@@ -1,4 +1,4 @@
-"""The memory of trainings on pictures without a step, beside the measured peak of a step on a processor."""
+"""The memory of trainings on images without a step, beside the measured peak of a step on a processor."""
 
 import re
 from contextlib import nullcontext
@@ -20,7 +20,7 @@ from tests.shared import full_size_folders as full_size
 from tests.shared.full_size import FULL_SIZE
 from tests.shared.peaks import peak_bytes
 
-CUDA = 1.0  # GB that a process takes of a card beside its tensors, an estimate
+CUDA = 1.0  # GB that a process takes of a GPU beside its tensors, an estimate
 
 SDXL = FULL_SIZE | {
     "block_out_channels": (64, 128, 256),
@@ -32,7 +32,7 @@ SDXL = FULL_SIZE | {
 }
 Z_IMAGE = {"dim": 256, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 4, "n_kv_heads": 4, "cap_feat_dim": 128}
 Z_IMAGE |= {"axes_dims": (16, 24, 24), "axes_lens": (512, 128, 128), "in_channels": 4}
-CASES = [  # family, latents along a side, pictures, bf16, checkpointing
+CASES = [  # family, latents along a side, images, bf16, checkpointing
     ("z_image", 32, 1, False, True),
     ("z_image", 32, 1, True, False),
     pytest.param("sdxl", 32, 1, True, True, marks=pytest.mark.slow),

@@ -1,4 +1,4 @@
-"""What a dry run says of the pictures, and when the number of steps is remarked upon."""
+"""What a dry run says of the images, and when the number of steps is remarked upon."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,10 +32,10 @@ DATA = DataConfig(folder="pictures", resolution=128, placeholder="TOK", subfolde
 
 def test_images_by_bucket():
     assert describe_images(IMAGES, DATA).splitlines() == [
-        "pictures  3 in pictures",
+        "pictures  3 in images",
         "buckets   128 x 128: 2, 160 x 96: 1 (h x w)",
         "enlarged  1: they have less than 128 x 128 pixels",
-        "repeats   2 pictures x 1, 1 pictures x 3",
+        "repeats   2 images x 1, 1 images x 3",
     ]
 
 
@@ -83,7 +83,7 @@ def test_masks_and_what_is_preserved_are_said():
     assert lines == [
         "preserve  captions without TOK, loss x 1, every step",
         "preserve  '', loss x 1, every 3 steps",
-        "preserve  3 pictures, loss x 0.5, every step",
+        "preserve  3 images, loss x 0.5, every step",
     ]
 
 
@@ -97,15 +97,13 @@ def test_alternatives_that_stay_text_are_remarked_upon():
 def test_the_length_is_compared_with_the_recipes():
     train = TrainConfig(steps=400, batch_size=2, gradient_accumulation_steps=3)
     assert describe_length([1] * 30, train, 2) == (
-        "length    400 steps x batch 2 x 3 accumulated x 2 processes / 30 pictures = each is seen 160 times "
+        "length    400 steps x batch 2 x 3 accumulated x 2 processes / 30 images = each is seen 160 times "
         "(the paper's recipes: 3d_icon 130, lego 49)"
     )
     found = describe_length([2.5] * 10 + [0.5] * 10, TrainConfig(steps=30, batch_size=2))
-    assert found.startswith(
-        "length    30 steps x batch 2 / 30 places of 20 pictures in an epoch = each is seen 1 to 5 "
-    )
+    assert found.startswith("length    30 steps x batch 2 / 30 places of 20 images in an epoch = each is seen 1 to 5 ")
     rare = describe_length([1] * 500, TrainConfig(steps=2, batch_size=2))
-    assert "/ 500 pictures = each is seen 0.008 times (" in rare
+    assert "/ 500 images = each is seen 0.008 times (" in rare
 
 
 @pytest.mark.parametrize(
@@ -113,8 +111,8 @@ def test_the_length_is_compared_with_the_recipes():
     [
         (1000, 23, None),
         (1000, 61, None),
-        (400, 400, "Each picture is seen 3 times"),
-        (1000, 5, "Each picture is seen 600 times"),
+        (400, 400, "Each image is seen 3 times"),
+        (1000, 5, "Each image is seen 600 times"),
     ],
 )
 def test_a_training_far_from_the_recipes_is_remarked_upon(steps, images, words):
@@ -132,7 +130,7 @@ def test_the_remark_says_how_many_steps_would_be_as_in_the_recipes():
     ("repeats", "words"),
     [
         ([1, 100], None),  # one is seen often enough
-        ([1, 2], "Each picture is seen at most 8 times"),
+        ([1, 2], "Each image is seen at most 8 times"),
     ],
 )
 def test_images_that_are_repeated_count_as_often(repeats, words):

@@ -1,4 +1,4 @@
-"""What a dry run and a new config say of pictures to look at."""
+"""What a dry run and a new config say of images to look at."""
 
 import logging
 import re
@@ -20,7 +20,7 @@ ICON = sorted(Path("samples/3d_icon").glob("*.webp"))[0]
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twelve pictures of bricks, as PNG files."""
+    """Twelve images of bricks, as PNG files."""
     for path in LEGO:
         with Image.open(path) as image:
             image.convert("RGB").save(tmp_path / f"{path.stem}.png")
@@ -70,7 +70,7 @@ def test_images_that_are_nearly_the_same_are_named(folder, caplog):
 
 
 def test_images_that_are_nearly_the_same_are_found_as_by_all_products():
-    """Smooth, noisy and flat pictures, in more than one block, with copies that are about as like as `ALIKE` asks."""
+    """Smooth, noisy and flat images, in more than one block, with copies that are about as like as `ALIKE` asks."""
     draws, count = np.random.default_rng(0), look.BLOCK + 200
     smooth = draws.random((count, 4, 4, 3)).repeat(4, axis=1).repeat(4, axis=2)
     loaded_images = smooth * draws.random((count, 1, 1, 1)) + draws.random((count, 16, 16, 3)) * draws.random(

@@ -30,7 +30,7 @@ class Model:
         gigabytes: Its size on disk.
         build: Writes it to a folder.
         tiny: Writes a small one of the same kind; None: there is none.
-        stages: The commands, by a size of pictures in pixels.
+        stages: The commands, by a size of images in pixels.
         side: That size on a processor; a GPU takes 1,024.
         settings: What is said of the training in the page.
     """
@@ -54,13 +54,13 @@ def tiny_sdxl(folder: Path) -> None:
 def images(
     family: str, model: str, *settings: str, further: Mapping[str, Sequence[str]] | None = None
 ) -> Callable[[int], list[Stage]]:
-    """The commands of an image model by the size of pictures."""
+    """The commands of an image model by the size of images."""
     given = (*SHORT, "sample.prompts=[]", *settings)
     return lambda side: stages.of_images(family, model, [f"data.resolution={side}", *given], further or {})
 
 
 def questions(*settings: str) -> Callable[[int], list[Stage]]:
-    """The commands of a model for questions by the size of pictures."""
+    """The commands of a model for questions by the size of images."""
     given = ("train.epochs=null", *SHORT, *settings)
     return lambda side: stages.of_questions([setting.format(side=side) for setting in given])
 
@@ -85,7 +85,7 @@ MODELS = {
         tiny_sdxl,
         images("sdxl", "model", *NO_FLOAT8, further=TEXT_ENCODERS),
         256,
-        "One picture of {side} px a step in bfloat16, with checkpointing.",
+        "One image of {side} px a step in bfloat16, with checkpointing.",
     ),
     "single": Model(
         "SDXL base 1.0 as a single file, in float16",
@@ -94,7 +94,7 @@ MODELS = {
         None,
         images("sdxl", "model/sd_xl_base_1.0.safetensors"),
         256,
-        "As `new` writes it on a processor: the UNet in float8, one picture of {side} px a step, with checkpointing.",
+        "As `new` writes it on a processor: the UNet in float8, one image of {side} px a step, with checkpointing.",
     ),
     "z_image": Model(
         "Z-Image, in bfloat16",
@@ -103,7 +103,7 @@ MODELS = {
         tiny_z_image.build,
         images("z_image", "model", further=IN_BFLOAT16),
         256,
-        "As `new` writes it on a processor: weights in float8, one picture of {side} px a step, with checkpointing.",
+        "As `new` writes it on a processor: weights in float8, one image of {side} px a step, with checkpointing.",
     ),
     "qwen": Model(
         "Qwen2.5-VL-3B-Instruct, in bfloat16",

@@ -34,7 +34,7 @@ def forecast(page: str) -> dict[str, float]:
     Args:
         page: What it has printed.
     """
-    rows = r"captions, \d", r"VAE, a picture of \d+ px encoded", r".* in main memory, before it is stored in"
+    rows = r"captions, \d", r"VAE, an image of \d+ px encoded", r".* in main memory, before it is stored in"
     beside = [size for pattern in rows for size in _numbers(f"^{pattern}.* {{}}$", page)]
     weights = _numbers(r"^.* frozen in .* {}$", page) + _numbers(r"^[\d,]+ trained .* {}$", page)
     found = {STEPS: sum(_numbers(r"^together\b.* {}$", page)), BEFORE: max([sum(weights), *beside])}

@@ -41,7 +41,7 @@ class Stage:
 
 
 def prepare(folder: Path) -> None:
-    """Copies pictures with captions, and writes rows of questions and a file of one prompt."""
+    """Copies images with captions, and writes rows of questions and a file of one prompt."""
     source, images = ROOT / "samples/3d_icon", folder / IMAGES
     images.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in (source / "metadata.jsonl").read_text().splitlines()]
@@ -72,7 +72,7 @@ def of_images(family: str, model: str, settings: Sequence[str], further: Mapping
         Stage("new", ("new", family, "style", "--images", IMAGES, "--model", model)),
         Stage("dry run as written", ("train", "style.yaml", "--dry-run")),
         *_training("style", given),
-        Stage("sample, a picture of 2 steps", ("sample", PROMPTS, *drawn)),
+        Stage("sample, an image of 2 steps", ("sample", PROMPTS, *drawn)),
         Stage("convert", ("convert", "runs/style/001", "style.safetensors", "--to", "comfy", "--base", model)),
         Stage("verify", ("verify", "style.safetensors", "--base", model)),
         Stage("inspect", ("inspect", model)),

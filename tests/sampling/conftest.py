@@ -40,14 +40,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
             entries.append(entry(number, bare, scores={"log-odds": -5.0, "right": 1}, **settings))
             adapter = f"runs/{name}/001/adapter"
             entries.append(entry(number, file, adapter=adapter, strength=1.0, scores=scores, **settings))
-        entries.append(entry(4, "4.png", "failed", "the picture is black", prompt="a hat"))
+        entries.append(entry(4, "4.png", "failed", "the image is black", prompt="a hat"))
         write_manifest(folder / name, entries)
     return [folder / "one", folder / "two"]
 
 
 @pytest.fixture
 def one(chromium, runs, tmp_path) -> browser.Page:
-    """The gallery of the first run, opened, all pictures in a grid."""
+    """The gallery of the first run, opened, all images in a grid."""
     chromium.problems.clear()
     chromium.open(write_gallery({runs[0]: read_manifest(runs[0])}, tmp_path / "gallery"))
     chromium.click("#view-grid")

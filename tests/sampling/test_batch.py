@@ -8,12 +8,12 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from dora_mm.sampling.batch.prompts import with_alternatives
-from dora_mm.sampling.batch.reading import read_prompts_file
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_mm.sampling.batch.prompt_row import PromptRow, adapters_text, parse_adapters
+from dora_mm.sampling.batch.prompts import with_alternatives
+from dora_mm.sampling.batch.reading import read_prompts_file
 from dora_mm.sampling.batch.requests import ImageRequest, batches, expand, file_names
 from dora_mm.sampling.strengths import as_strength
 
@@ -74,7 +74,7 @@ def test_delimiters_are_told_apart(tmp_path, delimiter, mark, newline):
 
 
 def test_text_files_have_comments_and_blank_lines(tmp_path):
-    path = write(tmp_path, "# what to draw\na bus\n\n   # another\n  a cat, #1  \n", "jobs.txt")
+    path = write(tmp_path, "# what to generate\na bus\n\n   # another\n  a cat, #1  \n", "jobs.txt")
     assert [row.prompt for row in read_prompts_file(path)] == ["a bus", "a cat, #1"]
 
 
@@ -206,7 +206,8 @@ def test_the_strength_of_a_image_multiplies_those_of_parts_and_of_all_else():
     assert replace(image, strength=0.0).weights == ()
 
 
-# --- sheets as people have them --------------------------------------------------------------------------------------
+# --- contact sheets as people have them
+# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -325,7 +326,7 @@ def test_a_job_has_bounds(tmp_path, monkeypatch):
     openpyxl = pytest.importorskip("openpyxl")
     seeds = tmp_path / "seeds.csv"
     seeds.write_text("prompt,seeds\n" + "a,0-9999\n" * 5000)
-    with pytest.raises(ValueError, match="above 200,000 pictures"):
+    with pytest.raises(ValueError, match="above 200,000 images"):
         read_prompts_file(seeds)
     seeds.write_text("prompt,seeds\na," + "0-9999 " * 5000)
     with pytest.raises(ValueError, match="at most 10000 seeds"):
@@ -350,7 +351,7 @@ def test_a_job_has_bounds(tmp_path, monkeypatch):
 def test_an_excel_file_without_its_package_or_of_another_kind(tmp_path, monkeypatch):
     path = write(tmp_path, "not a zip", "jobs.xlsx")
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    with pytest.raises(ValueError, match=r"needs the package openpyxl: pip install 'dora_mm\[sheets\]'"):
+    with pytest.raises(ValueError, match=r"needs the package openpyxl: pip install 'dora_mm\[contact sheets\]'"):
         read_prompts_file(path)
     monkeypatch.undo()
     pytest.importorskip("openpyxl")
@@ -369,7 +370,7 @@ def test_alternatives_are_chosen_by_the_seed_and_weights_stay(caplog):
     assert caplog.text == ""
     plain = [replace(image, prompt_syntax="plain") for image in images]
     assert with_alternatives(plain) == plain
-    assert "1 prompts have (word:1.3), {a|b}, drawn as plain text; prompt_syntax=a1111 reads weights" in caplog.text
+    assert "1 prompts have (word:1.3), {a|b}, generated as plain text; prompt_syntax=a1111 reads weights" in caplog.text
 
 
 def test_a_tag_of_an_adapter_is_refused_with_the_column():

@@ -1,4 +1,4 @@
-"""The labelled sheets of jobs: what goes across and down, and what labels say."""
+"""The labelled contact sheets of jobs: what goes across and down, and what labels say."""
 
 import weakref
 from dataclasses import replace
@@ -16,7 +16,7 @@ BUS = ImageRequest(1, "a bus", None, 0, 20, 3.0, 32, 32, None, STYLE, 1.0)
 
 
 def batch_of_metadata(folder, images):
-    """A job whose pictures were all drawn."""
+    """A job whose images were all generated."""
     job = BatchGeneration(folder, images, file_names(images), [], [], {})
     for index in range(len(images)):
         job.file(index).parent.mkdir(exist_ok=True)
@@ -32,7 +32,7 @@ def table(num_prompts, seeds, strengths):
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
-    """Saves the sheets of pictures; returns the labels of each table at the left and on top, and the sizes of files."""
+    """Saves the contact sheets of images; returns the labels of each table, left and top, and the sizes of files."""
 
     def draw(images):
         tables, own = [], contact_sheets.image_grid

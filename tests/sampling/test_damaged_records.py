@@ -1,4 +1,4 @@
-"""Whatever a manifest or the text of a picture has become, it is read, or refused in one sentence."""
+"""Whatever a manifest or the text of an image has become, it is read, or refused in one sentence."""
 
 import json
 from dataclasses import asdict, replace
@@ -114,5 +114,5 @@ def test_a_damaged_description_is_refused(text, tmp_path):
     ids=str,
 )
 def test_what_cannot_be_drawn_again_is_refused_before_anything_is_loaded(changes):
-    with pytest.raises(ValueError, match=r"a.png cannot be drawn again \("):
+    with pytest.raises(ValueError, match=r"a.png cannot be generated again \("):
         check_complete(replace(DESCRIPTION, **changes), Path("a.png"))

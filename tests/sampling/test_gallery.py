@@ -36,7 +36,7 @@ def test_before_is_the_same_image_without_an_adapter():
         shown("b", adapter="y", strength=1.0, adapter_digest="d2", seed=1),
         shown("b", adapter="y", strength=1.0, adapter_digest="d2"),
     ]
-    # digests do not count, a setting that only pictures with an adapter have neither; the last is in the other run
+    # digests do not count, a setting that only images with an adapter have neither; the last is in the other run
     assert befores(images) == [None, 0, 0, None, None, None, 5, 0]
 
 
@@ -126,7 +126,7 @@ def test_a_manifest_cannot_lead_out_of_its_run(tmp_path, capsys):
     assert not (tmp_path / "run" / "gallery").exists()
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_entry_is_listed_and_what_cannot_be_shown_has_its_reason(tmp_path):
@@ -145,7 +145,7 @@ def test_every_entry_is_listed_and_what_cannot_be_shown_has_its_reason(tmp_path)
     found = [(image["values"][status], image["reason"], image["file"]) for image in data["pictures"]]
     assert found[0] == ("done", None, "pictures/1/1.png")
     assert found[1] == ("missing", "its file is not there any more", None)
-    assert found[2] == found[3] == ("failed", "its file is not a whole PNG, WebP or JPEG picture", None)
+    assert found[2] == found[3] == ("failed", "its file is not a whole PNG, WebP or JPEG image", None)
     assert found[4] == ("failed", "out of memory at 4096 x 4096", None)
     assert found[5] == ("missing", None, None)
     assert [path.name for path in (tmp_path / "gallery" / "pictures").rglob("*.*")] == ["1.png"]
@@ -234,7 +234,7 @@ def test_a_run_without_images_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run(Path("run"), [entry()])
     Path("other").mkdir()
-    for name, problem in (("other", "is not a run that drew pictures"), ("nowhere", "does not exist")):
+    for name, problem in (("other", "is not a run that drew images"), ("nowhere", "does not exist")):
         assert main(["gallery", "run", name]) == 2
         assert f"{name} {problem}" in capsys.readouterr().err
     assert not Path("runs").exists()

@@ -1,4 +1,4 @@
-"""The page of a gallery in Chromium: which side is which, any two pictures compared, search, links, sizes and keys."""
+"""The page of a gallery in Chromium: which side is which, any two images compared, search, links, sizes and keys."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Sheets: every picture once, labels in many alphabets, no more paper than needed."""
+"""Sheets: every image once, labels in many alphabets, no more paper than needed."""
 
 # ruff: noqa: RUF001
 
@@ -124,7 +124,7 @@ def test_a_contact_sheet_is_in_reading_order():
     assert boxes[0][1] == boxes[1][1] == boxes[2][1] < boxes[3][1]
     assert boxes[0][0] == boxes[3][0] < boxes[1][0] < boxes[2][0]
     ink = (np.asarray(page.convert("L")) < 60).nonzero()[0]
-    assert boxes[3][3] < ink.max() < page.height  # the last label is under its picture
+    assert boxes[3][3] < ink.max() < page.height  # the last label is under its image
     assert contact_sheet([image(RED)] * 4, ["1"] * 4).width == 2 * 128 + 24
     with pytest.raises(ValueError, match="one label for each"):
         contact_sheet([image(RED)], [])

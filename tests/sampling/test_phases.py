@@ -1,4 +1,4 @@
-"""Jobs encode prompts before the denoiser is loaded, and free the text encoders; pictures are the same by bits."""
+"""Jobs encode prompts before the denoiser is loaded, and free the text encoders; images are the same by bits."""
 
 import gc
 import weakref
@@ -72,7 +72,9 @@ def test_text_encoders_are_freed_before_the_denoiser_is_loaded(tiny_folder, adap
     denoiser = next(group for group in loading if "unet" in group)
     assert denoiser == ("unet", False)
     loading.clear()
-    monkeypatch.setattr(sampling_model, "MOST_ENCODED", 1)  # of two prompts: they are encoded while pictures are drawn
+    monkeypatch.setattr(
+        sampling_model, "MOST_ENCODED", 1
+    )  # of two prompts: they are encoded while images are generated
     kept = drawn(tiny_folder, [adapters["unet"]], tmp_path, "kept")
     assert ("unet", True) in loading
     assert all(np.array_equal(one, other) for one, other in zip(freed, kept, strict=True))

@@ -1,4 +1,4 @@
-"""What a PNG file says about its picture."""
+"""What a PNG file says about its image."""
 
 import pytest
 from PIL import Image

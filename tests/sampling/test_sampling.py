@@ -1,4 +1,4 @@
-"""Sheets, and pictures that depend only on their prompt and seed."""
+"""Sheets, and images that depend only on their prompt and seed."""
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def test_strength_zero_is_the_base_model(tiny):
 
 
 def test_half_precision_weights_are_merged_for_sampling_and_restored(tiny, monkeypatch):
-    def same_noise(*args, dtype, **options):  # torch 2.11 draws other numbers for a seed in half precision
+    def same_noise(*args, dtype, **options):  # torch 2.11 generates other numbers for a seed in half precision
         return randn_tensor(*args, dtype=torch.float32, **options).to(dtype)
 
     monkeypatch.setattr(pipeline_stable_diffusion_xl, "randn_tensor", same_noise)

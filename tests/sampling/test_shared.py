@@ -1,4 +1,4 @@
-"""A job of pictures that two processes share: which batches each draws, and what the manifest says."""
+"""A job of images that two processes share: which batches each generates, and what the manifest says."""
 
 import threading
 from dataclasses import replace
@@ -19,11 +19,11 @@ IMAGE = ImageRequest(0, "", None, 0, 1, 1.0, 8, 8, None, (), 1.0)
 
 
 class Sampler:
-    """Draws pictures of one color each, by their seeds, from when all have their first batch.
+    """Generates images of one color each, by their seeds, from when all have their first batch.
 
     Args:
         start: Where they wait for each other.
-        fails: Whether it draws none.
+        fails: Whether it generates none.
     """
 
     def __init__(self, start=None, fails=False):
@@ -57,7 +57,7 @@ def job(tmp_path):
 
 
 def draw_in_two(jobs, samplers):
-    """Draws in two threads, as in two processes; returns their errors."""
+    """Generates in two threads, as in two processes; returns their errors."""
     store, errors = HashStore(), [None, None]
 
     def run(index):

@@ -1,4 +1,4 @@
-"""Pictures that are drawn as the sheets of their adapter's training were."""
+"""Images that are generated as the contact sheets of their adapter's training were."""
 
 import pytest
 import torch
@@ -49,4 +49,4 @@ def test_files_that_say_nothing_change_nothing(adapters, tmp_path):
 def test_trainings_that_differ_are_named(adapters, caplog):
     config = as_in_contact_sheets(job(), adapters(20, 30))
     assert (config.steps, config.guidance) == (25, 3.0)
-    assert caplog.messages[0] == "The trainings of these adapters drew with steps 20 and 30, and this draws with 25"
+    assert caplog.messages[0] == "The trainings of these adapters drew with steps 20 and 30, and this generates with 25"

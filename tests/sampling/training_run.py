@@ -1,4 +1,4 @@
-"""A run directory as a training of pictures leaves it, without a training."""
+"""A run directory as a training of images leaves it, without a training."""
 
 import json
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def image(colour: Sequence[int]) -> Image.Image:
 def draw(
     run: RunDirectory, config: TrainDiffusionConfig, step: int, labels: Sequence[str] = ("before", "after")
 ) -> None:
-    """Saves the pictures of a sheet, in a colour for each label and step."""
+    """Saves the images of a contact sheet, in a colour for each label and step."""
     count = len(config.sample.prompts) * len(config.sample.seeds)
     colours = {"before": (0, 0, 250), "after": (step, 200, 0), "average": (step, 0, 0)}
     keep_images(run, config, step, {label: [image(colours[label])] * count for label in labels})
@@ -47,7 +47,7 @@ def draw(
 def make_training(
     path: Path, drawn: Sequence[int] = (0, 10, 20, 40), kept: Sequence[int] = (20, 40), *, finished: bool = True
 ) -> RunDirectory:
-    """A training of 40 steps, with pictures, curves, held-out losses and checkpoints."""
+    """A training of 40 steps, with images, curves, held-out losses and checkpoints."""
     run, config = RunDirectory(path), training_config()
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(dump_config(config))

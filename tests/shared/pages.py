@@ -1,4 +1,4 @@
-"""Runs with pictures for pages that show them, and the data that a browser finds in a page."""
+"""Runs with images for pages that show them, and the data that a browser finds in a page."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def entry(row=1, file="1.png", status="done", reason=None, scores=(), **settings
 
 
 def make_run(folder: Path, entries: list[ManifestEntry], size: tuple[int, int] = (48, 32)) -> Path:
-    """A run with a picture for every entry that is done, in a colour of its own."""
+    """A run with an image for every entry that is done, in a colour of its own."""
     for number, made in enumerate(entries):
         if made.status == "done":
             (folder / made.file).parent.mkdir(parents=True, exist_ok=True)

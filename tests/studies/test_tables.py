@@ -1,4 +1,4 @@
-"""Tables that compare methods, on pictures and on vision-language tasks."""
+"""Tables that compare methods, on images and on vision-language tasks."""
 
 import csv
 import io

@@ -256,7 +256,7 @@ def test_a_lost_caption_is_encoded_again_or_named(tiny, tmp_path, caplog):
 
 
 def test_kept_latents_are_not_read_before_they_are_needed(tiny, image_folder, tmp_path, monkeypatch):
-    """A start with many pictures only looks for their files."""
+    """A start with many images only looks for their files."""
     settings = {"latent_cache": str(tmp_path / "latents"), "flip": True}
     batches(tiny, image_folder, **settings).encode_all(4)
     second = batches(tiny, image_folder, **settings)
@@ -266,7 +266,7 @@ def test_kept_latents_are_not_read_before_they_are_needed(tiny, image_folder, tm
 
 @pytest.mark.slow
 def test_thousands_of_images_take_a_bounded_memory(tiny, tmp_path):
-    """A start keeps the name, size, digest and place in the order of a picture, and neither pixels nor latents."""
+    """A start keeps the name, size, digest and place in the order of an image, and neither pixels nor latents."""
     settings = {"latent_cache": str(tmp_path / "latents"), "instance_prompt": "a thing"}
     peaks = []
     for count in (200, 2000):

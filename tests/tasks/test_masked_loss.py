@@ -42,7 +42,7 @@ def drawn(task, batch):
 
 
 def test_each_image_has_the_mean_over_its_own_mask(tiny, masked):
-    """Elsewhere a subject on a tenth of the picture trains at a tenth of the rate, or images share one mask or mean."""
+    """Elsewhere a subject on a tenth of the image trains at a tenth of the rate, or images share one mask or mean."""
     batches = masked(floor=0.25)
     batch, task = batches(0), DiffusionTask(tiny, LossConfig(min_snr_gamma=None))
     noise, times = drawn(task, batch)

@@ -4,7 +4,7 @@ import pytest
 
 from tests.benchmarks.bench_long_runs import TRAININGS, watched
 
-MOST = 30  # MB that are allocated late: what sheets and validations load once, and pools that grow
+MOST = 30  # MB that are allocated late: what contact sheets and validations load once, and pools that grow
 
 
 @pytest.mark.slow

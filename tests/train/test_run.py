@@ -20,7 +20,7 @@ CONFIG = """\
 pipeline: train_diffusion
 model: {path: some/model}
 adapter: {rank: 4}
-data: {folder: pictures, resolution: 128}
+data: {folder: images, resolution: 128}
 optimizer: {lr: 1e-4}
 train: {steps: 12, batch_size: 4}
 """

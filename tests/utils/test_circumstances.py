@@ -157,7 +157,7 @@ def test_each_entry_is_changed():
 
 
 def train(folder):
-    """Trainings of pictures and of questions, which are resumed by the same function."""
+    """Trainings of images and of questions, which are resumed by the same function."""
     run = RunDirectory(folder / "run")
     layers = about_layers("auto")
     if not run.path.exists():
@@ -173,7 +173,7 @@ def planned(folder):
 
 
 def sample(folder):
-    """Jobs, grids and evaluations of pictures, all of which go on by the same function."""
+    """Jobs, grids and evaluations of images, all of which go on by the same function."""
     job = planned(folder)
     if not job.file(0).exists():
         job.file(0).parent.mkdir()
@@ -225,7 +225,7 @@ def campaign(folder):
 
 COMMANDS = {
     "train": (train, "3 of 3 finished steps were"),
-    "sample": (sample, "1 of 1 pictures that are there were"),
+    "sample": (sample, "1 of 1 images that are there were"),
     "replay": (replay, "0001-seed0.png was"),
     "eval": (evaluate, "3 of 3 kept answers of chat were"),
     "latents": (cache, "1 of 1 latents in "),

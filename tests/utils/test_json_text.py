@@ -65,5 +65,5 @@ def test_what_is_in_a_folder_of_images(no_file, name, image_folder, capsys):
     (image_folder / name).unlink(missing_ok=True)
     no_file(image_folder / name)
     code = main(["new", "sdxl", "mine", "--images", str(image_folder)])
-    assert code == 2 or (code == 0 and name == "a.txt")  # that is no text of a picture
+    assert code == 2 or (code == 0 and name == "a.txt")  # that is no text of an image
     assert len(capsys.readouterr().err) < 2000

@@ -45,7 +45,7 @@ def bucket_sizes(resolution: int) -> tuple[Size, ...]:
     return tuple((h, w) for h in sides for w in sides if 0.9 * area <= h * w <= area)
 
 
-@lru_cache(maxsize=4096)  # of 20,000 pictures: it takes 0.1 ms, and sizes repeat
+@lru_cache(maxsize=4096)  # of 20,000 images: it takes 0.1 ms, and sizes repeat
 def choose_bucket(size: Size, resolution: int) -> Size:
     """The bucket whose aspect ratio is closest to the image's, so that as little as possible is cropped.
 

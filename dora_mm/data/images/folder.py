@@ -202,7 +202,7 @@ def read_images(data: DataConfig, role: str, *, look: bool = False) -> list[Capt
         contains_word(text or "", data.placeholder) for text in (captions.prefix, captions.suffix)
     )
     placeholder = data.placeholder if role == "train" and not always else None
-    # Pictures of a class count as a whole, and the instance prompt has the placeholder
+    # Images of a class count as a whole, and the instance prompt has the placeholder
     masks, prompt = (data.mask and data.mask.source, data.instance_prompt) if role != "preserve" else (None, None)
     for number, (key, folder) in enumerate(folders.items()):
         if folder.role == role:

@@ -1,4 +1,4 @@
-"""Video files to frames: a few pictures at even distances, decoded by PyAV."""
+"""Video files to frames: a few images at even distances, decoded by PyAV."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ FEWEST = 2  # frames of a video: some models read them in pairs
 USUAL_RATE = 24.0  # frames per second of a file that does not say it
 # Containers that state the duration of each stream. That of others is measured in what is there, or is the file's.
 STATE_DURATIONS = ("mov", "matroska", "avi")
-MISSING = (0.5, 0.05)  # seconds, and share of a video, by which its pictures may end early: sound often lasts longer
+MISSING = (0.5, 0.05)  # seconds, and share of a video, by which its images may end early: sound often lasts longer
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _timed(container: Any) -> Iterator[tuple[float, Any]]:
     """The frames of a video with their times, in seconds from the first.
 
     Raises:
-        ValueError: A frame is damaged. A transport stream may begin in the middle of a group of pictures, whose first
+        ValueError: A frame is damaged. A transport stream may begin in the middle of a group of images, whose first
             frames then are, so there they pass.
     """
     start, strict = None, _states_durations(container)
@@ -147,7 +147,7 @@ def _timed(container: Any) -> Iterator[tuple[float, Any]]:
 
 
 def _check_end(container: Any, stream: Any, last: Any) -> None:
-    """Checks that the last frame that could be decoded ends about where the file says that its pictures do.
+    """Checks that the last frame that could be decoded ends about where the file says that its images do.
 
     Raises:
         ValueError: It ends well before.
@@ -157,7 +157,7 @@ def _check_end(container: Any, stream: Any, last: Any) -> None:
         return
     end = (last.time or 0.0) + float((last.duration or 0) * last.time_base) - _start(stream)
     if stated - end > max(MISSING[0], MISSING[1] * stated):
-        raise ValueError(_incomplete(f"its pictures end at {end:.1f} of {stated:.1f} seconds"))
+        raise ValueError(_incomplete(f"its images end at {end:.1f} of {stated:.1f} seconds"))
 
 
 def _incomplete(reason: str) -> str:
@@ -174,7 +174,7 @@ def _start(stream: Any) -> float:
 
 
 def _stated_duration(container: Any, stream: Any) -> float | None:
-    """Seconds of the pictures as the file states them for their stream; None: it does not.
+    """Seconds of the images as the file states them for their stream; None: it does not.
 
     Matroska states none but in a tag: when the last frame ends, by the file's clock (FFmpeg's muxer), or how long the
     frames last (mkvmerge's, which names itself beside).
@@ -191,7 +191,7 @@ def _stated_duration(container: Any, stream: Any) -> float | None:
 
 
 def _duration(container: Any, stream: Any) -> float:
-    """Seconds of a video: what its file says of its pictures, or of all, or when its last packet is shown."""
+    """Seconds of a video: what its file says of its images, or of all, or when its last packet is shown."""
     if stated := _stated_duration(container, stream):
         return stated
     if container.duration:
@@ -214,7 +214,7 @@ def _opened(path: Path) -> Iterator[Any]:
     """Opens a video file; the caller decodes it inside the `with` block.
 
     Raises:
-        ValueError: PyAV is not installed, the file is missing or has no pictures, or anything fails inside the block.
+        ValueError: PyAV is not installed, the file is missing or has no images, or anything fails inside the block.
     """
     if find_spec("av") is None:
         raise ValueError(f"{path}: videos need PyAV: pip install 'dora_mm[vl]'")
@@ -224,7 +224,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise ValueError("has no pictures")
+                raise ValueError("has no images")
             yield container
     except av.FFmpegError as error:  # some of which are ValueErrors, too
         reason = first_line(error).partition(": '")[0]  # without the name of the file

@@ -1,16 +1,16 @@
-"""What a picture looks like, in a few bytes: whether it is nearly another one, and whether it is blurred."""
+"""What an image looks like, in a few bytes: whether it is nearly another one, and whether it is blurred."""
 
 from typing import NamedTuple
 
 from PIL import Image, ImageChops, ImageFilter, ImageStat
 
 SIDE = 512  # pixels of the longer side, at least, at which blur is measured: about that of training
-CELLS = 16  # of a side of what pictures are compared by
+CELLS = 16  # of a side of what images are compared by
 RADIUS = 4  # pixels of the blur that is added
 
 
 class Look(NamedTuple):
-    """What is kept of a picture.
+    """What is kept of an image.
 
     Attributes:
         cells: The colours of its 16 x 16 parts, three bytes each.
@@ -22,15 +22,15 @@ class Look(NamedTuple):
 
 
 def look_at(image: Image.Image) -> Look:
-    """Looks at an RGB picture: some 2 ms for a megapixel, where reading it takes 8 (JPEG) or more."""
+    """Looks at an RGB image: some 2 ms for a megapixel, where reading it takes 8 (JPEG) or more."""
     small = image.reduce(max(1, max(image.size) // SIDE))
     return Look(small.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes(), blur_of(small.convert("L")))
 
 
 def blur_of(grey: Image.Image) -> float:
-    """How little blurring changes a grey picture: the share of its differences between neighbours that stays.
+    """How little blurring changes a grey image: the share of its differences between neighbours that stays.
 
-    A sharp picture loses most of them, and one that is blurred already few (after Crete et al., "The blur effect",
+    A sharp image loses most of them, and one that is blurred already few (after Crete et al., "The blur effect",
     2007). It is the larger share of both directions, so that motion counts.
     """
     blurred = grey.filter(ImageFilter.BoxBlur(RADIUS))

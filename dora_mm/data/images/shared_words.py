@@ -5,14 +5,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-PLACEHOLDER = "TOK"  # the word of pictures without captions
+PLACEHOLDER = "TOK"  # the word of images without captions
 THINGS = ("a lighthouse", "a dragon", "a cup of coffee", "an astronaut riding a horse", "a bicycle", "an old tree")
 NUM_PROMPTS = 4
 MOST_WITHOUT = 0.1  # share of captions that may lack the word
 ARTICLES = ("a", "an", "the")
 # Words that captions share because of what they are, and not because they name a style
 COMMON = """a an the of in on at with and or to for from by is are it its his her this that style icon photo photograph
-picture image drawing painting illustration portrait render art artwork scene view background white black"""
+image image drawing painting illustration portrait render art artwork scene view background white black"""
 ORDINARY = frozenset(COMMON.split())
 
 

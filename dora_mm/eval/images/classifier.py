@@ -1,4 +1,4 @@
-"""The judge: a fitted classifier of the style and the concept of generated images.
+"""The classifier: a fitted classifier of the style and the concept of generated images.
 
 It is fitted once per model and image size, on real icons that went through the model, and saved as judge.safetensors
 and judge.json (its classes and concepts, and its accuracy on concepts that it was not fitted on).
@@ -28,7 +28,7 @@ REQUIRED = {"brick": 0.95, "3d against fluent flat": 0.90}  # accuracies that it
 
 @dataclass(frozen=True)
 class Classifier:
-    """A judge of styles and concepts, as `fit_classifier` (samples/build) fits it.
+    """A classifier of styles and concepts, as `fit_classifier` (samples/build) fits it.
 
     Attributes:
         classifier: Of styles.
@@ -82,18 +82,18 @@ class Classifier:
         if count is None or count == len(found):
             return found
         if count > len(found):
-            raise ValueError(f"concepts: the judge has {len(found)} with role {role}, not {count}: lower count")
+            raise ValueError(f"concepts: the classifier has {len(found)} with role {role}, not {count}: lower count")
         return spaced_concepts(found, count)
 
     def check_model(self, resolution: int, vae_digest: str) -> None:
-        """Checks that the judge was fitted for a model.
+        """Checks that the classifier was fitted for a model.
 
         Args:
             resolution: The side of the model's images in pixels.
             vae_digest: The digest of its VAE.
 
         Raises:
-            ValueError: The judge was fitted for another size or another VAE.
+            ValueError: The classifier was fitted for another size or another VAE.
         """
         if (self.origin["resolution"], self.origin["vae"]) != (resolution, vae_digest):
             raise ValueError(

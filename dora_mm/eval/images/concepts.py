@@ -14,7 +14,7 @@ ROLES = ("icon3d", "lego", "tune", "report")
 
 @dataclass(frozen=True)
 class Concept:
-    """A concept to draw.
+    """A concept to generate.
 
     Attributes:
         code: Its identifier, the name of its icon files.

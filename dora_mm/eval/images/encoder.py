@@ -18,7 +18,7 @@ INPUT_SIZE = 224
 
 @dataclass(frozen=True)
 class Features:
-    """Features of N images: `content` for what is drawn, `texture` for how it is drawn, see `Encoder`."""
+    """Features of N images: `content` for what is generated, `texture` for how it is generated, see `Encoder`."""
 
     content: np.ndarray  # (N, P)
     texture: np.ndarray  # (N, T)

@@ -1,6 +1,6 @@
-"""Scores of a style that no judge knows, from vectors of pictures: likeness to the training pictures, variety, drift.
+"""Scores of a style that no judge knows, from vectors of images: likeness to the training images, variety, drift.
 
-Shapes: N pictures, M training pictures, D dimensions of unit vectors, K prompts, S seeds.
+Shapes: N images, M training images, D dimensions of unit vectors, K prompts, S seeds.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,30 +18,30 @@ from dora_mm.utils.tables import markdown_table
 
 LIKENESS, NEAREST, VARIETY, TEXT, DRIFT = "likeness", "nearest", "variety", "prompt", "drift"
 HEADINGS = {
-    LIKENESS: "likeness to the training pictures",
+    LIKENESS: "likeness to the training images",
     NEAREST: "the nearest of them",
     VARIETY: "variety",
     TEXT: "likeness to the prompt",
     DRIFT: "drift from the bare model",
 }
-DIGITS = "{:.3f}"  # cosines of pictures are close to each other
+DIGITS = "{:.3f}"  # cosines of images are close to each other
 
 
 def embedded_vectors(encoder: Encoder, images: Sequence[Image.Image]) -> np.ndarray:
-    """Unit vectors of pictures by the embedded encoder, (N, D): half texture, half content."""
+    """Unit vectors of images by the embedded encoder, (N, D): half texture, half content."""
     features = encoder(images)
     return unit_rows(np.concatenate([unit_rows(features.texture), unit_rows(features.content)], axis=1))
 
 
 @dataclass(frozen=True)
 class StyleScores:
-    """Scores of pictures, some of which compare the pictures with each other.
+    """Scores of images, some of which compare the images with each other.
 
     Attributes:
-        single: Scores of each picture alone by name, (N,) each.
-        pairwise: Scores by name that follow from the cosines of pictures with each other (N, N): (N,) each.
+        single: Scores of each image alone by name, (N,) each.
+        pairwise: Scores by name that follow from the cosines of images with each other (N, N): (N,) each.
         cosines_NN: These cosines.
-        num_seeds: Pictures of each prompt, which follow each other.
+        num_seeds: Images of each prompt, which follow each other.
     """
 
     single: Mapping[str, np.ndarray]
@@ -56,13 +56,13 @@ class StyleScores:
 
     @property
     def cells(self) -> dict[str, np.ndarray]:
-        """All scores of each picture by name, (N,) each."""
+        """All scores of each image by name, (N,) each."""
         return {**self.single, **{name: score(self.cosines_NN) for name, score in self.pairwise.items()}}
 
     def mean(self, name: str, prompts: np.ndarray) -> float:
-        """The mean of a score over the pictures of some prompts, which are compared with each other alone.
+        """The mean of a score over the images of some prompts, which are compared with each other alone.
 
-        NaN where it compares pictures and there is one.
+        NaN where it compares images and there is one.
         """
         rows = (prompts[:, None] * self.num_seeds + np.arange(self.num_seeds)).ravel()
         if name in self.single:
@@ -73,17 +73,17 @@ class StyleScores:
 
 
 def with_others(cosines_NN: np.ndarray) -> np.ndarray:
-    """The mean cosine of each picture with the others, (N,)."""
+    """The mean cosine of each image with the others, (N,)."""
     return (cosines_NN.sum(axis=1) - cosines_NN.diagonal()) / (len(cosines_NN) - 1)
 
 
 def variety(cosines_NN: np.ndarray) -> np.ndarray:
-    """1 minus the mean cosine of each picture with the others, (N,): 0 where all pictures are one."""
+    """1 minus the mean cosine of each image with the others, (N,): 0 where all images are one."""
     return 1 - with_others(cosines_NN)
 
 
 def nearest_other(cosines_NN: np.ndarray) -> np.ndarray:
-    """The cosine of each picture with the nearest other one, (N,)."""
+    """The cosine of each image with the nearest other one, (N,)."""
     return (cosines_NN - 3 * np.eye(len(cosines_NN))).max(axis=1)
 
 
@@ -94,14 +94,14 @@ def scores_of(
     texts_ND: np.ndarray | None = None,
     bare_ND: np.ndarray | None = None,
 ) -> StyleScores:
-    """All scores of drawn pictures.
+    """All scores of generated images.
 
     Args:
-        generated_ND: The pictures.
-        training_MD: The training pictures.
-        num_seeds: Pictures of each prompt, which follow each other.
+        generated_ND: The images.
+        training_MD: The training images.
+        num_seeds: Images of each prompt, which follow each other.
         texts_ND: The prompt of each; None: the encoder reads none.
-        bare_ND: The bare model's picture for each; None: these are the bare model's.
+        bare_ND: The bare model's image for each; None: these are the bare model's.
     """
     cosines_NM = generated_ND @ training_MD.T
     single = {LIKENESS: cosines_NM.mean(axis=1), NEAREST: cosines_NM.max(axis=1)}
@@ -114,7 +114,7 @@ def scores_of(
 
 
 def among_themselves(training_MD: np.ndarray) -> StyleScores:
-    """The scores of the training pictures, each compared with the others; none of a single one."""
+    """The scores of the training images, each compared with the others; none of a single one."""
     pairwise = {LIKENESS: with_others, NEAREST: nearest_other, VARIETY: variety} if len(training_MD) > 1 else {}
     return StyleScores({}, pairwise, training_MD @ training_MD.T, num_seeds=1)
 
@@ -147,23 +147,23 @@ def conclusion(
     Args:
         styled: The adapter's scores minus the bare model's, of prompts in the style.
         style_free: Those of prompts that do not ask for it.
-        nearest: The adapter's likeness to the nearest training picture, of prompts in the style.
-        nearest_of_training: That of the training pictures with each other.
+        nearest: The adapter's likeness to the nearest training image, of prompts in the style.
+        nearest_of_training: That of the training images with each other.
     """
     gained, leaked = styled[LIKENESS], style_free[LIKENESS]
     amount = f"{gained.mean:+.3f} ({gained.low:+.3f} to {gained.high:+.3f}) likeness"
     if gained.high < 0:
-        return f"The adapter leads away from the training pictures ({amount}): try a lower rate, or fewer steps."
+        return f"The adapter leads away from the training images ({amount}): try a lower rate, or fewer steps."
     if gained.low <= 0:
-        return f"These pictures show no style of the adapter ({amount}): train longer, or score more prompts and seeds."
-    sentences = [f"The adapter draws closer to the training pictures than the bare model ({amount})."]
+        return f"These images show no style of the adapter ({amount}): train longer, or score more prompts and seeds."
+    sentences = [f"The adapter generates closer to the training images than the bare model ({amount})."]
     if nearest.low > nearest_of_training.high:
-        sentences.append("It copies single ones: take an earlier checkpoint, or more pictures.")
+        sentences.append("It copies single ones: take an earlier checkpoint, or more images.")
     if leaked.low > 0 and leaked.mean > gained.mean / 2:
         sentences.append(
             "It does so without being asked, too: put a word for the style into captions, or lower strength."
         )
-    return " ".join(sentences) if sentences[1:] else f"{sentences[0]} Look at the pictures, and keep it."
+    return " ".join(sentences) if sentences[1:] else f"{sentences[0]} Look at the images, and keep it."
 
 
 def own_style_table(rows: Mapping[str, Mapping[str, ConfidenceInterval]]) -> str:

@@ -1,4 +1,4 @@
-"""The judge's scores of a set of images, and the metrics with intervals that are computed from them.
+"""The classifier's scores of a set of images, and the metrics with intervals that are computed from them.
 
 Shapes: K concepts, S seeds, C classes, D principal components of the style space.
 """
@@ -137,7 +137,7 @@ MEANS = {key: about for key, about in METRICS.items() if key != "frechet"}  # ov
 def summarize(scores: Scores, name: str, space: StyleSpace, *, over_seeds: bool) -> dict[str, ConfidenceInterval]:
     """Returns every metric with its 95 % interval, by the keys of METRICS.
 
-    The Fréchet distance has none: that of few pictures lies far above the truth, by an amount that depends on it.
+    The Fréchet distance has none: that of few images lies far above the truth, by an amount that depends on it.
 
     Args:
         scores: Of K concepts and S seeds, with their coordinates.
@@ -190,10 +190,10 @@ def conclusion(bare: Mapping[str, ConfidenceInterval], adapted: Mapping[str, Con
         adapted: Those of the adapter; None: there is none.
     """
     if adapted is None:
-        return "These are the bare model's pictures: --set adapter.path=RUN scores a training beside them."
+        return "These are the bare model's images: --set adapter.path=RUN scores a training beside them."
     before, after = bare["both"], adapted["both"]
     shares = " against ".join(format_ci(found, share=True) for found in (after, before))
-    right = f"style and thing are right in {shares} of the pictures"
+    right = f"style and thing are right in {shares} of the images"
     if after.low <= before.high and after.high >= before.low:
         more = "score more things (concepts.count) or seeds, or train longer"
         return f"The adapter and the bare model are not told apart: {right}. To tell them: {more}."

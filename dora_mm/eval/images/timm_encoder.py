@@ -1,4 +1,4 @@
-"""Vectors of pictures by an image model of timm, such as DINOv2, with weights of the user's: dora_mm contains none."""
+"""Vectors of images by an image model of timm, such as DINOv2, with weights of the user's: dora_mm contains none."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from dora_mm.models.opening import opening
 
 
 class TimmEncoder:
-    """What a model of timm sees in pictures: its pooled features.
+    """What a model of timm sees in images: its pooled features.
 
     Args:
         path: A local folder as timm saves it (config.json and model.safetensors), or a hub name (`owner/name`).

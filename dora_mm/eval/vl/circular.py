@@ -1,7 +1,7 @@
 """MMBench's circular evaluation: a question counts where it is answered rightly with its options in every order.
 
 The rows of a question have ids that are equal up to multiples of a million, as VLMEvalKit's TSV files have them; the
-first is the question itself. Answers are read without a judge, see letters.py.
+first is the question itself. Answers are read without a classifier, see letters.py.
 """
 
 from collections import defaultdict

@@ -58,7 +58,9 @@ def row_accuracy(example: Example, prediction: str) -> float:
 def unread(predictions, values) -> list[str]:
     """How many predictions name no option, or several."""
     count = sum(letter_of(prediction, example.options) in (None, NONE) for example, prediction in predictions)
-    return [f"{count} of {len(predictions)} answers name no single option: wrong, where a judge is asked otherwise"]
+    return [
+        f"{count} of {len(predictions)} answers name no single option: wrong, where a classifier is asked otherwise"
+    ]
 
 
 SCORER = mean_scorer(

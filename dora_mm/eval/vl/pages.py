@@ -1,7 +1,7 @@
 """An HTML page of examples: images, question, prediction and reference answers, also of two runs side by side.
 
 One file without scripts that loads nothing from elsewhere: it can be opened from the disk, also on a phone, and sent to
-others. Images are in it, or beside it where there are many: 5,000 rows without pictures take two seconds to open.
+others. Images are in it, or beside it where there are many: 5,000 rows without images take two seconds to open.
 Its template is `examples.html`, for jinja2, which torch brings.
 """
 

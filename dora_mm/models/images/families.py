@@ -209,7 +209,7 @@ def scheduler_changes(family: type[ImageModel], path: str, prediction: str) -> d
 
 
 def distilled_of(config: ModelConfig) -> Distilled | None:
-    """How a model draws that was distilled to few steps, by its files; None: it was not."""
+    """How a model generates that was distilled to few steps, by its files; None: it was not."""
     path = resolve_model(config.path)
     family = family_of(path, config.revision)
     return family.distilled(_opened_folder(family, path, config.revision))

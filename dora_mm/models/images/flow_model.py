@@ -32,7 +32,7 @@ class FlowModel(ImageModel):
     dtypes = ("float32", "bfloat16")
     reads_denoisers = True
     patch: ClassVar[int] = 2  # the side of what the transformer takes for one token, in its latents
-    distilled_steps: ClassVar[int] = 0  # in which those draw whose index has `is_distilled`; 0: it says nothing
+    distilled_steps: ClassVar[int] = 0  # in which those generate whose index has `is_distilled`; 0: it says nothing
     chat: ClassVar[Mapping[str, Any]] = {"add_generation_prompt": True}  # how the chat template of prompts is filled in
 
     @classmethod

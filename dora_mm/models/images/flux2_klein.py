@@ -24,7 +24,7 @@ class KleinFlow(Flow):
     Args:
         scheduler: The model's scheduler.
         patch: As of `Flow`.
-        steps: The number of steps in which the pictures will be drawn that a training is for.
+        steps: The number of steps in which the images will be generated that a training is for.
     """
 
     def __init__(self, scheduler: Any, patch: int, steps: int):

@@ -57,8 +57,8 @@ class Distilled:
     """What a model was distilled for.
 
     Attributes:
-        steps: The denoising steps in which it draws.
-        guidance: The scale of guidance with which it draws; 1 is none.
+        steps: The denoising steps in which it generates.
+        guidance: The scale of guidance with which it generates; 1 is none.
         sign: What of its files says that it was distilled.
     """
 
@@ -68,7 +68,7 @@ class Distilled:
 
 
 class ImageModel(ABC):
-    """A text-to-image model with all that turns pictures and captions into losses, and prompts into pictures.
+    """A text-to-image model with all that turns images and captions into losses, and prompts into images.
 
     Args:
         components: Those of its pipeline, named as in diffusers; they are also attributes.
@@ -81,7 +81,7 @@ class ImageModel(ABC):
     ]  # its components, as they are loaded: the denoiser in a group of its own
     denoiser: ClassVar[str]  # the network that predicts
     maps: ClassVar[Mapping[str, str]]  # the target maps of the networks that can be adapted, the denoiser first
-    cell: ClassVar[int]  # sides of pictures are multiples of this number of pixels
+    cell: ClassVar[int]  # sides of images are multiples of this number of pixels
     vae_name: ClassVar[str] = "AutoencoderKL"  # the class of diffusers
     # Of its config: channels of latents, and a list of its levels
     vae_keys: ClassVar[tuple[str, str]] = ("latent_channels", "block_out_channels")
@@ -120,7 +120,7 @@ class ImageModel(ABC):
 
     @classmethod
     def distilled(cls, files: ModelFolder) -> Distilled | None:
-        """How a model draws that was distilled to few steps, by its index and configs; None: it was not."""
+        """How a model generates that was distilled to few steps, by its index and configs; None: it was not."""
         return None
 
     @property
@@ -163,7 +163,7 @@ class ImageModel(ABC):
 
     @property
     def encoders(self) -> dict[str, nn.Module]:
-        """Those that encode pictures and captions: all but the denoiser, which is not loaded for them."""
+        """Those that encode images and captions: all but the denoiser, which is not loaded for them."""
         return self._networks([name for name in self.components.names if name != self.denoiser])
 
     @property
@@ -243,7 +243,7 @@ class ImageModel(ABC):
     @property
     @abstractmethod
     def resolution(self) -> int:
-        """Side, in pixels, of the pictures that the model was trained on."""
+        """Side, in pixels, of the images that the model was trained on."""
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -298,13 +298,14 @@ class ImageModel(ABC):
             noised: The latents.
             time: As `noise` gives them.
             prompts: B prompts; padding has no effect on the result.
-            framings: How each picture was brought to its size, for families that are conditioned on it.
+            framings: How each image was brought to its size, for families that are conditioned on it.
         """
 
-    # --- drawing -----------------------------------------------------------------------------------------------------
+    # --- generating
+    # -----------------------------------------------------------------------------------------------------
 
     def check_rescale(self, rescale: float, key: str) -> None:
-        """Checks that the family can draw with this rescale of guidance.
+        """Checks that the family can generate with this rescale of guidance.
 
         Raises:
             ValueError: It cannot; the message begins with the key.
@@ -314,7 +315,7 @@ class ImageModel(ABC):
 
     @abstractmethod
     def encode_for_sampling(self, prompt: Wording, negative_prompt: Wording | None) -> Prompt:
-        """Encodes the prompts of one picture, for `pipeline_inputs`.
+        """Encodes the prompts of one image, for `pipeline_inputs`.
 
         Args:
             prompt: A prompt of any length; in pieces with weights only where the family `weighs_words`.
@@ -325,10 +326,10 @@ class ImageModel(ABC):
     def pipeline_inputs(
         self, encoded: Sequence[Prompt], *, steps: int, guidance: float, width: int, height: int
     ) -> dict[str, Any]:
-        """The arguments of the pipeline for a batch of pictures.
+        """The arguments of the pipeline for a batch of images.
 
         Args:
-            encoded: From `encode_for_sampling`, one per picture, of prompts of one length.
+            encoded: From `encode_for_sampling`, one per image, of prompts of one length.
             steps: The number of denoising steps.
             guidance: The scale of classifier-free guidance; 1 is none.
             width: In pixels.

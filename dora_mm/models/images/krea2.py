@@ -15,11 +15,11 @@ from dora_mm.models.images.image_model import Prompt, pad_prompts
 from dora_mm.models.images.noise import Flow
 from dora_mm.models.images.qwen_image import WithQwenVAE, full_mask
 
-MU_OF_TURBO = 1.15  # its pipeline's own, for pictures of all sizes
+MU_OF_TURBO = 1.15  # its pipeline's own, for images of all sizes
 
 
 class TurboFlow(Flow):
-    """The noise levels of what was distilled, whose shift does not depend on the size of the picture."""
+    """The noise levels of what was distilled, whose shift does not depend on the size of the image."""
 
     def mu(self, num_tokens: int, num_steps: int | None) -> float:
         return MU_OF_TURBO

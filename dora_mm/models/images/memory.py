@@ -7,7 +7,7 @@ import torch
 from dora_mm.config.generation import MemoryConfig
 from dora_mm.models.quantization import QUANTIZATIONS
 
-TILE = 512  # pixels; diffusers takes the VAE's own size, with which a picture of 1024 pixels is one tile
+TILE = 512  # pixels; diffusers takes the VAE's own size, with which an image of 1024 pixels is one tile
 
 
 def save_memory(pipe: Any, config: MemoryConfig, device: torch.device) -> None:
@@ -17,7 +17,7 @@ def save_memory(pipe: Any, config: MemoryConfig, device: torch.device) -> None:
         pipe: The pipeline. Without `offload` its networks are moved to the device; with it, each network or
             layer is moved there when it runs.
         config: The `memory` section.
-        device: The device that pictures are drawn on.
+        device: The device that images are generated on.
 
     Raises:
         ValueError: `offload` is set, and the device is the CPU, where all weights are in main memory anyway.
@@ -35,7 +35,7 @@ def check_offload(config: MemoryConfig, device: torch.device, quantization: str 
 
     Args:
         config: The `memory` section.
-        device: The device that pictures are drawn on.
+        device: The device that images are generated on.
         quantization: The key `model.quantization`.
 
     Raises:
@@ -51,8 +51,8 @@ def check_offload(config: MemoryConfig, device: torch.device, quantization: str 
         )
     if config.offload != "none" and device.type == "cpu":
         raise ValueError(
-            f"memory.offload: {config.offload} needs a GPU, and there is none here: set it to none, which draws on the "
-            "processor."
+            f"memory.offload: {config.offload} needs a GPU, and there is none here: set it to none, which generates on "
+            "the processor."
         )
 
 
@@ -60,7 +60,7 @@ def offload(pipe: Any, kind: str, device: torch.device) -> None:
     """Moves a pipeline to a device: at once ("none"), each network ("model") or each layer ("layers") when it runs.
 
     For layers it is diffusers' group offloading, which leaves the weights ordinary tensors, where accelerate's
-    sequential offloading puts them on `meta`: so adapters can be merged and unmerged between pictures.
+    sequential offloading puts them on `meta`: so adapters can be merged and unmerged between images.
     """
     if kind == "model":
         pipe.enable_model_cpu_offload(device=device)
@@ -71,7 +71,7 @@ def offload(pipe: Any, kind: str, device: torch.device) -> None:
 
 
 def decode_in_tiles(vae: Any) -> None:
-    """Makes a VAE decode one picture at a time, in overlapping tiles of at most 512 pixels."""
+    """Makes a VAE decode one image at a time, in overlapping tiles of at most 512 pixels."""
     vae.enable_slicing()
     vae.enable_tiling()
     if not hasattr(vae, "tile_sample_min_size"):  # of videos: its own tiles have 256 pixels

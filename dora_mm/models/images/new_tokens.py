@@ -53,7 +53,7 @@ class NewTokens(nn.Module):
             if known.keys() == rows.keys() and all(known[table].equal(values) for table, values in rows.items()):
                 return
             raise ValueError(
-                f"two adapters have the new token {word}, each with rows of its own: draw with one of them"
+                f"two adapters have the new token {word}, each with rows of its own: generate with one of them"
             )
         self.counts[word] = len(next(iter(rows.values())))
         for table, values in rows.items():

@@ -128,7 +128,7 @@ class Flow:
 
         Args:
             u: The shares.
-            num_tokens: The tokens of a picture.
+            num_tokens: The tokens of an image.
             num_steps: The steps of sampling; None: in training, which is as in infinitely many for the stretch.
         """
         shift = self.shift(num_tokens, num_steps)

@@ -111,7 +111,7 @@ def changes_for(prediction: str, marked: Mapping[str, Any]) -> dict[str, Any]:
                 "model.prediction=v_prediction, or epsilon, which leaves the noise levels as they are"
             )
         return dict(marked)
-    if prediction == "epsilon":  # which says nothing of the picture where there is no signal
+    if prediction == "epsilon":  # which says nothing of the image where there is no signal
         return {"prediction_type": prediction, "rescale_betas_zero_snr": False}
     return {**marked, "prediction_type": prediction}
 

@@ -1,4 +1,4 @@
-"""The VAE of an image model: its posterior of pictures, and the pictures of latents."""
+"""The VAE of an image model: its posterior of images, and the images of latents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dora_mm.core.functional import without_autocast
 
 @torch.no_grad()
 def posterior_of(vae: Any, pixels: Tensor) -> Any:
-    """The Gaussian that the VAE predicts for pictures (B, 3, H, W) in [-1, 1]."""
+    """The Gaussian that the VAE predicts for images (B, 3, H, W) in [-1, 1]."""
     with _in_its_precision(vae):
         return vae.encode(_as_frames(vae, pixels.to(get_module_execution_device(vae), vae.dtype))).latent_dist
 
@@ -34,7 +34,7 @@ def _as_frames(vae: Any, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decoded(vae: Any, latents: Tensor) -> list[Image.Image]:
-    """The pictures of latents (B, C, h, w) that are as the VAE gives them, not as the denoiser expects them."""
+    """The images of latents (B, C, h, w) that are as the VAE gives them, not as the denoiser expects them."""
     with _in_its_precision(vae):
         pixels = pixels_of(vae, latents.to(get_module_execution_device(vae), vae.dtype)).float()
     levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -46,7 +46,7 @@ def _in_its_precision(vae: Any) -> Iterator[None]:
     """A context in which the VAE computes in float32 where it overflows in float16, which its config declares.
 
     (`force_upcast`, which not every class has.) So it does where its weights are in bfloat16: in that alone the mean is
-    off by twice as much, 0.41 instead of 0.20 of the posterior's deviation (16 pictures of bricks at 128 px). Autocast
+    off by twice as much, 0.41 instead of 0.20 of the posterior's deviation (16 images of bricks at 128 px). Autocast
     would undo it: it is off.
     """
     dtype = vae.dtype

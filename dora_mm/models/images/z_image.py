@@ -16,7 +16,7 @@ from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.models.images.flow_model import FlowModel
 from dora_mm.models.images.image_model import Distilled, Prompt
 
-GROUP = 32  # tokens: the transformer fills prompts and pictures up to multiples of it
+GROUP = 32  # tokens: the transformer fills prompts and images up to multiples of it
 SHIFT_OF_BASE = 6.0  # Turbo's is 3
 
 
@@ -37,7 +37,7 @@ class ZImage(FlowModel):
         super().check(config)
         num_positions = self.components.config("transformer")["axes_lens"][
             0
-        ]  # of prompt and picture, one after the other
+        ]  # of prompt and image, one after the other
         most = (num_positions - 2) // GROUP * GROUP
         if self.settings.max_tokens > most:
             raise ValueError(f"model.z_image.max_tokens must be at most {most} for {config.path}.")

@@ -1,1 +1,1 @@
-"""Jobs of pictures: files with a row per prompt and a column per setting, and the pictures that follow from them."""
+"""Jobs of images: files with a row per prompt and a column per setting, and the images that follow from them."""

@@ -53,7 +53,7 @@ def parse_number(value: Any) -> Any:
 
 
 def check_file(name: str) -> str:
-    """Checks that a picture's file can have a name, which may end in .png.
+    """Checks that an image's file can have a name, which may end in .png.
 
     Raises:
         ValueError: It cannot.
@@ -104,7 +104,7 @@ def adapters_text(adapters: Weights) -> str | None:
 
 
 class PromptRow(Section):
-    """A row of a job file. What it leaves out, or leaves empty, is as in the config."""
+    """A row of a prompts file. What it leaves out, or leaves empty, is as in the config."""
 
     model_config = ConfigDict(strict=False, str_strip_whitespace=True)
 

@@ -26,7 +26,7 @@ def check_syntax(requests: Sequence[ImageRequest]) -> None:
 
 
 def with_alternatives(requests: Sequence[ImageRequest]) -> list[ImageRequest]:
-    """The pictures of a job, each with one of the alternatives of its prompts, by its seed.
+    """The images of a job, each with one of the alternatives of its prompts, by its seed.
 
     Prompts that are read as plain text stay as they are, and a warning names what looks like more.
 
@@ -39,8 +39,8 @@ def with_alternatives(requests: Sequence[ImageRequest]) -> list[ImageRequest]:
         first, *_ = literal
         names = ", ".join(dict.fromkeys(name for found in literal.values() for name in found))
         log.warning(
-            "%d prompts have %s, drawn as plain text; prompt_syntax=a1111 reads weights, alternatives and BREAK. The "
-            "first: %s",
+            "%d prompts have %s, generated as plain text; prompt_syntax=a1111 reads weights, alternatives and BREAK. "
+            "The first: %s",
             *(len(literal), names, first),
         )
     return [_chosen(request) for request in requests]

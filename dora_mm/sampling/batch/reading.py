@@ -1,4 +1,4 @@
-"""Reads job files."""
+"""Reads prompts files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NumberedLines = Iterable[tuple[int, Mapping[str, Any]]]  # the number of each li
 
 
 def read_prompts_file(path: Path) -> list[PromptRow]:
-    """Reads a job file.
+    """Reads a prompts file.
 
     Args:
         path: A .txt file with a prompt per line, and kohya's flags (lines that begin with # are comments); a .csv, .tsv
@@ -40,7 +40,7 @@ def read_prompts_file(path: Path) -> list[PromptRow]:
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path} must end in {', '.join(SUFFIXES)}")
     if not path.is_file():
-        raise ValueError(f"{path} is a folder: name a job file in it")
+        raise ValueError(f"{path} is a folder: name a prompts file in it")
     problems: list[str] = []
     rows, requests = [], 0
     for line, values in _lines(path, problems):
@@ -48,7 +48,7 @@ def read_prompts_file(path: Path) -> list[PromptRow]:
         rows.append(row)
         requests += len(row.seed or (None,)) if row else 0
         if requests > MOST_IMAGES:
-            raise ValueError(f"{path}: line {line} is above {MOST_IMAGES:,} pictures: divide the job")
+            raise ValueError(f"{path}: line {line} is above {MOST_IMAGES:,} images: divide the job")
     if problems:
         head = problems[0] if len(problems) == 1 else f"{len(problems)} problems"
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []

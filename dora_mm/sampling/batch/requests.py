@@ -1,4 +1,4 @@
-"""The pictures of a job, the names of their files, and their batches."""
+"""The images of a job, the names of their files, and their batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULT_SETTINGS = {
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """All that a picture is drawn with, besides the model.
+    """All that an image is generated with, besides the model.
 
     Attributes:
         row: The number of its row in the job, from 1.
@@ -70,7 +70,7 @@ class ImageRequest:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What all pictures of a batch share besides the weights, as `ImageSampler.draw` takes it."""
+        """What all images of a batch share besides the weights, as `ImageSampler.draw` takes it."""
         names = ("steps", "guidance", "guidance_rescale", "width", "height", "scheduler")
         return {name: getattr(self, name) for name in names}
 
@@ -82,12 +82,12 @@ class ImageRequest:
 
     @property
     def omitted_settings(self) -> tuple[str, ...]:
-        """The settings that files do not have for this picture, as those of earlier versions do not."""
+        """The settings that files do not have for this image, as those of earlier versions do not."""
         return tuple(name for name, default in DEFAULT_SETTINGS.items() if getattr(self, name) == default)
 
 
 def template(config: ImageGenerationConfig, *, prompt: str = "", seed: int = 0) -> ImageRequest:
-    """A picture with the settings of a config, which rows of a job and axes of a grid replace."""
+    """An image with the settings of a config, which rows of a job and axes of a grid replace."""
     adapters: Weights = ((config.adapter.path, as_strength(config.adapter.strength)),) if config.adapter else ()
     names = {"negative_prompt", "steps", "guidance", "width", "height", "scheduler", *DEFAULT_SETTINGS}
     settings = config.model_dump(include=names)
@@ -97,7 +97,7 @@ def template(config: ImageGenerationConfig, *, prompt: str = "", seed: int = 0) 
 def expand(
     rows: Sequence[PromptRow], template: ImageRequest, seeds: Sequence[int], strengths: Sequence[float]
 ) -> list[ImageRequest]:
-    """Lists the pictures of a job.
+    """Lists the images of a job.
 
     Args:
         rows: The rows.
@@ -106,7 +106,7 @@ def expand(
         strengths: The strengths of each row that has none.
 
     Returns:
-        The pictures by row, seed and strength.
+        The images by row, seed and strength.
     """
     requests = []
     for number, row in enumerate(rows, 1):
@@ -142,25 +142,25 @@ def check_strengths(rows: Sequence[PromptRow], config: BatchGenerationConfig) ->
 
 
 def without_adapter(rows: Sequence[PromptRow], requests: Sequence[ImageRequest]) -> list[ImageRequest]:
-    """The pictures of the bare model that no row asks for, by `none` or the strength 0."""
+    """The images of the bare model that no row asks for, by `none` or the strength 0."""
     return [p for p in requests if not p.adapters and p.strength and rows[p.row - 1].adapter is None]
 
 
 def about_bare(bare: Sequence[ImageRequest], requests: Sequence[ImageRequest]) -> str:
-    """What is said of pictures that have no adapter, at the start and at the end; empty if there are none."""
+    """What is said of images that have no adapter, at the start and at the end; empty if there are none."""
     if not bare:
         return ""
-    which = "the pictures have" if len(bare) == len(requests) else f"{len(bare)} of {len(requests)} pictures have"
+    which = "the images have" if len(bare) == len(requests) else f"{len(bare)} of {len(requests)} images have"
     return f"No adapter: {which} none, and are the bare model's. With one: --set adapter.path=RUN, or a column adapter"
 
 
 def file_names(requests: Sequence[ImageRequest]) -> list[str]:
-    """The name of each picture's file: `0001-seed7.png`, with its strength where its row has several.
+    """The name of each image's file: `0001-seed7.png`, with its strength where its row has several.
 
     A name of its own has the seed only where its row has several, and its folder stands in front.
 
     Raises:
-        ValueError: Two pictures have one name, also if only case tells them apart.
+        ValueError: Two images have one name, also if only case tells them apart.
     """
     strengths: dict[int, set[float]] = {}
     seeds: dict[int, set[int]] = {}
@@ -180,18 +180,18 @@ def file_names(requests: Sequence[ImageRequest]) -> list[str]:
 
 
 def batches(requests: Sequence[ImageRequest], size: int, length: Callable[[ImageRequest], int]) -> list[list[int]]:
-    """Groups pictures into batches, which depend on nothing but the job.
+    """Groups images into batches, which depend on nothing but the job.
 
-    Pictures of a batch share their weights, size and settings, and the length of their encoded prompts: one that is
-    padded draws another picture. Batches with the same weights follow each other.
+    Images of a batch share their weights, size and settings, and the length of their encoded prompts: one that is
+    padded generates another image. Batches with the same weights follow each other.
 
     Args:
-        requests: The pictures.
-        size: The largest number of pictures in a batch.
-        length: The length of the longer one of a picture's prompts, as the model sees it.
+        requests: The images.
+        size: The largest number of images in a batch.
+        length: The length of the longer one of an image's prompts, as the model sees it.
 
     Returns:
-        The indices of the pictures of each batch.
+        The indices of the images of each batch.
     """
     groups: dict[Hashable, dict[Hashable, list[int]]] = {}
     for index, request in enumerate(requests):

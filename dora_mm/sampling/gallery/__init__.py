@@ -1,4 +1,4 @@
-"""Galleries: a folder with one HTML page and its pictures, made from the manifests of runs, that opens from disk."""
+"""Galleries: a folder with one HTML page and its images, made from the manifests of runs, that opens from disk."""
 
 from dora_mm.sampling.gallery.folder import GALLERY, INDEX, fill_gallery, update_page, write_gallery
 from dora_mm.sampling.gallery.training import read_images

@@ -1,4 +1,4 @@
-"""What the page of a gallery knows: its columns, its pictures, and which of them belong together."""
+"""What the page of a gallery knows: its columns, its images, and which of them belong together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from dora_mm.sampling.manifest import ManifestEntry
 
-# Pictures that are compared with each other agree in all of these, and in further settings as far as they can: what
+# Images that are compared with each other agree in all of these, and in further settings as far as they can: what
 # each run has of its own, such as the name of a checkpoint, does not count.
 OF_GUIDANCE = ("negative_prompt", "guidance", "guidance_rescale")
 ALWAYS_EQUAL = ("prompt", "seed", "steps", *OF_GUIDANCE, "width", "height", "scheduler")
@@ -18,12 +18,12 @@ LARGEST_INTEGER = 2**53  # JavaScript rounds larger ones: seeds may be
 
 @dataclass(frozen=True)
 class GalleryImage:
-    """One picture of a gallery.
+    """One image of a gallery.
 
     Attributes:
         run: The name of its run.
         entry: Its line of the manifest.
-        file: Its address, relative to the page; None where there is no picture.
+        file: Its address, relative to the page; None where there is no image.
         thumbnail: The address of a small version; the same as `file` where that is small itself.
         size: Width and height in pixels.
     """
@@ -38,8 +38,8 @@ class GalleryImage:
 def gallery_data(images: Sequence[GalleryImage]) -> dict[str, Any]:
     """Returns all that the page knows, as plain values that JSON and JavaScript hold exactly.
 
-    Every picture has its `values` in the order of `columns`; `before` is the number of the same picture without an
-    adapter, and pictures of several runs that have the same `group` differ in nothing but the run.
+    Every image has its `values` in the order of `columns`; `before` is the number of the same image without an
+    adapter, and images of several runs that have the same `group` differ in nothing but the run.
     """
     settings = dict.fromkeys(name for image in images for name in image.entry.settings)
     scores = dict.fromkeys(name for image in images for name in image.entry.scores)
@@ -73,11 +73,11 @@ def _image(image: GalleryImage, values: list[Any], before: int | None, group: in
     }
 
 
-# --- pictures that belong together ------------------------------------------------------------------------------------
+# --- images that belong together ------------------------------------------------------------------------------------
 
 
 def befores(images: Sequence[GalleryImage]) -> list[int | None]:
-    """Finds, for every picture with an adapter, the number of the same picture without one.
+    """Finds, for every image with an adapter, the number of the same image without one.
 
     One of the same run is preferred. Without an adapter means that `adapter` is None or that `strength` is 0.
     """
@@ -99,7 +99,7 @@ def befores(images: Sequence[GalleryImage]) -> list[int | None]:
 
 
 def groups(images: Sequence[GalleryImage]) -> list[int]:
-    """Numbers the pictures so that those of several runs with the same settings have the same number."""
+    """Numbers the images so that those of several runs with the same settings have the same number."""
     key = matching(images, lambda image: image.run)
     numbers: dict[tuple[str, bool], int] = {}
     return [numbers.setdefault((key(image), _is_bare(image.entry)), len(numbers)) for image in images]
@@ -111,10 +111,10 @@ def matching(
     apart: tuple[str, ...] = (),
     always: Sequence[str] = ALWAYS_EQUAL,
 ) -> Callable[[GalleryImage], str]:
-    """Returns a function whose value is equal for pictures of different sides that should be compared.
+    """Returns a function whose value is equal for images of different sides that should be compared.
 
     Args:
-        images: All pictures.
+        images: All images.
         side: What tells the sides apart, such as the run.
         apart: What the names of settings that may differ begin with.
         always: Settings that are compared in any case. Another one is left out where no two sides share a value of it,

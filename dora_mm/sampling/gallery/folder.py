@@ -1,4 +1,4 @@
-"""The folder of a gallery: the page, the pictures, and small versions of large ones."""
+"""The folder of a gallery: the page, the images, and small versions of large ones."""
 
 import logging
 import os
@@ -29,15 +29,15 @@ GALLERY, INDEX, IMAGES, THUMBNAILS = "gallery", "index.html", "pictures", "thumb
 OWN = {INDEX, IMAGES, THUMBNAILS}
 LEFT_BY_DESKTOPS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # in every folder that was looked at
 FORMATS = {"PNG": (".png",), "WEBP": (".webp",), "JPEG": (".jpg", ".jpeg")}  # a browser shows all of them
-MOST_PIXELS = 80_000_000  # as of pictures that are trained on
-NOT_A_IMAGE = "its file is not a whole PNG, WebP or JPEG picture"
+MOST_PIXELS = 80_000_000  # as of images that are trained on
+NOT_A_IMAGE = "its file is not a whole PNG, WebP or JPEG image"
 
 
 def write_gallery(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path) -> Path:
     """Writes a gallery, completely or not at all; an earlier gallery in the same folder is replaced.
 
-    A picture that is in a manifest but cannot be read is listed with the reason. Of a training the page also has the
-    curves, the settings, some training pictures and what to type next.
+    An image that is in a manifest but cannot be read is listed with the reason. Of a training the page also has the
+    curves, the settings, some training images and what to type next.
 
     Args:
         runs: The entries of each run directory, as `read_images` returns them.
@@ -92,7 +92,7 @@ def update_page(run: Path, summary: Mapping[str, Any] | None = None) -> None:
         with _replacing(run / GALLERY) as partial:
             fill_gallery({run: read_images(run)}, partial, run / GALLERY, {run: summary} if summary else {})
         page = run / GALLERY / INDEX
-        log.log(logging.INFO if new else logging.DEBUG, "page     %s, written anew with each sheet", page)
+        log.log(logging.INFO if new else logging.DEBUG, "page     %s, written anew with each contact sheet", page)
     except (OSError, ValueError) as error:  # a full disk, a file of somebody's in the folder
         log.warning("The page of the training was not written: %s", error)
 
@@ -100,7 +100,7 @@ def update_page(run: Path, summary: Mapping[str, Any] | None = None) -> None:
 def _add_training(
     run: Path, config: PipelineConfig, folder: Path, thumbnails: Thumbnails, summary: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """What the page knows of a training, with the thumbnails of its training pictures."""
+    """What the page knows of a training, with the thumbnails of its training images."""
     sources, note = training_images(config)
     shown = [(source.name, thumbnails.path(source)) for source in sources]
     for source, (_, file) in zip(sources, shown, strict=True):
@@ -118,7 +118,7 @@ def _check_files(run: Path, entries: Sequence[ManifestEntry]) -> None:
             raise ValueError(f"{run / MANIFEST} names a file outside of the run: {entry.file}")
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 def _add_all(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path, thumbnails: Thumbnails) -> list[GalleryImage]:
@@ -136,7 +136,7 @@ def _add_all(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path, thumbna
 
 
 def _add(run: Path, number: int, entry: ManifestEntry, folder: Path, thumbnails: Thumbnails) -> GalleryImage:
-    """Puts the picture of an entry into the folder, with a thumbnail if it is large."""
+    """Puts the image of an entry into the folder, with a thumbnail if it is large."""
     if entry.status != "done":
         return GalleryImage(str(run), entry)
     source = (run / entry.file).resolve()
@@ -160,7 +160,7 @@ def _add(run: Path, number: int, entry: ManifestEntry, folder: Path, thumbnails:
 
 
 def _read(path: Path, *, decode: bool = True) -> Image.Image | None:
-    """The picture; None where there is none, or where a browser would take the file for something else."""
+    """The image; None where there is none, or where a browser would take the file for something else."""
     try:
         with Image.open(path, formats=tuple(FORMATS)) as image:
             if image.width * image.height > MOST_PIXELS:

@@ -1,4 +1,4 @@
-"""The page of a gallery: one HTML file with its style, its script and its data, which loads nothing but pictures."""
+"""The page of a gallery: one HTML file with its style, its script and its data, which loads nothing but images."""
 
 import base64
 import hashlib
@@ -40,7 +40,7 @@ def _embedded(data: Mapping[str, Any]) -> str:
 
 
 def _policy(style: str, script: str) -> str:
-    """Pictures from the gallery's folder, on a disk or a server, and this style and script; nothing else."""
+    """Images from the gallery's folder, on a disk or a server, and this style and script; nothing else."""
     return (
         f"default-src 'none'; img-src 'self' file:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
         "base-uri 'none'; form-action 'none'"

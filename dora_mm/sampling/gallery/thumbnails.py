@@ -1,4 +1,4 @@
-"""Small versions of large pictures; those of an earlier gallery serve again."""
+"""Small versions of large images; those of an earlier gallery serve again."""
 
 import hashlib
 from pathlib import Path
@@ -23,22 +23,22 @@ class Thumbnails:
         self.folder, self.earlier = folder, earlier
 
     def path(self, source: Path) -> Path:
-        """Where the thumbnail of a picture as it is now is, or will be: to be asked before the picture is read."""
+        """Where the thumbnail of an image as it is now is, or will be: to be asked before the image is read."""
         return self.folder / _name(source)
 
     def has(self, path: Path) -> bool:
-        """Takes over a thumbnail from the earlier gallery; False: it has none of the picture as it is."""
+        """Takes over a thumbnail from the earlier gallery; False: it has none of the image as it is."""
         kept = self.earlier / path.name
         if kept.is_file() and not path.exists():
             link_or_copy(kept, path)
         return kept.is_file()
 
     def add(self, path: Path, image: Image.Image) -> None:
-        """Saves the thumbnail of a picture.
+        """Saves the thumbnail of an image.
 
         Args:
             path: Where it will be.
-            image: The pixels of the picture.
+            image: The pixels of the image.
         """
         try:
             upright = ImageOps.exif_transpose(image)
@@ -51,9 +51,9 @@ class Thumbnails:
 
 
 def _name(source: Path) -> str:
-    """A name that a picture has as long as its file stays the same, by path, time and size.
+    """A name that an image has as long as its file stays the same, by path, time and size.
 
-    Its ctime is none of them: links to the picture change it, which galleries make and remove.
+    Its ctime is none of them: links to the image change it, which galleries make and remove.
     """
     about = source.stat()
     text = f"{source.resolve()} {about.st_mtime_ns} {about.st_size}"

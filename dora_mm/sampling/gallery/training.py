@@ -1,4 +1,4 @@
-"""What the page of a training shows beside its pictures: curves, settings, training pictures, what to type next."""
+"""What the page of a training shows beside its images: curves, settings, training images, what to type next."""
 
 import json
 import math
@@ -36,7 +36,7 @@ Point = tuple[float, float]  # step and value
 
 
 def read_images(path: Path) -> list[ManifestEntry]:
-    """The pictures of a run, by its manifest; none of a training that drew none.
+    """The images of a run, by its manifest; none of a training that drew none.
 
     Raises:
         ValueError: It is no such run, its manifest is damaged, or the config of a training does not fit.
@@ -65,7 +65,7 @@ def training_config(path: Path) -> PipelineConfig | None:
 
 
 def about_training(path: Path, config: PipelineConfig, summary: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What the page knows of a training, as plain values, but for its pictures.
+    """What the page knows of a training, as plain values, but for its images.
 
     Args:
         path: The run directory.
@@ -192,11 +192,11 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
 
 
-# --- pictures and answers ---------------------------------------------------------------------------------------------
+# --- images and answers ---------------------------------------------------------------------------------------------
 
 
 def training_images(config: PipelineConfig) -> tuple[list[Path], str | None]:
-    """Some of the pictures that a training learns from, evenly spaced; none of questions.
+    """Some of the images that a training learns from, evenly spaced; none of questions.
 
     Returns:
         The files, and a sentence where there are more or none can be shown.

@@ -1,1 +1,1 @@
-"""Campaigns: many trainings that compare methods, on pictures or on questions; they name no family of models."""
+"""Campaigns: many trainings that compare methods, on images or on questions; they name no family of models."""

@@ -23,7 +23,7 @@ ConfigT = TypeVar("ConfigT", TrainDiffusionConfig, TrainVLConfig)
 
 
 class Report(NamedTuple):
-    """The report of a comparison: the paragraphs of table.md, the text of results.csv and, of pictures, sheet.png."""
+    """The report of a comparison: the paragraphs of table.md, the text of results.csv and, of images, sheet.png."""
 
     paragraphs: Sequence[str]
     csv: str
@@ -33,8 +33,8 @@ class Report(NamedTuple):
 class Scoring(Protocol[ScoresT]):
     """What the trainings of a campaign have in common, and how they are scored.
 
-    Building it checks all that the config names, before the campaign has a folder. What it draws or answers is kept in
-    that folder, and read from there if the campaign is resumed.
+    Building it checks all that the config names, before the campaign has a folder. What it generates or answers is kept
+    in that folder, and read from there if the campaign is resumed.
     """
 
     score_title: str  # what `cells` are, for figures and tables
@@ -66,7 +66,7 @@ class Scoring(Protocol[ScoresT]):
         ...
 
     def cells(self, scores: ScoresT) -> np.ndarray:
-        """One independent score per thing or image and training, (K, S), by which curves are drawn."""
+        """One independent score per thing or image and training, (K, S), by which curves are generated."""
         ...
 
 

@@ -50,7 +50,7 @@ class Rung:
         """The candidates that are trained for longer.
 
         Each brings the next lower rate that was tried with it, since a longer schedule has its best rate lower: of the
-        embedded model of pictures (bricks, rank 4) it is 0.018 in 15 steps, 0.01 to 0.018 in 30, 0.01 in 60.
+        embedded model of images (bricks, rank 4) it is 0.018 in 15 steps, 0.01 to 0.018 in 30, 0.01 in 60.
 
         Args:
             count: How many; one is the first of the order.

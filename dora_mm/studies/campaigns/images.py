@@ -1,4 +1,4 @@
-"""Campaigns of style adapters: things that no adapter has seen are drawn, and a judge scores the pictures."""
+"""Campaigns of style adapters: things that no adapter has seen are generated, and a classifier scores the images."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -43,14 +43,14 @@ BARE_FLAT, BARE = "bare model, flat prompts", "bare model"
 class ImageEvaluation:
     """The `Evaluation` of style adapters. A learning rate is chosen on the `tune` things of the judge.
 
-    Pictures are kept in the folder's pictures/, their scores in scores/.
+    Images are kept in the folder's pictures/, their scores in scores/.
 
     Args:
         config: The config of the campaign.
         settings: Its section `pictures`.
 
     Raises:
-        ValueError: The base config, the judge, the model or the images cannot be used.
+        ValueError: The base config, the classifier, the model or the images cannot be used.
     """
 
     score_title = "probability of the style / rank of the thing"
@@ -82,7 +82,7 @@ class ImageEvaluation:
                 if images
             },
             **identity_of(self.base.model).inputs,
-            "the judge's files": hashlib.sha256(
+            "the classifier's files": hashlib.sha256(
                 b"".join((classifier / name).read_bytes() for name in FILES)
             ).hexdigest(),
         }
@@ -115,7 +115,7 @@ class ImageEvaluation:
         return float(found.soft_both(self.settings.style).mean())
 
     def scored(self, trainings: Trainings, training: Training) -> str:
-        """The scores of the `report` things, which every training draws with its own seed.
+        """The scores of the `report` things, which every training generates with its own seed.
 
         Coordinates are left out: they are four fifths of a row, for a Fréchet distance, which has no interval.
         """
@@ -145,15 +145,15 @@ class ImageEvaluation:
         seeds: Sequence[int],
         adapter: Path | None = None,
     ) -> Scores:
-        """Draws and judges things, unless the folder has their scores.
+        """Generates and judges things, unless the folder has their scores.
 
         Args:
             folder: The campaign's folder.
             name: The name of the training or of the bare model, for file names.
             template: The prompt, with {thing} for the thing.
             choice: Which things.
-            seeds: The seeds of the pictures of each thing.
-            adapter: The adapter folder to draw with; None draws with the bare model.
+            seeds: The seeds of the images of each thing.
+            adapter: The adapter folder to generate with; None generates with the bare model.
         """
         stem = file_stem(name, choice)
         path = folder / SCORES / f"{stem}.json"
@@ -178,7 +178,7 @@ class ImageEvaluation:
         scores: Mapping[Variant, Scores],
         trained: Mapping[str, Sequence[Training]],
     ) -> Report:
-        """The table, the paired differences, how far the judge is right, and a sheet."""
+        """The table, the paired differences, how far the classifier is right, and a sheet."""
         style, things = self.settings.style, len(self.concepts[self.settings.report.role])
         number = num_trainings(trained)
         of_each = f"{number} trainings" if number > 1 else "one training"
@@ -195,7 +195,7 @@ class ImageEvaluation:
     def contact_sheet(self, folder: Path, trained: Mapping[str, Sequence[Training]]) -> Image.Image:
         """A row per row of the table, a column per thing (evenly spaced), with the first seed of each.
 
-        Of trainings whose rows come from elsewhere there are no pictures.
+        Of trainings whose rows come from elsewhere there are no images.
         """
         concepts = self.concepts[self.settings.report.role]
         columns = spaced_concepts(concepts, min(self.settings.columns, len(concepts)))
@@ -210,5 +210,5 @@ class ImageEvaluation:
 
 
 def file_stem(name: str, choice: RoleConfig) -> str:
-    """The name of the folder of pictures, and of the file of their scores."""
+    """The name of the folder of images, and of the file of their scores."""
     return f"{name}-{choice.role}".replace(", ", "-").replace(" ", "-")

@@ -1,4 +1,4 @@
-"""What judges the trainings of a search for a learning rate: likeness to one's pictures, answers, held-out losses."""
+"""What judges the trainings of a search for a learning rate: likeness to one's images, answers, held-out losses."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from dora_mm.studies.campaigns.tuned import TunedImages, TunedTrainings, TunedVL
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.devices import default_device
 
-MOST_COLUMNS = 6  # of a sheet
+MOST_COLUMNS = 6  # of a contact sheet
 BARE = "bare model"
 KEPT = 0.75  # of the gain in likeness, see `LikenessJudge`
 SAMPLING_KEYS = (
@@ -35,7 +35,7 @@ SAMPLING_KEYS = (
     "guidance",
     "negative_prompt",
     "batch_size",
-)  # of sheets, with which pictures are drawn to be judged
+)  # of contact sheets, with which images are generated to be judged
 
 
 class SelectionMetric(Scoring[Any], Protocol):
@@ -70,28 +70,28 @@ class SelectionMetric(Scoring[Any], Protocol):
         ...
 
     def contact_sheet(self, folder: Path, trained: Sequence[Training]) -> Image.Image | None:
-        """What some trainings draw; None where nothing is drawn."""
+        """What some trainings generate; None where nothing is generated."""
         ...
 
 
 class StyleSimilarityMetric:
-    """The likeness to the training pictures that `dora-mm eval` measures, of the same prompts and seeds.
+    """The likeness to the training images that `dora-mm eval` measures, of the same prompts and seeds.
 
-    It sees the style, and not whether a picture still shows what its prompt asks for, so that it is highest at rates
+    It sees the style, and not whether an image still shows what its prompt asks for, so that it is highest at rates
     that are too high. Of the embedded model's trainings on bricks (rank 4, 60 steps, 10 prompts; bare 0.770) that
-    is 0.018 (0.865), where the embedded judge, which knows things, has 0.41; that has its best, 0.59, at 0.01 (0.850),
-    and 0.41 again at 0.0056 (0.824). So the lowest rate is taken that keeps most of the gain over the bare model: any
-    share from 57 to 84 % chooses the judge's best there, and in half the steps, from 26 to 88 %.
+    is 0.018 (0.865), where the embedded classifier, which knows things, has 0.41; that has its best, 0.59, at 0.01
+    (0.850), and 0.41 again at 0.0056 (0.824). So the lowest rate is taken that keeps most of the gain over the bare
+    model: any share from 57 to 84 % chooses the classifier's best there, and in half the steps, from 26 to 88 %.
 
     Args:
         trained: The trainings.
         clip_model: The encoder; None: the embedded one.
 
     Raises:
-        ValueError: The pictures or the encoder cannot be used.
+        ValueError: The images or the encoder cannot be used.
     """
 
-    score_title, groups = "likeness to the training pictures", "prompts"
+    score_title, groups = "likeness to the training images", "prompts"
 
     def __init__(self, trained: TunedImages, clip_model: str | None):
         self.trained, base = trained, trained.base
@@ -104,7 +104,7 @@ class StyleSimilarityMetric:
 
     @cached_property
     def training_MD(self) -> np.ndarray:
-        """The vectors of the training pictures."""
+        """The vectors of the training images."""
         return self.vectors.of_images([load_rgb(image.path, "white") for image in self.images])
 
     def value(self, trainings: Trainings, training: Training) -> float:
@@ -112,16 +112,16 @@ class StyleSimilarityMetric:
         return float(np.mean(json.loads(self.scored(trainings, training))))
 
     def scored(self, trainings: Trainings, training: Training) -> str:
-        """The mean likeness of each prompt's pictures, in the order of the prompts."""
+        """The mean likeness of each prompt's images, in the order of the prompts."""
         return self.score_of(trainings.folder, training.name, trainings.adapter(training))
 
     def score_of(self, folder: Path, name: str, adapter: Path | None) -> str:
-        """Draws into pictures/ and scores, unless the folder has the scores.
+        """Generates into pictures/ and scores, unless the folder has the scores.
 
         Args:
             folder: The campaign's folder.
             name: The name of the training or of the bare model, for file names.
-            adapter: The adapter folder to draw with; None draws with the bare model.
+            adapter: The adapter folder to generate with; None generates with the bare model.
         """
         file = folder / SCORES / f"{name}.json"
         if not file.is_file():
@@ -135,7 +135,7 @@ class StyleSimilarityMetric:
         return file.read_text(encoding="utf-8").strip()
 
     def generated(self, adapter: Path | None, name: str) -> list[Image.Image]:
-        """A picture of every prompt with every seed, as the sheets of the training would be drawn."""
+        """An image of every prompt with every seed, as the contact sheets of the training would be generated."""
         model = load_image_model(self.trained.base.model).to(default_device())
         if adapter is not None:
             load_adapter(model, adapter, forward=backends.select(self.trained.base.backend))
@@ -144,11 +144,11 @@ class StyleSimilarityMetric:
 
     @staticmethod
     def image(folder: Path, name: str, prompt: int, seed: int) -> Path:
-        """The file of the picture of a prompt, by its number."""
+        """The file of the image of a prompt, by its number."""
         return folder / "pictures" / name / f"{prompt + 1:04d}-seed{seed}.png"
 
     def bare(self, folder: Path) -> ConfidenceInterval:
-        """The likeness of the bare model's pictures."""
+        """The likeness of the bare model's images."""
         return mean_ci(np.array(json.loads(self.score_of(folder, BARE, None)))[:, None], over_runs=False)
 
     def slack(self, folder: Path, highest: float) -> float:
@@ -187,7 +187,7 @@ class StyleSimilarityMetric:
 
 
 class HighestScore:
-    """What judges share whose highest score is the best, and that draw nothing."""
+    """What judges share whose highest score is the best, and that generate nothing."""
 
     def slack(self, folder: Path, highest: float) -> float:
         """Only the highest score counts."""
@@ -202,7 +202,7 @@ class HighestScore:
         return ""
 
     def contact_sheet(self, folder: Path, trained: Sequence[Training]) -> None:
-        """Nothing is drawn."""
+        """Nothing is generated."""
 
 
 class AnswerScoreMetric(HighestScore):

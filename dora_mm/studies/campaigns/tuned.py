@@ -60,14 +60,14 @@ class TunedTrainings(Protocol):
 
 
 class TunedImages:
-    """Trainings of adapters of pictures.
+    """Trainings of adapters of images.
 
     Args:
         config: The config of the search.
         base: The base config, with the overrides.
 
     Raises:
-        ValueError: The pictures cannot be used, or none are held out to be judged by.
+        ValueError: The images cannot be used, or none are held out to be judged by.
     """
 
     def __init__(self, config: TuneConfig, base: TrainDiffusionConfig):
@@ -81,7 +81,7 @@ class TunedImages:
 
     @property
     def inputs(self) -> Mapping[str, Any]:
-        """As of a training: the pictures, the model's files, and an initial adapter."""
+        """As of a training: the images, the model's files, and an initial adapter."""
         found = {"base": dump_config(self.base), "the pictures and captions": digest_of(self.images)}
         preserved = read_images(self.base.data, "preserve")
         others = {"the held-out pictures": self.held_out, "the pictures to preserve": preserved}
@@ -89,7 +89,7 @@ class TunedImages:
         return found | identity_of(self.base.model).inputs | initial_identity(self.base.adapter, adapter_digest)
 
     def overrides(self, training: Training) -> list[str]:
-        """The overrides for one training, which draws no sheets."""
+        """The overrides for one training, which generates no sheets."""
         return [*overrides_of(self.config, self, training), "sample.prompts=[]", "sample.every=0"]
 
     def held_out_loss(self, summary: Mapping[str, Any]) -> float:

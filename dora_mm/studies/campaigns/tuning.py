@@ -86,7 +86,7 @@ class Tuning:
     # --- the report --------------------------------------------------------------------------------------------------
 
     def report(self, rungs: Sequence[Rung]) -> None:
-        """Writes table.md, curves.csv, figures, a sheet of pictures and tuned.yaml, and prints what was chosen.
+        """Writes table.md, curves.csv, figures, a contact sheet of images and tuned.yaml, and prints what was chosen.
 
         Args:
             rungs: As `search` returns them.
@@ -110,7 +110,7 @@ class Tuning:
             log.warning("The figures are left out: they need %s (pip install 'dora_mm[eval]').", error.name)
         if (page := self.selection_metric.contact_sheet(self.folder, trained)) is not None:
             save_atomically(self.folder / "sheet.png", page)
-            print(f"sheet    {self.folder / 'sheet.png'}")
+            print(f"contact sheet    {self.folder / 'sheet.png'}")
         if not rungs[-1].learned:
             raise ValueError(self.about_chosen(rungs))
         file = write_tuned(self.config, self.base, chosen, self.folder / "tuned.yaml")

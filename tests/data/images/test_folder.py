@@ -232,7 +232,7 @@ def test_duplicates_and_other_files_are_reported(folder, caplog):
 
 @pytest.fixture
 def nested(tmp_path):
-    """Pictures in the layout of kohya's trainers: 10_cat/a.png and b.png, 3_dog/c.png, plain/deeper/d.png."""
+    """Images in the layout of kohya's trainers: 10_cat/a.png and b.png, 3_dog/c.png, plain/deeper/d.png."""
     root = tmp_path / "images"
     for value, name in enumerate(("10_cat/a.png", "10_cat/b.png", "3_dog/c.png", "plain/deeper/d.png")):
         path = root / name

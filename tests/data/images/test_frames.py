@@ -55,8 +55,8 @@ def test_the_duration_is_that_of_the_images_from_the_first_one(tmp_path, suffix)
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("a.mkv", {}, r"its pictures end at \d\.\d of 10\.0 seconds"),
-        ("a.mp4", {"movflags": "faststart"}, r"its (frame at|pictures end at) \d\.\d .*"),
+        ("a.mkv", {}, r"its images end at \d\.\d of 10\.0 seconds"),
+        ("a.mp4", {"movflags": "faststart"}, r"its (frame at|images end at) \d\.\d .*"),
         ("a.avi", {}, r".*"),
     ],
 )

@@ -68,7 +68,7 @@ ONETRAINER = ("0-masklabel.png", "1-masklabel.png", "3-masklabel.png", "0-condla
 
 
 def test_masks_of_onetrainer_are_masks_and_what_it_conditions_on_is_left_out(image_folder, caplog):
-    """They were trained on as pictures, under the caption of the instance prompt."""
+    """They were trained on as images, under the caption of the instance prompt."""
     (image_folder / "metadata.jsonl").unlink()
     for name in ONETRAINER:
         height, width = SIZES[int(name[0])]
@@ -96,7 +96,7 @@ def test_masks_of_onetrainer_are_masks_and_what_it_conditions_on_is_left_out(ima
 
 
 def test_names_of_masks_are_no_captions_and_get_none(image_folder):
-    """A line that a captioner wrote for a mask does not make a picture of it."""
+    """A line that a captioner wrote for a mask does not make an image of it."""
     write_mask(image_folder / "0-masklabel.png", half(64, 64))
     write_mask(image_folder / "masklabel.png", half(64, 64))  # of no image: it has no name before the ending
     with (image_folder / "metadata.jsonl").open("a") as file:
@@ -143,7 +143,7 @@ def test_a_folder_of_masks_as_of_kohya(image_folder, tmp_path):
     (image_folder / "2.png").rename(image_folder / "two.png")
     with pytest.raises(ValueError, match=r"1 image \(2\.webp\) is the mask of no image"):
         read_captioned_images(image_folder, instance_prompt="x", masks="file", mask_folder=str(masks))
-    with pytest.raises(ValueError, match=r"data\.mask\.folder: .*pictures is the folder of the images"):
+    with pytest.raises(ValueError, match=r"data\.mask\.folder: .*images is the folder of the images"):
         read_images(data_of(image_folder, folder=str(image_folder)), "train")
 
 

@@ -144,7 +144,7 @@ def test_tools_speak_between_answers(tmp_path):
 
 MARKED = [  # a question, and the images of its row; as the model is shown them
     ("<img>b.jpg</img>Q", ["a.jpg"], None),
-    ("Picture 1: <img>b.jpg</img>\nQ <image>", ["a.jpg"], ("Picture 1: <image>\nQ <image>", ("b.jpg", "a.jpg"))),
+    ("Image 1: <img>b.jpg</img>\nQ <image>", ["a.jpg"], ("Image 1: <image>\nQ <image>", ("b.jpg", "a.jpg"))),
     ("<image_2> or <image 1>?", ["a.jpg", "b.jpg"], ("<image> or <image>?", ("b.jpg", "a.jpg"))),
     ("<image_1> and <image_1>?", ["a.jpg"], ("<image> and <image>?", ("a.jpg", "a.jpg"))),
     (r"<image>Is \<image> or \<img>x</img> or \<video> a tag?", ["a.jpg"], (

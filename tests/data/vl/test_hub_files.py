@@ -55,11 +55,11 @@ LAYOUTS = {  # the files of a folder, and the splits that they are
     ),
     "one split": (["chartqa/train-00000-of-00001.jsonl"], {"train": ["chartqa/train-00000-of-00001.jsonl"]}),
     "hidden": ([".cache/train.jsonl", "__x/train.jsonl", ".train.jsonl", "a.jsonl"], {"train": ["a.jsonl"]}),
-    "a card": (
+    "a GPU": (
         ["rows/part-1.jsonl", "rows/part-2.jsonl", "rows/held.jsonl", "rows/more.jsonl", "rows/test.jsonl", GPU],
         {"train": ["rows/part-1.jsonl", "rows/part-2.jsonl"], "test": ["rows/held.jsonl", "rows/more.jsonl"]},
     ),
-    "a card with a default": (["vqa/a.jsonl", "ocr/b.jsonl", DEFAULT], {"train": ["ocr/b.jsonl"]}),
+    "a GPU with a default": (["vqa/a.jsonl", "ocr/b.jsonl", DEFAULT], {"train": ["ocr/b.jsonl"]}),
 }
 
 

@@ -1,4 +1,4 @@
-"""Icons of invented concepts in six styles, and a judge fitted on them."""
+"""Icons of invented concepts in six styles, and a classifier fitted on them."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def make_concepts() -> list[Concept]:
 
 
 def draw_icon(seed: int, style: str) -> Image.Image:
-    """Two coloured shapes that depend on the seed, drawn in the given style."""
+    """Two coloured shapes that depend on the seed, generated in the given style."""
     rng = np.random.default_rng(seed)
     image = Image.new("RGB", (SIDE, SIDE), "white")
     draw = ImageDraw.Draw(image)
@@ -57,7 +57,7 @@ def concepts() -> list[Concept]:
 
 @pytest.fixture(scope="session")
 def learned(concepts: list[Concept]) -> list[Concept]:
-    """The concepts in the judge's gallery."""
+    """The concepts in the classifier's gallery."""
     return [concept for concept in concepts if concept.split == "pretrain"]
 
 

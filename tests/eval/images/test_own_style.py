@@ -35,7 +35,7 @@ def test_variety_and_drift():
     assert cells_of([X, X, X], [X])[own_style.VARIETY].tolist() == [0, 0, 0]
     np.testing.assert_allclose(cells_of([X, Y, Y], [X])[own_style.VARIETY], [1, 0.5, 0.5])
     assert cells_of([X, Y], [X], bare_ND=np.stack([X, X]))[own_style.DRIFT].tolist() == [0, 1]
-    assert own_style.VARIETY not in cells_of([X], [X])  # of one picture
+    assert own_style.VARIETY not in cells_of([X], [X])  # of one image
 
 
 def test_training_images_are_compared_with_the_others():
@@ -60,7 +60,7 @@ def test_differences_are_paired_and_rows_show_what_they_have():
 
 
 def drawn(rng, num_prompts, num_seeds):
-    """Unit vectors of pictures that share a part by prompt."""
+    """Unit vectors of images that share a part by prompt."""
     prompts = 2 * np.eye(16)[0] + rng.normal(size=(num_prompts, 1, 16))
     return unit_rows((prompts + 0.5 * rng.normal(size=(num_prompts, num_seeds, 16))).reshape(-1, 16))
 
@@ -71,7 +71,7 @@ def drawn(rng, num_prompts, num_seeds):
     [(own_style.VARIETY, 8, 2), (own_style.LIKENESS, 20, 1), (own_style.NEAREST, 20, 1)],
 )
 def test_confidence_intervals_of_pairs_of_images_cover_the_truth(name, num_images, num_seeds):
-    """The bootstrap over pictures misses 26 to 43 %: a picture is in many pairs."""
+    """The bootstrap over images misses 26 to 43 %: an image is in many pairs."""
     rng = np.random.default_rng(2)
 
     def scores():

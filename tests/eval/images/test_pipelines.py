@@ -43,7 +43,7 @@ def write(path, values):
 
 
 def classifier_for(folder: Path, classifier: Classifier, model: Path) -> Path:
-    """Saves a judge as one for the VAE of a model."""
+    """Saves a classifier as one for the VAE of a model."""
     found = load_image_model(ModelConfig(path=str(model)))
     origin = {"model": str(model), "resolution": 64, "vae": module_digest(found.vae)}
     replace(classifier, origin=origin).save(folder)
@@ -52,7 +52,7 @@ def classifier_for(folder: Path, classifier: Classifier, model: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory, tiny_folder, classifier):
-    """A judge for the random model, fitted on icons as they are."""
+    """A classifier for the random model, fitted on icons as they are."""
     return classifier_for(tmp_path_factory.mktemp("judge"), classifier, tiny_folder)
 
 
@@ -124,7 +124,7 @@ def test_fit_classifier_writes_a_classifier_and_reports_its_accuracy(tmp_path, t
     classifier = Classifier.load(output)
     assert classifier.origin["resolution"] == 64
     assert (output / "config.yaml").is_file()
-    # a random VAE removes bricks and shading, so the judge is not accurate enough
+    # a random VAE removes bricks and shading, so the classifier is not accurate enough
     assert classifier.shortcomings()
 
 
@@ -141,7 +141,9 @@ def test_eval_scores_the_bare_model_and_an_adapter(evaluation, base, tmp_path, c
     assert (folder / "sheet.png").is_file()
     printed = capsys.readouterr().out
     assert "| adapter |" in printed
-    assert [message for message in caplog.messages if message.startswith("The judge knows the styles flat, 3d, brick")]
+    assert [
+        message for message in caplog.messages if message.startswith("The classifier knows the styles flat, 3d, brick")
+    ]
     assert "concepts that it has not seen" in printed
     assert (folder / "table.md").read_text().strip() in printed
     check_manifest(folder, Scores.load(folder / "scores" / "adapter.json"))
@@ -196,7 +198,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_an_evaluation_that_was_stopped_goes_on_in_its_folder(evaluation, tmp_path, monkeypatch, caplog, capsys):
-    """It is interrupted in its second batch; pictures that were drawn stay, unless they are damaged."""
+    """It is interrupted in its second batch; images that were generated stay, unless they are damaged."""
     assert main(["eval", evaluation()]) == 0
     folder, rows = tmp_path / "scores", []
     whole, before = files_of(folder), files_in(folder)
@@ -233,7 +235,7 @@ def test_an_evaluation_that_was_stopped_goes_on_in_its_folder(evaluation, tmp_pa
     assert main(["eval", evaluation()]) == 0
     assert files_of(folder) == whole
     other = "computed under other circumstances, which may change last bits: MKL_CBWR none is COMPATIBLE"
-    assert f"12 of 12 pictures that are there were {other}" in caplog.messages
+    assert f"12 of 12 images that are there were {other}" in caplog.messages
     monkeypatch.delenv("MKL_CBWR")
     assert main(["eval", evaluation(style="brick")]) == 2
     assert "was started with different values of style: choose another folder" in capsys.readouterr().err

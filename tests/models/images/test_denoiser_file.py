@@ -222,4 +222,4 @@ def test_a_training_over_a_file_says_so_and_is_drawn_with_it(published, tmp_path
     assert set(verdict["findings"]) == {"right"}
     save_file({key: 2 * tensor for key, tensor in published.own.items()}, file)
     assert main(["sample", "--replay", str(image), "--set", f"output={tmp_path / 'other'}"]) == 2
-    assert "has changed since the picture was drawn" in capsys.readouterr().err
+    assert "has changed since the image was generated" in capsys.readouterr().err

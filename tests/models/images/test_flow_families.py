@@ -75,7 +75,7 @@ def randomized(model):
 
 
 def test_a_text_encoder_whose_chat_template_asks_for_the_day_is_refused(model, monkeypatch):
-    """Pictures have no day: none that is published asks, and a clock would change pictures silently."""
+    """Images have no day: none that is published asks, and a clock would change images silently."""
     if not model.tokenizer.chat_template:
         pytest.skip("its prompts are read without a chat template")
     asking = model.tokenizer.chat_template + "{{ strftime_now('%Y') }}"

@@ -1,4 +1,4 @@
-"""Adapter files of other tools in our pipelines: they draw the pictures of the original, and are trained on."""
+"""Adapter files of other tools in our pipelines: they draw the images of the original, and are trained on."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Runs a job of pictures whole; and again in forked processes that are killed, each at another point, then to its end.
+"""Runs a batch generation whole; and again in forked processes that are killed, each at another point, then to its end.
 
 python -m tests.pipelines.images.killed_generation NUMBERS JOBS ARGUMENT...    NUMBERS of POINTS: 0,2,5
 """
@@ -21,9 +21,9 @@ POINTS = (
     (atomic.os, "replace", 2),  # while the run directory is made
     (UNet2DConditionModel, "forward", 1),
     (UNet2DConditionModel, "forward", 4),  # in the middle of a batch
-    (Image.Image, "save", 1),  # in the middle of writing a picture
+    (Image.Image, "save", 1),  # in the middle of writing an image
     (Image.Image, "save", 6),
-    (atomic.os, "replace", 9),  # a picture is written, and has not got its name
+    (atomic.os, "replace", 9),  # an image is written, and has not got its name
     (UNet2DConditionModel, "forward", 3),
     (Image.Image, "save", 7),
     (Image.Image, "save", "sheet"),

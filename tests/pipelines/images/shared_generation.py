@@ -3,7 +3,7 @@
 python -m tests.pipelines.images.shared_generation KILLS RECIPE COMMAND ARGUMENT...
 
 The agent of torchrun forks the processes here, from one that has imported everything: a new interpreter takes seconds.
-Prints how often some pictures were there at that moment, but not all.
+Prints how often some images were there at that moment, but not all.
 """
 
 import os
@@ -30,7 +30,7 @@ WHOLE, SHARED = Path("whole"), Path("shared")
 
 
 def images(run: Path) -> list[Path]:
-    """The pictures of a run that are there, relative to it."""
+    """The images of a run that are there, relative to it."""
     return sorted(path.relative_to(run) for path in (run / "samples").rglob("*.png"))
 
 
@@ -39,9 +39,9 @@ class Death(NamedTuple):
 
     Attributes:
         ranks: Which ones.
-        after: When so many pictures are there.
+        after: When so many images are there.
         seconds: Later than that.
-        there: What counts them, if they are no pictures.
+        there: What counts them, if they are no images.
     """
 
     ranks: Collection[int] = ()
@@ -84,11 +84,11 @@ def kill_at_random(arguments: list[str], kills: int, loading: float, drawing: fl
     Args:
         arguments: Of the command.
         kills: How many times.
-        loading: The seconds until one process has its first picture.
+        loading: The seconds until one process has its first image.
         drawing: The seconds from then to its last one.
 
     Returns:
-        How often some pictures were there then, but not all.
+        How often some images were there then, but not all.
     """
     stream, killed, between, total = random.Random(0), 0, 0, len(images(WHOLE))
     while killed < kills:

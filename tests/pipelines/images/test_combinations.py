@@ -1,4 +1,4 @@
-"""Everything that a training on pictures can be asked for, of each family and in any combination, resumed by bits."""
+"""Everything that a training on images can be asked for, of each family and in any combination, resumed by bits."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Models that were distilled to few steps: training one warns, and they draw with the adapters of their base model."""
+"""Distilled models: training one warns, and they generate with the adapters of their base model."""
 
 import json
 
@@ -56,8 +56,8 @@ def test_a_distilled_model_draws_with_the_adapters_of_its_base_in_its_own_steps(
     caplog.set_level("INFO")
     assert main(["sample", str(job), *given, f"output={tmp_path / 'drawn'}"]) == 0
     steps, sign = flow.distilled
-    assert f"was distilled ({sign}), and so it draws with steps {steps}, guidance 1" in caplog.text
-    assert caplog.text.count(f"What was trained on {base} is drawn with {distilled}, which was distilled.") == 1
+    assert f"was distilled ({sign}), and so it generates with steps {steps}, guidance 1" in caplog.text
+    assert caplog.text.count(f"What was trained on {base} is generated with {distilled}, which was distilled.") == 1
     rows = [json.loads(line) for line in (tmp_path / "drawn" / "manifest.jsonl").read_text().splitlines()]
     assert [(row["settings"]["steps"], row["settings"]["guidance"]) for row in rows] == [(steps, 1.0)] * 2
     assert main(["sample", str(job), *given, f"output={tmp_path / 'given'}", "steps=2"]) == 0

@@ -1,4 +1,4 @@
-"""Everything that is done with pictures, on a tiny model of each family that predicts velocities."""
+"""Everything that is done with images, on a tiny model of each family that predicts velocities."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Grids of pictures over two settings."""
+"""Grids of images over two settings."""
 
 import json
 
@@ -18,7 +18,7 @@ from tests.pipelines.images.test_sample import make_adapter
 
 @pytest.fixture
 def grid(tmp_path, monkeypatch, tiny_folder):
-    """Runs a grid, with the values of its config as keyword arguments; returns its pictures in rows."""
+    """Runs a grid, with the values of its config as keyword arguments; returns its images in rows."""
     monkeypatch.chdir(tmp_path)
 
     def run(width, code=0, **values):
@@ -93,7 +93,7 @@ def test_axes_of_other_settings(grid, tiny_folder, tmp_path, caplog):
     )
     assert [[Image.open(file).size for file in row] for row in drawn] == [[(64, 64)] * 3, [(96, 64)] * 3]
     assert not same(drawn[0][0], drawn[0][1])
-    assert len([message for message in caplog.messages if message.startswith("No adapter: the pictures have")]) == 2
+    assert len([message for message in caplog.messages if message.startswith("No adapter: the images have")]) == 2
 
 
 @pytest.mark.parametrize(

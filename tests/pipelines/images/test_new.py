@@ -1,4 +1,4 @@
-"""dora-mm new: a config that fits one's own pictures or questions, and trains as it is; dora-mm configs."""
+"""dora-mm new: a config that fits one's own images or questions, and trains as it is; dora-mm configs."""
 
 import json
 import shlex
@@ -38,13 +38,13 @@ def made(name: str, *arguments: str, family: str = "sdxl"):
 
 
 def test_a_style_from_captioned_images_of_several_formats(here, capsys):
-    captions = [f"a sks2 drawing of a {thing} at night" for thing in ("bus", "cat", "key")]
+    captions = [f"a sks2 generating of a {thing} at night" for thing in ("bus", "cat", "key")]
     write_images(["a.png", "b.jpg", "c.webp"], captions)
     config = made("style", "--images", "my images")
     printed = capsys.readouterr().out
     assert (config.data.placeholder, config.data.instance_prompt) == ("sks2", None)
-    assert config.train.steps == 150  # 1000 are for 23 pictures and more
-    assert Path("style_prompts.txt").read_text().split("\n")[0] == "a sks2 drawing of a lighthouse at night"
+    assert config.train.steps == 150  # 1000 are for 23 images and more
+    assert Path("style_prompts.txt").read_text().split("\n")[0] == "a sks2 generating of a lighthouse at night"
     assert "trigger   sks2" in printed
     assert "3 from <name>.txt" in printed
     assert "hf download stabilityai/stable-diffusion-xl-base-1.0" in printed
@@ -55,9 +55,9 @@ def test_a_style_from_captioned_images_of_several_formats(here, capsys):
         ["gallery", "runs/style_prompts/001"],
     ]
     text = Path("style.yaml").read_text()
-    assert text.startswith("# dora-mm train style.yaml\n#\n# A style from 3 pictures in my images")
+    assert text.startswith("# dora-mm train style.yaml\n#\n# A style from 3 images in my images")
     assert "# multiplies the learning rate" in text  # the recipe's comments
-    assert config.sample.prompts == ()  # the recipe for 12 GB draws no sheets
+    assert config.sample.prompts == ()  # the recipe for 12 GB generates no contact sheets
 
 
 def test_a_large_folder_has_a_limit_of_steps_and_of_what_a_stop_can_lose(here, capsys):
@@ -66,25 +66,25 @@ def test_a_large_folder_has_a_limit_of_steps_and_of_what_a_stop_can_lose(here, c
         Image.new("RGB", (16, 16), number).save(f"many/{number}.bmp")
     train = made("large", "--images", "many").train
     assert (train.steps, train.checkpoint_every) == (10_000, 250)
-    assert "steps     10,000, where 10,500 would show each of the 640 pictures as often" in capsys.readouterr().out
+    assert "steps     10,000, where 10,500 would show each of the 640 images as often" in capsys.readouterr().out
 
 
 def test_images_without_captions_get_a_word(here, capsys):
     write_images(["a.png", "b.png"])
     config = made("plain", "--images", "my images")
-    assert config.data.instance_prompt == "a picture in the style of TOK"
+    assert config.data.instance_prompt == "an image in the style of TOK"
     assert config.data.placeholder == "TOK"
     assert "TOK" in Path("plain_prompts.txt").read_text()
     capsys.readouterr()
     write_images(["c.png", "d.png"], ["a hat", "two cats"])
     mixed = made("mixed", "--images", "my images")
-    assert (mixed.data.placeholder, mixed.data.instance_prompt) == (None, "a picture")
+    assert (mixed.data.placeholder, mixed.data.instance_prompt) == (None, "an image")
     assert "No word is in all captions" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ending", [".mask.png", "-masklabel.png"])
 def test_masks_are_told_from_images_and_used(here, capsys, caplog, ending):
-    """OneTrainer's were counted as pictures, and trained on under the style's prompt."""
+    """OneTrainer's were counted as images, and trained on under the style's prompt."""
     write_images(["a.png", "b.jpg", "c.webp"])
     for name, size in (("a", (80, 64)), ("c", (98, 64))):
         Image.new("L", size, 255).save(f"my images/{name}{ending}")
@@ -94,7 +94,7 @@ def test_masks_are_told_from_images_and_used(here, capsys, caplog, ending):
     assert [bool(image.mask) for image in read_training_images(config.data)] == [True, False, True]
     printed = capsys.readouterr().out
     assert "pictures  3 in my images" in printed
-    assert f"masks     2 of 3 (NAME{ending}), floor 0.1: data.mask; null trains on all of each picture" in printed
+    assert f"masks     2 of 3 (NAME{ending}), floor 0.1: data.mask; null trains on all of each image" in printed
     assert "1 image (a-condlabel.png) is what OneTrainer or ai-toolkit conditions on, and not used" in caplog.text
     assert main(["train", "masked.yaml", "--dry-run", "--set", "data.mask=null"]) == 2  # SDXL is not here
     assert f"masks     2 of 3 (NAME{ending}), not used: data.mask={{}} uses them" in capsys.readouterr().out
@@ -116,13 +116,13 @@ def test_a_small_model_gets_the_recipe_of_one(here, tiny_folder, capsys):
 def test_the_recipe_is_that_of_the_gpu(here, monkeypatch):
     write_images(["a.png"], ["a sks bus"])
     for memory, sheets in ((23.6, True), (15.8, True), (11.6, False), (6.0, False)):
-        monkeypatch.setattr(machine, "gpus", lambda memory=memory: [GPUInfo("a card", memory, "bf16")])
+        monkeypatch.setattr(machine, "gpus", lambda memory=memory: [GPUInfo("a GPU", memory, "bf16")])
         config = made(f"style{int(memory)}", "--images", "my images")
         assert (config.train.batch_size, bool(config.sample.prompts)) == (1, sheets)
         assert config.train.gradient_checkpointing == (memory < 20)
     assert config.adapter.cache == "norms"
     assert (config.model.dtype, config.train.mixed_precision) == ("bfloat16", "bf16")
-    monkeypatch.setattr(machine, "gpus", lambda: [GPUInfo("an older card", 15.8, "fp16")])
+    monkeypatch.setattr(machine, "gpus", lambda: [GPUInfo("an older GPU", 15.8, "fp16")])
     config = made("older", "--images", "my images")
     assert (config.model.dtype, config.train.mixed_precision) == ("float16", "fp16")
 
@@ -159,9 +159,9 @@ def test_questions_without_images(here, capsys):
     assert "--images is missing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("gpu", [None, GPUInfo("a large card", 80.0, "bf16")])
+@pytest.mark.parametrize("gpu", [None, GPUInfo("a large GPU", 80.0, "bf16")])
 def test_questions_for_a_language_model(here, tiny_vlm, gpu, monkeypatch):
-    """It has no connector, which the recipe without a card trains, and no images, which that of a large card limits."""
+    """It has no connector, which the recipe without a GPU trains, and no images, which that of a large GPU limits."""
     monkeypatch.setattr(machine, "gpus", lambda: [gpu] if gpu else [])
     turns = [[{"from": "human", "value": f"What is {n}?"}, {"from": "gpt", "value": "A bus."}] for n in range(30)]
     Path("texts.json").write_text(json.dumps([{"conversations": each} for each in turns]))
@@ -204,7 +204,7 @@ def test_a_model_that_train_refuses_is_refused(here, tiny_folder, capsys):
 
 
 def test_a_kill_between_the_two_files_is_repeated(here):
-    write_images(["a.png"], ["a sks drawing"])
+    write_images(["a.png"], ["a sks generating"])
     made("style", "--images", "my images")
     Path("style.yaml").unlink()  # the last to appear
     assert made("style", "--images", "my images").train.steps

@@ -64,7 +64,7 @@ def rows_of(folder):
 
 
 def drawn(tmp_path, tiny_folder, name, adapter, strengths=(1,), prompts=(PROMPT,)):
-    """The pictures of prompts with an adapter at strengths."""
+    """The images of prompts with an adapter at strengths."""
     file = tmp_path / f"{name}.yaml"
     settings = {"prompts": list(prompts), "seeds": [7], "steps": 3, "strengths": list(strengths)}
     model = {"pipeline": "sample", "output": str(tmp_path / name), "model": {"path": str(tiny_folder)}}

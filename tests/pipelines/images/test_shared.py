@@ -1,4 +1,4 @@
-"""Several processes of torchrun draw one job: the files of one process, whatever is killed; and one message."""
+"""Several processes of torchrun generate one job: the files of one process, whatever is killed; and one message."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def python(folder, *arguments):
 
 
 def share(folder, kills, recipe, *command):
-    """The files of a run that one process has drawn, and of one that was shared, and killed that many times."""
+    """The files of a run that one process has generated, and of one that was shared, and killed that many times."""
     done = python(folder, "tests.pipelines.images.shared_generation", kills, recipe, *command)
     assert done.returncode == 0, done.stderr[-5000:]
     (between,) = [int(line) for line in done.stdout.splitlines() if line.isdecimal()]

@@ -136,7 +136,7 @@ def test_plain_diffusers_draws_our_image(config, tmp_path, tiny_folder, kind):
 
 
 def test_the_sheet_shows_the_saved_strength(config, tmp_path, tiny_folder):
-    """Compares the sheet of the run, from weights in memory, with one of the saved file at strength 1."""
+    """Compares the contact sheet of the run, from weights in memory, with one of the saved file at strength 1."""
     assert main(["train", str(config(adapter__strength=1.5, sample__before_after=False, train__steps=2))]) == 0
     file = config(
         "next", output=str(tmp_path / "next"), adapter__init_from=str(tmp_path / "run" / "adapter"), train__steps=1
@@ -155,7 +155,7 @@ def test_a_run_directory_is_complete(config, tmp_path, capsys):
     assert versions["adapted layers"] == "torch" or torch.cuda.is_available()
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     assert list((run / "tensorboard").iterdir())
-    assert Image.open(run / "sheet.png").width > 150  # the picture, and the labels at its left
+    assert Image.open(run / "sheet.png").width > 150  # the image, and the labels at its left
     sheets = [run / "samples" / f"step-00000{step}.png" for step in (0, 3)]
     assert sorted((run / "samples").glob("*.png")) == sheets
     entries = read_manifest(run)
@@ -217,7 +217,7 @@ def test_full_weights_are_saved_and_drawn(config, tmp_path, tiny_folder, capsys)
     }
     drawing.write_text(yaml.safe_dump({**values, "strengths": [0.5, 1.0]}))
     assert main(["sample", str(drawing)]) == 2
-    assert "cannot be drawn at another strength than 1" in capsys.readouterr().err
+    assert "cannot be generated at another strength than 1" in capsys.readouterr().err
     assert not (tmp_path / "drawn").exists()
     drawing.write_text(yaml.safe_dump(values))
     assert main(["sample", str(drawing)]) == 0
@@ -398,7 +398,7 @@ def test_a_finished_run_is_extended(config, tmp_path, caplog, capsys):
     assert main(["train", "--resume", str(run)]) == 0
     assert f"Run {run} is finished: nothing is left to do, and nothing was written." in caplog.messages
     assert longer in caplog.text
-    assert f"to draw  dora-mm sample --set {shlex.quote(f'adapter.path={run}')}" in capsys.readouterr().out
+    assert f"to generate  dora-mm sample --set {shlex.quote(f'adapter.path={run}')}" in capsys.readouterr().out
     assert files_in(run) == before
     (run / LOCK).touch()  # a kill behind the last file, and one in the middle of a request
     (run / ".sheet.png.5bce98f7-1.partial").touch()
@@ -435,9 +435,12 @@ def test_the_printed_command_draws_the_images_of_the_sheet(config, tmp_path, cap
     sample = {"prompts": [PROMPT], "seeds": [3, 4], "steps": 3, "guidance": 2.0, "negative_prompt": "blurry"}
     path = config(train__steps=1, adapter__parts=["unet.attn"], adapter__strength=1.5, sample=sample, output="run")
     assert main(["train", str(path)]) == 0
-    printed = capsys.readouterr().out.partition("to draw  dora-mm ")[2]
+    printed = capsys.readouterr().out.partition("to generate  dora-mm ")[2]
     assert main([*shlex.split(printed), "output=drawn"]) == 0
-    assert "Drawn as the sheets of the training: steps 3, guidance 2, negative_prompt 'blurry'" in caplog.messages
+    assert (
+        "Generated as the contact sheets of the training: steps 3, guidance 2, negative_prompt 'blurry'"
+        in caplog.messages
+    )
     drawn = Image.open(tmp_path / "drawn/samples/0001-seed3-strength1.png")
     assert largest_difference(Image.open(tmp_path / "run/adapter/pictures/1.png"), drawn) <= 1 / 255
     kept = load_config(tmp_path / "drawn/config.yaml")
@@ -469,8 +472,8 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(config, tmp_pat
         "buckets   64 x 64: 3, 128 x 32: 2 (h x w)",
         "captions  5 from metadata.jsonl",
         "without TOK  0",
-        "4 steps x batch 2 / 5 pictures = each is seen 1.6 times",
-        "Each picture is seen 1.6 times (the paper's recipes: 3d_icon 130, lego 49), which is little",
+        "4 steps x batch 2 / 5 images = each is seen 1.6 times",
+        "Each image is seen 1.6 times (the paper's recipes: 3d_icon 130, lego 49), which is little",
         "unet.attn",
         "frozen in float32",
         "optimizer state (adamw, 2 numbers each)",
@@ -594,7 +597,7 @@ def test_warnings_before_a_long_training(config, caplog, monkeypatch):
     monkeypatch.setattr(preview, "half_precision_slowdown", lambda dtype: 16.0)
     changes = {"model__dtype": "bfloat16", "train__mixed_precision": "bf16", "train__steps": 1, "sample__prompts": []}
     assert main(["train", str(config(**changes))]) == 0
-    assert "Each picture is seen 0." in caplog.text
+    assert "Each image is seen 0." in caplog.text
     assert ("emulates bf16, some 16 times slower" in caplog.text) == (not torch.cuda.is_available())
 
 

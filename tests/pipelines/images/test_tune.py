@@ -67,7 +67,7 @@ def test_a_search_that_is_stopped_goes_on_and_trains_nothing_twice(
     monkeypatch.setattr(selection_metrics.StyleSimilarityMetric, "drawn", interrupted)
     monkeypatch.setattr(
         selection_metrics.StyleSimilarityMetric, "has_learned", lambda *args: True
-    )  # pictures of a random model say nothing
+    )  # images of a random model say nothing
     assert main(command) == 130
     assert not (folder / "tuned.yaml").exists()
     monkeypatch.setattr(selection_metrics.StyleSimilarityMetric, "drawn", drawn)

@@ -40,13 +40,15 @@ def chdir(folder: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def week(tmp_path_factory, tiny_folder):
-    """What the commands of a way have printed, by the command; it runs in a folder of its own, with two pictures."""
+    """What the commands of a way have printed, by the command; it runs in a folder of its own, with two images."""
     folder = tmp_path_factory.mktemp("week")
     (folder / "mine").mkdir()
     for number, name in enumerate(("a.png", "b.jpg", "c.webp")):
         pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "mine" / name)
-        (folder / "mine" / name).with_suffix(".txt").write_text(f"a sks2 drawing of a {['bus', 'cat', 'key'][number]}")
+        (folder / "mine" / name).with_suffix(".txt").write_text(
+            f"a sks2 generating of a {['bus', 'cat', 'key'][number]}"
+        )
 
     def run(*arguments: str, fresh: bool = False) -> list[str]:
         if fresh:
@@ -64,7 +66,7 @@ def week(tmp_path_factory, tiny_folder):
     printed = {"folder": folder}
     printed["new"] = run("new", "sdxl", "style", "--images", "mine", "--model", str(tiny_folder))
     printed["train"] = run("train", "style.yaml", "--set", *SMALL)
-    drawing = printed_command(printed["train"], "to draw")
+    drawing = printed_command(printed["train"], "to generate")
     printed["sample"] = run(*drawing, fresh=True)
     few = ["steps=1", "guidance=1.0", "prompts_without_style=[a bus, a cat]", "prompts=[a sks2 bus, a sks2 key]"]
     score = ["eval", "configs/sdxl/eval_style.yaml", "--set", "adapter.path=runs/style/latest", *few]
@@ -75,13 +77,13 @@ def week(tmp_path_factory, tiny_folder):
 
 @pytest.mark.slow
 def test_every_command_ends_with_the_next(week):
-    assert printed_command(week["train"], "to draw") == [
+    assert printed_command(week["train"], "to generate") == [
         *("sample", "style_prompts.txt", "--set", "adapter.path=runs/style/001", "strengths=[0, 1]")
     ]
     assert printed_command(week["sample"], "to look") == ["gallery", "runs/style_prompts/001"]
     (folder,) = [line for line in week["sample"] if line.startswith("images")]
     assert folder == "images    8 of 8 in runs/style_prompts/001/samples"
-    assert "Drawn as the sheets of the training: steps 1, guidance 3" in week["sample"]
+    assert "Generated as the contact sheets of the training: steps 1, guidance 3" in week["sample"]
     page, after = week["gallery"]
     assert page == "gallery  runs/eval_style/001/gallery/index.html"
     assert after.endswith(": dora-mm sample favourites.jsonl")
@@ -93,18 +95,18 @@ def test_the_score_of_an_own_style(week):
     rows = json.loads((run / "metrics.json").read_text())["rows"]
     parts = [f"{name}, {part}" for part in ("prompts in the style", "prompts without it")
              for name in ("bare model", "adapter", "adapter minus bare")]  # fmt: skip
-    assert list(rows) == [*parts, "training pictures"]
+    assert list(rows) == [*parts, "training images"]
     assert set(rows["adapter, prompts without it"]) == {"likeness", "nearest", "variety", "drift"}
     assert all(value["low"] <= value["mean"] <= value["high"] for row in rows.values() for value in row.values())
     printed = "\n".join(week["eval"])
-    assert "beside 3 training pictures; seeds 0, 1;" in printed
+    assert "beside 3 training images; seeds 0, 1;" in printed
     assert "clip_model or timm_model (DINOv2) names a better one" in printed
     assert " likeness)" in week["eval"][-1]  # what it means
     assert (run / "config.yaml").read_text().count("runs/style/001") == 1  # latest
     entries = read_manifest(run)
     assert len(entries) == 16
     assert all(entry.scores for entry in entries)
-    with Image.open(run / "sheet.png") as page:  # most and least like: bare model, adapter, training picture
+    with Image.open(run / "sheet.png") as page:  # most and least like: bare model, adapter, training image
         assert page.height > 2 * 3 * 128
 
 

@@ -57,7 +57,7 @@ def difference(one, other):
 
 
 def test_an_adapter_brings_the_settings_of_its_base(config, tmp_path, folder, caplog):
-    """The run's own picture is drawn again by a job that names the run alone."""
+    """The run's own image is generated again by a job that names the run alone."""
     model = {"path": str(folder), "z_image": {"max_tokens": 12}}
     assert main(["train", config(model=model)]) == 0
     assert "captions have more than 12 tokens and lose their end, the first: a TOK icon of thing" in caplog.text

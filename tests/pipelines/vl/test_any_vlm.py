@@ -51,7 +51,7 @@ def vlm(tiny_vlm, request):
 
 
 def examples(count: int = 2) -> list[Example]:
-    texts = ("What colour is it?", "Is there a dog in the picture?", "How many?")
+    texts = ("What colour is it?", "Is there a dog in the image?", "How many?")
     answers = (("red", "blue"), ("no",), ("two",))
     rows = zip(texts, answers, SHAPES, strict=True)
     return [Example(n, (n,), text, found, (1.0, 0.3)[: len(found)]) for text, found, n in rows][:count]
@@ -131,7 +131,7 @@ def test_a_run_that_cannot_be_resumed_is_refused_before_its_model_is_loaded(tiny
 def test_a_run_resumes_exactly_and_its_adapter_leaves(name, tiny_vlm, images, tmp_path, capsys):
     """What a kill after the second step leaves behind is that of a whole run without its later files.
 
-    It goes on with pictures that are copies, and with no others.
+    It goes on with images that are copies, and with no others.
     """
     base = tiny_vlm(name)
     chat = VLM(VLMModelConfig(path=str(base))).fallback is None

@@ -83,7 +83,7 @@ def test_a_snapshot_trains_on_the_split_that_is_named(tiny_vlm, tmp_path, snapsh
 
 @pytest.mark.slow
 def test_a_folder_of_images_is_learned_and_scored(tiny_vlm, tmp_path, images):
-    rows = [{"file_name": path.name, "text": f"a {path.stem} picture"} for path in sorted(images.glob("*.png"))]
+    rows = [{"file_name": path.name, "text": f"a {path.stem} image"} for path in sorted(images.glob("*.png"))]
     write_lines(images / "metadata.jsonl", rows)
     source = {"format": "captions", "file": str(images)}
     path = config(tmp_path, tiny_vlm("llava"), task="caption", train=source, valid=dict(source))

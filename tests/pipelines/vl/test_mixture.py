@@ -1,4 +1,4 @@
-"""A mixture as people have it: five files of five shapes, one of them text alone, a damaged picture, rows too long."""
+"""A mixture as people have it: five files of five shapes, one of them text alone, a damaged image, rows too long."""
 
 import gzip
 import json

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 def test_shared_answers_end_with_the_files_of_one_process(config, tiny_vlm, tmp_path):  # noqa: F811
     images = [str(image) for image in sorted(write_images(tmp_path).glob("*.png"))] * 16
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     path = config([*images, str(tmp_path / "broken.png")], max_new_tokens=12, batch_size=3)
     adapter = vlm_adapter(tiny_vlm("llava"), tmp_path / "adapter")
     changes = [f"adapter={adapter}", "data.on_bad_data=skip"]

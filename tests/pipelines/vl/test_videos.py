@@ -15,7 +15,7 @@ from tests.shared.killed import assert_same_weights
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Pictures, videos of two lengths and one that is cut off, and conversations about them."""
+    """Images, videos of two lengths and one that is cut off, and conversations about them."""
     found = write_images(tmp_path_factory.mktemp("videos"))
     write_video(found / "short.mp4", frames=10)
     write_video(found / "long.mp4", frames=30)
@@ -56,7 +56,7 @@ def test_rows_with_videos_train_resume_and_are_scored(folder, tiny_vlm, tmp_path
     config = written(folder, base, tmp_path, "whole")
     assert main(["train", str(config), "--dry-run", "--decode"]) == 0
     shown = capsys.readouterr().out
-    assert "1 of 5 pictures are broken" in shown
+    assert "1 of 5 images are broken" in shown
     assert "broken.mp4 is not a complete video" in shown
     assert main(["train", str(config)]) == 0
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())

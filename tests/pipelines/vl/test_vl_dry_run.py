@@ -296,7 +296,7 @@ def test_all_broken_images_are_named_if_all_are_decoded(config, tmp_path, images
     assert "pictures are broken" not in printed(capsys, path)
     assert main(["train", path, "--dry-run", "--decode"]) == 0
     output = capsys.readouterr().out
-    assert "2 of 3 pictures are broken" in output
+    assert "2 of 3 images are broken" in output
     assert re.search(r"(?m)wide.png .*; rows r1 of chat train, r1 of chat valid, r3 of chat valid$", output)
     assert re.search(r"(?m)tall.png .*; rows r2 of chat valid$", output)
     assert main(["train", path, "--dry-run", "--decode", "--set", "data.on_bad_data=stop"]) == 2

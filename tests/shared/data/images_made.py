@@ -1,4 +1,4 @@
-"""Small pictures of noise in two shapes, with captions."""
+"""Small images of noise in two shapes, with captions."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ SIZES = [(64, 64), (80, 80), (64, 64), (160, 44), (160, 44)]  # (h, w)
 
 
 def write_images(folder: Path, count: int = 5, *, captions: bool = True) -> None:
-    """Writes pictures named 0.png, 1.png and so on, and metadata.jsonl with their captions."""
+    """Writes images named 0.png, 1.png and so on, and metadata.jsonl with their captions."""
     rows = []
     for index, (height, width) in enumerate(SIZES[:count]):
         noise = np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -8,7 +8,7 @@ from tests.shared.data.vl_files import write_json
 
 OPTIONS = ("true/false", "answer1/answer2/answer3", "option1/option2")
 BALL = Example("1", (), "What colour is the ball?", ("red",), (1.0,))
-BOXES = Example("2", (), "How many boxes are there in the picture?", ("two blue ones",), (1.0,))
+BOXES = Example("2", (), "How many boxes are there in the image?", ("two blue ones",), (1.0,))
 QUESTION = "is it?\n\nAnswer format: true/false"
 BOOL = Example("3", (), QUESTION, ("the correct answer is true",), (1.0,), options=("true", "false"))
 

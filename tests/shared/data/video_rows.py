@@ -14,7 +14,7 @@ from tests.shared.data.vlm_rows import write_images
 
 
 def write_visuals(folder: Path) -> Path:
-    """Pictures and videos, of two lengths."""
+    """Images and videos, of two lengths."""
     write_images(folder)
     for name, frames in (("short.mp4", 10), ("long.mp4", 40), ("other.mp4", 40)):
         write_video(folder / name, frames=frames, seed=len(name))

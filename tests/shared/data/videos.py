@@ -21,7 +21,7 @@ def write_video(
         frames: Their number.
         size: Height and width.
         seed: Of the noise.
-        sound: Seconds of silence beside the pictures.
+        sound: Seconds of silence beside the images.
         **options: Of the container.
     """
     noise = np.random.default_rng(seed).integers(-8, 9, (*size, 3))

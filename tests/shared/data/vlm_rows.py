@@ -1,4 +1,4 @@
-"""Small pictures, and conversations and questions about them."""
+"""Small images, and conversations and questions about them."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ def save_noise(path: Path, seed: int, height: int, width: int) -> None:
 
 
 def write_images(folder: Path) -> Path:
-    """The pictures of SHAPES, and four with the names of COCO's validation images."""
+    """The images of SHAPES, and four with the names of COCO's validation images."""
     for seed, (name, shape) in enumerate(SHAPES.items()):
         save_noise(folder / name, seed, *shape)
     for number in range(42, 46):

@@ -1,4 +1,4 @@
-"""Trainings on pictures with any of what they can be asked for."""
+"""Trainings on images with any of what they can be asked for."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ def config_of(names, model, folders, run, section=()):
     Args:
         names: Those of the options.
         model: The folder of the model.
-        folders: Those of pictures.
+        folders: Those of images.
         run: The run directory.
         section: Further keys of `model`, for a flow model.
     """

@@ -84,7 +84,7 @@ class TinyFlow:
         return randn_tensor(shape, generator=[torch.Generator().manual_seed(seed) for seed in seeds]).view(b, *rest)
 
     def drawn(self, pipe: Any, seed: int, steps: int = 2) -> Image.Image:
-        """The picture of the prompt, with guidance 5."""
+        """The image of the prompt, with guidance 5."""
         settings = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed), **SIZE}
         return pipe(**self.guided(PROMPT), **settings).images[0]
 

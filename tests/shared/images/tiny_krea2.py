@@ -56,6 +56,6 @@ def build(folder: Path, *, is_distilled: bool = False) -> Path:
     components = (scheduler, vae, text_encoder, tokenizer, transformer)
     pipe = Krea2Pipeline(*components, text_encoder_select_layers=(1, 2, 4), is_distilled=is_distilled)
     pipe.save_pretrained(folder)
-    file = folder / "vae" / "config.json"  # the size of its pictures, which the published one leaves to the pipeline
+    file = folder / "vae" / "config.json"  # the size of its images, which the published one leaves to the pipeline
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": 64}))
     return folder

@@ -48,6 +48,6 @@ def build(folder: Path) -> Path:
         use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
     )
     QwenImagePipeline(scheduler, vae, text_encoder, tokenizer, transformer).save_pretrained(folder)
-    file = folder / "vae" / "config.json"  # the size of its pictures, which the published one leaves to the pipeline
+    file = folder / "vae" / "config.json"  # the size of its images, which the published one leaves to the pipeline
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": 64}))
     return folder

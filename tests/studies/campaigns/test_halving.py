@@ -8,7 +8,7 @@ from dora_mm.studies.campaigns.halving import Candidate, Rung, halving, lengths
 from dora_mm.studies.campaigns.selection_metrics import KEPT
 
 # Likeness of the embedded SDXL model's bricks (DoRA, rank 4, seed 0) by steps and rate, and of the bare model; and what
-# the judge of docs/studies/paper.md has for the same trainings.
+# the classifier of docs/studies/paper.md has for the same trainings.
 LIKENESS = {
     15: {0.0032: 0.7655, 0.0056: 0.7766, 0.01: 0.7820, 0.018: 0.8415, 0.032: 0.8348},
     30: {0.0032: 0.7763, 0.0056: 0.7868, 0.01: 0.8288, 0.018: 0.8362, 0.032: 0.7861},

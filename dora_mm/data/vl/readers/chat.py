@@ -68,7 +68,7 @@ def read_captions(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
         if (shape := find_shape(path, source.columns)) is not CAPTIONS:
             raise ValueError(
                 f"{path} has rows of another shape, {shape.name}: say where image and caption are, as in columns: "
-                "{image: picture, caption: text}"
+                "{image: image, caption: text}"
             )
         return _captioned
 
@@ -122,7 +122,7 @@ def find_shape(path: Path, columns: Mapping[Any, str] | None = None) -> Shape:
     Raises:
         ValueError: The file cannot be read, or its first rows have none of the known shapes.
     """
-    example = "columns: {query: question, response: answer, image: picture}"
+    example = "columns: {query: question, response: answer, image: image}"
     return first_shape(path, columns, shape_of, "conversations", example, [shape.name for shape in SHAPES])
 
 

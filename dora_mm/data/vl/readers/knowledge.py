@@ -25,7 +25,7 @@ IMAGES = ("image", *(f"image_{number}" for number in range(1, 8)))
 
 class _Discipline(TypedDict):
     id: Text
-    question: NotRequired[str | None]  # MMMU-Pro's vision rows have it in the picture
+    question: NotRequired[str | None]  # MMMU-Pro's vision rows have it in the image
     options: str
     answer: NotRequired[str | None]
     subject: NotRequired[str | None]

@@ -60,7 +60,7 @@ def find_pair_shape(path: Path, columns: Mapping[Any, str] | None = None) -> Pai
     Raises:
         ValueError: The file cannot be read, or its first rows have none of the known shapes.
     """
-    example = "columns: {prompt: question, chosen: better, rejected: worse, image: picture}"
+    example = "columns: {prompt: question, chosen: better, rejected: worse, image: image}"
     return first_shape(path, columns, pair_shape_of, "preferences", example, [shape.name for shape in PAIR_SHAPES])
 
 

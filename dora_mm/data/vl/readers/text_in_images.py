@@ -1,4 +1,4 @@
-"""Questions about text in pictures: DocVQA and InfographicVQA, ST-VQA, TextVQA and OCRBench, in their own files."""
+"""Questions about text in images: DocVQA and InfographicVQA, ST-VQA, TextVQA and OCRBench, in their own files."""
 
 from collections.abc import Iterator
 from typing import NotRequired

@@ -50,7 +50,9 @@ def scheduler_settings(names: Collection[str]) -> dict[str, Any]:
         ValueError: It is a model of EDM.
     """
     if found := [name for name in OF_EDM if name in names]:
-        raise ValueError(f"it is a model of EDM ({found[0]} is in it), which is neither trained nor drawn with here")
+        raise ValueError(
+            f"it is a model of EDM ({found[0]} is in it), which is neither trained nor generated with here"
+        )
     return {
         key: value
         for marker, names_prediction in MARKERS.items()

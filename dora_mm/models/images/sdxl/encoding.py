@@ -183,7 +183,7 @@ def _encode_one(model: Any, prompt: Wording, num_chunks: int) -> tuple[torch.Ten
 
 @torch.no_grad()
 def encode_for_pipeline(model: Any, prompt: Wording, negative_prompt: Wording | None = None) -> dict[str, torch.Tensor]:
-    """Encodes one picture's prompts as StableDiffusionXLPipeline takes them: `pipe(**encode_for_pipeline(...))`.
+    """Encodes one image's prompts as StableDiffusionXLPipeline takes them: `pipe(**encode_for_pipeline(...))`.
 
     The embeddings of a prompt and of a negative prompt are equally long: the shorter one is filled up with chunks of
     the empty prompt.
@@ -195,7 +195,7 @@ def encode_for_pipeline(model: Any, prompt: Wording, negative_prompt: Wording | 
 
     Returns:
         `prompt_embeds` and `negative_prompt_embeds` (1, N L, D), `pooled_prompt_embeds` and
-        `negative_pooled_prompt_embeds` (1, P). What other pictures of a batch have, with the same N, is concatenated.
+        `negative_pooled_prompt_embeds` (1, P). What other images of a batch have, with the same N, is concatenated.
     """
     given = [prompt] if negative_prompt is None else [prompt, negative_prompt]
     count = max(num_chunks(model, text) for text in given)

@@ -168,7 +168,7 @@ class VLBartModel:
 
     @property
     def nonuniform_reason(self) -> str:
-        return "VL-BART, which fits on any card, runs its encoder and its decoder as networks of their own"
+        return "VL-BART, which fits on any GPU, runs its encoder and its decoder as networks of their own"
 
     @property
     def files(self) -> SeenFiles:

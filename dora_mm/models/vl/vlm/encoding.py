@@ -213,7 +213,7 @@ class RowEncoder:
                 return_text_replacement_offsets=True,
                 **settings,
             )
-        except Exception as error:  # whatever processors raise, which fail in many ways at pictures of odd shapes
+        except Exception as error:  # whatever processors raise, which fail in many ways at images of odd shapes
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(f"the model's processor fails at it ({kind}{first_line(error)})") from error
         check_features(self.config, found)

@@ -123,7 +123,7 @@ def test_a_single_file_is_loaded_part_by_part(single, monkeypatch):
     ],
 )
 def test_marker_tensors_and_the_override(single, markers, prediction, expected):
-    """Without them diffusers takes every file for one that predicts the noise, and pictures are empty."""
+    """Without them diffusers takes every file for one that predicts the noise, and images are empty."""
     model = loaded(single(*markers), prediction=prediction)
     for scheduler in (model.scheduler, model.pipeline().scheduler):
         found = scheduler.config

@@ -1,4 +1,4 @@
-"""Settings that save memory change no picture beyond rounding."""
+"""Settings that save memory change no image beyond rounding."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_the_vae_decodes_in_tiles(tiny, monkeypatch):
     monkeypatch.setattr(tiny.vae.decoder, "forward", lambda z: sizes.append(tuple(z.shape)) or decoder(z))
     save_memory(sampler.pipe, MemoryConfig(vae_tiling=True), CPU)
     tiled = draw(sampler, height=160, width=160)
-    assert {size[0] for size in sizes} == {1}  # one picture at a time
+    assert {size[0] for size in sizes} == {1}  # one image at a time
     assert max(size[-1] for size in sizes) == 8  # the model's own 64 pixels
     assert len(sizes) > 2
     assert tiled.shape == whole.shape

@@ -100,7 +100,7 @@ def test_a_template_that_was_compiled_looks_its_day_up_when_it_is_called():
         with rendering_on(Day(day)):
             assert f"The current date is {day}." in template.render(messages=messages)
     with pytest.raises(ValueError, match="the chat template asks for the day, which only rows of"):
-        template.render(messages=messages)  # as of a text encoder of pictures
+        template.render(messages=messages)  # as of a text encoder of images
 
 
 def test_a_checkpoint_goes_on_with_its_day_alone(tiny_vlm):

@@ -116,7 +116,7 @@ def test_losses_and_gradients_of_every_class(kind, tmp_path_factory, monkeypatch
 
 @pytest.mark.parametrize("name", ["llava_next", "florence2"])
 def test_the_head_is_given_the_states_of_target_tokens_alone(name, tiny_vlm, images):
-    """Rows with pictures of different sizes: it was given the union of their columns, or all of them."""
+    """Rows with images of different sizes: it was given the union of their columns, or all of them."""
     vlm = opened(tiny_vlm(name))
     ((inputs, labels, _),) = batch_of(vlm, images, EXAMPLES).groups
     shapes = []

@@ -1,4 +1,4 @@
-"""Pictures and texts at which a processor or a chat template fails: their rows are left out, or named."""
+"""Images and texts at which a processor or a chat template fails: their rows are left out, or named."""
 
 import re
 
@@ -16,7 +16,7 @@ from tests.models.vl.vlm.encoding.cut_rows import NAMES, WHOLE, opened, set_limi
 from tests.shared.data.vl_files import write_json
 from tests.shared.vl import tiny_vlm as tiny
 
-# Height and width, from one pixel to strips, and pictures that every class reads
+# Height and width, from one pixel to strips, and images that every class reads
 ODD = ((1, 1), (2, 500), (500, 2), (30, 9000), (9000, 30), (50, 20000), (20000, 50))
 PLAIN = (40, 60)
 TOO_LONG = 6000  # tokens: what a tiny model takes minutes for
@@ -28,7 +28,7 @@ def images(tmp_path_factory):
 
 
 def example(images, shape, question="What?", *, chat=True) -> Example:
-    """A row with a picture of this shape, which is written where it is not there yet."""
+    """A row with an image of this shape, which is written where it is not there yet."""
     file = images / "{}x{}.png".format(*shape)
     if not file.exists():
         Image.new("RGB", shape[::-1], (200, 30, 90)).save(file)

@@ -48,7 +48,7 @@ BROKEN = ("break", "breaks")
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """The folder of the pictures, and the examples that are read from a file of the rows that TRL had."""
+    """The folder of the images, and the examples that are read from a file of the rows that TRL had."""
     folder = write_images(tmp_path_factory.mktemp("pictures"))
     file = write_json(folder / "chat.json", [{"id": name, **row_of(name)} for name in ROWS])
     source = SourceConfig(format="chat", file=str(file), images=str(folder))
