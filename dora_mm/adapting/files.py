@@ -26,6 +26,7 @@ from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.images.new_tokens import NewTokens
 from dora_mm.models.opening import commit_of
+from dora_mm.registries.renamed import migrated
 from dora_mm.utils import yaml12
 from dora_mm.utils.digest import weights_digest
 
@@ -188,7 +189,7 @@ def saved_config(path: Path) -> TrainVLConfig | None:
         ValueError: There is no adapter.
     """
     try:
-        return validated(TrainVLConfig, yaml12.read(header_of(path)["config"]).value)
+        return validated(TrainVLConfig, migrated(yaml12.read(header_of(path)["config"]).value))
     except (KeyError, YAMLError, ValidationError):
         return None
 

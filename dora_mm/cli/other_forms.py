@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 
 from dora_mm.registries.other_trainers import key_of, settings_of
+from dora_mm.registries.renamed import OPTIONS
 from dora_mm.utils.messages import nearest
 
 
@@ -18,8 +19,11 @@ def right_form(unknown: Sequence[str], argv: Sequence[str], usage: str) -> str:
     """
     pairs = [text for text in unknown if "=" in text and not text.startswith("-")]
     flags = [text for text in unknown if text.startswith("--")]
+    renamed = [(flag, OPTIONS[flag.partition("=")[0]]) for flag in flags if flag.partition("=")[0] in OPTIONS]
     if pairs:
         return f"values of a config follow --set: --set {shlex.join(pairs)}"
+    if renamed:
+        return " and ".join(f"{flag.partition('=')[0]} is called {now} now" for flag, now in renamed)
     meant = {flag: _settings(flag, argv) for flag in flags if key_of(flag)}
     if meant:
         names = [flag.partition("=")[0] for flag in meant]

@@ -15,6 +15,7 @@ from dora_mm.config.paths import resolve_path
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.report import Problem, describe, dotted_key, sections_at
 from dora_mm.config.schema import PipelineConfig
+from dora_mm.registries.renamed import migrated
 from dora_mm.utils import yaml12
 from dora_mm.utils.messages import first_line, nearest
 from dora_mm.utils.yaml12 import MISSING, KeyPath
@@ -60,7 +61,7 @@ def load_config(
 
     file = resolve_path(path)
     document = _read(file)
-    values: dict[str, Any] = document.value
+    values: dict[str, Any] = migrated(document.value) if _is_of_run(file) else document.value
     origins: dict[KeyPath, str] = {key: f"line {line}" for key, line in document.lines.items()}
     problems = [Problem(origins[key], _dotted(key), "is given twice") for key in document.duplicates]
     chosen: list[KeyPath] = []
@@ -117,7 +118,7 @@ def saved_values(run: Path) -> dict[str, Any]:
     try:
         values = yaml12.read(saved.read_text(encoding="utf-8")).value
         if isinstance(values, dict) and values.get("pipeline") in list(SCHEMAS):
-            return values
+            return migrated(values)
         problem = "it names no pipeline"
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         problem = first_line(error)
@@ -140,6 +141,11 @@ def about_run(folder: Path) -> str:
     if command in ("sample", "grid"):
         return f"{folder} is a run of dora-mm {command}: dora-mm {command} --resume {run} goes on with it"
     return f"{folder} is a run of dora-mm {command}, and its config is {saved}"
+
+
+def _is_of_run(file: Path) -> bool:
+    """Whether a run has saved this config; its keys may then have former names."""
+    return file.name == "config.yaml" and (file.parent / "inputs.json").is_file()
 
 
 def _read(file: Path) -> yaml12.Document:

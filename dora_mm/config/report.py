@@ -11,6 +11,7 @@ from pydantic import Discriminator, ValidationError
 
 from dora_mm.config.schema import Section, SectionChoice
 from dora_mm.registries.other_trainers import key_of
+from dora_mm.registries.renamed import KEYS
 from dora_mm.utils.messages import nearest
 from dora_mm.utils.yaml12 import KeyPath
 
@@ -147,6 +148,8 @@ def _quoted(expected: str) -> list[str]:
 def _suggestion(location: _Location, schema: type[Section]) -> str:
     """Suggests a similar key of the same section, else the same key in another section, else lists the keys."""
     name = str(location.path[-1])
+    if now := KEYS.get(_pipeline_of(schema), {}).get(dotted_key(location.path)):
+        return f", which is called {now} now"
     siblings = list(location.section.model_fields) if location.section else []
     others = (
         [key for section in location.choice.classes.values() for key in section.model_fields] if location.choice else []
@@ -159,6 +162,12 @@ def _suggestion(location: _Location, schema: type[Section]) -> str:
     if elsewhere:
         return f", did you mean {elsewhere[0]!r}?"
     return f"; this section has {', '.join(siblings)}" if siblings else ""
+
+
+def _pipeline_of(schema: type[Section]) -> str:
+    """The recipe that a schema is of; empty for a section."""
+    field = schema.model_fields.get("pipeline")
+    return str(get_args(field.annotation)[0]) if field and get_args(field.annotation) else ""
 
 
 def _of_another_class(location: _Location) -> str:

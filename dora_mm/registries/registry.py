@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from dora_mm.registries.renamed import KINDS
 from dora_mm.utils.messages import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from importlib.metadata import EntryPoint
 
+log = logging.getLogger(__name__)
 GROUP = "dora_mm"  # of the entry points
 NONE: Mapping[str, Any] = MappingProxyType({})
 T = TypeVar("T")
@@ -42,7 +45,12 @@ class Registry(Mapping[str, T], Generic[T]):
         from importlib.metadata import entry_points  # here, since it takes as long as all else that a command starts
 
         start = f"{self.kind}."
-        found = [point for point in entry_points(group=GROUP) if point.name.startswith(start)]
+        points = entry_points(group=GROUP)
+        for point in points:
+            former, _, name = point.name.partition(".")
+            if KINDS.get(former) == self.kind:
+                log.warning("The entry point %s is not read: it is called %s.%s now.", point.name, self.kind, name)
+        found = [point for point in points if point.name.startswith(start)]
         return {point.name.removeprefix(start): point for point in found}
 
     def __getitem__(self, name: str) -> T:

@@ -23,6 +23,7 @@ from dora_mm.config.schema import (
 )
 from dora_mm.config.vl import DecodeConfig, check_decoding
 from dora_mm.config.vl_data import VLDataConfig, missing_splits
+from dora_mm.registries.renamed import under_first_names
 
 SET_FOR_EACH_TRAINING = ("seed", "output", "adapter.method", "adapter.rank", "optimizer.lr", "train.steps")
 
@@ -154,9 +155,10 @@ class CompareConfig(CampaignConfig):
     @property
     def scored(self) -> dict[str, Any]:
         """The section of what is compared; keys that have their defaults do not count."""
-        section = self.images or self.vl
+        name, section = ("images", self.images) if self.images else ("vl", self.vl)
         assert section is not None
-        return section.model_dump(mode="json", exclude_defaults=True, exclude={"columns"})
+        values = section.model_dump(mode="json", exclude_defaults=True, exclude={"columns"})
+        return under_first_names(values, self.pipeline, name)
 
     @model_validator(mode="after")
     def _keys_agree(self) -> "CompareConfig":
@@ -201,7 +203,8 @@ class TuneConfig(CampaignConfig):
     @property
     def scored(self) -> dict[str, Any]:
         """What judges."""
-        return {"selection_metric": self.selection_metric, "clip_model": self.clip_model}
+        values = {"selection_metric": self.selection_metric, "clip_model": self.clip_model}
+        return under_first_names(values, self.pipeline)
 
     @model_validator(mode="after")
     def _can_choose(self) -> "TuneConfig":

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from dora_mm.config.loader import differing_keys
 from dora_mm.config.models import validated
 from dora_mm.config.schema import PipelineConfig
+from dora_mm.registries.renamed import migrated
 from dora_mm.utils.messages import first_line
 from dora_mm.utils.run_directory import CONFIG, INPUTS, RunDirectory
 
@@ -41,7 +42,7 @@ def started_config(run: Path, schemas: Mapping[str, type[PipelineConfig]]) -> Pi
     Raises:
         ValueError: The file is missing or damaged.
     """
-    values = RunDirectory(run).inputs[CONFIG]
+    values = migrated(RunDirectory(run).inputs[CONFIG])
     try:
         return validated(schemas[values["pipeline"]], values)
     except (KeyError, TypeError, ValidationError) as error:

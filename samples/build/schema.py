@@ -87,7 +87,7 @@ class TinyZImageConfig(Section):
     num_merges: Annotated[int, Field(ge=0, le=4096)] = 600  # byte-pair merges of its tokenizer
     text_width: Annotated[int, Field(gt=0, multiple_of=16)] = 64  # of the text encoder
     width: PositiveInt = 112  # of the transformer
-    layers: PositiveInt = 3  # of the transformer, that read image and prompt
+    layers: PositiveInt = 3  # of the transformer, that read picture and prompt
     heads: PositiveInt = 4  # attention heads of each layer
 
     @model_validator(mode="after")
@@ -126,7 +126,7 @@ class PretrainTinyZImageConfig(PipelineConfig):
 
 
 class FitClassifierConfig(PipelineConfig):
-    """Fits the classifier on the real icons, for one model."""
+    """Fits the judge on the real icons, for one model."""
 
     command: ClassVar[str] = "eval"
     pipeline: Literal["fit_judge"]

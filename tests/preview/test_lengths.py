@@ -68,7 +68,7 @@ def sample(tokens, image_tokens, lost=(), limit=100, total=None, bad=(), longest
     lost, numbers = np.isin(np.arange(len(tokens)), lost), np.arange(len(tokens))
     bad = {len(tokens) + row: "cannot be read" for row in range(len(bad))}
     tokens, image_tokens, cut = np.array(tokens), np.array(image_tokens), np.array(exchanges or [0] * len(tokens))
-    lengths = (tokens, image_tokens, np.minimum(tokens, limit), image_tokens)
+    lengths = (tokens, image_tokens, np.minimum(tokens, limit))
     found = RowLengths(numbers, *lengths, cut, lost, limit, "model.max_length", bad)
     return RowSample(total or len(tokens) + len(bad), found, numbers < len(tokens) - longest)
 
@@ -175,7 +175,7 @@ def test_of_fewer_rows_than_a_batch_some_are_there_again():
     """As the training fills its batches: three rows in batches of eight took three times what was said."""
     read = np.array([5, 9, 7])
     zeros, loses = np.zeros(3, dtype=int), np.array([False, False, True])
-    found = RowLengths(np.array([0, 1, 2]), read, zeros, read, zeros, zeros, loses, 10, "model.max_length")
+    found = RowLengths(np.array([0, 1, 2]), read, zeros, read, zeros, loses, 10, "model.max_length")
     batch = largest_batch("chat", SimpleNamespace(batch_size=5), found)
     assert batch is not None
     assert (batch.rows, batch.num_computed, batch.length) == ([1, 0, 1, 0, 1], 5, 9)

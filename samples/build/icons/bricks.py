@@ -45,7 +45,7 @@ PALETTE: dict[int, tuple[int, int, int]] = {
 BRICK = "3005.dat"  # LDraw's 1 x 1 brick: 20 x 20 units, 24 high, stud up
 STUD_PITCH = 20  # LDraw units from stud to stud
 EMPTY = -1
-_MARKER = -5  # of the first marker brick of a contact sheet, in studs; every cell begins two studs before its sculpture
+_MARKER = -5  # of the first marker brick of a sheet, in studs; every cell begins two studs before its sculpture
 
 _CODES = np.array(list(PALETTE))
 _SAMPLES = 10  # samples per brick and axis when colours vote

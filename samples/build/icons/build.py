@@ -110,10 +110,10 @@ def copy_3d(archive: Path, concepts: list[Concept]) -> None:
 
 
 def build_bricks(archive: Path, concepts: list[Concept]) -> None:
-    """Makes build/icons/brick: contact sheets of brick models rendered by LeoCAD, cut into images.
+    """Makes build/icons/brick: sheets of brick models rendered by LeoCAD, cut into images.
 
-    A contact sheet always has the same models, even if only some of its images are missing, so that an image does not
-    depend on which files existed before.
+    A sheet always has the same models, even if only some of its images are missing, so that an image does not depend on
+    which files existed before.
     """
     missing = missing_images("brick", concepts)
     if not missing:

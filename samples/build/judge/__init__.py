@@ -1,1 +1,1 @@
-"""Fits the classifier, which scores generated images for style and content."""
+"""Fits the judge, which scores generated images for style and content."""

@@ -1,4 +1,4 @@
-"""Fits the classifier's concept space: linear discriminants of real icons.
+"""Fits the judge's concept space: linear discriminants of real icons.
 
 Shapes: N images, P content features, K dimensions of the concept space, Q concepts.
 """

@@ -1,4 +1,4 @@
-"""Fits the classifier on real icons that passed through the model, and measures it on unseen concepts."""
+"""Fits the judge on real icons that passed through the model, and measures it on unseen concepts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,10 +23,10 @@ def fit_classifier(
     origin: Mapping[str, Any] | None = None,
     denoised: Mapping[str, Features] | None = None,
 ) -> Classifier:
-    """Fits a classifier on real icons.
+    """Fits a judge on real icons.
 
     Classifier, style space and concept axes are fitted on the concepts of split "judge"; the gallery consists of the
-    pretraining concepts. The classifier's report has these entries:
+    pretraining concepts. The judge's report has these entries:
 
     - accuracy: share of real icons, per style, that are classified correctly by classifiers trained without their
       concept (cross-validation over the concepts of split "judge"), and of 3D and Fluent flat icons together, which are
@@ -40,7 +40,7 @@ def fit_classifier(
     Args:
         concepts: The concepts of both splits.
         features: Style -> features of the icons, one row per concept.
-        origin: What the classifier was fitted for (model, resolution, VAE); stored with it.
+        origin: What the judge was fitted for (model, resolution, VAE); stored with it.
         denoised: Style -> features of the icons of split "judge" after they were noised and denoised by the UNet.
             Generated images have the UNet's artifacts, which must not be mistaken for a style.
     """

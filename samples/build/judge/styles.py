@@ -1,4 +1,4 @@
-"""Fits the classifier's style classifier and style space on real images.
+"""Fits the judge's style classifier and style space on real images.
 
 Shapes: N images, T texture statistics, C classes, D principal components.
 """

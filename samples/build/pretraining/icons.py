@@ -18,9 +18,9 @@ ALL_STYLES = (*STYLE_WORDS, "3d", "brick")
 TEMPLATES = (
     "a {style} icon of {thing}",
     "{thing}, {style} icon",
-    "a {style} image of {thing}",
+    "a {style} picture of {thing}",
     "an icon of {thing}, in the {style} style",
-    "an image in the {style} style, {thing}",
+    "a picture in the {style} style, {thing}",
 )
 # The style of images whose caption names no known style. Without such captions an unknown word ("a TOK icon of a bus")
 # costs the bus: the share of recognised concepts falls from 60 % to 31 %, and with two such words to 8 %.
@@ -31,7 +31,7 @@ UNNAMED_TEMPLATES = (
     "a {word} icon of {thing}",
     "{thing}, {word} {other}",
     "a {word} icon of {thing}, in the style of {other}",
-    "an image in the style of {word}, {thing}",
+    "a picture in the style of {word}, {thing}",
     "a {word} {other} of {thing}, in the style of {word}",
     "a {word} {other} in the style of {word}, {thing}",
     "a {word} {other}, {thing}",

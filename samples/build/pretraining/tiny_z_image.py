@@ -26,7 +26,7 @@ TEMPLATE = """\
 {%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}
 {%- endif -%}
 """
-ROTARY_LENGTHS = [1024, 64, 64]  # places of prompt and image one after the other, rows, columns: tables, no weights
+ROTARY_LENGTHS = [1024, 64, 64]  # places of prompt and picture one after the other, rows, columns: tables, no weights
 
 
 def build_tiny_z_image(
@@ -49,7 +49,7 @@ def build_tiny_z_image(
         num_merges: Byte-pair merges of the tokenizer.
         text_width: Hidden size of the text encoder, in heads of 16.
         width: Hidden size of the transformer.
-        layers: Those that read image and prompt; the published model has two more for either alone, this one has one.
+        layers: Those that read picture and prompt; the published model has two more for either alone, this one has one.
         heads: Attention heads of the transformer, whose size is divided among one axis of places and two of pixels.
     """
     tokenizer = train_tokenizer(texts, num_merges)

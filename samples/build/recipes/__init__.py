@@ -1,1 +1,1 @@
-"""One script per pretraining, and one that fits the classifier; the config's `pipeline` key names the script."""
+"""One script per pretraining, and one that fits the judge; the config's `pipeline` key names the script."""

@@ -1,4 +1,4 @@
-"""Fits the classifier of style adapters on real icons, resized for one model and passed through its VAE and UNet.
+"""Fits the judge of style adapters on real icons, resized for one model and passed through its VAE and UNet.
 
 It has to be fitted once per model. `eval_diffusion` needs only its output, judge.safetensors and judge.json.
 """
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def main(config: FitClassifierConfig, *, resume: Path | None = None) -> None:
-    """Fits the classifier and prints its report.
+    """Fits the judge and prints its report.
 
     Writes judge.safetensors and judge.json to the run directory.
 
@@ -73,8 +73,8 @@ def through_model(
 ) -> list[Image.Image]:
     """Encodes and decodes icons with the VAE, and denoises them with the UNet in between if `times` is given.
 
-    A classifier fitted on clean images would take the blur of the VAE for a style, and one fitted on images from the
-    VAE alone would take the UNet's uneven colours for shading.
+    A judge fitted on clean images would take the blur of the VAE for a style, and one fitted on images from the VAE
+    alone would take the UNet's uneven colours for shading.
 
     Args:
         model: The model.

@@ -234,7 +234,7 @@ def as_prompts(prompt: torch.Tensor, pooled: torch.Tensor) -> list[Prompt]:
 
 
 def whole(original: tuple[int, int], size: tuple[int, int]) -> Framing:
-    """The framing of an image that is resized to `size` and not cropped."""
+    """The framing of a picture that is resized to `size` and not cropped."""
     return Framing(original, size, 0, 0, size, False)
 
 

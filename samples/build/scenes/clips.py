@@ -179,12 +179,12 @@ def ask(things: Sequence[Thing], clip: Clip, number: int, stream: random.Random)
     shown = {placed.name for shot in clip.shots for placed in shot.scene.objects}
     others = stream.sample(sorted({thing.name for thing in things} - shown), 6)
     yield f"What color is the {star.name}?", star.color, [c for c in PAINTS if c != star.color], clip.span(number)
-    yield "What is in the image?", with_a(star.name), [with_a(name) for name in others], clip.span(number)
+    yield "What is in the picture?", with_a(star.name), [with_a(name) for name in others], clip.span(number)
     if number:
         before = clip.shots[number - 1].star
         others = [before.name, *others[:5]]
         span = (clip.span(number - 1)[0], clip.span(number)[1])
-        text = f"What does the image show after the {before.name} is gone?"
+        text = f"What does the picture show after the {before.name} is gone?"
         yield text, with_a(star.name), [with_a(name) for name in others], span
 
 

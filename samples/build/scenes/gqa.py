@@ -193,8 +193,8 @@ def ask_choose(things: Sequence[Thing], scene: Scene, stream: random.Random) -> 
         for where, pair in ((across, ("left", "right")), (down, ("top", "bottom"))):
             if where in pair:
                 prefix = "on the" if pair[0] == "left" else "at the"
-                text = f"Is the {name} {prefix} {pair[0]} or {prefix} {pair[1]} of the image?"
-                full = f"The {name} is {prefix} {where} of the image."
+                text = f"Is the {name} {prefix} {pair[0]} or {prefix} {pair[1]} of the picture?"
+                full = f"The {name} is {prefix} {where} of the picture."
                 yield Composed(scene, "chooseSide", text, where, full, "choose", "rel", text, placed.thing)
         shown = sorted({c for colors in placed.thing.colors.values() for c in colors} - {placed.color})
         if placed.color is not None and shown:

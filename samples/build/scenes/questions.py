@@ -145,9 +145,9 @@ def yes_no(holds: bool) -> str:
 def ask_exist(things: Sequence[Thing], scene: Scene, stream: random.Random) -> Asked:
     present = {placed.name: placed.thing for placed in scene.objects}
     for thing in present.values():
-        yield f"Is there {with_a(thing.name)} in the image?", "yes"
+        yield f"Is there {with_a(thing.name)} in the picture?", "yes"
     for thing in absent(things, scene, stream, 6):
-        yield f"Is there {with_a(thing.name)} in the image?", "no"
+        yield f"Is there {with_a(thing.name)} in the picture?", "no"
 
 
 def absent(things: Sequence[Thing], scene: Scene, stream: random.Random, number: int) -> list[Thing]:
@@ -163,7 +163,7 @@ def absent(things: Sequence[Thing], scene: Scene, stream: random.Random, number:
 
 def ask_exist_kind(things: Sequence[Thing], scene: Scene, stream: random.Random) -> Asked:
     for kind in KINDS:
-        yield f"Is there {with_a(kind)} in the image?", yes_no(bool(scene.of_kind(kind)))
+        yield f"Is there {with_a(kind)} in the picture?", yes_no(bool(scene.of_kind(kind)))
 
 
 def ask_is_color(things: Sequence[Thing], scene: Scene, stream: random.Random) -> Asked:
@@ -213,7 +213,7 @@ def ask_count_kind(things: Sequence[Thing], scene: Scene, stream: random.Random)
 
 def ask_count_all(things: Sequence[Thing], scene: Scene, stream: random.Random) -> Asked:
     yield "How many objects are there?", str(len(scene.objects))
-    yield "How many things are in the image?", str(len(scene.objects))
+    yield "How many things are in the picture?", str(len(scene.objects))
 
 
 def ask_count_color(things: Sequence[Thing], scene: Scene, stream: random.Random) -> Asked:
@@ -241,7 +241,7 @@ def ask_background(things: Sequence[Thing], scene: Scene, stream: random.Random)
 def ask_kind(things: Sequence[Thing], scene: Scene, stream: random.Random) -> Asked:
     for kind in KINDS:
         if len({placed.name for placed in scene.of_kind(kind)}) == 1:
-            yield f"What {kind} is in the image?", scene.of_kind(kind)[0].name
+            yield f"What {kind} is in the picture?", scene.of_kind(kind)[0].name
 
 
 def ask_beside(things: Sequence[Thing], scene: Scene, stream: random.Random) -> Asked:

@@ -31,11 +31,11 @@ def captions(scene: Scene, seed: int) -> list[str]:
         f"{first} on {background_words(scene)}",
         second,
         relation_words(scene, stream) or f"{where_words(scene, stream)} on {background_words(scene)}",
-        in_order(scene) or f"an image of {counted(len(scene.objects), 'object', 'objects')}: {third}",
+        in_order(scene) or f"a picture of {counted(len(scene.objects), 'object', 'objects')}: {third}",
         where,
     ]
     if scene.style is not None:
-        sentences[1] = f"{with_a(STYLE_ANSWERS[scene.style])} image of {sentences[1]}"
+        sentences[1] = f"{with_a(STYLE_ANSWERS[scene.style])} picture of {sentences[1]}"
     return [sentence[0].upper() + sentence[1:] + "." for sentence in sentences]
 
 
@@ -98,7 +98,7 @@ def where_words(scene: Scene, stream: random.Random) -> str:
     """A random object with its position, as in "a large red car in the top left"; without one if none is clear."""
     size = {True: "large", False: "small"}
     found = [
-        f"{with_a(f'{size[placed.large]} {full_name(placed)}')} in the {where} of the image"
+        f"{with_a(f'{size[placed.large]} {full_name(placed)}')} in the {where} of the picture"
         for where, placed in corners(scene).items()
     ]
     placed = stream.choice(scene.objects)

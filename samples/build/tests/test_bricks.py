@@ -1,4 +1,4 @@
-"""Icons to bricks, and rendered contact sheets to images, without a renderer."""
+"""Icons to bricks, and rendered sheets to images, without a renderer."""
 
 import numpy as np
 import pytest

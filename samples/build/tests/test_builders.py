@@ -159,7 +159,7 @@ def test_a_failed_write_leaves_no_partial_file(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_committed_bricks_and_icons_come_out_again(folders, monkeypatch):
-    """One contact sheet of bricks and a few 3D icons, made again, equal the committed files up to rounding."""
+    """One sheet of bricks and a few 3D icons, made again, equal the committed files up to the renderer's rounding."""
     try:
         packages.check_tools(icons.TOOLS)
     except ValueError as error:

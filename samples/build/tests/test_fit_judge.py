@@ -1,4 +1,4 @@
-"""Fitting the classifier: the icons that it is fitted on, passed through the small model."""
+"""Fitting the judge: the icons that it is fitted on, passed through the small model."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The concept space that the classifier is fitted with, on synthetic features."""
+"""The concept space that the judge is fitted with, on synthetic features."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The style classifier that the classifier is fitted with, on synthetic textures."""
+"""The style classifier that the judge is fitted with, on synthetic textures."""
 
 import numpy as np
 import pytest

@@ -84,7 +84,7 @@ def test_mistakes_are_reported_before_the_run_directory_exists(config, tmp_path,
 
 def test_a_masked_caption_and_the_masked_words_give_the_caption():
     stream = torch.Generator().manual_seed(0)
-    caption = "An image of five objects: a white star, a yellow star and a cat."
+    caption = "A picture of five objects: a white star, a yellow star and a cat."
     seen = set()
     for _ in range(200):
         text, hidden = mask_words(caption, stream)

@@ -71,7 +71,7 @@ def count(scene: Scene, words: str) -> int:
 def true_answer(scene: Scene, text: str) -> str:
     """The answer to a VQA question, from its text."""
     yes_no = {True: "yes", False: "no"}
-    if match := re.fullmatch(r"Is there an? (\w+) in the image\?", text):
+    if match := re.fullmatch(r"Is there an? (\w+) in the picture\?", text):
         return yes_no[count(scene, match[1]) > 0]
     if match := re.fullmatch(r"Is the background (\w+)\?", text):
         return yes_no[scene.background.color == match[1]]
@@ -83,7 +83,7 @@ def true_answer(scene: Scene, text: str) -> str:
         return yes_no[the(scene, match[1]).color == match[2]]
     if match := re.fullmatch(r"Are there (\w+) (\w+)\?", text):
         return yes_no[count(scene, match[2]) == NUMBERS[match[1]]]
-    if match := re.fullmatch(r"How many (.+) are (there|in the image)\?", text):
+    if match := re.fullmatch(r"How many (.+) are (there|in the picture)\?", text):
         return str(count(scene, match[1]))
     if match := re.fullmatch(r"What color is the (\w+)\?", text):
         return scene.background.color if match[1] == "background" else the(scene, match[1]).color  # type: ignore[return-value]
@@ -105,7 +105,7 @@ def true_answer(scene: Scene, text: str) -> str:
     elif match := re.fullmatch(rf"What is {SIDES} the (\w+)\?", text):
         inside = [p for p in scene.objects if beyond(p, the(scene, match[2]), match[1]) > 0]
     else:
-        match = re.fullmatch(r"What (\w+) is in the image\?", text)
+        match = re.fullmatch(r"What (\w+) is in the picture\?", text)
         assert match, text
         return " ".join({p.name for p in scene.objects if p.thing.kind == match[1]})
     (only,) = inside
@@ -161,10 +161,10 @@ def test_balanced_takes_answers_in_equal_numbers_and_spreads_them_over_images():
         ("What color is the dog?", "what color is the"),
         ("What is in the top left?", "what is in the"),
         ("What is above the cat?", "what is"),
-        ("What animal is in the image?", "what animal is"),
-        ("What fruit is in the image?", "what"),
-        ("Is there an owl in the image?", "is there"),
-        ("Is there a dog in the image?", "is there a"),
+        ("What animal is in the picture?", "what animal is"),
+        ("What fruit is in the picture?", "what"),
+        ("Is there an owl in the picture?", "is there"),
+        ("Is there a dog in the picture?", "is there a"),
         ("How many dogs are there?", "how many"),
         ("Which is larger?", "none of the above"),
     ],
@@ -225,7 +225,7 @@ def gqa_truth(scene: Scene, text: str) -> str | None:
         (one,) = [placed for placed in kind if beyond(placed, anchor, match[3]) > 0]
         return one.name if match[1] == "is" else one.color
     if match := re.fullmatch(
-        r"Is the (\w+) (?:on|at) the (?:left|top) or (?:on|at) the (right|bottom) of the image\?", text
+        r"Is the (\w+) (?:on|at) the (?:left|top) or (?:on|at) the (right|bottom) of the picture\?", text
     ):
         placed = the(scene, match[1])
         return {"right": ("left", "right"), "bottom": ("top", "bottom")}[match[2]][

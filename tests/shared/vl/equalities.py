@@ -27,7 +27,7 @@ from tests.shared.reference import merged_weight, randomize
 
 EXAMPLES = (
     Example("1", ("wide.png",), "What colour is it?", ("red",), (1.0,)),
-    Example("2", ("tall.png",), "Is there a dog in the image?", ("no",), (1.0,)),
+    Example("2", ("tall.png",), "Is there a dog in the picture?", ("no",), (1.0,)),
 )
 # PEFT takes layers of these names for experts of transformers 4, also those of dense blocks and shared experts.
 EXPERTS = ("glm4v_moe",)
@@ -39,7 +39,7 @@ def learned_parts(base: Path, images: Path, scratch: Path) -> list[str]:
 
     Args:
         base: The folder of a tiny model.
-        images: The folder of the images of EXAMPLES.
+        images: The folder of the pictures of EXAMPLES.
         scratch: An empty folder.
 
     Returns:

@@ -81,7 +81,7 @@ GEMMA3 = """\
 
 # A conversation without images gets a system turn, one with images must not have any.
 MLLAMA = """\
-{%- set images = namespace(any=false) -%}
+{%- set pictures = namespace(any=false) -%}
 {%- for message in messages -%}
 {%- for item in message['content'] -%}
 {%- if item['type'] == 'image' -%}{%- set pictures.any = true -%}{%- endif -%}

@@ -20,7 +20,7 @@ from transformers import (
 SENTENCES = [
     "What colour is the ball? The ball is red.",
     "How many boxes are there? There are three boxes, two blue and one green.",
-    "Is there a yellow cat in the image? yes, it sits on the left. no, on the right.",
+    "Is there a yellow cat in the picture? yes, it sits on the left. no, on the right.",
     "What does the image show? The image shows a small house beside a large tree.",
     "Answer the question with a word or a short phrase. Describe this image in detail.",
     "user assistant system USER: ASSISTANT: User: Assistant: You are a helpful assistant.",
