@@ -210,7 +210,7 @@ def fixed_losses(
     held_out: list[CaptionedImage],
     accelerator: Accelerator,
 ) -> ImageLosses:
-    """The loss of the held-out pictures, and of as many that are trained on, which shows what is only remembered."""
+    """The loss of the held-out images, and of as many that are trained on, which shows what is only remembered."""
     data = config.data.model_copy(update={"crop": "center", "flip": False})
     size = config.train.batch_size
     parts = {"held_out_loss": held_out, "trained_loss": part_of(batches.images, len(held_out))}

@@ -132,7 +132,7 @@ def test_the_readme_shows_some_of_the_same_results():
         "SDXL 1280, 1024 tokens",
         "8B LLM, attention",
         "SDXL UNet, 256 px",
-        "bart-base, 16 images",
+        "bart-base, 16 pictures",
     ]
     for case, line in zip(cases, table.splitlines(), strict=True):
         name, unit, *ratios = (cell.strip() for cell in line.strip("|").split("|"))

@@ -23,7 +23,7 @@ class Wanted(NamedTuple):
 RUN = Wanted("a config.yaml", ("config.yaml",))
 ADAPTER = Wanted("an adapter", ("adapter/*.safetensors", "*.safetensors"))
 CHECKPOINT = Wanted("a checkpoint", ("checkpoints/step-*",))
-IMAGES = Wanted("pictures", ("manifest.jsonl", "samples/*.png", "sheet*.png"))
+IMAGES = Wanted("images", ("manifest.jsonl", "samples/*.png", "sheet*.png"))
 
 
 def numbered(path: str, wanted: Wanted = RUN, *, new: bool = False) -> str:

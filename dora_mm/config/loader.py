@@ -134,7 +134,7 @@ def about_run(folder: Path) -> str:
         return f"{folder} is a run directory, and its config.yaml cannot be read"
     command = SCHEMAS[values["pipeline"]].command
     if values["pipeline"] == "train_diffusion":
-        use = f"dora-mm sample --set adapter.path={run} 'prompts=[...]' draws with its adapter, and "
+        use = f"dora-mm sample --set adapter.path={run} 'prompts=[...]' generates with its adapter, and "
         return f"{folder} is the run of a training: {use}dora-mm train --resume {run} goes on with it"
     if command == "train":
         return f"{folder} is the run of a training: dora-mm train --resume {run} goes on with it"

@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 T = TypeVar("T")
-SPARE = 1.5  # GB of a card that its name counts and torch does not: a card of 24 GB has 22.5 to 23.7
+SPARE = 1.5  # GB of a GPU that its name counts and torch does not: a GPU of 24 GB has 22.5 to 23.7
 
 
 class GPUInfo(NamedTuple):

@@ -217,7 +217,7 @@ def broken_images(tables: Mapping[str, tuple[ExampleTable, str | None]]) -> tupl
     }
     paths = sorted({path for of_split in names.values() for path in of_split.values()})
     with ThreadPoolExecutor() as pool:
-        shown = tracked(pool.map(_why_broken, paths), "decoding images", "pictures", len(paths))
+        shown = tracked(pool.map(_why_broken, paths), "decoding images", "images", len(paths))
         reasons = {path: reason for path, reason in zip(paths, shown, strict=True) if reason}
     rows: dict[Path, list[str]] = defaultdict(list)
     for name, (table, _) in tables.items() if reasons else ():

@@ -266,7 +266,7 @@ def check_what_is_there(generation: BatchGeneration) -> None:
             log.warning("%d files in %s %s: %s", len(names), samples, what, shown)
     if generation.done:
         log.info("%d of %d images are there already.", len(generation.done), len(generation.requests))
-        if message := about_kept(kept, generation.metadata[0].circumstances, "pictures that are there"):
+        if message := about_kept(kept, generation.metadata[0].circumstances, "images that are there"):
             log.warning(message)
 
 
@@ -330,7 +330,7 @@ def written_down(generation: BatchGeneration, total: int) -> Iterator[tuple[Coun
         progress.done = generated + size * share
 
     try:
-        with Progress("drawing", total, "pictures") as progress:
+        with Progress("sampling", total, "images") as progress:
             yield count, reach
     finally:  # after Ctrl-C, too
         write_manifest(generation.folder, generation.entries())

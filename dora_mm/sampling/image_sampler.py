@@ -211,7 +211,7 @@ def sample(
     for index, (item, _) in enumerate(items):
         groups.setdefault(sampler.length(item), []).append(index)
     images: dict[int, Any] = {}
-    with Progress(metadata or "", len(items), "pictures", hidden=metadata is None) as progress:
+    with Progress(metadata or "", len(items), "images", hidden=metadata is None) as progress:
         for group in groups.values():
             for start in range(0, len(group), batch_size):
                 batch = group[start : start + batch_size]

@@ -25,7 +25,7 @@ def reconstructed(model: ImageModel, images: Sequence[CaptionedImage], backgroun
         background: What is behind transparent ones.
     """
     found = []
-    for image in tracked(images, "training images", "pictures"):
+    for image in tracked(images, "training images", "images"):
         framing = frame(image.size, choose_bucket(image.size, model.resolution))
         pixels: torch.Tensor = render(load_rgb(image.path, background), framing)
         found += decoded(model.vae, model.encode_images(pixels[None]).mean)

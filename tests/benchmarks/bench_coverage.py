@@ -98,7 +98,7 @@ def of_shares(
 def of_pairs(
     rng: np.random.Generator,
 ) -> Iterator[tuple[dict[str, str], float, Callable[[], np.ndarray], ConfidenceIntervals]]:
-    """Variety of drawn images, and likeness of training images among themselves, of vectors with 64 dimensions."""
+    """Variety of drawn pictures, and likeness of training pictures among themselves, of vectors with 64 dimensions."""
 
     def vectors(K: int, S: int) -> np.ndarray:
         found = 2 * np.eye(64)[0] + rng.normal(size=(K, 1, 64)) * SCALES
@@ -122,7 +122,7 @@ def of_pairs(
             "bootstrap": over_images,
         }
         truth = float(np.mean([mean(vectors(K, S), np.arange(K)) for _ in range(4000)]))
-        about = {"of": f"{name} of images", "concepts": str(K), "seeds": str(S)}
+        about = {"of": f"{name} of pictures", "concepts": str(K), "seeds": str(S)}
         yield about, truth, lambda K=K, S=S: vectors(K, S), methods
 
 
@@ -154,7 +154,7 @@ def measured(found: list[ConfidenceInterval], truth: float, name: str) -> dict[s
 
 
 def frechet_rows(num: int, seed: int) -> list[dict[str, str]]:
-    """The Fréchet distance of images whose distribution is that of the classifier's style, or half as wide."""
+    """The Fréchet distance of pictures whose distribution is that of the judge's style, or half as wide."""
     rng, rows = np.random.default_rng(seed), []
     for style, real in Classifier.load(Path("samples/judge")).style_space.real.items():
         for scale, count in product((1.0, 0.5), (24, 40, 120)):

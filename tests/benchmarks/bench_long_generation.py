@@ -1,9 +1,9 @@
-"""Draws a long job of images, on a tiny model with random weights, and kills it three times on the way.
+"""Draws a long job of pictures, on a tiny model with random weights, and kills it three times on the way.
 
     python -m tests.benchmarks.bench_long_generation [--prompts 20000] [--output FILE]
 
-The command is a process of its own, ended with SIGKILL when a quarter, a half and three quarters of the images are
-there, and repeated each time. Of each tenth of the images there is the moment at which most memory was resident, with
+The command is a process of its own, ended with SIGKILL when a quarter, a half and three quarters of the pictures are
+there, and repeated each time. Of each tenth of the pictures there is the moment at which most memory was resident, with
 the number of open files. At the end the files are those of the same job that nothing has ended.
 """
 
@@ -24,12 +24,12 @@ import psutil
 from dora_mm.utils.digest import file_digest
 
 ROOT = Path(__file__).parents[2]
-KILLS = (0.25, 0.5, 0.75)  # of the images
+KILLS = (0.25, 0.5, 0.75)  # of the pictures
 WITH_TIMES = ("versions.json", "inputs.json", "config.yaml")  # and paths: of the two folders
 
 
 class Look(NamedTuple):
-    """A job that has so many images, and was killed so often before; and what its process takes.
+    """A job that has so many pictures, and was killed so often before; and what its process takes.
 
     Attributes:
         seconds: Since the begin of the process.
@@ -58,7 +58,7 @@ def main() -> None:
         for _ in watched(folder, "whole", given.prompts, len(KILLS)):
             pass
         different = differences(folder / "killed", folder / "whole")
-        print(f"{given.prompts} images, killed {len(KILLS)} times: {len(different)} files differ", *different[:20])
+        print(f"{given.prompts} pictures, killed {len(KILLS)} times: {len(different)} files differ", *different[:20])
     if given.output and not different:
         with given.output.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([Look._fields, *looks])
@@ -86,7 +86,7 @@ def watched(folder: Path, output: str, prompts: int, kills: int) -> Iterator[Loo
     """Runs the job until its next kill, or to its end.
 
     Yields:
-        When it took most memory, in each tenth of its images, and behind the last one.
+        When it took most memory, in each tenth of its pictures, and behind the last one.
 
     Raises:
         RuntimeError: It fails, or ends before it is killed.
@@ -114,7 +114,7 @@ def watched(folder: Path, output: str, prompts: int, kills: int) -> Iterator[Loo
     if process.wait() or until:
         raise RuntimeError((folder / "said").read_text())
     if highest:
-        yield highest  # of its contact sheets, behind the last image
+        yield highest  # of its sheets, behind the last picture
 
 
 def differences(one: Path, other: Path) -> list[str]:

@@ -1,9 +1,8 @@
 """Measures the memory and the open files of trainings of thousands of steps, on tiny models with random weights.
 
-    python -m tests.benchmarks.bench_long_runs [--steps 2000] [--only images|vl_bart|vlm] [--output FILE]
+    python -m tests.benchmarks.bench_long_runs [--steps 2000] [--only pictures|vl_bart|vlm] [--output FILE]
 
-Each training is a process of its own, with checkpoints, validations and contact sheets on the way, which is looked at
-while it
+Each training is a process of its own, with checkpoints, validations and sheets on the way, which is looked at while it
 runs: the resident memory, and the number of open files, at tenths of its steps.
 """
 

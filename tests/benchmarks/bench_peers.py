@@ -174,7 +174,7 @@ def models(extent: str, device: torch.device) -> list[Model]:
     if extent == "quick":
         return []
     language = [
-        Model("bart-base, 16 images", bart, ["q_proj", "v_proj"], 128),
+        Model("bart-base, 16 pictures", bart, ["q_proj", "v_proj"], 128),
         Model("LLaMA 1B, 512 tokens", llama, ["q_proj", "k_proj", "v_proj", "o_proj"]),
     ]
     if device.type == "cuda":

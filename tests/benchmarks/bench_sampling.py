@@ -1,10 +1,10 @@
-"""Times generating with an adapter against plain diffusers, and the start of a job against a script of diffusers.
+"""Times drawing with an adapter against plain diffusers, and the start of a job against a script of diffusers.
 
     python -m tests.benchmarks.bench_sampling [results/<machine>]
 
-The embedded model with an adapter of rank 8 on its attention generates four images in a batch and saves them: without
+The embedded model with an adapter of rank 8 on its attention draws four pictures in a batch and saves them: without
 adapter, as a job (merged), and in diffusers with the same file loaded through PEFT, fused and not. The contenders take
-turns in one process. The start is the time of a process that loads the model and the adapter and saves one image.
+turns in one process. The start is the time of a process that loads the model and the adapter and saves one picture.
 """
 
 import json
@@ -75,7 +75,7 @@ def draw_plainly(pipe: StableDiffusionXLPipeline, folder: Path) -> float:
 
 
 def time_drawing(adapter: Path, folder: Path) -> dict[str, list[float]]:
-    """Seconds per image."""
+    """Seconds per picture."""
     loaded = load_model(ImageGenerationConfig(pipeline="sample", name="bench"), [str(adapter)])
     images = [
         ImageRequest(number, prompt, None, number, STEPS, GUIDANCE, None, None, None, ((str(adapter), 1.0),), 1.0)
@@ -103,7 +103,7 @@ def time_drawing(adapter: Path, folder: Path) -> dict[str, list[float]]:
 
 
 def time_starts(adapter: Path, folder: Path) -> dict[str, list[float]]:
-    """Seconds of a process that generates one image."""
+    """Seconds of a process that draws one picture."""
     script, jobs = folder / "script.py", folder / "jobs.jsonl"
     script.write_text(SCRIPT)
     jobs.write_text(json.dumps({"prompt": PROMPTS[0], "adapter": str(adapter)}))

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.bench_sdxl_trainer SCRIPT [--repeats 3] [--steps 30] [--output results/<machine>]
 
 SCRIPT is `train_dreambooth_lora_sdxl_advanced.py` of a checkout of diffusers, which no package has. Both train the
-embedded model on the same 20 images with one caption, with the same rank, batch, rate and optimizer in fp32. Each
+embedded model on the same 20 pictures with one caption, with the same rank, batch, rate and optimizer in fp32. Each
 training is a process of its own with one thread, in turn; a step is the processor time from one step of the optimizer
 to the next, without the first ones.
 """
@@ -42,7 +42,7 @@ pipeline: train_diffusion
 seed: 0
 model: {{path: {SAMPLES}/tiny-sdxl}}
 adapter: {{rank: {RANK}, parts: [unet.attn, unet.cross]}}
-data: {{folder: images, resolution: {RESOLUTION}, instance_prompt: "{CAPTION}"}}
+data: {{folder: pictures, resolution: {RESOLUTION}, instance_prompt: "{CAPTION}"}}
 optimizer: {{name: adamw, lr: {RATE}}}
 train: {{steps: STEPS, batch_size: {BATCH}}}
 """

@@ -1,4 +1,4 @@
-"""Memory and time of the loss of eight rows with images of different sizes, at a vocabulary of 152,000.
+"""Memory and time of the loss of eight rows with pictures of different sizes, at a vocabulary of 152,000.
 
     python -m tests.benchmarks.bench_vl_logits
 
@@ -31,7 +31,7 @@ Loss = Callable[[Any, Tensor], Tensor]
 
 
 def prepared(folder: Path) -> tuple[VLM, dict[str, Tensor], Tensor]:
-    """The model and a batch of rows, whose images grow."""
+    """The model and a batch of rows, whose pictures grow."""
     vlm = VLM(VLMModelConfig(path=str(tiny.build("qwen2_vl", folder / "model")), max_pixels=1 << 20))
     vlm.model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
     vlm.model.requires_grad_(False)

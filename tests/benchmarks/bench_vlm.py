@@ -4,7 +4,7 @@
     python -m tests.benchmarks.bench_vlm build/tiny-vlm [results/<machine>]
 
 All linear layers of the language model are adapted, at rank 8 with batches of 4 and at rank 16 with batches of 8. A
-step is a batch of questions of VQA on one image each, with its forward and backward pass and AdamW; the contenders
+step is a batch of questions of VQA on one picture each, with its forward and backward pass and AdamW; the contenders
 take turns in one process, on one thread and on two. All have the loss of train_vl, which computes logits where
 something is learned, so that the layers alone differ.
 """

@@ -5,12 +5,12 @@ import shlex
 import shutil
 
 import pytest
+from dora_mm.sampling.batch.reading import read_prompts_file
 from PIL import Image
 
 from dora_mm.cli.commands import take_prompts_file
 from dora_mm.cli.parser import build_parser
 from dora_mm.config import load_config
-from dora_mm.sampling.batch.reading import read_prompts_file
 from dora_mm.sampling.gallery import write_gallery
 from dora_mm.sampling.manifest import read_manifest
 from tests.sampling.conftest import ADAPTED, BARE
@@ -94,7 +94,7 @@ def test_the_large_view_by_keyboard(one):
     assert one.evaluate("document.querySelector('#stage').offsetParent") is None
     one.press("ArrowRight", "Home", "ArrowRight", "ArrowRight", "Escape")
     assert not one.evaluate("document.querySelector('#viewer').open")
-    one.wait_for(f"({FOCUSED}) === 'a cat'")  # the focus is on the image that was looked at last
+    one.wait_for(f"({FOCUSED}) === 'a cat'")  # the focus is on the picture that was looked at last
     assert one.problems == []
 
 
@@ -140,7 +140,7 @@ def test_the_slider_shows_before_and_after(one, tmp_path):
     assert left_and_right() == ["after", "after"]
     one.press("End")
     assert left_and_right() == ["before", "before"]
-    one.click("#split")  # in its middle; then arrow keys go through the images again
+    one.click("#split")  # in its middle; then arrow keys go through the pictures again
     assert left_and_right() == ["before", "after"]
     one.press("ArrowLeft")
     assert one.evaluate("document.querySelector('#position').textContent") == "1 of 7"
@@ -179,9 +179,9 @@ def test_runs_side_by_side(both):
 
 def test_it_opens_with_before_and_after_side_by_side(one, runs, tmp_path):
     one.open(tmp_path / "gallery" / "index.html")
-    assert one.evaluate(PROMPTS) == ["a bus", "a cat", "a key", "a hat"]  # a bare image is in its pair
+    assert one.evaluate(PROMPTS) == ["a bus", "a cat", "a key", "a hat"]  # a bare picture is in its pair
     assert one.evaluate(
-        "[...document.querySelectorAll('.card')].map((GPU) => card.querySelectorAll('img').length)"
+        "[...document.querySelectorAll('.card')].map((card) => card.querySelectorAll('img').length)"
     ) == [*(2, 2, 2, 0)]
     files = one.evaluate("[...document.querySelectorAll('.card img')].slice(0, 2).map((i) => i.src.split('/').at(-2))")
     assert files == ["bare", "adapter"]
@@ -211,13 +211,13 @@ def test_favourites_stay_and_become_a_job(one, tmp_path, monkeypatch):
     one.open(tmp_path / "gallery" / "index.html")  # again
     one.click("#view-grid")
     one.click("#favourites")
-    one.wait_for("document.querySelectorAll('.grid li').length === 2")  # the page is generated anew
+    one.wait_for("document.querySelectorAll('.grid li').length === 2")  # the page is drawn anew
     assert one.evaluate(PROMPTS) == ["a bus", "a cat"]
     assert one.evaluate("document.querySelectorAll('.star:not(.off)').length") == 2
     one.evaluate("URL.createObjectURL = (blob) => { window.saved = blob; return '#'; }")
     one.click("#export")
     (tmp_path / "favourites.jsonl").write_text(one.evaluate("saved.text()"))
-    (tmp_path / "runs/one/001/adapter").mkdir(parents=True)  # a batch's paths are looked for when it is read
+    (tmp_path / "runs/one/001/adapter").mkdir(parents=True)  # a job's paths are looked for when it is read
     monkeypatch.chdir(tmp_path)
     first, second = read_prompts_file(tmp_path / "favourites.jsonl")
     assert (first.prompt, first.seed, first.strength) == ("a bus", (1,), 1)
@@ -283,7 +283,7 @@ def test_on_a_phone_and_in_the_dark(chromium, runs, tmp_path):
         assert chromium.evaluate(wide) == 0
         assert chromium.evaluate("document.documentElement.scrollWidth") == 360
         first, second = chromium.evaluate(
-            "[...document.querySelectorAll('.card')].slice(0, 2).map((GPU) => card.getBoundingClientRect().top)"
+            "[...document.querySelectorAll('.card')].slice(0, 2).map((card) => card.getBoundingClientRect().top)"
         )
         assert first == second  # two in a row
         chromium.click(".grid li:nth-child(2) .card")

@@ -1,4 +1,4 @@
-"""The page of a training: the kept samples, the data of the page, and how it looks and behaves in Chromium."""
+"""The page of a training: what is kept of each sheet, what the page knows, and how it looks and behaves in Chromium."""
 
 import shlex
 import struct
@@ -24,8 +24,7 @@ from tests.shared.pages import data_of
 in_chromium = pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is not installed")
 
 
-# --- the images that are kept of each contact sheet
-# -------------------------------------------------------------------------
+# --- the pictures that are kept of each sheet -------------------------------------------------------------------------
 
 
 def steps_of(run: RunDirectory) -> list[int | None]:
@@ -35,7 +34,7 @@ def steps_of(run: RunDirectory) -> list[int | None]:
 def test_each_image_of_a_sheet_is_kept_with_its_settings_and_those_of_the_base_model_once(tmp_path):
     run = make_training(tmp_path / "run", drawn=(0, 10, 40))
     entries = read_manifest(run.path)
-    assert steps_of(run) == [None, 10, 40]  # a fresh adapter generates what the base model does
+    assert steps_of(run) == [None, 10, 40]  # a fresh adapter draws what the base model does
     assert [entry.settings["prompt"] for entry in entries[:4]] == ["a bus", "a cat"] * 2
     assert [entry.settings["seed"] for entry in entries[:4]] == [0, 0, 5, 5]
     last = entries[-1]
@@ -127,7 +126,7 @@ def test_training_images_are_spread_over_the_folder_without_masks(tmp_path, monk
     found, note = about.training_images(training_config())
     assert [path.name for path in found] == [f"{number:02d}.png" for number in range(0, 48, 2)]
     assert note == "24 of 48"
-    shown = training_of(make_training(Path("run"), drawn=()).path)["pictures"]
+    shown = training_of(make_training(Path("run"), drawn=()).path)["images"]
     assert [item["name"] for item in shown] == [path.name for path in found]
     with Image.open(Path("run/gallery") / shown[1]["file"]) as thumbnail:
         assert thumbnail.size == (16, 16)
@@ -138,12 +137,12 @@ def test_a_training_without_images_and_data_has_a_page(tmp_path, monkeypatch, ca
     run = make_training(tmp_path / "run", drawn=(), finished=False)
     assert main(["gallery", str(run.path)]) == 0
     found = data_of(run.path / "gallery" / "index.html")
-    assert found["pictures"] == []
+    assert found["images"] == []
     (training,) = found["trainings"]
-    assert training["note"].startswith("data.folder: images does not exist")
+    assert training["note"].startswith("data.folder: pictures does not exist")
     assert training["next"] == {
         "after a stop": f"dora-mm train --resume {shlex.quote(str(run.path))}",
-        "a contact sheet now": f"touch {shlex.quote(str(run.path / 'sample-now'))}",
+        "a sheet now": f"touch {shlex.quote(str(run.path / 'sample-now'))}",
     }  # fmt: skip
     (run.path / "config.yaml").write_text("pipeline: train_diffusion\nmodel: 7\n")
     assert main(["gallery", str(run.path)]) == 2
@@ -159,7 +158,7 @@ def test_a_training_of_questions_shows_curves_and_answers_by_step(tmp_path):
         row = {"task": "vqa", "id": 7, "question": "Which colour?", "answer": answer, "references": ["blue"]}
         write_rows(run.samples / f"step-{step:06d}.jsonl", [row])
     found = training_of(run.path)
-    assert (found["done"], found["finished"], found["pictures"]) == (4, False, [])
+    assert (found["done"], found["finished"], found["images"]) == (4, False, [])
     assert found["answers"] == [
         {"question": "Which colour?", "references": ["blue"], "answers": {"2": "red", "4": "blue"}}
     ]
@@ -195,7 +194,7 @@ def test_large_images_are_decoded_for_the_first_page_alone(tmp_path, monkeypatch
     Image.new("RGB", (700, 600), "red").save(run.path / "1.png")
     update_page(run.path)
     assert scaled[3:] == [(700, 600)]  # the one that has changed
-    shown = data_of(run.path / "gallery" / "index.html")["pictures"]
+    shown = data_of(run.path / "gallery" / "index.html")["images"]
     assert [item["size"] for item in shown] == [[600, 600], [700, 600], [600, 600]]
     assert len(list((run.path / "gallery" / "thumbnails").iterdir())) == 3
 
@@ -273,7 +272,7 @@ def test_a_slider_goes_through_the_steps_of_a_prompt(page):
     page.click(".steps .card")
     assert page.evaluate("document.querySelector('#after').src").endswith("step-000020/0001-seed0.png")
     assert page.evaluate("document.querySelector('#before').src").endswith("step-000000/0001-seed0-before.png")
-    page.press("ArrowRight", "Escape")  # the next step; the GPU then shows it
+    page.press("ArrowRight", "Escape")  # the next step; the card then shows it
     assert page.evaluate(SAID) == ["step 40", "step 20", "step 20", "step 20"]
     assert page.problems == []
 
@@ -341,7 +340,7 @@ def test_a_training_on_a_phone(chromium, page, tmp_path):
         chromium.open(tmp_path / "runs/style/001/gallery/index.html", 390, 800, dark)
         assert chromium.evaluate("document.documentElement.scrollWidth") == 390
         tops = (
-            "[...document.querySelectorAll('.steps .card')].slice(0, 2).map((GPU) => card.getBoundingClientRect().top)"
+            "[...document.querySelectorAll('.steps .card')].slice(0, 2).map((card) => card.getBoundingClientRect().top)"
         )
         first, second = chromium.evaluate(tops)
         assert first == second  # two in a row

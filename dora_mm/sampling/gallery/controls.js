@@ -35,16 +35,16 @@ function start() {
   const runs = [...new Map([...distinct[RUN], ...trainings.map(({ run }) => [JSON.stringify(run), run])]).values()];
   const title = runs.length <= 3 ? runs.join(", ") : `${runs.length} runs`;
   find("title").textContent = document.title = title;
-  const hasSteps = pictures.some((picture) => picture.file && stepOf(picture) !== null);
+  const hasSteps = images.some((image) => image.file && stepOf(image) !== null);
   find("view-steps").hidden = !hasSteps;
   find("view-pairs").hidden = !isBefore.size;
   find("view-runs").hidden = runs.length < 2;
   find("views").hidden = runs.length < 2 && !isBefore.size && !hasSteps;
-  find("controls").hidden = find("count").hidden = !pictures.length; // a training may have drawn none
+  find("controls").hidden = find("count").hidden = !images.length; // a training may have generated none
   find("trainings").append(...trainings.map(panelOf));
   main.style.setProperty("--runs", runs.length);
   main.style.setProperty("--ratio", commonRatio());
-  find("sort").append(make("option", { value: -1, textContent: "order drawn" }));
+  find("sort").append(make("option", { value: -1, textContent: "order generated" }));
   columns.forEach((column, index) => {
     if (column.varies) find("sort").append(make("option", { value: index, textContent: heading(column) }));
     addFilter(column, index);
@@ -53,10 +53,10 @@ function start() {
   openAddress();
 }
 
-// The shape of the cards' tiles: that of most pictures.
+// The shape of the cards' tiles: that of most images.
 function commonRatio() {
   const counts = new Map();
-  for (const { size } of pictures) if (size) counts.set(size[0] / size[1], (counts.get(size[0] / size[1]) ?? 0) + 1);
+  for (const { size } of images) if (size) counts.set(size[0] / size[1], (counts.get(size[0] / size[1]) ?? 0) + 1);
   const [ratio] = [...counts].sort(([, one], [, other]) => other - one)[0] ?? [1];
   return Math.min(2, Math.max(0.5, ratio));
 }

@@ -56,7 +56,7 @@ def gallery_data(images: Sequence[GalleryImage]) -> dict[str, Any]:
             {"name": name, "kind": kind, "varies": len({_text(row[index]) for row in values}) > 1}
             for index, (name, kind, _) in enumerate(columns)
         ],
-        "pictures": [_image(image, row, before, group) for image, row, before, group in kept],
+        "images": [_image(image, row, before, group) for image, row, before, group in kept],
     }
 
 

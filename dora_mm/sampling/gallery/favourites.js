@@ -1,7 +1,7 @@
-// What is taken along from the page: favourites, which the browser keeps, jobs of them, and the command of a picture.
+// What is taken along from the page: favourites, which the browser keeps, jobs of them, and the command of a image.
 
 const STORED = `dora-mm favourites ${location.pathname}`;
-const nameOf = (picture) => `${textOf(picture.values[RUN])}/${picture.path}`;
+const nameOf = (image) => `${textOf(image.values[RUN])}/${image.path}`;
 const favourites = new Set(stored());
 
 function stored() {
@@ -12,19 +12,19 @@ function stored() {
   }
 }
 
-function toggleFavourite(picture) {
-  const name = nameOf(picture);
+function toggleFavourite(image) {
+  const name = nameOf(image);
   if (!favourites.delete(name)) favourites.add(name);
   try {
     localStorage.setItem(STORED, JSON.stringify([...favourites]));
   } catch { /* they last as long as the page */ }
   find("favourite").setAttribute("aria-pressed", String(favourites.has(name)));
-  cards.get(picture)?.querySelector(".star").classList.toggle("off", !favourites.has(name));
+  cards.get(image)?.querySelector(".star").classList.toggle("off", !favourites.has(name));
   showFavourites();
 }
 
 function showFavourites() {
-  const count = pictures.filter((picture) => favourites.has(nameOf(picture))).length;
+  const count = images.filter((image) => favourites.has(nameOf(image))).length;
   const jobs = favouriteJobs().length, lost = "The others are of steps whose adapter was not kept, or have no prompt";
   Object.assign(find("export"), jobs < count ? { textContent: `Save ${jobs} of them as a job`, title: lost } : { textContent: "Save them as a job", title: "" });
   find("favourites").textContent = `Favourites (${count})`;
@@ -36,21 +36,21 @@ const OF_A_JOB = [
   "strength",
 ];
 
-const settingOf = (picture, name) =>
-  picture.values[columns.findIndex((column) => column.kind === "setting" && column.name === name)] ?? null;
+const settingOf = (image, name) =>
+  image.values[columns.findIndex((column) => column.kind === "setting" && column.name === name)] ?? null;
 
-function jobRow(picture) {
-  const value = (name) => (name === "adapter" ? adapterOf(picture) : settingOf(picture, name));
+function jobRow(image) {
+  const value = (name) => (name === "adapter" ? adapterOf(image) : settingOf(image, name));
   const found = OF_A_JOB.map((name) => [name, value(name)]).filter(([, given]) => given !== null);
   return JSON.stringify(Object.fromEntries(found));
 }
 
-// Of the favourites those that can be drawn again.
+// Of the favourites those that can be generated again.
 const favouriteJobs = () =>
-  pictures.filter((picture) => favourites.has(nameOf(picture)) && promptOf(picture) && adapterOf(picture) !== undefined);
+  images.filter((image) => favourites.has(nameOf(image)) && promptOf(image) && adapterOf(image) !== undefined);
 
 function exportFavourites() {
-  const text = favouriteJobs().map((picture) => `${jobRow(picture)}\n`).join("");
+  const text = favouriteJobs().map((image) => `${jobRow(image)}\n`).join("");
   const link = make("a", { href: URL.createObjectURL(new Blob([text])), download: "favourites.jsonl" });
   link.click();
 }
@@ -60,19 +60,19 @@ function factOf(column, value, short) {
   return typeof value === "number" ? `${heading(column)} ${textOf(value)}` : short;
 }
 
-// The command that draws the picture again, with what it can be changed by; several adapters only as they are. There is
+// The command that generates the image again, with what it can be changed by; several adapters only as they are. There is
 // none for a step of a training whose adapter was not kept.
-function commandOf(picture) {
-  const adapter = adapterOf(picture), prompt = settingOf(picture, "prompt");
+function commandOf(image) {
+  const adapter = adapterOf(image), prompt = settingOf(image, "prompt");
   if (prompt === null || adapter === undefined) return "";
   if (adapter !== null && /[+]|:[^/]*$/.test(adapter)) {
-    return `dora-mm sample --replay ${quoted(`${textOf(picture.values[RUN])}/${picture.path}`)}`;
+    return `dora-mm sample --replay ${quoted(`${textOf(image.values[RUN])}/${image.path}`)}`;
   }
   const names = ["negative_prompt", "steps", "guidance", "guidance_rescale", "width", "height", "scheduler"];
-  const settings = [["prompts", [prompt]], ["seeds", [settingOf(picture, "seed") ?? 0]]];
-  settings.push(...names.map((name) => [name, settingOf(picture, name)]), ["model.path", settingOf(picture, "model")]);
+  const settings = [["prompts", [prompt]], ["seeds", [settingOf(image, "seed") ?? 0]]];
+  settings.push(...names.map((name) => [name, settingOf(image, name)]), ["model.path", settingOf(image, "model")]);
   settings.push(["adapter.path", adapter]);
-  const strength = settingOf(picture, "strength"); // none where the adapter replaces weights
+  const strength = settingOf(image, "strength"); // none where the adapter replaces weights
   if (adapter !== null && strength !== null) settings.push(["strengths", [strength]]);
   const words = settings.filter(([, value]) => value !== null).map(([name, value]) => `${name}=${JSON.stringify(value)}`);
   return `dora-mm sample --set ${words.map(quoted).join(" ")}`;

@@ -107,7 +107,7 @@ def _add_training(
         if not thumbnails.has(file) and (image := _read(source)):
             thumbnails.add(file, image)
     images = [{"name": name, "file": _address(file, folder)} for name, file in shown if file.is_file()]
-    return {**about_training(run, config, summary), "pictures": images, "note": note}
+    return {**about_training(run, config, summary), "images": images, "note": note}
 
 
 def _check_files(run: Path, entries: Sequence[ManifestEntry]) -> None:

@@ -2,8 +2,8 @@
 // Everything that a run says (prompts, settings, scores) reaches the page as text: textContent, value, setAttribute of
 // alt and aria-label. No HTML is ever built from it.
 
-const { columns, pictures, trainings } = JSON.parse(document.getElementById("data").textContent);
-pictures.forEach((picture, number) => Object.assign(picture, { number }));
+const { columns, images, trainings } = JSON.parse(document.getElementById("data").textContent);
+images.forEach((image, number) => Object.assign(image, { number }));
 
 const find = (id) => document.getElementById(id);
 const main = find("main"), viewer = find("viewer");
@@ -13,7 +13,7 @@ const PROMPT = columns.findIndex((column) => column.kind === "setting" && column
 const RUN = columns.findIndex((column) => column.kind === "run");
 const FEW = 3; // a score with at most this many values, such as 0 and 1, can be chosen like a setting
 
-const isBefore = new Set(pictures.map((picture) => picture.before).filter((number) => number !== null));
+const isBefore = new Set(images.map((image) => image.before).filter((number) => number !== null));
 
 const state = {
   words: [], chosen: new Map(), sort: -1, descending: false, view: "grid", onlyFavourites: false, shown: [], open: -1, pinned: null,
@@ -40,7 +40,7 @@ const scoreOf = (value) => (value === null ? "–" : String(Number(value.toPreci
 
 // The distinct values of a column, in order, by their JSON; with short names: of paths the end, where that is enough.
 const distinct = columns.map((_, index) => {
-  const found = new Map(pictures.map((picture) => [JSON.stringify(picture.values[index]), picture.values[index]]));
+  const found = new Map(images.map((image) => [JSON.stringify(image.values[index]), image.values[index]]));
   const ordered = index === RUN ? [...found] : [...found].sort(([, one], [, other]) => compare(one, other));
   const ends = new Set(ordered.map(([, value]) => pathEnd(textOf(value))));
   const name = (value) => (ends.size === ordered.length ? pathEnd(textOf(value)) : textOf(value));
@@ -53,8 +53,8 @@ function pathEnd(text) {
   return paths.map((path) => path.split("/").slice(-2).join("/")).join("+");
 }
 
-const shortOf = (picture, index) => distinct[index].get(JSON.stringify(picture.values[index]));
-const promptOf = (picture) => (PROMPT < 0 || picture.values[PROMPT] === null ? "" : textOf(picture.values[PROMPT]));
+const shortOf = (image, index) => distinct[index].get(JSON.stringify(image.values[index]));
+const promptOf = (image) => (PROMPT < 0 || image.values[PROMPT] === null ? "" : textOf(image.values[PROMPT]));
 
 function compare(one, other) {
   if (one === null || other === null) return (one === null) - (other === null);
@@ -62,61 +62,61 @@ function compare(one, other) {
   return collator.compare(textOf(one), textOf(other));
 }
 
-// --- which pictures are shown, and in which order -----------------------------------------------------------------
+// --- which images are shown, and in which order -----------------------------------------------------------------
 
-// All that a card says: prompt, facts, and why there is no picture.
+// All that a card says: prompt, facts, and why there is no image.
 const texts = new Map();
 
-function textsOf(picture) {
-  if (!texts.has(picture)) {
-    const status = picture.file ? [] : [statusOf(picture), picture.reason ?? ""];
-    texts.set(picture, [promptOf(picture), ...factsOf(picture).map(({ text }) => text), ...status].join(" ").toLowerCase());
+function textsOf(image) {
+  if (!texts.has(image)) {
+    const status = image.file ? [] : [statusOf(image), image.reason ?? ""];
+    texts.set(image, [promptOf(image), ...factsOf(image).map(({ text }) => text), ...status].join(" ").toLowerCase());
   }
-  return texts.get(picture);
+  return texts.get(image);
 }
 
-const statusOf = (picture) => textOf(picture.values[columns.findIndex((column) => column.kind === "status")]);
+const statusOf = (image) => textOf(image.values[columns.findIndex((column) => column.kind === "status")]);
 
-function isShown(picture) {
-  if (!state.words.every((word) => textsOf(picture).includes(word))) return false;
-  if (state.onlyFavourites && !favourites.has(nameOf(picture))) return false;
-  return [...state.chosen].every(([index, key]) => JSON.stringify(picture.values[index]) === key);
+function isShown(image) {
+  if (!state.words.every((word) => textsOf(image).includes(word))) return false;
+  if (state.onlyFavourites && !favourites.has(nameOf(image))) return false;
+  return [...state.chosen].every(([index, key]) => JSON.stringify(image.values[index]) === key);
 }
 
 function inOrder(one, other) {
-  const [a, b] = [one, other].map((picture) => (state.sort < 0 ? picture.number : picture.values[state.sort]));
+  const [a, b] = [one, other].map((image) => (state.sort < 0 ? image.number : image.values[state.sort]));
   const order = compare(a, b);
-  return state.descending && a !== null && b !== null ? -order : order; // pictures without the value stay at the end
+  return state.descending && a !== null && b !== null ? -order : order; // images without the value stay at the end
 }
 
 function render() {
-  let shown = pictures.filter(isShown).sort(inOrder);
+  let shown = images.filter(isShown).sort(inOrder);
   if (state.view === "steps") {
     shown = stepsView(shown);
   } else if (state.view === "runs") {
-    const groups = Map.groupBy(shown, (picture) => picture.group);
+    const groups = Map.groupBy(shown, (image) => image.group);
     shown = [...groups.values()].flat();
     main.replaceChildren(make("div", { className: "groups" }, ...[...groups.values()].map(groupOf)));
   } else {
     const pairs = state.view === "pairs";
-    // Pairs first; a bare picture is seen in its pair, unless a filter has left the pair out.
+    // Pairs first; a bare image is seen in its pair, unless a filter has left the pair out.
     if (pairs) {
-      const paired = new Set(shown.map((picture) => picture.before));
-      shown = shown.filter((picture) => !paired.has(picture.number));
-      shown = [...shown.filter((picture) => picture.before !== null), ...shown.filter((picture) => picture.before === null)];
+      const paired = new Set(shown.map((image) => image.before));
+      shown = shown.filter((image) => !paired.has(image.number));
+      shown = [...shown.filter((image) => image.before !== null), ...shown.filter((image) => image.before === null)];
     }
-    const items = shown.map((picture) => make("li", {}, cardOf(picture)));
+    const items = shown.map((image) => make("li", {}, cardOf(image)));
     main.replaceChildren(make("ol", { className: pairs ? "grid pairs" : "grid" }, ...items));
   }
   if (state.view !== "steps") {
-    shown.forEach((picture, position) => showFacts(picture, [shown[position - 1], shown[position + 1]]));
+    shown.forEach((image, position) => showFacts(image, [shown[position - 1], shown[position + 1]]));
   }
   state.shown = shown;
-  if (!shown.length && pictures.length) main.replaceChildren(make("p", { className: "empty", textContent: "No picture matches." }));
-  const failed = shown.filter((picture) => !picture.file).length;
-  const all = shown.length === pictures.length ? "" : ` of ${pictures.length}`;
+  if (!shown.length && images.length) main.replaceChildren(make("p", { className: "empty", textContent: "No image matches." }));
+  const failed = shown.filter((image) => !image.file).length;
+  const all = shown.length === images.length ? "" : ` of ${images.length}`;
   find("count").textContent =
-    `${shown.length}${all} picture${pictures.length === 1 ? "" : "s"}${failed ? `, ${failed} not drawn` : ""}`;
+    `${shown.length}${all} image${images.length === 1 ? "" : "s"}${failed ? `, ${failed} not generated` : ""}`;
   find("clear").hidden = !state.chosen.size && !state.words.length;
   showFavourites();
 }
@@ -125,42 +125,42 @@ function render() {
 
 const cards = new Map();
 
-function cardOf(picture) {
-  if (!cards.has(picture)) cards.set(picture, makeCard(picture));
-  const card = cards.get(picture);
-  const tile = card.querySelector(".tile"), before = pictures[picture.before];
+function cardOf(image) {
+  if (!cards.has(image)) cards.set(image, makeCard(image));
+  const card = cards.get(image);
+  const tile = card.querySelector(".tile"), before = images[image.before];
   for (const node of tile.querySelectorAll(".of-before, .tag")) node.remove();
   tile.classList.toggle("pair", state.view === "pairs" && Boolean(before));
   if (tile.classList.contains("pair")) {
     tile.prepend(imageOf(before, "of-before"));
     tile.append(...["before", "after"].map((side) => make("span", { className: `tag ${side}`, textContent: side })));
   }
-  card.querySelector(".star").classList.toggle("off", !favourites.has(nameOf(picture)));
+  card.querySelector(".star").classList.toggle("off", !favourites.has(nameOf(image)));
   const badge = card.querySelector(".badge");
   const column = columns[state.sort];
-  badge.hidden = column?.kind !== "score" || picture.values[state.sort] === null;
-  badge.textContent = badge.hidden ? "" : scoreOf(picture.values[state.sort]);
+  badge.hidden = column?.kind !== "score" || image.values[state.sort] === null;
+  badge.textContent = badge.hidden ? "" : scoreOf(image.values[state.sort]);
   return card;
 }
 
-function makeCard(picture) {
+function makeCard(image) {
   const card = make("button", { className: "card", type: "button" });
   const tile = make("span", { className: "tile" }, make("span", { className: "badge" }), starOf());
-  if (picture.file) {
-    tile.prepend(imageOf(picture));
+  if (image.file) {
+    tile.prepend(imageOf(image));
   } else {
     tile.classList.add("missing");
-    tile.prepend(make("b", { textContent: statusOf(picture) }), make("span", { textContent: picture.reason ?? "" }));
+    tile.prepend(make("b", { textContent: statusOf(image) }), make("span", { textContent: image.reason ?? "" }));
   }
   const facts = make("span", { className: "facts" });
-  card.append(tile, make("span", { className: "caption", dir: "auto", textContent: promptOf(picture) }), facts);
-  card.addEventListener("click", () => openViewer(picture));
+  card.append(tile, make("span", { className: "caption", dir: "auto", textContent: promptOf(image) }), facts);
+  card.addEventListener("click", () => openViewer(image));
   return card;
 }
 
-function imageOf(picture, className = "") {
-  const [width, height] = picture.size;
-  return make("img", { className, src: picture.thumbnail, alt: "", width, height, loading: "lazy", decoding: "async" });
+function imageOf(image, className = "") {
+  const [width, height] = image.size;
+  return make("img", { className, src: image.thumbnail, alt: "", width, height, loading: "lazy", decoding: "async" });
 }
 
 function starOf() {
@@ -169,33 +169,33 @@ function starOf() {
   return star;
 }
 
-// What tells a picture from others, in few words: settings that differ between pictures, unless the prompt says them.
-function factsOf(picture) {
-  const prompt = promptOf(picture).toLowerCase();
+// What tells a image from others, in few words: settings that differ between images, unless the prompt says them.
+function factsOf(image) {
+  const prompt = promptOf(image).toLowerCase();
   return columns.flatMap((column, index) => {
     if (!column.varies || index === PROMPT || column.kind === "score" || column.kind === "status") return [];
-    if (column.name === "strength" && settingOf(picture, "adapter") === null) return []; // there is nothing to be weaker
-    const text = factOf(column, picture.values[index], shortOf(picture, index));
+    if (column.name === "strength" && settingOf(image, "adapter") === null) return []; // there is nothing to be weaker
+    const text = factOf(column, image.values[index], shortOf(image, index));
     return text === null || prompt.includes(text.toLowerCase()) ? [] : [{ index, kind: column.kind, text }];
   });
 }
 
 // What differs between neighbours stands first.
-function showFacts(picture, neighbours) {
-  const facts = factsOf(picture).map(({ index, kind, text }) => {
-    const differs = neighbours.some((other) => other && differIn(picture, other, index));
+function showFacts(image, neighbours) {
+  const facts = factsOf(image).map(({ index, kind, text }) => {
+    const differs = neighbours.some((other) => other && differIn(image, other, index));
     return make("bdi", { className: differs ? `${kind} differs` : kind, textContent: text });
   });
   const first = facts.filter((fact) => fact.classList.contains("differs"));
   const others = facts.filter((fact) => !fact.classList.contains("differs"));
-  cards.get(picture).querySelector(".facts").replaceChildren(...first, ...others);
+  cards.get(image).querySelector(".facts").replaceChildren(...first, ...others);
 }
 
 const differIn = (one, other, index) => JSON.stringify(one.values[index]) !== JSON.stringify(other.values[index]);
 
 function groupOf(members) {
   const cells = [...distinct[RUN]].map(([key, name]) => {
-    const found = members.filter((picture) => JSON.stringify(picture.values[RUN]) === key);
+    const found = members.filter((image) => JSON.stringify(image.values[RUN]) === key);
     const head = make("h3", { textContent: name });
     return make("li", {}, head, ...(found.length ? found.map(cardOf) : [make("p", { className: "hole", textContent: "–" })]));
   });
@@ -203,11 +203,11 @@ function groupOf(members) {
   return make("section", { className: "group" }, prompt, make("ol", {}, ...cells));
 }
 
-// The card of a picture in the view, and the picture of a card.
-const cardFor = (picture) => stepperOf(picture)?.card ?? cards.get(picture);
-const stepperOf = (picture) => (state.view === "steps" ? steppers.find(({ stops }) => stops.includes(picture)) : undefined);
+// The card of a image in the view, and the image of a card.
+const cardFor = (image) => stepperOf(image)?.card ?? cards.get(image);
+const stepperOf = (image) => (state.view === "steps" ? steppers.find(({ stops }) => stops.includes(image)) : undefined);
 
-function pictureOf(card) {
+function imageOf(card) {
   const stepper = steppers.find((each) => each.card === card);
   return stepper ? stepper.stops[stepper.at] : [...cards].find(([, node]) => node === card)?.[0];
 }
@@ -217,8 +217,8 @@ main.addEventListener("keydown", (event) => {
   const nodes = [...main.querySelectorAll(".card")];
   const at = nodes.indexOf(document.activeElement);
   if (at < 0 || event.altKey || event.ctrlKey || event.metaKey) return;
-  if (event.key === "f") toggleFavourite(pictureOf(nodes[at]));
-  if (event.key === "c") pin(pictureOf(nodes[at]));
+  if (event.key === "f") toggleFavourite(imageOf(nodes[at]));
+  if (event.key === "c") pin(imageOf(nodes[at]));
   const left = (node) => node.getBoundingClientRect().left;
   const sameColumn = (node) => Math.abs(left(node) - left(nodes[at])) < 2;
   const target = {

@@ -1,30 +1,30 @@
-// What a page has of trainings: pictures of a prompt by step, under a slider; curves with the checkpoints on them;
-// settings, training pictures and what to type next.
+// What a page has of trainings: images of a prompt by step, under a slider; curves with the checkpoints on them;
+// settings, training images and what to type next.
 
 const STEP = columns.findIndex((column) => column.kind === "setting" && column.name === "step");
 const SVG = document.querySelector("svg").namespaceURI;
-const stepOf = (picture) => (STEP < 0 ? null : picture.values[STEP]);
-const trainingOf = (picture) => trainings.find(({ run }) => run === picture.values[RUN]);
+const stepOf = (image) => (STEP < 0 ? null : image.values[STEP]);
+const trainingOf = (image) => trainings.find(({ run }) => run === image.values[RUN]);
 
-// The adapter file that a picture can be drawn with again; null: the bare model; undefined: it was not kept.
-function adapterOf(picture) {
-  const adapter = settingOf(picture, "adapter"), training = trainingOf(picture), step = stepOf(picture);
+// The adapter file that a image can be drawn with again; null: the bare model; undefined: it was not kept.
+function adapterOf(image) {
+  const adapter = settingOf(image, "adapter"), training = trainingOf(image), step = stepOf(image);
   if (step === null || !training) return adapter;
   const kept = training.kept[step];
   return adapter === training.run || kept === undefined ? kept : kept === training.run ? adapter : undefined; // averages
 }
 
-// --- pictures by step ---------------------------------------------------------------------------------------------
+// --- images by step ---------------------------------------------------------------------------------------------
 
 const steppers = []; // of the view: { stops, show, at, card }
 
-// Pictures that differ in nothing but the step, in its order, behind that of the bare model.
+// Images that differ in nothing but the step, in its order, behind that of the bare model.
 function bySteps(shown) {
-  const sameBut = (picture) => JSON.stringify(picture.values.filter((_, index) => index !== STEP));
-  const stepped = shown.filter((picture) => stepOf(picture) !== null && picture.file);
+  const sameBut = (image) => JSON.stringify(image.values.filter((_, index) => index !== STEP));
+  const stepped = shown.filter((image) => stepOf(image) !== null && image.file);
   const groups = [...Map.groupBy(stepped, sameBut).values()];
   return groups.map((group) => {
-    const ordered = group.sort((one, other) => stepOf(one) - stepOf(other)), bare = pictures[ordered[0].before];
+    const ordered = group.sort((one, other) => stepOf(one) - stepOf(other)), bare = images[ordered[0].before];
     return bare ? [bare, ...ordered] : ordered;
   });
 }
@@ -34,7 +34,7 @@ function stepsView(shown) {
   const varies = (index) => groups.some((stops) => differIn(stops.at(-1), groups[0].at(-1), index));
   steppers.splice(0, Infinity, ...groups.map((stops) => makeStepper(stops, varies)));
   const items = steppers.map(({ node }) => node);
-  const steps = [...new Set(groups.flat().map((picture) => stepOf(picture) ?? -1))].sort((one, other) => one - other);
+  const steps = [...new Set(groups.flat().map((image) => stepOf(image) ?? -1))].sort((one, other) => one - other);
   const all = make("input", { type: "range", id: "all-steps", min: 0, max: steps.length - 1, value: steps.length - 1 });
   const said = make("output", { textContent: nameOfStep(steps.at(-1)) });
   all.setAttribute("aria-label", "Step of all prompts");
@@ -50,8 +50,8 @@ function stepsView(shown) {
 const nameOfStep = (step) => (step === null || step < 0 ? "bare model" : `step ${step}`);
 
 function makeStepper(stops, varies) {
-  const image = imageOf(stops.at(-1));
-  const tile = make("span", { className: "tile" }, image);
+  const element = imageOf(stops.at(-1));
+  const tile = make("span", { className: "tile" }, element);
   const last = stops.at(-1), caption = make("span", { className: "caption", dir: "auto", textContent: promptOf(last) });
   const facts = factsOf(last).filter(({ index }) => varies(index) && index !== STEP);
   const others = make("span", { className: "facts" }, ...facts.map(({ kind, text }) => make("bdi", { className: kind, textContent: text })));
@@ -63,11 +63,11 @@ function makeStepper(stops, varies) {
   stepper.show = (position) => {
     stepper.at = Math.max(0, position);
     slider.value = stepper.at;
-    const picture = stops[stepper.at], name = nameOfStep(stepOf(picture));
-    image.src = picture.thumbnail;
+    const image = stops[stepper.at], name = nameOfStep(stepOf(image));
+    element.src = image.thumbnail;
     said.textContent = name;
     slider.setAttribute("aria-valuetext", name);
-    for (const chart of charts) chart.mark(stepOf(picture) ?? 0);
+    for (const chart of charts) chart.mark(stepOf(image) ?? 0);
   };
   slider.addEventListener("input", () => stepper.show(Number(slider.value)));
   card.addEventListener("click", () => openViewer(stops[stepper.at]));
@@ -209,10 +209,10 @@ function nextOf({ next }) {
   return make("section", { className: "next" }, make("h3", { textContent: "What to type next" }), make("ol", {}, ...items));
 }
 
-function learnedFrom({ pictures: found, note }) {
+function learnedFrom({ images: found, note }) {
   if (!found.length && !note) return null;
   const items = found.map(({ name, file }) => make("li", {}, make("img", { src: file, alt: name, title: name, loading: "lazy" })));
-  const head = make("h3", {}, "Training pictures ", make("small", { textContent: note ?? "" }));
+  const head = make("h3", {}, "Training images ", make("small", { textContent: note ?? "" }));
   return make("section", { className: "learned" }, head, make("ol", {}, ...items));
 }
 

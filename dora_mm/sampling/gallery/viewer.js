@@ -1,35 +1,35 @@
 // --- the large view -----------------------------------------------------------------------------------------------
 
-function openViewer(picture) {
-  if (!state.shown.includes(picture)) { // filtered out, or seen in a pair
+function openViewer(image) {
+  if (!state.shown.includes(image)) { // filtered out, or seen in a pair
     clearFilters();
     setView("grid");
   }
-  show(state.shown.indexOf(picture));
+  show(state.shown.indexOf(image));
   if (!viewer.open) viewer.showModal();
 }
 
 function show(position) {
   if (position < 0 || position >= state.shown.length) return;
   state.open = position;
-  const picture = state.shown[position];
+  const image = state.shown[position];
   find("position").textContent = `${position + 1} of ${state.shown.length}`;
-  find("favourite").setAttribute("aria-pressed", String(favourites.has(nameOf(picture))));
+  find("favourite").setAttribute("aria-pressed", String(favourites.has(nameOf(image))));
   find("previous").disabled = position === 0;
   find("next").disabled = position === state.shown.length - 1;
-  stepperOf(picture)?.show(stepperOf(picture).stops.indexOf(picture));
-  showPicture(picture);
-  showWords(picture);
-  setAddress(`#${addressOf.get(picture)}`);
+  stepperOf(image)?.show(stepperOf(image).stops.indexOf(image));
+  showImage(image);
+  showWords(image);
+  setAddress(`#${addressOf.get(image)}`);
 }
 
-// --- links: the part behind # names a picture ------------------------------------------------------------------------
+// --- links: the part behind # names a image ------------------------------------------------------------------------
 
 const addressOf = new Map(), byAddress = new Map();
-for (const picture of pictures) {
-  const address = picture.file && !byAddress.has(picture.file) ? picture.file : `picture-${picture.number + 1}`;
-  addressOf.set(picture, address);
-  byAddress.set(address, picture);
+for (const image of images) {
+  const address = image.file && !byAddress.has(image.file) ? image.file : `image-${image.number + 1}`;
+  addressOf.set(image, address);
+  byAddress.set(address, image);
 }
 
 function setAddress(text) {
@@ -37,45 +37,45 @@ function setAddress(text) {
 }
 
 function openAddress() {
-  const picture = byAddress.get(location.hash.slice(1));
-  if (picture) openViewer(picture);
+  const image = byAddress.get(location.hash.slice(1));
+  if (image) openViewer(image);
 }
 
-// --- one picture beside another --------------------------------------------------------------------------------------
+// --- one image beside another --------------------------------------------------------------------------------------
 
-// What is left of the slider: the picture that a person has pinned, or the one without adapter.
-const leftOf = (picture) => (state.pinned && state.pinned !== picture && state.pinned.file ? state.pinned : pictures[picture.before]);
+// What is left of the slider: the image that a person has pinned, or the one without adapter.
+const leftOf = (image) => (state.pinned && state.pinned !== image && state.pinned.file ? state.pinned : images[image.before]);
 
 function pin(chosen) {
-  const picture = chosen === state.pinned ? null : chosen;
-  state.pinned = picture;
-  find("pinned").hidden = !picture;
-  find("pinned-name").textContent = picture ? `Compared with: ${[promptOf(picture), ...factsOf(picture).map(({ text }) => text)].join(", ")}` : "";
+  const image = chosen === state.pinned ? null : chosen;
+  state.pinned = image;
+  find("pinned").hidden = !image;
+  find("pinned-name").textContent = image ? `Compared with: ${[promptOf(image), ...factsOf(image).map(({ text }) => text)].join(", ")}` : "";
   if (viewer.open) show(state.open);
 }
 
 function nameSides(left, right) {
-  const sides = left === pictures[right.before] ? ["before", "after"] : [left, right].map((picture) =>
-    factsOf(picture).filter(({ index }) => differIn(left, right, index)).map(({ text }) => text).join(", ").slice(0, 60));
+  const sides = left === images[right.before] ? ["before", "after"] : [left, right].map((image) =>
+    factsOf(image).filter(({ index }) => differIn(left, right, index)).map(({ text }) => text).join(", ").slice(0, 60));
   document.querySelector("#compare .before").textContent = sides[0] || "left";
   document.querySelector("#compare .after").textContent = sides[1] || "right";
 }
 
-function showPicture(picture) {
-  const stage = find("stage"), before = picture.file ? leftOf(picture) : undefined;
-  stage.hidden = !picture.file;
-  find("failure").hidden = Boolean(picture.file);
-  find("failure").textContent = picture.reason ?? "This picture was not drawn.";
+function showImage(image) {
+  const stage = find("stage"), before = image.file ? leftOf(image) : undefined;
+  stage.hidden = !image.file;
+  find("failure").hidden = Boolean(image.file);
+  find("failure").textContent = image.reason ?? "This image was not generated.";
   find("compare").hidden = !before;
-  if (!picture.file) return;
-  stage.style.setProperty("--width", picture.size[0]);
-  stage.style.setProperty("--height", picture.size[1]);
-  find("after").src = picture.file;
-  find("after").alt = promptOf(picture);
+  if (!image.file) return;
+  stage.style.setProperty("--width", image.size[0]);
+  stage.style.setProperty("--height", image.size[1]);
+  find("after").src = image.file;
+  find("after").alt = promptOf(image);
   if (!before) return;
   find("before").src = before.file;
-  find("before").alt = before === pictures[picture.before] ? `Without adapter: ${promptOf(before)}` : promptOf(before);
-  nameSides(before, picture);
+  find("before").alt = before === images[image.before] ? `Without adapter: ${promptOf(before)}` : promptOf(before);
+  nameSides(before, image);
   split();
 }
 
@@ -86,24 +86,24 @@ function split() {
   find("split").setAttribute("aria-valuetext", `${share} % ${left}, ${100 - share} % ${right}`);
 }
 
-function showWords(picture) {
-  find("prompt").textContent = promptOf(picture) || "(no prompt)";
+function showWords(image) {
+  find("prompt").textContent = promptOf(image) || "(no prompt)";
   const varying = [...columns.keys()].sort((one, other) => columns[other].varies - columns[one].varies); // these first
   const rows = (kinds, written) =>
     varying.flatMap((index) => {
       const column = columns[index];
-      const value = picture.values[index];
+      const value = image.values[index];
       const asExpected = column.kind === "status" && value === "done";
       if (!kinds.includes(column.kind) || index === PROMPT || value === null || asExpected) return [];
       return [make("dt", { textContent: heading(column) }), make("dd", { dir: "auto", textContent: written(value) })];
     });
-  const file = [make("dt", { textContent: "file" }), make("dd", { textContent: picture.path })];
+  const file = [make("dt", { textContent: "file" }), make("dd", { textContent: image.path })];
   find("scores").replaceChildren(...rows(["score"], scoreOf));
   find("settings").replaceChildren(...rows(["setting", "run", "status"], textOf), ...file);
-  find("open").hidden = !picture.file;
-  if (picture.file) find("open").href = picture.file;
-  find("pin").textContent = state.pinned === picture ? "Stop comparing" : "Compare others with this";
-  find("copy-command").hidden = !commandOf(picture);
+  find("open").hidden = !image.file;
+  if (image.file) find("open").href = image.file;
+  find("pin").textContent = state.pinned === image ? "Stop comparing" : "Compare others with this";
+  find("copy-command").hidden = !commandOf(image);
   for (const [id, what] of COPIED) find(id).textContent = `Copy ${what}`;
 }
 
@@ -150,7 +150,7 @@ find("favourites").addEventListener("click", () => {
   render();
 });
 find("split").addEventListener("input", split);
-find("split").addEventListener("pointerup", () => find("stage").focus()); // arrow keys go through the pictures again
+find("split").addEventListener("pointerup", () => find("stage").focus()); // arrow keys go through the images again
 viewer.addEventListener("click", (event) => {
   if (event.target === viewer || event.target.className === "desk") viewer.close();
 });

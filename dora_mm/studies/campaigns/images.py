@@ -47,7 +47,7 @@ class ImageEvaluation:
 
     Args:
         config: The config of the campaign.
-        settings: Its section `pictures`.
+        settings: Its section `images`.
 
     Raises:
         ValueError: The base config, the classifier, the model or the images cannot be used.

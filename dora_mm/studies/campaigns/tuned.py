@@ -93,7 +93,7 @@ class TunedImages:
         return [*overrides_of(self.config, self, training), "sample.prompts=[]", "sample.every=0"]
 
     def held_out_loss(self, summary: Mapping[str, Any]) -> float:
-        """The loss of the held-out pictures."""
+        """The loss of the held-out images."""
         return summary[f"held_out_{LOSS}"]
 
 

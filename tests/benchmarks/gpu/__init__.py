@@ -1,4 +1,4 @@
-"""All that only a GPU can show, in 20 minutes on one GPU, what says most first.
+"""All that only a GPU can show, in 20 minutes on one card, what says most first.
 
     make gpu                                      # or: python3 -m tests.benchmarks.gpu
     make gpu ONLY="trial block"                   # some of the entries
@@ -7,7 +7,7 @@
 
 It installs nothing, and leaves out what needs a package that is not there. Each entry runs in a process of its own, so
 that one which fails, or which the GPU does not survive, does not stop the others. Appends each number to the CSV file
-of its entry in tests/benchmarks/results/<GPU>/ when it exists: a run that is cut leaves what it has measured. Exit
+of its entry in tests/benchmarks/results/<card>/ when it exists: a run that is cut leaves what it has measured. Exit
 code: 0 done, 1 an entry failed, 2 there is nothing to run on.
 """
 

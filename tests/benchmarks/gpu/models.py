@@ -49,7 +49,7 @@ LLAMA_TINY = LLAMA_3_8B | {
     "num_key_value_heads": 2,
     "vocab_size": 96,
 }
-LLAMA_BYTES, FEW_BLOCKS = 40e9, 8  # that the whole model takes, 35 GB by estimate; blocks on a smaller GPU
+LLAMA_BYTES, FEW_BLOCKS = 40e9, 8  # that the whole model takes, 35 GB by estimate; blocks on a smaller card
 ADAPTED = ("PEFT LoRA", "PEFT DoRA", "PEFT DoRA, fused", "our LoRA", "our DoRA")
 # Z-Image's transformer, where it differs from the defaults of diffusers' class, which are those of the published model.
 Z_IMAGE_TINY: dict[str, Any] = {

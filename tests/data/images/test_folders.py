@@ -42,7 +42,7 @@ def test_each_folder_has_its_own_settings(places):
     assert bucket_of(images[5], config) == (96, 96)
     lines = describe_images(images, config).splitlines()
     assert lines[:3] == [
-        "pictures  7 in 2 folders",
+        "images  7 in 2 folders",
         f"          5 in {one}, 2.5 times in an epoch",
         f"          2 in {other}, loss x 0.5, resolution 96",
     ]

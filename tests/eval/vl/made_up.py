@@ -123,7 +123,7 @@ LETTER_FORMS = (
     *(
         "It is not {other} but {}",
         "Of ({other}) and ({}), I would say it is the second one",
-        "I see {text} in this image, clearly",
+        "I see {text} in this picture, clearly",
     ),
     *(
         "{lower}",

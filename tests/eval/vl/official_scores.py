@@ -201,7 +201,7 @@ class Frame(list):
 
 
 def circular(folder: Path, rows: Sequence[MadeUp], matching: Any) -> list[float]:
-    """Of pairs of rows, as if they were the orders of one question; what the script leaves to a classifier is wrong."""
+    """Of pairs of rows, as if they were the orders of one question; what the script leaves to a judge is wrong."""
     names = ("vlmeval", "vlmeval.smp", "vlmeval.smp.vlm", "vlmeval.utils")
     script = load(folder, "circular", **{name: MagicMock() for name in names})
     script.can_infer = matching.can_infer

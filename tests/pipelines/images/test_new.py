@@ -93,7 +93,7 @@ def test_masks_are_told_from_images_and_used(here, capsys, caplog, ending):
     assert config.data.mask == MaskConfig()
     assert [bool(image.mask) for image in read_training_images(config.data)] == [True, False, True]
     printed = capsys.readouterr().out
-    assert "pictures  3 in my images" in printed
+    assert "images  3 in my images" in printed
     assert f"masks     2 of 3 (NAME{ending}), floor 0.1: data.mask; null trains on all of each image" in printed
     assert "1 image (a-condlabel.png) is what OneTrainer or ai-toolkit conditions on, and not used" in caplog.text
     assert main(["train", "masked.yaml", "--dry-run", "--set", "data.mask=null"]) == 2  # SDXL is not here

@@ -552,7 +552,7 @@ def test_all_reasons_why_a_training_is_refused_are_in_one_report(wrong, tmp_path
     assert all(line.startswith(f"  {reason}") for line, reason in zip(report, reasons, strict=True))
     assert "time      not measured: optimizer.name adamw_8bit steps on a GPU only" in printed
     assert "optimizer state (adamw_8bit, 2 numbers of 8 bits each)" in " ".join(printed.split())
-    for words in ("pictures  5 in", "unet.attn", "compiled", "activations (not checkpointed", "VAE, a pict"):
+    for words in ("images  5 in", "unet.attn", "compiled", "activations (not checkpointed", "VAE, a pict"):
         assert words in printed
     assert "to start" not in printed
 

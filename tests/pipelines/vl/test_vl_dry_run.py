@@ -293,7 +293,7 @@ def test_all_broken_images_are_named_if_all_are_decoded(config, tmp_path, images
     train = {"format": "chat", "file": str(write_json(tmp_path / "train.json", rows[:2]))}
     valid = {"format": "chat", "file": str(write_json(tmp_path / "valid.json", rows))}
     path = config("llava", data={"train": train, "valid": valid, "on_bad_data": "skip"})
-    assert "pictures are broken" not in printed(capsys, path)
+    assert "images are broken" not in printed(capsys, path)
     assert main(["train", path, "--dry-run", "--decode"]) == 0
     output = capsys.readouterr().out
     assert "2 of 3 images are broken" in output

@@ -34,7 +34,7 @@ def conversions(base: Path, images: Path, scratch: Path) -> tuple[int, dict[str,
 
     Args:
         base: The folder of a tiny model.
-        images: The folder of the images of EXAMPLES.
+        images: The folder of the pictures of EXAMPLES.
         scratch: An empty folder.
 
     Returns:
