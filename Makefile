@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo demo-vl demo-vlm test test-slow test-oldest test-elsewhere test-beside fuzz kill bench gpu rehearsal lint format samples clean
+.PHONY: demo demo-vl demo-vlm test test-slow test-oldest test-elsewhere test-beside fuzz kill mutations bench gpu rehearsal lint format samples clean
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -61,6 +61,9 @@ fuzz: $(READY)  ## an hour of mutated files through every door, from a seed that
 
 kill: $(READY)  ## commands that write, disturbed at each file event and repeated; KILL="--each 20 --commands train"
 	$(BIN)/python -m tests.kill $(KILL)
+
+mutations: $(READY)  ## single lines made wrong, each of which the tests of its room must notice in 60 s; MUTATIONS="--only VAE"
+	$(BIN)/python -m tests.mutations $(MUTATIONS)
 
 bench: $(READY)  ## what DoRA costs beside its peers on this machine; BENCH="--quick" or "--all"
 	$(BIN)/python -m tests.benchmarks.bench_peers $(BENCH)

@@ -288,7 +288,7 @@ def remark_on_alternatives(images: Sequence[CaptionedImage], data: DataConfig) -
     if not having or (data.captions and data.captions.alternatives):
         return []
     return [
-        f"{len(having)} captions have {{a|b}} ({having[0]}), as text: data.captions.alternatives=true generates one"
+        f"{len(having)} captions have {{a|b}} ({having[0]}), as text: data.captions.alternatives=true picks one"
     ]
 
 

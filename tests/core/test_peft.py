@@ -62,17 +62,24 @@ def example(name):
 def test_outputs_and_gradients_agree(name, method):
     ours, theirs = twins(name, method)
     x = example(name)
-    y, y_theirs = ours(x), theirs(x)
-    assert reference.relative_error(y, y_theirs) < 1e-6
+    exact = reference.doubled(theirs)
+    y, *of_peft = ours(x), theirs(x), exact(x.double() if x.is_floating_point() else x)
+    reference.check_error(y, *of_peft)
     dY = torch.randn_like(y)
     found = torch.autograd.grad(y, list(ours.adapter_tensors().values()), dY)
-    for a, b in zip(found, torch.autograd.grad(y_theirs, parameters_of(theirs, name, method), dY), strict=True):
-        assert reference.relative_error(a, b.view(a.shape)) < 1e-5
+    usual, right = (
+        torch.autograd.grad(each, parameters_of(net, name, method), dY.to(each))
+        for each, net in zip(of_peft, (theirs, exact), strict=True)
+    )
+    shaped = ([each.view(a.shape) for a, each in zip(found, of, strict=True)] for of in (found, usual, right))
+    reference.check_errors(*map(reference.numbered, shaped))
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_merged_weights_agree(name):
     ours, theirs = twins(name)
+    exact = reference.doubled(theirs)
     ours.merge(keep_base=False)
-    theirs.merge()
-    assert reference.relative_error(restore_layer(ours).weight, theirs.base_layer.weight) < 1e-6
+    for net in (theirs, exact):
+        net.merge()
+    reference.check_error(restore_layer(ours).weight, theirs.base_layer.weight, exact.base_layer.weight)

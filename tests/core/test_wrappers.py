@@ -44,9 +44,11 @@ def test_a_parametrization_of_an_adapter_is_applied(name, tokens):
     parametrize.register_parametrization(model[0], name, Twice())
     torch.testing.assert_close(model(x), expected(x))
     model(x).square().sum().backward()
-    expected(x).square().sum().backward()
+    exact = reference.doubled(expected)
+    for net in (expected, exact):
+        net(x.to(net[0].weight)).square().sum().backward()
     found = model[0].parametrizations[name].original.grad
-    assert reference.relative_error(found, 2 * getattr(expected[0], name).grad) < 1e-5
+    reference.check_error(found, *(2 * getattr(net[0], name).grad for net in (expected, exact)))
 
 
 def test_a_parametrization_that_changes_nothing_keeps_the_trained_adapter():
@@ -93,6 +95,11 @@ def replicate(model, copied):
     return replicas[model]
 
 
+def pairs(model):
+    """A model and its double in float64, each with one of its parameters."""
+    return [(net, next(net.parameters())) for net in (model, reference.doubled(model))]
+
+
 def test_a_replica_of_an_attention_reads_its_own_copies():
     """On another device it could not read the others."""
     targets = ["attn.q_proj", "attn.v_proj", "attn.out_proj"]
@@ -101,8 +108,8 @@ def test_a_replica_of_an_attention_reads_its_own_copies():
     with torch.no_grad():
         for parameter in changed.parameters():
             parameter.mul_(1.5)
-    found, expected = replicate(model, lambda p: 1.5 * p)["attn"](x, x, x)[0], changed["attn"](x, x, x)[0]
-    assert reference.relative_error(found, expected) < 1e-6
+    found = replicate(model, lambda p: 1.5 * p)["attn"](x, x, x)[0]
+    reference.check_error(found, *(net["attn"](*[x.to(p)] * 3)[0] for net, p in pairs(changed)))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -127,19 +134,20 @@ def second_adapter(folder, **spec):
 def test_gradients_flow_through_a_frozen_adapter(method, tokens, stacked, tmp_path):
     model = trained(nn.Sequential(nn.Linear(12, 32), nn.Linear(32, 24)), ["1"], method=method)
     first, layer = model
-    W = reference.weight_of(layer)
+    weights = {dtype: reference.weight_of(layer, dtype=dtype) for dtype in (torch.float32, torch.float64)}
     if stacked:
         other = second_adapter(tmp_path, method=method)
         load_adapter(model, tmp_path, name="second")
         change = reference.Adapter(other.lora_A, other.lora_B, other.magnitude, 1.0)
-        W = W + reference.merged_weight(layer.weight, change) - layer.weight.double()
+        for dtype, W in weights.items():
+            weights[dtype] = W + reference.merged_weight(layer.weight, change, dtype) - layer.weight.to(dtype)
     for parameter in adapter_parameters(model).values():
         parameter.requires_grad_(False)
     x, dY = torch.randn(tokens, 12), torch.randn(tokens, 24)
     model(x).backward(dY)
-    dX = dY.double() @ W.detach()
-    assert reference.relative_error(first.weight.grad, dX.T @ x.double()) < 1e-5
-    assert reference.relative_error(first.bias.grad, dX.sum(0)) < 1e-5
+    usual, exact = (dY.to(W) @ W.detach() for W in weights.values())
+    reference.check_error(first.weight.grad, *(dX.T @ x.to(dX) for dX in (usual, exact)))
+    reference.check_error(first.bias.grad, usual.sum(0), exact.sum(0))
 
 
 # --- weights that two modules share ---
@@ -265,16 +273,17 @@ def test_drawing_does_not_depend_on_the_default_dtype():
 @pytest.mark.parametrize("promise", [{}, {"num_passes": 2}, {"base_only": True}], ids=["all", "passes", "base"])
 def test_training_after_inference_mode_inside_fixed_parameters(tokens, dtype, promise):
     model, x = linear().to(dtype), torch.randn(tokens, 32).to(dtype)
-    twin, inputs = copy.deepcopy(model), [x.clone().requires_grad_() for _ in range(2)]
+    twin, exact, inputs = copy.deepcopy(model), reference.doubled(model), [x.clone().requires_grad_() for _ in range(2)]
+    inputs.append(x.double().requires_grad_())
     with fixed_parameters(model, **promise):
         with torch.inference_mode():
             model(x)
         model(inputs[0]).square().sum().backward()
     twin(inputs[1]).square().sum().backward()
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    assert reference.relative_error(inputs[0].grad, inputs[1].grad) < tolerance
-    for name, parameter in adapter_parameters(twin).items():
-        assert reference.relative_error(adapter_parameters(model)[name].grad, parameter.grad) < tolerance, name
+    exact(inputs[2]).square().sum().backward()
+    reference.check_error(*(each.grad for each in inputs))
+    found = ({n: p.grad for n, p in adapter_parameters(m).items()} for m in (model, twin, exact))
+    reference.check_errors(*found, dtype=dtype)
 
 
 # --- autocast, compilers ---
@@ -289,8 +298,9 @@ def test_a_backward_pass_inside_autocast(spec, tokens):
     y = model(x).square().sum()
     with torch.autocast("cpu", torch.bfloat16):
         found = torch.autograd.grad(y, parameters)
-    for a, b in zip(found, expected, strict=True):
-        assert reference.relative_error(a, b) < 1e-5
+    twin = reference.doubled(model)
+    exact = torch.autograd.grad(twin(x.double()).square().sum(), list(adapter_parameters(twin).values()))
+    reference.check_errors(*map(reference.numbered, (found, expected, exact)))
 
 
 def test_autocast_does_not_reach_the_norms_of_an_embedding():

@@ -90,7 +90,7 @@ def test_masks_and_what_is_preserved_are_said():
 def test_alternatives_that_stay_text_are_remarked_upon():
     images = [IMAGES[0]._replace(caption="a {red|blue} bus"), IMAGES[1]]
     (remark,) = remark_on_alternatives(images, DATA)
-    assert remark == "1 captions have {a|b} (a.png), as text: data.captions.alternatives=true draws one"
+    assert remark == "1 captions have {a|b} (a.png), as text: data.captions.alternatives=true picks one"
     assert remark_on_alternatives(images, DATA.model_copy(update={"captions": CaptionConfig(alternatives=True)})) == []
 
 

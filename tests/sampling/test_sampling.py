@@ -31,6 +31,14 @@ def test_a_image_does_not_depend_on_its_batch(tiny):
     assert np.abs(pixels(together[0]) - pixels(together[1])).max() > 10
 
 
+def test_images_are_in_the_order_of_prompts_of_any_length(tiny):
+    prompts, seeds = ["a bus", "a cat " * 60, "a key"], [5, 2, 9]
+    together = sample(tiny, prompts, seeds, steps=2, batch_size=3)
+    for image, prompt, seed in zip(together, prompts, seeds, strict=True):
+        alone = sample(tiny, [prompt], [seed], steps=2)[0]
+        assert np.abs(pixels(image) - pixels(alone)).max() <= 1
+
+
 def test_samples_equal_plain_diffusers(tiny):
     ours = sample(tiny, ["a bus"], [5], steps=3, guidance=4.0, negative_prompt="red")[0]
     theirs = tiny.pipeline()(

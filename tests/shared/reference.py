@@ -1,5 +1,8 @@
 """DoRA in float64 from the textbook formula and autograd alone, and what the tests compare with it."""
 
+import copy
+import math
+
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -8,18 +11,21 @@ from torch.utils._pytree import tree_leaves
 
 from dora_mm.core import Adapter, DoRASpec, adapt_layer
 
+# Of results in float64: sums of thousands of terms that cancel to a hundredth are off by 1e-12, a wrong term by 1e-6
+DOUBLE = 1e-10
 
-def merged_weight(weight, adapter: Adapter):
-    """W(t) of one adapter in float64; gradients flow to A, B and m."""
-    W0 = weight.detach().double().flatten(1)
+
+def merged_weight(weight, adapter: Adapter, dtype=torch.float64):
+    """W(t) of one adapter, in float64 if nothing else is asked for; gradients flow to A, B and m."""
+    W0 = weight.detach().to(dtype).flatten(1)
     V = W0
     if adapter.A is not None:
-        V = W0 + adapter.scaling * adapter.B.double() @ adapter.A.double().flatten(1)
+        V = W0 + adapter.scaling * adapter.B.to(dtype) @ adapter.A.to(dtype).flatten(1)
     W = V
     if adapter.magnitude is not None:
         n = V.norm(dim=1)
         n = n if adapter.norm_grad == "exact" else n.detach()
-        g = torch.where(n == 0, torch.ones_like(n), adapter.magnitude.double() / torch.where(n == 0, 1.0, n))
+        g = torch.where(n == 0, torch.ones_like(n), adapter.magnitude.to(dtype) / torch.where(n == 0, 1.0, n))
         W = g[:, None] * V
     return (W0 + adapter.strength * (W - W0)).view(weight.shape)
 
@@ -97,14 +103,55 @@ class NewTensors(TorchDispatchMode):
 
 
 def relative_error(found, expected) -> float:
+    """The norm of a difference over that of what is expected; without that, where nothing but zeros is expected."""
     found, expected = found.detach().double(), expected.detach().double()
-    return ((found - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+    return ((found - expected).norm() / (expected.norm() or 1.0)).item()
 
 
-def weight_of(layer, weight=None, *, scaling=1.0, strength=1.0, norm_grad="detached"):
-    """W(t) of a layer in float64, with output rows first, from its parameters alone (alpha = rank: scaling 1).
+def check_error(found, usual, exact, name="", dtype=None):
+    """Asserts that the error of a result is at most twice that of a plain computation, plus one rounding of the result.
+
+    Errors are norms of differences from `exact`. No tolerance is picked: see docs/developing.md.
+
+    Args:
+        found: The result.
+        usual: The same by the formula, or by what it has to agree with, in the same dtypes.
+        exact: The same in float64, by other means than the result: a fault of both would not be seen.
+        name: The name of the result.
+        dtype: The dtype of products, where the result has another one.
+    """
+    check_errors({name: found}, {name: usual}, {name: exact}, dtype)
+
+
+def check_errors(found, usual, exact, dtype=None):
+    """`check_error` of the results of one pass, by name, all together: their root mean square, each over its own norm.
+
+    (A gradient of few numbers may be off by more than twice another's error by chance, on some processors.)
+    """
+    assert found.keys() == usual.keys() == exact.keys()
+    assert all(tensor is not None and tensor.shape == exact[name].shape for name, tensor in found.items())
+    errors, others = ({name: relative_error(t, exact[name]) for name, t in each.items()} for each in (found, usual))
+    error, other = (math.hypot(*each.values()) / math.sqrt(len(each)) for each in (errors, others))
+    dtypes = {tensor.dtype for tensor in found.values()}
+    unit = max(DOUBLE if each == torch.float64 else torch.finfo(each).eps / 2 for each in dtypes)
+    assert other <= max(torch.finfo(each).eps for each in (dtype, *dtypes) if each) ** 0.5, f"no measure: {others}"
+    assert error <= 2 * other + unit, f"{errors}, where the plain computation has {others}"
+
+
+def numbered(tensors):
+    """Results by their numbers, as `check_errors` takes them."""
+    return dict(enumerate(tensors))
+
+
+def doubled(model):
+    """A copy of a model in float64, where a layer computes without rounding that another dtype would show."""
+    return copy.deepcopy(model).double()
+
+
+def weight_of(layer, weight=None, *, scaling=1.0, strength=1.0, norm_grad="detached", dtype=torch.float64):
+    """W(t) of a layer, with output rows first, from its parameters alone (alpha = rank: scaling 1).
 
     `weight` is W0 where the layer's own differs (a transposed one, that of an embedding, rows of a packed one).
     """
     own = Adapter(layer.lora_A, layer.lora_B, layer.magnitude, scaling, strength, norm_grad)
-    return merged_weight(layer.weight if weight is None else weight, own)
+    return merged_weight(layer.weight if weight is None else weight, own, dtype)

@@ -1,6 +1,7 @@
 """The diffusion loss against its closed form and diffusers' schedulers."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,6 +98,16 @@ def test_v_target():
     velocity = signal.sqrt() * noise - (1 - signal).sqrt() * batch.latents
     perfect = make_task(lambda *_: velocity, "v_prediction")
     assert perfect.loss(batch, torch.Generator().manual_seed(3)).mean < 1e-12
+
+
+def test_losses_count_by_the_weights_of_their_images():
+    weights = torch.tensor([2.0, 1.0, 0.0, 0.5, 1.0, 3.0])
+    batch = replace(make_batch(), weights=weights)
+    task = make_task(lambda noisy, times: torch.zeros_like(noisy), min_snr_gamma=None)
+    found = task.loss(batch, torch.Generator().manual_seed(3))
+    each = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(3)).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(found.total, (weights * each).sum())
+    assert found.count == weights.sum()
 
 
 def test_the_loss_is_a_function_of_its_generator():

@@ -14,7 +14,7 @@ from dora_mm.config.training import OptimizerConfig
 from dora_mm.train.run import lower_rate, training_run
 from dora_mm.utils.lock import only_writer
 from tests.shared.killed import files_in
-from tests.shared.small_training import interrupt_at, metrics, small_training
+from tests.shared.small_training import interrupt_at, metrics, new_run, small_training
 
 CONFIG = """\
 pipeline: train_diffusion
@@ -210,3 +210,16 @@ def test_what_decides_by_a_checkpoint_whether_a_run_goes_on_does_so_before_anyth
     with pytest.raises(ValueError, match="the limit cannot change after step 2"):
         train("train.steps=4", resume=run, deciding={"schedule": Limit()})
     assert files_in(run) == before
+
+
+def test_each_batch_is_trained_once_and_in_order_whatever_is_accumulated(tmp_path):
+    seen = []
+
+    def loss(x, generator):
+        seen.append(x)
+        return x.new_zeros((), requires_grad=True).expand(1)
+
+    small_training(new_run(tmp_path / "run"), steps=4, gradient_accumulation_steps=3, loss=loss).fit()
+    batches = [torch.randn(4, 6, generator=torch.Generator().manual_seed(number)) for number in range(12)]
+    assert all(map(torch.equal, seen, batches))
+    assert len(seen) == 12

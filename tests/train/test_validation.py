@@ -1,4 +1,4 @@
-"""The best adapter, early stopping, and the combined score of several tasks."""
+"""The best adapter, early stopping, the combined score of several tasks, and validation that was interrupted."""
 
 from functools import partial
 from math import exp
@@ -13,7 +13,7 @@ from dora_mm.train.checkpoint import checkpoints
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.validation import Validation, main_values, other_values, overall, task_qualities
 from dora_mm.utils.run_directory import RunDirectory
-from tests.shared.small_training import new_run, small_training
+from tests.shared.small_training import interrupt_at, new_run, small_training
 
 
 def validation(run, rounds, saved=None, *, by=False, resumed_step=0, writes=True, **config) -> Validation:
@@ -120,3 +120,16 @@ def test_the_overall_score_does_not_depend_on_the_scales_of_the_metrics():
     assert overall({"vqa": 50.0, "caption": 200.0}) == pytest.approx(100.0)
     assert overall({"vqa": 60.4}) == pytest.approx(60.4)
     assert overall({"vqa": 0.0, "caption": 200.0}) == 0.0
+
+
+def test_what_was_interrupted_while_it_observed_a_step_observes_it_again(tmp_path):
+    run, observed = new_run(tmp_path / "run"), []
+
+    def interrupted(step):
+        interrupt_at(5)(step)
+        observed.append(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        small_training(run).fit(on_step_end=interrupted)
+    small_training(run).fit(on_step_end=observed.append)
+    assert observed == [*range(1, 13)]

@@ -45,16 +45,15 @@ def test_value_and_gradients_are_those_of_the_dense_layer(bases, spec, tokens):
     for net in (ours, right):
         reference.randomize(net[0])
     x, dY = torch.randn(tokens, 64), torch.randn(tokens, 48)
-    found, expected = [], []
-    for net, results in ((ours, found), (right, expected)):
-        given = x.clone().requires_grad_()
+    results = []
+    for net, dtype in ((ours, x.dtype), (right, x.dtype), (reference.doubled(right), torch.float64)):
+        given = x.to(dtype, copy=True).requires_grad_()
         y = net(given)
-        y.backward(dY)
-        results += [y, given.grad, *(p.grad for p in net[0].adapter_tensors().values())]
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        y.backward(dY.to(dtype))
+        results.append([y, given.grad, *(p.grad for p in net[0].adapter_tensors().values())])
+    reference.check_errors(*map(reference.numbered, results))
     with fixed_parameters(ours), torch.no_grad():
-        torch.testing.assert_close(ours(x), expected[0])
+        torch.testing.assert_close(ours(x), results[1][0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,6 +77,7 @@ def test_any_dtype_before_and_after_a_pass_of_the_base(kind, stored, given, afte
     x.requires_grad_()
     y = net(x)
     assert y.dtype == given
+    # kernels of other packages: how often they round is not ours to compute
     assert reference.relative_error(y, right) < 8 * torch.finfo(min(given, stored, key=lambda d: d.itemsize)).eps
     y.float().sum().backward()
     assert x.grad.dtype == given
@@ -92,7 +92,7 @@ def test_copies(bases):
     net = adapted(bases[0])
     reference.randomize(net[0])
     x = torch.randn(5, 64)
-    torch.testing.assert_close(copy.deepcopy(net)(x), net(x), rtol=0, atol=0)
+    assert torch.equal(copy.deepcopy(net)(x), net(x))
 
 
 def test_saved_and_loaded(bases, tmp_path):
@@ -184,7 +184,9 @@ def test_float8_is_as_close_as_its_mantissa_and_keeps_the_largest_of_each_row_an
     W, found = base.weight.detach(), layer.dense()
     assert not found[3].any()
     largest = W.abs().argmax(dim=1, keepdim=True)
-    torch.testing.assert_close(found.gather(1, largest), W.gather(1, largest), rtol=1e-6, atol=0)
+    kept, given = found.gather(1, largest), W.gather(1, largest)
+    unit = torch.finfo(W.dtype).eps / 2
+    assert ((kept - given).abs() <= 3 * unit * given.abs()).all()  # divided by a scale, and multiplied again
     large = W.abs() > W.abs().amax(dim=1, keepdim=True) / 2**14  # above the numbers without a leading one
     assert ((found - W).abs() <= W.abs() / 16 * (1 + 1e-6))[large].all()
     assert layer.weight.element_size() == 1
@@ -194,8 +196,8 @@ def test_a_fresh_adapter_changes_float8_by_rounding_alone():
     torch.manual_seed(0)
     layer = Float8Linear.of(nn.Linear(64, 48))
     x = torch.randn(5, 64)
-    before = layer(x)
+    before, exact = layer(x), x.double() @ layer.dense().double().T + layer.bias.double()
     net = adapted(layer)
-    torch.testing.assert_close(net(x), before, rtol=1e-6, atol=1e-6)
+    reference.check_error(net(x), before, exact)
     set_strength(net, 0)
     assert net(x).equal(before)

@@ -62,13 +62,13 @@ def gradients(model):
 
 
 def check_gradients(model, whole, rank, x, num_passes=1):
-    whole(x).square().mean().backward()
+    exact = reference.doubled(whole)
+    for each in (whole, exact):
+        each(x.to(each[0].weight)).square().mean().backward()
     with fixed_parameters(model, num_passes=num_passes):
         for some in x[rank::2].chunk(num_passes):
             (model(some).square().mean() / num_passes).backward()  # FSDP averages over the processes
-    found = gradients(model)
-    for name, expected in gradients(whole).items():
-        assert reference.relative_error(found[name], expected) < 1e-5, name
+    reference.check_errors(gradients(model), gradients(whole), gradients(exact))
 
 
 def _trains(rank):
@@ -82,20 +82,26 @@ def test_gradients_are_those_of_the_unsharded_model(in_two_processes):
     in_two_processes(_trains)
 
 
+def outputs(method, x):
+    """Those of the unsharded model, in float32 and in float64."""
+    whole = trained(method)
+    return whole(x), reference.doubled(whole)(x.double())
+
+
 def _merges(rank, by_layer):
     for method, keep_base in itertools.product(METHODS, (True, False)):
         model, x = sharded(method, by_layer=by_layer), data()
-        expected = trained(method)(x)
+        expected, exact = outputs(method, x)
         model(x)
         report = merge(model, keep_base=keep_base)
         assert report.num_modules == 2
         assert report.surviving_share > 0.999
         for _ in range(2):
-            assert reference.relative_error(model(x), expected) < 1e-5, (method, keep_base)
+            reference.check_error(model(x), expected, exact, (method, keep_base))
             model.reshard()  # as a backward pass does
         if keep_base:
             unmerge(model)
-            assert reference.relative_error(model(x), expected) < 1e-6, method
+            reference.check_error(model(x), expected, exact, method)
             check_gradients(model, trained(method), rank, x)
 
 
@@ -110,6 +116,7 @@ def _computes_in_bf16(rank):
         model = sharded(method, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
         y, expected = model(x[rank::2]), whole(x)
         assert y.dtype == torch.bfloat16
+        # FSDP casts A, B and m as well, which the layer by itself never does: five units of 2^-8, in gradients twelve
         assert reference.relative_error(y, expected[rank::2]) < 2e-2, method
         y.float().square().mean().backward()
         expected.square().mean().backward()
@@ -133,7 +140,7 @@ def _saves(rank, folder):
         save_adapter({"unet": model}, path, format=format)
         load_adapter(plain, path)
         assert torch.equal(plain(x), expected(x)), (format, merged)
-        assert reference.relative_error(model(x), expected(x)) < 1e-5, (format, merged)  # saving changed nothing
+        reference.check_error(model(x), *outputs("dora", x), (format, merged))  # saving changed nothing
 
 
 def test_the_whole_adapter_is_saved(in_two_processes, tmp_path):
@@ -143,22 +150,22 @@ def test_the_whole_adapter_is_saved(in_two_processes, tmp_path):
 def _divides_what_is_frozen(rank, folder):
     for method in METHODS:
         whole, model, x = trained(method), trained(method), data()
+        exact = reference.doubled(whole)
         parameters = adapter_parameters(model)
         shard_frozen(model, [model[0]], parameters.values(), torch.device("cpu"))
         local = [p.to_local() for p in model.parameters() if isinstance(p, DTensor)]
         assert 2 * sum(p.numel() for p in local) == sum(p.numel() for p in bare().parameters())
         assert not any(isinstance(p, DTensor) for p in parameters.values())
         for _ in range(2):  # FSDP averages nothing here
-            y, expected = model(x), whole(x)
-            assert reference.relative_error(y, expected) < 1e-6
-            y.square().mean().backward()
-            expected.square().mean().backward()
-        for name, grad in gradients(whole).items():
-            assert reference.relative_error(parameters[name].grad, grad) < 1e-6, (method, name)
+            y, expected, right = model(x), whole(x), exact(x.double())
+            reference.check_error(y, expected, right)
+            for each in (y, expected, right):
+                each.square().mean().backward()
+        reference.check_errors({name: p.grad for name, p in parameters.items()}, gradients(whole), gradients(exact))
         merge(model)
-        assert reference.relative_error(model(x), expected) < 1e-5
+        reference.check_error(model(x), expected, right)
         unmerge(model)
-        assert reference.relative_error(model(x), expected) < 1e-6
+        reference.check_error(model(x), expected, right)
         save_adapter({"unet": model}, folder, format="diffusers")
         again = bare()
         load_adapter(again, folder)
@@ -201,13 +208,14 @@ def _divides_4_bits(rank, kind):
         y, expected = model(x), whole(x)
         y.square().mean().backward()
         expected.square().mean().backward()
+    # the same weights, dequantised by the same code on either side: nothing but the order of some sums may differ
     assert reference.relative_error(y, expected) < 1e-6
     found = gradients(model)
     for name, grad in gradients(whole).items():
         assert reference.relative_error(found[name], grad) < 1e-6, name
     with torch.no_grad(), fixed_parameters(model.eval()):
         for _ in range(2):
-            assert reference.relative_error(model(x), expected) < 1e-2
+            assert reference.relative_error(model(x), expected) < 1e-2  # a kernel of its own, which rounds to bf16
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

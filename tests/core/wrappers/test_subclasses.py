@@ -64,12 +64,15 @@ def draw(layer, tokens=6, dtype=torch.float32):
 
 def with_weight(base, W, x):
     """What the base class computes with another weight (O, I)."""
-    own = {"weight": (W.t() if isinstance(base, nn.Embedding) else W).to(base.weight.dtype)}
-    return functional_call(base, own, (x,))
+    own = {"weight": W.t() if isinstance(base, nn.Embedding) else W}
+    return functional_call(base, own, (x.to(W) if x.is_floating_point() else x,))
 
 
-def adapted_weight(base, layer):
-    return reference.weight_of(layer, base.weight.t() if isinstance(base, nn.Embedding) else None)
+def replaced(base, layer):
+    """The base layer and W', in the layer's dtype and in float64."""
+    W0 = base.weight.t() if isinstance(base, nn.Embedding) else None
+    bases = (base, reference.doubled(base))
+    return [(each, reference.weight_of(layer, W0, dtype=each.weight.dtype)) for each in bases]
 
 
 @KIND
@@ -92,7 +95,7 @@ def test_a_fresh_adapter_changes_no_bit(kind, method, dtype, autocast, tokens):
 def test_a_trained_adapter_replaces_the_weight(kind, method, tokens):
     base, model = base_and_trained(kind, method=method)
     x = draw(base, tokens)
-    assert reference.relative_error(model(x), with_weight(base, adapted_weight(base, model[0]), x)) < 1e-6
+    reference.check_error(model(x), *(with_weight(*expected, x) for expected in replaced(base, model[0])))
 
 
 @KIND
@@ -101,20 +104,20 @@ def test_gradients_are_those_of_the_replaced_weight(kind, method):
     base, model = base_and_trained(kind, method=method)
     x = draw(base)
     parameters = list(adapter_parameters(model).values())
-    y, expected = model(x), with_weight(base, adapted_weight(base, model[0]), x)
+    y, expected = model(x), [with_weight(*each, x) for each in replaced(base, model[0])]
     dY = torch.randn_like(y)
-    found = torch.autograd.grad(y, parameters, dY)
-    for a, b in zip(found, torch.autograd.grad(expected, parameters, dY), strict=True):
-        assert reference.relative_error(a, b) < 1e-5
+    reference.check_errors(
+        *(reference.numbered(torch.autograd.grad(of, parameters, dY.to(of))) for of in (y, *expected))
+    )
 
 
 @KIND
 def test_merged_and_unmerged(kind):
     base, model = base_and_trained(kind)
     x = draw(base)
-    expected = model(x)
+    expected, exact = model(x), with_weight(*replaced(base, model[0])[1], x)
     merge(model)
-    assert reference.relative_error(model(x), expected) < 1e-6
+    reference.check_error(model(x), expected, exact)
     unmerge(model)
     assert torch.equal(model[0].weight, base.weight)
     assert torch.equal(model(x), expected)
@@ -160,7 +163,8 @@ def test_outputs_agree_with_peft(kind):
                 own = getattr(theirs[0], name)["default"].weight
             own.copy_(wanted)
     x = draw(base)
-    assert reference.relative_error(model(x), theirs(x)) < 1e-6
+    exact = reference.doubled(theirs)(x.double() if x.is_floating_point() else x)
+    reference.check_error(model(x), theirs(x), exact)
 
 
 def test_a_convolution_that_pads_its_input():
@@ -170,8 +174,7 @@ def test_a_convolution_that_pads_its_input():
     inject(model, ["0"], DoRASpec(rank=4))
     assert torch.equal(model(x), base(x))
     reference.randomize(model[0], size=0.2)
-    W = reference.weight_of(model[0]).float()
-    assert reference.relative_error(model(x), functional_call(base, {"weight": W}, (x,))) < 1e-6
+    reference.check_error(model(x), *(with_weight(*expected, x) for expected in replaced(base, model[0])))
 
 
 # --- the table of classes ---

@@ -8,6 +8,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
 import dora_mm
 from dora_mm import DoRASpec
@@ -22,7 +25,7 @@ from dora_mm.sampling.image_sampler import sample
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
 from tests.shared import reference
-from tests.shared.images.tiny_flows import FLOWS, NAMES, PROMPT
+from tests.shared.images.tiny_flows import FLOWS, NAMES, PROMPT, SIZE
 
 PROMPTS = [PROMPT, "", "Describe this image in detail. " * 3]
 
@@ -42,11 +45,16 @@ def plain(flow, folder):
     return flow.plain(folder)
 
 
+def opened(flow, folder, **settings):
+    """The model, with keys of its section."""
+    section = {flow.name: {**flow.settings, **settings}} if flow.settings or settings else {}
+    return load_image_model(validated(ModelConfig, {"path": str(folder), **section}))
+
+
 @pytest.fixture(scope="module")
 def loaded(flow, folder):
     """The model, opened once: `model` takes adapters off again."""
-    section = {flow.name: flow.settings} if flow.settings else {}
-    return load_image_model(validated(ModelConfig, {"path": str(folder), **section}))
+    return opened(flow, folder)
 
 
 @pytest.fixture
@@ -66,6 +74,21 @@ def noise(channels, seed=0):
 
 def latents_of(model):
     return noise(16 if model.patch == 1 else 4)  # channels of patches, or of latents
+
+
+def shifted(flow, scheduler, u, num_tokens, steps=50):
+    """The times at shares u by diffusers' own scheduler, with the shift of the family's pipeline.
+
+    It stretches levels so that the last one given is `shift_terminal`. A training has no last one: 0 is given.
+    """
+    own = scheduler.config
+    mu = compute_empirical_mu(num_tokens, steps)
+    if flow.name != "flux2_klein":
+        lengths, shifts = (own.base_image_seq_len, own.max_image_seq_len), (own.base_shift, own.max_shift)
+        mu = calculate_shift(num_tokens, *lengths, *shifts)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(own)
+    scheduler.set_timesteps(sigmas=[*u.tolist(), 0.0], mu=mu if own.use_dynamic_shifting else None)
+    return scheduler.sigmas[: len(u)]
 
 
 def randomized(model):
@@ -114,6 +137,48 @@ def test_guidance_is_that_of_the_pipeline_without_a_warning(flow, model, plain, 
     (ours,) = sample(model, [PROMPT], [1], steps=2, guidance=5.0)
     assert np.abs(np.asarray(ours, np.int64) - np.asarray(theirs, np.int64)).max() <= 2
     assert [record.getMessage() for record in caplog.records if record.name.startswith("diffusers.pipelines")] == []
+
+
+def test_one_step_is_from_noise_alone(flow, model):
+    """Where the scheduler has a `shift_terminal`, too: diffusers' own stretch divides 0 by 0 then."""
+    assert model.noise.schedule(1, (8, 8)) == [1.0]
+    encoded, x = [model.encode_for_sampling(PROMPT, None)], flow.start((1, *latents_of(model)[0].shape[1:]), [1])
+    with torch.no_grad():
+        x = x - model.predict(x, torch.ones(1), encoded, [])
+    assert x.isfinite().all()
+    (image,) = sample(model, [PROMPT], [1], steps=1, guidance=1.0)
+    assert np.asarray(image).std() > 0
+
+
+def test_what_is_distilled_draws_at_the_noise_levels_of_its_pipeline(flow, tmp_path):
+    if flow.distilled is None:
+        pytest.skip("none is distilled of it")
+    folder = flow.build(tmp_path / "model", is_distilled=True)
+    pipe = flow.plain(folder)
+    flow.latents(pipe, [PROMPT], [1], steps=3)
+    model = opened(flow, folder)
+    levels = model.noise.schedule(3, [side // model.downscale for side in SIZE.values()])
+    torch.testing.assert_close(torch.tensor(levels), pipe.scheduler.sigmas[:-1])
+
+
+@pytest.mark.parametrize("most", [16, 40])
+def test_prompts_are_cut_at_max_tokens_as_by_the_pipeline(flow, folder, plain, most):
+    prompt, model = "Describe this image in detail. " * 9, opened(flow, folder, max_tokens=most)
+    unguided = {"do_classifier_free_guidance": False} if flow.name == "z_image" else {}
+    theirs = plain.encode_prompt(prompt, max_sequence_length=most, **unguided)[0][0]
+    (ours,) = model.encode_prompts([prompt])
+    torch.testing.assert_close(ours["text"], theirs, atol=1e-5, rtol=1e-5)
+    assert len(theirs) < 45 < model.num_tokens(prompt)
+    assert model.cut([prompt]) == [prompt]
+
+
+@pytest.mark.parametrize("steps", [4, 50])
+def test_the_times_of_kleins_training_are_those_of_images_in_shift_steps(steps, tmp_path):
+    flow = FLOWS[NAMES.index("flux2_klein")]
+    model = opened(flow, flow.build(tmp_path / "model"), shift_steps=steps)
+    u, (height, width) = torch.linspace(0.9, 0.1, 5), (48, 64)
+    expected = shifted(flow, model.scheduler, u, height * width, steps)
+    torch.testing.assert_close(model.noise.times(u, (height, width)), expected)
 
 
 def test_captions_of_a_batch_do_not_change_each_other(model):
@@ -168,10 +233,7 @@ def test_the_loss_and_its_gradients_are_those_of_plain_torch(flow, model, plain)
 
     stream = torch.Generator().manual_seed(3)
     e, u = torch.randn(x.shape, generator=stream), torch.randn(2, generator=stream).sigmoid()
-    tokens = x.shape[2] * x.shape[3] // model.patch**2
-    s = model.noise.shift(tokens)
-    t = s * u / (1 + (s - 1) * u)
-    t = 1 - (1 - t) * (1 - (plain.scheduler.config.shift_terminal or 0))
+    t = shifted(flow, plain.scheduler, u, x.shape[2] * x.shape[3] // model.patch**2)
     mixed = torch.stack([(1 - t[row]) * x[row] + t[row] * e[row] for row in range(2)])
     loss = (model.predict(mixed, t, encoded, []) - (e - x)).pow(2).mean()
     loss.backward()

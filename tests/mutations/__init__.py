@@ -1,0 +1,1 @@
+"""Faults in single lines of dora_mm that tests must notice: `make mutations`. See docs/developing.md."""
