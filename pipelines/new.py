@@ -17,6 +17,8 @@ from dora_mm.models.hub import local_copy
 from dora_mm.preview.images import describe_captions, describe_images, describe_length, describe_masks, repeats_of
 from dora_mm.preview.look import describe_look
 from dora_mm.preview.machine import fitting, largest_gpu
+from dora_mm.registries.image_families import IMAGE_FAMILIES
+from dora_mm.registries.vl_families import VL_FAMILIES
 from dora_mm.utils.atomic import already_there
 from dora_mm.utils.folders import written_together
 from dora_mm.utils.home import expanded
@@ -73,9 +75,15 @@ def main(
         model: The model: a folder, a file or a hub name; None: the recipe's.
 
     Raises:
-        ValueError: There is no such family, a file exists already, or the images or the model cannot be used.
+        ValueError: There is no such family, or it has no recipe to start from; a file exists already, or the images
+            or the model cannot be used.
     """
     if family not in (known := starts()):
+        if record := IMAGE_FAMILIES.get(family) or VL_FAMILIES.get(family):
+            raise ValueError(
+                f"{record.title} ({family}) has no recipe to start from (`starts` of its record): write a config for "
+                f"dora-mm train, or choose from {', '.join(known)}"
+            )
         raise ValueError(f"there is no family {family!r}{nearest(family, known)}: choose from {', '.join(known)}")
     if images is not None:
         resolve_path(images, "--images")

@@ -27,6 +27,7 @@ ROWS = [  # each may import the rows above it and itself, but not its neighbours
     {"train"},
     {"preview", "studies"},
     {"pipelines", "cli", "recipes"},
+    {"testing"},
 ]
 ROW_OF = {package: number for number, row in enumerate(ROWS) for package in row}
 ENTRY_POINTS = {"dora_mm/__init__.py", "dora_mm/__main__.py"}  # they resolve names lazily, and may import anything
@@ -34,12 +35,12 @@ SOURCES = sorted(p for folder in ("dora_mm", "pipelines") for p in (ROOT / folde
 FAMILIES = re.compile(r"sdxl|vl_bart|vlbart|\bvl\b|\beyes\b|unet|tokenizer", re.IGNORECASE)
 ROOMS_WITHOUT_FAMILIES = ("tasks", "adapting", "eval", "sampling", "train", "preview", "studies", "pipelines")
 VL_FAMILIES = re.compile(r"vl_bart|vlbart|[\"']vlm[\"']|models\.vlm", re.IGNORECASE)
-IMAGE_FAMILIES = re.compile(r"sdxl|z[-_ ]?image|klein|qwen_image|Qwen-Image|krea", re.IGNORECASE)
+IMAGE_FAMILIES = re.compile(r"sdxl|z[-_ ]?image|klein|qwen_image|Qwen-Image|krea|\bsd3|StableDiffusion3", re.IGNORECASE)
 MAY_NAME_IMAGE_FAMILIES = (  # their own files, data about architectures and files, and examples
     *("dora_mm/targets/", "dora_mm/formats/", "dora_mm/config/", "dora_mm/cli/", "dora_mm/__init__.py"),
     *("dora_mm/models/images/sdxl/", "dora_mm/models/images/z_image.py", "dora_mm/models/images/flux2_klein.py"),
-    *("dora_mm/models/images/qwen_image.py", "dora_mm/models/images/krea2.py"),
-    "dora_mm/registries/image_families.py",
+    *("dora_mm/models/images/qwen_image.py", "dora_mm/models/images/krea2.py", "dora_mm/models/images/sd3.py"),
+    *("dora_mm/registries/image_families.py", "dora_mm/registries/target_maps.py"),
 )
 VL_TASKS = re.compile(rf"[\"']({'|'.join(TASKS)})[\"']")
 MAY_NAME_VL_TASKS = (  # the records of tasks; and of formats and metrics, some of which have the name of a task
@@ -48,6 +49,7 @@ MAY_NAME_VL_TASKS = (  # the records of tasks; and of formats and metrics, some 
     "dora_mm/eval/vl/predictions/reading.py",  # a key of other programs' files
     *("dora_mm/data/images/captions.py", "dora_mm/cli/"),  # a key of captions, a command
     "dora_mm/train/resuming.py",  # a section of configs
+    "dora_mm/testing/vl_family.py",  # the rows of its checks
 )
 OF_A_BARE_QUESTION = re.compile(r"question_task = .*")  # each family says which task it takes a question for
 
@@ -172,7 +174,10 @@ def test_all_bars_are_of_one_kind():
     }
 
 
-PEFT_ITSELF = {"dora_mm/adapting/prefixes.py", "dora_mm/formats/tools/peft_loading.py"}
+PEFT_ITSELF = {
+    *("dora_mm/adapting/prefixes.py", "dora_mm/formats/tools/peft_loading.py"),
+    "dora_mm/testing/vl_family.py",  # which compares with it
+}
 
 
 def test_only_its_room_knows_the_layers_of_peft():

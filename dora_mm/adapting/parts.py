@@ -53,7 +53,7 @@ def check_names(config: AdapterConfig, target_maps: Mapping[str, TargetMap]) -> 
     """
     known = [full_name(component, part) for component, targets in target_maps.items() for part in targets.parts]
     for name in config.parts:
-        if name in config.known_parts and not set(_meant(name, target_maps)) & set(known):
+        if config.is_part(name) and not set(_meant(name, target_maps)) & set(known):
             raise ValueError(f"adapter.parts: this model has no part {name}; it has {', '.join(known)}")
 
 

@@ -1,5 +1,6 @@
 """The config section of adapters: which parts of a model are trained, and how. See schema.py for the rules."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -7,6 +8,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from dora_mm.config.schema import AdapterPath, Items, Positive, Section, Share, Text
 from dora_mm.config.training import OptimizerConfig
+from dora_mm.registries.target_maps import DERIVED_PARTS, TARGET_MAPS, TargetMapRecord
 from dora_mm.utils.messages import nearest
 
 EACH_TEXT_ENCODER = "text_encoder"  # how the names of all text encoders of a model begin
@@ -15,21 +17,11 @@ ALL_LINEAR = "all-linear"  # instead of a part: the linear layers of all parts o
 FROZEN = "frozen"  # the method of parts that are not trained
 REGEX = "re:"  # how patterns of paths begin that are regular expressions
 
-IMAGE_PARTS = (  # of all target maps of image models, with the network in front
-    *("unet.attn", "unet.cross", "unet.ff", "unet.conv"),  # self-attention, cross-attention, feed-forward, convolutions
-    *("transformer.attn", "transformer.ff", "transformer.mod"),  # mod: shifts, scales and gates from the time
-    "transformer.text",  # of Krea 2: what fuses the hidden states of its text encoder
-    *("text_encoder.attn", "text_encoder.ff", "text_encoder_2.attn", "text_encoder_2.ff"),
-)
 EXTRA_WEIGHT_MODULES = (
     "series",
     "parallel",
     "prefix",
 )  # methods that change no weight: a module of dora_mm/adapting each
-VL_PARTS = (  # of all target maps of vision-language models
-    *("text.attn", "text.mlp", "vision.attn", "vision.mlp", "connector", "cross"),
-    *("text.qv", "text.ko", "cross.qv", "cross.ko"),  # of vl_bart, instead of text.attn and cross
-)
 
 
 class PartConfig(Section):
@@ -45,7 +37,6 @@ class PartConfig(Section):
 class AdapterConfig(Section):
     """The adapter settings of every model; a subclass for each kind of model has the names of its parts."""
 
-    known_parts: ClassVar[tuple[str, ...]]
     full_trains_biases: ClassVar[bool]  # whether method full trains the biases of its layers, and not only weights
 
     method: Literal["dora", "lora", "magnitude", "full"] = "dora"  # magnitude: without A and B; full: the base weights
@@ -90,8 +81,8 @@ class AdapterConfig(Section):
                 raise ValueError(f"must be a list of parts, or parts with settings, got {parts!r}")
             return {}
         for name in parts:
-            if similar := _similar(name, (*cls.known_parts, ALL_LINEAR)):
-                known = ", ".join(cls.known_parts)
+            if cls.is_pattern(name) and (similar := _similar(name, (*cls.known_parts(), ALL_LINEAR))):
+                known = ", ".join(cls.known_parts())
                 raise ValueError(
                     f"there is no part {name!r}{similar}; parts are {known}, {ALL_LINEAR}, or patterns of paths of "
                     f"modules ({REGEX} marks a regular expression)"
@@ -122,9 +113,25 @@ class AdapterConfig(Section):
         """The complete settings of every configured part that is not frozen."""
         return {name: part for name, part in self.all_parts().items() if part.method != FROZEN}
 
-    def is_pattern(self, name: str) -> bool:
+    @classmethod
+    @abstractmethod
+    def parts_of(cls, record: TargetMapRecord) -> tuple[str, ...]:
+        """The names of the parts of a target map; none where it is for models of another kind."""
+
+    @classmethod
+    def known_parts(cls) -> tuple[str, ...]:
+        """The names of the parts of all target maps, those of other packages among them."""
+        return tuple(dict.fromkeys(part for record in TARGET_MAPS.values() for part in cls.parts_of(record)))
+
+    @classmethod
+    def is_part(cls, name: str) -> bool:
+        """Whether a name of `parts` is that of a part of some target map."""
+        return TARGET_MAPS.first(lambda record: name in cls.parts_of(record)) is not None
+
+    @classmethod
+    def is_pattern(cls, name: str) -> bool:
         """Whether a name of `parts` is a pattern of paths of modules."""
-        return name not in (*self.known_parts, ALL_LINEAR)
+        return name != ALL_LINEAR and not cls.is_part(name)
 
     def trained_in(self, start: str) -> tuple[str, ...]:
         """The trained parts whose names begin like this; none where the config names no parts."""
@@ -139,12 +146,18 @@ class AdapterConfig(Section):
 class ImageAdapterConfig(AdapterConfig):
     """What a training of an image model adapts."""
 
-    known_parts: ClassVar[tuple[str, ...]] = (*IMAGE_PARTS, f"{TEXT_ENCODERS}.attn", f"{TEXT_ENCODERS}.ff")
     full_trains_biases: ClassVar[bool] = False
 
     strength: Positive = (
         1.0  # scales the trained update once: the result is strength 1 of the saved file and of contact sheets
     )
+
+    @classmethod
+    def parts_of(cls, record: TargetMapRecord) -> tuple[str, ...]:
+        if not record.networks:
+            return ()
+        is_of_encoders = any(network.startswith(EACH_TEXT_ENCODER) for network in record.networks)
+        return (*record.names, *(f"{TEXT_ENCODERS}.{part}" for part in record.parts if is_of_encoders))
 
     @property
     def trains_text_encoders(self) -> bool:
@@ -155,7 +168,6 @@ class ImageAdapterConfig(AdapterConfig):
 class VLAdapterConfig(AdapterConfig):
     """What a training of a vision-language model adapts."""
 
-    known_parts: ClassVar[tuple[str, ...]] = VL_PARTS
     full_trains_biases: ClassVar[bool] = True
 
     # series, parallel: bottlenecks of `rank` features behind the MLPs, or beside their last two layers; prefix: `rank`
@@ -163,6 +175,18 @@ class VLAdapterConfig(AdapterConfig):
     method: Literal["dora", "lora", "magnitude", "full", "series", "parallel", "prefix"] = "dora"  # type: ignore[assignment]
     # Trained in addition: biases, norms, embeddings, visual_embedding (vl_bart), or patterns of parameter names
     extra_trainable: Items[Text] = ()
+
+    @classmethod
+    def parts_of(cls, record: TargetMapRecord) -> tuple[str, ...]:
+        return () if record.networks else record.parts
+
+    @classmethod
+    def known_parts(cls) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*DERIVED_PARTS, *super().known_parts())))
+
+    @classmethod
+    def is_part(cls, name: str) -> bool:
+        return name in DERIVED_PARTS or super().is_part(name)
 
     @property
     def vision_parts(self) -> tuple[str, ...]:

@@ -81,6 +81,12 @@ class Krea2Config(ImageFamilyConfig):
     max_tokens: Annotated[int, Field(gt=5)] = 512
 
 
+class StableDiffusion3Config(ImageFamilyConfig):
+    """Keys of the models of Stable Diffusion 3."""
+
+    max_tokens: Annotated[int, Field(gt=0, le=512)] = 256  # of a prompt as T5 reads it; text beyond is cut
+
+
 class ModelConfig(Section):
     """An image model; its files say of which family it is, and a section of another family is an error.
 

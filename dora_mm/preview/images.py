@@ -287,9 +287,7 @@ def remark_on_alternatives(images: Sequence[CaptionedImage], data: DataConfig) -
     having = [image.path.name for image in images if "{a|b}" in syntax_in(image.caption)]
     if not having or (data.captions and data.captions.alternatives):
         return []
-    return [
-        f"{len(having)} captions have {{a|b}} ({having[0]}), as text: data.captions.alternatives=true picks one"
-    ]
+    return [f"{len(having)} captions have {{a|b}} ({having[0]}), as text: data.captions.alternatives=true picks one"]
 
 
 def _recipes() -> str:

@@ -89,5 +89,12 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
                 32: "configs/krea2/style.yaml",
             },
         ),
+        "sd3": ImageFamily(
+            title="Stable Diffusion 3",
+            import_path="dora_mm.models.images.sd3:StableDiffusion3",
+            section="dora_mm.config.models:StableDiffusion3Config",
+            pipeline="StableDiffusion3Pipeline",
+            starts={16: "configs/sd3/style.yaml"},
+        ),
     },
 )

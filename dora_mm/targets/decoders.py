@@ -5,59 +5,46 @@ A mixture of experts keeps its experts in 3-D parameters, which no adapter reach
 
 from typing import NamedTuple
 
+from dora_mm.registries.target_maps import DECODERS
 from dora_mm.targets.blocks import Block, compose, either
 
 
 class LayerNames(NamedTuple):
     """How a family of models names its layers."""
 
-    types: str  # the model types of transformers that have these names
+    key: str  # of DECODERS, which has the model types of transformers with these names
     blocks: str  # where the blocks are, in the model without its head
     attention: str
     num_attention: int  # layers of a block
     mlp: str
     num_mlp: int
 
+    @property
+    def types(self) -> str:
+        return DECODERS[self.key]
+
 
 QKVO = r"self_attn\.(q|k|v|o)_proj"
 FUSED = r"(query_key_value|dense)"  # q, k and v are rows of one layer: the same as three that share A
 UP4 = r"mlp\.dense_(h_to_4h|4h_to_h)"
-LLAMAS = """
-    cohere cohere2 cwm diffllama ernie4_5 exaone4 gemma gemma2 gemma3_text granite helium llama ministral
-    ministral3 mistral olmo olmo2 olmo3 qwen2 qwen2_vl_text qwen2_5_vl_text qwen3 qwen3_vl_text seed_oss
-    smollm3 stablelm vaultgemma
-"""
 TABLE = (
-    LayerNames(LLAMAS, "layers", QKVO, 4, r"mlp\.(gate|up|down)_proj", 3),
-    LayerNames("apertus arcee jais2 nemotron", "layers", QKVO, 4, r"mlp\.(up|down)_proj", 2),
-    LayerNames("glm glm4", "layers", QKVO, 4, r"mlp\.(gate_up|down)_proj", 2),
+    LayerNames("llama", "layers", QKVO, 4, r"mlp\.(gate|up|down)_proj", 3),
+    LayerNames("nemotron", "layers", QKVO, 4, r"mlp\.(up|down)_proj", 2),
+    LayerNames("glm", "layers", QKVO, 4, r"mlp\.(gate_up|down)_proj", 2),
     LayerNames("phi3", "layers", r"self_attn\.(qkv|o)_proj", 2, r"mlp\.(gate_up|down)_proj", 2),
     LayerNames("phi", "layers", r"self_attn\.((q|k|v)_proj|dense)", 4, r"mlp\.fc[12]", 2),
     LayerNames("nanochat", "layers", QKVO, 4, r"mlp\.fc[12]", 2),
     LayerNames("starcoder2", "layers", QKVO, 4, r"mlp\.c_(fc|proj)", 2),
     LayerNames("persimmon", "layers", rf"self_attn\.{FUSED}", 2, UP4, 2),
-    LayerNames("gpt_neox gpt_neox_japanese", "layers", rf"attention\.{FUSED}", 2, UP4, 2),
-    LayerNames("bloom falcon", "h", rf"self_attention\.{FUSED}", 2, UP4, 2),
-    LayerNames("gpt2 gpt_bigcode openai-gpt", "h", r"attn\.c_(attn|proj)", 2, r"mlp\.c_(fc|proj)", 2),
+    LayerNames("gpt_neox", "layers", rf"attention\.{FUSED}", 2, UP4, 2),
+    LayerNames("bloom", "h", rf"self_attention\.{FUSED}", 2, UP4, 2),
+    LayerNames("gpt2", "h", r"attn\.c_(attn|proj)", 2, r"mlp\.c_(fc|proj)", 2),
     LayerNames("gpt_neo", "h", r"attn\.attention\.(q|k|v|out)_proj", 4, r"mlp\.c_(fc|proj)", 2),
     LayerNames("gptj", "h", r"attn\.(q|k|v|out)_proj", 4, r"mlp\.fc_(in|out)", 2),
     LayerNames("codegen", "h", r"attn\.(qkv|out)_proj", 2, r"mlp\.fc_(in|out)", 2),
     LayerNames("mpt", "blocks", r"attn\.(Wqkv|out_proj)", 2, r"ffn\.(up|down)_proj", 2),
-    LayerNames("biogpt xglm", "layers", r"self_attn\.(q|k|v|out)_proj", 4, "fc[12]", 2),
+    LayerNames("xglm", "layers", r"self_attn\.(q|k|v|out)_proj", 4, "fc[12]", 2),
     LayerNames("opt", r"decoder\.layers", r"self_attn\.(q|k|v|out)_proj", 4, "fc[12]", 2),
-)
-MODEL_TYPES = tuple(name for row in TABLE for name in row.types.split())
-MIXTURES = (
-    "cohere2_moe",
-    "flex_olmo",
-    "gpt_oss",
-    "granitemoe",
-    "minimax_m2",
-    "mixtral",
-    "olmoe",
-    "phimoe",
-    "qwen2_moe",
-    "qwen3_moe",
 )
 
 

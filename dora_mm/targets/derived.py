@@ -17,9 +17,9 @@ from torch import nn
 
 from dora_mm.core.targets import TargetMap, adaptable
 from dora_mm.core.wrappers.attention import with_projections
+from dora_mm.registries.target_maps import DERIVED_PARTS as PARTS
 
 NAME = "derived"
-PARTS = ("text.attn", "text.mlp", "cross", "vision.attn", "vision.mlp", "connector")
 ATTENTION = ("text.attn", "cross", "vision.attn")  # the parts that every block has one of
 NO_COUNTS: dict[str, int] = {}  # of a block in which any number of layers may be adapted
 AREAS = {  # of a model inside another one, by the name of its config there; the first one counts

@@ -5,9 +5,9 @@ from typing import Any, get_args
 
 import pytest
 
-from dora_mm.adapting.parts import full_name
+from dora_mm.adapting.parts import MODEL, full_name
 from dora_mm.backend import BACKENDS
-from dora_mm.config.adapter import IMAGE_PARTS, VL_PARTS, AdapterConfig, PartConfig
+from dora_mm.config.adapter import AdapterConfig, ImageAdapterConfig, PartConfig, VLAdapterConfig
 from dora_mm.config.generation import Axis, ConceptChoice, EvalDiffusionConfig, ImageGenerationConfig
 from dora_mm.config.images import LossConfig
 from dora_mm.config.models import ModelConfig, VLBartModelConfig, VLMModelConfig
@@ -21,8 +21,9 @@ from dora_mm.models.images.schedulers import SCHEDULERS
 from dora_mm.models.quantization import QUANTIZATIONS
 from dora_mm.models.vl.vl_bart.loading import VISUAL
 from dora_mm.preview.training import PRECISIONS
+from dora_mm.registries.target_maps import TARGET_MAPS
 from dora_mm.sampling.batch.requests import ImageRequest
-from dora_mm.targets import MAPS, derived
+from dora_mm.targets import derived, find
 from dora_mm.tasks.diffusion import DISTANCES
 from dora_mm.train.schedule import SHAPES
 
@@ -66,20 +67,14 @@ def test_axes_are_settings_of_a_image():
     assert choices(Axis.model_fields["name"].annotation) - others <= set(ImageRequest.__dataclass_fields__)
 
 
-IMAGE_MODELS = {  # the target maps of the networks of image models
-    "unet": ("sdxl-unet",),
-    "transformer": ("flux", "flux2", "sd3", "qwen-image", "krea2", "z-image"),
-    "text_encoder": ("clip-text",),
-    "text_encoder_2": ("clip-text",),
-}
+@pytest.mark.parametrize("name", TARGET_MAPS.built_in)
+def test_the_record_of_a_target_map_has_its_parts_and_their_names(name):
+    record, parts = TARGET_MAPS[name], find(name).parts
+    assert record.parts == tuple(parts)
+    assert set(record.names) == {full_name(network, part) for network in record.networks or (MODEL,) for part in parts}
+    kinds = ImageAdapterConfig, VLAdapterConfig
+    assert [bool(kind.parts_of(record)) for kind in kinds] == [bool(record.networks), not record.networks]
 
 
-def parts_of(names: Iterable[str], component: str) -> set[str]:
-    return {full_name(component, part) for name in names for part in MAPS[name].parts}
-
-
-def test_parts_are_those_of_the_target_maps():
-    images = {part for component, names in IMAGE_MODELS.items() for part in parts_of(names, component)}
-    assert set(IMAGE_PARTS) == images
-    others = set(MAPS) - {name for names in IMAGE_MODELS.values() for name in names}
-    assert set(VL_PARTS) == parts_of(others, "model") | set(derived.PARTS)
+def test_parts_of_derived_maps_are_known():
+    assert set(derived.PARTS) <= set(VLAdapterConfig.known_parts())

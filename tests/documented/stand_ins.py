@@ -14,6 +14,7 @@ from dora_mm.models.vl.towers import building as towers
 from tests.shared.images import tiny_flux2_klein as klein
 from tests.shared.images import tiny_krea2 as krea2
 from tests.shared.images import tiny_qwen_image as qwen_image
+from tests.shared.images import tiny_sd3 as sd3
 from tests.shared.images import tiny_z_image as z_image
 from tests.shared.local_server import started
 from tests.shared.vl import tiny_vlm as tiny
@@ -55,6 +56,8 @@ def build(name: str, folder: Path, tiny_sdxl: Path, tiny_vlm: Callable[[str], Pa
         krea2.build(folder)
     elif name == "krea/Krea-2-Turbo":
         krea2.build(folder, is_distilled=True)
+    elif name == "stabilityai/stable-diffusion-3.5-medium":
+        sd3.build(folder)
     elif name == "facebook/bart-base":
         tokenizer = small_tokenizer()
         small_bart(len(tokenizer)).save_pretrained(folder)

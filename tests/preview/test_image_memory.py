@@ -122,6 +122,7 @@ OF_FLOWS = {
     "flux2_klein": ("", "_12gb"),
     "qwen_image": ("", "_32gb", "_24gb"),
     "krea2": ("", "_24gb", "_16gb"),
+    "sd3": ("",),
 }
 RECIPES = ["sdxl/3d_icon", *(f"sdxl/3d_icon{size}" for size in SIZES), "sdxl/lego"]
 RECIPES += [f"{family}/style{size}" for family, sizes in OF_FLOWS.items() for size in sizes]

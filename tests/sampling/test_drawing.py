@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from dora_mm.sampling.batch.requests import ImageRequest
 from PIL import Image
 
 from dora_mm import DoRASpec, inject, load_adapter, save_adapter
@@ -11,6 +10,7 @@ from dora_mm.config.generation import ImageGenerationConfig
 from dora_mm.config.models import ModelConfig
 from dora_mm.core import adapter_parameters
 from dora_mm.models.images.families import load_image_model
+from dora_mm.sampling.batch.requests import ImageRequest
 from dora_mm.sampling.image_sampler import sample
 from dora_mm.sampling.model import load_model
 

@@ -5,12 +5,12 @@ import shlex
 import shutil
 
 import pytest
-from dora_mm.sampling.batch.reading import read_prompts_file
 from PIL import Image
 
 from dora_mm.cli.commands import take_prompts_file
 from dora_mm.cli.parser import build_parser
 from dora_mm.config import load_config
+from dora_mm.sampling.batch.reading import read_prompts_file
 from dora_mm.sampling.gallery import write_gallery
 from dora_mm.sampling.manifest import read_manifest
 from tests.sampling.conftest import ADAPTED, BARE

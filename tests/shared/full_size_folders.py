@@ -8,7 +8,7 @@ from typing import Any
 
 from dora_mm.models.images.sdxl.checkpoint import CONFIGS, tokenizers
 from tests.shared.images import tiny_flux2_klein as tiny_klein
-from tests.shared.images import tiny_krea2, tiny_z_image
+from tests.shared.images import tiny_krea2, tiny_sd3, tiny_z_image
 from tests.shared.images import tiny_qwen_image as tiny_qwen
 
 Z_IMAGE = {  # of Tongyi-MAI/Z-Image
@@ -122,6 +122,57 @@ KREA2 = {  # of krea/Krea-2-Raw; its VAE is Qwen-Image's
 }
 
 
+SD3 = {  # of stabilityai/stable-diffusion-3.5-medium
+    "transformer": {
+        "sample_size": 128,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 24,
+        "attention_head_dim": 64,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": list(range(13)),
+    },
+    "text_encoder": {  # CLIP-L
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "projection_dim": 768,
+    },
+    "text_encoder_2": {  # OpenCLIP bigG
+        "vocab_size": 49408,
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "projection_dim": 1280,
+    },
+    "text_encoder_3": {  # T5-XXL
+        "vocab_size": 32128,
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+        "feed_forward_proj": "gated-gelu",
+        "is_gated_act": True,
+        "dense_act_fn": "gelu_new",
+    },
+    "vae": {
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "latent_channels": 16,
+        "sample_size": 1024,
+    },
+}
+
+
 def sdxl(folder: Path) -> Path:
     """SDXL base 1.0."""
     shutil.copytree(CONFIGS, folder)
@@ -154,6 +205,11 @@ def krea2(folder: Path) -> Path:
     return _of_full_size(folder, KREA2)
 
 
+def sd3(folder: Path) -> Path:
+    """Stable Diffusion 3.5 medium, with the tokenizers of a small one."""
+    return _of_full_size(tiny_sd3.build(folder), SD3)
+
+
 def _of_full_size(folder: Path, sizes: Mapping[str, Mapping[str, Any]]) -> Path:
     for weights in folder.rglob("*.safetensors"):
         weights.unlink()
@@ -165,4 +221,11 @@ def _of_full_size(folder: Path, sizes: Mapping[str, Mapping[str, Any]]) -> Path:
     return folder
 
 
-MAKERS = {"sdxl": sdxl, "z_image": z_image, "flux2_klein": flux2_klein, "qwen_image": qwen_image, "krea2": krea2}
+MAKERS = {
+    "sdxl": sdxl,
+    "z_image": z_image,
+    "flux2_klein": flux2_klein,
+    "qwen_image": qwen_image,
+    "krea2": krea2,
+    "sd3": sd3,
+}

@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 import dora_mm
 from dora_mm import DoRASpec, adapter_parameters, targets
 from dora_mm.core.targets import match_modules
-from dora_mm.targets.decoders import MIXTURES, TABLE
+from dora_mm.registries.target_maps import MIXTURES
+from dora_mm.targets.decoders import TABLE
 from tests.shared import reference
 
 LAYERS = 2

@@ -1,4 +1,4 @@
-"""What families of flow models share: one text encoder that reads a chat template, and a transformer."""
+"""What families of flow models share: the noise levels of training and sampling, prompts, and a transformer."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from dora_mm.data.images.latents import Latents
 from dora_mm.data.syntax import Wording
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.models.images.image_model import Distilled, ImageModel, Prompt
-from dora_mm.models.images.noise import Flow
+from dora_mm.models.images.noise import Flow, SchedulerFlow
 from dora_mm.models.images.vae import posterior_of
 
 
 class FlowModel(ImageModel):
-    """An image model that predicts velocities, whose encoded prompt is one tensor of rows, `text`.
+    """An image model that predicts velocities.
 
-    Its section has `max_tokens`, and its VAE's latents are the mode of the posterior, with which it was trained.
+    Its section has `max_tokens`. What is said here of text encoders, chat templates, sampling and latents is that of
+    most families; the others say otherwise.
     """
 
     phases = (("tokenizer", "scheduler"), ("text_encoder",), ("vae",), ("transformer",))
@@ -33,7 +34,13 @@ class FlowModel(ImageModel):
     reads_denoisers = True
     patch: ClassVar[int] = 2  # the side of what the transformer takes for one token, in its latents
     distilled_steps: ClassVar[int] = 0  # in which those generate whose index has `is_distilled`; 0: it says nothing
-    chat: ClassVar[Mapping[str, Any]] = {"add_generation_prompt": True}  # how the chat template of prompts is filled in
+    chat: ClassVar[Mapping[str, Any] | None] = (
+        None  # how the chat template of prompts is filled in; None: there is none
+    )
+    scheduler_makes_levels: ClassVar[bool] = False  # whether its pipeline leaves noise levels to the scheduler
+    # Whether its pipeline gives each token of a guided prediction the length that it has with the prompt alone
+    rescales_guided_tokens: ClassVar[bool] = False
+    trains_on_mode: ClassVar[bool] = True  # of the VAE's posterior; False: on samples of it
 
     @classmethod
     def distilled(cls, files: ModelFolder) -> Distilled | None:
@@ -48,17 +55,19 @@ class FlowModel(ImageModel):
 
     @property
     def vae_identity(self) -> str:
-        return f"{super().vae_identity} mode"  # another family may cache the variance, too
+        return f"{super().vae_identity} mode" if self.trains_on_mode else super().vae_identity
 
     @cached_property
     def noise(self) -> Flow:
-        return Flow(self.scheduler, self.patch)
+        return (SchedulerFlow if self.scheduler_makes_levels else Flow)(self.scheduler, self.patch)
 
     def prompt_length(self, prompt: Wording) -> int:
         """The same for all: they are filled up to one length, and the transformer reads what fills them."""
         return 1
 
     def num_tokens(self, prompt: str) -> int:
+        if self.chat is None:
+            return super().num_tokens(prompt)
         ids = self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **self.chat)
         return len(ids["input_ids"])
 
@@ -67,15 +76,19 @@ class FlowModel(ImageModel):
         return self.settings.max_tokens
 
     def encode_images(self, pixels: Tensor) -> Latents:
-        mode = posterior_of(self.vae, pixels).mode().float()
-        return Latents(mode.squeeze(2) if mode.ndim > pixels.ndim else mode, None)
+        posterior = posterior_of(self.vae, pixels)
+
+        def one_frame(tensor: Tensor) -> Tensor:
+            return (tensor.squeeze(2) if tensor.ndim > pixels.ndim else tensor).float()
+
+        return Latents(one_frame(posterior.mode()), None if self.trains_on_mode else one_frame(posterior.logvar))
 
     @torch.no_grad()
     def encode_for_sampling(self, prompt: Wording, negative_prompt: Wording | None) -> Prompt:
         assert isinstance(prompt, str)  # it does not `weigh_words`
         assert not isinstance(negative_prompt, tuple)
-        text, negative = self.encode_prompts([prompt, negative_prompt or ""])
-        return {"text": text["text"], "negative": negative["text"]}
+        encoded, negative = self.encode_prompts([prompt, negative_prompt or ""])
+        return {**encoded, **{f"negative_{name}": tensor for name, tensor in negative.items()}}
 
     @abstractmethod
     def prompt_inputs(self, encoded: Sequence[Prompt], guidance: float) -> dict[str, Any]:

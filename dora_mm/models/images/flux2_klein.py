@@ -95,6 +95,6 @@ class Flux2Klein(FlowModel):
     def prompt_inputs(self, encoded: Sequence[Prompt], guidance: float) -> dict[str, Any]:
         return {
             "prompt_embeds": torch.stack([each["text"] for each in encoded]),
-            "negative_prompt_embeds": torch.stack([each["negative"] for each in encoded]),
+            "negative_prompt_embeds": torch.stack([each["negative_text"] for each in encoded]),
             "guidance_scale": guidance,
         }

@@ -67,7 +67,7 @@ class Krea2(WithQwenVAE):
 
     def prompt_inputs(self, encoded: Sequence[Prompt], guidance: float) -> dict[str, Any]:
         """All of one length, since the pipeline takes the places of negative prompts from the others."""
-        rows = [{"text": each[name]} for name in ("text", "negative") for each in encoded]
+        rows = [{"text": each[name]} for name in ("text", "negative_text") for each in encoded]
         text, mask = pad_prompts(rows, "text")
         (prompts, negative), (kept, its_kept) = text.chunk(2), full_mask(text, mask).chunk(2)
         return {

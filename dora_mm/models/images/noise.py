@@ -182,3 +182,16 @@ class Flow:
 
     def _num_tokens(self, size: LatentSize) -> int:
         return (size[0] // self.patch) * (size[1] // self.patch)
+
+
+class SchedulerFlow(Flow):
+    """The noise levels of pipelines that leave the steps of sampling to their scheduler.
+
+    Its last step is at the least level that it knows, not at 1 / num_steps; a fixed shift moves that one twice.
+    """
+
+    def schedule(self, num_steps: int, size: LatentSize) -> list[float]:
+        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(self.config)
+        mu = self.mu(self._num_tokens(size), num_steps) if self.config.use_dynamic_shifting else None
+        scheduler.set_timesteps(num_steps, mu=mu)
+        return scheduler.sigmas[:-1].tolist()

@@ -74,6 +74,7 @@ class QwenImage(WithQwenVAE):
 
     name = "qwen_image"
     maps: ClassVar = {"transformer": "qwen-image"}
+    rescales_guided_tokens = True
     has_unread_layers = True  # those of the text in the last block
 
     def in_template(self, pipe: Any, prompt: str) -> str:
@@ -101,7 +102,7 @@ class QwenImage(WithQwenVAE):
         return pixel_shuffle(found.mT.reshape(patches.shape), 2)
 
     def prompt_inputs(self, encoded: Sequence[Prompt], guidance: float) -> dict[str, Any]:
-        (text, mask), (negative, its_mask) = (pad_prompts(encoded, name) for name in ("text", "negative"))
+        (text, mask), (negative, its_mask) = (pad_prompts(encoded, name) for name in ("text", "negative_text"))
         return {
             "prompt_embeds": text,
             "prompt_embeds_mask": full_mask(text, mask),

@@ -70,6 +70,6 @@ class ZImage(FlowModel):
     def prompt_inputs(self, encoded: Sequence[Prompt], guidance: float) -> dict[str, Any]:
         return {
             "prompt_embeds": [each["text"] for each in encoded],
-            "negative_prompt_embeds": [each["negative"] for each in encoded],
+            "negative_prompt_embeds": [each["negative_text"] for each in encoded],
             "guidance_scale": guidance - 1,  # the pipeline adds the difference to the prediction with the prompt
         }

@@ -11,7 +11,7 @@ from dora_mm.config.models import ModelConfig, ZImageConfig
 from dora_mm.models.images.components import Components
 from dora_mm.models.images.families import family_of, load_image_model
 from dora_mm.registries.image_families import IMAGE_FAMILIES
-from dora_mm.targets import MAPS
+from dora_mm.registries.target_maps import TARGET_MAPS
 from dora_mm.tasks.image_batches import PromptEncoder
 
 
@@ -25,7 +25,7 @@ def test_the_index_of_a_folder_says_the_family(tmp_path, name):
     record = IMAGE_FAMILIES[name]
     family = family_of(folder_of(tmp_path, record.pipeline))
     assert (family.name, family.record()) == (name, record)
-    assert set(family.maps.values()) <= set(MAPS)
+    assert set(family.maps.values()) <= set(TARGET_MAPS)
     assert next(iter(family.maps)) == family.denoiser == family.phases[-1][0]
     assert hasattr(ModelConfig(path="a"), name)
     assert family.pipeline_class().__name__ == record.pipeline

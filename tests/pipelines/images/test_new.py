@@ -234,3 +234,10 @@ def test_a_job_without_a_model_asks_for_one(here, capsys):
     assert "--set model.path=MODEL" in capsys.readouterr().err
     assert main(["train", "configs/sdxl/3d_ikon.yaml"]) == 2
     assert "dora-mm configs" in capsys.readouterr().err
+
+
+def test_a_family_without_a_recipe_to_start_from_says_so(here, capsys):
+    assert main(["new", "vl_bart", "mine", "--images", "my images"]) != 0
+    said = capsys.readouterr().err
+    assert "VL-BART (vl_bart) has no recipe to start from (`starts` of its record)" in said
+    assert "choose from sdxl, z_image" in said

@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, Krea2Pipeline, QwenImagePipeline, ZImagePipeline
+from diffusers import (
+    Flux2KleinPipeline,
+    Krea2Pipeline,
+    QwenImagePipeline,
+    StableDiffusion3Pipeline,
+    ZImagePipeline,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
@@ -18,6 +24,7 @@ from dora_mm.registries.image_families import IMAGE_FAMILIES
 from tests.shared.images import tiny_flux2_klein as klein
 from tests.shared.images import tiny_krea2 as krea2
 from tests.shared.images import tiny_qwen_image as qwen_image
+from tests.shared.images import tiny_sd3 as sd3
 from tests.shared.images import tiny_z_image as z_image
 
 PROMPT = "a TOK icon of a red ball"
@@ -38,6 +45,7 @@ class TinyFlow:
         guided: Those for a prompt with guidance 5, in our count.
         as_denoised: The latents that the pipeline's VAE gives, as the denoiser has them.
         is_over_frames: Whether its VAE is one of videos.
+        unread: A regular expression for the layers that no gradient reaches: docs/targets.md.
         settings: The family's section in the trainings of tests.
     """
 
@@ -50,6 +58,7 @@ class TinyFlow:
     guided: Callable[[str], dict[str, Any]]
     as_denoised: Callable[[Any, Tensor], Tensor]
     is_over_frames: bool = False
+    unread: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -151,6 +160,7 @@ FLOWS = (
         lambda prompt: {"prompt": prompt, "negative_prompt": "", "true_cfg_scale": 5.0},
         _by_channel,
         is_over_frames=True,
+        unread=r"transformer_blocks\.1\.(attn\.(add_q|to_add_out)|txt_mlp)",
     ),
     TinyFlow(
         "krea2",
@@ -162,6 +172,17 @@ FLOWS = (
         lambda prompt: {"prompt": prompt, "negative_prompt": "", "guidance_scale": 4.0},
         _by_channel,
         is_over_frames=True,
+    ),
+    TinyFlow(
+        "sd3",
+        sd3.build,
+        None,
+        StableDiffusion3Pipeline,
+        lambda pipe, prompts: list(pipe.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=False)[0]),
+        lambda pipe, prompts: {"prompt": list(prompts), "guidance_scale": 1.0},
+        lambda prompt: {"prompt": prompt, "negative_prompt": "", "guidance_scale": 5.0},
+        lambda pipe, latents: (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor,
+        unread=r"transformer_blocks\.1\.attn\.add_q",
     ),
 )
 NAMES = [flow.name for flow in FLOWS]
