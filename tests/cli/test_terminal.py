@@ -68,7 +68,7 @@ def test_work_has_a_bar_on_a_terminal(monkeypatch, caplog):
         monkeypatch.setattr(sys, "stderr", terminal)
         with Progress("loading a model"):
             time.sleep(0.1)
-        with Progress("drawing", 40, "pictures", keep=True) as drawing:
+        with Progress("sampling", 40, "images", keep=True) as drawing:
             drawing.note = "loss 0.5"
             with drawing.part(10) as on_step:
                 on_step(0.55)
@@ -78,8 +78,8 @@ def test_work_has_a_bar_on_a_terminal(monkeypatch, caplog):
         monkeypatch.undo()
     shown = read_all(ours)
     assert "loading a model [00:0" in shown
-    assert "generating:  14%|" in shown
+    assert "sampling:  14%|" in shown
     assert "| 6/40 [00:0" in shown
     assert "loss 0.5" in shown
-    assert shown.rstrip("\r\n").rpartition("\r")[2].startswith("generating: 100%|")
+    assert shown.rstrip("\r\n").rpartition("\r")[2].startswith("sampling: 100%|")
     assert not caplog.messages

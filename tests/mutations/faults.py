@@ -247,7 +247,7 @@ SAMPLING = (
         'load(path, strength, f"adapter {number}")',
         'load(path, weights[0][1], f"adapter {number}")',
         "a row with two adapters loads both at the first one's strength",
-        "tests/sampling/test_drawing.py",
+        "tests/sampling/test_second_adapters.py",
     ),
     Fault(
         "cells of a grid",

@@ -32,7 +32,7 @@ DATA = DataConfig(folder="pictures", resolution=128, placeholder="TOK", subfolde
 
 def test_images_by_bucket():
     assert describe_images(IMAGES, DATA).splitlines() == [
-        "images  3 in images",
+        "images  3 in pictures",
         "buckets   128 x 128: 2, 160 x 96: 1 (h x w)",
         "enlarged  1: they have less than 128 x 128 pixels",
         "repeats   2 images x 1, 1 images x 3",

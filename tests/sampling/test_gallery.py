@@ -80,7 +80,7 @@ def test_columns_and_exact_values():
     columns = {column["name"]: column for column in data["columns"]}
     assert [name for name, column in columns.items() if column["varies"]] == ["seed", "sizes", "log-odds"]
     assert columns["log-odds"]["kind"] == "score"
-    rows = [dict(zip(columns, image["values"], strict=True)) for image in data["pictures"]]
+    rows = [dict(zip(columns, image["values"], strict=True)) for image in data["images"]]
     assert [row["seed"] for row in rows] == [str(large), 3]  # JavaScript would round it
     assert [row["log-odds"] for row in rows] == [1.5, "nan"]
     assert [row["sizes"] for row in rows] == [[1, {"a": 2}], None]
@@ -98,7 +98,7 @@ def test_hostile_texts_stay_data(tmp_path):
     assert "<!--" not in text
     data = data_of(page)
     names = [column["name"] for column in data["columns"]]
-    assert [image["values"][names.index("prompt")] for image in data["pictures"]] == HOSTILE
+    assert [image["values"][names.index("prompt")] for image in data["images"]] == HOSTILE
     assert set(HOSTILE) <= set(names)
 
 
@@ -142,7 +142,7 @@ def test_every_entry_is_listed_and_what_cannot_be_shown_has_its_reason(tmp_path)
     write_manifest(run, entries)
     data = data_of(write_gallery({run: read_manifest(run)}, tmp_path / "gallery"))
     status = [column["kind"] for column in data["columns"]].index("status")
-    found = [(image["values"][status], image["reason"], image["file"]) for image in data["pictures"]]
+    found = [(image["values"][status], image["reason"], image["file"]) for image in data["images"]]
     assert found[0] == ("done", None, "pictures/1/1.png")
     assert found[1] == ("missing", "its file is not there any more", None)
     assert found[2] == found[3] == ("failed", "its file is not a whole PNG, WebP or JPEG image", None)
@@ -158,7 +158,7 @@ def test_large_images_have_thumbnails_and_the_originals_stay_whole(tmp_path):
     Image.new("RGBA", (300, 200), (0, 0, 255, 120)).save(run / "a b%20#?.png")
     write_manifest(run, [entry(), entry(2, "a b%20#?.png")])
     folder = write_gallery({run: read_manifest(run)}, tmp_path / "gallery").parent
-    large, small = data_of(folder / "index.html")["pictures"]
+    large, small = data_of(folder / "index.html")["images"]
     assert (large["file"], large["size"]) == ("pictures/1/1.png", [1024, 640])
     assert (folder / large["file"]).read_bytes() == (run / "1.png").read_bytes()
     with Image.open(folder / large["thumbnail"]) as thumbnail:
@@ -186,7 +186,7 @@ def test_the_gallery_of_one_run_lies_in_it_and_is_replaced(tmp_path, capsys, mon
         (left / "index.html").touch()
     partials.remove_dead.cache_clear()  # as in another process
     assert main(["gallery", "runs/mine/001"]) == 0
-    assert len(data_of(page)["pictures"]) == 1
+    assert len(data_of(page)["images"]) == 1
     assert sorted(path.name for path in page.parent.iterdir()) == ["index.html", "pictures"]
     assert not list(run.glob(".*"))
 
@@ -211,7 +211,7 @@ def test_the_gallery_of_several_runs_is_numbered(tmp_path, capsys, monkeypatch):
         assert main(["gallery", *runs, runs[0]]) == 0
         page = Path("runs/gallery", number, "index.html")
         assert str(page) in capsys.readouterr().out
-        assert [image["values"][0] for image in data_of(page)["pictures"]] == runs
+        assert [image["values"][0] for image in data_of(page)["images"]] == runs
     assert main(["gallery", *runs, "--output", "here/there"]) == 0
     assert Path("here/there/index.html").is_file()
 

@@ -142,7 +142,7 @@ def test_a_training_without_images_and_data_has_a_page(tmp_path, monkeypatch, ca
     assert training["note"].startswith("data.folder: pictures does not exist")
     assert training["next"] == {
         "after a stop": f"dora-mm train --resume {shlex.quote(str(run.path))}",
-        "a sheet now": f"touch {shlex.quote(str(run.path / 'sample-now'))}",
+        "a contact sheet now": f"touch {shlex.quote(str(run.path / 'sample-now'))}",
     }  # fmt: skip
     (run.path / "config.yaml").write_text("pipeline: train_diffusion\nmodel: 7\n")
     assert main(["gallery", str(run.path)]) == 2

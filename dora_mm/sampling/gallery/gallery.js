@@ -207,7 +207,7 @@ function groupOf(members) {
 const cardFor = (image) => stepperOf(image)?.card ?? cards.get(image);
 const stepperOf = (image) => (state.view === "steps" ? steppers.find(({ stops }) => stops.includes(image)) : undefined);
 
-function imageOf(card) {
+function imageOfCard(card) {
   const stepper = steppers.find((each) => each.card === card);
   return stepper ? stepper.stops[stepper.at] : [...cards].find(([, node]) => node === card)?.[0];
 }
@@ -217,8 +217,8 @@ main.addEventListener("keydown", (event) => {
   const nodes = [...main.querySelectorAll(".card")];
   const at = nodes.indexOf(document.activeElement);
   if (at < 0 || event.altKey || event.ctrlKey || event.metaKey) return;
-  if (event.key === "f") toggleFavourite(imageOf(nodes[at]));
-  if (event.key === "c") pin(imageOf(nodes[at]));
+  if (event.key === "f") toggleFavourite(imageOfCard(nodes[at]));
+  if (event.key === "c") pin(imageOfCard(nodes[at]));
   const left = (node) => node.getBoundingClientRect().left;
   const sameColumn = (node) => Math.abs(left(node) - left(nodes[at])) < 2;
   const target = {

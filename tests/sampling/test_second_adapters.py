@@ -38,7 +38,7 @@ def test_each_adapter_of_a_row_has_its_own_strength(tiny_folder, styles, strengt
     weights = tuple(zip(styles, strengths, strict=True))
     image = ImageRequest(row=1, prompt="a bus", negative_prompt=None, adapters=weights, strength=1.0, **SETTINGS)
     config = ImageGenerationConfig(pipeline="sample", name="job", model=ModelConfig(path=str(tiny_folder)))
-    job = load_model(config, styles).draw(tmp_path, [image], 1)
+    job = load_model(config, styles).generate(tmp_path, [image], 1)
     job.raise_failures()
     model = load_image_model(ModelConfig(path=str(tiny_folder)))
     for path, strength in weights:
