@@ -146,7 +146,7 @@ def train(
     accelerator, result = training["accelerator"], result_of(training["optimizer"])
     joins, writes = takes_part(accelerator, config.train), accelerator.is_main_process
     average = WeightAverage(training["parameters"], config.ema.decay) if config.ema else None
-    save_sheet = result(partial(save_contact_sheet, config, run, sampler, adapted, average, writes=writes))
+    save_samples = result(partial(save_contact_sheet, config, run, sampler, adapted, average, writes=writes))
     about = about_image_adapter(config, sampler.model)
     write = result(partial(save_image_adapter, config, adapted, sampler.model.new_tokens, about))
     measure = result(partial(losses, list(adapted.values()))) if losses else None
@@ -162,7 +162,7 @@ def train(
         due = config.sample.every and step % config.sample.every == 0 and step < config.train.steps
         with answering(accelerator, config.train, run, SAMPLE_NOW) as requested:
             if due or requested:
-                save_sheet(step, run.samples / f"step-{step:06d}.png")
+                save_samples(step, run.samples / f"step-{step:06d}.png")
                 if writes and config.sample.prompts:
                     update_page(run.path)
 
@@ -178,7 +178,7 @@ def train(
         log_losses(done, validate(done))
         validate.close()
     if joins:
-        finish(config, run, write, partial(save_sheet, done), average, writes=writes)
+        finish(config, run, write, partial(save_samples, done), average, writes=writes)
     if writes:
         write_results(config, run, training["parameters"], done, validate)
 
@@ -187,7 +187,7 @@ def finish(
     config: TrainDiffusionConfig,
     run: RunDirectory,
     write: Callable[[Path], None],
-    save_sheet: Callable[[Path], Mapping[str, list[Image.Image]]],
+    save_samples: Callable[[Path], Mapping[str, list[Image.Image]]],
     average: WeightAverage | None,
     *,
     writes: bool,
@@ -196,7 +196,7 @@ def finish(
     write(run.adapter)
     if average:
         average.applied()(write)(run.adapter_ema)
-    images = save_sheet(run.contact_sheet)
+    images = save_samples(run.contact_sheet)
     if writes:
         add_images(config, run.adapter, images.get("after", []))
         if average:

@@ -178,9 +178,9 @@ def take_prompts_file(arguments: Namespace) -> None:
     Raises:
         ValueError: A config is given twice.
     """
-    job = arguments.config
-    if job is not None and Path(job).suffix.lower() not in (".yaml", ".yml"):
-        given = {"prompts_file": job, "name": run_name(job)}
+    prompts_file = arguments.config
+    if prompts_file is not None and Path(prompts_file).suffix.lower() not in (".yaml", ".yml"):
+        given = {"prompts_file": prompts_file, "name": run_name(prompts_file)}
         arguments.config = arguments.prompts_config or GENERATION_DEFAULTS
         if arguments.resume is not None and arguments.prompts_config is None:
             arguments.config = None  # the run's own
@@ -188,7 +188,7 @@ def take_prompts_file(arguments: Namespace) -> None:
         # not as ASCII: YAML reads the two escapes of an emoji as two characters
         texts = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
         arguments.overrides = [*texts, *arguments.overrides]
-    elif job is None and arguments.overrides and arguments.resume is None and arguments.prompts_config is None:
+    elif prompts_file is None and arguments.overrides and arguments.resume is None and arguments.prompts_config is None:
         arguments.config = GENERATION_DEFAULTS  # the overrides have the prompts
     elif arguments.prompts_config is not None:
         raise ValueError("--config belongs to a prompts file: dora-mm sample JOBS.csv --config CONFIG")
@@ -204,14 +204,14 @@ def _run_config(arguments: Namespace, recipes: Recipes) -> None:
     if hasattr(model, "path") and arguments.resume is None and not arguments.dry_run:  # some make a new model
         _check_hub(resolve_model(model.path), model.revision, "model.path")
     main = recipes.load(config.pipeline).main
-    asked = {name: True for name in ("dry_run", "decode", "report") if getattr(arguments, name)}
+    flags = {name: True for name in ("dry_run", "decode", "report") if getattr(arguments, name)}
     if arguments.decode and not arguments.dry_run:
         raise ValueError("--decode belongs to a dry run: dora-mm train CONFIG --dry-run --decode")
-    for name in asked:
+    for name in flags:
         if name not in inspect.signature(main).parameters:
             raise ValueError(f"--{name.replace('_', '-')}: the recipe {config.pipeline} does not support it")
-    resumed = {"resume": arguments.resume} if arguments.resume is not None or not asked else {}
-    main(config, **asked, **resumed)
+    resumed = {"resume": arguments.resume} if arguments.resume is not None or not flags else {}
+    main(config, **flags, **resumed)
     if arguments.dry_run and num_started() == 1:  # the command that started several processes is not known
         print(f"\n{_without_dry_run(arguments, config)}")
 

@@ -98,7 +98,7 @@ def run_name(file: str | Path) -> str:
 
 def dump_config(config: PipelineConfig) -> str:
     """The resolved config as YAML, including defaults; `load_config` reads it back to an equal config."""
-    return yaml12.write(_plain(config.model_dump()))
+    return yaml12.write(_without_tuples(config.model_dump()))
 
 
 def differing_keys(one: PipelineConfig, other: PipelineConfig) -> list[str]:
@@ -240,8 +240,8 @@ def _dotted(path: KeyPath) -> str:
     return dotted_key(path) or "the config"
 
 
-def _plain(value: Any) -> Any:
+def _without_tuples(value: Any) -> Any:
     """Converts tuples to lists, which YAML writes without tags."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _without_tuples(item) for key, item in value.items()}
+    return [_without_tuples(item) for item in value] if isinstance(value, list | tuple) else value

@@ -118,7 +118,7 @@ class LayerReader:
 
     def leave_out(self, modules: Collection[str]) -> None:
         """Leaves modules of the file out."""
-        self._modules = {name: place for name, place in self._modules.items() if place[0] not in modules}
+        self._modules = {name: entry for name, entry in self._modules.items() if entry[0] not in modules}
 
     def biases(self) -> dict[str, Name]:
         """The modules of whose biases the file has a difference, by their names in it."""

@@ -204,8 +204,8 @@ def repeats_of(images: Sequence[CaptionedImage]) -> list[float]:
 
 def views_per_image(repeats: Sequence[float], train: TrainConfig, num_processes: int = 1) -> tuple[float, float]:
     """How often a training shows the image that it shows least, and the one that it shows most."""
-    places = train.steps * train.batch_size * train.gradient_accumulation_steps * num_processes
-    return places * min(repeats) / sum(repeats), places * max(repeats) / sum(repeats)
+    views = train.steps * train.batch_size * train.gradient_accumulation_steps * num_processes
+    return views * min(repeats) / sum(repeats), views * max(repeats) / sum(repeats)
 
 
 def times(views: float) -> str:
@@ -254,7 +254,7 @@ def remark_on_distilled(config: ModelConfig) -> list[str]:
     if found is None:
         return []
     return [
-        f"{config.path} was distilled to {found.steps} steps ({found.sign}), and a training undoes that: its loss is "
+        f"{config.path} was distilled to {found.steps} steps ({found.evidence}), and a training undoes that: its loss is "
         "not that of the distillation. Train the base model, and generate with this one and the adapter."
     ]
 

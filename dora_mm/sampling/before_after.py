@@ -106,7 +106,7 @@ def before_after_contact_sheet(
         seed, then with the next one.
     """
     prompts = list(config.prompts)
-    jobs, seeds = prompts * len(config.seeds), [seed for seed in config.seeds for _ in prompts]
+    repeated_prompts, seeds = prompts * len(config.seeds), [seed for seed in config.seeds for _ in prompts]
     settings = config.model_dump(include={"steps", "guidance", "guidance_rescale", "negative_prompt", "batch_size"})
     kinds = {"before": 0.0} if config.before_after and not full else {}
     kinds |= {"after": strength} | ({"average": strength} if average else {})
@@ -114,9 +114,11 @@ def before_after_contact_sheet(
     for label, shown in kinds.items():
         with average() if average and label == "average" else nullcontext():
             if full:
-                generated[label] = sample(model, jobs, seeds, metadata=label, **settings)
+                generated[label] = sample(model, repeated_prompts, seeds, metadata=label, **settings)
             else:
-                generated[label] = at_strength(model, adapted, shown, jobs, seeds, metadata=label, **settings)
+                generated[label] = at_strength(
+                    model, adapted, shown, repeated_prompts, seeds, metadata=label, **settings
+                )
     for network in () if full else adapted.values():
         set_strength(network, 1.0)  # training resumes at this strength
     rows, labels = [], []

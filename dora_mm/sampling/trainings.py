@@ -62,7 +62,7 @@ def with_usual_settings(config: ImagesT, adapters: Mapping[str, Path]) -> Images
     chosen = {key: value for key, value in own.items() if key not in config.model_fields_set}
     if chosen:
         shown = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
-        log.info("%s was distilled (%s), and so it generates with %s", model.path, found.sign, shown)
+        log.info("%s was distilled (%s), and so it generates with %s", model.path, found.evidence, shown)
     return config.model_copy(update=chosen)
 
 

@@ -84,11 +84,13 @@ def resume_failures(folder: Path, config: Mapping[str, Any]) -> list[str]:
                 return [f"training: dora-mm {command[0]} {command[1]} fails: {text}"]
         (written,) = (folder / name / "adapter").glob("*.safetensors")
         weights.append(load_file(written))
-    whole, resumed = weights
-    other = [name for name in whole if name not in resumed or not torch.equal(whole[name], resumed[name])]
+    unbroken, resumed = weights
+    other = [name for name in unbroken if name not in resumed or not torch.equal(unbroken[name], resumed[name])]
     if other:
         return [f"resume: {len(other)} tensors of a resumed training are not those of one at once, such as {other[0]}"]
-    return [] if any(tensor.any() for name, tensor in whole.items() if "lora_B" in name) else ["training: no B changes"]
+    return (
+        [] if any(tensor.any() for name, tensor in unbroken.items() if "lora_B" in name) else ["training: no B changes"]
+    )
 
 
 def _failed(command: list[str]) -> str:

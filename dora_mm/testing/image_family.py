@@ -80,7 +80,7 @@ class ImageFamilyCheck:
         self.framing = Framing((self.side, self.side), (self.side, self.side), 0, 0, (self.side, self.side), False)
 
     @cached_property
-    def plain(self) -> Any:
+    def official(self) -> Any:
         """The pipeline as diffusers itself opens it."""
         pipe = self.model.pipeline_class().from_pretrained(self.folder)
         pipe.set_progress_bar_config(disable=True)
@@ -105,7 +105,7 @@ class ImageFamilyCheck:
     def noise_levels(self) -> list[str]:
         self._sampled()
         _, pipe = self._pipeline_calls(GUIDANCE)
-        ours, theirs = pipe.scheduler.sigmas.float(), self.plain.scheduler.sigmas.float()
+        ours, theirs = pipe.scheduler.sigmas.float(), self.official.scheduler.sigmas.float()
         if distance(ours, theirs) <= CLOSE:
             return []
         both = [", ".join(f"{level:.3f}" for level in levels) for levels in (ours, theirs)]
@@ -128,7 +128,7 @@ class ImageFamilyCheck:
         normalized = self.model.normalized(_of_one_frame(calls.decoded[0]))
         if distance(normalized, last) > CLOSE:
             found.append("`normalized` is not the inverse of what the pipeline does to latents before it decodes them")
-        mode = _of_one_frame(posterior_of(self.plain.vae, self.pixels).mode())
+        mode = _of_one_frame(posterior_of(self.official.vae, self.pixels).mode())
         if distance(self.model.encode_images(self.pixels).mean, mode) > CLOSE:
             found.append("`encode_images` is not the posterior of the VAE")
         return found
@@ -194,9 +194,9 @@ class ImageFamilyCheck:
         texts: dict[str, Any] = {"prompt": LONG, "negative_prompt": "", "num_inference_steps": STEPS}
         if most := getattr(self.model.settings, "max_tokens", None):
             texts["max_sequence_length"] = most
-        known = inspect.signature(type(self.plain).__call__).parameters
+        known = inspect.signature(type(self.official).__call__).parameters
         inputs = numbers | {key: value for key, value in texts.items() if key in known}
-        return self.plain(**inputs, generator=torch.Generator().manual_seed(SEED)).images[0]
+        return self.official(**inputs, generator=torch.Generator().manual_seed(SEED)).images[0]
 
     @contextmanager
     def _recorded(self) -> Iterator[Calls]:
@@ -226,7 +226,7 @@ class ImageFamilyCheck:
     def batch(self) -> list[str]:
         both = self._predict([SHORT, LONG])
         rows = [self._predict([prompt], row) for row, prompt in enumerate((SHORT, LONG))]
-        if max(distance(both[row], alone[0]) for row, alone in enumerate(rows)) > CLOSE:
+        if max(distance(both[row], one_by_one[0]) for row, one_by_one in enumerate(rows)) > CLOSE:
             return ["a prompt in a batch with a longer one, which pads it, is not predicted as it is alone"]
         return []
 
@@ -248,11 +248,11 @@ class ImageFamilyCheck:
             randomize([self.denoiser])
             dora_mm.save_adapter({self.model.denoiser: self.denoiser}, folder)
             ours = self._generated()
-            self.plain.load_lora_weights(folder)
+            self.official.load_lora_weights(folder)
         try:
             apart = _apart(ours, self._sampled())
         finally:
-            self.plain.unload_lora_weights()
+            self.official.unload_lora_weights()
         if apart <= LEVELS:
             return []
         return [f"images with the adapter's file are {apart} of 255 away from those of load_lora_weights of diffusers"]

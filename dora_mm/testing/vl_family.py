@@ -79,7 +79,7 @@ class VLFamilyCheck:
         self.parsed: TrainVLConfig = validated(TrainVLConfig, {**self.config, **train})
         names = [(name,) if self._open().reads_images else () for name in SIDES]
         rows = zip(names, ANSWERS.items(), strict=True)
-        self.examples = [Example(asked, images, asked, (answer,), (1.0,)) for images, (asked, answer) in rows]
+        self.examples = [Example(prompt, images, prompt, (answer,), (1.0,)) for images, (prompt, answer) in rows]
         file.write_text(json.dumps([_conversation(example) for example in self.examples * 2]), encoding="utf-8")
 
     def _open(self, *, adapted: bool = False) -> VLModel:
@@ -104,15 +104,15 @@ class VLFamilyCheck:
 
     def batch(self) -> list[str]:
         model = self._open()
-        alone = torch.cat([self._losses(model, [example]) for example in self.examples])
-        if distance(self._losses(model), alone) > CLOSE:
+        one_by_one = torch.cat([self._losses(model, [example]) for example in self.examples])
+        if distance(self._losses(model), one_by_one) > CLOSE:
             return ["rows of a batch, the shorter one padded, have not the losses that they have alone"]
         return []
 
     def answers(self) -> list[str]:
         answer = self._open().answerer(TASK, DecodeConfig(max_new_tokens=3), ())
-        alone = [answer([example], str(self.images))[0] for example in self.examples]
-        if list(answer(self.examples, str(self.images))) != alone:
+        one_by_one = [answer([example], str(self.images))[0] for example in self.examples]
+        if list(answer(self.examples, str(self.images))) != one_by_one:
             return ["rows of a batch have not the answers that they have alone"]
         return []
 
@@ -155,6 +155,6 @@ class VLFamilyCheck:
 
 def _conversation(example: Example) -> dict[str, Any]:
     """An example as LLaVA's files have it."""
-    asked = "".join("<image>\n" for _ in example.images) + example.text
-    turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": example.answers[0]}]
+    prompt = "".join("<image>\n" for _ in example.images) + example.text
+    turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": example.answers[0]}]
     return {**({"image": example.images[0]} if example.images else {}), "conversations": turns}

@@ -29,7 +29,7 @@ HEARTBEAT = 10.0  # seconds from one sign of life to the next
 SILENCE = 60.0  # seconds without one, after which a writer counts as dead whose lock is not seen
 HOST = socket.gethostname()
 
-_held: dict[Path, "FolderLock"] = {}  # the locks of this process, by their folders
+_locks: dict[Path, "FolderLock"] = {}  # the locks of this process, by their folders
 
 
 class Writer(NamedTuple):
@@ -161,12 +161,12 @@ def only_writer(folder: Path) -> Iterator[None]:
     """
     path = folder.resolve()
     lock = FolderLock(folder)
-    _held[path] = lock
+    _locks[path] = lock
     try:
         remove_partials(folder, unless=LOCK)
         yield
     finally:
-        del _held[path]
+        del _locks[path]
         lock.release()
 
 
@@ -176,9 +176,9 @@ def check_lock(path: Path) -> None:
     Raises:
         ValueError: Another process has taken the folder over.
     """
-    if _held:
+    if _locks:
         parent = path.parent.resolve()  # a page is written where the run really is
-        for folder, lock in list(_held.items()):
+        for folder, lock in list(_locks.items()):
             if parent.is_relative_to(folder):
                 lock.check()
 
@@ -191,7 +191,7 @@ def make_folder(folder: Path) -> None:
         OSError: The folder cannot be made.
     """
     path = folder.resolve()
-    lock = [each for each in _held if path.is_relative_to(each)]
+    lock = [each for each in _locks if path.is_relative_to(each)]
     if not lock:
         folder.mkdir(parents=True, exist_ok=True)
         return

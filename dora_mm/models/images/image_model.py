@@ -59,12 +59,12 @@ class Distilled:
     Attributes:
         steps: The denoising steps in which it generates.
         guidance: The scale of guidance with which it generates; 1 is none.
-        sign: What of its files says that it was distilled.
+        evidence: What of its files says that it was distilled.
     """
 
     steps: int
     guidance: float
-    sign: str
+    evidence: str
 
 
 class ImageModel(ABC):

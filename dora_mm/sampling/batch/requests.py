@@ -133,8 +133,8 @@ def check_strengths(rows: Sequence[PromptRow], config: BatchGenerationConfig) ->
             continue
         of_config = any(config.strengths or ()) and row.strength is None and row.adapter is None
         if row.strength or of_config:
-            of_job = ", ".join(f"{strength:g}" for strength in config.strengths or ())
-            written = f"strength {row.strength:g}" if row.strength else f"strengths [{of_job}]"
+            config_strengths = ", ".join(f"{strength:g}" for strength in config.strengths or ())
+            written = f"strength {row.strength:g}" if row.strength else f"strengths [{config_strengths}]"
             raise ValueError(
                 f"row {number} has {written} and no adapter: set adapter.path=RUN or name one in its column adapter; "
                 "the bare model has strength 0"
