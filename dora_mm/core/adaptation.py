@@ -1,4 +1,4 @@
-"""What adapting adds to a layer besides the parameters A, B and m."""
+"""The state of an adapted layer besides the parameters A, B and m."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class StackedAdapter:
 
 @dataclass
 class Adaptation:
-    """What adapting adds to a layer besides the parameters A, B and m.
+    """The state of an adapted layer besides the parameters A, B and m.
 
     Attributes:
         base_class: The class that the layer had.
-        spec: How it is adapted.
-        path: Its path in the model; A is drawn from it and `seed`.
+        spec: The settings of the adapter.
+        path: Its path in the model; A is sampled with it and `seed`.
         seed: The seed.
         name: The name of the adapter that A, B and m belong to.
         forward: The implementation of the layer.
@@ -43,10 +43,10 @@ class Adaptation:
         first_magnitude: The m of a fresh adapter, the row norms of the weight; None without a magnitude.
         merged: Whether the weight is W(t).
         base_weight: While merged, the base weight as stored, unless it was not kept.
-        caches: Inside `fixed_parameters`, what that keeps, by dtype and device of the product and by inference mode.
+        caches: Inside `fixed_parameters`, its caches, by dtype and device of the product and by inference mode.
         checks_update: Whether the last pass found no update, see `PassCache`.
         num_passes: Inside `fixed_parameters`, the number of passes; None where only the base weight is fixed.
-        kept: Outside of it, what passes of inference share.
+        kept: Outside of it, the values that inference passes share.
     """
 
     base_class: type[nn.Module]

@@ -32,7 +32,7 @@ NOT_STACKED = "cannot hold several adapters: method full replaces the weight its
 
 
 class AdaptedLayer(AdapterParameters):
-    """What all adapted layers share: which layers they adapt, strength, the forward pass, merging.
+    """Base class of all adapted layers: which layers they adapt, strength, the forward pass, merging.
 
     `adapt_layer` makes a base layer an adapted one in place, as torch's parametrizations do: the module object stays
     the same, and so do its hooks, the names `weight` and `bias`, and every reference to it.
@@ -52,7 +52,7 @@ class AdaptedLayer(AdapterParameters):
 
     @classmethod
     def why_not(cls, layer: nn.Module, path: str, spec: DoRASpec) -> str | None:
-        """Why a layer for which `class_for` returns this class cannot be adapted, as an error message, or None."""
+        """The reason why a layer that `class_for` accepts cannot be adapted, as an error message, or None."""
         if "weight" in cls.parameter_names and "weight" not in layer._parameters:
             return (
                 f"the weight of {path} is computed from other parameters (weight_norm, spectral_norm, prune or another "
@@ -69,7 +69,7 @@ class AdaptedLayer(AdapterParameters):
     # --- its adapters ---
 
     def adapters(self) -> tuple[Adapter, ...]:
-        """What the forward function needs of every adapter whose strength is not 0."""
+        """The adapters whose strength is not 0, as the forward function takes them."""
         state, dtype = self.adaptation, adapter_dtype(self.tensor("weight").dtype)
         spec, found = state.spec, []
         if state.strength != 0:
@@ -144,7 +144,7 @@ class AdaptedLayer(AdapterParameters):
         return product_dtype(weight), weight.device, inference
 
     def pass_cache(self, caches: dict[Hashable, PassCache], *, keeps: bool, dtype: Any = None) -> PassCache:
-        """What is kept for a pass, one of `caches`; `keeps` as in `PassCache`, `dtype` where the pass has its own."""
+        """The cache for a pass, one of `caches`; `keeps` as in `PassCache`, `dtype` where the pass has its own."""
         key = (*self.pass_key(), dtype)
         cache = caches.get(key)
         if cache is None:
@@ -153,7 +153,7 @@ class AdaptedLayer(AdapterParameters):
         return cache
 
     def kept_passes(self) -> KeptPasses | None:
-        """What passes of inference share, as long as no parameter changes; None for another pass.
+        """The values that inference passes share, as long as no parameter changes; None for another pass.
 
         A pass of training discards it, since trainers may write to `.data`, which no version counts.
         """

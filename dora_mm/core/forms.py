@@ -7,7 +7,7 @@ with h = x [A_1; A_2; ...]^T and B' = [t_1 g_1 s_1 B_1, t_2 g_2 s_2 B_2, ...]. E
 gradients of A, B and m are the same in both: products with R columns, and sums. Only dX is a product of size T O I.
 
 Dropout drops entries of x in the update only, as the official layer does: y = x W0^T + drop(x) (W(t) - W0)^T + b. In
-the merged form that is a second product beside the one with W0. The unmerged form, with h = drop(x) A^T, can do it
+the merged form that takes a second product besides W0's. The unmerged form, with h = drop(x) A^T, can do it
 without a magnitude.
 
 In half precision the sum must be rounded once, and y not scaled after that. Without a magnitude the unmerged form takes

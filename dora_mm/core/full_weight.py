@@ -9,7 +9,7 @@ from dora_mm.core.functional import Adapter
 
 
 class TrainedWeight(AdaptedLayer):
-    """What makes an adapted class one that trains the weight: it computes what its base does, and has no strength."""
+    """Mixin for adapted classes that train the weight itself: the base layer's forward pass, without a strength."""
 
     @classmethod
     def why_not(cls, layer, path, spec):

@@ -50,12 +50,12 @@ class RowGains(NamedTuple):
     regular: bool = False
 
     def of_rows(self, rows: slice) -> RowGains:
-        """Those of some rows of the weight."""
+        """The norms and gains of some rows of the weight."""
         return RowGains(self.norm[rows], self.gain[rows], self.regular)
 
 
 class Adapter(NamedTuple):
-    """What the formulas need of one adapter.
+    """The tensors and factors of one adapter, as the formulas take them.
 
     Attributes:
         A: (R, I), or (R, I / groups, *K) for a convolution; None for method `magnitude`.

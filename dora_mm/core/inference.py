@@ -17,12 +17,12 @@ from dora_mm.core.passes import PassCache
 
 
 class KeptPasses(NamedTuple):
-    """What the passes of one layer share.
+    """The values that inference passes of one layer share.
 
     Attributes:
-        made_of: The versions of the parameters that it was computed from, see `versions_of`, settings and strengths.
+        made_of: The key of the values: versions of the parameters, see `versions_of`, settings and strengths.
         adapters: The adapters.
-        caches: What is kept, by dtype and device of the product and by inference mode.
+        caches: The caches, by dtype and device of the product and by inference mode.
         storages: See `storages_of`.
     """
 
@@ -96,9 +96,9 @@ DENSE_TYPES = (Tensor, nn.Parameter)  # subclasses may consist of other tensors,
 
 
 def versions_of(tensors: Iterable[Any]) -> Hashable | None:
-    """What a change of tensors changes, unless it is written to their `.data`; Nones among them are left out.
+    """A key that changes with the tensors, except by writes to their `.data`; Nones among them are left out.
 
-    It is compared while `storages_of` them are held.
+    It is valid as long as their `storages_of` are kept.
 
     None where no version is counted, as of tensors that were made in inference mode.
     """

@@ -51,7 +51,7 @@ class AdaptedModule:
 
 @dataclass(frozen=True)
 class InjectReport:
-    """What was adapted. `str()` is a table with one line per part, name and shape.
+    """The modules that were adapted. `str()` is a table with one line per part, name and shape.
 
     Attributes:
         modules: The adapted modules, in the order in which they were adapted.
@@ -281,7 +281,7 @@ def set_strength(
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What `merge` did.
+    """The result of `merge`.
 
     Attributes:
         num_modules: The number of merged modules.

@@ -36,7 +36,7 @@ def adapted_class(layer: nn.Module, method: str = "dora") -> type[AdaptedLayer] 
 
 
 def not_adaptable(layer: nn.Module) -> str:
-    """What a layer is for which there is no adapted class, for an error message: of its class alone."""
+    """A description, for error messages, of a layer without an adapted class; it depends on the layer's class alone."""
     base = next((known for known in KNOWN if isinstance(layer, known)), None)
     if base is None or not has_dense_weight(layer):
         return f"a {type(layer).__name__}, which cannot be adapted ({ADAPTABLE} can)"

@@ -1,4 +1,4 @@
-"""What each kind of layer does with a weight: the primitives that both forms of the layer consist of.
+"""The operations of each kind of layer on its weight: the primitives that both forms of the layer consist of.
 
 W has output rows first, and A has its shape with R rows. The branch x -> h = x A^T -> h B^T has R numbers per token (in
 a convolution R channels per group of channels), so its gradients are products with R columns: a dense gradient (O, I)
@@ -23,7 +23,7 @@ BLOCK = 2**18
 
 
 class Op:
-    """What a Linear does with a weight: y (..., O) = x (..., I) W^T + b. All tensors of a call have one dtype.
+    """The operations of a Linear on its weight: y (..., O) = x (..., I) W^T + b. All tensors of a call have one dtype.
 
     Attributes:
         groups: The number of groups of a convolution, otherwise 1.
@@ -188,7 +188,7 @@ class ConvOp(Op):
         )
 
     def join(self, x, weight, h, B):
-        """That entry of the kernel is B, and h lies at these positions."""
+        """Sets the kernel entry of `can_join` to B, and writes h at the positions of x that it reads."""
         rank, size = B.shape[1], joined_columns(B.shape[1])
         entry = [padding // dilation for padding, dilation in zip(self.padding, self.dilation, strict=True)]
         every = [slice(0, s * (n - 1) + 1, s) for n, s in zip(h.shape[2:], self.stride, strict=True)]
@@ -227,7 +227,7 @@ LINEAR = Op()
 
 
 def joined_columns(rank: int) -> int:
-    """The number of columns that a branch takes beside W0, whose rows GPUs read fastest in steps of 16 bytes."""
+    """The number of columns that a branch adds to W0, whose rows GPUs read fastest in steps of 16 bytes."""
     return (rank + 7) // 8 * 8
 
 

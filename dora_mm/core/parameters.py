@@ -32,7 +32,7 @@ class AdapterParameters(nn.Module):
         return self.tensor("weight")
 
     def tensor(self, name: str) -> Any:
-        """A parameter, or what stands in its place in DataParallel's copies and parametrized layers; None without any.
+        """A parameter, or the tensor that replaces it in DataParallel's copies and parametrized layers; None if absent.
 
         Every pass reads some, and nn.Module's attributes take four times as long.
         """
@@ -113,7 +113,7 @@ class AdapterParameters(nn.Module):
     # --- moving, casting, loading, copying ---
 
     def _apply(self, fn, recurse=True):
-        """What `.to`, `.half` and `.cuda` call: A, B and m keep their precision, and a fresh adapter stays a no-op."""
+        """Implements `.to`, `.half` and `.cuda`: A, B and m keep their precision, and a fresh adapter stays a no-op."""
         own = [t for p in AdapterParameters.adapter_tensors(self).values() for t in (p, p.grad)]
         redraw = any(t is not None and t.is_meta for t in own)
 
@@ -134,7 +134,7 @@ class AdapterParameters(nn.Module):
         The norms of a rounded weight, or of another device, differ in the last bits.
 
         Args:
-            redraw: Whether A, B or m were on `meta`: they are drawn, if the weight has memory now.
+            redraw: Whether A, B or m were on `meta`: they are initialized, if the weight has memory now.
         """
         state, made_for = self.adaptation, (self.weight.device, self.weight.dtype)
         self.adaptation.forget(base=True)
@@ -185,7 +185,7 @@ class AdapterParameters(nn.Module):
             self.remember_norms()
 
     def why_not_load(self, *, bare: bool) -> str | None:
-        """Why a state dict cannot be loaded, or None.
+        """The reason why a state dict cannot be loaded, as an error message, or None.
 
         Args:
             bare: Whether the state dict has the weight but no adapter.

@@ -18,7 +18,7 @@ FIRST_MAGNITUDE = 9  # the place of the first adapter's m among them
 
 @dataclass
 class PassCache:
-    """What one pass computes and others may use, for products in one dtype.
+    """Values that one pass computes and others may reuse, for products in one dtype.
 
     `fixed_parameters` opens one per layer; outside of it, one serves a single pass, or passes of inference as long as
     parameters stay. `adapted_product` fills it.
@@ -27,11 +27,11 @@ class PassCache:
         n0: The row norms of the weight (O,), where a pass has needed them.
         rows: n and g of every adapter.
         merged: W(t), as `forms.split_weight` returns it.
-        keeps: Whether a pass may leave here what depends on the adapters: not where only the base weight is fixed.
+        keeps: Whether a pass may store values that depend on the adapters: not where only the base weight is fixed.
         keeps_base: Whether n0 serves other passes, too.
         checks_update: Whether an earlier pass may have found no update. Only then waiting for a GPU to know pays.
-        has_update: Whether the adapters differ from fresh ones, where a pass has asked.
-        inference: What `Steps.keep` has left for passes of inference in the unmerged form.
+        has_update: Whether the adapters differ from fresh ones; None where no pass has checked.
+        inference: The result of `Steps.keep`, for inference passes in the unmerged form.
     """
 
     n0: Tensor | None = None
@@ -87,12 +87,12 @@ class Options(NamedTuple):
 
 
 class SavedPass(NamedTuple):
-    """What a backward pass reads.
+    """The inputs of a backward pass.
 
     Attributes:
         options: See `Options`.
         dtype: The dtype of the product.
-        x: The input of the update: what dropout leaves of the layer's.
+        x: The input of the update: the layer's input after dropout.
         weight: W0.
         bias: b, or None.
         kept: In the unmerged form h = x A^T of all adapters; in the merged form the weight that x was multiplied by, if
@@ -100,7 +100,7 @@ class SavedPass(NamedTuple):
         y: The output, where dm is computed from it.
         adapters: The adapters, with A, B and m, n and g.
         needs_x: Whether the gradient of the input is needed.
-        needs_dropped: Whether that of what dropout leaves of the input is.
+        needs_dropped: Whether that of the input after dropout is.
         needs_bias: Whether that of the bias is.
         needs: Whether those of A, B and m of each adapter are, as a flat list; what follows them is without meaning.
     """
@@ -178,7 +178,7 @@ def save(
 
 
 def load(ctx: Any) -> SavedPass:
-    """What `save` saved, without an output that was overwritten since.
+    """Loads the tensors of `save`, without an output that was overwritten since.
 
     Raises:
         ValueError: The weight requires a gradient.

@@ -308,7 +308,7 @@ def magnitude_grad_of_output(op: Op, dY: Tensor, saved: SavedPass, adapter: Adap
     """Starts to compute dm (O,) of the only adapter, at strength 1, from the output y of the layer; 0 where n is 0.
 
     It is the sum over tokens of dY (y - b), / m, where that is safe. Rows with a small gain, or with a bias much larger
-    than y - b, use `inner_dots`; a GPU is asked whether there are any.
+    than y - b, use `inner_dots`; whether there are any is read back from a GPU.
 
     Returns:
         What finishes it. Products that are launched before that keep a GPU busy while the program waits for the answer.

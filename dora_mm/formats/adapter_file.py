@@ -48,7 +48,7 @@ class AdapterFile:
         tool: The name of the tool that wrote it, or one that writes the same form: a name in `registries.tools.TOOLS`.
         modules: By the name of a module in the file: its keys by their ends, such as `lora_up.weight`.
         biases: By the name of a module: the key of the difference of its bias.
-        embeddings: The keys of the embeddings of trained tokens, also where these are in files beside it.
+        embeddings: The keys of the embeddings of trained tokens, also where these are in separate files.
         others: The keys that belong to no module.
     """
 
@@ -272,7 +272,7 @@ class AdapterFile:
         return layer if self.is_parameter(module) else with_settings(layer, self.settings(module))
 
     def settings(self, module: str) -> Mapping[str, Any]:
-        """What the header says about a module: see `HeaderReader.settings`."""
+        """The settings of a module in the header: see `HeaderReader.settings`."""
         with located(str(self.path)):
             return tool_of(self.tool).in_header.settings(self.header, module)
 
@@ -294,7 +294,7 @@ class AdapterFile:
         return "?" if len(fits) > 1 else "".join(fits)
 
     def why_not_trainable(self) -> str | None:
-        """Why no training can start from it; None where one can.
+        """The reason why training cannot start from this file, as an error message; None where it can.
 
         It holds differences of weights, or magnitudes of input columns, which load as LoRA
         of full rank.
@@ -319,7 +319,7 @@ class AdapterFile:
             raise ValueError(f"{self.path} has no magnitude whose axis is unclear: leave --axis out")
 
     def groups(self, modules: Collection[str], names: Namer) -> tuple[dict[str, ModuleGroup], dict[str, str]]:
-        """What modules of the file stand for, and those that are not among the names, the first with the reason.
+        """The module groups of names in the file, and the names that were not found, the first with the reason.
 
         Raises:
             ValueError: None is among the names, or there is none.
@@ -390,7 +390,7 @@ def adapter_folder(path: Path) -> Path:
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Puts the place, `path` or `path: module`, in front of the message of a ValueError that does not name the path."""
+    """Prefixes the message of a ValueError with `path` or `path: module`, unless it already begins with the path."""
     try:
         yield
     except ValueError as error:

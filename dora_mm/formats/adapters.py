@@ -42,7 +42,7 @@ def format_for(components: Mapping[str, nn.Module], preferred: str) -> str:
 
 
 def why_not(format: str, components: Mapping[str, nn.Module]) -> str | None:
-    """Why a format cannot hold the adapters of these models, as an error message with the way out, or None."""
+    """The reason why a format cannot hold the adapters of these models, with the remedy, or None where it can."""
     return FORMATS[format].why_not(components)
 
 
@@ -77,7 +77,7 @@ def save(
         metadata: Additional entries for the header of the file.
         extra_parameters: Names of parameters that were trained in addition to the adapters of a single model.
         strength: The strength of the adapters that becomes strength 1 in the file.
-        tokens: The rows of new tokens. They are inside the file or beside it, as the format has them, and as
+        tokens: The rows of new tokens. They are inside the file or in separate files, as the format has them, and as
             `<word>.safetensors` for other programs in any case.
 
     Returns:
@@ -197,7 +197,7 @@ def write_model_card(
 
 
 def remove_other_formats(file: Path) -> None:
-    """Removes the adapter files of other formats beside this one, so that the folder holds a single adapter."""
+    """Removes the adapter files of other formats in this file's folder, so that the folder holds a single adapter."""
     for other in FORMATS.values():
         if file.name != other.file_name:
             file.with_name(other.file_name).unlink(missing_ok=True)

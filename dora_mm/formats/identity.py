@@ -1,4 +1,4 @@
-"""What an adapter is, whatever its file looks like: a digest by which images, answers and runs know it again."""
+"""The content digest of an adapter, by which images, answers and runs identify it however its file was written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SETTINGS = ("method", "rank", "alpha", "use_dora")  # in headers, beside what o
 def adapter_digest(source: Path | AdapterFile) -> str:
     """SHA-256, in hex, over the tensors of an adapter file and the settings that are computed with.
 
-    What its header says beside that (which model it was trained on, and how) does not count, nor how it is written.
+    The rest of its header (which model it was trained on, and how) does not count, nor how it is written.
 
     Args:
         source: The file of any tool, or a folder that contains exactly one.

@@ -1,4 +1,4 @@
-"""What headers of adapter files say to people, web UIs and sites, and what of a machine they do not say."""
+"""Metadata in headers of adapter files: hashes for web UIs and sites, and no local paths."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def _text(
 
 
 def _in_diffusers(tokens: TokenRows) -> dict[str, list[str]]:
-    """What diffusers calls the new tokens of each word: it takes no word with a capital for several tokens."""
+    """The names of each word's new tokens in diffusers, which takes no word with a capital for several tokens."""
     counts = {word: len(next(iter(rows.values()))) for word, rows in tokens.items()}
     return {word: [f"<{word.lower()}-{number}>" for number in range(count)] for word, count in counts.items()}
 

@@ -257,7 +257,7 @@ def weight_shape(module: nn.Module) -> tuple[int, ...] | None:
 
 
 def _misfit(state: LayerState, module: nn.Module) -> str:
-    """Why the tensors do not fit a module; empty when they do."""
+    """The reason why the tensors do not fit a module; empty when they do."""
     shape, stored = weight_shape(module), stored_shape(module)
     if shape is None or stored is None:
         return f"the model has a {type(module).__name__}"

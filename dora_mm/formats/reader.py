@@ -35,7 +35,7 @@ class Bias(NamedTuple):
 
 
 class Extras(NamedTuple):
-    """What a file holds beside low-rank adapters.
+    """The contents of a file besides low-rank adapters: norms, biases and embeddings.
 
     Attributes:
         norms: The names in it of differences of norms, which are read as adapters are.
@@ -64,7 +64,7 @@ class LayerReader:
         source: The adapter file.
         weights: The base model; None where it is not known.
         axis: The axis of the magnitudes, where their shape does not say it.
-        namer: What the names of modules in the file stand for; None: what `weights` says.
+        namer: Maps the names of modules in the file to modules; None: by the names of `weights`.
         reads_extras: Whether extra parameters are read with the adapters, and values only when they are used.
 
     Raises:
@@ -128,7 +128,7 @@ class LayerReader:
         return {module: name for module, group in groups.items() for name in group.names}
 
     def extras(self) -> Extras:
-        """What the file holds beside low-rank adapters."""
+        """The contents of the file besides low-rank adapters."""
         file = self.file
         norms = tuple(module for module in file.modules if file.is_norm(module))
         biases = {
@@ -275,7 +275,7 @@ def read(
 
 
 class ModelNames:
-    """What the names of modules in a file stand for in models, which may have other names than diffusers gives them.
+    """Maps module names in a file to modules of models, whose names may differ from those in diffusers.
 
     Args:
         file: The file.
@@ -287,7 +287,7 @@ class ModelNames:
         self._names = Names(self.weights)
 
     def read(self, key: str) -> ModuleGroup:
-        """See `Names.read`. A name that is the model's own is not looked up: what does not fit is said on loading."""
+        """See `Names.read`. A name that is the model's own is not looked up: loading reports any that does not fit."""
         own = self.file.named(key)
         if own is None:
             return self._names.read(key)

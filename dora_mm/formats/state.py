@@ -63,7 +63,7 @@ class AdapterState:
 
 
 def with_settings(layer: LayerState, header_settings: Mapping[str, Any]) -> LayerState:
-    """An adapter with what the header of its file says beside the tensors.
+    """Applies the settings in the header of a file to an adapter.
 
     A `magnitude` keeps A and B, zeros, where the file has them.
 

@@ -3,8 +3,8 @@
     bundle_emb.<word>.<table>     (N, D), inside: OneTrainer, kohya's forms, A1111, Forge, SD.Next; and the native form
     <word>.safetensors: <table>   (N, D), a file of its own: diffusers, A1111, ComfyUI
 
-The tables of SDXL are `clip_l` and `clip_g`. diffusers refuses a file of adapters with the first kind of keys, so that
-beside its form there are files of the second kind; a key of the header says which, with the digests of their rows.
+The tables of SDXL are `clip_l` and `clip_g`. diffusers refuses a file of adapters with the first kind of keys, so its
+form comes with files of the second kind; a key of the header lists them, with the digests of their rows.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def write_token_file(folder: Path, tokens: TokenRows) -> dict[str, str]:
 
 
 def read_token_file(file: Path, header: Mapping[str, str]) -> dict[str, tuple[TensorFile, str]]:
-    """The rows that a header says are beside its file, as their keys inside would be: the file and the key of each.
+    """Finds the rows in separate files that a header lists: the file and the key of each, by the keys of bundled rows.
 
     Raises:
         ValueError: A file is missing or damaged, or does not hold the rows that were saved with the adapter.

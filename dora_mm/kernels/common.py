@@ -1,4 +1,4 @@
-"""What the kernels share: registration as operators, the vendor's product, order of the tiles, the low-rank branch."""
+"""Shared code of the kernels: registration as operators, the vendor's product, tile order, the low-rank branch."""
 
 # pyright: reportGeneralTypeIssues=false
 # (tl.range is not iterable outside of a kernel)

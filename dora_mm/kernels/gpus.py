@@ -1,4 +1,4 @@
-"""What is chosen per GPU: the tiles of our kernel, and from which inner size on the vendor's product is faster.
+"""Choices per GPU: the tiles of our kernel, and the inner size from which the vendor's product is faster.
 
 The vendor's library (cuBLAS, hipBLAS) multiplies faster than Triton does, but its result has to stay in fp32 until
 gain, branch and bias are applied, and low_rank_add then reads it again: 10 bytes of traffic per entry of y, where our
@@ -76,7 +76,7 @@ def look_at(index: int) -> None:
 
 
 def gpu_of(capability: tuple[int, int]) -> GPU:
-    """The choices for a compute capability; below 8.0 those of 8.0, since such a GPU may be beside a newer one."""
+    """The choices for a compute capability; below 8.0 those of 8.0, since it may share a machine with a newer GPU."""
     if torch.version.hip:
         return AMD
     return GPUS[max((known for known in GPUS if known <= capability), default=(8, 0))]
@@ -103,7 +103,7 @@ _float_output: dict[torch.dtype, bool] = {torch.float32: True}
 
 
 def has_float_output(t: Tensor) -> bool:
-    """Whether products of tensors like this one can be had in fp32. A compiler must not be the first to ask."""
+    """Whether products of tensors like this one can be had in fp32. A compiler must not be the first to call this."""
     if not t.is_cuda:
         return True  # see `float_product`
     if t.dtype not in _float_output:

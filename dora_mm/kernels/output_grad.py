@@ -1,10 +1,10 @@
-"""What the backward pass computes from dY in one reading of it: g dY, the sums over tokens for dm, and B' = g s B.
+"""The backward kernel that reads dY once: it computes g dY, the sums over tokens for dm, and B' = g s B.
 
 dm is the sum of dY (x V^T) / n, and x V^T / n is (y - b) / m. Where that is not safe, x V^T is computed again, for the
 tokens and rows of a program: where the gain is small, where b is much larger than y - b, and where y was not kept.
 Which rows those are is known only on the GPU: so the CPU does not wait for an answer, and the kernel can be part of
-CUDA graphs and compiled graphs. Where all rows are safe, a program reads neither x nor W0. Without x and W0, y is what
-n belongs to (the output of a base layer, say), and dm the sum of dY (y - b) / n.
+CUDA graphs and compiled graphs. Where all rows are safe, a program reads neither x nor W0. Without x and W0, y is the
+output that n belongs to (of a base layer, say), and dm the sum of dY (y - b) / n.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false

@@ -1,4 +1,4 @@
-"""What a layer of PEFT that runs fused computes in our kernels, with one pass over y and one over dz and y.
+"""The kernels of fused PEFT layers, with one pass over y in the forward and one over dz and y in the backward.
 
 The functions are those of `dora_mm.peft.formula` of the same names, for a Linear without dropout.
 """

@@ -1,4 +1,4 @@
-"""What the layers of PEFT compute once they run fused: one autograd.Function per adapter, and the row norms.
+"""The fused computation of PEFT's DoRA layers: one autograd.Function per adapter, and the row norms.
 
     z = g (y - b) + b + h (s g B)^T       h = A x; g = m / n; n = ||W0 + s B A|| per row, a constant
 
@@ -24,11 +24,11 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class RowFactors(NamedTuple):
-    """What a pass needs of the rows of one adapter, all in at least fp32.
+    """The factors of the rows of one adapter that a pass needs, all in at least fp32.
 
     Attributes:
         gain: g (O,).
-        divisor: What dm is divided by (O,): n, infinite where it is 0 (0 where kernels of ours divide).
+        divisor: The divisor of dm (O,): n, infinite where it is 0 (0 where kernels of ours divide).
         shift: (1 - g) b (O,); None without a bias.
         factors: s g (O, 1); None where kernels of ours compute it, and so is the next.
         scaled_B: s g B (O, R).
@@ -200,7 +200,7 @@ def blocks(op: Op, casts: bool, *tensors: Tensor) -> Sequence[tuple[Tensor, ...]
 
 
 def in_blocks(op: Op, function: Callable[..., Tensor], dtype: torch.dtype, *tensors: Tensor) -> Tensor:
-    """What `function` computes from the blocks of some tensors, in the shape of the first one and in `dtype`."""
+    """Applies `function` to tensors block by block; the result has the shape of the first one and `dtype`."""
     like, parts = tensors[0], blocks(op, dtype.itemsize < 4, *tensors)
     if len(parts) == 1:
         return cast(function(*parts[0]), dtype).view(like.shape)

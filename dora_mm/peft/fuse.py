@@ -45,13 +45,13 @@ Adapters = list[tuple[str, str]]
 
 @dataclass
 class FuseReport:
-    """What `fuse_peft` did; `str()` says it. An adapter is the path of its layer and its name.
+    """The result of `fuse_peft`; `str()` is a summary. An adapter is the path of its layer and its name.
 
     Attributes:
         fused: The adapters that run fused.
         with_dropout: Those of them that drop entries of their inputs in training.
-        at_times: Why some of these run PEFT's own code in some passes, as things are now.
-        stock: Why the others stay PEFT's.
+        at_times: Adapters among these that run PEFT's own code in some passes, by the current reason.
+        stock: The other adapters, which stay PEFT's, by the reason.
     """
 
     fused: Adapters = field(default_factory=list)
@@ -148,7 +148,7 @@ def fused_of(model: nn.Module) -> Iterator[tuple[Any, str]]:
 
 
 def why_stock(layer: Any, name: str, variant: Any) -> str | None:
-    """Why an adapter with this variant stays PEFT's, or None."""
+    """The reason why an adapter with this variant stays PEFT's, or None."""
     kind = type(layer)
     if variant is None:
         return "LoRA without a magnitude"

@@ -1,7 +1,7 @@
 """The layers of PEFT: what a pass reads of them, and the variants of DoRA whose forward pass is `formula.Scaled`.
 
 PEFT calls the variant of an adapter with the output of its base layer, or of the adapter before. Ours are subclasses of
-its own, which merge, unmerge and initialise as they do. PEFT says that this place may change: see `check_version`.
+its own, which merge, unmerge and initialise as they do. PEFT documents that this API may change: see `check_version`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HOOKS = "hooks on lora_A, lora_B or lora_magnitude_vector, which a fused pass wo
 
 
 class PassTensors(NamedTuple):
-    """What a pass reads of one adapter of one layer, as PEFT holds it: conv kernels with all their dimensions."""
+    """The inputs of a pass from one adapter of one layer, as PEFT stores them: conv kernels with all dimensions."""
 
     weight: Any
     bias: Tensor | None
@@ -43,12 +43,12 @@ class PassTensors(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Any, ...]:
-        """What g and (1 - g) b depend on, beside the scaling."""
+        """The tensors that g and (1 - g) b depend on, besides the scaling."""
         return self.weight, self.A, self.B, self.magnitude, self.bias
 
 
 def read(layer: Any, name: str) -> PassTensors | str:
-    """What a pass reads, or why it runs PEFT's own code.
+    """Reads the inputs of a pass; returns a text, the reason, where the pass must run PEFT's own code.
 
     Modules and parameters come from their dictionaries: attributes of a Module take several times as long.
     """
@@ -133,11 +133,11 @@ def is_quantized(weight: Any) -> bool:
 
 
 class KeptRows(NamedTuple):
-    """What one pass has computed for others.
+    """The row factors that one pass has computed for others.
 
     Attributes:
-        rows: What they share.
-        state: What it was computed from: scaling and versions of the parameters, see `versions_of`, and whether in
+        rows: The row factors.
+        state: Their inputs: scaling and versions of the parameters, see `versions_of`, and whether in
             training, which takes nothing from evaluations: they may run with averages that are written to `.data`.
         storages: See `storages_of`.
     """
@@ -157,13 +157,13 @@ def rows_of(op: Op, layer: Any, found: PassTensors) -> RowFactors:
 
 
 class FusedDoRA:
-    """What our variants have in common. An instance belongs to one adapter of one layer.
+    """Base class of our variants. An instance belongs to one adapter of one layer.
 
     Attributes:
-        op: What the layer does with h.
+        op: The operations on h: those of a Linear, or of a convolution with kernel size 1.
         has_zero_rows: Whether a small weight had some when it was fused; their outputs are NaN in PEFT.
         is_fixed: Whether parameters do not change: inside `fixed_norms`.
-        kept: What passes inside of it share, and those of inference.
+        kept: The row factors that passes inside of it share, and those of inference.
     """
 
     op: Op = LINEAR
@@ -267,6 +267,6 @@ def base_output(base: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
 
 
 def output_dtype(layer: Any, y: Tensor, magnitude: Tensor) -> torch.dtype:
-    """That of PEFT's own variant; or that of y, where nothing but PEFT's cast to it would follow."""
+    """The output dtype of PEFT's own variant; or that of y, where nothing but PEFT's cast to it would follow."""
     is_cast = not type(layer).__module__.endswith(".bnb") and len(layer.active_adapters) == 1
     return y.dtype if is_cast else torch.promote_types(y.dtype, magnitude.dtype)

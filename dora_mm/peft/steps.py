@@ -37,7 +37,7 @@ def fixed_norms(model: nn.Module) -> Iterator[None]:
 
 
 class _FixedNorms:
-    """What `fixed_norms` opens and closes."""
+    """The state of one `fixed_norms` context: the fused variants, and the norms of their tensors at its start."""
 
     def __init__(self, model: nn.Module):
         self.variants, self.tensors = [], []

@@ -1,1 +1,1 @@
-"""What may be chosen by name: families, tasks, readers, scorers, optimizers, tools; other packages add to it."""
+"""Registries of choices by name: families, tasks, readers, scorers, optimizers, tools; other packages add to them."""

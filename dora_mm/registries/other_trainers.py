@@ -1,4 +1,4 @@
-"""What other trainers call the keys of a config, and some of their values."""
+"""The names in other trainers of the keys of a config, and of some of their values."""
 
 KEYS = {  # by the flags of kohya's scripts and diffusers'
     "pretrained_model_name_or_path": "model.path",

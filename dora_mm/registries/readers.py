@@ -14,7 +14,7 @@ class Reader:
     """One format.
 
     Attributes:
-        read: The place of its function `read(source, bad)`, see dora_mm/data/vl/readers.
+        read: The import path of its function `read(source, bad)`, see dora_mm/data/vl/readers.
         published: Where its files are published; "" where they are a user's own.
         keys: Which of the keys that not all formats have it reads.
         needs: Those of them that must be given, each with the reason.

@@ -41,7 +41,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     @cached_property
     def _added(self) -> dict[str, EntryPoint]:
-        """What other packages add."""
+        """The entry points of other packages, by name."""
         from importlib.metadata import entry_points  # here, since it takes as long as all else that a command starts
 
         start = f"{self.kind}."
@@ -110,6 +110,6 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 def load(import_path: str) -> Any:
-    """Imports an object by its place, `module:object`."""
+    """Imports an object by its import path, `module:object`."""
     module, _, name = import_path.partition(":")
     return getattr(import_module(module), name)

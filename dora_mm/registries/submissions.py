@@ -11,7 +11,7 @@ class Submission:
 
     Attributes:
         suffix: Its suffix.
-        text: The place of the function that takes predictions and returns the text of a file.
+        text: The import path of the function that takes predictions and returns the text of a file.
     """
 
     suffix: str

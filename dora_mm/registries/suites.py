@@ -57,7 +57,7 @@ def packaged_suites() -> tuple[str, ...]:
 
 
 def suite_titles() -> dict[str, str]:
-    """What each suite of the package is: the first line of its file."""
+    """The title of each suite of the package: the first line of its file."""
     files = {name: FOLDER / f"{name}{SUFFIX}" for name in packaged_suites()}
     return {name: path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ") for name, path in files.items()}
 

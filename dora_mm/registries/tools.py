@@ -13,10 +13,10 @@ class ToolRecord(NamedTuple):
     """A program that loads adapter files, or a form of them.
 
     Attributes:
-        title: What people call it.
-        tool: The place of its `Tool`, `module:object`; empty where it loads plain LoRA alone.
+        title: Its display name.
+        tool: The import path of its `Tool`, `module:object`; empty where it loads plain LoRA alone.
         version: The version whose rules are written down: a release, or the month and commit of its code.
-        export_format: The export format for those who ask for one of its name.
+        export_format: The export format that its name stands for.
         aliases: Other names that people give it.
     """
 
@@ -32,7 +32,7 @@ class ExportFormat(NamedTuple):
 
     Attributes:
         title: What it is, and who reads it.
-        export: The place of its `Export`; empty where `convert` makes it of others.
+        export: The import path of its `Export`; empty where `convert` makes it of others.
     """
 
     title: str
@@ -83,7 +83,7 @@ EXPORT_FORMATS = Registry(
 
 
 def readers() -> list[str]:
-    """The tools whose files are read, in the order in which they are asked whether a file is theirs.
+    """The tools whose files are read, in the order in which a file is matched against them.
 
     Those of other packages come first: their own keys would be taken for parts of a common form.
     """

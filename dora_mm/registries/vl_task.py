@@ -1,4 +1,4 @@
-"""What the program knows of a vision-language task."""
+"""The definition of a vision-language task."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class BartText:
-    """What VL-BART reads and writes in a task. Lengths are in tokens, <s> and </s> included.
+    """The input and output of VL-BART in a task. Lengths are in tokens, <s> and </s> included.
 
     Prompts and lengths are those of the paper's runs, except `gqa: `, which they spelled `gpa: `.
 
@@ -37,14 +37,14 @@ class VLTask:
         clips: Whether rows are about video clips, which only VL-BART reads, as features.
         row_mean: Whether the loss is a mean over rows of the means over their tokens; else over the tokens of all.
         chosen_from: Texts whose likeliest is the answer; empty: the letters of a row's options; None: it is written.
-        pairs: Whether rows have a rejected answer beside the chosen one, and the loss compares both.
+        pairs: Whether rows have a chosen and a rejected answer, and the loss compares both.
         names: How an answer names an option, with {option} for it, where rows have options in words: it is written, and
             the first one in it counts; or the likeliest is the answer. None: rows have no such options.
         lettered: Whether the letters of a row's options are answers, of which the likeliest can be taken.
-        prompt: What chat models are asked, with {text} for the question; None: they do not do the task.
-        fallback: What models without a chat template are asked; None: what their class reads.
+        prompt: The prompt for chat models, with {text} for the question; None: they do not do the task.
+        fallback: The prompt for models without a chat template; None: the input that their class reads.
         max_answer: Tokens of the longest answer that chat models write.
-        bart: What VL-BART reads and writes; None: it does not do the task.
+        bart: The input and output of VL-BART; None: it does not do the task.
     """
 
     title: str

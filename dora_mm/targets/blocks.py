@@ -1,4 +1,4 @@
-"""What the maps of language models and diffusion transformers are composed of: blocks below a path.
+"""Building blocks of the target maps of language models and diffusion transformers: blocks below a path.
 
 Paths are those of `named_modules()`; the keys of a saved model may differ.
 """

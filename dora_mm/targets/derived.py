@@ -141,7 +141,7 @@ def _any_number(name: str) -> str:
 
 
 class _Structure:
-    """What a model says about its modules, by path."""
+    """The structure of a model: its modules by path, and the part that each belongs to."""
 
     def __init__(self, model: Any):
         self.modules = with_projections(dict(model.named_modules()))
@@ -179,7 +179,7 @@ class _Structure:
         return area == "connector" and not re.search(UNUSED, below)
 
     def _kind(self, path: str, root: str) -> str | None:
-        """What a layer is part of: "attn", "mlp" or "router"; None where no name says it."""
+        """The kind of block that a layer is part of: "attn", "mlp" or "router"; None where no name tells."""
         if _kind_of(path.rpartition(".")[2]) == "router":
             return "router"
         return next((kind for name in self._prefix_of(path, root) if (kind := _kind_of(name))), None)

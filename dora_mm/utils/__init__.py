@@ -1,1 +1,1 @@
-"""What needs nothing else of ours: files and folders written at once, digests, seeded generators, YAML, text tables."""
+"""Helpers that import nothing else of dora_mm: atomic files and folders, digests, seeded generators, YAML, tables."""

@@ -1,4 +1,4 @@
-"""The day that chat templates may ask for: given once to all that a run renders, and never read from a clock there."""
+"""The date in chat templates: one for all that a run renders, never read from a clock while rendering."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Day:
     """The day of all that a model renders.
 
     Attributes:
-        date: In ISO format; None: nothing may ask for it.
-        num_requests: How often chat templates have asked for it; all that asked before a resumption count as one.
-        source: The origin of the day, which is reported when a template first asks.
+        date: In ISO format; None: no template may request it.
+        num_requests: How often chat templates have requested it; all requests before a resumption count as one.
+        source: The origin of the day, which is reported on the first request.
     """
 
     date: str | None = None
@@ -39,7 +39,7 @@ class Day:
 
     @property
     def recorded(self) -> str | None:
-        """The day where a template has asked for it, in ISO format."""
+        """The day in ISO format, where a template has requested it; else None."""
         return self.date if self.num_requests else None
 
     def request(self) -> date:

@@ -68,9 +68,9 @@ def is_free(path: Path) -> bool:
 
 
 def check_inside(file: Path, folder: Path) -> Path:
-    """Checks that a file of a folder is in it, and not in another place that a link leads to, before it is copied.
+    """Checks that a file of a folder is in it, and not behind a link that leads out of it, before it is copied.
 
-    The hub's cache is no other place: snapshots/<commit> has links to blobs/.
+    The hub's cache counts as inside: snapshots/<commit> has links to blobs/.
 
     Returns:
         The file.

@@ -18,7 +18,7 @@ HALF = re.compile(r"\\u[dD][89a-fA-F]").search  # of a surrogate pair
 
 
 class JSONStream:
-    """A place in a file of JSON, before a value.
+    """A position in a JSON file, before a value.
 
     Every method raises json.JSONDecodeError where the file ends early or is no JSON, or where a value is longer than
     `MOST_CHARACTERS` or nested too deeply; UnicodeDecodeError where it is not UTF-8.
@@ -29,7 +29,7 @@ class JSONStream:
         self._text, self._at, self._escapes = "", 0, False
 
     def elements(self) -> Iterator[Any]:
-        """The elements of the list here; none where there is another value. What follows is the place behind it."""
+        """The elements of the list here; none where there is another value. The stream is then behind it."""
         if self._next() != "[":
             self.skip()
             return

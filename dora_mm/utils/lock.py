@@ -33,7 +33,7 @@ _locks: dict[Path, "FolderLock"] = {}  # the locks of this process, by their fol
 
 
 class Writer(NamedTuple):
-    """Who writes to a folder, as its lock file says."""
+    """The writer of a folder, as its lock file names it."""
 
     host: str
     process: int
@@ -135,7 +135,7 @@ class FolderLock:
             log.warning("Taking over %s: %s has been silent for %.0f s.", self.folder, found, silence)
 
     def _read(self) -> Writer | None:
-        """Who writes; None where the file does not say it."""
+        """The writer; None where the file does not name one."""
         try:
             return Writer(**read_json(self.path))
         except (ValueError, TypeError):

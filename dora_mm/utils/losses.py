@@ -29,11 +29,11 @@ class LossSum(NamedTuple):
 
 
 class PassResult(NamedTuple):
-    """What the passes of one optimizer step have computed besides gradients.
+    """The result of the passes of one optimizer step, besides the gradients.
 
     Attributes:
         loss: The mean loss of the step.
-        scale: What the gradients in the passes were multiplied by, compared with those of this loss.
+        scale: The factor of the gradients in the passes, relative to those of this loss.
     """
 
     loss: float

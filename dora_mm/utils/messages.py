@@ -20,7 +20,7 @@ class ChangedFileError(Exception):
 
 
 class ServerError(Exception):
-    """A server that was asked does not answer.
+    """A server does not answer a request.
 
     It is no ValueError: a row that cannot be read may be left out, and one that nobody answered may not.
     """

@@ -139,7 +139,7 @@ class Processes:
             return self._store.add(key, 1) - 1
 
     def reports(self) -> bool:
-        """Whether this process says what has ended the command: the first that asks does, for all of them."""
+        """Whether this process reports what ended the command: the first that calls this does, for all of them."""
         if self.count == 1:
             return True
         try:
@@ -229,7 +229,7 @@ def divided(processes: Processes, function: Callable[[ItemT], ValueT], items: Se
 
 
 def _reported(found: tuple[ValueT, list[str]]) -> ValueT:
-    """A result, after what its process has warned of was said, which only the main one does."""
+    """A result, after logging the warnings of its process."""
     result, warnings = found
     for text in warnings:
         log.warning("%s", text)

@@ -110,7 +110,7 @@ class RunDirectory:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What the run was started with: the values of its config by "config.yaml", and digests of all else.
+        """The inputs that the run was started with: the values of its config by "config.yaml", and digests of all else.
 
         Raises:
             ValueError: The file is missing or damaged.
@@ -182,10 +182,10 @@ class RunDirectory:
 
     @contextmanager
     def answering(self, request: str) -> Iterator[bool]:
-        """A context that does what a person asks for while the run goes on: `touch RUN/<request>`.
+        """A context in which a request to a running run is served: `touch RUN/<request>`.
 
         Yields:
-            Whether that is asked for. The file goes at the end, so that a request is answered after an interruption.
+            Whether the file exists. It is deleted at the end, so that a request survives an interruption.
         """
         file = self.path / request
         requested = file.exists()

@@ -39,7 +39,7 @@ def header_bytes(specs: Iterable[tuple[str, _TensorSpec]], metadata: Mapping[str
     """The beginning of a file whose tensors lie one behind the other.
 
     Args:
-        specs: What is said of each tensor, by its name, in their order.
+        specs: The name of each tensor, with its dtype, shape and size in bytes, in their order.
         metadata: Text entries of the header.
         room: The length of the header's text; 0: as long as it is. What it does not need is filled with spaces.
     """

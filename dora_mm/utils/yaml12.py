@@ -147,7 +147,7 @@ def _named(section: yaml.Node) -> Iterator[tuple[str | int, tuple[yaml.Node, yam
 
 
 def _end(text: str, node: yaml.Node) -> int:
-    """Where a node ends: PyYAML lets a block reach to the next key."""
+    """The index of the end of a node; PyYAML lets a block reach to the next key."""
     while isinstance(node, yaml.CollectionNode) and not node.flow_style:
         last = node.value[-1]
         node = last[1] if isinstance(last, tuple) else last

@@ -1,1 +1,1 @@
-"""What a reader of the layer need not know: packed attention, quantised and sharded weights, subclasses of layers."""
+"""Support for special layers and weights: packed attention, quantised and sharded weights, subclasses of layers."""

@@ -187,7 +187,7 @@ class PackedAttention(nn.MultiheadAttention):
 
 
 def _combined_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """What is added to the scores, broadcastable to (B, H, L, S); True in a boolean mask leaves a position out."""
+    """The mask added to the scores, broadcastable to (B, H, L, S); True in a boolean mask leaves a position out."""
     masks = [None if m is None else _additive(m, q.dtype) for m in (attn_mask, key_padding_mask)]
     if (mask := masks[0]) is not None and mask.dim() == 3:
         masks[0] = mask.unflatten(0, q.shape[:2])
@@ -240,7 +240,7 @@ def inside(path: str, name: str) -> str:
 
 
 def why_not_separable(attention: nn.Module | None) -> str | None:
-    """Why an attention cannot call its projections, for an error message; None where it can, and for other modules."""
+    """The reason why an attention cannot call its projections, for an error message; None where it can."""
     if not isinstance(attention, nn.MultiheadAttention):
         return None
     if type(attention) not in (nn.MultiheadAttention, PackedAttention):

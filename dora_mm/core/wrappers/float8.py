@@ -31,7 +31,7 @@ class Float8Linear(nn.Linear):
 
     @classmethod
     def stored(cls, layer: nn.Linear, weight: Tensor, scale: Tensor) -> Float8Linear:
-        """In the place of a Linear, with its bias, a weight (O, I) that is stored so, and its scale (O, 1)."""
+        """A replacement for a Linear, with its bias, a weight (O, I) that is stored so, and its scale (O, 1)."""
         found = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         found.weight = nn.Parameter(weight, requires_grad=False)
         found.register_buffer("scale", scale)

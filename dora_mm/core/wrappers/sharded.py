@@ -63,7 +63,7 @@ def gathered(t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def write(parameter: Tensor, value: Tensor) -> None:
-    """Writes a whole value into a parameter in place, each process its part; FSDP keeps the memory of its parts."""
+    """Writes a full tensor into a parameter in place, each process its part; FSDP keeps the memory of its parts."""
     if is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor
 

@@ -1,1 +1,1 @@
-"""What the adapter of one module computes: exact changes of form, fits of low rank, fused projections."""
+"""The algebra of one module's adapter: exact changes of form, fits of low rank, fused projections."""

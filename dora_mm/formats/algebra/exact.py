@@ -1,4 +1,4 @@
-"""What the adapter of a layer computes from the base weight, and exact changes from one form into another.
+"""The adapted weight of a layer, and exact conversions of its adapter from one form into another.
 
 W' is g * (W0 + s B A), where g = m / n is constant along the rows (axis `out`) or columns (axis `in`) of the weight,
 and n is the norm that `LayerState.norm` names. For `unscaled`, W' is g W0 + (s + g - 1) B A. All is computed in fp32,
@@ -62,7 +62,7 @@ def _as_difference(layer: LayerState, W0: Tensor) -> LayerState:
 
 
 def times(W0: Tensor, right: Tensor) -> Tensor:
-    """W0 R (I, I) over the input columns, of a convolution at each place of the kernel."""
+    """W0 R (I, I) over the input columns, of a convolution at each position of the kernel."""
     return torch.einsum("oi...,ij->oj...", W0, right)
 
 
@@ -227,7 +227,7 @@ def _named(strengths: Sequence[float]) -> str:
 
 
 def _factor(layer: LayerState, g: Tensor) -> Tensor:
-    """What B A is multiplied by in W'."""
+    """The factor of B A in W'."""
     s = layer.spec.scaling
     if "magnitude" not in layer.tensors:
         return torch.full_like(g, s)

@@ -20,7 +20,7 @@ from dora_mm.formats.state import LayerState
 def split(group: ModuleGroup, fused: LayerState) -> list[LayerState]:
     """The adapters of the modules of a group, from that of the weight in a file, in the order of `group.names`.
 
-    Also for a group of one module, whose rows may change places. Where B is block-diagonal, each part gets its own
+    Also for a group of one module, whose rows may be reordered. Where B is block-diagonal, each part gets its own
     rank back, else A is shared.
 
     Raises:

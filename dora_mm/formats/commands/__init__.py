@@ -1,1 +1,1 @@
-"""What the commands do with adapter files: inspect, verify, convert, extract."""
+"""The implementation of the commands on adapter files: inspect, verify, convert, extract and others."""

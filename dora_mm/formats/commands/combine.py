@@ -126,11 +126,11 @@ class Sum(LayerReader):
 
     @property
     def header(self) -> Mapping[str, str]:
-        """What the headers have in common, and what was combined."""
+        """The entries that the headers share, and the list of what was combined."""
         return self._header
 
     def extras(self) -> Extras:
-        """What the files hold beside low-rank adapters; new tokens have no strength."""
+        """The contents of the files besides low-rank adapters; new tokens have no strength."""
         return self._extras
 
     def any_magnitude(self) -> bool:
@@ -190,7 +190,7 @@ def _extras(readers: Sequence[LayerReader], strengths: Sequence[float]) -> Extra
 
 
 def _header(files: Sequence[AdapterFile], strengths: Sequence[float]) -> dict[str, str]:
-    """What the headers of files have in common, and what they were combined from."""
+    """The entries that the headers of files share, and the titles and strengths of the files."""
     first, *others = (file.header for file in files)
     header = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     configs = [parse_json(file.header.get(CONFIG_NAME, "{}"), CONFIG_NAME) for file in files]
@@ -203,7 +203,7 @@ def _header(files: Sequence[AdapterFile], strengths: Sequence[float]) -> dict[st
 
 
 def _title(file: AdapterFile) -> str:
-    """What a file is called: by its header, its name, or its folder where all files of its form have one name."""
+    """The title of a file: by its header, its name, or its folder where all files of its form have one name."""
     if title := file.header.get("modelspec.title") or file.header.get("ss_output_name"):
         return title
     if file.path.name not in [form.file_name for form in FORMATS.values()]:

@@ -1,4 +1,4 @@
-"""What a person reads after a conversion."""
+"""The text that `convert` prints about its result."""
 
 from __future__ import annotations
 

@@ -37,15 +37,15 @@ from dora_mm.utils.progress import tracked
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did.
+    """The result of `convert`.
 
     Attributes:
-        files: What was written.
+        files: The files that were written.
         num_modules: The number of adapted modules.
-        errors: What the tools compute from it.
-        on_base: Whether the errors are those over the base model; else a random weight took its place.
-        usage: What a person has to know who loads the files; empty where there is nothing special.
-        left_out: The names in the old file of what has no place in the new one, with `allow_lossy`.
+        errors: The errors of the weights that the tools compute from them.
+        on_base: Whether the errors are those over the base model; else they are those over random weights.
+        usage: Instructions for loading the files; empty where there are none.
+        left_out: The names in the old file of what the new one cannot hold, with `allow_lossy`.
         ranks: The ranks of the modules, in order; none where they are those of the old file.
     """
 
@@ -60,7 +60,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is written: see `convert`, whose arguments they are."""
+    """The settings of a conversion: the arguments of `convert`."""
 
     to: str
     allow_lossy: bool = False
@@ -317,7 +317,7 @@ class _Writer:
         return low_rank(D, self.keep)
 
     def fitted(self, problem: str, layer: LayerState, W0: Tensor) -> LayerState:
-        """The closest DoRA of a rank, for what the form has no place for."""
+        """The closest DoRA of a rank, for an adapter that the form cannot hold."""
         if self.keep is None:
             raise ValueError(
                 f"{problem}, which this format cannot hold: use --to merged or --to diff, or fit it anew with --rank"
@@ -337,7 +337,7 @@ class _Writer:
         return self.memory[: shape.numel()].view(shape)
 
     def problem(self, layer: LayerState) -> str | None:
-        """What the form has no place for, or what is not to be written."""
+        """The reason why the form cannot hold an adapter, or why it must not be written as it is; None where it can."""
         holds, keep = self.export.holds, self.keep
         if layer.spec.method == "full":
             is_norm = next(iter(layer.tensors.values())).dim() == 1

@@ -1,4 +1,4 @@
-"""What to convert a file to for a tool that does not compute from it what it means."""
+"""The conversion that makes a file work in a tool which computes something else from it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def cure(file: AdapterFile, tool: str, names: Collection[Name], layers: LayerRea
 
 
 def _has_no_rank(file: AdapterFile) -> bool:
-    """Whether a module has no low rank; norms, which have none, are for forms with a place for them."""
+    """Whether a module has no low rank; norms, which have none, are for forms that can hold them."""
     return any(found.keys() & NO_LOW_RANK for module, found in file.modules.items() if not file.is_norm(module))
 
 
@@ -84,7 +84,7 @@ def _with_extras(to: str, export: Export, layers: LayerReader) -> list[str]:
     """The keys that an export format writes and that belong to no module.
 
     Raises:
-        ValueError: It has no place for what the file holds, or PEFT's class none for the modules.
+        ValueError: It cannot hold all of the file, or PEFT would not find the modules in the class of the model.
     """
     if any(map(layers.transposed, layers.names())):
         raise ValueError("the base stores a weight transposed")

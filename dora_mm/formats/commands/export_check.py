@@ -1,4 +1,4 @@
-"""What tools compute from the tensors that `convert` writes for them, and whether PEFT finds their modules."""
+"""Checks the weights that tools compute from the tensors of `convert`, and that PEFT finds their modules."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class ExportCheck:
 
 
 def refusal(tool: str, error: float) -> str:
-    """Why a file is not written for a tool."""
+    """The reason why a file is not written for a tool."""
     title = TOOLS[tool].title
     if math.isinf(error):
         return f"{title} would fail on it"

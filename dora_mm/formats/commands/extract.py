@@ -36,7 +36,7 @@ _EMBEDDINGS = re.compile(
 
 @dataclass(frozen=True)
 class Extraction:
-    """What `extract` did.
+    """The result of `extract`.
 
     Attributes:
         files: The adapter file, or both of ComfyUI's.
@@ -44,7 +44,7 @@ class Extraction:
         overall: The same over all these modules.
         num_unchanged: The modules that are the same in both models.
         left_out: The modules that differ and that an adapter cannot hold: norms, embeddings, stacked weights.
-        usage: What a person has to know who loads the files; empty where there is nothing special.
+        usage: Instructions for loading the files; empty where there are none.
     """
 
     files: tuple[Path, ...]

@@ -1,4 +1,4 @@
-"""What is trained beside adapters, and what has a place for it: new tokens, and LyCORIS' norms and biases."""
+"""Trained weights besides adapters (new tokens, LyCORIS' norms and biases), and the formats that can hold them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dora_mm.formats.tools.tool import Export
 
 
 def leave_out(layers: LayerReader, to: str, export: Export | None, *, allow_lossy: bool) -> tuple[str, ...]:
-    """Leaves out of a conversion what its target has no place for.
+    """Leaves out of a conversion the extras that its target cannot hold.
 
     Args:
-        layers: What is converted; norms without a place are taken out of it.
+        layers: The adapters to convert; norms that the target cannot hold are removed from them.
         to: The target.
-        export: Its form; None for a merged model, which has a place for norms, and none for biases and new tokens.
+        export: Its form; None for a merged model, which can hold norms, but no biases and no new tokens.
         allow_lossy: Whether anything may be left out.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What an adapter file says about itself: from the header and the shapes, and then whether its values are numbers."""
+"""Inspects an adapter file: its header and shapes, and then whether its values are finite."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class ModuleInfo:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What an adapter file says.
+    """The result of inspecting an adapter file.
 
     Attributes:
         path: The file.
@@ -81,15 +81,15 @@ class Inspection:
         title: The tool's name.
         architecture: The architecture, such as `sdxl`, or the kind of model; None where the modules do not tell.
         names: How modules are named: `SGM`, `diffusers`, `transformers` or `own`.
-        base_model: What the header says about the base model.
+        base_model: The base model, as the header names it.
         modules: The adapted modules.
-        ambiguous: What the file does not say, with the evidence.
+        ambiguous: The properties that the file leaves open, with the evidence.
         tokens: The keys of embeddings of trained tokens.
         biases: The keys of differences of biases.
         others: Keys that belong to no adapter.
         settings: The other entries of the header.
         made_with: The program that made it, where the header tells; else None.
-        damage: What its header and its shapes show to be damaged.
+        damage: The damage that its header and its shapes show.
         works_in: The tools that compute from it what it means, at strength 1: keys of `TOOLS`.
         not_finite: Keys of tensors with values that are NaN or infinite; None where the values were not read.
     """

@@ -1,4 +1,4 @@
-"""What tools load of a file, by the names of its modules and the ends of its keys: before anything is computed."""
+"""The modules and tensors of a file that tools load, by module names and ends of keys, before any computation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOTHING_LOST: frozenset[str] = frozenset()
 
 
 class Load(NamedTuple):
-    """What a tool loads of a file.
+    """The modules of a file that a tool loads.
 
     Attributes:
         lost: By the module whose name it knows: the roles of tensors that it does not read.
@@ -32,7 +32,7 @@ class Load(NamedTuple):
 
 
 def load_of(file: AdapterFile, tool: str, architecture: str | None) -> Load:
-    """What a tool loads of a file.
+    """Finds the modules of a file that a tool loads.
 
     Args:
         file: The file.
@@ -60,7 +60,7 @@ def known_modules(
 def readers_of(
     tools: Collection[str], export: Export, modules: Collection[str], architecture: str | None, *, is_lora: bool
 ) -> tuple[str, ...]:
-    """Those of some tools that know all names which an export gives to modules.
+    """Selects the tools that know all the names which an export gives to modules.
 
     Args:
         tools: The names of the tools.

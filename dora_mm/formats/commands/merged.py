@@ -34,7 +34,7 @@ def write_with_adapter(layers: LayerReader, target: Path, strength: float) -> To
 
 
 class _MergedWeights(Mapping[Name, Tensor]):
-    """The merged weights by name, computed when they are asked for, in the dtype of the base."""
+    """The merged weights by name, computed on access, in the dtype of the base."""
 
     def __init__(self, layers: LayerReader, weights: BaseWeights, strength: float):
         self._layers, self._weights, self._strength = layers, weights, strength
@@ -52,7 +52,7 @@ class _MergedWeights(Mapping[Name, Tensor]):
         return W0.T if transposed else W0
 
     def errors(self) -> ToolErrors:
-        """What rounding the merged weights to the dtype of the base has changed."""
+        """The errors from rounding the merged weights to the dtype of the base."""
         norms = {name: self._norms[name] for name in self}
         off, size = zip(*norms.values(), strict=True)
         layers = {str(name): e / n if n else e for name, (e, n) in norms.items()}

@@ -1,4 +1,4 @@
-"""What an adapter file says of itself, for people, web UIs and sites: entries of its header, without a new tensor."""
+"""Edits the metadata of an adapter file, for people, web UIs and sites; the tensors stay as they are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FREE = re.compile(r"(modelspec\.|ss_)\w+")
 
 @dataclass(frozen=True)
 class Edited:
-    """What `set_metadata` did.
+    """The result of `set_metadata`.
 
     Attributes:
         file: The file that was written.

@@ -88,7 +88,7 @@ def misread_by(file: AdapterFile, right: Collection[str], architecture: str | No
 
 
 class _Kind(NamedTuple):
-    """What of a module decides whether a tool computes it: the ends of its keys with the shapes, and so on."""
+    """The properties of a module that decide which tools compute it correctly; a key for results shared by modules."""
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     scaling: float
@@ -141,7 +141,7 @@ def _small(role: str, shape: tuple[int, ...], roles: Collection[str], axis: str,
 def _parts(
     tool: Tool, file: AdapterFile, module: str, tensors: Mapping[str, Tensor], scaling: float
 ) -> dict[str, Tensor]:
-    """What a tool finds of a module, with alpha where it would find one."""
+    """The tensors of a module by role that a tool finds, with alpha where it would find one."""
     parts = tool.without_lost(module, tool.roles(module, tensors), tensors)
     if "A" not in parts:
         return parts

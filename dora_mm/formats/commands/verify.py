@@ -1,4 +1,4 @@
-"""What a tool will compute from an adapter file, compared with what the file means."""
+"""Compares the weights that a tool will compute from an adapter file with those that the file means."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TEXT_OF = "sdxl"  # of which text encoders alone are taken to be
 
 @dataclass(frozen=True)
 class LayerVerdict:
-    """What a tool computes for one module.
+    """The comparison of one module: the weight that a tool computes with the one that the file means.
 
     Attributes:
         module: The module's name in the file.
@@ -60,16 +60,16 @@ class LayerVerdict:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a tool computes from an adapter file.
+    """The comparison of an adapter file, as a tool computes it, with what the file means.
 
     Attributes:
         tool: One of `other_tools`.
         title: The tool's name.
         error: The relative error of W' - W0 over all modules that the base has.
         layers: The modules, in the order of the file.
-        note: What a person has to know beside this; empty where there is nothing.
+        note: Parts of the file that were not compared, for the reader; empty where there are none.
         version: The version of the tool that is judged.
-        usage: What a person has to set in the tool; empty where there is nothing.
+        usage: The settings to make in the tool; empty where there are none.
         cure: The options of `dora-mm convert` for a file that it computes right; empty where it does that of this file,
             or where there are none.
         cautions: Where it computes something else from the magnitudes than from this file alone, and the way out.
@@ -175,7 +175,7 @@ def _is_right(layers: Iterable[LayerVerdict]) -> bool:
 
 
 def _convertible(adapter: AdapterFile, weights: Mapping[Name, Tensor], axis: str | None) -> LayerReader | None:
-    """What `convert` reads of a file; None where it refuses it."""
+    """The reader of a file that `convert` would use; None where it refuses the file."""
     try:
         return LayerReader(adapter, weights, axis)
     except ValueError:
@@ -202,7 +202,7 @@ def _is_text(weights: Mapping[Name, Tensor]) -> bool:
 
 
 def _in_class(adapter: AdapterFile, weights: Mapping[Name, Tensor], load: Load) -> Load:
-    """What PEFT loads of a file into the class of the model, by its own code.
+    """The modules of a file that PEFT loads into the class of the model, by its own code.
 
     Nothing is known of other files than PEFT's, and of models that are none of transformers'.
     """
@@ -259,7 +259,7 @@ def _verdicts(
 def layer_verdict(
     module: str, computes: Computation, parts: Parts, state: LayerState, W0: Tensor, found: WeightErrors, error: float
 ) -> LayerVerdict:
-    """What a tool computes for one module, from its error."""
+    """The verdict on one module, from the error of the tool."""
     relative = found.relative(error)
     if relative <= found.bound():
         return LayerVerdict(module, RIGHT, relative)
@@ -279,7 +279,7 @@ def _other_axis(computes: Computation, m: Tensor, axis: str, W0: Tensor) -> bool
 
 
 def why(computes: Computation, parts: Parts, state: LayerState) -> str:
-    """Why a tool computes another weight than an adapter means, as the end of a sentence that begins with its name."""
+    """The reason why a tool computes another weight, as the end of a sentence that begins with the tool's name."""
     if state.spec.scaling != 1 and "alpha" not in parts:
         return "does not read alpha"
     written_for = {"base": "the norm of W0", "unscaled": "the norm of W0 + B A without alpha"}

@@ -23,7 +23,7 @@ _FULL = slice(None)
 
 
 class ToolLoad(NamedTuple):
-    """What a tool loads of a module: its name, the parts, and the strength."""
+    """The tensors that a tool loads of a module: the tool's name, the parts by role, and the strength."""
 
     tool: str
     parts: Parts
@@ -31,7 +31,7 @@ class ToolLoad(NamedTuple):
 
 
 class WeightErrors(NamedTuple):
-    """What tools compute for one module.
+    """The errors of the weights that tools compute for one module.
 
     Attributes:
         size: ||W' - W0||.
@@ -88,7 +88,7 @@ def _is_by_rows(load: ToolLoad, num_rows: int) -> bool:
 
 
 class _Step(NamedTuple):
-    """What a tool does with the tensors of a module.
+    """The computation of a tool on the tensors of a module.
 
     Attributes:
         formula: Its formula.
@@ -106,7 +106,7 @@ class _Step(NamedTuple):
 
 
 def _step_of(load: ToolLoad) -> _Step | None:
-    """What a tool does; None where it reads nothing of the module."""
+    """The computation of a tool; None where it reads nothing of the module."""
     return _step(tool_of(load.tool).computes.formula(load.parts), load.parts) if is_read(load.parts) else None
 
 

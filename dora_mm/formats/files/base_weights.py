@@ -110,7 +110,7 @@ class BaseWeights(Mapping[Name, Tensor]):
         return resolve(name, self._spans)
 
     def span(self, name: Name) -> TensorLocation:
-        """Where a weight is stored that can be replaced.
+        """The location of a weight that can be replaced.
 
         Raises:
             ValueError: There is no such module, it is quantised, transformers makes it from other tensors, or another
@@ -190,7 +190,7 @@ def write_merged(base: BaseWeights, target: Path, update: Mapping[Name, Tensor])
 
     Raises:
         ValueError: `target` exists or is of the wrong kind, or a weight is unknown, has another shape, or is tied
-            to another one that would change with it; or a file is a link to another place.
+            to another one that would change with it; or a file is a link that leads out of the model.
         OSError: It cannot be written.
     """
     _check_target(base, target)

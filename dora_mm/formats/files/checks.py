@@ -1,4 +1,4 @@
-"""What the tensors of every adapter must be: floating-point and finite."""
+"""Checks that the tensors of adapters are floating-point and finite."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class TensorEntry(NamedTuple):
-    """Where a tensor is: its dtype, its shape, and its first byte in the file."""
+    """The entry of a tensor in a header: its dtype, its shape, and its offset from the start of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -55,7 +55,7 @@ class TensorEntry(NamedTuple):
 
 
 class DamagedError(Exception):
-    """What is wrong with a file."""
+    """A safetensors file is damaged; the message is the problem, without the path."""
 
 
 def parse_header(header: bytes, size: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
@@ -104,7 +104,7 @@ def _in_order(found: dict[str, TensorEntry], start: int, size: int) -> dict[str,
 
 
 def _first_gap(entries: dict[str, TensorEntry], start: int, size: int) -> str:
-    """What is wrong with the places of tensors in this order; empty where each begins at the end of the one before."""
+    """The first gap or overlap of tensors in this order, as a message; empty where each begins where the last ends."""
     offset = start
     for key, entry in entries.items():
         if entry.offset != offset:
@@ -114,7 +114,7 @@ def _first_gap(entries: dict[str, TensorEntry], start: int, size: int) -> str:
 
 
 def _members(text: str, position: int, value: Callable[[str, int, str], tuple[T, int]]) -> tuple[dict[str, T], int]:
-    """The object at a place of a text, and where it ends; `value` says that of the value at a place, by its key."""
+    """The JSON object at a position, and where it ends; `value` parses a value at its position, by its key."""
     if not (begin := _BEGIN.match(text, position)):
         raise DamagedError("its header is not a JSON object")
     found: dict[str, T] = {}
@@ -145,7 +145,7 @@ def _text(text: str, position: int, key: str = "") -> tuple[str, int]:
 
 
 def _entry(text: str, position: int, key: str, start: int) -> tuple[TensorEntry, int]:
-    """What is said about a tensor; its place is counted from the first byte after the header, at `start`."""
+    """The entry of a tensor and the position of its end; `start` is the offset of the first byte after the header."""
     if len(key) > LONGEST_NAME or (not key.isprintable() and UNSEEN.search(key)):
         raise DamagedError(f"no module has the name of its tensor {shown(key)}")
     end = text.find("}", position, position + _LONGEST_ENTRY) + 1

@@ -1,4 +1,4 @@
-"""Where the weights of a model are: which file, tensor and rows hold the weight of each module."""
+"""The locations of a model's weights: the file, tensor and rows that hold the weight of each module."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEMS = ("diffusion_pytorch_model", "model")  # how the names of weight files be
 
 
 class TensorLocation(NamedTuple):
-    """Where a weight is.
+    """The location of a weight in a checkpoint.
 
     Attributes:
         file: The file.

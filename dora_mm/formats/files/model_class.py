@@ -1,7 +1,7 @@
 """The names of weights in the class of a model of transformers, which are not always those of its checkpoint.
 
 transformers renames, divides, stacks and reorders weights while it loads them. Adapters are for what it has loaded, so
-its own functions are asked here, about keys and without a model in memory.
+its own functions are called here, on keys alone and without a model in memory.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Converter:
 
 
 class ClassWeights(NamedTuple):
-    """Where the weights of a class are in a checkpoint.
+    """The locations of the weights of a class in a checkpoint.
 
     Attributes:
         sources: By the name of a parameter or buffer of the class, or of one that it shares: the key of the tensor that
@@ -118,7 +118,7 @@ class ClassWeights(NamedTuple):
 
 
 def weights_in_class(model: Any, keys: Iterable[str]) -> ClassWeights:
-    """Says where the weights of a class are in a checkpoint. Tensors that transformers does not load are left out.
+    """Finds the weights of a class in a checkpoint. Tensors that transformers does not load are left out.
 
     Args:
         model: The model, on the meta device.

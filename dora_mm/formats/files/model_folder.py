@@ -23,7 +23,7 @@ class ModelFolder:
 
     @cached_property
     def index(self) -> Mapping[str, Any] | None:
-        """What the index of a pipeline holds: its class, facts of the model, its components; None: it is no pipeline.
+        """The index of a pipeline: its class, facts of the model, its components; None where there is no pipeline.
 
         Raises:
             ValueError: It is damaged.

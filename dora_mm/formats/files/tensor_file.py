@@ -164,7 +164,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def write_with_metadata(file: TensorFile, target: Path, metadata: Mapping[str, str]) -> None:
-    """Writes a file with other metadata, byte for byte the same behind its header; it may take the file's own place.
+    """Writes a file with other metadata, byte for byte the same behind its header; it may replace the file itself.
 
     Raises:
         ValueError: The header would be too long, the file cannot be read, or the target is another one that exists.

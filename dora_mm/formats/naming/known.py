@@ -54,7 +54,7 @@ class Row(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What a tool reads of a file by its names.
+    """The modules of a file that a tool reads, by their names.
 
     Attributes:
         lost: By the module that it knows: the roles of tensors that it does not read.
@@ -66,7 +66,7 @@ class Reading(NamedTuple):
 
 
 def reading(tool: str, architecture: str | None, modules: Mapping[str, Collection[str]]) -> Reading:
-    """What a tool reads of a file.
+    """Looks up the modules of a file that a tool reads.
 
     Args:
         tool: Its name in the table.
@@ -92,7 +92,7 @@ def reading(tool: str, architecture: str | None, modules: Mapping[str, Collectio
 
 
 def form_of(endings: Collection[str]) -> str:
-    """The form of a file from the ends of its keys, with what is beside the low rank.
+    """The form of a file from the ends of its keys, with the tensors besides A and B.
 
     `A` stands for lora_A, `down` for lora_down, `old` for what diffusers wrote in 2023, `lokr`; `other` for several of
     them, or none.

@@ -1,7 +1,7 @@
 """How the authors' own code names the modules of a network that diffusers or transformers name otherwise.
 
 Own path -> path of diffusers or transformers. `#` is the number of a block; braces list the modules whose rows the own
-weight stacks, in this order. SDXL and Stable Diffusion 1 are named by their blocks' places (SGM's code), the second
+weight stacks, in this order. SDXL and Stable Diffusion 1 are named by block index (SGM's code), the second
 text encoder of SDXL as in open_clip.
 """
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 def _fused(block: str, *, added: bool = False) -> dict[str, str]:
-    """What diffusers calls the stacked projections of an attention, after `fuse_qkv_projections`."""
+    """The names of an attention's stacked projections in diffusers, after `fuse_qkv_projections`."""
     found = {f"{block}.to_qkv": f"{block}.{{to_q,to_k,to_v}}"}
     return found | ({f"{block}.to_added_qkv": f"{block}.{{add_q_proj,add_k_proj,add_v_proj}}"} if added else {})
 
@@ -310,7 +310,7 @@ def _unet(attention_first: bool) -> dict[str, str]:
     """The names of a UNet.
 
     An upsampler comes after the attention of its block, if that has one. The first up block of SDXL has, that of Stable
-    Diffusion 1 has not. Both places are read; of several own names, the first is written.
+    Diffusion 1 has not. Both positions are read; of several own names, the first is written.
     """
     found = {
         "time_embed.0": "time_embedding.linear_1",

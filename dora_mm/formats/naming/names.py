@@ -36,11 +36,11 @@ class Name(NamedTuple):
 
 @dataclass(frozen=True)
 class ModuleGroup:
-    """What a module name in a file stands for.
+    """The modules that one name in a file stands for.
 
     Attributes:
         names: One module; or several whose rows the file stacks in this order (a fused projection).
-        modulation: Whether the module computes shifts and scales, whose two halves of rows change places between the
+        modulation: Whether the module computes shifts and scales, whose two halves of rows are swapped between the
             layouts where it has 2 I rows.
     """
 
@@ -192,7 +192,7 @@ def underscored(path: str) -> str:
 
 @cache
 def own_table(layout: str) -> dict[str, ModuleGroup]:
-    """What each own path stands for; that of a fused projection also with the number of a part (OneTrainer)."""
+    """The module group of each own path; that of a fused projection also with the number of a part (OneTrainer)."""
     component, rules, *_ = LAYOUTS[layout]
     found: dict[str, ModuleGroup] = {}
     for rule, meaning in rules.items():

@@ -234,7 +234,7 @@ def _known(path: str, group: ModuleGroup, layout: str, style: Style, tool: str) 
 
 @cache
 def _underscored_table(layout: str) -> dict[str, ModuleGroup]:
-    """What each underscored path stands for: own paths, and those of diffusers and transformers."""
+    """The module group of each underscored path: own paths, and those of diffusers and transformers."""
     own = {underscored(path): group for path, group in own_table(layout).items()}
     names = {underscored(name.path): ModuleGroup((name,)) for name in owners(layout)}
     return {**names, **own}

@@ -30,7 +30,7 @@ def export_of(name: str) -> Export:
 
 @cache
 def all_tools() -> dict[str, Tool]:
-    """All tools, in the order in which they are asked whether a file is theirs."""
+    """All tools, in the order in which a file is matched against them."""
     return {name: tool_of(name) for name in readers()}
 
 

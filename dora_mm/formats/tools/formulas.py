@@ -23,7 +23,7 @@ EPS = torch.finfo(torch.float32).eps
 
 
 class Update:
-    """What the tensors of a module make of a weight, or of some rows of it; each value is computed once.
+    """The update of a weight, or of some rows of it, by the tensors of a module; each value is computed once.
 
     Attributes:
         parts: The tensors by role, without the magnitude.
@@ -156,7 +156,7 @@ class Computation:
     strengths: tuple[float, ...] = (0.0, 0.5, 2.0)
 
     def formula(self, parts: Parts) -> Formula:
-        """What computes W(t) from the tensors of a module by role."""
+        """The formula of W(t) for the tensors of a module by role."""
         return self.dora if parts.keys() & {"m", "lost"} else self.lora
 
     def apply(self, parts: Parts, W0: Tensor, strength: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the tools share: the tensors of one module by their role, and the way to and from the neutral form.
+"""Helpers that the tools share: the tensors of one module by role, and conversion to and from the neutral form.
 
 The roles of the tensors of a module, whatever a tool calls them:
 

@@ -116,18 +116,18 @@ def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
 
 
 def companion_method(header: Header) -> Method | None:
-    """The method that PEFT's settings beside the weights name; None where there are none, or it is read."""
+    """The method that PEFT's config file names; None where there is no such file, or where the method is read."""
     if CONFIG_NAME not in header:
         return None
     return method_of_type(str(parse_json(header[CONFIG_NAME], CONFIG_NAME).get("peft_type")))
 
 
 def config_next_to(header: Header, *types: str) -> dict[str, Any]:
-    """PEFT's settings, which are a file beside the weights.
+    """PEFT's config, a file in the folder of the weights.
 
     Args:
         header: The header, with the file.
-        types: The types of adapters that have the tensors for which the settings are asked; empty for any.
+        types: The types of adapters that have the tensors for which the config is used; empty for any.
 
     Raises:
         ValueError: There are none, they are for other tensors, or PEFT computes something else with them.

@@ -50,7 +50,7 @@ _MISREAD = {
 
 
 def unsupported_reason(component: str, model: nn.Module) -> str | None:
-    """Why PEFT would not compute the same function from a file, or None where it would.
+    """The reason why PEFT would not compute the same function from a file, or None where it would.
 
     Args:
         component: The name of the model, for the message.
@@ -171,12 +171,12 @@ def listed_names(names: Any) -> list[str]:
 
 
 def own_header(header: Mapping[str, str]) -> dict[str, Any]:
-    """What our key of a header says: see `our_config`."""
+    """The settings under our key of a header, by `our_config`."""
     return parse_json(header.get(OUR_METADATA, "{}"), f"its header key {OUR_METADATA}")
 
 
 def settings_in(config: Mapping[str, Any], ours: Any) -> dict[str, Any]:
-    """What PEFT's config and our header (`our_config`) say about a module: see `state.with_settings`."""
+    """The settings of a module from PEFT's config and our header (`our_config`), for `state.with_settings`."""
     if not isinstance(ours, Mapping):
         raise ValueError(f"its header key {OUR_METADATA} has values that are not JSON objects")
     own = {key: ours[key] for key in ("method", "norm_grad", "dropout") if key in ours}
@@ -194,7 +194,7 @@ def alpha_in(config: Mapping[str, Any], path: str, rank: int) -> float:
 
 
 def scaling_in(config: Mapping[str, Any], path: str) -> float:
-    """Alpha / r of a LoHa or LoKr by PEFT's rules, which do not ask whether its factors have this rank."""
+    """Alpha / r of a LoHa or LoKr by PEFT's rules, which do not check that its factors have this rank."""
     alpha = finite_number("alpha", _of_module(config, "alpha_pattern", path, config.get("alpha")))
     rank = finite_number("r", _of_module(config, "rank_pattern", path, config.get("r")))
     if not (alpha > 0 and rank > 0):
@@ -203,7 +203,7 @@ def scaling_in(config: Mapping[str, Any], path: str) -> float:
 
 
 def _of_module(config: Mapping[str, Any], key: str, path: str, otherwise: Any) -> Any:
-    """What the first pattern that matches a module says."""
+    """The value of the pattern that matches a module, or `otherwise`."""
     patterns = config.get(key) or {}
     if not isinstance(patterns, dict):
         raise ValueError(f"{key} is not a JSON object")

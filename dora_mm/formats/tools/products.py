@@ -41,7 +41,7 @@ def scaling(parts: Mapping[str, Tensor]) -> float:
 
 
 def change(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """What is added to W0, without alpha: (O, I) or (O, I, *K), or (O, I K); and R (I, I) where it is W0 R, too.
+    """The change added to W0, without alpha: (O, I), (O, I, *K) or (O, I K); and R (I, I) where W0 R is added, too.
 
     Raises:
         ValueError: The shapes of the factors do not fit each other.

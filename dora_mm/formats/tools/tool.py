@@ -1,4 +1,4 @@
-"""What a tool is: how it names things in adapter files, and the weight that it computes from them."""
+"""The definition of a tool: its names of modules and tensors in adapter files, and the weight it computes from them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _DROPPED = ("dora_mm", "lora_adapter_metadata", "adapter_config.json", "format",
 
 
 class Contents(NamedTuple):
-    """What the header of a new file is made from.
+    """The sources of the header of a new file.
 
     Attributes:
         specs: The settings of the adapted modules.
-        source: The header of the file that was converted, or what a training says about itself.
+        source: The header of the file that was converted, or the metadata of a training run.
         parameters: The extra parameters.
         transposed: The components in which weights are stored (I, O).
     """
@@ -47,11 +47,11 @@ class Contents(NamedTuple):
 
 @dataclass(frozen=True)
 class HeaderReader:
-    """What a tool reads of a header beside the tensors; nothing by default.
+    """The functions by which a tool reads a header; by default they read nothing.
 
     Attributes:
         alpha: The alpha of a module of a rank.
-        settings: What else is known about a module: see `state.with_settings`.
+        settings: The other settings of a module: see `state.with_settings`.
         listed: The modules and extra parameters that are in the file.
         parameter: The name of an extra parameter, by its key; None for other keys.
         unties: Whether the tool trains an extra parameter as a copy, apart from what the base ties to it.
@@ -139,7 +139,7 @@ class Tool:
         return parts
 
     def loaded(self, module: str, tensors: Mapping[str, Tensor], header: Header) -> dict[str, Tensor]:
-        """What the tool itself finds of `parts_of`."""
+        """The tensors by role that the tool loads: those of `parts_of`, with a lost magnitude as `lost`."""
         return self.without_lost(module, self.parts_of(module, tensors, header), tensors)
 
     def without_lost(self, module: str, parts: dict[str, T], endings: Collection[str]) -> dict[str, T]:
@@ -151,7 +151,7 @@ class Tool:
 
 @dataclass(frozen=True)
 class Holds:
-    """What of an adapter has a place in a form of file.
+    """The parts of an adapter that a form of file can hold.
 
     Attributes:
         columns: Magnitudes of input columns.
@@ -159,8 +159,8 @@ class Holds:
         convolutions: Convolutions.
         extras: Differences of norms and biases.
         alpha: Any alpha; else B is scaled so that alpha is the rank, which tools that do not read it take.
-        both_methods: Modules without a magnitude beside others with one; else all get one.
-        tokens: Rows of new tokens: `inside` the file, `beside` it in files of their own, or nowhere (empty).
+        both_methods: Modules with and without a magnitude in one file; else all get one.
+        tokens: Rows of new tokens: `inside` the file, in `separate` files, or nowhere (empty).
     """
 
     columns: bool = True
@@ -181,8 +181,8 @@ class Export:
             the form cannot hold it.
         spelling: How modules are named.
         read_by: The tools whose formula must give W' from what is written.
-        holds: What has a place in it.
-        header: The entries that the header must have. One that is named like a file is written beside the weights.
+        holds: The parts of an adapter that it can hold.
+        header: The entries that the header must have. Those named like a file are written as files in the same folder.
         file_name: The name of the file in a folder; empty for the folder's own name.
         needs_base: Whether `write` needs W0 (else only its shape, if at all).
         difference: Whether it is W' - W0, as large as W0: the check of what is written computes it, block by block.
@@ -251,7 +251,7 @@ def write_file(
     *,
     room: int,
 ) -> None:
-    """Writes the file of an adapter one module at a time, and what its form has beside it.
+    """Writes the file of an adapter one module at a time, and the other files of its form.
 
     Args:
         file: The file; it is not written where a module raises an error.
@@ -276,7 +276,7 @@ def write_file(
 
 
 def _header(file: Written, contents: Contents) -> dict[str, str]:
-    """The header of a file; what is named like a file is written beside it."""
+    """The header of a file; writes entries that are named like a file as files in the same folder."""
     header = file.export.header(contents)
     for name in header:
         if name.endswith(".json"):  # before the weights, which are never there alone
