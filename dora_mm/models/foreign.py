@@ -55,7 +55,7 @@ def converted(config: Mapping[str, Any]) -> str | None:
 
 
 def instead_of(config: Mapping[str, Any]) -> str:
-    """Advice what to use instead of a model whose class transformers does not have."""
+    """Advice on what to use instead of a model whose class transformers does not have."""
     if found := converted(config):
         return f"use its version for transformers, {found}"
     if found := SUCCESSORS.get(class_name(config)):

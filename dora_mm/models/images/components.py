@@ -83,7 +83,7 @@ class Components:
         self._replaced.add(name)
 
     def digest(self, name: str) -> str:
-        """Digest of the weights of a network, as it is loaded; if its files are known, nothing is loaded."""
+        """Digest of the weights of a network, as it is loaded; nothing is loaded if its files are local."""
         if self.device == META:
             return self._loaded_as
         if self._weights is None or name in self._replaced:

@@ -227,7 +227,7 @@ class ImageModel(ABC):
 
     @property
     def vae_identity(self) -> str:
-        """Digest of all inputs of cached latents but the image."""
+        """Digest of the VAE as it is loaded, on which cached latents depend besides the image."""
         return self.components.digest("vae")
 
     @property

@@ -108,7 +108,7 @@ class _Exchange(NamedTuple):
     Attributes:
         prompt: What is between the answer before and this one.
         answer_text: The answer, from where the model begins to write to the end of its turn.
-        end: What `said` ends with and the template puts in front of the next question.
+        end: The end of `answer_text`, which the template puts in front of the next question.
         rest: The white space behind it, where no turn follows.
         is_complete: Whether the answer is rendered as it was given.
     """
@@ -143,7 +143,7 @@ class _Template:
         self.content, self.breaks = _readable_content(processor, self.template, shape)
 
     def apply(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> str:
-        """Renders turns; with `ask`, what begins the model's next turn follows.
+        """Renders turns; with `generation_prompt`, the beginning of the model's next turn follows.
 
         Raises:
             ValueError: The template refuses them, or leaves out a tool or a call.

@@ -20,7 +20,7 @@ Inputs = Mapping[str, Tensor]
 
 
 class Form(Protocol):
-    """Interface of a form."""
+    """Interface of a form: logits, their targets and generation."""
 
     @property
     def continues(self) -> bool:
