@@ -1,4 +1,4 @@
-"""Names are the field's: identifiers, config keys, options and registry kinds have none of the words that readers miss."""
+"""Identifiers, config keys, options and registry kinds are named in the field's words."""
 
 import argparse
 import ast

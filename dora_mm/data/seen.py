@@ -1,4 +1,4 @@
-"""What the files of a run's data were when it read them first: another content later, or after a resume, is noticed."""
+"""Digests of a run's data files from when it first read them: a change later, or after a resume, is noticed."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class SeenFiles:
             raise changed(f"{path}, {what}," if what else str(path))
 
     def unshared(self) -> dict[int, bytes]:
-        """What is known since the last call, for the other processes of a run."""
+        """The digests that are new since the last call, by key, for the other processes of a run."""
         with self._lock:
             found, self._unshared = self._unshared, {}
         return found

@@ -1,4 +1,4 @@
-"""What people write in prompts and captions beside words: weights, BREAK and alternatives, read as in A1111."""
+"""Syntax of prompts and captions: weights, BREAK and alternatives, read as in A1111."""
 
 from __future__ import annotations
 
@@ -95,12 +95,12 @@ def _between_breaks(pieces: Iterable[WeightedText]) -> Chunks:
 
 
 def syntax_in(text: str) -> list[str]:
-    """What of this syntax a text has, such as `(word:1.3)` and `BREAK`."""
+    """The constructs of this syntax that a text contains, such as `(word:1.3)` and `BREAK`."""
     return [name for name, pattern in _SYNTAX.items() if pattern.search(text)]
 
 
 def problem_of(text: str) -> str | None:
-    """Why a prompt cannot be drawn with its syntax; None if it can."""
+    """Why the syntax of a prompt is not supported; None if it is."""
     if found := _LORA.search(text):
         adapter = f"{found[1]}:{found[2]}" if found[2] else found[1]
         return f"{found[0]} names an adapter: take it out, and put {adapter} (its path) in the column adapter"

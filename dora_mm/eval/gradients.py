@@ -48,7 +48,7 @@ def method_of(spec: DoRASpec) -> str:
 
 
 class GradientShape(NamedTuple):
-    """What the gradient of one matrix looks like, with respect to W' and to V.
+    """Statistics of the gradient of one matrix, with respect to W' and to V.
 
     Attributes:
         norm: ||dL/dW'||.
@@ -56,17 +56,17 @@ class GradientShape(NamedTuple):
         detached: The same with n as a constant.
         along: The root of the share of ||dL/dW'||^2 that points along the rows of V, which the projection takes away.
         along_random: The same along random rows: the control, a mean over NUM_SAMPLES of them.
-        sd_along_random: Its standard deviation between draws.
+        sd_along_random: Its standard deviation between samples.
         condition: The largest eigenvalue of the second moments of dL/dW' over rows, over the smallest. What is below
             10^-12 of the largest is rounding, and counts as that much: 10^12 says "at least".
         condition_projected: The same for dL/dV, exact.
         condition_random: The same, with the parts along V's rows taken away along random rows instead: the control, a
-            geometric mean over draws.
-        sd_condition_random: The standard deviation of its common logarithm between draws.
+            geometric mean over samples.
+        sd_condition_random: The standard deviation of its common logarithm between samples.
         rank: Their effective rank: exp of the entropy of the eigenvalues' shares (Roy and Vetterli, 2007).
         rank_projected: The same for dL/dV, exact.
-        rank_random: The same of the control, a mean over draws.
-        sd_rank_random: Its standard deviation between draws.
+        rank_random: The same of the control, a mean over samples.
+        sd_rank_random: Its standard deviation between samples.
         magnitude: The mean over rows of |dL/dm|.
     """
 
@@ -226,7 +226,7 @@ class GradientWatch:
 def measuring(
     networks: Mapping[str, nn.Module], steps: Collection[int], run: Path
 ) -> Callable[[int, Callable[[], PassResult]], PassResult]:
-    """What `fit` calls around the passes of each step, to write what the gradients of some steps look like.
+    """The `wrap_gradients` callback of `fit` that writes statistics of the gradients of some steps.
 
     Args:
         networks: As of `GradientWatch`.

@@ -40,7 +40,7 @@ OF_ITEMS = (  # filters of lists and objects that make no text of them
 
 
 class Spent:
-    """What a rendering has taken so far."""
+    """The steps and the characters of text that a rendering has taken so far."""
 
     def __init__(self) -> None:
         self.steps = self.size = 0
@@ -111,7 +111,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return _counted(super().call(context, function, *args, **kwargs))
 
     def bounded_loop(self, values: Any, size: int) -> Any:
-        """What a loop goes over, which writes so many characters of the template each time."""
+        """Returns the values of a loop, and counts a step and `size` characters of the template for each of them."""
         try:
             count = len(values)
         except TypeError:
@@ -120,7 +120,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return values
 
     def bounded_join(self, *values: Any) -> str:
-        """What `~` joins."""
+        """Concatenates values, as `~` does, and counts the text."""
         texts = [str(_printable(value)) for value in values]
         _check_size(sum(map(len, texts)))
         return _counted("".join(texts))

@@ -1,4 +1,4 @@
-"""What is said of models whose class transformers does not have: their code is in their folders, or elsewhere.
+"""Messages about models whose class transformers does not have: their code is in their folders, or elsewhere.
 
 Such code is never run here (`trust_remote_code`), since what is downloaded would then run as the person who trains.
 """
@@ -31,10 +31,10 @@ SUCCESSORS = {  # of models that nobody is known to have converted: later ones t
 
 
 def why_foreign(config: Mapping[str, Any]) -> str | None:
-    """Why transformers cannot read a config of other code, and what to use instead; None: it is of no other code.
+    """Why transformers cannot read the config of other code, and what to use instead; None: it is not of other code.
 
     Args:
-        config: What a config.json contains that transformers did not read.
+        config: The content of a config.json that transformers could not read.
     """
     kind, name = config.get("model_type"), class_name(config)
     if isinstance(kind, str) and kind not in CONFIG_MAPPING:
@@ -55,7 +55,7 @@ def converted(config: Mapping[str, Any]) -> str | None:
 
 
 def instead_of(config: Mapping[str, Any]) -> str:
-    """What to use instead of a model whose class transformers does not have."""
+    """Advice on what to use instead of a model whose class transformers does not have."""
     if found := converted(config):
         return f"use its version for transformers, {found}"
     if found := SUCCESSORS.get(class_name(config)):

@@ -42,7 +42,7 @@ QUANTIZATIONS = {
 
 
 def stored_bytes(weight: Tensor, name: str) -> int:
-    """What a weight will take, with its scales; `name` is a key of QUANTIZATIONS."""
+    """The bytes of a quantised weight, with its scales; `name` is a key of QUANTIZATIONS."""
     return math.ceil(weight.numel() * QUANTIZATIONS[name].bits / 8)
 
 
@@ -154,7 +154,7 @@ class PlannedLinear(Float8Linear):
 
     @classmethod
     def planned(cls, layer: nn.Linear, name: str) -> PlannedLinear:
-        """What stands for a Linear with this quantisation."""
+        """A placeholder for a Linear with this quantisation."""
         W = layer.weight
         stored, scale = torch.empty_like(W, dtype=torch.int8), W.new_empty(len(W), 1, dtype=torch.float32)
         found: Any = cls.stored(layer, stored, scale)

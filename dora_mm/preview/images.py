@@ -254,8 +254,8 @@ def remark_on_distilled(config: ModelConfig) -> list[str]:
     if found is None:
         return []
     return [
-        f"{config.path} was distilled to {found.steps} steps ({found.evidence}), and a training undoes that: its loss is "
-        "not that of the distillation. Train the base model, and generate with this one and the adapter."
+        f"{config.path} was distilled to {found.steps} steps ({found.evidence}), and a training undoes that: its loss "
+        "is not that of the distillation. Train the base model, and generate with this one and the adapter."
     ]
 
 

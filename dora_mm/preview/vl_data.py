@@ -193,7 +193,10 @@ def bad_row_list(skipped: Skipped) -> str:
     for name, reasons in skipped.items():
         lines.append(f"bad rows of {name}")
         for reason, locations in reasons.items():
-            lines += [f"  {len(locations):,} x {reason}", *(f"      {place}" for place in locations[:MAX_ROWS_NAMED])]
+            lines += [
+                f"  {len(locations):,} x {reason}",
+                *(f"      {location}" for location in locations[:MAX_ROWS_NAMED]),
+            ]
             lines += [f"      and {len(locations) - MAX_ROWS_NAMED:,} more"] if len(locations) > MAX_ROWS_NAMED else []
     return "\n".join(lines)
 

@@ -45,5 +45,5 @@ def parse_strength(text: str) -> HashableStrength | None:
     if re.fullmatch(_NUMBER, text, re.I):
         return float(text)
     if re.fullmatch(f"{_PAIR}(?:,{_PAIR})*", text, re.I):
-        return tuple((name, float(value)) for name, _, value in (place.partition("=") for place in text.split(",")))
+        return tuple((name, float(value)) for name, _, value in (pair.partition("=") for pair in text.split(",")))
     return None

@@ -98,7 +98,7 @@ class FeatureStore:
         stored = source.read(name)
         if self.files is not None:
             content = stored.contiguous().view(torch.uint8).numpy().data
-            self.files.compare(source.path, hashlib.sha256(content).digest(), _as_described(name))
+            self.files.compare(source.path, hashlib.sha256(content).digest(), _features_of(name))
         features = stored.float()
         if features.dim() != 2 or features.shape[1] != self.dim or not len(features):
             raise ValueError(
@@ -115,7 +115,7 @@ class FeatureStore:
             ValueError: As when they are read.
         """
         assert self.files is not None
-        return self.files.digest(self._source(name).path, _as_described(name), partial(self.__getitem__, name))
+        return self.files.digest(self._source(name).path, _features_of(name), partial(self.__getitem__, name))
 
     def _source(self, name: str) -> Source:
         source = next((source for source in self.sources if name in source), None)
@@ -125,7 +125,7 @@ class FeatureStore:
         return source
 
 
-def _as_described(name: str) -> str:
+def _features_of(name: str) -> str:
     return f"the features of {name}"
 
 

@@ -1,6 +1,6 @@
-"""Where the captions of a folder are: metadata.jsonl or metadata.csv, <name>.txt and <name>.caption beside an image.
+"""Captions of a folder: metadata.jsonl or metadata.csv, or <name>.txt and <name>.caption next to an image.
 
-What looks like captions and is not read is found, too: otherwise its images would be trained with another text.
+Files that look like captions and are not read are found, too: otherwise images would be trained with another text.
 """
 
 import os

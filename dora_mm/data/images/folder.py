@@ -278,7 +278,7 @@ def _no_images(root: Path, deeper: Sequence[Path], key: str) -> str:
 
 
 def _contents(images: Sequence[tuple[Path, MaskFile | None]], **settings: Any) -> Iterator[_Content | ValueError]:
-    """What `_content` says of each image, in order: large ones by threads, since Pillow decodes without the lock.
+    """The result of `_content` for each image, in order: large ones by threads, since Pillow decodes without the GIL.
 
     Threads that read small ones wait for it: 20,000 of 64 x 64 take two of them 7.5 s, and one 4.9 s.
     """

@@ -27,7 +27,7 @@ class Latents(NamedTuple):
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Those that there are, by name."""
+        """The tensors that are not None, by name."""
         return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
 
     def sample(self, generator: torch.Generator | None) -> torch.Tensor:

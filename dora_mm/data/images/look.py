@@ -1,4 +1,4 @@
-"""What an image looks like, in a few bytes: whether it is nearly another one, and whether it is blurred."""
+"""Fingerprint of an image in a few bytes: it shows near-duplicates and blur."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ RADIUS = 4  # pixels of the blur that is added
 
 
 class Look(NamedTuple):
-    """What is kept of an image.
+    """The fingerprint of an image.
 
     Attributes:
         cells: The colours of its 16 x 16 parts, three bytes each.
@@ -43,7 +43,7 @@ def blur_of(grey: Image.Image) -> float:
 
 
 def _differences(grey: Image.Image, right: int, down: int) -> Image.Image:
-    """How much each pixel differs from its neighbour."""
+    """The absolute difference of each pixel from its neighbour, `right` and `down` of it."""
     width, height = grey.size
     return ImageChops.difference(
         grey.crop((right, down, width, height)), grey.crop((0, 0, width - right, height - down))

@@ -124,7 +124,14 @@ def folders_of_masks(images: Collection[Path]) -> dict[Path, Path]:
     for folder, names in stems.items():
         if match := MASK_FOLDER.fullmatch(folder.name):
             folders = [folder.with_name(match[1])] if match[1] else []
-            masked = next((place for place in (*folders, folder.parent) if names <= stems.get(place, set())), None)
+            masked = next(
+                (
+                    folder_of_masks
+                    for folder_of_masks in (*folders, folder.parent)
+                    if names <= stems.get(folder_of_masks, set())
+                ),
+                None,
+            )
             found |= {folder: masked} if masked else {}
     return found
 
@@ -176,7 +183,7 @@ def check_mask(image: Path, size: Size, mask: MaskFile | None) -> bool:
 
 
 def mask_digest(image: Path, mask: MaskFile | None, size: Size, source: str | None) -> str:
-    """What identifies the mask of an image, which is decoded once, so that a bad one stops a run at its start.
+    """Digest of the mask of an image, which is decoded once, so that a bad one stops a run at its start.
 
     Args:
         image: The image file.
@@ -199,7 +206,7 @@ def mask_digest(image: Path, mask: MaskFile | None, size: Size, source: str | No
 
 
 def no_masks(source: str) -> str:
-    """Why no image has a mask of a source."""
+    """The message that no image has a mask from a source."""
     if source == ALPHA:
         return "no image is transparent anywhere, and data.mask.source alpha takes the mask from that"
     by_image = " or ".join(f"cat{ending}.png" for ending in ENDINGS)

@@ -1,4 +1,4 @@
-"""What the captions of a folder share: a word that stands for the style, and the words around the thing shown."""
+"""Words that the captions of a folder share: one that stands for the style, and those around the thing shown."""
 
 import re
 from collections import Counter

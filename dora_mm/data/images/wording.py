@@ -1,4 +1,4 @@
-"""What a training reads as the caption of an image: a function of (captions, settings, seed, epoch, image) alone."""
+"""The caption that a training reads for an image: a function of (captions, settings, seed, epoch, image) alone."""
 
 from collections.abc import Sequence
 

@@ -34,7 +34,7 @@ class _DataUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAcces
 
 
 def read_data_pickle(path: Path) -> Any:
-    """What a pickle file holds, such as one that Python 2 wrote.
+    """Reads a pickle file of plain containers, such as one that Python 2 wrote.
 
     Raises:
         ValueError: It cannot be read, is too large or damaged, or holds more than plain containers.

@@ -1,4 +1,4 @@
-"""What the readers of all data sets yield: one Example per question, sentence, captioned image or conversation."""
+"""Examples, which the readers of all data sets yield: one per question, sentence, captioned image or conversation."""
 
 import re
 from collections.abc import Callable, Sequence

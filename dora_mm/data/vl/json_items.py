@@ -135,7 +135,7 @@ def open_data(path: Path) -> BinaryIO:
 
 
 class _Unpacked(io.RawIOBase):
-    """What a gzip file holds, up to `MOST_UNPACKED` times its own size: zeros take a thousandth."""
+    """The unpacked content of a gzip file, up to `MOST_UNPACKED` times its size: zeros take a thousandth."""
 
     def __init__(self, path: Path, file: BinaryIO):
         self._path, self._file, self._unpacked = path, file, gzip.GzipFile(fileobj=file)

@@ -46,11 +46,11 @@ RowT = TypeVar("RowT", bound=HasId)
 
 
 class RowError(ValueError):
-    """Why a row cannot be used. The message contains no values of the row, so that equal reasons can be counted."""
+    """A row cannot be used. The message contains no values of the row, so that equal reasons can be counted."""
 
 
 class RowTooLongError(ValueError):
-    """That a model cannot read a row, which is longer than it has positions. Such rows are left out, and end no run."""
+    """A row is longer than the model has positions. Such rows are left out, and do not stop a run."""
 
 
 class BadRows:

@@ -156,7 +156,7 @@ class ExampleTable(Sequence[Example]):
         return [[self.image_paths.get(name, name) for name in names] for names in rows]
 
     def contents(self) -> list[tuple[Any, ...]]:
-        """What each row has beside its id and its images, in plain lists and dictionaries."""
+        """The values of each row except its id and its images, as plain lists and dictionaries."""
         columns = [self._column(name).to_pylist() for name in SCHEMA.names if name not in ("id", "images")]
         return list(zip(*columns, strict=True))
 

@@ -142,7 +142,7 @@ def conclusion(
     nearest: ConfidenceInterval,
     nearest_of_training: ConfidenceInterval,
 ) -> str:
-    """What the scores mean and what to do about it, in sentences.
+    """The conclusion from the scores, with advice, in sentences.
 
     Args:
         styled: The adapter's scores minus the bare model's, of prompts in the style.

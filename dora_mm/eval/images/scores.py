@@ -69,7 +69,7 @@ class Scores:
         }
 
     def as_json(self) -> str:
-        """What `from_json` reads: all scores, rounded, on one line."""
+        """All scores as JSON, rounded, on one line, for `from_json`."""
         rows: dict[str, Any] = {
             "codes": list(self.codes),
             "seeds": list(self.seeds),
@@ -183,10 +183,10 @@ def scores_per_image(cells: Mapping[str, np.ndarray]) -> list[dict[str, float]]:
 
 
 def conclusion(bare: Mapping[str, ConfidenceInterval], adapted: Mapping[str, ConfidenceInterval] | None) -> str:
-    """What the metrics of a style mean and what to do about it, in sentences.
+    """The conclusion from the metrics of a style, with advice, in sentences.
 
     Args:
-        bare: Those of the bare model, asked for the style.
+        bare: Those of the bare model, with the style in the prompt.
         adapted: Those of the adapter; None: there is none.
     """
     if adapted is None:

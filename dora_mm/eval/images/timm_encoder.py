@@ -12,11 +12,11 @@ from dora_mm.models.opening import opening
 
 
 class TimmEncoder:
-    """What a model of timm sees in images: its pooled features.
+    """Image encoder that returns the pooled features of a timm model.
 
     Args:
         path: A local folder as timm saves it (config.json and model.safetensors), or a hub name (`owner/name`).
-        device: Where the model runs.
+        device: The device of the model.
 
     Raises:
         ValueError: The folder contains no model of timm, or the hub cannot be reached.

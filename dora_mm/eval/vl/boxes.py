@@ -32,11 +32,12 @@ QWEN = re.compile(r"\((.*?)\),\((.*?)\)")
 
 
 class BoxScale(NamedTuple):
-    """What the numbers of a box are of.
+    """The coordinate system of the numbers of a box.
 
     Attributes:
-        size: The image, in pixels.
-        grid: What the class counts in, such as the pixels of the image as it resizes it, or 1,000; None: not known.
+        size: The width and height of the image in pixels.
+        grid: The width and height in the units of the model's class, such as the pixels of the image as it resizes it,
+            or 1,000; None: not known.
     """
 
     size: WidthHeight

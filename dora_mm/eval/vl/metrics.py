@@ -77,7 +77,7 @@ def report(task: str, scores: VLScores) -> str:
 
 
 def conclusion(scores: Mapping[str, VLScores], *, adapted: bool) -> str:
-    """What the scores mean and what to do about it, in sentences.
+    """The conclusion from the scores, with advice, in sentences.
 
     Args:
         scores: By task.

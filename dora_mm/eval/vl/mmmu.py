@@ -54,7 +54,7 @@ def _letter(answer: str, options: Sequence[str], forms: Sequence[tuple[str, str]
 
 
 def values_of(text: str) -> list[Value]:
-    """What a text is compared as: a number of two decimals, or lower case; a single character with a space."""
+    """The values that a text is compared as: a number of two decimals, or lower case; one character with a space."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]

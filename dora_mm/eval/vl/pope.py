@@ -54,7 +54,7 @@ def shares(counts: np.ndarray) -> dict[str, float]:
 
 
 def outcomes(predictions: Predictions) -> np.ndarray:
-    """What each answer is, one-hot in the order of `shares`, (Q, 4)."""
+    """The outcome of each answer, one-hot in the order of `shares`, (Q, 4)."""
     found = np.zeros((len(predictions), 4), int)
     for row, (example, prediction) in enumerate(predictions):
         answered_yes = says_yes(prediction)

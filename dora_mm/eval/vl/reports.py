@@ -1,4 +1,4 @@
-"""What an evaluation writes and prints: answers, scores, a report and a page of examples."""
+"""Output of an evaluation, written and printed: answers, scores, a report and a page of examples."""
 
 import json
 import os

@@ -83,7 +83,7 @@ class Components:
         self._replaced.add(name)
 
     def digest(self, name: str) -> str:
-        """What identifies the weights of a network as it is loaded: nothing is loaded where its files are here."""
+        """Digest of the weights of a network, as it is loaded; nothing is loaded if its files are local."""
         if self.device == META:
             return self._loaded_as
         if self._weights is None or name in self._replaced:
@@ -101,7 +101,7 @@ class Components:
 
     @property
     def index(self) -> Mapping[str, Any]:
-        """What the model's index says, beside its components; empty where there is none."""
+        """The content of the model's model_index.json; empty where there is none."""
         return (self._files and self._files.index) or {}
 
     def release(self, names: Iterable[str]) -> None:
@@ -111,7 +111,7 @@ class Components:
             self._loaded.pop(name, None)
 
     def device_of(self, name: str) -> torch.device:
-        """Where a network is put when it is loaded."""
+        """The device that a network is moved to when it is loaded."""
         return torch.device("cpu") if name in self._unmoved else self.device
 
     def is_released(self, name: str) -> bool:

@@ -73,7 +73,7 @@ def _keep(network: nn.Module, path: str, weight: Tensor, scale: Tensor) -> None:
 
 
 def _scale(file: TensorFile, keys: Mapping[str, str], name: str) -> Tensor | None:
-    """What the rows of a tensor in 8 bits are multiplied by, float32, (O, 1) of a weight; None: it is not in 8 bits."""
+    """The scales of the rows of a float8 tensor, float32, (O, 1) for a weight; None: it is not in float8."""
     entry = file.entries[keys[name]]
     if entry.dtype not in FLOAT8:
         return None

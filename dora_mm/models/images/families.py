@@ -285,7 +285,7 @@ def _weight_files(config: ModelConfig) -> dict[str, list[Path]]:
 
 
 def _copies(config: ModelConfig) -> tuple[Path | None, Path | None]:
-    """What is here of `model.path` and of `model.vae`."""
+    """The local copies of `model.path` and of `model.vae`; None: there is none."""
     vae = local_copy(resolve_model(config.vae, "model.vae")) if config.vae else None
     return local_copy(resolve_model(config.path), config.revision), vae
 

@@ -1,4 +1,4 @@
-"""What an adapter file holds against a denoiser without weights: mistakes are found before a model is loaded."""
+"""Checks of an adapter file against a denoiser without weights: mistakes are found before a model is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What families of flow models share: the noise levels of training and sampling, prompts, and a transformer."""
+"""Base class of flow models: the noise levels of training and sampling, prompts, and a transformer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class FlowModel(ImageModel):
 
     @classmethod
     def distilled(cls, files: ModelFolder) -> Distilled | None:
-        """What the index of its pipeline says was distilled, where that of the family says so."""
+        """The settings of a model with `is_distilled` in its pipeline's index, in families with `distilled_steps`."""
         if not (cls.distilled_steps and (files.index or {}).get("is_distilled")):
             return None
         return Distilled(cls.distilled_steps, 1.0, f"is_distilled in its {INDEX}")

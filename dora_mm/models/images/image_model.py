@@ -38,13 +38,13 @@ Prompt = Mapping[str, Tensor]  # one encoded prompt by name, without padding: (L
 
 @dataclass(frozen=True)
 class SingleFile:
-    """What the single checkpoints of a family lack.
+    """The parts of a pipeline that single-file checkpoints of a family lack.
 
     Attributes:
         configs: The folder of the index and configs of its pipeline, which such a file lacks.
         parts: Makes the components that it lacks, by their names.
-        scheduler: What the names of its tensors say of its scheduler; raises ValueError where it is of a kind that is
-            not known.
+        scheduler: Returns the scheduler settings that the names of its tensors imply; raises ValueError where they
+            are of an unknown kind.
     """
 
     configs: Path
@@ -54,12 +54,12 @@ class SingleFile:
 
 @dataclass(frozen=True)
 class Distilled:
-    """What a model was distilled for.
+    """The sampling settings that a model was distilled for.
 
     Attributes:
         steps: The denoising steps in which it generates.
         guidance: The scale of guidance with which it generates; 1 is none.
-        evidence: What of its files says that it was distilled.
+        evidence: The evidence in its files that it was distilled.
     """
 
     steps: int
@@ -115,7 +115,7 @@ class ImageModel(ABC):
 
     @classmethod
     def record(cls) -> ImageFamily:
-        """What is known of the family without this class."""
+        """The registry entry of the family, which can be read without importing this class."""
         return IMAGE_FAMILIES[cls.name]
 
     @classmethod
@@ -163,7 +163,7 @@ class ImageModel(ABC):
 
     @property
     def encoders(self) -> dict[str, nn.Module]:
-        """Those that encode images and captions: all but the denoiser, which is not loaded for them."""
+        """The networks that encode images and captions: all but the denoiser, which is not loaded for them."""
         return self._networks([name for name in self.components.names if name != self.denoiser])
 
     @property
@@ -227,7 +227,7 @@ class ImageModel(ABC):
 
     @property
     def vae_identity(self) -> str:
-        """What cached latents depend on besides the image."""
+        """Digest of the VAE as it is loaded, on which cached latents depend besides the image."""
         return self.components.digest("vae")
 
     @property
@@ -275,7 +275,7 @@ class ImageModel(ABC):
         return None
 
     def cut(self, prompts: Sequence[str]) -> list[str]:
-        """Those of the prompts that lose their end, because they are too long."""
+        """The prompts that are cut, because they have more than `most_tokens` tokens."""
         return [each for each in prompts if self.most_tokens is not None and self.num_tokens(each) > self.most_tokens]
 
     @abstractmethod
@@ -292,7 +292,7 @@ class ImageModel(ABC):
 
     @abstractmethod
     def predict(self, noised: Tensor, time: Tensor, prompts: Sequence[Prompt], framings: Sequence[Framing]) -> Tensor:
-        """What `noise` asks for, of noised latents (B, C, h, w) at times (B,).
+        """Predicts the target of `noise` from noised latents (B, C, h, w) at times (B,).
 
         Args:
             noised: The latents.

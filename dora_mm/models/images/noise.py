@@ -21,7 +21,7 @@ def is_flow(scheduler: Any) -> bool:
 
 
 class NoiseProcess(Protocol):
-    """What noise is added to latents, and what the network predicts.
+    """Interface of a noise process: the noise that is added to latents, and the target of the prediction.
 
     Attributes:
         prediction: What the network predicts: "epsilon", "v_prediction" or "velocity".
@@ -40,7 +40,7 @@ class NoiseProcess(Protocol):
         ...
 
     def target(self, x: Tensor, e: Tensor, t: Tensor) -> Tensor:
-        """What the network should predict (B, C, h, w)."""
+        """The training target (B, C, h, w) of the network's prediction."""
         ...
 
     def clean(self, noised: Tensor, predicted: Tensor, t: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class Flow:
         return math.exp(mu) if self.config.time_shift_type == "exponential" else mu
 
     def mu(self, num_tokens: int, num_steps: int | None) -> float:
-        """What the shift follows from where it depends on the number of tokens, as the family's pipeline has it."""
+        """The parameter mu of a shift that depends on the number of tokens, as the family's pipeline computes it."""
         config = self.config
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         return config.base_shift + slope * (num_tokens - config.base_image_seq_len)

@@ -117,7 +117,7 @@ def changes_for(prediction: str, marked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def title_of(scheduler: Any) -> str:
-    """What A1111 calls a scheduler of diffusers; the name of its class where it has none."""
+    """The A1111 name of a diffusers scheduler; the name of its class where A1111 has none."""
     name = OF_FLOWS[0] if _is_flow(scheduler) else scheduler_name(scheduler)
     return SCHEDULERS[name].title if name else type(scheduler).__name__
 

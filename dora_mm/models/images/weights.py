@@ -39,7 +39,7 @@ class PipelineFiles:
 
     @cached_property
     def on_hub(self) -> Sizes | None:
-        """Those of the repository; None: it is a local folder, or the hub cannot be reached."""
+        """The files in the repository; None: it is a local folder, or the hub cannot be reached."""
         if Path(self.path).exists() or not hub_answers():
             return None
         with opening(self.path, f"{self.path} cannot be read", key="model.path", revision=self.config.revision):

@@ -159,7 +159,7 @@ class ServerAnswers:
         return table
 
     def answerer(self, task: str) -> Answer:
-        """What answers the examples of a task, as many at a time as the config says."""
+        """A function that answers the examples of a task, `concurrency` of them at a time."""
 
         def answer(example: Example, images: str | None) -> tuple[str, bool]:
             try:

@@ -1,4 +1,4 @@
-"""What training, validation, answering and comparing need of a family of vision-language models."""
+"""Interface of vision-language model families for training, validation, answering and comparing."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class VLModel(Protocol):
 
     @classmethod
     def interactive_settings(cls, path: str, run: Any | None, given: Mapping[str, str]) -> dict[str, Any]:
-        """What a single question changes in the `model` section of a run, or the section's keys without a run.
+        """The keys that a single question changes in the `model` section of a run; without a run, those that it sets.
 
         Args:
             path: The model: a folder, or a hub name.
@@ -223,7 +223,7 @@ class VLModel(Protocol):
 
     @property
     def pipeline_tag(self) -> str:
-        """What it is for in the words of the Hugging Face Hub, for model cards."""
+        """The pipeline tag of the Hugging Face Hub, for model cards."""
         ...
 
     @property
@@ -243,7 +243,7 @@ class VLModel(Protocol):
 
     @property
     def nonuniform_reason(self) -> str | None:
-        """Why several processes may not run the same modules in the same order, each with a batch; None if they do."""
+        """Why processes with different batches may run other modules, or in another order; None if they never do."""
         ...
 
     def check_in_step(self, task: str, table: ExampleTable, images: str | None) -> None:
@@ -343,7 +343,7 @@ class VLModel(Protocol):
         ...
 
     def content(self, example: Example, images: str | None) -> str:
-        """What changes with the images, videos or features of a row, which are read where they were not before.
+        """Content digest of the images, videos or features of a row; files without a known digest are read.
 
         Raises:
             OSError: A file cannot be read.

@@ -184,7 +184,7 @@ def _loss(turn: JsonRow) -> bool | None:
 
 
 def _dialogue(turns: Any, speaker: str = "role") -> Dialogue:
-    """What turns say; `speaker` is the key that says whose turn it is, unless the first has the other one."""
+    """The dialogue of turns; `speaker` is the key of the speaker, unless the first turn has the other one."""
     first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
     if "from" in first or (speaker == "from" and "role" not in first):
         turns_read = Dialogue(_texts(turns, "from"), *_marked(_texts(turns, "value"), _losses(turns)))
@@ -196,7 +196,7 @@ def _dialogue(turns: Any, speaker: str = "role") -> Dialogue:
 
 
 def _marked(texts: list[str], losses: list[bool | None]) -> tuple[list[str], list[bool | None], list[Any], Any, Any]:
-    """What a `Dialogue` has beside its names."""
+    """The fields `texts` to `videos` of a `Dialogue`."""
     references: list[Sequence[ImageReference]] = [()] * len(texts)
     for number, text in enumerate(texts):
         if "<" in text:  # few have: a call for each would take as long as all else
@@ -205,7 +205,7 @@ def _marked(texts: list[str], losses: list[bool | None]) -> tuple[list[str], lis
 
 
 def _exchanged(pairs: Any) -> Dialogue:
-    """What questions and answers say; an answer that is null is missing."""
+    """The dialogue of pairs of a question and an answer; a null answer at the end is left out."""
     turns = [(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
     turns = turns[:-1] if turns and turns[-1][1] is None else turns
     contents = [text_of(text) for _, text in turns]
@@ -230,7 +230,7 @@ def _strings(row: JsonRow, *keys: str) -> list[str]:
 
 
 def _with_keys(row: JsonRow, turns_read: Dialogue) -> Dialogue:
-    """What a row says, with the images, videos and the system turn that are keys of the row."""
+    """Adds the images, videos, tools, boxes and the system turn that are keys of a row to its dialogue."""
     if not REFUSED.isdisjoint(row):
         _check_unread(row)
     turns_read.images.extend(images_of(row))
@@ -258,7 +258,7 @@ def _videos(row: JsonRow) -> list[Any]:
 
 
 def _one_or_several(row: JsonRow, key: str) -> list[Any]:
-    """What a row has under a key or its plural."""
+    """The values that a row has under a key or its plural, as a list."""
     several, one = row.get(f"{key}s") or [], row.get(key)
     if one and several:
         raise RowError(f"has both {key} and {key}s")

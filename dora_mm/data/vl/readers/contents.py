@@ -1,4 +1,4 @@
-"""What messages of conversations contain: texts with the places of images and videos, and the files of these."""
+"""Contents of conversation messages: texts with markers of images and videos, and the files of these."""
 
 import json
 import re

@@ -27,12 +27,12 @@ ImageReference = str | Frames | int | None
 
 
 class Dialogue(NamedTuple):
-    """What a row says, by turn, before it is checked.
+    """The turns of a row, before they are checked.
 
     Attributes:
-        names: Who says it, in the words of the file.
-        texts: With IMAGE and VIDEO markers, and ESCAPED ones where the text has these.
-        losses: Whether it is learned; None where the file does not say so.
+        names: The speaker of each turn, as the file names it.
+        texts: The text of each turn, with IMAGE and VIDEO markers, and ESCAPED ones where the text has these.
+        losses: Whether each turn is learned; None where the file does not specify it.
         references: The images of the turn's markers.
         images: The images that are keys of the row, as paths or data URLs.
         videos: The videos that are keys of the row, as paths, or as the paths or data URLs of their frames.
@@ -166,7 +166,7 @@ def _role(speaker: str) -> Role:
 def _without_empty(
     roles: Sequence[Role], texts: Sequence[str], losses: list[bool | None], calls: Sequence[str]
 ) -> list[bool | None]:
-    """What is learned, without answers that are empty."""
+    """The values of `losses`, in which answers that are empty are not learned."""
     empty = [not (text.strip() or call) for text, call in zip(texts, calls, strict=True)]
     nobody = [role for role, is_empty in zip(roles, empty, strict=True) if is_empty and role != "assistant"]
     if nobody:

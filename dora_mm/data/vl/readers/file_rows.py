@@ -49,7 +49,7 @@ def file_items(path: Path) -> Iterator[Item]:
 
 
 def kind_of_file(path: Path) -> str:
-    """What a file is: "list" or "lines" of JSON, "table", "sheet" of Excel, "Parquet", "Arrow" or "tar".
+    """The format of a file: "list" or "lines" of JSON, "table", "sheet" of Excel, "Parquet", "Arrow" or "tar".
 
     Raises:
         ValueError: It cannot be read, is UTF-16, or is a pointer to a file that was not downloaded.
@@ -186,7 +186,7 @@ def _archive_rows(path: Path) -> Iterator[Item]:
 
 
 def _key_and_field(name: str) -> tuple[str, str]:
-    """What the files of one row have in common, and what tells this one; ("", "") for a file of no row."""
+    """The key that the files of one row share, and the field of this file; ("", "") for a file of no row."""
     folder, slash, file = name.rpartition("/")
     stem, dot, field = file.partition(".")
     return (f"{folder}{slash}{stem}", field) if dot and stem else ("", "")

@@ -96,7 +96,7 @@ def _splits_of_folder(folder: Path) -> tuple[Splits, list[Path]]:
 
 
 def _data_files(paths: Iterable[Path], folder: Path | None = None) -> list[Path]:
-    """Those of these paths that are data files, sorted: metadata alone where there is some, and archives where not."""
+    """The data files of these paths, sorted: metadata files alone, if any; archives only if there is no other file."""
     found = sorted(path for path in paths if _is_data(path.relative_to(folder) if folder else Path(path.name)))
     found = [path for path in found if path.is_file()]
     metadata = [path for path in found if path.name in METADATA]

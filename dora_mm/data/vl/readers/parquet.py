@@ -88,7 +88,7 @@ def _check_shared(path: Path, file: pq.ParquetFile, group: int, columns: list[Co
 
 
 def most_bytes(path: Path) -> int:
-    """What the rows of a file may take in memory at a time."""
+    """The most bytes of memory that the rows of a file may take at a time."""
     return max(LEAST_BYTES, path.stat().st_size)
 
 
@@ -160,7 +160,7 @@ def _footer(content: mmap.mmap) -> dict[int, Any]:
 
 
 class Page(NamedTuple):
-    """What a header says of a page: its kind, the unpacked bytes, the number of values, and how they are written."""
+    """The header of a page: its kind, its unpacked size in bytes, the number of its values, and their encoding."""
 
     kind: int
     size: int

@@ -76,7 +76,7 @@ def _call(given: Any) -> dict[str, Any]:
 
 
 def _listed(given: Any, what: str) -> list[Any]:
-    """What a row has, as a list: given in JSON, as one object or as a list of objects."""
+    """The value of a key of a row as a list; the row has it as JSON, one object or a list of objects."""
     if isinstance(given, str):
         try:
             given = json.loads(given) if given.strip() else []

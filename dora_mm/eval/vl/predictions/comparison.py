@@ -25,7 +25,7 @@ class Change:
 
 @dataclass(frozen=True)
 class PairedScores:
-    """What the second has more than the first.
+    """The paired difference of two predictions: the second minus the first.
 
     Attributes:
         difference: Of the main metric, a share.

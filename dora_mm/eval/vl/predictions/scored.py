@@ -25,15 +25,15 @@ DEFAULTS = Example("", (), "")
 
 @dataclass(frozen=True)
 class About:
-    """What is said of all rows of a file.
+    """The metadata of a file of predictions, which hold for all its rows.
 
     Attributes:
         task: The task or suite.
         metric: The main metric.
-        rules: By what rule answers are right, by metric.
+        rules: The rule by which answers are right, by metric.
         settings: How the answers were made: sections of a config, by their names.
         digests: Of model, adapter and data, by a description of each; of the files of a model, by their paths.
-        day: The day for which the chat template asked; UNKNOWN for that of a server; "": it did not ask.
+        day: The date that the chat template read; UNKNOWN for that of a server; "": it read none.
     """
 
     task: str
@@ -93,7 +93,7 @@ def _line(task: str, prompt: str, example: Example, prediction: str) -> dict[str
 
 
 def about_of(row: Any) -> About | None:
-    """What the first line of a file says; None if it is not one of ours.
+    """The metadata in the first line of a file; None if it is not one of ours.
 
     Raises:
         ValueError: It is of another version of this program.

@@ -44,7 +44,7 @@ def tokenizers(num_merges: int = NUM_MERGES, max_tokens: int = 77) -> dict[str, 
 
 
 def scheduler_settings(names: Collection[str]) -> dict[str, Any]:
-    """What the names of a file's tensors say of its scheduler; nothing of a model that predicts the noise, like SDXL.
+    """The scheduler settings that the tensor names of a file imply; empty if the model predicts noise, like SDXL.
 
     Raises:
         ValueError: It is a model of EDM.

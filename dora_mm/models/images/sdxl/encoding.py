@@ -95,7 +95,7 @@ def _chunks_of_part(
 
 
 def _end_of_chunk(ids: list[int], words: list[int], size: int, comma: int) -> int:
-    """Where to cut: after a comma close to the end, else between words, else (in a word without end) at `size`."""
+    """The index to cut at: after a comma close to the end, else between words, else (in one long word) `size`."""
     commas = (end for end in range(size, max(size - COMMA_TOKENS, 0), -1) if ids[end - 1] == comma)
     gaps = (end for end in range(size, 0, -1) if words[end] != words[end - 1])
     return next(commas, 0) or next(gaps, size)
@@ -139,7 +139,7 @@ def encode_tokens(model: Any, ids: torch.Tensor, ids_2: torch.Tensor) -> tuple[t
 
 
 def _with_new_tokens(model: Any, encoder: Any, table: str, ids: torch.Tensor) -> AbstractContextManager[torch.Tensor]:
-    """Where an encoder reads new tokens, too; its ids are then those of the others."""
+    """A context in which an encoder looks up new tokens, too; it yields the ids to call the encoder with."""
     new_tokens = getattr(model, "new_tokens", None)
     return new_tokens.appended(encoder.get_input_embeddings(), table, ids) if new_tokens else nullcontext(ids)
 

@@ -47,7 +47,7 @@ class SDXL(ImageModel):
         return encoding.num_chunks(self, prompt)
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Prompt]:
-        """Those with equally many chunks together, so that none is padded."""
+        """Encodes prompts; those with equally many chunks form a batch, so that none is padded."""
         groups: dict[int, list[int]] = defaultdict(list)
         for index, prompt in enumerate(prompts):
             groups[self.prompt_length(prompt)].append(index)

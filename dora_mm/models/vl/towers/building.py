@@ -64,7 +64,7 @@ class Preprocessing:
 
 
 class TowerParts(NamedTuple):
-    """What a VisionTower is made from: a network as its library builds it, and how to use it.
+    """The parts of a VisionTower: a network as its library builds it, and how to use it.
 
     Attributes:
         name: Name of the architecture; timm's start with "timm/".

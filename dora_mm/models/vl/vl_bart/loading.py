@@ -80,7 +80,7 @@ def load_vl_bart(config: VLBartModelConfig, feature_dim: int, seed: int) -> tupl
 
 
 def decoding_of(base: Any) -> dict[str, Any]:
-    """What a VL-BART inherits of the generation config of the model that it is loaded from.
+    """The generation settings that a VL-BART inherits from the model that it is loaded from.
 
     facebook/bart-base never writes three tokens in a row twice (`no_repeat_ngram_size` 3), and so neither did the
     models whose scores are published: their code inherits it. Beams and lengths are those of the task, there and here.

@@ -17,7 +17,7 @@ from dora_mm.registries.vl_tasks import TASKS, BartText
 
 
 def bart_text(task: str) -> BartText:
-    """What VL-BART reads and writes in a task, which must be one of its own."""
+    """The text format of VL-BART (prompt and lengths) in a task, which must be one of its own."""
     form = TASKS[task].bart
     assert form is not None, task
     return form

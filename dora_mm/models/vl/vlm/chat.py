@@ -108,7 +108,7 @@ class _Exchange(NamedTuple):
     Attributes:
         prompt: What is between the answer before and this one.
         answer_text: The answer, from where the model begins to write to the end of its turn.
-        end: What `said` ends with and the template puts in front of the next question.
+        end: The end of `answer_text`, which the template puts in front of the next question.
         rest: The white space behind it, where no turn follows.
         is_complete: Whether the answer is rendered as it was given.
     """
@@ -143,7 +143,7 @@ class _Template:
         self.content, self.breaks = _readable_content(processor, self.template, shape)
 
     def apply(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> str:
-        """Renders turns; with `ask`, what begins the model's next turn follows.
+        """Renders turns; with `generation_prompt`, the beginning of the model's next turn follows.
 
         Raises:
             ValueError: The template refuses them, or leaves out a tool or a call.
@@ -192,7 +192,7 @@ class _Template:
         return _Exchange(_behind(prompt, marked[:-1]), answer_text, end, rest)
 
     def _before_others(self, tail: str, marked: Sequence[Turn], later: Sequence[Turn]) -> str:
-        """What ends an answer, without the end of the whole conversation where others follow (Phi-4)."""
+        """The text that ends an answer before other turns: `tail` without the end of the conversation (Phi-4)."""
         shorter = tail.removesuffix(self.processor.tokenizer.eos_token or "").rstrip()
         if shorter in ("", tail):
             return tail
@@ -200,14 +200,14 @@ class _Template:
         return tail if behind.startswith(tail) else shorter
 
     def _history(self, marked: Sequence[Turn], answer: Turn, later: Sequence[Turn]) -> tuple[str, str]:
-        """What is in front of an answer, and the answer, where others follow."""
+        """The text in front of an answer, and the answer, as rendered where other turns follow."""
         following = _marked([*marked, *later])[len(marked) :]
         before, _, behind = self.apply([*marked, *following], generation_prompt=True).partition(marked[-1].text)
         full_text = self.apply([*marked[:-1], answer, *following], generation_prompt=True)
         return _behind(before, marked[:-1]), full_text[len(before) : len(full_text) - len(behind)]
 
     def _end(self, marked: Sequence[Turn]) -> str:
-        """What ends an answer behind which the template puts no special token: the one that begins the next turn."""
+        """The token that ends an answer without a special token behind it: that of the next user turn, else EOS."""
         behind = self.apply([*marked, PROBE]).rpartition(marked[-1].text)[2]
         found = behind.lstrip()
         token = max((token for token in self.tokens if found.startswith(token)), key=len, default="")
@@ -236,7 +236,7 @@ def _behind(text: str, marked: Sequence[Turn]) -> str:
 
 
 def _answer_text(prompt: str, answered: str, text: str, tail: str) -> str:
-    """What is written from the prompt on to the end of the turn; "" if that does not end with the answer."""
+    """The rendered text from the end of the prompt to the end of the turn; "" if the answer is not at its end."""
     full_text = answered.rstrip()
     if answered.startswith(prompt):
         return full_text[len(prompt) :]

@@ -229,7 +229,7 @@ class ExampleEncoder:
         return turn._replace(text=marks + self.prompt(task, text))
 
     def prompt(self, task: str, text: str) -> str:
-        """What the model is asked about an example with this text."""
+        """The prompt of the model for an example of a task with this text."""
         known = self.fallback.prompt(TASKS[task]) if self.fallback else TASKS[task].prompt
         prompt = self.prompts.get(task, known)
         assert prompt is not None, task  # see `VLM.check`

@@ -20,7 +20,7 @@ Inputs = Mapping[str, Tensor]
 
 
 class Form(Protocol):
-    """What the forms have in common."""
+    """Interface of a form: logits, their targets and generation."""
 
     @property
     def continues(self) -> bool:
@@ -46,7 +46,7 @@ class Form(Protocol):
         ...
 
     def targets(self, labels: Tensor) -> Tensor:
-        """What the logits of each of the last T columns predict (B, T), IGNORED where nothing is learned."""
+        """The tokens that the logits of the last T columns predict (B, T), IGNORED where nothing is learned."""
         ...
 
     def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig, **more: Any) -> Tensor:
@@ -188,9 +188,9 @@ def form_of(name: str, config: Any) -> Form:
 
 
 def shifted(model: Any, labels: Tensor) -> Tensor:
-    """What a decoder reads (B, T) to predict labels (B, T): its start token, and all of them but the last.
+    """The decoder's input ids (B, T) for labels (B, T): its start token, and all labels but the last.
 
-    The class of the model, or of its language model, says how, but for Florence-2's, whose config does.
+    The class of the model, or of its language model, determines how, but for Florence-2's, whose config does.
     """
     for module in model.modules():
         if hasattr(module, "prepare_decoder_input_ids_from_labels"):

@@ -68,7 +68,7 @@ class Targets:
         self.ids, self.shape = targets[self.rows, self.columns], targets.shape
 
     def of(self, columns: Tensor) -> Tensor:
-        """What a model computes of these tokens, (N, X) of (B, T, X), or of more columns, in front, such as GIT's."""
+        """Selects the outputs of these tokens, (N, X), from (B, T, X); of more columns (GIT), the last T count."""
         return columns[self.rows, self.columns + (columns.shape[1] - self.shape[1])]
 
     def by_row(self, losses: Tensor) -> Tensor:

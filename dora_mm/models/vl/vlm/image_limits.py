@@ -147,7 +147,7 @@ def _why_not(key: str, images: Any) -> str:
 
 
 def _token_limit(processor: Any) -> Callable[[int], None] | None:
-    """What sets the most tokens or patches of an image from pixels; None: a processor has no such setting."""
+    """A function that sets the most tokens or patches of an image from pixels; None: there is no such setting."""
     images = processor.image_processor
     patch = next((found for name in ("encoder_patch_size", "patch_size") if (found := getattr(images, name, None))), 0)
     if not isinstance(patch, int) or not patch:

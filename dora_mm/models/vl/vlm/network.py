@@ -64,7 +64,7 @@ class VLMNetwork:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the model's parameters."""
         return next(self.model.parameters()).device
 
     @property

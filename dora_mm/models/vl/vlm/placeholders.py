@@ -1,7 +1,8 @@
-"""Where the images of a text are after a processor has put their tokens in place of them, and so where all else is.
+"""Spans of the images in a text after a processor has replaced them by their tokens, and so of all other text.
 
-A processor expands each image's token to many, and its tokenizer tells the places of tokens in the expanded text. Some
-processors say where they expanded, others do not, and some write more: those are compared with what they were given.
+A processor expands each image's token to many, and its tokenizer returns the offsets of tokens in the expanded text.
+Some processors report where they expanded, others do not, and some write more: their output is compared with the text
+that they were given.
 """
 
 from __future__ import annotations
@@ -78,10 +79,10 @@ def image_spans(
 
 
 def _gaps(pieces: Sequence[str], expanded: str) -> list[tuple[int, int]] | None:
-    """What is in front of each of the pieces of a text, of which the last ends it: (start, end); None: they differ.
+    """The spans (start, end) in front of the pieces of a text, which ends with the last one; None: they do not match.
 
-    Each is where it occurs first, with at least a character in front of all but the first piece. (If they fit at all,
-    they fit so: an earlier place leaves the next ones more.)
+    Each piece is matched where it occurs first, with at least a character in front of all but the first. (If they match
+    at all, they match so: an earlier match leaves more text to the next ones.)
     """
     found, end = [], 0
     for number, piece in enumerate(pieces):

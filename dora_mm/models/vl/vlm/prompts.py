@@ -1,4 +1,4 @@
-"""What the models without a chat template can read, and which rows a class can compute together."""
+"""Prompts of models without a chat template, and which rows a class can compute together."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dora_mm.registries.vl_tasks import VLTask
 
 
 class FallbackPrompts(NamedTuple):
-    """What a model without a chat template reads.
+    """The prompts of a model without a chat template.
 
     Attributes:
-        question: What it is asked for the answer to a question.
-        caption: What it is asked for a caption.
+        question: The prompt for the answer to a question.
+        caption: The prompt for a caption.
         image_token: Its image token has to be in the text, once per image; else the processor adds it.
         images: The number of images that a row may have: none, exactly one, or (None) one or more.
-        separator: What stands between a prompt and the answer that continues it, which writes it; of language models
-            the prompt ends with it, unless it ends with white space itself.
+        separator: The text between a prompt and the answer that continues it. It is a part of the answer; of language
+            models it is the end of the prompt, unless the prompt ends with white space itself.
     """
 
     question: str = "{text}"
@@ -26,7 +26,7 @@ class FallbackPrompts(NamedTuple):
     separator: str = ""
 
     def prompt(self, task: VLTask) -> str:
-        """What it is asked in a task, with {text} for the question; that of a conversation is asked as it is."""
+        """The prompt of a task, with {text} for the question; a conversation is used as it is."""
         if task.fallback is not None:
             return task.fallback
         return {"questions": self.question, "captions": self.caption, "conversations": "{text}"}[task.kind]

@@ -44,6 +44,6 @@ class SampledTokens(LogitsProcessor):
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:
-    """What of an answer is in front of the first text that ends it."""
+    """The part of an answer in front of the first stop text."""
     ends = [end for stop in stops if (end := text.find(stop)) >= 0]
     return text[: min(ends)] if ends else text

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class TextProcessor:
-    """What the processors of vision-language models are, without an image processor.
+    """A tokenizer with the interface of a vision-language model's processor, without an image processor.
 
     Args:
         tokenizer: The tokenizer.

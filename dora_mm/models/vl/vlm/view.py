@@ -1,4 +1,4 @@
-"""What people check of rows before a training: their lengths, their tokens as text, and which of these have loss."""
+"""Views of rows, to check them before a training: their lengths, their tokens as text, and which of these have loss."""
 
 from __future__ import annotations
 
