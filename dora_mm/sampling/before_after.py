@@ -161,7 +161,7 @@ def keep_images(
 def settings_of(
     run: RunDirectory, config: TrainDiffusionConfig, step: int, label: str, index: int, size: tuple[int, int]
 ) -> dict[str, Any]:
-    """What an image of a contact sheet was generated with; one of the base model belongs to no step."""
+    """The settings that an image of a contact sheet was generated with; the step of a base model image is None."""
     sheets, (width, height) = config.sample, size
     adapter = {"before": None, "after": run.path, "average": run.adapter_ema}[label]
     strength = None if adapter is None or "full" in config.adapter.methods else config.adapter.strength

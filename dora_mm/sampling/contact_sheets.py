@@ -53,7 +53,7 @@ def shared_columns(requests: Sequence[ImageRequest]) -> list[Column]:
 
     Returns:
         The pairs; none where rows differ in them or have one, or where the seeds of a single row are all that differs.
-        With many seeds of a single row each seed is a row of the table, and the pairs have None in its place.
+        With many seeds of a single row each seed is a row of the table, and the pairs have None instead of it.
     """
     found: dict[int, list[Column]] = {}
     for request in requests:

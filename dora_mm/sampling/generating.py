@@ -155,7 +155,7 @@ class BatchGeneration:
         ]
 
     def outcomes(self, batch: Sequence[int]) -> list[ImageOutcome]:
-        """What has become of the images of a batch."""
+        """The outcomes of a batch: the index, file digest and failure reason of each image."""
         return [(index, self.done.get(index), self.failed.get(index)) for index in batch]
 
     def note(self, outcomes: Sequence[ImageOutcome]) -> list[int]:
