@@ -90,7 +90,7 @@ def main(
 
 
 def _check(vl: VLModel, path: str, files: Sequence[str], then: Sequence[str], system: str | None) -> None:
-    """Checks that a model can be asked like this."""
+    """Checks that the model accepts these images, follow-up questions and system turn."""
     if files and not vl.reads_images:
         raise ValueError(f"{path} reads no images: ask it without {files[0]}")
     if len(files) > 1 and not vl.reads_several:
@@ -105,7 +105,7 @@ def _check(vl: VLModel, path: str, files: Sequence[str], then: Sequence[str], sy
 
 
 def requested_task(vl: VLModel, run: TrainVLConfig | None) -> str:
-    """The task as which a question is asked: that of the run, conversations before others, where it asks questions."""
+    """The task whose prompt a question gets: the run's task, conversations first, if it has questions."""
     tasks = [task.task for task in run.data.all_tasks] if run else []
     prompt = [task for task in tasks if TASKS[task].chosen_from is None and "{text}" in (TASKS[task].prompt or "")]
     return min(prompt, key=lambda task: TASKS[task].kind != "conversations", default=vl.question_task)

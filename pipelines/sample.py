@@ -1,4 +1,4 @@
-"""Draws images for the prompts of a job: one PNG each, a manifest, and labelled sheets."""
+"""Generates images for the prompts of a job: one PNG each, a manifest, and labelled contact sheets."""
 
 import logging
 import shlex
