@@ -35,7 +35,7 @@ def main(
     """Prints a model's answer to a question; with an adapter, the bare model's and the adapted one's.
 
     With the adapter of a run, the model is loaded as the run's config says (dtype, sizes of images, quantisation), and
-    both are asked as the run trained: with the prompt of its task, and as its conversations begin (a system turn, a
+    both are prompted as in training: with the prompt of its task, and the start of its conversations (a system turn, a
     line break behind images).
 
     Args:

@@ -251,10 +251,10 @@ class LossConfig(Section):
 
 
 class PreserveConfig(Section):
-    """Holds the model at what it is without adapter, on prompts that should not change.
+    """Prior preservation: keeps the base model's predictions on prompts that should not change.
 
     A loss of its own: the distance (`loss.type`) of the prediction from that of the base model, mean over its images,
-    times `weight`, beside the mean over the training's. Its images are those of the batch, at the same noise, or
+    times `weight`, added to the mean over the training's. Its images are those of the batch, at the same noise, or
     those of folders of role preserve.
     """
 

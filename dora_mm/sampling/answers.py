@@ -229,10 +229,10 @@ def save_answers(
 
 
 class KeptAnswers:
-    """The answers to the rows of a split in a file, from which a process goes on after one that was stopped.
+    """The answers to the rows of a split in a file, from which an interrupted evaluation resumes.
 
-    Each line is of a row: its answer, None where it could not be read, what its images were, the day where the chat
-    template of its batch asked for it, and a checksum. A line of another kind, an object, has the circumstances of the
+    Each line is of a row: its answer, None where it could not be read, the digest of its images, the day where the chat
+    template of its batch used it, and a checksum. A line of another kind, an object, has the circumstances of the
     rows that follow.
 
     Args:

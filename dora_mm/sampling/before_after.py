@@ -178,7 +178,7 @@ def settings_of(
 
 
 def add_images(config: TrainDiffusionConfig, folder: Path, images: list[Image.Image]) -> None:
-    """Saves the first images beside the adapter, and shows them in its model card."""
+    """Saves the first images next to the adapter, and shows them in its model card."""
     shown = []
     for number, (prompt, image) in enumerate(zip(config.sample.prompts[:MOST_SHOWN], images, strict=False), 1):
         shown.append((prompt, f"pictures/{number}.png"))

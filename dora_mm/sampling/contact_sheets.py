@@ -89,7 +89,7 @@ def table_pages(generation: BatchGeneration, columns: Sequence[Column]) -> list[
 def table(
     generation: BatchGeneration, rows: Sequence[Sequence[int]], labels: Sequence[str], columns: Sequence[Column]
 ) -> Image.Image:
-    """Generates rows of images under common columns; many rows of few images in several blocks beside each other."""
+    """Generates rows of images under common columns; many rows of few images in several blocks side by side."""
     own = differing(generation.requests, OWN)
     heads = [column_label(seed, strength, own) for seed, strength in columns]
     requests = [[thumbnail_of(generation, index) for index in row] for row in rows]

@@ -368,7 +368,7 @@ def generate_batch(
     sampler: ImageSampler,
     on_step: Callable[[float], object] | None = None,
 ) -> None:
-    """Generates one batch, and saves the images of it that are missing; `on_step` is that of `ImageSampler.draw`."""
+    """Generates one batch, and saves its missing images; `on_step` is that of `ImageSampler.generate`."""
     requests = [generation.requests[index] for index in batch]
     settings = requests[0].settings
     prompts = [request.prompts for request in requests]

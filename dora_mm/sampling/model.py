@@ -191,7 +191,7 @@ class LoadedModel:
         return {path: (formats.adapter_digest(file), data_digest(file)[:12]) for path, file in self.adapters.items()}
 
     def plan(self, folder: Path, requests: Sequence[ImageRequest], batch_size: int) -> BatchGeneration:
-        """Plans the batches of a job: see `drawing.plan`. Images without a size get the model's own."""
+        """Plans the batches of a job: see `generating.plan`. Images without a size get the model's own."""
         sized = [replace(p, width=p.width or self.size, height=p.height or self.size) for p in requests]
         return plan(
             folder,

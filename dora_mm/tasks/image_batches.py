@@ -221,7 +221,7 @@ class CaptionedBatches:
         return float(self.weights[rows].sum()), len(rows)
 
     def fixed(self, rows: Sequence[int]) -> ConditionedLatents:
-        """Images of one shape, by their numbers, with their captions; nothing of it is drawn anew.
+        """Images of one shape, by their numbers, with their captions; nothing in it is sampled again.
 
         `data.crop` must be `center`, since the latents of other crops are not kept.
         """

@@ -70,7 +70,7 @@ class ImageRequest:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that all images of a batch share, without the weights, as `ImageSampler.draw` takes it."""
+        """The settings that all images of a batch share, without the weights, as `ImageSampler.generate` takes them."""
         names = ("steps", "guidance", "guidance_rescale", "width", "height", "scheduler")
         return {name: getattr(self, name) for name in names}
 

@@ -220,7 +220,7 @@ class TrainingRows:
         return sorted({training.rate for training in trainings if training.variant == variant})
 
     def add(self, rows: Iterable[TrainingRow]) -> None:
-        """Writes rows into the file, in place of those of the same trainings."""
+        """Writes rows into the file, replacing those of the same trainings."""
         added = {row.training.name: row for row in rows}
         self.found = {**self._read(), **added}  # what others have added since stays
         rows = [replace(row, scores=packed(row.scores)) for row in sorted(self.found.values(), key=_order)]
