@@ -87,7 +87,7 @@ def inject(
         spec: Rank, alpha, method and the other settings of the adapters.
         parts: The parts of the target map to adapt; None selects its default parts.
         backend: "auto", "torch" or "triton": which implementation the adapted layers run.
-        seed: A is drawn from this seed and the path of the module.
+        seed: A is sampled from this seed and the path of the module.
 
     Returns:
         The adapted modules and their numbers of parameters; `print` shows them as a table.
@@ -118,7 +118,7 @@ def save_adapter(
     extra_parameters: Sequence[str] = (),
     strength: float = 1.0,
 ) -> Path:
-    """Saves the adapter of a model as a safetensors file, with a model card (README.md) beside it.
+    """Saves the adapter of a model as a safetensors file, with a model card (README.md) next to it.
 
     A README.md that a person has written or changed is kept.
 

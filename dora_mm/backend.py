@@ -52,7 +52,7 @@ def select(backend: str = "auto") -> Forward:
 
 
 def implementation(backend: str) -> str:
-    """What a backend runs adapted layers in on this machine, such as "triton 3.6.0", or "torch".
+    """The implementation that runs adapted layers on this machine, such as "triton 3.6.0" or "torch".
 
     Raises:
         ValueError: See `select`.

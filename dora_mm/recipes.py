@@ -1,7 +1,7 @@
 """The recipes: scripts in a separate folder, loaded by file path.
 
 A recipe is never imported by a module name such as `pipelines.train_diffusion`, so a folder named `pipelines` in the
-user's current directory, or an installed package of that name, cannot take its place.
+user's current directory, or an installed package of that name, cannot shadow it.
 """
 
 import importlib.util

@@ -169,7 +169,7 @@ def gradient_rows(name: str, run: Path) -> list[dict[str, str]]:
 
 
 def about_gradients(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """What gradients look like, by method and step: means over matrices, geometric ones of condition numbers."""
+    """Table of gradient shapes by method and step: means over matrices, geometric ones of condition numbers."""
     if not rows:
         return []
     groups: dict[tuple[str, int], list[Mapping[str, str]]] = defaultdict(list)

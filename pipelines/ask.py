@@ -35,7 +35,7 @@ def main(
     """Prints a model's answer to a question; with an adapter, the bare model's and the adapted one's.
 
     With the adapter of a run, the model is loaded as the run's config says (dtype, sizes of images, quantisation), and
-    both are asked as the run trained: with the prompt of its task, and as its conversations begin (a system turn, a
+    both are prompted as in training: with the prompt of its task, and the start of its conversations (a system turn, a
     line break behind images).
 
     Args:
@@ -90,7 +90,7 @@ def main(
 
 
 def _check(vl: VLModel, path: str, files: Sequence[str], then: Sequence[str], system: str | None) -> None:
-    """Checks that a model can be asked like this."""
+    """Checks that the model accepts these images, follow-up questions and system turn."""
     if files and not vl.reads_images:
         raise ValueError(f"{path} reads no images: ask it without {files[0]}")
     if len(files) > 1 and not vl.reads_several:
@@ -105,7 +105,7 @@ def _check(vl: VLModel, path: str, files: Sequence[str], then: Sequence[str], sy
 
 
 def requested_task(vl: VLModel, run: TrainVLConfig | None) -> str:
-    """The task as which a question is asked: that of the run, conversations before others, where it asks questions."""
+    """The task whose prompt a question gets: the run's task, conversations first, if it has questions."""
     tasks = [task.task for task in run.data.all_tasks] if run else []
     prompt = [task for task in tasks if TASKS[task].chosen_from is None and "{text}" in (TASKS[task].prompt or "")]
     return min(prompt, key=lambda task: TASKS[task].kind != "conversations", default=vl.question_task)

@@ -39,7 +39,7 @@ def main(
     Args:
         folder: The images.
         model: A folder of `save_pretrained`, or a hub name.
-        prompt: What the model is asked about each image, as `dora-mm ask` asks it.
+        prompt: The question about each image, prompted as in `dora-mm ask`.
         max_new_tokens: The longest caption in tokens; None: 256.
         batch_size: Images that are captioned together.
         dtype: The dtype of the weights; None: that of the model's config.

@@ -45,7 +45,7 @@ def print_missing() -> None:
 
 
 def without_gpu(torch_version: str) -> str:
-    """Why there is no GPU, as far as it can be told."""
+    """The likely reason why there is no usable GPU."""
     if shutil.which("nvidia-smi") and "+cpu" in torch_version:
         return f"one that torch {torch_version} cannot use: install a build for it, {CUDA_BUILDS}"
     return "none: small models and images of a few steps only; for full size see docs/install.md"

@@ -113,7 +113,7 @@ def generation_config(config: EvalDiffusionConfig) -> ImageGenerationConfig:
 
 
 def about_style(config: EvalDiffusionConfig) -> str:
-    """What is said of an adapter that was trained on images which the classifier does not know; empty where it does."""
+    """The notice about an adapter trained on images of the user's own, whose style the classifier lacks; else empty."""
     if config.adapter is None:
         return ""
     header = read_metadata(find_file(resolve_adapter(config.adapter.path, "adapter.path")))

@@ -78,7 +78,7 @@ def images_digest(example: Example, folder: str | None) -> str:
 
 
 def inputs_of(served: ServerAnswers, splits: dict[str, ValidationSet]) -> dict[str, str]:
-    """What the answers come from: the rows, the suites, and the name that the server gives its model."""
+    """The inputs of the answers: the rows, the suites, and the name that the server gives its model."""
     inputs = {f"the data of {name}": found.identity for name, found in splits.items()}
     inputs |= {f"the suite {name}": files_digest([file]) for name in splits if (file := suite_file(name))}
     return inputs | {"the model of the server": served.model}

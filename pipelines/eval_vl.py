@@ -118,7 +118,7 @@ def day_of_adapter(folder: Path) -> RunDay:
 
 
 def batches_decide(config: EvalVLConfig) -> bool:
-    """Whether the batch of a row may change its drawn answer: it changes logits by more than ties in half precision."""
+    """Whether a row's sampled answer may depend on its batch, which changes half-precision logits by more than ties."""
     decode = config.decode
     is_half = config.model.dtype != "float32"
     return is_half and decode.temperature > 0 and decode.answers == "generate" and decode.batch_size > 1

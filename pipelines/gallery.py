@@ -33,7 +33,7 @@ def main(runs: Sequence[Path], *, output: Path | None = None) -> None:
 
 
 def next_step(runs: Sequence[Path]) -> str:
-    """What to do with the page: a training is used, and of other images the best are generated again."""
+    """The next step after the page: use the training, or generate the best of other images again."""
     for run in runs:
         config = training_config(run)
         if isinstance(config, TrainDiffusionConfig):

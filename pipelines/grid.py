@@ -1,4 +1,4 @@
-"""Draws a labelled grid: what one or two settings do to an image, beside the base model without adapter."""
+"""Generates a labelled grid: the effect of one or two settings on an image, next to the base model's image."""
 
 import logging
 import shlex

@@ -46,7 +46,7 @@ def main(
     metadata: Sequence[str] | None = None,
     out: str | None = None,
 ) -> None:
-    """Prints what an adapter file holds, how an image was drawn, or what the target maps select in a model.
+    """Prints what an adapter file holds, how an image was generated, or what the target maps select in a model.
 
     Args:
         path: An adapter file, its folder or its run directory; a PNG file that `dora-mm sample` drew; or a model of
@@ -109,7 +109,7 @@ def adapter_file(path: str) -> Path | None:
 
 
 def describe_generated_image(file: Path) -> str:
-    """How an image was drawn, with a line per setting."""
+    """The metadata of a generated image, a line per setting."""
     metadata = read_metadata(file)
     prompt, negative_prompt, seed = metadata.batch[metadata.position]
     model = {f"model {name}": value for name, value in vars(metadata.model).items() if value is not None}
@@ -128,7 +128,7 @@ def describe_generated_image(file: Path) -> str:
 
 
 def describe_adapter(file: formats.AdapterFile, base: str | None = None) -> str:
-    """What it is and where it works, a table of the adapted modules, what the file does not say, and the metadata."""
+    """Report on an adapter file: summary, table of adapted modules, ambiguous points, other tensors, metadata."""
     found = inspect_file(file, base, values=False)
     rows, parameters = Counter(), Counter()
     for module in found.modules:
@@ -152,7 +152,7 @@ def describe_adapter(file: formats.AdapterFile, base: str | None = None) -> str:
 
 
 def summary(found: Inspection) -> list[tuple[str, str]]:
-    """What a file is, of which model, made with what, whether it is damaged, and where it works: a row for each."""
+    """Summary rows of a file: content, model, tool that made it, damage, and tools that load it."""
     methods = Counter(METHODS.get(module.method, module.method) for module in found.modules)
     ranks = sorted({module.rank for module in found.modules if module.rank is not None})
     components = Counter(module.component or "an unknown network" for module in found.modules)

@@ -35,13 +35,13 @@ UNCAPTIONED = "data.instance_prompt"  # the source of a caption that no file has
 
 
 class Draft(NamedTuple):
-    """What is written, and what from.
+    """A config to write, and its sources.
 
     Attributes:
         file: The new config.
         recipe: The packaged config to start from.
         images: The folder of images; None: it is not given.
-        data: The file of questions; None: there are captions.
+        data: The file of vision-language data; None: there are captions.
         model: The model; None: the recipe's.
     """
 
@@ -53,7 +53,7 @@ class Draft(NamedTuple):
 
     @property
     def prompts(self) -> Path:
-        """The file of prompts beside the config."""
+        """The file of prompts next to the config."""
         return self.file.with_name(f"{self.file.stem}_prompts.txt")
 
     @property
@@ -105,7 +105,7 @@ def main(
 
 
 def starting_recipe(family: str, model: str | None) -> str:
-    """The packaged config to start from: that of the model, or the largest that fits the card of this machine."""
+    """The packaged config to start from: that of the model, or the largest that fits the GPU of this machine."""
     recipes = starts()[family]
     paths = {recipe: load_config(recipe).model_dump()["model"]["path"] for recipe in recipes.values()}
     of_model = [recipe for recipe in recipes.values() if paths[recipe] == model]
@@ -187,7 +187,7 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
 
 
 def style_changes(draft: Draft, start: TrainDiffusionConfig, num_images: int, prompts: Sequence[str]) -> Changes:
-    """What is written over the recipe, but for the captions."""
+    """The changes to the recipe, without those for captions."""
     steps = steps_for(num_images, start.train.steps)
     changes: Changes = {("data", "folder"): folder_of_images(draft), ("train", "steps"): steps}
     changes[("train", "checkpoint_every")] = min(steps // 4, MOST_BETWEEN)
@@ -209,7 +209,7 @@ def style_changes(draft: Draft, start: TrainDiffusionConfig, num_images: int, pr
 def describe_style(
     images: Sequence[CaptionedImage], config: TrainDiffusionConfig, word: str | None, recipe_steps: int
 ) -> str:
-    """What was found in the folder, and what follows from it and from the steps of the recipe."""
+    """Report on the folder of images, with the consequences for the training and the recipe's steps."""
     num_captions = sum(image.source != UNCAPTIONED for image in images)
     return "\n".join(
         [
@@ -225,7 +225,7 @@ def describe_style(
 
 
 def remark_on(word: str | None, num_captions: int) -> str:
-    """What the word of the style means for prompts."""
+    """The remark on the style's trigger word: whether prompts need it."""
     if word is None:
         return "No word is in all captions, so every image will show the style: to call it, add a word to each."
     where = "is in the captions" if num_captions else "stands for the style, since there are no captions"

@@ -1,4 +1,4 @@
-"""Draws images for the prompts of a job: one PNG each, a manifest, and labelled sheets."""
+"""Generates images for the prompts of a job: one PNG each, a manifest, and labelled contact sheets."""
 
 import logging
 import shlex
@@ -32,7 +32,7 @@ STRENGTHS = (
 def main(config: BatchGenerationConfig, *, resume: Path | None = None) -> None:
     """Generates the images that are not there yet.
 
-    Writes to the run directory: the images in samples/, manifest.jsonl, and the sheets. A run directory of this
+    Writes to the run directory: the images in samples/, manifest.jsonl, and contact sheets. A run directory of this
     pipeline that `output` or `resume` names goes on.
 
     Args:

@@ -97,7 +97,7 @@ def in_notation(model: str, task: str, rows: Predictions) -> Predictions:
 
 
 def check_arguments(data: str | None, form: str | None, annotations: str | None, split: str | None) -> None:
-    """Checks that what is said of the data file has one.
+    """Checks that arguments about the data file are given with a data file.
 
     Raises:
         ValueError: An argument would have no effect.

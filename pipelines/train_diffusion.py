@@ -240,7 +240,7 @@ def encode(
 ) -> ImageSampler:
     """Encodes ahead of training what stays the same, and frees the text encoders where they are frozen.
 
-    So they never lie in memory together with the denoiser, which is loaded when it is first asked for.
+    So they never lie in memory together with the denoiser, which is loaded on first use.
 
     Returns:
         What generates the contact sheets, with their prompts encoded.

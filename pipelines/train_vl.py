@@ -191,7 +191,7 @@ def scoring_of(
     loss: Callable[[Any, torch.Generator], LossSum],
     result: Callable[[Any], Any],
 ) -> SplitScores:
-    """What measures the result of a training, so far, on the validation splits."""
+    """The validation scorer of a training: answers, metrics and losses on the validation splits."""
     process = (accelerator.process_index, accelerator.num_processes)
     limit = config.evaluate.limit
     settings: dict[str, Any] = {"on_bad_data": config.data.on_bad_data, "precision": accelerator.autocast}

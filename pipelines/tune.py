@@ -1,6 +1,6 @@
-"""dora-mm tune: finds a learning rate, and a rank if asked, for a training of images or questions.
+"""dora-mm tune: finds a learning rate, and a rank on request, for a diffusion or vision-language training.
 
-Candidates are trained by successive halving, each length a whole schedule, and judged as `eval` judges one's own style,
+Candidates are trained by successive halving, each length a whole schedule, and scored as `eval` scores a custom style,
 or by the score of the answers to the valid splits. The same command goes on after a stop, with other rates, too.
 """
 
@@ -55,9 +55,9 @@ def main(
         output: The folder; None: runs/NAME_tune.
 
     Raises:
-        ValueError: What the config names cannot be used or judged, or the folder belongs to another search. The folder
-            is created only after these checks. Or a training reported a user's mistake, all have diverged, or another
-            process writes to the folder.
+        ValueError: A file or setting of the config cannot be used or scored, or the folder belongs to another search.
+            The folder is created only after these checks. Or a training reported a user's mistake, all have diverged,
+            or another process writes to the folder.
         RuntimeError: A training failed in any other way.
     """
     given = load_config(config, overrides)

@@ -46,7 +46,7 @@ def main(file: str, tool: str, base: str | None = None, *, axis: str | None = No
 
 
 def sections(verdicts: list[Verdict], file: Path, base: str) -> Iterator[str]:
-    """What a person needs first, and the numbers last."""
+    """The sections of the report: overview, cures and cautions first, numbers last."""
     yield overview(verdicts)
     yield cures(verdicts, file, base)
     yield cautions(verdicts)
@@ -66,7 +66,7 @@ def overview(verdicts: list[Verdict]) -> str:
 
 
 def verdict_text(verdict: Verdict) -> tuple[str, str]:
-    """What a tool makes of the file: one of KINDS, and what there is to say of it."""
+    """The verdict on a tool's loading of the file: one of KINDS, and a text about it."""
     counts = verdict.findings
     total = counts.total() - counts[NOT_FOUND]
     loaded = total - counts[IGNORED] - counts[FAILS]

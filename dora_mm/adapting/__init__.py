@@ -1,1 +1,1 @@
-"""What a config's `adapter` section trains of a model's networks, of images and of questions alike, and its files."""
+"""Adapters and other trained parameters by a config's `adapter` section, for image and vision-language models."""

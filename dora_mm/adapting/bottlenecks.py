@@ -4,7 +4,7 @@ A series adapter stands behind each MLP and reads its output (Houlsby et al., ar
 each of its last two layers (`up_proj` and `down_proj` of Llama) and reads the input of that (He et al., arXiv
 2110.04366), without biases or a scale and in float32, as LLM-Adapters (arXiv 2304.01933) has them. They are no change
 of a weight, so no other program reads them and nothing merges them. U is 0 at first, so that a fresh one changes no
-bit; LLM-Adapters draws both D and U with a standard deviation of 0.02.
+bit; LLM-Adapters samples both D and U with a standard deviation of 0.02.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Bottleneck(nn.Module):
         self.up = nn.Linear(size, size_out, **settings)
 
     def start(self, seed: int, path: str) -> None:
-        """Draws D as `nn.Linear` does, from the seed and the path of the module, and sets U to 0."""
+        """Samples D as `nn.Linear` does, from the seed and the path of the module, and sets U to 0."""
         if self.down.weight.is_meta:
             return
         bound = self.down.in_features**-0.5

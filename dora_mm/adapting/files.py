@@ -68,7 +68,7 @@ def save_trained(trained: TrainedNetworks, config: TrainVLConfig, model: VLModel
 
 
 def about_image_adapter(config: TrainDiffusionConfig, model: ImageModel) -> dict[str, str]:
-    """What the headers of adapter files say: the base model, and how the adapter was trained."""
+    """Header metadata of adapter files: the base model, and the config of the training."""
     base = {
         "base_model": config.model.path,
         "base_revision": commit_of(resolve_model(config.model.path), config.model.revision),
@@ -174,7 +174,7 @@ def header_of(path: Path) -> dict[str, str]:
 
 
 def _extra_weights(path: Path) -> tuple[Any, dict[str, str]]:
-    """What loads the adapter at a path that changes no weight, and its header; (None, {}): it is another adapter."""
+    """The loader of an adapter that changes no weights (bottlenecks, prefix), and its header; else (None, {})."""
     found = ((kind, kind.header_in(path)) for kind in dict.fromkeys(METHOD_MODULES.values()))
     return next(((kind, header) for kind, header in found if header is not None), (None, {}))
 

@@ -1,4 +1,4 @@
-"""What a config trains of an image model: adapters, new tokens, and what both start with."""
+"""Trained parameters of an image model by its config: adapters, new tokens, and their initial values."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

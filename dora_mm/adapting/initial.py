@@ -1,4 +1,4 @@
-"""Where a training starts: the adapter file of `adapter.init_from`."""
+"""Initial weights of a training, from the adapter file of `adapter.init_from`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_settings(file: Path, name: str, found: DoRASpec, wanted: DoRASpec, con
 def load_initial_file(trained: TrainedNetworks, config: AdapterConfig, backend: str) -> None:
     """Loads `adapter.init_from`, one file of any tool for all networks.
 
-    Its modules beside those that the config selects are adapted, too: files of other tools adapt modules for which
+    Its modules other than those that the config selects are adapted, too: files of other tools adapt modules for which
     there are no parts, such as `proj_in`, and have other ranks in some.
 
     Args:

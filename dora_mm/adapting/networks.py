@@ -1,4 +1,4 @@
-"""What a config trains of a model: adapters by part, and parameters of the model itself."""
+"""Trained parameters of a model by its config: adapters by part, and parameters of the model itself."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ METHOD_MODULES = {
 
 @dataclass
 class TrainedNetworks:
-    """What a config trains of a model.
+    """The networks with trained parameters, and these parameters.
 
     Attributes:
         networks: The main network and the others with trained parameters, by component.

@@ -66,7 +66,7 @@ def add_tokens(tokens: Configs, model: ImageModel, seed: int) -> None:
     Args:
         tokens: The `tokens` section.
         model: The model, whose text encoders are not adapted yet.
-        seed: Rows without `init` are drawn from the seed, their word and their table.
+        seed: Rows without `init` are sampled from the seed, their word and their table.
 
     Raises:
         ValueError: A word is a token already, or the words that one starts as are not as many.
@@ -97,7 +97,7 @@ def _start(word: str, config: TokenConfig, model: ImageModel, table: str, seed: 
 
 
 def train_tokens(tokens: Configs, model: ImageModel, trained: TrainedNetworks) -> None:
-    """Makes the rows of new tokens trainable, beside the adapters."""
+    """Makes the rows of new tokens trainable, in addition to the adapters."""
     rows = model.new_tokens.by_word()
     for word, config in tokens.items():
         for table, parameter in rows[word].items():
@@ -109,7 +109,7 @@ def train_tokens(tokens: Configs, model: ImageModel, trained: TrainedNetworks) -
 
 
 def token_networks(tokens: Configs, model: ImageModel) -> dict[str, nn.Module]:
-    """What holds the rows of new tokens beside the model's networks, by name; nothing where there are none."""
+    """The module with the embedding rows of new tokens, by name; empty without new tokens."""
     return {"new_tokens": model.new_tokens} if tokens else {}
 
 
@@ -143,7 +143,7 @@ def load_initial_tokens(tokens: Configs, model: ImageModel, config: AdapterConfi
 
 
 def stopping(config: ImageTrainConfig, trained: Mapping[str, nn.Parameter]) -> Callable[[int], None] | None:
-    """What freezes new tokens and text encoders behind their last step, ahead of each step; None: they have none.
+    """A callback before each step that freezes new tokens and text encoders after their last step; None: not needed.
 
     Without a gradient no optimizer changes a parameter, not even by weight decay.
 

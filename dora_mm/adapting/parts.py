@@ -102,7 +102,7 @@ def select_modules(
 
 
 def _trained(found: Selection) -> Selection:
-    """What is left of a selection without frozen modules, and without networks and names that have no others."""
+    """A selection without frozen modules, and without the names and networks that are empty then."""
     trained = {
         component: {name: one for name, one in names.items() if one.paths and one.settings.method != FROZEN}
         for component, names in found.items()

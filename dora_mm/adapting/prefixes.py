@@ -39,7 +39,7 @@ def attach(network: nn.Module, targets: TargetMap, method: str, size: int, seed:
         targets: Its target map.
         method: "prefix".
         size: Virtual tokens.
-        seed: Of the first keys and values, which PEFT draws from N(0, 1); a fresh prefix changes what is read.
+        seed: Of the first keys and values, which PEFT samples from N(0, 1); a fresh prefix changes what is read.
 
     Returns:
         The trained parameter (size, 2 * layers * key features) by its name.

@@ -1,4 +1,4 @@
-"""What the commands do: they check what needs no large package, and call a recipe."""
+"""Implementation of the commands: checks that need no large package, and the call of a recipe."""
 
 import inspect
 import json
@@ -95,10 +95,10 @@ def run(arguments: Namespace, recipes: Recipes | None = None) -> None:
 
 
 def number_paths(arguments: Namespace) -> None:
-    """Puts numbers in the place of `latest` in arguments that are paths; they are changed.
+    """Replaces `latest` by numbers in path arguments, in place.
 
     Raises:
-        ValueError: No run has what is asked of it.
+        ValueError: No run has the wanted files.
     """
     for name, given in vars(arguments).items():
         wanted = PATHS.get((arguments.command, name)) or PATHS.get(name)
@@ -170,7 +170,7 @@ def _replay(arguments: Namespace) -> None:
 
 
 def take_prompts_file(arguments: Namespace) -> None:
-    """Puts the config of a prompts file in its place, and the file into the overrides; a config stays as it is.
+    """Replaces a prompts file by its config, and adds the file to the overrides; a config stays as it is.
 
     Args:
         arguments: The parsed arguments of `sample`; they are changed.

@@ -1,4 +1,4 @@
-"""Which errors a user can fix, and what is said about them."""
+"""Errors that a user can fix, and their messages."""
 
 import errno
 import re

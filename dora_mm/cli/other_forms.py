@@ -1,4 +1,4 @@
-"""What is meant by arguments that are not those of our commands: values without --set, other trainers' flags, slips."""
+"""Suggestions for unknown arguments: values without --set, flags of other trainers, misspelled options."""
 
 import re
 import shlex

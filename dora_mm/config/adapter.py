@@ -144,7 +144,7 @@ class AdapterConfig(Section):
 
 
 class ImageAdapterConfig(AdapterConfig):
-    """What a training of an image model adapts."""
+    """The `adapter` section for image models."""
 
     full_trains_biases: ClassVar[bool] = False
 
@@ -166,12 +166,12 @@ class ImageAdapterConfig(AdapterConfig):
 
 
 class VLAdapterConfig(AdapterConfig):
-    """What a training of a vision-language model adapts."""
+    """The `adapter` section for vision-language models."""
 
     full_trains_biases: ClassVar[bool] = True
 
-    # series, parallel: bottlenecks of `rank` features behind the MLPs, or beside their last two layers; prefix: `rank`
-    # virtual tokens in front of all rows, by PEFT
+    # series, parallel: bottlenecks of `rank` features behind the MLPs, or parallel to their last two layers; prefix:
+    # `rank` virtual tokens in front of all rows, by PEFT
     method: Literal["dora", "lora", "magnitude", "full", "series", "parallel", "prefix"] = "dora"  # type: ignore[assignment]
     # Trained in addition: biases, norms, embeddings, visual_embedding (vl_bart), or patterns of parameter names
     extra_trainable: Items[Text] = ()

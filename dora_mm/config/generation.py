@@ -58,7 +58,7 @@ class ContactSheetConfig(Section):
 
 
 class SampleConfig(ContactSheetConfig):
-    """The images of a training, beside those of the base model."""
+    """Contact sheets of a training, by default with the base model's images for comparison."""
 
     before_after: bool = True  # contact sheets also show images of the base model without the adapter
 
@@ -72,7 +72,7 @@ class AdapterChoice(Section):
 
 
 class MemoryConfig(Section):
-    """What images take less memory with, and more time."""
+    """Settings that reduce the memory of generation, at the cost of time."""
 
     # Where the weights wait: model: in main memory, but for the network that runs; layers: but for the layer that runs
     offload: Literal["none", "model", "layers"] = "none"
@@ -89,7 +89,7 @@ PromptSyntax = Literal["plain", "a1111"]
 
 
 class ImageGenerationConfig(PipelineConfig):
-    """What all pipelines share that draw images for prompts."""
+    """Settings shared by all pipelines that generate images from prompts."""
 
     changeable: ClassVar[tuple[str, ...] | None] = None  # every image is compared with what it should be
     output: OutputFolder | None = None  # the run directory; one of the same pipeline goes on; null: runs/<name>/<NNN>
@@ -134,7 +134,7 @@ AxisName = Literal["prompt", "seed", "strength", "adapter", "checkpoint", "sched
 
 
 class Axis(Section):
-    """What differs from one row or column of a grid to the next."""
+    """The axis of a grid: the setting that varies over its rows or columns, and its values."""
 
     name: AxisName  # size: 1024 or 832x1216; checkpoint: a step of the run that adapter.path names
     values: Items[str | int | float] = ()  # empty, for checkpoint alone: all that the run has kept

@@ -98,12 +98,12 @@ class ImageFolderConfig(Section):
 
 
 class CaptionConfig(Section):
-    """What becomes of captions, anew in every epoch; tags are what commas separate."""
+    """Caption processing, repeated in every epoch; tags are separated by commas."""
 
     prefix: Text | None = None  # before every caption, with a space; never moved or dropped; null: none
     suffix: Text | None = None  # behind every caption, likewise
-    lines: bool = False  # each line of a text is a caption of its own, of which one is drawn
-    alternatives: bool = False  # one of {a|b} is drawn; as in prompts, a backslash before the brace leaves it
+    lines: bool = False  # each line of a text is a caption of its own, of which one is sampled
+    alternatives: bool = False  # one of {a|b} is sampled; as in prompts, a backslash before the brace leaves it
     shuffle: bool = False  # tags in another order
     tag_dropout: Share = 0.0  # probability of leaving out a tag
     # The first tags that are neither moved nor dropped; of a caption with |||, all before it, and behind a second one
@@ -117,13 +117,13 @@ class CaptionConfig(Section):
 
 
 class MaskConfig(Section):
-    """How much each place of an image counts in the loss: of each image, sum(w loss) / sum(w), w = max(mask, floor)."""
+    """Loss masks: the loss of an image is sum(w loss) / sum(w) over its pixels, with w = max(mask, floor)."""
 
-    # file: a file beside cat.jpg, cat.mask.png or OneTrainer's cat-masklabel.png, white counts; alpha: what is opaque
+    # file: a file next to cat.jpg, cat.mask.png or OneTrainer's cat-masklabel.png, white counts; alpha: what is opaque
     source: Literal["file", "alpha"] = "file"
-    # A folder of masks that are named as the images of data.folder; null: they lie beside the images
+    # A folder of masks that are named as the images of data.folder; null: they lie next to the images
     folder: InputPath | None = None
-    floor: Share = 0.1  # the least that a place counts
+    floor: Share = 0.1  # the least weight of a pixel
     # base: where the mask is black, the prediction is held at that of the base model, by (1 - w) (difference)^2
     outside: Literal["ignored", "base"] = "ignored"
 
@@ -251,10 +251,10 @@ class LossConfig(Section):
 
 
 class PreserveConfig(Section):
-    """Holds the model at what it is without adapter, on prompts that should not change.
+    """Prior preservation: keeps the base model's predictions on prompts that should not change.
 
     A loss of its own: the distance (`loss.type`) of the prediction from that of the base model, mean over its images,
-    times `weight`, beside the mean over the training's. Its images are those of the batch, at the same noise, or
+    times `weight`, added to the mean over the training's. Its images are those of the batch, at the same noise, or
     those of folders of role preserve.
     """
 
@@ -266,10 +266,10 @@ class PreserveConfig(Section):
 
 
 class TokenConfig(Section):
-    """A word of captions and prompts that is new tokens: rows of their own beside the tables of the text encoders."""
+    """A word of captions and prompts that stands for new tokens, with embeddings of their own."""
 
     count: PositiveInt | None = None  # of tokens; null: as many as init has, or 2
-    # Words whose embeddings they start as; null: drawn at random, as long as the tables' rows are on average
+    # Words whose embeddings they start as; null: sampled at random, as long as the tables' rows are on average
     init: Text | None = None
     lr: Positive | None = None  # learning rate; null: optimizer.lr
 
@@ -346,7 +346,7 @@ class TrainDiffusionConfig(PipelineConfig):
         return raise_problems(self, problems)
 
     def _check_text(self) -> list[str]:
-        """What is wrong with new tokens, and with the last steps of what the text encoders train."""
+        """Problems with new tokens, and with the last steps of training tokens and text encoders."""
         rated = [word for word, token in self.tokens.items() if token.lr is not None]
         problems = []
         if rated and self.optimizer.name == "prodigy":

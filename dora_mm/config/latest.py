@@ -1,6 +1,6 @@
-"""`runs/NAME/latest` in a path: the highest number in `runs/NAME` that has what is asked for.
+"""`runs/NAME/latest` in a path: the highest number in `runs/NAME` that has the wanted files.
 
-Commands and configs put the number in its place before anything is recorded, so that what they write and print stays
+Commands and configs replace it with the number before anything is recorded, so that what they write and print stays
 true when there are more runs. No such folder or link is ever made.
 """
 
@@ -14,7 +14,7 @@ LATEST = "latest"
 
 
 class Wanted(NamedTuple):
-    """What is asked of a run: what it is called, and the patterns of files, of which it has one."""
+    """The kind of a run: its name in messages, and file patterns of which a run must match one."""
 
     title: str
     patterns: tuple[str, ...]
@@ -27,7 +27,7 @@ IMAGES = Wanted("images", ("manifest.jsonl", "samples/*.png", "sheet*.png"))
 
 
 def numbered(path: str, wanted: Wanted = RUN, *, new: bool = False) -> str:
-    """A path with a number in the place of `latest`; as it is where it has none, or exists with that name.
+    """A path with `latest` replaced by a number; unchanged without `latest`, or if it exists with that name.
 
     Args:
         path: The path, such as `runs/my_style/latest` or `runs/my_style/latest/sheet.png`.
@@ -66,7 +66,7 @@ def _numbered_adapter(text: str) -> str:
 
 
 def _run_around(path: str) -> tuple[Path, Path]:
-    """What is before `latest` in a path, and behind it; nothing before it where it is not there."""
+    """The parts of a path before and after `latest`; two empty paths without it."""
     parts = Path(path).parts
     if LATEST not in parts:
         return Path(), Path()

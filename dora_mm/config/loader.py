@@ -126,7 +126,7 @@ def saved_values(run: Path) -> dict[str, Any]:
 
 
 def about_run(folder: Path) -> str:
-    """What can be done with a run directory that stands in the place of a config or a job, as a sentence."""
+    """A sentence about the use of a run directory that was given instead of a config or a job."""
     saved, run = folder / "config.yaml", shlex.quote(str(folder))
     try:
         values = saved_values(folder)

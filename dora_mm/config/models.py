@@ -37,13 +37,13 @@ def starts() -> dict[str, Mapping[int, str]]:
 
 
 class ImageFamilyConfig(Section):
-    """What only the models of one family of image models have."""
+    """Settings specific to one family of image models."""
 
     only_training: ClassVar[frozenset[str]] = frozenset()  # keys on which images do not depend
 
 
 class SDXLConfig(ImageFamilyConfig):
-    """What only SDXL's models have."""
+    """Settings specific to SDXL."""
 
     only_training: ClassVar[frozenset[str]] = frozenset({"unconditional"})
 
@@ -52,30 +52,30 @@ class SDXLConfig(ImageFamilyConfig):
 
 
 class ZImageConfig(ImageFamilyConfig):
-    """What only Z-Image's models have."""
+    """Settings specific to Z-Image."""
 
     max_tokens: PositiveInt = 512  # of a prompt in its chat template; text beyond is cut
 
 
 class Flux2KleinConfig(ImageFamilyConfig):
-    """What only FLUX.2 klein's models have."""
+    """Settings specific to FLUX.2 klein."""
 
     only_training: ClassVar[frozenset[str]] = frozenset({"shift_steps"})
 
     max_tokens: PositiveInt = 512  # of a prompt in its chat template; text beyond is cut, shorter ones are filled up
-    # How far noise levels move towards noise depends on the number of steps of drawing, and trainings have none: theirs
-    # are those of drawing in so many steps. 50 is the pipeline's own number for the base models
+    # How far noise levels move towards noise depends on the number of sampling steps, and trainings have none: theirs
+    # are those of sampling in so many steps. 50 is the pipeline's own number for the base models
     shift_steps: PositiveInt = 50
 
 
 class QwenImageConfig(ImageFamilyConfig):
-    """What only Qwen-Image's models have."""
+    """Settings specific to Qwen-Image."""
 
     max_tokens: Annotated[int, Field(gt=0, le=1024)] = 512  # of a prompt; text beyond is cut
 
 
 class Krea2Config(ImageFamilyConfig):
-    """What only Krea 2's models have."""
+    """Settings specific to Krea 2."""
 
     # Of a prompt, with the 5 of its template's end; text beyond is cut
     max_tokens: Annotated[int, Field(gt=5)] = 512
@@ -114,7 +114,7 @@ class ModelConfig(Section):
         yield from ((name, section) for name, section in self if isinstance(section, ImageFamilyConfig))
 
     def generation_settings(self) -> dict[str, Any]:
-        """The settings beside the files on which images depend, and that are not the defaults, by section and key."""
+        """The settings other than files on which images depend, without defaults, by section and key."""
         own = self.model_dump(include={"prediction", "quantization", "denoiser"}, exclude_defaults=True)
         found = {
             name: section.model_dump(exclude_defaults=True, exclude=set(section.only_training))

@@ -1,4 +1,4 @@
-"""What an override of one key means for another one of the file, which was chosen beside its former value."""
+"""Effects of overriding one key on another key of the file, which was chosen for the former value."""
 
 import logging
 from collections.abc import Mapping, Sequence

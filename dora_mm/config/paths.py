@@ -239,7 +239,7 @@ def _in_package(path: str) -> Path | None:
 
 
 def _packaged(path: Path) -> Path:
-    """Where a relative path would be among the packaged configs, with or without `configs/` in front."""
+    """The path of a packaged config for a relative path, with or without `configs/` in front."""
     configs = PACKAGE / "configs"
     if not configs.is_dir():  # in a checkout they are next to the package, in the wheel inside it
         configs = PACKAGE.parent / "configs"
@@ -247,7 +247,7 @@ def _packaged(path: Path) -> Path:
 
 
 def _near(path: Path) -> str:
-    """What is beside a missing path and named like it, as a question; of numbered runs, which there are."""
+    """A suggestion of an existing sibling with a name similar to a missing path; for a numbered run, the last run."""
     names = sorted(set(_sibling_names(path)))
     if not path.name.isdigit():
         return nearest(path.name, names)

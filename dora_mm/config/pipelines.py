@@ -7,7 +7,7 @@ from dora_mm.config.schema import PipelineConfig
 
 
 class _Schemas(Mapping[str, type[PipelineConfig]]):
-    """Schemas that are imported when they are asked for: commands without a config start without pydantic's work."""
+    """Schemas that are imported on first use: commands without a config start without pydantic's work."""
 
     def __init__(self, **import_paths: str):
         self._import_paths = import_paths

@@ -120,7 +120,7 @@ def _message(item: Any, location: _Location, schema: type[Section]) -> str:
 
 
 def _example(item: Any, location: _Location) -> str:
-    """A value that a key may have in the place of one of another type; empty where none is known."""
+    """A valid value to suggest for a key instead of one of another type; empty if none is known."""
     kind, given = item["type"], item["input"]
     if kind == "tuple_type" and isinstance(given, str | int | float) and not _is_section(_inside(location.value, 0)):
         return f"[{', '.join(part.strip() for part in str(given).split(','))}]"
@@ -171,7 +171,7 @@ def _pipeline_of(schema: type[Section]) -> str:
 
 
 def _of_another_class(location: _Location) -> str:
-    """What is wrong with a key of a section that only another class of this section has; empty if none has it."""
+    """The problem of a key that only another class of its section has; empty if none has it."""
     if location.choice is None:
         return ""
     key, classes = location.choice
@@ -188,7 +188,7 @@ class _Choice(NamedTuple):
 
 
 class _Location(NamedTuple):
-    """Where in a schema an error is.
+    """The location of an error in a schema.
 
     Attributes:
         path: The key path, without the tags that pydantic adds for the class of a section.

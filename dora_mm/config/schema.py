@@ -29,7 +29,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class PathKind(Enum):
-    """What a key that holds a path is for; `dora_mm.config.paths` checks them."""
+    """The kind of path that a key holds; `dora_mm.config.paths` checks it."""
 
     INPUT = "a file or folder that must exist"
     ADAPTER = "an adapter file, its folder or a run directory, which must exist"
@@ -88,7 +88,7 @@ IsoDate = Annotated[str, AfterValidator(_iso_date)]
 
 
 def name_in(registry: Registry[Any]) -> AfterValidator:
-    """What annotates a key whose text is the name of a record: one that is none is refused with the nearest."""
+    """A validator for names in a registry; an unknown name is refused with the nearest one."""
     return AfterValidator(registry.check)
 
 

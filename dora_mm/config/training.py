@@ -26,7 +26,7 @@ class OptimizerConfig(Section):
 
 
 class EMAConfig(Section):
-    """An average of the weights of all steps, the last ones most, beside the weights themselves."""
+    """Exponential moving average (EMA) of the trained weights, kept in addition to the weights."""
 
     decay: Share = 0.999  # of the average in each step, in the first ones less: (1 + step) / (10 + step)
 

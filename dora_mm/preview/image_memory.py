@@ -1,4 +1,4 @@
-"""What a training on images takes, from configs alone: all of it runs on the meta device, and nothing is loaded."""
+"""Memory of an image training, computed from configs on the meta device, without loading weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOGETHER = 16  # captions that are encoded at once
 
 
 class Phase(NamedTuple):
-    """What runs beside the steps: a description, the bytes of its networks, and those of its activations."""
+    """A phase outside the training steps: description, bytes of its networks, and bytes of its activations."""
 
     name: str
     weights: int
@@ -36,7 +36,7 @@ class Phase(NamedTuple):
 
 
 def machine_of(config: TrainDiffusionConfig) -> Machine:
-    """What a training is planned for: a GPU with the config's precision and backend."""
+    """The machine that a training is planned for: a GPU with the config's precision and backend."""
     return Machine(True, PRECISIONS.get(config.train.mixed_precision), triton=config.backend != "torch")
 
 
@@ -58,7 +58,7 @@ def encode_without_numbers(
     Args:
         model: The model, on the meta device.
         batches: The batches of the training.
-        source: The same, with what is preserved beside them.
+        source: The same, with prior preservation added.
         captions: Those of the training.
     """
     by_length = sorted(captions, key=len)
@@ -105,7 +105,7 @@ def phases(config: TrainDiffusionConfig, model: ImageModel, captions: Sequence[s
 
 
 def phases_table(found: Sequence[Phase]) -> str:
-    """A text table of what runs beside the steps."""
+    """A text table of the phases outside the training steps."""
     rows = [(p.name, *(f"{size / 1e6:,.1f}" for size in (*p[1:], p.weights + p.activations))) for p in found]
     return aligned_columns([("beside the steps", "weights, MB", "activations", "together"), *rows], num_text=1)
 
@@ -127,7 +127,7 @@ def simulated_cost(
         model: The model, on the meta device, adapted.
         trained: What is trained of it.
         batches: The batches of the training, with latents and captions from `encode_without_numbers`.
-        source: The same, with what is preserved beside them.
+        source: The same, with prior preservation added.
         machine: What the step is simulated for.
         checkpointing: Whether the backward pass computes activations again.
     """

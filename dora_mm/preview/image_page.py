@@ -111,7 +111,7 @@ def measured_sections(
         images: Those that are trained on.
         class_images: Those of folders of role preserve.
         accelerator: Knows the device, the mixed precision and the processes.
-        data: What is said of the data.
+        data: The report on the data.
         steps: The number of steps that are left.
     """
     start_tokens(config.tokens, model, images, config.data.captions, config.seed)
@@ -171,7 +171,7 @@ def batches_of(
     class_images: Sequence[CaptionedImage],
     accelerator: Accelerator,
 ) -> tuple[CaptionedBatches, CaptionedBatches | PreservingBatches]:
-    """The batches of a training, and these with what is preserved beside them."""
+    """The batches of a training, and the same with prior preservation added."""
     batches = captioned_batches(config, model, images, (accelerator.process_index, accelerator.num_processes))
     return batches, preserving(batches, config, class_images)
 
@@ -188,7 +188,7 @@ def encoded_section(
     batches: CaptionedBatches,
     source: CaptionedBatches | PreservingBatches,
 ) -> str:
-    """What is said of the data, with what is encoded ahead of the steps."""
+    """The report on the data, with the latents and captions that are encoded ahead of the steps."""
     return "\n".join([data, *describe_latents(batches, given), *describe_encoded(source, num_batches(config), given)])
 
 
@@ -199,7 +199,7 @@ def how_section(config: TrainDiffusionConfig, model: ImageModel, trained: Traine
 
 
 def trained_section(config: TrainDiffusionConfig, model: ImageModel, trained: TrainedNetworks) -> str:
-    """What the model predicts, and what of it is trained, by part."""
+    """The model's prediction type, and its trained parameters by part."""
     table = parts_table(trained, model.adaptable, model.target_maps, config.adapter, config.optimizer)
     remarks = tokens_lines(config.tokens, model, config.train, config.optimizer.lr)
     remarks += [remark] if (remark := formats.about_format(trained.adapted, "diffusers")) else []

@@ -1,4 +1,4 @@
-"""What a training on images will see: images by bucket, captions, and how often each image is seen."""
+"""Data preview of an image training: images by bucket, captions, and how often each image is seen."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def remark_on_length(repeats: Sequence[float], train: TrainConfig, num_processes
 
 
 def remark_on_distilled(config: ModelConfig) -> list[str]:
-    """What a training does to a model that was distilled to few steps; of other models nothing."""
+    """A warning that training undoes the distillation of a few-step model; empty for other models."""
     from dora_mm.models.images.families import distilled_of
 
     found = distilled_of(config)

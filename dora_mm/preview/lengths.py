@@ -1,4 +1,4 @@
-"""The lengths of rows before they are trained on: a sample of each task is encoded, and told as quantiles."""
+"""The lengths of rows before they are trained on: a sample of each task is encoded, and reported as quantiles."""
 
 from __future__ import annotations
 

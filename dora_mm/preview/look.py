@@ -56,7 +56,7 @@ def titled(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def listed(names: Sequence[str], what: str) -> str:
-    """Names, and what is said of them; empty where there are none."""
+    """A line of names and a remark on them; empty without names."""
     return f"{', '.join(names[:MOST_NAMES])}{', ...' if len(names) > MOST_NAMES else ''}: {what}" if names else ""
 
 

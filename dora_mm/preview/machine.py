@@ -1,4 +1,4 @@
-"""What a machine has for training: its GPUs, their memory and precision, and the recipe that fits."""
+"""Hardware detection: the GPUs of a machine, their memory and precision, and the recipe that fits."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, TypeVar
@@ -33,11 +33,11 @@ def largest_gpu() -> GPUInfo | None:
 
 
 def fitting(recipes: Mapping[int, T], gpu: GPUInfo | None) -> T:
-    """What needs the most memory that the GPU has; the least without a GPU, or where it has less.
+    """The largest recipe that fits the GPU's memory; the smallest without a GPU, or if none fits.
 
     Args:
         recipes: By the GB that they need, at least one.
-        gpu: The card.
+        gpu: The GPU, or None.
     """
     memory = gpu.memory + SPARE if gpu else 0
     return recipes[max((size for size in recipes if size <= memory), default=min(recipes))]

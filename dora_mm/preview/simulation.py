@@ -1,6 +1,6 @@
 """The memory of a training step without its numbers: all of it runs on the meta device, and tensors are counted.
 
-Networks are there without weights. What their inputs alone decide (token ids, places of images, masks, sizes) is
+Networks are there without weights. What their inputs alone decide (token ids, positions of images, masks, sizes) is
 computed; whatever depends on a weight has a shape only. Where a class asks such a number for a decision, the answer is
 1 or True, but no where it asks for any (of what is unusual: infinite numbers, small gains) or for a certain one. So
 every tensor of the forward and the backward pass is made and dropped as in a step, and what is there at once is the
@@ -71,7 +71,7 @@ def simulated_peak(
 
 @dataclass(frozen=True)
 class Machine:
-    """What a step is simulated for.
+    """The hardware and precision that a step is simulated for.
 
     Attributes:
         is_gpu: A GPU, where other operations are autocast than on a processor.
@@ -111,14 +111,14 @@ class Machine:
 
 
 class ReadableSteps(Steps):
-    """Those of a layer whose numbers can be read, though on the meta device none can: y is kept, as in a training."""
+    """Layer passes that keep y as in a real training, although values on the meta device cannot be read."""
 
     def keeps_output(self, x: Tensor) -> bool:
         return True
 
 
 class TritonLikeSteps(ReadableSteps):
-    """Those of kernels/: W(t) is never built, and the branch is added without a tensor of its own."""
+    """Layer passes as in kernels/: W(t) is never built, and the branch is added without a tensor of its own."""
 
     only_unmerged = True
 
@@ -206,7 +206,7 @@ def _on_processor(func: Any, found: list[Tensor], kwargs: dict[str, Any]) -> dic
 
 
 def _indices(index: Tensor | None) -> Iterable[Tensor | None]:
-    """The places of an index that may be a mask; all of one without numbers are taken for True."""
+    """The integer indices of an index that may be a mask; a mask without values counts as all True."""
     if index is None or index.dtype not in (torch.bool, torch.uint8):
         return [index]
     if index.is_meta:
@@ -238,7 +238,7 @@ def _in_one_dtype(args: Any) -> Any:
 
 
 class FusedAttention(torch.autograd.Function):
-    """What the kernels of attention keep: q, k, v, the output, the logarithms of its sums, and a mask."""
+    """Attention that saves the tensors of a fused kernel: q, k, v, output, log-sum-exp, and a mask."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

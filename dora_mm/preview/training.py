@@ -1,4 +1,4 @@
-"""What a training will cost, before it starts: memory by part, the time of a measured step, and slow hardware."""
+"""Cost of a training before it starts: memory by part, time of a measured step, and slow hardware."""
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -57,7 +57,7 @@ def print_page(sections: Iterable[str], problems: Problems, *, shown: bool = Tru
 
 
 class StepCost(NamedTuple):
-    """What one optimizer step costs.
+    """The cost of one optimizer step.
 
     Attributes:
         seconds: Of the fastest of up to three steps; None: none was measured.
@@ -122,7 +122,7 @@ def measure_accumulated(
     Args:
         training: The arguments of `measure_step` but for the batches.
         batch_at: Maps the number of a micro-batch to it.
-        prepared: Batches are prepared beside the steps, so that a step takes as long as the slower of both.
+        prepared: Batches are prepared in parallel to the steps, so that a step takes as long as the slower of both.
         largest: As in `measure_step`.
     """
     count = training["config"].gradient_accumulation_steps
@@ -152,7 +152,7 @@ def _peak_memory(device: torch.device) -> _Memory:
 
 
 def _storages(tensor: torch.Tensor) -> dict[int, int]:
-    """The bytes of what holds a tensor, by its place."""
+    """The bytes of a tensor's storages, by data pointer."""
     storages = [part.untyped_storage() for part in _parts(tensor)]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
@@ -249,7 +249,7 @@ def sharded_table(total: int, divided: int, gathered: int) -> str:
     Args:
         total: The bytes of a process that divides nothing.
         divided: The bytes of what is divided.
-        gathered: How many of these a process has gathered at most, beside its own part.
+        gathered: How many of these a process has gathered at most, in addition to its own part.
     """
     rows = [("sharded over", "MB in each", "gathered")]
     for number in PROCESS_NUMBERS:
@@ -337,7 +337,7 @@ def when(evaluate: ValidationConfig) -> str:
 def why_not_measured(
     accelerator: Accelerator, networks: Iterable[nn.Module], *, shard: bool, num_tokens: int = 1, tower_work: int = 0
 ) -> str | None:
-    """Why a step of these networks is not measured ahead of a training; None: it is.
+    """Why a step of these networks is not measured ahead of a training; None if it is.
 
     Args:
         accelerator: Knows the device.

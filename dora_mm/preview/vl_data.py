@@ -35,13 +35,13 @@ SHOWN = 3  # rows that are shown, of all tasks together
 
 @dataclass
 class DataPreview:
-    """What was found of the data of a config.
+    """Findings about the data of a config.
 
     Attributes:
         sections: Paragraphs of text.
         problems: Why a training would stop, a sentence each.
         sets: The training sets that are there.
-        samples: The lengths of some rows of each, where its family tells them.
+        samples: The lengths of some rows of each, where its family reports them.
         largest: The batch of the longest of these.
     """
 
@@ -84,7 +84,7 @@ def preview_data(
 ) -> DataPreview:
     """Reads all data of a config that is there. Bad rows are found also where a training stops at the first one.
 
-    Those that only encoding shows are found in the sample of `sample_lengths`; all images are decoded if asked for.
+    Those that only encoding shows are found in the sample of `sample_lengths`; all images are decoded on request.
 
     Args:
         config: The config.
@@ -139,7 +139,7 @@ def present_splits(config: TrainVLConfig) -> Iterator[tuple[VLTaskConfig, Split,
 def _open_training(
     config: TrainVLConfig, task: VLTaskConfig, model: VLModel | None, found: DataPreview
 ) -> ExampleTable:
-    """The usable rows of a training split, as far as that is known; what was found is told their lengths."""
+    """The usable rows of a training split, as far as that is known; their lengths are added to `found`."""
     check, name = model or AllRows(), task.task
     rows = open_training(config.data.with_tasks((task,)), config.train.batch_size, check)[name]
     if model is None:
@@ -188,7 +188,7 @@ Skipped = Mapping[str, Mapping[str, Sequence[str]]]  # the places of bad rows by
 
 
 def bad_row_list(skipped: Skipped) -> str:
-    """The reasons why rows of each split are bad, with their number and the first places."""
+    """The reasons why rows of each split are bad, with their number and the first locations."""
     lines = []
     for name, reasons in skipped.items():
         lines.append(f"bad rows of {name}")

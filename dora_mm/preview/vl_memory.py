@@ -1,4 +1,4 @@
-"""What a training of a vision-language model keeps in memory, as far as that can be told without a step."""
+"""Memory of a vision-language training, as far as it can be computed without running a step."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def tower_work(network: Any, targets: TargetMap, batch: Any) -> int:
 
 
 def machine_of(config: TrainVLConfig, *, is_gpu: bool) -> Machine:
-    """What a training is planned for: autocast to the config's precision, or to that of frozen weights in half."""
+    """The machine that a training is planned for; autocast uses the config's precision, else that of half weights."""
     weights = getattr(torch, config.model.dtype)
     dtype = PRECISIONS.get(config.train.mixed_precision, weights if weights.itemsize < 4 else None)
     return Machine(is_gpu, dtype, triton=is_gpu and config.backend != "torch")

@@ -140,7 +140,7 @@ def open_model(config: TrainVLConfig, accelerator: Accelerator, resume: Path | N
 
 
 def trained_section(config: TrainVLConfig, structure: Structure, trained: TrainedNetworks) -> str:
-    """What is trained of the model, by part."""
+    """The trained parameters of the model, by part."""
     table = parts_table(trained, structure.networks, structure.target_maps, config.adapter, config.optimizer)
     about = [*about_untouched(trained, structure.networks, structure.target_maps), *remarks_on_files(trained)]
     return "\n".join([trained.share, table, *about])
@@ -156,7 +156,7 @@ def length_sections(config: TrainVLConfig, batches: VLBatches | None, resume: Pa
 
 
 def reference_section(config: TrainVLConfig) -> Iterator[str]:
-    """What pairs of answers are compared with, and when that is computed; nothing where no task has any."""
+    """The reference model of preference pairs, and when it is computed; empty if no task has pairs."""
     if any(TASKS[task.task].pairs for task in config.data.all_tasks):
         if config.adapter.starts_as_base:
             yield "reference the model without its adapters, in every step: no second model"

@@ -36,13 +36,13 @@ MOST_REFERENCES = 5  # of a caption, or answers of VQA
 
 @dataclass(frozen=True)
 class AnswersFolder:
-    """Where answers are kept, from which the same evaluation goes on after one that was stopped.
+    """The folder of an evaluation's answers, from which an interrupted evaluation resumes.
 
     Attributes:
         path: The folder, which gets <task>.jsonl.
-        content: Says what the images of an example are, which are compared where answers were kept.
-        processes: Those that share the batches, of which the main one writes.
-        day: The day that chat templates may ask for, which is compared where they did.
+        content: Gives the content digest of an example's images, which is compared before saved answers are reused.
+        processes: The processes that share the batches; only the main one writes.
+        day: The day that chat templates may use; it is compared where they used it.
         circumstances: The circumstances of answers that are added.
     """
 
@@ -60,7 +60,7 @@ class KeptAnswer(NamedTuple):
         text: The answer; None: the row could not be read.
         content: The content of its images, see `AnswersFolder`.
         circumstances: The circumstances under which it was given.
-        day: The day of its batch where a chat template asked for it.
+        day: The day of its batch where a chat template used it.
     """
 
     text: str | None
@@ -229,10 +229,10 @@ def save_answers(
 
 
 class KeptAnswers:
-    """The answers to the rows of a split in a file, from which a process goes on after one that was stopped.
+    """The answers to the rows of a split in a file, from which an interrupted evaluation resumes.
 
-    Each line is of a row: its answer, None where it could not be read, what its images were, the day where the chat
-    template of its batch asked for it, and a checksum. A line of another kind, an object, has the circumstances of the
+    Each line is of a row: its answer, None where it could not be read, the digest of its images, the day where the chat
+    template of its batch used it, and a checksum. A line of another kind, an object, has the circumstances of the
     rows that follow.
 
     Args:
@@ -278,7 +278,7 @@ class KeptAnswers:
             self._last = now
 
     def contents(self, rows: Iterable[int]) -> list[str]:
-        """What the images of rows are."""
+        """The content digests of the images of rows."""
         return [self._content(row) for row in rows]
 
     def _content(self, row: int) -> str:

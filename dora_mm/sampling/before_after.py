@@ -163,7 +163,7 @@ def keep_images(
 def settings_of(
     run: RunDirectory, config: TrainDiffusionConfig, step: int, label: str, index: int, size: tuple[int, int]
 ) -> dict[str, Any]:
-    """What an image of a contact sheet was generated with; one of the base model belongs to no step."""
+    """The settings that an image of a contact sheet was generated with; the step of a base model image is None."""
     sheets, (width, height) = config.sample, size
     adapter = {"before": None, "after": run.path, "average": run.adapter_ema}[label]
     strength = None if adapter is None or "full" in config.adapter.methods else config.adapter.strength
@@ -180,7 +180,7 @@ def settings_of(
 
 
 def add_images(config: TrainDiffusionConfig, folder: Path, images: list[Image.Image]) -> None:
-    """Saves the first images beside the adapter, and shows them in its model card."""
+    """Saves the first images next to the adapter, and shows them in its model card."""
     shown = []
     for number, (prompt, image) in enumerate(zip(config.sample.prompts[:MOST_SHOWN], images, strict=False), 1):
         shown.append((prompt, f"pictures/{number}.png"))

@@ -53,7 +53,7 @@ def shared_columns(requests: Sequence[ImageRequest]) -> list[Column]:
 
     Returns:
         The pairs; none where rows differ in them or have one, or where the seeds of a single row are all that differs.
-        With many seeds of a single row each seed is a row of the table, and the pairs have None in its place.
+        With many seeds of a single row each seed is a row of the table, and the pairs have None instead of it.
     """
     found: dict[int, list[Column]] = {}
     for request in requests:
@@ -89,7 +89,7 @@ def table_pages(generation: BatchGeneration, columns: Sequence[Column]) -> list[
 def table(
     generation: BatchGeneration, rows: Sequence[Sequence[int]], labels: Sequence[str], columns: Sequence[Column]
 ) -> Image.Image:
-    """Generates rows of images under common columns; many rows of few images in several blocks beside each other."""
+    """Generates rows of images under common columns; many rows of few images in several blocks side by side."""
     own = differing(generation.requests, OWN)
     heads = [column_label(seed, strength, own) for seed, strength in columns]
     requests = [[thumbnail_of(generation, index) for index in row] for row in rows]

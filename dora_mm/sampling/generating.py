@@ -155,7 +155,7 @@ class BatchGeneration:
         ]
 
     def outcomes(self, batch: Sequence[int]) -> list[ImageOutcome]:
-        """What has become of the images of a batch."""
+        """The outcomes of a batch: the index, file digest and failure reason of each image."""
         return [(index, self.done.get(index), self.failed.get(index)) for index in batch]
 
     def note(self, outcomes: Sequence[ImageOutcome]) -> list[int]:
@@ -368,7 +368,7 @@ def generate_batch(
     sampler: ImageSampler,
     on_step: Callable[[float], object] | None = None,
 ) -> None:
-    """Generates one batch, and saves the images of it that are missing; `on_step` is that of `ImageSampler.draw`."""
+    """Generates one batch, and saves its missing images; `on_step` is that of `ImageSampler.generate`."""
     requests = [generation.requests[index] for index in batch]
     settings = requests[0].settings
     prompts = [request.prompts for request in requests]

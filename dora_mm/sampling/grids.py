@@ -175,7 +175,7 @@ def _filled(lengths: list[int], default: int) -> list[int]:
 
 
 def _starts(lengths: Sequence[int], first: int) -> list[int]:
-    """Where cells of these lengths start, with margins between them, and at last the length of the page."""
+    """The start offsets of cells of these lengths with margins between them, followed by the length of the page."""
     starts = [first]
     for length in lengths:
         starts.append(starts[-1] + length + MARGIN)

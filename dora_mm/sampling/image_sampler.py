@@ -44,7 +44,7 @@ class ImageSampler:
 
     @cached_property
     def pipe(self) -> Any:
-        """The pipeline of the model, which is loaded for it. Its scheduler is replaced while a batch is drawn."""
+        """The pipeline of the model, which is loaded for it. Its scheduler is replaced while a batch is generated."""
         pipe = self.model.pipeline()
         self._prepare(pipe)
         return pipe
@@ -75,7 +75,7 @@ class ImageSampler:
         return max(self.model.prompt_length(text) for text in prompts if text is not None)
 
     def scheduler_title(self, name: str | None) -> str:
-        """What A1111 calls a scheduler; `None` is the model's own."""
+        """A1111's name of a scheduler; `None` is the model's own."""
         return title_of(self._scheduler(name))
 
     def why_not(self, scheduler: str | None, steps: int) -> str | None:
@@ -119,7 +119,7 @@ class ImageSampler:
             on_step: Called after each denoising step with the share of them that is done.
 
         Returns:
-            The images, with an error in the place of each that cannot be used.
+            The images, with an error instead of each that cannot be used.
         """
         self.pipe.scheduler = self._scheduler(scheduler)
         encoded = [self._encode(each) for each in prompts]

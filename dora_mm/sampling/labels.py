@@ -31,7 +31,7 @@ def numbered_labels(labels: Sequence[str]) -> dict[int, str]:
 
 
 def printable_labels(labels: Sequence[str]) -> list[str]:
-    """What a contact sheet shows for labels: the label, or its number where `numbered_labels` has it."""
+    """Labels as a contact sheet shows them: the label, or its number where `numbered_labels` has it."""
     numbered = numbered_labels(labels)
     return [f"#{number}" if number in numbered else _composed(label) for number, label in enumerate(labels, 1)]
 

@@ -1,4 +1,4 @@
-"""The manifest of a run that draws images, with a line of JSON per image, and what becomes of replaced ones."""
+"""The manifest of a run that generates images, with a line of JSON per image, and how replaced ones are kept."""
 
 from __future__ import annotations
 

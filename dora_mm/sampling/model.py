@@ -1,4 +1,4 @@
-"""What a job generates with: the base model, its adapters, and how both are found."""
+"""Base model and adapters of a job, and how both are found and loaded."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class LoadedModel:
                     )
 
     def check_schedulers(self, requests: Sequence[ImageRequest]) -> None:
-        """Checks that the schedulers can take as many steps as are asked of them.
+        """Checks that the schedulers can take the requested number of steps.
 
         Raises:
             ValueError: One cannot: LCM's takes at most 50, and others as many as the model has noise levels. Or it is
@@ -191,7 +191,7 @@ class LoadedModel:
         return {path: (formats.adapter_digest(file), data_digest(file)[:12]) for path, file in self.adapters.items()}
 
     def plan(self, folder: Path, requests: Sequence[ImageRequest], batch_size: int) -> BatchGeneration:
-        """Plans the batches of a job: see `drawing.plan`. Images without a size get the model's own."""
+        """Plans the batches of a job: see `generating.plan`. Images without a size get the model's own."""
         sized = [replace(p, width=p.width or self.size, height=p.height or self.size) for p in requests]
         return plan(
             folder,
@@ -274,7 +274,7 @@ def check_fit(model: ImageModel, files: Mapping[str, Path], base: str) -> bool:
 
 
 def with_base(problem: str, path: str, file: Path, base: str) -> str:
-    """What is wrong with an adapter, and the model that it was trained on where that is another one."""
+    """The problem of an adapter, with the model that it was trained on where that is not the base."""
     trained_on = read_metadata(file).get("base_model")
     return problem if trained_on in (None, base) else f"{path} was trained on {trained_on}, not on {base}: {problem}"
 

@@ -1,4 +1,4 @@
-"""What to type after a training, which it prints and its page shows."""
+"""Commands to run after a training, which prints them and shows them on its page."""
 
 import json
 import shlex
@@ -34,7 +34,7 @@ def sampling_command(config: TrainDiffusionConfig, run: RunDirectory) -> str:
 
 
 def scoring_command(run: RunDirectory) -> str:
-    """Scores an adapter of images by the training images, without a judge."""
+    """Scores an adapter of images by the training images, without a classifier."""
     config = next(name for name in packaged_configs() if name.endswith("/eval_style.yaml"))
     return shlex.join(["dora-mm", "eval", config, "--set", f"adapter.path={run.path}"])
 
@@ -45,7 +45,7 @@ def asking_command(config: TrainVLConfig, run: RunDirectory, request: str = "[IM
 
 
 def next_steps(config: PipelineConfig, run: RunDirectory, done: int, *, finished: bool) -> dict[str, str]:
-    """What to type next, by what it is for.
+    """The commands to run next, by their purpose.
 
     Args:
         config: The config of a training.

@@ -1,4 +1,4 @@
-"""What an adapter of one's own style is judged by: its training images, prompts in their words, and an encoder."""
+"""Basis for scoring an adapter of a custom style: its training images, prompts in their words, and an encoder."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +24,7 @@ EMBEDDED = (
 
 
 class Vectors(NamedTuple):
-    """What looks at images: unit vectors of images and, with CLIP, of texts."""
+    """An image encoder: functions to unit vectors of images and, with CLIP, of texts."""
 
     of_images: Callable[[Sequence[Image.Image]], np.ndarray]
     of_texts: Callable[[Sequence[str]], np.ndarray] | None

@@ -1,4 +1,4 @@
-"""What a PNG file says about its image: our JSON, from which it can be generated again, and the text that A1111 writes.
+"""PNG metadata of an image: a JSON text, from which it can be generated again, and A1111's `parameters` text.
 
 Nothing in it depends on when the image was saved, so that the same job gives the same files on the same machine.
 """
@@ -78,14 +78,14 @@ class UsedAdapter:
 
 @dataclass(frozen=True)
 class GenerationMetadata:
-    """All that an image was generated with.
+    """The metadata of a generated image: model, adapters, settings and environment.
 
     Attributes:
         model: The base model.
         adapters: The adapters.
         settings: Steps, guidance, width, height and scheduler.
         batch: Prompt, negative prompt and seed of all images of its batch: rounding depends on them.
-        position: Which of them it is, from 0.
+        position: The index of the image in its batch, from 0.
         environment: How the products were computed: backend, and the settings that save memory.
         circumstances: See `utils.circumstances`; earlier files have some of them, as `software`.
     """

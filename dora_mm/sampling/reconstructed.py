@@ -16,8 +16,8 @@ from dora_mm.utils.progress import tracked
 def reconstructed(model: ImageModel, images: Sequence[CaptionedImage], background: str) -> list[Image.Image]:
     """Brings images to the model's size, as a training does, and through its VAE.
 
-    What the VAE loses, and sizes in which the model does not draw, would tell drawn images from the originals,
-    however well they are generated.
+    The losses of the VAE, and sizes in which the model does not generate, would tell generated images from the
+    originals, however good they are.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""What an adapter's file says of its training, and images that are generated as the contact sheets of that were."""
+"""The training config in an adapter's file, and configs to generate as the contact sheets of that training were."""
 
 from __future__ import annotations
 

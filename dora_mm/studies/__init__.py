@@ -1,1 +1,1 @@
-"""What compares methods of training and asks the paper's questions; only `compare`, `analyse` and `tune` import it."""
+"""Comparisons of training methods, and the paper's analyses; only `compare`, `analyse` and `tune` import it."""

@@ -1,4 +1,4 @@
-"""What runs, adapter files and fine-tuned models did to the weights of their base, read one weight at a time."""
+"""Weight changes of runs, adapter files and fine-tuned models against their base, read one weight at a time."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TrainedSource:
 
 
 def find_sources(path: str, base: str | None = None, scores: Mapping[str, float] | None = None) -> list[TrainedSource]:
-    """What a path of the command line stands for.
+    """The trained sources that a path of the command line stands for.
 
     Args:
         path: A run directory, whose kept checkpoints are taken, and its adapter where it has kept none; the folder of
@@ -109,7 +109,7 @@ def _kept(run: Path, config: PipelineConfig) -> list[tuple[int, Path]]:
 
 
 def distinct_names(sources: Sequence[TrainedSource]) -> list[TrainedSource]:
-    """The sources with the shortest ends of their paths that tell all runs apart, in place of the paths.
+    """The sources with the shortest ends of their paths that tell all runs apart, instead of the paths.
 
     Raises:
         ValueError: A path was given twice.

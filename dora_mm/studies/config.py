@@ -42,7 +42,7 @@ class CampaignConfig(PipelineConfig):
 
     @property
     def scored(self) -> dict[str, Any]:
-        """What scores depend on, beside the trainings."""
+        """The settings, other than the trainings, on which scores depend."""
         raise NotImplementedError
 
 
@@ -202,7 +202,7 @@ class TuneConfig(CampaignConfig):
 
     @property
     def scored(self) -> dict[str, Any]:
-        """What judges."""
+        """The selection metric and its model."""
         values = {"selection_metric": self.selection_metric, "clip_model": self.clip_model}
         return under_first_names(values, self.pipeline)
 

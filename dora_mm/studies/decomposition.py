@@ -52,7 +52,7 @@ def weight_change(W: Tensor, W0: Tensor) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class WeightPoint:
-    """What training did to one matrix, at one checkpoint.
+    """The change of one weight matrix by training, at one checkpoint.
 
     Attributes:
         method: The method and rank of the training, such as "dora, rank 4".
@@ -188,7 +188,7 @@ def rank_correlation(values_P2: np.ndarray) -> float:
 
 
 class ScoredTraining(NamedTuple):
-    """What a training changed, and its score: the slope of dM over dD, the means of both at its last step."""
+    """A training's weight changes and score: slope of dM over dD, means of both at the last step."""
 
     method: str
     run: str

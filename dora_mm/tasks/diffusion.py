@@ -147,13 +147,13 @@ class DiffusionTask:
 
     @torch.no_grad()
     def base_prediction(self, batch: ConditionedLatents, noised: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-        """What the base model predicts (B, C, h, w): at strength 0 an adapted layer is its base layer, bit for bit."""
+        """The prediction of the base model (B, C, h, w): at strength 0 adapted layers equal base layers bit for bit."""
         assert batch.base_prompts is not None
         with base_model([self.model.networks[self.model.denoiser]]):
             return self.model.predict(noised, times, batch.base_prompts, batch.framings)
 
     def times_at(self, shares: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        """The times (N,) below which these shares (N,) of all times lie that a training draws.
+        """The quantiles (N,) of the training's distribution of times at these shares (N,).
 
         Args:
             shares: Numbers between 0 and 1.

@@ -1,4 +1,4 @@
-"""Held-out losses: functions of the weights alone, in which nothing is drawn anew."""
+"""Held-out losses: functions of the weights alone, without random sampling."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ Precision = Callable[..., AbstractContextManager[Any]]  # opens the autocast of 
 class ImageLosses:
     """The loss of fixed images: each at 8 times, with noise that depends on (image, number of the time) alone.
 
-    The times are in the middle of eight equal shares of all times that a training draws, so that the mean is close to
+    The times are in the middle of eight equal shares of all times that a training samples, so that the mean is close to
     that of the training's loss; captions are never dropped.
 
     Args:
         task: The loss of a training.
-        parts: The images by the name of their loss, with settings under which nothing is drawn.
+        parts: The images by the name of their loss, with settings without random sampling.
         batch_size: Images per pass.
         precision: Opens the autocast of the training.
         process: (index, count) if several processes share the work.

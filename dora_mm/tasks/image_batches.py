@@ -125,7 +125,7 @@ class CaptionedBatches:
 
     All images of a batch have one shape; every epoch contains every image `data.repeats` times, times the `repeats` of
     its folder and, with `data.subfolders`, the number in the name of its subfolder (see `ImageOrder`). Latents are
-    drawn from the VAE's posterior again each time; that of an image with a fixed crop is computed once.
+    sampled from the VAE's posterior again each time; that of an image with a fixed crop is computed once.
 
     Args:
         model: The model whose VAE encodes the images.
@@ -163,7 +163,7 @@ class CaptionedBatches:
         """Encodes ahead what stays the same: captions of all epochs, and images if crops are fixed.
 
         Args:
-            num_batches: Those of the training, of each process; None: only `fixed` batches are asked for.
+            num_batches: Those of the training, of each process; None: only `fixed` batches are requested.
         """
         if not self.prompts.trained:
             # The captions of a longer training are more: encoded together, they would differ in their last bits
@@ -221,7 +221,7 @@ class CaptionedBatches:
         return float(self.weights[rows].sum()), len(rows)
 
     def fixed(self, rows: Sequence[int]) -> ConditionedLatents:
-        """Images of one shape, by their numbers, with their captions; nothing of it is drawn anew.
+        """Images of one shape, by their numbers, with their captions; nothing in it is sampled again.
 
         `data.crop` must be `center`, since the latents of other crops are not kept.
         """
@@ -256,7 +256,7 @@ class CaptionedBatches:
         return latent_key(self.images[index].digest, framing, self.config.background, self.vae_identity)
 
     def _masks_of(self, rows: Sequence[int], framings: Sequence[Framing]) -> torch.Tensor | None:
-        """How much each latent counts (B, h, w), or None where there are no masks."""
+        """The loss weight of each latent pixel (B, h, w), or None without masks."""
         if self.config.mask is None:
             return None
         masks = [self._mask(self.images[row], framing) for row, framing in zip(rows, framings, strict=True)]

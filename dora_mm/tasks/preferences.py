@@ -75,7 +75,7 @@ class Preferences:
         return LossSum(losses.sum(), torch.ones_like(losses).sum())
 
     def margins(self, batch: Any) -> Tensor:
-        """How much more the chosen answer of each pair is preferred than by the reference (B,), times beta."""
+        """The reward margin of each pair (B,): beta times the gain of chosen over rejected against the reference."""
         ratios, _ = self._ratios(batch)
         return self.config.beta * (ratios[0] - ratios[1])
 
@@ -118,7 +118,7 @@ def pairs_of(model: VLModel, task: str, examples: Sequence[Example], images: str
 
 
 def by_answer(values: Tensor) -> Tensor:
-    """What rows of pairs have, the chosen ones before the rejected ones, as (2, B)."""
+    """Values of rows of pairs, all chosen ones before the rejected ones, as (2, B)."""
     return values.view(2, len(values) // 2)
 
 
@@ -136,10 +136,10 @@ def without_adapters(model: VLModel) -> Reference:
 
 
 class KeptReference:
-    """What the model as a training starts says of all pairs; a part of the checkpoints of that training.
+    """Log-probabilities of all pairs by the model at the start of a training; a part of its checkpoints.
 
-    It serves where the weights at the start are not those without adapters. A pair is known by its conversations and
-    the names of its images; the day of its rows is that of the checkpoint, see `RowCounts`.
+    It serves where the weights at the start are not those without adapters. A pair is identified by its conversations
+    and the names of its images; the day of its rows is that of the checkpoint, see `RowCounts`.
     """
 
     def __init__(self):
@@ -206,7 +206,7 @@ class KeptReference:
 
 
 def _key(example: Example) -> int:
-    """What a pair is known by: 64 bits, of which two of a million are alike once in 40 million runs."""
+    """The hash that identifies a pair: 64 bits, of which two of a million are alike once in 40 million runs."""
     images = [PurePath(name).name for name in example.images]
     content = repr((images, [*map(tuple, example.turns)], [*map(tuple, example.rejected)], example.tools))
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big", signed=True)

@@ -1,4 +1,4 @@
-"""What the adapter should leave as it is: images with prompts on which the base model's prediction is the target."""
+"""Prior preservation: images with prompts on which the base model's prediction is the target."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
 
 
 class PreservingBatches:
-    """Batches of a training, with what is held at the base model beside them.
+    """Batches of a training, with prior preservation added.
 
     A training divides the sum of a step's losses by the sum of its weights. What is held is a mean of its own: so its
     sum is multiplied by that divisor over its own count, both of all micro-batches and processes of the step.
@@ -90,7 +90,7 @@ class PreservingBatches:
 def preserving(
     batches: CaptionedBatches, config: TrainDiffusionConfig, class_images: Sequence[CaptionedImage]
 ) -> CaptionedBatches | PreservingBatches:
-    """The batches of a training, with what is held beside them where its config has the section `preserve`.
+    """The batches of a training, with prior preservation added if its config has the section `preserve`.
 
     Args:
         batches: Those of the training.

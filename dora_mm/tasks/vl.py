@@ -56,7 +56,7 @@ class VLBatches:
     Args:
         model: Builds the batches.
         sets: The training sets by task name.
-        seed: Seed of the order and of drawn answers.
+        seed: Seed of the order and of sampled answers.
         on_bad_data: What is done with a row that cannot be encoded, see `VLModel.batch`.
         accumulated: Micro-batches per optimizer step.
         process: (index, count) if several processes share the work.

@@ -94,7 +94,7 @@ def resume_failures(folder: Path, config: Mapping[str, Any]) -> list[str]:
 
 
 def _failed(command: list[str]) -> str:
-    """What a command says that fails; "" where it does not."""
+    """The end of a command's output if it fails; else ""."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         return output.getvalue()[-600:] if main(command) else ""

@@ -40,7 +40,7 @@ def check_vl_family(
 
     Args:
         folder: The model. Its `model_type` says the family, unless the settings do.
-        settings: Keys of the `model` section beside `path`.
+        settings: Keys of the `model` section other than `path`.
         vision: The `vision` section, for families without a tower of their own.
         trains: Whether trainings run, too: one at once, one that is resumed.
 

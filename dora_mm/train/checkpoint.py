@@ -127,7 +127,7 @@ def last_step(folder: Path) -> int:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, by the digests that it was saved with; None: nothing."""
+    """The damage of a checkpoint's files, found by the digests that it was saved with; None if intact."""
     try:
         about = parse_json((checkpoint / ABOUT).read_bytes(), ABOUT)
         if about["step"] != step_of(checkpoint):

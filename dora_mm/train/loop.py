@@ -89,7 +89,7 @@ def fit(
         after_step: Called with the number of finished steps; for work that belongs to the step, such as an EMA update.
         on_step_end: Called after `after_step` with the same number; for work that does not affect training, such as
             validation. A call that was interrupted is repeated by the resumed run.
-        should_stop: Whether to stop, asked before each step; a resumed run must get the same answers.
+        should_stop: Whether to stop, called before each step; a resumed run must get the same answers.
         metadata: What the headers of adapter files have, for the checkpoints, whose weights are adapter files as well.
 
     Returns:
@@ -151,7 +151,7 @@ def fit(
 
 
 class _TrainingRecord:
-    """Where a training is: its step, and the metrics and checkpoints that the main process writes.
+    """The state of a training: its step, and the metrics and checkpoints that the main process writes.
 
     Args:
         run: The run directory; a training resumes from its newest checkpoint.
@@ -194,7 +194,7 @@ class _TrainingRecord:
         _check_trained(self.parameters, self.step, last_step(self.run.checkpoints))
 
     def save_if_wanted(self, should_stop: Callable[[], bool]) -> None:
-        """Saves a checkpoint where one is due, or asked for by a person, or the last one."""
+        """Saves a checkpoint if one is due or was requested, or before the training stops."""
         if self.metrics is None:
             return
         with self.run.answering(SAVE_NOW) as requested:
@@ -333,7 +333,7 @@ def _scale_gradients(trained: nn.Module, factor: float) -> None:
 
 @contextlib.contextmanager
 def seeded_dropout(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds PyTorch's global generators, from which dropout draws, and restores their state on exit."""
+    """Seeds PyTorch's global generators, from which dropout samples, and restores their state on exit."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

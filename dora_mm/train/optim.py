@@ -88,7 +88,7 @@ def check_optimizer(config: OptimizerConfig, device: torch.device) -> None:
 
 
 def _settings(config: OptimizerConfig, optimizer_class: Any) -> dict[str, Any]:
-    """The arguments of an optimizer beside its rates; those that a config gives are checked against its signature."""
+    """The arguments of an optimizer other than its rates; those from a config are checked against its signature."""
     values = {"betas": config.betas, "eps": config.eps}
     given = {key: value for key, value in values.items() if value is not None}
     known = dict(inspect.signature(optimizer_class).parameters)

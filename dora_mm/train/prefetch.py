@@ -15,7 +15,7 @@ class Prefetcher:
 
     Args:
         batches: Maps a number to a batch.
-        enabled: False computes every batch when it is asked for.
+        enabled: False computes every batch when it is requested.
     """
 
     def __init__(self, batches: Callable[[int], Any], *, enabled: bool = True):

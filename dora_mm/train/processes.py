@@ -161,8 +161,8 @@ def with_shared_gradients(accelerator: Accelerator, module: nn.Module) -> nn.Mod
     """Wraps a module so that gradients are averaged over the processes, if there are several.
 
     What `fully_shard` has divided is frozen, and left to it; weights in float8 are frozen, and gloo cannot send them.
-    Nothing is sent at the start then: what is trained is drawn from the same seed, or read from the same file, in all
-    processes.
+    Nothing is sent at the start then: trained parameters are sampled from the same seed, or read from the same file, in
+    all processes.
     """
     if accelerator.num_processes == 1:
         return module
@@ -176,7 +176,7 @@ def with_shared_gradients(accelerator: Accelerator, module: nn.Module) -> nn.Mod
 
 
 def takes_part(accelerator: Accelerator, train: TrainConfig) -> bool:
-    """Whether this process takes part where the main one draws, answers or saves.
+    """Whether this process takes part where the main one generates, answers or saves.
 
     All do where a model is sharded, since each has a part of it.
     """
@@ -204,6 +204,6 @@ def from_main_process(value: ValueT) -> ValueT:
 
 @contextlib.contextmanager
 def answering(accelerator: Accelerator, train: TrainConfig, run: RunDirectory, request: str) -> Iterator[bool]:
-    """As `run.answering`, in each process that takes part; the main one knows what is asked for."""
+    """As `run.answering`, in each process that takes part; the main one reads the request."""
     with run.answering(request) if accelerator.is_main_process else contextlib.nullcontext(False) as requested:
         yield broadcast_object_list([requested])[0] if train.shard else requested

@@ -1,4 +1,4 @@
-"""What a resumed run may change of its config: the keys on which its finished steps do not depend."""
+"""Config changes on resuming: only keys on which the finished steps do not depend may change."""
 
 from collections.abc import Mapping
 from pathlib import Path

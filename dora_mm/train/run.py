@@ -132,7 +132,7 @@ def finished_run(
         accelerator: The main process removes what a kill has left behind the last file.
         path: The run directory; None: a new run starts.
         config: The config that it is resumed with.
-        results: The names of the files in it, beside the adapter, that a person may have deleted to have them again.
+        results: The names of its files, other than the adapter, that a person may have deleted to have them again.
 
     Raises:
         ValueError: `inputs.json` is missing or damaged; or another process writes to the run.

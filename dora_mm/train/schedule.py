@@ -58,7 +58,7 @@ class Schedule(LRScheduler):
         super().__init__(optimizer)
 
     def factor(self, step: int) -> float:
-        """What the learning rate is multiplied by after `step` finished steps; as in diffusers, bit for bit."""
+        """The multiplier of the learning rate after `step` finished steps; bit-identical to diffusers."""
         if step < self.warmup:
             return step / max(1, self.warmup)
         return SHAPES[self.name](self, step - self.warmup, self.steps - self.warmup)

@@ -1,4 +1,4 @@
-"""What a training consists of beside its batches, as its config says."""
+"""Training setup from a config: optimizer, schedule and networks, without batches."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol

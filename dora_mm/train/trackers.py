@@ -1,4 +1,4 @@
-"""Where metrics are shown beside metrics.jsonl, by accelerate's trackers: TensorBoard, Weights & Biases, Trackio."""
+"""Metric logging to accelerate's trackers, in addition to metrics.jsonl: TensorBoard, Weights & Biases, Trackio."""
 
 import hashlib
 import logging

@@ -173,7 +173,7 @@ def main_values(scores: Mapping[str, MetricScores]) -> dict[str, float]:
 
 
 def other_values(scores: Mapping[str, MetricScores]) -> dict[str, float]:
-    """The metrics beside the main one of each task, as "vqa/accuracy (lavis)"."""
+    """The metrics of each task other than the main one, as "vqa/accuracy (lavis)"."""
     return {
         f"{name}/{metric}": value
         for name, found in scores.items()
@@ -183,7 +183,7 @@ def other_values(scores: Mapping[str, MetricScores]) -> dict[str, float]:
 
 
 def task_qualities(loss_decides: Mapping[str, bool], row: Mapping[str, Any]) -> dict[str, float]:
-    """What the best adapter of each task is chosen by, and the geometric mean of all as `overall`.
+    """The selection score of each task, by which its best adapter is chosen, and their geometric mean as `overall`.
 
     Args:
         loss_decides: Of each task whether it is the held-out loss, and not the main metric.
@@ -218,7 +218,7 @@ def held_out_loss(
     *,
     writes: bool,
 ) -> Validation:
-    """Validates by held-out losses; step 0 of the log has those of the base model, which others are given beside.
+    """Validates by held-out losses; step 0 of the log has the base model's, later steps also the difference to them.
 
     Args:
         run: The run directory.
@@ -243,5 +243,5 @@ def held_out_loss(
 
 
 def by_held_out_loss(row: Mapping[str, float]) -> dict[str, float]:
-    """What the best adapter is chosen by; the base model is none."""
+    """The selection score of an adapter, the negative held-out loss; empty for the base model."""
     return {OVERALL: -row["held_out_loss"]} if row.get("step") != 0 else {}

@@ -1,4 +1,4 @@
-"""Weights that are shown, scored and saved in the place of those that are trained."""
+"""Weights that are shown, scored and saved instead of the trained ones, such as the moving average."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -70,7 +70,7 @@ class WeightAverage:
             yield
 
     def measured(self, measure: Callable[[], Mapping[str, float]]) -> Callable[[], dict[str, float]]:
-        """Measures the parameters, and the average beside them, whose values are named "ema/..."."""
+        """Measures the parameters, and also the average, whose values are named "ema/..."."""
 
         def both() -> dict[str, float]:
             with self.applied():

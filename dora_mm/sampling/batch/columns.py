@@ -1,4 +1,4 @@
-"""What columns, schedulers and flags of prompts are called in other programs: A1111, ComfyUI, kohya's scripts."""
+"""Names of columns, schedulers and prompt flags in other programs: A1111, ComfyUI, kohya's scripts."""
 
 from __future__ import annotations
 

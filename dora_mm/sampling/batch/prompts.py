@@ -1,4 +1,4 @@
-"""What the prompts of a job say beside words: `prompt_syntax` of the config."""
+"""Prompt syntax (weights, alternatives, BREAK) in the prompts of a job: `prompt_syntax` of the config."""
 
 from __future__ import annotations
 

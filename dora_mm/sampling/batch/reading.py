@@ -98,7 +98,7 @@ def _is_known(name: str) -> bool:
 
 
 def _check_header(names: Sequence[str]) -> list[str]:
-    """What is wrong with the names of the columns of a table."""
+    """Problems with the column names of a table: unknown and repeated columns."""
     unknown = [f"line 1: unknown column {about_unknown(name)}" for name in names if not _is_known(name)]
     columns = [column_of(name) for name in names]
     twice = sorted({column for column in columns if columns.count(column) > 1})

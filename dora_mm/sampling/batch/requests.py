@@ -19,7 +19,7 @@ DEFAULT_SETTINGS = {
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """All that an image is generated with, besides the model.
+    """The prompts, seed, settings and adapters that an image is generated with, without the model.
 
     Attributes:
         row: The number of its row in the job, from 1.
@@ -33,7 +33,7 @@ class ImageRequest:
         scheduler: The name of the scheduler; None is the model's own.
         adapters: The adapters by path, each with its strength.
         strength: The strength of all of them, by which theirs are multiplied; 0 is the base model.
-        guidance_rescale: How much of the contrast that guidance adds is taken back, 0 to 1.
+        guidance_rescale: The share of the contrast added by guidance that is removed, 0 to 1.
         prompt_syntax: How its prompts are read: "plain", or "a1111" with weights and BREAK (see `dora_mm.data.syntax`).
         file: The name of its file, without seed and ending; None: the number of the row.
         folder: The folder of its file; None: that of all.
@@ -70,7 +70,7 @@ class ImageRequest:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What all images of a batch share besides the weights, as `ImageSampler.draw` takes it."""
+        """The settings that all images of a batch share, without the weights, as `ImageSampler.generate` takes them."""
         names = ("steps", "guidance", "guidance_rescale", "width", "height", "scheduler")
         return {name: getattr(self, name) for name in names}
 
@@ -147,7 +147,7 @@ def without_adapter(rows: Sequence[PromptRow], requests: Sequence[ImageRequest])
 
 
 def about_bare(bare: Sequence[ImageRequest], requests: Sequence[ImageRequest]) -> str:
-    """What is said of images that have no adapter, at the start and at the end; empty if there are none."""
+    """The notice about images without an adapter, shown at the start and at the end; empty if there are none."""
     if not bare:
         return ""
     which = "the images have" if len(bare) == len(requests) else f"{len(bare)} of {len(requests)} images have"

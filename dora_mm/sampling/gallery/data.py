@@ -1,4 +1,4 @@
-"""What the page of a gallery knows: its columns, its images, and which of them belong together."""
+"""The data of a gallery page: its columns, its images, and which of them belong together."""
 
 from __future__ import annotations
 

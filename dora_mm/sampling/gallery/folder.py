@@ -100,7 +100,7 @@ def update_page(run: Path, summary: Mapping[str, Any] | None = None) -> None:
 def _add_training(
     run: Path, config: PipelineConfig, folder: Path, thumbnails: Thumbnails, summary: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """What the page knows of a training, with the thumbnails of its training images."""
+    """Data of a training for the page, with its training images, whose missing thumbnails are made."""
     sources, note = training_images(config)
     shown = [(source.name, thumbnails.path(source)) for source in sources]
     for source, (_, file) in zip(sources, shown, strict=True):
@@ -182,7 +182,7 @@ def _address(path: Path, folder: Path) -> str:
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """Yields a folder beside `folder`, which takes its place when the context ends without an error."""
+    """Yields a new folder next to `folder`, which replaces it when the context ends without an error."""
     _check_folder(folder)
     folder = folder.resolve()
     with partial_folder(folder) as partial:

@@ -23,7 +23,7 @@ class Thumbnails:
         self.folder, self.earlier = folder, earlier
 
     def path(self, source: Path) -> Path:
-        """Where the thumbnail of an image as it is now is, or will be: to be asked before the image is read."""
+        """The path of the thumbnail of an image in its current state, made or not; call it before the image is read."""
         return self.folder / _name(source)
 
     def has(self, path: Path) -> bool:

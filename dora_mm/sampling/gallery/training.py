@@ -1,4 +1,4 @@
-"""What the page of a training shows beside its images: curves, settings, training images, what to type next."""
+"""Contents of a training's page other than its images: curves, settings, training images, next commands."""
 
 import json
 import math
@@ -65,7 +65,7 @@ def training_config(path: Path) -> PipelineConfig | None:
 
 
 def about_training(path: Path, config: PipelineConfig, summary: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What the page knows of a training, as plain values, but for its images.
+    """Data of a training for the page, as JSON values, without its images.
 
     Args:
         path: The run directory.
@@ -215,7 +215,7 @@ def training_images(config: PipelineConfig) -> tuple[list[Path], str | None]:
 
 
 def answers_by_step(run: RunDirectory) -> list[dict[str, Any]]:
-    """The answers of a training of questions to some rows, by step, as `touch RUN/sample-now` has asked for them."""
+    """The answers to some rows of a vision-language training, by step, as requested by `touch RUN/sample-now`."""
     found: dict[tuple[Any, Any], dict[str, Any]] = {}
     for file in sorted(run.samples.glob("step-*.jsonl")):
         for row in _rows(file):

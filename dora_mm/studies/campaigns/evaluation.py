@@ -1,4 +1,4 @@
-"""What trainings of each kind say of themselves, and what those of all comparisons have in common."""
+"""Scoring and evaluation interfaces for each kind of training, and helpers shared by all comparisons."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,14 +31,14 @@ class Report(NamedTuple):
 
 
 class Scoring(Protocol[ScoresT]):
-    """What the trainings of a campaign have in common, and how they are scored.
+    """Interface for a campaign: the settings that its trainings share, and their scoring.
 
     Building it checks all that the config names, before the campaign has a folder. What it generates or answers is kept
     in that folder, and read from there if the campaign is resumed.
     """
 
     score_title: str  # what `cells` are, for figures and tables
-    day: Day  # for chat templates that ask for it, the same in all trainings and evaluations
+    day: Day  # for chat templates that use it, the same in all trainings and evaluations
 
     @property
     def inputs(self) -> Mapping[str, Any]:
@@ -100,7 +100,7 @@ class Evaluation(Scoring[ScoresT], Protocol[ScoresT]):
 
 
 def compared(config: CompareConfig) -> list[Variant]:
-    """What is trained: full fine-tuning only where it has learning rates."""
+    """The variants to train, with full fine-tuning only if it has learning rates."""
     unnamed = variants(config.ranks, full=config.learning_rates.full is not None, half=config.half_ranks)
     return [*unnamed, *(Variant(each.method, each.rank, each.name) for each in config.variants)]
 

@@ -98,12 +98,12 @@ def halving(
 
     Every length is a whole schedule, warm-up and decay included: in the middle of one, low rates look better than they
     end. Where one candidate is left, it goes on to the full length at once; where that diverges,
-    the next of those before takes its place. Where none has learned anything, all go on.
+    the next of those before replaces it. Where none has learned anything, all go on.
 
     Args:
         candidates: The candidates.
         steps: The full length.
-        measure: Trains and scores candidates at a length; what it was asked for before costs nothing.
+        measure: Trains and scores candidates at a length; repeated requests cost nothing.
         extra: How often the rates of the first rung are extended while an end is as good as any. No more go on for it.
         rates: The lowest rate that the optimizer takes, and the one from which on it takes none.
 

@@ -41,7 +41,7 @@ BARE_FLAT, BARE = "bare model, flat prompts", "bare model"
 
 
 class ImageEvaluation:
-    """The `Evaluation` of style adapters. A learning rate is chosen on the `tune` things of the judge.
+    """The `Evaluation` of style adapters. A learning rate is chosen on the `tune` things of the classifier.
 
     Images are kept in the folder's pictures/, their scores in scores/.
 
@@ -101,7 +101,7 @@ class ImageEvaluation:
         ]
 
     def baselines(self, folder: Path) -> list[Result]:
-        """The rows of the bare model, asked for the style that it knows and for the target style."""
+        """The rows of the bare model, prompted for the style that it knows and for the target style."""
         settings, results = self.settings, []
         for name, template in ((BARE_FLAT, settings.flat_prompt), (BARE, settings.prompt)):
             found = self.classified(folder, name, template, settings.report, self.config.seeds)
@@ -145,7 +145,7 @@ class ImageEvaluation:
         seeds: Sequence[int],
         adapter: Path | None = None,
     ) -> Scores:
-        """Generates and judges things, unless the folder has their scores.
+        """Generates and classifies images of things, unless the folder has their scores.
 
         Args:
             folder: The campaign's folder.
@@ -178,7 +178,7 @@ class ImageEvaluation:
         scores: Mapping[Variant, Scores],
         trained: Mapping[str, Sequence[Training]],
     ) -> Report:
-        """The table, the paired differences, how far the classifier is right, and a sheet."""
+        """The table, the paired differences, the accuracy of the classifier, and a contact sheet."""
         style, things = self.settings.style, len(self.concepts[self.settings.report.role])
         number = num_trainings(trained)
         of_each = f"{number} trainings" if number > 1 else "one training"

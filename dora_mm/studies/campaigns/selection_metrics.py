@@ -1,4 +1,4 @@
-"""What judges the trainings of a search for a learning rate: likeness to one's images, answers, held-out losses."""
+"""Selection metrics of a learning rate search: likeness to the training images, answers, held-out losses."""
 
 import json
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ class SelectionMetric(Scoring[Any], Protocol):
         ...
 
     def slack(self, folder: Path, highest: float) -> float:
-        """What a candidate may lose against the highest score and be as good: then the lowest rate is taken.
+        """The margin below the highest score within which candidates count as equal; the lowest rate of these is taken.
 
         Args:
             folder: The campaign's folder.
@@ -70,7 +70,7 @@ class SelectionMetric(Scoring[Any], Protocol):
         ...
 
     def contact_sheet(self, folder: Path, trained: Sequence[Training]) -> Image.Image | None:
-        """What some trainings generate; None where nothing is generated."""
+        """A contact sheet of images by some trainings; None if the metric generates none."""
         ...
 
 
@@ -160,7 +160,7 @@ class StyleSimilarityMetric:
         return highest > self.bare(folder).high
 
     def remark(self, folder: Path) -> str:
-        """What the bare model has, and which rate is taken."""
+        """A remark with the bare model's score, and the rule by which a rate is chosen."""
         bare = self.bare(folder).text("{:.3f}")
         return (
             f"The bare model has {bare}. Of all that keep {100 * KEPT:.0f} % of the highest gain over that, the lowest "
@@ -187,18 +187,18 @@ class StyleSimilarityMetric:
 
 
 class HighestScore:
-    """What judges share whose highest score is the best, and that generate nothing."""
+    """Base class of metrics whose highest score is the best, and that generate no images."""
 
     def slack(self, folder: Path, highest: float) -> float:
         """Only the highest score counts."""
         return 0.0
 
     def has_learned(self, folder: Path, highest: float) -> bool:
-        """It is taken for granted."""
+        """Always true."""
         return True
 
     def remark(self, folder: Path) -> str:
-        """Nothing is to be said."""
+        """An empty remark."""
         return ""
 
     def contact_sheet(self, folder: Path, trained: Sequence[Training]) -> None:

@@ -45,7 +45,7 @@ class TrainingRow:
         processor: That of the training, or its GPU; with the next two, what decides how its numbers are rounded.
         threads: Those of the processor.
         software: All other circumstances of the training and its scores, "torch 2.13.0, numpy 2.4", and the day
-            where a chat template asked for it; earlier rows have the versions of some packages.
+            where a chat template used it; earlier rows have the versions of some packages.
         digest: Of the training's config and inputs, and of how it is scored.
         scores: The reported scores as JSON; in the file, where they are most of it, `packed`.
     """
@@ -220,7 +220,7 @@ class TrainingRows:
         return sorted({training.rate for training in trainings if training.variant == variant})
 
     def add(self, rows: Iterable[TrainingRow]) -> None:
-        """Writes rows into the file, in place of those of the same trainings."""
+        """Writes rows into the file, replacing those of the same trainings."""
         added = {row.training.name: row for row in rows}
         self.found = {**self._read(), **added}  # what others have added since stays
         rows = [replace(row, scores=packed(row.scores)) for row in sorted(self.found.values(), key=_order)]

@@ -35,10 +35,10 @@ UNUSED = ("train.gradients_at=[]", "evaluate.every=0", "evaluate.patience=null")
 
 
 class TunedTrainings(Protocol):
-    """What is trained, without how it is judged."""
+    """Interface of a search's trainings, without their scoring."""
 
     steps: int  # the length of the base config's training, in optimizer steps
-    day: Day  # for chat templates that ask for it, the same in all trainings
+    day: Day  # for chat templates that use it, the same in all trainings
 
     @property
     def base(self) -> Any:
@@ -67,7 +67,7 @@ class TunedImages:
         base: The base config, with the overrides.
 
     Raises:
-        ValueError: The images cannot be used, or none are held out to be judged by.
+        ValueError: The images cannot be used, or none are held out for scoring.
     """
 
     def __init__(self, config: TuneConfig, base: TrainDiffusionConfig):
@@ -89,7 +89,7 @@ class TunedImages:
         return found | identity_of(self.base.model).inputs | initial_identity(self.base.adapter, adapter_digest)
 
     def overrides(self, training: Training) -> list[str]:
-        """The overrides for one training, which generates no sheets."""
+        """The overrides for one training, which generates no contact sheets."""
         return [*overrides_of(self.config, self, training), "sample.prompts=[]", "sample.every=0"]
 
     def held_out_loss(self, summary: Mapping[str, Any]) -> float:
@@ -157,7 +157,7 @@ def training_of(base: Any, candidate: Candidate, steps: int) -> Training:
 
 
 def changes_for(base: Any, candidate: Candidate) -> KeyChanges:
-    """What a candidate changes of the base config, by key: the rank with its alpha, and all rates in proportion."""
+    """A candidate's changes to the base config, by key: the rank with its alpha, and all rates in proportion."""
     changes: KeyChanges = {("optimizer", "lr"): candidate.rate}
     rates: KeyChanges = {("optimizer", "magnitude_lr"): base.optimizer.magnitude_lr}
     rates |= {("adapter", "parts", name, "lr"): part.lr for name, part in base.adapter.parts.items()}

@@ -131,7 +131,7 @@ class Tuning:
         return {variant: self.campaign.curve(variant, own) for variant, own in rates.items()}
 
     def about(self) -> str:
-        """What the table shows."""
+        """The caption of the table: the score, its intervals and a remark."""
         selection_metric = self.selection_metric
         brackets = f" In brackets: 95 % intervals over {selection_metric.groups}." if selection_metric.groups else ""
         about = f"Score: {selection_metric.score_title}, of trainings whose schedule ends at their last step.{brackets}"
@@ -172,7 +172,7 @@ class Tuning:
         )
 
     def about_chosen(self, rungs: Sequence[Rung]) -> str:
-        """What was chosen, and whether better ones may lie outside of what was tried."""
+        """The chosen rate, with a notice if it is at an end of the tried range."""
         if not rungs[-1].learned:
             return (
                 f"nothing is chosen, since no training of {rungs[-1].steps} steps has learned anything: give more "

@@ -99,7 +99,7 @@ class VLEvaluation:
 
     @cached_property
     def overrides_of_full(self) -> tuple[str, ...]:
-        """What full fine-tuning trains instead of the adapted parts."""
+        """The overrides by which full fine-tuning trains other parts than adapters do."""
         parts, extra = fully_trained(self.base)
         return (
             f"adapter.parts=[{', '.join(parts)}]",
@@ -257,7 +257,7 @@ def shared_images(one: ValidationSet, other: ValidationSet) -> set[str]:
 
 
 def fully_trained(base: TrainVLConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What full fine-tuning trains: the parts of all but the vision tower, and `adapter.extra_trainable`."""
+    """The parts that full fine-tuning trains, all but the vision tower, and its `adapter.extra_trainable`."""
     parts = structure_of(base.model, base.vision).target_maps["model"].parts
     extra = base.adapter.extra_trainable if base.model.full_extra is None else base.model.full_extra
     return tuple(part for part in parts if not part.startswith("vision.")), extra
