@@ -101,7 +101,7 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
 def inputs_of(config: EvalDiffusionConfig) -> dict[str, str]:
     """Digests of all that the config refers to, by a description of each; of a hub model, once it was downloaded."""
     inputs = identity_of(config.model).inputs
-    inputs["the classifier"] = files_digest(resolve_path(config.classifier, "judge").glob("judge.*"))
+    inputs["the judge"] = files_digest(resolve_path(config.classifier, "classifier").glob("judge.*"))
     if config.adapter:
         inputs["the adapter"] = adapter_digest(resolve_path(config.adapter.path, "adapter.path"))
     return inputs
@@ -226,7 +226,7 @@ def report(
     values = {name: {key: value.as_dict() for key, value in cells.items()} for name, cells in metrics.items()}
     for name, cells in similarity.items():
         values[name] |= {key: value.as_dict() for key, value in cells.items()}
-    write_json(run.path / "metrics.json", {"style": config.style, "rows": values, "classifier": classifier.report})
+    write_json(run.path / "metrics.json", {"style": config.style, "rows": values, "judge": classifier.report})
     print(text)
     print(f"\ntable    {run.path / 'table.md'}")
 
@@ -238,4 +238,4 @@ def save_contact_sheet(
     columns = concepts[:CONTACT_SHEET_COLUMNS]
     rows = [generated[: len(columns) * num_seeds : num_seeds] for generated in images.values()]
     save_atomically(run.contact_sheet, image_grid(rows, list(images), [concept.name for concept in columns]))
-    print(f"contact sheet    {run.contact_sheet}")
+    print(f"sheet    {run.contact_sheet}")

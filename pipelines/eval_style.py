@@ -39,7 +39,7 @@ from dora_mm.utils.processes import started_together
 from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
-BARE, ADAPTER, TRAINING, DIFFERENCE = "bare model", "adapter", "training images", "adapter minus bare"
+BARE, ADAPTER, TRAINING, DIFFERENCE = "bare model", "adapter", "training pictures", "adapter minus bare"
 STYLED, STYLE_FREE = "prompts in the style", "prompts without it"
 SHOWN = 5  # of the best and the worst
 BACKGROUND = "white"  # of transparent images
@@ -77,7 +77,7 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
     requests = requests_of(config, styled + style_free)
     loaded.check(requests)
     vectors = vectors_by(loaded.model.device, config.clip_model, config.timm_model)
-    inputs |= {**identity_of(base).inputs, "the training images": digest_of(images)}
+    inputs |= {**identity_of(base).inputs, "the training pictures": digest_of(images)}
     with processes.run(evaluation_run(config, inputs)) as run:
         generation = loaded.generate(run.path, requests, config.batch_size, processes)
         if not processes.is_main:
@@ -202,7 +202,7 @@ def save_extremes(
         labels = [label(generation.requests[index], ["seed"] if seeds else []) for index in chosen]
         parts.append(image_grid(rows, [*generated, "the training image that is nearest to it"], labels))
     save_atomically(run.contact_sheet, below(parts))
-    print(f"contact sheet    {run.contact_sheet}\nto look  dora-mm gallery {shlex.quote(str(run.path))}")
+    print(f"sheet    {run.contact_sheet}\nto look  dora-mm gallery {shlex.quote(str(run.path))}")
 
 
 def training_thumbnail(path: Path, size: tuple[int, int]) -> Image.Image:

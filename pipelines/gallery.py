@@ -37,7 +37,7 @@ def next_step(runs: Sequence[Path]) -> str:
     for run in runs:
         config = training_config(run)
         if isinstance(config, TrainDiffusionConfig):
-            return f"to generate  {sampling_command(config, RunDirectory(run))}"
+            return f"to sample  {sampling_command(config, RunDirectory(run))}"
         if isinstance(config, TrainVLConfig):
             return f"to ask   {asking_command(config, RunDirectory(run))}"
     return "to go on  open it, mark the best with f, save them as a job: dora-mm sample favourites.jsonl"

@@ -78,13 +78,7 @@ def main(
         ValueError: There is no such family, or it has no recipe to start from; a file exists already, or the images
             or the model cannot be used.
     """
-    if family not in (known := starts()):
-        if record := IMAGE_FAMILIES.get(family) or VL_FAMILIES.get(family):
-            raise ValueError(
-                f"{record.title} ({family}) has no recipe to start from (`starts` of its record): write a config for "
-                f"dora-mm train, or choose from {', '.join(known)}"
-            )
-        raise ValueError(f"there is no family {family!r}{nearest(family, known)}: choose from {', '.join(known)}")
+    check_starts(family)
     if images is not None:
         resolve_path(images, "--images")
     if model is not None:
@@ -123,6 +117,22 @@ def folder_of_images(draft: Draft) -> str:
     return draft.images
 
 
+def check_starts(family: str) -> None:
+    """Checks that there is a family, and a packaged recipe of it to start from.
+
+    Raises:
+        ValueError: There is not.
+    """
+    if family in (known := starts()):
+        return
+    if record := IMAGE_FAMILIES.get(family) or VL_FAMILIES.get(family):
+        raise ValueError(
+            f"{record.title} ({family}) has no recipe to start from (`starts` of its record): write a config for "
+            f"dora-mm train, or choose from {', '.join(known)}"
+        )
+    raise ValueError(f"there is no family {family!r}{nearest(family, known)}: choose from {', '.join(known)}")
+
+
 def check_family(model: str | None, family: str) -> None:
     """Checks that an image model on this machine is one that `train` accepts in a config of a family.
 
@@ -135,6 +145,7 @@ def check_family(model: str | None, family: str) -> None:
 
     found = family_of(resolve_model(model)).name
     if found != family:
+        check_starts(found)
         raise ValueError(f"--model: {model} is of the family {found}: dora-mm new {found} NAME starts from its recipe")
 
 
@@ -157,8 +168,8 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
     images = read_captioned_images(folder, instance_prompt=PLACEHOLDER, key="--images", masks=masks, look=True)
     captions = [image.caption for image in images if image.source != UNCAPTIONED]
     word = shared_word(captions) if captions else PLACEHOLDER
-    instance = f"an image in the style of {word}" if word else "an image"
-    prompts = example_prompts(captions or [f"an image of {thing} in the style of {word}" for thing in "ab"], word)
+    instance = f"a picture in the style of {word}" if word else "a picture"
+    prompts = example_prompts(captions or [f"a picture of {thing} in the style of {word}" for thing in "ab"], word)
     changes = style_changes(draft, start, len(images), prompts)
     changes[("data", "placeholder")] = word or MISSING
     changes[("data", "instance_prompt")] = instance if len(captions) < len(images) else MISSING

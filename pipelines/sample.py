@@ -76,7 +76,7 @@ def main(config: BatchGenerationConfig, *, resume: Path | None = None) -> None:
             return
         print(f"images    {len(generation.done)} of {len(requests)} in {run.samples}")
         for file in save_contact_sheets(generation) if config.contact_sheet else ():
-            print(f"contact sheet     {file}")
+            print(f"sheet     {file}")
         print(f"to look   dora-mm gallery {shlex.quote(str(run.path))}")
         if bare:
             log.warning(bare)
@@ -132,5 +132,5 @@ def replay(request: Path, *, output: str | None = None) -> None:
 
     folder = new_folder("replay", output, fill)
     generated, difference = folder / found[0], found[1]
-    print(f"image   {generated}")
+    print(f"image     {generated}")
     print("          " + (f"differs from {request} {difference}" if difference else f"the same pixels as {request}"))

@@ -318,7 +318,7 @@ def print_results(config: TrainDiffusionConfig, run: RunDirectory) -> None:
     """Prints where the adapter, the contact sheet and the page are, and how to generate with the adapter."""
     print(f"adapter  {run.adapter}")
     if run.contact_sheet.exists():
-        print(f"contact sheet    {run.contact_sheet}")
+        print(f"sheet    {run.contact_sheet}")
     if (page := run.path / GALLERY / INDEX).exists():
         print(f"page     {page}")
-    print(f"to generate  {sampling_command(config, run)}")
+    print(f"to sample  {sampling_command(config, run)}")

@@ -45,23 +45,20 @@ def test_images_go_on_and_are_replayed(saved, capsys):
     assert main(["sample", "--resume", "artefacts/images"]) == 0
     assert file.read_bytes() == before
     assert "contact_sheet: false" in (RUNS / "images" / "config.yaml").read_text()
-    assert main(["sample", "--replay", str(file), "--output", "again"]) == 0
+    assert main(["sample", "--replay", str(file), "--set", "output=again"]) == 0
     assert Image.open(next(Path("again").rglob("*.png"))).size == (64, 64)
     assert main(["inspect", str(file)]) == 0
     assert "a rose" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("run", "keys"), [("scores", ("classifier", "sampling")), ("style", ("prompts_without_style",))]
-)
-def test_scores_are_computed_again_from_the_images_that_are_there(saved, run, keys):
+@pytest.mark.parametrize("run", ["scores", "style"])
+def test_scores_are_computed_again_from_the_images_that_are_there(saved, run):
     files = {file: file.read_bytes() for file in (RUNS / run / "samples").rglob("*.png")}
     before = json.loads((RUNS / run / "metrics.json").read_text())
     assert main(["eval", str(shutil.copy(RUNS / run / "config.yaml", "old.yaml"))]) == 2  # a person's own config
-    assert main(["eval", "--resume", str(RUNS / run)]) == 0
+    assert main(["eval", str(RUNS / run / "config.yaml")]) == 0
     assert {file: file.read_bytes() for file in files} == files
     assert json.loads((RUNS / run / "metrics.json").read_text()).keys() == before.keys()
-    assert set(keys) <= yaml.safe_load((RUNS / run / "config.yaml").read_text()).keys()
     assert (RUNS / run / "sheet.png").is_file()
 
 
@@ -71,7 +68,8 @@ def test_a_config_of_a_persons_own_names_the_present_key(tmp_path, capsys):
     message = capsys.readouterr().err
     assert "judge: unknown key, which is called classifier now" in message
     assert "draw: unknown key, which is called sampling now" in message
-    assert main(["tune", str(ROOT / "configs" / "sdxl" / "demo.yaml"), "--judge", "held_out"]) == 2
+    with pytest.raises(SystemExit):
+        main(["tune", str(ROOT / "configs" / "sdxl" / "demo.yaml"), "--judge", "held_out"])
     assert "--judge is called --selection-metric now" in capsys.readouterr().err
 
 
@@ -99,7 +97,9 @@ def test_digests_of_campaigns_are_those_of_before():
     compared = load_config(ROOT / "configs" / "sdxl" / "compare_tiny.yaml").scored
     prompt = "a TOK icon of {thing}, in the style of TOK"
     assert compared == {"judge": "samples/judge", "style": "3d", "prompt": prompt, "draw": {"guidance": 3.0}}
-    tuned = SCHEMAS["tune"].model_validate({"pipeline": "tune", "name": "a", "base": "b", "rates": [1, 2]})
+    tuned = SCHEMAS["tune"].model_validate(
+        {"pipeline": "tune", "name": "a", "base": "b", "output": "o", "rates": [1, 2]}
+    )
     assert tuned.scored == {"judge": "score", "clip_model": None}
 
 

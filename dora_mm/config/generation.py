@@ -209,7 +209,7 @@ class ClipConfig(Section):
     """CLIP similarity, with weights that the user supplies."""
 
     path: Text  # a folder with an open_clip config and weights, or a hub name
-    text: Text = "an image of {thing}"  # the text that an image is compared with
+    text: Text = "a picture of {thing}"  # the text that an image is compared with
     images: InputPath | None = None  # a folder of images in the target style; null: no image similarity
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from dora_mm.config.paths import CONFIG, INDEX
 from dora_mm.formats.files.model_class import THINKERS
 from dora_mm.models.opening import WEIGHTS, opened_folder, opening
+from dora_mm.registries.registry import load
+from dora_mm.registries.target_maps import outside_class
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,7 +93,8 @@ def _class_of_diffusers(network: Network) -> Any:
     import diffusers
     from torch import nn
 
-    kind = getattr(diffusers, network.kind, None)
+    outside = outside_class(network.kind)
+    kind = load(outside) if outside else getattr(diffusers, network.kind, None)
     if isinstance(kind, type) and issubclass(kind, nn.Module):
         return kind
     raise ValueError(f"{network.path} is a {network.kind}, no network of diffusers {diffusers.__version__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from dora_mm.registries.registry import Registry
@@ -13,7 +14,8 @@ class TargetMapRecord:
 
     Attributes:
         import_path: The `TargetMap`, as `module:object`.
-        models: The models that it is for: model types of transformers, or classes of diffusers.
+        models: The models that it is for: model types of transformers, or classes of diffusers. A class of another
+            package is `module:class`.
         parts: The names of its parts, all of them.
         networks: For image models, the networks of a pipeline that it can be for: a config names its parts
             `<network>.<part>`. Empty for vision-language and language models, whose parts keep their names.
@@ -97,3 +99,14 @@ TARGET_MAPS: Registry[TargetMapRecord] = Registry(
         "z-image": TargetMapRecord(f"{_TARGETS}.z_image:Z_IMAGE", ("ZImageTransformer2DModel",), _BLOCKS, _TRANSFORMER),
     },
 )
+
+
+def map_for(names: Collection[str]) -> str | None:
+    """The name of the target map of a model, by its model type and the name of its class; None: it has none."""
+    return TARGET_MAPS.first(lambda record: any(model.rpartition(":")[2] in names for model in record.models))
+
+
+def outside_class(name: str) -> str | None:
+    """The import path of a class of another package by its name, from the record of its target map; else None."""
+    models = TARGET_MAPS[found].models if (found := map_for([name])) else ()
+    return next((model for model in models if model.endswith(f":{name}")), None)

@@ -61,7 +61,7 @@ def read_manifest(run: Path) -> list[ManifestEntry]:
     """
     file = run / MANIFEST
     if not file.is_file():
-        raise ValueError(f"{run} is not a run that drew images: it has no {MANIFEST}")
+        raise ValueError(f"{run} is not a run that generated images: it has no {MANIFEST}")
     try:
         lines = enumerate(file.read_text(encoding="utf-8").split("\n"), 1)
         return [_entry(line, number) for number, line in lines if line]

@@ -11,7 +11,7 @@ from torch import nn
 
 from dora_mm.core.targets import TargetMap
 from dora_mm.registries.registry import load
-from dora_mm.registries.target_maps import TARGET_MAPS
+from dora_mm.registries.target_maps import TARGET_MAPS, map_for
 from dora_mm.targets import derived
 
 DERIVED = (  # names that stand for the map which a model's structure gives
@@ -62,7 +62,7 @@ def map_of(model: Any) -> TargetMap:
     keys = ("model_type", "_class_name")
     names_in_config = [config.get(key) if isinstance(config, Mapping) else getattr(config, key, None) for key in keys]
     names = [str(name) for name in (*names_in_config, type(model).__name__) if name]
-    if found := TARGET_MAPS.first(lambda record: not set(names).isdisjoint(record.models)):
+    if found := map_for(names):
         return find(found)
     if isinstance(model, nn.Module) and names_in_config[0]:
         return derived.derive(model)

@@ -13,7 +13,7 @@ from torch import nn
 from dora_mm import DoRASpec, convert, inject, load_adapter, merge, save_adapter, verify
 from dora_mm.adapting.initial import load_initial_file
 from dora_mm.adapting.networks import TrainedNetworks
-from dora_mm.config.adapter import AdapterConfig
+from dora_mm.config.adapter import ImageAdapterConfig
 from dora_mm.core import adapted_layers
 from dora_mm.formats.files import tensor_file
 from dora_mm.formats.naming.names import Name, canonical
@@ -88,7 +88,7 @@ def test_a_training_opens_its_initial_file_once(tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_file.TensorFile, "__init__", counted)
     model = net()
     trained = TrainedNetworks({"unet": model})
-    load_initial_file(trained, AdapterConfig(rank=3, alpha=5, init_from=str(file)), "torch")
+    load_initial_file(trained, ImageAdapterConfig(rank=3, alpha=5, init_from=str(file)), "torch")
     assert opened == [file]
     assert len(adapted_layers(model)) == 2
 

@@ -17,7 +17,7 @@ from dora_mm.config.models import Flux2KleinConfig
 from dora_mm.registries.image_families import ImageFamily
 from dora_mm.registries.target_maps import TargetMapRecord
 
-MAP = TargetMapRecord("gates_map:MAP", ("Gated",), ("gates", "single"), ("transformer",))
+MAP = TargetMapRecord("gates_map:MAP", ("gates_map:Gated",), ("gates", "single"), ("transformer",))
 WRONG = TargetMapRecord("gates_map:MAP", (), ("gates",), ("transformer",))
 SPOKEN = TargetMapRecord("gates_map:SPOKEN", ("spoken",), ("text.values",))
 
@@ -43,6 +43,10 @@ MAP = TargetMap(
     default=("single",),
 )
 SPOKEN = TargetMap("spoken", {"text.values": ("v_proj",)})
+
+
+class Gated(diffusers.Flux2Transformer2DModel):
+    pass
 
 
 class GatedKleinPipeline(diffusers.Flux2KleinPipeline):
@@ -121,6 +125,16 @@ def test_it_is_shown_by_its_name_and_a_word_that_is_near_is_refused(package, tin
     done = run(package, f"inspect {tiny_vlm('llama')} --targets spoken", "train train.yaml")
     assert "text.values  yes" in done.stdout
     assert "there is no part 'transformer.gate', did you mean 'transformer.gates'?" in done.stderr
+
+
+def test_a_network_whose_class_is_of_the_package_is_shown(package, tmp_path):
+    folder = tiny_flux2_klein.build(tmp_path / "model") / "transformer"
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("Flux2Transformer2DModel", "Gated"))
+    done = run(package, f"inspect {folder} --targets gates")
+    assert done.returncode == 0, done.stderr
+    assert "transformer: Gated, target map gates at rank 8" in done.stdout
+    assert "by default (single)" in done.stdout
 
 
 def test_it_is_injected_by_its_name_and_found_for_its_models(package):

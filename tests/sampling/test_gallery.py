@@ -234,7 +234,7 @@ def test_a_run_without_images_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run(Path("run"), [entry()])
     Path("other").mkdir()
-    for name, problem in (("other", "is not a run that drew images"), ("nowhere", "does not exist")):
+    for name, problem in (("other", "is not a run that generated images"), ("nowhere", "does not exist")):
         assert main(["gallery", "run", name]) == 2
         assert f"{name} {problem}" in capsys.readouterr().err
     assert not Path("runs").exists()

@@ -134,7 +134,7 @@ class MethodComparison(Generic[ScoresT]):
         print(f"{text}\n\ntable    {self.folder / 'table.md'}")
         if report.contact_sheet:
             save_atomically(self.folder / "sheet.png", report.contact_sheet)
-            print(f"contact sheet    {self.folder / 'sheet.png'}")
+            print(f"sheet    {self.folder / 'sheet.png'}")
 
     def reported(self, tried: Mapping[Variant, Mapping[float, float]]) -> list[Training]:
         """The trainings whose scores are in the report."""

@@ -82,7 +82,7 @@ class ImageEvaluation:
                 if images
             },
             **identity_of(self.base.model).inputs,
-            "the classifier's files": hashlib.sha256(
+            "the judge's files": hashlib.sha256(
                 b"".join((classifier / name).read_bytes() for name in FILES)
             ).hexdigest(),
         }

@@ -110,7 +110,7 @@ class Tuning:
             log.warning("The figures are left out: they need %s (pip install 'dora_mm[eval]').", error.name)
         if (page := self.selection_metric.contact_sheet(self.folder, trained)) is not None:
             save_atomically(self.folder / "sheet.png", page)
-            print(f"contact sheet    {self.folder / 'sheet.png'}")
+            print(f"sheet    {self.folder / 'sheet.png'}")
         if not rungs[-1].learned:
             raise ValueError(self.about_chosen(rungs))
         file = write_tuned(self.config, self.base, chosen, self.folder / "tuned.yaml")

@@ -143,7 +143,7 @@ def test_a_folder_of_masks_as_of_kohya(image_folder, tmp_path):
     (image_folder / "2.png").rename(image_folder / "two.png")
     with pytest.raises(ValueError, match=r"1 image \(2\.webp\) is the mask of no image"):
         read_captioned_images(image_folder, instance_prompt="x", masks="file", mask_folder=str(masks))
-    with pytest.raises(ValueError, match=r"data\.mask\.folder: .*images is the folder of the images"):
+    with pytest.raises(ValueError, match=r"data\.mask\.folder: .*pictures is the folder of the images"):
         read_images(data_of(image_folder, folder=str(image_folder)), "train")
 
 

@@ -398,7 +398,7 @@ def test_a_finished_run_is_extended(config, tmp_path, caplog, capsys):
     assert main(["train", "--resume", str(run)]) == 0
     assert f"Run {run} is finished: nothing is left to do, and nothing was written." in caplog.messages
     assert longer in caplog.text
-    assert f"to generate  dora-mm sample --set {shlex.quote(f'adapter.path={run}')}" in capsys.readouterr().out
+    assert f"to sample  dora-mm sample --set {shlex.quote(f'adapter.path={run}')}" in capsys.readouterr().out
     assert files_in(run) == before
     (run / LOCK).touch()  # a kill behind the last file, and one in the middle of a request
     (run / ".sheet.png.5bce98f7-1.partial").touch()
@@ -435,7 +435,7 @@ def test_the_printed_command_draws_the_images_of_the_sheet(config, tmp_path, cap
     sample = {"prompts": [PROMPT], "seeds": [3, 4], "steps": 3, "guidance": 2.0, "negative_prompt": "blurry"}
     path = config(train__steps=1, adapter__parts=["unet.attn"], adapter__strength=1.5, sample=sample, output="run")
     assert main(["train", str(path)]) == 0
-    printed = capsys.readouterr().out.partition("to generate  dora-mm ")[2]
+    printed = capsys.readouterr().out.partition("to sample  dora-mm ")[2]
     assert main([*shlex.split(printed), "output=drawn"]) == 0
     assert (
         "Generated as the contact sheets of the training: steps 3, guidance 2, negative_prompt 'blurry'"
@@ -552,7 +552,7 @@ def test_all_reasons_why_a_training_is_refused_are_in_one_report(wrong, tmp_path
     assert all(line.startswith(f"  {reason}") for line, reason in zip(report, reasons, strict=True))
     assert "time      not measured: optimizer.name adamw_8bit steps on a GPU only" in printed
     assert "optimizer state (adamw_8bit, 2 numbers of 8 bits each)" in " ".join(printed.split())
-    for words in ("images  5 in", "unet.attn", "compiled", "activations (not checkpointed", "VAE, a pict"):
+    for words in ("images  5 in", "unet.attn", "compiled", "activations (not checkpointed", "VAE, an image "):
         assert words in printed
     assert "to start" not in printed
 

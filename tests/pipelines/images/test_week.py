@@ -66,7 +66,7 @@ def week(tmp_path_factory, tiny_folder):
     printed = {"folder": folder}
     printed["new"] = run("new", "sdxl", "style", "--images", "mine", "--model", str(tiny_folder))
     printed["train"] = run("train", "style.yaml", "--set", *SMALL)
-    drawing = printed_command(printed["train"], "to generate")
+    drawing = printed_command(printed["train"], "to sample")
     printed["sample"] = run(*drawing, fresh=True)
     few = ["steps=1", "guidance=1.0", "prompts_without_style=[a bus, a cat]", "prompts=[a sks2 bus, a sks2 key]"]
     score = ["eval", "configs/sdxl/eval_style.yaml", "--set", "adapter.path=runs/style/latest", *few]
@@ -77,7 +77,7 @@ def week(tmp_path_factory, tiny_folder):
 
 @pytest.mark.slow
 def test_every_command_ends_with_the_next(week):
-    assert printed_command(week["train"], "to generate") == [
+    assert printed_command(week["train"], "to sample") == [
         *("sample", "style_prompts.txt", "--set", "adapter.path=runs/style/001", "strengths=[0, 1]")
     ]
     assert printed_command(week["sample"], "to look") == ["gallery", "runs/style_prompts/001"]

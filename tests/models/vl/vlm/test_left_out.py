@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dora_mm.adapting.networks import adapt
-from dora_mm.config.adapter import AdapterConfig
+from dora_mm.config.adapter import VLAdapterConfig
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
@@ -147,7 +147,7 @@ def test_an_image_that_cannot_be_read_is_left_out_by_the_name_of_its_row(model, 
 
 
 def test_a_batch_without_rows_is_a_loss_of_zero_with_a_gradient_of_zero(model, rows):
-    adapted = adapt(model.networks, model.target_maps, AdapterConfig(rank=2), seed=0, backend="torch")
+    adapted = adapt(model.networks, model.target_maps, VLAdapterConfig(rank=2), seed=0, backend="torch")
     found = rows(None, 1)
     batch = model.batch("chat", [found.table[2]], found.images, [("x", 1.0)], on_bad_data="skip")
     assert batch.groups == ()
