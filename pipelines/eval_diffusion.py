@@ -35,7 +35,7 @@ from dora_mm.formats.adapter_file import find_file
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.formats.identity import adapter_digest
 from dora_mm.models.images.families import identity_of
-from dora_mm.sampling.batch.prompt_row import Weights
+from dora_mm.sampling.batch.prompt_row import ActiveAdapters
 from dora_mm.sampling.batch.requests import ImageRequest
 from dora_mm.sampling.contact_sheets import save_atomically
 from dora_mm.sampling.generating import BatchGeneration
@@ -82,7 +82,7 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
     classifier.check_model(model.resolution, module_digest(model.vae))
     requests = requests_of(config, concepts)
     loaded.load(requests)
-    loaded.check_adapters([request for request in requests if request.weights])
+    loaded.check_adapters([request for request in requests if request.active_adapters])
     encoder = Encoder(device)
     references = read_references(config.clip.images) if config.clip and config.clip.images else []
     clip = ClipSimilarity(resolve_model(config.clip.path, "clip.path"), device) if config.clip else None
@@ -173,7 +173,7 @@ def requests_of(config: EvalDiffusionConfig, concepts: Sequence[Concept]) -> lis
     sampling = config.sampling
     settings = sampling.negative_prompt, 0, sampling.steps, sampling.guidance, None, None, None
     common = ImageRequest(0, "", *settings, (), 1.0, sampling.guidance_rescale)
-    rows: list[tuple[str, str, Weights]] = [(BARE_FLAT, config.flat_prompt, ()), (BARE, config.prompt, ())]
+    rows: list[tuple[str, str, ActiveAdapters]] = [(BARE_FLAT, config.flat_prompt, ()), (BARE, config.prompt, ())]
     if config.adapter:
         rows.append((ADAPTER, config.prompt, ((config.adapter.path, as_strength(config.adapter.strength)),)))
     cells = product(rows, concepts, config.concepts.seeds)

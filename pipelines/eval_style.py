@@ -207,6 +207,6 @@ def save_extremes(
 
 def training_thumbnail(path: Path, size: tuple[int, int]) -> Image.Image:
     """A training image, as large as the generated ones at most."""
-    request = load_rgb(path, BACKGROUND)
-    request.thumbnail(size, Image.Resampling.LANCZOS)
-    return request
+    image = load_rgb(path, BACKGROUND)
+    image.thumbnail(size, Image.Resampling.LANCZOS)
+    return image

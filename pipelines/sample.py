@@ -66,7 +66,7 @@ def main(config: BatchGenerationConfig, *, resume: Path | None = None) -> None:
     requests = with_alternatives(requests_of(config, rows))
     loaded = load_model(config, adapters)
     loaded.check(requests)
-    if any(strength != 1 for request in requests for _, strength in request.weights):
+    if any(strength != 1 for request in requests for _, strength in request.active_adapters):
         log.info(STRENGTHS)
     if bare := about_bare(without_adapter(rows, requests), requests):
         log.warning(bare)

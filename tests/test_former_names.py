@@ -1,7 +1,7 @@
 """What was saved under former names goes on: runs, adapters and PNGs of the commit before the renames.
 
-`shared/first_names` has a training, images, and scores of two kinds, made at 798667b1 with the embedded SDXL model. Pages,
-thumbnails and contact sheets were left out.
+`shared/first_names` has a training, images, and scores of two kinds, made at 798667b1 with the embedded SDXL model.
+Pages, thumbnails and contact sheets were left out.
 """
 
 import json

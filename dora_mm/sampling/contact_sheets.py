@@ -92,13 +92,13 @@ def table(
     """Generates rows of images under common columns; many rows of few images in several blocks side by side."""
     own = differing(generation.requests, OWN)
     heads = [column_label(seed, strength, own) for seed, strength in columns]
-    requests = [[thumbnail_of(generation, index) for index in row] for row in rows]
-    table_image = image_grid(requests, labels, heads)
+    images = [[thumbnail_of(generation, index) for index in row] for row in rows]
+    table_image = image_grid(images, labels, heads)
     count = min(math.ceil(math.sqrt(table_image.height / table_image.width / TALLEST)), len(rows))
     size = math.ceil(len(rows) / count)
     starts = range(0, len(rows), size)
     return (
-        side_by_side([image_grid(requests[i : i + size], labels[i : i + size], heads) for i in starts])
+        side_by_side([image_grid(images[i : i + size], labels[i : i + size], heads) for i in starts])
         if count > 1
         else table_image
     )
@@ -116,8 +116,8 @@ def contact_pages(generation: BatchGeneration) -> list[Callable[[], Image.Image]
 
 def contact_page(generation: BatchGeneration, start: int, labels: Sequence[str]) -> Image.Image:
     """Draws the images of a job from one of them on, with these labels."""
-    requests = [thumbnail_of(generation, index) for index in range(start, start + len(labels))]
-    return contact_sheet(requests, labels, columns=min(CONTACT_COLUMNS, len(labels)))
+    images = [thumbnail_of(generation, index) for index in range(start, start + len(labels))]
+    return contact_sheet(images, labels, columns=min(CONTACT_COLUMNS, len(labels)))
 
 
 def differing(requests: Sequence[ImageRequest], names: Sequence[str]) -> list[str]:
@@ -132,8 +132,8 @@ def thumbnail_of(generation: BatchGeneration, index: int) -> Image.Image | None:
 
 def thumbnail(file: Path) -> Image.Image:
     """An image, scaled down to a cell."""
-    with Image.open(file) as request:
-        small = request.convert("RGB")
+    with Image.open(file) as image:
+        small = image.convert("RGB")
     small.thumbnail((LARGEST_CELL, LARGEST_CELL), Image.Resampling.LANCZOS)
     return small
 
@@ -157,7 +157,7 @@ def label(request: ImageRequest, shown: Sequence[str]) -> str:
 
 
 def _about_adapters(request: ImageRequest, shown: Sequence[str]) -> list[str]:
-    if not request.adapters or ("strength" in shown and not request.weights):
+    if not request.adapters or ("strength" in shown and not request.active_adapters):
         return [WITHOUT]
     names = [adapters_text(((short_name(path), strength),)) for path, strength in request.adapters]
     found = [" + ".join(filter(None, names))] if "adapters" in shown else []
@@ -176,14 +176,14 @@ def column_label(seed: int | None, strength: float, shown: Sequence[str]) -> str
     return ", ".join(texts[name] for name in shown if name in texts)
 
 
-def save_atomically(file: Path, request: Image.Image) -> None:
+def save_atomically(file: Path, image: Image.Image) -> None:
     """Saves a PNG file atomically."""
-    write_atomically(file, lambda partial: request.save(partial, "PNG"))
+    write_atomically(file, lambda partial: image.save(partial, "PNG"))
 
 
 def save_grid(generation: BatchGeneration, file: Path, row_labels: Sequence[str], column_labels: Sequence[str]) -> None:
     """Saves the contact sheet of a job whose images are the cells of a grid, row by row."""
-    requests = [thumbnail_of(generation, index) for index in range(len(generation.requests))]
+    images = [thumbnail_of(generation, index) for index in range(len(generation.requests))]
     width = len(column_labels)
-    rows = [requests[start : start + width] for start in range(0, len(requests), width)]
+    rows = [images[start : start + width] for start in range(0, len(images), width)]
     save_atomically(file, image_grid(rows, row_labels, column_labels))

@@ -22,7 +22,7 @@ from dora_mm.core import remove
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.inject import merged_adapters
 from dora_mm.models.images.image_model import ImageModel
-from dora_mm.sampling.batch.prompt_row import Weights, adapters_text
+from dora_mm.sampling.batch.prompt_row import ActiveAdapters, adapters_text
 from dora_mm.sampling.batch.requests import ImageRequest, batches, file_names
 from dora_mm.sampling.image_sampler import ImageSampler, UnusableImageError
 from dora_mm.sampling.manifest import (
@@ -211,7 +211,7 @@ def plan(
     metadata = {
         index: GenerationMetadata(
             model,
-            tuple(UsedAdapter(path, strength, *adapters[path]) for path, strength in requests[index].weights),
+            tuple(UsedAdapter(path, strength, *adapters[path]) for path, strength in requests[index].active_adapters),
             requests[index].file_settings,
             tuple((requests[i].prompt, requests[i].negative_prompt, requests[i].seed) for i in group),
             position,
@@ -290,8 +290,8 @@ def generate(
     with (
         written_down(generation, sum(map(len, open_batches))) if processes.is_main else single_process as (count, reach)
     ):
-        for weights, numbers in groupby(share, key=lambda number: generation.requests[open_batches[number][0]].weights):
-            with adapted(sampler.model, weights, load):
+        for active, numbers in groupby(share, lambda n: generation.requests[open_batches[n][0]].active_adapters):
+            with adapted(sampler.model, active, load):
                 sampler.forget_prompts()
                 for number in numbers:
                     batch = open_batches[number]
@@ -337,7 +337,7 @@ def written_down(generation: BatchGeneration, total: int) -> Iterator[tuple[Coun
 
 
 @contextmanager
-def adapted(model: ImageModel, weights: Weights, load: LoadAdapter) -> Iterator[None]:
+def adapted(model: ImageModel, weights: ActiveAdapters, load: LoadAdapter) -> Iterator[None]:
     """A context in which a model has adapters, merged; afterwards it is as it was.
 
     Args:
@@ -380,13 +380,13 @@ def generate_batch(
         size = f"{len(batch)} of {settings['width']} x {settings['height']} pixels"
         generated = [UnusableImageError(f"has no room in memory, in a batch of {size}: lower batch_size or the size")]
         generated *= len(batch)
-    for index, request in zip(batch, generated, strict=True):
+    for index, image in zip(batch, generated, strict=True):
         if index in generation.done:
             continue
-        if isinstance(request, UnusableImageError):
-            generation.failed[index] = str(request)
+        if isinstance(image, UnusableImageError):
+            generation.failed[index] = str(image)
             generation.file(index).unlink(missing_ok=True)  # of an earlier version of the job, which is kept
         else:
             title = sampler.scheduler_title(settings["scheduler"])
-            save_image(generation.file(index), request, generation.metadata[index], title)
+            save_image(generation.file(index), image, generation.metadata[index], title)
             generation.done[index] = file_digest(generation.file(index))

@@ -101,7 +101,7 @@ class LoadedModel:
             ValueError: An adapter does not fit the model; or it replaces weights of the base, and a job has images
                 without it, or at another strength.
         """
-        combinations = {request.weights for request in requests}
+        combinations = {request.active_adapters for request in requests}
         for path in self.adapters:
             if not replaces_weights(self.adapters[path]):
                 used = {strength for weights in combinations for name, strength in weights if name == path}
@@ -173,7 +173,7 @@ class LoadedModel:
         Raises:
             ValueError: Two of them have the same.
         """
-        for path, _ in request.weights:
+        for path, _ in request.active_adapters:
             for word, rows in self.new_tokens[path].items():
                 self.model.new_tokens.add(word, rows)
         try:

@@ -182,8 +182,8 @@ TASKS = (
     Fault(
         "weight of preservation",
         "tasks/preservation.py",
-        "held_weight=self.config.weight * self._ratio(step)",
-        "held_weight=self.config.weight",
+        "preserved_weight=self.config.weight * self._ratio(step)",
+        "preserved_weight=self.config.weight",
         "`preserve.weight` counts more or less with the number of class images",
         "tests/tasks/test_preservation.py",
     ),
@@ -193,7 +193,7 @@ TRAIN = (
     Fault(
         "uneven micro-batches",
         "train/loop.py",
-        "correction = (micro_batches * expected / whole.divisor).item() if micro_batches > 1 else 1.0",
+        "correction = (micro_batches * expected / total.divisor).item() if micro_batches > 1 else 1.0",
         "correction = 1.0",
         "accumulated gradients depend on how rows fall into micro-batches",
         "tests/train/test_resume.py",
@@ -243,7 +243,7 @@ TRAIN = (
 SAMPLING = (
     Fault(
         "strength of a second adapter",
-        "sampling/drawing.py",
+        "sampling/generating.py",
         'load(path, strength, f"adapter {number}")',
         'load(path, weights[0][1], f"adapter {number}")',
         "a row with two adapters loads both at the first one's strength",
@@ -251,26 +251,26 @@ SAMPLING = (
     ),
     Fault(
         "cells of a grid",
-        "sampling/sheets.py",
-        "rows = [pictures[start : start + width] for start in range(0, len(pictures), width)]",
-        "rows = [pictures[start :: len(row_labels)] for start in range(len(row_labels))]",
-        "a grid shows pictures under labels of others",
+        "sampling/contact_sheets.py",
+        "rows = [images[start : start + width] for start in range(0, len(images), width)]",
+        "rows = [images[start :: len(row_labels)] for start in range(len(row_labels))]",
+        "a grid shows images under labels of others",
         "tests/sampling/test_grids.py",
     ),
     Fault(
         "order of seeds",
-        "sampling/pictures.py",
+        "sampling/image_sampler.py",
         "manual_seed(seed) for seed in seeds]",
         "manual_seed(seed) for seed in sorted(seeds)]",
-        "seeds 5, 2, 9 of one batch give each other's pictures",
+        "seeds 5, 2, 9 of one batch give each other's images",
         "tests/sampling/test_sampling.py",
     ),
     Fault(
         "order of prompts",
-        "sampling/pictures.py",
-        "return [pictures[index] for index in range(len(jobs))]",
-        "return list(pictures.values())",
-        "pictures of long and short prompts change places",
+        "sampling/image_sampler.py",
+        "return [images[index] for index in range(len(items))]",
+        "return list(images.values())",
+        "images of long and short prompts change places",
         "tests/sampling/test_sampling.py",
     ),
     Fault(
@@ -289,7 +289,7 @@ IMAGES = (
         "models/images/z_image.py",
         '"guidance_scale": guidance - 1',
         '"guidance_scale": guidance',
-        "Z-Image's pictures are guided by one more than the config says",
+        "Z-Image's images are guided by one more than the config says",
         "tests/models/images/test_flow_families.py",
     ),
     Fault(
@@ -313,7 +313,7 @@ IMAGES = (
         "models/images/vae.py",
         'upcast = dtype.itemsize < 4 and vae.config.get("force_upcast", True)',
         "upcast = False",
-        "SDXL's VAE overflows in float16: black pictures, and latents that are not numbers",
+        "SDXL's VAE overflows in float16: black images, and latents that are not numbers",
         "tests/models/images/test_vae.py",
     ),
     Fault(

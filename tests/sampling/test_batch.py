@@ -54,9 +54,9 @@ def test_every_column_of_a_table_is_read(tmp_path, monkeypatch):
     assert [(p.row, p.seed, p.strength) for p in images] == [
         (1, 1, 0.5), (1, 2, 0.5), (1, 3, 0.5), (2, 0, 0.0), (2, 0, 1.0), (2, 9, 0.0), (2, 9, 1.0)
     ]  # fmt: skip
-    assert images[0].weights == (("x", 0.35), ("y", 0.15))
-    assert images[3].weights == ()
-    assert images[4].weights == (("a.safetensors", 0.8),)
+    assert images[0].active_adapters == (("x", 0.35), ("y", 0.15))
+    assert images[3].active_adapters == ()
+    assert images[4].active_adapters == (("a.safetensors", 0.8),)
     assert (images[3].steps, images[3].guidance, images[3].width) == (25, 5.0, None)
     assert file_names(images)[:4] == [
         "0001-seed1.png", "0001-seed2.png", "0001-seed3.png", "0002-seed0-strength0.png"
@@ -182,8 +182,11 @@ def test_batches_hold_every_image_once_and_share_their_settings(rows, size):
     assert sorted(index for batch in found for index in batch) == list(range(len(images)))
     for batch in found:
         assert len(batch) <= size
-        assert len({(images[i].weights, *images[i].settings.values(), len(images[i].prompt) // 75) for i in batch}) == 1
-    weights = [images[batch[0]].weights for batch in found]
+        assert (
+            len({(images[i].active_adapters, *images[i].settings.values(), len(images[i].prompt) // 75) for i in batch})
+            == 1
+        )
+    weights = [images[batch[0]].active_adapters for batch in found]
     changes = sum(one != other for one, other in pairwise(weights))
     assert changes == len(set(weights)) - 1
 
@@ -202,8 +205,8 @@ def test_the_strength_of_a_image_multiplies_those_of_parts_and_of_all_else():
     (image,) = expand(
         [PromptRow(prompt="a", adapter=(("x", (("unet.down", 0.5),)),))], TEMPLATE, seeds=(0,), strengths=(0.5,)
     )
-    assert image.weights == (("x", (("", 0.5), ("unet.down", 0.25))),)
-    assert replace(image, strength=0.0).weights == ()
+    assert image.active_adapters == (("x", (("", 0.5), ("unet.down", 0.25))),)
+    assert replace(image, strength=0.0).active_adapters == ()
 
 
 # --- contact sheets as people have them

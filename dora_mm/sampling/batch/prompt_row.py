@@ -20,7 +20,7 @@ NAME = re.compile(r"(?![. -])[^\x00-\x1f<>:\"/\\|?*]{1,150}(?<![. ])(?<!\.jpg)(?
 NOT_IN_NAMES = '<>:"/\\|?*'
 MOST_SEEDS = 10_000  # of a row: a typing error should not fill the disk
 
-Weights = tuple[tuple[str, HashableStrength], ...]  # adapters by path, each with its strength
+ActiveAdapters = tuple[tuple[str, HashableStrength], ...]  # adapters by path, each with its strength
 
 
 def parse_seeds(value: Any) -> Any:
@@ -96,7 +96,7 @@ def _with_strength(text: str) -> tuple[str, HashableStrength]:
     return (text, 1.0) if strength is None else (path, strength)
 
 
-def adapters_text(adapters: Weights) -> str | None:
+def adapters_text(adapters: ActiveAdapters) -> str | None:
     """The adapters as `parse_adapters` reads them; None where there are none."""
     return (
         "+".join(path if strength == 1 else f"{path}:{strength_text(strength)}" for path, strength in adapters) or None

@@ -8,7 +8,7 @@ from typing import Any
 
 from dora_mm.config.generation import BatchGenerationConfig, ImageGenerationConfig
 from dora_mm.data.syntax import Wording, weighted
-from dora_mm.sampling.batch.prompt_row import PromptRow, Weights
+from dora_mm.sampling.batch.prompt_row import ActiveAdapters, PromptRow
 from dora_mm.sampling.strengths import as_strength, is_zero, scaled
 
 DEFAULT_SETTINGS = {
@@ -48,7 +48,7 @@ class ImageRequest:
     width: int | None
     height: int | None
     scheduler: str | None
-    adapters: Weights
+    adapters: ActiveAdapters
     strength: float
     guidance_rescale: float = 0.0
     prompt_syntax: str = "plain"
@@ -63,7 +63,7 @@ class ImageRequest:
         return weighted(self.prompt), None if self.negative_prompt is None else weighted(self.negative_prompt)
 
     @property
-    def weights(self) -> Weights:
+    def active_adapters(self) -> ActiveAdapters:
         """The adapters at their final strengths; empty for the base model."""
         final = ((path, scaled(strength, self.strength)) for path, strength in self.adapters)
         return tuple((path, strength) for path, strength in final if not is_zero(strength))
@@ -88,7 +88,7 @@ class ImageRequest:
 
 def template(config: ImageGenerationConfig, *, prompt: str = "", seed: int = 0) -> ImageRequest:
     """An image with the settings of a config, which rows of a job and axes of a grid replace."""
-    adapters: Weights = ((config.adapter.path, as_strength(config.adapter.strength)),) if config.adapter else ()
+    adapters: ActiveAdapters = ((config.adapter.path, as_strength(config.adapter.strength)),) if config.adapter else ()
     names = {"negative_prompt", "steps", "guidance", "width", "height", "scheduler", *DEFAULT_SETTINGS}
     settings = config.model_dump(include=names)
     return ImageRequest(row=0, prompt=prompt, seed=seed, adapters=adapters, strength=1.0, **settings)
@@ -196,7 +196,7 @@ def batches(requests: Sequence[ImageRequest], size: int, length: Callable[[Image
     groups: dict[Hashable, dict[Hashable, list[int]]] = {}
     for index, request in enumerate(requests):
         key = *request.file_settings.values(), length(request)
-        groups.setdefault(request.weights, {}).setdefault(key, []).append(index)
+        groups.setdefault(request.active_adapters, {}).setdefault(key, []).append(index)
     return [
         group[start : start + size]
         for same_weights in groups.values()
