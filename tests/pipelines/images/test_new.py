@@ -72,7 +72,7 @@ def test_a_large_folder_has_a_limit_of_steps_and_of_what_a_stop_can_lose(here, c
 def test_images_without_captions_get_a_word(here, capsys):
     write_images(["a.png", "b.png"])
     config = made("plain", "--images", "my images")
-    assert config.data.instance_prompt == "an image in the style of TOK"
+    assert config.data.instance_prompt == "a picture in the style of TOK"
     assert config.data.placeholder == "TOK"
     assert "TOK" in Path("plain_prompts.txt").read_text()
     capsys.readouterr()
