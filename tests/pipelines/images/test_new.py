@@ -78,7 +78,7 @@ def test_images_without_captions_get_a_word(here, capsys):
     capsys.readouterr()
     write_images(["c.png", "d.png"], ["a hat", "two cats"])
     mixed = made("mixed", "--images", "my images")
-    assert (mixed.data.placeholder, mixed.data.instance_prompt) == (None, "an image")
+    assert (mixed.data.placeholder, mixed.data.instance_prompt) == (None, "a picture")
     assert "No word is in all captions" in capsys.readouterr().out
 
 
