@@ -124,7 +124,8 @@ def fit(
         norm = update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
         record.step += 1
         pending.interrupted = on_step_end is not None  # from now on, also by a signal during this step
-        _check_finite(value, record.step)
+        if not math.isfinite(value):
+            raise DivergedError(f"The loss is {value} at step {record.step}, {AGAIN}")
         progress.advance(value, rate)
         record.log(progress, rate, norm)
         if after_step is not None:
@@ -219,11 +220,6 @@ class _TrainingRecord:
     def close(self) -> None:
         if self.metrics is not None:
             self.metrics.close()
-
-
-def _check_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise DivergedError(f"The loss is {loss} at step {step}, {AGAIN}")
 
 
 def _check_trained(parameters: Mapping[str, nn.Parameter], step: int, saved: int) -> None:

@@ -187,7 +187,7 @@ def _of_row(row: Any) -> tuple[str, Sequence[str]]:
         raise ValueError("must be an object with the key file_name")
     values = ((key, row[key]) for key in KEYS if row.get(key) is not None)
     captions = {key: value if isinstance(value, list) else [value] for key, value in values}
-    if not all(isinstance(text, str) and _is_text(text) for texts in captions.values() for text in texts):
+    if not all(isinstance(text, str) and not HALVES.search(text) for texts in captions.values() for text in texts):
         raise ValueError("has a caption that is not text")
     if len({tuple(text.strip() for text in texts) for texts in captions.values()}) > 1:
         raise ValueError(f"has different values for {' and '.join(captions)}: keep one")
@@ -206,8 +206,3 @@ def _inside(root: Path, real_root: Path, name: str) -> Path:
     if not real.is_file():
         raise ValueError(f"names {name}, which does not exist")
     return path
-
-
-def _is_text(text: str) -> bool:
-    """Whether the text is valid Unicode, without half a surrogate pair, which JSON can contain."""
-    return not HALVES.search(text)

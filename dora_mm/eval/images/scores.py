@@ -147,7 +147,9 @@ def summarize(scores: Scores, name: str, space: StyleSpace, *, over_seeds: bool)
     """
     assert scores.projected is not None
     found = mean_metrics(scores, name, over_seeds=over_seeds)
-    found["frechet"] = ConfidenceInterval(space.distance(_flat(scores.projected), name))
+    found["frechet"] = ConfidenceInterval(
+        space.distance(scores.projected.reshape(-1, scores.projected.shape[-1]), name)
+    )
     return {key: found[key] for key in METRICS}
 
 
@@ -203,10 +205,6 @@ def conclusion(bare: Mapping[str, ConfidenceInterval], adapted: Mapping[str, Con
     else:
         cure = "the thing, for which fewer steps, a lower rate or strength may help"
     return f"The adapter is {verdict} than the bare model: {right}. What is missed most is {cure}."
-
-
-def _flat(x_KSD: np.ndarray) -> np.ndarray:
-    return x_KSD.reshape(-1, x_KSD.shape[-1])
 
 
 def format_ci(ci: ConfidenceInterval, share: bool) -> str:

@@ -22,7 +22,9 @@ def tools_of(given: Any) -> str:
         RowError: They are not a list of functions.
     """
     found = _listed(given, "tools")
-    tools = [one if isinstance(one, dict) and "function" in one else _wrapped(one) for one in found]
+    tools = [
+        one if isinstance(one, dict) and "function" in one else {"type": "function", "function": one} for one in found
+    ]
     if not all(isinstance(tool["function"], dict) and isinstance(tool["function"].get("name"), str) for tool in tools):
         raise RowError("has `tools` that are not a list of functions with a `name`")
     return json.dumps(_without_nulls(tools), ensure_ascii=False) if tools else ""
@@ -83,10 +85,6 @@ def _listed(given: Any, what: str) -> list[Any]:
         except ValueError:
             raise RowError(f"has {what} that are not valid JSON") from None
     return given if isinstance(given, list) else [given]
-
-
-def _wrapped(function: Any) -> dict[str, Any]:
-    return {"type": "function", "function": function}
 
 
 def _without_nulls(value: Any) -> Any:
