@@ -106,6 +106,7 @@ def test_a_config_of_one_s_own_is_written_in_an_empty_folder(environment, tmp_pa
     for folder in ("mine", "model"):
         (tmp_path / folder).mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "mine" / "a.png")
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     command = environment / "bin" / "dora-mm"
     code, output, errors = run(command, "new", "sdxl", "style", "--images", "mine", "--model", "model", cwd=tmp_path)
     assert (code, errors) == (0, "")

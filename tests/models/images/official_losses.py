@@ -32,6 +32,7 @@ from torch import Tensor
 
 from tests.shared.images.tiny_flows import FLOWS, TinyFlow
 
+OF_SCRIPTS = [flow for flow in FLOWS if flow.name != "sd3"]  # whose script has lines of its own: no figures yet
 FIGURES = Path(__file__).with_suffix(".json")
 SCRIPT = "examples/dreambooth/train_dreambooth_lora_{}.py"
 PROMPTS = ["a TOK icon of a red ball", "Describe this image in detail. " * 2, ""]
@@ -220,7 +221,7 @@ def main(checkout: str) -> None:
     commit = git("rev-parse", "HEAD").strip()
     made_with = {package.__name__: package.__version__ for package in (torch, diffusers, transformers)}
     found: dict[str, Any] = {"huggingface/diffusers": commit, "made with": made_with, "families": {}}
-    for flow in FLOWS:
+    for flow in OF_SCRIPTS:
         with tempfile.TemporaryDirectory() as folder:
             source = git("show", f"{commit}:{SCRIPT.format(flow.name)}")
             found["families"][flow.name] = figures_of(flow, source, Path(folder) / "model")

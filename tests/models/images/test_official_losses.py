@@ -15,7 +15,6 @@ from dora_mm.config.models import ModelConfig, validated
 from dora_mm.models.images.families import load_image_model
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from tests.models.images import official_losses as official
-from tests.shared.images.tiny_flows import FLOWS, NAMES
 
 pytestmark = pytest.mark.slow
 CLOSE = {"rel": 1e-5}
@@ -23,7 +22,7 @@ CLOSE_GRADIENTS = {"rel": 1e-3}
 FAMILIES = json.loads(official.FIGURES.read_text(encoding="utf-8"))["families"]
 
 
-@pytest.fixture(scope="module", params=FLOWS, ids=NAMES)
+@pytest.fixture(scope="module", params=official.OF_SCRIPTS, ids=lambda flow: flow.name)
 def flow(request):
     return request.param
 

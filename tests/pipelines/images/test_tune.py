@@ -57,20 +57,20 @@ def test_a_search_that_is_stopped_goes_on_and_trains_nothing_twice(
 ):
     folder = tmp_path / "search"
     command = ["tune", str(style), "--rates", "1e-3", "1e-2", "1e-1", "--set", "seed=3", "--output", str(folder)]
-    drawn = selection_metrics.StyleSimilarityMetric.drawn
+    drawn = selection_metrics.StyleSimilarityMetric.generated
 
     def interrupted(self, adapter, name):
         if len(started) == 2:
             raise KeyboardInterrupt
         return drawn(self, adapter, name)
 
-    monkeypatch.setattr(selection_metrics.StyleSimilarityMetric, "drawn", interrupted)
+    monkeypatch.setattr(selection_metrics.StyleSimilarityMetric, "generated", interrupted)
     monkeypatch.setattr(
         selection_metrics.StyleSimilarityMetric, "has_learned", lambda *args: True
     )  # images of a random model say nothing
     assert main(command) == 130
     assert not (folder / "tuned.yaml").exists()
-    monkeypatch.setattr(selection_metrics.StyleSimilarityMetric, "drawn", drawn)
+    monkeypatch.setattr(selection_metrics.StyleSimilarityMetric, "generated", drawn)
     assert main(command) == 0
     short = [f"dora-r2-1_steps-lr{rate:g}-seed3" for rate in (1e-3, 1e-2, 1e-1)]
     assert started[:3] == short

@@ -95,7 +95,7 @@ def test_the_score_of_an_own_style(week):
     rows = json.loads((run / "metrics.json").read_text())["rows"]
     parts = [f"{name}, {part}" for part in ("prompts in the style", "prompts without it")
              for name in ("bare model", "adapter", "adapter minus bare")]  # fmt: skip
-    assert list(rows) == [*parts, "training images"]
+    assert list(rows) == [*parts, "training pictures"]
     assert set(rows["adapter, prompts without it"]) == {"likeness", "nearest", "variety", "drift"}
     assert all(value["low"] <= value["mean"] <= value["high"] for row in rows.values() for value in row.values())
     printed = "\n".join(week["eval"])
