@@ -21,7 +21,7 @@ def spreadsheet_rows(path: Path) -> Iterator[tuple[int, dict[int, str]]]:
         import openpyxl
     except ModuleNotFoundError:
         raise ValueError(
-            f"{path} needs the package openpyxl: pip install 'dora_mm[contact sheets]', or save it as CSV UTF-8"
+            f"{path} needs the package openpyxl: pip install 'dora_mm[sheets]', or save it as CSV UTF-8"
         ) from None
     try:
         with zipfile.ZipFile(path) as packed:

@@ -354,7 +354,7 @@ def test_a_job_has_bounds(tmp_path, monkeypatch):
 def test_an_excel_file_without_its_package_or_of_another_kind(tmp_path, monkeypatch):
     path = write(tmp_path, "not a zip", "jobs.xlsx")
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    with pytest.raises(ValueError, match=r"needs the package openpyxl: pip install 'dora_mm\[contact sheets\]'"):
+    with pytest.raises(ValueError, match=r"needs the package openpyxl: pip install 'dora_mm\[sheets\]'"):
         read_prompts_file(path)
     monkeypatch.undo()
     pytest.importorskip("openpyxl")

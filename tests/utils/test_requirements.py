@@ -1,5 +1,6 @@
 """What commands need: the table equals the extras, and is checked before anything is imported."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -113,3 +114,18 @@ def test_layers_and_files_need_nothing_but_the_base(tmp_path):
         text = BLOCKED.format(blocked=blocked) + code
         subprocess.run([sys.executable, "-c", text, str(tmp_path)], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     assert (tmp_path / "adapter_kohya.safetensors").is_file()
+
+
+def test_every_extra_that_a_message_or_a_page_names_is_one():
+    root = Path(__file__).parents[2]
+    extras = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    files = [root / "README.md", *(root / "docs").rglob("*.md")]
+    files += [path for folder in ("dora_mm", "pipelines") for path in (root / folder).rglob("*.py")]
+    named = {
+        extra.strip(): path.name
+        for path in files
+        for found in re.findall(r"dora_mm\[([^\]{}]+)\]", path.read_text(encoding="utf-8"))
+        for extra in found.split(",")
+    }
+    assert "sheets" in named
+    assert {extra: file for extra, file in named.items() if extra not in extras} == {}

@@ -1,4 +1,4 @@
-// What is taken along from the page: favourites, which the browser keeps, jobs of them, and the command of a image.
+// What is taken along from the page: favourites, which the browser keeps, jobs of them, and the command of an image.
 
 const STORED = `dora-mm favourites ${location.pathname}`;
 const nameOf = (image) => `${textOf(image.values[RUN])}/${image.path}`;

@@ -169,7 +169,7 @@ function starOf() {
   return star;
 }
 
-// What tells a image from others, in few words: settings that differ between images, unless the prompt says them.
+// What tells an image from others, in few words: settings that differ between images, unless the prompt says them.
 function factsOf(image) {
   const prompt = promptOf(image).toLowerCase();
   return columns.flatMap((column, index) => {
@@ -203,7 +203,7 @@ function groupOf(members) {
   return make("section", { className: "group" }, prompt, make("ol", {}, ...cells));
 }
 
-// The card of a image in the view, and the image of a card.
+// The card of an image in the view, and the image of a card.
 const cardFor = (image) => stepperOf(image)?.card ?? cards.get(image);
 const stepperOf = (image) => (state.view === "steps" ? steppers.find(({ stops }) => stops.includes(image)) : undefined);
 

@@ -6,7 +6,7 @@ const SVG = document.querySelector("svg").namespaceURI;
 const stepOf = (image) => (STEP < 0 ? null : image.values[STEP]);
 const trainingOf = (image) => trainings.find(({ run }) => run === image.values[RUN]);
 
-// The adapter file that a image can be drawn with again; null: the bare model; undefined: it was not kept.
+// The adapter file that an image can be generated again with; null: the bare model; undefined: it was not kept.
 function adapterOf(image) {
   const adapter = settingOf(image, "adapter"), training = trainingOf(image), step = stepOf(image);
   if (step === null || !training) return adapter;

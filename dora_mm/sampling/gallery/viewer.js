@@ -23,7 +23,7 @@ function show(position) {
   setAddress(`#${addressOf.get(image)}`);
 }
 
-// --- links: the part behind # names a image ------------------------------------------------------------------------
+// --- links: the part behind # names an image ------------------------------------------------------------------------
 
 const addressOf = new Map(), byAddress = new Map();
 for (const image of images) {

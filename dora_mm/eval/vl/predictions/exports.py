@@ -20,7 +20,7 @@ def write_vlmevalkit(path: Path, task: str, predictions: Predictions) -> None:
     try:
         from openpyxl import Workbook
     except ModuleNotFoundError:
-        raise ValueError("--to vlmevalkit needs the package openpyxl: pip install 'dora_mm[contact sheets]'") from None
+        raise ValueError("--to vlmevalkit needs the package openpyxl: pip install 'dora_mm[sheets]'") from None
     letters = ascii_uppercase[: max((len(example.options) for example, _ in predictions), default=0)]
     book = Workbook()
     sheet = book.active
