@@ -117,10 +117,9 @@ def test_layers_and_files_need_nothing_but_the_base(tmp_path):
 
 
 def test_every_extra_that_a_message_or_a_page_names_is_one():
-    root = Path(__file__).parents[2]
-    extras = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    files = [root / "README.md", *(root / "docs").rglob("*.md")]
-    files += [path for folder in ("dora_mm", "pipelines") for path in (root / folder).rglob("*.py")]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    files = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    files += [path for folder in ("dora_mm", "pipelines") for path in (ROOT / folder).rglob("*.py")]
     named = {
         extra.strip(): path.name
         for path in files
