@@ -34,9 +34,8 @@ class FlowModel(ImageModel):
     reads_denoisers = True
     patch: ClassVar[int] = 2  # the side of what the transformer takes for one token, in its latents
     distilled_steps: ClassVar[int] = 0  # in which those generate whose index has `is_distilled`; 0: it says nothing
-    chat: ClassVar[Mapping[str, Any] | None] = (
-        None  # how the chat template of prompts is filled in; None: there is none
-    )
+    # How the chat template of prompts is filled in; None: there is none
+    chat: ClassVar[Mapping[str, Any] | None] = None
     scheduler_makes_levels: ClassVar[bool] = False  # whether its pipeline leaves noise levels to the scheduler
     # Whether its pipeline gives each token of a guided prediction the length that it has with the prompt alone
     rescales_guided_tokens: ClassVar[bool] = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,7 @@ class ZImage(FlowModel):
 
     name = "z_image"
     maps: ClassVar = {"transformer": "z-image"}
-    chat: ClassVar = {"add_generation_prompt": True, "enable_thinking": True}
+    chat: ClassVar[Mapping[str, Any]] = {"add_generation_prompt": True, "enable_thinking": True}
 
     @classmethod
     def distilled(cls, files: ModelFolder) -> Distilled | None:
