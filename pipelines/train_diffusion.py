@@ -37,6 +37,7 @@ from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from dora_mm.tasks.held_out import ImageLosses
 from dora_mm.tasks.image_batches import CaptionedBatches, captioned_batches, free_vae
 from dora_mm.tasks.preservation import PreservingBatches, preserving
+from dora_mm.tasks.references import check_references
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
 from dora_mm.train.preflight import preflight, stop_at
@@ -90,6 +91,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     check_fit(config, model)
     images, held_out = hold_out(read_images(config.data, "train"), config.data)
     class_images = read_images(config.data, "preserve")
+    check_references(model, [*images, *held_out], config.data)
     if resume is not None:
         check_resumed(accelerator, resume, inputs_of(config, images, held_out, class_images))
     task = DiffusionTask(model, config.loss)

@@ -85,6 +85,7 @@ class ImageFolderConfig(Section):
     prompt: Text | None = None  # the caption of images without one; null: data.instance_prompt
     resolution: Resolution | None = None  # pixels; null: data.resolution
     masks: InputPath | None = None  # as data.mask.folder
+    references: Items[InputPath] = ()  # as data.references
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "ImageFolderConfig":
@@ -94,6 +95,8 @@ class ImageFolderConfig(Section):
             raise ValueError("weight has no effect on a folder of role preserve: set preserve.weight")
         if self.role == "preserve" and self.masks:
             raise ValueError("masks have no effect on a folder of role preserve: leave them out")
+        if self.role == "preserve" and self.references:
+            raise ValueError("references are not for a folder of role preserve: leave them out")
         return self
 
 
@@ -153,6 +156,13 @@ class DataConfig(Section):
     captions: CaptionConfig | None = None  # what becomes of captions; null: they stay as they are
     caption_dropout: Share = 0.0  # probability of training an image without its caption
     mask: MaskConfig | None = None  # null: every place counts alike
+    # Folders of reference images, for models that edit: a.png, or a_1.png and a_2.png, for a.png in data.folder; of
+    # several folders the first has the first reference of each image. metadata.jsonl can name them instead
+    references: Items[InputPath] = ()
+    # Pixels of a reference beyond which it is scaled down: pipeline: as the model's pipeline does, target: those of the
+    # training image, or their number
+    reference_area: Literal["pipeline", "target"] | PositiveInt = "pipeline"
+    reference_dropout: Share = 0.0  # probability of training a batch without its references
     latent_cache: Text | None = None  # a folder that keeps latents between runs; null: in memory only
     text_cache: Text | None = None  # a folder that keeps encoded captions, also between runs; null: in memory
     valid: HeldOutImagesConfig | None = None  # held-out images; null: none
@@ -161,7 +171,8 @@ class DataConfig(Section):
     def all_folders(self) -> dict[str, ImageFolderConfig]:
         """All folders by their keys, also where there is one."""
         if self.folder is not None:
-            return {"data.folder": ImageFolderConfig(path=self.folder, masks=self.mask and self.mask.folder)}
+            masks = self.mask and self.mask.folder
+            return {"data.folder": ImageFolderConfig(path=self.folder, masks=masks, references=self.references)}
         return {f"data.folders[{number}]": folder for number, folder in enumerate(self.folders)}
 
     @property
@@ -188,6 +199,8 @@ class DataConfig(Section):
             problems.append("valid.folder belongs to data.folder: give a folder of role validate instead")
         if self.mask and self.mask.folder and self.folders:
             problems.append("mask.folder belongs to data.folder: give masks to each of folders instead")
+        if self.references and self.folders:
+            problems.append("references belongs to data.folder: give references to each of folders instead")
         if any(folder.masks for folder in self.folders) and (self.mask is None or self.mask.source == "alpha"):
             problems.append("masks of folders have no effect without mask of source file: set mask, or leave them out")
         return raise_problems(self, problems)

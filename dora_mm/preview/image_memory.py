@@ -41,8 +41,8 @@ def machine_of(config: TrainDiffusionConfig) -> Machine:
 
 
 def largest_batch(batches: CaptionedBatches) -> int:
-    """The number of the batch of the first epoch that has the most pixels."""
-    areas = [h * w for h, w in batches.buckets]
+    """The number of the batch of the first epoch that has the most pixels, with those of references."""
+    areas = [sum(h * w for h, w in layout) for layout in batches.layouts]
     sizes = [sum(areas[row] for row in rows) for rows in batches.order.batches_of(0)]
     return max(range(len(sizes)), key=sizes.__getitem__)
 

@@ -43,6 +43,7 @@ from dora_mm.preview.training import (
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches, captioned_batches, free_vae
 from dora_mm.tasks.preservation import PreservingBatches, preserving
+from dora_mm.tasks.references import check_references
 from dora_mm.train.preflight import OPTIMIZER, QUANTIZATION, Problems, finished_steps, first_problem
 from dora_mm.train.setup import training_setup
 
@@ -74,6 +75,7 @@ def image_page(
         yield from slow_hardware(accelerator, None)
         return
     check_fit(config, model)
+    check_references(model, [*images, *held_out], config.data)
     networks = list(model.networks.values())
     why_not = first_problem(problems, (OPTIMIZER, QUANTIZATION))
     why_not = why_not or why_not_measured(accelerator, networks, shard=config.train.shard)

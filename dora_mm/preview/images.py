@@ -52,6 +52,7 @@ def describe_data(
             describe_images(images, config.data),
             describe_captions(images, config.data, num_tokens),
             *describe_rendered(images, config),
+            *describe_references(images, model, config.data),
             *describe_masks(images, config.data),
             *describe_look(images, config.data),
             *describe_preserved(config, class_images),
@@ -144,6 +145,23 @@ def describe_masks(images: Sequence[CaptionedImage], data: DataConfig) -> list[s
     return [f"masks     {count} of {len(images)} ({where}), floor {data.mask.floor:g}{outside}"]
 
 
+def describe_references(images: Sequence[CaptionedImage], model: ImageModel | None, data: DataConfig) -> list[str]:
+    """A line with the images that have references, and with the most tokens that these are; none without references."""
+    from dora_mm.tasks.references import num_tokens
+
+    found = [image for image in images if image.references]
+    if not found:
+        return []
+    counts = Counter(len(image.references) for image in images)
+    each = ", ".join(f"{images} with {count}" for count, images in sorted(counts.items()))
+    dropped = f", dropped with probability {data.reference_dropout:g}" if data.reference_dropout else ""
+    tokens = ""
+    if model:
+        own, theirs = max((num_tokens(image, model, data) for image in found), key=sum)
+        tokens = f", at most {theirs:,} tokens beside {own:,} of the image"
+    return [f"references  {each}{tokens}{dropped}"]
+
+
 def describe_latents(batches: CaptionedBatches, data: DataConfig) -> list[str]:
     """A line with the latents that are computed ahead of the steps, and where they are; none for random crops.
 
@@ -154,7 +172,8 @@ def describe_latents(batches: CaptionedBatches, data: DataConfig) -> list[str]:
     if batches.config.crop == "random":
         return []
     folder = data.latent_cache
-    count, each = len(batches.images) * (2 if batches.config.flip else 1), batches.cache.bytes_each
+    kinds = {reference for image in batches.images for reference in image.references}
+    count, each = (len(batches.images) + len(kinds)) * (2 if batches.config.flip else 1), batches.cache.bytes_each
     size = each * count if each else 0
     where = f"in {folder}" if folder else "in main memory"
     where += "; data.latent_cache keeps them on the disk" if size > LARGE_CACHE and not folder else ""

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from dora_mm.config.images import LossConfig
 from dora_mm.core import base_model
 from dora_mm.data.images.buckets import Framing
+from dora_mm.models.images.editing import EditingModel
 from dora_mm.models.images.image_model import ImageModel, Prompt
 from dora_mm.registries.loss_weightings import LOSS_WEIGHTINGS
 from dora_mm.registries.registry import load
@@ -49,6 +50,8 @@ class ConditionedLatents:
     prompts: Sequence[Prompt]  # B encoded captions
     framings: Sequence[Framing]  # how each was brought to its size
     weights: torch.Tensor | None = None  # (B,) of their losses; None: 1 each
+    # Normalized latents (B, C, h, w) of the first reference of each image, the second, ...: all have the same sizes
+    references: Sequence[torch.Tensor] = ()
     masks: torch.Tensor | None = None  # (B, h, w) how much each latent counts, up to 1; None: all alike
     # B captions as the base model reads them: outside the masks its prediction is the target; None: nothing is
     base_prompts: Sequence[Prompt] | None = None
@@ -150,7 +153,7 @@ class DiffusionTask:
         """The prediction of the base model (B, C, h, w): at strength 0 adapted layers equal base layers bit for bit."""
         assert batch.base_prompts is not None
         with base_model([self.model.networks[self.model.denoiser]]):
-            return self.model.predict(noised, times, batch.base_prompts, batch.framings)
+            return self._predict(replace(batch, prompts=batch.base_prompts), noised, times)
 
     def times_at(self, shares: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         """The quantiles (N,) of the training's distribution of times at these shares (N,).
@@ -196,7 +199,10 @@ class DiffusionTask:
         return min_snr_weight(self.noise.signal_to_noise(times), float(self.gamma), self.noise.prediction)
 
     def _predict(self, batch: ConditionedLatents, noised: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-        return self.model.predict(noised, times, batch.prompts, batch.framings)
+        if not batch.references:
+            return self.model.predict(noised, times, batch.prompts, batch.framings)
+        assert isinstance(self.model, EditingModel)
+        return self.model.predict_edit(noised, times, batch.prompts, batch.framings, batch.references)
 
     def _times(self, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         count, device, size = len(latents), generator.device, latents.shape[2:]

@@ -71,10 +71,10 @@ class ImageLosses:
         return found
 
     def _batches(self, part: CaptionedBatches, batch_size: int) -> list[list[tuple[int, int]]]:
-        """Batches of (image, number of its time), each of images of one size."""
+        """Batches of (image, number of its time), each of images of one layout."""
         groups = defaultdict(list)
-        for index, bucket in enumerate(part.buckets):
-            groups[bucket] += [(index, number) for number in range(NUM_TIMES)]
+        for index, layout in enumerate(part.layouts):
+            groups[layout] += [(index, number) for number in range(NUM_TIMES)]
         return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
 
     def _losses(self, part: CaptionedBatches, rows: list[tuple[int, int]]) -> list[float]:

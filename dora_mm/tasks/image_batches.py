@@ -10,7 +10,7 @@ import torch
 from dora_mm.config.images import DataConfig, TrainDiffusionConfig
 from dora_mm.core import base_model
 from dora_mm.data.images.buckets import Framing, frame
-from dora_mm.data.images.folder import CaptionedImage, bucket_of
+from dora_mm.data.images.folder import CaptionedImage
 from dora_mm.data.images.latents import LatentCache, Latents, latent_key
 from dora_mm.data.images.masks import ALPHA, load_mask, render_mask
 from dora_mm.data.images.order import ImageOrder
@@ -20,6 +20,7 @@ from dora_mm.data.images.wording import rendered, unchanged
 from dora_mm.data.seen import read_as
 from dora_mm.models.images.image_model import ImageModel, Prompt
 from dora_mm.tasks.diffusion import ConditionedLatents
+from dora_mm.tasks.references import ReferenceLatents, layout_of
 from dora_mm.utils.progress import Progress, tracked
 from dora_mm.utils.randomness import generator
 
@@ -123,7 +124,7 @@ class PromptEncoder:
 class CaptionedBatches:
     """Maps a batch number to a batch, which depends only on (seed, number, process).
 
-    All images of a batch have one shape; every epoch contains every image `data.repeats` times, times the `repeats` of
+    All images of a batch have one layout; every epoch contains every image `data.repeats` times, times the `repeats` of
     its folder and, with `data.subfolders`, the number in the name of its subfolder (see `ImageOrder`). Latents are
     sampled from the VAE's posterior again each time; that of an image with a fixed crop is computed once.
 
@@ -152,9 +153,10 @@ class CaptionedBatches:
         self.batch_size, self.seed, self.process = batch_size, seed, process
         self.cache = LatentCache(config.latent_cache)
         self.vae_identity = model.vae_identity
-        self.buckets = [bucket_of(image, config) for image in images]
+        self.references = ReferenceLatents(model, config, self.cache)
+        self.layouts = [layout_of(image, model, config) for image in images]
         repeats = [config.repeats * image.repeats for image in images]
-        self.order = ImageOrder(self.buckets, repeats, batch_size, seed)
+        self.order = ImageOrder(self.layouts, repeats, batch_size, seed)
         weights = [config.folders[image.folder].weight if config.folders else 1.0 for image in images]
         self.weights = torch.tensor(weights)  # of the images' losses
         self._masks: dict[tuple[object, ...], torch.Tensor] = {}
@@ -178,6 +180,7 @@ class CaptionedBatches:
                         kept.append(key)
                     else:
                         self._latents(index, framing)
+                    kept += self.references.encode(self.images[index], flip=flip)
             self.cache.report(kept)
 
     def captions(self, num_batches: int | None = None) -> list[str]:
@@ -206,6 +209,7 @@ class CaptionedBatches:
             self.encode(captions, dropped),
             framings,
             self.weights[rows],
+            self._references(number, rows, framings),
             self._masks_of(rows, framings),
             self.encode_by_base(captions, dropped) if self.config.mask and self.config.mask.outside == "base" else None,
         )
@@ -221,7 +225,7 @@ class CaptionedBatches:
         return float(self.weights[rows].sum()), len(rows)
 
     def fixed(self, rows: Sequence[int]) -> ConditionedLatents:
-        """Images of one shape, by their numbers, with their captions; nothing in it is sampled again.
+        """Images of one layout, by their numbers, with their captions; nothing in it is sampled again.
 
         `data.crop` must be `center`, since the latents of other crops are not kept.
         """
@@ -231,10 +235,19 @@ class CaptionedBatches:
             latents.append(self._latents(row, framing).sample(stream))
         prompts = self.prompts([unchanged(self.images[row], self.config.captions) for row in rows])
         normalized = self.model.normalized(torch.stack(latents)).to(self.model.device)
-        return ConditionedLatents(normalized, prompts, framings, masks=self._masks_of(rows, framings))
+        references = self.references.of_batch([self.images[row] for row in rows], [False] * len(rows))
+        masks = self._masks_of(rows, framings)
+        return ConditionedLatents(normalized, prompts, framings, references=references, masks=masks)
+
+    def _references(self, number: int, rows: Sequence[int], framings: Sequence[Framing]) -> list[torch.Tensor]:
+        """The references of a batch of all processes together; none where they are dropped."""
+        stream = generator(self.seed, number, "references")
+        if self.config.reference_dropout and float(torch.rand((), generator=stream)) < self.config.reference_dropout:
+            return []
+        return self.references.of_batch([self.images[row] for row in rows], [each.flip for each in framings])
 
     def _frame(self, index: int, flip: bool, stream: torch.Generator | None) -> Framing:
-        return frame(self.images[index].size, self.buckets[index], self.config.crop, stream, flip)
+        return frame(self.images[index].size, self.layouts[index][0], self.config.crop, stream, flip)
 
     def _flipped(self, stream: torch.Generator) -> bool:
         return self.config.flip and bool(torch.rand((), generator=stream) < 0.5)

@@ -71,7 +71,8 @@ class PreservingBatches:
         texts = [self._prompt(caption) for caption in self.batches.captions_of(number)]
         dropped = [not text for text in texts]
         prompts, base_prompts = self.batches.encode(texts, dropped), self.batches.encode_by_base(texts, dropped)
-        return ConditionedLatents(batch.latents, prompts, batch.framings, base_prompts=base_prompts)
+        latents, framings, references = batch.latents, batch.framings, batch.references
+        return ConditionedLatents(latents, prompts, framings, references=references, base_prompts=base_prompts)
 
     def _prompt(self, caption: str) -> str:
         if self.config.prompt is not None:

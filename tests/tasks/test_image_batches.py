@@ -77,7 +77,7 @@ def test_latents_are_normalized_after_they_are_drawn(tiny, image_folder):
     tiny.vae.register_to_config(scaling_factor=0.13025)
     all_batches = batches(tiny, image_folder, batch_size=1)
     framing = all_batches(3).framings[0]
-    rows = [row for row, bucket in enumerate(all_batches.buckets) if bucket == framing.target_size]
+    rows = [row for row, layout in enumerate(all_batches.layouts) if layout[0] == framing.target_size]
     assert any(torch.equal(all_batches(3).latents, drawn(tiny, all_batches, row, framing)) for row in rows)
 
 

@@ -16,6 +16,9 @@ from dora_mm.utils.tables import decoded, read_table
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_SUFFIXES = (".txt", ".caption")  # suffixes of files beside an image, in the order in which they are looked for
 KEYS = ("text", "prompt", "caption")  # of a row
+# Of the reference images of a row: our name, that of `datasets` in folders of images, that of musubi-tuner
+REFERENCES = ("references", "reference_file_names", "reference_file_name", "control_path")
+CONTROL = re.compile(r"control_path_\d+")  # of musubi-tuner, one key for each
 MOST_BYTES = 2**30  # of a metadata file: some four million rows
 MOST_CAPTION_BYTES = 2**20  # of the captions of an image
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -30,6 +33,7 @@ class ImageCaption(NamedTuple):
     text: str
     source: str
     more: tuple[str, ...] = ()  # further texts of the same image
+    references: tuple[Path, ...] = ()  # of a metadata file: the reference images that a row names
 
 
 class CaptionFiles:
@@ -152,16 +156,18 @@ def read_metadata(file: Path, *, lines: bool = False) -> tuple[dict[Path, ImageC
         try:
             name, texts = _of_row(row)
             path = _inside(root, real_root, name)
+            references = tuple(_inside(root, real_root, each) for each in _references_of(row))
             if path in captions:
                 raise ValueError(f"names {path.name} again (first in line {lines_of[path]})")
-            captions[path], lines_of[path] = _as_caption(texts, file.name, lines=lines), number
+            caption = _as_caption(texts, file.name, lines=lines)
+            captions[path], lines_of[path] = caption._replace(references=references), number
         except ValueError as error:
             problems.append(f"line {number} {error}")
     return captions, problems
 
 
 def _csv_rows(text: str, problems: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    return read_table(text, lambda name: name in ("file_name", *KEYS), problems)
+    return read_table(text, lambda name: name in ("file_name", *KEYS, *REFERENCES), problems)
 
 
 def _json_rows(text: str, problems: list[str]) -> Iterator[tuple[int, Any]]:
@@ -192,6 +198,18 @@ def _of_row(row: Any) -> tuple[str, Sequence[str]]:
     if len({tuple(text.strip() for text in texts) for texts in captions.values()}) > 1:
         raise ValueError(f"has different values for {' and '.join(captions)}: keep one")
     return name, next(iter(captions.values()), [])
+
+
+def _references_of(row: Mapping[str, Any]) -> list[str]:
+    """The names of the reference images of a row: a text or a list of texts, or one text in each of several keys."""
+    numbered = sorted((key for key in row if CONTROL.fullmatch(key)), key=lambda key: int(key.rpartition("_")[2]))
+    keys = [key for key in (*REFERENCES, *numbered) if row.get(key)]
+    if sum(key in REFERENCES for key in keys) + bool(numbered) > 1:
+        raise ValueError(f"has references in {' and '.join(keys)}: keep one")
+    values = [value for key in keys for value in (row[key] if isinstance(row[key], list) else [row[key]])]
+    if not all(isinstance(value, str) and value for value in values):
+        raise ValueError(f"has references that are no names of files, in {' and '.join(keys)}")
+    return values
 
 
 def _inside(root: Path, real_root: Path, name: str) -> Path:

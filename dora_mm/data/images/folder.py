@@ -33,6 +33,7 @@ from dora_mm.data.images.masks import (
     no_masks,
 )
 from dora_mm.data.images.pixels import SUFFIXES, load_rgb
+from dora_mm.data.images.references import Reference, ReferenceFiles, read_reference
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.progress import tracked
 
@@ -44,7 +45,8 @@ _USING_MASKS = "if they are masks, name it in data.mask.folder, or as masks of i
 REPEATS = re.compile(r"(\d+)_.*")  # kohya's name of a folder whose images are repeated
 
 
-_Content: TypeAlias = tuple[Size, str, str, float, Look | None]
+_Files: TypeAlias = tuple[Path, MaskFile | None, tuple[Path, ...]]  # an image, its mask and its references
+_Content: TypeAlias = tuple[Size, str, str, float, Look | None, tuple[Reference, ...]]
 
 
 class CaptionedImage(NamedTuple):
@@ -61,6 +63,7 @@ class CaptionedImage(NamedTuple):
     mask: str = ""  # SHA-256 of the file of its mask, or "alpha"; empty: none is used
     mask_file: MaskFile | None = None  # its mask, used or not
     look: Look | None = None  # what it looks like, where that was asked for
+    references: tuple[Reference, ...] = ()  # what a model that edits sees beside the caption, in its order
 
 
 def read_captioned_images(
@@ -76,6 +79,8 @@ def read_captioned_images(
     masks: str | None = None,
     mask_folder: str | None = None,
     mask_key: str = "data.mask.folder",
+    references: Sequence[str] = (),
+    reference_key: str = "data.references",
     look: bool = False,
 ) -> list[CaptionedImage]:
     """Reads every image of a folder with its caption, sorted by path.
@@ -97,47 +102,59 @@ def read_captioned_images(
         masks: Where masks are, "file" or "alpha"; None: they are not used, and files of masks are no images either.
         mask_folder: A folder of masks that are named as the images; None: they lie beside the images.
         mask_key: The key of the config that names it.
+        references: Folders of reference images.
+        reference_key: The key of the config that names them.
         look: Whether to keep what each image looks like.
 
     Raises:
-        ValueError: Lists all problems of the folder: it is missing, unreadable or has no images; an image is broken,
-            empty or too large; a metadata file is malformed or names an image that is missing, outside the folder or
-            listed already; an image has no caption; captions are not used; no caption contains the placeholder; all
-            images are in subfolders, or the name of a subfolder asks for 0 repeats; a mask cannot be used, has no
-            image or is one of two; or a subfolder has the masks of another one.
+        ValueError: Lists all problems of the folder: it is missing, unreadable or has no images; an image or a
+            reference is broken, empty or too large; a metadata file is malformed or names an image that is missing,
+            outside the folder or listed already; an image has no caption; captions are not used; no caption contains
+            the placeholder; all images are in subfolders, or the name of a subfolder asks for 0 repeats; a mask cannot
+            be used, has no image or is one of two; a subfolder has the masks of another one; or a reference belongs to
+            no image.
     """
     root = resolve_path(folder, key)
     mask_root = None if mask_folder is None else resolve_path(mask_folder, mask_key)
-    folders = folders_in(root, mask_root) if subfolders else [root]
+    others = [] if mask_root is None else [mask_root]
+    others += [reference_folder(path, root, reference_key) for path in references]
+    folders = folders_in(root, *others) if subfolders else [root]
     entries = [path for each in folders for path in entries_of(each, key)]
     files = CaptionFiles(root, entries, lines=lines)
     problems, kinds = files.problems, by_kind({*entries, *files.rows})
-    paths = sorted(kinds.images | {path for path in files.rows if not is_image(path.name)})
+    listed = {path: row.references for path, row in files.rows.items()}
+    seen_only = {path for found in listed.values() for path in found} - listed.keys()
+    paths = sorted((kinds.images - seen_only) | {path for path in files.rows if not is_image(path.name)})
     found_masks = _masks(kinds, root, mask_root, mask_key, subfolders=subfolders)
-    deeper = [] if subfolders else _images_in_subfolders(root, mask_root, paths)
+    reference_roots = others[mask_root is not None :]
+    found_references = ReferenceFiles(
+        paths, listed, [(each, _files_in(each, reference_key, subfolders=subfolders)) for each in reference_roots], root
+    )
+    deeper = [] if subfolders else _images_in_subfolders(root, others, [*paths, *seen_only])
     if not paths and not problems:
         raise ValueError(_no_images(root, deeper, key))
 
     images, uncaptioned = [], []
-    masked = [(path, found_masks.of_image(path)) for path in paths]
-    contents = _contents(masked, root=root if subfolders else None, masks=masks, look=look)
+    all_files = [(path, found_masks.of_image(path), found_references.of_image(path)) for path in paths]
+    contents = _contents(all_files, root=root if subfolders else None, masks=masks, look=look)
     shown = tracked(contents, "reading images", "images", len(paths))
-    for (path, mask_file), content in zip(masked, shown, strict=True):
+    for (path, mask_file, _), content in zip(all_files, shown, strict=True):
         found = files.of_image(path)
-        caption, source, more = found or (instance_prompt or "", prompt_key, ())
+        caption, source, more = found[:3] if found else (instance_prompt or "", prompt_key, ())
         if not caption:
             uncaptioned.append(path)
         if isinstance(content, ValueError):
             problems.append(str(content))
         else:
-            size, digest, mask, repeats, seen = content
-            settings = {"more": more, "mask": mask, "mask_file": mask_file, "look": seen}
+            size, digest, mask, repeats, seen, references_of = content
+            settings = {"more": more, "mask": mask, "mask_file": mask_file, "look": seen, "references": references_of}
             images.append(CaptionedImage(path, caption, size, digest, source, repeats, **settings))
     if uncaptioned:
         problems.append(f"{_counted(uncaptioned)} without a caption: caption them or set {prompt_key}")
     if orphans := found_masks.orphans(paths):
         problems.append(f"{_counted(orphans)} the mask of no image: rename or remove it")
     problems += found_masks.ambiguous() if masks == "file" else []
+    problems += found_references.problems(reference_key)
     if subfolders:
         problems += [f"{folder.relative_to(root)} has {_AS_MASKS} {masked}: {_USING_MASKS}, or rename it"
                      for folder, masked in folders_of_masks(paths).items()]  # fmt: skip
@@ -186,8 +203,25 @@ def _masks(kinds: ImagesByKind, root: Path, folder: Path | None, key: str, *, su
     """The masks of a folder of images: those beside them, and those in a folder of their own."""
     if folder is not None and folder.resolve() == root.resolve():
         raise ValueError(f"{key}: {folder} is the folder of the images: give one that has masks alone")
-    folders = [] if folder is None else folders_in(folder) if subfolders else [folder]
-    return MaskFiles(kinds.masks, root, folder, (path for each in folders for path in entries_of(each, key)))
+    return MaskFiles(kinds.masks, root, folder, _files_in(folder, key, subfolders=subfolders) if folder else [])
+
+
+def reference_folder(path: str, root: Path, key: str) -> Path:
+    """A folder of references, of which the images have one of their own.
+
+    Raises:
+        ValueError: It does not exist, or is that of the images.
+    """
+    folder = resolve_path(path, key)
+    if folder.resolve() == root.resolve():
+        raise ValueError(f"{key}: {folder} is the folder of the images: give one that has references alone")
+    return folder
+
+
+def _files_in(folder: Path, key: str, *, subfolders: bool) -> list[Path]:
+    """The entries of a folder, and of its subfolders where these count."""
+    folders = folders_in(folder) if subfolders else [folder]
+    return [path for each in folders for path in entries_of(each, key)]
 
 
 def read_images(data: DataConfig, role: str, *, look: bool = False) -> list[CaptionedImage]:
@@ -214,6 +248,8 @@ def read_images(data: DataConfig, role: str, *, look: bool = False) -> list[Capt
                 masks=masks,
                 mask_folder=folder.masks,
                 mask_key="data.mask.folder" if data.folder else f"{key}.masks",
+                references=folder.references,
+                reference_key="data.references" if data.folder else f"{key}.references",
                 subfolders=data.subfolders,
                 unused_captions=data.unused_captions,
                 key=key,
@@ -237,10 +273,10 @@ def read_training_images(data: DataConfig) -> list[CaptionedImage]:
 
 
 def digest_of(images: Sequence[CaptionedImage]) -> str:
-    """SHA-256 that identifies a data set: the content of its images and masks, their captions, order and repeats."""
+    """SHA-256 that identifies a data set: the content of its images, masks and references, captions, order, repeats."""
     rows = []
     for image in images:
-        others = {"more": image.more, "mask": image.mask}
+        others = {"more": image.more, "mask": image.mask, "references": [each.digest for each in image.references]}
         found = {name: value for name, value in others.items() if value}
         rows.append((image.digest, image.caption, *([image.repeats] if image.repeats != 1 else []), *found.items()))
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
@@ -261,9 +297,9 @@ def contains_word(text: str, word: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
 
 
-def _images_in_subfolders(root: Path, mask_root: Path | None, listed: Sequence[Path]) -> list[Path]:
+def _images_in_subfolders(root: Path, others: Sequence[Path], listed: Sequence[Path]) -> list[Path]:
     """The images in subfolders that are not read without `data.subfolders`: those that no metadata file names."""
-    folders = folders_in(root, mask_root)[1:]
+    folders = folders_in(root, *others)[1:]
     return sorted(by_kind(path for folder in folders for path in folder.iterdir()).images - set(listed))
 
 
@@ -277,16 +313,16 @@ def _no_images(root: Path, deeper: Sequence[Path], key: str) -> str:
     )
 
 
-def _contents(images: Sequence[tuple[Path, MaskFile | None]], **settings: Any) -> Iterator[_Content | ValueError]:
+def _contents(images: Sequence[_Files], **settings: Any) -> Iterator[_Content | ValueError]:
     """The result of `_content` for each image, in order: large ones by threads, since Pillow decodes without the GIL.
 
     Threads that read small ones wait for it: 20,000 of 64 x 64 take two of them 7.5 s, and one 4.9 s.
     """
 
-    def content_of(image: tuple[Path, MaskFile | None]) -> _Content | ValueError:
+    def content_of(image: _Files) -> _Content | ValueError:
         return _content(*image, **settings)
 
-    sizes = [path.stat().st_size for path, _ in images[:100] if path.is_file()]
+    sizes = [path.stat().st_size for path, *_ in images[:100] if path.is_file()]
     if sum(sizes) < SMALL * len(sizes):
         yield from map(content_of, images)
     else:
@@ -295,15 +331,21 @@ def _contents(images: Sequence[tuple[Path, MaskFile | None]], **settings: Any) -
 
 
 def _content(
-    path: Path, mask_file: MaskFile | None, root: Path | None, masks: str | None, *, look: bool
+    path: Path,
+    mask_file: MaskFile | None,
+    references: tuple[Path, ...],
+    root: Path | None,
+    masks: str | None,
+    *,
+    look: bool,
 ) -> _Content | ValueError:
-    """Size, digest, mask, repeats and look of an image, which is decoded in full, or why it cannot be used."""
+    """What is kept of an image, which is decoded in full as its references are, or why it cannot be used."""
     try:
         repeats = 1 if root is None else _repeats(root, path)
         image: Image.Image = load_rgb(path)
         size = image.height, image.width
         mask, seen = mask_digest(path, mask_file, size, masks), look_at(image) if look else None
-        return size, file_digest(path), mask, repeats, seen
+        return size, file_digest(path), mask, repeats, seen, tuple(map(read_reference, references))
     except ValueError as error:
         return error
 

@@ -54,6 +54,22 @@ def latent_key(digest: str, framing: Framing, background: str, vae: str) -> str:
     return hashlib.sha256(json.dumps([LAYOUT, digest, geometry, background, vae]).encode()).hexdigest()
 
 
+def reference_key(digest: str, size: tuple[int, int], area: int | None, vae: str, *, flip: bool) -> str:
+    """The cache key of the latents of a reference image.
+
+    Args:
+        digest: Of the image file.
+        size: (h, w) at which the VAE sees it.
+        area: In pixels, to which it was scaled down first; None: it was not.
+        vae: The digest of the VAE.
+        flip: Whether it is mirrored.
+
+    Returns:
+        A SHA-256 in hex.
+    """
+    return hashlib.sha256(json.dumps([LAYOUT, "reference", digest, size, area, flip, vae]).encode()).hexdigest()
+
+
 class LatentCache:
     """Keeps latents in a folder, one file each, or in memory if no folder is given.
 

@@ -18,17 +18,19 @@ def image_files(data: DataConfig, role: str) -> list[Path]:
     for key, folder in data.all_folders.items():
         if folder.role == role:
             root = resolve_path(folder.path, key)
-            masks = resolve_path(folder.masks, f"{key}.masks") if folder.masks else None
-            folders = folders_in(root, masks) if data.subfolders else [root]
+            others = [(folder.masks, f"{key}.masks")] if folder.masks else []
+            others += [(path, f"{key}.references") for path in folder.references]
+            without = [resolve_path(path, key) for path, key in others]
+            folders = folders_in(root, *without) if data.subfolders else [root]
             found += sorted(by_kind(path for each in folders for path in entries_of(each, key)).images)
     return list(dict.fromkeys(found))  # a folder may be given twice
 
 
-def folders_in(root: Path, without: Path | None = None) -> list[Path]:
-    """The folder and all of its subfolders, but for hidden and linked ones, and for one folder."""
-    found, left_out = [], without and without.resolve()
+def folders_in(root: Path, *without: Path) -> list[Path]:
+    """The folder and all of its subfolders, but for hidden and linked ones, and for some folders."""
+    found, left_out = [], {folder.resolve() for folder in without}
     for folder, names, _ in os.walk(root):
-        names[:] = sorted(n for n in names if not n.startswith(".") and Path(folder, n).resolve() != left_out)
+        names[:] = sorted(n for n in names if not n.startswith(".") and Path(folder, n).resolve() not in left_out)
         found.append(Path(folder))
     return found or [root]  # a path that is no folder gives none, and is reported when it is listed
 

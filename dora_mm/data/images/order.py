@@ -16,11 +16,11 @@ class ImageOrder:
     """The images of every batch by its number, from 0, counted across epochs.
 
     An epoch has every image as often as its repeats say: 2.5 times is 2 and 3 times in turns, and of the images with
-    the same repeats some begin with 2, others with 3. Only images of one bucket share a batch; the last batch of a
-    bucket may be smaller. In every epoch images are reshuffled within their bucket, then batches among each other.
+    the same repeats some begin with 2, others with 3. Only images of one layout share a batch; the last batch of a
+    layout may be smaller. In every epoch images are reshuffled within their layout, then batches among each other.
 
     Args:
-        buckets: The bucket of each image.
+        layouts: The layout of each image: its bucket, and the sizes of its references in their order.
         repeats: How often each occurs in an epoch, more than 0.
         batch_size: Images per batch.
         seed: The seed of the run.
@@ -29,10 +29,10 @@ class ImageOrder:
         ValueError: There are no images.
     """
 
-    def __init__(self, buckets: Sequence[Size], repeats: Sequence[float], batch_size: int, seed: int):
-        if not buckets:
+    def __init__(self, layouts: Sequence[tuple[Size, ...]], repeats: Sequence[float], batch_size: int, seed: int):
+        if not layouts:
             raise ValueError("There is nothing to train on: the data set has no images.")
-        self.buckets, self.repeats, self.batch_size, self.seed = buckets, repeats, batch_size, seed
+        self.layouts, self.repeats, self.batch_size, self.seed = layouts, repeats, batch_size, seed
         counts, seen = Counter(repeats), Counter()
         self.phases = []
         for times in repeats:
@@ -59,10 +59,10 @@ class ImageOrder:
         return after - before
 
     def groups(self, epoch: int) -> list[list[int]]:
-        """The indices of the images of an epoch by bucket, each as often as it occurs."""
-        found: dict[Size, list[int]] = {bucket: [] for bucket in sorted(set(self.buckets))}
-        for index, bucket in enumerate(self.buckets):
-            found[bucket] += [index] * self.times(index, epoch)
+        """The indices of the images of an epoch by layout, each as often as it occurs."""
+        found: dict[tuple[Size, ...], list[int]] = {layout: [] for layout in sorted(set(self.layouts))}
+        for index, layout in enumerate(self.layouts):
+            found[layout] += [index] * self.times(index, epoch)
         return list(found.values())
 
     def _batches_of(self, epoch: int) -> list[list[int]]:
