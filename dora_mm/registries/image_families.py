@@ -19,6 +19,7 @@ class ImageFamily:
         pipeline: The class of diffusers that the index of its models names.
         tensors: Each is the beginning of the name of a tensor in its single checkpoints; empty: these are not read.
         denoiser: Beginnings of names of tensors: files with its denoiser alone have one of them; empty: not known.
+        edits: Whether it takes reference images: its class is an `EditingModel`.
         starts: The configs that `dora-mm new` starts from, by the GB of the GPU that each needs; 0: for a small model.
     """
 
@@ -28,6 +29,7 @@ class ImageFamily:
     pipeline: str
     tensors: tuple[str, ...] = ()
     denoiser: tuple[str, ...] = ()
+    edits: bool = False
     starts: Mapping[int, str] = field(default_factory=dict)
 
 
@@ -63,6 +65,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             section="dora_mm.config.models:Flux2KleinConfig",
             pipeline="Flux2KleinPipeline",
             denoiser=("double_stream_modulation_img.",),
+            edits=True,
             starts={12: "configs/flux2_klein/style_12gb.yaml", 16: "configs/flux2_klein/style.yaml"},
         ),
         "qwen_image": ImageFamily(

@@ -9,9 +9,10 @@ from dora_mm.config.images import DataConfig
 from dora_mm.data.images.buckets import Size
 from dora_mm.data.images.folder import CaptionedImage, bucket_of
 from dora_mm.data.images.latents import LatentCache, Latents, reference_key
-from dora_mm.data.images.references import Reference, load_reference
+from dora_mm.data.images.references import ReferenceImage, load_reference
 from dora_mm.models.images.editing import EditingModel
 from dora_mm.models.images.image_model import ImageModel
+from dora_mm.registries.image_families import IMAGE_FAMILIES
 
 MOST_NAMED = 8  # problems in one message
 
@@ -80,7 +81,7 @@ class ReferenceLatents:
         assert isinstance(self.model, EditingModel)
         return self.model
 
-    def _latents(self, reference: Reference, area: int | None, *, flip: bool) -> torch.Tensor:
+    def _latents(self, reference: ReferenceImage, area: int | None, *, flip: bool) -> torch.Tensor:
         """The latents (C, h, w) of a reference, as the VAE gives them."""
 
         def compute() -> Latents:
@@ -90,7 +91,7 @@ class ReferenceLatents:
 
         return self.cache.get(self._key(reference, area, flip=flip), compute, reference.path).mean
 
-    def _key(self, reference: Reference, area: int | None, *, flip: bool) -> str:
+    def _key(self, reference: ReferenceImage, area: int | None, *, flip: bool) -> str:
         size = self._editing.reference_size(reference.size, area)
         return reference_key(reference.digest, size, area, self.model.vae_identity, flip=flip)
 
@@ -109,9 +110,10 @@ def check_references(model: ImageModel, images: Sequence[CaptionedImage], data: 
             raise ValueError("data.references: no image has a reference, so the keys of references have no effect")
         return
     if not isinstance(model, EditingModel):
+        others = ", ".join(family.title for family in IMAGE_FAMILIES.values() if family.edits)
         raise ValueError(
             f"{len(found)} images have references, such as {found[0].path.name}, and {model.title} does not edit: "
-            "train a model that does, such as FLUX.2 klein, or remove the references"
+            f"train a model that does ({others}), or remove the references"
         )
     if data.crop == "random":
         raise ValueError("data.crop: random crops of images would no longer fit their references: set center")

@@ -33,7 +33,7 @@ from dora_mm.data.images.masks import (
     no_masks,
 )
 from dora_mm.data.images.pixels import SUFFIXES, load_rgb
-from dora_mm.data.images.references import Reference, ReferenceFiles, read_reference
+from dora_mm.data.images.references import ReferenceFiles, ReferenceImage, read_reference
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.progress import tracked
 
@@ -46,7 +46,7 @@ REPEATS = re.compile(r"(\d+)_.*")  # kohya's name of a folder whose images are r
 
 
 _Files: TypeAlias = tuple[Path, MaskFile | None, tuple[Path, ...]]  # an image, its mask and its references
-_Content: TypeAlias = tuple[Size, str, str, float, Look | None, tuple[Reference, ...]]
+_Content: TypeAlias = tuple[Size, str, str, float, Look | None, tuple[ReferenceImage, ...]]
 
 
 class CaptionedImage(NamedTuple):
@@ -63,7 +63,7 @@ class CaptionedImage(NamedTuple):
     mask: str = ""  # SHA-256 of the file of its mask, or "alpha"; empty: none is used
     mask_file: MaskFile | None = None  # its mask, used or not
     look: Look | None = None  # what it looks like, where that was asked for
-    references: tuple[Reference, ...] = ()  # what a model that edits sees beside the caption, in its order
+    references: tuple[ReferenceImage, ...] = ()  # what a model that edits sees beside the caption, in its order
 
 
 def read_captioned_images(

@@ -21,7 +21,7 @@ BACKGROUND = "white"  # behind transparent references, in training as in samplin
 NUMBERED = re.compile(r"(.+)_(\d+)")
 
 
-class Reference(NamedTuple):
+class ReferenceImage(NamedTuple):
     """A reference image that has been decoded once."""
 
     path: Path
@@ -29,17 +29,17 @@ class Reference(NamedTuple):
     digest: str  # SHA-256 of the file
 
 
-def read_reference(path: Path) -> Reference:
+def read_reference(path: Path) -> ReferenceImage:
     """Decodes a reference image.
 
     Raises:
         ValueError: As in `load_rgb`.
     """
     image = load_rgb(path, BACKGROUND)
-    return Reference(path, (image.height, image.width), file_digest(path))
+    return ReferenceImage(path, (image.height, image.width), file_digest(path))
 
 
-def load_reference(reference: Reference) -> Image.Image:
+def load_reference(reference: ReferenceImage) -> Image.Image:
     """The image of a reference, upright RGB on white.
 
     Raises:
