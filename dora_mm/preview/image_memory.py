@@ -19,6 +19,7 @@ from dora_mm.preview.training import PRECISIONS, StepCost, num_bytes
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches
 from dora_mm.tasks.preservation import PreservingBatches
+from dora_mm.tasks.prompt_encoder import Caption, encode_captions, text_of
 from dora_mm.train.setup import checkpoint_activations
 from dora_mm.utils.randomness import generator
 from dora_mm.utils.tables import aligned_columns
@@ -51,7 +52,7 @@ def encode_without_numbers(
     model: ImageModel,
     batches: CaptionedBatches,
     source: CaptionedBatches | PreservingBatches,
-    captions: Sequence[str],
+    captions: Sequence[Caption],
 ) -> None:
     """Encodes the largest batch, and captions of all lengths; only the sizes of what is kept of them are known.
 
@@ -61,7 +62,7 @@ def encode_without_numbers(
         source: The same, with prior preservation added.
         captions: Those of the training.
     """
-    by_length = sorted(captions, key=len)
+    by_length = sorted(captions, key=lambda caption: len(text_of(caption)))
     chosen = by_length[:: max(1, len(by_length) // SAMPLE)]
     with torch.no_grad(), without_numbers(model):
         batches.prompts.keep(chosen)
@@ -77,7 +78,7 @@ def without_numbers(model: ImageModel) -> Iterator[Simulation]:
         yield counted
 
 
-def phases(config: TrainDiffusionConfig, model: ImageModel, captions: Sequence[str]) -> list[Phase]:
+def phases(config: TrainDiffusionConfig, model: ImageModel, captions: Sequence[Caption]) -> list[Phase]:
     """The cost of encoding captions and images, of decoding one image, and of quantising the denoiser.
 
     Args:
@@ -87,11 +88,12 @@ def phases(config: TrainDiffusionConfig, model: ImageModel, captions: Sequence[s
     """
     encoders = num_bytes(t for name in model.text_encoders for t in _tensors(model.components[name]))
     vae, side = num_bytes(_tensors(model.vae)), config.data.resolution
-    texts, pixels = sorted(captions, key=len)[-TOGETHER:], torch.zeros(1, 3, side, side)
+    longest = sorted(captions, key=lambda caption: len(text_of(caption)))[-TOGETHER:]
+    pixels = torch.zeros(1, 3, side, side)
     found = [Phase(f"VAE, an image of {side} px encoded", vae, _peak(model, lambda: model.encode_images(pixels)))]
-    if texts:
-        peak = _peak(model, lambda: model.encode_prompts(texts))
-        found.insert(0, Phase(f"captions, {len(texts)} at once", encoders, peak))
+    if longest:
+        peak = _peak(model, lambda: encode_captions(model, longest))
+        found.insert(0, Phase(f"captions, {len(longest)} at once", encoders, peak))
     if config.sample.prompts:
         size = (1, model.vae_channels, *2 * (model.resolution // model.vae_downscale,))
         latents = torch.zeros(size, dtype=model.vae.dtype, device="meta")

@@ -1,9 +1,7 @@
 """Batches of captioned images: latents, encoded captions, and how each image was brought to its size."""
 
-import hashlib
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 
@@ -15,110 +13,14 @@ from dora_mm.data.images.latents import LatentCache, Latents, latent_key
 from dora_mm.data.images.masks import ALPHA, load_mask, render_mask
 from dora_mm.data.images.order import ImageOrder
 from dora_mm.data.images.pixels import load_rgb, render
-from dora_mm.data.images.tensor_cache import TensorCache
 from dora_mm.data.images.wording import rendered, unchanged
 from dora_mm.data.seen import read_as
 from dora_mm.models.images.image_model import ImageModel, Prompt
 from dora_mm.tasks.diffusion import ConditionedLatents
+from dora_mm.tasks.prompt_encoder import Caption, PromptEncoder, with_text
 from dora_mm.tasks.references import ReferenceLatents, layout_of
-from dora_mm.utils.progress import Progress, tracked
+from dora_mm.utils.progress import tracked
 from dora_mm.utils.randomness import generator
-
-
-class PromptEncoder:
-    """Encodes captions: once each if the text encoders are frozen, every time if they are trained.
-
-    What is encoded once is kept in main memory: it may be the captions of many epochs, which vary.
-    Those with new tokens are encoded every time in any case.
-
-    Args:
-        model: The model whose text encoders are used.
-        trained: The text encoders are trained.
-        folder: Where encoded captions are kept, by content; None: in memory. Each is then encoded alone, so that it
-            depends on no other one in its last bits.
-    """
-
-    def __init__(self, model: ImageModel, *, trained: bool, folder: str | None = None):
-        self.model, self.trained = model, trained
-        self._cache: dict[str, Prompt] = {}
-        self._files = TensorCache(folder) if folder is not None else None
-
-    @property
-    def needs_encoders(self) -> bool:
-        """Whether a training needs the text encoders after all captions were encoded ahead that can be."""
-        return self.trained or bool(self.model.new_tokens.counts)
-
-    def changes(self, caption: str) -> bool:
-        """Whether a caption is encoded to something else after a step."""
-        return self.trained or self.model.new_tokens.occur_in(caption)
-
-    def keep(self, captions: Sequence[str], batch_size: int = 16) -> None:
-        """Encodes captions ahead of training, so that the text encoders can be released; none that changes."""
-        captions = [caption for caption in captions if not self.changes(caption)]
-        if self._files is not None:
-            keys = {caption: self._key(caption) for caption in dict.fromkeys(captions)}
-            missing = {caption for caption, key in keys.items() if not self._files.has(key)}
-            self._files.report((key for caption, key in keys.items() if caption not in missing), "encoded captions")
-            for caption in tracked([each for each in keys if each in missing], "encoding captions", "captions"):
-                self._write(caption)
-            return
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self._cache]
-        if not new:
-            return
-        with Progress("encoding captions", len(new), "captions") as progress, torch.no_grad():
-            for part in self._of_one_length(new, batch_size):
-                for caption, prompt in zip(part, self.model.encode_prompts(part), strict=True):
-                    self._cache[caption] = {name: tensor.cpu() for name, tensor in prompt.items()}
-                progress.advance(len(part))
-
-    def __call__(self, captions: Sequence[str]) -> list[Prompt]:
-        """Encodes captions of any length; each conditions the denoiser as it does alone."""
-        rows = [index for index, caption in enumerate(captions) if self.changes(caption)]
-        changing = self.model.encode_prompts([captions[index] for index in rows]) if rows else []
-        anew = dict(zip(rows, changing, strict=True))
-        if self._files is None:
-            self.keep(captions)
-        return [anew[index] if index in anew else self._kept(caption) for index, caption in enumerate(captions)]
-
-    def _kept(self, caption: str) -> Prompt:
-        """A caption that was encoded ahead, on the model's device."""
-        found = self._cache[caption] if self._files is None else self._read(caption)
-        return {name: tensor.to(self.model.device) for name, tensor in found.items()}
-
-    @property
-    def bytes_per_caption(self) -> float | None:
-        """The main memory that an encoded caption takes, on average over those that there are; None: there is none."""
-        sizes = [sum(tensor.nbytes for tensor in prompt.values()) for prompt in self._cache.values()]
-        return sum(sizes) / len(sizes) if sizes else None
-
-    @cached_property
-    def _identity(self) -> str:
-        return self.model.text_identity
-
-    def _key(self, caption: str) -> str:
-        return hashlib.sha256(f"{self._identity} {caption}".encode()).hexdigest()
-
-    def _read(self, caption: str) -> Prompt:
-        assert self._files is not None
-        found = self._files.read(self._key(caption), ("text",))
-        return self._write(caption) if found is None else found
-
-    @torch.no_grad()
-    def _write(self, caption: str) -> Prompt:
-        assert self._files is not None
-        if all(self.model.components.is_released(name) for name in self.model.text_encoders):
-            raise ValueError(f"data.text_cache: {self._files.path(self._key(caption))} is lost: resume the run")
-        (prompt,) = self.model.encode_prompts([caption])
-        self._files.write(self._key(caption), prompt)
-        return prompt
-
-    def _of_one_length(self, captions: Sequence[str], batch_size: int) -> Iterator[list[str]]:
-        """Batches of captions of one length, so that none is padded."""
-        groups = defaultdict(list)
-        for caption in captions:
-            groups[self.model.prompt_length(caption)].append(caption)
-        for group in groups.values():
-            yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
 
 
 class CaptionedBatches:
@@ -170,7 +72,8 @@ class CaptionedBatches:
         if not self.prompts.trained:
             # The captions of a longer training are more: encoded together, they would differ in their last bits
             varies = self.config.captions is not None or any(image.more for image in self.images)
-            self.prompts.keep([*self.captions(num_batches), ""], 1 if varies else 16)
+            captions = self.captions(num_batches)
+            self.prompts.keep([*captions, *self._empty(captions)], 1 if varies else 16)
         if self.config.crop == "center":
             kept = []
             for index in tracked(range(len(self.images)), "encoding images", "images"):
@@ -183,24 +86,35 @@ class CaptionedBatches:
                     kept += self.references.encode(self.images[index], flip=flip)
             self.cache.report(kept)
 
-    def captions(self, num_batches: int | None = None) -> list[str]:
+    def captions(self, num_batches: int | None = None) -> list[Caption]:
         """All captions of a training of so many batches, each once; None: those of `fixed` batches."""
         settings = self.config.captions
-        if num_batches is None:
-            return list(dict.fromkeys(unchanged(image, settings) for image in self.images))
-        if settings is None and not any(image.more for image in self.images):
-            return list(dict.fromkeys(image.caption for image in self.images))
-        epochs = range(self.order.epoch(num_batches * self.process[1] - 1) + 1)
-        found = (rendered(image, settings, self.seed, epoch) for epoch in epochs for image in self.images)
-        return list(dict.fromkeys(found))
+        varies = settings is not None or any(image.more for image in self.images)
+        if num_batches is None or not varies:
+            found = ((image, unchanged(image, settings)) for image in self.images)
+        else:
+            epochs = range(self.order.epoch(num_batches * self.process[1] - 1) + 1)
+            found = ((i, rendered(i, settings, self.seed, epoch)) for epoch in epochs for i in self.images)
+        read = (each for image, text in found for each in self._as_read(image, text, trained=num_batches is not None))
+        return list(dict.fromkeys(read))
+
+    def _as_read(self, image: CaptionedImage, text: str, *, trained: bool) -> Iterator[Caption]:
+        """A caption as text encoders read it: with and without references, these mirrored and not."""
+        for flip in (False, True) if self.config.flip and trained else (False,):
+            yield self.references.instruction(text, image, flip=flip)
+        if self.config.reference_dropout and trained:
+            yield text
+
+    def _empty(self, captions: Sequence[Caption]) -> list[Caption]:
+        """What captions become where they are dropped; without references that is encoded in any case."""
+        dropped = (each for each in captions if self.config.caption_dropout or isinstance(each, str))
+        return list(dict.fromkeys(with_text(each, "") for each in dropped))
 
     def __call__(self, number: int) -> ConditionedLatents:
         """This process's batch of this number, on the model's device."""
         index, count = self.process
         number = number * count + index
-        rows = self.order(number)
-        stream = generator(self.seed, number, "framing")
-        framings = [self._frame(row, self._flipped(stream), stream) for row in rows]
+        rows, framings = self.order(number), self._framings(number)
         latents = [self._latents(row, framing) for row, framing in zip(rows, framings, strict=True)]
         captions, dropped = self._captions(number), self._dropped(number)
         sampled = together(latents).sample(generator(self.seed, number, "latents"))
@@ -209,12 +123,12 @@ class CaptionedBatches:
             self.encode(captions, dropped),
             framings,
             self.weights[rows],
-            self._references(number, rows, framings),
+            self._references(number),
             self._masks_of(rows, framings),
             self.encode_by_base(captions, dropped) if self.config.mask and self.config.mask.outside == "base" else None,
         )
 
-    def captions_of(self, number: int) -> list[str]:
+    def captions_of(self, number: int) -> list[Caption]:
         """The captions of this process's batch of this number, none of them dropped."""
         return self._captions(number * self.process[1] + self.process[0])
 
@@ -233,18 +147,28 @@ class CaptionedBatches:
         for row, framing in zip(rows, framings, strict=True):
             stream = generator(0, 0, f"fixed latents of {self.images[row].digest}")
             latents.append(self._latents(row, framing).sample(stream))
-        prompts = self.prompts([unchanged(self.images[row], self.config.captions) for row in rows])
+        texts = ((self.images[row], unchanged(self.images[row], self.config.captions)) for row in rows)
+        prompts = self.prompts([self.references.instruction(text, image, flip=False) for image, text in texts])
         normalized = self.model.normalized(torch.stack(latents)).to(self.model.device)
         references = self.references.of_batch([self.images[row] for row in rows], [False] * len(rows))
         masks = self._masks_of(rows, framings)
         return ConditionedLatents(normalized, prompts, framings, references=references, masks=masks)
 
-    def _references(self, number: int, rows: Sequence[int], framings: Sequence[Framing]) -> list[torch.Tensor]:
-        """The references of a batch of all processes together; none where they are dropped."""
-        stream = generator(self.seed, number, "references")
-        if self.config.reference_dropout and float(torch.rand((), generator=stream)) < self.config.reference_dropout:
+    def _framings(self, number: int) -> list[Framing]:
+        """The framings of batch `number` of all processes together."""
+        stream = generator(self.seed, number, "framing")
+        return [self._frame(row, self._flipped(stream), stream) for row in self.order(number)]
+
+    def _references(self, number: int) -> list[torch.Tensor]:
+        """The references of batch `number` of all processes together."""
+        if self._drops_references(number):
             return []
-        return self.references.of_batch([self.images[row] for row in rows], [each.flip for each in framings])
+        images = [self.images[row] for row in self.order(number)]
+        return self.references.of_batch(images, [framing.flip for framing in self._framings(number)])
+
+    def _drops_references(self, number: int) -> bool:
+        stream = generator(self.seed, number, "references")
+        return float(torch.rand((), generator=stream)) < self.config.reference_dropout
 
     def _frame(self, index: int, flip: bool, stream: torch.Generator | None) -> Framing:
         return frame(self.images[index].size, self.layouts[index][0], self.config.crop, stream, flip)
@@ -289,25 +213,31 @@ class CaptionedBatches:
                 self._masks[key] = found
         return found
 
-    def _captions(self, number: int) -> list[str]:
+    def _captions(self, number: int) -> list[Caption]:
         """The captions of batch `number` of all processes together."""
         epoch, settings = self.order.epoch(number), self.config.captions
-        return [rendered(self.images[row], settings, self.seed, epoch) for row in self.order(number)]
+        images = [self.images[row] for row in self.order(number)]
+        texts = [rendered(image, settings, self.seed, epoch) for image in images]
+        if self._drops_references(number) or not self.references.are_read:
+            return list(texts)
+        read = zip(texts, images, self._framings(number), strict=True)
+        return [self.references.instruction(text, image, flip=framing.flip) for text, image, framing in read]
 
     def _dropped(self, number: int) -> list[bool]:
         """Which captions of a batch are dropped."""
         stream = generator(self.seed, number, "captions")
         return (torch.rand(len(self.order(number)), generator=stream) < self.config.caption_dropout).tolist()
 
-    def encode(self, captions: Sequence[str], dropped: Sequence[bool]) -> list[Prompt]:
+    def encode(self, captions: Sequence[Caption], dropped: Sequence[bool]) -> list[Prompt]:
         """Encodes captions; those that are dropped become the unconditional embedding."""
         if self.model.unconditional == "empty":
-            return self.prompts(["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)])
+            pairs = zip(captions, dropped, strict=True)
+            return self.prompts([with_text(caption, "") if drop else caption for caption, drop in pairs])
         encoded = zip(self.prompts(captions), dropped, strict=True)
         return [{name: 0 * t for name, t in prompt.items()} if drop else prompt for prompt, drop in encoded]
 
     @torch.no_grad()
-    def encode_by_base(self, captions: Sequence[str], dropped: Sequence[bool]) -> list[Prompt]:
+    def encode_by_base(self, captions: Sequence[Caption], dropped: Sequence[bool]) -> list[Prompt]:
         """As `encode`, by the text encoders without their adapters and new tokens."""
         with base_model(self.model.encoders.values()), self.model.new_tokens.off():
             return self.encode(captions, dropped)

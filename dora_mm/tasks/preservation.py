@@ -8,7 +8,8 @@ from typing import Any
 from dora_mm.config.images import PreserveConfig, TrainDiffusionConfig
 from dora_mm.data.images.folder import CaptionedImage
 from dora_mm.tasks.diffusion import ConditionedLatents
-from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
+from dora_mm.tasks.image_batches import CaptionedBatches
+from dora_mm.tasks.prompt_encoder import Caption, PromptEncoder, text_of, with_text
 
 
 class PreservingBatches:
@@ -40,7 +41,7 @@ class PreservingBatches:
     def prompts(self) -> PromptEncoder:
         return self.batches.prompts
 
-    def captions(self, num_batches: int) -> list[str]:
+    def captions(self, num_batches: int) -> list[Caption]:
         """All captions of a training of so many batches, and those that are held, each once."""
         own = self.batches.captions(num_batches)
         preserved = self.class_images.captions(num_batches) if self.class_images else map(self._prompt, own)
@@ -69,16 +70,16 @@ class PreservingBatches:
 
     def _of_batch(self, batch: ConditionedLatents, number: int) -> ConditionedLatents:
         texts = [self._prompt(caption) for caption in self.batches.captions_of(number)]
-        dropped = [not text for text in texts]
+        dropped = [not text_of(text) for text in texts]
         prompts, base_prompts = self.batches.encode(texts, dropped), self.batches.encode_by_base(texts, dropped)
         latents, framings, references = batch.latents, batch.framings, batch.references
         return ConditionedLatents(latents, prompts, framings, references=references, base_prompts=base_prompts)
 
-    def _prompt(self, caption: str) -> str:
+    def _prompt(self, caption: Caption) -> Caption:
         if self.config.prompt is not None:
-            return self.config.prompt
+            return with_text(caption, self.config.prompt)
         assert self.placeholder is not None
-        return without_word(caption, self.placeholder)
+        return with_text(caption, without_word(text_of(caption), self.placeholder))
 
     def _ratio(self, step: int) -> float:
         """The divisor of the training's losses in a step, over the number of images that are held."""

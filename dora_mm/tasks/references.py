@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from PIL import ImageOps
 
 from dora_mm.config.images import DataConfig
 from dora_mm.data.images.buckets import Size
@@ -13,6 +12,7 @@ from dora_mm.data.images.references import ReferenceImage, load_reference
 from dora_mm.models.images.editing import EditingModel
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.registries.image_families import IMAGE_FAMILIES
+from dora_mm.tasks.prompt_encoder import Caption, Instruction
 
 MOST_NAMED = 8  # problems in one message
 
@@ -77,6 +77,17 @@ class ReferenceLatents:
         return [self.model.normalized(latents).to(self.model.device) for latents in stacked]
 
     @property
+    def are_read(self) -> bool:
+        """Whether the text encoder sees references beside the caption."""
+        return isinstance(self.model, EditingModel) and self.model.prompts_see_references
+
+    def instruction(self, text: str, image: CaptionedImage, *, flip: bool) -> Caption:
+        """The caption of an image as the text encoder reads it: with its references where it sees them."""
+        if not image.references or not self.are_read:
+            return text
+        return Instruction(text, image.references, area_of(image, self.data), flip)
+
+    @property
     def _editing(self) -> EditingModel:
         assert isinstance(self.model, EditingModel)
         return self.model
@@ -85,8 +96,9 @@ class ReferenceLatents:
         """The latents (C, h, w) of a reference, as the VAE gives them."""
 
         def compute() -> Latents:
-            image = self._editing.prepare_reference(load_reference(reference), area)
-            pixels = self._editing.reference_pixels(ImageOps.mirror(image) if flip else image)
+            pixels = self._editing.reference_pixels(
+                self._editing.prepare_reference(load_reference(reference), area, flip=flip)
+            )
             return Latents(self.model.encode_images(pixels).mean[0], None)
 
         return self.cache.get(self._key(reference, area, flip=flip), compute, reference.path).mean
@@ -105,6 +117,11 @@ def check_references(model: ImageModel, images: Sequence[CaptionedImage], data: 
     """
     found = [image for image in images if image.references]
     if not found:
+        if isinstance(model, EditingModel) and model.needs_references:
+            raise ValueError(
+                f"{model.title} needs references: give each image what it is made of, by data.references or in "
+                "metadata.jsonl"
+            )
         folders = any(folder.references for folder in data.all_folders.values())
         if folders or data.reference_dropout or data.reference_area != "pipeline":
             raise ValueError("data.references: no image has a reference, so the keys of references have no effect")
@@ -115,6 +132,8 @@ def check_references(model: ImageModel, images: Sequence[CaptionedImage], data: 
             f"{len(found)} images have references, such as {found[0].path.name}, and {model.title} does not edit: "
             f"train a model that does ({others}), or remove the references"
         )
+    if model.needs_references and (data.reference_dropout or len(found) < len(images)):
+        raise ValueError(f"{model.title} needs references: give every image one, and no data.reference_dropout")
     if data.crop == "random":
         raise ValueError("data.crop: random crops of images would no longer fit their references: set center")
     problems = []

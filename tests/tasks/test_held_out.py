@@ -11,7 +11,8 @@ from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from dora_mm.tasks.held_out import NUM_TIMES, ImageLosses, RowLosses
-from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
+from dora_mm.tasks.image_batches import CaptionedBatches
+from dora_mm.tasks.prompt_encoder import PromptEncoder
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.randomness import generator
 

@@ -16,7 +16,8 @@ from dora_mm.data.images.wording import rendered
 from dora_mm.models.images.image_model import pad_prompts
 from dora_mm.models.images.sdxl.encoding import encode_images, encode_prompts
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
-from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
+from dora_mm.tasks.image_batches import CaptionedBatches
+from dora_mm.tasks.prompt_encoder import PromptEncoder
 from dora_mm.utils.messages import ChangedFileError
 from dora_mm.utils.randomness import generator
 

@@ -8,7 +8,8 @@ from dora_mm.config.images import DataConfig, LossConfig
 from dora_mm.core import base_model, fixed_parameters
 from dora_mm.data.images.folder import read_training_images
 from dora_mm.tasks.diffusion import DiffusionTask
-from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
+from dora_mm.tasks.image_batches import CaptionedBatches
+from dora_mm.tasks.prompt_encoder import PromptEncoder
 from dora_mm.utils.randomness import generator
 from tests.shared.data.images_made import half, write_mask
 

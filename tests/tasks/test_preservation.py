@@ -11,8 +11,9 @@ from dora_mm.config.images import DataConfig, TrainDiffusionConfig
 from dora_mm.core import DoRASpec
 from dora_mm.data.images.folder import read_images
 from dora_mm.tasks.diffusion import DiffusionTask
-from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
+from dora_mm.tasks.image_batches import CaptionedBatches
 from dora_mm.tasks.preservation import preserving, without_word
+from dora_mm.tasks.prompt_encoder import PromptEncoder
 from dora_mm.utils.randomness import generator
 from tests.tasks.test_masked_loss import DISTANCES, adapt
 

@@ -9,10 +9,11 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dora_mm.data.images.buckets import Framing, Size
+from dora_mm.data.syntax import Wording
 from dora_mm.models.images.flow_model import FlowModel
 from dora_mm.models.images.image_model import Prompt
 
@@ -27,6 +28,8 @@ class EditingModel(FlowModel):
     most_references: ClassVar[int] = 10  # of an image
     smallest_reference: ClassVar[int] = 1  # pixels, the shorter side
     longest_reference: ClassVar[float] = float("inf")  # the longer side by the shorter one
+    needs_references: ClassVar[bool] = False  # whether it makes no images of text alone
+    prompts_see_references: ClassVar[bool] = False  # whether its text encoder sees them beside the prompt
 
     @abstractmethod
     def reference_size(self, size: Size, area: int | None = None) -> Size:
@@ -37,8 +40,13 @@ class EditingModel(FlowModel):
         """The size of a reference that `prepare_reference` returns."""
 
     @abstractmethod
-    def prepare_reference(self, image: Image.Image, area: int | None = None) -> Image.Image:
+    def scaled_reference(self, image: Image.Image, area: int) -> Image.Image:
+        """A reference that is scaled down to an area where it is larger, as the pipeline scales."""
+
+    def prepare_reference(self, image: Image.Image, area: int | None = None, *, flip: bool = False) -> Image.Image:
         """A reference as the pipeline is given it."""
+        image = self.scaled_reference(image, area) if area else image
+        return ImageOps.mirror(image) if flip else image
 
     @abstractmethod
     def reference_pixels(self, image: Image.Image) -> Tensor:
@@ -66,6 +74,19 @@ class EditingModel(FlowModel):
         references: Sequence[Tensor],
     ) -> Tensor:
         """As `predict`, beside references: normalized latents (B, C, h, w), each of one reference of every image."""
+
+    def encode_edit_prompts(self, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]]) -> list[Prompt]:
+        """Encodes prompts beside the prepared references of each, of a family whose `prompts_see_references`."""
+        return self.encode_prompts(prompts)
+
+    def encode_edit_for_sampling(
+        self, prompt: Wording, negative_prompt: Wording | None, references: Sequence[Image.Image]
+    ) -> Prompt:
+        """As `encode_for_sampling`, beside prepared references."""
+        assert isinstance(prompt, str)  # it does not `weigh_words`
+        assert not isinstance(negative_prompt, tuple)
+        encoded, negative = self.encode_edit_prompts([prompt, negative_prompt or ""], [references, references])
+        return {**encoded, **{f"negative_{name}": tensor for name, tensor in negative.items()}}
 
     @abstractmethod
     def edited_size(self, references: Sequence[Size]) -> Size:

@@ -93,8 +93,8 @@ class Flux2Klein(EditingModel):
     def prepared_size(self, size: Size, area: int | None = None) -> Size:
         return _within(size, area)
 
-    def prepare_reference(self, image: Image.Image, area: int | None = None) -> Image.Image:
-        return Flux2ImageProcessor._resize_if_exceeds_area(image, area) if area else image
+    def scaled_reference(self, image: Image.Image, area: int) -> Image.Image:
+        return Flux2ImageProcessor._resize_if_exceeds_area(image, area)
 
     def reference_pixels(self, image: Image.Image) -> Tensor:
         image = Flux2ImageProcessor._resize_if_exceeds_area(image, REFERENCE_AREA)

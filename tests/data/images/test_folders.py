@@ -11,7 +11,8 @@ from dora_mm.data.images.folder import bucket_of, digest_of, read_training_image
 from dora_mm.data.images.held_out import hold_out
 from dora_mm.preview.images import describe_images
 from dora_mm.tasks.diffusion import DiffusionTask
-from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
+from dora_mm.tasks.image_batches import CaptionedBatches
+from dora_mm.tasks.prompt_encoder import PromptEncoder
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.randomness import generator
 

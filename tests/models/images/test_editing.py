@@ -14,7 +14,8 @@ from dora_mm.config.models import ModelConfig, validated
 from dora_mm.data.images.folder import read_training_images
 from dora_mm.models.images.families import load_image_model
 from dora_mm.tasks.diffusion import DiffusionTask
-from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
+from dora_mm.tasks.image_batches import CaptionedBatches
+from dora_mm.tasks.prompt_encoder import PromptEncoder
 from dora_mm.tasks.references import check_references
 from tests.shared.images.tiny_flows import FLOWS
 

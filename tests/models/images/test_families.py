@@ -12,7 +12,7 @@ from dora_mm.models.images.components import Components
 from dora_mm.models.images.families import family_of, load_image_model
 from dora_mm.registries.image_families import IMAGE_FAMILIES
 from dora_mm.registries.target_maps import TARGET_MAPS
-from dora_mm.tasks.image_batches import PromptEncoder
+from dora_mm.tasks.prompt_encoder import PromptEncoder
 
 
 def folder_of(tmp_path, name):

@@ -22,7 +22,8 @@ from dora_mm.models.images.families import load_image_model
 from dora_mm.models.images.vae import decoded
 from dora_mm.sampling.image_sampler import sample
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
-from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
+from dora_mm.tasks.image_batches import CaptionedBatches
+from dora_mm.tasks.prompt_encoder import PromptEncoder
 from dora_mm.testing import check_image_family
 from tests.shared import reference
 from tests.shared.images.tiny_flows import FLOWS, NAMES, PROMPT, SIZE

@@ -15,7 +15,8 @@ from dora_mm.models.images import families
 from dora_mm.models.images.components import Components
 from dora_mm.models.images.families import load_image_model
 from dora_mm.models.images.sdxl.family import SDXL
-from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
+from dora_mm.tasks.image_batches import CaptionedBatches
+from dora_mm.tasks.prompt_encoder import PromptEncoder
 from tests.shared.images.tiny_z_image import build
 
 PROMPT = "a TOK icon of a red ball"
