@@ -169,7 +169,7 @@ def _answer_split(
                 found = _one_by_one(answer, examples, split.images, errors, table.on_bad_data)
             progress.advance(len(rows))
             day = kept.folder.day.date if kept and kept.folder.day.num_requests > num_requests else None
-            return found, kept.contents(rows) if kept else [], day
+            return found, [kept.content(row) for row in rows] if kept else [], day
 
         for found, contents, day in mapped(answers_of, batches):
             if kept:
@@ -257,7 +257,7 @@ class KeptAnswers:
         found: list[KeptAnswer] = []
         ours = self.folder.day
         for row in _kept(self.file):
-            if len(found) == count or row.content != self._content(len(found)) or row.day not in (None, ours.date):
+            if len(found) == count or row.content != self.content(len(found)) or row.day not in (None, ours.date):
                 break
             found.append(row)
         found = found if len(found) == count else found[: len(found) // batch_size * batch_size]
@@ -277,11 +277,8 @@ class KeptAnswers:
             append_text(self.file, _text(rows, self._last))
             self._last = now
 
-    def contents(self, rows: Iterable[int]) -> list[str]:
-        """The content digests of the images of rows."""
-        return [self._content(row) for row in rows]
-
-    def _content(self, row: int) -> str:
+    def content(self, row: int) -> str:
+        """The content digest of the images of a row."""
         try:
             return self.folder.content(self.split.table[row], self.split.images)
         except (OSError, ValueError):  # what cannot be read has no answer either

@@ -12,11 +12,11 @@ from dora_mm.sampling.batch.prompt_row import adapters_text, parse_adapters, par
 WITHOUT = "no adapter"
 OF_ADAPTERS = ("strength", "adapter", "checkpoint")  # axes along which there is an image without adapter
 
-Cell = tuple[str, Mapping[str, Any]]  # a label, and the fields of a Image that it sets
+Cell = tuple[str, Mapping[str, Any]]  # a label, and the fields of an `ImageRequest` that it sets
 
 
 def cells_of(axis: Axis | None, checkpoints: Mapping[str, str]) -> list[Cell]:
-    """The values of an axis, each with its label and the fields of a `ImageRequest` that it sets.
+    """The values of an axis, each with its label and the fields of an `ImageRequest` that it sets.
 
     Args:
         axis: The axis; None has one value, which sets nothing.

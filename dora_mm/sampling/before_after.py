@@ -37,17 +37,7 @@ def sample_merged(
         metadata: Label of the progress bar.
     """
     with merged_adapters(model.networks.values()):
-        return sample(
-            model,
-            prompts,
-            seeds,
-            steps=settings.steps,
-            guidance=settings.guidance,
-            guidance_rescale=settings.guidance_rescale,
-            negative_prompt=settings.negative_prompt,
-            batch_size=settings.batch_size,
-            metadata=metadata,
-        )
+        return sample(model, prompts, seeds, metadata=metadata, **settings.model_dump())
 
 
 def at_strength(

@@ -117,7 +117,7 @@ def contact_pages(generation: BatchGeneration) -> list[Callable[[], Image.Image]
 def contact_page(generation: BatchGeneration, start: int, labels: Sequence[str]) -> Image.Image:
     """Draws the images of a job from one of them on, with these labels."""
     images = [thumbnail_of(generation, index) for index in range(start, start + len(labels))]
-    return contact_sheet(images, labels, columns=min(CONTACT_COLUMNS, len(labels)))
+    return contact_sheet(images, labels, columns=CONTACT_COLUMNS)
 
 
 def differing(requests: Sequence[ImageRequest], names: Sequence[str]) -> list[str]:

@@ -66,14 +66,14 @@ def contact_sheet(
     images: Sequence[Image.Image | None],
     labels: Sequence[str],
     *,
-    columns: int | None = None,
+    columns: int,
 ) -> Image.Image:
     """Arranges images in reading order, with a label under each.
 
     Args:
         images: The images; None is shown as failed.
-        labels: A label per image; one that the font cannot draw is shown as a number, as in `sheet`.
-        columns: Images per row; None takes as many as make the contact sheet about square, at most 8.
+        labels: A label per image; one that the font cannot draw is shown as a number, as in `image_grid`.
+        columns: Images per row, where there are as many.
 
     Returns:
         The contact sheet, RGB.
@@ -83,7 +83,7 @@ def contact_sheet(
     """
     if not images or len(images) != len(labels):
         raise ValueError("A contact sheet needs images, and one label for each.")
-    columns = min(columns or min(8, math.ceil(math.sqrt(len(images)))), len(images))
+    columns = min(columns, len(images))
     rows = [images[start : start + columns] for start in range(0, len(images), columns)]
     table = _Table.of(rows)
     texts = [table.wrapped(text, table.widths[i % columns]) for i, text in enumerate(printable_labels(labels))]

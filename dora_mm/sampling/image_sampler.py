@@ -133,7 +133,8 @@ class ImageSampler:
             generated = self.pipe(**inputs, generator=generators, output_type="pt")
         finally:
             self.pipe.scheduler = self.scheduler
-        return [problem_of(pixels) or self._image(pixels) for pixels in generated.images]
+        as_images = self.pipe.image_processor.postprocess
+        return [problem_of(pixels) or as_images(pixels[None], "pil", [False])[0] for pixels in generated.images]
 
     def _scheduler(self, name: str | None) -> Any:
         """The scheduler of a name, made once: it warns where it does not suit the model."""
@@ -150,10 +151,6 @@ class ImageSampler:
                 del self._encoded[next(iter(self._encoded))]
             self._encoded[prompts] = self.model.encode_for_sampling(*prompts)
         return self._encoded[prompts]
-
-    def _image(self, pixels: Tensor) -> Image.Image:
-        processor: Any = self.pipe.image_processor
-        return processor.postprocess(pixels[None], "pil", [False])[0]
 
 
 def _after_step(on_step: Callable[[float], object], pipe: Any, index: int, _time: Any, _tensors: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from dora_mm.sampling.batch.requests import ImageRequest
 from dora_mm.sampling.generating import BatchGeneration, check_what_is_there, generate, plan, remove_adapters
 from dora_mm.sampling.image_sampler import MOST_ENCODED, ImageSampler
 from dora_mm.sampling.png import BaseModel
-from dora_mm.sampling.strengths import HashableStrength, to_load
+from dora_mm.sampling.strengths import HashableStrength
 from dora_mm.utils.circumstances import circumstances
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import data_digest, known_digest
@@ -66,11 +66,6 @@ class LoadedModel:
     forward: Any
     frees_text: bool
 
-    @property
-    def size(self) -> int:
-        """The side of the model's own images, in pixels."""
-        return self.model.resolution
-
     def load_adapter(self, path: str, strength: HashableStrength, name: str) -> None:
         """Loads an adapter into the model.
 
@@ -78,7 +73,7 @@ class LoadedModel:
             ValueError: It does not fit the model.
         """
         try:
-            chosen: Any = to_load(strength)
+            chosen: Any = dict(strength) if isinstance(strength, tuple) else strength
             load_adapter(self.model, self.adapters[path], strength=chosen, name=name, forward=self.forward)
         except ValueError as error:
             raise ValueError(with_base(str(error), path, self.adapters[path], self.base.path)) from error
@@ -192,7 +187,8 @@ class LoadedModel:
 
     def plan(self, folder: Path, requests: Sequence[ImageRequest], batch_size: int) -> BatchGeneration:
         """Plans the batches of a job: see `generating.plan`. Images without a size get the model's own."""
-        sized = [replace(p, width=p.width or self.size, height=p.height or self.size) for p in requests]
+        side = self.model.resolution
+        sized = [replace(p, width=p.width or side, height=p.height or side) for p in requests]
         return plan(
             folder,
             sized,

@@ -173,11 +173,10 @@ def parameters_text(metadata: GenerationMetadata, scheduler: str) -> str:
     """
     prompt, negative_prompt, seed = metadata.batch[metadata.position]
     settings, model = metadata.settings, metadata.model
-    name, kind = _schedule(scheduler)
     entries: dict[str, Any] = {
         "Steps": settings["steps"],
-        "Sampler": name,
-        **({"Schedule type": kind} if kind else {}),
+        "Sampler": scheduler.removesuffix(" Karras"),  # the spacing of the noise levels is apart since version 1.9
+        **({"Schedule type": "Karras"} if scheduler.endswith(" Karras") else {}),
         "CFG scale": f"{settings['guidance']:g}",
         **({"CFG Rescale": f"{settings['guidance_rescale']:g}"} if "guidance_rescale" in settings else {}),
         "Seed": seed,
@@ -192,12 +191,6 @@ def parameters_text(metadata: GenerationMetadata, scheduler: str) -> str:
     entries["Version"] = f"dora_mm {metadata.circumstances.get('dora_mm')}"
     lines = [prompt, f"Negative prompt: {negative_prompt}"] if negative_prompt else [prompt]
     return "\n".join([*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in entries.items())])
-
-
-def _schedule(scheduler: str) -> tuple[str, str | None]:
-    """A1111 writes the spacing of the noise levels apart since its version 1.9."""
-    name, _, last = scheduler.rpartition(" ")
-    return (name, last) if last == "Karras" else (scheduler, None)
 
 
 def _quoted(value: Any) -> str:

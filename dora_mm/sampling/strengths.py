@@ -16,11 +16,6 @@ def as_strength(value: float | Mapping[str, float]) -> HashableStrength:
     return tuple(value.items()) if isinstance(value, Mapping) else value
 
 
-def to_load(strength: HashableStrength) -> float | Mapping[str, float]:
-    """The strength as `load_adapter` takes it."""
-    return dict(strength) if isinstance(strength, tuple) else strength
-
-
 def scaled(strength: HashableStrength, factor: float) -> HashableStrength:
     """The strength times a factor."""
     if not isinstance(strength, tuple):

@@ -12,14 +12,14 @@ from PIL import Image
 
 from dora_mm.cli import main
 from dora_mm.sampling.gallery import write_gallery
-from dora_mm.sampling.gallery.data import GalleryImage, befores, gallery_data, groups
+from dora_mm.sampling.gallery.data import NO_PICTURE, Listed, befores, gallery_data, groups
 from dora_mm.sampling.manifest import read_manifest, write_manifest
 from dora_mm.utils import partials
 from tests.shared.pages import HOSTILE, data_of, entry, make_run
 
 
-def shown(run: str, **settings) -> GalleryImage:
-    return GalleryImage(run, entry(**settings), file="1.png", thumbnail="1.png", size=(8, 8))
+def shown(run: str, **settings) -> Listed:
+    return run, entry(**settings)
 
 
 # --- what belongs together --------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def test_other_settings_tell_befores_apart_if_both_sides_have_them():
 
 
 def test_a_image_that_was_not_drawn_is_no_before():
-    missing = GalleryImage("a", entry(status="failed", reason="black"))
+    missing = "a", entry(status="failed", reason="black")
     assert befores([missing, shown("a", adapter="x", strength=1.0)]) == [None, None]
 
 
@@ -73,10 +73,10 @@ def test_images_of_runs_that_share_adapters_are_told_apart_by_them():
 def test_columns_and_exact_values():
     large = 2**63 + 1
     images = [
-        GalleryImage("a", entry(seed=large, scores={"log-odds": 1.5}, sizes=[1, {"a": 2}])),
-        GalleryImage("a", entry(2, seed=3, scores={"log-odds": float("nan")})),
+        shown("a", seed=large, scores={"log-odds": 1.5}, sizes=[1, {"a": 2}]),
+        shown("a", row=2, seed=3, scores={"log-odds": float("nan")}),
     ]
-    data = gallery_data(images)
+    data = gallery_data(images, [NO_PICTURE, NO_PICTURE])
     columns = {column["name"]: column for column in data["columns"]}
     assert [name for name, column in columns.items() if column["varies"]] == ["seed", "sizes", "log-odds"]
     assert columns["log-odds"]["kind"] == "score"

@@ -114,7 +114,7 @@ def test_missing_images_are_outlined():
     assert right - left >= 2 * 85 + 8
     assert bottom - top >= 2 * 128 + 8
     assert size(page, RED) == (85, 128)
-    assert contact_sheet([None], ["a"]).width == 144
+    assert contact_sheet([None], ["a"], columns=1).width == 144
 
 
 def test_a_contact_sheet_is_in_reading_order():
@@ -125,9 +125,9 @@ def test_a_contact_sheet_is_in_reading_order():
     assert boxes[0][0] == boxes[3][0] < boxes[1][0] < boxes[2][0]
     ink = (np.asarray(page.convert("L")) < 60).nonzero()[0]
     assert boxes[3][3] < ink.max() < page.height  # the last label is under its image
-    assert contact_sheet([image(RED)] * 4, ["1"] * 4).width == 2 * 128 + 24
+    assert contact_sheet([image(RED)] * 4, ["1"] * 4, columns=2).width == 2 * 128 + 24
     with pytest.raises(ValueError, match="one label for each"):
-        contact_sheet([image(RED)], [])
+        contact_sheet([image(RED)], [], columns=1)
 
 
 def test_many_large_images_make_a_sheet_that_opens():

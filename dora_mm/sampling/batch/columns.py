@@ -62,15 +62,12 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"size must be such as 832x1216, without width and height, got {size!r}")
         found["width"], found["height"] = match[1], match[2]
     schedules = [found.pop(name) for name in SCHEDULE if name in found]
-    if schedules:
-        found["scheduler"] = _with_schedule(str(found.get("scheduler", "")), str(schedules[0]))
+    if schedules:  # A1111 and Civitai name the spacing of the noise levels apart from the sampler since its version 1.9
+        sampler, schedule = str(found.get("scheduler", "")), str(schedules[0])
+        own = OWN_SCHEDULES.get(sampler) if schedule.lower() == "automatic" else None
+        is_plain = not own and schedule.lower() in SCHEDULE_SUFFIXES
+        found["scheduler"] = sampler if is_plain else f"{sampler} {own or schedule}"
     return found
-
-
-def _with_schedule(sampler: str, schedule: str) -> str:
-    """A1111 and Civitai name the spacing of the noise levels apart from the sampler since its version 1.9."""
-    own = OWN_SCHEDULES.get(sampler) if schedule.lower() == "automatic" else None
-    return sampler if not own and schedule.lower() in SCHEDULE_SUFFIXES else f"{sampler} {own or schedule}"
 
 
 def parse_scheduler(value: Any) -> Any:

@@ -59,17 +59,19 @@ def read_prompts_file(path: Path) -> list[PromptRow]:
 
 
 def _lines(path: Path, problems: list[str]) -> NumberedLines:
-    if path.suffix.lower() == ".xlsx":
+    suffix = path.suffix.lower()
+    if suffix == ".xlsx":
         return _spreadsheet_rows(path, problems)
     try:
         text = decoded(read_bounded(path))
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
-    read = {".txt": _text_rows, ".jsonl": _json_rows}.get(path.suffix.lower(), _table_rows)
-    return read(path, text, problems)
+    if suffix in (".txt", ".jsonl"):
+        return (_text_rows if suffix == ".txt" else _json_rows)(text, problems)
+    return read_table(text, _is_known, problems, "\t" if suffix == ".tsv" else None, _check_header)
 
 
-def _text_rows(path: Path, text: str, problems: list[str]) -> NumberedLines:
+def _text_rows(text: str, problems: list[str]) -> NumberedLines:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip() and not line.lstrip().startswith("#"):
             try:
@@ -78,7 +80,7 @@ def _text_rows(path: Path, text: str, problems: list[str]) -> NumberedLines:
                 problems.append(f"line {number} {error}")
 
 
-def _json_rows(path: Path, text: str, problems: list[str]) -> NumberedLines:
+def _json_rows(text: str, problems: list[str]) -> NumberedLines:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -86,11 +88,6 @@ def _json_rows(path: Path, text: str, problems: list[str]) -> NumberedLines:
             yield number, parse_json(line, f"line {number}")
         except ValueError as error:
             problems.append(str(error))
-
-
-def _table_rows(path: Path, text: str, problems: list[str]) -> NumberedLines:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else None
-    return read_table(text, _is_known, problems, delimiter, _check_header)
 
 
 def _is_known(name: str) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from dora_mm.sampling.manifest import ManifestEntry
@@ -14,122 +13,108 @@ from dora_mm.sampling.manifest import ManifestEntry
 OF_GUIDANCE = ("negative_prompt", "guidance", "guidance_rescale")
 ALWAYS_EQUAL = ("prompt", "seed", "steps", *OF_GUIDANCE, "width", "height", "scheduler")
 LARGEST_INTEGER = 2**53  # JavaScript rounds larger ones: seeds may be
+NO_PICTURE = None, None, None
+
+Listed = tuple[str, ManifestEntry]  # the name of a run, and an entry of its manifest
+Picture = tuple[str, str, tuple[int, int]] | tuple[None, None, None]  # addresses of image and thumbnail, size in pixels
 
 
-@dataclass(frozen=True)
-class GalleryImage:
-    """One image of a gallery.
-
-    Attributes:
-        run: The name of its run.
-        entry: Its line of the manifest.
-        file: Its address, relative to the page; None where there is no image.
-        thumbnail: The address of a small version; the same as `file` where that is small itself.
-        size: Width and height in pixels.
-    """
-
-    run: str
-    entry: ManifestEntry
-    file: str | None = None
-    thumbnail: str | None = None
-    size: tuple[int, int] | None = None
-
-
-def gallery_data(images: Sequence[GalleryImage]) -> dict[str, Any]:
+def gallery_data(images: Sequence[Listed], pictures: Sequence[Picture]) -> dict[str, Any]:
     """Returns all that the page knows, as plain values that JSON and JavaScript hold exactly.
 
     Every image has its `values` in the order of `columns`; `before` is the number of the same image without an
     adapter, and images of several runs that have the same `group` differ in nothing but the run.
+
+    Args:
+        images: The images of all runs.
+        pictures: What the page shows of each: its address and that of a small version, both relative to the page, which
+            are the same where it is small itself, and its size. Those that are not "done" have `NO_PICTURE`.
     """
-    settings = dict.fromkeys(name for image in images for name in image.entry.settings)
-    scores = dict.fromkeys(name for image in images for name in image.entry.scores)
-    columns: list[tuple[str, str, Callable[[GalleryImage], Any]]] = [
-        ("run", "run", lambda image: image.run),
-        ("status", "status", lambda image: image.entry.status),
-        *((name, "setting", lambda image, name=name: image.entry.settings.get(name)) for name in settings),
-        *((name, "score", lambda image, name=name: image.entry.scores.get(name)) for name in scores),
+    settings = dict.fromkeys(name for _, entry in images for name in entry.settings)
+    scores = dict.fromkeys(name for _, entry in images for name in entry.scores)
+    columns = [("run", "run"), ("status", "status")]
+    columns += [(name, "setting") for name in settings] + [(name, "score") for name in scores]
+    rows = [
+        json_value([run, entry.status, *map(entry.settings.get, settings), *map(entry.scores.get, scores)])
+        for run, entry in images
     ]
-    values = [[json_value(value(image)) for _, _, value in columns] for image in images]
-    kept = zip(images, values, befores(images), groups(images), strict=True)
+    found = zip(images, pictures, rows, befores(images), groups(images), strict=True)
     return {
         "columns": [
-            {"name": name, "kind": kind, "varies": len({_text(row[index]) for row in values}) > 1}
-            for index, (name, kind, _) in enumerate(columns)
+            {"name": name, "kind": kind, "varies": len({_text(row[index]) for row in rows}) > 1}
+            for index, (name, kind) in enumerate(columns)
         ],
-        "images": [_image(image, row, before, group) for image, row, before, group in kept],
-    }
-
-
-def _image(image: GalleryImage, values: list[Any], before: int | None, group: int) -> dict[str, Any]:
-    return {
-        "values": values,
-        "path": image.entry.file,
-        "file": image.file,
-        "thumbnail": image.thumbnail,
-        "size": image.size,
-        "reason": image.entry.reason,
-        "before": before,
-        "group": group,
+        "images": [
+            {
+                "values": row,
+                "path": entry.file,
+                "file": file,
+                "thumbnail": thumbnail,
+                "size": size,
+                "reason": entry.reason,
+                "before": before,
+                "group": group,
+            }
+            for (_, entry), (file, thumbnail, size), row, before, group in found
+        ],
     }
 
 
 # --- images that belong together ------------------------------------------------------------------------------------
 
 
-def befores(images: Sequence[GalleryImage]) -> list[int | None]:
+def befores(images: Sequence[Listed]) -> list[int | None]:
     """Finds, for every image with an adapter, the number of the same image without one.
 
     One of the same run is preferred. Without an adapter means that `adapter` is None or that `strength` is 0.
     """
-    key = matching(
-        images, lambda image: _is_bare(image.entry), ("adapter", "strength"), always=(*ALWAYS_EQUAL, "model")
-    )
-    bare: dict[tuple[str, str | None], int] = {}
-    for number, image in enumerate(images):
-        if image.file and _is_bare(image.entry):
-            for run in (image.run, None):
-                bare.setdefault((key(image), run), number)
-
-    def before(image: GalleryImage) -> int | None:
-        if not image.file or _is_bare(image.entry):
-            return None
-        return bare.get((key(image), image.run), bare.get((key(image), None)))
-
-    return [before(image) for image in images]
+    bare = [_is_bare(entry) for _, entry in images]
+    keys = matching(images, bare, ("adapter", "strength"), always=(*ALWAYS_EQUAL, "model"))
+    numbers: dict[tuple[str, str | None], int] = {}
+    for number, (run, entry) in enumerate(images):
+        if entry.status == "done" and bare[number]:
+            for side in (run, None):
+                numbers.setdefault((keys[number], side), number)
+    return [
+        None if entry.status != "done" or is_bare else numbers.get((key, run), numbers.get((key, None)))
+        for (run, entry), key, is_bare in zip(images, keys, bare, strict=True)
+    ]
 
 
-def groups(images: Sequence[GalleryImage]) -> list[int]:
+def groups(images: Sequence[Listed]) -> list[int]:
     """Numbers the images so that those of several runs with the same settings have the same number."""
-    key = matching(images, lambda image: image.run)
+    keys = matching(images, [run for run, _ in images])
     numbers: dict[tuple[str, bool], int] = {}
-    return [numbers.setdefault((key(image), _is_bare(image.entry)), len(numbers)) for image in images]
+    return [
+        numbers.setdefault((key, _is_bare(entry)), len(numbers)) for key, (_, entry) in zip(keys, images, strict=True)
+    ]
 
 
 def matching(
-    images: Sequence[GalleryImage],
-    side: Callable[[GalleryImage], Hashable],
+    images: Sequence[Listed],
+    sides: Sequence[Hashable],
     apart: tuple[str, ...] = (),
     always: Sequence[str] = ALWAYS_EQUAL,
-) -> Callable[[GalleryImage], str]:
-    """Returns a function whose value is equal for images of different sides that should be compared.
+) -> list[str]:
+    """Returns texts that are equal for images of different sides that should be compared.
 
     Args:
         images: All images.
-        side: What tells the sides apart, such as the run.
+        sides: What tells the sides apart, such as the run, for each image.
         apart: What the names of settings that may differ begin with.
         always: Settings that are compared in any case. Another one is left out where no two sides share a value of it,
             as when every run has an adapter of its own.
     """
-    names = dict.fromkeys(name for image in images for name in image.entry.settings if not name.startswith(apart))
-    compared = [name for name in names if name in always or not _is_tied(name, images, side)]
-    return lambda image: _text([image.entry.settings.get(name) for name in compared])
+    names = dict.fromkeys(name for _, entry in images for name in entry.settings if not name.startswith(apart))
+    compared = [name for name in names if name in always or not _is_tied(name, images, sides)]
+    return [_text([entry.settings.get(name) for name in compared]) for _, entry in images]
 
 
-def _is_tied(name: str, images: Sequence[GalleryImage], side: Callable[[GalleryImage], Hashable]) -> bool:
-    sides: dict[str, Hashable] = {}
-    for image in images:
-        value = image.entry.settings.get(name)
-        if value is not None and sides.setdefault(_text(value), side(image)) != side(image):
+def _is_tied(name: str, images: Sequence[Listed], sides: Sequence[Hashable]) -> bool:
+    found: dict[str, Hashable] = {}
+    for (_, entry), side in zip(images, sides, strict=True):
+        value = entry.settings.get(name)
+        if value is not None and found.setdefault(_text(value), side) != side:
             return False
     return True
 

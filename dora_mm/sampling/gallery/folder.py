@@ -14,7 +14,7 @@ from urllib.parse import quote
 from PIL import Image
 
 from dora_mm.config.schema import PipelineConfig
-from dora_mm.sampling.gallery.data import GalleryImage, gallery_data, json_value
+from dora_mm.sampling.gallery.data import NO_PICTURE, Listed, Picture, gallery_data, json_value
 from dora_mm.sampling.gallery.page import GENERATOR, page
 from dora_mm.sampling.gallery.thumbnails import SIDE, Thumbnails
 from dora_mm.sampling.gallery.training import about_training, read_images, training_config, training_images
@@ -74,7 +74,8 @@ def fill_gallery(
     for run, entries in runs.items():
         _check_files(run, entries)
     thumbnails = Thumbnails(folder / THUMBNAILS, earlier / THUMBNAILS)
-    data = gallery_data(_add_all(runs, folder, thumbnails))
+    added = _add_all(runs, folder, thumbnails)
+    data = gallery_data([image for image, _ in added], [picture for _, picture in added])
     configs = {run: config for run in runs if (config := training_config(run))}
     trainings = [_add_training(run, config, folder, thumbnails, summaries.get(run)) for run, config in configs.items()]
     write_text(folder / INDEX, page({**data, "trainings": json_value(trainings)}))
@@ -121,7 +122,9 @@ def _check_files(run: Path, entries: Sequence[ManifestEntry]) -> None:
 # --- images ---------------------------------------------------------------------------------------------------------
 
 
-def _add_all(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path, thumbnails: Thumbnails) -> list[GalleryImage]:
+def _add_all(
+    runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path, thumbnails: Thumbnails
+) -> list[tuple[Listed, Picture]]:
     with ThreadPoolExecutor() as threads:  # Pillow lets others run while it decodes, scales and encodes
         added = [
             threads.submit(_add, run, number, entry, folder, thumbnails)
@@ -135,19 +138,24 @@ def _add_all(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path, thumbna
             raise
 
 
-def _add(run: Path, number: int, entry: ManifestEntry, folder: Path, thumbnails: Thumbnails) -> GalleryImage:
-    """Puts the image of an entry into the folder, with a thumbnail if it is large."""
+def _add(run: Path, number: int, entry: ManifestEntry, folder: Path, thumbnails: Thumbnails) -> tuple[Listed, Picture]:
+    """Puts the image of an entry into the folder, with a thumbnail if it is large.
+
+    Returns:
+        The entry, which has the reason where there is no image, and the picture.
+    """
     if entry.status != "done":
-        return GalleryImage(str(run), entry)
+        return (str(run), entry), NO_PICTURE
     source = (run / entry.file).resolve()
     name = Path(str(number), source.relative_to(run.resolve()))
     if not source.is_file():
-        return GalleryImage(str(run), replace(entry, status="missing", reason="its file is not there any more"))
+        entry = replace(entry, status="missing", reason="its file is not there any more")
+        return (str(run), entry), NO_PICTURE
     small = thumbnails.path(source)
     known = thumbnails.has(small)  # then it was decoded before
     image = _read(source, decode=not known)
     if image is None:
-        return GalleryImage(str(run), replace(entry, status="failed", reason=NOT_A_IMAGE))
+        return (str(run), replace(entry, status="failed", reason=NOT_A_IMAGE)), NO_PICTURE
     copy = folder / IMAGES / name
     if not copy.exists():  # two entries may name the same file
         link_or_copy(source, copy)
@@ -156,7 +164,7 @@ def _add(run: Path, number: int, entry: ManifestEntry, folder: Path, thumbnails:
         if not known:
             thumbnails.add(small, image)
         thumbnail = _address(small, folder)
-    return GalleryImage(str(run), entry, file, thumbnail, image.size)
+    return (str(run), entry), (file, thumbnail, image.size)
 
 
 def _read(path: Path, *, decode: bool = True) -> Image.Image | None:

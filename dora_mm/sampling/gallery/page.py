@@ -24,19 +24,16 @@ def page(data: Mapping[str, Any]) -> str:
         data: What `gallery_data` returns, and trainings.
     """
     style, script = ("".join(map(_text, names)) for names in (STYLES, SCRIPTS))
+    # ASCII, so that halves of surrogate pairs are no problem, and nothing that an HTML parser takes for a tag
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c").replace(">", "\\u003e")
     template = Template(_text("index.html"))
     return template.substitute(
-        generator=GENERATOR, policy=_policy(style, script), style=style, script=script, data=_embedded(data)
+        generator=GENERATOR, policy=_policy(style, script), style=style, script=script, data=text
     )
 
 
 def _text(name: str) -> str:
     return (HERE / name).read_text(encoding="utf-8")
-
-
-def _embedded(data: Mapping[str, Any]) -> str:
-    """The data as ASCII (so that halves of surrogate pairs are no problem) that no HTML parser takes for a tag."""
-    return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _policy(style: str, script: str) -> str:

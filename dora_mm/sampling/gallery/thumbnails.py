@@ -24,7 +24,10 @@ class Thumbnails:
 
     def path(self, source: Path) -> Path:
         """The path of the thumbnail of an image in its current state, made or not; call it before the image is read."""
-        return self.folder / _name(source)
+        about = source.stat()  # not its ctime: links to the image change it, which galleries make and remove
+        text = f"{source.resolve()} {about.st_mtime_ns} {about.st_size}"
+        digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+        return self.folder / f"{digest[:16]}.webp"
 
     def has(self, path: Path) -> bool:
         """Takes over a thumbnail from the earlier gallery; False: it has none of the image as it is."""
@@ -48,13 +51,3 @@ class Thumbnails:
         small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
         make_folder(self.folder)
         small.save(path, "WEBP", quality=82, method=2)
-
-
-def _name(source: Path) -> str:
-    """A name that an image has as long as its file stays the same, by path, time and size.
-
-    Its ctime is none of them: links to the image change it, which galleries make and remove.
-    """
-    about = source.stat()
-    text = f"{source.resolve()} {about.st_mtime_ns} {about.st_size}"
-    return f"{hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:16]}.webp"

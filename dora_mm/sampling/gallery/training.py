@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,13 @@ def about_training(path: Path, config: PipelineConfig, summary: Mapping[str, Any
         summary: Its summary, where that is written after the page; None: the one that is there, if it has ended.
     """
     run, rows = RunDirectory(path), rows_until(path / "metrics.jsonl")
-    summary = _summary(path) if summary is None else summary
+    if summary is None:
+        summary = read_json(path / SUMMARY) if (path / SUMMARY).is_file() else {}
     done = summary.get("steps") or max((row["step"] for row in rows), default=0)
+    folders = {folder.name.removeprefix("step-"): folder for folder in run.checkpoints.glob("step-*")}
+    checkpoints = sorted((int(step), folder) for step, folder in folders.items() if step.isdecimal())
     steps = config.train.steps  # type: ignore[attr-defined]
-    kept = {step: str(folder) for step, folder in _checkpoints(run)}
+    kept = {step: str(folder) for step, folder in checkpoints}
     if summary and run.adapter.is_dir():
         kept[done] = str(path)
     return {
@@ -85,7 +88,7 @@ def about_training(path: Path, config: PipelineConfig, summary: Mapping[str, Any
         "steps": steps,
         "finished": bool(summary),
         "charts": charts(rows, rows_until(path / "validation" / "metrics.jsonl")),
-        "checkpoints": [step for step, _ in _checkpoints(run)],
+        "checkpoints": [step for step, _ in checkpoints],
         "best": summary.get("best_step"),
         "kept": kept,
         "settings": chosen_settings(config),
@@ -94,17 +97,6 @@ def about_training(path: Path, config: PipelineConfig, summary: Mapping[str, Any
         "next": next_steps(config, run, done, finished=bool(summary)),
         "answers": answers_by_step(run),
     }
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    file = path / SUMMARY
-    return read_json(file) if file.is_file() else {}
-
-
-def _checkpoints(run: RunDirectory) -> list[tuple[int, Path]]:
-    """The steps of the checkpoints that are kept, with their folders."""
-    folders = {folder.name.removeprefix("step-"): folder for folder in run.checkpoints.glob("step-*")}
-    return sorted((int(step), folder) for step, folder in folders.items() if step.isdecimal())
 
 
 # --- curves -----------------------------------------------------------------------------------------------------------
@@ -218,13 +210,9 @@ def answers_by_step(run: RunDirectory) -> list[dict[str, Any]]:
     """The answers to some rows of a vision-language training, by step, as requested by `touch RUN/sample-now`."""
     found: dict[tuple[Any, Any], dict[str, Any]] = {}
     for file in sorted(run.samples.glob("step-*.jsonl")):
-        for row in _rows(file):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            row = parse_json(line, f"{file}, line {number}")
             key = row["task"], row["id"]
             about = {"question": row["question"], "references": row["references"], "answers": {}}
             found.setdefault(key, about)["answers"][int(file.stem.removeprefix("step-"))] = row["answer"]
     return list(found.values())
-
-
-def _rows(file: Path) -> Iterable[dict[str, Any]]:
-    lines = enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
-    return (parse_json(line, f"{file}, line {number}") for number, line in lines)

@@ -20,7 +20,7 @@ from dora_mm.eval.images.scores import Scores
 from dora_mm.models.images.families import load_image_model
 from dora_mm.recipes import PIPELINES
 from dora_mm.sampling import generating
-from dora_mm.sampling.gallery.data import GalleryImage, befores
+from dora_mm.sampling.gallery.data import befores
 from dora_mm.sampling.manifest import read_manifest
 from dora_mm.studies.campaigns import trainings
 from dora_mm.studies.campaigns.comparison import MethodComparison
@@ -186,8 +186,7 @@ def check_manifest(folder: Path, scores: Scores) -> None:
     assert [entry.scores["right thing"] for entry in adapted] == scores.recognised().flatten().tolist()
     found = [entry.scores["log-odds of the style"] for entry in adapted]
     assert found == pytest.approx(scores.log_odds("3d").flatten().tolist(), abs=1e-3)
-    images = [GalleryImage("run", entry, file=entry.file) for entry in entries]
-    assert befores(images) == [None] * 12 + list(range(6, 12))
+    assert befores([("run", entry) for entry in entries]) == [None] * 12 + list(range(6, 12))
     assert [entry.settings["prompt"] for entry in bare] == [entry.settings["prompt"] for entry in adapted]
 
 
