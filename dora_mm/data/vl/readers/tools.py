@@ -38,7 +38,7 @@ def with_calls(dialogue: Dialogue, messages: Sequence[Any]) -> Dialogue:
     """
     if CALLS.isdisjoint(dialogue.names) and not any(message.get("tool_calls") for message in messages):
         return dialogue
-    found = Dialogue([], [], [], [], dialogue.images, dialogue.videos, calls := [])
+    found, calls = Dialogue([], [], [], [], []), []
     for name, text, loss, references, message in zip(*dialogue[:4], messages, strict=True):
         is_call = name in CALLS
         own = _calls(text if is_call else message.get("tool_calls") or [])

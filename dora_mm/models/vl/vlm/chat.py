@@ -17,23 +17,10 @@ from jinja2 import TemplateError
 import dora_mm.models.chat_templates  # noqa: F401  bounds what models' files render
 from dora_mm.data.vl.example import LEADING, Turn, pieces_of, plain_text
 
+Span = tuple[int, int]  # from one place of a text to another
 Pieces = tuple[tuple[str, str], ...]  # of a turn: ("text", "What is it?"), or ("image", "") or ("video", "")
 THOUGHT = re.compile(r"\s*</?think>\s*")
 PROBE = Turn("user", "@@next@@", False)
-
-
-class ChatText(NamedTuple):
-    """A conversation as text.
-
-    Attributes:
-        text: What the model reads, with the processor's token in the place of each image or video.
-        spans: Where in `text` the learned answers are, as (start, end), the token that ends each turn included.
-        ends: Where all exchanges end, learned or not.
-    """
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-    ends: tuple[int, ...] = ()
 
 
 def chat_template(processor: Any, *, tools: bool = False) -> str | None:
@@ -55,7 +42,7 @@ def chat_template(processor: Any, *, tools: bool = False) -> str | None:
     return chosen
 
 
-def render(processor: Any, turns: Sequence[Turn], tools: str = "") -> ChatText:
+def render(processor: Any, turns: Sequence[Turn], tools: str = "") -> tuple[str, list[Span], list[int]]:
     """Renders a conversation for training, up to its last answer.
 
     An answer follows the very text that asks for it when the model answers, also where the template renders an answered
@@ -67,6 +54,10 @@ def render(processor: Any, turns: Sequence[Turn], tools: str = "") -> ChatText:
         processor: A processor with a chat template.
         turns: The conversation, with at least one answer.
         tools: Its tools; see `Example`.
+
+    Returns:
+        What the model reads, with the processor's token in the place of each image or video; where in it the learned
+        answers are, the token that ends each turn included; and where all exchanges end, learned or not.
 
     Raises:
         ValueError: The template refuses the conversation, leaves out a text of it, a tool or a call, or renders none of
@@ -85,7 +76,7 @@ def render(processor: Any, turns: Sequence[Turn], tools: str = "") -> ChatText:
     if not spans and any(turn.loss for turn in turns):
         learned = next(turn.text for turn in turns if turn.loss)
         raise ValueError(f"the chat template does not render this answer as it is: {learned[:80]!r}")
-    return ChatText(text + rest, tuple(spans), tuple(ends))
+    return text + rest, spans, ends
 
 
 def is_prompt(turns: Sequence[Turn]) -> bool:
