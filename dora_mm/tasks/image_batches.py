@@ -81,7 +81,8 @@ class PromptEncoder:
 
     def _kept(self, caption: str) -> Prompt:
         """A caption that was encoded ahead, on the model's device."""
-        found = self._cache[caption] if self._files is None else self._read(caption)
+        found = self._cache[caption] if self._files is None else self._files.read(self._key(caption), ("text",))
+        found = self._write(caption) if found is None else found
         return {name: tensor.to(self.model.device) for name, tensor in found.items()}
 
     @property
@@ -96,11 +97,6 @@ class PromptEncoder:
 
     def _key(self, caption: str) -> str:
         return hashlib.sha256(f"{self._identity} {caption}".encode()).hexdigest()
-
-    def _read(self, caption: str) -> Prompt:
-        assert self._files is not None
-        found = self._files.read(self._key(caption), ("text",))
-        return self._write(caption) if found is None else found
 
     @torch.no_grad()
     def _write(self, caption: str) -> Prompt:
@@ -197,9 +193,13 @@ class CaptionedBatches:
         number = number * count + index
         rows = self.order(number)
         stream = generator(self.seed, number, "framing")
-        framings = [self._frame(row, self._flipped(stream), stream) for row in rows]
+        framings = [
+            self._frame(row, self.config.flip and bool(torch.rand((), generator=stream) < 0.5), stream) for row in rows
+        ]
         latents = [self._latents(row, framing) for row, framing in zip(rows, framings, strict=True)]
-        captions, dropped = self._captions(number), self._dropped(number)
+        captions = self._captions(number)
+        dropping = torch.rand(len(rows), generator=generator(self.seed, number, "captions"))
+        dropped = (dropping < self.config.caption_dropout).tolist()
         sampled = together(latents).sample(generator(self.seed, number, "latents"))
         return ConditionedLatents(
             self.model.normalized(sampled).to(self.model.device),
@@ -235,9 +235,6 @@ class CaptionedBatches:
 
     def _frame(self, index: int, flip: bool, stream: torch.Generator | None) -> Framing:
         return frame(self.images[index].size, self.buckets[index], self.config.crop, stream, flip)
-
-    def _flipped(self, stream: torch.Generator) -> bool:
-        return self.config.flip and bool(torch.rand((), generator=stream) < 0.5)
 
     def _latents(self, index: int, framing: Framing) -> Latents:
         image = self.images[index]
@@ -280,11 +277,6 @@ class CaptionedBatches:
         """The captions of batch `number` of all processes together."""
         epoch, settings = self.order.epoch(number), self.config.captions
         return [rendered(self.images[row], settings, self.seed, epoch) for row in self.order(number)]
-
-    def _dropped(self, number: int) -> list[bool]:
-        """Which captions of a batch are dropped."""
-        stream = generator(self.seed, number, "captions")
-        return (torch.rand(len(self.order(number)), generator=stream) < self.config.caption_dropout).tolist()
 
     def encode(self, captions: Sequence[str], dropped: Sequence[bool]) -> list[Prompt]:
         """Encodes captions; those that are dropped become the unconditional embedding."""

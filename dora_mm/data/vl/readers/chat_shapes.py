@@ -79,7 +79,10 @@ def read_texts(row: JsonRow) -> Dialogue:
 
 def read_alpaca(row: JsonRow) -> Dialogue:
     """Reads a row with `instruction` and `output`; `input` follows the instruction, and `history` is before it."""
-    instruction = "\n".join(text for text in _strings(row, "instruction", "input") if text)
+    texts = [row.get(key) or "" for key in ("instruction", "input")]
+    if set(map(type, texts)) != {str}:
+        raise RowError("has a instruction or input that is not a text")
+    instruction = "\n".join(filter(None, texts))
     return _with_keys(row, _exchanged([*_history(row), (instruction, row.get("output"))]))
 
 
@@ -215,14 +218,6 @@ def _history(row: JsonRow) -> list[Any]:
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise RowError("has a `history` that is no list of pairs")
     return pairs
-
-
-def _strings(row: JsonRow, *keys: str) -> list[str]:
-    """The texts under these keys, "" where there is none."""
-    found = [row.get(key) or "" for key in keys]
-    if set(map(type, found)) != {str}:
-        raise RowError(f"has a {' or '.join(keys)} that is not a text")
-    return found
 
 
 def _with_keys(row: JsonRow, turns_read: Dialogue) -> Dialogue:

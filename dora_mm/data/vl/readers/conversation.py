@@ -132,7 +132,10 @@ def _roles(names: tuple[str, ...]) -> tuple[Role, ...]:
 
     Whether the user may speak twice in a row, or the assistant first, a model's chat template says.
     """
-    roles: list[Role] = [_role(name) for name in names]
+    unknown = [name for name in names if name.lower() not in ROLES]
+    if unknown:
+        raise RowError(f"has a turn of {unknown[0][:20]!r}: the roles are {', '.join(ROLES)}")
+    roles: list[Role] = [ROLES[name.lower()] for name in names]
     dialogue = roles[1:] if roles[:1] == ["system"] else roles
     if not dialogue:
         raise RowError("has no turns")
@@ -148,13 +151,6 @@ def _roles(names: tuple[str, ...]) -> tuple[Role, ...]:
         if (role, following) in (("user", "tool"), ("tool", "user")):
             raise RowError(f"has a turn of the {following} after one of the {role}: between them is the assistant's")
     return tuple(roles)
-
-
-def _role(speaker: str) -> Role:
-    role = ROLES.get(speaker.lower())
-    if role is None:
-        raise RowError(f"has a turn of {speaker[:20]!r}: the roles are {', '.join(ROLES)}")
-    return role
 
 
 def _without_empty(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 
 import dora_mm.models.chat_templates  # noqa: F401  bounds what models' files render
-from dora_mm.data.vl.example import LEADING, Turn, pieces_of, plain_text
+from dora_mm.data.vl.example import Turn, leading, pieces_of, plain_text
 
 Span = tuple[int, int]  # from one place of a text to another
 Pieces = tuple[tuple[str, str], ...]  # of a turn: ("text", "What is it?"), or ("image", "") or ("video", "")
@@ -123,7 +123,7 @@ class _Template:
         ValueError: The template refuses the conversation, or leaves out a text of it.
     """
 
-    def __init__(self, processor: Any, prompt: Sequence[Turn], tools: str = ""):
+    def __init__(self, processor: Any, prompt: Sequence[Turn], tools: str):
         self.processor, self.tools = processor, json.loads(tools) if tools else None
         template = chat_template(processor, tools=bool(tools))
         assert template is not None  # others read one question
@@ -148,11 +148,11 @@ class _Template:
         return rendered
 
     def _message(self, turn: Turn) -> dict[str, Any]:
-        text = _without_leading_breaks(turn.text) if self.breaks else turn.text
-        if not turn.calls:
-            return {"role": turn.role, "content": self.content(_pieces(text), self.processor)}
-        content = self.content(_pieces(text), self.processor) if text else ""
-        return {"role": turn.role, "content": content, "tool_calls": json.loads(turn.calls)}
+        marks, text = leading(turn.text)  # some templates write the line breaks behind leading images themselves
+        text = ("".join(marks.split()) if self.breaks else marks) + text
+        content = self.content(_pieces(text), self.processor) if text or not turn.calls else ""
+        calls = {"tool_calls": json.loads(turn.calls)} if turn.calls else {}
+        return {"role": turn.role, "content": content} | calls
 
     def exchange(self, turns: Sequence[Turn], later: Sequence[Turn]) -> _Exchange:
         """The last turn of these, an answer, as it is rendered; `later` are the turns that follow up to another one."""
@@ -253,12 +253,6 @@ def _pieces(text: str) -> Pieces:
     pieces = enumerate(pieces_of(text))
     found = [(piece, "") if number % 2 else ("text", piece) for number, piece in pieces if piece]
     return tuple(found) or (("text", ""),)
-
-
-def _without_leading_breaks(text: str) -> str:
-    """The text of a turn without the line breaks behind the images that begin it, which its template writes itself."""
-    leading = LEADING.match(text)
-    return "".join(leading[0].split()) + text[leading.end() :] if leading else text
 
 
 def _items(pieces: Pieces, processor: Any) -> Any:
