@@ -4,7 +4,7 @@ Which program a file is of, the keys of its first row say: ours, VLMEvalKit's ta
 OpenAI's batches (which vLLM's run-batch writes, too), or an id and an answer under one of the usual names.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -119,26 +119,24 @@ def _rows(path: Path, kind: str, items: Iterable[Item]) -> tuple[AnsweredRow, ..
     bad: dict[str, list[str]] = {}
     for where, item in items:
         try:
-            row = PARSERS[kind](_object(_parsed(item)), where)
+            values = _parsed(item)
+            if not isinstance(values, dict):
+                raise RowError("is no object with an id and an answer")
+            row = PARSERS[kind](values, where)
             if row.id in found:
                 raise RowError("has an id that an earlier row has")
             found[row.id] = row
         except RowError as error:
             bad.setdefault(str(error), []).append(where)
     if bad:
-        reasons = [f"{len(locations)} x {reason} ({_some(locations)})" for reason, locations in bad.items()]
+        reasons = [f"{len(locations)} x {reason} ({named(locations, '; ')})" for reason, locations in bad.items()]
         raise ValueError(f"{path}: {sum(map(len, bad.values()))} rows cannot be scored: {', '.join(reasons)}")
     return tuple(found.values())
 
 
-def _some(locations: list[str]) -> str:
-    return "; ".join(locations[:MOST_NAMED]) + ("; ..." if len(locations) > MOST_NAMED else "")
-
-
-def _object(row: Any) -> Mapping[str, Any]:
-    if not isinstance(row, dict):
-        raise RowError("is no object with an id and an answer")
-    return row
+def named(locations: Sequence[str], separator: str = ", ") -> str:
+    """The first of some places or ids."""
+    return separator.join([*locations[:MOST_NAMED], *(["..."] if len(locations) > MOST_NAMED else [])])
 
 
 def _text(value: Any) -> str:
