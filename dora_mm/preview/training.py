@@ -168,13 +168,11 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _kept_for_backward(accelerator, trained, config, seed, batch_at) -> int:
     """The bytes that the forward pass of one micro-batch keeps for its backward pass, parameters not counted."""
-    known = {target_device for parameter in trained.parameters() for target_device in _storages(parameter)}
+    known = {pointer for parameter in trained.parameters() for pointer in _storages(parameter)}
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept.update(
-            {target_device: size for target_device, size in _storages(tensor).items() if target_device not in known}
-        )
+        kept.update({pointer: size for pointer, size in _storages(tensor).items() if pointer not in known})
         return tensor
 
     single = config.model_copy(update={"gradient_accumulation_steps": 1})
