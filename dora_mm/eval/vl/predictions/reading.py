@@ -50,20 +50,15 @@ class PredictionFile:
 
     Attributes:
         path: The file.
-        kind: The program that it is of.
         rows: Its rows, whose ids differ.
+        by_number: Whether ids are numbers of rows of the data set.
         about: What the first line says, of our own files.
     """
 
     path: Path
-    kind: str
     rows: tuple[AnsweredRow, ...]
-    about: About | None = None
-
-    @property
-    def by_number(self) -> bool:
-        """Whether ids are numbers of rows of the data set."""
-        return self.kind == LMMS_EVAL
+    by_number: bool
+    about: About | None
 
 
 Parse = Callable[[Mapping[str, Any], str], AnsweredRow]
@@ -93,7 +88,7 @@ def read_predictions(name: str) -> PredictionFile:
     rows = _rows(path, kind, items if about else chain([first], items))
     if not rows:
         raise ValueError(f"{path} has no rows")
-    return PredictionFile(path, kind, rows, about)
+    return PredictionFile(path, rows, kind == LMMS_EVAL, about)
 
 
 def _parsed(item: Any) -> Any:
