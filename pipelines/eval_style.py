@@ -88,17 +88,15 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
         score(config, run, generation, vectors, training, images, styled, style_free)
 
 
-# --- what is generated
-# ---------------------------------------------------------------------------------------------------
+# --- what is generated -----------------------------------------------------------------------------------------------
 
 
 def training_images(config: EvalStyleConfig, trained: TrainDiffusionConfig | None) -> list[CaptionedImage]:
     """The images that the generated ones are compared with."""
-    if config.images is None and trained is None:
-        raise ValueError(f"images: {config.adapter.path} does not say what it was trained on: name the folder")
     if config.images is not None:
         return read_captioned_images(config.images, instance_prompt=PLACEHOLDER, key="images")
-    assert trained is not None
+    if trained is None:
+        raise ValueError(f"images: {config.adapter.path} does not say what it was trained on: name the folder")
     try:
         return images_of_training(trained.data)
     except ValueError as error:
