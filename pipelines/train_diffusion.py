@@ -82,12 +82,9 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         print_results(config, run)
         return
     stop_at(preflight(accelerator, config, resume))
-    on_one_device = (
-        bool(config.model.quantization) or not config.train.shard
-    )  # what is rounded is divided on its device
-    model = load_image_model(config.model).to(
-        accelerator.device, denoiser=on_one_device
-    )  # each network when it is asked for
+    # What is rounded is divided on its device. Each network is loaded when it is asked for.
+    on_one_device = bool(config.model.quantization) or not config.train.shard
+    model = load_image_model(config.model).to(accelerator.device, denoiser=on_one_device)
     check_fit(config, model)
     images, held_out = hold_out(read_images(config.data, "train"), config.data)
     class_images = read_images(config.data, "preserve")
