@@ -247,7 +247,8 @@ def sample(
     for index, image in images.items():
         if isinstance(image, UnusableImageError):
             log.warning("The image of %r with seed %d %s.", prompts[index], seeds[index], image)
-            images[index] = Image.new("RGB", sizes[index][::-1])
+            height, width = sizes[index]
+            images[index] = Image.new("RGB", (width, height))
     return [images[index] for index in range(len(items))]
 
 
