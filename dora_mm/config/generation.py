@@ -112,10 +112,7 @@ class ImageGenerationConfig(PipelineConfig):
     adapter: AdapterChoice | None = None  # null: the base model
     # plain: prompts are text; a1111: with weights such as (word:1.3), alternatives {a|b} by seed, and BREAK
     prompt_syntax: PromptSyntax = "plain"
-    images: ReferencePaths = ()  # reference images, for models that edit; empty: none
-    reference_area: ReferenceArea = "pipeline"  # to how many pixels larger references are scaled down, as in `data`
-    # Left out, these four are those of the contact sheets of the adapter's training, where its file says them, and
-    # reference_area that of its data
+    # Left out, these four are those of the contact sheets of the adapter's training, where its file says them
     negative_prompt: str | None = None  # null: none
     steps: NumSteps = 25  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale
@@ -126,7 +123,14 @@ class ImageGenerationConfig(PipelineConfig):
     batch_size: PositiveInt = 1  # images per batch
 
 
-class BatchGenerationConfig(ImageGenerationConfig):
+class EditingConfig(ImageGenerationConfig):
+    """Images that models which edit can make of reference images."""
+
+    images: ReferencePaths = ()  # reference images of every image; empty: none
+    reference_area: ReferenceArea = "pipeline"  # to how many pixels larger references are scaled down, as in `data`
+
+
+class BatchGenerationConfig(EditingConfig):
     """A job of images: prompts or a file of rows, each with all seeds and strengths."""
 
     command: ClassVar[str] = "sample"
@@ -164,7 +168,7 @@ class Axis(Section):
         return {**values, "values": [numbered_adapters(each) if isinstance(each, str) else each for each in given]}
 
 
-class GridConfig(ImageGenerationConfig):
+class GridConfig(EditingConfig):
     """A table of images over the values of one or two settings."""
 
     command: ClassVar[str] = "grid"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dora_mm.config.generation import BatchGenerationConfig, ImageGenerationConfig
+from dora_mm.config.generation import BatchGenerationConfig, EditingConfig, ImageGenerationConfig
 from dora_mm.data.syntax import Wording, weighted
 from dora_mm.sampling.batch.prompt_row import ActiveAdapters, PromptRow
 from dora_mm.sampling.strengths import as_strength, is_zero, scaled
@@ -99,8 +99,18 @@ class ImageRequest:
 def template(config: ImageGenerationConfig, *, prompt: str = "", seed: int = 0) -> ImageRequest:
     """An image with the settings of a config, which rows of a job and axes of a grid replace."""
     adapters: ActiveAdapters = ((config.adapter.path, as_strength(config.adapter.strength)),) if config.adapter else ()
-    names = {"negative_prompt", "steps", "guidance", "width", "height", "scheduler", *DEFAULT_SETTINGS}
-    settings = config.model_dump(include=names)
+    names = {
+        "negative_prompt",
+        "steps",
+        "guidance",
+        "guidance_rescale",
+        "width",
+        "height",
+        "scheduler",
+        "prompt_syntax",
+    }
+    edits = {"images", "reference_area"} if isinstance(config, EditingConfig) else set()
+    settings = config.model_dump(include=names | edits)
     return ImageRequest(row=0, prompt=prompt, seed=seed, adapters=adapters, strength=1.0, **settings)
 
 
