@@ -1,10 +1,8 @@
 """Models that edit: a training pass with references is that of the pipeline, and so are Euler steps."""
 
-import json
 from contextlib import contextmanager
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,28 +15,12 @@ from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches
 from dora_mm.tasks.prompt_encoder import PromptEncoder
 from dora_mm.tasks.references import check_references
+from tests.shared.images.pairs import write_pairs
 from tests.shared.images.tiny_flows import FLOWS
 
 KLEIN = next(flow for flow in FLOWS if flow.name == "flux2_klein")
 STEPS, SEED = 3, 5
 TARGET, FIRST, SECOND = (64, 64), (70, 120), (130, 100)  # (h, w)
-
-
-def noise(size, seed):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
-
-
-def write_pairs(root, rows):
-    """A folder of targets, and references/ with those of each row: (target's size, sizes of references)."""
-    (root / "references").mkdir(parents=True)
-    lines = []
-    for index, (target, references) in enumerate(rows):
-        noise(target, index).save(root / f"{index}.png")
-        for number, size in enumerate(references, 1):
-            noise(size, 100 * number + index).save(root / "references" / f"{index}_{number}.png")
-        lines.append(json.dumps({"file_name": f"{index}.png", "text": f"make thing {index} red" + " again" * index}))
-    (root / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    return root
 
 
 @pytest.fixture(scope="module")
