@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
+from pathlib import Path
 
 from PIL import Image
 
@@ -16,14 +17,20 @@ from dora_mm.registries.image_families import IMAGE_FAMILIES
 from dora_mm.sampling.batch.requests import ImageRequest
 
 
-@cache
 def reference_of(path: str) -> ReferenceImage:
-    """A reference by its path in a job, decoded once.
+    """A reference by its path in a job, decoded once as long as its file stays as it is.
 
     Raises:
         ValueError: It is missing or no image.
     """
-    return read_reference(resolve_path(path, "image"))
+    file = resolve_path(path, "image")
+    state = file.stat()
+    return _decoded(file, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _decoded(file: Path, mtime: int, size: int) -> ReferenceImage:
+    return read_reference(file)
 
 
 def check_references(model: ImageModel, requests: Sequence[ImageRequest]) -> None:

@@ -85,12 +85,12 @@ def test_a_training_on_pairs_resumes_by_bits_and_plain_diffusers_edits_alike(con
     assert len(read_metadata(first).settings["image_digests"]) == 2
     assert apart(first_image := Image.open(first), Image.open(output / "samples" / "0002-seed3.png")) > 1
 
-    assert main(["replay", str(first), "--output", str(tmp_path / "again")]) == 0
+    assert main(["sample", "--replay", str(first), "--set", f"output={tmp_path / 'again'}"]) == 0
     again = next((tmp_path / "again").rglob("*.png"))
     assert apart(first_image, Image.open(again)) == 0
     assert main(["sample", "--resume", str(output)]) == 0
     Image.new("RGB", (64, 64)).save(references[1])
-    assert main(["replay", str(first), "--output", str(tmp_path / "changed")]) != 0
+    assert main(["sample", "--replay", str(first), "--set", f"output={tmp_path / 'changed'}"]) != 0
     assert "0_2.png has changed since the image was generated" in capsys.readouterr().err
 
 
