@@ -96,10 +96,10 @@ class ReferenceLatents:
         """The latents (C, h, w) of a reference, as the VAE gives them."""
 
         def compute() -> Latents:
-            pixels = self._editing.reference_pixels(
-                self._editing.prepare_reference(load_reference(reference), area, flip=flip)
-            )
-            return Latents(self.model.encode_images(pixels).mean[0], None)
+            model = self._editing
+            image = load_reference(reference, alpha=model.references_have_alpha)
+            pixels = model.reference_pixels(model.prepare_reference(image, area, flip=flip))
+            return Latents(model.encode_images(pixels).mean[0], None)
 
         return self.cache.get(self._key(reference, area, flip=flip), compute, reference.path).mean
 
