@@ -51,7 +51,11 @@ class EditingModel(FlowModel):
 
     @abstractmethod
     def reference_pixels(self, image: Image.Image) -> Tensor:
-        """The pixels (1, 3, H, W), or with alpha (1, 4, H, W), in [-1, 1] of a prepared reference as the pipeline has them, of its size there."""
+        """The pixels of a prepared reference as the pipeline has them, of its size there.
+
+        Returns:
+            (1, 3, H, W) in [-1, 1], or (1, 4, H, W) with alpha.
+        """
 
     def why_not_reference(self, size: Size) -> str | None:
         """Why the pipeline does not take a prepared reference of a size; None: it does."""

@@ -231,7 +231,8 @@ class QwenImage21(WithQwenVAE, EditingModel):
         """Prompts of one length go together: positions of latents follow the text, and padding would move them.
 
         Raises:
-            ValueError: Processes share the transformer, and there are several prompts: their passes would not keep step.
+            ValueError: The transformer is divided among processes, and there are several prompts: processes with other
+                lengths would wait for passes that this one does not have.
         """
         groups: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompts):
@@ -240,10 +241,10 @@ class QwenImage21(WithQwenVAE, EditingModel):
             raise ValueError(f"train.shard: {self.title} takes prompts of one length at a time: set train.batch_size 1")
         if len(groups) == 1:
             return self._velocity(noised, time, prompts, references)
-        found = [
-            self._velocity(noised[rows], time[rows], [prompts[row] for row in rows], [each[rows] for each in references])
-            for rows in groups.values()
-        ]
+        found = []
+        for rows in groups.values():
+            own = [prompts[row] for row in rows], [latents[rows] for latents in references]
+            found.append(self._velocity(noised[rows], time[rows], *own))
         order = torch.tensor([row for rows in groups.values() for row in rows], device=noised.device)
         return torch.cat(found)[order.argsort()]
 
