@@ -57,9 +57,8 @@ def build(folder: Path, *, causal_condition: bool = True, sample_sigmas: list[fl
             axes_dims_rope=(4, 6, 6),
             causal_condition=causal_condition,
         )
-        for name, parameter in transformer.named_parameters():  # which begin as zeros
-            if "norm" in name and parameter.dim() == 1:
-                torch.nn.init.normal_(parameter, std=0.3)
+        for name, parameter in transformer.named_parameters():  # so that text and positions count, and time not too much
+            torch.nn.init.normal_(parameter, std=0.05 if "time" in name else 0.3)
         vae = AutoencoderKLQwenImage21(
             base_dim=4,
             decoder_base_dim=8,
