@@ -85,7 +85,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             import_path="dora_mm.models.images.qwen_image_21:QwenImage21",
             section="dora_mm.config.models:QwenImage21Config",
             pipeline="QwenImage21Pipeline",
-            denoiser=("transformer_blocks.0.img_mlp.gate_layer.",),
+            denoiser=("transformer_blocks.0.img_mlp.gate_",),
             edits=True,
             starts={24: "configs/qwen_image_21/style.yaml"},
         ),

@@ -36,7 +36,8 @@ def layout_of(image: CaptionedImage, model: ImageModel, data: DataConfig) -> tup
 
 def num_tokens(image: CaptionedImage, model: ImageModel, data: DataConfig) -> tuple[int, int]:
     """The tokens of an image in the denoiser, and those of its references."""
-    own, *others = ((h // model.cell) * (w // model.cell) for h, w in layout_of(image, model, data))
+    side = model.pixels_per_token if isinstance(model, EditingModel) else model.cell
+    own, *others = ((h // side) * (w // side) for h, w in layout_of(image, model, data))
     return own, sum(others)
 
 

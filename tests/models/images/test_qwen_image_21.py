@@ -15,6 +15,7 @@ from dora_mm.config.images import LossConfig
 from dora_mm.config.models import ModelConfig, validated
 from dora_mm.models.images.families import load_image_model
 from dora_mm.tasks.diffusion import DiffusionTask
+from dora_mm.tasks.references import num_tokens
 from tests.models.images.test_editing import batches_of, recorded, write_pairs
 from tests.shared.images.tiny_qwen_image_21 import build, processor_of_images
 
@@ -142,30 +143,24 @@ def test_an_area_is_the_output_resolution_of_the_pipeline(model, plain, pairs):
     theirs = kwargs["hidden_states"][:, : -TARGET[0] * TARGET[1] // 256]
     packed = torch.cat([latents.flatten(2).mT for latents in batch.references], dim=1)
     torch.testing.assert_close(packed, theirs, atol=1e-5, rtol=1e-5)
-    assert batches_of(model, pairs, reference_area=10**9).layouts[0][1:] == tuple(SEEN)
+    larger = batches_of(model, pairs, reference_area=10**9)
+    assert larger.layouts[0][1:] == tuple(SEEN)
+    assert num_tokens(larger.images[0], model, larger.config) == (2 * 8, 4 * 6 + 6 * 2)
 
 
-def test_the_text_encoder_is_read_before_its_final_norm(model, plain, pairs):
+def test_the_text_encoder_is_read_before_its_final_norm(model, plain):
     """Transformers 5 returns the last hidden state after it."""
-    prompt, references = PROMPTS[0], references_of(pairs, 0)
     text_model, outputs = plain.text_encoder.model.language_model, []
-    hooks = [
-        each.register_forward_hook(lambda _, args, out: outputs.append(out[0] if isinstance(out, tuple) else out))
-        for each in (text_model.layers[-1], text_model)
-    ]
+    hook = text_model.layers[-1].register_forward_hook(lambda _, args, out: outputs.append(out))
     try:
         with torch.no_grad():
-            plain.encode_prompt(prompt, image=[image.resize((64, 64)) for image in references])
-            (encoded,) = model.encode_prompts([prompt])
-            expected, *_ = plain.encode_prompt(prompt)
+            plain.text_encoder(**plain.processor(text=[plain.prompt_template_t2i.format("red")], return_tensors="pt"))
+            (encoded,) = model.encode_prompts(["red"])
     finally:
-        for hook in hooks:
-            hook.remove()
-    before, _ = outputs[2:]
-    torch.testing.assert_close(encoded["text"], before[0, plain._drop_idx :], atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(encoded["text"], expected[0], atol=1e-6, rtol=1e-6)
-    after = text_model.norm(before)[0, plain._drop_idx :]
-    assert (encoded["text"] - after).abs().max() > 0.1
+        hook.remove()
+    before = outputs[0][:, plain._drop_idx :]
+    torch.testing.assert_close(encoded["text"], before[0], atol=1e-6, rtol=1e-6)
+    assert (encoded["text"] - text_model.norm(before)[0]).abs().max() > 0.1
 
 
 def test_the_tokens_of_the_system_are_dropped(model, plain):

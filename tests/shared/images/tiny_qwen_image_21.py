@@ -57,8 +57,11 @@ def build(folder: Path, *, causal_condition: bool = True, sample_sigmas: list[fl
             axes_dims_rope=(4, 6, 6),
             causal_condition=causal_condition,
         )
-        for name, parameter in transformer.named_parameters():  # so that text and positions count, and time not too much
-            torch.nn.init.normal_(parameter, std=0.05 if "time" in name else 0.3)
+        for parameter in transformer.parameters():  # so that text and positions count
+            torch.nn.init.normal_(parameter, std=0.2)
+        # Without the fast waves of time, in which the rounding of 1000 t is seen
+        time = transformer.time_text_embed.timestep_embedder.linear_1
+        torch.nn.init.zeros_(time.weight.data.view(-1, 2, 128)[:, :, :64])
         vae = AutoencoderKLQwenImage21(
             base_dim=4,
             decoder_base_dim=8,
@@ -69,7 +72,7 @@ def build(folder: Path, *, causal_condition: bool = True, sample_sigmas: list[fl
             latents_std=[0.5 + 0.25 * (channel % 4) for channel in range(16)],
         )
     scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=4, max_image_seq_len=8192
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=4, max_image_seq_len=6400
     )
     QwenImage21Pipeline(scheduler, vae, text_encoder, processor, transformer, sample_sigmas).save_pretrained(folder)
     file = folder / "vae" / "config.json"  # the size of its images, which the published one leaves to the pipeline
