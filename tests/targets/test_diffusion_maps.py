@@ -13,7 +13,7 @@ import dora_mm
 from dora_mm import DoRASpec, adapter_parameters, load_adapter, save_adapter, targets
 from dora_mm.core import adapted_layers
 from dora_mm.core.targets import match_modules
-from dora_mm.models.images.qwen_image_21 import Pipeline
+from dora_mm.models.images.qwen_image_21 import QwenImage21Pipeline
 from tests.shared import reference
 
 TIME = {f"time_text_embed.timestep_embedder.linear_{i}" for i in (1, 2)}
@@ -297,7 +297,7 @@ PIPELINES = {
     flux2: diffusers.Flux2Pipeline,
     sd3: diffusers.StableDiffusion3Pipeline,
     qwen_image: diffusers.QwenImagePipeline,
-    qwen_image_21: Pipeline,  # diffusers' own cannot be built without a processor
+    qwen_image_21: QwenImage21Pipeline,  # diffusers' own cannot be built without a processor
     krea2: diffusers.Krea2Pipeline,
     z_image: diffusers.ZImagePipeline,
 }

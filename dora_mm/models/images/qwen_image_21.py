@@ -13,11 +13,10 @@ import torch
 from diffusers import (
     AutoencoderKLQwenImage21,
     FlowMatchEulerDiscreteScheduler,
-    QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
 )
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import calculate_dimensions
+from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21 as published
 from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 from torch import Tensor
@@ -38,7 +37,7 @@ SLOT_SIDE = 2  # latents
 RESOLUTION = "resolution"  # key of what a prepared reference says in its `info`
 
 
-class Pipeline(QwenImage21Pipeline):
+class QwenImage21Pipeline(published.QwenImage21Pipeline):
     """Diffusers' pipeline, which also takes encoded prompts with references.
 
     `prompt_embeds_mask` has the kinds of tokens (B, L): 0 for padding, `TEXT`, or `SLOT`. Diffusers' own takes the
@@ -57,7 +56,7 @@ class Pipeline(QwenImage21Pipeline):
         if processor is not None:
             super().__init__(scheduler, vae, text_encoder, processor, transformer, sample_sigmas)
             return
-        super(QwenImage21Pipeline, self).__init__()  # where only other components are loaded
+        super(published.QwenImage21Pipeline, self).__init__()  # where only other components are loaded
         self.register_modules(
             vae=vae, text_encoder=text_encoder, processor=processor, transformer=transformer, scheduler=scheduler
         )
@@ -111,7 +110,7 @@ class QwenImage21(WithQwenVAE, EditingModel):
 
     @classmethod
     def pipeline_class(cls) -> Any:
-        return Pipeline
+        return QwenImage21Pipeline
 
     @cached_property
     def noise(self) -> Flow:
@@ -191,7 +190,7 @@ class QwenImage21(WithQwenVAE, EditingModel):
         return self.resolution if area is None else min(self.resolution, math.isqrt(area))
 
     def reference_size(self, size: Size, area: int | None = None) -> Size:
-        width, height, _ = calculate_dimensions(self.resolution_of(area) ** 2, size[1] / size[0])
+        width, height, _ = published.calculate_dimensions(self.resolution_of(area) ** 2, size[1] / size[0])
         return height, width
 
     def prepared_size(self, size: Size, area: int | None = None) -> Size:
@@ -276,6 +275,6 @@ class QwenImage21(WithQwenVAE, EditingModel):
 
 
 def _padded(encoded: Sequence[Prompt], prefix: str) -> dict[str, Tensor]:
-    """The embeddings of prompts and the kinds of their tokens, as `Pipeline` takes them."""
+    """The embeddings of prompts and the kinds of their tokens, as `QwenImage21Pipeline` takes them."""
     text, kinds = (pad_sequence([each[prefix + name] for each in encoded], True) for name in ("text", "kinds"))
     return {f"{prefix}prompt_embeds": text, f"{prefix}prompt_embeds_mask": kinds}
