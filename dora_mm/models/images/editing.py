@@ -30,6 +30,7 @@ class EditingModel(FlowModel):
     longest_reference: ClassVar[float] = float("inf")  # the longer side by the shorter one
     needs_references: ClassVar[bool] = False  # whether it makes no images of text alone
     prompts_see_references: ClassVar[bool] = False  # whether its text encoder sees them beside the prompt
+    scales_references_up: ClassVar[bool] = False  # whether its pipeline does, so that no area makes them smaller
 
     @abstractmethod
     def reference_size(self, size: Size, area: int | None = None) -> Size:
