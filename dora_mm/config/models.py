@@ -78,6 +78,10 @@ class QwenImageEditConfig(ImageFamilyConfig):
     """Settings specific to Qwen-Image-Edit: none, since its pipeline cuts no prompt."""
 
 
+class QwenImage21Config(ImageFamilyConfig):
+    """Settings specific to Qwen-Image-2.1: none, since its pipeline cuts no prompt."""
+
+
 class Krea2Config(ImageFamilyConfig):
     """Settings specific to Krea 2."""
 

@@ -87,6 +87,15 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             pipeline="QwenImageEditPlusPipeline",
             edits=True,
         ),
+        "qwen_image_21": ImageFamily(
+            title="Qwen-Image-2.1",
+            import_path="dora_mm.models.images.qwen_image_21:QwenImage21",
+            section="dora_mm.config.models:QwenImage21Config",
+            pipeline="QwenImage21Pipeline",
+            denoiser=("transformer_blocks.0.img_mlp.gate_",),
+            edits=True,
+            starts={24: "configs/qwen_image_21/style.yaml"},
+        ),
         "krea2": ImageFamily(
             title="Krea 2",
             import_path="dora_mm.models.images.krea2:Krea2",
