@@ -22,13 +22,15 @@ from dora_mm.models.images.editing import EditingModel
 from dora_mm.models.images.image_model import Prompt
 from dora_mm.models.images.qwen_image import QwenImage
 
+EDITED_AREA = 1024 * 1024  # pixels of an image that is given no size
+
 
 class QwenImageEdit(EditingModel, QwenImage):
     """Qwen-Image-Edit 2509 and 2511 (Alibaba, 2025), of 20 billion parameters.
 
     References of every size come to the VAE at an area of 1024 x 1024 pixels, and to the text encoder at one of
     384 x 384. Their tokens follow the noised ones, each at a frame of its own. The transformer of 2511, whose config
-    has `zero_cond_t`, modulates them as at time 0, which it knows them by from their sizes.
+    has `zero_cond_t`, modulates them as at time 0.
     """
 
     name = "qwen_image_edit"
@@ -88,7 +90,7 @@ class QwenImageEdit(EditingModel, QwenImage):
                 encoded.append({"text": pipe.encode_prompt(prompt, image=seen, device=device)[0][0]})
         return encoded
 
-    def _condition(self, processor: VaeImageProcessor, image: Image.Image) -> Image.Image:
+    def _condition(self, processor: VaeImageProcessor, image: Image.Image) -> Any:
         """A prepared reference as the pipeline gives it to the processor of the text encoder."""
         height, width = _at_area((image.height, image.width), published.CONDITION_IMAGE_SIZE)
         return processor.resize(image, height, width)
@@ -108,7 +110,7 @@ class QwenImageEdit(EditingModel, QwenImage):
         return VaeImageProcessor(vae_scale_factor=2 * self.vae_downscale).preprocess(image, height, width)
 
     def edited_size(self, references: Sequence[Size]) -> Size:
-        return self.reference_size(references[-1])
+        return _at_area(references[-1], EDITED_AREA)
 
     def predict_edit(
         self,

@@ -48,9 +48,10 @@ def build(folder: Path, *, zero_cond_t: bool = False) -> Path:
     reader = processor()
     text = {"vocab_size": len(reader.tokenizer), "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 4096}
+    text |= {"initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None}  # so that positions count
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]}
     vision = {"depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 24}
-    vision["fullatt_block_indexes"] = [1]
+    vision |= {"fullatt_block_indexes": [1], "initializer_range": 0.3}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids(reader.tokenizer))
@@ -65,6 +66,11 @@ def build(folder: Path, *, zero_cond_t: bool = False) -> Path:
             axes_dims_rope=(4, 4, 8),
             zero_cond_t=zero_cond_t,
         )
+        for parameter in transformer.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        # Without the fast waves of time, in which the rounding of 1000 t is seen
+        time = transformer.time_text_embed.timestep_embedder.linear_1
+        torch.nn.init.zeros_(time.weight.data.view(-1, 2, 128)[:, :, :64])
         vae = AutoencoderKLQwenImage(
             base_dim=4,
             z_dim=4,
