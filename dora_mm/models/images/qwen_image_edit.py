@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as published
+from diffusers.pipelines.qwenimage.pipeline_output import QwenImagePipelineOutput
 from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 from torch import Tensor
@@ -23,6 +24,41 @@ from dora_mm.models.images.image_model import Prompt
 from dora_mm.models.images.qwen_image import QwenImage
 
 EDITED_AREA = 1024 * 1024  # pixels of an image that is given no size
+
+
+class QwenImageEditPlusPipeline(published.QwenImageEditPlusPipeline):
+    """Diffusers' pipeline, which also generates several images of encoded prompts, one after another."""
+
+    num_images = 1  # of the batch
+
+    @property
+    def num_timesteps(self) -> int:
+        """Of all images of the batch together."""
+        return self._num_timesteps * self.num_images
+
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        embeds = settings.get("prompt_embeds")
+        self.num_images = 1 if embeds is None else len(embeds)
+        if self.num_images == 1:
+            return super().__call__(*args, **settings)
+        found = [
+            super(QwenImageEditPlusPipeline, self).__call__(*args, **self._of_row(settings, row)).images
+            for row in range(self.num_images)
+        ]
+        images = torch.cat(found) if isinstance(found[0], Tensor) else [image for each in found for image in each]
+        return QwenImagePipelineOutput(images=images)
+
+    def _of_row(self, settings: dict[str, Any], row: int) -> dict[str, Any]:
+        """The arguments for one image of a batch."""
+        own = {name: value[row : row + 1] for name, value in settings.items() if "prompt_embeds" in name}
+        generator, callback = settings.get("generator"), settings.get("callback_on_step_end")
+        if isinstance(generator, list):
+            own["generator"] = generator[row]
+        if callback is not None:
+            own["callback_on_step_end"] = lambda pipe, step, *rest: callback(
+                pipe, row * self._num_timesteps + step, *rest
+            )
+        return {**settings, **own}
 
 
 class QwenImageEdit(EditingModel, QwenImage):
@@ -39,6 +75,10 @@ class QwenImageEdit(EditingModel, QwenImage):
     needs_references = True
     prompts_see_references = True
     scales_references_up = True
+
+    @classmethod
+    def pipeline_class(cls) -> Any:
+        return QwenImageEditPlusPipeline
 
     @property
     def most_tokens(self) -> int | None:

@@ -18,6 +18,7 @@ from dora_mm.config.images import LossConfig
 from dora_mm.config.models import ModelConfig, validated
 from dora_mm.models.images import qwen_image_edit
 from dora_mm.models.images.families import load_image_model
+from dora_mm.sampling.image_sampler import ImageSampler
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.references import num_tokens
 from tests.models.images.test_editing import batches_of, recorded, write_pairs
@@ -126,8 +127,9 @@ def packed(latents):
     return torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).mT
 
 
-@pytest.mark.parametrize("full_size", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(
+    ("told", "full_size"), [(True, False), (False, False), pytest.param(False, True, marks=pytest.mark.slow)]
+)
 def test_a_training_pass_is_the_transformers_call_in_the_pipeline(folder, pairs, monkeypatch, told, full_size):
     """Also that of the pipeline as it is, which does not tell its text encoder where images are."""
     if not told:
@@ -165,17 +167,19 @@ def test_euler_steps_end_at_the_latents_of_the_pipeline(folder, pairs):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_images_of_the_family_are_those_of_the_pipeline(model, plain, pairs, guidance):
-    references = [model.prepare_reference(image) for image in references_of(pairs, 1)]
-    with torch.no_grad():
-        encoded = [model.encode_edit_for_sampling(PROMPTS[1], "blue", references)]
-    sizes = {"height": TARGET[0], "width": TARGET[1]}
-    inputs = model.pipeline_inputs(encoded, steps=STEPS, guidance=guidance, **sizes)
-    inputs |= model.reference_inputs(references)
-    ours = model.pipeline()(**inputs, generator=torch.Generator().manual_seed(SEED)).images[0]
-    guided = {"negative_prompt": "blue", "true_cfg_scale": guidance} if guidance > 1 else {}
-    (theirs,) = edited(plain, pairs, 1, **guided)
-    assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 2
+def test_images_of_a_batch_are_those_of_the_pipeline(model, plain, pairs, guidance):
+    """It takes one prompt at a time."""
+    references, prompts, shares = references_of(pairs, 1), [PROMPTS[1], "make it blue"], []
+    settings = {"steps": STEPS, "guidance": guidance, "height": TARGET[0], "width": TARGET[1]}
+    prepared, negative = [model.prepare_reference(image) for image in references], "blue" if guidance > 1 else None
+    given = {**settings, "references": prepared, "on_step": shares.append}
+    ours = ImageSampler(model).generate([(prompt, negative) for prompt in prompts], [SEED, SEED], **given)
+    assert shares == [step / (2 * STEPS) for step in range(1, 2 * STEPS + 1)]
+    guided = {"negative_prompt": negative, "true_cfg_scale": guidance} if negative else {}
+    for prompt, image in zip(prompts, ours, strict=True):
+        (theirs,) = edited(plain, pairs, 1, prompt=prompt, **guided)
+        assert np.abs(np.asarray(image, int) - np.asarray(theirs, int)).max() <= 2
+    assert np.abs(np.asarray(ours[0], int) - np.asarray(ours[1], int)).max() > 2
 
 
 def test_an_image_without_a_size_has_the_ratio_of_the_last_reference(model, plain, pairs):
