@@ -90,6 +90,13 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
                 48: "configs/qwen_image/style.yaml",
             },
         ),
+        "qwen_image_edit": ImageFamily(
+            title="Qwen-Image-Edit",
+            import_path="dora_mm.models.images.qwen_image_edit:QwenImageEdit",
+            section="dora_mm.config.models:QwenImageEditConfig",
+            pipeline="QwenImageEditPlusPipeline",
+            edits=True,
+        ),
         "qwen_image_21": ImageFamily(
             title="Qwen-Image-2.1",
             import_path="dora_mm.models.images.qwen_image_21:QwenImage21",

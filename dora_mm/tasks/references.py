@@ -135,6 +135,11 @@ def check_references(model: ImageModel, images: Sequence[CaptionedImage], data: 
         )
     if model.needs_references and (data.reference_dropout or len(found) < len(images)):
         raise ValueError(f"{model.title} needs references: give every image one, and no data.reference_dropout")
+    if model.scales_references_up and data.reference_area != "pipeline":
+        raise ValueError(
+            f"data.reference_area: the pipeline of {model.title} brings references of every size to one area, so it "
+            "could not generate with another one: leave the key out"
+        )
     if data.crop == "random":
         raise ValueError("data.crop: random crops of images would no longer fit their references: set center")
     problems = []

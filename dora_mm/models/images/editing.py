@@ -30,6 +30,7 @@ class EditingModel(FlowModel):
     longest_reference: ClassVar[float] = float("inf")  # the longer side by the shorter one
     needs_references: ClassVar[bool] = False  # whether it makes no images of text alone
     prompts_see_references: ClassVar[bool] = False  # whether its text encoder sees them beside the prompt
+    scales_references_up: ClassVar[bool] = False  # whether its pipeline does, so that no area makes them smaller
     pixels_per_token: ClassVar[int] = 16  # along one side
     references_have_alpha: ClassVar[bool] = False  # whether it takes them as RGBA; else they are RGB on white
 
