@@ -96,6 +96,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             section="dora_mm.config.models:QwenImageEditConfig",
             pipeline="QwenImageEditPlusPipeline",
             edits=True,
+            target_map="qwen-image",
         ),
         "qwen_image_21": ImageFamily(
             title="Qwen-Image-2.1",
@@ -104,6 +105,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             pipeline="QwenImage21Pipeline",
             denoiser=("transformer_blocks.0.img_mlp.gate_",),
             edits=True,
+            target_map="qwen-image-21",
             starts={24: "configs/qwen_image_21/style.yaml"},
         ),
         "krea2": ImageFamily(

@@ -183,12 +183,12 @@ def _digest(references: References) -> str:
 
 
 def problem_of(pixels: Tensor) -> UnusableImageError | None:
-    """Says why an image (3, H, W) cannot be used; None where it can."""
+    """Says why an image (3, H, W), or (4, H, W) with alpha, cannot be used; None where it can."""
     if not pixels.isfinite().all():
         return UnusableImageError(
             "has values that are not numbers (NaN): in half precision some models need another VAE, see model.vae"
         )
-    return None if pixels.any() else UnusableImageError("is black")
+    return None if pixels[:3].any() else UnusableImageError("is black")
 
 
 def sample(

@@ -56,6 +56,8 @@ def problem_of_references(model: ImageModel, images: Sequence[str], area: int | 
     if not isinstance(model, EditingModel):
         others = ", ".join(family.title for family in IMAGE_FAMILIES.values() if family.edits)
         return f"{model.title} does not edit, so it takes no images: use a model that does ({others})"
+    if area and model.scales_references_up:
+        return f"reference_area has no effect on {model.title}, whose pipeline scales references up: leave it out"
     if len(images) > model.most_references:
         return f"{len(images)} images, and {model.title} takes {model.most_references}"
     sizes = ((path, model.prepared_size(reference_of(path).size, area)) for path in images)
@@ -99,4 +101,5 @@ def prepared(model: ImageModel, images: Sequence[str], area: int | None) -> tupl
     if not images:
         return ()
     assert isinstance(model, EditingModel)
-    return tuple(model.prepare_reference(load_reference(reference_of(path)), area) for path in images)
+    loaded = (load_reference(reference_of(path), alpha=model.references_have_alpha) for path in images)
+    return tuple(model.prepare_reference(image, area) for image in loaded)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -41,11 +42,9 @@ class QwenImageEditPlusPipeline(published.QwenImageEditPlusPipeline):
         self.num_images = 1 if embeds is None else len(embeds)
         if self.num_images == 1:
             return super().__call__(*args, **settings)
-        found = [
-            super(QwenImageEditPlusPipeline, self).__call__(*args, **self._of_row(settings, row)).images
-            for row in range(self.num_images)
-        ]
-        images = torch.cat(found) if isinstance(found[0], Tensor) else [image for each in found for image in each]
+        generate: Any = super().__call__
+        found = [generate(*args, **self._of_row(settings, row)).images for row in range(self.num_images)]
+        images: Any = torch.cat(found) if isinstance(found[0], Tensor) else list(chain.from_iterable(found))
         return QwenImagePipelineOutput(images=images)
 
     def _of_row(self, settings: dict[str, Any], row: int) -> dict[str, Any]:
@@ -177,12 +176,12 @@ def _positions_of_images(text_encoder: Any, processor: Any) -> Iterator[None]:
     0.42 does not: it then counts them as words (https://github.com/huggingface/diffusers/issues/14194).
     """
 
-    def told(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def with_types(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         ids = kwargs["input_ids"]
         types = torch.tensor(processor.create_mm_token_type_ids(ids.tolist()), device=ids.device)
         return args, {"mm_token_type_ids": types, **kwargs}
 
-    hook = text_encoder.register_forward_pre_hook(told, with_kwargs=True)
+    hook = text_encoder.register_forward_pre_hook(with_types, with_kwargs=True)
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from dora_mm.config.models import ModelConfig, validated
 from dora_mm.models.images.families import load_image_model
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.references import num_tokens
-from tests.models.images.test_editing import batches_of, recorded, write_pairs
+from tests.shared.images.pairs import batches_of, recorded, write_pairs
 from tests.shared.images.tiny_qwen_image_21 import build, processor_of_images
 
 STEPS, SEED, SIDE = 3, 5, 64

@@ -21,7 +21,7 @@ from dora_mm.models.images.families import load_image_model
 from dora_mm.sampling.image_sampler import ImageSampler
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.references import num_tokens
-from tests.models.images.test_editing import batches_of, recorded, write_pairs
+from tests.shared.images.pairs import batches_of, recorded, write_pairs
 from tests.shared.images.tiny_qwen_image_edit import SYSTEM, build
 
 STEPS, SEED = 3, 5
@@ -178,8 +178,8 @@ def test_images_of_a_batch_are_those_of_the_pipeline(model, plain, pairs, guidan
     guided = {"negative_prompt": negative, "true_cfg_scale": guidance} if negative else {}
     for prompt, image in zip(prompts, ours, strict=True):
         (theirs,) = edited(plain, pairs, 1, prompt=prompt, **guided)
-        assert np.abs(np.asarray(image, int) - np.asarray(theirs, int)).max() <= 2
-    assert np.abs(np.asarray(ours[0], int) - np.asarray(ours[1], int)).max() > 2
+        assert np.abs(np.asarray(image, int) - np.asarray(theirs, int)).max() <= 1
+    assert np.abs(np.asarray(ours[0], int) - np.asarray(ours[1], int)).max() > 0  # random weights barely read prompts
 
 
 def test_an_image_without_a_size_has_the_ratio_of_the_last_reference(model, plain, pairs):
