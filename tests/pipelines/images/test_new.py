@@ -197,9 +197,9 @@ def test_a_model_that_train_refuses_is_refused(here, tiny_folder, capsys):
     assert main(["new", "z_image", *given, str(tiny_folder)]) == 2
     assert f"--model: {tiny_folder} is of the family sdxl: dora-mm new sdxl" in capsys.readouterr().err
     Path("edit").mkdir()
-    Path("edit", "model_index.json").write_text('{"_class_name": "QwenImageEditPlusPipeline"}')
+    Path("edit", "model_index.json").write_text('{"_class_name": "FluxKontextPipeline"}')
     assert main(["new", "qwen_image", *given, "edit"]) == 2
-    assert "is a QwenImageEditPlusPipeline, which is no family of image models here" in capsys.readouterr().err
+    assert "is a FluxKontextPipeline, which is no family of image models here" in capsys.readouterr().err
     assert not Path("a.yaml").exists()
 
 
