@@ -122,6 +122,13 @@ def _add_new(commands: Any) -> None:
     )
     command.add_argument("name", metavar="NAME", help="of the new config and its runs: NAME.yaml, NAME_prompts.txt")
     command.add_argument("--images", metavar="FOLDER", help="your images, with or without captions")
+    command.add_argument(
+        "--references",
+        metavar="FOLDER",
+        nargs="+",
+        default=(),
+        help="of a model that edits: what each image is made of, under its file name",
+    )
     command.add_argument("--data", metavar="FILE", help="your questions, of vlm: JSON, JSON lines or Parquet")
     command.add_argument("--model", metavar="MODEL", help=f"{BASE}; default: the recipe's")
 
