@@ -4,7 +4,7 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from dora_mm.registries.other_trainers import key_of, settings_of
+from dora_mm.registries.other_trainers import key_of, other_meaning, settings_of
 from dora_mm.registries.renamed import OPTIONS
 from dora_mm.utils.messages import nearest
 
@@ -28,7 +28,8 @@ def right_form(unknown: Sequence[str], argv: Sequence[str], usage: str) -> str:
     if meant:
         names = [flag.partition("=")[0] for flag in meant]
         settings = [setting for settings in meant.values() for setting in settings]
-        return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} --set {shlex.join(settings)} here"
+        others = "".join(other_meaning(name, argv) for name in names)
+        return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} --set {shlex.join(settings)} here{others}"
     options = re.findall(r"--[\w-]+", usage)
     slips = [f"there is no {flag}{close}" for flag in flags if (close := nearest(flag, options))]
     return "; ".join(slips)

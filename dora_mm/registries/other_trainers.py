@@ -1,5 +1,7 @@
 """The names in other trainers of the keys of a config, and of some of their values."""
 
+from collections.abc import Sequence
+
 KEYS = {  # by the flags of kohya's scripts and diffusers'
     "pretrained_model_name_or_path": "model.path",
     "vae": "model.vae",
@@ -20,6 +22,7 @@ KEYS = {  # by the flags of kohya's scripts and diffusers'
     "masked_loss": "data.mask",
     "alpha_mask": "data.mask.source",
     "conditioning_data_dir": "data.mask.folder",
+    "control_directory": "data.references",
     "with_prior_preservation": "preserve",
     "class_prompt": "preserve.prompt",
     "prior_loss_weight": "preserve.weight",
@@ -55,6 +58,8 @@ KEYS = {  # by the flags of kohya's scripts and diffusers'
     "weighting_scheme": "loss.timesteps",
     "sample_every_n_steps": "sample.every",
 }
+# Their meaning without another flag is not sure: kohya's scripts have masks and conditions in one folder
+UNSURE = {"conditioning_data_dir": ("masked_loss", "data.references", "what a model that edits sees")}
 WITHOUT_VALUE = {  # flags that are a value of ours by themselves; others are true
     "alpha_mask": "alpha",
     "masked_loss": "{}",
@@ -75,7 +80,25 @@ DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of the weig
 
 def key_of(word: str) -> str | None:
     """Our key for a flag or key of another trainer, with or without its hyphens; None: it is not known."""
-    return KEYS.get(word.removeprefix("--").partition("=")[0].replace("-", "_"))
+    return KEYS.get(_name(word))
+
+
+def other_meaning(word: str, given: Sequence[str] = ()) -> str:
+    """The other meaning of a flag or key that `key_of` knows, as the end of a sentence; empty where it has one.
+
+    Args:
+        word: The flag or key.
+        given: All flags, by one of which the meaning may be sure.
+    """
+    name = _name(word)
+    flag, key, meaning = UNSURE.get(name, ("", "", ""))
+    if not flag or any(_name(each) == flag for each in given):
+        return ""
+    return f" with {flag} (masks), and {key} where it has {meaning}: which of both is it?"
+
+
+def _name(word: str) -> str:
+    return word.removeprefix("--").partition("=")[0].replace("-", "_")
 
 
 def settings_of(flag: str, value: str | None) -> list[str]:
@@ -85,9 +108,10 @@ def settings_of(flag: str, value: str | None) -> list[str]:
         flag: The flag, without a value.
         value: Its value; None: it has none.
     """
-    key, word = KEYS[name := flag.removeprefix("--").replace("-", "_")], (value or "").lower()
+    key, word = KEYS[name := _name(flag)], (value or "").lower()
     if name == "mixed_precision" and word in DTYPES:
         return [f"{key}={DTYPES[word]}", f"train.mixed_precision={word}"]
     if key in VALUES:
         return [f"{key}={VALUES[key].get(word, word) or 'VALUE'}"]
-    return [f"{key}={WITHOUT_VALUE.get(name, 'true') if value is None else value}"]
+    given = WITHOUT_VALUE.get(name, "true") if value is None else value
+    return [f"{key}=[{given}]" if key == "data.references" else f"{key}={given}"]

@@ -103,6 +103,15 @@ def test_the_version():
             "train.mixed_precision=bf16 'data.mask={}' optimizer.name=adamw_8bit here\n",
         ),
         ("train a.yaml --dryrun", "error: there is no --dryrun, did you mean '--dry-run'?\n"),
+        (
+            "train a.yaml --conditioning_data_dir masks",
+            "--conditioning_data_dir is --set data.mask.folder=masks here with masked_loss (masks), and data.refer",
+        ),
+        (
+            "train a.yaml --conditioning_data_dir masks --masked_loss",
+            "are --set data.mask.folder=masks 'data.mask={}' here\n",
+        ),
+        ("train a.yaml --control_directory before", "is --set 'data.references=[before]' here\n"),
         ("trian a.yaml", "error: there is no command 'trian', did you mean 'train'?\n"),
         ("zzz", "error: there is no command 'zzz'; there are train, sample, grid,"),
         ("train a.yaml --unheard-of", "unrecognized arguments: --unheard-of"),

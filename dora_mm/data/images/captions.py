@@ -16,8 +16,10 @@ from dora_mm.utils.tables import decoded, read_table
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_SUFFIXES = (".txt", ".caption")  # suffixes of files beside an image, in the order in which they are looked for
 KEYS = ("text", "prompt", "caption")  # of a row
-# Of the reference images of a row: our name, that of `datasets` in folders of images, that of musubi-tuner
-REFERENCES = ("references", "reference_file_names", "reference_file_name", "control_path")
+# Of the reference images of a row: our name, those of `datasets` in folders of images, that of musubi-tuner
+COLUMNS = ("reference", "cond_image", "conditioning_image", "control_image", "source_image", "input_image")
+OF_DATASETS = tuple(f"{name}_file_name{s}" for name in COLUMNS for s in ("s", ""))
+REFERENCES = ("references", *OF_DATASETS, "control_path")
 CONTROL = re.compile(r"control_path_\d+")  # of musubi-tuner, one key for each
 MOST_BYTES = 2**30  # of a metadata file: some four million rows
 MOST_CAPTION_BYTES = 2**20  # of the captions of an image

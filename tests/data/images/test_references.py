@@ -45,6 +45,7 @@ def test_several_folders_have_one_reference_each(tmp_path):
         ("references", ["before/a.png", "b.png"]),
         ("reference_file_names", ["before/a.png", "b.png"]),
         ("control_path", ["before/a.png", "b.png"]),
+        ("cond_image_file_names", ["before/a.png", "b.png"]),
         ("numbered", {"control_path_1": "b.png", "control_path_0": "before/a.png"}),
     ],
 )
