@@ -18,7 +18,7 @@ from dora_mm.sampling.contact_sheets import save_atomically
 from dora_mm.sampling.grids import PAPER, image_grid
 from dora_mm.sampling.image_sampler import ImageSampler, References, sample
 from dora_mm.sampling.manifest import ManifestEntry, readable_entries, write_manifest
-from dora_mm.sampling.references import prepared, problem_of_references
+from dora_mm.sampling.references import prepared, problem_of_references, reference_of
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.run_directory import RunDirectory
 
@@ -134,12 +134,17 @@ def sample_references(config: TrainDiffusionConfig, model: ImageModel) -> list[R
     Raises:
         ValueError: The model does not take some of them.
     """
-    given, area = config.sample.images or ((),) * len(config.sample.prompts), config.data.reference_area
-    pixels = config.data.resolution**2 if area == "target" else None if area == "pipeline" else area
+    given, pixels = config.sample.images or ((),) * len(config.sample.prompts), area_of(config)
     for number, images in enumerate(given):
         if problem := problem_of_references(model, images, pixels):
             raise ValueError(f"sample.images[{number}]: {problem}")
     return [prepared(model, images, pixels) for images in given]
+
+
+def area_of(config: TrainDiffusionConfig) -> int | None:
+    """The area in pixels to which larger references of contact sheets are scaled down; None: as the pipeline does."""
+    area = config.data.reference_area
+    return config.data.resolution**2 if area == "target" else None if area == "pipeline" else area
 
 
 def keep_images(
@@ -178,13 +183,19 @@ def settings_of(
 ) -> dict[str, Any]:
     """The settings that an image of a contact sheet was generated with; the step of a base model image is None."""
     sheets, (width, height) = config.sample, size
+    number = index % len(sheets.prompts)
+    made_of: dict[str, Any] = {}
+    if sheets.images and (images := sheets.images[number]):
+        made_of = {"images": list(images), "image_digests": [reference_of(path).digest for path in images]}
+        made_of["reference_area"] = area_of(config) or "pipeline"
     adapter = {"before": None, "after": run.path, "average": run.adapter_ema}[label]
     strength = None if adapter is None or "full" in config.adapter.methods else config.adapter.strength
     return {
-        "prompt": sheets.prompts[index % len(sheets.prompts)],
+        "prompt": sheets.prompts[number],
         "negative_prompt": sheets.negative_prompt,
         "seed": sheets.seeds[index // len(sheets.prompts)],
         **{"steps": sheets.steps, "guidance": sheets.guidance, "width": width, "height": height},
+        **made_of,
         "model": config.model.path,
         "adapter": adapter and str(adapter),
         "strength": strength,

@@ -5,26 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from dora_mm.config.generation import ImageGenerationConfig, SampleConfig
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.models import validated
+from dora_mm.config.schema import ReferenceArea
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.models.images.families import distilled_of
 from dora_mm.sampling.model import model_of
 from dora_mm.utils import yaml12
 
 log = logging.getLogger(__name__)
-OF_CONTACT_SHEETS = (
-    "steps",
-    "guidance",
-    "guidance_rescale",
-    "negative_prompt",
-)  # keys that `sample` of a training and configs of images share
+# Keys that `sample` of a training and configs of images share, and one that is in `data` of a training
+OF_CONTACT_SHEETS = ("steps", "guidance", "guidance_rescale", "negative_prompt")
+AREA = "reference_area"
 ImagesT = TypeVar("ImagesT", bound=ImageGenerationConfig)
 
 
@@ -36,12 +34,14 @@ def training_of(file: Path) -> TrainDiffusionConfig | None:
         return None
 
 
-def contact_sheets_of(file: Path) -> SampleConfig | None:
-    """The `sample` section of an adapter's training, which an earlier version may have written; None: it has none."""
+def contact_sheets_of(file: Path) -> dict[str, Any] | None:
+    """How an adapter's training, maybe of an earlier version, generated its contact sheets; None: it does not say."""
     try:
         values = yaml12.read(read_metadata(file)["config"]).value
-        return SampleConfig.model_validate(values["sample"])
-    except (KeyError, TypeError, yaml.YAMLError, ValidationError):
+        sheets = SampleConfig.model_validate(values["sample"])
+        area = TypeAdapter(ReferenceArea).validate_python(values.get("data", {}).get(AREA, "pipeline"))
+        return {**{key: getattr(sheets, key) for key in OF_CONTACT_SHEETS}, AREA: area}
+    except (AttributeError, KeyError, TypeError, yaml.YAMLError, ValidationError):
         return None
 
 
@@ -75,20 +75,21 @@ def as_in_contact_sheets(config: ImagesT, adapters: Mapping[str, Path]) -> Image
             default holds, and a warning says so.
 
     Returns:
-        The config, with the steps, guidance, its rescale and negative prompt of the training where it gives none.
+        The config, with the steps, guidance, its rescale, negative prompt and area of references of the training where
+        it gives none.
     """
     sheets = [found for file in adapters.values() if (found := contact_sheets_of(file))]
     chosen = {}
-    for key in OF_CONTACT_SHEETS:
-        values = list(dict.fromkeys(getattr(found, key) for found in sheets))
-        if key in config.model_fields_set or not values:
+    for key in (*OF_CONTACT_SHEETS, AREA):
+        values = list(dict.fromkeys(found[key] for found in sheets))
+        if key in config.model_fields_set or key not in type(config).model_fields or not values:
             continue
         if len(values) == 1:
             chosen[key] = values[0]
         else:
             found, own = " and ".join(map(_text, values)), _text(getattr(config, key))
             log.warning("The trainings of these adapters drew with %s %s, and this generates with %s", key, found, own)
-    if shown := [f"{key} {_text(value)}" for key, value in chosen.items() if value not in (None, 0.0)]:
+    if shown := [f"{key} {_text(value)}" for key, value in chosen.items() if value not in (None, 0.0, "pipeline")]:
         log.info("Generated as the contact sheets of the training: %s", ", ".join(shown))
     return config.model_copy(update=chosen)
 

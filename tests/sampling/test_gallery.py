@@ -250,3 +250,30 @@ print(*sorted({{"torch", "diffusers", "transformers", "numpy"}} & set(sys.module
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == ""
+
+
+def test_references_are_shown_beside_their_image_and_only_as_they_were(tmp_path):
+    """A manifest of somebody else's must not put another file of this machine into the page."""
+    files = [tmp_path / name for name in ("a.png", "b.jpg", "private.png", "key.txt")]
+    for number, file in enumerate(files[:3]):
+        Image.new("RGB", (20, 30), (number, 0, 0)).save(file)
+    files[3].write_text("secret")
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    digests[2] = digests[0]
+    paths = [*map(str, files), str(tmp_path / "gone.png"), "\0.png", 3]
+    run = make_run(
+        tmp_path / "run",
+        [
+            entry(1, "1.png", images=paths, image_digests=[*digests, digests[0], digests[0], digests[0]]),
+            entry(2, "2.png", images="a.png", image_digests=None),
+        ],
+    )
+    page = write_gallery({run: read_manifest(run)}, tmp_path / "page")
+    shown = [image["references"] for image in data_of(page)["images"]]
+    assert [len(references) for references in shown] == [2, 0]
+    assert [Image.open(page.parent / address).size for address in shown[0]] == [(20, 30), (20, 30)]
+
+
+def test_an_image_of_other_references_is_no_before():
+    images = [shown("a", images=["x.png"]), shown("a", images=["y.png"], adapter="z", strength=1.0)]
+    assert befores(images) == [None, None]

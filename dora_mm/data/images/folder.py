@@ -21,7 +21,7 @@ from dora_mm.config import resolve_path
 from dora_mm.config.images import CaptionConfig, DataConfig
 from dora_mm.data.images.buckets import Size, choose_bucket
 from dora_mm.data.images.captions import CAPTION_SUFFIXES, METADATA, CaptionFiles, is_image
-from dora_mm.data.images.listing import entries_of, folders_in
+from dora_mm.data.images.listing import entries_of, files_in, folders_in, only_references
 from dora_mm.data.images.look import Look, look_at
 from dora_mm.data.images.masks import (
     ImagesByKind,
@@ -123,12 +123,12 @@ def read_captioned_images(
     files = CaptionFiles(root, entries, lines=lines)
     problems, kinds = files.problems, by_kind({*entries, *files.rows})
     listed = {path: row.references for path, row in files.rows.items()}
-    seen_only = {path for found in listed.values() for path in found} - listed.keys()
+    seen_only = only_references(listed)
     paths = sorted((kinds.images - seen_only) | {path for path in files.rows if not is_image(path.name)})
     found_masks = _masks(kinds, root, mask_root, mask_key, subfolders=subfolders)
     reference_roots = others[mask_root is not None :]
     found_references = ReferenceFiles(
-        paths, listed, [(each, _files_in(each, reference_key, subfolders=subfolders)) for each in reference_roots], root
+        paths, listed, [(each, files_in(each, reference_key, subfolders=subfolders)) for each in reference_roots], root
     )
     deeper = [] if subfolders else _images_in_subfolders(root, others, [*paths, *seen_only])
     if not paths and not problems:
@@ -203,7 +203,7 @@ def _masks(kinds: ImagesByKind, root: Path, folder: Path | None, key: str, *, su
     """The masks of a folder of images: those beside them, and those in a folder of their own."""
     if folder is not None and folder.resolve() == root.resolve():
         raise ValueError(f"{key}: {folder} is the folder of the images: give one that has masks alone")
-    return MaskFiles(kinds.masks, root, folder, _files_in(folder, key, subfolders=subfolders) if folder else [])
+    return MaskFiles(kinds.masks, root, folder, files_in(folder, key, subfolders=subfolders) if folder else [])
 
 
 def reference_folder(path: str, root: Path, key: str) -> Path:
@@ -216,12 +216,6 @@ def reference_folder(path: str, root: Path, key: str) -> Path:
     if folder.resolve() == root.resolve():
         raise ValueError(f"{key}: {folder} is the folder of the images: give one that has references alone")
     return folder
-
-
-def _files_in(folder: Path, key: str, *, subfolders: bool) -> list[Path]:
-    """The entries of a folder, and of its subfolders where these count."""
-    folders = folders_in(folder) if subfolders else [folder]
-    return [path for each in folders for path in entries_of(each, key)]
 
 
 def read_images(data: DataConfig, role: str, *, look: bool = False) -> list[CaptionedImage]:

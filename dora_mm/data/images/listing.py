@@ -1,29 +1,47 @@
-"""The files of folders of images, by their names alone."""
+"""The files of folders of images, of which no image is opened."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from dora_mm.config import resolve_path
 from dora_mm.config.images import DataConfig
+from dora_mm.data.images.captions import METADATA, CaptionFiles
 from dora_mm.data.images.masks import by_kind
+from dora_mm.data.images.references import ReferenceFiles
 
 
-def image_files(data: DataConfig) -> list[Path]:
-    """The image files of all folders that are trained on, by their names alone: nothing is opened.
+def image_files(data: DataConfig) -> dict[Path, tuple[Path, ...]]:
+    """The image files of all folders that are trained on, each with its references.
 
     Raises:
         ValueError: A folder is missing or cannot be read.
     """
-    found = []
+    found: dict[Path, tuple[Path, ...]] = {}  # a folder may be given twice
     for key, folder in data.all_folders.items():
         if folder.role == "train":
             root = resolve_path(folder.path, key)
-            others = [(folder.masks, f"{key}.masks")] if folder.masks else []
-            others += [(path, f"{key}.references") for path in folder.references]
-            without = [resolve_path(path, key) for path, key in others]
-            folders = folders_in(root, *without) if data.subfolders else [root]
-            found += sorted(by_kind(path for each in folders for path in entries_of(each, key)).images)
-    return list(dict.fromkeys(found))  # a folder may be given twice
+            masks = [resolve_path(folder.masks, f"{key}.masks")] if folder.masks else []
+            references = [resolve_path(path, f"{key}.references") for path in folder.references]
+            entries = files_in(root, key, *masks, *references, subfolders=data.subfolders)
+            rows = CaptionFiles(root, [path for path in entries if path.name in METADATA]).rows
+            listed = {path: row.references for path, row in rows.items()}
+            images = sorted(by_kind(entries).images - only_references(listed))
+            folders = [(each, files_in(each, key, subfolders=data.subfolders)) for each in references]
+            files = ReferenceFiles(images, listed, folders, root)
+            found |= {image: files.of_image(image) for image in images}
+    return found
+
+
+def only_references(listed: Mapping[Path, tuple[Path, ...]]) -> set[Path]:
+    """The images that rows of metadata files name as references, and that have no row of their own."""
+    return {path for found in listed.values() for path in found} - listed.keys()
+
+
+def files_in(folder: Path, key: str, *without: Path, subfolders: bool) -> list[Path]:
+    """The entries of a folder, and of its subfolders where these count, but for some."""
+    folders = folders_in(folder, *without) if subfolders else [folder]
+    return [path for each in folders for path in entries_of(each, key)]
 
 
 def folders_in(root: Path, *without: Path) -> list[Path]:

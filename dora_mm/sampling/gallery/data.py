@@ -11,14 +11,13 @@ from dora_mm.sampling.manifest import ManifestEntry
 # Images that are compared with each other agree in all of these, and in further settings as far as they can: what
 # each run has of its own, such as the name of a checkpoint, does not count.
 OF_GUIDANCE = ("negative_prompt", "guidance", "guidance_rescale")
-ALWAYS_EQUAL = ("prompt", "seed", "steps", *OF_GUIDANCE, "width", "height", "scheduler")
+ALWAYS_EQUAL = ("prompt", "seed", "steps", *OF_GUIDANCE, "width", "height", "scheduler", "images")
 LARGEST_INTEGER = 2**53  # JavaScript rounds larger ones: seeds may be
-NOTHING_SHOWN = None, None, None
+NOTHING_SHOWN: tuple[None, None, None, list[str]] = None, None, None, []
 
 Listed = tuple[str, ManifestEntry]  # the name of a run, and an entry of its manifest
-ShownImage = (
-    tuple[str, str, tuple[int, int]] | tuple[None, None, None]
-)  # addresses of image and thumbnail, size in pixels
+# Addresses of image and thumbnail, its size in pixels, and addresses of the thumbnails of its references
+ShownImage = tuple[str, str, tuple[int, int], list[str]] | tuple[None, None, None, list[str]]
 
 
 def gallery_data(images: Sequence[Listed], shown: Sequence[ShownImage]) -> dict[str, Any]:
@@ -30,7 +29,8 @@ def gallery_data(images: Sequence[Listed], shown: Sequence[ShownImage]) -> dict[
     Args:
         images: The images of all runs.
         shown: What the page shows of each: its address and that of a small version, both relative to the page, which
-            are the same where it is small itself, and its size. Those that are not "done" have `NOTHING_SHOWN`.
+            are the same where it is small itself, its size, and its references. Those that are not "done" have
+            `NOTHING_SHOWN`.
     """
     settings = dict.fromkeys(name for _, entry in images for name in entry.settings)
     scores = dict.fromkeys(name for _, entry in images for name in entry.scores)
@@ -43,7 +43,7 @@ def gallery_data(images: Sequence[Listed], shown: Sequence[ShownImage]) -> dict[
     found = zip(images, shown, rows, befores(images), groups(images), strict=True)
     return {
         "columns": [
-            {"name": name, "kind": kind, "varies": len({_text(row[index]) for row in rows}) > 1}
+            {"name": name, "kind": kind, "varies": _varies(name, [row[index] for row in rows])}
             for index, (name, kind) in enumerate(columns)
         ],
         "images": [
@@ -53,13 +53,19 @@ def gallery_data(images: Sequence[Listed], shown: Sequence[ShownImage]) -> dict[
                 "file": file,
                 "thumbnail": thumbnail,
                 "size": size,
+                "references": references,
                 "reason": entry.reason,
                 "before": before,
                 "group": group,
             }
-            for (_, entry), (file, thumbnail, size), row, before, group in found
+            for (_, entry), (file, thumbnail, size, references), row, before, group in found
         ],
     }
+
+
+def _varies(name: str, values: Sequence[Any]) -> bool:
+    """Whether a column tells images apart; names of references do that for people, digests do not."""
+    return name != "image_digests" and len({_text(value) for value in values}) > 1
 
 
 # --- images that belong together ------------------------------------------------------------------------------------

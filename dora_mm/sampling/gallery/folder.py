@@ -1,8 +1,9 @@
 """The folder of a gallery: the page, the images, and small versions of large ones."""
 
+import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +30,7 @@ GALLERY, INDEX, IMAGES, THUMBNAILS = "gallery", "index.html", "pictures", "thumb
 OWN = {INDEX, IMAGES, THUMBNAILS}
 LEFT_BY_DESKTOPS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # in every folder that was looked at
 FORMATS = {"PNG": (".png",), "WEBP": (".webp",), "JPEG": (".jpg", ".jpeg")}  # a browser shows all of them
+SUFFIXES = {suffix for suffixes in FORMATS.values() for suffix in suffixes}
 MOST_PIXELS = 80_000_000  # as of images that are trained on
 NOT_A_IMAGE = "its file is not a whole PNG, WebP or JPEG image"
 
@@ -102,13 +104,49 @@ def _add_training(
     run: Path, config: PipelineConfig, folder: Path, thumbnails: Thumbnails, summary: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Data of a training for the page, with its training images, whose missing thumbnails are made."""
-    sources, note = training_images(config)
-    shown = [(source.name, thumbnails.path(source)) for source in sources]
-    for source, (_, file) in zip(sources, shown, strict=True):
-        if not thumbnails.has(file) and (image := _read(source)):
-            thumbnails.add(file, image)
-    images = [{"name": name, "file": _address(file, folder)} for name, file in shown if file.is_file()]
+    pairs, note = training_images(config)
+    images = [
+        {"name": source.name, "file": _address(file, folder), "references": _thumbnails(references, folder, thumbnails)}
+        for source, references in pairs.items()
+        if (file := _thumbnail(source, thumbnails))
+    ]
     return {**about_training(run, config, summary), "images": images, "note": note}
+
+
+def _thumbnails(sources: Iterable[Path], folder: Path, thumbnails: Thumbnails) -> list[str]:
+    """The addresses of the thumbnails of images, but for those that cannot be read."""
+    found = [_thumbnail(source, thumbnails) for source in sources]
+    return [_address(file, folder) for file in found if file]
+
+
+def _thumbnail(source: Path, thumbnails: Thumbnails) -> Path | None:
+    """The thumbnail of an image, made where it is missing; None: it cannot be read."""
+    if not source.is_file():
+        return None
+    file = thumbnails.path(source)
+    if not thumbnails.has(file):
+        if (image := _read(source)) is None:
+            return None
+        thumbnails.add(file, image)
+    return file
+
+
+def _references(entry: ManifestEntry) -> list[Path]:
+    """The references of an image, as they were: a manifest of somebody else's must not show other files."""
+    paths, digests = (entry.settings.get(name) for name in ("images", "image_digests"))
+    if not isinstance(paths, list) or not isinstance(digests, list):
+        return []
+    known = [(Path(path), digest) for path, digest in zip(paths, digests, strict=False) if isinstance(path, str)]
+    return [path for path, digest in known if path.suffix.lower() in SUFFIXES and _digest(path) == digest]
+
+
+def _digest(path: Path) -> str | None:
+    """SHA-256 of a file; None where there is none."""
+    try:  # that of utils/digest.py imports torch
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError):  # a NUL byte in the path
+        return None
 
 
 def _check_files(run: Path, entries: Sequence[ManifestEntry]) -> None:
@@ -166,7 +204,7 @@ def _add(
         if not known:
             thumbnails.add(small, image)
         thumbnail = _address(small, folder)
-    return (str(run), entry), (file, thumbnail, image.size)
+    return (str(run), entry), (file, thumbnail, image.size, _thumbnails(_references(entry), folder, thumbnails))
 
 
 def _read(path: Path, *, decode: bool = True) -> Image.Image | None:

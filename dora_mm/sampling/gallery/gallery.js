@@ -33,6 +33,7 @@ function textOf(value) {
   if (value === null) return "none";
   if (value === "") return "(empty)";
   if (typeof value === "number") return String(Number(value.toPrecision(6)));
+  if (Array.isArray(value)) return value.map(textOf).join(", ");
   return typeof value === "string" ? value : JSON.stringify(value);
 }
 
@@ -153,6 +154,7 @@ function makeCard(image) {
     tile.prepend(make("b", { textContent: statusOf(image) }), make("span", { textContent: image.reason ?? "" }));
   }
   const facts = make("span", { className: "facts" });
+  if (image.references.length) card.append(referencesOf(image));
   card.append(tile, make("span", { className: "caption", dir: "auto", textContent: promptOf(image) }), facts);
   card.addEventListener("click", () => openViewer(image));
   return card;
@@ -162,6 +164,10 @@ function imageOf(image, className = "") {
   const [width, height] = image.size;
   return make("img", { className, src: image.thumbnail, alt: "", width, height, loading: "lazy", decoding: "async" });
 }
+
+// What an image was made of, beside it.
+const referencesOf = ({ references }) => make("span", { className: "references" }, ...references.map((src, number) =>
+  make("img", { src, alt: `reference ${number + 1}`, title: `reference ${number + 1}`, loading: "lazy", decoding: "async" })));
 
 function starOf() {
   const star = find("favourite").querySelector("svg").cloneNode(true);
@@ -173,7 +179,7 @@ function starOf() {
 function factsOf(image) {
   const prompt = promptOf(image).toLowerCase();
   return columns.flatMap((column, index) => {
-    if (!column.varies || index === PROMPT || column.kind === "score" || column.kind === "status") return [];
+    if (!column.varies || index === PROMPT || column.name === "images" || column.kind === "score" || column.kind === "status") return [];
     if (column.name === "strength" && settingOf(image, "adapter") === null) return []; // there is nothing to be weaker
     const text = factOf(column, image.values[index], shortOf(image, index));
     return text === null || prompt.includes(text.toLowerCase()) ? [] : [{ index, kind: column.kind, text }];

@@ -211,7 +211,8 @@ function nextOf({ next }) {
 
 function learnedFrom({ images: found, note }) {
   if (!found.length && !note) return null;
-  const items = found.map(({ name, file }) => make("li", {}, make("img", { src: file, alt: name, title: name, loading: "lazy" })));
+  const items = found.map((image) => make("li", {}, ...(image.references.length ? [referencesOf(image)] : []),
+    make("img", { src: image.file, alt: image.name, title: image.name, loading: "lazy" })));
   const head = make("h3", {}, "Training images ", make("small", { textContent: note ?? "" }));
   return make("section", { className: "learned" }, head, make("ol", {}, ...items));
 }

@@ -187,22 +187,22 @@ def _text(value: Any) -> str:
 # --- images and answers ---------------------------------------------------------------------------------------------
 
 
-def training_images(config: PipelineConfig) -> tuple[list[Path], str | None]:
-    """Some of the images that a training learns from, evenly spaced; none of questions.
+def training_images(config: PipelineConfig) -> tuple[dict[Path, tuple[Path, ...]], str | None]:
+    """Some of the images that a training learns from, evenly spaced, with their references; none of questions.
 
     Returns:
         The files, and a sentence where there are more or none can be shown.
     """
     if not isinstance(config, TrainDiffusionConfig):
-        return [], None
+        return {}, None
     from dora_mm.data.images.listing import image_files  # imports torch, which other galleries do without
 
     try:
-        found = image_files(config.data)
+        found = list(image_files(config.data).items())
     except ValueError as error:
-        return [], f"{first_line(error)}."
+        return {}, f"{first_line(error)}."
     step = max(len(found) / MOST_TRAINING_IMAGES, 1)
-    shown = [found[int(number * step)] for number in range(min(len(found), MOST_TRAINING_IMAGES))]
+    shown = dict(found[int(number * step)] for number in range(min(len(found), MOST_TRAINING_IMAGES)))
     return shown, f"{len(shown)} of {len(found)}" if len(shown) < len(found) else None
 
 

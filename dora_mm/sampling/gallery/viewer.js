@@ -98,6 +98,7 @@ function showWords(image) {
       return [make("dt", { textContent: heading(column) }), make("dd", { dir: "auto", textContent: written(value) })];
     });
   const file = [make("dt", { textContent: "file" }), make("dd", { textContent: image.path })];
+  find("references").replaceChildren(...(image.references.length ? [referencesOf(image)] : []));
   find("scores").replaceChildren(...rows(["score"], scoreOf));
   find("settings").replaceChildren(...rows(["setting", "run", "status"], textOf), ...file);
   find("open").hidden = !image.file;

@@ -11,6 +11,7 @@ from dora_mm.cli import main
 from dora_mm.sampling.png import read_metadata
 from tests.shared.images.pairs import write_pairs
 from tests.shared.images.tiny_flows import FLOWS, PROMPT
+from tests.shared.pages import data_of
 
 KLEIN = next(flow for flow in FLOWS if flow.name == "flux2_klein")
 STEPS = 4
@@ -37,7 +38,7 @@ def config(tmp_path, folder, pairs):
             "model": {"path": str(folder)},
             "adapter": {"rank": 4, "parts": ["transformer.attn", "transformer.ff"]},
             "data": {"folder": str(pairs), "references": [str(pairs / "references")], "resolution": 64, "flip": True,
-                     "reference_dropout": 0.2, "caption_dropout": 0.2, "valid": {"share": 0.3}},
+                     "reference_area": 16384, "reference_dropout": 0.2, "caption_dropout": 0.2, "valid": {"share": 0.3}},
             "optimizer": {"lr": 0.1},
             "train": {"steps": STEPS, "batch_size": 2, "checkpoint_every": 2},
             "sample": {"prompts": [PROMPT], "images": [[str(pairs / "references" / "1_1.png")]], "steps": 2,
@@ -65,6 +66,10 @@ def test_a_training_on_pairs_resumes_by_bits_and_plain_diffusers_edits_alike(con
     files = [load_file(each / "adapter" / "pytorch_lora_weights.safetensors") for each in (run, tmp_path / "half")]
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
+    page = data_of(run / "gallery" / "index.html")
+    assert [len(image["references"]) for image in page["images"]] == [1, 1]  # before and after
+    assert [len(image["references"]) for image in page["trainings"][0]["images"]] == [2, 1, 0, 1]
+
     references = [pairs / "references" / f"0_{number}.png" for number in (1, 2)]
     job = tmp_path / "job.csv"
     job.write_text(f"prompt,seed,image,image_2\n{PROMPT},3,{references[0]},{references[1]}\n{PROMPT},3,,\n")
@@ -82,7 +87,8 @@ def test_a_training_on_pairs_resumes_by_bits_and_plain_diffusers_edits_alike(con
         assert ours.size == (64, 64)
         assert apart(ours, theirs.images[0]) <= 1  # the second reference changes values by 2
     first = output / "samples" / "0001-seed3.png"
-    assert len(read_metadata(first).settings["image_digests"]) == 2
+    settings = read_metadata(first).settings
+    assert (len(settings["image_digests"]), settings["reference_area"]) == (2, 16384)  # the training's
     assert apart(first_image := Image.open(first), Image.open(output / "samples" / "0002-seed3.png")) > 1
 
     assert main(["sample", "--replay", str(first), "--set", f"output={tmp_path / 'again'}"]) == 0
