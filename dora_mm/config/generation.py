@@ -1,6 +1,6 @@
 """The configs of image generation (batches, grids, the samples of a training) and of its scores. See schema.py."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
@@ -258,23 +258,47 @@ class EvalDiffusionConfig(PipelineConfig):
         return raise_problems(self, problems + (check_templates(**{"clip.text": self.clip.text}) if self.clip else []))
 
 
-class EvalStyleConfig(ImageGenerationConfig):
-    """Images by the bare model and an adapter, and how like the training images they are."""
+class ScoredAdapterConfig(ImageGenerationConfig):
+    """Images by the bare model and an adapter, which an image encoder compares with others."""
 
     command: ClassVar[str] = "eval"
-    pipeline: Literal["eval_style"]
     adapter: AdapterChoice  # pyright: ignore[reportGeneralTypeIssues]  (without a default: here it is required)
-    images: InputPath | None = None  # the images of the style; null: those that the adapter was trained on
-    prompts: Items[Text] = ()  # in the style; empty: those of the training, and some in the words of its captions
-    prompts_without_style: Items[Text] = ()  # that do not ask for the style; empty: six things
     seeds: Annotated[Items[Seed], Field(min_length=1)] = (0, 1)  # one image per prompt and seed
     clip_model: ModelPath | None = None  # a folder or hub name of open_clip; null: the embedded encoder
     timm_model: ModelPath | None = None  # a folder or hub name of timm, such as of DINOv2, instead; null: none
 
     @model_validator(mode="after")
-    def _has_one_encoder(self) -> "EvalStyleConfig":
+    def _has_one_encoder(self) -> Self:
         if self.clip_model and self.timm_model:
             raise ValueError("give either clip_model or timm_model")
+        return self
+
+
+class EvalStyleConfig(ScoredAdapterConfig):
+    """Images by the bare model and an adapter, and how like the training images they are."""
+
+    pipeline: Literal["eval_style"]
+    images: InputPath | None = None  # the images of the style; null: those that the adapter was trained on
+    prompts: Items[Text] = ()  # in the style; empty: those of the training, and some in the words of its captions
+    prompts_without_style: Items[Text] = ()  # that do not ask for the style; empty: six things
+
+
+class EvalEditConfig(ScoredAdapterConfig):
+    """Edits by the bare model and an adapter, and how near they come to their targets."""
+
+    pipeline: Literal["eval_edit"]
+    images: InputPath | None = None  # targets with captions, as data.folder; null: those that the training held out
+    references: Items[InputPath] = ()  # folders of their references, as data.references
+    reference_area: ReferenceArea = "pipeline"  # as in `data`
+    prompt: Text | None = None  # the instruction of targets without a caption; null: that of the training
+    masks: InputPath | None = None  # masks of what is edited, named as the targets: outside, the reference should stay
+    # Without a mask it should stay where no channel of target and reference, from 0 to 1, is so far apart or farther
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _images_come_with_references(self) -> Self:
+        if self.images is None and (self.references or self.masks):
+            raise ValueError("references and masks are those of images: give images, too")
         return self
 
 

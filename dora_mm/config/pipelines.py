@@ -28,6 +28,7 @@ SCHEMAS: Mapping[str, type[PipelineConfig]] = _Schemas(
     sample="config.generation:BatchGenerationConfig",
     grid="config.generation:GridConfig",
     eval_diffusion="config.generation:EvalDiffusionConfig",
+    eval_edit="config.generation:EvalEditConfig",
     eval_style="config.generation:EvalStyleConfig",
     extract_features="config.vl:ExtractFeaturesConfig",
     train_vl="config.vl:TrainVLConfig",

@@ -1,11 +1,12 @@
 """Training images as the model could generate them at best: of its size, and through its VAE."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image
 
-from dora_mm.data.images.buckets import choose_bucket, frame
+from dora_mm.data.images.buckets import Framing, choose_bucket, frame
 from dora_mm.data.images.folder import CaptionedImage
 from dora_mm.data.images.pixels import load_rgb, render
 from dora_mm.models.images.image_model import ImageModel
@@ -27,6 +28,11 @@ def reconstructed(model: ImageModel, images: Sequence[CaptionedImage], backgroun
     found = []
     for image in tracked(images, "training images", "images"):
         framing = frame(image.size, choose_bucket(image.size, model.resolution))
-        pixels: torch.Tensor = render(load_rgb(image.path, background), framing)
-        found += decoded(model.vae, model.encode_images(pixels[None]).mean)
+        found.append(through_vae(model, image.path, framing, background))
     return found
+
+
+def through_vae(model: ImageModel, file: Path, framing: Framing, background: str = "white") -> Image.Image:
+    """An image as a training frames it, through the model's VAE."""
+    pixels: torch.Tensor = render(load_rgb(file, background), framing)
+    return decoded(model.vae, model.encode_images(pixels[None]).mean)[0]

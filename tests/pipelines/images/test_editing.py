@@ -1,5 +1,7 @@
 """A model that edits, by command: trained on pairs, resumed, and sampled as plain diffusers edits."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -95,6 +97,17 @@ def test_a_training_on_pairs_resumes_by_bits_and_plain_diffusers_edits_alike(con
     assert main(["sample", "--replay", str(first), "--set", f"output={tmp_path / 'again'}"]) == 0
     again = next((tmp_path / "again").rglob("*.png"))
     assert apart(first_image, Image.open(again)) == 0
+    scored = tmp_path / "scored"
+    few = ["steps=2", "seeds=[0]", "threshold=0.5", f"output={scored}"]
+    few += [f"images={pairs}", f"references=[{pairs / 'references'}]"]
+    assert main(["eval", "configs/flux2_klein/eval_edit.yaml", "--set", f"adapter.path={run}", *few]) == 0
+    assert "The results are" in capsys.readouterr().out
+    rows = json.loads((scored / "metrics.json").read_text())["rows"]
+    assert [rows[name]["nearer"]["mean"] for name in ("the reference", "the target")] == pytest.approx([0, 1])
+    assert rows["the reference"]["changed"]["mean"] == 0
+    assert {"bare model", "adapter", "adapter, no references", "adapter minus bare"} < set(rows)
+    assert len(list((scored / "samples").glob("*.png"))) == 9
+
     assert main(["sample", "--resume", str(output)]) == 0
     Image.new("RGB", (64, 64)).save(references[1])
     assert main(["sample", "--replay", str(first), "--set", f"output={tmp_path / 'changed'}"]) != 0
