@@ -9,11 +9,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from dora_mm.config.paths import resolve_path
+from dora_mm.data.images.pixels import load_rgb
+from dora_mm.data.images.references import BACKGROUND
 from dora_mm.sampling.axes import WITHOUT
 from dora_mm.sampling.batch.prompt_row import adapters_text
 from dora_mm.sampling.batch.requests import ImageRequest
 from dora_mm.sampling.generating import BatchGeneration
-from dora_mm.sampling.grids import contact_sheet, image_grid, side_by_side
+from dora_mm.sampling.grids import PAPER, contact_sheet, image_grid, side_by_side
 from dora_mm.sampling.labels import printable_labels
 from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.progress import tracked
@@ -92,10 +95,17 @@ def table_pages(generation: BatchGeneration, columns: Sequence[Column]) -> list[
 def table(
     generation: BatchGeneration, rows: Sequence[Sequence[int]], labels: Sequence[str], columns: Sequence[Column]
 ) -> Image.Image:
-    """Generates rows of images under common columns; many rows of few images in several blocks side by side."""
-    own = differing(generation.requests, OWN)
-    heads = [column_label(seed, strength, own) for seed, strength in columns]
-    images = [[thumbnail_of(generation, index) for index in row] for row in rows]
+    """Generates rows of images under common columns, the references of each row before them.
+
+    Many rows of few images are in several blocks side by side.
+    """
+    own, most = differing(generation.requests, OWN), max(len(request.images) for request in generation.requests)
+    heads = [f"reference {number}" for number in range(1, most + 1)] if most > 1 else ["reference"] * most
+    heads += [column_label(seed, strength, own) for seed, strength in columns]
+    images: list[list[Image.Image | None]] = [
+        [*reference_cells(generation.requests[row[0]], most), *(thumbnail_of(generation, index) for index in row)]
+        for row in rows
+    ]
     table_image = image_grid(images, labels, heads)
     count = min(math.ceil(math.sqrt(table_image.height / table_image.width / TALLEST)), len(rows))
     size = math.ceil(len(rows) / count)
@@ -105,6 +115,14 @@ def table(
         if count > 1
         else table_image
     )
+
+
+def reference_cells(request: ImageRequest, count: int) -> list[Image.Image]:
+    """The references of an image, scaled down to cells, and blank ones up to a count."""
+    cells = [load_rgb(resolve_path(path, "image"), BACKGROUND) for path in request.images]
+    for cell in cells:
+        cell.thumbnail((LARGEST_CELL, LARGEST_CELL), Image.Resampling.LANCZOS)
+    return [*cells, *[Image.new("RGB", (1, 1), PAPER)] * (count - len(cells))]
 
 
 def contact_pages(generation: BatchGeneration) -> list[Callable[[], Image.Image]]:

@@ -133,8 +133,12 @@ def check_references(model: ImageModel, images: Sequence[CaptionedImage], data: 
             f"{len(found)} images have references, such as {found[0].path.name}, and {model.title} does not edit: "
             f"train a model that does ({others}), or remove the references"
         )
-    if model.needs_references and (data.reference_dropout or len(found) < len(images)):
-        raise ValueError(f"{model.title} needs references: give every image one, and no data.reference_dropout")
+    if model.needs_references and len(found) < len(images):
+        first = next(image for image in images if not image.references)
+        without = len(images) - len(found)
+        raise ValueError(f"{model.title} needs references: {without} images have none, such as {first.path.name}")
+    if model.needs_references and data.reference_dropout:
+        raise ValueError(f"data.reference_dropout: {model.title} needs references: leave it out")
     if model.scales_references_up and data.reference_area != "pipeline":
         raise ValueError(
             f"data.reference_area: the pipeline of {model.title} brings references of every size to one area, so it "

@@ -49,6 +49,19 @@ def drawn(tmp_path, monkeypatch):
     return draw
 
 
+def test_references_stand_before_the_images_of_their_row(drawn, tmp_path):
+    for name, color in (("a", "blue"), ("b", "green")):
+        Image.new("RGB", (32, 32), color).save(tmp_path / f"{name}.png")
+    given = [(str(tmp_path / "a.png"), str(tmp_path / "b.png")), ()]
+    images = [replace(request, images=given[request.row - 1]) for request in table(2, [0], (0.0, 1.0))]
+    ((left, top),), ((width, _),) = drawn(images)
+    assert top == ["reference 1", "reference 2", "no adapter", "strength 1"]
+    assert left == ["a bus 1, a.png + b.png", "a bus 2, no reference"]
+    with Image.open(tmp_path / "sheet.png") as page:
+        found = {color for _, color in page.convert("RGB").getcolors(width * page.height)}
+    assert {(0, 0, 255), (0, 128, 0), (255, 0, 0)} <= found
+
+
 def test_seeds_and_strengths_go_across_and_prompts_down(drawn):
     ((left, top),), ((width, height),) = drawn(table(4, range(7), (0.0, 1.0)))
     assert left == ["a bus 1", "a bus 2", "a bus 3", "a bus 4"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,11 @@ def family_of(path: str, revision: str | None = None) -> type[ImageModel]:
     pipeline = pipeline_class_of(path, revision)
     if name := IMAGE_FAMILIES.first(lambda family: family.pipeline == pipeline):
         return load(IMAGE_FAMILIES[name].import_path)
-    known = ", ".join(f"{family.title} ({family.pipeline})" for family in IMAGE_FAMILIES.values())
-    raise ValueError(f"model.path: {path} is a {pipeline}, which is no family of image models here; there are {known}.")
+    edits = re.search("Edit|Kontext", pipeline) is not None
+    families = [family for family in IMAGE_FAMILIES.values() if family.edits or not edits]
+    known = ", ".join(f"{family.title} ({family.pipeline})" for family in families)
+    kind = "models that edit" if edits else "image models"
+    raise ValueError(f"model.path: {path} is a {pipeline}, which is no family of {kind} here; there are {known}.")
 
 
 def _family_of_denoiser(names: Iterable[str]) -> str | None:

@@ -1,6 +1,7 @@
 """A model that edits, by command: trained on pairs, resumed, and sampled as plain diffusers edits."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from dora_mm.cli import main
 from dora_mm.sampling.png import read_metadata
+from tests.shared.images import tiny_qwen_image_edit
 from tests.shared.images.pairs import write_pairs
 from tests.shared.images.tiny_flows import FLOWS, PROMPT
 from tests.shared.pages import data_of
@@ -122,3 +124,30 @@ def test_a_model_that_does_not_edit_says_so(config, tmp_path, pairs, tiny_folder
     job = ["sample", "--set", f"model.path={tiny_folder}", "prompts=[a cat]", image, f"output={tmp_path / 'x'}"]
     assert main(job) != 0
     assert "row 1: SDXL does not edit, so it takes no images" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # references come to a megapixel
+def test_a_model_whose_encoder_sees_the_references(config, tmp_path, pairs, capsys):
+    """Qwen-Image-Edit, which makes nothing of text alone."""
+    path = tiny_qwen_image_edit.build(tmp_path / "model", zero_cond_t=True)
+    few = ["data.reference_dropout=0", "data.reference_area=pipeline", "data.valid=null", "train.steps=1"]
+    few += [f"model.path={path}", "train.checkpoint_every=1", "sample.prompts=[]", "sample.images=[]"]
+    assert main(["train", config("run"), "--set", *few]) == 2
+    assert "2.png" in (message := capsys.readouterr().err)
+    assert "Qwen-Image-Edit needs references" in message
+    both = [pairs / name for name in ("0.png", "references/0_1.png", "references/0_2.png")]
+    rows = json.dumps({"file_name": "0.png", "text": PROMPT, "references": ["0_1.png", "0_2.png"]})
+    folder = tmp_path / "one"
+    folder.mkdir()
+    for file in both:
+        shutil.copy(file, folder)
+    (folder / "metadata.jsonl").write_text(rows)
+    few += [f"data.folder={folder}", "data.references=[]"]
+    assert main(["train", config("run"), "--set", *few]) == 0
+    assert main(["train", "--resume", str(tmp_path / "run"), "--set", "train.steps=2"]) == 0
+    job = ["sample", "--set", f"adapter.path={tmp_path / 'run'}", f"prompts=[{PROMPT}]", "steps=1", "guidance=1"]
+    size = ["width=64", "height=64"]
+    assert main([*job, f"images=[{both[1]}]", *size, f"output={tmp_path / 'job'}"]) == 0
+    assert Image.open(next((tmp_path / "job" / "samples").glob("*.png"))).size == (64, 64)
+    assert main([*job, f"output={tmp_path / 'text'}"]) == 2
+    assert "Qwen-Image-Edit needs references" in capsys.readouterr().err

@@ -199,7 +199,10 @@ def test_a_model_that_train_refuses_is_refused(here, tiny_folder, capsys):
     Path("edit").mkdir()
     Path("edit", "model_index.json").write_text('{"_class_name": "FluxKontextPipeline"}')
     assert main(["new", "qwen_image", *given, "edit"]) == 2
-    assert "is a FluxKontextPipeline, which is no family of image models here" in capsys.readouterr().err
+    assert (
+        "is a FluxKontextPipeline, which is no family of models that edit here; there are FLUX.2 klein"
+        in capsys.readouterr().err
+    )
     assert not Path("a.yaml").exists()
 
 
