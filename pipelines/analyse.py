@@ -73,7 +73,12 @@ def main(
     by_method = grouped(points)
     patterns = {method: pattern(own) for method, own in by_method.items()}
     folders = {new.run: Path(old.run) for old, new in zip(found, sources, strict=True)}
-    gradients = [row for name, run in folders.items() for row in gradient_rows(name, run)]
+    gradients = [
+        {"run": name, "step": str(step), **row}
+        for name, run in folders.items()
+        for step, rows in read_gradients(run).items()
+        for row in rows
+    ]
     scored = scored_trainings(points)
     related = relation_to_score(scored)
     page = "\n\n".join([*paragraphs(patterns), *about_scores(related, len(scored)), *about_gradients(gradients)])
@@ -160,12 +165,6 @@ def scores_of(path: str) -> dict[str, float]:
         return {}
     rows = TrainingRows(rows_file(campaign, Path(path)), lambda _: "").found
     return {name: row.number for name, row in rows.items() if row.value}
-
-
-def gradient_rows(name: str, run: Path) -> list[dict[str, str]]:
-    """The rows of a run that has measured gradients."""
-    steps = read_gradients(run)
-    return [{"run": name, "step": str(step), **row} for step, rows in steps.items() for row in rows]
 
 
 def about_gradients(rows: Sequence[Mapping[str, str]]) -> list[str]:

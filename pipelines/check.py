@@ -30,18 +30,13 @@ def main() -> None:
         print(f"gpu       {without_gpu(torch.__version__)}")
     print(f"torch     {torch.__version__}")
     print(f"packages  {', '.join(f'{name} {installed(name)}' for name in SHOWN)}")
-    print_missing()
-    gpu = largest_gpu()
-    for family, recipes in starts().items():
-        print(f"recipe    {family:<8} {recipe_line(recipes, gpu.memory if gpu else 0)}")
-
-
-def print_missing() -> None:
-    """A line for each extra of which packages are missing or too old."""
     for extra in EXTRAS:
         if problems := [f"{needed} ({problem})" for needed, problem in unmet_requirements(extra)]:
             what = "optional" if extra in OPTIONAL else "missing"
             print(f"{what:<9} {', '.join(problems)}: pip install 'dora_mm[{extra}]'")
+    gpu = largest_gpu()
+    for family, recipes in starts().items():
+        print(f"recipe    {family:<8} {recipe_line(recipes, gpu.memory if gpu else 0)}")
 
 
 def without_gpu(torch_version: str) -> str:

@@ -76,7 +76,8 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
     concepts = classifier.choose(config.concepts.role, config.concepts.count)
     if processes.is_main:
         check_reopened(config, inputs_of(config))
-    loaded = load_model(generation_config(config), [config.adapter.path] if config.adapter else [])
+    settings = ImageGenerationConfig(pipeline=config.pipeline, name=config.name, model=config.model)
+    loaded = load_model(settings, [config.adapter.path] if config.adapter else [])
     model, device = loaded.model, loaded.model.device
     model.check_rescale(config.sampling.guidance_rescale, "sampling.guidance_rescale")
     classifier.check_model(model.resolution, module_digest(model.vae))
@@ -105,11 +106,6 @@ def inputs_of(config: EvalDiffusionConfig) -> dict[str, str]:
     if config.adapter:
         inputs["the adapter"] = adapter_digest(resolve_path(config.adapter.path, "adapter.path"))
     return inputs
-
-
-def generation_config(config: EvalDiffusionConfig) -> ImageGenerationConfig:
-    """The config of the model that the images are generated with."""
-    return ImageGenerationConfig(pipeline=config.pipeline, name=config.name, model=config.model)
 
 
 def about_style(config: EvalDiffusionConfig) -> str:

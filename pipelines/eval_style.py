@@ -73,7 +73,8 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
     loaded = load_model(config, {config.adapter.path})
     trained = training_of(loaded.adapters[config.adapter.path])
     images = training_images(config, trained)
-    styled, style_free = prompts_of(config, trained, images)
+    styled = list(config.prompts) or prompts_in_style(trained, images)
+    style_free = list(config.prompts_without_style or THINGS)
     requests = requests_of(config, styled + style_free)
     loaded.check(requests)
     vectors = vectors_by(loaded.model.device, config.clip_model, config.timm_model)
@@ -87,28 +88,19 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
         score(config, run, generation, vectors, training, images, styled, style_free)
 
 
-# --- what is generated
-# ---------------------------------------------------------------------------------------------------
+# --- what is generated -----------------------------------------------------------------------------------------------
 
 
 def training_images(config: EvalStyleConfig, trained: TrainDiffusionConfig | None) -> list[CaptionedImage]:
     """The images that the generated ones are compared with."""
-    if config.images is None and trained is None:
-        raise ValueError(f"images: {config.adapter.path} does not say what it was trained on: name the folder")
     if config.images is not None:
         return read_captioned_images(config.images, instance_prompt=PLACEHOLDER, key="images")
-    assert trained is not None
+    if trained is None:
+        raise ValueError(f"images: {config.adapter.path} does not say what it was trained on: name the folder")
     try:
         return images_of_training(trained.data)
     except ValueError as error:
         raise ValueError(f"images: {error}") from error
-
-
-def prompts_of(
-    config: EvalStyleConfig, trained: TrainDiffusionConfig | None, images: Sequence[CaptionedImage]
-) -> tuple[list[str], list[str]]:
-    """The prompts in the style, and those without it: the config's, or what the training and its captions suggest."""
-    return list(config.prompts) or prompts_in_style(trained, images), list(config.prompts_without_style or THINGS)
 
 
 def requests_of(config: EvalStyleConfig, prompts: Sequence[str]) -> list[ImageRequest]:

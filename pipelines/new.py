@@ -199,7 +199,7 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
 
 def style_changes(draft: Draft, start: TrainDiffusionConfig, num_images: int, prompts: Sequence[str]) -> Changes:
     """The changes to the recipe, without those for captions."""
-    steps = steps_for(num_images, start.train.steps)
+    steps = min(max(FEWEST_STEPS, steps_in_proportion(num_images, start.train.steps)), MOST_STEPS)
     changes: Changes = {("data", "folder"): folder_of_images(draft), ("train", "steps"): steps}
     changes[("train", "checkpoint_every")] = min(steps // 4, MOST_BETWEEN)
     changes |= {("tokens",): MISSING, ("train", "stop_tokens_after"): MISSING}  # the word may be one of the model's own
@@ -241,11 +241,6 @@ def remark_on(word: str | None, num_captions: int) -> str:
         return "No word is in all captions, so every image will show the style: to call it, add a word to each."
     where = "is in the captions" if num_captions else "stands for the style, since there are no captions"
     return f"{word} {where}: prompts need it, too."
-
-
-def steps_for(num_images: int, steps: int) -> int:
-    """The recipe's steps for as many images as it was made for, in proportion for others, within limits."""
-    return min(max(FEWEST_STEPS, steps_in_proportion(num_images, steps)), MOST_STEPS)
 
 
 def steps_in_proportion(num_images: int, steps: int) -> int:

@@ -51,6 +51,8 @@ def main(config: BatchGenerationConfig, *, resume: Path | None = None) -> None:
     adapters = {path for request in requests for path, _ in request.adapters}
     for path in sorted(adapters):
         resolve_adapter(path, "adapter")
+    for path in config.images:
+        resolve_path(path, "images")
 
     # torch and diffusers are imported here, since that takes seconds: mistakes in a prompts file are found before
     from dora_mm.sampling.contact_sheets import save_contact_sheets

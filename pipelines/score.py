@@ -102,7 +102,8 @@ def check_arguments(data: str | None, form: str | None, annotations: str | None,
     Raises:
         ValueError: An argument would have no effect.
     """
-    if data is None and (given := [name for name, value in named(form, annotations, split) if value is not None]):
+    named = (("--format", form), ("--annotations", annotations), ("--split", split))
+    if data is None and (given := [name for name, value in named if value is not None]):
         raise ValueError(f"{given[0]} is of the data file: name it with --data")
 
 
@@ -124,11 +125,6 @@ def check_written(
         raise ValueError("--to and --out belong together: --to vlmevalkit --out RESULTS.xlsx")
     if to is not None and len(predictions) > 1:
         raise ValueError("--to writes one file of predictions: name one")
-
-
-def named(form: str | None, annotations: str | None, split: str | None) -> list[tuple[str, str | None]]:
-    """Arguments of the data file by name."""
-    return [("--format", form), ("--annotations", annotations), ("--split", split)]
 
 
 def task_of(files: Sequence[PredictionFile], suite: str | None) -> str:

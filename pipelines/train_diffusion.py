@@ -28,7 +28,12 @@ from dora_mm.models.images.image_model import ImageModel
 from dora_mm.preview.image_page import image_page
 from dora_mm.preview.images import remark_on_captions, remark_on_distilled, remark_on_length, repeats_of
 from dora_mm.preview.training import print_page, slow_hardware
-from dora_mm.sampling.before_after import add_images, before_after_contact_sheet, keep_images
+from dora_mm.sampling.before_after import (
+    add_images,
+    before_after_contact_sheet,
+    keep_images,
+    sample_references,
+)
 from dora_mm.sampling.contact_sheets import save_atomically
 from dora_mm.sampling.gallery import GALLERY, INDEX, update_page
 from dora_mm.sampling.image_sampler import ImageSampler
@@ -82,16 +87,14 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         print_results(config, run)
         return
     stop_at(preflight(accelerator, config, resume))
-    on_one_device = (
-        bool(config.model.quantization) or not config.train.shard
-    )  # what is rounded is divided on its device
-    model = load_image_model(config.model).to(
-        accelerator.device, denoiser=on_one_device
-    )  # each network when it is asked for
+    # What is rounded is divided on its device. Each network is loaded when it is asked for.
+    on_one_device = bool(config.model.quantization) or not config.train.shard
+    model = load_image_model(config.model).to(accelerator.device, denoiser=on_one_device)
     check_fit(config, model)
     images, held_out = hold_out(read_images(config.data, "train"), config.data)
     class_images = read_images(config.data, "preserve")
     check_references(model, [*images, *held_out], config.data)
+    sample_references(config, model)
     if resume is not None:
         check_resumed(accelerator, resume, inputs_of(config, images, held_out, class_images))
     task = DiffusionTask(model, config.loss)
@@ -253,7 +256,8 @@ def encode(
         part.encode_all()
     sampler = ImageSampler(model)
     if not batches.prompts.needs_encoders:
-        sampler.keep_prompts([(prompt, config.sample.negative_prompt) for prompt in config.sample.prompts])
+        prompts = ((prompt, config.sample.negative_prompt) for prompt in config.sample.prompts)
+        sampler.keep_prompts(zip(prompts, sample_references(config, model), strict=True))
     return sampler
 
 
@@ -281,7 +285,7 @@ def save_contact_sheet(
         network.eval()
     model = sampler.model.to(sampler.model.device)
     settings: dict[str, Any] = {"strength": config.adapter.strength, "full": "full" in config.adapter.methods}
-    settings["average"] = average and average.applied
+    settings |= {"average": average and average.applied, "references": sample_references(config, model)}
     # where text changes, prompts are encoded anew for each contact sheet
     contact_sheet, images = before_after_contact_sheet(
         model if config.trains_text else sampler, adapted, config.sample, **settings

@@ -201,7 +201,7 @@ def scoring_of(
     mapped = map if config.train.shard else partial(map_shared, process=process)
     answer = partial(answer_all, *requested, limit=limit, mapped=mapped)
     save = result(lambda file: save_answers(file, *requested))
-    return SplitScores(accelerator, result(answer), partial(score_all, meteor=False), result(losses), save)
+    return SplitScores(accelerator, result(answer), score_all, result(losses), save)
 
 
 def keep_reference(

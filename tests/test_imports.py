@@ -39,7 +39,7 @@ IMAGE_FAMILIES = re.compile(r"sdxl|z[-_ ]?image|klein|qwen_image|Qwen-Image|krea
 MAY_NAME_IMAGE_FAMILIES = (  # their own files, data about architectures and files, and examples
     *("dora_mm/targets/", "dora_mm/formats/", "dora_mm/config/", "dora_mm/cli/", "dora_mm/__init__.py"),
     *("dora_mm/models/images/sdxl/", "dora_mm/models/images/z_image.py", "dora_mm/models/images/flux2_klein.py"),
-    *("dora_mm/models/images/qwen_image.py", "dora_mm/models/images/krea2.py", "dora_mm/models/images/sd3.py"),
+    *("dora_mm/models/images/qwen_image", "dora_mm/models/images/krea2.py", "dora_mm/models/images/sd3.py"),
     *("dora_mm/registries/image_families.py", "dora_mm/registries/target_maps.py"),
 )
 VL_TASKS = re.compile(rf"[\"']({'|'.join(TASKS)})[\"']")

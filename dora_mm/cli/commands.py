@@ -131,6 +131,13 @@ def _check_hub(model: str, revision: str | None, key: str) -> None:
     check_hub(model, revision, key=key)
 
 
+def _check_parts(config: Any, source: str) -> None:
+    """Checks before anything large is imported that a config is for the family of its image model."""
+    from dora_mm.models.images.parts_of_family import check_parts
+
+    check_parts(config.adapter, config.model, source)
+
+
 def _check_transformers(arguments: Namespace) -> None:
     """Merging writes models of transformers; those of diffusers are converted."""
     found = find_path(arguments.model)
@@ -203,6 +210,8 @@ def _run_config(arguments: Namespace, recipes: Recipes) -> None:
     model: Any = getattr(config, "model", None)
     if hasattr(model, "path") and arguments.resume is None and not arguments.dry_run:  # some make a new model
         _check_hub(resolve_model(model.path), model.revision, "model.path")
+    if config.pipeline == "train_diffusion" and arguments.resume is None:
+        _check_parts(config, arguments.config)
     main = recipes.load(config.pipeline).main
     flags = {name: True for name in ("dry_run", "decode", "report") if getattr(arguments, name)}
     if arguments.decode and not arguments.dry_run:

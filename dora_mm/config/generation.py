@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
 from dora_mm.config.latest import numbered_adapters
 from dora_mm.config.models import ModelConfig
@@ -16,6 +16,7 @@ from dora_mm.config.schema import (
     NonNegative,
     OutputFolder,
     PipelineConfig,
+    ReferenceArea,
     Section,
     Seed,
     Text,
@@ -37,10 +38,19 @@ NumSteps = Annotated[int, Field(gt=0, le=10_000)]  # of a scheduler; those of tr
 Rescale = Annotated[float, Field(ge=0, le=1)]  # how much of the contrast that guidance adds is taken back
 
 
+def as_references(value: Any) -> Any:
+    """ReferencePaths of an image: one path is a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
+ReferencePaths = Annotated[Items[InputPath], BeforeValidator(as_references)]  # files of reference images, for one image
+
+
 class ContactSheetConfig(Section):
     """The images that a training run samples."""
 
     prompts: Items[Text] = ()  # empty: no images
+    images: Items[ReferencePaths] = ()  # of models that edit: the references of each prompt; empty: none
     negative_prompt: str | None = None  # null: none
     seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one image per prompt and seed
     every: Count = 0  # optimizer steps between contact sheets; 0: only at the end
@@ -54,6 +64,9 @@ class ContactSheetConfig(Section):
         for key in ("negative_prompt", "guidance_rescale") if self.guidance <= WITHOUT_GUIDANCE else ():
             if getattr(self, key) not in (None, 0.0):
                 raise ValueError(f"{key} has no effect at guidance {self.guidance:g}: leave it out")
+        if self.images and len(self.images) != len(self.prompts):
+            count = len(self.prompts)
+            raise ValueError(f"images has the references of {len(self.images)} prompts, and prompts has {count}")
         return self
 
 
@@ -110,7 +123,14 @@ class ImageGenerationConfig(PipelineConfig):
     batch_size: PositiveInt = 1  # images per batch
 
 
-class BatchGenerationConfig(ImageGenerationConfig):
+class EditingConfig(ImageGenerationConfig):
+    """Images that models which edit can make of reference images."""
+
+    images: ReferencePaths = ()  # reference images of every image; empty: none
+    reference_area: ReferenceArea = "pipeline"  # to how many pixels larger references are scaled down, as in `data`
+
+
+class BatchGenerationConfig(EditingConfig):
     """A job of images: prompts or a file of rows, each with all seeds and strengths."""
 
     command: ClassVar[str] = "sample"
@@ -148,7 +168,7 @@ class Axis(Section):
         return {**values, "values": [numbered_adapters(each) if isinstance(each, str) else each for each in given]}
 
 
-class GridConfig(ImageGenerationConfig):
+class GridConfig(EditingConfig):
     """A table of images over the values of one or two settings."""
 
     command: ClassVar[str] = "grid"

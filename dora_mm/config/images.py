@@ -17,6 +17,7 @@ from dora_mm.config.schema import (
     NonNegative,
     PipelineConfig,
     Positive,
+    ReferenceArea,
     Section,
     Seed,
     Share,
@@ -159,9 +160,9 @@ class DataConfig(Section):
     # Folders of reference images, for models that edit: a.png, or a_1.png and a_2.png, for a.png in data.folder; of
     # several folders the first has the first reference of each image. metadata.jsonl can name them instead
     references: Items[InputPath] = ()
-    # Pixels of a reference beyond which it is scaled down: pipeline: as the model's pipeline does, target: those of the
-    # training image, or their number
-    reference_area: Literal["pipeline", "target"] | PositiveInt = "pipeline"
+    # To how many pixels a larger reference is scaled down; pipeline: as the model's pipeline does; target: those of the
+    # training image
+    reference_area: ReferenceArea = "pipeline"
     reference_dropout: Share = 0.0  # probability of training a batch without its references
     latent_cache: Text | None = None  # a folder that keeps latents between runs; null: in memory only
     text_cache: Text | None = None  # a folder that keeps encoded captions, also between runs; null: in memory

@@ -74,6 +74,14 @@ class QwenImageConfig(ImageFamilyConfig):
     max_tokens: Annotated[int, Field(gt=0, le=1024)] = 512  # of a prompt; text beyond is cut
 
 
+class QwenImageEditConfig(ImageFamilyConfig):
+    """Settings specific to Qwen-Image-Edit: none, since its pipeline cuts no prompt."""
+
+
+class QwenImage21Config(ImageFamilyConfig):
+    """Settings specific to Qwen-Image-2.1: none, since its pipeline cuts no prompt."""
+
+
 class Krea2Config(ImageFamilyConfig):
     """Settings specific to Krea 2."""
 

@@ -216,12 +216,20 @@ def paths_in(section: Section, prefix: str = "") -> Iterator[tuple[str, PathKind
     for name, field in type(section).model_fields.items():
         value, key = getattr(section, name), f"{prefix}{name}"
         kind = next((mark for mark in (*field.metadata, *_marks(field.annotation)) if isinstance(mark, PathKind)), None)
-        for position, item in enumerate(value if isinstance(value, tuple) else (value,)):
-            path = f"{key}[{position}]" if isinstance(value, tuple) else key
+        for path, item in _items(value, key):
             if isinstance(item, Section):
                 yield from paths_in(item, f"{path}.")
             elif kind is not None and item is not None:
                 yield path, kind, item
+
+
+def _items(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """A value, or all in a tuple of values and tuples, each with its key."""
+    if not isinstance(value, tuple):
+        yield key, value
+        return
+    for position, item in enumerate(value):
+        yield from _items(item, f"{key}[{position}]")
 
 
 def _marks(annotation: Any) -> Iterator[Any]:

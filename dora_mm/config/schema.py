@@ -12,7 +12,7 @@ from enum import Enum
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, field_validator
 
 from dora_mm.config.latest import ADAPTER, numbered
 from dora_mm.registries.registry import Registry
@@ -26,6 +26,11 @@ Items = Annotated[tuple[T, ...], Field(strict=False)]
 
 
 Text = Annotated[str, Field(min_length=1)]
+
+
+# How far a larger reference image is scaled down: as the model's pipeline does, to the area of the image that is made
+# of it, or to this number of pixels
+ReferenceArea = Literal["pipeline", "target"] | PositiveInt
 
 
 class PathKind(Enum):

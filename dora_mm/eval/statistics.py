@@ -227,11 +227,7 @@ def paired_p(differences_KS: np.ndarray) -> tuple[float, bool]:
         return (float(binomtest(better, better + worse).pvalue) if better + worse else 1.0), True
     if K < 2:
         return 1.0, False
-    spread = mean_spread(differences_KS, over_runs=True)
-    mean = float(differences_KS.mean())
-    if not spread.variance:
-        return (1.0 if mean == 0 else 0.0), False
-    return float(2 * t.sf(abs(mean) / np.sqrt(spread.variance), spread.freedom)), False
+    return mean_spread(differences_KS, over_runs=True).p_value(float(differences_KS.mean())), False
 
 
 def groups_needed(values_KS: np.ndarray, half_width: float) -> int | None:

@@ -45,9 +45,12 @@ class Network:
             ValueError: Its class is in none of the libraries, or cannot be built from the config.
         """
         if "_class_name" in self.config:
-            return _from_diffusers(self)
+            kind = _class_of_diffusers(self)
+            return _built(self, lambda: kind.from_config(dict(self.config)))
         if self.config.get("model_type") == "vl_bart":
-            return _vl_bart(self)
+            from dora_mm.models.vl.vl_bart.model import VLBart, VLBartConfig
+
+            return _built(self, lambda: VLBart(VLBartConfig.from_dict(dict(self.config))))
         from dora_mm.models.folders import empty_model
 
         return empty_model(self.path)
@@ -84,11 +87,6 @@ def _why_no_model(path: str, folder: Path) -> str:
     return f"{path} is no model, and holds no adapter: it has neither {CONFIG} nor {INDEX}"
 
 
-def _from_diffusers(network: Network) -> nn.Module:
-    kind = _class_of_diffusers(network)
-    return _built(network, lambda: kind.from_config(dict(network.config)))
-
-
 def _class_of_diffusers(network: Network) -> Any:
     import diffusers
     from torch import nn
@@ -98,12 +96,6 @@ def _class_of_diffusers(network: Network) -> Any:
     if isinstance(kind, type) and issubclass(kind, nn.Module):
         return kind
     raise ValueError(f"{network.path} is a {network.kind}, no network of diffusers {diffusers.__version__}")
-
-
-def _vl_bart(network: Network) -> nn.Module:
-    from dora_mm.models.vl.vl_bart.model import VLBart, VLBartConfig
-
-    return _built(network, lambda: VLBart(VLBartConfig.from_dict(dict(network.config))))
 
 
 def _built(network: Network, build: Callable[[], nn.Module]) -> nn.Module:

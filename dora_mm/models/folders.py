@@ -214,7 +214,10 @@ def write_copy(model: Any, source: Path, folder: Path) -> None:
             file.unlink()
     if model.config.model_type in SPEECH_WEIGHTS:
         _add_weights(SPEECH_WEIGHTS[model.config.model_type], source, folder)
-    _copy_others(source, folder)
+    for file in _others(source):
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True, parents=True)
+        shutil.copyfile(file, target)
     _edit_config(folder / "config.json", str(model.dtype).removeprefix("torch."), untied)
 
 
@@ -261,13 +264,6 @@ def _is_untied(model: Any) -> bool:
             "too: config.json has one key for all of them, so no folder can hold that"
         )
     return bool(different)
-
-
-def _copy_others(source: Path, folder: Path) -> None:
-    for file in _others(source):
-        target = folder / file.relative_to(source)
-        target.parent.mkdir(exist_ok=True, parents=True)
-        shutil.copyfile(file, target)
 
 
 def _others(source: Path) -> Iterator[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,9 @@ def digests_of(folder: Path, prefix: str = "", names: Iterable[str] = ()) -> dic
         prefix: A text in front of the paths, such as "unet/".
         names: The only files; none: all.
     """
-    found = [folder / name for name in names] if names else _read_files(folder)
+    found = [folder / name for name in names]
+    if not names:
+        entries = (*folder.glob("*"), *folder.glob(f"{TEMPLATES}/*"))  # of further chat templates
+        found = [entry for entry in entries if not is_weights(entry) and not UNREAD.match(entry.name)]
     files = sorted(file for file in found if file.is_file())  # parts of a hub model may not be here yet
     return {f"{prefix}{file.relative_to(folder).as_posix()}": known_digest(file) for file in files}
-
-
-def _read_files(folder: Path) -> Iterator[Path]:
-    """All files but weights and `UNREAD`, also those in the subfolder of further chat templates."""
-    for entry in (*folder.glob("*"), *folder.glob(f"{TEMPLATES}/*")):
-        if entry.is_file() and not is_weights(entry) and not UNREAD.match(entry.name):
-            yield entry

@@ -199,13 +199,13 @@ def describe_encoded(batches: CaptionedBatches | PreservingBatches, num_batches:
 
 def describe_preserved(config: TrainDiffusionConfig, class_images: Sequence[CaptionedImage]) -> list[str]:
     """A line with the prompts on which the model is held, and how often; none without the section `preserve`."""
-    held_out = config.preserve
-    if held_out is None:
+    preserve = config.preserve
+    if preserve is None:
         return []
-    prompt = held_out.prompt if held_out.prompt is None else repr(held_out.prompt)
+    prompt = preserve.prompt if preserve.prompt is None else repr(preserve.prompt)
     what = f"{len(class_images)} images" if class_images else prompt or f"captions without {config.data.placeholder}"
-    often = "every step" if held_out.every == 1 else f"every {held_out.every} steps"
-    return [f"preserve  {what}, loss x {held_out.weight:g}, {often}: two more forward passes and a backward pass"]
+    often = "every step" if preserve.every == 1 else f"every {preserve.every} steps"
+    return [f"preserve  {what}, loss x {preserve.weight:g}, {often}: two more forward passes and a backward pass"]
 
 
 def describe_held_out(held_out: Sequence[CaptionedImage], evaluate: ValidationConfig) -> str:
@@ -287,15 +287,11 @@ def remark_on_captions(model: ImageModel | None, images: Sequence[CaptionedImage
         data: The `data` section.
     """
     texts = (text for image in images for text in all_unchanged(image, data.captions))
-    cut = remark_on_cut(model, list(dict.fromkeys(texts))) if model else []
-    return cut + remark_on_alternatives(images, data)
-
-
-def remark_on_cut(model: ImageModel, captions: Sequence[str]) -> list[str]:
-    """A warning, if captions are longer than the model reads; else nothing."""
-    if not (cut := model.cut(captions)):
-        return []
-    return [f"{len(cut)} captions have more than {model.most_tokens} tokens and lose their end, the first: {cut[0]}"]
+    remarks = remark_on_alternatives(images, data)
+    if model and (cut := model.cut(list(dict.fromkeys(texts)))):
+        most = f"{len(cut)} captions have more than {model.most_tokens} tokens"
+        remarks.insert(0, f"{most} and lose their end, the first: {cut[0]}")
+    return remarks
 
 
 def remark_on_alternatives(images: Sequence[CaptionedImage], data: DataConfig) -> list[str]:

@@ -83,7 +83,7 @@ def about_untouched(
 def _trained_in(
     trained: TrainedNetworks, component: str, paths: Iterable[str], *, full: bool
 ) -> dict[str, nn.Parameter]:
-    """The trained parameters of modules: of their adapters, or (`whole`) the modules' own."""
+    """The trained parameters of modules: of their adapters, or (`full`) the modules' own."""
     known, found = set(trained.extra.get(component, ())), {}
     for path in paths:
         for name, parameter in trained.networks[component].get_submodule(path).named_parameters():

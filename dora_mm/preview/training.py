@@ -93,12 +93,12 @@ def measure_step(
 
     def step(batches: Callable[[int], Any]) -> tuple[float, int]:
         """The seconds of a step, and its peak memory beyond what was there before, in bytes."""
-        before, started = _peak_memory(device), time.monotonic()
+        (allocated, _), started = _peak_memory(device), time.monotonic()
         with fixed_parameters(trained.networks, num_passes=config.gradient_accumulation_steps):
             accumulate(accelerator, trained, config, seed, 0, lambda number: batches(0))
         update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
-        after = _peak_memory(device)  # waits for the GPU
-        return time.monotonic() - started, after.peak - before.allocated
+        _, peak = _peak_memory(device)  # waits for the GPU
+        return time.monotonic() - started, peak - allocated
 
     times = []
     with Progress("measuring a step"):
@@ -136,17 +136,12 @@ def measure_accumulated(
     return cost._replace(seconds=count * max(cost.seconds, preparing))
 
 
-class _Memory(NamedTuple):
-    allocated: int
-    peak: int
-
-
-def _peak_memory(device: torch.device) -> _Memory:
+def _peak_memory(device: torch.device) -> tuple[int, int]:
     """The allocated GPU memory and its peak since the last call, in bytes; zeros on a processor."""
     if device.type != "cuda":
-        return _Memory(0, 0)
+        return 0, 0
     torch.cuda.synchronize(device)
-    found = _Memory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
+    found = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return found
 
@@ -168,13 +163,11 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _kept_for_backward(accelerator, trained, config, seed, batch_at) -> int:
     """The bytes that the forward pass of one micro-batch keeps for its backward pass, parameters not counted."""
-    known = {target_device for parameter in trained.parameters() for target_device in _storages(parameter)}
+    known = {pointer for parameter in trained.parameters() for pointer in _storages(parameter)}
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept.update(
-            {target_device: size for target_device, size in _storages(tensor).items() if target_device not in known}
-        )
+        kept.update({pointer: size for pointer, size in _storages(tensor).items() if pointer not in known})
         return tensor
 
     single = config.model_copy(update={"gradient_accumulation_steps": 1})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dora_mm.registries.registry import Registry
@@ -20,6 +20,7 @@ class ImageFamily:
         tensors: Each is the beginning of the name of a tensor in its single checkpoints; empty: these are not read.
         denoiser: Beginnings of names of tensors: files with its denoiser alone have one of them; empty: not known.
         edits: Whether it takes reference images: its class is an `EditingModel`.
+        target_map: The target map of its denoiser, by which configs of other families are told; empty: not known.
         starts: The configs that `dora-mm new` starts from, by the GB of the GPU that each needs; 0: for a small model.
     """
 
@@ -30,7 +31,12 @@ class ImageFamily:
     tensors: tuple[str, ...] = ()
     denoiser: tuple[str, ...] = ()
     edits: bool = False
+    target_map: str = ""
     starts: Mapping[int, str] = field(default_factory=dict)
+
+    def is_checkpoint(self, names: Sequence[str]) -> bool:
+        """Whether the tensors of a file, by their names, are those of a single checkpoint of the family."""
+        return bool(self.tensors) and all(any(name.startswith(start) for name in names) for start in self.tensors)
 
 
 IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
@@ -43,6 +49,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             section="dora_mm.config.models:SDXLConfig",
             pipeline="StableDiffusionXLPipeline",
             tensors=("model.diffusion_model.label_emb.", "conditioner.embedders.1."),
+            target_map="sdxl-unet",
             starts={
                 0: "configs/sdxl/tiny_3d_icon.yaml",
                 8: "configs/sdxl/3d_icon_8gb.yaml",
@@ -57,6 +64,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             section="dora_mm.config.models:ZImageConfig",
             pipeline="ZImagePipeline",
             denoiser=("noise_refiner.",),
+            target_map="z-image",
             starts={12: "configs/z_image/style_12gb.yaml", 24: "configs/z_image/style.yaml"},
         ),
         "flux2_klein": ImageFamily(
@@ -66,6 +74,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             pipeline="Flux2KleinPipeline",
             denoiser=("double_stream_modulation_img.",),
             edits=True,
+            target_map="flux2",
             starts={12: "configs/flux2_klein/style_12gb.yaml", 16: "configs/flux2_klein/style.yaml"},
         ),
         "qwen_image": ImageFamily(
@@ -74,11 +83,30 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             section="dora_mm.config.models:QwenImageConfig",
             pipeline="QwenImagePipeline",
             denoiser=("transformer_blocks.0.img_mod.1.",),
+            target_map="qwen-image",
             starts={
                 24: "configs/qwen_image/style_24gb.yaml",
                 32: "configs/qwen_image/style_32gb.yaml",
                 48: "configs/qwen_image/style.yaml",
             },
+        ),
+        "qwen_image_edit": ImageFamily(
+            title="Qwen-Image-Edit",
+            import_path="dora_mm.models.images.qwen_image_edit:QwenImageEdit",
+            section="dora_mm.config.models:QwenImageEditConfig",
+            pipeline="QwenImageEditPlusPipeline",
+            edits=True,
+            target_map="qwen-image",
+        ),
+        "qwen_image_21": ImageFamily(
+            title="Qwen-Image-2.1",
+            import_path="dora_mm.models.images.qwen_image_21:QwenImage21",
+            section="dora_mm.config.models:QwenImage21Config",
+            pipeline="QwenImage21Pipeline",
+            denoiser=("transformer_blocks.0.img_mlp.gate_",),
+            edits=True,
+            target_map="qwen-image-21",
+            starts={24: "configs/qwen_image_21/style.yaml"},
         ),
         "krea2": ImageFamily(
             title="Krea 2",
@@ -86,6 +114,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             section="dora_mm.config.models:Krea2Config",
             pipeline="Krea2Pipeline",
             denoiser=("txtfusion.", "text_fusion."),  # of its authors' files, and of diffusers
+            target_map="krea2",
             starts={
                 16: "configs/krea2/style_16gb.yaml",
                 24: "configs/krea2/style_24gb.yaml",
@@ -97,6 +126,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             import_path="dora_mm.models.images.sd3:StableDiffusion3",
             section="dora_mm.config.models:StableDiffusion3Config",
             pipeline="StableDiffusion3Pipeline",
+            target_map="sd3",
             starts={16: "configs/sd3/style.yaml"},
         ),
     },

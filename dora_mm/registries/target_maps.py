@@ -93,6 +93,12 @@ TARGET_MAPS: Registry[TargetMapRecord] = Registry(
         "qwen-image": TargetMapRecord(
             f"{_TARGETS}.qwen_image:QWEN_IMAGE", ("QwenImageTransformer2DModel",), _BLOCKS, _TRANSFORMER
         ),
+        "qwen-image-21": TargetMapRecord(
+            f"{_TARGETS}.qwen_image:QWEN_IMAGE_21",
+            ("QwenImage21Transformer2DModel",),
+            ("attn", "ff", "text", "mod"),
+            _TRANSFORMER,
+        ),
         "krea2": TargetMapRecord(
             f"{_TARGETS}.krea2:KREA2", ("Krea2Transformer2DModel",), ("attn", "ff", "text", "mod"), _TRANSFORMER
         ),

@@ -15,9 +15,10 @@ from dora_mm.core import set_strength
 from dora_mm.core.inject import merged_adapters
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.sampling.contact_sheets import save_atomically
-from dora_mm.sampling.grids import image_grid
-from dora_mm.sampling.image_sampler import ImageSampler, sample
+from dora_mm.sampling.grids import PAPER, image_grid
+from dora_mm.sampling.image_sampler import ImageSampler, References, sample
 from dora_mm.sampling.manifest import ManifestEntry, readable_entries, write_manifest
+from dora_mm.sampling.references import prepared, problem_of_references
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.run_directory import RunDirectory
 
@@ -73,6 +74,7 @@ def before_after_contact_sheet(
     adapted: Mapping[str, nn.Module],
     config: SampleConfig,
     *,
+    references: Sequence[References] = (),
     strength: float = 1.0,
     full: bool = False,
     average: Callable[[], AbstractContextManager[None]] | None = None,
@@ -80,12 +82,13 @@ def before_after_contact_sheet(
     """Generates a contact sheet with one column per prompt and for each seed a row of the adapter's images.
 
     Above it is a row of the base model's, if `config.before_after` is set, and below it one of the average's, where
-    there is one: all with the same seed. Afterwards the strength of all adapters is 1.
+    there is one: all with the same seed. Reference images are above all. Afterwards the strength of all adapters is 1.
 
     Args:
         model: The model, or what generates with it, if its text encoders are not adapted.
         adapted: The adapted networks of the model, by name.
         config: The `sample` section: prompts, seeds and settings.
+        references: The references of each prompt, prepared by the model; empty: there are none.
         strength: The strength of the adapter.
         full: The weights themselves were trained (method `full`): there is no base model to compare with, and no
             strength.
@@ -98,6 +101,7 @@ def before_after_contact_sheet(
     prompts = list(config.prompts)
     repeated_prompts, seeds = prompts * len(config.seeds), [seed for seed in config.seeds for _ in prompts]
     settings = config.model_dump(include={"steps", "guidance", "guidance_rescale", "negative_prompt", "batch_size"})
+    settings["references"] = list(references) * len(config.seeds)
     kinds = {"before": 0.0} if config.before_after and not full else {}
     kinds |= {"after": strength} | ({"average": strength} if average else {})
     generated = {}
@@ -112,11 +116,30 @@ def before_after_contact_sheet(
     for network in () if full else adapted.values():
         set_strength(network, 1.0)  # training resumes at this strength
     rows, labels = [], []
+    for number in range(max(map(len, references), default=0)):
+        rows.append([each[number] if number < len(each) else Image.new("RGB", (1, 1), PAPER) for each in references])
+        labels.append(f"reference {number + 1}" if number else "reference")
     for index, seed in enumerate(config.seeds):
         for label, images in generated.items():
             rows.append(images[index * len(prompts) : (index + 1) * len(prompts)])
             labels.append(label if len(config.seeds) == 1 else f"{label}, seed {seed}")
     return image_grid(rows, labels, prompts), generated
+
+
+def sample_references(config: TrainDiffusionConfig, model: ImageModel) -> list[References]:
+    """The references of each prompt of a training's contact sheets, prepared by its model: none, one or several.
+
+    They are scaled down as those that are trained on.
+
+    Raises:
+        ValueError: The model does not take some of them.
+    """
+    given, area = config.sample.images or ((),) * len(config.sample.prompts), config.data.reference_area
+    pixels = config.data.resolution**2 if area == "target" else None if area == "pipeline" else area
+    for number, images in enumerate(given):
+        if problem := problem_of_references(model, images, pixels):
+            raise ValueError(f"sample.images[{number}]: {problem}")
+    return [prepared(model, images, pixels) for images in given]
 
 
 def keep_images(

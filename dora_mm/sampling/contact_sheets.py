@@ -25,7 +25,10 @@ MOST_COLUMNS = 16  # of a table: more seeds go to another contact sheet
 TALLEST = 1.25  # times the width of a contact sheet
 Column = tuple[int | None, float]  # the seed and the strength of a column; without a seed rows have it
 OWN = ("seed", "strength")  # what a row of a job has several of, which are then its columns
-OTHERS = ("adapters", "negative_prompt", "steps", "guidance", "guidance_rescale", "scheduler", "width", "height")
+OTHERS = (
+    *("adapters", "negative_prompt", "steps", "guidance", "guidance_rescale", "scheduler", "width", "height"),
+    *("images", "reference_area"),
+)
 
 
 def save_contact_sheets(generation: BatchGeneration) -> list[Path]:
@@ -150,6 +153,8 @@ def label(request: ImageRequest, shown: Sequence[str]) -> str:
         "guidance_rescale": f"rescale {request.guidance_rescale:g}",
         "scheduler": request.scheduler or "the model's own scheduler",
         "seed": f"seed {request.seed}",
+        "images": " + ".join(Path(path).name for path in request.images) or "no reference",
+        "reference_area": f"reference area {request.reference_area}",
     }
     if "width" in shown or "height" in shown:
         parts.append(f"{request.width} x {request.height}")

@@ -34,6 +34,7 @@ from dora_mm.sampling.manifest import (
     write_manifest,
 )
 from dora_mm.sampling.png import BaseModel, GenerationMetadata, UsedAdapter, read_metadata, save_image
+from dora_mm.sampling.references import references_of
 from dora_mm.sampling.strengths import HashableStrength
 from dora_mm.utils.circumstances import Record, about_kept
 from dora_mm.utils.digest import file_digest
@@ -373,7 +374,9 @@ def generate_batch(
     settings = requests[0].settings
     prompts = [request.prompts for request in requests]
     try:
-        generated = sampler.generate(prompts, [request.seed for request in requests], **settings, on_step=on_step)
+        references = references_of(sampler.model, requests[0])
+        seeds = [request.seed for request in requests]
+        generated = sampler.generate(prompts, seeds, **settings, references=references, on_step=on_step)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
             raise

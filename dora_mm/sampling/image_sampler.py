@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
@@ -12,7 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dora_mm.data.images.buckets import Size
 from dora_mm.data.syntax import Wording
+from dora_mm.models.images.editing import EditingModel
 from dora_mm.models.images.image_model import ImageModel, Prompt
 from dora_mm.models.images.schedulers import make_scheduler, title_of
 from dora_mm.utils.progress import Progress
@@ -21,6 +24,7 @@ log = logging.getLogger(__name__)
 MOST_ENCODED = 256  # images whose prompts are kept: some 1 MB each in models of full size
 
 Prompts = tuple[Wording, Wording | None]  # of one image: the prompt, and the negative prompt or None
+References = Sequence[Image.Image]  # of one image, prepared by its model
 
 
 class UnusableImageError(ValueError):
@@ -40,7 +44,7 @@ class ImageSampler:
     def __init__(self, model: ImageModel, prepare: Callable[[Any], object] = lambda pipe: None):
         self.model, self._prepare = model, prepare
         self._schedulers: dict[str, Any] = {}
-        self._encoded: dict[Prompts, Prompt] = {}
+        self._encoded: dict[tuple[Prompts, str], Prompt] = {}
 
     @cached_property
     def pipe(self) -> Any:
@@ -64,10 +68,10 @@ class ImageSampler:
             self._encoded.clear()
 
     @torch.no_grad()
-    def keep_prompts(self, prompts: Iterable[Prompts]) -> None:
-        """Encodes the prompts of images, and frees the text encoders, before the denoiser is loaded."""
-        for each in prompts:
-            self._encode(each, most=len(self._encoded) + 1)
+    def keep_prompts(self, prompts: Iterable[tuple[Prompts, References]]) -> None:
+        """Encodes the prompts of images beside their references, and frees the text encoders ahead of the denoiser."""
+        for each, references in prompts:
+            self._encode(each, references, most=len(self._encoded) + 1)
         self.model.components.release(self.model.text_encoders)
 
     def length(self, prompts: Prompts) -> int:
@@ -102,6 +106,7 @@ class ImageSampler:
         height: int,
         scheduler: str | None = None,
         guidance_rescale: float = 0.0,
+        references: References = (),
         on_step: Callable[[float], object] | None = None,
     ) -> list[Image.Image | UnusableImageError]:
         """Generates a batch of images.
@@ -116,14 +121,18 @@ class ImageSampler:
             scheduler: The name of the scheduler; None is the model's own.
             guidance_rescale: How much of the contrast that guidance adds is taken back, 0 to 1 (Lin et al. 2023, arXiv
                 2305.08891, section 3.4), by families that have it.
+            references: Reference images that all images are made of, prepared by a model that edits.
             on_step: Called after each denoising step with the share of them that is done.
 
         Returns:
             The images, with an error instead of each that cannot be used.
         """
         self.pipe.scheduler = self._scheduler(scheduler)
-        encoded = [self._encode(each) for each in prompts]
+        encoded = [self._encode(each, references) for each in prompts]
         inputs = self.model.pipeline_inputs(encoded, steps=steps, guidance=guidance, width=width, height=height)
+        if references:
+            assert isinstance(self.model, EditingModel)
+            inputs |= self.model.reference_inputs(references)
         if guidance_rescale:
             inputs["guidance_rescale"] = guidance_rescale
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -144,13 +153,20 @@ class ImageSampler:
             self._schedulers[name] = make_scheduler(name, self.scheduler)
         return self._schedulers[name]
 
-    def _encode(self, prompts: Prompts, most: int = MOST_ENCODED) -> Prompt:
+    def _encode(self, prompts: Prompts, references: References = (), most: int = MOST_ENCODED) -> Prompt:
         """Encodes the prompts of one image alone, so that they do not depend on the batch in the last bits."""
-        if prompts not in self._encoded:
+        model = self.model
+        are_read = bool(references) and isinstance(model, EditingModel) and model.prompts_see_references
+        key = prompts, _digest(references) if are_read else ""
+        if key not in self._encoded:
             if len(self._encoded) >= most:
                 del self._encoded[next(iter(self._encoded))]
-            self._encoded[prompts] = self.model.encode_for_sampling(*prompts)
-        return self._encoded[prompts]
+            if are_read:
+                assert isinstance(model, EditingModel)
+                self._encoded[key] = model.encode_edit_for_sampling(*prompts, references)
+            else:
+                self._encoded[key] = model.encode_for_sampling(*prompts)
+        return self._encoded[key]
 
 
 def _after_step(on_step: Callable[[float], object], pipe: Any, index: int, _time: Any, _tensors: Any) -> dict[str, Any]:
@@ -158,13 +174,21 @@ def _after_step(on_step: Callable[[float], object], pipe: Any, index: int, _time
     return {}  # changes nothing
 
 
+def _digest(references: References) -> str:
+    """SHA-256 of the pixels of references."""
+    digest = hashlib.sha256()
+    for image in references:
+        digest.update(f"{image.size}{image.mode}".encode() + image.tobytes())
+    return digest.hexdigest()
+
+
 def problem_of(pixels: Tensor) -> UnusableImageError | None:
-    """Says why an image (3, H, W) cannot be used; None where it can."""
+    """Says why an image (3, H, W), or (4, H, W) with alpha, cannot be used; None where it can."""
     if not pixels.isfinite().all():
         return UnusableImageError(
             "has values that are not numbers (NaN): in half precision some models need another VAE, see model.vae"
         )
-    return None if pixels.any() else UnusableImageError("is black")
+    return None if pixels[:3].any() else UnusableImageError("is black")
 
 
 def sample(
@@ -179,6 +203,7 @@ def sample(
     batch_size: int = 8,
     height: int | None = None,
     width: int | None = None,
+    references: Sequence[References] = (),
     metadata: str | None = None,
 ) -> list[Image.Image]:
     """Samples one image per pair of prompt and seed, all with the same settings.
@@ -192,32 +217,45 @@ def sample(
         guidance_rescale: How much of the contrast that it adds is taken back, 0 to 1.
         negative_prompt: For all images. None is what the model takes without one; "" is the encoded empty text.
         batch_size: Images per batch.
-        height: In pixels; None is the model's own.
-        width: In pixels; None is the model's own.
+        height: In pixels; None is the model's own, or that of the references.
+        width: In pixels; None is the model's own, or that of the references.
+        references: Reference images of each prompt, prepared by a model that edits; empty: there are none.
         metadata: What the progress is called; None shows none.
 
     Returns:
         The images, in the order of the prompts. Those that cannot be used are black, and named in the log.
     """
     sampler = model if isinstance(model, ImageSampler) else ImageSampler(model)
-    side = sampler.model.resolution
-    settings = {"steps": steps, "guidance": guidance, "height": height or side, "width": width or side}
-    settings["guidance_rescale"] = guidance_rescale
+    settings = {"steps": steps, "guidance": guidance, "guidance_rescale": guidance_rescale}
+    seen = references or [()] * len(prompts)
+    sizes = [_size_of(sampler.model, each, (height, width)) for each in seen]
     items = [((prompt, negative_prompt), seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-    groups: dict[int, list[int]] = {}
+    groups: dict[tuple[int, int], list[int]] = {}
     for index, (item, _) in enumerate(items):
-        groups.setdefault(sampler.length(item), []).append(index)
+        groups.setdefault((sampler.length(item), id(seen[index])), []).append(index)
     images: dict[int, Any] = {}
     with Progress(metadata or "", len(items), "images", hidden=metadata is None) as progress:
         for group in groups.values():
+            shared = {**settings, **dict(zip(("height", "width"), sizes[group[0]], strict=True))}
             for start in range(0, len(group), batch_size):
                 batch = group[start : start + batch_size]
                 prompts_of_batch, seeds_of_batch = zip(*(items[index] for index in batch), strict=True)
                 with progress.part(len(batch)) as on_step:
-                    generated = sampler.generate(prompts_of_batch, seeds_of_batch, **settings, on_step=on_step)
+                    given = {**shared, "references": seen[group[0]], "on_step": on_step}
+                    generated = sampler.generate(prompts_of_batch, seeds_of_batch, **given)
                 images |= zip(batch, generated, strict=True)
     for index, image in images.items():
         if isinstance(image, UnusableImageError):
             log.warning("The image of %r with seed %d %s.", prompts[index], seeds[index], image)
-            images[index] = Image.new("RGB", (settings["width"], settings["height"]))
+            height, width = sizes[index]
+            images[index] = Image.new("RGB", (width, height))
     return [images[index] for index in range(len(items))]
+
+
+def _size_of(model: ImageModel, references: References, given: tuple[int | None, int | None]) -> Size:
+    """(h, w) of an image: as given, else that of the pipeline by its references, else the model's own."""
+    own = (model.resolution, model.resolution)
+    if references:
+        assert isinstance(model, EditingModel)
+        own = model.edited_size([(image.height, image.width) for image in references])
+    return given[0] or own[0], given[1] or own[1]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from dora_mm.sampling.batch.requests import ImageRequest
 from dora_mm.sampling.generating import BatchGeneration, check_what_is_there, generate, plan, remove_adapters
 from dora_mm.sampling.image_sampler import MOST_ENCODED, ImageSampler
 from dora_mm.sampling.png import BaseModel
+from dora_mm.sampling.references import area_of, check_references, references_of, with_references
 from dora_mm.sampling.strengths import HashableStrength
 from dora_mm.utils.circumstances import circumstances
 from dora_mm.utils.devices import default_device
@@ -84,9 +85,10 @@ class LoadedModel:
         Raises:
             ValueError: Weights are missing or damaged.
         """
-        prompts = dict.fromkeys(request.prompts for request in requests)
-        if self.frees_text and len(prompts) <= MOST_ENCODED:
-            self.sampler.keep_prompts(tracked(list(prompts), "encoding prompts", unit="prompts"))
+        first = {(request.prompts, request.images, area_of(self.model, request)): request for request in requests}
+        if self.frees_text and len(first) <= MOST_ENCODED:
+            shown = tracked(list(first.values()), "encoding prompts", unit="prompts")
+            self.sampler.keep_prompts((each.prompts, references_of(self.model, each)) for each in shown)
         self.sampler.load()
 
     def check_adapters(self, requests: Sequence[ImageRequest]) -> None:
@@ -117,6 +119,8 @@ class LoadedModel:
         Raises:
             ValueError: A size, a scheduler, a setting or an adapter does not fit the model.
         """
+        check_references(self.model, requests)
+        requests = [with_references(self.model, request) for request in requests]
         self.check_sizes(requests)
         self.check_schedulers(requests)
         if any(request.prompt_syntax != "plain" for request in requests) and not self.model.weighs_words:
@@ -186,12 +190,10 @@ class LoadedModel:
         return {path: (formats.adapter_digest(file), data_digest(file)[:12]) for path, file in self.adapters.items()}
 
     def plan(self, folder: Path, requests: Sequence[ImageRequest], batch_size: int) -> BatchGeneration:
-        """Plans the batches of a job: see `generating.plan`. Images without a size get the model's own."""
-        side = self.model.resolution
-        sized = [replace(p, width=p.width or side, height=p.height or side) for p in requests]
+        """Plans the batches of a job: see `generating.plan`. Images without a size get that of `with_references`."""
         return plan(
             folder,
-            sized,
+            [with_references(self.model, request) for request in requests],
             self.prompt_length,
             batch_size=batch_size,
             model=self.base,

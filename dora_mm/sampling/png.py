@@ -106,11 +106,14 @@ class GenerationMetadata:
         return self._own() == other._own() and not self.model.changes(other.model)
 
     def _own(self) -> GenerationMetadata:
-        """The image alone. Weights count by their digests: paths are written in several ways, and files may move."""
+        """The image alone. Weights and references count by their digests: files may move."""
         model = replace(self.model, path="", revision=None, vae=None, digest="", file_digest=None, files=None)
         adapters = tuple(replace(adapter, path="", hash="") for adapter in self.adapters)
         batch = self.batch[self.position : self.position + 1]
-        return replace(self, model=model, adapters=adapters, batch=batch, position=0, circumstances={})
+        settings = {name: value for name, value in self.settings.items() if name != "images"}
+        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+        found = {"model": model, "adapters": adapters, "settings": settings, "batch": batch}
+        return replace(self, **found, position=0, circumstances={})
 
 
 METADATA = TypeAdapter(GenerationMetadata)

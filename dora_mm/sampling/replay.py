@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from dora_mm.config.generation import ImageGenerationConfig, MemoryConfig, PromptSyntax
 from dora_mm.config.models import ModelConfig, validated
+from dora_mm.config.schema import ReferenceArea
 from dora_mm.models.hub import check_named_by
 from dora_mm.sampling.batch.prompt_row import PromptRow
 from dora_mm.sampling.batch.requests import ImageRequest
@@ -19,6 +20,7 @@ from dora_mm.sampling.generating import BatchGeneration, generate
 from dora_mm.sampling.manifest import write_manifest
 from dora_mm.sampling.model import LoadedModel, load_model
 from dora_mm.sampling.png import GenerationMetadata, read_metadata
+from dora_mm.sampling.references import reference_of
 from dora_mm.utils.circumstances import differences, sentence
 
 log = logging.getLogger(__name__)
@@ -66,6 +68,10 @@ def check_complete(metadata: GenerationMetadata, file: Path) -> None:
         settings = dict(metadata.settings)
         if settings.pop("prompt_syntax", "plain") not in get_args(PromptSyntax):
             raise ValueError("its prompt_syntax is unknown")
+        TypeAdapter(ReferenceArea).validate_python(settings.pop("reference_area", "pipeline"), strict=True)
+        digests = TypeAdapter(tuple[str, ...]).validate_python(settings.pop("image_digests", ()))
+        if len(digests) != len(settings.get("images", ())):
+            raise ValueError("it has not one of image_digests for each of images")
         row = PromptRow.model_validate({"prompt": "a", **settings})
         if lacking := [name for name in NEEDED if name not in row.model_fields_set]:
             raise ValueError(f"settings lack {lacking[0]}")
@@ -103,6 +109,10 @@ def check_unchanged(metadata: GenerationMetadata, loaded: LoadedModel) -> None:
         raise ValueError(
             f"the model {loaded.base.path} has changed since the image was generated: {', '.join(changes)}"
         )
+    settings = metadata.settings
+    for path, digest in zip(settings.get("images", ()), settings.get("image_digests", ()), strict=True):
+        if reference_of(path).digest != digest:
+            raise ValueError(f"the reference image {path} has changed since the image was generated")
     hashes = loaded.adapter_hashes()
     for adapter in metadata.adapters:
         if hashes[adapter.path][0] != adapter.digest:
@@ -112,6 +122,8 @@ def check_unchanged(metadata: GenerationMetadata, loaded: LoadedModel) -> None:
 def batch_of_metadata(metadata: GenerationMetadata, loaded: LoadedModel, folder: Path, name: str) -> BatchGeneration:
     """A job of the batch of an image, of which only this image is missing."""
     adapters = tuple((adapter.path, adapter.strength) for adapter in metadata.adapters)
+    settings: dict[str, Any] = dict(metadata.settings)
+    settings |= {name: tuple(settings[name]) for name in ("images", "image_digests") if name in settings}
     requests = [
         ImageRequest(
             row=1,
@@ -120,7 +132,7 @@ def batch_of_metadata(metadata: GenerationMetadata, loaded: LoadedModel, folder:
             seed=seed,
             adapters=adapters,
             strength=1.0,
-            **metadata.settings,
+            **settings,
         )
         for prompt, negative_prompt, seed in metadata.batch
     ]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from dora_mm.config.loader import load_config
 from dora_mm.config.paths import resolve_adapter, resolve_model
-from dora_mm.config.schema import PipelineConfig
 from dora_mm.eval.gradients import method_of
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra.exact import fitted, new_weight
@@ -19,13 +18,13 @@ from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.reader import LayerReader
 from dora_mm.studies.decomposition import WeightPoint, weight_change
+from dora_mm.train.checkpoint import checkpoints, step_of
 from dora_mm.utils.json_text import read_json
 from dora_mm.utils.progress import tracked
 
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # of transformers 5
 _TRANSPOSED = "layers of GPT-2's kind (Conv1D) keep their weights as (inputs, outputs)"
 log = logging.getLogger(__name__)
-_STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -92,20 +91,16 @@ def _of_run(run: Path, base: str | None, score: float | None = None) -> list[Tra
     model, revision = getattr(config, "model", None), None
     if base is None:
         base, revision = getattr(model, "path", None), getattr(model, "revision", None)
-    files = [(step, AdapterFile(folder).path) for step, folder in _kept(run, config)]
+    # Those of a schedule-free optimizer are left out: its result is not the point it trains at.
+    is_averaged = getattr(getattr(config, "optimizer", None), "name", None) == "schedule_free"
+    kept = [] if is_averaged else checkpoints(run / "checkpoints")
+    files = [(step_of(folder), AdapterFile(folder).path) for folder in kept]
     if not files:
         adapter = run / "adapter"
         if not adapter.is_dir():
             raise ValueError(f"{run} has neither checkpoints nor an adapter")
         files = [(None, AdapterFile(adapter).path)]
     return [TrainedSource(str(run), file, base, step, score, revision=revision) for step, file in files]
-
-
-def _kept(run: Path, config: PipelineConfig) -> list[tuple[int, Path]]:
-    """The kept checkpoints by step; none of a schedule-free optimizer, whose result is not the point it trains at."""
-    if getattr(getattr(config, "optimizer", None), "name", None) == "schedule_free":
-        return []
-    return sorted((step, folder) for folder in (run / "checkpoints").glob("step-*") if (step := _step(folder.name)))
 
 
 def distinct_names(sources: Sequence[TrainedSource]) -> list[TrainedSource]:
@@ -125,11 +120,6 @@ def distinct_names(sources: Sequence[TrainedSource]) -> list[TrainedSource]:
         if len(set(shorter.values())) == len(runs):
             names = shorter
     return [replace(source, run=names[Path(source.run).resolve()]) for source in sources]
-
-
-def _step(name: str) -> int | None:
-    found = _STEP.fullmatch(name)
-    return int(found[1]) if found else None
 
 
 def read_points(source: TrainedSource, modules: re.Pattern[str] | None = None) -> list[WeightPoint]:

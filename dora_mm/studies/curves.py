@@ -202,10 +202,11 @@ def curves_paragraphs(
     """
     found = {variant: widths(curve) for variant, curve in curves.items()}
     rows = [_about(variant, curve, best[variant], found[variant]) for variant, curve in curves.items()]
-    corrected = with_holm(chosen_differences(curves, best, ranks))
+    compared, chosen = contrasts(ranks, curves), {variant: curves[variant].points[best[variant]] for variant in curves}
+    corrected = with_holm([difference(chosen[first], chosen[second]) for first, second in compared])
     pairs = [
         _compared(first, second, curves, best, p, found[first], found[second])
-        for (first, second), p in zip(contrasts(ranks, curves), corrected, strict=True)
+        for (first, second), p in zip(compared, corrected, strict=True)
     ]
     moves = []
     for method in ("lora", "dora"):
@@ -216,16 +217,6 @@ def curves_paragraphs(
     sentence = "Doublings of the rate with the highest score per doubling of the rank: " + "; ".join(moves) + "."
     tables = [markdown_records(table) for table in (rows, pairs) if table]
     return [EXPLAINED.format(title=title), *tables, *([sentence] if moves else [])]
-
-
-def chosen_differences(
-    curves: Mapping[Variant, RateCurve], best: Mapping[Variant, float], ranks: Sequence[int]
-) -> list[ConfidenceInterval]:
-    """The paired difference of each contrast, each method at its best rate."""
-    return [
-        difference(curves[first].points[best[first]], curves[second].points[best[second]])
-        for first, second in contrasts(ranks, curves)
-    ]
 
 
 def with_holm(differences: Sequence[ConfidenceInterval]) -> list[str]:

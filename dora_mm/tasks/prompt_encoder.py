@@ -57,10 +57,10 @@ def encode_captions(model: ImageModel, captions: Sequence[Caption]) -> list[Prom
 
 def _encode_instructions(model: ImageModel, instructions: Sequence[Any]) -> list[Prompt]:
     assert isinstance(model, EditingModel)
-    references = [
-        [model.prepare_reference(load_reference(each), found.area, flip=found.flip) for each in found.references]
-        for found in instructions
-    ]
+    references = []
+    for found in instructions:
+        images = (load_reference(each, alpha=model.references_have_alpha) for each in found.references)
+        references.append([model.prepare_reference(image, found.area, flip=found.flip) for image in images])
     return model.encode_edit_prompts([found.text for found in instructions], references)
 
 

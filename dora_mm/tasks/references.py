@@ -36,7 +36,8 @@ def layout_of(image: CaptionedImage, model: ImageModel, data: DataConfig) -> tup
 
 def num_tokens(image: CaptionedImage, model: ImageModel, data: DataConfig) -> tuple[int, int]:
     """The tokens of an image in the denoiser, and those of its references."""
-    own, *others = ((h // model.cell) * (w // model.cell) for h, w in layout_of(image, model, data))
+    side = model.pixels_per_token if isinstance(model, EditingModel) else model.cell
+    own, *others = ((h // side) * (w // side) for h, w in layout_of(image, model, data))
     return own, sum(others)
 
 
@@ -96,10 +97,10 @@ class ReferenceLatents:
         """The latents (C, h, w) of a reference, as the VAE gives them."""
 
         def compute() -> Latents:
-            pixels = self._editing.reference_pixels(
-                self._editing.prepare_reference(load_reference(reference), area, flip=flip)
-            )
-            return Latents(self.model.encode_images(pixels).mean[0], None)
+            model = self._editing
+            image = load_reference(reference, alpha=model.references_have_alpha)
+            pixels = model.reference_pixels(model.prepare_reference(image, area, flip=flip))
+            return Latents(model.encode_images(pixels).mean[0], None)
 
         return self.cache.get(self._key(reference, area, flip=flip), compute, reference.path).mean
 
@@ -134,6 +135,11 @@ def check_references(model: ImageModel, images: Sequence[CaptionedImage], data: 
         )
     if model.needs_references and (data.reference_dropout or len(found) < len(images)):
         raise ValueError(f"{model.title} needs references: give every image one, and no data.reference_dropout")
+    if model.scales_references_up and data.reference_area != "pipeline":
+        raise ValueError(
+            f"data.reference_area: the pipeline of {model.title} brings references of every size to one area, so it "
+            "could not generate with another one: leave the key out"
+        )
     if data.crop == "random":
         raise ValueError("data.crop: random crops of images would no longer fit their references: set center")
     problems = []

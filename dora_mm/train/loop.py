@@ -26,7 +26,6 @@ from dora_mm.train.checkpoint import (
 )
 from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.metrics import MetricsLog, TrainingProgress
-from dora_mm.train.optim import gradient_norm
 from dora_mm.train.processes import with_shared_gradients
 from dora_mm.train.run import DivergedError
 from dora_mm.utils.losses import LossSum, PassResult
@@ -192,7 +191,10 @@ class _TrainingRecord:
             self.metrics.write(self.step, **losses, lr=rate, grad_norm=norm, seconds=progress.seconds)
 
     def check_trained(self) -> None:
-        _check_trained(self.parameters, self.step, last_step(self.run.checkpoints))
+        if name := first_not_finite((name, parameter.detach()) for name, parameter in self.parameters.items()):
+            saved = last_step(self.run.checkpoints)
+            kept = f"the checkpoint of step {saved} stays as it is" if saved else "nothing was saved"
+            raise DivergedError(f"{name} has values that are NaN or infinite after step {self.step} ({kept}), {AGAIN}")
 
     def save_if_wanted(self, should_stop: Callable[[], bool]) -> None:
         """Saves a checkpoint if one is due or was requested, or before the training stops."""
@@ -220,12 +222,6 @@ class _TrainingRecord:
     def close(self) -> None:
         if self.metrics is not None:
             self.metrics.close()
-
-
-def _check_trained(parameters: Mapping[str, nn.Parameter], step: int, saved: int) -> None:
-    if name := first_not_finite((name, parameter.detach()) for name, parameter in parameters.items()):
-        kept = f"the checkpoint of step {saved} stays as it is" if saved else "nothing was saved"
-        raise DivergedError(f"{name} has values that are NaN or infinite after step {step} ({kept}), {AGAIN}")
 
 
 def _warn_of_unreached(parameters: Mapping[str, nn.Parameter]) -> None:
@@ -312,7 +308,8 @@ def accumulate(
         sums += torch.stack([loss.total.detach().float(), loss.count.float()])
     total = LossSum(*_over_processes(accelerator, sums))
     correction = (micro_batches * expected / total.divisor).item() if micro_batches > 1 else 1.0
-    _scale_gradients(trained, correction)
+    if correction != 1:
+        torch._foreach_mul_([p.grad for p in trained.parameters() if p.grad is not None], correction)
     scale = accelerator.num_processes * (accelerator.scaler.get_scale() if accelerator.scaler else 1)
     return PassResult(total.mean.item(), scale / correction)
 
@@ -320,11 +317,6 @@ def accumulate(
 def _over_processes(accelerator: Accelerator, values: torch.Tensor) -> Any:
     """The sum of these values over all processes."""
     return accelerator.reduce(values.detach().clone(), "sum") if accelerator.num_processes > 1 else values
-
-
-def _scale_gradients(trained: nn.Module, factor: float) -> None:
-    if factor != 1:
-        torch._foreach_mul_([p.grad for p in trained.parameters() if p.grad is not None], factor)
 
 
 @contextlib.contextmanager
@@ -346,7 +338,7 @@ def update(
     members = list(parameters.values())
     if max_grad_norm is None:
         accelerator.unscale_gradients()
-        norm: Any = gradient_norm(members)
+        norm: Any = nn.utils.get_total_norm([p.grad for p in members if p.grad is not None])
     else:
         norm = accelerator.clip_grad_norm_(members, max_grad_norm)
     optimizer.step()

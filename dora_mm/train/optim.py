@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -59,25 +59,21 @@ def averaged_point(optimizer: Any) -> dict[nn.Parameter, torch.Tensor] | None:
     return found
 
 
-def lacks_gpu(config: OptimizerConfig, device: torch.device) -> str | None:
-    """Why an optimizer that steps on a GPU only cannot do so on a device; None: it can, or is no such optimizer."""
-    if not OPTIMIZERS[config.name].needs_gpu or device.type not in ("cpu", "mps"):
-        return None
-    return f"optimizer.name {config.name} steps on a GPU only, and this training is on {device.type}: choose adamw"
-
-
 def check_optimizer(config: OptimizerConfig, device: torch.device) -> None:
     """Checks that an optimizer can step on a device, before anything is loaded; one of 8 bits takes a step.
 
     Raises:
         ValueError: It needs a GPU, or its package, or that does not run on this one; or it has no such setting.
     """
-    if why_not := lacks_gpu(config, device):
-        raise ValueError(why_not)
+    needs_gpu = OPTIMIZERS[config.name].needs_gpu
+    if needs_gpu and device.type in ("cpu", "mps"):
+        raise ValueError(
+            f"optimizer.name {config.name} steps on a GPU only, and this training is on {device.type}: choose adamw"
+        )
     tried = nn.Parameter(torch.zeros(LEAST_OF_8_BITS, device=device))
     tried.grad = torch.zeros_like(tried)
     optimizer = build_optimizer({"tried": tried}, config)
-    if not OPTIMIZERS[config.name].needs_gpu:
+    if not needs_gpu:
         return
     try:
         optimizer.step()
@@ -154,8 +150,3 @@ def with_steps(train: EpochTrainConfig, schedule: ScheduleConfig, steps_per_epoc
             "set fewer, or schedule.warmup_ratio"
         )
     return train.model_copy(update={"steps": steps})
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """The norm of all gradients concatenated, (), without clipping them."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

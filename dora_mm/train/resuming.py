@@ -73,7 +73,8 @@ def check_changes(where: str, before: PipelineConfig, after: PipelineConfig) -> 
     if not refused:
         return
     sentences = [
-        f"{key} cannot change from {as_written(old)} to {as_written(new)}: {_reason(key)}"
+        f"{key} cannot change from {as_written(old)} to {as_written(new)}: "
+        + (REASONS.get(key) or REASONS[key.partition(".")[0]])
         for key, (old, new) in refused.items()
     ]
     allowed = f"--resume may change {', '.join(changeable)}" if changeable else "--resume changes no key"
@@ -81,10 +82,6 @@ def check_changes(where: str, before: PipelineConfig, after: PipelineConfig) -> 
     if len(sentences) == 1:
         raise ValueError(f"{where}: {sentences[0]} ({advice})")
     raise ValueError("\n  ".join([f"{where}: {len(sentences)} keys cannot change ({advice})", *sentences]))
-
-
-def _reason(key: str) -> str:
-    return REASONS.get(key) or REASONS[key.partition(".")[0]]
 
 
 def nearest_run(path: Path) -> str:

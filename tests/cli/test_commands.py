@@ -1,3 +1,4 @@
+import json
 import shlex
 import subprocess
 import sys
@@ -205,6 +206,18 @@ WRONG = {  # by the command line: what the one sentence contains
     "sample JOBS": "line 3: adapter: nosuch does not exist",
     "train CONFIG --set model.path=LORA": "model.path: LORA is an adapter (LoRA or DoRA), not a model: name the model",
     "train CONFIG --set model.path=RUNS/001": "RUNS/001 is an adapter (LoRA or DoRA), not a model",
+    # of another family of image models
+    "train CONFIG --set model.path=UNETS adapter.parts=[transformer.attn,transformer.text]": (
+        "adapter.parts: the config has parts of Krea 2 (transformer.attn, transformer.text), and model.path UNETS is "
+        "SDXL (StableDiffusionXLPipeline), whose denoiser has unet.attn, unet.cross, unet.ff, unet.conv: start from a "
+        "config in configs/sdxl"
+    ),
+    "train configs/z_image/style.yaml --set data.folder=FOLDER model.path=UNETS.safetensors": (
+        "the config has parts of Z-Image (transformer.attn, transformer.ff), and model.path UNETS.safetensors is SDXL"
+    ),
+    "train CONFIG --set model.path=FLOW adapter.parts=[unet.attn] --dry-run": (
+        "the config has parts of SDXL (unet.attn), and model.path FLOW is Z-Image (ZImagePipeline)"
+    ),
     "ask LORA FILE what?": "MODEL: LORA is an adapter (LoRA or DoRA), not a model",
     "merge PIPE LORA out": "PIPE is a model of diffusers, and merge writes folders of transformers: dora-mm convert",
     "convert LORA out.safetensors --to a1111": (
@@ -242,6 +255,12 @@ def filled(line, config, tmp_path):
     (run / "adapter").mkdir(exist_ok=True)
     (tmp_path / "pipe").mkdir(exist_ok=True)
     (tmp_path / "pipe" / "model_index.json").write_text("{}")
+    for name, kind in {"unets": "StableDiffusionXLPipeline", "flow": "ZImagePipeline"}.items():
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    names = ("model.diffusion_model.label_emb.0.0.weight", "conditioner.embedders.1.model.ln_final.weight")
+    checkpoint = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in names}).encode()
+    (tmp_path / "unets.safetensors").write_bytes(len(checkpoint).to_bytes(8, "little") + checkpoint)
     (tmp_path / "jobs.csv").write_text("prompt,adapter\na,none\nb,nosuch\n")
     header = b'{"__metadata__":{"a":"b"},"unet.to_q.lora_A.weight":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
     (tmp_path / "lora.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
@@ -251,6 +270,7 @@ def filled(line, config, tmp_path):
     files = {"CONFIG": config, "FOLDER": tmp_path, "FILE": tmp_path / "file", "LONG": "a" * 300}
     files |= {"SAMPLE": tmp_path / "sample.yaml", "EVAL": tmp_path / "eval.yaml", "RUNS": tmp_path / "runs"}
     files |= {"JOBS": tmp_path / "jobs.csv", "LORA": tmp_path / "lora.safetensors", "PIPE": tmp_path / "pipe"}
+    files |= {"UNETS": tmp_path / "unets", "FLOW": tmp_path / "flow"}
     for name, path in files.items():
         line = line.replace(name, str(path))
     return line

@@ -121,6 +121,7 @@ OF_FLOWS = {
     "z_image": ("", "_12gb"),
     "flux2_klein": ("", "_12gb"),
     "qwen_image": ("", "_32gb", "_24gb"),
+    "qwen_image_21": ("",),
     "krea2": ("", "_24gb", "_16gb"),
     "sd3": ("",),
 }

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dora_mm.cli import main
 from dora_mm.sampling.gallery import write_gallery
-from dora_mm.sampling.gallery.data import NO_PICTURE, Listed, befores, gallery_data, groups
+from dora_mm.sampling.gallery.data import NOTHING_SHOWN, Listed, befores, gallery_data, groups
 from dora_mm.sampling.manifest import read_manifest, write_manifest
 from dora_mm.utils import partials
 from tests.shared.pages import HOSTILE, data_of, entry, make_run
@@ -76,7 +76,7 @@ def test_columns_and_exact_values():
         shown("a", seed=large, scores={"log-odds": 1.5}, sizes=[1, {"a": 2}]),
         shown("a", row=2, seed=3, scores={"log-odds": float("nan")}),
     ]
-    data = gallery_data(images, [NO_PICTURE, NO_PICTURE])
+    data = gallery_data(images, [NOTHING_SHOWN, NOTHING_SHOWN])
     columns = {column["name"]: column for column in data["columns"]}
     assert [name for name, column in columns.items() if column["varies"]] == ["seed", "sizes", "log-odds"]
     assert columns["log-odds"]["kind"] == "score"

@@ -10,6 +10,7 @@ from dora_mm.models.images.sdxl.checkpoint import CONFIGS, tokenizers
 from tests.shared.images import tiny_flux2_klein as tiny_klein
 from tests.shared.images import tiny_krea2, tiny_sd3, tiny_z_image
 from tests.shared.images import tiny_qwen_image as tiny_qwen
+from tests.shared.images import tiny_qwen_image_21 as tiny_qwen_21
 
 Z_IMAGE = {  # of Tongyi-MAI/Z-Image
     "transformer": {"dim": 3840, "n_heads": 30, "n_kv_heads": 30, "n_layers": 30, "n_refiner_layers": 2},
@@ -122,6 +123,46 @@ KREA2 = {  # of krea/Krea-2-Raw; its VAE is Qwen-Image's
 }
 
 
+QWEN_IMAGE_21 = {  # its transformer and VAE have the defaults of their classes
+    "transformer": {
+        "in_channels": 64,
+        "out_channels": 64,
+        "num_layers": 32,
+        "attention_head_dim": 128,
+        "num_attention_heads": 32,
+        "context_in_dim": 4096,
+        "mlp_ratio": 3,
+        "axes_dims_rope": [16, 56, 56],
+    },
+    "text_encoder": {  # Qwen3-VL-8B
+        "text_config": {
+            **KREA2["text_encoder"]["text_config"],
+            "hidden_size": 4096,
+            "intermediate_size": 12_288,
+            "tie_word_embeddings": False,
+        },
+        "vision_config": {
+            **KREA2["text_encoder"]["vision_config"],
+            "depth": 27,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "out_hidden_size": 4096,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
+    },
+    "vae": {
+        "base_dim": 96,
+        "decoder_base_dim": 144,
+        "z_dim": 64,
+        "dim_mult": [1, 2, 4, 8, 8],
+        "num_res_blocks": 2,
+        "latents_mean": [0.0] * 64,
+        "latents_std": [1.0] * 64,
+        "sample_size": 1024,
+    },
+}
+
+
 SD3 = {  # of stabilityai/stable-diffusion-3.5-medium
     "transformer": {
         "sample_size": 128,
@@ -196,6 +237,11 @@ def qwen_image(folder: Path) -> Path:
     return _of_full_size(tiny_qwen.build(folder), QWEN_IMAGE)
 
 
+def qwen_image_21(folder: Path) -> Path:
+    """Qwen-Image-2.1, with the processor of a small one."""
+    return _of_full_size(tiny_qwen_21.build(folder), QWEN_IMAGE_21)
+
+
 def krea2(folder: Path) -> Path:
     """Krea 2, with the tokenizer of a small one."""
     tiny_krea2.build(folder)
@@ -226,6 +272,7 @@ MAKERS = {
     "z_image": z_image,
     "flux2_klein": flux2_klein,
     "qwen_image": qwen_image,
+    "qwen_image_21": qwen_image_21,
     "krea2": krea2,
     "sd3": sd3,
 }

@@ -13,6 +13,7 @@ import dora_mm
 from dora_mm import DoRASpec, adapter_parameters, load_adapter, save_adapter, targets
 from dora_mm.core import adapted_layers
 from dora_mm.core.targets import match_modules
+from dora_mm.models.images.qwen_image_21 import QwenImage21Pipeline
 from tests.shared import reference
 
 TIME = {f"time_text_embed.timestep_embedder.linear_{i}" for i in (1, 2)}
@@ -33,6 +34,7 @@ FULL_SIZE = {
         TIME | POOLED | {"context_embedder", "pos_embed.proj"} | ENDS,
     ),
     "QwenImageTransformer2DModel": ({}, "qwen-image", (480, 240, 120), TIME | {"img_in", "txt_in"} | ENDS),
+    "QwenImage21Transformer2DModel": ({}, "qwen-image-21", (32 * 4, 32 * 3, 1, 2), TIME | {"img_in"} | ENDS),
     "Krea2Transformer2DModel": (
         {},
         "krea2",
@@ -71,6 +73,17 @@ def test_full_size_qwen_image():
     assert sum(p.numel() for p in model.parameters()) == 20_430_401_088
     report = dora_mm.inject(model, "qwen-image", DoRASpec(rank=16))
     assert (report.num_modules, report.num_parameters) == (720, 109_486_080)
+
+
+def test_full_size_qwen_image_21():
+    """With the defaults of its class: blocks of width 4096 and 12,288."""
+    with torch.device("meta"):
+        model = diffusers.QwenImage21Transformer2DModel()
+    assert sum(p.numel() for p in model.parameters()) == 7_115_124_736
+    width, inner = 4096, 12_288
+    report = dora_mm.inject(model, "qwen-image-21", DoRASpec(rank=16))
+    added = 16 * (4 * 2 * width + 3 * (width + inner)) + 4 * width + 2 * inner + width
+    assert (report.num_modules, report.num_parameters) == (224, 32 * added)
 
 
 def test_full_size_krea2():
@@ -187,6 +200,18 @@ def qwen_image():
     )
 
 
+def qwen_image_21():
+    return diffusers.QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=12,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
 def krea2():
     return diffusers.Krea2Transformer2DModel(
         in_channels=4,
@@ -239,6 +264,9 @@ def inputs(model):
     if kind == "SD3Transformer2DModel":
         return {"hidden_states": noise(2, 4, 4, 4), "pooled_projections": noise(2, 10), **text}
     text["hidden_states"] = noise(2, 16, 4)
+    if kind == "QwenImage21Transformer2DModel":
+        mask = torch.tensor([False] * 3 + [True] * 4).expand(2, -1)
+        return {**text, "img_shapes": [[(1, 4, 4)]] * 2, "img_mask": mask}
     if kind == "QwenImageTransformer2DModel":
         mask = torch.ones(2, 3, dtype=torch.bool)
         return {**text, "img_shapes": [(1, 4, 4)] * 2, "encoder_hidden_states_mask": mask}
@@ -260,6 +288,7 @@ TINY = {  # what builds it: the map, and the layers of the last block that get n
     flux2: ("flux2", set()),
     sd3: ("sd3", {"attn.add_q_proj"}),
     qwen_image: ("qwen-image", {"attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2"}),
+    qwen_image_21: ("qwen-image-21", set()),
     krea2: ("krea2", set()),
     z_image: ("z-image", set()),
 }
@@ -268,6 +297,7 @@ PIPELINES = {
     flux2: diffusers.Flux2Pipeline,
     sd3: diffusers.StableDiffusion3Pipeline,
     qwen_image: diffusers.QwenImagePipeline,
+    qwen_image_21: QwenImage21Pipeline,  # diffusers' own cannot be built without a processor
     krea2: diffusers.Krea2Pipeline,
     z_image: diffusers.ZImagePipeline,
 }

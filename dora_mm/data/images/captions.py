@@ -150,9 +150,10 @@ def read_metadata(file: Path, *, lines: bool = False) -> tuple[dict[Path, ImageC
         return {}, [f"cannot be read as UTF-8 text: {error}"]
     except (OSError, ValueError) as error:
         return {}, [str(error)]
-    read = _csv_rows if file.suffix == ".csv" else _json_rows
+    names = ("file_name", *KEYS, *REFERENCES)
+    rows = read_table(text, names.__contains__, problems) if file.suffix == ".csv" else _json_rows(text, problems)
     root, real_root = file.parent, file.parent.resolve()
-    for number, row in read(text, problems):
+    for number, row in rows:
         try:
             name, texts = _of_row(row)
             path = _inside(root, real_root, name)
@@ -164,10 +165,6 @@ def read_metadata(file: Path, *, lines: bool = False) -> tuple[dict[Path, ImageC
         except ValueError as error:
             problems.append(f"line {number} {error}")
     return captions, problems
-
-
-def _csv_rows(text: str, problems: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    return read_table(text, lambda name: name in ("file_name", *KEYS, *REFERENCES), problems)
 
 
 def _json_rows(text: str, problems: list[str]) -> Iterator[tuple[int, Any]]:

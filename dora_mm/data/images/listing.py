@@ -8,15 +8,15 @@ from dora_mm.config.images import DataConfig
 from dora_mm.data.images.masks import by_kind
 
 
-def image_files(data: DataConfig, role: str) -> list[Path]:
-    """The image files of all folders with a role, by their names alone: nothing is opened.
+def image_files(data: DataConfig) -> list[Path]:
+    """The image files of all folders that are trained on, by their names alone: nothing is opened.
 
     Raises:
         ValueError: A folder is missing or cannot be read.
     """
     found = []
     for key, folder in data.all_folders.items():
-        if folder.role == role:
+        if folder.role == "train":
             root = resolve_path(folder.path, key)
             others = [(folder.masks, f"{key}.masks")] if folder.masks else []
             others += [(path, f"{key}.references") for path in folder.references]

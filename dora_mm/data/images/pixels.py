@@ -33,13 +33,27 @@ def load_rgb(path: str | Path, background: str = "white", read: Read = Path.read
         ValueError: The file is missing, empty, broken, too large, or has 32-bit pixels, whose value range is unknown.
     """
     with _opened(Path(path), read) as image:
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I;16"):
-            upright = _eight_bits(upright)
-        elif upright.mode in ("I", "F"):
-            raise ValueError(f"has 32-bit pixels ({upright.mode}) of unknown range: save it with 8 or 16 bits")
-        return _composed(upright, image.info.get("icc_profile"), background)
+        return _composed(_upright(image), image.info.get("icc_profile"), background)
+
+
+def load_rgba(path: str | Path, read: Read = Path.read_bytes) -> Image.Image:
+    """Loads an image as upright RGBA, with its colour profile applied.
+
+    Args:
+        path: The image file.
+        read: As in `load_rgb`.
+
+    Raises:
+        ValueError: As in `load_rgb`.
+    """
+    with _opened(Path(path), read) as image:
+        upright, profile = _upright(image), image.info.get("icc_profile")
+        if not upright.has_transparency_data:
+            return _in_srgb(upright, profile).convert("RGBA")
+        rgba = upright.convert("RGBA")
+        colours = _in_srgb(rgba.convert("RGB"), profile)
+        colours.putalpha(rgba.getchannel("A"))
+        return colours
 
 
 def load_alpha(path: str | Path, read: Read = Path.read_bytes) -> Image.Image | None:
@@ -151,6 +165,17 @@ class _Content(io.BytesIO):
 
     def __repr__(self) -> str:
         return repr(str(self._path))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """An image of 8 bits, decoded and turned as its EXIF data say."""
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):
+        return _eight_bits(upright)
+    if upright.mode in ("I", "F"):
+        raise ValueError(f"has 32-bit pixels ({upright.mode}) of unknown range: save it with 8 or 16 bits")
+    return upright
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dora_mm.data.images.buckets import Size
 from dora_mm.data.images.captions import is_image
-from dora_mm.data.images.pixels import load_rgb
+from dora_mm.data.images.pixels import load_rgb, load_rgba
 from dora_mm.data.seen import read_as
 from dora_mm.utils.digest import file_digest
 
@@ -39,13 +39,14 @@ def read_reference(path: Path) -> ReferenceImage:
     return ReferenceImage(path, (image.height, image.width), file_digest(path))
 
 
-def load_reference(reference: ReferenceImage) -> Image.Image:
-    """The image of a reference, upright RGB on white.
+def load_reference(reference: ReferenceImage, *, alpha: bool = False) -> Image.Image:
+    """The image of a reference, upright, as RGB on white or with its alpha.
 
     Raises:
         ValueError: The file is not the one that was read before, or as in `load_rgb`.
     """
-    return load_rgb(reference.path, BACKGROUND, partial(read_as, digest=reference.digest))
+    read = partial(read_as, digest=reference.digest)
+    return load_rgba(reference.path, read) if alpha else load_rgb(reference.path, BACKGROUND, read)
 
 
 class ReferenceFiles:

@@ -29,12 +29,12 @@ def rendered(image: CaptionedImage, config: CaptionConfig | None, seed: int, epo
     if config is None:
         return text
     chosen = int(torch.randint(2**31, (), generator=stream))
-    return _framed(_shuffled, text, config, chosen, stream)
+    return _framed(text, config, chosen, stream)
 
 
 def unchanged(image: CaptionedImage, config: CaptionConfig | None) -> str:
     """The first caption of an image with its prefix and suffix, where nothing is drawn."""
-    return image.caption if config is None else _framed(_in_order, image.caption, config, 0, None)
+    return image.caption if config is None else _framed(image.caption, config, 0)
 
 
 def all_unchanged(image: CaptionedImage, config: CaptionConfig | None) -> list[str]:
@@ -42,22 +42,23 @@ def all_unchanged(image: CaptionedImage, config: CaptionConfig | None) -> list[s
     return [unchanged(image._replace(caption=text), config) for text in (image.caption, *image.more)]
 
 
-def _framed(order, text: str, config: CaptionConfig, chosen: int, stream: torch.Generator | None) -> str:
-    """A caption between prefix and suffix, which stay; `order` says what becomes of its tags."""
+def _framed(text: str, config: CaptionConfig, chosen: int, stream: torch.Generator | None = None) -> str:
+    """A caption between prefix and suffix, which stay; without a stream, its tags do so, too."""
     parts = [config.prefix or "", text, config.suffix or ""]
     if config.alternatives:
         parts = [alternatives(part, chosen + number) for number, part in enumerate(parts)]
-    parts[1] = order(parts[1], config, stream)
+    if stream is None or not (config.shuffle or config.tag_dropout):
+        parts[1] = _in_order(parts[1])
+    else:
+        parts[1] = _shuffled(parts[1], config, stream)
     return " ".join(part for part in parts if part)
 
 
-def _in_order(text: str, config: CaptionConfig, stream: torch.Generator | None) -> str:
+def _in_order(text: str) -> str:
     return ", ".join(tag for part in text.split(FIXED) for tag in _tags(part)) if FIXED in text else text
 
 
 def _shuffled(text: str, config: CaptionConfig, stream: torch.Generator) -> str:
-    if not config.shuffle and not config.tag_dropout:
-        return _in_order(text, config, stream)
     head, flexible, tail = fixed_and_flexible(text, config.keep)
     order = torch.randperm(len(flexible), generator=stream).tolist() if config.shuffle else range(len(flexible))
     stays = (torch.rand(len(flexible), generator=stream) >= config.tag_dropout).tolist()

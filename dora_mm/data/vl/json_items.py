@@ -8,7 +8,7 @@ import io
 import json
 import zlib
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -56,6 +56,12 @@ def _lists(stream: JSONStream, member: str) -> Iterator[Iterator[Any]]:
             yield stream.elements()
         else:
             stream.skip()
+
+
+def numbered(items: Iterable[Item], key: str) -> Iterator[Item]:
+    """The items with their numbers, from 0, under this key where they do not have it themselves."""
+    for number, (where, item) in enumerate(items):
+        yield where, {key: number} | item if isinstance(item, dict) else item
 
 
 def object_items(path: Path) -> Iterator[Item]:

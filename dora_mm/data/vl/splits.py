@@ -121,8 +121,8 @@ def _halves(task: VLTaskConfig, data: VLDataConfig) -> dict[Split, ExampleTable]
     """The rows of the training split that are trained on, and those that are held out, before any model checks them."""
     assert task.train is not None
     assert isinstance(task.valid, HeldOutConfig)
-    trained, num_held_out = split_held_out(_trained(task, data), task.valid, images_of(task))
-    return {"train": trained, "valid": num_held_out}
+    trained, held_out = split_held_out(_trained(task, data), task.valid, images_of(task))
+    return {"train": trained, "valid": held_out}
 
 
 def _table(source: SourceConfig, data: VLDataConfig) -> ExampleTable:

@@ -114,16 +114,10 @@ class ExampleTable(Sequence[Example]):
 
     def answered(self) -> "ExampleTable":
         """A table of the rows that have at least one answer, the last turn or another, and so can be trained on."""
-        return self._at((self.lengths("answers") > 0) | self._learned())
-
-    def _learned(self) -> np.ndarray:
-        """Whether each row has a turn with loss: one that ends with a question may have answers before it."""
         turns = self._column("turns")
-        rows, losses = (
-            turns.value_parent_indices().to_numpy(),
-            turns.flatten().field("loss").to_numpy(zero_copy_only=False),
-        )
-        return np.bincount(rows[losses.astype(bool)], minlength=len(turns)) > 0
+        losses = turns.flatten().field("loss").to_numpy(zero_copy_only=False).astype(bool)
+        num_learned = np.bincount(turns.value_parent_indices().to_numpy()[losses], minlength=len(turns))
+        return self._at((self.lengths("answers") > 0) | (num_learned > 0))
 
     def per_answer(self) -> "ExampleTable":
         """A table with one row for each answer of each row."""

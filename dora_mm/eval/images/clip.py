@@ -29,9 +29,12 @@ class ClipSimilarity:
     def __init__(self, path: str, device: str | torch.device = "cpu", key: str = "clip.path"):
         import open_clip
 
-        if Path(path).is_dir():
-            _check_folder(Path(path), key)
-        name = f"local-dir:{path}" if Path(path).is_dir() else f"hf-hub:{path}"
+        folder, is_folder = Path(path), Path(path).is_dir()
+        if is_folder and not (folder / "open_clip_config.json").is_file():
+            raise ValueError(f"{key}: {folder} contains no open_clip_config.json: it is not an open_clip model")
+        if is_folder and not any(folder.glob("*.safetensors")):
+            raise ValueError(f"{key}: {folder} contains no weights (open_clip_model.safetensors)")
+        name = f"local-dir:{path}" if is_folder else f"hf-hub:{path}"
         self.device = torch.device(device)
         with opening(path, f"{path} cannot be loaded", key=key):
             created: Any = open_clip.create_model_from_pretrained(name, device=self.device)
@@ -92,10 +95,3 @@ def read_references(images: str) -> list[Image.Image]:
     if not found:
         raise ValueError(f"clip.images: {folder} contains no images (.webp, .png, .jpg): name a folder that does")
     return found
-
-
-def _check_folder(folder: Path, key: str) -> None:
-    if not (folder / "open_clip_config.json").is_file():
-        raise ValueError(f"{key}: {folder} contains no open_clip_config.json: it is not an open_clip model")
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{key}: {folder} contains no weights (open_clip_model.safetensors)")

@@ -13,7 +13,7 @@ import numpy as np
 
 from dora_mm.eval.images.style import CLASSES, StyleSpace, log_odds
 from dora_mm.eval.statistics import ConfidenceInterval, mean_ci, share_ci
-from dora_mm.utils.atomic import write_atomically, write_text
+from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tables import markdown_table
 
 
@@ -117,11 +117,7 @@ def concatenate_seeds(parts: Sequence[Scores]) -> Scores:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically."""
-
-    def write(partial: Path) -> None:
-        partial.write_text(json.dumps(value) + "\n", encoding="utf-8")
-
-    write_atomically(path, write)
+    write_text(path, json.dumps(value) + "\n")
 
 
 METRICS = {  # key: heading, whether it is a share (printed in per cent)

@@ -39,54 +39,6 @@ class CaptionScores:
     skipped: str | None = None
 
 
-def score_captions(predictions: Predictions, *, ascii_only: bool = False, meteor: bool = True) -> VLScores:
-    """Computes `CIDEr` (CIDEr-D), `BLEU-1` to `BLEU-4`, `METEOR`, `ROUGE-L`, x 100, against all references of an id.
-
-    The table by `type` has the mean CIDEr of the images or clips with a reference of this type, where files tell types.
-
-    Args:
-        predictions: Examples with predicted captions.
-        ascii_only: Whether other characters become spaces, as in the tools of VALUE.
-        meteor: Whether to compute METEOR, whose Java program takes 5 seconds to load.
-
-    Raises:
-        ValueError: There are no predictions, an example has no references, or an id has two predictions.
-    """
-    references, found = split_scores(predictions, ascii_only=ascii_only, meteor=meteor)
-    by_type = _by_type(predictions, list(references), found.per_caption)
-    tables = {"type": table(by_type)} if by_type else {}
-    tokens = "Penn Treebank tokens" + (", characters beyond ASCII as spaces, as VALUE" if ascii_only else "")
-    rules = {name: f"pycocoevalcap's {'CIDEr-D' if name == 'CIDEr' else name}, of {tokens}" for name in found.metrics}
-    counts = dict.fromkeys(found.metrics, len(references))
-    return VLScores("CIDEr", found.metrics, tables, score_notes(references, found), rules, counts=counts)
-
-
-def split_scores(
-    predictions: Predictions, *, ascii_only: bool, meteor: bool
-) -> tuple[dict[str, list[str]], CaptionScores]:
-    """Scores the captions of a split.
-
-    Args:
-        predictions: Examples with predicted captions.
-        ascii_only: As in `score_captions`.
-        meteor: Whether to compute METEOR.
-
-    Returns:
-        The references by id, in the order of `CaptionScores.per_caption`, and the scores.
-
-    Raises:
-        ValueError: See `group_by_id`.
-    """
-    references, captions = group_by_id(predictions)
-    read = _ascii if ascii_only else str
-    found = caption_scores(
-        {key: [*map(read, texts)] for key, texts in references.items()},
-        {key: read(text) for key, text in captions.items()},
-        meteor=meteor,
-    )
-    return references, found
-
-
 def _by_type(predictions: Predictions, ids: Sequence[str], values: Sequence[float]) -> dict[str, list[float]]:
     types = defaultdict(set)
     for example, _ in predictions:
@@ -206,7 +158,7 @@ class CaptionScorer:
     """Scores captions, all of a split together, with the methods of `AnswerScorer`.
 
     Attributes:
-        ascii_only: As in `score_captions`.
+        ascii_only: Whether other characters become spaces, as in the tools of VALUE.
         group: As in `AnswerScorer`.
         grouping: As in `AnswerScorer`.
         unit: As in `AnswerScorer`.
@@ -222,14 +174,40 @@ class CaptionScorer:
     scores_answers_only: bool = True
 
     def score(self, predictions: Predictions, *, meteor: bool) -> VLScores:
-        return score_captions(predictions, ascii_only=self.ascii_only, meteor=meteor)
+        """Computes `CIDEr` (CIDEr-D), `BLEU-1` to `BLEU-4`, `METEOR`, `ROUGE-L`, x 100, by all references of an id.
+
+        The table by `type` has the mean CIDEr of the images or clips with a reference of this type, where files tell
+        types.
+
+        Raises:
+            ValueError: There are no predictions, an example has no references, or an id has two predictions.
+        """
+        references, found = self._of_split(predictions, meteor=meteor)
+        by_type = _by_type(predictions, list(references), found.per_caption)
+        tables = {"type": table(by_type)} if by_type else {}
+        tokens = "Penn Treebank tokens" + (", characters beyond ASCII as spaces, as VALUE" if self.ascii_only else "")
+        names = {name: "CIDEr-D" if name == "CIDEr" else name for name in found.metrics}
+        rules = {name: f"pycocoevalcap's {theirs}, of {tokens}" for name, theirs in names.items()}
+        counts = dict.fromkeys(found.metrics, len(references))
+        return VLScores("CIDEr", found.metrics, tables, score_notes(references, found), rules, counts=counts)
 
     def row(self, example: Example, prediction: str) -> float | None:
         return None
 
     def values(self, predictions: Predictions) -> np.ndarray:
-        _, found = split_scores(predictions, ascii_only=self.ascii_only, meteor=False)
+        _, found = self._of_split(predictions, meteor=False)
         return np.array(found.per_caption) / 100
+
+    def _of_split(self, predictions: Predictions, *, meteor: bool) -> tuple[dict[str, list[str]], CaptionScores]:
+        """The references by id, in the order of `CaptionScores.per_caption`, and the scores."""
+        references, captions = group_by_id(predictions)
+        read = _ascii if self.ascii_only else str
+        found = caption_scores(
+            {key: [*map(read, texts)] for key, texts in references.items()},
+            {key: read(text) for key, text in captions.items()},
+            meteor=meteor,
+        )
+        return references, found
 
 
 SCORER = CaptionScorer()

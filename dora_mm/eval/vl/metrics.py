@@ -33,17 +33,13 @@ def score(task: str, predictions: Predictions, *, meteor: bool = True) -> VLScor
     return replace(scorer_of(task).score(predictions, meteor=meteor), num=len(predictions))
 
 
-def score_all(predictions: Mapping[str, Predictions], *, meteor: bool = True) -> dict[str, VLScores]:
-    """Computes the metrics of every task.
-
-    Args:
-        predictions: By task.
-        meteor: Whether to compute METEOR.
+def score_all(predictions: Mapping[str, Predictions]) -> dict[str, VLScores]:
+    """Computes the metrics of every task but METEOR, from predictions by task.
 
     Raises:
         ValueError: The predictions of a task cannot be scored, see `score`.
     """
-    return {task: score(task, found, meteor=meteor) for task, found in predictions.items()}
+    return {task: score(task, found, meteor=False) for task, found in predictions.items()}
 
 
 def score_row(task: str, example: Example, prediction: str) -> float | None:

@@ -3,7 +3,7 @@
 from collections import defaultdict
 
 from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.eval.vl.scores import AnswerScorer, VLScores, check_answered, percent, table
+from dora_mm.eval.vl.scores import AnswerScorer, VLScores, by_answer, check_answered, percent
 
 RULES = {
     "accuracy": "NLVR2's metrics.py: true or false, in lower or upper case",
@@ -44,13 +44,12 @@ def score_nlvr2(predictions: Predictions) -> VLScores:
     """
     check_answered(predictions)
     values = [row_accuracy(example, prediction) for example, prediction in predictions]
-    sentences, answers = defaultdict(list), defaultdict(list)
+    sentences = defaultdict(list)
     for (example, _), value in zip(predictions, values, strict=True):
         sentences[sentence_of(example.id)].append(value)
-        answers[example.answers[0]].append(value)
     metrics = {"accuracy": percent(values), "consistency": percent([min(group) for group in sentences.values()])}
-    counts = {"consistency": len(sentences)}
-    return VLScores("accuracy", metrics, {"answer": table(answers)}, rules=RULES, counts=counts)
+    tables, counts = {"answer": by_answer(predictions, values)}, {"consistency": len(sentences)}
+    return VLScores("accuracy", metrics, tables, rules=RULES, counts=counts)
 
 
 SCORER = AnswerScorer(score_nlvr2, row_accuracy, sentence_set, "all sentences of a set of NLVR2")

@@ -86,11 +86,10 @@ class PageExample:
 
 @dataclass(frozen=True)
 class PageSection:
-    """The examples of one task; `note` is printed below the heading."""
+    """The examples of one task."""
 
     title: str
     examples: Sequence[PageExample]
-    note: str = ""
 
 
 def write_examples_page(path: Path, title: str, sections: Sequence[PageSection]) -> None:

@@ -132,8 +132,8 @@ class Components:
 
 
 def is_network(name: str) -> bool:
-    """Whether a component of a pipeline has weights: schedulers and tokenizers have none."""
-    return name != "scheduler" and not name.startswith("tokenizer")
+    """Whether a component of a pipeline has weights: schedulers, processors and tokenizers have none."""
+    return name not in ("scheduler", "processor") and not name.startswith("tokenizer")
 
 
 def class_of(files: ModelFolder, name: str) -> Any:

@@ -59,17 +59,13 @@ def load_denoiser(kind: Any, config: Mapping[str, Any], path: Path, dtype: torch
     for layer in match_modules(network, kept.select(list(kept.parts))) if kept else ():
         name = f"{layer}.weight"
         if weights[name].dtype == STORED:
-            _keep(network, layer, weights.pop(name).clone(), by_row[name].clone())
+            linear: Any = network.get_submodule(layer)
+            stored_linear = Float8Linear.stored(linear, weights.pop(name).clone(), by_row[name].clone())
+            network.set_submodule(layer, stored_linear)
     dtypes = {name: torch.float32 if keeps_float32(kind, name) else dtype for name in weights}
     state = {name: _dense(tensor, by_row.get(name), dtypes[name]) for name, tensor in weights.items()}
     network.load_state_dict(state, strict=False, assign=True)
     return network
-
-
-def _keep(network: nn.Module, path: str, weight: Tensor, scale: Tensor) -> None:
-    """Puts a layer that stores its weight in 8 bits into the place of another."""
-    layer: Any = network.get_submodule(path)
-    network.set_submodule(path, Float8Linear.stored(layer, weight, scale))
 
 
 def _scale(file: TensorFile, keys: Mapping[str, str], name: str) -> Tensor | None:

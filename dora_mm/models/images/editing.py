@@ -30,6 +30,9 @@ class EditingModel(FlowModel):
     longest_reference: ClassVar[float] = float("inf")  # the longer side by the shorter one
     needs_references: ClassVar[bool] = False  # whether it makes no images of text alone
     prompts_see_references: ClassVar[bool] = False  # whether its text encoder sees them beside the prompt
+    scales_references_up: ClassVar[bool] = False  # whether its pipeline does, so that no area makes them smaller
+    pixels_per_token: ClassVar[int] = 16  # along one side
+    references_have_alpha: ClassVar[bool] = False  # whether it takes them as RGBA; else they are RGB on white
 
     @abstractmethod
     def reference_size(self, size: Size, area: int | None = None) -> Size:
@@ -50,7 +53,11 @@ class EditingModel(FlowModel):
 
     @abstractmethod
     def reference_pixels(self, image: Image.Image) -> Tensor:
-        """The pixels (1, 3, H, W) in [-1, 1] of a prepared reference as the pipeline has them, of its size there."""
+        """The pixels of a prepared reference as the pipeline has them, of its size there.
+
+        Returns:
+            (1, 3, H, W) in [-1, 1], or (1, 4, H, W) with alpha.
+        """
 
     def why_not_reference(self, size: Size) -> str | None:
         """Why the pipeline does not take a prepared reference of a size; None: it does."""

@@ -33,7 +33,7 @@ from dora_mm.models.images.schedulers import changes_for
 from dora_mm.models.images.weights import PipelineFiles
 from dora_mm.models.opening import check_revision, is_weights, loaded_files, opened_folder, opening
 from dora_mm.models.quantization import check_installed, quantize_layers
-from dora_mm.registries.image_families import IMAGE_FAMILIES, ImageFamily
+from dora_mm.registries.image_families import IMAGE_FAMILIES
 from dora_mm.registries.registry import load
 from dora_mm.utils.digest import weights_digest
 
@@ -81,12 +81,7 @@ def family_of_file(file: Path) -> type[ImageModel] | None:
         ValueError: It is not a file of safetensors.
     """
     names = tensor_names(file)
-
-    def fits(family: ImageFamily) -> bool:
-        starts = family.tensors
-        return bool(starts) and all(any(name.startswith(start) for name in names) for start in starts)
-
-    found = IMAGE_FAMILIES.first(fits)
+    found = IMAGE_FAMILIES.first(lambda family: family.is_checkpoint(names))
     return load(IMAGE_FAMILIES[found].import_path) if found else None
 
 

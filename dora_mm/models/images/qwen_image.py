@@ -87,19 +87,27 @@ class QwenImage(WithQwenVAE):
         return [{"text": pipe.encode_prompt(prompt, **settings)[0][0]} for prompt in prompts]
 
     def predict(self, noised: Tensor, time: Tensor, prompts: Sequence[Prompt], framings: Sequence[Framing]) -> Tensor:
+        return self.velocity([noised], time, prompts)
+
+    def velocity(self, images: Sequence[Tensor], time: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """The velocity (B, C, h, w) of the first of the images, latents (B, C, ., .) of own sizes.
+
+        The tokens of the others follow its own in the sequence.
+        """
         network = self.transformer
-        patches = pixel_unshuffle(noised.to(network.dtype), 2)
+        patches = [pixel_unshuffle(latents.to(network.dtype), 2) for latents in images]
         text, mask = pad_prompts(prompts, "text")
         found = network(
-            hidden_states=patches.flatten(2).mT,
+            hidden_states=torch.cat([each.flatten(2).mT for each in patches], dim=1),
             timestep=time,
             guidance=None,
             encoder_hidden_states=text.to(network.dtype),
             encoder_hidden_states_mask=mask,
-            img_shapes=[[(1, *patches.shape[2:])]] * len(patches),  # a list for each row
+            img_shapes=[[(1, *each.shape[2:]) for each in patches]] * len(time),  # a list for each row
             return_dict=False,
         )[0]
-        return pixel_shuffle(found.mT.reshape(patches.shape), 2)
+        first = patches[0]
+        return pixel_shuffle(found[:, : first.shape[2] * first.shape[3]].mT.reshape(first.shape), 2)
 
     def prompt_inputs(self, encoded: Sequence[Prompt], guidance: float) -> dict[str, Any]:
         (text, mask), (negative, its_mask) = (pad_prompts(encoded, name) for name in ("text", "negative_text"))

@@ -16,20 +16,23 @@ from dora_mm.core.functional import without_autocast
 
 @torch.no_grad()
 def posterior_of(vae: Any, pixels: Tensor) -> Any:
-    """The Gaussian that the VAE predicts for images (B, 3, H, W) in [-1, 1]."""
+    """The Gaussian that the VAE predicts for images (B, 3 or 4, H, W) in [-1, 1]; those without alpha are opaque."""
+    if pixels.shape[1] == 3 and vae.encoder.conv_in.in_channels == 4:
+        pixels = torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1)
     with _in_its_precision(vae):
         return vae.encode(_as_frames(vae, pixels.to(get_module_execution_device(vae), vae.dtype))).latent_dist
 
 
 def pixels_of(vae: Any, latents: Tensor) -> Tensor:
-    """The pixels (B, 3, H, W) of latents (B, C, h, w), both as the VAE has them."""
+    """The pixels (B, 3 or 4, H, W) of latents (B, C, h, w), both as the VAE has them."""
     pixels = vae.decode(_as_frames(vae, latents)).sample
     return pixels.squeeze(2) if pixels.ndim > latents.ndim else pixels
 
 
 def _as_frames(vae: Any, x: Tensor) -> Tensor:
     """Pixels or latents (B, C, h, w) as the VAE takes them: one of videos takes one frame (B, C, 1, h, w)."""
-    return x.unsqueeze(2) if isinstance(vae.encoder.conv_in, nn.Conv3d) else x
+    is_over_frames = isinstance(vae.encoder.conv_in, nn.Conv3d) or "temperal_downsample" in vae.config
+    return x.unsqueeze(2) if is_over_frames else x
 
 
 @torch.no_grad()

@@ -31,10 +31,11 @@ ALIASES = {
     "filename": "file",
     "subfolder": "folder",
 }
+IMAGE = re.compile(r"image(_\d+)?")  # image, image_2, ...: a reference each
 SIZE, SCHEDULE = "size", ("schedule_type", "noise_schedule")
 OWN_SCHEDULES = {"DPM++ 2M": "Karras", "DPM++ 2M SDE": "Exponential"}  # of A1111's schedule type Automatic
 SCHEDULE_SUFFIXES = ("", "automatic", "uniform", "normal")
-FLAGS = {"n": "negative_prompt", "w": "width", "h": "height", "s": "steps", "d": "seed", "l": "guidance"}
+FLAGS = {"n": "negative_prompt", "w": "width", "h": "height", "s": "steps", "d": "seed", "l": "guidance", "ci": "image"}
 _FLAG = re.compile(r"\s--([A-Za-z]+)(?=\s|$)")
 
 
@@ -56,6 +57,10 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
         if column in found:
             raise ValueError(f"{column} is given twice")
         found[column] = value
+    if images := sorted(filter(IMAGE.fullmatch, found), key=lambda name: (len(name), name)):
+        if "images" in found:
+            raise ValueError(f"{images[0]} and images are given: keep one")
+        found["images"] = [path for name in images if (path := found.pop(name))] or None
     if isinstance(size := found.pop(SIZE, None), str):
         match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", size)
         if match is None or {"width", "height"} & found.keys():
@@ -65,8 +70,8 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     if schedules:  # A1111 and Civitai name the spacing of the noise levels apart from the sampler since its version 1.9
         sampler, schedule = str(found.get("scheduler", "")), str(schedules[0])
         own = OWN_SCHEDULES.get(sampler) if schedule.lower() == "automatic" else None
-        is_plain = not own and schedule.lower() in SCHEDULE_SUFFIXES
-        found["scheduler"] = sampler if is_plain else f"{sampler} {own or schedule}"
+        is_default = not own and schedule.lower() in SCHEDULE_SUFFIXES
+        found["scheduler"] = sampler if is_default else f"{sampler} {own or schedule}"
     return found
 
 
@@ -92,5 +97,6 @@ def of_line(line: str) -> dict[str, str]:
         if column is None:
             known = ", ".join(f"--{name} ({title})" for name, title in FLAGS.items())
             raise ValueError(f"has --{flag}: the flags of a line are {known}")
-        values[column] = value.strip()
+        several = sum(IMAGE.fullmatch(name) is not None for name in values) if column == "image" else 0
+        values[f"{column}_{several + 1}" if several else column] = value.strip()
     return {name: value for name, value in values.items() if value.strip()}

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationError
 
-from dora_mm.config.generation import NumSteps, PixelSize, Rescale, SchedulerName
+from dora_mm.config.generation import NumSteps, PixelSize, Rescale, SchedulerName, as_references
 from dora_mm.config.latest import numbered_adapters
 from dora_mm.config.paths import find_path
 from dora_mm.config.schema import NonNegative, Section, Seed, Text
@@ -119,6 +119,7 @@ class PromptRow(Section):
     scheduler: Annotated[SchedulerName, BeforeValidator(parse_scheduler)] | None = None
     adapter: Annotated[tuple[tuple[Text, HashableStrength], ...], BeforeValidator(parse_adapters)] | None = None
     strength: Annotated[float, BeforeValidator(parse_number)] | None = None
+    images: Annotated[tuple[Text, ...], BeforeValidator(as_references)] | None = None
     file: Annotated[Text, AfterValidator(check_file)] | None = None
     folder: Annotated[Text, AfterValidator(check_folder)] | None = None
 

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from dora_mm.config.loader import about_run
-from dora_mm.config.paths import resolve_adapter
-from dora_mm.sampling.batch.columns import SCHEDULE, SIZE, column_of, of_line, renamed
+from dora_mm.config.paths import resolve_adapter, resolve_path
+from dora_mm.sampling.batch.columns import IMAGE, SCHEDULE, SIZE, column_of, of_line, renamed
 from dora_mm.sampling.batch.prompt_row import PromptRow, about_unknown, problem_of_value
 from dora_mm.utils.json_text import parse_json, read_bounded
 from dora_mm.utils.spreadsheets import spreadsheet_rows
@@ -91,7 +91,8 @@ def _json_rows(text: str, problems: list[str]) -> NumberedLines:
 
 
 def _is_known(name: str) -> bool:
-    return column_of(name) in (*PromptRow.model_fields, SIZE, *SCHEDULE)
+    column = column_of(name)
+    return column in (*PromptRow.model_fields, SIZE, *SCHEDULE) or IMAGE.fullmatch(column) is not None
 
 
 def _check_header(names: Sequence[str]) -> list[str]:
@@ -124,6 +125,8 @@ def _row(values: Mapping[str, Any], line: int, problems: list[str]) -> PromptRow
         row = PromptRow.model_validate(renamed(values))
         for path, _ in row.adapter or ():
             resolve_adapter(path, "adapter")
+        for path in row.images or ():
+            resolve_path(path, "image")
         return row
     except ValidationError as error:
         for item in error.errors(include_url=False):

@@ -6,15 +6,18 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dora_mm.config.generation import BatchGenerationConfig, ImageGenerationConfig
+from dora_mm.config.generation import BatchGenerationConfig, EditingConfig, ImageGenerationConfig
 from dora_mm.data.syntax import Wording, weighted
 from dora_mm.sampling.batch.prompt_row import ActiveAdapters, PromptRow
 from dora_mm.sampling.strengths import as_strength, is_zero, scaled
 
-DEFAULT_SETTINGS = {
+DEFAULT_SETTINGS = {  # files have these settings only where they are others
     "guidance_rescale": 0.0,
     "prompt_syntax": "plain",
-}  # files have these settings only where they are others
+    "images": (),
+    "image_digests": (),
+    "reference_area": "pipeline",
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,9 @@ class ImageRequest:
         strength: The strength of all of them, by which theirs are multiplied; 0 is the base model.
         guidance_rescale: The share of the contrast added by guidance that is removed, 0 to 1.
         prompt_syntax: How its prompts are read: "plain", or "a1111" with weights and BREAK (see `dora_mm.data.syntax`).
+        images: The files of its reference images.
+        image_digests: SHA-256 of each of these; empty until they were read.
+        reference_area: To how many pixels larger references are scaled down.
         file: The name of its file, without seed and ending; None: the number of the row.
         folder: The folder of its file; None: that of all.
     """
@@ -52,6 +58,9 @@ class ImageRequest:
     strength: float
     guidance_rescale: float = 0.0
     prompt_syntax: str = "plain"
+    images: tuple[str, ...] = ()
+    image_digests: tuple[str, ...] = ()
+    reference_area: str | int = "pipeline"
     file: str | None = None
     folder: str | None = None
 
@@ -77,7 +86,8 @@ class ImageRequest:
     @property
     def file_settings(self) -> dict[str, Any]:
         """The settings as files have them, with the syntax of the prompts."""
-        found = {**self.settings, "prompt_syntax": self.prompt_syntax}
+        others = ("prompt_syntax", "images", "image_digests", "reference_area")
+        found = {**self.settings, **{name: getattr(self, name) for name in others}}
         return {name: value for name, value in found.items() if name not in self.omitted_settings}
 
     @property
@@ -89,8 +99,18 @@ class ImageRequest:
 def template(config: ImageGenerationConfig, *, prompt: str = "", seed: int = 0) -> ImageRequest:
     """An image with the settings of a config, which rows of a job and axes of a grid replace."""
     adapters: ActiveAdapters = ((config.adapter.path, as_strength(config.adapter.strength)),) if config.adapter else ()
-    names = {"negative_prompt", "steps", "guidance", "width", "height", "scheduler", *DEFAULT_SETTINGS}
-    settings = config.model_dump(include=names)
+    names = {
+        "negative_prompt",
+        "steps",
+        "guidance",
+        "guidance_rescale",
+        "width",
+        "height",
+        "scheduler",
+        "prompt_syntax",
+    }
+    edits = {"images", "reference_area"} if isinstance(config, EditingConfig) else set()
+    settings = config.model_dump(include=names | edits)
     return ImageRequest(row=0, prompt=prompt, seed=seed, adapters=adapters, strength=1.0, **settings)
 
 
@@ -182,8 +202,8 @@ def file_names(requests: Sequence[ImageRequest]) -> list[str]:
 def batches(requests: Sequence[ImageRequest], size: int, length: Callable[[ImageRequest], int]) -> list[list[int]]:
     """Groups images into batches, which depend on nothing but the job.
 
-    Images of a batch share their weights, size and settings, and the length of their encoded prompts: one that is
-    padded generates another image. Batches with the same weights follow each other.
+    Images of a batch share their weights, references, size and settings, and the length of their encoded prompts: one
+    that is padded generates another image. Batches with the same weights follow each other.
 
     Args:
         requests: The images.

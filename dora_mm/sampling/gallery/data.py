@@ -13,13 +13,15 @@ from dora_mm.sampling.manifest import ManifestEntry
 OF_GUIDANCE = ("negative_prompt", "guidance", "guidance_rescale")
 ALWAYS_EQUAL = ("prompt", "seed", "steps", *OF_GUIDANCE, "width", "height", "scheduler")
 LARGEST_INTEGER = 2**53  # JavaScript rounds larger ones: seeds may be
-NO_PICTURE = None, None, None
+NOTHING_SHOWN = None, None, None
 
 Listed = tuple[str, ManifestEntry]  # the name of a run, and an entry of its manifest
-Picture = tuple[str, str, tuple[int, int]] | tuple[None, None, None]  # addresses of image and thumbnail, size in pixels
+ShownImage = (
+    tuple[str, str, tuple[int, int]] | tuple[None, None, None]
+)  # addresses of image and thumbnail, size in pixels
 
 
-def gallery_data(images: Sequence[Listed], pictures: Sequence[Picture]) -> dict[str, Any]:
+def gallery_data(images: Sequence[Listed], shown: Sequence[ShownImage]) -> dict[str, Any]:
     """Returns all that the page knows, as plain values that JSON and JavaScript hold exactly.
 
     Every image has its `values` in the order of `columns`; `before` is the number of the same image without an
@@ -27,8 +29,8 @@ def gallery_data(images: Sequence[Listed], pictures: Sequence[Picture]) -> dict[
 
     Args:
         images: The images of all runs.
-        pictures: What the page shows of each: its address and that of a small version, both relative to the page, which
-            are the same where it is small itself, and its size. Those that are not "done" have `NO_PICTURE`.
+        shown: What the page shows of each: its address and that of a small version, both relative to the page, which
+            are the same where it is small itself, and its size. Those that are not "done" have `NOTHING_SHOWN`.
     """
     settings = dict.fromkeys(name for _, entry in images for name in entry.settings)
     scores = dict.fromkeys(name for _, entry in images for name in entry.scores)
@@ -38,7 +40,7 @@ def gallery_data(images: Sequence[Listed], pictures: Sequence[Picture]) -> dict[
         json_value([run, entry.status, *map(entry.settings.get, settings), *map(entry.scores.get, scores)])
         for run, entry in images
     ]
-    found = zip(images, pictures, rows, befores(images), groups(images), strict=True)
+    found = zip(images, shown, rows, befores(images), groups(images), strict=True)
     return {
         "columns": [
             {"name": name, "kind": kind, "varies": len({_text(row[index]) for row in rows}) > 1}

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from PIL import Image
 
 from dora_mm.config.schema import PipelineConfig
-from dora_mm.sampling.gallery.data import NO_PICTURE, Listed, Picture, gallery_data, json_value
+from dora_mm.sampling.gallery.data import NOTHING_SHOWN, Listed, ShownImage, gallery_data, json_value
 from dora_mm.sampling.gallery.page import GENERATOR, page
 from dora_mm.sampling.gallery.thumbnails import SIDE, Thumbnails
 from dora_mm.sampling.gallery.training import about_training, read_images, training_config, training_images
@@ -75,7 +75,7 @@ def fill_gallery(
         _check_files(run, entries)
     thumbnails = Thumbnails(folder / THUMBNAILS, earlier / THUMBNAILS)
     added = _add_all(runs, folder, thumbnails)
-    data = gallery_data([image for image, _ in added], [picture for _, picture in added])
+    data = gallery_data([image for image, _ in added], [shown for _, shown in added])
     configs = {run: config for run in runs if (config := training_config(run))}
     trainings = [_add_training(run, config, folder, thumbnails, summaries.get(run)) for run, config in configs.items()]
     write_text(folder / INDEX, page({**data, "trainings": json_value(trainings)}))
@@ -124,7 +124,7 @@ def _check_files(run: Path, entries: Sequence[ManifestEntry]) -> None:
 
 def _add_all(
     runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path, thumbnails: Thumbnails
-) -> list[tuple[Listed, Picture]]:
+) -> list[tuple[Listed, ShownImage]]:
     with ThreadPoolExecutor() as threads:  # Pillow lets others run while it decodes, scales and encodes
         added = [
             threads.submit(_add, run, number, entry, folder, thumbnails)
@@ -138,24 +138,26 @@ def _add_all(
             raise
 
 
-def _add(run: Path, number: int, entry: ManifestEntry, folder: Path, thumbnails: Thumbnails) -> tuple[Listed, Picture]:
+def _add(
+    run: Path, number: int, entry: ManifestEntry, folder: Path, thumbnails: Thumbnails
+) -> tuple[Listed, ShownImage]:
     """Puts the image of an entry into the folder, with a thumbnail if it is large.
 
     Returns:
-        The entry, which has the reason where there is no image, and the picture.
+        The entry, which has the reason where there is no image, and what the page shows of it.
     """
     if entry.status != "done":
-        return (str(run), entry), NO_PICTURE
+        return (str(run), entry), NOTHING_SHOWN
     source = (run / entry.file).resolve()
     name = Path(str(number), source.relative_to(run.resolve()))
     if not source.is_file():
         entry = replace(entry, status="missing", reason="its file is not there any more")
-        return (str(run), entry), NO_PICTURE
+        return (str(run), entry), NOTHING_SHOWN
     small = thumbnails.path(source)
     known = thumbnails.has(small)  # then it was decoded before
     image = _read(source, decode=not known)
     if image is None:
-        return (str(run), replace(entry, status="failed", reason=NOT_A_IMAGE)), NO_PICTURE
+        return (str(run), replace(entry, status="failed", reason=NOT_A_IMAGE)), NOTHING_SHOWN
     copy = folder / IMAGES / name
     if not copy.exists():  # two entries may name the same file
         link_or_copy(source, copy)

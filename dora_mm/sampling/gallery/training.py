@@ -198,7 +198,7 @@ def training_images(config: PipelineConfig) -> tuple[list[Path], str | None]:
     from dora_mm.data.images.listing import image_files  # imports torch, which other galleries do without
 
     try:
-        found = image_files(config.data, "train")
+        found = image_files(config.data)
     except ValueError as error:
         return [], f"{first_line(error)}."
     step = max(len(found) / MOST_TRAINING_IMAGES, 1)

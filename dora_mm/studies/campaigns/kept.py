@@ -6,7 +6,7 @@ from pathlib import Path
 from dora_mm.studies.campaigns.training_rows import TrainingRows, as_cells
 from dora_mm.studies.campaigns.trainings import Trainings
 from dora_mm.utils.atomic import write_text
-from dora_mm.utils.circumstances import NOTHING, Record, about_differing, circumstances, differences
+from dora_mm.utils.circumstances import NOTHING, about_differing, circumstances, differences
 from dora_mm.utils.json_text import read_json
 
 ANSWERS, SCORES = "answers", "scores"  # folders of a campaign
@@ -24,14 +24,10 @@ def about_results(trainings: Trainings, rows: TrainingRows) -> str:
     for run in sorted((trainings.folder / "runs").glob("*")):
         if run.name not in rows.found and (steps := trainings.circumstances(run.name)):
             found.append([each for record in steps for each in differences(record, trainings.now)])
-    found += [differences(record, circumstances()) for record in _kept_circumstances(trainings.folder)]
+    files = (file for name in (ANSWERS, SCORES) for file in sorted((trainings.folder / name).glob("*.json")))
+    records = [read_json(record) if (record := _record_of(file)).is_file() else NOTHING for file in files]
+    found += [differences(record, circumstances()) for record in records]
     return about_differing([(each, 1) for each in found], "kept trainings, scores and answers")
-
-
-def _kept_circumstances(campaign: Path) -> list[Record]:
-    """The circumstances of each file of answers and scores of a campaign; NOTHING where they were not recorded."""
-    files = (file for name in (ANSWERS, SCORES) for file in sorted((campaign / name).glob("*.json")))
-    return [read_json(record) if (record := _record_of(file)).is_file() else NOTHING for file in files]
 
 
 def _record_of(file: Path) -> Path:

@@ -29,7 +29,7 @@ from dora_mm.utils.devices import default_device
 
 MOST_COLUMNS = 6  # of a contact sheet
 BARE = "bare model"
-KEPT = 0.75  # of the gain in likeness, see `LikenessJudge`
+KEPT = 0.75  # of the gain in likeness, see `StyleSimilarityMetric`
 SAMPLING_KEYS = (
     "steps",
     "guidance",

@@ -26,7 +26,6 @@ from dora_mm.eval.vl.confidence_intervals import (
 from dora_mm.eval.vl.metrics import scorer_of
 from dora_mm.eval.vl.question_only import question_only_answers
 from dora_mm.models.vl.families import load_vl_model, structure_of
-from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.studies.campaigns.answers import AnsweredSplits, TaskScores, scored_answers
 from dora_mm.studies.campaigns.evaluation import Report, check_trainings, common_overrides, load_base, num_trainings
@@ -69,8 +68,11 @@ class VLEvaluation:
         check_trainings(config, self.overrides)
         self.data = reported_data(settings, self.base)
         day = day_for(self.base.model, config.output)
-        # keeps the visual tokens, which all trainings share
-        self.model = load_bare(config, dated(self.base, day), settings)
+        model, vision = dated(self.base, day).model, self.base.vision
+        vision = vision.model_copy(update={"features": settings.features}) if settings.features else vision
+        tower, device = bool(self.base.adapter.vision_parts), default_device()
+        # The model as the first training starts from; it keeps the visual tokens, which all trainings share.
+        self.model = load_vl_model(model, vision, seed=config.seeds[0], trained_tower=tower, device=device)
         self.day = self.model.day
         self.day.source = day.source
         self.splits = AnsweredSplits(self.base, self.model, self.data, settings.decode)
@@ -99,8 +101,11 @@ class VLEvaluation:
 
     @cached_property
     def overrides_of_full(self) -> tuple[str, ...]:
-        """The overrides by which full fine-tuning trains other parts than adapters do."""
-        parts, extra = fully_trained(self.base)
+        """The overrides by which full fine-tuning trains other parts than adapters do: all but the vision tower."""
+        model, adapter = self.base.model, self.base.adapter
+        names = structure_of(model, self.base.vision).target_maps["model"].parts
+        parts = [part for part in names if not part.startswith("vision.")]
+        extra = adapter.extra_trainable if model.full_extra is None else model.full_extra
         return (
             f"adapter.parts=[{', '.join(parts)}]",
             f"adapter.extra_trainable=[{', '.join(extra)}]",
@@ -177,13 +182,6 @@ class VLEvaluation:
         ]
 
 
-def load_bare(config: CompareConfig, base: TrainVLConfig, settings: CompareVLConfig) -> VLModel:
-    """The bare model as the first training starts from, with the features of the reported images."""
-    vision = base.vision.model_copy(update={"features": settings.features}) if settings.features else base.vision
-    trained_tower = bool(base.adapter.vision_parts)
-    return load_vl_model(base.model, vision, seed=config.seeds[0], trained_tower=trained_tower, device=default_device())
-
-
 def check_base(config: CompareConfig, base: TrainVLConfig, settings: CompareVLConfig) -> None:
     """Checks that the base config fits the comparison.
 
@@ -254,10 +252,3 @@ def shared_images(one: ValidationSet, other: ValidationSet) -> set[str]:
         for split in (one, other)
     ]
     return paths[0] & paths[1]
-
-
-def fully_trained(base: TrainVLConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The parts that full fine-tuning trains, all but the vision tower, and its `adapter.extra_trainable`."""
-    parts = structure_of(base.model, base.vision).target_maps["model"].parts
-    extra = base.adapter.extra_trainable if base.model.full_extra is None else base.model.full_extra
-    return tuple(part for part in parts if not part.startswith("vision.")), extra

@@ -90,7 +90,7 @@ def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
 
     def measure() -> dict[str, float]:
         found = answer_all(answers, task.networks.values(), splits, config.evaluate.batch_size, config.evaluate.limit)
-        scores.update(score_all(found, meteor=False))
+        scores.update(score_all(found))
         return main_values(scores) | other_values(scores)
 
     by_metric = partial(task_qualities, {"caption": False})

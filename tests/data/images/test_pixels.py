@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
 from dora_mm.data.images.buckets import choose_bucket, frame
-from dora_mm.data.images.pixels import MAX_PIXELS, load_rgb, render, upright_size
+from dora_mm.data.images.pixels import MAX_PIXELS, load_rgb, load_rgba, on_white, render, upright_size
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -123,6 +123,21 @@ def test_transparency_is_composed_on_the_background(tmp_path, background, colour
     assert pixels[0].tolist() == list(RED)
     assert pixels[1].tolist() == pixels[2].tolist() == list(colour)
     assert close(pixels[3], np.round(half), 1)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_alpha_is_kept_upright_and_composes_to_what_load_rgb_gives(tmp_path, orientation):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 4), dtype=np.uint8)
+    image, exif = Image.fromarray(pixels), Image.Exif()
+    exif[274] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    found = load_rgba(tmp_path / "a.png")
+    assert found.mode == "RGBA"
+    assert np.array_equal(np.asarray(found), pixels if orientation == 1 else np.rot90(pixels, -1))
+    both = (np.asarray(each, int) for each in (on_white(found), load_rgb(tmp_path / "a.png")))
+    assert abs(next(both) - next(both)).max() <= 1
+    Image.fromarray(pixels[..., :3]).save(tmp_path / "opaque.png")
+    assert load_rgba(tmp_path / "opaque.png").getchannel("A").getextrema() == (255, 255)
 
 
 def test_transparent_palette_grey_and_colour_keys(tmp_path):

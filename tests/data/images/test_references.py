@@ -102,7 +102,7 @@ def test_a_folder_of_references_inside_that_of_the_images_has_no_images_of_the_t
         DataConfig,
         {"folder": str(targets), "references": [str(targets / "before")], "subfolders": True, "resolution": 64},
     )
-    assert [file.name for file in image_files(data, "train")] == ["a.png", "b.png"]
+    assert [file.name for file in image_files(data)] == ["a.png", "b.png"]
 
 
 def test_the_digest_of_a_data_set_has_its_references(tmp_path):

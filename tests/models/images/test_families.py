@@ -26,6 +26,7 @@ def test_the_index_of_a_folder_says_the_family(tmp_path, name):
     family = family_of(folder_of(tmp_path, record.pipeline))
     assert (family.name, family.record()) == (name, record)
     assert set(family.maps.values()) <= set(TARGET_MAPS)
+    assert family.maps[family.denoiser] == record.target_map
     assert next(iter(family.maps)) == family.denoiser == family.phases[-1][0]
     assert hasattr(ModelConfig(path="a"), name)
     assert family.pipeline_class().__name__ == record.pipeline

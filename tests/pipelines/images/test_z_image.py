@@ -76,7 +76,10 @@ def test_an_adapter_brings_the_settings_of_its_base(config, tmp_path, folder, ca
         (["loss.min_snr_gamma=5.0"], "loss.min_snr_gamma is for models that predict noise or v, and Z-Image does not"),
         (["loss.noise_offset=0.1"], "loss.noise_offset is for models that predict noise or v"),
         (["model.sdxl.unconditional=empty"], "is Z-Image, not SDXL: leave it out"),
-        (["adapter.parts=[unet.attn]"], "this model has no part unet.attn; it has transformer.attn"),
+        (
+            ["adapter.parts=[unet.attn]"],
+            "is Z-Image (ZImagePipeline), whose denoiser has transformer.attn, transformer.ff",
+        ),
         (["adapter.parts=[text_encoder.attn]"], "this model has no part text_encoder.attn"),
         (["model.dtype=float16", "train.mixed_precision=fp16"], "model.dtype: Z-Image needs float32 or bfloat16"),
         (["model.z_image.max_tokens=800"], "model.z_image.max_tokens must be at most 576 for "),

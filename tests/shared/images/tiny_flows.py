@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     Flux2KleinPipeline,
     Krea2Pipeline,
+    QwenImage21Pipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -24,6 +25,7 @@ from dora_mm.registries.image_families import IMAGE_FAMILIES
 from tests.shared.images import tiny_flux2_klein as klein
 from tests.shared.images import tiny_krea2 as krea2
 from tests.shared.images import tiny_qwen_image as qwen_image
+from tests.shared.images import tiny_qwen_image_21 as qwen_image_21
 from tests.shared.images import tiny_sd3 as sd3
 from tests.shared.images import tiny_z_image as z_image
 
@@ -80,7 +82,7 @@ class TinyFlow:
 
     def as_noised(self, latents: Tensor, pipe: Any) -> Tensor:
         """The latents that the pipeline returns, as its denoiser has them."""
-        if self.kind is QwenImagePipeline:
+        if self.kind in (QwenImagePipeline, QwenImage21Pipeline):
             return pipe._unpack_latents(latents, *SIZE.values(), pipe.vae_scale_factor)[:, :, 0]
         if self.kind is Krea2Pipeline:
             return pipe._unpack_latents(latents, *SIZE.values())[:, :, 0]
@@ -89,7 +91,7 @@ class TinyFlow:
     def start(self, shape: tuple[int, ...], seeds: list[int]) -> Tensor:
         """The noise (B, C, h, w) that the pipeline draws."""
         b, *rest = shape
-        shape = (b, 1, *rest) if self.kind is QwenImagePipeline else shape
+        shape = (b, 1, *rest) if self.kind in (QwenImagePipeline, QwenImage21Pipeline) else shape
         return randn_tensor(shape, generator=[torch.Generator().manual_seed(seed) for seed in seeds]).view(b, *rest)
 
     def drawn(self, pipe: Any, seed: int, steps: int = 2) -> Image.Image:
@@ -161,6 +163,17 @@ FLOWS = (
         _by_channel,
         is_over_frames=True,
         unread=r"transformer_blocks\.1\.(attn\.(add_q|to_add_out)|txt_mlp)",
+    ),
+    TinyFlow(
+        "qwen_image_21",
+        qwen_image_21.build,
+        None,
+        QwenImage21Pipeline,
+        _of_qwen_image,
+        lambda pipe, prompts: {"prompt": list(prompts), "use_kv_cache": False},
+        lambda prompt: {"prompt": prompt, "negative_prompt": "", "true_cfg_scale": 5.0},
+        _by_channel,
+        is_over_frames=True,
     ),
     TinyFlow(
         "krea2",

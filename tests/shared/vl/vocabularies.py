@@ -3,6 +3,7 @@
 import json
 import re
 import string
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -30,18 +31,22 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # what the BPE of Llama and 
 Merges = tuple[tuple[str, str], ...]
 
 
-def _trained(tokenizer: Tokenizer, **options: Any) -> tuple[tuple[str, ...], Merges]:
-    tokenizer.train_from_iterator(SENTENCES, trainers.BpeTrainer(show_progress=False, **options))
+def _trained(
+    tokenizer: Tokenizer, sentences: Iterable[str] = SENTENCES, **options: Any
+) -> tuple[tuple[str, ...], Merges]:
+    tokenizer.train_from_iterator(sentences, trainers.BpeTrainer(show_progress=False, **options))
     model = json.loads(tokenizer.to_str())["model"]
     return tuple(model["vocab"]), tuple((left, right) for left, right in model["merges"])
 
 
 @cache
-def _byte_level_pieces() -> tuple[tuple[str, ...], Merges]:
-    """Pieces and merges of a byte-level BPE."""
+def _byte_level_pieces(whole: str = "") -> tuple[tuple[str, ...], Merges]:
+    """Pieces and merges of a byte-level BPE, with the words of a text as one piece each."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return _trained(tokenizer, vocab_size=450, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    sentences, size = ([whole], 10_000) if whole else (SENTENCES, 450)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return _trained(tokenizer, sentences, vocab_size=size, initial_alphabet=alphabet)
 
 
 @cache
@@ -77,9 +82,14 @@ def gemma(**names: Any) -> GemmaTokenizer:
     return GemmaTokenizer(vocab=words, merges=list(merges), add_bos_token=True, **names)
 
 
-def qwen(**names: Any) -> Qwen2Tokenizer:
-    """Qwen 2 and 3: byte-level BPE; a turn stands between `<|im_start|>` and `<|im_end|>`."""
-    pieces, merges = _byte_level_pieces()
+def qwen(whole: str = "", **names: Any) -> Qwen2Tokenizer:
+    """Qwen 2 and 3: byte-level BPE; a turn stands between `<|im_start|>` and `<|im_end|>`.
+
+    Args:
+        whole: A text whose words are one token each, as those of English are in the published ones; then no other is.
+        names: Special tokens.
+    """
+    pieces, merges = _byte_level_pieces(whole)
     tokenizer = Qwen2Tokenizer(vocab=_numbered(pieces), merges=list(merges), eos_token="<|im_end|>", **names)
     tokenizer.add_tokens(["<|im_start|>"], special_tokens=True)
     return tokenizer

@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 from dora_mm.config.schema import Text
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.data.vl.json_items import list_items
+from dora_mm.data.vl.json_items import list_items, numbered
 from dora_mm.data.vl.rows import BadRows, Id, Index, good_rows
 
 PARTS = ("human", "augmented")  # of ChartQA, by the names of its files
@@ -50,11 +50,7 @@ def read_chartqa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
         kinds = (part,) if part else ()
         return Example(key, (row["imgname"],), row["query"], answers, (1.0,) * len(answers), kinds=kinds)
 
-    rows = (
-        (where, {"number": number} | row if isinstance(row, dict) else row)
-        for number, (where, row) in enumerate(list_items(path))
-    )
-    return good_rows(path, rows, CHART, example, bad)
+    return good_rows(path, numbered(list_items(path), "number"), CHART, example, bad)
 
 
 def read_plotqa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:

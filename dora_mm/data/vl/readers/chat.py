@@ -167,13 +167,13 @@ def first_shape(
 def _row(path: Path, item: Any, columns: Mapping[Any, str]) -> JsonRow:
     """A row of a file, by the names that its columns have here."""
     row = _renamed(_with_files(_parsed(item), path) if path.name in METADATA else _parsed(item), columns)
-    packed = {key: _listed(row[key]) for key in PACKED & row.keys() if _is_packed(row[key])}
+    packed = {
+        key: _listed(text)
+        for key in PACKED & row.keys()
+        if isinstance(text := row[key], str) and text.lstrip()[:1] in ("[", "{")
+    }
     packed = {key: found for key, found in packed.items() if key in LISTS or _are_turns(found)}
     return row | packed if packed else row
-
-
-def _is_packed(value: Any) -> bool:
-    return isinstance(value, str) and value.lstrip()[:1] in ("[", "{")
 
 
 def _are_turns(value: Any) -> bool:

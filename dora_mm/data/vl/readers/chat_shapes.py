@@ -79,7 +79,10 @@ def read_texts(row: JsonRow) -> Dialogue:
 
 def read_alpaca(row: JsonRow) -> Dialogue:
     """Reads a row with `instruction` and `output`; `input` follows the instruction, and `history` is before it."""
-    instruction = "\n".join(text for text in _strings(row, "instruction", "input") if text)
+    texts = [row.get(key) or "" for key in ("instruction", "input")]
+    if set(map(type, texts)) != {str}:
+        raise RowError("has a instruction or input that is not a text")
+    instruction = "\n".join(filter(None, texts))
     return _with_keys(row, _exchanged([*_history(row), (instruction, row.get("output"))]))
 
 
@@ -187,21 +190,17 @@ def _dialogue(turns: Any, speaker: str = "role") -> Dialogue:
     """The dialogue of turns; `speaker` is the key of the speaker, unless the first turn has the other one."""
     first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
     if "from" in first or (speaker == "from" and "role" not in first):
-        turns_read = Dialogue(_texts(turns, "from"), *_marked(_texts(turns, "value"), _losses(turns)))
-        return with_calls(turns_read, turns)
-    names = _texts(turns, "role")
-    contents = [content_of(message) for message in turns]
-    texts, references = [text for text, _ in contents], [found for _, found in contents]
-    return with_calls(Dialogue(names, texts, _losses(turns), references, [], []), turns)
-
-
-def _marked(texts: list[str], losses: list[bool | None]) -> tuple[list[str], list[bool | None], list[Any], Any, Any]:
-    """The fields `texts` to `videos` of a `Dialogue`."""
-    references: list[Sequence[ImageReference]] = [()] * len(texts)
-    for number, text in enumerate(texts):
-        if "<" in text:  # few have: a call for each would take as long as all else
-            texts[number], references[number] = text_of(text)
-    return texts, losses, references, [], []
+        names, texts, losses = _texts(turns, "from"), _texts(turns, "value"), _losses(turns)
+        references: list[Sequence[ImageReference]] = [()] * len(texts)
+        for number, text in enumerate(texts):
+            if "<" in text:  # few have: a call for each would take as long as all else
+                texts[number], references[number] = text_of(text)
+    else:
+        names = _texts(turns, "role")
+        contents = [content_of(message) for message in turns]
+        texts, references = [text for text, _ in contents], [found for _, found in contents]
+        losses = _losses(turns)
+    return with_calls(Dialogue(names, texts, losses, references, [""] * len(names)), turns)
 
 
 def _exchanged(pairs: Any) -> Dialogue:
@@ -210,7 +209,7 @@ def _exchanged(pairs: Any) -> Dialogue:
     turns = turns[:-1] if turns and turns[-1][1] is None else turns
     contents = [text_of(text) for _, text in turns]
     texts, references = [text for text, _ in contents], [found for _, found in contents]
-    return Dialogue([role for role, _ in turns], texts, [None] * len(turns), references, [], [])
+    return Dialogue([role for role, _ in turns], texts, [None] * len(turns), references, [""] * len(turns))
 
 
 def _history(row: JsonRow) -> list[Any]:
@@ -221,32 +220,17 @@ def _history(row: JsonRow) -> list[Any]:
     return pairs
 
 
-def _strings(row: JsonRow, *keys: str) -> list[str]:
-    """The texts under these keys, "" where there is none."""
-    found = [row.get(key) or "" for key in keys]
-    if set(map(type, found)) != {str}:
-        raise RowError(f"has a {' or '.join(keys)} that is not a text")
-    return found
-
-
 def _with_keys(row: JsonRow, turns_read: Dialogue) -> Dialogue:
     """Adds the images, videos, tools, boxes and the system turn that are keys of a row to its dialogue."""
     if not REFUSED.isdisjoint(row):
         _check_unread(row)
-    turns_read.images.extend(images_of(row))
-    turns_read.videos.extend(map(video_name, _videos(row)))
-    if tools := row.get("tools"):
-        turns_read = turns_read._replace(tools=tools_of(tools))
-    if not _is_empty(boxes := row.get("objects")):
-        turns_read = turns_read._replace(boxes=boxes_of(boxes))
+    images, videos = images_of(row), list(map(video_name, _videos(row)))
+    tools = tools_of(row["tools"]) if row.get("tools") else ""
+    boxes = "" if _is_empty(row.get("objects")) else boxes_of(row["objects"])
     if row.get("system"):
         text, references = text_of(*_texts([row], "system"))
-        turns_read.names.insert(0, "system")
-        turns_read.texts.insert(0, text)
-        turns_read.losses.insert(0, None)
-        turns_read.references.insert(0, references)
-        turns_read = turns_read._replace(calls=["", *turns_read.calls] if turns_read.calls else ())
-    return turns_read
+        turns_read = Dialogue(["system"], [text], [None], [references], [""]).followed_by(turns_read)
+    return turns_read._replace(images=images, videos=videos, tools=tools, boxes=boxes)
 
 
 def _videos(row: JsonRow) -> list[Any]:

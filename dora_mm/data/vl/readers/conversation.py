@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dora_mm.data.vl.example import BOX, IMAGE, PLACEHOLDER, REF, VIDEO, Example, Role, Turn, plain_text
 from dora_mm.data.vl.readers.boxes import check_boxes
@@ -34,9 +34,9 @@ class Dialogue(NamedTuple):
         texts: The text of each turn, with IMAGE and VIDEO markers, and ESCAPED ones where the text has these.
         losses: Whether each turn is learned; None where the file does not specify it.
         references: The images of the turn's markers.
+        calls: The calls of tools of each turn, see `Turn`.
         images: The images that are keys of the row, as paths or data URLs.
         videos: The videos that are keys of the row, as paths, or as the paths or data URLs of their frames.
-        calls: The calls of tools, see `Turn`; empty where no turn has any.
         tools: The tools of the row, see `Example`.
         boxes: The boxes of the row, see `Example`.
     """
@@ -45,22 +45,16 @@ class Dialogue(NamedTuple):
     texts: list[str]
     losses: list[bool | None]
     references: list[Sequence[ImageReference]]
-    images: list[str]
-    videos: list[str | Frames]
-    calls: Sequence[str] = ()
+    calls: list[str]
+    images: Sequence[str] = ()
+    videos: Sequence[str | Frames] = ()
     tools: str = ""
     boxes: str = ""
 
     def followed_by(self, other: "Dialogue") -> "Dialogue":
         """The turns of both."""
-        turns = (self.names + other.names, self.texts + other.texts, self.losses + other.losses)
-        files = (self.images + other.images, self.videos + other.videos)
-        return Dialogue(*turns, self.references + other.references, *files, self.all_calls + other.all_calls)
-
-    @property
-    def all_calls(self) -> list[str]:
-        """The calls of each turn."""
-        return [*self.calls] or [""] * len(self.names)
+        fields: Any = zip(self, other, strict=True)
+        return Dialogue(*(ours + theirs for ours, theirs in fields))
 
 
 def conversation(dialogue: Dialogue, name: str) -> Example:
@@ -96,13 +90,13 @@ def conversation(dialogue: Dialogue, name: str) -> Example:
         texts = [*texts[:first], marked, *texts[first + 1 :]]
     losses = dialogue.losses
     if not all(texts) or any(map(str.isspace, texts)):
-        losses = _without_empty(roles, texts, losses, dialogue.all_calls)
+        losses = _without_empty(roles, texts, losses, dialogue.calls)
     if dialogue.boxes:
         check_boxes(dialogue.boxes, texts)
     answers, learned = _answers(roles, texts, dialogue), _learned(roles, losses)
     if answers and True not in learned:
         raise RowError("has `loss: false` for every answer")
-    turns = zip(roles, texts, learned, dialogue.all_calls, strict=True)
+    turns = zip(roles, texts, learned, dialogue.calls, strict=True)
     question = plain_text(texts[-2 if roles[-1] == "assistant" and len(texts) > 1 else -1]).strip()
     images, frames = _files(shown)
     return Example(
@@ -120,7 +114,7 @@ def conversation(dialogue: Dialogue, name: str) -> Example:
 
 def _answers(roles: Sequence[Role], texts: Sequence[str], dialogue: Dialogue) -> tuple[str, ...]:
     """The last turn, if it is the assistant's and a text: calls and boxes are written as each model writes them."""
-    if roles[-1] != "assistant" or not texts[-1].strip() or (dialogue.calls and dialogue.calls[-1]):
+    if roles[-1] != "assistant" or not texts[-1].strip() or dialogue.calls[-1]:
         return ()
     return () if dialogue.boxes and (BOX in texts[-1] or REF in texts[-1]) else (plain_text(texts[-1]),)
 
@@ -138,7 +132,10 @@ def _roles(names: tuple[str, ...]) -> tuple[Role, ...]:
 
     Whether the user may speak twice in a row, or the assistant first, a model's chat template says.
     """
-    roles: list[Role] = [_role(name) for name in names]
+    unknown = [name for name in names if name.lower() not in ROLES]
+    if unknown:
+        raise RowError(f"has a turn of {unknown[0][:20]!r}: the roles are {', '.join(ROLES)}")
+    roles: list[Role] = [ROLES[name.lower()] for name in names]
     dialogue = roles[1:] if roles[:1] == ["system"] else roles
     if not dialogue:
         raise RowError("has no turns")
@@ -156,13 +153,6 @@ def _roles(names: tuple[str, ...]) -> tuple[Role, ...]:
     return tuple(roles)
 
 
-def _role(speaker: str) -> Role:
-    role = ROLES.get(speaker.lower())
-    if role is None:
-        raise RowError(f"has a turn of {speaker[:20]!r}: the roles are {', '.join(ROLES)}")
-    return role
-
-
 def _without_empty(
     roles: Sequence[Role], texts: Sequence[str], losses: list[bool | None], calls: Sequence[str]
 ) -> list[bool | None]:
@@ -176,7 +166,7 @@ def _without_empty(
 
 
 def _in_order(
-    images: list[str], videos: list[str | Frames], references: Sequence[ImageReference]
+    images: Sequence[str], videos: Sequence[str | Frames], references: Sequence[ImageReference]
 ) -> Sequence[str | Frames]:
     """The images and videos in the order of their markers."""
     if not references or (not videos and references.count(None) == len(references) == len(images)):
@@ -202,7 +192,7 @@ def _in_order(
     ]
 
 
-def _by_number(images: list[str], references: Sequence[ImageReference], numbers: set[int]) -> list[str | Frames]:
+def _by_number(images: Sequence[str], references: Sequence[ImageReference], numbers: set[int]) -> list[str | Frames]:
     """The images in the order of their markers, which have numbers."""
     if None in references:
         raise RowError("has markers of images with a number and others without")

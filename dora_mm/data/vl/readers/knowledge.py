@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 from dora_mm.config.schema import Text
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.data.vl.json_items import Item, object_items
+from dora_mm.data.vl.json_items import Item, numbered, object_items
 from dora_mm.data.vl.readers.choices import choice, listed
 from dora_mm.data.vl.readers.contents import image_of, interleaved
 from dora_mm.data.vl.readers.file_rows import file_items
@@ -155,11 +155,7 @@ def read_ai2d(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
         images = () if row.get("image") is None else (image_of(row["image"]),)
         return choice(str(known["number"]), known["question"], known["options"], answer, images=images)
 
-    rows = (
-        (where, {"number": number} | row if isinstance(row, dict) else row)
-        for number, (where, row) in enumerate(file_items(path))
-    )
-    return good_rows(path, rows, ROW, example, bad)
+    return good_rows(path, numbered(file_items(path), "number"), ROW, example, bad)
 
 
 def read_aokvqa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:

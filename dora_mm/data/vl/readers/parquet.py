@@ -111,15 +111,11 @@ def weight(values: Any) -> int:
         return OBJECT * len(values) + sum(weight(values.field(position)) for position in range(kind.num_fields))
     if pa.types.is_map(kind):
         return VALUE * len(values) + weight(pc.list_flatten(values.cast(pa.list_(kind.field(0)))))
-    if _is_list(kind):
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return VALUE * len(values) + weight(pc.list_flatten(values))
     if pa.types.is_dictionary(kind) and _is_text(kind.value_type):
         return VALUE * len(values) + (pc.sum(pc.binary_length(values.dictionary).take(values.indices)).as_py() or 0)
     return VALUE * len(values) + values.nbytes
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -206,7 +202,8 @@ class _Compact:
         if kind in (4, 5, 6):
             return self._signed()
         if kind in (3, 7, 8):
-            self._skip({3: 1, 7: 8}.get(kind) or self._unsigned())
+            size = {3: 1, 7: 8}.get(kind) or self._unsigned()  # first, since it moves the position, too
+            self.position += size
             return None
         if kind in (9, 10):
             head = self._byte()
@@ -219,9 +216,6 @@ class _Compact:
     def _byte(self) -> int:
         self.position += 1
         return self._content[self.position - 1]
-
-    def _skip(self, size: int) -> None:
-        self.position += size
 
     def _unsigned(self) -> int:
         value = shift = 0

@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 from dora_mm.config.schema import Text
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.data.vl.json_items import list_items
+from dora_mm.data.vl.json_items import list_items, numbered
 from dora_mm.data.vl.readers.vqa_answers import NUM_ANSWERS, soft_scores
 from dora_mm.data.vl.rows import BadRows, Id, RowError, good_rows
 
@@ -128,8 +128,4 @@ def read_ocrbench(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
         kinds = (row["type"], row["dataset_name"])
         return _question(row.get("id", ""), row["image_path"], row["question"], answers, kinds)
 
-    rows = (
-        (where, {"id": number} | row if isinstance(row, dict) else row)
-        for number, (where, row) in enumerate(list_items(path))
-    )
-    return good_rows(path, rows, RECOGNITION, example, bad)
+    return good_rows(path, numbered(list_items(path), "id"), RECOGNITION, example, bad)

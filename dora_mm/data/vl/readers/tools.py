@@ -38,10 +38,11 @@ def with_calls(dialogue: Dialogue, messages: Sequence[Any]) -> Dialogue:
     """
     if CALLS.isdisjoint(dialogue.names) and not any(message.get("tool_calls") for message in messages):
         return dialogue
-    found = Dialogue([], [], [], [], dialogue.images, dialogue.videos, calls := [])
+    found, calls = Dialogue([], [], [], [], []), []
     for name, text, loss, references, message in zip(*dialogue[:4], messages, strict=True):
         is_call = name in CALLS
-        own = _calls(text if is_call else message.get("tool_calls") or [])
+        given = text if is_call else message.get("tool_calls") or []
+        own = [_call(one) for one in _listed(given, "tool calls")]
         if own and not is_call and ROLES.get(name.lower()) != "assistant":
             raise RowError(f"has tool calls in a turn of {name[:20]!r}: they are the assistant's")
         if is_call and found.names and ROLES.get(found.names[-1].lower()) == "assistant":
@@ -56,12 +57,8 @@ def with_calls(dialogue: Dialogue, messages: Sequence[Any]) -> Dialogue:
     return found._replace(calls=[json.dumps(own, ensure_ascii=False) if own else "" for own in calls])
 
 
-def _calls(given: Any) -> list[dict[str, Any]]:
-    """Calls as templates take them, with arguments that are an object."""
-    return [_call(one) for one in _listed(given, "tool calls")]
-
-
 def _call(given: Any) -> dict[str, Any]:
+    """A call as templates take it, with arguments that are an object."""
     function = given.get("function") or given if isinstance(given, dict) else {}
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowError("has a tool call without the `name` of a function")

@@ -111,20 +111,15 @@ class _Annotations:
         Raises:
             RowError: There is no usable annotation, or it is for another image.
         """
-        found = self._take(question_id)
-        if found is None:
-            raise RowError(f"has no usable annotation in {self._path}")
-        if found.image_id != image_id:
-            raise RowError(f"has another image_id than its annotation in {self._path}")
-        return found
-
-    def _take(self, question_id: Id) -> Labels | None:
         while question_id not in self._pending:
             labels = next(self._unread, None)
             if labels is None:
-                return None
+                raise RowError(f"has no usable annotation in {self._path}")
             self._pending[labels.id] = labels
-        return self._pending.pop(question_id)
+        found = self._pending.pop(question_id)
+        if found.image_id != image_id:
+            raise RowError(f"has another image_id than its annotation in {self._path}")
+        return found
 
     def report_unused(self, questions: Path) -> None:
         """Reports annotations without a question as bad rows: questions and annotations must correspond one to one."""

@@ -9,7 +9,7 @@ from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.readers import read_source, resolved
 from dora_mm.data.vl.rows import BadRows, count_of
 from dora_mm.eval.vl.metrics import scorer_of
-from dora_mm.eval.vl.predictions.reading import MOST_NAMED, PredictionFile
+from dora_mm.eval.vl.predictions.reading import PredictionFile, named
 from dora_mm.eval.vl.scores import is_answered
 from dora_mm.registries.vl_tasks import TASKS
 
@@ -132,8 +132,3 @@ def check_same(first: Collection[str], second: Collection[str], name: str, other
 def _only(one: Iterable[str], other: Collection[str], lacks: str, of: str) -> list[str]:
     missing = [key for key in one if key not in other]
     return [f"{lacks} {count_of(len(missing), 'row')} of {of} ({named(missing)})"] if missing else []
-
-
-def named(locations: Sequence[str]) -> str:
-    """The first of some places or ids."""
-    return ", ".join(locations[:MOST_NAMED]) + (", ..." if len(locations) > MOST_NAMED else "")

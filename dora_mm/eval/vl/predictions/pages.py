@@ -40,7 +40,7 @@ def write_page(
     paths = _found([example for example, _ in predictions], images)
     shown = _thumbnails(folder, paths)
     earlier = [None] * len(predictions) if before is None else [text for _, text in before]
-    gpus = [
+    examples = [
         PageExample.from_example(
             example,
             text,
@@ -51,7 +51,7 @@ def write_page(
         for (example, text), was in zip(predictions, earlier, strict=True)
     ]
     title = file_stem(task)
-    write_examples_page(path, title, [PageSection(title, gpus)])
+    write_examples_page(path, title, [PageSection(title, examples)])
 
 
 def _found(examples: Sequence[Example], images: str | None) -> dict[str, Path]:

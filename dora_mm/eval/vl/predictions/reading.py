@@ -4,7 +4,7 @@ Which program a file is of, the keys of its first row say: ours, VLMEvalKit's ta
 OpenAI's batches (which vLLM's run-batch writes, too), or an id and an answer under one of the usual names.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -50,20 +50,15 @@ class PredictionFile:
 
     Attributes:
         path: The file.
-        kind: The program that it is of.
         rows: Its rows, whose ids differ.
+        by_number: Whether ids are numbers of rows of the data set.
         about: What the first line says, of our own files.
     """
 
     path: Path
-    kind: str
     rows: tuple[AnsweredRow, ...]
-    about: About | None = None
-
-    @property
-    def by_number(self) -> bool:
-        """Whether ids are numbers of rows of the data set."""
-        return self.kind == LMMS_EVAL
+    by_number: bool
+    about: About | None
 
 
 Parse = Callable[[Mapping[str, Any], str], AnsweredRow]
@@ -93,7 +88,7 @@ def read_predictions(name: str) -> PredictionFile:
     rows = _rows(path, kind, items if about else chain([first], items))
     if not rows:
         raise ValueError(f"{path} has no rows")
-    return PredictionFile(path, kind, rows, about)
+    return PredictionFile(path, rows, kind == LMMS_EVAL, about)
 
 
 def _parsed(item: Any) -> Any:
@@ -119,26 +114,24 @@ def _rows(path: Path, kind: str, items: Iterable[Item]) -> tuple[AnsweredRow, ..
     bad: dict[str, list[str]] = {}
     for where, item in items:
         try:
-            row = PARSERS[kind](_object(_parsed(item)), where)
+            values = _parsed(item)
+            if not isinstance(values, dict):
+                raise RowError("is no object with an id and an answer")
+            row = PARSERS[kind](values, where)
             if row.id in found:
                 raise RowError("has an id that an earlier row has")
             found[row.id] = row
         except RowError as error:
             bad.setdefault(str(error), []).append(where)
     if bad:
-        reasons = [f"{len(locations)} x {reason} ({_some(locations)})" for reason, locations in bad.items()]
+        reasons = [f"{len(locations)} x {reason} ({named(locations, '; ')})" for reason, locations in bad.items()]
         raise ValueError(f"{path}: {sum(map(len, bad.values()))} rows cannot be scored: {', '.join(reasons)}")
     return tuple(found.values())
 
 
-def _some(locations: list[str]) -> str:
-    return "; ".join(locations[:MOST_NAMED]) + ("; ..." if len(locations) > MOST_NAMED else "")
-
-
-def _object(row: Any) -> Mapping[str, Any]:
-    if not isinstance(row, dict):
-        raise RowError("is no object with an id and an answer")
-    return row
+def named(locations: Sequence[str], separator: str = ", ") -> str:
+    """The first of some places or ids."""
+    return separator.join([*locations[:MOST_NAMED], *(["..."] if len(locations) > MOST_NAMED else [])])
 
 
 def _text(value: Any) -> str:

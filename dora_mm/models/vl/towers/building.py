@@ -220,7 +220,10 @@ def _file(config: VisionConfig, tags: Sequence[str]) -> Path | None:
 def _read_weights(file: Path) -> Mapping[str, Tensor]:
     """The state dict in a file, without the nesting and prefixes of training checkpoints and parallel wrappers."""
     try:
-        state: Any = load_file(file) if file.suffix == ".safetensors" else _unpickled_weights(file)
+        if file.suffix == ".safetensors":
+            state: Any = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)  # tensors and plain containers, never code
     except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"vision.pretrained: {file} is not a file of plain weights ({first_line(error)}): "
@@ -232,10 +235,6 @@ def _read_weights(file: Path) -> Mapping[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"vision.pretrained: {file} is not a state dict: save the weights alone")
     return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def _unpickled_weights(file: Path) -> Any:
-    return torch.load(file, map_location="cpu", weights_only=True)  # tensors and plain containers, never code
 
 
 def _pair(size: Any) -> tuple[int, int]:

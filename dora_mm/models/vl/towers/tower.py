@@ -77,7 +77,12 @@ class VisionTower(nn.Module):
         self.trunk = trunk
         self.layers = tuple(layers)
         self.preprocess = preprocess
-        self._check_layers()
+        names = {name for name, _ in trunk.named_modules() if name}
+        for layer in self.layers:
+            if layer not in names:
+                raise ValueError(f"vision.layers: {name} has no {layer!r}{nearest(layer, names)}")
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError("vision.layers contains a layer twice")
         self.requires_grad_(False).eval()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.feature_dim, self.grid = drop_unused_modules(self)
@@ -167,14 +172,6 @@ class VisionTower(nn.Module):
             return grid[0], grid[1]
         side = math.isqrt(num_tokens)  # transformers that merge their patches
         return (side, side) if side * side == num_tokens else None
-
-    def _check_layers(self) -> None:
-        names = {name for name, _ in self.trunk.named_modules() if name}
-        for name in self.layers:
-            if name not in names:
-                raise ValueError(f"vision.layers: {self.name} has no {name!r}{nearest(name, names)}")
-        if len(set(self.layers)) < len(self.layers):
-            raise ValueError("vision.layers contains a layer twice")
 
 
 class _AllLayersSeen(BaseException):

@@ -52,7 +52,10 @@ class Answerer:
     def __call__(self, inputs: VLInputs) -> list[str]:
         """One answer per row, for a batch of B rows."""
         if words := TASKS[self.task].chosen_from:
-            return self._likeliest(words, inputs)
+            config = self.model.config
+            logits = self.model.next_logits(inputs, [config.decoder_start_token_id, config.bos_token_id])
+            tokens = self._target_ids(words)[:, 1]  # the first one of each, behind </s><s>
+            return [words[index] for index in logits[:, tokens].argmax(dim=1).tolist()]
         if self.candidate_ids is not None and self.config.answers == "rank":
             scores = self.model.rank_candidates(inputs, self.candidate_ids.to(inputs.input_ids.device))
             return [self.candidates[index] for index in scores.argmax(dim=1).tolist()]
@@ -63,13 +66,6 @@ class Answerer:
     def _target_ids(self, answers: Sequence[str]) -> Tensor:
         max_positions = self.model.config.max_position_embeddings
         return encode_targets(self.tokenizer, self.task, answers, max_positions=max_positions)
-
-    def _likeliest(self, words: tuple[str, ...], inputs: VLInputs) -> list[str]:
-        """The word whose first token is the likeliest after `</s><s>`."""
-        config = self.model.config
-        logits = self.model.next_logits(inputs, [config.decoder_start_token_id, config.bos_token_id])
-        tokens = self._target_ids(words)[:, 1]
-        return [words[index] for index in logits[:, tokens].argmax(dim=1).tolist()]
 
 
 def restricted_to(candidates: Tensor, config: Any) -> Callable[[int, Tensor], list[int]]:

@@ -79,7 +79,7 @@ class VLBartModel:
         # of the weights as they were loaded: an adapter changes them
         weights = {"base_digest": module_digest(model), "vision_digest": vision.identity}
         folder = local_copy(resolve_model(config[0].path)) if config else None
-        self._identity = ModelIdentity(weights, digests_of(folder) if folder else {})
+        self.identity = ModelIdentity(weights, digests_of(folder) if folder else {})
         self.day = Day()  # which nothing asks for
         self.counts = RowCounts()  # all 0: texts have the lengths of their task, which count as no cut
 
@@ -173,10 +173,6 @@ class VLBartModel:
     @property
     def files(self) -> SeenFiles:
         return self.vision.files
-
-    @property
-    def identity(self) -> ModelIdentity:
-        return self._identity
 
     def check_rows(self, table: ExampleTable) -> ExampleTable:
         return self.vision.check_rows(table)

@@ -19,7 +19,7 @@ from dora_mm.data.vl.example import Answer, Example, Turn
 from dora_mm.data.vl.rows import RowTooLongError
 from dora_mm.models.chat_templates import rendering_on
 from dora_mm.models.vl.vl_model import without_thought
-from dora_mm.models.vl.vlm.chat import THOUGHT, ChatText, render
+from dora_mm.models.vl.vlm.chat import THOUGHT, render
 from dora_mm.models.vl.vlm.example_encoder import ExampleEncoder
 from dora_mm.models.vl.vlm.network import VLMNetwork, naming
 from dora_mm.models.vl.vlm.sampled import SampledTokens, before_stop
@@ -71,10 +71,11 @@ class VLMAnswers:
         return settings
 
     @cached_property
-    def _shortest(self) -> ChatText:
-        """A short exchange as text. It is not a row, so `Day.num_requests` does not count it."""
+    def _shortest(self) -> str:
+        """A short answer as it is rendered. It is not a row, so `Day.num_requests` does not count it."""
         with rendering_on(Day(self.encoder.day.date)):
-            return render(self.encoder.processor, SHORTEST)
+            text, [(start, end)], _ = render(self.encoder.processor, SHORTEST)
+        return text[start:end]
 
     @cached_property
     def _turn_end(self) -> list[int]:
@@ -82,8 +83,7 @@ class VLMAnswers:
         tokenizer = self.encoder.processor.tokenizer
         if self.encoder.fallback is not None:
             return [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
-        text, [(start, end)], _ = self._shortest
-        return tokenizer(text[start:end], add_special_tokens=False)["input_ids"][-1:]
+        return tokenizer(self._shortest, add_special_tokens=False)["input_ids"][-1:]
 
     @cached_property
     def _num_opening(self) -> int:
@@ -91,8 +91,7 @@ class VLMAnswers:
         tokenizer = self.encoder.processor.tokenizer
         if self.encoder.fallback is not None:
             return 0
-        text, [(start, end)], _ = self._shortest
-        opening = text[start:end].partition(SHORTEST[1].text)[0]
+        opening = self._shortest.partition(SHORTEST[1].text)[0]
         return len(tokenizer(opening, add_special_tokens=False)["input_ids"]) if THOUGHT.search(opening) else 0
 
     @torch.no_grad()

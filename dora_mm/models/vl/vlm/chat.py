@@ -15,25 +15,12 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 
 import dora_mm.models.chat_templates  # noqa: F401  bounds what models' files render
-from dora_mm.data.vl.example import LEADING, Turn, pieces_of, plain_text
+from dora_mm.data.vl.example import Turn, leading, pieces_of, plain_text
 
+Span = tuple[int, int]  # from one place of a text to another
 Pieces = tuple[tuple[str, str], ...]  # of a turn: ("text", "What is it?"), or ("image", "") or ("video", "")
 THOUGHT = re.compile(r"\s*</?think>\s*")
 PROBE = Turn("user", "@@next@@", False)
-
-
-class ChatText(NamedTuple):
-    """A conversation as text.
-
-    Attributes:
-        text: What the model reads, with the processor's token in the place of each image or video.
-        spans: Where in `text` the learned answers are, as (start, end), the token that ends each turn included.
-        ends: Where all exchanges end, learned or not.
-    """
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-    ends: tuple[int, ...] = ()
 
 
 def chat_template(processor: Any, *, tools: bool = False) -> str | None:
@@ -55,7 +42,7 @@ def chat_template(processor: Any, *, tools: bool = False) -> str | None:
     return chosen
 
 
-def render(processor: Any, turns: Sequence[Turn], tools: str = "") -> ChatText:
+def render(processor: Any, turns: Sequence[Turn], tools: str = "") -> tuple[str, list[Span], list[int]]:
     """Renders a conversation for training, up to its last answer.
 
     An answer follows the very text that asks for it when the model answers, also where the template renders an answered
@@ -67,6 +54,10 @@ def render(processor: Any, turns: Sequence[Turn], tools: str = "") -> ChatText:
         processor: A processor with a chat template.
         turns: The conversation, with at least one answer.
         tools: Its tools; see `Example`.
+
+    Returns:
+        What the model reads, with the processor's token in the place of each image or video; where in it the learned
+        answers are, the token that ends each turn included; and where all exchanges end, learned or not.
 
     Raises:
         ValueError: The template refuses the conversation, leaves out a text of it, a tool or a call, or renders none of
@@ -85,7 +76,7 @@ def render(processor: Any, turns: Sequence[Turn], tools: str = "") -> ChatText:
     if not spans and any(turn.loss for turn in turns):
         learned = next(turn.text for turn in turns if turn.loss)
         raise ValueError(f"the chat template does not render this answer as it is: {learned[:80]!r}")
-    return ChatText(text + rest, tuple(spans), tuple(ends))
+    return text + rest, spans, ends
 
 
 def is_prompt(turns: Sequence[Turn]) -> bool:
@@ -132,7 +123,7 @@ class _Template:
         ValueError: The template refuses the conversation, or leaves out a text of it.
     """
 
-    def __init__(self, processor: Any, prompt: Sequence[Turn], tools: str = ""):
+    def __init__(self, processor: Any, prompt: Sequence[Turn], tools: str):
         self.processor, self.tools = processor, json.loads(tools) if tools else None
         template = chat_template(processor, tools=bool(tools))
         assert template is not None  # others read one question
@@ -157,11 +148,11 @@ class _Template:
         return rendered
 
     def _message(self, turn: Turn) -> dict[str, Any]:
-        text = _without_leading_breaks(turn.text) if self.breaks else turn.text
-        if not turn.calls:
-            return {"role": turn.role, "content": self.content(_pieces(text), self.processor)}
-        content = self.content(_pieces(text), self.processor) if text else ""
-        return {"role": turn.role, "content": content, "tool_calls": json.loads(turn.calls)}
+        marks, text = leading(turn.text)  # some templates write the line breaks behind leading images themselves
+        text = ("".join(marks.split()) if self.breaks else marks) + text
+        content = self.content(_pieces(text), self.processor) if text or not turn.calls else ""
+        calls = {"tool_calls": json.loads(turn.calls)} if turn.calls else {}
+        return {"role": turn.role, "content": content} | calls
 
     def exchange(self, turns: Sequence[Turn], later: Sequence[Turn]) -> _Exchange:
         """The last turn of these, an answer, as it is rendered; `later` are the turns that follow up to another one."""
@@ -262,12 +253,6 @@ def _pieces(text: str) -> Pieces:
     pieces = enumerate(pieces_of(text))
     found = [(piece, "") if number % 2 else ("text", piece) for number, piece in pieces if piece]
     return tuple(found) or (("text", ""),)
-
-
-def _without_leading_breaks(text: str) -> str:
-    """The text of a turn without the line breaks behind the images that begin it, which its template writes itself."""
-    leading = LEADING.match(text)
-    return "".join(leading[0].split()) + text[leading.end() :] if leading else text
 
 
 def _items(pieces: Pieces, processor: Any) -> Any:

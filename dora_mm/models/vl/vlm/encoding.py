@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_mm.data.images.frames import Video
-from dora_mm.models.vl.vlm.chat import ChatText, chat_template
+from dora_mm.models.vl.vlm.chat import Span, chat_template
 from dora_mm.models.vl.vlm.features import check_features
 from dora_mm.models.vl.vlm.placeholders import (
     CHANGED,
@@ -122,27 +122,36 @@ class RowEncoder:
             if token in text:
                 raise ValueError(f"the text has {token}, which this model reads as {meaning}: write it otherwise")
 
-    def conversation(self, chat: ChatText, images: Sequence[Any], videos: Sequence[Video] = ()) -> TokenRow:
+    def conversation(
+        self,
+        text: str,
+        learned_spans: Sequence[Span],
+        ends: Sequence[int] = (),
+        images: Sequence[Any] = (),
+        videos: Sequence[Video] = (),
+    ) -> TokenRow:
         """A rendered conversation as a row whose answers have loss.
 
         Args:
-            chat: The conversation, with the processor's token in the place of each image and video.
+            text: The conversation, with the processor's token in the place of each image and video.
+            learned_spans: Where in it the learned answers are; see `render`.
+            ends: Where its exchanges end.
             images: Its images, PIL, in the order of the text.
             videos: Its videos, in the order of the text.
 
         Raises:
             ValueError: The numbers of images and of places for them differ, or the processor changes what is learned.
         """
-        inputs, spans, expanded = self._process(chat.text, images, videos)
+        inputs, spans, expanded = self._process(text, images, videos)
         offsets = inputs.pop("offset_mapping")[0]
         learned = torch.zeros(len(offsets), dtype=torch.bool)
-        for start, end in chat.spans:
+        for start, end in learned_spans:
             span = moved(start, spans), moved(end, spans)
-            if expanded[slice(*span)] != chat.text[start:end]:
+            if expanded[slice(*span)] != text[start:end]:
                 raise ValueError(CHANGED)
             learned |= overlap(offsets, *span)
-        ends = [int((offsets[:, 0] < moved(end, spans)).sum()) for end in chat.ends]
-        return self._row(inputs, learned, inside(offsets, spans), len(images), ends)
+        tokens = [int((offsets[:, 0] < moved(end, spans)).sum()) for end in ends]
+        return self._row(inputs, learned, inside(offsets, spans), len(images), tokens)
 
     def question(
         self,

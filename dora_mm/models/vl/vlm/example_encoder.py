@@ -19,7 +19,7 @@ from dora_mm.data.vl.image_folder import image_path
 from dora_mm.models.chat_templates import rendering_on
 from dora_mm.models.vl.vl_model import likeliest_answer
 from dora_mm.models.vl.vlm.boxes import with_boxes
-from dora_mm.models.vl.vlm.chat import ChatText, is_prompt, render, render_prompt
+from dora_mm.models.vl.vlm.chat import is_prompt, render, render_prompt
 from dora_mm.models.vl.vlm.encoding import RowEncoder, TokenRow, collate
 from dora_mm.models.vl.vlm.forms import Form
 from dora_mm.models.vl.vlm.prompts import EITHER, SAME_IMAGES, SAME_LENGTH, UNBATCHED_MODELS, FallbackPrompts
@@ -182,12 +182,9 @@ class ExampleEncoder:
 
     def _rendered(self, exchanges: Sequence[Exchange], tools: str) -> TokenRow:
         turns, images, videos = (list(chain.from_iterable(parts)) for parts in zip(*exchanges, strict=True))
-        return self.encoder.conversation(self.render(turns, tools), images, videos)
-
-    def render(self, turns: Sequence[Turn], tools: str = "") -> ChatText:
-        """A conversation as text, on the day of the run; see `chat.render`."""
         with rendering_on(self.day):  # here, since batches are prepared in a thread
-            return render(self.processor, turns, tools)
+            rendered = render(self.processor, turns, tools)
+        return self.encoder.conversation(*rendered, images, videos)
 
     def _fallback_row(
         self, fallback: FallbackPrompts, requests: str, images: list[Any], answer: str | None
@@ -207,7 +204,7 @@ class ExampleEncoder:
         if answer is None:
             return self.encoder.question(requests, ())
         text = f"{requests}{answer}{self.processor.tokenizer.eos_token or ''}"
-        return self.encoder.conversation(ChatText(text, ((len(requests), len(text)),)), ())
+        return self.encoder.conversation(text, [(len(requests), len(text))])
 
     def turns(self, task: str, example: Example, answer: str | None) -> list[Turn]:
         """The conversation of an example: its own, or the task's prompt with the images in front."""
