@@ -103,10 +103,10 @@ class TinyKleinConfig(Section):
     num_merges: Annotated[int, Field(ge=0, le=4096)] = 600  # byte-pair merges of its tokenizer
     max_tokens: Annotated[int, Field(ge=16)] = 32  # that prompts are filled up to
     text_width: Annotated[int, Field(gt=0, multiple_of=16)] = 32  # of the text encoder
-    width: PositiveInt = 80  # of the transformer
+    width: PositiveInt = 72  # of the transformer
     layers: PositiveInt = 1  # of the transformer, with a stream for the picture and one for the prompt
     single_layers: PositiveInt = 4  # those with one stream
-    heads: PositiveInt = 4  # attention heads of each layer
+    heads: PositiveInt = 3  # attention heads of each layer
     mlp_ratio: Annotated[float, Field(gt=0)] = 2.0  # hidden size of the feed-forward layers, by the width
 
     @model_validator(mode="after")
