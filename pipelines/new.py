@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,23 +13,31 @@ from dora_mm.config.paths import find_path
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.images.folder import CaptionedImage, read_captioned_images
 from dora_mm.data.images.masks import by_kind
-from dora_mm.data.images.shared_words import PLACEHOLDER, example_prompts, shared_word
+from dora_mm.data.images.references import named_alike
+from dora_mm.data.images.shared_words import NUM_PROMPTS, PLACEHOLDER, example_prompts, shared_word
 from dora_mm.models.hub import local_copy
-from dora_mm.preview.images import describe_captions, describe_images, describe_length, describe_masks, repeats_of
+from dora_mm.preview.images import (
+    describe_captions,
+    describe_images,
+    describe_length,
+    describe_masks,
+    describe_references,
+    repeats_of,
+)
 from dora_mm.preview.look import describe_look
 from dora_mm.preview.machine import fitting, largest_gpu
+from dora_mm.preview.recipe_steps import remark_on_steps, steps_for
 from dora_mm.registries.image_families import IMAGE_FAMILIES
 from dora_mm.registries.vl_families import VL_FAMILIES
 from dora_mm.utils.atomic import already_there
 from dora_mm.utils.folders import written_together
 from dora_mm.utils.home import expanded
 from dora_mm.utils.messages import nearest
+from dora_mm.utils.tables import csv_records
 from dora_mm.utils.yaml12 import MISSING, KeyPath, edited
 
 Changes = dict[KeyPath, Any]
 SMALL = 1e9  # bytes of the weights of a model that is trained on a processor
-STYLE_IMAGES = (23, 61)  # the numbers of images that the recipes' steps are for
-FEWEST_STEPS, MOST_STEPS = 50, 10_000
 MOST_BETWEEN = 250  # steps from one checkpoint to the next: what a stop can lose
 FEW_ROWS = 1000  # of questions: fewer are seen three times
 UNCAPTIONED = "data.instance_prompt"  # the source of a caption that no file has
@@ -38,23 +47,26 @@ class Draft(NamedTuple):
     """A config to write, and its sources.
 
     Attributes:
+        family: A key of `starts()`.
         file: The new config.
         recipe: The packaged config to start from.
         images: The folder of images; None: it is not given.
+        references: Folders of reference images.
         data: The file of vision-language data; None: there are captions.
         model: The model; None: the recipe's.
     """
 
+    family: str
     file: Path
     recipe: str
     images: str | None
+    references: tuple[str, ...]
     data: str | None
     model: str | None
 
-    @property
-    def prompts(self) -> Path:
+    def prompts(self, suffix: str = ".txt") -> Path:
         """The file of prompts next to the config."""
-        return self.file.with_name(f"{self.file.stem}_prompts.txt")
+        return self.file.with_name(f"{self.file.stem}_prompts{suffix}")
 
     @property
     def run(self) -> str:
@@ -63,14 +75,23 @@ class Draft(NamedTuple):
 
 
 def main(
-    family: str, name: str, *, images: str | None = None, data: str | None = None, model: str | None = None
+    family: str,
+    name: str,
+    *,
+    images: str | None = None,
+    references: Sequence[str] = (),
+    data: str | None = None,
+    model: str | None = None,
 ) -> None:
     """Writes NAME.yaml and, for images, NAME_prompts.txt, and prints what was found and what comes next.
+
+    Where images have references, the prompts are a table, NAME_prompts.csv.
 
     Args:
         family: A key of `starts()`.
         name: The name of the new config, with or without .yaml.
         images: The folder of images; None: all rows of `data` are texts.
+        references: Folders of reference images, for a model that edits.
         data: The file of questions, of vision-language models.
         model: The model: a folder, a file or a hub name; None: the recipe's.
 
@@ -79,6 +100,7 @@ def main(
             or the model cannot be used.
     """
     check_starts(family)
+    check_edits(family, references)
     if images is not None:
         resolve_path(images, "--images")
     if model is not None:
@@ -86,7 +108,7 @@ def main(
     file = expanded(f"{name.removesuffix('.yaml')}.yaml")
     if run_name(file) != file.stem:
         raise ValueError(f"NAME {name} cannot be that of a run: take letters, digits, - and _")
-    draft = Draft(file, starting_recipe(family, model), images, data, model)
+    draft = Draft(family, file, starting_recipe(family, model), images, tuple(references), data, model)
     if draft.file.exists():  # the last to appear; the prompts may be there after a kill
         raise already_there(draft.file)
     start = load_config(draft.recipe)
@@ -133,6 +155,24 @@ def check_starts(family: str) -> None:
     raise ValueError(f"there is no family {family!r}{nearest(family, known)}: choose from {', '.join(known)}")
 
 
+def check_edits(family: str, references: Sequence[str]) -> None:
+    """Checks that a family takes reference images, where some are given.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if references and not edits(family):
+        title = (IMAGE_FAMILIES.get(family) or VL_FAMILIES[family]).title
+        editing = ", ".join(name for name, each in IMAGE_FAMILIES.items() if each.edits and each.starts)
+        raise ValueError(f"--references: {title} takes no reference images; of {editing}, dora-mm new has recipes")
+
+
+def edits(family: str) -> bool:
+    """Whether a family is one of image models that take references."""
+    record = IMAGE_FAMILIES.get(family)
+    return record is not None and record.edits
+
+
 def check_family(model: str | None, family: str) -> None:
     """Checks that an image model on this machine is one that `train` accepts in a config of a family.
 
@@ -165,7 +205,18 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
         raise ValueError("--data belongs to questions: captions lie beside the images, or in metadata.jsonl")
     folder = folder_of_images(draft)
     masks = "file" if by_kind(resolve_path(folder, "--images").glob("*")).masks else None
-    images = read_captioned_images(folder, instance_prompt=PLACEHOLDER, key="--images", masks=masks, look=True)
+    images = read_captioned_images(
+        folder,
+        instance_prompt=PLACEHOLDER,
+        key="--images",
+        masks=masks,
+        references=draft.references,
+        reference_key="--references",
+        look=True,
+    )
+    if any(image.references for image in images) or start.data.references:
+        edit(draft, start, images, masks=bool(masks))
+        return
     captions = [image.caption for image in images if image.source != UNCAPTIONED]
     word = shared_word(captions) if captions else PLACEHOLDER
     instance = f"a picture in the style of {word}" if word else "a picture"
@@ -180,13 +231,22 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
         f"It started from {draft.recipe}, whose head says what memory it takes; so does --dry-run.\n"
         "The keys are explained in docs/train_images.md, those of data in docs/image_data.md."
     )
-    config = write_files(draft, changes, about, prompts)
+    config = write_files(draft, changes, about, draft.prompts(), "".join(f"{prompt}\n" for prompt in prompts))
+    unused = named_alike([image.path for image in images], images[0].path.parent) if edits(draft.family) else []
     uncaptioned = [image._replace(caption=instance) if image.source == UNCAPTIONED else image for image in images]
-    print(describe_style(uncaptioned, config, word, start.train.steps))
-    print(f"prompts   {prompts[0]}, ...\n\nwritten   {draft.file}, {draft.prompts}")
+    trigger = f"trigger   {remark_on(word, len(captions))}"
+    print(describe_style(uncaptioned, config, start.train.steps, trigger))
+    for path in unused:
+        print(f"pairs     {path.name} has an image for each of these: --references {path} makes an edit of both")
+    print(f"prompts   {prompts[0]}, ...\n\nwritten   {draft.file}, {draft.prompts()}")
+    print_next_of_images(draft, config, draft.prompts())
+
+
+def print_next_of_images(draft: Draft, config: TrainDiffusionConfig, prompts: Path) -> None:
+    """Prints the commands that follow for an adapter of an image model."""
     seeds = [f"seeds={list(config.sample.seeds)}"] if config.sample.seeds != (0,) else []
-    contact_sheet = ["sample", draft.prompts, "--set", f"adapter.path={draft.run}", *seeds, "strengths=[0, 1]"]
-    sampled = f"runs/{draft.prompts.stem}/001"
+    contact_sheet = ["sample", prompts, "--set", f"adapter.path={draft.run}", *seeds, "strengths=[0, 1]"]
+    sampled = f"runs/{prompts.stem}/001"
     print_next(
         config,
         {
@@ -197,9 +257,56 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
     )
 
 
+def edit(draft: Draft, start: TrainDiffusionConfig, images: Sequence[CaptionedImage], *, masks: bool) -> None:
+    """Writes the config of an edit that is learned from pairs of images, and a table of some of them.
+
+    Raises:
+        ValueError: No image has references, or the family takes none.
+    """
+    pairs = [image for image in images if image.references]
+    if not pairs:
+        raise ValueError(f"--references is missing: {draft.recipe} is for images with what each is made of")
+    captions = list(dict.fromkeys(image.caption for image in pairs if image.source != UNCAPTIONED))
+    instruction = captions[0] if captions else f"make it {PLACEHOLDER}"
+    images = [image._replace(caption=instruction) if image.source == UNCAPTIONED else image for image in images]
+    shown = [image for image in images if image.references][:NUM_PROMPTS]
+    prompts = [image.caption for image in shown]
+    changes = style_changes(draft, start, len(images), prompts)
+    changes[("data", "references")] = list(draft.references) or MISSING
+    changes[("data", "placeholder")] = MISSING
+    uncaptioned = any(image.source == UNCAPTIONED for image in images)
+    changes[("data", "instance_prompt")] = instruction if uncaptioned else MISSING
+    if masks:
+        changes[("data", "mask")] = {}
+    references = [[shown_path(each.path) for each in image.references] for image in shown]
+    changes |= {("sample", "prompts"): prompts, ("sample", "images"): references}
+    about = (
+        f"An edit from {len(pairs)} of {len(images)} images in {draft.images}, which have references.\n"
+        f"It started from {draft.recipe}, whose head says what memory it takes; so does --dry-run.\n"
+        "The keys are explained in docs/train_images.md, those of data in docs/image_data.md."
+    )
+    config = write_files(draft, changes, about, table := draft.prompts(".csv"), table_of(prompts, references))
+    print(describe_style(images, config, start.train.steps))
+    print(f"prompts   {prompts[0]}, ...\n\nwritten   {draft.file}, {table}")
+    print_next_of_images(draft, config, table)
+
+
+def shown_path(path: Path) -> str:
+    """A path as configs have it: relative to the current folder where it is in it."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def table_of(prompts: Sequence[str], references: Sequence[Sequence[str]]) -> str:
+    """A CSV table of prompts and their references, in the columns of jobs."""
+    names = ["image", *(f"image_{number}" for number in range(2, max(map(len, references)) + 1))]
+    rows = zip(prompts, references, strict=True)
+    return csv_records([{"prompt": prompt, **dict(zip_longest(names, paths, fillvalue=""))} for prompt, paths in rows])
+
+
 def style_changes(draft: Draft, start: TrainDiffusionConfig, num_images: int, prompts: Sequence[str]) -> Changes:
     """The changes to the recipe, without those for captions."""
-    steps = min(max(FEWEST_STEPS, steps_in_proportion(num_images, start.train.steps)), MOST_STEPS)
+    steps = steps_for(num_images, start.train.steps)
     changes: Changes = {("data", "folder"): folder_of_images(draft), ("train", "steps"): steps}
     changes[("train", "checkpoint_every")] = min(steps // 4, MOST_BETWEEN)
     changes |= {("tokens",): MISSING, ("train", "stop_tokens_after"): MISSING}  # the word may be one of the model's own
@@ -218,17 +325,17 @@ def style_changes(draft: Draft, start: TrainDiffusionConfig, num_images: int, pr
 
 
 def describe_style(
-    images: Sequence[CaptionedImage], config: TrainDiffusionConfig, word: str | None, recipe_steps: int
+    images: Sequence[CaptionedImage], config: TrainDiffusionConfig, recipe_steps: int, *remarks: str
 ) -> str:
     """Report on the folder of images, with the consequences for the training and the recipe's steps."""
-    num_captions = sum(image.source != UNCAPTIONED for image in images)
     return "\n".join(
         [
             describe_images(images, config.data),
             describe_captions(images, config.data, None),
+            *describe_references(images, None, config.data),
             *(f"{line}: data.mask; null trains on all of each image" for line in describe_masks(images, config.data)),
             *describe_look(images, config.data),
-            f"trigger   {remark_on(word, num_captions)}",
+            *remarks,
             describe_length(repeats_of(images), config.train),
             *remark_on_steps(len(images), recipe_steps),
         ]
@@ -241,22 +348,6 @@ def remark_on(word: str | None, num_captions: int) -> str:
         return "No word is in all captions, so every image will show the style: to call it, add a word to each."
     where = "is in the captions" if num_captions else "stands for the style, since there are no captions"
     return f"{word} {where}: prompts need it, too."
-
-
-def steps_in_proportion(num_images: int, steps: int) -> int:
-    """The steps in which each image is seen as often as in the recipe."""
-    few, many = STYLE_IMAGES
-    return 50 * round(steps * num_images / min(max(num_images, few), many) / 50)
-
-
-def remark_on_steps(num_images: int, steps: int) -> list[str]:
-    """A line where there are so many images that each is seen less often than in the recipe."""
-    if (proportional := steps_in_proportion(num_images, steps)) <= MOST_STEPS:
-        return []
-    return [
-        f"steps     {MOST_STEPS:,}, where {proportional:,} would show each of the {num_images:,} images as often as "
-        "in the recipe: a style is learned long before, and train.steps can be raised when the run is resumed"
-    ]
 
 
 # --- questions -------------------------------------------------------------------------------------------------------
@@ -309,15 +400,17 @@ def vl(draft: Draft, start: TrainVLConfig) -> None:
 # --- both ------------------------------------------------------------------------------------------------------------
 
 
-def write_files(draft: Draft, changes: Mapping[KeyPath, Any], about: str, prompts: Sequence[str] = ()) -> Any:
-    """Writes the prompts, if there are any, and the recipe with changes, under a head of its own, and reads that."""
+def write_files(
+    draft: Draft, changes: Mapping[KeyPath, Any], about: str, prompts: Path | None = None, text: str = ""
+) -> Any:
+    """Writes the file of prompts, if there is one, and the recipe with changes, under its own head, and reads that."""
     lines = resolve_path(draft.recipe).read_text(encoding="utf-8").split("\n")
     body = lines[next(number for number, line in enumerate(lines) if not line.startswith("#")) :]
     head = [f"# {line}".rstrip() for line in [f"dora-mm train {shlex.quote(str(draft.file))}", "", *about.split("\n")]]
     with written_together(draft.file.parent, last=draft.file.name) as folder:
         (folder / draft.file.name).write_text(edited("\n".join([*head, *body]), changes), encoding="utf-8")
         if prompts:
-            (folder / draft.prompts.name).write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+            (folder / prompts.name).write_text(text, encoding="utf-8")
     return load_config(draft.file)
 
 

@@ -234,7 +234,8 @@ def parameters_by_name(model: nn.Module, names: Sequence[str]) -> dict[str, nn.P
     }
     parameters, chosen = dict(model.named_parameters()), set()
     for name in names:
-        found = {parameter for parameter in parameters if tests.get(name, partial(_matches, name))(parameter)}
+        test = tests.get(name, partial(matches, name, where="adapter.extra_trainable"))
+        found = set(filter(test, parameters))
         if not found:
             raise ValueError(
                 f"adapter.extra_trainable: {name!r} matches no parameter of this model, and is none of "
@@ -242,7 +243,3 @@ def parameters_by_name(model: nn.Module, names: Sequence[str]) -> dict[str, nn.P
             )
         chosen |= found
     return {name: parameter for name, parameter in parameters.items() if name in chosen}
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return matches(pattern, name, "adapter.extra_trainable")

@@ -80,7 +80,10 @@ def division(
     """
     component, network = next(iter(trained.networks.items()))
     own = frozenset({*network.parameters()} & {*trained.parameters.values()})
-    missed = set() if reaches_all else {id(network.get_submodule(path)) for path in _paths_missed(trained, component)}
+    missed: set[int] = set()
+    if not reaches_all and (report := trained.reports.get(component)):
+        paths = [module.path for module in report.modules if not module.part.startswith("text.")]
+        missed = {id(network.get_submodule(path)) for path in paths}
 
     def divides(block: nn.Module) -> bool:
         inside = set(block.parameters())
@@ -90,9 +93,3 @@ def division(
     if not blocks:
         raise ValueError("train.shard: no block of the network has frozen weights beside trained ones: leave it out")
     return Division(network, blocks, own)
-
-
-def _paths_missed(trained: TrainedNetworks, component: str) -> list[str]:
-    """The adapted modules that a batch without images does not reach."""
-    report = trained.reports.get(component)
-    return [module.path for module in report.modules if not module.part.startswith("text.")] if report else []

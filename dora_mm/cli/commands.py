@@ -4,9 +4,8 @@ import inspect
 import json
 import shlex
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from dora_mm.cli.parser import RESUMABLE
 from dora_mm.config import find_path, load_config, resolve_adapter, resolve_model, resolve_path, run_name
@@ -19,7 +18,6 @@ from dora_mm.registries.tools import EXPORT_FORMATS, no_entry
 from dora_mm.train.resuming import check_changes, nearest_run, started_config
 from dora_mm.utils.processes import num_started
 
-T = TypeVar("T", str, Path)
 # The arguments that are paths, with what `runs/NAME/latest` has to have; those of `set` are in the types of configs
 PATHS: dict[str | tuple[str, str], Wanted] = {
     **dict.fromkeys(("config", "prompts_config", "resume", "replay", "images", "data", "folder", "output"), RUN),
@@ -103,12 +101,9 @@ def number_paths(arguments: Namespace) -> None:
     for name, given in vars(arguments).items():
         wanted = PATHS.get((arguments.command, name)) or PATHS.get(name)
         if wanted and given is not None:
-            number = partial(_numbered, wanted=wanted, new=name in WRITTEN)
-            setattr(arguments, name, [number(path) for path in given] if isinstance(given, list) else number(given))
-
-
-def _numbered(path: T, *, wanted: Wanted, new: bool) -> T:
-    return type(path)(numbered(str(path), wanted, new=new))
+            paths = given if isinstance(given, list) else [given]
+            found = [type(path)(numbered(str(path), wanted, new=name in WRITTEN)) for path in paths]
+            setattr(arguments, name, found if isinstance(given, list) else found[0])
 
 
 def _call(recipe: str, arguments: Namespace) -> None:

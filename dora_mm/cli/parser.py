@@ -66,10 +66,10 @@ def build_parser() -> CommandParser:
         _add_score,
         _add_ask,
         _add_caption,
-        _add_configs,
-        _add_check,
     ):
         add(commands)
+    commands.add_parser("configs", help="list the packaged configs, with what each is for")
+    commands.add_parser("check", help="show the GPU, the installed packages, what is missing, and which recipe fits")
     parser.commands = commands.choices
     return parser
 
@@ -122,16 +122,15 @@ def _add_new(commands: Any) -> None:
     )
     command.add_argument("name", metavar="NAME", help="of the new config and its runs: NAME.yaml, NAME_prompts.txt")
     command.add_argument("--images", metavar="FOLDER", help="your images, with or without captions")
+    command.add_argument(
+        "--references",
+        metavar="FOLDER",
+        nargs="+",
+        default=(),
+        help="of a model that edits: what each image is made of, under its file name",
+    )
     command.add_argument("--data", metavar="FILE", help="your questions, of vlm: JSON, JSON lines or Parquet")
     command.add_argument("--model", metavar="MODEL", help=f"{BASE}; default: the recipe's")
-
-
-def _add_configs(commands: Any) -> None:
-    commands.add_parser("configs", help="list the packaged configs, with what each is for")
-
-
-def _add_check(commands: Any) -> None:
-    commands.add_parser("check", help="show the GPU, the installed packages, what is missing, and which recipe fits")
 
 
 def _add_gallery(commands: Any) -> None:

@@ -4,7 +4,6 @@ Commands and configs replace it with the number before anything is recorded, so 
 true when there are more runs. No such folder or link is ever made.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,12 +36,16 @@ def numbered(path: str, wanted: Wanted = RUN, *, new: bool = False) -> str:
     Raises:
         ValueError: There are runs, and none of them has it.
     """
-    before, after = _run_around(path)
-    if not before.parts or expanded(path).exists():
+    parts = Path(path).parts
+    index = parts.index(LATEST) if LATEST in parts else 0
+    if not index or expanded(path).exists():
         return path
+    before, after = Path(*parts[:index]), Path(*parts[index + 1 :])
     inside = not new and after.parts
     patterns = (str(after),) if inside else wanted.patterns
-    runs = list(_runs(expanded(before)))
+    folder = expanded(before)
+    found = [run for run in folder.iterdir() if run.name.isdecimal() and run.is_dir()] if folder.is_dir() else []
+    runs = sorted(found, key=lambda run: int(run.name), reverse=True)
     for run in runs:
         if any(True for pattern in patterns for _ in run.glob(pattern)):
             return str(before / run.name / after)
@@ -63,18 +66,3 @@ def _numbered_adapter(text: str) -> str:
     if not colon or "/" in strength:  # no strength
         return numbered(text.strip(), ADAPTER)
     return f"{numbered(path, ADAPTER)}:{strength}"
-
-
-def _run_around(path: str) -> tuple[Path, Path]:
-    """The parts of a path before and after `latest`; two empty paths without it."""
-    parts = Path(path).parts
-    if LATEST not in parts:
-        return Path(), Path()
-    index = parts.index(LATEST)
-    return Path(*parts[:index]), Path(*parts[index + 1 :])
-
-
-def _runs(folder: Path) -> Iterator[Path]:
-    """The numbered folders in a folder, the last one first."""
-    found = [entry for entry in folder.iterdir() if entry.name.isdecimal()] if folder.is_dir() else []
-    yield from sorted((entry for entry in found if entry.is_dir()), key=lambda run: int(run.name), reverse=True)

@@ -61,7 +61,8 @@ def load_config(
 
     file = resolve_path(path)
     document = _read(file)
-    values: dict[str, Any] = migrated(document.value) if _is_of_run(file) else document.value
+    is_of_run = file.name == "config.yaml" and (file.parent / "inputs.json").is_file()  # its keys may have former names
+    values: dict[str, Any] = migrated(document.value) if is_of_run else document.value
     origins: dict[KeyPath, str] = {key: f"line {line}" for key, line in document.lines.items()}
     problems = [Problem(origins[key], _dotted(key), "is given twice") for key in document.duplicates]
     chosen: list[KeyPath] = []
@@ -141,11 +142,6 @@ def about_run(folder: Path) -> str:
     if command in ("sample", "grid"):
         return f"{folder} is a run of dora-mm {command}: dora-mm {command} --resume {run} goes on with it"
     return f"{folder} is a run of dora-mm {command}, and its config is {saved}"
-
-
-def _is_of_run(file: Path) -> bool:
-    """Whether a run has saved this config; its keys may then have former names."""
-    return file.name == "config.yaml" and (file.parent / "inputs.json").is_file()
 
 
 def _read(file: Path) -> yaml12.Document:

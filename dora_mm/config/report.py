@@ -60,7 +60,9 @@ def describe(error: ValidationError, schema: type[Section], origins: Mapping[Key
     for item in error.errors(include_url=False):
         location = _location(schema, item["loc"])
         path = (*location.path, location.choice.key) if location.choice and item["type"] in _TAGS else location.path
-        origin, key = _origin(path, origins), dotted_key(path)
+        # that of the key, or else of the closest section that contains it
+        origin = next((origins[path[:length]] for length in range(len(path), 0, -1) if path[:length] in origins), "")
+        key = dotted_key(path)
         message, example = _message(item, location, schema), _example(item, location)
         if example and origin.startswith("--set"):
             message += f": --set {shlex.quote(f'{key}={example}')}"
@@ -85,14 +87,6 @@ def dotted_key(path: KeyPath) -> str:
     return text.removeprefix(".")
 
 
-def _origin(path: KeyPath, origins: Mapping[KeyPath, str]) -> str:
-    """The location of the key, or else of the closest section that contains it."""
-    for length in range(len(path), 0, -1):
-        if path[:length] in origins:
-            return origins[path[:length]]
-    return ""
-
-
 def _message(item: Any, location: _Location, schema: type[Section]) -> str:
     kind, given, context = item["type"], item["input"], item.get("ctx", {})
     if kind == "extra_forbidden":
@@ -105,7 +99,8 @@ def _message(item: Any, location: _Location, schema: type[Section]) -> str:
     if kind == "value_error":
         return str(context["error"])
     if kind == "literal_error":
-        return f"must be {context['expected']}, got {given!r}{nearest(str(given), _quoted(context['expected']))}"
+        quoted = context["expected"].split("'")[1::2]
+        return f"must be {context['expected']}, got {given!r}{nearest(str(given), quoted)}"
     if kind == "string_unicode":
         return f"must be text in Unicode, without half a surrogate pair, got {given!r}"
     if kind in _WANTED:
@@ -139,10 +134,6 @@ def _example_of_section(section: type[Section], given: Any) -> str:
     if section.exclusive and type(given) is float:  # of data.valid: a share
         return f"{{{section.exclusive[0][0]}: {given:g}}}"
     return next((f"{{{k}: {'true' if v is False else v}}}" for k, v in defaults.items() if v not in (None, ())), "{}")
-
-
-def _quoted(expected: str) -> list[str]:
-    return expected.split("'")[1::2]
 
 
 def _suggestion(location: _Location, schema: type[Section]) -> str:
@@ -225,11 +216,8 @@ def _location(schema: type[Section], location: Sequence[str | int]) -> _Location
 
 def _is_alternative(value: Any, part: str | int) -> bool:
     """Whether a part of pydantic's location is one of several types of a value, such as float and dict[str,float]."""
-    return get_origin(value) in (Union, UnionType) and isinstance(part, str) and part not in ("", *_names(value))
-
-
-def _names(value: Any) -> list[str]:
-    return [name for section in _sections_in(value) for name in section.model_fields]
+    keys = [name for section in _sections_in(value) for name in section.model_fields]
+    return get_origin(value) in (Union, UnionType) and isinstance(part, str) and part not in ("", *keys)
 
 
 def sections_at(schema: type[Section], path: Iterable[str | int]) -> list[type[Section]]:

@@ -136,16 +136,12 @@ class AdaptedLayer(AdapterParameters):
             return True
         return state.strength == 0 and not any(s.strength for s in state.stacked.values())
 
-    def pass_key(self) -> tuple[torch.dtype, torch.device, bool]:
-        """The key of what `fixed_parameters` keeps for a pass: dtype and device of its product, and inference mode."""
+    def pass_cache(self, caches: dict[Hashable, PassCache], *, keeps: bool, dtype: Any = None) -> PassCache:
+        """The cache for a pass, one of `caches`; `keeps` as in `PassCache`, `dtype` where the pass has its own."""
         # Tensors that were made in inference mode cannot be saved for a backward pass. (A compiler cannot ask for it.)
         inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
         weight = self.tensor("weight")
-        return product_dtype(weight), weight.device, inference
-
-    def pass_cache(self, caches: dict[Hashable, PassCache], *, keeps: bool, dtype: Any = None) -> PassCache:
-        """The cache for a pass, one of `caches`; `keeps` as in `PassCache`, `dtype` where the pass has its own."""
-        key = (*self.pass_key(), dtype)
+        key = (product_dtype(weight), weight.device, inference, dtype)
         cache = caches.get(key)
         if cache is None:
             cache = caches[key] = PassCache(keeps_base=True)

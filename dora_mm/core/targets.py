@@ -137,9 +137,9 @@ def matching(pattern: str, modules: Mapping[str, nn.Module], where: str) -> list
     return found
 
 
-def pattern_text(pattern: str, where: str, limit: int = 60) -> str:
+def pattern_text(pattern: str, where: str) -> str:
     """A pattern for a message, cut if it is long; `where` says where it is from."""
-    shown = pattern if len(pattern) <= limit else f"{pattern[:limit]}..."
+    shown = pattern if len(pattern) <= 60 else f"{pattern[:60]}..."
     return f"pattern {shown!r} of {where}"
 
 
@@ -158,7 +158,7 @@ def adaptable(module: nn.Module) -> bool:
     return isinstance(module, AdaptedLayer) or adapted_class(module) is not None
 
 
-def _nearest(pattern: str, modules: Mapping[str, nn.Module], limit: int = 3) -> str:
+def _nearest(pattern: str, modules: Mapping[str, nn.Module]) -> str:
     """The names of adaptable modules, or the ends of their paths, that are most similar to the pattern."""
     wanted = re.sub(r"\\d\+?|\.\*|[\\^$()]", "", pattern.removeprefix("re:")).strip(".")
     names: dict[str, str] = {}
@@ -167,7 +167,7 @@ def _nearest(pattern: str, modules: Mapping[str, nn.Module], limit: int = 3) -> 
             pieces = path.split(".")
             for length in (1, 2, 3, len(pieces)):
                 names.setdefault(".".join(pieces[-length:]), path)
-    close = difflib.get_close_matches(wanted, names, n=limit, cutoff=0.3) or _nearest_words(pattern, names)[:limit]
+    close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.3) or _nearest_words(pattern, names)[:3]
     return ", ".join(close) or "none (there is no other module that can be adapted)"
 
 
@@ -217,7 +217,7 @@ def _blocks(block: str, modules: Mapping[str, nn.Module], map_name: str) -> list
     return [path for path, module in modules.items() if type(module).__name__ == block]
 
 
-def _nearest_blocks(block: str, modules: Mapping[str, nn.Module], limit: int = 3) -> str:
+def _nearest_blocks(block: str, modules: Mapping[str, nn.Module]) -> str:
     names = [path if block.startswith("re:") else type(module).__name__ for path, module in modules.items()]
     distinct = list(dict.fromkeys(names))
-    return ", ".join(difflib.get_close_matches(block, distinct, n=limit, cutoff=0.0))
+    return ", ".join(difflib.get_close_matches(block, distinct, n=3, cutoff=0.0))

@@ -225,14 +225,13 @@ class AdapterFile:
             tool: The tool.
             read: Gives the tensor of a key; None: `tensor`.
         """
-        return tool.parts_of(module, self._tensors(module, tool, read or self.tensor), self.header)
+        read = read or self.tensor
+        tensors = {ending: read(key) for ending, key in self.modules[module].items() if ending in tool.parts}
+        return tool.parts_of(module, tensors, self.header)
 
     def tensors(self, module: str) -> dict[str, Tensor]:
         """The tensors of a module by the end of their keys."""
         return {ending: self.tensor(key) for ending, key in self.modules[module].items()}
-
-    def _tensors(self, module: str, tool: Tool, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        return {ending: read(key) for ending, key in self.modules[module].items() if ending in tool.parts}
 
     def layer(self, module: str, axis: str | None = None, *, mapped: bool = False) -> LayerState:
         """The adapter of a module. What the header tells is checked before values are read.

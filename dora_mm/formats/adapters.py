@@ -27,9 +27,8 @@ from dora_mm.formats.reader import opened, read
 from dora_mm.formats.state import AdapterState, LayerState, joined
 from dora_mm.formats.tokens import TokenRows, bundled, write_token_file
 from dora_mm.formats.tools import FORMATS
-from dora_mm.formats.tools.tool import Contents, Format
+from dora_mm.formats.tools.tool import Contents, Format, write_companions
 from dora_mm.registries.tools import TOOLS
-from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tensor_writer import save_tensors
 
 log = logging.getLogger(__name__)
@@ -160,11 +159,7 @@ def _write(
     header = form.export.header(Contents(specs, metadata, list(extra), transposed))
     if taken := header.keys() & metadata.keys():
         raise ValueError(f"the metadata key {min(taken)!r} is written by the format itself: choose another name")
-    for name in header:
-        if name.endswith(".json"):
-            write_text(folder / name, header[name])
-    kept = {key: value for key, value in header.items() if not key.endswith(".json")}
-    save_tensors(folder / form.file_name, tensors, {**metadata, **kept})
+    save_tensors(folder / form.file_name, tensors, {**metadata, **write_companions(header, folder)})
 
 
 def _tensors(form: Format, name: Name, layer: LayerState, module: nn.Module) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from dora_mm.formats.adapter_file import AdapterFile
-from dora_mm.formats.naming.names import Name
 
 UNNAMED = "model"  # where neither the class nor the file says more
 _CLASSES = {
@@ -59,16 +58,13 @@ def components_to_load(model: nn.Module | Mapping[str, nn.Module], file: Adapter
     )
     names_in_file -= {""}  # of PEFT's files
     if isinstance(model, Mapping):
-        fitting = {name: m for name, m in model.items() if own and not names_in_file and _has_module(m, own[0])}
+        path = own[0].path if own and not names_in_file else None
+        fitting = {name: m for name, m in model.items() if path in dict(m.named_modules())}
         return fitting if len(fitting) == 1 else dict(model)
     name = component_of(model)
     if name not in names_in_file and len(names_in_file) == 1:
         return {names_in_file.pop(): model}
     return {name or UNNAMED: model}
-
-
-def _has_module(model: nn.Module, name: Name) -> bool:
-    return any(path == name.path for path, _ in model.named_modules())
 
 
 def component_of(model: nn.Module) -> str | None:

@@ -97,6 +97,11 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             pipeline="QwenImageEditPlusPipeline",
             edits=True,
             target_map="qwen-image",
+            starts={
+                24: "configs/qwen_image_edit/edit_24gb.yaml",
+                48: "configs/qwen_image_edit/edit_48gb.yaml",
+                80: "configs/qwen_image_edit/edit.yaml",
+            },
         ),
         "qwen_image_21": ImageFamily(
             title="Qwen-Image-2.1",

@@ -208,7 +208,8 @@ WRONG = {  # by the command line: what the one sentence contains
     "train CONFIG --set model.path=RUNS/001": "RUNS/001 is an adapter (LoRA or DoRA), not a model",
     # of another family of image models
     "train CONFIG --set model.path=UNETS adapter.parts=[transformer.attn,transformer.text]": (
-        "adapter.parts: the config has parts of Krea 2 (transformer.attn, transformer.text), and model.path UNETS is "
+        "adapter.parts: the config has parts of Qwen-Image-2.1 or Krea 2 (transformer.attn, transformer.text), and "
+        "model.path UNETS is "
         "SDXL (StableDiffusionXLPipeline), whose denoiser has unet.attn, unet.cross, unet.ff, unet.conv: start from a "
         "config in configs/sdxl"
     ),

@@ -1,6 +1,7 @@
 """The memory of trainings on images without a step, beside the measured peak of a step on a processor."""
 
 import re
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,7 @@ OF_FLOWS = {
 }
 RECIPES = ["sdxl/3d_icon", *(f"sdxl/3d_icon{size}" for size in SIZES), "sdxl/lego"]
 RECIPES += [f"{family}/style{size}" for family, sizes in OF_FLOWS.items() for size in sizes]
+RECIPES += [f"qwen_image_edit/edit{size}" for size in ("", "_48gb", "_24gb")]
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +139,13 @@ def full_models(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU a step is measured")
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_heads_of_the_recipes_have_what_the_dry_run_says(recipe, full_models, capsys):
+def test_the_heads_of_the_recipes_have_what_the_dry_run_says(recipe, full_models, tmp_path, capsys):
     family = recipe.partition("/")[0]
     given = [f"model.path={full_models[family]}", "model.vae=null"]
     given += ["data.folder=samples/3d_icon"] if family != "sdxl" else []
+    if family == "qwen_image_edit":
+        shutil.copytree("samples/3d_icon", tmp_path / "before", ignore=shutil.ignore_patterns("*.jsonl", "*.md"))
+        given.append(f"data.references=[{tmp_path / 'before'}]")
     assert main(["train", f"configs/{recipe}.yaml", "--dry-run", "--set", *given]) == 0
     page = capsys.readouterr().out
     together = float(re.findall(r"^together .* ([\d,.]+)$", page, re.M)[0].replace(",", ""))

@@ -11,6 +11,7 @@ from tests.shared.images import tiny_flux2_klein as tiny_klein
 from tests.shared.images import tiny_krea2, tiny_sd3, tiny_z_image
 from tests.shared.images import tiny_qwen_image as tiny_qwen
 from tests.shared.images import tiny_qwen_image_21 as tiny_qwen_21
+from tests.shared.images import tiny_qwen_image_edit as tiny_qwen_edit
 
 Z_IMAGE = {  # of Tongyi-MAI/Z-Image
     "transformer": {"dim": 3840, "n_heads": 30, "n_kv_heads": 30, "n_layers": 30, "n_refiner_layers": 2},
@@ -237,6 +238,11 @@ def qwen_image(folder: Path) -> Path:
     return _of_full_size(tiny_qwen.build(folder), QWEN_IMAGE)
 
 
+def qwen_image_edit(folder: Path) -> Path:
+    """Qwen-Image-Edit 2511, with the processor of a small one."""
+    return _of_full_size(tiny_qwen_edit.build(folder, zero_cond_t=True), QWEN_IMAGE)
+
+
 def qwen_image_21(folder: Path) -> Path:
     """Qwen-Image-2.1, with the processor of a small one."""
     return _of_full_size(tiny_qwen_21.build(folder), QWEN_IMAGE_21)
@@ -272,6 +278,7 @@ MAKERS = {
     "z_image": z_image,
     "flux2_klein": flux2_klein,
     "qwen_image": qwen_image,
+    "qwen_image_edit": qwen_image_edit,
     "qwen_image_21": qwen_image_21,
     "krea2": krea2,
     "sd3": sd3,

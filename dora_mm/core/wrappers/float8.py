@@ -43,10 +43,7 @@ class Float8Linear(nn.Linear):
         return (self.weight.float() * self.scale).to(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype(input.device.type) if _autocasts(input) else input.dtype
+        is_cast = autocasts(input.device) and input.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(input.device.type) if is_cast else input.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(input.to(dtype), self.dense(dtype), bias)
-
-
-def _autocasts(input: Tensor) -> bool:
-    return autocasts(input.device) and input.dtype != torch.float64

@@ -3,6 +3,7 @@
 Metadata files name them, or they lie in folders of their own: `a.png` in one, or `a_1.png` and `a_2.png`, for `a.png`.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -27,6 +28,17 @@ class ReferenceImage(NamedTuple):
     path: Path
     size: Size  # (h, w), upright
     digest: str  # SHA-256 of the file
+
+
+def named_alike(images: Sequence[Path], root: Path) -> list[Path]:
+    """The folders in and beside a folder that have an image for each of its images: they may be references."""
+    stems = {image.relative_to(root).with_suffix("") for image in images}
+    folders = [path for parent in (root, root.parent) for path in sorted(parent.iterdir()) if path.is_dir()]
+    found = []
+    for folder in folders:
+        if folder != root and stems <= {Path(name).with_suffix("") for name in os.listdir(folder) if is_image(name)}:
+            found.append(folder)
+    return found
 
 
 def read_reference(path: Path) -> ReferenceImage:

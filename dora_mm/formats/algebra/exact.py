@@ -214,16 +214,12 @@ def summed(terms: Sequence[tuple[LayerState, float]], weight: Tensor | None) -> 
         factors.append(t * _factor(layer, g))
         e, change = e + t * (g - 1), change + factors[-1] * BA
     if not e.all():
+        strengths = f"strength{'s' if len(terms) > 1 else ''} {', '.join(f'{t:g}' for _, t in terms)}"
         raise ValueError(
-            f"at {_named([t for _, t in terms])} a row of the weight has no part of the base: use dora-mm convert --to "
-            "merged or --to diff"
+            f"at {strengths} a row of the weight has no part of the base: use dora-mm convert --to merged or --to diff"
         )
     layer = _side_by_side(terms, [factor / e for factor in factors], axis, dtype)
     return replace(layer, tensors={**layer.tensors, "magnitude": (e * norms(W0 + change / e, axis)).flatten()})
-
-
-def _named(strengths: Sequence[float]) -> str:
-    return f"strength{'s' if len(strengths) > 1 else ''} {', '.join(f'{t:g}' for t in strengths)}"
 
 
 def _factor(layer: LayerState, g: Tensor) -> Tensor:

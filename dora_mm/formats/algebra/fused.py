@@ -38,8 +38,8 @@ def split(group: ModuleGroup, fused: LayerState) -> list[LayerState]:
     if "lora_A" not in fused.tensors:
         raise ValueError("it is a fused projection without A and B, which is not supported")
     A, magnitude = fused.tensors["lora_A"], fused.tensors.get("magnitude")
-    blocks = _split_rows(group, fused.tensors["lora_B"], A.shape[1])
-    magnitudes = [None] * len(blocks) if magnitude is None else _split_rows(group, magnitude, A.shape[1])
+    blocks = split_rows(group, fused.tensors["lora_B"], A.shape[1])
+    magnitudes = [None] * len(blocks) if magnitude is None else split_rows(group, magnitude, A.shape[1])
     used = torch.stack([block.bool().any(dim=0) for block in blocks])  # (parts, R): the columns that are not zero
     if len(blocks) == 1 or not (bool((used.sum(dim=0) == 1).all()) and bool(used.any(dim=1).all())):
         used = torch.ones_like(used)
@@ -67,11 +67,11 @@ def fuse(group: ModuleGroup, parts: Sequence[LayerState]) -> LayerState:
     magnitudes = [part.tensors["magnitude"] for part in parts if "magnitude" in part.tensors]
     if len(magnitudes) not in (0, len(parts)):
         raise ValueError(f"of {group.names[0]} and the projections fused with it, only some have a magnitude")
-    magnitude = _stack_rows(group, magnitudes, in_features) if magnitudes else None
+    magnitude = stack_rows(group, magnitudes, in_features) if magnitudes else None
     scalings = [part.spec.scaling for part in parts]
     scaling = max(scalings)
     if all(s == scaling and torch.equal(A, As[0]) for s, A in zip(scalings, As, strict=True)):
-        return _part(parts[0], As[0], _stack_rows(group, Bs, in_features), magnitude)
+        return _part(parts[0], As[0], stack_rows(group, Bs, in_features), magnitude)
     B = torch.block_diag(*(B if s == scaling else B * (s / scaling) for s, B in zip(scalings, Bs, strict=True)))
     return _part(parts[scalings.index(scaling)], torch.cat(As), B, magnitude)
 
@@ -97,30 +97,27 @@ def untouched(out_features: int, in_features: int, magnitude: Tensor | None = No
     return _part(one, torch.zeros(1, in_features), torch.zeros(out_features, 1), magnitude)
 
 
-def split_rows(group: ModuleGroup, weight: Tensor) -> list[Tensor]:
+def split_rows(group: ModuleGroup, tensor: Tensor, in_features: int | None = None) -> list[Tensor]:
     """A weight (O, I) in a file as the weights of the modules of a group, views where their rows stay in place.
+
+    Args:
+        group: The modules.
+        tensor: The weight, or another tensor with its rows.
+        in_features: I, where it is another tensor.
 
     Raises:
         ValueError: The rows cannot be divided among the modules.
     """
-    return _split_rows(group, weight, weight.shape[1])
-
-
-def stack_rows(group: ModuleGroup, weights: Sequence[Tensor]) -> Tensor:
-    """The weight (O, I) in a file from those of the modules of a group: the inverse of `split_rows`."""
-    return _stack_rows(group, weights, weights[0].shape[1])
-
-
-def _split_rows(group: ModuleGroup, tensor: Tensor, in_features: int) -> list[Tensor]:
-    pieces = group.pieces(tensor.shape[0], in_features)
+    pieces = group.pieces(tensor.shape[0], tensor.shape[1] if in_features is None else in_features)
     return [
         torch.cat([tensor[start:stop] for start, stop in ranges]) if len(ranges) > 1 else tensor[slice(*ranges[0])]
         for ranges in pieces
     ]
 
 
-def _stack_rows(group: ModuleGroup, tensors: Sequence[Tensor], in_features: int) -> Tensor:
+def stack_rows(group: ModuleGroup, tensors: Sequence[Tensor], in_features: int | None = None) -> Tensor:
+    """The weight (O, I) in a file from those of the modules of a group: the inverse of `split_rows`."""
     stacked = torch.cat(list(tensors))
-    pieces = group.pieces(stacked.shape[0], in_features)
+    pieces = group.pieces(stacked.shape[0], stacked.shape[1] if in_features is None else in_features)
     order = torch.cat([torch.arange(*part) for ranges in pieces for part in ranges])
     return stacked[order.argsort()]

@@ -100,7 +100,8 @@ class ExportCheck:
             for t in (1.0, *(tool.computes.strengths if self.count % self.every == 0 else ()))
         ]
         found = weight_errors(loads, W0, *meant, change)
-        _check_finite(written, self.dtype)
+        if name := first_not_finite(written.items()):
+            raise ValueError(f"its {name} would have values that are NaN or infinite in {self.dtype}")
         bound = found.bound(DTYPES[_name(self.dtype)])
         for load, error in zip(loads, found.errors, strict=True):
             if load.strength == 1:
@@ -161,11 +162,6 @@ def refusal(tool: str, error: float) -> str:
     if math.isnan(error):
         return f"{title} would compute values that are NaN or infinite"
     return f"{title} {tool_of(tool).computes.differs}, and would be off by {error:.1%} of the update"
-
-
-def _check_finite(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    if name := first_not_finite(tensors.items()):
-        raise ValueError(f"its {name} would have values that are NaN or infinite in {dtype}")
 
 
 def _name(dtype: torch.dtype) -> str:

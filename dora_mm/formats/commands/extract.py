@@ -21,7 +21,6 @@ from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.files.checks import is_finite
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.naming.spellings import Names
-from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import all_exports, export_of
 from dora_mm.formats.tools.tool import Written, write_file
 from dora_mm.utils.atomic import already_there
@@ -106,7 +105,8 @@ def extract(
             if file.name == export_of(own).file_name and is_free(file.parent):
                 formats.write_model_card(folder)
     else:
-        with partial_folder(_existing(target) / "extracted") as folder:  # on the disk that has the room
+        existing = next(parent for parent in target.absolute().parents if parent.is_dir())
+        with partial_folder(existing / "extracted") as folder:  # on the disk that has the room
             found = folder / export_of(own).file_name
             errors = _write(found, new, old, changed, own, rank, about)
             try:
@@ -117,11 +117,6 @@ def extract(
     overall = math.hypot(*(e * s for e, s in errors.values())) / math.hypot(*(s for _, s in errors.values()))
     num_unchanged = len(new) - len(changed) - len(left_out)
     return Extraction(files, {n: e for n, (e, _) in errors.items()}, overall, num_unchanged, tuple(left_out), usage)
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder around a path that exists."""
-    return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
 def check_same_architecture(tuned: BaseWeights, base: BaseWeights) -> None:
@@ -172,15 +167,10 @@ def _write(
                 if not is_finite(tensor):
                     raise ValueError(f"{name} of the {path} model has values that are NaN or infinite")
             layer = fitted_adapter(W, W0, rank)
-            errors[name] = _error(layer, W, W0)
+            off, size = distance(layer, W, W0)
+            errors[name] = off / size, size
             (module,) = Names().write([name], export.spelling)
             yield module, (name,), layer.spec, export.tensors(module, layer, W0)
 
     write_file(Written(export, file), modules(), about, room=HEADER_BYTES * (len(base) + 1))
     return errors
-
-
-def _error(layer: LayerState, W: Tensor, W0: Tensor) -> tuple[float, float]:
-    """||W_adapter - W'|| / ||W' - W0||, and ||W' - W0||."""
-    off, size = distance(layer, W, W0)
-    return off / size, size

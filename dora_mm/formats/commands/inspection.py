@@ -252,8 +252,10 @@ def _method(file: AdapterFile, module: str, shapes: Mapping[str, Any]) -> str:
 
 def _alpha(file: AdapterFile, module: str, rank: int | None, key: str | None) -> float | None:
     """Alpha, from its key or from what the header says; None where it is neither, or not one number."""
-    if rank is None or key is not None:
-        return None if rank is None or key is None else file.alphas.get(key)
+    if rank is None:
+        return None
+    if key is not None:
+        return file.alphas.get(key)
     with located(str(file.path)):
         return tool_of(file.tool).in_header.alpha(file.header, module, rank)
 

@@ -158,7 +158,7 @@ def verify(
         Verdict(
             name,
             TOOLS[name].title,
-            _ratio(squares[name], total),
+            math.sqrt(squares[name] / (total or 1)),
             tuple(layers[name]),
             note,
             TOOLS[name].version,
@@ -286,7 +286,3 @@ def why(computes: Computation, parts: Parts, state: LayerState) -> str:
     if "magnitude" in state.tensors and state.norm in written_for:
         return f"divides by another norm than the magnitudes of this file need, {written_for[state.norm]}"
     return computes.differs
-
-
-def _ratio(square: float, total: float) -> float:
-    return math.sqrt(square / total) if total else math.sqrt(square)

@@ -188,7 +188,8 @@ class _Block:
             return math.inf
         key = (id(found), strength)
         if key not in self._errors:
-            error = 0.0 if found is self._W and strength == 1 else _norm(found - self._at(strength))
+            W = self._W if strength == 1 else torch.add(self.W0, self._W - self.W0, alpha=strength)
+            error = 0.0 if found is W else _norm(found - W)
             self._errors[key] = error if math.isfinite(error) else math.nan
         return self._errors[key]
 
@@ -204,10 +205,6 @@ class _Block:
             parts = step.parts if self.rows == _FULL else rows_of_parts(step.parts, self.rows)
             self._updates[step.update] = Update(parts, self.W0)
         return self._updates[step.update]
-
-    def _at(self, strength: float) -> Tensor:
-        """W(t)."""
-        return self._W if strength == 1 else torch.add(self.W0, self._W - self.W0, alpha=strength)
 
 
 def _norm(weight: Tensor) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -69,12 +70,9 @@ class TensorFile:
             ValueError: The file cannot be read, or has become shorter.
         """
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(entry.offset)
-                _fill(file, _bytes_of(tensor))
-        except (DamagedError, OSError) as error:
-            raise ValueError(f"{self.path} cannot be read: {error}") from error
+        with self._opened() as file:
+            file.seek(entry.offset)
+            _fill(file, _bytes_of(tensor))
         return tensor
 
     def data(self) -> Iterator[bytes]:
@@ -94,12 +92,9 @@ class TensorFile:
             ValueError: The file cannot be read, or has become shorter.
         """
         found = bytearray(length)
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(offset)
-                _fill(file, memoryview(found))
-        except (DamagedError, OSError) as error:
-            raise ValueError(f"{self.path} cannot be read: {error}") from error
+        with self._opened() as file:
+            file.seek(offset)
+            _fill(file, memoryview(found))
         return bytes(found)
 
     def numbers(self, keys: Iterable[str]) -> dict[str, float]:
@@ -109,17 +104,14 @@ class TensorFile:
             ValueError: The file cannot be read, or has become shorter.
         """
         found: dict[str, float] = {}
-        try:
-            with self.path.open("rb") as file:
-                for key in keys:
-                    dtype, shape, offset = self.entries[key]
-                    if math.prod(shape) == 1 and not dtype.is_complex:
-                        file.seek(offset)
-                        number = bytearray(dtype.itemsize)
-                        _fill(file, memoryview(number))
-                        found[key] = float(torch.frombuffer(number, dtype=dtype))
-        except (DamagedError, OSError) as error:
-            raise ValueError(f"{self.path} cannot be read: {error}") from error
+        with self._opened() as file:
+            for key in keys:
+                dtype, shape, offset = self.entries[key]
+                if math.prod(shape) == 1 and not dtype.is_complex:
+                    file.seek(offset)
+                    number = bytearray(dtype.itemsize)
+                    _fill(file, memoryview(number))
+                    found[key] = float(torch.frombuffer(number, dtype=dtype))
         return found
 
     def not_finite(self) -> list[str]:
@@ -131,9 +123,14 @@ class TensorFile:
         entries = {key: entry for key, entry in self.entries.items() if entry.dtype in DTYPES and entry.num_bytes}
         buffer = torch.empty(_PIECE, dtype=torch.uint8)
         total = sum(entry.num_bytes for entry in entries.values())
+        with Progress(f"checking {self.path.name}", total, BYTES) as bar, self._opened() as file:
+            return [key for key, entry in entries.items() if not _has_finite(file, entry, buffer, bar)]
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
         try:
-            with Progress(f"checking {self.path.name}", total, BYTES) as bar, self.path.open("rb", buffering=0) as file:
-                return [key for key, entry in entries.items() if not _has_finite(file, entry, buffer, bar)]
+            with self.path.open("rb", buffering=0) as file:
+                yield file
         except (DamagedError, OSError) as error:
             raise ValueError(f"{self.path} cannot be read: {error}") from error
 

@@ -100,7 +100,7 @@ def lora_config(specs: Mapping[str, DoRASpec], *, transposed: bool) -> dict[str,
         specs: The settings of the adapted modules by path; PEFT takes these paths as suffixes of the model's.
         transposed: Whether a weight is stored (I, O).
     """
-    ranks = {path: _file_rank(spec) for path, spec in specs.items()}
+    ranks = {path: 1 if spec.method == "magnitude" else spec.rank for path, spec in specs.items()}
     alphas = {path: _file_alpha(spec) for path, spec in specs.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     spec = next(iter(specs.values()))
@@ -126,10 +126,6 @@ def our_config(specs: Mapping[Any, DoRASpec]) -> dict[str, Any]:
     """The settings that PEFT's config does not have; they are in the header under the key `OUR_METADATA`."""
     spec = next(iter(specs.values()))
     return {"method": spec.method, "norm_grad": spec.norm_grad, "dropout": spec.dropout}
-
-
-def _file_rank(spec: DoRASpec) -> int:
-    return 1 if spec.method == "magnitude" else spec.rank
 
 
 def _file_alpha(spec: DoRASpec) -> float | int:

@@ -270,16 +270,16 @@ def write_file(
                 writer.add(f"{module}.{ending}", tensor)
         for key, tensor in file.more:
             writer.add(key, tensor)
-        return _header(file, Contents(specs, without_local_paths(source)))
+        contents = Contents(specs, without_local_paths(source))
+        kept = {key: value for key, value in contents.source.items() if not key.startswith(_DROPPED)}
+        return {**kept, **file.header, **write_companions(file.export.header(contents), file.path.parent)}
 
     write_tensors(file.path, room, fill)
 
 
-def _header(file: Written, contents: Contents) -> dict[str, str]:
-    """The header of a file; writes entries that are named like a file as files in the same folder."""
-    header = file.export.header(contents)
-    for name in header:
+def write_companions(header: Header, folder: Path) -> dict[str, str]:
+    """Writes the entries of a header that are named like a file as files, and returns the others."""
+    for name, text in header.items():
         if name.endswith(".json"):  # before the weights, which are never there alone
-            write_text(file.path.with_name(name), header[name])
-    kept = {key: value for key, value in contents.source.items() if not key.startswith(_DROPPED)}
-    return {**kept, **file.header, **{key: value for key, value in header.items() if not key.endswith(".json")}}
+            write_text(folder / name, text)
+    return {key: text for key, text in header.items() if not key.endswith(".json")}

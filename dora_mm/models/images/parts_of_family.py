@@ -42,7 +42,7 @@ def check_parts(adapter: ImageAdapterConfig, model: ModelConfig, source: str) ->
     configs = dict.fromkeys(str(Path(config).parent) for config in own.starts.values())
     advice = f": start from a config in {', '.join(configs)}" if configs else ""
     raise ValueError(
-        f"adapter.parts: the config has parts of {', '.join(titles)} ({', '.join(foreign)}), and model.path "
+        f"adapter.parts: the config has parts of {' or '.join(titles)} ({', '.join(foreign)}), and model.path "
         f"{model.path} is {own.title} ({own.pipeline}), whose denoiser has {', '.join(known)}{advice}"
     )
 

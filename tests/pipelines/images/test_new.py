@@ -197,9 +197,9 @@ def test_a_model_that_train_refuses_is_refused(here, tiny_folder, capsys):
     assert main(["new", "z_image", *given, str(tiny_folder)]) == 2
     assert f"--model: {tiny_folder} is of the family sdxl: dora-mm new sdxl" in capsys.readouterr().err
     Path("edit").mkdir()
-    Path("edit", "model_index.json").write_text('{"_class_name": "QwenImageEditPlusPipeline"}')
+    Path("edit", "model_index.json").write_text('{"_class_name": "FluxKontextPipeline"}')
     assert main(["new", "qwen_image", *given, "edit"]) == 2
-    assert "is a QwenImageEditPlusPipeline, which is no family of image models here" in capsys.readouterr().err
+    assert "is a FluxKontextPipeline, which is no family of image models here" in capsys.readouterr().err
     assert not Path("a.yaml").exists()
 
 
@@ -241,3 +241,51 @@ def test_a_family_without_a_recipe_to_start_from_says_so(here, capsys):
     said = capsys.readouterr().err
     assert "VL-BART (vl_bart) has no recipe to start from (`starts` of its record)" in said
     assert "choose from sdxl, z_image" in said
+
+
+def write_pairs_of(names):
+    for folder in ("after", "before"):
+        Path(folder).mkdir()
+        for number, name in enumerate(names):
+            Image.new("RGB", (80, 64), (number, 0, len(folder))).save(f"{folder}/{name}.png")
+
+
+def test_pairs_of_images_become_an_edit(here, capsys):
+    write_pairs_of(["a", "b", "c"])
+    Path("after/b.txt").write_text("make it a brick model")
+    config = made("edit", "--images", "after", "--references", "before", family="flux2_klein")
+    assert config.data.references == ("before",)
+    assert (config.data.instance_prompt, config.data.placeholder) == ("make it a brick model", None)
+    assert config.sample.images == (("before/a.png",), ("before/b.png",), ("before/c.png",))
+    assert "references  3 with 1" in (printed := capsys.readouterr().out)
+    assert "dora-mm sample edit_prompts.csv --set adapter.path=runs/edit/001" in printed
+    rows = [f"make it a brick model,before/{name}.png" for name in "abc"]
+    assert Path("edit_prompts.csv").read_text().splitlines() == ["prompt,image", *rows]
+    assert [len(image.references) for image in read_training_images(config.data)] == [1, 1, 1]
+
+
+def test_pairs_in_a_metadata_file_are_known_by_it(here):
+    write_pairs_of(["a", "b"])
+    Path("before").rename("after/before")
+    rows = [
+        {"file_name": "a.png", "text": "a hat", "references": ["before/a.png", "before/b.png"]},
+        {"file_name": "b.png", "text": "no hat"},
+    ]
+    Path("after/metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = made("edit", "--images", "after", family="qwen_image_21")
+    assert (config.data.references, config.sample.prompts) == ((), ("a hat",))
+    assert Path("edit_prompts.csv").read_text() == "prompt,image,image_2\na hat,after/before/a.png,after/before/b.png\n"
+
+
+def test_folders_named_alike_are_pointed_out_to_models_that_edit(here, capsys):
+    write_pairs_of(["a", "b"])
+    made("style", "--images", "after", family="flux2_klein")
+    assert "before has an image for each of these: --references" in capsys.readouterr().out
+    made("other", "--images", "after")
+    assert "--references" not in capsys.readouterr().out
+    assert main(["new", "sdxl", "edit", "--images", "after", "--references", "before"]) == 2
+    assert "SDXL takes no reference images" in capsys.readouterr().err
+    assert main(["new", "qwen_image_edit", "edit", "--images", "after"]) == 2
+    assert "--references is missing" in capsys.readouterr().err
+    assert main(["new", "vlm", "edit", "--references", "before"]) == 2
+    assert "takes no reference images" in capsys.readouterr().err
