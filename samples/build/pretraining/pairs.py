@@ -67,7 +67,7 @@ def one_reference(icon: int, stream: torch.Generator) -> Pair:
     if kind == 2:
         start = MIRRORED if start == MIRRORED else PLAIN
         return Pair(_filled(TURNED, stream), ((icon, start),), (icon, PLAIN if start == MIRRORED else MIRRORED))
-    start = PLAIN if start == MIRRORED or start == GREY else start
+    start = PLAIN if start in (MIRRORED, GREY) else start
     if kind == 3:
         return Pair(_filled(GREYED, stream), ((icon, PLAIN),), (icon, GREY))
     number = int(torch.randint(len(COLORS), (), generator=stream))
@@ -77,11 +77,14 @@ def one_reference(icon: int, stream: torch.Generator) -> Pair:
 
 def two_references(icons: Sequence[int], stream: torch.Generator) -> Pair:
     """Draws a pair whose instruction chooses one of two icons."""
-    starts = [PLAIN if torch.rand((), generator=stream) < 0.6 else int(torch.randint(NUM_VARIANTS, (), generator=stream))
-              for _ in icons]  # fmt: skip
-    references = tuple(zip(icons, starts, strict=True))
+    references = tuple((icon, _variant(stream, 0.6)) for icon in icons)
     chosen = int(torch.randint(2, (), generator=stream))
     return Pair(pick(CHOSEN, stream).format(number=("first", "second")[chosen]), references, references[chosen])
+
+
+def _variant(stream: torch.Generator, plain: float) -> int:
+    """Draws a variant, which is the plain one in a share of the draws."""
+    return PLAIN if torch.rand((), generator=stream) < plain else int(torch.randint(NUM_VARIANTS, (), generator=stream))
 
 
 def _filled(templates: Sequence[str], stream: torch.Generator) -> str:

@@ -93,7 +93,7 @@ def build_text_encoder(vocab_size: int, width: int) -> Qwen3ForCausalLM:
 
 
 def rotary_sizes(head: int) -> tuple[int, int, int, int]:
-    """How much of a head, a multiple of 4 from 12, has the positions of times, rows, columns and places in the prompt."""
+    """The shares of a head, a multiple of 4 from 12, for times, rows, columns and places in the prompt."""
     of_pixels = 2 * round(0.15 * head)
     others = head // 2 - of_pixels
     return others, of_pixels, of_pixels, others

@@ -58,9 +58,9 @@ def main(config: PretrainTinyKleinConfig, *, resume: Path | None = None) -> None
         config: The config.
         resume: The run directory to resume; None: a new run.
     """
-    everything = read_icons(Path(resolve_path(config.icons)), [DEFAULT_STYLE], "pretrain")
+    everything = read_icons(resolve_path(config.icons, "icons"), [DEFAULT_STYLE], split="pretrain")
     drawn = of_things(everything, config.reported)
-    vae = load_vae(AutoencoderKLFlux2, resolve_path(config.vae))
+    vae = load_vae(AutoencoderKLFlux2, resolve_path(config.vae, "vae"))
     model = build_tiny_klein(vae, _texts(config, drawn), seed=config.seed, **config.model.model_dump())
     run = (
         RunDirectory.resume(resume) if resume else RunDirectory.create(config.name, dump_config(config), config.output)

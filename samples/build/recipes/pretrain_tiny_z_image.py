@@ -21,8 +21,10 @@ from dora_mm.tasks.diffusion import ConditionedLatents
 from dora_mm.utils.randomness import generator
 from dora_mm.utils.run_directory import RunDirectory
 from samples.build.pretraining.batches import batch_indices
+from samples.build.pretraining.flow_training import encode_icons, of_things, short_caption, show_samples, train_flow
 from samples.build.pretraining.icons import DEFAULT_STYLE, Icon, caption, read_icons
-from samples.build.pretraining.tiny_z_image import build_tiny_z_image, encode, save
+from samples.build.pretraining.tiny_flow import save
+from samples.build.pretraining.tiny_z_image import build_tiny_z_image, encode
 from samples.build.schema import PretrainTinyZImageConfig
 
 log = logging.getLogger(__name__)
