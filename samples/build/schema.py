@@ -101,7 +101,7 @@ class TinyKleinConfig(Section):
     """Sizes of the embedded FLUX.2 klein."""
 
     num_merges: Annotated[int, Field(ge=0, le=4096)] = 600  # byte-pair merges of its tokenizer
-    max_tokens: Annotated[int, Field(ge=16)] = 32  # that prompts are filled up to
+    max_tokens: Annotated[int, Field(ge=16)] = 40  # that prompts are filled up to
     text_width: Annotated[int, Field(gt=0, multiple_of=16)] = 32  # of the text encoder
     width: PositiveInt = 72  # of the transformer
     layers: PositiveInt = 1  # of the transformer, with a stream for the picture and one for the prompt

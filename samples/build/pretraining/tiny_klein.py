@@ -25,7 +25,7 @@ def build_tiny_klein(
     *,
     seed: int = 0,
     num_merges: int = 600,
-    max_tokens: int = 32,
+    max_tokens: int = 40,
     text_width: int = 32,
     width: int = 72,
     layers: int = 1,
