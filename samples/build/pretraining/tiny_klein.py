@@ -54,7 +54,7 @@ def build_tiny_klein(
         torch.manual_seed(seed)
         text_encoder = build_text_encoder(len(tokenizer), text_width)
         transformer = Flux2Transformer2DModel(
-            in_channels=4 * vae.config.latent_channels,
+            in_channels=4 * vae.config["latent_channels"],
             num_layers=layers,
             num_single_layers=single_layers,
             attention_head_dim=head,

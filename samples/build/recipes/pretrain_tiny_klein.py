@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 CAPTIONS = 40  # of each icon, which the tokenizer is trained on
 INSTRUCTIONS = 2000  # which it is trained on as well
 TWO_REFERENCES = 0.25  # share of the batches of pairs whose rows have two references
-SHOWN = 8  # pairs in a contact sheet
+SHOWN = 4  # pairs in a contact sheet with one reference, and with two
 
 
 def main(config: PretrainTinyKleinConfig, *, resume: Path | None = None) -> None:
@@ -144,36 +144,23 @@ def show(
 def show_edits(
     config: PretrainTinyKleinConfig, model: Flux2Klein, icons: list[Icon], run: RunDirectory, step: int | None
 ) -> None:
-    """Saves a contact sheet of pairs that no batch has: references, result and target."""
-    shown: list[Pair] = []
-    for number in range(2 * SHOWN):
-        batch = draw_pairs(len(icons), 1, number, config.seed + 1)
-        shown += (
-            batch
-            if len([pair for pair in shown if len(pair.references) == len(batch[0].references)]) < SHOWN // 2
-            else []
-        )
-    images = {key: _image(model, icons, key) for pair in shown for key in (*pair.references, pair.target)}
-    references = [[images[key] for key in pair.references] for pair in shown]
+    """Saves a contact sheet of pairs: references, result and target."""
+    drawn = [draw_pairs(len(icons), 1, number, config.seed + 1)[0] for number in range(4 * SHOWN)]
+    shown = [pair for count in (1, 2) for pair in [each for each in drawn if len(each.references) == count][:SHOWN]]
+    references = [[_image(model, icons, key) for key in pair.references] for pair in shown]
+    settings = {"steps": config.sample.steps, "guidance": config.sample.guidance}
     results = [
-        sample(
-            model,
-            [pair.instruction],
-            [0],
-            steps=config.sample.steps,
-            guidance=config.sample.guidance,
-            references=[seen],
-        )[0]
+        sample(model, [pair.instruction], [0], references=[seen], **settings)[0]
         for pair, seen in zip(shown, references, strict=True)
     ]
-    rows = [
-        [seen[0] for seen in references],
-        [seen[-1] for seen in references],
-        results,
-        [images[pair.target] for pair in shown],
-    ]
-    labels = ["first reference", "last reference", "result", "target"]
-    image_grid(rows, labels, [pair.instruction for pair in shown]).save(sheet_path(run, step, "_edits"))
+    rows = {
+        "first reference": [seen[0] for seen in references],
+        "last reference": [seen[-1] for seen in references],
+        "result": results,
+        "target": [_image(model, icons, pair.target) for pair in shown],
+    }
+    sheet = image_grid(list(rows.values()), list(rows), [pair.instruction for pair in shown])
+    sheet.save(sheet_path(run, step, "_edits"))
 
 
 def _image(model: Flux2Klein, icons: list[Icon], key: tuple[int, int]) -> Image.Image:
