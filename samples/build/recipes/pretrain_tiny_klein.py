@@ -61,7 +61,19 @@ def main(config: PretrainTinyKleinConfig, *, resume: Path | None = None) -> None
     everything = read_icons(resolve_path(config.icons, "icons"), [DEFAULT_STYLE], split="pretrain")
     drawn = of_things(everything, config.reported)
     vae = load_vae(AutoencoderKLFlux2, resolve_path(config.vae, "vae"))
-    model = build_tiny_klein(vae, _texts(config, drawn), seed=config.seed, **config.model.model_dump())
+    model = build_tiny_klein(
+        vae,
+        _texts(config, drawn),
+        seed=config.seed,
+        num_merges=config.model.num_merges,
+        max_tokens=config.model.max_tokens,
+        text_width=config.model.text_width,
+        width=config.model.width,
+        layers=config.model.layers,
+        single_layers=config.model.single_layers,
+        heads=config.model.heads,
+        mlp_ratio=config.model.mlp_ratio,
+    )
     run = (
         RunDirectory.resume(resume) if resume else RunDirectory.create(config.name, dump_config(config), config.output)
     )
