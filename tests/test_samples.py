@@ -3,11 +3,19 @@
 from pathlib import Path
 
 import pytest
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, ZImagePipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    Flux2KleinPipeline,
+    StableDiffusionXLPipeline,
+    ZImagePipeline,
+)
+from PIL import Image
 
 from dora_mm.config import load_config
 from dora_mm.config.models import ModelConfig
 from dora_mm.data.images.folder import read_captioned_images
+from dora_mm.data.images.held_out import hold_out
 from dora_mm.eval.images.classifier import Classifier
 from dora_mm.eval.images.prompts import fill
 from dora_mm.models.images.families import load_image_model
@@ -17,6 +25,7 @@ from dora_mm.utils.digest import module_digest
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "samples" / "tiny-sdxl"
 FLOW_MODEL = ROOT / "samples" / "tiny-z-image"
+EDITING_MODEL = ROOT / "samples" / "tiny-klein"
 
 
 def test_the_embedded_model_is_small_and_works_in_plain_diffusers():
@@ -56,6 +65,27 @@ def test_the_embedded_flow_model_says_where_its_vae_is_missing():
     model = load_image_model(ModelConfig(path=str(FLOW_MODEL)))
     with pytest.raises(ValueError, match=r"tiny-z-image has no weights of its VAE: set model\.vae to a folder"):
         model.components["vae"]
+
+
+def test_the_embedded_editing_model_is_small_and_edits_in_plain_diffusers_with_the_vae_of_the_other():
+    assert sum(file.stat().st_size for file in EDITING_MODEL.rglob("*") if file.is_file()) <= 1.2e6
+    assert not [file for file in EDITING_MODEL.rglob("*") if file.suffix in (".bin", ".pt", ".pkl")]
+    vae = AutoencoderKLFlux2.from_pretrained(MODEL / "vae")
+    pipe = Flux2KleinPipeline.from_pretrained(EDITING_MODEL, vae=vae)
+    reference = Image.open(ROOT / "samples" / "lego_flat" / "anchor.webp")
+    shared = {"prompt": "make it grey", "num_inference_steps": 1, "max_sequence_length": 40}
+    assert pipe(image=[reference], **shared).images[0].size == reference.size == (128, 128)
+
+
+def test_the_demo_of_editing_shows_pairs_that_it_is_not_trained_on():
+    config = load_config(ROOT / "configs" / "flux2_klein" / "demo_edit.yaml")
+    folder = ROOT / config.data.folder
+    references = [ROOT / path for path in config.data.references]
+    trained, held_out = hold_out(read_captioned_images(folder, references=references), config.data)
+    assert (len(trained), len(held_out)) == (49, 12)
+    assert {path.name for path in references[0].glob("*.webp")} == {path.name for path in folder.glob("*.webp")}
+    shown = {Path(path).stem for images in config.sample.images for path in images}
+    assert shown <= {image.path.stem for image in held_out}
 
 
 @pytest.mark.parametrize(("name", "role", "count"), [("tiny_3d_icon", "icon3d", 23), ("tiny_lego", "lego", 61)])

@@ -97,19 +97,36 @@ class TinyZImageConfig(Section):
         return self
 
 
-class PretrainTinyZImageConfig(PipelineConfig):
-    """Pretrains the embedded Z-Image: transformer and text encoder, around a trained VAE."""
+class TinyKleinConfig(Section):
+    """Sizes of the embedded FLUX.2 klein."""
+
+    num_merges: Annotated[int, Field(ge=0, le=4096)] = 600  # byte-pair merges of its tokenizer
+    max_tokens: Annotated[int, Field(ge=16)] = 40  # that prompts are filled up to
+    text_width: Annotated[int, Field(gt=0, multiple_of=16)] = 32  # of the text encoder
+    width: PositiveInt = 72  # of the transformer
+    layers: PositiveInt = 1  # of the transformer, with a stream for the picture and one for the prompt
+    single_layers: PositiveInt = 4  # those with one stream
+    heads: PositiveInt = 3  # attention heads of each layer
+    mlp_ratio: Annotated[float, Field(gt=0)] = 2.0  # hidden size of the feed-forward layers, by the width
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "TinyKleinConfig":
+        if self.width % (4 * self.heads) or self.width // self.heads < 12:
+            raise ValueError(f"width ({self.width}) must give each of the heads ({self.heads}) a multiple of 4 from 12")
+        return self
+
+
+class PretrainTinyFlowConfig(PipelineConfig):
+    """Pretrains an embedded flow model: transformer and text encoder, around a trained VAE."""
 
     command: ClassVar[str] = "train"
-    pipeline: Literal["pretrain_tiny_z_image"]
     seed: Seed = 0
     output: Text | None = None
     icons: Text = "build/icons"  # the folder that `python -m samples.build icons` makes
-    vae: Text = "samples/tiny-sdxl/vae"  # the folder of the VAE, whose weights are not saved with the model
+    vae: Text = "samples/tiny-sdxl/vae"  # the folder of the VAE
     # How many of the 237 things that adapters are scored on, beside those of samples/lego: what eval_diffusion chooses
     # with the same concepts.count, or with one that divides it
     reported: PositiveInt = 48
-    model: TinyZImageConfig = TinyZImageConfig()
     loss: LossConfig = LossConfig()
     caption_dropout: Share = 0.1  # share of the training images without a caption, for classifier-free guidance
     unnamed_style: Share = 0.75  # of the icons, whose captions do not name the style
@@ -121,8 +138,24 @@ class PretrainTinyZImageConfig(PipelineConfig):
     sample: ContactSheetConfig = ContactSheetConfig()
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> "PretrainTinyZImageConfig":
+    def _sections_agree(self) -> "PretrainTinyFlowConfig":
         return raise_problems(self, check_training(self.optimizer, self.schedule, self.train))
+
+
+class PretrainTinyZImageConfig(PretrainTinyFlowConfig):
+    """Pretrains the embedded Z-Image; the VAE's weights are not saved with it."""
+
+    pipeline: Literal["pretrain_tiny_z_image"]
+    model: TinyZImageConfig = TinyZImageConfig()
+
+
+class PretrainTinyKleinConfig(PretrainTinyFlowConfig):
+    """Pretrains the embedded FLUX.2 klein, also on editing pairs."""
+
+    pipeline: Literal["pretrain_tiny_klein"]
+    model: TinyKleinConfig = TinyKleinConfig()
+    pairs_every: Annotated[int, Field(ge=2)] = 2  # of so many batches one has references
+    pairs_batch_size: PositiveInt = 16  # of these batches, whose rows are longer
 
 
 class FitClassifierConfig(PipelineConfig):
@@ -197,6 +230,7 @@ class PretrainTinyVLMConfig(PipelineConfig):
 SCHEMAS: dict[str, type[PipelineConfig]] = {
     "pretrain_tiny": PretrainTinyConfig,
     "pretrain_tiny_z_image": PretrainTinyZImageConfig,
+    "pretrain_tiny_klein": PretrainTinyKleinConfig,
     "pretrain_tiny_vl": PretrainTinyVLConfig,
     "pretrain_tiny_vlm": PretrainTinyVLMConfig,
     "fit_judge": FitClassifierConfig,

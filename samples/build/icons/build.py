@@ -5,6 +5,7 @@
     their icons   -> build/icons/<style>/<code>.webp   for flat, twemoji, noto, contrast and 3d
     flat icons    -> build/icons/brick                 as brick models, rendered by LeoCAD from LDraw parts
     two styles    -> samples/3d_icon, samples/lego     with captions
+    flat icons    -> samples/lego_flat                 small, as references of samples/lego for models that edit
 
 Existing images are kept, so an interrupted run resumes where it stopped; to draw a style again, delete its folder.
 Needs npm, leocad, xvfb-run, the LDraw parts and resvg_py. It has no config: its output is a fixed set of files, and the
@@ -63,6 +64,9 @@ SETS = {  # folder of samples/: style, role of its concepts, caption
 }
 
 
+REFERENCES, REFERENCE_SIZE, REFERENCE_QUALITY = "lego_flat", 128, 75  # the images of samples/lego before the edit
+
+
 def main() -> None:
     """Makes everything that is missing, in order.
 
@@ -89,6 +93,7 @@ def build_icons(concepts: list[Concept]) -> None:
     write_changed(ICONS / "concepts.json", dump_concepts(concepts).encode())
     for name, (style, role, caption) in SETS.items():
         write_sample_set(SAMPLES / name, ICONS / style, [c for c in concepts if c.role == role], caption)
+    write_references(SAMPLES / REFERENCES, ICONS / "flat", [c for c in concepts if c.role == "lego"])
     logger.info("%d concepts in %s; samples in %s", len(concepts), ICONS, SAMPLES)
 
 
@@ -156,16 +161,46 @@ def write_sample_set(folder: Path, images: Path, concepts: list[Concept], captio
     """
     rows = []
     for concept in sorted(concepts, key=lambda concept: concept.name):
-        file_name = concept.name.replace(" ", "_") + ".webp"
+        file_name = file_name_of(concept)
         write_changed(folder / file_name, (images / f"{concept.code}.webp").read_bytes())
         rows.append({"file_name": file_name, "text": caption.format(thing=with_article(concept.name))})
     write_changed(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    kept = {row["file_name"] for row in rows}
+    remove_others(folder, {row["file_name"] for row in rows})
+
+
+def write_references(folder: Path, images: Path, concepts: list[Concept]) -> None:
+    """Writes small references, named as the images of `write_sample_set` are, and deletes other images.
+
+    Args:
+        folder: Receives the images.
+        images: The folder with the icons of one style.
+        concepts: Which of them.
+    """
+    for concept in concepts:
+        image = Image.open(images / f"{concept.code}.webp").convert("RGB")
+        image = image.resize((REFERENCE_SIZE, REFERENCE_SIZE), Image.Resampling.LANCZOS)
+        write_changed(folder / file_name_of(concept), webp(image, REFERENCE_QUALITY))
+    remove_others(folder, {file_name_of(concept) for concept in concepts})
+
+
+def file_name_of(concept: Concept) -> str:
+    """The name of a file in samples/, which people can read."""
+    return concept.name.replace(" ", "_") + ".webp"
+
+
+def remove_others(folder: Path, kept: set[str]) -> None:
+    """Deletes the images in a folder that are not among those of these names."""
     for stale in [path for path in folder.glob("*.webp") if path.name not in kept]:
         stale.unlink()
 
 
-def save_image(image: Image.Image, style: str, concept: Concept) -> None:
+def webp(image: Image.Image, quality: int) -> bytes:
+    """The content of a WebP file."""
     buffer = io.BytesIO()
-    image.save(buffer, "webp", quality=WEBP_QUALITY.get(style, DEFAULT_QUALITY), method=6)
-    write_changed(ICONS / style / f"{concept.code}.webp", buffer.getvalue())
+    image.save(buffer, "webp", quality=quality, method=6)
+    return buffer.getvalue()
+
+
+def save_image(image: Image.Image, style: str, concept: Concept) -> None:
+    content = webp(image, WEBP_QUALITY.get(style, DEFAULT_QUALITY))
+    write_changed(ICONS / style / f"{concept.code}.webp", content)

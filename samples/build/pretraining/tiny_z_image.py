@@ -1,31 +1,17 @@
 """A small Z-Image: its own classes with a chat tokenizer and a text encoder of Qwen3, sized for a laptop's CPU."""
 
-import copy
-import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+from transformers import Qwen3Config, Qwen3Model
 
 from dora_mm.models.images.components import Components
 from dora_mm.models.images.image_model import Prompt
 from dora_mm.models.images.z_image import SHIFT_OF_BASE, ZImage
+from samples.build.pretraining.tiny_flow import train_tokenizer
 
-END, START_TURN, END_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-# For text it writes what the template of the published model writes.
-TEMPLATE = """\
-{%- for message in messages -%}
-{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{ '<|im_start|>assistant\\n' }}
-{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}
-{%- endif -%}
-"""
 ROTARY_LENGTHS = [1024, 64, 64]  # places of prompt and picture one after the other, rows, columns: tables, no weights
 
 
@@ -100,29 +86,6 @@ def initialise(transformer: Any) -> None:
             parameter.normal_(std=0.02)  # left as memory has it
 
 
-def train_tokenizer(texts: Iterable[str], num_merges: int) -> Qwen2Tokenizer:
-    """Trains Qwen's tokenizer on these texts: a byte-level BPE, which can encode any text, and the marks of a chat."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    untrained = Qwen2Tokenizer(vocab={token: index for index, token in enumerate(alphabet)}).backend_tokenizer
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer, bpe.pre_tokenizer, bpe.decoder = untrained.normalizer, untrained.pre_tokenizer, decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=256 + num_merges, initial_alphabet=alphabet, min_frequency=2, show_progress=False
-    )
-    bpe.train_from_iterator([*texts, "user\n", "assistant\n"] * 2, trainer)
-    found = json.loads(bpe.to_str())["model"]
-    merges: Any = [tuple(pair) for pair in found["merges"]]  # annotated as texts
-    tokenizer = Qwen2Tokenizer(
-        vocab=found["vocab"],
-        merges=merges,
-        eos_token=END_TURN,
-        pad_token=END,
-        additional_special_tokens=[START_TURN, END_TURN],
-    )
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
-
-
 def encode(model: ZImage, captions: Sequence[str]) -> list[Prompt]:
     """Encodes a batch of captions with gradients, as `encode_prompts` does one by one without."""
     chats = [[{"role": "user", "content": caption}] for caption in captions]
@@ -130,21 +93,3 @@ def encode(model: ZImage, captions: Sequence[str]) -> list[Prompt]:
     inputs = model.tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
     states = model.text_encoder(**inputs, output_hidden_states=True).hidden_states[-2]
     return [{"text": row[mask]} for row, mask in zip(states, inputs.attention_mask.bool(), strict=True)]
-
-
-def save(model: ZImage, folder: Path) -> None:
-    """Saves a folder of diffusers with fp16 weights that is loaded in float32; of the VAE only the config, no weights.
-
-    It is used with `model.vae`, the folder with the VAE's weights.
-    """
-    halved = {name: copy.deepcopy(network).half() for name, network in model.networks.items() if name != "vae"}
-    components = {name: model.components[name] for name in model.components.names}
-    model.pipeline_class()(**{**components, **halved}).save_pretrained(folder)  # with its own scheduler
-    for weights in (folder / "vae").glob("*.safetensors"):
-        weights.unlink()
-    # diffusers loads in float32 by default, transformers in the dtype of the config: both must be the same.
-    file = folder / "text_encoder" / "config.json"
-    file.write_text(
-        json.dumps({**json.loads(file.read_text(encoding="utf-8")), "dtype": "float32"}, indent=2) + "\n",
-        encoding="utf-8",
-    )

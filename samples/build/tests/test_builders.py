@@ -147,6 +147,19 @@ def test_images_that_are_not_part_of_a_sample_set_are_deleted(folders):
     assert row == {"file_name": "red_apple.webp", "text": "a lego set in the style of TOK, a red apple"}
 
 
+def test_references_are_small_and_named_as_the_images_of_a_sample_set(folders):
+    (folders / "icons" / "flat").mkdir(parents=True)
+    Image.new("RGB", (256, 256), "red").save(folders / "icons" / "flat" / "1f34e.webp")
+    target = folders / "lego_flat"
+    target.mkdir()
+    (target / "old.webp").write_bytes(b"stale")
+    for _ in range(2):
+        icons.write_references(target, folders / "icons" / "flat", CONCEPTS[:1])
+        assert [path.name for path in target.iterdir()] == ["red_apple.webp"]
+    with Image.open(target / "red_apple.webp") as image:
+        assert (image.size, image.mode) == ((128, 128), "RGB")
+
+
 def test_a_failed_write_leaves_no_partial_file(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")

@@ -122,3 +122,13 @@ def test_sample_folders_are_complete(concepts, folder, role, count, start):
             assert (image.size, image.mode) == ((256, 256), "RGB")
             assert min(image.getpixel((0, 0))) > 250  # on white
     assert (SAMPLES / folder / "SOURCES.md").exists()
+
+
+def test_every_brick_model_has_its_flat_icon_as_a_reference():
+    references = sorted((SAMPLES / "lego_flat").iterdir())
+    assert [path.name for path in references] == sorted(path.name for path in (SAMPLES / "lego").glob("*.webp"))
+    assert sum(path.stat().st_size for path in references) < 75_000
+    for path in references:
+        with Image.open(path) as image:
+            assert (image.size, image.mode) == ((128, 128), "RGB")
+            assert min(image.getpixel((0, 0))) > 250  # on white

@@ -18,10 +18,12 @@ from dora_mm.models.images.z_image import ZImage
 from samples.build.__main__ import main
 from samples.build.icons.sets import read_concepts
 from samples.build.packages import SAMPLES
+from samples.build.pretraining.flow_training import of_things, short_caption
 from samples.build.pretraining.icons import DEFAULT_STYLE, Icon, caption
+from samples.build.pretraining.tiny_flow import save
 from samples.build.pretraining.tiny_sdxl import build_vae
-from samples.build.pretraining.tiny_z_image import build_tiny_z_image, encode, save
-from samples.build.recipes.pretrain_tiny_z_image import GROUP, of_things, short_caption
+from samples.build.pretraining.tiny_z_image import build_tiny_z_image, encode
+from samples.build.recipes.pretrain_tiny_z_image import GROUP
 
 CAPTIONS = ["a flat icon of a bus", "a bus", "an icon of a very long owl, in the style of zool", ""]
 PARTS = ("transformer", "text_encoder")
@@ -99,7 +101,7 @@ def test_no_caption_takes_a_second_group_of_tokens(model):
     stream = torch.Generator().manual_seed(0)
     icon = Icon(Concept("1f6f8", "flying saucer", "Things", "judge"), DEFAULT_STYLE, Path())
     lengths = [model.num_tokens(caption(icon, stream, 0.75)) for _ in range(200)]
-    short = [model.num_tokens(short_caption(model, icon, stream, 0.75)) for _ in range(200)]
+    short = [model.num_tokens(short_caption(model, icon, stream, 0.75, GROUP)) for _ in range(200)]
     assert max(short) <= GROUP < max(lengths)
 
 

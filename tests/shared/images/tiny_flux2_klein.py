@@ -11,7 +11,7 @@ from diffusers import (
 )
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from samples.build.pretraining.tiny_z_image import TEMPLATE
+from samples.build.pretraining.tiny_flow import TEMPLATE
 from tests.shared.vl.vocabularies import qwen
 
 

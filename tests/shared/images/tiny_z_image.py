@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from samples.build.pretraining.tiny_z_image import TEMPLATE
+from samples.build.pretraining.tiny_flow import TEMPLATE
 from tests.shared.vl.vocabularies import qwen
 
 
