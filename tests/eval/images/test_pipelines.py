@@ -200,9 +200,9 @@ def test_an_evaluation_that_was_stopped_goes_on_in_its_folder(evaluation, tmp_pa
     """It is interrupted in its second batch; images that were generated stay, unless they are damaged."""
     assert main(["eval", evaluation()]) == 0
     folder, rows = tmp_path / "scores", []
-    whole, before = files_of(folder), files_in(folder)
+    whole, before = files_of(folder), files_in(folder / "samples")
     assert main(["eval", evaluation()]) == 0
-    assert files_in(folder) == before
+    assert (files_of(folder), files_in(folder / "samples")) == (whole, before)
     shutil.rmtree(folder)
     draw, save = generating.generate_batch, generating.save_image
 
@@ -215,11 +215,11 @@ def test_an_evaluation_that_was_stopped_goes_on_in_its_folder(evaluation, tmp_pa
             raise KeyboardInterrupt
         save(file, *arguments)
 
-    monkeypatch.setattr(generating, "draw_batch", counted)
-    monkeypatch.setattr(generating, "save_picture", stopped)
+    monkeypatch.setattr(generating, "generate_batch", counted)
+    monkeypatch.setattr(generating, "save_image", stopped)
     assert main(["eval", evaluation()]) == 130
     assert len(list(folder.rglob("*-seed*.png"))) == 6 + 1
-    monkeypatch.setattr(generating, "save_picture", save)
+    monkeypatch.setattr(generating, "save_image", save)
     assert main(["eval", evaluation()]) == 0
     assert rows == [{"bare_model_flat_prompts"}, {"bare_model"}, {"bare_model"}]
     assert files_of(folder) == whole
