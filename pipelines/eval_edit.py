@@ -22,6 +22,7 @@ from dora_mm.data.images.folder import CaptionedImage, digest_of, read_captioned
 from dora_mm.data.images.held_out import hold_out
 from dora_mm.data.images.masks import ALPHA, load_mask
 from dora_mm.data.images.pixels import crop_box
+from dora_mm.data.images.wording import unchanged
 from dora_mm.eval.images import edit
 from dora_mm.eval.images.scores import scores_per_image, write_json
 from dora_mm.formats.identity import adapter_digest
@@ -101,7 +102,7 @@ def main(config: EvalEditConfig, *, resume: Path | None = None) -> None:
 
 
 def pairs_of(config: EvalEditConfig, trained: TrainDiffusionConfig | None) -> list[CaptionedImage]:
-    """The pairs that are scored: those of a folder, or those that the training held out."""
+    """The pairs that are scored: those of a folder, or those that the training held out; captions as it reads them."""
     if config.images is not None:
         found = read_captioned_images(
             config.images,
@@ -126,7 +127,8 @@ def pairs_of(config: EvalEditConfig, trained: TrainDiffusionConfig | None) -> li
     pairs = [image for image in found if image.references]
     if not pairs:
         raise ValueError(f"{source} no images with references: name a folder with images and references")
-    return pairs
+    captions = trained.data.captions if trained else None
+    return [pair._replace(caption=unchanged(pair, captions)) for pair in pairs]
 
 
 def requests_of(
