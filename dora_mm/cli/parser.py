@@ -66,6 +66,7 @@ def build_parser() -> CommandParser:
         _add_score,
         _add_ask,
         _add_caption,
+        _add_unpack,
     ):
         add(commands)
     commands.add_parser("configs", help="list the packaged configs, with what each is for")
@@ -337,6 +338,17 @@ def _add_caption(commands: Any) -> None:
     command.add_argument("--max-new-tokens", metavar="N", type=_positive, help="the longest caption; default: 256")
     command.add_argument("--batch-size", metavar="N", type=_positive, default=1, help="images together; default: 1")
     _add_weights(command)
+
+
+def _add_unpack(commands: Any) -> None:
+    command = commands.add_parser("unpack", help="write rows of Parquet files as a folder of images with captions")
+    command.add_argument("source", metavar="IN", help="a file, or a folder of files as the hub has them")
+    command.add_argument("out", metavar="OUT", help="a new folder, which data.folder reads")
+    command.add_argument("--image", metavar="COLUMN", help="the images; default: image, target, edited_image, ...")
+    command.add_argument("--text", metavar="COLUMN", help="the captions; default: text, prompt, instruction, ...")
+    references = "what each image is made of, for models that edit; default: references, cond_image, source, ..."
+    command.add_argument("--references", metavar="COLUMN", nargs="+", default=(), help=references)
+    command.add_argument("--split", metavar="NAME", help="the split of a folder, where it has several")
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

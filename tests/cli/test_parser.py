@@ -30,6 +30,7 @@ COMMANDS = {  # with the recipes of those that take no config
     "average": "average",
     "ask": "ask",
     "caption": "caption",
+    "unpack": "unpack",
 }
 
 

@@ -132,7 +132,7 @@ def read_captioned_images(
     )
     deeper = [] if subfolders else _images_in_subfolders(root, others, [*paths, *seen_only])
     if not paths and not problems:
-        raise ValueError(_no_images(root, deeper, key))
+        raise ValueError(_no_images(root, deeper, key, packed=any(path.suffix == ".parquet" for path in entries)))
 
     images, uncaptioned = [], []
     all_files = [(path, found_masks.of_image(path), found_references.of_image(path)) for path in paths]
@@ -297,7 +297,9 @@ def _images_in_subfolders(root: Path, others: Sequence[Path], listed: Sequence[P
     return sorted(by_kind(path for folder in folders for path in folder.iterdir()).images - set(listed))
 
 
-def _no_images(root: Path, deeper: Sequence[Path], key: str) -> str:
+def _no_images(root: Path, deeper: Sequence[Path], key: str, *, packed: bool) -> str:
+    if packed:
+        return f"{key}: {root} has Parquet files: dora-mm unpack {root} OUT writes their rows as a folder of images"
     if not deeper:
         return f"{key}: {root} has no images ({', '.join(SUFFIXES)})"
     first = deeper[0].relative_to(root)
