@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -242,7 +243,14 @@ def test_two_processes_share_the_pairs_that_are_kept(folder):
 
 
 def flow_images(
-    folder, name: str, flow: TinyFlow, accumulated: int = 1, *, quantization: str | None = None, **train
+    folder,
+    name: str,
+    flow: TinyFlow,
+    accumulated: int = 1,
+    *,
+    quantization: str | None = None,
+    references: Sequence[str] = (),
+    **train,
 ) -> str:
     """A flow model held at the base model by prompts, with an average of its weights."""
     section = {"quantization": quantization, **({flow.name: flow.settings} if flow.settings else {})}
@@ -252,7 +260,12 @@ def flow_images(
         pipeline="train_diffusion",
         model={"path": str(folder / flow.name), **section},
         adapter={"rank": 2, "cache": "norms", "parts": ["transformer.attn", "transformer.ff"]},
-        data={"folder": str(folder / "noise"), "resolution": 64, "caption_dropout": 0.2},
+        data={
+            "folder": str(folder / "noise"),
+            "resolution": 64,
+            "caption_dropout": 0.2,
+            "references": list(references),
+        },
         preserve={"prompt": "an icon"},
         ema={"decay": 0.9},
         optimizer={"lr": 0.01, "eps": 1.0e-4},
@@ -272,6 +285,20 @@ def test_two_processes_train_a_flow_model_as_one_does_also_divided(folder, flow)
         assert process.wait(timeout=600) == 0, log.read_text()
     assert_equal_runs(folder / two, folder / one)
     assert_equal_runs(folder / divided, folder / one)
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_references_as_one_does(folder, tmp_path):
+    flow = next(flow for flow in FLOWS if flow.name == "flux2_klein")
+    flow.build(folder / flow.name)
+    for number, image in enumerate(sorted((folder / "noise").glob("?.png"))):
+        Image.new("RGB", (64, 80), (40 * number % 256, 90, 160)).save(tmp_path / image.name)
+    assert main(["train", flow_images(folder, "edit_one", flow, 2, references=[str(tmp_path)])]) == 0
+    with launched(
+        ["train", flow_images(folder, "edit_two", flow, references=[str(tmp_path)])], log=folder / "edit.log"
+    ) as process:
+        assert process.wait(timeout=600) == 0, (folder / "edit.log").read_text()
+    assert_equal_runs(folder / "edit_two", folder / "edit_one")
 
 
 @pytest.mark.slow

@@ -123,3 +123,23 @@ def test_quantized_blocks_are_compiled(flow, folders):
 def test_all_at_once_over_a_flow_model_is_resumed_bit_for_bit(flow, folders):
     model, section = flow
     check_resumed(OF_FLOWS - {"random crop", "folders"}, model, folders, section)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["float8", *QUANTIZED])
+@pytest.mark.parametrize(
+    "flow",
+    [flow for flow in FLOWS if flow.name in ("flux2_klein", "qwen_image_21")],
+    indirect=True,
+    ids=lambda it: it.name,
+)
+def test_references_over_quantized_bases_are_resumed_bit_for_bit(flow, folders, tmp_path, name):
+    """Of two sizes, for all images but one; masks, preservation, averages, caches and held-out losses beside them."""
+    if name in QUANTIZED:
+        pytest.importorskip(QUANTIZATIONS[name].package)
+    model, section = flow
+    for index, side in enumerate((64, 80, 64, 64)):
+        noise = np.random.default_rng(index).integers(0, 256, (side, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{index}.png")
+    names = OF_FLOWS - {"random crop", "folders", "float8"} | {"held-out losses", "references", name}
+    check_resumed(names, model, [*folders, tmp_path], section)

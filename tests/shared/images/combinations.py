@@ -41,6 +41,7 @@ ALONE = {  # not with all others: what is compiled takes a minute
     "rates": {"adapter.parts": {"unet.attn": {"lr": 0.005}, "unet.cross": {"rank": 3}}},
     "compiled": {"train.compile": True},
 }
+EDITS = {"references": {"data.references": ["REFERENCES"], "data.reference_dropout": 0.3}}  # of models that edit
 QUANTIZED = {name: {"model.quantization": name} for name in ("nf4", "int8", "torchao_int8")}
 
 
@@ -50,7 +51,7 @@ def config_of(names, model, folders, run, section=()):
     Args:
         names: Those of the options.
         model: The folder of the model.
-        folders: Those of images.
+        folders: Those of images; the last may be of references.
         run: The run directory.
         section: Further keys of `model`, for a flow model.
     """
@@ -65,13 +66,13 @@ def config_of(names, model, folders, run, section=()):
     }
     left_out = set().union(*(EXCLUDES.get(name, set()) for name in names))
     for name in sorted(names - left_out):
-        for key, value in copy.deepcopy((OPTIONS | ALONE | QUANTIZED)[name]).items():
+        for key, value in copy.deepcopy((OPTIONS | ALONE | EDITS | QUANTIZED)[name]).items():
             section, _, leaf = key.partition(".")
             if leaf:
                 config[section][leaf] = value
             else:
                 config[section] = value
-    places = {"FOLDER": folders[0], "OTHER": folders[1], "SCRATCH": run.parent}
+    places = {"FOLDER": folders[0], "OTHER": folders[1], "REFERENCES": folders[-1], "SCRATCH": run.parent}
     text = json.dumps(config)
     for name, place in places.items():
         text = text.replace(name, str(place))
