@@ -33,7 +33,7 @@ test-slow: $(READY)  ## quantised bases and TRL come from folders of their own: 
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/quant "bitsandbytes>=0.48" "torchao>=0.14"
 	PYTHONPATH=build/quant $(BIN)/python -m pytest tests/core/wrappers/test_quantized.py \
 		tests/core/wrappers/test_sharded.py tests/models/vl/vlm/test_quantized.py
-	PYTHONPATH=build/quant $(BIN)/python -m pytest -m slow -k quantized tests/peft/test_quantized.py \
+	PYTHONPATH=build/quant $(BIN)/python -m pytest -m slow -k "quantized or heads" tests/peft/test_quantized.py \
 		tests/models/images/test_quantized.py tests/pipelines/images/test_combinations.py \
 		tests/preview/test_image_memory.py tests/pipelines/test_two_processes.py
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/trl trl datasets dill multiprocess xxhash pandas

@@ -13,6 +13,7 @@ from torch import nn
 
 from dora_mm import DoRASpec, adapter_parameters, inject, targets
 from dora_mm.cli import main
+from dora_mm.config import load_config
 from dora_mm.core import fixed_parameters
 from dora_mm.models.quantization import QUANTIZATIONS, quantize_layers
 from dora_mm.preview.simulation import Machine, simulated_peak
@@ -141,6 +142,9 @@ def full_models(tmp_path_factory):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_heads_of_the_recipes_have_what_the_dry_run_says(recipe, full_models, tmp_path, capsys):
     family = recipe.partition("/")[0]
+    quantization = load_config(f"configs/{recipe}.yaml").model.quantization
+    if quantization and QUANTIZATIONS[quantization].package:
+        pytest.importorskip(QUANTIZATIONS[quantization].package)
     given = [f"model.path={full_models[family]}", "model.vae=null"]
     given += ["data.folder=samples/3d_icon"] if family != "sdxl" else []
     if family == "qwen_image_edit":
