@@ -118,8 +118,10 @@ class Checkout:
             self._make_run(Path(*parts[:2], "001" if parts[2] == LATEST else parts[2]))
         elif stand_ins.build(name, path, self.tiny_sdxl, self.tiny_vlm):
             pass
-        elif name == "my_images":
+        elif name in ("my_images", "before"):
             data.write_captioned(path)
+        elif name == "my_pairs":
+            data.write_pairs_of_parquet(path)
         elif path.suffix == ".jpg":
             data.write_images(path.parent, [path.name])
         elif name == "jobs.csv":

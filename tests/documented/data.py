@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import stem
@@ -58,6 +60,14 @@ def write_captioned(folder: Path) -> None:
     write_lines(folder / "metadata.jsonl", rows)
     for name in names[10:]:
         (folder / name).with_suffix(".txt").write_text(f"a TOK icon of thing {name[:2]}")
+
+
+def write_pairs_of_parquet(folder: Path) -> None:
+    """Writes a file of a data set of edits, as the hub has them."""
+    write_images(folder, ["noise.png"])
+    image = {"bytes": (folder / "noise.png").read_bytes(), "path": None}
+    columns = {"source_image": [image] * 4, "edit_prompt": ["make it red"] * 4, "edited_image": [image] * 4}
+    pq.write_table(pa.table(columns), folder / "train-00000-of-00001.parquet")
 
 
 # --- files by format -------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from tests.shared.images import tiny_flux2_klein as klein
 from tests.shared.images import tiny_krea2 as krea2
 from tests.shared.images import tiny_qwen_image as qwen_image
 from tests.shared.images import tiny_qwen_image_21 as qwen_image_21
+from tests.shared.images import tiny_qwen_image_edit as qwen_image_edit
 from tests.shared.images import tiny_sd3 as sd3
 from tests.shared.images import tiny_z_image as z_image
 from tests.shared.local_server import started
@@ -53,6 +54,8 @@ def build(name: str, folder: Path, tiny_sdxl: Path, tiny_vlm: Callable[[str], Pa
         klein.build(folder, is_distilled=True)
     elif name == "Qwen/Qwen-Image":
         qwen_image.build(folder)
+    elif name == "Qwen/Qwen-Image-Edit-2511":
+        qwen_image_edit.build(folder, zero_cond_t=True)
     elif name == "Qwen/Qwen-Image-2.1":
         qwen_image_21.build(folder)
     elif name == "krea/Krea-2-Raw":
