@@ -26,6 +26,7 @@ from dora_mm.core.ops import Op
 from dora_mm.core.parameters import AdapterParameters
 from dora_mm.core.passes import Options, PassCache
 from dora_mm.core.spec import DoRASpec, finite_number
+from dora_mm.core.streaming import is_streamed
 from dora_mm.core.wrappers.sharded import gathered, is_sharded, write
 
 NOT_STACKED = "cannot hold several adapters: method full replaces the weight itself"
@@ -177,7 +178,7 @@ class AdaptedLayer(AdapterParameters):
         if caches is not None and not self.is_base():
             cache = self.pass_cache(caches, keeps=self.adaptation.num_passes is not None)
             if cache.n0 is None and self.magnitude is not None:
-                cache.n0 = row_norm(self.matrix.detach())
+                cache.n0 = row_norm(self.whole_matrix())
 
     def adapted_product(
         self,
@@ -235,6 +236,8 @@ class AdaptedLayer(AdapterParameters):
     def check_can_merge(self) -> None:
         """Raises ValueError where the layer is merged already, or its weight cannot be replaced."""
         self.check_not_merged()
+        if is_streamed(self):
+            raise ValueError(f"the weight of {self.adaptation.path} is streamed: merge into a model that is not")
         self.check_unpacked()
 
     def check_unpacked(self) -> None:
@@ -257,7 +260,7 @@ class AdaptedLayer(AdapterParameters):
             ValueError: See `check_can_merge`.
         """
         self.check_can_merge()
-        W0, state = gathered(self.matrix), self.adaptation
+        W0, state = self.whole_matrix(), self.adaptation
         adapters = [a.with_tensors(*(None if t is None else gathered(t) for t in a[:3])) for a in self.adapters()]
         W = merged_weight(W0, adapters)
         merged, sums = W, (0.0, 0.0)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dora_mm.core.adaptation import ADAPTER_NAMES, Adaptation
 from dora_mm.core.functional import adapter_dtype, row_norm, seeded_generator
+from dora_mm.core.streaming import bring
 from dora_mm.core.wrappers.sharded import gathered, is_sharded, write
 
 
@@ -30,6 +31,11 @@ class AdapterParameters(nn.Module):
     def matrix(self) -> Tensor:
         """The weight with output rows first, (O, I) or (O, I / groups, *K): a view where it is stored otherwise."""
         return self.tensor("weight")
+
+    def whole_matrix(self) -> Tensor:
+        """The matrix outside of a pass: gathered where it is sharded, brought where it is streamed; detached."""
+        bring(self)
+        return gathered(self.matrix)
 
     def tensor(self, name: str) -> Any:
         """A parameter, or the tensor that replaces it in DataParallel's copies and parametrized layers; None if absent.
@@ -59,13 +65,13 @@ class AdapterParameters(nn.Module):
             raise ValueError(
                 f"{self.adaptation.path} was merged with keep_base=False: only strength 1 does not need the base"
             )
-        return gathered(self.matrix if base is None else self.as_stored(base))
+        return self.whole_matrix() if base is None else gathered(self.as_stored(base))
 
     # --- a fresh adapter ---
 
     def reset_adapter(self) -> None:
         """Draws A from (seed, path), and sets B to 0 and m to the row norms: the layer computes what its base does."""
-        W0, state = gathered(self.matrix), self.adaptation
+        W0, state = self.whole_matrix(), self.adaptation
         state.forget()
         dtype, fan_in = adapter_dtype(W0.dtype), W0[0].numel()
         if state.spec.method in ("dora", "lora"):
@@ -88,7 +94,7 @@ class AdapterParameters(nn.Module):
         state = self.adaptation
         state.made_for = self.weight.device, self.weight.dtype
         if state.spec.method in ("dora", "magnitude"):
-            state.first_magnitude = row_norm(gathered(self.matrix))
+            state.first_magnitude = row_norm(self.whole_matrix())
 
     def _set(self, name: str, value: Tensor) -> None:
         parameter = getattr(self, name)
