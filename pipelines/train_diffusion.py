@@ -26,6 +26,7 @@ from dora_mm.eval.gradients import measuring
 from dora_mm.models.images.families import has_unread_layers, identity_of, load_image_model
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.preview.image_page import image_page
+from dora_mm.preview.image_streams import stream_amounts
 from dora_mm.preview.images import remark_on_captions, remark_on_distilled, remark_on_length, repeats_of
 from dora_mm.preview.training import print_page, slow_hardware
 from dora_mm.sampling.before_after import (
@@ -89,10 +90,12 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     stop_at(preflight(accelerator, config, resume))
     # What is rounded is divided on its device. Each network is loaded when it is asked for.
     on_one_device = bool(config.model.quantization) or not config.train.shard
-    model = load_image_model(config.model).to(accelerator.device, denoiser=on_one_device)
+    model = load_image_model(config.model)
     check_fit(config, model)
     images, held_out = hold_out(read_images(config.data, "train"), config.data)
     class_images = read_images(config.data, "preserve")
+    model.stream(*stream_amounts(config, accelerator, images, class_images))
+    model.to(accelerator.device, denoiser=on_one_device)
     check_references(model, [*images, *held_out], config.data)
     sample_references(config, model)
     if resume is not None:

@@ -17,16 +17,19 @@ from dora_mm.adapting.networks import TrainedNetworks, adapt
 from dora_mm.adapting.parts import MODEL
 from dora_mm.adapting.sharding import division
 from dora_mm.config.vl import TrainVLConfig
+from dora_mm.core.streaming import stream
 from dora_mm.data.vl.example import Answer
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet, check_data, open_training, open_validation
 from dora_mm.eval.gradients import measuring
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
+from dora_mm.models.streaming import blocks_to_stream
 from dora_mm.models.vl.families import is_local, load_vl_model, pinned
 from dora_mm.models.vl.vl_model import VLModel, check_in_step
 from dora_mm.preview.lengths import row_lines
 from dora_mm.preview.training import print_page, slow_hardware
 from dora_mm.preview.vl_page import vl_page
+from dora_mm.preview.vl_streams import stream_amount
 from dora_mm.sampling.answers import answer_all, num_answered, save_answers
 from dora_mm.sampling.next_steps import asking_command
 from dora_mm.tasks.held_out import RowLosses, by_loss
@@ -146,7 +149,8 @@ def load(config: TrainVLConfig, accelerator: Accelerator) -> VLModel:
         ValueError: It cannot be loaded, sharded as the config wants it, or do a task.
     """
     # What is divided does not fit on one device. Quantised weights cannot move.
-    device = "cpu" if config.train.shard and not config.model.quantization else accelerator.device
+    waits = config.train.shard or (config.memory.stream and config.model.own_tower)
+    device = "cpu" if waits and not config.model.quantization else accelerator.device
     tower = bool(config.adapter.vision_parts)
     model = load_vl_model(config.model, config.vision, seed=config.seed, trained_tower=tower, device=device)
     model.check(task.task for task in config.data.all_tasks)
@@ -163,6 +167,12 @@ def prepare(config: TrainVLConfig, model: VLModel, accelerator: Accelerator) -> 
     if config.train.shard:
         reaches_all = config.model.uses_all_parameters
         division(trained, model.target_maps, reaches_all=reaches_all).apply(accelerator.device)
+    elif config.memory.stream:
+        if amount := stream_amount(config, model, trained, accelerator):
+            network = model.networks[MODEL]
+            stream(blocks_to_stream(network, model.target_maps[MODEL], amount, accelerator.device), accelerator.device)
+        for network in model.networks.values():
+            network.to(accelerator.device)
     for name, injected in trained.reports.items():
         log.info("%s: %d modules adapted, %s parameters", name, injected.num_modules, f"{injected.num_parameters:,}")
     for remark in remarks_on_files(trained):

@@ -14,7 +14,7 @@ from torch import nn
 
 from dora_mm.core import TargetMap
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.core.targets import blocks_of
+from dora_mm.models.streaming import repeated_blocks
 from dora_mm.utils.messages import compiler_problem
 
 # Dropout draws what it does without: torch's generators, not those of the compiler.
@@ -22,13 +22,6 @@ COMPILER: dict[str, Any] = {"backend": "inductor", "options": {"fallback_random"
 # Graphs of one class of blocks: by width, by what is adapted in it, and by the shape of the input, first as it is and
 # then as any other. Without a limit this high, torch runs the rest as it is, and says so in a warning only.
 MOST_GRAPHS = 64
-
-
-def repeated_blocks(network: nn.Module, targets: TargetMap) -> list[nn.Module]:
-    """The blocks of a network to compile: those that a class of diffusers names, or its target map."""
-    if names := getattr(network, "_repeated_blocks", None):
-        return [module for module in network.modules() if type(module).__name__ in names]
-    return [network.get_submodule(path) for path in blocks_of(network, targets)]
 
 
 def compile_blocks(networks: Mapping[str, nn.Module], target_maps: Mapping[str, TargetMap]) -> None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dora_mm.adapting.compiled import repeated_blocks
 from dora_mm.adapting.networks import TrainedNetworks
 from dora_mm.core import TargetMap
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.wrappers.sharded import shard_frozen
+from dora_mm.models.streaming import repeated_blocks
 
 
 @dataclass(frozen=True)

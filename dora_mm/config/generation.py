@@ -22,6 +22,7 @@ from dora_mm.config.schema import (
     Text,
     raise_problems,
 )
+from dora_mm.config.streaming import ImageStreamConfig
 
 WITHOUT_GUIDANCE = 1.0  # up to this scale of guidance the negative prompt is not looked at, by any family
 LARGEST_SIZE = 8192  # pixels of a side
@@ -84,13 +85,19 @@ class AdapterChoice(Section):
     strength: float | dict[str, float] = 1.0
 
 
-class MemoryConfig(Section):
+class MemoryConfig(ImageStreamConfig):
     """Settings that reduce the memory of generation, at the cost of time."""
 
-    # Where the weights wait: model: in main memory, but for the network that runs; layers: but for the layer that runs
-    offload: Literal["none", "model", "layers"] = "none"
+    # Where the weights wait: model: in main memory, but for the network that runs
+    offload: Literal["none", "model"] = "none"
     vae_tiling: bool = False  # the VAE decodes one image at a time, in overlapping tiles of 512 pixels
     attention_slicing: bool = False  # attention in two steps; only where torch has no fused attention (Apple's MPS)
+
+    @model_validator(mode="after")
+    def _moves_once(self) -> "MemoryConfig":
+        if self.offload == "model" and (self.stream, self.stream_text) != (None, None):
+            raise ValueError("offload model moves whole networks, and stream their blocks: leave one of them out")
+        return self
 
 
 SchedulerName = Literal[

@@ -25,6 +25,7 @@ from dora_mm.config.schema import (
     name_in,
     raise_problems,
 )
+from dora_mm.config.streaming import ImageStreamConfig, check_streaming
 from dora_mm.config.training import (
     CHANGEABLE,
     AdapterTrainConfig,
@@ -301,6 +302,7 @@ class TrainDiffusionConfig(PipelineConfig):
         "adapter.strength",
         "data.latent_cache",
         "evaluate",  # the held-out loss of a step is the same, however often it is computed
+        "memory",
         "sample",
     )
     pipeline: Literal["train_diffusion"]
@@ -318,6 +320,7 @@ class TrainDiffusionConfig(PipelineConfig):
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EMAConfig | None = None  # an average of the weights, saved in adapter-ema/; null: none
     train: ImageTrainConfig
+    memory: ImageStreamConfig = ImageStreamConfig()  # frozen weights that wait in main memory
     evaluate: ValidationConfig = ValidationConfig()
     sample: SampleConfig = SampleConfig()
 
@@ -339,6 +342,7 @@ class TrainDiffusionConfig(PipelineConfig):
         problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype, self.ema)
         problems += check_adapter(self.adapter, self.optimizer)
         problems += check_sharding(self.train, self.adapter.cache, self.model.quantization)
+        problems += check_streaming(self.memory, self.train, self.adapter.methods, self.adapter.cache)
         problems += check_validation(self.evaluate, self.data.holds_out, "data.valid is null")
         full = "full" in self.adapter.methods
         if full and self.data.mask and self.data.mask.outside == "base":

@@ -23,6 +23,7 @@ from dora_mm.config.schema import (
     Text,
     raise_problems,
 )
+from dora_mm.config.streaming import StreamConfig, check_streaming
 from dora_mm.config.training import (
     CHANGEABLE,
     AdapterTrainConfig,
@@ -107,6 +108,7 @@ class TrainVLConfig(PipelineConfig):
         "data.tables",
         "evaluate.every",
         "evaluate.patience",
+        "memory",
         "model.max_length",  # where it cuts no row in another way that was seen: see `RowCounts`
     )
     pipeline: Literal["train_vl"]
@@ -122,6 +124,7 @@ class TrainVLConfig(PipelineConfig):
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EMAConfig | None = None  # an average of the weights, saved in adapter-ema/; null: none
     train: VLTrainConfig
+    memory: StreamConfig = StreamConfig()  # frozen weights that wait in main memory
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
@@ -129,6 +132,7 @@ class TrainVLConfig(PipelineConfig):
         problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype, self.ema)
         problems += check_adapter(self.adapter, self.optimizer)
         problems += check_sharding(self.train, self.adapter.cache, self.model.quantization)
+        problems += check_streaming(self.memory, self.train, {self.adapter.method}, self.adapter.cache)
         if self.adapter.method in EXTRA_WEIGHT_MODULES:
             problems += _check_extra_weights(self.adapter.method, self.train)
         if self.train.gradients_at and self.model.quantization:

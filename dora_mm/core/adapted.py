@@ -26,7 +26,7 @@ from dora_mm.core.ops import Op
 from dora_mm.core.parameters import AdapterParameters
 from dora_mm.core.passes import Options, PassCache
 from dora_mm.core.spec import DoRASpec, finite_number
-from dora_mm.core.streaming import is_streamed
+from dora_mm.core.streaming import bring, is_streamed, keep
 from dora_mm.core.wrappers.sharded import gathered, is_sharded, write
 
 NOT_STACKED = "cannot hold several adapters: method full replaces the weight itself"
@@ -236,8 +236,6 @@ class AdaptedLayer(AdapterParameters):
     def check_can_merge(self) -> None:
         """Raises ValueError where the layer is merged already, or its weight cannot be replaced."""
         self.check_not_merged()
-        if is_streamed(self):
-            raise ValueError(f"the weight of {self.adaptation.path} is streamed: merge into a model that is not")
         self.check_unpacked()
 
     def check_unpacked(self) -> None:
@@ -269,8 +267,8 @@ class AdaptedLayer(AdapterParameters):
             sums = shares(merged, W, W0)
         elif W.data_ptr() == W0.data_ptr():  # nothing was added: strength 0, or method full
             merged = W.clone()
-        base = self.weight.detach().clone() if is_sharded(self.weight) else self.weight
-        state.base_weight = base if keep_base else None
+        if keep_base:
+            state.base_weight = self.base_to_keep()
         self.store(merged)
         state.merged = True
         self.adaptation.forget(base=True)
@@ -282,10 +280,22 @@ class AdaptedLayer(AdapterParameters):
         It becomes a new Parameter: passes that were made before, and modules that share the old one, keep that.
         """
         stored = self.as_stored(matrix)
-        if is_sharded(self.weight):
+        if self.is_written_in_place():
             write(self.weight, stored)
+            keep(self)
         else:
             self.weight = nn.Parameter(stored, requires_grad=self.weight.requires_grad)
+
+    def is_written_in_place(self) -> bool:
+        """Whether the weight stays the same parameter: FSDP, or the block that is streamed, keeps its memory."""
+        return is_sharded(self.weight) or is_streamed(self)
+
+    def base_to_keep(self) -> Tensor:
+        """The base weight for `put_back`; that of a streamed layer in main memory."""
+        if not self.is_written_in_place():
+            return self.weight
+        base = self.weight.detach()
+        return base.to("cpu", copy=True) if is_streamed(self) else base.clone()
 
     def put_back(self, base: Tensor) -> None:
         """Makes the base weight the weight again, on the device and in the dtype of the merged one."""
@@ -293,7 +303,9 @@ class AdaptedLayer(AdapterParameters):
             base.data = base.data.to(self.weight.device, self.weight.dtype)
             self.weight = base
         else:
+            bring(self)
             write(self.weight, gathered(base))
+            keep(self)
 
     def check_can_unmerge(self) -> None:
         """Raises ValueError where the base weight was not kept."""

@@ -108,7 +108,7 @@ def versions_of(tensors: Iterable[Any]) -> Hashable | None:
             if t.is_inference():
                 return None
             if type(t) in DENSE_TYPES:
-                found += t.data_ptr(), t.untyped_storage()._cdata
+                found += t.storage_offset(), t.untyped_storage()._cdata
             found += id(t), t._version
     return tuple(found)
 

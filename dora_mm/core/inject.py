@@ -180,7 +180,9 @@ def _restore_attentions(model: nn.Module) -> None:
 def describe(layer: AdaptedLayer, part: str) -> AdaptedModule:
     """The entry of an adapted layer in the report."""
     num_parameters = sum(p.numel() for p in layer.adapter_tensors().values())
-    return AdaptedModule(layer.adaptation.path, part, type(layer).__name__, tuple(layer.whole_matrix().shape), num_parameters)
+    return AdaptedModule(
+        layer.adaptation.path, part, type(layer).__name__, tuple(layer.whole_matrix().shape), num_parameters
+    )
 
 
 def _check_adaptable(modules: dict[str, nn.Module], path: str, spec: DoRASpec) -> None:

@@ -3,8 +3,8 @@
 A block is a module that a network calls in every pass, such as a transformer block. Its frozen matrices keep their
 shape, dtype and device, and lose their memory: the storage of each has no bytes until the block is called, gets them
 from main memory on a stream of its own, and loses them when another block runs. Autograd saves weights and views of
-them by their storage, so the backward pass finds what was brought again; no layer knows that it is streamed, and
-results are those of weights that stay, bit for bit. Nothing is copied back: what waits is frozen.
+them by their storage, so the backward pass finds what was brought again: no pass knows that its weights are streamed,
+and results are those of weights that stay, bit for bit. Nothing is copied back but what `merge` has written.
 
 While a block computes, the one that followed it in the pass before is copied. At most these two are on the device.
 
@@ -80,6 +80,14 @@ class StreamedBlock:
         """Takes the memory on the device from the matrices."""
         for matrix in self.matrices:
             matrix.storage.resize_(0)
+
+    @torch.no_grad()
+    def keep(self, module: nn.Module) -> None:
+        """Copies the matrices of a module inside back to main memory, which were written to on the device."""
+        written = {t.untyped_storage()._cdata for t in streamed_tensors(module)}
+        for storage, on_device, waiting in self.matrices:
+            if storage._cdata in written:
+                waiting.copy_(on_device)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Asks to be told when the backward pass of the block begins."""
@@ -198,6 +206,12 @@ def bring(module: nn.Module) -> None:
     """
     if (block := _BLOCKS.get(module)) is not None:
         block.window.bring(block)
+
+
+def keep(module: nn.Module) -> None:
+    """Keeps what was written to the weights of a module, where they are streamed: `bring` it before."""
+    if (block := _BLOCKS.get(module)) is not None:
+        block.keep(module)
 
 
 def is_streamed(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_mm.core import TargetMap
+from dora_mm.core.streaming import stream
 from dora_mm.core.targets import match_modules
 from dora_mm.core.wrappers.float8 import Float8Linear
 from dora_mm.core.wrappers.quantized import is_quantized
@@ -87,7 +89,13 @@ def config_for_transformers(name: str, dtype: torch.dtype) -> Any:
     )
 
 
-def quantize_layers(network: nn.Module, targets: TargetMap, name: str, device: torch.device = CPU) -> None:
+def quantize_layers(
+    network: nn.Module,
+    targets: TargetMap,
+    name: str,
+    device: torch.device = CPU,
+    streamed: Sequence[nn.Module] = (),
+) -> None:
     """Quantises all Linear layers that a target map knows, one by one; other layers stay as they are.
 
     diffusers' own quantisation needs a GPU, and would take layers that no adapter reaches, such as those at both ends.
@@ -97,14 +105,21 @@ def quantize_layers(network: nn.Module, targets: TargetMap, name: str, device: t
         targets: Its target map.
         name: A key of QUANTIZATIONS.
         device: Where it will be: packages round a weight there, since not all can move what they have rounded.
+        streamed: Its blocks that wait in main memory: each is moved there before the next is quantised.
     """
-    for path in match_modules(network, targets.select(list(targets.parts))):
-        layer = network.get_submodule(path)
-        if type(layer) is nn.Linear:
-            network.set_submodule(path, _quantized(layer, name, device))
-    stored = {id(layer.weight) for layer in network.modules() if is_quantized(layer)}
+    paths = list(match_modules(network, targets.select(list(targets.parts))))
+    for block in (*streamed, network):
+        inside = {id(module) for module in block.modules()}
+        for path in paths:
+            layer = network.get_submodule(path)
+            if type(layer) is nn.Linear and id(layer) in inside:
+                network.set_submodule(path, _quantized(layer, name, device))
+        if block is not network:
+            stream([block], device)
+    kept = {id(layer.weight) for layer in network.modules() if is_quantized(layer)}
+    kept |= {id(t) for block in streamed for t in (*block.parameters(), *block.buffers())}
     for tensor in (*network.parameters(), *network.buffers()):
-        if id(tensor) not in stored:  # a view of the file, all of which would stay mapped
+        if id(tensor) not in kept:  # a view of the file, all of which would stay mapped
             tensor.data = tensor.data.clone()
 
 

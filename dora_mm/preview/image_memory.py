@@ -15,6 +15,7 @@ from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.images.vae import pixels_of
 from dora_mm.preview.simulation import Machine, Simulation, fused_attention, simulated_peak
+from dora_mm.preview.streamed import stream_plan
 from dora_mm.preview.training import PRECISIONS, StepCost, num_bytes
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches
@@ -86,7 +87,7 @@ def phases(config: TrainDiffusionConfig, model: ImageModel, captions: Sequence[C
         model: The model, on the meta device, nothing of which was released.
         captions: Those of the training.
     """
-    encoders = num_bytes(t for name in model.text_encoders for t in _tensors(model.components[name]))
+    encoders = sum(_text_encoder_bytes(config, model, name) for name in model.text_encoders)
     vae, side = num_bytes(_tensors(model.vae)), config.data.resolution
     longest = sorted(captions, key=lambda caption: len(text_of(caption)))[-TOGETHER:]
     pixels = torch.zeros(1, 3, side, side)
@@ -104,6 +105,13 @@ def phases(config: TrainDiffusionConfig, model: ImageModel, captions: Sequence[C
         size = numbers * getattr(torch, dtype).itemsize
         found.append(Phase(f"{model.denoiser} in {dtype} in main memory, before it is stored in {name}", size, 0))
     return found
+
+
+def _text_encoder_bytes(config: TrainDiffusionConfig, model: ImageModel, name: str) -> int:
+    """The bytes of a text encoder on the card."""
+    network = model.components[name]
+    plan = stream_plan(network, model.target_maps.get(name), config.memory.stream_text)
+    return num_bytes(_tensors(network)) - plan.freed
 
 
 def phases_table(found: Sequence[Phase]) -> str:

@@ -29,12 +29,14 @@ from dora_mm.preview.image_memory import (
     simulated_cost,
     without_numbers,
 )
+from dora_mm.preview.image_streams import stream_amounts
 from dora_mm.preview.images import describe_data, describe_encoded, describe_latents
+from dora_mm.preview.memory import memory_table
 from dora_mm.preview.parts import parts_table
+from dora_mm.preview.streamed import stream_plan
 from dora_mm.preview.training import (
     left_lines,
     measure_step,
-    memory_table,
     optimizer_line,
     slow_hardware,
     time_line,
@@ -83,7 +85,8 @@ def image_page(
         if (found := load_image_model_if_local(config.model)) is None:
             why_not = f"the weights of {config.model.path} are not on this machine"
         else:
-            model = found.to(accelerator.device)
+            amounts = stream_amounts(config, accelerator, images, class_images)
+            model = found.stream(*amounts).to(accelerator.device)
     data = describe_data(images, config, model, accelerator.num_processes, held_out, class_images)
     data = "\n".join([data, *left_lines(resume, config.train.steps)])
     settings = (config, given, model, images, class_images, accelerator, data)
@@ -129,7 +132,10 @@ def measured_sections(
     free_vae(model, config.data)
     loss, others = DiffusionTask(model, config.loss).loss, token_networks(config.tokens, model)
     cost = measure_step(**training_setup(accelerator, config, config.train, trained, loss, others), batch_at=source)
-    yield memory_table(model.networks, trained.parameters, config.optimizer, cost, ema=config.ema is not None)
+    denoiser, waits = trained.networks[model.denoiser], model.components.streamed.get(model.denoiser)
+    plan = stream_plan(denoiser, model.target_maps[model.denoiser], waits and waits.amount)._replace(is_measured=True)
+    details: dict[str, Any] = {"ema": config.ema is not None, "plan": plan if plan.waiting else None}
+    yield memory_table(model.networks, trained.parameters, config.optimizer, cost, **details)
     yield time_line(cost, steps, "generating images")
 
 
@@ -158,6 +164,9 @@ def estimated_sections(
     details: dict[str, Any] = {"target_device": accelerator.device.type, "ema": config.ema is not None}
     details["stored"] = planned_bytes(model.networks[model.denoiser])
     details["division"] = division(trained, model.target_maps) if config.train.shard else None
+    denoiser = trained.networks[model.denoiser]
+    settings = {"stored": details["stored"], "passes": config.train.gradient_accumulation_steps}
+    details["plan"] = stream_plan(denoiser, model.target_maps[model.denoiser], config.memory.stream, **settings)
     checkpointing, simulated = config.train.gradient_checkpointing, (config, model, trained, batches, source)
     costs = {each: simulated_cost(*simulated, machine_of(config), checkpointing=each) for each in (False, True)}
     in_steps = {name: n for name, n in model.networks.items() if name != "vae" or config.data.crop == "random"}

@@ -1,7 +1,7 @@
 """Cost of a training before it starts: memory by part, time of a measured step, and slow hardware."""
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,23 +10,18 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from dora_mm.adapting.sharding import Division
 from dora_mm.config.training import EMAConfig, OptimizerConfig, ScheduleConfig, TrainConfig, ValidationConfig
 from dora_mm.core import fixed_parameters
-from dora_mm.registries.optimizers import OPTIMIZERS
 from dora_mm.train.loop import LossModule, accumulate, update
-from dora_mm.train.optim import build_optimizer
 from dora_mm.train.preflight import Problems, finished_steps, stop_at
 from dora_mm.train.run import check_length
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.messages import raised_by_us
 from dora_mm.utils.progress import Progress, duration
-from dora_mm.utils.tables import aligned_columns
 
 LARGE = 500_000_000  # parameters; a training step of a model this large takes minutes on a processor
 LONG = 5e11  # parameters times tokens of a batch; some 3e12 operations, half a minute on two cores
 SLOWER = 4.0  # half precision that is this much slower than float32 is emulated: 16 times slower where it was measured
-PROCESS_NUMBERS = (2, 4, 8)  # for which the memory of a sharded training is shown
 BUDGET = 20.0  # seconds after which no further step is measured
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOO_SLOW = "a step of this model takes minutes to hours without a GPU"
@@ -181,90 +176,6 @@ def _kept_for_backward(accelerator, trained, config, seed, batch_at) -> int:
 def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """The memory that these tensors take."""
     return sum(part.numel() * part.element_size() for tensor in tensors for part in _parts(tensor))
-
-
-def optimizer_values(config: OptimizerConfig) -> int:
-    """How many numbers the optimizer keeps per trained parameter, found by one step of it on a small one."""
-    if OPTIMIZERS[config.name].needs_gpu:  # those of 8 bits, which keep small parameters in float32
-        return 2
-    probe = nn.Parameter(torch.ones(3, 3))
-    optimizer = build_optimizer({"probe": probe}, config)
-    probe.grad = torch.ones(3, 3)
-    optimizer.step()
-    kept = optimizer.state[probe].values()
-    return sum(torch.is_tensor(value) and value.numel() == probe.numel() for value in kept)
-
-
-def memory_table(
-    networks: Mapping[str, nn.Module],
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: OptimizerConfig,
-    cost: StepCost | None,
-    *,
-    stored: Mapping[int, int] | None = None,
-    target_device: str | None = None,
-    ema: bool = False,
-    division: Division | None = None,
-) -> str:
-    """A text table of the memory of a training by part, where each part is, and the sum for the training's device.
-
-    Args:
-        networks: All networks of the model, by name; a tensor of several counts for the first.
-        parameters: The trained parameters, by name.
-        optimizer: The `optimizer` section of the config.
-        cost: The cost of a step; None: the activations are left out.
-        stored: The bytes of weights that will be quantised, by `id`.
-        target_device: The device where a training of networks on the meta device would have them.
-        ema: Whether an average of the trained parameters is kept.
-        division: How processes divide the main network; None: they do not.
-    """
-    values, size = sum(p.numel() for p in parameters.values()), num_bytes(parameters.values())
-    device = next(iter(parameters.values())).device.type
-    state, width = optimizer_values(optimizer), 1 if OPTIMIZERS[optimizer.name].needs_gpu else 4
-    kept = f"{state} numbers{' of 8 bits' if width == 1 else ''} each"
-    rows = _frozen(networks, {id(parameter) for parameter in parameters.values()}, stored or {})
-    rows.append((f"{values:,} trained", device, size))
-    rows.append(("gradients", device, size))
-    rows.append((f"optimizer state ({optimizer.name}, {kept})", device, state * width * values))
-    rows += [("moving average", device, size)] if ema else []
-    if cost is not None:
-        rows.append((f"activations ({cost.source})", device, cost.activations))
-    total = sum(size for _, where, size in rows if where == device)
-    rows = [(name, target_device or where, size) for name, where, size in rows]
-    rows.append(("together" if cost else "together, without activations", target_device or device, total))
-    table = aligned_columns([("memory", "", "MB"), *((n, w, f"{s / 1e6:,.1f}") for n, w, s in rows)], num_text=2)
-    return table if division is None else f"{table}\n\n{sharded_table(total, *division.sizes(stored or {}))}"
-
-
-def sharded_table(total: int, divided: int, gathered: int) -> str:
-    """A text table of what each process holds where several divide the frozen weights.
-
-    Args:
-        total: The bytes of a process that divides nothing.
-        divided: The bytes of what is divided.
-        gathered: How many of these a process has gathered at most, in addition to its own part.
-    """
-    rows = [("sharded over", "MB in each", "gathered")]
-    for number in PROCESS_NUMBERS:
-        size = total - divided + divided / number + gathered
-        rows.append((f"{number} processes", f"{size / 1e6:,.1f}", f"{gathered / 1e6:,.1f}"))
-    return aligned_columns(rows, num_text=1)
-
-
-def _frozen(
-    networks: Mapping[str, nn.Module], trained: Collection[int], stored: Mapping[int, int]
-) -> list[tuple[str, str, int]]:
-    """The frozen tensors of each network that has some: a description, their device and their bytes."""
-    rows, seen = [], set(trained)
-    for name, network in networks.items():
-        frozen = [p for p in (*network.parameters(), *network.buffers()) if id(p) not in seen]
-        seen |= {id(p) for p in frozen}
-        dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in frozen if p.is_floating_point()}))
-        if dtypes:
-            values = sum(p.numel() for p in frozen)
-            size = sum(stored.get(id(p), num_bytes([p])) for p in frozen)
-            rows.append((f"{name}, {values:,} frozen in {dtypes}", frozen[0].device.type, size))
-    return rows
 
 
 def time_line(cost: StepCost, steps: int, left_out: str) -> str:

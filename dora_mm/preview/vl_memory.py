@@ -19,8 +19,10 @@ from dora_mm.core.targets import match_modules, parts_in
 from dora_mm.models.quantization import stored_bytes
 from dora_mm.models.vl.families import structure_of
 from dora_mm.models.vl.vl_model import Structure, VLModel, weighted_loss
+from dora_mm.preview.memory import memory_table
 from dora_mm.preview.simulation import Machine, simulated_peak
-from dora_mm.preview.training import PRECISIONS, StepCost, memory_table, num_bytes
+from dora_mm.preview.streamed import stream_plan
+from dora_mm.preview.training import PRECISIONS, StepCost, num_bytes
 from dora_mm.preview.vl_data import DataPreview, batch_of
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.tasks.preferences import by_answer, pair_losses
@@ -141,5 +143,7 @@ def estimated_cost(
     stored = quantized_bytes(network, config.model.quantization)
     details: dict[str, Any] = {"stored": stored, "ema": config.ema is not None, "division": division}
     details["target_device"] = accelerator.device.type
+    settings = {"stored": stored, "passes": config.train.gradient_accumulation_steps}
+    details["plan"] = stream_plan(network, structure.target_maps[MODEL], config.memory.stream, **settings)
     table = memory_table(network_parts(structure.networks), trained.parameters, config.optimizer, cost, **details)
     return "\n".join([table, *remarks])

@@ -19,12 +19,12 @@ from dora_mm.data.vl.needed import data_needed
 from dora_mm.models.hub import UnreachableError
 from dora_mm.models.vl.families import load_vl_model_if_local, structure_of
 from dora_mm.models.vl.vl_model import Structure, VLModel, check_in_step
+from dora_mm.preview.memory import memory_table
 from dora_mm.preview.parts import about_untouched, parts_table
 from dora_mm.preview.training import (
     left_lines,
     length_line,
     measure_accumulated,
-    memory_table,
     optimizer_line,
     slow_hardware,
     time_line,

@@ -42,6 +42,12 @@ def migrated(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def migrated_memory(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of memory that an image has saved: its layers are streamed now, to the same numbers."""
+    is_streamed = values.get("offload") == "layers"
+    return {**values, "offload": "none", "stream": "all", "stream_text": "all"} if is_streamed else dict(values)
+
+
 def under_first_names(values: Mapping[str, Any], pipeline: str, section: str = "") -> dict[str, Any]:
     """The values of a section under the first names of its keys, for digests: a rename changes none.
 

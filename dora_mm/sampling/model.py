@@ -24,7 +24,7 @@ from dora_mm.models.hub import check_named_by
 from dora_mm.models.images.families import distilled_of, file_digests, load_image_model
 from dora_mm.models.images.fitting import changes_text, check_denoiser
 from dora_mm.models.images.image_model import ImageModel
-from dora_mm.models.images.memory import check_offload, save_memory
+from dora_mm.models.images.memory import check_offload, save_memory, stream_networks
 from dora_mm.models.images.new_tokens import load_adapter, read_tokens
 from dora_mm.sampling.batch.requests import ImageRequest
 from dora_mm.sampling.generating import BatchGeneration, check_what_is_there, generate, plan, remove_adapters
@@ -237,6 +237,7 @@ def load_model(config: ImageGenerationConfig, adapters: Iterable[str]) -> Loaded
     weights = " ".join(model.components.digest(name) for name in sorted(model.components.networks))
     digest = hashlib.sha256(f"{weights} {settings_text(model.sampling_scheduler)}".encode()).hexdigest()
     sampler = ImageSampler(model, partial(save_memory, config=config.memory, device=device))
+    stream_networks(model, chosen, config.memory, device)
     stays = config.memory.offload == "none"  # on the device; else the pipeline moves networks there and back
     if stays:
         model.to(device)

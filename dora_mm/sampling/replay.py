@@ -14,6 +14,7 @@ from dora_mm.config.generation import ImageGenerationConfig, MemoryConfig, Promp
 from dora_mm.config.models import ModelConfig, validated
 from dora_mm.config.schema import ReferenceArea
 from dora_mm.models.hub import check_named_by
+from dora_mm.registries.renamed import migrated_memory
 from dora_mm.sampling.batch.prompt_row import PromptRow
 from dora_mm.sampling.batch.requests import ImageRequest
 from dora_mm.sampling.generating import BatchGeneration, generate
@@ -95,7 +96,7 @@ def generation_config(metadata: GenerationMetadata) -> ImageGenerationConfig:
             ModelConfig,
             {"path": model.path, "revision": model.revision, "vae": model.vae, "dtype": model.dtype, **model.settings},
         ),
-        memory=MemoryConfig(**metadata.environment["memory"]),
+        memory=MemoryConfig(**migrated_memory(metadata.environment["memory"])),
     )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dora_mm.config.training import TrainConfig
+from dora_mm.core.streaming import is_streamed
 from dora_mm.core.wrappers.float8 import STORED
 from dora_mm.core.wrappers.sharded import is_sharded
 from dora_mm.data.seen import SeenFiles
@@ -160,13 +161,15 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
 def with_shared_gradients(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """Wraps a module so that gradients are averaged over the processes, if there are several.
 
-    What `fully_shard` has divided is frozen, and left to it; weights in float8 are frozen, and gloo cannot send them.
+    What `fully_shard` has divided is frozen, and left to it; weights in float8 are frozen, and gloo cannot send them;
+    what waits in main memory has no memory to send.
     Nothing is sent at the start then: trained parameters are sampled from the same seed, or read from the same file, in
     all processes.
     """
     if accelerator.num_processes == 1:
         return module
-    if any(is_sharded(parameter) or parameter.dtype == STORED for parameter in module.parameters()):
+    is_left = any(is_sharded(parameter) or parameter.dtype == STORED for parameter in module.parameters())
+    if is_left or any(map(is_streamed, module.modules())):
         options: Any = accelerator
         unused = options.ddp_handler is not None and options.ddp_handler.find_unused_parameters
         options.ddp_handler = GradientSharing(find_unused_parameters=unused, init_sync=False)

@@ -10,10 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from dora_mm import targets
 from dora_mm.adapting import compiled
-from dora_mm.adapting.compiled import check_compiler, compile_blocks, compiled_line, repeated_blocks
+from dora_mm.adapting.compiled import check_compiler, compile_blocks, compiled_line
 from dora_mm.cli import user_message
 from dora_mm.core import DoRASpec, TargetMap, adapter_parameters, fixed_parameters, inject
 from dora_mm.core.targets import match_modules
+from dora_mm.models.streaming import repeated_blocks
 
 MAP = TargetMap("two", {"p": ("first", "second")}, {"Twice": 2})
 EAGER = {"backend": "aot_eager"}  # traces forward and backward, and needs no C++ compiler

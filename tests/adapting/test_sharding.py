@@ -11,7 +11,7 @@ from dora_mm.config.adapter import ImageAdapterConfig, VLAdapterConfig
 from dora_mm.config.models import VisionConfig, VLMModelConfig
 from dora_mm.models.vl.families import structure_of
 from dora_mm.models.vl.vlm.family import VLM
-from dora_mm.preview.training import sharded_table
+from dora_mm.preview.memory import sharded_table
 from dora_mm.train.processes import check_can_shard
 
 

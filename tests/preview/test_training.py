@@ -9,7 +9,8 @@ from torch import nn
 
 from dora_mm.config.training import OptimizerConfig, TrainConfig
 from dora_mm.preview import training as preview
-from dora_mm.preview.training import measure_step, memory_table, optimizer_values, slow_hardware
+from dora_mm.preview.memory import memory_table, optimizer_values
+from dora_mm.preview.training import measure_step, slow_hardware
 from tests.shared.small_training import mean_of, small_training
 
 

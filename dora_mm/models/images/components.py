@@ -7,20 +7,36 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from dora_mm.config.paths import CONFIG, INDEX
+from dora_mm.config.streaming import Amount
+from dora_mm.core import TargetMap
+from dora_mm.core.streaming import stream
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.formats.files.variants import choose_variant
 from dora_mm.models.hub import local_copy
 from dora_mm.models.opening import opened_folder, opening
+from dora_mm.models.streaming import blocks_to_stream
 from dora_mm.utils.digest import module_digest, weights_digest
 
 META = torch.device("meta")
+
+
+class Streamed(NamedTuple):
+    """A network of which some blocks wait in main memory.
+
+    Attributes:
+        amount: How much of it.
+        targets: Its target map; None: it has none.
+    """
+
+    amount: Amount
+    targets: TargetMap | None
 
 
 class Components:
@@ -33,6 +49,10 @@ class Components:
         files: The model's own index and configs; None: configs are those of what is loaded.
         weights: The files with the weights of a component, by its name; None: they are not known.
         loaded_as: Dtype and quantisation of what is loaded, which digests depend on.
+
+    Attributes:
+        device: The device that networks are moved to when they are loaded.
+        streamed: The networks of which some blocks wait in main memory, from when they are moved; set it before that.
     """
 
     def __init__(
@@ -50,6 +70,7 @@ class Components:
         self._released: set[str] = set()
         self.device = torch.device("cpu")
         self._unmoved: frozenset[str] = frozenset()
+        self.streamed: Mapping[str, Streamed] = {}
 
     @classmethod
     def of(cls, **components: Any) -> Components:
@@ -122,13 +143,20 @@ class Components:
         self.device, self._unmoved = torch.device(device), frozenset(but)
         for name, component in self._loaded.items():
             if isinstance(component, nn.Module) and name not in self._unmoved:
-                component.to(self.device)
+                self._move(name, component)
 
     def _ready(self, name: str, component: Any) -> Any:
         if not isinstance(component, nn.Module):
             return component
         component.requires_grad_(False).eval()
-        return component.to(self.device_of(name))
+        self._move(name, component)
+        return component
+
+    def _move(self, name: str, network: nn.Module) -> None:
+        device, streamed = self.device_of(name), self.streamed.get(name)
+        if streamed is not None:
+            stream(blocks_to_stream(network, streamed.targets, streamed.amount, device), device)
+        network.to(device)
 
 
 def is_network(name: str) -> bool:

@@ -34,6 +34,7 @@ from dora_mm.models.images.schedulers import changes_for
 from dora_mm.models.images.weights import PipelineFiles
 from dora_mm.models.opening import check_revision, is_weights, loaded_files, opened_folder, opening
 from dora_mm.models.quantization import check_installed, quantize_layers
+from dora_mm.models.streaming import blocks_to_stream
 from dora_mm.registries.image_families import IMAGE_FAMILIES
 from dora_mm.registries.registry import load
 from dora_mm.utils.digest import weights_digest
@@ -142,7 +143,9 @@ def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
             found["scheduler"] = type(scheduler).from_config(scheduler.config, **changes)
         if config.quantization and family.denoiser in found:
             layers, device = targets.find(family.maps[family.denoiser]), components.device_of(family.denoiser)
-            quantize_layers(found[family.denoiser], layers, config.quantization, device)
+            denoiser, streamed = found[family.denoiser], components.streamed.get(family.denoiser)
+            waiting = blocks_to_stream(denoiser, layers, streamed.amount, device) if streamed else ()
+            quantize_layers(denoiser, layers, config.quantization, device, waiting)
         return found
 
     def weights(name: str) -> list[Path]:

@@ -21,12 +21,13 @@ from torch.nn.utils.rnn import pad_sequence
 from dora_mm import targets
 from dora_mm.config.models import ModelConfig
 from dora_mm.config.schema import Section
+from dora_mm.config.streaming import Amount
 from dora_mm.core import TargetMap
 from dora_mm.data.images.buckets import Framing
 from dora_mm.data.images.latents import Latents
 from dora_mm.data.syntax import Wording
 from dora_mm.formats.files.model_folder import ModelFolder
-from dora_mm.models.images.components import Components
+from dora_mm.models.images.components import Components, Streamed
 from dora_mm.models.images.new_tokens import NewTokens
 from dora_mm.models.images.noise import NoiseProcess
 from dora_mm.registries.image_families import IMAGE_FAMILIES, ImageFamily
@@ -198,6 +199,19 @@ class ImageModel(ABC):
         """Moves all networks to a device, or all but the denoiser; returns self."""
         self.components.to(device, () if denoiser else (self.denoiser,))
         self.new_tokens.to(device)
+        return self
+
+    def stream(self, denoiser: Amount | None, text: Amount | None) -> ImageModel:
+        """Lets blocks of the denoiser and of each text encoder wait in main memory, from when they are moved to a GPU.
+
+        Returns:
+            The model itself, of which these networks must not be loaded yet.
+        """
+        amounts = {self.denoiser: denoiser, **dict.fromkeys(self.text_encoders, text)}
+        maps = self.target_maps
+        self.components.streamed = {
+            name: Streamed(amount, maps.get(name)) for name, amount in amounts.items() if amount is not None
+        }
         return self
 
     def freeze(self) -> ImageModel:

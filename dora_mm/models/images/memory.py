@@ -1,11 +1,21 @@
 """Less memory, by one setting each."""
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from dora_mm.config.generation import MemoryConfig
-from dora_mm.models.quantization import QUANTIZATIONS
+from dora_mm.config.models import ModelConfig
+from dora_mm.config.streaming import Amount, amount_of
+from dora_mm.models.images.families import load_image_model
+from dora_mm.models.images.image_model import ImageModel
+from dora_mm.models.quantization import planned_bytes
+from dora_mm.models.streaming import NOTHING, block_bytes, freed, needed_on, streamable_blocks
+
+log = logging.getLogger(__name__)
+ROOM = 0.25  # of the GPU, for what images take beside weights
 
 TILE = 512  # pixels; diffusers takes the VAE's own size, with which an image of 1024 pixels is one tile
 
@@ -14,9 +24,9 @@ def save_memory(pipe: Any, config: MemoryConfig, device: torch.device) -> None:
     """Gets a pipeline ready to draw on a device; it may be adapted, and the adapters may be merged afterwards.
 
     Args:
-        pipe: The pipeline. Without `offload` its networks are moved to the device; with it, each network or
-            layer is moved there when it runs.
-        config: The `memory` section.
+        pipe: The pipeline. Without `offload` its networks are moved to the device; with it, each network is moved there
+            when it runs.
+        config: The `memory` section; what it streams, the model has got ready.
         device: The device that images are generated on.
 
     Raises:
@@ -42,30 +52,64 @@ def check_offload(config: MemoryConfig, device: torch.device, quantization: str 
         ValueError: `offload` is set, and the device is the CPU, where all weights are in main memory anyway; or layers
             would be moved without their scales.
     """
-    package = QUANTIZATIONS[quantization].package if quantization else ""
-    moves = ("none",) if quantization == "int8" else ("none", "model")
-    if package == "bitsandbytes" and config.offload not in moves:  # its scales are beside the weight, not in a buffer
+    if config.offload == "none":
+        return
+    if quantization == "int8":  # its scales are beside the weight, not in a buffer
         raise ValueError(
-            f"memory.offload: {config.offload} moves the weights of model.quantization {quantization} without their "
-            f"scales: set it to {moves[-1]}."
+            "memory.offload: model moves the weights of model.quantization int8 without their scales: set memory.stream"
         )
-    if config.offload != "none" and device.type == "cpu":
+    if device.type == "cpu":
         raise ValueError(
-            f"memory.offload: {config.offload} needs a GPU, and there is none here: set it to none, which generates on "
-            "the processor."
+            "memory.offload: model needs a GPU, and there is none here: set it to none, which generates on the "
+            "processor."
         )
+
+
+def stream_networks(model: ImageModel, chosen: ModelConfig, config: MemoryConfig, device: torch.device) -> None:
+    """Lets blocks of a model wait in main memory, before its networks are loaded.
+
+    Args:
+        model: The model.
+        chosen: The `model` section.
+        config: The `memory` section. For auto, a quarter of the GPU is left for what images take; text encoders wait
+            before the denoiser does, since they run once for each prompt.
+        device: The device that images are generated on.
+    """
+    streamed = {model.denoiser: config.stream, "text": config.stream_text}
+    if device.type == "cpu":
+        if any(streamed.values()):
+            log.info("memory.stream %s", NOTHING)
+        return
+    amounts = {name: amount_of(value) for name, value in streamed.items() if value not in (None, "auto")}
+    if "auto" in streamed.values():
+        amounts |= _automatic(chosen, [name for name, value in streamed.items() if value == "auto"], device)
+    model.stream(amounts.get(model.denoiser), amounts.get("text"))
+
+
+def _automatic(chosen: ModelConfig, wanted: Sequence[str], device: torch.device) -> dict[str, Amount]:
+    """The amounts of the denoiser and of "text", as far as they are wanted and something has to wait."""
+    free, _ = torch.get_device_module(device).mem_get_info(device)
+    model, found = load_image_model(chosen, empty=True), {}
+    denoiser, stored = model.networks[model.denoiser], planned_bytes(model.networks[model.denoiser])
+    tensors = (p for network in model.networks.values() for p in network.parameters())
+    total = sum(stored.get(id(p), p.nbytes) for p in tensors) + free * ROOM
+    if "text" in wanted and total > free:
+        found["text"] = Amount(share=1.0)
+        blocks = (
+            streamable_blocks(model.components[name], model.target_maps.get(name)) for name in model.text_encoders
+        )
+        total -= sum(freed(sizes, range(len(sizes))) for sizes in map(block_bytes, blocks))
+    if model.denoiser in wanted:
+        sizes = block_bytes(streamable_blocks(denoiser, model.target_maps[model.denoiser]), stored)
+        if (amount := needed_on(device, total, sizes)) is not None:
+            found[model.denoiser] = amount
+    return found
 
 
 def offload(pipe: Any, kind: str, device: torch.device) -> None:
-    """Moves a pipeline to a device: at once ("none"), each network ("model") or each layer ("layers") when it runs.
-
-    For layers it is diffusers' group offloading, which leaves the weights ordinary tensors, where accelerate's
-    sequential offloading puts them on `meta`: so adapters can be merged and unmerged between images.
-    """
+    """Moves a pipeline to a device: at once ("none"), or each network when it runs ("model")."""
     if kind == "model":
         pipe.enable_model_cpu_offload(device=device)
-    elif kind == "layers":
-        pipe.enable_group_offload(device, offload_type="leaf_level")
     else:
         pipe.to(device)
 
