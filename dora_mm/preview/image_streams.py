@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from dora_mm.adapting.images import adapt_image_model
 from dora_mm.adapting.new_tokens import start_tokens
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.streaming import Amount, amount_of
+from dora_mm.config.streaming import Amount, Streamed, amount_of
 from dora_mm.data.images.folder import CaptionedImage
 from dora_mm.models.images.families import load_image_model
 from dora_mm.models.images.image_model import ImageModel
@@ -47,12 +47,16 @@ def stream_amounts(
         log.info("memory.stream %s", NOTHING)
         return None, None
     found = _automatic(config, accelerator, images, class_images) if "auto" in given else (None, None)
-    amounts = tuple(
-        own if value == "auto" else value and amount_of(value) for value, own in zip(given, found, strict=True)
-    )
-    for key, amount in zip(("stream", "stream_text"), amounts, strict=True):
+    stream, text = (_amount(value, own) for value, own in zip(given, found, strict=True))
+    for key, amount in (("stream", stream), ("stream_text", text)):
         log.info("memory.%s: %s", key, amount or "nothing waits in main memory")
-    return amounts[0] or None, amounts[1] or None
+    return stream, text
+
+
+def _amount(streamed: Streamed | None, automatic: Amount | None) -> Amount | None:
+    if streamed is None:
+        return None
+    return automatic if streamed == "auto" else amount_of(streamed)
 
 
 def _automatic(

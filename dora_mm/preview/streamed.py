@@ -69,7 +69,7 @@ def streamed_table(total: int, plan: StreamPlan) -> str:
         plan: The blocks.
     """
     header = ("streamed on", "blocks that wait", "GB on the card", "in main memory", "copied a step", "at 25 GB/s")
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for card in CARDS:
         room = card * 1024**3 - RESERVED
         amount = least_that_frees(plan.sizes, total - room)

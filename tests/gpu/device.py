@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tests.gpu import streams
+
 NAME = "card"
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = tuple(str(ROOT / folder) + "/" for folder in ("dora_mm", "pipelines"))
@@ -75,6 +77,7 @@ class GpuTensor(Tensor):
             device=torch.device(NAME, 0),
         )
         made.held = held
+        streams.memory.know(held)
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -98,7 +101,10 @@ class GpuTensor(Tensor):
         return self.held.data_ptr()
 
     def untyped_storage(self) -> Any:
-        return self.held.untyped_storage()
+        return streams.GpuStorage(self.held.untyped_storage())
+
+    def _typed_storage(self) -> Any:
+        return self.held._typed_storage()
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -111,6 +117,10 @@ class GpuTensor(Tensor):
         given = {id(t.held): t for t in tree_leaves((args, kwargs)) if isinstance(t, GpuTensor)}
         args_held, kwargs_held = tree_map(_held, (args, kwargs))
         _count(func, args, args_held, to_cpu)
+        if streams.current[-1] is not streams.FIRST and func is aten.copy_.default:
+            streams.copy_later(args_held[0], args_held[1])
+            return args[0]
+        streams.memory.check(func, [t.held for t in given.values()])
         result = func(*args_held, **kwargs_held)
         if to_cpu:
             return tree_map(lambda t: t.clone() if id(t) in given else t, result)
@@ -226,6 +236,17 @@ class GpuModule:
     @staticmethod
     def synchronize(device: Any = None) -> None:
         pass
+
+    @staticmethod
+    def mem_get_info(device: Any = None) -> tuple[int, int]:
+        return streams.CAPACITY - streams.memory.now, streams.CAPACITY
+
+    @staticmethod
+    def current_stream(device: Any = None) -> streams.GpuStream:
+        return streams.current[-1]
+
+    Stream, Event = streams.GpuStream, streams.GpuEvent
+    stream = staticmethod(streams.stream)
 
 
 _registered: list[torch.library.Library] = []  # they stay as long as they are referenced

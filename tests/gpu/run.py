@@ -1,7 +1,7 @@
 """Runs commands of dora-mm on one side of a comparison: `python -m tests.gpu.run GPU|cpu COMMANDS.json RESULTS.json`.
 
 COMMANDS.json is a list of lists of words. RESULTS.json receives, per command, its exit code, its error, and what came
-back from the GPU, and how often. On the CPU, a bias is added behind the gain of a layer, as on every accelerator: see
+back from the GPU, how often, and the most bytes that it held. On the CPU, a bias is added behind the gain of a layer, as on every accelerator: see
 `core/steps.py`.
 """
 
@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-from tests.gpu import device
+from tests.gpu import device, streams
 
 
 def run(words: list[str]) -> dict:
@@ -23,6 +23,7 @@ def run(words: list[str]) -> dict:
     from dora_mm.cli import main
 
     device.waits.clear()
+    streams.memory.peak = streams.memory.now
     AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
     said, error = io.StringIO(), None
     try:
@@ -31,7 +32,7 @@ def run(words: list[str]) -> dict:
     except Exception:
         code, error = 1, traceback.format_exc()
     error = f"{' '.join(words)}: {error or said.getvalue()}" if code else None
-    return {"code": code, "error": error, "waits": dict(device.waits.most_common())}
+    return {"code": code, "error": error, "waits": dict(device.waits.most_common()), "peak": streams.memory.peak}
 
 
 if __name__ == "__main__":
