@@ -12,7 +12,6 @@ from tests.gpu.test_card import JOB, answering, is_same, pytestmark, python, tra
 
 __all__ = ["pytestmark"]
 
-STREAMED = ["--set", "memory.stream=all", "memory.stream_text=all"]
 FLOWS = ["tiny_flux2_klein", "tiny_krea2", "tiny_qwen_image", "tiny_qwen_image_21", "tiny_sd3", "tiny_z_image"]
 
 
@@ -22,12 +21,14 @@ def same_if_streamed(tmp_path) -> Callable[..., dict[str, Any]]:
 
     def run(*commands: list[Any]) -> dict[str, Any]:
         found = {}
-        for kind, given in (("stays", []), ("waits", STREAMED)):
+        for kind in ("stays", "waits"):
             (tmp_path / kind).mkdir()
             words = []
             for number, (name, config, *more) in enumerate(commands):
                 file = tmp_path / f"{kind}{number}.yaml"
                 file.write_text(json.dumps(config))
+                keys = ["stream"] if config["pipeline"] == "train_vl" else ["stream", "stream_text"]
+                given = ["--set", *(f"memory.{key}=all" for key in keys)] if kind == "waits" else []
                 words.append([name, str(file), *more, *given])
             (tmp_path / f"{kind}.json").write_text(json.dumps(words))
             files = [str(tmp_path / f"{kind}.json"), str(tmp_path / f"{kind}_results.json")]
@@ -57,3 +58,70 @@ def test_flow_models(same_if_streamed, tmp_path, image_folder, family, checkpoin
     config["train"] |= {"gradient_checkpointing": checkpointing, "gradient_accumulation_steps": 2}
     stays, waits = same_if_streamed(["train", config], ["sample", JOB]).values()
     assert waits[0]["peak"] < stays[0]["peak"]
+
+
+@pytest.mark.slow
+def test_sdxl_and_its_text_encoders(same_if_streamed, tiny_folder, image_folder):
+    config = training(tiny_folder, image_folder, ["unet.attn", "unet.conv", "text_encoders.attn"])
+    config["adapter"]["cache"] = "norms"
+    config["train"]["mixed_precision"] = "bf16"
+    same_if_streamed(["train", config], ["sample", JOB])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [["text.attn"], ["text.attn", "text.mlp", "vision.attn"]])
+def test_vision_language_models(tmp_path, same_if_streamed, tiny_vlm, parts):
+    trained, _ = answering({"path": str(tiny_vlm("qwen2_5_vl"))})
+    trained["adapter"] |= {"parts": parts, "cache": "norms"}
+    trained["train"]["gradient_checkpointing"] = len(parts) > 1
+    same_if_streamed(["train", trained])
+
+
+ORDER = """
+import torch
+from torch import nn
+from tests.gpu import device, streams
+device.install()
+from dora_mm.core import DoRASpec, inject
+from dora_mm.core.streaming import StreamedBlock, Window, stream, window_of
+
+CARD = torch.device("card", 0)
+def trained(wrong=None):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.SiLU()) for _ in range(5))).to("card")
+    model.requires_grad_(False)
+    inject(model, [f"{i}.0" for i in range(5)], DoRASpec(rank=2))
+    stream(list(model), CARD)
+    if wrong:
+        wrong(window_of(CARD))
+    x = torch.randn(3, 8, device="card", generator=torch.Generator("card").manual_seed(1))
+    for _ in range(2):
+        model(x).square().sum().backward()
+    return [p.grad.cpu() for p in model.parameters() if p.grad is not None]
+
+def without_event(window):
+    window._bring = lambda block: block in window._present or window._copy(block)
+
+def without_stream(window):
+    window._stream.wait_stream = lambda other: None
+
+def frees_what_computes(window):
+    own = window._move_to
+    def move(block, number, direction):
+        own(block, number, direction)
+        block.empty()
+    window._move_to = move
+
+for wrong in (None, without_event, without_stream, frees_what_computes):
+    from dora_mm.core import streaming
+    streaming._WINDOWS.clear()
+    try:
+        print(len(trained(wrong)))
+    except (streams.AbsentError, streams.EarlyCopyError) as error:
+        print(type(error).__name__)
+"""
+
+
+def test_copies_in_the_wrong_order_are_seen():
+    done = python("-c", ORDER)
+    assert (done.returncode, done.stdout.split()) == (0, ["15", "AbsentError", "EarlyCopyError", "AbsentError"]), done
