@@ -48,7 +48,9 @@ class Network(nn.Module):
         for number in self.order:
             block = self.blocks[number]
             if self.checkpoints:
-                x, condition = checkpoint(lambda x, c, own=block: own(x, condition=c), x, condition, use_reentrant=False)
+                x, condition = checkpoint(
+                    lambda x, c, own=block: own(x, condition=c), x, condition, use_reentrant=False
+                )
             else:
                 x, condition = block(x, condition=condition)
             kept = x if kept is None else kept
