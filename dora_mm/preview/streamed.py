@@ -62,24 +62,27 @@ def stream_plan(
 
 
 def streamed_table(total: int, plan: StreamPlan) -> str:
-    """A text table of what streaming takes on cards of usual sizes.
+    """A text table of what streaming takes: as the plan has it, and what cards of usual sizes need.
 
     Args:
         total: The bytes of a step of which nothing waits.
         plan: The blocks.
     """
-    header = ("streamed on", "blocks that wait", "GB on the card", "in main memory", "copied a step", "at 25 GB/s")
+    header = ("streamed", "blocks that wait", "GB on the card", "in main memory", "copied a step", "at 25 GB/s")
     rows: list[tuple[str, ...]] = [header]
+    if plan.waiting:
+        rows.append(("as configured", *_numbers(total, plan)))
     for card in CARDS:
         room = card * 1024**3 - RESERVED
         amount = least_that_frees(plan.sizes, total - room)
-        waiting = chosen(plan.sizes, amount) if amount else []
-        left = total - freed(plan.sizes, waiting)
-        if left > room:
-            rows.append((f"{card} GB", "does not fit", f"{left / 1e9:.1f}", "", "", ""))
-            continue
-        moved = sum(plan.sizes[i] for i in waiting)
-        copied = 2 * moved * plan.passes  # forward and backward; a block that is computed again is there already
-        numbers = f"{left / 1e9:.1f}", f"{moved / 1e9:.1f}", f"{copied / 1e9:.1f}", f"{copied / PCIE:.1f} s"
-        rows.append((f"{card} GB", f"{len(waiting)} of {len(plan.sizes)}", *numbers))
+        needed = plan._replace(waiting=chosen(plan.sizes, amount) if amount else ())
+        fits = total - needed.freed <= room
+        rows.append((f"on {card} GB", *(_numbers(total, needed) if fits else ["does not fit", *[""] * 4])))
     return aligned_columns(rows, num_text=2)
+
+
+def _numbers(total: int, plan: StreamPlan) -> list[str]:
+    moved = sum(plan.sizes[i] for i in plan.waiting)
+    copied = 2 * moved * plan.passes  # forward and backward; a block that is computed again is there already
+    numbers = [f"{size / 1e9:.1f}" for size in (total - plan.freed, moved, copied)]
+    return [f"{len(plan.waiting)} of {len(plan.sizes)}", *numbers, f"{copied / PCIE:.1f} s"]

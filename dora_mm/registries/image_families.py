@@ -65,7 +65,11 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             pipeline="ZImagePipeline",
             denoiser=("noise_refiner.",),
             target_map="z-image",
-            starts={12: "configs/z_image/style_12gb.yaml", 24: "configs/z_image/style.yaml"},
+            starts={
+                8: "configs/z_image/style_8gb.yaml",
+                12: "configs/z_image/style_12gb.yaml",
+                24: "configs/z_image/style.yaml",
+            },
         ),
         "flux2_klein": ImageFamily(
             title="FLUX.2 klein",
@@ -75,7 +79,11 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             denoiser=("double_stream_modulation_img.",),
             edits=True,
             target_map="flux2",
-            starts={12: "configs/flux2_klein/style_12gb.yaml", 16: "configs/flux2_klein/style.yaml"},
+            starts={
+                8: "configs/flux2_klein/style_8gb.yaml",
+                12: "configs/flux2_klein/style_12gb.yaml",
+                16: "configs/flux2_klein/style.yaml",
+            },
         ),
         "qwen_image": ImageFamily(
             title="Qwen-Image",
@@ -85,6 +93,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             denoiser=("transformer_blocks.0.img_mod.1.",),
             target_map="qwen-image",
             starts={
+                8: "configs/qwen_image/style_8gb.yaml",
                 24: "configs/qwen_image/style_24gb.yaml",
                 32: "configs/qwen_image/style_32gb.yaml",
                 48: "configs/qwen_image/style.yaml",
@@ -98,6 +107,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             edits=True,
             target_map="qwen-image",
             starts={
+                12: "configs/qwen_image_edit/edit_12gb.yaml",
                 24: "configs/qwen_image_edit/edit_24gb.yaml",
                 48: "configs/qwen_image_edit/edit_48gb.yaml",
                 80: "configs/qwen_image_edit/edit.yaml",
@@ -111,7 +121,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             denoiser=("transformer_blocks.0.img_mlp.gate_",),
             edits=True,
             target_map="qwen-image-21",
-            starts={24: "configs/qwen_image_21/style.yaml"},
+            starts={12: "configs/qwen_image_21/style_12gb.yaml", 24: "configs/qwen_image_21/style.yaml"},
         ),
         "krea2": ImageFamily(
             title="Krea 2",
@@ -121,6 +131,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             denoiser=("txtfusion.", "text_fusion."),  # of its authors' files, and of diffusers
             target_map="krea2",
             starts={
+                12: "configs/krea2/style_12gb.yaml",
                 16: "configs/krea2/style_16gb.yaml",
                 24: "configs/krea2/style_24gb.yaml",
                 32: "configs/krea2/style.yaml",
@@ -132,7 +143,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
             section="dora_mm.config.models:StableDiffusion3Config",
             pipeline="StableDiffusion3Pipeline",
             target_map="sd3",
-            starts={16: "configs/sd3/style.yaml"},
+            starts={8: "configs/sd3/style_8gb.yaml", 16: "configs/sd3/style.yaml"},
         ),
     },
 )

@@ -1,8 +1,8 @@
 """Runs commands of dora-mm on one side of a comparison: `python -m tests.gpu.run GPU|cpu COMMANDS.json RESULTS.json`.
 
-COMMANDS.json is a list of lists of words. RESULTS.json receives, per command, its exit code, its error, and what came
-back from the GPU, how often, and the most bytes that it held. On the CPU, a bias is added behind the gain of a layer, as on every accelerator: see
-`core/steps.py`.
+COMMANDS.json is a list of lists of words. RESULTS.json receives, per command, its exit code, its error, what came back
+from the GPU and how often, and the most bytes that it held. On the CPU, a bias is added behind the gain of a layer, as
+on every accelerator: see `core/steps.py`.
 """
 
 import contextlib

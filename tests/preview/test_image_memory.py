@@ -120,16 +120,16 @@ def inputs_of(network: Any, side: int, batch: int) -> dict[str, Any]:
 ENCODED = (("longest", "tokens"), ("encoded", "MB"))
 SIZES = ("_24gb", "_16gb", "_12gb", "_8gb")
 OF_FLOWS = {
-    "z_image": ("", "_12gb"),
-    "flux2_klein": ("", "_12gb"),
-    "qwen_image": ("", "_32gb", "_24gb"),
-    "qwen_image_21": ("",),
-    "krea2": ("", "_24gb", "_16gb"),
-    "sd3": ("",),
+    "z_image": ("", "_12gb", "_8gb"),
+    "flux2_klein": ("", "_12gb", "_8gb"),
+    "qwen_image": ("", "_32gb", "_24gb", "_8gb"),
+    "qwen_image_21": ("", "_12gb"),
+    "krea2": ("", "_24gb", "_16gb", "_12gb"),
+    "sd3": ("", "_8gb"),
 }
 RECIPES = ["sdxl/3d_icon", *(f"sdxl/3d_icon{size}" for size in SIZES), "sdxl/lego"]
 RECIPES += [f"{family}/style{size}" for family, sizes in OF_FLOWS.items() for size in sizes]
-RECIPES += [f"qwen_image_edit/edit{size}" for size in ("", "_48gb", "_24gb")]
+RECIPES += [f"qwen_image_edit/edit{size}" for size in ("", "_48gb", "_24gb", "_12gb")]
 
 
 @pytest.fixture(scope="module")

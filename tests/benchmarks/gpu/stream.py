@@ -1,7 +1,7 @@
 """What it costs that weights wait in main memory, and whether copies run beside products: an entry of `make gpu`.
 
-Decoder blocks of an 8B LLM, all seven linear layers adapted, with checkpointing: once with all weights on the card, once
-with half of the blocks waiting, once with all. Gradients have to be equal in every bit.
+Decoder blocks of an 8B LLM, all seven linear layers adapted, with checkpointing: with all weights on the card, with
+half of the blocks waiting, and with all. Gradients have to be equal in every bit.
 """
 
 import gc
