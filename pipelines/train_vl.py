@@ -17,7 +17,7 @@ from dora_mm.adapting.networks import TrainedNetworks, adapt
 from dora_mm.adapting.parts import MODEL
 from dora_mm.adapting.sharding import division
 from dora_mm.config.vl import TrainVLConfig
-from dora_mm.core.streaming import stream
+from dora_mm.core.wrappers.streaming import stream
 from dora_mm.data.vl.example import Answer
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet, check_data, open_training, open_validation
 from dora_mm.eval.gradients import measuring

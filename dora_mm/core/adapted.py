@@ -26,8 +26,8 @@ from dora_mm.core.ops import Op
 from dora_mm.core.parameters import AdapterParameters
 from dora_mm.core.passes import Options, PassCache
 from dora_mm.core.spec import DoRASpec, finite_number
-from dora_mm.core.streaming import bring, is_streamed, keep
 from dora_mm.core.wrappers.sharded import gathered, is_sharded, write
+from dora_mm.core.wrappers.streaming import bring, is_streamed, keep
 
 NOT_STACKED = "cannot hold several adapters: method full replaces the weight itself"
 
@@ -178,7 +178,7 @@ class AdaptedLayer(AdapterParameters):
         if caches is not None and not self.is_base():
             cache = self.pass_cache(caches, keeps=self.adaptation.num_passes is not None)
             if cache.n0 is None and self.magnitude is not None:
-                cache.n0 = row_norm(self.whole_matrix())
+                cache.n0 = row_norm(self.full_matrix())
 
     def adapted_product(
         self,
@@ -258,7 +258,7 @@ class AdaptedLayer(AdapterParameters):
             ValueError: See `check_can_merge`.
         """
         self.check_can_merge()
-        W0, state = self.whole_matrix(), self.adaptation
+        W0, state = self.full_matrix(), self.adaptation
         adapters = [a.with_tensors(*(None if t is None else gathered(t) for t in a[:3])) for a in self.adapters()]
         W = merged_weight(W0, adapters)
         merged, sums = W, (0.0, 0.0)
@@ -280,19 +280,19 @@ class AdaptedLayer(AdapterParameters):
         It becomes a new Parameter: passes that were made before, and modules that share the old one, keep that.
         """
         stored = self.as_stored(matrix)
-        if self.is_written_in_place():
+        if self.keeps_parameter():
             write(self.weight, stored)
             keep(self)
         else:
             self.weight = nn.Parameter(stored, requires_grad=self.weight.requires_grad)
 
-    def is_written_in_place(self) -> bool:
+    def keeps_parameter(self) -> bool:
         """Whether the weight stays the same parameter: FSDP, or the block that is streamed, keeps its memory."""
         return is_sharded(self.weight) or is_streamed(self)
 
     def base_to_keep(self) -> Tensor:
         """The base weight for `put_back`; that of a streamed layer in main memory."""
-        if not self.is_written_in_place():
+        if not self.keeps_parameter():
             return self.weight
         base = self.weight.detach()
         return base.to("cpu", copy=True) if is_streamed(self) else base.clone()

@@ -181,7 +181,7 @@ def describe(layer: AdaptedLayer, part: str) -> AdaptedModule:
     """The entry of an adapted layer in the report."""
     num_parameters = sum(p.numel() for p in layer.adapter_tensors().values())
     return AdaptedModule(
-        layer.adaptation.path, part, type(layer).__name__, tuple(layer.whole_matrix().shape), num_parameters
+        layer.adaptation.path, part, type(layer).__name__, tuple(layer.full_matrix().shape), num_parameters
     )
 
 

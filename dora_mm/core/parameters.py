@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from dora_mm.core.adaptation import ADAPTER_NAMES, Adaptation
 from dora_mm.core.functional import adapter_dtype, row_norm, seeded_generator
-from dora_mm.core.streaming import bring
 from dora_mm.core.wrappers.sharded import gathered, is_sharded, write
+from dora_mm.core.wrappers.streaming import bring
 
 
 class AdapterParameters(nn.Module):
@@ -32,7 +32,7 @@ class AdapterParameters(nn.Module):
         """The weight with output rows first, (O, I) or (O, I / groups, *K): a view where it is stored otherwise."""
         return self.tensor("weight")
 
-    def whole_matrix(self) -> Tensor:
+    def full_matrix(self) -> Tensor:
         """The matrix outside of a pass: gathered where it is sharded, brought where it is streamed; detached."""
         bring(self)
         return gathered(self.matrix)
@@ -65,13 +65,13 @@ class AdapterParameters(nn.Module):
             raise ValueError(
                 f"{self.adaptation.path} was merged with keep_base=False: only strength 1 does not need the base"
             )
-        return self.whole_matrix() if base is None else gathered(self.as_stored(base))
+        return self.full_matrix() if base is None else gathered(self.as_stored(base))
 
     # --- a fresh adapter ---
 
     def reset_adapter(self) -> None:
         """Draws A from (seed, path), and sets B to 0 and m to the row norms: the layer computes what its base does."""
-        W0, state = self.whole_matrix(), self.adaptation
+        W0, state = self.full_matrix(), self.adaptation
         state.forget()
         dtype, fan_in = adapter_dtype(W0.dtype), W0[0].numel()
         if state.spec.method in ("dora", "lora"):
@@ -94,7 +94,7 @@ class AdapterParameters(nn.Module):
         state = self.adaptation
         state.made_for = self.weight.device, self.weight.dtype
         if state.spec.method in ("dora", "magnitude"):
-            state.first_magnitude = row_norm(self.whole_matrix())
+            state.first_magnitude = row_norm(self.full_matrix())
 
     def _set(self, name: str, value: Tensor) -> None:
         parameter = getattr(self, name)

@@ -1,4 +1,4 @@
-"""Which blocks of a network wait in main memory: see core/streaming.py."""
+"""Which blocks of a network wait in main memory: see core/wrappers/streaming.py."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 
 from dora_mm.config.streaming import Amount
 from dora_mm.core import TargetMap
-from dora_mm.core.streaming import is_streamed, streamed_tensors
 from dora_mm.core.targets import blocks_of
+from dora_mm.core.wrappers.streaming import is_streamed, streamed_tensors
 
 NOTHING = "does nothing on a processor, where all weights are in main memory anyway"
 RESERVED = 1.0e9  # bytes of a GPU that its libraries take

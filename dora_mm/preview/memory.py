@@ -13,7 +13,7 @@ from dora_mm.registries.optimizers import OPTIMIZERS
 from dora_mm.train.optim import build_optimizer
 from dora_mm.utils.tables import aligned_columns
 
-SMALL_CARD = 7e9  # bytes of a step from which it is shown what streaming would save
+SMALL_GPU = 7e9  # bytes of a step from which it is shown what streaming would save
 PROCESS_NUMBERS = (2, 4, 8)  # for which the memory of a sharded training is shown
 
 
@@ -44,7 +44,7 @@ def memory_table(
     """
     rows = memory_rows(networks, parameters, optimizer, cost, stored=stored, ema=ema)
     device = next(iter(parameters.values())).device.type
-    whole = total = sum(size for _, where, size in rows if where == device)
+    unstreamed = total = sum(size for _, where, size in rows if where == device)
     if plan and plan.waiting:
         rows.append((f"{len(plan.waiting)} of {len(plan.sizes)} blocks wait in main memory", device, -plan.freed))
         total -= plan.freed
@@ -53,9 +53,9 @@ def memory_table(
     table = aligned_columns([("memory", "", "MB"), *((n, w, f"{s / 1e6:,.1f}") for n, w, s in rows)], num_text=2)
     if division is not None:
         return f"{table}\n\n{sharded_table(total, *division.sizes(stored or {}))}"
-    if plan is None or cost is None or plan.is_measured or (whole <= SMALL_CARD and not plan.waiting):
+    if plan is None or cost is None or plan.is_measured or (unstreamed <= SMALL_GPU and not plan.waiting):
         return table
-    return f"{table}\n\n{streamed_table(whole, plan)}"
+    return f"{table}\n\n{streamed_table(unstreamed, plan)}"
 
 
 def memory_rows(

@@ -1,4 +1,4 @@
-"""Blocks that wait in main memory: how many an estimate asks for, what that saves on a card, and what is copied."""
+"""Blocks that wait in main memory: how many an estimate asks for, what that saves on a GPU, and what is copied."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dora_mm.core import TargetMap
 from dora_mm.models.streaming import RESERVED, block_bytes, chosen, freed, least_that_frees, streamable_blocks
 from dora_mm.utils.tables import aligned_columns
 
-CARDS = (8, 12, 16, 24)  # GiB
+GPU_SIZES = (8, 12, 16, 24)  # GiB
 PCIE = 25e9  # bytes a second that PCIe 4.0 x16 moves from pinned memory, of 32 in its name
 
 
@@ -33,7 +33,7 @@ class StreamPlan(NamedTuple):
 
     @property
     def freed(self) -> int:
-        """The bytes that the card has more, beside what a step brings."""
+        """The bytes that the GPU has more, beside what a step brings."""
         return sum(self.sizes[i] for i in self.waiting) if self.is_measured else freed(self.sizes, self.waiting)
 
 
@@ -62,22 +62,22 @@ def stream_plan(
 
 
 def streamed_table(total: int, plan: StreamPlan) -> str:
-    """A text table of what streaming takes: as the plan has it, and what cards of usual sizes need.
+    """A text table of what streaming takes: as the plan has it, and what GPUs of usual sizes need.
 
     Args:
         total: The bytes of a step of which nothing waits.
         plan: The blocks.
     """
-    header = ("streamed", "blocks that wait", "GB on the card", "in main memory", "copied a step", "at 25 GB/s")
+    header = ("streamed", "blocks that wait", "GB on the GPU", "in main memory", "copied a step", "at 25 GB/s")
     rows: list[tuple[str, ...]] = [header]
     if plan.waiting:
         rows.append(("as configured", *_numbers(total, plan)))
-    for card in CARDS:
-        room = card * 1024**3 - RESERVED
+    for size in GPU_SIZES:
+        room = size * 1024**3 - RESERVED
         amount = least_that_frees(plan.sizes, total - room)
         needed = plan._replace(waiting=chosen(plan.sizes, amount) if amount else ())
         fits = total - needed.freed <= room
-        rows.append((f"on {card} GB", *(_numbers(total, needed) if fits else ["does not fit", *[""] * 4])))
+        rows.append((f"on {size} GB", *(_numbers(total, needed) if fits else ["does not fit", *[""] * 4])))
     return aligned_columns(rows, num_text=2)
 
 

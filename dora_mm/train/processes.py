@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dora_mm.config.training import TrainConfig
-from dora_mm.core.streaming import is_streamed
 from dora_mm.core.wrappers.float8 import STORED
 from dora_mm.core.wrappers.sharded import is_sharded
+from dora_mm.core.wrappers.streaming import is_streamed
 from dora_mm.data.seen import SeenFiles
 from dora_mm.utils.run_directory import RunDirectory
 

@@ -83,7 +83,7 @@ from torch import nn
 from tests.gpu import device, streams
 device.install()
 from dora_mm.core import DoRASpec, inject
-from dora_mm.core.streaming import StreamedBlock, Window, stream, window_of
+from dora_mm.core.wrappers.streaming import StreamedBlock, Window, stream, window_of
 
 CARD = torch.device("card", 0)
 def trained(wrong=None):
@@ -113,7 +113,7 @@ def frees_what_computes(window):
     window._move_to = move
 
 for wrong in (None, without_event, without_stream, frees_what_computes):
-    from dora_mm.core import streaming
+    from dora_mm.core.wrappers import streaming
     streaming._WINDOWS.clear()
     try:
         print(len(trained(wrong)))

@@ -16,7 +16,7 @@ from torch import nn
 from dora_mm.config.paths import CONFIG, INDEX
 from dora_mm.config.streaming import Amount
 from dora_mm.core import TargetMap
-from dora_mm.core.streaming import stream
+from dora_mm.core.wrappers.streaming import stream
 from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.formats.files.variants import choose_variant
 from dora_mm.models.hub import local_copy
@@ -27,7 +27,7 @@ from dora_mm.utils.digest import module_digest, weights_digest
 META = torch.device("meta")
 
 
-class Streamed(NamedTuple):
+class StreamedNetwork(NamedTuple):
     """A network of which some blocks wait in main memory.
 
     Attributes:
@@ -70,7 +70,7 @@ class Components:
         self._released: set[str] = set()
         self.device = torch.device("cpu")
         self._unmoved: frozenset[str] = frozenset()
-        self.streamed: Mapping[str, Streamed] = {}
+        self.streamed: Mapping[str, StreamedNetwork] = {}
 
     @classmethod
     def of(cls, **components: Any) -> Components:

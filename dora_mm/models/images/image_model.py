@@ -27,7 +27,7 @@ from dora_mm.data.images.buckets import Framing
 from dora_mm.data.images.latents import Latents
 from dora_mm.data.syntax import Wording
 from dora_mm.formats.files.model_folder import ModelFolder
-from dora_mm.models.images.components import Components, Streamed
+from dora_mm.models.images.components import Components, StreamedNetwork
 from dora_mm.models.images.new_tokens import NewTokens
 from dora_mm.models.images.noise import NoiseProcess
 from dora_mm.registries.image_families import IMAGE_FAMILIES, ImageFamily
@@ -210,7 +210,7 @@ class ImageModel(ABC):
         amounts = {self.denoiser: denoiser, **dict.fromkeys(self.text_encoders, text)}
         maps = self.target_maps
         self.components.streamed = {
-            name: Streamed(amount, maps.get(name)) for name, amount in amounts.items() if amount is not None
+            name: StreamedNetwork(amount, maps.get(name)) for name, amount in amounts.items() if amount is not None
         }
         return self
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dora_mm.core import DoRASpec, adapter_parameters, fixed_parameters, inject
-from dora_mm.core.streaming import bring, stream, window_of
+from dora_mm.core.wrappers.streaming import bring, stream, window_of
 from tests.benchmarks.gpu.block import RANK, Block, lengths, size_of
 from tests.benchmarks.gpu.run import Row, Run, show
 from tests.benchmarks.timing import alternate, seconds_of, summary

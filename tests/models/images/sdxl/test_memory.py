@@ -12,6 +12,7 @@ from dora_mm.config.generation import MemoryConfig
 from dora_mm.core.wrappers.float8 import Float8Linear
 from dora_mm.models.images.memory import check_offload, decode_in_tiles, offload, save_memory
 from dora_mm.models.quantization import quantize_layers
+from dora_mm.registries.renamed import migrated_memory
 from dora_mm.sampling.before_after import at_strength
 from dora_mm.sampling.image_sampler import ImageSampler, sample
 
@@ -60,8 +61,8 @@ def test_attention_in_slices_draws_the_same(tiny):
     assert np.abs(draw(sampler) - whole).max() <= 1
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("model", torch.bfloat16), ("layers", torch.float32)])
-def test_offloaded_networks_draw_the_same_and_merge(tiny, kind, dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_offloaded_networks_draw_the_same_and_merge(tiny, dtype):
     """On a processor the hooks move nothing, but they run: adapters are merged and unmerged under them."""
     inject(tiny.unet, "sdxl-unet", DoRASpec(rank=2))
     for name, parameter in tiny.unet.named_parameters():
@@ -79,7 +80,7 @@ def test_offloaded_networks_draw_the_same_and_merge(tiny, kind, dtype):
 
     before, sampler = draw_at(tiny), ImageSampler(tiny)
     embeddings = tiny.encode_for_sampling("a bus", "red")
-    offload(sampler.pipe, kind, CPU)
+    offload(sampler.pipe, "model", CPU)
     assert all(torch.equal(t, embeddings[name]) for name, t in tiny.encode_for_sampling("a bus", "red").items())
     after = draw_at(sampler)
     for one, two in zip(before, after, strict=True):
@@ -87,20 +88,30 @@ def test_offloaded_networks_draw_the_same_and_merge(tiny, kind, dtype):
     assert np.abs(after[0] - after[1]).max() > 5
 
 
-@pytest.mark.parametrize("kind", ["model", "layers"])
-def test_offloading_needs_a_gpu(tiny, kind):
-    with pytest.raises(ValueError, match=f"memory.offload: {kind} needs a GPU"):
-        save_memory(tiny.pipeline(), MemoryConfig(offload=kind), CPU)
+def test_offloading_needs_a_gpu(tiny):
+    with pytest.raises(ValueError, match="memory.offload: model needs a GPU"):
+        save_memory(tiny.pipeline(), MemoryConfig(offload="model"), CPU)
 
 
-def test_layers_of_bitsandbytes_do_not_wait_in_main_memory():
-    """diffusers moves `weight.data` alone: the scales in `weight.quant_state` and `weight.SCB` stay where they are."""
-    for kind, name in (("layers", "nf4"), ("layers", "int8"), ("model", "int8")):
-        said = rf"^memory\.offload: {kind} moves the weights of model\.quantization {name} without their scales"
-        with pytest.raises(ValueError, match=said):
-            check_offload(MemoryConfig(offload=kind), torch.device("cuda"), name)
-    for kind, name in (("model", "nf4"), ("layers", "float8"), ("layers", None), ("layers", "torchao_int8")):
-        check_offload(MemoryConfig(offload=kind), torch.device("cuda"), name)
+def test_int8_is_not_offloaded():
+    """diffusers moves `weight.data` alone: the scales in `weight.SCB` stay where they are."""
+    with pytest.raises(
+        ValueError, match=r"^memory\.offload: model moves the weights of model\.quantization int8"
+    ):
+        check_offload(MemoryConfig(offload="model"), torch.device("cuda"), "int8")
+    for name in ("nf4", "float8", None, "torchao_int8"):
+        check_offload(MemoryConfig(offload="model"), torch.device("cuda"), name)
+
+
+def test_offloading_and_streaming_are_one_or_the_other():
+    with pytest.raises(ValueError, match="offload model moves whole networks, and stream their blocks"):
+        MemoryConfig(offload="model", stream="all")
+
+
+def test_images_whose_layers_waited_are_streamed_when_they_are_replayed():
+    saved = {"offload": "layers", "vae_tiling": True, "attention_slicing": False}
+    assert MemoryConfig(**migrated_memory(saved)) == MemoryConfig(stream="all", stream_text="all", vae_tiling=True)
+    assert MemoryConfig(**migrated_memory({"offload": "model"})) == MemoryConfig(offload="model")
 
 
 def test_float8_takes_the_linear_layers_of_all_parts_and_nothing_else(tiny):

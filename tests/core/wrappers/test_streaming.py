@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dora_mm.core import DoRASpec, adapter_parameters, fixed_parameters, inject, merge, remove, unmerge
-from dora_mm.core.streaming import Window, is_streamed, stream, window_of
 from dora_mm.core.wrappers.float8 import Float8Linear
+from dora_mm.core.wrappers.streaming import Window, is_streamed, stream, window_of
 from tests.shared import reference
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ class Network(nn.Module):
 @pytest.fixture(autouse=True)
 def window():
     """A window of its own."""
-    from dora_mm.core import streaming
+    from dora_mm.core.wrappers import streaming
 
     streaming._WINDOWS.clear()
     return window_of(CPU)
