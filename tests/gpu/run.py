@@ -32,7 +32,13 @@ def run(words: list[str]) -> dict:
     except Exception:
         code, error = 1, traceback.format_exc()
     error = f"{' '.join(words)}: {error or said.getvalue()}" if code else None
-    return {"code": code, "error": error, "waits": dict(device.waits.most_common()), "peak": streams.memory.peak}
+    return {
+        "code": code,
+        "error": error,
+        "waits": dict(device.waits.most_common()),
+        "peak": streams.memory.peak,
+        "said": said.getvalue(),
+    }
 
 
 if __name__ == "__main__":

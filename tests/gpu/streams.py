@@ -8,6 +8,7 @@ or what has not arrived, gets an `AbsentError`. A copy may take memory that anot
 """
 
 import contextlib
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CAPACITY = 8 * 1024**3
+CAPACITY = int(os.environ.get("CARD_BYTES", 8 * 1024**3))
 
 
 class AbsentError(RuntimeError):

@@ -19,7 +19,7 @@ FLOWS = ["tiny_flux2_klein", "tiny_krea2", "tiny_qwen_image", "tiny_qwen_image_2
 def same_if_streamed(tmp_path) -> Callable[..., dict[str, Any]]:
     """Runs commands with weights that stay and that wait, asserts that files are equal, and returns what both say."""
 
-    def run(*commands: list[Any]) -> dict[str, Any]:
+    def run(*commands: list[Any], amount: str = "all") -> dict[str, Any]:
         found = {}
         for kind in ("stays", "waits"):
             (tmp_path / kind).mkdir()
@@ -28,7 +28,7 @@ def same_if_streamed(tmp_path) -> Callable[..., dict[str, Any]]:
                 file = tmp_path / f"{kind}{number}.yaml"
                 file.write_text(json.dumps(config))
                 keys = ["stream"] if config["pipeline"] == "train_vl" else ["stream", "stream_text"]
-                given = ["--set", *(f"memory.{key}=all" for key in keys)] if kind == "waits" else []
+                given = ["--set", *(f"memory.{key}={amount}" for key in keys)] if kind == "waits" else []
                 words.append([name, str(file), *more, *given])
             (tmp_path / f"{kind}.json").write_text(json.dumps(words))
             files = [str(tmp_path / f"{kind}.json"), str(tmp_path / f"{kind}_results.json")]
@@ -125,3 +125,84 @@ for wrong in (None, without_event, without_stream, frees_what_computes):
 def test_copies_in_the_wrong_order_are_seen():
     done = python("-c", ORDER)
     assert (done.returncode, done.stdout.split()) == (0, ["15", "AbsentError", "EarlyCopyError", "AbsentError"]), done
+
+
+PEAK = """
+import sys
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+from tests.gpu import device, streams
+device.install()
+from dora_mm import targets
+from dora_mm.core import DoRASpec, adapter_parameters, fixed_parameters, inject
+from dora_mm.core.wrappers.streaming import stream
+from dora_mm.preview.simulation import Machine, simulated_peak
+from dora_mm.preview.streamed import stream_plan
+from dora_mm.models.streaming import streamable_blocks
+from dora_mm.utils.losses import LossSum
+from diffusers import UNet2DConditionModel, ZImageTransformer2DModel
+from tests.preview.test_image_memory import SDXL, Z_IMAGE, inputs_of
+
+family, checkpoints, CARD = sys.argv[1], sys.argv[2] == "True", torch.device("card", 0)
+chosen = targets.find("sdxl-unet" if family == "sdxl" else "z-image")
+
+def adapted(place):
+    torch.manual_seed(0)
+    with torch.device(place):
+        network = UNet2DConditionModel(**SDXL) if family == "sdxl" else ZImageTransformer2DModel(**Z_IMAGE)
+        nn.Module.to(network.requires_grad_(False), torch.float32 if family == "sdxl" else torch.bfloat16)
+        given = inputs_of(network, 32, 2)
+    inject(network, chosen, DoRASpec(8, cache="norms"))
+    network.train()
+    if checkpoints:
+        network.enable_gradient_checkpointing()
+    return network, given
+
+def loss(network, given):
+    found = network(**given)[0]
+    return (found if family == "sdxl" else torch.stack(found)).float().square().mean()
+
+network, given = adapted("meta")
+step = lambda _: LossSum(loss(network, given), torch.ones(()))
+plan = stream_plan(network, chosen, "all")
+estimated = sum(p.nbytes for p in network.parameters()) - plan.freed + simulated_peak({"network": network}, step, None)
+network, given = adapted("cpu")
+before = streams.memory.now
+stream(streamable_blocks(network, chosen), CARD)
+network.to(CARD)
+given = tree_map_only(torch.Tensor, lambda t: t.to(CARD), given)
+for name, parameter in adapter_parameters(network).items():  # fresh adapters take less
+    parameter.data = parameter.data + 0.01 * name.endswith("lora_B")
+for _ in range(2):
+    streams.memory.peak = streams.memory.now
+    with fixed_parameters(network, num_passes=1):
+        loss(network, given).backward()
+    network.zero_grad()
+print(estimated, streams.memory.peak - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "checkpoints"), [("z_image", True), ("z_image", False), ("sdxl", True)])
+def test_the_dry_run_has_the_peak_that_the_device_counts(family, checkpoints):
+    done = python("-c", PEAK, family, str(checkpoints))
+    assert done.returncode == 0, done.stderr[-4000:]
+    estimated, counted = map(int, done.stdout.split())
+    assert estimated == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["images", "questions"])
+def test_as_little_waits_as_the_device_needs(tmp_path, monkeypatch, same_if_streamed, image_folder, tiny_vlm, kind):
+    if kind == "images":
+        model = import_module("tests.shared.images.tiny_flux2_klein").build(tmp_path / "model")
+        config = training(model, image_folder, ["transformer.attn"])
+        del config["sample"]
+    else:
+        config, _ = answering({"path": str(tiny_vlm("qwen2_5_vl"))})
+        del config["evaluate"], config["data"]["valid"]
+    config["adapter"]["cache"] = "norms"
+    monkeypatch.setenv("CARD_BYTES", str(int(1e9) + 100_000))  # what libraries take, and less than the weights
+    _, waits = same_if_streamed(["train", config], amount="auto").values()
+    assert "memory.stream: Amount(blocks=" in waits[0]["said"]
