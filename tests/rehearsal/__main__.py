@@ -13,7 +13,7 @@ from tests.rehearsal import models, stages
 from tests.rehearsal.measuring import Measured
 from tests.rehearsal.report import folder_name, machine, record, save
 from tests.rehearsal.stages import ROOT, Stage, prepare, run_stage
-from tests.shared.images import tiny_z_image
+from tests.shared.images import tiny_flux2_klein, tiny_krea2, tiny_qwen_image, tiny_z_image
 from tests.shared.vl import tiny_vlm
 
 SPARE = 4.0  # GB of the disk that stay free
@@ -67,6 +67,7 @@ def questions(*settings: str) -> Callable[[int], list[Stage]]:
 
 TEXT_ENCODERS = {"text encoders, too": ["adapter.parts=[unet.attn,unet.cross,text_encoders.attn]"]}
 IN_BFLOAT16 = {"weights in bfloat16": ["model.quantization=null", "adapter.cache=norms"]}  # keeps no W'
+CACHED = ("data.text_cache=texts", "model.quantization=null", "adapter.cache=norms")
 NO_FLOAT8 = ("model.quantization=null", "adapter.cache=weights")
 MODELS = {
     "vlm": Model(
@@ -104,6 +105,33 @@ MODELS = {
         images("z_image", "model", further=IN_BFLOAT16),
         256,
         "As `new` writes it on a processor: weights in float8, one image of {side} px a step, with checkpointing.",
+    ),
+    "klein": Model(
+        "FLUX.2 klein base 4B, in bfloat16",
+        16.0,
+        models.klein,
+        tiny_flux2_klein.build,
+        images("flux2_klein", "model", "model.flux2_klein.max_tokens=32", *CACHED),
+        128,
+        "One image of {side} px a step in bfloat16, with checkpointing; prompts of 32 tokens, kept on the disk.",
+    ),
+    "qwen_image": Model(
+        "Qwen-Image, cut to 6 of its 60 blocks and 6 of the 28 layers of its text encoder, in bfloat16",
+        10.0,
+        models.qwen_image,
+        tiny_qwen_image.build,
+        images("qwen_image", "model", "model.qwen_image.max_tokens=32", *CACHED),
+        128,
+        "One image of {side} px a step in bfloat16, with checkpointing; prompts kept on the disk.",
+    ),
+    "krea2": Model(
+        "Krea 2, cut to 8 of its 28 blocks, in bfloat16",
+        18.0,
+        models.krea2,
+        tiny_krea2.build,
+        images("krea2", "model", "model.krea2.max_tokens=32", *CACHED),
+        128,
+        "One image of {side} px a step in bfloat16, with checkpointing; prompts of 32 tokens, kept on the disk.",
     ),
     "qwen": Model(
         "Qwen2.5-VL-3B-Instruct, in bfloat16",

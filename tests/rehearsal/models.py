@@ -1,5 +1,6 @@
 """Full-size models with random weights on disk, in the layouts, names and dtypes of the published ones."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,6 +58,36 @@ def z_image(folder: Path) -> None:
     """Z-Image as a folder of diffusers, in bfloat16."""
     full_size.z_image(folder)
     _fill(folder, _tensors(folder, ("transformer", "vae", "text_encoder")), torch.bfloat16)
+
+
+def klein(folder: Path) -> None:
+    """FLUX.2 klein base 4B as a folder of diffusers, in bfloat16."""
+    full_size.flux2_klein(folder)
+    _fill(folder, _tensors(folder, ("transformer", "vae", "text_encoder")), torch.bfloat16)
+
+
+def qwen_image(folder: Path) -> None:
+    """Qwen-Image in bfloat16, of which 6 of 60 blocks and 6 of 28 layers of the text encoder are left."""
+    full_size.qwen_image(folder)
+    _cut(folder / "transformer", num_layers=6)
+    _cut(folder / "text_encoder", text_config={"num_hidden_layers": 6}, vision_config={"depth": 8})
+    _fill(folder, _tensors(folder, ("transformer", "vae", "text_encoder")), torch.bfloat16)
+
+
+def krea2(folder: Path) -> None:
+    """Krea 2 in bfloat16, of which 8 of 28 blocks are left; the text encoder has all of its layers."""
+    full_size.krea2(folder)
+    _cut(folder / "transformer", num_layers=8)
+    _fill(folder, _tensors(folder, ("transformer", "vae", "text_encoder")), torch.bfloat16)
+
+
+def _cut(folder: Path, **changes: Any) -> None:
+    """Changes the config of a network, in sections too."""
+    file = folder / "config.json"
+    values = json.loads(file.read_text())
+    for key, value in changes.items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+    file.write_text(json.dumps(values))
 
 
 def _tensors(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
