@@ -247,7 +247,7 @@ def load_model(config: ImageGenerationConfig, adapters: Iterable[str]) -> Loaded
         *(chosen.path, chosen.revision, chosen.vae, chosen.dtype, digest, file_hash, chosen.generation_settings()),
         files=file_digests(chosen) or None,  # a single checkpoint has none
     )
-    environment = {"backend": config.backend, "memory": config.memory.model_dump()}
+    environment = {"backend": config.backend, "memory": config.memory.model_dump(exclude_none=True)}
     frees_text = stays and not changes
     return LoadedModel(model, sampler, base, files, environment, backend.select(config.backend), frees_text)
 
