@@ -168,12 +168,12 @@ def with_shared_gradients(accelerator: Accelerator, module: nn.Module) -> nn.Mod
     """
     if accelerator.num_processes == 1:
         return module
-    is_left = any(is_sharded(parameter) or parameter.dtype == STORED for parameter in module.parameters())
-    if is_left or any(map(is_streamed, module.modules())):
+    streams = any(map(is_streamed, module.modules()))
+    if streams or any(is_sharded(parameter) or parameter.dtype == STORED for parameter in module.parameters()):
         options: Any = accelerator
         unused = options.ddp_handler is not None and options.ddp_handler.find_unused_parameters
         options.ddp_handler = GradientSharing(find_unused_parameters=unused, init_sync=False)
-    wrapped = accelerator.prepare_model(module)
+    wrapped = accelerator.prepare_model(module, device_placement=not streams)  # where it is already
     assert isinstance(wrapped, DistributedDataParallel)  # accelerate returns other things without a word
     return wrapped
 

@@ -6,9 +6,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.gpu.test_card import JOB, answering, is_same, pytestmark, python, training
+from tests.shared.images.combinations import OPTIONS, config_of
 
 __all__ = ["pytestmark"]
 
@@ -58,6 +61,21 @@ def test_flow_models(same_if_streamed, tmp_path, image_folder, family, checkpoin
     config["train"] |= {"gradient_checkpointing": checkpointing, "gradient_accumulation_steps": 2}
     stays, waits = same_if_streamed(["train", config], ["sample", JOB]).values()
     assert waits[0]["peak"] < stays[0]["peak"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [set(OPTIONS) - {"new tokens", "text encoders", "random crop"}, {"accumulation"}])
+def test_all_that_a_training_can_be_asked_for(same_if_streamed, tmp_path, image_folder, names):
+    model = import_module("tests.shared.images.tiny_flux2_klein").build(tmp_path / "model")
+    Image.fromarray(np.tri(64, dtype=np.uint8) * 255).save(image_folder / "0.mask.png")
+    (references := tmp_path / "references").mkdir()
+    for image in sorted(image_folder.glob("?.png")):
+        Image.open(image).convert("RGB").resize((96, 80)).save(references / image.name)
+    names = names - {"caches", "folders"} | {"references"}  # folders have references of their own
+    config = config_of(names, model, [image_folder, image_folder, references], Path("runs/trained"))
+    config["adapter"]["cache"] = "norms"
+    config["data"]["resolution"] = 128
+    same_if_streamed(["train", config])
 
 
 @pytest.mark.slow

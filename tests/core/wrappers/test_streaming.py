@@ -5,6 +5,7 @@ On a processor a window copies at once and in the same order; tests/gpu has a de
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -14,7 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from dora_mm.core import DoRASpec, adapter_parameters, fixed_parameters, inject, merge, remove, unmerge
 from dora_mm.core.wrappers.float8 import Float8Linear
 from dora_mm.core.wrappers.streaming import Window, is_streamed, stream, window_of
+from dora_mm.train.processes import with_shared_gradients
 from tests.shared import reference
+from tests.shared.quantized import int8, nf4, torchao_int8
+from tests.shared.two_processes import needs_fsdp, run_in_two
 
 CPU = torch.device("cpu")
 WIDTH = 8
@@ -130,22 +134,29 @@ def test_two_blocks_are_there_at_once(monkeypatch, window):
     assert max(present) == 2
 
 
-def test_quantised_weights_wait_as_they_are_stored(window):
+QUANTIZED = {"float8": Float8Linear.of, "nf4": nf4, "int8": int8, "torchao int8": torchao_int8}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantised_weights_wait_as_they_are_stored(kind, window):
     def made(streams):
         torch.manual_seed(0)
-        model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64)) for _ in range(4))).requires_grad_(False)
-        for block in model:
-            block[0] = Float8Linear.of(block[0])
+        bases = [nn.Linear(64, 48) for _ in range(4)]
+        model = nn.Sequential(*(nn.Sequential(QUANTIZED[kind](base), nn.Linear(48, 64)) for base in bases))
+        model.requires_grad_(False)
         if streams:
             stream(list(model), CPU)
         inject(model, [f"{number}.0" for number in range(3)], DoRASpec(rank=2))
-        model(torch.ones(2, 64)).square().sum().backward()
-        return [p.grad for p in adapter_parameters(model).values()]
+        outputs, before = [], window.copied
+        for _ in range(3):
+            y = model(torch.linspace(-1, 1, 128).view(2, 64))
+            y.square().sum().backward()
+            outputs += [y.detach(), model(torch.ones(1, 64)).detach()]
+        return outputs + [p.grad for p in adapter_parameters(model).values()], window.copied - before
 
-    assert all(map(torch.equal, made(False), made(True)))
-    window.copied = 0
-    made(True)
-    assert window.copied % (64 * 64) == 0
+    (stays, _), (waits, copied) = made(False), made(True)
+    assert all(map(torch.equal, stays, waits))
+    assert 0 < copied < 3 * 3 * 4 * (48 * 64 * 4 + 48 * 64 * 2)  # of the quantised ones not even a half
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -191,3 +202,26 @@ def test_what_is_trained_stays(window):
     assert there == {name for name, p in block.named_parameters() if p.dim() == 1 or name == "up.weight"}
     assert is_streamed(block.down)
     assert not is_streamed(Block())
+
+
+def shared_gradients(rank):
+    """Each process has blocks of its own that wait; gradients are those of both batches."""
+    accelerator = Accelerator(cpu=True)
+    gradients = []
+    for streams in (False, True):
+        torch.manual_seed(0)
+        model = Network().requires_grad_(False)
+        if streams:
+            stream(model.blocks, CPU)
+        inject(model, ["up"], DoRASpec(rank=2))
+        wrapped = with_shared_gradients(accelerator, model)
+        for _ in range(2):
+            wrapped(torch.full((2, 5, WIDTH), 1.0 + rank)).square().sum().backward()
+        gradients.append([p.grad for p in adapter_parameters(model).values()])
+    assert all(map(torch.equal, *gradients))
+
+
+@needs_fsdp
+@pytest.mark.slow
+def test_each_of_several_processes_streams_its_own(tmp_path):
+    run_in_two(tmp_path, shared_gradients)
