@@ -357,6 +357,8 @@ class TrainDiffusionConfig(PipelineConfig):
             problems.append("data.latent_cache cannot be used with data.crop random: every crop is new")
         if self.data.text_cache is not None and self.adapter.trains_text_encoders:
             problems.append("data.text_cache has no effect where text encoders are trained: leave it out")
+        if self.model.text_quantization and self.trains_text:
+            problems.append("model.text_quantization rounds what adapter.parts or tokens train: leave one of them out")
         if self.sample.every and not self.sample.prompts:
             problems.append("sample.every has no effect: sample.prompts is empty")
         if full and self.adapter.strength != 1.0:

@@ -114,8 +114,16 @@ class ModelConfig(Section):
     # The Linear layers of all parts of the denoiser in 8 or 4 bits: float8 has a scale for each row and needs no
     # package, int8, nf4 and fp4 are of bitsandbytes, torchao_int8 of torchao; null: in dtype
     quantization: Literal["float8", "int8", "torchao_int8", "nf4", "fp4"] | None = None
+    # The Linear layers in the blocks of all text encoders, likewise; null: in dtype
+    text_quantization: Literal["float8", "int8", "nf4"] | None = None
     # What an SDXL model predicts; auto: what its files say, of a single checkpoint its tensors v_pred and ztsnr
     prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
+
+    def quantization_of(self, component: str, denoiser: str) -> str | None:
+        """How a component is quantised; `denoiser` is the name of that."""
+        if component == denoiser:
+            return self.quantization
+        return self.text_quantization if component.startswith("text_encoder") else None
 
     def sections(self) -> Iterator[tuple[str, ImageFamilyConfig]]:
         """The sections of families that are given, by the name of the family."""
@@ -123,7 +131,9 @@ class ModelConfig(Section):
 
     def generation_settings(self) -> dict[str, Any]:
         """The settings other than files on which images depend, without defaults, by section and key."""
-        own = self.model_dump(include={"prediction", "quantization", "denoiser"}, exclude_defaults=True)
+        own = self.model_dump(
+            include={"prediction", "quantization", "text_quantization", "denoiser"}, exclude_defaults=True
+        )
         found = {
             name: section.model_dump(exclude_defaults=True, exclude=set(section.only_training))
             for name, section in self.sections()

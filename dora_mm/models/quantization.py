@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,6 +16,7 @@ from dora_mm.core import TargetMap
 from dora_mm.core.targets import match_modules
 from dora_mm.core.wrappers.float8 import Float8Linear
 from dora_mm.core.wrappers.quantized import is_quantized
+from dora_mm.models.streaming import repeated_blocks
 from dora_mm.core.wrappers.streaming import stream
 
 CPU = torch.device("cpu")
@@ -48,11 +49,12 @@ def stored_bytes(weight: Tensor, name: str) -> int:
     return math.ceil(weight.numel() * QUANTIZATIONS[name].bits / 8)
 
 
-def check_installed(name: str) -> None:
+def check_installed(name: str, key: str = "model.quantization") -> None:
     """Checks that what quantises is there.
 
     Args:
         name: A key of QUANTIZATIONS.
+        key: The config key that names it.
 
     Raises:
         ValueError: The package that does it is not installed, or too old.
@@ -60,7 +62,7 @@ def check_installed(name: str) -> None:
     package = QUANTIZATIONS[name].package
     if package and (not find_spec(package) or _version(package) < LEAST[package]):
         least = ".".join(map(str, LEAST[package]))
-        raise ValueError(f"model.quantization {name} needs {package} {least} or newer: pip install 'dora_mm[quant]'")
+        raise ValueError(f"{key} {name} needs {package} {least} or newer: pip install 'dora_mm[quant]'")
 
 
 def _version(package: str) -> tuple[int, ...]:
@@ -91,23 +93,24 @@ def config_for_transformers(name: str, dtype: torch.dtype) -> Any:
 
 def quantize_layers(
     network: nn.Module,
-    targets: TargetMap,
+    targets: TargetMap | None,
     name: str,
     device: torch.device = CPU,
     streamed: Sequence[nn.Module] = (),
 ) -> None:
-    """Quantises all Linear layers that a target map knows, one by one; other layers stay as they are.
+    """Quantises all Linear layers that a target map knows, or those of blocks, one by one; others stay as they are.
 
     diffusers' own quantisation needs a GPU, and would take layers that no adapter reaches, such as those at both ends.
 
     Args:
         network: The network, frozen and not adapted. On the meta device its layers get the sizes that they will have.
-        targets: Its target map.
+        targets: Its target map; None: see `layers_of_blocks`.
         name: A key of QUANTIZATIONS.
         device: Where it will be: packages round a weight there, since not all can move what they have rounded.
         streamed: Its blocks that wait in main memory: each is moved there before the next is quantised.
     """
-    paths = list(match_modules(network, targets.select(list(targets.parts))))
+    chosen = match_modules(network, targets.select(list(targets.parts))) if targets else layers_of_blocks(network)
+    paths = list(chosen)
     for block in (*streamed, network):
         inside = {id(module) for module in block.modules()}
         for path in paths:
@@ -121,6 +124,18 @@ def quantize_layers(
     for tensor in (*network.parameters(), *network.buffers()):
         if id(tensor) not in kept:  # a view of the file, all of which would stay mapped
             tensor.data = tensor.data.clone()
+
+
+def layers_of_blocks(network: nn.Module) -> Iterator[str]:
+    """The paths of the layers in the repeated blocks of a network, such as a text encoder, which often has no map.
+
+    Without those that its class keeps in float32: T5 casts activations to the dtype of their weight.
+    """
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    inside = {id(module) for block in repeated_blocks(network) for module in block.modules()}
+    for path, module in network.named_modules():
+        if id(module) in inside and kept.isdisjoint(path.split(".")):
+            yield path
 
 
 def _quantized(layer: nn.Linear, name: str, device: torch.device) -> nn.Module:

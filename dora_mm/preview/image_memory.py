@@ -14,6 +14,7 @@ from dora_mm.adapting.new_tokens import token_networks
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.images.vae import pixels_of
+from dora_mm.models.quantization import planned_bytes
 from dora_mm.preview.simulation import Machine, Simulation, fused_attention, simulated_peak
 from dora_mm.preview.streamed import stream_plan
 from dora_mm.preview.training import PRECISIONS, StepCost, num_bytes
@@ -110,8 +111,9 @@ def phases(config: TrainDiffusionConfig, model: ImageModel, captions: Sequence[C
 def _text_encoder_bytes(config: TrainDiffusionConfig, model: ImageModel, name: str) -> int:
     """The bytes of a text encoder on the card."""
     network = model.components[name]
-    plan = stream_plan(network, model.target_maps.get(name), config.memory.stream_text)
-    return num_bytes(_tensors(network)) - plan.freed
+    stored = planned_bytes(network)
+    plan = stream_plan(network, model.target_maps.get(name), config.memory.stream_text, stored=stored)
+    return sum(stored.get(id(t), t.nbytes) for t in _tensors(network)) - plan.freed
 
 
 def phases_table(found: Sequence[Phase]) -> str:

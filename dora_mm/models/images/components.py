@@ -48,7 +48,7 @@ class Components:
             first asked for.
         files: The model's own index and configs; None: configs are those of what is loaded.
         weights: The files with the weights of a component, by its name; None: they are not known.
-        loaded_as: Dtype and quantisation of what is loaded, which digests depend on.
+        loaded_as: Dtype and quantisation of what is loaded, by its name; digests depend on it.
 
     Attributes:
         device: The device that networks are moved to when they are loaded.
@@ -61,7 +61,7 @@ class Components:
         phases: Sequence[Sequence[str]],
         files: ModelFolder | None = None,
         weights: Callable[[str], Sequence[Path]] | None = None,
-        loaded_as: str = "",
+        loaded_as: Callable[[str], str] = lambda name: "",
     ):
         self._load, self._phases, self._files = load, phases, files
         self._weights, self._loaded_as = weights, loaded_as
@@ -106,11 +106,11 @@ class Components:
     def digest(self, name: str) -> str:
         """Digest of the weights of a network, as it is loaded; nothing is loaded if its files are local."""
         if self.device == META:
-            return self._loaded_as
+            return self._loaded_as(name)
         if self._weights is None or name in self._replaced:
             return module_digest(self[name])
         files = self._weights(name) or (self[name] and self._weights(name))  # of a hub model, loading brings them
-        return f"{weights_digest(files)} {self._loaded_as}"
+        return f"{weights_digest(files)} {self._loaded_as(name)}"
 
     def config(self, name: str) -> Mapping[str, Any]:
         """The config of the model's own component, without loading it where the model's files have configs."""

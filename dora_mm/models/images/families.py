@@ -104,8 +104,9 @@ def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
             section, or a package is missing; the message names the key.
     """
     path, dtype = resolve_model(config.path), getattr(torch, config.dtype)
-    if config.quantization and not empty:
-        check_installed(config.quantization)
+    for key in ("quantization", "text_quantization"):
+        if (quantization := getattr(config, key)) and not empty:
+            check_installed(quantization, f"model.{key}")
     check_revision(path, config.revision)
     family = family_of(path, config.revision)
     for name, _ in config.sections():
@@ -141,11 +142,12 @@ def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
         if changes and "scheduler" in found:
             scheduler = found["scheduler"]
             found["scheduler"] = type(scheduler).from_config(scheduler.config, **changes)
-        if config.quantization and family.denoiser in found:
-            layers, device = targets.find(family.maps[family.denoiser]), components.device_of(family.denoiser)
-            denoiser, streamed = found[family.denoiser], components.streamed.get(family.denoiser)
-            waiting = blocks_to_stream(denoiser, layers, streamed.amount, device) if streamed else ()
-            quantize_layers(denoiser, layers, config.quantization, device, waiting)
+        for name in wanted:
+            if quantization := config.quantization_of(name, family.denoiser):
+                layers = targets.find(family.maps[name]) if name == family.denoiser else None
+                device, streamed = components.device_of(name), components.streamed.get(name)
+                waiting = blocks_to_stream(found[name], streamed.targets, streamed.amount, device) if streamed else ()
+                quantize_layers(found[name], layers, quantization, device, waiting)
         return found
 
     def weights(name: str) -> list[Path]:
@@ -153,7 +155,11 @@ def load_image_model(config: ModelConfig, *, empty: bool = False) -> ImageModel:
             return [_denoiser_file(config)]
         return [Path(path)] if single else own.weights(name)
 
-    loaded_as = f"{config.dtype} {config.quantization}"
+    def loaded_as(name: str) -> str:
+        is_text = name.startswith("text_encoder")
+        rounded = f" {config.text_quantization}" if is_text and config.text_quantization else ""
+        return f"{config.dtype} {config.quantization}{rounded}"
+
     components = Components(load, family.phases, files, None if empty else weights, loaded_as)
     if empty:
         components.to(META)
