@@ -13,7 +13,7 @@ from dora_mm.core.wrappers.sharded import is_sharded, shard_frozen
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer
-from dora_mm.train.processes import from_main_process, highest
+from dora_mm.train.processes import from_main_process, of_all_processes
 from dora_mm.train.schedule import Schedule
 from dora_mm.train.weights import EMA, WeightAverage
 from dora_mm.utils.losses import LossSum
@@ -66,7 +66,7 @@ def train(
 
 
 def _trains(rank, folder):
-    assert highest([3 - rank, 2 + rank], Accelerator(cpu=True)) == [3, 3]
+    assert of_all_processes([3 - rank, 2 + rank], Accelerator(cpu=True)) == [[3, 2], [2, 3]]
     assert from_main_process(["the day before midnight", "the day after"][rank]) == "the day before midnight"
 
     def run(name):

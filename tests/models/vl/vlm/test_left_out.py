@@ -15,7 +15,7 @@ from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.splits import TrainingSet
 from dora_mm.data.vl.tables import open_table
-from dora_mm.models.vl.vl_model import RowCounts
+from dora_mm.models.vl.row_counts import RowCounts
 from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.family import VLM, VLMBatch
 from dora_mm.tasks.vl import VLBatches
