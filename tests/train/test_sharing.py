@@ -115,7 +115,9 @@ def test_the_processes_of_the_steps_are_recorded_and_reported(config, caplog):
     with training_run(Accelerator(cpu=True), config, {}, run.path, shared.train):
         pass
     assert about_processes(run.path, config.train, 1) in caplog.messages
-    other = "3 of 3 finished steps were computed under other circumstances, which may change last bits: processes 2 is 1"
+    other = (
+        "3 of 3 finished steps were computed under other circumstances, which may change last bits: processes 2 is 1"
+    )
     assert other in caplog.messages
     assert {step: record["processes"] for step, record in run.circumstances().items()} == {0: 2, 3: 1}
     assert (run.path / "config.yaml").read_text() == before  # it goes on with two as it began

@@ -101,11 +101,7 @@ def losses(folder):
 
 @needs_fsdp
 def test_two_processes_are_one_that_accumulates(tmp_path):
-    """Also where the other number of them goes on: the batches, their noise and dropout are the same.
-
-    Two gradients have one sum, in either order, so what differs comes of where it is divided, and stays below rounding
-    of the steps: 4 of rate 0.05, whose updates Adam makes as large as the rate.
-    """
+    """Also where the other number of them goes on: the batches, their noise and dropout are the same."""
     for name in ("whole", "divided", "one"):
         (tmp_path / name).mkdir()
     expected = train(RunDirectory(tmp_path / "one"), accumulated=2)
