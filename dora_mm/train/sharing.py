@@ -63,12 +63,12 @@ def check_processes(run: Path, train: TrainConfig, count: int) -> None:
     Raises:
         ValueError: They cannot; or inputs.json is missing or damaged.
     """
-    whole = micro_batches(run, train)
-    if whole % count:
-        fitting = [str(number) for number in range(1, whole + 1) if whole % number == 0]
+    total = micro_batches(run, train)
+    if total % count:
+        fitting = [str(number) for number in range(1, total + 1) if total % number == 0]
         choices = " or ".join(filter(None, [", ".join(fitting[:-1]), fitting[-1]]))
         raise ValueError(
-            f"{run} cannot be resumed by {count} processes: the micro-batches of its steps ({whole}) can be divided "
+            f"{run} cannot be resumed by {count} processes: the micro-batches of its steps ({total}) can be divided "
             f"among {choices}"
         )
 

@@ -247,9 +247,9 @@ def assert_same_batches(found: list, expected: list) -> None:
 def test_a_run_goes_on_with_the_other_number_of_processes(folder, tiny_folder, caplog):
     """Both see the batches of the run that was not stopped, and end with its parameters, up to the order of sums.
 
-    Sums of four gradients in two orders differ by at most 3 x 2^-24 (1.8e-7) of the sum g of their sizes. To first order
-    a step of AdamW makes of it at most lr / eps times as much: 1.8e-5 g for the images, whose g is below 0.1, so that 4
-    steps stay below 1e-5, the tolerance of `assert_equal_runs`. Found were 2.4e-7, and 4.7e-7 of the conversations.
+    Sums of four gradients in two orders differ by at most 3 x 2^-24 (1.8e-7) of the sum g of their sizes. To first
+    order a step of AdamW makes of it at most lr / eps times as much: 1.8e-5 g for the images, whose g is below 0.1, so
+    that 4 steps stay below 1e-5, the tolerance of `assert_equal_runs`. Found were 2.4e-7, and 4.7e-7 of conversations.
     """
     config = {"chat": lambda name, accumulated: chat(folder, name, 1, accumulated)}
     config["sdxl"] = lambda name, accumulated: images(folder, name, tiny_folder, accumulated)

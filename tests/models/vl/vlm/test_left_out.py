@@ -109,6 +109,26 @@ def test_it_is_counted_each_time_and_named_once(model, rows, caplog):
     assert (resumed.num_cut, resumed.num_left_out) == (0, 2)
 
 
+def test_processes_add_what_they_have_counted_since_they_last_did():
+    """Also after a checkpoint, whose numbers are those of all: each goes on from them, and they count once."""
+    one, two = RowCounts(40), RowCounts(40)
+    one.add(1, ["a row"])
+    two.add(2, [])
+    for _ in range(2):
+        every = [one.numbers(), two.numbers()]
+        for counts in (one, two):
+            counts.merge(every)
+            assert (counts.num_cut, counts.num_left_out) == (3, 1)
+    others = [RowCounts(40) for _ in range(3)]
+    for number, counts in enumerate(others):
+        counts.load_state_dict(one.state_dict())
+        counts.add(number, [])
+    every = [counts.numbers() for counts in others]
+    for counts in others:
+        counts.merge(every)
+        assert (counts.num_cut, counts.num_left_out) == (3 + 0 + 1 + 2, 1)
+
+
 @pytest.mark.parametrize("on_bad_data", ["stop", "skip"])
 @pytest.mark.parametrize(("images", "tokens"), [(3, 26), (10, 61)])
 def test_a_row_that_loses_its_whole_answer_is_left_out_and_counted(tiny_vlm, rows, on_bad_data, images, tokens):
