@@ -50,6 +50,7 @@ from dora_mm.train.preflight import preflight, stop_at
 from dora_mm.train.processes import answering, join_processes, takes_part
 from dora_mm.train.run import check_resumed, finished_run, training_run, training_summary, write_summary
 from dora_mm.train.setup import training_setup
+from dora_mm.train.sharing import shared_among
 from dora_mm.train.validation import Validation, held_out_loss
 from dora_mm.train.weights import EMA, WeightAverage, result_of
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
@@ -79,9 +80,10 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     # The last layer of a text encoder may be unused: its adapters get no gradients. So may new tokens be in a batch.
     unused = config.trains_text or has_unread_layers(config.model)
     accelerator = join_processes(config.train, find_unused_parameters=unused)
+    shared = shared_among(config, accelerator.num_processes, resume)
     if dry_run:
         problems = preflight(accelerator, config, resume)
-        page = image_page(config, accelerator, problems, resume)
+        page = image_page(shared, accelerator, problems, resume)
         print_page(page, problems, shown=accelerator.is_main_process)
         return
     if run := finished_run(accelerator, resume, config, *(["sheet.png"] if config.sample.prompts else [])):
@@ -105,26 +107,26 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     remarks = slow_hardware(accelerator, [model.empty_denoiser()])
     remarks += remark_on_distilled(config.model)
     remarks += remark_on_captions(model, images, config.data)
-    for remark in remarks + remark_on_length(repeats_of(images), config.train, accelerator.num_processes):
+    for remark in remarks + remark_on_length(repeats_of(images), shared.train, accelerator.num_processes):
         log.warning("%s", remark)
     process = (accelerator.process_index, accelerator.num_processes)
     batches = captioned_batches(config, model, images, process)
-    source = preserving(batches, config, class_images)
+    source = preserving(batches, shared, class_images)
     losses = fixed_losses(config, task, batches, held_out, accelerator) if held_out else None
-    sampler = encode(config, model, batches, source, losses)
+    sampler = encode(shared, model, batches, source, losses)
     trained = adapt_image_model(model, config)
     if config.train.shard:
         division(trained, model.target_maps).apply(accelerator.device)
     log.info("%s", trained)
     others = new_tokens.token_networks(config.tokens, model)
-    training = training_setup(accelerator, config, config.train, trained, task.loss, others)
+    training = training_setup(accelerator, config, shared.train, trained, task.loss, others)
     if config.train.compile:
         compile_blocks(trained.networks, model.target_maps)
     if remark := formats.about_format(trained.adapted, "diffusers"):
         log.warning("%s", remark)
     free_vae(model, config.data)
     inputs = inputs_of(config, images, held_out, class_images)
-    with training_run(accelerator, config, inputs, resume, config.train) as run:
+    with training_run(accelerator, config, inputs, resume, shared.train) as run:
         train(config, run, trained.adapted, training, source, sampler, losses)
 
 

@@ -46,15 +46,15 @@ from dora_mm.train.preflight import preflight, stop_at
 from dora_mm.train.processes import (
     answering,
     from_main_process,
-    highest,
     join_processes,
     main_process_first,
+    of_all_processes,
     share_seen,
-    summed,
     takes_part,
 )
 from dora_mm.train.run import check_resumed, finished_run, training_run, training_summary, write_summary
 from dora_mm.train.setup import training_setup
+from dora_mm.train.sharing import shared_among
 from dora_mm.train.validation import LOSS, SplitScores, Validation, log_scores, main_values, task_qualities
 from dora_mm.train.weights import EMA, WeightAverage, result_of
 from dora_mm.utils.evaluating import map_shared
@@ -85,9 +85,10 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     """
     unused = not config.model.uses_all_parameters
     accelerator = join_processes(config.train, find_unused_parameters=unused)
+    shared = shared_among(config, accelerator.num_processes, resume)
     if dry_run:
         problems = preflight(accelerator, config, resume)
-        page = vl_page(config, accelerator, problems, resume, decode=decode)
+        page = vl_page(shared, accelerator, problems, resume, decode=decode)
         print_page(page, problems, shown=accelerator.is_main_process)
         return
     if finished := finished_run(accelerator, resume, config):
@@ -119,10 +120,10 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         training,
         seed=config.seed,
         on_bad_data=config.data.on_bad_data,
-        accumulated=config.train.gradient_accumulation_steps,
+        accumulated=shared.train.gradient_accumulation_steps,
         process=process,
     )
-    settings = with_steps(config.train, config.schedule, batches.steps_per_epoch)
+    settings = with_steps(shared.train, config.schedule, batches.steps_per_epoch)
     parts = training_setup(accelerator, config, settings, trained, preferences.loss)
     if config.train.compile:
         compile_blocks(trained.networks, model.target_maps)
@@ -282,8 +283,7 @@ def train(
             should_stop=validate.should_stop,
         )
     details = {"peak_memory_mb": round(peak_memory_mb())}  # of the training, without the last validation
-    counts = summed([model.counts.num_cut, model.counts.num_left_out], accelerator)  # not learned as they are
-    details |= dict(zip(("rows_cut", "rows_left_out"), counts, strict=True))
+    details |= {"rows_cut": model.counts.num_cut, "rows_left_out": model.counts.num_left_out}  # not learned as they are
     if joins:
         write(run.adapter)
         if average:
@@ -295,9 +295,8 @@ def train(
 
 
 def share_counts(model: VLModel, accelerator: Accelerator) -> None:
-    """Shares the length of the longest row among the processes, and whether a row had the day."""
-    seen = [model.counts.longest, model.day.num_requests]
-    model.counts.longest, model.day.num_requests = highest(seen, accelerator)
+    """Shares how many rows were cut or left out, the length of the longest one, and whether a row had the day."""
+    model.counts.merge(of_all_processes(model.counts.numbers(), accelerator))
 
 
 def finish(

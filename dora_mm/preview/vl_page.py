@@ -86,7 +86,9 @@ def vl_page(
     batches = None
     if model and len(data.sets) == len(config.data.all_tasks):
         accumulated = config.train.gradient_accumulation_steps
-        batches = VLBatches(model, data.sets, seed=config.seed, on_bad_data="skip", accumulated=accumulated)
+        process = (accelerator.process_index, accelerator.num_processes)
+        settings: dict[str, Any] = {"on_bad_data": "skip", "accumulated": accumulated, "process": process}
+        batches = VLBatches(model, data.sets, seed=config.seed, **settings)
     yield from length_sections(config, batches, resume)
     if config.train.compile:
         yield compiled_line(trained.networks, structure.target_maps)

@@ -16,6 +16,7 @@ from dora_mm.train.checkpoint import last_step
 from dora_mm.train.optim import check_optimizer
 from dora_mm.train.processes import check_can_shard
 from dora_mm.train.run import check_length
+from dora_mm.train.sharing import check_processes
 from dora_mm.train.trackers import chosen_trackers
 from dora_mm.utils.messages import raised_by_us
 from dora_mm.utils.run_directory import RunDirectory
@@ -62,6 +63,8 @@ def checks(accelerator: Accelerator, config: Any, resume: Path | None) -> Mappin
         found[QUANTIZATION] = partial(check_installed, model.quantization)
     if resume is None:
         found["hub"] = lambda: check_hub(resolve_model(model.path), model.revision, key="model.path")
+    if resume is not None:
+        found["processes"] = partial(check_processes, resume, train, accelerator.num_processes)
     if resume is not None and train.steps:
         found["length"] = partial(check_length, resume, finished_steps(resume), train.steps)
     return found

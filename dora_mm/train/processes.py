@@ -186,18 +186,12 @@ def takes_part(accelerator: Accelerator, train: TrainConfig) -> bool:
     return accelerator.is_main_process or train.shard
 
 
-def summed(numbers: list[int], accelerator: Accelerator) -> list[int]:
-    """The sums of numbers over all processes."""
-    found: Any = accelerator.reduce(torch.tensor(numbers, device=accelerator.device), "sum")
-    return found.tolist()
-
-
-def highest(numbers: list[int], accelerator: Accelerator) -> list[int]:
-    """The highest of each of some numbers over all processes."""
+def of_all_processes(numbers: list[int], accelerator: Accelerator) -> list[list[int]]:
+    """The numbers of each process, in the order of processes."""
     if accelerator.num_processes == 1:
-        return numbers
+        return [numbers]
     found: Any = accelerator.gather(torch.tensor([numbers], device=accelerator.device))
-    return found.amax(dim=0).tolist()
+    return found.tolist()
 
 
 def from_main_process(value: ValueT) -> ValueT:

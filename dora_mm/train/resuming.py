@@ -31,6 +31,8 @@ REASONS = {  # why the other keys and sections may not change
     "optimizer": "the finished steps were computed with the old value",
     "schedule": "the finished steps were computed with the old learning rates",
     "ema": "the average of the finished steps was made with the old value",
+    "train.gradient_accumulation_steps": "all steps have as many batches; for another number of processes, --resume "
+    "divides them anew by itself",
     "train": "the finished steps were computed with the old value",
     "evaluate": "the scores so far, and with them the best adapter, were computed with the old value",
 }

@@ -23,15 +23,16 @@ from dora_mm.train.checkpoint import Stateful, checkpoints, last_step, load_part
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.processes import by_main_process
 from dora_mm.train.resuming import as_written, changed_values, started_config
+from dora_mm.train.sharing import CIRCUMSTANCE, MICRO_BATCHES, about_processes, micro_batches, recorded
 from dora_mm.train.trackers import chosen_trackers, started
 from dora_mm.utils.atomic import append_text, write_text
+from dora_mm.utils.circumstances import NOTHING, Record
 from dora_mm.utils.folders import is_free
 from dora_mm.utils.home import expanded
 from dora_mm.utils.lock import LOCK, only_writer
 from dora_mm.utils.run_directory import CONFIG, SUMMARY, RunDirectory
 
 log = logging.getLogger(__name__)
-PROCESSES = "the number of processes"  # an input like the data, since each takes a batch of its own
 CHANGES = "changes.jsonl"  # what a resumed run changed of its config, and after which step
 DIVERGED = "diverged.txt"  # what ended a training whose loss or weights were not finite
 
@@ -56,22 +57,24 @@ def training_run(
         config: The config; in a resumed run it may differ from the saved one, which it then replaces.
         inputs: Digests of the data and models that the config refers to, by a description of each.
         resume: The run directory to resume; None starts a new run.
-        train: The `train` section, with the length of the training in optimizer steps.
+        train: The `train` section as each process computes it (see `dora_mm.train.sharing`), with the length of the
+            training in optimizer steps.
         deciding: What of the checkpoints says whether a resumed run may go on with another config, by name.
 
     Raises:
-        ValueError: See `start_run` and `go_on`; or another process writes to the run, or the run to resume was started
-            with another number of processes, and so with other batches.
+        ValueError: See `start_run` and `go_on`; or another process writes to the run, or the steps of the run to resume
+            have another number of micro-batches.
     """
-    inputs = _with_processes(accelerator, inputs)
-    names, steps = chosen_trackers(train.track), train.steps
+    names, steps, count = chosen_trackers(train.track), train.steps, accelerator.num_processes
+    if resume is not None and count * train.gradient_accumulation_steps != micro_batches(resume, config.train):  # type: ignore[attr-defined]
+        raise ValueError(f"{resume} cannot be resumed: {MICRO_BATCHES} changed since it was started.")
     with contextlib.ExitStack() as writing:
         run = start_run(accelerator, config, inputs, resume)
 
         def prepare() -> None:
             writing.enter_context(only_writer(run.path))
             if resume is not None:
-                go_on(run, config, steps, deciding)
+                go_on(run, config, steps, deciding, {CIRCUMSTANCE: count})
                 (run.path / DIVERGED).unlink(missing_ok=True)
             done, values = last_step(run.checkpoints), config.model_dump(mode="json")
             run.trackers = writing.enter_context(started(names, run.path, values, done))
@@ -82,6 +85,8 @@ def training_run(
         report(
             "%s. After a stop: %s", f"Run {run.path}" + (f", at step {done} of {steps}" if done else ""), resuming(run)
         )
+        if resume is not None and (sentence := about_processes(resume, config.train, count)):  # type: ignore[attr-defined]
+            report("%s", sentence)
         try:
             yield run
         except BaseException as error:
@@ -116,11 +121,7 @@ def check_resumed(accelerator: Accelerator, path: Path, inputs: Mapping[str, str
             pass
 
     by_main_process(accelerator, check_writer)
-    RunDirectory.resume(path, _with_processes(accelerator, inputs))
-
-
-def _with_processes(accelerator: Accelerator, inputs: Mapping[str, str]) -> dict[str, str]:
-    return {**inputs, PROCESSES: str(accelerator.num_processes)}
+    RunDirectory.resume(path, inputs)
 
 
 def finished_run(
@@ -167,8 +168,17 @@ def lower_rate(config: PipelineConfig) -> str:
     return f"optimizer.lr={max(optimizer.lr / 10, OPTIMIZERS[optimizer.name].least_lr):g}"
 
 
-def go_on(run: RunDirectory, config: PipelineConfig, steps: int, deciding: Mapping[str, Stateful]) -> None:
+def go_on(
+    run: RunDirectory, config: PipelineConfig, steps: int, deciding: Mapping[str, Stateful], more: Record = NOTHING
+) -> None:
     """Prepares a run to be resumed: its newest intact checkpoint, its config, a warning of other circumstances.
+
+    Args:
+        run: The run directory.
+        config: The config that it goes on with.
+        steps: The length of the training.
+        deciding: As in `training_run`.
+        more: Circumstances of trainings alone.
 
     Raises:
         ValueError: No checkpoint is intact, or the run has more than `steps` finished steps, or one of `deciding` does
@@ -180,7 +190,7 @@ def go_on(run: RunDirectory, config: PipelineConfig, steps: int, deciding: Mappi
     if done:
         load_parts(checkpoints(run.checkpoints)[-1], deciding)
     change_config(run, config)
-    if message := run.go_on(done, about_layers(getattr(config, "backend", None))):
+    if message := run.go_on(done, {**about_layers(getattr(config, "backend", None)), **more}):
         log.warning(message)
 
 
@@ -248,24 +258,25 @@ def start_run(
         return RunDirectory.resume(resume, inputs)
     made: list[Any] = [None]
     if accelerator.is_main_process:
-        made = [open_run(config, inputs)]
+        train: TrainConfig = config.train  # type: ignore[attr-defined]
+        count = accelerator.num_processes
+        made = [open_run(config, {**inputs, **recorded(train, count)}, {CIRCUMSTANCE: count})]
     return broadcast_object_list(made)[0]
 
 
-def open_run(config: PipelineConfig, inputs: Mapping[str, str] | None = None) -> RunDirectory:
+def open_run(config: PipelineConfig, inputs: Mapping[str, str] | None = None, more: Record = NOTHING) -> RunDirectory:
     """Creates a run directory: the config's `output`, or the next number in `runs/<name>`.
 
     Args:
         config: Its resolved text is saved in the directory.
         inputs: Digests of the data and models that the config refers to, by a description of each.
+        more: Circumstances besides those of all runs.
 
     Raises:
         ValueError: `output` exists already, or its parent is a file.
     """
-    output = getattr(config, "output", None)
-    return RunDirectory.create(
-        config.name, dump_config(config), output, inputs, about_layers(getattr(config, "backend", None))
-    )
+    output, layers = getattr(config, "output", None), about_layers(getattr(config, "backend", None))
+    return RunDirectory.create(config.name, dump_config(config), output, inputs, {**layers, **more})
 
 
 def reopen_run(

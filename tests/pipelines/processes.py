@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +22,7 @@ SEPARATOR = ","
 
 
 @contextmanager
-def launched(*commands: list[str], log: Path) -> Iterator[subprocess.Popen]:
+def launched(*commands: list[str], log: Path, module: str = "tests.pipelines.processes") -> Iterator[subprocess.Popen]:
     """Starts both processes; at the end of the context they, and what started them, are killed if they still run."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -32,7 +32,7 @@ def launched(*commands: list[str], log: Path) -> Iterator[subprocess.Popen]:
     command = [sys.executable, "-m", "accelerate.commands.launch", *settings.split(), "--main_process_port", str(port)]
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*command, "-m", "tests.pipelines.processes", *arguments],
+            [*command, "-m", module, *arguments],
             cwd=ROOT,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -62,7 +62,7 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
         time.sleep(0.02)
 
 
-def run_all(arguments: list[str]) -> int:
+def run_all(arguments: list[str], main: Callable[[list[str]], int] = main) -> int:
     """Runs the commands, which a comma ends, up to the first that fails; returns its code, or 0."""
     groups = itertools.groupby(arguments, lambda argument: argument == SEPARATOR)
     return next((code for is_end, command in groups if not is_end and (code := main(list(command)))), 0)

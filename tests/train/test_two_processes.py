@@ -1,4 +1,4 @@
-"""`fit` in two processes of one group: as in one that accumulates, divided or not, and resumed."""
+"""`fit` in two processes of one group: as in one that accumulates, divided or not, and resumed by as many or others."""
 
 import shutil
 
@@ -13,7 +13,7 @@ from dora_mm.core.wrappers.sharded import is_sharded, shard_frozen
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer
-from dora_mm.train.processes import from_main_process, highest
+from dora_mm.train.processes import from_main_process, of_all_processes
 from dora_mm.train.schedule import Schedule
 from dora_mm.train.weights import EMA, WeightAverage
 from dora_mm.utils.losses import LossSum
@@ -66,7 +66,7 @@ def train(
 
 
 def _trains(rank, folder):
-    assert highest([3 - rank, 2 + rank], Accelerator(cpu=True)) == [3, 3]
+    assert of_all_processes([3 - rank, 2 + rank], Accelerator(cpu=True)) == [[3, 2], [2, 3]]
     assert from_main_process(["the day before midnight", "the day after"][rank]) == "the day before midnight"
 
     def run(name):
@@ -82,8 +82,17 @@ def _trains(rank, folder):
     torch.distributed.barrier()
     resumed = train(run("resumed"), shard=True)
     assert all(torch.equal(value, divided[name]) for name, value in resumed.items())
+    from_one = train(run("one_then_two"))
     if rank == 0:
-        torch.save(whole, folder / "whole.pt")
+        torch.save((whole, from_one), folder / "trained.pt")
+
+
+def halfway(folder, name: str, copy: str) -> RunDirectory:
+    """A copy of a run as it was after half of its steps."""
+    made = shutil.copytree(folder / name, folder / copy)
+    for step in range(STEPS // 2, STEPS):
+        shutil.rmtree(made / "checkpoints" / f"step-{step + 1:06d}")
+    return RunDirectory(made)
 
 
 def losses(folder):
@@ -92,12 +101,17 @@ def losses(folder):
 
 @needs_fsdp
 def test_two_processes_are_one_that_accumulates(tmp_path):
+    """Also where the other number of them goes on: the batches, their noise and dropout are the same."""
     for name in ("whole", "divided", "one"):
         (tmp_path / name).mkdir()
+    expected = train(RunDirectory(tmp_path / "one"), accumulated=2)
+    halfway(tmp_path, "one", "one_then_two")
     run_in_two(tmp_path, _trains, tmp_path)
     AcceleratorState._reset_state(reset_partial_state=True)
-    expected = train(RunDirectory(tmp_path / "one"), accumulated=2)
-    for name, value in torch.load(tmp_path / "whole.pt", weights_only=True).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(*map(torch.tensor, (losses(tmp_path / "whole"), losses(tmp_path / "one"))))
+    from_two = train(halfway(tmp_path, "whole", "two_then_one"), accumulated=2)
+    for found in (*torch.load(tmp_path / "trained.pt", weights_only=True), from_two):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    for name in ("whole", "one_then_two", "two_then_one"):
+        torch.testing.assert_close(*map(torch.tensor, (losses(tmp_path / name), losses(tmp_path / "one"))))
     assert losses(tmp_path / "resumed") == losses(tmp_path / "divided")

@@ -132,14 +132,14 @@ def test_a_finished_run_that_is_resumed_writes_nothing(finished, caplog):
     assert files_in(finished / "run") == before
 
 
-def test_a_run_of_two_processes_is_refused_by_one(finished, tmp_path, capsys):
+def test_numbers_of_processes_that_do_not_fit_each_other_are_damage(finished, tmp_path, capsys):
     run = shutil.copytree(finished / "run", tmp_path / "run")
     inputs = (run / "inputs.json").read_text()
-    assert '"the number of processes": "1"' in inputs
+    assert '"the number of processes": "1",\n  "the micro-batches of a step": "1"' in inputs
     (run / "inputs.json").write_text(inputs.replace('processes": "1"', 'processes": "2"'))
     before = files_in(run)
     assert main(["train", "--resume", str(run), "--set", "train.steps=8"]) == 2
-    assert f"{run} cannot be resumed: the number of processes changed" in capsys.readouterr().err
+    assert "inputs.json is damaged (the number of processes): the run cannot go on" in capsys.readouterr().err
     assert files_in(run) == before
 
 

@@ -25,13 +25,14 @@ from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.hub import local_copy
 from dora_mm.models.identity import ModelIdentity, digests_of
+from dora_mm.models.vl.row_counts import RowCounts
 from dora_mm.models.vl.towers.tower import load_tower, tower_map
 from dora_mm.models.vl.vl_bart.answering import Answerer
 from dora_mm.models.vl.vl_bart.loading import empty_vl_bart, load_vl_bart
 from dora_mm.models.vl.vl_bart.model import VLBart, VLInputs, token_log_likelihood
 from dora_mm.models.vl.vl_bart.text import bart_text, encode_inputs, encode_targets
 from dora_mm.models.vl.vl_bart.visual_inputs import VisionEncoder
-from dora_mm.models.vl.vl_model import RowCounts, Structure, Target, VLModel, likeliest_answer, weighted_loss
+from dora_mm.models.vl.vl_model import Structure, Target, VLModel, likeliest_answer, weighted_loss
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.targets import find
 from dora_mm.utils.day import Day

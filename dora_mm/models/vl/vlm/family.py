@@ -24,7 +24,8 @@ from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.folders import empty_model, has_weights, identity_of, model_class, read_config, saved_dtype
 from dora_mm.models.identity import ModelIdentity
 from dora_mm.models.opening import check_revision, commit_of
-from dora_mm.models.vl.vl_model import RowCounts, RowLengths, Structure, Target, VLModel, weighted_loss
+from dora_mm.models.vl.row_counts import RowCounts
+from dora_mm.models.vl.vl_model import RowLengths, Structure, Target, VLModel, weighted_loss
 from dora_mm.models.vl.vlm.answers import VLMAnswers
 from dora_mm.models.vl.vlm.boxes import box_grid
 from dora_mm.models.vl.vlm.chat import chat_template

@@ -15,7 +15,7 @@ from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.splits import TrainingSet
 from dora_mm.data.vl.tables import open_table
-from dora_mm.models.vl.vl_model import RowCounts
+from dora_mm.models.vl.row_counts import RowCounts
 from dora_mm.models.vl.vlm.encoding import IGNORED
 from dora_mm.models.vl.vlm.family import VLM, VLMBatch
 from dora_mm.tasks.vl import VLBatches
@@ -107,6 +107,26 @@ def test_it_is_counted_each_time_and_named_once(model, rows, caplog):
     resumed = RowCounts(40)
     resumed.load_state_dict(model.counts.state_dict())
     assert (resumed.num_cut, resumed.num_left_out) == (0, 2)
+
+
+def test_processes_add_what_they_have_counted_since_they_last_did():
+    """Also after a checkpoint, whose numbers are those of all: each goes on from them, and they count once."""
+    one, two = RowCounts(40), RowCounts(40)
+    one.add(1, ["a row"])
+    two.add(2, [])
+    for _ in range(2):
+        every = [one.numbers(), two.numbers()]
+        for counts in (one, two):
+            counts.merge(every)
+            assert (counts.num_cut, counts.num_left_out) == (3, 1)
+    others = [RowCounts(40) for _ in range(3)]
+    for number, counts in enumerate(others):
+        counts.load_state_dict(one.state_dict())
+        counts.add(number, [])
+    every = [counts.numbers() for counts in others]
+    for counts in others:
+        counts.merge(every)
+        assert (counts.num_cut, counts.num_left_out) == (3 + 0 + 1 + 2, 1)
 
 
 @pytest.mark.parametrize("on_bad_data", ["stop", "skip"])
