@@ -16,8 +16,8 @@ from dora_mm.core import TargetMap
 from dora_mm.core.targets import match_modules
 from dora_mm.core.wrappers.float8 import Float8Linear
 from dora_mm.core.wrappers.quantized import is_quantized
-from dora_mm.models.streaming import repeated_blocks
 from dora_mm.core.wrappers.streaming import stream
+from dora_mm.models.streaming import repeated_blocks
 
 CPU = torch.device("cpu")
 LEAST = {"bitsandbytes": (0, 48), "torchao": (0, 14)}  # 0.46 of the former rounds what is rounded already again

@@ -27,6 +27,7 @@ from dora_mm.preview.image_memory import (
     phases,
     phases_table,
     simulated_cost,
+    text_rounding_line,
     without_numbers,
 )
 from dora_mm.preview.image_streams import stream_amounts
@@ -204,9 +205,11 @@ def encoded_section(
 
 
 def how_section(config: TrainDiffusionConfig, model: ImageModel, trained: TrainedNetworks) -> str:
-    """The optimizer, and what is compiled."""
+    """The optimizer, what is compiled, and what rounded text encoders change."""
     how = optimizer_line(config.optimizer, config.schedule, config.train.steps, config.ema)
-    return f"{how}\n{compiled_line(trained.networks, model.target_maps)}" if config.train.compile else how
+    how = f"{how}\n{compiled_line(trained.networks, model.target_maps)}" if config.train.compile else how
+    rounded = config.model.text_quantization
+    return f"{how}\n{text_rounding_line(rounded)}" if rounded else how
 
 
 def trained_section(config: TrainDiffusionConfig, model: ImageModel, trained: TrainedNetworks) -> str:

@@ -59,8 +59,9 @@ def checks(accelerator: Accelerator, config: Any, resume: Path | None) -> Mappin
     }
     if train.compile:
         found["compiler"] = partial(check_compiler, device)
-    if getattr(model, "quantization", None):
-        found[QUANTIZATION] = partial(check_installed, model.quantization)
+    for key in ("quantization", "text_quantization"):
+        if name := getattr(model, key, None):
+            found[QUANTIZATION] = partial(check_installed, name, f"model.{key}")
     if resume is None:
         found["hub"] = lambda: check_hub(resolve_model(model.path), model.revision, key="model.path")
     if resume is not None:

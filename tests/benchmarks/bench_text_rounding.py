@@ -2,7 +2,7 @@
 
 Embeddings of one encoder of full width with random weights (Qwen3 of 4 billion parameters, as Z-Image and FLUX.2 klein
 have it, cut to its first layers), in bfloat16 and rounded; and images of the embedded FLUX.2 klein, whose text encoder
-is small. Kinds of packages that are not installed are left out. Writes text_rounding.csv.
+is small. Kinds of packages that are not installed are left out. Writes results/text_rounding/differences.csv.
 """
 
 import csv
@@ -18,28 +18,26 @@ from dora_mm.models.images.families import load_image_model
 from dora_mm.models.quantization import QUANTIZATIONS, quantize_layers
 from dora_mm.sampling.image_sampler import sample
 from tests.benchmarks.gpu import is_there
-from tests.rehearsal.report import folder_name, machine
 from tests.shared.full_size_folders import Z_IMAGE
 
 LAYERS, CAPTIONS, TOKENS = 12, 4, 32
 KINDS = [name for name in ("float8", "int8", "nf4") if not QUANTIZATIONS[name].package or is_there("bitsandbytes")]
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "text_rounding" / "differences.csv"
 PROMPTS = ["a lion", "a tractor", "a mushroom", "a helicopter"]
 
 
 def main() -> None:
     rows = [*of_full_width(), *of_images()]
-    file = RESULTS / folder_name(machine()) / "text_rounding.csv"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="") as opened:
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with RESULTS.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    print(file.read_text())
+    print(RESULTS.read_text())
 
 
 def of_full_width() -> Iterator[dict[str, str]]:
-    """The length of the difference of a token's hidden state by that of the state, mean over tokens, after each third."""
+    """The difference of hidden states by their length, mean over tokens, after each third of the layers."""
     ids = torch.randint(0, 150_000, (CAPTIONS, TOKENS), generator=torch.Generator().manual_seed(1))
     right = hidden_states(None, ids)
     for kind in KINDS:

@@ -96,7 +96,7 @@ def test_weights_are_identified_by_their_files_without_loading_them(tmp_path):
     file, asked = tmp_path / "model.safetensors", []
 
     def opened(dtype="float32"):
-        return Components(asked.append, [("vae",)], None, lambda name: [file], dtype)
+        return Components(asked.append, [("vae",)], None, lambda name: [file], lambda name: dtype)
 
     save_file({"weight": torch.ones(1, 1)}, file)
     before = opened().digest("vae")
