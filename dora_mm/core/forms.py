@@ -184,7 +184,9 @@ class UnmergedForm(torch.autograd.Function):
         source, (*own, operand, ctx.steps) = x if dropped is None else dropped, tensors
         y, h = ctx.steps.product(options, dtype, x, source, weight, bias, with_tensors(adapters, own), operand)
         keeps = dropped is None and ctx.steps.keeps_output(x)
-        return save(ctx, options, dtype, adapters, y, source, weight, bias, h, own, keeps_output=keeps)
+        unsafe = ctx.steps.find_unsafe(options, y, bias, adapters) if keeps else None
+        call = ctx, options, dtype, adapters, y, source, weight, bias, h, own
+        return save(*call, keeps_output=keeps, unsafe=unsafe)
 
     @staticmethod
     @first_order
@@ -204,7 +206,9 @@ class MergedForm(torch.autograd.Function):
         keeps_weight = options.keep_weight and (needs_x or needs_dropped)
         kept = (main if dropped is None else rest) if keeps_weight else None
         keeps = dropped is None and TORCH_STEPS.keeps_output(x)
-        return save(ctx, options, dtype, adapters, y, source, weight, bias, kept, own, keeps_output=keeps)
+        unsafe = TORCH_STEPS.find_unsafe(options, y, bias, adapters) if keeps else None
+        call = ctx, options, dtype, adapters, y, source, weight, bias, kept, own
+        return save(*call, keeps_output=keeps, unsafe=unsafe)
 
     @staticmethod
     @first_order

@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dora_mm.core.reads import RowMask
+
 CANCELLED = 1 / 4  # where n^2 is below this fraction of n0^2, the sum n0^2 + D has lost digits
 SMALL_GAIN = 2.0**-6  # below it, dividing by g or m amplifies rounding
 ROWS_AT_ONCE = 256  # of a weight in half precision, cast to fp32 in blocks that fit into a processor's cache
@@ -43,11 +45,13 @@ class RowGains(NamedTuple):
         gain: g (O,), in the adapter's dtype.
         regular: Whether n > 0 and g >= SMALL_GAIN are known to hold in every row, as they nearly always do; False where
             it was not checked.
+        small: The rows with |g| <= SMALL_GAIN, on a device that has to be waited for; None where it was not checked.
     """
 
     norm: Tensor
     gain: Tensor
     regular: bool = False
+    small: RowMask | None = None
 
     def of_rows(self, rows: slice) -> RowGains:
         """The norms and gains of some rows of the weight."""
@@ -140,18 +144,9 @@ def can_read(t: Tensor) -> bool:
     return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def read_later(flag: Tensor) -> Callable[[], bool]:
-    """Starts to read a boolean (), and returns what waits for it: a GPU with other work by then goes on meanwhile."""
-    if not flag.is_cuda:
-        return lambda: bool(flag)
-    copy, event = flag.to("cpu", non_blocking=True), torch.cuda.Event()
-    event.record(torch.cuda.current_stream(flag.device))
-
-    def read() -> bool:
-        event.synchronize()
-        return bool(copy)
-
-    return read
+def reads_wait(t: Tensor) -> bool:
+    """Whether the program may branch on the values of a tensor, and has to wait for a device to know them."""
+    return t.device.type != "cpu" and can_read(t)
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
@@ -230,7 +225,8 @@ def with_gain(magnitude: Tensor, norm: Tensor) -> RowGains:
     gain = magnitude / norm
     if gain.device.type == "cpu" and can_read(gain) and lies_between(gain, SMALL_GAIN, math.inf):
         return RowGains(norm, gain, regular=True)
-    return RowGains(norm, gain.masked_fill_(norm == 0, 1))
+    gain.masked_fill_(norm == 0, 1)
+    return RowGains(norm, gain, small=RowMask(gain.abs() <= SMALL_GAIN) if reads_wait(gain) else None)
 
 
 @torch.no_grad()

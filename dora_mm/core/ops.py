@@ -249,6 +249,14 @@ def sum_tokens(op: Op, dY: Tensor) -> Tensor:
     return as_rows(dY).sum(0) if op.feature_dim == -1 else dY.sum([0, *range(2, dY.dim())])
 
 
+def mean_square(op: Op, y: Tensor, bias: Tensor) -> Tensor:
+    """Returns the means over tokens of (y - b)^2, (O,) in at least fp32, in one pass over y and to the digits of y."""
+    rows = as_rows(y) if op.feature_dim == -1 else y
+    var, mean = torch.var_mean(rows, [0, *range(2, rows.dim())], correction=0)
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    return var.to(dtype) + (mean.to(dtype) - bias).square()
+
+
 def row_sums(
     op: Op, dY: Tensor, y: Tensor, bias: Tensor | None, *, wants_squares: bool = True
 ) -> tuple[Tensor, Tensor | None]:

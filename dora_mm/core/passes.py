@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dora_mm.core.functional import Adapter, RowGains, any_nonzero, can_read
 from dora_mm.core.ops import LINEAR, Op
+from dora_mm.core.reads import RowMask
 
 # The arguments of both forms begin with options, dtype, adapters, x, dropped, weight, bias, then A, B and m of each.
 FIRST_MAGNITUDE = 9  # the place of the first adapter's m among them
@@ -98,6 +99,7 @@ class SavedPass(NamedTuple):
         kept: In the unmerged form h = x A^T of all adapters; in the merged form the weight that x was multiplied by, if
             it was kept.
         y: The output, where dm is computed from it.
+        unsafe: The rows for which that is not safe, where the forward pass has looked for them.
         adapters: The adapters, with A, B and m, n and g.
         needs_x: Whether the gradient of the input is needed.
         needs_dropped: Whether that of the input after dropout is.
@@ -112,6 +114,7 @@ class SavedPass(NamedTuple):
     bias: Tensor | None
     kept: Tensor | None
     y: Tensor | None
+    unsafe: RowMask | None
     adapters: list[Adapter]
     needs_x: bool
     needs_dropped: bool
@@ -141,6 +144,7 @@ def save(
     own: Sequence[Tensor | None],
     *,
     keeps_output: bool,
+    unsafe: RowMask | None,
 ) -> Tensor:
     """Saves a pass for its backward pass, and returns the output.
 
@@ -160,9 +164,10 @@ def save(
         kept: See `SavedPass`.
         own: A, B and m of each adapter.
         keeps_output: Whether y is x W(t)^T + b, which it is not with dropout, and may be kept.
+        unsafe: See `SavedPass`.
     """
     y = y.data  # not a view to autograd
-    ctx.options, ctx.dtype, ctx.adapters, ctx.counter, alias = options, dtype, adapters, None, None
+    ctx.options, ctx.dtype, ctx.adapters, ctx.unsafe, ctx.counter, alias = options, dtype, adapters, unsafe, None, None
     wants_dm = len(own) == 3 and adapters[0].strength == 1 and ctx.needs_input_grad[FIRST_MAGNITUDE]
     if wants_dm and keeps_output and options.save_output:
         if torch.compiler.is_compiling():
@@ -191,5 +196,5 @@ def load(ctx: Any) -> SavedPass:
     if ctx.counter is not None and ctx.counter._version != ctx.version:
         y = None
     weight, adapters = weight if restore is None else restore(), with_tensors(ctx.adapters, own)
-    tensors = x, weight, bias, kept, y, adapters
+    tensors = x, weight, bias, kept, y, ctx.unsafe, adapters
     return SavedPass(ctx.options, ctx.dtype, *tensors, needs_x, needs_dropped, needs_bias, needs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,18 +16,16 @@ from dora_mm.core.functional import (
     as_matrix,
     can_read,
     cast,
-    directions,
     exact_norm_correction,
-    read_later,
+    reads_wait,
     row_gains,
     row_norm,
 )
 from dora_mm.core.inference import InferenceFactors, unmerged_inference
-from dora_mm.core.ops import Op, per_row, row_sums, sum_tokens
+from dora_mm.core.magnitude import magnitude_grad, magnitude_grad_of_output, unsafe_rows
+from dora_mm.core.ops import Op, mean_square, per_row, sum_tokens
 from dora_mm.core.passes import Options, PassCache, SavedPass
-
-LARGE_BIAS = {torch.float32: 64.0, torch.float64: 64.0}  # |b| / rms(y - b) above which y - b has lost too many digits
-LARGE_BIAS_HALF = 4.0
+from dora_mm.core.reads import RowMask
 
 
 class Steps:
@@ -43,10 +41,30 @@ class Steps:
     def keeps_output(self, x: Tensor) -> bool:
         """Whether dm can be computed from the output: it takes reading values.
 
-        On a GPU it waits for them once per layer, behind products. Without waiting, dm takes a product of the layer's
+        On a GPU it waits for them, once for all layers of a pass. Without waiting, dm takes a product of the layer's
         size, as in a graph: by estimate 0.3 ms for a kernel of 3 x 3 on 320 channels of four images of 128 x 128.
         """
         return can_read(x)
+
+    def find_unsafe(
+        self, options: Options, y: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]
+    ) -> RowMask | None:
+        """Finds the rows whose dm must not be computed from the output, for a backward pass that would wait to know.
+
+        Args:
+            options: The options of the pass.
+            y: The output.
+            bias: b (O,), or None.
+            adapters: The adapters, with n and g.
+
+        Returns:
+            The rows; None without a bias, where `RowGains.small` has them, where dm is not computed from y, and where
+            reading values costs nothing.
+        """
+        if bias is None or len(adapters) > 1 or not options.save_output or not reads_wait(y):
+            return None
+        rows = adapters[0].rows
+        return None if rows is None else RowMask(unsafe_rows(rows, bias, mean_square(options.op, y, bias), y.dtype))
 
     def prepare(
         self, weight: Tensor, adapters: Sequence[Adapter], cache: PassCache, dtype: torch.dtype
@@ -296,77 +314,9 @@ def adapter_gradients(
     return gradients, u, A
 
 
-def magnitude_grad(op: Op, dY: Tensor, saved: SavedPass, adapter: Adapter) -> Tensor:
-    """Returns dm = t sum over tokens of dY * (x V^T), / n; 0 where n is 0. It takes a product."""
-    assert adapter.rows is not None
-    norm = adapter.rows.norm
-    dots = inner_dots(op, dY, saved.x, saved.weight, adapter)
-    return (adapter.strength * dots / norm).masked_fill_(norm == 0, 0)
-
-
-def magnitude_grad_of_output(op: Op, dY: Tensor, saved: SavedPass, adapter: Adapter) -> Callable[[], Tensor]:
-    """Starts to compute dm (O,) of the only adapter, at strength 1, from the output y of the layer; 0 where n is 0.
-
-    It is the sum over tokens of dY (y - b), / m, where that is safe. Rows with a small gain, or with a bias much larger
-    than y - b, use `inner_dots`; whether there are any is read back from a GPU.
-
-    Returns:
-        What finishes it. Products that are launched before that keep a GPU busy while the program waits for the answer.
-    """
-    rows, y, weight, bias = adapter.rows, saved.y, saved.weight, saved.bias
-    assert adapter.magnitude is not None
-    assert rows is not None
-    assert y is not None
-    dots, squares = row_sums(op, dY, y, bias)
-    dm = dots / adapter.magnitude
-    if rows.regular and bias is None:
-        return lambda: dm
-    chosen = is_zero = None
-    if bias is not None and squares is not None:
-        rms = (squares / max(op.num_tokens(saved.x, weight), 1)).sqrt()
-        chosen = bias.abs() > large_bias(y.dtype) * rms
-    if not rows.regular:
-        is_zero, unsafe = rows.norm == 0, rows.gain.abs() <= SMALL_GAIN
-        chosen = (unsafe if chosen is None else unsafe | chosen) & ~is_zero
-    assert chosen is not None
-    any_chosen = read_later(chosen.any())
-
-    def finish() -> Tensor:
-        found = dm
-        if any_chosen():
-            found = torch.where(chosen, inner_dots(op, dY, saved.x, weight, adapter, chosen) / rows.norm, dm)
-        return found if is_zero is None else found.masked_fill_(is_zero, 0)
-
-    return finish
-
-
 def is_divisor(gain: Tensor) -> bool:
     """Whether every |g| is above SMALL_GAIN; nearly always every g is, which takes one pass to see. Waits."""
     return gain.min().item() > SMALL_GAIN or not (gain.abs() <= SMALL_GAIN).any()
-
-
-def large_bias(dtype: torch.dtype) -> float:
-    """The ratio |b| / rms(y - b) above which dm must not be computed from a y of this dtype."""
-    return LARGE_BIAS.get(dtype, LARGE_BIAS_HALF)
-
-
-def inner_dots(op: Op, dY: Tensor, x: Tensor, weight: Tensor, adapter: Adapter, chosen: Tensor | None = None) -> Tensor:
-    """Returns the sums over tokens of dY (x V^T), (O,) in at least fp32, where V = W0 + s B A.
-
-    Args:
-        op: The operation of the layer.
-        dY: Gradient of the output.
-        x: Input of the layer.
-        weight: W0.
-        adapter: The adapter.
-        chosen: A mask (O,) of the rows whose sums are wanted, or None for all; those of others may be 0.
-    """
-    V = directions(as_matrix(weight), adapter).view(weight.shape).to(dY.dtype)
-    if chosen is None or op.groups > 1:  # a selection of rows does not divide into groups
-        return row_sums(op, dY, op(x, V, None), None)[0]
-    rows = chosen.nonzero()[:, 0]
-    some = row_sums(op, dY.index_select(op.feature_dim, rows), op(x, V[rows], None), None)[0]
-    return some.new_zeros(len(V)).index_copy_(0, rows, some)
 
 
 def bias_grad(saved: SavedPass, dY: Tensor) -> Tensor:

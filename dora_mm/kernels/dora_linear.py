@@ -33,6 +33,9 @@ class TritonSteps(Steps):
     def keeps_output(self, x):
         return True  # `output_grad` branches on the GPU
 
+    def find_unsafe(self, options, y, bias, adapters):
+        return None
+
     def prepare(self, weight, adapters, cache, dtype):
         """Computes n and g, and A in the dtype of the product from the same parts."""
         rows, first, is_half = cache.rows, adapters[0], dtype.itemsize < 4

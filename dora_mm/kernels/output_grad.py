@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dora_mm.core.functional import SMALL_GAIN
-from dora_mm.core.steps import large_bias
+from dora_mm.core.magnitude import large_bias
 from dora_mm.kernels.common import MIN_DOT, add_low_rank, num_blocks, operator, rank_block
 
 # A program has 64 columns of a slab of tokens, 32 tokens at a time: 1,024 tokens of 1,280 columns are 80 programs. The
