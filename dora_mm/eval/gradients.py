@@ -240,7 +240,7 @@ def measuring(
         watch = GradientWatch(networks)
         with watch.open():
             result = passes()
-        watch.write(file_of(run, step), result.scale)
+        watch.write(file_of(run, step), result.scale.item())
         return result
 
     return wrap_gradients

@@ -117,10 +117,11 @@ def fit(
         passes = fixed_parameters(trained.networks, num_passes=config.gradient_accumulation_steps)
         compute = partial(accumulate, accelerator, shared, config, seed, record.step, batch_at)
         with passes:
-            value = wrap_gradients(record.step, compute).loss
+            loss_of_step = wrap_gradients(record.step, compute).loss
         if record.step == record.first and accelerator.is_main_process:
             _warn_of_unreached(parameters)
         norm = update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
+        value, norm = torch.stack([loss_of_step, norm.to(loss_of_step)]).tolist()  # one read from a GPU
         record.step += 1
         pending.interrupted = on_step_end is not None  # from now on, also by a signal during this step
         if not math.isfinite(value):
@@ -307,11 +308,13 @@ def accumulate(
             accelerator.backward(loss.total * accelerator.num_processes / expected / micro_batches)
         sums += torch.stack([loss.total.detach().float(), loss.count.float()])
     total = LossSum(*_over_processes(accelerator, sums))
-    correction = (micro_batches * expected / total.divisor).item() if micro_batches > 1 else 1.0
-    if correction != 1:
-        torch._foreach_mul_([p.grad for p in trained.parameters() if p.grad is not None], correction)
-    scale = accelerator.num_processes * (accelerator.scaler.get_scale() if accelerator.scaler else 1)
-    return PassResult(total.mean.item(), scale / correction)
+    scale = torch.tensor(accelerator.num_processes * (accelerator.scaler.get_scale() if accelerator.scaler else 1))
+    if micro_batches > 1:
+        correction = micro_batches * expected / total.divisor
+        if gradients := [p.grad for p in trained.parameters() if p.grad is not None]:
+            torch._foreach_mul_(gradients, correction)
+        scale = scale / correction
+    return PassResult(total.mean, scale)
 
 
 def _over_processes(accelerator: Accelerator, values: torch.Tensor) -> Any:
@@ -333,16 +336,16 @@ def update(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     max_grad_norm: float | None,
-) -> float:
-    """Clips the accumulated gradients, takes one step of optimizer and schedule, and returns the gradients' norm."""
+) -> torch.Tensor:
+    """Clips the accumulated gradients, takes one step of optimizer and schedule, and returns the gradients' norm ()."""
     members = list(parameters.values())
     if max_grad_norm is None:
         accelerator.unscale_gradients()
-        norm: Any = nn.utils.get_total_norm([p.grad for p in members if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in members if p.grad is not None])
     else:
-        norm = accelerator.clip_grad_norm_(members, max_grad_norm)
+        norm = torch.as_tensor(accelerator.clip_grad_norm_(members, max_grad_norm))
     optimizer.step()
     if not accelerator.optimizer_step_was_skipped:  # fp16 skips the step whose gradients overflowed
         schedule.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+    return norm

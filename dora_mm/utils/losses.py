@@ -32,9 +32,9 @@ class PassResult(NamedTuple):
     """The result of the passes of one optimizer step, besides the gradients.
 
     Attributes:
-        loss: The mean loss of the step.
-        scale: The factor of the gradients in the passes, relative to those of this loss.
+        loss: The mean loss of the step, (), on the device: reading it waits for a GPU.
+        scale: The factor of the gradients in the passes, relative to those of this loss, (), likewise.
     """
 
-    loss: float
-    scale: float
+    loss: Tensor
+    scale: Tensor
