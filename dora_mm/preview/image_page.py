@@ -20,6 +20,7 @@ from dora_mm.models.hub import UnreachableError
 from dora_mm.models.images.families import about_prediction, load_image_model, load_image_model_if_local
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.models.quantization import planned_bytes
+from dora_mm.models.streaming import NOTHING
 from dora_mm.preview.image_memory import (
     checkpointing_line,
     encode_without_numbers,
@@ -173,6 +174,8 @@ def estimated_sections(
     in_steps = {name: n for name, n in model.networks.items() if name != "vae" or config.data.crop == "random"}
     memory = memory_table(in_steps, trained.parameters, config.optimizer, costs[checkpointing], **details)
     yield f"{memory}\n{checkpointing_line(costs, checkpointing)}"
+    if accelerator.device.type == "cpu" and config.memory.stream:
+        yield f"memory.stream {NOTHING}: the table is that of a GPU"
     yield phases_table(other_phases)
 
 
