@@ -30,12 +30,6 @@ SAMPLE = 8  # captions whose size is taken for that of all
 TOGETHER = 16  # captions that are encoded at once
 
 
-# By `model.text_quantization`: how far hidden states of Qwen3 4B with random weights are off after 12 of its 36 layers,
-# as a share of their length, and how many of 255 levels a pixel of the embedded flow model that edits differs
-# (tests/benchmarks/bench_text_rounding.py)
-TEXT_ROUNDING = {"float8": (0.18, 0.4), "int8": (0.10, 0.2), "nf4": (0.57, 12.5)}
-
-
 class Phase(NamedTuple):
     """A phase outside the training steps: description, bytes of its networks, and bytes of its activations."""
 
@@ -120,16 +114,6 @@ def _text_encoder_bytes(config: TrainDiffusionConfig, model: ImageModel, name: s
     stored = planned_bytes(network)
     plan = stream_plan(network, model.target_maps.get(name), config.memory.stream_text, stored=stored)
     return sum(stored.get(id(t), t.nbytes) for t in _tensors(network)) - plan.freed
-
-
-def text_rounding_line(quantization: str) -> str:
-    """A line on what rounded text encoders change, for the dry run; `quantization` is `model.text_quantization`."""
-    states, levels = TEXT_ROUNDING[quantization]
-    return (
-        f"rounded   text encoders in {quantization}, so that prompts are encoded otherwise: a Qwen3 of 4B with random "
-        f"weights is off by {states:.0%} of a state's length after 12 layers, an image of the embedded flow model by "
-        f"{levels:g} of 255 levels; of your model nothing was measured"
-    )
 
 
 def phases_table(found: Sequence[Phase]) -> str:

@@ -28,13 +28,13 @@ from dora_mm.preview.image_memory import (
     phases,
     phases_table,
     simulated_cost,
-    text_rounding_line,
     without_numbers,
 )
 from dora_mm.preview.image_streams import stream_amounts
 from dora_mm.preview.images import describe_data, describe_encoded, describe_latents
 from dora_mm.preview.memory import memory_table
 from dora_mm.preview.parts import parts_table
+from dora_mm.preview.rounding import MEASURED, dense_prompts, rounding_line
 from dora_mm.preview.streamed import stream_plan
 from dora_mm.preview.training import (
     left_lines,
@@ -126,8 +126,12 @@ def measured_sections(
     with torch.no_grad():
         source(0)  # the only batch that is measured
     yield encoded_section(data, config, given, batches, source)
+    captions = source.captions(1)[:MEASURED] if config.model.text_quantization else []
+    rounded = batches.prompts(captions)
     if not batches.prompts.needs_encoders:
         model.components.release(model.text_encoders)
+    if captions:
+        yield rounding_line(config.model, rounded, dense_prompts(config.model, captions, model.device))
     trained = adapt_image_model(model, config)
     yield trained_section(config, model, trained)
     yield how_section(config, model, trained)
@@ -157,6 +161,8 @@ def estimated_sections(
     captions = source.captions(num_batches(config))
     encode_without_numbers(model, batches, source, captions)
     yield encoded_section(data, config, given, batches, source)
+    if config.model.text_quantization:
+        yield rounding_line(config.model)
     other_phases = phases(config, model, captions)
     if not batches.prompts.needs_encoders:
         model.components.release(model.text_encoders)
@@ -208,11 +214,9 @@ def encoded_section(
 
 
 def how_section(config: TrainDiffusionConfig, model: ImageModel, trained: TrainedNetworks) -> str:
-    """The optimizer, what is compiled, and what rounded text encoders change."""
+    """The optimizer, and what is compiled."""
     how = optimizer_line(config.optimizer, config.schedule, config.train.steps, config.ema)
-    how = f"{how}\n{compiled_line(trained.networks, model.target_maps)}" if config.train.compile else how
-    rounded = config.model.text_quantization
-    return f"{how}\n{text_rounding_line(rounded)}" if rounded else how
+    return f"{how}\n{compiled_line(trained.networks, model.target_maps)}" if config.train.compile else how
 
 
 def trained_section(config: TrainDiffusionConfig, model: ImageModel, trained: TrainedNetworks) -> str:

@@ -230,7 +230,7 @@ def load_model(config: ImageGenerationConfig, adapters: Iterable[str]) -> Loaded
     """
     files, device = find_adapters(adapters), default_device()
     chosen = config.model or model_of(files)
-    check_offload(config.memory, device, chosen.quantization)
+    check_offload(config.memory, device, chosen.quantization, chosen.text_quantization)
     warn_of_other_bases(files, chosen, is_distilled=distilled_of(chosen) is not None)
     model = load_image_model(chosen)
     changes = check_fit(model, files, chosen.path)

@@ -41,6 +41,7 @@ REGISTRIES: list[tuple[type[Section], str, Iterable[str]]] = [
     (VLMModelConfig, "dtype", DTYPES),
     (VLMModelConfig, "quantization", QUANTIZATIONS.keys() - {"float8"}),
     (ModelConfig, "quantization", QUANTIZATIONS),
+    (ModelConfig, "text_quantization", ("float8", "int8", "nf4")),
     (VLBartModelConfig, "visual", VISUAL),
     (ImageGenerationConfig, "scheduler", SCHEDULERS),
     (EvalDiffusionConfig, "style", style.CLASSES),

@@ -79,8 +79,13 @@ def _cut(
             yield name, [STEPS]
         elif key == "max_new_tokens":
             yield name, 4
-        elif key == "quantization" and value and (package := QUANTIZATIONS[value].package) and not find_spec(package):
+        elif key.endswith("quantization") and value and _lacks_package(value):
             yield name, None
+
+
+def _lacks_package(quantization: str) -> bool:
+    package = QUANTIZATIONS[quantization].package
+    return bool(package) and not find_spec(package)
 
 
 def _cut_base(base: str, is_ours: Callable[[str], bool]) -> Path:

@@ -82,9 +82,9 @@ CORE = (
     ),
     Fault(
         "large biases",
-        "core/steps.py",
-        "chosen = bias.abs() > large_bias(y.dtype) * rms",
-        "chosen = bias.abs() > torch.inf * rms",
+        "core/magnitude.py",
+        "is_large = bias.abs() > large_bias(dtype) * mean_squares.sqrt()",
+        "is_large = bias.abs() > torch.inf * mean_squares.sqrt()",
         "magnitudes over layers with large biases train along a gradient that has lost its digits",
         "tests/core/test_forms.py",
     ),

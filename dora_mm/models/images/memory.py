@@ -40,13 +40,13 @@ def save_memory(pipe: Any, config: MemoryConfig, device: torch.device) -> None:
     offload(pipe, config.offload, device)
 
 
-def check_offload(config: MemoryConfig, device: torch.device, quantization: str | None = None) -> None:
+def check_offload(config: MemoryConfig, device: torch.device, *quantizations: str | None) -> None:
     """Checks that networks can wait in main memory.
 
     Args:
         config: The `memory` section.
         device: The device that images are generated on.
-        quantization: The key `model.quantization`.
+        quantizations: The keys `model.quantization` and `model.text_quantization`.
 
     Raises:
         ValueError: `offload` is set, and the device is the CPU, where all weights are in main memory anyway; or layers
@@ -54,9 +54,9 @@ def check_offload(config: MemoryConfig, device: torch.device, quantization: str 
     """
     if config.offload == "none":
         return
-    if quantization == "int8":  # its scales are beside the weight, not in a buffer
+    if "int8" in quantizations:  # its scales are beside the weight, not in a buffer
         raise ValueError(
-            "memory.offload: model moves the weights of model.quantization int8 without their scales: set memory.stream"
+            "memory.offload: model moves weights that are quantized to int8 without their scales: set memory.stream"
         )
     if device.type == "cpu":
         raise ValueError(
