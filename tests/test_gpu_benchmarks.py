@@ -93,6 +93,13 @@ def test_a_dry_run_of_optimizers(tmp_path):
     assert [(row["optimizer"], row["differing"]) for row in rows] == [("adamw", "0"), ("adafactor", "0")]
 
 
+@pytest.mark.slow
+def test_a_dry_run_of_streaming(tmp_path):
+    code, rows = dry("stream", tmp_path)
+    assert code == 0  # gradients are equal
+    assert [row["weights"] for row in rows] == ["all stay", "half wait", "all wait"]
+
+
 def test_klein_is_the_one_that_peft_measures():
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):

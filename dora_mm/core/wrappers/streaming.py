@@ -14,6 +14,8 @@ that was made last (its sequence number is the highest), so that by then the blo
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+log = logging.getLogger(__name__)
 ALIGNMENT = 256  # bytes, between matrices in main memory
 
 
@@ -240,7 +243,16 @@ def main_memory(owner: object, num_bytes: int, device: torch.device) -> Tensor:
         runtime: Any = torch.cuda.cudart()
         if int(runtime.cudaHostRegister(found.data_ptr(), num_bytes, 0)) == 0:
             weakref.finalize(owner, lambda: runtime.cudaHostUnregister(found.data_ptr()))
+        else:
+            _forget_error(device)
+            log.warning("%.1f GB of main memory cannot be pinned: copies from there do not overlap.", num_bytes / 1e9)
     return found
+
+
+def _forget_error(device: torch.device) -> None:
+    """Lets torch report an error that CUDA has kept, which the next kernel would raise otherwise."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros((), device=device).add_(1)
 
 
 def _parts(t: Tensor) -> Iterator[Tensor]:
