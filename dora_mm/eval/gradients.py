@@ -205,7 +205,7 @@ class GradientWatch:
             if name not in self.sums:
                 continue
             (adapter,) = layer.adapters()
-            V, m = directions(as_matrix(layer.weight), adapter).cpu(), adapter.magnitude
+            V, m = directions(as_matrix(layer.full_matrix()), adapter).cpu(), adapter.magnitude
             shape = gradient_shape(self.sums[name] / scale, V, None if m is None else m.cpu(), name)
             if shape is not None:
                 about = {"method": method_of(layer.adaptation.spec)}

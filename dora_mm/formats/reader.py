@@ -14,6 +14,7 @@ from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.spec import DoRASpec
 from dora_mm.core.wrappers.quantized import DoRAQuantized, dequantized, is_quantized
 from dora_mm.core.wrappers.sharded import gathered
+from dora_mm.core.wrappers.streaming import bring
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra import exact, fused
 from dora_mm.formats.components import UNNAMED
@@ -314,6 +315,7 @@ class ModelWeights(Mapping[Name, Tensor]):
 
     def __getitem__(self, name: Name) -> Tensor:
         module = self._modules[name]
+        bring(module)  # where it is streamed
         quantized = isinstance(module, DoRAQuantized) or is_quantized(module)
         return (dequantized(module) if quantized else gathered(module.get_parameter("weight"))).cpu()
 

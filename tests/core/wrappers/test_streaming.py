@@ -3,15 +3,19 @@
 On a processor a window copies at once and in the same order; tests/gpu has a device with streams.
 """
 
+import copy
+
 import pytest
 import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dora_mm import load_adapter
 from dora_mm.core import DoRASpec, adapter_parameters, fixed_parameters, inject, merge, remove, unmerge
 from dora_mm.core.wrappers.float8 import Float8Linear
 from dora_mm.core.wrappers.streaming import Window, is_streamed, stream, window_of
@@ -225,3 +229,24 @@ def shared_gradients(rank):
 @pytest.mark.slow
 def test_each_of_several_processes_streams_its_own(tmp_path):
     run_in_two(tmp_path, shared_gradients)
+
+
+def test_files_whose_formula_reads_the_weights_load_into_what_waits(tmp_path, window):
+    """A magnitude that a file has per input is made one per output by the weight of the model."""
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8)) for _ in range(4))).requires_grad_(False)
+    tensors = {}
+    for path in ("0_0", "1_0", "2_0", "3_0"):
+        tensors |= {
+            f"lora_unet_{path}.lora_down.weight": torch.randn(2, 8),
+            f"lora_unet_{path}.lora_up.weight": torch.randn(8, 2),
+            f"lora_unet_{path}.dora_scale": 1 + torch.rand(1, 8),
+        }
+    save_file(tensors, tmp_path / "file.safetensors")
+    waits = copy.deepcopy(base)
+    stream(list(waits), CPU)
+    outputs = []
+    for model in (base, waits):
+        load_adapter({"unet": model}, tmp_path / "file.safetensors")
+        outputs.append(model(torch.ones(2, 8)))
+    assert torch.equal(*outputs)
