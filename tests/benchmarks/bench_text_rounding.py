@@ -8,6 +8,7 @@ is small. Kinds of packages that are not installed are left out. Writes results/
 import csv
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from transformers import Qwen3Config, Qwen3Model
 from dora_mm.config.models import Flux2KleinConfig, ModelConfig
 from dora_mm.models.images.families import load_image_model
 from dora_mm.models.quantization import QUANTIZATIONS, quantize_layers
+from dora_mm.preview.rounding import relative_difference
 from dora_mm.sampling.image_sampler import sample
 from tests.benchmarks.gpu import is_there
 from tests.shared.full_size_folders import Z_IMAGE
@@ -27,7 +29,7 @@ PROMPTS = ["a lion", "a tractor", "a mushroom", "a helicopter"]
 
 
 def main() -> None:
-    rows = [*of_full_width(), *of_images()]
+    rows = [*of_full_width(), *of_trained(), *of_images()]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with RESULTS.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, list(rows[0]))
@@ -61,6 +63,19 @@ def hidden_states(kind: str | None, ids: torch.Tensor) -> list[torch.Tensor]:
         quantize_layers(model, None, kind)
     found = model(ids, output_hidden_states=True).hidden_states
     return [state[:, 1:].float() for state in found]
+
+
+@torch.no_grad()
+def of_trained() -> Iterator[dict[str, str]]:
+    """The same of what the embedded SDXL encodes, whose text encoders are small and trained."""
+    encoded = {}
+    for kind in (None, *KINDS):
+        model = load_image_model(ModelConfig(path="samples/tiny-sdxl", text_quantization=kind))
+        encoded[kind] = model.encode_prompts([f"{prompt}, a 3d icon in the style of TOK" for prompt in PROMPTS])
+    for kind in KINDS:
+        pairs = zip(encoded[kind], encoded[None], strict=True)
+        off = mean(relative_difference([found], [right]) for found, right in pairs)
+        yield {"what": "embedded SDXL, trained", "kind": kind, "measure": "relative difference", "value": f"{off:.4f}"}
 
 
 def of_images() -> Iterator[dict[str, str]]:

@@ -222,7 +222,7 @@ if __name__ == "__main__":
     parser.add_argument("--cards", nargs="*", help="names of GPUs; those of the tests by default")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    names = given.gpus or ([t.name for t in TARGETS] if given.all else ["sm_80", "sm_89", "sm_90"])
+    names = given.cards or ([t.name for t in TARGETS] if given.all else ["sm_80", "sm_89", "sm_90"])
     found = []
     writer = None
     with given.output.open("w", newline="") if given.output else contextlib.nullcontext() as file:
