@@ -13,8 +13,8 @@ from dora_mm.models.images.image_model import Prompt
 from dora_mm.tasks.prompt_encoder import Caption, encode_captions
 
 MEASURED = 4  # captions
-# How far hidden states of Qwen3 4B with random weights are off after 12 of its 36 layers, and what the embedded SDXL
-# encodes, as shares of their length (tests/benchmarks/bench_text_rounding.py)
+# How far hidden states of Qwen3 4B with random weights are off after 12 of its 36 layers, and what the embedded image
+# model encodes, as shares of their length (tests/benchmarks/bench_text_rounding.py)
 TEXT_ROUNDING = {"float8": (0.18, 0.02), "int8": (0.10, 0.008), "nf4": (0.57, 0.27)}
 
 
@@ -61,6 +61,6 @@ def rounding_line(config: ModelConfig, found: Sequence[Prompt] = (), exact: Sequ
         return f"{start} {share:.1%} of their length ({len(exact)} captions of this training); images differ, too"
     random, trained = TEXT_ROUNDING[name]
     return (
-        f"{start} {random:.0%} of their length in a Qwen3 of 4B with random weights after 12 layers, and {trained:.1%} in "
-        "the embedded SDXL, which is small and trained; of your model nothing was measured"
+        f"{start} {random:.0%} of their length in a Qwen3 of 4B with random weights after 12 layers, by {trained:.1%} in "
+        "the embedded image model, which is small and trained; of your model nothing was measured"
     )
