@@ -61,6 +61,6 @@ def rounding_line(config: ModelConfig, found: Sequence[Prompt] = (), exact: Sequ
         return f"{start} {share:.1%} of their length ({len(exact)} captions of this training); images differ, too"
     random, trained = TEXT_ROUNDING[name]
     return (
-        f"{start} {random:.0%} of their length in a Qwen3 of 4B with random weights after 12 layers, by {trained:.1%} in "
-        "the embedded image model, which is small and trained; of your model nothing was measured"
+        f"{start} {random:.0%} of their length in a Qwen3 of 4B with random weights after 12 layers, by {trained:.1%} "
+        "in the embedded image model, which is small and trained; of your model nothing was measured"
     )
