@@ -96,7 +96,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     check_fit(config, model)
     images, held_out = hold_out(read_images(config.data, "train"), config.data)
     class_images = read_images(config.data, "preserve")
-    model.stream(*stream_amounts(config, accelerator, images, class_images))
+    model.stream(*stream_amounts(shared, accelerator, images, class_images))
     model.to(accelerator.device, denoiser=on_one_device)
     check_references(model, [*images, *held_out], config.data)
     sample_references(config, model)

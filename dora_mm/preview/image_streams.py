@@ -19,8 +19,8 @@ from dora_mm.models.streaming import NOTHING, needed_on
 from dora_mm.preview.image_memory import encode_without_numbers, machine_of, phases, simulated_cost, without_numbers
 from dora_mm.preview.memory import memory_rows
 from dora_mm.preview.streamed import stream_plan
-from dora_mm.tasks.image_batches import captioned_batches
-from dora_mm.tasks.preservation import preserving
+from dora_mm.tasks.image_batches import CaptionedBatches, captioned_batches
+from dora_mm.tasks.preservation import PreservingBatches, preserving
 
 log = logging.getLogger(__name__)
 Amounts = tuple[Amount | None, Amount | None]  # of the denoiser, and of each text encoder
@@ -85,7 +85,14 @@ def _automatic(
     return _of_denoiser(config, accelerator, model, batches, source), text
 
 
-def _of_denoiser(config: TrainDiffusionConfig, accelerator: Accelerator, model: ImageModel, batches, source):
+def _of_denoiser(
+    config: TrainDiffusionConfig,
+    accelerator: Accelerator,
+    model: ImageModel,
+    batches: CaptionedBatches,
+    source: CaptionedBatches | PreservingBatches,
+) -> Amount | None:
+    """The least of the denoiser that has to wait for a step."""
     trained = adapt_image_model(model, config)
     checkpointing = config.train.gradient_checkpointing
     cost = simulated_cost(config, model, trained, batches, source, machine_of(config), checkpointing=checkpointing)
