@@ -78,7 +78,7 @@ class Adaptation:
         """Discards what `fixed_parameters` keeps of the adapters."""
         self.num_passes = None
         for cache in (self.caches or {}).values():
-            cache.rows = cache.merged = cache.has_update = None
+            cache.forget_adapters()
 
     def __getstate__(self):
         return {**self.__dict__, "caches": None, "num_passes": None, "kept": None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,6 @@ from dora_mm.core.functional import (
     merged_weight,
     product_dtype,
     round_stochastically,
-    row_norm,
     seeded_generator,
     shares,
 )
@@ -178,7 +177,7 @@ class AdaptedLayer(AdapterParameters):
         if caches is not None and not self.is_base():
             cache = self.pass_cache(caches, keeps=self.adaptation.num_passes is not None)
             if cache.n0 is None and self.magnitude is not None:
-                cache.n0 = row_norm(self.full_matrix())
+                cache.n0 = self.row_norms(self.full_matrix())
 
     def adapted_product(
         self,
@@ -191,21 +190,25 @@ class AdaptedLayer(AdapterParameters):
     ) -> Tensor:
         """Runs the forward function on x: see `forms.adapted_product`."""
         state, bias = self.adaptation, self.tensor("bias") if use_bias else None
-        is_compiling = torch.compiler.is_compiling()
-        kept = self.kept_passes() if state.caches is None and can_read(x) else None
-        if kept is not None:
-            cache = self.pass_cache(kept.caches, keeps=True, dtype=dtype)
-            options = Options(op, cache=cache, keep_weight=False, dtype=dtype, is_inference=True)
-            return state.forward(x, self.matrix, bias, kept.adapters, options)
-        adapters, options = self.adapters(), self.options(op, dtype, restore, is_compiling=is_compiling)
+        adapters, options = self.settings_of_pass(op, dtype, restore, reads=can_read(x))
         cache = options.cache
-        if is_compiling or cache is None:
+        if options.is_inference or torch.compiler.is_compiling() or cache is None:
             return state.forward(x, self.matrix, bias, adapters, options)
         cache.checks_update = state.checks_update
         y = state.forward(x, self.matrix, bias, adapters, options)
         if cache.checks_update != state.checks_update:
             state.checks_update = cache.checks_update
         return y
+
+    def settings_of_pass(
+        self, op: Op, dtype: torch.dtype | None = None, restore: Callable[[], Tensor] | None = None, *, reads: bool
+    ) -> tuple[Sequence[Adapter], Options]:
+        """The adapters and the options of a pass; `reads` says whether it may read values, see `can_read`."""
+        kept = self.kept_passes() if self.adaptation.caches is None and reads else None
+        if kept is None:
+            return self.adapters(), self.options(op, dtype, restore, is_compiling=torch.compiler.is_compiling())
+        cache = self.pass_cache(kept.caches, keeps=True, dtype=dtype)
+        return kept.adapters, Options(op, cache=cache, keep_weight=False, dtype=dtype, is_inference=True)
 
     def options(
         self,
@@ -260,19 +263,25 @@ class AdaptedLayer(AdapterParameters):
         self.check_can_merge()
         W0, state = self.full_matrix(), self.adaptation
         adapters = [a.with_tensors(*(None if t is None else gathered(t) for t in a[:3])) for a in self.adapters()]
-        W = merged_weight(W0, adapters)
-        merged, sums = W, (0.0, 0.0)
-        if W.dtype != W0.dtype:
-            merged = round_stochastically(W, W0.dtype, seeded_generator(state.seed, f"merge:{state.path}"))
-            sums = shares(merged, W, W0)
-        elif W.data_ptr() == W0.data_ptr():  # nothing was added: strength 0, or method full
-            merged = W.clone()
+        merged, sums = self.merged_matrix(W0, adapters, seeded_generator(state.seed, f"merge:{state.path}"))
         if keep_base:
             state.base_weight = self.base_to_keep()
         self.store(merged)
         state.merged = True
         self.adaptation.forget(base=True)
         return sums
+
+    @staticmethod
+    def merged_matrix(
+        W0: Tensor, adapters: Sequence[Adapter], generator: torch.Generator
+    ) -> tuple[Tensor, tuple[float, float]]:
+        """W(t) in the dtype of W0 and new memory, and the sums that `merge` returns."""
+        W = merged_weight(W0, adapters)
+        if W.dtype != W0.dtype:
+            merged = round_stochastically(W, W0.dtype, generator)
+            return merged, shares(merged, W, W0)
+        is_base = W.data_ptr() == W0.data_ptr()  # nothing was added: strength 0, or method full
+        return W.clone() if is_base else W, (0.0, 0.0)
 
     def store(self, matrix: Tensor) -> None:
         """Makes a weight with output rows first the weight.

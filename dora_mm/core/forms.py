@@ -36,7 +36,7 @@ from dora_mm.core.functional import (
     product_dtype,
     without_autocast,
 )
-from dora_mm.core.ops import Op
+from dora_mm.core.ops import GroupedOp, Op
 from dora_mm.core.passes import Options, PassCache, SavedPass, load, save, with_tensors
 from dora_mm.core.steps import TORCH_STEPS, Steps, adapter_gradients, bias_grad, has_magnitude
 
@@ -274,6 +274,8 @@ def adapted_product(
     Raises:
         ValueError: In the backward pass, where the weight requires a gradient.
     """
+    if options.op.stacked:
+        return product_of_stack(x, weight, adapters, options, steps)
     autocast = autocasts(weight.device)
     dtype = weight.dtype
     if options.op.merges and (autocast or options.dtype is not None):  # embeddings are not autocast
@@ -328,6 +330,21 @@ def inferred_product(
         own = [adapter._replace(rows=found) for adapter, found in zip(adapters, cache.rows, strict=True)]
         cache.inference = steps.keep(options, dtype, bias, own, operand)
     return steps.infer(options, dtype, x, weight, bias, cache.inference)
+
+
+def product_of_stack(x: Tensor, weight: Tensor, adapters: Sequence[Adapter], options: Options, steps: Steps) -> Tensor:
+    """Computes `adapted_product` of each matrix of a stack with its rows, see `GroupedOp`.
+
+    Of size (E, O, I) nothing is built, kept, or a gradient. Matrices without rows are not read.
+    """
+    op, ys = options.op, []
+    assert isinstance(op, GroupedOp)
+    cache, of_each = options.cache or PassCache(), [adapter.of_matrices(len(weight)) for adapter in adapters]
+    for index, rows in enumerate(x.split(op.counts())):
+        if len(rows):
+            own = options._replace(op=op.each, cache=cache.of_matrix(index), keep_weight=False)
+            ys.append(adapted_product(rows, weight[index], None, [each[index] for each in of_each], own, steps))
+    return torch.cat(ys) if ys else F.linear(x, weight[0])
 
 
 TORCH: Forward = adapted_product

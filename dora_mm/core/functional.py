@@ -88,6 +88,11 @@ class Adapter(NamedTuple):
         B, m = (None if t is None else t[rows] for t in (self.B, self.magnitude))
         return Adapter(self.A, B, m, self.scaling, self.strength, self.norm_grad)
 
+    def of_matrices(self, number: int) -> list[Adapter]:
+        """The adapters of the matrices of a stack, from one with A (E, R, I), B (E, O, R) and m (E, O)."""
+        own = ([None] * number if t is None else t.unbind() for t in (self.A, self.B, self.magnitude))
+        return [self.with_tensors(*tensors) for tensors in zip(*own, strict=True)]
+
     def of_pass(self, rows: RowGains | None) -> Adapter:
         """The adapter with n and g, without its tensors."""
         return Adapter(None, None, None, self.scaling, self.strength, self.norm_grad, rows)

@@ -16,17 +16,9 @@ from dora_mm.core.kinds import adapt_layer, adapted_class, not_adaptable, restor
 from dora_mm.core.spec import DoRASpec
 from dora_mm.core.strength import Strength, strengths_of
 from dora_mm.core.targets import TargetMap, match_modules
-from dora_mm.core.wrappers.attention import (
-    PROJECTIONS,
-    PackedAttention,
-    inside,
-    restore_attention,
-    separate_projections,
-    set_fast_paths,
-    why_not_separable,
-    with_projections,
-)
+from dora_mm.core.wrappers.attention import set_fast_paths, why_not_separable
 from dora_mm.core.wrappers.quantized import DoRAQuantized
+from dora_mm.core.wrappers.separation import inside, projections_of, restore, separate, with_projections
 from dora_mm.core.wrappers.sharded import check_not_sharded, reshard
 
 
@@ -150,15 +142,15 @@ def inject_paths(
     try:
         for path, (_, spec) in wanted.items():
             above = path.rpartition(".")[0]
-            if type(attention := modules.get(above)) is nn.MultiheadAttention:
-                separate_projections(attention, {name: modules[inside(above, name)] for name in PROJECTIONS})
+            if names := projections_of(modules[above]):
+                separate(modules[above], {name: modules[inside(above, name)] for name in names})
             before = trained.get(id(modules[path].weight))
             settings = {"path": path, "forward": forward, "seed": seed, "name": name, "trainable_before": before}
             done.append(adapt_layer(modules[path], spec, **settings))
     except BaseException:  # no memory, say
         for layer in done:
             restore_layer(layer)
-        _restore_attentions(model)
+        restore(model)
         raise
     set_fast_paths(model)
     return InjectReport(tuple(describe(layer, wanted[layer.adaptation.path][0]) for layer in done))
@@ -169,12 +161,6 @@ def _trainable_before(modules: Mapping[str, nn.Module]) -> dict[int, bool]:
     trained = {id(p): p.requires_grad for module in modules.values() for p in module.parameters(recurse=False)}
     layers = [module for module in modules.values() if isinstance(module, AdaptedLayer)]
     return trained | {id(layer.weight): layer.adaptation.trainable_before for layer in layers}
-
-
-def _restore_attentions(model: nn.Module) -> None:
-    for module in list(model.modules()):
-        if isinstance(module, PackedAttention):
-            restore_attention(module)
 
 
 def describe(layer: AdaptedLayer, part: str) -> AdaptedModule:
@@ -248,7 +234,7 @@ def remove(model: nn.Module) -> None:
         layer.check_unpacked()
     for layer in layers:
         restore_layer(layer)
-    _restore_attentions(model)
+    restore(model)
     set_fast_paths(model)
 
 

@@ -11,6 +11,7 @@ from dora_mm.core.full_weight import TrainedWeight
 from dora_mm.core.layer import DoRAConv1d, DoRAConv2d, DoRAConv3d, DoRAEmbedding, DoRALinear, DoRATransposedLinear
 from dora_mm.core.spec import DoRASpec
 from dora_mm.core.wrappers.attention import DoRAPackedProjection
+from dora_mm.core.wrappers.experts import DoRAExperts
 from dora_mm.core.wrappers.quantized import DoRAQuantized
 from dora_mm.core.wrappers.subclasses import KNOWN, class_for_subclass, subclass
 
@@ -24,8 +25,12 @@ ADAPTED_CLASSES: tuple[type[AdaptedLayer], ...] = (
     DoRAConv3d,
     DoRAEmbedding,
     DoRAPackedProjection,
+    DoRAExperts,
 )
-ADAPTABLE = "Linear, Conv1d, Conv2d, Conv3d, Embedding, transformers' Conv1D and the projections of MultiheadAttention"
+ADAPTABLE = (
+    "Linear, Conv1d, Conv2d, Conv3d, Embedding, transformers' Conv1D, the projections of MultiheadAttention and of "
+    "experts"
+)
 
 
 def adapted_class(layer: nn.Module, method: str = "dora") -> type[AdaptedLayer] | None:

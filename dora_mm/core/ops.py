@@ -29,11 +29,13 @@ class Op:
         groups: The number of groups of a convolution, otherwise 1.
         merges: Whether W(t) may be built.
         feature_dim: The dimension of y and dY that counts output rows; all others are tokens.
+        stacked: Whether the weight is a stack of matrices, see `GroupedOp`.
     """
 
     groups: int = 1
     merges: bool = True
     feature_dim: int = -1
+    stacked: bool = False
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Returns y = x W^T + b, in new memory, as the base layer computes it."""
@@ -224,6 +226,45 @@ class ConvOp(Op):
 
 
 LINEAR = Op()
+
+
+@dataclass(frozen=True)
+class BatchedOp(Op):
+    """A Linear that multiplies the weight by each token of x (T, I) on its own, as a batched product does.
+
+    Attributes:
+        transposed: Whether the weight is stored as (I, O); the two products add in different orders.
+    """
+
+    transposed: bool = False
+
+    def __call__(self, x, weight, bias):
+        if self.transposed:
+            y = torch.bmm(x.unsqueeze(1), weight.t().expand(len(x), *weight.t().shape)).squeeze(1)
+        else:
+            y = torch.bmm(weight.expand(len(x), *weight.shape), x.unsqueeze(2)).squeeze(2)
+        return y if bias is None else y.add_(bias)
+
+
+@dataclass(frozen=True)
+class GroupedOp(Op):
+    """Linears on a stack of weights W (E, O, I): rows of x (S, I) that follow each other are those of one of them.
+
+    A is then (E, R, I), B (E, O, R), magnitudes and norms (E, O).
+
+    Attributes:
+        ends: The end of the rows of each weight, (E,), ascending to S.
+        each: The operation of each of them.
+    """
+
+    ends: Tensor
+    each: Op = LINEAR
+    stacked = True
+
+    def counts(self) -> list[int]:
+        """The number of rows of each weight; waits for the device."""
+        ends = self.ends.tolist()
+        return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def joined_columns(rank: int) -> int:

@@ -73,14 +73,25 @@ class AdapterParameters(nn.Module):
         """Draws A from (seed, path), and sets B to 0 and m to the row norms: the layer computes what its base does."""
         W0, state = self.full_matrix(), self.adaptation
         state.forget()
-        dtype, fan_in = adapter_dtype(W0.dtype), W0[0].numel()
+        dtype = adapter_dtype(W0.dtype)
         if state.spec.method in ("dora", "lora"):
+            shape_A, shape_B, fan_in = self.adapter_shapes(W0, state.spec.rank)
             # the same numbers for every dtype and device; kaiming_uniform_(a=sqrt(5)) is U(-1, 1) / sqrt(fan_in)
-            A = torch.empty(state.spec.rank, *W0.shape[1:], dtype=torch.float32, device="cpu")
+            A = torch.empty(shape_A, dtype=torch.float32, device="cpu")
             A.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=seeded_generator(state.seed, state.path))
             self._set("lora_A", A.to(W0.device, dtype))
-            self._set("lora_B", torch.zeros(W0.shape[0], state.spec.rank, dtype=dtype, device=W0.device))
+            self._set("lora_B", torch.zeros(shape_B, dtype=dtype, device=W0.device))
         self.reset_magnitude()
+
+    @staticmethod
+    def adapter_shapes(W0: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        """The shapes of A and B for a weight with output rows first, and the number of inputs of a row."""
+        return (rank, *W0.shape[1:]), (W0.shape[0], rank), W0[0].numel()
+
+    @staticmethod
+    def row_norms(W0: Tensor) -> Tensor:
+        """The row norms of a weight with output rows first, in the shape of m."""
+        return row_norm(W0)
 
     def reset_magnitude(self) -> None:
         """Sets m to the row norms of the weight as it is now."""
@@ -94,7 +105,7 @@ class AdapterParameters(nn.Module):
         state = self.adaptation
         state.made_for = self.weight.device, self.weight.dtype
         if state.spec.method in ("dora", "magnitude"):
-            state.first_magnitude = row_norm(self.full_matrix())
+            state.first_magnitude = self.row_norms(self.full_matrix())
 
     def _set(self, name: str, value: Tensor) -> None:
         parameter = getattr(self, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ class PassCache:
         checks_update: Whether an earlier pass may have found no update. Only then waiting for a GPU to know pays.
         has_update: Whether the adapters differ from fresh ones; None where no pass has checked.
         inference: The result of `Steps.keep`, for inference passes in the unmerged form.
+        matrices: The caches of single matrices of a stack, by index.
     """
 
     n0: Tensor | None = None
@@ -43,6 +44,21 @@ class PassCache:
     checks_update: bool = True
     has_update: bool | None = None
     inference: Any = None
+    matrices: dict[int, PassCache] = field(default_factory=dict)
+
+    def of_matrix(self, index: int) -> PassCache:
+        """The cache of one matrix of a stack."""
+        found = self.matrices.get(index)
+        if found is None:
+            found = self.matrices[index] = PassCache(keeps_base=self.keeps_base)
+        found.keeps = self.keeps
+        return found
+
+    def forget_adapters(self) -> None:
+        """Discards what depends on the adapters."""
+        self.rows = self.merged = self.has_update = None
+        for cache in self.matrices.values():
+            cache.forget_adapters()
 
     def finds_update(self, t: Tensor) -> bool:
         """Whether an update differs from 0, or has to be taken as one that does: a recorded graph reads no values.

@@ -11,7 +11,7 @@ from torch import nn
 
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.kinds import adapted_class, not_adaptable
-from dora_mm.core.wrappers.attention import with_projections
+from dora_mm.core.wrappers.separation import with_projections
 
 Counts = int | tuple[int, ...]  # how many modules a block holds; a tuple lists the allowed numbers
 

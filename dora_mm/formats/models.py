@@ -17,8 +17,9 @@ from dora_mm.core.kinds import adapted_class
 from dora_mm.core.layer import TransposedLayer
 from dora_mm.core.spec import DoRASpec
 from dora_mm.core.strength import Strength, strengths_of
-from dora_mm.core.wrappers.attention import PackedProjection, with_projections
+from dora_mm.core.wrappers.attention import PackedProjection
 from dora_mm.core.wrappers.quantized import DoRAQuantized, is_quantized
+from dora_mm.core.wrappers.separation import with_projections
 from dora_mm.core.wrappers.sharded import gathered, reshard, write
 from dora_mm.formats.state import AdapterState, LayerState, check_finite, joined
 from dora_mm.targets import SHORT_NAMES

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from dora_mm.core.targets import TargetMap, adaptable
-from dora_mm.core.wrappers.attention import with_projections
+from dora_mm.core.wrappers.separation import with_projections
 from dora_mm.registries.target_maps import DERIVED_PARTS as PARTS
 
 NAME = "derived"

@@ -16,7 +16,7 @@ from torch import nn
 import dora_mm
 from dora_mm import DoRASpec, targets
 from dora_mm.core.targets import adaptable, match_modules, parts_in
-from dora_mm.core.wrappers.attention import with_projections
+from dora_mm.core.wrappers.separation import with_projections
 
 PATCHES = {"model.vision_tower.embeddings.patch_embedding"}
 HEAD = {"lm_head"}

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dora_mm.core.adaptation import ADAPTER_NAMES
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.ops import LINEAR
+from dora_mm.core.wrappers.projections import AdaptedProjection, Projection, ProjectionHolder
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-class PackedProjection(nn.Module):
+class PackedProjection(Projection):
     """One projection of an attention: a third of the rows of its packed weight and bias.
 
     Args:
@@ -30,15 +30,13 @@ class PackedProjection(nn.Module):
     """
 
     def __init__(self, attention: nn.MultiheadAttention, index: int):
-        super().__init__()
-        self.train(attention.training)
-        self.attention = (attention,)  # the tuple hides it from the module's children
+        super().__init__(attention)
         self.index = index
 
     @property
     def weight(self) -> nn.Parameter:
         """The packed weight with all rows, (3 E, E)."""
-        weight = self.attention[0].in_proj_weight
+        weight = self.holder[0].in_proj_weight
         assert weight is not None
         return weight
 
@@ -50,18 +48,17 @@ class PackedProjection(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The entries of this projection, a view (E,), or None."""
-        bias: Tensor | None = self.attention[0].in_proj_bias
+        bias: Tensor | None = self.holder[0].in_proj_bias
         return None if bias is None else bias.chunk(3)[self.index]
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.matrix, self.bias)
 
 
-class DoRAPackedProjection(AdaptedLayer, PackedProjection):
+class DoRAPackedProjection(AdaptedProjection, PackedProjection):
     """An adapted projection: A (R, E), B (E, R), magnitude (E,)."""
 
     matrix = PackedProjection.matrix
-    parameter_names = ADAPTER_NAMES  # the weight is the attention's
     base_class = PackedProjection
     not_full = "is a part of in_proj_weight, all of which method full would train"
 
@@ -69,7 +66,7 @@ class DoRAPackedProjection(AdaptedLayer, PackedProjection):
         return PackedProjection.forward(self, x) if self.is_base() else self.adapted_product(x, LINEAR)
 
     def merge(self, *, keep_base: bool) -> tuple[float, float]:
-        attention, base, weight = self.attention[0], self.matrix.detach().clone(), self.weight
+        attention, base, weight = self.holder[0], self.matrix.detach().clone(), self.weight
         sums = super().merge(keep_base=keep_base)
         self.adaptation.base_weight = base if keep_base else None  # its own rows: others may be merged as well
         if isinstance(attention, PackedAttention) and attention.unmerged_weight is None and keep_base:
@@ -79,25 +76,20 @@ class DoRAPackedProjection(AdaptedLayer, PackedProjection):
     def store(self, matrix: Tensor) -> None:
         packed = self.weight.detach().clone()
         packed.chunk(3)[self.index].copy_(matrix)
-        self.attention[0].in_proj_weight = nn.Parameter(packed, requires_grad=self.weight.requires_grad)
+        self.holder[0].in_proj_weight = nn.Parameter(packed, requires_grad=self.weight.requires_grad)
 
     def put_back(self, base: Tensor) -> None:
         self.store(base)
-        attention = self.attention[0]
+        attention = self.holder[0]
         assert isinstance(attention, PackedAttention)
-        others = (p for p in attention.adapted_projections() if p is not self)
+        others = (p for p in attention.adapted_projections().values() if p is not self)
         if attention.unmerged_weight is not None and not any(p.adaptation.merged for p in others):
             (weight,), attention.unmerged_weight = attention.unmerged_weight, None
             weight.data = attention.in_proj_weight.data  # the same bits, unless it was moved or cast
             attention.in_proj_weight = weight
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Loads the adapter if the state dict has it. The rows of the weight were loaded by the attention."""
-        if any(key.startswith(prefix) for key in state_dict):
-            super()._load_from_state_dict(state_dict, prefix, *args)
 
-
-class PackedAttention(nn.MultiheadAttention):
+class PackedAttention(ProjectionHolder, nn.MultiheadAttention):
     """An attention with adapted projections: it calls `q_proj`, `k_proj`, `v_proj` and `out_proj`."""
 
     q_proj: PackedProjection
@@ -127,8 +119,8 @@ class PackedAttention(nn.MultiheadAttention):
         if is_causal and attn_mask is None:
             raise ValueError("is_causal is a hint about attn_mask: pass attn_mask too")
         for projection in (self.q_proj, self.k_proj, self.v_proj):
-            if projection.attention[0] is not self:  # in a copy of DataParallel, they still have the original's weight
-                projection.attention = (self,)
+            if projection.holder[0] is not self:  # in a copy of DataParallel, they still have the original's weight
+                projection.holder = (self,)
         batched, sequence_first = query.dim() == 3, not self.batch_first
         if not batched:
             query, key, value, sequence_first = query[:, None], key[:, None], value[:, None], True
@@ -157,33 +149,8 @@ class PackedAttention(nn.MultiheadAttention):
         """(L, B, E) -> (B, H, L, E / H)."""
         return t.unflatten(-1, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3)
 
-    def adapted_projections(self) -> list[DoRAPackedProjection]:
-        """The projections that are adapted, in the order q, k, v."""
-        projections = (getattr(self, name) for name in PROJECTIONS)
-        return [projection for projection in projections if isinstance(projection, DoRAPackedProjection)]
-
-    def _apply(self, fn, recurse=True):
-        projections = self.adapted_projections()  # they are moved before the weight is
-        redraw = [any(t.is_meta for t in p.adapter_tensors().values()) for p in projections]
-        super()._apply(fn, recurse)
-        for projection, was_meta in zip(projections, redraw, strict=True):
-            projection.follow_weight(redraw=was_meta)
-        return self
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        """Loads a base model's weight as an adapted layer does: a fresh adapter gets a new m, a trained one fails."""
-        own = zip(PROJECTIONS, (self.q_proj, self.k_proj, self.v_proj), strict=True)
-        without_keys = [p for name, p in own if not any(key.startswith(f"{prefix}{name}.") for key in state_dict)]
-        bare = [p for p in without_keys if isinstance(p, DoRAPackedProjection)]
-        loads = prefix + "in_proj_weight" in state_dict
-        for projection in self.adapted_projections() if loads else []:
-            if problem := projection.why_not_load(bare=projection in bare):
-                errors.append(problem)
-                return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        for projection in self.adapted_projections():
-            projection.adaptation.forget(base=True)
-            projection.after_load(bare=loads and projection in bare)
+    def parameters_of_projections(self) -> dict[str, str]:
+        return dict.fromkeys(PROJECTIONS, "in_proj_weight")
 
 
 def _combined_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -217,26 +184,11 @@ def _attention_with_weights(
 # --- separating the projections of an attention, and restoring it -----------------------------------------------------
 
 
-def with_projections(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Adds the projections of attentions that are not separated yet to the modules of a model.
-
-    Args:
-        modules: The modules by path.
-
-    Returns:
-        The modules by path, in the same order, with new PackedProjections after each nn.MultiheadAttention.
-    """
-    found: dict[str, nn.Module] = {}
-    for path, module in modules.items():
-        found[path] = module
-        if type(module) is nn.MultiheadAttention and module.in_proj_weight is not None:
-            found |= {inside(path, name): PackedProjection(module, i) for i, name in enumerate(PROJECTIONS)}
-    return found
-
-
-def inside(path: str, name: str) -> str:
-    """The path of a child of the module at `path`, which is empty for the model itself."""
-    return f"{path}.{name}" if path else name
+def projections_of(attention: nn.Module) -> dict[str, PackedProjection]:
+    """New projections of an attention by name; empty where it is none, or they are separated already."""
+    if type(attention) is not nn.MultiheadAttention or attention.in_proj_weight is None:
+        return {}
+    return {name: PackedProjection(attention, index) for index, name in enumerate(PROJECTIONS)}
 
 
 def why_not_separable(attention: nn.Module | None) -> str | None:
@@ -259,7 +211,7 @@ def separate_projections(attention: nn.MultiheadAttention, projections: Mapping[
 
     Args:
         attention: An attention for which `why_not_separable` returns None.
-        projections: Its projections from `with_projections`, by the names in PROJECTIONS.
+        projections: Its projections, by the names in PROJECTIONS.
     """
     object.__setattr__(attention, "__class__", PackedAttention)
     assert isinstance(attention, PackedAttention)
