@@ -234,15 +234,19 @@ class BatchedOp(Op):
 
     Attributes:
         transposed: Whether the weight is stored as (I, O); the two products add in different orders.
+        least: The least number of tokens of a product: that of a single one adds in another order.
     """
 
     transposed: bool = False
+    least: int = 2
 
     def __call__(self, x, weight, bias):
+        rows = x.expand(max(len(x), self.least), -1) if len(x) == 1 else x
         if self.transposed:
-            y = torch.bmm(x.unsqueeze(1), weight.t().expand(len(x), *weight.t().shape)).squeeze(1)
+            y = torch.bmm(rows.unsqueeze(1), weight.t().expand(len(rows), *weight.t().shape)).squeeze(1)
         else:
-            y = torch.bmm(weight.expand(len(x), *weight.shape), x.unsqueeze(2)).squeeze(2)
+            y = torch.bmm(weight.expand(len(rows), *weight.shape), rows.unsqueeze(2)).squeeze(2)
+        y = y[: len(x)]
         return y if bias is None else y.add_(bias)
 
 

@@ -326,6 +326,6 @@ class StandIn:
         assert isinstance(chosen, Tensor)
         order = chosen.argsort(stable=True)
         ends = torch.bincount(chosen, minlength=len(self.weight)).cumsum(0)
-        each = BatchedOp(self.transposed)
+        each = BatchedOp(self.transposed, least=min(len(x), 2))
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return self.product(x[order], GroupedOp(ends, each))[back]
