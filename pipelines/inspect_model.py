@@ -253,8 +253,8 @@ def describe_network(title: str, network: Network, model: nn.Module, targets: Ta
     """The modules that all parts of a map take together, the parts, and what the default ones would train."""
     num_base = sum(parameter.numel() for parameter in model.parameters())
     others = [about_left_out(model, match_modules(model, targets))] if targets.name == NAME else []
-    others += [line] if (line := about_experts(model)) else []
     report = inject(model, targets.select(parts_in(model, targets) or None), DoRASpec(rank=RANK, alpha=RANK))
+    others += [line] if (line := about_experts(model)) else []
     default = tuple(targets.select().parts)
     trainable = sum(module.num_parameters for module in report.modules if module.part in default)
     total = num_base + trainable

@@ -340,7 +340,7 @@ def product_of_stack(x: Tensor, weight: Tensor, adapters: Sequence[Adapter], opt
     op, ys = options.op, []
     assert isinstance(op, GroupedOp)
     cache, of_each = options.cache or PassCache(), [adapter.of_matrices(len(weight)) for adapter in adapters]
-    for index, rows in enumerate(x.split(op.counts())):
+    for index, rows in enumerate(x.split(op.counts(len(x)))):
         if len(rows):
             own = options._replace(op=op.each, cache=cache.of_matrix(index), keep_weight=False)
             ys.append(adapted_product(rows, weight[index], None, [each[index] for each in of_each], own, steps))

@@ -265,9 +265,14 @@ class GroupedOp(Op):
     each: Op = LINEAR
     stacked = True
 
-    def counts(self) -> list[int]:
-        """The number of rows of each weight; waits for the device."""
-        ends = self.ends.tolist()
+    def counts(self, num_rows: int) -> list[int]:
+        """The number of rows of each weight, S in all; waits for the device. Without numbers, they are divided evenly.
+
+        Args:
+            num_rows: S.
+        """
+        number = len(self.ends)
+        ends = [num_rows * i // number for i in range(1, number + 1)] if self.ends.is_meta else self.ends.tolist()
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 

@@ -33,7 +33,7 @@ class TargetMapRecord:
 
 
 DERIVED_PARTS = (  # of a map that is derived from the structure of a model
-    *("text.attn", "text.mlp", "cross", "vision.attn", "vision.mlp", "connector"),
+    *("text.attn", "text.mlp", "text.experts", "cross", "vision.attn", "vision.mlp", "vision.experts", "connector"),
 )
 DECODERS = {  # the model types of decoder language models whose layers have the same names, by one of them
     "llama": """
@@ -85,7 +85,7 @@ TARGET_MAPS: Registry[TargetMapRecord] = Registry(
         "llm": TargetMapRecord(
             f"{_TARGETS}.decoders:DECODER", tuple(name for names in DECODERS.values() for name in names.split()), _TEXT
         ),
-        "llm-moe": TargetMapRecord(f"{_TARGETS}.decoders:MIXTURE", MIXTURES, ("text.attn",)),
+        "llm-moe": TargetMapRecord(f"{_TARGETS}.decoders:MIXTURE", MIXTURES, ("text.attn", "text.experts")),
         "t5": TargetMapRecord(f"{_TARGETS}.t5:T5", ("t5", "mt5", "umt5"), (*_TEXT, "cross")),
         "flux": TargetMapRecord(f"{_TARGETS}.flux:FLUX", ("FluxTransformer2DModel",), _BLOCKS, _TRANSFORMER),
         "flux2": TargetMapRecord(f"{_TARGETS}.flux:FLUX2", ("Flux2Transformer2DModel",), _BLOCKS, _TRANSFORMER),

@@ -1,6 +1,6 @@
 """Decoder language models of transformers: one map for all, from a table of their names.
 
-A mixture of experts keeps its experts in 3-D parameters, which no adapter reaches: only its attention is adapted.
+Of a mixture of experts the attention is adapted by default, and the experts where they are named.
 """
 
 from typing import NamedTuple
@@ -65,4 +65,9 @@ def block_of(row: LayerNames, prefix: str) -> Block:
 
 WITH_HEAD = r"(\w+\.)?"  # `model.` or `transformer.`; a model without its head has no prefix
 DECODER = compose("llm", decoder(WITH_HEAD))
-MIXTURE = compose("llm-moe", Block(rf"{WITH_HEAD}layers\.\d+", {"text.attn": (QKVO, 4)}), default=("text.attn",))
+EXPERTS = r"(mlp|block_sparse_moe)\.experts\.(gate_up|down)"
+MIXTURE = compose(
+    "llm-moe",
+    Block(rf"{WITH_HEAD}layers\.\d+", {"text.attn": (QKVO, 4), "text.experts": (EXPERTS, (0, 2))}),
+    default=("text.attn",),
+)

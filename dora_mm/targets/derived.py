@@ -1,9 +1,10 @@
 """The target map of a model of transformers from its structure: of every class that has no map of its own.
 
 The config of the model around a module says whether it is of the text, of a tower or of what connects them. In their
-blocks, the classes around it say whether it is attention or MLP, or else its shape. Left out are embeddings and heads,
-experts in 3-D parameters, what chooses (routers), other modalities, and convolutions that are not pointwise: some
-classes read the weights of such convolutions themselves.
+blocks, the classes around it say whether it is attention or MLP, or else its shape. Experts that routers choose are a
+part of their own; shared ones, which all tokens pass, are of the MLP. Left out are embeddings and heads, what chooses
+(routers), other modalities, and convolutions that are not pointwise: some classes read the weights of such convolutions
+themselves.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import Any
 from torch import nn
 
 from dora_mm.core.targets import TargetMap, adaptable
+from dora_mm.core.wrappers.experts import DoRAExperts, ExpertProjection, is_transposed
 from dora_mm.core.wrappers.separation import with_projections
 from dora_mm.registries.target_maps import DERIVED_PARTS as PARTS
 
 NAME = "derived"
+DEFAULT = ("text.attn", "text.mlp")
 ATTENTION = ("text.attn", "cross", "vision.attn")  # the parts that every block has one of
 NO_COUNTS: dict[str, int] = {}  # of a block in which any number of layers may be adapted
 AREAS = {  # of a model inside another one, by the name of its config there; the first one counts
@@ -34,6 +37,7 @@ KINDS = {  # of a layer, by a class around it or the name of that in the model; 
     "attn": r"attn|attention|mixer|delta_?net|short_?conv",
 }
 CROSS = "cross|encoder_attn|encdec|encoder_decoder"
+SHARED = "shared"
 PIXELS = "stem|embed|patch_(conv|proj)|downsample"  # in a tower: what makes tokens of an image, and fewer of them
 POOLED = "pool"  # in a tower: a head for one feature of an image, which no language model reads
 UNUSED = "audio|speech|generation"  # beside the towers: what answers about images do not need
@@ -61,7 +65,7 @@ def derive(model: Any) -> TargetMap:
     parts = {part: _patterns(names, structure.modules) for part, names in groups.items() if names}
     prefixes = (re.match(r"(.*\.)?N(?=\.)", name) for part in ATTENTION for name in groups[part])
     blocks = dict.fromkeys(f"re:{_any_number(found[0])}" for found in prefixes if found)
-    default = [part for part in PARTS[:2] if part in parts]
+    default = [part for part in DEFAULT if part in parts]
     return TargetMap(NAME, parts, dict.fromkeys(blocks, NO_COUNTS), default)
 
 
@@ -74,7 +78,7 @@ def about_left_out(model: nn.Module, taken: Mapping[str, Any]) -> str:
     """
     found = Counter()
     for path, module in with_projections(dict(model.named_modules())).items():
-        if path in taken or isinstance(module, nn.Embedding) or _is_experts(path, module):
+        if path in taken or isinstance(module, nn.Embedding | ExpertProjection) or _is_experts(path, module):
             continue
         if adaptable(module):
             found[numbered(path)] += 1
@@ -85,26 +89,25 @@ def about_left_out(model: nn.Module, taken: Mapping[str, Any]) -> str:
 
 
 def about_experts(model: nn.Module, trained: Iterable[nn.Parameter] = ()) -> str | None:
-    """A line on the experts in 3-D parameters, which adapters leave as they are; None: there are none.
+    """A line on the routed experts that stay as they are; None: there are none.
 
     Args:
-        model: The model.
+        model: The model, adapted or not.
         trained: Parameters that are trained themselves.
     """
-    num_all, own = sum(p.numel() for p in model.parameters()), {id(p) for p in trained}
-    found, count = Counter(), 0
+    num_all, known = sum(p.numel() for p in model.parameters()), {id(p) for p in trained}
+    known |= {id(layer.weight) for layer in model.modules() if isinstance(layer, DoRAExperts)}
+    found, count, remedy = Counter(), 0, ""
     for path, module in model.named_modules():
-        untouched = [p for p in module.parameters(recurse=False) if id(p) not in own]
-        if untouched and _is_experts(path, module):
+        untouched = [p for p in module.parameters(recurse=False) if id(p) not in known]
+        if untouched and _is_experts(path, module) and not re.search(SHARED, path):
             found[numbered(path)] += 1
             count += sum(p.numel() for p in untouched)
+            remedy = remedy or ("" if is_transposed(module) is None else "; the part text.experts adapts them")
     if not found:
         return None
     names = ", ".join(f"{name} ({number})" if number > 1 else name for name, number in found.items())
-    return (
-        f"experts that no adapter reaches, since they are 3-D weights: {names}; {count:,} parameters, "
-        f"{count / num_all:.1%} of the model, stay as they are"
-    )
+    return f"experts that stay as they are: {names}; {count:,} parameters, {count / num_all:.1%} of the model{remedy}"
 
 
 def _is_experts(path: str, module: nn.Module) -> bool:
@@ -162,10 +165,11 @@ class _Structure:
             is_block = area == "vision" and any(_enclosing_lists(path)) and not re.search(PIXELS, below)
             return f"vision.{self._kind(path, root) or 'mlp'}" if is_block else None
         if in_blocks and area in ("text", "vision"):
-            kind = self._kind(path, root) or self._kind_by_shape(module, root)
+            is_routed = isinstance(module, ExpertProjection) and not re.search(SHARED, below)
+            kind = "experts" if is_routed else self._kind(path, root) or self._kind_by_shape(module, root)
             if kind == "attn" and area == "text" and self._crosses(path, root):
                 return "cross"
-            return f"{area}.{kind}" if kind in ("attn", "mlp") else None
+            return f"{area}.{kind}" if kind in ("attn", "mlp", "experts") else None
         return "connector" if self._connects(path, root, area) else None
 
     def _connects(self, path: str, root: str, area: str) -> bool:

@@ -325,7 +325,7 @@ class StandIn:
         chosen = self.chosen
         assert isinstance(chosen, Tensor)
         order = chosen.argsort(stable=True)
-        ends = torch.bincount(chosen, minlength=len(self.weight)).cumsum(0)
+        ends = chosen.new_zeros(self.weight.shape[0]).scatter_add_(0, chosen, torch.ones_like(chosen)).cumsum(0)
         each = BatchedOp(self.transposed, least=min(len(x), 2))
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return self.product(x[order], GroupedOp(ends, each))[back]
