@@ -95,13 +95,15 @@ def test_a_dry_run_shows_parts_data_lengths_rows_memory_and_time(name, config, t
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("extra", [[], ["re:.*experts.*"]])
-def test_experts_that_stay_as_they_are_are_named(extra, config, capsys):
-    text = printed(capsys, config("qwen3_vl_moe", adapter={"rank": 2, "extra_trainable": extra}))
-    experts = (
-        "experts that no adapter reaches, since they are 3-D weights: model.language_model.layers.N.mlp.experts (2); "
-    )
-    assert (experts in text) == (not extra)
+@pytest.mark.parametrize("others", [{}, {"extra_trainable": ["re:.*experts.*"]}, {"parts": ["text.experts"]}])
+def test_experts_that_stay_as_they_are_are_named(others, config, capsys):
+    text = printed(capsys, config("qwen3_vl_moe", adapter={"rank": 2, **others}))
+    experts = "experts that stay as they are: model.language_model.layers.N.mlp.experts (2); 12,288 parameters, "
+    assert (experts in text) == (not others)
+    if "parts" in others:  # A (4, 2, I), B (4, O, 2) and m (4, O) of gate_up (4, 32, 32) and down (4, 32, 16), twice
+        trained = 2 * 4 * (2 * (32 + 32) + 32 + 2 * (32 + 16) + 32)
+        assert row_of(text, "text.experts")[0] == "gate_up, down"
+        assert row_of(text, "text.experts")[-2:] == ["4", f"{trained:,}"]
 
 
 def test_neither_model_nor_data_need_be_there(capsys):

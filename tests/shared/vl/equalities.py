@@ -21,6 +21,7 @@ from dora_mm.config.vl import DecodeConfig
 from dora_mm.core import AdaptedLayer, adapted_layers
 from dora_mm.core.functional import Adapter
 from dora_mm.core.wrappers.attention import PROJECTIONS, PackedProjection
+from dora_mm.core.wrappers.experts import DoRAExperts
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vl.vlm.family import VLM
 from tests.shared.reference import merged_weight, randomize
@@ -30,7 +31,8 @@ EXAMPLES = (
     Example("2", ("tall.png",), "Is there a dog in the picture?", ("no",), (1.0,)),
 )
 # PEFT takes layers of these names for experts of transformers 4, also those of dense blocks and shared experts.
-EXPERTS = ("glm4v_moe",)
+TAKEN_FOR_EXPERTS = ("glm4v_moe",)
+EXPERTS = ("text.experts", "vision.experts")
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -49,12 +51,10 @@ def learned_parts(base: Path, images: Path, scratch: Path) -> list[str]:
     batch = batch_of(vlm, images, EXAMPLES)
     bare = losses(vlm, batch)
     parts = list(vlm.target_maps["model"].parts)
-    config = VLAdapterConfig.model_validate({"rank": 2, "parts": parts})
-    trained = adapt(vlm.networks, vlm.target_maps, config, seed=0, backend="torch")
+    trained = adapted(vlm, parts)
     assert torch.equal(losses(vlm, batch), bare)
 
-    for seed, layer in enumerate(adapted_layers(vlm.model).values()):
-        randomize(layer, seed=seed)
+    randomize_all(vlm)
     gradients = check_gradients(vlm, opened(base), batch, trained)
     ours = losses(vlm, batch)
     assert (ours - bare).abs().max() > 1e-3
@@ -62,7 +62,14 @@ def learned_parts(base: Path, images: Path, scratch: Path) -> list[str]:
     torch.testing.assert_close(torch.cat(alone), ours, **CLOSE)
     answer = vlm.answerer("vqa", DecodeConfig(max_new_tokens=3), ())
     assert answer(EXAMPLES, str(images)) == [answer([example], str(images))[0] for example in EXAMPLES]
-    check_peft(vlm, opened(base), batch, scratch)
+    others = [part for part in parts if part not in EXPERTS]
+    if others == parts:
+        check_peft(vlm, opened(base), batch, scratch)
+    else:  # PEFT has no DoRA of experts
+        without = opened(base)
+        adapted(without, others)
+        randomize_all(without)
+        check_peft(without, opened(base), batch, scratch)
     dora_mm.merge(vlm.model)
     torch.testing.assert_close(losses(vlm, batch), ours, **CLOSE)
     paths = {name.removeprefix("model.").rpartition(".")[0] for name, found in gradients.items() if found.any()}
@@ -72,6 +79,17 @@ def learned_parts(base: Path, images: Path, scratch: Path) -> list[str]:
 
 def opened(base: Path) -> VLM:
     return VLM(VLMModelConfig(path=str(base)))
+
+
+def adapted(vlm: VLM, parts: list[str], **settings: Any) -> TrainedNetworks:
+    """Adapts parts of a model with fresh adapters of rank 2."""
+    config = VLAdapterConfig.model_validate({"rank": 2, "parts": parts, **settings})
+    return adapt(vlm.networks, vlm.target_maps, config, seed=0, backend="torch")
+
+
+def randomize_all(vlm: VLM) -> None:
+    for seed, layer in enumerate(adapted_layers(vlm.model).values()):
+        randomize(layer, seed=seed)
 
 
 def batch_of(vlm: VLM, images: Path, examples) -> Any:
@@ -107,6 +125,9 @@ def set_textbook_weights(model: nn.Module, layers: dict[str, AdaptedLayer]) -> N
     for path, layer in layers.items():
         spec, (above, _, last) = layer.adaptation.spec, path.rpartition(".")
         adapter = Adapter(layer.lora_A, layer.lora_B, layer.magnitude, spec.alpha / spec.rank, 1.0, "detached")
+        if isinstance(layer, DoRAExperts):
+            set_textbook_experts(modules[above], layer, adapter)
+            continue
         base = layer.matrix if isinstance(layer, PackedProjection) else layer.weight
         weight = merged_weight(base, adapter).to(base.dtype)
         if path in modules:
@@ -122,12 +143,23 @@ def set_textbook_weights(model: nn.Module, layers: dict[str, AdaptedLayer]) -> N
         attention.in_proj_weight = weight
 
 
+def set_textbook_experts(experts: Any, layer: DoRAExperts, adapter: Adapter) -> None:
+    """Gives experts of a plain model, which loops over them from now on, the textbook's weights."""
+    matrices = layer.matrix.detach()
+    pairs = zip(matrices, adapter.of_matrices(len(matrices)), strict=True)
+    weight = torch.stack([merged_weight(matrix, own).to(matrix.dtype) for matrix, own in pairs])
+    delattr(experts, layer.parameter)
+    setattr(experts, layer.parameter, weight.mT if layer.transposed else weight)
+    if hasattr(experts, "config"):
+        experts.config._experts_implementation = "eager"
+
+
 def check_peft(vlm: VLM, theirs: VLM, batch, folder: Path) -> None:
     """Compares with what PEFT computes, where its format can hold the adapter, or checks that it is refused."""
     if formats.about_format(vlm.networks, "peft"):
         return
     dora_mm.save_adapter(vlm.networks, folder, format="peft")
-    if vlm.model_config.model_type in EXPERTS:
+    if vlm.model_config.model_type in TAKEN_FOR_EXPERTS:
         with pytest.raises(ValueError, match="ParamWrapper does not work with use_dora"):
             PeftModel.from_pretrained(theirs.model, folder)
         return
