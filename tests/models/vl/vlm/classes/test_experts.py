@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._pytree import tree_map_only
 
 from dora_mm.core import adapted_layers
 from dora_mm.core.wrappers.experts import DoRAExperts
@@ -12,10 +13,29 @@ from tests.shared.data.vlm_rows import write_images
 from tests.shared.vl.equalities import EXAMPLES, adapted, batch_of, opened, randomize_all, set_textbook_weights
 
 MIXTURES = (
-    *("qwen3_vl_moe", "qwen3_5_moe", "qwen3_omni", "qwen4_exp", "llama4", "kimi_k25", "glm4v_moe", "glm5_next"),
-    *("aria", "ernie4_5_vl_moe", "deepseek_ocr2", "unlimited_ocr", "step3p7", "minimax_m3", "hy_v4_vl", "dots3_note"),
-    *("inkling", "inkling2", "inkling2_loop", "muse_spark", "mistral_large4"),
+    *(
+        "qwen3_vl_moe",
+        "qwen3_5_moe",
+        "qwen3_omni_moe_thinker",
+        "qwen4_exp",
+        "llama4",
+        "kimi_k25",
+        "glm4v_moe",
+        "glm5_next",
+    ),
+    *(
+        "aria",
+        "ernie4_5_vl_moe",
+        "deepseek_ocr2",
+        "unlimited_ocr",
+        "step3p7",
+        "minimax_m3_vl",
+        "hy_v4_vl",
+        "dots3_note",
+    ),
+    *("inkling_mm_model", "inkling2", "inkling2_loop", "muse_spark", "mistral_large4"),
 )
+FLOAT_ROUTERS = ("Inkling2TopKRouter", "Inkling2LoopTopKRouter")
 OWN_FORWARD = ("llama4", "step3p7")  # classes that no `experts_implementation` reaches
 CASES = [(name, "eager") for name in MIXTURES]
 CASES += [(name, "batched_mm") for name in MIXTURES if name not in OWN_FORWARD]
@@ -26,35 +46,43 @@ def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("pictures"))
 
 
-def in_double(batch: Any) -> list[tuple[dict[str, Any], torch.Tensor]]:
-    return [
-        ({n: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in inputs.items()}, labels)
-        for inputs, labels, _ in batch.groups
-    ]
+def compute_in_double(model: Any) -> None:
+    """The language model and its head, from what they are given in float32: some towers compute in that alone."""
+    text = model.get_decoder() or model.get_submodule("model.language_model")
+    for module in (text, model.get_output_embeddings()):
+        module.double()
+        module.register_forward_pre_hook(cast_to_double, with_kwargs=True)
+    for module in text.modules():
+        if type(module).__name__ in FLOAT_ROUTERS:
+            module.float()
 
 
-def loss_of(vlm, groups) -> torch.Tensor:
-    return sum(vlm.network.row_losses(inputs, labels)[0].sum() for inputs, labels in groups)
+def cast_to_double(module, args, kwargs):
+    return tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, (args, kwargs))
+
+
+def loss_of(vlm, batch) -> torch.Tensor:
+    return sum(vlm.network.row_losses(inputs, labels)[0].sum() for inputs, labels, _ in batch.groups)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "implementation"), CASES)
 def test_loss_and_gradients_are_those_of_the_loop_over_experts(name, implementation, tiny_vlm, images):
-    """In float64, with adapters in all parts. (Grouped products, in float32: tests/shared/vl/equalities.py.)"""
+    """In float64, with adapters in all parts of the text. In float32, grouped, in all parts: test_classes.py."""
     vlm, plain = opened(tiny_vlm(name)), opened(tiny_vlm(name))
-    groups = in_double(batch_of(vlm, images, EXAMPLES))
+    batch = batch_of(vlm, images, EXAMPLES)
     for each in (vlm, plain):
-        each.model.double()
+        compute_in_double(each.model)
         each.model.set_experts_implementation(implementation)
-    trained = adapted(vlm, list(vlm.target_maps["model"].parts))
+    trained = adapted(vlm, [part for part in vlm.target_maps["model"].parts if part.startswith("text.")])
     randomize_all(vlm)
     layers = adapted_layers(vlm.model)
     assert any(isinstance(layer, DoRAExperts) for layer in layers.values())
     values = list(trained.parameters.values())
-    loss = loss_of(vlm, groups)
+    loss = loss_of(vlm, batch)
     found = torch.autograd.grad(loss, values, allow_unused=True)
     set_textbook_weights(plain.model, layers)
-    expected_loss = loss_of(plain, groups)
+    expected_loss = loss_of(plain, batch)
     expected = torch.autograd.grad(expected_loss, values, allow_unused=True)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=0)
     largest = max(float(gradient.norm()) for gradient in expected if gradient is not None)
