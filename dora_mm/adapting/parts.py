@@ -24,10 +24,11 @@ from dora_mm.config.adapter import (
 )
 from dora_mm.core import TargetMap
 from dora_mm.core.targets import match_modules, matching, parts_in
+from dora_mm.core.wrappers.experts import ExpertProjection
 from dora_mm.core.wrappers.separation import with_projections
 
 MODEL = "model"  # the network of a model that is a single one
-NOT_LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+NOT_LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, ExpertProjection)
 
 
 class PartModules(NamedTuple):

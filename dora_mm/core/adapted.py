@@ -291,9 +291,14 @@ class AdaptedLayer(AdapterParameters):
         stored = self.as_stored(matrix)
         if self.keeps_parameter():
             write(self.weight, stored)
-            keep(self)
+            keep(self.owner)
         else:
             self.weight = nn.Parameter(stored, requires_grad=self.weight.requires_grad)
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module whose parameter the weight is."""
+        return self
 
     def keeps_parameter(self) -> bool:
         """Whether the weight stays the same parameter: FSDP, or the block that is streamed, keeps its memory."""
@@ -314,7 +319,7 @@ class AdaptedLayer(AdapterParameters):
         else:
             bring(self)
             write(self.weight, gathered(base))
-            keep(self)
+            keep(self.owner)
 
     def check_can_unmerge(self) -> None:
         """Raises ValueError where the base weight was not kept."""

@@ -50,7 +50,8 @@ class PassCache:
         """The cache of one matrix of a stack."""
         found = self.matrices.get(index)
         if found is None:
-            found = self.matrices[index] = PassCache(keeps_base=self.keeps_base)
+            n0 = None if self.n0 is None else self.n0[index]
+            found = self.matrices[index] = PassCache(n0, keeps_base=self.keeps_base)
         found.keeps = self.keeps
         return found
 

@@ -30,6 +30,11 @@ class AdaptedProjection(AdaptedLayer):
     """Mixin for adapted projections."""
 
     parameter_names = ADAPTER_NAMES  # the weight is the holder's
+    holder: tuple[nn.Module]
+
+    @property
+    def owner(self) -> nn.Module:
+        return self.holder[0]
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Loads the adapter if the state dict has it. The weight was loaded by the holder."""

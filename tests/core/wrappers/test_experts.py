@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call
 from transformers import AriaTextConfig, GptOssConfig, Llama4TextConfig, NemotronHConfig, Qwen3MoeConfig
 from transformers.models.aria.modeling_aria import AriaExperts
@@ -35,7 +37,10 @@ from dora_mm.core import (
     unmerge,
 )
 from dora_mm.core.inject import inject_paths
+from dora_mm.core.wrappers.sharded import gathered, shard_frozen
+from dora_mm.core.wrappers.streaming import stream
 from tests.shared import reference
+from tests.shared.two_processes import needs_fsdp, run_in_two
 
 SIZE, INNER, EXPERTS = 24, 16, 5
 SIZES = {"hidden_size": SIZE, "hidden_act": "silu", "n_routed_experts": EXPERTS, "num_local_experts": EXPERTS}
@@ -327,3 +332,93 @@ def test_an_unknown_use_of_the_weights_is_an_error():
     inject(model, ["experts.down"], DoRASpec())
     with pytest.raises(AttributeError, match=r"Odd.down_proj has no sum: only its products with tokens are known"):
         model["experts"](torch.randn(3, INNER))
+
+
+# --- beside what else changes weights ---------------------------------------------------------------------------------
+
+
+class Mixture(nn.Module):
+    """Two blocks of routed experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(SIZE, EXPERTS, bias=False)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"experts": ROUTED["qwen3_moe"]()}) for _ in range(3))
+        for block in self.blocks:
+            block["experts"].config._experts_implementation = "grouped_mm"
+
+    def forward(self, x):
+        weights, routes = self.router(x).softmax(-1).topk(2)
+        for block in self.blocks:
+            x = x + block["experts"](x, routes, weights)
+        return x
+
+
+def mixture():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Mixture().requires_grad_(False)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    inject(model, [r"re:blocks\.\d\.experts\.(gate_up|down)"], DoRASpec(rank=3))
+    return trained(model)
+
+
+def tokens():
+    return torch.randn(9, SIZE, generator=torch.Generator().manual_seed(3))
+
+
+def step(model, x):
+    """The output, and the gradients of the adapters."""
+    y = model(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), list(adapter_parameters(model).values()))]
+
+
+def test_streamed_experts_compute_the_same_bits():
+    expected, model = step(mixture(), tokens()), mixture()
+    stream([block["experts"] for block in model.blocks], torch.device("cpu"))
+    assert all(map(torch.equal, step(model, tokens()), expected))
+    merge(model)
+    merged = model(tokens())
+    unmerge(model)
+    assert all(map(torch.equal, step(model, tokens()), expected))
+    plain = mixture()
+    merge(plain)
+    assert torch.equal(merged, plain(tokens()))
+
+
+def test_a_compiled_model_computes_the_same():
+    expected, model = step(mixture(), tokens()), mixture()
+    compiled = torch.compile(model, backend="aot_eager")
+    y = compiled(tokens())
+    gradients = torch.autograd.grad(y.square().sum(), list(adapter_parameters(model).values()))
+    for own, right in zip((y, *gradients), expected, strict=True):
+        torch.testing.assert_close(own, right)
+
+
+def _shards(rank, frozen_alone):
+    model, whole = mixture(), mixture()
+    blocks = [block["experts"] for block in model.blocks]
+    if frozen_alone:
+        shard_frozen(model, blocks, list(adapter_parameters(model).values()), torch.device("cpu"))
+    else:
+        for module in (*blocks, model):
+            fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    torch.testing.assert_close(model(tokens()), whole(tokens()))
+    model(tokens()).square().sum().backward()
+    right = step(whole, tokens())[1:]
+    for parameter, gradient in zip(adapter_parameters(model).values(), right, strict=True):
+        torch.testing.assert_close(gathered(parameter.grad), gradient)
+    merge(model)
+    merge(whole)
+    torch.testing.assert_close(model(tokens()), whole(tokens()))
+    unmerge(model)
+    unmerge(whole)
+    torch.testing.assert_close(model(tokens()), whole(tokens()))
+
+
+@needs_fsdp
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen_alone", [True, False])
+def test_sharded_experts(frozen_alone, tmp_path):
+    run_in_two(tmp_path, _shards, frozen_alone)
