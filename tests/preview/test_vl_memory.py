@@ -142,6 +142,7 @@ def loss_of(losses: TargetLosses, batch: tuple[dict, torch.Tensor]) -> LossSum:
 UNLIKE = {
     **dict.fromkeys(("aria", "apertus1p5", "chameleon", "emu3"), (0.65, 0.8)),  # kernels of convolutions take the rest
     "cosmos3_edge": (0.84, 0.85),
+    **dict.fromkeys(("llama4", "glm4v_moe"), (0.8, 0.85)),  # how many tokens an expert has decides its form
     "inkling_mm_model": (6, 7.5),  # the norms of a layer with 90 % of the weights take all of it, as on a GPU
 }
 OTHERS = (name for name in (*tiny.NAMES, *tiny.NEWER, *tiny.OTHERS, *WHOLE) if name != "qwen3_vl_moe")
@@ -193,7 +194,8 @@ def estimated_of_measured(vlm, batch, loss) -> float:
     structure = vlm.structure(vlm.config, VisionConfig())
     assert structure.row_losses is not None
     structure.networks["model"].requires_grad_(False)
-    config = VLAdapterConfig.model_validate({"rank": 4, "parts": "all-linear"})
+    experts = [part for part in vlm.target_maps["model"].parts if part.endswith(".experts")]
+    config = VLAdapterConfig.model_validate({"rank": 4, "parts": ["all-linear", *experts]})
     both = [
         adapt(networks, structure.target_maps, config, seed=0, backend="torch")
         for networks in (vlm.networks, structure.networks)

@@ -37,7 +37,8 @@ UNUSED = dict.fromkeys(("llava", "llava_next"), (".vision_tower.encoder.layers.1
 # PEFT takes layers of these names for experts of transformers 4, also those of dense blocks and shared experts.
 FUSED_BY_PEFT = ("glm4v_moe",)
 # PEFT's folder cannot hold their adapters, which are written in the native form.
-OWN_FORM = ("deepseek_ocr2", "inkling2", "inkling2_loop", "mistral_large4", "unlimited_ocr")
+OWN_FORM = ("deepseek_ocr2", "inkling2", "inkling2_loop", "mistral_large4", "unlimited_ocr", "qwen3_vl_moe")
+PARTS = {"qwen3_vl_moe": {"text.experts": {"rank": 3}, "text.attn": {}, "connector": {"method": "lora"}}}
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ def test_a_run_resumes_exactly_and_its_adapter_leaves(name, tiny_vlm, images, tm
     config = {
         "pipeline": "train_vl",
         "model": {"path": str(base)},
-        "adapter": {"rank": 2, "extra_trainable": ["norms"]},
+        "adapter": {"rank": 2, "extra_trainable": ["norms"], "parts": PARTS.get(name)},
         "data": {**data, "tables": str(tmp_path / "tables")},
         "optimizer": {"lr": 0.02},
         "train": {"steps": 4, "batch_size": 2, "checkpoint_every": 2, "log_every": 1},
