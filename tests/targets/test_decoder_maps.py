@@ -81,6 +81,10 @@ def test_mixtures_of_experts(model_type):
     report = dora_mm.inject(model, "llm-moe", DoRASpec(rank=2))
     assert Counter(module.part for module in report.modules) == {"text.attn": LAYERS * 4}
     check_gradients(model)
+    dora_mm.remove(model)
+    report = dora_mm.inject(model, "llm-moe", DoRASpec(rank=2), parts=["text.experts"])
+    assert Counter(module.kind for module in report.modules) == {"DoRAExperts": LAYERS * 2}
+    check_gradients(model)
 
 
 def test_a_model_without_its_head_and_one_with_another():

@@ -170,9 +170,13 @@ class AdaptedExperts(ProjectionHolder):
         found = ((name, getattr(child, "parameter", None)) for name, child in self.named_children())
         return {name: parameter for name, parameter in found if parameter is not None}
 
-    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the forward function of the base class, with stand-ins for the parameters that are adapted."""
+        if torch.compiler.is_compiling():  # the decorator, at import, would load the compiler
+            return torch.compiler.disable(self._run)(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         layers = [p for p in self.adapted_projections().values() if isinstance(p, DoRAExperts) and not p.is_base()]
         if not layers:
             return super().forward(*args, **kwargs)
