@@ -13,19 +13,20 @@ be called then, and classes with a forward function of their own never call one.
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.core.functional import Adapter, can_read, row_norm, without_autocast
-from dora_mm.core.ops import LINEAR, BatchedOp, GroupedOp, Op
+from dora_mm.core.functional import can_read, row_norm
+from dora_mm.core.ops import LINEAR, Op
 from dora_mm.core.wrappers.projections import AdaptedProjection, Projection, ProjectionHolder
+from dora_mm.core.wrappers.quantized import FP8, dequantized_blocks
+from dora_mm.core.wrappers.stand_in import StandIn
 
 ENDING = "_proj"  # of the parameters; without it, it is the name of the layer
 # Whether the weights of an expert are (I, O), of classes with a forward function of their own (transformers 5.24).
@@ -75,9 +76,24 @@ class ExpertProjection(Projection):
         return getattr(self.holder[0], self.parameter)
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether the parameter is that of FP8Experts, float8 with a scale for each block."""
+        return self.weight.dtype == FP8
+
+    @property
     def matrix(self) -> Tensor:
-        """The weights with output rows first, a view (E, O, I)."""
+        """The weights with output rows first (E, O, I): a view, or dequantised."""
+        if self.is_quantized:
+            return torch.stack([self.matrix_of(index) for index in range(len(self.weight))])
         return self.weight.mT if self.transposed else self.weight
+
+    def matrix_of(self, index: int) -> Tensor:
+        """The weight of one expert (O, I): a view, or dequantised."""
+        if not self.is_quantized:
+            return self.matrix[index]
+        experts: Any = self.holder[0]
+        scale = getattr(experts, f"{self.parameter}_scale_inv")
+        return dequantized_blocks(self.weight[index], scale[index], experts.block_size)
 
 
 class DoRAExperts(AdaptedProjection, ExpertProjection):
@@ -101,6 +117,13 @@ class DoRAExperts(AdaptedProjection, ExpertProjection):
         if "forward" in vars(experts):
             return f"the forward function around {path} was replaced (a hook of accelerate?): inject before that"
         return None
+
+    def check_can_merge(self) -> None:
+        if self.is_quantized:
+            raise ValueError(
+                f"{self.adaptation.path} is quantised, and merging would lose the update: merge into a dense model"
+            )
+        super().check_can_merge()
 
     def as_stored(self, matrix: Tensor) -> Tensor:
         return matrix.mT.contiguous() if self.transposed else matrix
@@ -140,22 +163,18 @@ class DoRAExperts(AdaptedProjection, ExpertProjection):
 
     def stand_in(self) -> StandIn:
         """What stands in for the parameter in one pass."""
-        weight = self.tensor("weight")
+        weight, forward = self.tensor("weight"), self.adaptation.forward
         adapters, options = self.settings_of_pass(LINEAR, reads=can_read(weight))
-
-        @functools.cache
-        def of_expert(index: int) -> list[Adapter]:
-            return [each[index] for each in of_all]
-
         of_all = [adapter.of_matrices(len(weight)) for adapter in adapters]
-        matrix, forward = self.matrix, self.adaptation.forward
 
         def product(x: Tensor, op: Op, expert: int | None = None) -> Tensor:
             if expert is None:
-                return forward(x, matrix, None, adapters, options._replace(op=op, keep_weight=False))
+                return forward(x, self.matrix, None, adapters, options._replace(op=op, keep_weight=False))
             cache = None if options.cache is None else options.cache.of_matrix(expert)
             own = options._replace(op=op, cache=cache, keep_weight=False)
-            return forward(x, matrix[expert], None, of_expert(expert), own)
+            if self.is_quantized:
+                own = own._replace(dtype=x.dtype, restore=lambda: self.matrix_of(expert))
+            return forward(x, self.matrix_of(expert), None, [each[expert] for each in of_all], own)
 
         name = f"{type(self.holder[0]).__name__}.{self.parameter}"
         return StandIn(name, weight, product, self.transposed, not self.transposed)
@@ -165,6 +184,7 @@ class AdaptedExperts(ProjectionHolder):
     """Mixin for the class of experts with adapted weights, see `adapted_experts_class`."""
 
     base_class: type[nn.Module]
+    config: Any
 
     def parameters_of_projections(self) -> dict[str, str]:
         found = ((name, getattr(child, "parameter", None)) for name, child in self.named_children())
@@ -185,6 +205,9 @@ class AdaptedExperts(ProjectionHolder):
                 layer.holder = (self,)
         twin = object.__new__(type(self))
         twin.__dict__.update(vars(self), **{layer.parameter: layer.stand_in() for layer in layers})
+        if any(layer.is_quantized for layer in layers):  # other implementations are kernels, which take no stand-in
+            twin.__dict__["config"] = copy.copy(self.config)
+            twin.__dict__["config"]._experts_implementation = "eager"
         return super(AdaptedExperts, twin).forward(*args, **kwargs)
 
 
@@ -216,120 +239,3 @@ def restore_experts(experts: AdaptedExperts) -> None:
         for name in experts.parameters_of_projections():
             delattr(experts, name)
         object.__setattr__(experts, "__class__", experts.base_class)
-
-
-# --- the stand-in of a parameter --------------------------------------------------------------------------------------
-
-READABLE = {"device", "dtype", "shape", "ndim", "is_cuda", "requires_grad", "size", "dim", "data_ptr"}
-MATMUL = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
-
-
-@dataclass(frozen=True, eq=False)
-class StandIn:
-    """What a class takes for the weights of its experts: experts are chosen by indexing, and multiply tokens.
-
-    Attributes:
-        name: Of the parameter, for errors.
-        weight: The parameter.
-        product: Takes x (S, I), an operation, and the index of the expert where all rows of x are for one.
-        transposed: Whether the parameter is (E, I, O).
-        out_first: Whether the last two dimensions of the stand-in are (O, I).
-        chosen: The index of an expert; those of the experts of each row (S,); or None for all experts.
-    """
-
-    name: str
-    weight: Tensor
-    product: Callable[..., Tensor]
-    transposed: bool
-    out_first: bool
-    chosen: Tensor | int | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in READABLE:
-            raise AttributeError(f"the adapted {self.name} has no {name}: only its products with tokens are known")
-        return getattr(self.weight, name)
-
-    def __getitem__(self, index: Any) -> StandIn:
-        if self.chosen is not None or not isinstance(index, int | Tensor):
-            raise self._unknown(f"an index of type {type(index).__name__}")
-        single = isinstance(index, int) or index.dim() == 0
-        return replace(self, chosen=int(index) if single else index)
-
-    def transpose(self, first: int, second: int) -> StandIn:
-        """Swaps the last two dimensions."""
-        if {first % 3, second % 3} != {1, 2} or self.chosen is not None:
-            raise self._unknown(f"transpose({first}, {second})")
-        return replace(self, out_first=not self.out_first)
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Computes a product of tokens with a stand-in.
-
-        Raises:
-            TypeError: The function is another one.
-        """
-        kwargs = dict(kwargs or {})
-        own = next(value for value in (*args, *kwargs.values()) if isinstance(value, StandIn))
-        name = getattr(function, "__name__", str(function))
-        if function is F.linear:
-            return own._linear(*args, **kwargs)
-        if function in MATMUL and args[1] is own and not kwargs:
-            return own._matmul(args[0])
-        if function is torch.bmm and not kwargs:
-            return own._bmm(*args)
-        if "grouped_mm" in name:
-            return own._grouped(*args, **kwargs)
-        raise own._unknown(name)
-
-    def _unknown(self, what: str) -> TypeError:
-        return TypeError(
-            f"{self.name} is adapted, and its class uses it in a way that is not known ({what}): adapt other parts"
-        )
-
-    def _linear(self, x: Tensor, own: Any, bias: Tensor | None = None) -> Tensor:
-        if own is not self or not isinstance(self.chosen, int) or not self.out_first:
-            raise self._unknown("linear")
-        y = self.product(x, LINEAR, self.chosen)
-        return y if bias is None else y + bias
-
-    def _matmul(self, x: Tensor) -> Tensor:
-        if not isinstance(self.chosen, int) or self.out_first:
-            raise self._unknown("matmul")
-        return self.product(x, LINEAR, self.chosen)
-
-    def _grouped(self, x: Tensor, own: Any, *others: Any, offs: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """A grouped product, which is not autocast."""
-        ends = others[0] if others else offs
-        if own is not self or self.out_first or ends is None or any(v is not None for v in kwargs.values()):
-            raise self._unknown("grouped_mm")
-        with without_autocast(x.device):
-            return self.product(x.to(self.weight.dtype), GroupedOp(ends))
-
-    def _bmm(self, first: Any, second: Any) -> Tensor:
-        if self.chosen is None:
-            return self._dense(first, second)
-        if first is self and self.out_first:
-            return self._of_rows(second.squeeze(2)).unsqueeze(2)
-        if second is self and not self.out_first:
-            return self._of_rows(first.squeeze(1)).unsqueeze(1)
-        raise self._unknown("bmm")
-
-    def _dense(self, x: Any, own: Any) -> Tensor:
-        """Every expert has as many tokens, x (E, T, I)."""
-        if own is not self or self.out_first:
-            raise self._unknown("bmm")
-        num_experts, num_tokens, _ = x.shape
-        ends = torch.arange(1, num_experts + 1, device=x.device) * num_tokens
-        return self.product(x.flatten(0, 1), GroupedOp(ends)).unflatten(0, (num_experts, num_tokens))
-
-    def _of_rows(self, x: Tensor) -> Tensor:
-        """Every row of x (S, I) has its expert."""
-        chosen = self.chosen
-        assert isinstance(chosen, Tensor)
-        order = chosen.argsort(stable=True)
-        ends = chosen.new_zeros(self.weight.shape[0]).scatter_add_(0, chosen, torch.ones_like(chosen)).cumsum(0)
-        each = BatchedOp(self.transposed, least=min(len(x), 2))
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return self.product(x[order], GroupedOp(ends, each))[back]

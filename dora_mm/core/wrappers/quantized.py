@@ -1,4 +1,6 @@
-"""Linear layers whose weight is quantised (QDoRA): of bitsandbytes in 4 and 8 bits, of torchao, and our `Float8Linear`.
+"""Linear layers whose weight is quantised (QDoRA).
+
+They are those of bitsandbytes in 4 and 8 bits, of torchao, transformers' `FP8Linear`, and our `Float8Linear`.
 
 W0 is what the package's own dequantisation returns. It is computed again in each pass; neither W0 nor W' is kept.
 """
@@ -6,8 +8,10 @@ W0 is what the package's own dequantisation returns. It is computed again in eac
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dora_mm.core.adapted import AdaptedLayer
@@ -17,6 +21,7 @@ from dora_mm.core.wrappers.sharded import gathered
 from dora_mm.core.wrappers.subclasses import subclass
 
 BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
+FP8 = torch.float8_e4m3fn  # of transformers' FP8Linear and FP8Experts, with a scale for each block
 
 
 class DoRAQuantized(AdaptedLayer):
@@ -60,6 +65,9 @@ def dequantized(layer: nn.Module) -> Tensor:
         return layer.dense()
     weight: Any = layer.weight
     kind = type(weight).__name__
+    if is_fp8(layer):
+        own: Any = layer
+        return dequantized_blocks(gathered(weight), gathered(own.weight_scale_inv), own.block_size)
     if kind == "Params4bit":
         _restore_layout(layer)
         return sys.modules["bitsandbytes"].functional.dequantize_4bit(weight.data, weight.quant_state)
@@ -68,6 +76,27 @@ def dequantized(layer: nn.Module) -> Tensor:
     if getattr(layer, "quant_state", None) is not None:  # of 4 bits; FSDP2 gives the layer a weight without its class
         return sys.modules["bitsandbytes"].functional.dequantize_4bit(gathered(weight), layer.quant_state)
     return weight.dequantize()
+
+
+def dequantized_blocks(weight: Tensor, scale: Tensor, block_size: Sequence[int] | None) -> Tensor:
+    """The weights of transformers' FP8 layers, in float32.
+
+    Args:
+        weight: (O, I) in float8.
+        scale: What each block of them is multiplied by, (O / rows, I / columns), rounded up; or one number.
+        block_size: Rows and columns of a block; None for one number.
+    """
+    scale = scale.float()
+    if block_size is not None:
+        rows, columns = block_size
+        scale = scale.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)[:, : weight.shape[1]]
+    return weight.float() * scale
+
+
+def is_fp8(layer: nn.Module) -> bool:
+    """Whether this is transformers' FP8Linear, adapted or not, with a weight of 8 bits."""
+    kind = layer.adaptation.base_class if isinstance(layer, AdaptedLayer) else type(layer)
+    return kind.__module__.endswith(".finegrained_fp8") and kind.__name__ == "FP8Linear" and layer.weight.dtype == FP8
 
 
 def _restore_layout(layer: Any) -> None:
@@ -89,7 +118,7 @@ def _int8_parts(layer: Any) -> tuple[Tensor | None, Tensor | None]:
 
 def is_quantized(layer: nn.Module) -> bool:
     """Whether this is a quantised Linear that can be adapted."""
-    if isinstance(layer, Float8Linear):
+    if isinstance(layer, Float8Linear) or is_fp8(layer):
         return not isinstance(layer, AdaptedLayer)
     package = type(layer).__module__.partition(".")[0]
     if package == "bitsandbytes":

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call
 from transformers import AriaTextConfig, GptOssConfig, Llama4TextConfig, NemotronHConfig, Qwen3MoeConfig
+from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.inkling.modeling_inkling import InklingSharedExperts
@@ -40,9 +41,10 @@ from dora_mm.core.inject import inject_paths
 from dora_mm.core.wrappers.sharded import gathered, shard_frozen
 from dora_mm.core.wrappers.streaming import stream
 from tests.shared import reference
+from tests.shared.quantized import fp8_experts
 from tests.shared.two_processes import needs_fsdp, run_in_two
 
-SIZE, INNER, EXPERTS = 24, 16, 5
+SIZE, INNER, EXPERTS = 32, 16, 5
 SIZES = {"hidden_size": SIZE, "hidden_act": "silu", "n_routed_experts": EXPERTS, "num_local_experts": EXPERTS}
 SIZES |= {"moe_intermediate_size": INNER, "intermediate_size": INNER, "n_shared_experts": 2}
 SIZES |= {"moe_hidden_size": SIZE, "post_norm_eps": 1e-6, "_experts_implementation": "eager"}
@@ -332,6 +334,29 @@ def test_an_unknown_use_of_the_weights_is_an_error():
     inject(model, ["experts.down"], DoRASpec())
     with pytest.raises(AttributeError, match=r"Odd.down_proj has no sum: only its products with tokens are known"):
         model["experts"](torch.randn(3, INNER))
+
+
+def test_fp8_experts():
+    """As experts with the weights that transformers dequantises, one expert at a time."""
+    _, dense = build("qwen3_moe")
+    quantized = fp8_experts(dense["experts"])
+    for name in ("gate_up_proj", "down_proj"):
+        stored, scale = getattr(quantized, name), getattr(quantized, f"{name}_scale_inv")
+        weight = _dequantize_fp8_weight(stored, scale, quantized.block_size, torch.float32)
+        assert 0 < reference.relative_error(weight, getattr(dense["experts"], name)) < 0.05
+        getattr(dense["experts"], name).data.copy_(weight)
+    model = nn.ModuleDict({"experts": quantized}).requires_grad_(False)
+    inject(model, ["experts.gate_up", "experts.down"], DoRASpec(rank=3, alpha=5.0))
+    remove(dense)
+    inject(dense, ["experts.gate_up", "experts.down"], DoRASpec(rank=3, alpha=5.0))
+    args, results = inputs("qwen3_moe"), []
+    for each in (model, dense):
+        y = trained(each)["experts"](*args)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(adapter_parameters(each).values()))])
+    for own, right in zip(*results, strict=True):
+        torch.testing.assert_close(own, right)
+    with pytest.raises(ValueError, match=r"experts.gate_up is quantised, and merging would lose the update"):
+        merge(model)
 
 
 # --- beside what else changes weights ---------------------------------------------------------------------------------

@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
 from dora_mm import load_adapter, save_adapter
 from dora_mm.core import DoRASpec, fixed_parameters, inject, merge, remove, set_strength
 from dora_mm.core.wrappers.float8 import Float8Linear
 from tests.shared import reference
-from tests.shared.quantized import int8, nf4, torchao_int8
+from tests.shared.quantized import fp8, int8, nf4, torchao_int8
 
 SIZE = (48, 64)
 
@@ -201,3 +202,27 @@ def test_a_fresh_adapter_changes_float8_by_rounding_alone():
     reference.check_error(net(x), before, exact)
     set_strength(net, 0)
     assert net(x).equal(before)
+
+
+@pytest.mark.parametrize("scales", ["float", "ue8m0"])
+def test_fp8_of_transformers(scales):
+    """Weights in float8 with a scale for each block, which transformers itself quantises and dequantises."""
+    torch.manual_seed(0)
+    dense = nn.Linear(64, 48).requires_grad_(False)
+    layer = fp8(dense, scales)
+    theirs = _dequantize_fp8_weight(layer.weight, layer.weight_scale_inv, layer.block_size, torch.float32)
+    assert reference.relative_error(theirs, dense.weight) < 0.05
+    dense.weight.data = theirs
+    ours, right = adapted(layer), adapted(dense)
+    assert torch.equal(ours[0].matrix, theirs)
+    for net in (ours, right):
+        reference.randomize(net[0])
+    x = torch.randn(7, 64)
+    results = []
+    for net in (ours, right):
+        y = net(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(net[0].adapter_tensors().values()))])
+    for own, expected in zip(*results, strict=True):
+        torch.testing.assert_close(own, expected)
+    with pytest.raises(ValueError, match="is quantised, and merging would lose the update"):
+        merge(ours)
