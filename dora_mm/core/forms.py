@@ -335,14 +335,14 @@ def inferred_product(
 def product_of_stack(x: Tensor, weight: Tensor, adapters: Sequence[Adapter], options: Options, steps: Steps) -> Tensor:
     """Computes `adapted_product` of each matrix of a stack with its rows, see `GroupedOp`.
 
-    Of size (E, O, I) nothing is built, kept, or a gradient. Matrices without rows are not read.
+    Of size (E, O, I) nothing is built, or a gradient. Matrices without rows are not read.
     """
     op, ys = options.op, []
     assert isinstance(op, GroupedOp)
     cache, of_each = options.cache or PassCache(), [adapter.of_matrices(len(weight)) for adapter in adapters]
     for index, rows in enumerate(x.split(op.counts(len(x)))):
         if len(rows):
-            own = options._replace(op=op.each, cache=cache.of_matrix(index), keep_weight=False)
+            own = options._replace(op=op.each, cache=cache.of_matrix(index))
             ys.append(adapted_product(rows, weight[index], None, [each[index] for each in of_each], own, steps))
     return torch.cat(ys) if ys else F.linear(x, weight[0])
 

@@ -17,6 +17,8 @@ import dora_mm
 from dora_mm import DoRASpec, targets
 from dora_mm.core.targets import adaptable, match_modules, parts_in
 from dora_mm.core.wrappers.separation import with_projections
+from dora_mm.targets.derived import derive, numbered
+from tests.shared.vl.rarest_models import inkling
 
 PATCHES = {"model.vision_tower.embeddings.patch_embedding"}
 HEAD = {"lm_head"}
@@ -197,3 +199,15 @@ def test_models_without_a_map():
         targets.map_of(transformers.ViTModel(transformers.ViTConfig()))
     with pytest.raises(ValueError, match="the map llava is derived from a model"):
         targets.find("llava")
+
+
+def test_experts_shared_ones_and_routers_are_told_apart():
+    model, _ = inkling()
+    found = {numbered(path): part for path, part in match_modules(model, derive(model)).items()}
+    mlp = "model.language_model.layers.N.mlp"
+    assert {path.removeprefix(f"{mlp}."): part for path, part in found.items() if "experts" in path} == {
+        **dict.fromkeys(("experts.gate_up", "experts.down"), "text.experts"),
+        **dict.fromkeys(("shared_experts.gate", "shared_experts.up", "shared_experts.down"), "text.mlp"),
+    }
+    assert not [path for path in found if re.search("router|mlp.gate$", path)]
+    assert list(derive(model).default) == ["text.attn", "text.mlp"]

@@ -165,13 +165,14 @@ class DoRAExperts(AdaptedProjection, ExpertProjection):
         """What stands in for the parameter in one pass."""
         weight, forward = self.tensor("weight"), self.adaptation.forward
         adapters, options = self.settings_of_pass(LINEAR, reads=can_read(weight))
+        options = options._replace(keep_weight=False)  # of many experts that would be the size of the parameter
         of_all = [adapter.of_matrices(len(weight)) for adapter in adapters]
 
         def product(x: Tensor, op: Op, expert: int | None = None) -> Tensor:
             if expert is None:
-                return forward(x, self.matrix, None, adapters, options._replace(op=op, keep_weight=False))
+                return forward(x, self.matrix, None, adapters, options._replace(op=op))
             cache = None if options.cache is None else options.cache.of_matrix(expert)
-            own = options._replace(op=op, cache=cache, keep_weight=False)
+            own = options._replace(op=op, cache=cache)
             if self.is_quantized:
                 own = own._replace(dtype=x.dtype, restore=lambda: self.matrix_of(expert))
             return forward(x, self.matrix_of(expert), None, [each[expert] for each in of_all], own)
