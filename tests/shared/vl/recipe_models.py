@@ -5,6 +5,7 @@ MODELS = {  # the class of each recipe's model
     "llava_onevision_7b": "llava_onevision",
     "qwen2_5_vl_7b": "qwen2_5_vl",
     "qwen3_vl_8b": "qwen3_vl",
+    "qwen3_vl_30b_a3b": "qwen3_vl_moe",
     "internvl3_8b": "internvl",
     "qwen3_5_27b": "qwen3_5",
     "gemma4_e2b": "gemma4",
