@@ -4,34 +4,36 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from dora_mm.config.training import TrainConfig
 from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.tools.native import FILE_NAME
+from dora_mm.train.state_file import read_state, write_state
 from dora_mm.utils.atomic import flush
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.json_text import parse_json
 from dora_mm.utils.lock import check_lock, make_folder
 from dora_mm.utils.messages import first_line
 from dora_mm.utils.partials import partial_of
+from dora_mm.utils.pickles import read_tensor_pickle
 from dora_mm.utils.tensor_writer import write_tensor_file
 
 log = logging.getLogger(__name__)
-WEIGHTS, STATE, ABOUT = FILE_NAME, "state.pt", "checkpoint.json"  # the weights are also an adapter file
+WEIGHTS, STATE, ABOUT = FILE_NAME, "state.safetensors", "checkpoint.json"  # the weights are also an adapter file
+FORMER_STATE = "state.pt"  # of torch.save, in runs of before
 
 
 class Stateful(Protocol):
     """Anything with a state dict, such as an optimiser, a schedule, a gradient scaler or an EMA."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as tensors and plain Python values, which `torch.load(weights_only=True)` can read."""
+        """The state as tensors and plain Python values: see `state_file.write_state`."""
         ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
@@ -91,8 +93,7 @@ def _write_files(
     header: Mapping[str, str],
 ) -> None:
     write_tensor_file(folder / WEIGHTS, parameters, header)
-    with (folder / STATE).open("wb") as file:  # given a path, torch's error does not say that the disk is full
-        torch.save({name: part.state_dict() for name, part in parts.items()}, file)
+    write_state(folder / STATE, {name: part.state_dict() for name, part in parts.items()})
     digests = {name: file_digest(folder / name) for name in (WEIGHTS, STATE)}
     (folder / ABOUT).write_text(json.dumps({"step": step, "digests": digests}), encoding="utf-8")
     for file in folder.iterdir():
@@ -132,7 +133,7 @@ def damage(checkpoint: Path) -> str | None:
         about = parse_json((checkpoint / ABOUT).read_bytes(), ABOUT)
         if about["step"] != step_of(checkpoint):
             return f"{ABOUT} has another step"
-        for name in (WEIGHTS, STATE):
+        for name in (WEIGHTS, STATE if STATE in about["digests"] else FORMER_STATE):
             if file_digest(checkpoint / name) != about["digests"][name]:
                 return f"{name} is not as it was saved"
     except FileNotFoundError as error:
@@ -173,9 +174,17 @@ def load_parts(path: Path, parts: Mapping[str, Stateful]) -> None:
         path: The folder of a checkpoint that is intact.
         parts: As for `load_checkpoint`, where all are given.
     """
-    state = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=True)
+    state = _state_in(path, parts)
     for name, part in parts.items():
         part.load_state_dict(state[name])
+
+
+def _state_in(path: Path, names: Collection[str] | None = None) -> dict[str, Any]:
+    """The states in a checkpoint, all or some of them."""
+    if (path / STATE).exists():
+        return read_state(path / STATE, names)
+    found = read_tensor_pickle(path / FORMER_STATE)
+    return found if names is None else {name: found[name] for name in names}
 
 
 def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Stateful]) -> int:
@@ -195,7 +204,7 @@ def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], parts: M
     if problem := damage(path):
         raise ValueError(f"{path} is damaged: {problem}. Delete it to resume from the one before.")
     weights = load_file(path / WEIGHTS)
-    state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    state = _state_in(path)
     for names, expected in ((weights, parameters), (state, parts)):
         if difference := sorted(set(names) ^ set(expected)):
             raise ValueError(f"{path} belongs to another model or config: {difference[0]} is only in one of them.")

@@ -93,6 +93,11 @@ class TensorWriter:
         self._file.write(header)
 
 
+def writable(tensor: Tensor) -> bool:
+    """Whether a tensor is of a dtype that is written."""
+    return str(tensor.dtype) in _NAMES
+
+
 def _spec(name: str, tensor: Tensor) -> _TensorSpec:
     dtype = _NAMES.get(str(tensor.dtype))
     if dtype is None:

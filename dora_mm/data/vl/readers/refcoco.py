@@ -10,10 +10,10 @@ from typing_extensions import TypedDict
 
 from dora_mm.config.schema import Text
 from dora_mm.config.vl_data import SourceConfig
-from dora_mm.data.vl.data_pickle import read_data_pickle
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.json_items import Item, json_lines, list_items, location
 from dora_mm.data.vl.rows import BadRows, Index, RowError, checked, good_rows
+from dora_mm.utils.pickles import read_data_pickle
 
 Pixels = Annotated[int, Field(gt=0)]
 

