@@ -174,6 +174,17 @@ def test_all_bars_are_of_one_kind():
     }
 
 
+UNPICKLES = re.compile(r"\btorch\.load\(|\bpickle\.loads?\(|\bjoblib\.load|allow_pickle=True|\bshelve\b|weights_only")
+
+
+def test_one_reader_reads_pickles_and_nothing_is_unpickled():
+    reader = "dora_mm/utils/pickles.py"
+    assert {name_of(path) for path in SOURCES if {"pickle", "cloudpickle", "dill", "joblib"} & imported(path)} == {
+        reader
+    }
+    assert [name_of(path) for path in SOURCES if UNPICKLES.search(text_of(path))] == []
+
+
 PEFT_ITSELF = {
     *("dora_mm/adapting/prefixes.py", "dora_mm/formats/tools/peft_loading.py"),
     "dora_mm/testing/vl_family.py",  # which compares with it

@@ -11,6 +11,7 @@ from torch import nn
 from dora_mm.config.training import EpochTrainConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from dora_mm.registries.optimizers import OPTIMIZERS, Optimizer
 from dora_mm.registries.registry import load
+from dora_mm.train.state_file import encoded
 from dora_mm.utils.messages import first_line, nearest
 
 LEAST_OF_8_BITS = 4096  # numbers in a tensor from which bitsandbytes keeps its state in 8 bits
@@ -60,10 +61,11 @@ def averaged_point(optimizer: Any) -> dict[nn.Parameter, torch.Tensor] | None:
 
 
 def check_optimizer(config: OptimizerConfig, device: torch.device) -> None:
-    """Checks that an optimizer can step on a device, before anything is loaded; one of 8 bits takes a step.
+    """Checks that an optimizer can step on a device, and be saved, before anything is loaded: it takes a step.
 
     Raises:
-        ValueError: It needs a GPU, or its package, or that does not run on this one; or it has no such setting.
+        ValueError: It needs a GPU, or its package, or that does not run on this one; it has no such setting; or its
+            state has values that a checkpoint cannot hold.
     """
     needs_gpu = OPTIMIZERS[config.name].needs_gpu
     if needs_gpu and device.type in ("cpu", "mps"):
@@ -73,14 +75,17 @@ def check_optimizer(config: OptimizerConfig, device: torch.device) -> None:
     tried = nn.Parameter(torch.zeros(LEAST_OF_8_BITS, device=device))
     tried.grad = torch.zeros_like(tried)
     optimizer = build_optimizer({"tried": tried}, config)
-    if not needs_gpu:
-        return
     try:
         optimizer.step()
     except Exception as error:  # whatever its package raises on a GPU that it was not built for
+        machine = "GPU" if needs_gpu else "machine"
         raise ValueError(
-            f"optimizer.name {config.name} does not run on this GPU ({first_line(error)}): choose another one"
+            f"optimizer.name {config.name} does not run on this {machine} ({first_line(error)}): choose another one"
         ) from None
+    try:
+        encoded(optimizer.state_dict(), "its state", {})
+    except ValueError as error:
+        raise ValueError(f"optimizer.name {config.name}: {error}, so that a run could not be resumed") from None
 
 
 def _settings(config: OptimizerConfig, optimizer_class: Any) -> dict[str, Any]:

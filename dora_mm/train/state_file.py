@@ -87,6 +87,8 @@ def _decoded(value: Any, read: Callable[[str], Tensor]) -> Any:
         return [_decoded(each, read) for each in value]
     if not isinstance(value, dict):
         return value
+    if len(value) != 1:
+        raise KeyError(", ".join(value))
     ((kind, inner),) = value.items()
     if kind == "tensor":
         return read(inner)

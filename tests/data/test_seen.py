@@ -3,10 +3,10 @@
 import os
 
 import pytest
-import torch
 
 from dora_mm.data import seen
 from dora_mm.data.seen import SeenFiles, content_name, read_as
+from dora_mm.train.state_file import read_state, write_state
 from dora_mm.utils.messages import ChangedFileError
 
 
@@ -20,9 +20,9 @@ def file(tmp_path, monkeypatch):
 
 def resumed(files: SeenFiles, file) -> SeenFiles:
     """As a process that goes on from a checkpoint."""
-    torch.save(files.state_dict(), file.with_name("state.pt"))
+    write_state(file.with_name("state.safetensors"), {"files": files.state_dict()})
     found = SeenFiles()
-    found.load_state_dict(torch.load(file.with_name("state.pt"), weights_only=True))
+    found.load_state_dict(read_state(file.with_name("state.safetensors"))["files"])
     return found
 
 

@@ -239,7 +239,7 @@ def make_run(folder: Path) -> None:
     log.close()
     checkpoint = run.checkpoints / "step-000002"
     checkpoint.mkdir(parents=True)
-    for name in ("trained_weights.safetensors", "state.pt"):
+    for name in ("trained_weights.safetensors", "state.safetensors"):
         (checkpoint / name).write_bytes(b"state")
     (checkpoint / "checkpoint.json").write_text(json.dumps({"step": 2, "digests": {}}))
     (run.path / ".lock").write_text(

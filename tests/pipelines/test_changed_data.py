@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageOps
 
 from dora_mm.cli import main
+from dora_mm.train.state_file import read_state
 from tests.shared.data.chats import messages, packed
 from tests.shared.data.vlm_rows import write_images, write_questions
 from tests.shared.killed import assert_same_weights, files_in
@@ -113,7 +113,7 @@ def test_a_run_goes_on_with_another_length_of_rows_where_none_that_it_read_is_cu
     write_images(tmp_path)
     model = {"path": str(tiny_vlm("llava")), "max_length": 60}
     run = stopped(model=model, data=write_questions(tmp_path, tmp_path), evaluate={"every": 1, "max_new_tokens": 2})
-    longest = torch.load(run / "checkpoints/step-000002/state.pt", weights_only=True)["row counts"]["longest"]
+    longest = read_state(run / "checkpoints/step-000002/state.safetensors")["row counts"]["longest"]
     before = files_in(run)
     assert main(["train", "--resume", str(run), "--set", f"model.max_length={longest - 1}"]) == 2
     error = capsys.readouterr().err

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from dora_mm.cli import main
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.metrics import read_metrics
+from dora_mm.train.state_file import read_state
 from tests.pipelines.processes import kill_all, launched, wait_for
 from tests.shared.data.vlm_rows import write_conversations, write_images
 from tests.shared.killed import assert_same_weights
@@ -92,7 +93,7 @@ def assert_same_runs(one: Path, other: Path) -> None:
     """Curves, weights, averages, adapters and contact sheets bit for bit."""
     assert curves(one) == curves(other)
     assert_same_weights(LAST, one, other)
-    states = [torch.load(run / "checkpoints" / LAST / "state.pt", weights_only=True)["ema"] for run in (one, other)]
+    states = [read_state(run / "checkpoints" / LAST / "state.safetensors")["ema"] for run in (one, other)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     for file in sorted(path.relative_to(one) for path in one.glob("adapter*/*.safetensors")):
         assert load_file(one / file).keys() == load_file(other / file).keys()

@@ -16,6 +16,7 @@ from dora_mm.cli import main
 from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.metrics import read_metrics
+from dora_mm.train.state_file import read_state
 from tests.pipelines.processes import kill_all, launched, wait_for
 from tests.pipelines.recorded import in_order, recorded
 from tests.shared.data.images_made import write_images as write_noise
@@ -171,7 +172,7 @@ def assert_equal_runs(one, other) -> None:
 
 def seen_files(run) -> dict[int, bytes]:
     """The digests of the features that the checkpoint of a run has, by their place."""
-    state = torch.load(run / f"checkpoints/step-{STEPS:06d}" / "state.pt", weights_only=True)["files"]
+    state = read_state(run / f"checkpoints/step-{STEPS:06d}" / "state.safetensors")["files"]
     return dict(zip(state["places"].tolist(), map(bytes, state["digests"].numpy()), strict=True))
 
 
@@ -293,7 +294,7 @@ def test_two_processes_share_the_pairs_that_are_kept(folder):
         assert process.wait(timeout=600) == 0, (folder / "pairs.log").read_text()
     assert_equal_runs(folder / "pairs_two", folder / "pairs_one")
     states = [
-        torch.load(folder / name / "checkpoints/step-000002/state.pt", weights_only=True)["reference"]
+        read_state(folder / name / "checkpoints/step-000002/state.safetensors")["reference"]
         for name in ("pairs_one", "pairs_two")
     ]
     known = [dict(zip(state["keys"].tolist(), state["log_probabilities"].tolist(), strict=True)) for state in states]

@@ -20,6 +20,7 @@ from dora_mm.data.vl.rows import RowTooLongError
 from dora_mm.data.vl.splits import TrainingSet
 from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.tasks.preferences import KeptReference, Preferences, pair_losses, pairs_of, without_adapters
+from dora_mm.train.state_file import read_state
 from tests.shared.data.chats import messages
 from tests.shared.data.vlm_rows import write_images
 from tests.shared.killed import assert_same_weights
@@ -232,7 +233,7 @@ def test_a_run_resumes_exactly(adapter, tiny_vlm, images, tmp_path, capsys):
     (killed / "summary.json").unlink()
     assert main(["train", "--resume", str(killed)]) == 0
     assert_same_weights("step-000004", whole, killed)
-    states = [torch.load(run / "checkpoints/step-000004/state.pt", weights_only=True) for run in (whole, killed)]
+    states = [read_state(run / "checkpoints/step-000004/state.safetensors") for run in (whole, killed)]
     if adapter == FULL:
         both = [state["reference"]["log_probabilities"] for state in states]
         assert torch.equal(*both)

@@ -27,6 +27,7 @@ from dora_mm.train.optim import OPTIMIZERS, build_optimizer
 from dora_mm.train.processes import join_processes
 from dora_mm.train.run import training_run
 from dora_mm.train.schedule import Schedule
+from dora_mm.train.state_file import read_state
 from dora_mm.train.validation import OVERALL, STAGE, Validation
 from dora_mm.train.weights import EMA, WeightAverage, result_of
 from dora_mm.utils.losses import LossSum
@@ -275,7 +276,7 @@ def everything(run: Path, ends: list[Path]) -> dict[str, Any]:
     """All that a training has left: checkpoints, curves, the best adapter, and the state of each process at its end."""
     found: dict[str, Any] = {end.name.split("-")[-1]: torch.load(end, weights_only=True) for end in ends}
     for folder in checkpoint.checkpoints(run / "checkpoints"):
-        state = torch.load(folder / checkpoint.STATE, weights_only=True)
+        state = read_state(folder / checkpoint.STATE)
         state["progress"].pop("seconds")
         found[folder.name] = {"weights": load_file(folder / checkpoint.WEIGHTS), **state}
     found["curves"] = but_for_seconds(read_metrics(run / "metrics.jsonl"))

@@ -18,6 +18,7 @@ from dora_mm.config.training import ValidationConfig
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.run import training_run
+from dora_mm.train.state_file import read_state
 from dora_mm.train.validation import Validation
 from tests.shared.small_training import but_for_seconds, interrupt_at, small_training
 
@@ -40,10 +41,10 @@ FILES = {  # what may come of a flipped bit
     "validation/metrics.jsonl": {REFUSED},
     "validation/metrics.sha256": {REFUSED},
     "checkpoints/step-000008/checkpoint.json": {SAME},
-    "checkpoints/step-000008/state.pt": {SAME},
+    "checkpoints/step-000008/state.safetensors": {SAME},
     "checkpoints/step-000008/trained_weights.safetensors": {SAME},
     "checkpoints/step-000009/checkpoint.json": {SAME},
-    "checkpoints/step-000009/state.pt": {SAME},
+    "checkpoints/step-000009/state.safetensors": {SAME},
     "checkpoints/step-000009/trained_weights.safetensors": {SAME},
 }
 FLIPS = 2  # in each file
@@ -92,7 +93,7 @@ def start(tmp_path, monkeypatch):
 def result(run):
     """All that a finished run has computed."""
     end = run / "checkpoints" / "step-000012"
-    state = torch.load(end / "state.pt", weights_only=True)["optimizer"]["state"]
+    state = read_state(end / "state.safetensors")["optimizer"]["state"]
     curves = [but_for_seconds(read_metrics(run / name / "metrics.jsonl")) for name in ("", "validation")]
     return load_file(end / "trained_weights.safetensors"), state, curves
 
@@ -151,14 +152,15 @@ def test_a_file_of_another_run_or_a_missing_one_changes_no_result(start, tmp_pat
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(start, capsys, caplog):
     run = start("run")
     newest = run / "checkpoints" / "step-000009"
-    (newest / "state.pt").write_bytes(b"half")
+    (newest / "state.safetensors").write_bytes(b"half")
     assert cli.main(["train", "--resume", str(run)]) == 0
     (damaged, goes_on) = (record.message for record in caplog.records if record.levelname == "WARNING")
     assert damaged == (
-        f"The checkpoint {newest} is damaged (state.pt is not as it was saved), and set aside as damaged-step-000009."
+        f"The checkpoint {newest} is damaged (state.safetensors is not as it was saved), and set aside as "
+        "damaged-step-000009."
     )
     assert goes_on == "The run goes on from the checkpoint of step 8."
-    assert (run / "checkpoints" / "damaged-step-000009" / "state.pt").read_bytes() == b"half"
+    assert (run / "checkpoints" / "damaged-step-000009" / "state.safetensors").read_bytes() == b"half"
     for checkpoint in (run / "checkpoints").glob("step-*"):
         (checkpoint / "checkpoint.json").write_text("{}")
     assert cli.main(["train", "--resume", str(run), "--set", "train.steps=14"]) == 2
@@ -179,7 +181,7 @@ def test_a_training_that_diverged_goes_on_with_a_lower_rate(start, caplog):
     assert rates[12] == pytest.approx(wanted[12] / 10, rel=1e-12)
     assert "optimizer.lr changes from 0.05 to 0.005" in caplog.text
     assert "rates of a run of" not in caplog.text  # its length is the same
-    state = torch.load(run / "checkpoints" / "step-000012" / "state.pt", weights_only=True)
+    state = read_state(run / "checkpoints" / "step-000012" / "state.safetensors")
     assert {group["initial_lr"] for group in state["optimizer"]["param_groups"]} == {0.005}
 
 

@@ -15,6 +15,7 @@ from dora_mm.models.vl.vl_model import Structure
 from dora_mm.targets import find
 from dora_mm.train import optim
 from dora_mm.train.optim import OPTIMIZERS, averaged_point, build_optimizer, check_optimizer
+from dora_mm.train.state_file import read_state, write_state
 from dora_mm.train.weights import result_of, swapped
 from tests.shared.vl.small_vl_bart import small_vl_bart
 
@@ -156,6 +157,16 @@ def test_those_of_8_bits_are_refused_on_a_gpu_that_bitsandbytes_does_not_run_on(
     check_optimizer(config, device)
 
 
+def test_an_optimizer_whose_state_cannot_be_saved_is_refused_when_a_training_starts(monkeypatch):
+    class Remembers(torch.optim.AdamW):
+        def state_dict(self):
+            return {**super().state_dict(), "seen": {1, 2}}
+
+    monkeypatch.setattr(optim, "_imported", lambda kind: Remembers)
+    with pytest.raises(ValueError, match=r"adamw: its state.seen is a set, which a checkpoint cannot hold, so that"):
+        check_optimizer(OptimizerConfig(name="adamw", lr=1.0), torch.device("cpu"))
+
+
 def test_the_result_of_a_schedule_free_training_is_beside_it():
     """As its own `eval` computes it, which rounds what it trains."""
     pytest.importorskip("schedulefree")
@@ -206,8 +217,8 @@ def test_those_of_8_bits_go_on_to_the_same_bits(name, tmp_path):
     whole, first, second = start(), start(), start()
     train(*whole, range(8))
     train(*first, range(4))
-    torch.save(first[1].state_dict(), tmp_path / "state.pt")
+    write_state(tmp_path / "state.safetensors", {"optimizer": first[1].state_dict()})
     second[0].data.copy_(first[0].data)
-    second[1].load_state_dict(torch.load(tmp_path / "state.pt", map_location="cpu", weights_only=True))
+    second[1].load_state_dict(read_state(tmp_path / "state.safetensors")["optimizer"])
     train(*second, range(4, 8))
     assert torch.equal(whole[0], second[0])

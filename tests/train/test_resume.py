@@ -258,7 +258,7 @@ def test_a_full_disk_is_reported_to_the_user_and_leaves_no_partial_checkpoint(tm
 
     def opened(path, *args, **kwargs):
         file = real(path, *args, **kwargs)
-        return FullDisk(file) if path.name == "state.pt" else file
+        return FullDisk(file) if path.name == "state.safetensors" else file
 
     monkeypatch.setattr(Path, "open", opened)
     state = SimpleNamespace(state_dict=lambda: {"moments": torch.zeros(100_000)})

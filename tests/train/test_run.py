@@ -193,7 +193,7 @@ def test_a_run_has_one_writer(train, tmp_path):
 def test_what_a_killed_writer_has_left_goes_at_the_next_start(train, tmp_path):
     run = train()
     (run.checkpoints / ".step-000014.partial").mkdir()
-    (run.checkpoints / ".step-000014.partial" / "state.pt").touch()
+    (run.checkpoints / ".step-000014.partial" / "state.safetensors").touch()
     (run.path / ".summary.json.1a2b3c4d-1.partial").touch()
     (run.path / ".lock").write_text("{")
     train("train.steps=13", resume=run.path)

@@ -16,6 +16,7 @@ from dora_mm.config.training import ValidationConfig
 from dora_mm.formats.tools import native
 from dora_mm.train.checkpoint import checkpoints, last_step, save_checkpoint
 from dora_mm.train.metrics import read_metrics
+from dora_mm.train.state_file import read_state
 from dora_mm.train.validation import Validation
 from dora_mm.train.weights import WeightAverage, result_of
 from dora_mm.utils.run_directory import RunDirectory
@@ -85,7 +86,7 @@ def train(path, ema: float | None, patience: int | None, stop: int | None = None
 def state_of(run) -> tuple[int, dict, dict, list, list]:
     """All that the last checkpoint of a run and its curves hold, but for seconds."""
     newest = checkpoints(run / "checkpoints")[-1]
-    state = torch.load(newest / "state.pt", weights_only=True)
+    state = read_state(newest / "state.safetensors")
     del state["progress"]["seconds"]
     rows = [read_metrics(run / name) for name in ("metrics.jsonl", "validation/metrics.jsonl")]
     weights = load_file(newest / "trained_weights.safetensors")

@@ -32,6 +32,7 @@ from dora_mm.sampling.gallery import folder as gallery_folder
 from dora_mm.sampling.manifest import read_manifest
 from dora_mm.train.checkpoint import checkpoints
 from dora_mm.train.metrics import read_metrics
+from dora_mm.train.state_file import read_state
 from dora_mm.utils.lock import LOCK, only_writer
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 from tests.pipelines.images.test_sample import make_adapter
@@ -327,8 +328,7 @@ def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)
     states = [
-        torch.load(r / "checkpoints" / "step-000010" / "state.pt", weights_only=True)
-        for r in (tmp_path / "uninterrupted", run)
+        read_state(r / "checkpoints" / "step-000010" / "state.safetensors") for r in (tmp_path / "uninterrupted", run)
     ]
     one, two = (state["ema"] for state in states)
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -7,7 +7,6 @@ import signal
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 
 from dora_mm.adapting.files import header_of
@@ -17,6 +16,7 @@ from dora_mm.models.vl.vlm.family import VLM
 from dora_mm.studies.campaigns import subprocesses, trainings
 from dora_mm.studies.campaigns.subprocesses import TrainingProcess
 from dora_mm.tasks.preferences import Preferences
+from dora_mm.train.state_file import read_state
 from tests.shared.clock import Clock
 from tests.shared.data.text_rows import write_texts
 from tests.shared.data.vl_files import write_json
@@ -123,7 +123,7 @@ def test_pairs_are_compared_with_the_reference_of_the_first_day(base, tmp_path, 
     clock.pass_days(3)
     assert main(["train", "--resume", str(stopped)]) == 0
     assert_same_weights("step-000004", tmp_path / "whole", stopped)
-    state = torch.load(stopped / "checkpoints" / "step-000004" / "state.pt", weights_only=True)
+    state = read_state(stopped / "checkpoints" / "step-000004" / "state.safetensors")
     assert len(state["reference"]["keys"]) == len(pairs)
     assert state["row counts"]["day"] == FIRST
 
