@@ -108,9 +108,10 @@ def _spec(name: str, tensor: Tensor) -> _TensorSpec:
 def _write(file: BinaryIO, tensor: Tensor) -> None:
     import torch  # here, so that commands which only write text need not load torch
 
-    file.write(
-        tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    )
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    if flat.numel() == 1:  # contiguous, whatever its stride is
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    file.write(flat.view(torch.uint8).numpy().data)
 
 
 def write_tensors(path: Path, room: int, write: Callable[[TensorWriter], Mapping[str, str]]) -> None:

@@ -42,6 +42,7 @@ TENSORS = {
     "8 bits": torch.arange(5, dtype=torch.uint8),
     "mask": torch.tensor([True, False]),
     "empty": torch.empty(0, 3),
+    "expanded": torch.tensor(5).expand(1),
     "transposed": torch.arange(6.0).view(2, 3).t(),
     "not finite": torch.tensor([math.inf, -math.inf, math.nan]),
     "parameter": torch.nn.Parameter(torch.ones(2)),
