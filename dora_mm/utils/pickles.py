@@ -219,10 +219,17 @@ def _from_legacy(file: BinaryIO) -> Any:
     found, keys, content = reader.load(), _DataUnpickler(file).load(), {}
     for key in keys:
         storage = reader.storages[str(key)]
-        if int.from_bytes(file.read(8), "little") != storage.count:
+        if int.from_bytes(_exactly(file, 8), "little") != storage.count:
             raise _RefusedError("a storage of another size")
-        content[storage.key] = file.read(storage.count * _dtype(storage).itemsize)
+        content[storage.key] = _exactly(file, storage.count * _dtype(storage).itemsize)
     return _filled(found, lambda storage: content[storage.key])
+
+
+def _exactly(file: BinaryIO, size: int) -> bytes:
+    found = file.read(size)
+    if len(found) != size:
+        raise EOFError
+    return found
 
 
 def _dtype(storage: _Storage) -> Any:

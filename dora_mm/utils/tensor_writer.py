@@ -110,7 +110,7 @@ def _write(file: BinaryIO, tensor: Tensor) -> None:
 
     flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     if flat.numel() == 1:  # contiguous, whatever its stride is
-        flat = flat.clone(memory_format=torch.contiguous_format)
+        flat = flat.as_strided((1,), (1,))
     file.write(flat.view(torch.uint8).numpy().data)
 
 
