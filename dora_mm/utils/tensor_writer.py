@@ -109,8 +109,8 @@ def _write(file: BinaryIO, tensor: Tensor) -> None:
     import torch  # here, so that commands which only write text need not load torch
 
     flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    if flat.numel() == 1:  # contiguous, whatever its stride is
-        flat = flat.as_strided((1,), (1,))
+    if flat.numel() <= 1:  # contiguous, whatever its stride is
+        flat = flat.as_strided(flat.shape, (1,))
     file.write(flat.view(torch.uint8).numpy().data)
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -43,6 +44,7 @@ TENSORS = {
     "mask": torch.tensor([True, False]),
     "empty": torch.empty(0, 3),
     "expanded": torch.tensor(5).expand(1),
+    "empty of numpy": torch.from_numpy(np.empty(0, "u8").view(np.int64)),
     "transposed": torch.arange(6.0).view(2, 3).t(),
     "not finite": torch.tensor([math.inf, -math.inf, math.nan]),
     "parameter": torch.nn.Parameter(torch.ones(2)),
