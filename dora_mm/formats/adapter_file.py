@@ -259,9 +259,9 @@ class AdapterFile:
             raise ValueError(f"it has {min(unread)}, which {TOOLS[self.tool].title} does not write")
         layer = self._layer(module, axis, self.shape_of)
         if "lora_A" in layer.tensors:
-            A, B = layer.tensors["lora_A"], layer.tensors["lora_B"]
-            if (rank := len(A)) > max(MOST_RANK, len(B), A[0].numel()):
-                weight = (len(B), *A.shape[1:])
+            weight, rank = layer.weight_shape, layer.spec.rank
+            rows, *inner = weight if layer.num_experts is None else weight[1:]
+            if rank > max(MOST_RANK, rows, math.prod(inner)):
                 raise ValueError(f"its rank {rank} is that of no adapter of a weight of {weight}")
         return layer
 
