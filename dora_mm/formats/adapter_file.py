@@ -76,6 +76,8 @@ class AdapterFile:
             raise self._holds(method)
         with located(str(self.path)):
             self._extras = read_token_file(self.path, self.header)
+            renamed = tool_of(self.tool).renamed(self.modules, self.header)
+        self.modules = {renamed.get(module, module): keys for module, keys in self.modules.items()}
         self.embeddings += self._extras
 
     def _detect(self) -> str:

@@ -32,7 +32,7 @@ from dora_mm.formats.naming.spellings import Spelling
 from dora_mm.formats.state import LayerState, joined
 from dora_mm.formats.tokens import BUNDLE
 from dora_mm.formats.tools.formulas import Computation, Update
-from dora_mm.formats.tools.parts import Parts, alpha_of, neutral, shape
+from dora_mm.formats.tools.parts import Parts, neutral, of_experts
 from dora_mm.formats.tools.tool import Contents, Export, Format, Header, HeaderReader, Tool
 from dora_mm.utils.json_text import parse_json
 
@@ -103,21 +103,6 @@ def read(parts: Parts, axis: str | None) -> LayerState:
     if {"A", "B"} <= parts.keys() and parts["B"].dim() == 3:
         return of_experts(parts)
     return neutral(parts, "out")
-
-
-def of_experts(parts: Parts) -> LayerState:
-    """The adapter of stacked experts, from A (E, R, I), B (E, O, R), the magnitude (E, O) and alpha.
-
-    Raises:
-        ValueError: Their shapes do not fit each other, or alpha is not a positive number.
-    """
-    A, B, m = parts["A"], parts["B"], parts.get("m")
-    fits = A.dim() == 3 and A.shape[:2] == (B.shape[0], B.shape[2])
-    if not fits or (m is not None and m.shape != B.shape[:2]):
-        shapes = ", ".join(f"{shape(parts[role])} of {role}" for role in ("A", "B", "m") if role in parts)
-        raise ValueError(f"the shapes {shapes} do not fit each other, as those of stacked experts")
-    spec = DoRASpec(A.shape[1], alpha_of(parts, A.shape[1]), method="lora" if m is None else "dora")
-    return LayerState(spec, {"lora_A": A, "lora_B": B} | ({} if m is None else {"magnitude": m}))
 
 
 def computed(update: Update, m: Tensor | None, strength: float) -> Tensor:
