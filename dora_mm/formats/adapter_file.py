@@ -76,6 +76,8 @@ class AdapterFile:
             raise self._holds(method)
         with located(str(self.path)):
             self._extras = read_token_file(self.path, self.header)
+            renamed = tool_of(self.tool).renamed(self.modules, self.header)
+        self.modules = {renamed.get(module, module): keys for module, keys in self.modules.items()}
         self.embeddings += self._extras
 
     def _detect(self) -> str:
@@ -259,9 +261,9 @@ class AdapterFile:
             raise ValueError(f"it has {min(unread)}, which {TOOLS[self.tool].title} does not write")
         layer = self._layer(module, axis, self.shape_of)
         if "lora_A" in layer.tensors:
-            A, B = layer.tensors["lora_A"], layer.tensors["lora_B"]
-            if (rank := len(A)) > max(MOST_RANK, len(B), A[0].numel()):
-                weight = (len(B), *A.shape[1:])
+            weight, rank = layer.weight_shape, layer.spec.rank
+            rows, *inner = weight if layer.num_experts is None else weight[1:]
+            if rank > max(MOST_RANK, rows, math.prod(inner)):
                 raise ValueError(f"its rank {rank} is that of no adapter of a weight of {weight}")
         return layer
 

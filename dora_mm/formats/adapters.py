@@ -15,6 +15,7 @@ from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.inject import InjectReport
 from dora_mm.core.layer import DoRATransposedLinear
 from dora_mm.core.strength import Strength
+from dora_mm.core.wrappers.experts import DoRAExperts
 from dora_mm.core.wrappers.sharded import is_sharded
 from dora_mm.formats import model_card
 from dora_mm.formats.adapter_file import AdapterFile
@@ -150,27 +151,30 @@ def _write(
             "peft"
         )
     tensors = bundled(state.tokens) if form.export.holds.tokens == "inside" else {}
+    own = {name: components[name.component].get_submodule(name.path) for name in layers}
+    experts = [name for name, module in own.items() if isinstance(module, DoRAExperts)]
+    in_file = form.export.experts(map(form.module, experts)) if experts and form.export.experts else {}
     for name, layer in layers.items():
-        tensors |= _tensors(form, name, layer, components[name.component].get_submodule(name.path))
+        found = _tensors(form, name, form.oriented(layer, own[name]), own[name])
+        module = form.module(name)
+        tensors |= {f"{in_file.get(module, module)}.{ending}": tensor for ending, tensor in found.items()}
     if form.parameter is not None:
         tensors |= {form.parameter(name, layers.keys()): tensor for name, tensor in extra.items()}
     specs = {name: layer.spec for name, layer in layers.items()}
     transposed = {c for c, m in components.items() if any(isinstance(x, DoRATransposedLinear) for x in m.modules())}
-    header = form.export.header(Contents(specs, metadata, list(extra), transposed))
+    header = form.export.header(Contents(specs, metadata, list(extra), transposed, experts))
     if taken := header.keys() & metadata.keys():
         raise ValueError(f"the metadata key {min(taken)!r} is written by the format itself: choose another name")
     save_tensors(folder / form.file_name, tensors, {**metadata, **write_companions(header, folder)})
 
 
 def _tensors(form: Format, name: Name, layer: LayerState, module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a layer by key."""
+    """The tensors of a layer by the end of their keys."""
     shape = weight_shape(module)
     assert shape is not None
-    module_name = form.module(name)
-    found = form.export.tensors(module_name, layer, torch.empty(shape, device="meta"))
-    if isinstance(module, nn.Embedding):
-        found = {_EMBEDDING.get(ending, ending): tensor for ending, tensor in found.items()}
-    return {f"{module_name}.{ending}": tensor for ending, tensor in found.items()}
+    found = form.export.tensors(form.module(name), layer, torch.empty(shape, device="meta"))
+    is_embedding = isinstance(module, nn.Embedding)
+    return {_EMBEDDING.get(ending, ending) if is_embedding else ending: tensor for ending, tensor in found.items()}
 
 
 def write_model_card(

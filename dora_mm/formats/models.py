@@ -18,6 +18,7 @@ from dora_mm.core.layer import TransposedLayer
 from dora_mm.core.spec import DoRASpec
 from dora_mm.core.strength import Strength, strengths_of
 from dora_mm.core.wrappers.attention import PackedProjection
+from dora_mm.core.wrappers.experts import ExpertProjection
 from dora_mm.core.wrappers.quantized import DoRAQuantized, is_quantized
 from dora_mm.core.wrappers.separation import with_projections
 from dora_mm.core.wrappers.sharded import gathered, reshard, write
@@ -240,9 +241,10 @@ def _untie(model: nn.Module, name: str) -> None:
 def stored_shape(module: nn.Module) -> tuple[int, ...] | None:
     """The shape of the weight of a module as it is stored; None where it has no weight.
 
-    Of a packed projection it is that of its own rows, of a quantised layer that of the dequantised weight.
+    Of a packed projection it is that of its own rows, of a quantised layer that of the dequantised weight, of stacked
+    experts (E, O, I).
     """
-    if isinstance(module, PackedProjection):
+    if isinstance(module, PackedProjection | ExpertProjection):
         return tuple(module.matrix.shape)
     if isinstance(module, DoRAQuantized) or is_quantized(module):
         return int(module.out_features), int(module.in_features)  # pyright: ignore[reportArgumentType]
@@ -251,7 +253,10 @@ def stored_shape(module: nn.Module) -> tuple[int, ...] | None:
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...] | None:
-    """The shape of the weight of a module with O first, (O, I) or (O, I / groups, *K); None where it has no weight."""
+    """The shape of the weight of a module with O first, (O, I) or (O, I / groups, *K); None where it has no weight.
+
+    Of stacked experts it is (E, O, I).
+    """
     shape = stored_shape(module)
     kind = type(module) if isinstance(module, AdaptedLayer) else adapted_class(module)
     return shape[::-1] if shape and kind and issubclass(kind, TransposedLayer) else shape
@@ -262,12 +267,13 @@ def _misfit(state: LayerState, module: nn.Module) -> str:
     shape, stored = weight_shape(module), stored_shape(module)
     if shape is None or stored is None:
         return f"the model has a {type(module).__name__}"
-    out_features, *inner = shape
+    first = shape[:1] if isinstance(module, ExpertProjection) else ()
+    out_features, *inner = shape[len(first) :]
     rank = state.spec.rank
     expected = {
-        "lora_A": (rank, *inner),
-        "lora_B": (out_features, rank),
-        "magnitude": (out_features,),
+        "lora_A": (*first, rank, *inner),
+        "lora_B": (*first, out_features, rank),
+        "magnitude": (*first, out_features),
         "weight": stored,
     }
     for name, tensor in state.tensors.items():

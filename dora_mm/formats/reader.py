@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.spec import DoRASpec
 from dora_mm.core.wrappers.quantized import DoRAQuantized, dequantized, is_quantized
+from dora_mm.core.wrappers.separation import with_projections
 from dora_mm.core.wrappers.sharded import gathered
 from dora_mm.core.wrappers.streaming import bring
 from dora_mm.formats.adapter_file import AdapterFile, located
@@ -25,6 +27,7 @@ from dora_mm.formats.state import AdapterState, LayerState
 from dora_mm.formats.tokens import TokenRows, keys_by_word
 from dora_mm.formats.tools import tool_of
 from dora_mm.formats.tools.parts import NO_LOW_RANK
+from dora_mm.formats.tools.peft_experts import oriented
 
 
 class Bias(NamedTuple):
@@ -256,6 +259,8 @@ def read(
                     state.parameters.setdefault(name.component, {})[f"{name.path}.weight"] = W
                     continue
                 layer = (exact.full_rank if has_no_form else exact.paper_form)(exact.fitted(layer, W0), W0)
+        if layer.num_experts is not None and models and file.tool == "peft":
+            layer = oriented(layer, namer.modules.get(name))
         if layer.spec.method == "magnitude":
             layer = replace(layer, tensors={"magnitude": layer.tensors["magnitude"]})
         state.layers.setdefault(name.component, {})[name.path] = layer
@@ -296,6 +301,12 @@ class ModelNames:
         model = self.models.get(component)
         bare = model is not None and not hasattr(model, "text_model")  # transformers 5 has dropped it in one encoder
         return ModuleGroup((Name(component, own.path.removeprefix(TEXT_PREFIX) if bare else own.path),))
+
+    @cached_property
+    def modules(self) -> dict[Name, nn.Module]:
+        """The modules of the models, with the layers of experts that are not adapted yet."""
+        found = {component: with_projections(dict(model.named_modules())) for component, model in self.models.items()}
+        return {Name(component, path): module for component, own in found.items() for path, module in own.items()}
 
     def component(self, name: Name) -> str:
         """The component of a name, which a file for any model does not have."""

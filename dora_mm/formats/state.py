@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
@@ -23,7 +24,8 @@ class LayerState:
         tensors: `lora_A` (R, I) or (R, I, *K) for a convolution, `lora_B` (O, R) and `magnitude` (O,), as far as the
             method has them; or `weight` in the shape of the base's, for method `full`. O comes first also where the
             layer stores its weight transposed: of an embedding A is (R, num), B (dim, R) and the magnitude (dim,).
-            Files of other tools may hold `diff`, W' - W0 in the shape of the base's, for method `full`.
+            Files of other tools may hold `diff`, W' - W0 in the shape of the base's, for method `full`. Stacked experts
+            have one adapter each: A (E, R, I), B (E, O, R) and the magnitude (E, O); see `num_experts`.
         axis: `out`: the magnitude scales output rows, as in the paper. `in`: it scales input columns, and is (I,).
         norm: What the magnitude is divided by: the norm of `updated`, W0 + s B A, as in the paper; of `base`, W0; or of
             `unscaled`, W0 + B A, where the gain g multiplies this sum and s stays outside: g W0 + (s + g - 1) B A.
@@ -34,6 +36,32 @@ class LayerState:
     tensors: Mapping[str, Tensor]
     axis: str = "out"
     norm: str = "updated"
+
+    @property
+    def num_experts(self) -> int | None:
+        """E of stacked experts; None for a single weight, whose B has two dimensions and whose magnitude has one."""
+        B, m = self.tensors.get("lora_B"), self.tensors.get("magnitude")
+        if B is not None and B.dim() == 3:
+            return B.shape[0]
+        return m.shape[0] if B is None and m is not None and m.dim() == 2 else None
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight that A and B belong to: (O, I), (O, I, *K), or (E, O, I) of stacked experts."""
+        A, B = self.tensors["lora_A"], self.tensors["lora_B"]
+        return (*B.shape[:2], A.shape[2]) if B.dim() == 3 else (B.shape[0], *A.shape[1:])
+
+    def of_experts(self) -> list[LayerState]:
+        """The adapters of stacked experts, each that of a single weight."""
+        assert self.num_experts is not None
+        each = range(self.num_experts)
+        return [replace(self, tensors={name: tensor[i] for name, tensor in self.tensors.items()}) for i in each]
+
+    @staticmethod
+    def stacked(experts: Sequence[LayerState]) -> LayerState:
+        """The adapter of stacked experts, from those of the single ones, which have equal specs."""
+        tensors = {name: torch.stack([expert.tensors[name] for expert in experts]) for name in experts[0].tensors}
+        return replace(experts[0], tensors=tensors)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import peft
 from peft.tuners.lora import variants
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
 from dora_mm import backend
@@ -39,6 +39,7 @@ KNOWN = {f"peft.tuners.lora.layer.{name}" for name in ("Linear", "Embedding", "C
     f"peft.tuners.lora.{name}" for name in ("bnb.Linear4bit", "bnb.Linear8bitLt", "torchao.TorchaoLoraLinear")
 }
 SMALL = "few weights for their tokens on a processor, in training without fixed_norms: PEFT's own passes are as fast"
+PARAMETER = "LoRA of parameters, for which PEFT has no DoRA (dora_mm.inject has one for stacked experts)"
 DROPOUT = "take a second large product in training, for lora_dropout: with 0 a step costs about half"
 Adapters = list[tuple[str, str]]
 
@@ -133,9 +134,14 @@ def unfuse_peft(model: nn.Module) -> int:
 
 
 def adapters_of(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
-    """The path, the layer and the name of every adapter of PEFT's LoRA in a model."""
+    """The path, the layer and the name of every adapter of PEFT's LoRA in a model.
+
+    Of parameters the path is their own. PEFT nests the layers of several parameters of a module: `experts` is outside of `experts.base_layer`.
+    """
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
+            if isinstance(layer, ParamWrapper):
+                path = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
             for name in (*layer.lora_A, *layer.lora_embedding_A):
                 yield path, layer, name
 
@@ -150,6 +156,8 @@ def fused_of(model: nn.Module) -> Iterator[tuple[Any, str]]:
 def why_stock(layer: Any, name: str, variant: Any) -> str | None:
     """The reason why an adapter with this variant stays PEFT's, or None."""
     kind = type(layer)
+    if isinstance(layer, ParamWrapper):
+        return PARAMETER
     if variant is None:
         return "LoRA without a magnitude"
     if type(variant) not in FUSED and not isinstance(variant, FusedDoRA):

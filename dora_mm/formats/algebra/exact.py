@@ -175,8 +175,11 @@ def updated(layer: LayerState, W0: Tensor) -> Tensor:
 def with_strength(layer: LayerState, weight: Tensor, strength: float) -> LayerState:
     """The adapter whose strength 1 is strength t of this one, of the same rank: see `summed`.
 
-    With t = 1 it only changes the norm, and folds alpha into B: s is 1.
+    With t = 1 it only changes the norm, and folds alpha into B: s is 1. Of stacked experts W0 is (E, O, I).
     """
+    if layer.num_experts is not None:
+        each = zip(layer.of_experts(), weight, strict=True)
+        return LayerState.stacked([with_strength(expert, W0, strength) for expert, W0 in each])
     return summed([(layer, strength)], weight)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dora_mm.formats.algebra.exact import norms
 from dora_mm.formats.tools import products
-from dora_mm.formats.tools.parts import Parts, down, have_rows, of_rows, without_magnitude
+from dora_mm.formats.tools.parts import Parts, down, have_rows, of_rows, rank_of, without_magnitude
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -44,6 +44,8 @@ class Update:
         if products.method_of(self.parts):
             return products.product(self.parts, self.W0)
         A, B = down(self.parts).to(self.W0.dtype), self.parts["B"].to(self.W0.dtype)
+        if "experts" in self.parts:
+            return (B @ A).view(self.W0.shape)
         return (B.flatten(1) @ A.flatten(1)).view(self.W0.shape)
 
     @cached_property
@@ -90,7 +92,7 @@ def scaling(parts: Parts) -> float:
     """Alpha / rank; 1 without alpha."""
     if products.method_of(parts):
         return products.scaling(parts)
-    return float(parts["alpha"]) / parts["A"].shape[0] if {"alpha", "A"} <= parts.keys() else 1.0
+    return float(parts["alpha"]) / rank_of(parts) if {"alpha", "A"} <= parts.keys() else 1.0
 
 
 def axis_of_shape(m: Tensor, W0: Tensor) -> str:

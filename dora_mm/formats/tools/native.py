@@ -3,6 +3,7 @@
     <component>.<path>.lora_A      (R, I), of a convolution (R, I / groups, *K)
     <component>.<path>.lora_B      (O, R)
     <component>.<path>.magnitude   (O,)
+    <component>.<path>.lora_A      (E, R, I), of stacked experts, with lora_B (E, O, R) and magnitude (E, O)
     <component>.<path>.weight      the whole weight, of method `full`
     <component>.<name>             an extra parameter, such as a bias or a norm
     bundle_emb.<word>.<table>      the rows of a new token
@@ -31,7 +32,7 @@ from dora_mm.formats.naming.spellings import Spelling
 from dora_mm.formats.state import LayerState, joined
 from dora_mm.formats.tokens import BUNDLE
 from dora_mm.formats.tools.formulas import Computation, Update
-from dora_mm.formats.tools.parts import Parts, neutral
+from dora_mm.formats.tools.parts import Parts, neutral, of_experts
 from dora_mm.formats.tools.tool import Contents, Export, Format, Header, HeaderReader, Tool
 from dora_mm.utils.json_text import parse_json
 
@@ -99,6 +100,8 @@ def read(parts: Parts, axis: str | None) -> LayerState:
         return LayerState(DoRASpec(method="full"), {"weight": parts["weight"]})
     if "A" not in parts and "B" not in parts and "m" in parts:
         return LayerState(DoRASpec(method="magnitude"), {"magnitude": parts["m"]})
+    if {"A", "B"} <= parts.keys() and parts["B"].dim() == 3:
+        return of_experts(parts)
     return neutral(parts, "out")
 
 

@@ -9,6 +9,9 @@ The roles of the tensors of a module, whatever a tool calls them:
     scaling one number, by which the change of a method without A and B is scaled, where the header says it
     m       the magnitude; its shape is part of the format
     diff    W' - W0
+
+A and B of stacked experts are (E, R, I) and (E, O, R), in our own files and in PEFT's (see `peft_experts.py`). There
+`experts` is their number E, which tells them from a one-dimensional convolution.
 """
 
 from __future__ import annotations
@@ -110,6 +113,8 @@ def neutral(parts: Parts, axis: str | None = None) -> LayerState:
         return LayerState(DoRASpec(method="full"), {"diff": parts["diff"]})
     if products.method_of(parts):
         return _without_rank(parts, axis)
+    if "experts" in parts:
+        return of_experts(parts)
     if missing := {"A", "B"} - parts.keys():
         raise ValueError(f"its low-rank tensor {' and '.join(sorted(missing))} is missing")
     if any(parts[name].dim() < 2 for name in "AB") or parts["B"].flatten(1).shape[1] != parts["A"].shape[0]:
@@ -122,6 +127,26 @@ def neutral(parts: Parts, axis: str | None = None) -> LayerState:
         return LayerState(spec, tensors)
     found = axis_of(parts["m"], B.shape[0], A.shape[1], axis)
     return LayerState(spec, {**tensors, "magnitude": parts["m"].flatten()}, found)
+
+
+def of_experts(parts: Parts) -> LayerState:
+    """The adapter of stacked experts, from A (E, R, I), B (E, O, R), the magnitude (E, O) and alpha.
+
+    Raises:
+        ValueError: Their shapes do not fit each other, or alpha is not a positive number.
+    """
+    A, B, m = parts["A"], parts["B"], parts.get("m")
+    fits = A.dim() == 3 and A.shape[:2] == (B.shape[0], B.shape[2])
+    if not fits or (m is not None and m.shape != B.shape[:2]):
+        shapes = ", ".join(f"{shape(parts[role])} of {role}" for role in ("A", "B", "m") if role in parts)
+        raise ValueError(f"the shapes {shapes} do not fit each other, as those of stacked experts")
+    spec = DoRASpec(A.shape[1], alpha_of(parts, A.shape[1]), method="lora" if m is None else "dora")
+    return LayerState(spec, {"lora_A": A, "lora_B": B} | ({} if m is None else {"magnitude": m}))
+
+
+def rank_of(parts: Parts) -> int:
+    """R, the rank of A and B."""
+    return parts["A"].shape[1 if "experts" in parts else 0]
 
 
 def _without_rank(parts: Parts, axis: str | None) -> LayerState:

@@ -9,7 +9,8 @@
 and of an embedding lora_embedding_A (R, num), lora_embedding_B (dim, R). LoHa and LoKr have the keys of LyCORIS, with
 alpha / r in the settings alone: also a LoKr of two whole factors is scaled by it. A folder holds the adapter of one
 model, and can be loaded into any component. It is written for the methods `dora` and `lora`; `magnitude` becomes DoRA
-of rank 1 with A = B = 0, which is the same function; `full` is not possible (see native.py). `scale_layer` scales s
+of rank 1 with A = B = 0, which is the same function; `full` is not possible (see native.py). Of stacked experts it has
+plain LoRA alone (see peft_experts.py). `scale_layer` scales s
 inside the norm: t = 0 is not W0.
 """
 
@@ -18,19 +19,22 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from dora_mm.core.wrappers.experts import ENDING
 from dora_mm.formats.algebra.exact import along, norms, paper_form
 from dora_mm.formats.naming import spellings
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.state import LayerState, joined
-from dora_mm.formats.tools import peft_config, products
+from dora_mm.formats.tools import peft_config, peft_experts, products
 from dora_mm.formats.tools.formulas import AFTER_ANOTHER, Computation, Update
 from dora_mm.formats.tools.methods import Method, method_of_type
 from dora_mm.formats.tools.parts import Parts, neutral
+from dora_mm.formats.tools.peft_experts import is_experts, parameter_of
 from dora_mm.formats.tools.tool import Contents, Export, Format, Header, HeaderReader, Holds, Modules, Tool
 from dora_mm.utils.json_text import parse_json
 
@@ -75,7 +79,8 @@ def named(module: str) -> Name | None:
 
 
 def alpha(header: Header, module: str, rank: int) -> float | None:
-    return peft_config.alpha_in(config_next_to(header, "LORA"), NAMES.sub("", module), rank)
+    config, path = config_next_to(header, "LORA"), NAMES.sub("", module)
+    return peft_config.alpha_in(config, parameter_of(path) if is_experts(config, path) else path, rank)
 
 
 def scaling(header: Header, module: str) -> float:
@@ -88,8 +93,34 @@ def settings(header: Header, module: str) -> Mapping[str, Any]:
 
 def listed(header: Header) -> Iterator[Name]:
     if ours := peft_config.own_header(header):  # the target_modules of others may be patterns
-        modules, extra = config_next_to(header).get("target_modules") or [], ours.get("parameters", [])
-        yield from (Name("", name) for name in (*peft_config.listed_names(modules), *peft_config.listed_names(extra)))
+        config = config_next_to(header)
+        lists = (config.get("target_modules") or [], ours.get("parameters", []))
+        yield from (Name("", name) for names in lists for name in peft_config.listed_names(names))
+        experts = peft_config.listed_names(config.get("target_parameters") or [])
+        yield from (Name("", name.removesuffix(ENDING)) for name in experts)
+
+
+def renamed(modules: Collection[str], header: Header) -> Mapping[str, str]:
+    if not _has_experts(header):
+        return {}
+    paths = {module: own.path for module in modules if (own := named(module))}
+    found = peft_experts.in_model(config_next_to(header), paths.values())
+    return {module: joined(PREFIX, found[path]) for module, path in paths.items() if path in found}
+
+
+def prepared(parts: dict[str, Tensor], module: str, header: Header) -> dict[str, Tensor]:
+    path = NAMES.sub("", module)
+    if not {"A", "B"} <= parts.keys() or not _has_experts(header) or not is_experts(config_next_to(header), path):
+        return parts
+    if "m" in parts:
+        raise ValueError("it has a magnitude of stacked experts, which PEFT does not write")
+    rank = peft_config.rank_in(config_next_to(header), parameter_of(path))
+    found = peft_experts.stacked(parts, rank)
+    return {**found, "experts": torch.tensor(len(found["A"]))}
+
+
+def _has_experts(header: Header) -> bool:
+    return CONFIG_NAME in header and bool(config_next_to(header).get("target_parameters"))
 
 
 def parameter(header: Header, key: str) -> Name | None:
@@ -144,7 +175,7 @@ def config_next_to(header: Header, *types: str) -> dict[str, Any]:
 def _parsed(text: str) -> dict[str, Any]:
     config = parse_json(text, CONFIG_NAME)
     if config["peft_type"] == "LORA":
-        peft_config.check_config(CONFIG_NAME, config)
+        peft_config.check_config(CONFIG_NAME, config, reads_experts=True)
     return config
 
 
@@ -166,6 +197,10 @@ def why_not(components: Mapping[str, nn.Module]) -> str | None:
 
 
 def write(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
+    if layer.num_experts is not None:
+        if layer.spec.method != "lora":
+            raise ValueError(peft_config.NO_MAGNITUDES)
+        return {name: tensor.detach().float() for name, tensor in peft_experts.flat(layer).items()}
     tensors = {name: tensor.detach().float() for name, tensor in paper_form(layer, W0).tensors.items()}
     A, B = tensors["lora_A"], tensors["lora_B"]
     ones = (1,) * (A.dim() - 2)
@@ -179,7 +214,8 @@ def header(contents: Contents) -> dict[str, str]:
     specs = {name.path: spec for name, spec in contents.specs.items()}
     before = parse_json(contents.source.get(CONFIG_NAME, "{}"), CONFIG_NAME)
     config = {"peft_type": "LORA", "task_type": None, "inference_mode": True}
-    config |= peft_config.lora_config(specs, transposed=bool(contents.transposed))
+    experts = {name.path: parameter_of(name.path) for name in contents.experts}
+    config |= peft_config.lora_config(specs, transposed=bool(contents.transposed), parameters=experts)
     config["base_model_name_or_path"] = before.get("base_model_name_or_path", contents.source.get("base_model"))
     config["revision"] = before.get("revision", contents.source.get("base_revision"))
     ours = {**peft_config.our_config(specs), "parameters": sorted(name.path for name in contents.parameters)}
@@ -188,6 +224,11 @@ def header(contents: Contents) -> dict[str, str]:
         peft_config.OUR_METADATA: json.dumps(ours),
         CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True) + "\n",
     }
+
+
+def expert_names(modules: Iterable[str]) -> dict[str, str]:
+    paths = {module.removeprefix(f"{PREFIX}."): module for module in modules}
+    return {paths[path]: joined(PREFIX, found) for path, found in peft_experts.in_file(paths).items()}
 
 
 def parameter_key(name: Name, adapted: Collection[Name]) -> str:
@@ -207,6 +248,8 @@ TOOL = Tool(
     in_header=HeaderReader(alpha, settings, listed, parameter, unties, scaling),
     named=named,
     refuses=refuses,
+    renamed=renamed,
+    prepared=prepared,
     cautions=CAUTIONS,
 )
 EXPORT = Export(
@@ -216,5 +259,6 @@ EXPORT = Export(
     holds=Holds(columns=False, diffs=False, alpha=True, both_methods=False, tokens=""),
     header=header,
     file_name=FILE_NAME,
+    experts=expert_names,
 )
-FORMAT = Format(EXPORT, why_not, lambda name: joined(PREFIX, name.path), parameter_key)
+FORMAT = Format(EXPORT, why_not, lambda name: joined(PREFIX, name.path), parameter_key, oriented=peft_experts.oriented)

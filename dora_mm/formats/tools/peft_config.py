@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -12,12 +13,14 @@ from torch import nn
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.layer import DoRAConv
 from dora_mm.core.spec import DoRASpec, finite_number
+from dora_mm.core.wrappers.experts import DoRAExperts
 from dora_mm.formats.models import layers_of
 from dora_mm.formats.state import joined
 from dora_mm.formats.tools.patterns import matching_key
 from dora_mm.utils.json_text import parse_json
 
 OUR_METADATA = "dora_mm"
+NO_MAGNITUDES = "it has magnitudes of stacked experts, and PEFT's files hold plain LoRA of these alone"
 
 _BASE_KEPT = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")  # values of init_lora_weights
 _BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # and how values that modify the base begin
@@ -29,11 +32,12 @@ _NOT_COMPUTED = {  # settings of LoraConfig with which PEFT computes something e
     "layer_replication": "which repeats layers of the base model",
     "lora_bias": "which adds a bias to B",
     "monteclora_config": "which samples the weights",
-    "target_parameters": "which adapts parameters instead of modules",
     "trainable_token_indices": "which trains rows of an embedding",
     "use_bdlora": "which makes A or B block-diagonal",
     "use_qalora": "which pools the input of A",
 }
+
+_NOT_MODULES = {"target_parameters": "which adapts parameters instead of modules"}
 
 # Layers of types of models whose names PEFT 0.21 changes when it loads a file, as it does with those of transformers 4,
 # so that it leaves out their adapters and says nothing. tests/models/vl/vlm/equalities.py tries all types.
@@ -72,6 +76,9 @@ def unsupported_reason(component: str, model: nn.Module) -> str | None:
 
 
 def _why_peft_differs(layer: AdaptedLayer, parent: nn.Module) -> str | None:
+    if isinstance(layer, DoRAExperts):
+        has_m = layer.adaptation.spec.method != "lora"
+        return "a layer of stacked experts, of which PEFT's files hold plain LoRA alone" if has_m else None
     if isinstance(parent, nn.MultiheadAttention):
         return "a projection of an nn.MultiheadAttention, which PEFT would never call"
     if isinstance(layer, DoRAConv) and not _peft_computes(layer):
@@ -93,28 +100,34 @@ def _peft_computes(conv: DoRAConv) -> bool:
     return conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
 
 
-def lora_config(specs: Mapping[str, DoRASpec], *, transposed: bool) -> dict[str, Any]:
+def lora_config(
+    specs: Mapping[str, DoRASpec], *, transposed: bool, parameters: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
     """The arguments of peft.LoraConfig.
 
     Args:
         specs: The settings of the adapted modules by path; PEFT takes these paths as suffixes of the model's.
         transposed: Whether a weight is stored (I, O).
+        parameters: The paths of the parameters that are adapted instead of modules, those of stacked experts, by the
+            paths in `specs`.
     """
-    ranks = {path: 1 if spec.method == "magnitude" else spec.rank for path, spec in specs.items()}
-    alphas = {path: _file_alpha(spec) for path, spec in specs.items()}
+    targets = {path: parameters.get(path, path) for path in specs}
+    ranks = {targets[path]: 1 if spec.method == "magnitude" else spec.rank for path, spec in specs.items()}
+    alphas = {targets[path]: _file_alpha(spec) for path, spec in specs.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     spec = next(iter(specs.values()))
-    return {
+    found = {
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {_pattern(path, ranks): r for path, r in ranks.items() if r != rank},
         "alpha_pattern": {_pattern(path, alphas): a for path, a in alphas.items() if a != alpha},
-        "target_modules": list(ranks),
+        "target_modules": [path for path in specs if path not in parameters],
         "use_dora": spec.method != "lora",
-        "lora_dropout": spec.dropout,
+        "lora_dropout": 0.0 if parameters else spec.dropout,  # which PEFT refuses over parameters
         "bias": "none",
         "fan_in_fan_out": transposed,
     }
+    return found | ({"target_parameters": list(parameters.values())} if parameters else {})
 
 
 def _pattern(path: str, paths: Iterable[str]) -> str:
@@ -137,12 +150,13 @@ def _file_alpha(spec: DoRASpec) -> float | int:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def check_config(name: str, config: Mapping[str, Any]) -> None:
+def check_config(name: str, config: Mapping[str, Any], *, reads_experts: bool = False) -> None:
     """Checks that the tensors are all there is to an adapter, and that they mean what they mean here.
 
     Args:
         name: What has the config, for messages.
         config: PEFT's LoraConfig; empty where the file has none.
+        reads_experts: Whether parameters may be adapted instead of modules: see `peft_experts.in_model`.
 
     Raises:
         ValueError: The base weights were modified when the adapter was initialized, or it has a setting with which PEFT
@@ -156,7 +170,8 @@ def check_config(name: str, config: Mapping[str, Any]) -> None:
         )
     if init not in _BASE_KEPT:
         raise ValueError(f"{name} has init_lora_weights {init:.50}, which is unknown: it may modify the base weights")
-    for key, reason in _NOT_COMPUTED.items():
+    not_computed = _NOT_COMPUTED if reads_experts else {**_NOT_COMPUTED, **_NOT_MODULES}
+    for key, reason in not_computed.items():
         if config.get(key):
             raise ValueError(f"{name} has the setting {key} of PEFT, {reason}: this is not supported")
 
@@ -196,6 +211,14 @@ def scaling_in(config: Mapping[str, Any], path: str) -> float:
     if not (alpha > 0 and rank > 0):
         raise ValueError(f"its alpha {alpha:g} and its rank {rank:g} are not both positive numbers")
     return alpha / rank
+
+
+def rank_in(config: Mapping[str, Any], path: str) -> int:
+    """The rank of a module by PEFT's rules: see `alpha_in`."""
+    rank = finite_number("r", _of_module(config, "rank_pattern", path, config.get("r")))
+    if rank < 1 or rank != int(rank):
+        raise ValueError(f"its rank {rank:g} is not a positive whole number")
+    return int(rank)
 
 
 def _of_module(config: Mapping[str, Any], key: str, path: str, otherwise: Any) -> Any:

@@ -19,7 +19,7 @@ from dora_mm.formats.naming.spellings import Spelling
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import products
 from dora_mm.formats.tools.formulas import Computation
-from dora_mm.formats.tools.parts import Parts, neutral
+from dora_mm.formats.tools.parts import Parts, neutral, rank_of
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
 
@@ -37,12 +37,14 @@ class Contents(NamedTuple):
         source: The header of the file that was converted, or the metadata of a training run.
         parameters: The extra parameters.
         transposed: The components in which weights are stored (I, O).
+        experts: The adapted modules that are layers of stacked experts.
     """
 
     specs: Mapping[Name, DoRASpec]
     source: Header
     parameters: Sequence[Name] = ()
     transposed: Collection[str] = ()
+    experts: Collection[Name] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,9 @@ class Tool:
             modules (see `AdapterFile.modules`), the keys that belong to none and the header; empty where it loads the
             file.
         usage: What a person has to set in the tool, from the axes of the magnitudes; empty where there is nothing.
+        renamed: The names here of modules that it calls otherwise, by their names in a file, from all of these and the
+            header.
+        prepared: The tensors of a module by role, from those in a file, the module and the header.
         cautions: Where it computes something else from a magnitude than from the file alone on a model that is not
             quantised, and the way out, as the ends of sentences that begin with its name.
     """
@@ -103,6 +108,8 @@ class Tool:
     loses: re.Pattern[str] | None = None
     refuses: Callable[[Modules, Collection[str], Header], str] = lambda modules, others, header: ""
     usage: Callable[[Collection[str]], str] = lambda axes: ""
+    renamed: Callable[[Collection[str], Header], Mapping[str, str]] = lambda modules, header: {}
+    prepared: Callable[[dict[str, Tensor], str, Header], dict[str, Tensor]] = lambda parts, module, header: parts
     cautions: tuple[str, ...] = ()
 
     def wrote(self, keys: Collection[str], header: Header) -> bool:
@@ -129,9 +136,9 @@ class Tool:
 
     def parts_of(self, module: str, tensors: Mapping[str, Tensor], header: Header) -> dict[str, Tensor]:
         """The tensors of a module by role, from those by the end of their keys; with the alpha of the header."""
-        parts = self.roles(module, tensors)
+        parts = self.prepared(self.roles(module, tensors), module, header)
         if "A" in parts and parts["A"].dim() and "alpha" not in parts:
-            alpha = self.in_header.alpha(header, module, parts["A"].shape[0])
+            alpha = self.in_header.alpha(header, module, rank_of(parts))
             if alpha is not None:
                 parts["alpha"] = torch.tensor(finite_number("alpha", alpha), dtype=torch.float64)
         elif products.method_of(parts) and (scaling := self.in_header.scaling(header, module)) is not None:
@@ -186,6 +193,8 @@ class Export:
         file_name: The name of the file in a folder; empty for the folder's own name.
         needs_base: Whether `write` needs W0 (else only its shape, if at all).
         difference: Whether it is W' - W0, as large as W0: the check of what is written computes it, block by block.
+        experts: The names in the file of all layers of stacked experts that it has, by the paths in the model that
+            `spelling` gives them. None where the form cannot hold any.
         ending: The end of a key in a module, from that which `write` gives it: some tools have several.
     """
 
@@ -197,6 +206,7 @@ class Export:
     file_name: str = ""
     needs_base: bool = False
     difference: bool = False
+    experts: Callable[[Iterable[str]], Mapping[str, str]] | None = None
     ending: Callable[[str, str], str] = lambda module, ending: ending
 
     def tensors(self, module: str, layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
@@ -214,6 +224,7 @@ class Format:
         module: The name of a module of a model in the file.
         parameter: The key of an extra parameter, with the adapted modules; None where the form holds only adapters.
         components: The components that it has; empty where it takes any name.
+        oriented: An adapter as its tool takes the rows and columns of the weight, from the layer of the model.
     """
 
     export: Export
@@ -221,6 +232,7 @@ class Format:
     module: Callable[[Name], str]
     parameter: Callable[[Name, Collection[Name]], str] | None = None
     components: tuple[str, ...] = ()
+    oriented: Callable[[LayerState, nn.Module], LayerState] = lambda layer, module: layer
 
     @property
     def file_name(self) -> str:
