@@ -20,7 +20,7 @@ from dora_mm.kernels.operands import REST_FACTOR
 from dora_mm.kernels.row_norm import _squares
 
 BLOCK_O, BLOCK_R = 64, 32  # ranks from 33 on read W0 again for each 32
-BLOCK_I = {2: 64, 4: 32}  # by bytes of an entry of W0
+BLOCK_I, ODD_I = {2: 64, 4: 16}, 16  # by bytes of an entry of W0; where rows begin between multiples of 32 bytes
 DENSE_I = 32  # where W0 and the update nearly cancel
 
 
@@ -127,7 +127,7 @@ def grouped_norm(
             num_out, num_in, rank, scaling, REST_FACTOR[W0.dtype] if has_rest else 1.0, CANCELLED,
             *W0.stride(), *A.stride(), *B.stride(),
             HAS_BASE=n0 is not None, HAS_REST=has_rest,
-            BLOCK_O=BLOCK_O, BLOCK_I=BLOCK_I[W0.dtype.itemsize], DENSE_I=DENSE_I,
+            BLOCK_O=BLOCK_O, BLOCK_I=ODD_I if num_in % 16 else BLOCK_I[W0.dtype.itemsize], DENSE_I=DENSE_I,
             BLOCK_R=MIN_DOT if rank <= MIN_DOT else BLOCK_R, DENSE_R=MIN_DOT, num_warps=4,
         )  # fmt: skip
     return norm, gain
