@@ -21,7 +21,7 @@ GROUP = 8  # rows of tiles that share the columns of W in the L2 cache
 # With fewer rows per matrix than FEW, reading W takes the time, and a larger tile would multiply by zeros. None of the
 # tiles was measured: they are the largest that spill nothing and fit into every GPU of `gpus`.
 FEW = 48
-TILE_FEW, TILE_MANY, TILE_FLOAT = tile(32, 128, 64, 4, 3), tile(128, 128, 32, 8, 3), tile(64, 64, 16, 8, 2)
+TILE_FEW, TILE_MANY, TILE_FLOAT = tile(32, 128, 64, 4, 3), tile(128, 128, 32, 8, 3), tile(64, 64, 16, 4, 2)
 
 
 @triton.jit
