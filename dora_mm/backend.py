@@ -2,9 +2,12 @@
 
     device, dtype, module                     implementation
     CPU                                       torch: merged or unmerged, see choose_form in core/forms.py
-    CUDA: Linear in fp32, bf16, fp16          triton, or cuBLAS and one more pass: see kernels/cards.py
+    CUDA: Linear in fp32, bf16, fp16          triton, or cuBLAS and one more pass: see kernels/gpus.py
+    CUDA: experts of mixtures, likewise       triton
     CUDA: convolutions, float64               torch, called by the triton backend
     CUDA: a magnitude with dropout            torch, called by the triton backend
+    CUDA: experts, an exact norm or several   torch, called by the triton backend; it waits for the device
+          adapters
     CUDA before compute capability 8.0        torch
 
 `auto` decides by this table in every pass, since a model may be moved after it was adapted.
@@ -12,11 +15,14 @@
 
 import functools
 import logging
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
 from dora_mm.core.forms import TORCH, Forward
+from dora_mm.core.ops import GroupedOp
 from dora_mm.core.passes import Options
 from dora_mm.utils.progress import Progress
 
@@ -112,21 +118,26 @@ def _agrees_with_torch(function: Forward) -> bool:
 
     TF32 and half precision need that much; real faults are larger. The sizes are odd ones and multiples of 16 over
     several tiles, for which Triton compiles separate kernels; rank 80 takes the most shared memory that a launch ever
-    does. fp32 runs cuBLAS's product, and so does half precision from the inner sizes in kernels/cards.py on.
+    does. fp32 runs cuBLAS's product, and so does half precision from the inner sizes in kernels/gpus.py on.
     """
     odd, even = (40, 70, 86, 5), (300, 256, 272, 80)  # tokens, in, out, rank
-    trials = [(torch.float32, odd), (torch.float16, odd)]
+    trials, stacks = [(torch.float32, odd), (torch.float16, odd)], [(torch.float16, odd)]
     if torch.cuda.is_available():  # Triton's interpreter has no bf16, and is slow for large sizes
         from dora_mm.kernels.gpus import gpu
 
         chosen = gpu(torch.empty(0, device="cuda"))
         large = (300, chosen.vendor_from, chosen.vendor_from_back, 80)
         trials = [(d, sizes) for d in (torch.float32, torch.float16, torch.bfloat16) for sizes in (odd, even, large)]
-    for dtype, sizes in trials:
-        for found, right in zip(_trial(function, dtype, *sizes), _trial(TORCH, dtype, *sizes), strict=True):
-            if not (found.float() - right.float()).norm() <= 0.01 * right.float().norm():
-                return False
-    return True
+        stacks = [(d, even) for d in (torch.float32, torch.bfloat16)]
+    return all(_agree(_trial, function, *each) for each in trials) and all(
+        _agree(_trial_of_experts, function, *each) for each in stacks
+    )
+
+
+def _agree(trial: Callable[..., list[torch.Tensor]], function: Forward, dtype: torch.dtype, sizes: Any) -> bool:
+    """Whether the tensors that a trial returns are those of plain torch."""
+    pairs = zip(trial(function, dtype, *sizes), trial(TORCH, dtype, *sizes), strict=True)
+    return all((found.float() - right.float()).norm() <= 0.01 * right.float().norm() for found, right in pairs)
 
 
 @torch.inference_mode(False)
@@ -134,13 +145,34 @@ def _agrees_with_torch(function: Forward) -> bool:
 def _trial(
     function: Forward, dtype: torch.dtype, tokens: int, num_in: int, num_out: int, rank: int
 ) -> list[torch.Tensor]:
+    sizes = ((tokens, num_in), (num_out, num_in), (rank, num_in), (num_out, rank))
+    return _results(function, dtype, sizes, Options())
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _trial_of_experts(
+    function: Forward, dtype: torch.dtype, tokens: int, num_in: int, num_out: int, rank: int
+) -> list[torch.Tensor]:
+    """Of three experts, the second has no rows."""
+    sizes = ((tokens, num_in), (3, num_out, num_in), (3, rank, num_in), (3, num_out, rank))
+    ends = torch.tensor([tokens // 3, tokens // 3, tokens], dtype=torch.int32, device=_device())
+    return _results(function, dtype, sizes, Options(GroupedOp(ends)))
+
+
+def _results(
+    function: Forward, dtype: torch.dtype, sizes: Sequence[Sequence[int]], options: Options
+) -> list[torch.Tensor]:
+    """The output, and the gradients of x, A, B and m, from random tensors of the sizes of x, W0, A and B."""
     from dora_mm.core.functional import Adapter
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     stream = torch.Generator().manual_seed(0)
-    sizes = ((tokens, num_in), (num_out, num_in), (rank, num_in), (num_out, rank))
-    x, W0, A, B = (torch.randn(*size, generator=stream, device="cpu").to(device) for size in sizes)
-    x, W0, m = x.to(dtype), W0.to(dtype), W0.norm(dim=1) * 1.1
+    x, W0, A, B = (torch.randn(*size, generator=stream, device="cpu").to(_device()) for size in sizes)
+    x, W0, m = x.to(dtype), W0.to(dtype), W0.norm(dim=-1) * 1.1
     trained = [t.requires_grad_() for t in (x, A, B, m)]
-    y = function(x, W0, None, [Adapter(A, B, m)], Options())
+    y = function(x, W0, None, [Adapter(A, B, m)], options)
     return [y.detach(), *torch.autograd.grad(y, trained, torch.ones_like(y))]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -274,7 +274,7 @@ def adapted_product(
     Raises:
         ValueError: In the backward pass, where the weight requires a gradient.
     """
-    if options.op.stacked:
+    if options.op.stacked and not steps.takes_stacks:
         return product_of_stack(x, weight, adapters, options, steps)
     autocast = autocasts(weight.device)
     dtype = weight.dtype

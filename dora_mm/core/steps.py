@@ -34,9 +34,11 @@ class Steps:
     Attributes:
         only_unmerged: Whether W(t) is never built here: the branch is added before the sum is rounded. Added to an
             already rounded product, small updates would be lost in half precision.
+        takes_stacks: Whether a pass has all matrices of a stack, see `GroupedOp`; else it is made for each of them.
     """
 
     only_unmerged: bool = False
+    takes_stacks: bool = False
 
     def keeps_output(self, x: Tensor) -> bool:
         """Whether dm can be computed from the output: it takes reading values.

@@ -16,6 +16,7 @@ from dora_mm.core.steps import Steps, base_gain, bias_grad, branch, has_magnitud
 from dora_mm.kernels import row_norm as norms
 from dora_mm.kernels.adapter_grads import adapter_grads
 from dora_mm.kernels.common import float_product
+from dora_mm.kernels.dora_experts import EXPERT_STEPS, takes
 from dora_mm.kernels.gpus import has_float_output, vendor_is_faster
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear
 from dora_mm.kernels.operands import operands
@@ -168,17 +169,22 @@ INTERPRETED = not isinstance(norms._row_norm, triton.JITFunction)  # then the ke
 def runs_in_triton(weight: Tensor, adapters: Sequence[Adapter], options: Options) -> bool:
     """Whether a layer runs in Triton; otherwise it runs in plain torch.
 
-    Linear layers below float64 on a GPU do, with dropout only those without a magnitude. Embeddings and convolutions do
-    not.
+    Linear layers below float64 on a GPU do, with dropout only those without a magnitude; for those of experts see
+    `dora_experts.takes`. Embeddings and convolutions do not.
     """
-    has_kernel = options.op is LINEAR and weight.dim() == 2 and weight.dtype.itemsize <= 4
+    if weight.dtype.itemsize > 4 or not (weight.is_cuda or INTERPRETED):
+        return False
+    if options.op.stacked:
+        return takes(adapters, options)
     is_thin = not options.dropout or not has_magnitude(adapters)
-    return has_kernel and is_thin and (weight.is_cuda or INTERPRETED)
+    return options.op is LINEAR and weight.dim() == 2 and is_thin
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], options: Options) -> Tensor:
     """`core.forms.adapted_product` in Triton, where `runs_in_triton`."""
     if runs_in_triton(weight, adapters, options):
+        if options.op.stacked:
+            return adapted_product(x, weight, bias, adapters, options, EXPERT_STEPS)
         bias = None if bias is None else bias.contiguous()  # the kernels take no stride of it
         return adapted_product(x, weight, bias, adapters, options, TRITON_STEPS)
     return adapted_product(x, weight, bias, adapters, options)

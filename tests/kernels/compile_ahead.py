@@ -31,9 +31,21 @@ from triton.compiler import ASTSource
 
 from dora_mm import backend, kernels
 from dora_mm.core import Adapter
-from dora_mm.core.ops import LINEAR
+from dora_mm.core.ops import LINEAR, GroupedOp
 from dora_mm.core.passes import Options, PassCache
-from dora_mm.kernels import adapter_grads, dora_linear, gpus, low_rank_add, low_rank_matmul, operands, output_grad
+from dora_mm.kernels import (
+    adapter_grads,
+    dora_linear,
+    gpus,
+    grouped_dots,
+    grouped_matmul,
+    grouped_norm,
+    grouped_outer,
+    low_rank_add,
+    low_rank_matmul,
+    operands,
+    output_grad,
+)
 from dora_mm.kernels import row_norm as norms
 from dora_mm.peft.formula import Scaled, row_factors
 
@@ -64,10 +76,12 @@ TARGETS += [
     Target(name, GPUTarget("hip", name, lanes), gpus.AMD, 64) for name, lanes in (("gfx942", 64), ("gfx1100", 32))
 ]
 EVEN, ODD = (4096, 4096, 1280), (577, 1004, 1285)  # tokens, in, out
+NUM_EXPERTS, FEW_ROWS = 16, 64
 KERNELS = {module: f"_{module.__name__.rpartition('.')[2]}" for module in (
-    adapter_grads, low_rank_add, low_rank_matmul, operands, output_grad, norms,
+    adapter_grads, grouped_dots, grouped_matmul, grouped_norm, grouped_outer, low_rank_add, low_rank_matmul, operands,
+    output_grad, norms,
 )}  # fmt: skip
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TENSOR_CORES = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "mfma", "wmma")
 
@@ -117,6 +131,7 @@ def launches_of(case: Case, gpu_spec: gpus.GPU) -> list[tuple[Any, tuple[Any, ..
                 mock.patch.object(dora_linear, "vendor_is_faster", lambda *_, chosen=chosen, **__: chosen)
             )
             step(case, knows_base=vendor)
+            step_of_experts(case, knows_base=vendor)
         stack.enter_context(mock.patch.dict(backend.CHOSEN, {False: dora_linear.TRITON}))
         step_of_peft(case)
     return found
@@ -133,6 +148,24 @@ def step(case: Case, *, knows_base: bool) -> None:
     own = tensor(case.rank, num_in), tensor(num_out, case.rank), tensor(num_out)
     cache = PassCache(n0=own[2].detach() if knows_base else None)
     y = dora_linear.TRITON(x, W0, bias, [Adapter(*own)], Options(cache=cache, save_output=knows_base))
+    torch.autograd.grad(y, [x, *own], torch.empty_like(y))
+
+
+def step_of_experts(case: Case, *, knows_base: bool) -> None:
+    """A pass of a stack of weights (E, O, I), or (E, I, O), for many rows and for few."""
+    tokens, num_in, num_out = case.sizes
+
+    def tensor(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta", requires_grad=True)
+
+    x = tensor(tokens if knows_base else FEW_ROWS, num_in, dtype=case.dtype)
+    sizes = (num_out, num_in) if knows_base else (num_in, num_out)
+    W0 = tensor(NUM_EXPERTS, *sizes, dtype=case.dtype).detach()
+    own = tensor(NUM_EXPERTS, case.rank, num_in), tensor(NUM_EXPERTS, num_out, case.rank), tensor(NUM_EXPERTS, num_out)
+    cache = PassCache(n0=own[2].detach() if knows_base else None)
+    ends = torch.empty(NUM_EXPERTS, dtype=torch.int32, device="meta")
+    options = Options(GroupedOp(ends), cache=cache, save_output=knows_base)
+    y = dora_linear.TRITON(x, W0 if knows_base else W0.mT, None, [Adapter(*own)], options)
     torch.autograd.grad(y, [x, *own], torch.empty_like(y))
 
 

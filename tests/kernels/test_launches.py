@@ -10,7 +10,9 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from dora_mm import backend
-from dora_mm.core import DoRASpec, adapt_layer, fixed_parameters
+from dora_mm.core import Adapter, DoRASpec, adapt_layer, fixed_parameters
+from dora_mm.core.ops import GroupedOp
+from dora_mm.core.passes import Options, PassCache
 from dora_mm.kernels import dora_linear, low_rank_matmul, scaled
 from dora_mm.peft import fixed_norms
 from tests.benchmarks.contenders import CONTENDERS
@@ -27,6 +29,8 @@ NO_LAUNCH = (
     "new_empty",
     "empty_like",
     "slice",
+    "transpose",
+    "expand",
     "unsqueeze",
     "_unsafe_view",
 )
@@ -177,3 +181,38 @@ def test_a_step_of_peft(launches, monkeypatch, contender, expected):
         with fixed_norms(model):
             count()  # the first pass computes the norms
             assert count() == (3, 8)
+
+
+def experts(launches, method, num_experts):
+    """The launches of the first pass of a step, forward and backward, and of a later one, forward."""
+    W0 = torch.randn(num_experts, 32, 48, dtype=torch.float16)
+    A, B, m = torch.randn(num_experts, 4, 48), torch.randn(num_experts, 32, 4), W0.float().norm(dim=2)
+    own = [t.requires_grad_() for t in ((A, B, m) if method == "dora" else (A, B))]
+    x, dY = torch.randn(20, 48, dtype=torch.float16, requires_grad=True), torch.ones(20, 32, dtype=torch.float16)
+    ends = torch.full((num_experts,), 20)
+    cache = PassCache(n0=m.detach() if method == "dora" else None)
+    adapter, options = Adapter(A, B, m if method == "dora" else None, 0.5), Options(GroupedOp(ends), cache=cache)
+    found = []
+    for backward in (True, False):
+        launches.names.clear()
+        with launches:
+            y = dora_linear.TRITON(x, W0, None, [adapter], options)
+        found.append(list(launches.names))
+        launches.names.clear()
+        if backward:
+            with launches:
+                torch.autograd.grad(y, [x, *own], dY)
+            found.append(list(launches.names))
+    return found
+
+
+@pytest.mark.parametrize("num_experts", [2, 5])
+def test_a_step_of_experts_takes_as_many_launches_as_one_of_a_matrix(launches, num_experts):
+    products, sums = ["grouped_matmul"] * 2, ["grouped_outer"] * 2
+    first, backward, later = experts(launches, "dora", num_experts)
+    assert first == ["bmm", "grouped_norm", *products]
+    assert backward == ["grouped_matmul", *sums, "grouped_dots", "grouped_matmul"]
+    assert later == products
+    first, backward, later = experts(launches, "lora", num_experts)
+    assert first == later == products
+    assert backward == ["grouped_matmul", *sums, "grouped_matmul"]

@@ -212,7 +212,7 @@ def report(rows: list[Row]) -> None:
 def cell(row: Row) -> str:
     """A median, and where there is a reference the ratio to it, with quartiles of several rounds."""
     median = row["median"]
-    size = f"{median / 2**20:.0f} MiB" if row["measure"] == "peak" else f"{1e3 * median:.3f} ms"
+    size = f"{median / 2**20:.0f} MiB" if row["measure"] in ("saved", "peak") else f"{1e3 * median:.3f} ms"
     if row["ratio"] == "":
         return size
     size += f" {row['ratio']:.2f}"
