@@ -136,7 +136,8 @@ def unfuse_peft(model: nn.Module) -> int:
 def adapters_of(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
     """The path, the layer and the name of every adapter of PEFT's LoRA in a model.
 
-    Of parameters the path is their own. PEFT nests the layers of several parameters of a module: `experts` is outside of `experts.base_layer`.
+    Of parameters the path is their own. PEFT nests the layers of several parameters of a module: `experts` is outside
+    of `experts.base_layer`.
     """
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer):

@@ -3,12 +3,12 @@
     OMP_NUM_THREADS=1 python -m tests.benchmarks.bench_experts [results/experts/<machine>.csv]
 
 "layer" is the experts of one layer of Qwen3-VL-30B-A3B at their sizes: 128 experts, 8 for each token; a step is its
-forward and backward pass with a given gradient. "model" is a small text model of the same class with random weights, and
-a sum as its loss. All contenders of a case share one set of base weights and take turns in one process; the trained
+forward and backward pass with a given gradient. "model" is a small text model of the same class with random weights,
+and a sum as its loss. All contenders of a case share one set of base weights and take turns in one process; the trained
 parameters change before each step, as in training. The product of the base is `grouped_mm`, which transformers takes.
-PEFT's DoRA refuses such parameters; its A
-and B have the dtype of the base, in which it is fastest, and ours float32. "saved" are the bytes that autograd keeps from the forward pass, "peak" is memory at
-the peak of a step, both beyond weights. Needs 12 GB in float32.
+PEFT's DoRA refuses such parameters. A and B of its LoRA have the dtype of the base, in which it is fastest, and ours
+float32. "saved" are the bytes that autograd keeps from the forward pass, "peak" is memory at the peak of a step, both
+beyond weights. Needs 12 GB in float32.
 """
 
 import gc

@@ -34,7 +34,10 @@ def fitted(layer: LayerState, W0: Tensor) -> LayerState:
     if "diff" in tensors and tensors["diff"].shape == (shape[0], math.prod(shape[1:])):  # of a convolution, flat
         tensors["diff"] = tensors["diff"].view(shape)
     needed = {"magnitude": shape[:1] if layer.axis == "out" else shape[1:2], "diff": shape, "weight": shape}
-    if "lora_A" in tensors:
+    if (number := layer.num_experts) is not None:
+        rank, *sizes = layer.spec.rank, *(shape if len(shape) == 3 else (number, 0, 0))
+        needed = {"lora_A": (sizes[0], rank, sizes[2]), "lora_B": (*sizes[:2], rank), "magnitude": tuple(sizes[:2])}
+    elif "lora_A" in tensors:
         rank = tensors["lora_A"].shape[0]
         needed |= {"lora_A": (rank, *shape[1:]), "lora_B": (shape[0], rank)}
     for name, tensor in tensors.items():
@@ -129,6 +132,9 @@ def new_weight(layer: LayerState, weight: Tensor, strength: float = 1.0) -> Tens
     Returns:
         A new tensor in the shape of `weight`, fp32, or float64 for a float64 weight.
     """
+    if layer.num_experts is not None:
+        each = zip(layer.of_experts(), weight, strict=True)
+        return torch.stack([new_weight(expert, W0, strength) for expert, W0 in each])
     W = torch.empty(weight.shape, dtype=adapter_dtype(weight.dtype))
     for rows, part in in_rows(layer, weight):
         W[rows] = new_rows(part, weight[rows].to(W.dtype), strength)
@@ -138,6 +144,8 @@ def new_weight(layer: LayerState, weight: Tensor, strength: float = 1.0) -> Tens
 @torch.no_grad()
 def difference(layer: LayerState, weight: Tensor, strength: float = 1.0) -> Tensor:
     """W(t) - W0, as `new_weight`."""
+    if layer.num_experts is not None:
+        return torch.stack([difference(*each, strength) for each in zip(layer.of_experts(), weight, strict=True)])
     D = torch.empty(weight.shape, dtype=adapter_dtype(weight.dtype))
     for rows, part in in_rows(layer, weight):
         W0 = weight[rows].to(D.dtype)
@@ -177,9 +185,6 @@ def with_strength(layer: LayerState, weight: Tensor, strength: float) -> LayerSt
 
     With t = 1 it only changes the norm, and folds alpha into B: s is 1. Of stacked experts W0 is (E, O, I).
     """
-    if layer.num_experts is not None:
-        each = zip(layer.of_experts(), weight, strict=True)
-        return LayerState.stacked([with_strength(expert, W0, strength) for expert, W0 in each])
     return summed([(layer, strength)], weight)
 
 
@@ -200,6 +205,11 @@ def summed(terms: Sequence[tuple[LayerState, float]], weight: Tensor | None) -> 
     Raises:
         ValueError: e is 0 in some row, which no adapter can express.
     """
+    if (number := terms[0][0].num_experts) is not None:
+        weights = [None] * number if weight is None else list(weight)
+        of_each = zip(*(layer.of_experts() for layer, _ in terms), weights, strict=True)
+        strengths = [t for _, t in terms]
+        return LayerState.stacked([summed(list(zip(own, strengths, strict=True)), W0) for *own, W0 in of_each])
     dtype = torch.float32 if weight is None else adapter_dtype(weight.dtype)
     axes = {layer.axis for layer, _ in terms if "magnitude" in layer.tensors}
     if len(axes) > 1 or any(layer.spec.method == "full" for layer, _ in terms):

@@ -172,10 +172,16 @@ def check_peft_takes(weights: object, names: Sequence[Name], method: Literal["do
     """Checks that PEFT will find the modules of a file of its own in the class of a model, where that is known.
 
     Raises:
-        ValueError: It will not, or refuses such a file.
+        ValueError: It will not, or refuses such a file; or they are stacked experts, whose names in PEFT's files only
+            the model tells.
     """
     if not isinstance(weights, BaseWeights) or weights.model is None or not names:
         return
+    if experts := [name for name in names if name in weights.experts]:
+        can_hold = method == "lora"
+        reason = "" if can_hold else ", and PEFT has no DoRA of those (ParamWrapper does not work with use_dora)"
+        remedy = "load it into the model and save_adapter(model, folder, format='peft'), or " if can_hold else ""
+        raise ValueError(f"{experts[0]} is a layer of stacked experts{reason}: {remedy}use dora-mm merge")
     specs = {name.path: DoRASpec(1, method=method) for name in names if weights.has_module(name)}
     lost = [name.path for name in names if name.path not in specs]
     if lost := lost or peft_loading.left_out_of(weights.model, specs):

@@ -143,7 +143,8 @@ def changed_modules(tuned: BaseWeights, base: BaseWeights) -> tuple[list[Name], 
         W, W0 = tuned[name], base[name]
         coarser = min(W.dtype, W0.dtype, key=lambda dtype: -torch.finfo(dtype).eps)
         if not torch.equal(W.to(coarser), W0.to(coarser)):
-            can_hold = W.dim() >= 2 and not _EMBEDDINGS.search(name.path) and base.has_module(name)
+            has_layer = base.has_module(name) and name not in base.experts  # PEFT has no DoRA of stacked experts
+            can_hold = W.dim() >= 2 and not _EMBEDDINGS.search(name.path) and has_layer
             (changed if can_hold else left_out).append(name)
     return changed, left_out
 

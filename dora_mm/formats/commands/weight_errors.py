@@ -65,6 +65,8 @@ def weight_errors(
         strength: The strength of it that is meant.
         change: What gets W(t) - W0, in the shape of W0 and any dtype, before the tools read it.
     """
+    if layer.num_experts is not None:
+        return _of_experts(loads, W0, layer, strength, change)
     steps = [_step_of(load) for load in loads]
     by_rows = [layer.axis == "out" and _is_by_rows(load, len(W0)) for load in loads]
     size, norm, errors = 0.0, 0.0, [0.0] * len(loads)
@@ -76,6 +78,31 @@ def weight_errors(
             for number, error in zip(chosen, found, strict=True):
                 errors[number] = error
     return WeightErrors(size, norm, errors)
+
+
+def _of_experts(
+    loads: Sequence[ToolLoad], W0: Tensor, layer: LayerState, strength: float, change: Tensor | None
+) -> WeightErrors:
+    """The same of stacked experts, over all of them."""
+    found = [
+        weight_errors([_of_expert(load, index) for load in loads], W0[index], expert, strength, _at(change, index))
+        for index, expert in enumerate(layer.of_experts())
+    ]
+    errors = zip(*(each.errors for each in found), strict=True)
+    sizes, norms = (math.hypot(*values) for values in zip(*((each.size, each.norm) for each in found), strict=True))
+    return WeightErrors(sizes, norms, [math.hypot(*of_load) for of_load in errors])
+
+
+def _of_expert(load: ToolLoad, index: int) -> ToolLoad:
+    """What a tool that reads stacked experts loads of one; another tool takes the same tensors for a single weight."""
+    if "experts" not in load.parts:
+        return load
+    own = {role: t[index] if role in ("A", "B", "m") else t for role, t in load.parts.items() if role != "experts"}
+    return load._replace(parts=own)
+
+
+def _at(change: Tensor | None, index: int) -> Tensor | None:
+    return None if change is None else change[index]
 
 
 def is_read(parts: Mapping[str, object]) -> bool:

@@ -35,10 +35,11 @@ class BaseWeights(Mapping[Name, Tensor]):
         files: The files of the weights in it, with the indexes of sharded ones.
         model: Of a model of transformers, its class on the meta device: modules have their names in it, not those of
             the files. None for others.
+        experts: The layers of stacked experts, whose weights are (E, O, I).
     """
 
     def __init__(self, source: Path, found: Found):
-        self.source, self.model = source, found.model
+        self.source, self.model, self.experts = source, found.model, found.experts
         self.files = frozenset(found.files)
         self._spans = found.locations
         self._uses = Counter(self._spans.values())
@@ -257,6 +258,6 @@ def _pieces(name: Name, span: TensorLocation, weight: Tensor) -> dict[TensorEntr
     if tuple(weight.shape) != span.shape:
         raise ValueError(f"the new weight of {name} has shape {tuple(weight.shape)} instead of {span.shape}")
     weight = weight.detach().cpu().to(span.entry.dtype)
-    weight = weight.T if span.transposed else weight
+    weight = weight.mT if span.transposed else weight
     parts = [weight] if span.ranges is None else weight.split([piece.shape[0] for piece in span.pieces])
     return dict(zip(span.pieces, parts, strict=True))

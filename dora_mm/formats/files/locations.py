@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dora_mm.core.wrappers.experts import projections_of
 from dora_mm.formats.files.header import TensorEntry
 from dora_mm.formats.files.model_class import Converter, empty_model, weights_in_class
 from dora_mm.formats.files.model_folder import ModelFolder
@@ -30,7 +31,7 @@ class TensorLocation(NamedTuple):
         file: The file.
         key: The tensor.
         ranges: The ranges of rows (start, stop) of it that the weight consists of, in its order; None for all.
-        transposed: Whether it is (I, O) there.
+        transposed: Whether it is (I, O) there, or (E, I, O) of stacked experts.
         has_module: Whether it is the weight of a module of the class; else it is stacked with others in a parameter.
     """
 
@@ -56,7 +57,7 @@ class TensorLocation(NamedTuple):
         shape = self.entry.shape
         if self.ranges is not None:
             shape = (sum(stop - start for start, stop in self.ranges), *shape[1:])
-        return shape[::-1] if self.transposed else shape
+        return swapped(shape) if self.transposed else shape
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,7 +68,12 @@ class TensorLocation(NamedTuple):
         """The weight."""
         pieces = [self.file.read_entry(entry) for entry in self.pieces]
         weight = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return weight.T.contiguous() if self.transposed else weight
+        return weight.mT.contiguous() if self.transposed else weight
+
+
+def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape whose last two dimensions are swapped."""
+    return (*shape[:-2], shape[-1], shape[-2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,15 +82,22 @@ class Converted:
 
     Attributes:
         name: The name of the weight in the class.
-        shape: Its shape.
+        stored_shape: Its shape there.
         converter: What makes it.
         files: The files of the tensors, by key.
+        transposed: Whether the class has stacked experts as (E, I, O), which are (E, O, I) here.
     """
 
     name: str
-    shape: tuple[int, ...]
+    stored_shape: tuple[int, ...]
     converter: Converter
     files: Mapping[str, TensorFile]
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return swapped(self.stored_shape) if self.transposed else self.stored_shape
 
     @property
     def file(self) -> TensorFile:
@@ -103,10 +116,10 @@ class Converted:
             ValueError: Its tensors do not fit the class.
         """
         weight = self.converter.weight(self.name, lambda key: self.files[key].read(key))
-        if tuple(weight.shape) != self.shape:
+        if tuple(weight.shape) != self.stored_shape:
             found = tuple(weight.shape)
-            raise ValueError(f"{self.file.path} gives {self.name} the shape {found} instead of {self.shape}")
-        return weight
+            raise ValueError(f"{self.file.path} gives {self.name} the shape {found} instead of {self.stored_shape}")
+        return weight.mT.contiguous() if self.transposed else weight
 
 
 _WEIGHT = ".weight"  # how the name of the weight of a module ends
@@ -169,11 +182,13 @@ class Found(NamedTuple):
         locations: Where each is.
         files: The files that they are in, with the indexes of sharded ones.
         model: Of a model of transformers, its class on the meta device, by whose names the weights go; else None.
+        experts: Those of stacked experts.
     """
 
     locations: dict[Name, TensorLocation | Converted]
     files: list[Path]
     model: nn.Module | None = None
+    experts: frozenset[Name] = frozenset()
 
 
 def in_folder(folder: Path) -> Found:
@@ -216,8 +231,22 @@ def _of_network(folder: Path, files: Iterable[TensorFile], paths: list[Path]) ->
             found |= {name: Converted(name, shapes[name], source, by_key)} if name.endswith(_WEIGHT) else {}
         elif name.endswith(_WEIGHT) or len(shapes[name]) > 1:  # stacked experts and projections have other names
             found[name] = TensorLocation(by_key[source], source, has_module=name.endswith(_WEIGHT))
+    stacks = {
+        f"{path}.{name}" if path else name: projection
+        for path, module in model.named_modules()
+        for name, projection in projections_of(module).items()
+    }
+    for path, projection in stacks.items():
+        parameter = f"{path.rpartition('.')[0]}.{projection.parameter}".removeprefix(".")
+        source, transposed = weights.get(parameter), projection.transposed
+        if isinstance(source, str):
+            found[path] = TensorLocation(by_key[source], source, transposed=transposed)
+        elif source is not None:
+            found[path] = Converted(parameter, shapes[parameter], source, by_key, transposed)
+        found.pop(parameter, None)
     locations = {canonical(component, name.removesuffix(_WEIGHT)): location for name, location in found.items()}
-    return Found(locations, paths, model)
+    experts = frozenset(canonical(component, path) for path in stacks if path in found)
+    return Found(locations, paths, model, experts)
 
 
 def _modules(component: str, files: Iterable[TensorFile]) -> dict[Name, TensorLocation]:
