@@ -276,6 +276,8 @@ def adapted_product(
     """
     if options.op.stacked and not steps.takes_stacks:
         return product_of_stack(x, weight, adapters, options, steps)
+    if options.is_wide and not steps.only_unmerged and weight.dtype.itemsize < 4 and has_magnitude(adapters):
+        return widened_product(x, weight, adapters, options, steps)
     autocast = autocasts(weight.device)
     dtype = weight.dtype
     if options.op.merges and (autocast or options.dtype is not None):  # embeddings are not autocast
@@ -330,6 +332,13 @@ def inferred_product(
         own = [adapter._replace(rows=found) for adapter, found in zip(adapters, cache.rows, strict=True)]
         cache.inference = steps.keep(options, dtype, bias, own, operand)
     return steps.infer(options, dtype, x, weight, bias, cache.inference)
+
+
+def widened_product(x: Tensor, weight: Tensor, adapters: Sequence[Adapter], options: Options, steps: Steps) -> Tensor:
+    """Computes `adapted_product` in float32, and rounds it once: see `Options.is_wide`."""
+    own = options._replace(is_wide=False, restore=weight.float)
+    with without_autocast(weight.device):
+        return adapted_product(x.float(), weight.float(), None, adapters, own, steps).to(weight.dtype)
 
 
 def product_of_stack(x: Tensor, weight: Tensor, adapters: Sequence[Adapter], options: Options, steps: Steps) -> Tensor:

@@ -161,11 +161,22 @@ class DoRAExperts(AdaptedProjection, ExpertProjection):
         else:
             super().put_back(base)
 
+    def has_update(self) -> bool:
+        """Whether the adapters differ from fresh ones, as they do from the first optimizer step on."""
+        state = self.adaptation
+        if not can_read(self.tensor("weight")):
+            return True
+        if state.checks_update:
+            state.checks_update = state.strength == 1 and not state.stacked and self.is_fresh()
+        return not state.checks_update
+
     def stand_in(self) -> StandIn:
         """What stands in for the parameter in one pass."""
         weight, forward = self.tensor("weight"), self.adaptation.forward
         adapters, options = self.settings_of_pass(LINEAR, reads=can_read(weight))
-        options = options._replace(keep_weight=False)  # of many experts that would be the size of the parameter
+        # W(t) of many experts is of the size of the parameter. A fresh adapter takes the product of the base.
+        is_wide = torch.is_grad_enabled() and not self.is_quantized and self.has_update()
+        options = options._replace(keep_weight=False, is_wide=is_wide)
         of_all = [adapter.of_matrices(len(weight)) for adapter in adapters]
 
         def product(x: Tensor, op: Op, expert: int | None = None) -> Tensor:
