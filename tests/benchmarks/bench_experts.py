@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextExperts, Qwen3VLMoeTextModel
 
-from dora_mm.core import DoRASpec, inject
+from dora_mm import backend
+from dora_mm.core import TORCH, DoRASpec, Forward, inject
 from tests.benchmarks.contenders import change, fixed_bases, kept, trained
-from tests.benchmarks.gpu.run import compared, report
+from tests.benchmarks.gpu.run import Run, compared, report
 from tests.benchmarks.results_table import write_times
 from tests.benchmarks.timing import alternate, peak_bytes, saved_bytes, seconds_of
 
@@ -72,11 +73,11 @@ class Case:
     num_tokens: int
     is_model: bool = False
 
-    def build(self, dtype: torch.dtype) -> Callable[[], nn.Module]:
+    def build(self, dtype: torch.dtype, device: torch.device = CPU) -> Callable[[], nn.Module]:
         """Returns what builds modules over the same base weights."""
         torch.manual_seed(0)
         self.config._experts_implementation = "grouped_mm"
-        first = self.module().to(dtype)
+        first = self.module().to(device, dtype)
         for name, parameter in first.named_parameters():
             parameter.requires_grad_(False)
             if "norm" not in name:
@@ -101,10 +102,10 @@ class Case:
             return Qwen3VLMoeTextModel(self.config)
         return Holder(self.config, Qwen3VLMoeTextExperts(self.config))
 
-    def input(self, dtype: torch.dtype) -> Tensor:
+    def input(self, dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
         """x (T, width), or (1, T, width) of the model: embeddings that need a gradient, as of a layer before."""
         sizes = (*([1] if self.is_model else []), self.num_tokens, self.config.hidden_size)
-        return torch.randn(*sizes, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        return torch.randn(*sizes, generator=torch.Generator().manual_seed(1)).to(device, dtype).requires_grad_()
 
 
 CASES = (
@@ -112,10 +113,11 @@ CASES = (
     Case("layer, 128 experts, 64 tokens", REAL, 64),
     Case("layer, 128 experts, 256 tokens", REAL, 256),
 )
+ON_GPU = tuple(Case(f"layer, 128 experts, {number} tokens", REAL, number) for number in (256, 4096, 16384))
 TINY = Case("layer, tiny", SMALL, 8)
 
 
-def adapted(contender: str, module: nn.Module) -> nn.Module:
+def adapted(contender: str, module: nn.Module, forward: Forward = TORCH) -> nn.Module:
     """The module with adapters of a contender on the parameters of its experts."""
     if contender == "PEFT LoRA":
         config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[], target_parameters=[*TARGETS])
@@ -127,32 +129,35 @@ def adapted(contender: str, module: nn.Module) -> nn.Module:
             module,
             [name.removesuffix("_proj") for name in TARGETS],
             DoRASpec(RANK, method=contender.removeprefix("our ").lower()),
+            forward=forward,
         )
     return module
 
 
-def run(case: Case, module: nn.Module, x: Tensor) -> Tensor:
+def output(case: Case, module: nn.Module, x: Tensor) -> Tensor:
     return module(inputs_embeds=x).last_hidden_state if case.is_model else module(x)
 
 
 def step(case: Case, name: str, module: nn.Module, x: Tensor, dY: Tensor) -> None:
     with kept(name, module, 1):
-        torch.autograd.grad(run(case, module, x), [x, *trained(module)], dY, allow_unused=True)
+        torch.autograd.grad(output(case, module, x), [x, *trained(module)], dY, allow_unused=True)
 
 
-def measure(case: Case, dtype: torch.dtype, rounds: int = ROUNDS) -> Iterator[dict[str, object]]:
+def measure(
+    case: Case, dtype: torch.dtype, rounds: int = ROUNDS, device: torch.device = CPU, forward_of_layers: Forward = TORCH
+) -> Iterator[dict[str, object]]:
     """The rows of a case: seconds of a forward pass and of a step, bytes saved and at the peak."""
-    build, x = case.build(dtype), case.input(dtype)
-    dY = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
-    modules = {name: adapted(name, build()).train() for name in CONTENDERS}
+    build, x = case.build(dtype, device), case.input(dtype, device)
+    dY = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+    modules = {name: adapted(name, build(), forward_of_layers).train() for name in CONTENDERS}
 
     def timed(name: str, action: Callable[[], object]) -> float:
         change(trained(modules[name]))
-        return seconds_of(action, CPU)
+        return seconds_of(action, device)
 
     def forward(name: str) -> None:
         with kept(name, modules[name], 1):
-            run(case, modules[name], x)
+            output(case, modules[name], x)
 
     found: dict[str, dict[str, list[float]]] = {}
     with fixed_bases([m for n, m in modules.items() if n.startswith("our")]):
@@ -170,9 +175,20 @@ def measure(case: Case, dtype: torch.dtype, rounds: int = ROUNDS) -> Iterator[di
 
 def memory(what: str, case: Case, name: str, module: nn.Module, x: Tensor, dY: Tensor) -> float:
     if what == "peak":
-        return peak_bytes(partial(step, case, name, module, x, dY), CPU)
+        return peak_bytes(partial(step, case, name, module, x, dY), x.device)
     with kept(name, module, 1):
-        return saved_bytes(partial(run, case, module, x), module, x)
+        return saved_bytes(partial(output, case, module, x), module, x)
+
+
+def run(run: Run) -> None:
+    """The entry of `make gpu`."""
+    for case in (TINY,) if run.dry else ON_GPU:
+        if not run.is_cut(case.name):
+            with run.trying("experts", case.name):
+                forward = backend.select(run.backend or "torch")
+                rows = list(measure(case, run.dtype, run.rounds(7), run.device, forward))
+                run.save(rows)
+                report(rows)
 
 
 def main(results: Path | None) -> None:

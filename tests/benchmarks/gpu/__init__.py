@@ -84,6 +84,7 @@ ENTRIES = (
     Entry("llama", ("torch", "transformers"), 90, work_of("gpu.models", "run_llama")),
     Entry("peft", ("torch", "transformers", "peft"), 60, work_of("gpu.models", "run_peft")),
     Entry("stream", ("torch",), 60, work_of("gpu.stream")),
+    Entry("experts", ("torch", "transformers", "peft"), 60, work_of("bench_experts")),
     Entry("tests", ("torch", "triton", "pytest"), 200, gpu_tests),
     Entry("compiled", ("torch",), 160, work_of("gpu.block", "run_compiled")),
     Entry("unet", ("torch", "diffusers"), 150, work_of("gpu.models", "run_unet")),

@@ -201,7 +201,9 @@ def test_nothing_of_the_size_of_the_parameter_is_made_or_kept(dtype):
     assert (INNER * 2, SIZE) in made.shapes  # W(t) of one expert at a time
     assert num_kept == 0
     assert not [shape for shape in made.shapes if math.prod(shape) in sizes]
-    assert all(t.untyped_storage().data_ptr() in W0 for t in kept if t.untyped_storage().nbytes() // t.itemsize in sizes)
+    assert all(
+        t.untyped_storage().data_ptr() in W0 for t in kept if t.untyped_storage().nbytes() // t.itemsize in sizes
+    )
 
 
 def test_norms_are_taken_once_per_expert_with_tokens():
