@@ -21,6 +21,7 @@ PEFT_CANNOT = {  # why no file is written, by target
     "inkling2": (LEFT_OUT,) * 3,
     "inkling2_loop": (LEFT_OUT,) * 3,
     "mistral_large4": (LEFT_OUT,) * 3,
+    "inkling_mm_model": ("stacked experts", "stacked experts", "left out: "),  # the shared ones
     "glm4v_moe": ("ParamWrapper does not work with use_dora", LEFT_OUT, "ParamWrapper does not work with use_dora"),
 }
 BY_MECHANISM = {  # how the names of a checkpoint become those of the class
