@@ -101,6 +101,7 @@ REFUSED = {  # of types whose tiny model is refused, each with the message
     "idefics": ("has no chat template; reads lists of texts and images", "has no chat template"),
     "kosmos-2.5": ("has no chat template; reads the text of a page, or its Markdown", "has no chat template"),
 }
+TRAINED = [kind for kind in CLASSES if kind not in (*ALIASES, *REASONS, *UNTRAINED)]
 CLOCK = re.compile(r"\b(datetime|date|time)\b")
 NOW = ("now", "utcnow", "today", "time", "time_ns")
 GIVEN = {"strftime": 2, "localtime": 1, "gmtime": 1, "ctime": 1}  # the arguments with which these read no clock
@@ -111,9 +112,9 @@ Of the {total} kinds of model that transformers {version} has for images and tex
 here. (Its own list of them, image-text-to-text, lacks four: Phi-4-multimodal, the Omni models, whose thinkers train,
 and BLIP for questions.) This table is written by `python -m tests.documented.vlm_classes` from tiny models of random
 weights with their real processors. Of each that trains, with adapters in all parts: a fresh adapter changes no bit;
-loss and gradients are those of autograd through the textbook formula; rows of a batch have the losses and answers that
-they have alone; the merged model computes what the adapter does, and so does PEFT, where it can load the adapter
-([what it cannot](formats.md#peft) is written in the native form); and the parts that are named have gradients.
+loss and gradients are those of autograd through the textbook formula; rows of a batch have the losses, gradients and
+answers that they have alone; the merged model computes what the adapter does, and so does PEFT, where it can load the
+adapter ([what it cannot](formats.md#peft) is written in the native form); and the parts that are named have gradients.
 
 Those with a yes under "videos" read [videos](vlm.md#data), too, {videos} of them: rows with videos of two lengths, with
 an image and with text alone were computed in one batch and alone.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 GRIDS = (  # patches that an image has (frames, rows, columns), of which each square becomes one feature
@@ -17,6 +18,7 @@ GRIDS = (  # patches that an image has (frames, rows, columns), of which each sq
     *("cohere_compass", "cosmos3_edge", "cosmos3_omni", "dots3_note", "ernie4_5_vl_moe", "exaone4_5"),
     *("hyperclovax_vision_v2", "kimi_k25", "lfm3_vl", "minimax_m3_vl", "muse_glimmer", "muse_spark", "paddleocr_vl"),
 )
+ROWS = {"hunyuan_vl": 2, "hy_v4_vl": 0}  # the same, with one more at the end of each row, and so many around an image
 SHAPES = ("lfm2_vl",)  # the same, of each tile (rows, columns)
 SIZES = ("mistral3", "mistral_large4", "lighton_ocr")  # pixels (height, width)
 SEVERAL = ("mistral3", "mistral_large4")  # which take a single feature, of all images of a batch, for a list of numbers
@@ -36,6 +38,9 @@ def features_of(config: Any, inputs: Mapping[str, Tensor]) -> Tensor | None:
     if config.model_type in GRIDS and "image_grid_thw" in inputs:
         grids = inputs["image_grid_thw"]
         return grids[:, 0] * (grids[:, 1:] // _merged(config)).prod(1)
+    if config.model_type in ROWS and "image_grid_thw" in inputs:
+        num_frames, rows, columns = (inputs["image_grid_thw"] // torch.tensor([1, _merged(config), _merged(config)])).T
+        return num_frames * rows * (columns + 1) + ROWS[config.model_type]
     if config.model_type in SHAPES and "spatial_shapes" in inputs:
         return (inputs["spatial_shapes"] // _merged(config)).prod(1)
     if config.model_type in SIZES and "image_sizes" in inputs:
@@ -55,8 +60,10 @@ def check_features(config: Any, inputs: Mapping[str, Tensor]) -> None:
     The model checks it, too, but in its forward pass, when a row cannot be left out any more, and other processes wait.
 
     Raises:
-        ValueError: It has more or fewer, or an image is too small for the model.
+        ValueError: It has more or fewer, or an image is too small for the model, or has more patches than its
+            processor marks.
     """
+    check_marked(config, inputs)
     if (features := features_of(config, inputs)) is None:
         return
     tokens, count = int((inputs["input_ids"] == config.image_token_id).sum()), int(features.sum())
@@ -67,3 +74,22 @@ def check_features(config: Any, inputs: Mapping[str, Tensor]) -> None:
         )
     if not features.all() or (count == 1 and config.model_type in SEVERAL):
         raise ValueError("one of its images has fewer pixels than the model needs: enlarge it, or leave the row out")
+
+
+def check_marked(config: Any, inputs: Mapping[str, Tensor]) -> None:
+    """Checks that the mask of patches, of classes that have one, is as long as the patches of an image.
+
+    LFM2-VL's processor pads images to the most patches that it expects, and leaves longer ones, such as those of narrow
+    strips, as they are.
+
+    Raises:
+        ValueError: The two lengths differ.
+    """
+    if config.model_type not in SHAPES or "pixel_attention_mask" not in inputs:
+        return
+    patches, marked = inputs["pixel_values"].shape[1], inputs["pixel_attention_mask"].shape[1]
+    if patches != marked:
+        raise ValueError(
+            f"the model's processor makes {patches:,} patches of its image, and marks {marked:,}: give it another "
+            "shape, or leave the row out"
+        )

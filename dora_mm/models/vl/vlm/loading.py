@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, ProcessorMixin
 from transformers.models.auto import modeling_auto as auto
 
@@ -106,10 +107,26 @@ def load_vlm(config: VLMModelConfig, device: torch.device) -> Any:
 
 
 def completed(model: Any) -> Any:
-    """A model whose class runs, also that of Llama 4, which transformers 5.24 left incomplete."""
+    """A model whose class runs, also that of Llama 4, which transformers 5.24 left incomplete.
+
+    Its batch normalisations have the right gradients on a CPU, too.
+    """
     if model.config.model_type == "llama4":
         model.language_model.register_forward_hook(_with_image_outputs)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(_with_contiguous_gradient)
     return model
+
+
+def _with_contiguous_gradient(module: Any, inputs: Any, output: Tensor) -> None:
+    """Gives a batch normalisation of one image the gradient of its output with channels first.
+
+    On a CPU, PyTorch 2.13 takes the gradient of one image whose channels lie last for one whose channels lie first: it
+    looks at the stride between images, which has no meaning there. FastVLM's projector gives its tower such a gradient.
+    """
+    if output.requires_grad and len(output) == 1:
+        output.register_hook(Tensor.contiguous)
 
 
 def _with_image_outputs(module: Any, inputs: Any, output: Any) -> None:

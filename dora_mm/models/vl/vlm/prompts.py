@@ -51,8 +51,9 @@ SAME_IMAGES = ("mllama",)
 # GIT's positions count the padding at the left, and BLIP's decoder attends to that of the questions.
 SAME_LENGTH = ("git", "blip")
 # Classes whose images are not told apart by row, so that each row is computed by itself: MiniCPM-V's stand side by side
-# in one, and Molmo's are found by their place among all patches of a batch.
-UNBATCHED_MODELS = ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "molmo2", "emu3")
+# in one, Molmo's are found by their place among all patches of a batch, and HunYuan-VL's have a number among all images
+# of a batch as one of their positions.
+UNBATCHED_MODELS = ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "molmo2", "emu3", "hunyuan_vl")
 # Classes that read images or videos, not both at once: SmolVLM's processor drops the images of a row that has a video,
 # and GLM's models take the frames of videos in a batch for images.
 EITHER = ("smolvlm", "glm4v", "glm4v_moe", "glm46v", "glm_ocr")

@@ -7,12 +7,10 @@ from safetensors.torch import load_file, save_file
 
 import dora_mm
 from dora_mm.formats.commands.verify import verify
-from tests.documented.vlm_classes import ALIASES, CLASSES, REASONS, built, images_in, named
+from tests.documented.vlm_classes import TRAINED, built, images_in, named
 from tests.models.vl.vlm.classes.conversions import adapted, conversions
 from tests.shared.data.vlm_rows import write_images
-from tests.shared.vl.rarest_models import UNTRAINED
 
-TRAINED = [kind for kind in CLASSES if kind not in (*ALIASES, *REASONS, *UNTRAINED)]
 LEFT_OUT = "PEFT would leave out"
 PEFT_CANNOT = {  # why no file is written, by target
     "aria": ("is not the name of a module",) * 2 + ("left out: ",),  # rows of an nn.MultiheadAttention

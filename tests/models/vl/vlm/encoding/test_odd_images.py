@@ -63,6 +63,13 @@ def test_whatever_a_processor_raises_is_of_the_row(tiny_vlm, images):
     check_left_out(vlm, images, example(images, (50, 20000)), "processor fails at it .RuntimeError: stack expects")
 
 
+@pytest.mark.parametrize("shape", [(20, 180), (180, 20)])
+def test_a_strip_with_more_patches_than_its_processor_marks_is_of_the_row(shape, tiny_vlm, images):
+    """LFM2-VL computed it alone, and ended a run where another row was in the batch."""
+    vlm = opened(tiny_vlm("lfm2_vl"))
+    check_left_out(vlm, images, example(images, shape), "makes 24 patches of its image, and marks 16")
+
+
 def test_whatever_a_template_raises_is_of_the_row(tiny_vlm, images):
     vlm = opened(tiny_vlm("llava"))
     template = vlm.rows.processor.chat_template
@@ -71,10 +78,13 @@ def test_whatever_a_template_raises_is_of_the_row(tiny_vlm, images):
     check_left_out(vlm, images, example(images, PLAIN, "Is it odd?"), "template refuses a conversation: .* by zero")
 
 
-def test_a_processor_that_writes_more_tokens_than_the_model_makes_features_is_found_before_the_model(tiny_vlm, images):
-    vlm = opened(tiny_vlm("qwen2_5_vl"))
+@pytest.mark.parametrize(("name", "counts"), [("qwen2_5_vl", (12, 2)), ("hunyuan_vl", (12, 5)), ("hy_v4_vl", (10, 3))])
+def test_a_processor_that_writes_more_tokens_than_the_model_makes_features_is_found_before_the_model(
+    name, counts, tiny_vlm, images
+):
+    vlm = opened(tiny_vlm(name))
     vlm.rows.processor.image_processor.merge_size = 1  # as that of another model
-    reason = "writes 12 tokens for its images, of which the model makes 2 features"
+    reason = "writes {} tokens for its images, of which the model makes {} features".format(*counts)
     found = batch(vlm, images, example(images, PLAIN), on_bad_data="skip")
     assert found.left_out == (
         f"row 40x60.png of chat: the model's processor {reason}: give them another shape, or leave the row out",
