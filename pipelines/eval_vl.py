@@ -250,6 +250,7 @@ def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScore
     ours, guessed = answer_scores(name, [rows]), answer_scores(name, [guesses])
     if ours and guessed and len(set(ours.groups)) > 1:
         notes.append(gain_over_question_only("These answers", {name: ours}, {name: guessed}))
-    metrics = {**scores.metrics, QUESTION_ONLY: mean_accuracy(guesses)}
-    rules = {**scores.rules, QUESTION_ONLY: QUESTION_ONLY_RULE}
+    guessed_score = 100 * float(guessed.values_QS.mean()) if guessed else mean_accuracy(guesses)
+    metrics = {**scores.metrics, QUESTION_ONLY: guessed_score}
+    rules = {**scores.rules, QUESTION_ONLY: f"{scores.main} of {QUESTION_ONLY_RULE}"}
     return replace(scores, metrics=metrics, notes=tuple(notes), rules=rules)

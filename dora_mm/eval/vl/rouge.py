@@ -1,8 +1,8 @@
 """ROUGE-L of sentences: the longest common subsequence of an answer's words and those of a reference.
 
 It is the rougeL of Google's rouge-score without a stemmer, which takes three more packages and drops every letter
-beyond a to z; of texts in these both agree (tests/eval/vl/official_scores.py). That of pycocoevalcap, which scores captions,
-weights recall by 1.2 and takes tokens of a program in Java.
+beyond a to z; of texts in these both agree (tests/eval/vl/official_scores.py). That of pycocoevalcap, which scores
+captions, weights recall by 1.2 and takes tokens of a program in Java.
 """
 
 import re

@@ -19,8 +19,8 @@
     run_gpt3.py      models/run_gpt3.py of lupantech/ScienceQA
     nlvr2.py         nlvr2/eval/metrics.py of lil-lab/nlvr
 
-They need editdistance, pandas and loguru beside what is installed here, and ROUGE-L the package rouge-score (0.1.2). Where a script fails (a division by 0), or
-draws an option at random, there is no score: null.
+They need editdistance, pandas and loguru beside what is installed here, and ROUGE-L the package rouge-score (0.1.2).
+Where a script fails (a division by 0), or draws an option at random, there is no score: null.
 """
 
 import ast
