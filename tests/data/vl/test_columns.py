@@ -34,7 +34,7 @@ def test_a_question_in_a_column_that_is_not_read_is_named(tmp_path, write, caplo
     assert only(write(tmp_path, [M3IT], columns=SUGGESTED)).text == "Answer it."
     open_training(data(tmp_path, source), 1, AllRows())
     assert "these columns are not read: inputs ('What is on the street?')" in caplog.text
-    assert "columns: {instruction: ..., input: ..., output: ...}" in caplog.text
+    assert "columns: {instruction: A, input: B, output: C} for a question in two columns" in caplog.text
     caplog.clear()
     open_training(data(tmp_path, source), 1, AllRows())  # from the table on disk
     assert "inputs ('What is on the street?')" in caplog.text
@@ -97,6 +97,12 @@ def test_columns_of_pairs_and_of_captions(tmp_path):
     assert unread_columns(SourceConfig(format="preferences", file=file)) == {"reason": "it is"}
     file = as_lines(tmp_path, [{"image": "a.png", "text": "A bus.", "caption": "A tram."}]).file
     assert unread_columns(SourceConfig(format="captions", file=file)) == {"caption": "A tram."}
+
+
+def test_columns_of_tables_of_questions(tmp_path):
+    path = tmp_path / "rows.tsv"
+    path.write_text("index\tquestion\tanswer\tcategory\trationale\tempty\n1\tQ\tA\tC\tIt is so.\t\n")
+    assert unread_columns(SourceConfig(format="answers", file=str(path))) == {"rationale": "It is so."}
 
 
 @pytest.mark.parametrize("write", [as_json, as_lines, as_parquet])

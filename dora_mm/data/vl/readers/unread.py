@@ -1,11 +1,15 @@
-"""The columns of conversations, captions and preferences that have texts or images and are not read."""
+"""The columns of data of one's own (conversations, captions, preferences, tables of questions) that have texts or images and are not read."""
 
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from dora_mm.config.vl_data import SourceConfig
+from dora_mm.data.vl.readers.cells import table_lines
 from dora_mm.data.vl.readers.chat_shapes import CAPTIONS, COMMON, SHAPES, UNREAD, JsonRow, shape_of
+from dora_mm.data.vl.readers.choices import KINDS
 from dora_mm.data.vl.readers.hub_files import files_of_source
 from dora_mm.data.vl.readers.named_rows import IGNORED, SAMPLE, named_row, rows_by_column
 from dora_mm.data.vl.readers.preferences import ANSWERS, OF_REJECTED
@@ -13,8 +17,10 @@ from dora_mm.data.vl.rows import RowError
 from dora_mm.registries.vl_tasks import TASKS
 
 OF_PAIRS = COMMON.union(ANSWERS, OF_REJECTED, *(shape.keys for shape in SHAPES))
+TABLES = ("choices", "answers")  # formats of VLMEvalKit's tables
+OF_TABLES = frozenset((*ascii_uppercase, "index", "question", "hint", "answer", "image", "image_path", *KINDS))
 SHOWN = 40  # characters of an example
-TWO_COLUMNS = "a question in two columns is columns: {instruction: ..., input: ..., output: ...}"
+TWO_COLUMNS = "columns: {instruction: A, input: B, output: C} for a question in two columns A and B"
 
 
 def unread_columns(source: SourceConfig) -> dict[str, str]:
@@ -23,11 +29,13 @@ def unread_columns(source: SourceConfig) -> dict[str, str]:
     The first rows of each file tell. A column that has the value of one that is read is none of them.
 
     Args:
-        source: A source with existing paths, of a format whose columns a config may name; there are none of another.
+        source: A source with existing paths, of a format of one's own data; there are none of published layouts.
 
     Raises:
         ValueError: A file cannot be read.
     """
+    if source.format in TABLES:
+        return _unread_of_table(source.path)
     if "columns" not in source.reader.keys:
         return {}
     pairs = any(task.pairs for task in TASKS.values() if source.format in task.formats)
@@ -39,12 +47,23 @@ def unread_columns(source: SourceConfig) -> dict[str, str]:
     return found
 
 
+def _unread_of_table(path: Path) -> dict[str, str]:
+    """The columns of a table of questions that have texts and are not read."""
+    (_, header), *lines = islice(table_lines(path, tabs=True, start=0), SAMPLE + 1)
+    found: dict[str, str] = {}
+    for _, cells in lines:
+        for name, cell in zip(header, cells, strict=False):
+            if name not in OF_TABLES and cell.strip():
+                found.setdefault(name, _first_text(cell))
+    return found
+
+
 def about_unread(columns: Mapping[str, str]) -> str:
     """The columns with their texts, and how they would be read."""
     shown = ", ".join(f"{name} ({text!r})" if text else name for name, text in columns.items())
-    suggested = {ours: name for name in columns if (ours := _name_within(name))}
-    example = ", ".join(f"{ours}: {name}" for ours, name in suggested.items()) or f"response: {next(iter(columns))}"
-    return f"{shown}: `columns` says what each is, as in columns: {{{example}}}; {TWO_COLUMNS}"
+    suggested = ", ".join(f"{ours}: {name}" for name in columns if (ours := _name_within(name)))
+    example = f" as in columns: {{{suggested}}};" if suggested else ""
+    return f"{shown}; to read them, say what each is,{example} {TWO_COLUMNS}"
 
 
 def _keys_of(path: Path, row: JsonRow, columns: Mapping[Any, str], *, pairs: bool) -> frozenset[str]:
