@@ -190,7 +190,7 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
         "The keys are explained in docs/train_images.md, those of data in docs/image_data.md."
     )
     config = write_files(
-        draft, changes, about, text_beside(draft.prompts(), "".join(f"{prompt}\n" for prompt in prompts))
+        draft, changes, about, with_file(draft.prompts(), "".join(f"{prompt}\n" for prompt in prompts))
     )
     unused = named_alike([image.path for image in images], images[0].path.parent) if edits(draft.family) else []
     uncaptioned = [image._replace(caption=instance) if image.source == UNCAPTIONED else image for image in images]
@@ -246,7 +246,7 @@ def edit(draft: Draft, start: TrainDiffusionConfig, images: Sequence[CaptionedIm
         "The keys are explained in docs/train_images.md, those of data in docs/image_data.md."
     )
     config = write_files(
-        draft, changes, about, text_beside(table := draft.prompts(".csv"), table_of(prompts, references))
+        draft, changes, about, with_file(table := draft.prompts(".csv"), table_of(prompts, references))
     )
     print(describe_style(images, config, start.train.steps))
     print(f"prompts   {prompts[0]}, ...\n\nwritten   {draft.file}, {table}")
@@ -286,7 +286,7 @@ def style_changes(draft: Draft, start: TrainDiffusionConfig, num_images: int, pr
     return changes
 
 
-def text_beside(file: Path, text: str) -> Callable[[object], Mapping[Path, str]]:
+def with_file(file: Path, text: str) -> Callable[[object], Mapping[Path, str]]:
     """The only file beside a config, whatever that is."""
     return lambda _: {file: text}
 

@@ -1,5 +1,6 @@
 """The configs that `dora-mm new vlm` writes: of a training, and of an evaluation of its held-out rows."""
 
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -11,6 +12,7 @@ from dora_mm.config import resolve_path
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.preview.drafts import Changes, Draft, folder_of_images, head_of, print_next, write_files
 from dora_mm.preview.machine import largest_gpu
+from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.utils.yaml12 import MISSING
 
 FEW_ROWS = 1000  # fewer are seen three times
@@ -35,15 +37,16 @@ def write_vl(draft: Draft, start: TrainVLConfig) -> None:
         raise ValueError("--data is missing: the file of your questions and answers, such as my.json")
     files = files_of(resolve_path(draft.data, "--data"))
     shape, num_rows = find_shape(files[0]).name, sum(1 for file in files for _ in file_items(file))
-    source = start.data.all_tasks[0].train
+    first = start.data.all_tasks[0]
+    source = first.train
     assert source is not None
     source = source.model_copy(update={"file": str(resolve_path(draft.data))})
     has_images = any(row.images for row in read_chat(source, BadRows("skip")))
     rows = islice((row for row in read_chat(source, BadRows("skip")) if row.answers), ANSWERED)
-    task, metric = task_of([row.answers[0] for row in rows])
+    task, metric = task_of(first.task, [row.answers[0] for row in rows])
     unread = unread_columns(source)
     changes = vl_changes(draft, num_rows, task, has_images=has_images)
-    if start.data.all_tasks[0].valid:
+    if first.valid:
         changes[("data", "valid", "share")] = held_out_share(num_rows)
     about = (
         f"{num_rows} rows of {draft.data}{f' about the images in {draft.images}' if has_images else ''}.\n"
@@ -85,15 +88,21 @@ def vl_changes(draft: Draft, num_rows: int, task: str, *, has_images: bool) -> C
     return changes
 
 
-def task_of(answers: list[str]) -> tuple[str, str]:
-    """The task of conversations with such answers, and a sentence on its metric."""
+def task_of(task: str, answers: Sequence[str]) -> tuple[str, str]:
+    """The task by which such answers are scored, and a sentence on its metric.
+
+    Args:
+        task: That of short answers.
+        answers: Some of the answers.
+    """
     from dora_mm.eval.vl.rouge import words_of
 
     if not answers:
-        return "chat", "exact match, but no row has an answer that is read"
+        return task, "exact match, but no row has an answer that is read"
     if median([len(words_of(answer)) for answer in answers]) > SHORT:
-        return "chat_sentences", f"ROUGE-L, since most answers have more than {SHORT} words; exact match beside it"
-    return "chat", f"exact match, since most answers have {SHORT} words at most; ROUGE-L beside it"
+        named = TASKS[task].sentences
+        return named, f"ROUGE-L, since most answers have more than {SHORT} words; exact match beside it"
+    return task, f"exact match, since most answers have {SHORT} words at most; ROUGE-L beside it"
 
 
 def held_out_share(num_rows: int) -> float:

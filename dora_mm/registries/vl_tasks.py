@@ -121,7 +121,7 @@ RECORDS = {
         row_mean=True,
         bart=BartText("yc2c: ", max_input=600, max_target=20, subtitles_only=True),
     ),
-    "chat": CHAT,
+    "chat": replace(CHAT, sentences="chat_sentences"),
     "chat_sentences": replace(CHAT, title="chat ROUGE-L", scorer="sentences"),
     "preference": VLTask(
         title="preference",

@@ -1,4 +1,7 @@
-"""The columns of data of one's own (conversations, captions, preferences, tables of questions) that have texts or images and are not read."""
+"""The columns of one's own data that have texts or images and are not read.
+
+Of conversations, captions, preferences and tables of questions; other formats have published layouts.
+"""
 
 from collections.abc import Mapping
 from itertools import islice
