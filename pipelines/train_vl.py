@@ -60,7 +60,7 @@ from dora_mm.train.processes import (
 from dora_mm.train.run import check_resumed, finished_run, training_run, training_summary, write_summary
 from dora_mm.train.setup import training_setup
 from dora_mm.train.sharing import shared_among
-from dora_mm.train.validation import LOSS, STAGE, SplitScores, Validation, log_scores, main_values, task_qualities
+from dora_mm.train.validation import LOSS, SplitScores, Validation, log_scores, main_values, task_qualities
 from dora_mm.train.weights import EMA, WeightAverage, result_of
 from dora_mm.utils.evaluating import map_shared
 from dora_mm.utils.losses import LossSum
@@ -73,8 +73,8 @@ COUNTS = "row counts"  # in checkpoints
 def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = False, decode: bool = False) -> None:
     """Trains the adapter, and scores it on the validation splits.
 
-    Writes to the run directory: checkpoints/, metrics.jsonl, the scores in validation/, the best adapters so far in
-    best/, the final adapter in adapter/ and summary.json. `touch RUN/sample-now` asks for answers to a few validation
+    Writes to the run directory: checkpoints/, metrics.jsonl, base_scores.json, the scores in validation/, the best
+    adapters so far in best/, the final adapter in adapter/ and summary.json. `touch RUN/sample-now` asks for answers to a few validation
     rows after the next step, in samples/.
 
     Args:
@@ -253,7 +253,7 @@ def score_base(
         with base_model(model.networks.values()):
             answered = answering_all(config, model, accelerator, splits, answers)()
         if accelerator.is_main_process:
-            write_base(run.path / STAGE / BASE, answered)
+            write_base(run.path / BASE, answered)
 
 
 def keep_reference(
@@ -351,7 +351,7 @@ def finish(
 ) -> None:
     """Writes summary.json, and prints it and the final scores beside those of the base model."""
     validate.close()
-    base: dict[str, AnswerScores] = read_base(run.path / STAGE / BASE)
+    base: dict[str, AnswerScores] = read_base(run.path / BASE)
     scores: dict[str, VLScores] = scoring.scores
     for key, fate in (
         ("rows_cut", "were longer than a row may be, and lost text or whole exchanges"),

@@ -21,7 +21,7 @@ from dora_mm.eval.vl.confidence_intervals import (
 from dora_mm.eval.vl.scores import VLScores
 from dora_mm.utils.atomic import write_text
 
-FILE = "base.json"  # in the folder of a run's validations
+FILE = "base_scores.json"  # in the run directory
 
 
 def write_base(path: Path, answered: Mapping[str, Predictions]) -> None:

@@ -127,4 +127,4 @@ def test_a_training_reports_the_base_the_adapter_and_how_few_rows_there_are(conf
 def test_the_base_need_not_be_scored(config, tmp_path, capsys):
     assert main(["train", config, "--set", "evaluate.base=false", "train.steps=1"]) == 0
     assert "of the base" not in capsys.readouterr().out
-    assert not (tmp_path / "run" / "validation" / "base.json").exists()
+    assert not (tmp_path / "run" / "base_scores.json").exists()
