@@ -74,8 +74,8 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     """Trains the adapter, and scores it on the validation splits.
 
     Writes to the run directory: checkpoints/, metrics.jsonl, base_scores.json, the scores in validation/, the best
-    adapters so far in best/, the final adapter in adapter/ and summary.json. `touch RUN/sample-now` asks for answers to a few validation
-    rows after the next step, in samples/.
+    adapters so far in best/, the final adapter in adapter/ and summary.json. `touch RUN/sample-now` asks for answers to
+    a few validation rows after the next step, in samples/.
 
     Args:
         config: The config.
