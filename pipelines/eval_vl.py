@@ -18,7 +18,7 @@ from dora_mm.config.vl import EvalVLConfig
 from dora_mm.data.vl.example import Predictions
 from dora_mm.data.vl.splits import ValidationSet, open_validation, training_texts
 from dora_mm.eval.vl.boxes import with_grids
-from dora_mm.eval.vl.confidence_intervals import answer_scores, gain_over_question_only, points
+from dora_mm.eval.vl.confidence_intervals import LEAST_GROUPS, answer_scores, gain_over_question_only, points
 from dora_mm.eval.vl.metrics import QUESTION_ONLY, QUESTION_ONLY_RULE, conclusion
 from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
 from dora_mm.eval.vl.reports import write_answers, write_examples, write_report
@@ -248,8 +248,9 @@ def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScore
     guesses = list(zip(examples, question_only_answers(training, examples), strict=True))
     notes = list(scores.notes)
     ours, guessed = answer_scores(name, [rows]), answer_scores(name, [guesses])
-    if ours and guessed and len(set(ours.groups)) > 1:
+    if ours and guessed and len(set(ours.groups)) >= LEAST_GROUPS:
         notes.append(gain_over_question_only("These answers", {name: ours}, {name: guessed}))
-    metrics = {**scores.metrics, QUESTION_ONLY: mean_accuracy(guesses)}
-    rules = {**scores.rules, QUESTION_ONLY: QUESTION_ONLY_RULE}
+    guessed_score = 100 * float(guessed.values_QS.mean()) if guessed else mean_accuracy(guesses)
+    metrics = {**scores.metrics, QUESTION_ONLY: guessed_score}
+    rules = {**scores.rules, QUESTION_ONLY: f"{scores.main} of {QUESTION_ONLY_RULE}"}
     return replace(scores, metrics=metrics, notes=tuple(notes), rules=rules)

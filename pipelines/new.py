@@ -1,10 +1,8 @@
 """dora-mm new: a config of one's own, from a packaged recipe and from what one's images and captions are."""
 
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from dora_mm.config import load_config, resolve_model, resolve_path, run_name
 from dora_mm.config.images import TrainDiffusionConfig
@@ -15,7 +13,7 @@ from dora_mm.data.images.folder import CaptionedImage, read_captioned_images
 from dora_mm.data.images.masks import by_kind
 from dora_mm.data.images.references import named_alike
 from dora_mm.data.images.shared_words import NUM_PROMPTS, PLACEHOLDER, example_prompts, shared_word
-from dora_mm.models.hub import local_copy
+from dora_mm.preview.drafts import Changes, Draft, folder_of_images, print_next, write_files
 from dora_mm.preview.images import (
     describe_captions,
     describe_images,
@@ -27,51 +25,18 @@ from dora_mm.preview.images import (
 from dora_mm.preview.look import describe_look
 from dora_mm.preview.machine import fitting, largest_gpu
 from dora_mm.preview.recipe_steps import remark_on_steps, steps_for
+from dora_mm.preview.vl_drafts import write_vl
 from dora_mm.registries.image_families import IMAGE_FAMILIES
 from dora_mm.registries.vl_families import VL_FAMILIES
 from dora_mm.utils.atomic import already_there
-from dora_mm.utils.folders import written_together
 from dora_mm.utils.home import expanded
 from dora_mm.utils.messages import nearest
 from dora_mm.utils.tables import csv_records
-from dora_mm.utils.yaml12 import MISSING, KeyPath, edited
+from dora_mm.utils.yaml12 import MISSING
 
-Changes = dict[KeyPath, Any]
 SMALL = 1e9  # bytes of the weights of a model that is trained on a processor
 MOST_BETWEEN = 250  # steps from one checkpoint to the next: what a stop can lose
-FEW_ROWS = 1000  # of questions: fewer are seen three times
 UNCAPTIONED = "data.instance_prompt"  # the source of a caption that no file has
-
-
-class Draft(NamedTuple):
-    """A config to write, and its sources.
-
-    Attributes:
-        family: A key of `starts()`.
-        file: The new config.
-        recipe: The packaged config to start from.
-        images: The folder of images; None: it is not given.
-        references: Folders of reference images.
-        data: The file of vision-language data; None: there are captions.
-        model: The model; None: the recipe's.
-    """
-
-    family: str
-    file: Path
-    recipe: str
-    images: str | None
-    references: tuple[str, ...]
-    data: str | None
-    model: str | None
-
-    def prompts(self, suffix: str = ".txt") -> Path:
-        """The file of prompts next to the config."""
-        return self.file.with_name(f"{self.file.stem}_prompts{suffix}")
-
-    @property
-    def run(self) -> str:
-        """The first run of the config."""
-        return f"runs/{self.file.stem}/001"
 
 
 def main(
@@ -83,7 +48,7 @@ def main(
     data: str | None = None,
     model: str | None = None,
 ) -> None:
-    """Writes NAME.yaml and, for images, NAME_prompts.txt, and prints what was found and what comes next.
+    """Writes NAME.yaml, for images NAME_prompts.txt, else NAME_eval.yaml, and prints what was found and what is next.
 
     Where images have references, the prompts are a table, NAME_prompts.csv.
 
@@ -117,7 +82,7 @@ def main(
         style(draft, start)
     else:
         assert isinstance(start, TrainVLConfig)
-        vl(draft, start)
+        write_vl(draft, start)
 
 
 def starting_recipe(family: str, model: str | None) -> str:
@@ -130,13 +95,6 @@ def starting_recipe(family: str, model: str | None) -> str:
     if model is not None and 0 in recipes and is_small(model):
         return recipes[0]
     return fitting({size: recipe for size, recipe in recipes.items() if size}, largest_gpu())
-
-
-def folder_of_images(draft: Draft) -> str:
-    """The folder of images, which has to be given."""
-    if draft.images is None:
-        raise ValueError("--images is missing: the folder of your images")
-    return draft.images
 
 
 def check_starts(family: str) -> None:
@@ -231,7 +189,9 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
         f"It started from {draft.recipe}, whose head says what memory it takes; so does --dry-run.\n"
         "The keys are explained in docs/train_images.md, those of data in docs/image_data.md."
     )
-    config = write_files(draft, changes, about, draft.prompts(), "".join(f"{prompt}\n" for prompt in prompts))
+    config = write_files(
+        draft, changes, about, with_file(draft.prompts(), "".join(f"{prompt}\n" for prompt in prompts))
+    )
     unused = named_alike([image.path for image in images], images[0].path.parent) if edits(draft.family) else []
     uncaptioned = [image._replace(caption=instance) if image.source == UNCAPTIONED else image for image in images]
     trigger = f"trigger   {remark_on(word, len(captions))}"
@@ -285,7 +245,9 @@ def edit(draft: Draft, start: TrainDiffusionConfig, images: Sequence[CaptionedIm
         f"It started from {draft.recipe}, whose head says what memory it takes; so does --dry-run.\n"
         "The keys are explained in docs/train_images.md, those of data in docs/image_data.md."
     )
-    config = write_files(draft, changes, about, table := draft.prompts(".csv"), table_of(prompts, references))
+    config = write_files(
+        draft, changes, about, with_file(table := draft.prompts(".csv"), table_of(prompts, references))
+    )
     print(describe_style(images, config, start.train.steps))
     print(f"prompts   {prompts[0]}, ...\n\nwritten   {draft.file}, {table}")
     print_next_of_images(draft, config, table)
@@ -324,6 +286,11 @@ def style_changes(draft: Draft, start: TrainDiffusionConfig, num_images: int, pr
     return changes
 
 
+def with_file(file: Path, text: str) -> Callable[[object], Mapping[Path, str]]:
+    """The only file beside a config, whatever that is."""
+    return lambda _: {file: text}
+
+
 def describe_style(
     images: Sequence[CaptionedImage], config: TrainDiffusionConfig, recipe_steps: int, *remarks: str
 ) -> str:
@@ -348,80 +315,3 @@ def remark_on(word: str | None, num_captions: int) -> str:
         return "No word is in all captions, so every image will show the style: to call it, add a word to each."
     where = "is in the captions" if num_captions else "stands for the style, since there are no captions"
     return f"{word} {where}: prompts need it, too."
-
-
-# --- questions -------------------------------------------------------------------------------------------------------
-
-
-def vl(draft: Draft, start: TrainVLConfig) -> None:
-    """Writes the config of a training on conversations."""
-    from dora_mm.data.vl.readers.chat import find_shape, read_chat  # these need the extra vl
-    from dora_mm.data.vl.readers.file_rows import file_items
-    from dora_mm.data.vl.readers.hub_files import files_of
-    from dora_mm.data.vl.rows import BadRows
-
-    if draft.data is None:
-        raise ValueError("--data is missing: the file of your questions and answers, such as my.json")
-    path = resolve_path(draft.data, "--data")
-    files = files_of(path)
-    shape, num_rows = find_shape(files[0]).name, sum(1 for file in files for _ in file_items(file))
-    source = start.data.all_tasks[0].train
-    assert source is not None
-    rows = read_chat(source.model_copy(update={"file": draft.data}), BadRows("skip"))
-    has_images = any(row.images for row in rows)
-    folder = folder_of_images(draft) if has_images else MISSING
-    changes: Changes = {("data", "train", "file"): draft.data, ("data", "train", "images"): folder}
-    changes[("train", "epochs")] = 1 if num_rows >= FEW_ROWS else 3
-    if draft.model is not None:
-        changes[("model", "path")] = draft.model
-    if not has_images:  # nothing passes the connector that some recipes train; a language model has none, and no images
-        changes |= {("model", "max_pixels"): MISSING, ("adapter", "parts"): MISSING}
-    if largest_gpu() is None:  # many processors emulate half precision
-        changes |= {("model", "dtype"): "float32", ("train", "mixed_precision"): "no"}
-    about = (
-        f"{num_rows} rows of {draft.data}{f' about the images in {draft.images}' if has_images else ''}.\n"
-        f"It started from {draft.recipe}, whose head says what memory it takes.\n"
-        "--dry-run checks every row and shows some as the model sees them. Every key is explained in docs/vlm.md."
-    )
-    config = write_files(draft, changes, about)
-    where = f"images in {draft.images}" if has_images else "no row has an image"
-    print(f"questions {num_rows} rows of {draft.data}, {shape}; {where}\n\nwritten   {draft.file}")
-    question = ["IMAGE", "QUESTION"] if has_images else ["QUESTION"]
-    print_next(
-        config,
-        {
-            "--dry-run first: every row is checked": ["train", draft.file],
-            "without and with the adapter": ["ask", config.model.path, *question, "--adapter", draft.run],
-            "for transformers and vLLM": ["merge", config.model.path, draft.run, "merged"],
-        },
-    )
-
-
-# --- both ------------------------------------------------------------------------------------------------------------
-
-
-def write_files(
-    draft: Draft, changes: Mapping[KeyPath, Any], about: str, prompts: Path | None = None, text: str = ""
-) -> Any:
-    """Writes the file of prompts, if there is one, and the recipe with changes, under its own head, and reads that."""
-    lines = resolve_path(draft.recipe).read_text(encoding="utf-8").split("\n")
-    body = lines[next(number for number, line in enumerate(lines) if not line.startswith("#")) :]
-    head = [f"# {line}".rstrip() for line in [f"dora-mm train {shlex.quote(str(draft.file))}", "", *about.split("\n")]]
-    with written_together(draft.file.parent, last=draft.file.name) as folder:
-        (folder / draft.file.name).write_text(edited("\n".join([*head, *body]), changes), encoding="utf-8")
-        if prompts:
-            (folder / prompts.name).write_text(text, encoding="utf-8")
-    return load_config(draft.file)
-
-
-def print_next(config: Any, commands: Mapping[str, Sequence[object]]) -> None:
-    """Prints how to get the model, if it is not on this machine, and the commands that follow, each with its reason."""
-    path = config.model.path
-    if local_copy(resolve_model(path), config.model.revision) is None:
-        print(f"model     {path} is not on this machine: the training downloads it; before that: hf download {path}")
-        print("          or --model PATH takes one that you have")
-    lines = {what: f"  dora-mm {shlex.join(map(str, words))}" for what, words in commands.items()}
-    width = max(map(len, lines.values()))
-    print("next")
-    for what, line in lines.items():
-        print(f"{line:<{width}}   # {what}")

@@ -161,6 +161,8 @@ def report_of(task: str, file: PredictionFile, rows: Predictions, precision: flo
     """Scores, rules, intervals and what is known of the answers, as Markdown."""
     scores = score(task, rows)
     notes = [*scores.notes, *precision_notes(task, rows, scores.main, precision)]
+    if len(rows) > 1 and not any(example.images or example.group for example, _ in rows):
+        notes.append("images are not known, so that each row counts for itself: --data names what it is about")
     about = file.about.inputs if file.about else []
     about += [f"day of the chat template: {file.about.day}"] if file.about and file.about.day else []
     return report(file_stem(task), replace(scores, notes=(*notes, *about)))

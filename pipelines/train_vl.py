@@ -17,10 +17,14 @@ from dora_mm.adapting.networks import TrainedNetworks, adapt
 from dora_mm.adapting.parts import MODEL
 from dora_mm.adapting.sharding import division
 from dora_mm.config.vl import TrainVLConfig
+from dora_mm.core import base_model
 from dora_mm.core.wrappers.streaming import stream
-from dora_mm.data.vl.example import Answer
+from dora_mm.data.vl.example import Answer, Predictions
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet, check_data, open_training, open_validation
 from dora_mm.eval.gradients import measuring
+from dora_mm.eval.vl.base_scores import FILE as BASE
+from dora_mm.eval.vl.base_scores import read_base, with_gain, write_base
+from dora_mm.eval.vl.confidence_intervals import AnswerScores
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
 from dora_mm.models.streaming import blocks_to_stream
@@ -30,6 +34,7 @@ from dora_mm.preview.lengths import row_lines
 from dora_mm.preview.training import print_page, slow_hardware
 from dora_mm.preview.vl_page import vl_page
 from dora_mm.preview.vl_streams import stream_amount
+from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.sampling.answers import answer_all, num_answered, save_answers
 from dora_mm.sampling.next_steps import asking_command
 from dora_mm.tasks.held_out import RowLosses, by_loss
@@ -68,9 +73,9 @@ COUNTS = "row counts"  # in checkpoints
 def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = False, decode: bool = False) -> None:
     """Trains the adapter, and scores it on the validation splits.
 
-    Writes to the run directory: checkpoints/, metrics.jsonl, the scores in validation/, the best adapters so far in
-    best/, the final adapter in adapter/ and summary.json. `touch RUN/sample-now` asks for answers to a few validation
-    rows after the next step, in samples/.
+    Writes to the run directory: checkpoints/, metrics.jsonl, base_scores.json, the scores in validation/, the best
+    adapters so far in best/, the final adapter in adapter/ and summary.json. `touch RUN/sample-now` asks for answers to
+    a few validation rows after the next step, in samples/.
 
     Args:
         config: The config.
@@ -132,8 +137,11 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     scoring = scoring_of(config, model, accelerator, training, splits, answers, losses, result)
     inputs |= started_on(model.day)
     with training_run(accelerator, config, inputs, resume, parts["config"], {COUNTS: model.counts}) as run:
-        if preferences.kept and not last_step(run.checkpoints):
-            keep_reference(preferences.kept, config, model, accelerator, training, splits)
+        if not last_step(run.checkpoints):
+            if preferences.kept:
+                keep_reference(preferences.kept, config, model, accelerator, training, splits)
+            if config.evaluate.base:
+                score_base(run, config, model, accelerator, splits, answers)
         train(config, run, model, trained, accelerator, batches, parts, splits, scoring, preferences.kept)
 
 
@@ -207,12 +215,45 @@ def scoring_of(
     limit = config.evaluate.limit
     settings: dict[str, Any] = {"on_bad_data": config.data.on_bad_data, "precision": accelerator.autocast}
     losses = RowLosses(model, splits, training, loss, **settings, limit=limit, process=process)
+    answer = answering_all(config, model, accelerator, splits, answers)
     requested = (answers, model.networks.values(), splits, config.evaluate.batch_size)
-    # Where the model is sharded, all give all answers: how many passes one takes depends on its length.
-    mapped = map if config.train.shard else partial(map_shared, process=process)
-    answer = partial(answer_all, *requested, limit=limit, mapped=mapped)
     save = result(lambda file: save_answers(file, *requested))
     return SplitScores(accelerator, result(answer), score_all, result(losses), save)
+
+
+def answering_all(
+    config: TrainVLConfig,
+    model: VLModel,
+    accelerator: Accelerator,
+    splits: Mapping[str, ValidationSet],
+    answers: Mapping[str, Answer],
+) -> Callable[[], dict[str, Predictions]]:
+    """What answers the rows of splits, in all processes together."""
+    # Where the model is sharded, all give all answers: how many passes one takes depends on its length.
+    process = (accelerator.process_index, accelerator.num_processes)
+    mapped = map if config.train.shard else partial(map_shared, process=process)
+    requested = (answers, model.networks.values(), splits, config.evaluate.batch_size)
+    return partial(answer_all, *requested, limit=config.evaluate.limit, mapped=mapped)
+
+
+def score_base(
+    run: RunDirectory,
+    config: TrainVLConfig,
+    model: VLModel,
+    accelerator: Accelerator,
+    splits: Mapping[str, ValidationSet],
+    answers: Mapping[str, Answer],
+) -> None:
+    """Scores the model without its adapter on all splits but those of pairs, which are compared with it anyway.
+
+    Weights that are trained themselves are as `init_from` left them.
+    """
+    splits = {name: split for name, split in splits.items() if not TASKS[name].pairs}
+    if splits:
+        with base_model(model.networks.values()):
+            answered = answering_all(config, model, accelerator, splits, answers)()
+        if accelerator.is_main_process:
+            write_base(run.path / BASE, answered)
 
 
 def keep_reference(
@@ -261,7 +302,7 @@ def train(
                 if requested:
                     scoring.save_answers(run.samples / f"step-{step:06d}.jsonl" if main_process else None)
         if validate.is_due(step, parts["config"].steps):
-            log_scores(step, validate(step))
+            log_scores(step, validate(step), {name: len(rows) for name, rows in scoring.answered.items()})
             share_counts(model, accelerator)
 
     def after_step(step: int) -> None:
@@ -291,7 +332,7 @@ def train(
     validate(done)
     details["validation_rows_left_out"] = num_answered(splits, config.evaluate.limit) - scoring.num_rows
     if main_process:
-        finish(config, run, model, trained, validate, scoring.scores, details)
+        finish(config, run, model, trained, validate, scoring, details)
 
 
 def share_counts(model: VLModel, accelerator: Accelerator) -> None:
@@ -305,11 +346,13 @@ def finish(
     model: VLModel,
     trained: TrainedNetworks,
     validate: Validation,
-    scores: Mapping[str, VLScores],
+    scoring: SplitScores,
     details: Mapping[str, Any],
 ) -> None:
-    """Writes summary.json, and prints it and the final scores."""
+    """Writes summary.json, and prints it and the final scores beside those of the base model."""
     validate.close()
+    base: dict[str, AnswerScores] = read_base(run.path / BASE)
+    scores: dict[str, VLScores] = scoring.scores
     for key, fate in (
         ("rows_cut", "were longer than a row may be, and lost text or whole exchanges"),
         ("rows_left_out", "could not be encoded or lost their whole answers, and were left out"),
@@ -332,12 +375,13 @@ def finish(
         **details,
         **{name: round(value, 2) for name, value in main_values(scores).items()},
         **losses,
+        **{f"{name}_base": round(100 * float(found.values_QS.mean()), 2) for name, found in base.items()},
         **({"best_step": validate.best_step} if validate.best_step is not None else {}),
         **({"day": model.day.recorded} if model.day.recorded else {}),
     )
     write_summary(run, summary)
     for name, found in scores.items():
-        print(f"\n{report(name, found)}")
+        print(f"\n{report(name, with_gain(name, found, scoring.answered[name], base.get(name)))}")
     print(f"\nadapter  {run.adapter}")
     requested = "IMAGE QUESTION" if model.reads_images else "QUESTION"
     print(f"to ask   {asking_command(config, run, requested)}")

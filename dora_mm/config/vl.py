@@ -76,6 +76,7 @@ class EvaluateConfig(DecodeConfig, ValidationConfig):
     # What the best adapter is chosen by; null: the loss of conversations, where the metric is exact match of whole
     # sentences, and the metric of all other tasks
     best_by: Literal["metric", "loss"] | None = None
+    base: bool = True  # whether the model is scored before the first step, too, for what the adapter adds
 
 
 class PreferenceConfig(Section):

@@ -1,1 +1,1 @@
-"""The dry run: what a training would see, what it trains, and what it would cost."""
+"""The dry run: what a training would see, what it trains, and what it would cost; and the configs of `new`."""

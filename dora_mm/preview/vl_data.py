@@ -19,6 +19,7 @@ from dora_mm.data.images.pixels import load_rgb, upright_size
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.readers import FILES, paths_under
+from dora_mm.data.vl.readers.unread import about_unread
 from dora_mm.data.vl.report import SKIPPED, data_report, table_figures
 from dora_mm.data.vl.row_view import CLOSE, OPEN
 from dora_mm.data.vl.rows import MAX_ROWS_NAMED, quiet
@@ -94,6 +95,7 @@ def preview_data(
     """
     found, tables, figures = DataPreview(), {}, {}
     images: dict[str, tuple[ExampleTable, str | None]] = {}
+    unread: list[str] = []
     skipping = config.model_copy(update={"data": config.data.model_copy(update={"on_bad_data": "skip"})})
     with quiet():
         for task, split, source in present_splits(config):
@@ -107,12 +109,15 @@ def preview_data(
                 found.problems.append(str(error))
                 continue
             tables[name], figures[name] = table, _figures(source, table)
+            if table.unread:
+                unread.append(f"columns of {source.title} that are not read: {about_unread(table.unread)}")
             full_table = found.sets[task.task].table if split == "train" and task.task in found.sets else table
             images[name] = full_table, source.images
     skipped = {name: table.skipped for name, table in tables.items() if table.skipped}
     if skipped and config.data.on_bad_data == "stop":
         found.problems.append(first_bad_row(skipped))
     found.sections += [data_report(figures)] if figures else []
+    found.sections += dict.fromkeys(unread)
     found.sections += [bad_row_list(skipped)] if skipped else []
     if decode and not config.vision.features:
         count, broken = broken_images(images)

@@ -16,6 +16,7 @@ SCORERS: Registry[Any] = Registry(
         "clip_choices": f"{HERE}.video:SCORER",
         "clip_captions": f"{HERE}.captions:CLIP_SCORER",
         "conversations": f"{HERE}.chat:SCORER",
+        "sentences": f"{HERE}.chat:SENTENCES",
         "preferences": f"{HERE}.preferences:SCORER",
         "choices": f"{HERE}.choice:SCORER",
         "options": f"{HERE}.options:SCORER",

@@ -41,6 +41,7 @@ class VLTask:
         names: How an answer names an option, with {option} for it, where rows have options in words: it is written, and
             the first one in it counts; or the likeliest is the answer. None: rows have no such options.
         lettered: Whether the letters of a row's options are answers, of which the likeliest can be taken.
+        sentences: The task of the same rows whose metric suits answers that are sentences; "": there is none.
         prompt: The prompt for chat models, with {text} for the question; None: they do not do the task.
         fallback: The prompt for models without a chat template; None: the input that their class reads.
         max_answer: Tokens of the longest answer that chat models write.
@@ -59,6 +60,7 @@ class VLTask:
     pairs: bool = False
     names: str | None = None
     lettered: bool = False
+    sentences: str = ""
     prompt: str | None = None
     fallback: str | None = None
     max_answer: int = 16

@@ -5,6 +5,8 @@ are a line of scorers.py, a new submission file one of submissions.py, and a new
 docs/vl.md and docs/scores.md list all.
 """
 
+from dataclasses import replace
+
 from dora_mm.registries.suites import TaskRegistry
 from dora_mm.registries.vl_task import BartText, VLTask
 
@@ -26,6 +28,16 @@ def commonsense(title: str) -> VLTask:
     )
 
 
+CHAT = VLTask(
+    title="chat",
+    formats=("chat",),
+    scorer="conversations",
+    submission="answers",
+    kind="conversations",
+    images=None,
+    prompt="{text}",
+    max_answer=256,
+)
 SHORT_ANSWER = "{text}\nAnswer with a word or a short phrase."
 MARGIN = " " * 16  # of all lines but the first, as LLM-Adapters trains them
 ALPACA = (
@@ -109,16 +121,8 @@ RECORDS = {
         row_mean=True,
         bart=BartText("yc2c: ", max_input=600, max_target=20, subtitles_only=True),
     ),
-    "chat": VLTask(
-        title="chat",
-        formats=("chat",),
-        scorer="conversations",
-        submission="answers",
-        kind="conversations",
-        images=None,
-        prompt="{text}",
-        max_answer=256,
-    ),
+    "chat": replace(CHAT, sentences="chat_sentences"),
+    "chat_sentences": replace(CHAT, title="chat ROUGE-L", scorer="sentences"),
     "preference": VLTask(
         title="preference",
         formats=("preferences",),

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 OVERALL = "overall"
 LOSS = "loss"  # of a task, in rows as "vqa/loss"
 STAGE = "validation"
+FEW = 20  # rows: the score of fewer says nothing of a step
 
 
 class MetricScores(Protocol):
@@ -129,7 +130,7 @@ class SplitScores:
 
     Attributes:
         scores: Those of the last call, in the main process.
-        num_rows: How many rows that call answered.
+        answered: The rows that the last call answered, with their answers, by split.
     """
 
     def __init__(
@@ -143,18 +144,22 @@ class SplitScores:
         self.accelerator, self.answer, self.score, self.losses = accelerator, answer, score, losses
         self.save_answers = save_answers
         self.scores: dict[str, Any] = {}
-        self.num_rows = 0
+        self.answered: Mapping[str, Any] = {}
 
     def __call__(self) -> dict[str, float]:
         """The values of all metrics, and the loss of each split."""
-        found, losses = self.answer(), self.losses()
-        self.num_rows = sum(map(len, found.values()))
+        self.answered, losses = self.answer(), self.losses()
         values: list[Any] = [None]
         if self.accelerator.is_main_process:
-            self.scores = self.score(found)
+            self.scores = self.score(self.answered)
             named = {f"{name}/{LOSS}": value for name, value in losses.items()}
             values = [main_values(self.scores) | other_values(self.scores) | named]
         return broadcast_object_list(values)[0]
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows the last call answered."""
+        return sum(map(len, self.answered.values()))
 
 
 def overall(values: Mapping[str, float]) -> float:
@@ -201,9 +206,16 @@ def task_qualities(loss_decides: Mapping[str, bool], row: Mapping[str, Any]) -> 
     return {**found, OVERALL: overall(found)} if found else {}
 
 
-def log_scores(step: int, values: Mapping[str, float]) -> None:
-    """Logs main metrics and losses of tasks, from the row of a validation."""
-    shown = {name: f"{value:.2f}" for name, value in values.items() if "/" not in name}
+def log_scores(step: int, values: Mapping[str, float], counts: Mapping[str, int]) -> None:
+    """Logs main metrics and losses of tasks, from the row of a validation.
+
+    Args:
+        step: The number of finished steps.
+        values: The row.
+        counts: How many rows of each task were answered.
+    """
+    few = {name: f" (n = {count}: too few to judge by)" for name, count in counts.items() if count < FEW}
+    shown = {name: f"{value:.2f}{few.get(name, '')}" for name, value in values.items() if "/" not in name}
     shown |= {name: f"{value:.4f}" for name, value in values.items() if name.endswith(f"/{LOSS}")}
     log.info("step %d: %s", step, ", ".join(f"{name} {value}" for name, value in shown.items()))
 

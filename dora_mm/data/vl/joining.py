@@ -41,6 +41,7 @@ def joined(parts: Sequence[tuple[ExampleTable, str | None]]) -> ExampleTable:
             for reason in dict.fromkeys(reason for table, _ in parts for reason in table.skipped)
         },
         origins=tuple((start, table.file) for (table, _), start in zip(parts, starts, strict=True)),
+        unread={name: text for table, _ in parts for name, text in table.unread.items()},
         content=hashlib.blake2b(contents.encode(), digest_size=16).hexdigest(),
     )
 

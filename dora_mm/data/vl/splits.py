@@ -20,6 +20,7 @@ from dora_mm.data.vl.example import LEADING, Example
 from dora_mm.data.vl.held_out import split_held_out
 from dora_mm.data.vl.joining import joined
 from dora_mm.data.vl.readers import read_source, resolved
+from dora_mm.data.vl.readers.unread import about_unread
 from dora_mm.data.vl.report import cheap_lengths
 from dora_mm.data.vl.rows import BadRows, quiet
 from dora_mm.data.vl.tables import ExampleTable, open_table
@@ -189,7 +190,9 @@ def open_training(data: VLDataConfig, batch_size: int, model: RowCheck) -> dict[
         if empty := table.empty_answers():
             log.info("%s: %d answers are empty and not learned", task.train.title, empty)
         if not len(answered):
-            raise ValueError(f"{task.train.title} has no answers to learn: it is a test split")
+            raise ValueError(f"{task.train.title} has no answers to learn{why_unanswered(table)}")
+        if table.unread:
+            log.warning("%s: these columns are not read: %s", task.train.title, about_unread(table.unread))
         if len(answered) < len(table):
             unanswered = len(table) - len(answered)
             log.info("%s: %d of %d rows have no answer to learn", task.train.title, unanswered, len(table))
@@ -236,10 +239,15 @@ def open_validation(
                     )
             table = open_split(task, "valid", data, model)
             if answered and not len(table.answered()):
-                raise ValueError(f"{source.title} has no answers to compare with: it is a test split")
+                raise ValueError(f"{source.title} has no answers to compare with{why_unanswered(table)}")
             images = images_of(task) if isinstance(task.valid, HeldOutConfig) else source.images
             found[task.task] = ValidationSet(table, images, candidates)
     return found
+
+
+def why_unanswered(table: ExampleTable) -> str:
+    """Why no row of a table has an answer: it is in a column that is not read, or rows are those of a test split."""
+    return f"; these columns are not read: {about_unread(table.unread)}" if table.unread else ": it is a test split"
 
 
 def check_data(data: VLDataConfig, decode: DecodeConfig, batch_size: int) -> None:

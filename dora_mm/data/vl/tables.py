@@ -29,13 +29,14 @@ from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import ImageFolder
 from dora_mm.data.vl.readers import FILES, data_files, read_source, resolved
 from dora_mm.data.vl.readers.hub_files import METADATA
+from dora_mm.data.vl.readers.unread import unread_columns
 from dora_mm.data.vl.rows import BadRows, OnBadData, warn_skipped
 from dora_mm.utils.atomic import write_atomically, write_text
 from dora_mm.utils.digest import file_digest, known_digest
 from dora_mm.utils.progress import Progress
 
 log = logging.getLogger(__name__)
-LAYOUT = "9"  # increase it when the files or the rows of all readers change; a reader has its `version`
+LAYOUT = "10"  # increase it when the files or the rows of all readers change; a reader has its `version`
 BATCH_ROWS = 1000  # rows per Arrow record batch: the number held in memory while writing
 HASHED = 1 << 23  # bytes of a file that are hashed at a time, by each processor core
 STORED_IMAGES = "images"  # the subfolder of images that were embedded in data files
@@ -56,6 +57,7 @@ class ExampleTable(Sequence[Example]):
         picked: For each row, which of its answers is the only one here; None: all of them.
         origins: Of several files joined: the first row of each, and its name.
         content: The digest of the source files and of what is read of them, whatever the layout of tables is.
+        unread: The columns of the source files that have texts or images and are not read, see `unread_columns`.
     """
 
     path: Path
@@ -68,6 +70,7 @@ class ExampleTable(Sequence[Example]):
     picked: np.ndarray | None = None
     origins: tuple[tuple[int, str], ...] = ()
     content: str = ""
+    unread: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -316,6 +319,7 @@ def _write(partial: Path, path: Path, source: SourceConfig, on_bad_data: OnBadDa
         after = f" after the first {source.skip}" if source.skip else ""
         raise ValueError(f"{source.title} has no usable row{after}")
     summary = {"num_rows": num_rows, "num_stored_images": len(store.names), "skipped": bad.found}
+    summary["unread"] = unread_columns(source)
     summary["sha256"] = file_digest(partial)
     write_text(path.with_suffix(".json"), json.dumps(summary, indent=1))
 
@@ -352,7 +356,8 @@ def _open(path: Path, source: SourceConfig, on_bad_data: OnBadData) -> ExampleTa
     if not intact:
         log.warning("%s is damaged: the table is read again from its source", path)
         return None
-    return ExampleTable(path, source.title, batches, np.arange(summary["num_rows"]), on_bad_data, summary["skipped"])
+    rows, found = np.arange(summary["num_rows"]), {key: summary[key] for key in ("skipped", "unread")}
+    return ExampleTable(path, source.title, batches, rows, on_bad_data, **found)
 
 
 def _count_stored(batches: Sequence[pa.RecordBatch], folder: Path) -> int:

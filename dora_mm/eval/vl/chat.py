@@ -1,7 +1,8 @@
-"""Exact match of the last answer of conversations."""
+"""Exact match, or ROUGE-L, of the last answer of conversations."""
 
-from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.eval.vl.scores import AnswerScorer, VLScores, check_answered, percent
+from dora_mm.data.vl.example import Example
+from dora_mm.eval.vl.rouge import RULE, row_rouge_l
+from dora_mm.eval.vl.scores import mean_scorer
 
 MARKS = " .,;:!?\"'"
 RULES = {
@@ -24,20 +25,12 @@ def row_accuracy(example: Example, prediction: str) -> float:
     return float(normalized(prediction) == normalized(example.answers[0]))
 
 
-def score_chat(predictions: Predictions) -> VLScores:
-    """Computes `accuracy`, the share of normalized answers that are equal, and `exact`, that of equal answers.
-
-    Only white space at the ends does not count for `exact`.
-
-    Raises:
-        ValueError: There are no predictions, or an example has no answer.
-    """
-    check_answered(predictions)
-    metrics = {
-        "accuracy": percent([row_accuracy(example, prediction) for example, prediction in predictions]),
-        "exact": percent([float(prediction.strip() == row.answers[0].strip()) for row, prediction in predictions]),
-    }
-    return VLScores("accuracy", metrics, rules=RULES)
+def row_exact(example: Example, prediction: str) -> float:
+    """Returns 1 where prediction and answer are equal but for white space at the ends, else 0."""
+    return float(prediction.strip() == example.answers[0].strip())
 
 
-SCORER = AnswerScorer(score_chat, row_accuracy)
+EXACT = {"accuracy": (row_accuracy, RULES["accuracy"]), "exact": (row_exact, RULES["exact"])}
+ROUGE_L = {"ROUGE-L": (row_rouge_l, RULE)}
+SCORER = mean_scorer(EXACT | ROUGE_L)  # of short answers
+SENTENCES = mean_scorer(ROUGE_L | EXACT)

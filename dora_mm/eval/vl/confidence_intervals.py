@@ -14,6 +14,8 @@ from dora_mm.eval.vl.metrics import scorer_of
 from dora_mm.registries.vl_tasks import TASKS
 
 MEAN = "mean"
+LEAST_GROUPS = 20  # of fewer, intervals are not shown: of 19 halves of 0 and 1 it is 24 to 76
+TOO_FEW = f"too few for an interval, which takes {LEAST_GROUPS} independent ones"
 
 
 def heading(key: str) -> str:
@@ -140,9 +142,15 @@ def gain_over_question_only(
     return f"{name}, less what questions alone give away (the answer that training gave most often): {gained} points."
 
 
-def points(ci: ConfidenceInterval) -> str:
-    """Returns an interval in points: "65.8 (64.9 to 66.7)"."""
-    return ci.text("{:.1f}", 100.0)
+def points(ci: ConfidenceInterval, groups: int = LEAST_GROUPS) -> str:
+    """Returns an interval in points, "65.8 (64.9 to 66.7)"; of fewer than LEAST_GROUPS groups the estimate alone."""
+    return ci.text("{:.1f}", 100.0) if groups >= LEAST_GROUPS else f"{100 * ci.mean:.1f}"
+
+
+def number_of(scores: AnswerScores) -> str:
+    """Returns how many answers there are, and in how many groups where these are fewer."""
+    answers, groups = len(scores.groups), len(set(scores.groups))
+    return f"n = {answers:,}" + (f" in {groups:,} groups (an image, a document)" if groups < answers else "")
 
 
 def precision_notes(task: str, predictions: Predictions, main: str, wished: float | None = None) -> list[str]:
@@ -157,18 +165,18 @@ def precision_notes(task: str, predictions: Predictions, main: str, wished: floa
     scores, scorer = answer_scores(task, [predictions]), scorer_of(task)
     if scores is None:
         return []
-    unit = scorer.unit
-    answers, groups = len(scores.groups), len(set(scores.groups))
-    of_groups = f" in {groups:,} groups (an image, a document)" if groups < answers else ""
-    notes = [f"{main} {points(confidence_intervals({task: scores})[task])}: 95 % interval, n = {answers:,}{of_groups}"]
+    unit, answers, groups = scorer.unit, len(scores.groups), len(set(scores.groups))
+    shown = points(confidence_intervals({task: scores})[task], groups)
+    number = f"{'95 % interval' if groups >= LEAST_GROUPS else TOO_FEW}, {number_of(scores)}"
+    notes = [f"{main} {shown}: {number}"]
     group = {unit(example): group_of(task, example) for example, _ in predictions}
     others = scorer.confidence_intervals(predictions, [group[unit(example)] for example, _ in predictions])
-    notes += [f"{name} {points(ci)}: 95 % interval" for name, ci in others.items() if ci.has_ends]
-    if len(predictions) > 1 and not any(example.images or example.group for example, _ in predictions):
-        notes.append("images are not known, so that each row counts for itself: --data names what it is about")
+    notes += [
+        f"{name} {points(ci)}: 95 % interval" for name, ci in others.items() if ci.has_ends and groups >= LEAST_GROUPS
+    ]
     needed = None if wished is None else groups_needed(group_cells([scores]), wished / 100)
     if needed is not None:
-        more = f", in {needed:,} groups like these" if of_groups else ""
+        more = f", in {needed:,} groups like these" if groups < answers else ""
         count = round(needed * answers / groups)
         notes.append(f"an interval of +- {wished:g} points takes about {count:,} answers{more}")
     return notes

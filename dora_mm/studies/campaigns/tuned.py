@@ -140,7 +140,7 @@ class TunedVL:
 
     def overrides(self, training: Training) -> list[str]:
         """The overrides for one training."""
-        return [*overrides_of(self.config, self, training), "train.epochs=null"]
+        return [*overrides_of(self.config, self, training), "train.epochs=null", "evaluate.base=false"]
 
     def held_out_loss(self, summary: Mapping[str, Any]) -> float:
         """The mean of the losses of the tasks' valid splits."""

@@ -95,6 +95,7 @@ class VLEvaluation:
         """The overrides of one training; every update has the scaling of the base's."""
         return [
             *common_overrides(self.config, training, alpha=self.base.adapter.alpha_at(training.variant.rank or 1)),
+            "evaluate.base=false",
             "train.epochs=null",
             *(self.overrides_of_full if training.variant.method == "full" else ()),
         ]

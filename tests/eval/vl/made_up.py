@@ -232,6 +232,22 @@ def open_answers(seed: int, references: int | None = None) -> list[MadeUp]:
     return rows
 
 
+def sentences(seed: int) -> list[MadeUp]:
+    """Sentences of few words, which occur in many of them in another order, in letters a to z."""
+    draw = Source(seed)
+    words = ("the", "The", "a", "bus", "bus,", "red-brown", "is", "isn't", "on", "street_2", "2.5", "--", "TWO", "two.")
+
+    def sentence() -> str:
+        return draw.pick((" ", "  ", "\n")).join(draw.pick(words) for _ in range(draw.number(30)))
+
+    rows = []
+    for _ in range(NUM):
+        known = tuple(sentence() for _ in range(1 + draw.number(3)))
+        start = draw.number(9)
+        rows.append(MadeUp(draw.pick((sentence(), draw.pick(known)[start:] + sentence())), known))
+    return rows
+
+
 def _changed(draw: Source, text: str) -> str:
     """A text with another case, more space, other characters, or another number."""
     how = draw.number(8)

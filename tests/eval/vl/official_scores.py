@@ -19,8 +19,8 @@
     run_gpt3.py      models/run_gpt3.py of lupantech/ScienceQA
     nlvr2.py         nlvr2/eval/metrics.py of lil-lab/nlvr
 
-They need editdistance, pandas and loguru beside what is installed here. Where a script fails (a division by 0), or
-draws an option at random, there is no score: null.
+They need editdistance, pandas and loguru beside what is installed here, and ROUGE-L the package rouge-score (0.1.2).
+Where a script fails (a division by 0), or draws an option at random, there is no score: null.
 """
 
 import ast
@@ -314,7 +314,16 @@ def boxes(folder: Path) -> dict[str, list[float | None]]:
     return {"boxes_qwen": qwen, "boxes_lmms": found}
 
 
+def rouge() -> dict[str, list[float | None]]:
+    """The highest F1 of the references, as `score_multi` takes it."""
+    from rouge_score.rouge_scorer import RougeScorer  # pyright: ignore[reportMissingImports]
+
+    scorer = RougeScorer(["rougeL"])
+    rows = made_up.sentences(8)
+    return {"rouge_l": [scorer.score_multi(row.references, row.prediction)["rougeL"].fmeasure for row in rows]}
+
+
 if __name__ == "__main__":
     scripts = Path(sys.argv[1])
-    scores = documents(scripts) | letters(scripts) | pope(scripts) | boxes(scripts) | nlvr2(scripts)
+    scores = documents(scripts) | letters(scripts) | pope(scripts) | boxes(scripts) | nlvr2(scripts) | rouge()
     FILE.write_text(json.dumps({name: packed(found) for name, found in scores.items()}, indent=0) + "\n")

@@ -108,7 +108,8 @@ def test_chat_is_exact_match_of_the_last_answer():
         chat("no", "yes"),
     ]
     scores = score("chat", rows)
-    assert scores.metrics == {"accuracy": 50.0, "exact": pytest.approx(100 / 6)}
+    assert (scores.main, scores.metrics["accuracy"]) == ("accuracy", 50.0)
+    assert scores.metrics["exact"] == pytest.approx(100 / 6)
     assert [score_row("chat", *row) for row in rows] == [1, 1, 1, 0, 0, 0]
     asked = rows[2][0]
     (guess,) = question_only_answers([chat("Yes.", "")[0]], [asked])

@@ -17,6 +17,7 @@ from dora_mm.eval.vl import (
     ocrbench,
     pope,
     relaxed,
+    rouge,
     scienceqa,
     textvqa,
 )
@@ -41,6 +42,7 @@ def example(row: MadeUp) -> Example:
 
 OPEN, TEN, CHOICES = made_up.open_answers(1), made_up.open_answers(2, references=10), made_up.choices(3)
 WORDS, YES_OR_NO, BOXED = made_up.open_answers(4), made_up.yes_or_no(5), made_up.boxed(6)
+SENTENCES = made_up.sentences(8)
 METRICS = {
     "anls": (OPEN, lambda row, text: anls.SCORER.row(row, text)),
     "anls_mmf": (OPEN, lambda row, text: max(anls.stripped(answer, text) for answer in row.answers)),
@@ -59,6 +61,7 @@ METRICS = {
     "aokvqa": (CHOICES, lambda row, text: aokvqa.SCORER.row(row, text)),
     "aokvqa_direct": (TEN, lambda row, text: aokvqa.DIRECT.row(row, text)),
     "pope": (YES_OR_NO, pope.row_accuracy),
+    "rouge_l": (SENTENCES, rouge.row_rouge_l),
     "boxes_qwen": (BOXED, lambda row, text: boxes.reads(boxes.qwen_box)(row, text)),
     "boxes_lmms": (BOXED, lambda row, text: boxes.reads(boxes.share_box)(row, text)),
 }

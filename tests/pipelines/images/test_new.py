@@ -159,6 +159,46 @@ def test_questions_without_images(here, capsys):
     assert "--images is missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("answer", "task", "said"),
+    [
+        ("A bus.", "chat", "exact match, since most answers have 4 words at most; ROUGE-L beside it"),
+        (
+            "A red bus on the street.",
+            "chat_sentences",
+            "ROUGE-L, since most answers have more than 4 words; exact match",
+        ),
+        (None, "chat", "no row has an answer that is read"),
+    ],
+)
+def test_questions_get_a_config_of_their_score(here, capsys, answer, task, said):
+    rows = [{"query": f"What is {n}?", "response": answer, "topic": "buses"} for n in range(100)]
+    Path("my.json").write_text(json.dumps(rows))
+    config = made("qa", "--data", "my.json", family="vlm")
+    assert (config.data.task, config.data.valid.share) == (task, 0.2)
+    evaluation = load_config("qa_eval.yaml")
+    assert (evaluation.data, evaluation.model) == (config.data, config.model)  # so the same rows are held out
+    assert evaluation.adapter == "runs/qa/latest"
+    printed = capsys.readouterr().out
+    assert f"score     {said}" in printed or said in printed
+    assert "unread    topic ('buses')" in printed
+    assert "dora-mm eval qa_eval.yaml" in printed
+    assert main(["new", "vlm", "qa_eval", "--data", "my.json"]) == 2
+    assert "qa_eval.yaml exists already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_training_and_the_evaluation_of_new_questions_run_to_their_end(here, tiny_vlm, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "gpus", lambda: [])
+    rows = [{"query": f"What is {n}?", "response": "It is a number, I think."} for n in range(10)]
+    Path("my.json").write_text(json.dumps(rows))
+    made("qa", "--data", "my.json", "--model", str(tiny_vlm("qwen2")), family="vlm")
+    assert main(["train", "qa.yaml", "--set", "evaluate.max_new_tokens=3", "train.epochs=1"]) == 0
+    assert "ROUGE-L of the base" in capsys.readouterr().out
+    assert main(["eval", "qa_eval.yaml", "--set", "decode.max_new_tokens=3"]) == 0
+    assert "| ROUGE-L |" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("gpu", [None, GPUInfo("a large GPU", 80.0, "bf16")])
 def test_questions_for_a_language_model(here, tiny_vlm, gpu, monkeypatch):
     """It has no connector, which the recipe without a GPU trains, and no images, which that of a large GPU limits."""

@@ -110,3 +110,21 @@ def test_rows_about_a_single_image_are_told_in_a_sentence(config, tmp_path, caps
         assert main(arguments) == 2
         assert "rows.json: no rows can be held out (data.valid.share)" in capsys.readouterr().err
     assert main(["train", config, "--set", "data.valid=null"]) == 0
+
+
+def test_a_training_reports_the_base_the_adapter_and_how_few_rows_there_are(config, tmp_path, capsys, caplog):
+    assert main(["train", config, "--set", "evaluate.every=1", "data.task=chat_sentences"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"- ROUGE-L [\d.]+: too few for an interval, .*, n = 4 in 2 groups", printed)
+    found = re.search(r"of the base ([\d.]+), with the adapter ([\d.]+): (\S+) points; too few", printed)
+    before, after, gain = map(float, found.groups())
+    assert gain == pytest.approx(after - before, abs=0.11)
+    assert re.search(r"step 1: chat_sentences [\d.]+ \(n = 4: too few to judge by\)", caplog.text)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["chat_sentences_base"] == pytest.approx(before, abs=0.06)
+
+
+def test_the_base_need_not_be_scored(config, tmp_path, capsys):
+    assert main(["train", config, "--set", "evaluate.base=false", "train.steps=1"]) == 0
+    assert "of the base" not in capsys.readouterr().out
+    assert not (tmp_path / "run" / "base_scores.json").exists()

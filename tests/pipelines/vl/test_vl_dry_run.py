@@ -291,11 +291,16 @@ def test_all_broken_images_are_named_if_all_are_decoded(config, tmp_path, images
         broken.append(str(tmp_path / name))
     turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "x"}]
     names = [str(images / "square.png"), *broken]
-    rows = [{"id": f"r{i}", "image": [name], "conversations": turns} for i, name in enumerate([*names, broken[0]])]
+    rows = [
+        {"id": f"r{i}", "image": [name], "conversations": turns, "topic": "noise"}
+        for i, name in enumerate([*names, broken[0]])
+    ]
     train = {"format": "chat", "file": str(write_json(tmp_path / "train.json", rows[:2]))}
     valid = {"format": "chat", "file": str(write_json(tmp_path / "valid.json", rows))}
     path = config("llava", data={"train": train, "valid": valid, "on_bad_data": "skip"})
-    assert "images are broken" not in printed(capsys, path)
+    text = printed(capsys, path)
+    assert "images are broken" not in text
+    assert f"columns of {tmp_path / 'train.json'} that are not read: topic ('noise')" in text
     assert main(["train", path, "--dry-run", "--decode"]) == 0
     output = capsys.readouterr().out
     assert "2 of 3 images are broken" in output

@@ -4,16 +4,11 @@ Of what kind a file is, its content says, see file_rows.py; of a folder or a pat
 hub_files.py. All rows of a file have one shape, see chat_shapes.py.
 """
 
-import ast
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
-
-from pydantic_core import from_json
 
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
@@ -21,18 +16,12 @@ from dora_mm.data.vl.json_items import location
 from dora_mm.data.vl.readers.chat_shapes import CAPTIONS, SHAPES, JsonRow, Shape, captions_of, images_of, shape_of
 from dora_mm.data.vl.readers.conversation import conversation
 from dora_mm.data.vl.readers.file_rows import file_items
-from dora_mm.data.vl.readers.hub_files import METADATA, files_of_source
+from dora_mm.data.vl.readers.hub_files import files_of_source
+from dora_mm.data.vl.readers.named_rows import check_columns, named_row, parsed_row
 from dora_mm.data.vl.rows import BadRows, RowError
 
 log = logging.getLogger(__name__)
 PEEKED = 20  # rows that are searched for one of a known shape: the first may be damaged
-# Keys whose values a table has as text, in JSON or as Python writes it
-LISTS = frozenset(("messages", "conversations", "texts", "prompt", "completion", "history", "tools", "objects")).union(
-    ("image", "images", "video", "videos")
-)
-# Keys whose values are texts, or turns as text
-TURNS = frozenset(("chosen", "rejected", "rejected_response", "rejected_messages"))
-PACKED = LISTS | TURNS
 
 
 def read_chat(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
@@ -92,7 +81,9 @@ def read_rows(source: SourceConfig, bad: BadRows, maker: Callable[[Path], Maker]
         ValueError: A file cannot be read, or a row is bad and `bad` is set to "stop".
     """
     seen: set[str] = set()
-    for number, path in enumerate(files_of_source(source), 1):
+    files = files_of_source(source)
+    check_columns(files, source.columns)
+    for number, path in enumerate(files, 1):
         file = f"file {number}, " if number > 1 else ""
         yield from _file_rows(path, maker(path), source.columns, seen, bad, file)
 
@@ -103,7 +94,7 @@ def _file_rows(
     """The examples of one file; the ids in `seen` are taken, and `file` tells its places from those of others."""
     for where, item in file_items(path):
         try:
-            row = _row(path, item, columns)
+            row = named_row(path, item, columns)
             example = make(row, _new_id(row.get("id"), f"{file}{where}", seen))
         except RowError as error:
             bad.add(location(path, where, item), str(error))
@@ -153,89 +144,15 @@ def first_shape(
     first = ""
     for _, item in islice(file_items(path), PEEKED):
         try:
-            if shape := shape_of(_row(path, item, columns or {})):
+            if shape := shape_of(named_row(path, item, columns or {})):
                 return shape
-            first = first or f"has the keys {', '.join(map(repr, _parsed(item)))}"
+            first = first or f"has the keys {', '.join(map(repr, parsed_row(item)))}"
         except RowError as error:  # reported when the row is read
             first = first or str(error)
     raise ValueError(
         f"{path} has no known shape of {kind}: its first row {first}; say which of them is what, as in {example}, or "
         f"bring one of these shapes: {', '.join(known)}"
     )
-
-
-def _row(path: Path, item: Any, columns: Mapping[Any, str]) -> JsonRow:
-    """A row of a file, by the names that its columns have here."""
-    row = _renamed(_with_files(_parsed(item), path) if path.name in METADATA else _parsed(item), columns)
-    packed = {
-        key: _listed(text)
-        for key in PACKED & row.keys()
-        if isinstance(text := row[key], str) and text.lstrip()[:1] in ("[", "{")
-    }
-    packed = {key: found for key, found in packed.items() if key in LISTS or _are_turns(found)}
-    return row | packed if packed else row
-
-
-def _are_turns(value: Any) -> bool:
-    turns = value if isinstance(value, list) else [value]
-    return bool(turns) and all(
-        isinstance(turn, dict) and not turn.keys().isdisjoint(("role", "from")) for turn in turns
-    )
-
-
-def _with_files(row: JsonRow, path: Path) -> JsonRow:
-    """A row of metadata with the images that it names, by `file_name` or `file_names`, beside its file."""
-    found: JsonRow = {}
-    for key, value in row.items():
-        many = key.endswith("file_names")
-        if value is None or not (many or key.endswith("file_name")):
-            found[key] = value
-            continue
-        name = key.removesuffix("file_names" if many else "file_name").removesuffix("_")
-        names = _listed(value) if many and isinstance(value, str) else value
-        found[name or ("images" if many else "image")] = (
-            [_next_to(path, one) for one in names] if isinstance(names, list) else _next_to(path, names)
-        )
-    return found
-
-
-def _next_to(path: Path, name: Any) -> str:
-    """The path of a file by its name in the metadata beside it."""
-    if not isinstance(name, str) or "://" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise RowError("has a `file_name` that is not the name of a file beside the metadata or below it")
-    return str(path.parent.absolute() / name)
-
-
-def _listed(text: str) -> Any:
-    """The list or the object in a text, in JSON or as Python writes it; another text as it is."""
-    with suppress(ValueError):
-        return json.loads(text)
-    with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-        return ast.literal_eval(text)
-    return text
-
-
-def _parsed(item: Any) -> JsonRow:
-    """The item as an object; lines are parsed."""
-    if isinstance(item, RowError):
-        raise item
-    if isinstance(item, bytes):
-        try:
-            item = from_json(item, cache_strings="keys")
-        except ValueError:
-            raise RowError("is truncated or not valid JSON") from None
-    if not isinstance(item, dict):
-        raise RowError("is not an object with keys")
-    return item
-
-
-def _renamed(row: JsonRow, columns: Mapping[Any, str]) -> JsonRow:
-    """The row with the names that its columns have here; those whose names others take are left out."""
-    if not columns:
-        return row
-    taken = {*columns, *columns.values()}
-    kept = {key: value for key, value in row.items() if key not in taken}
-    return kept | {name: row[column] for name, column in columns.items() if column in row}
 
 
 def _new_id(given: Any, where: str, seen: set[str]) -> str:

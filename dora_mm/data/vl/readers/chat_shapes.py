@@ -36,6 +36,7 @@ UNREAD = {  # keys of a row that must be empty, and what they hold
 }
 PAIRED = ("chosen", "rejected", "rejected_response", "rejected_messages")  # keys of a row with two answers
 REFUSED = frozenset((*UNREAD, *PAIRED))
+COMMON = frozenset(("id", "image", "images", "video", "videos", "system", "tools", "objects"))  # keys of any row
 LEARNED = ("loss", "weight", "train", "training")  # keys of a message that say whether it is learned: true or 1, or not
 KEYS = frozenset(LEARNED)
 
@@ -46,10 +47,12 @@ class Shape(NamedTuple):
     Attributes:
         name: Whose shape it is, and its keys.
         read: Takes a row apart; raises RowError for what does not fit or is not read.
+        keys: The keys of a row that it reads, beside COMMON.
     """
 
     name: str
     read: Callable[[JsonRow], Dialogue]
+    keys: frozenset[str]
 
 
 def read_turns(row: JsonRow) -> Dialogue:
@@ -113,17 +116,18 @@ def images_of(row: JsonRow) -> list[str]:
     return list(map(image_of, _one_or_several(row, "image")))
 
 
-LLAVA = Shape("LLaVA (conversations, image)", read_turns)
-LLAMA_FACTORY = Shape("LLaMA-Factory (conversations, images)", read_turns)
-LLAMA_FACTORY_MESSAGES = Shape("LLaMA-Factory (messages, images)", read_turns)
-SWIFT = Shape("ms-swift (messages with loss, or beside objects, videos, audios)", read_turns)
-HUGGING_FACE = Shape("Hugging Face (messages)", read_turns)
-TRL = Shape("TRL (prompt, completion)", read_prompt)
-AXOLOTL = Shape("axolotl (messages whose items name their images)", read_turns)
-TEXTS = Shape("FineVision (texts, images)", read_texts)
-ALPACA = Shape("Alpaca (instruction, output)", read_alpaca)
-QUERY = Shape("ms-swift (query, response)", read_query)
-CAPTIONS = Shape("image and caption (image, text or caption)", read_caption)
+CONVERSATIONS, MESSAGES = frozenset(("conversations",)), frozenset(("messages",))
+LLAVA = Shape("LLaVA (conversations, image)", read_turns, CONVERSATIONS)
+LLAMA_FACTORY = Shape("LLaMA-Factory (conversations, images)", read_turns, CONVERSATIONS)
+LLAMA_FACTORY_MESSAGES = Shape("LLaMA-Factory (messages, images)", read_turns, MESSAGES)
+SWIFT = Shape("ms-swift (messages with loss, or beside objects, videos, audios)", read_turns, MESSAGES)
+HUGGING_FACE = Shape("Hugging Face (messages)", read_turns, MESSAGES)
+TRL = Shape("TRL (prompt, completion)", read_prompt, frozenset(("prompt", "completion")))
+AXOLOTL = Shape("axolotl (messages whose items name their images)", read_turns, MESSAGES)
+TEXTS = Shape("FineVision (texts, images)", read_texts, frozenset(("texts",)))
+ALPACA = Shape("Alpaca (instruction, output)", read_alpaca, frozenset(("instruction", "input", "output", "history")))
+QUERY = Shape("ms-swift (query, response)", read_query, frozenset(("query", "response", "history")))
+CAPTIONS = Shape("image and caption (image, text or caption)", read_caption, frozenset(("text", "caption")))
 SHAPES = (
     *(LLAVA, LLAMA_FACTORY, LLAMA_FACTORY_MESSAGES, SWIFT, HUGGING_FACE, TRL, AXOLOTL, TEXTS, ALPACA, QUERY),
     CAPTIONS,

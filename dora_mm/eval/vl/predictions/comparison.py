@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from dora_mm.data.vl.example import Predictions
 from dora_mm.eval.statistics import ConfidenceInterval, paired_p
-from dora_mm.eval.vl.confidence_intervals import answer_scores, confidence_intervals, group_cells, points
+from dora_mm.eval.vl.confidence_intervals import (
+    LEAST_GROUPS,
+    TOO_FEW,
+    answer_scores,
+    confidence_intervals,
+    group_cells,
+    points,
+)
 from dora_mm.eval.vl.metrics import score_row
 from dora_mm.utils.tables import markdown_table
 
@@ -32,7 +39,7 @@ class PairedScores:
         p: The chance of a difference as large where there is none.
         exact: Whether that is McNemar's exact test.
         num: How many values are compared, and in how many groups.
-        kinds: The difference and the number of rows by kind of question.
+        kinds: The difference in points and the number of rows by kind of question.
         changes: The rows whose score changed.
     """
 
@@ -40,7 +47,7 @@ class PairedScores:
     p: float
     exact: bool
     num: tuple[int, int]
-    kinds: dict[str, tuple[ConfidenceInterval, int]]
+    kinds: dict[str, tuple[str, int]]
     changes: tuple[Change, ...]
 
 
@@ -65,7 +72,7 @@ def compared(task: str, first: Predictions, second: Predictions) -> PairedScores
     )
 
 
-def _by_kind(task: str, first: Predictions, second: Predictions) -> dict[str, tuple[ConfidenceInterval, int]]:
+def _by_kind(task: str, first: Predictions, second: Predictions) -> dict[str, tuple[str, int]]:
     rows: dict[str, list[int]] = defaultdict(list)
     for number, (example, _) in enumerate(first):
         for kind in dict.fromkeys(example.kinds):
@@ -74,7 +81,8 @@ def _by_kind(task: str, first: Predictions, second: Predictions) -> dict[str, tu
     for kind, numbers in sorted(rows.items()):
         ours, theirs = (answer_scores(task, [[side[n] for n in numbers]]) for side in (first, second))
         if ours is not None and theirs is not None:
-            found[kind] = (confidence_intervals({task: theirs.minus(ours)}, differences=True)[task], len(numbers))
+            ci = confidence_intervals({task: theirs.minus(ours)}, differences=True)[task]
+            found[kind] = (points(ci, len(set(ours.groups))), len(numbers))
     return found
 
 
@@ -90,12 +98,13 @@ def comparison_report(found: PairedScores, names: tuple[str, str]) -> str:
     better = sum(change.scores[1] > change.scores[0] for change in found.changes)
     answers, groups = found.num
     test = "McNemar's exact test" if found.exact else f"paired t test over {groups:,} groups"
+    few = "" if groups >= LEAST_GROUPS else f"; {TOO_FEW}"
     parts = [
-        f"{names[1]} - {names[0]}: {points(found.difference)} points, p = {found.p:.2g} ({test}), n = {answers:,}; "
-        f"{better:,} rows better, {len(found.changes) - better:,} worse"
+        f"{names[1]} - {names[0]}: {points(found.difference, groups)} points, p = {found.p:.2g} ({test}), "
+        f"n = {answers:,}; {better:,} rows better, {len(found.changes) - better:,} worse{few}"
     ]
     if found.kinds:
-        cells = [[kind, points(ci), f"{count:,}"] for kind, (ci, count) in found.kinds.items()]
+        cells = [[kind, difference, f"{count:,}"] for kind, (difference, count) in found.kinds.items()]
         parts.append(markdown_table(["kind", "difference, points (95 %)", "rows"], cells))
     if found.changes:
         rows = [[c.id, _cell(c.before), _cell(c.after), f"{c.scores[0]:g} to {c.scores[1]:g}"] for c in found.changes]
