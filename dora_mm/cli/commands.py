@@ -81,6 +81,8 @@ def run(arguments: Namespace, recipes: Recipes | None = None) -> None:
             resolve_adapter(arguments.file, "FILE")
             _check_base(arguments)
             _call("verify", arguments)
+        case "import":
+            _call("import_config", arguments)
         case "tune":
             resolve_path(arguments.config, "CONFIG")
             _call("tune", arguments)

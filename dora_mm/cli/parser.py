@@ -53,6 +53,7 @@ def build_parser() -> CommandParser:
         _add_config_command(commands, name, what)
     for add in (
         _add_new,
+        _add_import,
         _add_gallery,
         _add_inspect,
         _add_merge,
@@ -132,6 +133,15 @@ def _add_new(commands: Any) -> None:
     )
     command.add_argument("--data", metavar="FILE", help="your questions, of vlm: JSON, JSON lines or Parquet")
     command.add_argument("--model", metavar="MODEL", help=f"{BASE}; default: the recipe's")
+
+
+def _add_import(commands: Any) -> None:
+    command = commands.add_parser(
+        "import", help="write a config from one of kohya's scripts, ai-toolkit, OneTrainer, LLaMA-Factory, ..."
+    )
+    trainers = "kohya's TOML or command line, ai-toolkit, OneTrainer, LLaMA-Factory, ms-swift, axolotl"
+    command.add_argument("file", metavar="FILE", type=Path, help=f"the config of another trainer: {trainers}")
+    command.add_argument("--output", metavar="CONFIG", help="the new file; default: the name of FILE, as .yaml here")
 
 
 def _add_gallery(commands: Any) -> None:

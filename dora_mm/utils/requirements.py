@@ -32,7 +32,16 @@ REQUIREMENTS: Mapping[str, Sequence[str]] = MappingProxyType(
         "quant": ("bitsandbytes>=0.48", "torchao>=0.14"),
     }
 )
-OF_THE_BASE = ("average", "check", "combine", "configs", "convert", "extract", "verify")  # commands that need no extra
+OF_THE_BASE = (
+    "average",
+    "check",
+    "combine",
+    "configs",
+    "convert",
+    "extract",
+    "import",
+    "verify",
+)  # commands that need no extra
 
 
 def check_command(name: str) -> None:

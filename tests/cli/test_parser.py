@@ -31,6 +31,7 @@ COMMANDS = {  # with the recipes of those that take no config
     "ask": "ask",
     "caption": "caption",
     "unpack": "unpack",
+    "import": "import_config",
 }
 
 
@@ -127,8 +128,8 @@ def test_what_is_meant_by_an_argument_of_another_form_is_named(arguments, messag
 
 
 def test_flags_of_other_trainers_are_keys_of_the_training():
-    keys = all_keys(SCHEMAS["train_diffusion"])
-    assert set(KEYS.values()) <= set(keys)
+    keys = {*all_keys(SCHEMAS["train_diffusion"]), *all_keys(SCHEMAS["train_vl"])}
+    assert set(KEYS.values()) <= keys
 
 
 def test_targets_for_programs_are_those_that_they_read():
