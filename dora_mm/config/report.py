@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 from pydantic import Discriminator, ValidationError
 
 from dora_mm.config.schema import Section, SectionChoice
-from dora_mm.registries.other_trainers import key_of, other_meaning
+from dora_mm.registries.other_trainers import key_of, other_meaning, outside
 from dora_mm.registries.renamed import KEYS
 from dora_mm.utils.messages import nearest
 from dora_mm.utils.yaml12 import KeyPath
@@ -148,6 +148,8 @@ def _suggestion(location: _Location, schema: type[Section]) -> str:
     elsewhere = [key for key in all_keys(schema) if key.split(".")[-1] == name and ANY_NAME not in key]
     if not elsewhere and (ours := key_of(name)) in all_keys(schema):
         return f", which is {ours} here{other_meaning(name)}"
+    if not elsewhere and (use := outside(name)):
+        return f": {use}"
     if close := nearest(name, siblings) or nearest(name, others):
         return close
     if elsewhere:

@@ -107,6 +107,16 @@ KEYS = {  # by the flags of kohya's scripts, diffusers', LLaMA-Factory's and ms-
     "rl_beta": "preference.beta",
     "label_smoothing": "preference.label_smoothing",
 }
+# What is no key here, with what does the same
+PROCESSES = "torchrun --nproc-per-node N -m dora_mm COMMAND starts N processes, one per GPU"
+GPU = "CUDA_VISIBLE_DEVICES=1 in front of the command chooses the GPU"
+OUTSIDE = {
+    **dict.fromkeys(("num_processes", "nproc_per_node", "num_gpus", "multi_gpu"), PROCESSES),
+    **dict.fromkeys(("device", "gpu_ids", "gpu_id", "devices", "train_device"), GPU),
+    "resume_from_checkpoint": "dora-mm train --resume RUN goes on with a run",
+    "config_file": "the config is named without a flag: dora-mm train CONFIG.yaml",
+    "dataset_config": "dora-mm import reads it, with the TOML or the command line that names it",
+}
 # Their meaning without another flag is not sure: kohya's scripts have masks and conditions in one folder
 UNSURE = {"conditioning_data_dir": ("masked_loss", "data.references", "what a model that edits sees")}
 WITHOUT_VALUE = {  # flags that are a value of ours by themselves; others are true
@@ -171,6 +181,11 @@ def other_meaning(word: str, given: Sequence[str] = ()) -> str:
     if not flag or any(_name(each) == flag for each in given):
         return ""
     return f" with {flag} (masks), and {key} where it has {meaning}: which of both is it?"
+
+
+def outside(word: str) -> str:
+    """What does here what a flag or key of another trainer does, where that is no key; empty where nothing does."""
+    return OUTSIDE.get(_name(word), "")
 
 
 def _name(word: str) -> str:

@@ -357,6 +357,29 @@ def test_the_command_writes_a_config_that_loads(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "title"),
+    [
+        ("a.toml", 'pretrained_model_name_or_path = "x"', "kohya's scripts"),
+        ("a.yaml", AI_TOOLKIT, "ai-toolkit"),
+        ("a.json", json.dumps(ONETRAINER), "OneTrainer"),
+        ("a.yaml", LLAMA_FACTORY, "LLaMA-Factory"),
+        ("a.yaml", AXOLOTL, "axolotl"),
+        ("a.sh", SWIFT, "ms-swift"),
+    ],
+)
+def test_another_trainers_config_in_the_place_of_ours_is_recognized(name, text, title, tmp_path, capsys):
+    (tmp_path / name).write_text(text)
+    assert cli.main(["train", str(tmp_path / name)]) == 2
+    message = f"is a config of {title}: dora-mm import {tmp_path / name} writes one of ours from it\n"
+    assert capsys.readouterr().err.endswith(message)
+
+
+def test_a_device_is_chosen_in_front_of_the_command(tmp_path, capsys):
+    assert cli.main(["train", "configs/sdxl/demo.yaml", "--set", "device=cuda:1"]) == 2
+    assert "unknown key: CUDA_VISIBLE_DEVICES=1 in front of the command chooses the GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("a.yaml", "pipeline: train_vl", "is a config of dora_mm already"),
