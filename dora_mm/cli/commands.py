@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from dora_mm.cli.parser import RESUMABLE
+from dora_mm.cli.parser import RESUMABLE, build_parser
 from dora_mm.config import find_path, load_config, resolve_adapter, resolve_model, resolve_path, run_name
 from dora_mm.config.latest import ADAPTER, CHECKPOINT, IMAGES, LATEST, RUN, Wanted, numbered
 from dora_mm.config.overridden import value_at
@@ -81,6 +81,10 @@ def run(arguments: Namespace, recipes: Recipes | None = None) -> None:
             resolve_adapter(arguments.file, "FILE")
             _check_base(arguments)
             _call("verify", arguments)
+        case "completion":
+            from dora_mm.cli.completion import script  # it imports shtab, which the base has not
+
+            print(script(arguments.shell, build_parser()))
         case "import":
             _call("import_config", arguments)
         case "tune":

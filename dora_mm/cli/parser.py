@@ -15,6 +15,7 @@ from dora_mm.utils.processes import reports_end
 
 RESUMABLE = ("train", "sample", "grid")
 BASE = "the model: a folder, a single-file checkpoint or a hub name"
+SHELLS = ("bash", "zsh", "fish", "powershell")
 CAPTION_PROMPT = "Describe the image in one sentence."
 DTYPES = ("float32", "bfloat16", "float16")
 AXIS = "the axis of the magnitudes, where their shape does not say it"
@@ -71,6 +72,10 @@ def build_parser() -> CommandParser:
     ):
         add(commands)
     commands.add_parser("configs", help="list the packaged configs, with what each is for")
+    schema = commands.add_parser("schema", help="print the JSON schema of config files, for editors")
+    schema.add_argument("--output", metavar="FILE", type=Path, help="write it to a file instead")
+    shells = commands.add_parser("completion", help="print a script with which a shell completes commands and keys")
+    shells.add_argument("shell", choices=SHELLS, help='eval "$(dora-mm completion bash)" in ~/.bashrc')
     commands.add_parser("check", help="show the GPU, the installed packages, what is missing, and which recipe fits")
     parser.commands = commands.choices
     return parser

@@ -218,7 +218,7 @@ def _location(schema: type[Section], location: Sequence[str | int]) -> _Location
 
 def _is_alternative(value: Any, part: str | int) -> bool:
     """Whether a part of pydantic's location is one of several types of a value, such as float and dict[str,float]."""
-    keys = [name for section in _sections_in(value) for name in section.model_fields]
+    keys = [name for section in sections_in(value) for name in section.model_fields]
     return get_origin(value) in (Union, UnionType) and isinstance(part, str) and part not in ("", *keys)
 
 
@@ -266,11 +266,11 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-def _sections_in(annotation: Any) -> list[type[Section]]:
+def sections_in(annotation: Any) -> list[type[Section]]:
     """The sections in a type such as Section, Section | None, tuple[Section, ...] or one of several classes."""
     if _is_section(annotation):
         return [annotation]
-    return [section for argument in get_args(annotation) for section in _sections_in(argument)]
+    return [section for argument in get_args(annotation) for section in sections_in(argument)]
 
 
 def all_keys(schema: type[Section], prefix: str = "") -> list[str]:
@@ -279,6 +279,6 @@ def all_keys(schema: type[Section], prefix: str = "") -> list[str]:
     for name, field in schema.model_fields.items():
         keys[prefix + name] = None
         any_name = f"{ANY_NAME}." if get_origin(field.annotation) is dict else ""
-        for section in _sections_in(field.annotation):
+        for section in sections_in(field.annotation):
             keys |= dict.fromkeys(all_keys(section, f"{prefix}{name}.{any_name}"))
     return list(keys)

@@ -32,6 +32,7 @@ COMMANDS = {  # with the recipes of those that take no config
     "caption": "caption",
     "unpack": "unpack",
     "import": "import_config",
+    "schema": "schema",
 }
 
 
