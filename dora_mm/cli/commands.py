@@ -227,12 +227,12 @@ def _run_config(arguments: Namespace, recipes: Recipes) -> None:
 
 
 def _without_dry_run(arguments: Namespace, config: PipelineConfig) -> str:
-    """A line with the command that starts, or resumes, the training of a dry run."""
+    """A line with the command that starts, or resumes, what a dry run was of."""
     overrides = [_as_read(override, config) for override in arguments.overrides]
     words = [arguments.config] if arguments.config else []
     words += ["--resume", str(arguments.resume)] if arguments.resume else []
     words += ["--set", *overrides] if overrides else []
-    return f"{'to go on' if arguments.resume else 'to start'}  dora-mm train {shlex.join(words)}"
+    return f"{'to go on' if arguments.resume else 'to start'}  dora-mm {config.command} {shlex.join(words)}"
 
 
 def _as_read(override: str, config: PipelineConfig) -> str:

@@ -104,6 +104,7 @@ def _add_config_command(commands: Any, name: str, what: str) -> None:
             "--decode", action="store_true", help="with --dry-run: decode all images, and name those that are broken"
         )
     if name == "compare":
+        command.add_argument("--dry-run", action="store_true", help="only print what would be trained")
         command.add_argument(
             "--report", action="store_true", help="train nothing: report the trainings that have been finished"
         )
@@ -277,6 +278,7 @@ def _add_tune(commands: Any) -> None:
     clip = "an open_clip model that judges images; default: the embedded encoder"
     command.add_argument("--clip-model", metavar="MODEL", help=clip)
     command.add_argument("--output", metavar="FOLDER", help="one that exists goes on; default: runs/NAME_tune")
+    command.add_argument("--dry-run", action="store_true", help="only print what would be trained")
     _add_overrides(command)
 
 

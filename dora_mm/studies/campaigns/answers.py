@@ -21,6 +21,7 @@ from dora_mm.tasks.vl import answerers
 from dora_mm.utils.atomic import write_text
 
 log = logging.getLogger(__name__)
+BARE = "bare model"  # in names of files
 TaskScores = Mapping[str, AnswerScores]  # by task
 
 
@@ -57,7 +58,15 @@ class AnsweredSplits:
     def scored(self, trainings: Trainings, training: Training) -> str:
         """The scores of a finished training as JSON on one line: one number per answer, by task."""
         adapter = trainings.adapter(training)
-        found = scored_answers([self.answered(trainings.folder, training.name, training.seed, adapter)])
+        return self._as_json(self.answered(trainings.folder, training.name, training.seed, adapter))
+
+    def bare(self, folder: Path, seed: int) -> str:
+        """As `scored`, of the bare model that a training with this seed adapts."""
+        return self._as_json(self.answered(folder, BARE, seed))
+
+    @staticmethod
+    def _as_json(answered: Mapping[str, Predictions]) -> str:
+        found = scored_answers([answered])
         return json.dumps({task: np.round(each.values_QS[:, 0], 4).tolist() for task, each in found.items()})
 
     def scores(self, texts: Sequence[str]) -> dict[str, AnswerScores]:
