@@ -152,7 +152,9 @@ def _add_import(commands: Any) -> None:
 
 def _add_gallery(commands: Any) -> None:
     command = commands.add_parser("gallery", help="make one page of all images of runs, to look at in a browser")
-    command.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="one with images, or a folder of runs, such as runs")
+    command.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="one with images, or a folder of runs, such as runs"
+    )
     command.add_argument(
         "--output",
         metavar="FOLDER",

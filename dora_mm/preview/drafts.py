@@ -9,9 +9,10 @@ from dora_mm.config import load_config, resolve_model, resolve_path
 from dora_mm.config.paths import PACKAGE
 from dora_mm.models.hub import local_copy
 from dora_mm.utils.folders import written_together
-from dora_mm.utils.yaml12 import KeyPath, edited
+from dora_mm.utils.yaml12 import KeyPath, edited, without_comment
 
 Changes = dict[KeyPath, Any]
+COUNTED: tuple[KeyPath, ...] = (("adapter", "parts"), ("tokens",))  # comments there count what the recipe's model has
 SCHEMA = PACKAGE / "config" / "schema.json"  # what editors check a config against, of dora-mm schema
 
 
@@ -74,6 +75,8 @@ def write_files(
     body = lines[next(number for number, line in enumerate(lines) if not line.startswith("#")) :]
     head = [head_of("train", draft.file, about), f"# yaml-language-server: $schema={SCHEMA.as_uri()}"]
     text = edited("\n".join([*head, *body]), changes)
+    for path in COUNTED if draft.model is not None else ():
+        text = without_comment(text, path)
     with written_together(draft.file.parent, last=draft.file.name) as folder:
         (folder / draft.file.name).write_text(text, encoding="utf-8")
         if others:

@@ -142,6 +142,8 @@ def test_questions(here, capsys):
     assert "dora-mm ask HuggingFaceTB/SmolVLM-256M-Instruct IMAGE QUESTION --adapter runs/qa/001" in printed
     other = made("other", "--data", "my.json", "--images", "my images", "--model", "google/gemma-3-4b-it", family="vlm")
     assert other.model.path == "google/gemma-3-4b-it"
+    assert "# 211 linear layers" in Path("qa.yaml").read_text()
+    assert "# 211 linear layers" not in Path("other.yaml").read_text()  # of another model they are others
 
 
 def test_questions_without_images(here, capsys):
