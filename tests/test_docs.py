@@ -133,6 +133,7 @@ def check_command(arguments: list[str], schemas: dict | None = None) -> None:
 def test_commands(document):
     found = commands(text_of(document))
     new = {f"{each[2]}.yaml": next(iter(starts()[each[1]].values())) for each in found if each[0] == "new"}
+    new |= {f"{each[2]}_eval.yaml": "configs/vlm/eval_demo.yaml" for each in found if each[:2] == ["new", "vlm"]}
     new |= {f"{Path(each[1]).stem}.yaml": "configs/sdxl/demo.yaml" for each in found if each[0] == "import"}
     for arguments in found:
         check_command([new.get(each, each) for each in arguments])
