@@ -34,7 +34,7 @@ from dora_mm.utils.yaml12 import KeyPath, edited, read
 
 log = logging.getLogger(__name__)
 DIVERGED = "diverged"
-BETTER, WORSE, NOT_TOLD_APART = "better", "worse", "not told apart"  # a training, from the bare model
+BETTER, WORSE, INDISTINCT = "better", "worse", "not told apart"  # a training, from the bare model
 
 
 class Tuning:
@@ -179,7 +179,7 @@ class Tuning:
             return ""
         if not gain.has_ends:
             return f"{gain.mean:+.5f}"
-        return (BETTER if gain.mean > 0 else WORSE) if gain.excludes_zero else NOT_TOLD_APART
+        return (BETTER if gain.mean > 0 else WORSE) if gain.excludes_zero else INDISTINCT
 
     def gain(self, candidate: Candidate, rung: Rung) -> ConfidenceInterval | None:
         """The difference of a training's score from that of the bare model; None: the bare model has none."""
@@ -229,7 +229,7 @@ def advice(verdicts: Mapping[float, str]) -> str:
     if lower is None:
         return f"a rate of {worse:g} is worse than the bare model: give lower rates"
     return (
-        f"a rate of {worse:g} is worse than the bare model, and {lower:g} is {NOT_TOLD_APART} from it: give rates "
+        f"a rate of {worse:g} is worse than the bare model, and {lower:g} is {INDISTINCT} from it: give rates "
         "between them, or more train.steps"
     )
 
