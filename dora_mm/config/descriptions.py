@@ -104,5 +104,5 @@ def _text(token: tokenize.TokenInfo) -> str:
     return " ".join(
         part.strip()
         for part in token.string.split("#")
-        if part.strip() and not part.strip().startswith(("type:", "noqa"))
+        if part.strip() and not part.strip().startswith(("type:", "noqa", "pyright:"))
     )

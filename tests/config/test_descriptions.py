@@ -9,6 +9,7 @@ from dora_mm.config.paths import packaged_configs
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.preview.drafts import SCHEMA
 from dora_mm.utils import yaml12
+from tests.documented import keys
 
 VALIDATOR = jsonschema.Draft202012Validator(json_schema())
 SECTIONS = {section for schema in SCHEMAS.values() for section in sections_of(schema)}
@@ -16,6 +17,10 @@ SECTIONS = {section for schema in SCHEMAS.values() for section in sections_of(sc
 
 def test_the_file_in_the_wheel_is_the_schema():
     assert json.loads(SCHEMA.read_text(encoding="utf-8")) == json_schema(), "dora-mm schema --output " + str(SCHEMA)
+
+
+def test_the_page_of_keys_is_that_of_the_schema():
+    assert keys.PAGE.read_text(encoding="utf-8") == keys.page(), "python -m tests.documented.keys"
 
 
 def test_the_schema_is_one():
