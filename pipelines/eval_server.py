@@ -46,8 +46,6 @@ def main(config: EvalServerConfig, *, resume: Path | None = None) -> None:
     with evaluation_run(config, inputs) as run:
         kept = AnswersFolder(run.path / ANSWERS, images_digest)
         answered = answer_all(answers, (), splits, config.server.concurrency, folder=kept)
-        if served.num_cut:
-            log.warning("%d answers were cut at the most tokens: see decode.max_new_tokens", served.num_cut)
         settings = {"decode": config.decode.model_dump(mode="json"), "server": {"model": served.model}}
         log.info("The day that the chat template of the server gets, if it asks for one, is not known here")
         notes = {name: mixed_circumstances(kept.path, name) for name in answered}

@@ -48,6 +48,7 @@ class TextSamplingConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # only the likeliest tokens that have this share together
     seed: Seed = 0  # of what is drawn
     stop: Items[Text] = ()  # texts that end an answer, and are not part of it
+    keep_thoughts: bool = False  # whether what a model thinks before its answer is a part of it, and scored with it
 
     @model_validator(mode="after")
     def _sampling_is_on(self) -> "TextSamplingConfig":

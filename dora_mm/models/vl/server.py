@@ -21,10 +21,10 @@ from PIL import Image
 from dora_mm.config.served import KEY_VARIABLE, ServerConfig
 from dora_mm.config.vl import TextSamplingConfig
 from dora_mm.data.images.pixels import load_rgb
-from dora_mm.data.vl.example import Answer, Example, Turn, leading, pieces_of
+from dora_mm.data.vl.answers import Answer, ModelAnswer, message_answer
+from dora_mm.data.vl.example import Example, Turn, leading, pieces_of
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.tables import ExampleTable
-from dora_mm.models.vl.vl_model import without_thought
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.utils.messages import ServerError, shown
 
@@ -77,8 +77,8 @@ class Server:
             raise ValueError(f"server.model: {self.config.url} {given}: name one of these")
         return wanted
 
-    def answer(self, body: Mapping[str, Any]) -> tuple[str, bool]:
-        """The answer to a request, and whether it was cut at the most tokens.
+    def answer(self, body: Mapping[str, Any]) -> ModelAnswer:
+        """The answer to a request.
 
         Raises:
             ServerError: The server does not answer.
@@ -87,7 +87,7 @@ class Server:
         found = self._call("/chat/completions", body)
         try:
             choice = found["choices"][0]
-            return choice["message"]["content"] or "", choice.get("finish_reason") == "length"
+            return message_answer(choice["message"], choice.get("finish_reason"))
         except (KeyError, IndexError, TypeError, AttributeError):
             raise ServerError(f"server.url: {self.config.url} answered without a message ({shown(found)})") from None
 
@@ -138,14 +138,10 @@ class ServerAnswers:
         model: The name of the model there.
         decode: How it answers.
         prompts: The prompts of tasks that have others than their own.
-
-    Attributes:
-        num_cut: How many answers were cut at the most tokens.
     """
 
     def __init__(self, server: Server, model: str, decode: TextSamplingConfig, prompts: Mapping[str, str]):
         self.server, self.model, self.decode, self.prompts = server, model, decode, prompts
-        self.num_cut = 0
 
     def check_rows(self, table: ExampleTable) -> ExampleTable:
         """A table of the rows that can be sent, those without videos, tools and boxes.
@@ -161,17 +157,17 @@ class ServerAnswers:
     def answerer(self, task: str) -> Answer:
         """A function that answers the examples of a task, `concurrency` of them at a time."""
 
-        def answer(example: Example, images: str | None) -> tuple[str, bool]:
+        def answer(example: Example, images: str | None) -> ModelAnswer:
             try:
-                return self.server.answer(self.body(task, example, images))
+                found = self.server.answer(self.body(task, example, images))
             except ValueError as error:
                 raise ValueError(f"row {example.id} of {task}: {error}") from error
+            kept = self.decode.keep_thoughts
+            return (found.with_thought() if kept else found.without_thought(example.answers)).stripped()
 
-        def answers(examples: Sequence[Example], images: str | None) -> list[str]:
+        def answers(examples: Sequence[Example], images: str | None) -> list[ModelAnswer]:
             with ThreadPoolExecutor(self.server.config.concurrency) as threads:
-                found = list(threads.map(partial(answer, images=images), examples))
-            self.num_cut += sum(is_cut for _, is_cut in found)
-            return [without_thought(text, row.answers).strip() for (text, _), row in zip(found, examples, strict=True)]
+                return list(threads.map(partial(answer, images=images), examples))
 
         return answers
 

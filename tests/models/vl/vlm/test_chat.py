@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import DecodeConfig
+from dora_mm.data.vl.answers import texts_of
 from dora_mm.data.vl.example import IMAGE, Example, Turn
 from dora_mm.models.vl.vlm.chat import chat_template, render, render_prompt
 from dora_mm.models.vl.vlm.encoding import IGNORED
@@ -248,11 +249,11 @@ def test_a_short_answer_has_room_to_end_its_thought_which_is_no_part_of_it(tiny_
 
     monkeypatch.setattr(model.network, "generate", generate)
     row = Example("1", (), "Q", ("red",), (1.0,))
-    assert model.answerer("vqa", DecodeConfig(), ())([row], None) == ["red"]
+    assert texts_of(model.answerer("vqa", DecodeConfig(), ())([row], None)) == ["red"]
     thought = replace(row, answers=("<think>x</think>red",))
-    assert model.answerer("chat", DecodeConfig(), ())([thought], None) == ["</think>\n\nred"]
+    assert texts_of(model.answerer("chat", DecodeConfig(), ())([thought], None)) == ["</think>\n\nred"]
     model.prompts.processor.chat_template = templates.QWEN3_5
-    assert model.answerer("vqa", DecodeConfig(), ())([row], None) == ["red"]
+    assert texts_of(model.answerer("vqa", DecodeConfig(), ())([row], None)) == ["red"]
     opening = model.prompts.processor.tokenizer("\n</think>\n\n")["input_ids"]
     assert longest == [16, 256, 16 + len(opening)]
 
