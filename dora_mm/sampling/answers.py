@@ -173,7 +173,10 @@ def _answer_split(
             except ValueError as error:
                 if table.on_bad_data == "stop" and not isinstance(error, RowTooLongError):
                     raise
-                found = _one_by_one(answer, examples, split.images, errors, table.on_bad_data)
+                if len(examples) == 1:
+                    found = [_left_out(error, errors)]
+                else:
+                    found = _one_by_one(answer, examples, split.images, errors, table.on_bad_data)
             progress.advance(len(rows))
             day = kept.folder.day.date if kept and kept.folder.day.num_requests > num_requests else None
             contents = [kept.content(row) for row in rows] if kept else []
@@ -204,10 +207,14 @@ def _one_by_one(
         except ValueError as error:
             if on_bad_data == "stop" and not isinstance(error, RowTooLongError):
                 raise
-            log.warning("%s; left out of the answers", error)
-            errors.append(error)
-            found.append(None)
+            found.append(_left_out(error, errors))
     return found
+
+
+def _left_out(error: ValueError, errors: list[ValueError]) -> None:
+    """The answer to a row that is left out: none."""
+    log.warning("%s; left out of the answers", error)
+    errors.append(error)
 
 
 def save_answers(

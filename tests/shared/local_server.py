@@ -31,8 +31,25 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(code, {"error": {"message": "this model's maximum context length is 8 tokens"}})
         else:
             said = own.say(body)
-            choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": own.reason}
-            self.reply(200, {"choices": [choice]})
+            message = said if isinstance(said, dict) else {"role": "assistant", "content": said}
+            if own.streams and body.get("stream"):
+                self.stream(message)
+            else:
+                self.reply(200, {"choices": [{"index": 0, "message": message, "finish_reason": own.reason}]})
+
+    def stream(self, message: dict[str, Any]) -> None:
+        """Sends a message as vLLM does: its role, each of its texts in parts, why it ended, its usage, and the end."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.end_headers()
+        parts = [{"role": "assistant", "content": ""}]
+        for name, text in message.items():
+            parts += [{name: text[at : at + 3]} for at in range(0, len(text or ""), 3) if name != "role"]
+        choices = [[{"index": 0, "delta": part, "finish_reason": None}] for part in parts]
+        choices += [[{"index": 0, "delta": {}, "finish_reason": self.server.reason}], []]
+        for each in choices:
+            self.wfile.write(b"data: " + json.dumps({"choices": each}).encode() + b"\n\n")
+        self.wfile.write(b"data: [DONE]\n\n")
 
     def reply(self, code: int, content: Any) -> None:
         text = json.dumps(content).encode()
@@ -51,6 +68,7 @@ def started() -> Any:
     """A server in a thread; its attributes say how it answers, and what it was asked."""
     own: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     own.models, own.codes, own.bodies, own.keys, own.reason = ["served-vlm"], [], [], set(), "stop"
+    own.streams = True
     own.lock = threading.Lock()
     own.say = lambda body: "No." if "cat" in text_of(body) else "<think>a dog?</think>Yes"
     threading.Thread(target=own.serve_forever, args=(0.02,), daemon=True).start()

@@ -110,20 +110,35 @@ def predictions_of(rows: AnsweredRows) -> Predictions:
 def message_answer(message: Mapping[str, Any], ended: Any = None) -> ModelAnswer:
     """The answer in a message of OpenAI's protocol.
 
+    Args:
+        message: The message.
+        ended: Its `finish_reason`.
+
+    Raises:
+        TypeError: See `message_texts`.
+    """
+    text, thought = message_texts(message)
+    return ModelAnswer(text, f"<think>{thought}</think>" if thought else "", None if ended is None else str(ended))
+
+
+def message_texts(message: Mapping[str, Any]) -> tuple[str, str]:
+    """The text and the thought of a message of OpenAI's protocol, or of a part of one.
+
     vLLM, SGLang and others send the thoughts that they found apart, as `reasoning_content` or `reasoning`; Mistral's
     content is a list of thoughts and texts.
 
     Raises:
-        TypeError: It has a content of another kind.
+        TypeError: Its content is of another kind.
     """
-    thought = message.get("reasoning_content") or message.get("reasoning")
-    text, content = "", message.get("content")
-    for part in content if isinstance(content, list) else [{"type": "text", "text": content or ""}]:
-        if part["type"] == "thinking":
-            thought = (thought or "") + "".join(piece["text"] for piece in part["thinking"])
-        else:
-            text += part["text"]
-    return ModelAnswer(text, f"<think>{thought}</think>" if thought else "", None if ended is None else str(ended))
+    thought = message.get("reasoning_content") or message.get("reasoning") or ""
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        thoughts = [piece["text"] for part in content if part["type"] == "thinking" for piece in part["thinking"]]
+        thought += "".join(thoughts)
+        content = "".join(part["text"] for part in content if part["type"] == "text")
+    if not isinstance(content, str) or not isinstance(thought, str):
+        raise TypeError("a message whose content is no text")
+    return content, thought
 
 
 def answer_notes(rows: Iterable[tuple[str, ModelAnswer]]) -> tuple[str, ...]:

@@ -71,6 +71,7 @@ def test_answers_of_a_server_are_scored_as_all_others(server, config, tmp_path, 
         "model": "served-vlm",
         "max_tokens": 16,
         "temperature": 0.0,
+        "stream": True,
     }
     image, question = first["messages"][0]["content"]
     assert question["text"] == "Is there a cat?\nAnswer the question using a single word or phrase."
@@ -88,10 +89,11 @@ def test_a_stopped_evaluation_goes_on_and_asks_only_what_is_missing(server, conf
     server.codes = [200, 200, 200, 200, 400]
     assert main(["eval", config]) == 2
     assert "refuses it with code 400" in capsys.readouterr().err
-    assert 4 <= len(server.bodies) <= 5
+    num_answered = len(server.bodies)
+    assert 4 <= num_answered <= 5
     server.bodies.clear()
     assert main(["eval", config]) == 0
-    assert len(server.bodies) == 2
+    assert len(server.bodies) == 6 - num_answered
     server.bodies.clear()
     assert main(["eval", config]) == 0
     assert server.bodies == []
@@ -99,7 +101,7 @@ def test_a_stopped_evaluation_goes_on_and_asks_only_what_is_missing(server, conf
 
 @pytest.mark.slow
 def test_rows_that_a_server_refuses_may_be_left_out(server, config, caplog):
-    server.codes = [400, 400]  # a row in its batch, and alone
+    server.codes = [400]
     assert main(["eval", config, "--set", "data.on_bad_data=skip", "server.concurrency=1"]) == 0
     assert "row 0 of pope: server.url: " in caplog.text
     assert "maximum context length is 8 tokens" in caplog.text
