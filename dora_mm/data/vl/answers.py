@@ -72,7 +72,9 @@ class ModelAnswer:
         ends = [found.end() for found in END.finditer(self.text)]
         is_unfinished = BEGIN.match(self.text.lstrip()) or (opened and self.ended == LENGTH)
         cut = ends[-1] if ends else len(self.text) if is_unfinished else 0
-        return replace(self, text=self.text[cut:].strip(), thought=self.thought + self.text[:cut]) if cut else self
+        text = self.text[cut:].lstrip()
+        taken = self.text[: len(self.text) - len(text)]  # with the white space behind the tag
+        return replace(self, text=text.rstrip(), thought=self.thought + taken) if cut else self
 
     def before(self, stops: Sequence[str]) -> "ModelAnswer":
         """The answer with the part of its text in front of the first stop text."""
