@@ -3,15 +3,18 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from dora_mm.data.vl.example import Example, Predictions
+from dora_mm.utils.messages import shown
 
 STOP, LENGTH = "stop", "length"  # why an answer ended, in the words of OpenAI's protocol
 FAIL_MESSAGE = "Failed to obtain answer via API."  # VLMEvalKit's `fail_msg` in place of an answer (vlmeval/api/base.py)
 MOST_NAMED = 5  # ids in a sentence
 # How chat templates write a thought: the first tag begins it, the second one ends it.
-TAGS = (
+Tags = tuple[tuple[str, str], ...]
+TAGS: Tags = (
     ("<think>", "</think>"),  # Qwen3, Qwen3.5, GLM-4.5V, InternVL3.5, MiMo-VL
     ("<thinking>", "</thinking>"),
     ("◁think▷", "◁/think▷"),  # Kimi-VL-Thinking
@@ -19,11 +22,16 @@ TAGS = (
     ("<|channel>thought", "<channel|>"),  # Gemma 4
     ("<|channel|>analysis", "<|channel|>final<|message|>"),  # gpt-oss
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
+    ("<seed:think>", "</seed:think>"),
 )
-# Tokens of these tags that tokenizers may count as special, and leave out of texts
-TAG_TOKENS = frozenset(tag for pair in TAGS for tag in pair) | {"<|channel>", "<|channel|>", "<|message|>"}
-BEGIN = re.compile("|".join(re.escape(begin) for begin, _ in TAGS))
-END = re.compile("|".join(re.escape(end) for _, end in TAGS))
+
+
+@lru_cache
+def patterns(tags: Tags) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What finds the tags that begin a thought, and those that end one."""
+    begin, end = ("|".join(map(re.escape, side)) for side in zip(*tags, strict=True))
+    return re.compile(begin), re.compile(end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +63,12 @@ class ModelAnswer:
     @property
     def has_thought(self) -> bool:
         """Whether a thought was taken off; an empty pair of tags is none."""
-        return bool(END.sub("", BEGIN.sub("", self.thought)).strip())
+        begin, end = patterns(TAGS)
+        return bool(end.sub("", begin.sub("", self.thought)).strip())
 
-    def without_thought(self, references: Sequence[str] = (), *, opened: bool = False) -> "ModelAnswer":
+    def without_thought(
+        self, references: Sequence[str] = (), *, opened: bool = False, tags: Tags = TAGS
+    ) -> "ModelAnswer":
         """The answer with its thought apart, unless references have thoughts, too.
 
         A thought is all up to the last tag that ends one, since many templates write the tag that begins it into the
@@ -66,11 +77,13 @@ class ModelAnswer:
         Args:
             references: The accepted answers.
             opened: Whether the prompt has begun a thought: an answer that was cut before its end has no text.
+            tags: The tags of thoughts.
         """
-        if any(END.search(reference) for reference in references):
+        begin, end = patterns(tags)
+        if any(end.search(reference) for reference in references):
             return self
-        ends = [found.end() for found in END.finditer(self.text)]
-        is_unfinished = BEGIN.match(self.text.lstrip()) or (opened and self.ended == LENGTH)
+        ends = [found.end() for found in end.finditer(self.text)]
+        is_unfinished = begin.match(self.text.lstrip()) or (opened and self.ended == LENGTH)
         cut = ends[-1] if ends else len(self.text) if is_unfinished else 0
         text = self.text[cut:].lstrip()
         taken = self.text[: len(self.text) - len(text)]  # with the white space behind the tag
@@ -163,6 +176,10 @@ def answer_notes(rows: Iterable[tuple[str, ModelAnswer]]) -> tuple[str, ...]:
         )
     if cut:
         notes.append(f"{len(cut)} of {len(rows)} answers ended at the limit of tokens ({_named(cut)})")
+    others = dict.fromkeys(answer.ended for _, answer in rows if answer.ended not in (None, STOP, LENGTH))
+    for reason in others:
+        ids = [key for key, answer in rows if answer.ended == reason]
+        notes.append(f"{len(ids)} of {len(rows)} answers ended by {shown(reason, 40)} ({_named(ids)})")
     if num_thoughts:
         notes.append(f"thoughts were removed from {num_thoughts} of {len(rows)} answers")
     return tuple(notes)

@@ -51,3 +51,4 @@ def test_what_is_said_of_answers():
         "thoughts were removed from 1 of 9 answers",
     )
     assert answer_notes([("1", ModelAnswer("a"))]) == ()
+    assert answer_notes([("1", ModelAnswer("a", ended="tool_calls"))]) == ("1 of 1 answers ended by tool_calls (id 1)",)

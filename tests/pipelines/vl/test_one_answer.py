@@ -147,9 +147,7 @@ def accuracy(text):
 
 
 @pytest.mark.parametrize("pipeline", EVALUATIONS)
-def test_an_evaluation_counts_as_the_score_of_its_file(
-    tmp_path, data, monkeypatch, tiny_vlm, capsys, pipeline
-):
+def test_an_evaluation_counts_as_the_score_of_its_file(tmp_path, data, monkeypatch, tiny_vlm, capsys, pipeline):
     folder = EVALUATIONS[pipeline](tmp_path, data, monkeypatch, tiny_vlm)
     printed = capsys.readouterr().out
     again = scored(capsys, folder / "scored_pope.jsonl")

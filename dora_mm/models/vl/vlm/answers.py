@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from dora_mm.config.vl import DecodeConfig
-from dora_mm.data.vl.answers import BEGIN, END, LENGTH, STOP, TAG_TOKENS, Answer, ModelAnswer
+from dora_mm.data.vl.answers import LENGTH, STOP, TAGS, Answer, ModelAnswer, Tags, patterns
 from dora_mm.data.vl.example import Example, Turn
 from dora_mm.data.vl.rows import RowTooLongError
 from dora_mm.models.chat_templates import rendering_on
@@ -86,10 +86,19 @@ class VLMAnswers:
         return tokenizer(self._shortest, add_special_tokens=False)["input_ids"][-1:]
 
     @cached_property
+    def _tags(self) -> Tags:
+        """The tags of thoughts: the usual ones, and those of the model's own `response_template` for what it writes."""
+        template = getattr(self.encoder.processor.tokenizer, "response_template", None) or {}
+        fields = template.get("fields", {})
+        found = [fields[name] for name in ("reasoning_content", "thinking") if name in fields]
+        own = [(each.get("open"), each.get("close")) for each in found]
+        return (*TAGS, *((begin, end) for begin, end in own if isinstance(begin, str) and isinstance(end, str)))
+
+    @cached_property
     def _opening(self) -> str:
         """What a model writes before a short answer: the end of an empty thought, in some templates, or all of it."""
         opening = "" if self.encoder.fallback is not None else self._shortest.partition(SHORTEST[1].text)[0]
-        return opening if END.search(opening) else ""
+        return opening if patterns(self._tags)[1].search(opening) else ""
 
     @cached_property
     def _num_opening(self) -> int:
@@ -99,7 +108,7 @@ class VLMAnswers:
 
     @cached_property
     def _prompt_opens_thought(self) -> bool:
-        return bool(self._opening) and not BEGIN.search(self._opening)
+        return bool(self._opening) and not patterns(self._tags)[0].search(self._opening)
 
     @torch.no_grad()
     def generate(
@@ -133,7 +142,8 @@ class VLMAnswers:
             for index, text, end in zip(group, self._texts(ids), ended, strict=True):
                 answer = ModelAnswer(text, ended=end)
                 if not config.keep_thoughts:
-                    answer = answer.without_thought(examples[index].answers, opened=self._prompt_opens_thought)
+                    tags = {"opened": self._prompt_opens_thought, "tags": self._tags}
+                    answer = answer.without_thought(examples[index].answers, **tags)
                 answers[index] = answer.before(config.stop).stripped()
         return answers
 
@@ -155,7 +165,10 @@ class VLMAnswers:
         """The tokens of boxes and thoughts that the tokenizer counts as special."""
         tokenizer = self.encoder.processor.tokenizer
         special = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
-        return {number for number, token in special if token in TAG_TOKENS or PLACEHOLDER.fullmatch(token)}
+        tags = [tag for pair in self._tags for tag in pair]
+        return {
+            number for number, token in special if PLACEHOLDER.fullmatch(token) or any(token in tag for tag in tags)
+        }
 
     def _sampling(self, task: str, config: DecodeConfig, examples: Sequence[Example]) -> dict[str, Any]:
         """Arguments of `generate` that greedy answers of full length do not need."""
