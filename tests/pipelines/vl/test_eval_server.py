@@ -2,7 +2,9 @@
 
 import base64
 import io
+import itertools
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +16,7 @@ from dora_mm.cli import main
 from dora_mm.models.vl import server as served
 from tests.shared.data import vl_files as files
 from tests.shared.data.vlm_rows import save_noise
-from tests.shared.local_server import started, text_of
+from tests.shared.local_server import Sent, started, text_of
 
 KEY = "sk-never-recorded-4711"
 
@@ -97,6 +99,42 @@ def test_a_stopped_evaluation_goes_on_and_asks_only_what_is_missing(server, conf
     server.bodies.clear()
     assert main(["eval", config]) == 0
     assert server.bodies == []
+
+
+def test_answers_that_did_not_arrive_are_missing_and_asked_for_at_the_next_start(
+    server, config, tmp_path, capsys, caplog
+):
+    endless = Sent(itertools.repeat(b" "), wait=0.05)
+    server.say = lambda body: endless if "dog" in text_of(body) else "No."
+    assert main(["eval", config, "--set", "server.timeout=0.2"]) == 0
+    printed = capsys.readouterr().out
+    missing = "3 of 6 answers are missing, and score 0 (ids 1, 3, 5); 3 had not ended after 0.2 s (server.timeout)"
+    assert missing in printed
+    assert "row 1 of pope: its answer had not ended after 0.2 s" in caplog.text
+    assert main(["score", str(tmp_path / "run" / "scored_pope.jsonl")]) == 0
+    assert missing in capsys.readouterr().out
+    server.bodies.clear()
+    server.say = lambda body: "Yes"
+    assert main(["eval", config, "--set", "server.concurrency=3"]) == 0
+    assert sorted(text_of(body)[:15] for body in server.bodies) == ["Is there a dog?"] * 3
+    assert "missing" not in capsys.readouterr().out
+
+
+def test_answers_are_written_as_they_come(server, config, tmp_path):
+    """Those behind one that takes long are there before it."""
+    file, seen, first = tmp_path / "run" / "answers" / "pope.jsonl", [], [True]
+
+    def say(body):
+        if first and first.pop():  # others are asked for meanwhile
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline and len(seen) < 5:
+                seen[:] = [line for line in file.read_text().splitlines() if line.startswith("[")]
+                time.sleep(0.01)
+        return "No."
+
+    server.say = say
+    assert main(["eval", config]) == 0
+    assert len(seen) == 5
 
 
 @pytest.mark.slow
