@@ -1,6 +1,7 @@
 """The record of a model's answer: its text, the thought before it, why it ended, and whether there is one at all."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -163,17 +164,14 @@ def answer_notes(rows: Iterable[tuple[str, ModelAnswer]]) -> tuple[str, ...]:
         rows: Ids of examples with their answers.
     """
     rows = list(rows)
-    missing = [(key, answer) for key, answer in rows if answer.missing]
+    missing = [key for key, answer in rows if answer.missing]
     cut = [key for key, answer in rows if answer.ended == LENGTH]
     num_thoughts = sum(answer.has_thought for _, answer in rows)
     notes = []
     if missing:
-        why = dict.fromkeys(answer.failure for _, answer in missing if answer.failure)
-        reasons = "".join(f"; {_counted(missing, reason)} {reason}" for reason in why)
-        notes.append(
-            f"{len(missing)} of {len(rows)} answers are missing, and score 0 "
-            f"({_named([key for key, _ in missing])}){reasons}"
-        )
+        failures = Counter(answer.failure for _, answer in rows if answer.failure)
+        reasons = "".join(f"; {count} {failure}" for failure, count in failures.items())
+        notes.append(f"{len(missing)} of {len(rows)} answers are missing, and score 0 ({_named(missing)}){reasons}")
     if cut:
         notes.append(f"{len(cut)} of {len(rows)} answers ended at the limit of tokens ({_named(cut)})")
     others = dict.fromkeys(answer.ended for _, answer in rows if answer.ended not in (None, STOP, LENGTH))
@@ -185,10 +183,6 @@ def answer_notes(rows: Iterable[tuple[str, ModelAnswer]]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _counted(rows: AnsweredRows | Sequence[tuple[str, ModelAnswer]], reason: str) -> int:
-    return sum(answer.failure == reason for _, answer in rows)
-
-
 def _named(ids: Sequence[str]) -> str:
-    shown = ", ".join([*ids[:MOST_NAMED], *(["..."] if len(ids) > MOST_NAMED else [])])
-    return f"{'id' if len(ids) == 1 else 'ids'} {shown}"
+    first = [*ids[:MOST_NAMED], *(["..."] if len(ids) > MOST_NAMED else [])]
+    return f"{'id' if len(ids) == 1 else 'ids'} {', '.join(first)}"
