@@ -160,6 +160,7 @@ def test_an_evaluation_counts_as_the_score_of_its_file(tmp_path, data, monkeypat
     assert [row["score"] for row in rows] == [1, 0, 1, 0, 1, 1, 0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", EVALUATIONS)
 def test_thoughts_may_be_a_part_of_answers(tmp_path, data, monkeypatch, tiny_vlm, capsys, pipeline):
     folder = EVALUATIONS[pipeline](tmp_path, data, monkeypatch, tiny_vlm)
