@@ -313,6 +313,8 @@ def _add_score(commands: Any) -> None:
     command.add_argument("--annotations", metavar="FILE", help="the answers, of --data that has a file for them")
     command.add_argument("--split", metavar="NAME", help="of --data that has several")
     command.add_argument("--partial", action="store_true", help="leave out rows that only one side has")
+    thoughts = "score what a model thought before an answer as a part of it"
+    command.add_argument("--keep-thoughts", action="store_true", help=thoughts)
     precise = "also say how many answers an interval of +- POINTS takes"
     command.add_argument("--precision", metavar="POINTS", type=_above_zero, help=precise)
     command.add_argument(

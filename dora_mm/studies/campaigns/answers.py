@@ -10,6 +10,7 @@ import numpy as np
 from dora_mm.adapting.files import load_trained
 from dora_mm.config.vl import DecodeConfig, TrainVLConfig
 from dora_mm.config.vl_data import VLDataConfig
+from dora_mm.data.vl.answers import predictions_of
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.splits import open_validation
 from dora_mm.eval.vl.confidence_intervals import AnswerScores, answer_scores, groups_of
@@ -102,7 +103,8 @@ class AnsweredSplits:
         if adapter is not None:
             load_trained(model, adapter, backend=self.base.backend)
         answers = answerers(model, self.sets, self.decode)
-        return answer_all(answers, model.networks.values(), self.sets, self.decode.batch_size, self.limit)
+        found = answer_all(answers, model.networks.values(), self.sets, self.decode.batch_size, self.limit)
+        return {task: predictions_of(rows) for task, rows in found.items()}
 
 
 def scored_answers(answered: Sequence[Mapping[str, Predictions]]) -> dict[str, AnswerScores]:
