@@ -20,15 +20,6 @@ KEY = "adapter.assistant.path"
 NAME = "assistant"  # of the adapter in the layers
 
 
-def assistant_file(config: AssistantConfig) -> AdapterFile:
-    """Opens the file of an assistant.
-
-    Raises:
-        ValueError: There is none, it is damaged, or it is no adapter of a known tool.
-    """
-    return AdapterFile(resolve_path(config.path, KEY))
-
-
 def check_assistant(config: ImageAdapterConfig, model: ImageModel) -> None:
     """Checks `adapter.assistant` against the configs of an image model, before anything is loaded or encoded.
 
@@ -41,12 +32,18 @@ def check_assistant(config: ImageAdapterConfig, model: ImageModel) -> None:
     """
     if config.assistant is None:
         return
+    path = resolve_path(config.assistant.path, KEY)
     try:
-        file, denoiser = assistant_file(config.assistant), model.empty_denoiser()
+        file, denoiser = AdapterFile(path), model.empty_denoiser()
         check_denoiser(file, model, denoiser)
         methods = {layer.spec.method for _, layer in denoiser_layers(file, model, denoiser)}
     except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith(KEY) else f"{KEY}: {error}") from error
+        about = "" if str(path) in str(error) else f"{path}: "
+        raise ValueError(f"{KEY}: {about}{error}") from error
+    if not methods:
+        raise ValueError(
+            f"{KEY}: {file.path} does not fit this model: it adapts nothing of the {model.denoiser} of {model.title}"
+        )
     if changes_text(file, model, denoiser) or file.biases or file.parameters or "full" in methods:
         raise ValueError(
             f"{KEY}: {file.path} has more than adapters of the {model.denoiser}, such as text encoders, new tokens, "
@@ -71,7 +68,7 @@ def load_assistant(config: AssistantConfig, model: ImageModel, backend: str) -> 
     denoiser, forward = {model.denoiser: model.networks[model.denoiser]}, backends.select(backend)
     settings = {"strength": config.strength, "name": NAME, "forward": forward, "assists": True}
     try:
-        return formats.load(denoiser, assistant_file(config), **settings).num_modules
+        return formats.load(denoiser, resolve_path(config.path, KEY), **settings).num_modules
     except ValueError as error:
         raise ValueError(f"{KEY}: {error}") from error
 
