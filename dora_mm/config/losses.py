@@ -17,6 +17,9 @@ class GuidedTargetConfig(Section):
     """
 
     scale: Annotated[float, Field(gt=1)] = 3.0  # of the guidance that was distilled into the model
+    # sigma: 1 + (scale - 1) s instead of it at noise level s, of models that predict velocities: at low levels v - u is
+    # mostly the noise of one image, which nothing predicts
+    schedule: Literal["constant", "sigma"] = "constant"
     # of what guidance leads away from; "": what the family's pipeline takes without a negative prompt
     prompt: str = ""
 

@@ -213,8 +213,9 @@ def describe_guided_target(config: LossConfig) -> list[str]:
     """A line with the guided target and what it takes; none without the section."""
     if (guided := config.guided_target) is None:
         return []
+    scale = f"{guided.scale:g}" if guided.schedule == "constant" else f"(1 + {guided.scale - 1:g} sigma)"
     under = f"u the prediction under {guided.prompt!r}"
-    return [f"guided    target u + {guided.scale:g} (v - u), {under}: one more forward pass of every batch"]
+    return [f"guided    target u + {scale} (v - u), {under}: one more forward pass of every batch"]
 
 
 def describe_held_out(held_out: Sequence[CaptionedImage], evaluate: ValidationConfig) -> str:

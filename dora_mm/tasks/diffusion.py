@@ -84,6 +84,10 @@ class DiffusionTask:
                 )
         if not is_flow and config.timesteps == "log_snr":
             raise ValueError(f"loss.timesteps: log_snr is for models that predict a velocity, not for {model.title}")
+        if not is_flow and config.guided_target and config.guided_target.schedule == "sigma":
+            raise ValueError(
+                f"loss.guided_target.schedule: sigma is for models that predict a velocity, not for {model.title}"
+            )
         weighting = LOSS_WEIGHTINGS[config.weighting]
         if ("flow" if is_flow else "noise") not in weighting.models:
             predicted = "noise or v" if is_flow else "a velocity"
@@ -170,10 +174,14 @@ class DiffusionTask:
 
         Guidance is the same for noise, v and velocities: for one noised image each is an affine function of the other.
         """
+        config = self.config.guided_target
         assert batch.unguided_prompts is not None
-        assert self.config.guided_target is not None
+        assert config is not None
         unguided = self._predict(replace(batch, prompts=batch.unguided_prompts), noised, times).float()
-        return unguided + self.config.guided_target.scale * (target.float() - unguided)
+        scale: float | torch.Tensor = config.scale
+        if config.schedule == "sigma":
+            scale = 1 + (scale - 1) * times.float().view(-1, 1, 1, 1)
+        return unguided + scale * (target.float() - unguided)
 
     def times_at(self, shares: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         """The quantiles (N,) of the training's distribution of times at these shares (N,).

@@ -46,22 +46,22 @@ def adapt(model, tmp_path, parts):
     return network
 
 
-def task_of(model, prompt, **settings):
-    settings = {"min_snr_gamma": None, "guided_target": {"scale": SCALE, "prompt": prompt}, **settings}
-    return DiffusionTask(model, LossConfig(**settings))
+def task_of(model, prompt, schedule="constant"):
+    guided = {"scale": SCALE, "prompt": prompt, "schedule": schedule}
+    return DiffusionTask(model, LossConfig(min_snr_gamma=None, guided_target=guided))
 
 
-def in_plain_torch(model, batch, unguided, noise, times):
-    """The loss of each image, with what the model makes of the noised latents as its only part."""
+def in_plain_torch(model, batch, unguided, noise, times, schedule="constant"):
+    """The loss of each image."""
     at = times.view(-1, 1, 1, 1)
     if model.noise.prediction == "velocity":
         noised, v = (1 - at) * batch.latents + at * noise, noise - batch.latents
     else:
-        schedule = model.noise.schedule  # the tiny one predicts v
-        noised, v = (make(batch.latents, noise, times) for make in (schedule.add_noise, schedule.get_velocity))
+        process = model.noise.schedule  # the tiny one predicts v
+        noised, v = (make(batch.latents, noise, times) for make in (process.add_noise, process.get_velocity))
     with torch.no_grad():
         u = model.predict(noised, times, unguided, batch.framings)
-    target = u + SCALE * (v - u)
+    target = u + (SCALE if schedule == "constant" else 1 + (SCALE - 1) * at) * (v - u)
     return ((model.predict(noised, times, batch.prompts, batch.framings) - target) ** 2).mean(dim=(1, 2, 3))
 
 
@@ -76,7 +76,7 @@ def check(model, network, batch, task, unguided, times):
     with fixed_parameters(network, num_passes=1):  # as in a step
         found = task.losses(batch, noise, times)
         own = gradients(network, found)
-    expected = in_plain_torch(model, batch, unguided, noise, times)
+    expected = in_plain_torch(model, batch, unguided, noise, times, task.config.guided_target.schedule)
     torch.testing.assert_close(found, expected)
     wanted = gradients(network, expected)
     assert own.keys() == wanted.keys()
@@ -86,15 +86,15 @@ def check(model, network, batch, task, unguided, times):
     assert not torch.allclose(found, plain, rtol=0.01)
 
 
-@pytest.mark.parametrize("prompt", ["", "a blurry photo"])
+@pytest.mark.parametrize(("prompt", "schedule"), [("", "sigma"), ("a blurry photo", "constant")])
 @pytest.mark.parametrize("flow", FAST, ids=lambda flow: flow.name)
-def test_the_loss_and_its_gradients_are_those_of_plain_torch(flow, prompt, tmp_path, image_folder):
+def test_the_loss_and_its_gradients_are_those_of_plain_torch(flow, prompt, schedule, tmp_path, image_folder):
     section = {"path": str(flow.build(tmp_path / "model")), **({flow.name: flow.settings} if flow.settings else {})}
     model = load_image_model(validated(ModelConfig, section))
     batches = batches_of(model, image_folder, prompt)
     network = adapt(model, tmp_path, ["attn"])
     unguided = model.encode_prompts([prompt, prompt])
-    check(model, network, batches(3), task_of(model, prompt), unguided, torch.tensor([0.3, 0.8]))
+    check(model, network, batches(3), task_of(model, prompt, schedule), unguided, torch.tensor([0.3, 0.8]))
 
 
 @pytest.mark.parametrize("prompt", ["", "a blurry photo"])
@@ -137,3 +137,8 @@ def test_held_out_losses_have_it_too(tiny, tmp_path, image_folder):
 def test_a_scale_that_guides_nowhere_is_refused(scale):
     with pytest.raises(ValidationError, match="greater than 1"):
         LossConfig(guided_target={"scale": scale})
+
+
+def test_a_schedule_of_noise_levels_is_refused_where_there_are_none(tiny):
+    with pytest.raises(ValueError, match=r"loss\.guided_target\.schedule: sigma is for models that predict a velocity"):
+        task_of(tiny, "", schedule="sigma")
