@@ -8,7 +8,9 @@ from torch import nn
 
 import dora_mm
 from dora_mm import DoRASpec, formats
+from dora_mm.config.training import OptimizerConfig
 from dora_mm.core import AdaptedLayer, base_model, fixed_parameters, set_assistant_strength, set_strength
+from dora_mm.preview.memory import memory_rows
 from tests.shared import reference
 
 METHODS = ("dora", "lora")
@@ -144,6 +146,15 @@ def test_the_saved_file_has_the_trained_adapter_alone(tmp_path, method):
     found, expected = (formats.find_file(tmp_path / name).read_bytes() for name in ("found", "expected"))
     assert found == expected
     assert formats.adapters.why_not("peft", {"model": block}) is None  # of two methods, one of which is the assistant's
+
+
+def test_its_memory_counts_as_frozen(tmp_path):
+    block = assisted(tmp_path, dtype=torch.float32)
+    ((name, _, size), *_) = memory_rows(
+        {"transformer": block}, dora_mm.adapter_parameters(block), OptimizerConfig(lr=0.1), None
+    )
+    numbers = 3 * (12 * 12 + 12) + 2 * (2 * 3 * 12)  # of the base and of both layers of a LoRA of rank 3
+    assert (name, size) == (f"transformer, {numbers} frozen in float32", 4 * numbers)
 
 
 def test_the_assistant_gets_no_gradient_and_moves_with_the_model(tmp_path):

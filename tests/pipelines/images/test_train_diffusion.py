@@ -499,11 +499,16 @@ def test_a_dry_run_loads_nothing_of_a_large_model_on_a_processor(
     monkeypatch.setattr(preview, "LARGE", 1000)
     folder = shutil.copytree(tiny_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     changes = {"data__crop": crop, "train__gradient_checkpointing": crop == "center"}
+    if crop == "random":
+        make_adapter(tiny_folder, tmp_path / "assistant", seed=0)
+        changes |= {"adapter__assistant": {"path": str(tmp_path / "assistant")}, "loss": {"guided_target": {}}}
     assert main(["train", str(config(model__path=str(folder), **changes)), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     for words in ("activations (", "together  ", "the activations take", "captions, 5 at once", "encoded", "decoded"):
         assert words in printed
     assert ("5 ahead of the steps, 0.0 MB in main memory" in printed) == (crop == "center")
+    for words in ("guided    target u + 3 (v - u)", f"assistant {tmp_path / 'assistant'}, strength 1, "):
+        assert (words in printed) == (crop == "random")
     assert "time      not measured: a step of this model takes minutes to hours without a GPU" in printed
     assert "There is no GPU, and the model has" in printed
 
