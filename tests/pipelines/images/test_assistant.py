@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 import dora_mm
 from dora_mm import DoRASpec
 from dora_mm.cli import main
+from dora_mm.config import load_config
 from dora_mm.config.models import ModelConfig, validated
 from dora_mm.core import adapted_layers
 from dora_mm.models.images.families import load_image_model
 from dora_mm.sampling.manifest import read_manifest
 from dora_mm.train.metrics import read_metrics
+from dora_mm.train.resuming import check_changes
 from tests.shared import reference
 from tests.shared.images.tiny_flows import FAST, FLOWS, PROMPT
 from tests.shared.pages import data_of
@@ -231,3 +233,14 @@ def test_settings_without_a_meaning_are_refused(config, tmp_path, message, capsy
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(values))
     assert main(["train", path]) == 2
     assert message in capsys.readouterr().err
+
+
+@over_one
+def test_a_resumed_run_may_change_what_its_contact_sheets_have_but_not_what_it_is_trained_over(config):
+    sample = {"prompts": [PROMPT]}
+    paths = [config(str(number), each, sample=sample) for number, each in enumerate(({}, {"in_samples": True}))]
+    before, after, other = (load_config(path) for path in (*paths, config("other", {"strength": 0.5}, sample=sample)))
+    same = {"name": before.name, "output": before.output}
+    check_changes("it", before, after.model_copy(update=same))
+    with pytest.raises(ValueError, match=r"adapter\.assistant\.strength cannot change from 0\.7 to 0\.5"):
+        check_changes("it", before, other.model_copy(update=same))
