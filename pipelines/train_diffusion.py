@@ -13,6 +13,7 @@ from torch import nn
 
 from dora_mm import formats
 from dora_mm.adapting import new_tokens
+from dora_mm.adapting.assistant import assistant_identity
 from dora_mm.adapting.compiled import compile_blocks
 from dora_mm.adapting.files import about_image_adapter, save_image_adapter
 from dora_mm.adapting.images import adapt_image_model, bare, check_fit
@@ -20,6 +21,7 @@ from dora_mm.adapting.initial import initial_identity
 from dora_mm.adapting.networks import train_mode
 from dora_mm.adapting.sharding import division
 from dora_mm.config.images import TrainDiffusionConfig
+from dora_mm.core import set_assistant_strength
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_images
 from dora_mm.data.images.held_out import hold_out, part_of
 from dora_mm.eval.gradients import measuring
@@ -105,7 +107,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     task = DiffusionTask(model, config.loss)
     new_tokens.start_tokens(config.tokens, model, images, config.data.captions, config.seed)
     remarks = slow_hardware(accelerator, [model.empty_denoiser()])
-    remarks += remark_on_distilled(config.model)
+    remarks += remark_on_distilled(config)
     remarks += remark_on_captions(model, images, config.data)
     for remark in remarks + remark_on_length(repeats_of(images), shared.train, accelerator.num_processes):
         log.warning("%s", remark)
@@ -139,6 +141,7 @@ def inputs_of(
     """Digests of all that the config refers to, by a description of each; of a hub model, once it was downloaded."""
     inputs = {"the pictures and captions": digest_of(images), **identity_of(config.model).inputs}
     inputs |= initial_identity(config.adapter, formats.adapter_digest)
+    inputs |= assistant_identity(config.adapter, formats.adapter_digest)
     others = {"the held-out pictures": held_out, "the pictures to preserve": class_images}
     return inputs | {name: digest_of(found) for name, found in others.items() if found}
 
@@ -222,12 +225,14 @@ def fixed_losses(
 ) -> ImageLosses:
     """The loss of the held-out images, and of as many that are trained on, which shows what is only remembered."""
     data = config.data.model_copy(update={"crop": "center", "flip": False})
-    size = config.train.batch_size
+    size, unguided = config.train.batch_size, batches.unguided
     parts = {"held_out_loss": held_out, "trained_loss": part_of(batches.images, len(held_out))}
     return ImageLosses(
         task,
         {
-            name: CaptionedBatches(task.model, images, batches.prompts, data, batch_size=size, seed=config.seed)
+            name: CaptionedBatches(
+                *(task.model, images, batches.prompts, data), batch_size=size, seed=config.seed, unguided=unguided
+            )
             for name, images in parts.items()
         },
         batch_size=size,
@@ -291,13 +296,17 @@ def save_contact_sheet(
     model = sampler.model.to(sampler.model.device)
     settings: dict[str, Any] = {"strength": config.adapter.strength, "full": "full" in config.adapter.methods}
     settings |= {"average": average and average.applied, "references": sample_references(config, model)}
+    assistant = config.adapter.assistant
+    shown = assistant.strength if assistant and assistant.in_samples and path != run.contact_sheet else 0.0
     # where text changes, prompts are encoded anew for each contact sheet
     contact_sheet, images = before_after_contact_sheet(
-        model if config.trains_text else sampler, adapted, config.sample, **settings
+        model if config.trains_text else sampler, adapted, config.sample, assistant=shown, **settings
     )
+    if assistant:
+        set_assistant_strength(model.networks[model.denoiser], assistant.strength)
     if writes:
         save_atomically(path, contact_sheet)
-        keep_images(run, config, step, images)
+        keep_images(run, config, step, images, shown)
     free_vae(model, config.data)
     train_mode(adapted.values())
     return images

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from dora_mm.adapting import networks
+from dora_mm.adapting.assistant import check_assistant, load_assistant
 from dora_mm.adapting.initial import check_settings, load_initial_file
 from dora_mm.adapting.networks import TrainedNetworks, spec_of
 from dora_mm.adapting.new_tokens import load_initial_tokens, train_tokens
@@ -20,12 +21,14 @@ from dora_mm.models.images.image_model import ImageModel
 
 
 def adapt_image_model(model: ImageModel, config: TrainDiffusionConfig) -> TrainedNetworks:
-    """Injects the adapters of the config, trains its new tokens, and loads `init_from`."""
+    """Injects the adapters of the config, trains its new tokens, and loads `init_from` and the assistant."""
     found = networks.adapt(model.adaptable, model.target_maps, config.adapter, seed=config.seed, backend=config.backend)
     train_tokens(config.tokens, model, found)
     if config.adapter.init_from:
         load_initial_file(found, config.adapter, config.backend)
         load_initial_tokens(config.tokens, model, config.adapter)
+    if config.adapter.assistant:
+        load_assistant(config.adapter.assistant, model, config.backend)
     return found
 
 
@@ -33,11 +36,13 @@ def check_fit(config: TrainDiffusionConfig, model: ImageModel) -> None:
     """Checks a config against an image model whose weights are not loaded yet.
 
     Raises:
-        ValueError: The model lacks a named part or rescaled guidance, or `adapter.init_from` has another shape.
+        ValueError: The model lacks a named part or rescaled guidance, or `adapter.init_from` or the assistant does not
+            fit it.
     """
     model.check_rescale(config.sample.guidance_rescale, "sample.guidance_rescale")
     check_names(config.adapter, model.target_maps)
     check_initial_file(config.adapter, model)
+    check_assistant(config.adapter, model)
 
 
 def check_initial_file(config: AdapterConfig, model: ImageModel) -> None:
@@ -73,6 +78,6 @@ def check_initial_file(config: AdapterConfig, model: ImageModel) -> None:
 
 @contextmanager
 def bare(adapted: Iterable[nn.Module], model: ImageModel) -> Iterator[None]:
-    """A context in which a model is that without adapters and new tokens."""
-    with base_model(adapted), model.new_tokens.off():
+    """A context in which a model is that without trained adapters and new tokens; an assistant stays."""
+    with base_model(adapted, with_assistant=True), model.new_tokens.off():
         yield

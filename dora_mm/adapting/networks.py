@@ -15,7 +15,7 @@ from dora_mm import backend as backends
 from dora_mm.adapting import bottlenecks, prefixes
 from dora_mm.adapting.parts import PartModules, Selection, select_modules
 from dora_mm.config.adapter import AdapterConfig, PartConfig, VLAdapterConfig
-from dora_mm.core import DoRASpec, InjectReport, TargetMap, adapted_layers
+from dora_mm.core import AdaptedLayer, DoRASpec, InjectReport, TargetMap, adapted_layers
 from dora_mm.core.inject import inject_paths
 from dora_mm.core.targets import matches
 from dora_mm.core.wrappers.quantized import is_quantized
@@ -57,8 +57,10 @@ class TrainedNetworks:
 
     @property
     def num_all(self) -> int:
-        """The number of parameters of these networks, adapters included."""
-        return sum(parameter.numel() for network in self.networks.values() for parameter in network.parameters())
+        """The number of parameters of these networks, trained adapters included."""
+        layers = (m for n in self.networks.values() for m in n.modules() if isinstance(m, AdaptedLayer))
+        assistant = sum(p.numel() for m in layers if m.adaptation.assists for p in m.adapter_tensors().values())
+        return sum(p.numel() for network in self.networks.values() for p in network.parameters()) - assistant
 
     @property
     def share(self) -> str:

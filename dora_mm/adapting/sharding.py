@@ -39,6 +39,8 @@ class Division:
         for module in self.network.modules():
             if isinstance(module, AdaptedLayer):
                 module.follow_weight()  # on another device the norms differ in the last bits
+                for other in module.adaptation.stacked.values():
+                    other.tensors = {name: tensor.to(device) for name, tensor in other.tensors.items()}
 
     def sizes(self, stored: Mapping[int, int]) -> tuple[int, int]:
         """The bytes of all weights that are divided, and of those that a process has gathered at most.

@@ -143,6 +143,21 @@ class AdapterConfig(Section):
         return {str(part.method) for part in self.trained_parts().values()} if self.parts else {self.method}
 
 
+class AssistantConfig(Section):
+    """A frozen adapter that is trained over and left out when generating, such as one that undoes a distillation."""
+
+    path: AdapterPath  # the adapter file of any tool, or its folder
+    strength: float = 1.0  # at which it is at work in training and in held-out losses
+    in_samples: bool = False  # whether it also is in the contact sheets during the training; in the last one it is not
+
+    @field_validator("strength")
+    @classmethod
+    def _is_at_work(cls, strength: float) -> float:
+        if strength == 0:
+            raise ValueError("must not be 0, at which the assistant has no effect: leave adapter.assistant out")
+        return strength
+
+
 class ImageAdapterConfig(AdapterConfig):
     """The `adapter` section for image models."""
 
@@ -151,6 +166,7 @@ class ImageAdapterConfig(AdapterConfig):
     strength: Positive = (
         1.0  # scales the trained update once: the result is strength 1 of the saved file and of contact sheets
     )
+    assistant: AssistantConfig | None = None  # a frozen adapter that is trained over; null: none
 
     @classmethod
     def parts_of(cls, record: TargetMapRecord) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_
 
 from dora_mm.config.adapter import ImageAdapterConfig, check_adapter
 from dora_mm.config.generation import LARGEST_SIZE, SampleConfig
+from dora_mm.config.losses import LossConfig
 from dora_mm.config.models import ModelConfig
 from dora_mm.config.schema import (
     Backend,
@@ -22,7 +23,6 @@ from dora_mm.config.schema import (
     Seed,
     Share,
     Text,
-    name_in,
     raise_problems,
 )
 from dora_mm.config.streaming import ImageStreamConfig, check_streaming
@@ -37,7 +37,6 @@ from dora_mm.config.training import (
     check_training,
     check_validation,
 )
-from dora_mm.registries.loss_weightings import LOSS_WEIGHTINGS
 
 
 def bucket_step(resolution: int) -> int:
@@ -226,45 +225,6 @@ class DataConfig(Section):
         return background
 
 
-class LossConfig(Section):
-    type: Literal["mse", "huber", "l1"] = "mse"  # distance between prediction and target; huber: pseudo-Huber
-    delta: Positive | None = None  # of huber: where it turns from squared to absolute, at all noise levels; null: 0.1
-    # Of models that predict noise or v: gamma of Min-SNR loss weights; auto: 5; null: every timestep has weight 1
-    min_snr_gamma: float | str | None = "auto"
-    noise_offset: NonNegative = 0.0  # of these models: standard deviation of noise that is constant over an image
-    # How timesteps are drawn; auto: logit_normal for models that predict velocity, uniform for others or with a bias.
-    # log_snr: the logarithm of signal to noise is normal, after any shift: around -6 it is mostly noise, where a style
-    # is decided (Choi et al. 2024, arXiv 2411.14793)
-    timesteps: Literal["auto", "uniform", "logit_normal", "log_snr"] = "auto"
-    timestep_bias: Annotated[float, Field(gt=-1)] = 0.0  # of uniform: the density becomes t^bias, before any shift
-    timestep_mean: float | None = None  # of logit_normal (null: 0), before any shift, and of log_snr (null: -6)
-    timestep_std: Positive | None = None  # of logit_normal (null: 1) and log_snr (null: 2)
-    # Of models that predict velocity, by noise level s: sigma_sqrt: 1 / s^2; cosmap: 2 / (pi (1 - 2 s + 2 s^2))
-    weighting: Annotated[str, name_in(LOSS_WEIGHTINGS)] = "none"
-
-    @field_validator("min_snr_gamma")
-    @classmethod
-    def _gamma_is_positive(cls, gamma: float | str | None) -> float | str | None:
-        if gamma not in ("auto", None) and (isinstance(gamma, str) or gamma <= 0):
-            raise ValueError(f"must be a number above 0, auto or null, got {gamma!r}")
-        return gamma
-
-    @model_validator(mode="after")
-    def _keys_have_an_effect(self) -> "LossConfig":
-        problems = []
-        normal = self.timesteps in ("logit_normal", "log_snr")
-        if self.timestep_bias and normal:
-            problems.append(f"timestep_bias has no effect on timesteps {self.timesteps}: leave one of them out")
-        for key in ("timestep_mean", "timestep_std"):
-            if getattr(self, key) is not None and not normal:
-                problems.append(f"{key} is of timesteps logit_normal or log_snr: set one of them, or leave it out")
-        if self.delta is not None and self.type != "huber":
-            problems.append(f"delta has no effect on type {self.type}: set type=huber, or leave it out")
-        if self.weighting != "none" and self.min_snr_gamma not in ("auto", None):
-            problems.append(f"weighting {self.weighting} and min_snr_gamma exclude each other: leave one of them out")
-        return raise_problems(self, problems)
-
-
 class PreserveConfig(Section):
     """Prior preservation: keeps the base model's predictions on prompts that should not change.
 
@@ -300,6 +260,7 @@ class TrainDiffusionConfig(PipelineConfig):
     changeable: ClassVar[tuple[str, ...]] = (
         *CHANGEABLE,
         "adapter.strength",
+        "adapter.assistant.in_samples",
         "data.latent_cache",
         "evaluate",  # the held-out loss of a step is the same, however often it is computed
         "memory",
@@ -361,6 +322,7 @@ class TrainDiffusionConfig(PipelineConfig):
             problems.append("model.text_quantization rounds what adapter.parts or tokens train: leave one of them out")
         if self.sample.every and not self.sample.prompts:
             problems.append("sample.every has no effect: sample.prompts is empty")
+        problems += self._check_assistant(full=full)
         if full and self.adapter.strength != 1.0:
             problems.append("adapter.strength must be 1 for adapter.method full: it keeps no base weights")
         return raise_problems(self, problems)
@@ -381,6 +343,14 @@ class TrainDiffusionConfig(PipelineConfig):
                 problems.append(f"train.{key} has no effect: {why}")
             elif last is not None and last >= self.train.steps:
                 problems.append(f"train.{key} ({last}) must be below train.steps ({self.train.steps})")
+        return problems
+
+    def _check_assistant(self, *, full: bool) -> list[str]:
+        if self.adapter.assistant is None:
+            return []
+        problems = ["adapter.assistant needs the base weights, which adapter.method full changes"] if full else []
+        if self.adapter.assistant.in_samples and not self.sample.prompts:
+            problems.append("adapter.assistant.in_samples has no effect: sample.prompts is empty")
         return problems
 
     def _check_preserve(self, *, full: bool) -> list[str]:

@@ -12,6 +12,7 @@ from dora_mm.core.inject import (
     inject,
     merge,
     remove,
+    set_assistant_strength,
     set_strength,
     unmerge,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "merge",
     "remove",
     "restore_layer",
+    "set_assistant_strength",
     "set_strength",
     "unmerge",
 ]

@@ -18,11 +18,12 @@ ADAPTER_NAMES = ("lora_A", "lora_B", "magnitude")
 
 @dataclass
 class StackedAdapter:
-    """One more adapter on a layer, for inference: its tensors are not parameters, and not part of a state dict."""
+    """One more adapter on a layer, frozen: its tensors are not parameters, and not part of a state dict."""
 
     spec: DoRASpec
     tensors: dict[str, Tensor]  # by the names of ADAPTER_NAMES
     strength: float
+    assists: bool = False  # as in `Adaptation`
 
 
 @dataclass
@@ -38,6 +39,8 @@ class Adaptation:
         forward: The implementation of the layer.
         trainable_before: Whether its weight was trained.
         strength: The strength of A, B and m.
+        assists: Whether they are those of an assistant, a frozen adapter that other adapters are trained over and that
+            is not saved with them.
         stacked: More adapters by name.
         made_for: Device and dtype of the weight that `first_magnitude` was computed from.
         first_magnitude: The m of a fresh adapter, the row norms of the weight; None without a magnitude.
@@ -57,6 +60,7 @@ class Adaptation:
     forward: Forward
     trainable_before: bool
     strength: float = 1.0
+    assists: bool = False
     stacked: dict[str, StackedAdapter] = field(default_factory=dict)
     made_for: tuple[torch.device, torch.dtype] = (torch.device("meta"), torch.float32)
     first_magnitude: Tensor | None = None

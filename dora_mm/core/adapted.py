@@ -90,14 +90,17 @@ class AdaptedLayer(AdapterParameters):
         if name == self.adaptation.name or name in self.adaptation.stacked:
             raise ValueError(f"{self.adaptation.path} has an adapter named {name!r} already: choose another name")
 
-    def stack(self, name: str, spec: DoRASpec, tensors: Mapping[str, Tensor], strength: float) -> None:
-        """Adds an adapter for inference: the weight is then W0 + sum of strength_k (W'_k - W0).
+    def stack(
+        self, name: str, spec: DoRASpec, tensors: Mapping[str, Tensor], strength: float, *, assists: bool = False
+    ) -> None:
+        """Adds a frozen adapter: the weight is then W0 + sum of strength_k (W'_k - W0).
 
         Args:
             name: A name that the layer does not have yet.
             spec: The settings of the adapter.
             tensors: Its tensors by the names of ADAPTER_NAMES; they are copied to the weight's device.
             strength: Its strength.
+            assists: See `Adaptation`.
 
         Raises:
             ValueError: See `check_can_stack`.
@@ -105,7 +108,7 @@ class AdaptedLayer(AdapterParameters):
         self.check_can_stack(name, spec)
         device, dtype = self.weight.device, adapter_dtype(self.weight.dtype)
         copies = {n: t.detach().to(device, dtype, copy=True) for n, t in tensors.items()}
-        self.adaptation.stacked[name] = StackedAdapter(spec, copies, finite_number("strength", strength))
+        self.adaptation.stacked[name] = StackedAdapter(spec, copies, finite_number("strength", strength), assists)
         self.adaptation.forget()
 
     def check_has_strength(self) -> None:
@@ -355,22 +358,29 @@ def has_dense_weight(layer: nn.Module) -> bool:
 
 
 @contextmanager
-def base_model(networks: Iterable[nn.Module]) -> Iterator[None]:
+def base_model(networks: Iterable[nn.Module], *, with_assistant: bool = False) -> Iterator[None]:
     """A context in which networks compute what they would without adapters, bit for bit: every strength is 0.
 
-    Unlike `set_strength` it ends no `fixed_parameters`: base layers use nothing of what that keeps. Method `full` has
-    no strength, and its layers stay as they are.
+    Unlike `set_strength` it ends no `fixed_parameters`: base layers use nothing of what that keeps, and layers with an
+    assistant keep what they need apart. Method `full` has no strength, and its layers stay as they are.
 
     Args:
         networks: Networks, adapted or not.
+        with_assistant: Whether assistants stay at work: the model that a training over one starts from.
     """
-    layers = (module for network in networks for module in network.modules() if isinstance(module, AdaptedLayer))
-    holders = [holder for layer in layers for holder in (layer.adaptation, *layer.adaptation.stacked.values())]
-    before = [holder.strength for holder in holders]
+    states = [m.adaptation for network in networks for m in network.modules() if isinstance(m, AdaptedLayer)]
+    holders = [holder for state in states for holder in (state, *state.stacked.values())]
+    holders = [holder for holder in holders if not (with_assistant and holder.assists)]
+    assisted = [state for state in states if with_assistant and any(s.assists for s in state.stacked.values())]
+    before, kept = [holder.strength for holder in holders], [(state.caches, state.num_passes) for state in assisted]
     try:
         for holder in holders:
             holder.strength = 0.0
+        for state in assisted:
+            state.caches = state.num_passes = None
         yield
     finally:
         for holder, strength in zip(holders, before, strict=True):
             holder.strength = strength
+        for state, (caches, num_passes) in zip(assisted, kept, strict=True):
+            state.caches, state.num_passes = caches, num_passes

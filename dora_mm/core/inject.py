@@ -206,7 +206,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Returns:
         The parameters by name: `<path>.lora_A` (R, I), `<path>.lora_B` (O, R) and `<path>.magnitude` (O,),
-        depending on the method, or `<path>.weight` for method `full`. Stacked adapters are not trained.
+        depending on the method, or `<path>.weight` for method `full`. Stacked adapters and assistants are not trained.
 
     Raises:
         ValueError: The model has no adapted layer.
@@ -214,6 +214,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{path}.{name}": parameter
         for path, layer in adapted_layers(model).items()
+        if not layer.adaptation.assists
         for name, parameter in layer.adapter_tensors().items()
     }
 
@@ -265,6 +266,20 @@ def set_strength(
         layer.check_not_merged()
     for path, layer in by_path.items():
         layer.set_strength(strengths[path], name)
+
+
+def set_assistant_strength(model: nn.Module, strength: float) -> None:
+    """Sets the strength of the assistant of a model, see `Adaptation`; without one nothing changes.
+
+    Args:
+        model: The model.
+        strength: As in `set_strength`.
+    """
+    for module in model.modules():
+        if isinstance(module, AdaptedLayer):
+            state = module.adaptation
+            for name in [state.name] * state.assists + [name for name, s in state.stacked.items() if s.assists]:
+                module.set_strength(strength, name)
 
 
 @dataclass(frozen=True)

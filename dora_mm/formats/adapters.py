@@ -209,6 +209,7 @@ def load(
     strength: Strength = 1.0,
     name: str = "default",
     forward: Forward = TORCH,
+    assists: bool = False,
 ) -> InjectReport:
     """Loads the adapters of a file into models.
 
@@ -221,6 +222,7 @@ def load(
             begin with the component; with a single model they need not.
         name: The name of the adapter; another name than that of a loaded adapter stacks this one on top of it.
         forward: The function that runs the adapted layers.
+        assists: Whether it is an assistant: see `into_models`.
 
     Returns:
         The layers that the file adapts.
@@ -233,7 +235,7 @@ def load(
     state, _ = read(file, components)
     if isinstance(strength, Mapping) and not isinstance(model, Mapping):
         strength = {_with_component(name, next(iter(components))): value for name, value in strength.items()}
-    return into_models(state, components, file.path, strength=strength, name=name, forward=forward)
+    return into_models(state, components, file.path, strength=strength, name=name, forward=forward, assists=assists)
 
 
 def _with_component(name: str, component: str) -> str:

@@ -27,7 +27,7 @@ from dora_mm.targets import SHORT_NAMES
 
 
 def from_models(components: Mapping[str, nn.Module], extra_parameters: Sequence[str] = ()) -> AdapterState:
-    """Takes the adapters out of models; the models are not changed.
+    """Takes the adapters out of models, but for those of an assistant; the models are not changed.
 
     Tensors that FSDP2 has sharded are gathered, so every process has to call this.
 
@@ -42,9 +42,9 @@ def from_models(components: Mapping[str, nn.Module], extra_parameters: Sequence[
     state = AdapterState({})
     for component, model in components.items():
         reshard(model)
-        layers = layers_of(model)
+        layers = saved_layers(model)
         for path, layer in layers.items():
-            if layer.adaptation.stacked:
+            if not all(other.assists for other in layer.adaptation.stacked.values()):
                 raise ValueError(
                     f"{joined(component, path)} has several adapters: save each one from a model that has only it"
                 )
@@ -73,6 +73,7 @@ def into_models(
     strength: Strength = 1.0,
     name: str = "default",
     forward: Forward = TORCH,
+    assists: bool = False,
 ) -> InjectReport:
     """Puts adapters into models; modules that are not adapted yet are adapted with the spec in the state.
 
@@ -87,6 +88,7 @@ def into_models(
         strength: The strength of the adapters; names of parts begin with the component.
         name: The name of the adapter.
         forward: The function that runs newly adapted layers.
+        assists: Whether it is an assistant, which is frozen and not saved with others: see `core.Adaptation`.
 
     Returns:
         The layers that the state adapts.
@@ -124,20 +126,23 @@ def into_models(
         for path, layer in layers_of(components[component]).items():
             if path not in layers:
                 continue
+            state_of, at = layers[path], strengths[joined(component, path)]
             if layer.adaptation.name == name:
-                _fill(layer, layers[path], strengths[joined(component, path)])
+                _fill(layer, state_of, at, assists=assists)
             else:
-                layer.stack(name, layers[path].spec, layers[path].tensors, strengths[joined(component, path)])
+                layer.stack(name, state_of.spec, state_of.tensors, at, assists=assists)
             modules.append(describe(layer, component))
     return InjectReport(tuple(modules))
 
 
 @torch.no_grad()
-def _fill(layer: AdaptedLayer, state: LayerState, strength: float) -> None:
+def _fill(layer: AdaptedLayer, state: LayerState, strength: float, *, assists: bool) -> None:
     if _has_rank(state.spec):
         layer.adaptation.spec = replace(layer.adaptation.spec, alpha=state.spec.alpha)
     for name, parameter in layer.adapter_tensors().items():
         write(parameter, state.tensors[name])
+        parameter.requires_grad_(parameter.requires_grad and not assists)
+    layer.adaptation.assists = assists
     if not isinstance(layer, TrainedWeight):
         layer.set_strength(strength, layer.adaptation.name)
 
@@ -150,6 +155,11 @@ def _has_rank(spec: DoRASpec) -> bool:
 def layers_of(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The adapted layers by path; empty where there are none."""
     return {path: m for path, m in model.named_modules() if isinstance(m, AdaptedLayer)}
+
+
+def saved_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """The layers whose adapters a file of a model has, by path: those that not only an assistant adapts."""
+    return {path: layer for path, layer in layers_of(model).items() if not layer.adaptation.assists}
 
 
 def _check_component(

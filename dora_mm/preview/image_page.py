@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from dora_mm import formats
+from dora_mm.adapting.assistant import assistant_line
 from dora_mm.adapting.compiled import compiled_line
 from dora_mm.adapting.images import adapt_image_model, check_fit
 from dora_mm.adapting.networks import TrainedNetworks
@@ -223,5 +224,7 @@ def trained_section(config: TrainDiffusionConfig, model: ImageModel, trained: Tr
     """The model's prediction type, and its trained parameters by part."""
     table = parts_table(trained, model.adaptable, model.target_maps, config.adapter, config.optimizer)
     remarks = tokens_lines(config.tokens, model, config.train, config.optimizer.lr)
+    assistant = config.adapter.assistant
+    remarks += [assistant_line(assistant, {model.denoiser: model.networks[model.denoiser]})] if assistant else []
     remarks += [remark] if (remark := formats.about_format(trained.adapted, "diffusers")) else []
     return "\n".join([about_prediction(config.model), trained.share, table, *remarks])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dora_mm.config.images import DataConfig, TrainDiffusionConfig
-from dora_mm.config.models import ModelConfig
+from dora_mm.config.losses import LossConfig
 from dora_mm.config.training import TrainConfig, ValidationConfig
 from dora_mm.data.images.folder import CaptionedImage, bucket_of, contains_word, resolution_of
 from dora_mm.data.images.wording import FIXED, all_unchanged, rendered, unchanged
@@ -56,10 +56,11 @@ def describe_data(
             *describe_masks(images, config.data),
             *describe_look(images, config.data),
             *describe_preserved(config, class_images),
+            *describe_guided_target(config.loss),
             *([describe_held_out(held_out, config.evaluate)] if held_out else []),
             describe_length(repeats_of(images), config.train, num_processes),
             *remark_on_length(repeats_of(images), config.train, num_processes),
-            *(remark_on_distilled(config.model) if model else []),
+            *(remark_on_distilled(config) if model else []),
             *remark_on_captions(model, images, config.data),
             *([] if model else [f"{config.model.path} is not on this machine: modules, memory and time are left out"]),
         ]
@@ -208,6 +209,15 @@ def describe_preserved(config: TrainDiffusionConfig, class_images: Sequence[Capt
     return [f"preserve  {what}, loss x {preserve.weight:g}, {often}: two more forward passes and a backward pass"]
 
 
+def describe_guided_target(config: LossConfig) -> list[str]:
+    """A line with the guided target and what it takes; none without the section."""
+    if (guided := config.guided_target) is None:
+        return []
+    scale = f"{guided.scale:g}" if guided.schedule == "constant" else f"(1 + {guided.scale - 1:g} sigma)"
+    under = f"u the prediction under {guided.prompt!r}"
+    return [f"guided    target u + {scale} (v - u), {under}: one more forward pass of every batch"]
+
+
 def describe_held_out(held_out: Sequence[CaptionedImage], evaluate: ValidationConfig) -> str:
     """A line with the images that are not trained on, and when their loss is computed."""
     names = ", ".join(image.path.name for image in held_out[:MOST_NAMES]) + (
@@ -265,16 +275,20 @@ def remark_on_length(repeats: Sequence[float], train: TrainConfig, num_processes
     ]
 
 
-def remark_on_distilled(config: ModelConfig) -> list[str]:
-    """A warning that training undoes the distillation of a few-step model; empty for other models."""
+def remark_on_distilled(config: TrainDiffusionConfig) -> list[str]:
+    """A warning that training undoes the distillation of a few-step model; empty for other models.
+
+    It is also empty where an assistant or a guided target is there to keep it.
+    """
     from dora_mm.models.images.families import distilled_of
 
-    found = distilled_of(config)
+    found = None if config.adapter.assistant or config.loss.guided_target else distilled_of(config.model)
     if found is None:
         return []
     return [
-        f"{config.path} was distilled to {found.steps} steps ({found.evidence}), and a training undoes that: its loss "
-        "is not that of the distillation. Train the base model, and generate with this one and the adapter."
+        f"{config.model.path} was distilled to {found.steps} steps ({found.evidence}), and a training undoes that: its "
+        "loss is not that of the distillation. Train the base model, and generate with this one and the adapter; or "
+        "set adapter.assistant or loss.guided_target, as docs/train_images.md says."
     ]
 
 

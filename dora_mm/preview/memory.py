@@ -7,6 +7,8 @@ from torch import nn
 
 from dora_mm.adapting.sharding import Division
 from dora_mm.config.training import OptimizerConfig
+from dora_mm.core import AdaptedLayer
+from dora_mm.formats.models import layers_of
 from dora_mm.preview.streamed import StreamPlan, streamed_table
 from dora_mm.preview.training import StepCost, num_bytes
 from dora_mm.registries.optimizers import OPTIMIZERS
@@ -103,7 +105,8 @@ def _frozen(
     """The frozen tensors of each network that has some: a description, their device and their bytes."""
     rows, seen = [], set(trained)
     for name, network in networks.items():
-        frozen = [p for p in (*network.parameters(), *network.buffers()) if id(p) not in seen]
+        stacked = [t for layer in layers_of(network).values() for t in _stacked(layer)]
+        frozen = [p for p in (*network.parameters(), *network.buffers(), *stacked) if id(p) not in seen]
         seen |= {id(p) for p in frozen}
         dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in frozen if p.is_floating_point()}))
         if dtypes:
@@ -111,6 +114,11 @@ def _frozen(
             size = sum(stored.get(id(p), num_bytes([p])) for p in frozen)
             rows.append((f"{name}, {values:,} frozen in {dtypes}", frozen[0].device.type, size))
     return rows
+
+
+def _stacked(layer: AdaptedLayer) -> list[torch.Tensor]:
+    """The tensors of the adapters that are stacked on a layer, such as those of an assistant."""
+    return [tensor for other in layer.adaptation.stacked.values() for tensor in other.tensors.values()]
 
 
 def optimizer_values(config: OptimizerConfig) -> int:

@@ -11,9 +11,10 @@ from torch import nn
 from dora_mm import formats
 from dora_mm.config.generation import ImageSamplingConfig, SampleConfig
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.core import set_strength
+from dora_mm.core import set_assistant_strength, set_strength
 from dora_mm.core.inject import merged_adapters
 from dora_mm.models.images.image_model import ImageModel
+from dora_mm.sampling.batch.prompt_row import adapters_text
 from dora_mm.sampling.contact_sheets import save_atomically
 from dora_mm.sampling.grids import PAPER, image_grid
 from dora_mm.sampling.image_sampler import ImageSampler, References, sample
@@ -47,9 +48,11 @@ def at_strength(
     strength: float,
     prompts: list[str],
     seeds: list[int],
+    *,
+    assistant: float = 0.0,
     **settings,
 ) -> list[Image.Image]:
-    """Samples with all adapters at one strength; the strength stays set afterwards.
+    """Samples with all adapters at one strength, but for an assistant; the strengths stay set afterwards.
 
     Args:
         model: The model, or what generates with it, if its text encoders are not adapted.
@@ -57,6 +60,7 @@ def at_strength(
         strength: The strength of every adapter; 0 is the base model, which reads new tokens as plain words.
         prompts: The prompts.
         seeds: A seed for each prompt.
+        assistant: The strength of the assistant of a training, where there is one.
         **settings: Further arguments of `sample`.
 
     Returns:
@@ -65,7 +69,12 @@ def at_strength(
     for network in adapted.values():
         set_strength(network, strength)
     own = model.model if isinstance(model, ImageSampler) else model
-    with merged_adapters(adapted.values()), own.new_tokens.off() if strength == 0 else nullcontext():
+    denoiser = own.networks[own.denoiser]
+    set_assistant_strength(denoiser, assistant)
+    with (
+        merged_adapters(dict.fromkeys([denoiser, *adapted.values()])),
+        own.new_tokens.off() if strength == 0 else nullcontext(),
+    ):
         return sample(model, prompts, seeds, **settings)
 
 
@@ -76,13 +85,15 @@ def before_after_contact_sheet(
     *,
     references: Sequence[References] = (),
     strength: float = 1.0,
+    assistant: float = 0.0,
     full: bool = False,
     average: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> tuple[Image.Image, dict[str, list[Image.Image]]]:
     """Generates a contact sheet with one column per prompt and for each seed a row of the adapter's images.
 
     Above it is a row of the base model's, if `config.before_after` is set, and below it one of the average's, where
-    there is one: all with the same seed. Reference images are above all. Afterwards the strength of all adapters is 1.
+    there is one: all with the same seed. Reference images are above all. Afterwards the strength of all adapters is 1,
+    but for an assistant, whose caller sets it again.
 
     Args:
         model: The model, or what generates with it, if its text encoders are not adapted.
@@ -90,6 +101,7 @@ def before_after_contact_sheet(
         config: The `sample` section: prompts, seeds and settings.
         references: The references of each prompt, prepared by the model; empty: there are none.
         strength: The strength of the adapter.
+        assistant: The strength of the assistant in the rows of the adapter, where there is one.
         full: The weights themselves were trained (method `full`): there is no base model to compare with, and no
             strength.
         average: Opens a context in which the adapters are those of an average; None: there is none.
@@ -111,7 +123,8 @@ def before_after_contact_sheet(
                 generated[label] = sample(model, repeated_prompts, seeds, metadata=label, **settings)
             else:
                 generated[label] = at_strength(
-                    model, adapted, shown, repeated_prompts, seeds, metadata=label, **settings
+                    *(model, adapted, shown, repeated_prompts, seeds),
+                    **{"assistant": 0.0 if label == "before" else assistant, "metadata": label, **settings},
                 )
     for network in () if full else adapted.values():
         set_strength(network, 1.0)  # training resumes at this strength
@@ -148,7 +161,11 @@ def area_of(config: TrainDiffusionConfig) -> int | None:
 
 
 def keep_images(
-    run: RunDirectory, config: TrainDiffusionConfig, step: int, generated: Mapping[str, Sequence[Image.Image]]
+    run: RunDirectory,
+    config: TrainDiffusionConfig,
+    step: int,
+    generated: Mapping[str, Sequence[Image.Image]],
+    assistant: float = 0.0,
 ) -> None:
     """Saves the images of a contact sheet one by one, with a manifest of all steps, of which a gallery is made.
 
@@ -160,14 +177,19 @@ def keep_images(
         config: The config of the training.
         step: The number of finished steps.
         generated: As `before_after_contact_sheet` returns it.
+        assistant: The strength of the assistant in the rows of the adapter.
     """
     entries = [entry for entry in readable_entries(run.path) if (entry.settings.get("step") or 0) <= step]
     found = {entry.file: entry for entry in entries}
     there = [entry.settings for entry in entries if entry.settings["adapter"] is None]
-    fresh = step == 0 and "before" in generated and not config.adapter.init_from and not config.tokens
+    differs = config.adapter.init_from or config.tokens or assistant
+    fresh = step == 0 and "before" in generated and not differs
     for label in ["before"] if fresh else generated:
         for index, image in enumerate(generated[label]):
             settings = settings_of(run, config, step, label, index, image.size)
+            if assistant and label != "before":
+                assert config.adapter.assistant is not None
+                settings["assistant"] = adapters_text(((config.adapter.assistant.path, assistant),))
             if settings in there:
                 continue
             row, ending = index % len(config.sample.prompts) + 1, "" if label == "after" else f"-{label}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dora_mm.config.images import LossConfig
+from dora_mm.config.losses import LossConfig
 from dora_mm.core import base_model
 from dora_mm.data.images.buckets import Framing
 from dora_mm.models.images.editing import EditingModel
@@ -55,6 +55,8 @@ class ConditionedLatents:
     masks: torch.Tensor | None = None  # (B, h, w) how much each latent counts, up to 1; None: all alike
     # B captions as the base model reads them: outside the masks its prediction is the target; None: nothing is
     base_prompts: Sequence[Prompt] | None = None
+    # B encodings of the prompt that the guided target leads away from; None: the target is that of the data
+    unguided_prompts: Sequence[Prompt] | None = None
     preserved: "ConditionedLatents | None" = None  # where the base model's prediction is the target; None: nowhere
     preserved_weight: float = 0.0  # of the sum of these losses
 
@@ -82,6 +84,10 @@ class DiffusionTask:
                 )
         if not is_flow and config.timesteps == "log_snr":
             raise ValueError(f"loss.timesteps: log_snr is for models that predict a velocity, not for {model.title}")
+        if not is_flow and config.guided_target and config.guided_target.schedule == "sigma":
+            raise ValueError(
+                f"loss.guided_target.schedule: sigma is for models that predict a velocity, not for {model.title}"
+            )
         weighting = LOSS_WEIGHTINGS[config.weighting]
         if ("flow" if is_flow else "noise") not in weighting.models:
             predicted = "noise or v" if is_flow else "a velocity"
@@ -132,8 +138,10 @@ class DiffusionTask:
         """The loss of each image (B,), float32, with this noise (B, C, h, w) and at these times (B,)."""
         times = times.to(batch.latents.device)
         noised = self.noise.noised(batch.latents, noise, times)
-        predicted = self._predict(batch, noised, times)
         target = self.noise.target(batch.latents, noise, times)
+        if self.config.guided_target is not None:
+            target = self.guided_target(batch, noised, times, target)
+        predicted = self._predict(batch, noised, times)
         error = self.distance(predicted, target)
         if batch.masks is None:
             return error.mean(dim=(1, 2, 3)) * self.weights(times)
@@ -150,10 +158,30 @@ class DiffusionTask:
 
     @torch.no_grad()
     def base_prediction(self, batch: ConditionedLatents, noised: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-        """The prediction of the base model (B, C, h, w): at strength 0 adapted layers equal base layers bit for bit."""
+        """The prediction of the base model (B, C, h, w), with the assistant of the training if it has one.
+
+        At strength 0 adapted layers equal base layers bit for bit.
+        """
         assert batch.base_prompts is not None
-        with base_model([self.model.networks[self.model.denoiser]]):
+        with base_model([self.model.networks[self.model.denoiser]], with_assistant=True):
             return self._predict(replace(batch, prompts=batch.base_prompts), noised, times)
+
+    @torch.no_grad()
+    def guided_target(
+        self, batch: ConditionedLatents, noised: torch.Tensor, times: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor:
+        """The target u + s (v - u): v is that of the data, u the prediction without a caption (B, C, h, w).
+
+        Guidance is the same for noise, v and velocities: for one noised image each is an affine function of the other.
+        """
+        config = self.config.guided_target
+        assert batch.unguided_prompts is not None
+        assert config is not None
+        unguided = self._predict(replace(batch, prompts=batch.unguided_prompts), noised, times).float()
+        scale: float | torch.Tensor = config.scale
+        if config.schedule == "sigma":
+            scale = 1 + (scale - 1) * times.float().view(-1, 1, 1, 1)
+        return unguided + scale * (target.float() - unguided)
 
     def times_at(self, shares: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         """The quantiles (N,) of the training's distribution of times at these shares (N,).

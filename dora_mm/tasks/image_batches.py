@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -38,6 +39,7 @@ class CaptionedBatches:
         batch_size: Images per batch.
         seed: Seed of order, crops, dropped captions and latents.
         process: (index, count) if several processes share the work.
+        unguided: The prompt that a guided target leads away from; None: there is no such target.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class CaptionedBatches:
         batch_size: int,
         seed: int,
         process: tuple[int, int] = (0, 1),
+        unguided: str | None = None,
     ):
         self.model, self.images, self.prompts, self.config = model, images, prompts, config
+        self.unguided = unguided
         self.batch_size, self.seed, self.process = batch_size, seed, process
         self.cache = LatentCache(config.latent_cache)
         self.vae_identity = model.vae_identity
@@ -73,7 +77,8 @@ class CaptionedBatches:
             # The captions of a longer training are more: encoded together, they would differ in their last bits
             varies = self.config.captions is not None or any(image.more for image in self.images)
             captions = self.captions(num_batches)
-            self.prompts.keep([*captions, *self._empty(captions)], 1 if varies else 16)
+            unguided = [] if self.unguided is None else [with_text(caption, self.unguided) for caption in captions]
+            self.prompts.keep([*captions, *self._empty(captions), *unguided], 1 if varies else 16)
         if self.config.crop == "center":
             kept = []
             for index in tracked(range(len(self.images)), "encoding images", "images"):
@@ -126,6 +131,7 @@ class CaptionedBatches:
             self._references(number),
             self._masks_of(rows, framings),
             self.encode_by_base(captions, dropped) if self.config.mask and self.config.mask.outside == "base" else None,
+            self._encode_unguided(captions),
         )
 
     def captions_of(self, number: int) -> list[Caption]:
@@ -148,11 +154,14 @@ class CaptionedBatches:
             stream = generator(0, 0, f"fixed latents of {self.images[row].digest}")
             latents.append(self._latents(row, framing).sample(stream))
         texts = ((self.images[row], unchanged(self.images[row], self.config.captions)) for row in rows)
-        prompts = self.prompts([self.references.instruction(text, image, flip=False) for image, text in texts])
+        captions = [self.references.instruction(text, image, flip=False) for image, text in texts]
         normalized = self.model.normalized(torch.stack(latents)).to(self.model.device)
         references = self.references.of_batch([self.images[row] for row in rows], [False] * len(rows))
         masks = self._masks_of(rows, framings)
-        return ConditionedLatents(normalized, prompts, framings, references=references, masks=masks)
+        unguided = self._encode_unguided(captions)
+        return ConditionedLatents(
+            normalized, self.prompts(captions), framings, references=references, masks=masks, unguided_prompts=unguided
+        )
 
     def _framings(self, number: int) -> list[Framing]:
         """The framings of batch `number` of all processes together."""
@@ -237,6 +246,13 @@ class CaptionedBatches:
         return [{name: 0 * t for name, t in prompt.items()} if drop else prompt for prompt, drop in encoded]
 
     @torch.no_grad()
+    def _encode_unguided(self, captions: Sequence[Caption]) -> list[Prompt] | None:
+        """What a guided target leads away from, of each caption; it has the same references."""
+        if self.unguided is None:
+            return None
+        return self.encode([with_text(each, self.unguided) for each in captions], [not self.unguided] * len(captions))
+
+    @torch.no_grad()
     def encode_by_base(self, captions: Sequence[Caption], dropped: Sequence[bool]) -> list[Prompt]:
         """As `encode`, by the text encoders without their adapters and new tokens."""
         with base_model(self.model.encoders.values()), self.model.new_tokens.off():
@@ -248,8 +264,9 @@ def captioned_batches(
 ) -> CaptionedBatches:
     """The batches of a training, of a process (index, count)."""
     prompts = PromptEncoder(model, trained=config.adapter.trains_text_encoders, folder=config.data.text_cache)
-    size, seed = config.train.batch_size, config.seed
-    return CaptionedBatches(model, images, prompts, config.data, batch_size=size, seed=seed, process=process)
+    settings: dict[str, Any] = {"batch_size": config.train.batch_size, "seed": config.seed, "process": process}
+    settings["unguided"] = config.loss.guided_target and config.loss.guided_target.prompt
+    return CaptionedBatches(model, images, prompts, config.data, **settings)
 
 
 def free_vae(model: ImageModel, data: DataConfig) -> None:

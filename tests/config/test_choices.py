@@ -9,7 +9,7 @@ from dora_mm.adapting.parts import MODEL, full_name
 from dora_mm.backend import BACKENDS
 from dora_mm.config.adapter import AdapterConfig, ImageAdapterConfig, PartConfig, VLAdapterConfig
 from dora_mm.config.generation import Axis, ConceptChoice, EvalDiffusionConfig, ImageGenerationConfig
-from dora_mm.config.images import LossConfig
+from dora_mm.config.losses import LossConfig
 from dora_mm.config.models import ModelConfig, VLBartModelConfig, VLMModelConfig
 from dora_mm.config.schema import Section
 from dora_mm.config.training import ScheduleConfig, TrainConfig

@@ -15,6 +15,7 @@ from dora_mm.cli import main
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.state_file import read_state
+from tests.pipelines.images.test_sample import make_adapter
 from tests.pipelines.processes import kill_all, launched, wait_for
 from tests.shared.data.vlm_rows import write_conversations, write_images
 from tests.shared.killed import assert_same_weights
@@ -33,14 +34,21 @@ def write(folder: Path, name: str, train: dict, **values) -> list[str]:
 
 
 def images(folder: Path, name: str, **train) -> list[str]:
-    """Images of two shapes, a held-out one, and contact sheets on the way; a text encoder is trained, too."""
+    """Images of two shapes, a held-out one, and contact sheets on the way; a text encoder is trained, too.
+
+    All over an assistant of more layers, and with a guided target.
+    """
     return write(
         folder,
         name,
         train,
         pipeline="train_diffusion",
         model={"path": str(folder / "sdxl")},
-        adapter={"rank": 2, "cache": "norms", "parts": ["unet.attn", "text_encoder.attn"], "strength": 1.5},
+        adapter={
+            **{"rank": 2, "cache": "norms", "parts": ["unet.attn", "text_encoder.attn"], "strength": 1.5},
+            "assistant": {"path": str(folder / "assistant"), "in_samples": True},
+        },
+        loss={"guided_target": {"scale": 2.0}},
         data={"folder": str(folder / "pictures"), "resolution": 64, "valid": {"share": 0.3, "limit": 1}},
         sample={"prompts": ["a TOK"], "steps": 1},
     )
@@ -72,6 +80,7 @@ def folder(tmp_path_factory, tiny_folder):
         (folder / "pictures" / f"{index}.txt").write_text(f"a TOK of thing {index}")
     write_images(folder / "noise")
     shutil.copytree(tiny_folder, folder / "sdxl")
+    make_adapter(tiny_folder, folder / "assistant", seed=0)
     tiny.build("llava", folder / "llava")
     return folder
 

@@ -12,7 +12,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_mm.config.images import LossConfig
+from dora_mm.config.losses import LossConfig
 from dora_mm.models.images.flux2_klein import KleinFlow
 from dora_mm.models.images.noise import Diffusion, Flow
 from dora_mm.registries.loss_weightings import LOSS_WEIGHTINGS

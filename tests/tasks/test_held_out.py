@@ -5,7 +5,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from dora_mm.config.images import DataConfig, LossConfig
+from dora_mm.config.images import DataConfig
+from dora_mm.config.losses import LossConfig
 from dora_mm.data.images.folder import read_training_images
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_mm.config.images import DataConfig, LossConfig
+from dora_mm.config.images import DataConfig
+from dora_mm.config.losses import LossConfig
 from dora_mm.config.models import SDXLConfig
 from dora_mm.data.images.folder import read_training_images
 from dora_mm.data.images.pixels import load_rgb, render

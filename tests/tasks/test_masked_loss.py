@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dora_mm import DoRASpec, adapter_parameters, inject, set_strength
-from dora_mm.config.images import DataConfig, LossConfig
+from dora_mm.config.images import DataConfig
+from dora_mm.config.losses import LossConfig
 from dora_mm.core import base_model, fixed_parameters
 from dora_mm.data.images.folder import read_training_images
 from dora_mm.tasks.diffusion import DiffusionTask

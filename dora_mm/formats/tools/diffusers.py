@@ -23,7 +23,7 @@ from torch import nn
 
 from dora_mm.core.spec import DoRASpec
 from dora_mm.core.wrappers.experts import DoRAExperts
-from dora_mm.formats.models import layers_of
+from dora_mm.formats.models import saved_layers
 from dora_mm.formats.naming.names import TEXT_PREFIX, Name, canonical
 from dora_mm.formats.naming.spellings import DIFFUSERS, without_processor
 from dora_mm.formats.state import joined
@@ -105,7 +105,7 @@ def why_not(components: Mapping[str, nn.Module]) -> str | None:
             return f"the diffusers format has no component {component!r}: it has {', '.join(COMPONENTS)}"
         if reason := peft_config.unsupported_reason(component, model):
             return reason
-        if path := next((path for path, layer in layers_of(model).items() if isinstance(layer, DoRAExperts)), None):
+        if path := next((path for path, layer in saved_layers(model).items() if isinstance(layer, DoRAExperts)), None):
             return f"{joined(component, path)} is a layer of stacked experts, which files of diffusers do not have"
     return None
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.algebra.exact import new_weight
 from dora_mm.formats.files.tensor_file import FORMAT_KEY
-from dora_mm.formats.models import layers_of
+from dora_mm.formats.models import saved_layers
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.naming.spellings import Spelling
 from dora_mm.formats.state import LayerState, joined
@@ -120,7 +120,7 @@ def header_of(components: Mapping[str, nn.Module], names: Iterable[str]) -> dict
         components: The adapted models by component.
         names: The names of all trained parameters, each with its component in front.
     """
-    layers = {Name(c, path): layer for c, model in components.items() for path, layer in layers_of(model).items()}
+    layers = {Name(c, path): layer for c, model in components.items() for path, layer in saved_layers(model).items()}
     own = {joined(*name, tensor) for name, layer in layers.items() for tensor in layer.adapter_tensors()}
     specs = {name: layer.adaptation.spec for name, layer in layers.items()}
     others = [named(name) for name in names if name not in own and not name.startswith(BUNDLE)]

@@ -14,7 +14,7 @@ from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.layer import DoRAConv
 from dora_mm.core.spec import DoRASpec, finite_number
 from dora_mm.core.wrappers.experts import DoRAExperts
-from dora_mm.formats.models import layers_of
+from dora_mm.formats.models import saved_layers
 from dora_mm.formats.state import joined
 from dora_mm.formats.tools.patterns import matching_key
 from dora_mm.utils.json_text import parse_json
@@ -60,7 +60,7 @@ def unsupported_reason(component: str, model: nn.Module) -> str | None:
         component: The name of the model, for the message.
         model: The adapted model.
     """
-    layers = {p: layer for p, layer in layers_of(model).items() if layer.adaptation.spec.method != "full"}
+    layers = {p: layer for p, layer in saved_layers(model).items() if layer.adaptation.spec.method != "full"}
     methods = sorted({layer.adaptation.spec.method for layer in layers.values()})
     if not methods:
         return f"{component} was trained by method full, whose weights are not an adapter: save it as format native"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_mm.config.images import LossConfig
+from dora_mm.config.losses import LossConfig
 from dora_mm.config.models import ModelConfig, validated
 from dora_mm.models.images.families import load_image_model
 from dora_mm.tasks.diffusion import DiffusionTask

@@ -13,7 +13,8 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
 import dora_mm
 from dora_mm import DoRASpec
-from dora_mm.config.images import DataConfig, LossConfig
+from dora_mm.config.images import DataConfig
+from dora_mm.config.losses import LossConfig
 from dora_mm.config.models import ModelConfig, validated
 from dora_mm.core import AdaptedLayer, adapted_layers
 from dora_mm.data.images.folder import read_training_images

@@ -9,7 +9,7 @@ from torch import nn
 
 import dora_mm
 from dora_mm import DoRASpec
-from dora_mm.config.images import LossConfig
+from dora_mm.config.losses import LossConfig
 from dora_mm.config.models import ModelConfig
 from dora_mm.core.targets import match_modules
 from dora_mm.core.wrappers.float8 import Float8Linear

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dora_mm.cli import main
-from dora_mm.config.images import LossConfig
+from dora_mm.config.losses import LossConfig
 from dora_mm.config.models import ModelConfig, validated
 from dora_mm.models.images.families import load_image_model
 from dora_mm.tasks.diffusion import DiffusionTask

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import dora_mm
 from dora_mm.cli import main
-from dora_mm.config.images import LossConfig
+from dora_mm.config.losses import LossConfig
 from dora_mm.config.models import ModelConfig, validated
 from dora_mm.models.images import qwen_image_edit
 from dora_mm.models.images.families import load_image_model

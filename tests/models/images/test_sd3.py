@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 
-from dora_mm.config.images import LossConfig
+from dora_mm.config.losses import LossConfig
 from dora_mm.config.models import ModelConfig
 from dora_mm.models.images.families import load_image_model
 from dora_mm.sampling.image_sampler import sample

@@ -83,3 +83,6 @@ def test_training_one_warns_with_the_reason(flow, tmp_path, image_folder, capsys
         assert main(["train", str(tmp_path / f"{name}.yaml"), *command]) == 0
         assert (warning in capsys.readouterr().out + caplog.text) == (name == "distilled")
         caplog.clear()
+    given = ["--dry-run", "--set", "loss.guided_target.scale=3.5"]
+    assert main(["train", str(tmp_path / "distilled.yaml"), *given, f"output={tmp_path / 'other'}"]) == 0
+    assert warning not in capsys.readouterr().out + caplog.text

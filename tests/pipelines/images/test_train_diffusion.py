@@ -312,10 +312,15 @@ def killed(arguments, run, how):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
+@pytest.mark.parametrize("over_assistant", [False, True])
+def test_killed_and_resumed_equals_uninterrupted(config, tmp_path, tiny_folder, over_assistant):
     """Real processes are killed, in both ways, and resumed: weights, optimiser and data order are as without that."""
     settings = {"train__steps": 10, "train__checkpoint_every": 2, "train__keep_checkpoints": 99, "sample__prompts": []}
     settings |= {"data__valid": {"share": 0.4}, "evaluate": {"every": 3}, "ema": {"decay": 0.9}}
+    if over_assistant:
+        make_adapter(tiny_folder, tmp_path / "assistant", seed=0)
+        assistant = {"path": str(tmp_path / "assistant"), "strength": 0.7}
+        settings |= {"adapter__assistant": assistant, "loss": {"guided_target": {"scale": 2.0}}}
     assert main(["train", str(config("uninterrupted", output=str(tmp_path / "uninterrupted"), **settings))]) == 0
     run = tmp_path / "interrupted"
     path = config("interrupted", output=str(run), **settings)
@@ -496,11 +501,16 @@ def test_a_dry_run_loads_nothing_of_a_large_model_on_a_processor(
     monkeypatch.setattr(preview, "LARGE", 1000)
     folder = shutil.copytree(tiny_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     changes = {"data__crop": crop, "train__gradient_checkpointing": crop == "center"}
+    if crop == "random":
+        make_adapter(tiny_folder, tmp_path / "assistant", seed=0)
+        changes |= {"adapter__assistant": {"path": str(tmp_path / "assistant")}, "loss": {"guided_target": {}}}
     assert main(["train", str(config(model__path=str(folder), **changes)), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     for words in ("activations (", "together  ", "the activations take", "captions, 5 at once", "encoded", "decoded"):
         assert words in printed
     assert ("5 ahead of the steps, 0.0 MB in main memory" in printed) == (crop == "center")
+    for words in ("guided    target u + 3 (v - u)", f"assistant {tmp_path / 'assistant'}, strength 1, "):
+        assert (words in printed) == (crop == "random")
     assert "time      not measured: a step of this model takes minutes to hours without a GPU" in printed
     assert "There is no GPU, and the model has" in printed
 
@@ -617,6 +627,7 @@ CHANGED = {  # what is named in the message
     "the weights of text_encoder_2": "model/text_encoder_2/model.safetensors",
     "tokenizer/tokenizer_config.json of the model": "model/tokenizer/tokenizer_config.json",
     "the initial adapter": f"first/adapter/{ADAPTER}",
+    "the assistant": f"assistant/{ADAPTER}",
 }
 REPLACED = {"pictures/metadata.jsonl": (b"thing 3", b"thing three")}  # in a file whose last character says nothing
 
@@ -626,7 +637,10 @@ def test_a_run_is_resumed_with_the_same_inputs_only(config, tmp_path, tiny_folde
     model = shutil.copytree(tiny_folder, tmp_path / "model")
     settings = {"sample__prompts": [], "train__steps": 1, "model__path": str(model), "adapter__parts": ["unet.attn"]}
     assert main(["train", str(config("first", output=str(tmp_path / "first"), **settings))]) == 0
-    assert main(["train", str(config(adapter__init_from=str(tmp_path / "first"), **settings))]) == 0
+    shutil.copytree(tmp_path / "first" / "adapter", tmp_path / "assistant")
+    given = {"init_from": str(tmp_path / "first"), "assistant": {"path": str(tmp_path / "assistant")}}
+    settings["adapter"] = {"rank": 4, "parts": settings.pop("adapter__parts"), **given}
+    assert main(["train", str(config(**settings))]) == 0
     resume = ["train", "--resume", str(tmp_path / "run"), "--set", "train.steps=2"]
     for what, name in CHANGED.items():
         file, before = tmp_path / name, (tmp_path / name).read_bytes()
