@@ -40,6 +40,7 @@ from dora_mm.sampling.reconstructed import through_vae
 from dora_mm.sampling.trainings import training_of, with_usual_settings
 from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.folders import FOLLOW, Links
 from dora_mm.utils.processes import started_together
 from dora_mm.utils.run_directory import RunDirectory
 
@@ -114,6 +115,7 @@ def pairs_of(config: EvalEditConfig, trained: TrainDiffusionConfig | None) -> li
             masks="file" if config.masks else None,
             mask_folder=config.masks,
             mask_key="masks",
+            links=Links(config.follow_links, FOLLOW),
         )
         source = f"images: {config.images}"
     elif trained is None:

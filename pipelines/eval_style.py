@@ -35,6 +35,7 @@ from dora_mm.sampling.reconstructed import reconstructed
 from dora_mm.sampling.trainings import training_of, with_usual_settings
 from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.folders import FOLLOW, Links
 from dora_mm.utils.processes import started_together
 from dora_mm.utils.run_directory import RunDirectory
 
@@ -94,7 +95,9 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
 def training_images(config: EvalStyleConfig, trained: TrainDiffusionConfig | None) -> list[CaptionedImage]:
     """The images that the generated ones are compared with."""
     if config.images is not None:
-        return read_captioned_images(config.images, instance_prompt=PLACEHOLDER, key="images")
+        return read_captioned_images(
+            config.images, instance_prompt=PLACEHOLDER, key="images", links=Links(config.follow_links, FOLLOW)
+        )
     if trained is None:
         raise ValueError(f"images: {config.adapter.path} does not say what it was trained on: name the folder")
     try:

@@ -24,6 +24,7 @@ class Draft(NamedTuple):
         references: Folders of reference images.
         data: The file of vision-language data; None: there are captions.
         model: The model; None: the recipe's.
+        follow_links: Whether links that lead out of a folder of images are followed.
     """
 
     family: str
@@ -33,6 +34,7 @@ class Draft(NamedTuple):
     references: tuple[str, ...]
     data: str | None
     model: str | None
+    follow_links: bool = False
 
     def prompts(self, suffix: str = ".txt") -> Path:
         """The file of prompts next to the config."""

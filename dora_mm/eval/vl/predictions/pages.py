@@ -1,7 +1,7 @@
 """The page of a file of predictions, or of two of the same rows."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -28,7 +28,7 @@ def write_page(
         task: The suite.
         predictions: Examples with predictions.
         before: Those of another run of the same rows, in the same order; None: there are none.
-        images: The folder of images; None: those that rows name in full.
+        images: The folder of images; None: no image is shown.
 
     Raises:
         ValueError: The page or its folder exists, or images are missing in `images`; their number and some are named.
@@ -56,10 +56,12 @@ def write_page(
 
 def _found(examples: Sequence[Example], images: str | None) -> dict[str, Path]:
     """The files of images, by their names."""
-    find: Callable[[str], str | None] = ImageFolder(None if images is None else Path(images)).find
+    folder = ImageFolder(None if images is None else Path(images))
     names = dict.fromkeys(name for example in examples for name in example.images if not name.startswith("data:"))
-    found = {name: find(name) for name in names}
+    found = {name: folder.find(name) for name in names}
     missing = [name for name, path in found.items() if path is None]
+    if missing and (reason := folder.refusal(missing[0])) and images is not None:
+        raise ValueError(f"--images: {len(missing)} of {len(names)} images may not be read: {missing[0]} {reason}")
     if missing and images is not None:
         raise ValueError(f"--images: {len(missing)} of {len(names)} images are not in {images} (one is {missing[0]})")
     if missing:
