@@ -304,9 +304,8 @@ def _add_score(commands: Any) -> None:
     command.add_argument(
         "--page", metavar="HTML", type=Path, help="write a page of all answers, of two files with changes"
     )
-    command.add_argument(
-        "--images", metavar="FOLDER", help="the images, for --page; default: those that rows name in full"
-    )
+    command.add_argument("--images", metavar="FOLDER", help="the images, for --page, which shows none without")
+    _add_follow_links(command)
     notation = "the model that wrote the boxes of --suite refcoco; default: shares, 1,000 or pixels, by their form"
     command.add_argument("--boxes", metavar="MODEL", help=notation)
     command.add_argument("--to", choices=("vlmevalkit", "lmms-eval"), help="write them for this tool, to --out")
