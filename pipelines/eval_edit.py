@@ -5,7 +5,6 @@ references. The results are compared with the targets, beside copies of the refe
 over pairs.
 """
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +42,7 @@ from dora_mm.utils.atomic import write_text
 from dora_mm.utils.folders import FOLLOW, Links
 from dora_mm.utils.processes import started_together
 from dora_mm.utils.run_directory import RunDirectory
+from dora_mm.utils.shell import quoted
 
 BARE, ADAPTER, TEXT, COPY, TARGET = "bare model", "adapter", "adapter, no references", "the reference", "the target"
 DIFFERENCE = "adapter minus bare"
@@ -244,4 +244,4 @@ def save_contact_sheet(
     rows.append([pairs[index].target for index in chosen])
     labels = [generation.requests[index * seeds].prompt for index in chosen]
     save_atomically(run.contact_sheet, image_grid(rows, [COPY, *sides, TARGET], labels))
-    print(f"sheet    {run.contact_sheet}\nto look  dora-mm gallery {shlex.quote(str(run.path))}")
+    print(f"sheet    {run.contact_sheet}\nto look  dora-mm gallery {quoted(run.path)}")

@@ -5,7 +5,6 @@ that the adapter was trained on, as the vectors of an image encoder. The table h
 """
 
 import logging
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +37,7 @@ from dora_mm.utils.atomic import write_text
 from dora_mm.utils.folders import FOLLOW, Links
 from dora_mm.utils.processes import started_together
 from dora_mm.utils.run_directory import RunDirectory
+from dora_mm.utils.shell import quoted
 
 log = logging.getLogger(__name__)
 BARE, ADAPTER, TRAINING, DIFFERENCE = "bare model", "adapter", "training pictures", "adapter minus bare"
@@ -197,7 +197,7 @@ def save_extremes(
         labels = [label(generation.requests[index], ["seed"] if seeds else []) for index in chosen]
         parts.append(image_grid(rows, [*generated, "the training image that is nearest to it"], labels))
     save_atomically(run.contact_sheet, below(parts))
-    print(f"sheet    {run.contact_sheet}\nto look  dora-mm gallery {shlex.quote(str(run.path))}")
+    print(f"sheet    {run.contact_sheet}\nto look  dora-mm gallery {quoted(run.path)}")
 
 
 def training_thumbnail(path: Path, size: tuple[int, int]) -> Image.Image:

@@ -32,6 +32,7 @@ from dora_mm.utils.atomic import already_there
 from dora_mm.utils.folders import OPTION, Links
 from dora_mm.utils.home import expanded
 from dora_mm.utils.messages import nearest
+from dora_mm.utils.shell import quoted
 from dora_mm.utils.tables import csv_records
 from dora_mm.utils.yaml12 import MISSING
 
@@ -201,7 +202,9 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
     trigger = f"trigger   {remark_on(word, len(captions))}"
     print(describe_style(uncaptioned, config, start.train.steps, trigger))
     for path in unused:
-        print(f"pairs     {path.name} has an image for each of these: --references {path} makes an edit of both")
+        print(
+            f"pairs     {path.name} has an image for each of these: --references {quoted(path)} makes an edit of both"
+        )
     print(f"prompts   {prompts[0]}, ...\n\nwritten   {draft.file}, {draft.prompts()}")
     print_next_of_images(draft, config, draft.prompts())
 

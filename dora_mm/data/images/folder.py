@@ -38,6 +38,7 @@ from dora_mm.data.images.references import ReferenceFiles, ReferenceImage, read_
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.folders import REFUSED, Links
 from dora_mm.utils.progress import tracked
+from dora_mm.utils.shell import quoted
 
 log = logging.getLogger(__name__)
 MOST_NAMED = 8  # files in one message
@@ -306,7 +307,8 @@ def _images_in_subfolders(root: Path, others: Sequence[Path], listed: Sequence[P
 
 def _no_images(root: Path, deeper: Sequence[Path], key: str, *, packed: bool) -> str:
     if packed:
-        return f"{key}: {root} has Parquet files: dora-mm unpack {root} OUT writes their rows as a folder of images"
+        unpack = f"dora-mm unpack {quoted(root)} OUT"
+        return f"{key}: {root} has Parquet files: {unpack} writes their rows as a folder of images"
     if not deeper:
         return f"{key}: {root} has no images ({', '.join(SUFFIXES)})"
     first = deeper[0].relative_to(root)

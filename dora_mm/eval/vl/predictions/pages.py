@@ -38,7 +38,8 @@ def write_page(
         links: What becomes of links that lead out of it.
 
     Raises:
-        ValueError: The page or its folder exists, or images are missing in `images`, or outside of it; their number and one are named.
+        ValueError: The page or its folder exists, or images are missing in `images` or outside of it; their number and
+            one are named.
     """
     folder = path.with_name(f"{path.stem}_images")
     for page_path in (path, folder):
