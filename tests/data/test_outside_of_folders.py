@@ -13,6 +13,7 @@ from dora_mm.config.images import DataConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.features.sources import open_features
 from dora_mm.data.images.folder import read_captioned_images, read_training_images, uncaptioned_images
+from dora_mm.data.images.frames import stills
 from dora_mm.data.images.listing import image_files
 from dora_mm.data.vl.image_folder import MOST_BEHIND_LINKS, ImageFolder
 from dora_mm.data.vl.tables import open_table
@@ -275,3 +276,45 @@ def test_features_behind_links_are_not_read(tmp_path):
     assert store["a"].shape == (2, 4)
     with pytest.raises(ValueError, match=r"b\.npz is a link to"):
         store["b"]
+
+
+# --- videos ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["hls", "concat", "concat beside", "dash"])
+def test_a_video_that_is_a_playlist_opens_nothing(given, kind):
+    """FFmpeg tells the format by the content: a playlist under the name of a video would show another one."""
+    av = pytest.importorskip("av")
+    private = given.parent / "private.mpg"
+    with av.open(str(private), "w") as container:
+        stream = container.add_stream("mpeg1video", rate=25)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame(64, 64, "yuv420p")))
+        container.mux(stream.encode(None))
+    assert len(stills(private)) > 0
+    (given / "other.mpg").write_bytes(private.read_bytes())
+    texts = {
+        "hls": f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{private}\n#EXT-X-ENDLIST\n",
+        "concat": f"ffconcat version 1.0\nfile '{private}'\n",
+        "dash": f'<?xml version="1.0"?><MPD><Period><BaseURL>{private}</BaseURL></Period></MPD>',
+        "concat beside": "ffconcat version 1.0\nfile 'other.mpg'\n",
+    }
+    (video := given / "video.mp4").write_text(texts[kind])
+    with pytest.raises(ValueError, match=r"video\.mp4"):
+        stills(video)
+
+
+def test_a_video_in_a_rare_codec_is_not_decoded(given):
+    """Of FFmpeg's decoders only those of usual videos run."""
+    av = pytest.importorskip("av")
+    with av.open(str(given / "video.avi"), "w") as container:
+        stream = container.add_stream("zmbv", rate=25)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "bgr0"
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame(64, 64, "bgr0")))
+        container.mux(stream.encode(None))
+    with pytest.raises(ValueError, match=r"video\.avi has images in the codec zmbv, which is not read"):
+        stills(given / "video.avi")
