@@ -1,15 +1,21 @@
 """What a person is told to copy is run by a real shell, in which hostile names stay what they are."""
 
 import ast
+import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
+from dora_mm.config.commands import resuming
+from dora_mm.sampling.next_steps import asking_command, sampling_command, scoring_command
+from dora_mm.utils.run_directory import RunDirectory
 from dora_mm.utils.shell import command_line, comment, fenced, quoted
+from tests.sampling.training_run import training_config
 
 NAMES = (
     "$(touch x)",
@@ -76,6 +82,33 @@ def test_a_block_does_not_end_early():
     block = fenced(text, "yaml").split("\n")
     assert block[0] == "`````yaml"
     assert block.index("`````") == len(block) - 1
+
+
+# --- printed lines ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["$(touch x)", "`touch x`", "a\ntouch x\nb", "'\"; touch x; \"'", "\x1b[2Ja"])
+def test_what_a_training_prints_next(shell, name, tmp_path):
+    """The prompt comes from a data set, and folders may be unpacked ones."""
+    run = RunDirectory(tmp_path / "runs" / name)
+    config = training_config(sample={"prompts": [name]}, data={"instance_prompt": name}, model={"path": name})
+    generating = shell(sampling_command(config, run))
+    assert generating[:3] == ["sample", "--set", f"adapter.path={run.path}"]
+    assert yaml.safe_load(generating[3].removeprefix("prompts=")) == [name]
+    assert shell(scoring_command(run))[-1] == f"adapter.path={run.path}"
+    assert shell(asking_command(config, run))[-1] == str(run.path)
+    assert shell(resuming(run)) == ["train", "--resume", str(run.path)]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@pytest.mark.parametrize("name", ["$(touch x)", "`touch x`", "it's; touch x #", "a\ntouch x\nb", "--out=x", "\u202ea"])
+def test_the_command_of_an_image_on_a_page(shell, name):
+    """The script of galleries quotes on its own."""
+    script = (Path(__file__).parents[2] / "dora_mm/sampling/gallery/favourites.js").read_text(encoding="utf-8")
+    (line,) = (line for line in script.split("\n") if line.startswith("const quoted = "))
+    program = f"{line}\nprocess.stdout.write(quoted({json.dumps(name)}))"
+    word = subprocess.run(["node", "-e", program], capture_output=True, check=True, text=True).stdout
+    assert shell(f"dora-mm sample --replay {word}") == ["sample", "--replay", name]
 
 
 # --- everywhere -------------------------------------------------------------------------------------------------------
