@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from dora_mm.config.commands import resuming
+from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.sampling.next_steps import asking_command, sampling_command, scoring_command
 from dora_mm.utils.run_directory import RunDirectory
 from dora_mm.utils.shell import command_line, comment, fenced, quoted
-from tests.sampling.training_run import training_config
 
 NAMES = (
     "$(touch x)",
@@ -91,7 +91,18 @@ def test_a_block_does_not_end_early():
 def test_what_a_training_prints_next(shell, name, tmp_path):
     """The prompt comes from a data set, and folders may be unpacked ones."""
     run = RunDirectory(tmp_path / "runs" / name)
-    config = training_config(sample={"prompts": [name]}, data={"instance_prompt": name}, model={"path": name})
+    config = TrainDiffusionConfig.model_validate(
+        {
+            "pipeline": "train_diffusion",
+            "name": "style",
+            "model": {"path": name},
+            "adapter": {"rank": 4, "parts": ["unet.attn"]},
+            "data": {"folder": "images", "resolution": 64, "instance_prompt": name},
+            "optimizer": {"lr": 0.01},
+            "train": {"steps": 4, "batch_size": 2},
+            "sample": {"prompts": [name], "steps": 2},
+        }
+    )
     generating = shell(sampling_command(config, run))
     assert generating[:3] == ["sample", "--set", f"adapter.path={run.path}"]
     assert yaml.safe_load(generating[3].removeprefix("prompts=")) == [name]
