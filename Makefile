@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo demo-vl demo-vlm test test-slow test-oldest test-elsewhere test-beside fuzz kill mutations bench gpu rehearsal docs lint format samples clean
+.PHONY: demo demo-vl demo-vlm test test-slow test-oldest test-elsewhere test-beside fuzz kill mutations bench gpu rehearsal docs lint audit format samples clean
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -81,6 +81,11 @@ lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+audit: $(READY)  ## published holes in the oldest releases that are admitted, where their index answers
+	@test -x build/audit/bin/python || $(PYTHON) -m venv build/audit
+	@build/audit/bin/python -m pip install --quiet pip-audit || true
+	$(BIN)/python -m tests.audit build/audit/bin/pip-audit
 
 format: $(READY)
 	$(BIN)/ruff check --fix

@@ -18,6 +18,7 @@ from dora_mm.models.vl.families import load_for_questions
 from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.utils.day import today
 from dora_mm.utils.devices import default_device
+from dora_mm.utils.folders import OPTION, Links
 from dora_mm.utils.progress import tracked
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ def main(
     batch_size: int = 1,
     dtype: str | None = None,
     revision: str | None = None,
+    follow_links: bool = False,
 ) -> None:
     """Captions the images that have no caption, and writes each at once into metadata.jsonl, after the lines it has.
 
@@ -45,6 +47,7 @@ def main(
         batch_size: Images that are captioned together.
         dtype: The dtype of the weights; None: that of the model's config.
         revision: A commit, branch or tag of a hub model; None: its main branch.
+        follow_links: Whether links that lead out of the folder are followed.
 
     Raises:
         ValueError: The folder, an image, its captions or the model cannot be used.
@@ -53,7 +56,7 @@ def main(
         raise ValueError("--prompt is empty")
     root, file = resolve_path(folder, "FOLDER"), resolve_path(folder, "FOLDER") / METADATA[0]
     drop_torn_line(file)
-    images, num_captioned = uncaptioned_images(root)
+    images, num_captioned = uncaptioned_images(root, Links(follow_links, OPTION))
     for image in images:
         load_rgb(image)
     if not images:

@@ -5,7 +5,6 @@ references. The results are compared with the targets, beside copies of the refe
 over pairs.
 """
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,8 +39,10 @@ from dora_mm.sampling.reconstructed import through_vae
 from dora_mm.sampling.trainings import training_of, with_usual_settings
 from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.folders import FOLLOW, Links
 from dora_mm.utils.processes import started_together
 from dora_mm.utils.run_directory import RunDirectory
+from dora_mm.utils.shell import quoted
 
 BARE, ADAPTER, TEXT, COPY, TARGET = "bare model", "adapter", "adapter, no references", "the reference", "the target"
 DIFFERENCE = "adapter minus bare"
@@ -114,6 +115,7 @@ def pairs_of(config: EvalEditConfig, trained: TrainDiffusionConfig | None) -> li
             masks="file" if config.masks else None,
             mask_folder=config.masks,
             mask_key="masks",
+            links=Links(config.follow_links, FOLLOW),
         )
         source = f"images: {config.images}"
     elif trained is None:
@@ -242,4 +244,4 @@ def save_contact_sheet(
     rows.append([pairs[index].target for index in chosen])
     labels = [generation.requests[index * seeds].prompt for index in chosen]
     save_atomically(run.contact_sheet, image_grid(rows, [COPY, *sides, TARGET], labels))
-    print(f"sheet    {run.contact_sheet}\nto look  dora-mm gallery {shlex.quote(str(run.path))}")
+    print(f"sheet    {run.contact_sheet}\nto look  dora-mm gallery {quoted(run.path)}")

@@ -5,7 +5,6 @@ that the adapter was trained on, as the vectors of an image encoder. The table h
 """
 
 import logging
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +34,10 @@ from dora_mm.sampling.reconstructed import reconstructed
 from dora_mm.sampling.trainings import training_of, with_usual_settings
 from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.folders import FOLLOW, Links
 from dora_mm.utils.processes import started_together
 from dora_mm.utils.run_directory import RunDirectory
+from dora_mm.utils.shell import quoted
 
 log = logging.getLogger(__name__)
 BARE, ADAPTER, TRAINING, DIFFERENCE = "bare model", "adapter", "training pictures", "adapter minus bare"
@@ -94,7 +95,9 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
 def training_images(config: EvalStyleConfig, trained: TrainDiffusionConfig | None) -> list[CaptionedImage]:
     """The images that the generated ones are compared with."""
     if config.images is not None:
-        return read_captioned_images(config.images, instance_prompt=PLACEHOLDER, key="images")
+        return read_captioned_images(
+            config.images, instance_prompt=PLACEHOLDER, key="images", links=Links(config.follow_links, FOLLOW)
+        )
     if trained is None:
         raise ValueError(f"images: {config.adapter.path} does not say what it was trained on: name the folder")
     try:
@@ -194,7 +197,7 @@ def save_extremes(
         labels = [label(generation.requests[index], ["seed"] if seeds else []) for index in chosen]
         parts.append(image_grid(rows, [*generated, "the training image that is nearest to it"], labels))
     save_atomically(run.contact_sheet, below(parts))
-    print(f"sheet    {run.contact_sheet}\nto look  dora-mm gallery {shlex.quote(str(run.path))}")
+    print(f"sheet    {run.contact_sheet}\nto look  dora-mm gallery {quoted(run.path)}")
 
 
 def training_thumbnail(path: Path, size: tuple[int, int]) -> Image.Image:

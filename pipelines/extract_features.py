@@ -19,6 +19,7 @@ from dora_mm.data.images.pixels import SUFFIXES
 from dora_mm.data.vl.example import stem
 from dora_mm.models.vl.towers.tower import VisionTower, load_tower
 from dora_mm.utils.devices import default_device
+from dora_mm.utils.folders import FOLLOW, Links, check_entry
 from dora_mm.utils.home import expanded
 from dora_mm.utils.lock import only_writer
 from dora_mm.utils.progress import Progress
@@ -70,7 +71,8 @@ def find_images(config: ExtractFeaturesConfig) -> list[Path]:
         if not root.is_dir():
             raise ValueError(f"images: {root} is not a folder")
         files = [path for path in sorted(root.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-        images = [path for path in files if path.suffix.lower() in SUFFIXES]
+        links = Links(config.follow_links, FOLLOW)
+        images = [check_entry(path, root, links) for path in files if path.suffix.lower() in SUFFIXES]
         if not images:
             raise ValueError(f"images: {root} contains no images ({', '.join(SUFFIXES)})")
         num_others += len(files) - len(images)

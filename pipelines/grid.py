@@ -1,7 +1,6 @@
 """Generates a labelled grid: the effect of one or two settings on an image, next to the base model's image."""
 
 import logging
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from dora_mm.sampling.trainings import with_usual_settings
 from dora_mm.train.checkpoint import checkpoints, step_of
 from dora_mm.utils.processes import started_together
 from dora_mm.utils.run_directory import RunDirectory
+from dora_mm.utils.shell import quoted
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def main(config: GridConfig, *, resume: Path | None = None) -> None:
             return
         save_grid(generation, run.contact_sheet, [label for label, _ in rows], [label for label, _ in columns])
         print(f"images    {len(generation.done)} of {len(requests)} in {run.samples}\nsheet     {run.contact_sheet}")
-        print(f"to look   dora-mm gallery {shlex.quote(str(run.path))}")
+        print(f"to look   dora-mm gallery {quoted(run.path)}")
         if bare:
             log.warning(bare)
         generation.raise_failures()

@@ -1,12 +1,12 @@
 """dora-mm import: a config of another trainer as one of ours, with what differs and what has no equal."""
 
-import shlex
 from pathlib import Path
 
 from dora_mm.config import run_name
 from dora_mm.config.importing import translate
 from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.home import expanded
+from dora_mm.utils.shell import quoted
 
 
 def main(file: Path, *, output: str | None = None) -> None:
@@ -26,4 +26,4 @@ def main(file: Path, *, output: str | None = None) -> None:
     write_atomically(target, lambda partial: partial.write_text(text, encoding="utf-8"), is_new=True)
     for title, lines in translation.report().items():
         print(f"{title}:", *(f"  {line}" for line in lines), sep="\n")
-    print(f"written   {target}\nnext\n  dora-mm train {shlex.quote(str(target))} --dry-run")
+    print(f"written   {target}\nnext\n  dora-mm train {quoted(target)} --dry-run")

@@ -29,8 +29,10 @@ from dora_mm.preview.vl_drafts import write_vl
 from dora_mm.registries.image_families import IMAGE_FAMILIES
 from dora_mm.registries.vl_families import VL_FAMILIES
 from dora_mm.utils.atomic import already_there
+from dora_mm.utils.folders import OPTION, Links
 from dora_mm.utils.home import expanded
 from dora_mm.utils.messages import nearest
+from dora_mm.utils.shell import quoted
 from dora_mm.utils.tables import csv_records
 from dora_mm.utils.yaml12 import MISSING
 
@@ -47,6 +49,7 @@ def main(
     references: Sequence[str] = (),
     data: str | None = None,
     model: str | None = None,
+    follow_links: bool = False,
 ) -> None:
     """Writes NAME.yaml, for images NAME_prompts.txt, else NAME_eval.yaml, and prints what was found and what is next.
 
@@ -59,6 +62,7 @@ def main(
         references: Folders of reference images, for a model that edits.
         data: The file of questions, of vision-language models.
         model: The model: a folder, a file or a hub name; None: the recipe's.
+        follow_links: Whether links that lead out of a folder of images are followed, also by the new config.
 
     Raises:
         ValueError: There is no such family, or it has no recipe to start from; a file exists already, or the images
@@ -73,7 +77,7 @@ def main(
     file = expanded(f"{name.removesuffix('.yaml')}.yaml")
     if run_name(file) != file.stem:
         raise ValueError(f"NAME {name} cannot be that of a run: take letters, digits, - and _")
-    draft = Draft(family, file, starting_recipe(family, model), images, tuple(references), data, model)
+    draft = Draft(family, file, starting_recipe(family, model), images, tuple(references), data, model, follow_links)
     if draft.file.exists():  # the last to appear; the prompts may be there after a kill
         raise already_there(draft.file)
     start = load_config(draft.recipe)
@@ -171,6 +175,7 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
         references=draft.references,
         reference_key="--references",
         look=True,
+        links=Links(draft.follow_links, OPTION),
     )
     if any(image.references for image in images) or start.data.references:
         edit(draft, start, images, masks=bool(masks))
@@ -197,7 +202,9 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
     trigger = f"trigger   {remark_on(word, len(captions))}"
     print(describe_style(uncaptioned, config, start.train.steps, trigger))
     for path in unused:
-        print(f"pairs     {path.name} has an image for each of these: --references {path} makes an edit of both")
+        print(
+            f"pairs     {path.name} has an image for each of these: --references {quoted(path)} makes an edit of both"
+        )
     print(f"prompts   {prompts[0]}, ...\n\nwritten   {draft.file}, {draft.prompts()}")
     print_next_of_images(draft, config, draft.prompts())
 
@@ -270,6 +277,7 @@ def style_changes(draft: Draft, start: TrainDiffusionConfig, num_images: int, pr
     """The changes to the recipe, without those for captions."""
     steps = steps_for(num_images, start.train.steps)
     changes: Changes = {("data", "folder"): folder_of_images(draft), ("train", "steps"): steps}
+    changes[("data", "follow_links")] = True if draft.follow_links else MISSING
     changes[("train", "checkpoint_every")] = min(steps // 4, MOST_BETWEEN)
     changes |= {("tokens",): MISSING, ("train", "stop_tokens_after"): MISSING}  # the word may be one of the model's own
     if start.schedule.warmup_steps:

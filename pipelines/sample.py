@@ -1,7 +1,6 @@
 """Generates images for the prompts of a job: one PNG each, a manifest, and labelled contact sheets."""
 
 import logging
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from dora_mm.sampling.batch.requests import (
     without_adapter,
 )
 from dora_mm.utils.processes import started_together
+from dora_mm.utils.shell import quoted
 
 log = logging.getLogger(__name__)
 STRENGTHS = (
@@ -79,7 +79,7 @@ def main(config: BatchGenerationConfig, *, resume: Path | None = None) -> None:
         print(f"images    {len(generation.done)} of {len(requests)} in {run.samples}")
         for file in save_contact_sheets(generation) if config.contact_sheet else ():
             print(f"sheet     {file}")
-        print(f"to look   dora-mm gallery {shlex.quote(str(run.path))}")
+        print(f"to look   dora-mm gallery {quoted(run.path)}")
         if bare:
             log.warning(bare)
         generation.raise_failures()
@@ -102,7 +102,7 @@ def check_same_prompts_file(config: BatchGenerationConfig, run: Path) -> None:
         raise ValueError(
             f"output {run} has the images of {before}, and those of {after} would replace them: choose another "
             f"folder, or, if it is the same job under a new name: "
-            f"dora-mm sample {shlex.quote(after)} --resume {shlex.quote(str(run))}"
+            f"dora-mm sample {quoted(after)} --resume {quoted(run)}"
         )
 
 

@@ -16,6 +16,7 @@ from dora_mm.eval.vl.predictions.pages import write_page
 from dora_mm.eval.vl.predictions.reading import PredictionFile, read_predictions
 from dora_mm.registries.suites import file_stem
 from dora_mm.registries.vl_tasks import TASKS
+from dora_mm.utils.folders import OPTION, Links
 from dora_mm.utils.run_directory import differing_inputs
 
 
@@ -32,6 +33,7 @@ def main(
     precision: float | None = None,
     page: Path | None = None,
     images: str | None = None,
+    follow_links: bool = False,
     boxes: str | None = None,
     to: str | None = None,
     out: Path | None = None,
@@ -49,7 +51,8 @@ def main(
         keep_thoughts: Whether what a model thought before an answer is a part of it.
         precision: Half the width of a wished interval, in points, for which the number of answers is named.
         page: A new page of all answers, of two files with what changed.
-        images: The folder of the images that it shows; None: those that rows name in full.
+        images: The folder of the images that it shows; None: it shows none.
+        follow_links: Whether links that lead out of that folder are followed.
         boxes: The model that wrote the boxes of answers, in whose notation they are read; None: as the rules say.
         to: A tool for which the predictions are written to `out`.
         out: A new file.
@@ -78,7 +81,7 @@ def main(
             print(f"{remark}\n")
     if page is not None:
         before, rows = pairs[0] if pairs else (None, answered[0])
-        write_page(page, task, rows, before, images)
+        write_page(page, task, rows, before, images, Links(follow_links, OPTION))
         print(f"page     {page}")
     if to is not None and out is not None:
         write_for(to, out, file_stem(task), answered[0])

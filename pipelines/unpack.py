@@ -15,6 +15,7 @@ from dora_mm.data.vl.readers.file_rows import file_items
 from dora_mm.data.vl.readers.hub_files import files_of
 from dora_mm.utils.folders import written_at_once
 from dora_mm.utils.home import expanded
+from dora_mm.utils.shell import quoted
 
 # Names of columns in data sets of images and of edits, the usual ones first
 IMAGE_COLUMNS = ("image", "target", "target_image", "edited_image", "output_image", "output", "edited")
@@ -66,7 +67,7 @@ def main(
         zip(("images", "captions", "references"), (columns[0], columns[1], ", ".join(columns[2])), strict=True)
     )
     print(f"{len(lines)} rows: " + "; ".join(f"{what} of {name}" for what, name in named.items() if name))
-    print(f"written   {folder}\nnext      dora-mm new FAMILY NAME --images {folder}")
+    print(f"written   {folder}\nnext      dora-mm new FAMILY NAME --images {quoted(folder)}")
 
 
 def columns_of(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from dora_mm.config.paths import resolve_adapter, resolve_model
 from dora_mm.formats.commands.verify import FAILS, IGNORED, NO_MAGNITUDE, NOT_FOUND, REFUSED, RIGHT, Verdict, verify
 from dora_mm.models.opening import base_of
+from dora_mm.utils.shell import quoted
 from dora_mm.utils.tables import aligned_columns
 
 MEASURE = (
@@ -93,7 +93,7 @@ def cures(verdicts: list[Verdict], file: Path, base: str) -> str:
             tools[verdict.cure].append(verdict.title)
     return "\n".join(
         f"{'closest' if '--rank' in cure else 'to cure'}  {', '.join(titles)}: "
-        f"dora-mm convert {shlex.quote(str(file))} OUT {cure} --base {shlex.quote(base)}"
+        f"dora-mm convert {quoted(file)} OUT {cure} --base {quoted(base)}"
         for cure, titles in tools.items()
     )
 

@@ -19,6 +19,7 @@ from dora_mm.core import AdaptedLayer, DoRASpec, InjectReport, adapted_layers
 from dora_mm.core.inject import inject_paths
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.models import is_shared
+from dora_mm.utils.shell import command_line
 
 FROM_FILE = "init_from"  # in reports, the part of the modules that only the file adapts
 
@@ -37,7 +38,7 @@ def check_settings(file: Path, name: str, found: DoRASpec, wanted: DoRASpec, con
         changes += ["adapter.scaling=rank"] if config.scaling != "rank" else []
     raise ValueError(
         f"adapter.init_from: {file} has {found.method} of rank {found.rank} at {name}, and the config trains "
-        f"{wanted.method} of rank {wanted.rank} there: --set {' '.join(changes)}"
+        f"{wanted.method} of rank {wanted.rank} there: --set {command_line(*changes)}"
     )
 
 

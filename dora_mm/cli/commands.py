@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from dora_mm.recipes import PIPELINES, Recipes
 from dora_mm.registries.tools import EXPORT_FORMATS, no_entry
 from dora_mm.train.resuming import check_changes, nearest_run, started_config
 from dora_mm.utils.processes import num_started
+from dora_mm.utils.shell import command_line, quoted
 
 # The arguments that are paths, with what `runs/NAME/latest` has to have; those of `set` are in the types of configs
 PATHS: dict[str | tuple[str, str], Wanted] = {
@@ -146,7 +146,7 @@ def _check_transformers(arguments: Namespace) -> None:
         kind = "a single file" if found.is_file() else "a model of diffusers"
         raise ValueError(
             f"MODEL: {arguments.model} is {kind}, and merge writes folders of transformers: dora-mm convert "
-            f"{arguments.adapter} {arguments.out} --to merged --base {arguments.model}"
+            f"{quoted(arguments.adapter)} {quoted(arguments.out)} --to merged --base {quoted(arguments.model)}"
         )
 
 
@@ -232,7 +232,7 @@ def _without_dry_run(arguments: Namespace, config: PipelineConfig) -> str:
     words = [arguments.config] if arguments.config else []
     words += ["--resume", str(arguments.resume)] if arguments.resume else []
     words += ["--set", *overrides] if overrides else []
-    return f"{'to go on' if arguments.resume else 'to start'}  dora-mm {config.command} {shlex.join(words)}"
+    return f"{'to go on' if arguments.resume else 'to start'}  dora-mm {config.command} {command_line(*words)}"
 
 
 def _as_read(override: str, config: PipelineConfig) -> str:
@@ -256,19 +256,19 @@ def _config_of_run(arguments: Namespace, recipes: Recipes) -> PipelineConfig:
     run, given = arguments.resume, arguments.config
     saved = run / "config.yaml"
     if not saved.is_file():
-        raise ValueError(f"--resume {run} is not a run directory: it has no config.yaml{nearest_run(run)}")
+        raise ValueError(f"--resume {quoted(run)} is not a run directory: it has no config.yaml{nearest_run(run)}")
     config = load_config(given or saved, arguments.overrides, recipes.schemas)
     if config.command == arguments.command and config.changeable is not None:
         before = started_config(run, recipes.schemas)
         if given is None:
             check_changes(f"{saved}, edited", before, load_config(saved, schemas=recipes.schemas))
-        check_changes(f"--resume {run}", before, config)
+        check_changes(f"--resume {quoted(run)}", before, config)
     return config
 
 
 def _needs_command(name: str, arguments: Namespace) -> str:
     command = f"dora-mm {name}"
     if arguments.config is not None:
-        return f"{arguments.config} needs another command: {command} {shlex.quote(arguments.config)}"
-    advice = f"{command} --resume {shlex.quote(str(arguments.resume))}" if name in RESUMABLE else "it cannot be resumed"
-    return f"--resume {arguments.resume}: the run is one of {command}: {advice}"
+        return f"{arguments.config} needs another command: {command} {quoted(arguments.config)}"
+    advice = f"{command} --resume {quoted(arguments.resume)}" if name in RESUMABLE else "it cannot be resumed"
+    return f"--resume {quoted(arguments.resume)}: the run is one of {command}: {advice}"

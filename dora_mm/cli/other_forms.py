@@ -1,12 +1,12 @@
 """Suggestions for unknown arguments: values without --set, flags of other trainers, misspelled options."""
 
 import re
-import shlex
 from collections.abc import Sequence
 
 from dora_mm.registries.other_trainers import key_of, other_meaning, outside, settings_of
 from dora_mm.registries.renamed import OPTIONS
 from dora_mm.utils.messages import nearest
+from dora_mm.utils.shell import command_line
 
 
 def right_form(unknown: Sequence[str], argv: Sequence[str], usage: str) -> str:
@@ -22,9 +22,9 @@ def right_form(unknown: Sequence[str], argv: Sequence[str], usage: str) -> str:
     renamed = [(flag, OPTIONS[flag.partition("=")[0]]) for flag in flags if flag.partition("=")[0] in OPTIONS]
     dotted = [flag for flag in flags if "." in flag.partition("=")[0]]
     if dotted:
-        return f"values of a config follow --set: --set {shlex.join(_as_setting(flag, argv) for flag in dotted)}"
+        return f"values of a config follow --set: --set {command_line(*(_as_setting(flag, argv) for flag in dotted))}"
     if pairs:
-        return f"values of a config follow --set: --set {shlex.join(pairs)}"
+        return f"values of a config follow --set: --set {command_line(*pairs)}"
     if renamed:
         return " and ".join(f"{flag.partition('=')[0]} is called {now} now" for flag, now in renamed)
     meant = {flag: _settings(flag, argv) for flag in flags if key_of(flag)}
@@ -32,7 +32,9 @@ def right_form(unknown: Sequence[str], argv: Sequence[str], usage: str) -> str:
         names = [flag.partition("=")[0] for flag in meant]
         settings = [setting for settings in meant.values() for setting in settings]
         others = "".join(other_meaning(name, argv) for name in names)
-        return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} --set {shlex.join(settings)} here{others}"
+        return (
+            f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} --set {command_line(*settings)} here{others}"
+        )
     if others := [f"{flag.partition('=')[0]}: {use}" for flag in flags if (use := outside(flag))]:
         return "; ".join(others)
     options = re.findall(r"--[\w-]+", usage)

@@ -139,6 +139,11 @@ def _add_new(commands: Any) -> None:
     )
     command.add_argument("--data", metavar="FILE", help="your questions, of vlm: JSON, JSON lines or Parquet")
     command.add_argument("--model", metavar="MODEL", help=f"{BASE}; default: the recipe's")
+    _add_follow_links(command)
+
+
+def _add_follow_links(command: Any) -> None:
+    command.add_argument("--follow-links", action="store_true", help="also links that lead out of a folder of images")
 
 
 def _add_import(commands: Any) -> None:
@@ -320,9 +325,8 @@ def _add_score(commands: Any) -> None:
     command.add_argument(
         "--page", metavar="HTML", type=Path, help="write a page of all answers, of two files with changes"
     )
-    command.add_argument(
-        "--images", metavar="FOLDER", help="the images, for --page; default: those that rows name in full"
-    )
+    command.add_argument("--images", metavar="FOLDER", help="the images, for --page, which shows none without")
+    _add_follow_links(command)
     notation = "the model that wrote the boxes of --suite refcoco; default: shares, 1,000 or pixels, by their form"
     command.add_argument("--boxes", metavar="MODEL", help=notation)
     command.add_argument("--to", choices=("vlmevalkit", "lmms-eval"), help="write them for this tool, to --out")
@@ -354,6 +358,7 @@ def _add_ask(commands: Any) -> None:
 def _add_caption(commands: Any) -> None:
     command = commands.add_parser("caption", help="caption the images of a folder that have none, by a model")
     command.add_argument("folder", metavar="FOLDER", help="the images; captions go into its metadata.jsonl")
+    _add_follow_links(command)
     command.add_argument("--model", metavar="MODEL", required=True, help="a folder of save_pretrained or a hub name")
     command.add_argument("--prompt", metavar="TEXT", default=CAPTION_PROMPT, help=f"default: {CAPTION_PROMPT}")
     command.add_argument("--max-new-tokens", metavar="N", type=_positive, help="the longest caption; default: 256")

@@ -1,14 +1,13 @@
 """The commands by which a person goes on with a training: it prints them, and its page shows them."""
 
-import shlex
-
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.utils.run_directory import RunDirectory
+from dora_mm.utils.shell import quoted
 
 
 def resuming(run: RunDirectory) -> str:
     """The command that resumes a run."""
-    return f"dora-mm train --resume {shlex.quote(str(run.path))}"
+    return f"dora-mm train --resume {quoted(run.path)}"
 
 
 def twice_as_long(config: PipelineConfig, steps: int) -> str:

@@ -288,6 +288,7 @@ class EvalStyleConfig(ScoredAdapterConfig):
 
     pipeline: Literal["eval_style"]
     images: InputPath | None = None  # the images of the style; null: those that the adapter was trained on
+    follow_links: bool = False  # as data.follow_links, of images
     prompts: Items[Text] = ()  # in the style; empty: those of the training, and some in the words of its captions
     prompts_without_style: Items[Text] = ()  # that do not ask for the style; empty: six things
 
@@ -298,6 +299,7 @@ class EvalEditConfig(ScoredAdapterConfig):
     pipeline: Literal["eval_edit"]
     images: InputPath | None = None  # targets with captions, as data.folder; null: those that the training held out
     references: Items[InputPath] = ()  # folders of their references, as data.references
+    follow_links: bool = False  # as data.follow_links, of images, references and masks
     reference_area: ReferenceArea = "pipeline"  # as in `data`
     prompt: Text | None = None  # the instruction of targets without a caption; null: that of the training
     masks: InputPath | None = None  # masks of what is edited, named as the targets: outside, the reference should stay

@@ -37,6 +37,7 @@ from dora_mm.config.training import (
     check_training,
     check_validation,
 )
+from dora_mm.utils.folders import Links
 
 
 def bucket_step(resolution: int) -> int:
@@ -144,6 +145,8 @@ class DataConfig(Section):
     # Images, with captions in metadata.jsonl, metadata.csv, or <name>.txt or <name>.caption files, or without captions
     folder: InputPath | None = None  # null: folders are set
     folders: Items[ImageFolderConfig] = ()  # several, each with its own settings; empty: folder is set
+    # Whether links that lead out of their folder are followed; those of the hub's cache are, without it
+    follow_links: bool = False
     subfolders: bool = False  # whether images in subfolders count; those in 10_name then occur 10 times in an epoch
     resolution: Resolution  # pixels; an image has an area of about resolution x resolution and keeps its aspect ratio
     instance_prompt: Text | None = None  # the caption of images without one; null: every image needs a caption
@@ -175,6 +178,11 @@ class DataConfig(Section):
             masks = self.mask and self.mask.folder
             return {"data.folder": ImageFolderConfig(path=self.folder, masks=masks, references=self.references)}
         return {f"data.folders[{number}]": folder for number, folder in enumerate(self.folders)}
+
+    @property
+    def links(self) -> Links:
+        """What becomes of links that lead out of the folders."""
+        return Links(self.follow_links, "set data.follow_links=true")
 
     @property
     def has_class_images(self) -> bool:

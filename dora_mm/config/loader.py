@@ -2,7 +2,6 @@
 
 import copy
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from dora_mm.config.schema import PipelineConfig
 from dora_mm.registries.renamed import migrated
 from dora_mm.utils import yaml12
 from dora_mm.utils.messages import first_line, nearest
+from dora_mm.utils.shell import quoted
 from dora_mm.utils.yaml12 import MISSING, KeyPath
 
 OPTION = "--set"
@@ -129,19 +129,19 @@ def saved_values(run: Path) -> dict[str, Any]:
 
 def about_run(folder: Path) -> str:
     """A sentence about the use of a run directory that was given instead of a config or a job."""
-    saved, run = folder / "config.yaml", shlex.quote(str(folder))
+    saved = folder / "config.yaml"
     try:
         values = saved_values(folder)
     except ValueError:
         return f"{folder} is a run directory, and its config.yaml cannot be read"
     command = SCHEMAS[values["pipeline"]].command
     if values["pipeline"] == "train_diffusion":
-        use = f"dora-mm sample --set adapter.path={run} 'prompts=[...]' generates with its adapter, and "
-        return f"{folder} is the run of a training: {use}dora-mm train --resume {run} goes on with it"
+        use = f"dora-mm sample --set adapter.path={quoted(folder)} 'prompts=[...]' generates with its adapter, and "
+        return f"{folder} is the run of a training: {use}dora-mm train --resume {quoted(folder)} goes on with it"
     if command == "train":
-        return f"{folder} is the run of a training: dora-mm train --resume {run} goes on with it"
+        return f"{folder} is the run of a training: dora-mm train --resume {quoted(folder)} goes on with it"
     if command in ("sample", "grid"):
-        return f"{folder} is a run of dora-mm {command}: dora-mm {command} --resume {run} goes on with it"
+        return f"{folder} is a run of dora-mm {command}: dora-mm {command} --resume {quoted(folder)} goes on with it"
     return f"{folder} is a run of dora-mm {command}, and its config is {saved}"
 
 
@@ -179,7 +179,7 @@ def check_not_foreign(file: Path) -> None:
         trainer = read_foreign(file).trainer
     except ValueError:
         return
-    command = shlex.join(["dora-mm", "import", str(file)])
+    command = f"dora-mm import {quoted(file)}"
     raise ValueError(f"{file} is a config of {TITLES[trainer]}: {command} writes one of ours from it")
 
 

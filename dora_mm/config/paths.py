@@ -17,7 +17,7 @@ from dora_mm.utils.messages import nearest
 PACKAGE = Path(__file__).resolve().parents[1]
 _OF_ADAPTERS = {"adapter", "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"}
 _ADAPTER_KEY = re.compile(r'"[^"\\]*[._](lora_(A|B|up|down|mag)|hada_w1|lokr_w|dora_scale)[^"\\]*": ?\{ ?"dtype"')
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 _LONGEST_START = 2**20  # bytes of a header: trainers write statistics of their captions before the first tensor
 INDEX, CONFIG = "model_index.json", "config.json"  # of a pipeline of diffusers, of a network
 INSTALLED = "package:"  # prefix of a path inside an installed Python package

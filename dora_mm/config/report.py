@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
@@ -13,6 +12,7 @@ from dora_mm.config.schema import Section, SectionChoice
 from dora_mm.registries.other_trainers import key_of, other_meaning, outside
 from dora_mm.registries.renamed import KEYS
 from dora_mm.utils.messages import nearest
+from dora_mm.utils.shell import quoted
 from dora_mm.utils.yaml12 import KeyPath
 
 _WANTED = {
@@ -65,7 +65,7 @@ def describe(error: ValidationError, schema: type[Section], origins: Mapping[Key
         key = dotted_key(path)
         message, example = _message(item, location, schema), _example(item, location)
         if example and origin.startswith("--set"):
-            message += f": --set {shlex.quote(f'{key}={example}')}"
+            message += f": --set {quoted(f'{key}={example}')}"
         elif example:
             message += f": such as {example}"
         problems.append(Problem(origin, key, message))

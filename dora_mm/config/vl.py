@@ -188,6 +188,7 @@ class ExtractFeaturesConfig(PipelineConfig):
     output: OutputFolder  # the folder of features; those already in it are not computed again
     vision: VisionConfig
     images: Annotated[Items[InputPath], Field(min_length=1)]  # folders of images
+    follow_links: bool = False  # as data.follow_links
     batch_size: PositiveInt = 32  # images per batch
     dtype: Annotated[Literal["float32", "float16"], ByShortName] = "float16"  # dtype of the saved features
     on_bad_data: Literal["stop", "skip"] = "stop"  # skip: bad images are left out, counted and listed

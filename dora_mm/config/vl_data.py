@@ -192,6 +192,10 @@ class VLDataConfig(Section):
     tasks: Items[VLTaskConfig] = ()  # instead of train and valid; a batch is from one task
     group_by_length: bool = False  # batches of rows of about the same length, of which less is padding
     on_bad_data: Literal["stop", "skip"] = "stop"  # skip: bad rows are left out, counted and listed
+    # Whether links that lead out of a folder of images or data files are followed; those of the hub's cache always are
+    follow_links: bool = False
+    # Whether rows may name any image on this machine by its absolute path, and not only those in the folder of images
+    absolute_paths: bool = False
     tables: Text = "build/tables"  # a cache folder of the files as tables on disk, named by their content
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from dora_mm.config.paths import find_path
 from dora_mm.formats.state import AdapterState
 from dora_mm.formats.tokens import TokenRows
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.shell import comment, fenced, in_code
 from dora_mm.utils.tables import markdown_table
 
 FILE_NAME = "README.md"
@@ -122,21 +123,21 @@ def _text(
     format: str, state: AdapterState, metadata: Mapping[str, str], images: ModelCardImages, scores: ModelCardScores
 ) -> str:
     base, name = metadata.get("base_model"), _METHODS[_method(state)][0]
-    of = f" of {f'[{base}](https://huggingface.co/{base})' if _is_hub_name(base) else f'`{base}`'}" if base else ""
-    parts = [f"# {name} for {' and '.join(f'`{c}`' for c in state.layers)}{of}"]
+    of = f" of {f'[{base}](https://huggingface.co/{base})' if _is_hub_name(base) else in_code(base)}" if base else ""
+    parts = [f"# {name} for {' and '.join(map(in_code, state.layers))}{of}"]
     if prompt := metadata.get("instance_prompt"):
-        parts.append(f"Write `{prompt}` in the prompt.")
+        parts.append(f"Write {in_code(prompt)} in the prompt.")
     if images:
         parts.append("<Gallery />")
-    parts.append(f"## Use\n\n```python\n{_code(format, metadata, state.tokens)}\n```")
+    parts.append(f"## Use\n\n{fenced(_code(format, metadata, state.tokens), 'python')}")
     if scores:
         rows = [[task, metric, f"{value:.2f}"] for task, (metric, value) in scores.items()]
         parts.append(f"## Scores\n\n{markdown_table(['task', 'metric', 'value'], rows)}")
     parts.append(f"## Training\n\n{_settings(state)}")
     if day := metadata.get("day"):
-        parts.append(f"The day of its rows, which the chat template asks for: {day}.")
+        parts.append(f"The day of its rows, which the chat template asks for: {in_code(day)}.")
     if config := metadata.get("config"):
-        parts.append(f"The config of the training, for `dora-mm train`:\n\n```yaml\n{config.strip()}\n```")
+        parts.append(f"The config of the training, for `dora-mm train`:\n\n{fenced(config.strip(), 'yaml')}")
     return "\n\n".join(parts)
 
 
@@ -152,7 +153,8 @@ def _token_lines(tokens: TokenRows) -> list[str]:
         return []
     lines = ["", "from safetensors.torch import load_file", ""]
     for word, names in _in_diffusers(tokens).items():
-        lines.append(f'rows = load_file("{word}.safetensors")  # {"".join(names)} in prompts')
+        file, in_prompts = f"{word}.safetensors", comment(f"{''.join(names)} in prompts")
+        lines.append(f"rows = load_file({file!r})  {in_prompts}")
         for table, number in (("clip_l", ""), ("clip_g", "_2")):
             networks = f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number}"
             lines.append(f'pipe.load_textual_inversion(rows["{table}"], token={names}, {networks})')
@@ -176,7 +178,7 @@ def _number(value: Any) -> str:
 
 def _code(format: str, metadata: Mapping[str, str], tokens: TokenRows) -> str:
     base, prompt = metadata.get("base_model", "the base model"), metadata.get("instance_prompt") or "a prompt"
-    given, here = f"# model: {base}, as it was before the training", "  # this folder, or its name on the Hub"
+    given, here = comment(f"model: {base}, as it was before the training"), "  # this folder, or its name on the Hub"
     auto = AUTO_CLASSES.get(_pipeline_tag(format, metadata) or "")
     if format == "diffusers":
         for word, names in _in_diffusers(tokens).items():

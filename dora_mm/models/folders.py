@@ -23,7 +23,7 @@ from dora_mm.models.hub import local_copy
 from dora_mm.models.identity import ModelIdentity, digests_of
 from dora_mm.models.opening import is_weights, opening, without_bars
 from dora_mm.utils.digest import weights_digest
-from dora_mm.utils.folders import BEGUN, check_inside
+from dora_mm.utils.folders import BEGUN, check_entry
 from dora_mm.utils.json_text import read_json
 from dora_mm.utils.tensor_writer import write_tensor_file
 
@@ -276,10 +276,10 @@ def _others(source: Path) -> Iterator[Path]:
         if entry.name.startswith((".", "adapter_")):
             continue
         if entry.is_file() and (entry.name == SPEAKERS or not is_weights(entry)):
-            yield check_inside(entry, source)
+            yield check_entry(entry, source)
         elif entry.is_dir() and not any(map(is_weights, entry.rglob("*"))):
-            check_inside(entry, source)
-            yield from (check_inside(file, source) for file in entry.rglob("*") if file.is_file())
+            check_entry(entry, source)
+            yield from (check_entry(file, source) for file in entry.rglob("*") if file.is_file())
 
 
 def _edit_config(file: Path, dtype: str, untied: bool) -> None:

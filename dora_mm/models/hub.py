@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dora_mm.config.paths import HUB_NAME
 from dora_mm.utils.home import SHORT
+from dora_mm.utils.shell import quoted
 
 LONGEST_WAIT = 5.0  # seconds for an answer of the hub
 
@@ -131,5 +132,6 @@ def check_named_by(file: str, path: str | None, revision: str | None = None) -> 
     if path and HUB_NAME.fullmatch(path) and local_copy(path, revision) is None:
         raise ValueError(
             f"{file} names the model {named(path, revision)}, which is not on this machine, and a file starts no "
-            f"download: name it yourself (--set model.path={path}), or get it first (hf download {path})"
+            f"download: name it yourself (--set model.path={quoted(path)}), or get it first "
+            f"(hf download {quoted(path)})"
         )

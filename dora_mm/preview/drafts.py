@@ -1,6 +1,5 @@
 """A config that `dora-mm new` writes: what it is made of, its files, and the commands that come next."""
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from dora_mm.config import load_config, resolve_model, resolve_path
 from dora_mm.config.paths import PACKAGE
 from dora_mm.models.hub import local_copy
 from dora_mm.utils.folders import written_together
+from dora_mm.utils.shell import command_line, comment, quoted
 from dora_mm.utils.yaml12 import KeyPath, edited, without_comment
 
 Changes = dict[KeyPath, Any]
@@ -27,6 +27,7 @@ class Draft(NamedTuple):
         references: Folders of reference images.
         data: The file of vision-language data; None: there are captions.
         model: The model; None: the recipe's.
+        follow_links: Whether links that lead out of a folder of images are followed.
     """
 
     family: str
@@ -36,6 +37,7 @@ class Draft(NamedTuple):
     references: tuple[str, ...]
     data: str | None
     model: str | None
+    follow_links: bool = False
 
     def prompts(self, suffix: str = ".txt") -> Path:
         """The file of prompts next to the config."""
@@ -87,17 +89,17 @@ def write_files(
 
 def head_of(command: str, file: Path, about: str) -> str:
     """The comment on top of a config, which begins with the command that reads it."""
-    lines = [f"dora-mm {command} {shlex.quote(str(file))}", "", *about.split("\n")]
-    return "\n".join(f"# {line}".rstrip() for line in lines)
+    return comment(f"dora-mm {command} {quoted(file)}\n\n{about}")
 
 
 def print_next(config: Any, commands: Mapping[str, Sequence[object]]) -> None:
     """Prints how to get the model, if it is not on this machine, and the commands that follow, each with its reason."""
     path = config.model.path
     if local_copy(resolve_model(path), config.model.revision) is None:
-        print(f"model     {path} is not on this machine: the training downloads it; before that: hf download {path}")
+        download = f"hf download {quoted(path)}"
+        print(f"model     {path} is not on this machine: the training downloads it; before that: {download}")
         print("          or --model PATH takes one that you have")
-    lines = {what: f"  dora-mm {shlex.join(map(str, words))}" for what, words in commands.items()}
+    lines = {what: f"  dora-mm {command_line(*words)}" for what, words in commands.items()}
     width = max(map(len, lines.values()))
     print("next")
     for what, line in lines.items():

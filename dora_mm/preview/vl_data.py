@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -271,6 +272,9 @@ def _answers_of(example: Example) -> list[tuple[str, Example]]:
 def _images(example: Example, folder: str | None) -> Iterator[str]:
     """The names of the images of an example, with their sizes where they can be read."""
     for name in example.images:
+        if folder is None and not os.path.isabs(name):  # the name of features
+            yield name
+            continue
         try:
             height, width = upright_size(image_path(folder, name))
             yield f"{name} ({width} x {height} pixels)"

@@ -79,6 +79,8 @@ def vl_changes(draft: Draft, num_rows: int, task: str, *, has_images: bool) -> C
     changes: Changes = {("data", "task"): task, ("data", "train", "file"): draft.data}
     changes[("data", "train", "images")] = folder_of_images(draft) if has_images else MISSING
     changes[("train", "epochs")] = 1 if num_rows >= FEW_ROWS else 3
+    if draft.follow_links:
+        changes[("data", "follow_links")] = True
     if draft.model is not None:
         changes[("model", "path")] = draft.model
     if not has_images:  # nothing passes the connector that some recipes train; a language model has none, and no images

@@ -20,6 +20,7 @@ class Reader:
         needs: Those of them that must be given, each with the reason.
         images: Where rows have images: "named" as files of a folder; "own", inside them or by absolute paths, or named;
             "none": rows are texts.
+        image_folder: Where rows name files beside the data files, that folder as seen from one; "": as above.
         several: Whether `file` may also be a folder, a pattern of files or a list.
         splits_rows: Whether `split` chooses rows, though there may be several files.
         version: Changes when the function makes other rows of the same files: tables on disk are made anew.
@@ -30,6 +31,7 @@ class Reader:
     keys: tuple[Key, ...] = ()
     needs: Mapping[Key, str] = field(default_factory=dict)
     images: Literal["named", "own", "none"] = "named"
+    image_folder: str = ""
     several: bool = False
     version: str = ""
     splits_rows: bool = False
@@ -92,6 +94,7 @@ RECORDS = {
         "prior.allenai.org/projects/diagram-understanding",
         keys=("annotations", "split"),
         images="own",
+        image_folder="../images",
         several=True,
         splits_rows=True,
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -44,6 +43,7 @@ from dora_mm.utils.lock import only_writer
 from dora_mm.utils.processes import SINGLE_PROCESS, DividedWork, Processes
 from dora_mm.utils.progress import Progress
 from dora_mm.utils.run_directory import CONFIG, RunDirectory
+from dora_mm.utils.shell import quoted
 
 log = logging.getLogger(__name__)
 SAMPLES = "samples"
@@ -101,7 +101,7 @@ def generation_run(config: ImageGenerationConfig, path: Path | None) -> Iterator
     with only_writer(run.path):
         if path:
             run.write_config(text, {})
-        go_on = f"dora-mm {config.command} --resume {shlex.quote(str(run.path))}"
+        go_on = f"dora-mm {config.command} --resume {quoted(run.path)}"
         log.info("Run %s. After a stop: %s", run.path, go_on)
         try:
             yield run

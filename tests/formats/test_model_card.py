@@ -1,5 +1,6 @@
 """The model card beside an adapter: its header as the Hub reads it, and code that runs."""
 
+import ast
 import re
 from functools import partialmethod
 
@@ -114,3 +115,20 @@ def test_the_code_for_peft_runs(tmp_path, monkeypatch):
     found = {"model": nn.Sequential(nn.Linear(4, 3))}
     exec(code, found)
     assert found["model"](torch.ones(1, 4)).shape == (1, 3)
+
+
+HOSTILE = 'a\nimport os; os.system(\'touch x\')\n```\n<script>alert(1)</script>\n""" `b` \u2028c'
+
+
+@pytest.mark.parametrize("format", ["diffusers", "peft", "native"])
+def test_texts_of_others_stay_texts(tmp_path, format):
+    """Headers of files that somebody else wrote: no line of the code to copy, and none of the page, is theirs."""
+    about = {"base_model": HOSTILE, "instance_prompt": HOSTILE, "day": HOSTILE, "config": HOSTILE}
+    save_adapter(adapted(), tmp_path, format=format, metadata=about)
+    text = gpu_of(tmp_path).text
+    block = re.compile(r"^(```+)(python|yaml)\n(.*?)\n\1$", re.DOTALL | re.MULTILINE)
+    (_, _, code), (_, _, config) = block.findall(text)
+    assert config == HOSTILE
+    calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)}
+    assert "os.system" not in calls
+    assert not any(line.startswith(("<s", "import", "```")) for line in block.sub("", text).split("\n"))

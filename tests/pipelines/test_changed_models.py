@@ -138,7 +138,7 @@ def questions(tmp_path, vlm):
     image = write_images(tmp_path) / "wide.png"
     said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "noise"}]
     (tmp_path / "rows.json").write_text(json.dumps([{"image": str(image), "conversations": said}] * 2))
-    source = {"format": "chat", "file": str(tmp_path / "rows.json")}
+    source = {"format": "chat", "file": str(tmp_path / "rows.json"), "images": str(tmp_path)}
     return {
         "pipeline": "train_vl",
         "model": {"path": str(vlm)},

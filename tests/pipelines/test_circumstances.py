@@ -55,6 +55,6 @@ def test_a_training_of_questions(stopped, tmp_path, tiny_vlm, monkeypatch, caplo
     images = sorted(write_images(tmp_path).glob("*.png"))
     rows = [{"images": [str(each)], "messages": messages("<image>What?", "noise")} for each in images]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    data = {"train": {"format": "chat", "file": str(tmp_path / "rows.json")}}
+    data = {"train": {"format": "chat", "file": str(tmp_path / "rows.json"), "images": str(tmp_path)}}
     run = stopped(model={"path": str(tiny_vlm("qwen2_5_vl"))}, data=data)
     assert resumed(run, monkeypatch, caplog) == [f"2 of 2 finished steps were {OTHER}"]

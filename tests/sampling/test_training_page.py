@@ -12,7 +12,7 @@ from dora_mm.cli.commands import take_prompts_file
 from dora_mm.cli.parser import build_parser
 from dora_mm.config import load_config
 from dora_mm.config.loader import dump_config
-from dora_mm.sampling.gallery import folder, update_page
+from dora_mm.sampling.gallery import folder, read_images, update_page, write_gallery
 from dora_mm.sampling.gallery import training as about
 from dora_mm.sampling.gallery.thumbnails import Thumbnails
 from dora_mm.sampling.manifest import read_manifest
@@ -130,6 +130,27 @@ def test_training_images_are_spread_over_the_folder_without_masks(tmp_path, monk
     assert [item["name"] for item in shown] == [path.name for path in found]
     with Image.open(Path("run/gallery") / shown[1]["file"]) as thumbnail:
         assert thumbnail.size == (16, 16)
+
+
+@pytest.mark.parametrize("place", ["../private", "link", "absolute"])
+def test_the_page_of_a_run_of_others_shows_no_folder_of_this_machine(tmp_path, monkeypatch, place):
+    """Its config names what it likes, and a page may be passed on; that of one's own training shows all."""
+    (tmp_path / "private").mkdir()
+    image((1, 2, 3)).save(tmp_path / "private" / "me.png")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    Path("link").symlink_to(tmp_path / "private")
+    run = make_training(Path("run"), drawn=())
+    named = str(tmp_path / "private") if place == "absolute" else place
+    (run.path / "config.yaml").write_text(dump_config(training_config(data={"folder": named})))
+    page = write_gallery({run.path: read_images(run.path)}, tmp_path / "page")
+    (shown,) = data_of(page)["trainings"]
+    assert shown["images"] == []
+    assert "is outside of the current folder" in shown["note"]
+    update_page(run.path)
+    assert [each["name"] for each in data_of(run.path / "gallery" / "index.html")["trainings"][0]["images"]] == [
+        "me.png"
+    ]
 
 
 def test_a_training_without_images_and_data_has_a_page(tmp_path, monkeypatch, capsys):

@@ -12,6 +12,7 @@ import yaml
 
 from dora_mm.utils import yaml12
 from dora_mm.utils.messages import first_line
+from dora_mm.utils.shell import quoted
 
 LARGEST = 2**22  # bytes of a config
 SCRIPT = re.compile(r"(\w*train_network\.py|\bswift\s+(?:sft|rlhf|pt)\b|llamafactory-cli\s+train|axolotl\s+train)")
@@ -102,7 +103,7 @@ def _parsed(path: Path, text: str, parse: Any) -> dict[str, Any]:
 def _recognized(path: Path, values: dict[str, Any]) -> Foreign:
     """The trainer of a file of keys, by keys that only it has."""
     if "pipeline" in values:
-        raise ValueError(f"{path} is a config of dora_mm already: dora-mm train {shlex.quote(str(path))}")
+        raise ValueError(f"{path} is a config of dora_mm already: dora-mm train {quoted(path)}")
     if isinstance(values.get("config"), dict) and isinstance(values["config"].get("process"), list):
         return Foreign("ai-toolkit", values, path.parent)
     if "training_method" in values or "concept_file_name" in values or "concepts" in values:

@@ -1,6 +1,5 @@
 """Our keys while a config is imported: what was found, what differs, what has no equal, and the text of the file."""
 
-import shlex
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from dora_mm.config.report import all_keys, describe
 from dora_mm.registries.other_trainers import KEYS, NO_EFFECT, VALUES
 from dora_mm.utils import yaml12
 from dora_mm.utils.messages import shown
+from dora_mm.utils.shell import comment, quoted
 
 MISSING = "is missing"  # in messages about keys that have to be given
 WIDTH = 117  # of a line of comments
@@ -111,9 +111,9 @@ class Translation:
 
     def text(self, source: Path, target: Path) -> str:
         """The YAML file: its head says what differs and what has no equal, its lines the other trainer's keys."""
-        head = [f"dora-mm train {shlex.quote(str(target))}", ""]
+        head = [comment(f"dora-mm train {quoted(target)}"), ""]
         head += [
-            f"Imported from {source.name} ({TITLES[self.trainer]}), whose keys stand behind ours.",
+            f"Imported from {comment(source.name)} ({TITLES[self.trainer]}), whose keys stand behind ours.",
             *self._remarks(),
         ]
         comments = "\n".join(f"# {line}".rstrip() for line in head)

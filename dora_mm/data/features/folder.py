@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.circumstances import Record, about_kept, circumstances
+from dora_mm.utils.folders import check_entry
 from dora_mm.utils.json_text import parse_json, read_bounded
 from dora_mm.utils.tensor_writer import save_tensors
 
@@ -113,7 +114,7 @@ def open_shard(folder: Path, index: FeatureIndex, name: str) -> Shard:
     Raises:
         ValueError: The file is missing, damaged or inconsistent with the index.
     """
-    path = folder / name
+    path = check_entry(folder / name, folder)
     try:
         file: Any = safe_open(path, framework="pt").__enter__()  # stays open as long as its slice
         metadata = file.metadata() or {}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dora_mm.data.features.folder import INDEX, FeatureFolder
 from dora_mm.data.seen import SeenFiles
+from dora_mm.utils.folders import check_entry
 from dora_mm.utils.home import expanded
 from dora_mm.utils.messages import foreign_errors
 
@@ -232,7 +233,8 @@ class NpzFeatures:
         return as_tokens(self._load(name), self.dim, self.where(name), name)
 
     def where(self, name: str) -> Path:
-        return self.path / f"{name}.npz"
+        file = self.path / f"{name}.npz"
+        return check_entry(file, self.path) if file.is_symlink() else file
 
     def _load(self, name: str) -> np.ndarray:
         file = self.where(name)

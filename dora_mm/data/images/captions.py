@@ -3,13 +3,13 @@
 Files that look like captions and are not read are found, too: otherwise images would be trained with another text.
 """
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dora_mm.data.images.pixels import SUFFIXES
+from dora_mm.utils.folders import REFUSED, Links, inside
 from dora_mm.utils.json_text import parse_json, read_bounded
 from dora_mm.utils.tables import decoded, read_table
 
@@ -50,10 +50,11 @@ class CaptionFiles:
         root: The folder.
         entries: All files in it and in those of its subfolders that are read.
         lines: Whether each line of a text is a caption of its own.
+        links: What becomes of links in metadata files that lead out of their folders.
     """
 
-    def __init__(self, root: Path, entries: Sequence[Path], *, lines: bool = False):
-        self.root, self.lines = root, lines
+    def __init__(self, root: Path, entries: Sequence[Path], *, lines: bool = False, links: Links = REFUSED):
+        self.root, self.lines, self.links = root, lines, links
         self.rows: dict[Path, ImageCaption] = {}
         self.problems: list[str] = []
         self.unused: dict[Path, str] = {}
@@ -90,7 +91,7 @@ class CaptionFiles:
                 self.unused[path] = reason
 
     def _read_metadata(self, file: Path) -> None:
-        found, bad = read_metadata(file, lines=self.lines)
+        found, bad = read_metadata(file, lines=self.lines, links=self.links)
         if all((file.parent / name).is_file() for name in METADATA):
             found, bad = {}, [f"is one of two: keep {' or '.join(METADATA)}"]
         twice = sorted(path.name for path in found if path in self.rows)
@@ -135,12 +136,15 @@ def _why_unused(path: Path, stems: set[Path], names: set[str]) -> str:
 # --- metadata.jsonl and metadata.csv ---------------------------------------------------------------------------------
 
 
-def read_metadata(file: Path, *, lines: bool = False) -> tuple[dict[Path, ImageCaption], list[str]]:
+def read_metadata(
+    file: Path, *, lines: bool = False, links: Links = REFUSED
+) -> tuple[dict[Path, ImageCaption], list[str]]:
     """The captions by path that a metadata file has, some of them empty, and the problems of its lines.
 
     Args:
         file: metadata.jsonl or metadata.csv.
         lines: Whether each line of a text is a caption of its own.
+        links: What becomes of links that lead out of its folder.
     """
     captions: dict[Path, ImageCaption] = {}
     lines_of: dict[Path, int] = {}
@@ -154,12 +158,11 @@ def read_metadata(file: Path, *, lines: bool = False) -> tuple[dict[Path, ImageC
         return {}, [str(error)]
     names = ("file_name", *KEYS, *REFERENCES)
     rows = read_table(text, names.__contains__, problems) if file.suffix == ".csv" else _json_rows(text, problems)
-    root, real_root = file.parent, file.parent.resolve()
     for number, row in rows:
         try:
             name, texts = _of_row(row)
-            path = _inside(root, real_root, name)
-            references = tuple(_inside(root, real_root, each) for each in _references_of(row))
+            path = _named(file.parent, name, links)
+            references = tuple(_named(file.parent, each, links) for each in _references_of(row))
             if path in captions:
                 raise ValueError(f"names {path.name} again (first in line {lines_of[path]})")
             caption = _as_caption(texts, file.name, lines=lines)
@@ -211,15 +214,16 @@ def _references_of(row: Mapping[str, Any]) -> list[str]:
     return values
 
 
-def _inside(root: Path, real_root: Path, name: str) -> Path:
-    """The path of an image named in a metadata file; `..`, absolute paths and links must not leave the folder."""
-    path = root / os.path.normpath(name)
+def _named(folder: Path, name: str, links: Links) -> Path:
+    """The path of an image that a metadata file of a folder names.
+
+    Raises:
+        ValueError: It is outside of the folder, or does not exist.
+    """
     try:
-        real = path.resolve()
-    except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL byte
-        raise ValueError(f"names {name!r}, which is not a valid path") from None
-    if not real.is_relative_to(real_root):
-        raise ValueError(f"names {name}, which is outside the folder: copy the image into it")
-    if not real.is_file():
+        path = inside(folder, name, links)
+    except ValueError as error:
+        raise ValueError(f"names {name if name.isprintable() else repr(name)}, which {error}") from None
+    if not path.is_file():
         raise ValueError(f"names {name}, which does not exist")
     return path

@@ -10,8 +10,9 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,7 +22,7 @@ from dora_mm.config import resolve_path
 from dora_mm.config.images import CaptionConfig, DataConfig
 from dora_mm.data.images.buckets import Size, choose_bucket
 from dora_mm.data.images.captions import CAPTION_SUFFIXES, METADATA, CaptionFiles, is_image
-from dora_mm.data.images.listing import entries_of, files_in, folders_in, only_references
+from dora_mm.data.images.listing import files_in, folders_in, only_references
 from dora_mm.data.images.look import Look, look_at
 from dora_mm.data.images.masks import (
     ImagesByKind,
@@ -35,7 +36,9 @@ from dora_mm.data.images.masks import (
 from dora_mm.data.images.pixels import SUFFIXES, load_rgb
 from dora_mm.data.images.references import ReferenceFiles, ReferenceImage, read_reference
 from dora_mm.utils.digest import file_digest
+from dora_mm.utils.folders import REFUSED, Links
 from dora_mm.utils.progress import tracked
+from dora_mm.utils.shell import quoted
 
 log = logging.getLogger(__name__)
 MOST_NAMED = 8  # files in one message
@@ -82,6 +85,7 @@ def read_captioned_images(
     references: Sequence[str] = (),
     reference_key: str = "data.references",
     look: bool = False,
+    links: Links = REFUSED,
 ) -> list[CaptionedImage]:
     """Reads every image of a folder with its caption, sorted by path.
 
@@ -105,31 +109,32 @@ def read_captioned_images(
         references: Folders of reference images.
         reference_key: The key of the config that names them.
         look: Whether to keep what each image looks like.
+        links: What becomes of links that lead out of a folder.
 
     Raises:
         ValueError: Lists all problems of the folder: it is missing, unreadable or has no images; an image or a
             reference is broken, empty or too large; a metadata file is malformed or names an image that is missing,
-            outside the folder or listed already; an image has no caption; captions are not used; no caption contains
-            the placeholder; all images are in subfolders, or the name of a subfolder asks for 0 repeats; a mask cannot
-            be used, has no image or is one of two; a subfolder has the masks of another one; or a reference belongs to
-            no image.
+            outside the folder or listed already; a file is a link that leads out of its folder; an image has no
+            caption; captions are not used; no caption contains the placeholder; all images are in subfolders, or the
+            name of a subfolder asks for 0 repeats; a mask cannot be used, has no image or is one of two; a subfolder
+            has the masks of another one; or a reference belongs to no image.
     """
     root = resolve_path(folder, key)
     mask_root = None if mask_folder is None else resolve_path(mask_folder, mask_key)
     others = [] if mask_root is None else [mask_root]
     others += [reference_folder(path, root, reference_key) for path in references]
     folders = folders_in(root, *others) if subfolders else [root]
-    entries = [path for each in folders for path in entries_of(each, key)]
-    files = CaptionFiles(root, entries, lines=lines)
+    listed_in = partial(files_in, subfolders=subfolders, links=links)
+    entries = listed_in(root, key, *others)
+    files = CaptionFiles(root, entries, lines=lines, links=links)
     problems, kinds = files.problems, by_kind({*entries, *files.rows})
     listed = {path: row.references for path, row in files.rows.items()}
     seen_only = only_references(listed)
     paths = sorted((kinds.images - seen_only) | {path for path in files.rows if not is_image(path.name)})
-    found_masks = _masks(kinds, root, mask_root, mask_key, subfolders=subfolders)
+    found_masks = _masks(kinds, root, mask_root, mask_key, listed_in)
     reference_roots = others[mask_root is not None :]
-    found_references = ReferenceFiles(
-        paths, listed, [(each, files_in(each, reference_key, subfolders=subfolders)) for each in reference_roots], root
-    )
+    reference_files = [(each, listed_in(each, reference_key)) for each in reference_roots]
+    found_references = ReferenceFiles(paths, listed, reference_files, root)
     deeper = [] if subfolders else _images_in_subfolders(root, others, [*paths, *seen_only])
     if not paths and not problems:
         raise ValueError(_no_images(root, deeper, key, packed=any(path.suffix == ".parquet" for path in entries)))
@@ -175,15 +180,15 @@ def read_captioned_images(
     return images
 
 
-def uncaptioned_images(root: Path) -> tuple[list[Path], int]:
+def uncaptioned_images(root: Path, links: Links = REFUSED) -> tuple[list[Path], int]:
     """The images of a folder that have no caption, for a line in metadata.jsonl, and the number of the others.
 
     Raises:
         ValueError: There are no images, a file with captions is malformed, or a line cannot be added: the folder has a
             metadata.csv, or an image has a line without a caption.
     """
-    entries = entries_of(root, "FOLDER")
-    files, images = CaptionFiles(root, entries), by_kind(entries).images
+    entries = files_in(root, "FOLDER", subfolders=False, links=links)
+    files, images = CaptionFiles(root, entries, links=links), by_kind(entries).images
     problems, without = files.problems, []
     if (root / METADATA[1]).is_file():
         problems.append(f"has {METADATA[1]}, beside which {METADATA[0]} is not read: put its rows there first")
@@ -199,11 +204,13 @@ def uncaptioned_images(root: Path) -> tuple[list[Path], int]:
     return without, len(images) - len(without)
 
 
-def _masks(kinds: ImagesByKind, root: Path, folder: Path | None, key: str, *, subfolders: bool) -> MaskFiles:
+def _masks(
+    kinds: ImagesByKind, root: Path, folder: Path | None, key: str, listed: Callable[[Path, str], list[Path]]
+) -> MaskFiles:
     """The masks of a folder of images: those beside them, and those in a folder of their own."""
     if folder is not None and folder.resolve() == root.resolve():
         raise ValueError(f"{key}: {folder} is the folder of the images: give one that has masks alone")
-    return MaskFiles(kinds.masks, root, folder, files_in(folder, key, subfolders=subfolders) if folder else [])
+    return MaskFiles(kinds.masks, root, folder, listed(folder, key) if folder else [])
 
 
 def reference_folder(path: str, root: Path, key: str) -> Path:
@@ -249,6 +256,7 @@ def read_images(data: DataConfig, role: str, *, look: bool = False) -> list[Capt
                 key=key,
                 prompt_key=f"{key}.prompt" if folder.prompt or role == "preserve" else "data.instance_prompt",
                 look=look,
+                links=data.links,
             )
             # A whole number stays one, which the digest of the images depends on
             times = (image.repeats if folder.repeats == 1 else image.repeats * folder.repeats for image in found)
@@ -299,7 +307,8 @@ def _images_in_subfolders(root: Path, others: Sequence[Path], listed: Sequence[P
 
 def _no_images(root: Path, deeper: Sequence[Path], key: str, *, packed: bool) -> str:
     if packed:
-        return f"{key}: {root} has Parquet files: dora-mm unpack {root} OUT writes their rows as a folder of images"
+        unpack = f"dora-mm unpack {quoted(root)} OUT"
+        return f"{key}: {root} has Parquet files: {unpack} writes their rows as a folder of images"
     if not deeper:
         return f"{key}: {root} has no images ({', '.join(SUFFIXES)})"
     first = deeper[0].relative_to(root)

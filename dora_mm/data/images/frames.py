@@ -18,6 +18,15 @@ from dora_mm.utils.messages import first_line
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp")
 FEWEST = 2  # frames of a video: some models read them in pairs
 USUAL_RATE = 24.0  # frames per second of a file that does not say it
+# FFmpeg tells a format by the content, whatever the name of the file: playlists open other files, and most of its
+# published holes are in formats and codecs in which nobody has such videos
+FORMATS = ("mov", "matroska", "avi", "mpeg", "mpegts", "mpegvideo", "asf", "flv")
+CODECS = (
+    *("h264", "hevc", "av1", "libdav1d", "libaom-av1", "vp8", "vp9", "libvpx", "libvpx-vp9", "theora"),
+    *("mpeg1video", "mpeg2video", "mpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "wmv1", "wmv2", "wmv3", "vc1", "flv"),
+    *("h263", "mjpeg", "ffv1", "huffyuv", "ffvhuff", "prores", "dnxhd", "rawvideo", "png"),
+)
+ALLOWED = {"format_whitelist": ",".join(FORMATS), "codec_whitelist": ",".join(CODECS), "protocol_whitelist": "file"}
 # Containers that state the duration of each stream. That of others is measured in what is there, or is the file's.
 STATE_DURATIONS = ("mov", "matroska", "avi")
 MISSING = (0.5, 0.05)  # seconds, and share of a video, by which its images may end early: sound often lasts longer
@@ -222,9 +231,11 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     av: Any = import_module("av")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), options=ALLOWED) as container:
             if not container.streams.video:
                 raise ValueError("has no images")
+            if (codec := container.streams.video[0].codec_context.name) not in CODECS:
+                raise ValueError(f"has images in the codec {codec}, which is not read: convert it to H.264")
             yield container
     except av.FFmpegError as error:  # some of which are ValueErrors, too
         reason = first_line(error).partition(": '")[0]  # without the name of the file

@@ -39,6 +39,7 @@ def hold_out(images: Sequence[CaptionedImage], data: DataConfig) -> tuple[list[C
             key="data.valid.folder",
             lines=data.captions is not None and data.captions.lines,
             masks=data.mask and data.mask.source,
+            links=data.links,
         )
         _warn_of_both(images, held_out, valid.folder)
         return list(images), held_out[: valid.limit]

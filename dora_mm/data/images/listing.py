@@ -2,13 +2,16 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from dora_mm.config import resolve_path
 from dora_mm.config.images import DataConfig
-from dora_mm.data.images.captions import METADATA, CaptionFiles
+from dora_mm.data.images.captions import CAPTION_SUFFIXES, METADATA, CaptionFiles
 from dora_mm.data.images.masks import by_kind
+from dora_mm.data.images.pixels import SUFFIXES
 from dora_mm.data.images.references import ReferenceFiles
+from dora_mm.utils.folders import REFUSED, Links, check_entry
 
 
 def image_files(data: DataConfig) -> dict[Path, tuple[Path, ...]]:
@@ -18,16 +21,17 @@ def image_files(data: DataConfig) -> dict[Path, tuple[Path, ...]]:
         ValueError: A folder is missing or cannot be read.
     """
     found: dict[Path, tuple[Path, ...]] = {}  # a folder may be given twice
+    listed_in = partial(files_in, subfolders=data.subfolders, links=data.links)
     for key, folder in data.all_folders.items():
         if folder.role == "train":
             root = resolve_path(folder.path, key)
             masks = [resolve_path(folder.masks, f"{key}.masks")] if folder.masks else []
             references = [resolve_path(path, f"{key}.references") for path in folder.references]
-            entries = files_in(root, key, *masks, *references, subfolders=data.subfolders)
-            rows = CaptionFiles(root, [path for path in entries if path.name in METADATA]).rows
+            entries = listed_in(root, key, *masks, *references)
+            rows = CaptionFiles(root, [path for path in entries if path.name in METADATA], links=data.links).rows
             listed = {path: row.references for path, row in rows.items()}
             images = sorted(by_kind(entries).images - only_references(listed))
-            folders = [(each, files_in(each, key, subfolders=data.subfolders)) for each in references]
+            folders = [(each, listed_in(each, key)) for each in references]
             files = ReferenceFiles(images, listed, folders, root)
             found |= {image: files.of_image(image) for image in images}
     return found
@@ -38,10 +42,21 @@ def only_references(listed: Mapping[Path, tuple[Path, ...]]) -> set[Path]:
     return {path for found in listed.values() for path in found} - listed.keys()
 
 
-def files_in(folder: Path, key: str, *without: Path, subfolders: bool) -> list[Path]:
-    """The entries of a folder, and of its subfolders where these count, but for some."""
+def files_in(folder: Path, key: str, *without: Path, subfolders: bool, links: Links = REFUSED) -> list[Path]:
+    """The entries of a folder, and of its subfolders where these count, but for some.
+
+    Raises:
+        ValueError: As in `entries_of`; or an image or a caption is a link that leads out of the folder.
+    """
     folders = folders_in(folder, *without) if subfolders else [folder]
-    return [path for each in folders for path in entries_of(each, key)]
+    entries = [path for each in folders for path in entries_of(each, key)]
+    for path in entries:
+        if path.is_symlink() and path.name.lower().endswith((*SUFFIXES, *CAPTION_SUFFIXES, *METADATA)):
+            try:
+                check_entry(path, folder, links)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+    return entries
 
 
 def folders_in(root: Path, *without: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from dora_mm.data.vl.report import cheap_lengths
 from dora_mm.data.vl.rows import BadRows, quiet
 from dora_mm.data.vl.tables import ExampleTable, open_table
 from dora_mm.registries.vl_tasks import TASKS
+from dora_mm.utils.folders import Links
 
 log = logging.getLogger(__name__)
 ValueT = TypeVar("ValueT")
@@ -109,7 +110,7 @@ def open_split(task: VLTaskConfig, split: Split, data: VLDataConfig, model: RowC
     source = task.source_of(split)
     assert source is not None
     if not isinstance(task.valid, HeldOutConfig):
-        table = _trained(task, data) if split == "train" else _table(source, data)
+        table = _trained(task, data) if split == "train" else open_source(source, data)
         return model.check_rows(table)
     halves = _halves(task, data)
     if split == "valid":
@@ -126,16 +127,28 @@ def _halves(task: VLTaskConfig, data: VLDataConfig) -> dict[Split, ExampleTable]
     return {"train": trained, "valid": held_out}
 
 
-def _table(source: SourceConfig, data: VLDataConfig) -> ExampleTable:
-    return open_table(source, Path(data.tables), on_bad_data=data.on_bad_data)
+def open_source(source: SourceConfig, data: VLDataConfig, *, check_images: bool = True) -> ExampleTable:
+    """The rows of a source, read as `data` says.
+
+    Raises:
+        ValueError: As in `open_table`.
+    """
+    return open_table(
+        source,
+        Path(data.tables),
+        on_bad_data=data.on_bad_data,
+        check_images=check_images,
+        links=Links(data.follow_links, "set data.follow_links=true"),
+        absolute_paths=data.absolute_paths,
+    )
 
 
 def _trained(task: VLTaskConfig, data: VLDataConfig) -> ExampleTable:
     """All rows of the training split, of one source or several."""
     assert task.train is not None
     if not task.more:
-        return _table(task.train, data)
-    return joined([(_table(source, data), source.images) for source in task.trained])
+        return open_source(task.train, data)
+    return joined([(open_source(source, data), source.images) for source in task.trained])
 
 
 def images_of(task: VLTaskConfig) -> str | None:
@@ -163,7 +176,7 @@ def open_texts(source: SourceConfig, data: VLDataConfig) -> ExampleTable:
     Raises:
         ValueError: As in `open_table`.
     """
-    return open_table(source, Path(data.tables), on_bad_data=data.on_bad_data, check_images=False)
+    return open_source(source, data, check_images=False)
 
 
 def open_training(data: VLDataConfig, batch_size: int, model: RowCheck) -> dict[str, TrainingSet]:

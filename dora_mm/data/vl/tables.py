@@ -27,18 +27,20 @@ from dora_mm.data.vl.arrow import SCHEMA, example_at, record_batches
 from dora_mm.data.vl.embedded import ImageStore
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import ImageFolder
-from dora_mm.data.vl.readers import FILES, data_files, read_source, resolved
+from dora_mm.data.vl.readers import FILES, check_files, data_files, own_folders, read_source, resolved
 from dora_mm.data.vl.readers.hub_files import METADATA
 from dora_mm.data.vl.readers.unread import unread_columns
 from dora_mm.data.vl.rows import BadRows, OnBadData, warn_skipped
 from dora_mm.utils.atomic import write_atomically, write_text
 from dora_mm.utils.digest import file_digest, known_digest
+from dora_mm.utils.folders import REFUSED, Links
 from dora_mm.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 LAYOUT = "10"  # increase it when the files or the rows of all readers change; a reader has its `version`
 BATCH_ROWS = 1000  # rows per Arrow record batch: the number held in memory while writing
 HASHED = 1 << 23  # bytes of a file that are hashed at a time, by each processor core
+ABSOLUTE = "name the folder that it is in with `images`, or set data.absolute_paths=true"
 STORED_IMAGES = "images"  # the subfolder of images that were embedded in data files
 
 
@@ -157,22 +159,28 @@ class ExampleTable(Sequence[Example]):
         columns = [self._column(name).to_pylist() for name in SCHEMA.names if name not in ("id", "images")]
         return list(zip(*columns, strict=True))
 
-    def with_images(self, find: Callable[[str], str | None], where: object) -> "ExampleTable":
+    def with_images(
+        self, find: Callable[[str], str | None], where: object, refusal: Callable[[str], str] = lambda name: ""
+    ) -> "ExampleTable":
         """A table of the rows all of whose images exist, with the paths of the images; other rows are bad.
 
         Args:
             find: Returns the path of an image by its name, or None if there is no such image.
             where: The folder or files in which `find` searches, for messages.
+            refusal: Why an image that `find` does not return may not be read; empty: there is none.
 
         Raises:
             ValueError: No image exists, or one is missing and `on_bad_data` is "stop".
         """
         found = {name: find(name) for name in self._names()}
-        missing = {name for name, path in found.items() if path is None}
+        missing = {name: refusal(name) or f"is not in {where}" for name, path in found.items() if path is None}
         if found and len(missing) == len(found):
-            raise ValueError(f"{self.file}: none of its {len(missing)} images is in {where} (one is {min(missing)})")
+            one = min(missing)
+            if reason := refusal(one):
+                raise ValueError(f"{self.file}: none of its {len(missing)} images may be read: {one} {reason}")
+            raise ValueError(f"{self.file}: none of its {len(missing)} images is in {where} (one is {one})")
         image_paths = {name: path for name, path in found.items() if path is not None and path != name}
-        kept, skipped = self._without(missing, where) if missing else (np.arange(len(self)), self.skipped)
+        kept, skipped = self._without(missing) if missing else (np.arange(len(self)), self.skipped)
         return replace(self._at(kept), skipped=skipped, image_paths=self.image_paths | image_paths)
 
     def have(self, chosen: Callable[[str], bool]) -> np.ndarray:
@@ -234,14 +242,18 @@ class ExampleTable(Sequence[Example]):
         kept = np.delete(np.arange(len(self)), sorted(bad))
         return replace(self._at(kept), skipped={**self.skipped, **found.found})
 
-    def _without(self, missing: set[str], where: object) -> tuple[np.ndarray, dict[str, list[str]]]:
-        """The indices of the rows with none of these images, and the skipped places, those of the others added."""
+    def _without(self, missing: Mapping[str, str]) -> tuple[np.ndarray, dict[str, list[str]]]:
+        """The indices of the rows with none of these images, and the skipped places, those of the others added.
+
+        Args:
+            missing: Why they cannot be used, by their names.
+        """
         affected = np.flatnonzero(self.have(lambda name: name in missing))
         bad = BadRows(self.on_bad_data, self.skipped)
         names, ids = self._column("images"), self._column("id")
         for row in affected:
             image = next(name for name in names[row].as_py() if name in missing)
-            bad.add(f"{self.file}, id {ids[row]}, image {image}", f"is not in {where}")
+            bad.add(f"{self.file}, id {ids[row]}, image {image}", missing[image])
         return np.delete(np.arange(len(self)), affected), bad.found
 
     def _names(self) -> list[str]:
@@ -254,7 +266,13 @@ class ExampleTable(Sequence[Example]):
 
 
 def open_table(
-    source: SourceConfig, folder: Path, *, on_bad_data: OnBadData, check_images: bool = True
+    source: SourceConfig,
+    folder: Path,
+    *,
+    on_bad_data: OnBadData,
+    check_images: bool = True,
+    links: Links = REFUSED,
+    absolute_paths: bool = False,
 ) -> ExampleTable:
     """Opens the table of a source, which is first written to `folder` if needed (10 s for 440,000 questions).
 
@@ -266,14 +284,18 @@ def open_table(
         folder: Where tables are kept, and images that are embedded in data files: in its subfolder `images`.
         on_bad_data: "stop" raises at the first bad row, "skip" omits bad rows.
         check_images: Whether the images must exist; False where only the texts are used.
+        links: What becomes of links that lead out of the folders of the source.
+        absolute_paths: Whether rows may name any image on this machine by its absolute path.
 
     Raises:
-        ValueError: A file or folder is missing, damaged or empty; or a row is bad (see the readers and
-            `ExampleTable.with_images`) and `on_bad_data` is "stop".
+        ValueError: A file or folder is missing, damaged or empty; a data file is a link out of its folder; or
+            a row is bad (see the readers and `ExampleTable.with_images`) and `on_bad_data` is "stop".
     """
     source = resolved(source if check_images else source.model_copy(update={"images": None}))
     with ThreadPoolExecutor(1) as thread:  # images are listed while files are hashed
-        listing = thread.submit(_listing, source) if check_images else None
+        images_folder = (folder / STORED_IMAGES).absolute()
+        listing = thread.submit(_listing, source, images_folder, links, absolute_paths) if check_images else None
+        check_files(source, links)
         content = _digest(source)
     read = hashlib.blake2b(f"{LAYOUT} {source.reader.version} {content}".encode(), digest_size=16).hexdigest()
     path = folder / f"{source.format}-{read}.arrow"
@@ -286,19 +308,33 @@ def open_table(
     for reason, image_paths in table.skipped.items():
         if on_bad_data == "stop":  # the file was written with on_bad_data "skip"
             raise ValueError(f"{image_paths[0]}: {reason}")
-    if listing is not None and (found := listing.result()):
-        table = table.with_images(*found)
+    if listing is not None:
+        table = table.with_images(*listing.result())
     warn_skipped(table.skipped)
     return table
 
 
-def _listing(source: SourceConfig) -> tuple[Callable[[str], str | None], str] | None:
-    """How to find the images of a source, and where that is; None if only their features are read."""
+def _listing(
+    source: SourceConfig, stored: Path, links: Links, absolute_paths: bool
+) -> tuple[Callable[[str], str | None], str, Callable[[str], str]]:
+    """How to find the images of a source, where that is, and why one may not be read.
+
+    Args:
+        source: The source.
+        stored: The folder of images that were embedded in data files.
+        links: As in `open_table`.
+        absolute_paths: Likewise.
+    """
+    settings = {"anywhere": absolute_paths, "remedy": ABSOLUTE}
     if source.images is not None:
-        return ImageFolder(Path(source.images)).find, f"{source.images}, or in several of its subfolders"
+        folder = ImageFolder(Path(source.images), [stored, *own_folders(source)], links, **settings).listed()
+        return folder.find, f"{source.images}, or in several of its subfolders", folder.refusal
     if source.reader.images == "own":
-        return ImageFolder(None).find, "the file system (relative names need `images`, the folder that they are in)"
-    return None
+        folder = ImageFolder(None, [stored, *own_folders(source)], links, **settings)
+        where = "the file system (relative names need `images`, the folder that they are in)"
+        return folder.find, where, folder.refusal
+    # Only features are read, by the names of images
+    return (lambda name: None if os.path.isabs(name) else name), "", lambda name: f"is an absolute path: {ABSOLUTE}"
 
 
 def _write(partial: Path, path: Path, source: SourceConfig, on_bad_data: OnBadData) -> None:

@@ -16,7 +16,7 @@ from dora_mm.formats.files.locations import STEMS, Converted, Found, NoWeightsEr
 from dora_mm.formats.files.tensor_file import FORMAT_KEY, PICKLES, TensorFile, copy_around
 from dora_mm.formats.naming.names import Name, resolve
 from dora_mm.utils.atomic import write_atomically
-from dora_mm.utils.folders import check_inside, written_at_once
+from dora_mm.utils.folders import check_entry, written_at_once
 from dora_mm.utils.messages import first_line
 from dora_mm.utils.progress import tracked
 
@@ -207,7 +207,7 @@ def write_merged(base: BaseWeights, target: Path, update: Mapping[Name, Tensor])
         for path in _files_below(base.source):
             if path in base.files or path.parent not in covered or not _is_weight(path):
                 if path not in base.files:
-                    check_inside(path, base.source)
+                    check_entry(path, base.source)
                 copy = partial / path.relative_to(base.source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 _copy(path, copy, changes.get(path, []), update)

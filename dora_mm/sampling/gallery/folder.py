@@ -61,6 +61,8 @@ def fill_gallery(
     folder: Path,
     earlier: Path,
     summaries: Mapping[Path, Mapping[str, Any]] = MappingProxyType({}),
+    *,
+    anywhere: bool = False,
 ) -> None:
     """Writes the files of a gallery into a folder.
 
@@ -69,6 +71,7 @@ def fill_gallery(
         folder: A folder without any of them.
         earlier: Where the earlier gallery is, whose thumbnails are taken over, if there is one.
         summaries: Those of trainings that write them after the page, by their run directories.
+        anywhere: Whether training images outside of the current folder are shown: configs may be somebody else's.
 
     Raises:
         ValueError: A manifest names a file outside of its run.
@@ -79,7 +82,10 @@ def fill_gallery(
     added = _add_all(runs, folder, thumbnails)
     data = gallery_data([image for image, _ in added], [shown for _, shown in added])
     configs = {run: config for run in runs if (config := training_config(run))}
-    trainings = [_add_training(run, config, folder, thumbnails, summaries.get(run)) for run, config in configs.items()]
+    trainings = [
+        _add_training(run, config, folder, thumbnails, summaries.get(run), anywhere=anywhere)
+        for run, config in configs.items()
+    ]
     write_text(folder / INDEX, page({**data, "trainings": json_value(trainings)}))
 
 
@@ -93,7 +99,8 @@ def update_page(run: Path, summary: Mapping[str, Any] | None = None) -> None:
     new = not (run / GALLERY / INDEX).exists()
     try:
         with _replacing(run / GALLERY) as partial:
-            fill_gallery({run: read_images(run)}, partial, run / GALLERY, {run: summary} if summary else {})
+            summaries = {run: summary} if summary else {}
+            fill_gallery({run: read_images(run)}, partial, run / GALLERY, summaries, anywhere=True)
         page = run / GALLERY / INDEX
         log.log(logging.INFO if new else logging.DEBUG, "page     %s, written anew with each contact sheet", page)
     except (OSError, ValueError) as error:  # a full disk, a file of somebody's in the folder
@@ -101,10 +108,16 @@ def update_page(run: Path, summary: Mapping[str, Any] | None = None) -> None:
 
 
 def _add_training(
-    run: Path, config: PipelineConfig, folder: Path, thumbnails: Thumbnails, summary: Mapping[str, Any] | None
+    run: Path,
+    config: PipelineConfig,
+    folder: Path,
+    thumbnails: Thumbnails,
+    summary: Mapping[str, Any] | None,
+    *,
+    anywhere: bool,
 ) -> dict[str, Any]:
     """Data of a training for the page, with its training images, whose missing thumbnails are made."""
-    pairs, note = training_images(config)
+    pairs, note = training_images(config, anywhere=anywhere)
     images = [
         {"name": source.name, "file": _address(file, folder), "references": _thumbnails(references, folder, thumbnails)}
         for source, references in pairs.items()

@@ -16,6 +16,7 @@ from dora_mm.config.report import describe
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.sampling.manifest import MANIFEST, ManifestEntry, read_manifest
 from dora_mm.sampling.next_steps import next_steps
+from dora_mm.utils.folders import inside
 from dora_mm.utils.json_text import parse_json, read_json
 from dora_mm.utils.messages import first_line
 from dora_mm.utils.metric_rows import rows_until
@@ -187,14 +188,29 @@ def _text(value: Any) -> str:
 # --- images and answers ---------------------------------------------------------------------------------------------
 
 
-def training_images(config: PipelineConfig) -> tuple[dict[Path, tuple[Path, ...]], str | None]:
+def training_images(
+    config: PipelineConfig, *, anywhere: bool = True
+) -> tuple[dict[Path, tuple[Path, ...]], str | None]:
     """Some of the images that a training learns from, evenly spaced, with their references; none of questions.
+
+    Args:
+        config: The config of the training, which may be somebody else's.
+        anywhere: Whether its folders may be outside of the current one. A page may be passed on.
 
     Returns:
         The files, and a sentence where there are more or none can be shown.
     """
     if not isinstance(config, TrainDiffusionConfig):
         return {}, None
+    for folder in () if anywhere else config.data.all_folders.values():
+        for path in (folder.path, *folder.references):
+            try:
+                inside(Path.cwd(), path)
+            except ValueError:
+                return (
+                    {},
+                    f"{path} is outside of the current folder. The page that the training writes shows its images.",
+                )
     from dora_mm.data.images.listing import image_files  # imports torch, which other galleries do without
 
     try:

@@ -1,7 +1,6 @@
 """The search for a learning rate and a rank: trainings by successive halving, as a campaign, and what is reported."""
 
 import logging
-import shlex
 from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
@@ -29,6 +28,7 @@ from dora_mm.studies.curves import RateCurve, curves_csv, shown
 from dora_mm.studies.plots import plot_curves
 from dora_mm.studies.variants import Variant
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.shell import comment, quoted
 from dora_mm.utils.tables import markdown_records
 from dora_mm.utils.yaml12 import KeyPath, edited, read
 
@@ -125,7 +125,7 @@ class Tuning:
         file = write_tuned(self.config, self.base, chosen, self.folder / "tuned.yaml")
         adapter = self.campaign.trainings.adapter(training_of(self.base, chosen, rungs[-1].steps))
         print(f"adapter  {adapter}\n" if adapter.is_dir() else "", f"config   {file}\n", sep="")
-        print(f"To train with what was chosen: dora-mm train {shlex.quote(str(file))}")
+        print(f"To train with what was chosen: dora-mm train {quoted(file)}")
 
     def trained(self, rungs: Sequence[Rung]) -> list[Training]:
         """The trainings that have scores, rung by rung."""
@@ -272,7 +272,8 @@ def write_tuned(config: TuneConfig, base: Any, chosen: Candidate, file: Path) ->
     for text in config.overrides:
         key, _, value = text.partition("=")
         given[tuple(int(part) if part.isdigit() else part for part in key.split("."))] = read(value).value
-    head = f"# dora-mm train {shlex.quote(str(file))}\n#\n# {config.base}, with what dora-mm tune has chosen.\n"
+    about = f"dora-mm train {quoted(file)}\n\n{config.base}, with what dora-mm tune has chosen."
+    head = f"{comment(about)}\n"
     text = edited(resolve_path(config.base).read_text(encoding="utf-8-sig"), given | changes)
     write_text(file, f"{head}#\n{text}" if text.startswith("#") else head + text)
     try:

@@ -12,8 +12,7 @@ from dora_mm.config.paths import resolve_path
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.config.vl_data import VLDataConfig
 from dora_mm.data.vl.example import stem
-from dora_mm.data.vl.splits import ValidationSet, open_texts, training_texts
-from dora_mm.data.vl.tables import open_table
+from dora_mm.data.vl.splits import ValidationSet, open_source, open_texts, training_texts
 from dora_mm.eval.statistics import ConfidenceInterval
 from dora_mm.eval.vl.confidence_intervals import (
     AnswerScores,
@@ -234,7 +233,7 @@ def check_reported(
             raise ValueError(f"{key} has only one image, and intervals need two or more")
     for task in base.data.all_tasks:
         for split, source in task.sources.items():
-            table = open_table(source, Path(base.data.tables), on_bad_data=base.data.on_bad_data)
+            table = open_source(source, base.data)
             used = ValidationSet(table, source.images)
             for name, found in sets.items():
                 if shared := sorted(shared_images(found, used)):

@@ -174,8 +174,12 @@ def test_a_row_must_not_name_a_file_outside_the_folder(folder):
     names = ("../secret.png", str(secret), "link.png", "out/secret.png", "more/../../secret.png")
     write_rows(folder, *({"file_name": name, "text": "x"} for name in names))
     message = message_of(folder, instance_prompt="x")
-    for number, name in enumerate(names, 1):
-        assert f"line {number} names {name}, which is outside the folder" in message
+    assert f"{folder / 'link.png'} is a link to {secret}, outside of {folder}" in message
+    (folder / "link.png").unlink()
+    message = message_of(folder, instance_prompt="x")
+    reasons = ("is outside of", "is outside of", "does not exist", "is a link to", "is outside of")
+    for number, (name, reason) in enumerate(zip(names, reasons, strict=True), 1):
+        assert f"line {number} names {name}, which {reason}" in message
 
 
 def test_one_image_under_two_spellings_is_a_duplicate(folder):

@@ -67,7 +67,7 @@ def test_a_row_of_a_csv_file_names_one(tmp_path):
     ("row", "problem"),
     [
         ({"references": "gone.png"}, "line 1 names gone.png, which does not exist"),
-        ({"references": "../elsewhere.png"}, "which is outside the folder"),
+        ({"references": "../elsewhere.png"}, "which is outside of the folder"),
         ({"references": [3]}, "has references that are no names of files"),
         ({"references": "b.png", "control_path": "b.png"}, "has references in references and control_path: keep one"),
     ],

@@ -173,25 +173,38 @@ def test_images_are_found_by_relative_and_by_absolute_path(tmp_path):
     outside = str(tmp_path / "else" / "c.jpg")
     rows = [{"image": name, "conversations": said("Q", "A")} for name in ("x/a.jpg", "y/a.jpg", "./b.jpg", outside)]
     source = as_json(tmp_path, rows, images=str(tmp_path / "images"))
-    table = open_table(source, tmp_path / "tables", on_bad_data="stop")
+    with pytest.raises(
+        ValueError, match=r"else/c\.jpg: is an absolute path, and not in .*/images: .*absolute_paths=true"
+    ):
+        open_table(source, tmp_path / "tables", on_bad_data="stop")
+    table = open_table(source, tmp_path / "tables", on_bad_data="stop", absolute_paths=True)
     assert [row.images for row in table] == [("x/a.jpg",), ("y/a.jpg",), ("b.jpg",), (outside,)]
     bad = [*rows, {"id": 9, "image": "z/a.jpg", "conversations": said("Q", "A")}]
     source = as_json(tmp_path, bad, images=str(tmp_path / "images"))
     with pytest.raises(ValueError, match=r"rows\.json, id 9, image z/a\.jpg: is not in .*images"):
-        open_table(source, tmp_path / "tables", on_bad_data="stop")
-    assert len(open_table(source, tmp_path / "tables", on_bad_data="skip")) == 4
+        open_table(source, tmp_path / "tables", on_bad_data="stop", absolute_paths=True)
+    assert len(open_table(source, tmp_path / "tables", on_bad_data="skip", absolute_paths=True)) == 4
+    assert len(open_table(source, tmp_path / "tables", on_bad_data="skip")) == 3
 
 
 def test_without_a_folder_only_absolute_paths_are_images(tmp_path):
+    """And only with a key of the config: anybody's table could show any image of this machine."""
     (tmp_path / "c.jpg").touch()
     rows = [{"image": str(tmp_path / "c.jpg"), "conversations": said("Q", "A")}]
-    assert len(open_table(as_json(tmp_path, rows), tmp_path / "tables", on_bad_data="stop")) == 1
+    source, anywhere = as_json(tmp_path, rows), {"on_bad_data": "stop", "absolute_paths": True}
+    with pytest.raises(
+        ValueError, match=r"may be read: .*c\.jpg is an absolute path: .*`images`, or set data\.absolute"
+    ):
+        open_table(source, tmp_path / "tables", on_bad_data="stop")
+    assert len(open_table(source, tmp_path / "tables", **anywhere)) == 1
+    named = as_json(tmp_path, rows, images=str(tmp_path))
+    assert [row.images for row in open_table(named, tmp_path / "tables", on_bad_data="stop")] == [(rows[0]["image"],)]
     rows.append({"image": "c.jpg", "conversations": said("Q", "A")})
     source = as_json(tmp_path, rows)
     with pytest.raises(
         ValueError, match=r"id 2, image c\.jpg: is not in the file system \(relative names need `images`"
     ):
-        open_table(source, tmp_path / "tables", on_bad_data="stop")
+        open_table(source, tmp_path / "tables", **anywhere)
     assert len(open_table(source, tmp_path / "tables", on_bad_data="stop", check_images=False)) == 2
 
 

@@ -422,7 +422,7 @@ def test_a_finished_run_is_extended(config, tmp_path, caplog, capsys):
 
 
 def test_a_training_that_is_stopped_at_its_last_page_has_it_when_it_is_resumed(config, tmp_path, monkeypatch):
-    def stop(*arguments):
+    def stop(*arguments, **settings):
         raise KeyboardInterrupt
 
     path, run = config(train__steps=1, adapter__parts=["unet.attn"], sample__steps=1), str(tmp_path / "run")

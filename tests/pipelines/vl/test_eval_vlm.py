@@ -25,7 +25,7 @@ def config(tiny_vlm, tmp_path):
         values = {
             "pipeline": "eval_vl",
             "model": {"path": str(tiny_vlm("llava"))},
-            "data": {"valid": valid, "tables": str(tmp_path / "tables")},
+            "data": {"absolute_paths": True, "valid": valid, "tables": str(tmp_path / "tables")},
             "decode": {"max_new_tokens": 1, **decode},
             "output": str(tmp_path / "run"),
         }

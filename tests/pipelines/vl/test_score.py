@@ -371,6 +371,28 @@ def test_a_page_shows_all_rows_with_their_images_and_changes(data, tmp_path, cap
     assert "exists: name a new file" in run(capsys, *arguments, code=2)
 
 
+@pytest.mark.parametrize("shape", ["absolute", "up", "link"])
+def test_a_page_shows_no_image_that_was_not_given(tmp_path, capsys, shape):
+    """Predictions that somebody else wrote name a picture beside the folder, or put a link to it there."""
+    save_noise(private := tmp_path / "private.png", 0, 60, 40)
+    (folder := tmp_path / "given").mkdir()
+    (folder / "link.png").symlink_to(private)
+    name = {"absolute": str(private), "up": "../private.png", "link": "link.png"}[shape]
+    document = DOCUMENTS[0] | {"image": name}
+    data = files.write_json(tmp_path / "val.json", {"data": [document]})
+    path = lines(tmp_path / "said.jsonl", WRONG[:1])
+    command = [path, "--suite", "docvqa", "--data", data, "--page", tmp_path / "page.html"]
+    message = {"absolute": "is an absolute path", "up": "are not in", "link": "or give --follow-links"}[shape]
+    assert message in run(capsys, *command, "--images", folder, code=2)
+    assert not (tmp_path / "page_images").exists()
+    if shape == "link":
+        run(capsys, *command, "--images", folder, "--follow-links")
+        assert len(list((tmp_path / "page_images").iterdir())) == 1
+    else:
+        run(capsys, *command)
+        assert not (tmp_path / "page_images").exists()
+
+
 def test_images_that_are_missing_are_counted_and_named(data, tmp_path, capsys):
     path = lines(tmp_path / "said.jsonl", WRONG)
     page = ["--page", tmp_path / "page.html", "--images", tmp_path]

@@ -145,7 +145,9 @@ def bad_rows(config, tmp_path, tiny_vlm):
 
     def write(on_bad_data: str) -> str:
         model = {"path": str(tiny_vlm("qwen2_5_vl")), "max_length": 50}
-        path = config("qwen2_5_vl", model=model, data={"on_bad_data": on_bad_data, "valid": None})
+        path = config(
+            "qwen2_5_vl", model=model, data={"absolute_paths": True, "on_bad_data": on_bad_data, "valid": None}
+        )
         file = Path(yaml.safe_load(Path(path).read_text())["data"]["train"]["file"])
         (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
         rows = json.loads(file.read_text())
@@ -297,7 +299,7 @@ def test_all_broken_images_are_named_if_all_are_decoded(config, tmp_path, images
     ]
     train = {"format": "chat", "file": str(write_json(tmp_path / "train.json", rows[:2]))}
     valid = {"format": "chat", "file": str(write_json(tmp_path / "valid.json", rows))}
-    path = config("llava", data={"train": train, "valid": valid, "on_bad_data": "skip"})
+    path = config("llava", data={"absolute_paths": True, "train": train, "valid": valid, "on_bad_data": "skip"})
     text = printed(capsys, path)
     assert "images are broken" not in text
     assert f"columns of {tmp_path / 'train.json'} that are not read: topic ('noise')" in text

@@ -14,6 +14,7 @@ One more shape of `chat` is an entry of SHAPES in chat_shapes.py, with a functio
 `preferences` one of PAIR_SHAPES in preferences.py.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,10 +22,11 @@ from dora_mm.config import resolve_path
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.readers.chat import find_shape
-from dora_mm.data.vl.readers.hub_files import files_of_source
+from dora_mm.data.vl.readers.hub_files import METADATA, check_links, files_of, files_of_source
 from dora_mm.data.vl.readers.preferences import find_pair_shape
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.registries.registry import load
+from dora_mm.utils.folders import Links
 
 SHAPES = {"chat": find_shape, "preferences": find_pair_shape}  # what finds the shape of a file, by its format
 FILES = ("file", "annotations", "subtitles")  # the keys of a source that name files with row content
@@ -66,6 +68,23 @@ def data_files(source: SourceConfig, key: str) -> list[Path]:
     if key == "file" and source.reader.several:
         return files_of_source(source)
     return [Path(path) for path in paths_under(source, key)]
+
+
+def own_folders(source: SourceConfig) -> list[Path]:
+    """The folders of the images that the data files of a source name beside themselves, by absolute paths."""
+    files, relative = data_files(source, "file"), source.reader.image_folder
+    folders = [os.path.abspath(file.parent / relative) for file in files if relative or file.name in METADATA]
+    return [*map(Path, dict.fromkeys(folders))]
+
+
+def check_files(source: SourceConfig, links: Links) -> None:
+    """Checks that the data files of folders and patterns are in these.
+
+    Raises:
+        ValueError: One is a link that leads out, or a folder has no data files.
+    """
+    for path in map(Path, source.files) if source.reader.several else ():
+        check_links(path, files_of(path, None if source.reader.splits_rows else source.split), links)
 
 
 def paths_under(source: SourceConfig, key: str) -> tuple[str, ...]:

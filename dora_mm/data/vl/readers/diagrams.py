@@ -20,6 +20,7 @@ from dora_mm.data.vl.readers.choices import choice
 from dora_mm.data.vl.readers.hub_files import files_of_source
 from dora_mm.data.vl.readers.knowledge import letter_of
 from dora_mm.data.vl.rows import BadRows, Index, RowError, checked, good_rows
+from dora_mm.utils.folders import inside
 from dora_mm.utils.json_text import read_bounded, read_json
 
 LARGEST = 100  # pixels of a letter
@@ -68,7 +69,7 @@ def read_ai2d_questions(source: SourceConfig, bad: BadRows) -> Iterator[Example]
     def example(row: _Row) -> Example:
         about, folder, name = row["about"], Path(row["folder"]), row["image"]
         file = folder / "images" / name
-        image = _with_letters(file, folder / "annotations" / f"{name}.json") if about["abcLabel"] else str(file)
+        image = _with_letters(folder, name) if about["abcLabel"] else str(file)
         return choice(
             row["question_id"],
             row["question"],
@@ -102,7 +103,7 @@ def _questions(path: Path) -> Iterator[Item]:
     questions = found.get("questions")
     if not isinstance(questions, dict):
         raise ValueError(f"{path}: has no `questions` of a diagram")
-    folder, image = str(path.parent.parent), found.get("imageName")
+    folder, image = str(path.parent.parent.absolute()), found.get("imageName")
     for number, (question, about) in enumerate(questions.items(), 1):
         key = about.get("questionId") if isinstance(about, dict) else None
         rest = {"question_id": key, "question": question, "image": image, "folder": folder, "about": about}
@@ -110,13 +111,18 @@ def _questions(path: Path) -> Iterator[Item]:
 
 
 @lru_cache(1)  # questions of one diagram follow each other
-def _with_letters(image: Path, annotations: Path) -> str:
+def _with_letters(folder: Path, name: str) -> str:
     """A diagram whose texts are covered by their letters, in black on white, each as large as its box, as a data URL.
 
+    Args:
+        folder: The folder of the data set.
+        name: The diagram's file.
+
     Raises:
-        RowError: One of the files is missing, or not what it should be.
+        RowError: One of the files is missing, outside of the folder, or not what it should be.
     """
     try:
+        image, annotations = inside(folder / "images", name), inside(folder / "annotations", f"{name}.json")
         labels, lettered = checked(LABELS, read_json(annotations)), load_rgb(image, "white")
     except ValueError as error:
         raise RowError("has letters in its diagram, whose image or annotations cannot be read") from error

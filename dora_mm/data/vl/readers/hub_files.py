@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from dora_mm.config.vl_data import SourceConfig
+from dora_mm.utils.folders import Links, check_entry
 
 TEXTS = (".json", ".jsonl", ".csv", ".tsv")
 SUFFIXES = (*TEXTS, *(f"{suffix}.gz" for suffix in TEXTS), ".parquet", ".arrow", ".tar")
@@ -64,6 +65,18 @@ def files_of(path: Path, split: str | None = None) -> list[Path]:
             return [path]
         splits, others = _splits_by_name(_fixed_part(path), _data_files(matched) or matched)
     return _chosen(path, splits, others, split)
+
+
+def check_links(path: Path, files: Iterable[Path], links: Links) -> None:
+    """Checks that the files that `files_of` found in a folder or by a pattern are in the folder.
+
+    Raises:
+        ValueError: One is a link that leads out.
+    """
+    if not path.is_file():
+        folder = path if path.is_dir() else _fixed_part(path)
+        for file in files:
+            check_entry(file, folder, links)
 
 
 def _chosen(path: Path, splits: Splits, others: Sequence[Path], split: str | None) -> list[Path]:

@@ -1,7 +1,7 @@
 """The page of a file of predictions, or of two of the same rows."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -13,13 +13,19 @@ from dora_mm.data.vl.image_folder import ImageFolder
 from dora_mm.eval.vl.metrics import score_row
 from dora_mm.eval.vl.pages import SIDE, PageExample, PageSection, write_examples_page
 from dora_mm.registries.suites import file_stem
+from dora_mm.utils.folders import REFUSED, Links
 from dora_mm.utils.progress import tracked
 
 log = logging.getLogger(__name__)
 
 
 def write_page(
-    path: Path, task: str, predictions: Predictions, before: Predictions | None = None, images: str | None = None
+    path: Path,
+    task: str,
+    predictions: Predictions,
+    before: Predictions | None = None,
+    images: str | None = None,
+    links: Links = REFUSED,
 ) -> None:
     """Writes a page of all rows, with small images in a folder beside it, which has its name and `_images`.
 
@@ -28,16 +34,18 @@ def write_page(
         task: The suite.
         predictions: Examples with predictions.
         before: Those of another run of the same rows, in the same order; None: there are none.
-        images: The folder of images; None: those that rows name in full.
+        images: The folder of images; None: no image is shown.
+        links: What becomes of links that lead out of it.
 
     Raises:
-        ValueError: The page or its folder exists, or images are missing in `images`; their number and some are named.
+        ValueError: The page or its folder exists, or images are missing in `images` or outside of it; their number and
+            one are named.
     """
     folder = path.with_name(f"{path.stem}_images")
     for page_path in (path, folder):
         if page_path.exists():
             raise ValueError(f"--page: {page_path} exists: name a new file")
-    paths = _found([example for example, _ in predictions], images)
+    paths = _found([example for example, _ in predictions], images, links)
     shown = _thumbnails(folder, paths)
     earlier = [None] * len(predictions) if before is None else [text for _, text in before]
     examples = [
@@ -54,12 +62,14 @@ def write_page(
     write_examples_page(path, title, [PageSection(title, examples)])
 
 
-def _found(examples: Sequence[Example], images: str | None) -> dict[str, Path]:
+def _found(examples: Sequence[Example], images: str | None, links: Links) -> dict[str, Path]:
     """The files of images, by their names."""
-    find: Callable[[str], str | None] = ImageFolder(None if images is None else Path(images)).find
+    folder = ImageFolder(None if images is None else Path(images), links=links)
     names = dict.fromkeys(name for example in examples for name in example.images if not name.startswith("data:"))
-    found = {name: find(name) for name in names}
+    found = {name: folder.find(name) for name in names}
     missing = [name for name, path in found.items() if path is None]
+    if missing and (reason := folder.refusal(missing[0])) and images is not None:
+        raise ValueError(f"--images: {len(missing)} of {len(names)} images may not be read: {missing[0]} {reason}")
     if missing and images is not None:
         raise ValueError(f"--images: {len(missing)} of {len(names)} images are not in {images} (one is {missing[0]})")
     if missing:
