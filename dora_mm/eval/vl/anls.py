@@ -7,7 +7,6 @@ that edits are divided by, and in white space.
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
-from os.path import commonprefix
 
 from dora_mm.data.vl.example import Example
 from dora_mm.eval.vl.scores import mean_scorer
@@ -31,9 +30,14 @@ def edits(first: str, second: str, most: int) -> int | None:
 
 
 def _without_common_ends(first: str, second: str) -> tuple[str, str]:
-    start = len(commonprefix([first, second]))
-    end = len(commonprefix([first[start:][::-1], second[start:][::-1]]))
+    start = _common_start(first, second)
+    end = _common_start(first[start:][::-1], second[start:][::-1])
     return first[start : len(first) - end], second[start : len(second) - end]
+
+
+def _common_start(first: str, second: str) -> int:
+    pairs = zip(first, second, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def _in_band(longer: str, shorter: str, margin: int, most: int) -> int | None:
@@ -41,7 +45,8 @@ def _in_band(longer: str, shorter: str, margin: int, most: int) -> int | None:
 
     A path through a cell with i - j below -margin, or over margin + the difference of the lengths, costs over `most`.
     The numbers of column j have bits for i of j - margin and up; `up` and `down` say where the distance of i + 1 is
-    one more, or one less, than that of i. The last cell of the band, whose distance is `found`, may lie below the table.
+    one more, or one less, than that of i. The last cell of the band, whose distance is
+    `found`, may lie below the table.
     """
     width = len(longer) - len(shorter) + 2 * margin + 1
     every, last = (1 << width) - 1, 1 << (width - 1)
