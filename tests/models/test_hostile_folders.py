@@ -302,3 +302,45 @@ def test_a_repository_that_was_renamed_is_asked_for(asked):
     )
     with opening("one/model", "it cannot be loaded"):
         assert not huggingface_hub.HfApi().repo_exists("one/model")
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def split_by(pattern: str) -> Callable[[dict], Any]:
+    pieces = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return lambda tokenizer: tokenizer.update(pre_tokenizer=pieces)
+
+
+def damaged_map(tokenizer: dict) -> None:
+    tokenizer.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
+
+
+def test_a_tokenizer_that_panics_is_one_sentence(folder):
+    """A panic of Rust is no Exception for Python."""
+    edit(folder / "tokenizer.json", split_by("(a+)+$"))
+    processor = load_processor(VLMModelConfig(path=str(folder)))
+    with pytest.raises(ValueError, match=r"^the tokenizer.json of .* cannot read a text: Onig: .*retry-limit"):
+        processor.tokenizer("a" * 30 + "b")
+    with pytest.raises(ValueError, match=r"^the tokenizer.json of .* cannot read a text"):
+        processor(text=["a" * 30 + "b"])
+    edit(folder / "tokenizer.json", damaged_map)
+    with pytest.raises(ValueError, match=r"^model.path: the processor of .* cannot be loaded: Precompiled"):
+        load_processor(VLMModelConfig(path=str(folder)))
+    with pytest.raises(ValueError, match=r"has no tokenizer: Precompiled"):
+        load_tokenizer(str(folder), None)
+
+
+@pytest.mark.parametrize("lengths", [(6, 77), (77, 6), (1, 1), (0, 0), (-5, -5), (10**30, 10**30)])
+def test_the_tokenizers_of_an_image_model_have_one_length_of_a_chunk(tiny_folder, tmp_path, lengths):
+    """Other lengths ended in an error of zip, or, without room for a token, never."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    for name, length in zip(("tokenizer", "tokenizer_2"), lengths, strict=True):
+        edit(
+            folder / name / "tokenizer_config.json",
+            lambda config, length=length: config.update(model_max_length=length),
+        )
+    with pytest.raises(
+        ValueError, match=r"^model.path: the tokenizers of .* have a model_max_length of .* SDXL has 77"
+    ):
+        load_image_model(ModelConfig(path=str(folder))).encode_prompts(["a red house beside a tree, and more"])
