@@ -1,7 +1,8 @@
 """Bounds for chat templates: programs out of models' files, which transformers renders in a sandbox of jinja2's.
 
 That sandbox keeps a template from the machine, but not from loops that never end and texts of gigabytes. Here every
-loop, call, product and text is counted before it is made. Nor does the sandbox keep them from the clock: here they get
+loop, call, product, comparison and text is counted, by its length, before it is made, and what is kept by the bytes
+that it takes. Nor does the sandbox keep them from the clock: here they get
 the day that is set by `rendering_on`, so that a row is the same whenever it is rendered. Importing this file does both
 for all templates that the process compiles from then on: transformers builds its environment inside of a function, from
 the class that is replaced.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,25 +27,66 @@ from transformers.utils import chat_template_utils
 
 from dora_mm.utils.day import Day, midnight
 
-MOST_STEPS = 10_000_000  # of the loops of a rendering
+MOST_STEPS = 5_000_000  # of the loops of a rendering: some 4 s
 CALL = 20  # the steps of a call, which takes some 15 us
 MOST_SIZE = 2**22  # of a text in characters, or of a list
 MOST_TOTAL = 2**30  # characters of all texts that a rendering builds
+MOST_KEPT = 2**28  # bytes of texts and lists that a rendering holds at one time
+SMALL = 256  # bytes of a text or list that is not looked for among them
 MOST_NUMBER = 100_000  # an argument, as of a width; jinja2's own bound of a range
 MOST_BITS = 4096  # of a whole number
 LONG_WIDTH = re.compile(r"\d{6}|\*")  # in a format
 SIZED = (str, bytes, list, tuple, dict)
 OF_ITEMS = (  # filters of lists and objects that make no text of them
     *("length", "count", "list", "first", "last", "map", "select", "reject", "selectattr", "rejectattr", "items"),
-    *("sort", "unique", "reverse", "batch", "slice", "groupby", "dictsort", "default", "d", "attr", "max", "min"),
+    *("reverse", "batch", "slice", "default", "d", "attr"),
 )
+OF_KEYS = ("get", "keys", "values")  # methods of dicts that look at no value
+CHARACTERS = 32  # characters or items that a filter or method reads in a step
+SLOW = {  # filters that take steps for each character or item: 20 to 800 ns, and a step takes some 750
+    **dict.fromkeys(("wordwrap", "urlize", "sort", "unique", "groupby", "dictsort"), 4),
+    **dict.fromkeys(("title", "urlencode", "pprint", "max", "min"), 1),
+    **dict.fromkeys(("join", "list", "indent", "striptags", "wordcount"), 0.25),
+}
 
 
 class Spent:
-    """The steps and the characters of text that a rendering has taken so far."""
+    """The steps and the characters of text that a rendering has taken so far, and what it may still hold.
+
+    Texts are held here, too, by their ids. Where they take many bytes, those that nothing else refers to are dropped.
+    """
 
     def __init__(self) -> None:
-        self.steps = self.size = 0
+        self.steps = self.size = self.printed = 0
+        self.held: dict[int, Any] = {}
+        self.bytes, self.next_look = 0, MOST_KEPT // 4
+
+    def print(self, size: int) -> None:
+        """Counts the bytes of what goes into the text; raises SecurityError where they are too many."""
+        self.printed += size
+        if self.printed > MOST_KEPT:
+            raise _refused(f"it writes {self.printed:,} bytes, of at most {MOST_KEPT:,}")
+
+    def hold(self, value: Any) -> None:
+        """Counts the bytes of a text or a list; raises SecurityError where those that are alive take too many."""
+        size = sys.getsizeof(value)
+        if size < SMALL or id(value) in self.held:
+            return
+        self.held[id(value)] = value
+        self.bytes += size
+        if self.bytes > self.next_look:
+            self._drop()
+            if self.bytes > MOST_KEPT:
+                raise _refused(f"it keeps {self.bytes:,} bytes, of at most {MOST_KEPT:,}")
+            self.next_look = max(MOST_KEPT // 4, 2 * self.bytes)
+
+    def _drop(self) -> None:
+        for key in list(self.held):
+            value = self.held.pop(key)
+            if sys.getrefcount(value) > 2:  # beside this name, and the argument
+                self.held[key] = value
+            del value
+        self.bytes = sum(map(sys.getsizeof, self.held.values()))
 
     def add(self, steps: int, size: int = 0) -> None:
         """Counts; raises SecurityError where it is too much."""
@@ -92,7 +135,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.filters = _Filters(self.filters)
-        self.finalize = _printable
+        self.finalize = _printed
         self.globals = _Globals(self.globals)
         self.template_class = _Template
         del self.globals["lipsum"]  # paragraphs of any length
@@ -105,7 +148,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """A call of a function, a method or a macro."""
         owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)  # jinja2 wraps str.format
-        named = isinstance(owner, str | bytes)
+        if owner is self:  # one of those below, which counts for itself
+            return function(*args)
+        named = isinstance(owner, SIZED)
+        if isinstance(owner, list | tuple):  # which are searched by `count` and `index`
+            _printable(owner)
         _check_arguments(function.__name__ if named else "", ((owner,) if named else ()) + args, kwargs)
         _add(CALL)
         return _counted(super().call(context, function, *args, **kwargs))
@@ -116,7 +163,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             count = len(values)
         except TypeError:
             return _one_by_one(values, size)
-        _add(count, count * size)
+        _add(count, count * size, written=4 * count * size)
         return values
 
     def bounded_join(self, *values: Any) -> str:
@@ -124,6 +171,23 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         texts = [str(_printable(value)) for value in values]
         _check_size(sum(map(len, texts)))
         return _counted("".join(texts))
+
+    def bounded_value(self, value: Any) -> Any:
+        """Counts a part of another value, such as a slice of a text."""
+        return _counted(value)
+
+    def bounded_operand(self, value: Any) -> Any:
+        """Counts a value that is compared or looked up, with all that is in it."""
+        _add(_cost("", value))
+        return _printable(value) if isinstance(value, list | tuple | dict) else value
+
+    def bounded_container(self, value: Any) -> Any:
+        """Counts a value in which another one is looked for: with all that is in it, but for the values of a dict."""
+        return value if isinstance(value, dict) else self.bounded_operand(value)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """An item, by its key."""
+        return super().getitem(obj, self.bounded_operand(argument) if isinstance(argument, tuple) else argument)
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
         return super()._generate(_Bounding().visit(source), *args, **kwargs)
@@ -145,6 +209,29 @@ class _Bounding(NodeTransformer):
         size = sum(len(text.data) for text in node.find_all(nodes.TemplateData))
         node.iter = _call("bounded_loop", [node.iter, nodes.Const(size)], node)
         return node
+
+    def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.AssignBlock:
+        self.generic_visit(node)
+        inner: Any = node.filter  # which has no node inside: the text of the block takes its place
+        node.filter = nodes.Filter(inner, "string", [], [], None, None, lineno=node.lineno)
+        return node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
+        self.generic_visit(node)
+        node.expr = _call("bounded_operand", [node.expr], node)
+        for operand in node.ops:
+            name = "bounded_container" if operand.op in ("in", "notin") else "bounded_operand"
+            operand.expr = _call(name, [operand.expr], node)
+        return node
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Pair:
+        self.generic_visit(node)
+        node.key = _call("bounded_operand", [node.key], node)
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        return _call("bounded_value", [node], node) if isinstance(node.arg, nodes.Slice) else node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
         self.generic_visit(node)
@@ -187,9 +274,10 @@ def _refused(reason: str) -> SecurityError:
     return SecurityError(f"the bounds of a chat template: {reason}")
 
 
-def _add(steps: int, size: int = 0) -> None:
+def _add(steps: int, size: int = 0, written: int = 0) -> None:
     if (spent := _spent.get()) is not None:  # None: while a template is compiled
         spent.add(steps, size)
+        spent.print(written)
 
 
 def _check_size(size: int) -> None:
@@ -202,6 +290,17 @@ def _counted(value: Any) -> Any:
     size = len(value) if isinstance(value, SIZED) else 0
     _check_size(size)
     _add(1, size)
+    if size and (spent := _spent.get()) is not None:
+        spent.hold(value)
+    return value
+
+
+def _printed(value: Any) -> Any:
+    """A value that becomes a part of the text."""
+    before = spent.size if (spent := _spent.get()) is not None else 0
+    _printable(value)
+    if spent is not None:
+        spent.print(sys.getsizeof(value) if isinstance(value, str) else 4 * (spent.size - before))
     return value
 
 
@@ -224,7 +323,7 @@ def _printable(value: Any) -> Any:
 
 def _one_by_one(values: Iterable[Any], size: int) -> Iterator[Any]:
     for value in values:
-        _add(1, size)
+        _add(1, size, written=4 * size)
         yield value
 
 
@@ -247,12 +346,20 @@ def _check_arguments(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     for value in (*args, *kwargs.values()):
         if isinstance(value, int | float) and abs(value) > MOST_NUMBER:
             raise _refused(f"the number {value:.3g} as an argument")
-        if isinstance(value, list | tuple | dict) and name and name not in OF_ITEMS:
+        deep = name and name not in (*OF_ITEMS, *OF_KEYS)
+        if isinstance(value, tuple) or (isinstance(value, list | dict) and deep):
             _printable(value)
+        _add(_cost(name, value))
     if (grown := _GROWING.get(name)) and args:
         texts = [value for value in (*args, *kwargs.values()) if isinstance(value, str | bytes)]
         numbers = [int(value) for value in (*args, *kwargs.values()) if isinstance(value, int | float)]
         _check_size(grown(texts, args, max(numbers, default=4)))
+
+
+def _cost(name: str, value: Any) -> int:
+    """The steps of reading a value."""
+    size = len(value) if isinstance(value, SIZED) else 0
+    return int(size * SLOW.get(name, 1 / CHARACTERS))
 
 
 def _joined(texts: Sequence[Any], args: Sequence[Any], number: int) -> int:

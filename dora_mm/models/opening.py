@@ -16,6 +16,7 @@ from dora_mm.formats.files.model_folder import ModelFolder
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.formats.files.variants import choose_variant, of_variant
 from dora_mm.models.hub import check_hub, local_copy, named, unreachable
+from dora_mm.utils.guards import ElsewhereError, guarded, is_panic
 from dora_mm.utils.json_text import parse_json
 from dora_mm.utils.progress import Progress
 
@@ -34,7 +35,8 @@ def opening(
     """A context in which other libraries load something of a model: their errors become one sentence.
 
     Libraries raise anything for files that are missing, damaged or of another kind of model: tokenizers, for one, a
-    plain Exception. Their bars of loading, a moment each, are left out; those of downloads stay.
+    plain Exception, or a panic, which is none. Their bars of loading, a moment each, are left out; those of downloads
+    stay. What the files ask for of code and of other places is refused; see `dora_mm.utils.guards`.
 
     Args:
         name: What is loaded: a local path, or a hub name.
@@ -51,9 +53,14 @@ def opening(
     if loads:
         check_hub(name, revision, key=key)
     try:
-        with without_bars(), Progress(f"loading {name}", hidden=not loads):
+        repository = "" if Path(name).exists() else name if HUB_NAME.fullmatch(name) else None
+        with guarded(repository), without_bars(), Progress(f"loading {name}", hidden=not loads):
             yield
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        if elsewhere := next((cause for cause in _causes(error) if isinstance(cause, ElsewhereError)), None):
+            raise ValueError(f"{start}{problem}: {elsewhere}") from error
         if not Path(name).exists() and any(_is_connection(cause) for cause in _causes(error)):
             raise unreachable(name, revision, key) from error
         needs_remote_code = "trust_remote_code=True" in str(error)  # nothing here could pass it

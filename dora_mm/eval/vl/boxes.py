@@ -29,6 +29,8 @@ NESTED = re.compile(rf"\[\[{FOUR}\]")  # of InternVL
 BRACKETED = re.compile(rf"\[{FOUR}\]")
 PATCHES = 32  # of Kosmos-2, on each side
 THOUSAND = (1000.0, 1000.0)
+SHARE = r"(-?\d+(?:\.\d+)?)"
+SHARES = re.compile(rf"\[\s*{SHARE},\s*{SHARE},\s*{SHARE},\s*{SHARE}\s*\]")  # of lmms-eval: no space before a comma
 QWEN = re.compile(r"\((.*?)\),\((.*?)\)")
 
 
@@ -92,7 +94,7 @@ def qwen_box(answer: str, scale: BoxScale) -> Box | None:
 
 def share_box(answer: str, scale: BoxScale) -> Box | None:
     """Returns the first box as lmms-eval reads it: four shares in square brackets."""
-    found = BRACKETED.search(answer)
+    found = SHARES.search(answer)
     return _scaled([float(text) for text in found.groups()], (1, 1)) if found else None
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_mm.formats.files.model_folder import ModelFolder
+from dora_mm.utils.guards import guarded
 from dora_mm.utils.messages import first_line
 from dora_mm.utils.requirements import check_extra
 
@@ -64,9 +65,8 @@ def empty_model(folder: ModelFolder) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         return None
     try:
-        settings = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
-        with torch.device("meta"):
-            return kind(reading_part(settings))
+        with guarded(""), torch.device("meta"):
+            return kind(reading_part(transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)))
     except Exception as error:  # transformers raises anything for settings that do not fit
         raise ValueError(
             f"{folder.path}: no {kind.__name__} can be built from its config.json: {first_line(error)}"

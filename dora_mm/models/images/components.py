@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
@@ -25,6 +26,7 @@ from dora_mm.models.streaming import blocks_to_stream
 from dora_mm.utils.digest import module_digest, weights_digest
 
 META = torch.device("meta")
+LIBRARIES = ("diffusers", "transformers")
 
 
 class StreamedNetwork(NamedTuple):
@@ -165,9 +167,23 @@ def is_network(name: str) -> bool:
 
 
 def class_of(files: ModelFolder, name: str) -> Any:
-    """The class of a component, that the index of its pipeline names."""
+    """The class of a component, that the index of its pipeline names.
+
+    A library that an index names is imported only if diffusers or transformers is meant: an import runs code.
+
+    Raises:
+        ValueError: It is none of a network in diffusers, transformers, or what the process has imported.
+    """
     library, named_class = (files.index or {})[name]
-    return getattr(import_module(library), named_class)
+    module = import_module(library) if library in LIBRARIES else sys.modules.get(library)
+    module = module or getattr(import_module("diffusers.pipelines"), library, None)
+    found = getattr(module, named_class, None)
+    if isinstance(found, type) and issubclass(found, nn.Module):
+        return found
+    raise ValueError(
+        f"model.path: the {INDEX} of {files.path} names {library}.{named_class} as its {name}, which is no network of "
+        f"{' or '.join(LIBRARIES)}"
+    )
 
 
 def empty_network(

@@ -118,6 +118,9 @@ def test_a_split_is_a_column(tmp_path):
         ({"image": "[" + "1, " * 40 + "]"}, "has a list of images that is not a list of texts"),
         ({"image_path": "https://x.org/a.jpg"}, "names an image by its address on the network"),
         ({"image_path": "['a.jpg'"}, "has a list of images that is not a list of texts"),
+        ({"image_path": "[" * 5000 + "]" * 5000}, "has a list of images that is not a list of texts"),
+        ({"image_path": "[" + "-" * 5000 + "1]"}, "has a list of images that is not a list of texts"),
+        ({"image_path": "[" + "not " * 90_000 + "1]"}, "has a list of images that is not a list of texts"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line_and_can_be_skipped(tmp_path, changes, reason):

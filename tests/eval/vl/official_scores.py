@@ -1,6 +1,7 @@
 """Scores of the made-up answers by the official scripts, which official_scores.json keeps.
 
-`python -m tests.eval.vl.official_scores FOLDER` runs the scripts, unchanged and fetched by you, and writes the file:
+`python -m tests.eval.vl.official_scores FOLDER` runs the scripts, unchanged and fetched by you, and writes the file
+(with `hard`, it runs those of lmms-eval on hard rows alone, and keeps the other scores):
 
     anls.py          eval_mm/infographicsvqa_eval.py of QwenLM/Qwen-VL: that of rrc.cvc.uab.es
     m4c.py           mmf/utils/m4c_evaluators.py of facebookresearch/mmf
@@ -296,7 +297,7 @@ def nlvr2(folder: Path) -> dict[str, list[float | None]]:
 
 
 def boxes(folder: Path) -> dict[str, list[float | None]]:
-    rows, rec = made_up.boxed(6), load(folder, "rec", datasets=MagicMock())
+    rows = made_up.boxed(6)
     script = load(folder, "grounding")
     qwen = []
     for row in rows:
@@ -304,14 +305,26 @@ def boxes(folder: Path) -> dict[str, list[float | None]]:
         mark = "iou = iou.item()"
         given = vars(script) | {"merged_outputs": [output], "PATTERN": re.compile(r"\((.*?)\),\((.*?)\)")}
         qwen.append(block(folder, "grounding", mark, **given, correct=0, total_cnt=0)["correct"])
+    return {"boxes_qwen": qwen, "boxes_lmms": boxes_of_lmms(folder, rows)}
+
+
+def boxes_of_lmms(folder: Path, rows: Sequence[MadeUp]) -> list[float | None]:
+    rec = load(folder, "rec", datasets=MagicMock())
     shares = [[value / row.size[place % 2] for place, value in enumerate(row.box)] for row in rows]
-    found = [
+    return [
         guarded(lambda row, share: rec.compute_accuracy(share, rec.parse_float_sequence_within(row.prediction)))(
             row, share
         )
         for row, share in zip(rows, shares, strict=True)
     ]
-    return {"boxes_qwen": qwen, "boxes_lmms": found}
+
+
+def hard(folder: Path) -> dict[str, list[float | None]]:
+    """Of hard rows, by the functions of lmms-eval 0.7.3 (`pip download lmms-eval==0.7.3`)."""
+    return {
+        "boxes_lmms_hard": boxes_of_lmms(folder, made_up.hard_boxes(9)),
+        "ocrbench_folded_hard": ocrbench_folded(folder, made_up.hard_answers(10)),
+    }
 
 
 def rouge() -> dict[str, list[float | None]]:
@@ -325,5 +338,8 @@ def rouge() -> dict[str, list[float | None]]:
 
 if __name__ == "__main__":
     scripts = Path(sys.argv[1])
-    scores = documents(scripts) | letters(scripts) | pope(scripts) | boxes(scripts) | nlvr2(scripts) | rouge()
-    FILE.write_text(json.dumps({name: packed(found) for name, found in scores.items()}, indent=0) + "\n")
+    scores, kept = hard(scripts), json.loads(FILE.read_text())
+    if sys.argv[2:] != ["hard"]:
+        scores |= documents(scripts) | letters(scripts) | pope(scripts) | boxes(scripts) | nlvr2(scripts) | rouge()
+    packed_scores = {name: packed(found) for name, found in scores.items()}
+    FILE.write_text(json.dumps(kept | packed_scores, indent=0) + "\n")

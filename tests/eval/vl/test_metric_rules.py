@@ -314,3 +314,18 @@ def test_metrics_of_some_answers_say_of_how_many():
         (replace(row("1", ("True",), "True")[0], id=f"dev-1-{number}-{number // 2}"), "True") for number in range(4)
     ]
     assert score("nlvr2", pairs).counts == {"consistency": 2}
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        ("[0.1, 0.2, 0.5, 0.6]", True),
+        ("[ 0.1,0.2,  0.5,\n0.6 ]", True),
+        ("[0.1 , 0.2, 0.5, 0.6]", False),
+        ("[0.1, 0.2, 0.5 ,0.6]", False),
+        ("[.1, 0.2, 0.5, 0.6]", False),
+    ],
+)
+def test_lmms_eval_reads_no_box_with_white_space_before_a_comma(answer, found):
+    """As parse_float_sequence_within of lmms_eval/tasks/refcoco/utils_rec.py."""
+    assert (boxes.share_box(answer, boxes.BoxScale((640, 480))) is not None) == found

@@ -43,6 +43,7 @@ def example(row: MadeUp) -> Example:
 OPEN, TEN, CHOICES = made_up.open_answers(1), made_up.open_answers(2, references=10), made_up.choices(3)
 WORDS, YES_OR_NO, BOXED = made_up.open_answers(4), made_up.yes_or_no(5), made_up.boxed(6)
 SENTENCES = made_up.sentences(8)
+HARD_BOXES, HARD_ANSWERS = made_up.hard_boxes(9), made_up.hard_answers(10)
 # The rules themselves: `row` scores an empty text 0, which some scripts take for an answer
 METRICS = {
     "anls": (OPEN, lambda row, text: anls.SCORER.accuracy(row, text)),
@@ -64,6 +65,8 @@ METRICS = {
     "pope": (YES_OR_NO, pope.row_accuracy),
     "rouge_l": (SENTENCES, rouge.row_rouge_l),
     "boxes_qwen": (BOXED, lambda row, text: boxes.reads(boxes.qwen_box)(row, text)),
+    "boxes_lmms_hard": (HARD_BOXES, lambda row, text: boxes.reads(boxes.share_box)(row, text)),
+    "ocrbench_folded_hard": (HARD_ANSWERS, ocrbench.folded_accuracy),
     "boxes_lmms": (BOXED, lambda row, text: boxes.reads(boxes.share_box)(row, text)),
 }
 

@@ -199,7 +199,7 @@ def listed(cell: str) -> list[str]:
         return [cell]
     try:
         members = ast.literal_eval(cell)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: of what is nested deeply
         members = None
     if not isinstance(members, list) or not all(isinstance(member, str) for member in members):
         raise RowError("has a list of images that is not a list of texts")

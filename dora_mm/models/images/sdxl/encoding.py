@@ -22,11 +22,12 @@ from dora_mm.models.images.vae import posterior_of
 
 Token = tuple[int, float]  # the id, and the weight
 COMMA_TOKENS = 20  # a chunk ends after a comma among its last 20 tokens, as in A1111; kohya cuts at the 75th token
+LONGEST_CHUNK = 1024  # tokens; those of SDXL have 77
 
 
 def num_chunks(model: Any, prompt: Wording) -> int:
     """The number of chunks that a prompt takes; one for up to 75 tokens, and for the empty prompt."""
-    return max(len(_chunks(model, tokenizer, prompt)) for tokenizer in (model.tokenizer, model.tokenizer_2))
+    return max(len(_chunks(model, tokenizer, prompt)) for tokenizer in _tokenizers(model))
 
 
 def tokenize(
@@ -47,9 +48,9 @@ def tokenize(
         Those of new tokens are negative (see `NewTokens`).
 
     Raises:
-        ValueError: A prompt has more than `num_chunks` chunks.
+        ValueError: A prompt has more than `num_chunks` chunks; or the tokenizers have no common length of a chunk.
     """
-    tokenizers = (model.tokenizer, model.tokenizer_2)
+    tokenizers = _tokenizers(model)
     chunks = [[_chunks(model, tokenizer, prompt) for prompt in prompts] for tokenizer in tokenizers]
     longest = max(len(each) for of_one in chunks for each in of_one)
     if num_chunks is not None and longest > num_chunks:
@@ -60,6 +61,19 @@ def tokenize(
         for tokenizer, of_one in zip(tokenizers, chunks, strict=True)
     )
     return ids, ids_2
+
+
+def _tokenizers(model: Any) -> tuple[Any, Any]:
+    """Both tokenizers, which have one length of a chunk; a length without room for a token would never end."""
+    tokenizers = (model.tokenizer, model.tokenizer_2)
+    lengths = [tokenizer.model_max_length for tokenizer in tokenizers]
+    if len(set(lengths)) > 1 or not all(isinstance(each, int) and 2 < each <= LONGEST_CHUNK for each in lengths):
+        raise ValueError(
+            f"model.path: the tokenizers of {tokenizers[0].name_or_path} and {tokenizers[1].name_or_path} have a "
+            f"model_max_length of {lengths[0]!r:.30} and {lengths[1]!r:.30} in tokenizer_config.json: SDXL has 77 "
+            "in both"
+        )
+    return tokenizers
 
 
 def _chunks(model: Any, tokenizer: Any, prompt: Wording) -> list[list[Token]]:

@@ -18,6 +18,7 @@ from dora_mm.models.quantization import config_for_transformers
 from dora_mm.models.vl.vlm.image_limits import limited_grid, set_limits
 from dora_mm.models.vl.vlm.texts import TextProcessor
 from dora_mm.models.vl.vlm.videos import check_video_keys
+from dora_mm.utils.guards import allow_kernels
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 
@@ -90,6 +91,7 @@ def load_vlm(config: VLMModelConfig, device: torch.device) -> Any:
     kind = model_class(found := read_config(path, config.revision), path)
     dtype, quantized = getattr(torch, config.dtype), config.quantization
     quantization = config_for_transformers(quantized, dtype) if quantized else None
+    allow_kernels(config.attn_implementation)
     settings = {"attn_implementation": config.attn_implementation, "quantization_config": quantization}
     model, _ = load_weights(
         kind,
