@@ -29,6 +29,7 @@ from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import ImageFolder
 from dora_mm.data.vl.readers import FILES, data_files, read_source, resolved
 from dora_mm.data.vl.readers.hub_files import METADATA
+from dora_mm.data.vl.readers.hub_rows import is_of_hub
 from dora_mm.data.vl.readers.unread import unread_columns
 from dora_mm.data.vl.rows import BadRows, OnBadData, warn_skipped
 from dora_mm.utils.atomic import write_atomically, write_text
@@ -296,7 +297,7 @@ def _listing(source: SourceConfig) -> tuple[Callable[[str], str | None], str] | 
     """How to find the images of a source, and where that is; None if only their features are read."""
     if source.images is not None:
         return ImageFolder(Path(source.images)).find, f"{source.images}, or in several of its subfolders"
-    if source.reader.images == "own":
+    if source.reader.images == "own" or (source.reader.images == "either" and is_of_hub(source)):
         return ImageFolder(None).find, "the file system (relative names need `images`, the folder that they are in)"
     return None
 
