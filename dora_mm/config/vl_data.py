@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, mo
 
 from dora_mm.config.paths import find_path
 from dora_mm.config.schema import Count, InputPath, Items, Positive, Section, Text, name_in, raise_problems
-from dora_mm.registries.readers import READERS, Key, Reader
+from dora_mm.registries.readers import READERS, Key, Learned, Reader
 from dora_mm.registries.suites import file_stem
 from dora_mm.registries.vl_tasks import TASKS, tasks_of
 
@@ -63,6 +63,9 @@ class SourceConfig(Section):
     # null: it has but one
     split: Text | None = None
     columns: dict[ColumnName, Text] = Field(default_factory=dict)  # chat, preferences, captions: by our names
+    # Which of several answers of a row is learned; all count for the score. first; sampled: drawn by its score at each
+    # step; null: first where all count the same (docvqa, chartqa, ...), else sampled
+    answers: Learned | None = None
     weight: Positive = 1.0  # beside other sources of a training split: how often its rows are drawn; 2: twice an epoch
     skip: Count = 0  # number of rows to skip at the start
     limit: PositiveInt | None = None  # number of rows to use after those; null: all
@@ -89,6 +92,11 @@ class SourceConfig(Section):
     def reader(self) -> Reader:
         """The record of its format."""
         return READERS[self.format]
+
+    @property
+    def learned(self) -> Learned:
+        """Which of several answers of a row is learned."""
+        return self.answers or self.reader.learned
 
     @property
     def lacks_images(self) -> bool:
@@ -260,6 +268,8 @@ def check_splits(
         problems.append("valid.share is a share of train, which is missing: name the format and file of valid")
     if more and train is None:
         problems.append("more is beside train, which is missing")
+    if "valid" in sources and sources["valid"].answers:
+        problems.append("valid.answers has no effect: all answers count for the score")
     weighted = [name for name, source in sources.items() if source.weight != 1 and (name == "valid" or not more)]
     problems += [f"{name}.weight has no effect: it is for several sources of a training split" for name in weighted]
     return problems

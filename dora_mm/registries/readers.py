@@ -8,7 +8,8 @@ from dora_mm.registries.registry import Registry
 
 ANY = "any"
 Official = Literal["JSON", "a table with tabs", "a pickle", "any"]  # kinds of a format's own files
-Key = Literal["annotations", "subtitles", "split", "columns"]  # of a source, which only some formats have
+Learned = Literal["first", "sampled"]
+Key = Literal["annotations", "subtitles", "split", "columns", "answers"]  # of a source, which only some formats have
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Reader:
         splits_rows: Whether `split` chooses rows, though there may be several files.
         hub: Whether it also reads Parquet of the hub, see LAYOUTS in dora_mm/data/vl/readers/hub_rows.py.
         official: What its own files are; ANY: its own reader finds that out.
+        learned: Which of several answers is learned by default: the first, where all count the same, or one that is
+            drawn by its score at each step.
         version: Changes when the function makes other rows of the same files: tables on disk are made anew.
     """
 
@@ -39,6 +42,7 @@ class Reader:
     splits_rows: bool = False
     hub: bool = False
     official: Official = "JSON"
+    learned: Learned = "sampled"
 
 
 HERE = "dora_mm.data.vl.readers"
@@ -47,10 +51,11 @@ VALUE = "the VALUE benchmark (github.com/VALUE-Leaderboard/DataRelease)"
 KARPATHY = "Karpathy's splits (cs.stanford.edu/people/karpathy/deepimagesent)"
 RRC = "Robust Reading Competition, rrc.cvc.uab.es/?ch="
 OF_HUB: Any = {"images": "either", "several": True, "hub": True}
+OF_LISTS: Any = OF_HUB | {"keys": ("split", "answers"), "learned": "first"}  # of answers that count the same
 HUB_ROWS = f"{HERE}.hub_rows:read_hub_rows"
 RECORDS = {
-    "vqa_v2": Reader(f"{HERE}.vqa:read_vqa_v2", "visualqa.org", keys=("annotations", "split"), **OF_HUB),
-    "vqa_karpathy": Reader(f"{HERE}.vqa:read_vqa_karpathy", VL_T5, keys=("annotations",)),
+    "vqa_v2": Reader(f"{HERE}.vqa:read_vqa_v2", "visualqa.org", keys=("annotations", "split", "answers"), **OF_HUB),
+    "vqa_karpathy": Reader(f"{HERE}.vqa:read_vqa_karpathy", VL_T5, keys=("annotations", "answers")),
     "easy_vqa": Reader(f"{HERE}.vqa:read_easy_vqa", "the package easy-vqa"),
     "gqa": Reader(
         f"{HERE}.gqa:read_gqa",
@@ -62,11 +67,11 @@ RECORDS = {
     "gqa_vlt5": Reader(f"{HERE}.gqa:read_gqa_vlt5", VL_T5),
     "nlvr2": Reader(f"{HERE}.nlvr2:read_nlvr2", "github.com/lil-lab/nlvr"),
     "nlvr2_vlt5": Reader(f"{HERE}.nlvr2:read_nlvr2_vlt5", VL_T5),
-    "coco_captions": Reader(f"{HERE}.coco_captions:read_coco_captions", "cocodataset.org"),
+    "coco_captions": Reader(f"{HERE}.coco_captions:read_coco_captions", "cocodataset.org", keys=("answers",)),
     "coco_karpathy": Reader(
         f"{HERE}.coco_captions:read_coco_karpathy",
         KARPATHY,
-        keys=("split",),
+        keys=("split", "answers"),
         needs={"split": "a coco_karpathy file contains all splits"},
     ),
     "video_qa": Reader(f"{HERE}.video:read_video_qa", VALUE, keys=("subtitles",)),
@@ -76,7 +81,12 @@ RECORDS = {
         f"{HERE}.preferences:read_preferences", keys=("columns", "split"), images="own", several=True, official=ANY
     ),
     "captions": Reader(
-        f"{HERE}.chat:read_captions", keys=("columns", "split"), images="own", several=True, hub=True, official=ANY
+        f"{HERE}.chat:read_captions",
+        keys=("columns", "split", "answers"),
+        images="own",
+        several=True,
+        hub=True,
+        official=ANY,
     ),
     "choices": Reader(
         f"{HERE}.choices:read_choices",
@@ -92,31 +102,47 @@ RECORDS = {
     "answers": Reader(
         f"{HERE}.choices:read_answers",
         "VLMEvalKit (github.com/open-compass/VLMEvalKit)",
-        keys=("split",),
+        keys=("split", "answers"),
         images="own",
         several=True,
         splits_rows=True,
         hub=True,
         official="a table with tabs",
         version="1",
+        learned="first",
     ),
-    "docvqa": Reader(f"{HERE}.text_in_images:read_docvqa", f"{RRC}17", keys=("split",), **OF_HUB),
-    "stvqa": Reader(f"{HERE}.text_in_images:read_stvqa", f"{RRC}11", keys=("split",), **OF_HUB),
-    "textvqa": Reader(f"{HERE}.text_in_images:read_textvqa", "textvqa.org", keys=("split",), **OF_HUB),
+    "docvqa": Reader(
+        f"{HERE}.text_in_images:read_docvqa", f"{RRC}17", keys=("split", "answers"), **OF_HUB, learned="first"
+    ),
+    "stvqa": Reader(
+        f"{HERE}.text_in_images:read_stvqa", f"{RRC}11", keys=("split", "answers"), **OF_HUB, learned="first"
+    ),
+    "textvqa": Reader(f"{HERE}.text_in_images:read_textvqa", "textvqa.org", keys=("split", "answers"), **OF_HUB),
     "ocrbench": Reader(
-        f"{HERE}.text_in_images:read_ocrbench", "github.com/Yuliang-Liu/MultimodalOCR", keys=("split",), **OF_HUB
+        f"{HERE}.text_in_images:read_ocrbench",
+        "github.com/Yuliang-Liu/MultimodalOCR",
+        keys=("split", "answers"),
+        **OF_HUB,
+        learned="first",
     ),
-    "chartqa": Reader(f"{HERE}.charts:read_chartqa", "github.com/vis-nlp/ChartQA", keys=("split",), **OF_HUB),
+    "chartqa": Reader(
+        f"{HERE}.charts:read_chartqa",
+        "github.com/vis-nlp/ChartQA",
+        keys=("split", "answers"),
+        **OF_HUB,
+        learned="first",
+    ),
     "plotqa": Reader(f"{HERE}.charts:read_plotqa", "github.com/NiteshMethani/PlotQA"),
     "mmmu": Reader(
         HUB_ROWS,
         "MMMU/MMMU and MMMU/MMMU_Pro (huggingface.co)",
-        keys=("split",),
+        keys=("split", "answers"),
         images="own",
         several=True,
         hub=True,
         official=ANY,
         version="2",
+        learned="first",
     ),
     "scienceqa": Reader(
         f"{HERE}.knowledge:read_scienceqa",
@@ -145,7 +171,7 @@ RECORDS = {
     ),
     "aokvqa": Reader(f"{HERE}.knowledge:read_aokvqa", "github.com/allenai/aokvqa", keys=("split",), **OF_HUB),
     "aokvqa_direct": Reader(
-        f"{HERE}.knowledge:read_aokvqa_direct", "github.com/allenai/aokvqa", keys=("split",), **OF_HUB
+        f"{HERE}.knowledge:read_aokvqa_direct", "github.com/allenai/aokvqa", keys=("split", "answers"), **OF_HUB
     ),
     "pope": Reader(f"{HERE}.pope:read_pope", "github.com/AoiDragon/POPE", keys=("split",), **OF_HUB),
     "refcoco": Reader(

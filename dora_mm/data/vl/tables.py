@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 LAYOUT = "10"  # increase it when the files or the rows of all readers change; a reader has its `version`
 BATCH_ROWS = 1000  # rows per Arrow record batch: the number held in memory while writing
 HASHED = 1 << 23  # bytes of a file that are hashed at a time, by each processor core
+ALL_ANSWERS = -1  # in place of the number of the only one
 STORED_IMAGES = "images"  # the subfolder of images that were embedded in data files
 
 
@@ -55,7 +56,7 @@ class ExampleTable(Sequence[Example]):
         on_bad_data: What `with_images` does with rows whose images are missing.
         skipped: The places of skipped rows, by reason.
         image_paths: The path of an image by its name, for images in subfolders.
-        picked: For each row, which of its answers is the only one here; None: all of them.
+        picked: For each row, which of its answers is the only one here, or ALL_ANSWERS; None: all of them in all rows.
         origins: Of several files joined: the first row of each, and its name.
         content: The digest of the source files and of what is read of them, whatever the layout of tables is.
         unread: The columns of the source files that have texts or images and are not read, see `unread_columns`.
@@ -86,8 +87,7 @@ class ExampleTable(Sequence[Example]):
         row = int(self.rows[index])
         batch = int(np.searchsorted(self._starts, row, "right")) - 1
         example = example_at(self.batches[batch], row - int(self._starts[batch]))
-        if self.picked is not None:
-            answer = self.picked[index]
+        if self.picked is not None and (answer := self.picked[index]) != ALL_ANSWERS:
             example = replace(example, answers=(example.answers[answer],), scores=(example.scores[answer],))
         if not self.image_paths:
             return example
@@ -122,6 +122,15 @@ class ExampleTable(Sequence[Example]):
         losses = turns.flatten().field("loss").to_numpy(zero_copy_only=False).astype(bool)
         num_learned = np.bincount(turns.value_parent_indices().to_numpy()[losses], minlength=len(turns))
         return self._at((self.lengths("answers") > 0) | (num_learned > 0))
+
+    def first_answers(self, chosen: np.ndarray) -> "ExampleTable":
+        """A table in which the first answer of chosen rows is the only one, where they have several.
+
+        Args:
+            chosen: Whether this holds for each row.
+        """
+        is_picked = chosen & (self.lengths("answers") > 1)
+        return replace(self, picked=np.where(is_picked, 0, ALL_ANSWERS)) if is_picked.any() else self
 
     def per_answer(self) -> "ExampleTable":
         """A table with one row for each answer of each row."""

@@ -1,16 +1,21 @@
 """Benchmarks as the hub holds them: each layout is read with its published columns, by format or by suite."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dora_mm.config.vl_data import SourceConfig
+from dora_mm.cli import main
+from dora_mm.config.vl import DecodeConfig
+from dora_mm.config.vl_data import SourceConfig, VLDataConfig
 from dora_mm.data.vl.readers import read_source
 from dora_mm.data.vl.readers.hub_layouts import LAYOUTS
+from dora_mm.data.vl.report import learned_answers
 from dora_mm.data.vl.rows import BadRows
+from dora_mm.data.vl.splits import AllRows, open_training, open_validation
 from dora_mm.data.vl.tables import open_table
 from dora_mm.eval.vl.predictions.joining import references_of
 from dora_mm.registries.readers import READERS
@@ -38,6 +43,73 @@ def test_a_published_layout_is_read_for_the_score_and_for_training(name, tmp_pat
     stored = [image for row in table for image in row.images if name != "gqa"]
     assert all(Path(image).is_file() for image in stored)
     assert table.unread == {}
+
+
+@pytest.mark.parametrize("name", hub.LAYOUTS)
+def test_a_published_layout_is_scored_and_trained_on_by_its_suite(name, tmp_path, capsys, monkeypatch):
+    published = hub.LAYOUTS[name]
+    path = hub.write(published, tmp_path)
+    rows = [{"id": row[0], "prediction": row[2][0]} for row in published.expected if row[2]]
+    train = {"format": form_of(published), "file": str(path)}
+    data = VLDataConfig.model_validate({"task": published.suite, "train": train, "tables": str(tmp_path / "t")})
+    if not rows:
+        with pytest.raises(ValueError, match="has no answers to learn"):
+            open_training(data, 1, AllRows())
+        return
+    assert len(open_training(data, 1, AllRows())[published.suite].table) == len(rows)
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # of Java, which takes 20 s for captions
+    predictions = files.write_lines(tmp_path / "predictions.jsonl", rows)
+    command = ["score", str(predictions), "--data", str(path), "--suite", published.suite, "--partial"]
+    assert main(command) == 0
+    assert f"## {predictions}: {published.suite}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "learned", "said"),
+    [
+        ({}, ("0.28",), "the first of 1 rows"),
+        ({"answers": "first"}, ("0.28",), "the first of 1 rows"),
+        ({"answers": "sampled"}, ("0.28", ".28"), "one drawn at each step of 1 rows"),
+    ],
+)
+def test_one_of_several_answers_is_learned_and_all_are_scored(tmp_path, settings, learned, said):
+    rows = [hub.DOCUMENTS.rows[0], hub.DOCUMENTS.rows[0] | {"questionId": "2", "answers": ["1"]}]
+    source = {"format": "docvqa", "file": str(hub.write(hub.DOCUMENTS._replace(rows=rows), tmp_path))}
+    config = {"task": "docvqa", "train": source | settings, "valid": source, "tables": str(tmp_path / "t")}
+    data = VLDataConfig.model_validate(config)
+    first, second = (table := open_training(data, 1, AllRows())["docvqa"].table)
+    assert (first.answers, len(first.scores), second.answers) == (learned, len(learned), ("1",))
+    assert list(learned_answers(table).values()) == [said]
+    valid = open_validation(data, DecodeConfig(), AllRows())["docvqa"].table
+    assert valid[0].answers == ("0.28", ".28")
+
+
+def test_each_source_of_a_training_split_has_its_own_choice_of_answers(tmp_path):
+    source = {"format": "docvqa", "file": str(hub.write(hub.DOCUMENTS, tmp_path))}
+    config = {
+        "task": "docvqa",
+        "train": source,
+        "more": [source | {"answers": "sampled"}],
+        "tables": str(tmp_path / "t"),
+    }
+    first, second = open_training(VLDataConfig.model_validate(config), 1, AllRows())["docvqa"].table
+    assert (first.answers, second.answers) == (("0.28",), ("0.28", ".28"))
+
+
+def test_answers_of_people_are_drawn_by_their_scores_unless_the_first_is_asked_for(tmp_path):
+    source = {"format": "textvqa", "file": str(hub.write(hub.PHOTOGRAPHS, tmp_path))}
+    for settings, learned in (({}, ("dakota", "nous")), ({"answers": "first"}, ("dakota",))):
+        config = {"task": "textvqa", "train": source | settings, "tables": str(tmp_path / "t")}
+        (row,) = open_training(VLDataConfig.model_validate(config), 1, AllRows())["textvqa"].table
+        assert row.answers == learned
+        assert len(row.raw_answers) == 10
+
+
+def test_a_choice_of_answers_has_no_effect_on_a_score(tmp_path):
+    with pytest.raises(ValueError, match="valid.answers has no effect: all answers count for the score"):
+        VLDataConfig.model_validate({"task": "docvqa", "valid": {"format": "docvqa", "file": "a", "answers": "first"}})
+    with pytest.raises(ValueError, match="answers is only for format"):
+        SourceConfig(format="chat", file="a", answers="first")
 
 
 def read(form: str, path: Path | list[Path], **settings) -> list:
