@@ -199,7 +199,7 @@ class ExampleTable(Sequence[Example]):
 
     def filmed(self) -> np.ndarray:
         """Whether each row has a video, in a file or as frames."""
-        return self.have(is_video) | (self.lengths("frames") > 0)
+        return self.have(lambda name: is_video(self.image_paths.get(name, name))) | (self.lengths("frames") > 0)
 
     def empty_answers(self) -> int:
         """How many turns of the assistant have neither text nor calls, in all rows. They are not learned."""
