@@ -24,7 +24,7 @@ def config_of(suite: str, folder: Path, model: Path) -> Path:
             save_noise(folder / name, number, 40, 60)
     valid = {"format": source.format, "file": source.file, "limit": 2}  # MMMU's third row has no answer
     valid |= {"split": source.split} if source.split else {}
-    valid |= {"images": str(folder)} if source.reader.images == "named" else {}
+    valid |= {"images": str(folder)} if source.reader.images in ("named", "either") else {}
     config = {
         "pipeline": "eval_vl",
         "model": {"path": str(model)},
