@@ -62,7 +62,7 @@ def learned_answers(table: ExampleTable) -> dict[str, str]:
     """How many rows of a training split have several answers, and which of them is learned; empty where none has."""
     several = table.lengths("answers") > 1
     first = several & (np.zeros(len(table), bool) if table.picked is None else table.picked == 0)
-    numbers = {"the first": np.sum(first), "one drawn at each step": np.sum(several) - np.sum(first)}
+    numbers = {"the first": np.sum(first), "one drawn at each step": np.sum(several & ~first)}
     learned = [f"{how} of {number:,} rows" for how, number in numbers.items() if number]
     return {"learned of several answers (all are scored)": ", ".join(learned)} if learned else {}
 

@@ -27,11 +27,11 @@ from dora_mm.data.vl.arrow import SCHEMA, example_at, record_batches
 from dora_mm.data.vl.embedded import ImageStore
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import ImageFolder
-from dora_mm.data.vl.readers import FILES, data_files, read_source, resolved
-from dora_mm.data.vl.readers.hub_files import METADATA
+from dora_mm.data.vl.readers import read_source, resolved
 from dora_mm.data.vl.readers.hub_rows import is_of_hub
 from dora_mm.data.vl.readers.unread import unread_columns
 from dora_mm.data.vl.rows import BadRows, OnBadData, warn_skipped
+from dora_mm.data.vl.source_digest import source_digest
 from dora_mm.utils.atomic import write_atomically, write_text
 from dora_mm.utils.digest import file_digest, known_digest
 from dora_mm.utils.progress import Progress
@@ -39,7 +39,6 @@ from dora_mm.utils.progress import Progress
 log = logging.getLogger(__name__)
 LAYOUT = "10"  # increase it when the files or the rows of all readers change; a reader has its `version`
 BATCH_ROWS = 1000  # rows per Arrow record batch: the number held in memory while writing
-HASHED = 1 << 23  # bytes of a file that are hashed at a time, by each processor core
 ALL_ANSWERS = -1  # in place of the number of the only one
 STORED_IMAGES = "images"  # the subfolder of images that were embedded in data files
 
@@ -284,7 +283,7 @@ def open_table(
     source = resolved(source if check_images else source.model_copy(update={"images": None}))
     with ThreadPoolExecutor(1) as thread:  # images are listed while files are hashed
         listing = thread.submit(_listing, source) if check_images else None
-        content = _digest(source)
+        content = source_digest(source)
     read = hashlib.blake2b(f"{LAYOUT} {source.reader.version} {content}".encode(), digest_size=16).hexdigest()
     path = folder / f"{source.format}-{read}.arrow"
     table = _open(path, source, on_bad_data)
@@ -376,34 +375,3 @@ def _count_stored(batches: Sequence[pa.RecordBatch], folder: Path) -> int:
     prefix = f"{folder.absolute()}{os.sep}"
     names = pa.chunked_array([batch["images"].flatten() for batch in batches]).unique().to_pylist()
     return sum(name.startswith(prefix) and name.removeprefix(prefix) in files for name in names)
-
-
-def _digest(source: SourceConfig) -> str:
-    """Digest of what is read: file contents (0.3 s for VQA v2), name of the data file, selected rows."""
-    digest = hashlib.blake2b(digest_size=16)
-    selection = [source.split, source.limit, *([source.skip] if source.skip else [])]
-    selection += [source.columns] if source.columns else []
-    digest.update(json.dumps([source.format, source.path.name, *selection]).encode())
-    for key in FILES:
-        if files := data_files(source, key):
-            for file in files:
-                try:
-                    name = f"{key} {file.name}" if len(files) > 1 else key
-                    name += f" {file.parent.absolute()}" if file.name in METADATA else ""  # of images beside it
-                    digest.update(f"{name} {_content_digest(str(file))}".encode())
-                except OSError as error:
-                    raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
-
-
-def _content_digest(path: str) -> str:
-    """Digest of the digests of a file's blocks, which all processor cores share."""
-
-    def block_digest(start: int) -> bytes:
-        with open(path, "rb") as file:
-            file.seek(start)
-            return hashlib.blake2b(file.read(HASHED), digest_size=16).digest()
-
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        blocks = threads.map(block_digest, range(0, max(1, os.path.getsize(path)), HASHED))
-        return hashlib.blake2b(b"".join(blocks), digest_size=16).hexdigest()
