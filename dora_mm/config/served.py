@@ -58,7 +58,7 @@ class EvalServerConfig(PipelineConfig):
             record, source = TASKS[task.task], task.source_of("valid")
             if record.prompt is None or record.pairs or record.clips:
                 problems.append(f"{self.data.key_of(task.task)} is no task that a server answers")
-            elif source and record.images != 0 and source.images is None and source.reader.images == "named":
+            elif source and record.images != 0 and source.lacks_images:
                 problems.append(f"{self.data.key_of(task.task)} has a source without images")
         known = [task.task for task in self.data.all_tasks]
         problems += [

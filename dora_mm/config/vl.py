@@ -245,7 +245,7 @@ def check_visual_inputs(
     clips = [task.task for task in data.all_tasks if TASKS[task.task].clips]
     sources = [(task.task, task.source_of(split)) for task in data.all_tasks for split in splits]
     pictured = [(task, source) for task, source in sources if source and TASKS[task].images != 0]
-    missing = [task for task, source in pictured if source.images is None and source.reader.images == "named"]
+    missing = [task for task, source in pictured if source.lacks_images]
     if model.own_tower:
         if vision != VisionConfig():
             return ["vision is for model.family vl_bart: the other models bring their own tower"]

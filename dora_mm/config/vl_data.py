@@ -1,16 +1,19 @@
 """The config sections that name the data of the vision-language pipelines. See schema.py for the rules."""
 
 from collections.abc import Callable, Mapping
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
+from dora_mm.config.paths import find_path
 from dora_mm.config.schema import Count, InputPath, Items, Positive, Section, Text, name_in, raise_problems
-from dora_mm.registries.readers import READERS, Key, Reader
+from dora_mm.registries.readers import READERS, Key, Learned, Reader
 from dora_mm.registries.suites import file_stem
 from dora_mm.registries.vl_tasks import TASKS, tasks_of
 
+COLUMNAR = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # first bytes of Parquet and Arrow
 ColumnName = Literal[
     "id",
     "messages",
@@ -52,13 +55,17 @@ class SourceConfig(Section):
     # The official file of answers; null: vqa_v2: a test split, which has none; vqa_karpathy: scored by labels alone
     annotations: InputPath | None = None
     # The folder of images; null: only features are used, or rows have or fully name them (chat, preferences, captions,
-    # choices)
+    # choices, Parquet of the hub)
     images: InputPath | None = None
     subtitles: InputPath | None = None  # video formats only: a JSONL file; null: no subtitles
     # coco_karpathy: train (includes restval), val or test; choices, answers, scienceqa: a value of the column split,
-    # null: all rows; chat, preferences, captions: of a folder or a pattern, by its files' names; null: it has but one
+    # null: all rows; of a folder or a pattern (chat, preferences, captions, Parquet of the hub), by its files' names;
+    # null: it has but one
     split: Text | None = None
     columns: dict[ColumnName, Text] = Field(default_factory=dict)  # chat, preferences, captions: by our names
+    # Which of several answers of a row is learned; all count for the score. first; sampled: drawn by its score at each
+    # step; null: first where all count the same (docvqa, chartqa, ...), else sampled
+    answers: Learned | None = None
     weight: Positive = 1.0  # beside other sources of a training split: how often its rows are drawn; 2: twice an epoch
     skip: Count = 0  # number of rows to skip at the start
     limit: PositiveInt | None = None  # number of rows to use after those; null: all
@@ -73,7 +80,7 @@ class SourceConfig(Section):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The paths under `file`, which are several only of conversations."""
+        """The paths under `file`, which are several only of formats that say so."""
         return self.file if isinstance(self.file, tuple) else (self.file,)
 
     @property
@@ -85,6 +92,17 @@ class SourceConfig(Section):
     def reader(self) -> Reader:
         """The record of its format."""
         return READERS[self.format]
+
+    @property
+    def learned(self) -> Learned:
+        """Which of several answers of a row is learned."""
+        return self.answers or self.reader.learned
+
+    @property
+    def lacks_images(self) -> bool:
+        """Whether its rows have images, but neither themselves nor in a folder: by the first bytes of its files."""
+        kind = self.reader.images if self.images is None else "none"
+        return kind == "named" or (kind == "either" and not any(map(_may_have_images, self.files)))
 
     @property
     def title(self) -> str:
@@ -110,6 +128,15 @@ class SourceConfig(Section):
         """The formats that can do something, which the format of this source cannot."""
         *others, last = (name for name, reader in READERS.items() if can(reader))
         return f"{', '.join(others)}{' and ' if others else ''}{last}, not for {self.format}"
+
+
+def _may_have_images(name: str) -> bool:
+    """Whether a path is Parquet or Arrow, a folder or a pattern; of a file that is not there its name tells."""
+    path = find_path(name)
+    if path is None or not path.is_file():
+        return path is not None or has_magic(name) or name.endswith((".parquet", ".arrow"))
+    with path.open("rb") as file:
+        return file.read(8).startswith(COLUMNAR)
 
 
 class HeldOutConfig(Section):
@@ -245,6 +272,8 @@ def check_splits(
         problems.append("valid.share is a share of train, which is missing: name the format and file of valid")
     if more and train is None:
         problems.append("more is beside train, which is missing")
+    if "valid" in sources and sources["valid"].answers:
+        problems.append("valid.answers has no effect: all answers count for the score")
     weighted = [name for name, source in sources.items() if source.weight != 1 and (name == "valid" or not more)]
     problems += [f"{name}.weight has no effect: it is for several sources of a training split" for name in weighted]
     return problems

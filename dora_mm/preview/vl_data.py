@@ -21,7 +21,7 @@ from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.readers import FILES, paths_under
 from dora_mm.data.vl.readers.unread import about_unread
-from dora_mm.data.vl.report import SKIPPED, data_report, table_figures
+from dora_mm.data.vl.report import SKIPPED, data_report, learned_answers, table_figures
 from dora_mm.data.vl.row_view import CLOSE, OPEN
 from dora_mm.data.vl.rows import MAX_ROWS_NAMED, quiet
 from dora_mm.data.vl.splits import AllRows, TrainingSet, open_split, open_training
@@ -110,6 +110,7 @@ def preview_data(
                 found.problems.append(str(error))
                 continue
             tables[name], figures[name] = table, _figures(source, table)
+            figures[name] |= learned_answers(table) if split == "train" else {}
             if table.unread:
                 unread.append(f"columns of {source.title} that are not read: {about_unread(table.unread)}")
             full_table = found.sets[task.task].table if split == "train" and task.task in found.sets else table

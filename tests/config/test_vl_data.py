@@ -63,10 +63,8 @@ def test_the_one_task_is_chat_unless_it_is_named(tmp_path):
         (f"task: gqa\n  train: {GQA}", "data has no valid split"),
         (f"tasks: [{', '.join(f'{{task: gqa, valid: {GQA}}}' for _ in 'ab')}]", "data: tasks names a task twice"),
         (
-            "valid: {format: vqa_v2, file: a, split: dev}",
-            "split is only for format coco_karpathy, chat, preferences, captions, choices, answers, scienceqa, "
-            "ai2d_questions and refcoco_refs, not "
-            "for vqa_v2",
+            "valid: {format: nlvr2, file: a, split: dev}",
+            "refcoco and refcoco_refs, not for nlvr2",
         ),
         ("valid: {format: chats, file: a}", "data.valid.format: must be 'vqa_v2', "),
         ("valid: {share: 0.1}", "data: valid.share is a share of train, which is missing: name the format and file of"),

@@ -58,6 +58,15 @@ def table_figures(source: SourceConfig, table: ExampleTable) -> dict[str, str]:
     return found | {f"{SKIPPED}{reason}": f"{len(locations):,}" for reason, locations in table.skipped.items()}
 
 
+def learned_answers(table: ExampleTable) -> dict[str, str]:
+    """How many rows of a training split have several answers, and which of them is learned; empty where none has."""
+    several = table.lengths("answers") > 1
+    first = several & (np.zeros(len(table), bool) if table.picked is None else table.picked == 0)
+    numbers = {"the first": np.sum(first), "one drawn at each step": np.sum(several & ~first)}
+    learned = [f"{how} of {number:,} rows" for how, number in numbers.items() if number]
+    return {"learned of several answers (all are scored)": ", ".join(learned)} if learned else {}
+
+
 def per_row(table: ExampleTable, values: Callable[[pa.RecordBatch], np.ndarray]) -> np.ndarray:
     """A number for each row of a table, from the columns of its record batches."""
     return np.concatenate([values(batch) for batch in table.batches])[table.rows]

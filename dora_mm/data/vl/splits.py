@@ -209,8 +209,7 @@ def open_training(data: VLDataConfig, batch_size: int, model: RowCheck) -> dict[
         if len(answered) < len(table):
             unanswered = len(table) - len(answered)
             log.info("%s: %d of %d rows have no answer to learn", task.train.title, unanswered, len(table))
-        if TASKS[task.task].clips:
-            answered = answered.per_answer()
+        answered = answered.per_answer() if TASKS[task.task].clips else _with_learned_answers(answered, task)
         found[task.task] = TrainingSet(
             answered,
             images_of(task),
@@ -220,6 +219,20 @@ def open_training(data: VLDataConfig, batch_size: int, model: RowCheck) -> dict[
             cheap_lengths(answered) if data.group_by_length else None,
         )
     return found
+
+
+def _with_learned_answers(table: ExampleTable, task: VLTaskConfig) -> ExampleTable:
+    """The rows of the training split, of which those of some sources have only their first answer.
+
+    By default, those have all that have the answers of ten people, which one draws.
+    """
+    chosen = np.zeros(len(table), bool)
+    of_people = table.lengths("raw_answers") > 0
+    parts = table.by_source() if task.more else [np.arange(len(table))]
+    for source, rows in zip(task.trained, parts, strict=True):
+        if source.learned == "first":
+            chosen[rows] = True if source.answers else ~of_people[rows]
+    return table.first_answers(chosen)
 
 
 def open_validation(

@@ -27,10 +27,11 @@ from dora_mm.data.vl.arrow import SCHEMA, example_at, record_batches
 from dora_mm.data.vl.embedded import ImageStore
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import ImageFolder
-from dora_mm.data.vl.readers import FILES, check_files, data_files, own_folders, read_source, resolved
-from dora_mm.data.vl.readers.hub_files import METADATA
+from dora_mm.data.vl.readers import check_files, own_folders, read_source, resolved
+from dora_mm.data.vl.readers.hub_rows import is_of_hub
 from dora_mm.data.vl.readers.unread import unread_columns
 from dora_mm.data.vl.rows import BadRows, OnBadData, warn_skipped
+from dora_mm.data.vl.source_digest import source_digest
 from dora_mm.utils.atomic import write_atomically, write_text
 from dora_mm.utils.digest import file_digest, known_digest
 from dora_mm.utils.folders import REFUSED, Links
@@ -39,8 +40,8 @@ from dora_mm.utils.progress import Progress
 log = logging.getLogger(__name__)
 LAYOUT = "10"  # increase it when the files or the rows of all readers change; a reader has its `version`
 BATCH_ROWS = 1000  # rows per Arrow record batch: the number held in memory while writing
-HASHED = 1 << 23  # bytes of a file that are hashed at a time, by each processor core
 ABSOLUTE = "name the folder that it is in with `images`, or set data.absolute_paths=true"
+ALL_ANSWERS = -1  # in place of the number of the only one
 STORED_IMAGES = "images"  # the subfolder of images that were embedded in data files
 
 
@@ -56,7 +57,7 @@ class ExampleTable(Sequence[Example]):
         on_bad_data: What `with_images` does with rows whose images are missing.
         skipped: The places of skipped rows, by reason.
         image_paths: The path of an image by its name, for images in subfolders.
-        picked: For each row, which of its answers is the only one here; None: all of them.
+        picked: For each row, which of its answers is the only one here, or ALL_ANSWERS; None: all of them in all rows.
         origins: Of several files joined: the first row of each, and its name.
         content: The digest of the source files and of what is read of them, whatever the layout of tables is.
         unread: The columns of the source files that have texts or images and are not read, see `unread_columns`.
@@ -87,8 +88,7 @@ class ExampleTable(Sequence[Example]):
         row = int(self.rows[index])
         batch = int(np.searchsorted(self._starts, row, "right")) - 1
         example = example_at(self.batches[batch], row - int(self._starts[batch]))
-        if self.picked is not None:
-            answer = self.picked[index]
+        if self.picked is not None and (answer := self.picked[index]) != ALL_ANSWERS:
             example = replace(example, answers=(example.answers[answer],), scores=(example.scores[answer],))
         if not self.image_paths:
             return example
@@ -123,6 +123,15 @@ class ExampleTable(Sequence[Example]):
         losses = turns.flatten().field("loss").to_numpy(zero_copy_only=False).astype(bool)
         num_learned = np.bincount(turns.value_parent_indices().to_numpy()[losses], minlength=len(turns))
         return self._at((self.lengths("answers") > 0) | (num_learned > 0))
+
+    def first_answers(self, chosen: np.ndarray) -> "ExampleTable":
+        """A table in which the first answer of chosen rows is the only one, where they have several.
+
+        Args:
+            chosen: Whether this holds for each row.
+        """
+        is_picked = chosen & (self.lengths("answers") > 1)
+        return replace(self, picked=np.where(is_picked, 0, ALL_ANSWERS)) if is_picked.any() else self
 
     def per_answer(self) -> "ExampleTable":
         """A table with one row for each answer of each row."""
@@ -197,7 +206,7 @@ class ExampleTable(Sequence[Example]):
 
     def filmed(self) -> np.ndarray:
         """Whether each row has a video, in a file or as frames."""
-        return self.have(is_video) | (self.lengths("frames") > 0)
+        return self.have(lambda name: is_video(self.image_paths.get(name, name))) | (self.lengths("frames") > 0)
 
     def empty_answers(self) -> int:
         """How many turns of the assistant have neither text nor calls, in all rows. They are not learned."""
@@ -296,7 +305,7 @@ def open_table(
         images_folder = (folder / STORED_IMAGES).absolute()
         listing = thread.submit(_listing, source, images_folder, links, absolute_paths) if check_images else None
         check_files(source, links)
-        content = _digest(source)
+        content = source_digest(source)
     read = hashlib.blake2b(f"{LAYOUT} {source.reader.version} {content}".encode(), digest_size=16).hexdigest()
     path = folder / f"{source.format}-{read}.arrow"
     table = _open(path, source, on_bad_data)
@@ -329,7 +338,7 @@ def _listing(
     if source.images is not None:
         folder = ImageFolder(Path(source.images), [stored, *own_folders(source)], links, **settings).listed()
         return folder.find, f"{source.images}, or in several of its subfolders", folder.refusal
-    if source.reader.images == "own":
+    if source.reader.images == "own" or (source.reader.images == "either" and is_of_hub(source)):
         folder = ImageFolder(None, [stored, *own_folders(source)], links, **settings)
         where = "the file system (relative names need `images`, the folder that they are in)"
         return folder.find, where, folder.refusal
@@ -402,34 +411,3 @@ def _count_stored(batches: Sequence[pa.RecordBatch], folder: Path) -> int:
     prefix = f"{folder.absolute()}{os.sep}"
     names = pa.chunked_array([batch["images"].flatten() for batch in batches]).unique().to_pylist()
     return sum(name.startswith(prefix) and name.removeprefix(prefix) in files for name in names)
-
-
-def _digest(source: SourceConfig) -> str:
-    """Digest of what is read: file contents (0.3 s for VQA v2), name of the data file, selected rows."""
-    digest = hashlib.blake2b(digest_size=16)
-    selection = [source.split, source.limit, *([source.skip] if source.skip else [])]
-    selection += [source.columns] if source.columns else []
-    digest.update(json.dumps([source.format, source.path.name, *selection]).encode())
-    for key in FILES:
-        if files := data_files(source, key):
-            for file in files:
-                try:
-                    name = f"{key} {file.name}" if len(files) > 1 else key
-                    name += f" {file.parent.absolute()}" if file.name in METADATA else ""  # of images beside it
-                    digest.update(f"{name} {_content_digest(str(file))}".encode())
-                except OSError as error:
-                    raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
-
-
-def _content_digest(path: str) -> str:
-    """Digest of the digests of a file's blocks, which all processor cores share."""
-
-    def block_digest(start: int) -> bytes:
-        with open(path, "rb") as file:
-            file.seek(start)
-            return hashlib.blake2b(file.read(HASHED), digest_size=16).digest()
-
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        blocks = threads.map(block_digest, range(0, max(1, os.path.getsize(path)), HASHED))
-        return hashlib.blake2b(b"".join(blocks), digest_size=16).hexdigest()

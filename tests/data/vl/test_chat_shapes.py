@@ -187,6 +187,21 @@ def test_a_conversation_that_ends_with_a_question_is_trained_on_its_earlier_answ
     assert sample_answer(table[1], 0.5) == ("", 0.0)
 
 
+def test_a_video_is_found_by_its_id(tmp_path):
+    """VATEX and ActivityNet name videos without their suffix, beside files that have it."""
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "v_abc.mp4").touch()
+    (tmp_path / "videos" / "cover.png").touch()
+    rows = [{"query": "Q", "response": "A", "vid": "v_abc"}, {"query": "Q", "response": "A", "vid": None}]
+    source = as_lines(tmp_path, rows, images=str(tmp_path / "videos"), columns={"video": "vid"})
+    table = open_table(source, tmp_path / "tables", on_bad_data="stop")
+    assert [row.images for row in table] == [("v_abc.mp4",), ()]
+    assert table.filmed().tolist() == [True, False]
+    other = as_lines(tmp_path, [*rows, {**rows[0], "vid": "v_xyz"}], images=source.images, columns=source.columns)
+    with pytest.raises(ValueError, match="v_xyz: is not in"):
+        open_table(other, tmp_path / "tables", on_bad_data="stop")
+
+
 def test_videos_are_shown_where_their_markers_are_or_first(tmp_path):
     qa = messages("Is <video> like <image>, \\<video>?", "A")
     video, image = {"type": "video", "video": "a.mp4"}, {"type": "image", "path": "b.jpg"}

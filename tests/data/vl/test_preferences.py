@@ -1,5 +1,7 @@
 """Pairs of answers: the shapes of TRL, ms-swift and LLaMA-Factory become the same examples; bad rows are named."""
 
+import json
+
 import pytest
 
 from dora_mm.config.vl_data import SourceConfig
@@ -38,6 +40,11 @@ SHAPES = {
         "chosen": {"from": "gpt", "value": A},
         "rejected": {"from": "gpt", "value": B},
         "images": ["a.jpg"],
+    },
+    "RLHF-V": {  # openbmb/RLHF-V-Dataset
+        "ds_name": "RLHF-V",
+        "text": json.dumps({"question": f"<image>{Q}", "chosen": A, "rejected": B}),
+        "image": "a.jpg",
     },
     "LLaMA-Factory (mess": {"messages": ASKED, "chosen": CHOSEN[0], "rejected": REJECTED[0], "images": ["a.jpg"]},
     "LLaMA-Factory (instr": {

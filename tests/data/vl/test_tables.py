@@ -278,7 +278,7 @@ def test_files_that_do_not_exist(tmp_path):
     source = SourceConfig(format="gqa", file=str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match=r"none\.json does not exist"):
         open_table(source, tmp_path / "tables", on_bad_data="stop")
-    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read"):
+    with pytest.raises(ValueError, match=f"{tmp_path} is a folder without files"):
         open_table(source.model_copy(update={"file": str(tmp_path)}), tmp_path / "tables", on_bad_data="stop")
 
 

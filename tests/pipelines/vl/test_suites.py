@@ -1,6 +1,7 @@
 """Every suite from its official file to a table, with a tiny model."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import yaml
 from dora_mm.cli import main
 from dora_mm.data.vl.readers import read_source
 from dora_mm.data.vl.rows import BadRows
-from tests.shared.data import suite_files
+from tests.shared.data import hub_layouts, suite_files
+from tests.shared.data import vl_files as files
 from tests.shared.data.vlm_rows import save_noise
 
 
@@ -22,7 +24,7 @@ def config_of(suite: str, folder: Path, model: Path) -> Path:
             save_noise(folder / name, number, 40, 60)
     valid = {"format": source.format, "file": source.file, "limit": 2}  # MMMU's third row has no answer
     valid |= {"split": source.split} if source.split else {}
-    valid |= {"images": str(folder)} if source.reader.images == "named" else {}
+    valid |= {"images": str(folder)} if source.reader.images in ("named", "either") else {}
     config = {
         "pipeline": "eval_vl",
         "model": {"path": str(model)},
@@ -71,6 +73,27 @@ def test_a_suite_is_trained_on_and_scored(tiny_vlm, tmp_path, capsys):
     path.write_text(json.dumps(train))
     assert main(["train", str(path)]) == 0
     assert "textvqa" in json.loads((tmp_path / "trained" / "summary.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_file_of_the_hub_is_previewed_trained_on_and_scored_without_a_folder_of_images(tiny_vlm, tmp_path, capsys):
+    source = {"format": "docvqa", "file": str(hub_layouts.write(hub_layouts.DOCUMENTS, tmp_path))}
+    config = {
+        "pipeline": "train_vl",
+        "model": {"path": str(tiny_vlm("llava"))},
+        "adapter": {"rank": 2},
+        "data": {"task": "docvqa", "train": source, "valid": source, "tables": str(tmp_path / "tables")},
+        "optimizer": {"lr": 1e-3},
+        "train": {"steps": 2, "batch_size": 1},
+        "evaluate": {"max_new_tokens": 2},
+        "output": str(tmp_path / "trained"),
+    }
+    path = files.write_json(tmp_path / "config.yaml", config)
+    assert main(["train", str(path), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"learned of several answers \(all are scored\) +the first of 1 rows", printed)
+    assert main(["train", str(path)]) == 0
+    assert "docvqa" in json.loads((tmp_path / "trained" / "summary.json").read_text())
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ It reads `source.file` and, where the format has them, `source.annotations`, `so
 files, the name of `source.file` and the split, since tables are cached by them; if a reader changes, so does `version`
 of its record. An image that is inside a file is yielded as a data URL (embedded.py); tables.py makes a file of it.
 
+A benchmark on the hub is an entry of LAYOUTS in hub_layouts.py.
 To add a format: write its reader in this folder; add its record to dora_mm/registries/readers.py, its name to `formats`
 of the tasks that it serves (vl_tasks.py there), its file layout to tests/data/vl, and a row to the table of
 docs/vl.md or docs/scores.md.
@@ -23,8 +24,10 @@ from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.readers.chat import find_shape
 from dora_mm.data.vl.readers.hub_files import METADATA, check_links, files_of, files_of_source
+from dora_mm.data.vl.readers.hub_rows import is_of_hub, read_hub_rows
 from dora_mm.data.vl.readers.preferences import find_pair_shape
 from dora_mm.data.vl.rows import BadRows
+from dora_mm.registries.readers import ANY
 from dora_mm.registries.registry import load
 from dora_mm.utils.folders import Links
 
@@ -42,7 +45,17 @@ def read_source(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     Raises:
         ValueError: A file cannot be read, or a row is bad and `bad` is set to "stop".
     """
-    return load(source.reader.read)(source, bad)
+    if is_of_hub(source):
+        return read_hub_rows(source, bad)
+    return load(source.reader.read)(_with_one_file(source), bad)
+
+
+def _with_one_file(source: SourceConfig) -> SourceConfig:
+    """The source with the one official file of a folder that it names."""
+    if not source.reader.hub or source.reader.official == ANY:
+        return source
+    (path,) = files_of_source(source)
+    return source.model_copy(update={"file": str(path)})
 
 
 def format_name(source: SourceConfig) -> str:

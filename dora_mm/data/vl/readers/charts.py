@@ -12,7 +12,7 @@ from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.json_items import list_items, numbered
 from dora_mm.data.vl.rows import BadRows, Id, Index, good_rows
 
-PARTS = ("human", "augmented")  # of ChartQA, by the names of its files
+PARTS = HUMAN, AUGMENTED = ("human", "augmented")  # of ChartQA, by the names of its files
 
 
 class _Chart(TypedDict):

@@ -95,7 +95,7 @@ def _file_rows(
     for where, item in file_items(path):
         try:
             row = named_row(path, item, columns)
-            example = make(row, _new_id(row.get("id"), f"{file}{where}", seen))
+            example = make(row, new_id(row.get("id"), f"{file}{where}", seen))
         except RowError as error:
             bad.add(location(path, where, item), str(error))
         else:
@@ -155,7 +155,7 @@ def first_shape(
     )
 
 
-def _new_id(given: Any, where: str, seen: set[str]) -> str:
+def new_id(given: Any, where: str, seen: set[str]) -> str:
     """The id of the file, or the number of the row; with its place where the file has the id a second time.
 
     Raises:

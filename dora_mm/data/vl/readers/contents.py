@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dora_mm.data.images.frames import VIDEO_SUFFIXES, is_video
@@ -110,7 +111,7 @@ def _item(item: Any) -> Part:
 
 
 def video_name(video: Any) -> str | Frames:
-    """A video as a path, or as its frames."""
+    """A video as a path, which may have no suffix, or as its frames."""
     if isinstance(video, list) and video:
         return tuple(map(image_of, video))
     if isinstance(video, dict):  # of OpenAI's `video_url`, or as the `datasets` library writes it
@@ -120,7 +121,7 @@ def video_name(video: Any) -> str | Frames:
     name = video[7:] if video[:7].lower() == "file://" else video
     if "://" in name[:10]:
         raise RowError("names a video by its address on the network: download the videos first")
-    if not is_video(name):
+    if not is_video(name) and Path(name).suffix:  # without one, it is the id of a file
         raise RowError(f"has a video whose name does not end in {', '.join(VIDEO_SUFFIXES)}")
     return name
 

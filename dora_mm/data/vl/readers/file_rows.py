@@ -21,6 +21,7 @@ from dora_mm.data.vl.rows import RowError
 from dora_mm.utils.messages import first_line
 from dora_mm.utils.spreadsheets import spreadsheet_rows
 
+COLUMNAR = ("Parquet", "Arrow")  # kinds of files that have typed columns
 ROWS = 64  # of a Parquet or Arrow file in memory at a time, with their images
 POINTER = b"version https://git-lfs.github.com/spec/"
 ARROW_STREAM, ARROW_FILE = b"\xff\xff\xff\xff", b"ARROW1"
@@ -44,12 +45,13 @@ def file_items(path: Path) -> Iterator[Item]:
         "Parquet": _parquet_rows,
         "Arrow": _arrow_rows,
         "tar": _archive_rows,
+        "zip": _refused_zip,
     }
     return readers[kind_of_file(path)](path)
 
 
 def kind_of_file(path: Path) -> str:
-    """The format of a file: "list" or "lines" of JSON, "table", "sheet" of Excel, "Parquet", "Arrow" or "tar".
+    """The format of a file: "list" or "lines" of JSON, "table", "sheet" of Excel, "Parquet", "Arrow", "tar" or "zip".
 
     Raises:
         ValueError: It cannot be read, is UTF-16, or is a pointer to a file that was not downloaded.
@@ -68,13 +70,18 @@ def kind_of_file(path: Path) -> str:
         return "Parquet"
     if start.startswith((ARROW_STREAM, ARROW_FILE)):
         return "Arrow"
-    if start.startswith(b"PK\x03\x04") and _name(path).endswith(".xlsx"):
-        return "sheet"
+    if start.startswith(b"PK\x03\x04"):
+        return "sheet" if _name(path).endswith(".xlsx") else "zip"
     if start[257:262] == b"ustar":
         return "tar"
-    if _name(path).endswith((".csv", ".tsv")):
+    text = start.lstrip(b" \t\r\n\xef\xbb\xbf")
+    if _name(path).endswith((".csv", ".tsv")) or (b"\t" in text.split(b"\n", 1)[0] and text[:1] not in (b"[", b"{")):
         return "table"
-    return "list" if start.lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"[") else "lines"
+    return "list" if text.startswith(b"[") else "lines"
+
+
+def _refused_zip(path: Path) -> Iterator[Item]:
+    raise ValueError(f"{path} is a zip archive: unpack it, and name the file inside")
 
 
 def _name(path: Path) -> str:
@@ -87,7 +94,7 @@ def _table_rows(path: Path) -> Iterator[Item]:
     Raises:
         ValueError: While iterating: the file is damaged or has no rows.
     """
-    lines = table_lines(path, tabs=_name(path).endswith(".tsv"), start=0)
+    lines = table_lines(path, tabs=not _name(path).endswith(".csv"), start=0)
     _, header = next(lines, ("", []))
     if len(set(header)) < len(header):
         raise ValueError(f"{path} has two columns of the same name")

@@ -36,8 +36,11 @@ def files_of_source(source: SourceConfig) -> list[Path]:
     Raises:
         ValueError: As in `files_of`.
     """
-    split = None if source.reader.splits_rows else source.split
-    return [file for given in source.files for file in files_of(Path(given), split)]
+    found = []
+    for path in map(Path, source.files):
+        of_rows = source.reader.splits_rows and (path.is_file() or not source.reader.hub)
+        found += files_of(path, None if of_rows else source.split)
+    return found
 
 
 def files_of(path: Path, split: str | None = None) -> list[Path]:

@@ -1,7 +1,7 @@
-"""Questions of knowledge: MMMU and MMMU-Pro, ScienceQA, AI2D and A-OKVQA, in their own files."""
+"""Questions of knowledge: MMMU and MMMU-Pro, ScienceQA and A-OKVQA, in their own files."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from string import ascii_uppercase
 from typing import Any, NotRequired
 
@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 from dora_mm.config.schema import Text
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.data.vl.json_items import Item, numbered, object_items
+from dora_mm.data.vl.json_items import Item, object_items
 from dora_mm.data.vl.readers.choices import choice, listed
 from dora_mm.data.vl.readers.contents import image_of, interleaved
 from dora_mm.data.vl.readers.file_rows import file_items
@@ -47,13 +47,6 @@ class _NamedLesson(TypedDict):
     value: _Lesson
 
 
-class _Diagram(TypedDict):
-    number: Index
-    question: Text
-    options: list[str]
-    answer: NotRequired[str | int | None]
-
-
 class _Direct(TypedDict):
     question_id: Text
     image_id: Index
@@ -64,35 +57,29 @@ class _Direct(TypedDict):
     difficult_direct_answer: NotRequired[bool]
 
 
-LESSON, DIAGRAM, DIRECT = TypeAdapter(_NamedLesson), TypeAdapter(_Diagram), TypeAdapter(_Direct)
-DISCIPLINE, ROW = TypeAdapter(_Discipline), TypeAdapter(dict[str, Any])
+LESSON, DIRECT, DISCIPLINE = TypeAdapter(_NamedLesson), TypeAdapter(_Direct), TypeAdapter(_Discipline)
 
 
-def read_mmmu(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
-    """Reads every question of a Parquet file of MMMU or MMMU-Pro, with or without options.
+def mmmu_example(row: Mapping[str, Any]) -> Example:
+    """A question of MMMU or MMMU-Pro on the hub, with or without options.
 
     An image stands where the question or an option names it, as `<image 2>`.
 
     Raises:
-        ValueError: The file is damaged, or a row is bad and `bad` is set to "stop".
+        RowError: The row is bad.
     """
-    path = source.path
-
-    def example(row: dict[str, Any]) -> Example:
-        known = checked(DISCIPLINE, row)
-        options = listed(known["options"])
-        options = [] if options in ([""], ["[]"]) else options
-        answer = known.get("answer") or ""
-        answers = [] if answer in UNKNOWN else [answer] if options else listed(answer)
-        subject = SUBJECT.fullmatch(known["id"])
-        kind = known.get("subject") or (subject[1] if subject else "")
-        images = tuple(image_of(row[name]) for name in IMAGES if row.get(name) is not None)
-        question, kinds = known.get("question") or "", (kind,) if kind else ()
-        if options:
-            return interleaved(choice(known["id"], question, options, "".join(answers), images=images, kinds=kinds))
-        return interleaved(Example(known["id"], images, question, tuple(answers), (1.0,) * len(answers), kinds=kinds))
-
-    return good_rows(path, file_items(path), ROW, example, bad)
+    known = checked(DISCIPLINE, row)
+    options = listed(known["options"])
+    options = [] if options in ([""], ["[]"]) else options
+    answer = known.get("answer") or ""
+    answers = [] if answer in UNKNOWN else [answer] if options else listed(answer)
+    subject = SUBJECT.fullmatch(known["id"])
+    kind = known.get("subject") or (subject[1] if subject else "")
+    images = tuple(image_of(row[name]) for name in IMAGES if row.get(name) is not None)
+    question, kinds = known.get("question") or "", (kind,) if kind else ()
+    if options:
+        return interleaved(choice(known["id"], question, options, "".join(answers), images=images, kinds=kinds))
+    return interleaved(Example(known["id"], images, question, tuple(answers), (1.0,) * len(answers), kinds=kinds))
 
 
 def read_scienceqa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
@@ -134,28 +121,6 @@ def letter_of(number: int | None, options: list[str]) -> str:
     if not 0 <= number < min(len(options), len(ascii_uppercase)):
         raise RowError("has an answer that is not the number of a choice")
     return ascii_uppercase[number]
-
-
-def read_ai2d(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
-    """Reads every question of a Parquet file of AI2D on the hub: question, options, the number of the right one, image.
-
-    Its rows have no ids; the row number, from 0, is used as the id.
-
-    Raises:
-        ValueError: The file is damaged, or a row is bad and `bad` is set to "stop".
-    """
-    path = source.path
-
-    def example(row: dict[str, Any]) -> Example:
-        known = checked(DIAGRAM, row)
-        given = known.get("answer")
-        if isinstance(given, str) and not given.isdecimal():
-            raise RowError("has an answer that is not the number of an option")
-        answer = letter_of(None if given is None else int(given), known["options"])
-        images = () if row.get("image") is None else (image_of(row["image"]),)
-        return choice(str(known["number"]), known["question"], known["options"], answer, images=images)
-
-    return good_rows(path, numbered(file_items(path), "number"), ROW, example, bad)
 
 
 def read_aokvqa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:

@@ -11,11 +11,11 @@ from typing import Any
 from pydantic_core import from_json
 
 from dora_mm.data.vl.readers.chat_shapes import JsonRow
-from dora_mm.data.vl.readers.file_rows import file_items, kind_of_file
+from dora_mm.data.vl.readers.file_rows import COLUMNAR, file_items, kind_of_file
 from dora_mm.data.vl.readers.hub_files import METADATA
 from dora_mm.data.vl.rows import RowError
 
-COLUMNAR = ("Parquet", "Arrow", "table", "sheet")  # kinds of files whose rows all have the same columns
+EQUAL = (*COLUMNAR, "table", "sheet")  # kinds of files whose rows all have the same columns
 IGNORED = "none"  # in place of the name of a column: the one that has our name is not read
 SAMPLE = 100  # rows of a file that say which columns it has
 # Keys whose values a table has as text, in JSON or as Python writes it
@@ -127,7 +127,7 @@ def check_columns(files: Sequence[Path], columns: Mapping[Any, str]) -> None:
     for path in files:
         if not missing:
             return
-        for row in rows_by_column(path, SAMPLE if kind_of_file(path) in COLUMNAR else None):
+        for row in rows_by_column(path, SAMPLE if kind_of_file(path) in EQUAL else None):
             missing -= row.keys()
             if not missing:
                 return

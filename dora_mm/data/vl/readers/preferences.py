@@ -6,6 +6,7 @@
                    "rejected_messages", which are a whole conversation; or "query" and "response" instead of "messages"
     LLaMA-Factory  {"conversations" or "messages": [...], "chosen": {"from": "gpt", "value": "A"}, "rejected": {...}},
                    or {"instruction": "Q", "input": "", "chosen": "A", "rejected": "B"}
+    RLHF-V         {"text": '{"question": "Q", "chosen": "A", "rejected": "B"}', "image": ...}, JSON in a text
 
 A row stands for two of conversations, one with each answer. These have shapes of chat_shapes.py, and are read by them.
 """
@@ -14,6 +15,8 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from pydantic_core import from_json
 
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example, Turn
@@ -145,6 +148,27 @@ def prompt_and_answers(row: JsonRow) -> tuple[JsonRow, JsonRow]:
     return _each(row, "response", _answers(row))
 
 
+def packed_answers(row: JsonRow) -> tuple[JsonRow, JsonRow]:
+    """Divides a row whose question and answers are JSON in its `text`."""
+    found = _packed(row)
+    if found is None or not isinstance(found.get("question"), str):
+        raise RowError("has no JSON of question, chosen and rejected in `text`")
+    rest = {key: value for key, value in row.items() if key != "text"}
+    return prompt_and_answers({**rest, "query": found["question"], **{key: found.get(key) for key in ANSWERS}})
+
+
+def _packed(row: JsonRow) -> JsonRow | None:
+    """The object of JSON in the `text` of a row, None if there is none with two answers."""
+    text = row.get("text")
+    if not isinstance(text, str) or not text.lstrip().startswith("{"):
+        return None
+    try:
+        found = from_json(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and all(key in found for key in ANSWERS) else None
+
+
 def swift(row: JsonRow) -> tuple[JsonRow, JsonRow]:
     """Divides a row of ms-swift: a conversation with the chosen answer, and the rejected one or its conversation."""
     chosen = {key: value for key, value in row.items() if key not in OF_REJECTED}
@@ -174,7 +198,8 @@ SWIFT = PairShape("ms-swift (messages, rejected_response or rejected_messages)",
 LLAMA_FACTORY = PairShape("LLaMA-Factory (conversations or messages, chosen, rejected)", continued)
 ALPACA = PairShape("LLaMA-Factory (instruction, chosen, rejected)", instructions)
 QUERY = PairShape("query, chosen, rejected", prompt_and_answers)
-PAIR_SHAPES = (TRL, TRL_FULL, SWIFT, LLAMA_FACTORY, ALPACA, QUERY)
+PACKED = PairShape("RLHF-V (text: JSON of question, chosen, rejected)", packed_answers)
+PAIR_SHAPES = (TRL, TRL_FULL, SWIFT, LLAMA_FACTORY, ALPACA, QUERY, PACKED)
 
 
 def pair_shape_of(row: JsonRow) -> PairShape | None:
@@ -182,7 +207,7 @@ def pair_shape_of(row: JsonRow) -> PairShape | None:
     if any(row.get(key) for key in OF_REJECTED[:2]):
         return SWIFT
     if not all(key in row for key in ANSWERS):
-        return None
+        return PACKED if _packed(row) else None
     if isinstance(row.get("prompt"), list):
         return TRL
     if _is_full(row["chosen"]):

@@ -72,13 +72,13 @@ def read_refcoco(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
 
     def example(item: _Numbered) -> Example:
         row = checked(LINE, item["line"])
-        return _with_box(str(item["number"]), row["image"], row["sent"], row["bbox"], (row["width"], row["height"]))
+        return with_box(str(item["number"]), row["image"], row["sent"], row["bbox"], (row["width"], row["height"]))
 
     rows = ((where, {"number": number, "line": line}) for number, (where, line) in enumerate(json_lines(path)))
     return good_rows(path, rows, ROW, example, bad)
 
 
-def _with_box(name: str, image: str, text: str, box: Sequence[float], size: tuple[int, int]) -> Example:
+def with_box(name: str, image: str, text: str, box: Sequence[float], size: tuple[int, int]) -> Example:
     """An example of a box (x1, y1, x2, y2) in pixels."""
     x1, y1, x2, y2 = box
     if not (0 <= x1 < x2 <= size[0] and 0 <= y1 < y2 <= size[1]):
@@ -108,7 +108,7 @@ def read_refs(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
         (x, y, width, height), size = box["bbox"], (image["width"], image["height"])
         inside = (x, y, min(x + width, size[0]), min(y + height, size[1]))
         sentence = row["sentence"]
-        return _with_box(str(sentence["sent_id"]), image["file_name"], sentence["sent"], inside, size)
+        return with_box(str(sentence["sent_id"]), image["file_name"], sentence["sent"], inside, size)
 
     return good_rows(path, descriptions, DESCRIPTION, example, bad)
 

@@ -14,6 +14,7 @@ from dora_mm.data.vl.readers.cells import table_lines
 from dora_mm.data.vl.readers.chat_shapes import CAPTIONS, COMMON, SHAPES, UNREAD, JsonRow, shape_of
 from dora_mm.data.vl.readers.choices import KINDS
 from dora_mm.data.vl.readers.hub_files import files_of_source
+from dora_mm.data.vl.readers.hub_rows import is_of_hub
 from dora_mm.data.vl.readers.named_rows import IGNORED, SAMPLE, named_row, rows_by_column
 from dora_mm.data.vl.readers.preferences import ANSWERS, OF_REJECTED
 from dora_mm.data.vl.rows import RowError
@@ -37,6 +38,8 @@ def unread_columns(source: SourceConfig) -> dict[str, str]:
     Raises:
         ValueError: A file cannot be read.
     """
+    if is_of_hub(source):
+        return {}
     if source.format in TABLES:
         return _unread_of_table(source.path)
     if "columns" not in source.reader.keys:

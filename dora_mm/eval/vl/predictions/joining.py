@@ -2,31 +2,33 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
+from dora_mm.config.paths import resolve_path
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.answers import AnsweredRows, ModelAnswer
+from dora_mm.data.vl.embedded import without_content
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.readers import read_source, resolved
+from dora_mm.data.vl.readers.file_rows import COLUMNAR, kind_of_file
 from dora_mm.data.vl.rows import BadRows, count_of
 from dora_mm.eval.vl.metrics import scorer_of
 from dora_mm.eval.vl.predictions.reading import AnsweredRow, PredictionFile, named
 from dora_mm.eval.vl.scores import is_answered
+from dora_mm.registries.readers import READERS
 from dora_mm.registries.vl_tasks import TASKS
 
-TABLES = (".tsv", ".tsv.gz")
 OF_TABLES = ("choices", "answers")  # the formats of VLMEvalKit's
 
 
 def references_of(
     task: str, data: str, form: str | None, annotations: str | None = None, split: str | None = None
 ) -> list[Example]:
-    """The rows of a suite's data file, of which no images are read.
+    """The rows of a suite's data file, without the content of images that are in it.
 
     Args:
         task: The suite.
         data: The file.
-        form: Its format; None: of the suite's formats the one for tables with tabs, or the first.
+        form: Its format; None: that of the suite's formats which reads a file of this kind.
         annotations: The file of answers, where the format has one.
         split: As in `SourceConfig`.
 
@@ -36,13 +38,18 @@ def references_of(
     source = SourceConfig(format=form or _format(task, data), file=data, annotations=annotations, split=split)
     if source.format not in TASKS[task].formats:
         raise ValueError(f"--format: {task} reads {', '.join(TASKS[task].formats)}, not {source.format}")
-    return list(read_source(resolved(source), BadRows("stop")))
+    return list(map(without_content, read_source(resolved(source), BadRows("stop"))))
 
 
 def _format(task: str, data: str) -> str:
-    forms = TASKS[task].formats
-    tables = [form for form in forms if form in OF_TABLES]
-    return tables[0] if tables and Path(data).name.lower().endswith(TABLES) else forms[0]
+    """The first of a suite's formats that reads what a file is: a table, Parquet of the hub, or its official file."""
+    path, forms = resolve_path(data), TASKS[task].formats
+    kind = kind_of_file(path) if path.is_file() else COLUMNAR[0]  # folders are snapshots of the hub
+    if kind == "table":
+        fitting = [form for form in forms if form in OF_TABLES]
+    else:
+        fitting = [form for form in forms if kind in COLUMNAR and READERS[form].hub]
+    return fitting[0] if fitting else forms[0]
 
 
 def joined(
