@@ -26,6 +26,7 @@ from dora_mm.eval.gradients import measuring
 from dora_mm.models.images.families import has_unread_layers, identity_of, load_image_model
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.preview.image_page import image_page
+from dora_mm.preview.image_sizes import remark_on_resolutions
 from dora_mm.preview.image_streams import stream_amounts
 from dora_mm.preview.images import remark_on_captions, remark_on_distilled, remark_on_length, repeats_of
 from dora_mm.preview.training import print_page, slow_hardware
@@ -107,7 +108,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     remarks = slow_hardware(accelerator, [model.empty_denoiser()])
     remarks += remark_on_distilled(config.model)
     remarks += remark_on_captions(model, images, config.data)
-    for remark in remarks + remark_on_length(repeats_of(images), shared.train, accelerator.num_processes):
+    remarks += remark_on_resolutions(images, config.data)
+    for remark in remarks + remark_on_length(repeats_of(images, config.data), shared.train, accelerator.num_processes):
         log.warning("%s", remark)
     process = (accelerator.process_index, accelerator.num_processes)
     batches = captioned_batches(config, model, images, process)
