@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_mm.config.images import DataConfig
 from dora_mm.data.images.folder import CaptionedImage
-from dora_mm.data.images.resolutions import at_resolutions, left_out_at
+from dora_mm.data.images.resolutions import at_resolutions, left_out_at, resolution_of
 from dora_mm.preview.training import StepCost, measure_step
 
 if TYPE_CHECKING:  # with diffusers, which takes seconds to load: `new` describes images without a model
@@ -21,8 +21,8 @@ def describe_resolutions(images: Sequence[CaptionedImage], data: DataConfig) -> 
     """Lines with the images of each resolution, and those that are left out at some; none for a single resolution."""
     if len(data.resolutions) < 2:
         return []
-    counts = Counter(image.resolution for image in at_resolutions(images, data))
-    each = ", ".join(f"{resolution}: {counts[resolution]}" for resolution in sorted(counts) if resolution)
+    counts = Counter(resolution_of(image, data) for image in at_resolutions(images, data))
+    each = ", ".join(f"{resolution}: {counts[resolution]}" for resolution in sorted(counts))
     lines = [f"sizes     {each}, {counts.total()} in all; each image once at each size that it has"]
     return lines + [f"left out  {remark}" for remark in remark_on_resolutions(images, data)]
 
@@ -53,8 +53,7 @@ def measured_batches(batches: CaptionedBatches, preserved_every: int) -> dict[in
     found: dict[int, list[tuple[bool, int, int]]] = {}
     for number in range(len(batches.order.batches_of(0))):
         rows = batches.order(number * count + index)
-        resolution = batches.images[rows[0]].resolution
-        assert resolution is not None
+        resolution = resolution_of(batches.images[rows[0]], batches.config)
         found.setdefault(resolution, []).append((number % preserved_every == 0, len(rows), -number))
     if len(found) == 1:
         return {resolution: (0, len(each)) for resolution, each in found.items()}

@@ -316,6 +316,7 @@ def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
     """Real processes are killed, in both ways, and resumed: weights, optimiser and data order are as without that."""
     settings = {"train__steps": 10, "train__checkpoint_every": 2, "train__keep_checkpoints": 99, "sample__prompts": []}
     settings |= {"data__valid": {"share": 0.4}, "evaluate": {"every": 3}, "ema": {"decay": 0.9}}
+    settings |= {"data__resolution": None, "data__resolutions": [32, 64]}
     assert main(["train", str(config("uninterrupted", output=str(tmp_path / "uninterrupted"), **settings))]) == 0
     run = tmp_path / "interrupted"
     path = config("interrupted", output=str(run), **settings)
