@@ -109,6 +109,7 @@ class TrainVLConfig(PipelineConfig):
         "data.tables",
         "evaluate.every",
         "evaluate.patience",
+        "evaluate.per_example_every",
         "memory",
         "model.max_length",  # where it cuts no row in another way that was seen: see `RowCounts`
     )

@@ -15,10 +15,12 @@ from torch import nn
 
 from dora_mm.config.vl import EvaluateConfig
 from dora_mm.core import fixed_parameters
+from dora_mm.data.images.wording import unchanged
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches
 from dora_mm.utils.evaluating import evaluating, map_shared
+from dora_mm.utils.example_losses import ExampleLoss
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.progress import tracked
 from dora_mm.utils.randomness import generator
@@ -61,13 +63,29 @@ class ImageLosses:
 
     def __call__(self, networks: Sequence[nn.Module]) -> dict[str, float]:
         """The mean loss of each part; `networks` are those whose modes matter."""
+        measured = {name: list(losses.values()) for name, losses in self._measured(networks).items()}
+        return {name: fsum(losses) / len(losses) for name, losses in measured.items()}
+
+    def by_image(self, networks: Sequence[nn.Module]) -> list[ExampleLoss]:
+        """The losses of each image of all parts at each of its resolutions."""
+        found = []
+        for name, losses in self._measured(networks).items():
+            for index, image in enumerate(self.parts[name].images):
+                own = [losses[index, number] for number in range(NUM_TIMES)]
+                about = {"path": str(image.path.absolute()), "digest": image.digest}
+                text = unchanged(image, self.parts[name].config.captions)
+                found.append(ExampleLoss(f"{image.digest} {text}", str(image.resolution), text, own, **about))
+        return found
+
+    def _measured(self, networks: Sequence[nn.Module]) -> dict[str, dict[tuple[int, int], float]]:
+        """The loss by (image, number of the time) of each part."""
         found = {}
         with evaluating(networks) as together, fixed_parameters(together):
             for name, part in self.parts.items():
                 batches = tracked(self.batches[name], name, "batches")
                 shared = map_shared(partial(self._losses, part), batches, self.process, in_step=True)
-                losses = list(chain.from_iterable(shared))
-                found[name] = fsum(losses) / len(losses)
+                keys = chain.from_iterable(self.batches[name])
+                found[name] = dict(zip(keys, chain.from_iterable(shared), strict=True))
         return found
 
     def _batches(self, part: CaptionedBatches, batch_size: int) -> list[list[tuple[int, int]]]:

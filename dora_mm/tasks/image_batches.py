@@ -40,6 +40,7 @@ class CaptionedBatches:
         batch_size: Images per batch.
         seed: Seed of order, crops, dropped captions and latents.
         process: (index, count) if several processes share the work.
+        cache: Keeps the latents; None: one of its own.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class CaptionedBatches:
         batch_size: int,
         seed: int,
         process: tuple[int, int] = (0, 1),
+        cache: LatentCache | None = None,
     ):
         self.model, self.prompts, self.config = model, prompts, config
         self.images = at_resolutions(images, config)
         self.batch_size, self.seed, self.process = batch_size, seed, process
-        self.cache = LatentCache(config.latent_cache)
+        self.cache = cache or LatentCache(config.latent_cache)
         self.vae_identity = model.vae_identity
         self.references = ReferenceLatents(model, config, self.cache)
         self.layouts = [layout_of(image, model, config) for image in self.images]
