@@ -357,7 +357,7 @@ def write_results(
         details |= {name: round(value, 5) for name, value in validate.rows[-1].items() if name != "step"}
         details["best_step"] = validate.best_step
     summary = training_summary(run, config.adapter, num_parameters, steps, **details)
-    if config.sample.prompts:
+    if config.sample.prompts or config.evaluate.per_example_every is not None:
         update_page(run.path, summary)
     write_summary(run, summary)
     print()
