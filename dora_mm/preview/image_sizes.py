@@ -10,6 +10,7 @@ from dora_mm.config.images import DataConfig
 from dora_mm.data.images.folder import CaptionedImage
 from dora_mm.data.images.resolutions import at_resolutions, left_out_at, resolution_of
 from dora_mm.preview.training import StepCost, measure_step
+from dora_mm.utils.example_losses import NUM_TIMES
 
 if TYPE_CHECKING:  # with diffusers, which takes seconds to load: `new` describes images without a model
     from dora_mm.tasks.image_batches import CaptionedBatches
@@ -37,6 +38,11 @@ def remark_on_resolutions(images: Sequence[CaptionedImage], data: DataConfig) ->
             have = "image has" if len(names) == 1 else "images have"
             found.append(f"{len(names)} {have} too few pixels for resolution {resolution} ({named})")
     return found
+
+
+def num_measured(images: Sequence[CaptionedImage], data: DataConfig) -> int:
+    """The noised images whose loss is computed where that of each image is measured."""
+    return NUM_TIMES * len(at_resolutions(images, data))
 
 
 def measured_batches(batches: CaptionedBatches, preserved_every: int) -> dict[int, tuple[int, int]]:

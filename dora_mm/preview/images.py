@@ -13,9 +13,9 @@ from dora_mm.data.images.folder import CaptionedImage, contains_word
 from dora_mm.data.images.resolutions import at_resolutions, bucket_of, is_smaller, resolution_of, resolutions_of
 from dora_mm.data.images.wording import FIXED, all_unchanged, rendered, unchanged
 from dora_mm.data.syntax import syntax_in
-from dora_mm.preview.image_sizes import describe_resolutions
+from dora_mm.preview.image_sizes import describe_resolutions, num_measured
 from dora_mm.preview.look import describe_look
-from dora_mm.preview.training import when
+from dora_mm.preview.training import per_example_line, when
 
 if TYPE_CHECKING:  # with diffusers, which takes seconds to load: `new` describes images without a model
     from dora_mm.models.images.image_model import ImageModel
@@ -59,6 +59,7 @@ def describe_data(
             *describe_look(images, config.data),
             *describe_preserved(config, class_images),
             *([describe_held_out(held_out, config.evaluate)] if held_out else []),
+            *per_example_line(config.evaluate, len(images), num_measured(images, config.data), config.train.steps),
             describe_length(repeats_of(images, config.data), config.train, num_processes),
             *remark_on_length(repeats_of(images, config.data), config.train, num_processes),
             *(remark_on_distilled(config.model) if model else []),

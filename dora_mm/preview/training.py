@@ -239,6 +239,22 @@ def optimizer_line(
     return f"optimizer {optimizer.name}, {', '.join(rates + options)}; {schedule.name}{after}{average}"
 
 
+def per_example_line(evaluate: ValidationConfig, count: int, passes: int, steps: int) -> list[str]:
+    """A line with the cost of the loss of each image or row; none where it is not measured.
+
+    Args:
+        evaluate: The `evaluate` section.
+        count: The number of images or rows.
+        passes: The images or rows that one measurement passes forward.
+        steps: The length of the training.
+    """
+    every = evaluate.per_example_every
+    if every is None:
+        return []
+    times = 2 + (-(-steps // every) - 1 if every else 0)
+    return [f"each      the loss of each of {count:,}: {passes:,} forward passes, {times} times in the training"]
+
+
 def when(evaluate: ValidationConfig) -> str:
     """How often a training validates, and how it ends early."""
     if not evaluate.every:

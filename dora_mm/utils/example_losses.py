@@ -9,6 +9,7 @@ from dora_mm.utils.atomic import write_text
 from dora_mm.utils.json_text import parse_json
 
 FOLDER = "losses"
+NUM_TIMES = 8  # of each image; a diffusion loss depends more on the time than on the image
 
 
 class ExampleLoss(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any
 from dora_mm.eval.apart import apart, deviations
 from dora_mm.utils.example_losses import ExampleLoss, read_losses
 
+MOST_NAMED = 8  # rows in a report
 MOST_SHOWN = 60  # images or rows, those of the highest loss and all that are marked
 
 
@@ -46,6 +47,19 @@ def losses_by_example(path: Path, done: int, thumbnail: Callable[[ExampleLoss], 
             "level": last[name].level, "change": last[name].change, "mark": marks.get(name),
         })  # fmt: skip
     return {"steps": list(measured), "rows": rows, "count": len(ordered)}
+
+
+def rows_apart(path: Path, done: int) -> list[str]:
+    """Lines for the report of a training: the rows whose loss stays apart, and where all of them are shown."""
+    found = losses_by_example(path, done, lambda row: None)
+    if not found["rows"]:
+        return []
+    marked = [row for row in found["rows"] if row["mark"]]
+    lines = [
+        f"{row['mark']}: {row['text']!r}, right: {row['answer']!r}, loss {row['losses'][-1]:.3g}" for row in marked
+    ]
+    count = f"{len(marked)} of {found['count']} rows have losses that stay apart"
+    return [f"\n{count}; dora-mm gallery {path} shows the loss of each", *lines[:MOST_NAMED]]
 
 
 def _by_id(rows: Sequence[ExampleLoss]) -> dict[str, list[ExampleLoss]]:
