@@ -36,9 +36,9 @@ def test_a_planted_image_is_marked(count):
     """By its loss, where it is of another kind; by its change, where only its caption is wrong."""
     seeds = range(20)
     higher = [apart(measurements(count, seed, factor=6.0)) for seed in seeds]
-    assert sum(marks.get("0") == "higher than the others" for marks in higher) >= 18
+    assert sum(marks.get("0") == "higher than the others" for marks in higher) >= 16
     unlearned = [apart(measurements(count, seed, learned=0.0)) for seed in seeds]
-    assert sum(marks.get("0") == "falls less than the others" for marks in unlearned) >= 18
+    assert sum(marks.get("0") == "falls less than the others" for marks in unlearned) >= 16
 
 
 @pytest.mark.parametrize("count", [10, 25, 200])
