@@ -86,8 +86,7 @@ class ImageLosses:
             for name, part in self.parts.items():
                 batches = tracked(self.batches[name], name, "batches")
                 shared = map_shared(partial(self._losses, part), batches, self.process, in_step=True)
-                keys = chain.from_iterable(self.batches[name])
-                found[name] = dict(zip(keys, chain.from_iterable(shared), strict=True))
+                found[name] = dict(chain.from_iterable(shared))
         return found
 
     def _batches(self, part: CaptionedBatches, batch_size: int) -> list[list[tuple[int, int]]]:
@@ -97,7 +96,7 @@ class ImageLosses:
             groups[layout] += [(index, number) for number in range(NUM_TIMES)]
         return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
 
-    def _losses(self, part: CaptionedBatches, rows: list[tuple[int, int]]) -> list[float]:
+    def _losses(self, part: CaptionedBatches, rows: list[tuple[int, int]]) -> list[tuple[tuple[int, int], float]]:
         with self.precision():
             batch = part.fixed([index for index, _ in rows])
             noise = [
@@ -108,7 +107,7 @@ class ImageLosses:
             ]
             shares = torch.tensor([(number + 0.5) / NUM_TIMES for _, number in rows])
             times = self.task.times_at(shares, batch.latents.shape[2:])
-            return self.task.losses(batch, torch.cat(noise), times).tolist()
+            return list(zip(rows, self.task.losses(batch, torch.cat(noise), times).tolist(), strict=True))
 
 
 class RowLosses:
