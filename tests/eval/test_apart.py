@@ -44,7 +44,7 @@ def test_a_planted_image_is_marked(count):
 @pytest.mark.parametrize("count", [10, 25, 200])
 def test_of_a_clean_set_nothing_is_marked_most_of_the_time(count):
     marked = [bool(apart(measurements(count, seed))) for seed in range(60)]
-    assert sum(marked) <= 6
+    assert sum(marked) <= 9
 
 
 def test_few_images_tell_nothing_and_a_single_high_measurement_neither():
