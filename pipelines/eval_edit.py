@@ -85,7 +85,7 @@ def main(config: EvalEditConfig, *, resume: Path | None = None) -> None:
     model, trained = loaded.model, training_of(loaded.adapters[config.adapter.path])
     pairs = pairs_of(config, trained)
     by_text = isinstance(model, EditingModel) and not model.needs_references
-    resolution = trained.data.resolution if trained else model.resolution
+    resolution = trained.data.all_resolutions[-1] if trained else model.resolution
     requests = requests_of(config, pairs, resolution, by_text=by_text)
     loaded.check(requests)
     vectors = vectors_by(model.device, config.clip_model, config.timm_model)

@@ -311,7 +311,7 @@ def describe_style(
             *(f"{line}: data.mask; null trains on all of each image" for line in describe_masks(images, config.data)),
             *describe_look(images, config.data),
             *remarks,
-            describe_length(repeats_of(images), config.train),
+            describe_length(repeats_of(images, config.data), config.train),
             *remark_on_steps(len(images), recipe_steps),
         ]
     )

@@ -28,6 +28,7 @@ from dora_mm.eval.gradients import measuring
 from dora_mm.models.images.families import has_unread_layers, identity_of, load_image_model
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.preview.image_page import image_page
+from dora_mm.preview.image_sizes import remark_on_resolutions
 from dora_mm.preview.image_streams import stream_amounts
 from dora_mm.preview.images import remark_on_captions, remark_on_distilled, remark_on_length, repeats_of
 from dora_mm.preview.training import print_page, slow_hardware
@@ -55,6 +56,7 @@ from dora_mm.train.setup import training_setup
 from dora_mm.train.sharing import shared_among
 from dora_mm.train.validation import Validation, held_out_loss
 from dora_mm.train.weights import EMA, WeightAverage, result_of
+from dora_mm.utils.example_losses import ExampleLosses
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
 log = logging.getLogger(__name__)
@@ -109,13 +111,15 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     remarks = slow_hardware(accelerator, [model.empty_denoiser()])
     remarks += remark_on_distilled(config)
     remarks += remark_on_captions(model, images, config.data)
-    for remark in remarks + remark_on_length(repeats_of(images), shared.train, accelerator.num_processes):
+    remarks += remark_on_resolutions(images, config.data)
+    for remark in remarks + remark_on_length(repeats_of(images, config.data), shared.train, accelerator.num_processes):
         log.warning("%s", remark)
     process = (accelerator.process_index, accelerator.num_processes)
     batches = captioned_batches(config, model, images, process)
     source = preserving(batches, shared, class_images)
     losses = fixed_losses(config, task, batches, held_out, accelerator) if held_out else None
-    sampler = encode(shared, model, batches, source, losses)
+    each = losses_of_each(config, task, batches, images, accelerator)
+    sampler = encode(shared, model, batches, source, losses, each)
     trained = adapt_image_model(model, config)
     if config.train.shard:
         division(trained, model.target_maps).apply(accelerator.device)
@@ -129,7 +133,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     free_vae(model, config.data)
     inputs = inputs_of(config, images, held_out, class_images)
     with training_run(accelerator, config, inputs, resume, shared.train) as run:
-        train(config, run, trained.adapted, training, source, sampler, losses)
+        train(config, run, trained.adapted, training, source, sampler, losses, each)
 
 
 def inputs_of(
@@ -154,6 +158,7 @@ def train(
     batches: Callable[[int], ConditionedLatents],
     sampler: ImageSampler,
     losses: ImageLosses | None,
+    each: ImageLosses | None,
 ) -> None:
     """Trains, validates, generates and saves, in a run directory that is open."""
     accelerator, result = training["accelerator"], result_of(training["optimizer"])
@@ -167,7 +172,14 @@ def train(
     as_base = partial(bare, adapted.values(), sampler.model)
     validate = held_out_loss(run, config.evaluate, measure, as_base, saves, average, writes=writes) if measure else None
 
+    every = config.evaluate.per_example_every or 0
+    measure_each = each and ExampleLosses(
+        run.path, every, result(partial(each.by_image, list(adapted.values()))), writes=writes
+    )
+
     def on_step_end(step: int) -> None:
+        if measure_each and measure_each.is_due(step, config.train.steps):
+            measure_each(step)
         if validate and validate.is_due(step, config.train.steps):
             log_losses(step, validate(step))
         if not joins:
@@ -179,6 +191,8 @@ def train(
                 if writes and config.sample.prompts:
                     update_page(run.path)
 
+    if measure_each and not last_step(run.checkpoints):
+        measure_each(0)
     if config.sample.every and not last_step(run.checkpoints):
         on_step_end(0)  # so that what goes wrong in generating does so before the training
     should_stop = validate.should_stop if validate else lambda: False
@@ -187,6 +201,8 @@ def train(
     hooks["before_step"] = new_tokens.stopping(config.train, training["parameters"])
     state = {EMA: average} if average else {}
     done = fit(run=run, **training, batch_at=batches, **hooks, state=state, metadata=about)
+    if measure_each:
+        measure_each(done)
     if validate:
         log_losses(done, validate(done))
         validate.close()
@@ -224,17 +240,37 @@ def fixed_losses(
     accelerator: Accelerator,
 ) -> ImageLosses:
     """The loss of the held-out images, and of as many that are trained on, which shows what is only remembered."""
-    data = config.data.model_copy(update={"crop": "center", "flip": False})
-    size, unguided = config.train.batch_size, batches.unguided
     parts = {"held_out_loss": held_out, "trained_loss": part_of(batches.images, len(held_out))}
+    return losses_of(config, task, batches, parts, accelerator)
+
+
+def losses_of_each(
+    config: TrainDiffusionConfig,
+    task: DiffusionTask,
+    batches: CaptionedBatches,
+    images: list[CaptionedImage],
+    accelerator: Accelerator,
+) -> ImageLosses | None:
+    """The loss of each image that is trained on, where the config asks for it."""
+    if config.evaluate.per_example_every is None:
+        return None
+    return losses_of(config, task, batches, {"loss of each image": images}, accelerator)
+
+
+def losses_of(
+    config: TrainDiffusionConfig,
+    task: DiffusionTask,
+    batches: CaptionedBatches,
+    parts: Mapping[str, list[CaptionedImage]],
+    accelerator: Accelerator,
+) -> ImageLosses:
+    """The losses of images at fixed times and noise, by the name of what they are part of."""
+    data = config.data.model_copy(update={"crop": "center", "flip": False})
+    size = config.train.batch_size
+    shared: Any = {"batch_size": size, "seed": config.seed, "cache": batches.cache, "unguided": batches.unguided}
     return ImageLosses(
         task,
-        {
-            name: CaptionedBatches(
-                *(task.model, images, batches.prompts, data), batch_size=size, seed=config.seed, unguided=unguided
-            )
-            for name, images in parts.items()
-        },
+        {name: CaptionedBatches(task.model, images, batches.prompts, data, **shared) for name, images in parts.items()},
         batch_size=size,
         precision=accelerator.autocast,
         process=(accelerator.process_index, accelerator.num_processes),
@@ -251,7 +287,7 @@ def encode(
     model: ImageModel,
     batches: CaptionedBatches,
     source: CaptionedBatches | PreservingBatches,
-    losses: ImageLosses | None,
+    *losses: ImageLosses | None,
 ) -> ImageSampler:
     """Encodes ahead of training what stays the same, and frees the text encoders where they are frozen.
 
@@ -262,8 +298,9 @@ def encode(
     """
     for each in dict.fromkeys([batches, source]):
         each.encode_all(config.train.steps * config.train.gradient_accumulation_steps)
-    for part in losses.parts.values() if losses else ():
-        part.encode_all()
+    for each in filter(None, losses):
+        for part in each.parts.values():
+            part.encode_all()
     sampler = ImageSampler(model)
     if not batches.prompts.needs_encoders:
         prompts = ((prompt, config.sample.negative_prompt) for prompt in config.sample.prompts)
@@ -327,7 +364,7 @@ def write_results(
         details |= {name: round(value, 5) for name, value in validate.rows[-1].items() if name != "step"}
         details["best_step"] = validate.best_step
     summary = training_summary(run, config.adapter, num_parameters, steps, **details)
-    if config.sample.prompts:
+    if config.sample.prompts or config.evaluate.per_example_every is not None:
         update_page(run.path, summary)
     write_summary(run, summary)
     print()

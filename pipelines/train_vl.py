@@ -37,6 +37,7 @@ from dora_mm.preview.vl_page import vl_page
 from dora_mm.preview.vl_streams import stream_amount
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.sampling.answers import answer_all, num_answered, save_answers
+from dora_mm.sampling.gallery.losses import rows_apart
 from dora_mm.sampling.next_steps import asking_command
 from dora_mm.tasks.held_out import RowLosses, by_loss
 from dora_mm.tasks.preferences import KeptReference, preferences_of
@@ -64,6 +65,7 @@ from dora_mm.train.sharing import shared_among
 from dora_mm.train.validation import LOSS, SplitScores, Validation, log_scores, main_values, task_qualities
 from dora_mm.train.weights import EMA, WeightAverage, result_of
 from dora_mm.utils.evaluating import map_shared
+from dora_mm.utils.example_losses import ExampleLosses
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
@@ -212,14 +214,25 @@ def scoring_of(
     result: Callable[[Any], Any],
 ) -> SplitScores:
     """The validation scorer of a training: answers, metrics and losses on the validation splits."""
-    process = (accelerator.process_index, accelerator.num_processes)
-    limit = config.evaluate.limit
-    settings: dict[str, Any] = {"on_bad_data": config.data.on_bad_data, "precision": accelerator.autocast}
-    losses = RowLosses(model, splits, training, loss, **settings, limit=limit, process=process)
+    losses = row_losses(config, model, accelerator, training, splits, loss)
     answer = answering_all(config, model, accelerator, splits, answers)
     requested = (answers, model.networks.values(), splits, config.evaluate.batch_size)
     save = result(lambda file: save_answers(file, *requested))
     return SplitScores(accelerator, result(answer), score_all, result(losses), save)
+
+
+def row_losses(
+    config: TrainVLConfig,
+    model: VLModel,
+    accelerator: Accelerator,
+    training: Mapping[str, TrainingSet],
+    splits: Mapping[str, ValidationSet],
+    loss: Callable[[Any, torch.Generator], LossSum],
+) -> RowLosses:
+    """The losses of the validation splits."""
+    process = (accelerator.process_index, accelerator.num_processes)
+    settings: dict[str, Any] = {"on_bad_data": config.data.on_bad_data, "precision": accelerator.autocast}
+    return RowLosses(model, splits, training, loss, **settings, limit=config.evaluate.limit, process=process)
 
 
 def answering_all(
@@ -297,12 +310,20 @@ def train(
     measure = average.measured(scoring) if average else scoring
     qualities = partial(task_qualities, {name: by_loss(config.evaluate, name) for name in splits})
     main_process, joins = accelerator.is_main_process, takes_part(accelerator, config.train)
-    resumed = last_step(run.checkpoints)
+    resumed, every = last_step(run.checkpoints), config.evaluate.per_example_every
+    by_row = row_losses(config, model, accelerator, batches.sets, splits, parts["loss"]).by_row
+    measure_each = None
+    if every is not None:
+        measure_each = ExampleLosses(run.path, every, result_of(parts["optimizer"])(by_row), writes=main_process)
+        if not resumed:
+            measure_each(0)
     validate = Validation(
         run, config.evaluate, measure, qualities, write if joins else None, resumed, writes=main_process
     )
 
     def on_step_end(step: int) -> None:
+        if measure_each and measure_each.is_due(step, parts["config"].steps):
+            measure_each(step)
         if joins:
             with answering(accelerator, config.train, run, SAMPLE_NOW) as requested:
                 if requested:
@@ -336,6 +357,8 @@ def train(
         if average:
             average.applied()(write)(run.adapter_ema)
     validate(done)
+    if measure_each:
+        measure_each(done)
     details["validation_rows_left_out"] = num_answered(splits, config.evaluate.limit) - scoring.num_rows
     if main_process:
         finish(config, run, model, trained, validate, scoring, details)
@@ -388,6 +411,8 @@ def finish(
     write_summary(run, summary)
     for name, found in scores.items():
         print(f"\n{report(name, with_gain(name, found, scoring.answered[name], base.get(name)))}")
+    for line in rows_apart(run.path, values["step"]):
+        print(line)
     print(f"\nadapter  {run.adapter}")
     requested = "IMAGE QUESTION" if model.reads_images else "QUESTION"
     print(f"to ask   {asking_command(config, run, requested)}")

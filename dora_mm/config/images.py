@@ -3,12 +3,13 @@
 import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from dora_mm.config.adapter import ImageAdapterConfig, check_adapter
-from dora_mm.config.generation import LARGEST_SIZE, SampleConfig
+from dora_mm.config.generation import SampleConfig
 from dora_mm.config.losses import LossConfig
 from dora_mm.config.models import ModelConfig
+from dora_mm.config.resolutions import Resolution, Resolutions, check_resolutions
 from dora_mm.config.schema import (
     Backend,
     Count,
@@ -40,23 +41,6 @@ from dora_mm.config.training import (
 from dora_mm.utils.folders import Links
 
 
-def bucket_step(resolution: int) -> int:
-    """The number of pixels that the sides of training images are multiples of.
-
-    64 as in SDXL's pretraining; below a resolution of 512 it is 32, the size of one cell of the coarsest feature map.
-    """
-    return 64 if resolution >= 512 else 32
-
-
-def _checked_resolution(resolution: int) -> int:
-    if resolution % bucket_step(resolution) or not 0 < resolution <= LARGEST_SIZE:
-        raise ValueError(f"must be a multiple of 64 from 512 to {LARGEST_SIZE}, or of 32 below 512, got {resolution}")
-    return resolution
-
-
-Resolution = Annotated[int, AfterValidator(_checked_resolution)]
-
-
 class HeldOutImagesConfig(Section):
     """Images that are not trained on: what is learned is validated by their loss."""
 
@@ -85,7 +69,7 @@ class ImageFolderConfig(Section):
     # Of the losses of its images: a step's loss is divided by the sum of weights, so it acts between images of one step
     weight: Positive = 1.0
     prompt: Text | None = None  # the caption of images without one; null: data.instance_prompt
-    resolution: Resolution | None = None  # pixels; null: data.resolution
+    resolution: Resolution | None = None  # pixels; null: data.resolution or data.resolutions
     masks: InputPath | None = None  # as data.mask.folder
     references: Items[InputPath] = ()  # as data.references
 
@@ -140,7 +124,7 @@ class MaskConfig(Section):
 
 
 class DataConfig(Section):
-    exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("folder", "folders"),)
+    exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("folder", "folders"), ("resolution", "resolutions"))
 
     # Images, with captions in metadata.jsonl, metadata.csv, or <name>.txt or <name>.caption files, or without captions
     folder: InputPath | None = None  # null: folders are set
@@ -148,7 +132,10 @@ class DataConfig(Section):
     # Whether links that lead out of their folder are followed; those of the hub's cache are, without it
     follow_links: bool = False
     subfolders: bool = False  # whether images in subfolders count; those in 10_name then occur 10 times in an epoch
-    resolution: Resolution  # pixels; an image has an area of about resolution x resolution and keeps its aspect ratio
+    # Pixels; an image has an area of about resolution x resolution and keeps its aspect ratio
+    resolution: Resolution | None = None  # null: resolutions are set
+    # Several: an epoch has every image once at each that it is large enough for, and at least at the smallest one
+    resolutions: Resolutions = ()  # empty: resolution is set
     instance_prompt: Text | None = None  # the caption of images without one; null: every image needs a caption
     # Files that look like captions and are not used: stop: they are an error; ignore: they are named
     unused_captions: Literal["stop", "ignore"] = "stop"
@@ -185,6 +172,11 @@ class DataConfig(Section):
         return Links(self.follow_links, "set data.follow_links=true")
 
     @property
+    def all_resolutions(self) -> tuple[int, ...]:
+        """The resolutions in ascending order, also where there is one."""
+        return self.resolutions if self.resolution is None else (self.resolution,)
+
+    @property
     def has_class_images(self) -> bool:
         """Whether the model is held on images of their own."""
         return any(folder.role == "preserve" for folder in self.folders)
@@ -196,7 +188,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _folders_agree(self) -> "DataConfig":
-        problems = []
+        problems = check_resolutions(self.resolution, self.resolutions)
         if (self.folder is None) == (not self.folders):
             problems.append("give either folder or folders")
         roles = {folder.role for folder in self.folders}

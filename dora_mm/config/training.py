@@ -71,6 +71,9 @@ class ValidationConfig(Section):
     every: Count = 0  # optimizer steps between validations; 0: only at the end
     # How many validations in a row without a better one end the training; null: it has all of its steps
     patience: PositiveInt | None = None
+    # Optimizer steps between measurements of the loss of each image that is trained on, or of each validation row: the
+    # page of the training then shows which stay apart; 0: only before the first step and at the end; null: never
+    per_example_every: Count | None = None
 
 
 # A longer training has the same first steps; checkpointing computes the same activations again. Only the rate is one of

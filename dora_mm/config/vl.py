@@ -110,6 +110,7 @@ class TrainVLConfig(PipelineConfig):
         "data.tables",
         "evaluate.every",
         "evaluate.patience",
+        "evaluate.per_example_every",
         "memory",
         "model.max_length",  # where it cuts no row in another way that was seen: see `RowCounts`
     )
@@ -148,6 +149,8 @@ class TrainVLConfig(PipelineConfig):
         problems += missing_splits(self.data, "train")
         has_valid = any(task.valid for task in self.data.all_tasks)
         problems += check_validation(self.evaluate, has_valid, "no task has a valid split")
+        if self.evaluate.per_example_every is not None and not has_valid:
+            problems.append("evaluate.per_example_every has no effect: no task has a valid split")
         trained = self.adapter.vision_parts
         if trained and self.vision.features:
             problems.append(

@@ -89,7 +89,7 @@ def phases(config: TrainDiffusionConfig, model: ImageModel, captions: Sequence[C
         captions: Those of the training.
     """
     encoders = sum(_text_encoder_bytes(config, model, name) for name in model.text_encoders)
-    vae, side = num_bytes(_tensors(model.vae)), config.data.resolution
+    vae, side = num_bytes(_tensors(model.vae)), config.data.all_resolutions[-1]
     longest = sorted(captions, key=lambda caption: len(text_of(caption)))[-TOGETHER:]
     pixels = torch.zeros(1, 3, side, side)
     found = [Phase(f"VAE, an image of {side} px encoded", vae, _peak(model, lambda: model.encode_images(pixels)))]

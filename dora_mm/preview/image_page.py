@@ -31,6 +31,7 @@ from dora_mm.preview.image_memory import (
     simulated_cost,
     without_numbers,
 )
+from dora_mm.preview.image_sizes import measure_resolutions, measured_batches
 from dora_mm.preview.image_streams import stream_amounts
 from dora_mm.preview.images import describe_data, describe_encoded, describe_latents
 from dora_mm.preview.memory import memory_table
@@ -39,7 +40,6 @@ from dora_mm.preview.rounding import MEASURED, dense_prompts, rounding_line
 from dora_mm.preview.streamed import stream_plan
 from dora_mm.preview.training import (
     left_lines,
-    measure_step,
     optimizer_line,
     slow_hardware,
     time_line,
@@ -124,8 +124,11 @@ def measured_sections(
     """
     start_tokens(config.tokens, model, images, config.data.captions, config.seed)
     batches, source = batches_of(config, model, images, class_images, accelerator)
+    every = config.preserve.every * config.train.gradient_accumulation_steps if config.preserve else 1
+    numbers = measured_batches(batches, every)
     with torch.no_grad():
-        source(0)  # the only batch that is measured
+        for number, _ in numbers.values():  # the only batches that are measured
+            source(number)
     yield encoded_section(data, config, given, batches, source)
     captions = source.captions(1)[:MEASURED] if config.model.text_quantization else []
     rounded = batches.prompts(captions)
@@ -138,12 +141,13 @@ def measured_sections(
     yield how_section(config, model, trained)
     free_vae(model, config.data)
     loss, others = DiffusionTask(model, config.loss).loss, token_networks(config.tokens, model)
-    cost = measure_step(**training_setup(accelerator, config, config.train, trained, loss, others), batch_at=source)
+    training = training_setup(accelerator, config, config.train, trained, loss, others)
+    cost, by_resolution = measure_resolutions(training, source, numbers)
     denoiser, waits = trained.networks[model.denoiser], model.components.streamed.get(model.denoiser)
     plan = stream_plan(denoiser, model.target_maps[model.denoiser], waits and waits.amount)._replace(is_measured=True)
     details: dict[str, Any] = {"ema": config.ema is not None, "plan": plan if plan.waiting else None}
     yield memory_table(model.networks, trained.parameters, config.optimizer, cost, **details)
-    yield time_line(cost, steps, "generating images")
+    yield time_line(cost, steps, "generating images", by_resolution)
 
 
 def estimated_sections(

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 from dora_mm.config.images import DataConfig, TrainDiffusionConfig
 from dora_mm.config.losses import LossConfig
 from dora_mm.config.training import TrainConfig, ValidationConfig
-from dora_mm.data.images.folder import CaptionedImage, bucket_of, contains_word, resolution_of
+from dora_mm.data.images.folder import CaptionedImage, contains_word
+from dora_mm.data.images.resolutions import at_resolutions, bucket_of, is_smaller, resolution_of, resolutions_of
 from dora_mm.data.images.wording import FIXED, all_unchanged, rendered, unchanged
 from dora_mm.data.syntax import syntax_in
+from dora_mm.preview.image_sizes import describe_resolutions, num_measured
 from dora_mm.preview.look import describe_look
-from dora_mm.preview.training import when
+from dora_mm.preview.training import per_example_line, when
 
 if TYPE_CHECKING:  # with diffusers, which takes seconds to load: `new` describes images without a model
     from dora_mm.models.images.image_model import ImageModel
@@ -58,8 +60,9 @@ def describe_data(
             *describe_preserved(config, class_images),
             *describe_guided_target(config.loss),
             *([describe_held_out(held_out, config.evaluate)] if held_out else []),
-            describe_length(repeats_of(images), config.train, num_processes),
-            *remark_on_length(repeats_of(images), config.train, num_processes),
+            *per_example_line(config.evaluate, len(images), num_measured(images, config.data), config.train.steps),
+            describe_length(repeats_of(images, config.data), config.train, num_processes),
+            *remark_on_length(repeats_of(images, config.data), config.train, num_processes),
             *(remark_on_distilled(config) if model else []),
             *remark_on_captions(model, images, config.data),
             *([] if model else [f"{config.model.path} is not on this machine: modules, memory and time are left out"]),
@@ -69,15 +72,16 @@ def describe_data(
 
 def describe_images(images: Sequence[CaptionedImage], data: DataConfig) -> str:
     """Lines with the number of images, their sizes, the bucket that each goes to, and their repeats."""
-    buckets = Counter(bucket_of(image, data) for image in images)
-    smaller = sum(h * w < 0.9 * resolution_of(image, data) ** 2 for image in images for h, w in (image.size,))
+    buckets = Counter(bucket_of(image, data) for image in at_resolutions(images, data))
+    smaller = sum(is_smaller(image, resolution_of(image, data)) for image in images)
     repeats = Counter(image.repeats for image in images)
     lines = [f"images  {len(images)} in {data.folder}"] if data.folder else describe_folders(images, data)
+    lines += describe_resolutions(images, data)
     lines.append(
         "buckets   " + ", ".join(f"{h} x {w}: {count}" for (h, w), count in sorted(buckets.items())) + " (h x w)"
     )
     if smaller:
-        side = "resolution" if data.folders else data.resolution
+        side = "resolution" if data.folders else data.all_resolutions[0]
         lines.append(f"enlarged  {smaller}: they have less than {side} x {side} pixels")
     if data.subfolders and set(repeats) != {1}:
         lines.append(
@@ -158,7 +162,7 @@ def describe_references(images: Sequence[CaptionedImage], model: ImageModel | No
     dropped = f", dropped with probability {data.reference_dropout:g}" if data.reference_dropout else ""
     tokens = ""
     if model:
-        own, theirs = max((num_tokens(image, model, data) for image in found), key=sum)
+        own, theirs = max((num_tokens(image, model, data) for image in at_resolutions(found, data)), key=sum)
         tokens = f", at most {theirs:,} tokens beside {own:,} of the image"
     return [f"references  {each}{tokens}{dropped}"]
 
@@ -173,9 +177,14 @@ def describe_latents(batches: CaptionedBatches, data: DataConfig) -> list[str]:
     if batches.config.crop == "random":
         return []
     folder = data.latent_cache
-    kinds = {reference for image in batches.images for reference in image.references}
-    count, each = (len(batches.images) + len(kinds)) * (2 if batches.config.flip else 1), batches.cache.bytes_each
-    size = each * count if each else 0
+    views = zip(batches.images, batches.layouts, strict=True)
+    kinds = {kind for image, (_, *sizes) in views for kind in zip(image.references, sizes, strict=True)}
+    sides, times = (
+        [layout[0] for layout in batches.layouts] + [size for _, size in kinds],
+        2 if batches.config.flip else 1,
+    )
+    count, pixels = len(sides) * times, sum(h * w for h, w in sides) * times
+    size = (batches.cache.bytes_per_cell or 0) * pixels / batches.model.vae_downscale**2
     where = f"in {folder}" if folder else "in main memory"
     where += "; data.latent_cache keeps them on the disk" if size > LARGE_CACHE and not folder else ""
     return [f"latents   {count:,} ahead of the steps{f', {size / 1e6:,.1f} MB' if size else ''} {where}"]
@@ -226,9 +235,9 @@ def describe_held_out(held_out: Sequence[CaptionedImage], evaluate: ValidationCo
     return f"held out  {len(held_out)} ({names}), their loss {when(evaluate)}"
 
 
-def repeats_of(images: Sequence[CaptionedImage]) -> list[float]:
-    """How often each image occurs in an epoch, where `data.repeats` is 1."""
-    return [image.repeats for image in images]
+def repeats_of(images: Sequence[CaptionedImage], data: DataConfig) -> list[float]:
+    """How often each image occurs in an epoch at all of its resolutions, where `data.repeats` is 1."""
+    return [image.repeats * len(resolutions_of(image, data)) for image in images]
 
 
 def views_per_image(repeats: Sequence[float], train: TrainConfig, num_processes: int = 1) -> tuple[float, float]:

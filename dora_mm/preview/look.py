@@ -8,9 +8,10 @@ from importlib.util import find_spec
 import numpy as np
 
 from dora_mm.config.images import DataConfig
-from dora_mm.data.images.folder import CaptionedImage, contains_word, resolution_of
+from dora_mm.data.images.folder import CaptionedImage, contains_word
 from dora_mm.data.images.look import CELLS
 from dora_mm.data.images.pixels import load_rgb
+from dora_mm.data.images.resolutions import resolution_of
 from dora_mm.data.images.shared_words import MOST_WITHOUT
 
 MOST_NAMES = 8  # of images in a line, and lines of one kind

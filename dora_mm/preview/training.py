@@ -178,11 +178,21 @@ def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(part.numel() * part.element_size() for tensor in tensors for part in _parts(tensor))
 
 
-def time_line(cost: StepCost, steps: int, left_out: str) -> str:
-    """A line with the measured time of a step and that of a whole training, without what is left out of it."""
+def time_line(cost: StepCost, steps: int, left_out: str, by_resolution: Mapping[int, float] | None = None) -> str:
+    """A line with the measured time of a step and that of a whole training, without what is left out of it.
+
+    Args:
+        cost: Of a step on average.
+        steps: The number of steps.
+        left_out: What the time does not include.
+        by_resolution: The seconds of a step by the resolution of its images; None, or of one: they are all alike.
+    """
     assert cost.seconds is not None
-    shown = duration(cost.seconds * steps)
-    return f"time      {cost.seconds:.2f} s a step (measured), {shown} for {steps:,} steps, {left_out} not included"
+    shown, source = duration(cost.seconds * steps), "measured"
+    if by_resolution and len(by_resolution) > 1:
+        each = ", ".join(f"{seconds:.2f} s at {resolution}" for resolution, seconds in by_resolution.items())
+        source = f"on average; measured: {each}"
+    return f"time      {cost.seconds:.2f} s a step ({source}), {shown} for {steps:,} steps, {left_out} not included"
 
 
 def left_lines(resume: Path | None, steps: int) -> list[str]:
@@ -227,6 +237,22 @@ def optimizer_line(
     after = f" after {warmup:,} steps of warm-up" if warmup else ""
     average = f"; an average of the weights with decay {ema.decay:g}" if ema else ""
     return f"optimizer {optimizer.name}, {', '.join(rates + options)}; {schedule.name}{after}{average}"
+
+
+def per_example_line(evaluate: ValidationConfig, count: int, passes: int, steps: int) -> list[str]:
+    """A line with the cost of the loss of each image or row; none where it is not measured.
+
+    Args:
+        evaluate: The `evaluate` section.
+        count: The number of images or rows.
+        passes: The images or rows that one measurement passes forward.
+        steps: The length of the training.
+    """
+    every = evaluate.per_example_every
+    if every is None:
+        return []
+    times = 2 + (-(-steps // every) - 1 if every else 0)
+    return [f"each      the loss of each of {count:,}: {passes:,} forward passes, {times} times in the training"]
 
 
 def when(evaluate: ValidationConfig) -> str:

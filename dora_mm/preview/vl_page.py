@@ -171,6 +171,9 @@ def validation_sections(config: TrainVLConfig) -> Iterator[str]:
     if valid := [task.task for task in config.data.all_tasks if task.valid]:
         by = ", ".join(f"{name} by its {'loss' if by_loss(config.evaluate, name) else 'metric'}" for name in valid)
         yield f"validated {when(config.evaluate)}; the best adapter of {by}"
+        if (every := config.evaluate.per_example_every) is not None:
+            often = f", every {every:,} steps" if every else ""
+            yield f"each      the loss of each validation row in a pass of its own, at the start{often} and at the end"
 
 
 def measured_cost(

@@ -157,7 +157,7 @@ def sample_references(config: TrainDiffusionConfig, model: ImageModel) -> list[R
 def area_of(config: TrainDiffusionConfig) -> int | None:
     """The area in pixels to which larger references of contact sheets are scaled down; None: as the pipeline does."""
     area = config.data.reference_area
-    return config.data.resolution**2 if area == "target" else None if area == "pipeline" else area
+    return config.data.all_resolutions[-1] ** 2 if area == "target" else None if area == "pipeline" else area
 
 
 def keep_images(

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
 from math import fsum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +16,14 @@ from torch import nn
 
 from dora_mm.config.vl import EvaluateConfig
 from dora_mm.core import fixed_parameters
+from dora_mm.data.images.wording import unchanged
+from dora_mm.data.vl.example import Example, plain_text
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches
+from dora_mm.utils.digest import file_digest
 from dora_mm.utils.evaluating import evaluating, map_shared
+from dora_mm.utils.example_losses import NUM_TIMES, ExampleLoss
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.progress import tracked
 from dora_mm.utils.randomness import generator
@@ -29,7 +34,6 @@ if TYPE_CHECKING:  # these need the extra vl, and those who train images have no
     from dora_mm.data.vl.tables import ExampleTable
     from dora_mm.models.vl.vl_model import VLModel
 
-NUM_TIMES = 8  # of each image; a loss depends more on the time than on the image
 Precision = Callable[..., AbstractContextManager[Any]]  # opens the autocast of a training
 
 
@@ -61,13 +65,28 @@ class ImageLosses:
 
     def __call__(self, networks: Sequence[nn.Module]) -> dict[str, float]:
         """The mean loss of each part; `networks` are those whose modes matter."""
+        measured = {name: list(losses.values()) for name, losses in self._measured(networks).items()}
+        return {name: fsum(losses) / len(losses) for name, losses in measured.items()}
+
+    def by_image(self, networks: Sequence[nn.Module]) -> list[ExampleLoss]:
+        """The losses of each image of all parts at each of its resolutions."""
+        found = []
+        for name, losses in self._measured(networks).items():
+            for index, image in enumerate(self.parts[name].images):
+                own = [losses[index, number] for number in range(NUM_TIMES)]
+                about = {"path": str(image.path.absolute()), "digest": image.digest}
+                text = unchanged(image, self.parts[name].config.captions)
+                found.append(ExampleLoss(f"{image.digest} {text}", str(image.resolution), text, own, **about))
+        return found
+
+    def _measured(self, networks: Sequence[nn.Module]) -> dict[str, dict[tuple[int, int], float]]:
+        """The loss by (image, number of the time) of each part."""
         found = {}
         with evaluating(networks) as together, fixed_parameters(together):
             for name, part in self.parts.items():
                 batches = tracked(self.batches[name], name, "batches")
                 shared = map_shared(partial(self._losses, part), batches, self.process, in_step=True)
-                losses = list(chain.from_iterable(shared))
-                found[name] = fsum(losses) / len(losses)
+                found[name] = dict(chain.from_iterable(shared))
         return found
 
     def _batches(self, part: CaptionedBatches, batch_size: int) -> list[list[tuple[int, int]]]:
@@ -77,7 +96,7 @@ class ImageLosses:
             groups[layout] += [(index, number) for number in range(NUM_TIMES)]
         return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
 
-    def _losses(self, part: CaptionedBatches, rows: list[tuple[int, int]]) -> list[float]:
+    def _losses(self, part: CaptionedBatches, rows: list[tuple[int, int]]) -> list[tuple[tuple[int, int], float]]:
         with self.precision():
             batch = part.fixed([index for index, _ in rows])
             noise = [
@@ -88,7 +107,7 @@ class ImageLosses:
             ]
             shares = torch.tensor([(number + 0.5) / NUM_TIMES for _, number in rows])
             times = self.task.times_at(shares, batch.latents.shape[2:])
-            return self.task.losses(batch, torch.cat(noise), times).tolist()
+            return list(zip(rows, self.task.losses(batch, torch.cat(noise), times).tolist(), strict=True))
 
 
 class RowLosses:
@@ -126,8 +145,27 @@ class RowLosses:
         with evaluating(self.model.networks.values()) as together, fixed_parameters(together):
             return {name: self._loss(name, split) for name, split in self.sets.items()}
 
+    def by_row(self) -> list[ExampleLoss]:
+        """The loss of each row, in a pass of its own; without those that cannot be encoded."""
+        with evaluating(self.model.networks.values()) as together, fixed_parameters(together):
+            return [row for name, split in self.sets.items() for row in self._rows(name, split)]
+
+    def _rows(self, name: str, split: ValidationSet) -> list[ExampleLoss]:
+        table, found = self._answered(split), []
+        single = tracked([range(row, row + 1) for row in range(len(table))], f"{name} loss of each row", "rows")
+        sums = map_shared(partial(self._sums, name, table, split.images), single, self.process, in_step=True)
+        for row, (total, count) in enumerate(sums):
+            if count:
+                example = table[row]
+                about = {"answer": _shown_answer(example), **_image_of(example, split.images)}
+                found.append(ExampleLoss(f"{name} {row}", name, _question(example), [total / count], **about))
+        return found
+
+    def _answered(self, split: ValidationSet) -> ExampleTable:
+        return split.table.select(range(min(len(split.table), self.limit or len(split.table)))).answered()
+
     def _loss(self, name: str, split: ValidationSet) -> float:
-        table = split.table.select(range(min(len(split.table), self.limit or len(split.table)))).answered()
+        table = self._answered(split)
         size = self.training[name].batch_size
         batches = [range(start, min(start + size, len(table))) for start in range(0, len(table), size)]
         shown = tracked(batches, f"{name} loss", "batches")
@@ -143,6 +181,23 @@ class RowLosses:
         with self.precision():
             loss = self.loss(batch, generator(0, 0, "held-out loss"))
         return float(loss.total), float(loss.count)
+
+
+def _question(example: Example) -> str:
+    """What a person reads of a row: its question, or the last turn that is not the answer."""
+    return example.text or (plain_text(example.prompt_turns[-1].text) if example.prompt_turns else "")
+
+
+def _shown_answer(example: Example) -> str:
+    from dora_mm.models.vl.vl_model import likeliest_answer
+
+    return likeliest_answer(example) or (plain_text(example.turns[-1].text) if example.turns else "")
+
+
+def _image_of(example: Example, folder: str | None) -> dict[str, str]:
+    """The file of the first image of a row, where there is one."""
+    path = Path(folder or "", example.images[0]).absolute() if example.images else None
+    return {"path": str(path), "digest": file_digest(path)} if path and path.is_file() else {}
 
 
 def by_loss(config: EvaluateConfig, task: str) -> bool:

@@ -14,6 +14,7 @@ from dora_mm.data.images.latents import LatentCache, Latents, latent_key
 from dora_mm.data.images.masks import ALPHA, load_mask, render_mask
 from dora_mm.data.images.order import ImageOrder
 from dora_mm.data.images.pixels import load_rgb, render
+from dora_mm.data.images.resolutions import at_resolutions
 from dora_mm.data.images.wording import rendered, unchanged
 from dora_mm.data.seen import read_as
 from dora_mm.models.images.image_model import ImageModel, Prompt
@@ -28,8 +29,9 @@ class CaptionedBatches:
     """Maps a batch number to a batch, which depends only on (seed, number, process).
 
     All images of a batch have one layout; every epoch contains every image `data.repeats` times, times the `repeats` of
-    its folder and, with `data.subfolders`, the number in the name of its subfolder (see `ImageOrder`). Latents are
-    sampled from the VAE's posterior again each time; that of an image with a fixed crop is computed once.
+    its folder and, with `data.subfolders`, the number in the name of its subfolder (see `ImageOrder`), at each of its
+    resolutions. Latents are sampled from the VAE's posterior again each time; that of an image with a fixed crop is
+    computed once.
 
     Args:
         model: The model whose VAE encodes the images.
@@ -40,6 +42,7 @@ class CaptionedBatches:
         seed: Seed of order, crops, dropped captions and latents.
         process: (index, count) if several processes share the work.
         unguided: The prompt that a guided target leads away from; None: there is no such target.
+        cache: Keeps the latents; None: one of its own.
     """
 
     def __init__(
@@ -53,17 +56,19 @@ class CaptionedBatches:
         seed: int,
         process: tuple[int, int] = (0, 1),
         unguided: str | None = None,
+        cache: LatentCache | None = None,
     ):
-        self.model, self.images, self.prompts, self.config = model, images, prompts, config
+        self.model, self.prompts, self.config = model, prompts, config
         self.unguided = unguided
+        self.images = at_resolutions(images, config)
         self.batch_size, self.seed, self.process = batch_size, seed, process
-        self.cache = LatentCache(config.latent_cache)
+        self.cache = cache or LatentCache(config.latent_cache)
         self.vae_identity = model.vae_identity
         self.references = ReferenceLatents(model, config, self.cache)
-        self.layouts = [layout_of(image, model, config) for image in images]
-        repeats = [config.repeats * image.repeats for image in images]
+        self.layouts = [layout_of(image, model, config) for image in self.images]
+        repeats = [config.repeats * image.repeats for image in self.images]
         self.order = ImageOrder(self.layouts, repeats, batch_size, seed)
-        weights = [config.folders[image.folder].weight if config.folders else 1.0 for image in images]
+        weights = [config.folders[image.folder].weight if config.folders else 1.0 for image in self.images]
         self.weights = torch.tensor(weights)  # of the images' losses
         self._masks: dict[tuple[object, ...], torch.Tensor] = {}
 

@@ -6,9 +6,10 @@ import torch
 
 from dora_mm.config.images import DataConfig
 from dora_mm.data.images.buckets import Size
-from dora_mm.data.images.folder import CaptionedImage, bucket_of
+from dora_mm.data.images.folder import CaptionedImage
 from dora_mm.data.images.latents import LatentCache, Latents, reference_key
 from dora_mm.data.images.references import ReferenceImage, load_reference
+from dora_mm.data.images.resolutions import at_resolutions, bucket_of
 from dora_mm.models.images.editing import EditingModel
 from dora_mm.models.images.image_model import ImageModel
 from dora_mm.registries.image_families import IMAGE_FAMILIES
@@ -147,12 +148,13 @@ def check_references(model: ImageModel, images: Sequence[CaptionedImage], data: 
     if data.crop == "random":
         raise ValueError("data.crop: random crops of images would no longer fit their references: set center")
     problems = []
-    for image in found:
+    for image in at_resolutions(found, data):
         if (count := len(image.references)) > (most := model.most_references):
             problems.append(f"{image.path.name} has {count} references, and {model.title} takes {most}")
         sizes = ((each, model.prepared_size(each.size, area_of(image, data))) for each in image.references)
         reasons = ((each, model.why_not_reference(size)) for each, size in sizes)
         problems += [f"{each.path.name} {reason}" for each, reason in reasons if reason]
     if problems:
+        problems = list(dict.fromkeys(problems))  # those of an image may be the same at each resolution
         more = f"; and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
         raise ValueError(f"data.references: {'; '.join(problems[:MOST_NAMED])}{more}")

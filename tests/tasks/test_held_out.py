@@ -43,6 +43,19 @@ def test_it_is_the_mean_over_images_and_stratified_times_with_their_own_noise(pa
     assert measure(part) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
 
 
+def test_the_losses_of_each_image_are_those_of_the_mean(part):
+    task = DiffusionTask(part.model, LossConfig())
+    losses = ImageLosses(task, {"loss": part}, batch_size=3, precision=nullcontext)
+    each = losses.by_image([part.model.unet])
+    assert [(row.digest, row.text, row.group, len(row.losses)) for row in each] == [
+        (image.digest, image.caption, "64", NUM_TIMES) for image in part.images
+    ]
+    values = [value for row in each for value in row.losses]
+    assert losses([part.model.unet])["loss"] == pytest.approx(sum(values) / len(values), rel=1e-12)
+    again = ImageLosses(task, {"loss": part}, batch_size=3, precision=nullcontext).by_image([part.model.unet])
+    assert again == each
+
+
 def test_it_draws_nothing_and_leaves_no_trace(part):
     part.model.unet.train()
     before = torch.get_rng_state()
@@ -95,6 +108,11 @@ def test_rows_count_with_their_likeliest_answer_whatever_their_batches(limit):
     losses = RowLosses(model, sets, training, model.loss, **settings)  # type: ignore[arg-type]
     numbers = [n for n in range(1, 8) if n != 3 and n <= (limit or 7)]
     assert losses() == {"vqa": sum(numbers) / (2 * len(numbers))}
+    each = losses.by_row()
+    assert [(row.group, row.text, row.answer, row.losses) for row in each] == [
+        ("vqa", "?", "yes", [n / 2]) for n in numbers
+    ]
+    assert len({row.id for row in each}) == len(each)
 
 
 def test_processes_share_the_batches_and_all_know_the_result(monkeypatch, part):

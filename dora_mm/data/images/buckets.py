@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from dora_mm.config.images import bucket_step
+from dora_mm.config.resolutions import bucket_step
 
 Size = tuple[int, int]
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from dora_mm.config import resolve_path
 from dora_mm.config.images import CaptionConfig, DataConfig
-from dora_mm.data.images.buckets import Size, choose_bucket
+from dora_mm.data.images.buckets import Size
 from dora_mm.data.images.captions import CAPTION_SUFFIXES, METADATA, CaptionFiles, is_image
 from dora_mm.data.images.listing import files_in, folders_in, only_references
 from dora_mm.data.images.look import Look, look_at
@@ -67,6 +67,7 @@ class CaptionedImage(NamedTuple):
     mask_file: MaskFile | None = None  # its mask, used or not
     look: Look | None = None  # what it looks like, where that was asked for
     references: tuple[ReferenceImage, ...] = ()  # what a model that edits sees beside the caption, in its order
+    resolution: int | None = None  # at which it is trained on, from `at_resolutions`; None: that is not chosen yet
 
 
 def read_captioned_images(
@@ -282,16 +283,6 @@ def digest_of(images: Sequence[CaptionedImage]) -> str:
         found = {name: value for name, value in others.items() if value}
         rows.append((image.digest, image.caption, *([image.repeats] if image.repeats != 1 else []), *found.items()))
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def bucket_of(image: CaptionedImage, data: DataConfig) -> Size:
-    """The bucket of an image, at the resolution of its folder."""
-    return choose_bucket(image.size, resolution_of(image, data))
-
-
-def resolution_of(image: CaptionedImage, data: DataConfig) -> int:
-    """The resolution of an image's folder, or else of all."""
-    return (data.folders[image.folder].resolution if data.folders else None) or data.resolution
 
 
 def contains_word(text: str, word: str) -> bool:

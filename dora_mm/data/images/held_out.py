@@ -59,5 +59,12 @@ def _warn_of_both(images: Sequence[CaptionedImage], held_out: Sequence[Captioned
 
 
 def part_of(images: Sequence[CaptionedImage], count: int) -> list[CaptionedImage]:
-    """A fixed part of the images of a training, of up to so many different ones, which their content decides."""
-    return list({image.digest: image for image in sorted(images, key=lambda image: image.digest)}.values())[:count]
+    """A fixed part of the images of a training, of up to so many different ones, which their content decides.
+
+    No resolution is chosen for them.
+    """
+    return list(
+        {
+            image.digest: image._replace(resolution=None) for image in sorted(images, key=lambda image: image.digest)
+        }.values()
+    )[:count]

@@ -84,10 +84,11 @@ class LatentCache:
         self.memory: dict[str, Latents] = {}
 
     @property
-    def bytes_each(self) -> float | None:
-        """The main memory of the latents of an image, on average over those in it; None: there are none."""
-        sizes = [sum(tensor.nbytes for tensor in found.tensors.values()) for found in self.memory.values()]
-        return sum(sizes) / len(sizes) if sizes else None
+    def bytes_per_cell(self) -> float | None:
+        """The main memory of a latent pixel with all of its channels, on average; None: there are none."""
+        size = sum(tensor.nbytes for found in self.memory.values() for tensor in found.tensors.values())
+        cells = sum(found.mean.shape[-2] * found.mean.shape[-1] for found in self.memory.values())
+        return size / cells if cells else None
 
     def has(self, key: str) -> bool:
         """Whether latents of this key are kept; those in a file may turn out to be damaged when they are read."""

@@ -16,11 +16,13 @@ from PIL import Image
 
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.sampling.gallery.data import NOTHING_SHOWN, Listed, ShownImage, gallery_data, json_value
+from dora_mm.sampling.gallery.losses import losses_by_example
 from dora_mm.sampling.gallery.page import GENERATOR, page
 from dora_mm.sampling.gallery.thumbnails import SIDE, Thumbnails
 from dora_mm.sampling.gallery.training import about_training, read_images, training_config, training_images
 from dora_mm.sampling.manifest import MANIFEST, ManifestEntry
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.example_losses import ExampleLoss
 from dora_mm.utils.folders import complete, link_or_copy, partial_folder
 from dora_mm.utils.partials import partial_of
 from dora_mm.utils.progress import tracked
@@ -123,7 +125,16 @@ def _add_training(
         for source, references in pairs.items()
         if (file := _thumbnail(source, thumbnails))
     ]
-    return {**about_training(run, config, summary), "images": images, "note": note}
+    about = about_training(run, config, summary)
+
+    def shown(row: ExampleLoss) -> str | None:
+        """The image of a row, as it was: see `_references`."""
+        source = Path(row.path)
+        if source.suffix.lower() not in SUFFIXES or _digest(source) != row.digest:
+            return None
+        return _address(file, folder) if (file := _thumbnail(source, thumbnails)) else None
+
+    return {**about, "images": images, "note": note, "losses": losses_by_example(run, about["done"], shown)}
 
 
 def _thumbnails(sources: Iterable[Path], folder: Path, thumbnails: Thumbnails) -> list[str]:

@@ -181,7 +181,7 @@ function panelOf(training) {
   const summary = make("summary", {}, make("h2", { textContent: trainings.length > 1 ? training.run : "Training" }), make("span", { textContent: state }));
   const parts = [chartsOf(training), settingsPanel(training), nextOf(training)];
   const panel = make("details", { className: "training", open: trainings.length === 1 }, summary, make("div", { className: "panels" }, ...parts));
-  for (const part of [answersOf(training), learnedFrom(training)]) if (part) panel.append(part);
+  for (const part of [lossesOf(training), answersOf(training), learnedFrom(training)]) if (part) panel.append(part);
   return panel;
 }
 
@@ -215,6 +215,32 @@ function learnedFrom({ images: found, note }) {
     make("img", { src: image.file, alt: image.name, title: image.name, loading: "lazy" })));
   const head = make("h3", {}, "Training images ", make("small", { textContent: note ?? "" }));
   return make("section", { className: "learned" }, head, make("ol", {}, ...items));
+}
+
+// The images or rows with the highest losses, those first whose loss stays apart.
+function lossesOf({ losses: { steps, rows, count } }) {
+  if (!rows.length) return null;
+  const marked = rows.filter(({ mark }) => mark).length, last = steps.at(-1);
+  const apart = marked ? `${marked} of ${count} ${marked > 1 ? "stay" : "stays"} apart` : `none of ${count} stays apart`;
+  const shown = rows.length < count ? `, the highest ${rows.length} are shown` : "";
+  const head = make("h3", {}, `Loss of each at step ${last} `, make("small", { textContent: `${apart}${shown}` }));
+  return make("section", { className: "losses" }, head, make("ol", {}, ...rows.map((row) => lossOf(row, steps))));
+}
+
+function lossOf({ text, answer, group, name, file, losses, level, mark }, steps) {
+  const given = losses.map((loss, number) => [steps[number], loss]).filter(([, loss]) => loss !== null);
+  const values = given.map(([step, loss]) => `step ${step}: ${Number(loss.toPrecision(3))}`).join(", ");
+  const value = make("b", { className: "loss", textContent: Number(given.at(-1)[1].toPrecision(3)), title: values });
+  const from = given.length > 1 ? [make("small", { textContent: `from ${Number(given[0][1].toPrecision(3))}` })] : [];
+  const words = [
+    make("p", {}, value, " ", ...from),
+    ...(mark ? [make("p", { className: "mark", textContent: mark })] : []),
+    make("p", { className: "text", dir: "auto", textContent: text }),
+    ...(answer ? [make("p", { className: "hint", dir: "auto", textContent: `right: ${answer}` })] : []),
+    make("p", { className: "hint", dir: "auto", textContent: [name, group, `${level >= 0 ? "+" : "−"}${Math.abs(level).toFixed(1)} deviations`].filter(Boolean).join(" · ") }),
+  ];
+  const pictured = file ? [make("img", { src: file, alt: name, title: name, loading: "lazy" })] : [];
+  return make("li", { className: mark ? "apart" : "" }, ...pictured, make("div", {}, ...words));
 }
 
 function answersOf({ answers }) {

@@ -8,8 +8,9 @@ from pydantic import ValidationError
 
 from dora_mm.config.images import DataConfig
 from dora_mm.config.losses import LossConfig
-from dora_mm.data.images.folder import bucket_of, digest_of, read_training_images
+from dora_mm.data.images.folder import digest_of, read_training_images
 from dora_mm.data.images.held_out import hold_out
+from dora_mm.data.images.resolutions import bucket_of
 from dora_mm.preview.images import describe_images
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches

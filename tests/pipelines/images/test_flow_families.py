@@ -56,7 +56,7 @@ def config(tmp_path, section, image_folder):
             "output": str(tmp_path / name),
             "model": {**section, **dict(model)},
             "adapter": {"rank": 4, "parts": ["transformer.attn", "transformer.ff"]},
-            "data": {"folder": str(image_folder), "resolution": 64, "caption_dropout": 0.2},
+            "data": {"folder": str(image_folder), "resolutions": [32, 64], "caption_dropout": 0.2},
             "optimizer": {"lr": 0.02},
             "train": {"steps": STEPS, "batch_size": 2, "checkpoint_every": 2},
             "sample": {"prompts": [PROMPT], "steps": 2, "guidance": 3.0},
@@ -172,7 +172,15 @@ def test_a_grid_and_a_replayed_image(adapter, tmp_path, monkeypatch):
 def test_a_dry_run_shows_data_parts_memory_and_time(config, tmp_path, capsys):
     assert main(["train", config("run"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    for words in ("transformer.attn", "transformer.ff", "longest   ", "s a step (measured)", "together"):
+    for words in (
+        "transformer.attn",
+        "transformer.ff",
+        "longest   ",
+        "sizes     32: 5, 64: 3",
+        "on average; measured: ",
+        " s at 64)",
+        "together",
+    ):
         assert words in printed
     assert not (tmp_path / "run").exists()
 

@@ -321,6 +321,7 @@ def test_killed_and_resumed_equals_uninterrupted(config, tmp_path, tiny_folder, 
         make_adapter(tiny_folder, tmp_path / "assistant", seed=0)
         assistant = {"path": str(tmp_path / "assistant"), "strength": 0.7}
         settings |= {"adapter__assistant": assistant, "loss": {"guided_target": {"scale": 2.0}}}
+    settings |= {"data__resolution": None, "data__resolutions": [32, 64]}
     assert main(["train", str(config("uninterrupted", output=str(tmp_path / "uninterrupted"), **settings))]) == 0
     run = tmp_path / "interrupted"
     path = config("interrupted", output=str(run), **settings)
@@ -389,6 +390,30 @@ def test_held_out_losses_are_in_the_curves_and_change_no_bit(config, tmp_path, i
     capsys.readouterr()
     assert main(["train", str(path), "--set", f"output={tmp_path / 'new'}", "--dry-run"]) == 0
     assert "held out  2 (0.png, 3.png), their loss after every step" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_loss_of_each_image_is_on_the_page_and_comes_again_in_the_same_bytes(config, tmp_path, capsys):
+    settings = {"data__resolution": None, "data__resolutions": [32, 64], "sample__prompts": []}
+    settings |= {"evaluate": {"per_example_every": 2}}
+    path = str(config("each", **settings))
+    assert main(["train", path, "--dry-run"]) == 0
+    assert "each      the loss of each of 5: 80 forward passes, 3 times in the training" in capsys.readouterr().out
+    assert main(["train", path]) == 0
+    files = sorted((tmp_path / "run" / "losses").iterdir())
+    assert [file.name for file in files] == [f"step-00000{step}.jsonl" for step in (0, 2, 4)]
+    losses = data_of(tmp_path / "run" / "gallery" / "index.html")["trainings"][0]["losses"]
+    assert (losses["count"], losses["steps"]) == (5, [0, 2, 4])
+    assert {row["group"] for row in losses["rows"]} == {"32, 64"}
+    assert all((tmp_path / "run" / "gallery" / row["file"]).is_file() for row in losses["rows"])
+    without = str(config("without", **settings | {"evaluate": {}, "output": str(tmp_path / "without")}))
+    assert main(["train", without]) == 0
+    half = {"output": str(tmp_path / "half"), "train__steps": 2}
+    assert main(["train", str(config("half", **{**settings, **half}))]) == 0
+    assert main(["train", "--resume", str(tmp_path / "half"), "--set", "train.steps=4"]) == 0
+    assert (tmp_path / "half" / "losses" / files[-1].name).read_bytes() == files[-1].read_bytes()
+    weights = [load_file(tmp_path / name / "adapter" / ADAPTER) for name in ("run", "without", "half")]
+    assert all(torch.equal(weights[0][name], other[name]) for other in weights[1:] for name in weights[0])
 
 
 def test_a_finished_run_is_extended(config, tmp_path, caplog, capsys):

@@ -69,6 +69,34 @@ def test_a_training_and_an_evaluation_score_the_rows_that_are_held_out(config, t
     assert {int(row.id) for row in trained} == set(range(20)) - set(ids)
 
 
+@pytest.mark.slow
+def test_the_loss_of_each_held_out_row_is_kept_and_comes_again_in_the_same_bytes(config, tmp_path, capsys):
+    values = yaml.safe_load(Path(config).read_text())
+    values["evaluate"] |= {"per_example_every": 1, "base": False}
+    path = write(tmp_path / "each.yaml", values)
+    assert main(["train", path, "--dry-run"]) == 0
+    assert "each      the loss of each validation row in a pass of its own, at the start" in capsys.readouterr().out
+    assert main(["train", path]) == 0
+    assert "0 of 4 rows have losses that stay apart" in capsys.readouterr().out
+    files = sorted((tmp_path / "run" / "losses").iterdir())
+    assert [file.name for file in files] == [f"step-00000{step}.jsonl" for step in (0, 1, 2)]
+    rows = [json.loads(line) for line in files[-1].read_text().splitlines()]
+    assert [(row["group"], row["text"]) for row in rows] == [
+        ("chat", "What is it?"),
+        ("chat", "Which colour has it?"),
+    ] * 2
+    assert all(row["answer"].startswith("noise ") and Path(row["path"]).is_file() for row in rows)
+    (last,) = (json.loads(line) for line in (tmp_path / "run/validation/metrics.jsonl").read_text().splitlines()[-1:])
+    mean = sum(row["losses"][0] for row in rows) / 4  # the answers have equally many tokens
+    assert mean == pytest.approx(last["chat/loss"], rel=1e-4)
+    assert main(["train", path, "--set", "train.steps=1", f"output={tmp_path / 'half'}"]) == 0
+    assert main(["train", "--resume", str(tmp_path / "half"), "--set", "train.steps=2"]) == 0
+    assert (tmp_path / "half" / "losses" / files[-1].name).read_bytes() == files[-1].read_bytes()
+    del values["data"]["valid"]
+    assert main(["train", write(tmp_path / "none.yaml", values)]) == 2
+    assert "evaluate.per_example_every has no effect: no task has a valid split" in capsys.readouterr().err
+
+
 def test_a_resumed_run_has_the_same_split_and_notices_another_one(config, tmp_path, capsys):
     assert main(["train", config]) == 0
     one = ["train", config, "--set", "train.steps=1", f"output={tmp_path / 'short'}"]
