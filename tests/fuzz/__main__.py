@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
 
-from tests.fuzz.doors import DOORS, Door, check_doors
+from tests.fuzz.door import Door
+from tests.fuzz.doors import DOORS, check_doors
 from tests.fuzz.forked import BATCH, outcomes
 from tests.fuzz.mutations import mutated
 
@@ -103,7 +104,7 @@ def case(door: Door, contents: dict[str, bytes], folder: Path, seed: int) -> Cal
         changed = random.choice(door.files)
         for name, content in contents.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(mutated(name, content, random) if name == changed else content)
+            (folder / name).write_bytes(mutated(name, content, random, door.changes) if name == changed else content)
         before = set(folder.rglob("*"))
         try:
             door.read(folder)
