@@ -8,11 +8,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors.torch import load_file
 from torch import nn
 
 from dora_mm.config.training import TrainConfig
 from dora_mm.formats.files.checks import first_not_finite
+from dora_mm.formats.files.tensor_file import TensorFile
 from dora_mm.formats.tools.native import FILE_NAME
 from dora_mm.train.state_file import read_state, write_state
 from dora_mm.utils.atomic import flush
@@ -203,7 +203,8 @@ def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], parts: M
     """
     if problem := damage(path):
         raise ValueError(f"{path} is damaged: {problem}. Delete it to resume from the one before.")
-    weights = load_file(path / WEIGHTS)
+    file = TensorFile(path / WEIGHTS)
+    weights = {name: file.read(name) for name in file.entries}
     state = _state_in(path)
     for names, expected in ((weights, parameters), (state, parts)):
         if difference := sorted(set(names) ^ set(expected)):

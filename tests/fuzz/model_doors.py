@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import DecodeConfig
@@ -15,8 +16,10 @@ from dora_mm.models.opening import without_bars
 from dora_mm.models.vl.vlm.family import VLM
 from tests.fuzz.door import Door
 from tests.fuzz.mutations import inserted, placed
-from tests.shared.vl.language_models import qwen2
+from tests.shared.vl import vocabularies
 from tests.shared.vl.qwen_models import qwen2_vl
+from tests.shared.vl.sizes import text_config
+from tests.shared.vl.templates import TEXT
 
 QUESTION = f"What is it? {'a' * 40}! Übung \N{SNOWMAN}\n\n  e\u0301"
 TURNS = tuple(Turn(role, text, role == "assistant") for role, text in (
@@ -61,7 +64,7 @@ MODEL_VALUES: tuple[Any, ...] = (  # of the other JSON files of a model
 PIECES = (  # of chat templates
     *("{% for i in range(99999) %}", "{% for a in messages %}{% for b in range(9999) %}", "{% endfor %}"),
     "{% endif %}",
-    *("{{ 'a' * 10**9 }}", "{{ 'é' * 3999999 }}", "{{ messages }}", "{{ messages|tojson(indent=99999) }}", "{{", "%}"),
+    *("{{ 'a' * 10**9 }}", "{{ 'é' * 399999 }}", "{{ messages }}", "{{ messages|tojson(indent=99999) }}", "{{", "%}"),
     *("{{ ''.__class__.__mro__ }}", "{% include 'own.jinja' %}", "{% import '/etc/passwd' as own %}"),
     *("{{ raise_exception('no') }}", "{{ strftime_now('%Y' * 9999) }}", "{{ strftime_now('%') }}", "{{ cycler() }}"),
     *("{% macro own() %}{{ own() }}{% endmacro %}{{ own() }}", "{% set ns = namespace(a='') %}", "{# "),
@@ -83,8 +86,14 @@ def make_model(folder: Path) -> None:
 
 
 def make_language_model(folder: Path) -> None:
-    """Qwen2, whose folder has no processor."""
-    _save(folder, qwen2)
+    """A Llama without a processor, whose class of tokenizers takes all that tokenizer.json says."""
+    _save(folder, llama3)
+
+
+def llama3() -> tuple[PreTrainedModel, Any]:
+    names = {"pad_token": "<|pad|>", "eos_token": "<|im_end|>"}
+    tokenizer = vocabularies.llama3(chat_template=TEXT, **names)
+    return LlamaForCausalLM(LlamaConfig(**text_config(tokenizer, "llama"))), tokenizer
 
 
 def _save(folder: Path, build: Callable[[], tuple[Any, Any]]) -> None:

@@ -176,7 +176,14 @@ def other_values(content: bytes, random: Random) -> bytes:
         return content[: random.randrange(len(content) + 1)]
     try:
         table = pa.Table.from_pylist(_as_rows(changed_value(_as_texts(rows), random)))
-    except (pa.ArrowException, ValueError, TypeError, OverflowError, AttributeError):  # a value that Arrow has not
+    except (
+        pa.ArrowException,
+        ValueError,
+        TypeError,
+        OverflowError,
+        AttributeError,
+        KeyError,
+    ):  # a value that Arrow has not
         table = pa.Table.from_pylist([{**row, random.choice(("id", "images", "question")): None} for row in rows])
     file = io.BytesIO()
     settings = {

@@ -139,6 +139,14 @@ def special_tokens(model: Any) -> GenerationConfig:
     """A generation config with nothing but the model's special tokens.
 
     A model's own one has settings of its authors (sampling, penalties), which would apply to all that is not set.
+
+    Raises:
+        ValueError: A special token is no number, as in a config that is damaged.
     """
     own = copy.deepcopy(model.generation_config)
-    return GenerationConfig(**{name: getattr(own, name, None) for name in SPECIAL_TOKENS})
+    found = {name: getattr(own, name, None) for name in SPECIAL_TOKENS}
+    for name, value in found.items():
+        several = name == "eos_token_id" and isinstance(value, list)
+        if value is not None and any(type(one) is not int for one in (value if several else [value])):
+            raise ValueError(f"model.path: {name} in the configs of the model is no number of a token: {value!r:.100}")
+    return GenerationConfig(**found)
