@@ -174,23 +174,18 @@ def other_values(content: bytes, random: Random) -> bytes:
         rows = pq.read_table(io.BytesIO(content)).to_pylist()
     except (pa.ArrowException, OSError, ValueError):
         return content[: random.randrange(len(content) + 1)]
-    try:
-        table = pa.Table.from_pylist(_as_rows(changed_value(_as_texts(rows), random)))
-    except (
-        pa.ArrowException,
-        ValueError,
-        TypeError,
-        OverflowError,
-        AttributeError,
-        KeyError,
-    ):  # a value that Arrow has not
-        table = pa.Table.from_pylist([{**row, random.choice(("id", "images", "question")): None} for row in rows])
-    file = io.BytesIO()
+    changed = _as_rows(changed_value(_as_texts(rows), random))
     settings = {
         "compression": random.choice(("NONE", "SNAPPY", "GZIP", "ZSTD")),
+        "use_dictionary": random.random() < 0.5,
         "row_group_size": random.randint(1, 4),
     }
-    pq.write_table(table, file, use_dictionary=random.random() < 0.5, **settings)
+    file = io.BytesIO()
+    try:
+        pq.write_table(pa.Table.from_pylist(changed), file, **settings)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError, AttributeError, KeyError):  # Arrow has no such
+        without = [{**row, random.choice(("id", "images", "question")): None} for row in rows]
+        pq.write_table(pa.Table.from_pylist(without), file := io.BytesIO(), **settings)
     return file.getvalue()
 
 

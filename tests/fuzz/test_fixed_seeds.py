@@ -20,7 +20,7 @@ FOUND = {  # by doors: seeds that ended in a traceback once
     "features npz": (5, 15, 35),  # TokenError, and bytes in place of an array
     "features h5": (4, 5, 108),  # KeyError and RuntimeError of HDF5's
     "checkpoint": (65, 75),  # a header that is no JSON
-    "model configs": (15, 17),  # an end token that is a text, or an object
+    "model configs": (15, 17, 1091),  # a token's number that is a text, an object, or of 25 digits
     "tokenizer of texts": (49,),  # no token of a text
     "predictions ours.jsonl": (23, 65, 80),  # values of other types
     "suite": (9,),  # a reader that is a list

@@ -149,7 +149,9 @@ COMMANDS: dict[str, Command] = {
         two_processes("train", "train.yaml"), "pictures/2.png", train_in_two_again, True, OURS, True, True
     ),
     "tune": Command(
-        command("tune", "base.yaml", "--rates", "1e-2", "1e-1", "--output", "out/tune"),
+        command(
+            "tune", "base.yaml", "--rates", "1e-2", "1e-1", "--selection-metric", "held_out", "--output", "out/tune"
+        ),
         "features/COCO_val2014_000000000043.npz",
         None,
         True,

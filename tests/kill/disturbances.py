@@ -93,7 +93,9 @@ def _state(process: int) -> str:
 def an_hour_later() -> None:
     """Sets the clock of all processes under libfaketime, and ages the locks, whose times are of the file system."""
     clock = Path(os.environ[CLOCK])
-    clock.write_text(f"+{int(clock.read_text()) + HOUR}")
+    new = clock.with_name(f"{clock.name}.new")
+    new.write_text(f"+{int(clock.read_text()) + HOUR}")
+    new.replace(clock)  # libfaketime reads it at each look at the clock
     for lock in Path().rglob(".lock"):
         before = lock.stat().st_mtime - HOUR
         os.utime(lock, (before, before))
