@@ -102,7 +102,8 @@ class Bench:
         begin = time.monotonic()
         self.whole = self._whole()
         self.seconds, self.events = time.monotonic() - begin, self.counted[0]
-        assert self._whole() == self.whole, f"{name} does not repeat itself"
+        other = names_of_differences(self._whole(), self.whole)
+        assert not other, f"{name} does not repeat itself: {', '.join(other[:5])}"
 
     @cached_property
     def other(self) -> Files:

@@ -17,9 +17,7 @@ from tests.shared.data.vl_files import vqa_annotation, vqa_question, vqa_v2
 from tests.shared.vl.small_vl_bart import DIM, small_bart, small_tokenizer
 
 SPLITS = {"train": (42, 43), "valid": (44,), "report": (45, 46)}  # the numbers of their images
-CAMPAIGN = (
-    r"versions\.json|metrics|summary|events\.out|checkpoint\.json|\.html$|\.svg$|\.png$|logs/|trainings\.csv|tables/"
-)
+CAMPAIGN = r"versions\.json|metrics|summary|events\.out|checkpoint\.json|state\.safetensors|\.html$|\.svg$|\.png$|logs/|trainings\.csv|tables/"
 BASE = {
     "pipeline": "train_vl",
     "model": {"family": "vl_bart", "path": "bart"},
@@ -36,7 +34,7 @@ COMPARE = {
     "steps": 2,
     "ranks": [1],
     "half_ranks": False,
-    "learning_rates": {method: [0.01] for method in ("full", "lora", "dora")},
+    "learning_rates": {method: [0.01, 0.02, 0.04] for method in ("full", "lora", "dora")},
     "extra_rates": 0,
     "seeds": [0, 1],
     "workers": 1,

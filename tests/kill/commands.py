@@ -117,7 +117,7 @@ def train_in_two_again() -> None:
     two_processes("train", *(["--resume", TRAIN["output"]] if there else ["train.yaml"]))()
 
 
-OURS = r"versions\.json|metrics|summary|events\.out|manifest|checkpoint\.json|state\.pt|\.html$"
+OURS = r"versions\.json|metrics|summary|events\.out|manifest|checkpoint\.json|state\.safetensors|\.html$"
 NAMED_BY_TIME = r"events\.out.*"
 THUMBNAIL = re.compile(r"/thumbnails/[0-9a-f]{16}\.webp$").search  # of an image, named by its path, time and size
 COMMANDS: dict[str, Command] = {

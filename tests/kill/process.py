@@ -27,7 +27,7 @@ def two_processes(*arguments: str) -> Callable[[], object]:
 
     def run() -> None:
         own = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         code = subprocess.run([*launcher, "-m", "tests.kill.process", *arguments], env=own).returncode
         if code:
             sys.exit(code)
