@@ -174,9 +174,7 @@ def load_parts(path: Path, parts: Mapping[str, Stateful]) -> None:
         path: The folder of a checkpoint that is intact.
         parts: As for `load_checkpoint`, where all are given.
     """
-    state = _state_in(path, parts)
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
+    _restore(path, parts, _state_in(path, parts))
 
 
 def _state_in(path: Path, names: Collection[str] | None = None) -> dict[str, Any]:
@@ -218,6 +216,15 @@ def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], parts: M
             shapes = f"{tuple(weights[name].shape)}, not {tuple(parameter.shape)}"
             raise ValueError(f"{path} belongs to another model: {name} has shape {shapes}.")
         parameter.data.copy_(weights[name])
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
+    _restore(path, parts, state)
     return step_of(path)
+
+
+def _restore(path: Path, parts: Mapping[str, Stateful], state: Mapping[str, Any]) -> None:
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:  # as values of other types bring
+            raise ValueError(
+                f"{path} is damaged, or belongs to another config: its {name} is not as it was saved ({error!r:.200})"
+            ) from error

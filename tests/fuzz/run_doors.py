@@ -51,14 +51,13 @@ def make_former(folder: Path) -> None:
 
 
 def read_checkpoint(state: str) -> Any:
-    """What a training that is resumed reads with its model in memory, and its next step."""
+    """What a training that is resumed reads with its model in memory."""
 
     def read(folder: Path) -> None:
         digests = {name: file_digest(folder / STEP / name) for name in (WEIGHTS, state)}
         (folder / STEP / ABOUT).write_text(json.dumps({"step": 2, "digests": digests}))
         parameters, parts = training()
         load_checkpoint(folder / STEP, parameters, parts)
-        step(parameters, parts)
 
     return read
 

@@ -19,10 +19,17 @@ FOUND = {  # by doors: seeds that ended in a traceback once
     "features": (1119,),  # the name of an image that is an object
     "features npz": (5, 15, 35),  # TokenError, and bytes in place of an array
     "features h5": (4, 5, 108),  # KeyError and RuntimeError of HDF5's
-    "checkpoint": (65, 75),  # a header that is no JSON
-    "model configs": (15, 17, 1091),  # a token's number that is a text, an object, or of 25 digits
+    "checkpoint": (65, 75, 1796300130),  # a header that is no JSON; a schedule of another name
+    "model configs": (
+        15,
+        17,
+        1091,
+        1796301487,
+    ),  # a token's number that is a text, an object, or of 25 digits; patches of 0 pixels
     "tokenizer of texts": (49,),  # no token of a text
     "predictions ours.jsonl": (23, 65, 80),  # values of other types
+    "predictions batch.jsonl": (1796301972,),  # a row without the key of the first one
+    "hub Parquet": (1796300928,),  # a pattern of 100,000 brackets
     "suite": (9,),  # a reader that is a list
 }
 PATTERNS = "a panic of tokenizers is no Exception until the models' guards are merged"

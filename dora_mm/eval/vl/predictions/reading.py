@@ -134,6 +134,13 @@ def named(locations: Sequence[str], separator: str = ", ") -> str:
     return separator.join([*locations[:MOST_NAMED], *(["..."] if len(locations) > MOST_NAMED else [])])
 
 
+def _cell(row: Mapping[str, Any], name: str) -> Any:
+    """A value that the first row has, by which the program is known."""
+    if name not in row:
+        raise RowError(f"has no {name}")
+    return row[name]
+
+
 def _text(value: Any) -> str:
     """An answer: a text, a number, the first of a list, or what a server said."""
     while isinstance(value, list) and len(value) == 1:
@@ -151,16 +158,16 @@ def _ours(row: Mapping[str, Any], where: str) -> AnsweredRow:
 def _vlmevalkit(row: Mapping[str, Any], where: str) -> AnsweredRow:
     """A row of its results; an empty cell is an empty answer."""
     cells = {name: "" if value is None else str(value) for name, value in row.items()}
-    return AnsweredRow(cells["index"], cells["prediction"], answer_cells(cells), where)
+    return AnsweredRow(_cell(cells, "index"), _cell(cells, "prediction"), answer_cells(cells), where)
 
 
 def _lmms_eval(row: Mapping[str, Any], where: str) -> AnsweredRow:
     """A row of its samples; `target` is a text, or a list of texts as one."""
-    key, target = str(row["doc_id"]), row.get("target")
+    key, target = str(_cell(row, "doc_id")), row.get("target")
     answers = tuple(listed(str(target))) if target not in (None, "", "None") else ()
     question = str(row.get("input") or "")
     example = Example(key, (), question, answers, (1.0,) * len(answers)) if answers else None
-    return AnsweredRow(key, _text(row["filtered_resps"]), example, where)
+    return AnsweredRow(key, _text(_cell(row, "filtered_resps")), example, where)
 
 
 def _batch(row: Mapping[str, Any], where: str) -> AnsweredRow:
@@ -168,7 +175,7 @@ def _batch(row: Mapping[str, Any], where: str) -> AnsweredRow:
         content = row["response"]["body"]["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
         raise RowError("has no answer of the server, but an error") from None
-    return AnsweredRow(str(row["custom_id"]), _text(content), None, where)
+    return AnsweredRow(str(_cell(row, "custom_id")), _text(content), None, where)
 
 
 def _columns(row: Mapping[str, Any], where: str) -> AnsweredRow:
