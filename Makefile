@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo demo-vl demo-vlm test test-slow test-oldest test-elsewhere test-beside fuzz kill mutations bench gpu rehearsal lint format samples clean
+.PHONY: demo demo-vl demo-vlm test test-slow test-oldest test-elsewhere test-beside fuzz kill mutations bench gpu rehearsal docs lint format samples clean
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -73,6 +73,9 @@ gpu:  ## all that only a GPU can show, in 20 minutes, with what PYTHON has: no .
 
 rehearsal: $(READY)  ## full-size models with random weights, 0.5 to 41 GB of disk one at a time; ONLY="vlm sdxl", KEEP=1, DRY=1
 	$(BIN)/python -m tests.rehearsal $(ONLY) $(if $(KEEP),--keep) $(if $(DRY),--dry)
+
+docs: $(READY)  ## the site in build/site/public, strictly, with pictures of what commands write: some minutes; DOCS=--without-examples
+	$(BIN)/python docs/site/build.py build/site $(DOCS)
 
 lint: $(READY)
 	$(BIN)/ruff check

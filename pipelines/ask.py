@@ -9,7 +9,8 @@ from dora_mm.config.paths import find_path, resolve_model, resolve_path
 from dora_mm.config.vl import DecodeConfig, TrainVLConfig
 from dora_mm.data.images.frames import VIDEO_SUFFIXES, check_video, is_video
 from dora_mm.data.images.pixels import SUFFIXES, load_rgb
-from dora_mm.data.vl.example import IMAGE, VIDEO, Answer, Example, Turn, escaped
+from dora_mm.data.vl.answers import Answer, texts_of
+from dora_mm.data.vl.example import IMAGE, VIDEO, Example, Turn, escaped
 from dora_mm.data.vl.splits import usual_opening
 from dora_mm.models.vl.families import load_for_questions
 from dora_mm.models.vl.vl_model import VLModel
@@ -136,12 +137,12 @@ def conversed(
         behind: What is written behind each image: a line break, or nothing.
     """
     if len(questions) == 1 and not system and not behind:
-        yield answer([Example("of the command", tuple(files), questions[0])], "/")[0]
+        yield texts_of(answer([Example("of the command", tuple(files), questions[0])], "/"))[0]
         return
     turns = [Turn("system", system, False)] if system else []
     for number, question in enumerate(questions):
         shown = [f"{VIDEO if is_video(file) else IMAGE}{behind}" for file in files] if number == 0 else []
         turns.append(Turn("user", "".join([*shown, escaped(question)]), False))
-        found = answer([Example("of the command", tuple(files), question, turns=tuple(turns))], "/")[0]
+        (found,) = texts_of(answer([Example("of the command", tuple(files), question, turns=tuple(turns))], "/"))
         turns.append(Turn("assistant", escaped(found), False))
         yield found

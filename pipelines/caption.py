@@ -12,6 +12,7 @@ from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.images.captions import METADATA
 from dora_mm.data.images.folder import uncaptioned_images
 from dora_mm.data.images.pixels import load_rgb
+from dora_mm.data.vl.answers import texts_of
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vl.families import load_for_questions
 from dora_mm.models.vl.vl_model import VLModel
@@ -77,7 +78,7 @@ def write_captions(
     with file.open("a", encoding="utf-8") as lines:
         for start in starts:
             batch = images[start : start + batch_size]
-            answers = answer([Example(image.name, (str(image.absolute()),), prompt) for image in batch], "/")
+            answers = texts_of(answer([Example(image.name, (str(image.absolute()),), prompt) for image in batch], "/"))
             for image, text in zip(batch, answers, strict=True):
                 if caption := " ".join(text.split()):
                     row = {"file_name": image.name, "text": caption}

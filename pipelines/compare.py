@@ -9,7 +9,8 @@ of each candidate decides. Every finished training is a row of a CSV file, and w
 
 from pathlib import Path
 
-from dora_mm.studies.campaigns.comparison import MethodComparison
+from dora_mm.config.paths import check_paths
+from dora_mm.studies.campaigns.comparison import MethodComparison, describe_plan
 from dora_mm.studies.campaigns.evaluation import Evaluation
 from dora_mm.studies.campaigns.images import ImageEvaluation
 from dora_mm.studies.campaigns.vl import VLEvaluation
@@ -17,7 +18,7 @@ from dora_mm.studies.config import CompareConfig
 from dora_mm.utils.lock import only_writer
 
 
-def main(config: CompareConfig, *, resume: Path | None = None, report: bool = False) -> None:
+def main(config: CompareConfig, *, resume: Path | None = None, report: bool = False, dry_run: bool = False) -> None:
     """Runs what is missing of the comparison, and prints the table.
 
     Writes to the folder `output`: table.md, results.csv and (images) sheet.png, with `curves` curves.csv and figures,
@@ -28,6 +29,7 @@ def main(config: CompareConfig, *, resume: Path | None = None, report: bool = Fa
         config: The config.
         resume: Unused: the same command resumes an interrupted comparison.
         report: Trains nothing: reports the rows that are there.
+        dry_run: Only prints what would be trained.
 
     Raises:
         ValueError: What the config names cannot be used, does not fit together, or cannot be scored fairly; or `output`
@@ -35,7 +37,12 @@ def main(config: CompareConfig, *, resume: Path | None = None, report: bool = Fa
             reported a user's mistake, or another process writes to the folder, or there is nothing to report.
         RuntimeError: A training failed in any other way.
     """
-    comparison = MethodComparison(config, build_evaluation(config))
+    evaluation = build_evaluation(config)
+    if dry_run:
+        check_paths(config, new_run=True)
+        print(describe_plan(config))
+        return
+    comparison = MethodComparison(config, evaluation)
     with only_writer(comparison.folder):
         if report:
             tried = comparison.tried()

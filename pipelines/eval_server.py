@@ -1,6 +1,7 @@
 """Scores a model where it is served, by an OpenAI-compatible server, on validation or test splits."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from dora_mm.config.served import EvalServerConfig
@@ -16,9 +17,11 @@ from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.train.validation import main_values
 from dora_mm.utils.digest import files_digest
 from dora_mm.utils.processes import num_started
+from dora_mm.utils.threads import as_completed
 
 log = logging.getLogger(__name__)
 ANSWERS = "answers"  # the folder of a run
+FREE = ("name", "server.timeout", "server.max_bytes", "server.concurrency")  # keys that change no answer that arrives
 
 
 def main(config: EvalServerConfig, *, resume: Path | None = None) -> None:
@@ -41,13 +44,13 @@ def main(config: EvalServerConfig, *, resume: Path | None = None) -> None:
     served = ServerAnswers(server, server.model(), config.decode, config.prompts)
     splits = splits_of(config, served)
     inputs = inputs_of(served, splits)
-    check_reopened(config, inputs)
+    check_reopened(config, inputs, FREE)
     answers = {name: served.answerer(name) for name in splits}
-    with evaluation_run(config, inputs) as run:
+    with evaluation_run(config, inputs, FREE) as run:
         kept = AnswersFolder(run.path / ANSWERS, images_digest)
-        answered = answer_all(answers, (), splits, config.server.concurrency, folder=kept)
-        if served.num_cut:
-            log.warning("%d answers were cut at the most tokens: see decode.max_new_tokens", served.num_cut)
+        answered = answer_all(
+            answers, (), splits, 1, mapped=partial(as_completed, config.server.concurrency), folder=kept
+        )
         settings = {"decode": config.decode.model_dump(mode="json"), "server": {"model": served.model}}
         log.info("The day that the chat template of the server gets, if it asks for one, is not known here")
         notes = {name: mixed_circumstances(kept.path, name) for name in answered}

@@ -15,6 +15,7 @@ from dora_mm.backend import about_layers
 from dora_mm.config.paths import resolve_path
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.vl import EvalVLConfig
+from dora_mm.data.vl.answers import AnsweredRows, predictions_of
 from dora_mm.data.vl.example import Predictions
 from dora_mm.data.vl.splits import ValidationSet, open_validation, training_texts
 from dora_mm.eval.vl.boxes import with_grids
@@ -184,8 +185,8 @@ def report_same(
         for row, (ours, theirs) in enumerate(both):
             if ours.content != theirs.content:
                 raise ValueError(f"same_as: the images of {name}, row {split.table[row].id}, are not those of {other}")
-            if ours.text is not None and theirs.text is not None:
-                rows.append((split.table[row], ours.text, theirs.text))
+            if ours.answer is not None and theirs.answer is not None:
+                rows.append((split.table[row], ours.answer.text, theirs.answer.text))
         share, count = share_of_same(name, rows)
         found[name] = {**share.as_dict(), "rows": count}
         print(f"same     {points(share)} % of {count:,} answers of {name} are those of {other}")
@@ -210,7 +211,7 @@ def inputs_of(
 def report_all(
     config: EvalVLConfig,
     run: RunDirectory,
-    answered: dict[str, Predictions],
+    answered: Mapping[str, AnsweredRows],
     splits: dict[str, ValidationSet],
     inputs: Mapping[str, Any],
     unbatched: Mapping[str, Any],
@@ -224,7 +225,10 @@ def report_all(
     settings |= {"others_alone": unbatched} if unbatched else {}
     notes = {name: mixed_circumstances(run.path / ANSWERS, name) for name in answered}
     scores = write_answers(run.path, answered, settings, inputs, getattr(config.model, "prompts", {}), notes, day)
-    scores = {name: with_question_only_accuracy(config, name, found, answered[name]) for name, found in scores.items()}
+    scores = {
+        name: with_question_only_accuracy(config, name, found, predictions_of(answered[name]))
+        for name, found in scores.items()
+    }
     unscored = [name for name in answered if name not in scores]
     write_report(run.path, config.name, scores, unscored, main_values(scores))
     folders = {name: split.images for name, split in splits.items()}

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dora_mm.config.paths import resolve_model, resolve_path
-from dora_mm.data.vl.example import Predictions
+from dora_mm.data.vl.answers import AnsweredRows, answer_notes, predictions_of
 from dora_mm.eval.vl.boxes import with_grids
 from dora_mm.eval.vl.confidence_intervals import precision_notes
 from dora_mm.eval.vl.metrics import report, score
@@ -28,6 +28,7 @@ def main(
     annotations: str | None = None,
     split: str | None = None,
     partial: bool = False,
+    keep_thoughts: bool = False,
     precision: float | None = None,
     page: Path | None = None,
     images: str | None = None,
@@ -45,6 +46,7 @@ def main(
         annotations: The file of answers of formats that have one.
         split: A split of the data file.
         partial: Whether rows that only one side has are left out, and not refused.
+        keep_thoughts: Whether what a model thought before an answer is a part of it.
         precision: Half the width of a wished interval, in points, for which the number of answers is named.
         page: A new page of all answers, of two files with what changed.
         images: The folder of the images that it shows; None: those that rows name in full.
@@ -60,10 +62,12 @@ def main(
     files = [read_predictions(name) for name in predictions]
     task = task_of(files, suite)
     references = None if data is None else references_of(task, data, form, annotations, split)
-    answered = [joined(task, file, references, partial=partial) for file in files]
+    options = {"partial": partial, "keep_thoughts": keep_thoughts}
+    records = [joined(task, file, references, **options) for file in files]
     if boxes is not None:
-        answered = [in_notation(boxes, task, rows) for rows in answered]
-    for file, rows in zip(files, answered, strict=True):
+        records = [in_notation(boxes, task, rows) for rows in records]
+    answered = [predictions_of(rows) for rows in records]
+    for file, rows in zip(files, records, strict=True):
         print(f"## {file.path}: {file_stem(task)}\n\n{report_of(task, file, rows, precision)}\n")
     pairs = []
     for file, rows in zip(files[1:], answered[1:], strict=True):
@@ -81,7 +85,7 @@ def main(
         print(f"written  {out}")
 
 
-def in_notation(model: str, task: str, rows: Predictions) -> Predictions:
+def in_notation(model: str, task: str, rows: AnsweredRows) -> AnsweredRows:
     """Rows whose boxes are read as a model writes them.
 
     Raises:
@@ -157,10 +161,12 @@ def about_differences(one: PredictionFile, other: PredictionFile) -> Iterator[st
         yield f"The day that the chat template got: {first} in {one.path}, {second} in {other.path}."
 
 
-def report_of(task: str, file: PredictionFile, rows: Predictions, precision: float | None) -> str:
+def report_of(task: str, file: PredictionFile, answered: AnsweredRows, precision: float | None) -> str:
     """Scores, rules, intervals and what is known of the answers, as Markdown."""
+    rows = predictions_of(answered)
     scores = score(task, rows)
-    notes = [*scores.notes, *precision_notes(task, rows, scores.main, precision)]
+    notes = [*scores.notes, *answer_notes((example.id, answer) for example, answer in answered)]
+    notes += precision_notes(task, rows, scores.main, precision)
     if len(rows) > 1 and not any(example.images or example.group for example, _ in rows):
         notes.append("images are not known, so that each row counts for itself: --data names what it is about")
     about = file.about.inputs if file.about else []

@@ -19,7 +19,8 @@ from dora_mm.adapting.sharding import division
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.core import base_model
 from dora_mm.core.wrappers.streaming import stream
-from dora_mm.data.vl.example import Answer, Predictions
+from dora_mm.data.vl.answers import Answer, predictions_of
+from dora_mm.data.vl.example import Predictions
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet, check_data, open_training, open_validation
 from dora_mm.eval.gradients import measuring
 from dora_mm.eval.vl.base_scores import FILE as BASE
@@ -233,7 +234,12 @@ def answering_all(
     process = (accelerator.process_index, accelerator.num_processes)
     mapped = map if config.train.shard else partial(map_shared, process=process)
     requested = (answers, model.networks.values(), splits, config.evaluate.batch_size)
-    return partial(answer_all, *requested, limit=config.evaluate.limit, mapped=mapped)
+
+    def texts() -> dict[str, Predictions]:
+        found = answer_all(*requested, limit=config.evaluate.limit, mapped=mapped)
+        return {name: predictions_of(rows) for name, rows in found.items()}
+
+    return texts
 
 
 def score_base(

@@ -22,7 +22,7 @@ from dora_mm.studies.campaigns.selection_metrics import (
     StyleSimilarityMetric,
 )
 from dora_mm.studies.campaigns.tuned import RANKED, TunedImages, TunedVL
-from dora_mm.studies.campaigns.tuning import Tuning
+from dora_mm.studies.campaigns.tuning import Tuning, describe_plan
 from dora_mm.studies.config import TuneConfig
 from dora_mm.utils.lock import only_writer
 
@@ -39,6 +39,7 @@ def main(
     selection_metric: str = "score",
     clip_model: str | None = None,
     output: str | None = None,
+    dry_run: bool = False,
 ) -> None:
     """Runs what is missing of the search, and prints its table, what was chosen, and the next command.
 
@@ -52,7 +53,8 @@ def main(
         ranks: The ranks; None: that of the config.
         selection_metric: score or held_out.
         clip_model: An open_clip model that looks at images; None: the embedded encoder.
-        output: The folder; None: runs/NAME_tune.
+        output: The folder; None: runs/NAME_tune, of the held-out loss runs/NAME_tune_held_out.
+        dry_run: Only prints what would be trained.
 
     Raises:
         ValueError: A file or setting of the config cannot be used or scored, or the folder belongs to another search.
@@ -69,7 +71,11 @@ def main(
         settings, base = search_of(given, config, overrides, rates, ranks, selection_metric, clip_model, output), given
     check_paths(settings, new_run=True)
     check_paths(base, new_run=False)
-    tuning = Tuning(settings, build_selection_metric(settings, base))
+    selection = build_selection_metric(settings, base)
+    if dry_run:
+        print(describe_plan(settings, selection.trained))
+        return
+    tuning = Tuning(settings, selection)
     with only_writer(tuning.folder):
         tuning.report(tuning.search())
 
@@ -92,7 +98,7 @@ def search_of(
     values = {
         "pipeline": "tune",
         "name": f"{base.name}_tune",
-        "output": output or f"runs/{base.name}_tune",
+        "output": output or f"runs/{base.name}_tune{'_held_out' * (selection_metric == 'held_out')}",
         "base": path,
         "overrides": list(overrides),
         "rates": list(rates or default_rates(base, path, ranks)),

@@ -8,6 +8,7 @@ import pytest
 from dora_mm.cli.commands import take_prompts_file
 from dora_mm.cli.parser import build_parser
 from dora_mm.config import load_config
+from dora_mm.config.adapter import ImageAdapterConfig, VLAdapterConfig
 from dora_mm.config.models import starts
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.report import all_keys
@@ -132,6 +133,8 @@ def check_command(arguments: list[str], schemas: dict | None = None) -> None:
 def test_commands(document):
     found = commands(text_of(document))
     new = {f"{each[2]}.yaml": next(iter(starts()[each[1]].values())) for each in found if each[0] == "new"}
+    new |= {f"{each[2]}_eval.yaml": "configs/vlm/eval_demo.yaml" for each in found if each[:2] == ["new", "vlm"]}
+    new |= {f"{Path(each[1]).stem}.yaml": "configs/sdxl/demo.yaml" for each in found if each[0] == "import"}
     for arguments in found:
         check_command([new.get(each, each) for each in arguments])
     for arguments in commands(text_of(document), BUILD):
@@ -201,6 +204,7 @@ def test_our_keys_for_those_of_other_trainers_exist():
     sections = {key.partition(".")[0] for key in keys}
     ours = [row.split(" | ", 1)[1] for row in text.splitlines() if row.startswith("| ") and " | here" not in row]
     named_keys = [name for cell in ours for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)", cell)]
+    keys |= {*ImageAdapterConfig.known_parts(), *VLAdapterConfig.known_parts()}
     wrong = [name for name in named_keys if name.partition(".")[0] in sections and name not in keys]
     assert len(named_keys) > 80
     assert wrong == []

@@ -52,7 +52,11 @@ def test_the_wheel_carries_the_package_the_recipes_and_the_configs_and_nothing_e
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     data = [path for folder in ("fonts", "gallery") for path in (ROOT / "dora_mm" / "sampling" / folder).iterdir()]
-    files = [*(ROOT / "dora_mm").rglob("*.py"), ROOT / "dora_mm" / "py.typed"]
+    files = [
+        *(ROOT / "dora_mm").rglob("*.py"),
+        ROOT / "dora_mm" / "py.typed",
+        ROOT / "dora_mm" / "config" / "schema.json",
+    ]
     files += [path for path in data if path.is_file() and path.suffix != ".py"]
     files += [*(ROOT / "dora_mm" / "models" / "images" / "sdxl" / "configs").rglob("*.json")]
     files += [ROOT / "dora_mm" / "formats" / "naming" / "known.csv"]

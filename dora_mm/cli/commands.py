@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from dora_mm.cli.parser import RESUMABLE
+from dora_mm.cli.parser import RESUMABLE, build_parser
 from dora_mm.config import find_path, load_config, resolve_adapter, resolve_model, resolve_path, run_name
 from dora_mm.config.latest import ADAPTER, CHECKPOINT, IMAGES, LATEST, RUN, Wanted, numbered
 from dora_mm.config.overridden import value_at
@@ -81,6 +81,12 @@ def run(arguments: Namespace, recipes: Recipes | None = None) -> None:
             resolve_adapter(arguments.file, "FILE")
             _check_base(arguments)
             _call("verify", arguments)
+        case "completion":
+            from dora_mm.cli.completion import script  # it imports shtab, which the base has not
+
+            print(script(arguments.shell, build_parser()))
+        case "import":
+            _call("import_config", arguments)
         case "tune":
             resolve_path(arguments.config, "CONFIG")
             _call("tune", arguments)
@@ -221,12 +227,12 @@ def _run_config(arguments: Namespace, recipes: Recipes) -> None:
 
 
 def _without_dry_run(arguments: Namespace, config: PipelineConfig) -> str:
-    """A line with the command that starts, or resumes, the training of a dry run."""
+    """A line with the command that starts, or resumes, what a dry run was of."""
     overrides = [_as_read(override, config) for override in arguments.overrides]
     words = [arguments.config] if arguments.config else []
     words += ["--resume", str(arguments.resume)] if arguments.resume else []
     words += ["--set", *overrides] if overrides else []
-    return f"{'to go on' if arguments.resume else 'to start'}  dora-mm train {shlex.join(words)}"
+    return f"{'to go on' if arguments.resume else 'to start'}  dora-mm {config.command} {shlex.join(words)}"
 
 
 def _as_read(override: str, config: PipelineConfig) -> str:

@@ -15,6 +15,7 @@ from dora_mm.utils.processes import reports_end
 
 RESUMABLE = ("train", "sample", "grid")
 BASE = "the model: a folder, a single-file checkpoint or a hub name"
+SHELLS = ("bash", "zsh", "fish", "powershell")
 CAPTION_PROMPT = "Describe the image in one sentence."
 DTYPES = ("float32", "bfloat16", "float16")
 AXIS = "the axis of the magnitudes, where their shape does not say it"
@@ -53,6 +54,7 @@ def build_parser() -> CommandParser:
         _add_config_command(commands, name, what)
     for add in (
         _add_new,
+        _add_import,
         _add_gallery,
         _add_inspect,
         _add_merge,
@@ -70,6 +72,10 @@ def build_parser() -> CommandParser:
     ):
         add(commands)
     commands.add_parser("configs", help="list the packaged configs, with what each is for")
+    schema = commands.add_parser("schema", help="print the JSON schema of config files, for editors")
+    schema.add_argument("--output", metavar="FILE", type=Path, help="write it to a file instead")
+    shells = commands.add_parser("completion", help="print a script with which a shell completes commands and keys")
+    shells.add_argument("shell", choices=SHELLS, help='eval "$(dora-mm completion bash)" in ~/.bashrc')
     commands.add_parser("check", help="show the GPU, the installed packages, what is missing, and which recipe fits")
     parser.commands = commands.choices
     return parser
@@ -98,6 +104,7 @@ def _add_config_command(commands: Any, name: str, what: str) -> None:
             "--decode", action="store_true", help="with --dry-run: decode all images, and name those that are broken"
         )
     if name == "compare":
+        command.add_argument("--dry-run", action="store_true", help="only print what would be trained")
         command.add_argument(
             "--report", action="store_true", help="train nothing: report the trainings that have been finished"
         )
@@ -134,9 +141,20 @@ def _add_new(commands: Any) -> None:
     command.add_argument("--model", metavar="MODEL", help=f"{BASE}; default: the recipe's")
 
 
+def _add_import(commands: Any) -> None:
+    command = commands.add_parser(
+        "import", help="write a config from one of kohya's scripts, ai-toolkit, OneTrainer, LLaMA-Factory, ..."
+    )
+    trainers = "kohya's TOML or command line, ai-toolkit, OneTrainer, LLaMA-Factory, ms-swift, axolotl"
+    command.add_argument("file", metavar="FILE", type=Path, help=f"the config of another trainer: {trainers}")
+    command.add_argument("--output", metavar="CONFIG", help="the new file; default: the name of FILE, as .yaml here")
+
+
 def _add_gallery(commands: Any) -> None:
     command = commands.add_parser("gallery", help="make one page of all images of runs, to look at in a browser")
-    command.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run directory with images")
+    command.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="one with images, or a folder of runs, such as runs"
+    )
     command.add_argument(
         "--output",
         metavar="FOLDER",
@@ -262,6 +280,7 @@ def _add_tune(commands: Any) -> None:
     clip = "an open_clip model that judges images; default: the embedded encoder"
     command.add_argument("--clip-model", metavar="MODEL", help=clip)
     command.add_argument("--output", metavar="FOLDER", help="one that exists goes on; default: runs/NAME_tune")
+    command.add_argument("--dry-run", action="store_true", help="only print what would be trained")
     _add_overrides(command)
 
 
@@ -294,6 +313,8 @@ def _add_score(commands: Any) -> None:
     command.add_argument("--annotations", metavar="FILE", help="the answers, of --data that has a file for them")
     command.add_argument("--split", metavar="NAME", help="of --data that has several")
     command.add_argument("--partial", action="store_true", help="leave out rows that only one side has")
+    thoughts = "score what a model thought before an answer as a part of it"
+    command.add_argument("--keep-thoughts", action="store_true", help=thoughts)
     precise = "also say how many answers an interval of +- POINTS takes"
     command.add_argument("--precision", metavar="POINTS", type=_above_zero, help=precise)
     command.add_argument(

@@ -63,7 +63,7 @@ class AdapterConfig(Section):
             raise ValueError(f"scaling sqrt needs alpha: alpha={rank**0.5:.3g} scales the update by 1 at rank {rank}")
         return {**values, "alpha": float(rank)}
 
-    @field_validator("parts", mode="before")
+    @field_validator("parts", mode="before", json_schema_input_type=dict[str, PartConfig | None] | list[str] | str)
     @classmethod
     def _named_parts(cls, parts: Any) -> Any:
         if parts == ALL_LINEAR:

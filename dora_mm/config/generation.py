@@ -44,7 +44,9 @@ def as_references(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-ReferencePaths = Annotated[Items[InputPath], BeforeValidator(as_references)]  # files of reference images, for one image
+ReferencePaths = Annotated[
+    Items[InputPath], BeforeValidator(as_references, json_schema_input_type=str | list[str])
+]  # for one image
 
 
 class ContactSheetConfig(Section):
@@ -142,7 +144,7 @@ class BatchGenerationConfig(EditingConfig):
 
     command: ClassVar[str] = "sample"
     pipeline: Literal["sample"]
-    prompts: Items[Text] = ()
+    prompts: Items[Text] = ()  # of the images
     prompts_file: InputPath | None = None  # .csv, .tsv, .xlsx, .jsonl or .txt, a column per setting; replaces `prompts`
     seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one image per prompt and seed
     # One image for each; they multiply the adapter's. null: 1, and images without adapter are those of the bare model
@@ -181,9 +183,9 @@ class GridConfig(EditingConfig):
     command: ClassVar[str] = "grid"
     pipeline: Literal["grid"]
     prompt: Text | None = None  # null: an axis has the prompts
-    seed: Seed = 0
+    seed: Seed = 0  # of every image, where no axis has seeds
     rows: Axis | None = None  # null: one row
-    columns: Axis
+    columns: Axis  # a setting and its values
     without_adapter: bool = True  # whether the first column is generated without adapter
 
     @model_validator(mode="after")

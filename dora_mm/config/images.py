@@ -276,7 +276,7 @@ class PreserveConfig(Section):
     # Of these images: "" for no prompt, or a class such as "an icon"; null: their captions without data.placeholder,
     # and of folders of role preserve their captions
     prompt: str | None = None
-    weight: NonNegative = 1.0
+    weight: NonNegative = 1.0  # of this loss
     every: PositiveInt = 1  # optimizer steps
 
 

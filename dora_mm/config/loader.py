@@ -79,6 +79,7 @@ def load_config(
     schema = schemas.get(name) if isinstance(name, str) else None
     if schema is None:
         problems.append(_unknown_pipeline(values, origins, schemas))
+        check_not_foreign(file)
         raise ConfigError(file, problems)
     _remove_replaced(values, schema, chosen)
     fit_warmup(values, before, chosen)
@@ -149,6 +150,8 @@ def _read(file: Path) -> yaml12.Document:
         raise ValueError(about_run(file))
     if not file.is_file():
         raise ValueError(f"{file} is a folder: name a config file in it")
+    if file.suffix.lower() in (".toml", ".json", ".sh", ".bat"):
+        check_not_foreign(file)
     try:
         document = yaml12.read(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
@@ -162,6 +165,22 @@ def _read(file: Path) -> yaml12.Document:
     if not isinstance(document.value, dict):
         raise ValueError(f"{file} has no keys: a config starts with `pipeline: <name>`")
     return document
+
+
+def check_not_foreign(file: Path) -> None:
+    """Checks that a file is not a config of another trainer.
+
+    Raises:
+        ValueError: It is one; the message names the command that imports it.
+    """
+    from dora_mm.config.importing.foreign import TITLES, read_foreign  # of no use to a config of ours
+
+    try:
+        trainer = read_foreign(file).trainer
+    except ValueError:
+        return
+    command = shlex.join(["dora-mm", "import", str(file)])
+    raise ValueError(f"{file} is a config of {TITLES[trainer]}: {command} writes one of ours from it")
 
 
 def _override(values: dict[str, Any], origins: dict[KeyPath, str], override: str) -> KeyPath | Problem:

@@ -201,7 +201,7 @@ class VLMModelConfig(VLFamilyConfig):
     uses_all_parameters: ClassVar[bool] = False
     full_extra: ClassVar[tuple[str, ...] | None] = None
 
-    family: Literal["vlm"] = "vlm"
+    family: Literal["vlm"] = "vlm"  # vision-language and language models of transformers
     path: ModelPath  # a folder of save_pretrained, or a hub name
     revision: Text | None = None  # a commit, branch or tag of a hub model; null: the main branch
     dtype: Dtype = "float32"  # bfloat16 or float16, of the frozen weights
@@ -243,7 +243,7 @@ class VLBartModelConfig(VLFamilyConfig):
     prompts: ClassVar[Mapping[str, str]] = MappingProxyType({})
     date: ClassVar[None] = None
 
-    family: Literal["vl_bart"]
+    family: Literal["vl_bart"]  # the model of the paper: BART with features of images
     path: ModelPath  # a saved VL-BART or a plain BART: a folder or a hub name
     random: bool = False  # read only the config from `path`, and initialize the weights from the seed
     # The kind of visual input; null: image for a plain BART. A saved VL-BART has one, which must match.

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 from pydantic import Discriminator, ValidationError
 
 from dora_mm.config.schema import Section, SectionChoice
-from dora_mm.registries.other_trainers import key_of, other_meaning
+from dora_mm.registries.other_trainers import key_of, other_meaning, outside
 from dora_mm.registries.renamed import KEYS
 from dora_mm.utils.messages import nearest
 from dora_mm.utils.yaml12 import KeyPath
@@ -148,6 +148,8 @@ def _suggestion(location: _Location, schema: type[Section]) -> str:
     elsewhere = [key for key in all_keys(schema) if key.split(".")[-1] == name and ANY_NAME not in key]
     if not elsewhere and (ours := key_of(name)) in all_keys(schema):
         return f", which is {ours} here{other_meaning(name)}"
+    if not elsewhere and (use := outside(name)):
+        return f": {use}"
     if close := nearest(name, siblings) or nearest(name, others):
         return close
     if elsewhere:
@@ -216,7 +218,7 @@ def _location(schema: type[Section], location: Sequence[str | int]) -> _Location
 
 def _is_alternative(value: Any, part: str | int) -> bool:
     """Whether a part of pydantic's location is one of several types of a value, such as float and dict[str,float]."""
-    keys = [name for section in _sections_in(value) for name in section.model_fields]
+    keys = [name for section in sections_in(value) for name in section.model_fields]
     return get_origin(value) in (Union, UnionType) and isinstance(part, str) and part not in ("", *keys)
 
 
@@ -264,11 +266,11 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-def _sections_in(annotation: Any) -> list[type[Section]]:
+def sections_in(annotation: Any) -> list[type[Section]]:
     """The sections in a type such as Section, Section | None, tuple[Section, ...] or one of several classes."""
     if _is_section(annotation):
         return [annotation]
-    return [section for argument in get_args(annotation) for section in _sections_in(argument)]
+    return [section for argument in get_args(annotation) for section in sections_in(argument)]
 
 
 def all_keys(schema: type[Section], prefix: str = "") -> list[str]:
@@ -277,6 +279,6 @@ def all_keys(schema: type[Section], prefix: str = "") -> list[str]:
     for name, field in schema.model_fields.items():
         keys[prefix + name] = None
         any_name = f"{ANY_NAME}." if get_origin(field.annotation) is dict else ""
-        for section in _sections_in(field.annotation):
+        for section in sections_in(field.annotation):
             keys |= dict.fromkeys(all_keys(section, f"{prefix}{name}.{any_name}"))
     return list(keys)

@@ -75,7 +75,10 @@ Count = Annotated[int, Field(ge=0)]
 
 
 Backend = Literal["auto", "torch", "triton"]
-ByShortName = BeforeValidator(full_name)  # a dtype that may be given as bf16, say
+# A dtype that may be given as bf16, say
+ByShortName = BeforeValidator(
+    full_name, json_schema_input_type=Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
+)
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], ByShortName]
 
 

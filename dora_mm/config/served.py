@@ -27,7 +27,8 @@ class ServerConfig(Section):
     url: Text  # what /chat/completions is behind, such as http://localhost:8000/v1
     model: Text | None = None  # the name of the model there; null: the only one that it serves
     concurrency: PositiveInt = 8  # requests at a time
-    timeout: Positive = 600.0  # seconds for an answer
+    timeout: Positive = 600.0  # seconds until an answer has ended; one that takes longer is missing
+    max_bytes: PositiveInt = 2**26  # of an answer as it is sent; a longer one is missing
 
     @field_validator("url")
     @classmethod

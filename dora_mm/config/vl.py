@@ -48,6 +48,7 @@ class TextSamplingConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # only the likeliest tokens that have this share together
     seed: Seed = 0  # of what is drawn
     stop: Items[Text] = ()  # texts that end an answer, and are not part of it
+    keep_thoughts: bool = False  # whether what a model thinks before its answer is a part of it, and scored with it
 
     @model_validator(mode="after")
     def _sampling_is_on(self) -> "TextSamplingConfig":
@@ -210,6 +211,9 @@ def check_decoding(decode: DecodeConfig, data: VLDataConfig, section: str = "dec
         problems.append(f"{section}.beams has no effect with temperature, which draws single answers")
     elif decode.beams != default.beams and not any(TASKS[task].takes_beams for task in tasks):
         problems.append(f"{section}.beams has no effect: no task has captions or options in words")
+    chosen = [TASKS[task].pairs or TASKS[task].chosen_from or decode.takes_candidates(task) for task in tasks]
+    if decode.keep_thoughts and all(chosen):
+        problems.append(f"{section}.keep_thoughts has no effect: no answers are generated")
     candidates = any(decode.takes_candidates(task) for task in tasks)
     if decode.min_answer_count != default.min_answer_count and not candidates:
         problems.append(f"{section}.min_answer_count has no effect: no answers are chosen from the training data")

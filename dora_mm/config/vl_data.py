@@ -46,7 +46,7 @@ class SourceConfig(Section):
 
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("file", "share"),)  # the share of `HeldOutConfig`
 
-    format: Annotated[str, name_in(READERS)]
+    format: Annotated[str, name_in(READERS)]  # how rows are written: chat, or as the official files of a benchmark
     # The questions, sentences, captions or conversations; chat, captions: also a folder, a pattern, or a list of these
     file: InputPath | Items[InputPath]
     # The official file of answers; null: vqa_v2: a test split, which has none; vqa_karpathy: scored by labels alone
@@ -154,7 +154,7 @@ SPLITS: tuple[Split, ...] = ("train", "valid")
 
 
 class VLTaskConfig(Section):
-    task: TaskName
+    task: TaskName  # what these rows are for
     train: SourceConfig | None = None  # the training split; null: none
     more: Items[SourceConfig] = ()  # further sources of the training split, whose rows are mixed with those of train
     valid: ValidConfig | None = None  # the validation split: a source, or a share of the training split; null: none

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dora_mm.config import load_config, resolve_model, resolve_path
+from dora_mm.config.paths import PACKAGE
 from dora_mm.models.hub import local_copy
 from dora_mm.utils.folders import written_together
-from dora_mm.utils.yaml12 import KeyPath, edited
+from dora_mm.utils.yaml12 import KeyPath, edited, without_comment
 
 Changes = dict[KeyPath, Any]
+COUNTED: tuple[KeyPath, ...] = (("adapter", "parts"), ("tokens",))  # comments there count what the recipe's model has
+SCHEMA = PACKAGE / "config" / "schema.json"  # what editors check a config against, of dora-mm schema
 
 
 class Draft(NamedTuple):
@@ -70,7 +73,10 @@ def write_files(
     """
     lines = resolve_path(draft.recipe).read_text(encoding="utf-8").split("\n")
     body = lines[next(number for number, line in enumerate(lines) if not line.startswith("#")) :]
-    text = edited("\n".join([head_of("train", draft.file, about), *body]), changes)
+    head = [head_of("train", draft.file, about), f"# yaml-language-server: $schema={SCHEMA.as_uri()}"]
+    text = edited("\n".join([*head, *body]), changes)
+    for path in COUNTED if draft.model is not None else ():
+        text = without_comment(text, path)
     with written_together(draft.file.parent, last=draft.file.name) as folder:
         (folder / draft.file.name).write_text(text, encoding="utf-8")
         if others:

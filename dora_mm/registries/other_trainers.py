@@ -1,8 +1,11 @@
-"""The names in other trainers of the keys of a config, and of some of their values."""
+"""The names in other trainers of the keys of a config, and of some of their values.
+
+`KEYS` has those that mean the same wherever they occur; what depends on the trainer is in `dora_mm.config.importing`.
+"""
 
 from collections.abc import Sequence
 
-KEYS = {  # by the flags of kohya's scripts and diffusers'
+KEYS = {  # by the flags of kohya's scripts, diffusers', LLaMA-Factory's and ms-swift's
     "pretrained_model_name_or_path": "model.path",
     "vae": "model.vae",
     "pretrained_vae_model_name_or_path": "model.vae",
@@ -53,10 +56,66 @@ KEYS = {  # by the flags of kohya's scripts and diffusers'
     "min_snr_gamma": "loss.min_snr_gamma",
     "snr_gamma": "loss.min_snr_gamma",
     "noise_offset": "loss.noise_offset",
+    "loss_type": "loss.type",
     "logit_mean": "loss.timestep_mean",
     "logit_std": "loss.timestep_std",
     "weighting_scheme": "loss.timesteps",
     "sample_every_n_steps": "sample.every",
+    "max_train_epochs": "train.epochs",
+    "max_grad_norm": "train.max_grad_norm",
+    "loraplus_lr_ratio": "optimizer.b_lr_ratio",
+    "save_last_n_steps": "train.keep_checkpoints",
+    # of vision-language models
+    "model_name_or_path": "model.path",
+    "base_model": "model.path",
+    "image_max_pixels": "model.max_pixels",
+    "image_min_pixels": "model.min_pixels",
+    "max_pixels": "model.max_pixels",
+    "cutoff_len": "model.max_length",
+    "max_length": "model.max_length",
+    "sequence_len": "model.max_length",
+    "attn_impl": "model.attn_implementation",
+    "torch_dtype": "model.dtype",
+    "lora_rank": "adapter.rank",
+    "lora_r": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target": "adapter.parts",
+    "lora_target_modules": "adapter.parts",
+    "target_modules": "adapter.parts",
+    "dataset": "data.train.file",
+    "media_dir": "data.train.images",
+    "max_samples": "data.train.limit",
+    "val_size": "data.valid.share",
+    "val_set_size": "data.valid.share",
+    "split_dataset_ratio": "data.valid.share",
+    "group_by_length": "data.group_by_length",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "per_device_train_batch_size": "train.batch_size",
+    "micro_batch_size": "train.batch_size",
+    "save_steps": "train.checkpoint_every",
+    "save_total_limit": "train.keep_checkpoints",
+    "logging_steps": "train.log_every",
+    "eval_steps": "evaluate.every",
+    "weight_decay": "optimizer.weight_decay",
+    "warmup_steps": "schedule.warmup_steps",
+    "warmup_ratio": "schedule.warmup_ratio",
+    "lr_scheduler_type": "schedule.name",
+    "pref_beta": "preference.beta",
+    "rl_beta": "preference.beta",
+    "label_smoothing": "preference.label_smoothing",
+}
+# What is no key here, with what does the same
+PROCESSES = "torchrun --nproc-per-node N -m dora_mm COMMAND starts N processes, one per GPU"
+GPU = "CUDA_VISIBLE_DEVICES=1 in front of the command chooses the GPU"
+OUTSIDE = {
+    **dict.fromkeys(("num_processes", "nproc_per_node", "num_gpus", "multi_gpu"), PROCESSES),
+    **dict.fromkeys(("device", "gpu_ids", "gpu_id", "devices", "train_device"), GPU),
+    "resume_from_checkpoint": "dora-mm train --resume RUN goes on with a run",
+    "config_file": "the config is named without a flag: dora-mm train CONFIG.yaml",
+    "dataset_config": "dora-mm import reads it, with the TOML or the command line that names it",
 }
 # Their meaning without another flag is not sure: kohya's scripts have masks and conditions in one folder
 UNSURE = {"conditioning_data_dir": ("masked_loss", "data.references", "what a model that edits sees")}
@@ -72,9 +131,36 @@ VALUES = {
         "adamw8bit": "adamw_8bit",
         "pagedadamw8bit": "paged_adamw_8bit",
         "adamwschedulefree": "schedule_free",
+        "schedule_free_adamw": "schedule_free",
+        "adamw_torch": "adamw",
+        "adamw_torch_fused": "adamw",
+        "adamw_bnb_8bit": "adamw_8bit",
+        "paged_adamw_8bit": "paged_adamw_8bit",
     },
-    "schedule.name": {"constant_with_warmup": "constant", "cosine_with_restarts": "restarts"},
+    "schedule.name": {
+        "constant_with_warmup": "constant",
+        "cosine_with_restarts": "restarts",
+        "cosine_with_hard_restarts": "restarts",
+    },
+    "loss.type": {"l2": "mse", "mae": "l1", "pseudo_huber": "huber"},
 }
+NO_EFFECT = (  # on what is trained: logs, workers, caches, kernels of attention, uploads
+    *("attn_implementation", "bucket_reso_steps", "cache_latents", "cache_latents_to_disk"),
+    *("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "caption_extension"),
+    *("caption_extention", "data_seed", "dataloader_num_workers", "dataset_num_proc", "dataset_prepared_path"),
+    *("ddp_timeout", "do_train", "enable_bucket", "flash_attention", "flash_attn", "fp8_base_unet"),
+    *("hub_model_id", "huggingface_repo_id", "huggingface_token", "load_from_cache_file", "log_prefix"),
+    *("log_tracker_name", "log_with", "logging_dir", "logging_first_step", "lowram"),
+    *("max_data_loader_n_workers", "mem_eff_attn", "metadata_author", "metadata_description"),
+    *("metadata_license", "metadata_tags", "metadata_title", "no_half_vae", "no_metadata", "overwrite_cache"),
+    *("overwrite_output_dir", "pad_to_sequence_len", "per_device_eval_batch_size"),
+    *("persistent_data_loader_workers", "plot_loss", "preprocessing_num_workers", "processor_type"),
+    *("push_to_hub", "remove_unused_columns", "report_to", "save_model_as", "save_only_model"),
+    *("save_precision", "save_state", "sdpa", "skip_cache_check", "skip_prepare_dataset", "special_tokens"),
+    *("stage", "training_comment", "trust_remote_code", "use_fast_tokenizer", "use_safetensors"),
+    *("vae_batch_size", "wandb_api_key", "wandb_entity", "wandb_log_model", "wandb_name", "wandb_project"),
+    *("wandb_run_name", "wandb_watch", "xformers"),
+)
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of the weights, by the precision of a training
 
 
@@ -95,6 +181,11 @@ def other_meaning(word: str, given: Sequence[str] = ()) -> str:
     if not flag or any(_name(each) == flag for each in given):
         return ""
     return f" with {flag} (masks), and {key} where it has {meaning}: which of both is it?"
+
+
+def outside(word: str) -> str:
+    """What does here what a flag or key of another trainer does, where that is no key; empty where nothing does."""
+    return OUTSIDE.get(_name(word), "")
 
 
 def _name(word: str) -> str:

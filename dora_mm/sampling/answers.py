@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import NamedTuple
 from torch import nn
 
 from dora_mm.core import fixed_parameters
-from dora_mm.data.vl.example import Answer, Example, Predictions
+from dora_mm.data.vl.answers import Answer, AnsweredRows, ModelAnswer, texts_of
+from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.rows import OnBadData, RowTooLongError
 from dora_mm.data.vl.splits import ValidationSet
 from dora_mm.registries.suites import file_stem
@@ -57,13 +58,13 @@ class KeptAnswer(NamedTuple):
     """The answer to a row in a file.
 
     Attributes:
-        text: The answer; None: the row could not be read.
+        answer: The answer; None: the row could not be read.
         content: The content of its images, see `AnswersFolder`.
         circumstances: The circumstances under which it was given.
         day: The day of its batch where a chat template used it.
     """
 
-    text: str | None
+    answer: ModelAnswer | None
     content: str
     circumstances: Record = NOTHING
     day: str | None = None
@@ -77,7 +78,7 @@ def answer_all(
     limit: int | None = None,
     mapped: Map = map,
     folder: AnswersFolder | None = None,
-) -> dict[str, Predictions]:
+) -> dict[str, AnsweredRows]:
     """Answers the rows of every split.
 
     All networks run in eval mode, and adapted weights are computed once for all rows.
@@ -88,7 +89,8 @@ def answer_all(
         sets: The splits by task name.
         batch_size: Examples per batch.
         limit: Answers only this many rows of each split; None means all.
-        mapped: Computes the answers to batches; other than `map` where several processes share them.
+        mapped: Computes the answers to batches, in any order; other than `map` where several processes share them, or
+            threads.
         folder: Keeps the answers; None: nothing does.
 
     Returns:
@@ -109,7 +111,7 @@ def answer_unbatched(
     answers: Mapping[str, Answer],
     networks: Iterable[nn.Module],
     sets: Mapping[str, ValidationSet],
-    answered: Mapping[str, Predictions],
+    answered: Mapping[str, AnsweredRows],
     mapped: Map = map,
 ) -> dict[str, Twice]:
     """Answers rows of every split again, each alone, evenly spaced over those that were answered.
@@ -126,9 +128,13 @@ def answer_unbatched(
         for name, rows in answered.items():
             chosen = [rows[number * len(rows) // REPEATED] for number in range(REPEATED)]
             chosen = chosen if len(rows) > REPEATED else rows
-            unbatched = mapped(lambda row, name=name: answers[name]([row[0]], sets[name].images)[0], chosen)
+
+            def unbatched_text(row: tuple[Example, ModelAnswer], name: str = name) -> str:
+                return texts_of(answers[name]([row[0]], sets[name].images))[0]
+
+            unbatched = mapped(unbatched_text, chosen)
             shown = tracked(zip(chosen, unbatched, strict=True), f"{name}, each row alone", "rows", len(chosen))
-            found[name] = [(example, text, again) for (example, text), again in shown]
+            found[name] = [(example, answer.text, again) for (example, answer), again in shown]
     return found
 
 
@@ -145,7 +151,7 @@ def _answer_split(
     name: str,
     mapped: Map,
     kept: KeptAnswers | None,
-) -> Predictions:
+) -> AnsweredRows:
     """Answers the rows of a split in batches.
 
     A row that cannot be read, since its image is damaged, say, is named and left out where the table's `on_bad_data`
@@ -153,52 +159,62 @@ def _answer_split(
     """
     table = split.table
     count = len(table) if limit is None else min(limit, len(table))
-    texts = kept.full_batches(batch_size, count) if kept else []
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    answered = kept.full_batches(batches) if kept else {}
+    batches = [rows for rows in batches if rows[0] not in answered]
     errors: list[ValueError] = []
-    batches = [range(start, min(start + batch_size, count)) for start in range(len(texts), count, batch_size)]
-    with Progress(name, count, "rows", done=len(texts)) as progress:
+    with Progress(name, count, "rows", done=len(answered)) as progress:
 
-        def answers_of(rows: range) -> tuple[list[str | None], list[str], str | None]:
+        def answers_of(rows: range) -> tuple[list[int], list[dict | None], list[str], str | None]:
             num_requests = kept.folder.day.num_requests if kept else 0
             examples = [table[row] for row in rows]
             try:
-                found: list[str | None] = list(answer(examples, split.images))
+                found: list[ModelAnswer | None] = [*map(ModelAnswer.of, answer(examples, split.images))]
             except ValueError as error:
                 if table.on_bad_data == "stop" and not isinstance(error, RowTooLongError):
                     raise
-                found = _one_by_one(answer, examples, split.images, errors, table.on_bad_data)
+                if len(examples) == 1:
+                    found = [_left_out(error, errors)]
+                else:
+                    found = _one_by_one(answer, examples, split.images, errors, table.on_bad_data)
             progress.advance(len(rows))
             day = kept.folder.day.date if kept and kept.folder.day.num_requests > num_requests else None
-            return found, [kept.content(row) for row in rows] if kept else [], day
+            contents = [kept.content(row) for row in rows] if kept else []
+            return list(rows), [each and each.fields() for each in found], contents, day  # what JSON can hold
 
-        for found, contents, day in mapped(answers_of, batches):
+        for rows, fields, contents, day in mapped(answers_of, batches):
+            found = {row: each and ModelAnswer(**each) for row, each in zip(rows, fields, strict=True)}
             if kept:
                 kept.add(found, contents, day)
-            texts += found
-            progress.done = max(progress.done, len(texts))  # others have answered, too
-    answered = [(table[row], text) for row, text in zip(range(count), texts, strict=True) if text is not None]
-    if count and not answered:
+            answered |= found
+            progress.done = max(progress.done, len(answered))  # others have answered, too
+    read = [(table[row], each) for row in range(count) if (each := answered[row]) is not None]
+    if count and not read:
         raise errors[0] if errors else ValueError(f"no row of {name} could be read")
-    if len(answered) < count:
-        log.warning("%d of %d rows of %s could not be read, and were left out", count - len(answered), count, name)
-    return answered
+    if len(read) < count:
+        log.warning("%d of %d rows of %s could not be read, and were left out", count - len(read), count, name)
+    return read
 
 
 def _one_by_one(
     answer: Answer, examples: Sequence[Example], images: str | None, errors: list[ValueError], on_bad_data: OnBadData
-) -> list[str | None]:
+) -> list[ModelAnswer | None]:
     """The answers to the examples, None to those that are left out; what is wrong with them is logged and kept."""
-    found: list[str | None] = []
+    found: list[ModelAnswer | None] = []
     for example in examples:
         try:
-            found += answer([example], images)
+            found += map(ModelAnswer.of, answer([example], images))
         except ValueError as error:
             if on_bad_data == "stop" and not isinstance(error, RowTooLongError):
                 raise
-            log.warning("%s; left out of the answers", error)
-            errors.append(error)
-            found.append(None)
+            found.append(_left_out(error, errors))
     return found
+
+
+def _left_out(error: ValueError, errors: list[ValueError]) -> None:
+    """The answer to a row that is left out: none."""
+    log.warning("%s; left out of the answers", error)
+    errors.append(error)
 
 
 def save_answers(
@@ -219,8 +235,8 @@ def save_answers(
     """
     lines = []
     for name, rows in answer_all(answers, networks, sets, batch_size, limit=FEW).items():
-        for row, text in rows:
-            about: dict[str, object] = {"task": name, "id": row.id, "question": row.text, "answer": text}
+        for row, answer in rows:
+            about: dict[str, object] = {"task": name, "id": row.id, "question": row.text, "answer": answer.text}
             about["references"] = row.answers[:MOST_REFERENCES]
             lines.append(json.dumps(about, ensure_ascii=False))
     if file is not None:
@@ -231,9 +247,9 @@ def save_answers(
 class KeptAnswers:
     """The answers to the rows of a split in a file, from which an interrupted evaluation resumes.
 
-    Each line is of a row: its answer, None where it could not be read, the digest of its images, the day where the chat
-    template of its batch used it, and a checksum. A line of another kind, an object, has the circumstances of the
-    rows that follow.
+    Each line is of a row: its number in the split, its answer, None where it could not be read, the digest of its
+    images, the day where the chat template of its batch used it, and a checksum. They are in the order in which answers
+    came. A line of another kind, an object, has the circumstances of the rows that follow.
 
     Args:
         folder: Where it is.
@@ -245,37 +261,47 @@ class KeptAnswers:
         self.file, self.folder, self.split, self.task = _file_of(folder.path, task), folder, split, task
         self._last = NOTHING  # the circumstances of the last row of the file
 
-    def full_batches(self, batch_size: int, count: int) -> list[str | None]:
-        """The answers of whole batches that an earlier process has kept; what follows them is cut off the file.
+    def full_batches(self, batches: Sequence[range]) -> dict[int, ModelAnswer | None]:
+        """The answers, by row, of whole batches that an earlier process has kept; others are taken out of the file.
 
-        They end before a row whose images are others now, or whose day is.
+        A batch is asked again where the images of a row are others now, or its day is.
         """
         processes = self.folder.processes
-        return processes.from_main(self._full_batches(batch_size, count) if processes.is_main else [])
+        found = self._full_batches(batches) if processes.is_main else []
+        found = processes.from_main([[row, kept and kept.fields()] for row, kept in found])
+        return {row: fields and ModelAnswer(**fields) for row, fields in found}
 
-    def _full_batches(self, batch_size: int, count: int) -> list[str | None]:
-        found: list[KeptAnswer] = []
-        ours = self.folder.day
-        for row in _kept(self.file):
-            if len(found) == count or row.content != self.content(len(found)) or row.day not in (None, ours.date):
-                break
-            found.append(row)
-        found = found if len(found) == count else found[: len(found) // batch_size * batch_size]
-        write_text(self.file, _text(found, NOTHING))
-        self._last = found[-1].circumstances if found else NOTHING
-        ours.num_requests += sum(row.day is not None for row in found)
-        if message := about_kept(by_circumstances(found), self.folder.circumstances, f"kept answers of {self.task}"):
+    def _full_batches(self, batches: Sequence[range]) -> list[tuple[int, ModelAnswer | None]]:
+        ours, last = self.folder.day, batches[-1].stop if batches else 0
+        fitting = {
+            row: kept
+            for row, kept in _kept(self.file).items()
+            if row < last and kept.day in (None, ours.date) and kept.content == self.content(row)
+        }
+        found = {row: fitting[row] for rows in batches if all(row in fitting for row in rows) for row in rows}
+        write_text(self.file, _text(found.items(), NOTHING))
+        kept = list(found.values())
+        self._last = kept[-1].circumstances if kept else NOTHING
+        ours.num_requests += sum(row.day is not None for row in kept)
+        if message := about_kept(by_circumstances(kept), self.folder.circumstances, f"kept answers of {self.task}"):
             log.warning(message)
-        return [row.text for row in found]
+        return [(row, each.answer) for row, each in found.items()]
 
-    def add(self, answers: Iterable[str | None], contents: Iterable[str], day: str | None) -> None:
-        """Keeps the answers to rows, which follow those that are there, what the images of each were, and their day."""
+    def add(self, answers: Mapping[int, ModelAnswer | None], contents: Iterable[str], day: str | None) -> None:
+        """Keeps the answers to rows, what the images of each were, and their day.
+
+        An answer that did not arrive is not kept: the next start asks for it again.
+        """
         self.folder.day.num_requests += day is not None  # another process may have rendered them
         if self.folder.processes.is_main:
             now = self.folder.circumstances
-            rows = [KeptAnswer(text, content, now, day) for text, content in zip(answers, contents, strict=True)]
+            rows = [
+                (row, KeptAnswer(answer, content, now, day))
+                for (row, answer), content in zip(answers.items(), contents, strict=True)
+                if answer is None or not answer.failure
+            ]
             append_text(self.file, _text(rows, self._last))
-            self._last = now
+            self._last = now if rows else self._last
 
     def content(self, row: int) -> str:
         """The content digest of the images of a row."""
@@ -286,8 +312,8 @@ class KeptAnswers:
 
 
 def read_answers(folder: Path, task: str) -> list[KeptAnswer]:
-    """The answers to the rows of a task that `answer_all` has kept in a folder."""
-    return list(_kept(_file_of(folder, task)))
+    """The answers to the rows of a task that `answer_all` has kept in a folder, in the order of the rows."""
+    return [kept for _, kept in sorted(_kept(_file_of(folder, task)).items())]
 
 
 def mixed_circumstances(folder: Path, task: str) -> str:
@@ -305,8 +331,9 @@ def _file_of(folder: Path, task: str) -> Path:
     return folder / f"{file_stem(task)}.jsonl"
 
 
-def _kept(file: Path) -> Iterator[KeptAnswer]:
+def _kept(file: Path) -> dict[int, KeptAnswer]:
     """The rows of a file of answers, up to one that a killed process did not finish, or a damaged line."""
+    rows: dict[int, KeptAnswer] = {}
     now: Record = NOTHING
     for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
@@ -315,24 +342,26 @@ def _kept(file: Path) -> Iterator[KeptAnswer]:
                 now = dict(found["circumstances"])
                 continue
             *row, checksum = found
-            answer, content, day = row if len(row) == 3 else (*row, None)
+            number, fields, content, day = row
+            kept = KeptAnswer(fields and ModelAnswer(**fields), content, now, day)
         except (ValueError, TypeError, KeyError):
-            return
+            break
         if checksum != _checksum(row):
-            return
-        yield KeptAnswer(answer, content, now, day)
+            break
+        rows[number] = kept
+    return rows
 
 
-def _text(rows: Iterable[KeptAnswer], before: Record) -> str:
-    """The lines of rows that follow a row with the circumstances `before`."""
+def _text(rows: Iterable[tuple[int, KeptAnswer]], before: Record) -> str:
+    """The lines of rows, by number, that follow a row with the circumstances `before`."""
     lines = []
-    for text, content, now, day in rows:
+    for number, (answer, content, now, day) in rows:
         lines += [] if now == before else [json.dumps({"circumstances": dict(now)})]
-        row = [text, content, *([day] if day else [])]
+        row = [number, answer and answer.fields(), content, day]
         lines.append(json.dumps([*row, _checksum(row)]))
         before = now
     return "".join(f"{line}\n" for line in lines)
 
 
-def _checksum(row: Sequence[str | None]) -> int:
+def _checksum(row: Sequence[object]) -> int:
     return zlib.crc32(json.dumps(row).encode())

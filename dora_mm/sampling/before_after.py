@@ -189,7 +189,8 @@ def settings_of(
         made_of = {"images": list(images), "image_digests": [reference_of(path).digest for path in images]}
         made_of["reference_area"] = area_of(config) or "pipeline"
     adapter = {"before": None, "after": run.path, "average": run.adapter_ema}[label]
-    strength = None if adapter is None or "full" in config.adapter.methods else config.adapter.strength
+    # That of the file, into which adapter.strength is written: what `sample` calls strength 1
+    strength = None if adapter is None or "full" in config.adapter.methods else 1.0
     return {
         "prompt": sheets.prompts[number],
         "negative_prompt": sheets.negative_prompt,

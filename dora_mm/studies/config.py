@@ -69,7 +69,7 @@ class VariantConfig(Section):
     """LoRA or DoRA at one rank with other settings; its difference from the plain one is reported."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]  # in tables, and in the names of files
-    method: Literal["lora", "dora"] = "dora"
+    method: Literal["lora", "dora"] = "dora"  # of this variant
     rank: PositiveInt  # one of ranks
     overrides: Items[Text] = ()  # of base, as --set takes them, such as optimizer.b_lr_ratio=4.0
     magnitude_lr_ratio: Positive | None = None  # how many times the learning rate that of the magnitudes is; null: base
@@ -139,7 +139,7 @@ class CompareConfig(CampaignConfig):
     ranks: Annotated[Items[PositiveInt], Field(min_length=1)] = (8,)  # of LoRA and DoRA
     half_ranks: bool = True  # DoRA is also trained at half of each rank but 1
     variants: Items[VariantConfig] = ()  # further ones, with other settings
-    learning_rates: LearningRates
+    learning_rates: LearningRates  # the candidates of each method
     # More candidates to try, a factor apart, while the best one is the lowest or the highest; with curves while one of
     # these is as good as the best
     extra_rates: Count = 1

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from dora_mm.config.vl import DecodeConfig
-from dora_mm.data.vl.example import Answer, Example
+from dora_mm.data.vl.answers import Answer
+from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.mixing import Mixture, TaskBatches
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet

@@ -16,6 +16,7 @@ from dora_mm import formats
 from dora_mm.adapting.networks import adapt
 from dora_mm.config.models import validated
 from dora_mm.config.vl import DecodeConfig, TrainVLConfig
+from dora_mm.data.vl.answers import texts_of
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vl.families import family_of_folder, load_vl_model
 from dora_mm.models.vl.vl_model import VLModel
@@ -111,8 +112,8 @@ class VLFamilyCheck:
 
     def answers(self) -> list[str]:
         answer = self._open().answerer(TASK, DecodeConfig(max_new_tokens=3), ())
-        one_by_one = [answer([example], str(self.images))[0] for example in self.examples]
-        if list(answer(self.examples, str(self.images))) != one_by_one:
+        one_by_one = [texts_of(answer([example], str(self.images)))[0] for example in self.examples]
+        if texts_of(answer(self.examples, str(self.images))) != one_by_one:
             return ["rows of a batch have not the answers that they have alone"]
         return []
 

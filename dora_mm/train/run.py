@@ -310,34 +310,38 @@ def reopen_run(
     return run
 
 
-def check_reopened(config: PipelineConfig, inputs: Mapping[str, str]) -> None:
+def check_reopened(config: PipelineConfig, inputs: Mapping[str, str], free: Sequence[str] = ("name",)) -> None:
     """Checks that an evaluation can go on in the run directory of its `output`, before what takes long.
 
     Args:
         config: The config.
         inputs: What is known of its inputs, as for `evaluation_run`.
+        free: See `reopen_run`.
 
     Raises:
         ValueError: See `evaluation_run`.
     """
     output = getattr(config, "output", None)
-    if output and (expanded(output) / CONFIG).is_file() and (run := reopen_run(config, inputs)):
+    if output and (expanded(output) / CONFIG).is_file() and (run := reopen_run(config, inputs, free)):
         with only_writer(run.path):
             pass
 
 
 @contextlib.contextmanager
-def evaluation_run(config: PipelineConfig, inputs: Mapping[str, str]) -> Iterator[RunDirectory]:
+def evaluation_run(
+    config: PipelineConfig, inputs: Mapping[str, str], free: Sequence[str] = ("name",)
+) -> Iterator[RunDirectory]:
     """Opens the run directory of an evaluation: a new one, or that of the same evaluation, which was stopped.
 
     Args:
         config: The config.
         inputs: Digests of the data and models that the config refers to, by a description of each.
+        free: See `reopen_run`.
 
     Raises:
         ValueError: See `reopen_run` and `open_run`; or another process writes to the directory.
     """
-    run = reopen_run(config, inputs) or open_run(config, inputs)
+    run = reopen_run(config, inputs, free) or open_run(config, inputs)
     with only_writer(run.path):
         yield run
 

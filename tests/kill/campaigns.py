@@ -17,7 +17,10 @@ from tests.shared.data.vl_files import vqa_annotation, vqa_question, vqa_v2
 from tests.shared.vl.small_vl_bart import DIM, small_bart, small_tokenizer
 
 SPLITS = {"train": (42, 43), "valid": (44,), "report": (45, 46)}  # the numbers of their images
-CAMPAIGN = r"versions\.json|metrics|summary|events\.out|checkpoint\.json|state\.safetensors|\.html$|\.svg$|\.png$|logs/|trainings\.csv|tables/"
+CAMPAIGN = (  # results.csv and table.md have the seconds of trainings
+    r"versions\.json|metrics|summary|events\.out|checkpoint\.json|state\.safetensors|\.html$|\.svg$|\.png$|logs/"
+    r"|trainings\.csv|tables/|results\.csv|table\.md"
+)
 BASE = {
     "pipeline": "train_vl",
     "model": {"family": "vl_bart", "path": "bart"},

@@ -31,7 +31,7 @@ from dora_mm.models.vl.vlm.family import VLM
 class Signed(VLM):
     def answerer(self, task, config, candidates):
         answer = super().answerer(task, config, candidates)
-        return lambda examples, images: [text + self.config.signature for text in answer(examples, images)]
+        return lambda examples, images: [text + self.config.signature for text in texts_of(answer(examples, images))]
 """
 SIGNED = {"family": "signed", "signature": " (signed)"}
 

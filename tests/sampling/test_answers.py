@@ -50,7 +50,7 @@ def test_a_row_that_is_too_long_is_left_out_in_either_mode_and_a_broken_one_in_o
 
     def answers(*texts):
         split = ValidationSet(Table(*texts), None)  # type: ignore[arg-type]
-        return [text for _, text in answer_all({"chat": answer}, [], {"chat": split}, 2)["chat"]]
+        return [answer.text for _, answer in answer_all({"chat": answer}, [], {"chat": split}, 2)["chat"]]
 
     assert answers("a", "long", "b") == ["a", "b"]
     assert "row 1 is too long; left out of the answers" in caplog.text

@@ -191,6 +191,18 @@ def test_the_gallery_of_one_run_lies_in_it_and_is_replaced(tmp_path, capsys, mon
     assert not list(run.glob(".*"))
 
 
+def test_a_folder_of_runs_is_all_that_have_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine/001", "mine/002", "other/001"):
+        make_run(Path("runs") / name, [entry()])
+    (tmp_path / "runs" / "vlm" / "001").mkdir(parents=True)  # a training of questions has none
+    for given, count in (("runs", 3), ("runs/mine", 2)):
+        assert main(["gallery", given, "--output", "page"]) == 0
+        assert len(data_of(tmp_path / "page" / "index.html")["images"]) == count
+    assert main(["gallery", "runs/vlm"]) == 2
+    assert "runs/vlm" in capsys.readouterr().err
+
+
 def test_a_gallery_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError("No space left on device")

@@ -34,7 +34,7 @@ from dora_mm.utils.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 UNDECIDED = (  # of pyproject.toml: they show, test, build, or make what is itself compared, such as a config
-    *("huggingface_hub", "packaging"),
+    *("huggingface_hub", "packaging", "shtab", "jsonschema", "zensical", "mkdocstrings-python"),
     *("psutil", "pydantic", "pyyaml", "tqdm", "typing_extensions", "matplotlib", "tensorboard", "openpyxl"),
     *("pytest", "pytest-xdist", "hypothesis", "build", "hatchling", "easy-vqa", "lycoris-lora", "datasets"),
     *("resvg_py", "scikit-image", "scikit-learn", "dora_mm", "ruff", "pyright", "pre-commit"),

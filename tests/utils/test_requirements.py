@@ -13,7 +13,7 @@ from dora_mm.utils import requirements
 from dora_mm.utils.requirements import BASE, OF_THE_BASE, REQUIREMENTS, check_command, check_extra
 
 ROOT = Path(__file__).parents[2]
-UNUSED = {"test", "samples", "dev"}  # extras that no command needs
+UNUSED = {"test", "samples", "docs", "dev"}  # extras that no command needs
 
 
 def test_the_table_equals_pyproject():

@@ -1,7 +1,7 @@
 """Examples, which the readers of all data sets yield: one per question, sentence, captioned image or conversation."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -124,8 +124,7 @@ class Example:
         return replace(self, turns=self.rejected, answers=answers, scores=(1.0,), rejected=())
 
 
-Predictions = Sequence[tuple[Example, str]]  # each example with the model's answer
-Answer = Callable[[Sequence[Example], str | None], list[str]]  # examples and the folder of their images -> answers
+Predictions = Sequence[tuple[Example, str]]  # each example with the text of the model's answer
 
 
 def stem(image: str) -> str:

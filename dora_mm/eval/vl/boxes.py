@@ -9,11 +9,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.vl.scores import mean_scorer
 
+AnswerT = TypeVar("AnswerT")
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 as shares of width and height
 WidthHeight = tuple[float, float]  # width and height in pixels
 ENOUGH = 0.5
@@ -123,11 +124,13 @@ def right_box(example: Example) -> tuple[Box, BoxScale]:
     return _scaled(given["bbox"][0], (1, 1) if given["norm1"] else size), BoxScale(size, grid)
 
 
-def with_grids(rows: Predictions, grid_of: Callable[[tuple[int, int]], Sequence[int] | None]) -> Predictions:
+def with_grids(
+    rows: Sequence[tuple[Example, AnswerT]], grid_of: Callable[[tuple[int, int]], Sequence[int] | None]
+) -> list[tuple[Example, AnswerT]]:
     """Rows that say what the class of the model that answered counts in; those without a size of an image stay.
 
     Args:
-        rows: Examples with predictions.
+        rows: Examples with answers of any kind.
         grid_of: What it counts in, of an image of a width and height in pixels; None: not known.
     """
     grid = cache(grid_of)
@@ -137,7 +140,7 @@ def with_grids(rows: Predictions, grid_of: Callable[[tuple[int, int]], Sequence[
         found = grid((given["size"][0], given["size"][1])) if "size" in given else None
         return replace(example, boxes=json.dumps(given | {"grid": [*found]})) if found else example
 
-    return [(known(example), prediction) for example, prediction in rows]
+    return [(known(example), answer) for example, answer in rows]
 
 
 def reads(read: Callable[[str, BoxScale], Box | None]) -> Callable[[Example, str], float]:

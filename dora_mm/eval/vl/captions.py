@@ -194,6 +194,10 @@ class CaptionScorer:
     def row(self, example: Example, prediction: str) -> float | None:
         return None
 
+    def filled(self, predictions: Predictions) -> Predictions:
+        """The predictions: an empty caption has no words in common with any."""
+        return predictions
+
     def values(self, predictions: Predictions) -> np.ndarray:
         _, found = self._of_split(predictions, meteor=False)
         return np.array(found.per_caption) / 100

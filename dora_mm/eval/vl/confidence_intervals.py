@@ -170,7 +170,9 @@ def precision_notes(task: str, predictions: Predictions, main: str, wished: floa
     number = f"{'95 % interval' if groups >= LEAST_GROUPS else TOO_FEW}, {number_of(scores)}"
     notes = [f"{main} {shown}: {number}"]
     group = {unit(example): group_of(task, example) for example, _ in predictions}
-    others = scorer.confidence_intervals(predictions, [group[unit(example)] for example, _ in predictions])
+    others = scorer.confidence_intervals(
+        scorer.filled(predictions), [group[unit(example)] for example, _ in predictions]
+    )
     notes += [
         f"{name} {points(ci)}: 95 % interval" for name, ci in others.items() if ci.has_ends and groups >= LEAST_GROUPS
     ]

@@ -113,5 +113,9 @@ def score_pope(predictions: Predictions) -> VLScores:
 
 
 SCORER = AnswerScorer(
-    score_pope, row_accuracy, confidence_intervals=share_confidence_intervals, scores_answers_only=True
+    score_pope,
+    row_accuracy,
+    confidence_intervals=share_confidence_intervals,
+    scores_answers_only=True,
+    wrong=lambda example: "No" if is_yes(example) else "Yes",
 )

@@ -1,6 +1,7 @@
 """Output of an evaluation, written and printed: answers, scores, a report and a page of examples."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -9,7 +10,8 @@ from typing import Any
 
 from dora_mm.data.images.frames import is_video, stills
 from dora_mm.data.images.pixels import load_rgb
-from dora_mm.data.vl.example import Example, Predictions
+from dora_mm.data.vl.answers import AnsweredRows, answer_notes, predictions_of
+from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.eval.vl.confidence_intervals import precision_notes
 from dora_mm.eval.vl.metrics import report, score, score_row, task_table
@@ -21,7 +23,8 @@ from dora_mm.registries.suites import file_stem
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.utils.atomic import write_text
 
-Answered = Mapping[str, Predictions]  # by task
+log = logging.getLogger(__name__)
+Answered = Mapping[str, AnsweredRows]  # by task
 
 
 def write_answers(
@@ -48,18 +51,21 @@ def write_answers(
         The scores of the tasks that have references, each with how precisely it is known.
     """
     found = {}
-    for name, rows in answered.items():
-        stem = file_stem(name)
+    for name, answers in answered.items():
+        stem, rows = file_stem(name), predictions_of(answers)
         write_predictions(name, rows, folder / f"predictions_{stem}{suffix(name)}")
         # Some rows of Karpathy's VQA have no reference answer: they count as wrong, and a note gives their number.
         scores = score(name, rows) if any(is_answered(example) for example, _ in rows) else None
         mixed = {"circumstances": notes[name]} if notes[name] else {}
         about = About(name, settings={**settings, **mixed}, digests=digests, day=day)
         prompt = prompts.get(name, TASKS[name].prompt) or "{text}"
-        write_scored(folder / f"scored_{stem}.jsonl", rows, scores, about, prompt)
+        write_scored(folder / f"scored_{stem}.jsonl", answers, scores, about, prompt)
+        remarks = answer_notes((example.id, answer) for example, answer in answers)
+        if remarks and scores is None:
+            log.warning("%s: %s", name, "; ".join(remarks))
         if scores is not None:
             precision = precision_notes(name, rows, scores.main)
-            found[name] = replace(scores, notes=(*scores.notes, *precision, *mixed.values()))
+            found[name] = replace(scores, notes=(*scores.notes, *remarks, *precision, *mixed.values()))
     return found
 
 
@@ -109,9 +115,9 @@ def write_examples(folder: Path, title: str, answered: Answered, images: Mapping
     for name, rows in answered.items():
         examples = [
             PageExample.from_example(
-                example, text, score_row(name, example, text), load_images(name, example, images[name])
+                example, answer.text, score_row(name, example, answer.text), load_images(name, example, images[name])
             )
-            for example, text in rows[:: max(1, len(rows) // count)][:count]
+            for example, answer in rows[:: max(1, len(rows) // count)][:count]
         ]
         sections.append(PageSection(name, examples))
     write_examples_page(folder / "examples.html", title, sections)

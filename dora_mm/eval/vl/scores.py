@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dora_mm.eval.statistics import ConfidenceInterval  # which needs scipy
 
 Table = dict[str, tuple[float, int]]  # kind -> mean (x 100) and number of rows
+NO_ANSWER = "\ufffd"  # a text that no rule reads as an answer, in place of one that is missing
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class AnswerScorer:
         scores_answers_only: Whether it needs nothing of a row but its answers, so that references are enough.
         confidence_intervals: 95 % confidence intervals of metrics that are no means of answers, from predictions and
             the group of each.
+        wrong: An answer that the rule counts as wrong. It stands for one that is missing, which scores 0 also where an
+            official script takes an empty text for an answer.
     """
 
     compute: Callable[[Predictions], VLScores]
@@ -78,14 +81,20 @@ class AnswerScorer:
     unit: Callable[[Example], str] = lambda example: example.id
     scores_answers_only: bool = False
     confidence_intervals: Callable[[Predictions, Sequence[str]], dict[str, ConfidenceInterval]] = lambda *_: {}
+    wrong: Callable[[Example], str] = lambda _: NO_ANSWER
 
     def score(self, predictions: Predictions, *, meteor: bool) -> VLScores:
         """All metrics of a split, see `score` in metrics.py."""
-        return self.compute(predictions)
+        return self.compute(self.filled(predictions))
 
     def row(self, example: Example, prediction: str) -> float | None:
         """The score of one prediction, see `score_row` in metrics.py."""
-        return self.accuracy(example, prediction) if is_answered(example) else None
+        ((_, text),) = self.filled([(example, prediction)])
+        return self.accuracy(example, text) if is_answered(example) else None
+
+    def filled(self, predictions: Predictions) -> Predictions:
+        """The predictions with a wrong answer in place of each that is missing."""
+        return [(example, text if text.strip() else self.wrong(example)) for example, text in predictions]
 
     def values(self, predictions: Predictions) -> np.ndarray:
         """Values (Q,) whose mean is the main metric / 100, one per `unit`; empty where it could not be computed."""

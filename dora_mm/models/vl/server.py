@@ -10,25 +10,26 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable, Mapping
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from dora_mm.config.served import KEY_VARIABLE, ServerConfig
 from dora_mm.config.vl import TextSamplingConfig
 from dora_mm.data.images.pixels import load_rgb
-from dora_mm.data.vl.example import Answer, Example, Turn, leading, pieces_of
+from dora_mm.data.vl.answers import Answer, ModelAnswer
+from dora_mm.data.vl.example import Example, Turn, leading, pieces_of
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.tables import ExampleTable
-from dora_mm.models.vl.vl_model import without_thought
+from dora_mm.models.vl.served_answers import CutOffError, Deadline, LostAnswerError, read_answer, read_json
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.utils.messages import ServerError, shown
 
 log = logging.getLogger(__name__)
+ResultT = TypeVar("ResultT")
 WAITS = (1.0, 4.0, 15.0)  # seconds before each further try
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # codes of servers that may answer later
 UNFIT = (400, 413, 422)  # codes for a request that is never answered, as one that is too long
@@ -44,6 +45,30 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+class _Watched:
+    """Connections of a request end by its deadline."""
+
+    def do_open(self, http_class: Any, request: Any, **settings: Any) -> Any:
+        def connection(host: str, **more: Any) -> Any:
+            opened = http_class(host, **more)
+            request.deadline.watch(opened)
+            return opened
+
+        return super().do_open(connection, request, **settings)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _WatchedHTTP(_Watched, urllib.request.HTTPHandler):
+    pass
+
+
+class _WatchedHTTPS(_Watched, urllib.request.HTTPSHandler):
+    pass
+
+
+class _Request(urllib.request.Request):
+    deadline: Deadline
+
+
 class Server:
     """A server.
 
@@ -54,7 +79,8 @@ class Server:
     def __init__(self, config: ServerConfig):
         self.config = config
         self._key = os.environ.get(KEY_VARIABLE)
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._opener = urllib.request.build_opener(_NoRedirect, _WatchedHTTP, _WatchedHTTPS)
+        self._streams = True  # until it refuses to
 
     def model(self) -> str:
         """The name of the model that answers.
@@ -63,7 +89,10 @@ class Server:
             ServerError: It cannot be reached.
             ValueError: It serves several models and none is named, or not the named one.
         """
-        found = self._call("/models", None).get("data")
+        try:
+            found = self._call("/models", None, read_json).get("data")
+        except LostAnswerError as error:
+            raise ServerError(f"server.url: the list of models of {self.config.url} {error}") from None
         names = (
             [str(each["id"]) for each in found if isinstance(each, dict) and "id" in each]
             if isinstance(found, list)
@@ -77,38 +106,63 @@ class Server:
             raise ValueError(f"server.model: {self.config.url} {given}: name one of these")
         return wanted
 
-    def answer(self, body: Mapping[str, Any]) -> tuple[str, bool]:
-        """The answer to a request, and whether it was cut at the most tokens.
+    def answer(self, body: Mapping[str, Any]) -> ModelAnswer:
+        """The answer to a request; one that does not arrive within the bounds has the reason, and no text.
 
         Raises:
             ServerError: The server does not answer.
             ValueError: It refuses this request.
         """
-        found = self._call("/chat/completions", body)
         try:
-            choice = found["choices"][0]
-            return choice["message"]["content"] or "", choice.get("finish_reason") == "length"
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise ServerError(f"server.url: {self.config.url} answered without a message ({shown(found)})") from None
+            if self._streams:
+                try:
+                    return self._call("/chat/completions", {**body, "stream": True}, read_answer)
+                except ValueError as error:
+                    if "stream" not in str(error):
+                        raise
+                    self._streams = False
+                    log.info("%s; asked again for whole answers", error)
+            return self._call("/chat/completions", body, read_answer)
+        except LostAnswerError as error:
+            return ModelAnswer("", failure=str(error))
 
-    def _call(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _call(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None,
+        read: Callable[[HTTPResponse, Deadline, int, str], ResultT],
+    ) -> ResultT:
+        """What `read` makes of a response; a busy server, or one that cuts it off, is asked again.
+
+        Raises:
+            LostAnswerError: It does not arrive within the bounds, or is cut off each time.
+            ServerError: The server cannot be reached, or refuses all requests.
+            ValueError: It refuses this request.
+        """
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         content = None if body is None else json.dumps(body).encode()
         for wait in (*WAITS, None):
-            request = urllib.request.Request(f"{self.config.url}{path}", content, headers)
-            try:
-                with self._opener.open(request, timeout=self.config.timeout) as answer:
-                    return _object(answer.read(), self.config.url)
-            except urllib.error.HTTPError as error:
-                if error.code in UNFIT:
-                    raise ValueError(self._refusal(error)) from None
-                if error.code not in BUSY or wait is None:
-                    raise ServerError(self._refusal(error)) from None
-                problem = f"code {error.code}"
-            except (OSError, TimeoutError) as error:  # no route, no server, no answer in time
-                problem = shown(getattr(error, "reason", error))
-                if wait is None:
-                    raise ServerError(f"server.url: {self.config.url} cannot be reached ({problem})") from None
+            request = _Request(f"{self.config.url}{path}", content, headers)
+            with Deadline(self.config.timeout) as request.deadline:  # which the socket leaves to speak first
+                try:
+                    with self._opener.open(request, timeout=self.config.timeout + 1) as response:
+                        return read(response, request.deadline, self.config.max_bytes, self.config.url)
+                except urllib.error.HTTPError as error:
+                    if error.code in UNFIT:
+                        raise ValueError(self._refusal(error)) from None
+                    if error.code not in BUSY or wait is None:
+                        raise ServerError(self._refusal(error)) from None
+                    problem = f"code {error.code}"
+                except CutOffError as error:
+                    problem = f"cut off: {shown(error)}"
+                    if wait is None:
+                        raise LostAnswerError(f"was cut off {len(WAITS) + 1} times") from None
+                except (OSError, HTTPException) as error:  # no route, no server, no answer in time
+                    if request.deadline.connected:
+                        request.deadline.check()
+                    problem = shown(getattr(error, "reason", error))
+                    if wait is None:
+                        raise ServerError(f"server.url: {self.config.url} cannot be reached ({problem})") from None
             log.info("%s: %s; tried again in %.0f s", self.config.url, problem, wait)
             time.sleep(wait)
         raise AssertionError("the last try returns or raises")
@@ -120,16 +174,6 @@ class Server:
         return f"server.url: {self.config.url} refuses it with code {error.code}: {shown(body)}"
 
 
-def _object(content: bytes, url: str) -> dict[str, Any]:
-    try:
-        found = json.loads(content)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ServerError(f"server.url: {url} does not answer with JSON, as OpenAI's protocol does")
-    return found
-
-
 class ServerAnswers:
     """Answers the examples of tasks by a server.
 
@@ -138,14 +182,10 @@ class ServerAnswers:
         model: The name of the model there.
         decode: How it answers.
         prompts: The prompts of tasks that have others than their own.
-
-    Attributes:
-        num_cut: How many answers were cut at the most tokens.
     """
 
     def __init__(self, server: Server, model: str, decode: TextSamplingConfig, prompts: Mapping[str, str]):
         self.server, self.model, self.decode, self.prompts = server, model, decode, prompts
-        self.num_cut = 0
 
     def check_rows(self, table: ExampleTable) -> ExampleTable:
         """A table of the rows that can be sent, those without videos, tools and boxes.
@@ -159,21 +199,19 @@ class ServerAnswers:
         return table
 
     def answerer(self, task: str) -> Answer:
-        """A function that answers the examples of a task, `concurrency` of them at a time."""
+        """A function that answers the examples of a task, one after the other: several threads may call it."""
 
-        def answer(example: Example, images: str | None) -> tuple[str, bool]:
+        def answer(example: Example, images: str | None) -> ModelAnswer:
             try:
-                return self.server.answer(self.body(task, example, images))
+                found = self.server.answer(self.body(task, example, images))
             except ValueError as error:
                 raise ValueError(f"row {example.id} of {task}: {error}") from error
+            if found.failure:
+                log.warning("row %s of %s: its answer %s", example.id, task, found.failure)
+            kept = self.decode.keep_thoughts
+            return (found.with_thought() if kept else found.without_thought(example.answers)).stripped()
 
-        def answers(examples: Sequence[Example], images: str | None) -> list[str]:
-            with ThreadPoolExecutor(self.server.config.concurrency) as threads:
-                found = list(threads.map(partial(answer, images=images), examples))
-            self.num_cut += sum(is_cut for _, is_cut in found)
-            return [without_thought(text, row.answers).strip() for (text, _), row in zip(found, examples, strict=True)]
-
-        return answers
+        return lambda examples, images: [answer(example, images) for example in examples]
 
     def body(self, task: str, example: Example, images: str | None) -> dict[str, Any]:
         """The request for the answer to an example."""

@@ -15,7 +15,8 @@ from dora_mm.config.models import VisionConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.core import TargetMap
 from dora_mm.data.seen import SeenFiles
-from dora_mm.data.vl.example import Answer, Example
+from dora_mm.data.vl.answers import Answer
+from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.row_view import RowView
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet
@@ -28,14 +29,6 @@ from dora_mm.utils.losses import LossSum
 
 log = logging.getLogger(__name__)
 Target = tuple[str, float]  # a text to learn, and the weight of its row's loss
-THOUGHT_END = "</think>"
-
-
-def without_thought(text: str, references: Sequence[str]) -> str:
-    """An answer without the thought before it, unless the references have some."""
-    if any(THOUGHT_END in reference for reference in references):
-        return text
-    return text.rpartition(THOUGHT_END)[2]
 
 
 @dataclass(frozen=True)

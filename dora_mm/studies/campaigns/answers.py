@@ -10,6 +10,7 @@ import numpy as np
 from dora_mm.adapting.files import load_trained
 from dora_mm.config.vl import DecodeConfig, TrainVLConfig
 from dora_mm.config.vl_data import VLDataConfig
+from dora_mm.data.vl.answers import predictions_of
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.splits import open_validation
 from dora_mm.eval.vl.confidence_intervals import AnswerScores, answer_scores, groups_of
@@ -21,6 +22,7 @@ from dora_mm.tasks.vl import answerers
 from dora_mm.utils.atomic import write_text
 
 log = logging.getLogger(__name__)
+BARE = "bare model"  # in names of files
 TaskScores = Mapping[str, AnswerScores]  # by task
 
 
@@ -57,7 +59,15 @@ class AnsweredSplits:
     def scored(self, trainings: Trainings, training: Training) -> str:
         """The scores of a finished training as JSON on one line: one number per answer, by task."""
         adapter = trainings.adapter(training)
-        found = scored_answers([self.answered(trainings.folder, training.name, training.seed, adapter)])
+        return self._as_json(self.answered(trainings.folder, training.name, training.seed, adapter))
+
+    def bare(self, folder: Path, seed: int) -> str:
+        """As `scored`, of the bare model that a training with this seed adapts."""
+        return self._as_json(self.answered(folder, BARE, seed))
+
+    @staticmethod
+    def _as_json(answered: Mapping[str, Predictions]) -> str:
+        found = scored_answers([answered])
         return json.dumps({task: np.round(each.values_QS[:, 0], 4).tolist() for task, each in found.items()})
 
     def scores(self, texts: Sequence[str]) -> dict[str, AnswerScores]:
@@ -93,7 +103,8 @@ class AnsweredSplits:
         if adapter is not None:
             load_trained(model, adapter, backend=self.base.backend)
         answers = answerers(model, self.sets, self.decode)
-        return answer_all(answers, model.networks.values(), self.sets, self.decode.batch_size, self.limit)
+        found = answer_all(answers, model.networks.values(), self.sets, self.decode.batch_size, self.limit)
+        return {task: predictions_of(rows) for task, rows in found.items()}
 
 
 def scored_answers(answered: Sequence[Mapping[str, Predictions]]) -> dict[str, AnswerScores]:

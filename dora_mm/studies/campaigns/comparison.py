@@ -177,3 +177,20 @@ class MethodComparison(Generic[ScoresT]):
         except ModuleNotFoundError as error:
             log.warning("The figures are left out: they need %s (pip install 'dora_mm[eval]').", error.name)
         return curves_paragraphs(found, best, self.config.ranks, self.evaluation.score_title)
+
+
+def describe_plan(config: CompareConfig) -> str:
+    """What a comparison would train, for a dry run: fewer where its folder has some, more where rates are extended."""
+    candidates = candidate_rates(config.learning_rates, compared(config))
+    lines = [f"{variant}: {', '.join(f'{rate:g}' for rate in sorted(rates))}" for variant, rates in candidates.items()]
+    tuned = sum(map(len, candidates.values())) * config.rate_seeds
+    repeated = len(candidates) * len(config.seeds)
+    extra = f"; up to {config.extra_rates} more rates at an end that is best" if config.extra_rates else ""
+    return "\n".join(
+        [
+            *(f"rates     {line}" for line in lines),
+            f"trainings {tuned} to choose the rates, and then {repeated}, some of which may be there{extra}",
+            f"steps     {config.steps} each: at most {(tuned + repeated) * config.steps:,}, {config.workers} at a time",
+            f"folder    {config.output}",
+        ]
+    )

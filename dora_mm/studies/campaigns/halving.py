@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from dora_mm.studies.campaigns.rates import beyond
 
+FEW = 2  # candidates that are all trained to the end: half of two is no choice
 PARTS = (4, 2, 1)  # of all steps: a quarter, a half, all of them; five rates then cost 3 1/4 trainings
 
 
@@ -86,6 +87,22 @@ def lengths(steps: int) -> list[int]:
     return sorted({steps // part for part in PARTS} - {0})
 
 
+def rung_lengths(steps: int, num_candidates: int, extra: int) -> list[int]:
+    """The lengths at which so many candidates are measured: a few, which are not extended, only at the full one."""
+    return lengths(steps)[-1:] if num_candidates <= FEW and not extra else lengths(steps)
+
+
+def planned(steps: int, num_candidates: int, extra: int = 0) -> dict[int, int]:
+    """How many trainings a search has by length, where it extends no rates and none diverges."""
+    found: dict[int, int] = {}
+    pending = num_candidates
+    for length in rung_lengths(steps, num_candidates, extra):
+        if not found or pending > 1 or length == steps:
+            found[length] = pending
+            pending = max(1, pending // 2)
+    return found
+
+
 def halving(
     candidates: Sequence[Candidate],
     steps: int,
@@ -98,7 +115,8 @@ def halving(
 
     Every length is a whole schedule, warm-up and decay included: in the middle of one, low rates look better than they
     end. Where one candidate is left, it goes on to the full length at once; where that diverges,
-    the next of those before replaces it. Where none has learned anything, all go on.
+    the next of those before replaces it. Where none has learned anything, all go on. Two candidates are both trained to
+    the end at once.
 
     Args:
         candidates: The candidates.
@@ -115,7 +133,7 @@ def halving(
     """
     rungs: list[Rung] = []
     pending = list(candidates)
-    for length in lengths(steps):
+    for length in rung_lengths(steps, len(candidates), extra):
         if rungs and len(pending) == 1 and length < steps:
             continue
         rung = measure(length, pending)

@@ -24,6 +24,7 @@ from dora_mm.studies.campaigns.evaluation import Scoring
 from dora_mm.studies.campaigns.kept import SCORES, keep_circumstances
 from dora_mm.studies.campaigns.trainings import Training, Trainings
 from dora_mm.studies.campaigns.tuned import TunedImages, TunedTrainings, TunedVL
+from dora_mm.train.validation import LOSS
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.devices import default_device
 
@@ -63,6 +64,10 @@ class SelectionMetric(Scoring[Any], Protocol):
 
     def has_learned(self, folder: Path, highest: float) -> bool:
         """Whether a candidate with this score, the highest of a length, has learned something."""
+        ...
+
+    def gain(self, trainings: Trainings, training: Training) -> ConfidenceInterval | None:
+        """How much higher a training's score is than that of the bare model; None: that has none."""
         ...
 
     def remark(self, folder: Path) -> str:
@@ -151,6 +156,11 @@ class StyleSimilarityMetric:
         """The likeness of the bare model's images."""
         return mean_ci(np.array(json.loads(self.score_of(folder, BARE, None)))[:, None], over_runs=False)
 
+    def gain(self, trainings: Trainings, training: Training) -> ConfidenceInterval:
+        """The mean over prompts of the difference."""
+        bare, ours = self.score_of(trainings.folder, BARE, None), self.scored(trainings, training)
+        return mean_ci(np.array(json.loads(ours))[:, None] - np.array(json.loads(bare))[:, None])
+
     def slack(self, folder: Path, highest: float) -> float:
         """A quarter of the gain over the bare model."""
         return max(0.0, (highest - self.bare(folder).mean) * (1 - KEPT))
@@ -164,7 +174,9 @@ class StyleSimilarityMetric:
         bare = self.bare(folder).text("{:.3f}")
         return (
             f"The bare model has {bare}. Of all that keep {100 * KEPT:.0f} % of the highest gain over that, the lowest "
-            "rank and rate are taken, since likeness does not see all that a high rate destroys."
+            "rank and rate are taken, since likeness does not see all that a high rate destroys: sheet.png shows that. "
+            "The held-out loss (--selection-metric held_out) sees whether new images of the kind are predicted better, "
+            "and not how strong the style is: believe it for a subject or an edit, and likeness for a style."
         )
 
     def contact_sheet(self, folder: Path, trained: Sequence[Training]) -> Image.Image | None:
@@ -196,6 +208,10 @@ class HighestScore:
     def has_learned(self, folder: Path, highest: float) -> bool:
         """Always true."""
         return True
+
+    def gain(self, trainings: Trainings, training: Training) -> ConfidenceInterval | None:
+        """None: the bare model has no score."""
+        return None
 
     def remark(self, folder: Path) -> str:
         """An empty remark."""
@@ -236,6 +252,11 @@ class AnswerScoreMetric(HighestScore):
             raise ValueError(f"{training.name}: no task's answers can be scored: --selection-metric held_out")
         return text
 
+    def gain(self, trainings: Trainings, training: Training) -> ConfidenceInterval:
+        """The mean over groups of answers of the difference; the bare model answers once."""
+        bare = self.cells(self.scores([self.splits.bare(trainings.folder, training.seed)]))
+        return mean_ci(self.cells(self.scores([self.scored(trainings, training)])) - bare)
+
     def cells(self, scores: Any) -> np.ndarray:
         """One value per group of answers and training, (G, S)."""
         from dora_mm.eval.vl.confidence_intervals import group_cells
@@ -259,6 +280,11 @@ class HeldOutLossMetric(HighestScore):
     def value(self, trainings: Trainings, training: Training) -> float:
         """Higher is better."""
         return -self.trained.held_out_loss(trainings.summary(training))
+
+    def gain(self, trainings: Trainings, training: Training) -> ConfidenceInterval | None:
+        """What a training of images has measured, without an interval; those of answers measure no base model."""
+        difference = trainings.summary(training).get(f"held_out_{LOSS}_minus_base")
+        return None if difference is None else ConfidenceInterval(-difference)
 
     def scored(self, trainings: Trainings, training: Training) -> str:
         """The same, as JSON."""

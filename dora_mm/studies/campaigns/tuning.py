@@ -2,20 +2,28 @@
 
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
 
 from dora_mm.config.loader import ConfigError, differing_keys, dump_config, load_config
 from dora_mm.config.paths import resolve_path
+from dora_mm.eval.statistics import ConfidenceInterval
 from dora_mm.registries.optimizers import OPTIMIZERS
 from dora_mm.sampling.contact_sheets import save_atomically
 from dora_mm.studies.campaigns.campaign import Campaign
-from dora_mm.studies.campaigns.halving import Candidate, Rung, halving
+from dora_mm.studies.campaigns.halving import Candidate, Rung, halving, planned
 from dora_mm.studies.campaigns.selection_metrics import SelectionMetric
 from dora_mm.studies.campaigns.trainings import Training
-from dora_mm.studies.campaigns.tuned import RANKED, as_overrides, changes_for, check_trainings, training_of
+from dora_mm.studies.campaigns.tuned import (
+    RANKED,
+    TunedTrainings,
+    as_overrides,
+    changes_for,
+    check_trainings,
+    training_of,
+)
 from dora_mm.studies.config import TuneConfig
 from dora_mm.studies.curves import RateCurve, curves_csv, shown
 from dora_mm.studies.plots import plot_curves
@@ -25,6 +33,8 @@ from dora_mm.utils.tables import markdown_records
 from dora_mm.utils.yaml12 import KeyPath, edited, read
 
 log = logging.getLogger(__name__)
+DIVERGED = "diverged"
+BETTER, WORSE, INDISTINCT = "better", "worse", "not told apart"  # a training, from the bare model
 
 
 class Tuning:
@@ -40,8 +50,7 @@ class Tuning:
 
     def __init__(self, config: TuneConfig, selection_metric: SelectionMetric):
         self.config, self.selection_metric, self.base = config, selection_metric, selection_metric.trained.base
-        ranks = (config.ranks or (self.base.adapter.rank,)) if self.base.adapter.method in RANKED else (None,)
-        self.candidates = [Candidate(rank, rate) for rank in ranks for rate in config.rates]
+        self.candidates = candidates_of(config, self.base)
         check_trainings(config, selection_metric.trained, self.candidates)
         self.campaign = Campaign(config, selection_metric, (self.base.seed,))
         self.folder = self.campaign.folder
@@ -145,17 +154,37 @@ class Tuning:
             for each in sorted(rung.scores):
                 row = {"steps": f"{rung.steps}", "rank": f"{each.rank or '-'}", "rate": f"{each.rate:g}"}
                 word = ("goes on" if following else "chosen") if each in goes_on else ""
-                found.append({**row, "score": self.score(each, rung), "": word})
+                gained = {"against the bare model": self.verdict(each, rung)} if self.has_verdicts(rung) else {}
+                found.append({**row, "score": self.score(each, rung), **gained, "": word})
         return found
 
     def score(self, candidate: Candidate, rung: Rung) -> str:
         """The score of a training, with its interval where it has one."""
         if rung.scores[candidate] == -inf:
-            return "diverged"
+            return DIVERGED
         if not self.selection_metric.groups:
             return f"{rung.scores[candidate]:.5f}"
         training = training_of(self.base, candidate, rung.steps)
         return shown(self.campaign.curve(training.variant, [training.rate]).points[training.rate].ci)
+
+    def has_verdicts(self, rung: Rung) -> bool:
+        """Whether trainings can be compared with the bare model."""
+        return any(self.gain(each, rung) for each in rung.alive)
+
+    def verdict(self, candidate: Candidate, rung: Rung) -> str:
+        """Whether a training is better than the bare model, by the interval of the difference."""
+        if rung.scores[candidate] == -inf:
+            return DIVERGED
+        if (gain := self.gain(candidate, rung)) is None:
+            return ""
+        if not gain.has_ends:
+            return f"{gain.mean:+.5f}"
+        return (BETTER if gain.mean > 0 else WORSE) if gain.excludes_zero else INDISTINCT
+
+    def gain(self, candidate: Candidate, rung: Rung) -> ConfidenceInterval | None:
+        """The difference of a training's score from that of the bare model; None: the bare model has none."""
+        training = training_of(self.base, candidate, rung.steps)
+        return self.selection_metric.gain(self.campaign.trainings, training)
 
     def compared(self, rungs: Sequence[Rung], curves: dict[Variant, RateCurve]) -> Variant | None:
         """The longest trainings of the chosen rank that several rates have; None: there are none, or no intervals."""
@@ -175,8 +204,8 @@ class Tuning:
         """The chosen rate, with a notice if it is at an end of the tried range."""
         if not rungs[-1].learned:
             return (
-                f"nothing is chosen, since no training of {rungs[-1].steps} steps has learned anything: give more "
-                "train.steps, or higher rates"
+                f"nothing is chosen, since no training of {rungs[-1].steps} steps has learned anything: "
+                f"{advice({each.rate: self.verdict(each, rungs[-1]) for each in rungs[-1].scores})}"
             )
         chosen = rungs[-1].order[0]
         rank = f" at rank {chosen.rank}" if self.config.ranks else ""
@@ -185,6 +214,47 @@ class Tuning:
             return f"Chosen: {chosen.rate:g}{rank}."
         end = "lowest" if chosen.rate == rates[0] else "highest"
         return f"Chosen: {chosen.rate:g}{rank}, the {end} that was tried: a better one may lie beyond it (--rates)."
+
+
+def advice(verdicts: Mapping[float, str]) -> str:
+    """What to try where nothing was learned: rates that are worse than the bare model are too high.
+
+    Args:
+        verdicts: Of each rate, how its training compares with the bare model.
+    """
+    worse = min((rate for rate, verdict in verdicts.items() if verdict in (WORSE, DIVERGED)), default=None)
+    if worse is None:
+        return "give more train.steps, or higher rates"
+    lower = max((rate for rate in verdicts if rate < worse), default=None)
+    if lower is None:
+        return f"a rate of {worse:g} is worse than the bare model: give lower rates"
+    return (
+        f"a rate of {worse:g} is worse than the bare model, and {lower:g} is {INDISTINCT} from it: give rates "
+        "between them, or more train.steps"
+    )
+
+
+def describe_plan(config: TuneConfig, trained: TunedTrainings) -> str:
+    """What a search would train, for a dry run."""
+    candidates = candidates_of(config, trained.base)
+    plan = planned(trained.steps, len(candidates), config.extra_rates)
+    total = sum(length * count for length, count in plan.items())
+    parts = ", ".join(f"{count} of {length} steps" for length, count in plan.items())
+    extra = f"; up to {2 * config.extra_rates} more rates where an end is as good as any" if config.extra_rates else ""
+    return "\n".join(
+        [
+            f"rates     {', '.join(f'{rate:g}' for rate in config.rates)}",
+            *([f"ranks     {', '.join(map(str, config.ranks))}"] if config.ranks else []),
+            f"trainings {parts}: {total:,} steps, {total / trained.steps:.3g} times one training{extra}",
+            f"folder    {config.output}",
+        ]
+    )
+
+
+def candidates_of(config: TuneConfig, base: Any) -> list[Candidate]:
+    """All ranks with all rates."""
+    ranks = (config.ranks or (base.adapter.rank,)) if base.adapter.method in RANKED else (None,)
+    return [Candidate(rank, rate) for rank in ranks for rate in config.rates]
 
 
 def write_tuned(config: TuneConfig, base: Any, chosen: Candidate, file: Path) -> Path:

@@ -280,6 +280,26 @@ def test_a_question_of_aokvqa_is_answered_by_its_choice_or_its_letter():
     )
 
 
+@pytest.mark.parametrize("name", sorted(set(SCORERS) - {"captions", "clip_captions", "preferences"}))
+def test_a_missing_answer_is_wrong_by_every_rule(name):
+    scorer = SCORERS[name]
+    example = Example(
+        **{"id": "1", "images": (), "text": "?", "answers": ("yes",), "scores": (1.0,), **MADE_UP.get(name, {})}
+    )
+    for text in ("", " \n"):
+        assert scorer.row(example, text) == 0
+        found = scorer.score([(example, text)], meteor=False)
+        assert found.metrics[found.main] == 0
+        assert scorer.values([(example, text)]).tolist() == [0]
+
+
+def test_a_missing_answer_is_wrong_where_a_script_takes_it_for_one():
+    for label in ("yes", "no"):
+        found = one("pope", [label], "")
+        assert (found["accuracy"], found["precision"], found["recall"]) == (0, 0, 0)
+    assert one("textvqa", ["a"], "", raw_answers=("a",) * 10)["accuracy"] == 0  # an article, which the rule drops
+
+
 def test_short_answers_with_and_without_folding():
     assert one("short_answers", ("Paris",), "paris.") == {"exact match": 0.0, "exact match (folded)": 100.0}
 

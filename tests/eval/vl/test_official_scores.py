@@ -43,23 +43,24 @@ def example(row: MadeUp) -> Example:
 OPEN, TEN, CHOICES = made_up.open_answers(1), made_up.open_answers(2, references=10), made_up.choices(3)
 WORDS, YES_OR_NO, BOXED = made_up.open_answers(4), made_up.yes_or_no(5), made_up.boxed(6)
 SENTENCES = made_up.sentences(8)
+# The rules themselves: `row` scores an empty text 0, which some scripts take for an answer
 METRICS = {
-    "anls": (OPEN, lambda row, text: anls.SCORER.row(row, text)),
+    "anls": (OPEN, lambda row, text: anls.SCORER.accuracy(row, text)),
     "anls_mmf": (OPEN, lambda row, text: max(anls.stripped(answer, text) for answer in row.answers)),
     "anls_pix2struct": (OPEN, lambda row, text: max(anls.lowered(answer, text) for answer in row.answers)),
-    "relaxed": (OPEN, lambda row, text: relaxed.SCORER.row(row, text)),
-    "relaxed_stripped": (OPEN, lambda row, text: relaxed.SCORER.row(row, text.strip())),
+    "relaxed": (OPEN, lambda row, text: relaxed.SCORER.accuracy(row, text)),
+    "relaxed_stripped": (OPEN, lambda row, text: relaxed.SCORER.accuracy(row, text.strip())),
     "textvqa": (TEN, textvqa.row_accuracy),
     "ocrbench": (OPEN, ocrbench.row_accuracy),
     "ocrbench_folded": (OPEN, ocrbench.folded_accuracy),
-    "mmmu": (CHOICES, lambda row, text: mmmu.SCORER.row(row, text)),
-    "mmmu_pro": (CHOICES, lambda row, text: mmmu.PRO.row(row, text)),
-    "mmmu_open": (WORDS, lambda row, text: mmmu.SCORER.row(row, text)),
+    "mmmu": (CHOICES, lambda row, text: mmmu.SCORER.accuracy(row, text)),
+    "mmmu_pro": (CHOICES, lambda row, text: mmmu.PRO.accuracy(row, text)),
+    "mmmu_open": (WORDS, lambda row, text: mmmu.SCORER.accuracy(row, text)),
     "letters": (CHOICES, letters.row_accuracy),
-    "scienceqa": (CHOICES, lambda row, text: scienceqa.SCORER.row(row, text)),
+    "scienceqa": (CHOICES, lambda row, text: scienceqa.SCORER.accuracy(row, text)),
     "scienceqa_own": (CHOICES, scienceqa.own_accuracy),
-    "aokvqa": (CHOICES, lambda row, text: aokvqa.SCORER.row(row, text)),
-    "aokvqa_direct": (TEN, lambda row, text: aokvqa.DIRECT.row(row, text)),
+    "aokvqa": (CHOICES, lambda row, text: aokvqa.SCORER.accuracy(row, text)),
+    "aokvqa_direct": (TEN, lambda row, text: aokvqa.DIRECT.accuracy(row, text)),
     "pope": (YES_OR_NO, pope.row_accuracy),
     "rouge_l": (SENTENCES, rouge.row_rouge_l),
     "boxes_qwen": (BOXED, lambda row, text: boxes.reads(boxes.qwen_box)(row, text)),

@@ -13,6 +13,7 @@ from dora_mm.config.images import MaskConfig
 from dora_mm.config.models import starts
 from dora_mm.data.images.folder import read_training_images
 from dora_mm.preview import machine
+from dora_mm.preview.drafts import SCHEMA
 from dora_mm.preview.machine import GPUInfo
 from tests.documented.texts import ROOT, configs
 
@@ -46,6 +47,7 @@ def test_a_style_from_captioned_images_of_several_formats(here, capsys):
     assert config.train.steps == 150  # 1000 are for 23 images and more
     assert Path("style_prompts.txt").read_text().split("\n")[0] == "a sks2 generating of a lighthouse at night"
     assert "trigger   sks2" in printed
+    assert f"\n# yaml-language-server: $schema={SCHEMA.as_uri()}\npipeline:" in Path("style.yaml").read_text()
     assert "3 from <name>.txt" in printed
     assert "hf download stabilityai/stable-diffusion-xl-base-1.0" in printed
     commands = [line.partition("  #")[0].strip() for line in printed.splitlines() if line.startswith("  dora-mm")]
@@ -140,6 +142,8 @@ def test_questions(here, capsys):
     assert "dora-mm ask HuggingFaceTB/SmolVLM-256M-Instruct IMAGE QUESTION --adapter runs/qa/001" in printed
     other = made("other", "--data", "my.json", "--images", "my images", "--model", "google/gemma-3-4b-it", family="vlm")
     assert other.model.path == "google/gemma-3-4b-it"
+    assert "# 211 linear layers" in Path("qa.yaml").read_text()
+    assert "# 211 linear layers" not in Path("other.yaml").read_text()  # of another model they are others
 
 
 def test_questions_without_images(here, capsys):

@@ -442,6 +442,8 @@ def test_the_printed_command_draws_the_images_of_the_sheet(config, tmp_path, cap
         in caplog.messages
     )
     drawn = Image.open(tmp_path / "drawn/samples/0001-seed3-strength1.png")
+    shown = [entry.settings for entry in read_manifest(tmp_path / "run")]
+    assert {each["strength"] for each in shown if each["adapter"]} == {1.0}  # of the file, as sample says
     assert largest_difference(Image.open(tmp_path / "run/adapter/pictures/1.png"), drawn) <= 1 / 255
     kept = load_config(tmp_path / "drawn/config.yaml")
     assert (kept.seeds, kept.steps, kept.guidance, kept.negative_prompt) == ((3, 4), 3, 2.0, "blurry")

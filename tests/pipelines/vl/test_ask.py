@@ -12,6 +12,7 @@ from dora_mm.adapting.networks import adapt
 from dora_mm.cli import main
 from dora_mm.config.models import VisionConfig, VLMModelConfig
 from dora_mm.config.vl import DecodeConfig, TrainVLConfig
+from dora_mm.data.vl.answers import texts_of
 from dora_mm.data.vl.example import Example, Turn
 from dora_mm.models.vl.families import load_vl_model
 from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
@@ -56,13 +57,13 @@ def run_of(
     config = TrainVLConfig.model_validate(values)
     vl = load_vl_model(config.model, config.vision, seed=0)
     answer = vl.answerer(task, DecodeConfig(max_new_tokens=6), ())
-    bare = [answer([row], "/")[0] for row in rows]
+    bare = [texts_of(answer([row], "/"))[0] for row in rows]
     assert vl.identity  # of the bare model
     trained = adapt(vl.networks, vl.target_maps, config.adapter, seed=0, backend="torch")
     for name, parameter in trained.parameters.items():
         parameter.data += torch.randn_like(parameter) * (0.1 if "magnitude" in name else 1.0)
     save_trained(trained, config, vl, folder / "adapter")
-    return bare, [answer([row], "/")[0] for row in rows]
+    return bare, [texts_of(answer([row], "/"))[0] for row in rows]
 
 
 def asked(capsys: pytest.CaptureFixture, *arguments: object) -> str:
@@ -129,7 +130,7 @@ def test_the_question_is_asked_as_the_run_trained(tiny_vlm, loaded_images, tmp_p
         "chat", DecodeConfig(max_new_tokens=6), ()
     )
     shown = asked(capsys, base, image, QUESTION, "--adapter", tmp_path / "chat")
-    assert shown.startswith(f"without adapter: {answer([broken], '/')[0]}\nwith")
+    assert shown.startswith(f"without adapter: {texts_of(answer([broken], '/'))[0]}\nwith")
     assert shown != without
     file.unlink()
     assert asked(capsys, base, image, QUESTION, "--adapter", tmp_path / "chat") == without != both
@@ -139,12 +140,12 @@ def test_text_alone_and_several_turns(tiny_vlm, loaded_images, capsys):
     base, image = tiny_vlm("llava"), loaded_images / "wide.png"
     vl = load_vl_model(VLMModelConfig(path=str(base)), VisionConfig(), seed=0)
     answer = vl.answerer("chat", DecodeConfig(max_new_tokens=6), ())
-    alone = answer([Example("row", (), QUESTION)], "/")[0]
+    (alone,) = texts_of(answer([Example("row", (), QUESTION)], "/"))
     assert asked(capsys, base, QUESTION) == f"{alone}\n"
 
-    first = answer([Example("row", (str(image),), QUESTION)], "/")[0]
+    (first,) = texts_of(answer([Example("row", (str(image),), QUESTION)], "/"))
     turns = [Turn("user", f"<image>\n{QUESTION}", False), Turn("assistant", first, False), Turn("user", "Why?", False)]
-    second = answer([Example("row", (str(image),), "", turns=tuple(turns))], "/")[0]
+    (second,) = texts_of(answer([Example("row", (str(image),), "", turns=tuple(turns))], "/"))
     assert asked(capsys, base, image, QUESTION, "--then", "Why?") == f"{first}\n{second}\n"
 
     plain = tiny_vlm("paligemma")

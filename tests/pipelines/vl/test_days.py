@@ -82,7 +82,7 @@ def rows_of(path):
 
 def days_of(kept):
     """The days of the answers in a file, whose other lines have circumstances."""
-    return [row[2] for row in rows_of(kept) if isinstance(row, list)]
+    return [row[3] for row in rows_of(kept) if isinstance(row, list)]
 
 
 def test_a_training_goes_on_three_days_later_with_its_rows(base, tmp_path, clock, monkeypatch, caplog):

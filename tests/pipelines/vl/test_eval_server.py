@@ -2,7 +2,9 @@
 
 import base64
 import io
+import itertools
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +16,7 @@ from dora_mm.cli import main
 from dora_mm.models.vl import server as served
 from tests.shared.data import vl_files as files
 from tests.shared.data.vlm_rows import save_noise
-from tests.shared.local_server import started, text_of
+from tests.shared.local_server import Sent, started, text_of
 
 KEY = "sk-never-recorded-4711"
 
@@ -71,6 +73,7 @@ def test_answers_of_a_server_are_scored_as_all_others(server, config, tmp_path, 
         "model": "served-vlm",
         "max_tokens": 16,
         "temperature": 0.0,
+        "stream": True,
     }
     image, question = first["messages"][0]["content"]
     assert question["text"] == "Is there a cat?\nAnswer the question using a single word or phrase."
@@ -88,18 +91,55 @@ def test_a_stopped_evaluation_goes_on_and_asks_only_what_is_missing(server, conf
     server.codes = [200, 200, 200, 200, 400]
     assert main(["eval", config]) == 2
     assert "refuses it with code 400" in capsys.readouterr().err
-    assert 4 <= len(server.bodies) <= 5
+    num_answered = len(server.bodies)
+    assert 4 <= num_answered <= 5
     server.bodies.clear()
     assert main(["eval", config]) == 0
-    assert len(server.bodies) == 2
+    assert len(server.bodies) == 6 - num_answered
     server.bodies.clear()
     assert main(["eval", config]) == 0
     assert server.bodies == []
 
 
+def test_answers_that_did_not_arrive_are_missing_and_asked_for_at_the_next_start(
+    server, config, tmp_path, capsys, caplog
+):
+    endless = Sent(itertools.repeat(b" "), wait=0.05)
+    server.say = lambda body: endless if "dog" in text_of(body) else "No."
+    assert main(["eval", config, "--set", "server.timeout=0.2"]) == 0
+    printed = capsys.readouterr().out
+    missing = "3 of 6 answers are missing, and score 0 (ids 1, 3, 5); 3 had not ended after 0.2 s (server.timeout)"
+    assert missing in printed
+    assert "row 1 of pope: its answer had not ended after 0.2 s" in caplog.text
+    assert main(["score", str(tmp_path / "run" / "scored_pope.jsonl")]) == 0
+    assert missing in capsys.readouterr().out
+    server.bodies.clear()
+    server.say = lambda body: "Yes"
+    assert main(["eval", config, "--set", "server.concurrency=3"]) == 0
+    assert sorted(text_of(body)[:15] for body in server.bodies) == ["Is there a dog?"] * 3
+    assert "missing" not in capsys.readouterr().out
+
+
+def test_answers_are_written_as_they_come(server, config, tmp_path):
+    """Those behind one that takes long are there before it."""
+    file, seen, first = tmp_path / "run" / "answers" / "pope.jsonl", [], [True]
+
+    def say(body):
+        if first and first.pop():  # others are asked for meanwhile
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline and len(seen) < 5:
+                seen[:] = [line for line in file.read_text().splitlines() if line.startswith("[")]
+                time.sleep(0.01)
+        return "No."
+
+    server.say = say
+    assert main(["eval", config]) == 0
+    assert len(seen) == 5
+
+
 @pytest.mark.slow
 def test_rows_that_a_server_refuses_may_be_left_out(server, config, caplog):
-    server.codes = [400, 400]  # a row in its batch, and alone
+    server.codes = [400]
     assert main(["eval", config, "--set", "data.on_bad_data=skip", "server.concurrency=1"]) == 0
     assert "row 0 of pope: server.url: " in caplog.text
     assert "maximum context length is 8 tokens" in caplog.text
@@ -124,10 +164,10 @@ def test_settings_of_answers_are_sent_and_kept(server, config, tmp_path):
 
 
 @pytest.mark.slow
-def test_answers_that_are_cut_are_counted(server, config, caplog):
+def test_answers_that_are_cut_are_counted(server, config, capsys):
     server.reason = "length"
     assert main(["eval", config]) == 0
-    assert "6 answers were cut at the most tokens" in caplog.text
+    assert "6 of 6 answers ended at the limit of tokens (ids 0, 1, 2, 3, 4, ...)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

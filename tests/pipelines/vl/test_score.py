@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from dora_mm.cli import main
+from dora_mm.data.vl.answers import ModelAnswer
 from dora_mm.data.vl.example import Example
 from dora_mm.eval.vl.metrics import score
 from dora_mm.eval.vl.predictions.reading import read_predictions
@@ -39,6 +40,10 @@ def lines(path, answers, key="questionId", name="answer"):
     return str(files.write_lines(path, [{key: number, name: text} for number, text in enumerate(answers)]))
 
 
+def records(rows):
+    return [(example, ModelAnswer(text)) for example, text in rows]
+
+
 def run(capsys, *arguments: str, code: int = 0) -> str:
     assert main(["score", *map(str, arguments)]) == code
     found = capsys.readouterr()
@@ -52,7 +57,7 @@ def test_what_the_answers_of_two_files_were_made_with_is_compared_by_name(tmp_pa
     other = {**inputs, MODEL: {**inputs[MODEL], "chat_template.jinja": "z"}, "the adapter": "e"}
     both = [tmp_path / "one.jsonl", tmp_path / "other.jsonl"]
     for file, digests in zip(both, (inputs, other), strict=True):
-        write_scored(file, rows, found, About("docvqa", digests=digests))
+        write_scored(file, records(rows), found, About("docvqa", digests=digests))
     for one, another in (both, both[::-1]):
         same = f"Not the same in {one} and {another}"
         assert f"{same}: chat_template.jinja of the model, the adapter." in run(capsys, one, another)
@@ -232,7 +237,7 @@ def test_files_for_other_tools_are_read_back_with_the_same_score(data, tmp_path,
     assert "exists: name a new file" in run(
         capsys, path, "--suite", "docvqa", "--data", data, "--to", tool, "--out", out, code=2
     )
-    assert [row.prediction for row in read_predictions(str(out)).rows] == WRONG
+    assert [row.answer.text for row in read_predictions(str(out)).rows] == WRONG
 
 
 def test_options_have_columns_in_a_table_for_vlmevalkit(tmp_path, capsys):
@@ -287,7 +292,7 @@ def test_our_own_files_say_all_that_a_table_needs(tmp_path, capsys):
     ]
     scores = score("textvqa", rows)
     about = About("textvqa", settings={"decode": {"beams": 1}}, digests={"the data": "abc"})
-    write_scored(tmp_path / "scored.jsonl", rows, scores, about, "{text} Short.")
+    write_scored(tmp_path / "scored.jsonl", records(rows), scores, about, "{text} Short.")
     text = run(capsys, tmp_path / "scored.jsonl")
     assert metric(text, "accuracy") == 95
     assert "- the data: abc" in text

@@ -4,7 +4,7 @@ from math import inf
 
 import pytest
 
-from dora_mm.studies.campaigns.halving import Candidate, Rung, halving, lengths
+from dora_mm.studies.campaigns.halving import Candidate, Rung, halving, lengths, planned
 from dora_mm.studies.campaigns.selection_metrics import KEPT
 
 # Likeness of the embedded SDXL model's bricks (DoRA, rank 4, seed 0) by steps and rate, and of the bare model; and what
@@ -99,9 +99,22 @@ def test_one_that_is_left_goes_to_the_end_at_once():
 def test_the_next_one_takes_the_place_of_one_that_diverges_at_the_end():
     table = {1: {1e-3: 0.2, 1e-2: 0.4, 1e-1: 0.3}, 4: {1e-3: 0.3, 1e-2: -inf, 1e-1: 0.5}}
     assert halving(candidates(1e-3, 1e-2, 1e-1), 4, Recorded(table))[-1].order[0] == Candidate(4, 1e-1)
-    diverged = {steps: dict.fromkeys((1e-3, 1e-2), -inf) for steps in (1, 2, 4)}
-    with pytest.raises(ValueError, match=r"all trainings of 1 steps have diverged, at rates of 0.001, 0.01"):
-        halving(candidates(1e-3, 1e-2), 4, Recorded(diverged))
+    diverged = {steps: dict.fromkeys((1e-3, 1e-2, 1e-1), -inf) for steps in (1, 2, 4)}
+    with pytest.raises(ValueError, match=r"all trainings of 1 steps have diverged, at rates of 0.001, 0.01, 0.1"):
+        halving(candidates(1e-3, 1e-2, 1e-1), 4, Recorded(diverged))
+
+
+def test_two_rates_are_both_trained_to_the_end():
+    (rung,) = halving(candidates(1e-3, 1e-2), 4, Recorded({4: {1e-3: 0.2, 1e-2: 0.4}}))
+    assert (rung.steps, len(rung.scores)) == (4, 2)
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_the_plan_is_what_is_trained(count):
+    rates = [float(number) for number in range(1, count + 1)]
+    table = {steps: dict(zip(rates, rates, strict=True)) for steps in (5, 10, 20)}
+    rungs = halving(candidates(*rates), 20, Recorded(table))
+    assert planned(20, count) == {rung.steps: len(rung.scores) for rung in rungs}
 
 
 def test_where_nothing_was_learned_all_go_on_and_at_the_end_nothing_is_chosen():

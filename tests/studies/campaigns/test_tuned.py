@@ -13,7 +13,7 @@ from dora_mm.config.loader import differing_keys
 from dora_mm.recipes import PIPELINES
 from dora_mm.studies.campaigns.halving import Candidate
 from dora_mm.studies.campaigns.tuned import changes_for, check_trainings, overrides_of, training_of
-from dora_mm.studies.campaigns.tuning import write_tuned
+from dora_mm.studies.campaigns.tuning import advice, write_tuned
 from dora_mm.studies.config import TuneConfig
 
 BASE = """\
@@ -151,3 +151,31 @@ def test_default_rates_are_half_decades_that_the_optimizer_takes():
     assert recipe.default_rates(high, "x", None) == [0.03, 0.095, 0.3, 0.95]
     prodigy = load_config("configs/sdxl/lego.yaml")
     assert recipe.default_rates(prodigy, "x", [4, 8]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "message"),
+    [
+        ({1e-4: "not told apart", 1e-3: "not told apart"}, "give more train.steps, or higher rates"),
+        ({1e-4: "worse", 1e-3: "worse"}, "a rate of 0.0001 is worse than the bare model: give lower rates"),
+        (
+            {1e-4: "not told apart", 3e-4: "not told apart", 1e-3: "worse", 1e-2: "diverged"},
+            "a rate of 0.001 is worse than the bare model, and 0.0003 is not told apart from it: give rates between "
+            "them, or more train.steps",
+        ),
+        ({1e-4: "", 1e-3: ""}, "give more train.steps, or higher rates"),
+    ],
+)
+def test_rates_that_destroy_the_images_are_answered_with_lower_ones(verdicts, message):
+    """Of two rates, the higher of which destroyed the images, the advice was higher ones."""
+    assert advice(verdicts) == message
+
+
+def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(file, tmp_path, capsys):
+    command = ["tune", str(file), "--rates", "1e-4", "1e-3", "1e-2", "1e-1", "--output", str(tmp_path / "out")]
+    assert main([*command, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    steps = load_config(file).train.steps
+    assert "rates     0.0001, 0.001, 0.01, 0.1\n" in printed
+    assert f"trainings 4 of {steps // 4} steps, 2 of {steps // 2} steps, 1 of {steps} steps: " in printed
+    assert not (tmp_path / "out").exists()

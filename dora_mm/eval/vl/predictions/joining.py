@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from dora_mm.config.vl_data import SourceConfig
+from dora_mm.data.vl.answers import AnsweredRows, ModelAnswer
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.readers import read_source, resolved
 from dora_mm.data.vl.rows import BadRows, count_of
 from dora_mm.eval.vl.metrics import scorer_of
-from dora_mm.eval.vl.predictions.reading import PredictionFile, named
+from dora_mm.eval.vl.predictions.reading import AnsweredRow, PredictionFile, named
 from dora_mm.eval.vl.scores import is_answered
 from dora_mm.registries.vl_tasks import TASKS
 
@@ -44,14 +45,22 @@ def _format(task: str, data: str) -> str:
     return tables[0] if tables and Path(data).name.lower().endswith(TABLES) else forms[0]
 
 
-def joined(task: str, file: PredictionFile, references: Sequence[Example] | None, *, partial: bool) -> Predictions:
-    """The predictions of a file with the examples that they answer, in the order of these.
+def joined(
+    task: str,
+    file: PredictionFile,
+    references: Sequence[Example] | None,
+    *,
+    partial: bool,
+    keep_thoughts: bool = False,
+) -> AnsweredRows:
+    """The answers of a file with the examples that they are to, in the order of these.
 
     Args:
         task: The suite.
         file: The file.
         references: The rows of the data; None: those that the file has itself.
         partial: Whether rows that only one side has are left out.
+        keep_thoughts: Whether thoughts are a part of the answers.
 
     Raises:
         ValueError: There are no references, or less than the suite needs, or one side lacks rows of the other and
@@ -66,14 +75,21 @@ def joined(task: str, file: PredictionFile, references: Sequence[Example] | None
             )
         if file.by_number and not scorer_of(task).scores_answers_only:
             raise ValueError(f"{file.path} has no options and kinds, which {task} needs: name the data with --data")
-        return [(row.example, row.prediction) for row in file.rows if row.example is not None]
+        return [(row.example, _read(file, row, row.example, keep_thoughts)) for row in file.rows if row.example]
     if file.by_number:
         references = [replace(example, id=str(number)) for number, example in enumerate(references)]
     known = {example.id: example for example in references}
-    predictions = {row.id: row.prediction for row in file.rows}
-    check_same(predictions, known, f"{file.path}", "the data", partial=partial)
+    rows = {row.id: row for row in file.rows}
+    check_same(rows, known, f"{file.path}", "the data", partial=partial)
     _check_targets(file, known)
-    return [(example, predictions[key]) for key, example in known.items() if key in predictions]
+    return [(example, _read(file, rows[key], example, keep_thoughts)) for key, example in known.items() if key in rows]
+
+
+def _read(file: PredictionFile, row: AnsweredRow, example: Example, keep_thoughts: bool) -> ModelAnswer:
+    """The answer with or without its thought; our own files have it apart already, if they have not kept it."""
+    if keep_thoughts:
+        return row.answer.with_thought()
+    return row.answer if file.about else row.answer.without_thought(example.answers)
 
 
 def _check_targets(file: PredictionFile, known: Mapping[str, Example]) -> None:

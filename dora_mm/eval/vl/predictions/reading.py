@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from pydantic_core import from_json
 
 from dora_mm.config.paths import resolve_path
+from dora_mm.data.vl.answers import FAIL_MESSAGE, ModelAnswer, message_answer
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.json_items import Item, location
 from dora_mm.data.vl.readers.choices import answer_cells, listed
@@ -25,6 +26,7 @@ ANSWERS = (
     *("prediction", "predict", "pred", "pred_answer", "response", "output", "outputs", "generated_text", "completion"),
     *("answer", "text", "caption"),  # a row with an answer may have the text of its question
 )
+THOUGHTS = ("reasoning_content", "reasoning")
 MOST_NAMED = 5  # places in a message
 
 
@@ -33,13 +35,13 @@ class AnsweredRow(NamedTuple):
 
     Attributes:
         id: The id of its row; of lmms-eval the number of the row in the data set, from 0.
-        prediction: The answer.
+        answer: The answer, as the file has it.
         example: What the file says of its row; None: nothing that could be scored.
         where: Its place in the file.
     """
 
     id: str
-    prediction: str
+    answer: ModelAnswer
     example: Example | None
     where: str
 
@@ -142,9 +144,11 @@ def _cell(row: Mapping[str, Any], name: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    """An answer: a text, a number, the first of a list, or what a server said."""
-    while isinstance(value, list) and len(value) == 1:
-        value = value[0]
+    """An answer: a text, a number, or the only one of a list; "" where the program gave none."""
+    while isinstance(value, list) and len(value) <= 1:
+        value = value[0] if value else None
+    if value is None:
+        return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise RowError("has an answer that is not a text")
     return str(value)
@@ -152,13 +156,17 @@ def _text(value: Any) -> str:
 
 def _ours(row: Mapping[str, Any], where: str) -> AnsweredRow:
     example = example_of(row)
-    return AnsweredRow(example.id, _text(row.get("answer")), example, where)
+    known = {name: str(row[name]) for name in ("thought", "ended", "failure") if row.get(name)}
+    return AnsweredRow(example.id, ModelAnswer(_text(row.get("answer")), **known), example, where)
 
 
 def _vlmevalkit(row: Mapping[str, Any], where: str) -> AnsweredRow:
-    """A row of its results; an empty cell is an empty answer."""
+    """A row of its results, with its thought where `SPLIT_THINK` has it in a column; an empty cell is no answer."""
     cells = {name: "" if value is None else str(value) for name, value in row.items()}
-    return AnsweredRow(_cell(cells, "index"), _cell(cells, "prediction"), answer_cells(cells), where)
+    answer = message_answer({"content": _cell(cells, "prediction"), "reasoning": cells.get("thinking")})
+    if FAIL_MESSAGE in answer.text:
+        answer = ModelAnswer("", answer.thought, failure="could not be obtained, as VLMEvalKit says")
+    return AnsweredRow(_cell(cells, "index"), answer, answer_cells(cells), where)
 
 
 def _lmms_eval(row: Mapping[str, Any], where: str) -> AnsweredRow:
@@ -167,15 +175,16 @@ def _lmms_eval(row: Mapping[str, Any], where: str) -> AnsweredRow:
     answers = tuple(listed(str(target))) if target not in (None, "", "None") else ()
     question = str(row.get("input") or "")
     example = Example(key, (), question, answers, (1.0,) * len(answers)) if answers else None
-    return AnsweredRow(key, _text(_cell(row, "filtered_resps")), example, where)
+    return AnsweredRow(key, ModelAnswer(_text(_cell(row, "filtered_resps"))), example, where)
 
 
 def _batch(row: Mapping[str, Any], where: str) -> AnsweredRow:
     try:
-        content = row["response"]["body"]["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
+        choice = row["response"]["body"]["choices"][0]
+        answer = message_answer(choice["message"], choice.get("finish_reason"))
+    except (KeyError, IndexError, TypeError, AttributeError):
         raise RowError("has no answer of the server, but an error") from None
-    return AnsweredRow(str(_cell(row, "custom_id")), _text(content), None, where)
+    return AnsweredRow(str(_cell(row, "custom_id")), answer.stripped(), None, where)
 
 
 def _columns(row: Mapping[str, Any], where: str) -> AnsweredRow:
@@ -185,7 +194,8 @@ def _columns(row: Mapping[str, Any], where: str) -> AnsweredRow:
     name = next((name for name in ANSWERS if name in row), None)
     if name is None:
         raise RowError(f"has no answer, under none of {', '.join(ANSWERS)}")
-    return AnsweredRow(str(key), "" if row[name] is None else _text(row[name]), None, where)
+    message = {"content": _text(row[name]), **{thought: row.get(thought) for thought in THOUGHTS}}
+    return AnsweredRow(str(key), message_answer(message, row.get("finish_reason")), None, where)
 
 
 PARSERS: Mapping[str, Parse] = {

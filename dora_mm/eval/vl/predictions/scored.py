@@ -1,7 +1,8 @@
 """Our own files of predictions: all that a table of scores is made of, so that it can be made again from them alone.
 
 JSON lines. The first is about the whole: task, metric and rules, settings of the answers, digests of model, adapter and
-data. Each other one is a row: id, prompt, images, answer, references and score, and what else its metric needs.
+data. Each other one is a row: id, prompt, images, answer, references and score, and what else its metric needs; of an
+answer also its thought, why it ended and why it failed, where these are known.
 """
 
 import hashlib
@@ -13,7 +14,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from dora_mm.data.vl.example import Example, Predictions
+from dora_mm.data.vl.answers import AnsweredRows, ModelAnswer
+from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.rows import RowError
 from dora_mm.eval.vl.metrics import score_row
 from dora_mm.eval.vl.scores import VLScores
@@ -61,13 +63,13 @@ def _digest(value: Any) -> str:
 
 
 def write_scored(
-    path: Path, predictions: Predictions, scores: VLScores | None, about: About, prompt: str = "{text}"
+    path: Path, answered: AnsweredRows, scores: VLScores | None, about: About, prompt: str = "{text}"
 ) -> None:
     """Writes a file atomically.
 
     Args:
         path: The file.
-        predictions: Examples with predictions.
+        answered: Examples with answers.
         scores: Their scores, whose metric and rules the first line has; None: there are no references.
         about: What else the first line has.
         prompt: What is asked, with {text} for the question.
@@ -77,23 +79,25 @@ def write_scored(
         del first["day"]
     if scores is not None:
         first |= {"metric": scores.main, "rules": dict(scores.rules)}
-    lines = [first, *(_line(about.task, prompt, *row) for row in predictions)]
+    lines = [first, *(_line(about.task, prompt, *row) for row in answered)]
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def _line(task: str, prompt: str, example: Example, prediction: str) -> dict[str, Any]:
+def _line(task: str, prompt: str, example: Example, answer: ModelAnswer) -> dict[str, Any]:
     rest = {
         column.name: value
         for column in fields(Example)
         if column.name not in SHOWN and (value := getattr(example, column.name)) != getattr(DEFAULTS, column.name)
     }
+    known = answer.fields()
     return {
         "id": example.id,
         "prompt": prompt.replace("{text}", example.text),
         "images": example.images,
-        "answer": prediction,
+        "answer": known.pop("text"),
+        **known,
         "references": example.answers,
-        "score": score_row(task, example, prediction),
+        "score": score_row(task, example, answer.text),
         "example": rest,
     }
 

@@ -40,8 +40,9 @@ class Answerer:
     ):
         self.model, self.tokenizer, self.task, self.config = model, tokenizer, task, config
         self.max_answer = config.max_new_tokens + 2 if config.max_new_tokens else MAX_ANSWER  # <s> and </s>
-        if config.temperature or config.stop:
-            raise ValueError("decode.temperature and decode.stop are not for model.family vl_bart: leave them out")
+        if config.temperature or config.stop or config.keep_thoughts:
+            keys = "decode.temperature, decode.stop and decode.keep_thoughts"
+            raise ValueError(f"{keys} are not for model.family vl_bart: leave them out")
         self.beams = config.beams if TASKS[task].kind == "captions" else 1
         restricted = config.takes_candidates(task)
         if restricted and not candidates:

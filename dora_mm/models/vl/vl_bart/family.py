@@ -17,7 +17,8 @@ from dora_mm.config.vl import DecodeConfig
 from dora_mm.core import TargetMap
 from dora_mm.data.features.sources import open_features
 from dora_mm.data.seen import SeenFiles
-from dora_mm.data.vl.example import Answer, Example
+from dora_mm.data.vl.answers import Answer
+from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.needed import found_features
 from dora_mm.data.vl.readers.video import split_subtitles
 from dora_mm.data.vl.row_view import Piece, RowView

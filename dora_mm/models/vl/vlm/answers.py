@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from dora_mm.config.vl import DecodeConfig
-from dora_mm.data.vl.example import Answer, Example, Turn
+from dora_mm.data.vl.answers import LENGTH, STOP, TAGS, Answer, ModelAnswer, Tags, patterns
+from dora_mm.data.vl.example import Example, Turn
 from dora_mm.data.vl.rows import RowTooLongError
 from dora_mm.models.chat_templates import rendering_on
-from dora_mm.models.vl.vl_model import without_thought
-from dora_mm.models.vl.vlm.chat import THOUGHT, render
+from dora_mm.models.vl.vlm.chat import render
 from dora_mm.models.vl.vlm.example_encoder import ExampleEncoder
 from dora_mm.models.vl.vlm.network import VLMNetwork, naming
-from dora_mm.models.vl.vlm.sampled import SampledTokens, before_stop
+from dora_mm.models.vl.vlm.sampled import SampledTokens
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.utils.day import Day
 
@@ -86,13 +86,29 @@ class VLMAnswers:
         return tokenizer(self._shortest, add_special_tokens=False)["input_ids"][-1:]
 
     @cached_property
+    def _tags(self) -> Tags:
+        """The tags of thoughts: the usual ones, and those of the model's own `response_template` for what it writes."""
+        template = getattr(self.encoder.processor.tokenizer, "response_template", None) or {}
+        fields = template.get("fields", {})
+        found = [fields[name] for name in ("reasoning_content", "thinking") if name in fields]
+        own = [(each.get("open"), each.get("close")) for each in found]
+        return (*TAGS, *((begin, end) for begin, end in own if isinstance(begin, str) and isinstance(end, str)))
+
+    @cached_property
+    def _opening(self) -> str:
+        """What a model writes before a short answer: the end of an empty thought, in some templates, or all of it."""
+        opening = "" if self.encoder.fallback is not None else self._shortest.partition(SHORTEST[1].text)[0]
+        return opening if patterns(self._tags)[1].search(opening) else ""
+
+    @cached_property
     def _num_opening(self) -> int:
-        """The tokens that a model writes before a short answer: those that end an empty thought, in some templates."""
+        """The tokens of `_opening`."""
         tokenizer = self.encoder.processor.tokenizer
-        if self.encoder.fallback is not None:
-            return 0
-        opening = self._shortest.partition(SHORTEST[1].text)[0]
-        return len(tokenizer(opening, add_special_tokens=False)["input_ids"]) if THOUGHT.search(opening) else 0
+        return len(tokenizer(self._opening, add_special_tokens=False)["input_ids"]) if self._opening else 0
+
+    @cached_property
+    def _prompt_opens_thought(self) -> bool:
+        return bool(self._opening) and not patterns(self._tags)[0].search(self._opening)
 
     @torch.no_grad()
     def generate(
@@ -102,7 +118,7 @@ class VLMAnswers:
         config: DecodeConfig,
         examples: Sequence[Example],
         images: str | None,
-    ) -> list[str]:
+    ) -> list[ModelAnswer]:
         """The generated answer of each example.
 
         Raises:
@@ -115,31 +131,44 @@ class VLMAnswers:
                 raise self._too_long(task, example, "its images are")
         if num_cut := sum(row.num_cut > 0 for row in rows):
             log.warning("%d questions of %s were cut to the model's %d positions", num_cut, task, encoder.max_length)
-        answers = [""] * len(rows)
+        answers = [ModelAnswer("")] * len(rows)
         for group in encoder.groups(rows):
             inputs, _ = encoder.collate([rows[i] for i in group], left=encoder.form.continues)
             with naming(task, [examples[i].id for i in group]):
                 ids = self.network.generate(
                     inputs, settings, **self._sampling(task, config, [examples[i] for i in group])
                 )
-            for index, text in zip(group, self._texts(ids), strict=True):
-                answers[index] = before_stop(without_thought(text, examples[index].answers), config.stop).strip()
+            ended = [LENGTH if is_cut else STOP for is_cut in self._cut(ids, settings)]
+            for index, text, end in zip(group, self._texts(ids), ended, strict=True):
+                answer = ModelAnswer(text, ended=end)
+                if not config.keep_thoughts:
+                    tags = {"opened": self._prompt_opens_thought, "tags": self._tags}
+                    answer = answer.without_thought(examples[index].answers, **tags)
+                answers[index] = answer.before(config.stop).stripped()
         return answers
 
+    def _cut(self, ids: Tensor, settings: GenerationConfig) -> list[bool]:
+        """Whether answers (B, T) were cut at the most tokens: their last token neither is nor follows the end."""
+        ends = {settings.pad_token_id, *np.atleast_1d(settings.eos_token_id).tolist()}
+        return [row[-1:] != [] and row[-1] not in ends for row in ids.tolist()]
+
     def _texts(self, ids: Tensor) -> list[str]:
-        """The texts of answers (B, T), without special tokens, but those of boxes."""
+        """The texts of answers (B, T), without special tokens, but those of boxes and thoughts."""
         tokenizer = self.encoder.processor.tokenizer
-        if not self._placeholder_ids:
+        if not self._read_ids:
             return tokenizer.batch_decode(ids, skip_special_tokens=True)
-        dropped = set(tokenizer.all_special_ids) - self._placeholder_ids
+        dropped = set(tokenizer.all_special_ids) - self._read_ids
         return tokenizer.batch_decode([[i for i in row if i not in dropped] for row in ids.tolist()])
 
     @cached_property
-    def _placeholder_ids(self) -> set[int]:
-        """The tokens of boxes that the tokenizer counts as special."""
+    def _read_ids(self) -> set[int]:
+        """The tokens of boxes and thoughts that the tokenizer counts as special."""
         tokenizer = self.encoder.processor.tokenizer
         special = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
-        return {number for number, token in special if PLACEHOLDER.fullmatch(token)}
+        tags = [tag for pair in self._tags for tag in pair]
+        return {
+            number for number, token in special if PLACEHOLDER.fullmatch(token) or any(token in tag for tag in tags)
+        }
 
     def _sampling(self, task: str, config: DecodeConfig, examples: Sequence[Example]) -> dict[str, Any]:
         """Arguments of `generate` that greedy answers of full length do not need."""

@@ -16,7 +16,8 @@ from dora_mm.config.paths import resolve_model
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.core import TargetMap
 from dora_mm.data.seen import SeenFiles
-from dora_mm.data.vl.example import Answer, Example
+from dora_mm.data.vl.answers import Answer
+from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.row_view import RowView
 from dora_mm.data.vl.rows import OnBadData

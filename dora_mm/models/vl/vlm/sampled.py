@@ -41,9 +41,3 @@ class SampledTokens(LogitsProcessor):
         """Standard Gumbel noise (V,)."""
         stream = generator(self.config.seed, position, f"answer to {row}")
         return -torch.empty(count).exponential_(generator=stream).log()
-
-
-def before_stop(text: str, stops: Sequence[str]) -> str:
-    """The part of an answer in front of the first stop text."""
-    ends = [end for stop in stops if (end := text.find(stop)) >= 0]
-    return text[: min(ends)] if ends else text

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import DecodeConfig
+from dora_mm.data.vl.answers import ModelAnswer, texts_of
 from dora_mm.data.vl.example import IMAGE, Example, Turn
 from dora_mm.models.vl.vlm.chat import chat_template, render, render_prompt
 from dora_mm.models.vl.vlm.encoding import IGNORED
@@ -248,13 +249,43 @@ def test_a_short_answer_has_room_to_end_its_thought_which_is_no_part_of_it(tiny_
 
     monkeypatch.setattr(model.network, "generate", generate)
     row = Example("1", (), "Q", ("red",), (1.0,))
-    assert model.answerer("vqa", DecodeConfig(), ())([row], None) == ["red"]
+    assert texts_of(model.answerer("vqa", DecodeConfig(), ())([row], None)) == ["red"]
     thought = replace(row, answers=("<think>x</think>red",))
-    assert model.answerer("chat", DecodeConfig(), ())([thought], None) == ["</think>\n\nred"]
+    assert texts_of(model.answerer("chat", DecodeConfig(), ())([thought], None)) == ["</think>\n\nred"]
     model.prompts.processor.chat_template = templates.QWEN3_5
-    assert model.answerer("vqa", DecodeConfig(), ())([row], None) == ["red"]
+    assert texts_of(model.answerer("vqa", DecodeConfig(), ())([row], None)) == ["red"]
     opening = model.prompts.processor.tokenizer("\n</think>\n\n")["input_ids"]
     assert longest == [16, 256, 16 + len(opening)]
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "own"),
+    [("[THINK]", "[/THINK]", False), ("<|channel>", "<channel|>", False), ("<hm>", "</hm>", True)],
+)
+def test_thoughts_between_special_tokens_are_taken_off(tiny_vlm, monkeypatch, begin, end, own):
+    model = vlm(tiny_vlm("qwen2_5_vl"))
+    tokenizer = model.prompts.processor.tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": [begin, end]}, replace_extra_special_tokens=False)
+    if own:
+        tokenizer.response_template = {"fields": {"reasoning_content": {"open": begin, "close": end}}}
+    kind = "thought" if begin == "<|channel>" else ""
+    written = tokenizer(f"{begin}{kind} green? {end} red")["input_ids"]
+    monkeypatch.setattr(model.network, "generate", lambda *_: torch.tensor([[*written, tokenizer.eos_token_id]]))
+    (answer,) = model.answerer("vqa", DecodeConfig(), ())([Example("1", (), "Q", ("red",), (1.0,))], None)
+    assert answer == ModelAnswer("red", f"{begin}{kind} green? {end} ", "stop")
+    (kept,) = model.answerer("vqa", DecodeConfig(keep_thoughts=True), ())([Example("1", (), "Q", ("red",))], None)
+    assert kept == ModelAnswer(f"{begin}{kind} green? {end} red", "", "stop")
+
+
+def test_an_answer_that_is_cut_in_the_thought_of_its_prompt_is_missing(tiny_vlm, monkeypatch):
+    model = vlm(tiny_vlm("qwen2_5_vl"))
+    tokenizer = model.prompts.processor.tokenizer
+    model.prompts.processor.chat_template = templates.QWEN3_5
+    written = [tokenizer("it is red")["input_ids"], [*tokenizer("it is red")["input_ids"], tokenizer.eos_token_id]]
+    monkeypatch.setattr(model.network, "generate", lambda *_: torch.tensor([written.pop(0)]))
+    answer, row = model.answerer("vqa", DecodeConfig(), ()), Example("1", (), "Q", ("red",), (1.0,))
+    assert answer([row], None) == [ModelAnswer("", "it is red", "length")]
+    assert answer([row], None) == [ModelAnswer("it is red", ended="stop")]
 
 
 def test_a_turn_ends_by_the_token_of_the_next_role(tiny_vlm):

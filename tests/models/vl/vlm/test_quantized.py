@@ -42,7 +42,7 @@ def test_adapters_learn_on_quantised_weights(name, tiny_vlm, tmp_path):
     assert loss(vlm, batch) < before
     if name.endswith("4"):
         return
-    assert isinstance(vlm.answerer("vqa", DecodeConfig(max_new_tokens=3), ())([ROW], images)[0], str)
+    assert len(vlm.answerer("vqa", DecodeConfig(max_new_tokens=3), ())([ROW], images)) == 1
 
 
 def test_a_quantised_part_is_not_trained_itself(tiny_vlm):

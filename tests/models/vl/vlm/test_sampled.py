@@ -5,9 +5,10 @@ import torch
 
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import DecodeConfig, TextSamplingConfig
+from dora_mm.data.vl.answers import ModelAnswer, texts_of
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vl.vlm.family import VLM
-from dora_mm.models.vl.vlm.sampled import SampledTokens, before_stop
+from dora_mm.models.vl.vlm.sampled import SampledTokens
 from tests.shared.data.vlm_rows import write_images
 
 READ = torch.zeros(1, 4, dtype=torch.long)
@@ -42,8 +43,8 @@ def test_noise_depends_on_seed_row_and_position():
 
 
 def test_answers_end_before_the_first_text_that_stops_them():
-    assert before_stop("a cat. a dog\n", (". ", "\n")) == "a cat"
-    assert before_stop("a cat", ("x",)) == "a cat"
+    assert ModelAnswer("a cat. a dog\n").before((". ", "\n")).text == "a cat"
+    assert ModelAnswer("a cat").before(("x",)).text == "a cat"
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def asked(tiny_vlm, tmp_path):
     rows = [Example(str(n), ("wide.png",), f"What is {n}?", options=("cat", "dog")) for n in range(6)]
 
     def answers(task: str, **config) -> list[str]:
-        return vlm.answerer(task, DecodeConfig(max_new_tokens=4, **config), ())(rows, str(tmp_path))
+        return texts_of(vlm.answerer(task, DecodeConfig(max_new_tokens=4, **config), ())(rows, str(tmp_path)))
 
     return answers
 

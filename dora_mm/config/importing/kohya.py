@@ -1,0 +1,199 @@
+"""What the configs of kohya's scripts (train_network.py and its siblings) say beyond names of keys."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dora_mm.config.importing.foreign import Foreign
+from dora_mm.config.importing.translation import Translation
+from dora_mm.config.importing.values import (
+    number_of,
+    pairs_of,
+    put_optimizer_options,
+    put_resolution,
+    put_schedule,
+    put_warmup,
+    side_of,
+)
+from dora_mm.registries.other_trainers import DTYPES
+
+UNET = ("unet.attn", "unet.cross", "unet.ff")
+TEXT_ENCODERS = ("text_encoders.attn", "text_encoders.ff")
+CAPTIONS = {
+    "caption_prefix": "data.captions.prefix",
+    "caption_suffix": "data.captions.suffix",
+    "enable_wildcard": "data.captions.alternatives",
+    "shuffle_caption": "data.captions.shuffle",
+    "keep_tokens": "data.captions.keep",
+    "caption_tag_dropout_rate": "data.captions.tag_dropout",
+    "caption_dropout_rate": "data.caption_dropout",
+    "flip_aug": "data.flip",
+}
+
+
+def translate(foreign: Foreign, found: Translation) -> None:
+    """Translates flags of kohya's scripts, or a TOML with the same names."""
+    found.put("pipeline", "train_diffusion")
+    _kohya_precision(foreign, found)
+    _kohya_network(foreign, found)
+    _kohya_data(foreign, found)
+    _kohya_optimizer(foreign, found)
+    _kohya_samples(foreign, found)
+    if (epochs := foreign.take("max_train_epochs")) is not None:
+        found.put("train.epochs", epochs, "max_train_epochs")
+        foreign.take("max_train_steps")
+    else:
+        found.put("train.steps", foreign.take("max_train_steps", 1600), "max_train_steps")
+    found.put("train.batch_size", foreign.take("train_batch_size", found.values.get("train.batch_size", 1)))
+    if foreign.flag("fp8_base"):
+        found.put("model.quantization", "float8", "fp8_base")
+    found.put("loss.min_snr_gamma", foreign.take("min_snr_gamma"), "min_snr_gamma")
+    if "loss.min_snr_gamma" not in found.values:
+        found.values["loss.min_snr_gamma"] = None  # they weigh no timestep where they are not asked to
+    found.take(foreign, {"huber_c": "loss.delta"} if foreign.left.get("loss_type") == "huber" else {})
+    foreign.take("output_dir")
+    found.take_known(foreign)
+
+
+def _kohya_precision(foreign: Foreign, found: Translation) -> None:
+    precision = str(foreign.take("mixed_precision", "no")).lower()
+    full = [key for key in ("full_bf16", "full_fp16") if foreign.flag(key)]
+    found.put("model.dtype", DTYPES.get(precision), "mixed_precision")
+    found.put("train.mixed_precision", precision, "mixed_precision")
+    if full:
+        found.has_no_equal(full[0], True, "adapters and their gradients stay in float32")
+
+
+def _kohya_network(foreign: Foreign, found: Translation) -> None:
+    options = pairs_of(foreign.take("network_args", ()))
+    module = str(foreign.take("network_module", "networks.lora"))
+    is_dora = str(options.pop("dora_wd", False)).lower() == "true"
+    algorithm = str(options.pop("algo", "lora")).lower()
+    if algorithm not in ("lora", "locon") or not module.startswith(("networks.lora", "lycoris")):
+        found.has_no_equal(
+            "network_module", f"{module} {algorithm}", "DoRA, LoRA, magnitudes and full fine-tuning are trained"
+        )
+    found.put("adapter.method", "dora" if is_dora else "lora", "network_module")
+    found.put("adapter.rank", foreign.take("network_dim", 4), "network_dim")
+    found.put("adapter.alpha", number_of(foreign.take("network_alpha", 1.0)), "network_alpha")
+    if foreign.script.startswith("sdxl") or not foreign.script:
+        _kohya_parts(foreign, found, has_conv="conv_dim" in options or foreign.left.get("conv_dim") is not None)
+    elif foreign.script not in ("train_network.py",):
+        found.differs(f"{foreign.script}: the default parts of the model's family are adapted (adapter.parts).")
+    options.pop("conv_dim", None)
+    options.pop("conv_alpha", None)
+    for key, value in options.items():
+        found.has_no_equal(f"network_args {key}", value)
+
+
+def _kohya_parts(foreign: Foreign, found: Translation, *, has_conv: bool) -> None:
+    """The parts of SDXL that networks.lora adapts, the text encoders at their own rate."""
+    parts: dict[str, Any] = dict.fromkeys([*UNET, *(["unet.conv"] if has_conv else [])])
+    rate = foreign.take("text_encoder_lr")
+    rate = number_of(rate[0] if isinstance(rate, list) else rate)
+    unet_only = foreign.flag("network_train_unet_only") or rate == 0
+    if not unet_only:
+        parts |= {name: None if rate is None else {"lr": rate} for name in TEXT_ENCODERS}
+    if foreign.flag("network_train_text_encoder_only"):
+        parts = dict.fromkeys(TEXT_ENCODERS)
+    found.put(
+        "adapter.parts", parts if any(parts.values()) else list(parts), "network_train_unet_only, text_encoder_lr"
+    )
+    found.differs(
+        "networks.lora also adapts proj_in and proj_out around the blocks of the UNet; no part here has them."
+    )
+
+
+def _kohya_data(foreign: Foreign, found: Translation) -> None:
+    config = foreign.take("dataset_config")
+    general = foreign.take("general", {})
+    datasets = foreign.take("datasets", [])
+    if config is not None:
+        read = _toml(foreign.file(str(config)))
+        general, datasets = read.get("general", {}), read.get("datasets", [])
+    if datasets:
+        _kohya_subsets(general, datasets, number_of(foreign.take("prior_loss_weight", 1.0)), found)
+    elif (folder := foreign.take("train_data_dir")) is not None:
+        found.put("data.folder", folder, "train_data_dir")
+        found.put("data.subfolders", True, "train_data_dir with folders such as 10_name")
+    if (folder := foreign.take("reg_data_dir")) is not None:
+        found.has_no_equal("reg_data_dir", folder, "a folder of role preserve in data.folders, or preserve.prompt")
+    put_resolution(found, foreign.take("resolution"))
+    if foreign.flag("random_crop"):
+        found.put("data.crop", "random", "random_crop")
+    if (share := number_of(foreign.take("validation_split"))) is not None:
+        found.put("data.valid.share", share or None, "validation_split")
+    if foreign.take("caption_dropout_rate") or found.values.get("data.caption_dropout"):
+        found.put("data.caption_dropout", found.values.get("data.caption_dropout"))
+        found.differs(
+            "A dropped caption is zeros here; with model.sdxl.unconditional: empty it is the encoded empty text."
+        )
+    for key in ("min_bucket_reso", "max_bucket_reso", "bucket_no_upscale"):
+        foreign.take(key)  # shapes follow from data.resolution alone
+
+
+def _kohya_subsets(
+    general: Mapping[str, Any], datasets: Sequence[Mapping[str, Any]], prior_weight: float | None, found: Translation
+) -> None:
+    """`[[datasets.subsets]]` as folders; what is one setting here is that of the first subset."""
+    folders, shared = [], {}
+    first = {**general, **datasets[0]}
+    put_resolution(found, first.get("resolution"))
+    found.put("train.batch_size", first.get("batch_size"), "batch_size")
+    for dataset in datasets:
+        for subset in dataset.get("subsets", []):
+            given = {**general, **{key: value for key, value in dataset.items() if key != "subsets"}, **subset}
+            folder = {
+                "path": given.pop("image_dir", None),
+                "repeats": float(given.pop("num_repeats", 1)),
+                "prompt": given.pop("class_tokens", None),
+            }
+            folder["role"] = "preserve" if given.pop("is_reg", False) else "train"
+            folder["masks"] = given.pop("conditioning_data_dir", None)
+            size = side_of(given.get("resolution"))
+            folder["resolution"] = size if size != found.values.get("data.resolution") else None
+            folders.append({key: value for key, value in folder.items() if value not in (None, 1.0, "train")})
+            shared = shared or given
+    found.put("data.folders", folders, "datasets.subsets")
+    if any("role" in folder for folder in folders):
+        found.put("preserve.weight", prior_weight, "prior_loss_weight")
+        found.differs(
+            "Images of is_reg keep the prediction of the base model (preserve), and not the noise, as the target."
+        )
+    for key, ours in CAPTIONS.items():
+        found.put(ours, shared.get(key), key)
+
+
+def _kohya_optimizer(foreign: Foreign, found: Translation) -> None:
+    rate = foreign.take("unet_lr", foreign.left.get("learning_rate"))
+    foreign.take("learning_rate")
+    found.put("optimizer.lr", number_of(rate if rate is not None else 2e-6), "unet_lr, learning_rate")
+    if foreign.flag("use_8bit_adam"):
+        found.put("optimizer.name", "adamw_8bit", "use_8bit_adam")
+    put_optimizer_options(found, pairs_of(foreign.take("optimizer_args", ())), "optimizer_args")
+    put_warmup(found, foreign.take("lr_warmup_steps"), "lr_warmup_steps")
+    found.put("schedule.cycles", foreign.take("lr_scheduler_num_cycles"), "lr_scheduler_num_cycles")
+    found.put("schedule.power", number_of(foreign.take("lr_scheduler_power")), "lr_scheduler_power")
+    put_schedule(found, foreign.take("lr_scheduler", "constant"), "lr_scheduler")
+
+
+def _kohya_samples(foreign: Foreign, found: Translation) -> None:
+    name = foreign.take("sample_prompts")
+    if isinstance(name, list):
+        found.put("sample.prompts", [each["prompt"] for each in name if isinstance(each, dict) and "prompt" in each])
+    elif name is not None and (file := foreign.file(str(name))).is_file() and file.suffix == ".txt":
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        prompts = [line.partition(" --")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+        found.put("sample.prompts", prompts, "sample_prompts")
+    elif name is not None:
+        found.has_no_equal("sample_prompts", name, "the file was not found: sample.prompts is a list of prompts")
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"dataset_config: {path} does not exist")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"dataset_config: {path} cannot be read: {error}") from None

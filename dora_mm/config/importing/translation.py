@@ -1,0 +1,156 @@
+"""Our keys while a config is imported: what was found, what differs, what has no equal, and the text of the file."""
+
+import shlex
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dora_mm.config.importing.foreign import TITLES, Foreign
+from dora_mm.config.models import validated
+from dora_mm.config.pipelines import SCHEMAS
+from dora_mm.config.report import all_keys, describe
+from dora_mm.registries.other_trainers import KEYS, NO_EFFECT, VALUES
+from dora_mm.utils import yaml12
+from dora_mm.utils.messages import shown
+
+MISSING = "is missing"  # in messages about keys that have to be given
+WIDTH = 117  # of a line of comments
+
+
+class Translation:
+    """A config that is being imported.
+
+    Attributes:
+        trainer: The other trainer.
+        values: Our values by dotted key.
+        sources: The other trainer's key by dotted key of ours.
+        differences: What another result may come from, a sentence each.
+        without_equal: The other trainer's keys that have none here, with their values and a reason, which may be empty.
+        missing: Our keys that have to be given, which the other config does not say.
+    """
+
+    def __init__(self, trainer: str):
+        self.trainer = trainer
+        self.values: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
+        self.differences: list[str] = []
+        self.without_equal: list[tuple[str, Any, str]] = []
+        self.missing: list[str] = []
+
+    def put(self, key: str, value: Any, source: str = "") -> None:
+        """Sets a key of ours, unless the value is None."""
+        if value is not None:
+            self.values[key] = VALUES[key].get(str(value).lower(), str(value).lower()) if key in VALUES else value
+            if source:
+                self.sources[key] = source
+
+    def take(self, foreign: Foreign, names: Mapping[str, str]) -> None:
+        """Takes keys that need no more than another name.
+
+        Args:
+            foreign: The other config.
+            names: Our dotted keys by theirs.
+        """
+        for theirs, ours in names.items():
+            self.put(ours, foreign.take(theirs), theirs)
+
+    def take_known(self, foreign: Foreign) -> None:
+        """Takes what is left of the keys whose meaning does not depend on the trainer."""
+        ours = set(all_keys(SCHEMAS[self.values["pipeline"]])) - set(self.values)
+        self.take(foreign, {key: KEYS[key] for key in list(foreign.left) if KEYS.get(key) in ours})
+
+    def differs(self, sentence: str) -> None:
+        """Adds a sentence on what is not the same here."""
+        self.differences.append(sentence)
+
+    def has_no_equal(self, key: str, value: Any, reason: str = "") -> None:
+        """Adds a key of the other trainer that has no equal here."""
+        self.without_equal.append((key, value, reason))
+
+    def finish(self, foreign: Foreign) -> None:
+        """Lists the keys that nobody has taken, and leaves out what our schema refuses."""
+        for key, value in foreign.left.items():
+            if value not in (None, "", False, [], {}) and key not in NO_EFFECT:
+                self.has_no_equal(key, value)
+        self._leave_out_refused()
+
+    @property
+    def nested(self) -> dict[str, Any]:
+        """The values as sections, in the order of the schema."""
+        found: dict[str, Any] = {}
+        order = list(SCHEMAS[self.values["pipeline"]].model_fields)
+        for key in sorted(self.values, key=lambda key: order.index(key.partition(".")[0])):
+            *sections, last = key.split(".")
+            node = found
+            for section in sections:
+                node = node.setdefault(section, {})
+            node[last] = self.values[key]
+        return found
+
+    def _leave_out_refused(self) -> None:
+        schema = SCHEMAS[self.values["pipeline"]]
+        for _ in range(len(self.values)):
+            try:
+                validated(schema, {"name": "imported", **self.nested})
+                return
+            except ValidationError as error:
+                problems = describe(error, schema, {})
+            refused = False
+            for problem in problems:
+                key = next((key for key in self.values if _is_within(problem.key or problem.message, key)), None)
+                if key is None or MISSING in problem.message:
+                    continue
+                self.has_no_equal(self.sources.pop(key, key), self.values.pop(key), problem.message)
+                refused = True
+            if not refused:
+                self.missing = [str(problem) for problem in problems]
+                return
+
+    def text(self, source: Path, target: Path) -> str:
+        """The YAML file: its head says what differs and what has no equal, its lines the other trainer's keys."""
+        head = [f"dora-mm train {shlex.quote(str(target))}", ""]
+        head += [
+            f"Imported from {source.name} ({TITLES[self.trainer]}), whose keys stand behind ours.",
+            *self._remarks(),
+        ]
+        comments = "\n".join(f"# {line}".rstrip() for line in head)
+        return f"{comments}\n{self._body()}"
+
+    def _remarks(self) -> list[str]:
+        lines = [
+            line
+            for title, found in self.report().items()
+            for line in ("", f"{title}:", *(f"- {each}" for each in found))
+        ]
+        return [shortened for line in lines for shortened in _wrapped(line)]
+
+    def report(self) -> dict[str, list[str]]:
+        """What a person has to know, as lists of sentences by their titles; empty lists are left out."""
+        without = [
+            f"{key}: {shown(value, 80)}" + (f" ({reason})" if reason else "")
+            for key, value, reason in self.without_equal
+        ]
+        found = {"Still missing": self.missing, "What differs": self.differences, "No equal here": without}
+        return {title: each for title, each in found.items() if each}
+
+    def _body(self) -> str:
+        text = yaml12.write(self.nested)
+        lines, at = text.split("\n"), yaml12.read(text).lines
+        for key, source in self.sources.items():
+            number = at.get(tuple(key.split("."))) if key in self.values else None
+            if number is not None:
+                lines[number - 1] += f" # {source}"
+        return "\n".join(lines)
+
+
+def _is_within(where: str, key: str) -> bool:
+    """Whether a problem is that of a key: at it, inside it, or in its section's message that begins with the key."""
+    path = where.split(" ")[0].rstrip(":")
+    return path == key or path.startswith((f"{key}.", f"{key}["))
+
+
+def _wrapped(line: str) -> list[str]:
+    return textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False) or [""]

@@ -1,0 +1,275 @@
+"""What the configs of LLaMA-Factory, ms-swift and axolotl say beyond names of keys."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dora_mm.config.importing.foreign import Foreign
+from dora_mm.config.importing.translation import Translation
+from dora_mm.config.importing.values import number_of, put_optimizer_options, put_warmup
+
+LANGUAGE_MODEL = ("text.attn", "text.mlp")
+COLUMNS = ("messages", "images", "videos", "system", "tools", "chosen", "rejected", "prompt", "query", "response")
+
+
+def translate_llama_factory(foreign: Foreign, found: Translation) -> None:
+    """LLaMA-Factory: a YAML of `llamafactory-cli train`, with the `dataset_info.json` of its folder of data sets."""
+    is_preference = _start(foreign, found, str(foreign.left.get("stage", "sft")))
+    foreign.take("stage")
+    _llama_factory_data(foreign, found, is_preference=is_preference)
+    method = str(foreign.take("finetuning_type", "lora"))
+    _put_method(foreign, found, "full" if method == "full" else "dora" if foreign.flag("use_dora") else "lora", method)
+    rank = foreign.take("lora_rank", 8)
+    _put_rank(found, rank, foreign.take("lora_alpha", 2 * rank), foreign.take("lora_dropout", 0.0), "lora_rank")
+    frozen = (foreign.flag("freeze_vision_tower", True), foreign.flag("freeze_multi_modal_projector", True))
+    _put_parts(
+        found,
+        foreign.take("lora_target", "all"),
+        "lora_target",
+        *frozen,
+        language=not foreign.flag("freeze_language_model"),
+    )
+    found.put("model.max_length", foreign.take("cutoff_len", 2048), "cutoff_len")
+    if foreign.flag("train_on_prompt"):
+        found.put("model.loss_over", "prompts and answers", "train_on_prompt")
+    _put_quantization(foreign, found, foreign.take("quantization_bit"), "quantization_bit")
+    _put_length(found, foreign, "num_train_epochs", 3, 5e-5, 8)
+    found.put("schedule.name", foreign.take("lr_scheduler_type", "linear"), "lr_scheduler_type")
+    if is_preference:
+        found.put("preference.loss", foreign.take("pref_loss"), "pref_loss")
+    foreign.take("template")
+    foreign.take("output_dir")
+    found.differs("Rows are written by the chat template of the model's own files; template is not needed.")
+    _common(foreign, found)
+
+
+def _llama_factory_data(foreign: Foreign, found: Translation, *, is_preference: bool) -> None:
+    names = [name.strip() for name in str(foreign.take("dataset", "")).split(",") if name.strip()]
+    folder = foreign.file(str(foreign.take("dataset_dir", "data")))
+    media = foreign.take("media_dir", str(folder))
+    file = folder / "dataset_info.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if names and not known:
+        found.differs(f"{file} was not found, so data.train.file is only the name of the data set.")
+    sources = [_of_dataset_info(name, known.get(name, {}), folder, media, found) for name in names]
+    limit = foreign.take("max_samples")
+    _put_sources(
+        found,
+        [{**each, **({"limit": limit} if limit else {})} for each in sources],
+        "dataset",
+        is_preference=is_preference,
+    )
+    size = number_of(foreign.take("val_size"))
+    if size and size < 1:
+        found.put("data.valid.share", size, "val_size")
+    elif size:
+        found.has_no_equal("val_size", size, "data.valid.share is a share of the rows")
+    if evaluated := foreign.take("eval_dataset"):
+        found.put(
+            "data.valid", _of_dataset_info(evaluated, known.get(evaluated, {}), folder, media, found), "eval_dataset"
+        )
+
+
+def _of_dataset_info(
+    name: str, record: Mapping[str, Any], folder: Path, media: str, found: Translation
+) -> dict[str, Any]:
+    """A source from an entry of dataset_info.json."""
+    if hub := record.get("hf_hub_url") or record.get("ms_hub_url"):
+        found.differs(f"{hub} is on the hub: hf download --repo-type dataset {hub} --local-dir data/{name}")
+        source: dict[str, Any] = {"file": f"data/{name}"}
+    else:
+        source = {"file": str(folder / record["file_name"]) if "file_name" in record else name, "images": media}
+    columns = {ours: theirs for ours, theirs in record.get("columns", {}).items() if ours in COLUMNS and theirs != ours}
+    return {**source, **({"columns": columns} if columns else {})}
+
+
+def translate_ms_swift(foreign: Foreign, found: Translation) -> None:
+    """ms-swift: a command line of `swift sft` or `swift rlhf`, or its YAML."""
+    is_preference = _start(foreign, found, "dpo" if foreign.flag("rlhf") else "sft")
+    kind = foreign.take("rlhf_type", "dpo")
+    if is_preference and kind != "dpo":
+        found.has_no_equal("rlhf_type", kind, "preferences are trained by DPO")
+    given = foreign.take("dataset", [])
+    sources = [_of_swift(str(each)) for each in (given if isinstance(given, list) else [given])]
+    _put_sources(found, sources, "dataset", is_preference=is_preference)
+    found.put("model.path", foreign.take("model"), "model")
+    method = str(foreign.take("tuner_type", foreign.take("train_type", "lora")))
+    foreign.take("train_type")
+    _put_method(foreign, found, "full" if method == "full" else "dora" if foreign.flag("use_dora") else "lora", method)
+    rank, alpha = foreign.take("lora_rank", 8), foreign.take("lora_alpha", 32)
+    _put_rank(found, rank, alpha, foreign.take("lora_dropout", 0.05), "lora_rank")
+    frozen = (foreign.flag("freeze_vit", True), foreign.flag("freeze_aligner", True))
+    _put_parts(
+        found,
+        foreign.take("target_modules", "all-linear"),
+        "target_modules",
+        *frozen,
+        language=not foreign.flag("freeze_llm"),
+    )
+    _put_quantization(foreign, found, foreign.take("quant_bits"), "quant_bits")
+    foreign.take("quant_method")
+    found.put("data.valid.share", number_of(foreign.take("split_dataset_ratio")) or None, "split_dataset_ratio")
+    _put_length(found, foreign, "num_train_epochs", 3, 1e-4, 1)
+    found.put("optimizer.weight_decay", number_of(foreign.take("weight_decay", 0.1)), "weight_decay")
+    found.put("schedule.name", foreign.take("lr_scheduler_type", "cosine"), "lr_scheduler_type")
+    found.put("train.gradient_checkpointing", foreign.flag("gradient_checkpointing", True), "gradient_checkpointing")
+    if is_preference:
+        found.put("preference.beta", number_of(foreign.take("beta")), "beta")
+    foreign.take("output_dir")
+    foreign.take("template")
+    _common(foreign, found)
+
+
+def _of_swift(given: str) -> dict[str, Any]:
+    """A source from a data set of ms-swift: a file or a hub name, with `:subset` and `#rows`."""
+    name, _, rows = given.partition("#")
+    path = name.partition(":")[0] if not Path(name).exists() else name
+    return {"file": path, **({"limit": int(rows)} if rows.isdecimal() else {})}
+
+
+def translate_axolotl(foreign: Foreign, found: Translation) -> None:
+    """axolotl: a YAML of `axolotl train`."""
+    is_preference = _start(foreign, found, str(foreign.take("rl", "sft")))
+    sources = []
+    for each in foreign.take("datasets", []):
+        files = each.get("data_files") or each.get("path")
+        source: dict[str, Any] = {"file": files[0] if isinstance(files, list) and len(files) == 1 else files}
+        field = each.get("field_messages")
+        sources.append({**source, **({"columns": {"messages": field}} if field and field != "messages" else {})})
+        split = str(each.get("split", ""))
+        if "[" in split:
+            found.has_no_equal("datasets.split", split, "data.train.limit is a number of rows")
+    _put_sources(found, sources, "datasets", is_preference=is_preference)
+    kind = str(foreign.take("adapter", "full"))
+    method = "dora" if foreign.flag("peft_use_dora") else "full" if kind == "full" else "lora"
+    _put_method(foreign, found, method, kind)
+    bits = 4 if foreign.flag("load_in_4bit") or kind == "qlora" else 8 if foreign.flag("load_in_8bit") else None
+    _put_quantization(foreign, found, bits, "load_in_4bit, load_in_8bit")
+    _put_rank(found, foreign.take("lora_r", 8), foreign.take("lora_alpha"), foreign.take("lora_dropout", 0.0), "lora_r")
+    chosen = foreign.take("lora_target_modules")
+    if foreign.flag("lora_target_linear"):
+        chosen = "all-linear"
+    found.put(
+        "adapter.parts",
+        [f"re:{chosen}"] if isinstance(chosen, str) and chosen != "all-linear" else chosen,
+        "lora_target_modules",
+    )
+    found.put("adapter.init_from", foreign.take("lora_model_dir"), "lora_model_dir")
+    found.put("data.valid.share", number_of(foreign.take("val_set_size")) or None, "val_set_size")
+    if foreign.flag("train_on_inputs"):
+        found.put("model.loss_over", "prompts and answers", "train_on_inputs")
+    _put_length(found, foreign, "num_epochs", 1, 2e-4, 1)
+    found.put("schedule.name", foreign.take("lr_scheduler", "cosine"), "lr_scheduler")
+    options = {
+        key: foreign.take(f"adam_{name}") for key, name in (("beta1", "beta1"), ("beta2", "beta2"), ("eps", "epsilon"))
+    }
+    put_optimizer_options(found, options, "adam_beta1, adam_beta2, adam_epsilon")
+    for key in (
+        "output_dir",
+        "chat_template",
+        "sample_packing",
+        "flash_attention",
+        "saves_per_epoch",
+        "evals_per_epoch",
+    ):
+        if key == "sample_packing" and foreign.left.get(key):
+            found.has_no_equal(key, True, "rows of about one length are grouped by data.group_by_length")
+        foreign.take(key)
+    _common(foreign, found)
+
+
+def _start(foreign: Foreign, found: Translation, stage: str) -> bool:
+    """Puts what every config begins with; whether it is one of preferences."""
+    found.put("pipeline", "train_vl")
+    found.put("model.family", "vlm")
+    is_preference = stage == "dpo"
+    if stage not in ("sft", "dpo"):
+        found.has_no_equal("stage", stage, "conversations and preferences (DPO) are trained")
+    if is_preference:
+        found.put("data.task", "preference", "stage")
+    return is_preference
+
+
+def _put_sources(found: Translation, sources: Sequence[dict[str, Any]], key: str, *, is_preference: bool) -> None:
+    form = "preferences" if is_preference else "chat"
+    sources = [{"format": form, **each} for each in sources]
+    if sources:
+        for name, value in sources[0].items():
+            found.put(f"data.train.{name}", value, key if name == "file" else "")
+    found.put("data.more", sources[1:] or None, key)
+
+
+def _put_method(foreign: Foreign, found: Translation, method: str, theirs: str) -> None:
+    found.put("adapter.method", method, "use_dora" if method == "dora" else "")
+    if theirs not in ("lora", "qlora", "full"):
+        found.has_no_equal("the method", theirs, "DoRA, LoRA, magnitudes and full fine-tuning are trained")
+    if foreign.flag("use_rslora") or foreign.flag("peft_use_rslora"):
+        found.put("adapter.scaling", "sqrt", "use_rslora")
+
+
+def _put_rank(found: Translation, rank: Any, alpha: Any, dropout: Any, source: str) -> None:
+    """The size of the adapter and its dropout; full fine-tuning has only a rank, which nothing uses."""
+    found.put("adapter.rank", rank, source)
+    if found.values["adapter.method"] != "full":
+        found.put("adapter.alpha", number_of(alpha), "lora_alpha")
+        found.put("adapter.dropout", number_of(dropout) or None, "lora_dropout")
+
+
+def _put_parts(
+    found: Translation, given: Any, source: str, tower_is_frozen: bool, connector_is_frozen: bool, *, language: bool
+) -> None:
+    """The parts for all linear layers of what is not frozen; names of modules as they are."""
+    names = given if isinstance(given, list) else [each.strip() for each in str(given).split(",")]
+    if names not in (["all"], ["all-linear"]):
+        found.put("adapter.parts", names, source)
+        found.differs(
+            "The names in adapter.parts are adapted in all of the model, its vision tower too: see --dry-run."
+        )
+        return
+    parts = list(LANGUAGE_MODEL) if language else []
+    parts += [] if tower_is_frozen else ["vision.attn", "vision.mlp"]
+    parts += [] if connector_is_frozen else ["connector"]
+    found.put("adapter.parts", parts, f"{source}, freeze_...")
+
+
+def _put_quantization(foreign: Foreign, found: Translation, bits: Any, source: str) -> None:
+    if bits is not None:
+        found.put("model.quantization", {"4": "nf4", "8": "int8"}.get(str(bits), f"{bits} bits"), source)
+
+
+def _put_length(
+    found: Translation, foreign: Foreign, epochs: str, default: float, rate: float, batch_size: int
+) -> None:
+    """The number of steps or epochs, the batch size and the rate, with the other trainer's defaults."""
+    found.put("optimizer.lr", number_of(foreign.take("learning_rate", rate)), "learning_rate")
+    steps = foreign.take("max_steps")
+    number = float(foreign.take(epochs, default))
+    if steps and steps > 0:
+        found.put("train.steps", steps, "max_steps")
+    else:
+        found.put("train.epochs", max(1, round(number)), epochs)
+        if number != round(number):
+            found.differs(f"{epochs} is {number:g}; train.epochs is a whole number.")
+    given = foreign.take("per_device_train_batch_size", foreign.take("micro_batch_size", batch_size))
+    found.put("train.batch_size", given, "per_device_train_batch_size, micro_batch_size")
+
+
+def _common(foreign: Foreign, found: Translation) -> None:
+    """What the three have in common: precision, warm-up, and names that mean the same."""
+    dtype = str(foreign.take("torch_dtype", foreign.take("infer_dtype", "")))
+    half = [key for key in ("bf16", "fp16") if foreign.flag(key)]
+    if half:
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[half[0]]
+    found.put("model.dtype", dtype or "bfloat16", half[0] if half else "")
+    found.put("train.mixed_precision", {"bfloat16": "bf16", "float16": "fp16"}.get(found.values["model.dtype"]))
+    put_warmup(found, foreign.take("warmup_steps"), "warmup_steps")
+    if "schedule.warmup_steps" in found.values:
+        foreign.take("warmup_ratio")
+    found.put("train.max_grad_norm", number_of(foreign.take("max_grad_norm")), "max_grad_norm")
+    for key in ("eval_strategy", "evaluation_strategy", "save_strategy", "tf32", "resume_from_checkpoint"):
+        foreign.take(key)
+    every = foreign.take("eval_steps")
+    if every and ("data.valid.share" in found.values or "data.valid" in found.values):
+        found.put("evaluate.every", every, "eval_steps")
+    found.take_known(foreign)

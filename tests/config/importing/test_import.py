@@ -1,0 +1,397 @@
+"""Configs of other trainers, in the shapes of these trainers' own examples and parsers, become configs of dora_mm."""
+
+import json
+import shlex
+
+import pytest
+
+from dora_mm import cli
+from dora_mm.config import load_config
+from dora_mm.config.importing import translate
+
+KOHYA = """
+[model_arguments]
+pretrained_model_name_or_path = "samples/tiny-sdxl"
+[network_arguments]
+network_module = "networks.lora"
+network_dim = 8
+text_encoder_lr = 5e-5
+unet_lr = 1e-4
+[training_arguments]
+max_train_steps = 100
+optimizer_type = "AdamW"
+optimizer_args = ["weight_decay=0.1", "betas=0.9,0.99"]
+lr_scheduler = "cosine_with_restarts"
+lr_scheduler_num_cycles = 2
+lr_warmup_steps = 10
+mixed_precision = "bf16"
+multires_noise_iterations = 6
+cache_latents = true
+[dataset_arguments]
+dataset_config = "data.toml"
+"""
+KOHYA_DATA = """
+[general]
+shuffle_caption = true
+keep_tokens = 1
+[[datasets]]
+resolution = [512, 512]
+batch_size = 4
+  [[datasets.subsets]]
+  image_dir = "mine"
+  num_repeats = 10
+  class_tokens = "sks dog"
+  [[datasets.subsets]]
+  image_dir = "dogs"
+  is_reg = true
+"""
+AI_TOOLKIT = """
+job: extension
+config:
+  name: mine
+  process:
+    - type: sd_trainer
+      training_folder: output
+      trigger_word: p3r5on
+      network: {type: lora, linear: 16, linear_alpha: 32}
+      save: {dtype: float16, save_every: 250, max_step_saves_to_keep: 4, push_to_hub: false}
+      datasets:
+        - folder_path: mine
+          caption_ext: txt
+          caption_dropout_rate: 0.05
+          cache_latents_to_disk: true
+          resolution: [768]
+      train:
+        batch_size: 1
+        steps: 2000
+        gradient_accumulation_steps: 2
+        gradient_checkpointing: true
+        noise_scheduler: flowmatch
+        timestep_type: sigmoid
+        optimizer: adamw8bit
+        lr: 1e-4
+        ema_config: {use_ema: true, ema_decay: 0.99}
+        dtype: bf16
+        do_paramiter_swapping: true
+      model: {name_or_path: Tongyi-MAI/Z-Image, arch: zimage, quantize: true, quantize_te: true, qtype_te: qint8}
+      sample: {sampler: flowmatch, sample_every: 250, width: 1024, height: 1024, prompts: [a dog], seed: 42,
+               walk_seed: true, guidance_scale: 4, sample_steps: 25}
+meta: {name: "[name]"}
+"""
+ONETRAINER = {
+    "training_method": "LORA",
+    "base_model_name": "stabilityai/stable-diffusion-xl-base-1.0",
+    "model_type": "STABLE_DIFFUSION_XL_10_BASE",
+    "lora_rank": 32,
+    "lora_decompose": True,
+    "learning_rate": 0.0003,
+    "learning_rate_scheduler": "COSINE",
+    "learning_rate_warmup_steps": 0.1,
+    "optimizer": {"optimizer": "ADAMW_8BIT", "weight_decay": 0.02, "beta1": 0.9, "beta2": 0.98},
+    "resolution": "1024",
+    "batch_size": 2,
+    "epochs": 7,
+    "loss_weight_fn": "MIN_SNR_GAMMA",
+    "masked_training": True,
+    "train_dtype": "BFLOAT_16",
+    "tensorboard": True,
+    "concepts": [
+        {"path": "mine", "balancing": 2.0, "type": "STANDARD", "image": {}, "text": {"enable_tag_shuffling": True}},
+        {"path": "held", "type": "VALIDATION", "image": {}, "text": {}},
+        {"path": "off", "enabled": False},
+    ],
+}
+LLAMA_FACTORY = """
+model_name_or_path: Qwen/Qwen3-VL-4B-Instruct
+image_max_pixels: 262144
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+freeze_multi_modal_projector: false
+dataset: mine,texts
+dataset_dir: sets
+template: qwen3_vl
+cutoff_len: 2048
+max_samples: 1000
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+val_size: 0.1
+eval_steps: 500
+neat_packing: true
+"""
+DATASET_INFO = {
+    "mine": {
+        "file_name": "mine.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "turns", "images": "images"},
+    },
+    "texts": {"hf_hub_url": "someone/texts"},
+}
+SWIFT = r"""
+CUDA_VISIBLE_DEVICES=0 \
+MAX_PIXELS=1003520 \
+swift sft \
+    --model Qwen/Qwen2.5-VL-7B-Instruct \
+    --dataset 'mine.jsonl#500' \
+    --split_dataset_ratio 0.01 \
+    --tuner_type lora --use_dora true \
+    --torch_dtype bfloat16 \
+    --target_modules all-linear --freeze_vit true --freeze_aligner true \
+    --gradient_accumulation_steps 16 --warmup_ratio 0.05 --max_length 2048 --sequence_parallel_size 2
+"""
+AXOLOTL = """
+base_model: HuggingFaceTB/SmolVLM2-500M-Video-Instruct
+datasets:
+  - path: mine.jsonl
+    type: chat_template
+    field_messages: turns
+val_set_size: 0.05
+adapter: qlora
+load_in_4bit: true
+sequence_len: 4096
+sample_packing: false
+lora_r: 32
+lora_alpha: 16
+lora_target_linear: true
+peft_use_dora: true
+micro_batch_size: 2
+num_epochs: 1
+optimizer: adamw_bnb_8bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+bf16: auto
+wandb_project:
+"""
+
+
+def imported(folder, name, text):
+    (folder / name).write_text(text if isinstance(text, str) else json.dumps(text))
+    return translate(folder / name)
+
+
+def without_equal(found):
+    return {key for key, _, _ in found.without_equal}
+
+
+def test_kohyas_toml_with_its_data_set(tmp_path):
+    (tmp_path / "data.toml").write_text(KOHYA_DATA)
+    found = imported(tmp_path, "a.toml", KOHYA)
+    assert found.nested == {
+        "pipeline": "train_diffusion",
+        "model": {"dtype": "bfloat16", "path": "samples/tiny-sdxl"},
+        "adapter": {
+            "method": "lora",
+            "rank": 8,
+            "alpha": 1.0,  # their default, not ours
+            "parts": {
+                **dict.fromkeys(["unet.attn", "unet.cross", "unet.ff"]),
+                "text_encoders.attn": {"lr": 5e-5},
+                "text_encoders.ff": {"lr": 5e-5},
+            },
+        },
+        "data": {
+            "resolution": 512,
+            "folders": [
+                {"path": "mine", "repeats": 10.0, "prompt": "sks dog"},
+                {"path": "dogs", "role": "preserve"},
+            ],
+            "captions": {"shuffle": True, "keep": 1},
+        },
+        "loss": {"min_snr_gamma": None},
+        "preserve": {"weight": 1.0},
+        "optimizer": {"lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0.1, "name": "adamw"},
+        "schedule": {"warmup_steps": 10, "cycles": 2, "name": "restarts"},
+        "train": {"mixed_precision": "bf16", "steps": 100, "batch_size": 4},
+    }
+    assert without_equal(found) == {"multires_noise_iterations"}
+    assert not found.missing
+
+
+def test_kohyas_command_line_is_its_toml(tmp_path):
+    flags = (
+        "accelerate launch --num_cpu_threads_per_process 1 sdxl_train_network.py ^\n --network_dim=8 --network_alpha 4 "
+        "--pretrained_model_name_or_path 'a b.safetensors' --resolution=1024,768 --network_train_unet_only ^\n"
+        ' --train_data_dir "my images" --learning_rate 1e-4 --network_args "algo=lora" "dora_wd=True" --xformers'
+    )
+    found = imported(tmp_path, "train.bat", flags)
+    assert found.values["adapter.method"] == "dora"
+    assert found.values["adapter.parts"] == ["unet.attn", "unet.cross", "unet.ff"]
+    assert (found.values["adapter.rank"], found.values["adapter.alpha"]) == (8, 4.0)
+    assert found.values["model.path"] == "a b.safetensors"
+    assert (found.values["data.folder"], found.values["data.subfolders"]) == ("my images", True)
+    assert found.values["data.resolution"] == 896  # the side of the square of this area
+    assert any("1024 x 768" in line for line in found.differences)
+    assert found.values["train.steps"] == 1600  # their default
+    assert not found.without_equal
+
+
+def test_ai_toolkits_job(tmp_path):
+    found = imported(tmp_path, "a.yaml", AI_TOOLKIT)
+    nested = found.nested
+    assert nested["model"] == {
+        "dtype": "bfloat16",
+        "path": "Tongyi-MAI/Z-Image",
+        "quantization": "float8",
+        "text_quantization": "int8",
+    }
+    assert nested["adapter"] == {"method": "lora", "rank": 16, "alpha": 32.0}
+    assert nested["data"] == {
+        "resolution": 768,
+        "folder": "mine",
+        "caption_dropout": 0.05,
+        "captions": {"prefix": "p3r5on, "},
+    }
+    assert nested["loss"] == {"timesteps": "logit_normal"}
+    assert nested["optimizer"] == {"lr": 1e-4, "name": "adamw_8bit"}
+    assert nested["ema"] == {"decay": 0.99}
+    assert nested["sample"] == {"prompts": ["a dog"], "every": 250, "steps": 25, "guidance": 4.0, "seeds": [42]}
+    assert nested["train"]["keep_checkpoints"] == 4
+    assert without_equal(found) == {"train.do_paramiter_swapping"}
+    assert not found.missing
+
+
+def test_onetrainers_config_with_its_concepts(tmp_path):
+    found = imported(tmp_path, "a.json", ONETRAINER)
+    nested = found.nested
+    assert nested["adapter"] == {"method": "dora", "rank": 32, "alpha": 1.0}
+    assert nested["data"] == {
+        "resolution": 1024,
+        "mask": {"source": "file", "floor": 0.1},
+        "folders": [{"path": "mine", "repeats": 2.0}, {"path": "held", "role": "validate"}],
+        "captions": {"shuffle": True},
+    }
+    assert nested["optimizer"] == {"lr": 3e-4, "name": "adamw_8bit", "betas": [0.9, 0.98], "weight_decay": 0.02}
+    assert nested["schedule"] == {"name": "cosine", "warmup_ratio": 0.1}
+    assert nested["loss"] == {"timesteps": "uniform", "min_snr_gamma": 5.0}
+
+
+def test_llama_factorys_yaml_with_its_data_sets(tmp_path):
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "dataset_info.json").write_text(json.dumps(DATASET_INFO))
+    found = imported(tmp_path, "a.yaml", LLAMA_FACTORY)
+    nested, folder = found.nested, str(tmp_path / "sets")
+    assert nested["adapter"] == {
+        "method": "lora",
+        "rank": 8,
+        "alpha": 16.0,  # twice the rank is their default
+        "parts": ["text.attn", "text.mlp", "connector"],
+    }
+    assert nested["data"]["train"] == {
+        "format": "chat",
+        "file": f"{folder}/mine.json",
+        "images": folder,
+        "columns": {"messages": "turns"},
+        "limit": 1000,
+    }
+    assert nested["data"]["more"] == [{"format": "chat", "file": "data/texts", "limit": 1000}]
+    assert nested["data"]["valid"] == {"share": 0.1}
+    assert any("hf download --repo-type dataset someone/texts" in line for line in found.differences)
+    assert (nested["train"]["epochs"], nested["evaluate"]["every"]) == (3, 500)
+    assert nested["train"]["mixed_precision"] == "bf16"
+    assert without_equal(found) == {"neat_packing"}
+    assert not found.missing
+
+
+def test_swifts_command_line(tmp_path):
+    found = imported(tmp_path, "train.sh", SWIFT)
+    nested = found.nested
+    assert nested["adapter"] == {
+        "method": "dora",
+        "rank": 8,
+        "alpha": 32.0,
+        "dropout": 0.05,
+        "parts": ["text.attn", "text.mlp"],
+    }
+    assert nested["data"] == {
+        "train": {"format": "chat", "file": "mine.jsonl", "limit": 500},
+        "valid": {"share": 0.01},
+    }
+    assert (nested["model"]["max_pixels"], nested["model"]["max_length"]) == (1003520, 2048)
+    assert nested["train"]["gradient_accumulation_steps"] == 16
+    assert without_equal(found) == {"sequence_parallel_size"}
+
+
+def test_axolotls_yaml(tmp_path):
+    found = imported(tmp_path, "a.yml", AXOLOTL)
+    nested = found.nested
+    assert nested["model"]["quantization"] == "nf4"
+    assert nested["adapter"] == {"method": "dora", "rank": 32, "alpha": 16.0, "parts": "all-linear"}
+    assert nested["data"]["train"] == {"format": "chat", "file": "mine.jsonl", "columns": {"messages": "turns"}}
+    assert nested["optimizer"] == {"lr": 2e-4, "name": "adamw_8bit"}
+    assert (nested["train"]["batch_size"], nested["train"]["epochs"]) == (2, 1)
+    assert not found.without_equal
+    assert not found.missing
+
+
+def test_a_value_that_our_schema_refuses_is_left_out_with_the_reason(tmp_path):
+    found = imported(tmp_path, "a.yaml", LLAMA_FACTORY + "optim: adamw_torch\nloraplus_lr_ratio: -4\n")
+    assert "optimizer.b_lr_ratio" not in found.values
+    ((_, value, reason),) = [each for each in found.without_equal if each[0] == "loraplus_lr_ratio"]
+    assert value == -4
+    assert "greater than 0" in reason
+
+
+def test_the_command_writes_a_config_that_loads(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.toml").write_text(KOHYA_DATA)
+    (tmp_path / "my lora.toml").write_text(KOHYA)
+    assert cli.main(["import", "my lora.toml"]) == 0
+    printed = capsys.readouterr().out
+    assert "multires_noise_iterations: 6" in printed
+    *_, command = printed.strip().splitlines()
+    words = shlex.split(command)
+    assert words == ["dora-mm", "train", "my-lora.yaml", "--dry-run"]
+    text = (tmp_path / words[2]).read_text()
+    assert "  rank: 8 # network_dim\n" in text
+    assert load_config(tmp_path / words[2]).adapter.alpha == 1.0
+    (tmp_path / "my-lora.yaml").write_text("# mine")
+    assert cli.main(["import", "my lora.toml"]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "title"),
+    [
+        ("a.toml", 'pretrained_model_name_or_path = "x"', "kohya's scripts"),
+        ("a.yaml", AI_TOOLKIT, "ai-toolkit"),
+        ("a.json", json.dumps(ONETRAINER), "OneTrainer"),
+        ("a.yaml", LLAMA_FACTORY, "LLaMA-Factory"),
+        ("a.yaml", AXOLOTL, "axolotl"),
+        ("a.sh", SWIFT, "ms-swift"),
+    ],
+)
+def test_another_trainers_config_in_the_place_of_ours_is_recognized(name, text, title, tmp_path, capsys):
+    (tmp_path / name).write_text(text)
+    assert cli.main(["train", str(tmp_path / name)]) == 2
+    message = f"is a config of {title}: dora-mm import {tmp_path / name} writes one of ours from it\n"
+    assert capsys.readouterr().err.endswith(message)
+
+
+def test_a_device_is_chosen_in_front_of_the_command(tmp_path, capsys):
+    assert cli.main(["train", "configs/sdxl/demo.yaml", "--set", "device=cuda:1"]) == 2
+    assert "unknown key: CUDA_VISIBLE_DEVICES=1 in front of the command chooses the GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "pipeline: train_vl", "is a config of dora_mm already"),
+        ("a.yaml", "a: 1\nb: 2", "has the keys a, b: of no trainer"),
+        ("a.toml", "a = [", "cannot be read"),
+        ("a.json", "[1]", "has no keys"),
+        ("a.txt", "python my_own.py --lr 1", "is no config that dora-mm import knows"),
+        ("a.sh", "swift sft --model 'x", "cannot be read as a command line: No closing quotation"),
+        ("b.toml", 'pretrained_model_name_or_path = "x"\ndataset_config = "none.toml"', "none.toml does not exist"),
+    ],
+)
+def test_what_cannot_be_imported_is_said_in_a_sentence(name, text, message, tmp_path, capsys):
+    (tmp_path / name).write_text(text)
+    assert cli.main(["import", str(tmp_path / name)]) == 2
+    assert message in capsys.readouterr().err
