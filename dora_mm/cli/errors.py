@@ -29,10 +29,10 @@ def user_message(error: Exception) -> str | None:
 
 
 def _message(error: Exception) -> str | None:
-    for cause in _causes(error):
+    for cause in causes(error):
         if any(text in str(cause) for text in _FULL):
             return f"the disk is full: free some space, then run again (train: with --resume RUN_DIR) ({cause})"
-    if found := next((found for cause in _causes(error) if (found := _NATIVE.search(str(cause)))), None):
+    if found := next((found for cause in causes(error) if (found := _NATIVE.search(str(cause)))), None):
         return f"a file cannot be written or read: {found[1]}"
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _REFUSED):
         return f"{error.filename or 'a file'} cannot be written or read: {error.strerror}"
@@ -47,7 +47,8 @@ def _message(error: Exception) -> str | None:
     return None
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
     seen: BaseException | None = error
     while seen is not None:
         yield seen

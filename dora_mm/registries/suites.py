@@ -103,6 +103,8 @@ def _checked(path: Path, found: Any) -> Mapping[str, Any]:
             raise ValueError(f"{path}: {key} has the wrong type: {value!r}")
     if missing := [key for key in NEEDED if key not in found]:
         raise ValueError(f"{path}: {missing[0]} is missing")
+    if not found["readers"] or any(not isinstance(reader, str) for reader in found["readers"]):
+        raise ValueError(f"{path}: readers is no list of names: {found['readers']!r:.100}")
     try:
         for reader in found["readers"]:
             READERS.check(reader)

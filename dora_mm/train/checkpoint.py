@@ -8,11 +8,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors.torch import load_file
 from torch import nn
 
 from dora_mm.config.training import TrainConfig
 from dora_mm.formats.files.checks import first_not_finite
+from dora_mm.formats.files.tensor_file import TensorFile
 from dora_mm.formats.tools.native import FILE_NAME
 from dora_mm.train.state_file import read_state, write_state
 from dora_mm.utils.atomic import flush
@@ -174,9 +174,7 @@ def load_parts(path: Path, parts: Mapping[str, Stateful]) -> None:
         path: The folder of a checkpoint that is intact.
         parts: As for `load_checkpoint`, where all are given.
     """
-    state = _state_in(path, parts)
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
+    _restore(path, parts, _state_in(path, parts))
 
 
 def _state_in(path: Path, names: Collection[str] | None = None) -> dict[str, Any]:
@@ -203,7 +201,8 @@ def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], parts: M
     """
     if problem := damage(path):
         raise ValueError(f"{path} is damaged: {problem}. Delete it to resume from the one before.")
-    weights = load_file(path / WEIGHTS)
+    file = TensorFile(path / WEIGHTS)
+    weights = {name: file.read(name) for name in file.entries}
     state = _state_in(path)
     for names, expected in ((weights, parameters), (state, parts)):
         if difference := sorted(set(names) ^ set(expected)):
@@ -217,6 +216,15 @@ def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], parts: M
             shapes = f"{tuple(weights[name].shape)}, not {tuple(parameter.shape)}"
             raise ValueError(f"{path} belongs to another model: {name} has shape {shapes}.")
         parameter.data.copy_(weights[name])
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
+    _restore(path, parts, state)
     return step_of(path)
+
+
+def _restore(path: Path, parts: Mapping[str, Stateful], state: Mapping[str, Any]) -> None:
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:  # as values of other types bring
+            raise ValueError(
+                f"{path} is damaged, or belongs to another config: its {name} is not as it was saved ({error!r:.200})"
+            ) from error

@@ -20,11 +20,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
 
-from tests.fuzz.doors import DOORS, Door, check_doors
-from tests.fuzz.forked import BATCH, outcomes
+from tests.fuzz.door import Door
+from tests.fuzz.doors import DOORS, check_doors
+from tests.fuzz.faults import FAULTS
+from tests.fuzz.forked import BATCH, FINE, outcomes
 from tests.fuzz.mutations import mutated
 
 Contents = dict[str, dict[str, bytes]]  # of the files of each door
+Seed = int | str  # the name of a fault
 
 
 def main() -> int:
@@ -34,10 +37,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first case of each door; they count up")
     parser.add_argument("--doors", nargs="*", help="only these")
     parser.add_argument("--also", nargs="*", default=[], metavar="DOOR:SEED", help="these cases before all others")
+    parser.add_argument("--faults", nargs="*", default=[], choices=FAULTS, metavar="NAME", help="and these, with names")
     parser.add_argument("--output", type=Path, help="a CSV file: what became of the cases, by door")
     given = parser.parse_args()
     doors = [door for door in DOORS if door.name in (given.doors or door.name)]
-    also = [(door, int(seed)) for door, _, seed in (text.partition(":") for text in given.also)]
+    also: list[tuple[str, Seed]] = [(FAULTS[name].door, name) for name in given.faults]
+    also += [(door, int(seed)) for door, _, seed in (text.partition(":") for text in given.also)]
     with tempfile.TemporaryDirectory(prefix="fuzz") as name:
         batches = in_batches([door.name for door in doors], given.seed, given.cases // len(doors), also)
         counts, bad = run(batches, Path(name), time.monotonic() + given.seconds)
@@ -54,7 +59,9 @@ def main() -> int:
     return 1 if bad else 0
 
 
-def in_batches(doors: list[str], seed: int, cases: int, also: list[tuple[str, int]]) -> Iterator[tuple[str, list[int]]]:
+def in_batches(
+    doors: list[str], seed: int, cases: int, also: list[tuple[str, Seed]]
+) -> Iterator[tuple[str, list[Seed]]]:
     """The seeds of each door, some doors' own first, then those of all in turn."""
     for door in dict.fromkeys(door for door, _ in also):
         yield door, [number for name, number in also if name == door]
@@ -63,7 +70,7 @@ def in_batches(doors: list[str], seed: int, cases: int, also: list[tuple[str, in
             yield door, list(range(first, min(first + BATCH, seed + cases)))
 
 
-def run(batches: Iterable[tuple[str, list[int]]], root: Path, end: float) -> tuple[dict[str, Counter[str]], list[str]]:
+def run(batches: Iterable[tuple[str, list[Seed]]], root: Path, end: float) -> tuple[dict[str, Counter[str]], list[str]]:
     """The kinds of outcomes by door, and a line for each that must not be."""
     doors, contents = {door.name: door for door in DOORS}, made(root)
     counts, bad = defaultdict[str, Counter[str]](Counter), []
@@ -73,8 +80,10 @@ def run(batches: Iterable[tuple[str, list[int]]], root: Path, end: float) -> tup
         cases = [case(doors[name], contents[name], root / name, seed) for seed in seeds]
         for seed, outcome in zip(seeds, outcomes(cases, [root]), strict=True):
             counts[name][outcome.kind] += 1
-            if not outcome.is_fine:
-                bad.append(f"{name}, seed {seed}: {outcome.kind}: {outcome.text}")
+            if not (FAULTS[seed].is_mended(outcome) if isinstance(seed, str) else outcome.kind in FINE):
+                bad.append(
+                    f"{name}, {'seed' if isinstance(seed, int) else 'fault'} {seed}: {outcome.kind}: {outcome.text}"
+                )
     return counts, bad
 
 
@@ -94,16 +103,14 @@ def made(root: Path) -> Contents:
     return pickle.loads(kept.read_bytes())
 
 
-def case(door: Door, contents: dict[str, bytes], folder: Path, seed: int) -> Callable[[], object]:
+def case(door: Door, contents: dict[str, bytes], folder: Path, seed: Seed) -> Callable[[], object]:
     """Changes a file of a door's folder, and reads it; what is refused leaves no other file."""
 
     def read() -> None:
-        random = Random(f"{door.name} {seed}")
         shutil.rmtree(folder, ignore_errors=True)
-        changed = random.choice(door.files)
-        for name, content in contents.items():
+        for name, content in (contents | changed(door, contents, seed)).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(mutated(name, content, random) if name == changed else content)
+            (folder / name).write_bytes(content)
         before = set(folder.rglob("*"))
         try:
             door.read(folder)
@@ -113,6 +120,15 @@ def case(door: Door, contents: dict[str, bytes], folder: Path, seed: int) -> Cal
             raise
 
     return read
+
+
+def changed(door: Door, contents: dict[str, bytes], seed: Seed) -> dict[str, bytes]:
+    """The files that a seed or a fault makes others."""
+    if isinstance(seed, str):
+        return {name: change(contents[name]) for name, change in FAULTS[seed].changes.items()}
+    random = Random(f"{door.name} {seed}")
+    name = random.choice(door.files)
+    return {name: mutated(name, contents[name], random, door.changes)}
 
 
 def write(file: Path, counts: dict[str, Counter[str]], seed: int) -> None:

@@ -4,7 +4,7 @@ import gzip
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ from dora_mm.utils.lock import only_writer
 from dora_mm.utils.partials import machine
 from dora_mm.utils.run_directory import RunDirectory
 from dora_mm.utils.tables import csv_records
+from tests.fuzz.door import Door
+from tests.fuzz.model_doors import MODEL_DOORS
+from tests.fuzz.run_doors import RUN_DOORS
+from tests.fuzz.score_doors import SCORE_DOORS
 from tests.shared.data import suite_files
 
 ROOT = Path(__file__).parents[2]
@@ -60,23 +64,6 @@ JOBS = [
     {"prompt": "a bus", "seed": "0-3", "steps": 4, "width": 64, "height": 64, "guidance": 5.5},
     {"prompt": "a cat", "seed": "7", "steps": 8, "width": 64, "height": 96, "guidance": 1.0},
 ]
-
-
-@dataclass(frozen=True)
-class Door:
-    """One of the files of a folder, which is changed, and what reads it.
-
-    Attributes:
-        name: Of the door.
-        make: Fills a folder.
-        files: The files of which one is changed, relative to the folder.
-        read: Reads them.
-    """
-
-    name: str
-    make: Callable[[Path], object]
-    files: tuple[str, ...]
-    read: Callable[[Path], object]
 
 
 # --- adapters and models ----------------------------------------------------------------------------------------------
@@ -307,6 +294,9 @@ DOORS: tuple[Door, ...] = (
                                           "metrics.sha256", "checkpoints/step-000002/checkpoint.json", "chat.jsonl")),
          read_run),
     Door("trainings", make_trainings, ("trainings.csv",), read_trainings),
+    *RUN_DOORS,
+    *MODEL_DOORS,
+    *SCORE_DOORS,
 )  # fmt: skip
 
 

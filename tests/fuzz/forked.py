@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dora_mm.cli.errors import user_message
+from dora_mm.cli.errors import causes, user_message
 from dora_mm.utils.messages import UNSEEN
 
 BATCH = 200
@@ -22,24 +22,21 @@ SECONDS = 10  # of a case
 BYTES = 3 * 2**29  # of memory beyond that of the parent
 FILE_BYTES = 2**28
 LONGEST_LINE, MOST_CHARACTERS = 2100, 12_000  # of a message: a screen, with lines of names out of files
-READ_ONLY = ("/dev/null", "/dev/urandom", "/proc", "/sys", "/etc")
+READ_ONLY = ("/dev/null", "/dev/urandom", "/proc", "/sys", "/etc", "/usr/share/zoneinfo")
+FINE = ("read", "refused")  # how a case may end
 
 
 class Outcome(NamedTuple):
     """What became of a case.
 
     Attributes:
-        kind: "read", "refused" with one sentence, or what must not be: "traceback", "message", "signal", "outside",
-            "left".
+        kind: "read", "refused" with one sentence, or what must not be: "traceback", "message", "memory", "signal",
+            "outside", "left".
         text: The message, or what happened.
     """
 
     kind: str
     text: str = ""
-
-    @property
-    def is_fine(self) -> bool:
-        return self.kind in ("read", "refused")
 
 
 def outcomes(cases: Sequence[Callable[[], object]], allowed: Sequence[Path]) -> Iterator[Outcome]:
@@ -91,6 +88,8 @@ def _outcome(case: Callable[[], object]) -> Outcome:
         case()
     except Exception as error:
         message = user_message(error)
+        if any(isinstance(cause, MemoryError) for cause in causes(error)):
+            return Outcome("memory", f"{message or error!r}")
         if message is None:
             *_, last = traceback.extract_tb(error.__traceback__)
             return Outcome("traceback", f"{type(error).__name__}: {str(error)[:200]} ({last.filename}:{last.lineno})")

@@ -3,12 +3,16 @@
 import gzip
 import io
 import json
+import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import yaml
+
+Change = Callable[[bytes, Random], bytes]
 DEEP = 100_000
 HOSTILE: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 1.5, 1e308, float("nan"), float("inf"), 10**25, -(2**63), 2**31),
@@ -22,9 +26,9 @@ TOKENS = (
 )
 
 
-def mutated(name: str, content: bytes, random: Random) -> bytes:
-    """Other content of a file, by the end of its name."""
-    changes = CHANGES.get(Path(name).suffix, [])
+def mutated(name: str, content: bytes, random: Random, more: Sequence[Change] = ()) -> bytes:
+    """Other content of a file, by the end of its name, and by more changes where it is of a special kind."""
+    changes = [*CHANGES.get(Path(name).suffix, []), *more]
     change = random.choice([*changes, *changes, _bytes])  # what keeps the form goes deeper
     for _ in range(1 + (random.random() < 0.3)):
         content = change(content, random)
@@ -148,7 +152,71 @@ def _packed(content: bytes, random: Random) -> bytes:
         return _bytes(content, random)
 
 
-Change = Callable[[bytes, Random], bytes]
+def placed(values: Sequence[Any]) -> Change:
+    """A change of JSON: one of these values at a random place."""
+
+    def change(content: bytes, random: Random) -> bytes:
+        try:
+            found = json.loads(content)
+        except (ValueError, RecursionError):
+            return _bytes(content, random)
+        parent, keys = found, _keys(found)
+        while keys:
+            key = random.choice(keys)
+            if not (keys := _keys(parent[key])) or random.random() < 0.2:
+                parent[key] = random.choice(values)
+                break
+            parent = parent[key]
+        return _dumped(found)
+
+    return change
+
+
+def _keys(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+
+
+def inserted(pieces: Sequence[str]) -> Change:
+    """A change of a chat template: a piece between two of its tags, or in the place of one, or one less, or twice."""
+
+    def change(content: bytes, random: Random) -> bytes:
+        parts = re.split(rb"(\{[{%#].*?[}%#]\})", content, flags=re.DOTALL)
+        place, piece = random.randrange(len(parts)), random.choice(pieces).encode()
+        kind = random.randrange(4)
+        if kind == 3:
+            parts[place:place] = [parts[random.randrange(len(parts))]]
+        else:
+            parts[place : place + (kind > 0)] = [piece] * (kind < 2)
+        return b"".join(parts)
+
+    return change
+
+
+def other_yaml(content: bytes, random: Random) -> bytes:
+    try:
+        return _dumped(changed_value(yaml.safe_load(content), random))  # JSON is YAML
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError):
+        return _bytes(content, random)
+
+
+def _table(content: bytes, random: Random) -> bytes:
+    """A table with tabs with another cell, a row less or twice, or a cell more."""
+    rows = [line.split(b"\t") for line in content.split(b"\n")]
+    row = random.choice(rows)
+    kind = random.randrange(5)
+    if kind == 0:
+        rows.remove(row)
+    elif kind == 1:
+        rows.append(row)
+    elif kind == 2:
+        row.insert(random.randrange(len(row) + 1), b"A")
+    else:
+        row[random.randrange(len(row))] = random.choice(
+            (*TOKENS, *(str(value).encode("utf-8", "surrogatepass") for value in HOSTILE))
+        )
+    return b"\n".join(map(b"\t".join, rows))
+
+
 CHANGES: dict[str, list[Change]] = {
     ".json": [_json],
     ".jsonl": [_lines],
@@ -156,4 +224,5 @@ CHANGES: dict[str, list[Change]] = {
     ".npz": [_archive],
     ".xlsx": [_archive],
     ".gz": [_packed],
+    ".tsv": [_table],
 }

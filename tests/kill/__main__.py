@@ -10,8 +10,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "JE_ARROW_MALLOC_CONF": "background_thread
 
 import argparse
 import csv
+import json
 import logging
-import mmap
 import shutil
 import signal
 import sys
@@ -31,7 +31,8 @@ import dora_mm.studies.plots  # noqa: F401
 from dora_mm.cli.errors import user_message
 from dora_mm.recipes import PIPELINES
 from tests.kill.commands import COMMANDS, THUMBNAIL, Command, files_of, prepare
-from tests.kill.disturbances import DISTURBANCES, KILLED, Disturbance, counting, disturb, other_input
+from tests.kill.disturbances import CLOCK, DISTURBANCES, KILLED, Disturbance, counting, disturb, mapped, other_input
+from tests.kill.process import DISTURBED
 
 RECIPES = (
     "new",
@@ -43,9 +44,12 @@ RECIPES = (
     "extract_features",
     "sample",
     "train_diffusion",
+    "train_vl",
+    "tune",
+    "compare",
+    "score",
 )
 Files = dict[str, bytes]
-EVENTS = memoryview(mmap.mmap(-1, 4)).cast("i")  # of a whole command, which a child counts here
 
 
 def main() -> int:
@@ -59,6 +63,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, help="so many of all commands together, at random events; nothing else")
     parser.add_argument("--output", type=Path, help="a CSV file: how often what happened to which command")
     given = parser.parse_args()
+    under_other_clock(given.things or DISTURBANCES)
     rows, bad = [], []
     with tempfile.TemporaryDirectory(prefix="kill") as name:
         root = Path(name).resolve()
@@ -70,7 +75,7 @@ def main() -> int:
             bench, events = Bench(what, COMMANDS[what], root, given.seed), given.events
             if given.kills:
                 events = bench.random.sample(range(bench.events), len(range(place, given.kills, len(names))))
-            for thing in ["SIGKILL"] if given.kills else given.things or DISTURBANCES:
+            for thing in ["SIGKILL"] if given.kills else possible(given.things or DISTURBANCES):
                 most = given.each if thing == "SIGKILL" else given.others
                 most = max(most // 5, 1) if COMMANDS[what].is_long else most
                 number, found = bench.disturbed(thing, bench.moments(thing, most, events))
@@ -91,10 +96,14 @@ class Bench:
 
     def __init__(self, name: str, command: Command, root: Path, seed: int):
         self.name, self.command, self.root, self.random = name, command, root, Random(f"{name} {seed}")
+        self.counter = root / "events"
+        self.counter.write_bytes(bytes(4))
+        self.counted = mapped(self.counter)
         begin = time.monotonic()
         self.whole = self._whole()
-        self.seconds, self.events = time.monotonic() - begin, EVENTS[0]
-        assert self._whole() == self.whole, f"{name} does not repeat itself"
+        self.seconds, self.events = time.monotonic() - begin, self.counted[0]
+        other = names_of_differences(self._whole(), self.whole)
+        assert not other, f"{name} does not repeat itself: {', '.join(other[:5])}"
 
     @cached_property
     def other(self) -> Files:
@@ -106,7 +115,7 @@ class Bench:
         what, bad, number = DISTURBANCES[thing], list[str](), 0
         for moment in moments:
             folder, number = fresh(self.root), number + 1
-            code = in_child(self.command.run, folder, self._hook(what, folder, moment), moment)
+            code = in_child(self.command.run, folder, self._setup(thing, folder, moment), moment)
             bad += [f"{self.name}, {thing} at {moment}: {problem}" for problem in self._problems(what, folder, code)]
         return number, bad
 
@@ -127,7 +136,8 @@ class Bench:
 
     def _problems(self, what: Disturbance, folder: Path, code: int) -> Iterator[str]:
         right = [self.whole, with_thumbnails(self.whole, self.other), self.other] if what.stays else [self.whole]
-        if code not in (*what.codes, 0):
+        others = (1,) if self.command.starts else ()  # where a process that it has started has ended
+        if code not in (*what.codes, *others, 0):
             yield f"exit code {code}"
         restore(self.root / "prepared", folder)
         if code == 0 and not what.errors:  # from a disk that is read-only the next command removes what is half written
@@ -154,18 +164,31 @@ class Bench:
         folder = fresh(self.root)
         if change:
             assert in_child(lambda: change(self.command), folder) == 0
-        EVENTS[0], said = 0, self.root / "said"
-        assert in_child(self.command.run, folder, counting(folder, EVENTS), said=said) == 0, said.read_text()
+        said = self.root / "said"
+        assert in_child(self.command.run, folder, self._setup("", folder, 0), said=said) == 0, said.read_text()
         return self._files(folder)
 
     def _files(self, folder: Path) -> Files:
         """Those that it wrote, and what lay there: but for the one that is another input."""
         return {name: what for name, what in files_of(folder, self.command.times).items() if name != self.command.reads}
 
-    def _hook(self, what: Disturbance, folder: Path, moment: int | float) -> Callable | None:
+    def _setup(self, thing: str, folder: Path, moment: int | float) -> Callable[[], object] | None:
+        """What a child does before the command, so that this happens to it; without a thing its events are counted."""
+        self.counted[0] = 0
         if isinstance(moment, float):
             return None
-        return disturb(folder, what, self.command, moment)
+        if self.command.is_external:
+            about = {
+                "folder": folder,
+                "thing": thing,
+                "number": moment,
+                "reads": self.command.reads,
+                "events": self.counter,
+            }
+            return lambda: os.environ.update({DISTURBED: json.dumps(about, default=str)})
+        if not thing:
+            return lambda: sys.addaudithook(counting(folder, self.counted))
+        return lambda: sys.addaudithook(disturb(folder, DISTURBANCES[thing], self.command, moment, self.counted))
 
 
 def names_of_differences(one: Files, other: Files) -> list[str]:
@@ -195,19 +218,52 @@ def restore(prepared: Path, folder: Path) -> None:
             shutil.copy2(path, target)
 
 
+def under_other_clock(things: Iterable[str]) -> None:
+    """Starts this program anew under libfaketime, where it is installed and something sets the clock."""
+    found = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+    if CLOCK in os.environ or not found or not any(DISTURBANCES[thing].by_clock for thing in things):
+        return
+    descriptor, clock = tempfile.mkstemp(prefix="clock")
+    os.write(descriptor, b"+0")
+    settings = {"LD_PRELOAD": str(found[0]), CLOCK: clock, "FAKETIME_NO_CACHE": "1", "NO_FAKE_STAT": "1"}
+    os.execve(sys.executable, [sys.executable, "-m", "tests.kill", *sys.argv[1:]], {**os.environ, **settings})
+
+
+def possible(things: Iterable[str]) -> Iterator[str]:
+    """Those that can happen here."""
+    for thing in things:
+        if DISTURBANCES[thing].by_clock and CLOCK not in os.environ:
+            print(f"{thing}: left out, since libfaketime is not installed (apt install faketime)")
+        else:
+            yield thing
+
+
+def wait_for(folder: Path) -> None:
+    """Waits for the end of all processes in a folder: some go on when the one that has started them is killed."""
+    while any(is_in(process, folder) for process in Path("/proc").glob("[0-9]*")):
+        time.sleep(0.02)
+
+
+def is_in(process: Path, folder: Path) -> bool:
+    try:
+        return os.readlink(process / "cwd").removesuffix(" (deleted)") == str(folder)
+    except OSError:  # it has ended, or is somebody else's
+        return False
+
+
 def in_child(
     run: Callable[[], object],
     folder: Path,
-    hook: Callable | None = None,
+    setup: Callable[[], object] | None = None,
     seconds: int | float = 0,
     said: str | Path = os.devnull,
 ) -> int:
-    """Runs a function in a folder, and an audit hook or a kill with it; returns its exit code, or minus the signal.
+    """Runs a function in a folder, and what disturbs it or a kill; returns its exit code, or minus the signal.
 
     Args:
         run: The function.
         folder: The folder.
-        hook: The hook.
+        setup: What the child calls first.
         seconds: The time until the kill, as a float.
         said: Where what it prints goes.
     """
@@ -220,8 +276,9 @@ def in_child(
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
             signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
-            if hook:
-                sys.addaudithook(hook)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as those of nohup do
+            if setup:
+                setup()
             run()
             code = 0
         except KeyboardInterrupt:
@@ -238,7 +295,9 @@ def in_child(
     if isinstance(seconds, float):
         time.sleep(seconds)
         os.kill(child, -KILLED)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    wait_for(folder)
+    return code
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from dora_mm.cli import main as dora_mm_main
 from dora_mm.sampling.manifest import ManifestEntry, write_manifest
 from dora_mm.utils.run_directory import RunDirectory
 from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
+from tests.kill.campaigns import CAMPAIGN, prepare_campaigns
+from tests.kill.process import two_processes
 from tests.shared.vl.small_towers import small_tower
 
 FIXTURES = Path(__file__).parents[1] / "formats" / "fixtures"
@@ -52,6 +54,8 @@ class Command(NamedTuple):
         again: What the documents say to do after a kill; None: the same command.
         is_long: Whether it takes seconds.
         times: Patterns of files that hold times, such as the seconds that steps took.
+        starts: Whether it starts other processes, which may end before it.
+        is_external: Whether what writes is in processes that begin anew, where `tests.kill.process` disturbs it.
     """
 
     run: Callable[[], object]
@@ -59,6 +63,8 @@ class Command(NamedTuple):
     again: Callable[[], object] | None = None
     is_long: bool = False
     times: str = r"versions\.json|\.(svg|png)$"  # figures of matplotlib have their date
+    starts: bool = False
+    is_external: bool = False
 
 
 def prepare() -> None:
@@ -84,6 +90,7 @@ def prepare() -> None:
     features = {"pipeline": "extract_features", "output": "out/features", "images": ["pictures"], "batch_size": 1}
     for name, values in {"train": TRAIN, "job": JOB, "features": {**features, "vision": vision}}.items():
         Path(f"{name}.yaml").write_text(json.dumps(values))  # JSON is YAML
+    prepare_campaigns()
 
 
 def command(*arguments: str) -> Callable[[], object]:
@@ -105,7 +112,12 @@ def make_run() -> None:
     RunDirectory.create("a", "seed: 1\n", "out/run", {"data": str(digest)})
 
 
-OURS = r"versions\.json|metrics|summary|events\.out|manifest|checkpoint\.json|state\.pt|\.html$"
+def train_in_two_again() -> None:
+    there = Path(TRAIN["output"], "config.yaml").is_file()
+    two_processes("train", *(["--resume", TRAIN["output"]] if there else ["train.yaml"]))()
+
+
+OURS = r"versions\.json|metrics|summary|events\.out|manifest|checkpoint\.json|state\.safetensors|\.html$"
 NAMED_BY_TIME = r"events\.out.*"
 THUMBNAIL = re.compile(r"/thumbnails/[0-9a-f]{16}\.webp$").search  # of an image, named by its path, time and size
 COMMANDS: dict[str, Command] = {
@@ -133,6 +145,26 @@ COMMANDS: dict[str, Command] = {
     "features": Command(command("features", "features.yaml"), "pictures/2.png"),
     "sample": Command(command("sample", "job.yaml"), "model/unet/config.json", None, True, OURS),
     "train": Command(command("train", "train.yaml"), "pictures/2.png", train_again, True, OURS),
+    "train in two processes": Command(
+        two_processes("train", "train.yaml"), "pictures/2.png", train_in_two_again, True, OURS, True, True
+    ),
+    "tune": Command(
+        command(
+            "tune", "base.yaml", "--rates", "1e-2", "1e-1", "--selection-metric", "held_out", "--output", "out/tune"
+        ),
+        "features/COCO_val2014_000000000043.npz",
+        None,
+        True,
+        CAMPAIGN,
+        True,
+    ),
+    "compare": Command(
+        command("compare", "compare.yaml"), "features/COCO_val2014_000000000043.npz", None, True, CAMPAIGN, True
+    ),
+    "score": Command(
+        command("score", "answers.json", "--suite", "docvqa", "--data", "docvqa.json", "--page", "out/answers.html"),
+        "answers.json",
+    ),
 }
 
 

@@ -10,11 +10,12 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, Template
 from PIL import Image
 
 from dora_mm.data.images.pixels import on_white
@@ -101,6 +102,12 @@ def write_examples_page(path: Path, title: str, sections: Sequence[PageSection])
         sections: One per task.
     """
     examples = [example for section in sections for example in section.examples]
+    write_text(path, _template().render(title=title, sections=sections, filters=_filters(examples)))
+
+
+@cache
+def _template() -> Template:
+    """The page's template, which takes longer to compile than to render."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -110,8 +117,7 @@ def write_examples_page(path: Path, title: str, sections: Sequence[PageSection])
         keep_trailing_newline=True,
     )
     known = {"address": _address, "anchor": _anchor, "verdicts": VERDICTS, "changes": CHANGES}
-    template = environment.get_template("examples.html", globals=known)
-    write_text(path, template.render(title=title, sections=sections, filters=_filters(examples)))
+    return environment.get_template("examples.html", globals=known)
 
 
 def _without_halves(value: Any) -> Any:

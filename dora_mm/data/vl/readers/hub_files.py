@@ -27,6 +27,7 @@ KEYWORDS = {
 }
 SEPARATORS = "-._ 0-9"  # around a keyword
 SHARD = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]*")
+MOST_PATTERN = 1000  # characters
 Splits = dict[str, list[Path]]
 
 
@@ -183,7 +184,7 @@ def _configs(readme: Path) -> list[dict[str, Any]]:
 
 def _subset(folder: Path, config: Mapping[str, Any], found: Sequence[Path]) -> Splits:
     """The files of one data set of a README.md, by their splits."""
-    root = folder / str(config.get("data_dir") or "")
+    root = folder / _inside(folder, str(config.get("data_dir") or ""))
     given = config.get("data_files")
     if given is None:
         inside = [path for path in found if path.is_relative_to(root)]
@@ -193,9 +194,20 @@ def _subset(folder: Path, config: Mapping[str, Any], found: Sequence[Path]) -> S
     for one in given:
         name, paths = (one.get("split"), one.get("path")) if isinstance(one, dict) else ("train", one)
         for pattern in paths if isinstance(paths, list) else [paths]:
-            matched = {root / path for path in glob(str(pattern), root_dir=root, recursive=True)}
+            matched = {root / path for path in glob(_inside(folder, str(pattern)), root_dir=root, recursive=True)}
             splits.setdefault(str(name), []).extend(path for path in found if path in matched)
     return {name: files for name, files in splits.items() if files}
+
+
+def _inside(folder: Path, pattern: str) -> str:
+    """A pattern of a README.md, which looks for files of its folder alone.
+
+    Raises:
+        ValueError: It leads to another folder, or is longer than any path.
+    """
+    if len(pattern) > MOST_PATTERN or pattern.startswith("/") or ".." in Path(pattern).parts:
+        raise ValueError(f"{folder / 'README.md'} names files by {pattern!r:.100}, which is no pattern of its folder")
+    return pattern
 
 
 def _splits_by_name(root: Path, found: Sequence[Path]) -> tuple[Splits, list[Path]]:

@@ -136,6 +136,13 @@ def named(locations: Sequence[str], separator: str = ", ") -> str:
     return separator.join([*locations[:MOST_NAMED], *(["..."] if len(locations) > MOST_NAMED else [])])
 
 
+def _cell(row: Mapping[str, Any], name: str) -> Any:
+    """A value that the first row has, by which the program is known."""
+    if name not in row:
+        raise RowError(f"has no {name}")
+    return row[name]
+
+
 def _text(value: Any) -> str:
     """An answer: a text, a number, or the only one of a list; "" where the program gave none."""
     while isinstance(value, list) and len(value) <= 1:
@@ -156,19 +163,19 @@ def _ours(row: Mapping[str, Any], where: str) -> AnsweredRow:
 def _vlmevalkit(row: Mapping[str, Any], where: str) -> AnsweredRow:
     """A row of its results, with its thought where `SPLIT_THINK` has it in a column; an empty cell is no answer."""
     cells = {name: "" if value is None else str(value) for name, value in row.items()}
-    answer = message_answer({"content": cells["prediction"], "reasoning": cells.get("thinking")})
+    answer = message_answer({"content": _cell(cells, "prediction"), "reasoning": cells.get("thinking")})
     if FAIL_MESSAGE in answer.text:
         answer = ModelAnswer("", answer.thought, failure="could not be obtained, as VLMEvalKit says")
-    return AnsweredRow(cells["index"], answer, answer_cells(cells), where)
+    return AnsweredRow(_cell(cells, "index"), answer, answer_cells(cells), where)
 
 
 def _lmms_eval(row: Mapping[str, Any], where: str) -> AnsweredRow:
     """A row of its samples; `target` is a text, or a list of texts as one."""
-    key, target = str(row["doc_id"]), row.get("target")
+    key, target = str(_cell(row, "doc_id")), row.get("target")
     answers = tuple(listed(str(target))) if target not in (None, "", "None") else ()
     question = str(row.get("input") or "")
     example = Example(key, (), question, answers, (1.0,) * len(answers)) if answers else None
-    return AnsweredRow(key, ModelAnswer(_text(row["filtered_resps"])), example, where)
+    return AnsweredRow(key, ModelAnswer(_text(_cell(row, "filtered_resps"))), example, where)
 
 
 def _batch(row: Mapping[str, Any], where: str) -> AnsweredRow:
@@ -177,7 +184,7 @@ def _batch(row: Mapping[str, Any], where: str) -> AnsweredRow:
         answer = message_answer(choice["message"], choice.get("finish_reason"))
     except (KeyError, IndexError, TypeError, AttributeError):
         raise RowError("has no answer of the server, but an error") from None
-    return AnsweredRow(str(row["custom_id"]), answer.stripped(), None, where)
+    return AnsweredRow(str(_cell(row, "custom_id")), answer.stripped(), None, where)
 
 
 def _columns(row: Mapping[str, Any], where: str) -> AnsweredRow:

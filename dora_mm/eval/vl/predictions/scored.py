@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from dora_mm.data.vl.answers import AnsweredRows, ModelAnswer
-from dora_mm.data.vl.example import Example, Turn
+from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.rows import RowError
 from dora_mm.eval.vl.metrics import score_row
 from dora_mm.eval.vl.scores import VLScores
@@ -23,6 +25,7 @@ VERSION = "predictions 1"  # of the files; the value of the first line's key `do
 UNKNOWN = "unknown"  # the day of the chat template of a server
 SHOWN = ("id", "images", "answers")  # the fields of an example that a row has under names of its own
 DEFAULTS = Example("", (), "")
+EXAMPLE = TypeAdapter(Example)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ class About:
         """A line for each digest; one for all files of a model."""
         found = {name: value if isinstance(value, str) else _digest(value) for name, value in self.digests.items()}
         return [f"{name}: {digest}" for name, digest in found.items()]
+
+
+ABOUT = TypeAdapter(About)
 
 
 def _digest(value: Any) -> str:
@@ -107,7 +113,16 @@ def about_of(row: Any) -> About | None:
     known = {column.name for column in fields(About)}
     if row["dora_mm"] != VERSION or not isinstance(row.get("task"), str):
         raise ValueError(f"is of another version ({row['dora_mm']}): this one reads {VERSION}")
-    return About(**{key: value for key, value in row.items() if key in known})
+    try:
+        return ABOUT.validate_json(json.dumps({key: value for key, value in row.items() if key in known}), strict=True)
+    except ValidationError as error:
+        raise ValueError(f"is damaged: {_problem(error)}") from None
+
+
+def _problem(error: ValidationError) -> str:
+    """The first key with a value of another type."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def example_of(row: Any) -> Example:
@@ -117,15 +132,7 @@ def example_of(row: Any) -> Example:
         RowError: The row is not one of ours.
     """
     try:
-        rest = {name: _frozen(value) for name, value in row["example"].items()}
-        for name in ("turns", "rejected"):
-            rest[name] = tuple(Turn(*turn) for turn in rest.get(name, ()))
-        return Example(
-            id=row["id"], images=tuple(row["images"]), answers=tuple(row["references"]), **{"text": "", **rest}
-        )
-    except (KeyError, TypeError, AttributeError):
+        shown = {"id": row["id"], "images": row["images"], "answers": row["references"]}
+        return EXAMPLE.validate_json(json.dumps({"text": "", **row["example"], **shown}), strict=True)
+    except (KeyError, TypeError, ValidationError):
         raise RowError("is no row that this program has written") from None
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -225,6 +225,8 @@ class RowEncoder:
         except Exception as error:  # whatever processors raise, which fail in many ways at images of odd shapes
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(f"the model's processor fails at it ({kind}{first_line(error)})") from error
+        if not found["input_ids"].numel():
+            raise ValueError("the model's tokenizer makes no tokens of its text")
         check_features(self.config, found)
         found.pop("video_metadata", None)
         chat = found.pop("text_replacement_offsets", ())  # of each text; none without images

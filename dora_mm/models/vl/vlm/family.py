@@ -33,7 +33,7 @@ from dora_mm.models.vl.vlm.chat import chat_template
 from dora_mm.models.vl.vlm.encoding import TokenRow
 from dora_mm.models.vl.vlm.example_encoder import ExampleEncoder
 from dora_mm.models.vl.vlm.forms import form_of
-from dora_mm.models.vl.vlm.loading import completed, load_processor
+from dora_mm.models.vl.vlm.loading import check_token_ids, completed, load_processor
 from dora_mm.models.vl.vlm.network import VLMNetwork, naming
 from dora_mm.models.vl.vlm.prompts import FALLBACK_PROMPTS, TEXTS
 from dora_mm.models.vl.vlm.videos import FPS, MAX_FRAMES
@@ -106,6 +106,7 @@ class VLM:
         self.path = resolve_model(config.path)
         check_revision(self.path, config.revision)
         self.model_config: Any = read_config(self.path, config.revision)
+        check_token_ids(self.model_config.to_dict())
         self.commit = commit_of(self.path, config.revision)
         self.config = config.model_copy(update={"revision": self.commit})  # all is read of one commit
         self.name = model_class(self.model_config, self.path).__name__  # for messages

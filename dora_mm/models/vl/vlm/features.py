@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_mm.utils.messages import first_line
+
 GRIDS = (  # patches that an image has (frames, rows, columns), of which each square becomes one feature
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp"),
     *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glm5_next"),
@@ -64,7 +66,11 @@ def check_features(config: Any, inputs: Mapping[str, Tensor]) -> None:
             processor marks.
     """
     check_marked(config, inputs)
-    if (features := features_of(config, inputs)) is None:
+    try:
+        features = features_of(config, inputs)
+    except (RuntimeError, ArithmeticError, TypeError, LookupError) as error:  # as sizes of 0 in a config bring
+        raise ValueError(f"the model's config does not fit its images ({first_line(error)})") from error
+    if features is None:
         return
     tokens, count = int((inputs["input_ids"] == config.image_token_id).sum()), int(features.sum())
     if tokens != count:

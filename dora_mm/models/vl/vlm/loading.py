@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from dora_mm.models.vl.vlm.texts import TextProcessor
 from dora_mm.models.vl.vlm.videos import check_video_keys
 from dora_mm.utils.guards import allow_kernels
 
+MOST_TOKENS = 2**31
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 
 
@@ -141,6 +143,26 @@ def special_tokens(model: Any) -> GenerationConfig:
     """A generation config with nothing but the model's special tokens.
 
     A model's own one has settings of its authors (sampling, penalties), which would apply to all that is not set.
+
+    Raises:
+        ValueError: A special token is no number, as in a config that is damaged.
     """
     own = copy.deepcopy(model.generation_config)
-    return GenerationConfig(**{name: getattr(own, name, None) for name in SPECIAL_TOKENS})
+    found = {name: getattr(own, name, None) for name in SPECIAL_TOKENS}
+    check_token_ids(found)
+    return GenerationConfig(**found)
+
+
+def check_token_ids(values: Mapping[str, Any]) -> None:
+    """Checks the numbers of tokens in a config, and in the configs of its parts.
+
+    Raises:
+        ValueError: One is no number, or one that no vocabulary has.
+    """
+    for name, value in values.items():
+        if str(name).endswith("_token_id") and value is not None:
+            ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+            if any(type(one) is not int or abs(one) >= MOST_TOKENS for one in ids):
+                raise ValueError(f"model.path: {name} in the configs of the model is no token's: {value!r:.100}")
+        elif isinstance(value, Mapping):
+            check_token_ids(value)
