@@ -25,6 +25,7 @@ class _Schemas(Mapping[str, type[PipelineConfig]]):
 
 SCHEMAS: Mapping[str, type[PipelineConfig]] = _Schemas(
     train_diffusion="config.images:TrainDiffusionConfig",
+    train_slider="config.slider:TrainSliderConfig",
     sample="config.generation:BatchGenerationConfig",
     grid="config.generation:GridConfig",
     eval_diffusion="config.generation:EvalDiffusionConfig",
