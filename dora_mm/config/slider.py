@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from dora_mm.config.adapter import ImageAdapterConfig, check_adapter
 from dora_mm.config.generation import ContactSheetConfig, NumSteps
@@ -26,6 +26,7 @@ from dora_mm.config.training import CHANGEABLE, OptimizerConfig, ScheduleConfig,
 THING = "{thing}"  # in captions: what each of `slider.things` replaces
 OF_CAPTIONS = ("plus", "minus", "things", "eta", "strengths", "denoising_steps", "guidance")  # keys without pairs
 SIDES = (1.0, -1.0)
+Side = Literal["plus", "minus", "neutral"]
 
 
 class ImagePairsConfig(Section):
@@ -41,7 +42,7 @@ class SliderConfig(Section):
     plus: Text | None = None  # the caption at strength 1; null: images is set
     minus: Text | None = None  # the caption at strength -1; null: images is set
     neutral: str = ""  # the caption that is trained, such as that of all images: what the attribute belongs to
-    # Replace {thing} in the captions, so that a slider for one attribute moves no other; empty: captions stay as they are
+    # Replace {thing} in captions, so that a slider for one attribute moves no other; empty: captions are as they are
     things: Items[Text] = ()
     eta: Positive = 1.0  # how far strength 1 is, in differences of the predictions for plus and minus
     strengths: Annotated[Items[float], Field(min_length=1)] = SIDES  # that are trained, each in a pass of its own
@@ -81,7 +82,12 @@ class SliderConfig(Section):
             problems.append("strengths names one twice")
         return raise_problems(self, problems)
 
-    def caption(self, key: Literal["plus", "minus", "neutral"], thing: str | None) -> str:
+    @property
+    def mean_base_passes(self) -> float:
+        """The passes of the base model for a batch, on average: for the noisy latents, and three for the target."""
+        return (1 if self.guidance == 1 else 2) * (self.denoising_steps - 1) / 2 + 3
+
+    def caption(self, key: Side, thing: str | None) -> str:
         """One of the captions, about one of `things`."""
         return getattr(self, key).replace(THING, thing or "")
 
@@ -127,7 +133,7 @@ class TrainSliderConfig(PipelineConfig):
     @property
     def train_by_strength(self) -> TrainConfig:
         """The `train` section whose micro-batches have one strength each: a backward pass of its own."""
-        passes: PositiveInt = self.train.gradient_accumulation_steps * len(self.strengths)
+        passes = self.train.gradient_accumulation_steps * len(self.strengths)
         return self.train.model_copy(update={"gradient_accumulation_steps": passes})
 
     @model_validator(mode="after")

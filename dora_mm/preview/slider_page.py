@@ -1,5 +1,6 @@
 """The page of a dry run of a training of a slider."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from accelerate import Accelerator
 from dora_mm import formats
 from dora_mm.adapting import networks
 from dora_mm.adapting.parts import check_names
-from dora_mm.config.slider import TrainSliderConfig
+from dora_mm.config.slider import Side, TrainSliderConfig
 from dora_mm.models.hub import UnreachableError
 from dora_mm.models.images.families import about_prediction, load_image_model, load_image_model_if_local
 from dora_mm.models.images.image_model import ImageModel
@@ -23,9 +24,11 @@ from dora_mm.preview.training import (
     time_line,
     why_not_measured,
 )
-from dora_mm.tasks.slider import Pairs, SliderTask, read_pairs, slider_batches
+from dora_mm.tasks.slider import CaptionSliderBatches, Pairs, SliderTask, read_pairs, slider_batches
 from dora_mm.train.preflight import OPTIMIZER, QUANTIZATION, Problems, finished_steps, first_problem
 from dora_mm.train.setup import training_setup
+
+MOST_NAMES = 8  # things that are named
 
 
 def slider_page(
@@ -71,19 +74,19 @@ def slider_page(
 def describe_slider(config: TrainSliderConfig, pairs: Pairs | None) -> str:
     """Lines about the two sides of a slider, and the passes of a step."""
     slider, strengths = config.slider, ", ".join(f"{each:+g}" for each in config.strengths)
-    passes, lines = f"{len(config.strengths)} backward passes, at strengths {strengths}", []
-    if slider.images is not None:
-        lines = [
-            f"slider    {len(pairs[0] if pairs else ())} pairs in {slider.images.plus} (+) and {slider.images.minus} (-)"
-        ]
-        return "\n".join([*lines, f"a step    {passes}"])
-    for sign, key in (("+", "plus"), ("-", "minus"), ("0", "neutral")):
-        lines.append(f"{sign}         {slider.caption(key, next(iter(slider.things), None)) or '(no caption)'}")
+    passes = f"{len(config.strengths)} backward passes, at strengths {strengths}"
+    if slider.images is not None and pairs is not None:
+        folders = f"{slider.images.plus} (+) and {slider.images.minus} (-)"
+        return f"slider    {len(pairs[0])} pairs in {folders}\na step    {passes}"
+    thing = next(iter(slider.things), None)
+    keys: dict[str, Side] = {"+": "plus", "-": "minus", "0": "neutral"}
+    sides = {sign: slider.caption(key, thing) for sign, key in keys.items()}
+    lines = [f"{sign}         {caption or '(no caption)'}" for sign, caption in sides.items()]
     if slider.things:
-        lines.append(f"things    {len(slider.things)}, of which each image has one: {', '.join(slider.things[:8])}")
-    each = 1 if slider.guidance == 1 else 2
-    mean = f"{each * (slider.denoising_steps - 1) / 2:g}"
-    lines.append(f"a step    {mean} passes of the base model on average for noisy latents, 3 for targets, and {passes}")
+        named = ", ".join(slider.things[:MOST_NAMES]) + (", ..." if len(slider.things) > MOST_NAMES else "")
+        lines.append(f"things    {len(slider.things)}, of which each image has one: {named}")
+    mean = f"{slider.mean_base_passes:g}"
+    lines.append(f"a step    {mean} passes of the base model on average, and {passes}")
     return "\n".join(lines)
 
 
@@ -113,5 +116,16 @@ def measured_sections(
     yield trained_sections(config, model, trained)
     training = training_setup(accelerator, config, config.train_by_strength, trained, SliderTask(model).loss)
     cost = measure_accumulated(training, batches, prepared=False)
+    if isinstance(batches, CaptionSliderBatches) and cost.seconds is not None:
+        cost = cost._replace(seconds=cost.seconds + seconds_of_base(config, accelerator, batches))
     yield memory_table(model.networks, trained.parameters, config.optimizer, cost, ema=False)
     yield time_line(cost, steps, "generating images")
+
+
+def seconds_of_base(config: TrainSliderConfig, accelerator: Accelerator, batches: CaptionSliderBatches) -> float:
+    """The time that the base model takes in a step, by its passes for one group of micro-batches."""
+    started = time.monotonic()
+    with accelerator.autocast():
+        num_passes = batches.measured_passes()
+    groups = config.train.gradient_accumulation_steps
+    return groups * config.slider.mean_base_passes * (time.monotonic() - started) / num_passes

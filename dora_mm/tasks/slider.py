@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from dora_mm.config.images import DataConfig, LossConfig
-from dora_mm.config.slider import SliderConfig, TrainSliderConfig
+from dora_mm.config.slider import Side, SliderConfig, TrainSliderConfig
 from dora_mm.core import base_model, set_strength
 from dora_mm.data.images.buckets import Framing
 from dora_mm.data.images.folder import CaptionedImage, read_captioned_images
@@ -109,7 +109,7 @@ class CaptionSliderBatches:
     def captions(self) -> list[str]:
         """All captions, each once; the empty one is that of guidance."""
         things = self.config.things or (None,)
-        found = [self.config.caption(key, thing) for thing in things for key in ("neutral", "plus", "minus")]
+        found = [self.config.caption(key, thing) for thing in things for key in get_args(Side)]
         return list(dict.fromkeys([*found, *([""] if self.config.guidance != 1 else [])]))
 
     def encode_all(self) -> None:
@@ -137,12 +137,26 @@ class CaptionSliderBatches:
         framings = [self.framing] * self.batch_size
         noised, times = self._noised(number, things, framings)
 
-        def predict(key: Any) -> Tensor:
+        def predict(key: Side) -> Tensor:
             prompts = self.prompts([self.config.caption(key, thing) for thing in things])
             return self.model.predict(noised, times, prompts, framings).float()
 
         prompts = self.prompts([self.config.caption("neutral", thing) for thing in things])
         return _Group(noised, times, prompts, framings, predict("neutral"), predict("plus") - predict("minus"))
+
+    def measured_passes(self) -> int:
+        """Runs a few passes of the base model on a device that may still be busy; returns their number."""
+        self._last = None
+        group = self._group(0)
+        group.direction.sum().item()  # waits for a GPU
+        done = self._num_done(self.process[0])
+        return (1 if self.config.guidance == 1 else 2) * done + 3
+
+    def _num_done(self, number: int) -> int:
+        """The steps up to which the latents of a batch of all processes are denoised."""
+        return int(
+            torch.randint(self.config.denoising_steps, (), generator=generator(self.seed, number, "slider steps"))
+        )
 
     def _things(self, number: int) -> list[str | None]:
         """The thing of each image of a batch of all processes."""
@@ -155,7 +169,7 @@ class CaptionSliderBatches:
     def _noised(self, number: int, things: Sequence[str | None], framings: Sequence[Framing]) -> tuple[Tensor, Tensor]:
         """The noisy latents of a batch, denoised up to a random step, and their times."""
         noise, steps, shape = self.model.noise, self.config.denoising_steps, self._shape()
-        done = int(torch.randint(steps, (), generator=generator(self.seed, number, "slider steps")))
+        done = self._num_done(number)
         shares = 1 - torch.arange(steps) / steps
         levels = noise.times(shares, shape[2:]).to(self.model.device)
         x = torch.randn(shape, generator=generator(self.seed, number, "slider noise")).to(self.model.device)
