@@ -65,7 +65,8 @@ class SliderConfig(Section):
     def _is_of_one_kind(self) -> "SliderConfig":
         problems = []
         if self.images is not None:
-            without = [key for key in OF_CAPTIONS if key in self.model_fields_set]
+            defaults = type(self).model_fields  # a saved config names all keys
+            without = [key for key in OF_CAPTIONS if getattr(self, key) != defaults[key].default]
             problems += [f"{key} has no effect with images: leave it out" for key in without]
         elif self.plus is None or self.minus is None:
             problems.append("give plus and minus, the captions of both sides, or images, the folders of both")
