@@ -31,6 +31,7 @@ SCHEMAS: Mapping[str, type[PipelineConfig]] = _Schemas(
     eval_diffusion="config.generation:EvalDiffusionConfig",
     eval_edit="config.generation:EvalEditConfig",
     eval_style="config.generation:EvalStyleConfig",
+    eval_slider="config.slider:EvalSliderConfig",
     extract_features="config.vl:ExtractFeaturesConfig",
     train_vl="config.vl:TrainVLConfig",
     eval_vl="config.vl:EvalVLConfig",

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from dora_mm.config.adapter import ImageAdapterConfig, check_adapter
-from dora_mm.config.generation import ContactSheetConfig, NumSteps
+from dora_mm.config.generation import ContactSheetConfig, NumSteps, ScoredAdapterConfig
 from dora_mm.config.images import Resolution
 from dora_mm.config.models import ModelConfig
 from dora_mm.config.schema import (
@@ -93,11 +93,14 @@ class SliderConfig(Section):
         return getattr(self, key).replace(THING, thing or "")
 
 
+STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+
+
 class SliderSampleConfig(ContactSheetConfig):
     """The grid of a slider: a column for each strength, and a row for each prompt and seed."""
 
     prompts: Items[Text] = ()  # empty: the neutral caption, of the first three things
-    strengths: Annotated[Items[float], Field(min_length=1)] = (-2.0, -1.0, 0.0, 1.0, 2.0)  # 0: the base model
+    strengths: Annotated[Items[float], Field(min_length=1)] = STRENGTHS  # 0: the base model
     seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one row per prompt and seed
 
     @model_validator(mode="after")
@@ -153,3 +156,18 @@ class TrainSliderConfig(PipelineConfig):
             if getattr(self.train, key)
         ]
         return raise_problems(self, problems)
+
+
+class EvalSliderConfig(ScoredAdapterConfig):
+    """Images of a slider at several strengths: how they move along the attribute, and what else moves."""
+
+    pipeline: Literal["eval_slider"]
+    strengths: Annotated[Items[float], Field(min_length=2)] = STRENGTHS
+    things: Items[Text] = ()  # replace {thing} in the captions of the training; empty: those that it was trained with
+    control: bool = True  # whether a random adapter of equal norm is scored, too
+
+    @model_validator(mode="after")
+    def _strengths_differ(self) -> "EvalSliderConfig":
+        if len(set(self.strengths)) < len(self.strengths):
+            raise ValueError("strengths names one twice")
+        return self

@@ -1,5 +1,6 @@
 """Sliders from a command to a grid, on a tiny model of each family, with captions and with pairs of images."""
 
+import json
 import shutil
 
 import numpy as np
@@ -58,9 +59,29 @@ def test_sdxl_from_captions(tmp_path, tiny_folder, capsys):
     assert f"to sample dora-mm sample --set adapter.path={run}" in capsys.readouterr().out
     job = ["sample", "--set", f"adapter.path={run}", "prompts=[a bus]", "strengths=[-1, 1]", "steps=2"]
     assert main([*job, f"output={tmp_path / 'drawn'}"]) == 0
+    evaluates(run, tmp_path / "scores", capsys)
     drawn = [np.asarray(Image.open(file)) for file in sorted((tmp_path / "drawn" / "samples").glob("*.png"))]
     assert len(drawn) == 2
     assert not np.array_equal(*drawn)
+
+
+def evaluates(run, output, capsys):
+    """Scores a slider by a command, twice: the second one generates nothing again."""
+    config = output.with_suffix(".yaml")
+    values = {"pipeline": "eval_slider", "output": str(output), "adapter": {"path": str(run)}, "seeds": [0]}
+    config.write_text(yaml.safe_dump({**values, "strengths": [-1, 0, 1], "steps": 1, "batch_size": 8}))
+    assert main(["eval", str(config)]) == 0
+    found = json.loads((output / "metrics.json").read_text())
+    assert {"slope": set(found["rows"]), "images": set(found["images"])} == dict.fromkeys(
+        ("slope", "images"), {"slider", "control"}
+    )
+    likeness = found["images"]["slider"]["likeness to the neutral image"]
+    assert likeness[1] == [[pytest.approx(1.0, abs=1e-5)]] * 2  # strength 0 is the base model
+    assert "correlation of strength and attribute: slider" in capsys.readouterr().out
+    times = {file: file.stat().st_mtime_ns for file in (output / "samples").rglob("*.png")}
+    assert len(times) == 2 * (3 + 3 + 3)
+    assert main(["eval", str(config)]) == 0
+    assert {file: file.stat().st_mtime_ns for file in times} == times
 
 
 def test_a_dry_run_writes_nothing_and_names_both_sides(tmp_path, tiny_folder, capsys):
