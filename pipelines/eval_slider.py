@@ -41,8 +41,8 @@ SLIDER, CONTROL = "slider", "control"
 SHOWN = 6  # rows of the contact sheet
 MEANING = (
     "attribute: 1 as the base model's images of the plus caption on average, -1 as those of the minus caption; the "
-    "axis of a prompt is made of the images of the others. likeness: cosine with the base model's image of the same prompt "
-    "and seed. control: a random adapter, each of whose updates has the norm and rank of the slider's."
+    "axis of a prompt is made of the images of the others. likeness: cosine with the base model's image of the same "
+    "prompt and seed. control: a random adapter, each of whose updates has the norm and rank of the slider's."
 )
 
 
@@ -161,7 +161,7 @@ def score(
         generation.scores |= dict(enumerate(scores_per_image(cells[CONTROL]), first))
     write_manifest(run.path, generation.entries())
     report(config, run, cells, {name: summary for name, (_, summary) in found.items()}, vectors.about)
-    save_sheet(config, run, generation, count)
+    save_contact_sheet(config, run, generation, count)
 
 
 def pair_axis(loaded: LoadedModel, vectors: Vectors, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
@@ -186,7 +186,7 @@ def report(config: EvalSliderConfig, run: RunDirectory, cells: Any, summaries: A
     print(f"table    {run.path / 'table.md'}")
 
 
-def save_sheet(config: EvalSliderConfig, run: RunDirectory, generation: BatchGeneration, count: int) -> None:
+def save_contact_sheet(config: EvalSliderConfig, run: RunDirectory, generation: BatchGeneration, count: int) -> None:
     """Saves a contact sheet: a row per prompt and seed by the slider, and with the control below it."""
     T = len(config.strengths)
     starts = {SLIDER: 0} | ({CONTROL: len(generation.requests) - T * count} if config.control else {})

@@ -295,8 +295,8 @@ def read_pairs(config: SliderConfig) -> tuple[list[CaptionedImage], list[Caption
         return None
     plus, minus = (_by_name(folder, f"slider.images.{side}") for side, folder in config.images)
     where = f"slider.images: {config.images.plus} and {config.images.minus}"
-    if alone := sorted(plus.keys() ^ minus.keys()):
-        raise ValueError(f"{where} have no pair for {', '.join(alone[:8])}{', ...' if len(alone) > 8 else ''}")
+    if unpaired := sorted(plus.keys() ^ minus.keys()):
+        raise ValueError(f"{where} have no pair for {', '.join(unpaired[:8])}{', ...' if len(unpaired) > 8 else ''}")
     for name, image in plus.items():
         if image.size != minus[name].size:
             sizes = " and ".join(f"{h} x {w}" for h, w in (image.size, minus[name].size))
