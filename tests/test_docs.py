@@ -200,7 +200,7 @@ def test_every_chapter_of_the_layer_has_an_example():
 
 def test_our_keys_for_those_of_other_trainers_exist():
     text = text_of(ROOT / "docs" / "coming_from.md")
-    keys = {key for name in ("train_diffusion", "train_vl") for key in all_keys(SCHEMAS[name])}
+    keys = {key for name in ("train_diffusion", "train_slider", "train_vl") for key in all_keys(SCHEMAS[name])}
     sections = {key.partition(".")[0] for key in keys}
     ours = [row.split(" | ", 1)[1] for row in text.splitlines() if row.startswith("| ") and " | here" not in row]
     named_keys = [name for cell in ours for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)", cell)]

@@ -19,8 +19,9 @@ from dora_mm.adapting.networks import METHOD_MODULES, TrainedNetworks, to_float3
 from dora_mm.adapting.parts import MODEL
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.loader import dump_config
-from dora_mm.config.models import validated
+from dora_mm.config.models import ModelConfig, validated
 from dora_mm.config.paths import resolve_model
+from dora_mm.config.slider import THING, TrainSliderConfig
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.models.images.image_model import ImageModel
@@ -69,15 +70,8 @@ def save_trained(trained: TrainedNetworks, config: TrainVLConfig, model: VLModel
 
 def about_image_adapter(config: TrainDiffusionConfig, model: ImageModel) -> dict[str, str]:
     """Header metadata of adapter files: the base model, and the config of the training."""
-    base = {
-        "base_model": config.model.path,
-        "base_revision": commit_of(resolve_model(config.model.path), config.model.revision),
-        "base_vae": config.model.vae,
-        "base_dtype": config.model.dtype,
-        "base_settings": json.dumps(settings) if (settings := config.model.generation_settings()) else None,
-    }
     return {
-        **{key: value for key, value in base.items() if value},
+        **about_base(config.model),
         "placeholder": config.data.placeholder or "",
         "instance_prompt": config.data.instance_prompt or config.data.placeholder or "",
         "unconditional": model.unconditional,  # the empty prompt in training: the zero embedding, or ""
@@ -85,8 +79,26 @@ def about_image_adapter(config: TrainDiffusionConfig, model: ImageModel) -> dict
     }
 
 
+def about_slider(config: TrainSliderConfig) -> dict[str, str]:
+    """Header metadata of the adapter files of a slider, likewise."""
+    prompt = config.slider.neutral.replace(THING, next(iter(config.slider.things), ""))
+    return {**about_base(config.model), "placeholder": "", "instance_prompt": prompt, "config": dump_config(config)}
+
+
+def about_base(config: ModelConfig) -> dict[str, str]:
+    """Header metadata on the base model of an adapter, without what the config leaves out."""
+    base = {
+        "base_model": config.path,
+        "base_revision": commit_of(resolve_model(config.path), config.revision),
+        "base_vae": config.vae,
+        "base_dtype": config.dtype,
+        "base_settings": json.dumps(settings) if (settings := config.generation_settings()) else None,
+    }
+    return {key: value for key, value in base.items() if value}
+
+
 def save_image_adapter(
-    config: TrainDiffusionConfig,
+    config: TrainDiffusionConfig | TrainSliderConfig,
     adapted: Mapping[str, nn.Module],
     new_tokens: NewTokens,
     about: Mapping[str, str],

@@ -211,7 +211,7 @@ def _run_config(arguments: Namespace, recipes: Recipes) -> None:
     model: Any = getattr(config, "model", None)
     if hasattr(model, "path") and arguments.resume is None and not arguments.dry_run:  # some make a new model
         _check_hub(resolve_model(model.path), model.revision, "model.path")
-    if config.pipeline == "train_diffusion" and arguments.resume is None:
+    if config.pipeline in ("train_diffusion", "train_slider") and arguments.resume is None:
         _check_parts(config, arguments.config)
     main = recipes.load(config.pipeline).main
     flags = {name: True for name in ("dry_run", "decode", "report") if getattr(arguments, name)}

@@ -25,11 +25,13 @@ class _Schemas(Mapping[str, type[PipelineConfig]]):
 
 SCHEMAS: Mapping[str, type[PipelineConfig]] = _Schemas(
     train_diffusion="config.images:TrainDiffusionConfig",
+    train_slider="config.slider:TrainSliderConfig",
     sample="config.generation:BatchGenerationConfig",
     grid="config.generation:GridConfig",
     eval_diffusion="config.generation:EvalDiffusionConfig",
     eval_edit="config.generation:EvalEditConfig",
     eval_style="config.generation:EvalStyleConfig",
+    eval_slider="config.slider:EvalSliderConfig",
     extract_features="config.vl:ExtractFeaturesConfig",
     train_vl="config.vl:TrainVLConfig",
     eval_vl="config.vl:EvalVLConfig",

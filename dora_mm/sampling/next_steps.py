@@ -8,6 +8,7 @@ from dora_mm.config.generation import BatchGenerationConfig
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.paths import packaged_configs
 from dora_mm.config.schema import PipelineConfig
+from dora_mm.config.slider import TrainSliderConfig
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 from dora_mm.utils.shell import command_line, quoted
@@ -31,6 +32,13 @@ def sampling_command(config: TrainDiffusionConfig, run: RunDirectory) -> str:
     if "full" not in config.adapter.methods:  # the base is replaced
         words.append("strengths=[0, 1]")
     return command_line(*words)
+
+
+def sliding_command(config: TrainSliderConfig, run: RunDirectory, prompt: str) -> str:
+    """The command that samples a slider with a prompt at several strengths."""
+    words = ["dora-mm", "sample", "--set", f"adapter.path={run.path}"]
+    words.append(f"prompts=[{json.dumps(prompt or 'a lighthouse', ensure_ascii=False)}]")
+    return shlex.join([*words, f"strengths=[{', '.join(f'{each:g}' for each in config.sample.strengths)}]"])
 
 
 def scoring_command(run: RunDirectory) -> str:

@@ -14,6 +14,7 @@ from dora_mm.config.generation import ImageGenerationConfig, SampleConfig
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.models import validated
 from dora_mm.config.schema import ReferenceArea
+from dora_mm.config.slider import SliderSampleConfig, TrainSliderConfig
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.models.images.families import distilled_of
 from dora_mm.sampling.model import model_of
@@ -34,11 +35,20 @@ def training_of(file: Path) -> TrainDiffusionConfig | None:
         return None
 
 
+def slider_of(file: Path) -> TrainSliderConfig | None:
+    """The config of the slider that an adapter's header says; None where it says none."""
+    try:
+        return validated(TrainSliderConfig, yaml12.read(read_metadata(file)["config"]).value)
+    except (KeyError, ValueError, yaml.YAMLError):
+        return None
+
+
 def contact_sheets_of(file: Path) -> dict[str, Any] | None:
     """How an adapter's training, maybe of an earlier version, generated its contact sheets; None: it does not say."""
     try:
         values = yaml12.read(read_metadata(file)["config"]).value
-        sheets = SampleConfig.model_validate(values["sample"])
+        is_slider = values.get("pipeline") == "train_slider"
+        sheets = (SliderSampleConfig if is_slider else SampleConfig).model_validate(values["sample"])
         area = TypeAdapter(ReferenceArea).validate_python(values.get("data", {}).get(AREA, "pipeline"))
         return {**{key: getattr(sheets, key) for key in OF_CONTACT_SHEETS}, AREA: area}
     except (AttributeError, KeyError, TypeError, yaml.YAMLError, ValidationError):

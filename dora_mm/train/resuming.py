@@ -26,6 +26,7 @@ REASONS = {  # why the other keys and sections may not change
     "tokens": "the checkpoints hold rows of the old tokens",
     "data": "the finished steps were computed on the old data",
     "loss": "the finished steps minimized the old loss",
+    "slider": "the finished steps minimized the old loss",
     "preserve": "the finished steps minimized the old loss",
     "preference": "the finished steps minimized the old loss",
     "optimizer": "the finished steps were computed with the old value",

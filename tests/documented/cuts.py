@@ -15,6 +15,7 @@ ROWS = NUM_ROWS // 2  # of a split
 HIGHEST = {  # of a key, in whatever section it is
     "rate_seeds": 1,
     "steps": STEPS,
+    "denoising_steps": STEPS,
     "checkpoint_every": 1,
     "batch_size": 4,
     "gradient_accumulation_steps": 2,
@@ -75,6 +76,8 @@ def _cut(
             yield name, list(value[: 2 if several else 1])
         elif key in ("height", "width") and value is None:
             yield name, SIDE
+        elif key in ("things", "strengths") and value:
+            yield name, list(value[:1] + value[-1:])
         elif key == "ranks":
             yield name, [STEPS]
         elif key == "max_new_tokens":
