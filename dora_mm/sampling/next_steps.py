@@ -38,7 +38,8 @@ def sliding_command(config: TrainSliderConfig, run: RunDirectory, prompt: str) -
     """The command that samples a slider with a prompt at several strengths."""
     words = ["dora-mm", "sample", "--set", f"adapter.path={run.path}"]
     words.append(f"prompts=[{json.dumps(prompt or 'a lighthouse', ensure_ascii=False)}]")
-    return shlex.join([*words, f"strengths=[{', '.join(f'{each:g}' for each in config.sample.strengths)}]"])
+    strengths = ", ".join(f"{each:g}" for each in config.sample.strengths)
+    return command_line(*words, f"strengths=[{strengths}]")
 
 
 def scoring_command(run: RunDirectory) -> str:
