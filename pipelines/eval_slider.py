@@ -5,7 +5,6 @@ two folders of images, as the vectors of an image encoder. The table has 95 % in
 """
 
 import logging
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from dora_mm.train.run import check_reopened, evaluation_run
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.processes import started_together
 from dora_mm.utils.run_directory import RunDirectory
+from dora_mm.utils.shell import quoted
 
 log = logging.getLogger(__name__)
 SLIDER, CONTROL = "slider", "control"
@@ -197,4 +197,4 @@ def save_contact_sheet(config: EvalSliderConfig, run: RunDirectory, generation: 
             labels.append(f"{name}: {generation.requests[index].prompt}")
     heads = [column_label(None, strength, ["strength"]) for strength in config.strengths]
     save_atomically(run.contact_sheet, image_grid(rows, labels, heads))
-    print(f"sheet    {run.contact_sheet}\nto look  dora-mm gallery {shlex.quote(str(run.path))}")
+    print(f"sheet    {run.contact_sheet}\nto look  dora-mm gallery {quoted(run.path)}")

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from transformers import BartTokenizer
 
 from dora_mm.config.vl_data import VLTaskConfig
+from dora_mm.data.vl.answers import predictions_of
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.mixing import TaskBatches
 from dora_mm.data.vl.splits import TrainingSet, open_texts, open_training, open_validation
@@ -90,7 +91,7 @@ def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
 
     def measure() -> dict[str, float]:
         found = answer_all(answers, task.networks.values(), splits, config.evaluate.batch_size, config.evaluate.limit)
-        scores.update(score_all(found))
+        scores.update(score_all({task: predictions_of(rows) for task, rows in found.items()}))
         return main_values(scores) | other_values(scores)
 
     by_metric = partial(task_qualities, {"caption": False})
