@@ -162,7 +162,7 @@ class EvalSliderConfig(ScoredAdapterConfig):
     """Images of a slider at several strengths: how they move along the attribute, and what else moves."""
 
     pipeline: Literal["eval_slider"]
-    strengths: Annotated[Items[float], Field(min_length=2)] = STRENGTHS
+    strengths: Annotated[Items[float], Field(min_length=2)] = STRENGTHS  # that are scored; 0: the base model
     things: Items[Text] = ()  # replace {thing} in the captions of the training; empty: those that it was trained with
     control: bool = True  # whether a random adapter of equal norm is scored, too
 
