@@ -41,7 +41,7 @@ TOKENIZER_VALUES: tuple[Any, ...] = (  # of tokenizer.json and tokenizer_config.
     {"type": "Replace", "pattern": HOLE, "content": "a" * 1000},
     {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
     {"type": "Precompiled", "precompiled_charsmap": "CAAAAP//////////AAAA"},
-    {"type": "Prepend", "prepend": "a" * 10**6},
+    {"type": "Prepend", "prepend": "a" * 10**5},
     {"type": "Sequence", "normalizers": [], "pretokenizers": [], "processors": [], "decoders": []},
     {"type": "Strip", "content": "a", "start": 2**31, "stop": 2**31},
     {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "b", "continuing_subword_prefix": "#"},
@@ -64,7 +64,7 @@ MODEL_VALUES: tuple[Any, ...] = (  # of the other JSON files of a model
 PIECES = (  # of chat templates
     *("{% for i in range(99999) %}", "{% for a in messages %}{% for b in range(9999) %}", "{% endfor %}"),
     "{% endif %}",
-    *("{{ 'a' * 10**9 }}", "{{ 'é' * 399999 }}", "{{ messages }}", "{{ messages|tojson(indent=99999) }}", "{{", "%}"),
+    *("{{ 'a' * 10**9 }}", "{{ 'é' * 39999 }}", "{{ messages }}", "{{ messages|tojson(indent=99999) }}", "{{", "%}"),
     *("{{ ''.__class__.__mro__ }}", "{% include 'own.jinja' %}", "{% import '/etc/passwd' as own %}"),
     *("{{ raise_exception('no') }}", "{{ strftime_now('%Y' * 9999) }}", "{{ strftime_now('%') }}", "{{ cycler() }}"),
     *("{% macro own() %}{{ own() }}{% endmacro %}{{ own() }}", "{% set ns = namespace(a='') %}", "{# "),

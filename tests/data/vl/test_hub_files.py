@@ -141,3 +141,11 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path):
     (tmp_path / "train.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(ValueError, match=r"train\.parquet is a pointer of Git LFS, not the file itself: get it with"):
         ids(tmp_path, None)
+
+
+@pytest.mark.parametrize("pattern", ["/**", "../**", "data/../../*", "data/" + "[" * 2000])
+@pytest.mark.parametrize("key", ["data_files", "data_dir"])
+def test_a_readme_looks_for_no_files_elsewhere(tmp_path, pattern, key):
+    header = f"---\nconfigs:\n- config_name: default\n  {key}: {json.dumps(pattern)}\n---\n"
+    with pytest.raises(ValueError, match=r"README\.md names files by .*, which is no pattern of its folder"):
+        files_of(write(tmp_path, [header, "data/train.jsonl"]))
