@@ -105,7 +105,9 @@ def test_diffusers_draws_our_image(run, tmp_path, tiny_folder):
     pipe.load_lora_weights(str(run / "adapter"))
     lines = (run / "adapter" / "README.md").read_text().split("\n")
     code = [line for line in lines if "load_file" in line or "textual_inversion" in line or "eos_token_id" in line]
-    exec("\n".join(code).replace('"TOK.safetensors"', repr(str(run / "adapter" / "TOK.safetensors"))), {"pipe": pipe})
+    exec(
+        "\n".join(code).replace(repr("TOK.safetensors"), repr(str(run / "adapter" / "TOK.safetensors"))), {"pipe": pipe}
+    )
     theirs = draw(PROMPT.replace("TOK", "<tok-0><tok-1><tok-2>"))
     assert np.abs(ours - theirs).max() <= 1.5 / 255
     assert np.abs(ours - bare).max() > 3 / 255
