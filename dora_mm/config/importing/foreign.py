@@ -2,10 +2,10 @@
 
 import json
 import re
-import shlex
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import split
 from typing import Any
 
 import yaml
@@ -130,7 +130,7 @@ def _kohya_values(values: dict[str, Any]) -> dict[str, Any]:
 def _command_line(path: Path, text: str, match: re.Match[str]) -> Foreign:
     """The flags behind the script of a command line, as keys."""
     try:
-        words = shlex.split(CONTINUED.sub(" ", text[match.end() :]), comments=True)
+        words = split(CONTINUED.sub(" ", text[match.end() :]), comments=True)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as a command line: {error}") from None
     script = match.group(0)

@@ -8,6 +8,8 @@ from typing import Any
 from dora_mm.config.importing.foreign import Foreign
 from dora_mm.config.importing.translation import Translation
 from dora_mm.config.importing.values import number_of, put_optimizer_options, put_warmup
+from dora_mm.utils.messages import shown
+from dora_mm.utils.shell import command_line
 
 LANGUAGE_MODEL = ("text.attn", "text.mlp")
 COLUMNS = ("messages", "images", "videos", "system", "tools", "chosen", "rejected", "prompt", "query", "response")
@@ -76,7 +78,8 @@ def _of_dataset_info(
 ) -> dict[str, Any]:
     """A source from an entry of dataset_info.json."""
     if hub := record.get("hf_hub_url") or record.get("ms_hub_url"):
-        found.differs(f"{hub} is on the hub: hf download --repo-type dataset {hub} --local-dir data/{name}")
+        command = command_line("hf", "download", "--repo-type", "dataset", hub, "--local-dir", f"data/{name}")
+        found.differs(f"{shown(hub)} is on the hub: {command}")
         source: dict[str, Any] = {"file": f"data/{name}"}
     else:
         source = {"file": str(folder / record["file_name"]) if "file_name" in record else name, "images": media}

@@ -8,6 +8,7 @@ from typing import Any
 
 from dora_mm.eval.apart import apart, deviations
 from dora_mm.utils.example_losses import ExampleLoss, read_losses
+from dora_mm.utils.shell import quoted
 
 MOST_NAMED = 8  # rows in a report
 MOST_SHOWN = 60  # images or rows, those of the highest loss and all that are marked
@@ -59,7 +60,7 @@ def rows_apart(path: Path, done: int) -> list[str]:
         f"{row['mark']}: {row['text']!r}, right: {row['answer']!r}, loss {row['losses'][-1]:.3g}" for row in marked
     ]
     count = f"{len(marked)} of {found['count']} rows have losses that stay apart"
-    return [f"\n{count}; dora-mm gallery {path} shows the loss of each", *lines[:MOST_NAMED]]
+    return [f"\n{count}; dora-mm gallery {quoted(path)} shows the loss of each", *lines[:MOST_NAMED]]
 
 
 def _by_id(rows: Sequence[ExampleLoss]) -> dict[str, list[ExampleLoss]]:

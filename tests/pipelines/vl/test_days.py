@@ -105,7 +105,7 @@ def test_a_training_goes_on_three_days_later_with_its_rows(base, tmp_path, clock
     assert json.loads((stopped / "summary.json").read_text())["day"] == FIRST
     assert yaml.safe_load((stopped / "config.yaml").read_text())["model"]["date"] is None
     gpu = (stopped / "adapter" / "README.md").read_text()
-    assert f"The day of its rows, which the chat template asks for: {FIRST}." in gpu
+    assert f"The day of its rows, which the chat template asks for: `{FIRST}`." in gpu
 
 
 @pytest.mark.slow
