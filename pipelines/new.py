@@ -200,7 +200,7 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
     unused = named_alike([image.path for image in images], images[0].path.parent) if edits(draft.family) else []
     uncaptioned = [image._replace(caption=instance) if image.source == UNCAPTIONED else image for image in images]
     trigger = f"trigger   {remark_on(word, len(captions))}"
-    print(describe_style(uncaptioned, config, start.train.steps, trigger))
+    print(describe_style(uncaptioned, config, start.train.num_steps, trigger))
     for path in unused:
         print(
             f"pairs     {path.name} has an image for each of these: --references {quoted(path)} makes an edit of both"
@@ -255,7 +255,7 @@ def edit(draft: Draft, start: TrainDiffusionConfig, images: Sequence[CaptionedIm
     config = write_files(
         draft, changes, about, with_file(table := draft.prompts(".csv"), table_of(prompts, references))
     )
-    print(describe_style(images, config, start.train.steps))
+    print(describe_style(images, config, start.train.num_steps))
     print(f"prompts   {prompts[0]}, ...\n\nwritten   {draft.file}, {table}")
     print_next_of_images(draft, config, table)
 
@@ -275,13 +275,13 @@ def table_of(prompts: Sequence[str], references: Sequence[Sequence[str]]) -> str
 
 def style_changes(draft: Draft, start: TrainDiffusionConfig, num_images: int, prompts: Sequence[str]) -> Changes:
     """The changes to the recipe, without those for captions."""
-    steps = steps_for(num_images, start.train.steps)
+    steps = steps_for(num_images, start.train.num_steps)
     changes: Changes = {("data", "folder"): folder_of_images(draft), ("train", "steps"): steps}
     changes[("data", "follow_links")] = True if draft.follow_links else MISSING
     changes[("train", "checkpoint_every")] = min(steps // 4, MOST_BETWEEN)
     changes |= {("tokens",): MISSING, ("train", "stop_tokens_after"): MISSING}  # the word may be one of the model's own
     if start.schedule.warmup_steps:
-        changes[("schedule", "warmup_steps")] = round(start.schedule.warmup_steps * steps / start.train.steps)
+        changes[("schedule", "warmup_steps")] = round(start.schedule.warmup_steps * steps / start.train.num_steps)
     if start.sample.prompts:
         changes[("sample", "prompts")] = list(prompts)
     if start.sample.every:

@@ -48,6 +48,7 @@ from dora_mm.tasks.image_batches import CaptionedBatches, captioned_batches, fre
 from dora_mm.tasks.preservation import PreservingBatches, preserving
 from dora_mm.tasks.references import check_references
 from dora_mm.train.checkpoint import last_step
+from dora_mm.train.epochs import in_steps
 from dora_mm.train.loop import fit
 from dora_mm.train.preflight import preflight, stop_at
 from dora_mm.train.processes import answering, join_processes, takes_part
@@ -84,6 +85,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     # The last layer of a text encoder may be unused: its adapters get no gradients. So may new tokens be in a batch.
     unused = config.trains_text or has_unread_layers(config.model)
     accelerator = join_processes(config.train, find_unused_parameters=unused)
+    config = in_steps(config, accelerator.num_processes)
     shared = shared_among(config, accelerator.num_processes, resume)
     if dry_run:
         problems = preflight(accelerator, config, resume)
@@ -178,13 +180,13 @@ def train(
     )
 
     def on_step_end(step: int) -> None:
-        if measure_each and measure_each.is_due(step, config.train.steps):
+        if measure_each and measure_each.is_due(step, config.train.num_steps):
             measure_each(step)
-        if validate and validate.is_due(step, config.train.steps):
+        if validate and validate.is_due(step, config.train.num_steps):
             log_losses(step, validate(step))
         if not joins:
             return
-        due = config.sample.every and step % config.sample.every == 0 and step < config.train.steps
+        due = config.sample.every and step % config.sample.every == 0 and step < config.train.num_steps
         with answering(accelerator, config.train, run, SAMPLE_NOW) as requested:
             if due or requested:
                 save_samples(step, run.samples / f"step-{step:06d}.png")
@@ -297,7 +299,7 @@ def encode(
         What generates the contact sheets, with their prompts encoded.
     """
     for each in dict.fromkeys([batches, source]):
-        each.encode_all(config.train.steps * config.train.gradient_accumulation_steps)
+        each.encode_all(config.train.num_steps * config.train.gradient_accumulation_steps)
     for each in filter(None, losses):
         for part in each.parts.values():
             part.encode_all()

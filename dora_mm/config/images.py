@@ -31,6 +31,7 @@ from dora_mm.config.training import (
     CHANGEABLE,
     AdapterTrainConfig,
     EMAConfig,
+    EpochTrainConfig,
     OptimizerConfig,
     ScheduleConfig,
     ValidationConfig,
@@ -249,7 +250,7 @@ class TokenConfig(Section):
     lr: Positive | None = None  # learning rate; null: optimizer.lr
 
 
-class ImageTrainConfig(AdapterTrainConfig):
+class ImageTrainConfig(EpochTrainConfig, AdapterTrainConfig):
     # The step after which they stay as they are (the pivot of pivotal tuning); null: the last one
     stop_tokens_after: PositiveInt | None = None  # the rows of new tokens
     stop_text_encoders_after: PositiveInt | None = None  # the adapters of text encoders
@@ -259,6 +260,7 @@ class TrainDiffusionConfig(PipelineConfig):
     command: ClassVar[str] = "train"
     changeable: ClassVar[tuple[str, ...]] = (
         *CHANGEABLE,
+        "train.epochs",
         "adapter.strength",
         "adapter.assistant.in_samples",
         "data.latent_cache",
@@ -341,7 +343,7 @@ class TrainDiffusionConfig(PipelineConfig):
             last = getattr(self.train, key)
             if last is not None and not is_trained:
                 problems.append(f"train.{key} has no effect: {why}")
-            elif last is not None and last >= self.train.steps:
+            elif last is not None and self.train.steps is not None and last >= self.train.steps:
                 problems.append(f"train.{key} ({last}) must be below train.steps ({self.train.steps})")
         return problems
 

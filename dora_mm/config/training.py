@@ -100,7 +100,13 @@ class EpochTrainConfig(TrainConfig):
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("steps", "epochs"),)
 
     steps: PositiveInt | None = None  # type: ignore[assignment]  # optimizer steps; null: epochs is set
-    epochs: PositiveInt | None = None  # passes over the data of all tasks; null: steps is set
+    epochs: PositiveInt | None = None  # passes over all training data; null: steps is set
+
+    @property
+    def num_steps(self) -> int:
+        """The length in optimizer steps, where epochs were converted to steps."""
+        assert self.steps is not None
+        return self.steps
 
 
 def check_validation(evaluate: ValidationConfig, has_valid: bool, missing: str) -> list[str]:

@@ -91,9 +91,9 @@ def image_page(
             amounts = stream_amounts(config, accelerator, images, class_images)
             model = found.stream(*amounts).to(accelerator.device)
     data = describe_data(images, config, model, accelerator.num_processes, held_out, class_images)
-    data = "\n".join([data, *left_lines(resume, config.train.steps)])
+    data = "\n".join([data, *left_lines(resume, config.train.num_steps)])
     settings = (config, given, model, images, class_images, accelerator, data)
-    left = config.train.steps - finished_steps(resume)
+    left = config.train.num_steps - finished_steps(resume)
     yield from estimated_sections(*settings) if why_not else measured_sections(*settings, left)
     if why_not:
         yield f"time      not measured: {why_not}"
@@ -204,7 +204,7 @@ def batches_of(
 
 def num_batches(config: TrainDiffusionConfig) -> int:
     """The batches of a process."""
-    return config.train.steps * config.train.gradient_accumulation_steps
+    return config.train.num_steps * config.train.gradient_accumulation_steps
 
 
 def encoded_section(
@@ -220,7 +220,7 @@ def encoded_section(
 
 def how_section(config: TrainDiffusionConfig, model: ImageModel, trained: TrainedNetworks) -> str:
     """The optimizer, and what is compiled."""
-    how = optimizer_line(config.optimizer, config.schedule, config.train.steps, config.ema)
+    how = optimizer_line(config.optimizer, config.schedule, config.train.num_steps, config.ema)
     return f"{how}\n{compiled_line(trained.networks, model.target_maps)}" if config.train.compile else how
 
 

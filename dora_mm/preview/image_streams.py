@@ -71,7 +71,7 @@ def _automatic(
         start_tokens(config.tokens, model, images, config.data.captions, config.seed)
     batches = captioned_batches(config, model, images, (accelerator.process_index, accelerator.num_processes))
     source = preserving(batches, config, class_images)
-    captions = source.captions(config.train.steps * config.train.gradient_accumulation_steps)
+    captions = source.captions(config.train.num_steps * config.train.gradient_accumulation_steps)
     encode_without_numbers(model, batches, source, captions)
     encoding, *_ = phases(config, model, captions)
     sizes = [

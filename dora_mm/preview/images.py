@@ -60,7 +60,7 @@ def describe_data(
             *describe_preserved(config, class_images),
             *describe_guided_target(config.loss),
             *([describe_held_out(held_out, config.evaluate)] if held_out else []),
-            *per_example_line(config.evaluate, len(images), num_measured(images, config.data), config.train.steps),
+            *per_example_line(config.evaluate, len(images), num_measured(images, config.data), config.train.num_steps),
             describe_length(repeats_of(images, config.data), config.train, num_processes),
             *remark_on_length(repeats_of(images, config.data), config.train, num_processes),
             *(remark_on_distilled(config) if model else []),

@@ -19,6 +19,7 @@ from dora_mm.studies.campaigns.trainings import Training
 from dora_mm.studies.config import TuneConfig
 from dora_mm.studies.variants import Variant
 from dora_mm.train.day import dated, day_for
+from dora_mm.train.epochs import in_steps
 from dora_mm.train.validation import LOSS
 from dora_mm.utils.day import Day
 from dora_mm.utils.yaml12 import KeyPath
@@ -71,7 +72,8 @@ class TunedImages:
     """
 
     def __init__(self, config: TuneConfig, base: TrainDiffusionConfig):
-        self.config, self.base, self.steps, self.day = config, base, base.train.steps, Day()
+        self.config, self.base, self.day = config, base, Day()
+        self.steps = in_steps(base, 1).train.num_steps
         self.images = read_training_images(base.data)
         self.held_out = hold_out(self.images, base.data)[1]
         if config.selection_metric == "held_out" and not self.held_out:

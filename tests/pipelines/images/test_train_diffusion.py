@@ -30,7 +30,7 @@ from dora_mm.models.images import families
 from dora_mm.recipes import PIPELINES
 from dora_mm.sampling.gallery import folder as gallery_folder
 from dora_mm.sampling.manifest import read_manifest
-from dora_mm.train.checkpoint import checkpoints
+from dora_mm.train.checkpoint import checkpoints, last_step
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.state_file import read_state
 from dora_mm.utils.lock import LOCK, only_writer
@@ -732,3 +732,16 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(config, tmp_path, name,
     assert error.startswith("dora-mm: ")
     assert message in error
     assert sorted(tmp_path.rglob("*")) == sorted({*before, Path(path)})
+
+
+def test_epochs_are_converted_to_steps_which_the_run_keeps(config, image_folder, tmp_path, capsys):
+    path = config(train__steps=None, train__epochs=3, data__repeats=2, sample__prompts=[])
+    number = len(list(image_folder.glob("*.png")))  # two epochs of them are one of repeats: 2, in batches of 2
+    assert main(["train", str(path), "--dry-run"]) == 0
+    assert f"{3 * number} steps" in capsys.readouterr().out
+    assert main(["train", str(path)]) == 0
+    train = load_config(tmp_path / "run" / "config.yaml").train
+    assert (train.steps, train.epochs) == (3 * number, None)
+    assert last_step(tmp_path / "run" / "checkpoints") == 3 * number
+    assert main(["train", "--resume", str(tmp_path / "run"), "--set", "train.epochs=4"]) == 0
+    assert last_step(tmp_path / "run" / "checkpoints") == 4 * number

@@ -1,0 +1,36 @@
+"""The steps of a training of images whose length is given in epochs."""
+
+import logging
+from math import ceil
+
+from dora_mm.config.images import TrainDiffusionConfig
+from dora_mm.config.training import TrainConfig
+from dora_mm.data.images.folder import read_images
+from dora_mm.data.images.held_out import hold_out
+from dora_mm.data.images.resolutions import resolutions_of
+from dora_mm.train.optim import with_steps
+
+log = logging.getLogger(__name__)
+
+
+def in_steps(config: TrainDiffusionConfig, num_processes: int) -> TrainDiffusionConfig:
+    """The config with `train.epochs` converted to `train.steps`, which the run keeps; one that has steps as it is.
+
+    An epoch shows every training image as often as its repeats say, at each of its resolutions.
+
+    Args:
+        config: The config.
+        num_processes: The number of processes that train.
+
+    Raises:
+        ValueError: The images cannot be read, or the warm-up is as long as the training.
+    """
+    train = config.train
+    if train.epochs is None:
+        return config
+    images, _ = hold_out(read_images(config.data, "train"), config.data)
+    views = sum(config.data.repeats * image.repeats * len(resolutions_of(image, config.data)) for image in images)
+    per_step = train.batch_size * train.gradient_accumulation_steps * num_processes
+    counted: TrainConfig = with_steps(train, config.schedule, ceil(views / per_step))
+    log.info("train.epochs %d: %d steps of %d images", train.epochs, counted.steps, per_step)
+    return config.model_copy(update={"train": counted.model_copy(update={"epochs": None})})
