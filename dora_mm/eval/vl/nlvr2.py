@@ -14,7 +14,8 @@ RULES = {
 def row_accuracy(example: Example, prediction: str) -> float:
     """Returns 1 where the prediction is the answer, in lower or upper case, else 0.
 
-    The script reads it from a line `identifier,prediction`: white space ends with the line, and a comma ends it.
+    The script reads it from a line `identifier,prediction`: white space at the end of the line is not read, nor
+    what follows a comma.
     """
     field = prediction.rstrip().partition(",")[0]
     return float(field.lower() == example.answers[0].lower())

@@ -53,7 +53,8 @@ HARD_AROUND = parts(
     "so |is \n{}|not {}|no {}|{}, not that|{}{}|{} {}|{}, {}|{} or {}|{} and {}|({})|[{}]|['{}']|\"{}\"|'{}'|"
     "**{}**|$\\boxed{{}}$|\\text{{}}|<answer>{}</answer>|{} kg|${}|{}%|{} %|about {}|~{}|-{}|+{}|{}0|0{}|{}.0|1,{}|"
     "{},000|{}'s|a {}|{}?|?{}|{};{}|{} . {}|# {}|> {}|- {}\n- {}|1. {}\n2. {}|{}..................................|"
-    ". . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . {}.|,,,,,,{}"
+    ". . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . {}.|,,,,,,{}|"
+    "{}4|{}.004|{}004|{}.006|is {}1|{}%%|it's {}|the {}'s"
 )
 HARD_LETTERS = parts(
     "{}|{}.|{})|({})|({}).|[{}]|<{}>|{{}}|$\\boxed{{}}$|\\boxed{\\text{({})}}|**{}**|*{}.*|__{}__|`{}`|\"{}\"|'{}'|"
@@ -72,7 +73,8 @@ HARD_LETTERS = parts(
     "None of the above|All of the above|A|I|A {}|A dog is in it|An A|a|Z|Z.|Z {}|(Z) {}|z|"
     "Cannot determine the answer|Cannot determine the answer: {}|I can't process this file. {}|"
     "I'm sorry, but without the image provided {}|Failed to obtain answer via API {}|{text}|{text}|{text}|{text}|"
-    "{text}|{text} |{text}.|The {text}|{text} {text}|not {text}|{text} or {othertext}|"
+    "{text}|{text} |{text}.|The {text}|{text} {text}|not {text}|this might be {text}|this might well be {text}|it might well just be {text}|"
+    "{text} or {othertext}|"
     "I can see that this is {othertext}, but then {text}|we think that it should be {text} there|"
     "we think that it should be {text} there, {text}, or {othertext}|"
     "Because x = 5, y = 3. So {} it is, as I said before|{} is one of those that I would take here today|"
