@@ -6,14 +6,19 @@ from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.vl.scores import AnswerScorer, VLScores, by_answer, check_answered, percent
 
 RULES = {
-    "accuracy": "NLVR2's metrics.py: true or false, in lower or upper case",
+    "accuracy": "NLVR2's metrics.py: true or false before a comma, in lower or upper case, with no space before it",
     "consistency": "NLVR2's metrics.py: sentences that are right for every pair of images",
 }
 
 
 def row_accuracy(example: Example, prediction: str) -> float:
-    """Returns 1 where the prediction is the answer, in lower or upper case, else 0."""
-    return float(prediction.strip().lower() == example.answers[0].lower())
+    """Returns 1 where the prediction is the answer, in lower or upper case, else 0.
+
+    The script reads it from a line `identifier,prediction`: white space at the end of the line is not read, nor
+    what follows a comma.
+    """
+    field = prediction.rstrip().partition(",")[0]
+    return float(field.lower() == example.answers[0].lower())
 
 
 def sentence_of(identifier: str) -> str:

@@ -319,38 +319,3 @@ def boxed(seed: int) -> list[MadeUp]:
         )
         rows.append(MadeUp(said, box=box, size=(width, height)))
     return rows
-
-
-def hard_boxes(seed: int) -> list[MadeUp]:
-    """Boxes near to the right one as shares, with white space, signs, digits and brackets where a reader may differ."""
-    draw = Source(seed)
-    blanks = ("", "", "", " ", "  ", "\n", "\t", "\u00a0")
-    around = ("{}", "{}", "It is {}.", "[1, 2] {}", "{} or [0, 0, 1, 1]", "[0.1, 0.2, {}", "[{}]", "```json\n{}\n```")
-    rows = []
-    for row in boxed(seed):
-        width, height = row.size
-        shares = [value / (width, height)[place % 2] for place, value in enumerate(row.box)]
-        shapes = ("{:.3f}", "{:.2f}", "{:.3f}", "{:.1f}", "+{:.3f}", "{:.0f}.", "{:.2e}", "-{:.3f}", "{:.3f}%")
-        usual = draw.random() < 0.7
-        numbers = [(shapes[0] if usual else draw.pick(shapes)).format(share) for share in shares]
-        numbers = [text.removeprefix("0") for text in numbers] if draw.random() < 0.1 else numbers
-        before, behind, first, last = (draw.pick(blanks) if draw.random() < 0.3 else "" for _ in range(4))
-        text = f"{before},{behind}".join(numbers)
-        brackets = draw.pick(("[{}]", "[{}]", "[{}]", "({})", "[{},]", "[{}, 0.5]", "\uff3b{}\uff3d"))
-        rows.append(
-            MadeUp(draw.pick(around).replace("{}", brackets.format(first + text + last)), box=row.box, size=row.size)
-        )
-    return rows
-
-
-def hard_answers(seed: int) -> list[MadeUp]:
-    """Answers in words with more references, of the kinds of OCRBench, changed several times."""
-    draw = Source(seed)
-    rows = []
-    for row in open_answers(seed, 4):
-        said = row.prediction
-        for _ in range(draw.number(3)):
-            said = _changed(draw, said)
-        said = draw.pick(("", "", "", "\n", "\u00a0", "x")) + said.replace(" ", draw.pick((" ", " ", "", "\n")))
-        rows.append(MadeUp(said, row.references, kind=draw.pick(("HME100k", "IIIT5K", "ct80", "FUNSD"))))
-    return rows

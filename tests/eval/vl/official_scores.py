@@ -1,7 +1,6 @@
 """Scores of the made-up answers by the official scripts, which official_scores.json keeps.
 
-`python -m tests.eval.vl.official_scores FOLDER` runs the scripts, unchanged and fetched by you, and writes the file
-(with `hard`, it runs those of lmms-eval on hard rows alone, and keeps the other scores):
+`python -m tests.eval.vl.official_scores FOLDER` runs the scripts, unchanged and fetched by you, and writes the file:
 
     anls.py          eval_mm/infographicsvqa_eval.py of QwenLM/Qwen-VL: that of rrc.cvc.uab.es
     m4c.py           mmf/utils/m4c_evaluators.py of facebookresearch/mmf
@@ -21,6 +20,7 @@
     nlvr2.py         nlvr2/eval/metrics.py of lil-lab/nlvr
 
 They need editdistance, pandas and loguru beside what is installed here, and ROUGE-L the package rouge-score (0.1.2).
+Each script scores two sets of rows (`USUAL`, `HARD`); the names of the scores of the second end in `_hard`.
 Where a script fails (a division by 0), or draws an option at random, there is no score: null.
 """
 
@@ -38,13 +38,67 @@ from pathlib import Path
 from string import ascii_uppercase
 from tempfile import TemporaryDirectory
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import MagicMock
 
-from tests.eval.vl import made_up
+from tests.eval.vl import made_up, made_up_hard
 from tests.eval.vl.made_up import MadeUp
 
 FILE = Path(__file__).with_name("official_scores.json")
+
+
+class Rows(NamedTuple):
+    """Rows of every kind that a script may score.
+
+    Attributes:
+        several: Answers in words, with one reference or more.
+        ten: Answers in words, with ten references.
+        words: Others with one reference or more, for MMMU.
+        choices: Answers to questions with up to five options, as many as ScienceQA's scripts know letters for.
+        wide: Answers to questions with as many options as MMMU-Pro's, ten, or the same as `choices`.
+        yes_or_no: Answers to questions of yes or no.
+        sentences: Sentences with references.
+        points: Boxes as two points of 999 steps.
+        shares: Boxes as four shares.
+        statements: True or false, with ids.
+    """
+
+    several: list[MadeUp]
+    ten: list[MadeUp]
+    words: list[MadeUp]
+    choices: list[MadeUp]
+    wide: list[MadeUp]
+    yes_or_no: list[MadeUp]
+    sentences: list[MadeUp]
+    points: list[MadeUp]
+    shares: list[MadeUp]
+    statements: list[tuple[str, MadeUp]]
+
+
+USUAL = Rows(
+    several=made_up.open_answers(1),
+    ten=made_up.open_answers(2, references=10),
+    words=made_up.open_answers(4),
+    choices=made_up.choices(3),
+    wide=made_up.choices(3),
+    yes_or_no=made_up.yes_or_no(5),
+    sentences=made_up.sentences(8),
+    points=made_up.boxed(6),
+    shares=made_up.boxed(6),
+    statements=made_up.true_or_false(7),
+)
+HARD = Rows(
+    several=made_up_hard.hard_answers(10),
+    ten=made_up_hard.hard_answers(11, references=10),
+    words=made_up_hard.hard_answers(12),
+    choices=made_up_hard.hard_choices(13, most=5),
+    wide=made_up_hard.hard_choices(14, most=10),
+    yes_or_no=made_up_hard.hard_yes_or_no(15),
+    sentences=made_up_hard.hard_sentences(16),
+    points=made_up_hard.hard_points(17),
+    shares=made_up_hard.hard_boxes(9),
+    statements=made_up_hard.hard_statements(18),
+)
 
 
 def packed(scores: Sequence[float | None]) -> str:
@@ -111,8 +165,7 @@ def site_anls(script: Any, rows: Sequence[MadeUp]) -> list[float]:
     return [found[str(i)]["score"] for i in range(len(rows))]
 
 
-def documents(folder: Path) -> dict[str, list[float | None]]:
-    rows, ten = made_up.open_answers(1), made_up.open_answers(2, references=10)
+def documents(folder: Path, rows: Sequence[MadeUp], ten: Sequence[MadeUp]) -> dict[str, list[float | None]]:
     m4c, pix2struct = (
         load(folder, "m4c"),
         load(folder, "pix2struct", **{f"pycocoevalcap.{name}": MagicMock() for name in ("cider.cider",)}),
@@ -163,8 +216,7 @@ def ocrbench(folder: Path, rows: Sequence[MadeUp]) -> list[float]:
     return [row["result"] for row in block(folder, "ocrbench", "data[i]['result'] = 0", data=data)["data"]]
 
 
-def letters(folder: Path) -> dict[str, list[float | None]]:
-    rows = made_up.choices(3)
+def letters(folder: Path, rows: Rows) -> dict[str, list[float | None]]:
     mmmu = load(folder, "mmmu")
     pro, matching = load(folder, "pro"), load(folder, "matching", **{"vlmeval.smp.log": MagicMock()})
     mmmu.random = pro.random = SimpleNamespace(choice=lambda _: None)
@@ -179,17 +231,19 @@ def letters(folder: Path) -> dict[str, list[float | None]]:
             matching.can_infer(row.prediction, dict(zip(ascii_uppercase, row.options, strict=False))) == row.letter
         )
 
-    words = made_up.open_answers(4)
+    def opened(row: MadeUp) -> float:
+        return mmmu.eval_open(list(row.references), mmmu.parse_open_response(row.prediction))
+
     return {
-        "mmmu": [parsed(mmmu.parse_multi_choice_response, row) for row in rows],
-        "mmmu_pro": [parsed(pro.parse_multi_choice_response, row) for row in rows],
-        "mmmu_open": [mmmu.eval_open(list(row.references), mmmu.parse_open_response(row.prediction)) for row in words],
-        "letters": [inferred(row) for row in rows],
-        "circular": circular(folder, rows, matching),
-        "scienceqa": scienceqa(folder, rows),
-        "scienceqa_own": scienceqa_own(folder, rows),
-        "aokvqa": aokvqa(folder, rows),
-        "aokvqa_direct": direct(folder),
+        "mmmu": [parsed(mmmu.parse_multi_choice_response, row) for row in rows.wide],
+        "mmmu_pro": [parsed(pro.parse_multi_choice_response, row) for row in rows.wide],
+        "mmmu_open": [opened(row) for row in rows.words],
+        "letters": [inferred(row) for row in rows.wide],
+        "circular": circular(folder, rows.wide, matching),
+        "scienceqa": scienceqa(folder, rows.choices),
+        "scienceqa_own": scienceqa_own(folder, rows.choices),
+        "aokvqa": aokvqa(folder, rows.choices),
+        "aokvqa_direct": direct(folder, rows.ten),
     }
 
 
@@ -260,18 +314,16 @@ def aokvqa(folder: Path, rows: Sequence[MadeUp]) -> list[float | None]:
     return found
 
 
-def direct(folder: Path) -> list[float]:
+def direct(folder: Path, rows: Sequence[MadeUp]) -> list[float]:
     script = load(folder, "aokvqa", load_aokvqa=MagicMock())
     about = {"question_id": "1", "choices": [], "difficult_direct_answer": False}
-    rows = made_up.open_answers(2, references=10)
     return [
         script.eval_aokvqa([about | {"direct_answers": list(row.references)}], {"1": row.prediction}) / 100
         for row in rows
     ]
 
 
-def pope(folder: Path) -> dict[str, list[float | None]]:
-    rows = made_up.yes_or_no(5)
+def pope(folder: Path, rows: Sequence[MadeUp]) -> dict[str, list[float | None]]:
     files = [
         [json.dumps({"answer": row.prediction}) for row in rows],
         [json.dumps({"label": row.references[0]}) for row in rows],
@@ -282,9 +334,8 @@ def pope(folder: Path) -> dict[str, list[float | None]]:
     return {"pope": right, "pope_shares": [names[key] for key in ("precision", "recall", "f1", "yes_ratio")]}
 
 
-def nlvr2(folder: Path) -> dict[str, list[float | None]]:
+def nlvr2(folder: Path, rows: Sequence[tuple[str, MadeUp]]) -> dict[str, list[float | None]]:
     """Precision and consistency, which the script prints."""
-    rows = made_up.true_or_false(7)
     with TemporaryDirectory() as place:
         said, truth = Path(place, "said.csv"), Path(place, "truth.jsonl")
         said.write_text("".join(f"{name},{row.prediction}\n" for name, row in rows))
@@ -296,8 +347,7 @@ def nlvr2(folder: Path) -> dict[str, list[float | None]]:
     return {"nlvr2_shares": [float(line.partition("=")[2]) for line in printed.getvalue().split()]}
 
 
-def boxes(folder: Path) -> dict[str, list[float | None]]:
-    rows = made_up.boxed(6)
+def boxes_of_qwen(folder: Path, rows: Sequence[MadeUp]) -> list[float | None]:
     script = load(folder, "grounding")
     qwen = []
     for row in rows:
@@ -305,7 +355,7 @@ def boxes(folder: Path) -> dict[str, list[float | None]]:
         mark = "iou = iou.item()"
         given = vars(script) | {"merged_outputs": [output], "PATTERN": re.compile(r"\((.*?)\),\((.*?)\)")}
         qwen.append(block(folder, "grounding", mark, **given, correct=0, total_cnt=0)["correct"])
-    return {"boxes_qwen": qwen, "boxes_lmms": boxes_of_lmms(folder, rows)}
+    return qwen
 
 
 def boxes_of_lmms(folder: Path, rows: Sequence[MadeUp]) -> list[float | None]:
@@ -319,27 +369,24 @@ def boxes_of_lmms(folder: Path, rows: Sequence[MadeUp]) -> list[float | None]:
     ]
 
 
-def hard(folder: Path) -> dict[str, list[float | None]]:
-    """Of hard rows, by the functions of lmms-eval 0.7.3 (`pip download lmms-eval==0.7.3`)."""
-    return {
-        "boxes_lmms_hard": boxes_of_lmms(folder, made_up.hard_boxes(9)),
-        "ocrbench_folded_hard": ocrbench_folded(folder, made_up.hard_answers(10)),
-    }
-
-
-def rouge() -> dict[str, list[float | None]]:
+def rouge(rows: Sequence[MadeUp]) -> list[float | None]:
     """The highest F1 of the references, as `score_multi` takes it."""
     from rouge_score.rouge_scorer import RougeScorer  # pyright: ignore[reportMissingImports]
 
     scorer = RougeScorer(["rougeL"])
-    rows = made_up.sentences(8)
-    return {"rouge_l": [scorer.score_multi(row.references, row.prediction)["rougeL"].fmeasure for row in rows]}
+    return [scorer.score_multi(row.references, row.prediction)["rougeL"].fmeasure for row in rows]
+
+
+def every(folder: Path, rows: Rows) -> dict[str, list[float | None]]:
+    """The scores of all scripts."""
+    scores = documents(folder, rows.several, rows.ten) | letters(folder, rows)
+    scores |= pope(folder, rows.yes_or_no) | nlvr2(folder, rows.statements) | {"rouge_l": rouge(rows.sentences)}
+    scores |= {"boxes_qwen": boxes_of_qwen(folder, rows.points), "boxes_lmms": boxes_of_lmms(folder, rows.shares)}
+    return scores
 
 
 if __name__ == "__main__":
     scripts = Path(sys.argv[1])
-    scores, kept = hard(scripts), json.loads(FILE.read_text())
-    if sys.argv[2:] != ["hard"]:
-        scores |= documents(scripts) | letters(scripts) | pope(scripts) | boxes(scripts) | nlvr2(scripts) | rouge()
-    packed_scores = {name: packed(found) for name, found in scores.items()}
-    FILE.write_text(json.dumps(kept | packed_scores, indent=0) + "\n")
+    usual, hard = every(scripts, USUAL), every(scripts, HARD)
+    scores = usual | {f"{name}_hard": found for name, found in hard.items()}
+    FILE.write_text(json.dumps({name: packed(found) for name, found in scores.items()}, indent=0) + "\n")
