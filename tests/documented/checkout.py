@@ -192,7 +192,7 @@ class Checkout:
             few.append(str(folder))
         tower = config.vision.tower
         weights = [] if tower.startswith("timm/") else [f"vision.pretrained={stand_ins.tower_weights(tower)}"]
-        return [f"images=[{', '.join(few)}]", *weights]
+        return [f"images=[{', '.join(few)}]", "follow_links=true", *weights]
 
     def _readers(self, features: str) -> list[SourceConfig]:
         """The sources of all configs that read these features, written where they are missing."""

@@ -1,6 +1,6 @@
 """What tools compute of a DoRA beside another adapter, and of one without its magnitude: what their cautions say.
 
-Errors are those of the sum of both changes, over four layers of rank 8; the table in docs/formats.md has these numbers.
+Errors are those of the sum of both changes, over four layers of rank 8; docs/checked_vl.md has these numbers.
 """
 
 import math

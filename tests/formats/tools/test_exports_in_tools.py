@@ -96,9 +96,9 @@ def test_diffusers_drops_the_magnitude_of_kohyas_files(tmp_path):
     assert not any("magnitude" in key or "dora" in key for key in state)
 
 
-def test_the_tests_in_the_table_of_the_docs_exist():
-    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
-    defined = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "formats").rglob("test_*.py"))
+def test_the_tests_in_the_tables_of_the_docs_exist():
+    text = (ROOT / "docs" / "checked_vl.md").read_text(encoding="utf-8")
+    defined = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     named = set(re.findall(r"\b(test_\w+)\b(?!\.py)", text))
     assert len(named) >= 8
     assert not [name for name in named if f"def {name}(" not in defined]
