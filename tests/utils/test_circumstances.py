@@ -37,6 +37,7 @@ UNDECIDED = (  # of pyproject.toml: they show, test, build, or make what is itse
     *("huggingface_hub", "packaging", "shtab", "jsonschema", "zensical", "mkdocstrings-python"),
     *("psutil", "pydantic", "pyyaml", "tqdm", "typing_extensions", "matplotlib", "tensorboard", "openpyxl"),
     *("pytest", "pytest-xdist", "hypothesis", "build", "hatchling", "easy-vqa", "lycoris-lora", "datasets"),
+    *("nbclient", "nbformat", "ipykernel"),
     *("resvg_py", "scikit-image", "scikit-learn", "dora_mm", "ruff", "pyright", "pre-commit"),
 )
 INDIRECT = (  # what our dependencies bring or take where it is there
