@@ -38,7 +38,7 @@ LINEAR = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|do
 VQA = SourceConfig(
     format="vqa_v2",
     file="samples/vl/vqa/v2_OpenEnded_mscoco_val2014_questions.json",
-    annotations="samples/vl/vqa/v2_mscoco_val2014_annotations.json",
+    annotations="samples/vl/vqa/v2_mscoco_val2014_annotations.json.gz",
     images="samples/vl/images",
     limit=32,
 )

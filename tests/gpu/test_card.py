@@ -227,7 +227,7 @@ def questions(split: str, limit: int) -> dict[str, Any]:
     return {
         "format": "vqa_v2",
         "file": str(SAMPLES / f"vl/vqa/v2_OpenEnded_mscoco_{split}2014_questions.json"),
-        "annotations": str(SAMPLES / f"vl/vqa/v2_mscoco_{split}2014_annotations.json"),
+        "annotations": str(SAMPLES / f"vl/vqa/v2_mscoco_{split}2014_annotations.json.gz"),
         "images": str(SAMPLES / "vl/images"),
         "limit": limit,
     }

@@ -1,7 +1,7 @@
 """Data sets of scenes in the official layouts of VQA v2, GQA, NLVR2 and the COCO captions.
 
     images/COCO_train2014_000000000001.jpg    of VQA and captions, numbered from FIRST_IDS[split] on
-    vqa/v2_OpenEnded_mscoco_train2014_questions.json, vqa/v2_mscoco_train2014_annotations.json
+    vqa/v2_OpenEnded_mscoco_train2014_questions.json, vqa/v2_mscoco_train2014_annotations.json.gz
     captions/captions_train2014.json
     preferences/preferences_train2014.jsonl   of each image its own caption and that of the next one, in TRL's layout
     gqa/train_balanced_questions.json, gqa/images/<imageId>.jpg
@@ -12,6 +12,7 @@ The images of a smaller set are the first images of a larger one, so the validat
 scenes of another.
 """
 
+import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,7 +96,10 @@ def dump(content: Any) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_text(path, dump(content))
+    """Writes compact JSON, compressed where the name ends in .gz: ten answers of a question repeat each other."""
+    data = dump(content).encode()
+    compressed = gzip.compress(data, mtime=0) if path.suffix == ".gz" else data
+    write_atomically(path, lambda partial: partial.write_bytes(compressed))
 
 
 def draw_all(folder: Path, scenes: Sequence[tuple[str, Scene]], artist: Artist) -> None:
@@ -149,7 +153,7 @@ def vqa_files(things: Sequence[Thing], split: str, num_images: int, num_question
             "task_type": "Open-Ended",
             "questions": questions,
         },
-        f"vqa/v2_mscoco_{split}2014_annotations.json": {**head, "annotations": rows},
+        f"vqa/v2_mscoco_{split}2014_annotations.json.gz": {**head, "annotations": rows},
         f"captions/captions_{split}2014.json": captions_file(split, scenes),
     }
 

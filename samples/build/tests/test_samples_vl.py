@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from dora_mm.config.vl_data import SourceConfig
+from dora_mm.data.vl.json_items import open_data
 from dora_mm.data.vl.readers import read_source
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
@@ -38,7 +39,7 @@ def vqa(split: str):
     return read(
         "vqa_v2",
         f"vqa/v2_OpenEnded_mscoco_{split}2014_questions.json",
-        annotations=f"vqa/v2_mscoco_{split}2014_annotations.json",
+        annotations=f"vqa/v2_mscoco_{split}2014_annotations.json.gz",
         images="images",
     )
 
@@ -52,7 +53,7 @@ def test_it_is_small_has_no_pickles_and_names_its_sources():
     files = [path for path in VL.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 9e6
     assert sum(path.stat().st_size for path in (VL / "video").rglob("*") if path.is_file()) < 3e5
-    assert {path.suffix for path in files} == {".json", ".jsonl", ".jpg", ".png", ".npz", ".md"}
+    assert {path.suffix for path in files} == {".json", ".gz", ".jsonl", ".jpg", ".png", ".npz", ".md"}
     sources = (VL / "SOURCES.md").read_text()
     assert all(words in sources for words in ("CC-BY-4.0", "Apache-2.0", "MIT", "CC0", "random projection"))
 
@@ -60,7 +61,8 @@ def test_it_is_small_has_no_pickles_and_names_its_sources():
 def test_the_generator_reproduces_every_file_of_questions(things):
     for split, (num_images, num_questions) in SIZES.vqa.items():
         for name, content in vqa_files(things, split, num_images, num_questions).items():
-            assert json.loads((VL / name).read_text()) == content, name
+            with open_data(VL / name) as file:
+                assert json.load(file) == content, name
         lines = (VL / f"preferences/preferences_{split}2014.jsonl").read_text().splitlines()
         pairs = [json.loads(line) for line in lines]
         assert pairs == preference_rows(json.loads((VL / f"captions/captions_{split}2014.json").read_text()))

@@ -64,7 +64,7 @@ def vqa(split: str, **rows: int) -> dict:
     return {
         "format": "vqa_v2",
         "file": str(SAMPLES / f"vqa/v2_OpenEnded_mscoco_{split}2014_questions.json"),
-        "annotations": str(SAMPLES / f"vqa/v2_mscoco_{split}2014_annotations.json"),
+        "annotations": str(SAMPLES / f"vqa/v2_mscoco_{split}2014_annotations.json.gz"),
         **rows,
     }
 

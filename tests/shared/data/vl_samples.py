@@ -10,7 +10,7 @@ def vqa(split: str, limit: int) -> dict:
     return {
         "format": "vqa_v2",
         "file": str(SAMPLES / f"vqa/v2_OpenEnded_mscoco_{split}2014_questions.json"),
-        "annotations": str(SAMPLES / f"vqa/v2_mscoco_{split}2014_annotations.json"),
+        "annotations": str(SAMPLES / f"vqa/v2_mscoco_{split}2014_annotations.json.gz"),
         "images": str(SAMPLES / "images"),
         "limit": limit,
     }
