@@ -27,7 +27,7 @@ EXTRA_WEIGHT_MODULES = (
 class PartConfig(Section):
     """The settings of one part of the model; those left out are the adapter's and the optimizer's."""
 
-    # full: its weights themselves (of models for questions, its biases, too); frozen: nothing; null: adapter.method
+    # full: all weights (of vision-language models the biases, too); frozen: none; null: adapter.method
     method: Literal["dora", "lora", "magnitude", "full", "frozen"] | None = None
     rank: PositiveInt | None = None  # null: adapter.rank
     alpha: Positive | None = None  # null: the same alpha / rank as the adapter's; with scaling sqrt the same alpha
@@ -41,7 +41,7 @@ class AdapterConfig(Section):
 
     method: Literal["dora", "lora", "magnitude", "full"] = "dora"  # magnitude: without A and B; full: the base weights
     rank: PositiveInt  # rank of A and B
-    alpha: Positive = 0.0  # the update is scaled by alpha / rank; left out or null: alpha = rank, set below
+    alpha: Positive = 0.0  # the update is scaled by alpha / rank; left out or null: alpha = rank
     # sqrt: by alpha / sqrt(rank) as in rank-stabilised LoRA; alpha is then given, and the same at all ranks
     scaling: Literal["rank", "sqrt"] = "rank"
     dropout: Share = 0.0  # probability, on the input of A
@@ -144,11 +144,11 @@ class AdapterConfig(Section):
 
 
 class AssistantConfig(Section):
-    """A frozen adapter that is trained over and left out when generating, such as one that undoes a distillation."""
+    """A frozen adapter under the trained one, left out when generating, such as one that undoes a distillation."""
 
     path: AdapterPath  # the adapter file of any tool, or its folder
-    strength: float = 1.0  # at which it is at work in training and in held-out losses
-    in_samples: bool = False  # whether it also is in the contact sheets during the training; in the last one it is not
+    strength: float = 1.0  # its strength in training and in held-out losses
+    in_samples: bool = False  # whether contact sheets during the training use it too; the last one never does
 
     @field_validator("strength")
     @classmethod
@@ -166,7 +166,7 @@ class ImageAdapterConfig(AdapterConfig):
     strength: Positive = (
         1.0  # scales the trained update once: the result is strength 1 of the saved file and of contact sheets
     )
-    assistant: AssistantConfig | None = None  # a frozen adapter that is trained over; null: none
+    assistant: AssistantConfig | None = None  # a frozen adapter under the trained one; null: none
 
     @classmethod
     def parts_of(cls, record: TargetMapRecord) -> tuple[str, ...]:

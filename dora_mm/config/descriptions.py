@@ -10,6 +10,7 @@ import textwrap
 import tokenize
 from collections.abc import Iterator, Mapping
 from functools import cache
+from math import inf
 from typing import Any
 
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
@@ -57,10 +58,17 @@ def _case(name: str, reference: str) -> dict[str, Any]:
 
 
 def _describe(found: dict[str, Any], section: type[Section]) -> None:
-    """Adds the comments of a section to its keys; the name of a config is that of its file, where it has none."""
+    """Adds the comments of a section to its keys; the name of a config is that of its file, where it has none.
+
+    A default that its own bounds exclude stands for a value that follows from other keys: it is left out.
+    """
+    keys = found.get("properties", {})
     for key, text in descriptions_of(section).items():
-        if key in found.get("properties", {}):
-            found["properties"][key]["description"] = text
+        if key in keys:
+            keys[key]["description"] = text
+    for value in keys.values():
+        if "exclusiveMinimum" in value and value.get("default", inf) <= value["exclusiveMinimum"]:
+            del value["default"]
     if issubclass(section, PipelineConfig) and "name" in found.get(REQUIRED, ()):
         found[REQUIRED].remove("name")
 
@@ -88,8 +96,8 @@ def _comments_of(section: type[Section]) -> dict[str, str]:
                 above.insert(0, comments[number])
                 number -= 1
             behind = [comments[each] for each in range(node.lineno, (node.end_lineno or 0) + 1) if each in comments]
-            texts = [_text(token) for token in [*above, *behind]]
-            if text := " ".join(text for text in texts if text):
+            texts = [" ".join(filter(None, map(_text, tokens))) for tokens in (above, behind)]
+            if text := "; ".join(filter(None, texts)):
                 found[node.target.id] = text
     return found
 

@@ -80,7 +80,7 @@ class SampleConfig(ContactSheetConfig):
 
 
 class AdapterChoice(Section):
-    """An adapter that is there, and how much of it counts."""
+    """An existing adapter and its strength."""
 
     path: AdapterPath  # the adapter file, its folder or a run
     # Scales the update: 0 is the base model, 1 the trained one. Or by part and block: {unet.down: 0.5, text_encoder: 0}
@@ -114,15 +114,15 @@ class ImageGenerationConfig(PipelineConfig):
     """Settings shared by all pipelines that generate images from prompts."""
 
     changeable: ClassVar[tuple[str, ...] | None] = None  # every image is compared with what it should be
-    output: OutputFolder | None = None  # the run directory; one of the same pipeline goes on; null: runs/<name>/<NNN>
+    output: OutputFolder | None = None  # the run directory; an interrupted run continues; null: runs/<name>/<NNN>
     backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
     model: ModelConfig | None = None  # null: the model that the adapter's file names; without adapter the embedded one
     memory: MemoryConfig = MemoryConfig()
     adapter: AdapterChoice | None = None  # null: the base model
     # plain: prompts are text; a1111: with weights such as (word:1.3), alternatives {a|b} by seed, and BREAK
     prompt_syntax: PromptSyntax = "plain"
-    # Left out, these four are those of the contact sheets of the adapter's training, where its file says them
-    negative_prompt: str | None = None  # null: none
+    # null: none. Left out, this, `steps`, `guidance` and `guidance_rescale` are those of the training's contact sheets
+    negative_prompt: str | None = None
     steps: NumSteps = 25  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale
     guidance_rescale: Rescale = 0.0  # against the contrast that guidance adds; 0.7 for zero terminal SNR
@@ -140,11 +140,11 @@ class EditingConfig(ImageGenerationConfig):
 
 
 class BatchGenerationConfig(EditingConfig):
-    """A job of images: prompts or a file of rows, each with all seeds and strengths."""
+    """Batch generation: each prompt, or each row of a file, with all seeds and strengths."""
 
     command: ClassVar[str] = "sample"
     pipeline: Literal["sample"]
-    prompts: Items[Text] = ()  # of the images
+    prompts: Items[Text] = ()  # prompts of the images
     prompts_file: InputPath | None = None  # .csv, .tsv, .xlsx, .jsonl or .txt, a column per setting; replaces `prompts`
     seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one image per prompt and seed
     # One image for each; they multiply the adapter's. null: 1, and images without adapter are those of the bare model
@@ -182,10 +182,10 @@ class GridConfig(EditingConfig):
 
     command: ClassVar[str] = "grid"
     pipeline: Literal["grid"]
-    prompt: Text | None = None  # null: an axis has the prompts
-    seed: Seed = 0  # of every image, where no axis has seeds
-    rows: Axis | None = None  # null: one row
-    columns: Axis  # a setting and its values
+    prompt: Text | None = None  # the prompt of every image; null: an axis has the prompts
+    seed: Seed = 0  # seed of every image where no axis has seeds
+    rows: Axis | None = None  # the setting of the rows and its values; null: one row
+    columns: Axis  # the setting of the columns and its values
     without_adapter: bool = True  # whether the first column is generated without adapter
 
     @model_validator(mode="after")
@@ -225,7 +225,7 @@ class ConceptChoice(RoleConfig):
 
 
 class ImageSamplingConfig(Section):
-    """How images are generated that are scored."""
+    """Generation settings of scored images."""
 
     steps: NumSteps = 20  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale
@@ -246,17 +246,17 @@ ClassifiedStyle = Literal["flat", "3d", "brick"]
 
 
 class EvalDiffusionConfig(PipelineConfig):
-    """Images of things that no adapter was trained on, and the scores that the classifier gives them."""
+    """Generates things that no adapter was trained on, and scores them by a classifier."""
 
     command: ClassVar[str] = "eval"
     pipeline: Literal["eval_diffusion"]
-    output: OutputFolder | None = None  # the run directory; the same evaluation goes on in it; null: runs/<name>/<NNN>
+    output: OutputFolder | None = None  # the run directory; an interrupted one continues; null: runs/<name>/<NNN>
     model: ModelConfig
     adapter: AdapterChoice | None = None  # null: only the base model
     classifier: InputPath  # the folder of a fitted classifier
     style: ClassifiedStyle  # the target style
-    prompt: Text  # asks for the target style; {thing} is replaced by the concept
-    flat_prompt: Text = "a flat icon of {thing}"  # asks for the style that the base model knows
+    prompt: Text  # the prompt of the target style; {thing} is replaced by the concept
+    flat_prompt: Text = "a flat icon of {thing}"  # the prompt of the style that the base model knows
     concepts: ConceptChoice = ConceptChoice()
     sampling: ImageSamplingConfig = ImageSamplingConfig()
     clip: ClipConfig | None = None  # null: no CLIP similarity
@@ -284,17 +284,17 @@ class ScoredAdapterConfig(ImageGenerationConfig):
 
 
 class EvalStyleConfig(ScoredAdapterConfig):
-    """Images by the bare model and an adapter, and how like the training images they are."""
+    """Generates images with and without an adapter, and scores their similarity to the training images."""
 
     pipeline: Literal["eval_style"]
-    images: InputPath | None = None  # the images of the style; null: those that the adapter was trained on
+    images: InputPath | None = None  # the images of the style; null: the adapter's training images
     follow_links: bool = False  # as data.follow_links, of images
-    prompts: Items[Text] = ()  # in the style; empty: those of the training, and some in the words of its captions
-    prompts_without_style: Items[Text] = ()  # that do not ask for the style; empty: six things
+    prompts: Items[Text] = ()  # with the style; empty: those of the training, and some in the words of its captions
+    prompts_without_style: Items[Text] = ()  # without the style; empty: six things
 
 
 class EvalEditConfig(ScoredAdapterConfig):
-    """Edits by the bare model and an adapter, and how near they come to their targets."""
+    """Generates edits with and without an adapter, and measures their distance to the targets."""
 
     pipeline: Literal["eval_edit"]
     images: InputPath | None = None  # targets with captions, as data.folder; null: those that the training held out

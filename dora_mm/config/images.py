@@ -43,7 +43,7 @@ from dora_mm.utils.folders import Links
 
 
 class HeldOutImagesConfig(Section):
-    """Images that are not trained on: what is learned is validated by their loss."""
+    """Held-out images, whose loss validates the training."""
 
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("share", "folder"),)
 
@@ -63,8 +63,7 @@ class ImageFolderConfig(Section):
     """One of several folders of images."""
 
     path: InputPath  # as data.folder
-    # preserve: images on which the `preserve` section holds the model, with their own captions; validate: held-out
-    # images, as data.valid
+    # preserve: images for the `preserve` section, with their own captions; validate: held out, as data.valid
     role: Literal["train", "preserve", "validate"] = "train"
     repeats: Positive = 1.0  # how often each image occurs in an epoch, times data.repeats; 0.5: in every second epoch
     # Of the losses of its images: a step's loss is divided by the sum of weights, so it acts between images of one step
@@ -91,10 +90,10 @@ class CaptionConfig(Section):
     """Caption processing, repeated in every epoch; tags are separated by commas."""
 
     prefix: Text | None = None  # before every caption, with a space; never moved or dropped; null: none
-    suffix: Text | None = None  # behind every caption, likewise
+    suffix: Text | None = None  # after every caption, likewise
     lines: bool = False  # each line of a text is a caption of its own, of which one is sampled
     alternatives: bool = False  # one of {a|b} is sampled; as in prompts, a backslash before the brace leaves it
-    shuffle: bool = False  # tags in another order
+    shuffle: bool = False  # shuffle the tags
     tag_dropout: Share = 0.0  # probability of leaving out a tag
     # The first tags that are neither moved nor dropped; of a caption with |||, all before it, and behind a second one
     keep: Count = 0
@@ -113,7 +112,7 @@ class MaskConfig(Section):
     source: Literal["file", "alpha"] = "file"
     # A folder of masks that are named as the images of data.folder; null: they lie next to the images
     folder: InputPath | None = None
-    floor: Share = 0.1  # the least weight of a pixel
+    floor: Share = 0.1  # the lowest weight of a pixel
     # base: where the mask is black, the prediction is held at that of the base model, by (1 - w) (difference)^2
     outside: Literal["ignored", "base"] = "ignored"
 
@@ -145,9 +144,9 @@ class DataConfig(Section):
     background: Text = "white"  # behind transparent images: a colour name or #rrggbb
     flip: bool = False  # augmentation: mirror images at random
     crop: Literal["center", "random"] = "center"  # what remains when an image exceeds the target size
-    captions: CaptionConfig | None = None  # what becomes of captions; null: they stay as they are
+    captions: CaptionConfig | None = None  # caption processing; null: none
     caption_dropout: Share = 0.0  # probability of training an image without its caption
-    mask: MaskConfig | None = None  # null: every place counts alike
+    mask: MaskConfig | None = None  # loss masks; null: none
     # Folders of reference images, for models that edit: a.png, or a_1.png and a_2.png, for a.png in data.folder; of
     # several folders the first has the first reference of each image. metadata.jsonl can name them instead
     references: Items[InputPath] = ()
@@ -237,23 +236,23 @@ class PreserveConfig(Section):
     # Of these images: "" for no prompt, or a class such as "an icon"; null: their captions without data.placeholder,
     # and of folders of role preserve their captions
     prompt: str | None = None
-    weight: NonNegative = 1.0  # of this loss
+    weight: NonNegative = 1.0  # weight of this loss
     every: PositiveInt = 1  # optimizer steps
 
 
 class TokenConfig(Section):
     """A word of captions and prompts that stands for new tokens, with embeddings of their own."""
 
-    count: PositiveInt | None = None  # of tokens; null: as many as init has, or 2
+    count: PositiveInt | None = None  # number of tokens; null: as many as init has, or 2
     # Words whose embeddings they start as; null: sampled at random, as long as the tables' rows are on average
     init: Text | None = None
     lr: Positive | None = None  # learning rate; null: optimizer.lr
 
 
 class ImageTrainConfig(EpochTrainConfig, AdapterTrainConfig):
-    # The step after which they stay as they are (the pivot of pivotal tuning); null: the last one
-    stop_tokens_after: PositiveInt | None = None  # the rows of new tokens
-    stop_text_encoders_after: PositiveInt | None = None  # the adapters of text encoders
+    # The last step that trains them (the pivot of pivotal tuning); null: the last step of the training
+    stop_tokens_after: PositiveInt | None = None  # for new tokens
+    stop_text_encoders_after: PositiveInt | None = None  # the same for adapters of text encoders
 
 
 class TrainDiffusionConfig(PipelineConfig):
@@ -274,16 +273,16 @@ class TrainDiffusionConfig(PipelineConfig):
     backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
     model: ModelConfig
     adapter: ImageAdapterConfig
-    # New tokens by the word that captions have for them; empty: all words are plain ones
+    # New tokens by the word that captions have for them; empty: no new tokens
     tokens: dict[str, TokenConfig] = Field(default_factory=dict)
     data: DataConfig
     loss: LossConfig = LossConfig()
-    preserve: PreserveConfig | None = None  # what the adapter should leave as it is; null: nothing is held
+    preserve: PreserveConfig | None = None  # prior preservation; null: none
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
-    ema: EMAConfig | None = None  # an average of the weights, saved in adapter-ema/; null: none
+    ema: EMAConfig | None = None  # exponential moving average of the weights, saved in adapter-ema/; null: none
     train: ImageTrainConfig
-    memory: ImageStreamConfig = ImageStreamConfig()  # frozen weights that wait in main memory
+    memory: ImageStreamConfig = ImageStreamConfig()  # frozen weights that stay in main memory until they are used
     evaluate: ValidationConfig = ValidationConfig()
     sample: SampleConfig = SampleConfig()
 

@@ -30,7 +30,7 @@ class LossConfig(Section):
     # Of models that predict noise or v: gamma of Min-SNR loss weights; auto: 5; null: every timestep has weight 1
     min_snr_gamma: float | str | None = "auto"
     noise_offset: NonNegative = 0.0  # of these models: standard deviation of noise that is constant over an image
-    # How timesteps are drawn; auto: logit_normal for models that predict velocity, uniform for others or with a bias.
+    # How timesteps are sampled; auto: logit_normal for models that predict velocity, uniform for others or with a bias.
     # log_snr: the logarithm of signal to noise is normal, after any shift: around -6 it is mostly noise, where a style
     # is decided (Choi et al. 2024, arXiv 2411.14793)
     timesteps: Literal["auto", "uniform", "logit_normal", "log_snr"] = "auto"

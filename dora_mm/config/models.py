@@ -54,7 +54,7 @@ class SDXLConfig(ImageFamilyConfig):
 class ZImageConfig(ImageFamilyConfig):
     """Settings specific to Z-Image."""
 
-    max_tokens: PositiveInt = 512  # of a prompt in its chat template; text beyond is cut
+    max_tokens: PositiveInt = 512  # of a prompt in its chat template; the rest is cut
 
 
 class Flux2KleinConfig(ImageFamilyConfig):
@@ -62,7 +62,7 @@ class Flux2KleinConfig(ImageFamilyConfig):
 
     only_training: ClassVar[frozenset[str]] = frozenset({"shift_steps"})
 
-    max_tokens: PositiveInt = 512  # of a prompt in its chat template; text beyond is cut, shorter ones are filled up
+    max_tokens: PositiveInt = 512  # of a prompt in its chat template; the rest is cut, shorter ones are filled up
     # How far noise levels move towards noise depends on the number of sampling steps, and trainings have none: theirs
     # are those of sampling in so many steps. 50 is the pipeline's own number for the base models
     shift_steps: PositiveInt = 50
@@ -71,7 +71,7 @@ class Flux2KleinConfig(ImageFamilyConfig):
 class QwenImageConfig(ImageFamilyConfig):
     """Settings specific to Qwen-Image."""
 
-    max_tokens: Annotated[int, Field(gt=0, le=1024)] = 512  # of a prompt; text beyond is cut
+    max_tokens: Annotated[int, Field(gt=0, le=1024)] = 512  # of a prompt; the rest is cut
 
 
 class QwenImageEditConfig(ImageFamilyConfig):
@@ -96,7 +96,7 @@ class StableDiffusion3Config(ImageFamilyConfig):
 
 
 class ModelConfig(Section):
-    """An image model; its files say of which family it is, and a section of another family is an error.
+    """An image model. Its files decide the family; a section of another family is an error.
 
     The sections of families are further keys, with the names of the families; null: its defaults. See `add_sections`.
     """
@@ -205,7 +205,7 @@ class VLMModelConfig(VLFamilyConfig):
     path: ModelPath  # a folder of save_pretrained, or a hub name
     revision: Text | None = None  # a commit, branch or tag of a hub model; null: the main branch
     dtype: Dtype = "float32"  # bfloat16 or float16, of the frozen weights
-    attn_implementation: Text | None = None  # such as sdpa or flash_attention_2; null: what transformers chooses
+    attn_implementation: Text | None = None  # such as sdpa or flash_attention_2; null: transformers' choice
     # The frozen weights in 8 or 4 bits, by bitsandbytes or torchao; null: not quantised
     quantization: Literal["int8", "nf4", "fp4", "torchao_int8"] | None = None
     # Fewer pixels are fewer tokens; docs/vlm_classes.md says which of these the processor of each class takes
@@ -213,11 +213,11 @@ class VLMModelConfig(VLFamilyConfig):
     max_pixels: PositiveInt | None = None  # as min_pixels, or where it bounds the number of patches (LFM2-VL)
     image_size: PositiveInt | None = None  # the longer side in pixels (Idefics3, Pixtral)
     max_tiles: PositiveInt | None = None  # into which an image is cut, without the small image of the whole
-    fps: Positive | None = None  # frames that are read of a second of a video; null: 1
-    max_frames: Annotated[int, Field(ge=2)] | None = None  # the most that are read of a video; null: 16
-    max_length: PositiveInt | None = None  # tokens per row of a training; longer ones are cut; null: positions
-    loss_over: Literal["answers", "prompts and answers"] = "answers"  # the tokens that are learned; of images never
-    prompts: dict[TaskName, Text] = Field(default_factory=dict)  # of a task, with {text} for the question
+    fps: Positive | None = None  # frames per second of video; null: 1
+    max_frames: Annotated[int, Field(ge=2)] | None = None  # most frames of a video; null: 16
+    max_length: PositiveInt | None = None  # cutoff in tokens; longer training rows are cut; null: the model's positions
+    loss_over: Literal["answers", "prompts and answers"] = "answers"  # tokens that are learned; never those of images
+    prompts: dict[TaskName, Text] = Field(default_factory=dict)  # the prompt of each task, with {text} for the question
     # The day for chat templates that ask for it, such as 2026-12-01; null: the day on which the run began
     date: IsoDate | None = None
 

@@ -24,11 +24,11 @@ KEY_VARIABLE = "DORA_MM_API_KEY"  # of the environment: the server's key, which 
 class ServerConfig(Section):
     """A server that answers as OpenAI's does: vLLM, SGLang, llama.cpp. Its key comes from DORA_MM_API_KEY."""
 
-    url: Text  # what /chat/completions is behind, such as http://localhost:8000/v1
-    model: Text | None = None  # the name of the model there; null: the only one that it serves
+    url: Text  # the base URL before /chat/completions, such as http://localhost:8000/v1
+    model: Text | None = None  # the served model's name; null: the only one
     concurrency: PositiveInt = 8  # requests at a time
-    timeout: Positive = 600.0  # seconds until an answer has ended; one that takes longer is missing
-    max_bytes: PositiveInt = 2**26  # of an answer as it is sent; a longer one is missing
+    timeout: Positive = 600.0  # limit of a response in seconds; a longer one counts as missing
+    max_bytes: PositiveInt = 2**26  # limit of a response in bytes; a longer one counts as missing
 
     @field_validator("url")
     @classmethod
@@ -44,9 +44,9 @@ class ServerConfig(Section):
 class EvalServerConfig(PipelineConfig):
     command: ClassVar[str] = "eval"
     pipeline: Literal["eval_server"]
-    output: OutputFolder | None = None  # the run directory; the same evaluation goes on in it; null: runs/<name>/<NNN>
+    output: OutputFolder | None = None  # the run directory; an interrupted one continues; null: runs/<name>/<NNN>
     server: ServerConfig
-    prompts: dict[TaskName, Text] = Field(default_factory=dict)  # in place of the tasks' own; {text}: the question
+    prompts: dict[TaskName, Text] = Field(default_factory=dict)  # replace the tasks' own prompts; {text}: the question
     data: VLDataConfig
     decode: TextSamplingConfig = TextSamplingConfig()
     examples: Count = 48  # examples of each task on the HTML page

@@ -41,13 +41,13 @@ class SliderConfig(Section):
 
     plus: Text | None = None  # the caption at strength 1; null: images is set
     minus: Text | None = None  # the caption at strength -1; null: images is set
-    neutral: str = ""  # the caption that is trained, such as that of all images: what the attribute belongs to
-    # Replace {thing} in captions, so that a slider for one attribute moves no other; empty: captions are as they are
+    neutral: str = ""  # the caption that is trained: what the attribute belongs to
+    # Replace {thing} in captions, so that a slider for one attribute moves no other; empty: no replacement
     things: Items[Text] = ()
-    eta: Positive = 1.0  # how far strength 1 is, in differences of the predictions for plus and minus
-    strengths: Annotated[Items[float], Field(min_length=1)] = SIDES  # that are trained, each in a pass of its own
-    denoising_steps: NumSteps = 20  # of the schedule along which the base model makes the noisy latents
-    guidance: NonNegative = 3.0  # of these steps, by the neutral caption; 1: none
+    eta: Positive = 1.0  # how far strength 1 moves, as a multiple of the difference between plus and minus
+    strengths: Annotated[Items[float], Field(min_length=1)] = SIDES  # the trained strengths, one pass for each
+    denoising_steps: NumSteps = 20  # denoising steps with which the base model makes the noisy latents
+    guidance: NonNegative = 3.0  # guidance scale of these steps; 1: none
     resolution: Resolution | None = None  # pixels of a side; null: the model's own
     images: ImagePairsConfig | None = None  # null: plus and minus are set, and no images are needed
 
@@ -159,12 +159,12 @@ class TrainSliderConfig(PipelineConfig):
 
 
 class EvalSliderConfig(ScoredAdapterConfig):
-    """Images of a slider at several strengths: how they move along the attribute, and what else moves."""
+    """Generates images at several strengths of a slider, and measures the attribute and everything else."""
 
     pipeline: Literal["eval_slider"]
-    strengths: Annotated[Items[float], Field(min_length=2)] = STRENGTHS  # that are scored; 0: the base model
-    things: Items[Text] = ()  # replace {thing} in the captions of the training; empty: those that it was trained with
-    control: bool = True  # whether a random adapter of equal norm is scored, too
+    strengths: Annotated[Items[float], Field(min_length=2)] = STRENGTHS  # the scored strengths; 0: the base model
+    things: Items[Text] = ()  # replace {thing} in the training's captions; empty: those of the training
+    control: bool = True  # whether a random adapter of equal norm is scored as a control
 
     @model_validator(mode="after")
     def _strengths_differ(self) -> "EvalSliderConfig":

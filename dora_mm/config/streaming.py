@@ -1,4 +1,4 @@
-"""Config keys of frozen weights that wait in main memory. See schema.py for the rules."""
+"""Config keys of frozen weights that stay in main memory until they are used. See schema.py for the rules."""
 
 import re
 from collections.abc import Collection
@@ -52,13 +52,13 @@ def amount_of(streamed: int | float | str) -> Amount:
 class StreamConfig(Section):
     """Frozen weights that wait in main memory, and are on the GPU while their block computes; no bit differs by it."""
 
-    stream: Streamed | None = None  # of the blocks of the network that is trained; null: all weights stay on the GPU
+    stream: Streamed | None = None  # blocks of the trained network in main memory: all, auto, 8, 0.5 or 6GB; null: none
 
 
 class ImageStreamConfig(StreamConfig):
-    """The same of image models."""
+    """The same for image models."""
 
-    stream_text: Streamed | None = None  # of the blocks of each text encoder; null: they stay on the GPU while they run
+    stream_text: Streamed | None = None  # of each text encoder, likewise; null: none
 
 
 def check_streaming(memory: StreamConfig, train: TrainConfig, methods: Collection[str], cache: str) -> list[str]:

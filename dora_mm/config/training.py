@@ -13,7 +13,7 @@ class OptimizerConfig(Section):
     # 8 bit: of bitsandbytes, on a GPU; adafactor keeps one number per row and column instead of two per parameter
     name: Annotated[str, name_in(OPTIMIZERS)] = "adamw"
     lr: Positive  # learning rate; prodigy finds its own and multiplies it by this, so set 1.0
-    b_lr_ratio: Positive = 1.0  # how many times that is the rate of B; under Adam it is alpha / rank by another name
+    b_lr_ratio: Positive = 1.0  # B's rate as a multiple of lr; under Adam it is alpha / rank by another name
     # Decay rates of both moments; null: those of dora_mm/registries/optimizers.py, 0.9 and 0.999 for most
     betas: Annotated[tuple[Share, Share], Field(strict=False)] | None = None
     eps: Positive | None = None  # added to the denominator of the update; null: 1e-8, or what the optimizer has
@@ -28,7 +28,7 @@ class OptimizerConfig(Section):
 class EMAConfig(Section):
     """Exponential moving average (EMA) of the trained weights, kept in addition to the weights."""
 
-    decay: Share = 0.999  # of the average in each step, in the first ones less: (1 + step) / (10 + step)
+    decay: Share = 0.999  # decay per step, at first less: (1 + step) / (10 + step)
 
 
 class ScheduleConfig(Section):
@@ -38,9 +38,10 @@ class ScheduleConfig(Section):
     name: Literal["constant", "cosine", "linear", "restarts", "polynomial", "warmup_stable_decay"] = "constant"
     warmup_steps: Count = 0  # optimizer steps of linear warmup
     warmup_ratio: Share = 0.0  # warmup as a fraction of all steps, instead of warmup_steps
-    cycles: PositiveInt | None = None  # of restarts: how many cosines; null: 4
-    power: Positive | None = None  # of polynomial: of the share of the steps that is left; null: 2
-    decay_ratio: Annotated[float, Field(gt=0, le=1)] | None = None  # of warmup_stable_decay: of all steps; null: 0.1
+    cycles: PositiveInt | None = None  # for restarts: the number of cosines; null: 4
+    power: Positive | None = None  # for polynomial: the exponent; null: 2
+    # of warmup_stable_decay: the decay as a fraction of all steps; null: 0.1
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 class TrainConfig(Section):
@@ -49,8 +50,8 @@ class TrainConfig(Section):
     gradient_accumulation_steps: PositiveInt = 1  # micro-batches per optimizer step
     max_grad_norm: Positive | None = 1.0  # gradients are clipped to this total norm; null: no clipping
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # dtype of autocast; no: without autocast
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
-    compile: bool = False  # the repeated blocks of what is trained go through torch.compile, in the steps alone
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
+    compile: bool = False  # torch.compile for the repeated blocks of the trained model, in training steps alone
     checkpoint_every: Count = 0  # optimizer steps between checkpoints; 0: only at the end and on interruption
     keep_checkpoints: PositiveInt = 2  # how many of the newest checkpoints are kept; older ones are deleted
     log_every: PositiveInt = 10  # optimizer steps between two rows of metrics.jsonl, which checkpoints have, too
@@ -63,7 +64,7 @@ class TrainConfig(Section):
 class AdapterTrainConfig(TrainConfig):
     """A training of adapters."""
 
-    # Numbers of finished steps at which gradients of whole weights are measured, which dora-mm analyse shows
+    # Steps after which the gradients of the full weights are measured, for dora-mm analyse
     gradients_at: Items[Count] = ()
 
 

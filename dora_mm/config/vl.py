@@ -43,12 +43,12 @@ from dora_mm.registries.vl_tasks import TASKS
 class TextSamplingConfig(Section):
     """How tokens of answers are chosen, and where answers end."""
 
-    max_new_tokens: PositiveInt | None = None  # longest answer in tokens; null: what suits the task
-    temperature: NonNegative = 0.0  # 0: the likeliest token each time; above: tokens are drawn, and not with beams
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # only the likeliest tokens that have this share together
-    seed: Seed = 0  # of what is drawn
+    max_new_tokens: PositiveInt | None = None  # longest answer in tokens; null: the task's own limit
+    temperature: NonNegative = 0.0  # 0: greedy or beam search; above 0: sampling
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # nucleus sampling: the total probability of the tokens kept
+    seed: Seed = 0  # seed of the sampling
     stop: Items[Text] = ()  # texts that end an answer, and are not part of it
-    keep_thoughts: bool = False  # whether what a model thinks before its answer is a part of it, and scored with it
+    keep_thoughts: bool = False  # whether the model's reasoning counts as part of its answer
 
     @model_validator(mode="after")
     def _sampling_is_on(self) -> "TextSamplingConfig":
@@ -77,11 +77,11 @@ class EvaluateConfig(DecodeConfig, ValidationConfig):
     # What the best adapter is chosen by; null: the loss of conversations, where the metric is exact match of whole
     # sentences, and the metric of all other tasks
     best_by: Literal["metric", "loss"] | None = None
-    base: bool = True  # whether the model is scored before the first step, too, for what the adapter adds
+    base: bool = True  # whether the model is also scored before the first step
 
 
 class PreferenceConfig(Section):
-    """How pairs of answers are learned: `task: preference`."""
+    """Preference training, DPO and its variants: `task: preference`."""
 
     # sigmoid: DPO; robust: where a known share of the pairs is the wrong way round; ipo: of means over tokens
     loss: Literal["sigmoid", "robust", "ipo"] = "sigmoid"
@@ -98,7 +98,7 @@ class PreferenceConfig(Section):
 
 
 class VLTrainConfig(EpochTrainConfig, AdapterTrainConfig):
-    """A training of adapters, in steps or in passes over the questions."""
+    """Length and batches of a training, in steps or epochs."""
 
 
 class TrainVLConfig(PipelineConfig):
@@ -125,9 +125,9 @@ class TrainVLConfig(PipelineConfig):
     preference: PreferenceConfig = PreferenceConfig()
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
-    ema: EMAConfig | None = None  # an average of the weights, saved in adapter-ema/; null: none
+    ema: EMAConfig | None = None  # exponential moving average of the weights, saved in adapter-ema/; null: none
     train: VLTrainConfig
-    memory: StreamConfig = StreamConfig()  # frozen weights that wait in main memory
+    memory: StreamConfig = StreamConfig()  # frozen weights that stay in main memory until they are used
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
@@ -162,16 +162,16 @@ class TrainVLConfig(PipelineConfig):
 class EvalVLConfig(PipelineConfig):
     command: ClassVar[str] = "eval"
     pipeline: Literal["eval_vl"]
-    output: OutputFolder | None = None  # the run directory; the same evaluation goes on in it; null: runs/<name>/<NNN>
+    output: OutputFolder | None = None  # the run directory; an interrupted one continues; null: runs/<name>/<NNN>
     backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
     model: VLModelConfig
     vision: VisionConfig = VisionConfig()
     adapter: AdapterPath | None = None  # an adapter file, its folder or its run directory; null: the base model
     data: VLDataConfig
-    preference: PreferenceConfig = PreferenceConfig()  # margins of pairs are multiplied by its beta
+    preference: PreferenceConfig = PreferenceConfig()  # its beta scales the margins of pairs
     decode: DecodeConfig = DecodeConfig()
     examples: Count = 48  # examples of each task on the HTML page
-    same_as: InputPath | None = None  # the run of an evaluation of the same rows: how many of its answers stay the same
+    same_as: InputPath | None = None  # the run of an evaluation of the same rows: counts how many answers stay the same
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "EvalVLConfig":

@@ -63,10 +63,10 @@ class SourceConfig(Section):
     # null: it has but one
     split: Text | None = None
     columns: dict[ColumnName, Text] = Field(default_factory=dict)  # chat, preferences, captions: by our names
-    # Which of several answers of a row is learned; all count for the score. first; sampled: drawn by its score at each
-    # step; null: first where all count the same (docvqa, chartqa, ...), else sampled
+    # Which of a row's answers is trained on; all count for the score. sampled: one at each step, by its score;
+    # null: first where all count the same (docvqa, chartqa, ...), else sampled
     answers: Learned | None = None
-    weight: Positive = 1.0  # beside other sources of a training split: how often its rows are drawn; 2: twice an epoch
+    weight: Positive = 1.0  # sampling weight among several sources; 2: its rows occur twice in an epoch
     skip: Count = 0  # number of rows to skip at the start
     limit: PositiveInt | None = None  # number of rows to use after those; null: all
 
@@ -95,7 +95,7 @@ class SourceConfig(Section):
 
     @property
     def learned(self) -> Learned:
-        """Which of several answers of a row is learned."""
+        """Which of a row's answers is trained on."""
         return self.answers or self.reader.learned
 
     @property
@@ -140,7 +140,7 @@ def _may_have_images(name: str) -> bool:
 
 
 class HeldOutConfig(Section):
-    """Rows of the training split that are not trained on, by whole images: which ones depends on the rows alone."""
+    """Rows of the training split that are not trained on, by whole images: the choice depends on the rows alone."""
 
     share: Annotated[float, Field(gt=0, lt=1)]  # of the training split's rows
     limit: PositiveInt | None = None  # the highest number of these rows; null: no limit
@@ -181,7 +181,7 @@ SPLITS: tuple[Split, ...] = ("train", "valid")
 
 
 class VLTaskConfig(Section):
-    task: TaskName  # what these rows are for
+    task: TaskName  # the task of these rows
     train: SourceConfig | None = None  # the training split; null: none
     more: Items[SourceConfig] = ()  # further sources of the training split, whose rows are mixed with those of train
     valid: ValidConfig | None = None  # the validation split: a source, or a share of the training split; null: none
@@ -212,12 +212,12 @@ class VLTaskConfig(Section):
 class VLDataConfig(Section):
     """One task (`train`, `valid` and its name), or a list of tasks that are trained jointly."""
 
-    task: TaskName = "chat"  # what train and valid are for
+    task: TaskName = "chat"  # the task of train and valid
     train: SourceConfig | None = None  # the training split; null: none
     more: Items[SourceConfig] = ()  # further sources of the training split, whose rows are mixed with those of train
     valid: ValidConfig | None = None  # the validation split: a source, or a share of the training split; null: none
     tasks: Items[VLTaskConfig] = ()  # instead of train and valid; a batch is from one task
-    group_by_length: bool = False  # batches of rows of about the same length, of which less is padding
+    group_by_length: bool = False  # batches have rows of similar length, with less padding
     on_bad_data: Literal["stop", "skip"] = "stop"  # skip: bad rows are left out, counted and listed
     # Whether links that lead out of a folder of images or data files are followed; those of the hub's cache always are
     follow_links: bool = False

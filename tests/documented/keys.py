@@ -19,8 +19,7 @@ keys are for, with commands, is on the pages of [training](train_images.md), [da
 [generating](generate_images.md), [scores](score_images.md) and [vision-language models](vlm.md).
 
 """
-TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true, false", "object": "keys"}
-BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 LARGEST = 2**31  # a bound that is no rule of ours
 
 
@@ -67,12 +66,12 @@ def types(value: dict[str, Any]) -> Iterator[str]:
         elif each.get("type") == "null":
             yield "null"
         elif isinstance(each.get("additionalProperties"), dict):
-            yield f"keys with {' or '.join(dict.fromkeys(types(each['additionalProperties'])))}"
+            yield f"mapping to {' or '.join(dict.fromkeys(types(each['additionalProperties'])))}"
         elif "anyOf" in each:
             yield from types(each)
         else:
             bounds = [f"{word} {each[key]:g}" for key, word in BOUNDS.items() if abs(each.get(key, LARGEST)) < LARGEST]
-            yield " ".join([TYPES.get(each.get("type", ""), "any"), ", ".join(bounds)]).strip()
+            yield " ".join([each.get("type", "any").replace("object", "mapping"), ", ".join(bounds)]).strip()
 
 
 def default_text(value: Any) -> str:
