@@ -34,7 +34,7 @@ class CampaignConfig(PipelineConfig):
     free_keys: ClassVar[tuple[str, ...]] = ("workers", "name", "rows")  # those that change no row
 
     output: OutputFolder  # the campaign's folder; one that exists is resumed
-    base: InputPath  # the config that all trainings share: of train_diffusion for images, of train_vl for questions
+    base: InputPath  # the config that all trainings share: train_diffusion for images, train_vl for VL data
     # A CSV file with a row for each finished training, from which a campaign goes on without the rest of its folder, on
     # any machine; null: trainings.csv in output
     rows: Text | None = None
@@ -66,13 +66,13 @@ class LearningRates(Section):
 
 
 class VariantConfig(Section):
-    """LoRA or DoRA at one rank with other settings; its difference from the plain one is reported."""
+    """LoRA or DoRA at one rank with other settings; its difference from the default settings is reported."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]  # in tables, and in the names of files
-    method: Literal["lora", "dora"] = "dora"  # of this variant
-    rank: PositiveInt  # one of ranks
-    overrides: Items[Text] = ()  # of base, as --set takes them, such as optimizer.b_lr_ratio=4.0
-    magnitude_lr_ratio: Positive | None = None  # how many times the learning rate that of the magnitudes is; null: base
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]  # the name in tables and file names
+    method: Literal["lora", "dora"] = "dora"  # the method of this variant
+    rank: PositiveInt  # its rank, one of `ranks`
+    overrides: Items[Text] = ()  # settings of base to change, as --set takes them, such as optimizer.b_lr_ratio=4.0
+    magnitude_lr_ratio: Positive | None = None  # the magnitudes' rate as a multiple of the learning rate; null: base's
 
     @field_validator("overrides")
     @classmethod
@@ -138,7 +138,7 @@ class CompareConfig(CampaignConfig):
     steps: PositiveInt  # optimizer steps of every training
     ranks: Annotated[Items[PositiveInt], Field(min_length=1)] = (8,)  # of LoRA and DoRA
     half_ranks: bool = True  # DoRA is also trained at half of each rank but 1
-    variants: Items[VariantConfig] = ()  # further ones, with other settings
+    variants: Items[VariantConfig] = ()  # further adapters, with other settings
     learning_rates: LearningRates  # the candidates of each method
     # More candidates to try, a factor apart, while the best one is the lowest or the highest; with curves while one of
     # these is as good as the best
@@ -146,11 +146,11 @@ class CompareConfig(CampaignConfig):
     # How scores depend on the rate is reported: every training gets reported scores, and the neighbours of the best
     # rate are trained with all seeds, too
     curves: bool = False
-    seeds: Annotated[Items[Seed], Field(min_length=2)] = (0, 1, 2)  # a training each at the best rate
+    seeds: Annotated[Items[Seed], Field(min_length=2)] = (0, 1, 2)  # one training for each at the best rate
     # A rate is chosen by the mean over so many of the first seeds, which are trained at all rates
     rate_seeds: PositiveInt = 1
-    images: CompareImagesConfig | None = None  # what is compared: either these,
-    vl: CompareVLConfig | None = None  # or these
+    images: CompareImagesConfig | None = None  # the compared scores, for images
+    vl: CompareVLConfig | None = None  # the compared scores, for vision-language models
 
     @property
     def scored(self) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class TuneConfig(CampaignConfig):
     free_keys: ClassVar[tuple[str, ...]] = (*CampaignConfig.free_keys, "rates", "ranks", "extra_rates")
 
     pipeline: Literal["tune"]
-    overrides: Items[Text] = ()  # of base, as --set takes them
+    overrides: Items[Text] = ()  # settings of base to change, as --set takes them
     rates: Annotated[Items[Positive], Field(min_length=1)]  # the candidates for optimizer.lr, at every rank
     ranks: Items[PositiveInt] = ()  # the candidates for adapter.rank; empty: base's
     extra_rates: Count = 0  # more candidates, a factor apart, while the lowest or the highest rate is as good as any
