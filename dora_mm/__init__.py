@@ -113,14 +113,15 @@ def save_adapter(
     model: nn.Module | Mapping[str, nn.Module],
     folder: str | Path,
     *,
-    format: str = "diffusers",
+    format: str | None = None,
     metadata: Mapping[str, str] | None = None,
     extra_parameters: Sequence[str] = (),
     strength: float = 1.0,
 ) -> Path:
     """Saves the adapter of a model as a safetensors file, with a model card (README.md) next to it.
 
-    A README.md that a person has written or changed is kept.
+    A README.md that a person has written or changed is kept. Trainable parameters that are neither in the adapter nor
+    named in `extra_parameters` are not saved: a warning names them.
 
     Where FSDP2 has sharded the model, every process has to call this, and the first one writes.
 
@@ -130,7 +131,9 @@ def save_adapter(
             it is a network of a diffusers pipeline; of other classes, "diffusers" needs the name.
         folder: The folder to write to; it is created where it does not exist.
         format: "diffusers" (read by diffusers' `load_lora_weights`), "peft" (read by `PeftModel.from_pretrained`, for a
-            single model), or "native", our own, which holds any method on any layer.
+            single model), or "native", our own, which holds any method on any layer. None: "diffusers" for networks of
+            its pipelines and for a mapping of components; for other models "peft", or "native" where PEFT cannot hold
+            the adapter.
         metadata: Additional entries for the header of the file. The model card has those that are called `base_model`,
             `base_revision`, `instance_prompt`, `license`, `pipeline_tag`, `day` and `config`.
         extra_parameters: Names of parameters that were trained in addition to the adapters (biases, norms), for "peft"

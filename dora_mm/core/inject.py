@@ -47,9 +47,12 @@ class InjectReport:
 
     Attributes:
         modules: The adapted modules, in the order in which they were adapted.
+        num_trainable_others: The number of parameters outside of the adapters that require gradients, which `inject`
+            leaves as they are: an adapter file has them only as `extra_parameters`.
     """
 
     modules: tuple[AdaptedModule, ...]
+    num_trainable_others: int = 0
 
     @property
     def num_modules(self) -> int:
@@ -75,10 +78,16 @@ class InjectReport:
         table += [(*key, str(count), f"{parameters[key]:,}") for key, count in rows.items()]
         table += [("all", "", "", "", str(self.num_modules), f"{self.num_parameters:,}")]
         widths = [max(len(row[i]) for row in table) for i in range(6)]
-        return "\n".join(
+        lines = [
             "  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
             for row in table
-        )
+        ]
+        if self.num_trainable_others:
+            lines.append(
+                f"{self.num_trainable_others} other parameters still require gradients; "
+                "model.requires_grad_(False) before inject freezes them"
+            )
+        return "\n".join(lines)
 
 
 def inject(
@@ -153,7 +162,9 @@ def inject_paths(
         restore(model)
         raise
     set_fast_paths(model)
-    return InjectReport(tuple(describe(layer, wanted[layer.adaptation.path][0]) for layer in done))
+    own = {id(parameter) for layer in adapted_layers(model).values() for parameter in layer.adapter_tensors().values()}
+    others = sum(p.requires_grad for p in model.parameters() if id(p) not in own)
+    return InjectReport(tuple(describe(layer, wanted[layer.adaptation.path][0]) for layer in done), others)
 
 
 def _trainable_before(modules: Mapping[str, nn.Module]) -> dict[int, bool]:

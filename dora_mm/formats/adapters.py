@@ -20,7 +20,7 @@ from dora_mm.core.wrappers.sharded import is_sharded
 from dora_mm.formats import model_card
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.algebra.exact import unfolded, with_strength
-from dora_mm.formats.components import components_to_load, components_to_save
+from dora_mm.formats.components import UNNAMED, component_of, components_to_load, components_to_save
 from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.models import from_models, into_models, weight_shape
 from dora_mm.formats.naming.names import Name
@@ -34,6 +34,13 @@ from dora_mm.utils.tensor_writer import save_tensors
 
 log = logging.getLogger(__name__)
 _EMBEDDING = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}  # as PEFT calls them
+
+
+def default_format(model: nn.Module | Mapping[str, nn.Module]) -> str:
+    """The format of a file where none is chosen: diffusers' for networks of its pipelines, else PEFT's or our own."""
+    if isinstance(model, Mapping) or component_of(model):
+        return "diffusers"
+    return format_for({UNNAMED: model}, "peft")
 
 
 def format_for(components: Mapping[str, nn.Module], preferred: str) -> str:
@@ -60,7 +67,7 @@ def save(
     model: nn.Module | Mapping[str, nn.Module],
     folder: Path,
     *,
-    format: str,
+    format: str | None,
     metadata: Mapping[str, str],
     extra_parameters: Sequence[str] = (),
     strength: float = 1.0,
@@ -73,7 +80,7 @@ def save(
     Args:
         model: The adapted model, or several by component, such as {"unet": ..., "text_encoder": ...}.
         folder: The folder to write to; it is created where it does not exist.
-        format: A key of `FORMATS`.
+        format: A key of `FORMATS`; None: that of `default_format`.
         metadata: Additional entries for the header of the file.
         extra_parameters: Names of parameters that were trained in addition to the adapters of a single model.
         strength: The strength of the adapters that becomes strength 1 in the file.
@@ -88,6 +95,8 @@ def save(
             has several adapters, a value is NaN or infinite, or the format cannot hold what was trained. Nothing
             is written then.
     """
+    if format is None:
+        format = default_format(model)
     if format not in FORMATS:
         raise ValueError(f"there is no adapter format {format!r}: use {', '.join(FORMATS)}")
     form = FORMATS[format]
@@ -95,6 +104,7 @@ def save(
     components = components_to_save(model, form.components, format)
     state = _at_strength(from_models(components, extra_parameters), components, strength)
     state = replace(state, tokens=tokens or {})
+    _warn_about_others(state, components)
     if form.parameter is not None and not form.export.holds.diffs:
         _move_full_weights(state)
     if problem := why_not(format, components):
@@ -113,6 +123,21 @@ def save(
         if sharded:
             distributed.barrier()  # the others may read the file next, and must not wait forever after an error
     return folder / form.file_name
+
+
+def _warn_about_others(state: AdapterState, components: Mapping[str, nn.Module]) -> None:
+    """Warns of parameters that may have been trained and will not be in the file."""
+    for component, model in components.items():
+        adapted = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
+        saved = {id(parameter) for layer in adapted for parameter in layer.adapter_tensors().values()}
+        saved |= {id(model.get_parameter(name)) for name in state.parameters.get(component, {})}
+        if others := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in saved]:
+            log.warning(
+                "%d trainable parameters outside of the adapter (%s, ...) are not saved: name what was trained in "
+                "extra_parameters, and freeze the rest by requires_grad_(False)",
+                len(others),
+                others[0],
+            )
 
 
 def _at_strength(state: AdapterState, components: Mapping[str, nn.Module], strength: float) -> AdapterState:

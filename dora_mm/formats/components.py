@@ -37,7 +37,7 @@ def components_to_save(
     if known and name not in known:
         raise ValueError(
             f"the {format} format needs the name of a component, which a {type(model).__name__} does not tell: "
-            f'pass {{"{known[0]}": model}}, or another of {", ".join(known)}'
+            f'pass {{"{known[0]}": model}}, or another of {", ".join(known)}; for a model of your own, format="native"'
         )
     return {name or UNNAMED: model}
 

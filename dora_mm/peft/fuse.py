@@ -38,7 +38,7 @@ FUSED = {
 KNOWN = {f"peft.tuners.lora.layer.{name}" for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")} | {
     f"peft.tuners.lora.{name}" for name in ("bnb.Linear4bit", "bnb.Linear8bitLt", "torchao.TorchaoLoraLinear")
 }
-SMALL = "few weights for their tokens on a processor, in training without fixed_norms: PEFT's own passes are as fast"
+SMALL = "few weights for their tokens on a processor, in training without fixed_norms, where it is as fast"
 PARAMETER = "LoRA of parameters, for which PEFT has no DoRA (dora_mm.inject has one for stacked experts)"
 DROPOUT = "take a second large product in training, for lora_dropout: with 0 a step costs about half"
 Adapters = list[tuple[str, str]]
@@ -61,10 +61,14 @@ class FuseReport:
     stock: dict[str, Adapters] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"DoRA of {shown(self.fused)} runs fused"]
+        at_times = [adapter for some in self.at_times.values() for adapter in some]
+        always = [adapter for adapter in self.fused if adapter not in at_times]
+        lines = [f"DoRA of {shown(always)} runs fused"] if always or not at_times else []
+        lines += [
+            f"DoRA of {shown(some)} runs fused, but PEFT's own code with {why}" for why, some in self.at_times.items()
+        ]
         if self.with_dropout:
             lines.append(f"  {shown(self.with_dropout)} of these {DROPOUT}")
-        lines += [f"  {shown(some)} of these run PEFT's own code with {why}" for why, some in self.at_times.items()]
         lines += [f"{shown(some)} stay PEFT's: {why}" for why, some in self.stock.items()]
         return "\n".join([*lines, "Adapters that are added later stay PEFT's until fuse_peft is called again."])
 

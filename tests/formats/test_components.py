@@ -91,14 +91,41 @@ def test_transformers_of_diffusers(name):
 def test_diffusers_needs_the_component_of_other_classes(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4))
     inject(model, ["0"], DoRASpec(rank=2))
-    with pytest.raises(ValueError, match=r'a Sequential does not tell: pass \{"unet": model\}'):
-        save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match=r'a Sequential does not tell: pass \{"unet": model\}.*format="native"'):
+        save_adapter(model, tmp_path, format="diffusers")
     assert not list(tmp_path.iterdir())
-    for format in ("peft", "native"):
+    for format in ("peft", "native", None):
         other = nn.Sequential(nn.Linear(4, 4))
-        save_adapter(model, tmp_path / format, format=format)
-        load_adapter(other, tmp_path / format)
+        save_adapter(model, tmp_path / str(format), format=format)
+        load_adapter(other, tmp_path / str(format))
         assert same_adapter(model, other)
+
+
+def test_the_format_follows_from_the_model(tmp_path):
+    own = nn.Sequential(nn.Linear(4, 4))
+    inject(own, ["0"], DoRASpec(rank=2))
+    assert save_adapter(own, tmp_path / "own").name == "adapter_model.safetensors"  # PEFT's
+    full = nn.Sequential(nn.Linear(4, 4))
+    inject(full, ["0"], DoRASpec(rank=2, method="full"))
+    assert save_adapter(full, tmp_path / "full").name == "trained_weights.safetensors"  # PEFT has no such method
+    assert save_adapter(adapted("unet"), tmp_path / "unet").name == "pytorch_lora_weights.safetensors"
+
+
+def test_parameters_that_are_trained_and_not_saved_are_named(tmp_path, caplog):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    report = inject(model, ["0"], DoRASpec(rank=2))
+    assert report.num_trainable_others == 3
+    assert "3 other parameters still require gradients" in str(report)
+    save_adapter(model, tmp_path / "some")
+    assert "3 trainable parameters outside of the adapter (0.bias, ...) are not saved" in caplog.text
+    caplog.clear()
+    save_adapter(model, tmp_path / "all", format="native", extra_parameters=["0.bias", "1.weight", "1.bias"])
+    model[1].requires_grad_(False)
+    model[0].bias.requires_grad_(False)
+    save_adapter(model, tmp_path / "frozen")
+    assert not caplog.text
+    frozen = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
+    assert "require gradients" not in str(inject(frozen, ["0"], DoRASpec(rank=2)))
 
 
 @pytest.mark.parametrize("component", ["transformer", "text_encoder"])
