@@ -54,4 +54,4 @@ def recipe_line(recipes: Mapping[int, str], memory: float) -> str:
     if sizes:
         return f"{recipes[max(sizes)]} ({max(sizes)} GB)"
     small = f"; on a processor {recipes[0]}" if 0 in recipes else ""
-    return f"needs a GPU of {min(size for size in recipes if size)} GB{small}"
+    return f"needs a GPU of some {min(size for size in recipes if size)} GB (an estimate){small}"

@@ -188,7 +188,7 @@ def take_prompts_file(arguments: Namespace) -> None:
     """
     prompts_file = arguments.config
     if prompts_file is not None and Path(prompts_file).suffix.lower() not in (".yaml", ".yml"):
-        given = {"prompts_file": prompts_file, "name": run_name(prompts_file)}
+        given: dict[str, Any] = {"prompts_file": prompts_file, "name": run_name(prompts_file), "prompts": []}
         arguments.config = arguments.prompts_config or GENERATION_DEFAULTS
         if arguments.resume is not None and arguments.prompts_config is None:
             arguments.config = None  # the run's own

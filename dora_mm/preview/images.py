@@ -329,4 +329,4 @@ def remark_on_alternatives(images: Sequence[CaptionedImage], data: DataConfig) -
 
 
 def _recipes() -> str:
-    return "the paper's recipes: " + ", ".join(f"{name} {views:.0f}" for name, views in RECIPES.items())
+    return "in the DoRA paper's recipes: " + ", ".join(f"{name} {views:.0f}" for name, views in RECIPES.items())

@@ -98,7 +98,7 @@ def test_the_length_is_compared_with_the_recipes():
     train = TrainConfig(steps=400, batch_size=2, gradient_accumulation_steps=3)
     assert describe_length([1] * 30, train, 2) == (
         "length    400 steps x batch 2 x 3 accumulated x 2 processes / 30 images = each is seen 160 times "
-        "(the paper's recipes: 3d_icon 130, lego 49)"
+        "(in the DoRA paper's recipes: 3d_icon 130, lego 49)"
     )
     found = describe_length([2.5] * 10 + [0.5] * 10, TrainConfig(steps=30, batch_size=2))
     assert found.startswith("length    30 steps x batch 2 / 30 places of 20 images in an epoch = each is seen 1 to 5 ")
