@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dora_mm.data.images.pixels import SUFFIXES
+from dora_mm.data.images.decoders import SUFFIXES
 from dora_mm.utils.folders import REFUSED, Links, inside
 from dora_mm.utils.json_text import parse_json, read_bounded
 from dora_mm.utils.tables import decoded, read_table

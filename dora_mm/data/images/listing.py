@@ -8,8 +8,8 @@ from pathlib import Path
 from dora_mm.config import resolve_path
 from dora_mm.config.images import DataConfig
 from dora_mm.data.images.captions import CAPTION_SUFFIXES, METADATA, CaptionFiles
+from dora_mm.data.images.decoders import SUFFIXES
 from dora_mm.data.images.masks import by_kind
-from dora_mm.data.images.pixels import SUFFIXES
 from dora_mm.data.images.references import ReferenceFiles
 from dora_mm.utils.folders import REFUSED, Links, check_entry
 
