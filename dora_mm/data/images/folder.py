@@ -21,7 +21,7 @@ from PIL import Image
 from dora_mm.config import resolve_path
 from dora_mm.config.images import CaptionConfig, DataConfig
 from dora_mm.data.images.buckets import Size
-from dora_mm.data.images.captions import CAPTION_SUFFIXES, METADATA, CaptionFiles, is_image
+from dora_mm.data.images.captions import CAPTION_SUFFIXES, METADATA, CaptionFiles, is_image, is_metadata
 from dora_mm.data.images.decoders import SUFFIXES, MissingDecoderError
 from dora_mm.data.images.listing import files_in, folders_in, only_references
 from dora_mm.data.images.look import Look, look_at
@@ -195,8 +195,8 @@ def uncaptioned_images(root: Path, links: Links = REFUSED) -> tuple[list[Path], 
     entries = files_in(root, "FOLDER", subfolders=False, links=links)
     files, images = CaptionFiles(root, entries, links=links), by_kind(entries).images
     problems, without = files.problems, []
-    if (root / METADATA[1]).is_file():
-        problems.append(f"has {METADATA[1]}, beside which {METADATA[0]} is not read: put its rows there first")
+    for name in (path.name for path in entries if is_metadata(path.name) and path.name != METADATA[0]):
+        problems.append(f"has {name}, beside which {METADATA[0]} is not read: put its rows there first")
     for path in sorted(images):
         if files.of_image(path) is None:
             without.append(path)
@@ -433,7 +433,7 @@ def _log_notes(entries: Sequence[Path], images: list[CaptionedImage], deeper: Se
     folders |= {folder for path in folders for folder in path.parents}
     stems = {image.path.with_suffix("") for image in images}
     captions = {path for path in entries if path.suffix.lower() in CAPTION_SUFFIXES and path.with_suffix("") in stems}
-    used = captions | folders | {path for path in entries if path.name in METADATA or is_image(path.name)}
+    used = captions | folders | {path for path in entries if is_metadata(path.name) or is_image(path.name)}
     others = [path for path in entries if path not in used]
     if others:
         log.info("%s ignored: neither images nor captions", _counted(others, "file"))
