@@ -7,8 +7,9 @@ from dora_mm import formats
 from dora_mm.adapting.files import load_trained, saved_config, seed_of
 from dora_mm.config.paths import find_path, resolve_model, resolve_path
 from dora_mm.config.vl import DecodeConfig, TrainVLConfig
+from dora_mm.data.images.decoders import SUFFIXES
 from dora_mm.data.images.frames import VIDEO_SUFFIXES, check_video, is_video
-from dora_mm.data.images.pixels import SUFFIXES, load_rgb
+from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.answers import Answer, texts_of
 from dora_mm.data.vl.example import IMAGE, VIDEO, Example, Turn, escaped
 from dora_mm.data.vl.splits import usual_opening

@@ -15,7 +15,7 @@ from dora_mm.config.paths import resolve_path
 from dora_mm.config.vl import ExtractFeaturesConfig
 from dora_mm.data.features.folder import FeatureWriter
 from dora_mm.data.features.images import ImageFiles
-from dora_mm.data.images.pixels import SUFFIXES
+from dora_mm.data.images.decoders import SUFFIXES
 from dora_mm.data.vl.example import stem
 from dora_mm.models.vl.towers.tower import VisionTower, load_tower
 from dora_mm.utils.devices import default_device

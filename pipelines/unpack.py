@@ -7,10 +7,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from dora_mm.config.paths import resolve_path
 from dora_mm.data.images.captions import COLUMNS, KEYS, METADATA
+from dora_mm.data.images.decoders import MissingDecoderError, open_image
 from dora_mm.data.vl.readers.file_rows import file_items
 from dora_mm.data.vl.readers.hub_files import files_of
 from dora_mm.utils.folders import written_at_once
@@ -22,6 +21,7 @@ IMAGE_COLUMNS = ("image", "target", "target_image", "edited_image", "output_imag
 TEXT_COLUMNS = (*KEYS, "instruction", "edit_prompt", "edit_instruction", "edit")
 REFERENCE_COLUMNS = ("references", *COLUMNS, "reference_image", "original_image", "source", "input", "original")
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif"}
+SUFFIXES |= {"AVIF": ".avif", "HEIF": ".heic"}
 REFERENCES = "references"  # the folder of references
 
 
@@ -140,8 +140,10 @@ def write_image(folder: Path, stem: str, content: bytes, column: str) -> str:
         ValueError: It is no image of a format that trainings read.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=tuple(SUFFIXES)) as image:
+        with open_image(io.BytesIO(content)) as image:
             suffix = SUFFIXES[str(image.format)]
+    except MissingDecoderError as error:
+        raise ValueError(f"{column}: {error}") from None
     except Exception:  # whatever Pillow raises of damaged files
         raise ValueError(f"{column} has no image of {', '.join(SUFFIXES)}") from None
     (folder / f"{stem}{suffix}").write_bytes(content)

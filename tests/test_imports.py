@@ -47,7 +47,7 @@ MAY_NAME_VL_TASKS = (  # the records of tasks; and of formats and metrics, some 
     *("dora_mm/registries/", "dora_mm/config/vl_data.py", "dora_mm/data/vl/readers/"),
     *("dora_mm/eval/vl/captions.py", "dora_mm/eval/vl/submissions.py"),  # a key of their files
     "dora_mm/eval/vl/predictions/reading.py",  # a key of other programs' files
-    *("dora_mm/data/images/captions.py", "dora_mm/cli/"),  # a key of captions, a command
+    *("dora_mm/data/images/captions.py", "dora_mm/data/images/kohya_metadata.py", "dora_mm/cli/"),  # a key, a command
     *("dora_mm/train/resuming.py", "dora_mm/config/importing/vl_trainers.py"),  # a section of configs
     "dora_mm/testing/vl_family.py",  # the rows of its checks
 )

@@ -3,6 +3,7 @@
 `KEYS` has those that mean the same wherever they occur; what depends on the trainer is in `dora_mm.config.importing`.
 """
 
+import re
 from collections.abc import Sequence
 
 KEYS = {  # by the flags of kohya's scripts, diffusers', LLaMA-Factory's and ms-swift's
@@ -148,6 +149,9 @@ VALUES = {
     },
     "loss.type": {"l2": "mse", "mae": "l1", "pseudo_huber": "huber"},
 }
+CAPTION_FILES = re.compile(
+    r"meta_\w+\.json"
+)  # of kohya's finetune scripts: meta_cap.json, meta_clean.json, meta_lat.json
 NO_EFFECT = (  # on what is trained: logs, workers, caches, kernels of attention, uploads
     *("attn_implementation", "bucket_reso_steps", "cache_latents", "cache_latents_to_disk"),
     *("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "caption_extension"),

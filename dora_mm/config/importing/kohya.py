@@ -16,7 +16,7 @@ from dora_mm.config.importing.values import (
     put_warmup,
     side_of,
 )
-from dora_mm.registries.other_trainers import DTYPES
+from dora_mm.registries.other_trainers import CAPTION_FILES, DTYPES
 
 UNET = ("unet.attn", "unet.cross", "unet.ff")
 TEXT_ENCODERS = ("text_encoders.attn", "text_encoders.ff")
@@ -113,10 +113,17 @@ def _kohya_data(foreign: Foreign, found: Translation) -> None:
         read = _toml(foreign.file(str(config)))
         general, datasets = read.get("general", {}), read.get("datasets", [])
     if datasets:
+        for subset in (subset for dataset in datasets for subset in dataset.get("subsets", [])):
+            if (metadata := subset.get("metadata_file")) is not None:
+                _kohya_metadata("metadata_file", metadata, subset.get("image_dir"), foreign, found)
         _kohya_subsets(general, datasets, number_of(foreign.take("prior_loss_weight", 1.0)), found)
     elif (folder := foreign.take("train_data_dir")) is not None:
         found.put("data.folder", folder, "train_data_dir")
-        found.put("data.subfolders", True, "train_data_dir with folders such as 10_name")
+        if (metadata := foreign.take("in_json")) is not None:
+            _kohya_metadata("in_json", metadata, folder, foreign, found)
+            found.put("data.repeats", foreign.take("dataset_repeats"), "dataset_repeats")
+        else:
+            found.put("data.subfolders", True, "train_data_dir with folders such as 10_name")
     if (folder := foreign.take("reg_data_dir")) is not None:
         found.has_no_equal("reg_data_dir", folder, "a folder of role preserve in data.folders, or preserve.prompt")
     put_resolution(found, foreign.take("resolution"))
@@ -131,6 +138,19 @@ def _kohya_data(foreign: Foreign, found: Translation) -> None:
         )
     for key in ("min_bucket_reso", "max_bucket_reso", "bucket_no_upscale"):
         foreign.take(key)  # shapes follow from data.resolution alone
+
+
+def _kohya_metadata(key: str, metadata: Any, folder: Any, foreign: Foreign, found: Translation) -> None:
+    """The captions of a folder in one file, which is read where it lies beside the images."""
+    file = Path(str(metadata))
+    if CAPTION_FILES.fullmatch(file.name) and folder and foreign.file(str(file)).parent == foreign.file(str(folder)):
+        found.differs(f"{key}: captions are read from {file.name} in {folder}; sizes in it are not, they are measured.")
+    elif file.suffix == ".json":
+        name = file.name if CAPTION_FILES.fullmatch(file.name) else "meta_cap.json"
+        target = Path(str(folder or "the folder of the images")) / name
+        found.has_no_equal(key, metadata, f"it is read in the folder of its images: copy it to {target}")
+    else:
+        found.has_no_equal(key, metadata, "write it as metadata.jsonl in the folder, with file_name and text")
 
 
 def _kohya_subsets(

@@ -1,4 +1,4 @@
-"""Captions of a folder: metadata.jsonl or metadata.csv, or <name>.txt and <name>.caption next to an image.
+"""Captions of a folder: metadata.jsonl, metadata.csv or kohya's, or <name>.txt and <name>.caption next to an image.
 
 Files that look like captions and are not read are found, too: otherwise images would be trained with another text.
 """
@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dora_mm.data.images.pixels import SUFFIXES
+from dora_mm.data.images.decoders import SUFFIXES
+from dora_mm.data.images.kohya_metadata import kohya_rows
+from dora_mm.registries.other_trainers import CAPTION_FILES
 from dora_mm.utils.folders import REFUSED, Links, inside
 from dora_mm.utils.json_text import parse_json, read_bounded
 from dora_mm.utils.tables import decoded, read_table
@@ -62,7 +64,8 @@ class CaptionFiles:
         for path in entries:
             if path.suffix.lower() in CAPTION_SUFFIXES and path.is_file():
                 self._caption_files.setdefault(path.with_suffix(""), []).append(path)
-        for path in sorted((p for p in entries if p.name in METADATA), key=lambda path: (len(path.parts), path.name)):
+        self._metadata = [path for path in entries if is_metadata(path.name)]
+        for path in sorted(self._metadata, key=lambda path: (len(path.parts), path.name)):
             self._read_metadata(path)
 
     def of_image(self, image: Path) -> ImageCaption | None:
@@ -73,7 +76,7 @@ class CaptionFiles:
             texts = self._read_texts(path)
             if not found and texts:
                 found.append(ImageCaption(texts[0], path.suffix.lower(), tuple(texts[1:])))
-            elif found and texts and texts != [" ".join(text.split()) for text in (found[0].text, *found[0].more)]:
+            elif found and texts and not _is_same(texts, found[0]):
                 self.unused[path] = f"{image.name} has its caption from {found[0].source}, and that is another"
         return found[0] if found else None
 
@@ -87,17 +90,20 @@ class CaptionFiles:
         stems = {image.with_suffix("") for image in images}
         names = {path.name for path in stems}
         for path in entries:
-            if path.name not in METADATA and path not in self.unused and (reason := _why_unused(path, stems, names)):
+            if not is_metadata(path.name) and path not in self.unused and (reason := _why_unused(path, stems, names)):
                 self.unused[path] = reason
 
     def _read_metadata(self, file: Path) -> None:
         found, bad = read_metadata(file, lines=self.lines, links=self.links)
-        if all((file.parent / name).is_file() for name in METADATA):
-            found, bad = {}, [f"is one of two: keep {' or '.join(METADATA)}"]
+        names = sorted((each.name for each in self._metadata if each.parent == file.parent), key=_by_preference)
+        if len(names) > 1:
+            found, bad = {}, [f"is one of {'two' if len(names) == 2 else len(names)}: keep {' or '.join(names)}"]
         twice = sorted(path.name for path in found if path in self.rows)
         bad += [f"names {name}, which an outer metadata file names already" for name in twice]
         if found and not any(caption.text for caption in found.values()):
             self.unused[file] = f"no row has a {', '.join(KEYS[:-1])} or {KEYS[-1]}"
+        elif not found and not bad and file.suffix == ".json":
+            self.unused[file] = "it has no object with a caption or tags for each image, as kohya's scripts write it"
         self.problems += [f"{file.relative_to(self.root)} {problem}" for problem in bad]
         self.rows |= found
 
@@ -112,6 +118,22 @@ class CaptionFiles:
 def _texts(text: str, *, lines: bool) -> list[str]:
     """The captions in a text without spaces around them, and no empty ones: its lines, or all of it."""
     return [found for part in (text.splitlines() if lines else [text]) if (found := " ".join(part.split()))]
+
+
+def is_metadata(name: str) -> bool:
+    """Whether a file has the captions of images beside it, by its name."""
+    return name in METADATA or CAPTION_FILES.fullmatch(name) is not None
+
+
+def _by_preference(name: str) -> tuple[int, str]:
+    return METADATA.index(name) if name in METADATA else len(METADATA), name
+
+
+def _is_same(texts: Sequence[str], caption: ImageCaption) -> bool:
+    """Whether a file beside an image says what its metadata do; kohya's join such files."""
+    of_metadata = [" ".join(text.split()) for text in (caption.text, *caption.more)]
+    joined = CAPTION_FILES.fullmatch(caption.source) and all(text in " ".join(of_metadata) for text in texts)
+    return bool(joined) or list(texts) == of_metadata
 
 
 def is_image(name: str) -> bool:
@@ -133,7 +155,7 @@ def _why_unused(path: Path, stems: set[Path], names: set[str]) -> str:
     return ""
 
 
-# --- metadata.jsonl and metadata.csv ---------------------------------------------------------------------------------
+# --- metadata files --------------------------------------------------------------------------------------------------
 
 
 def read_metadata(
@@ -142,12 +164,12 @@ def read_metadata(
     """The captions by path that a metadata file has, some of them empty, and the problems of its lines.
 
     Args:
-        file: metadata.jsonl or metadata.csv.
+        file: metadata.jsonl, metadata.csv, or one of kohya's.
         lines: Whether each line of a text is a caption of its own.
         links: What becomes of links that lead out of its folder.
     """
     captions: dict[Path, ImageCaption] = {}
-    lines_of: dict[Path, int] = {}
+    first: dict[Path, str] = {}  # where an image is named
     problems: list[str] = []
     try:
         content = read_bounded(file, MOST_BYTES)
@@ -156,20 +178,30 @@ def read_metadata(
         return {}, [f"cannot be read as UTF-8 text: {error}"]
     except (OSError, ValueError) as error:
         return {}, [str(error)]
-    names = ("file_name", *KEYS, *REFERENCES)
-    rows = read_table(text, names.__contains__, problems) if file.suffix == ".csv" else _json_rows(text, problems)
-    for number, row in rows:
+    for where, row in _rows(file, text, problems, lines=lines):
         try:
             name, texts = _of_row(row)
             path = _named(file.parent, name, links)
             references = tuple(_named(file.parent, each, links) for each in _references_of(row))
             if path in captions:
-                raise ValueError(f"names {path.name} again (first in line {lines_of[path]})")
+                raise ValueError(f"names {path.name} again (first in {first[path]})")
             caption = _as_caption(texts, file.name, lines=lines)
-            captions[path], lines_of[path] = caption._replace(references=references), number
+            captions[path], first[path] = caption._replace(references=references), where
         except ValueError as error:
-            problems.append(f"line {number} {error}")
+            problems.append(f"{where} {error}")
     return captions, problems
+
+
+def _rows(file: Path, text: str, problems: list[str], *, lines: bool) -> Iterator[tuple[str, Any]]:
+    """The rows of a metadata file, each with its place in it for messages."""
+    if file.suffix == ".json":
+        images = [path for path in sorted(file.parent.iterdir()) if is_image(path.name)]
+        yield from kohya_rows(file, text, images, problems, lines=lines)
+    else:
+        names = ("file_name", *KEYS, *REFERENCES)
+        is_table = file.suffix == ".csv"
+        rows = read_table(text, names.__contains__, problems) if is_table else _json_rows(text, problems)
+        yield from ((f"line {number}", row) for number, row in rows)
 
 
 def _json_rows(text: str, problems: list[str]) -> Iterator[tuple[int, Any]]:

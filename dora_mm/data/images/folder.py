@@ -21,7 +21,8 @@ from PIL import Image
 from dora_mm.config import resolve_path
 from dora_mm.config.images import CaptionConfig, DataConfig
 from dora_mm.data.images.buckets import Size
-from dora_mm.data.images.captions import CAPTION_SUFFIXES, METADATA, CaptionFiles, is_image
+from dora_mm.data.images.captions import CAPTION_SUFFIXES, METADATA, CaptionFiles, is_image, is_metadata
+from dora_mm.data.images.decoders import SUFFIXES, MissingDecoderError
 from dora_mm.data.images.listing import files_in, folders_in, only_references
 from dora_mm.data.images.look import Look, look_at
 from dora_mm.data.images.masks import (
@@ -33,7 +34,7 @@ from dora_mm.data.images.masks import (
     mask_digest,
     no_masks,
 )
-from dora_mm.data.images.pixels import SUFFIXES, load_rgb
+from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.images.references import ReferenceFiles, ReferenceImage, read_reference
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.folders import REFUSED, Links
@@ -140,7 +141,7 @@ def read_captioned_images(
     if not paths and not problems:
         raise ValueError(_no_images(root, deeper, key, packed=any(path.suffix == ".parquet" for path in entries)))
 
-    images, uncaptioned = [], []
+    images, uncaptioned, undecoded = [], [], []
     all_files = [(path, found_masks.of_image(path), found_references.of_image(path)) for path in paths]
     contents = _contents(all_files, root=root if subfolders else None, masks=masks, look=look)
     shown = tracked(contents, "reading images", "images", len(paths))
@@ -149,12 +150,15 @@ def read_captioned_images(
         caption, source, more = found[:3] if found else (instance_prompt or "", prompt_key, ())
         if not caption:
             uncaptioned.append(path)
-        if isinstance(content, ValueError):
+        if isinstance(content, MissingDecoderError):
+            undecoded.append(content)
+        elif isinstance(content, ValueError):
             problems.append(str(content))
         else:
             size, digest, mask, repeats, seen, references_of = content
             settings = {"more": more, "mask": mask, "mask_file": mask_file, "look": seen, "references": references_of}
             images.append(CaptionedImage(path, caption, size, digest, source, repeats, **settings))
+    problems += _undecoded(undecoded)
     if uncaptioned:
         problems.append(f"{_counted(uncaptioned)} without a caption: caption them or set {prompt_key}")
     if orphans := found_masks.orphans(paths):
@@ -191,8 +195,8 @@ def uncaptioned_images(root: Path, links: Links = REFUSED) -> tuple[list[Path], 
     entries = files_in(root, "FOLDER", subfolders=False, links=links)
     files, images = CaptionFiles(root, entries, links=links), by_kind(entries).images
     problems, without = files.problems, []
-    if (root / METADATA[1]).is_file():
-        problems.append(f"has {METADATA[1]}, beside which {METADATA[0]} is not read: put its rows there first")
+    for name in (path.name for path in entries if is_metadata(path.name) and path.name != METADATA[0]):
+        problems.append(f"has {name}, beside which {METADATA[0]} is not read: put its rows there first")
     for path in sorted(images):
         if files.of_image(path) is None:
             without.append(path)
@@ -346,6 +350,13 @@ def _content(
         return error
 
 
+def _undecoded(errors: Sequence[MissingDecoderError]) -> Iterator[str]:
+    """One sentence for each format that nothing installed decodes."""
+    for kind, advice in dict.fromkeys((error.kind, error.advice) for error in errors):
+        paths = dict.fromkeys(error.path for error in errors if error.kind == kind and error.path)
+        yield f"{_counted(paths)} in {kind} and not read: {advice}"
+
+
 def _log_masks(images: Sequence[CaptionedImage], files: Iterable[Path], used: str | None) -> None:
     """Logs the images that lack a mask where masks are used, and the masks where their files are not."""
     without = [image.path for image in images if not image.mask]
@@ -422,7 +433,7 @@ def _log_notes(entries: Sequence[Path], images: list[CaptionedImage], deeper: Se
     folders |= {folder for path in folders for folder in path.parents}
     stems = {image.path.with_suffix("") for image in images}
     captions = {path for path in entries if path.suffix.lower() in CAPTION_SUFFIXES and path.with_suffix("") in stems}
-    used = captions | folders | {path for path in entries if path.name in METADATA or is_image(path.name)}
+    used = captions | folders | {path for path in entries if is_metadata(path.name) or is_image(path.name)}
     others = [path for path in entries if path not in used]
     if others:
         log.info("%s ignored: neither images nor captions", _counted(others, "file"))

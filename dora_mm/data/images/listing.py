@@ -7,9 +7,9 @@ from pathlib import Path
 
 from dora_mm.config import resolve_path
 from dora_mm.config.images import DataConfig
-from dora_mm.data.images.captions import CAPTION_SUFFIXES, METADATA, CaptionFiles
+from dora_mm.data.images.captions import CAPTION_SUFFIXES, CaptionFiles, is_metadata
+from dora_mm.data.images.decoders import SUFFIXES
 from dora_mm.data.images.masks import by_kind
-from dora_mm.data.images.pixels import SUFFIXES
 from dora_mm.data.images.references import ReferenceFiles
 from dora_mm.utils.folders import REFUSED, Links, check_entry
 
@@ -28,7 +28,7 @@ def image_files(data: DataConfig) -> dict[Path, tuple[Path, ...]]:
             masks = [resolve_path(folder.masks, f"{key}.masks")] if folder.masks else []
             references = [resolve_path(path, f"{key}.references") for path in folder.references]
             entries = listed_in(root, key, *masks, *references)
-            rows = CaptionFiles(root, [path for path in entries if path.name in METADATA], links=data.links).rows
+            rows = CaptionFiles(root, [path for path in entries if is_metadata(path.name)], links=data.links).rows
             listed = {path: row.references for path, row in rows.items()}
             images = sorted(by_kind(entries).images - only_references(listed))
             folders = [(each, listed_in(each, key)) for each in references]
@@ -51,7 +51,8 @@ def files_in(folder: Path, key: str, *without: Path, subfolders: bool, links: Li
     folders = folders_in(folder, *without) if subfolders else [folder]
     entries = [path for each in folders for path in entries_of(each, key)]
     for path in entries:
-        if path.is_symlink() and path.name.lower().endswith((*SUFFIXES, *CAPTION_SUFFIXES, *METADATA)):
+        is_read = path.name.lower().endswith((*SUFFIXES, *CAPTION_SUFFIXES)) or is_metadata(path.name)
+        if is_read and path.is_symlink():
             try:
                 check_entry(path, folder, links)
             except ValueError as error:

@@ -12,11 +12,10 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps
 
 from dora_mm.data.images.buckets import Framing
+from dora_mm.data.images.decoders import MissingDecoderError, open_image
 from dora_mm.utils.messages import ChangedFileError, first_line
 
 Read = Callable[[Path], bytes]
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # other decoders are not run on untrusted files
 # 80 megapixels are 240 MB of RGB; a PNG of a few kilobytes can claim thousands of times that.
 MAX_PIXELS = 80_000_000
 
@@ -67,7 +66,7 @@ def load_alpha(path: str | Path, read: Read = Path.read_bytes) -> Image.Image | 
         ValueError: As in `load_rgb`.
     """
     with _opened(Path(path), read) as image:
-        image.load()
+        _decode(image)
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I;16"):
             upright = _eight_bits(upright)
@@ -83,7 +82,7 @@ def upright_size(path: str | Path) -> tuple[int, int]:
     """
     with _opened(Path(path)) as image:
         if image.format == "TIFF":  # Pillow turns it by itself, in some releases when it reads the header
-            image.load()
+            _decode(image)
             upright = ImageOps.exif_transpose(image)
             return upright.height, upright.width
         # Pillow decodes a whole PNG to look for its orientation behind the pixels.
@@ -139,7 +138,7 @@ def _opened(path: Path, read: Read | None = None) -> Iterator[Image.Image]:
         source: Any = path if read is None else _Content(read(path), path)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source, formats=FORMATS) as image:
+            with open_image(source) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
                 yield image
@@ -150,6 +149,8 @@ def _opened(path: Path, read: Read | None = None) -> Iterator[Image.Image]:
         raise ValueError(f"{path} cannot be read: permission denied") from None
     except ChangedFileError:
         raise
+    except MissingDecoderError as error:
+        raise MissingDecoderError(error.kind, error.advice, path) from None
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, EOFError and more
@@ -167,9 +168,17 @@ class _Content(io.BytesIO):
         return repr(str(self._path))
 
 
+def _decode(image: Image.Image) -> None:
+    """Decodes the pixels; a damaged file raises anything but a ValueError, which here says what a person can do."""
+    try:
+        image.load()
+    except ValueError as error:  # of pillow-heif
+        raise OSError(first_line(error)) from error
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """An image of 8 bits, decoded and turned as its EXIF data say."""
-    image.load()
+    _decode(image)
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I;16"):
         return _eight_bits(upright)

@@ -7,9 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image
-
-from dora_mm.data.images.pixels import FORMATS
+from dora_mm.data.images.decoders import MissingDecoderError, open_image
 from dora_mm.data.seen import content_name
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.rows import RowError
@@ -67,8 +65,10 @@ def data_url(content: bytes) -> str:
         RowError: The bytes do not start as an image file does.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with open_image(io.BytesIO(content)) as image:
             kind = (image.format or "").lower()
+    except MissingDecoderError as error:
+        raise RowError(f"has an embedded image in {error.kind}, which is not read: {error.advice}") from None
     except Exception as error:  # each decoder has errors of its own for damaged headers
         raise RowError("has an embedded image that cannot be read: it is damaged or of an unknown format") from error
     return f"{PREFIX}image/{kind};base64,{base64.b64encode(content).decode('ascii')}"

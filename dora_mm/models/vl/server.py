@@ -15,10 +15,9 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image
-
 from dora_mm.config.served import KEY_VARIABLE, ServerConfig
 from dora_mm.config.vl import TextSamplingConfig
+from dora_mm.data.images.decoders import open_image
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.answers import Answer, ModelAnswer
 from dora_mm.data.vl.example import Example, Turn, leading, pieces_of
@@ -251,7 +250,7 @@ def _message(turn: Turn, images: Any) -> dict[str, Any]:
 def _image_item(path: Path) -> dict[str, Any]:
     """An image file as an item of a message: as it is, or as PNG where it is turned, transparent or of another kind."""
     content = path.read_bytes()
-    with Image.open(io.BytesIO(content)) as image:
+    with open_image(io.BytesIO(content)) as image:
         kind = SENT_AS_THEY_ARE.get(image.format or "")
         is_upright_rgb = image.mode in ("RGB", "L") and image.getexif().get(ORIENTATION) in UPRIGHT
     if kind is None or not is_upright_rgb:

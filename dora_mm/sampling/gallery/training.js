@@ -181,13 +181,15 @@ function panelOf(training) {
   const summary = make("summary", {}, make("h2", { textContent: trainings.length > 1 ? training.run : "Training" }), make("span", { textContent: state }));
   const parts = [chartsOf(training), settingsPanel(training), nextOf(training)];
   const panel = make("details", { className: "training", open: trainings.length === 1 }, summary, make("div", { className: "panels" }, ...parts));
-  for (const part of [lossesOf(training), answersOf(training), learnedFrom(training)]) if (part) panel.append(part);
+  for (const part of [lossesOf(training), answersOf(training)]) if (part) panel.append(part);
   return panel;
 }
 
 function chartsOf(training) {
   const found = training.charts.map((chart) => chartOf(chart, training));
-  return make("div", {}, ...(found.length ? found : [make("p", { className: "hint", textContent: "No step was logged yet." })]));
+  const images = learnedFrom(training); // below the curves, which are lower than the settings
+  if (!found.length) found.push(make("p", { className: "hint", textContent: "No step was logged yet." }));
+  return make("div", {}, ...found, ...(images ? [images] : []));
 }
 
 const listOf = (values) => make("dl", {}, ...Object.entries(values).flatMap(([name, value]) =>

@@ -25,7 +25,21 @@ COLUMNAR = ("Parquet", "Arrow")  # kinds of files that have typed columns
 ROWS = 64  # of a Parquet or Arrow file in memory at a time, with their images
 POINTER = b"version https://git-lfs.github.com/spec/"
 ARROW_STREAM, ARROW_FILE = b"\xff\xff\xff\xff", b"ARROW1"
-IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")  # suffixes of files in archives
+IMAGES = (
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "bmp",
+    "gif",
+    "tif",
+    "tiff",
+    "avif",
+    "heic",
+    "heif",
+    "hif",
+    "ppm",
+)  # suffixes of files in archives
 TEXTS = ("txt", "text", "caption", "transcript", "cls", "cls2")
 
 

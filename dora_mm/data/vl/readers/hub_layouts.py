@@ -10,9 +10,7 @@ from dataclasses import dataclass, replace
 from string import ascii_uppercase
 from typing import Any
 
-from PIL import Image
-
-from dora_mm.data.images.pixels import FORMATS
+from dora_mm.data.images.decoders import open_image
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.readers.charts import AUGMENTED, HUMAN
 from dora_mm.data.vl.readers.chat_shapes import JsonRow
@@ -221,7 +219,7 @@ def _images(layout: HubColumns, row: JsonRow) -> tuple[str, ...]:
 
 
 def _size(content: bytes) -> tuple[int, int]:
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+    with open_image(io.BytesIO(content)) as image:
         return image.size
 
 
