@@ -53,6 +53,7 @@ def build_parser() -> CommandParser:
     ):
         _add_config_command(commands, name, what)
     for add in (
+        _add_example,
         _add_new,
         _add_import,
         _add_gallery,
@@ -121,6 +122,11 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="override values of the config, such as train.steps=100; repeatable",
     )
+
+
+def _add_example(commands: Any) -> None:
+    command = commands.add_parser("example", help="write a small random model and eight images, to try commands on")
+    command.add_argument("out", metavar="FOLDER", help="a new folder; nothing is downloaded")
 
 
 def _add_new(commands: Any) -> None:
