@@ -64,6 +64,7 @@ def test_help_lists_all_targets_and_tools(command, names, capsys):
     "line",
     [
         "example OUT",
+        "check --report --config FILE",
         "new sdxl NAME --images FOLDER --data FILE --model MODEL",
         "gallery RUN --output OUT",
         "inspect FILE --targets NAME --base some/model --json",
