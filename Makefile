@@ -1,9 +1,18 @@
 # Every target sets up .venv by itself when it is missing or older than pyproject.toml.
+ifeq ($(OS),Windows_NT)  # make of MinGW, which runs its lines in Git's sh
+PYTHON ?= python
+BIN := .venv/Scripts
+else
 PYTHON ?= python3
 BIN := .venv/bin
+endif
 READY := .venv/.installed
+TAG ?= $(shell git describe --tags --exact-match)
 
-.PHONY: demo demo-vl demo-vlm test test-slow test-oldest test-elsewhere test-beside fuzz kill mutations bench gpu rehearsal docs lint audit format samples clean
+.PHONY: help demo demo-vl demo-vlm test test-fast test-slow test-oldest test-elsewhere test-beside test-wheel fuzz kill mutations bench gpu rehearsal docs lint audit format samples dist tag clean
+
+help:  ## these targets, each with what it does
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -27,6 +36,9 @@ demo-vlm: $(READY)  ## the same with a language model: EfficientNet-Lite0 and Sm
 
 test: $(READY)  ## two workers, a thread each: faster than two threads for models this small; what Python compiles is kept
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
+
+test-fast: $(READY)  ## the folders that need no model, also on macOS and Windows
+	$(BIN)/python -m tests.fast
 
 test-slow: $(READY)  ## quantised bases and TRL come from folders of their own: peft and diffusers import the former wherever they are
 	$(BIN)/python -m pytest -m slow -s
@@ -56,6 +68,9 @@ test-beside:  ## pip beside other trainers, and fuse_peft with the releases that
 test-elsewhere:  ## on other days, locales, paths and Pythons, 15 minutes each: 6 GB in build/elsewhere; ELSEWHERE="--pythons 3.13"
 	$(PYTHON) -m tests.elsewhere $(ELSEWHERE)
 
+test-wheel: dist  ## the wheel alone in new environments from PyPI: imports with the base, and a training with recipes; 12 GB in build/wheel
+	$(BIN)/python -m tests.installed dist/*.whl
+
 fuzz: $(READY)  ## an hour of mutated files through every door, from a seed that no run had; FUZZ="--seed 3 --seconds 600"
 	$(BIN)/python -m tests.fuzz --seed $$(date +%s) $(FUZZ)
 
@@ -77,17 +92,24 @@ rehearsal: $(READY)  ## full-size models with random weights, 0.5 to 41 GB of di
 docs: $(READY)  ## the site in build/site/public, strictly, with pictures of what commands write: some minutes; DOCS=--without-examples
 	$(BIN)/python docs/site/build.py build/site $(DOCS)
 
-lint: $(READY)
+lint: $(READY)  ## ruff, pyright, and the schemas of workflows, forms and CITATION.cff
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+	$(BIN)/actionlint .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format --force-filetype yaml CITATION.cff
 
 audit: $(READY)  ## published holes in the oldest releases that are admitted, where their index answers
 	@test -x build/audit/bin/python || $(PYTHON) -m venv build/audit
 	@build/audit/bin/python -m pip install --quiet pip-audit || true
 	$(BIN)/python -m tests.audit build/audit/bin/pip-audit
 
-format: $(READY)
+format: $(READY)  ## ruff's fixes and format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
@@ -95,5 +117,13 @@ samples: $(READY)  ## the icons, bricks and scenes that samples/ and the pretrai
 	$(BIN)/python -m samples.build icons
 	$(BIN)/python -m samples.build scenes
 
-clean:
+dist: $(READY)  ## the wheel and the source archive in dist/, checked as PyPI does
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
+tag:  ## that a tag is the version, and CHANGELOG.md and CITATION.cff have its date; TAG=v0.1.0, default: that of the commit
+	$(PYTHON) -m tests.release $(TAG)
+
+clean:  ## removes build, dist and caches; .venv and runs stay
 	rm -rf build dist .pytest_cache .ruff_cache

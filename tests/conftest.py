@@ -54,7 +54,7 @@ SIZES = {
 
 @pytest.fixture
 def tiny() -> "SDXL":
-    from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
+    from dora_mm.models.images.sdxl.random_weights import build_tiny_sdxl
 
     model = build_tiny_sdxl(**SIZES)
     model.freeze()
@@ -63,7 +63,7 @@ def tiny() -> "SDXL":
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
+    from dora_mm.models.images.sdxl.random_weights import build_tiny_sdxl
 
     folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
     build_tiny_sdxl(**SIZES).pipeline().save_pretrained(folder)

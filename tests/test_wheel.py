@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 import dora_mm
+from tests.installed import first_hour
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,12 +27,17 @@ def run(*command, cwd, **variables):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    build = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT)
-    code, _, errors = run(*build, cwd=folder)
+def archives(tmp_path_factory):
+    """The source archive, and the wheel that is built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    code, _, errors = run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
     assert code == 0, errors
-    (path,) = folder.glob("*.whl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(archives):
+    (path,) = archives.glob("*.whl")
     return path
 
 
@@ -67,8 +74,36 @@ def test_the_wheel_carries_the_package_the_recipes_and_the_configs_and_nothing_e
     assert names == {path.as_posix() for path in expected}
 
 
-def test_the_version_of_the_wheel_is_that_of_the_package(wheel):
-    assert wheel.name.startswith(f"dora_mm-{dora_mm.__version__}-")
+def test_the_source_archive_carries_the_package_and_its_pages_and_neither_models_nor_tests(archives):
+    with tarfile.open(archives / f"dora_mm-{dora_mm.__version__}.tar.gz") as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    folders = [ROOT / name for name in ("dora_mm", "pipelines", "configs", "docs")]
+    paths = [path for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts]
+    files = {path.relative_to(ROOT).as_posix() for path in paths if path.is_file()}
+    beside = (
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "README.md",
+        "SECURITY.md",
+        "pyproject.toml",
+    )
+    assert names == {*files, *beside, ".gitignore", "PKG-INFO"}  # hatchling adds .gitignore, by which it chooses
+
+
+def test_both_archives_are_small_and_have_the_version_of_the_package(archives):
+    sizes = {path.name: path.stat().st_size for path in archives.iterdir()}
+    version = dora_mm.__version__
+    assert sizes.keys() == {f"dora_mm-{version}-py3-none-any.whl", f"dora_mm-{version}.tar.gz"}
+    assert max(sizes.values()) < 3e6  # 1.6 MB and 1.8 MB; the models of samples/ have 43 MB
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_what_it_has_made_itself(environment, tmp_path):
+    """As `make test-wheel` does with dependencies of its own from PyPI."""
+    images = first_hour(environment / "bin" / "dora-mm", tmp_path)
+    assert len(list(images.glob("*.png"))) == 8
 
 
 @pytest.fixture

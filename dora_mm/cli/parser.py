@@ -53,6 +53,7 @@ def build_parser() -> CommandParser:
     ):
         _add_config_command(commands, name, what)
     for add in (
+        _add_example,
         _add_new,
         _add_import,
         _add_gallery,
@@ -76,7 +77,7 @@ def build_parser() -> CommandParser:
     schema.add_argument("--output", metavar="FILE", type=Path, help="write it to a file instead")
     shells = commands.add_parser("completion", help="print a script with which a shell completes commands and keys")
     shells.add_argument("shell", choices=SHELLS, help='eval "$(dora-mm completion bash)" in ~/.bashrc')
-    commands.add_parser("check", help="show the GPU, the installed packages, what is missing, and which recipe fits")
+    _add_check(commands)
     parser.commands = commands.choices
     return parser
 
@@ -121,6 +122,23 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="override values of the config, such as train.steps=100; repeatable",
     )
+
+
+def _add_check(commands: Any) -> None:
+    command = commands.add_parser(
+        "check", help="show the GPU, the installed packages, what is missing, and which recipe fits"
+    )
+    command.add_argument(
+        "--report", action="store_true", help="print versions and the GPU for a bug report, in Markdown"
+    )
+    command.add_argument(
+        "--config", metavar="CONFIG", help="with --report: also this config, without paths, names and texts of yours"
+    )
+
+
+def _add_example(commands: Any) -> None:
+    command = commands.add_parser("example", help="write a small random model and eight images, to try commands on")
+    command.add_argument("out", metavar="FOLDER", help="a new folder; nothing is downloaded")
 
 
 def _add_new(commands: Any) -> None:

@@ -60,7 +60,7 @@ def load_config(
     from dora_mm.config.models import validated  # here, since not every command reads a config
 
     file = resolve_path(path)
-    document = _read(file)
+    document = read_document(file)
     is_of_run = file.name == "config.yaml" and (file.parent / "inputs.json").is_file()  # its keys may have former names
     values: dict[str, Any] = migrated(document.value) if is_of_run else document.value
     origins: dict[KeyPath, str] = {key: f"line {line}" for key, line in document.lines.items()}
@@ -145,7 +145,13 @@ def about_run(folder: Path) -> str:
     return f"{folder} is a run of dora-mm {command}, and its config is {saved}"
 
 
-def _read(file: Path) -> yaml12.Document:
+def read_document(file: Path) -> yaml12.Document:
+    """Reads a config file, without a check of its keys and values.
+
+    Raises:
+        ConfigError: It is not valid YAML.
+        ValueError: It is no text, or has no keys.
+    """
     if (file / "config.yaml").is_file():
         raise ValueError(about_run(file))
     if not file.is_file():

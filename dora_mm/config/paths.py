@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic.fields import FieldInfo
+
 from dora_mm.config.latest import LATEST
 from dora_mm.config.schema import PathKind, PipelineConfig, Section
 from dora_mm.utils.home import expanded
@@ -215,12 +217,18 @@ def paths_in(section: Section, prefix: str = "") -> Iterator[tuple[str, PathKind
     """The keys of a section that hold a path, with its kind and the path."""
     for name, field in type(section).model_fields.items():
         value, key = getattr(section, name), f"{prefix}{name}"
-        kind = next((mark for mark in (*field.metadata, *_marks(field.annotation)) if isinstance(mark, PathKind)), None)
+        kind = path_kind(field)
         for path, item in _items(value, key):
             if isinstance(item, Section):
                 yield from paths_in(item, f"{path}.")
             elif kind is not None and item is not None:
                 yield path, kind, item
+
+
+def path_kind(field: FieldInfo) -> PathKind | None:
+    """The kind of path that a key of a section holds; None: it holds none."""
+    marks = (*field.metadata, *_marks(field.annotation))
+    return next((mark for mark in marks if isinstance(mark, PathKind)), None)
 
 
 def _items(value: Any, key: str) -> Iterator[tuple[str, Any]]:

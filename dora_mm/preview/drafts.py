@@ -99,6 +99,11 @@ def print_next(config: Any, commands: Mapping[str, Sequence[object]]) -> None:
         download = f"hf download {quoted(path)}"
         print(f"model     {path} is not on this machine: the training downloads it; before that: {download}")
         print("          or --model PATH takes one that you have")
+    print_commands(commands)
+
+
+def print_commands(commands: Mapping[str, Sequence[object]]) -> None:
+    """Prints the commands that follow, each with its reason."""
     lines = {what: f"  dora-mm {command_line(*words)}" for what, words in commands.items()}
     width = max(map(len, lines.values()))
     print("next")

@@ -22,6 +22,7 @@ class ImageFamily:
         edits: Whether it takes reference images: its class is an `EditingModel`.
         target_map: The target map of its denoiser, by which configs of other families are told; empty: not known.
         starts: The configs that `dora-mm new` starts from, by the GB of the GPU that each needs; 0: for a small model.
+        example: What builds a small model with random weights for `dora-mm example`, as `module:function`; empty: none.
     """
 
     title: str
@@ -33,6 +34,7 @@ class ImageFamily:
     edits: bool = False
     target_map: str = ""
     starts: Mapping[int, str] = field(default_factory=dict)
+    example: str = ""
 
     def is_checkpoint(self, names: Sequence[str]) -> bool:
         """Whether the tensors of a file, by their names, are those of a single checkpoint of the family."""
@@ -57,6 +59,7 @@ IMAGE_FAMILIES: Registry[ImageFamily] = Registry(
                 16: "configs/sdxl/3d_icon_16gb.yaml",
                 24: "configs/sdxl/3d_icon_24gb.yaml",
             },
+            example="dora_mm.models.images.sdxl.random_weights:build_example",
         ),
         "z_image": ImageFamily(
             title="Z-Image",

@@ -67,7 +67,7 @@ def main() -> None:
 
 def prepare(folder: Path, prompts: int) -> None:
     """Writes a model, and a job of so many prompts."""
-    from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
+    from dora_mm.models.images.sdxl.random_weights import build_tiny_sdxl
     from tests.conftest import SIZES
 
     build_tiny_sdxl(**SIZES).pipeline().save_pretrained(folder / "model")

@@ -94,7 +94,7 @@ def last_step(file: Path) -> int:
 
 
 def images(folder: Path) -> dict[str, Any]:
-    from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
+    from dora_mm.models.images.sdxl.random_weights import build_tiny_sdxl
     from tests.conftest import SIZES
     from tests.shared.data.images_made import write_images
 

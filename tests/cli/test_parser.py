@@ -18,6 +18,7 @@ COMMANDS = {  # with the recipes of those that take no config
     "grid": None,
     "eval": None,
     "features": None,
+    "example": "example",
     "new": "new",
     "configs": "configs",
     "check": "check",
@@ -62,6 +63,8 @@ def test_help_lists_all_targets_and_tools(command, names, capsys):
 @pytest.mark.parametrize(
     "line",
     [
+        "example OUT",
+        "check --report --config FILE",
         "new sdxl NAME --images FOLDER --data FILE --model MODEL",
         "gallery RUN --output OUT",
         "inspect FILE --targets NAME --base some/model --json",

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dora_mm
 from dora_mm import DoRASpec, adapter_parameters, fixed_parameters
 from dora_mm.core import adapted_layers
-from samples.build.pretraining.tiny_sdxl import build_unet
+from dora_mm.models.images.sdxl.random_weights import build_unet
 from tests.shared import reference
 
 ALL_PARTS = ("attn", "cross", "ff", "conv")

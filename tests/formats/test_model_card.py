@@ -12,7 +12,7 @@ from torch import nn
 
 from dora_mm import DoRASpec, formats, inject, save_adapter
 from dora_mm.core import adapted_layers
-from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
+from dora_mm.models.images.sdxl.random_weights import build_tiny_sdxl
 from tests.shared import reference
 
 HUB = {"base_model": "stabilityai/stable-diffusion-xl-base-1.0"}

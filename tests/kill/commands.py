@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dora_mm.cli import main as dora_mm_main
+from dora_mm.models.images.sdxl.random_weights import build_tiny_sdxl
 from dora_mm.sampling.manifest import ManifestEntry, write_manifest
 from dora_mm.utils.run_directory import RunDirectory
-from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
 from tests.kill.campaigns import CAMPAIGN, prepare_campaigns
 from tests.kill.process import two_processes
 from tests.shared.vl.small_towers import small_tower

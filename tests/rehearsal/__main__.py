@@ -45,7 +45,7 @@ class Model:
 
 
 def tiny_sdxl(folder: Path) -> None:
-    from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
+    from dora_mm.models.images.sdxl.random_weights import build_tiny_sdxl
     from tests.conftest import SIZES
 
     build_tiny_sdxl(**SIZES).pipeline().save_pretrained(folder)

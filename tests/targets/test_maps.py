@@ -10,8 +10,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import dora_mm
 from dora_mm import DoRASpec, targets
 from dora_mm.core.targets import match_modules
+from dora_mm.models.images.sdxl.random_weights import build_unet
 from dora_mm.registries.target_maps import TARGET_MAPS
-from samples.build.pretraining.tiny_sdxl import build_unet
 from tests.shared.full_size import full_size_unet
 
 

@@ -1,4 +1,4 @@
-"""The losses that train a small VAE on flat images."""
+"""The losses that train a small VAE on flat images, and the scale of its latents."""
 
 from typing import Any
 
@@ -97,3 +97,26 @@ def pixel_loss(decoded: torch.Tensor, pixels: torch.Tensor, cell: int) -> torch.
 def psnr(decoded: torch.Tensor, pixels: torch.Tensor) -> float:
     """The peak signal-to-noise ratio, in dB, of pixels in [-1, 1]."""
     return float(10 * torch.log10(4 / F.mse_loss(decoded.float().clamp(-1, 1), pixels.float())))
+
+
+@torch.no_grad()
+def shift_latents(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Changes the VAE's weights so that its latents become (z - mean) / std, per channel.
+
+    Reconstructions stay the same. diffusers' config keys for this (`latents_mean`) assume four channels.
+
+    Args:
+        vae: The VAE, changed in place.
+        mean: Mean of the latents, (C,).
+        std: Standard deviation of the latents, (C,).
+    """
+    channels = len(mean)
+    encode: Any = vae.quant_conv  # 1 x 1 convolutions next to the latents
+    decode: Any = vae.post_quant_conv
+    encode.bias[:channels] -= mean
+    encode.weight[:channels] /= std.view(-1, 1, 1, 1)
+    encode.bias[:channels] /= std
+    encode.bias[channels:] -= 2 * std.log()  # the second half are log-variances
+    decode.bias += decode.weight[:, :, 0, 0] @ mean
+    decode.weight *= std.view(1, -1, 1, 1)
+    vae.register_to_config(scaling_factor=1.0)

@@ -27,6 +27,7 @@ from dora_mm.models.images.families import load_image_model
 from dora_mm.models.images.image_model import Prompt
 from dora_mm.models.images.sdxl.encoding import encode_images, encode_tokens, tokenize
 from dora_mm.models.images.sdxl.family import SDXL
+from dora_mm.models.images.sdxl.random_weights import build_tiny_sdxl
 from dora_mm.sampling.grids import image_grid
 from dora_mm.sampling.image_sampler import sample
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
@@ -35,8 +36,7 @@ from dora_mm.utils.run_directory import RunDirectory
 from samples.build.pretraining.batches import batch_indices
 from samples.build.pretraining.icons import ALL_STYLES, STYLE_WORDS, Icon, caption, load_pixels, read_icons, to_signed
 from samples.build.pretraining.stages import train_stage
-from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl, shift_latents
-from samples.build.pretraining.vae import DecodingTask, ReconstructionTask, psnr
+from samples.build.pretraining.vae import DecodingTask, ReconstructionTask, psnr, shift_latents
 from samples.build.schema import DecoderStage, PretrainStage, PretrainTinyConfig
 
 log = logging.getLogger(__name__)

@@ -10,11 +10,11 @@ from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from dora_mm.models.images.sdxl.random_weights import build_vae
 from samples.build.__main__ import main
 from samples.build.pretraining import pairs
 from samples.build.pretraining.icons import DEFAULT_STYLE
 from samples.build.pretraining.tiny_klein import build_tiny_klein, encode, rotary_sizes
-from samples.build.pretraining.tiny_sdxl import build_vae
 from samples.build.recipes.pretrain_tiny_klein import draw_pairs
 
 CAPTIONS = ["a flat icon of a bus", "make it grey", ""]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from dora_mm.eval.images.classifier import Classifier
 from dora_mm.eval.images.concepts import Concept
 from dora_mm.formats.files.model_folder import ModelFolder
+from dora_mm.models.images.sdxl.random_weights import build_vae
 from dora_mm.models.images.z_image import ZImage
 from samples.build.__main__ import main
 from samples.build.icons.sets import read_concepts
@@ -21,7 +22,6 @@ from samples.build.packages import SAMPLES
 from samples.build.pretraining.flow_training import of_things, short_caption
 from samples.build.pretraining.icons import DEFAULT_STYLE, Icon, caption
 from samples.build.pretraining.tiny_flow import save
-from samples.build.pretraining.tiny_sdxl import build_vae
 from samples.build.pretraining.tiny_z_image import build_tiny_z_image, encode
 from samples.build.recipes.pretrain_tiny_z_image import GROUP
 

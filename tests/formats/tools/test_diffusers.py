@@ -14,7 +14,7 @@ import dora_mm
 from dora_mm import DoRASpec, adapter_parameters, inject, load_adapter, save_adapter, set_strength
 from dora_mm.core import adapted_layers
 from dora_mm.formats.tools.diffusers import FILE_NAME
-from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
+from dora_mm.models.images.sdxl.random_weights import build_tiny_sdxl
 from tests.shared import reference
 
 FEW = (r"re:down_blocks\..*\.attn2\.to_k", r"re:mid_block\..*\.to_out\.0", r"re:up_blocks\..*\.conv1")

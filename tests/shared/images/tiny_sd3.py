@@ -12,7 +12,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
 from dora_mm.models.images.sdxl.checkpoint import tokenizers
-from samples.build.pretraining.tiny_sdxl import LEGACY_IDS
+from dora_mm.models.images.sdxl.random_weights import LEGACY_IDS
 from tests.shared.vl.vocabularies import SENTENCES
 
 NUM_MERGES, WIDTHS = 200, (12, 20)  # of the CLIPs

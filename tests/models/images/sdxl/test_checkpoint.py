@@ -18,7 +18,7 @@ from dora_mm.models.images import families
 from dora_mm.models.images.families import about_prediction, load_image_model
 from dora_mm.models.images.sdxl import checkpoint
 from dora_mm.models.images.sdxl.family import SDXL
-from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
+from dora_mm.models.images.sdxl.random_weights import build_tiny_sdxl
 from tests.conftest import SIZES
 from tests.shared.single_files import write_single_file
 

@@ -21,7 +21,7 @@ from dora_mm.models.images.sdxl.encoding import (
     time_ids,
     tokenize,
 )
-from samples.build.pretraining.tiny_sdxl import shift_latents
+from samples.build.pretraining.vae import shift_latents
 
 PROMPTS = ["a flat icon of a bus", "", "a TOK icon of a flying saucer, in the style of TOK"]
 

@@ -1,9 +1,7 @@
-"""A small SDXL: every part and special case of the architecture, sized for training on a laptop's CPU."""
+"""A small SDXL with random weights: every part and special case of the architecture, sized for a laptop's CPU."""
 
 # pyright: reportArgumentType=false
 # diffusers annotates tuples of any length as tuples of one, transformers tuples as strings.
-
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
@@ -69,29 +67,6 @@ def build_vae(resolution: int, channels: tuple[int, ...], latent_channels: int) 
         shift_factor=0.0,  # which Z-Image reads, too
         force_upcast=True,
     )
-
-
-@torch.no_grad()
-def shift_latents(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Changes the VAE's weights so that its latents become (z - mean) / std, per channel.
-
-    Reconstructions stay the same. diffusers' config keys for this (`latents_mean`) assume four channels.
-
-    Args:
-        vae: The VAE, changed in place.
-        mean: Mean of the latents, (C,).
-        std: Standard deviation of the latents, (C,).
-    """
-    channels = len(mean)
-    encode: Any = vae.quant_conv  # 1 x 1 convolutions next to the latents
-    decode: Any = vae.post_quant_conv
-    encode.bias[:channels] -= mean
-    encode.weight[:channels] /= std.view(-1, 1, 1, 1)
-    encode.bias[:channels] /= std
-    encode.bias[channels:] -= 2 * std.log()  # the second half are log-variances
-    decode.bias += decode.weight[:, :, 0, 0] @ mean
-    decode.weight *= std.view(1, -1, 1, 1)
-    vae.register_to_config(scaling_factor=1.0)
 
 
 def build_unet(
@@ -180,3 +155,15 @@ def build_tiny_sdxl(
         scheduler=build_scheduler(),
     )
     return SDXL(components)
+
+
+def build_example() -> SDXL:
+    """Builds the model of `dora-mm example`: images of 128 x 128 pixels, 6 MB."""
+    return build_tiny_sdxl(
+        num_merges=300,
+        vae_channels=(8, 8, 16, 16),
+        latent_channels=4,  # as in SDXL
+        unet_channels=(16, 32, 64),
+        unet_layers=1,
+        text_widths=(16, 32),
+    )

@@ -1,0 +1,61 @@
+"""The version, the tag, CHANGELOG.md, CITATION.cff and the pages name one release."""
+
+import shutil
+
+import pytest
+
+from dora_mm import __version__
+from tests.release import ROOT, VERSIONED, disagreements, hindrances
+
+FILES = ("CHANGELOG.md", "CITATION.cff", *VERSIONED)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    for name in FILES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def change(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def test_this_checkout_agrees():
+    assert disagreements() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "old"),
+    [("CHANGELOG.md", f"## {__version__} - "), ("CITATION.cff", f"version: {__version__}\n")],
+)
+def test_another_version_is_found(copy, name, old):
+    change(copy / name, old, old.replace(__version__, "9.8.7"))
+    (found,) = disagreements(copy)
+    assert found.startswith(name)
+    assert "9.8.7" in found
+
+
+def test_an_archive_of_another_version_is_found(copy):
+    (copy / "docs/install.md").write_text("pip install dist/dora_mm-9.8.7-py3-none-any.whl", encoding="utf-8")
+    assert disagreements(copy) == [f"docs/install.md names an archive of 9.8.7, and the version is {__version__}"]
+
+
+def test_a_tag_is_a_release_once_the_day_is_in_both_files(copy):
+    heading = (copy / "CHANGELOG.md").read_text(encoding="utf-8").split(f"## {__version__} - ")[1].split("\n")[0]
+    change(copy / "CHANGELOG.md", f"- {heading}\n", "- unreleased\n")
+    assert any("has no date" in problem for problem in hindrances(f"v{__version__}", copy))
+    change(copy / "CHANGELOG.md", "- unreleased\n", "- 2026-12-24\n")
+    cited = (copy / "CITATION.cff").read_text(encoding="utf-8")
+    lines = [line for line in cited.splitlines() if not line.startswith("date-released")]
+    (copy / "CITATION.cff").write_text("\n".join([*lines, "date-released: 2026-12-23", ""]), encoding="utf-8")
+    assert hindrances(f"v{__version__}", copy) == [
+        "CITATION.cff has date-released 2026-12-23, and CHANGELOG.md 2026-12-24"
+    ]
+    change(copy / "CITATION.cff", "2026-12-23", "2026-12-24")
+    assert hindrances(f"v{__version__}", copy) == []
+    for wrong in ("", __version__, "v9.8.7"):
+        assert hindrances(wrong, copy) != []
