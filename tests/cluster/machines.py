@@ -115,7 +115,7 @@ def pod(file: str, index: int, values: Mapping[str, object], log: Path) -> Any:
     found = container(file)
     variables = {each["name"]: each["value"] for each in found["env"]}
     assert set(values) <= set(variables)
-    return started(found["command"] + found["args"], log, **variables, **values, JOB_COMPLETION_INDEX=index)
+    return started(found["command"] + found["args"], log, **{**variables, **values, "JOB_COMPLETION_INDEX": index})
 
 
 def pre_stop(file: str, values: Mapping[str, object]) -> int:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
-from dora_mm.cli import main
 from dora_mm.train.checkpoint import last_step
 from tests.cluster.machines import free_port, kill_rank, kill_session, pod, pre_stop, sky, slurm
 from tests.pipelines.images.test_sample import content, style  # noqa: F401
@@ -14,7 +14,7 @@ from tests.pipelines.processes import wait_for
 from tests.shared.data.images_made import write_images
 
 pytestmark = pytest.mark.slow
-STEPS, EVERY = 24, 4
+STEPS, EVERY, ROWS = 24, 4, 5
 LIMIT = 300  # seconds
 
 
@@ -45,8 +45,10 @@ def weights(folder):
     return weights_of(folder / "runs" / "sky")
 
 
-def weights_of(run: Path) -> bytes:
-    return (run / "checkpoints" / f"step-{STEPS:06d}" / "trained_weights.safetensors").read_bytes()
+def weights_of(run: Path) -> dict[str, bytes]:
+    """The bits of all weights; the header of their file names the run."""
+    found = load_file(run / "checkpoints" / f"step-{STEPS:06d}" / "trained_weights.safetensors")
+    return {name: weight.numpy().tobytes() for name, weight in found.items()}
 
 
 def test_slurm_resumes_after_a_kill_and_at_the_time_limit(folder, weights):
@@ -96,40 +98,40 @@ def test_kubernetes_resumes_after_the_end_of_a_pod(folder, weights):
 
 
 @pytest.fixture
-def images(style, tmp_path, monkeypatch):  # noqa: F811
-    """The files of a job of images that one process has generated."""
-    rows = [f"thing {number},1-4,{number % 3 / 2}\n" for number in range(10)]
-    (tmp_path / "jobs.csv").write_text("prompt,seed,strength\n" + "".join(rows))
-    monkeypatch.chdir(tmp_path)
-    assert main(["sample", "jobs.csv", "--set", "output=one", f"adapter.path={style}"]) == 0
-    return content(tmp_path / "one")
+def images(style, tmp_path):  # noqa: F811
+    """The files of a job of images that one process has generated, by the task of SkyPilot on one GPU."""
+    rows = [f"thing {number},1-4,{number % 3 / 2},2\n" for number in range(ROWS)]
+    (tmp_path / "jobs.csv").write_text("prompt,seed,strength,steps\n" + "".join(rows))
+    values = {"JOBS": tmp_path / "jobs.csv", "ADAPTER": style, "RUN_DIR": tmp_path / "sky"}
+    with sky("skypilot/sample.yaml", values, 1, tmp_path / "sky.log") as task:
+        assert task.wait(LIMIT) == 0, (tmp_path / "sky.log").read_text()
+    found = content(tmp_path / "sky")
+    assert len([name for name in found if name.endswith(".png")]) == 4 * ROWS + 1
+    return found
 
 
-def test_images_of_two_processes_are_those_of_one(images, style, tmp_path):  # noqa: F811
-    """Of each file; and of pods, one of which ends before its batch and is replaced."""
-    jobs, log = tmp_path / "jobs.csv", tmp_path / "log"
-    with slurm("sample.sbatch", [str(jobs), "slurm", f"adapter.path={style}"], 2, 1, log) as script:
-        assert script.wait(LIMIT) == 0, log.read_text()
-    assert content(tmp_path / "slurm") == images
-    values = {"JOBS": jobs, "ADAPTER": style, "RUN_DIR": tmp_path / "sky"}
-    with sky("skypilot/sample.yaml", values, 2, log) as task:
-        assert task.wait(LIMIT) == 0, log.read_text()
-    assert content(tmp_path / "sky") == images
+def test_slurm_generates_the_images_of_one_process(images, style, tmp_path):  # noqa: F811
+    given = [str(tmp_path / "jobs.csv"), str(tmp_path / "run"), f"adapter.path={style}"]
+    with slurm("sample.sbatch", given, 2, 1, tmp_path / "log") as script:
+        assert script.wait(LIMIT) == 0, (tmp_path / "log").read_text()
+    assert content(tmp_path / "run") == images
 
-    run = tmp_path / "pods"
-    values = {**values, "RUN_DIR": run, "NODES": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
 
-    def pods():
-        return (pod("kubernetes/sample.yaml", index, values, tmp_path / f"pod-{index}.log") for index in range(2))
+def test_kubernetes_generates_the_images_of_one_process_also_after_the_end_of_a_pod(images, style, tmp_path):  # noqa: F811
+    """The first pod waits for the batch of the second one, and ends when that is replaced; the Job starts both again."""
+    values = {"JOBS": tmp_path / "jobs.csv", "ADAPTER": style, "RUN_DIR": tmp_path / "run", "NODES": 2, "GPUS": 1}
+    values |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "HF_HOME": tmp_path}
+    logs = [tmp_path / f"pod-{index}.log" for index in range(2)]
 
-    first, second = pods()
-    with first as main_pod, second as other:
-        wait_for(run / "samples", main_pod)
+    def job_pod(index):
+        return pod("kubernetes/sample.yaml", index, values, logs[index])
+
+    with job_pod(0) as main_pod, job_pod(1) as other:
+        wait_for(tmp_path / "run" / "samples", main_pod)
         kill_session(other)
-        with next(each for index, each in enumerate(pods()) if index == 1) as replaced:
+        with job_pod(1) as replaced:
             assert [main_pod.wait(LIMIT), replaced.wait(LIMIT)] == [1, 1]
-    assert 0 < len(list((run / "samples").glob("*.png"))) < 40
-    first, second = pods()
-    with first as main_pod, second as other:
-        assert [main_pod.wait(LIMIT), other.wait(LIMIT)] == [0, 0], (tmp_path / "pod-0.log").read_text()
-    assert content(run) == images
+    assert "process 1 was started a second time" in logs[1].read_text()
+    with job_pod(0) as main_pod, job_pod(1) as other:
+        assert [main_pod.wait(LIMIT), other.wait(LIMIT)] == [0, 0], logs[0].read_text()
+    assert content(tmp_path / "run") == images
