@@ -85,7 +85,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     # The last layer of a text encoder may be unused: its adapters get no gradients. So may new tokens be in a batch.
     unused = config.trains_text or has_unread_layers(config.model)
     accelerator = join_processes(config.train, find_unused_parameters=unused)
-    config = in_steps(config, accelerator.num_processes)
+    config = in_steps(config, accelerator.num_processes, resume)
     shared = shared_among(config, accelerator.num_processes, resume)
     if dry_run:
         problems = preflight(accelerator, config, resume)

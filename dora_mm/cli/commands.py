@@ -15,7 +15,8 @@ from dora_mm.config.schema import PipelineConfig
 from dora_mm.recipes import PIPELINES, Recipes
 from dora_mm.registries.tools import EXPORT_FORMATS, no_entry
 from dora_mm.train.resuming import check_changes, nearest_run, started_config
-from dora_mm.utils.processes import num_started
+from dora_mm.utils.home import expanded
+from dora_mm.utils.processes import num_started, started_together
 from dora_mm.utils.shell import command_line, quoted
 
 # The arguments that are paths, with what `runs/NAME/latest` has to have; those of `set` are in the types of configs
@@ -26,6 +27,7 @@ PATHS: dict[str | tuple[str, str], Wanted] = {
     **{"predictions": RUN, "run": CHECKPOINT, ("gallery", "runs"): IMAGES, ("train", "resume"): CHECKPOINT},
 }
 WRITTEN = ("out", "output", "page")
+AUTO = Path("auto")  # of --resume: the run in `output` where there is one, else a new one
 GENERATION_DEFAULTS = "configs/sdxl/jobs.yaml"
 
 
@@ -204,8 +206,6 @@ def take_prompts_file(arguments: Namespace) -> None:
 
 def _run_config(arguments: Namespace, recipes: Recipes) -> None:
     config = _config(arguments, recipes)
-    if config.command != arguments.command:
-        raise ValueError(_needs_command(config.command, arguments))
     if not arguments.dry_run:  # a dry run reports paths with all other problems: dora_mm.train.preflight
         check_paths(config, new_run=arguments.resume is None)
     model: Any = getattr(config, "model", None)
@@ -243,27 +243,46 @@ def _as_read(override: str, config: PipelineConfig) -> str:
 
 
 def _config(arguments: Namespace, recipes: Recipes) -> PipelineConfig:
-    if arguments.resume is not None:
-        return _config_of_run(arguments, recipes)
-    if arguments.config is None:
-        what = "JOBS, a CONFIG, --set prompts=[...]" if arguments.command == "sample" else "a CONFIG before --set"
-        raise ValueError(f"{arguments.command} needs {what}, or --resume RUN_DIR")
-    return load_config(arguments.config, arguments.overrides, recipes.schemas)
-
-
-def _config_of_run(arguments: Namespace, recipes: Recipes) -> PipelineConfig:
-    """The config that a run goes on with: its own or the given one, with the overrides as far as they are allowed."""
+    """The config of a command; `--resume auto` becomes the run directory, or None where a new run starts."""
     run, given = arguments.resume, arguments.config
-    saved = run / "config.yaml"
-    if not saved.is_file():
+    if given is None and run in (None, AUTO):
+        what = "JOBS, a CONFIG, --set prompts=[...]" if arguments.command == "sample" else "a CONFIG before --set"
+        raise ValueError(f"{arguments.command} needs {what}{', or --resume RUN_DIR' if run is None else ''}")
+    saved = None if run in (None, AUTO) else run / "config.yaml"
+    if saved and not saved.is_file():
         raise ValueError(f"--resume {quoted(run)} is not a run directory: it has no config.yaml{nearest_run(run)}")
     config = load_config(given or saved, arguments.overrides, recipes.schemas)
-    if config.command == arguments.command and config.changeable is not None:
-        before = started_config(run, recipes.schemas)
-        if given is None:
-            check_changes(f"{saved}, edited", before, load_config(saved, schemas=recipes.schemas))
-        check_changes(f"--resume {quoted(run)}", before, config)
+    if config.command != arguments.command:
+        raise ValueError(_needs_command(config.command, arguments))
+    if run == AUTO:
+        arguments.resume = _run_of(config)
+    if arguments.resume is not None and config.changeable is not None:
+        _check_resumed(config, arguments, recipes)
     return config
+
+
+def _run_of(config: PipelineConfig) -> Path | None:
+    """The run directory that `--resume auto` goes on with; None where it is still to be made.
+
+    The main process looks, for all of them: on a network file system the others may see a new folder later.
+    """
+    if config.command != "train":
+        raise ValueError(f"--resume auto belongs to train: {config.command} goes on in its `output` without it")
+    output = getattr(config, "output", None)
+    if output is None:
+        raise ValueError("--resume auto needs the folder of the run, by which it is found again: --set output=FOLDER")
+    run = expanded(output)
+    return run if started_together().from_main((run / "config.yaml").is_file()) else None
+
+
+def _check_resumed(config: PipelineConfig, arguments: Namespace, recipes: Recipes) -> None:
+    """Checks that a run can go on with a config: its own or the given one, with the overrides."""
+    run = arguments.resume
+    before = started_config(run, recipes.schemas)
+    if arguments.config is None:
+        saved = run / "config.yaml"
+        check_changes(f"{saved}, edited", before, load_config(saved, schemas=recipes.schemas))
+    check_changes(f"--resume {quoted(run)}", before, config)
 
 
 def _needs_command(name: str, arguments: Namespace) -> str:

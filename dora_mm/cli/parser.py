@@ -91,7 +91,8 @@ def _add_config_command(commands: Any, name: str, what: str) -> None:
     command.add_argument("config", metavar=metavar, nargs=nargs, help=f"a YAML file{kinds}")
     _add_overrides(command)
     if name in RESUMABLE:
-        command.add_argument("--resume", metavar="RUN_DIR", type=Path, help="go on with a run that was stopped")
+        auto = "; auto: the one in `output`, which is started if it does not exist" if name == "train" else ""
+        command.add_argument("--resume", metavar="RUN_DIR", type=Path, help=f"go on with a run that was stopped{auto}")
     if name == "sample":
         command.add_argument(
             "--config", metavar="CONFIG", dest="prompts_config", help="the settings that JOBS leaves out"

@@ -2,6 +2,7 @@
 
 import logging
 from math import ceil
+from pathlib import Path
 
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.training import TrainConfig
@@ -9,11 +10,12 @@ from dora_mm.data.images.folder import read_images
 from dora_mm.data.images.held_out import hold_out
 from dora_mm.data.images.resolutions import resolutions_of
 from dora_mm.train.optim import with_steps
+from dora_mm.train.sharing import micro_batches
 
 log = logging.getLogger(__name__)
 
 
-def in_steps(config: TrainDiffusionConfig, num_processes: int) -> TrainDiffusionConfig:
+def in_steps(config: TrainDiffusionConfig, num_processes: int, resume: Path | None = None) -> TrainDiffusionConfig:
     """The config with `train.epochs` converted to `train.steps`, which the run keeps; one that has steps as it is.
 
     An epoch shows every training image as often as its repeats say, at each of its resolutions.
@@ -21,16 +23,19 @@ def in_steps(config: TrainDiffusionConfig, num_processes: int) -> TrainDiffusion
     Args:
         config: The config.
         num_processes: The number of processes that train.
+        resume: The run directory to resume, whose steps have as many images as before; None: a new run.
 
     Raises:
-        ValueError: The images cannot be read, or the warm-up is as long as the training.
+        ValueError: The images cannot be read, or the warm-up is as long as the training; or inputs.json is missing or
+            damaged.
     """
     train = config.train
     if train.epochs is None:
         return config
     images, _ = hold_out(read_images(config.data, "train"), config.data)
     views = sum(config.data.repeats * image.repeats * len(resolutions_of(image, config.data)) for image in images)
-    per_step = train.batch_size * train.gradient_accumulation_steps * num_processes
+    total = micro_batches(resume, train) if resume else train.gradient_accumulation_steps * num_processes
+    per_step = train.batch_size * total
     counted: TrainConfig = with_steps(train, config.schedule, ceil(views / per_step))
     log.info("train.epochs %d: %d steps of %d images", train.epochs, counted.steps, per_step)
     return config.model_copy(update={"train": counted.model_copy(update={"epochs": None})})

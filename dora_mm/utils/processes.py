@@ -267,7 +267,8 @@ def started_together() -> Processes:
     """The processes that were started together. From then on, only the main one informs and warns.
 
     Raises:
-        ValueError: They cannot reach each other.
+        ValueError: They cannot reach each other; or this process takes the place of one that has died, whose work the
+            others would wait for without end. They stop as well then.
     """
     if num_started() == 1:
         return SINGLE_PROCESS
@@ -282,7 +283,14 @@ def started_together() -> Processes:
         for name in OURS:
             logging.getLogger(name).setLevel(logging.ERROR)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Processes(PrefixStore(f"dora_mm {attempt}", store), index, count)
+    store = PrefixStore(f"dora_mm {attempt}", store)
+    processes = Processes(store, index, count)
+    with _reaching():
+        is_second = store.add(f"started {index}", 1) > 1  # its machine has started again, the one of the store has not
+    if is_second:
+        processes.reports()
+        raise ValueError(f"process {index} was started a second time: all of the {count} have to be started together")
+    return processes
 
 
 def reports_end() -> bool:

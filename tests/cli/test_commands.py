@@ -2,6 +2,7 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -159,6 +160,46 @@ def test_every_section_of_a_training_config_has_a_reason_why_it_may_not_change()
         if schema.command == "train":
             assert set(schema.changeable) - {"train.epochs"} <= set(all_keys(schema))
             assert {key.partition(".")[0] for key in all_keys(schema)} - set(schema.changeable) <= set(REASONS)
+
+
+def test_resume_auto_starts_a_run_and_goes_on_with_it(config, pipeline, tmp_path, monkeypatch):
+    """The same command, before there is a run and afterwards."""
+    monkeypatch.chdir(tmp_path)
+    recipe, command = pipeline(), ["train", str(config), "--resume", "auto", "--set", "output=job", "train.steps=7"]
+    assert cli.main(command) == 0
+    expected = load_config(config, ["output=job", "train.steps=7"])
+    RunDirectory(tmp_path / "job").write_config(dump_config(expected), {})
+    assert cli.main(command) == 0
+    assert recipe.calls == [(expected, None), (expected, Path("job"))]
+
+
+def test_resume_auto_refuses_a_config_that_has_changed(config, pipeline, tmp_path, capsys):
+    """Also one that another command has written there; and a folder that is no run stays as it is."""
+    recipe, run = pipeline(), tmp_path / "job"
+    command = ["train", str(config), "--resume", "auto", "--set", f"output={run}"]
+    RunDirectory(run).write_config(dump_config(load_config(config, [f"output={run}"])), {})
+    assert cli.main([*command, "adapter.rank=8"]) == 2
+    assert "adapter.rank cannot change from 4 to 8" in capsys.readouterr().err
+    (run / "config.yaml").rename(run / "notes.yaml")
+    assert cli.main(command) == 2
+    assert f"output {run} exists already" in capsys.readouterr().err
+    assert recipe.calls == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "CONFIG"], "--resume auto needs the folder of the run, by which it is found again: --set output="),
+        (["train"], "train needs a CONFIG before --set\n"),
+        (["sample", "--set", "prompts=[a]"], "--resume auto belongs to train: sample goes on in its `output` without"),
+    ],
+)
+def test_resume_auto_needs_a_training_with_a_folder(config, pipeline, capsys, arguments, message):
+    recipe = pipeline()
+    given = [str(config) if argument == "CONFIG" else argument for argument in arguments]
+    assert cli.main([*given, "--resume", "auto"]) == 2
+    assert message in capsys.readouterr().err
+    assert recipe.calls == []
 
 
 def test_resuming_names_a_folder_that_is_not_a_run_directory(tmp_path, capsys):

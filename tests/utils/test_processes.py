@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.distributed import HashStore
+from torch.distributed import HashStore, PrefixStore
 
 from dora_mm import cli
 from dora_mm.utils import processes
@@ -147,6 +147,24 @@ def test_processes_that_cannot_meet_say_so(launched):
     with pytest.raises(ValueError, match="2 processes were started, and cannot meet: .*MASTER_ADDR expected"):
         started_together()
     assert reports_end()
+
+
+def test_a_process_in_the_place_of_a_dead_one_stops_all(launched, capsys):
+    """A pod is replaced while the first one, with its store, waits for the batch that the dead one had taken."""
+    store = HashStore()
+    launched.setattr(processes, "OURS", ())  # loggers of this process, which goes on
+    launched.setattr("torch.distributed.rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+    main = Processes(PrefixStore("dora_mm 0", store), 0, 2)
+    dead = DividedWork(started_together(), 2)
+    assert next(iter(dead)) == 0
+    work = DividedWork(main, 2)
+    assert [*work] == [1]
+    started_together.cache_clear()
+    with pytest.raises(ValueError, match="process 1 was started a second time: all of the 2 have to be started"):
+        started_together()
+    assert reports_end()
+    with pytest.raises(OtherProcessError, match="another of the 2 processes has stopped"):
+        list(work.reported(wait=True))
 
 
 @pytest.mark.parametrize("arguments", [["sample", "nowhere.csv"], ["sample"], ["sampel"], ["sample", "--colour"]])
