@@ -105,8 +105,7 @@ PACKAGES = ("torch", "triton", "peft", "pytest", "diffusers")
 
 def main(arguments: list[str] | None = None) -> int:
     given = parsed(arguments)
-    usual = [entry.name for entry in ENTRIES if given.dry or not entry.is_long]
-    chosen = [entry for entry in ENTRIES if entry.name in (given.entries or usual)]
+    chosen = chosen_entries(given)
     if given.dry:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing here has done yet
         given.output = given.output or Path(tempfile.mkdtemp(prefix="gpu-dry-"))
@@ -116,12 +115,20 @@ def main(arguments: list[str] | None = None) -> int:
     return run_here(chosen[0], given) if len(chosen) == 1 else run_all(chosen, given)
 
 
+def chosen_entries(given: argparse.Namespace) -> list[Entry]:
+    """The named ones; without names all that are short, and in a dry run all."""
+    usual = [entry.name for entry in ENTRIES if given.dry or not entry.is_long]
+    return [entry for entry in ENTRIES if entry.name in (given.entries or usual)]
+
+
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     names = [entry.name for entry in ENTRIES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("entries", nargs="*", help=f"{', '.join(names)}; default: all that are short")
     parser.add_argument("--dry", action="store_true", help="every entry tiny, on a processor")
-    parser.add_argument("--seconds", type=float, help="the time of all entries together; default: 1200, or that of the named ones")
+    parser.add_argument(
+        "--seconds", type=float, help="the time of all entries together; default: 1200, or that of the named ones"
+    )
     parser.add_argument("--output", type=Path, help="the folder of the results")
     parser.add_argument("--inputs", type=Path, help="the models and data of `images` and `metamath`")
     given = parser.parse_args(arguments)

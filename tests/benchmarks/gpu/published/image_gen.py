@@ -45,7 +45,14 @@ class ImageGeneration:
     def prepare(self) -> None:
         """Divides the images, encodes images and prompts, and lets the text encoder go."""
         paths, prompts = self.inputs.images(), self.settings["instance_prompts"]
-        rows = [(ImageOps.exif_transpose(Image.open(path).convert("RGB")), prompt) for path, prompt in zip(paths, prompts)]
+        if len(paths) != len(prompts):
+            raise ValueError(
+                f"{self.inputs.folder / 'cats'} has {len(paths)} images, and there are {len(prompts)} prompts."
+            )
+        rows = [
+            (ImageOps.exif_transpose(Image.open(path).convert("RGB")), prompt)
+            for path, prompt in zip(paths, prompts, strict=True)
+        ]
         order, num_tests = shuffled(len(rows)), self.settings["test_size"]
         num_trained = len(rows) - num_tests - self.settings["valid_size"]
         trained, validation, tests = order[:num_trained], order[num_trained:-num_tests], order[-num_tests:]

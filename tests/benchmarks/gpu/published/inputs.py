@@ -1,14 +1,14 @@
 """The models and data of PEFT's method comparison as plain files in one folder, which needs no network afterwards.
 
-    python -m tests.benchmarks.gpu.published.inputs FOLDER      # 30 GB, by `huggingface_hub` and `datasets`
+python -m tests.benchmarks.gpu.published.inputs FOLDER      # 30 GB, by `huggingface_hub` and `datasets`
 
-    FOLDER/models/<owner>--<name>/     Llama-3.2-3B, FLUX.2-klein-base-4B, dinov2-base
-    FOLDER/metamathqa.jsonl            the first 20,000 rows of MetaMathQA with at most 1,300 characters
-    FOLDER/gsm8k_valid.jsonl           the 50 rows of the training part of GSM8K that PEFT validates on
-    FOLDER/gsm8k_test.jsonl            its test part
-    FOLDER/wiki.jsonl                  100 texts of Wikipedia, on whose loss forgetting is measured
-    FOLDER/cats/<number>.png           the 20 images of the cat, in their order
-    FOLDER/revisions.json              the commit and the date of each model and data set
+FOLDER/models/<owner>--<name>/     Llama-3.2-3B, FLUX.2-klein-base-4B, dinov2-base
+FOLDER/metamathqa.jsonl            the first 20,000 rows of MetaMathQA with at most 1,300 characters
+FOLDER/gsm8k_valid.jsonl           the 50 rows of the training part of GSM8K that PEFT validates on
+FOLDER/gsm8k_test.jsonl            its test part
+FOLDER/wiki.jsonl                  100 texts of Wikipedia, on whose loss forgetting is measured
+FOLDER/cats/<number>.png           the 20 images of the cat, in their order
+FOLDER/revisions.json              the commit and the date of each model and data set
 """
 
 import argparse
@@ -84,7 +84,9 @@ def download(folder: Path) -> None:
 def short_rows(rows: Iterable[Any]) -> list[dict[str, str]]:
     """The first rows of MetaMathQA that are short enough; a training takes no more."""
     short = (each for each in rows if len(f"{each['query']} {each['response']}") <= MOST_CHARACTERS)
-    return [{"query": each["query"], "response": each["response"]} for each, _ in zip(short, range(NUM_ROWS), strict=False)]
+    return [
+        {"query": each["query"], "response": each["response"]} for each, _ in zip(short, range(NUM_ROWS), strict=False)
+    ]
 
 
 def row_of(row: Any) -> dict[str, str]:

@@ -39,7 +39,9 @@ class MetaMath:
         self.tests = [(template.format(query=q), a) for q, a in rows("gsm8k_test")]
         texts = [template.format(query=query) + answer for query, answer in rows("metamathqa")]
         longest = self.settings["max_seq_length"]
-        self.batches = batches([ids[:longest] for ids in self.tokenizer(texts)["input_ids"]], self.settings["batch_size"])
+        self.batches = batches(
+            [ids[:longest] for ids in self.tokenizer(texts)["input_ids"]], self.settings["batch_size"]
+        )
         self.model.eval()
         with self.model.disable_adapter(), torch.inference_mode():
             self.base_loss = self.text_loss()
@@ -83,7 +85,9 @@ class MetaMath:
         losses: list[Tensor] = []
         texts, size = self.inputs.texts("wiki"), self.settings["batch_size"]
         for start in range(0, len(texts), size):
-            ids = self.tokenizer(texts[start : start + size], truncation=True, max_length=self.settings["max_seq_length"])
+            ids = self.tokenizer(
+                texts[start : start + size], truncation=True, max_length=self.settings["max_seq_length"]
+            )
             batch = self.padded(ids["input_ids"], "left")
             logits = self.model(**batch).logits
             for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):

@@ -81,7 +81,10 @@ def result(
             "status": trained.status,
             "metrics": trained.metrics,
         },
-        "meta_info": {**about, "package_info": packages("diffusers" if "resolution" in train_config else "bitsandbytes")}
+        "meta_info": {
+            **about,
+            "package_info": packages("diffusers" if "resolution" in train_config else "bitsandbytes"),
+        }
         | {"system_info": system(), "pytorch_info": torch.__config__.show()},
     }
 

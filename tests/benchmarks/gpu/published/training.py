@@ -1,4 +1,4 @@
-"""A training as PEFT's method comparison measures it: timed steps, a validation after some of them, a test at the end."""
+"""A training as PEFT measures it: timed steps, a validation after some of them, and a test at the end."""
 
 import gc
 import time
@@ -117,9 +117,15 @@ def steps(
         row = {"step": step, **scores, "train loss": fmean(losses[-every:]), "train samples": task.num_samples}
         row |= {"train time": sum(seconds[-every:]), "eval time": validation[-1]}
         row |= {"tokens / sec": sum(task.num_tokens[-every:]) / row["train time"]} if task.num_tokens else {}
-        row |= {"mem allocated avg": fmean(memory.allocated[-every:]), "mem reserved avg": fmean(memory.reserved[-every:])}
+        row |= {
+            "mem allocated avg": fmean(memory.allocated[-every:]),
+            "mem reserved avg": fmean(memory.reserved[-every:]),
+        }
         trained.metrics.append(row | {"elapsed time": time.perf_counter() - start})
-        print(f"{step} steps: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "step"), flush=True)
+        print(
+            f"{step} steps: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "step"),
+            flush=True,
+        )
     memory.note_peak()
     trained.metrics.append(last_row(task, settings["max_steps"], losses[-every:]))
     if not task.scores_apart:
