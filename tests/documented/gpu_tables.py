@@ -65,7 +65,8 @@ python -m tests.documented.gpu_tables
 ```
 
 The same command continues with what has no result yet. Result files have the form of PEFT's, whose own
-`method_comparison/processing.py` reads them; `package_info` names the release and commit of dora_mm, too.
+`method_comparison/processing.py` reads them; `package_info` names the release and commit of dora_mm, too. With the tiny
+models on a processor, losses, scores and counts equal those of PEFT's own scripts (at 5d602fdbf) in every bit.
 """
 Row = list[str]
 

@@ -63,7 +63,9 @@ class ImageGeneration:
         self.encodings = {prompt: self.encoded(prompt) for prompt in ["", *later]}
         self.pipeline.text_encoder = None
         self.pipeline.vae.to(self.device)
-        self.latents = torch.cat([self.latents_of(rows[row][0]) for row in trained])
+        images, size = [rows[row][0] for row in trained], self.settings["batch_size"]
+        batches = [images[start : start + size] for start in range(0, len(images), size)]
+        self.latents = torch.cat([self.latents_of(batch) for batch in batches])
         self.noise = torch.Generator(self.device).manual_seed(self.settings["seed"])
         self.order = self.permutations(self.settings["max_steps"] * self.settings["batch_size"])
         self.levels = copy.deepcopy(self.pipeline.scheduler)
@@ -83,11 +85,12 @@ class ImageGeneration:
             prompt, device=self.device, max_sequence_length=length, text_encoder_out_layers=layers
         )[0]
 
-    def latents_of(self, image: Image.Image) -> Tensor:
-        """The normalized latents of an image, which is stretched to a square."""
+    def latents_of(self, images: Sequence[Image.Image]) -> Tensor:
+        """The normalized latents of images, which are stretched to squares."""
         vae, side = self.pipeline.vae, self.settings["resolution"]
-        pixels = self.pipeline.image_processor.pil_to_numpy(image.resize((side, side), Image.Resampling.BILINEAR))
-        pixels = (torch.from_numpy(pixels).permute(0, 3, 1, 2) * 2 - 1).to(self.device, self.dtype)
+        squares = [image.resize((side, side), Image.Resampling.BILINEAR) for image in images]
+        pixels = torch.from_numpy(self.pipeline.image_processor.pil_to_numpy(squares)).permute(0, 3, 1, 2) * 2 - 1
+        pixels = pixels.contiguous().to(self.device, self.dtype)
         patches = self.pipeline._patchify_latents(vae.encode(pixels).latent_dist.mode())
         mean, variance = (each.view(1, -1, 1, 1).to(patches) for each in (vae.bn.running_mean, vae.bn.running_var))
         return (patches - mean) / (variance + vae.config.batch_norm_eps).sqrt()
