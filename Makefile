@@ -84,7 +84,8 @@ bench: $(READY)  ## what DoRA costs beside its peers on this machine; BENCH="--q
 	$(BIN)/python -m tests.benchmarks.bench_peers $(BENCH)
 
 gpu:  ## all that only a GPU can show, in 20 minutes, with what PYTHON has: no .venv; ONLY="trial block", SECONDS=600, DRY=1 on a CPU
-	$(PYTHON) -m tests.benchmarks.gpu $(ONLY) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(DRY),--dry)
+	$(PYTHON) -m tests.benchmarks.gpu $(ONLY) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(DRY),--dry) \
+		$(if $(INPUTS),--inputs $(INPUTS))
 
 rehearsal: $(READY)  ## full-size models with random weights, 0.5 to 41 GB of disk one at a time; ONLY="vlm sdxl", KEEP=1, DRY=1
 	$(BIN)/python -m tests.rehearsal $(ONLY) $(if $(KEEP),--keep) $(if $(DRY),--dry)

