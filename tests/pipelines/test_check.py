@@ -22,7 +22,9 @@ def test_a_machine_without_a_gpu(capsys, monkeypatch):
     assert main(["check"]) == 0
     found = lines(capsys)
     assert found["gpu"].startswith("gpu       none")
-    assert found["recipe sdxl"].endswith("needs a GPU of some 8 GB (an estimate); on a processor configs/sdxl/tiny_3d_icon.yaml")
+    assert found["recipe sdxl"].endswith(
+        "needs a GPU of some 8 GB (an estimate); on a processor configs/sdxl/tiny_3d_icon.yaml"
+    )
     assert {"python", "machine", "torch", "packages", "recipe vlm"} <= set(found)
 
 
