@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -18,7 +18,37 @@ from dora_mm.utils.yaml12 import MISSING
 FEW_ROWS = 1000  # fewer are seen three times
 SHORT = 4  # words of an answer that is scored by exact match, the median of the data
 ANSWERED = 1000  # rows whose answers say that
+PAIRED, PAIRS = "preference", "preferences"  # the task and the format of pairs of answers
+OF_PAIRS = "how often the chosen answer gains more than the rejected one, and by how much"
+RATE_OF_PAIRS = 5e-6  # examples/train_lora/qwen3vl_lora_dpo.yaml of LLaMA-Factory, whose alpha is twice the rank, too
 WANTED, MOST = 20, 0.2  # held-out rows, below which scores have no intervals, and the largest share of the rows
+
+
+class FoundRows(NamedTuple):
+    """What the rows of a data file are.
+
+    Attributes:
+        shape: Whose shape they have, and its keys.
+        number: How many there are.
+        task: The task that they are trained and scored by.
+        format: The format that reads them.
+        metric: A sentence on the metric.
+        has_images: Whether a row has images.
+        unread: The columns with texts or images that are not read, each with the first of its texts.
+    """
+
+    shape: str
+    number: int
+    task: str
+    format: str
+    metric: str
+    has_images: bool
+    unread: dict[str, str]
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a row has two answers, of which one is preferred."""
+        return TASKS[self.task].pairs
 
 
 def write_vl(draft: Draft, start: TrainVLConfig) -> None:
@@ -27,63 +57,103 @@ def write_vl(draft: Draft, start: TrainVLConfig) -> None:
     Raises:
         ValueError: The data cannot be read, or a file exists already.
     """
-    from dora_mm.data.vl.readers.chat import find_shape, read_chat  # these need the extra vl
-    from dora_mm.data.vl.readers.file_rows import file_items
-    from dora_mm.data.vl.readers.hub_files import files_of
-    from dora_mm.data.vl.readers.unread import about_unread, unread_columns
-    from dora_mm.data.vl.rows import BadRows
+    from dora_mm.data.vl.readers.unread import about_unread  # needs the extra vl
 
-    if draft.data is None:
-        raise ValueError("--data is missing: the file of your questions and answers, such as my.json")
-    files = files_of(resolve_path(draft.data, "--data"))
-    shape, num_rows = find_shape(files[0]).name, sum(1 for file in files for _ in file_items(file))
-    first = start.data.all_tasks[0]
-    source = first.train
-    assert source is not None
-    source = source.model_copy(update={"file": str(resolve_path(draft.data))})
-    has_images = any(row.images for row in read_chat(source, BadRows("skip")))
-    rows = islice((row for row in read_chat(source, BadRows("skip")) if row.answers), ANSWERED)
-    task, metric = task_of(first.task, [row.answers[0] for row in rows])
-    unread = unread_columns(source)
-    changes = vl_changes(draft, num_rows, task, has_images=has_images)
-    if first.valid:
-        changes[("data", "valid", "share")] = held_out_share(num_rows)
-    about = (
-        f"{num_rows} rows of {draft.data}{f' about the images in {draft.images}' if has_images else ''}.\n"
-        f"It started from {draft.recipe}, whose head says what memory it takes.\n"
-        "--dry-run checks every row and shows some as the model sees them. Every key is explained in docs/vlm.md."
-    )
+    rows = found_rows(draft, start)
+    changes = vl_changes(draft, start, rows)
+    if start.data.all_tasks[0].valid:
+        changes[("data", "valid", "share")] = held_out_share(rows.number)
     evaluation = draft.file.with_name(f"{draft.file.stem}_eval.yaml")
     config = write_files(
-        draft, changes, about, lambda config: {evaluation: evaluation_text(draft, evaluation, config, metric)}
+        draft,
+        changes,
+        about(draft, rows),
+        lambda config: {evaluation: evaluation_text(draft.file, evaluation, config, rows.metric)},
     )
-    where = f"images in {draft.images}" if has_images else "no row has an image"
-    print(f"questions {num_rows} rows of {draft.data}, {shape}; {where}")
-    if unread:
-        print(f"unread    {about_unread(unread)}")
-    print(f"score     {metric}\n\nwritten   {draft.file}, {evaluation}")
-    question = ["IMAGE", "QUESTION"] if has_images else ["QUESTION"]
+    where = f"images in {draft.images}" if rows.has_images else "no row has an image"
+    print(f"{'pairs    ' if rows.pairs else 'questions'} {rows.number} rows of {draft.data}, {rows.shape}; {where}")
+    if rows.unread:
+        print(f"unread    {about_unread(rows.unread)}")
+    print(f"score     {rows.metric}\n\nwritten   {draft.file}, {evaluation}")
+    question = ["IMAGE", "QUESTION"] if rows.has_images else ["QUESTION"]
+    own = "" if rows.pairs else "; with --set adapter=null the model's own"
     print_next(
         config,
         {
             "--dry-run first: every row is checked": ["train", draft.file],
-            "the score of held-out rows; with --set adapter=null the model's own": ["eval", evaluation],
+            f"the score of held-out rows{own}": ["eval", evaluation],
             "without and with the adapter": ["ask", config.model.path, *question, "--adapter", draft.run],
             "for transformers and vLLM": ["merge", config.model.path, draft.run, "merged"],
         },
     )
 
 
-def vl_changes(draft: Draft, num_rows: int, task: str, *, has_images: bool) -> Changes:
+def found_rows(draft: Draft, start: TrainVLConfig) -> FoundRows:
+    """What the rows of a draft's data are, pairs of answers or conversations.
+
+    Raises:
+        ValueError: The data are missing or cannot be read.
+    """
+    from dora_mm.data.vl.readers import read_source  # these need the extra vl
+    from dora_mm.data.vl.readers.chat import find_shape
+    from dora_mm.data.vl.readers.file_rows import file_items
+    from dora_mm.data.vl.readers.hub_files import files_of
+    from dora_mm.data.vl.readers.preferences import find_pair_shape, has_pairs
+    from dora_mm.data.vl.readers.unread import unread_columns
+    from dora_mm.data.vl.rows import BadRows
+
+    if draft.data is None:
+        raise ValueError("--data is missing: the file of your questions and answers, such as my.json")
+    files = files_of(resolve_path(draft.data, "--data"))
+    first = start.data.all_tasks[0]
+    pairs = has_pairs(files[0])
+    shape = find_pair_shape(files[0]).name if pairs else find_shape(files[0]).name
+    number = sum(1 for file in files for _ in file_items(file))
+    source = first.train
+    assert source is not None
+    form = PAIRS if pairs else source.format
+    source = source.model_copy(update={"file": str(resolve_path(draft.data)), "format": form})
+    has_images = any(row.images for row in read_source(source, BadRows("skip")))
+    answered = islice((row for row in read_source(source, BadRows("skip")) if row.answers), ANSWERED)
+    if pairs:
+        task, metric = PAIRED, OF_PAIRS
+    else:
+        task, metric = task_of(first.task, [row.answers[0] for row in answered])
+    return FoundRows(shape, number, task, form, metric, has_images, unread_columns(source))
+
+
+def about(draft: Draft, rows: FoundRows) -> str:
+    """The head of the training's config."""
+    lines = [
+        f"{rows.number} rows of {draft.data}{f' about the images in {draft.images}' if rows.has_images else ''}.",
+        f"It started from {draft.recipe}, whose head says what memory it takes.",
+    ]
+    if rows.pairs:
+        lines += [
+            "Each row has two answers, of which one is preferred: docs/preferences.md. A pair is two rows of a batch,",
+            "so batch_size is half of the recipe's; lr is that of LLaMA-Factory's example of DPO.",
+        ]
+    lines += [
+        "--dry-run checks every row and shows some as the model sees them. Every key is explained in docs/keys.md."
+    ]
+    return "\n".join(lines)
+
+
+def vl_changes(draft: Draft, start: TrainVLConfig, rows: FoundRows) -> Changes:
     """The changes to the recipe, without the share of rows that is held out."""
-    changes: Changes = {("data", "task"): task, ("data", "train", "file"): draft.data}
-    changes[("data", "train", "images")] = folder_of_images(draft) if has_images else MISSING
-    changes[("train", "epochs")] = 1 if num_rows >= FEW_ROWS else 3
+    changes: Changes = {("data", "task"): rows.task, ("data", "train", "file"): draft.data}
+    changes[("data", "train", "images")] = folder_of_images(draft) if rows.has_images else MISSING
+    changes[("train", "epochs")] = 1 if rows.number >= FEW_ROWS else 3
+    if rows.pairs:
+        size, accumulated = start.train.batch_size, start.train.gradient_accumulation_steps
+        changes |= {("data", "train", "format"): rows.format, ("optimizer", "lr"): RATE_OF_PAIRS}
+        if size > 1:
+            changes |= {("train", "batch_size"): size // 2, ("train", "gradient_accumulation_steps"): 2 * accumulated}
     if draft.follow_links:
         changes[("data", "follow_links")] = True
     if draft.model is not None:
         changes[("model", "path")] = draft.model
-    if not has_images:  # nothing passes the connector that some recipes train; a language model has none, and no images
+    if not rows.has_images:  # nothing passes the connector that some recipes train; language models have none
         changes |= {("model", "max_pixels"): MISSING, ("adapter", "parts"): MISSING}
     if largest_gpu() is None:  # many processors emulate half precision
         changes |= {("model", "dtype"): "float32", ("train", "mixed_precision"): "no"}
@@ -112,19 +182,31 @@ def held_out_share(num_rows: int) -> float:
     return round(min(MOST, max(0.05, WANTED / max(num_rows, 1))), 2)
 
 
-def evaluation_text(draft: Draft, file: Path, config: TrainVLConfig, metric: str) -> str:
-    """The config that scores the held-out rows of a training."""
-    about = (
-        f"Scores the rows that {draft.file} holds out, with its adapter,\n"
-        f"by {metric}.\n"
-        "--set adapter=null scores the model without it, and adapter=RUN that of another training."
+def evaluation_text(training: Path, file: Path, config: TrainVLConfig, metric: str) -> str:
+    """The config that scores the held-out rows of a training.
+
+    Args:
+        training: The config file of the training.
+        file: The new file.
+        config: The config of the training.
+        metric: What is measured, as the end of a sentence.
+    """
+    pairs = any(TASKS[task.task].pairs for task in config.data.all_tasks)
+    bare = (
+        "" if pairs else "--set adapter=null scores the model without it, and adapter=RUN that of another training.\n"
     )
-    sections = config.model_dump(mode="json", include={"model", "data"}, exclude_unset=True)
+    about = (
+        f"Scores the rows that {training.name} holds out, with its adapter,\n"
+        f"by {metric}.\n{bare}"
+        f"Which rows are held out follows from data alone: change it in both files, or neither."
+    )
+    sections = config.model_dump(mode="json", include={"model", "data", "preference"}, exclude_unset=True)
     values: dict[str, Any] = {
         "pipeline": "eval_vl",
         "model": sections["model"],
-        "adapter": f"runs/{draft.file.stem}/latest",
+        "adapter": f"runs/{training.stem}/latest",
         "data": sections["data"],
+        **({"preference": sections["preference"]} if "preference" in sections else {}),
         "decode": {"batch_size": config.evaluate.batch_size},
     }
     return f"{head_of('eval', file, about)}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"

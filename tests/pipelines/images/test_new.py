@@ -191,6 +191,36 @@ def test_questions_get_a_config_of_their_score(here, capsys, answer, task, said)
     assert "qa_eval.yaml exists already" in capsys.readouterr().err
 
 
+TURNS = [{"from": "human", "value": "<image>Who?"}]
+SAYS = {"from": "gpt", "value": "He."}, {"from": "gpt", "value": "She."}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": TURNS, "chosen": SAYS[0], "rejected": SAYS[1], "images": ["a.png"]},
+        {"query": "<image>Who?", "response": "He.", "rejected_response": "She.", "images": ["a.png"]},
+    ],
+)
+def test_pairs_of_answers_are_trained_as_preferences(here, capsys, row):
+    write_images(["a.png"])
+    Path("pairs.json").write_text(json.dumps([row] * 30))
+    config = made("dpo", "--data", "pairs.json", "--images", "my images", family="vlm")
+    assert (config.data.task, config.data.train.format, config.data.train.images) == (
+        "preference",
+        "preferences",
+        "my images",
+    )
+    assert (config.train.batch_size, config.train.gradient_accumulation_steps, config.optimizer.lr) == (4, 4, 5e-6)
+    evaluation = load_config("dpo_eval.yaml")
+    assert (evaluation.data, evaluation.adapter) == (config.data, "runs/dpo/latest")
+    assert "adapter=null" not in Path("dpo_eval.yaml").read_text()  # pairs are compared with the model without it
+    printed = capsys.readouterr().out
+    assert "pairs     30 rows of pairs.json" in printed
+    assert "images in my images" in printed
+    assert "unread" not in printed
+
+
 @pytest.mark.slow
 def test_the_training_and_the_evaluation_of_new_questions_run_to_their_end(here, tiny_vlm, monkeypatch, capsys):
     monkeypatch.setattr(machine, "gpus", lambda: [])

@@ -13,6 +13,7 @@ A row stands for two of conversations, one with each answer. These have shapes o
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +21,11 @@ from pydantic_core import from_json
 
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example, Turn
-from dora_mm.data.vl.readers.chat import Maker, first_shape, read_rows
+from dora_mm.data.vl.readers.chat import PEEKED, Maker, first_shape, read_rows
 from dora_mm.data.vl.readers.chat_shapes import JsonRow, shape_of
 from dora_mm.data.vl.readers.conversation import ROLES, conversation
+from dora_mm.data.vl.readers.file_rows import file_items
+from dora_mm.data.vl.readers.named_rows import named_row
 from dora_mm.data.vl.rows import BadRows, RowError
 
 log = logging.getLogger(__name__)
@@ -65,6 +68,20 @@ def find_pair_shape(path: Path, columns: Mapping[Any, str] | None = None) -> Pai
     """
     example = "columns: {prompt: question, chosen: better, rejected: worse, image: image}"
     return first_shape(path, columns, pair_shape_of, "preferences", example, [shape.name for shape in PAIR_SHAPES])
+
+
+def has_pairs(path: Path) -> bool:
+    """Whether the first readable row of a file has two answers, of which one is preferred.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
+    for _, item in islice(file_items(path), PEEKED):
+        try:
+            return pair_shape_of(named_row(path, item, {})) is not None
+        except RowError:  # reported when the row is read
+            continue
+    return False
 
 
 def pair(chosen: Example, rejected: Example) -> Example:
