@@ -83,7 +83,7 @@ def test_the_program_names_pages_that_exist():
     files = [file for room in ("dora_mm", "pipelines", "configs") for file in (ROOT / room).rglob("*.*")]
     texts = [text_of(file) for file in files if file.suffix in (".py", ".yaml", ".js")]
     pages = {page for text in texts for page in re.findall(r"\bdocs/[\w/]+\.md", text)}
-    assert "docs/vlm.md" in pages
+    assert "docs/install.md" in pages
     assert [page for page in pages if not (ROOT / page).exists()] == []
 
 
