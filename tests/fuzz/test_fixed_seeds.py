@@ -30,6 +30,7 @@ FOUND = {  # by doors: seeds that ended in a traceback once
     "predictions ours.jsonl": (23, 65, 80),  # values of other types
     "predictions batch.jsonl": (1796301972,),  # a row without the key of the first one
     "hub Parquet": (1796300928,),  # a pattern of 100,000 brackets
+    "suites' Parquet": (1796284115, 1796285237),  # the number of an option that is an object, or infinite
     "suite": (9,),  # a reader that is a list
 }
 FAULTS = (  # of `tests.fuzz.faults`
