@@ -15,9 +15,8 @@ from dora_mm.data.images.pixels import load_rgb, render
 from dora_mm.eval.images import own_style
 from dora_mm.eval.images.concepts import unit_rows
 from dora_mm.eval.statistics import mean_ci
-from dora_mm.sampling.own_style import images_of_training, trigger_word, vectors_by
+from dora_mm.sampling.own_style import vectors_by
 from dora_mm.sampling.reconstructed import reconstructed
-from tests.sampling.training_run import training_config
 
 X, Y = np.eye(2)
 
@@ -137,22 +136,3 @@ def test_an_open_clip_model_reads_the_prompts_too(clip_folder, tmp_path):
     assert "likeness to the prompt" in own_style.own_style_table({"bare": row})
     with pytest.raises(ValueError, match="clip_model: "):
         vectors_by(torch.device("cpu"), str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("data", "word"),
-    [
-        ({"placeholder": "TOK", "instance_prompt": "a TOK icon"}, "TOK"),
-        ({"placeholder": "TOK", "instance_prompt": "an icon"}, None),  # c.webp has no caption
-        ({"placeholder": "TOK", "instance_prompt": "an icon", "captions": {"suffix": "by TOK"}}, "TOK"),
-        ({"placeholder": None, "instance_prompt": "a TOK icon"}, "TOK"),
-        ({"placeholder": None, "instance_prompt": "a thing"}, None),
-        ({"placeholder": "red", "instance_prompt": "a red TOK icon"}, None),  # not of the green one
-    ],
-)
-def test_the_trigger_word_is_one_that_every_caption_has(tmp_path, data, word):
-    for name, caption in (("a", "a red TOK icon"), ("b", "a green TOK icon"), ("c", "")):
-        Image.new("RGB", (8, 8), (ord(name), 0, 0)).save(tmp_path / f"{name}.png")
-        (tmp_path / f"{name}.txt").write_text(caption)
-    trained = training_config(data={"folder": str(tmp_path), "resolution": 64, **data})
-    assert trigger_word(trained, images_of_training(trained.data)) == word
