@@ -29,7 +29,7 @@ from dora_mm.sampling.generating import BatchGeneration
 from dora_mm.sampling.grids import below, image_grid
 from dora_mm.sampling.manifest import write_manifest
 from dora_mm.sampling.model import find_adapters, load_model, model_of
-from dora_mm.sampling.own_style import Vectors, images_of_training, prompts_in_style, vectors_by
+from dora_mm.sampling.own_style import Vectors, images_of_training, prompts_in_style, trigger_word, vectors_by
 from dora_mm.sampling.reconstructed import reconstructed
 from dora_mm.sampling.trainings import training_of, with_usual_settings
 from dora_mm.train.run import check_reopened, evaluation_run
@@ -86,7 +86,8 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
             return
         generation.raise_failures()
         training = vectors.of_images(reconstructed(loaded.model, images, BACKGROUND))
-        score(config, run, generation, vectors, training, images, styled, style_free)
+        trigger = trigger_word(trained, images)
+        score(config, run, generation, vectors, training, images, styled, style_free, trigger)
 
 
 # --- what is generated -----------------------------------------------------------------------------------------------
@@ -129,6 +130,7 @@ def score(
     images: Sequence[CaptionedImage],
     styled: Sequence[str],
     style_free: Sequence[str],
+    trigger: str | None,
 ) -> None:
     """Scores the images, and writes and prints the table."""
     num_seeds, cut = len(config.seeds), len(styled) * len(config.seeds)
@@ -155,7 +157,7 @@ def score(
     save_extremes(run, generation, likeness, images, (adapted[:cut] @ training.T).argmax(axis=1))
     added = [rows[f"{DIFFERENCE}, {part}"] for part in (STYLED, STYLE_FREE)]
     nearest = [rows[name][own_style.NEAREST] for name in (f"{ADAPTER}, {STYLED}", TRAINING)]
-    print(f"\n{own_style.conclusion(*added, *nearest)}")
+    print(f"\n{own_style.conclusion(*added, *nearest, trigger)}")
 
 
 def report(config: EvalStyleConfig, run: RunDirectory, rows: Any, about: str, num_images: int) -> None:

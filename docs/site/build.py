@@ -141,7 +141,9 @@ def examples(folder: Path, pages: Path) -> str:
         shown = f"![{title}]({there.as_posix()}/{Path(file).name})"
         if file.endswith(".html"):
             shutil.copytree((work / file).parent, pages / there, dirs_exist_ok=True)
-            shown = f'<iframe class="example" src="{there.as_posix()}/{Path(file).name}" title="{title}"></iframe>'
+            page = f"{there.as_posix()}/{Path(file).name}"
+            shown = f'<iframe class="example" src="{page}" title="{title}"></iframe>'
+            shown += f'\n\n<a href="{page}">Open it alone</a>'
         else:
             copy(work / file, pages / there / Path(file).name)
         typed = "\n".join(f"dora-mm {command}" for command in commands)

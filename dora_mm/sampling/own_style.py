@@ -10,13 +10,15 @@ from PIL import Image
 
 from dora_mm.config.images import DataConfig, TrainDiffusionConfig
 from dora_mm.config.paths import resolve_model
-from dora_mm.data.images.folder import CaptionedImage, read_training_images
+from dora_mm.data.images.folder import CaptionedImage, contains_word, read_training_images
 from dora_mm.data.images.shared_words import PLACEHOLDER, example_prompts, shared_word
+from dora_mm.data.images.wording import all_unchanged
 from dora_mm.eval.images.clip import ClipSimilarity
 from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.own_style import embedded_vectors
 from dora_mm.eval.images.timm_encoder import TimmEncoder
 
+INSTANCE_PROMPT = "data.instance_prompt"  # the source of the caption of images without one
 EMBEDDED = (
     "encoder: EfficientNet-Lite0, trained on photographs of things; it reads no prompts, and its cosines are high for "
     "all images: compare rows, not numbers. clip_model or timm_model (DINOv2) names a better one."
@@ -54,6 +56,21 @@ def images_of_training(data: DataConfig) -> list[CaptionedImage]:
     """
     changes = {"instance_prompt": PLACEHOLDER, "placeholder": None, "unused_captions": "stop"}
     return read_training_images(data.model_copy(update=changes))
+
+
+def trigger_word(trained: TrainDiffusionConfig | None, images: Sequence[CaptionedImage]) -> str | None:
+    """The word for the style that every caption of the training has; None: there is none.
+
+    Args:
+        trained: The config of the training, if it is known.
+        images: Its images, read by `images_of_training`, which leaves the instance prompt to this function.
+    """
+    data = trained.data if trained else None
+    prompt = (data.instance_prompt if data else None) or ""
+    own = [image._replace(caption=prompt) if image.source == INSTANCE_PROMPT else image for image in images]
+    captions = [text for image in own for text in all_unchanged(image, data.captions if data else None)]
+    word = (data.placeholder if data else None) or shared_word(captions)
+    return word if word and all(contains_word(text, word) for text in captions) else None
 
 
 def prompts_in_style(trained: TrainDiffusionConfig | None, images: Sequence[CaptionedImage]) -> list[str]:

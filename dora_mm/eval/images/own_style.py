@@ -141,6 +141,7 @@ def conclusion(
     style_free: Mapping[str, ConfidenceInterval],
     nearest: ConfidenceInterval,
     nearest_of_training: ConfidenceInterval,
+    trigger: str | None,
 ) -> str:
     """The conclusion from the scores, with advice, in sentences.
 
@@ -149,6 +150,7 @@ def conclusion(
         style_free: Those of prompts that do not ask for it.
         nearest: The adapter's likeness to the nearest training image, of prompts in the style.
         nearest_of_training: That of the training images with each other.
+        trigger: The word for the style that every caption has; None: there is none.
     """
     gained, leaked = styled[LIKENESS], style_free[LIKENESS]
     amount = f"{gained.mean:+.3f} ({gained.low:+.3f} to {gained.high:+.3f}) likeness"
@@ -160,9 +162,10 @@ def conclusion(
     if nearest.low > nearest_of_training.high:
         sentences.append("It copies single ones: take an earlier checkpoint, or more images.")
     if leaked.low > 0 and leaked.mean > gained.mean / 2:
-        sentences.append(
-            "It does so without being asked, too: put a word for the style into captions, or lower strength."
+        without = (
+            f"although every caption has {trigger}: set preserve" if trigger else "too: put a word for it into captions"
         )
+        sentences.append(f"The style shows without being asked, {without}, or lower the strength.")
     return " ".join(sentences) if sentences[1:] else f"{sentences[0]} Look at the images, and keep it."
 
 

@@ -27,10 +27,24 @@ FAR, NEAR = ConfidenceInterval(0.5, 0.4, 0.6), ConfidenceInterval(0.9, 0.8, 1.0)
     ],
 )
 def test_an_own_style(styled, plain, nearest, said):
-    found = own_style.conclusion({"likeness": styled}, {"likeness": plain}, nearest, FAR)
+    found = own_style.conclusion({"likeness": styled}, {"likeness": plain}, nearest, FAR, None)
     assert [part for part in said if part not in found] == []
     cures = {"keep it", "without being asked", "copies single ones", "train longer", "lower rate"}
     assert {cure for cure in cures if cure in found} == cures & set(said)
+
+
+@pytest.mark.parametrize(
+    ("trigger", "said"),
+    [
+        (None, "The style shows without being asked, too: put a word for it into captions, or lower the strength."),
+        (
+            "TOK",
+            "The style shows without being asked, although every caption has TOK: set preserve, or lower the strength.",
+        ),
+    ],
+)
+def test_a_word_that_every_caption_has_is_not_advised(trigger, said):
+    assert own_style.conclusion({"likeness": UP}, {"likeness": UP}, FAR, FAR, trigger).endswith(said)
 
 
 @pytest.mark.parametrize(
