@@ -69,7 +69,7 @@ def first_hour(program: Path, folder: Path) -> Path:
     for name, *arguments in next_commands(printed):
         short = ["--set", *SHORT[name]] if name in SHORT else []
         ran(program, name, *arguments, *short, folder=folder)
-    (images,) = folder.glob("runs/*/*/samples")
+    images = folder / "runs" / "example_style_prompts" / "001" / "samples"
     assert list(images.glob("*.png")), images
     return images
 
