@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 endif
 READY := .venv/.installed
-TAG ?= $(shell git describe --tags --exact-match)
+TAG ?= $(shell git describe --tags --exact-match 2>/dev/null)
 
 .PHONY: help demo demo-vl demo-vlm test test-fast test-slow test-oldest test-elsewhere test-beside test-wheel fuzz kill mutations bench gpu rehearsal docs lint audit format samples dist tag clean
 
@@ -38,7 +38,8 @@ test: $(READY)  ## two workers, a thread each: faster than two threads for model
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
 test-fast: $(READY)  ## the folders that need no model, also on macOS and Windows
-	$(BIN)/python -m tests.fast
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
+		tests/config tests/data tests/utils tests/cli tests/registries
 
 test-slow: $(READY)  ## quantised bases and TRL come from folders of their own: peft and diffusers import the former wherever they are
 	$(BIN)/python -m pytest -m slow -s
@@ -98,6 +99,7 @@ lint: $(READY)  ## ruff, pyright, and the schemas of workflows, forms and CITATI
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/actionlint .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema custom.github-workflows-require-timeout .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml

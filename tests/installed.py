@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.shared.printed import next_commands
+
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "wheel"
 SCRIPTS, EXE = ("Scripts", ".exe") if os.name == "nt" else ("bin", "")
@@ -69,14 +71,9 @@ def first_hour(program: Path, folder: Path) -> Path:
     for name, *arguments in next_commands(printed):
         short = ["--set", *SHORT[name]] if name in SHORT else []
         ran(program, name, *arguments, *short, folder=folder)
-    (images,) = folder.glob("runs/*/*/samples")
+    images = folder / "runs" / "example_style_prompts" / "001" / "samples"
     assert list(images.glob("*.png")), images
     return images
-
-
-def next_commands(printed: str) -> list[list[str]]:
-    """The commands of dora-mm that a command has printed, without the reasons behind them."""
-    return [shlex.split(line, comments=True)[1:] for line in printed.splitlines() if line.startswith("  dora-mm ")]
 
 
 def ran(*command: object, folder: Path) -> str:

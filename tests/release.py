@@ -11,6 +11,7 @@ import dora_mm
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADING = re.compile(r"^## (\d+\.\d+\.\d+) - (?:(\d{4}-\d{2}-\d{2})|unreleased)$", re.MULTILINE)
+PLACEHOLDER = "<this repository>"  # in pages, until there is an address
 VERSIONED = ("README.md", "docs/install.md", "docs/developing.md")  # pages that may name a wheel
 
 
@@ -40,7 +41,9 @@ def hindrances(tag: str, root: Path = ROOT, version: str = dora_mm.__version__) 
         found.append(f"CHANGELOG.md has no date: ## {version} - YYYY-MM-DD")
     if (cited := cited_value(root, "date-released")) != date:
         found.append(f"CITATION.cff has date-released {cited}, and CHANGELOG.md {date}")
-    return found
+    if "\n[project.urls]\n" not in read(root, "pyproject.toml"):
+        found.append("pyproject.toml has no [project.urls]: PyPI would show no address of the repository")
+    return found + [f"{name} says {PLACEHOLDER}" for name in VERSIONED if PLACEHOLDER in read(root, name)]
 
 
 def cited_value(root: Path, key: str) -> str | None:

@@ -17,7 +17,7 @@ from samples.build.schema import SCHEMAS as BUILD_SCHEMAS
 from tests.documented.texts import DOCS, FENCE, ROOT, commands, text_of
 
 DOCUMENTS = [
-    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"),
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "CODE_OF_CONDUCT.md"),
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "samples").rglob("*.md")),
 ]

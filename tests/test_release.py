@@ -5,9 +5,9 @@ import shutil
 import pytest
 
 from dora_mm import __version__
-from tests.release import ROOT, VERSIONED, disagreements, hindrances
+from tests.release import PLACEHOLDER, ROOT, VERSIONED, disagreements, hindrances
 
-FILES = ("CHANGELOG.md", "CITATION.cff", *VERSIONED)
+FILES = ("CHANGELOG.md", "CITATION.cff", "pyproject.toml", *VERSIONED)
 
 
 @pytest.fixture
@@ -44,18 +44,27 @@ def test_an_archive_of_another_version_is_found(copy):
     assert disagreements(copy) == [f"docs/install.md names an archive of 9.8.7, and the version is {__version__}"]
 
 
-def test_a_tag_is_a_release_once_the_day_is_in_both_files(copy):
-    heading = (copy / "CHANGELOG.md").read_text(encoding="utf-8").split(f"## {__version__} - ")[1].split("\n")[0]
-    change(copy / "CHANGELOG.md", f"- {heading}\n", "- unreleased\n")
-    assert any("has no date" in problem for problem in hindrances(f"v{__version__}", copy))
-    change(copy / "CHANGELOG.md", "- unreleased\n", "- 2026-12-24\n")
-    cited = (copy / "CITATION.cff").read_text(encoding="utf-8")
-    lines = [line for line in cited.splitlines() if not line.startswith("date-released")]
-    (copy / "CITATION.cff").write_text("\n".join([*lines, "date-released: 2026-12-23", ""]), encoding="utf-8")
-    assert hindrances(f"v{__version__}", copy) == [
-        "CITATION.cff has date-released 2026-12-23, and CHANGELOG.md 2026-12-24"
-    ]
+def test_a_tag_is_a_release_once_the_day_and_the_address_are_there(copy):
+    released = f"# Changelog\n\n## {__version__} - "
+    cited = f"version: {__version__}\n"
+    for name, text in {
+        "CHANGELOG.md": f"{released}unreleased\n",
+        "CITATION.cff": cited,
+        "pyproject.toml": "\n[project]\n",
+        **dict.fromkeys(VERSIONED, f"git clone {PLACEHOLDER}"),
+    }.items():
+        (copy / name).write_text(text, encoding="utf-8")
+    tag = f"v{__version__}"
+    assert len(hindrances(tag, copy)) == 2 + len(VERSIONED)
+    change(copy / "CHANGELOG.md", "unreleased", "2026-12-24")
+    (copy / "CITATION.cff").write_text(f"{cited}date-released: 2026-12-23\n", encoding="utf-8")
+    assert hindrances(tag, copy)[0] == "CITATION.cff has date-released 2026-12-23, and CHANGELOG.md 2026-12-24"
     change(copy / "CITATION.cff", "2026-12-23", "2026-12-24")
-    assert hindrances(f"v{__version__}", copy) == []
+    assert "[project.urls]" in hindrances(tag, copy)[0]
+    change(copy / "pyproject.toml", "[project]\n", "[project.urls]\n")
+    assert hindrances(tag, copy) == [f"{name} says {PLACEHOLDER}" for name in VERSIONED]
+    for name in VERSIONED:
+        change(copy / name, PLACEHOLDER, "an address")
+    assert hindrances(tag, copy) == []
     for wrong in ("", __version__, "v9.8.7"):
-        assert hindrances(wrong, copy) != []
+        assert len(hindrances(wrong, copy)) == 1
