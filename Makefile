@@ -81,6 +81,7 @@ lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+	$(BIN)/shellcheck configs/cluster/*.sbatch && $(BIN)/hadolint configs/cluster/Dockerfile
 
 audit: $(READY)  ## published holes in the oldest releases that are admitted, where their index answers
 	@test -x build/audit/bin/python || $(PYTHON) -m venv build/audit
