@@ -106,6 +106,7 @@ lint: $(READY)  ## ruff, pyright, and the schemas of workflows, forms and CITATI
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format --force-filetype yaml CITATION.cff
+	$(BIN)/shellcheck configs/cluster/*.sbatch && $(BIN)/hadolint configs/cluster/Dockerfile
 
 audit: $(READY)  ## published holes in the oldest releases that are admitted, where their index answers
 	@test -x build/audit/bin/python || $(PYTHON) -m venv build/audit

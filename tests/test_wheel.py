@@ -69,7 +69,7 @@ def test_the_wheel_carries_the_package_the_recipes_and_the_configs_and_nothing_e
     files += [ROOT / "dora_mm" / "formats" / "naming" / "known.csv"]
     files += [*(ROOT / "dora_mm" / "registries" / "suites").glob("*.yaml")]
     files += [ROOT / "dora_mm" / "eval" / "vl" / name for name in ("examples.html", "examples.css")]
-    moved = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "pipelines").glob("*.py")]
+    moved = [path for path in (ROOT / "configs").rglob("*") if path.is_file()] + [*(ROOT / "pipelines").glob("*.py")]
     expected = {path.relative_to(ROOT) for path in files} | {"dora_mm" / path.relative_to(ROOT) for path in moved}
     assert names == {path.as_posix() for path in expected}
 

@@ -4,7 +4,6 @@ The scripts and commands of the files run untouched. Every node is this machine.
 """
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -80,10 +79,10 @@ def kill_session(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def kill_rank(process: subprocess.Popen, rank: int) -> None:
-    """Kills one of the processes that torchrun has started, as when memory runs out."""
-    ranks = {each.environ().get("RANK"): each for each in psutil.Process(process.pid).children(recursive=True)}
-    ranks[str(rank)].send_signal(signal.SIGKILL)
+def worker(process: subprocess.Popen, rank: int) -> psutil.Process:
+    """One of the processes that torchrun has started."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    return next(each for each in started if each.environ().get("RANK") == str(rank))
 
 
 def slurm(file: str, arguments: list[str], nodes: int, gpus: int, log: Path) -> Any:

@@ -9,7 +9,7 @@ import yaml
 from dora_mm.cli.parser import build_parser
 from dora_mm.config import ConfigError, differing_keys, dump_config, load_config, resolve_model, resolve_path
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.paths import is_adapter
+from dora_mm.config.paths import is_adapter, packaged_configs
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.train.resuming import check_changes
 
@@ -438,7 +438,7 @@ def test_models_are_local_paths_or_hub_names(tmp_path, monkeypatch):
             resolve_model(missing)
 
 
-@pytest.mark.parametrize("path", sorted(resolve_path("configs").rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", packaged_configs().values(), ids=lambda path: path.stem)
 def test_shipped_configs_load_and_start_with_their_command(path):
     config = load_config(path)
     start = f"# dora-mm {config.command} {'jobs.csv --config ' if 'jobs.csv' in path.read_text()[:40] else ''}"
