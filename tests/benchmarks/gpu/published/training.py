@@ -23,7 +23,8 @@ class Task(Protocol):
     model: nn.Module
     num_samples: int  # of the steps so far
     num_tokens: list[int]  # of each step; empty where nothing counts them
-    scores_apart: bool  # whether the peak of the memory leaves validation and test out
+    scores_apart: bool  # whether the peak of the memory leaves preparation, validation and test out
+    frees_every: int  # steps after which the allocator's cache is emptied, which counts as no step's time; 0: never
 
     def prepare(self) -> None:
         """Encodes inputs and measures the base model; its time counts as that of the training."""
@@ -53,9 +54,14 @@ class Memory:
         self.restart()
         self.at_start = torch.cuda.memory_reserved(self.device) if self.is_counted else 0
 
-    def restart(self) -> None:
+    def free(self) -> None:
         if self.is_counted:
             torch.cuda.empty_cache()
+
+    def restart(self) -> None:
+        """Begins a new peak."""
+        self.free()
+        if self.is_counted:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def add(self) -> None:
@@ -96,7 +102,8 @@ def steps(
     start, losses, seconds = time.perf_counter(), list[float](), list[float]()
     optimizer, schedule = optimizer_of(task.model, settings)
     task.prepare()
-    memory.restart()
+    if task.scores_apart:
+        memory.restart()
     task.model.train()
     every = settings["eval_steps"]
     for step in range(1, settings["max_steps"] + 1):
@@ -106,6 +113,8 @@ def steps(
         losses.append(take_step(task, step, optimizer, schedule, settings["grad_norm_clip"]))
         memory.add()
         seconds[-1] += time.perf_counter()
+        if task.frees_every and step % task.frees_every == 0:
+            memory.free()
         if step % every:
             continue
         memory.note_peak()
