@@ -80,7 +80,7 @@ def test_without_inputs_the_sentence_says_what_downloads_them(tmp_path, capsys):
 class Sums:
     """A task of one weight, whose time is over after a step."""
 
-    scores_apart = True
+    scores_apart, frees_every = True, 2
 
     def __init__(self, run=None):
         self.model, self.num_samples, self.num_tokens, self.run = nn.Linear(1, 1), 0, [], run
@@ -126,6 +126,22 @@ def test_a_training_whose_time_is_over_keeps_what_it_measured(tmp_path):
     found = train(run, Sums(run), SETTINGS, Memory(CPU))
     assert (found.status, found.error_msg) == ("canceled", "the time of this entry was over after 3 steps")
     assert [row["step"] for row in found.metrics] == [2]
+
+
+def test_memory_is_what_was_reserved_since_the_start(monkeypatch):
+    found = {"memory_reserved": 100, "memory_allocated": 100, "max_memory_reserved": 100}
+    for name in found:
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: found[name])
+    calls = []
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device, name=name: calls.append(name))
+    memory = Memory(torch.device("cuda"))
+    assert calls == ["empty_cache", "reset_peak_memory_stats"]
+    for reserved, peak in [(350, 900), (250, 400)]:
+        found.update(memory_reserved=reserved, memory_allocated=150, max_memory_reserved=peak)
+        memory.add()
+        memory.note_peak()
+    assert (memory.reserved, memory.allocated, memory.peak) == ([250, 150], [50, 50], 800)
 
 
 @pytest.mark.parametrize(

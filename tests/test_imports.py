@@ -185,6 +185,23 @@ def test_one_reader_reads_pickles_and_nothing_is_unpickled():
     assert [name_of(path) for path in SOURCES if UNPICKLES.search(text_of(path))] == []
 
 
+CONNECTIONS = {"socket", "ssl", "http", "urllib3", "requests", "httpx", "aiohttp", "websockets", "smtplib", "ftplib"}
+
+
+def test_only_the_client_of_a_named_server_opens_connections():
+    """All else that is fetched is fetched by the hub's client, of models that are named."""
+    opens = {
+        name_of(path)
+        for path in SOURCES
+        if any(name.split(".")[0] in CONNECTIONS or name.startswith("urllib.request") for name in imported(path))
+    }
+    names_alone = {"dora_mm/models/opening.py", "dora_mm/utils/lock.py", "dora_mm/utils/partials.py"}
+    assert opens - names_alone == {"dora_mm/models/vl/server.py", "dora_mm/models/vl/served_answers.py"}
+    of_socket = {found for name in names_alone for found in re.findall(r"\bsocket\.(\w+)", text_of(ROOT / name))}
+    assert of_socket == {"gaierror", "gethostname"}
+    assert [name_of(path) for path in SOURCES if "send_telemetry" in text_of(path)] == []
+
+
 PEFT_ITSELF = {
     *("dora_mm/adapting/prefixes.py", "dora_mm/formats/tools/peft_loading.py"),
     "dora_mm/testing/vl_family.py",  # which compares with it

@@ -58,6 +58,14 @@ def test_the_api_is_the_public_surface(site):
     assert named == {name for name in dora_mm.__all__ if not name.startswith("__")}
 
 
+def test_the_index_for_language_models_is_in_its_root_and_leads_to_markdown(site):
+    text = (site / "llms.txt").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert "index.md" in links
+    assert "https://github.com/someone/dora_mm/blob/main/AGENTS.md" in links
+    assert [each for each in links if "://" not in each and not (site / each).exists()] == []
+
+
 def test_nothing_is_loaded_from_another_host(site):
     for page in site.rglob("*.html"):
         loaded = re.findall(

@@ -4,6 +4,7 @@
     python docs/site/build.py build/site --without-examples
 
 The pages are those of docs/, with README.md as the first one. Links to files outside of docs/ lead to the repository.
+docs/llms.txt is published with them, and the Markdown of each page.
 """
 
 import argparse
@@ -73,6 +74,7 @@ def main() -> None:
     shutil.copy(SITE / "mkdocs.yml", folder)
     zensical = Path(sys.executable).with_name("zensical")
     subprocess.run([zensical, "build", "--clean", "--strict", "-f", folder / "mkdocs.yml"], check=True, cwd=folder)
+    publish_texts(pages, folder / "public", repository)
     print(f"site  {folder / 'public' / 'index.html'}")
 
 
@@ -81,6 +83,14 @@ def sources() -> Iterator[tuple[Path, str]]:
     yield from ((ROOT / name, page) for name, page in PAGES.items())
     for path in sorted(DOCS.rglob("*.md")):
         yield path, path.relative_to(DOCS).as_posix()
+
+
+def publish_texts(pages: Path, public: Path, repository: str) -> None:
+    """Puts llms.txt into the root of the site, and beside each page its Markdown, to which that leads."""
+    index = DOCS / "llms.txt"
+    write(public / index.name, with_links(index.read_text(encoding="utf-8"), index, Path(index.name), repository))
+    for page in pages.rglob("*.md"):
+        copy(page, public / page.relative_to(pages))
 
 
 def with_links(text: str, source: Path, name: Path, repository: str) -> str:

@@ -6,10 +6,12 @@ weights change no time.
 """
 
 import gc
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from tests.benchmarks.contenders import Model, contending_layers, fixed_bases, kept, set_layers
 from tests.benchmarks.gpu.layers import WARM_UP
@@ -46,32 +48,41 @@ def bench(run: Run, name: str, kind: str, size: dict[str, Any]) -> None:
     build = partial(random_llama, kind=kind, size=size, rows=micro, length=length, checkpointing=False)
     model = Model(name, build, PROJECTIONS, rank=RANK)
     network, loss = model.build(run.device, run.dtype)
-    trainees: dict[str, Trainee] = {}
-    first_alone = run.dry and name != next(iter(MODELS))  # the interpreter takes most of a dry run's time
-    for contender, made in run.contenders(*ADAPTED[: 1 if first_alone else None]).items():
-        with run.trying(contender, name):
-            layers = contending_layers(network, model.targets, model.rank, {contender: made})[contender]
-            trainees[contender] = trainee_of(run, model, contender, network, loss, layers)
-    steps = {each: partial(global_step, trainee, total // micro) for each, trainee in trainees.items()}
     ready, peaks = {}, {}
-    for contender, step in steps.items():
-        with run.trying(contender, name), fixed_bases(trainees[contender].layers.values()):
+    for contender, trainee in trainees_of(run, model, network, loss).items():
+        step = partial(global_step, trainee, total // micro)
+        with run.trying(contender, name), fixed_bases(trainee.layers.values()):
             for _ in range(run.rounds(WARM_UP)):
                 step()
             peaks[contender] = peak_bytes(step, run.device)
-            ready[contender] = partial(timed, step, trainees[contender], run.device)
+            ready[contender] = (trainee, step)
     if not ready:
         return
-    times = alternate(ready, run.rounds(ROUNDS), int, run.is_late)
+    steps = {contender: partial(timed, step, trainee, run.device) for contender, (trainee, step) in ready.items()}
+    times = alternate(steps, run.rounds(ROUNDS), int, run.is_late)
     shape = {"gpus": 1, "gbs": total, "mbs": micro, "lbs": micro, "ga": total // micro, "seq_length": length}
     rows = []
     for contender, seconds in times.items():
-        trained = sum(p.numel() for group in trainees[contender].optimizer.param_groups for p in group["params"])
-        tflop = model_flops(network.config, total, length, trained) / 1e12
+        tflop = model_flops(network.config, total, length, num_trained(ready[contender][0])) / 1e12
         row = {"model": name, **shape, "contender": contender, "dtype": name_of(run.dtype)}
         rows.append(row | rates(seconds, tflop, total * length) | {"peak_bytes": peaks[contender]})
     run.save(rows)
     show(rows)
+
+
+def trainees_of(run: Run, model: Model, network: nn.Module, loss: Callable[[], torch.Tensor]) -> dict[str, Trainee]:
+    """The contenders, all of them over the layers of one model."""
+    first_alone = run.dry and model.name != next(iter(MODELS))  # the interpreter takes most of a dry run's time
+    found: dict[str, Trainee] = {}
+    for contender, build in run.contenders(*ADAPTED[: 1 if first_alone else None]).items():
+        with run.trying(contender, model.name):
+            layers = contending_layers(network, model.targets, model.rank, {contender: build})[contender]
+            found[contender] = trainee_of(run, model, contender, network, loss, layers)
+    return found
+
+
+def num_trained(trainee: Trainee) -> int:
+    return sum(parameter.numel() for group in trainee.optimizer.param_groups for parameter in group["params"])
 
 
 def global_step(trainee: Trainee, num_passes: int) -> None:

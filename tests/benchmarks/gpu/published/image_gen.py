@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import Flux2KleinPipeline
+from diffusers.training_utils import offload_models
 from peft import get_peft_model
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -23,6 +24,7 @@ class ImageGeneration:
     """The transformer of a pipeline that learns images, with the latents and prompts that are computed once."""
 
     scores_apart = True
+    frees_every = 0
 
     def __init__(self, inputs: Inputs, device: torch.device, settings: dict[str, Any], adapter: dict[str, Any]):
         self.inputs, self.device, self.settings = inputs, device, settings
@@ -57,15 +59,15 @@ class ImageGeneration:
         num_trained = len(rows) - num_tests - self.settings["valid_size"]
         trained, validation, tests = order[:num_trained], order[num_trained:-num_tests], order[-num_tests:]
         self.validation, self.tests = [rows[row] for row in validation], [rows[row] for row in tests]
-        self.pipeline.text_encoder.to(self.device)
-        self.texts = torch.cat([self.encoded(rows[row][1]) for row in trained])
         later = [prompt for _, prompt in self.validation + self.tests] + self.settings["drift_image_prompts"]
-        self.encodings = {prompt: self.encoded(prompt) for prompt in ["", *later]}
+        with offload_models(self.pipeline.text_encoder, device=self.device):
+            self.texts = torch.cat([self.encoded(rows[row][1]) for row in trained])
+            self.encodings = {prompt: self.encoded(prompt) for prompt in ["", *later]}
         self.pipeline.text_encoder = None
-        self.pipeline.vae.to(self.device)
         images, size = [rows[row][0] for row in trained], self.settings["batch_size"]
         batches = [images[start : start + size] for start in range(0, len(images), size)]
-        self.latents = torch.cat([self.latents_of(batch) for batch in batches])
+        with offload_models(self.pipeline.vae, device=self.device):
+            self.latents = torch.cat([self.latents_of(batch) for batch in batches])
         self.noise = torch.Generator(self.device).manual_seed(self.settings["seed"])
         self.order = self.permutations(self.settings["max_steps"] * self.settings["batch_size"])
         self.levels = copy.deepcopy(self.pipeline.scheduler)
@@ -142,7 +144,8 @@ class ImageGeneration:
         options = {"num_inference_steps": self.settings["num_inference_steps"], "height": side, "width": side}
         options |= {"guidance_scale": self.settings["guidance_scale"], "generator": generator}
         options["negative_prompt_embeds"] = self.encodings[""]
-        return [self.pipeline(prompt_embeds=self.encodings[each], **options).images[0] for each in prompts]
+        with offload_models(self.pipeline.vae, device=self.device):
+            return [self.pipeline(prompt_embeds=self.encodings[each], **options).images[0] for each in prompts]
 
     def features(self, images: Sequence[Image.Image]) -> Tensor:
         """The normalized features (B, D) of DINOv2."""

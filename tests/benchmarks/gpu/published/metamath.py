@@ -22,6 +22,7 @@ class MetaMath:
     """A language model that learns to answer questions, with its rows."""
 
     scores_apart = False
+    frees_every = 10
 
     def __init__(self, inputs: Inputs, device: torch.device, settings: dict[str, Any], adapter: dict[str, Any]):
         self.inputs, self.device, self.settings = inputs, device, settings

@@ -23,7 +23,8 @@ class Task(Protocol):
     model: nn.Module
     num_samples: int  # of the steps so far
     num_tokens: list[int]  # of each step; empty where nothing counts them
-    scores_apart: bool  # whether the peak of the memory leaves validation and test out
+    scores_apart: bool  # whether the peak of the memory leaves preparation, validation and test out
+    frees_every: int  # steps after which the allocator's cache is emptied, which counts as no step's time; 0: never
 
     def prepare(self) -> None:
         """Encodes inputs and measures the base model; its time counts as that of the training."""
@@ -53,9 +54,14 @@ class Memory:
         self.restart()
         self.at_start = torch.cuda.memory_reserved(self.device) if self.is_counted else 0
 
-    def restart(self) -> None:
+    def free(self) -> None:
         if self.is_counted:
             torch.cuda.empty_cache()
+
+    def restart(self) -> None:
+        """Begins a new peak."""
+        self.free()
+        if self.is_counted:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def add(self) -> None:
@@ -96,40 +102,53 @@ def steps(
     start, losses, seconds = time.perf_counter(), list[float](), list[float]()
     optimizer, schedule = optimizer_of(task.model, settings)
     task.prepare()
-    memory.restart()
+    if task.scores_apart:
+        memory.restart()
     task.model.train()
     every = settings["eval_steps"]
     for step in range(1, settings["max_steps"] + 1):
         if run.is_late():
             raise TimeoutError(f"the time of this entry was over after {step - 1} steps")
-        seconds.append(-time.perf_counter())
+        began = time.perf_counter()
         losses.append(take_step(task, step, optimizer, schedule, settings["grad_norm_clip"]))
         memory.add()
-        seconds[-1] += time.perf_counter()
-        if step % every:
-            continue
-        memory.note_peak()
-        began = time.perf_counter()
-        scores = {f"valid {name}": value for name, value in evaluated(task, task.validate).items()}
-        validation.append(time.perf_counter() - began)
-        if task.scores_apart:
-            memory.restart()
-        row = {"step": step, **scores, "train loss": fmean(losses[-every:]), "train samples": task.num_samples}
-        row |= {"train time": sum(seconds[-every:]), "eval time": validation[-1]}
-        row |= {"tokens / sec": sum(task.num_tokens[-every:]) / row["train time"]} if task.num_tokens else {}
-        row |= {
-            "mem allocated avg": fmean(memory.allocated[-every:]),
-            "mem reserved avg": fmean(memory.reserved[-every:]),
-        }
-        trained.metrics.append(row | {"elapsed time": time.perf_counter() - start})
-        print(
-            f"{step} steps: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "step"),
-            flush=True,
-        )
+        seconds.append(time.perf_counter() - began)
+        if task.frees_every and step % task.frees_every == 0:
+            memory.free()
+        if step % every == 0:
+            row = validation_row(task, step, losses[-every:], sum(seconds[-every:]), memory)
+            validation.append(row["eval time"])
+            trained.metrics.append(row | {"elapsed time": time.perf_counter() - start})
+            print(", ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
     memory.note_peak()
     trained.metrics.append(last_row(task, settings["max_steps"], losses[-every:]))
     if not task.scores_apart:
         memory.note_peak()
+
+
+def validation_row(task: Task, step: int, losses: Sequence[float], seconds: float, memory: Memory) -> dict[str, Any]:
+    """The scores of a validation, and what the steps since the last one have cost.
+
+    Args:
+        task: What is trained.
+        step: The last step.
+        losses: Of those steps.
+        seconds: Of them together.
+        memory: After each of them; where `scores_apart`, a new peak begins after the validation.
+    """
+    memory.note_peak()
+    began, count = time.perf_counter(), len(losses)
+    scores = {f"valid {name}": value for name, value in evaluated(task, task.validate).items()}
+    validation = time.perf_counter() - began
+    if task.scores_apart:
+        memory.restart()
+    row = {"step": step, **scores, "train loss": fmean(losses), "train samples": task.num_samples}
+    row |= {"train time": seconds, "eval time": validation}
+    row |= {"tokens / sec": sum(task.num_tokens[-count:]) / seconds} if task.num_tokens else {}
+    return row | {
+        "mem allocated avg": fmean(memory.allocated[-count:]),
+        "mem reserved avg": fmean(memory.reserved[-count:]),
+    }
 
 
 def last_row(task: Task, step: int, losses: Sequence[float]) -> dict[str, Any]:
