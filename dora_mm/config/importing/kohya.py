@@ -1,7 +1,7 @@
 """What the configs of kohya's scripts (train_network.py and its siblings) say beyond names of keys."""
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from dora_mm.config.importing.values import (
     side_of,
 )
 from dora_mm.registries.other_trainers import CAPTION_FILES, DTYPES
+from dora_mm.utils.prompt_lines import of_line
+from dora_mm.utils.shell import quoted
 
 UNET = ("unet.attn", "unet.cross", "unet.ff")
 TEXT_ENCODERS = ("text_encoders.attn", "text_encoders.ff")
@@ -29,6 +31,13 @@ CAPTIONS = {
     "caption_tag_dropout_rate": "data.captions.tag_dropout",
     "caption_dropout_rate": "data.caption_dropout",
     "flip_aug": "data.flip",
+}
+
+SHARED: dict[str, Callable[[Any], tuple[str, Any]]] = {  # settings of a line of prompts that contact sheets have
+    "negative_prompt": lambda text: ("sample.negative_prompt", text),
+    "steps": lambda text: ("sample.steps", int(text)),
+    "guidance": lambda text: ("sample.guidance", float(text)),
+    "seed": lambda text: ("sample.seeds", [int(text)]),
 }
 
 
@@ -193,8 +202,8 @@ def _kohya_optimizer(foreign: Foreign, found: Translation) -> None:
         found.put("optimizer.name", "adamw_8bit", "use_8bit_adam")
     put_optimizer_options(found, pairs_of(foreign.take("optimizer_args", ())), "optimizer_args")
     put_warmup(found, foreign.take("lr_warmup_steps"), "lr_warmup_steps")
-    found.put("schedule.cycles", foreign.take("lr_scheduler_num_cycles"), "lr_scheduler_num_cycles")
-    found.put("schedule.power", number_of(foreign.take("lr_scheduler_power")), "lr_scheduler_power")
+    found.put("schedule.cycles", foreign.take("lr_scheduler_num_cycles", 1), "lr_scheduler_num_cycles")
+    found.put("schedule.power", number_of(foreign.take("lr_scheduler_power", 1.0)), "lr_scheduler_power")
     put_schedule(found, foreign.take("lr_scheduler", "constant"), "lr_scheduler")
 
 
@@ -204,10 +213,36 @@ def _kohya_samples(foreign: Foreign, found: Translation) -> None:
         found.put("sample.prompts", [each["prompt"] for each in name if isinstance(each, dict) and "prompt" in each])
     elif name is not None and (file := foreign.file(str(name))).is_file() and file.suffix == ".txt":
         lines = file.read_text(encoding="utf-8-sig").splitlines()
-        prompts = [line.partition(" --")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
-        found.put("sample.prompts", prompts, "sample_prompts")
+        _kohya_prompts([line.strip() for line in lines if line.strip() and not line.startswith("#")], file.name, found)
     elif name is not None:
         found.has_no_equal("sample_prompts", name, "the file was not found: sample.prompts is a list of prompts")
+    if (clip_skip := foreign.take("clip_skip")) is not None:
+        found.has_no_equal("clip_skip", clip_skip, "SDXL always takes the second to last layer, also there")
+    for theirs, ours in (("sample_every_n_epochs", "sample.every"), ("save_every_n_epochs", "train.checkpoint_every")):
+        if (epochs := foreign.take(theirs)) is not None:
+            found.has_no_equal(theirs, epochs, f"{ours} counts steps; the dry run says how many an epoch has")
+
+
+def _kohya_prompts(lines: Sequence[str], file: str, found: Translation) -> None:
+    """Prompts with flags such as `--s 20`; contact sheets have one value for all prompts."""
+    try:
+        rows = [of_line(line) for line in lines]
+        found.put("sample.prompts", [row.pop("prompt", "").strip() for row in rows], "sample_prompts")
+        separate = []
+        for column in dict.fromkeys(column for row in rows for column in row):
+            values = {row.get(column) for row in rows}
+            if len(values) == 1 and column in SHARED:
+                found.put(*SHARED[column](values.pop()), file)
+            else:
+                separate.append(column)
+    except ValueError as error:
+        found.has_no_equal("sample_prompts", file, str(error))
+        return
+    if separate:
+        found.differs(
+            f"Contact sheets have the training's size and one setting for all prompts: `dora-mm sample "
+            f"{quoted(Path(file))}` reads {', '.join(separate)} of each line."
+        )
 
 
 def _toml(path: Path) -> dict[str, Any]:

@@ -33,10 +33,13 @@ def _sides(given: Any) -> list[int]:
 
 
 def put_schedule(found: Translation, name: Any, source: str) -> None:
+    """A schedule; where cycles and power are not given, they are 1, as in transformers and diffusers."""
     found.put("schedule.name", name, source)
     for key, of_schedule in (("schedule.cycles", "restarts"), ("schedule.power", "polynomial")):
         if found.values.get("schedule.name") != of_schedule:
             found.values.pop(key, None)
+        else:
+            found.values.setdefault(key, 1)
 
 
 def put_warmup(found: Translation, given: Any, source: str) -> None:

@@ -1,4 +1,4 @@
-"""Names of columns, schedulers and prompt flags in other programs: A1111, ComfyUI, kohya's scripts."""
+"""Names of columns and schedulers in other programs: A1111, ComfyUI."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dora_mm.models.images.schedulers import SCHEDULERS
+from dora_mm.utils.prompt_lines import IMAGE
 
 ALIASES = {
     "text": "prompt",
@@ -31,12 +32,9 @@ ALIASES = {
     "filename": "file",
     "subfolder": "folder",
 }
-IMAGE = re.compile(r"image(_\d+)?")  # image, image_2, ...: a reference each
 SIZE, SCHEDULE = "size", ("schedule_type", "noise_schedule")
 OWN_SCHEDULES = {"DPM++ 2M": "Karras", "DPM++ 2M SDE": "Exponential"}  # of A1111's schedule type Automatic
 SCHEDULE_SUFFIXES = ("", "automatic", "uniform", "normal")
-FLAGS = {"n": "negative_prompt", "w": "width", "h": "height", "s": "steps", "d": "seed", "l": "guidance", "ci": "image"}
-_FLAG = re.compile(r"\s--([A-Za-z]+)(?=\s|$)")
 
 
 def column_of(name: str) -> str:
@@ -82,21 +80,3 @@ def parse_scheduler(value: Any) -> Any:
     known = {entry.title.lower(): name for name, entry in SCHEDULERS.items()} | {name: name for name in SCHEDULERS}
     normalized = re.sub(r"\s+", " ", value.strip().lower())
     return known.get(normalized, known.get(normalized.removeprefix("k_"), value))
-
-
-def of_line(line: str) -> dict[str, str]:
-    """A line of kohya's files of prompts: the prompt, then flags such as `--n blurry --w 832 --d 7`.
-
-    Raises:
-        ValueError: It has another flag.
-    """
-    prompt, *rest = _FLAG.split(f" {line}")
-    values = {"prompt": prompt}
-    for flag, value in zip(rest[::2], rest[1::2], strict=True):
-        column = FLAGS.get(flag.lower())
-        if column is None:
-            known = ", ".join(f"--{name} ({title})" for name, title in FLAGS.items())
-            raise ValueError(f"has --{flag}: the flags of a line are {known}")
-        several = sum(IMAGE.fullmatch(name) is not None for name in values) if column == "image" else 0
-        values[f"{column}_{several + 1}" if several else column] = value.strip()
-    return {name: value for name, value in values.items() if value.strip()}

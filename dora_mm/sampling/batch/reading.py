@@ -10,9 +10,10 @@ from pydantic import ValidationError
 
 from dora_mm.config.loader import about_run
 from dora_mm.config.paths import resolve_adapter, resolve_path
-from dora_mm.sampling.batch.columns import IMAGE, SCHEDULE, SIZE, column_of, of_line, renamed
+from dora_mm.sampling.batch.columns import SCHEDULE, SIZE, column_of, renamed
 from dora_mm.sampling.batch.prompt_row import PromptRow, about_unknown, problem_of_value
 from dora_mm.utils.json_text import parse_json, read_bounded
+from dora_mm.utils.prompt_lines import IMAGE, of_line
 from dora_mm.utils.spreadsheets import spreadsheet_rows
 from dora_mm.utils.tables import decoded, read_table
 

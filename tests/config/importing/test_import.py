@@ -214,6 +214,26 @@ def test_kohyas_toml_with_its_data_set(tmp_path):
     assert not found.missing
 
 
+def test_kohyas_prompts_keep_their_flags(tmp_path):
+    (tmp_path / "prompts.txt").write_text(
+        "a cat --n blurry --w 128 --s 4 --d 1\n# a comment\na car --n blurry --w 64 --s 4 --d 2\n"
+    )
+    toml = 'pretrained_model_name_or_path = "x"\ntrain_data_dir = "y"\nlearning_rate = 1e-4\n'
+    toml += 'sample_prompts = "prompts.txt"\nclip_skip = 2\nsample_every_n_epochs = 1\n'
+    found = imported(tmp_path, "a.toml", toml)
+    assert found.nested["sample"] == {"prompts": ["a cat", "a car"], "negative_prompt": "blurry", "steps": 4}
+    assert any("reads width, seed of each line" in sentence for sentence in found.differences)
+    reasons = {key: reason for key, _, reason in found.without_equal}
+    assert "second to last layer" in reasons["clip_skip"]
+    assert "sample.every counts steps" in reasons["sample_every_n_epochs"]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("cosine_with_restarts", "cycles"), ("polynomial", "power")])
+def test_kohyas_schedules_have_one_cycle_and_power_one_by_default(tmp_path, theirs, ours):
+    toml = f'pretrained_model_name_or_path = "x"\ntrain_data_dir = "y"\nlr_scheduler = "{theirs}"\n'
+    assert imported(tmp_path, "a.toml", toml).nested["schedule"][ours] == 1
+
+
 def test_kohyas_command_line_is_its_toml(tmp_path):
     flags = (
         "accelerate launch --num_cpu_threads_per_process 1 sdxl_train_network.py ^\n --network_dim=8 --network_alpha 4 "
