@@ -44,6 +44,7 @@ from dora_mm.tasks.vl import answerers
 from dora_mm.train.day import RunDay, dated, day_for, day_of_run, started_on
 from dora_mm.train.resuming import started_config
 from dora_mm.train.run import check_reopened, evaluation_run
+from dora_mm.train.trained_rows import rows_trained_on
 from dora_mm.train.validation import main_values
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.circumstances import NOTHING, about_kept, circumstances
@@ -85,6 +86,9 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
         splits = open_validation(config.data, config.decode, model)
     if processes.is_main and is_local(config.model, config.vision):  # before the weights are loaded
         check_reopened(config, inputs_of(config, model, splits, folder))
+    trained_on = rows_trained_on(folder, config.data, splits) if folder and processes.is_main else {}
+    for name, sentence in trained_on.items():
+        log.warning("%s: %s", name, sentence)
     earlier = earlier_answers(config, data_of(splits), splits) if config.same_as else {}
     bare = KeptReference()
     bare.compute(model, splits, config.decode.batch_size, on_bad_data=config.data.on_bad_data, mapped=mapped)
@@ -102,7 +106,7 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
             return
         answered = {name: with_grids(rows, model.box_grid) for name, rows in answered.items()}
         unbatched = report_single_process(twice, config.model.dtype)
-        scores = report_all(config, run, answered, splits, inputs, unbatched, model.day.recorded or "")
+        scores = report_all(config, run, answered, splits, inputs, unbatched, model.day.recorded or "", trained_on)
         if config.same_as:
             report_same(config.same_as, run, splits, earlier, model.day)
         print(f"\n{conclusion(scores, adapted=folder is not None)}")
@@ -216,10 +220,12 @@ def report_all(
     inputs: Mapping[str, Any],
     unbatched: Mapping[str, Any],
     day: str,
+    trained_on: Mapping[str, str],
 ) -> dict[str, VLScores]:
     """Scores the answers, writes all files of the run directory, and prints the report; returns the scores by task.
 
-    What `report_single_process` returns is a part of the settings, under `others_alone`. The day is that of `About`.
+    What `report_single_process` returns is a part of the settings, under `others_alone`. The day is that of `About`;
+    `trained_on` is what `rows_trained_on` returns.
     """
     settings = {"decode": config.decode.model_dump(mode="json"), "model": config.model.model_dump(mode="json")}
     settings |= {"others_alone": unbatched} if unbatched else {}
@@ -229,6 +235,8 @@ def report_all(
         name: with_question_only_accuracy(config, name, found, predictions_of(answered[name]))
         for name, found in scores.items()
     }
+    for name in scores.keys() & trained_on.keys():
+        scores[name] = replace(scores[name], notes=(*scores[name].notes, trained_on[name]))
     unscored = [name for name in answered if name not in scores]
     write_report(run.path, config.name, scores, unscored, main_values(scores))
     folders = {name: split.images for name, split in splits.items()}

@@ -64,6 +64,11 @@ def test_a_training_and_an_evaluation_score_the_rows_that_are_held_out(config, t
     ids = [int(json.loads(line)["id"]) for line in answers]
     assert len(ids) == 4
     assert all(row ^ 1 in ids for row in ids)  # both rows of an image
+    assert "trained on" not in caplog.text + (tmp_path / "scores" / "report.md").read_text()
+    larger = ["--set", "data.valid={share: 0.6}", f"output={tmp_path / 'larger'}"]
+    assert main(["eval", str(tmp_path / "eval.yaml"), *larger]) == 0
+    assert f"8 of 12 rows were trained on by {run}" in caplog.text
+    assert "8 of 12 rows were trained on by" in (tmp_path / "larger" / "report.md").read_text()
     data = VLDataConfig.model_validate(values["data"])
     trained = open_training(data, 2, AllRows())["chat"].table
     assert {int(row.id) for row in trained} == set(range(20)) - set(ids)
