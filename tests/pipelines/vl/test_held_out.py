@@ -136,6 +136,18 @@ def test_answers_are_written_when_a_person_asks_for_them(config, tmp_path, monke
     assert not (tmp_path / "run" / SAMPLE_NOW).exists()
 
 
+def test_a_share_that_the_groups_of_rows_miss_is_reported(config, tmp_path, caplog, capsys):
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows = [{**row, "image": f"{min(number // 6, 3)}.png"} for number, row in enumerate(rows)]  # 6, 6, 6 and 2 rows
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert main(["train", config, "--dry-run", "--set", "data.valid={share: 0.25}"]) == 0
+    message = "2 of 20 rows are held out, not 5 as data.valid.share 0.25 asks for"
+    assert message in capsys.readouterr().out
+    assert "asks for" not in capsys.readouterr().out
+    assert main(["train", config, "--set", "data.valid={share: 0.25}", "train.steps=1"]) == 0
+    assert caplog.text.count(message) == 1
+
+
 def test_rows_about_a_single_image_are_told_in_a_sentence(config, tmp_path, capsys):
     rows = json.loads((tmp_path / "rows.json").read_text())[:2]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
