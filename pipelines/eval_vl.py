@@ -14,10 +14,11 @@ from dora_mm.adapting.files import digest_of_adapter, header_of, load_trained, s
 from dora_mm.backend import about_layers
 from dora_mm.config.paths import resolve_path
 from dora_mm.config.pipelines import SCHEMAS
-from dora_mm.config.vl import EvalVLConfig
+from dora_mm.config.vl import EvalVLConfig, TrainVLConfig
 from dora_mm.data.vl.answers import AnsweredRows, predictions_of
 from dora_mm.data.vl.example import Predictions
 from dora_mm.data.vl.splits import ValidationSet, open_validation, training_texts
+from dora_mm.data.vl.trained_rows import rows_trained_on
 from dora_mm.eval.vl.boxes import with_grids
 from dora_mm.eval.vl.confidence_intervals import LEAST_GROUPS, answer_scores, gain_over_question_only, points
 from dora_mm.eval.vl.metrics import QUESTION_ONLY, QUESTION_ONLY_RULE, conclusion
@@ -51,7 +52,7 @@ from dora_mm.utils.day import Day, today
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import files_digest
 from dora_mm.utils.processes import divided, started_together
-from dora_mm.utils.run_directory import RunDirectory
+from dora_mm.utils.run_directory import CONFIG, INPUTS, RunDirectory
 
 log = logging.getLogger(__name__)
 ANSWERS = "answers"  # the folder of a run
@@ -85,6 +86,7 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
         splits = open_validation(config.data, config.decode, model)
     if processes.is_main and is_local(config.model, config.vision):  # before the weights are loaded
         check_reopened(config, inputs_of(config, model, splits, folder))
+    trained_on = about_trained_rows(folder, config, splits) if folder and processes.is_main else {}
     earlier = earlier_answers(config, data_of(splits), splits) if config.same_as else {}
     bare = KeptReference()
     bare.compute(model, splits, config.decode.batch_size, on_bad_data=config.data.on_bad_data, mapped=mapped)
@@ -102,7 +104,7 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
             return
         answered = {name: with_grids(rows, model.box_grid) for name, rows in answered.items()}
         unbatched = report_single_process(twice, config.model.dtype)
-        scores = report_all(config, run, answered, splits, inputs, unbatched, model.day.recorded or "")
+        scores = report_all(config, run, answered, splits, inputs, unbatched, model.day.recorded or "", trained_on)
         if config.same_as:
             report_same(config.same_as, run, splits, earlier, model.day)
         print(f"\n{conclusion(scores, adapted=folder is not None)}")
@@ -133,6 +135,31 @@ def report_single_process(twice: Mapping[str, Twice], dtype: str) -> dict[str, A
         found[name] = {**share.as_dict(), "rows": count}
         print(f"alone    {points(share)} % of {count:,} drawn answers of {name} are others without a batch ({dtype})")
     return found
+
+
+def about_trained_rows(folder: Path, config: EvalVLConfig, splits: Mapping[str, ValidationSet]) -> dict[str, str]:
+    """Logs, and returns by task, how many rows the run of an adapter was trained on.
+
+    An adapter in no run directory says nothing of its data.
+    """
+    runs = [path for path in list(folder.absolute().parents)[:2] if (path / CONFIG).is_file()]  # runs/a/001/best/chat
+    if not runs or not (runs[0] / INPUTS).is_file():
+        return {}
+    run, found = runs[0], {}
+    try:
+        training = started_config(run, SCHEMAS)
+        if isinstance(training, TrainVLConfig):
+            found = rows_trained_on(training.data, config.data, splits)
+    except ValueError as error:  # its files are elsewhere now
+        log.warning("Whether %s was trained on these rows is not known: %s", run, error)
+    sentences = {
+        name: f"{count:,} of {len(splits[name].table):,} rows were trained on by {run}: this is no score of held-out "
+        f"rows; take the data section of its {CONFIG}"
+        for name, count in found.items()
+    }
+    for name, sentence in sentences.items():
+        log.warning("%s: %s", name, sentence)
+    return sentences
 
 
 def data_of(splits: Mapping[str, ValidationSet]) -> dict[str, str]:
@@ -216,10 +243,12 @@ def report_all(
     inputs: Mapping[str, Any],
     unbatched: Mapping[str, Any],
     day: str,
+    trained_on: Mapping[str, str],
 ) -> dict[str, VLScores]:
     """Scores the answers, writes all files of the run directory, and prints the report; returns the scores by task.
 
-    What `report_single_process` returns is a part of the settings, under `others_alone`. The day is that of `About`.
+    What `report_single_process` returns is a part of the settings, under `others_alone`. The day is that of `About`;
+    `trained_on` is what `about_trained_rows` returns.
     """
     settings = {"decode": config.decode.model_dump(mode="json"), "model": config.model.model_dump(mode="json")}
     settings |= {"others_alone": unbatched} if unbatched else {}
@@ -229,6 +258,8 @@ def report_all(
         name: with_question_only_accuracy(config, name, found, predictions_of(answered[name]))
         for name, found in scores.items()
     }
+    for name in scores.keys() & trained_on.keys():
+        scores[name] = replace(scores[name], notes=(*scores[name].notes, trained_on[name]))
     unscored = [name for name in answered if name not in scores]
     write_report(run.path, config.name, scores, unscored, main_values(scores))
     folders = {name: split.images for name, split in splits.items()}

@@ -1,29 +1,94 @@
 """dora-mm import: a config of another trainer as one of ours, with what differs and what has no equal."""
 
+import math
 from pathlib import Path
 
 from dora_mm.config import run_name
-from dora_mm.config.importing import translate
-from dora_mm.utils.atomic import write_atomically
+from dora_mm.config.importing import Translation, translate
+from dora_mm.config.vl import TrainVLConfig
+from dora_mm.data.vl.json_items import json_lines, list_items
+from dora_mm.preview.vl_drafts import OF_PAIRS, evaluation_text
+from dora_mm.registries.vl_tasks import TASKS
+from dora_mm.utils.folders import written_together
 from dora_mm.utils.home import expanded
 from dora_mm.utils.shell import quoted
 
 
 def main(file: Path, *, output: str | None = None) -> None:
-    """Writes the config, and prints what a person has to know of it.
+    """Writes the config, with one of an evaluation where it has validation rows, and prints what a person has to know.
 
     Args:
         file: A config file of another trainer, or a text file with its command line.
-        output: The new file; None: the name of `file` with .yaml, in the current directory.
+        output: The new file; None: the name of `file` with .yaml, in the current directory, with _dora_mm where that is
+            `file` itself.
 
     Raises:
-        ValueError: The file cannot be read, is of no known trainer, or the new file exists.
+        ValueError: The file cannot be read, is of no known trainer, or a new file exists.
     """
     source = expanded(file)
-    target = expanded(output or f"{run_name(source)}.yaml")
+    target = expanded(output) if output else default_name(source)
     translation = translate(source)
-    text = translation.text(source, target)
-    write_atomically(target, lambda partial: partial.write_text(text, encoding="utf-8"), is_new=True)
+    if translation.part_of_epochs:
+        put_steps(translation)
+    evaluation = target.with_name(f"{target.stem}_eval.yaml")
+    if target.exists():  # the last to appear
+        raise ValueError(f"{target} exists already: --output NEW.yaml names a new file")
+    texts = {target: translation.text(source, target)}
+    config = None if translation.missing else translation.config()
+    if isinstance(config, TrainVLConfig) and config.data.all_tasks[0].valid:
+        texts[evaluation] = evaluation_text(target, evaluation, config, metric_of(config))
+    with written_together(target.parent, last=target.name) as folder:
+        for path, text in texts.items():
+            (folder / path.name).write_text(text, encoding="utf-8")
     for title, lines in translation.report().items():
         print(f"{title}:", *(f"  {line}" for line in lines), sep="\n")
-    print(f"written   {target}\nnext\n  dora-mm train {quoted(target)} --dry-run")
+    print(f"written   {', '.join(map(str, texts))}\nnext\n  dora-mm train {quoted(target)} --dry-run")
+    if evaluation in texts:
+        print(f"  dora-mm eval {quoted(evaluation)}   # after the training: the score of its validation rows")
+
+
+def default_name(source: Path) -> Path:
+    """The name of the new config in the current directory, which is not that of the file that is read."""
+    target = Path(f"{run_name(source)}.yaml")
+    return target if target.absolute() != source.absolute() else Path(f"{run_name(source)}_dora_mm.yaml")
+
+
+def put_steps(translation: Translation) -> None:
+    """Puts the steps of a part of an epoch where its rows can be counted, as transformers' Trainer does."""
+    assert translation.part_of_epochs
+    key, epochs = translation.part_of_epochs
+    rows = num_rows(translation)
+    if rows is None:
+        translation.differs(
+            f"{key} is {epochs:g}, and train.epochs a whole number: {translation.values['train.epochs']} is written. "
+            f"For {epochs:g} give train.steps instead: {epochs:g} x rows / (batch_size x gradient_accumulation_steps)."
+        )
+        return
+    batches = math.ceil(rows / int(translation.values["train.batch_size"]))
+    accumulated = int(translation.values.get("train.gradient_accumulation_steps", 1))
+    steps = math.ceil(epochs * math.ceil(batches / accumulated))
+    del translation.values["train.epochs"]
+    translation.put("train.steps", steps, key)
+    translation.differs(f"{key} is {epochs:g}: train.steps is {steps}, for {rows:,} rows.")
+
+
+def num_rows(translation: Translation) -> int | None:
+    """The number of rows that are trained on; None: a file is not on this machine, or neither JSON nor JSON lines."""
+    values = translation.nested["data"]
+    sources = [values["train"], *values.get("more", ())] if "train" in values else []
+    counts = []
+    for source in sources:
+        path = Path(str(source["file"]))
+        if not path.is_file() or path.suffix not in (".json", ".jsonl"):
+            return None
+        number = sum(1 for _ in (json_lines if path.suffix == ".jsonl" else list_items)(path))
+        counts.append(min(number, source.get("limit", number)))
+    share = values.get("valid", {}).get("share", 0)
+    return sum(counts) - int(sum(counts) * share) if counts else None
+
+
+def metric_of(config: TrainVLConfig) -> str:
+    """The metric of the first task, as the end of a sentence."""
+    if TASKS[config.data.all_tasks[0].task].pairs:
+        return OF_PAIRS
+    return "exact match, with ROUGE-L beside it: data.task chat_sentences, in both files, has ROUGE-L first"

@@ -14,7 +14,7 @@ import numpy as np
 
 from dora_mm.config.paths import find_path
 from dora_mm.config.vl import TrainVLConfig
-from dora_mm.config.vl_data import SPLITS, SourceConfig, Split, VLTaskConfig
+from dora_mm.config.vl_data import SPLITS, HeldOutConfig, SourceConfig, Split, VLTaskConfig
 from dora_mm.data.images.frames import check_video, is_video
 from dora_mm.data.images.pixels import load_rgb, upright_size
 from dora_mm.data.vl.example import Example
@@ -24,7 +24,7 @@ from dora_mm.data.vl.readers.unread import about_unread
 from dora_mm.data.vl.report import SKIPPED, data_report, learned_answers, table_figures
 from dora_mm.data.vl.row_view import CLOSE, OPEN
 from dora_mm.data.vl.rows import MAX_ROWS_NAMED, quiet
-from dora_mm.data.vl.splits import AllRows, TrainingSet, open_split, open_training
+from dora_mm.data.vl.splits import AllRows, TrainingSet, about_share, open_split, open_training
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.vl.vl_model import RowLengths, VLModel, likeliest_answer
 from dora_mm.preview.lengths import RowSample, check_sample, sample_lengths, sample_table
@@ -96,7 +96,7 @@ def preview_data(
     """
     found, tables, figures = DataPreview(), {}, {}
     images: dict[str, tuple[ExampleTable, str | None]] = {}
-    unread: list[str] = []
+    remarks: list[str] = []
     skipping = config.model_copy(update={"data": config.data.model_copy(update={"on_bad_data": "skip"})})
     with quiet():
         for task, split, source in present_splits(config):
@@ -112,14 +112,18 @@ def preview_data(
             tables[name], figures[name] = table, _figures(source, table)
             figures[name] |= learned_answers(table) if split == "train" else {}
             if table.unread:
-                unread.append(f"columns of {source.title} that are not read: {about_unread(table.unread)}")
+                remarks.append(f"columns of {source.title} that are not read: {about_unread(table.unread)}")
             full_table = found.sets[task.task].table if split == "train" and task.task in found.sets else table
             images[name] = full_table, source.images
+    for task in config.data.all_tasks:
+        halves = [len(tables[name]) for split in SPLITS if (name := f"{task.task} {split}") in tables]
+        if isinstance(task.valid, HeldOutConfig) and len(halves) == len(SPLITS):
+            remarks.append(about_share(task.valid, sum(halves), halves[-1]))
     skipped = {name: table.skipped for name, table in tables.items() if table.skipped}
     if skipped and config.data.on_bad_data == "stop":
         found.problems.append(first_bad_row(skipped))
     found.sections += [data_report(figures)] if figures else []
-    found.sections += dict.fromkeys(unread)
+    found.sections += dict.fromkeys(filter(None, remarks))
     found.sections += [bad_row_list(skipped)] if skipped else []
     if decode and not config.vision.features:
         count, broken = broken_images(images)

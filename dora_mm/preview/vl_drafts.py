@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from dora_mm.config import resolve_path
-from dora_mm.config.vl import TrainVLConfig
+from dora_mm.config.vl import EvalVLConfig, TrainVLConfig
+from dora_mm.config.vl_data import HeldOutConfig
 from dora_mm.preview.drafts import Changes, Draft, folder_of_images, head_of, print_next, write_files
 from dora_mm.preview.machine import largest_gpu
 from dora_mm.registries.vl_tasks import TASKS
@@ -18,8 +19,8 @@ from dora_mm.utils.yaml12 import MISSING
 FEW_ROWS = 1000  # fewer are seen three times
 SHORT = 4  # words of an answer that is scored by exact match, the median of the data
 ANSWERED = 1000  # rows whose answers say that
-PAIRED, PAIRS = "preference", "preferences"  # the task and the format of pairs of answers
 OF_PAIRS = "how often the chosen answer gains more than the rejected one, and by how much"
+OF_A_RUN = {"pipeline", "name", "output", "backend", "adapter"}  # keys of a training that its evaluation has of its own
 RATE_OF_PAIRS = 5e-6  # examples/train_lora/qwen3vl_lora_dpo.yaml of LLaMA-Factory, whose alpha is twice the rank, too
 WANTED, MOST = 20, 0.2  # held-out rows, below which scores have no intervals, and the largest share of the rows
 
@@ -111,12 +112,13 @@ def found_rows(draft: Draft, start: TrainVLConfig) -> FoundRows:
     number = sum(1 for file in files for _ in file_items(file))
     source = first.train
     assert source is not None
-    form = PAIRS if pairs else source.format
+    paired = next(name for name, task in TASKS.items() if task.pairs)
+    form = TASKS[paired].formats[0] if pairs else source.format
     source = source.model_copy(update={"file": str(resolve_path(draft.data)), "format": form})
     has_images = any(row.images for row in read_source(source, BadRows("skip")))
     answered = islice((row for row in read_source(source, BadRows("skip")) if row.answers), ANSWERED)
     if pairs:
-        task, metric = PAIRED, OF_PAIRS
+        task, metric = paired, OF_PAIRS
     else:
         task, metric = task_of(first.task, [row.answers[0] for row in answered])
     return FoundRows(shape, number, task, form, metric, has_images, unread_columns(source))
@@ -195,18 +197,20 @@ def evaluation_text(training: Path, file: Path, config: TrainVLConfig, metric: s
     bare = (
         "" if pairs else "--set adapter=null scores the model without it, and adapter=RUN that of another training.\n"
     )
+    chosen = any(isinstance(task.valid, HeldOutConfig) for task in config.data.all_tasks)
+    same = "Which rows are held out follows from data alone: change it in both files, or in neither."
     about = (
-        f"Scores the rows that {training.name} holds out, with its adapter,\n"
-        f"by {metric}.\n{bare}"
-        f"Which rows are held out follows from data alone: change it in both files, or neither."
+        f"Scores the rows that {training.name} {'holds out' if chosen else 'validates on'}, with its adapter,\n"
+        f"by {metric}.\n{bare}{same if chosen else ''}".rstrip()
     )
-    sections = config.model_dump(mode="json", include={"model", "data", "preference"}, exclude_unset=True)
+    both = (TrainVLConfig.model_fields.keys() & EvalVLConfig.model_fields.keys()) - OF_A_RUN
+    sections = config.model_dump(mode="json", include=set(both), exclude_unset=True)
     values: dict[str, Any] = {
         "pipeline": "eval_vl",
         "model": sections["model"],
         "adapter": f"runs/{training.stem}/latest",
         "data": sections["data"],
-        **({"preference": sections["preference"]} if "preference" in sections else {}),
+        **{key: section for key, section in sections.items() if key not in ("model", "data")},
         "decode": {"batch_size": config.evaluate.batch_size},
     }
     return f"{head_of('eval', file, about)}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"

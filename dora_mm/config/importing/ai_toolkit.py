@@ -5,7 +5,7 @@ from typing import Any
 
 from dora_mm.config.importing.foreign import Foreign
 from dora_mm.config.importing.translation import Translation
-from dora_mm.config.importing.values import number_of, put_optimizer_options, put_schedule
+from dora_mm.config.importing.values import OF_METHODS, number_of, put_optimizer_options, put_schedule, refuse
 from dora_mm.registries.other_trainers import DTYPES
 
 
@@ -21,11 +21,10 @@ def translate(foreign: Foreign, found: Translation) -> None:
     flat = _flattened(process)
     inner = Foreign("ai-toolkit", flat, foreign.folder)
     for key in ("type", "training_folder", "device", "performance_log_every", "sqlite_db_path"):
-        inner.take(key)
+        inner.drop(key)
     kind = str(inner.take("network.type", "lora")).lower()
-    found.put("adapter.method", kind if kind in ("lora", "dora") else "lora", "network.type")
-    if kind not in ("lora", "dora"):
-        found.has_no_equal("network.type", kind, "DoRA, LoRA, magnitudes and full fine-tuning are trained")
+    refuse("network.type", kind, ("lora", "dora"), OF_METHODS)
+    found.put("adapter.method", kind, "network.type")
     rank = inner.take("network.rank", inner.take("network.linear", 4))
     inner.take("network.linear")
     found.put("adapter.rank", rank, "network.linear")
@@ -39,9 +38,12 @@ def translate(foreign: Foreign, found: Translation) -> None:
         inner, {"save.save_every": "train.checkpoint_every", "save.max_step_saves_to_keep": "train.keep_checkpoints"}
     )
     for key in list(inner.left):
-        if key.startswith(("save.", "logging.", "network.conv")):
-            inner.take(key)
+        if key.startswith(("save.", "logging.")):
+            inner.drop(key)
+        elif key.startswith("network.conv") and inner.left[key]:
+            found.has_no_equal(key, inner.take(key), "convolutions are a part where the family has one (adapter.parts)")
     foreign.left |= inner.left
+    foreign.dropped |= inner.dropped
 
 
 def _ai_toolkit_training(inner: Foreign, found: Translation) -> None:
@@ -93,7 +95,7 @@ def _ai_toolkit_training(inner: Foreign, found: Translation) -> None:
         "train.cache_text_embeddings",
         "train.unload_text_encoder",
     ):
-        inner.take(key)
+        inner.drop(key)
     found.put("train.steps", inner.take("train.steps", 1000), "train.steps")
     found.put("train.batch_size", inner.take("train.batch_size", 1), "train.batch_size")
     found.take(inner, names)
@@ -164,7 +166,7 @@ def _ai_toolkit_model(inner: Foreign, found: Translation) -> None:
     if inner.flag("model.is_v_pred"):
         found.put("model.prediction", "v_prediction", "model.is_v_pred")
     for key in ("model.arch", "model.is_xl", "model.is_v3", "model.is_flux", "model.low_vram", "model.dtype"):
-        inner.take(key)  # the family is read from the model's files
+        inner.drop(key)  # the family is read from the model's files
 
 
 def _ai_toolkit_samples(inner: Foreign, found: Translation) -> None:
@@ -182,7 +184,7 @@ def _ai_toolkit_samples(inner: Foreign, found: Translation) -> None:
     seed = inner.take("sample.seed")
     found.put("sample.seeds", None if seed is None else [seed], "sample.seed")
     for key in ("sampler", "width", "height", "walk_seed", "sample_start_step"):
-        inner.take(f"sample.{key}")
+        inner.drop(f"sample.{key}")
 
 
 def _flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -34,17 +34,27 @@ class Foreign:
         trainer: A key of `TITLES`.
         folder: Relative paths of the config are relative to it, where they are not to the current directory.
         script: The script of a command line; empty if there is none.
+        given: The names of all its keys.
         left: The keys that nobody has taken, with their values.
+        dropped: The keys that have no effect on the training here, with their values.
     """
 
     def __init__(self, trainer: str, values: Mapping[str, Any], folder: Path, script: str = ""):
         self.trainer, self.folder, self.script = trainer, folder, script
+        self.given = frozenset(values)
         self.left = dict(values)
+        self.dropped: dict[str, Any] = {}
 
     def take(self, key: str, default: Any = None) -> Any:
         """The value of a key, which counts as read; the default where it is not given, null or empty."""
         value = self.left.pop(key, None)
         return default if value is None or value == "" else value
+
+    def drop(self, *keys: str) -> None:
+        """Takes keys that are not needed here; those that are given are reported so."""
+        for key in keys:
+            if (value := self.take(key)) not in (None, False, [], {}):
+                self.dropped[key] = value
 
     def flag(self, key: str, default: bool = False) -> bool:
         """As `take`, of a key that is true or false; text of command lines counts, too."""

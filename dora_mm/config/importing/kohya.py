@@ -8,12 +8,14 @@ from typing import Any
 from dora_mm.config.importing.foreign import Foreign
 from dora_mm.config.importing.translation import Translation
 from dora_mm.config.importing.values import (
+    OF_METHODS,
     number_of,
     pairs_of,
     put_optimizer_options,
     put_resolution,
     put_schedule,
     put_warmup,
+    refuse,
     side_of,
 )
 from dora_mm.registries.other_trainers import CAPTION_FILES, DTYPES
@@ -51,7 +53,7 @@ def translate(foreign: Foreign, found: Translation) -> None:
     _kohya_samples(foreign, found)
     if (epochs := foreign.take("max_train_epochs")) is not None:
         found.put("train.epochs", epochs, "max_train_epochs")
-        foreign.take("max_train_steps")
+        foreign.drop("max_train_steps")
     else:
         found.put("train.steps", foreign.take("max_train_steps", 1600), "max_train_steps")
     found.put("train.batch_size", foreign.take("train_batch_size", found.values.get("train.batch_size", 1)))
@@ -61,7 +63,7 @@ def translate(foreign: Foreign, found: Translation) -> None:
     if "loss.min_snr_gamma" not in found.values:
         found.values["loss.min_snr_gamma"] = None  # they weigh no timestep where they are not asked to
     found.take(foreign, {"huber_c": "loss.delta"} if foreign.left.get("loss_type") == "huber" else {})
-    foreign.take("output_dir")
+    foreign.drop("output_dir")
     found.take_known(foreign)
 
 
@@ -80,9 +82,7 @@ def _kohya_network(foreign: Foreign, found: Translation) -> None:
     is_dora = str(options.pop("dora_wd", False)).lower() == "true"
     algorithm = str(options.pop("algo", "lora")).lower()
     if algorithm not in ("lora", "locon") or not module.startswith(("networks.lora", "lycoris")):
-        found.has_no_equal(
-            "network_module", f"{module} {algorithm}", "DoRA, LoRA, magnitudes and full fine-tuning are trained"
-        )
+        refuse("network_module", f"{module} {algorithm}", (), OF_METHODS)
     found.put("adapter.method", "dora" if is_dora else "lora", "network_module")
     found.put("adapter.rank", foreign.take("network_dim", 4), "network_dim")
     found.put("adapter.alpha", number_of(foreign.take("network_alpha", 1.0)), "network_alpha")
@@ -145,8 +145,7 @@ def _kohya_data(foreign: Foreign, found: Translation) -> None:
         found.differs(
             "A dropped caption is zeros here; with model.sdxl.unconditional: empty it is the encoded empty text."
         )
-    for key in ("min_bucket_reso", "max_bucket_reso", "bucket_no_upscale"):
-        foreign.take(key)  # shapes follow from data.resolution alone
+    foreign.drop("min_bucket_reso", "max_bucket_reso", "bucket_no_upscale")  # shapes follow from data.resolution alone
 
 
 def _kohya_metadata(key: str, metadata: Any, folder: Any, foreign: Foreign, found: Translation) -> None:

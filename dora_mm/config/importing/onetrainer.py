@@ -5,11 +5,13 @@ import json
 from dora_mm.config.importing.foreign import Foreign
 from dora_mm.config.importing.translation import Translation
 from dora_mm.config.importing.values import (
+    OF_METHODS,
     number_of,
     put_optimizer_options,
     put_resolution,
     put_schedule,
     put_warmup,
+    refuse,
     side_of,
 )
 from dora_mm.registries.other_trainers import DTYPES
@@ -19,8 +21,9 @@ def translate(foreign: Foreign, found: Translation) -> None:
     """OneTrainer: its JSON, with the concepts in it or in the file that it names."""
     found.put("pipeline", "train_diffusion")
     method = str(foreign.take("training_method", "LORA"))
-    if method not in ("LORA", "FINE_TUNE"):
-        found.has_no_equal("training_method", method)
+    refuse("training_method", method, ("LORA", "FINE_TUNE"), OF_METHODS)
+    if method == "LORA":
+        refuse("peft_type", str(foreign.take("peft_type", "LORA")), ("LORA",), OF_METHODS)
     kind = "full" if method == "FINE_TUNE" else "dora" if foreign.flag("lora_decompose") else "lora"
     found.put("adapter.method", kind, "training_method, lora_decompose")
     found.put("adapter.rank", foreign.take("lora_rank", 16), "lora_rank")
@@ -52,9 +55,9 @@ def translate(foreign: Foreign, found: Translation) -> None:
         for key in foreign.left
         if key.startswith(("output_", "backup_", "save_", "sample_", "lora_weight", "layer_filter_preset"))
     ]:
-        foreign.take(key)
-    for key in ("model_type", "concept_file_name", "vae", "workspace_dir", "cache_dir", "tensorboard"):
-        foreign.take(key)
+        foreign.drop(key)
+    foreign.drop("model_type", "concept_file_name", "workspace_dir", "cache_dir", "tensorboard")
+    foreign.take("vae")
     for network in ("text_encoder", "text_encoder_2", "unet", "transformer", "prior"):
         settings = foreign.take(network, {})
         if network.startswith("text") and settings.get("train") is True:

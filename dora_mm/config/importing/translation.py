@@ -11,6 +11,7 @@ from dora_mm.config.importing.foreign import TITLES, Foreign
 from dora_mm.config.models import validated
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.report import all_keys, describe
+from dora_mm.config.schema import PipelineConfig
 from dora_mm.registries.other_trainers import KEYS, NO_EFFECT, VALUES
 from dora_mm.utils import yaml12
 from dora_mm.utils.messages import shown
@@ -18,6 +19,15 @@ from dora_mm.utils.shell import comment, quoted
 
 MISSING = "is missing"  # in messages about keys that have to be given
 WIDTH = 117  # of a line of comments
+WITH_A_REASON = {
+    "trust_remote_code": "no code from a model's folder is ever run; models are those that transformers has itself",
+    "output_dir": "runs go to runs/NAME/001 and so on; `output` names another folder",
+}
+PATHS = {  # keys whose values may be files or folders beside the other config
+    *("model.path", "model.vae", "adapter.init_from", "adapter.assistant.path", "data.folder", "data.folders"),
+    *("data.references", "data.mask.folder", "data.train.file", "data.train.images", "data.more", "data.valid"),
+}
+PATHS_WITHIN = ("path", "masks", "file", "images")
 
 
 class Translation:
@@ -29,7 +39,9 @@ class Translation:
         sources: The other trainer's key by dotted key of ours.
         differences: What another result may come from, a sentence each.
         without_equal: The other trainer's keys that have none here, with their values and a reason, which may be empty.
+        not_needed: The other trainer's keys that have no effect on what is trained.
         missing: Our keys that have to be given, which the other config does not say.
+        part_of_epochs: The key and the number of epochs, where that is no whole number; None: it is one.
     """
 
     def __init__(self, trainer: str):
@@ -38,7 +50,9 @@ class Translation:
         self.sources: dict[str, str] = {}
         self.differences: list[str] = []
         self.without_equal: list[tuple[str, Any, str]] = []
+        self.not_needed: list[str] = []
         self.missing: list[str] = []
+        self.part_of_epochs: tuple[str, float] | None = None
 
     def put(self, key: str, value: Any, source: str = "") -> None:
         """Sets a key of ours, unless the value is None."""
@@ -71,10 +85,18 @@ class Translation:
         self.without_equal.append((key, value, reason))
 
     def finish(self, foreign: Foreign) -> None:
-        """Lists the keys that nobody has taken, and leaves out what our schema refuses."""
+        """Lists the keys that nobody has taken, finds the paths, and leaves out what our schema refuses."""
+        foreign.drop(*(key for key in foreign.left if key in NO_EFFECT))
+        self.not_needed += [key for key in foreign.dropped if key not in WITH_A_REASON]
+        for key, value in foreign.dropped.items():
+            if key in WITH_A_REASON:
+                self.has_no_equal(key, value, WITH_A_REASON[key])
         for key, value in foreign.left.items():
-            if value not in (None, "", False, [], {}) and key not in NO_EFFECT:
+            if value not in (None, "", False, [], {}):
                 self.has_no_equal(key, value)
+        for key in PATHS & self.values.keys():
+            self.values[key] = _located(self.values[key], foreign)
+        self.sources = {key: _given(source, foreign.given) for key, source in self.sources.items()}
         self._leave_out_refused()
 
     @property
@@ -89,6 +111,10 @@ class Translation:
                 node = node.setdefault(section, {})
             node[last] = self.values[key]
         return found
+
+    def config(self) -> PipelineConfig:
+        """The new config, of which no key is missing."""
+        return validated(SCHEMAS[self.values["pipeline"]], {"name": "imported", **self.nested})
 
     def _leave_out_refused(self) -> None:
         schema = SCHEMAS[self.values["pipeline"]]
@@ -111,13 +137,13 @@ class Translation:
 
     def text(self, source: Path, target: Path) -> str:
         """The YAML file: its head says what differs and what has no equal, its lines the other trainer's keys."""
-        head = [comment(f"dora-mm train {quoted(target)}"), ""]
-        head += [
-            f"Imported from {comment(source.name)} ({TITLES[self.trainer]}), whose keys stand behind ours.",
+        head = [
+            f"dora-mm train {quoted(target)}",
+            "",
+            f"Imported from {source.name} ({TITLES[self.trainer]}), whose keys stand behind ours.",
             *self._remarks(),
         ]
-        comments = "\n".join(f"# {line}".rstrip() for line in head)
-        return f"{comments}\n{self._body()}"
+        return f"{comment(chr(10).join(head))}\n{self._body()}"
 
     def _remarks(self) -> list[str]:
         lines = [
@@ -134,6 +160,7 @@ class Translation:
             for key, value, reason in self.without_equal
         ]
         found = {"Still missing": self.missing, "What differs": self.differences, "No equal here": without}
+        found["Not needed here"] = [", ".join(self.not_needed)] if self.not_needed else []
         return {title: each for title, each in found.items() if each}
 
     def _body(self) -> str:
@@ -144,6 +171,25 @@ class Translation:
             if number is not None:
                 lines[number - 1] += f" # {source}"
         return "\n".join(lines)
+
+
+def _located(value: Any, foreign: Foreign) -> Any:
+    """Relative paths as they are seen from the current directory, where they lie in the folder of the config."""
+    if isinstance(value, str):
+        found = foreign.file(value)
+        return str(found) if found.exists() else value
+    if isinstance(value, list):
+        return [_located(each, foreign) for each in value]
+    if isinstance(value, dict):
+        return {key: _located(each, foreign) if key in PATHS_WITHIN else each for key, each in value.items()}
+    return value
+
+
+def _given(source: str, given: frozenset[str]) -> str:
+    """The keys of a source, without those that the config does not have where it has one of them."""
+    words = source.split(", ")
+    there = [word for word in words if word in given or not word.isidentifier()]
+    return ", ".join(there) if given.intersection(words) else source
 
 
 def _is_within(where: str, key: str) -> bool:

@@ -1,10 +1,23 @@
 """Values of other trainers in our units."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dora_mm.config.importing.translation import Translation
 from dora_mm.utils import yaml12
+from dora_mm.utils.messages import shown
+
+OF_METHODS = "DoRA, LoRA, magnitudes and full fine-tuning are trained"
+
+
+def refuse(key: str, value: Any, known: Sequence[Any], what_exists: str) -> None:
+    """Refuses a method that has no equal here: without it the config would train something else.
+
+    Raises:
+        ValueError: It is none of those that have one.
+    """
+    if value not in known:
+        raise ValueError(f"{key}: {shown(value, 40)} has no equal here, so there is nothing to import: {what_exists}")
 
 
 def put_resolution(found: Translation, given: Any) -> None:

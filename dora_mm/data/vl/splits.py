@@ -116,7 +116,21 @@ def open_split(task: VLTaskConfig, split: Split, data: VLDataConfig, model: RowC
     if split == "valid":
         rows, num_held_out = sum(map(len, halves.values())), len(halves["valid"])
         log.info("%s: %s of %s rows are held out for validation", source.title, f"{num_held_out:,}", f"{rows:,}")
+        if remark := about_share(task.valid, rows, num_held_out):
+            log.warning("%s: %s", source.title, remark)
     return model.check_rows(halves[split])
+
+
+def about_share(valid: HeldOutConfig, rows: int, num_held_out: int) -> str:
+    """A sentence where the number of held-out rows is less than half or more than twice that of the share; else ""."""
+    wanted = min(max(1, round(valid.share * rows)), valid.limit or rows)
+    if wanted <= 2 * num_held_out and num_held_out <= 2 * wanted:
+        return ""
+    return (
+        f"{num_held_out:,} of {rows:,} rows are held out, not {wanted:,} as data.valid.share {valid.share:g} asks for: "
+        "rows about one image stay together, and few groups of rows fit; another share or a file of its own in "
+        "data.valid may fit better"
+    )
 
 
 def _halves(task: VLTaskConfig, data: VLDataConfig) -> dict[Split, ExampleTable]:

@@ -211,6 +211,7 @@ def test_kohyas_toml_with_its_data_set(tmp_path):
         "train": {"mixed_precision": "bf16", "steps": 100, "batch_size": 4},
     }
     assert without_equal(found) == {"multires_noise_iterations"}
+    assert found.not_needed == ["cache_latents"]
     assert not found.missing
 
 
@@ -273,6 +274,7 @@ def test_ai_toolkits_job(tmp_path):
     assert nested["ema"] == {"decay": 0.99}
     assert nested["sample"] == {"prompts": ["a dog"], "every": 250, "steps": 25, "guidance": 4.0, "seeds": [42]}
     assert nested["train"]["keep_checkpoints"] == 4
+    assert {"save.dtype", "sample.walk_seed", "train.noise_scheduler", "model.arch"} <= set(found.not_needed)
     assert without_equal(found) == {"train.do_paramiter_swapping"}
     assert not found.missing
 
@@ -408,6 +410,16 @@ def test_a_device_is_chosen_in_front_of_the_command(tmp_path, capsys):
         ("a.json", "[1]", "has no keys"),
         ("a.txt", "python my_own.py --lr 1", "is no config that dora-mm import knows"),
         ("a.sh", "swift sft --model 'x", "cannot be read as a command line: No closing quotation"),
+        ("a.yaml", AI_TOOLKIT.replace("type: lora", "type: lokr"), "network.type: lokr has no equal here"),
+        ("a.json", json.dumps(ONETRAINER | {"peft_type": "LOHA"}), "peft_type: LOHA has no equal here"),
+        ("a.json", json.dumps(ONETRAINER | {"training_method": "EMBEDDING"}), "training_method: EMBEDDING has no"),
+        (
+            "a.toml",
+            'network_dim = 4\nnetwork_module = "networks.oft"',
+            "network_module: networks.oft lora has no equal",
+        ),
+        ("a.sh", "swift rlhf --rlhf_type grpo --model x", "rlhf_type: grpo has no equal here"),
+        ("a.yaml", AXOLOTL + "rl: kto\n", "rl: kto has no equal here"),
         ("b.toml", 'pretrained_model_name_or_path = "x"\ndataset_config = "none.toml"', "none.toml does not exist"),
     ],
 )

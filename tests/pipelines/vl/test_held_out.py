@@ -64,6 +64,11 @@ def test_a_training_and_an_evaluation_score_the_rows_that_are_held_out(config, t
     ids = [int(json.loads(line)["id"]) for line in answers]
     assert len(ids) == 4
     assert all(row ^ 1 in ids for row in ids)  # both rows of an image
+    assert "trained on" not in caplog.text + (tmp_path / "scores" / "report.md").read_text()
+    larger = ["--set", "data.valid={share: 0.6}", f"output={tmp_path / 'larger'}"]
+    assert main(["eval", str(tmp_path / "eval.yaml"), *larger]) == 0
+    assert f"8 of 12 rows were trained on by {run}" in caplog.text
+    assert "8 of 12 rows were trained on by" in (tmp_path / "larger" / "report.md").read_text()
     data = VLDataConfig.model_validate(values["data"])
     trained = open_training(data, 2, AllRows())["chat"].table
     assert {int(row.id) for row in trained} == set(range(20)) - set(ids)
@@ -129,6 +134,18 @@ def test_answers_are_written_when_a_person_asks_for_them(config, tmp_path, monke
     assert {row["task"] for row in rows} == {"chat"}
     assert all(row["question"] and row["references"] and isinstance(row["answer"], str) for row in rows)
     assert not (tmp_path / "run" / SAMPLE_NOW).exists()
+
+
+def test_a_share_that_the_groups_of_rows_miss_is_reported(config, tmp_path, caplog, capsys):
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows = [{**row, "image": f"{min(number // 6, 3)}.png"} for number, row in enumerate(rows)]  # 6, 6, 6 and 2 rows
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert main(["train", config, "--dry-run", "--set", "data.valid={share: 0.25}"]) == 0
+    message = "2 of 20 rows are held out, not 5 as data.valid.share 0.25 asks for"
+    assert message in capsys.readouterr().out
+    assert "asks for" not in capsys.readouterr().out
+    assert main(["train", config, "--set", "data.valid={share: 0.25}", "train.steps=1"]) == 0
+    assert caplog.text.count(message) == 1
 
 
 def test_rows_about_a_single_image_are_told_in_a_sentence(config, tmp_path, capsys):
