@@ -117,12 +117,12 @@ def _of_types(layout: HubColumns, row: JsonRow) -> Iterator[Example]:
 def _numbered(layout: HubColumns, row: JsonRow) -> Iterator[Example]:
     """A question with a list of options, of which the answer is one by its number."""
     options, given = [*_texts(row, layout.others[0])], _first(row, layout.answers)
-    answer = letter_of(None if given is None else _whole_number(given), options)
+    answer = letter_of(None if given is None else _option_number(given), options)
     images, hint = _images(layout, row), _text(row, "hint") if row.get("hint") else ""
     yield choice("", _text(row, layout.question), options, answer, images=images, hint=hint, kinds=_kinds(layout, row))
 
 
-def _whole_number(value: Any) -> int:
+def _option_number(value: Any) -> int:
     if not (value.isdecimal() if isinstance(value, str) else isinstance(value, int | float) and value == value // 1):
         raise RowError("has an answer that is not the number of an option")
     return int(value)
