@@ -59,6 +59,7 @@ from dora_mm.train.validation import Validation, held_out_loss
 from dora_mm.train.weights import EMA, WeightAverage, result_of
 from dora_mm.utils.example_losses import ExampleLosses
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
+from dora_mm.utils.shell import command_line
 
 log = logging.getLogger(__name__)
 Networks = dict[str, nn.Module]  # by component
@@ -212,6 +213,8 @@ def train(
         finish(config, run, write, partial(save_samples, done), average, writes=writes)
     if writes:
         write_results(config, run, training["parameters"], done, validate)
+        verify = command_line("dora-mm", "verify", run.path)
+        log.info("Which programs read the adapter, and how to convert it for the others: %s", verify)
 
 
 def finish(

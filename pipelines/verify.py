@@ -14,7 +14,7 @@ from dora_mm.utils.tables import aligned_columns
 
 MEASURE = (
     "error: how far the change of the weights is from the one that the file means, at strength 1: "
-    "||W_tool - W'|| / ||W' - W0||; 0 is right, 1 is as far off as no adapter at all"
+    "||W_tool - W'|| / ||W' - W0||; 0 is right, 1 (100 %) is as far off as no adapter at all"
 )
 WRONG, UNREAD = "wrong", "not read"
 KINDS = (RIGHT, WRONG, UNREAD)
@@ -111,7 +111,7 @@ def wrong(error: float) -> str:
     """An error in words."""
     if not math.isfinite(error):
         return "some values are not finite"
-    return f"off by {max(error, 0.001):.1%} of the change" if error < 1 else f"off by {error:.1f} times the change"
+    return f"off by {max(error, 0.001):.{0 if error >= 1 else 1}%} of the change"
 
 
 def table(verdicts: list[Verdict]) -> str:

@@ -180,7 +180,8 @@ def overrides_of(config: TuneConfig, trainings: TunedTrainings, training: Traini
         if value := getattr(getattr(base, section), key, None):
             changes[section, key] = max(least, value * steps // trainings.steps)
     changes["train", "steps"] = steps
-    return [*config.overrides, f"seed={base.seed}", *as_overrides(base, changes), *UNUSED]
+    given = [text for text in config.overrides if text.partition("=")[0] != "train.epochs"]  # steps take their place
+    return [*given, f"seed={base.seed}", *as_overrides(base, changes), *UNUSED]
 
 
 def as_overrides(base: Section, changes: KeyChanges) -> list[str]:

@@ -69,6 +69,12 @@ def test_a_shorter_training_has_a_whole_schedule_and_all_rates_in_proportion(fil
     assert short.train.gradients_at == ()
 
 
+def test_steps_take_the_place_of_epochs(file):
+    file.write_text(BASE.replace("steps: 100,", "epochs: 1,").replace("schedule: {warmup_steps: 20}\n", ""))
+    _, short = trained(search(file, overrides=["train.epochs=4"]), file, Candidate(16, 1e-2), 25)
+    assert (short.train.steps, short.train.epochs) == (25, None)
+
+
 def test_alpha_stays_with_scaling_sqrt(file):
     config = search(file, overrides=["adapter.scaling=sqrt"])
     base = load_config(file, config.overrides)
