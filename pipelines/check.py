@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from dora_mm import __version__
 from dora_mm.config.loader import read_document
 from dora_mm.config.models import starts
 from dora_mm.config.paths import resolve_path
@@ -51,7 +52,7 @@ def report_lines(config: object) -> Iterator[str]:
     from dora_mm.preview.machine import gpus
 
     record = circumstances()
-    yield f"### dora_mm {record['dora_mm']}\n"
+    yield f"### dora_mm {__version__}\n"
     yield f"- Python {record['python']}, {record['machine']}"
     yield f"- {record['processor']}; {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB"
     for gpu in gpus():

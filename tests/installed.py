@@ -44,8 +44,8 @@ def main() -> int:
         folder = Path(name)
         scripts = installed(wheel, BUILD / "base")
         ran(scripts / f"python{EXE}", "-c", BASE_ONLY, folder=folder)
-        for command in ("check", "configs"):
-            ran(scripts / f"dora-mm{EXE}", command, folder=folder)
+        for command in ("check", "check --report", "configs"):
+            ran(scripts / f"dora-mm{EXE}", *command.split(), folder=folder)
         first_hour(installed(wheel, BUILD / "recipes", "recipes") / f"dora-mm{EXE}", folder)
     return 0
 

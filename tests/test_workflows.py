@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dora_mm.cli.parser import build_parser
 from tests.elsewhere import FAST
 
 ROOT = Path(__file__).parents[1]
@@ -75,3 +76,12 @@ def test_every_target_says_what_it_does_and_the_page_has_it():
     (phony,) = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)
     assert set(phony.split()) == TARGETS.keys()
     assert [name for name in TARGETS if f"`make {name}`" not in DEVELOPING] == []
+
+
+def test_forms_name_commands_that_exist():
+    forms = [path for path in (ROOT / ".github").rglob("*") if path.suffix in (".md", ".yml")]
+    text = " ".join("\n".join(path.read_text(encoding="utf-8") for path in forms).split())
+    commands = re.findall(r"`dora-mm ([^`]+)`", text)
+    assert "check --report --config CONFIG" in commands
+    for command in commands:
+        build_parser().parse_args(command.split())
