@@ -49,9 +49,16 @@ def test_processes_share_the_micro_batches_of_a_step(config, count, accumulated)
 
 def test_epochs_are_as_many_steps_for_other_processes(config, image_folder, tmp_path):
     """The same config starts a run of 3 processes that accumulate 2, and goes on with it in 1 that accumulates 6."""
-    config = load_config(tmp_path / "mine.yaml", [f"data.folder={image_folder}", "train.epochs=48", "output=run"])
+    config = load_config(
+        tmp_path / "mine.yaml",
+        [
+            f"data.folder={image_folder}",
+            "data.repeats=24",
+            "train={epochs: 2, batch_size: 4, gradient_accumulation_steps: 2}",
+        ],
+    )
     started = in_steps(config, 3)
-    assert started.train.steps == 48 * 5 // (4 * 2 * 3)
+    assert started.train.steps == 2 * (24 * 5) // (4 * 2 * 3)
     assert in_steps(config, 1, run_of(started.model_copy(update={"output": str(tmp_path / "run")}), 3)) == started
 
 
