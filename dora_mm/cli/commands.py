@@ -245,13 +245,17 @@ def _as_read(override: str, config: PipelineConfig) -> str:
 def _config(arguments: Namespace, recipes: Recipes) -> PipelineConfig:
     """The config of a command; `--resume auto` becomes the run directory, or None where a new run starts."""
     run, given = arguments.resume, arguments.config
-    if given is None and run in (None, AUTO):
+    if run == AUTO and arguments.command != "train":
+        raise ValueError(f"--resume auto belongs to train: {arguments.command} goes on in its `output` without it")
+    if run is not None and run != AUTO:
+        saved = run / "config.yaml"
+        if not saved.is_file():
+            raise ValueError(f"--resume {quoted(run)} is not a run directory: it has no config.yaml{nearest_run(run)}")
+        given = given or saved
+    if given is None:
         what = "JOBS, a CONFIG, --set prompts=[...]" if arguments.command == "sample" else "a CONFIG before --set"
-        raise ValueError(f"{arguments.command} needs {what}{', or --resume RUN_DIR' if run is None else ''}")
-    saved = None if run in (None, AUTO) else run / "config.yaml"
-    if saved and not saved.is_file():
-        raise ValueError(f"--resume {quoted(run)} is not a run directory: it has no config.yaml{nearest_run(run)}")
-    config = load_config(given or saved, arguments.overrides, recipes.schemas)
+        raise ValueError(f"{arguments.command} needs {what}{'' if run else ', or --resume RUN_DIR'}")
+    config = load_config(given, arguments.overrides, recipes.schemas)
     if config.command != arguments.command:
         raise ValueError(_needs_command(config.command, arguments))
     if run == AUTO:
@@ -266,8 +270,6 @@ def _run_of(config: PipelineConfig) -> Path | None:
 
     The main process looks, for all of them: on a network file system the others may see a new folder later.
     """
-    if config.command != "train":
-        raise ValueError(f"--resume auto belongs to train: {config.command} goes on in its `output` without it")
     output = getattr(config, "output", None)
     if output is None:
         raise ValueError("--resume auto needs the folder of the run, by which it is found again: --set output=FOLDER")

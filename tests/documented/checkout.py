@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from dora_mm.cli import main
-from dora_mm.cli.commands import take_prompts_file
+from dora_mm.cli.commands import AUTO, take_prompts_file
 from dora_mm.cli.parser import build_parser
 from dora_mm.config import find_path, load_config
 from dora_mm.config.latest import LATEST, numbered
@@ -74,7 +74,8 @@ class Checkout:
         for name in INPUTS:
             given = getattr(parsed, name, None)
             for path in given if isinstance(given, list) else [given] if given else []:
-                self.provide(str(path))
+                if (name, path) != ("resume", AUTO):
+                    self.provide(str(path))
         AcceleratorState._reset_state(reset_partial_state=True)
         with patch.object(StyleSimilarityMetric, "has_learned", return_value=True):  # nothing is, in two steps
             return main([*arguments, *self.cuts(arguments, config)])

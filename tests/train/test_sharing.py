@@ -6,6 +6,7 @@ import pytest
 from accelerate import Accelerator
 
 from dora_mm.config import dump_config, load_config
+from dora_mm.train.epochs import in_steps
 from dora_mm.train.preflight import checks
 from dora_mm.train.resuming import check_changes
 from dora_mm.train.run import training_run
@@ -44,6 +45,21 @@ def test_processes_share_the_micro_batches_of_a_step(config, count, accumulated)
     said = about_processes(run, config.train, count)
     change = f"changes from 3 to {count}, and train.gradient_accumulation_steps with it from 2 to {accumulated}: "
     assert (change in said) == (count != 3) == bool(said)
+
+
+def test_epochs_are_as_many_steps_for_other_processes(config, image_folder, tmp_path):
+    """The same config starts a run of 3 processes that accumulate 2, and goes on with it in 1 that accumulates 6."""
+    config = load_config(
+        tmp_path / "mine.yaml",
+        [
+            f"data.folder={image_folder}",
+            "data.repeats=24",
+            "train={epochs: 2, batch_size: 4, gradient_accumulation_steps: 2}",
+        ],
+    )
+    started = in_steps(config, 3)
+    assert started.train.steps == 2 * (24 * 5) // (4 * 2 * 3)
+    assert in_steps(config, 1, run_of(started.model_copy(update={"output": str(tmp_path / "run")}), 3)) == started
 
 
 def test_others_are_refused_with_the_numbers_that_would_do(config):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from dora_mm.config import load_config
-from tests.cluster.machines import FILES, container, documents
 from tests.documented.texts import text_of
+from tests.pipelines.cluster.machines import FILES, container, documents
 
 SCRIPTS = sorted(FILES.glob("*.sbatch"))
 KUBERNETES = sorted(path.relative_to(FILES).as_posix() for path in FILES.glob("kubernetes/*.yaml"))
@@ -77,7 +77,9 @@ def test_the_pods_of_a_job_find_each_other(name):
     assert found["resources"]["limits"]["nvidia.com/gpu"] == variables["GPUS"]
     user = re.search(r"^USER (\d+):(\d+)$", text_of(FILES / "Dockerfile"), re.MULTILINE)
     assert user is not None
-    assert [pods["securityContext"][key] for key in ("runAsUser", "runAsGroup")] == [int(part) for part in user.groups()]
+    assert [pods["securityContext"][key] for key in ("runAsUser", "runAsGroup")] == [
+        int(part) for part in user.groups()
+    ]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -89,7 +91,9 @@ def test_the_shell_commands_have_no_known_mistakes(name, tmp_path):
 
 @pytest.mark.parametrize("name", KUBERNETES)
 def test_kubernetes_reads_its_files(name):
-    checker = pytest.importorskip("kubernetes_validate", reason="its schemas are large: pip install kubernetes-validate")
+    checker = pytest.importorskip(
+        "kubernetes_validate", reason="its schemas are large: pip install kubernetes-validate"
+    )
     for document in documents(name):
         checker.validate(document, "1.33", strict=True)
 
@@ -100,5 +104,7 @@ def test_skypilot_reads_its_files(name, monkeypatch, tmp_path):
     """`python3 -m venv V && V/bin/pip install skypilot`, and SKYPILOT_PYTHON=V/bin/python."""
     python = os.environ.get("SKYPILOT_PYTHON") or pytest.skip("SKYPILOT_PYTHON names no Python with skypilot")
     monkeypatch.setenv("HOME", str(tmp_path))
-    code = f"import sky; task = sky.Task.from_yaml({str(FILES / name)!r}); assert task.storage_mounts; sky.Dag().add(task)"
+    code = (
+        f"import sky; task = sky.Task.from_yaml({str(FILES / name)!r}); assert task.storage_mounts; sky.Dag().add(task)"
+    )
     run(python, "-c", code)

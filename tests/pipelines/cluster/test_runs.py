@@ -1,4 +1,4 @@
-"""The files of configs/cluster run here with two processes; one is killed, and the same command ends with the same bits."""
+"""The files of configs/cluster with two processes, of which one is killed: the same command ends with the same bits."""
 
 import signal
 import subprocess
@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dora_mm.train.checkpoint import last_step
-from tests.cluster.machines import free_port, kill_session, pod, pre_stop, sky, slurm, worker
+from tests.pipelines.cluster.machines import free_port, kill_session, pod, pre_stop, sky, slurm, worker
 from tests.pipelines.images.test_sample import content, style  # noqa: F401
 from tests.pipelines.processes import wait_for
 from tests.shared.data.images_made import write_images
@@ -136,7 +136,7 @@ def test_slurm_generates_the_images_of_one_process(job, style, tmp_path):  # noq
 
 
 def test_kubernetes_generates_the_images_of_one_process_also_after_the_end_of_a_pod(job, style, tmp_path):  # noqa: F811
-    """The first pod waits for the batch of the second one, and ends when that is replaced; the Job starts both again."""
+    """The first pod waits for the batch of the second one, and ends when that is replaced; both start again."""
     values = {"JOBS": job.rows, "ADAPTER": style, "RUN_DIR": tmp_path / "run", "NODES": 2, "GPUS": 1}
     values |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "HF_HOME": tmp_path}
     logs = [tmp_path / f"pod-{index}.log" for index in range(2)]

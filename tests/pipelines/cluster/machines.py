@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import yaml
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FILES = ROOT / "configs" / "cluster"
 SRUN = """\
 #!/bin/bash
