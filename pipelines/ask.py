@@ -18,6 +18,7 @@ from dora_mm.models.vl.vl_model import VLModel
 from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.utils.day import today
 from dora_mm.utils.devices import default_device
+from dora_mm.utils.messages import for_terminal
 
 log = logging.getLogger(__name__)
 
@@ -79,14 +80,15 @@ def main(
     usual, behind = _opening_of(run, task) if run is not None and vl.converses else (None, "")
     opening = (usual if system is None else system, behind)
     answer = vl.answerer(task, DecodeConfig(max_new_tokens=max_new_tokens), ())
-    bare = list(conversed(answer, questions, files, *opening))
+    bare = list(map(for_terminal, conversed(answer, questions, files, *opening)))
     if folder is None:
         print("\n".join(bare))
         return
     load_trained(vl, folder, backend="auto")
-    for prompt, before, after in zip(questions, bare, conversed(answer, questions, files, *opening), strict=True):
+    adapted = map(for_terminal, conversed(answer, questions, files, *opening))
+    for prompt, before, after in zip(questions, bare, adapted, strict=True):
         if then:
-            print(f"question:        {prompt}")
+            print(f"question:        {for_terminal(prompt)}")
         print(f"without adapter: {before}")
         print(f"with adapter:    {after}")
 

@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 
 from dora_mm import __version__
 from dora_mm.registries.image_families import IMAGE_FAMILIES
-from dora_mm.registries.suites import suite_titles
 from dora_mm.registries.tools import EXPORT_FORMATS, TOOLS, other_tools
+from dora_mm.registries.vl_tasks import scored_titles
 from dora_mm.utils.dtypes import full_name
 from dora_mm.utils.processes import reports_end
 
@@ -321,17 +321,15 @@ def _add_extract(commands: Any) -> None:
 
 def _add_score(commands: Any) -> None:
     command = commands.add_parser("score", help="score predictions of any program by the rule of a suite")
-    _list_in_help(command, "suites", suite_titles)
+    _list_in_help(command, "suites", scored_titles)
     command.add_argument(
         "predictions",
         metavar="PREDICTIONS",
         nargs="+",
-        help="ours, VLMEvalKit's .xlsx, lmms-eval's samples, or .jsonl, .csv, .tsv with an id and an answer; "
+        help="ours, VLMEvalKit's .xlsx, lmms-eval's samples, or .json, .jsonl, .csv, .tsv with an id and an answer; "
         "further ones are compared with the first",
     )
-    command.add_argument(
-        "--suite", metavar="NAME", help="one of those below, a task, or a suite's .yaml; default: theirs"
-    )
+    command.add_argument("--suite", metavar="NAME", help="one of those below, or a suite's .yaml; default: theirs")
     command.add_argument("--data", metavar="FILE", help="the questions with their answers; default: those in the files")
     command.add_argument("--format", metavar="NAME", dest="form", help="of --data; default: that of the suite")
     command.add_argument("--annotations", metavar="FILE", help="the answers, of --data that has a file for them")

@@ -59,7 +59,7 @@ def describe_data(
             *describe_look(images, config.data),
             *describe_preserved(config, class_images),
             *describe_guided_target(config.loss),
-            *([describe_held_out(held_out, config.evaluate)] if held_out else []),
+            *([describe_held_out(held_out, config.evaluate, config.train.num_steps)] if held_out else []),
             *per_example_line(config.evaluate, len(images), num_measured(images, config.data), config.train.num_steps),
             describe_length(repeats_of(images, config.data), config.train, num_processes),
             *remark_on_length(repeats_of(images, config.data), config.train, num_processes),
@@ -227,12 +227,12 @@ def describe_guided_target(config: LossConfig) -> list[str]:
     return [f"guided    target u + {scale} (v - u), {under}: one more forward pass of every batch"]
 
 
-def describe_held_out(held_out: Sequence[CaptionedImage], evaluate: ValidationConfig) -> str:
+def describe_held_out(held_out: Sequence[CaptionedImage], evaluate: ValidationConfig, steps: int) -> str:
     """A line with the images that are not trained on, and when their loss is computed."""
     names = ", ".join(image.path.name for image in held_out[:MOST_NAMES]) + (
         ", ..." if len(held_out) > MOST_NAMES else ""
     )
-    return f"held out  {len(held_out)} ({names}), their loss {when(evaluate)}"
+    return f"held out  {len(held_out)} ({names}), their loss {when(evaluate, steps)}"
 
 
 def repeats_of(images: Sequence[CaptionedImage], data: DataConfig) -> list[float]:

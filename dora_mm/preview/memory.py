@@ -1,5 +1,6 @@
 """The memory of a training step by part, as a table."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 
 import torch
@@ -108,7 +109,11 @@ def _frozen(
         stacked = [t for layer in layers_of(network).values() for t in _stacked(layer)]
         frozen = [p for p in (*network.parameters(), *network.buffers(), *stacked) if id(p) not in seen]
         seen |= {id(p) for p in frozen}
-        dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in frozen if p.is_floating_point()}))
+        counts = Counter[str]()
+        for tensor in frozen:
+            counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.is_floating_point()
+        found = {dtype: count for dtype, count in sorted(counts.items()) if count}
+        dtypes = ", ".join(f"{dtype} ({count:,})" if len(found) > 1 else dtype for dtype, count in found.items())
         if dtypes:
             values = sum(p.numel() for p in frozen)
             size = sum(stored.get(id(p), num_bytes([p])) for p in frozen)

@@ -45,7 +45,7 @@ def parts_table(
         for name, (chosen, paths) in selection.get(component, {}).items():
             names = _trained_in(trained, component, paths, full=chosen.method == "full")
             shown = full_name(component, name) if name in targets.parts else name
-            rows.append((shown, leaves(paths), *_settings(chosen, optimizer), *_counts(paths, names)))
+            rows.append((shown, leaves(paths), *_settings(chosen, adapter, optimizer), *_counts(paths, names)))
             counted |= names.keys()
             taken |= set(paths)
         for part in parts_in(networks[component], targets):
@@ -110,11 +110,16 @@ def _counts(items: Iterable[object], parameters: Mapping[str, nn.Parameter]) -> 
     return f"{len(list(items)):,}", f"{sum(parameter.numel() for parameter in parameters.values()):,}"
 
 
-def _settings(part: PartConfig, optimizer: OptimizerConfig) -> tuple[str, str, str, str]:
-    """Method, rank, alpha and learning rate of a part."""
-    has_update = part.method in ("dora", "lora")
-    rank, alpha = (f"{part.rank}", f"{part.alpha:g}") if has_update else ("", "")
-    return str(part.method), rank, alpha, _rate(part.lr or optimizer.lr)
+def _settings(part: PartConfig, adapter: AdapterConfig, optimizer: OptimizerConfig) -> tuple[str, str, str, str]:
+    """Method, rank, alpha and learning rate of a part; with scaling sqrt alpha is that of the config, times a root."""
+    if part.method not in ("dora", "lora"):
+        return str(part.method), "", "", _rate(part.lr or optimizer.lr)
+    assert part.rank
+    assert part.alpha
+    alpha = f"{part.alpha:g}"
+    if adapter.scaling == "sqrt":  # layers and files divide by the rank, and this by its root
+        alpha = f"{part.alpha / part.rank**0.5:g} x sqrt({part.rank})"
+    return str(part.method), f"{part.rank}", alpha, _rate(part.lr or optimizer.lr)
 
 
 def _rate(value: float) -> str:

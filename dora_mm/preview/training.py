@@ -255,13 +255,13 @@ def per_example_line(evaluate: ValidationConfig, count: int, passes: int, steps:
     return [f"each      the loss of each of {count:,}: {passes:,} forward passes, {times} times in the training"]
 
 
-def when(evaluate: ValidationConfig) -> str:
-    """How often a training validates, and how it ends early."""
-    if not evaluate.every:
+def when(evaluate: ValidationConfig, steps: int | None = None) -> str:
+    """How often a training of this number of steps validates, and how it ends early; None: it is not known."""
+    if not evaluate.every or (steps is not None and evaluate.every >= steps):
         return "at the end"
     early = f", and the end after {evaluate.patience} without a better one" if evaluate.patience else ""
-    steps = "step" if evaluate.every == 1 else f"{evaluate.every:,} steps"
-    return f"after every {steps}{early}"
+    interval = "step" if evaluate.every == 1 else f"{evaluate.every:,} steps"
+    return f"after every {interval}{early}"
 
 
 def why_not_measured(

@@ -93,7 +93,7 @@ def vl_page(
     if config.train.compile:
         yield compiled_line(trained.networks, structure.target_maps)
     yield from reference_section(config)
-    yield from validation_sections(config)
+    yield from validation_sections(config, batches)
     shard, networks, work = config.train.shard, trained.networks.values(), {}
     if model and data.largest:
         batch = batch_of(model, data.sets, data.largest)
@@ -166,11 +166,12 @@ def reference_section(config: TrainVLConfig) -> Iterator[str]:
             yield "reference the model as it starts, which is asked about all pairs before the first step"
 
 
-def validation_sections(config: TrainVLConfig) -> Iterator[str]:
+def validation_sections(config: TrainVLConfig, batches: VLBatches | None) -> Iterator[str]:
     """When the adapter is validated, and by what; nothing where no task has validation data."""
     if valid := [task.task for task in config.data.all_tasks if task.valid]:
         by = ", ".join(f"{name} by its {'loss' if by_loss(config.evaluate, name) else 'metric'}" for name in valid)
-        yield f"validated {when(config.evaluate)}; the best adapter of {by}"
+        steps = with_steps(config.train, config.schedule, batches.steps_per_epoch).steps if batches else None
+        yield f"validated {when(config.evaluate, steps or config.train.steps)}; the best adapter of {by}"
         if (every := config.evaluate.per_example_every) is not None:
             often = f", every {every:,} steps" if every else ""
             yield f"each      the loss of each validation row in a pass of its own, at the start{often} and at the end"

@@ -7,10 +7,10 @@ docs/vl.md and docs/scores.md list all.
 
 from dataclasses import replace
 
-from dora_mm.registries.suites import TaskRegistry
+from dora_mm.registries.suites import TaskRegistry, suite_titles
 from dora_mm.registries.vl_task import BartText, VLTask
 
-__all__ = ["TASKS", "BartText", "VLTask", "tasks_of"]
+__all__ = ["TASKS", "BartText", "VLTask", "scored_titles", "tasks_of"]
 
 
 def commonsense(title: str) -> VLTask:
@@ -154,6 +154,12 @@ RECORDS = {
     "openbookqa": commonsense("OBQA"),
 }
 TASKS = TaskRegistry("vl_tasks", "task", RECORDS)
+
+
+def scored_titles() -> dict[str, str]:
+    """The title of each suite of the package, and of each task that scores single answers, with its formats."""
+    tasks = {name: task for name, task in RECORDS.items() if not (task.pairs or task.clips)}
+    return suite_titles() | {name: f"{task.title}, of {', '.join(task.formats)}" for name, task in tasks.items()}
 
 
 def tasks_of(form: str) -> list[str]:

@@ -38,6 +38,11 @@ def shown(text: object, most: int = 200) -> str:
     return line if len(full_text) <= most else f"{line} ... ({len(full_text)} characters)"
 
 
+def for_terminal(text: str) -> str:
+    """A text of any number of lines, with what a terminal would obey as escapes, but for line breaks and tabs."""
+    return re.sub(r"(?![\n\t])" + UNSEEN.pattern, lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def compiler_problem(error: BaseException) -> str:
     """The first line of what a compiler has raised, without that of torch around it."""
     return first_line(getattr(error, "inner_exception", error))

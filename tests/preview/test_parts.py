@@ -43,6 +43,11 @@ def test_parts_with_settings_of_their_own(tiny_vlm):
     assert rows["text.attn"][6] == f"{two_layers:,}"
 
 
+def test_alpha_is_that_of_the_config_where_it_is_scaled_by_a_root(tiny_vlm):
+    _, rows = table_of(tiny_vlm("qwen2_5_vl"), {"alpha": 4.0, "scaling": "sqrt", "parts": ["text.attn"]})
+    assert rows["text.attn"][1:4] == ["dora", "2", "4 x sqrt(2)"]
+
+
 SETTINGS = [
     {},
     {"method": "full"},

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from dora_mm.config.training import OptimizerConfig, TrainConfig
+from dora_mm.config.training import OptimizerConfig, TrainConfig, ValidationConfig
 from dora_mm.preview import training as preview
-from dora_mm.preview.memory import memory_table, optimizer_values
-from dora_mm.preview.training import measure_step, slow_hardware
+from dora_mm.preview.memory import memory_rows, memory_table, optimizer_values
+from dora_mm.preview.training import measure_step, slow_hardware, when
 from tests.shared.small_training import mean_of, small_training
 
 
@@ -146,3 +146,15 @@ def test_a_step_of_many_tokens_is_not_measured_on_a_processor():
     assert preview.why_not_measured(accelerator(), [network], shard=False, **work) == preview.TOO_SLOW
     assert preview.why_not_measured(accelerator(device="cuda"), [network], shard=False, num_tokens=10_000) is None
     assert preview.why_not_measured(accelerator(device="cuda"), [network], shard=True) == preview.SHARDED
+
+
+@pytest.mark.parametrize(("steps", "text"), [(30, "at the end"), (501, "after every 500 steps"), (None, "after every")])
+def test_a_validation_that_no_step_reaches_is_one_at_the_end(steps, text):
+    assert when(ValidationConfig(every=500), steps).startswith(text)
+
+
+def test_dtypes_of_frozen_weights_have_their_numbers():
+    network = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(3, 1, bias=False).bfloat16())
+    parameters = {"trained": torch.nn.Parameter(torch.ones(1))}
+    (name, *_), *_ = memory_rows({"net": network}, parameters, OptimizerConfig(lr=1.0), None)
+    assert name == "net, 9 frozen in bfloat16 (3), float32 (6)"

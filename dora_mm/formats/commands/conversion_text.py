@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 from dora_mm.formats.commands.convert import Conversion
 from dora_mm.formats.commands.export_check import ToolErrors
 from dora_mm.formats.commands.extras import named
 from dora_mm.formats.commands.inspection import misreaders
 from dora_mm.utils.tables import aligned_columns
 
+# Modules outside of the language model, by their names in transformers
+OF_IMAGES = re.compile(r"\b(?:visual|vision\w*|multi_modal_projector|connector|embed_vision|resampler|aligner)\b")
 SHOWN = 5  # modules whose errors are named
 
 
@@ -28,6 +32,11 @@ def conversion_text(done: Conversion, to: str) -> str:
         lines.append(f"use      {done.usage}")
     if others := misreaders(done.files[0], to):
         lines.append(f"not for  {others}")
+    if to == "lora" and (found := [name for name in done.modules if OF_IMAGES.search(name)]):
+        lines.append(
+            f"note     vLLM and llama.cpp ignore {len(found)} of these modules, since they are not of the language model "
+            f"({found[0]}): dora-mm merge has all of them (docs/serving.md)"
+        )
     if done.errors:
         lines += ["", table(done)]
         worst = max(done.errors, key=lambda errors: errors.overall)

@@ -41,7 +41,7 @@ class Conversion:
 
     Attributes:
         files: The files that were written.
-        num_modules: The number of adapted modules.
+        modules: The paths of the adapted modules, of all networks.
         errors: The errors of the weights that the tools compute from them.
         on_base: Whether the errors are those over the base model; else they are those over random weights.
         usage: Instructions for loading the files; empty where there are none.
@@ -50,12 +50,16 @@ class Conversion:
     """
 
     files: tuple[Path, ...]
-    num_modules: int
+    modules: tuple[str, ...]
     errors: tuple[ToolErrors, ...] = ()
     on_base: bool = True
     usage: str = ""
     left_out: tuple[str, ...] = ()
     ranks: tuple[int, ...] = ()
+
+    @property
+    def num_modules(self) -> int:
+        return len(self.modules)
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ def written(layers: LayerReader, target: Path, settings: Settings) -> Conversion
     if to == "merged":
         left_out = extras.leave_out(layers, to, None, allow_lossy=settings.allow_lossy)
         errors = write_with_adapter(layers, target, settings.strength)
-        return Conversion((target,), len(layers.names()), (errors,), left_out=left_out)
+        return Conversion((target,), tuple(name.path for name in layers.names()), (errors,), left_out=left_out)
     export = _export(to, layers)
     if export.file_name == PEFT_FILE:
         with located(str(layers.path)):
@@ -181,7 +185,13 @@ def written(layers: LayerReader, target: Path, settings: Settings) -> Conversion
     usage = "; ".join(filter(None, (tool_of(name).usage(writer.axes) for name in export.read_by)))
     on_base = layers.weights is not None
     return Conversion(
-        tuple(files), len(layers.names()), check.result(), on_base, usage, left_out, tuple(sorted(writer.ranks))
+        tuple(files),
+        tuple(name.path for name in layers.names()),
+        check.result(),
+        on_base,
+        usage,
+        left_out,
+        tuple(sorted(writer.ranks)),
     )
 
 

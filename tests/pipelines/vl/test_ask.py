@@ -16,6 +16,7 @@ from dora_mm.data.vl.answers import texts_of
 from dora_mm.data.vl.example import Example, Turn
 from dora_mm.models.vl.families import load_vl_model
 from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
+from dora_mm.recipes import PIPELINES
 from tests.pipelines.files.test_merge import llama
 from tests.shared.data.chats import messages
 from tests.shared.data.vl_files import write_json
@@ -95,6 +96,11 @@ def test_both_answers_are_shown(name, tiny_vlm, loaded_images, tmp_path, capsys)
     for adapter in (tmp_path / "run", tmp_path / "run" / "adapter"):
         shown = asked(capsys, tiny_vlm(name), image, QUESTION, "--adapter", adapter)
         assert shown == f"without adapter: {bare}\nwith adapter:    {adapted}\n"
+
+
+def test_an_answer_cannot_command_the_terminal(tiny_vlm, loaded_images, capsys, monkeypatch):
+    monkeypatch.setattr(PIPELINES.load("ask"), "conversed", lambda *_: iter(["a \x1b[2Jb\nnext\tline"]))
+    assert asked(capsys, tiny_vlm("qwen2_5_vl"), loaded_images / "wide.png", QUESTION) == "a \\x1b[2Jb\nnext\tline\n"
 
 
 def test_several_images(tiny_vlm, loaded_images, tmp_path, capsys):

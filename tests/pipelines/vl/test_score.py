@@ -1,6 +1,7 @@
 """dora-mm score: predictions of any program, by the rule of a suite."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -180,9 +181,29 @@ def test_what_would_make_a_score_wrong_is_counted_and_named(data, tmp_path, caps
     assert error.count("\n") == 1
 
 
-def test_a_part_of_the_rows_is_scored_where_that_is_said(data, tmp_path, capsys):
+def test_a_part_of_the_rows_is_scored_where_that_is_said(data, tmp_path, capsys, caplog):
     path = lines(tmp_path / "said.jsonl", ANSWERS[:6])
     assert metric(run(capsys, path, "--suite", "docvqa", "--data", data, "--partial")) == 100
+    assert "lacks 2 rows of the data (6, 7): left out" in caplog.text
+
+
+def test_questions_without_their_annotations_name_the_option(tmp_path, capsys):
+    vqa = Path("samples/vl/vqa")
+    questions = vqa / "v2_OpenEnded_mscoco_val2014_questions.json"
+    first, *_ = json.loads(questions.read_text())["questions"]
+    path = files.write_lines(tmp_path / "said.jsonl", [{"question_id": first["question_id"], "answer": "yes"}])
+    arguments = (path, "--suite", "vqa", "--data", questions, "--partial")
+    assert "has no answers: give the file that has them, --annotations FILE" in run(capsys, *arguments, code=2)
+    annotated = run(capsys, *arguments, "--annotations", vqa / "v2_mscoco_val2014_annotations.json.gz")
+    assert "vqa" in annotated
+
+
+def test_the_help_lists_every_suite_and_task(capsys):
+    with pytest.raises(SystemExit):
+        main(["score", "--help"])
+    listed = capsys.readouterr().out.partition("suites:")[2]
+    for name in ("docvqa", "vqa", "gqa", "nlvr2", "caption"):
+        assert re.search(rf"^  {name} ", listed, re.MULTILINE)
 
 
 def test_samples_of_another_order_are_refused(data, tmp_path, capsys):

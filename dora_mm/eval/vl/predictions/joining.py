@@ -1,5 +1,6 @@
 """Predictions joined with what they are compared with, by id; rows that one side lacks are counted and named."""
 
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from dora_mm.eval.vl.scores import is_answered
 from dora_mm.registries.readers import READERS
 from dora_mm.registries.vl_tasks import TASKS
 
+log = logging.getLogger(__name__)
 OF_TABLES = ("choices", "answers")  # the formats of VLMEvalKit's
 
 
@@ -38,7 +40,10 @@ def references_of(
     source = SourceConfig(format=form or _format(task, data), file=data, annotations=annotations, split=split)
     if source.format not in TASKS[task].formats:
         raise ValueError(f"--format: {task} reads {', '.join(TASKS[task].formats)}, not {source.format}")
-    return list(map(without_content, read_source(resolved(source), BadRows("stop"))))
+    rows = list(map(without_content, read_source(resolved(source), BadRows("stop"))))
+    if "annotations" in source.reader.keys and annotations is None and not any(map(is_answered, rows)):
+        raise ValueError(f"--data: {data} has no answers: give the file that has them, --annotations FILE")
+    return rows
 
 
 def _format(task: str, data: str) -> str:
@@ -150,6 +155,8 @@ def check_same(first: Collection[str], second: Collection[str], name: str, other
         raise ValueError(f"{name} and {other} have no row in common: {'; '.join(lacking)}")
     if lacking and not partial:
         raise ValueError(f"{'; '.join(lacking)}: --partial scores the rows that both have")
+    for sentence in lacking:
+        log.warning("%s: left out", sentence)
 
 
 def _only(one: Iterable[str], other: Collection[str], lacks: str, of: str) -> list[str]:

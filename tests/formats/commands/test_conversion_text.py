@@ -1,0 +1,18 @@
+"""What `convert` prints of its result."""
+
+from pathlib import Path
+
+import pytest
+
+from dora_mm.formats.commands.conversion_text import conversion_text
+from dora_mm.formats.commands.convert import Conversion
+
+TEXT = ("model.text_model.layers.0.self_attn.q_proj", "text_encoder.text_model.encoder.layers.0.mlp.fc1")
+IMAGES = ("model.connector.modality_projection.proj", "model.visual.blocks.0.attn.qkv")
+
+
+@pytest.mark.parametrize(("modules", "number"), [(TEXT + IMAGES, 2), (TEXT, 0)])
+def test_modules_that_servers_ignore_are_counted(modules, number, tmp_path):
+    text = conversion_text(Conversion((Path(tmp_path / "a.safetensors"),), modules), "lora")
+    assert (f"vLLM and llama.cpp ignore {number} of these modules" in text) == bool(number)
+    assert ("dora-mm merge has all of them" in text) == bool(number)
