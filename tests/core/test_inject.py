@@ -29,7 +29,9 @@ def test_report_and_parameters():
     assert [m.path for m in report.modules] == ["0", "2"]
     assert "DoRAConv2d" in str(report)
     assert "202" not in str(report).splitlines()[0]
-    assert str(report).splitlines()[-1].split() == ["all", "2", f"{report.num_parameters:,}"]
+    *_, total, others = str(report).splitlines()
+    assert total.split() == ["all", "2", f"{report.num_parameters:,}"]
+    assert others.startswith(f"{report.num_trainable_others} other parameters still require gradients")
     names = adapter_parameters(net)
     assert list(names) == [f"{i}.{n}" for i in (0, 2) for n in ("lora_A", "lora_B", "magnitude")]
     assert sum(p.numel() for p in names.values()) == report.num_parameters
