@@ -17,6 +17,7 @@ from dora_mm.data.vl.example import Example, Turn
 from dora_mm.models.vl.families import load_vl_model
 from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.recipes import PIPELINES
+from dora_mm.utils.messages import for_terminal
 from tests.pipelines.files.test_merge import llama
 from tests.shared.data.chats import messages
 from tests.shared.data.vl_files import write_json
@@ -95,7 +96,7 @@ def test_both_answers_are_shown(name, tiny_vlm, loaded_images, tmp_path, capsys)
     assert asked(capsys, tiny_vlm(name), image, QUESTION) == f"{bare}\n"
     for adapter in (tmp_path / "run", tmp_path / "run" / "adapter"):
         shown = asked(capsys, tiny_vlm(name), image, QUESTION, "--adapter", adapter)
-        assert shown == f"without adapter: {bare}\nwith adapter:    {adapted}\n"
+        assert shown == for_terminal(f"without adapter: {bare}\nwith adapter:    {adapted}\n")
 
 
 def test_an_answer_cannot_command_the_terminal(tiny_vlm, loaded_images, capsys, monkeypatch):
@@ -118,14 +119,14 @@ def test_the_question_is_asked_as_the_run_trained(tiny_vlm, loaded_images, tmp_p
     row = Example("row", (str(image),), QUESTION)
     (bare,), (adapted,) = run_of(tmp_path / "vqa", "vqa", [row], {"path": str(base)})
     shown = asked(capsys, base, image, QUESTION, "--adapter", tmp_path / "vqa")
-    assert shown == f"without adapter: {bare}\nwith adapter:    {adapted}\n"
+    assert shown == for_terminal(f"without adapter: {bare}\nwith adapter:    {adapted}\n")
     assert asked(capsys, base, image, QUESTION) != f"{bare}\n"
 
     brief = Turn("system", "Be a parrot.", False), Turn("user", f"<image>{QUESTION}", False)
     said = [{"role": "system", "content": "Be a parrot."}, *messages("Q", "A")]
     file = write_json(tmp_path / "rows.json", [{"messages": said}] * 2 + [{"messages": said[1:]}])
     (bare,), (adapted,) = run_of(tmp_path / "chat", "chat", [replace(row, turns=brief)], {"path": str(base)}, file=file)
-    both = f"without adapter: {bare}\nwith adapter:    {adapted}\n"
+    both = for_terminal(f"without adapter: {bare}\nwith adapter:    {adapted}\n")
     assert asked(capsys, base, image, QUESTION, "--adapter", tmp_path / "chat") == both
     given = (base, image, QUESTION, "--system", "Be a parrot.")
     assert asked(capsys, *given) == f"{bare}\n"
@@ -136,7 +137,7 @@ def test_the_question_is_asked_as_the_run_trained(tiny_vlm, loaded_images, tmp_p
         "chat", DecodeConfig(max_new_tokens=6), ()
     )
     shown = asked(capsys, base, image, QUESTION, "--adapter", tmp_path / "chat")
-    assert shown.startswith(f"without adapter: {texts_of(answer([broken], '/'))[0]}\nwith")
+    assert shown.startswith(for_terminal(f"without adapter: {texts_of(answer([broken], '/'))[0]}\nwith"))
     assert shown != without
     file.unlink()
     assert asked(capsys, base, image, QUESTION, "--adapter", tmp_path / "chat") == without != both
@@ -166,7 +167,7 @@ def test_the_settings_of_the_run_are_those_of_the_answer(tiny_vlm, loaded_images
     model = {"path": str(tiny_vlm("qwen2_5_vl")), "max_pixels": 784, "prompts": {"chat": "Say {text}"}}
     (bare,), (adapted,) = run_of(tmp_path, "chat", rows, model)
     shown = asked(capsys, tiny_vlm("qwen2_5_vl"), image, QUESTION, "--adapter", tmp_path)
-    assert shown == f"without adapter: {bare}\nwith adapter:    {adapted}\n"
+    assert shown == for_terminal(f"without adapter: {bare}\nwith adapter:    {adapted}\n")
     assert asked(capsys, tiny_vlm("qwen2_5_vl"), image, QUESTION) != f"{bare}\n"
 
     assert main(["merge", str(tiny_vlm("qwen2_5_vl")), str(tmp_path), str(tmp_path / "merged")]) == 0
@@ -181,7 +182,7 @@ def test_vl_bart_has_the_tower_of_its_run(vl_bart, vision, loaded_images, tmp_pa
     (bare,), (adapted,) = run_of(tmp_path, "vqa", rows, model, vision=vision)
     assert adapted != bare
     shown = asked(capsys, vl_bart, image, QUESTION, "--adapter", tmp_path)
-    assert shown == f"without adapter: {bare}\nwith adapter:    {adapted}\n"
+    assert shown == for_terminal(f"without adapter: {bare}\nwith adapter:    {adapted}\n")
     assert "--adapter" in refused(capsys, vl_bart, image, QUESTION)
     assert "--dtype" in refused(capsys, vl_bart, image, QUESTION, "--adapter", tmp_path, "--dtype", "bfloat16")
     both = (image, loaded_images / "tall.png")
@@ -197,7 +198,7 @@ def test_a_plain_bart_is_asked_as_the_vl_bart_that_its_run_made_of_it(vision, lo
     model = {"family": "vl_bart", "path": str(tmp_path / "bart")}
     (bare,), (adapted,) = run_of(tmp_path, "vqa", rows, model, vision=vision)
     shown = asked(capsys, tmp_path / "bart", image, QUESTION, "--adapter", tmp_path)
-    assert shown == f"without adapter: {bare}\nwith adapter:    {adapted}\n"
+    assert shown == for_terminal(f"without adapter: {bare}\nwith adapter:    {adapted}\n")
 
 
 def test_mistakes_give_one_sentence(tiny_vlm, loaded_images, tmp_path, capsys):
