@@ -19,6 +19,7 @@ from dora_mm.utils.digest import module_digest
 from dora_mm.utils.folders import written_at_once
 from dora_mm.utils.home import expanded
 from dora_mm.utils.progress import Progress
+from dora_mm.utils.shell import command_line
 
 BOUND = 1e-4  # of the largest logit: how far merging in float32 may move any of them
 FRAMES = ("fps", "max_frames")  # of videos, which processors choose in other ways
@@ -59,6 +60,7 @@ def main(model: str, adapter: str, out: str, *, dtype: str | None = None, revisi
         section = run.model if run and isinstance(run.model, VLMModelConfig) else None
         sizes = write_limits(partial, section) if section else {}
     print(f"written  {folder}, and loaded again: its logits are those of the merged model")
+    print(f"serve    {command_line('vllm', 'serve', folder)}, where vLLM has this class")
     if sizes:
         print(f"images   {listed(sizes)}, as in the training: the processor's files of {folder} have it")
     if section and (frames := {key: found for key in FRAMES if (found := getattr(section, key))}):

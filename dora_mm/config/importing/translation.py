@@ -96,7 +96,7 @@ class Translation:
                 self.has_no_equal(key, value)
         for key in PATHS & self.values.keys():
             self.values[key] = _located(self.values[key], foreign)
-        self.sources = {key: _given(source, foreign.given) for key, source in self.sources.items()}
+        self.sources = {key: self._given(source, foreign.given) for key, source in self.sources.items()}
         self._leave_out_refused()
 
     @property
@@ -159,9 +159,17 @@ class Translation:
             f"{key}: {shown(value, 80)}" + (f" ({reason})" if reason else "")
             for key, value, reason in self.without_equal
         ]
-        found = {"Still missing": self.missing, "What differs": self.differences, "No equal here": without}
+        found = {"Still missing": self.missing, "What differs": self.differences, "No equal here, or unknown": without}
         found["Not needed here"] = [", ".join(self.not_needed)] if self.not_needed else []
         return {title: each for title, each in found.items() if each}
+
+    def _given(self, source: str, given: frozenset[str]) -> str:
+        """The keys of a source that the config has; of those with none, that the value is the other trainer's default."""
+        words = source.split(", ")
+        there = [word for word in words if word in given or not word.isidentifier()]
+        if there:
+            return ", ".join(there)
+        return f"{words[0]}, default of {TITLES[self.trainer]}"
 
     def _body(self) -> str:
         text = yaml12.write(self.nested)
@@ -183,13 +191,6 @@ def _located(value: Any, foreign: Foreign) -> Any:
     if isinstance(value, dict):
         return {key: _located(each, foreign) if key in PATHS_WITHIN else each for key, each in value.items()}
     return value
-
-
-def _given(source: str, given: frozenset[str]) -> str:
-    """The keys of a source, without those that the config does not have where it has one of them."""
-    words = source.split(", ")
-    there = [word for word in words if word in given or not word.isidentifier()]
-    return ", ".join(there) if given.intersection(words) else source
 
 
 def _is_within(where: str, key: str) -> bool:

@@ -58,6 +58,7 @@ def translate_llama_factory(foreign: Foreign, found: Translation) -> None:
         found.put("model.loss_over", "prompts and answers", "train_on_prompt")
     _put_quantization(foreign, found, foreign.take("quantization_bit"), "quantization_bit")
     _put_length(found, foreign, "num_train_epochs", 3, 5e-5, 8)
+    found.put("optimizer.weight_decay", number_of(foreign.take("weight_decay", 0.0)), "weight_decay")
     found.put("schedule.name", foreign.take("lr_scheduler_type", "linear"), "lr_scheduler_type")
     if is_preference:
         loss = foreign.take("pref_loss")
@@ -202,6 +203,7 @@ def translate_axolotl(foreign: Foreign, found: Translation) -> None:
     if foreign.flag("train_on_inputs"):
         found.put("model.loss_over", "prompts and answers", "train_on_inputs")
     _put_length(found, foreign, "num_epochs", 1, 2e-4, 1)
+    found.put("optimizer.weight_decay", number_of(foreign.take("weight_decay", 0.0)), "weight_decay")
     found.put("schedule.name", foreign.take("lr_scheduler", "cosine"), "lr_scheduler")
     options = {
         key: foreign.take(f"adam_{name}") for key, name in (("beta1", "beta1"), ("beta2", "beta2"), ("eps", "epsilon"))
@@ -254,8 +256,8 @@ def _put_pixels(foreign: Foreign, found: Translation) -> None:
         found.put("model.max_pixels", MAX_PIXELS, "image_max_pixels")
     else:
         found.differs(
-            f"LLaMA-Factory shrinks images of more than {MAX_PIXELS:,} pixels (image_max_pixels); here the model's own "
-            f"settings decide, and model.max_pixels: {MAX_PIXELS} where the model has such a limit."
+            f"LLaMA-Factory shrinks images of more than {MAX_PIXELS:,} pixels (image_max_pixels). Nothing is set for it: "
+            f"the model's own settings hold, unless you add model.max_pixels or model.image_size, as its class takes."
         )
 
 

@@ -346,7 +346,7 @@ def test_axolotls_yaml(tmp_path):
     assert nested["model"]["quantization"] == "nf4"
     assert nested["adapter"] == {"method": "dora", "rank": 32, "alpha": 16.0, "parts": "all-linear"}
     assert nested["data"]["train"] == {"format": "chat", "file": "mine.jsonl", "columns": {"messages": "turns"}}
-    assert nested["optimizer"] == {"lr": 2e-4, "name": "adamw_8bit"}
+    assert nested["optimizer"] == {"lr": 2e-4, "name": "adamw_8bit", "weight_decay": 0.0}  # their default
     assert (nested["train"]["batch_size"], nested["train"]["epochs"]) == (2, 1)
     assert not found.without_equal
     assert not found.missing
