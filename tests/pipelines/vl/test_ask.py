@@ -17,6 +17,7 @@ from dora_mm.data.vl.example import Example, Turn
 from dora_mm.models.vl.families import load_vl_model
 from dora_mm.models.vl.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.recipes import PIPELINES
+from dora_mm.utils.messages import for_terminal
 from tests.pipelines.files.test_merge import llama
 from tests.shared.data.chats import messages
 from tests.shared.data.vl_files import write_json
@@ -58,13 +59,18 @@ def run_of(
     config = TrainVLConfig.model_validate(values)
     vl = load_vl_model(config.model, config.vision, seed=0)
     answer = vl.answerer(task, DecodeConfig(max_new_tokens=6), ())
-    bare = [texts_of(answer([row], "/"))[0] for row in rows]
+    bare = [shown_answer(answer([row], "/")) for row in rows]
     assert vl.identity  # of the bare model
     trained = adapt(vl.networks, vl.target_maps, config.adapter, seed=0, backend="torch")
     for name, parameter in trained.parameters.items():
         parameter.data += torch.randn_like(parameter) * (0.1 if "magnitude" in name else 1.0)
     save_trained(trained, config, vl, folder / "adapter")
-    return bare, [texts_of(answer([row], "/"))[0] for row in rows]
+    return bare, [shown_answer(answer([row], "/")) for row in rows]
+
+
+def shown_answer(answers) -> str:
+    """The first of some answers, of a random model that also writes control characters, as a terminal shows it."""
+    return for_terminal(texts_of(answers)[0])
 
 
 def asked(capsys: pytest.CaptureFixture, *arguments: object) -> str:
