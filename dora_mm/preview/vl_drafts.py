@@ -136,7 +136,8 @@ def about(draft: Draft, rows: FoundRows) -> str:
             "so batch_size is half of the recipe's; lr is that of LLaMA-Factory's example of DPO.",
         ]
     lines += [
-        "--dry-run checks every row and shows some as the model sees them. Every key is explained in docs/keys.md."
+        "--dry-run checks every row and shows some as the model sees them.",
+        "docs/vlm.md explains data, models and scores; docs/keys.md lists every key.",
     ]
     return "\n".join(lines)
 

@@ -164,7 +164,7 @@ class Translation:
         return {title: each for title, each in found.items() if each}
 
     def _given(self, source: str, given: frozenset[str]) -> str:
-        """The keys of a source that the config has; of those with none, that the value is the other trainer's default."""
+        """The keys of a source that the config has; without one, that the value is the other trainer's default."""
         words = source.split(", ")
         there = [word for word in words if word in given or not word.isidentifier()]
         if there:

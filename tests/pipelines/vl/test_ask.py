@@ -59,13 +59,18 @@ def run_of(
     config = TrainVLConfig.model_validate(values)
     vl = load_vl_model(config.model, config.vision, seed=0)
     answer = vl.answerer(task, DecodeConfig(max_new_tokens=6), ())
-    bare = [texts_of(answer([row], "/"))[0] for row in rows]
+    bare = [shown_answer(answer([row], "/")) for row in rows]
     assert vl.identity  # of the bare model
     trained = adapt(vl.networks, vl.target_maps, config.adapter, seed=0, backend="torch")
     for name, parameter in trained.parameters.items():
         parameter.data += torch.randn_like(parameter) * (0.1 if "magnitude" in name else 1.0)
     save_trained(trained, config, vl, folder / "adapter")
-    return bare, [texts_of(answer([row], "/"))[0] for row in rows]
+    return bare, [shown_answer(answer([row], "/")) for row in rows]
+
+
+def shown_answer(answers) -> str:
+    """The first of some answers, of a random model that also writes control characters, as a terminal shows it."""
+    return for_terminal(texts_of(answers)[0])
 
 
 def asked(capsys: pytest.CaptureFixture, *arguments: object) -> str:
