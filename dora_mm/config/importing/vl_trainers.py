@@ -257,7 +257,7 @@ def _put_pixels(foreign: Foreign, found: Translation) -> None:
     else:
         found.differs(
             f"LLaMA-Factory shrinks images of more than {MAX_PIXELS:,} pixels (image_max_pixels). Nothing is set for "
-            f"it: the model's own settings hold, unless you add model.max_pixels or model.image_size, as its class takes."
+            f"it: the model's own settings hold, unless you add model.max_pixels or model.image_size, as it takes."
         )
 
 
