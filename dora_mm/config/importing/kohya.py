@@ -102,6 +102,9 @@ def _kohya_parts(foreign: Foreign, found: Translation, *, has_conv: bool) -> Non
     rate = foreign.take("text_encoder_lr")
     rate = number_of(rate[0] if isinstance(rate, list) else rate)
     unet_only = foreign.flag("network_train_unet_only") or rate == 0
+    if rate and "prodigy" in str(foreign.left.get("optimizer_type", "")).lower():
+        rate = None  # which would refuse the parts
+        found.differs("text_encoder_lr: prodigy finds one rate for all parts here.")
     if not unet_only:
         parts |= {name: None if rate is None else {"lr": rate} for name in TEXT_ENCODERS}
     if foreign.flag("network_train_text_encoder_only"):

@@ -215,6 +215,15 @@ def test_kohyas_toml_with_its_data_set(tmp_path):
     assert not found.missing
 
 
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_kohyas_prodigy_keeps_the_text_encoders(tmp_path, rate):
+    toml = 'pretrained_model_name_or_path = "x"\ntrain_data_dir = "y"\noptimizer_type = "Prodigy"\nunet_lr = 1.0\n'
+    found = imported(tmp_path, "a.toml", f"{toml}text_encoder_lr = {rate}\n")
+    parts = ["unet.attn", "unet.cross", "unet.ff", "text_encoders.attn", "text_encoders.ff"]
+    assert found.nested["adapter"]["parts"] == parts
+    assert any("prodigy finds one rate" in sentence for sentence in found.differences)
+
+
 def test_kohyas_prompts_keep_their_flags(tmp_path):
     (tmp_path / "prompts.txt").write_text(
         "a cat --n blurry --w 128 --s 4 --d 1\n# a comment\na car --n blurry --w 64 --s 4 --d 2\n"

@@ -468,7 +468,7 @@ def test_the_printed_command_draws_the_images_of_the_sheet(config, tmp_path, cap
     printed = capsys.readouterr().out.partition("to sample  dora-mm ")[2]
     assert main([*shlex.split(printed), "output=drawn"]) == 0
     assert (
-        "Generated as the contact sheets of the training: steps 3, guidance 2, negative_prompt 'blurry'"
+        "As the training's contact sheets, where a row is silent: steps 3, guidance 2, negative_prompt 'blurry'"
         in caplog.messages
     )
     drawn = Image.open(tmp_path / "drawn/samples/0001-seed3-strength1.png")
