@@ -22,7 +22,7 @@ from dora_mm.registries.other_trainers import CAPTION_FILES, DTYPES
 from dora_mm.utils.prompt_lines import of_line
 from dora_mm.utils.shell import quoted
 
-UNET = ("unet.attn", "unet.cross", "unet.ff")
+UNET = ("unet.attn", "unet.cross", "unet.ff", "proj_in", "proj_out")  # all layers of its Transformer2DModel
 TEXT_ENCODERS = ("text_encoders.attn", "text_encoders.ff")
 CAPTIONS = {
     "caption_prefix": "data.captions.prefix",
@@ -111,9 +111,6 @@ def _kohya_parts(foreign: Foreign, found: Translation, *, has_conv: bool) -> Non
         parts = dict.fromkeys(TEXT_ENCODERS)
     found.put(
         "adapter.parts", parts if any(parts.values()) else list(parts), "network_train_unet_only, text_encoder_lr"
-    )
-    found.differs(
-        "networks.lora also adapts proj_in and proj_out around the blocks of the UNet; no part here has them."
     )
 
 

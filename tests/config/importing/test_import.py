@@ -191,7 +191,7 @@ def test_kohyas_toml_with_its_data_set(tmp_path):
             "rank": 8,
             "alpha": 1.0,  # their default, not ours
             "parts": {
-                **dict.fromkeys(["unet.attn", "unet.cross", "unet.ff"]),
+                **dict.fromkeys(["unet.attn", "unet.cross", "unet.ff", "proj_in", "proj_out"]),
                 "text_encoders.attn": {"lr": 5e-5},
                 "text_encoders.ff": {"lr": 5e-5},
             },
@@ -219,7 +219,7 @@ def test_kohyas_toml_with_its_data_set(tmp_path):
 def test_kohyas_prodigy_keeps_the_text_encoders(tmp_path, rate):
     toml = 'pretrained_model_name_or_path = "x"\ntrain_data_dir = "y"\noptimizer_type = "Prodigy"\nunet_lr = 1.0\n'
     found = imported(tmp_path, "a.toml", f"{toml}text_encoder_lr = {rate}\n")
-    parts = ["unet.attn", "unet.cross", "unet.ff", "text_encoders.attn", "text_encoders.ff"]
+    parts = ["unet.attn", "unet.cross", "unet.ff", "proj_in", "proj_out", "text_encoders.attn", "text_encoders.ff"]
     assert found.nested["adapter"]["parts"] == parts
     assert any("prodigy finds one rate" in sentence for sentence in found.differences)
 
@@ -252,7 +252,7 @@ def test_kohyas_command_line_is_its_toml(tmp_path):
     )
     found = imported(tmp_path, "train.bat", flags)
     assert found.values["adapter.method"] == "dora"
-    assert found.values["adapter.parts"] == ["unet.attn", "unet.cross", "unet.ff"]
+    assert found.values["adapter.parts"] == ["unet.attn", "unet.cross", "unet.ff", "proj_in", "proj_out"]
     assert (found.values["adapter.rank"], found.values["adapter.alpha"]) == (8, 4.0)
     assert found.values["model.path"] == "a b.safetensors"
     assert (found.values["data.folder"], found.values["data.subfolders"]) == ("my images", True)
