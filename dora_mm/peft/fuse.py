@@ -38,7 +38,7 @@ FUSED = {
 KNOWN = {f"peft.tuners.lora.layer.{name}" for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")} | {
     f"peft.tuners.lora.{name}" for name in ("bnb.Linear4bit", "bnb.Linear8bitLt", "torchao.TorchaoLoraLinear")
 }
-SMALL = "few weights for their tokens on a processor, in training without fixed_norms, where it is as fast"
+SMALL = "few weights and tokens on a processor, in training without dora_mm.peft.fixed_norms: it is as fast there"
 PARAMETER = "LoRA of parameters, for which PEFT has no DoRA (dora_mm.inject has one for stacked experts)"
 DROPOUT = "take a second large product in training, for lora_dropout: with 0 a step costs about half"
 Adapters = list[tuple[str, str]]
@@ -65,7 +65,8 @@ class FuseReport:
         always = [adapter for adapter in self.fused if adapter not in at_times]
         lines = [f"DoRA of {shown(always)} runs fused"] if always or not at_times else []
         lines += [
-            f"DoRA of {shown(some)} runs fused, but PEFT's own code with {why}" for why, some in self.at_times.items()
+            f"DoRA of {shown(some)} runs fused, except that PEFT's own code runs with {why}"
+            for why, some in self.at_times.items()
         ]
         if self.with_dropout:
             lines.append(f"  {shown(self.with_dropout)} of these {DROPOUT}")
