@@ -52,13 +52,14 @@ test-slow: $(READY)  ## quantised bases and TRL come from folders of their own: 
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/trl trl datasets dill multiprocess xxhash pandas
 	PYTHONPATH=build/trl $(BIN)/python -m pytest -m slow tests/peft/test_trl.py
 
-test-oldest:  ## with the oldest releases that pyproject.toml admits, of the base and of the recipes: 10 GB in build/oldest
+test-oldest:  ## with the oldest releases that pyproject.toml admits, of the base (no transformers 5) and of the recipes: 10 GB in build/oldest
 	@for each in base recipes; do test -x build/oldest/$$each/bin/python || $(PYTHON) -m venv build/oldest/$$each; \
 		build/oldest/$$each/bin/python -m pip install --quiet uv; done
 	build/oldest/base/bin/uv pip install --quiet --python build/oldest/base/bin/python --resolution lowest-direct \
 		--editable . pytest==8.4.2 hypothesis==6.140.0 pillow==12.0.0
 	OMP_NUM_THREADS=1 build/oldest/base/bin/python -m pytest tests/core tests/peft/test_formula.py tests/peft/test_layers.py \
-		--ignore tests/core/test_unet.py
+		--ignore tests/core/test_unet.py --ignore tests/core/wrappers/test_experts.py \
+		--ignore tests/core/wrappers/test_quantized.py --ignore tests/core/wrappers/test_streaming.py
 	build/oldest/recipes/bin/uv pip install --quiet --python build/oldest/recipes/bin/python --resolution lowest-direct \
 		--only-binary resvg-py --editable ".[test,eval,optim,track,samples,vl]"
 	OMP_NUM_THREADS=1 build/oldest/recipes/bin/python -m pytest -n 2 --dist worksteal

@@ -114,7 +114,7 @@ and BLIP for questions.) This table is written by `python -m tests.documented.vl
 weights with their real processors. Of each that trains, with adapters in all parts: a fresh adapter changes no bit;
 loss and gradients are those of autograd through the textbook formula; rows of a batch have the losses, gradients and
 answers that they have alone; the merged model computes what the adapter does, and so does PEFT, where it can load the
-adapter ([what it cannot](formats.md#peft) is written in the native form); and the parts that are named have gradients.
+adapter ([what it cannot](file_layouts.md#peft) is written in the native form); and the parts that are named have gradients.
 
 Those with a yes under "videos" read [videos](vlm.md#data), too, {videos} of them: rows with videos of two lengths, with
 an image and with text alone were computed in one batch and alone.
