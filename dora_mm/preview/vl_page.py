@@ -101,7 +101,7 @@ def vl_page(
         work = {"num_tokens": data.largest.num_tokens, "tower_work": tower}
     why_not = unmeasured or why_not_measured(accelerator, networks, shard=shard, **work)
     if batches is None:
-        why_not = "not all training data can be read"
+        why_not = unmeasured or why_no_batches(config, data)
     elif not why_not and not has_weights:
         why_not = f"the weights of {config.model.path} are not on this machine"
     if batches and not why_not:
@@ -115,6 +115,16 @@ def vl_page(
         yield estimated_cost(config, accelerator, structure, trained, model, data, divided)
         yield f"time      not measured: {why_not}"
     yield from slow_hardware(accelerator, trained.networks.values())
+
+
+def why_no_batches(config: TrainVLConfig, data: DataPreview) -> str:
+    """Why there are no rows to measure a step with."""
+    if data.problems:
+        return data.problems[0]
+    here = {task.task for task, split, _ in present_splits(config) if split == "train"}
+    if missing := [task.task for task in config.data.all_tasks if task.task not in here]:
+        return f"the training data of {', '.join(missing)} are not on this machine"
+    return f"the files of {config.model.path} are not on this machine"
 
 
 def adapted(model: VLModel | Structure, config: TrainVLConfig) -> TrainedNetworks:

@@ -357,7 +357,7 @@ def test_an_evaluation_of_a_suite_is_scored_again_from_its_rows(tiny_vlm, tmp_pa
     assert [line for line in again.splitlines() if line.startswith("|")] == [
         line for line in printed.splitlines() if line.startswith("|")
     ]
-    assert "too few for an interval, which takes 20 independent ones, n = 8 in 2 groups" in printed
+    assert "no 95 % interval, which takes 20 independent answers; n = 8 in 2 groups" in printed
     assert "- the data of docvqa: " in again
     assert main(["eval", str(path)]) == 0  # goes on, and says the same
     assert capsys.readouterr().out == printed

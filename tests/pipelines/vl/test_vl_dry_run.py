@@ -123,7 +123,7 @@ def test_without_data_the_parts_and_their_memory_are_shown(config, tmp_path, cap
     assert re.search(r"chat train file +.+none.json +missing", text)
     assert row_of(text, "text.attn")[1] == "dora"
     assert "together, without activations" in text
-    assert "time      not measured: not all training data can be read" in text
+    assert "time      not measured: the training data of chat are not on this machine" in text
     assert "lengths of" not in text
 
 
