@@ -130,4 +130,4 @@ def metric_of(config: TrainVLConfig) -> str:
     """The metric of the first task, as the end of a sentence."""
     if TASKS[config.data.all_tasks[0].task].pairs:
         return OF_PAIRS
-    return "exact match, with ROUGE-L beside it: data.task chat_sentences, in both files, has ROUGE-L first"
+    return "exact match, with ROUGE-L beside it (data.task: chat_sentences, in both files, puts ROUGE-L first)"

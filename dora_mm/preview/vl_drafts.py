@@ -85,7 +85,7 @@ def write_vl(draft: Draft, start: TrainVLConfig) -> None:
         print(f"unread    {about_unread(rows.unread)}")
     print(f"score     {rows.metric}\n\nwritten   {draft.file}, {evaluation}")
     question = ["IMAGE", "QUESTION"] if rows.has_images else ["QUESTION"]
-    own = "" if rows.pairs else "; with --set adapter=null the model's own"
+    own = "" if rows.pairs else "; --set adapter=null scores the bare model"
     print_next(
         config,
         {
@@ -241,7 +241,7 @@ def evaluation_text(training: Path, file: Path, config: TrainVLConfig, metric: s
         "" if pairs else "--set adapter=null scores the model without it, and adapter=RUN that of another training.\n"
     )
     chosen = any(isinstance(task.valid, HeldOutConfig) for task in config.data.all_tasks)
-    same = "Which rows are held out follows from data alone: change it in both files, or in neither."
+    same = "The data section decides which rows are held out: change it in both files, or in neither."
     about = (
         f"Scores the rows that {training.name} {'holds out' if chosen else 'validates on'}, with its adapter,\n"
         f"by {metric}.\n{bare}{same if chosen else ''}".rstrip()

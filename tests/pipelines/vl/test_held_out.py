@@ -161,7 +161,7 @@ def test_a_training_reports_the_base_the_adapter_and_how_few_rows_there_are(conf
     assert main(["train", config, "--set", "evaluate.every=1", "data.task=chat_sentences"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"- ROUGE-L [\d.]+: no 95 % interval, .*; n = 4 in 2 groups", printed)
-    found = re.search(r"of the base ([\d.]+), with the adapter ([\d.]+): (\S+) points; too few", printed)
+    found = re.search(r"of the base ([\d.]+), with the adapter ([\d.]+): (\S+) points; no 95 % interval", printed)
     before, after, gain = map(float, found.groups())
     assert gain == pytest.approx(after - before, abs=0.11)
     assert re.search(r"step 1: chat_sentences [\d.]+ \(n = 4: too few to judge by\)", caplog.text)

@@ -151,7 +151,7 @@ def test_single_questions_are_compared_by_an_exact_test(tmp_path, capsys):
     data = str(files.write_lines(tmp_path / "coco_pope_random.json", rows))
     paths = [lines(tmp_path / f"{name}.jsonl", [name] * 8, key="question_id") for name in ("no", "yes")]
     text = run(capsys, *paths, "--suite", "pope", "--data", data)
-    assert "100.0 points, p = 0.0078 (McNemar's exact test), n = 8; 8 rows better, 0 worse; too few" in text
+    assert "100.0 points, p = 0.0078 (McNemar's exact test), n = 8; 8 rows better, 0 worse; no 95 % interval" in text
     assert "F1" in text
 
 
