@@ -122,18 +122,18 @@ OUTSIDE = {
     "config_file": "the config is named without a flag: dora-mm train CONFIG.yaml",
     "dataset_config": "dora-mm import reads it, with the TOML or the command line that names it",
 }
-SERVED = "dora-mm merge MODEL ADAPTER OUT writes a folder, and vllm serve OUT serves it (docs/serving.md)"
-ASKED = "dora-mm ask MODEL IMAGE QUESTION --adapter RUN prints answers without and with the adapter"
-MERGED = "dora-mm merge MODEL ADAPTER OUT writes the merged model"
-STARTED = (
+SERVING = "dora-mm merge MODEL ADAPTER OUT writes a folder, and vllm serve OUT serves it (docs/serving.md)"
+ANSWERS = "dora-mm ask MODEL IMAGE QUESTION --adapter RUN prints answers without and with the adapter"
+MERGING = "dora-mm merge MODEL ADAPTER OUT writes the merged model"
+TRAINING = (
     "dora-mm new vlm NAME --data FILE writes a config, and dora-mm import FILE one from yours; dora-mm train runs it"
 )
 COMMANDS = {  # of llamafactory-cli, swift and axolotl
-    **dict.fromkeys(("serve", "api", "deploy", "vllm-serve"), SERVED),
-    **dict.fromkeys(("chat", "infer", "inference"), ASKED),
-    **dict.fromkeys(("export", "merge-lora", "merge_lora"), MERGED),
-    **dict.fromkeys(("sft", "rlhf", "dpo"), STARTED),
-    **dict.fromkeys(("webui", "webchat", "web-ui", "app"), f"the program has no web interface. {STARTED}"),
+    **dict.fromkeys(("serve", "api", "deploy", "vllm-serve"), SERVING),
+    **dict.fromkeys(("chat", "infer", "inference"), ANSWERS),
+    **dict.fromkeys(("export", "merge-lora", "merge_lora"), MERGING),
+    **dict.fromkeys(("sft", "rlhf", "dpo"), TRAINING),
+    **dict.fromkeys(("webui", "webchat", "web-ui", "app"), f"the program has no web interface. {TRAINING}"),
     "preprocess": "dora-mm train CONFIG.yaml --dry-run checks and shows the rows",
     "evaluate": "dora-mm eval CONFIG.yaml scores a model and its adapter",
 }
