@@ -179,12 +179,13 @@ def reference_section(config: TrainVLConfig) -> Iterator[str]:
 def validation_sections(config: TrainVLConfig, batches: VLBatches | None) -> Iterator[str]:
     """When the adapter is validated, and by what; nothing where no task has validation data."""
     if valid := [task.task for task in config.data.all_tasks if task.valid]:
-        by = ", ".join(f"{name} by its {'loss' if by_loss(config.evaluate, name) else 'metric'}" for name in valid)
+        by = ", ".join(f"{'loss' if by_loss(config.evaluate, name) else 'score'} on {name}" for name in valid)
         steps = with_steps(config.train, config.schedule, batches.steps_per_epoch).steps if batches else None
-        yield f"validated {when(config.evaluate, steps or config.train.steps)}; the best adapter of {by}"
+        often = when(config.evaluate, steps or config.train.steps)
+        yield f"validated {often}; the best adapter is the one with the best {by}"
         if (every := config.evaluate.per_example_every) is not None:
-            often = f", every {every:,} steps" if every else ""
-            yield f"each      the loss of each validation row in a pass of its own, at the start{often} and at the end"
+            again = f", every {every:,} steps" if every else ""
+            yield f"each      the loss of each validation row in a pass of its own, at the start{again} and at the end"
 
 
 def measured_cost(

@@ -350,7 +350,7 @@ def _listing(
     settings = {"anywhere": absolute_paths, "remedy": ABSOLUTE}
     if source.images is not None:
         folder = ImageFolder(Path(source.images), [stored, *own_folders(source)], links, **settings).listed()
-        return folder.find, source.images, folder.refusal
+        return folder.find, f"the folder {source.images}", folder.refusal
     if source.reader.images == "own" or (source.reader.images == "either" and is_of_hub(source)):
         folder = ImageFolder(None, [stored, *own_folders(source)], links, **settings)
         where = "the file system (relative names need `images`, the folder that they are in)"
