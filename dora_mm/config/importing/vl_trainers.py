@@ -259,7 +259,7 @@ def _put_pixels(foreign: Foreign, found: Translation) -> None:
     else:
         found.differs(
             f"LLaMA-Factory shrinks images of more than {MAX_PIXELS:,} pixels (image_max_pixels). Here the model's own "
-            "limit holds. To set one, add model.max_pixels or model.image_size: dora-mm train says which it takes."
+            "limit holds. To set one, add model.max_pixels, or model.image_size if the model takes that instead."
         )
 
 
@@ -280,6 +280,8 @@ def _put_sources(found: Translation, sources: Sequence[dict[str, Any]], key: str
     if sources:
         for name, value in sources[0].items():
             found.put(f"data.train.{name}", value, key if name == "file" else "")
+        if "images" not in sources[0] and found.trainer != "llama-factory":  # whose paths start in media_dir
+            found.differs("Image paths in the rows start in the folder data.train.images. Add it if they are relative.")
     found.put("data.more", sources[1:] or None, key)
 
 

@@ -353,7 +353,7 @@ def _listing(
         return folder.find, f"the folder {source.images}", folder.refusal
     if source.reader.images == "own" or (source.reader.images == "either" and is_of_hub(source)):
         folder = ImageFolder(None, [stored, *own_folders(source)], links, **settings)
-        where = "the file system (relative names need `images`, the folder that they are in)"
+        where = "the file system (relative names need `images`)"
         return folder.find, where, folder.refusal
     # Only features are read, by the names of images
     return (lambda name: None if os.path.isabs(name) else name), "", lambda name: f"is an absolute path: {ABSOLUTE}"

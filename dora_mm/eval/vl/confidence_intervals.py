@@ -149,7 +149,7 @@ def points(ci: ConfidenceInterval, groups: int = LEAST_GROUPS) -> str:
 def number_of(scores: AnswerScores) -> str:
     """Returns how many answers there are, and where some belong together how many groups they form."""
     answers, groups = len(scores.groups), len(set(scores.groups))
-    grouped = f" in {groups:,} groups; answers about one image or document are one group"
+    grouped = f" in {groups:,} groups, each about one image, document or question"
     return f"n = {answers:,}{grouped if groups < answers else ''}"
 
 

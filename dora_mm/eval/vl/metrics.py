@@ -98,7 +98,7 @@ def conclusion(scores: Mapping[str, VLScores], num_groups: Mapping[str, int], *,
     if scores and all(TASKS[task].pairs for task in scores):
         other = "Both numbers already compare the adapter with the model without it."
     elif adapted:
-        other = "What the adapter adds is the difference to the same command with --set adapter=null."
+        other = "To see what the adapter adds, compare with the same command and --set adapter=null."
     else:
         other = "These are the base model's: --set adapter=RUN scores a training on the same rows."
     return "\n".join([*cautions, *guessing, other])
