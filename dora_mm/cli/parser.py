@@ -148,8 +148,13 @@ def _add_new(commands: Any) -> None:
     command.add_argument(
         "family", metavar="FAMILY", help=f"what is trained: {', '.join(IMAGE_FAMILIES.built_in)} or vlm"
     )
-    command.add_argument("name", metavar="NAME", help="of the new config and its runs: NAME.yaml, NAME_prompts.txt")
-    command.add_argument("--images", metavar="FOLDER", help="your images, with or without captions")
+    command.add_argument(
+        "name",
+        metavar="NAME",
+        help="of the new config and its runs; beside NAME.yaml are its prompts, or of vlm NAME_eval.yaml",
+    )
+    folder = "your images, with or without captions; of vlm the folder from which the paths in --data start"
+    command.add_argument("--images", metavar="FOLDER", help=folder)
     command.add_argument(
         "--references",
         metavar="FOLDER",
@@ -157,7 +162,7 @@ def _add_new(commands: Any) -> None:
         default=(),
         help="of a model that edits: what each image is made of, under its file name",
     )
-    command.add_argument("--data", metavar="FILE", help="your questions, of vlm: JSON, JSON lines or Parquet")
+    command.add_argument("--data", metavar="FILE", help="of vlm: your conversations, as JSON, JSON lines or Parquet")
     command.add_argument("--model", metavar="MODEL", help=f"{BASE}; default: the recipe's")
     _add_follow_links(command)
 
