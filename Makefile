@@ -61,7 +61,7 @@ test-oldest:  ## with the oldest releases that pyproject.toml admits, of the bas
 		--ignore tests/core/test_unet.py --ignore tests/core/wrappers/test_experts.py \
 		--ignore tests/core/wrappers/test_quantized.py --ignore tests/core/wrappers/test_streaming.py
 	build/oldest/recipes/bin/uv pip install --quiet --python build/oldest/recipes/bin/python --resolution lowest-direct \
-		--only-binary resvg-py --editable ".[test,eval,optim,track,samples,vl]"
+		--only-binary resvg-py --editable ".[test,eval,optim,track,samples,sheets,heic,vl,docs]"
 	OMP_NUM_THREADS=1 build/oldest/recipes/bin/python -m pytest -n 2 --dist worksteal
 
 test-beside:  ## pip beside other trainers, and fuse_peft with the releases that they pin: 5 GB in build/beside

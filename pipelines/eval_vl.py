@@ -19,8 +19,9 @@ from dora_mm.data.vl.answers import AnsweredRows, predictions_of
 from dora_mm.data.vl.example import Predictions
 from dora_mm.data.vl.splits import ValidationSet, open_validation, training_texts
 from dora_mm.data.vl.trained_rows import rows_trained_on
+from dora_mm.eval.statistics import LEAST_GROUPS
 from dora_mm.eval.vl.boxes import with_grids
-from dora_mm.eval.vl.confidence_intervals import LEAST_GROUPS, answer_scores, gain_over_question_only, points
+from dora_mm.eval.vl.confidence_intervals import answer_scores, gain_over_question_only, groups_of, points
 from dora_mm.eval.vl.metrics import QUESTION_ONLY, QUESTION_ONLY_RULE, conclusion
 from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
 from dora_mm.eval.vl.reports import write_answers, write_examples, write_report
@@ -107,7 +108,9 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
         scores = report_all(config, run, answered, splits, inputs, unbatched, model.day.recorded or "", trained_on)
         if config.same_as:
             report_same(config.same_as, run, splits, earlier, model.day)
-        print(f"\n{conclusion(scores, adapted=folder is not None)}")
+        rows = {name: predictions_of(answered[name]) for name in scores}
+        num_groups = {name: len(set(groups_of(name, [row for row, _ in found]))) for name, found in rows.items()}
+        print(f"\n{conclusion(scores, num_groups, adapted=folder is not None)}")
 
 
 def day_of_adapter(folder: Path) -> RunDay:

@@ -1,10 +1,12 @@
 """dora-mm import: a config of another trainer as one of ours, with what differs and what has no equal."""
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
-from dora_mm.config import run_name
+from dora_mm.config import find_path, run_name
 from dora_mm.config.importing import Translation, translate
+from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.vl.json_items import json_lines, list_items
 from dora_mm.preview.vl_drafts import OF_PAIRS, evaluation_text
@@ -12,6 +14,8 @@ from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.utils.folders import written_together
 from dora_mm.utils.home import expanded
 from dora_mm.utils.shell import quoted
+
+SIZES = ("model.max_pixels", "model.min_pixels")  # which not every model takes
 
 
 def main(file: Path, *, output: str | None = None) -> None:
@@ -28,6 +32,7 @@ def main(file: Path, *, output: str | None = None) -> None:
     source = expanded(file)
     target = expanded(output) if output else default_name(source)
     translation = translate(source)
+    leave_out_sizes(translation)
     if translation.part_of_epochs:
         put_steps(translation)
     evaluation = target.with_name(f"{target.stem}_eval.yaml")
@@ -53,27 +58,60 @@ def default_name(source: Path) -> Path:
     return target if target.absolute() != source.absolute() else Path(f"{run_name(source)}_dora_mm.yaml")
 
 
+def leave_out_sizes(translation: Translation) -> None:
+    """Leaves out limits of images that the model does not take; one that is not on this machine is not checked."""
+    values, path = translation.values, str(translation.values.get("model.path", ""))
+    given = [key for key in SIZES if key in values]
+    if not given or not path or find_path(path) is None or find_spec("transformers") is None:
+        return
+    from dora_mm.models.folders import read_config  # these need the extra vl
+    from dora_mm.models.vl.vlm.image_limits import limits_of
+    from dora_mm.models.vl.vlm.loading import load_processor
+
+    try:
+        config = read_config(path, None)
+        processor = load_processor(VLMModelConfig(path=path), config)
+    except ValueError as error:
+        translation.differs(f"Whether the model takes {', '.join(given)} was not checked: {error}.")
+        return
+    known = limits_of(processor, config) if processor.image_processor is not None else {}
+    others = " or ".join(f"model.{name}" for name in known) or "no limit"
+    for key in given:
+        if key.partition(".")[2] not in known:
+            source = translation.sources.pop(key, key)
+            translation.has_no_equal(source, values.pop(key), f"{path} takes {others}")
+
+
 def put_steps(translation: Translation) -> None:
     """Puts the steps of a part of an epoch where its rows can be counted, as transformers' Trainer does."""
     assert translation.part_of_epochs
     key, epochs = translation.part_of_epochs
-    rows = num_rows(translation)
-    if rows is None:
+    found = num_rows(translation)
+    if found is None:
         translation.differs(
             f"{key} is {epochs:g}, and train.epochs a whole number: {translation.values['train.epochs']} is written. "
             f"For {epochs:g} give train.steps instead: {epochs:g} x rows / (batch_size x gradient_accumulation_steps)."
         )
         return
+    rows, held_out = found
     batches = math.ceil(rows / int(translation.values["train.batch_size"]))
     accumulated = int(translation.values.get("train.gradient_accumulation_steps", 1))
     steps = math.ceil(epochs * math.ceil(batches / accumulated))
     del translation.values["train.epochs"]
     translation.put("train.steps", steps, key)
-    translation.differs(f"{key} is {epochs:g}: train.steps is {steps}, for {rows:,} rows.")
+    of = (
+        f"{rows:,} of {rows + held_out:,} rows, since data.valid holds out {held_out:,}"
+        if held_out
+        else f"{rows:,} rows"
+    )
+    translation.differs(f"{key} is {epochs:g}: train.steps is {steps}, for {of}.")
 
 
-def num_rows(translation: Translation) -> int | None:
-    """The number of rows that are trained on; None: a file is not on this machine, or neither JSON nor JSON lines."""
+def num_rows(translation: Translation) -> tuple[int, int] | None:
+    """How many rows are trained on, and how many are held out where each has an image of its own.
+
+    None: a file is not on this machine, or neither JSON nor JSON lines.
+    """
     values = translation.nested["data"]
     sources = [values["train"], *values.get("more", ())] if "train" in values else []
     counts = []
@@ -84,11 +122,12 @@ def num_rows(translation: Translation) -> int | None:
         number = sum(1 for _ in (json_lines if path.suffix == ".jsonl" else list_items)(path))
         counts.append(min(number, source.get("limit", number)))
     share = values.get("valid", {}).get("share", 0)
-    return sum(counts) - int(sum(counts) * share) if counts else None
+    held_out = max(1, round(share * sum(counts))) if share else 0
+    return (sum(counts) - held_out, held_out) if counts else None
 
 
 def metric_of(config: TrainVLConfig) -> str:
     """The metric of the first task, as the end of a sentence."""
     if TASKS[config.data.all_tasks[0].task].pairs:
         return OF_PAIRS
-    return "exact match, with ROUGE-L beside it: data.task chat_sentences, in both files, has ROUGE-L first"
+    return "exact match, with ROUGE-L beside it (data.task: chat_sentences, in both files, puts ROUGE-L first)"

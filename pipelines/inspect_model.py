@@ -253,6 +253,7 @@ def describe_network(title: str, network: Network, model: nn.Module, targets: Ta
     """The modules that all parts of a map take together, the parts, and what the default ones would train."""
     num_base = sum(parameter.numel() for parameter in model.parameters())
     others = [about_left_out(model, match_modules(model, targets))] if targets.name == NAME else []
+    model.requires_grad_(False)  # or the report has advice on what else is trained
     report = inject(model, targets.select(parts_in(model, targets) or None), DoRASpec(rank=RANK, alpha=RANK))
     others += [line] if (line := about_experts(model)) else []
     default = tuple(targets.select().parts)

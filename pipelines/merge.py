@@ -60,7 +60,7 @@ def main(model: str, adapter: str, out: str, *, dtype: str | None = None, revisi
         section = run.model if run and isinstance(run.model, VLMModelConfig) else None
         sizes = write_limits(partial, section) if section else {}
     print(f"written  {folder}, and loaded again: its logits are those of the merged model")
-    print(f"serve    {command_line('vllm', 'serve', folder)}, where vLLM has this class")
+    print(f"serve    {command_line('vllm', 'serve', folder)}, if vLLM supports this model")
     if sizes:
         print(f"images   {listed(sizes)}, as in the training: the processor's files of {folder} have it")
     if section and (frames := {key: found for key in FRAMES if (found := getattr(section, key))}):
@@ -101,7 +101,7 @@ def merge(base: Probe, file: Path, dtype: str) -> Tensor:
     check_merged(file, difference, dtype)
     num_extra = sum(map(len, state.parameters.values()))
     print(f"merged   {report.num_modules} modules and {num_extra} other parameters of {file} in {dtype}")
-    print(f"logits   differ from the adapter's by at most {difference:.1e} of the largest one")
+    print(f"logits   differ from those of the adapted model by at most {difference:.1e} of the largest one")
     if dtype != "float32":
         print(f"rounding keeps {min(report.surviving_share, 1):.2%} of the update")  # nearly 1 may lie above it
     return merged

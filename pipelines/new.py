@@ -70,7 +70,7 @@ def main(
     """
     check_starts(family)
     check_edits(family, references)
-    if images is not None:
+    if images is not None and family in IMAGE_FAMILIES:  # of questions, the rows say which folder it may be
         resolve_path(images, "--images")
     if model is not None:
         resolve_model(model, "--model")

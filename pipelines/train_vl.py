@@ -383,7 +383,7 @@ def finish(
     base: dict[str, AnswerScores] = read_base(run.path / BASE)
     scores: dict[str, VLScores] = scoring.scores
     for key, fate in (
-        ("rows_cut", "were longer than a row may be, and lost text or whole exchanges"),
+        ("rows_cut", "were too long, and lost text or whole exchanges"),
         ("rows_left_out", "could not be encoded or lost their whole answers, and were left out"),
     ):
         if details[key]:

@@ -15,6 +15,7 @@ from dora_mm.cli.errors import user_message
 from dora_mm.cli.other_forms import right_form
 from dora_mm.cli.parser import build_parser
 from dora_mm.cli.streams import open_streams
+from dora_mm.registries.other_trainers import command_of
 from dora_mm.utils.messages import OURS, nearest
 from dora_mm.utils.processes import reports_end
 
@@ -89,8 +90,9 @@ def _parsed(given: Sequence[str]) -> Namespace:
         parser.print_help(sys.stderr)
         parser.exit(USER_ERROR)
     if not given[0].startswith("-") and given[0] not in commands:
-        close = nearest(given[0], commands) or f"; there are {', '.join(commands)}"
-        parser.error(f"there is no command {given[0]!r}{close}")
+        meant = f": {use}" if (use := command_of(given[0])) else nearest(given[0], commands)
+        listed = f"; there are {', '.join(commands)}"
+        parser.error(f"there is no command {given[0]!r}{meant or listed}")
     arguments, unknown = parser.parse_known_args(given)
     if unknown:
         usage = commands[arguments.command].format_usage()

@@ -18,6 +18,7 @@ BASE = "the model: a folder, a single-file checkpoint or a hub name"
 SHELLS = ("bash", "zsh", "fish", "powershell")
 CAPTION_PROMPT = "Describe the image in one sentence."
 DTYPES = ("float32", "bfloat16", "float16")
+DTYPE_OF_MODEL = "that of the model's config"
 AXIS = "the axis of the magnitudes, where their shape does not say it"
 
 
@@ -147,8 +148,13 @@ def _add_new(commands: Any) -> None:
     command.add_argument(
         "family", metavar="FAMILY", help=f"what is trained: {', '.join(IMAGE_FAMILIES.built_in)} or vlm"
     )
-    command.add_argument("name", metavar="NAME", help="of the new config and its runs: NAME.yaml, NAME_prompts.txt")
-    command.add_argument("--images", metavar="FOLDER", help="your images, with or without captions")
+    command.add_argument(
+        "name",
+        metavar="NAME",
+        help="of the new config and its runs; beside NAME.yaml are its prompts, or of vlm NAME_eval.yaml",
+    )
+    folder = "your images, with or without captions; of vlm the folder from which the paths in --data start"
+    command.add_argument("--images", metavar="FOLDER", help=folder)
     command.add_argument(
         "--references",
         metavar="FOLDER",
@@ -156,7 +162,7 @@ def _add_new(commands: Any) -> None:
         default=(),
         help="of a model that edits: what each image is made of, under its file name",
     )
-    command.add_argument("--data", metavar="FILE", help="your questions, of vlm: JSON, JSON lines or Parquet")
+    command.add_argument("--data", metavar="FILE", help="of vlm: your conversations, as JSON, JSON lines or Parquet")
     command.add_argument("--model", metavar="MODEL", help=f"{BASE}; default: the recipe's")
     _add_follow_links(command)
 
@@ -331,7 +337,12 @@ def _add_score(commands: Any) -> None:
     )
     command.add_argument("--suite", metavar="NAME", help="one of those below, or a suite's .yaml; default: theirs")
     command.add_argument("--data", metavar="FILE", help="the questions with their answers; default: those in the files")
-    command.add_argument("--format", metavar="NAME", dest="form", help="of --data; default: that of the suite")
+    command.add_argument(
+        "--format",
+        metavar="NAME",
+        dest="form",
+        help="the format of --data, one of those in brackets below; default: by the content of the file",
+    )
     command.add_argument("--annotations", metavar="FILE", help="the answers, of --data that has a file for them")
     command.add_argument("--split", metavar="NAME", help="of --data that has several")
     command.add_argument("--partial", action="store_true", help="leave out rows that only one side has")
@@ -362,7 +373,7 @@ def _above_zero(text: str) -> float:
 
 def _add_ask(commands: Any) -> None:
     command = commands.add_parser("ask", help="ask a model about images, without and with an adapter")
-    _add_model(command)
+    _add_model(command, f"that of the adapter's run, else {DTYPE_OF_MODEL}")
     command.add_argument("images", metavar="IMAGE", nargs="*", help="or a video; none: a question of text alone")
     command.add_argument("question", metavar="QUESTION", help="asked as it is, or as the run of the adapter asks")
     command.add_argument("--then", metavar="QUESTION", action="append", default=[], help="asked next; may be repeated")
@@ -394,13 +405,13 @@ def _add_unpack(commands: Any) -> None:
     command.add_argument("--split", metavar="NAME", help="the split of a folder, where it has several")
 
 
-def _add_model(command: argparse.ArgumentParser) -> None:
+def _add_model(command: argparse.ArgumentParser, dtype: str = DTYPE_OF_MODEL) -> None:
     command.add_argument("model", metavar="MODEL", help="a folder of save_pretrained or a hub name")
-    _add_weights(command)
+    _add_weights(command, dtype)
 
 
-def _add_weights(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dtype", type=full_name, choices=DTYPES, help="of the weights")
+def _add_weights(command: argparse.ArgumentParser, dtype: str = DTYPE_OF_MODEL) -> None:
+    command.add_argument("--dtype", type=full_name, choices=DTYPES, help=f"of the weights; default: {dtype}")
     command.add_argument("--revision", metavar="R", help="a commit, branch or tag of a hub model; default: main")
 
 

@@ -14,6 +14,7 @@ from scipy.stats import beta, binomtest, t
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
+LEAST_GROUPS = 20  # of fewer independent answers nothing is concluded: of 19 halves of 0 and 1 it is 24 to 76
 TAIL = (1.0 - LEVEL) / 2
 
 

@@ -106,11 +106,11 @@ def sample_table(name: str, sample: RowSample) -> str:
     heading = f"lengths of {name} in tokens, {number} encoded"
     if not len(lengths.rows):
         return heading
-    share = f"of these for images ({100 * _image_share(sample):.1f} %)"
+    share = f"image tokens ({100 * _image_share(sample):.1f} % of all)"
     rows = [("whole rows", *_quantiles(lengths.tokens, sample.spaced))]
     rows += [(share, *_quantiles(lengths.image_tokens, sample.spaced))] if lengths.image_tokens.any() else []
     table = aligned_columns([(heading, *QUANTILES, "max"), *rows], num_text=1)
-    how = f"quantiles of {sample.spaced.sum():,} evenly spaced rows; max also of those with the most text and images"
+    how = f"min to 99 % are of {sample.spaced.sum():,} evenly spaced rows, max also of those with most text and images"
     return "\n".join([table, *([] if sample.is_complete else [how]), *remarks(lengths)])
 
 
@@ -139,24 +139,26 @@ def remarks(lengths: RowLengths) -> list[str]:
     cut, lost = int((lengths.tokens > lengths.limit).sum()), int(lengths.loses_answer.sum())
     total, sentences = len(lengths.rows) + len(lengths.bad), []
     if cut:
-        sentence = (
-            f"{_rows(cut)} of {total:,} {'is' if cut == 1 else 'are'} longer than {lengths.limit:,} tokens "
-            f"({lengths.limit_from}) and cut at the end"
-        )
+        details = []
         if exchanges := int(lengths.exchanges_cut.sum()):
-            by_exchange = int((lengths.exchanges_cut > 0).sum())
-            sentence += f", {_rows(by_exchange)} by whole exchanges with their images ({exchanges:,} in all)"
+            by_exchange, plural = int((lengths.exchanges_cut > 0).sum()), "s" if exchanges > 1 else ""
+            details.append(f"{_lose(by_exchange)} {exchanges:,} whole exchange{plural} with the images")
         if lost:
-            complete = "loses its whole answer and is" if lost == 1 else "lose their whole answers and are"
-            sentence += f", and {_rows(lost)} {complete} left out"
-        sentences.append(sentence)
+            details.append(f"{_lose(lost)} the whole answer and {'is' if lost == 1 else 'are'} left out")
+        fate = f" and {'is' if cut == 1 else 'are'} cut{': ' if details else ''}{', '.join(details)}"
+        sentences.append(f"{_of(cut, total)} longer than {lengths.limit:,} tokens ({lengths.limit_from}){fate}")
     if bad := len(lengths.bad):
-        sentences.append(f"{_rows(bad)} of {total:,} cannot be encoded, and {'is' if bad == 1 else 'are'} left out")
+        verb = "is" if bad == 1 else "are"
+        sentences.append(f"{bad:,} of {total:,} rows cannot be encoded, and {verb} left out")
     return sentences
 
 
-def _rows(number: int) -> str:
-    return "1 row" if number == 1 else f"{number:,} rows"
+def _of(number: int, total: int) -> str:
+    return f"{number:,} of {total:,} rows {'is' if number == 1 else 'are'}"
+
+
+def _lose(number: int) -> str:
+    return f"{number:,} {'loses' if number == 1 else 'lose'}"
 
 
 def _image_share(sample: RowSample) -> float:

@@ -18,6 +18,7 @@ from dora_mm.utils.tables import aligned_columns
 
 HEADING = ("part", "modules", "method", "rank", "alpha", "lr", "count", "parameters")
 MOST_NAMES = 7  # of modules of a part that are listed
+LONGEST_PATTERN = 40  # characters; a longer one is shown by the parts that it takes modules of
 
 
 def parts_table(
@@ -44,7 +45,11 @@ def parts_table(
         taken = set(of_file)
         for name, (chosen, paths) in selection.get(component, {}).items():
             names = _trained_in(trained, component, paths, full=chosen.method == "full")
-            shown = full_name(component, name) if name in targets.parts else name
+            shown = (
+                full_name(component, name)
+                if name in targets.parts
+                else _pattern_title(name, networks[component], targets, paths)
+            )
             rows.append((shown, leaves(paths), *_settings(chosen, adapter, optimizer), *_counts(paths, names)))
             counted |= names.keys()
             taken |= set(paths)
@@ -78,6 +83,18 @@ def about_untouched(
     ]
     experts = (about_experts(network, trained.parameters.values()) for network in networks.values())
     return [*lines, *filter(None, experts)]
+
+
+def _pattern_title(pattern: str, network: nn.Module, targets: TargetMap, paths: Sequence[str]) -> str:
+    """A pattern of the config as the table has it; of a long one the parts that its modules are in."""
+    if len(pattern) <= LONGEST_PATTERN:
+        return pattern
+    parts = [
+        part
+        for part in parts_in(network, targets)
+        if not match_modules(network, targets.select([part])).keys().isdisjoint(paths)
+    ]
+    return f"pattern in {', '.join(parts)}" if parts else f"{pattern[:LONGEST_PATTERN]}..."
 
 
 def _trained_in(

@@ -8,17 +8,20 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from dora_mm.config import resolve_path
+from dora_mm.config import find_path, resolve_path
 from dora_mm.config.vl import EvalVLConfig, TrainVLConfig
 from dora_mm.config.vl_data import HeldOutConfig
 from dora_mm.preview.drafts import Changes, Draft, folder_of_images, head_of, print_next, write_files
 from dora_mm.preview.machine import largest_gpu
 from dora_mm.registries.vl_tasks import TASKS
+from dora_mm.utils.folders import OPTION, Links
+from dora_mm.utils.shell import quoted
 from dora_mm.utils.yaml12 import MISSING
 
 FEW_ROWS = 1000  # fewer are seen three times
 SHORT = 4  # words of an answer that is scored by exact match, the median of the data
 ANSWERED = 1000  # rows whose answers say that
+LOOKED_AT = 1000  # rows whose images are looked for
 OF_PAIRS = "how often the chosen answer gains more than the rejected one, and by how much"
 OF_A_RUN = {"pipeline", "name", "output", "backend", "adapter"}  # keys of a training that its evaluation has of its own
 RATE_OF_PAIRS = 5e-6  # examples/train_lora/qwen3vl_lora_dpo.yaml of LLaMA-Factory, whose alpha is twice the rank, too
@@ -35,6 +38,7 @@ class FoundRows(NamedTuple):
         format: The format that reads them.
         metric: A sentence on the metric.
         has_images: Whether a row has images.
+        image_names: The names of images in files, of some rows.
         unread: The columns with texts or images that are not read, each with the first of its texts.
     """
 
@@ -44,6 +48,7 @@ class FoundRows(NamedTuple):
     format: str
     metric: str
     has_images: bool
+    image_names: list[str]
     unread: dict[str, str]
 
     @property
@@ -61,6 +66,7 @@ def write_vl(draft: Draft, start: TrainVLConfig) -> None:
     from dora_mm.data.vl.readers.unread import about_unread  # needs the extra vl
 
     rows = found_rows(draft, start)
+    missing = missing_images(draft, rows)
     changes = vl_changes(draft, start, rows)
     if start.data.all_tasks[0].valid:
         changes[("data", "valid", "share")] = held_out_share(rows.number)
@@ -73,11 +79,13 @@ def write_vl(draft: Draft, start: TrainVLConfig) -> None:
     )
     where = f"images in {draft.images}" if rows.has_images else "no row has an image"
     print(f"{'pairs    ' if rows.pairs else 'questions'} {rows.number} rows of {draft.data}, {rows.shape}; {where}")
+    if missing:
+        print(f"missing   {missing}")
     if rows.unread:
         print(f"unread    {about_unread(rows.unread)}")
     print(f"score     {rows.metric}\n\nwritten   {draft.file}, {evaluation}")
     question = ["IMAGE", "QUESTION"] if rows.has_images else ["QUESTION"]
-    own = "" if rows.pairs else "; with --set adapter=null the model's own"
+    own = "" if rows.pairs else "; --set adapter=null scores the bare model"
     print_next(
         config,
         {
@@ -95,7 +103,8 @@ def found_rows(draft: Draft, start: TrainVLConfig) -> FoundRows:
     Raises:
         ValueError: The data are missing or cannot be read.
     """
-    from dora_mm.data.vl.readers import read_source  # these need the extra vl
+    from dora_mm.data.vl.embedded import PREFIX  # these need the extra vl
+    from dora_mm.data.vl.readers import read_source
     from dora_mm.data.vl.readers.chat import find_shape
     from dora_mm.data.vl.readers.file_rows import file_items
     from dora_mm.data.vl.readers.hub_files import files_of
@@ -115,13 +124,46 @@ def found_rows(draft: Draft, start: TrainVLConfig) -> FoundRows:
     paired = next(name for name, task in TASKS.items() if task.pairs)
     form = TASKS[paired].formats[0] if pairs else source.format
     source = source.model_copy(update={"file": str(resolve_path(draft.data)), "format": form})
-    has_images = any(row.images for row in read_source(source, BadRows("skip")))
+    with_images = islice((row for row in read_source(source, BadRows("skip")) if row.images), LOOKED_AT)
+    images = [name for row in with_images for name in row.images]
+    names = [*dict.fromkeys(name for name in images if not name.startswith(PREFIX))]
     answered = islice((row for row in read_source(source, BadRows("skip")) if row.answers), ANSWERED)
     if pairs:
         task, metric = paired, OF_PAIRS
     else:
         task, metric = task_of(first.task, [row.answers[0] for row in answered])
-    return FoundRows(shape, number, task, form, metric, has_images, unread_columns(source))
+    return FoundRows(shape, number, task, form, metric, bool(images), names, unread_columns(source))
+
+
+def missing_images(draft: Draft, rows: FoundRows) -> str:
+    """A sentence on images that are not in the folder; empty: all are there.
+
+    Raises:
+        ValueError: None of them is, or no folder is given for images in files.
+    """
+    from dora_mm.data.vl.image_folder import ImageFolder, folder_with
+
+    if not rows.image_names:
+        return ""
+    assert draft.data is not None
+    given = draft.images if draft.images and find_path(draft.images) else None
+    folder = ImageFolder(resolve_path(given) if given else None, links=Links(draft.follow_links, OPTION), anywhere=True)
+    missing = [name for name in rows.image_names if folder.find(name) is None]
+    if len(missing) == len(rows.image_names):
+        near = folder_with(missing, resolve_path(draft.data), given)
+        better = f", did you mean --images {quoted(near)}?" if near else ""
+        if draft.images is None:
+            raise ValueError(f"--images is missing: the folder of your images{better}")
+        if given is None:
+            raise ValueError(f"--images: {draft.images} does not exist{better}")
+        reason = folder.refusal(missing[0])
+        raise ValueError(
+            f"--images: none of the images of {draft.data} is in {draft.images}; one is {missing[0]}"
+            + (f", which {reason}" if reason else better)
+        )
+    if not missing:
+        return ""
+    return f"{len(missing):,} of {len(rows.image_names):,} images are not in {draft.images}; one is {missing[0]}"
 
 
 def about(draft: Draft, rows: FoundRows) -> str:
@@ -199,7 +241,7 @@ def evaluation_text(training: Path, file: Path, config: TrainVLConfig, metric: s
         "" if pairs else "--set adapter=null scores the model without it, and adapter=RUN that of another training.\n"
     )
     chosen = any(isinstance(task.valid, HeldOutConfig) for task in config.data.all_tasks)
-    same = "Which rows are held out follows from data alone: change it in both files, or in neither."
+    same = "The data section decides which rows are held out: change it in both files, or in neither."
     about = (
         f"Scores the rows that {training.name} {'holds out' if chosen else 'validates on'}, with its adapter,\n"
         f"by {metric}.\n{bare}{same if chosen else ''}".rstrip()

@@ -101,7 +101,7 @@ def vl_page(
         work = {"num_tokens": data.largest.num_tokens, "tower_work": tower}
     why_not = unmeasured or why_not_measured(accelerator, networks, shard=shard, **work)
     if batches is None:
-        why_not = "not all training data can be read"
+        why_not = unmeasured or why_no_batches(config, data)
     elif not why_not and not has_weights:
         why_not = f"the weights of {config.model.path} are not on this machine"
     if batches and not why_not:
@@ -115,6 +115,16 @@ def vl_page(
         yield estimated_cost(config, accelerator, structure, trained, model, data, divided)
         yield f"time      not measured: {why_not}"
     yield from slow_hardware(accelerator, trained.networks.values())
+
+
+def why_no_batches(config: TrainVLConfig, data: DataPreview) -> str:
+    """Why there are no rows to measure a step with."""
+    if data.problems:
+        return data.problems[0]
+    here = {task.task for task, split, _ in present_splits(config) if split == "train"}
+    if missing := [task.task for task in config.data.all_tasks if task.task not in here]:
+        return f"the training data of {', '.join(missing)} are not on this machine"
+    return f"the files of {config.model.path} are not on this machine"
 
 
 def adapted(model: VLModel | Structure, config: TrainVLConfig) -> TrainedNetworks:
@@ -169,12 +179,13 @@ def reference_section(config: TrainVLConfig) -> Iterator[str]:
 def validation_sections(config: TrainVLConfig, batches: VLBatches | None) -> Iterator[str]:
     """When the adapter is validated, and by what; nothing where no task has validation data."""
     if valid := [task.task for task in config.data.all_tasks if task.valid]:
-        by = ", ".join(f"{name} by its {'loss' if by_loss(config.evaluate, name) else 'metric'}" for name in valid)
+        by = ", ".join(f"{'loss' if by_loss(config.evaluate, name) else 'score'} on {name}" for name in valid)
         steps = with_steps(config.train, config.schedule, batches.steps_per_epoch).steps if batches else None
-        yield f"validated {when(config.evaluate, steps or config.train.steps)}; the best adapter of {by}"
+        often = when(config.evaluate, steps or config.train.steps)
+        yield f"validated {often}; the best adapter is the one with the best {by}"
         if (every := config.evaluate.per_example_every) is not None:
-            often = f", every {every:,} steps" if every else ""
-            yield f"each      the loss of each validation row in a pass of its own, at the start{often} and at the end"
+            again = f", every {every:,} steps" if every else ""
+            yield f"each      the loss of each validation row in a pass of its own, at the start{again} and at the end"
 
 
 def measured_cost(

@@ -122,6 +122,21 @@ OUTSIDE = {
     "config_file": "the config is named without a flag: dora-mm train CONFIG.yaml",
     "dataset_config": "dora-mm import reads it, with the TOML or the command line that names it",
 }
+SERVING = "dora-mm merge MODEL ADAPTER OUT writes a folder, and vllm serve OUT serves it (docs/serving.md)"
+ANSWERS = "dora-mm ask MODEL IMAGE QUESTION --adapter RUN prints answers without and with the adapter"
+MERGING = "dora-mm merge MODEL ADAPTER OUT writes the merged model"
+TRAINING = (
+    "dora-mm new vlm NAME --data FILE writes a config, and dora-mm import FILE one from yours; dora-mm train runs it"
+)
+COMMANDS = {  # of llamafactory-cli, swift and axolotl
+    **dict.fromkeys(("serve", "api", "deploy", "vllm-serve"), SERVING),
+    **dict.fromkeys(("chat", "infer", "inference"), ANSWERS),
+    **dict.fromkeys(("export", "merge-lora", "merge_lora"), MERGING),
+    **dict.fromkeys(("sft", "rlhf", "dpo"), TRAINING),
+    **dict.fromkeys(("webui", "webchat", "web-ui", "app"), f"the program has no web interface. {TRAINING}"),
+    "preprocess": "dora-mm train CONFIG.yaml --dry-run checks and shows the rows",
+    "evaluate": "dora-mm eval CONFIG.yaml scores a model and its adapter",
+}
 # Their meaning without another flag is not sure: kohya's scripts have masks and conditions in one folder
 UNSURE = {"conditioning_data_dir": ("masked_loss", "data.references", "what a model that edits sees")}
 WITHOUT_VALUE = {  # flags that are a value of ours by themselves; others are true
@@ -202,6 +217,11 @@ def other_meaning(word: str, given: Sequence[str] = ()) -> str:
 def outside(word: str) -> str:
     """What does here what a flag or key of another trainer does, where that is no key; empty where nothing does."""
     return OUTSIDE.get(_name(word), "")
+
+
+def command_of(word: str) -> str:
+    """What does here what a command of another trainer does; empty where nothing is known of it."""
+    return COMMANDS.get(word, "")
 
 
 def _name(word: str) -> str:

@@ -57,9 +57,11 @@ def packaged_suites() -> tuple[str, ...]:
 
 
 def suite_titles() -> dict[str, str]:
-    """The title of each suite of the package: the first line of its file."""
-    files = {name: FOLDER / f"{name}{SUFFIX}" for name in packaged_suites()}
-    return {name: path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ") for name, path in files.items()}
+    """The title of each suite of the package, which is the first line of its file, with its formats."""
+    texts = {name: (FOLDER / f"{name}{SUFFIX}").read_text(encoding="utf-8") for name in packaged_suites()}
+    titles = {name: text.split("\n", 1)[0].removeprefix("# ") for name, text in texts.items()}
+    formats = {name: text.partition("\nreaders: [")[2].partition("]")[0] for name, text in texts.items()}
+    return {name: f"{title} ({formats[name]})" for name, title in titles.items()}
 
 
 def suite_file(name: str) -> Path | None:

@@ -159,7 +159,7 @@ TASKS = TaskRegistry("vl_tasks", "task", RECORDS)
 def scored_titles() -> dict[str, str]:
     """The title of each suite of the package, and of each task that scores single answers, with its formats."""
     tasks = {name: task for name, task in RECORDS.items() if not (task.pairs or task.clips)}
-    return suite_titles() | {name: f"{task.title}, of {', '.join(task.formats)}" for name, task in tasks.items()}
+    return suite_titles() | {name: f"{task.title} ({', '.join(task.formats)})" for name, task in tasks.items()}
 
 
 def tasks_of(form: str) -> list[str]:

@@ -15,7 +15,7 @@ REQUIREMENTS: Mapping[str, Sequence[str]] = MappingProxyType(
     {
         BASE: (
             *("torch>=2.10", "peft>=0.18.1", "safetensors>=0.5", "huggingface_hub>=0.30", "numpy>=1.26"),
-            *("packaging>=23.0", "psutil>=5.9", "pydantic>=2.11", "pyyaml>=6.0", "tqdm>=4.66"),
+            *("packaging>=23.0", "psutil>=5.9", "pydantic>=2.11.5", "pyyaml>=6.0", "tqdm>=4.66"),
         ),
         "recipes": (
             *("diffusers>=0.42", "transformers>=5.24", "accelerate>=1.14", "peft>=0.20", "open_clip_torch>=3.0"),

@@ -11,6 +11,7 @@ from dora_mm.formats.tools import export_of
 from dora_mm.recipes import PIPELINES
 from dora_mm.registries.other_trainers import KEYS
 from dora_mm.registries.tools import EXPORT_FORMATS, TOOLS, other_tools
+from dora_mm.registries.vl_tasks import TASKS
 
 COMMANDS = {  # with the recipes of those that take no config
     "train": None,
@@ -50,6 +51,20 @@ def test_help_is_quick_and_loads_no_torch():
     assert done.returncode == 0, done.stderr
     for command in COMMANDS:
         assert f"usage: dora-mm {command} " in done.stdout
+
+
+@pytest.mark.parametrize("command", ["merge", "ask", "caption"])
+def test_help_has_the_default_of_dtype(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert "of the weights; default: that of the" in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_of_score_has_the_formats_of_each_suite(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["score", "--help"])
+    printed = capsys.readouterr().out
+    assert all(f"({', '.join(TASKS[name].formats)})" in printed for name in ("docvqa", "vqa", "refcoco"))
 
 
 @pytest.mark.parametrize(("command", "names"), [("convert", EXPORT_FORMATS), ("verify", other_tools())])
@@ -124,6 +139,10 @@ def test_the_version():
         ("train a.yaml --num_train_epochs 3", "error: --num_train_epochs is --set train.epochs=3 here\n"),
         ("train a.yaml --cutoff_len 2048", "error: --cutoff_len is --set model.max_length=2048 here\n"),
         ("train a.yaml --num_processes 2", "error: --num_processes: torchrun --nproc-per-node N -m dora_mm COMMAND"),
+        (
+            "serve",
+            "error: there is no command 'serve': dora-mm merge MODEL ADAPTER OUT writes a folder, and vllm serve",
+        ),
         ("trian a.yaml", "error: there is no command 'trian', did you mean 'train'?\n"),
         ("zzz", "error: there is no command 'zzz'; there are train, sample, grid,"),
         ("train a.yaml --unheard-of", "unrecognized arguments: --unheard-of"),

@@ -69,8 +69,11 @@ class Checkout:
         if parsed.command in WITH_CONFIG and parsed.config:
             config = load_config(parsed.config, parsed.overrides)
             self.provide_all(config, dry_run=getattr(parsed, "dry_run", False))
-        if parsed.command == "new" and parsed.data:
-            self._write_data(SourceConfig(format="chat", file=parsed.data, images=parsed.images))
+        if parsed.command == "new" and parsed.data and not parsed.images:
+            data.write_texts(Path(parsed.data))
+        elif parsed.command == "new" and parsed.data:
+            form = "preferences" if "pairs" in parsed.data else "chat"
+            self._write_data(SourceConfig(format=form, file=parsed.data, images=parsed.images))
         for name in INPUTS:
             given = getattr(parsed, name, None)
             for path in given if isinstance(given, list) else [given] if given else []:

@@ -34,6 +34,13 @@ def write_source(source: SourceConfig) -> None:
         write_lines(Path(source.subtitles), rows)
 
 
+def write_texts(path: Path) -> None:
+    """Writes questions without images, if they are missing."""
+    if not path.exists():
+        rows = [{"instruction": f"What is {number} + 1?", "output": str(number + 1)} for number in range(30)]
+        write_json(path, rows)
+
+
 def write_images(folder: Path, names: Iterable[str]) -> None:
     """Writes images of noise, as far as they are missing."""
     for number, name in enumerate(names):

@@ -109,27 +109,34 @@ LIMITS = {"image_size": 64, "min_pixels": 784, "max_pixels": 14_000, "max_tiles"
 HEAD = """# Which classes train
 
 Of the {total} kinds of model that transformers {version} has for images and text in and text out, {count} train
-here. (Its own list of them, image-text-to-text, lacks four: Phi-4-multimodal, the Omni models, whose thinkers train,
-and BLIP for questions.) This table is written by `python -m tests.documented.vlm_classes` from tiny models of random
-weights with their real processors. Of each that trains, with adapters in all parts: a fresh adapter changes no bit;
-loss and gradients are those of autograd through the textbook formula; rows of a batch have the losses, gradients and
-answers that they have alone; the merged model computes what the adapter does, and so does PEFT, where it can load the
-adapter ([what it cannot](file_layouts.md#peft) is written in the native form); and the parts that are named have gradients.
+here. Find yours by its `model_type`, which stands in the `config.json` of the model.
 
-Those with a yes under "videos" read [videos](vlm.md#data), too, {videos} of them: rows with videos of two lengths, with
-an image and with text alone were computed in one batch and alone.
+- **parts**: the names for `adapter.parts`.
+- **videos**: yes for {videos} of them, which read [videos](vlm_data.md#images-and-videos).
+- **limits of images**: the keys of `model` that make images smaller: `max_pixels`, `image_size` (the longer side) or
+  `max_tiles`. Other keys are refused when the model is loaded.
 
-Images are limited by the keys of `model` in the last column: `max_pixels`, `image_size` (the longer side) or
-`max_tiles`. Each was tried, too; other keys are refused when the model is loaded.
+How the table was made: `python -m tests.documented.vlm_classes` writes it from tiny models of random weights with their
+real processors. For each class that trains, with adapters in all parts, tests show that
 
-Losses are computed from the hidden states of the tokens with loss alone, in chunks; of `chameleon`, `cohere_compass`,
-`gemma3n`, `granite4_vision`, `granite_docling`, `hyperclovax_vision_v2`, `inkling2`, `inkling2_loop`,
-`inkling_mm_model`, `mistral_large4`, `muse_glimmer`, `muse_spark`, `nemotron_h_omni` and `paligemma` from all logits
-of these tokens at once, since their classes go on with them: they scale, cap, mask or widen them
-([memory](vlm.md#memory)). So it is with all whose config sets `final_logit_softcapping`.
+- a fresh adapter changes no bit;
+- loss and gradients are those of autograd through the textbook formula;
+- rows of a batch have the losses, gradients and answers that they have alone, rows with videos too;
+- the merged model computes what the adapter does, and so does PEFT where it can load the adapter
+  ([what it cannot](file_layouts.md#peft) is written in the native form);
+- the parts that are named have gradients, and each limit of images works.
+
+The list of transformers itself, image-text-to-text, lacks four of these kinds: Phi-4-multimodal, the Omni models, whose
+thinkers train, and BLIP for questions.
+
+Losses are computed from the hidden states of the tokens with loss alone, in chunks. These classes scale, cap, mask or
+widen their logits, so they compute all logits of these tokens at once, which takes more [memory](vlm.md#memory):
+`chameleon`, `cohere_compass`, `gemma3n`, `granite4_vision`, `granite_docling`, `hyperclovax_vision_v2`, `inkling2`,
+`inkling2_loop`, `inkling_mm_model`, `mistral_large4`, `muse_glimmer`, `muse_spark`, `nemotron_h_omni`, `paligemma`, and
+all whose config sets `final_logit_softcapping`.
 
 No processor or tokenizer of transformers reads a clock in its own Python: the sources of all were searched. Chat
-templates that ask for the day get [that of the run](vlm.md#the-day).
+templates that ask for the day get [that of the run](vlm_data.md#the-day).
 
 | type | class | trains | parts, or why not | videos | limits of images |
 |---|---|---|---|---|---|

@@ -89,14 +89,14 @@ def test_the_table_of_lengths():
     assert sample_table("chat", sample([10, 20, 30, 120, 150], [4, 4, 8, 90, 90], lost=[4])).splitlines() == [
         "lengths of chat in tokens, all 5 rows encoded  min  50 %  90 %  99 %  max",
         "whole rows                                      10    30   150   150  150",
-        "of these for images (59.4 %)                     4     8    90    90   90",
-        "2 rows of 5 are longer than 100 tokens (model.max_length) and cut at the end, and 1 row loses its whole "
-        "answer and is left out",
+        "image tokens (59.4 % of all)                     4     8    90    90   90",
+        "2 of 5 rows are longer than 100 tokens (model.max_length) and are cut: 1 loses the whole answer and is left "
+        "out",
     ]
     cut = sample([90, 120, 150, 160], [4] * 4, lost=[2, 3], exchanges=[0, 2, 1, 0])
     assert sample_table("chat", cut).splitlines()[-1] == (
-        "3 rows of 4 are longer than 100 tokens (model.max_length) and cut at the end, 2 rows by whole exchanges with "
-        "their images (3 in all), and 2 rows lose their whole answers and are left out"
+        "3 of 4 rows are longer than 100 tokens (model.max_length) and are cut: 2 lose 3 whole exchanges with the "
+        "images, 2 lose the whole answer and are left out"
     )
     assert "images" not in sample_table("vqa", sample([7, 8], [0, 0]))
     assert sample_table("vqa", sample([], [], total=2, bad=[0, 1])) == "lengths of vqa in tokens, all 2 rows encoded"
@@ -107,8 +107,8 @@ def test_quantiles_are_of_evenly_spaced_rows_and_the_highest_length_of_all():
     assert table == [
         "lengths of vqa in tokens, 5 of 9 rows encoded  min  50 %  90 %  99 %  max",
         "whole rows                                       7     8     9     9   90",
-        "quantiles of 3 evenly spaced rows; max also of those with the most text and images",
-        "1 row of 6 cannot be encoded, and is left out",
+        "min to 99 % are of 3 evenly spaced rows, max also of those with most text and images",
+        "1 of 6 rows cannot be encoded, and is left out",
     ]
 
 
@@ -116,8 +116,8 @@ def test_a_line_for_the_log(rows):
     table = rows([1, 1, 1]).table
     assert sample_line("chat", table, None) == "chat: 3 rows"
     assert sample_line("chat", table, sample([10, 20, 120], [4, 4, 4])) == (
-        "chat: 3 rows; tokens: 50 % 20, 99 % 120, at most 120, 8 % for images; 1 row of 3 is longer than 100 tokens "
-        "(model.max_length) and cut at the end"
+        "chat: 3 rows; tokens: 50 % 20, 99 % 120, at most 120, 8 % for images; 1 of 3 rows is longer than 100 tokens "
+        "(model.max_length) and is cut"
     )
     assert "tokens of 2 rows encoded: 50 %" in sample_line("chat", table, sample([10, 20], [4, 4], total=3))
 
@@ -143,7 +143,7 @@ def test_a_row_that_cannot_be_encoded_stops_or_is_counted(model, rows, images):
         row_lines(model, {"chat": rows([None, None], "skip")})
     text = row_lines(model, {"chat": rows([1, 0, None, 2], "skip")})
     assert text.startswith("chat: 4 rows; tokens: 50 %")
-    assert text.endswith("; 1 row of 4 cannot be encoded, and is left out")
+    assert text.endswith("; 1 of 4 rows cannot be encoded, and is left out")
 
 
 def test_rows_outside_the_sample_are_not_looked_at(model, rows, monkeypatch):
@@ -162,13 +162,13 @@ def test_a_training_does_not_start_where_most_rows_lose_their_answers(tiny_vlm, 
         r"\(model\.max_length\): raise it, or shorten the texts, make the images smaller \(model\.max_pixels,"
     )):  # fmt: skip
         row_lines(short, {"chat": rows([3, 1, 10])})
-    assert "1 row loses its whole answer and is left out" in row_lines(short, {"chat": rows([1, 1, 10])})
+    assert "1 loses the whole answer and is left out" in row_lines(short, {"chat": rows([1, 1, 10])})
 
 
 def test_long_texts_are_counted(tiny_vlm, rows):
     short = VLM(VLMModelConfig(path=str(tiny_vlm("llava")), max_length=18))
     text = row_lines(short, {"chat": rows([1, 1, 2])})
-    assert "1 row of 3 is longer than 18 tokens (model.max_length) and cut at the end" in text
+    assert "1 of 3 rows is longer than 18 tokens (model.max_length) and is cut" in text
 
 
 def test_of_fewer_rows_than_a_batch_some_are_there_again():

@@ -48,6 +48,14 @@ def test_alpha_is_that_of_the_config_where_it_is_scaled_by_a_root(tiny_vlm):
     assert rows["text.attn"][1:4] == ["dora", "2", "4 x sqrt(2)"]
 
 
+def test_a_long_pattern_is_shown_by_its_parts(tiny_vlm):
+    frozen = "visual|vision|audio|vpm|projector|connector|resampler|aligner|mlp1"
+    pattern = rf"re:(?!.*(?:{frozen})).*\b(?:q_proj|up_proj)"
+    _, rows = table_of(tiny_vlm("qwen2_5_vl"), {"parts": {pattern: {}, "v_proj": {}}})
+    assert rows["pattern in text.attn, text.mlp"][0] == "q_proj, up_proj"
+    assert rows["v_proj"][0] == "v_proj"
+
+
 SETTINGS = [
     {},
     {"method": "full"},

@@ -256,7 +256,7 @@ def test_a_run_resumes_exactly(adapter, tiny_vlm, images, tmp_path, capsys):
     assert main(["eval", str(tmp_path / "eval.yaml")]) == 0
     found = json.loads((tmp_path / "scores" / "scores.json").read_text())["preference"]
     assert found["metrics"]["margin"] == pytest.approx(scores["preference/margin"], rel=1e-3)
-    assert "too few for an interval" in found["notes"][0]
+    assert "no 95 % interval" in found["notes"][0]
     assert main(["eval", str(tmp_path / "eval.yaml"), "--set", "adapter=null"]) == 2
     assert "adapter is missing: preference compares a model with the one" in capsys.readouterr().err
 

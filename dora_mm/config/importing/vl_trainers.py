@@ -19,6 +19,8 @@ CONNECTORS = r"multi_modal_projector|connector|visual\.merger|embed_vision|embed
 OF_IMAGES = "visual|vision|audio|vpm|projector|connector|resampler|aligner|mlp1"  # both, in few words
 LANGUAGE = r"language_model|text_model|lm_head|llm"
 MAX_PIXELS = 768 * 768  # of an image, of `ProcessorArguments` in LLaMA-Factory's model_args.py
+QWEN_VL = re.compile(r"qwen.*(?:vl|omni)|qwen3[._]5|qvq", re.I)  # those that read images, by their names
+SEED = 42  # of TrainingArguments in transformers, which all three take over
 LOSSES = ("sigmoid", "robust", "ipo")
 OF_STAGES = "conversations (sft) and pairs of answers (dpo) are trained"
 OF_PREFERENCES = "preference.loss is sigmoid (DPO), robust or ipo (docs/preferences.md)"
@@ -69,7 +71,7 @@ def translate_llama_factory(foreign: Foreign, found: Translation) -> None:
     foreign.take("template")
     _put_pixels(foreign, found)
     _put_adapter(foreign, found)
-    found.differs("Rows are written by the chat template of the model's own files; template is not needed.")
+    found.differs("template is not needed: rows are written by the chat template in the model's own files.")
     _common(foreign, found)
 
 
@@ -252,12 +254,12 @@ def _put_pixels(foreign: Foreign, found: Translation) -> None:
     """LLaMA-Factory's limit of an image's pixels, of which it has a default, too."""
     if "image_max_pixels" in foreign.left:
         return  # as any known key
-    if "qwen" in str(foreign.left.get("model_name_or_path", "")).lower():
+    if QWEN_VL.search(str(foreign.left.get("model_name_or_path", ""))):
         found.put("model.max_pixels", MAX_PIXELS, "image_max_pixels")
     else:
         found.differs(
-            f"LLaMA-Factory shrinks images of more than {MAX_PIXELS:,} pixels (image_max_pixels). Nothing is set for "
-            f"it: the model's own settings hold, unless you add model.max_pixels or model.image_size, as it takes."
+            f"LLaMA-Factory shrinks images of more than {MAX_PIXELS:,} pixels (image_max_pixels). Here the model's own "
+            "limit holds. To set one, add model.max_pixels, or model.image_size if the model takes that instead."
         )
 
 
@@ -278,6 +280,8 @@ def _put_sources(found: Translation, sources: Sequence[dict[str, Any]], key: str
     if sources:
         for name, value in sources[0].items():
             found.put(f"data.train.{name}", value, key if name == "file" else "")
+        if "images" not in sources[0] and found.trainer != "llama-factory":  # whose paths start in media_dir
+            found.differs("Image paths in the rows start in the folder data.train.images. Add it if they are relative.")
     found.put("data.more", sources[1:] or None, key)
 
 
@@ -331,11 +335,15 @@ def _put_parts(
     if freezes_names and frozen:
         pattern = rf"re:(?!.*(?:{'|'.join(frozen)})).*\b(?:{'|'.join(map(re.escape, names))})"
         found.put("adapter.parts", [pattern], f"{source}, freeze_...")
-        found.differs("adapter.parts leaves out what is frozen by its name: --dry-run lists what is trained.")
+        found.differs(
+            f"{source} names modules in all of the model, and those of frozen networks are not trained: adapter.parts "
+            "is a pattern that leaves them out. --dry-run lists what is trained."
+        )
     else:
         found.put("adapter.parts", names, source)
         found.differs(
-            "The names in adapter.parts are adapted in all of the model, its vision tower too: see --dry-run."
+            "Modules with the names in adapter.parts are trained in all of the model, also in its vision tower: "
+            "--dry-run lists them."
         )
 
 
@@ -370,6 +378,7 @@ def _common(foreign: Foreign, found: Translation) -> None:
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[half[0]]
     found.put("model.dtype", dtype or "bfloat16", half[0] if half else "")
     found.put("train.mixed_precision", {"bfloat16": "bf16", "float16": "fp16"}.get(found.values["model.dtype"]))
+    found.put("seed", foreign.take("seed", SEED), "seed")
     put_warmup(found, foreign.take("warmup_steps"), "warmup_steps")
     if "schedule.warmup_steps" in found.values:
         foreign.take("warmup_ratio")

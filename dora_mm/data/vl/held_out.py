@@ -39,8 +39,8 @@ def split_held_out(
     groups, keys = row_groups(_keys(table, images))
     if len(keys) < 2:
         raise ValueError(
-            f"{table.file}: no rows can be held out (data.valid.share), since all of its {len(table):,} rows are "
-            "joined by images or equal: name another file in data.valid, or null for none"
+            f"{table.file}: no rows can be held out (data.valid.share). Rows that share an image, or are equal, stay "
+            f"together, and here all {len(table):,} do: name another file in data.valid, or set data.valid=null"
         )
     order = sorted(range(len(keys)), key=lambda group: _digest(keys[group]))
     wanted = min(max(1, round(config.share * len(table))), config.limit or len(table), len(table) - 1)

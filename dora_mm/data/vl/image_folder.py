@@ -8,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import cast
 
-from dora_mm.config.paths import resolve_path
+from dora_mm.config.paths import find_path, resolve_path
 from dora_mm.data.vl.example import stem
 from dora_mm.utils.folders import REFUSED, Links, inside
 
+LOOKED_FOR = 20  # images, where a folder has none
 MOST_BEHIND_LINKS = 1_000_000  # files and folders: a few links to each other show any number
 
 
@@ -23,6 +24,26 @@ def image_path(folder: str | None, name: str) -> Path:
         name: The name of the image in the example.
     """
     return resolve_path(folder, "images") / name if folder else resolve_path(name)
+
+
+def folder_with(names: Sequence[str], file: Path, given: str | None) -> Path | None:
+    """A folder near a data file in which an image of it is, by its path there; None: none of those tried has any.
+
+    Tried are the folders that the file is in, the current one, and the folders in these and in the given one.
+
+    Args:
+        names: Names of images in the file; the first ones are looked for.
+        file: The data file.
+        given: The folder that has none of them; None: none is given.
+    """
+    here, relative = Path.cwd(), [name for name in names[:LOOKED_FOR] if not os.path.isabs(name)]
+    above = [folder for folder in file.absolute().parents if folder.is_relative_to(here)] or [file.absolute().parent]
+    near = [*above, here, *([resolve_path(given)] if given and find_path(given) else [])]
+    within = [folder / name for folder in near for name, is_folder, _ in sorted(_entries(folder)) if is_folder]
+    for folder in dict.fromkeys([*near, *within]):
+        if any((folder / name).is_file() for name in relative):
+            return Path(os.path.relpath(folder)) if folder.is_relative_to(here) else folder
+    return None
 
 
 class ImageFolder:
@@ -78,6 +99,8 @@ class ImageFolder:
         path = self._path(name)
         if path is not None:
             return self._refusal(path)
+        if "/" not in name and len(found := self._by_name.get(name, ())) > 1:
+            return f"is in several folders in {self._folder} ({found[0]}, {found[1]}): name it with its folder"
         if not any(name.startswith(f"{link}/") or "/" not in name for link in self._left_out):
             return ""
         return f"is not in {self._folder}, whose links to folders lead out of it: {self._links.remedy}"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -26,7 +26,7 @@ from dora_mm.data.images.frames import is_video
 from dora_mm.data.vl.arrow import SCHEMA, example_at, record_batches
 from dora_mm.data.vl.embedded import ImageStore
 from dora_mm.data.vl.example import Example
-from dora_mm.data.vl.image_folder import ImageFolder
+from dora_mm.data.vl.image_folder import ImageFolder, folder_with
 from dora_mm.data.vl.readers import check_files, own_folders, read_source, resolved
 from dora_mm.data.vl.readers.hub_rows import is_of_hub
 from dora_mm.data.vl.readers.unread import unread_columns
@@ -169,7 +169,11 @@ class ExampleTable(Sequence[Example]):
         return list(zip(*columns, strict=True))
 
     def with_images(
-        self, find: Callable[[str], str | None], where: object, refusal: Callable[[str], str] = lambda name: ""
+        self,
+        find: Callable[[str], str | None],
+        where: object,
+        refusal: Callable[[str], str] = lambda name: "",
+        advice: Callable[[Sequence[str]], str] = lambda names: "",
     ) -> "ExampleTable":
         """A table of the rows all of whose images exist, with the paths of the images; other rows are bad.
 
@@ -177,6 +181,7 @@ class ExampleTable(Sequence[Example]):
             find: Returns the path of an image by its name, or None if there is no such image.
             where: The folder or files in which `find` searches, for messages.
             refusal: Why an image that `find` does not return may not be read; empty: there is none.
+            advice: What to do where it returns none of these, as the end of a sentence.
 
         Raises:
             ValueError: No image exists, or one is missing and `on_bad_data` is "stop".
@@ -187,7 +192,9 @@ class ExampleTable(Sequence[Example]):
             one = min(missing)
             if reason := refusal(one):
                 raise ValueError(f"{self.file}: none of its {len(missing)} images may be read: {one} {reason}")
-            raise ValueError(f"{self.file}: none of its {len(missing)} images is in {where} (one is {one})")
+            raise ValueError(
+                f"{self.file}: none of its {len(missing)} images is in {where}; one is {one}{advice([*missing])}"
+            )
         image_paths = {name: path for name, path in found.items() if path is not None and path != name}
         kept, skipped = self._without(missing) if missing else (np.arange(len(self)), self.skipped)
         return replace(self._at(kept), skipped=skipped, image_paths=self.image_paths | image_paths)
@@ -318,9 +325,15 @@ def open_table(
         if on_bad_data == "stop":  # the file was written with on_bad_data "skip"
             raise ValueError(f"{image_paths[0]}: {reason}")
     if listing is not None:
-        table = table.with_images(*listing.result())
+        table = table.with_images(*listing.result(), partial(_other_folder, source))
     warn_skipped(table.skipped)
     return table
+
+
+def _other_folder(source: SourceConfig, names: Sequence[str]) -> str:
+    """The end of a sentence with the folder that images of a source are in, if it is found."""
+    found = folder_with(names, source.path, source.images)
+    return f", which is in {found}: set `images` of its source to that" if found else ""
 
 
 def _listing(
@@ -337,10 +350,10 @@ def _listing(
     settings = {"anywhere": absolute_paths, "remedy": ABSOLUTE}
     if source.images is not None:
         folder = ImageFolder(Path(source.images), [stored, *own_folders(source)], links, **settings).listed()
-        return folder.find, f"{source.images}, or in several of its subfolders", folder.refusal
+        return folder.find, f"the folder {source.images}", folder.refusal
     if source.reader.images == "own" or (source.reader.images == "either" and is_of_hub(source)):
         folder = ImageFolder(None, [stored, *own_folders(source)], links, **settings)
-        where = "the file system (relative names need `images`, the folder that they are in)"
+        where = "the file system (relative names need `images`)"
         return folder.find, where, folder.refusal
     # Only features are read, by the names of images
     return (lambda name: None if os.path.isabs(name) else name), "", lambda name: f"is an absolute path: {ABSOLUTE}"

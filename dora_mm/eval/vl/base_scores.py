@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from dora_mm.data.vl.example import Predictions
+from dora_mm.eval.statistics import LEAST_GROUPS
 from dora_mm.eval.vl.confidence_intervals import (
-    LEAST_GROUPS,
     TOO_FEW,
     AnswerScores,
     answer_scores,
@@ -76,4 +76,4 @@ def gain(task: str, main: str, ours: AnswerScores, base: AnswerScores) -> str:
     less = confidence_intervals({task: ours.minus(base)}, differences=True)[task]
     about = "95 % interval" if groups >= LEAST_GROUPS else TOO_FEW
     scores = f"{main} of the base {before:.1f}, with the adapter {after:.1f}"
-    return f"{scores}: {points(less, groups)} points; {about}, {number}"
+    return f"{scores}: {points(less, groups)} points; {about}; {number}"

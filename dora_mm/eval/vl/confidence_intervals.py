@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.eval.statistics import ConfidenceInterval, groups_needed, mean_ci, share_ci
+from dora_mm.eval.statistics import LEAST_GROUPS, ConfidenceInterval, groups_needed, mean_ci, share_ci
 from dora_mm.eval.vl.metrics import scorer_of
 from dora_mm.registries.vl_tasks import TASKS
 
 MEAN = "mean"
-LEAST_GROUPS = 20  # of fewer, intervals are not shown: of 19 halves of 0 and 1 it is 24 to 76
-TOO_FEW = f"too few for an interval, which takes {LEAST_GROUPS} independent ones"
+TOO_FEW = f"no 95 % interval, which takes {LEAST_GROUPS} independent answers"
 
 
 def heading(key: str) -> str:
@@ -148,9 +147,10 @@ def points(ci: ConfidenceInterval, groups: int = LEAST_GROUPS) -> str:
 
 
 def number_of(scores: AnswerScores) -> str:
-    """Returns how many answers there are, and in how many groups where these are fewer."""
+    """Returns how many answers there are, and where some belong together how many groups they form."""
     answers, groups = len(scores.groups), len(set(scores.groups))
-    return f"n = {answers:,}" + (f" in {groups:,} groups (an image, a document)" if groups < answers else "")
+    grouped = f" in {groups:,} groups, each about one image, document or question"
+    return f"n = {answers:,}{grouped if groups < answers else ''}"
 
 
 def precision_notes(task: str, predictions: Predictions, main: str, wished: float | None = None) -> list[str]:
@@ -167,8 +167,8 @@ def precision_notes(task: str, predictions: Predictions, main: str, wished: floa
         return []
     unit, answers, groups = scorer.unit, len(scores.groups), len(set(scores.groups))
     shown = points(confidence_intervals({task: scores})[task], groups)
-    number = f"{'95 % interval' if groups >= LEAST_GROUPS else TOO_FEW}, {number_of(scores)}"
-    notes = [f"{main} {shown}: {number}"]
+    about = "95 % interval" if groups >= LEAST_GROUPS else TOO_FEW
+    notes = [f"{main} {shown}: {about}; {number_of(scores)}"]
     group = {unit(example): group_of(task, example) for example, _ in predictions}
     others = scorer.confidence_intervals(
         scorer.filled(predictions), [group[unit(example)] for example, _ in predictions]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from dora_mm.data.vl.example import Example, Predictions
+from dora_mm.eval.statistics import LEAST_GROUPS
 from dora_mm.eval.vl.captions import CaptionScorer
 from dora_mm.eval.vl.scores import AnswerScorer, VLScores
 from dora_mm.registries.scorers import SCORERS
@@ -72,24 +73,35 @@ def report(task: str, scores: VLScores) -> str:
     return "\n\n".join(parts)
 
 
-def conclusion(scores: Mapping[str, VLScores], *, adapted: bool) -> str:
+def conclusion(scores: Mapping[str, VLScores], num_groups: Mapping[str, int], *, adapted: bool) -> str:
     """The conclusion from the scores, with advice, in sentences.
 
     Args:
         scores: By task.
+        num_groups: How many independent answers each task has; of a few nothing is concluded.
         adapted: Whether they are those of an adapter.
     """
-    guessing = [
-        f"{TASKS[task].title} is no better than what the questions alone give away ({guessed:.1f}): the model does not "
-        "look yet, so train longer or at another rate."
-        for task, found in scores.items()
-        if (guessed := found.metrics.get(QUESTION_ONLY)) is not None and (found.value or 0) <= guessed
+    few = {task: number for task in scores if (number := num_groups[task]) < LEAST_GROUPS}
+    cautions = [
+        f"{TASKS[task].title}: {number} independent answer{'s are' if number > 1 else ' is'} too few to tell whether "
+        f"the model is good ({LEAST_GROUPS} are needed): hold out more rows."
+        for task, number in few.items()
     ]
-    if adapted:
-        other = "What the adapter adds is the difference to the same command with --set adapter=null."
+    guessing = [
+        f"{TASKS[task].title}: {found.main} is not above {QUESTION_ONLY} ({guessed:.1f}), which needs no image: train "
+        "longer or at another rate."
+        for task, found in scores.items()
+        if (guessed := found.metrics.get(QUESTION_ONLY)) is not None
+        and (found.value or 0) <= guessed
+        and task not in few
+    ]
+    if scores and all(TASKS[task].pairs for task in scores):
+        other = "Both numbers already compare the adapter with the model without it."
+    elif adapted:
+        other = "To see what the adapter adds, compare with the same command and --set adapter=null."
     else:
         other = "These are the base model's: --set adapter=RUN scores a training on the same rows."
-    return " ".join([*guessing, other])
+    return "\n".join([*cautions, *guessing, other])
 
 
 def task_table(scores: Mapping[str, VLScores]) -> str:

@@ -34,8 +34,8 @@ def conversion_text(done: Conversion, to: str) -> str:
         lines.append(f"not for  {others}")
     if to == "lora" and (found := [name for name in done.modules if OF_IMAGES.search(name)]):
         lines.append(
-            f"note     vLLM and llama.cpp ignore {len(found)} of these modules, which are not of the language model "
-            f"({found[0]}): dora-mm merge has all of them (docs/serving.md)"
+            f"note     {len(found)} of these modules are outside of the language model, such as {found[0]}. vLLM and "
+            "llama.cpp ignore them; dora-mm merge keeps them (docs/serving.md)"
         )
     if done.errors:
         lines += ["", table(done)]

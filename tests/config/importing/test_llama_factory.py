@@ -160,7 +160,7 @@ def test_a_part_of_an_epoch_is_a_number_of_steps(here, capsys):
     assert main(["import", write("train.yaml", num_train_epochs=0.2, val_size=0.1)]) == 0
     config = load_config("train_dora_mm.yaml")
     assert (config.train.steps, config.train.epochs) == (6, None)
-    assert "num_train_epochs is 0.2: train.steps is 6, for 54 rows" in capsys.readouterr().out
+    assert "train.steps is 6, for 54 of 60 rows, since data.valid holds out 6." in capsys.readouterr().out
 
 
 def test_a_part_of_an_epoch_of_rows_that_are_elsewhere_says_how(here, capsys):
@@ -175,6 +175,26 @@ def test_the_default_limit_of_pixels_is_taken_over_or_reported(here, model, pixe
     found = translate(Path(write("train.yaml", model_name_or_path=model)))
     assert found.values.get("model.max_pixels") == pixels
     assert any("image_max_pixels" in sentence for sentence in found.differences) == (pixels is None)
+
+
+@pytest.mark.parametrize(
+    ("model", "others"), [("smolvlm", "model.image_size"), ("qwen2", "no limit"), ("qwen2_vl", "")]
+)
+def test_a_limit_that_the_model_does_not_take_is_left_out(here, tiny_vlm, capsys, model, others):
+    name = write("train.yaml", model_name_or_path=str(tiny_vlm(model)), image_max_pixels=100352)
+    assert main(["import", name]) == 0
+    assert (load_config("train_dora_mm.yaml").model.max_pixels is None) == bool(others)
+    assert (f"takes {others})" in capsys.readouterr().out) == bool(others)
+
+
+@pytest.mark.parametrize(("given", "seed"), [({}, 42), ({"seed": 7}, 7)])
+def test_the_seed_is_theirs(here, given, seed):
+    assert translate(Path(write("train.yaml", **given))).values["seed"] == seed
+
+
+def test_a_language_model_gets_no_limit_of_pixels(here):
+    found = translate(Path(write("train.yaml", model_name_or_path="Qwen/Qwen3-4B-Instruct-2507")))
+    assert "model.max_pixels" not in found.values
 
 
 def test_an_adapter_to_go_on_with_is_the_start(here):

@@ -85,7 +85,7 @@ def test_the_smallest_image_is_held_out_where_none_fits():
 
 def test_rows_about_one_image_cannot_be_split():
     table = table_of([Example("1", ("a", "b"), "x"), Example("2", ("b", "c"), "y"), Example("3", ("c",), "z")])
-    with pytest.raises(ValueError, match=r"a\.json: no rows can be held out \(data\.valid\.share\), since all of its"):
+    with pytest.raises(ValueError, match=r"a\.json: no rows can be held out \(data\.valid\.share\)"):
         split_held_out(table, HeldOutConfig(share=0.5))
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -301,6 +302,9 @@ def test_images_are_found_by_name_or_stem(tmp_path):
     folder = ImageFolder(tmp_path)
     names = ("a.jpg", "b.jpg", "c.jpg", "d.jpg", "clip_1")
     assert [folder.find(name) for name in names] == ["a.jpg", None, "y/c.jpg", None, "clip_1.mp4"]
+    assert re.search(
+        r"is in several folders in .* \([xy]/b.jpg, [xy]/b.jpg\): name it with its folder", folder.refusal("b.jpg")
+    )
 
 
 def test_images_are_found_by_path(tmp_path):

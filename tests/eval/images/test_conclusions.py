@@ -66,7 +66,22 @@ def test_a_judged_style(after, style, said):
 def test_answers():
     looks = {"vqa": VLScores("accuracy", {"accuracy": 59.7, metrics.QUESTION_ONLY: 34.7})}
     guesses = {"vqa": VLScores("accuracy", {"accuracy": 34.7, metrics.QUESTION_ONLY: 34.7}), "gqa": VLScores("x", {})}
-    assert "adapter=null" in metrics.conclusion(looks, adapted=True)
-    assert "does not look" not in metrics.conclusion(looks, adapted=True)
-    assert "questions alone give away (34.7): the model does not look" in metrics.conclusion(guesses, adapted=True)
-    assert metrics.conclusion({}, adapted=False).startswith("These are the base model's: --set adapter=RUN")
+    enough = {"vqa": 20, "gqa": 20}
+    assert "adapter=null" in metrics.conclusion(looks, enough, adapted=True)
+    assert "train longer" not in metrics.conclusion(looks, enough, adapted=True)
+    assert "not above question-only accuracy (34.7)" in metrics.conclusion(guesses, enough, adapted=True)
+    assert metrics.conclusion({}, {}, adapted=False).startswith("These are the base model's: --set adapter=RUN")
+
+
+@pytest.mark.parametrize("number", [1, 19])
+def test_a_few_answers_are_no_verdict(number):
+    guesses = {"vqa": VLScores("accuracy", {"accuracy": 0.0, metrics.QUESTION_ONLY: 34.7})}
+    found = metrics.conclusion(guesses, {"vqa": number}, adapted=True)
+    assert f"{number} independent answer" in found
+    assert "train longer" not in found
+
+
+def test_pairs_are_compared_already():
+    """Their evaluation has no model without the adapter to name."""
+    pairs = {"preference": VLScores("accuracy", {"accuracy": 60.0})}
+    assert "adapter=null" not in metrics.conclusion(pairs, {"preference": 40}, adapted=True)

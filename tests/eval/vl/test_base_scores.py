@@ -3,8 +3,8 @@
 import pytest
 
 from dora_mm.data.vl.example import Example
+from dora_mm.eval.statistics import LEAST_GROUPS
 from dora_mm.eval.vl.base_scores import read_base, with_gain, write_base
-from dora_mm.eval.vl.confidence_intervals import LEAST_GROUPS
 from dora_mm.eval.vl.metrics import score
 
 
@@ -23,14 +23,14 @@ def test_the_gain_has_an_interval_of_paired_differences(tmp_path):
     precision, gain = notes(tmp_path, 40, 10, 30)
     assert precision.startswith("exact match 75.0 (")
     assert gain.startswith("exact match of the base 25.0, with the adapter 75.0: 50.0 (33.")
-    assert gain.endswith("points; 95 % interval, n = 40")
+    assert gain.endswith("points; 95 % interval; n = 40")
 
 
 @pytest.mark.parametrize("num", [1, 8, LEAST_GROUPS - 1])
 def test_few_answers_have_no_interval(tmp_path, num):
     precision, gain = notes(tmp_path, num, 0, num)
-    assert precision == f"exact match 100.0: too few for an interval, which takes 20 independent ones, n = {num}"
-    assert gain.startswith("exact match of the base 0.0, with the adapter 100.0: 100.0 points; too few for an interval")
+    assert precision == f"exact match 100.0: no 95 % interval, which takes 20 independent answers; n = {num}"
+    assert gain.startswith("exact match of the base 0.0, with the adapter 100.0: 100.0 points; no 95 % interval")
 
 
 def test_other_rows_than_those_of_the_base_are_not_compared(tmp_path):

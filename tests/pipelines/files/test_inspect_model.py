@@ -135,6 +135,7 @@ def test_a_derived_map_says_so_and_what_it_leaves_out(tmp_path, capsys):
     assert code == 0
     assert ", target map derived from its structure, at rank 8\n" in output
     assert "left out: model.visual.patch_embed.proj, lm_head\n" in output
+    assert "require" not in output  # advice for who calls inject
     count, trained = 24 * 60 * 3 * 2048 * 1408, 24 * 60 * (8 * (2048 + 2816) + 2816 + 8 * (1408 + 2048) + 2048)
     assert rows(output)["text.experts"] == ("no", "48", f"{count:,}", f"{trained:,}")
     assert count / sum(p.numel() for p in networks_of(str(tmp_path))[""].build().parameters()) > 0.88

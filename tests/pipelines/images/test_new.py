@@ -163,6 +163,30 @@ def test_questions_without_images(here, capsys):
     assert "--images is missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("images", ["data/shown", "elsewhere", "missing", None])
+def test_the_folder_from_which_paths_of_images_start_is_suggested(here, capsys, images):
+    """LLaMA-Factory's paths start in the folder of its JSON."""
+    Path("elsewhere").mkdir()
+    Path("data/shown").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save("data/shown/a.png")
+    turns = [{"role": "user", "content": "<image>Who?"}, {"role": "assistant", "content": "He."}]
+    Path("data/my.json").write_text(json.dumps([{"messages": turns, "images": ["shown/a.png"]}] * 3))
+    given = ["--images", images] if images else []
+    assert main(["new", "vlm", "qa", "--data", "data/my.json", *given]) == 2
+    assert "did you mean --images data?" in capsys.readouterr().err
+    assert not Path("qa.yaml").exists()
+    assert made("qa", "--data", "data/my.json", "--images", "data", family="vlm").data.train.images == "data"
+
+
+def test_single_missing_images_are_counted(here, capsys):
+    write_images(["a.png"])
+    turns = [{"from": "human", "value": "<image>Who?"}, {"from": "gpt", "value": "He."}]
+    rows = [{"conversations": turns, "image": name} for name in ("a.png", "b.png")]
+    Path("my.json").write_text(json.dumps(rows))
+    made("qa", "--data", "my.json", "--images", "my images", family="vlm")
+    assert "missing   1 of 2 images are not in my images; one is b.png" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("answer", "task", "said"),
     [

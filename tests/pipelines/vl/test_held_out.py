@@ -153,15 +153,17 @@ def test_rows_about_a_single_image_are_told_in_a_sentence(config, tmp_path, caps
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     for arguments in (["train", config], ["train", config, "--dry-run"]):
         assert main(arguments) == 2
-        assert "rows.json: no rows can be held out (data.valid.share)" in capsys.readouterr().err
+        text, error = capsys.readouterr()
+        assert "rows.json: no rows can be held out (data.valid.share)" in error
+    assert re.search(r"time +not measured: .*no rows can be held out", text)
     assert main(["train", config, "--set", "data.valid=null"]) == 0
 
 
 def test_a_training_reports_the_base_the_adapter_and_how_few_rows_there_are(config, tmp_path, capsys, caplog):
     assert main(["train", config, "--set", "evaluate.every=1", "data.task=chat_sentences"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"- ROUGE-L [\d.]+: too few for an interval, .*, n = 4 in 2 groups", printed)
-    found = re.search(r"of the base ([\d.]+), with the adapter ([\d.]+): (\S+) points; too few", printed)
+    assert re.search(r"- ROUGE-L [\d.]+: no 95 % interval, .*; n = 4 in 2 groups", printed)
+    found = re.search(r"of the base ([\d.]+), with the adapter ([\d.]+): (\S+) points; no 95 % interval", printed)
     before, after, gain = map(float, found.groups())
     assert gain == pytest.approx(after - before, abs=0.11)
     assert re.search(r"step 1: chat_sentences [\d.]+ \(n = 4: too few to judge by\)", caplog.text)

@@ -151,7 +151,7 @@ def test_single_questions_are_compared_by_an_exact_test(tmp_path, capsys):
     data = str(files.write_lines(tmp_path / "coco_pope_random.json", rows))
     paths = [lines(tmp_path / f"{name}.jsonl", [name] * 8, key="question_id") for name in ("no", "yes")]
     text = run(capsys, *paths, "--suite", "pope", "--data", data)
-    assert "100.0 points, p = 0.0078 (McNemar's exact test), n = 8; 8 rows better, 0 worse; too few" in text
+    assert "100.0 points, p = 0.0078 (McNemar's exact test), n = 8; 8 rows better, 0 worse; no 95 % interval" in text
     assert "F1" in text
 
 
@@ -357,7 +357,7 @@ def test_an_evaluation_of_a_suite_is_scored_again_from_its_rows(tiny_vlm, tmp_pa
     assert [line for line in again.splitlines() if line.startswith("|")] == [
         line for line in printed.splitlines() if line.startswith("|")
     ]
-    assert "too few for an interval, which takes 20 independent ones, n = 8 in 2 groups" in printed
+    assert "no 95 % interval, which takes 20 independent answers; n = 8 in 2 groups" in printed
     assert "- the data of docvqa: " in again
     assert main(["eval", str(path)]) == 0  # goes on, and says the same
     assert capsys.readouterr().out == printed

@@ -81,7 +81,7 @@ def test_a_dry_run_shows_parts_data_lengths_rows_memory_and_time(name, config, t
     cells = row_of(text, "whole rows")
     assert (cells[0], cells[-1]) == (str(lengths[0]), str(lengths[-1]))
     share = 100 * sum(row.num_image_tokens for row in rows) / sum(lengths)
-    assert f"of these for images ({share:.1f} %)" in text
+    assert f"image tokens ({share:.1f} % of all)" in text
 
     assert text.count("\nrow ") == 3
     assert f"row {table[0].id} of {task}; {table[0].images[0]} (" in text
@@ -123,7 +123,7 @@ def test_without_data_the_parts_and_their_memory_are_shown(config, tmp_path, cap
     assert re.search(r"chat train file +.+none.json +missing", text)
     assert row_of(text, "text.attn")[1] == "dora"
     assert "together, without activations" in text
-    assert "time      not measured: not all training data can be read" in text
+    assert "time      not measured: the training data of chat are not on this machine" in text
     assert "lengths of" not in text
 
 
@@ -173,8 +173,8 @@ def test_a_dry_run_names_all_bad_rows_at_once(bad_rows, capsys):
     assert "broken.png is not a complete image" in section
     assert re.search(r"chat\.json, item 5 \(id '4'\)", section)
     assert (
-        "2 rows of 6 are longer than 50 tokens (model.max_length) and cut at the end, 1 row by whole exchanges with "
-        "their images (1 in all), and 1 row loses its whole answer and is left out\n1 row of 6 cannot be" in text
+        "2 of 6 rows are longer than 50 tokens (model.max_length) and are cut: 1 loses 1 whole exchange with the "
+        "images, 1 loses the whole answer and is left out\n1 of 6 rows cannot be" in text
     )
     assert "a training would stop there, at the first of 2 bad rows (data.on_bad_data: skip leaves them out)" in error
     assert main(["train", bad_rows("skip"), "--dry-run"]) == 0
@@ -220,10 +220,10 @@ def test_a_training_stops_at_them_or_leaves_them_out_and_counts(bad_rows, tmp_pa
     path = bad_rows("skip")
     assert main(["train", path]) == 0
     assert "chat: 6 rows (1 skipped); tokens: 50 %" in caplog.text
-    assert "are longer than 50 tokens (model.max_length) and cut at the end, 1 row by whole" in caplog.text
-    assert "is left out; 1 row of 6 cannot be enc" in caplog.text
+    assert "are longer than 50 tokens (model.max_length) and are cut: 1 loses 1 whole exchange" in caplog.text
+    assert "is left out; 1 of 6 rows cannot be enc" in caplog.text
     assert rows_counted(tmp_path) == (2, 4)  # 12 rows in 3 steps of 2 batches of 2: each of the 6 rows twice
-    assert "2 rows of the training's batches were longer than a row may be, and lost text" in caplog.text
+    assert "2 rows of the training's batches were too long, and lost text" in caplog.text
     assert (
         "4 rows of the training's batches could not be encoded or lost their whole answers, and were left out"
         in caplog.text

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dora_mm.data.vl.example import Predictions
-from dora_mm.eval.statistics import ConfidenceInterval, paired_p
+from dora_mm.eval.statistics import LEAST_GROUPS, ConfidenceInterval, paired_p
 from dora_mm.eval.vl.confidence_intervals import (
-    LEAST_GROUPS,
     TOO_FEW,
     answer_scores,
     confidence_intervals,

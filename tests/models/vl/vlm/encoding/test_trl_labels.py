@@ -1,4 +1,4 @@
-"""Rows are read and learned as TRL's vision collator does; docs/vlm.md lists what differs by intention.
+"""Rows are read and learned as TRL's vision collator does; docs/vlm_data.md lists what differs by intention.
 
 Under the templates of published models, and in each class that has a chat template.
 """
