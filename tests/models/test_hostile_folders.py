@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx2
+import httpx2  # what huggingface_hub 2 asks with
 import huggingface_hub
 import pytest
 import transformers

@@ -52,7 +52,7 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(capsys, 
     monkeypatch.setattr(requirements, "installed", lambda name: versions.get(name, installed(name)))
     assert main(["check"]) == 0
     printed = capsys.readouterr().out
-    assert "timm>=1.0.22 (not installed): pip install 'dora_mm[eval]'" in printed
+    assert "timm>=1.0.31 (not installed): pip install 'dora_mm[eval]'" in printed
     assert "transformers>=5.24 (5.6.0 is installed): pip install 'dora_mm[recipes]'" in printed
 
 

@@ -45,7 +45,7 @@ def test_all_that_is_missing_is_said_once(monkeypatch):
     with pytest.raises(ValueError, match=r"^dora-mm train needs diffusers") as error:
         check_command("train")
     assert str(error.value) == (
-        "dora-mm train needs diffusers>=0.42 (not installed), transformers>=5.24 (5.6.0 is installed), peft>=0.20 "
+        "dora-mm train needs diffusers>=0.42.1 (not installed), transformers>=5.24 (5.6.0 is installed), peft>=0.20 "
         "(0.18.1 is installed): pip install --upgrade 'dora_mm[recipes]'"
     )
     versions["peft"] = "0.17.0"

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from packaging.version import Version
 
 import dora_mm
 from dora_mm.adapting.networks import adapt
@@ -36,6 +37,8 @@ def images(tmp_path_factory):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_margins_and_gradients_are_those_of_trl(name, tiny_vlm, images, tmp_path):
+    if name == "gemma3" and Version(torch.__version__) < Version("2.13"):
+        pytest.skip("older releases of torch draw other weights for this model, and TRL's numbers are recorded")
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
     source = SourceConfig(format="preferences", file=str(tmp_path / "pairs.jsonl"), images=str(images))
     vlm = VLM(VLMModelConfig(path=str(tiny_vlm(name))))
