@@ -37,6 +37,21 @@ def test_report_and_parameters():
     assert sum(p.numel() for p in names.values()) == report.num_parameters
 
 
+def test_the_table_has_no_part_where_patterns_were_given():
+    net = model().requires_grad_(False)
+    assert str(inject(net, ["0", "2"], DoRASpec(rank=4))).splitlines() == [
+        "module  class       weight         count  parameters",
+        "0       DoRAConv2d  8 x 3 x 3 x 3      1         148",
+        "2       DoRALinear  6 x 8              1          62",
+        "all                                    2         210",
+    ]
+
+
+def test_the_table_names_the_parts_of_a_map():
+    report = inject(model().requires_grad_(False), TargetMap("toy", {"conv": ["0"], "mlp": ["2"]}), DoRASpec(rank=4))
+    assert [line.split()[0] for line in str(report).splitlines()] == ["part", "conv", "mlp", "all"]
+
+
 def test_only_adapted_weights_are_frozen_and_remove_restores_them():
     net = model()
     net[4].weight.requires_grad_(False)
