@@ -38,7 +38,7 @@ FUSED = {
 KNOWN = {f"peft.tuners.lora.layer.{name}" for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")} | {
     f"peft.tuners.lora.{name}" for name in ("bnb.Linear4bit", "bnb.Linear8bitLt", "torchao.TorchaoLoraLinear")
 }
-SMALL = "few weights and tokens on a processor, in training without dora_mm.peft.fixed_norms: it is as fast there"
+SMALL = "few tokens in training on a processor: the layers are small, and PEFT's code is as fast there"
 NO_DORA = "LoRA without DoRA costs as little already (DoRA is use_dora=True in LoraConfig)"
 PARAMETER = "LoRA of parameters, for which PEFT has no DoRA (dora_mm.inject has one for stacked experts)"
 DROPOUT = "lora_dropout, which about doubles the cost of a training step: set it to 0 if you can"

@@ -96,6 +96,11 @@ def test_modules_that_cannot_be_adapted(net, pattern, spec, words):
         inject(net, [pattern], spec)
 
 
+def test_a_pattern_that_matches_nothing_is_named_without_a_map():
+    with pytest.raises(ValueError, match=r"^pattern 'mdi' matches no module; nearest: mid$"):
+        inject(nn.ModuleDict({"mid": nn.Linear(4, 4)}), ["mdi"], DoRASpec())
+
+
 def test_nothing_is_changed_when_something_is_wrong():
     net = model()
     net[4].forward = lambda x: x

@@ -21,7 +21,7 @@ def model(*blocks):
 
 
 def patterns(*items, **more):
-    return TargetMap("", {"": items}, **more)
+    return TargetMap("given", {"given": items}, **more)
 
 
 def test_a_plain_pattern_is_a_dotted_suffix():
@@ -36,15 +36,15 @@ def test_a_regular_expression_matches_the_whole_path():
 @pytest.mark.parametrize(
     ("pattern", "words"),
     [
-        ("to_qq", "'to_qq' matches no module; nearest: to_q"),
+        ("to_qq", "'to_qq' of target map given matches no module; nearest: to_q"),
         (r"re:.*\.to_ou\.0", "nearest: to_out.0"),
         ("to_out", "ModuleList, which cannot be adapted"),
         ("norm", "LayerNorm, which cannot be adapted"),
-        ("re:((", "'re:((' is not a valid regular expression"),
+        ("re:((", "'re:((' of target map given is not a valid regular expression"),
     ],
 )
 def test_patterns_that_do_not_fit(pattern, words):
-    with pytest.raises(ValueError, match="^pattern ") as error:
+    with pytest.raises(ValueError, match="given") as error:
         match_modules(model(Block()), patterns("to_q", pattern))
     assert words in str(error.value)
 
@@ -67,7 +67,7 @@ def test_counts_per_block_by_path():
         match_modules(model(Block()), patterns("to_q", expect=by_path))
     with pytest.raises(ValueError, match=r"expects blocks re:block\\\.0, and the model has none; nearest: blocks.0"):
         match_modules(model(Block()), patterns("to_q", expect={r"re:block\.0": 1}))
-    with pytest.raises(ValueError, match=r"'re:\(' is not a valid regular expression"):
+    with pytest.raises(ValueError, match=r"'re:\(' of target map given is not a valid regular expression"):
         match_modules(model(Block()), patterns("to_q", expect={"re:(": 1}))
 
 
