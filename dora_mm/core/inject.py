@@ -28,7 +28,7 @@ class AdaptedModule:
 
     Attributes:
         path: The path of the module in the model.
-        part: The part of the target map that selected it; empty where a pattern did.
+        part: The part of the target map that selected it, empty where a pattern did; of a loaded file, the component.
         kind: The name of its adapted class.
         shape: The shape of its weight with output rows first.
         num_parameters: How many parameters are trained in it.

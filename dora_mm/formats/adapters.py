@@ -21,12 +21,12 @@ from dora_mm.formats import model_card
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.algebra.exact import unfolded, with_strength
 from dora_mm.formats.base_samples import header_of_base, samples_in, warn_of_other_base
-from dora_mm.formats.components import UNNAMED, component_of, components_to_load, components_to_save
+from dora_mm.formats.components import component_of, components_to_load, components_to_save
 from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.models import from_models, into_models, weight_shape
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.reader import opened, read
-from dora_mm.formats.state import AdapterState, LayerState, joined
+from dora_mm.formats.state import UNNAMED, AdapterState, LayerState, joined
 from dora_mm.formats.tokens import TokenRows, bundled, write_token_file
 from dora_mm.formats.tools import FORMATS
 from dora_mm.formats.tools.tool import Contents, Format, write_companions

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.formats.state import joined
+from dora_mm.formats.state import UNNAMED, joined
 from dora_mm.utils.json_text import parse_json
 
 KEY = "dora_mm_base"  # of the header: a JSON object of lists of numbers, by component and path of the layer
@@ -70,7 +70,7 @@ def warn_of_other_base(components: Mapping[str, nn.Module], samples: Mapping[str
             log.warning(
                 "%s was trained on a base model with other weights (%s differs): load those into the model first",
                 file,
-                name,
+                name.removeprefix(f"{UNNAMED}."),
             )
             return
 

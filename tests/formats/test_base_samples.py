@@ -34,8 +34,13 @@ def warnings_of_loading(file, model, caplog) -> list[str]:
 
 def test_another_base_is_reported(trained, caplog):
     (message,) = warnings_of_loading(trained, network(1), caplog)
-    assert message.startswith(f"{trained} was trained on a base model with other weights (model.")
+    assert message.startswith(f"{trained} was trained on a base model with other weights (")
+    assert "(model." not in message
     assert message.endswith(" differs): load those into the model first")
+
+
+def test_the_table_of_a_single_model_has_no_component(trained):
+    assert str(load_adapter(network(0), trained)).split()[:3] == ["module", "class", "weight"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
