@@ -34,7 +34,7 @@ def header_of_base(components: Mapping[str, nn.Module]) -> dict[str, str]:
         The entry by its key; empty where no layer has a base weight that can be read.
     """
     layers = _layers(components)
-    names = list(layers)
+    names = [name for name, layer in layers.items() if not layer.adaptation.assists]  # those that the file adapts
     chosen = dict.fromkeys(names[i * (len(names) - 1) // (_LAYERS - 1)] for i in range(_LAYERS)) if names else {}
     samples = {name: [float(f"{weight:.3g}") for weight in _sample(layers[name])] for name in chosen}
     return {KEY: json.dumps(samples)} if samples else {}
