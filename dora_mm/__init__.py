@@ -170,6 +170,9 @@ def load_adapter(
 ) -> InjectReport:
     """Loads an adapter file into a model.
 
+    The model must have the base weights that the adapter was trained on. A file of `save_adapter` has some of them, and
+    a warning says if those of the model are far from them; those of a model that was trained further are not.
+
     New tokens of a file belong to a pipeline with its tokenizers, not to a network: a warning says that they are left.
     Base modules are adapted as the file specifies. Modules that are adapted already must match the file, unless `name`
     is new: the adapter is then stacked on the existing ones, and their updates add up, each with its own strength.

@@ -90,8 +90,9 @@ def print_machine() -> None:
             what = "optional" if extra in OPTIONAL else "missing"
             print(f"{what:<9} {', '.join(problems)}: pip install 'dora_mm[{extra}]'")
     gpu = largest_gpu()
+    width = max(map(len, starts()))
     for family, recipes in starts().items():
-        print(f"recipe    {family:<8} {recipe_line(recipes, gpu.memory if gpu else 0)}")
+        print(f"recipe    {family:<{width}}  {recipe_line(recipes, gpu.memory if gpu else 0)}")
 
 
 def without_gpu(torch_version: str) -> str:

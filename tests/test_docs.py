@@ -182,10 +182,11 @@ def examples(name: str) -> list:
 
 
 # The blocks of peft.md go on with one model.
+EXAMPLES = [block for page in ("layer.md", "formats.md", "file_layouts.md") for block in examples(page)]
 WITH_PEFT = pytest.param("\n".join(block.values[0] for block in examples("peft.md")), id="peft.md")
 
 
-@pytest.mark.parametrize("code", [*examples("layer.md"), *examples("formats.md"), *examples("file_layouts.md"), WITH_PEFT])
+@pytest.mark.parametrize("code", [*EXAMPLES, WITH_PEFT])
 def test_examples(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for the files that an example writes
     exec(compile(code, "<example>", "exec"), {"__name__": "__main__"})

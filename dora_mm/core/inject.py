@@ -28,7 +28,7 @@ class AdaptedModule:
 
     Attributes:
         path: The path of the module in the model.
-        part: The part of the target map that selected it.
+        part: The part of the target map that selected it, empty where a pattern did; of a loaded file, the component.
         kind: The name of its adapted class.
         shape: The shape of its weight with output rows first.
         num_parameters: How many parameters are trained in it.
@@ -65,8 +65,8 @@ class InjectReport:
         return sum(m.num_parameters for m in self.modules)
 
     def __str__(self) -> str:
-        rows = Counter()
-        parameters = Counter()
+        rows: Counter[tuple[str, ...]] = Counter()
+        parameters: Counter[tuple[str, ...]] = Counter()
         for m in self.modules:
             name = m.path.split(".")[-1]
             if name.isdigit():
@@ -74,12 +74,15 @@ class InjectReport:
             key = (m.part, name, m.kind, " x ".join(map(str, m.shape)))
             rows[key] += 1
             parameters[key] += m.num_parameters
-        table = [("part", "module", "class", "weight", "count", "parameters")]
+        table: list[tuple[str, ...]] = [("part", "module", "class", "weight", "count", "parameters")]
         table += [(*key, str(count), f"{parameters[key]:,}") for key, count in rows.items()]
-        table += [("all", "", "", "", str(self.num_modules), f"{self.num_parameters:,}")]
-        widths = [max(len(row[i]) for row in table) for i in range(6)]
+        if not any(m.part for m in self.modules):
+            table = [row[1:] for row in table]
+        texts = len(table[0]) - 2
+        table += [("all", *[""] * (texts - 1), str(self.num_modules), f"{self.num_parameters:,}")]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [
-            "  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(c.ljust(w) if i < texts else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
             for row in table
         ]
         if self.num_trainable_others:
@@ -116,7 +119,7 @@ def inject(
         raise ValueError(f"targets must be a TargetMap or a list of patterns, at least one, not {targets!r}")
     check_not_sharded(model)
     if not isinstance(targets, TargetMap):
-        targets = TargetMap("given", {"given": tuple(targets)})
+        targets = TargetMap("", {"": tuple(targets)})
     taken = match_modules(model, targets)
     return inject_paths(model, {path: (part, spec) for path, part in taken.items()}, forward=forward, seed=seed)
 

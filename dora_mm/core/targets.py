@@ -21,7 +21,7 @@ class TargetMap:
     """Which modules of an architecture are adapted, by part.
 
     Attributes:
-        name: The name of the map, for error messages.
+        name: The name of the map, for error messages; empty for patterns that are in no map.
         parts: The patterns of each part. A plain pattern is a dotted suffix of the module's path (`to_out.0`); `re:`
             marks a regular expression that matches the full path.
         expect: How many modules of each part a block holds, by block, then by part. A block is named by its class, or
@@ -90,9 +90,10 @@ def match_modules(model: nn.Module, targets: TargetMap) -> dict[str, str]:
     """
     modules = with_projections(dict(model.named_modules()))
     taken: dict[str, str] = {}
+    where = f"target map {targets.name}" if targets.name else ""
     for part, patterns in targets.parts.items():
         for pattern in patterns:
-            for path in matching(pattern, modules, f"target map {targets.name}"):
+            for path in matching(pattern, modules, where):
                 if taken.setdefault(path, part) != part:
                     raise ValueError(f"{path} is in two parts of target map {targets.name}: {taken[path]} and {part}")
     _check_counts(modules, taken, targets)
@@ -138,9 +139,9 @@ def matching(pattern: str, modules: Mapping[str, nn.Module], where: str) -> list
 
 
 def pattern_text(pattern: str, where: str) -> str:
-    """A pattern for a message, cut if it is long; `where` says where it is from."""
+    """A pattern for a message, cut if it is long; `where` says where it is from, if that is not plain."""
     shown = pattern if len(pattern) <= 60 else f"{pattern[:60]}..."
-    return f"pattern {shown!r} of {where}"
+    return f"pattern {shown!r} of {where}" if where else f"pattern {shown!r}"
 
 
 def matches(pattern: str, path: str, where: str) -> bool:

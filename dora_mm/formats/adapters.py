@@ -20,12 +20,13 @@ from dora_mm.core.wrappers.sharded import is_sharded
 from dora_mm.formats import model_card
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.algebra.exact import unfolded, with_strength
-from dora_mm.formats.components import UNNAMED, component_of, components_to_load, components_to_save
+from dora_mm.formats.base_samples import header_of_base, samples_in, warn_of_other_base
+from dora_mm.formats.components import component_of, components_to_load, components_to_save
 from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.models import from_models, into_models, weight_shape
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.reader import opened, read
-from dora_mm.formats.state import AdapterState, LayerState, joined
+from dora_mm.formats.state import UNNAMED, AdapterState, LayerState, joined
 from dora_mm.formats.tokens import TokenRows, bundled, write_token_file
 from dora_mm.formats.tools import FORMATS
 from dora_mm.formats.tools.tool import Contents, Format, write_companions
@@ -113,11 +114,13 @@ def save(
         raise ValueError(f"the {format} format has no place for the new token {next(iter(state.tokens))}: use native")
     if name := first_not_finite(state.tensors()):
         raise ValueError(f"{name} has values that are NaN or infinite, so the adapter was not saved")
+    base = header_of_base(components)
     sharded = any(is_sharded(parameter) for m in components.values() for parameter in m.parameters())
     try:
         if not sharded or distributed.get_rank() == 0:
             token_header = write_token_file(folder, state.tokens)
-            _write(state, components, folder, format, {**metadata, **(token_header if storage == "separate" else {})})
+            about = {**metadata, **base, **(token_header if storage == "separate" else {})}
+            _write(state, components, folder, format, about)
             model_card.write_model_card(folder, format, state, metadata)
     finally:
         if sharded:
@@ -258,9 +261,12 @@ def load(
     file = opened(path)
     components = components_to_load(model, file)
     state, _ = read(file, components)
+    samples = samples_in(file.header)
     if isinstance(strength, Mapping) and not isinstance(model, Mapping):
         strength = {_with_component(name, next(iter(components))): value for name, value in strength.items()}
-    return into_models(state, components, file.path, strength=strength, name=name, forward=forward, assists=assists)
+    report = into_models(state, components, file.path, strength=strength, name=name, forward=forward, assists=assists)
+    warn_of_other_base(components, samples, file.path)
+    return report
 
 
 def _with_component(name: str, component: str) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from dora_mm.formats.adapter_file import AdapterFile
+from dora_mm.formats.state import UNNAMED
 
-UNNAMED = "model"  # where neither the class nor the file says more
 _CLASSES = {
     "unet": r"diffusers\..*\.UNet2DConditionModel",
     "transformer": r"diffusers\..*\.\w*Transformer([23]D)?Model",

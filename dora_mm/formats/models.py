@@ -22,7 +22,7 @@ from dora_mm.core.wrappers.experts import ExpertProjection
 from dora_mm.core.wrappers.quantized import DoRAQuantized, is_quantized
 from dora_mm.core.wrappers.separation import with_projections
 from dora_mm.core.wrappers.sharded import gathered, reshard, write
-from dora_mm.formats.state import AdapterState, LayerState, check_finite, joined
+from dora_mm.formats.state import UNNAMED, AdapterState, LayerState, check_finite, joined
 from dora_mm.targets import SHORT_NAMES
 
 
@@ -131,7 +131,7 @@ def into_models(
                 _fill(layer, state_of, at, assists=assists)
             else:
                 layer.stack(name, state_of.spec, state_of.tensors, at, assists=assists)
-            modules.append(describe(layer, component))
+            modules.append(describe(layer, "" if component == UNNAMED else component))
     return InjectReport(tuple(modules))
 
 

@@ -19,11 +19,10 @@ from dora_mm.core.wrappers.sharded import gathered
 from dora_mm.core.wrappers.streaming import bring
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra import exact, fused
-from dora_mm.formats.components import UNNAMED
 from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.naming.names import TEXT_PREFIX, ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Namer, Names
-from dora_mm.formats.state import AdapterState, LayerState
+from dora_mm.formats.state import UNNAMED, AdapterState, LayerState
 from dora_mm.formats.tokens import TokenRows, keys_by_word
 from dora_mm.formats.tools import tool_of
 from dora_mm.formats.tools.parts import NO_LOW_RANK

@@ -14,6 +14,8 @@ from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.tokens import TokenRows, bundled
 
+UNNAMED = "model"  # the component of a model whose class and file do not tell it
+
 
 @dataclass(frozen=True)
 class LayerState:

@@ -38,9 +38,10 @@ FUSED = {
 KNOWN = {f"peft.tuners.lora.layer.{name}" for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")} | {
     f"peft.tuners.lora.{name}" for name in ("bnb.Linear4bit", "bnb.Linear8bitLt", "torchao.TorchaoLoraLinear")
 }
-SMALL = "few weights and tokens on a processor, in training without dora_mm.peft.fixed_norms: it is as fast there"
+SMALL = "few tokens in training on a processor: the layers are small, and PEFT's code is as fast there"
+NO_DORA = "LoRA without DoRA costs as little already (DoRA is use_dora=True in LoraConfig)"
 PARAMETER = "LoRA of parameters, for which PEFT has no DoRA (dora_mm.inject has one for stacked experts)"
-DROPOUT = "take a second large product in training, for lora_dropout: with 0 a step costs about half"
+DROPOUT = "lora_dropout, which about doubles the cost of a training step: set it to 0 if you can"
 Adapters = list[tuple[str, str]]
 
 
@@ -61,6 +62,11 @@ class FuseReport:
     stock: dict[str, Adapters] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        stock = [
+            f"{shown(some)} {'stays' if len(some) == 1 else 'stay'} PEFT's: {why}" for why, some in self.stock.items()
+        ]
+        if not self.fused:
+            return "\n".join(f"nothing to fuse: {line}" for line in stock)
         at_times = [adapter for some in self.at_times.values() for adapter in some]
         always = [adapter for adapter in self.fused if adapter not in at_times]
         lines = [f"DoRA of {shown(always)} runs fused"] if always or not at_times else []
@@ -69,16 +75,15 @@ class FuseReport:
             for why, some in self.at_times.items()
         ]
         if self.with_dropout:
-            lines.append(f"  {shown(self.with_dropout)} of these {DROPOUT}")
-        lines += [f"{shown(some)} stay PEFT's: {why}" for why, some in self.stock.items()]
-        return "\n".join([*lines, "Adapters that are added later stay PEFT's until fuse_peft is called again."])
+            lines.append(f"  {shown(self.with_dropout)} of these have {DROPOUT}")
+        return "\n".join([*lines, *stock, "Adapters that are added later stay PEFT's until fuse_peft is called again."])
 
 
 def shown(adapters: Sequence[tuple[str, str]]) -> str:
     """How many layers, and by the last names of their paths."""
     names = Counter(path.split(".")[-1] for path, _ in adapters)
     text = ", ".join(f"{count} {name}" for name, count in names.items())
-    return f"{len(adapters)} layers" + (f" ({text})" if text else "")
+    return f"{len(adapters)} layer{'s' * (len(adapters) != 1)}" + (f" ({text})" if text else "")
 
 
 def fuse_peft(model: nn.Module) -> FuseReport:
@@ -165,7 +170,7 @@ def why_stock(layer: Any, name: str, variant: Any) -> str | None:
     if isinstance(layer, ParamWrapper):
         return PARAMETER
     if variant is None:
-        return "LoRA without a magnitude"
+        return NO_DORA
     if type(variant) not in FUSED and not isinstance(variant, FusedDoRA):
         return f"{type(variant).__name__} is another method"
     if f"{kind.__module__}.{kind.__name__}" not in KNOWN:

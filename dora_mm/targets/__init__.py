@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from dora_mm.core.targets import TargetMap
+from dora_mm.core.targets import TargetMap, matches
 from dora_mm.registries.registry import load
 from dora_mm.registries.target_maps import TARGET_MAPS, map_for
 from dora_mm.targets import derived
@@ -37,6 +37,8 @@ def find(name: str, model: nn.Module | None = None) -> TargetMap:
             raise ValueError(f"the map {name} is derived from a model, and there is none")
         return derived.derive(model)
     if name not in TARGET_MAPS:
+        if model is not None and any(matches(name, path, "targets") for path, _ in model.named_modules()):
+            raise ValueError(f"there is no target map {name!r}; for modules of that name use a list: [{name!r}]")
         raise ValueError(f"there is no target map {name!r}; there are {', '.join((*TARGET_MAPS, *DERIVED))}")
     record = TARGET_MAPS[name]
     found: TargetMap = load(record.import_path)

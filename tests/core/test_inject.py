@@ -37,6 +37,21 @@ def test_report_and_parameters():
     assert sum(p.numel() for p in names.values()) == report.num_parameters
 
 
+def test_the_table_has_no_part_where_patterns_were_given():
+    net = model().requires_grad_(False)
+    assert str(inject(net, ["0", "2"], DoRASpec(rank=4))).splitlines() == [
+        "module  class       weight         count  parameters",
+        "0       DoRAConv2d  8 x 3 x 3 x 3      1         148",
+        "2       DoRALinear  6 x 8              1          62",
+        "all                                    2         210",
+    ]
+
+
+def test_the_table_names_the_parts_of_a_map():
+    report = inject(model().requires_grad_(False), TargetMap("toy", {"conv": ["0"], "mlp": ["2"]}), DoRASpec(rank=4))
+    assert [line.split()[0] for line in str(report).splitlines()] == ["part", "conv", "mlp", "all"]
+
+
 def test_only_adapted_weights_are_frozen_and_remove_restores_them():
     net = model()
     net[4].weight.requires_grad_(False)
@@ -79,6 +94,11 @@ def test_a_shared_module_is_adapted_once_and_everywhere():
 def test_modules_that_cannot_be_adapted(net, pattern, spec, words):
     with pytest.raises(ValueError, match=words):
         inject(net, [pattern], spec)
+
+
+def test_a_pattern_that_matches_nothing_is_named_without_a_map():
+    with pytest.raises(ValueError, match=r"^pattern 'mdi' matches no module; nearest: mid$"):
+        inject(nn.ModuleDict({"mid": nn.Linear(4, 4)}), ["mdi"], DoRASpec())
 
 
 def test_nothing_is_changed_when_something_is_wrong():

@@ -38,7 +38,7 @@ def save_sharded(rank: int, folder: str):
     assert path.is_file()  # for every process, once save_adapter has returned
     save_adapter(model, Path(folder) / "native", format="native")
     with pytest.raises(ValueError, match="pass"):
-        save_adapter(model, Path(folder) / "refused")
+        save_adapter(model, Path(folder) / "refused", format="diffusers")
     load_adapter(model, Path(folder) / "native")
     distributed.destroy_process_group()
 

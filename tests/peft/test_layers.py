@@ -61,14 +61,24 @@ def twins(**settings):
 # --- the line and its report -----------------------------------------------------------------------------------------
 
 
+def test_a_model_with_lora_alone_has_nothing_to_fuse():
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(r=2, target_modules=["0"]))
+    report = dora_mm.fuse_peft(model)
+    assert report.fused == []
+    assert str(report) == (
+        "nothing to fuse: 1 layer (1 0) stays PEFT's: LoRA without DoRA costs as little already "
+        "(DoRA is use_dora=True in LoraConfig)"
+    )
+
+
 def test_the_report_names_what_runs_fused_and_what_does_not():
     _, ours = twins(lora_dropout=0.1)
     report = dora_mm.fuse_peft(ours)
     assert str(report).splitlines() == [
         "DoRA of 5 layers (1 embed, 2 up, 2 down) runs fused",
-        "  2 layers (1 up, 1 down) of these take a second large product in training, for lora_dropout: with 0 a step "
-        "costs about half",
-        "1 layers (1 up) stay PEFT's: LoRA without a magnitude",
+        "  2 layers (1 up, 1 down) of these have lora_dropout, which about doubles the cost of a training step: set it "
+        "to 0 if you can",
+        "1 layer (1 up) stays PEFT's: LoRA without DoRA costs as little already (DoRA is use_dora=True in LoraConfig)",
         "Adapters that are added later stay PEFT's until fuse_peft is called again.",
     ]
     assert ("base_model.model.up", "second") in report.fused
@@ -236,7 +246,7 @@ def test_dropout_over_a_padding_that_peft_leaves_out_is_pefts(passes):
     theirs = adapted(nn.Conv2d(16, 128, 3, padding=1, padding_mode="circular"), lora_dropout=0.4)
     ours, found = copy.deepcopy(theirs), []
     assert (
-        "DoRA of 1 layers (1 layer) runs fused, except that PEFT's own code runs "
+        "DoRA of 1 layer (1 layer) runs fused, except that PEFT's own code runs "
         "with dropout in training over a convolution whose" in str(dora_mm.fuse_peft(ours))
     )
     for model in (theirs, ours):

@@ -35,6 +35,14 @@ def test_a_machine_without_a_gpu(capsys, monkeypatch):
     assert {"python", "machine", "torch", "packages", "recipe vlm"} <= set(found)
 
 
+def test_the_recipes_are_a_table(capsys, monkeypatch):
+    monkeypatch.setattr(machine, "gpus", list)
+    assert main(["check"]) == 0
+    recipes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("recipe")]
+    assert len(recipes) > 5
+    assert len({line.index("needs a GPU") for line in recipes}) == 1
+
+
 @pytest.mark.parametrize(
     ("memory", "recipe"), [(11.6, "12gb"), (15.7, "16gb"), (23.6, "24gb"), (7.6, "8gb"), (5.6, "needs a GPU")]
 )

@@ -70,3 +70,9 @@ def test_a_map_for_another_architecture():
         dora_mm.inject(unet, "clip-text", DoRASpec())
     with pytest.raises(ValueError, match="no target map 'sdxl'; there are sdxl-unet, clip-text"):
         dora_mm.inject(unet, "sdxl", DoRASpec())
+
+
+def test_the_name_of_a_module_in_place_of_a_map_is_answered_with_a_list():
+    net = nn.ModuleDict({"mid": nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match=r"no target map 'mid'; for modules of that name use a list: \['mid'\]$"):
+        dora_mm.inject(net, "mid", DoRASpec(rank=2))

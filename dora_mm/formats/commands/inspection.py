@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra.exact import norms
+from dora_mm.formats.base_samples import KEY as BASE_SAMPLES
 from dora_mm.formats.commands.support import misread_by, works_in
 from dora_mm.formats.commands.verify import open_base, stacked
 from dora_mm.formats.naming.names import NETWORKS, Name, architecture_of
@@ -28,7 +29,14 @@ from dora_mm.registries.tools import TOOLS
 from dora_mm.utils.json_text import finite, parse_json
 
 BASE_KEYS = ("base_model", "ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
-HIDDEN = ("format", PEFT_METADATA, OUR_METADATA, CONFIG_NAME, SPECS_KEY)  # what the modules show already
+HIDDEN = (
+    "format",
+    PEFT_METADATA,
+    OUR_METADATA,
+    CONFIG_NAME,
+    SPECS_KEY,
+    BASE_SAMPLES,
+)  # what the modules show already, and numbers
 KINDS = {  # of models without a table of names, by what the paths of their modules have; the first that one has
     r"vision_(tower|model)\.|visual\.|multi_modal_projector": "vision-language model",
     r"(^|\.)text_model\.encoder\.layers\.": "CLIP",
