@@ -24,6 +24,8 @@ from dora_mm.studies.campaigns.selection_metrics import (
 from dora_mm.studies.campaigns.tuned import RANKED, TunedImages, TunedVL
 from dora_mm.studies.campaigns.tuning import Tuning, describe_plan
 from dora_mm.studies.config import TuneConfig
+from dora_mm.train.optim import check_optimizer
+from dora_mm.utils.devices import default_device
 from dora_mm.utils.lock import only_writer
 
 EXPONENTS = (-1.0, -0.5, 0.0, 0.5, 1.0)  # of ten, around the rate of the config: half decades
@@ -71,6 +73,7 @@ def main(
         settings, base = search_of(given, config, overrides, rates, ranks, selection_metric, clip_model, output), given
     check_paths(settings, new_run=True)
     check_paths(base, new_run=False)
+    check_optimizer(base.optimizer, default_device())
     selection = build_selection_metric(settings, base)
     if dry_run:
         print(describe_plan(settings, selection.trained))

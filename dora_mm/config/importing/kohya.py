@@ -62,9 +62,22 @@ def translate(foreign: Foreign, found: Translation) -> None:
     found.put("loss.min_snr_gamma", foreign.take("min_snr_gamma"), "min_snr_gamma")
     if "loss.min_snr_gamma" not in found.values:
         found.values["loss.min_snr_gamma"] = None  # they weigh no timestep where they are not asked to
-    found.take(foreign, {"huber_c": "loss.delta"} if foreign.left.get("loss_type") == "huber" else {})
+    _kohya_huber(foreign, found)
     foreign.drop("output_dir")
     found.take_known(foreign)
+
+
+def _kohya_huber(foreign: Foreign, found: Translation) -> None:
+    """The Huber loss, whose delta follows the noise level there unless its schedule is constant."""
+    if foreign.left.get("loss_type") != "huber":
+        return
+    found.put("loss.delta", foreign.take("huber_c", 0.1), "huber_c")
+    schedule = str(foreign.take("huber_schedule", "snr"))
+    if schedule != "constant":
+        found.differs(
+            f"huber_schedule is {schedule} ({'as given' if 'huber_schedule' in foreign.given else 'the default'}): "
+            "delta depends on the noise level there, and is the same at all levels here (loss.delta)."
+        )
 
 
 def _kohya_precision(foreign: Foreign, found: Translation) -> None:

@@ -503,9 +503,8 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(config, tmp_pat
     for words in (
         "buckets   64 x 64: 3, 128 x 32: 2 (h x w)",
         "captions  5 from metadata.jsonl",
-        "without TOK  0",
         "4 steps x batch 2 / 5 images = each is seen 1.6 times",
-        "Each image is seen 1.6 times (in the DoRA paper's recipes: 3d_icon 130, lego 49), which is little",
+        "Each image is seen 1.6 times, which is little for a style. For the usual 50 to 130 times set train.steps from",
         "unet.attn",
         "frozen in float32",
         "optimizer state (adamw, 2 numbers each)",
