@@ -73,7 +73,6 @@ def main(
         settings, base = search_of(given, config, overrides, rates, ranks, selection_metric, clip_model, output), given
     check_paths(settings, new_run=True)
     check_paths(base, new_run=False)
-    check_optimizer(base.optimizer, default_device())
     selection = build_selection_metric(settings, base)
     if dry_run:
         print(describe_plan(settings, selection.trained))
@@ -134,6 +133,7 @@ def default_rates(base: TrainDiffusionConfig | TrainVLConfig, path: str, ranks: 
 
 def build_selection_metric(config: TuneConfig, base: Any) -> SelectionMetric:
     """Builds what is trained and how it is scored, and checks all that the configs name."""
+    check_optimizer(base.optimizer, default_device())
     is_image = isinstance(base, TrainDiffusionConfig)
     if config.clip_model and not is_image:
         raise ValueError("--clip-model judges images, and this training has none")

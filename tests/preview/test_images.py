@@ -42,8 +42,8 @@ def test_images_by_bucket():
 def test_captions_by_source_with_the_longest_and_those_without_the_placeholder():
     assert describe_captions(IMAGES, DATA, lambda text: len(text.split())).splitlines() == [
         "captions  1 from metadata.jsonl, 1 from <name>.txt, 1 from data.instance_prompt",
-        "longest   5 tokens: a dog on a mat",
         "          1 without the trigger word TOK: b.png",
+        "longest   5 tokens: a dog on a mat",
     ]
     assert "14 characters: a dog on a mat" in describe_captions(IMAGES, DATA, None)
 
