@@ -80,14 +80,13 @@ def main(
     if run_name(file) != file.stem:
         raise ValueError(f"NAME {name} cannot be that of a run: take letters, digits, - and _")
     recipe, reason = starting_recipe(family, model, vram)
-    draft = Draft(family, file, recipe, images, tuple(references), data, model, follow_links)
+    draft = Draft(family, file, recipe, images, tuple(references), data, model, follow_links, reason)
     if draft.file.exists():  # the last to appear; the prompts may be there after a kill
         raise already_there(draft.file)
     start = load_config(draft.recipe)
     if isinstance(start, TrainDiffusionConfig):
         check_family(model, family)
         style(draft, start)
-        print(f"recipe    {draft.recipe}{reason}")
     else:
         assert isinstance(start, TrainVLConfig)
         write_vl(draft, start)
@@ -223,7 +222,8 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
 
 
 def print_next_of_images(draft: Draft, config: TrainDiffusionConfig, prompts: Path) -> None:
-    """Prints the commands that follow for an adapter of an image model."""
+    """Prints the recipe and the commands that follow for an adapter of an image model."""
+    print(f"recipe    {draft.recipe}{draft.reason}")
     seeds = [f"seeds={list(config.sample.seeds)}"] if config.sample.seeds != (0,) else []
     contact_sheet = ["sample", prompts, "--set", f"adapter.path={draft.run}", *seeds, "strengths=[0, 1]"]
     sampled = f"runs/{prompts.stem}/001"

@@ -103,7 +103,7 @@ class Translation:
 
     def _differs_without_gpu(self) -> None:
         name = self.values.get("optimizer.name")
-        if name in OPTIMIZERS and OPTIMIZERS[name].needs_gpu:
+        if isinstance(name, str) and name in OPTIMIZERS and OPTIMIZERS[name].needs_gpu:
             self.differs(f"optimizer.name {name} needs a GPU. Without one: --set optimizer.name=adamw")
 
     @property

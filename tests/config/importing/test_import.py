@@ -234,6 +234,18 @@ def test_kohyas_huber_loss_and_8_bits_differ(tmp_path, lines, message):
     assert not without_equal(found)
 
 
+@pytest.mark.parametrize(
+    ("names", "prompt", "differs"),
+    [(["3_sks"], "sks", False), (["3_sks", "2_cat"], None, True), (["plain"], None, False)],
+)
+def test_kohyas_folders_name_the_captions_of_images_without_one(tmp_path, names, prompt, differs):
+    for name in names:
+        (tmp_path / "y" / name).mkdir(parents=True)
+    found = imported(tmp_path, "a.toml", KOHYA_SMALLEST)
+    assert found.values.get("data.instance_prompt") == prompt
+    assert any("(cat, sks)" in sentence for sentence in found.differences) == differs
+
+
 def test_a_job_of_ai_toolkit_without_a_network_is_full_fine_tuning(tmp_path):
     lines = [line for line in AI_TOOLKIT.splitlines() if "network:" not in line]
     found = imported(tmp_path, "a.yaml", "\n".join(lines))
