@@ -13,6 +13,7 @@ import time
 import weakref
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from dora_mm.adapting import compiled
 from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.models.images import families
+from dora_mm.preview.image_page import size_of_sheets
 from dora_mm.recipes import PIPELINES
 from dora_mm.sampling.gallery import folder as gallery_folder
 from dora_mm.sampling.manifest import read_manifest
@@ -512,6 +514,19 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(config, tmp_pat
         "s a step (measured)",
     ):
         assert words in printed
+
+
+@pytest.mark.parametrize(
+    ("sizes", "line"),
+    [
+        ((128, 64), "sheets    images of 128 px, the model's own size; the training is at 64 px"),
+        ((64, 64), ""),
+    ],
+)
+def test_a_dry_run_says_where_contact_sheets_have_another_size(config, sizes, line):
+    own, trained = sizes
+    loaded = load_config(config(), [f"data.resolution={trained}", "sample.prompts=[a bus]"])
+    assert size_of_sheets(loaded, SimpleNamespace(resolution=own)).strip() == line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU a large model is measured")
