@@ -157,7 +157,7 @@ def score(
     save_extremes(run, generation, likeness, images, (adapted[:cut] @ training.T).argmax(axis=1))
     added = [rows[f"{DIFFERENCE}, {part}"] for part in (STYLED, STYLE_FREE)]
     nearest = [rows[name][own_style.NEAREST] for name in (f"{ADAPTER}, {STYLED}", TRAINING)]
-    print(f"\n{own_style.conclusion(*added, *nearest, trigger=trigger)}")
+    print(f"\n{own_style.conclusion(*added, *nearest, trigger=trigger, num_prompts=len(styled))}")
 
 
 def report(config: EvalStyleConfig, run: RunDirectory, rows: Any, about: str, num_images: int) -> None:

@@ -23,7 +23,7 @@ from dora_mm.preview.images import (
     repeats_of,
 )
 from dora_mm.preview.look import describe_look
-from dora_mm.preview.machine import fitting, largest_gpu
+from dora_mm.preview.machine import GPUInfo, fitting, largest_gpu
 from dora_mm.preview.recipe_steps import remark_on_steps, steps_for
 from dora_mm.preview.vl_drafts import write_vl
 from dora_mm.registries.image_families import IMAGE_FAMILIES
@@ -49,6 +49,7 @@ def main(
     references: Sequence[str] = (),
     data: str | None = None,
     model: str | None = None,
+    vram: float | None = None,
     follow_links: bool = False,
 ) -> None:
     """Writes NAME.yaml, for images NAME_prompts.txt, else NAME_eval.yaml, and prints what was found and what is next.
@@ -62,6 +63,7 @@ def main(
         references: Folders of reference images, for a model that edits.
         data: The file of questions, of vision-language models.
         model: The model: a folder, a file or a hub name; None: the recipe's.
+        vram: GB of the GPU that will train; None: those of the GPU of this machine.
         follow_links: Whether links that lead out of a folder of images are followed, also by the new config.
 
     Raises:
@@ -77,7 +79,8 @@ def main(
     file = expanded(f"{name.removesuffix('.yaml')}.yaml")
     if run_name(file) != file.stem:
         raise ValueError(f"NAME {name} cannot be that of a run: take letters, digits, - and _")
-    draft = Draft(family, file, starting_recipe(family, model), images, tuple(references), data, model, follow_links)
+    recipe, reason = starting_recipe(family, model, vram)
+    draft = Draft(family, file, recipe, images, tuple(references), data, model, follow_links, reason)
     if draft.file.exists():  # the last to appear; the prompts may be there after a kill
         raise already_there(draft.file)
     start = load_config(draft.recipe)
@@ -89,16 +92,25 @@ def main(
         write_vl(draft, start)
 
 
-def starting_recipe(family: str, model: str | None) -> str:
-    """The packaged config to start from: that of the model, or the largest that fits the GPU of this machine."""
+def starting_recipe(family: str, model: str | None, vram: float | None = None) -> tuple[str, str]:
+    """The packaged config to start from, and why: that of the model, or the largest that fits the GPU."""
     recipes = starts()[family]
     paths = {recipe: load_config(recipe).model_dump()["model"]["path"] for recipe in recipes.values()}
     of_model = [recipe for recipe in recipes.values() if paths[recipe] == model]
     if len(of_model) == 1:
-        return of_model[0]
+        return of_model[0], ", which is for this model"
     if model is not None and 0 in recipes and is_small(model):
-        return recipes[0]
-    return fitting({size: recipe for size, recipe in recipes.items() if size}, largest_gpu())
+        return recipes[0], ", for small models: --model has less than 1 GB"
+    by_size, gpu = {size: recipe for size, recipe in recipes.items() if size}, largest_gpu()
+    if vram is not None:
+        gpu = GPUInfo("--vram", vram, "bf16")
+    return (recipe := fitting(by_size, gpu)), _fits(next(size for size in by_size if by_size[size] == recipe), gpu)
+
+
+def _fits(size: int, gpu: GPUInfo | None) -> str:
+    if gpu is None:
+        return f", for {size} GB, the smallest one: no GPU was found here (--vram GB chooses for another machine's)"
+    return f", for {size} GB: {gpu.name} has {gpu.memory:.0f} GB"
 
 
 def check_starts(family: str) -> None:
@@ -210,7 +222,8 @@ def style(draft: Draft, start: TrainDiffusionConfig) -> None:
 
 
 def print_next_of_images(draft: Draft, config: TrainDiffusionConfig, prompts: Path) -> None:
-    """Prints the commands that follow for an adapter of an image model."""
+    """Prints the recipe and the commands that follow for an adapter of an image model."""
+    print(f"recipe    {draft.recipe}{draft.reason}")
     seeds = [f"seeds={list(config.sample.seeds)}"] if config.sample.seeds != (0,) else []
     contact_sheet = ["sample", prompts, "--set", f"adapter.path={draft.run}", *seeds, "strengths=[0, 1]"]
     sampled = f"runs/{prompts.stem}/001"

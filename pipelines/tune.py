@@ -24,6 +24,8 @@ from dora_mm.studies.campaigns.selection_metrics import (
 from dora_mm.studies.campaigns.tuned import RANKED, TunedImages, TunedVL
 from dora_mm.studies.campaigns.tuning import Tuning, describe_plan
 from dora_mm.studies.config import TuneConfig
+from dora_mm.train.optim import check_optimizer
+from dora_mm.utils.devices import default_device
 from dora_mm.utils.lock import only_writer
 
 EXPONENTS = (-1.0, -0.5, 0.0, 0.5, 1.0)  # of ten, around the rate of the config: half decades
@@ -131,6 +133,7 @@ def default_rates(base: TrainDiffusionConfig | TrainVLConfig, path: str, ranks: 
 
 def build_selection_metric(config: TuneConfig, base: Any) -> SelectionMetric:
     """Builds what is trained and how it is scored, and checks all that the configs name."""
+    check_optimizer(base.optimizer, default_device())
     is_image = isinstance(base, TrainDiffusionConfig)
     if config.clip_model and not is_image:
         raise ValueError("--clip-model judges images, and this training has none")

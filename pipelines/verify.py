@@ -111,7 +111,9 @@ def wrong(error: float) -> str:
     """An error in words."""
     if not math.isfinite(error):
         return "some values are not finite"
-    return f"off by {max(error, 0.001):.{0 if error >= 1 else 1}%} of the change"
+    if error > 1:
+        return "unusable, further off than without the adapter"
+    return f"off by {max(error, 0.001):.1%} of the change"
 
 
 def table(verdicts: list[Verdict]) -> str:

@@ -164,6 +164,9 @@ def _add_new(commands: Any) -> None:
     )
     command.add_argument("--data", metavar="FILE", help="of vlm: your conversations, as JSON, JSON lines or Parquet")
     command.add_argument("--model", metavar="MODEL", help=f"{BASE}; default: the recipe's")
+    command.add_argument(
+        "--vram", metavar="GB", type=_above_zero, help="memory of the GPU that will train; default: of the one here"
+    )
     _add_follow_links(command)
 
 

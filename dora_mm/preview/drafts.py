@@ -28,6 +28,7 @@ class Draft(NamedTuple):
         data: The file of vision-language data; None: there are captions.
         model: The model; None: the recipe's.
         follow_links: Whether links that lead out of a folder of images are followed.
+        reason: Why it is this recipe, to be printed behind it.
     """
 
     family: str
@@ -38,6 +39,7 @@ class Draft(NamedTuple):
     data: str | None
     model: str | None
     follow_links: bool = False
+    reason: str = ""
 
     def prompts(self, suffix: str = ".txt") -> Path:
         """The file of prompts next to the config."""

@@ -219,9 +219,21 @@ def encoded_section(
 
 
 def how_section(config: TrainDiffusionConfig, model: ImageModel, trained: TrainedNetworks) -> str:
-    """The optimizer, and what is compiled."""
+    """The optimizer, the size of contact sheets where it is not the training's, and what is compiled."""
     how = optimizer_line(config.optimizer, config.schedule, config.train.num_steps, config.ema)
+    how += size_of_sheets(config, model)
     return f"{how}\n{compiled_line(trained.networks, model.target_maps)}" if config.train.compile else how
+
+
+def size_of_sheets(config: TrainDiffusionConfig, model: ImageModel) -> str:
+    """A line where contact sheets have another size than the training; else nothing.
+
+    With reference images the size follows from those.
+    """
+    own, sheets = model.resolution, config.sample
+    if not sheets.prompts or sheets.images or config.data.resolutions or own == config.data.resolution:
+        return ""
+    return f"\nsheets    images of {own} px, the model's own size; the training is at {config.data.resolution} px"
 
 
 def trained_section(config: TrainDiffusionConfig, model: ImageModel, trained: TrainedNetworks) -> str:

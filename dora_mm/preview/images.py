@@ -105,7 +105,7 @@ def describe_folders(images: Sequence[CaptionedImage], data: DataConfig) -> list
 def describe_captions(
     images: Sequence[CaptionedImage], data: DataConfig, num_tokens: Callable[[str], int] | None
 ) -> str:
-    """Lines with the sources of the captions, the longest one, and how many lack the placeholder.
+    """Lines with the sources of the captions, the longest one, and those without the placeholder, if there are any.
 
     Args:
         images: The images with their captions.
@@ -121,8 +121,9 @@ def describe_captions(
     if data.placeholder:
         pairs = zip(images, captions, strict=True)
         missing = [image.path.name for image, caption in pairs if not contains_word(caption, data.placeholder)]
-        named = f" ({', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''})" if missing else ""
-        lines.append(f"without {data.placeholder}  {len(missing)}{named}")
+        if missing:
+            named = f"{', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}"
+            lines.insert(1, f"          {len(missing)} without the trigger word {data.placeholder}: {named}")
     return "\n".join(lines)
 
 
@@ -251,6 +252,11 @@ def times(views: float) -> str:
     return f"{views:.0f}" if views >= 10 else f"{views:.1g}" if views < 1 else f"{views:.2g}"
 
 
+def often(views: float) -> str:
+    """The same with its noun: `once`, `70 times`."""
+    return "once" if times(views) == "1" else f"{times(views)} times"
+
+
 def describe_length(repeats: Sequence[float], train: TrainConfig, num_processes: int = 1) -> str:
     """A line with the length of the training in steps, and what it means for an image.
 
@@ -260,13 +266,13 @@ def describe_length(repeats: Sequence[float], train: TrainConfig, num_processes:
         num_processes: The number of processes that train.
     """
     least, most = views_per_image(repeats, train, num_processes)
-    views = times(least) if least == most else f"{times(least)} to {times(most)}"
+    views = often(least) if least == most else f"{times(least)} to {often(most)}"
     shown = f"{len(repeats)} images"
     shown = shown if least == most else f"{sum(repeats):g} places of {shown} in an epoch"
     factors = [f"{train.steps} steps", f"batch {train.batch_size}"]
     factors += [f"{train.gradient_accumulation_steps} accumulated"] if train.gradient_accumulation_steps > 1 else []
     factors += [f"{num_processes} processes"] if num_processes > 1 else []
-    return f"length    {' x '.join(factors)} / {shown} = each is seen {views} times ({_recipes()})"
+    return f"length    {' x '.join(factors)} / {shown} = each is seen {views} ({_recipes()})"
 
 
 def remark_on_length(repeats: Sequence[float], train: TrainConfig, num_processes: int = 1) -> list[str]:
@@ -275,12 +281,12 @@ def remark_on_length(repeats: Sequence[float], train: TrainConfig, num_processes
     low, high = min(RECIPES.values()) / FAR, max(RECIPES.values()) * FAR
     if low <= most and least <= high:
         return []
-    views, often = (most, "at most ") if most < low else (least, "at least ")
+    views, bound = (most, "at most ") if most < low else (least, "at least ")
     usual = sorted(max(1, round(each / views * train.steps)) for each in RECIPES.values())
     change = "little" if most < low else "much"
     return [
-        f"Each image is seen {often if least != most else ''}{times(views)} times ({_recipes()}), which is {change} "
-        f"for a style: train.steps from {usual[0]} to {usual[1]} would be as in those."
+        f"Each image is seen {bound if least != most else ''}{often(views)}, which is {change} for a style. "
+        f"For the usual {_usual()} times set train.steps from {usual[0]} to {usual[1]}."
     ]
 
 
@@ -329,4 +335,9 @@ def remark_on_alternatives(images: Sequence[CaptionedImage], data: DataConfig) -
 
 
 def _recipes() -> str:
-    return "in the DoRA paper's recipes: " + ", ".join(f"{name} {views:.0f}" for name, views in RECIPES.items())
+    return f"usual for a style: {_usual()} times"
+
+
+def _usual() -> str:
+    """The range of the DoRA paper's recipes, in tens."""
+    return f"{round(min(RECIPES.values()), -1):.0f} to {round(max(RECIPES.values()), -1):.0f}"

@@ -232,7 +232,9 @@ def _warn_of_unreached(parameters: Mapping[str, nn.Parameter]) -> None:
         layers = list(dict.fromkeys(name.rpartition(".")[0] for name in unreached))
         shown = ", ".join(layers[:3]) + (", ..." if len(layers) > 3 else "")
         log.warning(
-            "No gradient reaches %d of the trained layers, which this batch does not use: %s", len(layers), shown
+            "The loss of the first step does not depend on %d of the trained layers: %s. They stay as they are until "
+            "a step uses them.",
+            *(len(layers), shown),
         )
 
 

@@ -293,6 +293,18 @@ def test_a_warm_up_of_the_file_fits_the_steps_of_an_override(write, caplog):
     assert load_config("configs/llm/llama_7b.yaml", ["train.steps=50"]).schedule.warmup_steps == 5
 
 
+def test_a_warm_up_of_the_file_fits_the_epochs_of_an_override(write, caplog):
+    caplog.set_level("INFO")
+    warm = SMALLEST.replace("steps: 10", "epochs: 10") + "schedule:\n  warmup_steps: 20\n"
+    assert load_config(write(warm), ["train.epochs=2"]).schedule.warmup_steps == 4
+    assert caplog.messages == ["schedule.warmup_steps: 4 instead of 20, for train.epochs=2"]
+    for kept in (["train.epochs=20"], ["train.epochs=2", "schedule.warmup_steps=20"]):
+        assert load_config(write(warm), kept).schedule.warmup_steps == 20
+    of_steps = warm.replace("epochs: 10", "steps: 100")
+    schedule = load_config(write(of_steps), ["train.epochs=1"]).schedule
+    assert (schedule.warmup_steps, schedule.warmup_ratio) == (0, 0.2)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -42,8 +42,8 @@ def test_images_by_bucket():
 def test_captions_by_source_with_the_longest_and_those_without_the_placeholder():
     assert describe_captions(IMAGES, DATA, lambda text: len(text.split())).splitlines() == [
         "captions  1 from metadata.jsonl, 1 from <name>.txt, 1 from data.instance_prompt",
+        "          1 without the trigger word TOK: b.png",
         "longest   5 tokens: a dog on a mat",
-        "without TOK  1 (b.png)",
     ]
     assert "14 characters: a dog on a mat" in describe_captions(IMAGES, DATA, None)
 
@@ -98,7 +98,7 @@ def test_the_length_is_compared_with_the_recipes():
     train = TrainConfig(steps=400, batch_size=2, gradient_accumulation_steps=3)
     assert describe_length([1] * 30, train, 2) == (
         "length    400 steps x batch 2 x 3 accumulated x 2 processes / 30 images = each is seen 160 times "
-        "(in the DoRA paper's recipes: 3d_icon 130, lego 49)"
+        "(usual for a style: 50 to 130 times)"
     )
     found = describe_length([2.5] * 10 + [0.5] * 10, TrainConfig(steps=30, batch_size=2))
     assert found.startswith("length    30 steps x batch 2 / 30 places of 20 images in an epoch = each is seen 1 to 5 ")
@@ -123,7 +123,7 @@ def test_a_training_far_from_the_recipes_is_remarked_upon(steps, images, words):
 
 def test_the_remark_says_how_many_steps_would_be_as_in_the_recipes():
     (remark,) = remark_on_length([1] * 61, TrainConfig(steps=10, batch_size=3))
-    assert "little for a style: train.steps from 1000 to 2652 would be as in those" in remark
+    assert "little for a style. For the usual 50 to 130 times set train.steps from 1000 to 2652" in remark
 
 
 @pytest.mark.parametrize(

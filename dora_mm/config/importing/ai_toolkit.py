@@ -22,14 +22,14 @@ def translate(foreign: Foreign, found: Translation) -> None:
     inner = Foreign("ai-toolkit", flat, foreign.folder)
     for key in ("type", "training_folder", "device", "performance_log_every", "sqlite_db_path"):
         inner.drop(key)
-    kind = str(inner.take("network.type", "lora")).lower()
-    refuse("network.type", kind, ("lora", "dora"), OF_METHODS)
-    found.put("adapter.method", kind, "network.type")
-    rank = inner.take("network.rank", inner.take("network.linear", 4))
-    inner.take("network.linear")
-    found.put("adapter.rank", rank, "network.linear")
-    alpha = inner.take("network.linear_alpha", inner.take("network.alpha", 1.0))
-    found.put("adapter.alpha", number_of(alpha), "network.linear_alpha")
+    if process.get("network"):
+        _ai_toolkit_network(inner, found)
+    else:
+        found.put("adapter.method", "full")
+        found.differs(
+            "There is no section network, so all weights of the model are trained (adapter.method: full), as there. "
+            "For a LoRA: --set adapter.method=lora adapter.rank=16, and a higher optimizer.lr, such as 1e-4."
+        )
     _ai_toolkit_training(inner, found)
     _ai_toolkit_data(inner, found)
     _ai_toolkit_model(inner, found)
@@ -44,6 +44,17 @@ def translate(foreign: Foreign, found: Translation) -> None:
             found.has_no_equal(key, inner.take(key), "convolutions are a part where the family has one (adapter.parts)")
     foreign.left |= inner.left
     foreign.dropped |= inner.dropped
+
+
+def _ai_toolkit_network(inner: Foreign, found: Translation) -> None:
+    kind = str(inner.take("network.type", "lora")).lower()
+    refuse("network.type", kind, ("lora", "dora"), OF_METHODS)
+    found.put("adapter.method", kind, "network.type")
+    rank = inner.take("network.rank", inner.take("network.linear", 4))
+    inner.take("network.linear")
+    found.put("adapter.rank", rank, "network.linear")
+    alpha = inner.take("network.linear_alpha", inner.take("network.alpha", 1.0))
+    found.put("adapter.alpha", number_of(alpha), "network.linear_alpha")
 
 
 def _ai_toolkit_training(inner: Foreign, found: Translation) -> None:

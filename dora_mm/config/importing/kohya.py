@@ -1,5 +1,6 @@
 """What the configs of kohya's scripts (train_network.py and its siblings) say beyond names of keys."""
 
+import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -62,9 +63,22 @@ def translate(foreign: Foreign, found: Translation) -> None:
     found.put("loss.min_snr_gamma", foreign.take("min_snr_gamma"), "min_snr_gamma")
     if "loss.min_snr_gamma" not in found.values:
         found.values["loss.min_snr_gamma"] = None  # they weigh no timestep where they are not asked to
-    found.take(foreign, {"huber_c": "loss.delta"} if foreign.left.get("loss_type") == "huber" else {})
+    _kohya_huber(foreign, found)
     foreign.drop("output_dir")
     found.take_known(foreign)
+
+
+def _kohya_huber(foreign: Foreign, found: Translation) -> None:
+    """The Huber loss, whose delta follows the noise level there unless its schedule is constant."""
+    if foreign.left.get("loss_type") != "huber":
+        return
+    found.put("loss.delta", foreign.take("huber_c", 0.1), "huber_c")
+    schedule = str(foreign.take("huber_schedule", "snr"))
+    if schedule != "constant":
+        found.differs(
+            f"huber_schedule is {schedule} ({'as given' if 'huber_schedule' in foreign.given else 'the default'}): "
+            "delta depends on the noise level there, and is the same at all levels here (loss.delta)."
+        )
 
 
 def _kohya_precision(foreign: Foreign, found: Translation) -> None:
@@ -133,6 +147,7 @@ def _kohya_data(foreign: Foreign, found: Translation) -> None:
             found.put("data.repeats", foreign.take("dataset_repeats"), "dataset_repeats")
         else:
             found.put("data.subfolders", True, "train_data_dir with folders such as 10_name")
+            _kohya_class_tokens(foreign.file(str(folder)), found)
     if (folder := foreign.take("reg_data_dir")) is not None:
         found.has_no_equal("reg_data_dir", folder, "a folder of role preserve in data.folders, or preserve.prompt")
     put_resolution(found, foreign.take("resolution"))
@@ -146,6 +161,19 @@ def _kohya_data(foreign: Foreign, found: Translation) -> None:
             "A dropped caption is zeros here; with model.sdxl.unconditional: empty it is the encoded empty text."
         )
     foreign.drop("min_bucket_reso", "max_bucket_reso", "bucket_no_upscale")  # shapes follow from data.resolution alone
+
+
+def _kohya_class_tokens(folder: Path, found: Translation) -> None:
+    """The caption of images that have none: the name in `10_name`."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    names = sorted({named[1] for path in paths if path.is_dir() and (named := re.fullmatch(r"\d+_(.+)", path.name))})
+    if len(names) == 1:
+        found.put("data.instance_prompt", names[0], "train_data_dir, of images without a caption")
+    elif names:
+        found.differs(
+            f"Images without a caption have the name of their folder as theirs there ({', '.join(names)}): here give "
+            "each folder its path and its prompt in data.folders."
+        )
 
 
 def _kohya_metadata(key: str, metadata: Any, folder: Any, foreign: Foreign, found: Translation) -> None:
@@ -219,7 +247,8 @@ def _kohya_samples(foreign: Foreign, found: Translation) -> None:
         found.has_no_equal("clip_skip", clip_skip, "SDXL always takes the second to last layer, also there")
     for theirs, ours in (("sample_every_n_epochs", "sample.every"), ("save_every_n_epochs", "train.checkpoint_every")):
         if (epochs := foreign.take(theirs)) is not None:
-            found.has_no_equal(theirs, epochs, f"{ours} counts steps; the dry run says how many an epoch has")
+            reason = f"{ours} counts steps: give {epochs} x images x repeats / batch size"
+            found.has_no_equal(theirs, epochs, reason)
 
 
 def _kohya_prompts(lines: Sequence[str], file: str, found: Translation) -> None:

@@ -12,6 +12,7 @@ from dora_mm.config.models import validated
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.report import all_keys, describe
 from dora_mm.config.schema import PipelineConfig
+from dora_mm.registries.optimizers import OPTIMIZERS
 from dora_mm.registries.other_trainers import KEYS, NO_EFFECT, VALUES
 from dora_mm.utils import yaml12
 from dora_mm.utils.messages import shown
@@ -94,10 +95,16 @@ class Translation:
         for key, value in foreign.left.items():
             if value not in (None, "", False, [], {}):
                 self.has_no_equal(key, value)
+        self._differs_without_gpu()
         for key in PATHS & self.values.keys():
             self.values[key] = _located(self.values[key], foreign)
         self.sources = {key: self._given(source, foreign.given) for key, source in self.sources.items()}
         self._leave_out_refused()
+
+    def _differs_without_gpu(self) -> None:
+        name = self.values.get("optimizer.name")
+        if isinstance(name, str) and name in OPTIMIZERS and OPTIMIZERS[name].needs_gpu:
+            self.differs(f"optimizer.name {name} needs a GPU. Without one: --set optimizer.name=adamw")
 
     @property
     def nested(self) -> dict[str, Any]:

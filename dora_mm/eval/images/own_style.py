@@ -142,6 +142,7 @@ def conclusion(
     nearest: ConfidenceInterval,
     nearest_of_training: ConfidenceInterval,
     trigger: str | None,
+    num_prompts: int,
 ) -> str:
     """The conclusion from the scores, with advice, in sentences.
 
@@ -151,13 +152,17 @@ def conclusion(
         nearest: The adapter's likeness to the nearest training image, of prompts in the style.
         nearest_of_training: That of the training images with each other.
         trigger: The word for the style that every caption has; None: there is none.
+        num_prompts: The number of prompts in the style.
     """
     gained, leaked = styled[LIKENESS], style_free[LIKENESS]
     amount = f"{gained.mean:+.3f} ({gained.low:+.3f} to {gained.high:+.3f}) likeness"
     if gained.high < 0:
         return f"The adapter leads away from the training images ({amount}): try a lower rate, or fewer steps."
     if gained.low <= 0:
-        return f"These images show no style of the adapter ({amount}): train longer, or score more prompts and seeds."
+        return (
+            f"With {num_prompts} prompts in the style, the adapter is not told apart from the bare model ({amount}): "
+            "score more prompts, or train longer."
+        )
     sentences = [f"The adapter generates closer to the training images than the bare model ({amount})."]
     if nearest.low > nearest_of_training.high:
         sentences.append("It copies single ones: take an earlier checkpoint, or more images.")

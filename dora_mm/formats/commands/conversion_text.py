@@ -13,6 +13,7 @@ from dora_mm.utils.tables import aligned_columns
 # Modules outside of the language model, by their names in transformers
 OF_IMAGES = re.compile(r"\b(?:visual|vision\w*|multi_modal_projector|connector|embed_vision|resampler|aligner)\b")
 SHOWN = 5  # modules whose errors are named
+MEASURE = "distance from the exact result as a share of the adapter's update: 0 is exact, 1 is as far off as no adapter"
 
 
 def conversion_text(done: Conversion, to: str) -> str:
@@ -53,8 +54,8 @@ def table(done: Conversion) -> str:
     for errors in done.errors:
         found = {1.0: errors.overall, **errors.at}
         rows.append((errors.tool, *(f"{found[t]:.1e}" if t in found else "-" for t in strengths)))
-    where = "of the update on the base model" if done.on_base else "of the update, on random weights: no --base"
-    return f"{aligned_columns(rows, num_text=1)}\n({where})"
+    where = "" if done.on_base else "; on random weights, since there is no --base"
+    return f"{aligned_columns(rows, num_text=1)}\n({MEASURE}{where})"
 
 
 def worst_modules(errors: ToolErrors) -> str:

@@ -188,6 +188,8 @@ def misreaders(path: Path, to: str) -> str:
 
 
 def _program(header: Mapping[str, str]) -> str | None:
+    if header.get("config", "").startswith("pipeline: "):  # of a training here, also where it is converted
+        return "dora_mm"
     return next((program for start, program in PROGRAMS.items() if any(re.match(start, key) for key in header)), None)
 
 

@@ -173,10 +173,11 @@ class StyleSimilarityMetric:
         """A remark with the bare model's score, and the rule by which a rate is chosen."""
         bare = self.bare(folder).text("{:.3f}")
         return (
-            f"The bare model has {bare}. Of all that keep {100 * KEPT:.0f} % of the highest gain over that, the lowest "
-            "rank and rate are taken, since likeness does not see all that a high rate destroys: sheet.png shows that. "
-            "The held-out loss (--selection-metric held_out) sees whether new images of the kind are predicted better, "
-            "and not how strong the style is: believe it for a subject or an edit, and likeness for a style."
+            f"The bare model has a likeness of {bare}. The lowest rank and rate win that gain at least "
+            f"{100 * KEPT:.0f} % of what the best one gains over it. "
+            "Higher rates can lose the things that prompts ask for, which likeness "
+            "does not measure: look at sheet.png. For a subject or an edit, choose by the held-out loss instead: "
+            "--selection-metric held_out."
         )
 
     def contact_sheet(self, folder: Path, trained: Sequence[Training]) -> Image.Image | None:

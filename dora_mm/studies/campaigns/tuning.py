@@ -196,8 +196,8 @@ class Tuning:
         """Which rates are as good in these trainings."""
         low, high = (2**end for end in curve.band)
         return (
-            f"As good in {variant.setting}: {low:.2g} to {high:.2g}, where the score loses less than half the width of "
-            "its interval."
+            f"Rates from {low:.2g} to {high:.2g} are as good, as far as these scores can tell ({variant.setting}): "
+            "there the score is less than half a confidence interval below the best."
         )
 
     def about_chosen(self, rungs: Sequence[Rung]) -> str:
@@ -246,6 +246,8 @@ def describe_plan(config: TuneConfig, trained: TunedTrainings) -> str:
             f"rates     {', '.join(f'{rate:g}' for rate in config.rates)}",
             *([f"ranks     {', '.join(map(str, config.ranks))}"] if config.ranks else []),
             f"trainings {parts}: {total:,} steps, {total / trained.steps:.3g} times one training{extra}",
+            f"time      {total / trained.steps:.3g} times that of one training, which its dry run estimates: "
+            f"dora-mm train {quoted(config.base)} --dry-run",
             f"folder    {config.output}",
         ]
     )

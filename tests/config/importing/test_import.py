@@ -215,6 +215,44 @@ def test_kohyas_toml_with_its_data_set(tmp_path):
     assert not found.missing
 
 
+KOHYA_SMALLEST = 'pretrained_model_name_or_path = "x"\ntrain_data_dir = "y"\n'
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('loss_type = "huber"', "huber_schedule is snr (the default)"),
+        ('loss_type = "huber"\nhuber_schedule = "exponential"', "huber_schedule is exponential (as given)"),
+        ('loss_type = "huber"\nhuber_schedule = "constant"', None),
+        ("use_8bit_adam = true", "adamw_8bit needs a GPU. Without one: --set optimizer.name=adamw"),
+    ],
+)
+def test_kohyas_huber_loss_and_8_bits_differ(tmp_path, lines, message):
+    found = imported(tmp_path, "a.toml", f"{KOHYA_SMALLEST}{lines}\n")
+    assert [message] == [message if message and message in each else each for each in found.differences or [None]]
+    assert found.values.get("loss.delta", 0.1) == 0.1
+    assert not without_equal(found)
+
+
+@pytest.mark.parametrize(
+    ("names", "prompt", "differs"),
+    [(["3_sks"], "sks", False), (["3_sks", "2_cat"], None, True), (["plain"], None, False)],
+)
+def test_kohyas_folders_name_the_captions_of_images_without_one(tmp_path, names, prompt, differs):
+    for name in names:
+        (tmp_path / "y" / name).mkdir(parents=True)
+    found = imported(tmp_path, "a.toml", KOHYA_SMALLEST)
+    assert found.values.get("data.instance_prompt") == prompt
+    assert any("(cat, sks)" in sentence for sentence in found.differences) == differs
+
+
+def test_a_job_of_ai_toolkit_without_a_network_is_full_fine_tuning(tmp_path):
+    lines = [line for line in AI_TOOLKIT.splitlines() if "network:" not in line]
+    found = imported(tmp_path, "a.yaml", "\n".join(lines))
+    assert found.nested["adapter"] == {"method": "full"}
+    assert any("no section network" in sentence and "adapter.method=lora" in sentence for sentence in found.differences)
+
+
 @pytest.mark.parametrize("rate", [1.0, 0.5])
 def test_kohyas_prodigy_keeps_the_text_encoders(tmp_path, rate):
     toml = 'pretrained_model_name_or_path = "x"\ntrain_data_dir = "y"\noptimizer_type = "Prodigy"\nunet_lr = 1.0\n'

@@ -22,12 +22,12 @@ FAR, NEAR = ConfidenceInterval(0.5, 0.4, 0.6), ConfidenceInterval(0.9, 0.8, 1.0)
         (UP, SLIGHTLY, FAR, ["closer", "+0.200 (+0.100 to +0.300) likeness", "keep it"]),
         (UP, UP, FAR, ["closer", "without being asked"]),
         (UP, NONE, NEAR, ["closer", "copies single ones"]),
-        (NONE, NONE, FAR, ["no style", "train longer"]),
+        (NONE, NONE, FAR, ["With 4 prompts", "not told apart", "more prompts", "train longer"]),
         (DOWN, NONE, FAR, ["away", "lower rate"]),
     ],
 )
 def test_an_own_style(styled, plain, nearest, said):
-    found = own_style.conclusion({"likeness": styled}, {"likeness": plain}, nearest, FAR, None)
+    found = own_style.conclusion({"likeness": styled}, {"likeness": plain}, nearest, FAR, None, 4)
     assert [part for part in said if part not in found] == []
     cures = {"keep it", "without being asked", "copies single ones", "train longer", "lower rate"}
     assert {cure for cure in cures if cure in found} == cures & set(said)
@@ -44,7 +44,7 @@ def test_an_own_style(styled, plain, nearest, said):
     ],
 )
 def test_a_word_that_every_caption_has_is_not_advised(trigger, said):
-    assert own_style.conclusion({"likeness": UP}, {"likeness": UP}, FAR, FAR, trigger).endswith(said)
+    assert own_style.conclusion({"likeness": UP}, {"likeness": UP}, FAR, FAR, trigger, 4).endswith(said)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,13 @@ def test_kinds_of_models_of_transformers(path, kind, tmp_path):
     assert (found.architecture, found.names) == (kind, "transformers" if kind else "diffusers")
 
 
+def test_a_file_that_was_converted_from_a_training_here_is_made_with_dora_mm(tmp_path):
+    write(tmp_path / "a.safetensors", config="pipeline: train_diffusion\nname: k\n")
+    write(tmp_path / "b.safetensors", config="something else")
+    made = [inspect_file(tmp_path / name).made_with for name in ("a.safetensors", "b.safetensors")]
+    assert made == ["dora_mm", None]
+
+
 def write(path, change=lambda key, tensor: (key, tensor), **header):
     tensors = {}
     for name in toy.UNET:

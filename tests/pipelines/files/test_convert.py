@@ -12,6 +12,7 @@ from dora_mm import DoRASpec, cli, convert, inject, load_adapter, merge, remove,
 from dora_mm.core import adapted_layers
 from dora_mm.formats.commands.inspection import misreaders
 from dora_mm.formats.files.base_weights import BaseWeights
+from pipelines.verify import wrong
 from tests.shared import reference, toy
 
 BASE = Path("samples/tiny-sdxl")
@@ -190,3 +191,16 @@ def test_mistakes(arguments, message, adapter, tmp_path, capsys):
     assert message.format(**places) in errors
     assert len(errors.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (0.083, "off by 8.3% of the change"),
+        (1.0, "off by 100.0% of the change"),
+        (152.12, "unusable, further off than without the adapter"),
+        (float("inf"), "some values are not finite"),
+    ],
+)
+def test_an_error_above_that_of_no_adapter_is_unusable(error, text):
+    assert wrong(error) == text

@@ -112,21 +112,33 @@ def test_a_small_model_gets_the_recipe_of_one(here, tiny_folder, capsys):
     assert config.model.path == str(tiny_folder)
     assert (config.data.resolution, len(config.sample.prompts)) == (128, 4)
     assert [image.caption for image in read_training_images(config.data)] == ["a sks bus", "a sks cat"]
-    assert "is not on this machine" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "is not on this machine" not in printed
+    assert "for small models" in printed
 
 
-def test_the_recipe_is_that_of_the_gpu(here, monkeypatch):
+def test_the_recipe_is_that_of_the_gpu(here, monkeypatch, capsys):
     write_images(["a.png"], ["a sks bus"])
     for memory, sheets in ((23.6, True), (15.8, True), (11.6, False), (6.0, False)):
         monkeypatch.setattr(machine, "gpus", lambda memory=memory: [GPUInfo("a GPU", memory, "bf16")])
         config = made(f"style{int(memory)}", "--images", "my images")
         assert (config.train.batch_size, bool(config.sample.prompts)) == (1, sheets)
         assert config.train.gradient_checkpointing == (memory < 20)
+        assert f": a GPU has {memory:.0f} GB" in capsys.readouterr().out
     assert config.adapter.cache == "norms"
     assert (config.model.dtype, config.train.mixed_precision) == ("bfloat16", "bf16")
     monkeypatch.setattr(machine, "gpus", lambda: [GPUInfo("an older GPU", 15.8, "fp16")])
     config = made("older", "--images", "my images")
     assert (config.model.dtype, config.train.mixed_precision) == ("float16", "fp16")
+
+
+def test_without_a_gpu_the_recipe_is_the_smallest_and_the_reason_is_printed(here, monkeypatch, capsys):
+    write_images(["a.png"], ["a sks bus"])
+    monkeypatch.setattr(machine, "gpus", list)
+    made("smallest", "--images", "my images")
+    assert "3d_icon_8gb.yaml, for 8 GB, the smallest one: no GPU was found here (--vram" in capsys.readouterr().out
+    made("chosen", "--images", "my images", "--vram", "24")
+    assert "3d_icon_24gb.yaml, for 24 GB: --vram has 24 GB" in capsys.readouterr().out
 
 
 def test_questions(here, capsys):

@@ -13,6 +13,7 @@ import time
 import weakref
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from dora_mm.adapting import compiled
 from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.models.images import families
+from dora_mm.preview.image_page import size_of_sheets
 from dora_mm.recipes import PIPELINES
 from dora_mm.sampling.gallery import folder as gallery_folder
 from dora_mm.sampling.manifest import read_manifest
@@ -503,9 +505,8 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(config, tmp_pat
     for words in (
         "buckets   64 x 64: 3, 128 x 32: 2 (h x w)",
         "captions  5 from metadata.jsonl",
-        "without TOK  0",
         "4 steps x batch 2 / 5 images = each is seen 1.6 times",
-        "Each image is seen 1.6 times (in the DoRA paper's recipes: 3d_icon 130, lego 49), which is little",
+        "Each image is seen 1.6 times, which is little for a style. For the usual 50 to 130 times set train.steps from",
         "unet.attn",
         "frozen in float32",
         "optimizer state (adamw, 2 numbers each)",
@@ -513,6 +514,19 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(config, tmp_pat
         "s a step (measured)",
     ):
         assert words in printed
+
+
+@pytest.mark.parametrize(
+    ("sizes", "line"),
+    [
+        ((128, 64), "sheets    images of 128 px, the model's own size; the training is at 64 px"),
+        ((64, 64), ""),
+    ],
+)
+def test_a_dry_run_says_where_contact_sheets_have_another_size(config, sizes, line):
+    own, trained = sizes
+    loaded = load_config(config(), [f"data.resolution={trained}", "sample.prompts=[a bus]"])
+    assert size_of_sheets(loaded, SimpleNamespace(resolution=own)).strip() == line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU a large model is measured")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -49,6 +50,13 @@ def started(monkeypatch):
     monkeypatch.setattr(trainings, "start_process", in_this_process)
     monkeypatch.setattr(subprocesses, "POLL_SECONDS", 0.0)
     return names
+
+
+def test_a_dry_run_of_a_search_refuses_an_optimizer_that_cannot_step_here(style, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("the optimizer steps on this GPU")
+    assert main(["tune", str(style), "--dry-run", "--set", "optimizer.name=adamw_8bit"]) == 2
+    assert "adamw_8bit steps on a GPU only" in capsys.readouterr().err
 
 
 @pytest.mark.slow
