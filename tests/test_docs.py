@@ -181,8 +181,8 @@ def examples(name: str) -> list:
     return [pytest.param(code, id=f"{name}:{line}") for line, code in blocks if '"runs/' not in code]
 
 
-# The blocks of peft.md go on with one model.
 EXAMPLES = [block for page in ("layer.md", "formats.md", "file_layouts.md") for block in examples(page)]
+# The blocks of peft.md go on with one model.
 WITH_PEFT = pytest.param("\n".join(block.values[0] for block in examples("peft.md")), id="peft.md")
 
 
