@@ -282,7 +282,7 @@ def remark_on_length(repeats: Sequence[float], train: TrainConfig, num_processes
     if low <= most and least <= high:
         return []
     views, bound = (most, "at most ") if most < low else (least, "at least ")
-    usual = sorted(max(1, round(each / views * train.steps)) for each in RECIPES.values())
+    usual = sorted(max(1, int(float(f"{each / views * train.steps:.2g}"))) for each in RECIPES.values())
     change = "little" if most < low else "much"
     return [
         f"Each image is seen {bound if least != most else ''}{often(views)}, which is {change} for a style. "
