@@ -234,7 +234,7 @@ def optimizer_line(
     rates += [f"m {optimizer.magnitude_lr:.4g}"] if optimizer.magnitude_lr is not None else []
     options = [f"{key} {value}" for key, value in optimizer.options.items()]
     warmup = schedule.warmup_steps or round(schedule.warmup_ratio * steps)
-    after = f" after {warmup:,} step{"s" if warmup > 1 else ""} of warm-up" if warmup else ""
+    after = f" after {warmup:,} step{'s' if warmup > 1 else ''} of warm-up" if warmup else ""
     average = f"; an average of the weights with decay {ema.decay:g}" if ema else ""
     return f"optimizer {optimizer.name}, {', '.join(rates + options)}; {schedule.name}{after}{average}"
 
