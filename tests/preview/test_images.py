@@ -123,7 +123,7 @@ def test_a_training_far_from_the_recipes_is_remarked_upon(steps, images, words):
 
 def test_the_remark_says_how_many_steps_would_be_as_in_the_recipes():
     (remark,) = remark_on_length([1] * 61, TrainConfig(steps=10, batch_size=3))
-    assert "little for a style. For the usual 50 to 130 times set train.steps from 1000 to 2652" in remark
+    assert "little for a style. For the usual 50 to 130 times set train.steps from 1000 to 2700" in remark
 
 
 @pytest.mark.parametrize(
