@@ -124,7 +124,7 @@ def test_the_readme_shows_some_of_the_same_results():
     """Every row of its table of costs: PEFT's LoRA in ms, the others as ratios of it; and a sentence."""
     readme = (ROOT / "README.md").read_text()
     step = steps("epyc_1_thread_peft/float32.csv")
-    (table,) = re.findall(r"\| .*\n\|[- |]*\n((?:\|.*\n)+)", readme)
+    (table,) = re.findall(r"\| \| PEFT's LoRA \| PEFT's DoRA \| .*\n\|[- |]*\n((?:\|.*\n)+)", readme)
     cases = [
         "SDXL 640",
         "SDXL 1280, 4096 tokens",
