@@ -19,7 +19,7 @@ def strengths_of(
         strength: A number for all, or numbers by the first pieces of paths, such as {"unet.down_blocks": 0.5,
             "text_encoder": 1}. Of several that fit a path the longest counts, and 1 where none does; "" fits all paths.
         paths: The paths of the modules.
-        short: Pieces of paths by the short names that may stand for them.
+        short: Pieces of paths by the short names that may stand for them, where some path has the piece.
 
     Raises:
         ValueError: A strength is not a finite number, or no path begins with its name.
@@ -27,8 +27,11 @@ def strengths_of(
     if not isinstance(strength, Mapping):
         return dict.fromkeys(paths, finite_number("strength", strength))
 
+    present = {piece for path in paths for piece in path.split(".")}
+    long = {name: piece for name, piece in (short or {}).items() if piece in present}
+
     def pieces(path: str) -> tuple[str, ...]:
-        return tuple((short or {}).get(piece, piece) for piece in path.split(".")) if path else ()
+        return tuple(long.get(piece, piece) for piece in path.split(".")) if path else ()
 
     strengths = {pieces(name): finite_number(f"the strength of {name}", value) for name, value in strength.items()}
     if len(strengths) < len(strength):

@@ -64,15 +64,17 @@ def warn_of_other_base(components: Mapping[str, nn.Module], samples: Mapping[str
         file: The adapter file, for the message.
     """
     layers = _layers(components) if samples else {}
-    for name in samples.keys() & layers.keys():
-        found, expected = _sample(layers[name]), samples[name]
-        if len(found) == len(expected) and math.dist(found, expected) > _FAR * math.hypot(*expected):
-            log.warning(
-                "%s was trained on a base model with other weights (%s differs): load those into the model first",
-                file,
-                name.removeprefix(f"{UNNAMED}."),
-            )
-            return
+    both = [name for name in samples if name in layers]
+    far = [name.removeprefix(f"{UNNAMED}.") for name in both if _is_far(_sample(layers[name]), samples[name])]
+    if far:
+        names = f"{far[0]} differs" if len(far) == 1 else f"{', '.join(far)} differ"
+        log.warning(
+            "%s was trained on a base model with other weights (%s): load those into the model first", file, names
+        )
+
+
+def _is_far(found: Sequence[float], expected: Sequence[float]) -> bool:
+    return len(found) == len(expected) and math.dist(found, expected) > _FAR * math.hypot(*expected)
 
 
 def _layers(components: Mapping[str, nn.Module]) -> dict[str, AdaptedLayer]:

@@ -23,8 +23,8 @@ from dora_mm.peft.layers import (
     PassTensors,
     drops,
     has_zero_rows,
-    is_sometimes_small,
     read,
+    small_passes,
 )
 
 TESTED = (0, 18), (0, 21)  # the oldest and the newest release of PEFT whose variants are known to be the same
@@ -38,7 +38,6 @@ FUSED = {
 KNOWN = {f"peft.tuners.lora.layer.{name}" for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")} | {
     f"peft.tuners.lora.{name}" for name in ("bnb.Linear4bit", "bnb.Linear8bitLt", "torchao.TorchaoLoraLinear")
 }
-SMALL = "few tokens in training on a processor: the layers are small, and PEFT's code is as fast there"
 NO_DORA = "LoRA without DoRA costs as little already (DoRA is use_dora=True in LoraConfig)"
 PARAMETER = "LoRA of parameters, for which PEFT has no DoRA (dora_mm.inject has one for stacked experts)"
 DROPOUT = "lora_dropout, which about doubles the cost of a training step: set it to 0 if you can"
@@ -118,9 +117,9 @@ def fuse_peft(model: nn.Module) -> FuseReport:
         variant.kept = None
         report.fused.append((path, name))
         now = read(layer, name)
-        if isinstance(now, PassTensors) and is_sometimes_small(now):
+        if isinstance(now, PassTensors) and (passes := small_passes(now)):
             variant.has_zero_rows = has_zero_rows(now)
-            now = now if variant.has_zero_rows else SMALL
+            now = now if variant.has_zero_rows else passes
         if drops(layer, name):
             report.with_dropout.append((path, name))
         if isinstance(now, str):

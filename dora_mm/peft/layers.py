@@ -94,11 +94,18 @@ def crossing(dtype: torch.dtype, tokens: int) -> int:
     return single if dtype.itemsize >= 4 else 2 * single
 
 
-def is_sometimes_small(found: PassTensors) -> bool:
-    """Whether some passes of a layer may be as fast in PEFT's own code: see `crossing`."""
-    most = max(crossing(dtype, tokens) for dtype in (torch.float32, torch.bfloat16) for tokens in (1, 2**20))
-    is_on_cpu = found.magnitude.device.type == "cpu" and is_at_hand(found.weight)
-    return is_on_cpu and num_weights(found.A, found.B) < most
+def small_passes(found: PassTensors) -> str | None:
+    """The passes of a layer that may be as fast in PEFT's own code, by `crossing`; None: there are none."""
+    size, dtype, under = num_weights(found.A, found.B), found.weight.dtype, ""
+    if found.magnitude.device.type != "cpu" or not is_at_hand(found.weight):
+        return None
+    if size >= crossing(dtype, 1):
+        dtype, under = torch.bfloat16, " under autocast"
+    if size >= crossing(dtype, 1):
+        return None
+    fused_from = next((tokens for tokens in (256, 1024) if size >= crossing(dtype, tokens)), None)
+    tokens = f"fewer than {fused_from:,} tokens" if fused_from else "any number of tokens"
+    return f"{tokens} in training on a processor{under}, where it is as fast for layers this small"
 
 
 def has_zero_rows(found: PassTensors) -> bool:

@@ -112,3 +112,10 @@ def test_two_adapters_with_strengths_by_block(tmp_path, single):
     with pytest.raises(ValueError, match="nearest names are"):
         load_adapter(target, tmp_path, strength={"unet.dwn": 1}, name="c")
     assert net.state_dict().keys() == before.keys()
+
+
+def test_short_names_stand_for_blocks_that_the_model_has():
+    paths = ["up.proj", "down.proj"]
+    assert strengths_of({"up": 0.5}, paths, SHORT_NAMES) == {"up.proj": 0.5, "down.proj": 1.0}
+    with pytest.raises(ValueError, match="no adapted module is in 'up_blocks', the nearest names are up, "):
+        strengths_of({"up_blocks": 0.5}, paths, SHORT_NAMES)
